@@ -159,6 +159,7 @@ class ObjectPlane:
 
     def __post_init__(self) -> None:
         self.counters = Counters()
+        self.small_bytes_max = self.limits.small_bytes_max
         self.bad_rows = BadRows()
         self.background = Background(self.limits.background_tasks_max, self.counters)
         self.fill_buffers = BufferPool(self.limits.fill_buffer_bytes_max, self.limits.buffer_wait_s)

@@ -20,7 +20,7 @@ from storaged.meta.ports import Outcome, Update
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.code.seal import PartSealer
 from storaged.objects.service import ObjectService
-from storaged.objects.write import put as put_module
+from storaged.objects.write import sealing
 from storaged.objects.write.checksums import BodyDigest
 from storaged.wire import Buffer
 from tests.doubles.layouts import layout_of
@@ -185,8 +185,8 @@ async def test_a_small_object_that_is_coded_is_digested_once_and_sealed_once(
     await put(objects, bucket, data)
     for disk, _ in world.disks.of(entry_of(world).data_id)[:2]:
         world.disks.disks[disk].full = True
-    monkeypatch.setattr(put_module, "digest_of", counted("digest", put_module.digest_of))
-    monkeypatch.setattr(put_module, "seal_part", counted("seal_part", put_module.seal_part))
+    monkeypatch.setattr(sealing, "digest_of", counted("digest", sealing.digest_of))
+    monkeypatch.setattr(sealing, "seal_part", counted("seal_part", sealing.seal_part))
     monkeypatch.setattr(BodyDigest, "update", counted("update", BodyDigest.update))
     monkeypatch.setattr(PartSealer, "seal_block", counted("seal_block", PartSealer.seal_block))
     checks = BodyChecks(

@@ -1,29 +1,39 @@
-"""Committing a new version to its register: the condition is judged on the record that the accepted ballot's own
-prepare brought.
+"""Barrier and commit: a new version becomes the register's value once its data is durable.
 
-A change whose accept was refused must not simply be proposed again: between the two the collector may have judged the
-new fragments to be orphans
-(it kills every earlier promise first). So the second run of an update raises, the fragments are seen to exist and their
-age renewed, and only then
-is the change proposed anew.
+The condition of a write is judged on the record that the prepare of the accepted ballot brought.
+
+The barrier runs beside the first prepare. It may move blocks, when disks failed at the last moment; then the commit
+begins again with the entry as the barrier left it (``RunsChanged``).
+
+A change whose accept was refused must not simply be proposed again. Between the two proposals the collector may have
+judged the new fragments to be orphans (it ends every earlier promise first). So an update may run once. When the
+register asks for it again (``ProposedAgain``), the fragments are first seen to exist and their age is renewed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from storaged.errors import SlowDown
 from storaged.meta.names import Change, RegisterName, Value
-from storaged.meta.ports import Outcome, SmallCopies
+from storaged.meta.ports import Outcome
 from storaged.objects.background import cancel_all
-from storaged.objects.code.versions import BucketKeys, KeyNeeded
+from storaged.objects.code.versions import BucketKeys, KeyNeeded, change_with_keys
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import PartEntry
+from storaged.objects.write.sealing import Sealed
+from storaged.objects.write.writer import PartWriter, RunsChanged
 
 ATTEMPTS_MAX = 12
 BACKOFF_FIRST_S = 0.01
 BACKOFF_MAX_S = 1.0
+
+SealedUpdate = Callable[[Value | None, PartEntry], Change]
+"""What a register becomes, from its value, and from the entry of the body as the barrier left it. A part's place is in
+the clear, so nothing is sealed anew when its blocks moved.
+"""
 
 
 class ProposedAgain(Exception):
@@ -34,49 +44,91 @@ async def commit(
     plane: ObjectPlane,
     keys: BucketKeys,
     name: RegisterName,
-    update: Callable[[Value | None], Change | None],
+    update: SealedUpdate,
+    sealed: Sealed,
     *,
-    ready: Callable[[], Coroutine[Any, Any, None]] | None = None,
-    still_there: Callable[[], Awaitable[None]] | None = None,
-    small: SmallCopies | None = None,
+    regardless: bool = False,
+) -> tuple[Outcome, PartEntry]:
+    """Commits what refers to a sealed body once that is durable. ``regardless``: see ``ports.Registers.change``; it
+    counts only for a body that is not coded.
+
+    Raises what ``update`` raises; ServiceUnavailable when the data can't be made durable; SlowDown, which clients try
+    again, when others change the key all the time.
+    """
+    writer, entry = sealed.writer, sealed.entry
+    if writer is None:  # the accept writes the body as well: there is no barrier, and no fragment that could be judged
+        outcome = await change_with_keys(
+            plane.registers, keys, name, partial(_with_entry, update, entry), small=sealed.small, regardless=regardless
+        )
+        count_put(plane, sealed)
+        return outcome, entry
+    while True:
+        try:
+            outcome = await _commit_coded(plane, keys, name, partial(_in_time, update, entry, writer), writer)
+        except RunsChanged:
+            entry = writer.entry()
+        else:
+            count_put(plane, sealed)
+            if writer.degraded:
+                plane.on_degraded(name)
+            return outcome, entry
+
+
+def count_put(plane: ObjectPlane, sealed: Sealed) -> None:
+    """Counts a body that was committed."""
+    counters = plane.counters
+    counters.bytes_in += sealed.digest.size
+    if sealed.small is not None:
+        counters.puts_small += 1
+    elif sealed.entry.inline:
+        counters.puts_inline += 1
+
+
+def _with_entry(update: SealedUpdate, entry: PartEntry, value: Value | None) -> Change:
+    return update(value, entry)
+
+
+def _in_time(update: SealedUpdate, entry: PartEntry, writer: PartWriter, value: Value | None) -> Change:
+    writer.check_age()
+    return update(value, entry)
+
+
+async def _commit_coded(
+    plane: ObjectPlane,
+    keys: BucketKeys,
+    name: RegisterName,
+    update: Callable[[Value | None], Change],
+    writer: PartWriter,
 ) -> Outcome:
-    """``registers.change`` of a version's data. ``ready``: the barrier, run beside the first prepare; its exceptions
-    are raised here. ``still_there``: checked
-    before every further proposal. Raises what ``update`` raises, and SlowDown, which clients try again, when others
-    change the key all the time."""
-    barrier = asyncio.ensure_future(ready()) if ready is not None else None
+    """Runs the barrier beside the first prepare, and raises what it raises."""
+    barrier = asyncio.ensure_future(writer.barrier())
     try:
         for attempt in range(ATTEMPTS_MAX):
-            once = _Once(update) if still_there is not None else update
             try:
-                outcome = await plane.registers.change(name, once, small=small, ready=barrier)
+                outcome = await plane.registers.change(name, _Once(update), ready=barrier)
             except KeyNeeded as needed:
                 await keys.load(needed.version)
                 continue
             except ProposedAgain:
                 await asyncio.sleep(_backoff_s(plane, attempt))
             else:
-                if barrier is not None:
-                    await barrier
-                return outcome
-            if barrier is not None:
                 await barrier
-            if still_there is not None:
-                await still_there()
+                return outcome
+            await barrier
+            await writer.still_there()
     finally:
-        if barrier is not None:
-            await cancel_all([barrier])
+        await cancel_all([barrier])
     raise SlowDown("Others change this key all the time; it was not written. Please reduce your request rate.")
 
 
 class _Once:
     """An update that may run once."""
 
-    def __init__(self, update: Callable[[Value | None], Change | None]) -> None:
+    def __init__(self, update: Callable[[Value | None], Change]) -> None:
         self._update = update
         self._ran = False
 
-    def __call__(self, value: Value | None) -> Change | None:
+    def __call__(self, value: Value | None) -> Change:
         if self._ran:
             raise ProposedAgain
         change = self._update(value)

@@ -51,12 +51,15 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
 from storaged.objects.read.hedging import HedgeDelay
 from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
+from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, can_be_composite, can_be_full_object, default_type
+from storaged.objects.write.commit import commit
 from storaged.objects.write.complete import finish
 from storaged.objects.write.copy import body_of
-from storaged.objects.write.put import DEK_BYTES, commit_sealed, sealed_body
+from storaged.objects.write.put import DEK_BYTES
 from storaged.objects.write.references import live_references
 from storaged.objects.write.retire import retire_parts
+from storaged.objects.write.sealing import sealed_body
 from storaged.objects.write.uploads import (
     ABORTED,
     COMPLETING,
@@ -158,9 +161,7 @@ async def put_part(
     if algorithm not in declared:
         checks = msgspec.structs.replace(checks, algorithms=(*checks.algorithms, algorithm))
     data_id = plane.entropy(DATA_ID_BYTES)
-    async with sealed_body(
-        plane, bucket, owner, body, checks, dek=upload.dek, data_id=data_id, number=number
-    ) as sealed:
+    async with sealed_body(plane, NewPart(bucket, owner, upload.dek, data_id, number), body, checks) as sealed:
         digest, now_ms = sealed.digest, plane.clock.wall_ms()
         part = SealedPart(number, digest.size, digest.etag, digest.checksums.get(algorithm, ""), data_id)
         secret = upload.seal_part(plane, data_id, part)
@@ -168,7 +169,7 @@ async def put_part(
         def update(value: Value | None, entry: PartEntry) -> Change:
             return Change(encode(PartRecord(entry, now_ms, secret)))
 
-        outcome, entry = await commit_sealed(plane, BucketKeys(plane, bucket), row_name, update, sealed)
+        outcome, entry = await commit(plane, BucketKeys(plane, bucket), row_name, update, sealed)
         state = decode_upload((await plane.registers.read(upload.name)).value)
         if state is None or state.state not in (OPEN, COMPLETING):
             await plane.registers.change(row_name, lambda value: Change(b"", Visibility.TOMBSTONE))

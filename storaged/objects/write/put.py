@@ -1,33 +1,27 @@
-"""The path of a PUT: read top to bottom.
+"""The path of a PUT: admit, seal and place, barrier and commit, finish.
 
-A body of up to 1 KiB sealed stays in the record; one of up to 16 KiB is kept as whole copies beside its register,
-written along with the accept; a larger one
-is coded and spread block by block (``writer``), and its barrier overlaps the prepare.
+Two shells call these steps in the same order. ``put`` runs in a task: ``admit``, ``sealed_body``, ``commit``, and
+``Replacement.finish``. ``try_put`` costs no task: it takes a small body that has arrived whole, and a register that can
+be changed by callbacks. It calls the same functions, but for those that would wait: it begins nothing where one of
+them would have to.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import msgspec
 
-from storaged import trace
-from storaged.errors import EntityTooLarge
-from storaged.fragments.ports import FragmentHeader, encode_copies
-from storaged.hashes import fragment_hash
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
-from storaged.meta.ports import Outcome, SmallCopies
+from storaged.meta.ports import Outcome
 from storaged.objects.api import NO_WRITE_CONDITIONS, Body, BodyChecks, NewMeta, PutResult, WriteConditions
-from storaged.objects.code.seal import seal_part
 from storaged.objects.code.versions import (
     EMPTY,
     BucketKeys,
     Place,
-    change_with_keys,
     current_of,
     decode_record,
     meta_of,
@@ -38,34 +32,18 @@ from storaged.objects.code.versions import (
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Version
-from storaged.objects.write.body import BodyReader, whole_of
-from storaged.objects.write.checksums import FULL_OBJECT, BodyDigest, Digest, digest_of
-from storaged.objects.write.commit import commit
+from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry
+from storaged.objects.write.blocks import NewPart
+from storaged.objects.write.checksums import FULL_OBJECT, digest_of
+from storaged.objects.write.commit import commit, count_put
 from storaged.objects.write.retire import retire_replaced
-from storaged.objects.write.writer import OnPlain, PartWriter, RunsChanged
-from storaged.sov1 import SALT_BYTES, TAG_BYTES
+from storaged.objects.write.sealing import Sealed, seal_small, sealed_body
 from storaged.wire import Buffer
 
 DEK_BYTES = 32
 
-
-class Sealed(NamedTuple):
-    """A version about to be committed: how its entry may still change at the barrier, and what goes with the accept."""
-
-    entry: PartEntry
-    digest: Digest
-    small: SmallCopies | None = None
-    writer: PartWriter | None = None
-
-
-class _Source(NamedTuple):
-    """A body to be coded: what reads it (``size`` bytes, when that is known), and what digests it on the way."""
-
-    reader: BodyReader
-    size: int | None
-    update: OnPlain
-    finish: Callable[[], Digest]
+OnDone = Callable[[PutResult | Exception], None]
+"""Called once: with the result, or with what ``put`` would raise. It must not raise."""
 
 
 async def put(
@@ -79,28 +57,18 @@ async def put(
     owner: str,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
-    """Stores an object. When this returns it is durable, and every later read sees it. When it raises, nothing was
-    changed (OutcomeUnknown says when that is not sure).
+    """Stores an object. When this returns the object is durable, and every later read sees it. When it raises, nothing
+    was changed (OutcomeUnknown: it is not known whether something was).
     """
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries) or await plane.keys.bucket_key(
         bucket.id, bucket.countries
     )
-    write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)
-    name, size = write.name, checks.size
-    if conditions != NO_WRITE_CONDITIONS:
-        await check_early(plane, name, write.where, BucketKeys(plane, bucket), conditions)
-    if size is not None and size <= plane.limits.small_bytes_max:
-        with trace.span("receive"):
-            plain = await whole_of(body, size)
-        with trace.span("digest"):
-            digest = digest_of(plain, checks)
-        sealed = seal_small(plane, bucket, name, plain, digest, write.dek, write.data_id, 1)
-        if sealed is not None:
-            return await _commit_put(write, sealed)
-        async with _coded(plane, bucket, name, _digested(plain, digest), write.dek, write.data_id, 1) as sealed:
-            return await _commit_put(write, sealed)
-    async with sealed_body(plane, bucket, name, body, checks, dek=write.dek, data_id=write.data_id) as sealed:
-        return await _commit_put(write, sealed)
+    write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
+    await check_early(plane, write.part.name, write.place, BucketKeys(plane, bucket), conditions)
+    async with sealed_body(plane, write.part, body, checks) as sealed:
+        new = Replacement(write, sealed)
+        outcome, _ = await commit(plane, new.keys, write.part.name, new.update, sealed, regardless=new.regardless)
+        return new.finish(outcome)
 
 
 def try_put(
@@ -110,343 +78,140 @@ def try_put(
     plain: Buffer,
     meta: NewMeta,
     checks: BodyChecks,
-    then: Callable[[PutResult | Exception], None],
+    on_done: OnDone,
     *,
     owner: str,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> bool:
-    """See ``api.Objects``. Of a condition it is enough that the commit judges it: there is no body
-    left to be spared.
-    """
+    """See ``api.Objects``. Conditions are judged by the commit alone: the body has arrived, and can't be spared."""
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
         bucket_key is None
-        or len(plain) > plane.limits.small_bytes_max
+        or len(plain) > plane.small_bytes_max
         or (conditions != NO_WRITE_CONDITIONS and needs_etag(conditions))
     ):
         return False
-    write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)
-    sealed = seal_small(plane, bucket, write.name, plain, digest_of(plain, checks), write.dek, write.data_id, 1)
+    write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
+    sealed = seal_small(plane, write.part, plain, digest_of(plain, checks))
     if sealed is None:
         return False
-    replacing, result = _replacing(write, sealed)
-    over = partial(_put_over, replacing, result, then)
+    new = Replacement(write, sealed)
+    on_outcome = partial(_on_outcome, new, on_done)
     return plane.registers.change_soon(
-        write.name, replacing.update, over, small=sealed.small, regardless=replacing.regardless
+        write.part.name, new.update, on_outcome, small=sealed.small, regardless=new.regardless
     )
 
 
-def _put_over(
-    replacing: _Replacing,
-    result: PutResult,
-    then: Callable[[PutResult | Exception], None],
-    outcome: Outcome | Exception,
+def _on_outcome(
+    new: Replacement, on_done: Callable[[PutResult | Exception], None], outcome: Outcome | Exception
 ) -> None:
     if isinstance(outcome, Exception):
-        then(outcome)
+        on_done(outcome)
         return
+    count_put(new.plane, new.sealed)
     try:
-        replacing.over(outcome)
+        result = new.finish(outcome)
     except Exception as error:
-        then(error)
+        on_done(error)
         return
-    then(result)
+    on_done(result)
 
 
-class _Write(NamedTuple):
-    """What a PUT knows before it has read the body."""
+class NewObject(NamedTuple):
+    """What a client asks to be stored, without the body."""
 
-    plane: ObjectPlane
-    bucket: BucketRecord
-    name: RegisterName
-    where: Place
-    bucket_key: BucketKey
-    dek: bytes
-    data_id: bytes
     meta: NewMeta
     owner: str
     conditions: WriteConditions
 
 
-def _write_of(
-    plane: ObjectPlane,
-    bucket: BucketRecord,
-    key: bytes,
-    bucket_key: BucketKey,
-    meta: NewMeta,
-    owner: str,
-    conditions: WriteConditions,
-) -> _Write:
-    name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
+class Write(NamedTuple):
+    """An admitted PUT: what is known before its body is read."""
+
+    plane: ObjectPlane
+    place: Place
+    bucket_key: BucketKey
+    part: NewPart
+    new: NewObject
+
+
+def admit(plane: ObjectPlane, bucket: BucketRecord, key: bytes, bucket_key: BucketKey, new: NewObject) -> Write:
+    """Gives the object its register, its data key and its data id."""
     fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
-    return _Write(plane, bucket, name, where, bucket_key, fresh[:DEK_BYTES], fresh[DEK_BYTES:], meta, owner, conditions)
-
-
-async def _commit_put(write: _Write, sealed: Sealed) -> PutResult:
-    plane = write.plane
-    replacing, result = _replacing(write, sealed)
-    if sealed.writer is None:
-        outcome = await change_with_keys(
-            plane.registers,
-            replacing.keys,
-            write.name,
-            replacing.update,
-            small=sealed.small,
-            regardless=replacing.regardless,
-        )
-    else:
-        outcome, _ = await commit_sealed(plane, replacing.keys, write.name, replacing.update, sealed)
-    replacing.over(outcome)
-    return result
-
-
-def _replacing(write: _Write, sealed: Sealed) -> tuple[_Replacing, PutResult]:
-    """What is to be committed, and what the client is told when it was."""
-    digest, modified_ms = sealed.digest, write.plane.clock.wall_ms()
-    kind = FULL_OBJECT if digest.checksums else ""
-    version = seal_version(
-        write.plane,
-        write.where,
-        write.bucket_key,
-        write.dek,
-        meta_of(write.meta, digest.etag, digest.checksums, kind, digest.size),
-        version_id=NULL_VERSION,
-        context_id=write.data_id,
-        owner=write.owner,
-        modified_ms=modified_ms,
-        parts=(sealed.entry,),
-    )
-    return _Replacing(write, version, sealed), PutResult(
-        digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms
-    )
-
-
-class _Replacing:
-    """A version that becomes the object's only one (versions are not kept), when the conditions hold on what it
-    replaces, once its data is durable.
-    """
-
-    __slots__ = ("_change", "_found", "_judged", "_record", "_sealed", "_started", "_version", "_write", "keys")
-
-    def __init__(self, write: _Write, version: Version, sealed: Sealed) -> None:
-        self.keys = BucketKeys(write.plane, write.bucket)
-        self._write = write
-        self._version = version
-        self._sealed = sealed
-        self._started = write.plane.clock.monotonic()
-        self._record = ObjectRecord((version,))
-        self._change = record_change(self._record, sealed.small.data_id if sealed.small is not None else b"")
-        self._judged: Value | None = None
-        self._found = EMPTY
-
-    @property
-    def regardless(self) -> bool:
-        """It replaces whatever is there (what cannot be read, but that is found by who asks first)."""
-        return self._write.conditions == NO_WRITE_CONDITIONS
-
-    def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
-        """``entry``: of the body, when it is no longer where it was when it was sealed."""
-        write, sealed = self._write, self._sealed
-        if sealed.small is not None:  # a proposer that slept must not write anew what a collector is about to delete
-            write.plane.check_age(self._started, self._version.modified_ms)
-        self._judged, self._found = value, decode_record(value)  # what cannot be read must not be replaced
-        conditions = write.conditions
-        if conditions != NO_WRITE_CONDITIONS:
-            check_write(conditions, current_of(write.where, self._found, self.keys, with_etag=needs_etag(conditions)))
-        if entry is None or entry is sealed.entry:
-            return self._change
-        return record_change(ObjectRecord((msgspec.structs.replace(self._version, parts=(entry,)),)))
-
-    def over(self, outcome: Outcome) -> None:
-        """It is committed. Raises DataDamaged for a record found in its place that can't be read."""
-        write = self._write
-        if self._sealed.writer is None:  # else ``commit_sealed`` has counted it
-            _count_put(write.plane, self._sealed)
-        before = self._found if outcome.before is self._judged else decode_record(outcome.before)
-        if before.versions:
-            retire_replaced(write.plane, write.bucket, write.name, before, self._record)
-
-
-def _count_put(plane: ObjectPlane, sealed: Sealed) -> None:
-    counters = plane.counters
-    counters.bytes_in += sealed.digest.size
-    if sealed.small is not None:
-        counters.puts_small += 1
-    elif sealed.entry.inline:
-        counters.puts_inline += 1
+    name = object_name(bucket.id, bucket.shard_numbers, key)
+    part = NewPart(bucket, name, fresh[:DEK_BYTES], fresh[DEK_BYTES:])
+    return Write(plane, Place(bucket.id, key), bucket_key, part, new)
 
 
 async def check_early(
-    plane: ObjectPlane, name: RegisterName, where: Place, keys: BucketKeys, conditions: WriteConditions
+    plane: ObjectPlane, name: RegisterName, place: Place, keys: BucketKeys, conditions: WriteConditions
 ) -> None:
-    """Answers a condition that can't hold before the body is read. Advice: what counts is judged at the commit."""
+    """Answers a condition that can't hold before the body is read. This only spares the body: the commit judges it."""
     if conditions == NO_WRITE_CONDITIONS:
         return
     record = decode_record((await plane.registers.read(name)).value)
     check_write(
-        conditions, await with_keys(keys, lambda: current_of(where, record, keys, with_etag=needs_etag(conditions)))
+        conditions, await with_keys(keys, lambda: current_of(place, record, keys, with_etag=needs_etag(conditions)))
     )
 
 
-@contextlib.asynccontextmanager
-async def sealed_body(
-    plane: ObjectPlane,
-    bucket: BucketRecord,
-    name: RegisterName,
-    body: Body,
-    checks: BodyChecks,
-    *,
-    dek: bytes,
-    data_id: bytes,
-    number: int = 0,
-) -> AsyncIterator[Sealed]:
-    """Reads, verifies and seals a body in the form that its size asks for. What was written is discarded when the
-    caller's commit raises.
-
-    ``name`` is the object's register. ``number``: of an upload's part, which is never kept as copies beside a register;
-    0 for a whole object, one that is known to
-    be larger than ``small_bytes_max`` or of unknown size.
+class Replacement:
+    """A version that becomes the object's only one (versions are not kept), when the conditions hold for what it
+    replaces, once its data is durable.
     """
-    limits = plane.limits
-    bytes_max = limits.part_bytes_max if number else limits.put_bytes_max
-    if checks.size is not None and checks.size > bytes_max:
-        raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
-    reader, digest = BodyReader(body, bytes_max), BodyDigest(checks)
-    source = _Source(reader, checks.size, digest.update, digest.finish)
-    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if number else limits.small_bytes_max
-    if checks.size is None or checks.size <= small_max:
-        head = memoryview(bytearray((small_max if checks.size is None else checks.size) + 1))
-        with trace.span("receive"):
-            count = await reader.fill(head)
-        if reader.ended:
-            plain = head[:count]
-            with trace.span("digest"):
-                found = digest_of(plain, checks)
-            sealed = seal_small(plane, bucket, name, plain, found, dek, data_id, number or 1)
-            if sealed is not None:
-                yield sealed
-                return
-            source = _digested(plain, found)
-        else:
-            reader.unread(head[:count])
-    async with _coded(plane, bucket, name, source, dek, data_id, number or 1) as sealed:
-        yield sealed
 
+    __slots__ = (
+        "_change", "_found", "_judged", "_record", "_result", "_started", "_version", "_write", "keys", "plane",
+        "regardless", "sealed",
+    )  # fmt: skip
 
-@contextlib.asynccontextmanager
-async def _coded(
-    plane: ObjectPlane,
-    bucket: BucketRecord,
-    name: RegisterName,
-    source: _Source,
-    dek: bytes,
-    data_id: bytes,
-    number: int,
-) -> AsyncIterator[Sealed]:
-    """The body coded and on its way to the disks; discarded when the caller's commit raises."""
-    async with PartWriter(
-        plane,
-        owner=name,
-        data_id=data_id,
-        number=number,
-        dek=dek,
-        target=plane.target_of(bucket),
-        size=source.size,
-        countries=bucket.countries,
-    ) as writer:
-        try:
-            await writer.write(source.reader, source.update)
-            plane.counters.puts_coded += 1
-            yield Sealed(writer.entry(), source.finish(), writer=writer)
-        except BaseException:
-            plane.background.spawn(writer.discard())
-            raise
+    def __init__(self, write: Write, sealed: Sealed) -> None:
+        self.plane = plane = write.plane
+        part, new, digest, modified_ms = write.part, write.new, sealed.digest, plane.clock.wall_ms()
+        kind = FULL_OBJECT if digest.checksums else ""
+        self.keys = BucketKeys(plane, part.bucket)
+        self.sealed = sealed
+        self.regardless = new.conditions == NO_WRITE_CONDITIONS
+        """It replaces whatever is there. What is there and can't be read, it finds only when it asks first."""
+        self._write = write
+        self._version = seal_version(
+            plane,
+            write.place,
+            write.bucket_key,
+            part.dek,
+            meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size),
+            version_id=NULL_VERSION,
+            context_id=part.data_id,
+            owner=new.owner,
+            modified_ms=modified_ms,
+            parts=(sealed.entry,),
+        )
+        self._result = PutResult(digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms)
+        self._started = plane.clock.monotonic()
+        self._record = ObjectRecord((self._version,))
+        self._change = record_change(self._record, sealed.small.data_id if sealed.small is not None else b"")
+        self._judged: Value | None = None
+        self._found = EMPTY
 
+    def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
+        """``entry``: of the body, when it is no longer where it was when it was sealed. Raises PreconditionFailed,
+        DataDamaged, KeyNeeded, ServiceUnavailable."""
+        write, sealed = self._write, self.sealed
+        if sealed.small is not None:  # a proposer that slept must not write anew what a collector is about to delete
+            self.plane.check_age(self._started, self._version.modified_ms)
+        self._judged, self._found = value, decode_record(value)  # what can't be read must not be replaced
+        conditions = write.new.conditions
+        if conditions != NO_WRITE_CONDITIONS:
+            check_write(conditions, current_of(write.place, self._found, self.keys, with_etag=needs_etag(conditions)))
+        if entry is None or entry is sealed.entry:
+            return self._change
+        return record_change(ObjectRecord((msgspec.structs.replace(self._version, parts=(entry,)),)))
 
-def _digested(plain: Buffer, digest: Digest) -> _Source:
-    """A body that is here whole, and was verified: a small one that can't be kept as copies now."""
-    return _Source(BodyReader(_once(plain), digest.size), digest.size, lambda _plain: None, lambda: digest)
-
-
-async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
-    yield plain
-
-
-def seal_small(
-    plane: ObjectPlane,
-    bucket: BucketRecord,
-    name: RegisterName,
-    plain: Buffer,
-    digest: Digest,
-    dek: bytes,
-    data_id: bytes,
-    number: int,
-) -> Sealed | None:
-    """Seals a body that is one chunk, to stay in the record or to go along with the accept; None when too few of the
-    register's disks can take copies now, and
-    nothing was done."""
-    target, inline = plane.target_text(bucket), len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
-    if not inline:
-        plan = plane.copy_plan(name)
-        if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.replicas))):
-            return None
-    with trace.span("seal"):
-        header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
-    if inline:
-        return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
-    copy = FragmentHeader(
-        data_id + plan.id_tail,
-        name.pack(),
-        b"",
-        (fragment_hash((sealed,)),),
-        1 << header[5],
-        len(sealed),
-        plane.clock.wall_ms(),
-    )
-    payload = [sealed]
-    fragments = [(encoded, payload) for encoded in encode_copies(copy, len(plan.replicas))]
-    entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, small=True)
-    return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
-
-
-async def commit_sealed(
-    plane: ObjectPlane,
-    keys: BucketKeys,
-    name: RegisterName,
-    update: Callable[[Value | None, PartEntry], Change],
-    sealed: Sealed,
-) -> tuple[Outcome, PartEntry]:
-    """Commits what refers to a sealed body once that is durable. ``update`` gets the entry as the barrier left it: a
-    part's place is in the clear, so nothing is
-    sealed anew when disks failed at the last moment and its blocks were moved."""
-    writer, entry = sealed.writer, sealed.entry
-    while True:
-        try:
-            outcome = await commit(
-                plane,
-                keys,
-                name,
-                partial(_with_entry, update, entry, writer),
-                ready=writer.barrier if writer else None,
-                still_there=writer.still_there if writer else None,
-                small=sealed.small,
-            )
-        except RunsChanged:
-            assert writer is not None
-            entry = writer.entry()
-        else:
-            _count_put(plane, sealed)
-            if writer is not None and writer.degraded:
-                plane.on_degraded(name)
-            return outcome, entry
-
-
-def _with_entry(
-    update: Callable[[Value | None, PartEntry], Change],
-    entry: PartEntry,
-    writer: PartWriter | None,
-    value: Value | None,
-) -> Change:
-    if writer is not None:
-        writer.check_age()
-    return update(value, entry)
+    def finish(self, outcome: Outcome) -> PutResult:
+        """The version is committed: retires what it replaced. Raises DataDamaged for a record found in its place that
+        can't be read."""
+        part = self._write.part
+        before = self._found if outcome.before is self._judged else decode_record(outcome.before)
+        if before.versions:
+            retire_replaced(self.plane, part.bucket, part.name, before, self._record)
+        return self._result

@@ -16,16 +16,13 @@ the rule with synced fragments.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 from storaged import trace
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement
-from storaged.hashes import fragment_hash, is_fragment, quick_check
-from storaged.meta.names import RegisterName
+from storaged.hashes import fragment_hash, quick_check
 from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, block_size_for
 from storaged.objects.code import erasure, place
@@ -33,7 +30,8 @@ from storaged.objects.code.assemble import assemble, empty_fragments
 from storaged.objects.code.geometry import BlockShape
 from storaged.objects.code.seal import PartSealer
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import PartEntry, Run
+from storaged.objects.records import PartEntry
+from storaged.objects.write.blocks import BlockState, Coded, NewPart, OnPlain, runs_of
 from storaged.objects.write.body import BodyReader
 from storaged.objects.write.garbage import retire_all
 from storaged.sov1 import SALT_BYTES, chunk_count
@@ -42,39 +40,11 @@ from storaged.wire import Buffer
 ATTEMPTS_MAX = 6
 """Placements tried for one block, and rounds of the barrier: every one leaves out at least one more disk."""
 
-OnPlain = Callable[[memoryview], None]
-"""Sees the plaintext of each block in order, in the thread that seals it: the digests."""
-
 
 class RunsChanged(Exception):
     """The barrier found disks that failed, and moved blocks: the entry that was announced is not where the data is.
     ``entry()`` is.
     """
-
-
-class Coded(NamedTuple):
-    """A block as it is sent: ``sealed`` cells in stream order, ``parity`` fragments, the hashes of all fragments, and
-    their ``checks`` (none: they were not hashed here).
-    """
-
-    sealed: memoryview
-    parity: tuple[memoryview, ...]
-    hashes: tuple[bytes, ...]
-    checks: tuple[bytes, ...] = ()
-
-
-@dataclass
-class BlockState:
-    """Where one block is. ``durable``: position -> disk of what was written (until the barrier) or
-    synced (after it).
-    """
-
-    number: int
-    shape: BlockShape
-    placement: place.Placement
-    layout: Layout
-    hashes: tuple[bytes, ...] = ()
-    durable: dict[int, str] = field(default_factory=dict)
 
 
 class PartWriter:
@@ -84,26 +54,15 @@ class PartWriter:
     ``owner`` is the object's register, also for parts of uploads (see ``references``).
     """
 
-    def __init__(
-        self,
-        plane: ObjectPlane,
-        *,
-        owner: RegisterName,
-        data_id: bytes,
-        number: int,
-        dek: bytes,
-        target: Profile,
-        size: int | None,
-        countries: tuple[str, ...],
-    ) -> None:
+    def __init__(self, plane: ObjectPlane, part: NewPart, size: int | None) -> None:
         self._plane = plane
-        self._owner = owner.pack()
-        self._data_id = data_id
-        self._number = number
-        self._target = target
-        self._countries = countries
+        self._owner = part.name.pack()
+        self._data_id = data_id = part.data_id
+        self._number = number = part.sealed_number
+        self._target = target = plane.target_of(part.bucket)
+        self._countries = part.bucket.countries
         chunk, self._block_cells = block_size_for(target.k, size, plane.fill_buffers.left, plane.limits.block_cells_max)
-        self._sealer = PartSealer(dek, data_id, number, chunk, plane.entropy(SALT_BYTES))
+        self._sealer = PartSealer(part.dek, data_id, number, chunk, plane.entropy(SALT_BYTES))
         cells = self._block_cells if size is None else min(chunk_count(size, chunk), self._block_cells)
         self._plain_bytes = cells * self._sealer.plain_bytes
         self._sealed_bytes = cells * chunk
@@ -440,7 +399,7 @@ class PartWriter:
             self._lose(disk)
             return None
         whole = b"".join(cell for cell in found.cells if cell is not None)
-        if not _is_as_written(whole, state, position):
+        if not state.wrote(whole, position):
             state.durable.pop(position, None)
             return None
         return whole
@@ -453,18 +412,6 @@ class PartWriter:
         return self._announced
 
     def _make_entry(self) -> PartEntry:
-        runs: list[Run] = []
-        for state in self._blocks:
-            profile, moved = state.placement.profile, dict(state.placement.moved)
-            previous = runs[-1] if runs else None
-            if previous and (previous.k, previous.m, previous.epoch, previous.moved) == (
-                *profile,
-                state.layout.epoch,
-                moved,
-            ):
-                runs[-1] = Run(previous.first, previous.count + 1, profile.k, profile.m, state.layout.epoch, moved)
-            else:
-                runs.append(Run(state.number, 1, profile.k, profile.m, state.layout.epoch, moved))
         return PartEntry(
             self._number,
             self._data_id,
@@ -472,7 +419,7 @@ class PartWriter:
             self._sealer.header,
             self._block_cells,
             str(self._target),
-            tuple(runs),
+            runs_of(self._blocks),
         )
 
     @property
@@ -515,8 +462,3 @@ class PartWriter:
         for (state, position), stat in zip(held, stats, strict=True):
             if stat.health:
                 state.durable.pop(position, None)
-
-
-def _is_as_written(fragment: bytes, state: BlockState, position: int) -> bool:
-    """Whether a fragment read back is the one that was written. Copies (k = 1) have one hash for all."""
-    return is_fragment((fragment,), state.hashes[position if len(state.hashes) > 1 else 0])

@@ -1,0 +1,78 @@
+"""A part that is being written, and its blocks: where they are, and how the record names their places. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from storaged.cluster.layout import Layout
+from storaged.hashes import is_fragment
+from storaged.meta.names import RegisterName
+from storaged.objects.code import place
+from storaged.objects.code.geometry import BlockShape
+from storaged.objects.records import BucketRecord, Run
+
+OnPlain = Callable[[memoryview], None]
+"""Gets the plaintext of each block in order, in the thread that seals it: the digests."""
+
+
+class NewPart(NamedTuple):
+    """A part that is about to be written: a whole object, or a part of an upload.
+
+    ``name``: the object's register, also for a part of an upload, which has a row of its own (see ``references``).
+    ``dek``: its data key. ``data_id``: 16 fresh random bytes. ``number``: of an upload's part; 0 for a whole object.
+    """
+
+    bucket: BucketRecord
+    name: RegisterName
+    dek: bytes
+    data_id: bytes
+    number: int = 0
+
+    @property
+    def sealed_number(self) -> int:
+        """The part number that the sealed bytes are bound to."""
+        return self.number or 1
+
+
+class Coded(NamedTuple):
+    """A block as it is sent: ``sealed`` cells in stream order, ``parity`` fragments, the hashes of all fragments, and
+    their ``checks`` (empty when no fragment was hashed here).
+    """
+
+    sealed: memoryview
+    parity: tuple[memoryview, ...]
+    hashes: tuple[bytes, ...]
+    checks: tuple[bytes, ...] = ()
+
+
+@dataclass
+class BlockState:
+    """Where one block is. ``durable``: position -> disk of each fragment that was written (before the barrier) or
+    synced (after it).
+    """
+
+    number: int
+    shape: BlockShape
+    placement: place.Placement
+    layout: Layout
+    hashes: tuple[bytes, ...] = ()
+    durable: dict[int, str] = field(default_factory=dict)
+
+    def wrote(self, fragment: bytes, position: int) -> bool:
+        """Whether a fragment that was read back is the one that was written. Copies (k = 1) have one hash for all."""
+        return is_fragment((fragment,), self.hashes[position if len(self.hashes) > 1 else 0])
+
+
+def runs_of(blocks: Iterable[BlockState]) -> tuple[Run, ...]:
+    """Blocks in order, as the runs of their part: neighbours with the same profile, epoch and disks are one run."""
+    runs: list[Run] = []
+    for block in blocks:
+        profile, epoch, moved = block.placement.profile, block.layout.epoch, dict(block.placement.moved)
+        previous = runs[-1] if runs else None
+        if previous and (previous.k, previous.m, previous.epoch, previous.moved) == (*profile, epoch, moved):
+            runs[-1] = Run(previous.first, previous.count + 1, profile.k, profile.m, epoch, moved)
+        else:
+            runs.append(Run(block.number, 1, profile.k, profile.m, epoch, moved))
+    return tuple(runs)

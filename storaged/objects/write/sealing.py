@@ -1,0 +1,144 @@
+"""Seal and place: a body becomes sealed bytes, in the form that its size asks for.
+
+* Up to ``inline_sealed_bytes_max`` sealed, it stays in the record.
+* Up to ``small_sealed_bytes_max`` sealed, it is kept as whole copies beside the register. They are written along with
+  the accept. A part of an upload is never kept so.
+* A larger one, or one whose register has too few writable disks for copies, is coded and spread block by block
+  (``writer``).
+
+In the first two forms nothing is on a disk yet when the body is sealed; the commit brings it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple
+
+from storaged import trace
+from storaged.errors import EntityTooLarge
+from storaged.fragments.ports import FragmentHeader, encode_copies
+from storaged.hashes import fragment_hash
+from storaged.meta.ports import SmallCopies
+from storaged.objects.api import Body, BodyChecks
+from storaged.objects.code.seal import seal_part
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import PartEntry
+from storaged.objects.write.blocks import NewPart, OnPlain
+from storaged.objects.write.body import BodyReader, whole_of
+from storaged.objects.write.checksums import BodyDigest, Digest, digest_of
+from storaged.objects.write.writer import PartWriter
+from storaged.sov1 import SALT_BYTES, TAG_BYTES
+from storaged.wire import Buffer
+
+
+class Sealed(NamedTuple):
+    """A sealed body. ``small``: the copies that travel with the accept. ``writer``: has sent the blocks of a coded one
+    to their disks; its barrier makes them durable, and may still change the entry.
+    """
+
+    entry: PartEntry
+    digest: Digest
+    small: SmallCopies | None = None
+    writer: PartWriter | None = None
+
+
+class Source(NamedTuple):
+    """A body to be coded: what reads it (``size`` bytes, when that is known), and what digests it on the way."""
+
+    reader: BodyReader
+    size: int | None
+    update: OnPlain
+    finish: Callable[[], Digest]
+
+
+@contextlib.asynccontextmanager
+async def sealed_body(plane: ObjectPlane, part: NewPart, body: Body, checks: BodyChecks) -> AsyncIterator[Sealed]:
+    """Reads, verifies and seals a body. What was written is discarded when the caller's commit raises.
+
+    Raises EntityTooLarge, ServiceUnavailable, SlowDown, and what the body and its digests raise.
+    """
+    limits = plane.limits
+    bytes_max = limits.part_bytes_max if part.number else limits.put_bytes_max
+    if checks.size is not None and checks.size > bytes_max:
+        raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
+    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if part.number else limits.small_bytes_max
+    plain: Buffer | None = None
+    source: Source | None = None
+    if checks.size is not None and checks.size <= small_max:
+        with trace.span("receive"):
+            plain = await whole_of(body, checks.size)
+    else:
+        reader, digest = BodyReader(body, bytes_max), BodyDigest(checks)
+        source = Source(reader, checks.size, digest.update, digest.finish)
+        if checks.size is None:
+            plain = await _read_small(reader, small_max)
+    if plain is not None:
+        with trace.span("digest"):
+            found = digest_of(plain, checks)
+        with trace.span("seal"):
+            sealed = seal_small(plane, part, plain, found)
+        if sealed is not None:
+            yield sealed
+            return
+        source = Source(BodyReader(_once(plain), found.size), found.size, lambda _plain: None, lambda: found)
+    assert source is not None
+    async with _coded(plane, part, source) as sealed:
+        yield sealed
+
+
+async def _read_small(reader: BodyReader, bytes_max: int) -> Buffer | None:
+    """The whole body, when it has at most ``bytes_max``; else None, and the reader begins again."""
+    head = memoryview(bytearray(bytes_max + 1))
+    with trace.span("receive"):
+        count = await reader.fill(head)
+    if reader.ended:
+        return head[:count]
+    reader.unread(head[:count])
+    return None
+
+
+@contextlib.asynccontextmanager
+async def _coded(plane: ObjectPlane, part: NewPart, source: Source) -> AsyncIterator[Sealed]:
+    """The body coded and on its way to the disks; discarded when the caller's commit raises."""
+    async with PartWriter(plane, part, source.size) as writer:
+        try:
+            await writer.write(source.reader, source.update)
+            plane.counters.puts_coded += 1
+            yield Sealed(writer.entry(), source.finish(), writer=writer)
+        except BaseException:
+            plane.background.spawn(writer.discard())
+            raise
+
+
+async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
+    yield plain
+
+
+def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest) -> Sealed | None:
+    """Seals a body that is one chunk, for the record or for copies beside the register. None, with nothing done: too
+    few of the register's disks can take copies now.
+    """
+    bucket, name, dek, data_id, _ = part
+    number = part.sealed_number
+    target, inline = plane.target_text(bucket), len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
+    if not inline:
+        plan = plane.copy_plan(name)
+        if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.replicas))):
+            return None
+    header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
+    if inline:
+        return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
+    copy = FragmentHeader(
+        data_id + plan.id_tail,
+        name.pack(),
+        b"",
+        (fragment_hash((sealed,)),),
+        1 << header[5],
+        len(sealed),
+        plane.clock.wall_ms(),
+    )
+    payload = [sealed]
+    fragments = [(encoded, payload) for encoded in encode_copies(copy, len(plan.replicas))]
+    entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, small=True)
+    return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
