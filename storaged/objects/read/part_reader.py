@@ -392,8 +392,8 @@ class _WindowJob:
         """
         try:
             store = self._plane.stores.store(self.disks[position])
-            peek = getattr(store, "peek", None)
-            found = peek(self._fragment(position), row, count) if peek is not None else None
+            try_read = getattr(store, "try_read", None)  # of a NearStore
+            found = try_read(self._fragment(position), row, count) if try_read is not None else None
         except PeerError:
             return False
         return found is not None and self._take(position, row, count, found)
