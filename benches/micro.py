@@ -32,7 +32,7 @@ from benches import micro_front, micro_listing, micro_objects
 from benches.micro_world import ACCESS, REGION, SCOPE, SECRET, OneObject, finished, list_request, signature_floor
 from benches.s3client import Connection, Target, connect, signed_head
 from storaged.clock import SystemClock
-from storaged.cluster import identity
+from storaged.cluster import issuing
 from storaged.cluster.layout import Profile
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Call, Method, PeerChecks
@@ -254,9 +254,9 @@ async def rpc() -> list[Measured]:
         return request
 
     with tempfile.TemporaryDirectory(prefix="storaged-micro-") as place:
-        authority = identity.create_authority(Path(place) / "authority", "micro")
+        authority = issuing.create_authority(Path(place) / "authority", "micro")
         own = {
-            name: identity.issue(authority, Path(place) / name, name=name, location="FR/par1/a", roles=("storage",))
+            name: issuing.issue(authority, Path(place) / name, name=name, location="FR/par1/a", roles=("storage",))
             for name in ("a", "b")
         }
         checks = PeerChecks(Policy().admit)

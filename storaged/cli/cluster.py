@@ -46,7 +46,7 @@ def create(directory: Path, name: str | None, profile: str, countries: str, juri
     the release of keys follow it.
     """
     from storaged.cli import create as files
-    from storaged.cluster import identity
+    from storaged.cluster import issuing
     from storaged.cluster.layout import Profile
 
     try:
@@ -56,7 +56,7 @@ def create(directory: Path, name: str | None, profile: str, countries: str, juri
     if k < 1 or m < 1:
         raise OperatorError(f"{profile!r}: a profile has at least one data and one parity fragment")
     where, whose = files.parse_countries(countries), files.parse_countries(jurisdictions)
-    authority = identity.create_authority(directory, name or f"c-{secrets.token_hex(6)}")
+    authority = issuing.create_authority(directory, name or f"c-{secrets.token_hex(6)}")
     files.save_plan(directory, files.ClusterPlan(authority.cluster, profile, countries=where, jurisdictions=whose))
     click.echo(
         f"cluster {authority.cluster}: authority and administration key are in {directory}. Keep this folder offline,"
@@ -113,11 +113,11 @@ def issue(
     configuration as it would be now, and no config.toml: so a copy of it keeps the configuration of the server.
     """
     from storaged.cli import create as files
-    from storaged.cluster import identity
+    from storaged.cluster import issuing
     from storaged.config import parse, split_address
 
     plan = files.load_plan(directory)
-    authority = identity.load_authority(directory)
+    authority = issuing.load_authority(directory)
     known = next((node for node in plan.nodes if node.name == name), None)
     if known is not None and disks:
         raise OperatorError(
@@ -204,13 +204,13 @@ def methods(as_json: bool) -> None:
 def renew(directory: Path, name: str) -> None:
     """Make a new certificate for the member NAME. Its configuration and disks stay as they are."""
     from storaged.cli import create as files
-    from storaged.cluster import identity
+    from storaged.cluster import issuing
 
     node = next((node for node in files.load_plan(directory).nodes if node.name == name), None)
     if node is None:
         raise OperatorError(f"{name!r} is no member of this cluster; new ones are made with: storaged cluster issue")
     folder = directory / "nodes" / name
-    files.issue_node(identity.load_authority(directory), node, folder, None, member=True)
+    files.issue_node(issuing.load_authority(directory), node, folder, None, member=True)
     click.echo(f"{name}: a new certificate is in {folder / 'identity'}")
     click.echo(f"  Next: {_copy(folder, name)}")
 
@@ -229,7 +229,7 @@ def remove(directory: Path, name: str) -> None:
     A storage node that the last layout names can't be taken out: its disks' data would be lost.
     """
     from storaged.cli import create as files
-    from storaged.cluster import identity
+    from storaged.cluster import issuing
 
     plan = files.load_plan(directory)
     if name not in [node.name for node in plan.nodes]:
@@ -237,7 +237,7 @@ def remove(directory: Path, name: str) -> None:
             f"{name} is no node of this cluster; there are: {', '.join(node.name for node in plan.nodes)}"
         )
     plan.nodes = [node for node in plan.nodes if node.name != name]
-    if (last := files.last_layout(identity.load_authority(directory), plan)) is not None:
+    if (last := files.last_layout(issuing.load_authority(directory), plan)) is not None:
         files.layout_of(plan, last)
     files.save_plan(directory, plan)
     click.echo(f"{name} is no longer in the list; its certificate is still valid until it expires.")
@@ -253,10 +253,10 @@ def layout(directory: Path) -> None:
     move data is refused.
     """
     from storaged.cli import create as files
-    from storaged.cluster import identity
+    from storaged.cluster import issuing
 
     plan = files.load_plan(directory)
-    authority = identity.load_authority(directory)
+    authority = issuing.load_authority(directory)
     last = files.last_layout(authority, plan)
     signed = files.layout_of(plan, last)
     files.sign_layout(authority, signed, [directory / "nodes" / node.name for node in plan.nodes])

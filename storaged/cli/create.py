@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from storaged.cluster import identity
+from storaged.cluster import issuing, signed_layout
 from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
 from storaged.cluster.moves import moves_between
 from storaged.cluster.policy import Policy
@@ -113,14 +113,14 @@ def new_disks(directories: list[str]) -> list[DiskPlan]:
 
 
 def issue_node(
-    authority: identity.Authority, node: NodePlan, folder: Path, config_text: str | None, *, member: bool = False
+    authority: issuing.Authority, node: NodePlan, folder: Path, config_text: str | None, *, member: bool = False
 ) -> None:
     """Writes certificate and configuration of one node into ``folder``.
 
     ``member``: its server has a configuration already, perhaps an edited one, and a copy of the folder must not
     replace it. So ``config_text`` goes into config.issued.toml.
     """
-    identity.issue(
+    issuing.issue(
         authority,
         folder / "identity",
         name=node.name,
@@ -134,7 +134,7 @@ def issue_node(
         write_private(folder / ("config.issued.toml" if member else "config.toml"), config_text.encode())
 
 
-def last_layout(authority: identity.Authority, plan: ClusterPlan) -> Layout | None:
+def last_layout(authority: issuing.Authority, plan: ClusterPlan) -> Layout | None:
     """The newest layout that was signed here; None when there is none.
 
     It lies beside the authority's keys; earlier versions left it in the nodes' folders only. A plan that was restored
@@ -146,8 +146,8 @@ def last_layout(authority: identity.Authority, plan: ClusterPlan) -> Layout | No
         *sorted(authority.directory.glob(f"nodes/*/identity/{LAYOUT_NAME}")),
     ):
         try:
-            signed = decode(path.read_bytes(), identity.SignedLayout)
-            layout = identity.verify_layout(signed, authority.administration.public_key(), authority.cluster)
+            signed = decode(path.read_bytes(), signed_layout.SignedLayout)
+            layout = signed_layout.verify_layout(signed, authority.administration.public_key(), authority.cluster)
         except FileNotFoundError:
             continue
         except (msgspec.MsgspecError, LayoutRefused) as error:
@@ -197,12 +197,12 @@ def seeds_of(layout: Layout) -> tuple[str, ...]:
     return tuple(first.values())[: count - 1 if count % 2 == 0 else count]
 
 
-def sign_layout(authority: identity.Authority, layout: Layout, folders: list[Path]) -> None:
+def sign_layout(authority: issuing.Authority, layout: Layout, folders: list[Path]) -> None:
     """Signs the layout and writes it beside the authority's keys, and into each node's identity.
 
     A node reads it there at its next start or reload.
     """
-    signed = encode(identity.sign_layout(layout, authority.administration))
+    signed = encode(signed_layout.sign_layout(layout, authority.administration))
     write_private(authority.directory / LAYOUT_NAME, signed)
     for folder in folders:
         write_private(folder / "identity" / LAYOUT_NAME, signed)

@@ -205,10 +205,10 @@ def _create(place: Path, s3: int, admin: int, workers: int) -> None:
 
     from storaged.cli import create as files
     from storaged.cli.keys import create_with_credential
-    from storaged.cluster import identity
+    from storaged.cluster import issuing
 
     (place / CREATING).touch()
-    authority = identity.create_authority(place / "authority", f"dev-{secrets.token_hex(6)}")
+    authority = issuing.create_authority(place / "authority", f"dev-{secrets.token_hex(6)}")
     plan = files.ClusterPlan(authority.cluster)
     for (name, rack), port in zip(RACKS, _free_ports(len(RACKS), {s3, admin}), strict=True):
         disks = files.new_disks([f"d{number}" for number in range(1, DISKS_EACH + 1)])

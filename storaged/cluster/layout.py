@@ -1,9 +1,9 @@
-"""The layout: which nodes, disks and racks there are, and where things belong. Pure.
+"""The layout: which nodes, disks and racks exist, and which disks hold what. Pure.
 
 A layout is a value, numbered by its epoch, kept in the system register ``layout`` and signed by the cluster's
-administration key. Everything that depends on one carries its epoch. From it follow, as functions alone:
+administration key. Everything that depends on a layout carries its epoch. Pure functions of it are:
 
-* the failure domain of a disk (decision: rack where there are three or more, else node, else disk);
+* the failure domain of a disk (rack where there are three or more, else node, else disk);
 * the ring: partition number -> metadata replicas, an ordered list of disks in distinct domains;
 * a preference list of disks per placement group (``objects.code.place`` applies rack limits to it).
 
@@ -27,7 +27,7 @@ PARTITIONS = 1024
 """Ring partitions of user data: the top 10 bits of xxh3-64(bucket id || shard)."""
 
 SYSTEM_PARTITION = PARTITIONS
-"""One more partition holds buckets, users, keys, the layout; its replicas are the layout's seed disks."""
+"""One more partition holds buckets, users, keys and the layout; its replicas are the layout's seed disks."""
 
 SHARDS_DEFAULT = 16
 
@@ -69,8 +69,8 @@ class Location(NamedTuple):
 
 
 class NodeEntry(Message, frozen=True):
-    """A member: ``name``, ``location`` as text, ``address`` as host:port of its RPC server (empty for a gateway without
-    one).
+    """A member: ``name``, ``location`` as text, and ``address``, host:port of its RPC server (empty for a gateway
+    without one).
     """
 
     name: str
@@ -80,7 +80,7 @@ class NodeEntry(Message, frozen=True):
 
 
 class DiskEntry(Message, frozen=True):
-    """``state``: ``active``, or ``draining`` (keeps what it has, gets nothing new)."""
+    """A disk and its node. ``state``: ``active``, or ``draining`` (keeps what it has, gets nothing new)."""
 
     id: str
     node: str
@@ -91,9 +91,9 @@ class DiskEntry(Message, frozen=True):
 class Layout(Message, frozen=True, dict=True):
     """``profile`` is the default target, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd).
 
-    ``countries``: where nodes may be, and data may lie; ``jurisdictions``: whose law their operators may be under.
-    Empty: all where EU law
-    applies. See ``cluster.policy``."""
+    ``countries``: where nodes may be and data may be stored; ``jurisdictions``: under whose law their operators may be.
+    Empty: everywhere where EU law applies. See ``cluster.policy``.
+    """
 
     cluster: str
     epoch: int
@@ -115,7 +115,7 @@ class Layout(Message, frozen=True, dict=True):
 
     @cached_property
     def domain_kind(self) -> str:
-        """``rack``, ``node`` or ``disk``: what a failure domain is here."""
+        """What a failure domain is in this layout: ``rack``, ``node`` or ``disk``."""
         nodes = {disk.node for disk in self.disks}
         if len({self.node_by_name[name].location for name in nodes}) >= 3:
             return "rack"
@@ -123,7 +123,7 @@ class Layout(Message, frozen=True, dict=True):
 
     @cached_property
     def domain_by_disk(self) -> dict[str, str]:
-        """Disk id -> the failure domain it falls with."""
+        """Disk id -> its failure domain."""
         kind = self.domain_kind
         return {
             disk.id: self.node_by_name[disk.node].location
@@ -145,7 +145,7 @@ class Layout(Message, frozen=True, dict=True):
         return self.country_by_disk[disk_id]
 
     def allows(self, country: str) -> bool:
-        """Whether data may lie in a country, as far as this layout narrows that."""
+        """Whether this layout lets data be stored in a country."""
         return not self.countries or country in self.countries
 
     @cached_property
@@ -182,23 +182,24 @@ class Layout(Message, frozen=True, dict=True):
 
     @cached_property
     def first_choices(self) -> dict[tuple[int, Profile, tuple[str, ...]], tuple[str, ...]]:
-        """Memory of ``objects.code.place``, which bounds it: (group, profile, countries) -> disks."""
+        """The cache of ``objects.code.place``, which bounds it: (group, profile, countries) -> disks."""
         return {}
 
     def _ranked(self, salt: bytes) -> list[str]:
         def score(disk: DiskEntry) -> tuple[float, str]:
             draw = (xxhash.xxh3_64_intdigest(disk.id.encode() + salt) + 1) / (2**64 + 2)
-            return -max(disk.weight, 1) / math.log(
-                draw
-            ), disk.id  # the id: the order of the layout's list never decides
+            # The id breaks ties, so that the order of the layout's list never decides.
+            return -max(disk.weight, 1) / math.log(draw), disk.id
 
         return [disk.id for disk in sorted(self.disks, key=score, reverse=True)]
 
 
-def standing_of(layout: Layout, name: str, location: str, roles: Iterable[str]) -> frozenset[str]:
-    """The roles that a node has by its certificate and by the layout both. Empty for one that the layout does not name,
-    or names at another location: what is
-    placed by racks and countries must lie where it is certified to."""
+def confirmed_roles(layout: Layout, name: str, location: str, roles: Iterable[str]) -> frozenset[str]:
+    """The roles that both a node's certificate and the layout give it.
+
+    Empty for a node that the layout does not name, or names at another location: what is placed by racks and countries
+    must be stored where the node is certified to be.
+    """
     entry = layout.node_by_name.get(name)
     return (
         frozenset(roles).intersection(entry.roles) if entry is not None and entry.location == location else frozenset()
@@ -216,7 +217,7 @@ def partition_of(scope: bytes, shard: int) -> int:
 
 
 def problems_of(layout: Layout) -> list[str]:
-    """Why this layout cannot work, with the numbers; empty when it can."""
+    """The reasons why this layout cannot work, with the numbers; empty when it can."""
     found: list[str] = []
     profile = Profile.parse(layout.profile)
     per_domain: dict[str, int] = {}

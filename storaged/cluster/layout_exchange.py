@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import PEER, LayoutBook
 from storaged.cluster.messages import LayoutAfter, LayoutAnswer, OfferAnswer
 from storaged.cluster.ports import Call, Caller
+from storaged.cluster.signed_layout import SignedLayout
 from storaged.errors import LayoutRefused, PeerError
 from storaged.wire import decode
 

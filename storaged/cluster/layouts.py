@@ -1,12 +1,12 @@
-"""The layouts that this node knows: the one in force, and the earlier ones that records still name.
+"""Keeps the layouts that this node knows: the one in force, and the earlier ones that records still name.
 
-A layout is believed for its signature, from any sender. Epochs only grow: a layout that is older than the one in
-force joins the history and changes nothing, and a second one under an epoch already known is refused, since one of
+A layout is believed because of its signature, whoever sends it. Epochs only grow: a layout that is older than the one
+in force joins the history and changes nothing, and a second one under an epoch already known is refused, since one of
 the two was not meant to exist.
 
-A newer layout that would move a replica or a disk (``cluster.moves``) is refused too, because nothing would carry
-over what lies there: the node goes on with the layout that it has. The layouts that a node used are in its directory,
-so that it knows at its next start which one that is. What was refused, and who offered it, is kept for ``status``.
+A newer layout that would move a replica or a disk (``cluster.moves``) is refused too, because nothing would copy the
+data: the node continues with its present layout. A node keeps the layouts that it used in its directory, so that it
+knows the present one at its next start. It keeps what it refused, and who offered it, for ``status``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.identity import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
 from storaged.cluster.layout import Layout
 from storaged.cluster.moves import RefusedLayout, moves_between
+from storaged.cluster.signed_layout import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.wire import decode, encode
@@ -31,17 +31,17 @@ from storaged.wire import decode, encode
 log = structlog.get_logger(__name__)
 
 HISTORY_MAX = 4096
-"""Layouts kept in memory: a change every day for eleven years."""
+"""Layouts kept in memory: one change a day for eleven years."""
 
 REFUSALS_MAX = 16
 """Sources whose refused layouts are kept for ``status``."""
 
 REASON_CHARS_MAX = 500
 PEER = "node "
-"""How the name of a source begins that is a peer."""
+"""The prefix of a source's name when the source is a peer."""
 
 OFFER_LASTS_S = 60.0
-"""A peer that goes by another layout offers it at every ping: one that has not for so long has stopped."""
+"""A peer that uses another layout offers it at every ping. After so long without an offer it has stopped using it."""
 
 DIGEST_BYTES = 16
 
@@ -50,7 +50,7 @@ Persist = Callable[[int, SignedLayout], Awaitable[None]]
 
 
 class LayoutBook:
-    """Implements ``Layouts``. ``known`` are those that this node has used (see :class:`LayoutFiles`); each is
+    """Implements ``Layouts``. ``known`` are the layouts that this node has used (see :class:`LayoutFiles`); each is
     verified again.
 
     ``on_refusal(refused)`` is called once for each layout that is refused, and again when the reason changes.
@@ -71,7 +71,7 @@ class LayoutBook:
         self._persist = persist
         self._clock = clock or SystemClock()
         self._refused: dict[str, tuple[float, bytes, RefusedLayout]] = {}
-        """Source -> when it was offered last (monotonic), the digest of what was offered, and what is wrong with it."""
+        """Source -> when it last offered (monotonic seconds), the digest of the offer, and why it is refused."""
         self._signed: dict[int, SignedLayout] = {}
         self._layouts: dict[int, Layout] = {}
         self._current: Layout | None = None
@@ -82,24 +82,25 @@ class LayoutBook:
 
     @property
     def current(self) -> Layout:
-        """Raises LayoutRefused while this node has never been given one."""
+        """Raises LayoutRefused while this node has no layout."""
         if self._current is None:
             raise LayoutRefused("This node knows no layout yet; it learns one from the first peer that it reaches.")
         return self._current
 
     @property
     def epoch(self) -> int:
-        """Of the layout in force; 0 when there is none."""
+        """The epoch of the layout in force; 0 when there is none."""
         return self._current.epoch if self._current is not None else 0
 
     @property
     def digest(self) -> bytes:
-        """Of the layout in force, so that two nodes notice that they go by different ones of one epoch. Empty when
-        there is none."""
+        """The digest of the layout in force, so that two nodes notice when they use different ones of one epoch. Empty
+        without a layout.
+        """
         return _digest_of(self._signed[self._current.epoch]) if self._current is not None else b""
 
     def refusals(self) -> tuple[RefusedLayout, ...]:
-        """What was refused and is still being offered, as far as is known."""
+        """The refused layouts that are still being offered, as far as this node knows."""
         now = self._clock.monotonic()
         return tuple(
             refused
@@ -114,10 +115,10 @@ class LayoutBook:
         return epoch in self._layouts
 
     def lacking(self, after: int) -> int | None:
-        """The lowest epoch after ``after``, and before the one in force, whose layout is not known here; None when
-        there is none.
+        """The lowest epoch after ``after`` and before the one in force whose layout this node lacks; None if there is
+        none.
 
-        It may be one under which no layout was ever signed, or used.
+        It may be an epoch under which no layout was ever signed, or used.
         """
         if len(self._layouts) >= HISTORY_MAX:
             return None
@@ -133,12 +134,13 @@ class LayoutBook:
         self._watchers.append(watcher)
 
     async def learn(self, signed: SignedLayout, source: str) -> bool:
-        """Verifies, persists, then uses. True when it is new to this node. ``source``: who offers it, as an operator
-        is told.
+        """Verifies a layout, persists it, then uses it. Returns whether it is new to this node.
 
-        Raises LayoutRefused: the layout is not signed by this cluster, is another one of an epoch that is known, or
-        would move a replica or a disk of the one in force. The node goes on with what it has, and ``refusals`` says
-        so.
+        ``source`` names who offers it, for the operator.
+
+        Raises LayoutRefused when the layout is not signed by this cluster, is another one of a known epoch, or would
+        move a replica or a disk of the one in force. Then the node keeps its layout, and ``refusals`` names the refused
+        one.
         """
         digest = _digest_of(signed)
         if (known := self._refused.get(source)) is not None and known[1] == digest and known[2].epoch > self.epoch:
@@ -156,7 +158,7 @@ class LayoutBook:
         return new
 
     def refuse(self, epoch: int, source: str, reason: str, digest: bytes = b"") -> None:
-        """Notes, logs and reports that a layout is not taken; a repetition only renews the note."""
+        """Notes, logs and reports a refused layout; a repetition only renews the note."""
         refused = RefusedLayout(epoch, source, reason[:REASON_CHARS_MAX])
         known = self._refused.get(source)
         if known is None and len(self._refused) >= REFUSALS_MAX:
@@ -167,9 +169,7 @@ class LayoutBook:
             self.on_refusal(refused)
 
     def agrees(self, source: str) -> None:
-        """The peer ``source`` goes by the layout in force, or by an older one: what it offered
-        before counts no more.
-        """
+        """The peer ``source`` uses the layout in force, or an older one: this drops its earlier offer."""
         self._refused.pop(source, None)
 
     async def _learn(self, layout: Layout, signed: SignedLayout) -> bool:
@@ -212,15 +212,17 @@ def _digest_of(signed: SignedLayout) -> bytes:
 
 
 class LayoutFiles:
-    """Layouts as files of a directory, ``layout-EPOCH.signed`` each: an encoded :class:`SignedLayout`, synced before
-    it is used."""
+    """Layouts as files of a directory: ``layout-EPOCH.signed``, an encoded :class:`SignedLayout`, synced before its
+    use.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def load(self) -> list[SignedLayout]:
-        """The newest ``HISTORY_MAX``, oldest first. Raises LayoutRefused for a file that does not decode (the
-        signature is verified by the book)."""
+        """The newest ``HISTORY_MAX`` layouts, oldest first. Raises LayoutRefused for a file that does not decode. The
+        book verifies the signatures.
+        """
         found = []
         for path in sorted(self.directory.glob("layout-*.signed"))[-HISTORY_MAX:]:
             try:

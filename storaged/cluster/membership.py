@@ -36,7 +36,6 @@ from typing import Protocol
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layout_exchange import LayoutExchange, PeerLayouts
 from storaged.cluster.layouts import REASON_CHARS_MAX, REFUSALS_MAX, LayoutBook
@@ -45,6 +44,7 @@ from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, Caller, DiskStatus, LedgerReport, Method, Methods
 from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.faults import plain
+from storaged.cluster.signed_layout import SignedLayout
 from storaged.errors import PeerError, PeerTimeout, PeerUnreachable
 
 log = structlog.get_logger(__name__)

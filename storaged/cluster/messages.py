@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from storaged.cluster.identity import SignedLayout
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import LedgerReport
+from storaged.cluster.signed_layout import SignedLayout
 from storaged.wire import Message
 
 

@@ -1,13 +1,13 @@
-"""What a new layout would move, compared with the one in force. Pure.
+"""Compares a new layout with the one in force: what would move? Pure.
 
-Nothing copies registers or fragments from where one layout has them to where another one does: no release can do that
-yet. A layout under which a single partition has other replicas, or a single disk another place in the ranks that
-fragments are placed by, therefore loses what was acknowledged. So ``storaged cluster layout`` does not sign such a
-layout, and a node does not learn it. Addresses, roles and nodes without disks may change.
+No release can yet copy registers or fragments from their places under one layout to those under another. So a layout
+loses acknowledged data if it gives even one partition other replicas, or one disk another rank in placement. ``storaged
+cluster layout`` does not sign such a layout, and a node does not learn it. Addresses, roles and nodes without disks may
+change.
 
-What decides where things lie is the set of disks with their ids, weights, states, nodes and these nodes' locations,
-the seed disks, and the number of replicas (``Layout._ranked``). So two layouts that agree in all of that agree in
-every rank, and the ranks need not be computed.
+Places follow from the set of disks with their ids, weights, states, nodes and these nodes' locations, from the seed
+disks, and from the number of replicas (``Layout._ranked``). So two layouts that agree in all of these agree in every
+rank, and the ranks need not be computed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ NAMED_MAX = 8
 
 
 class RefusedLayout(Message, frozen=True):
-    """A layout that a node does not take: its epoch (0: it has none that can be read), who offered it, and why it is
-    refused."""
+    """A layout that a node refuses: its epoch (0 when unreadable), who offered it, and the reason."""
 
     epoch: int
     source: str
@@ -32,8 +31,11 @@ class RefusedLayout(Message, frozen=True):
 
 
 class Moves(NamedTuple):
-    """``disks``: what differs of disks and of the nodes that have them, a phrase each. ``partitions``: those whose
-    replicas would differ, the system's among them. Falsy when nothing moves."""
+    """What would move. False when nothing would.
+
+    ``disks``: how disks and their nodes differ, one phrase each. ``partitions``: those whose replicas would differ, the
+    system partition included.
+    """
 
     disks: tuple[str, ...] = ()
     partitions: tuple[int, ...] = ()
@@ -49,7 +51,7 @@ class Moves(NamedTuple):
 
 
 def moves_between(before: Layout, after: Layout) -> Moves:
-    """What ``after`` would move of what was written under ``before``."""
+    """What ``after`` would move of the data written under ``before``."""
     differences = tuple(_differences(before, after))
     if not differences:
         return Moves()
@@ -60,13 +62,13 @@ def moves_between(before: Layout, after: Layout) -> Moves:
 
 
 def places_digest(layout: Layout) -> bytes:
-    """SHA-256 of all that decides where things lie: equal for two layouts exactly when nothing moves between them."""
+    """SHA-256 of all that decides placement: equal for two layouts exactly when nothing moves between them."""
     places = sorted((disk, *place) for disk, place in _places(layout).items())
     return hashlib.sha256(encode((places, layout.seeds, layout.replicas, len(layout.disks)))).digest()
 
 
 class _Place(NamedTuple):
-    """All that placement asks of a disk."""
+    """All facts about a disk that placement depends on."""
 
     node: str
     location: str

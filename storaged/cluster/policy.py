@@ -1,14 +1,11 @@
-"""Jurisdiction: which countries a node may stand in, and whose law its operator may be under. Pure.
+"""Decides which countries a node may be in, and under whose law its operator may be. Pure.
 
-A place is admitted when EU law applies there without the operator having to argue for it: the 27 member states, and the
-six French
-outermost regions with ISO codes of their own (Articles 349 and 355(1) TFEU). Overseas countries and territories (Annex
-II TFEU: NC, PF, GL,
-CW ...) are not, nor are members of the EEA, nor anybody who merely has an adequacy decision. AX is part of Finland, but
-outside
-several EU acts by Protocol 2 of its accession: whoever stands there is refused.
+A place is admitted when EU law applies there without further argument: the 27 member states, and the six French
+outermost regions with ISO codes of their own (Articles 349 and 355(1) TFEU). Not admitted are overseas countries and
+territories (Annex II TFEU: NC, PF, GL, CW ...), members of the EEA, and countries that merely have an adequacy
+decision. AX is part of Finland, but outside several EU acts by Protocol 2 of its accession: it is refused.
 
-Everything fails closed: what is missing, unknown, mistyped or lower-case is a refusal that says why.
+Everything fails closed: what is missing, unknown, mistyped or lower-case is refused with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ def _codes(text: str) -> frozenset[str]:
 EU_MEMBERS: Final = _codes("AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK")
 EU_LAW_TERRITORIES: Final = _codes("GF GP MQ MF RE YT")
 EU_LAW: Final = EU_MEMBERS | EU_LAW_TERRITORIES
-"""All that can ever be admitted; a policy only narrows it."""
+"""The most that a policy can admit; a policy only narrows it."""
 
 OVERSEAS: Final = _codes("AW BL BQ CW GL NC PF PM SX TF WF")
 """Overseas countries and territories of EU members (Annex II TFEU): associated with the Union, not under its law."""
@@ -62,8 +59,8 @@ class Policy:
     """The countries where nodes may be, and the jurisdictions that their operators may be under: parts of
     :data:`EU_LAW`, never more.
 
-    Immutable. An empty selection admits nobody; :meth:`of` is how configuration and layouts say "no narrower than EU
-    law".
+    Immutable. An empty selection admits no node; configuration and layouts use :meth:`of`, where empty means all of EU
+    law.
     """
 
     __slots__ = ("countries", "jurisdictions")
@@ -107,8 +104,8 @@ class Policy:
         return f"Policy({sorted(self.countries)}{narrowed})"
 
     def narrow(self, countries: Iterable[str]) -> Policy:
-        """This policy within ``countries`` (none named: unchanged). Raises JurisdictionRefused when one of them is not
-        allowed here already.
+        """This policy narrowed to ``countries`` (none named: unchanged). Raises JurisdictionRefused when this policy
+        does not allow one of them.
         """
         narrower = Policy.of(countries) if not isinstance(countries, str) else Policy(countries)
         if narrower.countries == EU_LAW:
@@ -140,7 +137,7 @@ class Policy:
         return not self.refusal(country)
 
     def admit(self, peer: PeerIdentity) -> None:
-        """An ``Admission``: the node stands in an allowed country, and its operator is under EU law.
+        """An ``Admission``: checks that the node is in an allowed country, and its operator under an allowed law.
 
         Raises JurisdictionRefused with the reason.
         """
@@ -153,15 +150,16 @@ class Policy:
 
 
 def policy_of(layout: Layout) -> Policy:
-    """The policy that a signed layout states. One from before it had countries or jurisdictions: all of EU law.
+    """The policy that a signed layout states; all of EU law for a layout without countries or jurisdictions.
 
-    Raises JurisdictionRefused for a layout that names a country outside EU law."""
+    Raises JurisdictionRefused for a layout that names a country outside EU law.
+    """
     return Policy.of(layout.countries, layout.jurisdictions)
 
 
 class KeyHolder(NamedTuple):
     """A gateway that asks for keys, as its certificate describes it. Valid while ``valid_from_ms <= now <
-    valid_until_ms`` (wall clock).
+    valid_until_ms`` (wall clock, milliseconds since 1970).
     """
 
     country: str
@@ -174,7 +172,7 @@ class KeyHolder(NamedTuple):
 
 
 class ReleaseRefusal(NamedTuple):
-    """The rule that refuses a key, and its reason: one of RELEASE_RULES."""
+    """The rule that refuses a key (one of RELEASE_RULES), and the reason."""
 
     rule: str
     reason: str
@@ -197,20 +195,19 @@ RELEASE_RULES: Final = (
     CLUSTER_JURISDICTIONS_RULE,
     BUCKET_COUNTRIES_RULE,
 )
-"""In the order in which they are asked."""
+"""In the order in which they are checked."""
 
 
 def release_refusal(
     policy: Policy | None, holder: KeyHolder | None, bucket_countries: Iterable[str], now_ms: int
 ) -> ReleaseRefusal | None:
-    """Whether a gateway may be given the key of a bucket; None when it may, else the first rule that refuses. Fails
+    """Decides whether a gateway may have the key of a bucket: None if so, else the first rule that refuses. Fails
     closed.
 
-    ``policy`` None: it is not known, or could not be read. ``holder`` None: no certificate is known.
-    ``bucket_countries`` are those of the authenticated bucket
-    record; none named: the bucket is no narrower than the cluster. They bind the country where the gateway is. Its
-    operator's jurisdiction is bound by the
-    cluster's policy. ``now_ms``: wall clock, milliseconds since 1970.
+    ``policy`` None: it is unknown, or could not be read. ``holder`` None: no certificate is known. ``bucket_countries``
+    come from the authenticated bucket record; with none named the bucket is no narrower than the cluster. They bind the
+    country of the gateway; the cluster's policy binds its operator's jurisdiction. ``now_ms``: wall clock, milliseconds
+    since 1970.
     """
     if policy is None:
         return ReleaseRefusal(POLICY_RULE, "the cluster's policy is not known")

@@ -1,17 +1,16 @@
-"""Who signs what nodes without keys must believe: an Ed25519 key of the cluster's gateways, certified by the cluster's
-authority.
+"""Certifies the key with which gateways sign what nodes without keys must believe.
+
+It is an Ed25519 key of the cluster's gateways, certified in two steps from the cluster's authority::
 
     authority (pinned on every node)  certifies  the node key of a gateway          (X.509, role gateway)
     the node key of a gateway         certifies  the signing key of the cluster     (SignerStatement, register
-    signer/ID)
-    the signing key                   signs      the public part of records         (objects.public)
+                                                                                     signer/ID)
+    the signing key                   signs      the public part of records         (objects.system.public)
 
-All gateways of a cluster derive the same signing key from their keyring, so a record is signed alike whichever of them
-wrote it, and one statement is
-enough. The certificate that a statement carries may have expired: what counts is that the authority certified this key
-as a gateway's of this cluster.
-So a record stays believed when its gateway is gone. A statement that was lost or spoilt is written again by any
-gateway.
+All gateways of a cluster derive the same signing key from their keyring. So a record has the same signature whichever
+gateway wrote it, and one statement is enough. The certificate in a statement may have expired: what counts is that the
+authority certified this key as one of a gateway of this cluster. So records stay believed after their gateway is gone.
+Any gateway writes a lost or damaged statement again.
 """
 
 from __future__ import annotations
@@ -38,9 +37,11 @@ SIGNERS_KEPT_MAX = 64
 
 
 class SignerStatement(Message, frozen=True):
-    """The register ``signer/ID``. ``public`` (32 bytes) is an Ed25519 key, ``certificate`` (DER) that of a gateway,
-    ``signature`` (ECDSA, P-256,
-    SHA-256) by the certificate's key over the label and lp(cluster, public)."""
+    """The register ``signer/ID``.
+
+    ``public`` (32 bytes) is an Ed25519 key, ``certificate`` (DER) that of a gateway. ``signature`` (ECDSA, P-256,
+    SHA-256) is by the certificate's key over the label and lp(cluster, public).
+    """
 
     public: bytes
     certificate: bytes
@@ -48,7 +49,7 @@ class SignerStatement(Message, frozen=True):
 
 
 def signer_id(public: bytes) -> bytes:
-    """What a record names its signer by: the first 16 bytes of SHA-256 over the label and the public key."""
+    """The name of a signer in a record: the first 16 bytes of SHA-256 over the label and the public key."""
     return hashlib.sha256(STATEMENT_LABEL + public).digest()[:SIGNER_ID_BYTES]
 
 
@@ -62,8 +63,8 @@ def state_signer(node: NodeSigner, cluster: str, public: bytes) -> SignerStateme
 
 
 def certified_key(body: bytes, signer: bytes, authority: x509.Certificate, cluster: str) -> Ed25519PublicKey:
-    """The key of an encoded statement. Raises CertificateRefused, with the reason, for one that is not of the
-    ``signer``, or by no gateway of this cluster.
+    """The key of an encoded statement. Raises CertificateRefused, with the reason, when the statement is about another
+    key than ``signer`` or not by a gateway of this cluster.
     """
     try:
         statement = decode(body, SignerStatement)
@@ -100,8 +101,8 @@ class Signers:
     def __init__(
         self, read: Callable[[str], Awaitable[bytes | None]], authority: x509.Certificate, cluster: str
     ) -> None:
-        """``read(path)``: the settled body of a system register, None when there is none. It raises ServiceUnavailable
-        without a majority.
+        """``read(path)`` returns the settled body of a system register, None when there is none. It raises
+        ServiceUnavailable without a majority.
         """
         self._read = read
         self._authority = authority
@@ -109,15 +110,17 @@ class Signers:
         self._known: dict[bytes, Ed25519PublicKey] = {}
 
     async def key(self, signer: bytes) -> Ed25519PublicKey:
-        """Raises CertificateRefused for one that no gateway of this cluster certified, ServiceUnavailable when that
-        can't be known now.
+        """The key of a signer. Raises CertificateRefused when no gateway of this cluster certified it,
+        ServiceUnavailable when that can't be known now.
         """
         known = self._known.get(signer)
         if known is not None:
             return known
         try:
             body = await self._read(signer_path(signer)) if len(signer) == SIGNER_ID_BYTES else None
-        except DataDamaged as error:  # one replica's row must not keep the records of other signers from being verified
+        except (
+            DataDamaged
+        ) as error:  # the damaged row of one signer must not stop the verification of other signers' records
             raise CertificateRefused(f"The statement of signer {signer.hex()} is damaged: {error.message}") from None
         if body is None:
             raise CertificateRefused(f"No gateway has certified a signer {signer.hex() or 'without a name'}.")
@@ -135,8 +138,9 @@ async def publish(
     cluster: str,
     public: bytes,
 ) -> bool:
-    """Writes this gateway's statement unless a good one is there. True when it wrote. Raises ServiceUnavailable without
-    a majority.
+    """Writes this gateway's statement unless there is a valid one. Returns whether it wrote.
+
+    Raises ServiceUnavailable without a majority.
     """
     signer = signer_id(public)
     try:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import msgspec
 from cryptography import x509
 
-from storaged.cluster.identity import Identity, SignedLayout, verify_layout
+from storaged.cluster.identity import Identity
+from storaged.cluster.signed_layout import SignedLayout, verify_layout
 from storaged.cluster.signers import PREFIX, certified_key
 from storaged.errors import CertificateRefused, JurisdictionRefused, LayoutRefused
 from storaged.meta.names import RegisterName, Value

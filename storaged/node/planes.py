@@ -19,7 +19,7 @@ from storaged.admin.listener import actor_of_user
 from storaged.clock import Clock
 from storaged.cluster.audit.format import actor_of_peer
 from storaged.cluster.identity import Identity, authority_of, load_identity
-from storaged.cluster.layout import Layout, standing_of
+from storaged.cluster.layout import Layout, confirmed_roles
 from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.moves import RefusedLayout, places_digest
@@ -220,7 +220,7 @@ class NodePlanes:
 
     def _roles_of(self, peer: PeerIdentity) -> frozenset[str]:
         """A ``cluster.ports.RolesOf``."""
-        return standing_of(self.layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
+        return confirmed_roles(self.layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
 
     def _admit_dialled(self, peer: PeerIdentity) -> None:
         """An ``Admission`` of nodes that this one calls by name: their certificate must agree with

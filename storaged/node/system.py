@@ -7,9 +7,10 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from storaged.cluster.identity import Identity, SignedLayout
+from storaged.cluster.identity import Identity
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.signed_layout import SignedLayout
 from storaged.errors import LayoutRefused
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers

@@ -16,7 +16,7 @@ from storaged import config
 from storaged.cli import create
 from storaged.cli.main import cli, main
 from storaged.cli.operate import explained
-from storaged.cluster import identity
+from storaged.cluster import identity, issuing, signed_layout
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.policy import EU_LAW, Policy, policy_of
 from storaged.errors import (
@@ -57,8 +57,8 @@ def test_folders_hold_a_certificate_a_checked_configuration_and_the_signed_layou
     assert [disk.directory for disk in loaded.disks] == ["/srv/disk1", "/srv/disk2"]
     own = identity.load_identity(Path(loaded.cluster.identity))
     assert (own.name, own.cluster, own.peer.rack, own.peer.roles) == ("n2", "eu-1", "b", ("storage",))
-    signed = decode((Path(loaded.cluster.identity) / create.LAYOUT_NAME).read_bytes(), identity.SignedLayout)
-    layout = identity.verify_layout(signed, own.administration, "eu-1")
+    signed = decode((Path(loaded.cluster.identity) / create.LAYOUT_NAME).read_bytes(), signed_layout.SignedLayout)
+    layout = signed_layout.verify_layout(signed, own.administration, "eu-1")
     assert layout.epoch == 1
     assert layout.domain_kind == "rack"
     assert [disk.id for disk in layout.disks if disk.node == "n2"] == [disk.id for disk in loaded.disks]
@@ -92,8 +92,10 @@ def test_countries_and_jurisdictions_of_a_cluster_are_in_its_signed_layout_and_b
     call("cluster", "issue", str(place), "other", "--rack", "DE/fra/a", "--roles", "gateway", "--jurisdiction", "FR")
     call("cluster", "layout", str(place))
     own = identity.load_identity(place / "nodes/n1/identity")
-    layout = identity.verify_layout(
-        decode((own.directory / create.LAYOUT_NAME).read_bytes(), identity.SignedLayout), own.administration, "eu-1"
+    layout = signed_layout.verify_layout(
+        decode((own.directory / create.LAYOUT_NAME).read_bytes(), signed_layout.SignedLayout),
+        own.administration,
+        "eu-1",
     )
     assert (layout.countries, layout.jurisdictions) == (("DE", "FR"), ("FR",))
     policy = policy_of(layout)
@@ -289,8 +291,8 @@ ADDED = ("n4", "--rack", "DE/fra1/a", "--roles", "storage", "--address", "10.0.4
 
 def signed_in(place: Path, node: str) -> Layout:
     content = (place / "nodes" / node / "identity" / create.LAYOUT_NAME).read_bytes()
-    return identity.verify_layout(
-        decode(content, identity.SignedLayout), identity.load_authority(place).administration.public_key(), "eu-1"
+    return signed_layout.verify_layout(
+        decode(content, signed_layout.SignedLayout), issuing.load_authority(place).administration.public_key(), "eu-1"
     )
 
 

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-from storaged.cluster.identity import SignedLayout, sign_layout
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, DiskStatus, PeerIdentity, Reply
+from storaged.cluster.signed_layout import SignedLayout, sign_layout
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
 from storaged.wire import Buffer, Message
 from tests.worlds.authority import World, pooled, serving, until

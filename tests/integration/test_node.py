@@ -18,10 +18,12 @@ import pytest
 from storaged import config, keys
 from storaged.cli import create
 from storaged.clock import SystemClock
-from storaged.cluster.identity import Authority, SignedLayout, create_authority, load_identity, sign_layout
+from storaged.cluster.identity import load_identity
+from storaged.cluster.issuing import Authority, create_authority
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.policy import KeyHolder, Policy
+from storaged.cluster.signed_layout import SignedLayout, sign_layout
 from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, ServiceUnavailable
 from storaged.meta.acceptor.replica import META_HIGH_WATER
 from storaged.meta.names import RegisterName, Value

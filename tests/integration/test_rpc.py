@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from storaged.cluster import identity
-from storaged.cluster.layout import Layout, NodeEntry, standing_of
+from storaged.cluster import identity, issuing, tls
+from storaged.cluster.layout import Layout, NodeEntry, confirmed_roles
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Call, Method, Methods, OnOutcome, PeerChecks
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
@@ -89,7 +89,7 @@ async def test_bodies_come_back_whether_or_not_a_python_has_what_spares_a_call_f
         found.append(len(shortcuts))
         return shortcuts
 
-    native_calls = identity._native_calls
+    native_calls = tls._native_calls
     monkeypatch.setattr(identity, "_native_calls", calls)
     sent = os.urandom(300 * KIB)
     async with (
@@ -546,7 +546,7 @@ def test_standing_is_what_certificate_and_layout_both_say(
     name: str, location: str, roles: tuple[str, ...], standing: set[str]
 ) -> None:
     layout = Layout("c1", 1, (NodeEntry("n1", "FR/par1/a", "h:1", ("storage",)),), (), ())
-    assert standing_of(layout, name, location, roles) == standing
+    assert confirmed_roles(layout, name, location, roles) == standing
 
 
 async def test_a_node_at_another_nodes_address_is_not_taken_for_it(world: World) -> None:
@@ -561,7 +561,7 @@ async def test_a_node_at_another_nodes_address_is_not_taken_for_it(world: World)
 
 
 async def raw_connection(world: World, server: RpcServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    context = identity.client_context(world.node("raw", ("gateway",)))
+    context = tls.client_context(world.node("raw", ("gateway",)))
     return await asyncio.open_connection("127.0.0.1", server.port, ssl=context, server_hostname="n1")
 
 
@@ -623,7 +623,7 @@ async def test_a_server_of_the_version_before_counts_as_away_with_the_versions_a
         await reader.read()
         writer.close()
 
-    context = identity.server_context(world.node("n1"))
+    context = tls.server_context(world.node("n1"))
     async with (
         await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context) as old,
         pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{old.sockets[0].getsockname()[1]}"}) as pool,
@@ -677,7 +677,7 @@ async def test_a_strangers_port_is_no_part_of_what_is_recorded_of_a_refusal(worl
 
 async def test_tls_1_2_is_not_spoken(world: World) -> None:
     async with serving(world.node("n1"), Service()) as server:
-        context = identity.client_context(world.node("gw"))
+        context = tls.client_context(world.node("gw"))
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         with pytest.raises((ssl.SSLError, ConnectionError)):
@@ -878,7 +878,7 @@ async def test_a_port_in_use_is_named(world: World) -> None:
 
 
 def test_an_expired_certificate_is_refused(world: World) -> None:
-    own = identity.issue(
+    own = issuing.issue(
         world.authority, world.directory / "old", name="old", location="FR/par1/a", roles=("storage",), days=0
     )
     with pytest.raises(CertificateRefused, match="expired"):

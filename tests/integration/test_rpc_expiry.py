@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from storaged.cluster import identity
+from storaged.cluster import identity, issuing
 from storaged.cluster.rpc.expiry import REDIAL_BEFORE_S
 from storaged.errors import PeerUnreachable, StoragedError
 from tests.worlds.authority import Note, Service, World, pooled, serving, until
@@ -39,9 +39,8 @@ def issued(
     world: World, name: str, roles: tuple[str, ...], *, seconds: float, directory: str = ""
 ) -> identity.Identity:
     """A certificate that is over after so many seconds."""
-    now = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=seconds)
     place = world.directory / (directory or name)
-    return identity.issue(world.authority, place, name=name, location="FR/par1/a", roles=roles, days=1, now=now)
+    return issuing.issue(world.authority, place, name=name, location="FR/par1/a", roles=roles, days=seconds / 86400)
 
 
 async def test_the_standing_connection_of_a_certificate_that_expires_is_ended_and_no_other_is_let_in(

@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from storaged.cluster import identity
+from storaged.cluster import issuing
 from storaged.cluster.identity import Identity, NodeSigner, authority_of
 from storaged.cluster.signers import (
     STATEMENT_LABEL,
@@ -313,7 +313,7 @@ async def test_a_gateway_of_the_cluster_certifies_the_signing_key_and_nobody_els
 
 async def test_a_certificate_that_has_expired_since_still_certifies(world: AuthorityWorld) -> None:
     storage = world.node("n1")
-    old = identity.issue(
+    old = issuing.issue(
         world.authority, world.directory / "old", name="old", location="FR/par1/a", roles=("gateway",), days=-1
     )
     assert await learnt(old, authority_of(storage)) == ""

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from botocore.exceptions import ClientError
 
-from storaged.cluster import identity
+from storaged.cluster import identity, issuing, signed_layout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.ports import PeerChecks
@@ -162,16 +162,16 @@ def test_keys_that_were_overwritten_in_the_ring_come_back_from_the_gateway_and_f
 
 def move_gateway(cluster: Cluster, location: str, jurisdiction: str) -> None:
     """Another certificate, and a layout that says so, as an operator would make them."""
-    authority = identity.load_authority(cluster.directory / "authority")
+    authority = issuing.load_authority(cluster.directory / "authority")
     folder = cluster.directory / "gateway"
-    identity.issue(
+    issuing.issue(
         authority, folder / "identity", name="gateway", location=location, roles=("gateway",), jurisdiction=jurisdiction
     )
     known = decode(LayoutFiles(cluster.directory / "n1" / "layouts").load()[-1].payload, Layout)
     nodes = tuple(
         msgspec.structs.replace(node, location=location) if node.name == "gateway" else node for node in known.nodes
     )
-    signed = identity.sign_layout(
+    signed = signed_layout.sign_layout(
         msgspec.structs.replace(known, epoch=known.epoch + 1, nodes=nodes), authority.administration
     )
     for name in ("n1", "n2", "n3", "gateway"):

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 from storaged.cli import create
-from storaged.cluster.identity import load_authority
+from storaged.cluster.issuing import load_authority
 from tests.cluster import RACKS, Cluster
 
 OBJECTS = 60

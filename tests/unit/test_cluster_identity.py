@@ -13,7 +13,7 @@ from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from storaged.cluster import identity
+from storaged.cluster import identity, issuing, signed_layout, tls
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import CertificateRefused, JurisdictionRefused, LayoutRefused, OperatorError
 from tests.worlds.authority import World
@@ -25,7 +25,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_a_node_certificate_says_where_the_node_stands_and_who_runs_it(world: World) -> None:
-    own = identity.issue(
+    own = issuing.issue(
         world.authority,
         world.directory / "n1",
         name="n1",
@@ -60,8 +60,8 @@ def test_private_keys_are_readable_by_their_owner_alone(world: World) -> None:
 
 def test_an_authority_is_never_replaced_and_loads_as_it_was_made(world: World) -> None:
     with pytest.raises(OperatorError, match="already holds an authority"):
-        identity.create_authority(world.authority.directory, "c2")
-    assert identity.load_authority(world.authority.directory).cluster == "c1"
+        issuing.create_authority(world.authority.directory, "c2")
+    assert issuing.load_authority(world.authority.directory).cluster == "c1"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_could_never_be_admitted_is_not_issued(
     world: World, name: str, location: str, roles: tuple[str, ...], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        identity.issue(world.authority, world.directory / "x", name=name, location=location, roles=roles)
+        issuing.issue(world.authority, world.directory / "x", name=name, location=location, roles=roles)
     assert not (world.directory / "x").exists()
 
 
@@ -111,7 +111,7 @@ def test_a_certificate_without_the_extension_is_refused(world: World) -> None:
 def extension_of(world: World, **changes: str) -> bytes:
     own = world.node("n1")
     values = {**own.peer._asdict(), **changes, "roles": list(own.peer.roles), "version": 1}
-    encoded: bytes = asn1.encode_der(identity._NodeExtension(**values))
+    encoded: bytes = asn1.encode_der(identity.NodeExtension(**values))
     return encoded
 
 
@@ -163,7 +163,7 @@ def test_a_missing_certificate_is_named(tmp_path: Path) -> None:
 
 def test_contexts_speak_tls_1_3_and_demand_a_certificate(world: World) -> None:
     own = world.node("n1")
-    for context in (identity.server_context(own), identity.client_context(own)):
+    for context in (tls.server_context(own), tls.client_context(own)):
         assert context.minimum_version == ssl.TLSVersion.TLSv1_3
         assert context.verify_mode == ssl.CERT_REQUIRED
         assert [entry["subject"] for entry in context.get_ca_certs()] == [
@@ -184,27 +184,33 @@ def layout(cluster: str = "c1", epoch: int = 1) -> Layout:
 def test_a_signed_layout_verifies_with_the_public_key_that_nodes_have(world: World) -> None:
     own = world.node("n1")
     assert (
-        identity.verify_layout(identity.sign_layout(layout(), world.authority.administration), own.administration, "c1")
+        signed_layout.verify_layout(
+            signed_layout.sign_layout(layout(), world.authority.administration), own.administration, "c1"
+        )
         == layout()
     )
 
 
 def test_a_layout_changed_in_any_byte_is_refused(world: World) -> None:
     own = world.node("n1")
-    signed = identity.sign_layout(layout(), world.authority.administration)
+    signed = signed_layout.sign_layout(layout(), world.authority.administration)
     for index in range(len(signed.payload)):
         changed = bytearray(signed.payload)
         changed[index] ^= 1
         with pytest.raises(LayoutRefused):
-            identity.verify_layout(identity.SignedLayout(bytes(changed), signed.signature), own.administration, "c1")
+            signed_layout.verify_layout(
+                signed_layout.SignedLayout(bytes(changed), signed.signature), own.administration, "c1"
+            )
 
 
 def test_a_layout_by_another_key_or_of_another_cluster_is_refused(world: World, tmp_path: Path) -> None:
     own = world.node("n1")
     other = World(tmp_path / "other")
     with pytest.raises(LayoutRefused, match="not by this cluster's administration key"):
-        identity.verify_layout(identity.sign_layout(layout(), other.authority.administration), own.administration, "c1")
+        signed_layout.verify_layout(
+            signed_layout.sign_layout(layout(), other.authority.administration), own.administration, "c1"
+        )
     with pytest.raises(LayoutRefused, match="belongs to cluster 'c2'"):
-        identity.verify_layout(
-            identity.sign_layout(layout("c2"), world.authority.administration), own.administration, "c1"
+        signed_layout.verify_layout(
+            signed_layout.sign_layout(layout("c2"), world.authority.administration), own.administration, "c1"
         )

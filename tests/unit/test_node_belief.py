@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from storaged.cluster.identity import NodeSigner, authority_of, sign_layout
+from storaged.cluster.identity import NodeSigner, authority_of
 from storaged.cluster.layout import Layout
+from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.signers import signer_id, signer_path, state_signer
 from storaged.errors import KeyringUnavailable
 from storaged.meta.names import RegisterName, Value, Visibility, system_name

@@ -12,7 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from storaged.cluster import identity
+from storaged.cluster import identity, issuing
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Call, Method, Methods, PeerChecks, PeerIdentity, Reply
 from storaged.cluster.rpc import PoolLimits, RpcPool, RpcServer, ServerLimits
@@ -34,10 +34,10 @@ class World:
 
     def __init__(self, directory: Path, cluster: str = "c1") -> None:
         self.directory = directory
-        self.authority = identity.create_authority(directory / "authority", cluster)
+        self.authority = issuing.create_authority(directory / "authority", cluster)
 
     def node(self, name: str, roles: tuple[str, ...] = ("storage",), location: str = "FR/par1/a") -> identity.Identity:
-        return identity.issue(self.authority, self.directory / name, name=name, location=location, roles=roles)
+        return issuing.issue(self.authority, self.directory / name, name=name, location=location, roles=roles)
 
     def forged(self, own: identity.Identity, **changes: Any) -> identity.Identity:
         """The same node with a certificate that really is of the authority, but says what it would never be asked to
@@ -45,8 +45,8 @@ class World:
         """
         key = ec.generate_private_key(ec.SECP256R1())
         peer: PeerIdentity = own.peer._replace(**changes)
-        certificate = identity.certify(self.authority, peer, key.public_key(), days=1, now=datetime.now(UTC))
-        (own.directory / "node.key").write_bytes(identity._private_pem(key))
+        certificate = issuing.certify(self.authority, peer, key.public_key(), days=1, now=datetime.now(UTC))
+        (own.directory / "node.key").write_bytes(issuing._private_pem(key))
         (own.directory / "node.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         return identity.Identity(own.directory, peer, own.expires, own.administration, own.valid_from)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster import identity
+from storaged.cluster import identity, tls
 from storaged.cluster.ports import Call, EncodedCall, Method, Methods, OnReply, PeerChecks, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.client_connection import CallCounts, ClientConnection, PoolLimits
@@ -57,7 +57,7 @@ class RpcPool:
     ) -> None:
         self._clock = clock if clock is not None else SystemClock()
         self._identity = own
-        self._tls = identity.client_context(own)
+        self._tls = tls.client_context(own)
         self._limits = limits or PoolLimits()
         self._incarnation = incarnation or system_entropy(INCARNATION_BYTES)
         self._addresses = addresses
@@ -105,7 +105,7 @@ class RpcPool:
 
         Calls under way are not interrupted. Raises CertificateRefused and keeps the old certificate.
         """
-        identity.renew(self._tls, own)
+        tls.renew(self._tls, own)
         self._identity = self._dialler.own = own
         for link in self._links.values():
             link.redial.set()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster import identity
+from storaged.cluster import identity, tls
 from storaged.cluster.ports import Methods, PeerChecks, PeerIdentity
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.budget import Budget
@@ -79,7 +79,7 @@ class RpcServer:
         self.limits = limits or ServerLimits()
         self._clock = clock if clock is not None else SystemClock()
         self._incarnation = incarnation or system_entropy(INCARNATION_BYTES)
-        self._tls = identity.server_context(own)
+        self._tls = tls.server_context(own)
         self._connections: set[ServerConnection] = set()
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._refused = 0
@@ -153,7 +153,7 @@ class RpcServer:
 
         Raises CertificateRefused and keeps the old one.
         """
-        identity.renew(self._tls, own)
+        tls.renew(self._tls, own)
         self._identity = own
 
     def recheck_peers(self) -> None:

@@ -1,0 +1,42 @@
+"""Signs layouts with the cluster's administration key (Ed25519) and verifies them."""
+
+from __future__ import annotations
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from msgspec import MsgspecError
+
+from storaged.cluster.layout import Layout
+from storaged.errors import LayoutRefused
+from storaged.wire import Message, decode, encode
+
+LAYOUT_LABEL = b"sov.layout.v1\0"
+LAYOUT_BYTES_MAX = 4 * 1024 * 1024
+
+
+class SignedLayout(Message, frozen=True):
+    """``payload`` is the encoded layout; ``signature`` Ed25519 over ``sov.layout.v1\\0`` and the payload."""
+
+    payload: bytes
+    signature: bytes
+
+
+def sign_layout(layout: Layout, administration: ed25519.Ed25519PrivateKey) -> SignedLayout:
+    payload = encode(layout)
+    return SignedLayout(payload, administration.sign(LAYOUT_LABEL + payload))
+
+
+def verify_layout(signed: SignedLayout, administration: ed25519.Ed25519PublicKey, cluster: str) -> Layout:
+    """Returns the layout if the administration key of this cluster signed exactly these bytes. Raises LayoutRefused."""
+    if len(signed.payload) > LAYOUT_BYTES_MAX:
+        raise LayoutRefused(f"The layout has {len(signed.payload)} bytes; the limit is {LAYOUT_BYTES_MAX}.")
+    try:
+        administration.verify(signed.signature, LAYOUT_LABEL + signed.payload)
+        layout = decode(signed.payload, Layout)
+    except InvalidSignature as error:
+        raise LayoutRefused("The layout's signature is not by this cluster's administration key.") from error
+    except MsgspecError as error:
+        raise LayoutRefused(f"The signed layout does not decode: {error}") from error
+    if layout.cluster != cluster:
+        raise LayoutRefused(f"The layout belongs to cluster {layout.cluster!r}, this is {cluster!r}.")
+    return layout
