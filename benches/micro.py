@@ -42,8 +42,8 @@ from storaged.fragments.store import LocalFragmentStore
 from storaged.ids import system_entropy
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Slot, StoreBatch
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Slot, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import DigestCache
 from storaged.objects.api import Buckets, Listing, Objects, Show, Users

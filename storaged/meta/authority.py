@@ -28,8 +28,7 @@ from storaged.cluster.rpc import faults
 from storaged.errors import PeerRefused, StoragedError
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
 from storaged.meta.messages import Accept, Create, Prepare
-from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Ballot
+from storaged.meta.names import Ballot, RegisterName, Table
 
 OnRefusal = Callable[[str, StoragedError], None]
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from storaged.cluster.rpc.framing import ErrorHead
-from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import ZERO_BALLOT, Ballot
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.wire import Message
 
 PAGES_A_CHECK = 256

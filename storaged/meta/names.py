@@ -115,3 +115,17 @@ class Change(NamedTuple):
     body: bytes
     visibility: int = Visibility.LIVE
     payload: bytes = b""
+
+
+class Ballot(NamedTuple):
+    """Ordered as a tuple. ``epoch`` of the layout, ``counter`` (microseconds or more), proposer ``node`` name, boot
+    ``incarnation`` (8 bytes).
+    """
+
+    epoch: int
+    counter: int
+    node: str
+    incarnation: bytes
+
+
+ZERO_BALLOT = Ballot(0, 0, "", b"")

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
 from storaged.cluster.ports import OnReply
 from storaged.errors import StoragedError
-from storaged.meta.names import Change, RegisterName, Value
+from storaged.meta import messages
+from storaged.meta.messages import ScanReply, ScanRequest
+from storaged.meta.names import Ballot, Change, RegisterName, Value
 from storaged.wire import Buffer, Message
-
-if TYPE_CHECKING:
-    from storaged.meta import messages
-    from storaged.meta.messages import ScanReply, ScanRequest
 
 Update = Callable[[Value | None], Change | None]
 """Pure: the settled value (None: never written) -> what it should become, or None to leave it as it is.
@@ -273,20 +271,6 @@ class Fences(Protocol):
 
 # --- under the quorums
 # --------------------------------------------------------------------------------------------------
-
-
-class Ballot(NamedTuple):
-    """Ordered as a tuple. ``epoch`` of the layout, ``counter`` (microseconds or more), proposer ``node`` name, boot
-    ``incarnation`` (8 bytes).
-    """
-
-    epoch: int
-    counter: int
-    node: str
-    incarnation: bytes
-
-
-ZERO_BALLOT = Ballot(0, 0, "", b"")
 
 
 class Slot(NamedTuple):

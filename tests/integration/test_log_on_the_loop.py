@@ -26,8 +26,8 @@ from storaged.fragments.write import Write
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, StoreBatch
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import StoreBatch
 from storaged.meta.storage import state as store_module
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies

@@ -28,8 +28,18 @@ from storaged.meta.consensus.register import (
     Verdict,
     credible,
 )
-from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, object_name, system_name
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Slot, StoreBatch
+from storaged.meta.names import (
+    SYSTEM_SCOPE,
+    ZERO_BALLOT,
+    Ballot,
+    RegisterName,
+    Table,
+    Value,
+    Visibility,
+    object_name,
+    system_name,
+)
+from storaged.meta.ports import Slot, StoreBatch
 from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.users import UserService

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.errors import OutcomeUnknown, StoragedError
+from storaged.meta.consensus.acceptor import Acceptor, judge_accept, judge_create, judge_prepare
 from storaged.meta.consensus.proposer import (
     ACCEPTING,
     CARRYING,
@@ -34,20 +35,10 @@ from storaged.meta.consensus.proposer import (
     State,
 )
 from storaged.meta.consensus.quorums import Quorum, View
-from storaged.meta.consensus.register import (
-    ATTEMPTS_MAX,
-    RULES,
-    Acceptor,
-    Ballots,
-    Lineage,
-    Verdict,
-    judge_accept,
-    judge_create,
-    judge_prepare,
-)
+from storaged.meta.consensus.register import ATTEMPTS_MAX, RULES, Ballots, Lineage, Verdict
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
-from storaged.meta.names import Change, RegisterName, Table, Value
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, SmallCopies
+from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value
+from storaged.meta.ports import Fence, SmallCopies
 
 NOW_US = 1_700_000_000_000_000
 ONE_SET = Quorum(("a", "b", "c"))

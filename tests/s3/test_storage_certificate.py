@@ -16,8 +16,7 @@ from storaged.errors import PeerRefused
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import Verdict
-from storaged.meta.names import RegisterName, Value, Visibility, system_name
-from storaged.meta.ports import Ballot
+from storaged.meta.names import Ballot, RegisterName, Value, Visibility, system_name
 from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.objects.records import BucketRecord
 from storaged.wire import decode

@@ -224,7 +224,7 @@ class StorageNode:
         """Some prefix of the commits on their way reaches the disk; nobody hears of it."""
         self.world.note("crash", self.name)
         self.up = False
-        self.replica._fail(DiskUnusable("the process died"))  # nothing of this life may begin another write
+        self.replica.fail(DiskUnusable("the process died"))  # nothing of this life may begin another write
         for handler in tuple(self._handlers):
             handler.cancel()
         self.store.crash(self.world.random.choice((0, 0, 1, 2)))

@@ -27,8 +27,8 @@ from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, PageQuery, Slot, SmallCopies, StoreBatch, Update
+from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import PageQuery, Slot, SmallCopies, StoreBatch, Update
 from storaged.node.keeper import SystemKeeper
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World
 from tests.sim.scenario import GATEWAYS, KEYS, Scenario, Verdicts, play_out
@@ -154,7 +154,7 @@ class Hostile(Scenario):
     def _overhear(self, node: StorageNode, seen: dict[RegisterName, list[tuple[Ballot, Value]]]) -> None:
         """The liar remembers all values that it was ever asked to accept, also those that it refused."""
         replica = node.replica
-        begin = replica.begin_accept
+        begin = replica.try_accept
         if not node.up or getattr(begin, "overheard", False):
             return
 
@@ -163,7 +163,7 @@ class Hostile(Scenario):
             return begin(request, *given, **options)
 
         overheard.overheard = True  # type: ignore[attr-defined]
-        replica.begin_accept = overheard  # type: ignore[method-assign]
+        replica.try_accept = overheard  # type: ignore[method-assign]
 
     def _high(self, node: StorageNode) -> int:
         now_us = EPOCH_MS * 1000 + int(self.world.loop.time() * 1e6)
@@ -198,9 +198,9 @@ class Hostile(Scenario):
 
     async def _overwrite(self, node: StorageNode, name: RegisterName, ballot: Ballot, value: Value) -> None:
         self.world.note("lie", node.name, name, ballot, value.body)
-        if name in node.replica._in_flight:
+        if name in node.replica.pending.by_name:
             return
-        slot, promises = node.store.get(name), node.replica._promises
+        slot, promises = node.store.get(name), node.replica.state.promises
         if slot is not None:  # what it accepted binds it still
             promises[name] = max(promises.get(name, ZERO_BALLOT), slot.ballot)
         with contextlib.suppress(StoragedError):
@@ -208,7 +208,7 @@ class Hostile(Scenario):
 
     async def _promise_far(self, node: StorageNode, name: RegisterName, _seen: object) -> None:
         ahead_us = self.random.choice((600_000_000, 3 * 3_600_000_000))
-        promises = node.replica._promises
+        promises = node.replica.state.promises
         promises[name] = max(promises.get(name, ZERO_BALLOT), Ballot(1, self._high(node) + ahead_us, "zz", bytes(8)))
 
     async def _ask_others(self, node: StorageNode, name: RegisterName, seen: list[tuple[Ballot, Value]]) -> None:

@@ -19,8 +19,8 @@ from storaged.errors import OutcomeUnknown, S3Error, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import COUNTER_MAX, RULES, Rules, Verdict, overtaken
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
+from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Outcome, SmallCopies, Update
 from tests.sim.cluster import (
     DISKS,
     FIRST_SEEDS,

@@ -16,8 +16,7 @@ from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerTimeo
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Accepts, AcceptsReply, Create, Prepare
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport import batching as accepts_module
 from storaged.meta.transport.batching import ACCEPTS_MAX, ALONE_MAX, ENCODED_BYTES_MAX, TOGETHER_MAX, NodeAccepts
@@ -388,10 +387,10 @@ async def test_what_cannot_be_begun_at_once_is_told_so_and_the_rest_is_done(monk
     await host.ready()
     host.begin([Accept("d0", name_of(1), ballot(2), value())])
 
-    def no_room(_size: int) -> None:
+    def no_room(_size: int, _accepts: int) -> None:
         raise SlowDown
 
-    monkeypatch.setattr(host.replicas["d1"], "_check_room", no_room)
+    monkeypatch.setattr(host.replicas["d1"]._writes, "check_room", no_room)
     host.begin(
         [
             Accept("d0", name_of(1), ballot(3), value(b"behind another")),

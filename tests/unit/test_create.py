@@ -12,22 +12,13 @@ import pytest
 
 from storaged.errors import InvalidRequest, NoSuchBucket, OutcomeUnknown
 from storaged.meta import messages
-from storaged.meta.acceptor.replica import CREATE_AHEAD_US, LocalReplica
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.acceptor import CREATE_AHEAD_US, Acceptor, judge_create
 from storaged.meta.consensus.proposer import CREATE_AHEAD_MAX_US
-from storaged.meta.consensus.register import (
-    CALL_BYTES,
-    NEVER,
-    Acceptor,
-    Lineage,
-    Standing,
-    Verdict,
-    created,
-    judge_create,
-    overtaken,
-)
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, Outcome, RowDamaged, SmallCopies, Update
+from storaged.meta.consensus.register import CALL_BYTES, NEVER, Lineage, Standing, Verdict, created, overtaken
+from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Fence, Outcome, RowDamaged, SmallCopies, Update
 from storaged.meta.proposer.new_keys import NEW_OF_LATE, SCOPES_MAX, NewKeyRate
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
@@ -670,7 +661,7 @@ async def test_replicas_of_this_process_are_all_asked_before_what_they_say_is_lo
     first = await client.change(NAME, put(b"one"))
     await asyncio.sleep(0.01)
     asked: list[str] = []
-    begin, promise = LocalReplica.begin_accept, LocalReplica.prepare_at_once
+    begin, promise = LocalReplica.try_accept, LocalReplica.try_prepare
 
     def accepting(self: LocalReplica, request: messages.Accept, *more: Any, **options: Any) -> bool:
         asked.append(type(request).__name__)
@@ -680,8 +671,8 @@ async def test_replicas_of_this_process_are_all_asked_before_what_they_say_is_lo
         asked.append("Prepare")
         return promise(self, request)
 
-    monkeypatch.setattr(LocalReplica, "begin_accept", accepting)
-    monkeypatch.setattr(LocalReplica, "prepare_at_once", promising)
+    monkeypatch.setattr(LocalReplica, "try_accept", accepting)
+    monkeypatch.setattr(LocalReplica, "try_prepare", promising)
     assert (await applied(client, put(b"two"))).before == first.after
     assert asked == ["Create"] * 3 + ["Prepare"] * 2 + ["Accept"] * 3
 

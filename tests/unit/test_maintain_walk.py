@@ -16,8 +16,8 @@ from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.scrub import Scrub
 from storaged.maintain.slices import REST_S_MAX, ROWS_A_SLICE
 from storaged.maintain.walk import Range, Walker
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, RowRange, Slot, StoreBatch
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import RowRange, Slot, StoreBatch
 from storaged.meta.storage import readahead
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from tests.doubles.meta_store import MemoryMetaStore

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Slot
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Slot
 from storaged.meta.storage.row_head import head_of, message_of, with_head
 from storaged.meta.storage.rowvalue import heads_of, pack_row
 

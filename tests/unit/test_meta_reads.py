@@ -16,8 +16,8 @@ from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnrea
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Copy, Reading, Slot, StoreBatch
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Copy, Reading, Slot, StoreBatch
 from storaged.meta.storage.rowvalue import check_of, pack_row
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW

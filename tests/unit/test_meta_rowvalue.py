@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, RowDamaged, Slot
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import RowDamaged, Slot
 from storaged.meta.storage import rowvalue
 from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small, unpack_row
 

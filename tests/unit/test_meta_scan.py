@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, RowRange, Slot, StoreBatch
+from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import RowRange, Slot, StoreBatch
 from storaged.meta.storage.scan import (
     DigestCache,
     ScanRequest,

@@ -151,7 +151,7 @@ async def test_a_replica_that_answers_nothing_says_so_of_a_scan_whatever_became_
     await replica.close()
     await store.close()
     with pytest.raises(DiskUnusable):
-        replica.scans_at_once(request(Want.STAMPS))
+        replica.try_scan(request(Want.STAMPS))
     with pytest.raises(DiskUnusable):
         await replica.scan(request(Want.STAMPS))
 

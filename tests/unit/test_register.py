@@ -6,28 +6,30 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.consensus.register import (
-    CALL_BYTES,
+from storaged.meta.consensus.acceptor import (
     HIGH_WATER_BLOCK_US,
-    NEVER,
-    RULES,
     Acceptor,
-    Ballots,
-    Lineage,
-    Standing,
-    Verdict,
     floor_of,
     high_water_for,
     judge_accept,
     judge_prepare,
     judge_read,
     needs_high_water,
+)
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.register import (
+    CALL_BYTES,
+    NEVER,
+    RULES,
+    Ballots,
+    Lineage,
+    Standing,
+    Verdict,
     settled_ballot,
     shown,
 )
-from storaged.meta.names import Change, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
+from storaged.meta.names import ZERO_BALLOT, Ballot, Change, Value, Visibility
+from storaged.meta.ports import Fence
 
 
 def ballot(counter: int, node: str = "a", epoch: int = 1) -> Ballot:

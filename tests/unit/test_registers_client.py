@@ -26,12 +26,13 @@ from storaged.errors import (
     SlowDown,
 )
 from storaged.meta import messages
-from storaged.meta.acceptor.replica import META_HIGH_WATER, LocalReplica
+from storaged.meta.acceptor.high_water import META_HIGH_WATER
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies, StoreBatch
+from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Copy, Replica, SmallCopies, StoreBatch
 from storaged.meta.proposer.queue import Turns
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
@@ -505,7 +506,7 @@ async def test_a_first_attempt_that_others_were_in_the_way_of_is_counted_as_pree
         """The accepts of the first attempt meet a promise that came behind its own."""
         if client.statistics().preempted == 0 and stage == "accept":
             for replica in ring.replicas.values():
-                assert replica.inner.prepare_at_once(messages.Prepare(replica.inner.disk, NAME, other)) is not None
+                assert replica.inner.try_prepare(messages.Prepare(replica.inner.disk, NAME, other)) is not None
         return Change(b"one")
 
     for (
@@ -783,7 +784,7 @@ async def test_a_preempted_change_sends_its_copies_again(ring: Ring) -> None:
     def update(value: Value | None) -> Change:
         if not ring.first.accepts:
             for replica in ring.replicas.values():
-                assert replica.inner.prepare_at_once(messages.Prepare(replica.inner.disk, NAME, ahead)) is not None
+                assert replica.inner.try_prepare(messages.Prepare(replica.inner.disk, NAME, ahead)) is not None
         return put_small(value)
 
     for replica in ring.replicas.values():  # so that the promise above costs no high-water ballot
@@ -928,7 +929,7 @@ class Ahead(SystemClock):
 def lie(replica: Unreliable, verdict: Verdict) -> None:
     """From now on it says that the end of all counters is in the way."""
     told = messages.PrepareReply(verdict, Ballot(1, COUNTER_MAX - 1, "liar", b""))
-    replica.inner.prepare_at_once = lambda _request: told  # type: ignore[method-assign]
+    replica.inner.try_prepare = lambda _request: told  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("verdict", [Verdict.PREEMPTED, Verdict.DAMAGED, Verdict.AHEAD])
@@ -937,12 +938,12 @@ async def test_one_replica_that_lies_about_counters_leads_no_proposer_to_where_t
 ) -> None:
     client = ring.client()
     for replica in (ring.first, ring.second, ring.third):
-        honest = replica.inner.prepare_at_once
+        honest = replica.inner.try_prepare
         lie(replica, verdict)
         for body in (b"one", b"two"):
             assert (await client.change(NAME, put(body))).after is not None
         assert (await client.settle(NAME)) is not None
-        replica.inner.prepare_at_once = honest  # type: ignore[method-assign]
+        replica.inner.try_prepare = honest  # type: ignore[method-assign]
     now_us = SystemClock().wall_ms() * 1000
     assert client._ring.shared.ballots.next(1, 0, now_us).counter < now_us + 60_000_000
 
@@ -971,14 +972,14 @@ async def test_a_node_whose_clock_is_hours_ahead_is_told_so_and_goes_on_when_it_
 async def test_a_layout_that_replicas_are_about_to_learn_costs_a_retry(ring: Ring) -> None:
     client, answered = ring.client(), 0
     for replica in ring.replicas.values():
-        honest = replica.inner.prepare_at_once
+        honest = replica.inner.try_prepare
 
         def newer(request: messages.Prepare, honest: Any = honest) -> messages.PrepareReply:
             nonlocal answered
             answered += 1
             return messages.PrepareReply(Verdict.NEWER) if answered <= 3 else honest(request)
 
-        replica.inner.prepare_at_once = newer  # type: ignore[method-assign]
+        replica.inner.try_prepare = newer  # type: ignore[method-assign]
     assert (await client.change(NAME, put(b"one"))).after is not None
     assert answered > 3
 
@@ -991,14 +992,14 @@ async def test_what_one_replica_says_of_a_fence_ends_no_bucket_while_another_is_
     client = ring.client(deadline_s=0.5)
     await client.change(NAME, put(b"one"))
     told = messages.PrepareReply(Verdict.FENCED, final=True)
-    ring.first.inner.prepare_at_once = lambda _request: told  # type: ignore[method-assign]
+    ring.first.inner.try_prepare = lambda _request: told  # type: ignore[method-assign]
     assert (await client.settle(NAME)) is not None, "two promise"
     ring.second.away = True
     for work in (client.settle(NAME), client.change(NAME, put(b"two"))):
         with pytest.raises(ServiceUnavailable):
             await work
     ring.second.away = False
-    ring.second.inner.prepare_at_once = lambda _request: told  # type: ignore[method-assign]
+    ring.second.inner.try_prepare = lambda _request: told  # type: ignore[method-assign]
     with pytest.raises(NoSuchBucket) as refused:
         await client.settle(NAME)
     assert refused.value.details == {"final": "true"}
@@ -1008,7 +1009,7 @@ async def test_a_fence_that_a_majority_has_is_final_only_where_a_majority_says_s
     client = ring.client(deadline_s=0.5)
     for replica, final in ((ring.first, True), (ring.second, False)):
         told = messages.PrepareReply(Verdict.FENCED, final=final)
-        replica.inner.prepare_at_once = lambda _request, told=told: told  # type: ignore[method-assign,misc]
+        replica.inner.try_prepare = lambda _request, told=told: told  # type: ignore[method-assign,misc]
     with pytest.raises(NoSuchBucket) as refused:
         await client.settle(NAME)
     assert refused.value.details == {}

@@ -16,8 +16,8 @@ from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailab
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.names import Change, RegisterName, Value
-from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
+from storaged.meta.names import Ballot, Change, RegisterName, Value
+from storaged.meta.ports import Outcome, SmallCopies, Update
 from tests.patience import GUARD_S
 from tests.unit.test_registers_client import NAME, Refused, Ring, fail_with, later_us, put
 
@@ -107,7 +107,7 @@ async def test_a_change_that_others_are_in_the_way_of_goes_on_and_is_told_once(r
     def between(_: Value | None) -> Change:
         if client.statistics().preempted == 0 and stage == "accept":
             for replica in ring.replicas.values():
-                assert replica.inner.prepare_at_once(messages.Prepare(replica.inner.disk, NAME, other)) is not None
+                assert replica.inner.try_prepare(messages.Prepare(replica.inner.disk, NAME, other)) is not None
         return Change(b"one", payload=b"D" * 16)
 
     for replica in ring.replicas.values():

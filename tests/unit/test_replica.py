@@ -15,12 +15,13 @@ import xxhash
 from storaged.cluster.ports import Call, PeerIdentity, Reply
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown
 from storaged.meta import messages
-from storaged.meta.acceptor import replica as replica_module
+from storaged.meta.acceptor import disk_writes
 from storaged.meta.acceptor.replica import LocalReplica
-from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, HIGH_WATER_BLOCK_US, Verdict
+from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
 from storaged.meta.messages import ScanRequest, ShardAsk
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy, Done, StoreBatch
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Copy, Done, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.storage.small_copies import PlainCopies
@@ -419,8 +420,8 @@ async def test_close_waits_for_what_is_on_its_way_to_the_disk() -> None:
 async def test_a_disk_that_hangs_is_given_so_much_and_no_more_and_goes_on_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(replica_module, "WRITES_MAX", 3)
-    monkeypatch.setattr(replica_module, "WRITE_BYTES_MAX", 1000)
+    monkeypatch.setattr(disk_writes, "WRITES_MAX", 3)
+    monkeypatch.setattr(disk_writes, "WRITE_BYTES_MAX", 1000)
     disk = SlowDisk()
     replica = LocalReplica("d", MemoryMetaStore(sync=disk.sync))
     await replica.accept(accept(ballot(10), value()))
@@ -445,7 +446,7 @@ async def test_a_disk_that_hangs_is_given_so_much_and_no_more_and_goes_on_afterw
     assert [reply.verdict for reply in await asyncio.gather(large, *small)] == [Verdict.OK] * 3
     assert (await replica.accept(accept(ballot(12), value(b"y" * 1000), names[3]))).verdict == Verdict.OK
     await replica.page_put(messages.PagePut("d", xxhash.xxh3_128_digest(page), page))
-    assert (replica.statistics().state, replica._bytes_in_flight) == ("ok", 0)
+    assert (replica.statistics().state, replica._writes.bytes_in_flight) == ("ok", 0)
 
 
 class FullStore(MemoryMetaStore):
@@ -651,4 +652,4 @@ async def test_a_fall_of_the_sequence_is_taken_counted_and_told_promised_or_not(
     assert [(entry["event"], entry["held"], entry["sequence"]) for entry in logs] == [
         ("a register's sequence falls", 4, 3)
     ]
-    assert not replica._sequences
+    assert not replica.state.sequences

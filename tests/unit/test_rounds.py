@@ -13,8 +13,8 @@ from storaged.cluster.ports import EncodedCall, OnReply
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Replica, Slot
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Replica, Slot
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.quorum import Courier, TaskPool
 from storaged.meta.transport.replicas import RemoteReplica

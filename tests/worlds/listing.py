@@ -12,8 +12,8 @@ from storaged.errors import PeerUnreachable, ServiceUnavailable
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.messages import ScanReply, ScanRequest
-from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Reading, RowDamaged, Slot, StoreBatch
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Reading, RowDamaged, Slot, StoreBatch
 from storaged.meta.storage.scan import DigestCache, scan_store
 from tests.doubles.meta_store import MemoryMetaStore
 

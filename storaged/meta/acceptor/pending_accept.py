@@ -1,44 +1,52 @@
-"""An accept between being judged and being on disk: who is told of what becomes of it, and with what."""
+"""Accepts between being judged and being on disk, at one acceptor."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from msgspec import Struct
 
 from storaged.errors import StoragedError
 from storaged.meta.messages import Accept, AcceptReply
-from storaged.meta.names import RegisterName
-from storaged.meta.ports import Ballot, StoreBatch
+from storaged.meta.names import Ballot, RegisterName
+from storaged.meta.ports import StoreBatch
 
-if TYPE_CHECKING:
-    from storaged.meta.acceptor.replica import LocalReplica
-
-AnswerAccept = Callable[[AcceptReply | Exception], None]
+OnAnswer = Callable[[AcceptReply | Exception], None]
+"""Gets what ``ports.Replica.accept`` returns or raises."""
 
 
-class Writing(Struct):
-    """An accept on its way to the disk. ``size`` in bytes, of its value and copy; ``copied``: it came with one."""
+class Owner(Protocol):
+    """The acceptor that the accept is for."""
 
-    replica: LocalReplica
+    def on_stored(self, pending: PendingAccept, error: Exception | None) -> None:
+        """The row is on disk, or the store refused it."""
+
+    def on_copy_refused(self, pending: PendingAccept, refusal: StoragedError) -> None:
+        """The small copy was not stored, and so the row was not written."""
+
+
+class PendingAccept(Struct):
+    """``size`` in bytes, of its value and copy. ``copied``: it came with a copy."""
+
+    owner: Owner
     name: RegisterName
     ballot: Ballot
     identity: bool
     batch: StoreBatch
     size: int
     copied: bool
-    told: AnswerAccept
-    again: list[AnswerAccept] = []
-    """Of the same accept, come again."""
+    on_answer: OnAnswer
+    again: list[OnAnswer] = []
+    """Of the same accept, when it came again."""
     copy_error: str = ""
     arrival: asyncio.Future[None] | None = None
-    """Of who waits for it to arrive, or to fail."""
+    """Done when it has arrived, or failed; None while nothing waits for that."""
 
-    def joined(self, request: Accept, header: bytes, answer: AnswerAccept) -> bool:
-        """Whether the request is the very one that is being written, come again: then ``answer`` is told what becomes
-        of it.
+    def joined(self, request: Accept, header: bytes, on_answer: OnAnswer) -> bool:
+        """Whether the request is the very one that is being written, come again: then ``on_answer`` gets its result
+        too.
         """
         same = (
             request.ballot == self.ballot
@@ -47,21 +55,52 @@ class Writing(Struct):
             and request.value == self.batch.slots[0].value
         )
         if same:
-            self.again.append(answer)
+            self.again.append(on_answer)
         return same
 
     def answer(self, outcome: AcceptReply | Exception) -> None:
-        self.told(outcome)
-        for told in self.again:
-            told(outcome)
+        self.on_answer(outcome)
+        for on_answer in self.again:
+            on_answer(outcome)
 
     def stored(self, error: Exception | None) -> None:
         """``ports.Done``."""
-        self.replica.arrived(self, error)
+        self.owner.on_stored(self, error)
 
     def kept(self, refusal: StoragedError | None, error: StoragedError | None) -> None:
         """``ports.Kept``: the copy, then the row."""
         if refusal is None:
-            self.replica.arrived(self, error)
+            self.owner.on_stored(self, error)
         else:
-            self.replica.copy_refused(self, refusal)
+            self.owner.on_copy_refused(self, refusal)
+
+
+class PendingAccepts:
+    """The accepts of one disk that are on their way to it, at most one for each register."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[RegisterName, PendingAccept] = {}
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def end(self, pending: PendingAccept) -> None:
+        """It has arrived, or failed: other requests for its register go on."""
+        del self.by_name[pending.name]
+        if pending.arrival is not None:
+            pending.arrival.set_result(None)
+
+    def arrival(self, name: RegisterName) -> asyncio.Future[None]:
+        """Done when the pending accept of this register has arrived, or failed."""
+        pending = self.by_name[name]
+        if pending.arrival is None:
+            pending.arrival = asyncio.get_running_loop().create_future()
+        return pending.arrival
+
+    def arrivals(self) -> list[asyncio.Future[None]]:
+        return list(map(self.arrival, self.by_name))
+
+    async def all_arrived(self) -> None:
+        """Everything that was on its way when this was called."""
+        if self.by_name:
+            await asyncio.wait(self.arrivals())

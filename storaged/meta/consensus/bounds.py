@@ -11,8 +11,7 @@ from storaged.hashes import is_page
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
 from storaged.meta.consensus.register import COUNTER_MAX, created, may_create
-from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value, Visibility
-from storaged.meta.ports import Ballot
+from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Value, Visibility
 from storaged.units import MIB
 
 VALUE_BYTES_MAX = 4 * MIB

@@ -64,8 +64,8 @@ from storaged.meta.consensus.register import (
     shown,
 )
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
-from storaged.meta.names import Change, RegisterName, Table, Value
-from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
+from storaged.meta.names import Ballot, Change, RegisterName, Table, Value
+from storaged.meta.ports import Outcome, SmallCopies, Update
 from storaged.wire import Buffer
 
 Fragments = Sequence[tuple[bytes, Sequence[Buffer]]]

@@ -24,8 +24,7 @@ from storaged.meta.consensus.proposer import Fragments, Shared
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict, created, settled_ballot, shown
 from storaged.meta.messages import Accept, AcceptReply, Create, Read, ReadReply
-from storaged.meta.names import RegisterName, Table, Value
-from storaged.meta.ports import ZERO_BALLOT, Ballot
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value
 
 
 class RowComparison:

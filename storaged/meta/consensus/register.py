@@ -1,36 +1,34 @@
-"""The consensus on one register: what an acceptor answers, and what a proposer may conclude. Pure.
+"""The consensus on one register: its rules, and what a proposer may conclude. Pure.
 
 CASPaxos (Denis Rystsov, arXiv:1802.07000): a register is a value that changes by compare-and-set, agreed among 2f+1
-acceptors of which f may be
-away. There is no log and no leader. A change is two rounds under one ballot that nobody else ever uses:
+acceptors of which f may be away. There is no log and no leader. A change is two rounds under one ballot that no other
+proposer ever uses:
 
-    prepare(b)   an acceptor promises to refuse everything below b, and tells what it accepted last
-    accept(b,v)  v is the change applied to the value with the highest ballot that a majority told; it is chosen once a
-    majority has it on disk
+    prepare(b)   an acceptor promises to refuse everything below b, and reports what it accepted last
+    accept(b,v)  v is the change applied to the value with the highest ballot that a majority reported; v is chosen once
+                 a majority has it on disk
 
-Two majorities share an acceptor, so a later prepare sees whatever was chosen before. All that can go wrong lies in the
-small print, which is
-why each rule is a switch: a simulation turns it off and must then find a history that is not linearizable. Production
-passes nothing.
+Two majorities share an acceptor, so a later prepare sees everything that was chosen before. All that can go wrong lies
+in the small print. So each of its rules is a switch (``Rules``): a simulation turns it off, and must then find a
+history that is not linearizable. Production passes nothing.
 
-A *create* is both rounds in one, for a change that is the same whatever it finds:
+A *create* is both rounds in one, for a change that is the same whatever the register holds:
 
     create(b,v)  an acceptor that has accepted nothing for this register, and promised nothing above b, accepts v with
-    the sequence 1; one that has refuses (HELD)
+                 the sequence 1; an acceptor that has accepted something refuses (HELD)
 
-Where a majority takes it this is a change on a register that was never written: each of them, asked for a promise,
-would have promised and had nothing to tell. What was
-chosen before, a majority holds, so a majority refuses. But a minority that had missed it may take the create, which
-then lies there under a higher
-ballot than what was chosen, and on a lower sequence. Whoever finds it there carries it on: that is an overwriting, by a
-change that did not ask what it
-overwrites, and is not yet told of. It gets the sequence behind what it overtakes (rule 14), for the sequences of chosen
-values must grow. (They grow by one, but there: and a
-create that was chosen is chosen again with a higher one, when whoever carries it on sees one of its replicas alone, and
-at another what has lost against it.)
+When a majority takes it, this is a change of a register that was never written: each of these acceptors, asked for a
+promise, would have promised and had nothing to report. What was chosen before, a majority holds, so a majority refuses.
 
-The acceptor is a table (``judge_prepare``, ``judge_accept``, ``judge_create``, ``judge_read``): its rows are tried from
-top to bottom, the first that matches answers.
+But a minority that has missed what was chosen may take the create. There it lies under a higher ballot than what was
+chosen, and on a lower sequence. A proposer that finds it there carries it on. That is an overwriting, by a change that
+did not ask what it overwrites and was not acknowledged yet. It gets the sequence after the value that it overtakes
+(rule 14), for the sequences of chosen values must grow. (They grow by one, but for this case. And a create that was
+chosen is chosen again with a higher sequence, when the proposer that carries it on sees it at one replica alone, and at
+another what has lost against it.)
+
+The acceptor's answers are in ``consensus.acceptor``, quorums in ``consensus.quorums``. ``consensus.proposer`` and
+``consensus.reader`` put these rules in their order.
 """
 
 from __future__ import annotations
@@ -38,27 +36,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import xxhash
 from msgspec import Struct
 
 from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
+from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.wire import encode
 
 COUNTER_MAX = 1 << 62
 """Ballot counters are microseconds since 1970, or more after clocks that ran ahead: this is the year 148000."""
 
-HIGH_WATER_BLOCK_US = 10_000_000
-"""How far ahead of the promises the high-water ballot is persisted: one commit in 5 to 10 s of traffic, and after a
-restart proposers are
-refused once before they have caught up with it."""
-
 CALL_BYTES = 14
-"""An operation id of 16 bytes is 14 random bytes of the call and the number of its attempt (u16 BE); a create is number
-0.
+"""An operation id of 16 bytes is 14 random bytes of the call and the number of its attempt (u16 BE); a create has the
+number 0.
 """
 
 _CREATE = bytes(2)
@@ -66,16 +57,17 @@ _CREATE = bytes(2)
 ATTEMPTS_MAX = 0xFFFF
 
 COUNTER_AHEAD_MAX_US = 3_600_000_000
-"""A counter may lie so far ahead of an acceptor's clock, or of its high-water ballot where that is higher; and a
-proposer believes one replica so far, and what is further only a majority."""
+"""How far a counter may lie ahead of an acceptor's clock, or of its high-water ballot where that is higher. A proposer
+believes one replica so far; what is further ahead it believes only of a majority.
+"""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The small print. Every switch is on; only simulations that show what breaks without one turn it off."""
+    """The small print. Every switch is on; only simulations, which show what breaks without a rule, turn one off."""
 
     sync_before_answer: bool = True
-    """1. An accept is durable before it is answered, and nothing tells of it before."""
+    """1. An accept is durable before it is answered, and no answer reveals it before."""
     promises_survive_restart: bool = True
     """2. After a restart the persisted high-water ballot counts as promised for every register."""
     read_same_ballot: bool = True
@@ -83,49 +75,50 @@ class Rules:
     nothing.
     """
     replay_confirmed: bool = True
-    """4. Where answers differ, the newest is accepted by a majority (at its own ballot, else by an identity round)
-    before it is told.
+    """4. Where answers differ, a majority accepts the newest (at its own ballot, else by an identity round) before it
+    is reported.
     """
     failed_condition_settles: bool = True
-    """5. A condition that fails is a read: the value that it judged is settled before the failure is told."""
+    """5. A condition that fails is a read: the value that it judged is settled before the failure is reported."""
     retry_by_lineage: bool = True
     """6. A change is tried again only when no earlier attempt of it can be among the ancestors of the value found."""
     ballots_unique: bool = True
     """8. No two proposers, nor two lives of one, ever use the same ballot."""
     foreign_refused: bool = True
-    """9, 11. A disk that is not the one the node had, blank or retired, answers nothing."""
+    """9, 11. A disk that is not the one the node had, or is blank or retired, answers nothing."""
     fence_by_epoch: bool = True
     """10. Acceptors refuse requests of a layout epoch before their own."""
     copies_travel: bool = True
-    """12. Nobody helps a record on that no majority has confirmed without the small copy that it names, but by the
-    exception in ``meta.consensus.proposer``.
+    """12. A record that no majority has confirmed is accepted again only together with the small copy that it names.
+    ``consensus.proposer`` has the one exception.
     """
     create_into_nothing: bool = True
     """13. An acceptor that holds anything for a register takes no create there."""
     counters_bounded: bool = True
     """15. An acceptor refuses a counter far ahead of both its clock and what it has promised: one prepare with the
-    highest would stop it for ever.
+    highest counter would stop it for ever.
     """
     created_goes_behind: bool = True
-    """14. A created value that is found above another is carried on with the sequence behind that."""
+    """14. A created value that is found above another is carried on with the sequence after that one's."""
     far_by_majority: bool = True
-    """15. A proposer goes above a counter far ahead of its clock only where a majority names one: one replica that lies
-    would lead it where all others refuse it.
+    """15. A proposer goes above a counter far ahead of its clock only where a majority names one: a single replica that
+    lies would lead it where all others refuse it.
     """
     lone_ballot_led_by_none: bool = True
-    """16. In the system table a lone replica's higher ballot does not lead once all have promised (``credible``)."""
+    """16. In the system table the higher ballot of a lone replica does not lead once all have promised (``credible``).
+    """
     unproved_set_aside: bool = True
     """17. A value of the system table that no gateway wrote counts only where a majority holds it."""
     system_by_gateways: bool = True
     """18. Acceptors take ballots for registers of the system table from gateways alone."""
     own_ballots: bool = True
-    """18. A node that is no gateway speaks under its own ballots alone, also where it helps on."""
+    """18. A node that is no gateway speaks under its own ballots alone, also where it replays."""
     known_epochs: bool = True
     """19. An acceptor refuses ballots of a layout that its node does not know: they would outlive all ballots of the
     layouts to come.
     """
     fences_told: bool = True
-    """20. A replica that tells of a row of a fenced scope says that it is fenced."""
+    """20. A replica that reports a row of a fenced scope says that the scope is fenced."""
 
 
 RULES = Rules()
@@ -136,111 +129,25 @@ class Verdict(IntEnum):
     PREEMPTED = 1
     """A higher ballot was promised."""
     EPOCH = 2
-    """The asker's layout is older than this acceptor's."""
+    """The layout of the request is older than this acceptor's."""
     FENCED = 3
-    """The scope (a bucket being deleted) is fenced."""
+    """The scope (a bucket that is being deleted) is fenced."""
     CONFLICT = 4
-    """This ballot was seen here with another value: somebody broke rule 8, or bits flipped. Refused, and an alarm is
+    """This ballot came with another value before: a proposer broke rule 8, or bits flipped. Refused, and an alarm is
     counted.
     """
     DAMAGED = 5
     """The row's checksum does not hold: what was accepted here is unknown, so this acceptor counts for nothing until a
-    newer value replaces it.
+    newer value replaces the row.
     """
     UNSTORED = 6
     """The disk does not take the small copy that the value names (it is full): nothing was accepted."""
     HELD = 7
-    """A create, and something was accepted here below its ballot: it was not taken here, and never will be."""
+    """For a create: something was accepted here below its ballot. The create was not taken here, and never will be."""
     AHEAD = 8
     """The ballot lies too far ahead of this acceptor's clock: more than an hour, and of a create more than a minute."""
     NEWER = 9
-    """The asker's layout is newer than any that this acceptor's node knows: it may be about to learn it."""
-
-
-# --- acceptor
-# -----------------------------------------------------------------------------------------------------------
-
-
-class Acceptor(NamedTuple):
-    """What an acceptor knows of one register when a request comes. ``promised`` is the highest ballot promised for it
-    or for every register; when
-    ``damaged`` it includes the high-water ballot, above anything that the lost row may have held. ``value`` is what was
-    accepted at ``accepted``."""
-
-    promised: Ballot
-    accepted: Ballot
-    value: Value | None
-    epoch: int
-    fence: Fence | None = None
-    damaged: bool = False
-
-    @property
-    def lowest(self) -> Ballot:
-        """The lowest ballot that is not refused."""
-        return max(self.promised, self.accepted)
-
-
-def judge_prepare(acceptor: Acceptor, ballot: Ballot, nonce: bytes, rules: Rules = RULES) -> Verdict:
-    if ballot.epoch < acceptor.epoch and rules.fence_by_epoch:
-        return Verdict.EPOCH
-    if acceptor.fence is not None and acceptor.fence.nonce != nonce:
-        return Verdict.FENCED
-    if acceptor.damaged:
-        return Verdict.DAMAGED
-    if ballot < acceptor.lowest:
-        return Verdict.PREEMPTED
-    return Verdict.OK
-
-
-def judge_accept(
-    acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES
-) -> Verdict:
-    if ballot.epoch < acceptor.epoch and rules.fence_by_epoch:
-        return Verdict.EPOCH
-    if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):
-        return Verdict.FENCED
-    if ballot < acceptor.lowest:
-        return Verdict.PREEMPTED
-    if ballot == acceptor.accepted and value != acceptor.value:
-        return Verdict.CONFLICT
-    return Verdict.OK
-
-
-def judge_create(
-    acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES
-) -> Verdict:
-    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules)
-    if verdict is not Verdict.OK:
-        return verdict
-    if acceptor.damaged:
-        return Verdict.DAMAGED
-    if acceptor.accepted not in (ZERO_BALLOT, ballot) and rules.create_into_nothing:
-        return Verdict.HELD
-    return Verdict.OK
-
-
-def judge_read(acceptor: Acceptor, epoch: int, rules: Rules = RULES) -> Verdict:
-    if epoch < acceptor.epoch and rules.fence_by_epoch:
-        return Verdict.EPOCH
-    if acceptor.damaged:
-        return Verdict.DAMAGED
-    return Verdict.OK
-
-
-def floor_of(high_water: Ballot) -> Ballot:
-    """The lowest ballot with the epoch and counter of ``high_water``: everything promised while that was in force lies
-    below it.
-    """
-    return Ballot(high_water.epoch, high_water.counter, "", b"")
-
-
-def needs_high_water(ballot: Ballot, high_water: Ballot) -> bool:
-    """Whether a promise of ``ballot`` must wait for a higher high-water ballot on disk."""
-    return ballot[:2] >= high_water[:2]
-
-
-def high_water_for(ballot: Ballot) -> Ballot:
-    return Ballot(ballot.epoch, ballot.counter + HIGH_WATER_BLOCK_US, "", b"")
+    """The layout of the request is newer than any that this acceptor's node knows: it may be about to learn it."""
 
 
 def digest_of(value: Value | None) -> bytes:
@@ -248,8 +155,7 @@ def digest_of(value: Value | None) -> bytes:
     return b"" if value is None else xxhash.xxh3_64_digest(encode(value))
 
 
-# --- quorums
-# ------------------------------------------------------------------------------------------------------------
+# --- quorums ----------------------------------------------------------------------------------------------------------
 
 
 def settled_ballot(quorum: Quorum, accepted: Mapping[str, Ballot], rules: Rules = RULES) -> Ballot | None:
@@ -260,51 +166,48 @@ def settled_ballot(quorum: Quorum, accepted: Mapping[str, Ballot], rules: Rules 
 
 
 def credible(
-    quorum: Quorum, told: Mapping[str, tuple[Ballot, Value | None]]
+    quorum: Quorum, reported: Mapping[str, tuple[Ballot, Value | None]]
 ) -> tuple[Ballot, Value | None, bool] | None:
-    """What a register of the system table is to go on from when replicas differ, whose ballot, and whether it is
-    settled; None when not all replicas
-    have promised, or a layout change asks two groups. A replica that lies, or was put back, leads it to no older record
-    then (rule 16).
+    """What a change of a register of the system table goes on from when replicas differ: ballot, value, and whether the
+    value is settled. ``reported``: what each replica that promised has accepted. None when not all replicas have
+    promised, or while the layout changes. So a replica that lies, or was put back, leads to no older record (rule 16).
 
     Why it is safe: all replicas have promised, so what may have been chosen below the new ballot was accepted by a
-    majority of them already. Its ballot is no
-    higher than the one that a majority reports or exceeds, the *reach*: above that nothing was chosen, nor can be any
-    more. Whatever was proposed at the reach
-    or above it descends from everything that was chosen (that is Paxos), so each value there may be gone on from.
+    majority of them already. Its ballot is no higher than the one that a majority reports or exceeds, the *reach*:
+    above that nothing was chosen, nor can be any more. Whatever was proposed at the reach or above it descends from
+    everything that was chosen (that is Paxos), so each value there may be gone on from.
 
-    A ballot that a majority reports is the reach itself, and was chosen. Else of the values at the reach and above it
-    the one with the highest sequence is
-    taken, of two with the same the higher ballot: a lone liar chooses its ballot, but has no authenticator of a
-    sequence that no gateway has reached."""
-    if len(quorum.sets) != 1 or not all(disk in told for disk in quorum.disks):
+    A ballot that a majority reports is the reach itself, and was chosen. Else the value with the highest sequence among
+    those at the reach and above it is taken, and of two with the same sequence the one with the higher ballot. A lone
+    liar chooses its ballot, but has no authenticator of a sequence that no gateway has reached.
+    """
+    if len(quorum.sets) != 1 or not all(disk in reported for disk in quorum.disks):
         return None
-    settled = settled_ballot(quorum, {disk: ballot for disk, (ballot, _) in told.items()})
+    settled = settled_ballot(quorum, {disk: ballot for disk, (ballot, _) in reported.items()})
     if settled is not None:
-        return settled, next(value for ballot, value in told.values() if ballot == settled), True
-    ranked = sorted(told.values(), key=lambda pair: pair[0], reverse=True)
+        return settled, next(value for ballot, value in reported.values() if ballot == settled), True
+    ranked = sorted(reported.values(), key=lambda pair: pair[0], reverse=True)
     ballot, value = max(ranked[: quorum.fewest], key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
     return ballot, value, False
 
 
 def overtaken(
-    told: Iterable[tuple[Ballot, Value | None]], newest: Ballot, value: Value | None, rules: Rules = RULES
+    reported: Iterable[tuple[Ballot, Value | None]], newest: Ballot, value: Value | None, rules: Rules = RULES
 ) -> Value | None:
-    """The value with the highest sequence beneath a created one that was found at ``newest`` (rule 14); None when it is
-    no created one, or there is nothing beneath.
+    """The value with the highest sequence below a created one that was found at ``newest`` (rule 14). None when
+    ``value`` was not created, or nothing is below it.
     """
     if value is None or not created(value) or not rules.created_goes_behind:
         return None
-    beneath = [
+    below = [
         other
-        for ballot, other in told
+        for ballot, other in reported
         if ballot < newest and other is not None and other.sequence and other.operation != value.operation
     ]
-    return max(beneath, key=lambda other: other.sequence, default=None)
+    return max(below, key=lambda other: other.sequence, default=None)
 
 
-# --- proposer
-# -----------------------------------------------------------------------------------------------------------
+# --- proposer ---------------------------------------------------------------------------------------------------------
 
 NEVER = Value(0, b"", Visibility.TOMBSTONE, b"")
 """What an identity round commits for a register that was never written: sequence 0 means never written, and settled to
@@ -318,9 +221,10 @@ def created(value: Value) -> bool:
 
 
 def may_create(name: RegisterName) -> bool:
-    """Whether the register may be changed without asking what it holds. Rule 14 gives a created value another sequence;
-    bodies of system registers, uploads and parts
-    carry authenticators over it, or are found by it, so only objects' may."""
+    """Whether the register may be changed without asking what it holds. Only registers of objects may: rule 14 gives a
+    created value another sequence, and bodies of system registers, uploads and parts carry authenticators over their
+    sequence, or are found by it.
+    """
     return name.table == Table.OBJECT
 
 
@@ -332,10 +236,10 @@ def shown(value: Value | None) -> Value | None:
 class Ballots:
     """The ballots of one proposer: (layout epoch, counter, node, incarnation), never twice the same (rule 8).
 
-    The counter is the wall clock in microseconds or one more than the highest seen, so that proposers rarely pre-empt
-    each other for ever; a clock that stands still or jumps costs round trips, never safety. ``incarnation()`` gives 8
-    random bytes, of this process's life; and others when the clock was set back by more than acceptors bear (rule 15),
-    so that counters may begin anew below those that were used.
+    The counter is the wall clock in microseconds, or one more than the highest seen, so that proposers rarely pre-empt
+    each other for ever. A clock that stops or jumps costs round trips, never safety. ``incarnation()`` gives 8 random
+    bytes for this life of the process. It is called again when the clock was set back by more than acceptors bear (rule
+    15): then counters may begin anew below those that were used.
     """
 
     def __init__(self, node: str, incarnation: Callable[[], bytes], rules: Rules = RULES) -> None:
@@ -347,9 +251,10 @@ class Ballots:
         self._confirmed = 0
 
     def next(self, epoch: int, above: int, now_us: int, *, confirmed: bool = False) -> Ballot:
-        """A ballot above the counter ``above``, which some replica says is in the way; one that no clock near ours
-        explains counts when it is ``confirmed`` by a majority alone: a single replica that lies must not lead this
-        process where every other refuses it."""
+        """A ballot above the counter ``above``, which a replica says is in the way. A counter that no clock near ours
+        explains counts only when it is ``confirmed`` by a majority: a single replica that lies must not lead this
+        process where all others refuse it.
+        """
         limit = now_us + COUNTER_AHEAD_MAX_US
         if above > limit:
             if confirmed or not self._far_by_majority:
@@ -374,17 +279,16 @@ class Standing(IntEnum):
 
 
 class Lineage(Struct):
-    """The attempts of one change, and what can be told of them later (rule 6).
+    """The attempts of one change, and what can be concluded of them later (rule 6).
 
     The chosen values of a register form a chain in which ``sequence`` grows; at each sequence there is one value. An
-    attempt at sequence s can
-    be an ancestor only of values with a higher sequence. So a value found that is not one of ours and whose sequence is
-    no higher than that of our lowest attempt
-    does not descend from us. If it is moreover settled, attempts at its own sequence have lost for good.
+    attempt at sequence s can be an ancestor only of values with a higher sequence. So a value that is not one of our
+    attempts, and whose sequence is no higher than that of our lowest attempt, does not descend from us. If it is also
+    settled, attempts at its own sequence have lost for good.
 
-    A create knows no base, and may yet be carried on behind anything that has a lower ballot (rule 14). So it is told
-    by the ballot: what has a lower one does not descend
-    from it, whatever the sequence, and does not end it either.
+    A create knows no base, and may yet be carried on after anything that has a lower ballot (rule 14). So it is judged
+    by the ballot: a value with a lower ballot does not descend from the create, whatever its sequence, and does not end
+    the create either.
     """
 
     call: bytes
@@ -418,15 +322,15 @@ class Lineage(Struct):
         return Value(1, operation, change.visibility, change.body, change.payload)
 
     def create_held(self, everywhere: bool) -> None:
-        """A majority has refused the create for good: where it was taken nevertheless it is not chosen, unless somebody
-        carries it on, at another ballot. ``everywhere``: every
-        replica has, and it is over."""
+        """A majority has refused the create for good. Where it was taken nevertheless it is not chosen, unless a
+        proposer carries it on at another ballot. ``everywhere``: every replica has refused it, and it is over.
+        """
         self._lost = True
         if everywhere and self._created is not None:
             self._sequences.pop(self._created[0], None)
 
     def lost_at(self) -> Ballot | None:
-        """The ballot at which the create is not chosen and will not be."""
+        """The ballot of a create that is not chosen at it, and never will be."""
         return self._created[1] if self._created is not None and self._lost else None
 
     @property
@@ -438,7 +342,7 @@ class Lineage(Struct):
         return self._bases[applied.operation]
 
     def judge(self, found: Value | None, ballot: Ballot, settled: bool) -> Standing:
-        """``found`` was accepted at ``ballot``. ``settled``: a majority reported it under that one."""
+        """``found`` was accepted at ``ballot``. ``settled``: a majority reported it under that ballot."""
         if not self._sequences or not self.rules.retry_by_lineage:
             return Standing.CLEAR
         if found is not None and found.operation in self._sequences:

@@ -9,8 +9,8 @@ from storaged.errors import StoragedError
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Read, ReadReply
-from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import ZERO_BALLOT, Ballot, ReplicaState
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
+from storaged.meta.ports import ReplicaState
 from storaged.meta.transport.quorum import Answers, Calls
 
 AGREEMENT_S = 2.0

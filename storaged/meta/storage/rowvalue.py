@@ -27,8 +27,8 @@ import msgspec
 import xxhash
 
 from storaged import wire
-from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
-from storaged.meta.ports import Ballot, RowDamaged, Slot, Stamps
+from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Value
+from storaged.meta.ports import RowDamaged, Slot, Stamps
 from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, head_of
 from storaged.wire import Buffer
 

@@ -198,7 +198,7 @@ def begin_accepts(
                 told(messages.AcceptReply(verdict))
                 begun = True
             else:
-                begun = of(accept.disk).begin_accept(accept, (body[at:end],), told, create=creates[index])
+                begun = of(accept.disk).try_accept(accept, (body[at:end],), told, create=creates[index])
         except StoragedError as error:
             told(error)
         else:

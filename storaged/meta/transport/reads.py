@@ -25,8 +25,8 @@ from storaged.errors import DiskUnusable, InvalidRequest, PeerUnreachable, Stora
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
-from storaged.meta.names import RegisterName
-from storaged.meta.ports import ZERO_BALLOT, Replica, Replicas, Slot
+from storaged.meta.names import ZERO_BALLOT, RegisterName
+from storaged.meta.ports import Replica, Replicas, Slot
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES, check_of, pack_row, value_of
 from storaged.meta.transport.quorum import NO_BYTES, TaskPool
 from storaged.units import KIB
@@ -71,14 +71,14 @@ def tell(replicas: Mapping[str, LocalReplica], request: messages.Reads) -> tuple
         if replica is not None:
             before = len(copies)
             try:
-                rows, room = rows_at_once(replica, request.epoch, asks, copies, room)
+                rows, room = try_rows(replica, request.epoch, asks, copies, room)
             except DiskUnusable:  # who asks for its rows alone is told; the node's other disks tell theirs
                 del copies[before:]
         found.append(rows)
     return messages.ReadsReply(found, [len(copy) for copy in copies]), copies
 
 
-def rows_at_once(
+def try_rows(
     replica: LocalReplica, epoch: int, asks: Sequence[bytes], copies: list[Buffer], room: int
 ) -> tuple[list[bytes | None], int]:
     """What one disk tells at once, its copies appended to ``copies``; and what is left of ``room`` bytes. Raises
@@ -86,7 +86,7 @@ def rows_at_once(
     """
     if len(min(asks, key=len, default=_SHORTEST)) < len(_SHORTEST):
         raise InvalidRequest("Not the name of a register.")
-    rows = replica.rows_at_once(epoch, [ask[1:] for ask in asks])
+    rows = replica.try_rows(epoch, [ask[1:] for ask in asks])
     for index, (ask, row) in enumerate(zip(asks, rows, strict=True)):
         form = ask[0]
         if not row:
@@ -201,7 +201,7 @@ def _heard_in_time(told: Told, answer: messages.ReadsReply | StoragedError, bulk
 
 def _told_here(replica: LocalReplica, ask: bytes, epoch: int, told: Told) -> bool:
     """What a replica of this process tells at once. False: something has to be waited for. Raises DiskUnusable."""
-    row = replica.row_at_once(epoch, ask[1:])
+    row = replica.try_row(epoch, ask[1:])
     if row is None:
         return False
     form = ask[0]

@@ -250,7 +250,7 @@ class ReplicaHost:
     def _prepare_at_once(self, request: messages.Prepare, call: Call) -> messages.PrepareReply | None:
         if verdict := self._gate.prepare(request, call.peer):
             return messages.PrepareReply(verdict)
-        return self._of(request.disk).prepare_at_once(request)
+        return self._of(request.disk).try_prepare(request)
 
     async def _prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply:
         if verdict := self._gate.prepare(request, call.peer):
@@ -261,7 +261,7 @@ class ReplicaHost:
         if verdict := self._gate.accept(request, call.peer):
             answer(messages.AcceptReply(verdict))
             return True
-        return self._of(request.disk).begin_accept(request, (call.body,), answer)
+        return self._of(request.disk).try_accept(request, (call.body,), answer)
 
     async def _accept(self, request: messages.Accept, call: Call) -> messages.AcceptReply:
         if verdict := self._gate.accept(request, call.peer):
@@ -283,7 +283,7 @@ class ReplicaHost:
         return outcome
 
     def _read_at_once(self, request: messages.Read, _call: Call) -> Reply | None:
-        found = self._of(request.disk).read_at_once(request)
+        found = self._of(request.disk).try_read(request)
         return None if found is None else Reply(found[0], (found[1],) if len(found[1]) else ())
 
     async def _read(self, request: messages.Read, _call: Call) -> Reply:
@@ -319,8 +319,7 @@ class ReplicaHost:
         return await self._of(request.disk).fence_epoch(request)
 
     def _scan_at_once(self, request: ScanRequest, _call: Call) -> ScanReply | None:
-        replica = self._of(request.disk)
-        return replica.scan_at_once(request) if replica.scans_at_once(request) else None
+        return self._of(request.disk).try_scan(request)
 
     async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
         return await self._of(request.disk).scan(request)

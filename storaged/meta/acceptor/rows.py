@@ -1,0 +1,201 @@
+"""Rows of registers as one acceptor's disk has them: what reads and scans report of them.
+
+Reads see only what is synced. What a read would have to wait for (an accept on its way to the disk, a small copy that
+is not in memory) makes the ``try_`` methods return None; the awaitable ones wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+
+from storaged.errors import InvalidRequest, StoragedError
+from storaged.meta.acceptor.disk_writes import DiskWrites
+from storaged.meta.acceptor.fences import Fences
+from storaged.meta.acceptor.pending_accept import PendingAccepts
+from storaged.meta.consensus.acceptor import Acceptor, AcceptorState, judge_read
+from storaged.meta.consensus.register import Rules, Verdict, digest_of
+from storaged.meta.messages import Read, ReadReply, ScanReply, ScanRequest, ShardAsk
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Copies, Copy, MetaStore, RowDamaged, Slot
+from storaged.meta.storage.readahead import THREADS
+from storaged.meta.storage.scan import DigestCache, asks_to_read_ahead, read_ahead, scan_store
+
+NO_BYTES = memoryview(b"")
+SCOPE_END = 17
+"""Of a packed name: the table's byte and the scope's 16."""
+
+log = structlog.get_logger(__name__)
+
+
+class DiskRows:
+    """``reads``, ``refused`` and ``damaged`` count since the start."""
+
+    def __init__(
+        self,
+        store: MetaStore,
+        state: AcceptorState,
+        fences: Fences,
+        pending: PendingAccepts,
+        writes: DiskWrites,
+        copies: Copies | None,
+        rules: Rules,
+    ) -> None:
+        self.reads = self.refused = self.damaged = 0
+        self._store = store
+        self._state = state
+        self._fences = fences
+        self._pending = pending
+        self._writes = writes
+        self._copies = copies
+        self._rules = rules
+        self._digests = DigestCache()
+        self._reading_ahead = asyncio.Lock()
+
+    def acceptor(self, name: RegisterName) -> tuple[Slot | None, Acceptor]:
+        """The row of a register, and what is known of it."""
+        fence = self._fences.of(name.scope)
+        try:
+            slot = self._store.get(name)
+        except RowDamaged:
+            self.damaged += 1
+            return None, self._state.of_damaged(name, fence)
+        return slot, self._state.of(name, slot, fence)
+
+    # --- reads --------------------------------------------------------------------------------------------------------
+
+    async def read(self, request: Read) -> tuple[ReadReply, memoryview]:
+        """No accept of this register is on its way."""
+        acceptor, verdict, data_id = self._judge(request)
+        copy = await self._load(data_id) if data_id else None
+        if copy is None:
+            return self._reply(request, acceptor, verdict, b"", None)
+        return self._reply(request, acceptor, verdict, data_id, copy.payload, copy.header)
+
+    def try_read(self, request: Read) -> tuple[ReadReply, memoryview] | None:
+        if request.name in self._pending.by_name or request.data_id:
+            return None
+        acceptor, verdict, data_id = self._judge(request)
+        payload = None
+        if data_id:
+            payload = self.peek(data_id)
+            if payload is None:
+                return None
+        return self._reply(request, acceptor, verdict, data_id, payload)
+
+    def try_rows(self, epoch: int, names: Sequence[bytes]) -> list[bytes | None]:
+        """Of each packed name the row as it is stored, or empty. None where ``read`` would have to wait, would refuse,
+        or has more to say: that the scope is fenced.
+        """
+        if self._writes.silent or (epoch < self._state.epoch and self._rules.fence_by_epoch):
+            return [None] * len(names)
+        self.reads += len(names)
+        found = self._store.rows(names)
+        last, fenced = b"", False
+        for index, name in enumerate(names):
+            scope = name[1:SCOPE_END]
+            if scope != last:
+                last, fenced = scope, self._reports_fence(scope)
+            if fenced:
+                found[index] = None
+        pending = self._pending.by_name
+        if pending:
+            return [
+                None if RegisterName.unpack(name) in pending else row for name, row in zip(names, found, strict=True)
+            ]
+        return found
+
+    def try_row(self, epoch: int, name: bytes) -> bytes | None:
+        """As ``try_rows``, of one name."""
+        if self._writes.silent or (epoch < self._state.epoch and self._rules.fence_by_epoch):
+            return None
+        self.reads += 1
+        pending = self._pending.by_name
+        if self._reports_fence(name[1:SCOPE_END]) or (pending and RegisterName.unpack(name) in pending):
+            return None
+        return self._store.row(name)
+
+    def peek(self, data_id: bytes) -> memoryview | None:
+        """A small copy that is in memory."""
+        return self._copies.peek(data_id) if self._copies is not None else None
+
+    def _judge(self, request: Read) -> tuple[Acceptor, Verdict, bytes]:
+        """What is known, whether it may be reported, and the data id of the copy to be sent along, or nothing."""
+        slot, acceptor = self.acceptor(request.name)
+        verdict = judge_read(acceptor, request.epoch, self._rules)
+        if verdict is not Verdict.OK:
+            return acceptor, verdict, b""
+        named = slot.value.payload if slot is not None and request.want_payload else b""
+        return acceptor, verdict, request.data_id or named
+
+    def _reply(
+        self,
+        request: Read,
+        acceptor: Acceptor,
+        verdict: Verdict,
+        data_id: bytes,
+        payload: memoryview | None,
+        header: bytes = b"",
+    ) -> tuple[ReadReply, memoryview]:
+        self.reads += 1
+        if verdict is not Verdict.OK:
+            self.refused += 1
+            return ReadReply(verdict), NO_BYTES
+        value = acceptor.value if request.full else None
+        digest, fenced = digest_of(acceptor.value), self._reports_fence(request.name.scope)
+        if payload is None:
+            return ReadReply(verdict, acceptor.accepted, digest, value, fenced=fenced), NO_BYTES
+        header = header if request.data_id else b""
+        return ReadReply(verdict, acceptor.accepted, digest, value, data_id, header, fenced), payload
+
+    def _reports_fence(self, scope: bytes) -> bool:
+        return self._fences.of(scope) is not None and self._rules.fences_told
+
+    async def _load(self, data_id: bytes) -> Copy | None:
+        if self._copies is None:
+            return None
+        try:
+            return await self._copies.load(data_id)
+        except StoragedError as error:
+            log.warning("small copy not readable", disk=self._writes.disk, data_id=data_id.hex(), reason=error.message)
+            return None
+
+    # --- scans --------------------------------------------------------------------------------------------------------
+
+    async def scan(self, request: ScanRequest) -> ScanReply:
+        self._writes.check_answers()
+        if asks := asks_to_read_ahead(self._store, request, self._digests):
+            await self._read_ahead(request, asks)
+        return self.scan_now(request)
+
+    def try_scan(self, request: ScanRequest) -> ScanReply | None:
+        """None: it may have to wait for the disk, as far as one can tell."""
+        self._writes.check_answers()
+        return None if asks_to_read_ahead(self._store, request, self._digests) else self.scan_now(request)
+
+    async def _read_ahead(self, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
+        """One thread at a time, for other disks need them too. So the turn ends with the thread, whether or not its
+        caller still waits for it.
+        """
+        await self._reading_ahead.acquire()
+        try:
+            reading = asyncio.get_running_loop().run_in_executor(THREADS, read_ahead, self._store, request, asks)
+        except BaseException:
+            self._reading_ahead.release()
+            raise
+        reading.add_done_callback(lambda _: self._reading_ahead.release())
+        await asyncio.shield(reading)
+
+    def scan_now(self, request: ScanRequest) -> ScanReply:
+        """Rows as they are on disk: what was answered OK is among them."""
+        self._writes.check_answers()
+        if request.epoch < self._state.epoch and self._rules.fence_by_epoch:
+            return ScanReply(Verdict.EPOCH)
+        try:
+            reply = scan_store(self._store, request, self._digests)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        return reply if not self._reports_fence(request.scope) else msgspec.structs.replace(reply, fenced=True)
