@@ -46,8 +46,8 @@ def request(want: Want) -> ScanRequest:
 async def answer(host: ReplicaHost, asked: ScanRequest) -> tuple[ScanReply, bool]:
     """And whether it was given at once."""
     method = host.methods()["meta.scan"]
-    assert method.at_once is not None
-    found: Any = method.at_once(asked, CALL)
+    assert method.try_answer is not None
+    found: Any = method.try_answer(asked, CALL)
     if found is not None:
         return found, True
     found = await method.handler(asked, CALL)
