@@ -22,8 +22,8 @@ from storaged.meta.ports import MetaStore, Slot
 from storaged.meta.storage.scan import DigestCache, scan_store
 from storaged.objects import listing as objects_listing
 from storaged.objects.api import Buckets, Objects, Users
-from storaged.objects.cache.listed_rows import ListedLately
-from storaged.objects.code.versions import Place, seal_version
+from storaged.objects.cache.listed_rows import ListedRowCache
+from storaged.objects.code.versions import Place, UnsealedVersion, seal_version
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Run, SealedMeta, encode_object
 from storaged.s3.context import Front
@@ -36,7 +36,6 @@ OBJECTS = 20_000
 
 def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
     """The slot of every object of the bucket."""
-    plane = cast(ObjectPlane, _Plane(entropy))
     key, found = UnwrappedBucketKey(1, bytes(32), entropy), []
     for number in range(OBJECTS):
         name = object_name(BUCKET.id, BUCKET.shard_numbers, b"photos/2026/%08d" % number)
@@ -49,28 +48,11 @@ def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
             size=4096,
         )
         entry = PartEntry(1, data_id, 4096, entropy(64), 1, "4+2", (Run(0, 1, 1, 2, 1),), small=True)
-        version = seal_version(
-            plane,
-            Place(BUCKET.id, name.key),
-            key,
-            bytes(32),
-            meta,
-            version_id="null",
-            context_id=data_id,
-            owner="a" * 32,
-            modified_ms=1_700_000_000_000 + 7 * number,
-            parts=(entry,),
-        )
+        new = UnsealedVersion("null", data_id, "a" * 32, 1_700_000_000_000 + 7 * number, (entry,))
+        version = seal_version(Place(BUCKET.id, name.key), new, key, bytes(32), meta, entropy)
         value = Value(1, entropy(16), Visibility.LIVE, encode_object(ObjectRecord((version,))), data_id)
         found.append(Slot(name, Ballot(1, 1_700_000_000_000_000 + number, "gateway", b"incarnat"), value))
     return found
-
-
-class _Plane:
-    """The part of the object plane that sealing uses."""
-
-    def __init__(self, entropy: Callable[[int], bytes]) -> None:
-        self.entropy = entropy
 
 
 class Ring:
@@ -82,7 +64,7 @@ class Ring:
         self.current = three_racks()
         self.keys = OneKey()
         self.scanner = RingScanner(cast(Any, self), cast(Any, self), cast(Any, self), cast(Any, self))
-        self.listed = ListedLately(ObjectLimits().listed_bytes_max)
+        self.listed_rows = ListedRowCache(ObjectLimits().listed_bytes_max)
         self._known: dict[bytes, bytes] = {}
 
     def disk_readable(self, disk: str) -> bool:
@@ -128,7 +110,7 @@ class Page:
     def gateway_at_first(self) -> bytes:
         """The same for a page that was not listed before."""
         self.ring.scanner.forget(BUCKET.id)
-        self.ring.listed.clear()
+        self.ring.listed_rows.clear()
         return self.gateway()
 
     def replicas(self, digests: DigestCache | None = None) -> int:

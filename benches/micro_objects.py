@@ -107,11 +107,11 @@ class World:
             self.ports.copies.popitem()
 
     def cold_head(self) -> None:
-        self.objects.plane.opened.clear()
+        self.objects.plane.opened_records.clear()
         self.head()
 
     def cold_get(self) -> None:
-        self.objects.plane.opened.clear()
+        self.objects.plane.opened_records.clear()
         self.get()
 
     def head(self) -> None:

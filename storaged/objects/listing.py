@@ -17,7 +17,8 @@ from storaged.errors import DataDamaged, KeyringUnavailable
 from storaged.meta.names import Table, object_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
-from storaged.objects.code.versions import BucketKeys, Place, decode_record, open_listing
+from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.versions import Place, decode_record, open_listing
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
 from storaged.objects.records import (
@@ -63,18 +64,18 @@ async def list_objects(
         newest = await keys.newest()
     finally:
         _forgotten_with_its_key(plane, bucket)
-    shown = plane.listed.find(newest, show, page.keys, page.heads)
+    shown = plane.listed_rows.find(newest, show, page.keys, page.heads)
     missing = shown.count(None)
     if missing == len(shown):
         shown = list(show(*await _columns(keys, bucket, page.keys, page.heads)))
         if page.again:
-            plane.listed.keep(newest, show, page.keys, page.heads, shown)
+            plane.listed_rows.put(newest, show, page.keys, page.heads, shown)
     elif missing:
         new = [index for index, its in enumerate(shown) if its is None]
         names, heads = [page.keys[index] for index in new], [page.heads[index] for index in new]
         made = show(*await _columns(keys, bucket, names, heads))
         if page.again:
-            plane.listed.keep(newest, show, names, heads, made)
+            plane.listed_rows.put(newest, show, names, heads, made)
         for index, its in zip(new, made, strict=True):
             shown[index] = its
     return Listing(page.keys, shown, page.prefixes, page.next_after)
@@ -92,7 +93,7 @@ def _forgotten_with_its_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
     if held is None:
         forget()
     else:
-        plane.listed.meet(held, forget)
+        plane.listed_rows.watch(held, forget)
 
 
 Columns = tuple[Sequence[int], Sequence[int], Sequence[SealedList]]

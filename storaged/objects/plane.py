@@ -25,8 +25,8 @@ from storaged.meta.ports import Fences, Pages, Registers, Scanner
 from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
 from storaged.objects.background import Background, Counters
 from storaged.objects.cache.buffers import BufferPool
-from storaged.objects.cache.listed_rows import ListedLately
-from storaged.objects.cache.opened_records import OpenedLately
+from storaged.objects.cache.listed_rows import ListedRowCache
+from storaged.objects.cache.opened_records import OpenedRecordCache
 from storaged.objects.code import place
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
@@ -167,8 +167,8 @@ class ObjectPlane:
         self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
         self._copy_plans: dict[tuple[bytes, int], place.CopyPlan] = {}
-        self.opened = OpenedLately(self.limits.opened_bytes_max)
-        self.listed = ListedLately(self.limits.listed_bytes_max)
+        self.opened_records = OpenedRecordCache(self.limits.opened_bytes_max)
+        self.listed_rows = ListedRowCache(self.limits.listed_bytes_max)
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
 
     async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -215,6 +215,6 @@ class ObjectPlane:
 
     async def close(self) -> None:
         await self.background.close()
-        self.opened.clear()
-        self.listed.clear()
+        self.opened_records.clear()
+        self.listed_rows.clear()
         self.threads.shutdown(wait=True)

@@ -25,7 +25,7 @@ from storaged.errors import (
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
 from storaged.objects import usage
 from storaged.objects.api import BodyChecks, NewMeta, Principal
-from storaged.objects.cache.ttl import RENEWALS_MAX, Recent
+from storaged.objects.cache.ttl import REFRESHES_MAX, TtlCache
 from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
@@ -385,7 +385,7 @@ async def test_lookups_are_kept_for_a_moment_and_shared_while_they_load() -> Non
 
 
 class Spawned(list[asyncio.Task[None]]):
-    """The background, as ``Recent`` knows it: what it was given."""
+    """The background, as ``TtlCache`` knows it: what it was given."""
 
     def __call__(self, work: Coroutine[Any, Any, None]) -> bool:
         self.append(asyncio.create_task(work))
@@ -407,7 +407,7 @@ async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_
             raise ServiceUnavailable
         return loads
 
-    recent = Recent[str, int](clock, 1.0, 10, load, spawned)
+    recent = TtlCache[str, int](clock, 1.0, 10, load, spawned)
     assert recent.try_get("key") is None
     assert await recent.get("key") == 1
     clock.ahead_s += 0.5
@@ -438,7 +438,7 @@ async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
             raise NoSuchBucket
         return 1
 
-    recent = Recent[str, int](clock, 1.0, 10, load, spawned)
+    recent = TtlCache[str, int](clock, 1.0, 10, load, spawned)
     await recent.get("key")
     clock.ahead_s += 0.7
     gone = True
@@ -459,8 +459,8 @@ async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_t
             await hang.wait()
         return key
 
-    recent = Recent[str, str](clock, 1.0, 1000, load, spawn)
-    keys = [str(number) for number in range(3 * RENEWALS_MAX)]
+    recent = TtlCache[str, str](clock, 1.0, 1000, load, spawn)
+    keys = [str(number) for number in range(3 * REFRESHES_MAX)]
     for key in keys:
         await recent.get(key)
     clock.ahead_s += 0.7
@@ -468,11 +468,11 @@ async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_t
     assert [recent.try_get(key) for key in keys] == keys
     spawns = True
     assert [recent.try_get(key) for key in keys] == keys
-    assert len(spawned) == RENEWALS_MAX
+    assert len(spawned) == REFRESHES_MAX
     hang.set()
     await asyncio.gather(*spawned)
     assert [recent.try_get(key) for key in keys] == keys
-    assert len(spawned) > RENEWALS_MAX
+    assert len(spawned) > REFRESHES_MAX
     await asyncio.gather(*spawned)
 
 
@@ -485,7 +485,7 @@ async def test_what_is_being_loaded_is_not_loaded_anew_besides() -> None:
         await asyncio.sleep(0.01)
         return loads
 
-    recent = Recent[str, int](clock, 1.0, 10, load, spawned)
+    recent = TtlCache[str, int](clock, 1.0, 10, load, spawned)
     await recent.get("key")
     clock.ahead_s += 0.7
     assert recent.try_get("key") == 1
@@ -504,7 +504,7 @@ async def test_all_who_wait_for_a_load_end_when_they_are_cancelled_together_and_
         await hang.wait()
         return 1
 
-    recent = Recent[str, int](LoopClock(), 1.0, 10, load, not_spawned)
+    recent = TtlCache[str, int](LoopClock(), 1.0, 10, load, not_spawned)
     tasks = [asyncio.create_task(recent.get("key")) for _ in range(3)]
     await asyncio.sleep(0)
     for task in tasks:

@@ -12,7 +12,7 @@ import pytest
 from storaged.errors import DataDamaged, KeyringUnavailable, ServiceUnavailable
 from storaged.meta.names import Change, object_name
 from storaged.objects.api import BodyChecks, NewMeta, as_rows
-from storaged.objects.cache.listed_rows import ROW_BYTES, ListedLately
+from storaged.objects.cache.listed_rows import ROW_BYTES, ListedRowCache
 from storaged.objects.records import BucketRecord, SealedList
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
@@ -131,8 +131,8 @@ async def test_what_common_prefixes_were_found_by_is_forgotten_with_the_buckets_
 
 
 async def test_what_the_scanner_remembers_is_forgotten_on_the_loop_whichever_thread_lets_go_of_the_key_last() -> None:
-    lately, held, threads = ListedLately(1000), [PlainBucketKey(1)], list[int]()
-    lately.meet(held[0], lambda: threads.append(threading.get_ident()))
+    lately, held, threads = ListedRowCache(1000), [PlainBucketKey(1)], list[int]()
+    lately.watch(held[0], lambda: threads.append(threading.get_ident()))
     await asyncio.to_thread(held.clear)
     await asyncio.sleep(0)
     assert threads == [threading.get_ident()]
@@ -181,10 +181,10 @@ def another(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[Sea
 
 
 def test_the_rows_kept_are_bounded_and_those_in_use_stay() -> None:
-    lately, bucket_key = ListedLately(20 * (ROW_BYTES + 8)), PlainBucketKey(1)
+    lately, bucket_key = ListedRowCache(20 * (ROW_BYTES + 8)), PlainBucketKey(1)
     for number in range(100):
         key = b"%04d" % number
-        lately.keep(bucket_key, as_rows, [key], [b"head"], [number])
+        lately.put(bucket_key, as_rows, [key], [b"head"], [number])
         assert lately.find(bucket_key, as_rows, [b"0000"], [b"head"]) == [0]
     kept = [
         row

@@ -13,7 +13,7 @@ import pytest
 from storaged.errors import DataDamaged, KeyringUnavailable, NoSuchKey, ServiceUnavailable
 from storaged.meta.names import Value, Visibility, object_name
 from storaged.objects.api import BodyChecks, NewMeta, ObjectInfo, RangeSpec
-from storaged.objects.cache.opened_records import ENTRY_BYTES, Opened, OpenedLately
+from storaged.objects.cache.opened_records import ENTRY_BYTES, OpenedRecord, OpenedRecordCache
 from storaged.objects.service import ObjectService
 from tests.doubles.keys import PlainBucketKey
 from tests.worlds.objects import OWNER, World, bucket_of, pieces
@@ -56,7 +56,7 @@ async def test_a_key_that_is_read_again_is_opened_once(monkeypatch: pytest.Monke
         assert await rig.objects.head(rig.bucket, b"key") == info
     assert rig.unwraps == 1
     await rig.objects.close()
-    assert len(rig.objects.plane.opened) == 0
+    assert len(rig.objects.plane.opened_records) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -98,7 +98,7 @@ async def test_nothing_is_told_of_a_record_whose_key_is_no_longer_held(monkeypat
     del rig.world.keys.newest[rig.bucket.id]
     with pytest.raises(KeyringUnavailable):
         await rig.objects.head(rig.bucket, b"key")
-    assert len(rig.objects.plane.opened) == 0
+    assert len(rig.objects.plane.opened_records) == 0
     rig.world.keys.newest[rig.bucket.id] = 1
     rig.world.keys.forget(1)
     rig.world.keys.key(1)  # released anew
@@ -109,7 +109,7 @@ async def test_nothing_is_told_of_a_record_whose_key_is_no_longer_held(monkeypat
 
 async def test_data_keys_are_forgotten_with_the_buckets_key_that_opened_them(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch)
-    lately = rig.objects.plane.opened
+    lately = rig.objects.plane.opened_records
     for key in (b"1", b"2", b"3"):
         await rig.put(b"data", key)
         await rig.got(key)
@@ -133,26 +133,26 @@ async def test_data_keys_are_forgotten_with_the_buckets_key_that_opened_them(mon
 async def test_data_keys_are_forgotten_on_the_loop_whichever_thread_lets_go_of_the_buckets_key_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lately, threads = OpenedLately(10_000), list[int]()
-    drop = OpenedLately.drop
+    lately, threads = OpenedRecordCache(10_000), list[int]()
+    drop = OpenedRecordCache.drop
 
-    def dropped(self: OpenedLately, place: tuple[bytes, bytes]) -> None:
+    def dropped(self: OpenedRecordCache, place: tuple[bytes, bytes]) -> None:
         threads.append(threading.get_ident())
         drop(self, place)
 
     held, value = [PlainBucketKey(1)], Value(1, b"", Visibility.LIVE, b"body")
-    lately.keep((b"b", b"k"), Opened(value, held[0], None))  # type: ignore[arg-type]
-    monkeypatch.setattr(OpenedLately, "drop", dropped)
+    lately.put((b"b", b"k"), OpenedRecord(value, held[0], None))  # type: ignore[arg-type]
+    monkeypatch.setattr(OpenedRecordCache, "drop", dropped)
     await asyncio.to_thread(held.clear)
     await asyncio.sleep(0)
     assert (len(lately), threads) == (0, [threading.get_ident()])
 
 
 def test_a_key_that_is_let_go_of_after_the_loop_ended_troubles_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    lately, held = OpenedLately(10_000), [PlainBucketKey(1)]
+    lately, held = OpenedRecordCache(10_000), [PlainBucketKey(1)]
 
     async def keep() -> None:
-        lately.keep((b"b", b"k"), Opened(Value(1, b"", Visibility.LIVE, b"body"), held[0], None))  # type: ignore[arg-type]
+        lately.put((b"b", b"k"), OpenedRecord(Value(1, b"", Visibility.LIVE, b"body"), held[0], None))  # type: ignore[arg-type]
 
     with asyncio.Runner() as runner:
         runner.run(keep())
@@ -196,7 +196,7 @@ async def test_memory_for_opened_records_is_bounded(monkeypatch: pytest.MonkeyPa
         await rig.put(b"data", b"%d" % n)
         assert (await rig.got(b"%d" % n))[0] == b"data"
         assert (await rig.got(b"0"))[0] == b"data"
-    kept: Any = rig.objects.plane.opened
+    kept: Any = rig.objects.plane.opened_records
     assert 6 <= len(kept) < 20
     assert rig.unwraps == 20  # the key that is read all the time stays
     await rig.put(bytes(900), b"1")
@@ -205,8 +205,12 @@ async def test_memory_for_opened_records_is_bounded(monkeypatch: pytest.MonkeyPa
 
 
 async def test_an_entry_larger_than_all_the_memory_is_not_kept() -> None:
-    lately, value, bucket_key = OpenedLately(10_000), Value(1, b"", Visibility.LIVE, bytes(9000)), PlainBucketKey(1)
-    made: Any = Opened(value, bucket_key, None)  # type: ignore[arg-type]
-    lately.keep((b"b", b"k"), made)
+    lately, value, bucket_key = (
+        OpenedRecordCache(10_000),
+        Value(1, b"", Visibility.LIVE, bytes(9000)),
+        PlainBucketKey(1),
+    )
+    made: Any = OpenedRecord(value, bucket_key, None)  # type: ignore[arg-type]
+    lately.put((b"b", b"k"), made)
     assert lately.get((b"b", b"k"), value) is None
     assert len(lately) == 0

@@ -55,7 +55,7 @@ async def test_a_small_object_is_told_whole_and_counted_once(size: int, fresh: b
     await put(objects, bucket, data)
     info = await objects.head(bucket, b"key")
     if fresh:
-        objects.plane.opened.clear()
+        objects.plane.opened_records.clear()
     before = objects.statistics()
     found = await soon(objects, bucket)
     assert isinstance(found, HeldStream)

@@ -1,13 +1,12 @@
-"""Memory of transfers, bounded for the whole process, and reused: fresh buffers of a MiB or more cost a page fault
+"""Buffers of transfers, bounded for the whole process and reused: a fresh buffer of a MiB or more costs a page fault
 every 4 KiB.
 
-What a client's speed decides on is kept apart from what only disks do. An upload leases room for the plaintext of one
-block for as long as it lasts, from a pool
-whose shares shrink as it fills, so that slow clients leave something to newcomers; room for the sealed block comes from
-another pool, from the sealing to the
-last write, and nobody holds that while waiting for a client. A download leases window by window, smaller ones as the
-pool fills or its client turns out to be
-slow. When a bound is reached transfers wait their turn, so that back-pressure reaches the client's socket.
+Memory whose use depends on a client's speed is apart from memory that only disks use. An upload leases room for the
+plaintext of one block for as long as it lasts, from a pool whose shares shrink as it fills, so that slow clients leave
+room for new ones. Room for the sealed block comes from another pool, from the sealing to the last write, and no
+transfer holds it while it waits for a client. A download leases window by window, smaller ones as the pool fills or its
+client turns out to be slow. At the bound transfers wait for their turn, so that back-pressure reaches the client's
+socket.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from storaged.units import KIB, MIB
 
 FREE_BUFFERS_PER_SIZE_MAX = 64
 CELL_BYTES_MIN = 8 * KIB
-"""Cells of a large part get no smaller than this while memory is short: every one costs its own call to the cipher."""
+"""Lower bound of the cells of a large part while memory is short: each cell costs a call to the cipher."""
 IDLE_BYTES_MAX = 8 * MIB
-"""Kept by a pool without transfers: enough for the next one. The rest is free for the other pool's, so that uploads
-after downloads need no memory for both.
+"""Kept by a pool without transfers: enough for the next one. The rest is freed for the other pools, so that uploads
+after downloads do not need memory for both.
 """
 
 
 class Lease:
-    """``view`` is the lessee's until ``release``."""
+    """The lessee uses ``view`` until ``release``."""
 
     def __init__(self, pool: BufferPool, buffer: bytearray) -> None:
         self._pool: BufferPool | None = pool
@@ -47,10 +46,10 @@ class Lease:
 
 
 def _is_free(buffer: bytearray) -> bool:
-    """Whether nothing refers to the memory any more: a socket that has not sent it yet, or a write that was left
-    behind, may hold a view after the lease ended.
+    """Whether no reference to the memory is left. A socket that has not sent it yet, or an abandoned write, may hold a
+    view after the lease ended.
 
-    A bytearray refuses to be resized while it is viewed; shortened by one and grown again it keeps its place.
+    A bytearray refuses to be resized while it is viewed. Shortened by one byte and grown again, it keeps its place.
     """
     try:
         last = buffer.pop()
@@ -61,7 +60,7 @@ def _is_free(buffer: bytearray) -> bool:
 
 
 class BufferPool:
-    """Leases buffers, at most ``bytes_max`` in all. First come, first served; one lease is always granted, however
+    """Leases buffers, at most ``bytes_max`` in all, in the order of the requests. One lease is always granted, however
     large.
     """
 
@@ -69,11 +68,11 @@ class BufferPool:
         self.bytes_max = bytes_max
         self.bytes_leased = 0
         self.transfers = 0
-        """Transfers in flight, as ``Transfer`` counts them."""
+        """Transfers in flight, counted by ``Transfer``."""
         self._wait_s = wait_s
         self._free: dict[int, list[bytearray]] = {}
         self.bytes_free = 0
-        """Kept for the next lease; on top of ``bytes_leased``, and together with it never above ``bytes_max``."""
+        """Free buffers for the next lease, on top of ``bytes_leased``; together never above ``bytes_max``."""
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @property
@@ -105,7 +104,7 @@ class BufferPool:
         return Lease(self, self._take(size))
 
     def try_lease(self, size: int) -> Lease | None:
-        """A lease when there is room and nobody waits, else None."""
+        """A lease when there is room and no other request waits, otherwise None."""
         size = _rounded(size)
         if self._waiting or not self._fits(size):
             return None
@@ -113,8 +112,8 @@ class BufferPool:
         return Lease(self, self._take(size))
 
     def lease_now(self, size: int) -> Lease:
-        """A lease at once, beyond the bound if need be: for who holds memory of another pool, and would keep it from
-        others while waiting here.
+        """A lease without waiting, beyond the bound if necessary: for a caller that holds memory of another pool, which
+        others could not use while it waits here.
         """
         size = _rounded(size)
         self.bytes_leased += size
@@ -132,8 +131,8 @@ class BufferPool:
         self._drop_free(self.bytes_max - self.bytes_leased)
         return bytearray(size)
 
-    def rest(self) -> None:
-        """The last transfer has ended."""
+    def shrink(self) -> None:
+        """Called when the last transfer has ended."""
         self._drop_free(IDLE_BYTES_MAX)
 
     def _drop_free(self, bytes_max: int) -> None:
@@ -160,7 +159,7 @@ class BufferPool:
 
 
 def _rounded(size: int) -> int:
-    """Few sizes, so that buffers find another use: powers of two up to 64 KiB, then multiples of that."""
+    """Rounds to few sizes, so that buffers can be reused: powers of two up to 64 KiB, then multiples of that."""
     step = 64 * KIB
     return -(-size // step) * step if size > step else 1 << max(size - 1, 4095).bit_length()
 
@@ -178,12 +177,12 @@ class Transfer:
     def __exit__(self, *error: object) -> None:
         self._pool.transfers -= 1
         if not self._pool.transfers:
-            self._pool.rest()
+            self._pool.shrink()
 
 
 FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
 WINDOW_SHARES = ((1 / 6, 48), (1 / 10, 4), (0, 1))
-"""What a transfer may take, in cells of 64 KiB, while at least so much of the pool is free."""
+"""The share of a transfer, in cells of 64 KiB, while at least this part of the pool is free."""
 
 
 class BlockSize(NamedTuple):
@@ -194,15 +193,13 @@ class BlockSize(NamedTuple):
 
 
 def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> BlockSize:
-    """Of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext is free
-    (1.0: all of it).
+    """The size of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext
+    is free (1.0: all of it).
 
-    Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more
-    than the part needs. Four uploads get
-    ``cells_max`` in the default pool (two in each half of it, when two workers share it), others 12, and smaller cells
-    when memory gets short: a block takes 768
-    KiB, at last 96. 75 uploads find room in the default pool, each of which may keep its share as long as its client
-    likes.
+    The number of cells is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) has whole stripes, and
+    not more than the part needs. In the default pool four uploads get ``cells_max`` (two in each half of it, when two
+    workers share it) and others 12. When memory gets short cells become smaller: a block takes 768 KiB, in the end 96.
+    75 uploads find room in the default pool, and each keeps its share as long as its client needs it.
     """
     cell_bytes, unit = chunk_bytes_for(size, k), math.lcm(12, k)
     share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
@@ -221,12 +218,11 @@ def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> Blo
 
 
 def window_bytes_for(transfers: int, left: float) -> int:
-    """Sealed bytes read and opened at once by a download: a whole block while few are in flight, 512 KiB when there are
-    many (256 KiB cost 30% more
-    CPU a byte), less when ``left`` of the memory (1.0: all of it) would soon be gone, in the end a single cell. In the
-    default pool 128 downloads have room for
-    the windows that their count allows; while some hold larger ones, from when they were few, 78 do, and others wait
-    for a turn."""
+    """Sealed bytes that a download reads and opens at once: a whole block while few downloads are in flight, 512 KiB
+    when there are many (256 KiB cost 30% more CPU per byte). Fewer when ``left`` of the memory (1.0: all of it) would
+    soon be gone, in the end a single cell. In the default pool 128 downloads have room for the windows that their count
+    allows. While some hold larger ones, from when they were few, 78 have room, and others wait for a turn.
+    """
     by_count = 48 if transfers <= 4 else 16 if transfers <= 16 else 8 if transfers <= 64 else 4
     by_memory = next(cells for above, cells in WINDOW_SHARES if left >= above)
     return min(by_count, by_memory) * CHUNK_BYTES_MAX

@@ -1,11 +1,9 @@
-"""What was shown of rows of listings lately, so that listing a bucket again opens, and prints, only what is new in it.
+"""A cache of what listings showed of rows, so that listing a bucket again opens and prints only the rows that are new.
 
-It is kept when a page is mostly of what was listed before: a bucket that is listed once, from one end to the other,
-pays nothing for it, and pushes nothing out.
-A row counts only for the very head that it was made of, at its own key, and while the bucket key is held that was at
-hand when it was opened: so it is never stale, and
-goes with that key, as what a read opened does (``objects.cache.opened_records``). What is kept is in memory only, and
-bounded.
+Rows are cached when most of a page was listed before. So a bucket that is listed once, from one end to the other, costs
+nothing and evicts nothing. A row counts only for exactly the head that it was made of, at its own key, and while the
+bucket key is held that opened it: so it is never stale, and is dropped with that key, as opened records are
+(``objects.cache.opened_records``). The cache is in memory only, and bounded.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from storaged.objects.background import when_gone
 from storaged.objects.ports import BucketKey
 
 ROW_BYTES = 450
-"""What a row takes besides its key and head: what the S3 front shows of it, and its places in two tables."""
+"""Memory of a row besides its key and head: what the S3 front shows of it, and its places in two tables."""
 
 
 class _Rows:
@@ -36,35 +34,35 @@ class _Rows:
 _Generation = WeakKeyDictionary[BucketKey, dict[Show, _Rows]]
 
 
-class ListedLately:
-    """Rows in two generations, together about ``bytes_max``: when the younger one is half of that, it becomes the older
-    one, and the older one is forgotten. A row of
-    the older one that is asked for is young again."""
+class ListedRowCache:
+    """Rows in two generations, together about ``bytes_max``. When the young one has half of that, it becomes the old
+    one, and the old one is dropped. A hit in the old one moves the row to the young one.
+    """
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._met: WeakSet[BucketKey] = WeakSet()
+        self._watched: WeakSet[BucketKey] = WeakSet()
         self._young: _Generation = WeakKeyDictionary()
         self._old: _Generation = WeakKeyDictionary()
 
-    def meet(self, bucket_key: BucketKey, gone: Callable[[], None]) -> None:
-        """``gone`` is called on this event loop soon after the key was let go of, so that what else is remembered of
-        its bucket goes with it.
+    def watch(self, bucket_key: BucketKey, on_gone: Callable[[], None]) -> None:
+        """Calls ``on_gone`` on this event loop soon after the key is gone, so that other cached data of its bucket is
+        dropped with it.
         """
-        if bucket_key not in self._met:
-            self._met.add(bucket_key)
-            when_gone(bucket_key, gone)
+        if bucket_key not in self._watched:
+            self._watched.add(bucket_key)
+            when_gone(bucket_key, on_gone)
 
     def find(self, bucket_key: BucketKey, show: Show, keys: Sequence[bytes], heads: Sequence[bytes]) -> list[Any]:
-        """Of each key what ``show`` made of it, if that was of this head; else None."""
-        known = _matching(self._young, bucket_key, show, keys, heads)
+        """For each key what ``show`` made of it, if it was made of this head; otherwise None."""
+        known = _find(self._young, bucket_key, show, keys, heads)
         if None in known and bucket_key in self._old:
-            old = _matching(self._old, bucket_key, show, keys, heads)
+            old = _find(self._old, bucket_key, show, keys, heads)
             again = [index for index, shown in enumerate(old) if shown is not None and known[index] is None]
             for index in again:
                 known[index] = old[index]
-            self.keep(
+            self.put(
                 bucket_key,
                 show,
                 [keys[index] for index in again],
@@ -73,10 +71,10 @@ class ListedLately:
             )
         return known
 
-    def keep(
+    def put(
         self, bucket_key: BucketKey, show: Show, keys: Sequence[bytes], heads: Sequence[bytes], shown: Sequence[Any]
     ) -> None:
-        """No more at a time than a page has."""
+        """At most a page at a time."""
         if self._bytes >= self._bytes_max // 2:
             self._old, self._young, self._bytes = self._young, WeakKeyDictionary(), 0
         shows = self._young.get(bucket_key)
@@ -93,7 +91,7 @@ class ListedLately:
         self._bytes = 0
 
 
-def _matching(
+def _find(
     generation: _Generation, bucket_key: BucketKey, show: Show, keys: Sequence[bytes], heads: Sequence[bytes]
 ) -> list[Any]:
     rows = generation.get(bucket_key, {}).get(show)

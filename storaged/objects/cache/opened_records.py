@@ -1,44 +1,39 @@
-"""Records that were opened lately, so that a key that is read often is opened once.
+"""A cache of opened records, so that a record that is read often is opened once.
 
-A client that downloads a large object asks for it in many ranges, and most ask HEAD before GET; each request reads the
-record from a majority anyway, but need not
-decode it, unwrap its key and open its metadata anew. An entry counts only for the very bytes that it was made of, under
-the very key that opened them: so it is never
-stale, and of no use once the bucket's key is no longer held (``KeyService.try_bucket_key``). What is kept is in
-memory only, and bounded.
+A client that downloads a large object asks for many ranges, and most clients send HEAD before GET. Each request reads
+the record from a majority anyway, but it need not decode it, unwrap its key and open its metadata again. An entry
+counts only for exactly the bytes that it was made of, under the key that opened them: so it is never stale, and of no
+use once the bucket's key is gone (``KeyService.try_bucket_key``). The cache is in memory only, and bounded.
 
-An entry has a data key in the clear, so it lives no longer than the bucket's key in this process, but for a turn of the
-event loop: entries do not hold that key, and
-go with it, be it that it expired, was pushed out, or that the keyring was closed.
+An entry has a data key in the clear, so it must not live longer than the bucket's key in this process, except for a
+turn of the event loop. Entries hold only a weak reference to that key and are dropped with it: when it expires, when
+the key cache evicts it, or when the keyring is closed.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from storaged.meta.names import Value
 from storaged.objects.api import ObjectInfo
 from storaged.objects.background import when_gone
+from storaged.objects.code.versions import OpenedVersion
 from storaged.objects.ports import BucketKey
 from storaged.sov1 import StreamKey
 
-if TYPE_CHECKING:
-    from storaged.objects.code.versions import OpenedVersion
-
 ENTRY_BYTES = 1536
-"""What an entry takes besides what comes from its record, which is there encoded, decoded but for what was sealed, and
-opened: 2.6 times, as measured with metadata of
-40 bytes and of 1,600."""
+"""Memory of an entry besides what depends on its record. The record is there encoded, decoded without the sealed
+fields, and opened: 2.6 times its bytes, as measured with metadata of 40 and of 1,600 bytes.
+"""
 
 
-class Opened:
-    """A key's current version, opened: ``body`` and ``visibility`` are those of the register's value, ``bucket_key()``
-    what opened it, or None when that has gone. ``info`` and ``key`` (of the
-    only part) are filled in by who needs them first. The key, not its cipher: that takes another 7 KiB, and saves 1
-    us."""
+class OpenedRecord:
+    """A key's current version, opened. ``body`` and ``visibility`` are those of the register's value. ``bucket_key()``
+    is the key that opened it, or None when that key is gone. ``info`` and ``key`` (of the only part) are filled in at
+    first use. ``key`` is not its cipher, which would take another 7 KiB and save 1 us.
+    """
 
     __slots__ = ("body", "bucket_key", "info", "key", "opened", "visibility")
 
@@ -51,56 +46,56 @@ class Opened:
         self.key: StreamKey | None = None
 
 
-class OpenedLately:
+class OpenedRecordCache:
     """The entries used last, by (bucket id, key), in about ``bytes_max`` of memory."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._kept: OrderedDict[tuple[bytes, bytes], Opened] = OrderedDict()
-        self._met: WeakSet[BucketKey] = WeakSet()
-        """The bucket keys of entries, each watched since its first."""
+        self._records: OrderedDict[tuple[bytes, bytes], OpenedRecord] = OrderedDict()
+        self._watched: WeakSet[BucketKey] = WeakSet()
+        """The bucket keys of entries. Each is watched since its first entry."""
 
-    def get(self, place: tuple[bytes, bytes], value: Value) -> Opened | None:
-        """None unless it was made of this very value. The caller compares ``bucket_key`` with the
-        one that is at hand.
+    def get(self, place: tuple[bytes, bytes], value: Value) -> OpenedRecord | None:
+        """None unless the entry was made of this very value. The caller compares ``bucket_key`` with the key that it
+        has.
         """
-        found = self._kept.get(place)
+        found = self._records.get(place)
         if found is None or found.body != value.body or found.visibility != value.visibility:
             return None
-        self._kept.move_to_end(place)
+        self._records.move_to_end(place)
         return found
 
-    def keep(self, place: tuple[bytes, bytes], opened: Opened) -> None:
+    def put(self, place: tuple[bytes, bytes], opened: OpenedRecord) -> None:
         bucket_key = opened.bucket_key()
         if bucket_key is None:
             return
         self.drop(place)
-        self._kept[place] = opened
+        self._records[place] = opened
         self._bytes += _cost(opened)
         while self._bytes > self._bytes_max:
-            self._bytes -= _cost(self._kept.popitem(last=False)[1])
-        if bucket_key not in self._met:
-            self._met.add(bucket_key)
+            self._bytes -= _cost(self._records.popitem(last=False)[1])
+        if bucket_key not in self._watched:
+            self._watched.add(bucket_key)
             when_gone(bucket_key, self._drop_orphans)
 
     def drop(self, place: tuple[bytes, bytes]) -> None:
-        before = self._kept.pop(place, None)
+        before = self._records.pop(place, None)
         if before is not None:
             self._bytes -= _cost(before)
 
     def _drop_orphans(self) -> None:
-        for place, opened in list(self._kept.items()):
+        for place, opened in list(self._records.items()):
             if opened.bucket_key() is None:
                 self.drop(place)
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._records.clear()
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._records)
 
 
-def _cost(opened: Opened) -> int:
+def _cost(opened: OpenedRecord) -> int:
     return ENTRY_BYTES + len(opened.body) * 8 // 3

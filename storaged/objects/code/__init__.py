@@ -1,1 +1,1 @@
-"""The codes and places of data: geometry, erasure coding, sealing, manifests. Mostly pure."""
+"""Erasure coding, placement and sealing of objects, and their records: values in, values out."""

@@ -1,6 +1,4 @@
-"""A block's sealed bytes from any k of its fragments, and back again. Pure computation, run in
-threads by its callers.
-"""
+"""A block's sealed bytes from any k of its fragments. Pure computation, which callers run in threads."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from storaged.wire import Buffer
 
 
 def empty_fragments(profile: Profile, shape: BlockShape) -> dict[int, Buffer]:
-    """Data fragments that a short block does not reach: known without reading them."""
+    """Data fragments that a short block does not reach: they are empty, and need not be read."""
     return {position: b"" for position in range(profile.k) if not shape.fragment_cells(profile, position)}
 
 

@@ -1,19 +1,17 @@
-"""Erasure coding: Reed-Solomon over GF(2^8) with a systematic Cauchy matrix, computed by ISA-L on the caller's own
+"""Erasure coding: Reed-Solomon over GF(2^8) with a systematic Cauchy matrix. ISA-L computes it on the caller's own
 buffers.
 
 The generator is ISA-L's ``gf_gen_cauchy1_matrix`` (polynomial 0x11d): rows 0..k-1 are the identity, row i >= k has 1 /
-(i XOR j) in column j. Any k rows are
-independent, so any k of the k + m fragments give back the block. ``k == 1`` means whole copies: no arithmetic.
+(i XOR j) in column j. Any k rows are independent, so any k of the k + m fragments give back the block. ``k == 1`` means
+whole copies: no arithmetic.
 
-The library is the one that the pyeclib wheel bundles, called directly: pyeclib's own interface copies every cell into
-fragments of its own, which costs
-more than the coding. Pointers are taken with the buffer protocol, so bytes, bytearrays and slices of pooled memory all
-serve.
+The library is the one in the pyeclib wheel, called directly: pyeclib's own interface copies every cell into fragments
+of its own, which costs more than the coding. Pointers come from the buffer protocol, so bytes, bytearrays and slices of
+pooled memory all work.
 
-The calls keep the interpreter lock (``PyDLL``): a stripe takes about 8 microseconds, a block of 3 MiB 0.1 ms. Releasing
-it around each stripe made the same block
-take 30 ms when another thread computed in Python, since every release then waits for the interpreter's switch interval
-of 5 ms.
+The calls keep the interpreter lock (``PyDLL``): a stripe takes about 8 microseconds, a block of 3 MiB 0.1 ms. When the
+lock was released around each stripe, the same block took 30 ms while another thread computed in Python, since every
+release then waits for the interpreter's switch interval of 5 ms.
 
 Errors: ImportError at import when there is no ISA-L, ValueError for arguments that do not fit.
 """
@@ -34,15 +32,13 @@ from storaged.hashes import fragment_hash
 from storaged.wire import Buffer, unfilled
 
 FRAGMENTS_MAX = 255
-"""GF(2^8) has that many non-zero elements; the Cauchy matrix has one row a fragment."""
-
-HASH_BYTES = 16
+"""GF(2^8) has that many non-zero elements; the Cauchy matrix has one row per fragment."""
 
 _TABLE_BYTES = 32
 """ISA-L expands each matrix element to a multiplication table of 32 bytes."""
 
 _RECOVERIES_MAX = 512
-"""Cached recovery tables: 4+2 has 15 sets of survivors, 8+4 has 495; a set comes back as long as the same disks are
+"""Cached recovery tables: 4+2 has 15 sets of survivors, 8+4 has 495. A set is used again as long as the same disks are
 away.
 """
 
@@ -90,7 +86,7 @@ _isal = _load()
 
 
 class _PyBuffer(ctypes.Structure):
-    """CPython's ``Py_buffer`` (stable since 3.11), for the address of read-only memory too."""
+    """CPython's ``Py_buffer`` (stable since 3.11): gives the address of read-only memory too."""
 
     _fields_ = (
         ("buf", ctypes.c_void_p),
@@ -115,14 +111,14 @@ _WRITABLE = 1
 
 
 class _Pins:
-    """Holds buffers in place while native code has their addresses."""
+    """Holds buffers in place while native code uses their addresses."""
 
     def __init__(self) -> None:
         self._views: list[_PyBuffer] = []
 
     def address(self, buffer: Buffer, *, writable: bool = False) -> int:
-        """The address of the first byte. Raises BufferError for memory that is not contiguous, or not writable when it
-        must be.
+        """The address of the first byte. Raises BufferError for memory that is not contiguous, or read-only although
+        ``writable``.
         """
         view = _PyBuffer()
         _get_buffer(buffer, ctypes.byref(view), _WRITABLE if writable else 0)
@@ -196,8 +192,8 @@ def encode_block(profile: Profile, cell_bytes: int, sealed: Buffer, parity: Sequ
     """Computes the m parity fragments of a block.
 
     ``sealed``: the block's sealed bytes in the order of the stream. ``parity[i]``: the buffer of fragment k + i, at
-    least ``parity_length`` bytes, filled cell
-    after cell. A ragged last stripe is coded as if its short and missing cells ended in zeros.
+    least ``parity_length`` bytes, filled cell after cell. A ragged last stripe is coded as if its short and missing
+    cells ended in zeros.
     """
     _check(profile)
     k, total = profile.k, len(sealed)
@@ -236,10 +232,9 @@ def reconstruct(
 ) -> dict[int, bytearray]:
     """Computes fragments (or the cells of one stripe) from any k others: position -> ``length`` bytes.
 
-    ``present``: position -> bytes, of which the k lowest positions are used; what is shorter than ``length`` counts as
-    ending in zeros. ``length``: of the longest
-    of them, which a parity fragment has. The caller cuts a data fragment to its own length. Raises ValueError with
-    fewer than k present.
+    ``present``: position -> bytes. The k lowest positions are used; shorter ones count as padded with zeros.
+    ``length``: of the longest of them, which a parity fragment has. The caller cuts a data fragment to its own length.
+    Raises ValueError with fewer than k present.
     """
     _check(profile)
     k = profile.k
@@ -267,22 +262,21 @@ def reconstruct(
 
 
 class CellRun(NamedTuple):
-    """Consecutive cells of a fragment, one behind the other in memory, of the stripes from ``first`` on."""
+    """Consecutive cells of a fragment, contiguous in memory, of the stripes from ``first`` on."""
 
     first: int
     cells: memoryview
 
 
 class StripeSolver:
-    """Computes cells of one stripe after the other from k fragments of their block, into memory of its own: the next
-    stripe's overwrite them.
+    """Computes cells of one stripe after the other from k fragments of their block, into memory of its own, which the
+    next stripe overwrites.
 
-    A cell goes from here to where it is opened without having left the processor's cache, and a stripe costs one native
-    call and little else.
+    So a cell is opened while it is still in the processor's cache, and a stripe costs one native call and little else.
     """
 
     def __init__(self, profile: Profile, cell_bytes: int, runs: Mapping[int, CellRun], wanted: Sequence[int]) -> None:
-        """``runs``: of each of the k fragments, by position. ``wanted``: positions of the cells to be computed. Raises
+        """``runs``: of each of the k fragments, by position. ``wanted``: positions of the cells to compute. Raises
         ValueError, BufferError.
         """
         _check(profile)
@@ -300,7 +294,7 @@ class StripeSolver:
             self._coding[:] = [pins.address(cell, writable=True) for cell in self._cells.values()]
         self.first = max(run.first for run in self._runs)
         self.end = min(run.first + len(run.cells) // cell_bytes for run in self._runs)
-        """Of ``first <= stripe < end`` all k cells are there, and full."""
+        """For ``first <= stripe < end`` all k cells are present, and full."""
 
     def solve(self, stripe: int) -> Mapping[int, memoryview]:
         """The wanted cells, by position, as long as full ones: the caller cuts the last one of a block."""
@@ -319,7 +313,7 @@ def _padded(buffer: Buffer, length: int) -> Buffer:
 
 
 def fragment_slices(profile: Profile, cell_bytes: int, sealed: Buffer, position: int) -> list[memoryview]:
-    """The cells of the data fragment at ``position``, as slices of the block: nothing is copied. With k = 1, the block
+    """The cells of the data fragment at ``position``, as slices of the block, without copies. With k = 1, the block
     itself.
     """
     _check(profile)
@@ -334,8 +328,8 @@ def fragment_slices(profile: Profile, cell_bytes: int, sealed: Buffer, position:
 
 
 def fragments_of(profile: Profile, cell_bytes: int, sealed: Buffer, parity: Sequence[Buffer]) -> list[list[memoryview]]:
-    """Every fragment of the block in the pieces that it lies in, in position order; of whole copies (k = 1) only one,
-    for they are equal.
+    """Every fragment of the block as the pieces that it consists of, in position order; of whole copies (k = 1) only
+    one, since they are equal.
     """
     data = [fragment_slices(profile, cell_bytes, sealed, position) for position in range(profile.k)]
     if profile.k == 1:

@@ -1,10 +1,10 @@
-"""Where the bytes of a part are: chunks, blocks, stripes, cells, fragments. Pure arithmetic.
+"""The layout of a part's bytes: chunks, blocks, stripes, cells, fragments. Pure arithmetic.
 
-    part      P bytes of plaintext in chunks of C - 16 bytes; every sealed chunk is one data cell of C bytes, but the
-    last, which is shorter
+    part      P bytes of plaintext in chunks of C - 16 bytes; every sealed chunk is one data cell of C bytes, except the
+              last, which is shorter
     block b   the data cells b * block_cells .. (b + 1) * block_cells - 1 of the part, coded on its own
     stripe    k data cells and m parity cells of a block: data cell c lies in stripe c // k, at data fragment c % k
-    fragment  what one disk keeps of a block: its cells in the order of the stripes
+    fragment  the cells of a block that one disk keeps, in the order of the stripes
     parity    a parity cell is as long as the longest data cell of its stripe; shorter and missing cells count as zeros
 
 Only the last stripe of a part's last block can be ragged. With k = 1 every fragment is the block itself.
@@ -27,17 +27,16 @@ FRAGMENTS_MAX = 255
 BLOCK_CELLS_MAX = 2**16
 PART_NUMBER_MAX = 10_000
 PART_SIZE_MAX = 5 * 1024**4
-"""No part is as large, for no object is."""
+"""No part can be larger, since no object can."""
 _PROFILE = re.compile(r"[1-9]\d{0,2}\+\d{1,3}", re.ASCII)
 
 
 def problem_of(entry: PartEntry) -> str:
     """Why this cannot be a part; empty when it can.
 
-    Where the parts of an object lie is in the clear and carries no authenticator, for repair moves them without keys.
-    So a record may say anything, and nobody may
-    go on to count in it before this: a profile of a billion fragments, or a block of no cells, would stop whoever reads
-    or repairs the key.
+    The places of an object's parts are in the clear and have no authenticator, since repair moves parts without keys.
+    So a record may contain anything, and no code may count with it before this check: a profile of a billion fragments,
+    or a block of no cells, would stop every process that reads or repairs the key.
     """
     header = entry.header
     if len(header) != HEADER_BYTES or header[:4] != MAGIC or not 12 <= header[5] <= 16:
@@ -78,8 +77,8 @@ class BlockCells(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One block: ``cells`` data cells of ``cell_bytes``, the last of them ``last_bytes`` long (``cell_bytes`` but in a
-    part's last block).
+    """One block: ``cells`` data cells of ``cell_bytes``, the last of them ``last_bytes`` long (shorter only in a part's
+    last block).
     """
 
     cells: int
@@ -116,8 +115,8 @@ class BlockShape:
         return (cells - 1) * self.cell_bytes + self.cell_length(last)
 
     def holders(self, k: int, first: int, count: int) -> list[FragmentCells]:
-        """Which cells of which data fragments hold the data cells ``first .. first + count - 1``; fragments that hold
-        none are left out.
+        """Which cells of which data fragments have the data cells ``first .. first + count - 1``; fragments without any
+        are left out.
         """
         found = []
         for position in range(k):
@@ -129,7 +128,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class PartShape:
-    """A part of ``size`` bytes of plaintext, in cells of ``cell_bytes`` (C), ``block_cells`` of them a block."""
+    """A part of ``size`` bytes of plaintext, in cells of ``cell_bytes`` (C), ``block_cells`` of them per block."""
 
     size: int
     cell_bytes: int
@@ -147,7 +146,7 @@ class PartShape:
 
     @property
     def cells(self) -> int:
-        """All data cells of the part (its chunks); the last is shorter than full, possibly of an empty plaintext."""
+        """All data cells of the part (its chunks). The last is shorter than full, possibly with an empty plaintext."""
         return chunk_count(self.size, self.cell_bytes)
 
     @property
@@ -170,7 +169,7 @@ class PartShape:
         )
 
     def cell_of(self, offset: int) -> int:
-        """The cell of the part that holds the plaintext byte at ``offset``."""
+        """The cell of the part that contains the plaintext byte at ``offset``."""
         return offset // self.plain_bytes
 
     def plain_start(self, cell: int) -> int:
@@ -178,7 +177,7 @@ class PartShape:
         return cell * self.plain_bytes
 
     def locate(self, start: int, length: int) -> Iterator[BlockCells]:
-        """The cells that hold the plaintext bytes ``start .. start + length - 1``, block by block. Nothing when
+        """The cells that contain the plaintext bytes ``start .. start + length - 1``, block by block. Nothing when
         ``length`` is 0.
 
         The first byte wanted is ``start - plain_start(block * block_cells + first)`` bytes into the first cell.

@@ -1,12 +1,11 @@
-"""Parts of an object: up to 32 lie in its record, more in a chain of immutable pages addressed by their hash, on the
-replicas of its register.
+"""Manifests: up to 32 parts of an object lie in its record, more in a chain of immutable pages addressed by their hash,
+on the replicas of its register.
 
-A page is written, and synced on a majority, before the page that names it, and all before the record that names the
-first. So whoever reads a record
-can read its pages. The record also lists the hashes of them all, for repair and for the sweep of pages that no record
-names. That spares what was put, or put again,
-lately: so whoever proposes a record puts its pages shortly before it draws its ballot, and again before it proposes
-once more.
+A page is written, and synced on a majority, before the page that names it, and all pages before the record that names
+the first. So a reader of the record can read its pages. The record also lists the hashes of all pages, for repair and
+for the garbage collection of pages that no record names. That collection spares pages that were put, or put again,
+recently: so a proposer of a record puts its pages shortly before it draws its ballot, and again before it proposes once
+more.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ T = TypeVar("T")
 PAGE_PARTS_MAX = 256
 PAGE_SEALED_PARTS_MAX = 1000
 PAGES_MAX = 64
-"""More pages than 10,000 parts make: a longer chain is damage."""
+"""10,000 parts make fewer pages: a longer chain is damage."""
 PARTS_LABEL = "sov.parts.v1"
 
 
 class Manifest(NamedTuple):
-    """What a version says of its parts: ``parts`` themselves, or ``first``, the hash of the first page, and ``pages``,
-    the hashes of all.
+    """What a version stores of its parts: the ``parts`` themselves, or ``first``, the hash of the first page, and
+    ``pages``, the hashes of all.
     """
 
     parts: tuple[PartEntry, ...]
@@ -54,7 +53,7 @@ class Manifest(NamedTuple):
 
 
 async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartEntry]) -> Manifest:
-    """Returns once every page is durable on a majority."""
+    """Returns when every page is durable on a majority."""
     if len(parts) <= PARTS_INLINE_MAX:
         return Manifest(tuple(parts))
     written: list[bytes] = []
@@ -67,7 +66,7 @@ async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartE
 
 
 async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[PartEntry]:
-    """The parts in order, page by page. Raises DataDamaged, also for what cannot be a part."""
+    """The parts in order, page by page. Raises DataDamaged, also for an entry that cannot be a part."""
     for part in version.parts:
         yield checked(part)
     async for _, page in manifest_pages(pages, near, version):
@@ -88,7 +87,7 @@ async def manifest_pages(pages: Pages, near: RegisterName, version: Version) -> 
 
 
 def checked(part: PartEntry) -> PartEntry:
-    """Raises DataDamaged for what cannot be a part."""
+    """Raises DataDamaged for an entry that cannot be a part."""
     if problem := problem_of(part):
         raise DataDamaged(f"The record of this key names a part that cannot be: {problem}.")
     return part
@@ -97,13 +96,11 @@ def checked(part: PartEntry) -> PartEntry:
 async def bound_parts_of(
     pages: Pages, near: RegisterName, version: Version, whole: SealedPart, sealed: Sequence[SealedPart]
 ) -> AsyncIterator[PartEntry]:
-    """The parts in order, each only if it is the one that was sealed into the version at this place. Without it a
-    storage node that lies could put parts in
-    another order, leave some out, or name an attempt that was superseded: each would open, since all have the upload's
-    key.
+    """The parts in order, each only if it is the part that was sealed into the version at this place. Without this
+    check a malicious storage node could reorder parts, leave some out, or name a superseded attempt: each would open,
+    since all are sealed under the upload's key.
 
-    ``whole``: what the only part of an object is that was not uploaded in parts (``sealed`` is empty then). Raises
-    DataDamaged.
+    ``whole``: the only part of an object that was not uploaded in parts (``sealed`` is empty then). Raises DataDamaged.
     """
     expected = iter(sealed or (whole,))
     async for part in parts_of(pages, near, version):
@@ -118,8 +115,8 @@ async def bound_parts_of(
 async def write_sealed_parts(
     pages: Pages, near: RegisterName, dek: bytes, context: bytes, parts: Sequence[SealedPart], entropy: Entropy
 ) -> tuple[bytes, ...]:
-    """Hashes of the pages, the first one's first, of what the parts are (ETags, sizes, checksums), sealed under the
-    version's key.
+    """Writes pages with the parts' ETags, sizes and checksums, sealed under the version's key. Returns the pages'
+    hashes, the first one's first.
     """
     following = b""
     hashes: list[bytes] = []
@@ -134,7 +131,7 @@ async def write_sealed_parts(
 async def sealed_parts_of(
     pages: Pages, near: RegisterName, dek: bytes, context: bytes, meta: SealedMeta
 ) -> tuple[SealedPart, ...]:
-    """What all parts of an object are; empty for one that was not uploaded in parts. Raises DataDamaged."""
+    """The sealed description of all parts; empty for an object that was not uploaded in parts. Raises DataDamaged."""
     found = list(meta.parts)
     following = meta.parts_page
     for _ in range(PAGES_MAX):
@@ -152,7 +149,7 @@ async def sealed_parts_of(
 
 async def renew_pages(pages: Pages, near: RegisterName, hashes: Sequence[bytes]) -> None:
     """Puts pages again, so that they are as young as new ones, and on all replicas that answer. Raises DataDamaged for
-    one that is gone, ServiceUnavailable.
+    a page that is gone, ServiceUnavailable.
     """
     for page_hash in hashes:
         await pages.put_page(near, await pages.get_page(near, page_hash), page_hash)

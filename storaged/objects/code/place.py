@@ -1,20 +1,19 @@
-"""Which disks hold the fragments of a part, and whether what is durable may be acknowledged. Pure.
+"""Placement: which disks hold the fragments of a part, and whether a write may be acknowledged with those that are
+durable. Pure.
 
-Theory of operation. A layout ranks all its disks for a data id (``Layout.preference``). Going down that list, and
-taking at most m fragments in one failure domain
-and one on a disk, gives the *first choice*: the same for every node that knows the epoch, so a record names only the
-exceptions (``Run.moved``).
+Theory of operation
+    A layout ranks all its disks for a data id (``Layout.preference``). The *first choice* takes disks in that order,
+    with at most m fragments in one failure domain and one on a disk. It is the same for every node that knows the
+    epoch, so a record names only the exceptions (``Run.moved``).
 
-A write that finds disks away keeps the living first choices and hands the positions of the others to the next living
-disks under the same limits. When the living
-disks can't hold the profile that way, the cheapest *fallback* profile that they can hold is used, and repair recodes
-later. The rule that counts
-(``acceptable``): what is durable still has k fragments after the loss of any one disk and, while the living disks span
-two domains, of any one domain.
+    A write that finds disks away keeps the living first choices and gives the positions of the others to the next
+    living disks under the same limits. When the living disks can't hold the profile that way, it uses the cheapest
+    *fallback* profile that they can hold, and repair recodes the part later. The rule that counts (``acceptable``): the
+    durable fragments still include k after the loss of any one disk and, while the living disks span two domains, of
+    any one domain.
 
-``writable`` is asked for a disk id and answers whether it takes new fragments now: a hint from heartbeats. Only
-``acceptable``, which is asked about fragments known
-to be synced, decides what may be acknowledged.
+    ``writable(disk_id)`` says whether a disk takes new fragments now: a hint from heartbeats. Only ``acceptable``,
+    which judges fragments that are known to be synced, decides whether a write may be acknowledged.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from storaged.objects.records import Run
 Writable = Callable[[str], bool]
 
 COPIES = Profile(1, 2)
-"""What a small object's copies on the register's three replicas are."""
+"""The profile of a small object's copies on the register's three replicas."""
 
 FIRST_CHOICES_MAX = 65536
-"""First choices remembered a layout: 4,096 groups of some profiles and sets of countries; about 200 bytes each."""
+"""Cached per layout: 4,096 groups of some profiles and sets of countries; about 200 bytes each."""
 
 
 class Placement(NamedTuple):
-    """``disks[i]`` takes fragment i; ``moved`` are those that are not the first choice, as a ``Run`` keeps them."""
+    """``disks[i]`` takes fragment i. ``moved``: those that are not the first choice, as a ``Run`` stores them."""
 
     profile: Profile
     disks: tuple[str, ...]
@@ -57,7 +56,7 @@ def _eligible(layout: Layout, disk_id: str, countries: Sequence[str]) -> bool:
 
 
 def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tuple[str, ...]) -> tuple[str, ...]:
-    """Up to n disks: by preference under the domain limit, then, where the layout's domains are too few, by preference
+    """Up to n disks: by preference under the domain limit, then, when the layout has too few domains, by preference
     alone.
     """
     memo = layout.first_choices
@@ -81,8 +80,8 @@ def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tupl
 
 
 def first_choice(layout: Layout, data_id: bytes, profile: Profile, countries: Sequence[str] = ()) -> tuple[str, ...]:
-    """The n disks of a data id's fragments in their order, when all disks live: at most m in one domain (unless the
-    layout has too few domains), one on a disk.
+    """The n disks of a data id's fragments in order, when all disks live: at most m in one domain (unless the layout
+    has too few domains), one on a disk.
 
     Only active disks, and only in ``countries`` when some are named. Raises ServiceUnavailable when there are fewer
     than n.
@@ -96,7 +95,7 @@ def first_choice(layout: Layout, data_id: bytes, profile: Profile, countries: Se
 
 
 def disks_of(run: Run, layout_of_epoch: Layout, data_id: bytes, countries: Sequence[str] = ()) -> tuple[str, ...]:
-    """The disks of a run's fragments in their order. ``layout_of_epoch`` is that of ``run.epoch``; ``countries`` those
+    """The disks of a run's fragments in order. ``layout_of_epoch`` is the layout of ``run.epoch``; ``countries``: those
     that the run was written with.
 
     Raises ValueError when it is another layout, or has no disk for a position that the run does not name itself.
@@ -121,9 +120,9 @@ def choose(
 ) -> Placement:
     """Where to write a part of profile ``target`` now.
 
-    The target when living disks can hold it under the domain limit; else the best fallback that they can so hold; else
-    the best that survives one more disk.
-    Raises ServiceUnavailable, with the numbers, when nothing would.
+    The target when living disks can hold it under the domain limit; otherwise the best fallback that they can hold so;
+    otherwise the best that survives the loss of one more disk. Raises ServiceUnavailable, with the numbers, when none
+    does.
     """
     group, countries = placement_group(data_id), tuple(countries)
 
@@ -158,20 +157,19 @@ def _inside(countries: Iterable[str]) -> str:
 
 
 def _holds(profile: Profile, shares: Iterable[int]) -> bool:
-    """Whether so many living disks in each domain can hold the profile with at most m fragments in one domain, one on a
-    disk.
+    """Whether this many living disks in each domain can hold the profile with at most m fragments in one domain, one on
+    a disk.
     """
     return sum(min(share, profile.m) for share in shares) >= profile.n
 
 
 @lru_cache(maxsize=64)
 def _fallbacks(target: Profile) -> tuple[Profile, ...]:
-    """Profiles to use where ``target`` can't be held under the domain limit, best first: no wider than it, and none
-    with more data fragments.
+    """Profiles to use when ``target`` can't be held under the domain limit, best first: no wider than it, and none with
+    more data fragments.
 
-    Those with two parity fragments come first (when the target has two): with one, a disk that fails during the write
-    already makes it unacceptable.
-    Then the smallest space a byte decides, then the most parity.
+    Profiles with two parity fragments come first (when the target has two): with one, a disk that fails during the
+    write already makes it unacceptable. Then the least space per byte decides, then the most parity.
     """
     found = [Profile(k, m) for k in range(1, target.k + 1) for m in range(1, target.n - k + 1)]
     return tuple(sorted(found, key=lambda profile: (profile.m < min(2, target.m), profile.n / profile.k, -profile.m)))
@@ -215,12 +213,11 @@ def _assign(
 def acceptable(
     layout: Layout, profile: Profile, durable: Mapping[int, str], writable: Writable, countries: Sequence[str] = ()
 ) -> bool:
-    """Whether a block may be acknowledged: position -> disk of the fragments that are synced.
+    """Whether a block may be acknowledged. ``durable``: position -> disk of the fragments that are synced.
 
-    The loss of any one disk must leave k of them, always; that of any one domain too, whenever some profile on the
-    living disks (of the bucket's ``countries``)
-    could survive that, which is when they span two domains. A disk that is known to be lost since its sync is the
-    caller's to leave out.
+    The loss of any one disk must always leave k of them. The loss of any one domain must, too, whenever some profile on
+    the living disks (of the bucket's ``countries``) could survive that: when they span two domains. The caller leaves
+    out disks that were lost after their sync.
     """
     if _left(durable.values()) < profile.k:
         return False
@@ -233,7 +230,7 @@ def acceptable(
 
 def _left(holders: Iterable[str]) -> int:
     """Fragments left when the holder of the most is lost."""
-    shares: dict[str, int] = {}  # a Counter takes five times as long, and every small PUT asks
+    shares: dict[str, int] = {}  # a Counter takes five times as long, and every small PUT calls this
     for holder in holders:
         shares[holder] = shares.get(holder, 0) + 1
     return sum(shares.values()) - max(shares.values(), default=0)
@@ -253,8 +250,8 @@ def enough_copies(layout: Layout, replicas: Sequence[str], synced: frozenset[str
     """Whether a small object may be acknowledged: its copies (profile 1+2) lie on the register's ``replicas``, those of
     ``synced`` durably.
 
-    The same rule as ``acceptable``, but only the replicas can hold copies, so the living ones among them decide whether
-    two domains can be had.
+    The same rule as ``acceptable``, but only the replicas can hold copies, so the living replicas decide whether two
+    domains are possible.
     """
     durable = [disk_id for disk_id in replicas if disk_id in synced]
     if _left(durable) < COPIES.k:
@@ -265,7 +262,7 @@ def enough_copies(layout: Layout, replicas: Sequence[str], synced: frozenset[str
 
 
 def copies_rule(layout: Layout, replicas: Sequence[str], writable: Writable) -> Callable[[frozenset[str]], bool]:
-    """``enough_copies`` as a function of what is synced. Replicas in distinct domains, as those of a ring partition
+    """``enough_copies`` as a function of the synced disks. Replicas in distinct domains, as those of a ring partition
     are, need any two copies, whatever is away.
     """
     if len({layout.domain_by_disk.get(disk_id, disk_id) for disk_id in replicas}) < len(replicas):
@@ -276,8 +273,8 @@ def copies_rule(layout: Layout, replicas: Sequence[str], writable: Writable) -> 
 
 class CopyPlan(NamedTuple):
     """How small objects of one ring partition are kept under ``layout``: on ``replicas``, as the one run of ``runs``.
-    ``enough`` is the rule for their copies,
-    ``id_tail`` what stands behind the data id in the id of the first copy."""
+    ``enough``: the rule for their copies. ``id_tail``: the bytes after the data id in the id of the first copy.
+    """
 
     layout: Layout
     replicas: tuple[str, ...]

@@ -1,9 +1,8 @@
-"""Sealing of parts and of the metadata in records: SOV1 (``storaged.sov1``) with the labels and contexts of the object
-plane.
+"""Seals parts and the metadata in records: SOV1 (``storaged.sov1``) with the labels and contexts of the object plane.
 
-A part's context is data id (16 bytes) || part number (u32 big-endian); a message's is its fields, each length-prefixed.
-Bucket, key and version bind
-through the wrap of the data key, so that parts need not be sealed again when they become a version.
+A part's context is data id (16 bytes) || part number (u32 big-endian); a message's context is its fields, each
+length-prefixed. The wrap of the data key binds bucket, key and version, so that parts need not be sealed again when
+they become a version.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ def _part_context(data_id: bytes, part_number: int) -> bytes:
 
 
 def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
-    """(header, chunk) of a part that one chunk holds (less than 64 KiB - 16), of the smallest size that does. ``salt``:
-    24 fresh random bytes for every attempt.
+    """(header, chunk) of a part that fits one chunk (less than 64 KiB - 16), of the smallest chunk size that holds it.
+    ``salt``: 24 fresh random bytes for every attempt.
     """
     return seal_one(
         dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes_for(len(plaintext), 1), plaintext, salt
@@ -32,8 +31,8 @@ def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, s
 
 
 def part_key(dek: bytes, header: bytes, data_id: bytes, part_number: int) -> StreamKey:
-    """What opens a part that is one chunk. Raises SealBroken when the header does not commit to this key, data id and
-    part number.
+    """The key that opens a part of one chunk. Raises SealBroken when the header does not commit to this key, data id
+    and part number.
     """
     return stream_key(dek, PART_LABEL, _part_context(data_id, part_number), header)
 
@@ -48,7 +47,7 @@ class PartSealer(Sealer):
 
 
 class PartOpener(Opener):
-    """Opens one part: see ``Opener``. ``size`` is the part's plaintext in bytes, when it is known.
+    """Opens one part: see ``Opener``. ``size`` is the part's plaintext in bytes, if known.
 
     Raises SealBroken when the header does not commit to this key, data id and part number.
     """

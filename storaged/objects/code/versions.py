@@ -1,27 +1,22 @@
-"""Versions of objects: sealing what a storage node must not read into a record, and opening it again.
+"""Versions of objects: seals into a record what a storage node must not read, and opens it again. Pure.
 
-Contexts bind what is sealed to where it belongs: the wrapped data key, the metadata and the list field of a version
-open only for
-(bucket id, key, version id, context id), the context id being the data id of its body or the id of its upload.
+Contexts bind sealed fields to their place: the wrapped data key, the metadata and the list field of a version open only
+for (bucket id, key, version id, context id). The context id is the data id of its body or the id of its upload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
 from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion
-from storaged.meta.names import Change, RegisterName, Value, Visibility
-from storaged.meta.ports import Outcome, Registers, SmallCopies
+from storaged.ids import Entropy
+from storaged.meta.names import Change, Value, Visibility
 from storaged.objects.api import NewMeta, ObjectInfo
 from storaged.objects.code.seal import META_LABEL
-from storaged.objects.conditions import Current
-from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
-    BucketRecord,
     ObjectRecord,
     PartEntry,
     SealedList,
@@ -36,76 +31,11 @@ from storaged.objects.records import (
 from storaged.sov1 import SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
 
-T = TypeVar("T")
-
 EMPTY = ObjectRecord(())
 
 
-class KeyNeeded(Exception):
-    """An update met a version sealed under a bucket key that is not at hand; it runs again once the key was fetched."""
-
-    def __init__(self, version: int) -> None:
-        super().__init__(version)
-        self.version = version
-
-
-class BucketKeys:
-    """A bucket's keys, at hand for update functions, which can't wait."""
-
-    def __init__(self, plane: ObjectPlane, bucket: BucketRecord) -> None:
-        self._plane = plane
-        self._bucket = bucket
-        self._known: dict[int, BucketKey] = {}
-
-    async def newest(self) -> BucketKey:
-        key = await self._plane.keys.bucket_key(self._bucket.id, self._bucket.countries)
-        self._known[key.version] = key
-        return key
-
-    async def load(self, version: int) -> BucketKey:
-        key = self._known.get(version)
-        if key is None:
-            key = self._known[version] = await self._plane.keys.bucket_key(
-                self._bucket.id, self._bucket.countries, version
-            )
-        return key
-
-    def known(self, version: int) -> BucketKey:
-        """Raises KeyNeeded."""
-        key = self._known.get(version)
-        if key is None:
-            raise KeyNeeded(version)
-        return key
-
-
-async def with_keys(keys: BucketKeys, attempt: Callable[[], T]) -> T:
-    """Runs ``attempt`` until it has all keys that it asks for by KeyNeeded."""
-    while True:
-        try:
-            return attempt()
-        except KeyNeeded as needed:
-            await keys.load(needed.version)
-
-
-async def change_with_keys(
-    registers: Registers,
-    keys: BucketKeys,
-    name: RegisterName,
-    update: Callable[[Value | None], Change | None],
-    *,
-    small: SmallCopies | None = None,
-    regardless: bool = False,
-) -> Outcome:
-    """``registers.change`` for an update that may raise KeyNeeded."""
-    while True:
-        try:
-            return await registers.change(name, update, small=small, regardless=regardless)
-        except KeyNeeded as needed:
-            await keys.load(needed.version)
-
-
 class Place(NamedTuple):
-    """Where a version belongs: what its sealed fields are bound to."""
+    """Where a version belongs: its sealed fields are bound to this."""
 
     bucket_id: bytes
     key: bytes
@@ -119,8 +49,8 @@ class Place(NamedTuple):
 
 
 def decode_record(value: Value | None) -> ObjectRecord:
-    """The versions of a key; none when it was never written or is deleted. Raises DataDamaged for
-    what is not a record.
+    """The versions of a key; none when it was never written or is deleted. Raises DataDamaged for a value that is not a
+    record.
     """
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return EMPTY
@@ -131,7 +61,7 @@ def decode_record(value: Value | None) -> ObjectRecord:
 
 
 def record_change(record: ObjectRecord, payload: bytes = b"") -> Change:
-    """What the register becomes for these versions."""
+    """The change of the register that stores these versions."""
     if not record.versions:
         return Change(b"", Visibility.TOMBSTONE)
     hidden = record.versions[0].delete_marker
@@ -158,52 +88,52 @@ def meta_of(new: NewMeta, etag: str, checksums: dict[str, str], checksum_type: s
     )
 
 
-def seal_meta(plane: ObjectPlane, dek: bytes, context: bytes, meta: SealedMeta) -> bytes:
-    return seal_message(dek, META_LABEL, context, encode(brief_meta(meta)), plane.entropy(SALT_BYTES))
+def seal_meta(dek: bytes, context: bytes, meta: SealedMeta, entropy: Entropy) -> bytes:
+    return seal_message(dek, META_LABEL, context, encode(brief_meta(meta)), entropy(SALT_BYTES))
 
 
 def seal_listing(key: BucketKey, context: bytes, meta: SealedMeta) -> bytes:
-    """What a list prints of it."""
+    """Seals the fields that a listing prints."""
     brief = brief_meta(meta)
     algorithm = next(iter(brief.checksums), "")
     return key.seal_list(encode(SealedList(meta.etag, algorithm, brief.checksum_type, meta.storage_class)), context)
 
 
+class UnsealedVersion(NamedTuple):
+    """A new version without its sealed fields; the fields are those of ``Version``."""
+
+    version_id: str
+    context_id: bytes
+    owner: str
+    modified_ms: int
+    parts: tuple[PartEntry, ...]
+    manifest: bytes = b""
+    multipart: bool = False
+    part_count: int = 1
+    pages: tuple[bytes, ...] = ()
+
+
 def seal_version(
-    plane: ObjectPlane,
-    place: Place,
-    key: BucketKey,
-    dek: bytes,
-    meta: SealedMeta,
-    *,
-    version_id: str,
-    context_id: bytes,
-    owner: str,
-    modified_ms: int,
-    parts: tuple[PartEntry, ...],
-    manifest: bytes = b"",
-    multipart: bool = False,
-    part_count: int = 1,
-    pages: tuple[bytes, ...] = (),
+    place: Place, new: UnsealedVersion, key: BucketKey, dek: bytes, meta: SealedMeta, entropy: Entropy
 ) -> Version:
-    """A version whose sealed fields are all under its data key and its context."""
-    context, meta = place.context(version_id, context_id), brief_meta(meta)
+    """The version with its fields sealed under its data key ``dek`` and its context."""
+    context, meta = place.context(new.version_id, new.context_id), brief_meta(meta)
     return Version(
-        version_id,
-        modified_ms,
+        new.version_id,
+        new.modified_ms,
         meta.size,
-        owner,
+        new.owner,
         key.version,
-        context_id,
+        new.context_id,
         seal_listing(key, context, meta),
         False,
         key.wrap(dek, context),
-        seal_meta(plane, dek, context, meta),
-        parts,
-        manifest,
-        multipart,
-        part_count,
-        pages,
+        seal_meta(dek, context, meta, entropy),
+        new.parts,
+        new.manifest,
+        new.multipart,
+        new.part_count,
+        new.pages,
     )
 
 
@@ -216,7 +146,9 @@ class OpenedVersion(NamedTuple):
 
 
 def open_version(place: Place, version: Version, key: BucketKey) -> OpenedVersion:
-    """Raises DataDamaged when the record does not open: it is not what a gateway of this cluster wrote for this key."""
+    """Raises DataDamaged when the record does not open: then it is not what a gateway of this cluster wrote for this
+    key.
+    """
     context = place.context_of(version)
     try:
         dek = key.unwrap(version.wrapped_key, context)
@@ -229,25 +161,11 @@ def open_version(place: Place, version: Version, key: BucketKey) -> OpenedVersio
 
 
 def open_listing(place: Place, version: Version, key: BucketKey) -> SealedList:
-    """What a list prints of a version; about 1 us. Raises DataDamaged."""
+    """Opens the fields that a listing prints; about 1 us. Raises DataDamaged."""
     try:
         return decode(key.open_list(version.listing, place.context_of(version)), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
-
-
-def current_of(
-    place: Place, record: ObjectRecord, keys: BucketKeys, *, with_etag: bool, version_id: str = ""
-) -> Current | None:
-    """What a conditional write judges; the ETag is opened only when it matters. None: no such
-    object. Raises KeyNeeded.
-    """
-    try:
-        version = find_version(record, version_id)
-    except (NoSuchKey, NoSuchVersion):
-        return None
-    etag = open_listing(place, version, keys.known(version.bucket_key)).etag if with_etag else ""
-    return Current(etag, version.size, version.modified_ms)
 
 
 def info_of(key: bytes, opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> ObjectInfo:

@@ -20,7 +20,7 @@ from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions, Reading, ReadResult
 from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
-from storaged.objects.cache.opened_records import Opened
+from storaged.objects.cache.opened_records import OpenedRecord
 from storaged.objects.code.manifest import bound_parts_of, parts_of, sealed_parts_of
 from storaged.objects.code.seal import part_key
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     name: RegisterName
     opened: OpenedVersion
     copy: Buffer | None
-    kept: Opened | None
+    kept: OpenedRecord | None
 
 
 class Span(NamedTuple):
@@ -102,13 +102,13 @@ def _kept(
     if value is None or version_id:
         return None
     place = Place(bucket.id, key)
-    kept = plane.opened.get(place, value)
+    kept = plane.opened_records.get(place, value)
     if kept is None:
         return None
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, kept.opened.version.bucket_key)
     if bucket_key is not None and bucket_key is kept.bucket_key():
         return Found(name, kept.opened, payload, kept)
-    plane.opened.drop(place)
+    plane.opened_records.drop(place)
     return None
 
 
@@ -131,8 +131,8 @@ def _opened(
     )  # read, and of no further use
     if value is None or version_id:
         return Found(name, opened, payload, None)
-    kept = Opened(value, bucket_key, opened)
-    plane.opened.keep(place, kept)
+    kept = OpenedRecord(value, bucket_key, opened)
+    plane.opened_records.put(place, kept)
     return Found(name, opened, payload, kept)
 
 

@@ -37,7 +37,7 @@ from storaged.ids import BUCKET_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.api import Principal
-from storaged.objects.cache.ttl import Recent
+from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import BucketRecord, authenticated_bytes
@@ -68,7 +68,7 @@ class BucketService:
     def __init__(self, plane: ObjectPlane) -> None:
         self._plane = plane
         limits = plane.limits
-        self._recent: Recent[str, BucketRecord] = Recent(
+        self._recent: TtlCache[str, BucketRecord] = TtlCache(
             plane.clock, limits.bucket_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
         )
         self._owned: dict[str, tuple[float, int]] = {}

@@ -17,7 +17,7 @@ import msgspec
 from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
 from storaged.objects.api import Principal
-from storaged.objects.cache.ttl import Recent
+from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import UserRecord
@@ -44,7 +44,7 @@ class UserService:
     def __init__(self, plane: ObjectPlane) -> None:
         self._plane = plane
         limits = plane.limits
-        self._recent: Recent[str, tuple[Principal, str]] = Recent(
+        self._recent: TtlCache[str, tuple[Principal, str]] = TtlCache(
             plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
         )
 

@@ -20,7 +20,7 @@ from storaged.errors import SlowDown
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Outcome
 from storaged.objects.background import cancel_all
-from storaged.objects.code.versions import BucketKeys, KeyNeeded, change_with_keys
+from storaged.objects.bucket_keys import BucketKeys, KeyNeeded, change_with_keys
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry
 from storaged.objects.write.sealing import Sealed

@@ -44,16 +44,9 @@ from storaged.meta.names import Change, RegisterName, Value, Visibility, object_
 from storaged.meta.ports import Outcome
 from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
 from storaged.objects.background import cancel_all
+from storaged.objects.bucket_keys import BucketKeys, KeyNeeded, current_of
 from storaged.objects.code.manifest import renew_pages, write_manifest, write_sealed_parts
-from storaged.objects.code.versions import (
-    BucketKeys,
-    KeyNeeded,
-    current_of,
-    decode_record,
-    open_version,
-    record_change,
-    seal_version,
-)
+from storaged.objects.code.versions import UnsealedVersion, decode_record, open_version, record_change, seal_version
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import (
@@ -310,22 +303,18 @@ async def _make_version(
         context = upload.place.context(NULL_VERSION, context_id)
         sealed_pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
         meta = msgspec.structs.replace(meta, parts_page=sealed_pages[0])
-    return seal_version(
-        plane,
-        upload.place,
-        upload.key,
-        upload.dek,
-        meta,
-        version_id=NULL_VERSION,
-        context_id=context_id,
-        owner=owner,
-        modified_ms=plane.clock.wall_ms(),
-        parts=manifest.parts,
-        manifest=manifest.first,
+    new = UnsealedVersion(
+        NULL_VERSION,
+        context_id,
+        owner,
+        plane.clock.wall_ms(),
+        manifest.parts,
+        manifest.first,
         multipart=True,
         part_count=len(parts),
         pages=manifest.pages + sealed_pages,
     )
+    return seal_version(upload.place, new, upload.key, upload.dek, meta, plane.entropy)
 
 
 def _checksums(

@@ -9,11 +9,9 @@ import msgspec
 from storaged.errors import NoSuchVersion
 from storaged.meta.names import Change, Value, object_name
 from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, WriteConditions
+from storaged.objects.bucket_keys import BucketKeys, change_with_keys, current_of
 from storaged.objects.code.versions import (
-    BucketKeys,
     Place,
-    change_with_keys,
-    current_of,
     decode_record,
     find_version,
     open_version,
@@ -69,7 +67,7 @@ async def change_meta(
         bucket_key = keys.known(version.bucket_key)
         opened = open_version(where, version, bucket_key)
         meta, context = alter(opened.meta), where.context_of(version)
-        sealed = seal_meta(plane, opened.dek, context, meta)
+        sealed = seal_meta(opened.dek, context, meta, plane.entropy)
         changed = msgspec.structs.replace(version, meta=sealed, listing=seal_listing(bucket_key, context, meta))
         versions = tuple(changed if other is version else other for other in record.versions)
         return record_change(ObjectRecord(versions), value.payload if value is not None else b"")

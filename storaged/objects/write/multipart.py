@@ -45,8 +45,9 @@ from storaged.objects.api import (
     ReadConditions,
     UploadInfo,
 )
+from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.seal import META_LABEL
-from storaged.objects.code.versions import BucketKeys, Place, meta_of
+from storaged.objects.code.versions import Place, meta_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
 from storaged.objects.read.hedging import HedgeDelay

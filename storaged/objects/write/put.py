@@ -18,16 +18,15 @@ from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome
 from storaged.objects.api import NO_WRITE_CONDITIONS, Body, BodyChecks, NewMeta, PutResult, WriteConditions
+from storaged.objects.bucket_keys import BucketKeys, current_of, with_keys
 from storaged.objects.code.versions import (
     EMPTY,
-    BucketKeys,
     Place,
-    current_of,
+    UnsealedVersion,
     decode_record,
     meta_of,
     record_change,
     seal_version,
-    with_keys,
 )
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.plane import ObjectPlane
@@ -174,18 +173,9 @@ class Replacement:
         self.regardless = new.conditions == NO_WRITE_CONDITIONS
         """It replaces whatever is there. What is there and can't be read, it finds only when it asks first."""
         self._write = write
-        self._version = seal_version(
-            plane,
-            write.place,
-            write.bucket_key,
-            part.dek,
-            meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size),
-            version_id=NULL_VERSION,
-            context_id=part.data_id,
-            owner=new.owner,
-            modified_ms=modified_ms,
-            parts=(sealed.entry,),
-        )
+        unsealed = UnsealedVersion(NULL_VERSION, part.data_id, new.owner, modified_ms, (sealed.entry,))
+        meta = meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size)
+        self._version = seal_version(write.place, unsealed, write.bucket_key, part.dek, meta, plane.entropy)
         self._result = PutResult(digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms)
         self._started = plane.clock.monotonic()
         self._record = ObjectRecord((self._version,))
