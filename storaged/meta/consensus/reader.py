@@ -96,21 +96,20 @@ class ReadEvent(IntEnum):
 
 NEW, HEARING, WAITING, CARRYING, REPLAYING, SETTLING, STALE, DONE, FAILED = ReadState
 
-_DIFFER: Final = (CARRYING, REPLAYING, SETTLING, DONE, FAILED)
+_DIFFER: Final = (CARRYING, REPLAYING, SETTLING, FAILED)
 
 READ_TRANSITIONS: Final[Mapping[ReadState, Mapping[ReadEvent, Sequence[ReadState]]]] = {
     NEW: {ReadEvent.BEGIN: (HEARING,)},
-    HEARING: {ReadEvent.REPLIED: (WAITING, STALE, *_DIFFER), ReadEvent.EXPIRE: (FAILED,)},
-    WAITING: {ReadEvent.REPLIED: _DIFFER, ReadEvent.WAITED: _DIFFER, ReadEvent.EXPIRE: (FAILED,)},
-    CARRYING: {ReadEvent.CARRIED: (REPLAYING, SETTLING, DONE)},
+    HEARING: {ReadEvent.REPLIED: (WAITING, STALE, DONE, *_DIFFER), ReadEvent.EXPIRE: (FAILED,)},
+    WAITING: {ReadEvent.REPLIED: (DONE, *_DIFFER), ReadEvent.WAITED: _DIFFER, ReadEvent.EXPIRE: (FAILED,)},
+    CARRYING: {ReadEvent.CARRIED: (REPLAYING, SETTLING)},
     REPLAYING: {ReadEvent.ACCEPTED: (SETTLING, DONE), ReadEvent.EXPIRE: (SETTLING,)},
     SETTLING: {},
     STALE: {ReadEvent.BEGIN: (HEARING,), ReadEvent.EXPIRE: (FAILED,)},
     DONE: {},
     FAILED: {},
 }
-"""The states that each event may lead to. DONE comes out of CARRYING, and without an answer out of others, only where a
-broken rule is simulated. The diagram in README.md shows the same."""
+"""The states that each event may lead to, as long as no rule is broken. The diagram in README.md shows the same."""
 
 NO_COPY: Final = memoryview(b"")
 
