@@ -186,22 +186,22 @@ def clock(seconds: list[float]) -> Any:
 def test_a_record_that_was_asked_for_before_the_fence_was_seen_clears_nothing() -> None:
     fenced = FencedBuckets(clock([0.0]), 1.0)
     since = fenced.count
-    assert fenced.saw(b"a")
-    fenced.read_anew(b"a", since, lingers=False)
-    assert fenced.gone(b"a")
-    fenced.read_anew(b"a", fenced.count, lingers=False)
-    assert not fenced.gone(b"a")
-    fenced.read_anew(b"never seen", fenced.count, lingers=False)
+    assert fenced.note_fenced(b"a")
+    fenced.note_active(b"a", since, lingers=False)
+    assert fenced.is_fenced(b"a")
+    fenced.note_active(b"a", fenced.count, lingers=False)
+    assert not fenced.is_fenced(b"a")
+    fenced.note_active(b"never seen", fenced.count, lingers=False)
 
 
 def test_a_fence_that_lingers_is_passed_over_for_a_moment_and_the_memory_is_bounded() -> None:
     seconds = [0.0]
     fenced = FencedBuckets(clock(seconds), 1.0)
-    assert fenced.saw(b"a")
-    fenced.read_anew(b"a", fenced.count, lingers=True)
-    assert not fenced.saw(b"a")
+    assert fenced.note_fenced(b"a")
+    fenced.note_active(b"a", fenced.count, lingers=True)
+    assert not fenced.note_fenced(b"a")
     seconds[0] = 1.0
-    assert fenced.saw(b"a")
+    assert fenced.note_fenced(b"a")
     for number in range(FENCED_MAX + 10):
-        fenced.saw(b"%d" % number)
+        fenced.note_fenced(b"%d" % number)
     assert len(fenced._seen) == FENCED_MAX

@@ -87,7 +87,7 @@ async def test_a_claim_that_changes_while_it_is_authenticated_keeps_what_it_beca
     async def interfere(_name: object) -> None:
         world.ring.interfere = None
         value = (await world.ring.read(ANNE)).value
-        await world.ring.change(ANNE, lambda _value: claims.claimed(plane, ANNE, value, NameClaim("AK-other", 7)))
+        await world.ring.change(ANNE, lambda _value: claims.claim_change(plane, ANNE, value, NameClaim("AK-other", 7)))
 
     world.ring.interfere = interfere
     await authenticate_all(plane)

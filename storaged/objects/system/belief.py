@@ -1,11 +1,8 @@
-"""Which values of system registers a gateway wrote: what the quorums of a gateway go by (``meta.client``,
-``believes``).
+"""Which values of system registers a gateway wrote: the gateway's quorums check this (``meta.client``, ``believes``).
 
-A storage node writes what it likes on its own disk, under whatever ballot. Where its value counted as the newest, a
-gateway that settles the register would carry
-it to the other replicas, and the record of a bucket or a user would be gone. Those carry an authenticator, so a value
-without a good one is
-set aside while other replicas have better.
+A storage node can write anything to its own disk, under any ballot. If its value counted as the newest, a gateway that
+settles the register would carry it to the other replicas, and the record of a bucket or a user would be gone. These
+records carry an authenticator, so a value without a valid one is set aside while other replicas have better values.
 """
 
 from __future__ import annotations
@@ -19,7 +16,9 @@ from storaged.objects.system.users import UserService
 
 
 class Belief:
-    """``believes(name, value)`` of a gateway. True while the keyring is not open: nothing can be judged then."""
+    """``believes(name, value)`` of a gateway. True while the keyring is not open, since nothing can be verified
+    then.
+    """
 
     def __init__(self, plane: ObjectPlane, its_buckets: BucketService, its_users: UserService) -> None:
         self._plane = plane
@@ -28,7 +27,7 @@ class Belief:
 
     def __call__(self, name: RegisterName, value: Value) -> bool:
         if value.sequence == 0:
-            return True  # never written
+            return True  # the register was never written
         try:
             if name.key.startswith(buckets.PREFIX.encode()):
                 self._buckets.require_authentic(name, value)

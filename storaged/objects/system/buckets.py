@@ -4,13 +4,11 @@
                               -> Active(nonce) -> Active      not empty: the fence is lifted, then the nonce cleared
 
 Deleting a bucket closes it first: a durable fence on every index shard refuses all changes to its rows. Only then can
-it be said to be empty. Every step is a
-compare-and-set with the nonce of the attempt, so any gateway can go on where another stopped (``resume``): a record
-that is Deleting, or Active
-with a nonce, owes a step. A fence is lifted only after its record left Deleting: whoever looks at a fenced bucket may
-rely on it until its own step.
-A nonce begins with the record's sequence number, so that the nonces of a bucket grow, and replicas refuse a fence that
-comes late.
+the check whether it is empty be trusted. Every step is a compare-and-set with the nonce of the attempt, so any gateway
+can continue where another stopped (``resume``): a record that is Deleting, or Active with a nonce, owes a step. A fence
+is lifted only after its record left Deleting, so a gateway that checks a fenced bucket can rely on the fence until its
+own step. A nonce begins with the record's sequence number, so that the nonces of a bucket grow, and replicas refuse a
+fence that arrives late.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ EMPTYING_ROUNDS_MAX = 8
 
 OWNED_S = 10.0
 OWNERS_MAX = 1024
-"""For how long, and of how many users, the number of their buckets is kept."""
+"""How long, and for how many users, the number of their buckets is cached."""
 
 
 class BucketService:
@@ -68,18 +66,18 @@ class BucketService:
     def __init__(self, plane: ObjectPlane) -> None:
         self._plane = plane
         limits = plane.limits
-        self._recent: TtlCache[str, BucketRecord] = TtlCache(
+        self._cache: TtlCache[str, BucketRecord] = TtlCache(
             plane.clock, limits.bucket_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
         )
         self._owned: dict[str, tuple[float, int]] = {}
-        """User id -> until when it counts, and how many buckets the user has."""
+        """User id -> when the count expires, and how many buckets the user has."""
         self._fenced = FencedBuckets(plane.clock, limits.bucket_cache_s)
 
     # --- records ------------------------------------------------------------------------------------------------------
 
     def _decode(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
         """None when there is none, or it was deleted. Raises DataDamaged for a record that no gateway of this cluster
-        made.
+        wrote.
         """
         record = _decoded(value)
         if record is None or value is None:
@@ -96,26 +94,26 @@ class BucketService:
         return record
 
     def require_authentic(self, name: RegisterName, value: Value) -> None:
-        """Raises DataDamaged for a value that no gateway of this cluster wrote: also for a deletion, which leaves the
-        record, and says so in it.
+        """Raises DataDamaged for a value that no gateway of this cluster wrote, also for a deletion, which leaves the
+        record and notes it there.
         """
         record = self._verified(name, value, _record_in(value.body))
         if (value.visibility == Visibility.TOMBSTONE) != (record.state == DELETED):
             raise DataDamaged("The record of this bucket says otherwise than its row.")
 
     async def _read(self, name: str) -> BucketRecord | None:
-        """The record of a name as it is now, healed where that can be. Raises DataDamaged, ServiceUnavailable."""
+        """The current record of a name, healed if possible. Raises DataDamaged, ServiceUnavailable."""
         plane, register = self._plane, system_name(PREFIX + name)
 
-        def renewed(value: Value, record: BucketRecord) -> Change:
+        def rewrite(value: Value, record: BucketRecord) -> Change:
             return self._change(register, value, record)
 
-        return await rows.read(plane.registers, plane.bad_rows, self._decode, renewed, PREFIX + name)
+        return await rows.read(plane.registers, plane.bad_rows, self._decode, rewrite, PREFIX + name)
 
     def _change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
-        """Signed for nodes without keys, and authenticated. Both are over the sequence number too, so that an older
-        record can't be played back under a newer
-        number."""
+        """Signs the record for nodes without keys, and authenticates it. Both cover the sequence number too, so that an
+        older record can't be replayed under a newer number.
+        """
         keys, sequence = self._plane.keys, rows.sequence_after(before)
         signature = keys.sign_public(public_bytes(self._plane.layouts.current.cluster, sequence, record))
         signed = msgspec.structs.replace(
@@ -126,9 +124,9 @@ class BucketService:
         return Change(encode(msgspec.structs.replace(signed, authenticator=tag)), visibility)
 
     async def _step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
-        """Compare-and-set from exactly ``record`` (by id, state and nonce); with ``draw``, random bytes, to a nonce
-        above all before it. None when it is not
-        that any more."""
+        """Compare-and-set from exactly ``record`` (by id, state and nonce). ``draw``: random bytes; the new record then
+        gets a nonce above all before it. None when the register has another record by now.
+        """
         name = system_name(PREFIX + record.name)
         done = False
 
@@ -144,7 +142,7 @@ class BucketService:
                 )
             return self._change(name, value, msgspec.structs.replace(after, tags=found.tags))
 
-        self._recent.forget(record.name)
+        self._cache.forget(record.name)
         try:
             await self._plane.registers.change(name, update)
         finally:
@@ -152,22 +150,22 @@ class BucketService:
         return after if done else None
 
     async def _changed(self, name: str) -> None:
-        self._recent.forget(name)
+        self._cache.forget(name)
         await self._plane.on_changed("bucket", name)
 
     def forget(self, name: str) -> None:
         """Another process of this gateway has changed it."""
-        self._recent.forget(name)
+        self._cache.forget(name)
 
     # --- api ----------------------------------------------------------------------------------------------------------
 
     async def create(
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
-        """Its key is made, and committed, before the name is taken. Raises InvalidArgument for a country that the
-        cluster's policy does not allow,
-        BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, and ServiceUnavailable when no partition of the
-        ring lies inside the countries."""
+        """Creates and commits the bucket's key before it takes the name. Raises InvalidArgument for a country that the
+        cluster's policy does not allow, BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, and
+        ServiceUnavailable when no partition of the ring lies inside the countries.
+        """
         layout = self._plane.layouts.current
         policy = policy_of(layout)
         for country in countries:
@@ -209,10 +207,10 @@ class BucketService:
         return made
 
     async def _require_room(self, who: Principal) -> None:
-        """Raises TooManyBuckets. Counting reads the rows of all buckets of the cluster, so a count is kept for
-        ``OWNED_S``; nobody is refused by a kept one.
-        Where several processes make buckets of one user at once, the limit may be passed by what they make in that
-        time."""
+        """Raises TooManyBuckets. A count reads the rows of all buckets of the cluster, so it is cached for ``OWNED_S``;
+        a cached count refuses no request. When several processes create buckets of one user at once, the limit may be
+        exceeded by what they create in that time.
+        """
         limit, now = self._plane.limits.buckets_per_user_max, self._plane.clock.monotonic()
         kept_until, count = self._owned.get(who.user_id, (now, 0))
         if now < kept_until and count < limit:
@@ -236,25 +234,25 @@ class BucketService:
 
     async def get(self, name: str) -> BucketRecord:
         """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
-        return await self._recent.get(name)
+        return await self._cache.get(name)
 
     def try_get(self, name: str) -> BucketRecord | None:
-        return self._recent.try_get(name)
+        return self._cache.try_get(name)
 
     def fenced(self, bucket_id: bytes) -> None:
-        """A replica has called the bucket fenced."""
-        if self._fenced.saw(bucket_id):
-            self._recent.forget_where(lambda record: record.id == bucket_id)
+        """A replica has reported the bucket as fenced."""
+        if self._fenced.note_fenced(bucket_id):
+            self._cache.forget_where(lambda record: record.id == bucket_id)
 
     def fences_seen(self) -> int:
         return self._fenced.count
 
     def gone(self, bucket: BucketRecord) -> bool:
-        return self._fenced.gone(bucket.id)
+        return self._fenced.is_fenced(bucket.id)
 
     async def renewed(self, name: str) -> BucketRecord:
-        self._recent.forget(name)
-        return await self._recent.get(name)
+        self._cache.forget(name)
+        return await self._cache.get(name)
 
     async def _load(self, name: str) -> BucketRecord:
         since = self._fenced.count
@@ -263,15 +261,16 @@ class BucketService:
             record = await self.resume(record)
         if record is None or record.state != ACTIVE:
             raise NoSuchBucket(BucketName=name)
-        self._fenced.read_anew(record.id, since, lingers=bool(record.nonce))
+        self._fenced.note_active(record.id, since, lingers=bool(record.nonce))
         return record
 
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[BucketRecord], str | None]:
-        """The principal's own, by name. A row that can't be used, whosever it is, is passed over (``system_rows``).
+        """The principal's own, by name. A row that can't be used, of any owner, is skipped (``system.rows``).
 
-        The rows of all principals are read, those of others are not verified."""
+        Reads the rows of all principals, and verifies only the principal's own.
+        """
 
         def own(name: RegisterName, value: Value | None) -> BucketRecord | None:
             record = _decoded(value)
@@ -287,18 +286,19 @@ class BucketService:
         return found, None
 
     async def every_bucket(self) -> list[BucketRecord]:
-        """All buckets of the cluster that are not deleted, in any state: for maintenance. What can't be used is healed
-        or named in ``plane.bad_rows``.
+        """All buckets of the cluster that are not deleted, in any state: for maintenance. Rows that can't be used are
+        healed or named in ``plane.bad_rows``.
         """
         plane = self._plane
         return await rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
 
     async def sign_unsigned(self, records: Iterable[BucketRecord]) -> int:
-        """Signs those records anew that the cluster's signing key has not signed: from before there were signatures, or
-        before the keyring was exchanged.
+        """Signs again the records without a signature of the cluster's current signing key: records from before there
+        were signatures, or from before the keyring was exchanged.
 
-        Returns how many. What is authentic was written by a gateway, signature and all: only the signer is compared.
-        Raises KeyringUnavailable."""
+        Returns how many. An authentic record was written by a gateway, signature included, so only the signer is
+        compared. Raises KeyringUnavailable.
+        """
         signer, signed = signer_id(self._plane.keys.public_signer()), 0
         for record in records:
             if record.signer == signer:
@@ -311,7 +311,7 @@ class BucketService:
 
             try:
                 outcome = await self._plane.registers.change(name, update)
-            except ServiceUnavailable as error:  # of this one alone; it is looked at again
+            except ServiceUnavailable as error:  # only this one failed; the next call tries it again
                 log.info("the record of a bucket is signed later", bucket=record.name, reason=error.message)
                 continue
             signed += outcome.before != outcome.after
@@ -319,10 +319,10 @@ class BucketService:
         return signed
 
     async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
-        """Whether an authentic record proves that this bucket was deleted by the attempt of this nonce: its own, or
-        that of a bucket made under its name after it.
-        Raises DataDamaged for a record that is not authentic, ServiceUnavailable. What merely is not there proves
-        nothing."""
+        """Whether an authentic record proves that this bucket was deleted by the attempt of this nonce: its own record,
+        or that of a later bucket of the same name. Raises DataDamaged for a record that is not authentic,
+        ServiceUnavailable. A missing record proves nothing.
+        """
         register = system_name(PREFIX + name)
         value = (await self._plane.registers.read(register)).value
         if value is None or not value.body:
@@ -338,8 +338,8 @@ class BucketService:
     # --- deleting -----------------------------------------------------------------------------------------------------
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
-        """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable. An upload that is created just before the fence
-        makes it begin again.
+        """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable. Starts again when an upload is created just before
+        the fence.
         """
         for _ in range(EMPTYING_ROUNDS_MAX):
             if not await self._is_empty(bucket, b""):
@@ -358,14 +358,14 @@ class BucketService:
         raise BucketNotEmpty(BucketName=bucket.name)
 
     async def resume(self, record: BucketRecord) -> BucketRecord | None:
-        """Takes the steps that a record owes. The bucket as it is then, None when it is deleted. Idempotent; several
-        gateways may do it at once.
+        """Takes the steps that a record owes. Returns the bucket afterwards, None when it is deleted. Idempotent;
+        several gateways may call it at once.
         """
         plane = self._plane
         if record.state == DELETING:
             if await self._emptied(record):
-                # before the record is Deleted, for then nothing leads to the key any more: another bucket may take the
-                # name
+                # Before the record is Deleted: afterwards nothing leads to the key any more, since another bucket may
+                # take the name.
                 await plane.keys.end_bucket_key(record.id, record.name, record.nonce, record.shard_numbers)
                 deleted = await self._step(record, msgspec.structs.replace(record, state=DELETED))
                 if deleted is not None:
@@ -379,19 +379,19 @@ class BucketService:
             record = current
         if record.state == ACTIVE and record.nonce:
             if not await plane.fences.unfence(record.id, record.shard_numbers, record.nonce):
-                return record  # the nonce stays until the last replica, away now, has lifted its fence too
+                return record  # the nonce stays until the last replica, which is away now, has lifted its fence too
             opened = msgspec.structs.replace(record, nonce=b"")
             return await self._step(record, opened) or await self._current(record)
         return record
 
     async def _current(self, record: BucketRecord) -> BucketRecord | None:
-        """The record of the same bucket as it is now; None when that is deleted."""
+        """The current record of the same bucket; None when that bucket is deleted."""
         found = await self._read(record.name)
         return found if found is not None and found.id == record.id else None
 
     async def _emptied(self, bucket: BucketRecord) -> bool:
-        """Fences the bucket and says whether it is empty; uploads that are still open are aborted before, for behind
-        the fence nothing changes.
+        """Fences the bucket and returns whether it is empty. Aborts open uploads before, since nothing changes once it
+        is fenced.
         """
         await self._abort_uploads(bucket)
         await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
@@ -403,7 +403,7 @@ class BucketService:
         return not await self._any_row(Table.OBJECT, bucket, nonce, hidden=True)
 
     async def _any_row(self, table: Table, bucket: BucketRecord, nonce: bytes, *, hidden: bool) -> bool:
-        """A page may be empty and not the last: behind very many tombstones the scan goes on in the next one."""
+        """A page may be empty and not the last: the scan of very many tombstones continues in the next page."""
         start: bytes | None = b""
         while start is not None:
             page = await self._plane.scanner.list_page(
@@ -423,19 +423,19 @@ class BucketService:
                 try:
                     await abort(self._plane, bucket, upload.key, upload.upload_id)
                 except (NoSuchUpload, NoSuchBucket):
-                    continue  # completed just now, or fenced already by another gateway
+                    continue  # completed just now, or fenced by another gateway
             if more is None:
                 return
 
     # --- owner --------------------------------------------------------------------------------------------------------
 
     async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
-        """Hands a bucket over to another user id, whose objects' owner stays who wrote them. Raises NoSuchBucket."""
+        """Transfers a bucket to another user id. Its objects keep their owner. Raises NoSuchBucket."""
         await self._amend(bucket, lambda found: msgspec.structs.replace(found, owner=owner))
 
     async def _amend(self, bucket: BucketRecord, amended: Callable[[BucketRecord], BucketRecord]) -> None:
-        """Changes the record of an active bucket. Raises NoSuchBucket when it is another one by
-        now, or being deleted.
+        """Changes the record of an active bucket. Raises NoSuchBucket when the name now belongs to another bucket, or
+        the bucket is being deleted.
         """
         name = system_name(PREFIX + bucket.name)
 

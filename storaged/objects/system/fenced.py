@@ -1,13 +1,12 @@
-"""Which buckets a replica has called fenced: their records, as this gateway remembers them, may be those of buckets
-that are gone.
+"""Buckets that a replica reports as fenced: their cached records may be those of deleted buckets.
 
-Theory of operation. A bucket's record is remembered for a second. Meanwhile another gateway may delete the bucket,
-make one of the same name, and acknowledge objects in it. This gateway gets no message of it, but every replica of the
-old
-bucket that counts does: no bucket is deleted before a majority of each of its shards is fenced, so every read, list
-or change of it that reaches a majority meets the fence, and its answer says so. What then seems not to be there is
-looked for once more, in the bucket that has the name now (``s3.bucket_retry``). That costs a bucket that is in use
-nothing.
+Theory of operation
+    A gateway caches a bucket's record for a second. Meanwhile another gateway may delete the bucket, create one of the
+    same name, and acknowledge objects in it. This gateway gets no message about it, but every quorum of the old bucket
+    knows: a bucket is deleted only when a majority of each of its shards is fenced. So every read, list or change of
+    the old bucket that reaches a majority meets the fence, and the answer reports it. A key that then seems to be
+    missing is looked for once more, in the bucket that has the name now (``s3.replaced``). A bucket that is in use pays
+    nothing for this.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from collections import OrderedDict
 from storaged.clock import Clock
 
 FENCED_MAX = 4_096
-"""Buckets that are remembered; the least lately seen are forgotten."""
+"""Buckets in the table; the least recently seen are dropped."""
 
 
 class FencedBuckets:
-    """By bucket id. A bucket that is not empty comes back, with its fence for a while: ``lingers``."""
+    """By bucket id. A bucket that is not empty becomes active again and keeps its fence for a while: ``lingers``."""
 
     def __init__(self, clock: Clock, lingers_s: float) -> None:
         self._clock = clock
@@ -32,8 +31,8 @@ class FencedBuckets:
         self.count = 0
         """Sightings so far."""
 
-    def saw(self, bucket_id: bytes) -> bool:
-        """Whether it is news, and its record is to be forgotten."""
+    def note_fenced(self, bucket_id: bytes) -> bool:
+        """Notes a sighting. True when it is the first: then the bucket's record must be dropped from the cache."""
         if self._clock.monotonic() < self._lingering.get(bucket_id, 0.0):
             return False
         self.count += 1
@@ -42,13 +41,14 @@ class FencedBuckets:
         _bound(self._seen)
         return news
 
-    def gone(self, bucket_id: bytes) -> bool:
-        """Whether its record is to be read anew before anything is said to be missing."""
+    def is_fenced(self, bucket_id: bytes) -> bool:
+        """Whether the bucket's record must be read again before a key is reported as missing."""
         return bucket_id in self._seen
 
-    def read_anew(self, bucket_id: bytes, since: int, *, lingers: bool) -> None:
-        """The bucket is active by a record that was asked for when ``count`` was ``since``. ``lingers``: its fence
-        may still be there."""
+    def note_active(self, bucket_id: bytes, since: int, *, lingers: bool) -> None:
+        """The bucket is active according to a record that was requested when ``count`` was ``since``. ``lingers``: its
+        fence may still be there.
+        """
         if self._seen.get(bucket_id, since + 1) <= since:
             del self._seen[bucket_id]
         if lingers:

@@ -1,20 +1,21 @@
-"""The end of a deleted bucket's key: it is destroyed once nothing of the bucket is left to be collected.
+"""Destroys the key of a deleted bucket once nothing of the bucket is left to collect.
 
-Theory of operation. On its way to Deleted a bucket was found empty behind its fence, which was noted with its key
-(``BucketService.resume``). From then on no row of it can come into being, so what is left is data on garbage lists.
-The key goes when, at one look,
+Theory of operation
+    On its way to Deleted a bucket was found empty after it was fenced, and this was noted with its key
+    (``BucketService.resume``). From then on no row of it can be created, so only data on garbage lists is left. The key
+    is destroyed when, at one check,
 
-1. the delay that readers are given (``retire_delay_ms``, ``retire_follow_ms``) is over since then;
-2. an authentic record proves that the bucket was deleted, and its fence is final at a majority of every shard's
-   replicas;
-3. no disk of the layout has anything of the bucket on its garbage list that is due. Every disk must answer.
+    1. the delay for readers (``retire_delay_ms``, ``retire_follow_ms``) is over since then;
+    2. an authentic record proves that the bucket was deleted, and its fence is final at a majority of every shard's
+       replicas;
+    3. no disk of the layout has anything of the bucket on its garbage list that is due. Every disk must answer.
 
-Fragments on a disk that was away when their objects were deleted are on no list: they are orphans, which a sweep finds
-much later. The key does not wait for it, and without it they can't be read.
+    Fragments on a disk that was away when their objects were deleted are on no list: they are orphans, which a sweep
+    finds much later. The key does not wait for that, and without the key they can't be read.
 
-Nothing depends on this: a key that stays for longer does no harm, and data that is collected later can't be read any
-more. Every step is idempotent, and any gateway may take it. The oldest ends are looked at first, a bounded number
-each time.
+    Nothing depends on the time of this: a key that stays longer does no harm, and data that is collected later can't be
+    read any more. Every step is idempotent, and any gateway may take it. Each check takes a bounded number of keys, the
+    oldest ends first.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from storaged.objects.system.buckets import BucketService
 
 AT_ONCE_MAX: Final = 1000
 DUE_MAX: Final = 10_000
-"""Entries of one disk's garbage list that are looked at. Where more are due the collector has not caught up, and keys
-wait."""
+"""Entries of one disk's garbage list per check. When more are due the collector has not caught up, and keys wait."""
 
 log = structlog.get_logger("housekeeping")
 
 
 class Ends(NamedTuple):
-    """What one look found. ``waiting``: keys whose delay is over and that could not be destroyed, the oldest of them
-    ended at ``oldest_ms`` (since 1970), the first of them for this ``reason``."""
+    """The result of one check. ``waiting``: keys whose delay is over and that could not be destroyed; the oldest of
+    them ended at ``oldest_ms`` (since 1970), and the first one waits for this ``reason``.
+    """
 
     destroyed: int = 0
     waiting: int = 0
@@ -49,7 +50,7 @@ class Ends(NamedTuple):
 
 
 async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends:
-    """One look. Raises ServiceUnavailable, KeyringUnavailable when nothing can be said."""
+    """Makes one check. Raises ServiceUnavailable, KeyringUnavailable when it can't be made."""
     over_ms = plane.clock.wall_ms() - plane.limits.retire_delay_ms - plane.limits.retire_follow_ms
     ended = sorted(
         (key for key in await plane.keys.ended_bucket_keys() if key.end.since_ms <= over_ms),
@@ -76,7 +77,7 @@ async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends
 
 
 async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[bytes] | str:
-    """Ids of the buckets of which some disk has garbage; or why that can't be said."""
+    """Ids of the buckets of which some disk has garbage; or why that is unknown."""
     due_ms = max(key.end.since_ms for key in ended) + plane.limits.retire_delay_ms + plane.limits.retire_follow_ms
     wanted = {key.bucket_id for key in ended}
     found: set[bytes] = set()
@@ -98,7 +99,7 @@ async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[byt
 
 
 async def _destroy(plane: ObjectPlane, buckets: BucketService, key: EndedKey) -> str:
-    """Why not; empty when it is destroyed."""
+    """Why the key was not destroyed; empty when it was."""
     end = key.end
     if not await buckets.is_deleted(end.name, key.bucket_id, end.nonce):
         return "nothing proves that the bucket was deleted"

@@ -1,10 +1,10 @@
-"""The public part of a bucket's record: what nodes without keys act on, signed so that they can verify it. Pure.
+"""The public part of a bucket's record: the fields that nodes without keys act on, signed so that they can verify them.
+Pure.
 
 A storage node places fragments by a bucket's countries, and finds its rows by its shards. It has no keyring, so it
-can't verify the authenticator of the
-record; it verifies this signature instead (``cluster.signers``) and places nothing for a bucket whose record does not
-verify. The signature is over the
-register's name and sequence number too: another bucket's, or an older, list can't take a newer one's place.
+can't verify the authenticator of the record. It verifies this signature instead (``cluster.signers``) and places
+nothing for a bucket whose record fails. The signature also covers the register's name and sequence number, so that
+neither another bucket's record nor an older one can replace a newer one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ BUCKET_LABEL = b"sov.bucket.v1\0"
 
 
 class PublicBucket(Message, frozen=True):
-    """What is signed, after the label. ``sequence`` is the register's; ``shards`` are the numbers, one byte each, also
-    where the record lists none.
+    """The signed fields, after the label. ``sequence`` is the register's; ``shards``: the numbers, one byte each, also
+    when the record lists none.
     """
 
     cluster: str
@@ -32,7 +32,7 @@ class PublicBucket(Message, frozen=True):
 
 
 def public_bytes(cluster: str, sequence: int, record: BucketRecord) -> bytes:
-    """The bytes that the signature of a bucket's record is over."""
+    """The bytes that the signature of a bucket's record covers."""
     return BUCKET_LABEL + encode(
         PublicBucket(
             cluster,

@@ -1,14 +1,12 @@
-"""Which index shards a new bucket has. Pure but for the random ids that it is given.
+"""Chooses the index shards of a new bucket. Pure except for the random ids that it is given.
 
-Theory of operation. A register's replicas follow from the bucket's id and the shard's number, so the registers of a
-bucket with countries lie inside
-them only where its shards' partitions do. A shard's number is one byte: of the 256 that an id could have, up to 16
-whose partitions lie inside are
-listed in the record, and keys are spread over these. Where the ring has few such partitions an id may have fewer than
-16 such shards; another id is
-tried then, and the best of some is taken. One shard is enough for a bucket to work: it is then as fast as the three
-disks of one partition.
-A bucket without countries has the first 16.
+Theory of operation
+    A register's replicas follow from the bucket's id and the shard's number, so the registers of a bucket with
+    countries lie inside these countries only when its shards' partitions do. A shard's number is one byte. Of the 256
+    numbers, the record lists up to 16 whose partitions lie inside, and keys are spread over these. When the ring has
+    few such partitions an id may have fewer than 16 such shards; then other ids are tried, and the best of them is
+    taken. One shard is enough for a bucket to work: it is then as fast as the three disks of one partition. A bucket
+    without countries has the first 16.
 """
 
 from __future__ import annotations
@@ -23,7 +21,9 @@ SHARD_NUMBERS = 256
 """A shard's number is one byte."""
 
 DRAWS_FOR_ALL = 32
-"""Ids that are tried for the full number of shards: from 64 of the 1,024 partitions on, one of these has it."""
+"""Ids that are tried for the full number of shards: when 64 of the 1,024 partitions lie inside, one of these ids has
+it.
+"""
 
 DRAWS_MAX = 1024
 """Ids that are tried for any shard at all. With a single partition inside, one id in five has a shard there."""
@@ -40,7 +40,8 @@ class Drawn(NamedTuple):
 def draw(layout: Layout, countries: Sequence[str], new_id: Callable[[], bytes]) -> Drawn:
     """A bucket's id and its shards, every replica of which lies inside ``countries`` (none: anywhere).
 
-    Raises ServiceUnavailable, with the reason, when no partition of the ring lies inside."""
+    Raises ServiceUnavailable, with the reason, when no partition of the ring lies inside.
+    """
     if not countries:
         return Drawn(new_id(), SHARDS_DEFAULT, b"")
     best = Drawn(b"", 0, b"")
@@ -59,8 +60,8 @@ def draw(layout: Layout, countries: Sequence[str], new_id: Callable[[], bytes]) 
 
 
 def shards_inside(layout: Layout, bucket_id: bytes, countries: Sequence[str]) -> bytes:
-    """The numbers of up to 16 shards whose partitions lie inside, ascending; of different partitions as far as there
-    are.
+    """The numbers of up to 16 shards whose partitions lie inside, ascending; of different partitions as far as
+    possible.
     """
     first: list[int] = []
     more: list[int] = []
@@ -76,7 +77,7 @@ def shards_inside(layout: Layout, bucket_id: bytes, countries: Sequence[str]) ->
 
 
 def is_inside(layout: Layout, partition: int, countries: Sequence[str]) -> bool:
-    """Whether all replicas of a partition stand in ``countries``. False for one without replicas."""
+    """Whether all replicas of a partition are in ``countries``. False for one without replicas."""
     replicas = layout.replicas_of(partition)
     return bool(replicas) and all(layout.country_of(disk) in countries for disk in replicas)
 

@@ -1,9 +1,8 @@
 """Users: registers ``user/ACCESS_KEY`` with the secret key sealed, and ``username/NAME``, which keeps names unique
 (``claims``).
 
-A record grants something, so it carries an authenticator of the keyring over its register's name and sequence number: a
-storage node can neither read a
-secret nor make a user.
+A record grants access, so it carries an authenticator of the keyring over its register's name and sequence number: a
+storage node can neither read a secret nor create a user.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from storaged.wire import Message, decode, encode
 
 PREFIX = "user/"
 CLAIM_STALE_MS = 600_000
-"""A name whose user was not made within this time of being claimed is free again: the gateway stopped in between."""
+"""A name whose user was not created within this time of the claim is free again: the gateway stopped in between."""
 NAME_BYTES_MAX = 128
 _USER_ID = re.compile(r"[0-9a-f]{64}")
 
@@ -44,12 +43,12 @@ class UserService:
     def __init__(self, plane: ObjectPlane) -> None:
         self._plane = plane
         limits = plane.limits
-        self._recent: TtlCache[str, tuple[Principal, str]] = TtlCache(
+        self._cache: TtlCache[str, tuple[Principal, str]] = TtlCache(
             plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
         )
 
     def _decode(self, name: RegisterName, value: Value | None) -> UserRecord | None:
-        """Raises DataDamaged for a record that no gateway of this cluster made."""
+        """Raises DataDamaged for a record that no gateway of this cluster wrote."""
         if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
             return None
         return self._verified(name, value)
@@ -59,15 +58,14 @@ class UserService:
             record = decode(value.body, UserRecord)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"The record of a user cannot be read: {error}") from None
-        unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
-        if not self._plane.keys.verify(rows.context_of(name, value.sequence), unsigned, record.authenticator):
+        if not rows.is_authentic(self._plane.keys, name, value, record, record.authenticator):
             raise DataDamaged("The record of a user is not authentic.")
         return record
 
     def require_authentic(self, name: RegisterName, value: Value) -> None:
-        """Raises DataDamaged for a value that no gateway of this cluster wrote: also for a removal, which leaves a
-        record that says so. (Those from before left
-        nothing: they count where a majority holds them.)"""
+        """Raises DataDamaged for a value that no gateway of this cluster wrote, also for a removal, which leaves a
+        record that says so. (Older removals left nothing: that counts when a majority holds it.)
+        """
         record = self._verified(name, value)
         if (value.visibility == Visibility.TOMBSTONE) != (record.user_id == ""):
             raise DataDamaged("The record of a user says otherwise than its row.")
@@ -81,10 +79,10 @@ class UserService:
 
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """Raises InvalidAccessKeyId."""
-        return await self._recent.get(access_key)
+        return await self._cache.get(access_key)
 
     def try_get(self, access_key: str) -> tuple[Principal, str] | None:
-        return self._recent.try_get(access_key)
+        return self._cache.try_get(access_key)
 
     async def _load(self, access_key: str) -> tuple[Principal, str]:
         if not _is_access_key(access_key):
@@ -95,29 +93,24 @@ class UserService:
         return self._open(system_name(PREFIX + access_key), record)
 
     async def _read(self, access_key: str) -> UserRecord | None:
-        """The record of an access key as it is now, healed where that can be. Raises DataDamaged,
-        ServiceUnavailable.
-        """
+        """The current record of an access key, healed if possible. Raises DataDamaged, ServiceUnavailable."""
         plane, register = self._plane, system_name(PREFIX + access_key)
 
-        def renewed(value: Value, record: UserRecord) -> Change:
+        def rewrite(value: Value, record: UserRecord) -> Change:
             return self._change(register, value, record)
 
-        return await rows.read(plane.registers, plane.bad_rows, self._decode, renewed, PREFIX + access_key)
+        return await rows.read(plane.registers, plane.bad_rows, self._decode, rewrite, PREFIX + access_key)
 
     def _change(self, register: RegisterName, before: Value | None, record: UserRecord) -> Change:
-        plain = msgspec.structs.replace(record, authenticator=b"")
-        sequence = rows.sequence_after(before)
-        tag = self._plane.keys.authenticate(rows.context_of(register, sequence), encode(plain))
-        return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
+        return rows.authenticated_change(self._plane.keys, register, before, record)
 
     async def add(
         self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
     ) -> tuple[Principal, str]:
-        """Random keys unless given. The name is claimed first, then the user made. With the ``user_id`` of another,
-        present or removed, it shares that one's
-        buckets: so keys are exchanged. Raises InvalidArgument when the name or the access key is taken, or can't be
-        one."""
+        """Random keys unless given. Claims the name first, then creates the user. With the ``user_id`` of another user,
+        present or removed, the new one shares that user's buckets: this is how keys are exchanged. Raises
+        InvalidArgument when the name or the access key is taken or invalid.
+        """
         if not name.strip() or name != name.strip() or len(name.encode()) > NAME_BYTES_MAX or not name.isprintable():
             raise InvalidArgument(
                 f"A user's name has 1 to {NAME_BYTES_MAX} printable characters, and no space at either end."
@@ -149,18 +142,18 @@ class UserService:
         return Principal(plain.user_id, name, access_key), secret_key
 
     def _removed(self, register: RegisterName, access_key: str, before: Value | None) -> Change:
-        """A record without a user, so that a removal is as authentic as what it removes."""
+        """A record without a user, so that a removal is as authentic as the record it removes."""
         return self._change(register, before, UserRecord(access_key, "", "", 0, b""))._replace(
             visibility=Visibility.TOMBSTONE
         )
 
     async def _changed(self, access_key: str) -> None:
-        self._recent.forget(access_key)
+        self._cache.forget(access_key)
         await self._plane.on_changed("user", access_key)
 
     def forget(self, access_key: str) -> None:
         """Another process of this gateway has changed it."""
-        self._recent.forget(access_key)
+        self._cache.forget(access_key)
 
     async def _claim(self, name: str, access_key: str) -> None:
         register, now_ms = claims.register_of(name), self._plane.clock.wall_ms()
@@ -176,12 +169,12 @@ class UserService:
         def update(value: Value | None) -> Change:
             if claims.claim_of(self._plane, register, value) != before:
                 raise InvalidArgument(f"There is a user named {name} already.")
-            return claims.claimed(self._plane, register, value, NameClaim(access_key, now_ms))
+            return claims.claim_change(self._plane, register, value, NameClaim(access_key, now_ms))
 
         await self._plane.registers.change(register, update)
 
     async def list_users(self) -> list[Principal]:
-        """By access key. What can't be used is healed, or passed over and named in ``plane.bad_rows``."""
+        """By access key. Rows that can't be used are healed, or skipped and named in ``plane.bad_rows``."""
         plane = self._plane
         users = await rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
         return [
@@ -199,10 +192,11 @@ class UserService:
         plane.bad_rows.replace(prefix, bad)
 
     async def remove(self, name_or_access_key: str) -> Principal:
-        """The access key stops working within the cache's moment; buckets stay. Who it was; nothing but the access key
-        of one whose record can't be used.
+        """The access key stops working when the cache expires; buckets stay. Returns the user, or only the access key
+        when its record can't be used.
 
-        Raises InvalidArgument when there is no such user."""
+        Raises InvalidArgument when there is no such user.
+        """
         register = claims.register_of(name_or_access_key)
         claim = claims.claim_of(self._plane, register, (await self._plane.registers.read(register)).value)
         claim = None if claim is claims.DAMAGED else claim
@@ -210,7 +204,7 @@ class UserService:
         user = system_name(PREFIX + access_key)
         try:
             found = await self._read(access_key) if _is_access_key(access_key) else None
-        except DataDamaged:  # it can't be used, and the operator wants it gone
+        except DataDamaged:  # its record can't be used, and the operator wants it gone
             await self._plane.registers.change(user, partial(self._removed, user, access_key))
             self._plane.bad_rows.clear(user.key)
             await self._changed(access_key)
@@ -225,7 +219,7 @@ class UserService:
         def release(value: Value | None) -> Change | None:
             held = claims.claim_of(self._plane, own, value)
             mine = held is not None and (held is claims.DAMAGED or held.access_key == access_key)
-            return claims.released(self._plane, own, value) if mine else None
+            return claims.release_change(self._plane, own, value) if mine else None
 
         await self._plane.registers.change(own, release)
         return Principal(found.user_id, found.name, access_key)
@@ -236,5 +230,5 @@ def _is_access_key(text: str) -> bool:
 
 
 def _random_text(raw: bytes) -> str:
-    """Letters and digits, as access keys are."""
+    """Letters and digits, as in access keys."""
     return base64.b32encode(raw).decode()
