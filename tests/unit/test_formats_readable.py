@@ -46,6 +46,10 @@ def every_module() -> Iterator[Any]:
             yield importlib.import_module(found.name)
 
 
+MODULES = tuple(every_module())
+"""Imported when tests are collected, for ``objects.code.erasure`` looks for its library with a process."""
+
+
 def descendants(kind: type) -> Iterator[type]:
     for child in kind.__subclasses__():
         yield child
@@ -69,8 +73,6 @@ def inside(hint: Any) -> Iterator[type]:
 
 def kinds_of_messages() -> dict[str, type]:
     """All messages of the program, and the named tuples in them, by title."""
-    for _ in every_module():
-        pass
     found: dict[str, type] = {}
     for kind in descendants(Message):
         if kind.__module__.startswith("storaged."):
