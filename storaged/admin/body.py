@@ -10,7 +10,7 @@ from aiohttp import web
 
 from storaged.admin.listener import peer_of
 from storaged.admin.ports import Services
-from storaged.cluster.audit.log import audited
+from storaged.cluster.audit.trail import audited
 from storaged.errors import InvalidArgument, OperatorError
 
 

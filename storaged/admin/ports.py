@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from storaged.cluster.audit.log import Trail
+from storaged.cluster.audit.trail import Trail
 from storaged.objects.api import Buckets, Users
 from storaged.objects.records import BucketRecord
 from storaged.objects.usage import Usage

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cryptography import x509
 
     from storaged.cluster.audit.format import RegisterCheckpoint
-    from storaged.cluster.audit.verify import AuditReport, WitnessView
+    from storaged.cluster.audit.report import AuditReport, WitnessView
 
 LINE_BYTES_MAX = 64 * 1024
 
@@ -188,7 +188,7 @@ def _ask(
     When the cluster does not answer, the first three are empty and the note says why.
     """
     from storaged.cluster.audit.format import RegisterCheckpoint
-    from storaged.cluster.audit.verify import WitnessView
+    from storaged.cluster.audit.report import WitnessView
     from storaged.cluster.audit.witness_record import read
     from storaged.wire import decode
 
@@ -212,7 +212,7 @@ def _ask(
 
 def _view_of_file(path: Path, node: str) -> WitnessView | None:
     """Reads a witness's file about ``node``; of a storage node's ``witness`` directory, the file of that node."""
-    from storaged.cluster.audit.verify import WitnessView
+    from storaged.cluster.audit.report import WitnessView
     from storaged.cluster.audit.witness import read_file
 
     if path.is_dir() and not (path / f"{node}.jsonl").is_file():

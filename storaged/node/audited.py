@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from storaged.clock import Clock
 from storaged.cluster.audit.format import DONE
-from storaged.cluster.audit.log import Trail, audited
+from storaged.cluster.audit.trail import Trail, audited
 from storaged.errors import AuditUnwritable, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.objects.api import Buckets, Principal
 from storaged.objects.records import BucketRecord

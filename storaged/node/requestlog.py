@@ -16,7 +16,7 @@ import logging
 import structlog
 
 from storaged import observe
-from storaged.cluster.audit.log import Trail
+from storaged.cluster.audit.trail import Trail
 from storaged.config import LogSection
 from storaged.observe import Metrics
 from storaged.s3.request import RequestDone

@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.cluster.audit.format import Event, RegisterCheckpoint, make_line, parse_line
-from storaged.cluster.audit.log import AuditLog, AuditReport, audited, verify
+from storaged.cluster.audit.log import AuditLog
 from storaged.cluster.audit.refusals import Refusals
+from storaged.cluster.audit.report import AuditReport
+from storaged.cluster.audit.trail import audited
+from storaged.cluster.audit.verify import verify
 from storaged.cluster.identity import NodeSigner
 from storaged.errors import AuditUnwritable, OperatorError, ServiceUnavailable
 from tests.examples import examples
@@ -237,7 +240,7 @@ async def test_refusals_are_counted_and_no_flood_of_them_fills_the_disk(tmp_path
         "s3.refused", "SignatureDoesNotMatch", actor="address:10.0.0.1", target="/x" * 20_000, note="y" * 20_000
     )
     clock.now_ms += 61_000
-    log._tell_refusals()
+    log._write_refusals()
     log.refused("s3.refused", "AccessDenied", actor="address:10.0.0.9")
     await log.close()
     entries = [parse_line(line[:-1]) for line in lines_of(files_of(tmp_path)[0])[1:]]
@@ -294,7 +297,7 @@ async def test_when_the_disk_refuses_nobody_is_told_that_an_entry_is_safe_and_th
     full = True
 
     def refusing(descriptor: int, *rest: Any) -> Any:
-        if full and descriptor == log._descriptor:
+        if full and descriptor == log._file.descriptor:
             if fails_at == "write":
                 real(descriptor, bytes(rest[0])[:10])
             raise OSError(errno.ENOSPC, "No space left on device")

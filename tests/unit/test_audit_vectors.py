@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 import storaged
+from storaged.cluster.audit.chains import PRUNED
 from storaged.cluster.audit.format import (
     Checkpoint,
     Event,
@@ -25,7 +26,7 @@ from storaged.cluster.audit.format import (
     predecessor_of,
 )
 from storaged.cluster.audit.links import read_links
-from storaged.cluster.audit.verify import PRUNED, verify
+from storaged.cluster.audit.verify import verify
 
 PACKAGE = Path(storaged.__file__).parent
 FORMATS = (PACKAGE / "FORMATS.md").read_text()

@@ -24,10 +24,10 @@ from storaged.cluster.audit.format import (
     next_link,
     parse_line,
 )
-from storaged.cluster.audit.links import LinkTail, read_links
+from storaged.cluster.audit.links import RecentLinks, read_links
 from storaged.cluster.audit.log import AuditLog
 from storaged.cluster.audit.witness import WitnessedReply, WitnessedRequest, WitnessReply, WitnessRequest
-from storaged.cluster.audit.witness_record import Behind, Refused, SeenNode, Taken, adopt, judge
+from storaged.cluster.audit.witness_record import Accepted, Behind, Refused, SeenNode, adopt, judge
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.ports import Call
 from storaged.errors import ServiceUnavailable
@@ -133,7 +133,7 @@ async def test_what_is_not_kept_in_memory_any_more_is_read_from_the_files(
 ) -> None:
     monkeypatch.setattr("storaged.cluster.audit.witness_client.HASHES_MAX", 7)
     await rig.start(file_bytes_max=3000)
-    rig.log.links = LinkTail(rig.log.head.chain, 4)
+    rig.log.links = RecentLinks(rig.log.head.chain, 4)
     rig.log.links.add(bytes.fromhex(rig.log.head.hash), 1)
     await rig.write(40)
     assert rig.log.links.after(0) is None
@@ -558,7 +558,7 @@ def test_whatever_a_node_that_has_the_key_sends_what_a_witness_took_stays_a_begi
             del hashes[data.draw(st.integers(0, len(hashes) - 1))]
         checkpoint = Checkpoint("gw", "0a", end - 1, history[end - 1], link_of(history[:end]), 1, b"")
         judged = judge(node, checkpoint, after, start, hashes)
-        if isinstance(judged, Taken) and judged.seen is not None:
+        if isinstance(judged, Accepted) and judged.seen is not None:
             assert history[: len(taken)] == taken, "it took what does not extend the last"
             taken = history[:end]
             adopt(node, judged.seen)
@@ -574,7 +574,7 @@ def test_further_chains_than_are_kept_are_refused_and_none_is_dropped_for_them(m
     monkeypatch.setattr(witness_record, "CHAINS_MAX", 1)
     node, (start, hashes) = SeenNode(), chain_of(1)
     first = judge(node, Checkpoint("gw", "0a", 0, hashes[0], link_of(hashes), 1, b""), -1, start, hashes)
-    assert isinstance(first, Taken)
+    assert isinstance(first, Accepted)
     assert first.seen is not None
     adopt(node, first.seen)
     assert isinstance(judge(node, Checkpoint("gw", "0b", 0, hashes[0], bytes(32), 1, b""), -1, start, hashes), Refused)

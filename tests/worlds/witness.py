@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from storaged.cluster.audit.files import chain_files
 from storaged.cluster.audit.log import AuditLog
-from storaged.cluster.audit.verify import AuditReport, WitnessView, verify
+from storaged.cluster.audit.report import AuditReport, WitnessView
+from storaged.cluster.audit.verify import verify
 from storaged.cluster.audit.witness import WitnessBook, read_file
 from storaged.cluster.audit.witness_client import WitnessClient
 from storaged.cluster.identity import Identity, NodeSigner

@@ -1,4 +1,4 @@
-"""The files of an audit log: how they are named, and which belong to one chain. ``audit-ORDINAL-CHAIN-PART.jsonl``."""
+"""Names the files of an audit log, ``audit-ORDINAL-CHAIN-PART.jsonl``, and finds those of each chain."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ def file_name(ordinal: int, chain: str, part: int) -> str:
 
 
 def chain_files(directory: Path) -> dict[str, list[Path]]:
-    """Chain -> its files in their order; the chains in the order in which their processes started. Other files are
-    passed over."""
+    """Chain -> its files in their order; the chains in the order in which their processes started. Ignores
+    other files.
+    """
     found: dict[str, list[tuple[int, Path]]] = {}
     placed = [
         (match, path) for path in directory.glob(PATTERN) if (match := FILE_NAME.fullmatch(path.name)) is not None

@@ -1,23 +1,21 @@
-"""What the audit log looks like on disk, entry by entry. No I/O.
+"""The format of the audit log on disk. No I/O.
 
-A process start begins a chain, whose id is the process's incarnation; a chain lies in one or more files
-``audit-ORDINAL-CHAIN-PART.jsonl`` (the ordinal counts the chains of a node, the part the files of a chain), one entry
-a line::
+A process start begins a chain, whose id is the process's incarnation. A chain is one or more files
+``audit-ORDINAL-CHAIN-PART.jsonl`` (the ordinal counts the chains of a node, the part the files of a chain) with one
+entry a line::
 
     {"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","actor":"node:gw",
      "target":"bucket-id:<hex>","outcome":"done","fields":{...},"salt":"<32 hex>",
      "previous":"<64 hex>","hash":"<64 hex>"}
 
-``kind`` is the action, ``actor`` who asked for it, ``target`` what it was done to, ``outcome`` one of ``intent``,
-``done``, ``refused CODE``, ``failed CODE`` (empty for an event that is nobody's act). ``salt`` is random: witnesses
-see the hash, and must not find out by guessing what it is of. Entries of versions with protocol 2 have none of the
-four.
+``kind`` is the action, ``actor`` who asked for it, ``target`` its object, ``outcome`` one of ``intent``, ``done``,
+``refused CODE``, ``failed CODE`` (empty for an event without an actor's operation). ``salt`` is random: witnesses see
+the hash, and must not be able to guess the content from it. Entries of versions with protocol 2 have none of the four.
 
 ``hash`` is SHA-256 over ``sov.audit.v1\\0`` and the line's bytes before ``,"hash":``; ``previous`` is the hash of the
-entry before. So the bytes as they lie there are what is hashed, and no canonical form of JSON is needed. Entry 0
-(kind ``start``) names the node, its incarnation, and the head of the chain before it, whose hash is its ``previous``:
-the chains of a node form one. A file that is full is followed by another, whose first entry has the kind
-``continue``.
+entry before. So the hash covers the bytes in the file, and needs no canonical form of JSON. Entry 0 (kind ``start``)
+names the node, its incarnation, and the head of the chain before it, whose hash is its ``previous``: so the chains of a
+node form one chain. A full file is followed by another, whose first entry has the kind ``continue``.
 """
 
 from __future__ import annotations
@@ -45,20 +43,23 @@ _SUFFIX_BYTES = len(_HASH_FIELD) + 64 + len(b'"}')
 
 
 INTENT: Final = "intent"
-"""Written before it is done. Without a later entry of the same ``operation`` the process ended in between, and it may
-have been done."""
+"""Written before the operation. Without a later entry of the same ``operation`` the process ended in between, and the
+operation may have been done."""
 
 DONE: Final = "done"
 REFUSED: Final = "refused"
-"""Followed by the code: by a rule, and nothing was changed."""
+"""Followed by the code. A rule refused it, and nothing was changed."""
 
 FAILED: Final = "failed"
-"""Followed by the code: it may have been done in part."""
+"""Followed by the code. It may have been done in part."""
 
 
 class Event(NamedTuple):
-    """What an entry says, without its place in a chain. ``actor`` is ``node:NAME`` (a certificate's name),
-    ``unix:UID:NAME`` (who asked on the admin socket), ``s3:ACCESSKEY``, or ``address:HOST`` (a stranger)."""
+    """What an entry says, without its place in a chain.
+
+    ``actor`` is ``node:NAME`` (a certificate's name), ``unix:UID:NAME`` (a user of the admin socket), ``s3:ACCESSKEY``,
+    or ``address:HOST`` (unauthenticated).
+    """
 
     kind: str
     actor: str
@@ -68,7 +69,9 @@ class Event(NamedTuple):
 
 
 def actor_of_peer(peer: str) -> str:
-    """``peer``: a certified name, or the network address of one who has none (names have neither dots nor colons)."""
+    """The actor for a peer: its certified name, or its network address when it has none (names have neither dots nor
+    colons).
+    """
     return f"address:{peer}" if "." in peer or ":" in peer else f"node:{peer}"
 
 
@@ -89,7 +92,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Predecessor(msgspec.Struct, frozen=True):
-    """Of a ``start`` entry: the head of the chain before, and how many unreadable bytes a crash left behind it."""
+    """In a ``start`` entry: the head of the chain before, and how many unreadable bytes a crash left after it."""
 
     chain: str
     sequence: int
@@ -114,11 +117,11 @@ class Head(NamedTuple):
 
 
 class RegisterCheckpoint(Message, frozen=True):
-    """What versions with protocol 2 put into the registers ``audit/NODE/CHAIN``: read by the verifier, never written
-    again.
+    """The record that versions with protocol 2 put into the registers ``audit/NODE/CHAIN``. The verifier still reads
+    it; this version does not write it.
 
-    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v1\\0`` and the encoding of this message
-    with an empty signature.
+    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v1\\0`` and the encoding of this message with
+    an empty signature.
     """
 
     node: str
@@ -134,11 +137,11 @@ class RegisterCheckpoint(Message, frozen=True):
 
 
 class Checkpoint(Message, frozen=True):
-    """What a node shows its witnesses: the chain's entry ``sequence`` has this hash, and ``link`` is over the hashes
-    of all entries up to it. ``time_ms`` is that entry's.
+    """What a node shows its witnesses: the chain's entry ``sequence`` has this hash and this ``time_ms``, and ``link``
+    is over the hashes of all entries up to it.
 
-    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v2\\0`` and the encoding of this message
-    with an empty signature.
+    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v2\\0`` and the encoding of this message with
+    an empty signature.
     """
 
     node: str
@@ -163,13 +166,14 @@ def first_link(chain: str) -> bytes:
 
 
 def next_link(link: bytes, entry_hash: bytes) -> bytes:
-    """So that who has one checkpoint can check that a later one extends it, from the hashes in between, without the
-    entries."""
+    """The link after one more entry. With it a witness checks that a later checkpoint extends an earlier one, from the
+    hashes in between and without the entries.
+    """
     return hashlib.sha256(LINK_LABEL + link + entry_hash).digest()
 
 
 def parse_line(line: bytes) -> Entry:
-    """An entry whose hash holds. Raises ValueError that says what is wrong with it."""
+    """Decodes an entry and checks its hash. Raises ValueError that says what is wrong."""
     if (
         len(line) > ENTRY_BYTES_MAX
         or not line.endswith(b'"}')
@@ -188,7 +192,9 @@ def parse_line(line: bytes) -> Entry:
 def make_line(
     chain: str, sequence: int, time_ms: int, event: Event, previous: str, salt: str = ""
 ) -> tuple[bytes, str]:
-    """The line and its hash. Raises ValueError for one over ENTRY_BYTES_MAX, TypeError for fields that are not JSON."""
+    """Encodes an entry: its line, and its hash. Raises ValueError for a line over ENTRY_BYTES_MAX, TypeError for fields
+    that are not JSON.
+    """
     values = {
         "chain": chain,
         "sequence": sequence,

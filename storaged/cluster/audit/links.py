@@ -1,7 +1,7 @@
-"""The hashes of an audit log's entries, and the links over them: what a node shows its witnesses instead of the
+"""The hashes of an audit log's entries and the links over them, which a node shows its witnesses instead of the
 entries.
 
-The newest are kept in memory. What a witness missed before them is read from the files again, in a thread.
+The newest are kept in memory. Older ones that a witness missed are read from the files, in a thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Link(NamedTuple):
     time_ms: int
 
 
-class LinkTail:
+class RecentLinks:
     """The newest links of one chain, entry by entry."""
 
     def __init__(self, chain: str, kept_max: int = KEPT_MAX) -> None:
@@ -42,7 +42,7 @@ class LinkTail:
         return self._last
 
     def after(self, sequence: int) -> list[Link] | None:
-        """All links behind an entry, None when some of them are not kept any more."""
+        """All links after an entry; None when some of them are no longer kept."""
         if sequence >= self._last.sequence:
             return []
         first = self._kept[0].sequence
@@ -52,9 +52,9 @@ class LinkTail:
 
 
 def read_links(chain: str, files: Sequence[Path], *, after: int = -1, until: int | None = None) -> Iterator[Link]:
-    """Of the whole entries in a chain's files (in their order), those behind the entry ``after`` and up to ``until``.
+    """The links of the entries after ``after`` and up to ``until``, read from a chain's files (in their order).
 
-    Ends where an entry is missing or does not hold: what follows is not what was written. Raises OSError.
+    Ends where an entry is missing or invalid: what follows is not what was written. Raises OSError.
     """
     last = Link(-1, b"", first_link(chain), 0)
     for path in files:
@@ -63,7 +63,7 @@ def read_links(chain: str, files: Sequence[Path], *, after: int = -1, until: int
                 try:
                     entry = parse_line(line.removesuffix(b"\n"))
                 except ValueError:
-                    break  # torn by a crash, which ends the file; the log went on in another
+                    break  # torn by a crash, which ends the file; the log continued in another one
                 if (entry.chain, entry.sequence) != (chain, last.sequence + 1) or (
                     until is not None and entry.sequence > until
                 ):
@@ -75,8 +75,8 @@ def read_links(chain: str, files: Sequence[Path], *, after: int = -1, until: int
 
 
 def first_line(files: Sequence[Path]) -> bytes:
-    """The line of a chain's entry 0, without its end. Raises OSError, ValueError when the files do
-    not begin with it.
+    """The line of a chain's entry 0, without the line's end. Raises OSError; ValueError when the files do not begin
+    with it.
     """
     with files[0].open("rb") as file:
         line = file.readline(ENTRY_BYTES_MAX + 1)

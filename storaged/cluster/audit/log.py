@@ -1,28 +1,24 @@
-"""The audit log: who was given a key, who was refused, what was administered. Hash-chained, synced before it counts,
-checkpointed under a signature.
+"""Writes the audit log: who got a key, who was refused, what was administered. It is hash-chained, an entry counts once
+it is synced, and signed checkpoints of it are shown to witnesses.
 
-Theory of operation. The format is in ``audit_format``, the verifier in ``audit_verify``. A chain alone shows what was
-altered, removed or reordered in its middle. That its end was cut off shows in the ``start`` of the chain that
-follows, and at the witnesses: other nodes, which are shown its checkpoints each minute and at shutdown
-(``witness_client``).
+Theory of operation. ``format`` has the format, ``verify`` the verifier. A chain alone shows that something in its
+middle was altered, removed or reordered. That its end was cut off shows in the ``start`` of the chain that follows, and
+at the witnesses: other nodes, which see its checkpoints each minute and at shutdown (``witness_client``).
 
-What is done is two entries of one ``operation``: the intent, on disk before it is done, and the outcome
-(``audited``). What is refused before anything is done is counted (``refused``, ``audit_refusals``): nothing waits for
-it, and a stranger can't fill the disk.
+An operation is two entries: the intent, on disk before the operation begins, and the outcome (``trail.audited``). What
+is refused before anything is done is counted (``refused``, ``refusals``): nothing waits for it, and a stranger can't
+fill the disk.
 
-``append`` returns when its entry is on disk: many appends share one fdatasync. When the disk refuses, the entries
-that are not on disk are taken back, their callers get AuditUnwritable, and the next entry goes into a new file. A
-crash may leave a torn tail after the last entry on disk; those bytes were never acknowledged. The next start records
-how many there are, and the verifier accepts exactly these.
+``append`` returns when its entry is on disk; many appends share one fdatasync. When the disk refuses, the entries that
+are not on disk are taken back, their callers get AuditUnwritable, and the next entry goes into a new file. A crash may
+leave a torn tail after the last entry on disk; those bytes were never acknowledged. The next start records how many
+there are, and the verifier accepts exactly these.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 from collections import deque
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -30,39 +26,18 @@ from typing import Any, NamedTuple, Protocol
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.audit.files import PATTERN, file_name
-from storaged.cluster.audit.format import (
-    DONE,
-    ENTRY_BYTES_MAX,
-    FAILED,
-    GENESIS,
-    INTENT,
-    REFUSED,
-    Checkpoint,
-    Event,
-    Head,
-    make_line,
-    parse_line,
-)
-from storaged.cluster.audit.links import LinkTail
+from storaged.cluster.audit.chain_writer import FILE_BYTES_MAX, ChainFile, ChainLines
+from storaged.cluster.audit.files import PATTERN
+from storaged.cluster.audit.format import ENTRY_BYTES_MAX, GENESIS, Event, Head, parse_line
+from storaged.cluster.audit.links import RecentLinks
 from storaged.cluster.audit.refusals import Refusals
-from storaged.cluster.audit.verify import AuditProblem, AuditReport, verify
-from storaged.durable import sync_path
-from storaged.errors import AuditUnwritable, StoragedError
-from storaged.ids import system_entropy
-from storaged.units import MIB
-
-__all__ = ["AuditLog", "AuditProblem", "AuditReport", "AuditStatistics", "Checkpoint", "Head", "Signer", "verify"]
+from storaged.errors import AuditUnwritable
 
 log = structlog.get_logger(__name__)
 
-FILE_BYTES_MAX = 64 * MIB
 QUEUED_MAX = 4096
 REFUSALS_EVERY_S = 15.0
-"""How often is looked for refusals whose minute is over."""
-
-OPERATION_BYTES = 8
-SALT_BYTES = 16
+"""How often the log looks for counted refusals whose minute is over."""
 
 
 class Signer(Protocol):
@@ -91,63 +66,11 @@ class _Queued(NamedTuple):
     time_ms: int
 
 
-class Trail(Protocol):
-    """Where entries go: ``AuditLog``, or in a gateway's further process ``node.leader.Leader``.
-
-    ``actor``, ``target`` and ``outcome``: see ``audit_format.Event``; an ``actor`` that is not given is this node.
-    ``fields`` are text, numbers, booleans, None, and lists and mappings of these; no keys, no secrets, no content.
-    """
-
-    async def append(
-        self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any
-    ) -> None:
-        """Returns when the entry is on disk. Raises AuditUnwritable; ValueError or TypeError for what is too large or
-        not JSON (nothing is written)."""
-
-    def note(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
-        """On disk soon, for events that nothing waits for, and that no stranger can cause. Dropped when the queue is
-        full, and the drops are counted."""
-
-    def refused(self, kind: str, code: str, /, *, actor: str, target: str = "", **fields: Any) -> None:
-        """What was refused before anything was done: the first of a kind and code is an entry, those of the next
-        minute are counted in one."""
-
-
-@contextlib.asynccontextmanager
-async def audited(
-    trail: Trail, kind: str, /, *, actor: str, target: str, **fields: Any
-) -> AsyncIterator[dict[str, Any]]:
-    """The intent is on disk before the block begins, the outcome before it is left. What the block puts into the
-    mapping goes into the outcome's entry.
-
-    Raises AuditUnwritable before the block only: what was done is not undone because its outcome can't be written
-    (that is logged, and the intent stays).
-    """
-    operation = system_entropy(OPERATION_BYTES).hex()
-    await trail.append(kind, actor=actor, target=target, outcome=INTENT, operation=operation, **fields)
-    found: dict[str, Any] = {}
-    try:
-        yield found
-    except BaseException as error:
-        trail.note(kind, actor=actor, target=target, outcome=outcome_of(error), operation=operation, **found)
-        raise
-    try:
-        await trail.append(kind, actor=actor, target=target, outcome=DONE, operation=operation, **found)
-    except (AuditUnwritable, ValueError, TypeError) as error:
-        log.error(
-            "the outcome of what was done could not be audited", kind=kind, operation=operation, reason=str(error)
-        )
-
-
-def outcome_of(error: BaseException) -> str:
-    """Of what ended with ``error``. A rule that refuses (4xx, or an operator's error) changed nothing."""
-    if not isinstance(error, StoragedError):
-        return f"{FAILED} {'InternalError' if isinstance(error, Exception) else 'CANCELLED'}"
-    return f"{REFUSED if error.status < 500 else FAILED} {error.code}"
-
-
 class AuditLog:
-    """One process's chain, and a ``Trail``. Use: ``await start()`` ... ``await close()``."""
+    """One process's chain, and a ``Trail``. Use: ``await start()`` ... ``await close()``.
+
+    Its attributes are the chain's lines and file, the queue before them, and what is counted.
+    """
 
     def __init__(
         self,
@@ -160,33 +83,26 @@ class AuditLog:
     ) -> None:
         self.directory = directory
         self.node = node
+        self.links = RecentLinks(incarnation.hex())
+        self.start_line = b""
+        """Entry 0 as it is in the file, for witnesses that do not know this chain."""
+        self.problem = ""
+        """Why the disk refused the last entry; empty once it takes one again."""
         self._actor = f"node:{node}"
-        self._chain = incarnation.hex()
         self._clock = clock or SystemClock()
-        self._file_bytes_max = file_bytes_max
-        self._ordinal = 0
-        self._part = 0
-        self._head = Head(self._chain, -1, GENESIS)
-        self._durable = self._head
-        self._file_bytes = 0  # of the current file, with what is queued
-        self._new_file = True
-        self._descriptor = -1
-        self._durable_bytes = 0
+        self._lines = ChainLines(directory, incarnation.hex(), file_bytes_max)
+        self._file = ChainFile()
+        self._durable = self._lines.head
         self._queue: deque[_Queued] = deque()
         self._room = asyncio.Semaphore(QUEUED_MAX)
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = ""
-        self.problem = ""
-        """Why the disk refused the last entry; empty once it takes one again."""
         self._closing = False
         self._syncs = 0
         self._dropped = 0
-        self._dropped_told = 0
+        self._dropped_reported = 0
         self._refusals = Refusals()
-        self.links = LinkTail(self._chain)
-        self.start_line = b""
-        """Entry 0 as it lies in the file, for witnesses that do not know this chain."""
 
     async def start(self) -> None:
         """Finds the head of the chain before, and begins this one. Raises AuditUnwritable."""
@@ -196,17 +112,16 @@ class AuditLog:
             raise AuditUnwritable(
                 f"The audit log in {self.directory} cannot be opened: {error.strerror or error}."
             ) from error
-        self._head = self._durable = Head(self._chain, -1, predecessor.hash if predecessor else GENESIS)
-        self._ordinal = last_ordinal + 1
+        self._lines.begin(predecessor.hash if predecessor else GENESIS, last_ordinal + 1)
+        self._durable = self._lines.head
         fields = {
             "node": self.node,
-            "incarnation": self._chain,
-            "predecessor": (
-                {**predecessor._asdict(), "torn_bytes": torn_bytes} if predecessor else None
-            ),  # audit_format.Predecessor
+            "incarnation": self._durable.chain,
+            # As ``format.Predecessor``.
+            "predecessor": {**predecessor._asdict(), "torn_bytes": torn_bytes} if predecessor else None,
         }
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._write_queued()), loop.create_task(self._tell_refusals_regularly())]
+        self._tasks = [loop.create_task(self._write_queued()), loop.create_task(self._write_refusals_regularly())]
         try:
             await self._enqueue(Event("start", self._actor, "", "", fields), wait=True)
         except AuditUnwritable:
@@ -214,10 +129,10 @@ class AuditLog:
             raise
 
     async def close(self) -> None:
-        """Writes what is queued."""
+        """Writes what is queued, then closes the file."""
         if self._closing:
             return
-        self._tell_refusals(all_of_them=True)
+        self._write_refusals(all_of_them=True)
         self._closing = True
         self._work.set()
         if self._tasks:
@@ -225,9 +140,7 @@ class AuditLog:
             for task in self._tasks[1:]:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
     @property
     def head(self) -> Head:
@@ -236,7 +149,11 @@ class AuditLog:
 
     def statistics(self) -> AuditStatistics:
         return AuditStatistics(
-            self._chain, self._head.sequence + 1, self._durable.sequence + 1, self._syncs, self._dropped
+            chain=self._durable.chain,
+            entries=self._lines.head.sequence + 1,
+            entries_durable=self._durable.sequence + 1,
+            syncs=self._syncs,
+            notes_dropped=self._dropped,
         )
 
     # Entries.
@@ -262,25 +179,23 @@ class AuditLog:
         try:
             if len(self._queue) >= QUEUED_MAX:
                 raise AuditUnwritable("Too many entries wait for the disk.")
-            if self._dropped > self._dropped_told:
-                self._enqueue(
-                    Event("audit.dropped", self._actor, "", "", {"events": self._dropped - self._dropped_told}),
-                    wait=False,
-                )
-                self._dropped_told = self._dropped
+            if self._dropped > self._dropped_reported:
+                dropped = {"events": self._dropped - self._dropped_reported}
+                self._enqueue(Event("audit.dropped", self._actor, "", "", dropped), wait=False)
+                self._dropped_reported = self._dropped
             self._enqueue(event, wait=False)
         except (AuditUnwritable, ValueError, TypeError) as error:
             self._dropped += 1
             log.error("an event could not be audited", kind=event.kind, reason=str(error))
 
-    def _tell_refusals(self, *, all_of_them: bool = False) -> None:
+    def _write_refusals(self, *, all_of_them: bool = False) -> None:
         for event in self._refusals.due(self._clock.wall_ms(), all_of_them=all_of_them):
             self._note(event)
 
-    async def _tell_refusals_regularly(self) -> None:
+    async def _write_refusals_regularly(self) -> None:
         while True:
             await asyncio.sleep(REFUSALS_EVERY_S)
-            self._tell_refusals()
+            self._write_refusals()
 
     def _enqueue(self, event: Event, *, wait: bool) -> asyncio.Future[None]:
         if self._failed:
@@ -288,41 +203,20 @@ class AuditLog:
         if self._closing or not self._tasks:
             raise AuditUnwritable("The audit log is closed.")
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line, digest = self._next_line(event)
-        if self._new_file or self._file_bytes + len(line) > self._file_bytes_max:
-            self._begin_file()
-            line, digest = self._next_line(event)
-        self._push(line, digest, done if wait else None, None if self._file_bytes else self._path())
+        line, digest = self._lines.build(event, self._clock.wall_ms())
+        if self._lines.needs_file(line):
+            part = self._lines.begin_file()
+            if self._lines.head.sequence >= 0:
+                following = Event("continue", self._actor, "", "", {"node": self.node, "part": part})
+                self._push(*self._lines.build(following, self._clock.wall_ms()), None)
+            line, digest = self._lines.build(event, self._clock.wall_ms())
+        self._push(line, digest, done if wait else None)
         return done
 
-    def _next_line(self, event: Event) -> tuple[bytes, str]:
-        return make_line(
-            self._chain,
-            self._head.sequence + 1,
-            self._clock.wall_ms(),
-            event,
-            self._head.hash,
-            system_entropy(SALT_BYTES).hex(),
-        )
-
-    def _begin_file(self) -> None:
-        self._part += 1
-        self._new_file = False
-        self._file_bytes = 0
-        if self._head.sequence >= 0:
-            line, digest = self._next_line(
-                Event("continue", self._actor, "", "", {"node": self.node, "part": self._part})
-            )
-            self._push(line, digest, None, self._path())
-
-    def _push(self, line: bytes, digest: str, done: asyncio.Future[None] | None, file: Path | None) -> None:
-        self._head = Head(self._chain, self._head.sequence + 1, digest)
-        self._file_bytes += len(line)
-        self._queue.append(_Queued(line, done, file, self._head, self._clock.wall_ms()))
+    def _push(self, line: bytes, digest: str, done: asyncio.Future[None] | None) -> None:
+        file = self._lines.add(line, digest)
+        self._queue.append(_Queued(line, done, file, self._lines.head, self._clock.wall_ms()))
         self._work.set()
-
-    def _path(self) -> Path:
-        return self.directory / file_name(self._ordinal, self._chain, self._part)
 
     # The disk.
 
@@ -339,43 +233,34 @@ class AuditLog:
                 except OSError as error:
                     await self._take_back(batch, error)
                 else:
-                    self._durable, self.problem = batch[-1].head, ""
-                    if not self.start_line:
-                        self.start_line = batch[0].line.removesuffix(b"\n")
-                    for item in batch:
-                        self.links.add(bytes.fromhex(item.head.hash), item.time_ms)
-                        if item.done is not None and not item.done.done():
-                            item.done.set_result(None)
+                    self._acknowledge(batch)
 
     def _write(self, batch: list[_Queued]) -> None:
         path = batch[0].file
         if path is not None:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-            self._descriptor = -1
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-            self._durable_bytes = 0
-            sync_path(self.directory)
-        data = memoryview(b"".join(item.line for item in batch))
-        size = len(data)
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        os.fdatasync(self._descriptor)
-        self._durable_bytes += size
+            self._file.begin(path)
+        self._file.append(b"".join(item.line for item in batch))
         self._syncs += 1
 
+    def _acknowledge(self, batch: list[_Queued]) -> None:
+        self._durable, self.problem = batch[-1].head, ""
+        if not self.start_line:
+            self.start_line = batch[0].line.removesuffix(b"\n")
+        for item in batch:
+            self.links.add(bytes.fromhex(item.head.hash), item.time_ms)
+            if item.done is not None and not item.done.done():
+                item.done.set_result(None)
+
     async def _take_back(self, batch: list[_Queued], error: OSError) -> None:
-        """Nothing behind the durable head was acknowledged: it is cut off, and the next entry begins a new file."""
+        """Cuts off everything after the durable head, none of which was acknowledged; the next entry begins a file."""
         reason = f"The audit log in {self.directory} cannot be written: {error.strerror or error}."
         log.error("the audit log cannot be written", directory=str(self.directory), reason=error.strerror or str(error))
         self.problem = reason
         lost = batch + list(self._queue)
         self._queue.clear()
-        self._head = self._durable
-        self._new_file = True
+        self._lines.rewind(self._durable)
         try:
-            await asyncio.to_thread(self._cut)
+            await asyncio.to_thread(self._file.cut)
         except OSError as second:
             self._failed = (
                 f"{reason} Its end could not be cut either ({second.strerror or second}): restart the node once the"
@@ -389,20 +274,11 @@ class AuditLog:
         if self._failed:
             self._queue.clear()
 
-    def _cut(self) -> None:
-        if self._descriptor < 0:
-            return
-        try:
-            os.ftruncate(self._descriptor, self._durable_bytes)
-            os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
 
 def _last_head(directory: Path) -> tuple[Head | None, int, int]:
-    """The last whole entry of the newest chain, how many unreadable bytes lie behind it (in its file and in later
-    ones), and the highest ordinal in use."""
+    """The last whole entry of the newest chain, how many unreadable bytes follow it (in its file and in later ones),
+    and the highest ordinal in use.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     paths = sorted(directory.glob(PATTERN), reverse=True)
     last_ordinal = int(paths[0].name.split("-")[1]) if paths else 0

@@ -1,8 +1,8 @@
-"""Refusals, counted: a stranger who knocks a million times must not fill the disk of the audit log. No I/O; time is
-handed in.
+"""Counts refusals, so that a million attempts of a stranger do not fill the disk of the audit log. No I/O; time is an
+argument.
 
-The first refusal of a kind and code is an entry at once. Those of the following minute are counted, and told by one
-entry at its end (``repeated``, who they were, the last target). So each (kind, code) costs at most two entries a
+The first refusal of a kind and code becomes an entry at once. Those of the following minute are counted, and one entry
+at its end reports them (``repeated``, the actors, the last target). So each (kind, code) costs at most two entries a
 minute, whatever strangers do.
 """
 
@@ -17,14 +17,14 @@ from storaged.cluster.audit.format import REFUSED, Event
 
 QUIET_MS: Final = 60_000
 CODES_MAX: Final = 256
-"""(kind, code) pairs at once; those beyond are counted together. Both come from tables of this program, so this is
-never reached unless by a defect."""
+"""(kind, code) pairs at once; further ones are counted together. Both come from tables of this program, so only a
+defect reaches this limit."""
 
 ACTORS_MAX: Final = 16
-"""Named in an entry with their counts; the rest are counted as ``others``."""
+"""Actors that an entry names with their counts; the rest are counted as ``others``."""
 
 TEXT_CHARS_MAX: Final = 512
-"""Of each text of a refusal: it may be a stranger's."""
+"""The length of each text of a refusal, which a stranger may have chosen."""
 
 _OVERFLOW = ("refused.other", "OTHER")
 
@@ -39,20 +39,20 @@ class _Counted:
 
 
 class Refusals:
-    """``add`` each refusal, ask ``due`` now and then; both return what is to be written."""
+    """Call ``add`` for each refusal, and ``due`` now and then; both return the events to write."""
 
     def __init__(self) -> None:
         self._counted: dict[tuple[str, str], _Counted] = {}
 
     @property
     def waiting(self) -> bool:
-        """Something was counted, or was an entry less than a minute ago."""
+        """Whether something was counted, or became an entry less than a minute ago."""
         return bool(self._counted)
 
     def add(
         self, now_ms: int, kind: str, code: str, actor: str, target: str, fields: Mapping[str, Any]
     ) -> Event | None:
-        """None: it was counted."""
+        """Returns the event to write; None when the refusal was counted."""
         name = (kind, code)
         actor, target = _cut(actor), _cut(target)
         if name not in self._counted and len(self._counted) >= CODES_MAX:
@@ -71,8 +71,8 @@ class Refusals:
         return None
 
     def due(self, now_ms: int, *, all_of_them: bool = False) -> list[Event]:
-        """What was counted for a minute (or, ``all_of_them``, until now). A clock that went back
-        ends a minute early.
+        """The events for what was counted over a minute (with ``all_of_them``: until now). A clock that went back ends
+        the minute early.
         """
         found = []
         for name, counted in list(self._counted.items()):

@@ -1,8 +1,7 @@
-"""How long an audit log is kept: files whose last entry is old enough are removed, oldest first, each after an entry
-that says so.
+"""Removes the files of an audit log whose last entry is old enough, oldest first, each after an entry that says so.
 
-A file of the chain that is being written is never removed, nor one that does not end with an entry that holds:
-something is wrong with it, and it may be evidence.
+It never removes a file of the chain that is being written, nor a file with an invalid entry: something is wrong with
+it, and it may be evidence.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ from typing import Final, NamedTuple
 import structlog
 
 from storaged.clock import Clock
+from storaged.cluster.audit.chains import PRUNED
 from storaged.cluster.audit.files import chain_files
 from storaged.cluster.audit.format import ENTRY_BYTES_MAX, Entry, parse_line
-from storaged.cluster.audit.log import AuditLog, audited
-from storaged.cluster.audit.verify import DAY_MS, PRUNED
+from storaged.cluster.audit.log import AuditLog
+from storaged.cluster.audit.trail import audited
+from storaged.cluster.audit.verify import DAY_MS
 from storaged.durable import sync_path
 from storaged.errors import AuditUnwritable
 
@@ -28,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 
 class Old(NamedTuple):
-    """A file that may go, and its first and last entry."""
+    """A file that may be removed, and its first and last entry."""
 
     path: Path
     first: Entry
@@ -48,7 +49,9 @@ def old_files(directory: Path, current: str, before_ms: int) -> Iterator[Old]:
 
 
 def _ends(path: Path) -> tuple[Entry, Entry] | None:
-    """None when some line of it does not hold; bytes that a crash tore behind the last do not count."""
+    """The first and last entry; None when a line is invalid. Bytes that a crash left after the last line do
+    not count.
+    """
     first: Entry | None = None
     last: Entry | None = None
     with path.open("rb") as file:
@@ -64,8 +67,9 @@ def _ends(path: Path) -> tuple[Entry, Entry] | None:
 
 
 async def prune(audit: AuditLog, clock: Clock, keep_days: int) -> int:
-    """Removes what is older than ``keep_days``. Returns how many files. Raises AuditUnwritable (then nothing is
-    removed), OSError."""
+    """Removes files older than ``keep_days`` and returns their number. Raises AuditUnwritable (then nothing is
+    removed), OSError.
+    """
     before_ms = clock.wall_ms() - keep_days * DAY_MS
     removed = 0
     for old in await asyncio.to_thread(lambda: list(old_files(audit.directory, audit.head.chain, before_ms))):
@@ -84,7 +88,7 @@ def _remove(path: Path) -> None:
 
 
 async def prune_regularly(audit: AuditLog, clock: Clock, keep_days: int) -> None:
-    """Until cancelled. ``keep_days`` 0: nothing is ever removed."""
+    """Runs until cancelled. ``keep_days`` 0: nothing is ever removed."""
     while keep_days:
         await asyncio.sleep(EVERY_S)
         try:

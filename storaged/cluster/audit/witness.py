@@ -1,10 +1,10 @@
-"""A storage node as a witness of the other nodes' audit logs: two RPC methods over one file a node,
+"""Makes a storage node a witness of the other nodes' audit logs: two RPC methods over one file per node,
 ``witness/NODE.jsonl`` in its own directory.
 
-``audit.witness`` takes a checkpoint from the node whose log it is of, and from no other; ``witness_record`` judges
-it. What is taken is synced before it is answered, and nothing ever removes it: a file is only made anew with each
-chain's last checkpoint and some marks before it, when it has grown. ``audit.witnessed`` gives out what is remembered,
-to whoever is of the cluster: hashes and signatures, and the ``start`` entries of chains.
+``audit.witness`` takes a checkpoint of a node's log from that node only; ``witness_record`` judges it. An accepted
+checkpoint is synced before the reply, and nothing ever removes it. A file that has grown is rewritten with each chain's
+last checkpoint and some marks before it. ``audit.witnessed`` gives what the witness remembers to any node of the
+cluster: hashes and signatures, and the ``start`` entries of chains.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from cryptography import x509
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.audit.format import HASH_BYTES, Checkpoint
-from storaged.cluster.audit.log import Trail
+from storaged.cluster.audit.trail import Trail
 from storaged.cluster.audit.witness_record import (
     LINE_BYTES_MAX,
+    Accepted,
     Behind,
     Refused,
     SeenNode,
-    Taken,
     adopt,
     judge,
     read,
@@ -42,25 +42,26 @@ from storaged.errors import CertificateRefused, ServiceUnavailable, StoragedErro
 from storaged.wire import Message
 
 HASHES_MAX: Final = 4096
-"""In one call: 128 KiB, a few milliseconds of hashing."""
+"""Hashes in one call: 128 KiB, a few milliseconds of hashing."""
 
 NODES_MAX: Final = 4096
-"""Whose logs are kept. Only nodes of the layout get this far, so only a cluster's long life reaches it."""
+"""Nodes whose logs are kept. Only nodes of the layout can call, so only a cluster's long life reaches this."""
 
 LINES_MAX: Final = 4096
-"""Appended to a file before it is made anew: 8 MiB, three days of a busy node."""
+"""Lines appended to a file before it is rewritten: 8 MiB, three days of a busy node."""
 
 CHAINS_A_PAGE: Final = 64
 ALARMS_MAX: Final = 1024
 ALARM_S: Final = 7 * 24 * 3600.0
-"""An alarm stays in `storaged status` for so long; the log and the verifier have it after that."""
+"""An alarm stays in `storaged status` for so long; after that only the log and the verifier have it."""
 
 log = structlog.get_logger(__name__)
 
 
 class WitnessRequest(Message, frozen=True):
-    """The body: the hashes of the entries ``after + 1`` up to the checkpoint's, 32 bytes each. ``start``: of a chain
-    that is new to the witness, its entry 0."""
+    """Shows a checkpoint. The body has the hashes of the entries ``after + 1`` up to the checkpoint's, 32 bytes each.
+    ``start``: entry 0 of a chain that is new to the witness.
+    """
 
     checkpoint: Checkpoint
     after: int
@@ -68,10 +69,10 @@ class WitnessRequest(Message, frozen=True):
 
 
 class WitnessReply(Message, frozen=True):
-    """``taken``; or else begin after the entry ``sequence``, which is the last that the witness has; or, with a
-    ``reason``, refused.
+    """Accepted when ``taken``. Otherwise refused if there is a ``reason``; else the node must continue after
+    ``sequence``, the last entry that the witness has.
 
-    ``problem``: how the chain does not follow from what the witness saw before; for ever.
+    ``problem``: why the chain does not follow from what the witness saw before; it stays for ever.
     """
 
     taken: bool
@@ -81,8 +82,9 @@ class WitnessReply(Message, frozen=True):
 
 
 class WitnessedRequest(Message, frozen=True):
-    """What is remembered of the log of ``node``, from its chain number ``skip`` on. ``heads``: the newest chains and
-    their last entries alone."""
+    """Asks what the witness remembers of the log of ``node``, from its chain number ``skip`` on. ``heads``: only the
+    newest chains and their last entries.
+    """
 
     node: str
     skip: int = 0
@@ -90,8 +92,9 @@ class WitnessedRequest(Message, frozen=True):
 
 
 class WitnessedReply(Message, frozen=True):
-    """The body has the lines, unless heads were asked for. ``next``: where the next page begins, 0 when this was the
-    last. ``chains``: how many there are."""
+    """The body has the lines, unless heads were asked for. ``next``: where the next page begins, 0 after the last one.
+    ``chains``: their total number.
+    """
 
     chains: int
     next: int
@@ -101,7 +104,7 @@ class WitnessedReply(Message, frozen=True):
 
 @dataclass
 class _File:
-    """One node's."""
+    """The file of one node."""
 
     path: Path
     seen: SeenNode
@@ -110,10 +113,10 @@ class _File:
 
 
 class WitnessBook:
-    """All that this node has seen of others' audit logs. ``trail``: this node's own log, where refusals are noted."""
+    """All that this node has seen of other nodes' audit logs. ``trail``: this node's own log, which notes refusals."""
 
     def __init__(self, directory: Path, authority: x509.Certificate, clock: Clock | None = None) -> None:
-        """Reads what is there. Of a node whose file can't be read nothing is taken: a witness must not begin anew."""
+        """Reads the existing files. A node whose file can't be read is not witnessed: a witness must not begin anew."""
         self.directory = directory
         self._authority = authority
         self._files: dict[str, _File] = {}
@@ -145,7 +148,7 @@ class WitnessBook:
                 lines=seen.damaged_lines,
             )
             replace_file(path.with_suffix(".damaged"), data)
-        if seen.damaged_lines:  # a line that is appended must not continue a torn one
+        if seen.damaged_lines:  # an appended line must not continue a torn one
             replace_file(path, _whole(seen))
         return _File(path, seen, len(lines))
 
@@ -157,8 +160,9 @@ class WitnessBook:
         return grant(methods)
 
     def alarms(self) -> list[tuple[str, str]]:
-        """(node, what is wrong with its log): seen by this process within ALARM_S, or in the newest chain that was
-        shown."""
+        """Each node with a problem in its log, and the problem: seen by this process within ALARM_S, or in the node's
+        newest chain.
+        """
         now = self._clock.monotonic()
         lately = {node: reason for node, (reason, since) in self._alarms.items() if now - since < ALARM_S}
         found = {
@@ -193,7 +197,7 @@ class WitnessBook:
         return await asyncio.shield(work)
 
     async def _judge(self, file: _File, request: WitnessRequest, hashes: Sequence[bytes]) -> WitnessReply:
-        """In a task of its own: a caller that goes away must not leave on disk what is not known here."""
+        """Runs in a task of its own, so that a caller that disconnects does not leave on disk what memory lacks."""
         checkpoint = request.checkpoint
         node = checkpoint.node
         async with file.lock:
@@ -203,9 +207,9 @@ class WitnessBook:
             if isinstance(judged, Refused):
                 return self._refuse(node, checkpoint, judged.reason)
             new = checkpoint.chain not in file.seen.chains
-            await self._take(file, judged)
+            await self._accept(file, judged)
         if judged.problem and new:
-            self._tell(node, checkpoint, judged.problem, "AUDIT_CHAIN_BROKEN")
+            self._report(node, checkpoint, judged.problem, "AUDIT_CHAIN_BROKEN")
         return WitnessReply(True, checkpoint.sequence, problem=judged.problem)
 
     def _verify(self, checkpoint: Checkpoint, node: str) -> None:
@@ -215,8 +219,10 @@ class WitnessBook:
         if not signer.name == checkpoint.node == node:
             raise CertificateRefused(f"a checkpoint of {checkpoint.node}, signed by {signer.name}, was sent by {node}")
 
-    async def _take(self, file: _File, taken: Taken) -> None:
-        """Durable, then known. Raises ServiceUnavailable, and nothing is known then that is not on disk."""
+    async def _accept(self, file: _File, taken: Accepted) -> None:
+        """Writes what was accepted to disk, then applies it in memory. Raises ServiceUnavailable, and then applies
+        nothing.
+        """
         if taken.seen is None:
             return
         line = render(taken.seen)
@@ -228,7 +234,7 @@ class WitnessBook:
         file.lines += 1
         if file.lines >= LINES_MAX + 2 * len(file.seen.chains):
             try:
-                await asyncio.to_thread(_make_anew, file)
+                await asyncio.to_thread(_rewrite, file)
             except OSError as error:
                 log.warning(
                     "a file of what was witnessed cannot be made anew",
@@ -238,11 +244,11 @@ class WitnessBook:
             file.lines = sum(1 + len(chain.marks) for chain in file.seen.chains.values())
 
     def _refuse(self, node: str, checkpoint: Checkpoint, reason: str) -> WitnessReply:
-        self._tell(node, checkpoint, reason, "AUDIT_REFUSED_BY_WITNESS")
+        self._report(node, checkpoint, reason, "AUDIT_REFUSED_BY_WITNESS")
         return WitnessReply(False, -1, reason or "refused")
 
-    def _tell(self, node: str, checkpoint: Checkpoint, reason: str, code: str) -> None:
-        if self._alarms.get(node, ("", 0.0))[0] != reason:  # a node that tries again and again does not fill the log
+    def _report(self, node: str, checkpoint: Checkpoint, reason: str, code: str) -> None:
+        if self._alarms.get(node, ("", 0.0))[0] != reason:  # repeated attempts of a node do not fill the log
             log.error(
                 "the audit log of a node does not extend what was seen of it",
                 peer=node,
@@ -279,12 +285,12 @@ def _whole(seen: SeenNode) -> bytes:
     return b"".join(line for name, chain in seen.chains.items() for line in render_whole(name, chain))
 
 
-def _make_anew(file: _File) -> None:
+def _rewrite(file: _File) -> None:
     replace_file(file.path, _whole(file.seen))
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Durable when it returns; of what could not be written nothing is left."""
+    """Appends a line, durable when it returns. Removes what was written when it fails. Raises OSError."""
     new = not path.exists()
     if new:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -307,7 +313,7 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def read_file(path: Path) -> SeenNode:
-    """A saved file of a witness. Raises OSError."""
+    """Reads a saved file of a witness. Raises OSError."""
 
     def lines() -> Sequence[bytes]:
         with path.open("rb") as file:

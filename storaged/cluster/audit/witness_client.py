@@ -1,11 +1,11 @@
-"""A node shows its audit log to its witnesses: every minute, at its start, and once more when it stops.
+"""Shows this node's audit log to its witnesses: at its start, every minute, and once more when it stops.
 
-Every storage node of the layout but this one is a witness. Each is asked once what it has of this node's log; what it
-missed while it was away is brought to it first, chain by chain from the files, so that its memory has no holes. Then
-it gets each checkpoint with the hashes of the entries since the last one that it took.
+Every other storage node of the layout is a witness. The client asks each witness once what it has of this node's log.
+First it brings what the witness missed while it was away, chain by chain from the files, so that its memory has no
+holes. Then the witness gets each checkpoint with the hashes of the entries since the last one that it took.
 
-A witness that has more than the files, or that refuses, or that saw how this chain does not follow from the one
-before, is an alarm: ``problems``.
+It is an alarm (``problems``) when a witness has more than the files, refuses, or saw that this chain does not follow
+from the one before.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ from storaged.errors import PeerError, PeerUnreachable
 
 EVERY_S: Final = 60.0
 FIRST_S: Final = 2.0
-"""After the start: by then the peers are known, and a log that was cut while the node was down shows before it is
-long in use."""
+"""After the start: by then the peers are known, and a log that was cut while the node was down is noticed early."""
 
 CALL_TIMEOUT_S: Final = 10.0
 CLOSING_TIMEOUT_S: Final = 2.0
 ROUNDS_MAX: Final = 8
-"""Answers ``begin there`` in a row from one witness, before it is left until the next minute."""
+"""Replies in a row that ask to continue elsewhere; then the witness waits until the next minute."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass
 class _Witness:
-    """``sequence``: the last entry of this process's chain that it took, None until it was asked what it has.
-    ``past``: what is wrong with earlier chains; ``problem``: how this one does not follow from them; ``refused``: why
-    it does not take more of this one."""
+    """One witness.
+
+    ``sequence``: the last entry of this process's chain that it took, None until it was asked. ``past``: the problem
+    with earlier chains. ``problem``: why this chain does not follow from them. ``refused``: why it takes no more of
+    this one.
+    """
 
     sequence: int | None = None
     past: str = ""
@@ -60,12 +62,11 @@ class _Witness:
 
 
 class _Refused(Exception):
-    """What a witness will not take, whatever is tried."""
+    """A witness refuses for good."""
 
 
 class WitnessClient:
-    """Use: ``run`` as a task; ``close`` once the log is closed. ``witnesses`` names the nodes that are to be shown it
-    now."""
+    """Use: ``run`` as a task; ``close`` once the log is closed. ``witnesses()`` names the present witnesses."""
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class WitnessClient:
             await asyncio.sleep(self._every_s)
 
     async def close(self) -> None:
-        """Shows the last entries. Not waited for long: the witnesses may be stopping too."""
+        """Shows the last entries, for a short time only: the witnesses may be stopping too."""
         try:
             async with asyncio.timeout(CLOSING_TIMEOUT_S):
                 await self.publish()
@@ -98,11 +99,11 @@ class WitnessClient:
             log.warning("the last entries of the audit log were not shown to all witnesses; the next start does it")
 
     def problems(self) -> dict[str, str]:
-        """Witness -> why it is an alarm."""
+        """Witness -> its alarm."""
         return {name: known.alarm for name, known in sorted(self._known.items()) if known.alarm}
 
     def taken(self) -> dict[str, int]:
-        """Witness -> the last entry of this process's chain that it took; those that took none are not there."""
+        """Witness -> the last entry of this process's chain that it took; without those that took none."""
         return {
             name: known.sequence
             for name, known in sorted(self._known.items())
@@ -110,13 +111,13 @@ class WitnessClient:
         }
 
     async def publish(self) -> None:
-        """To all witnesses at once. What does not reach one is brought to it the next time."""
+        """Shows new entries to all witnesses at once. What does not reach one is sent again the next time."""
         await asyncio.gather(*(self._publish_to(name) for name in self._witnesses()))
 
     async def _publish_to(self, name: str) -> None:
         known = self._known.setdefault(name, _Witness())
         if known.lock.locked():
-            return  # a long catch-up goes on
+            return  # a long catch-up is under way
         async with known.lock:
             before = known.alarm
             try:
@@ -127,7 +128,7 @@ class WitnessClient:
             except _Refused as refused:
                 known.refused, known.sequence = str(refused), None
             except PeerError as error:
-                known.sequence = None  # it may have been started anew, or have taken what it did not answer
+                known.sequence = None  # it may have restarted, or have taken what it did not reply to
                 level = log.debug if isinstance(error, PeerUnreachable) else log.warning
                 level("a witness of the audit log did not take a checkpoint", witness=name, reason=error.message)
             except (OSError, ValueError) as error:
@@ -136,11 +137,10 @@ class WitnessClient:
             if known.alarm and known.alarm != before:
                 log.error("a witness does not accept this node's audit log", witness=name, reason=known.alarm)
 
-    # --- the chains before
-    # ------------------------------------------------------------------------------------------------
+    # Earlier chains.
 
     async def _catch_up(self, name: str, known: _Witness) -> int:
-        """Brings it what it missed of earlier chains. Returns what it has of this process's chain."""
+        """Brings a witness what it missed of earlier chains. Returns what it has of this process's chain."""
         node, current = self._audit.node, self._audit.head.chain
         answer, _ = await self._caller.call(
             name, "audit.witnessed", WitnessedRequest(node, heads=True), WitnessedReply, timeout_s=CALL_TIMEOUT_S
@@ -153,9 +153,8 @@ class WitnessClient:
             try:
                 await self._show_old(name, chain, chains[chain], seen.get(chain, -1))
             except _Refused as refused:
-                known.past = str(
-                    refused
-                )  # and this process's chain is shown all the same: what it does from now on is not to be lost too
+                # This process's chain is shown all the same, so that its entries are witnessed too.
+                known.past = str(refused)
         have = seen.get(current, -1)
         if have > self._audit.head.sequence:
             raise _Refused(
@@ -164,14 +163,15 @@ class WitnessClient:
         return have
 
     async def _show_old(self, name: str, chain: str, files: Sequence[Path], have: int) -> None:
-        """A chain of an earlier process, to its end. Raises _Refused when the witness has more of it than there is."""
+        """Shows the rest of an earlier process's chain. Raises _Refused when the witness has more of it than
+        the files.
+        """
         start = b""
         if have < 0:
             try:
                 start = await asyncio.to_thread(first_line, files)
             except ValueError:
-                # the crash that ended its process tore its first entry, or its first file was removed: the witness
-                # notices what that means
+                # A crash tore its first entry, or its first file was removed; the witness will notice the gap.
                 return
         links = read_links(chain, files)
         last = await asyncio.to_thread(_last_until, links, have)
@@ -180,11 +180,10 @@ class WitnessClient:
         while piece := await asyncio.to_thread(lambda: list(islice(links, HASHES_MAX))):
             reply = await self._send(name, chain, piece, start)
             if not reply.taken:
-                # it has more than it said a moment ago: another call of ours reached it late, and the next minute knows
+                # It has more than it said before: an earlier call reached it late. The next minute clears this up.
                 return
 
-    # --- this process's chain
-    # ----------------------------------------------------------------------------------------------
+    # This process's chain.
 
     async def _show_current(self, name: str, known: _Witness) -> None:
         assert known.sequence is not None
@@ -233,7 +232,7 @@ class WitnessClient:
 
 
 def _last_until(links: Iterator[Link], have: int) -> int:
-    """Reads up to the entry ``have``; the last one that there is."""
+    """Reads up to the entry ``have``. Returns the last entry that it found."""
     last = -1
     while last < have:
         link = next(links, None)

@@ -1,24 +1,20 @@
-"""What a witness remembers of the audit log of one other node, and when it believes more. Pure.
+"""What a witness remembers of the audit log of one other node, and which further checkpoints it accepts. Pure.
 
-A witness sees no entries. It sees checkpoints ``(chain, sequence, hash, link)``, signed by the node, and the hashes
-of the entries in between; so it knows of each checkpoint that it extends the one before, entry by entry. It never
-goes back:
+A witness sees no entries. It sees checkpoints ``(chain, sequence, hash, link)``, signed by the node, and the hashes of
+the entries in between. So it knows that each checkpoint extends the one before, entry by entry. It never goes back:
 
-===================  ===================================================================================================
-checkpoint           judged
-===================  ===================================================================================================
-extends the last     taken
-is the last          taken already
-begins at another    ``Behind``: the node is to begin after the entry that the witness has
-entry
-leads to another     ``Refused``, for ever: entries were changed or removed since
-hash or link
-a new chain          taken with its ``start`` entry, which names the head of the chain before. Where that is not the
-last that the witness
-                     saw, the chain is taken with its ``problem``: refusing it would end the witness's use after a log
-                     was lost, and what was
-                     seen of the lost one is kept
-===================  ===================================================================================================
+==============================  ========================================================================================
+checkpoint                      judged
+==============================  ========================================================================================
+extends the last one            accepted
+is the last one                 accepted already
+begins at another entry         ``Behind``: the node must begin after the last entry that the witness has
+leads to another hash or link   ``Refused`` for ever: entries were changed or removed since
+a new chain                     accepted with its ``start`` entry, which names the head of the chain before. Where that
+                                is not the last entry that the witness saw, the chain is accepted with its ``problem``:
+                                a refusal would end the witness's use after a log was lost. What was seen of the lost
+                                log is kept
+==============================  ========================================================================================
 """
 
 from __future__ import annotations
@@ -44,21 +40,22 @@ from storaged.cluster.audit.format import (
     parse_line,
     predecessor_of,
 )
+from storaged.cluster.rpc import faults
 from storaged.wire import decode, encode
 
 CHAINS_MAX: Final = 16_384
-"""Of one node, 50 MiB: a process that is started again every ten minutes reaches it in four months. Further chains
-are refused: dropping old ones would let a flood of new ones erase them."""
+"""Chains of one node, 50 MiB: a process that restarts every ten minutes reaches this in four months. Further chains are
+refused: dropping old ones would let a flood of new ones erase them."""
 
 START_BYTES_MAX: Final = 2048
-"""Of a chain's first entry, which names the node and one chain: a third of it."""
+"""The size of a chain's first entry. It names the node and one chain, and needs a third of this."""
 
 MARKS_MAX: Final = 256
-"""Earlier checkpoints kept of a chain, as (sequence, hash), so that the verifier can say where a rewritten chain
-begins to differ."""
+"""Earlier checkpoints kept of a chain, as (sequence, hash), so that the verifier can say where a rewritten chain begins
+to differ."""
 
 CHAINS_MARKED_MAX: Final = 64
-"""The newest chains keep so many marks, older ones OLD_MARKS_MAX."""
+"""So many of the newest chains keep MARKS_MAX marks; older ones keep OLD_MARKS_MAX."""
 
 OLD_MARKS_MAX: Final = 16
 
@@ -66,7 +63,7 @@ _CHAIN = re.compile(r"[0-9a-f]{1,64}")
 
 
 class Mark(NamedTuple):
-    """An earlier checkpoint: what the entry ``sequence`` was."""
+    """An earlier checkpoint: the hash and time of the entry ``sequence``."""
 
     sequence: int
     hash: bytes
@@ -75,8 +72,9 @@ class Mark(NamedTuple):
 
 @dataclass
 class SeenChain:
-    """One chain. ``start``: its entry 0 as it lies in the file. ``problem``: how it does not follow from the chain
-    before; empty when it does."""
+    """One chain. ``start``: its entry 0 as it is in the file. ``problem``: why it does not follow from the chain
+    before; empty when it does.
+    """
 
     checkpoint: Checkpoint
     start: bytes
@@ -90,11 +88,11 @@ class SeenChain:
 
 @dataclass
 class SeenNode:
-    """All chains of one node, in the order in which they came."""
+    """All chains of one node, in the order in which the witness learned of them."""
 
     chains: dict[str, SeenChain] = field(default_factory=dict)
     followed: dict[str, str] = field(default_factory=dict)
-    """Chain -> the one that names it as its predecessor."""
+    """Chain -> the chain that names it as its predecessor."""
     damaged_lines: int = 0
 
     @property
@@ -103,8 +101,8 @@ class SeenNode:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """``seen``: what the chain is to become; None when it is that already."""
+class Accepted:
+    """The checkpoint is accepted. ``seen``: the new state of the chain; None when nothing changes."""
 
     seen: SeenChain | None
     problem: str = ""
@@ -112,7 +110,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Behind:
-    """The witness has the entries up to ``sequence``, -1 for none."""
+    """The witness has the entries up to ``sequence`` (-1 for none); the node must continue there."""
 
     sequence: int
 
@@ -124,15 +122,18 @@ class Refused:
 
 def judge(
     node: SeenNode, checkpoint: Checkpoint, after: int, start: bytes, hashes: Sequence[bytes]
-) -> Taken | Behind | Refused:
-    """``checkpoint`` is signed by the node (the caller has verified that). ``hashes``: of the entries ``after + 1``
-    up to the checkpoint's."""
+) -> Accepted | Behind | Refused:
+    """Judges a checkpoint by the table above.
+
+    The caller has verified that the node signed it. ``hashes`` are those of the entries ``after + 1`` up to the
+    checkpoint's.
+    """
     if not _CHAIN.fullmatch(checkpoint.chain) or checkpoint.sequence < 0 or len(checkpoint.hash) != HASH_BYTES:
         return Refused("the checkpoint is malformed")
     known = node.chains.get(checkpoint.chain)
     if known is not None and checkpoint.sequence == known.checkpoint.sequence:
         if (checkpoint.hash, checkpoint.link) == (known.checkpoint.hash, known.checkpoint.link):
-            return Taken(None, known.problem)
+            return Accepted(None, known.problem)
         return Refused(
             f"entry {checkpoint.sequence} of chain {checkpoint.chain} is known here with another hash: the log was"
             " rewritten"
@@ -155,13 +156,13 @@ def judge(
     if known is not None:
         before = known.checkpoint
         marks = thinned([*known.marks, Mark(before.sequence, before.hash, before.time_ms)])
-        return Taken(SeenChain(checkpoint, known.start, known.problem, marks), known.problem)
+        return Accepted(SeenChain(checkpoint, known.start, known.problem, marks), known.problem)
     if len(node.chains) >= CHAINS_MAX:
         return Refused(f"{CHAINS_MAX} chains of this node are known here; no further one is taken")
     return _begin(node, checkpoint, start, hashes[0])
 
 
-def _begin(node: SeenNode, checkpoint: Checkpoint, start: bytes, first_hash: bytes) -> Taken | Refused:
+def _begin(node: SeenNode, checkpoint: Checkpoint, start: bytes, first_hash: bytes) -> Accepted | Refused:
     if len(start) > START_BYTES_MAX:
         return Refused(f"the first entry has more than {START_BYTES_MAX} bytes")
     try:
@@ -181,11 +182,11 @@ def _begin(node: SeenNode, checkpoint: Checkpoint, start: bytes, first_hash: byt
     if predecessor is not None and entry.previous != predecessor.hash:
         return Refused("the first entry names one head and follows another")
     problem = _misfit(node, entry, predecessor)
-    return Taken(SeenChain(checkpoint, start, problem), problem)
+    return Accepted(SeenChain(checkpoint, start, problem), problem)
 
 
 def _misfit(node: SeenNode, entry: Entry, predecessor: Predecessor | None) -> str:
-    """How a chain that begins does not follow from what is known; empty when it does."""
+    """Why a new chain does not follow from what is known; empty when it does."""
     if not node.chains:
         return ""
     if predecessor is None:
@@ -205,7 +206,7 @@ def _misfit(node: SeenNode, entry: Entry, predecessor: Predecessor | None) -> st
 
 
 def adopt(node: SeenNode, seen: SeenChain) -> None:
-    """What ``judge`` took, once it is durable."""
+    """Applies what ``judge`` accepted, once it is durable."""
     chain = seen.checkpoint.chain
     new = chain not in node.chains
     node.chains[chain] = seen
@@ -219,7 +220,9 @@ def adopt(node: SeenNode, seen: SeenChain) -> None:
 
 
 def thinned(marks: list[Mark]) -> list[Mark]:
-    """At most MARKS_MAX: every second goes when there are more, so they lie further apart the longer a chain is."""
+    """At most MARKS_MAX marks: when there are more, every second one is dropped, so they are further apart the longer a
+    chain is.
+    """
     return marks if len(marks) <= MARKS_MAX else marks[::2]
 
 
@@ -227,17 +230,17 @@ TEXT_CHARS_MAX: Final = 512
 
 
 def plain(text: str) -> str:
-    """What another node says, for logs and terminals."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text[:TEXT_CHARS_MAX])
+    """Makes another node's text safe for logs and terminals."""
+    return faults.plain(text, TEXT_CHARS_MAX)
 
 
-# --- lines
-# ----------------------------------------------------------------------------------------------------------------
+# Lines of the file.
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A checkpoint (or, without ``checkpoint``, a mark). The plain fields repeat what is in ``checkpoint``: for
-    readers, and against bits that flip."""
+    """A checkpoint (or, without ``checkpoint``, a mark). The plain fields repeat what ``checkpoint`` has: for readers,
+    and against flipped bits.
+    """
 
     chain: str
     sequence: int
@@ -249,8 +252,9 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 def render(seen: SeenChain) -> bytes:
-    """The line that is appended for a checkpoint: enough to know the chain from, should every other line of it be
-    damaged."""
+    """The line that is appended for a checkpoint. It is enough to restore the chain should every other line of it be
+    damaged.
+    """
     found = seen.checkpoint
     text = base64.b64encode(encode(found)).decode()
     return (
@@ -262,14 +266,14 @@ def render(seen: SeenChain) -> bytes:
 
 
 def render_whole(chain: str, seen: SeenChain) -> Iterator[bytes]:
-    """All that is remembered of a chain: its marks, then its last checkpoint."""
+    """All lines of a chain: its marks, then its last checkpoint."""
     for mark in seen.marks:
         yield msgspec.json.encode(_Line(chain, mark.sequence, mark.hash.hex(), mark.time_ms)) + b"\n"
     yield render(seen)
 
 
 def read(lines: Iterable[bytes]) -> SeenNode:
-    """From the lines of ``render`` and ``render_whole``. Lines that do not hold are counted, and passed over."""
+    """Reads the lines of ``render`` and ``render_whole``. Invalid lines are counted and skipped."""
     node = SeenNode()
     marks: dict[str, list[Mark]] = {}
     for raw in lines:
