@@ -1,5 +1,5 @@
-"""What all background work of a storage node stands on. ``node`` fills it; no key is in it, nor anything that could
-open a sealed byte.
+"""What all background work of a storage node uses. ``node`` fills it. It has no key, and nothing that could open a
+sealed byte.
 """
 
 from __future__ import annotations
@@ -23,54 +23,55 @@ class MaintainLimits:
     """Bounds and intervals of background work."""
 
     walk_interval_s: float = 3600.0
-    """A full walk without any sign of trouble: for what vanished without anybody noticing."""
+    """A full walk without any sign of trouble finds what vanished unnoticed."""
     poll_s: float = 1.0
     retry_s: float = 15.0
-    """How long a register rests after its repair failed for the first time; then twice as long, and so on."""
+    """The pause after the first failed repair of a register. It doubles with every failure, up to ``retry_max_s``."""
     retry_max_s: float = 3600.0
     walk_retry_max_s: float = 60.0
     collect_interval_s: float = 20.0
     collect_batch: int = 256
     collect_at_once: int = 16
     recode_delay_s: float = 600.0
-    """How long disks may be away before blocks without a spare are recoded for those that are there."""
+    """How long disks may be away before blocks without a spare are recoded for the other disks."""
     drop_delay_s: float = 3600.0
-    """Fragments that a recoded run left behind stay this long, for readers in the middle of them."""
+    """Fragments that recoded blocks left on their old disks stay so long, for readers that have begun with them."""
     orphan_age_ms: int = 86_400_000
-    """No request lives longer than half of this, so an older fragment that no record claims is garbage."""
+    """No request lives longer than half of this. So an older fragment that no record claims is garbage."""
     orphan_interval_s: float = 6 * 3600.0
     scrub_interval_s: float = 30 * 86_400.0
     scrub_bytes_per_s: int = 64 * MIB
-    """The pace of the scrub that starts by itself; one that was asked for goes as fast as the disk."""
-    mend_at_once: int = 3
-    """Blocks that are rebuilt at the same time: each takes about four times its size, 12 MiB, while it is."""
-    mend_batch: int = 256
-    """Registers mended before hints, returned disks and the order of urgency are looked at again."""
+    """The pace of a scrub that starts by itself. A requested one is as fast as the disk."""
+    rebuilds_at_once_max: int = 3
+    """Blocks that are rebuilt at the same time. Each takes about four times its size, 12 MiB, meanwhile."""
+    repair_batch: int = 256
+    """Registers repaired before hints, returned disks and the order of urgency are looked at again."""
     hints_a_round: int = 500
     hints_at_once: int = 16
     findings_max: int = 100_000
     hints_max: int = 100_000
-    left_max: int = 100_000
-    """Recoded runs whose old fragments are remembered until they may be deleted; others are left to the sweep of
-    orphans.
-    """
+    leftovers_max: int = 100_000
+    """Moves whose old fragments are remembered until they may be deleted. The sweep of orphans finds others."""
     call_timeout_s: float = 20.0
 
 
 class SignerKeys(Protocol):
-    """The keys that sign the public parts of records. ``cluster.signers.Signers`` is one."""
+    """The keys that sign the public parts of records. ``cluster.signers.Signers`` is the body."""
 
     async def key(self, signer: bytes) -> Ed25519PublicKey:
-        """By its id. Raises CertificateRefused for one that no gateway of this cluster certified, ServiceUnavailable
-        when that can't be known now.
+        """The key with this id. Raises CertificateRefused for one that no gateway of this cluster certified,
+        ServiceUnavailable when that can't be found out now.
         """
 
 
 @dataclass
 class MaintainContext:
-    """``signers``: whose signatures on records are believed. ``local_meta`` and ``local_fragments``: this node's disks
-    by id. ``end_promises``: makes one of them refuse every ballot drawn before the call; when it returns,
-    what was accepted before is in its ``local_meta``. Raises DiskUnusable."""
+    """``signers``: verify the signatures on records.
+    ``local_meta``, ``local_fragments``: this node's disks by id.
+    ``end_promises(disk)``: makes one of them refuse every ballot drawn before the call. When it returns, everything
+    accepted before is in its ``local_meta``. Raises DiskUnusable.
+    ``audit_alarms``: (node, what is wrong with its audit log) as this node knows; shown in its status.
+    """
 
     node: str
     clock: Clock
@@ -87,12 +88,11 @@ class MaintainContext:
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
     audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple
-    """(node, what is wrong with its audit log), as this node knows: told with its status."""
 
     def leader_of(self, partition: int) -> str:
-        """The disk whose node looks after a partition: the first of its replicas that can be read now, empty when none
-        can. Two nodes that disagree on
-        who is alive do the same work twice, which is harmless."""
+        """The disk whose node is responsible for a partition: the first of its replicas that can be read now; empty
+        when none can. Two nodes that disagree on which disks are alive do the same work twice, which is harmless.
+        """
         replicas = self.layouts.current.replicas_of(partition)
         return next((disk for disk in replicas if self.liveness.disk_readable(disk)), "")
 
@@ -100,14 +100,14 @@ class MaintainContext:
         return self.leader_of(partition) in self.local_meta
 
     def usable_disks(self) -> tuple[frozenset[str], frozenset[str]]:
-        """(those that can be read, those that take writes too)."""
+        """(disks that can be read, disks that take writes too)."""
         layout, liveness = self.layouts.current, self.liveness
         readable = frozenset(disk.id for disk in layout.disks if liveness.disk_readable(disk.id))
         return readable, frozenset(disk for disk in readable if liveness.disk_writable(disk))
 
 
 async def wait_for(event: asyncio.Event, seconds: float) -> bool:
-    """True when the event was set within the time; clears it."""
+    """Whether the event was set within the time; clears it then."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,10 +1,9 @@
-"""The bucket directory as a node without keys sees it: every bucket's record, and whether its public part is a
-gateway's.
+"""The bucket directory as a node without keys sees it: every bucket's record, and whether a gateway signed its public
+part.
 
-A record that does not decode, or can't be, is *unreadable*: whose bucket it is isn't known. One that decodes but whose
-signature does not verify is
-*doubted*: its registers are still brought together, but its countries are not believed, so nothing of it is judged,
-rebuilt, moved or deleted.
+A record that does not decode, or has impossible contents, is *unreadable*: its bucket isn't known. One that decodes but
+whose signature does not verify is *unverified*: the replicas of its registers are still brought to one state, but its
+countries are not believed, so nothing of the bucket is judged, rebuilt, moved or deleted.
 """
 
 from __future__ import annotations
@@ -32,47 +31,45 @@ SHARDS_MAX = 256
 """A shard's number is one byte."""
 
 REFUSED_NAMED_MAX = 100
-"""Buckets that are named with the reason; of more only the number is known."""
+"""Buckets that are named with the reason. Of further ones only the number is known."""
 
 VERIFIED_A_TURN = 20
 """Signatures verified before others get the event loop: about 3 ms."""
 
 UNKNOWN_SIGNERS_MAX = 8
-"""Signers without a good statement that are looked up in one refresh: a forger may name as many as
-there are records.
-"""
+"""Unknown signers that are looked up in one refresh: a forger may name another one in every record."""
 
 
-class BucketDoubted(KeyError):
-    """The bucket's record is not known to be a gateway's: nothing of it may be placed."""
+class BucketUnverified(KeyError):
+    """The bucket's record is not known to be a gateway's: nothing of the bucket may be placed."""
 
 
 class Buckets:
-    """Bucket id -> its record. Read from the ring."""
+    """``by_id``: bucket id -> record, those of unverified records included. Read from the ring."""
 
     def __init__(self) -> None:
         self.by_id: dict[bytes, BucketRecord] = {}
         self.unreadable = 0
         self.refused: dict[str, str] = {}
-        """Register name -> why its record is unreadable or doubted, of up to ``REFUSED_NAMED_MAX``."""
-        self._trusted: dict[bytes, tuple[int, bytes]] = {}
-        """Bucket id -> sequence number and signature that were verified."""
+        """Register name -> why its record is unreadable or unverified, of up to ``REFUSED_NAMED_MAX``."""
+        self._verified: dict[bytes, tuple[int, bytes]] = {}
+        """Bucket id -> the sequence number and signature that were verified."""
         self._newest: dict[bytes, int] = {}
-        """Row key -> the highest sequence number that was verified: an older record does not come back."""
+        """Row key -> the highest sequence number that was verified: an older record is not accepted again."""
 
     @property
-    def whole(self) -> bool:
-        """Every record is believed: so what is not in ``by_id`` is not there."""
-        return not self.unreadable and len(self._trusted) == len(self.by_id)
+    def complete(self) -> bool:
+        """Every record is verified: a bucket that is not in ``by_id`` does not exist."""
+        return not self.unreadable and len(self._verified) == len(self.by_id)
 
     async def refresh(self, context: MaintainContext) -> None:
         """Raises ServiceUnavailable when the system partition has no majority."""
-        trusted: dict[bytes, tuple[int, bytes]] = {}
+        verified: dict[bytes, tuple[int, bytes]] = {}
         found: dict[bytes, BucketRecord] = {}
-        doubted: dict[bytes, BucketRecord] = {}
+        unverified: dict[bytes, BucketRecord] = {}
         refused: dict[str, str] = {}
         unknown: dict[bytes, str] = {}
-        unreadable = verified = 0
+        unreadable = verifications = 0
         prefix = system_name(BUCKETS).key
         async for row in every_row(
             context.scanner, PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, hidden=True)
@@ -87,26 +84,27 @@ class Buckets:
                 self._refuse(context, refused, row.key, reason)
                 continue
             proof = (row.value.sequence, record.signature)
-            if self._trusted.get(record.id) == proof and self.by_id.get(record.id) == record:
-                found[record.id], trusted[record.id] = record, proof
+            if self._verified.get(record.id) == proof and self.by_id.get(record.id) == record:
+                found[record.id], verified[record.id] = record, proof
                 continue
-            reason = await self._doubt(context, row.key, record, row.value, unknown)
+            reason = await self._verify(context, row.key, record, row.value, unknown)
             if reason:
-                doubted[record.id] = record
+                unverified[record.id] = record
                 self._refuse(context, refused, row.key, reason)
             else:
-                found[record.id], trusted[record.id] = record, proof
+                found[record.id], verified[record.id] = record, proof
                 self._newest[row.key] = row.value.sequence
-            verified += 1
-            if verified % VERIFIED_A_TURN == 0:
+            verifications += 1
+            if verifications % VERIFIED_A_TURN == 0:
                 await asyncio.sleep(0)
-        self.by_id, self._trusted, self.unreadable, self.refused = {**doubted, **found}, trusted, unreadable, refused
+        self.by_id, self._verified = {**unverified, **found}, verified
+        self.unreadable, self.refused = unreadable, refused
 
-    async def _doubt(
+    async def _verify(
         self, context: MaintainContext, key: bytes, record: BucketRecord, value: Value, unknown: dict[bytes, str]
     ) -> str:
-        """Why the public part of a record is not believed; empty when it is. ``unknown``: signers that were found to be
-        none in this refresh.
+        """Why the public part of a record is not believed; empty when it is. ``unknown``: signer -> why it is none,
+        as this refresh found out.
         """
         if not record.signature:
             return "is not signed: a gateway signs it when it looks at it next"
@@ -129,21 +127,21 @@ class Buckets:
         if len(refused) < REFUSED_NAMED_MAX:
             refused[name] = reason
 
-    def is_trusted(self, scope: bytes) -> bool:
-        return scope in self._trusted
+    def is_verified(self, scope: bytes) -> bool:
+        return scope in self._verified
 
     def countries_of(self, scope: bytes) -> tuple[str, ...]:
-        """What placement goes by. Raises KeyError for a bucket that is not there (any more, or not yet), BucketDoubted
-        for one whose record is not believed.
+        """The bucket's countries, for placement. Raises KeyError for a bucket that is not in the directory (any more,
+        or yet), BucketUnverified for one whose record is not verified.
         """
         record = self.by_id[scope]
-        if scope not in self._trusted:
-            raise BucketDoubted(f"the record of bucket {record.name!r} is not known to be a gateway's")
+        if scope not in self._verified:
+            raise BucketUnverified(f"the record of bucket {record.name!r} is not known to be a gateway's")
         return record.countries
 
 
 def problem_of(record: BucketRecord, name: bytes) -> str:
-    """Why a record that decodes can't be; empty when it can."""
+    """What is impossible in a record that decodes; empty when nothing is."""
     if len(record.id) != BUCKET_ID_BYTES:
         return f"cannot be: its id has {len(record.id)} bytes"
     if not 1 <= record.shards <= SHARDS_MAX:

@@ -1,23 +1,23 @@
-"""Garbage: data that no record refers to any more.
+"""Garbage collection: deletes data that no record refers to any more.
 
-Deleting is the one thing that can't be taken back, so it is done only behind a committed identity round of the register
-that might refer to
-the data: the round is at a new ballot, which kills every earlier promise, so that a gateway that slept between its
-barrier and its accept can't
-commit a reference to what was just deleted; it looks at its fragments again (``touch``) before it proposes a second
-time, and what was touched since the
-collector looked is not deleted. While an upload for the key is open nothing is judged: a part's row may be on its way.
-Without a majority nothing is deleted.
+A deletion can't be undone. So it is done only after an identity round of the register that might refer to the data was
+committed. The round has a new ballot, which ends every earlier promise: a gateway that slept between its barrier and
+its accept can't commit a reference to what was just deleted. Before it proposes a second time it looks at its fragments
+again (``touch``), and what was touched since the collector looked is not deleted. While an upload for the key is open
+nothing is judged, for the row of a part may be on its way. Without a majority nothing is deleted.
 
-Two ways lead here: the garbage lists that writers fill (``retire``), and a sweep of fragments that are older than any
-request may live.
+Garbage is found in two ways: writers fill the garbage lists (``retire``), and a sweep looks for fragments that are
+older than any request may live.
 
-A batch of a garbage list is judged in five steps: which fragments are there, and how old (anything written or touched
-later is not deleted); the same of the other
-copies of small objects; which keys have uploads; a round for each register; the deletions, in one call a disk. The disk
-of a register's first replica has its small
-objects on its list earlier than the others have: it deletes their copies too, so that a round is made once, not three
-times. What it misses the others find.
+A batch of a garbage list is judged in five steps:
+
+1. Which fragments are there, and how old are they? What is written or touched later is not deleted.
+2. The same for the other copies of small objects. The disk of a register's first replica has small objects on its list
+   before the others have. It deletes their copies too, so that one round is made, not three. The other disks' lists
+   find what it misses.
+3. Which keys have open uploads?
+4. A round for each register.
+5. The deletions, in one call for each disk.
 """
 
 from __future__ import annotations
@@ -37,25 +37,24 @@ from storaged.meta.ports import PageQuery, RowDamaged
 from storaged.objects.records import PartEntry
 from storaged.objects.write.uploads import living_upload, living_uploads
 
-Live = Callable[[RegisterName, bool], Awaitable[set[bytes]]]
-"""(owner, whether uploads for its key are to be looked at) -> the data ids that the owner's register, or an upload,
-refers to; judged behind an identity round.
+LiveDataIds = Callable[[RegisterName, bool], Awaitable[set[bytes]]]
+"""(owner, whether to look at uploads for its key) -> the data ids to which the owner's register, or an upload, refers
+after an identity round.
 
-Raises StoragedError when that can't be known now, NoSuchBucket with the detail ``final`` for a bucket that is gone for
-good."""
+Raises StoragedError when that can't be found out now, NoSuchBucket with the detail ``final`` for a bucket that is gone
+for good.
+"""
 
 SWEEP_PAGE = 500
 FEW = 2
-"""What is asked for first of one data id: most have one fragment on a disk, and every header is a read."""
+"""So many fragments of one data id are asked for first: most have one on a disk, and every header is a read."""
 
 UPLOADS_A_SHARD_MAX = 1000
-"""Open uploads of a shard that are listed at once for all keys of a batch; where there are more each key is asked
-about.
-"""
+"""So many open uploads of a shard are listed for all keys of a batch. If there are more, each key is asked about."""
 
-DELETES_AT_ONCE = 2000
+DELETIONS_A_CALL = 2000
 
-RESTS_MAX = 10_000
+BACK_OFFS_MAX = 10_000
 GONE_MAX = 10_000
 
 _NAME_BYTES_MIN = 19
@@ -63,9 +62,9 @@ _NAME_BYTES_MIN = 19
 
 
 @dataclass
-class _Entry:
-    """A data id on a garbage list: its fragments here, and ``copies`` on other disks, each with its age as it was
-    before anything was judged.
+class _Candidate:
+    """A data id on a garbage list: its fragments here, and ``copies`` on other disks. Each has its ``created_ms`` as it
+    was before anything was judged.
     """
 
     data_id: bytes
@@ -75,15 +74,15 @@ class _Entry:
 
 
 class Collector:
-    """Judges and deletes on this node's disks."""
+    """Judges and deletes on this node's disks. ``run`` is its task."""
 
-    def __init__(self, context: MaintainContext, live: Live) -> None:
+    def __init__(self, context: MaintainContext, live: LiveDataIds) -> None:
         self._context = context
         self._live = live
         self._buckets = Buckets()
-        self._rests: dict[bytes, float] = {}
-        """Data ids on garbage lists that could not be judged, and until when they are left alone: they must not keep
-        others from being judged.
+        self._back_offs: dict[bytes, float] = {}
+        """Data ids on garbage lists that could not be judged, and until when they are skipped: others must have their
+        turn.
         """
         self._gone: set[bytes] = set()
         """Ids of buckets that were deleted for good."""
@@ -104,10 +103,10 @@ class Collector:
     # --- garbage lists ----------------------------------------------------------------------------------------------
 
     async def collect_due(self) -> int:
-        """Judges what is due on all disks; returns how many fragments were deleted."""
+        """Judges what is due on all disks. Returns how many fragments were deleted."""
         before = self.deleted_fragments
         now = self._context.clock.monotonic()
-        self._rests = {data_id: until for data_id, until in self._rests.items() if until > now}
+        self._back_offs = {data_id: until for data_id, until in self._back_offs.items() if until > now}
         for disk, store in self._context.local_fragments.items():
             failures: list[str] = []
             try:
@@ -123,12 +122,43 @@ class Collector:
         return self.deleted_fragments - before
 
     async def _collect_some(self, disk: str, store: FragmentStore, failures: list[str]) -> bool:
-        """One batch; False when there is nothing left that could be judged now."""
+        """One batch. False when there is nothing left that could be judged now."""
         limits = self._context.limits
-        due = await store.retired(self._context.clock.wall_ms(), limits.collect_batch + len(self._rests))
-        batch = [(data_id, owner) for data_id, owner in due if data_id not in self._rests][: limits.collect_batch]
-        by_owner: dict[RegisterName, list[_Entry]] = {}
-        rest: set[bytes] = set()
+        due = await store.retired(self._context.clock.wall_ms(), limits.collect_batch + len(self._back_offs))
+        batch = [entry for entry in due if entry[0] not in self._back_offs][: limits.collect_batch]
+        skip: set[bytes] = set()
+        by_owner = await self._candidates(store, batch, skip, failures)
+        await self._find_copies(disk, by_owner)
+        uploads = await self._uploads_in({(owner.scope, owner.shard) for owner in by_owner})
+        dead: list[_Candidate] = []
+
+        async def judge(owner: RegisterName, candidates: list[_Candidate]) -> None:
+            keys = uploads.get((owner.scope, owner.shard))
+            try:
+                judged = await self._judge(store, owner, candidates, None if keys is None else owner.key in keys)
+            except (StoragedError, ValueError, TimeoutError) as error:
+                failures.extend([str(error)] * len(candidates))
+                skip.update(candidate.data_id for candidate in candidates)
+            else:
+                dead.extend(judged[0])
+                skip.update(judged[1])
+
+        await self._concurrently(judge(owner, candidates) for owner, candidates in by_owner.items())
+        try:
+            skip |= await self._delete(store, dead)
+        finally:
+            until = self._context.clock.monotonic() + limits.retry_max_s / 10
+            room = max(0, BACK_OFFS_MAX - len(self._back_offs))
+            self._back_offs.update(dict.fromkeys(list(skip)[:room], until))
+        return bool(batch) and len(self._back_offs) < BACK_OFFS_MAX
+
+    async def _candidates(
+        self, store: FragmentStore, batch: Sequence[tuple[bytes, bytes]], skip: set[bytes], failures: list[str]
+    ) -> dict[RegisterName, list[_Candidate]]:
+        """The entries of a garbage list with their fragments on its disk. Those that can't be looked at go into
+        ``skip``.
+        """
+        found: dict[RegisterName, list[_Candidate]] = {}
         for data_id, packed in batch:
             try:
                 owner = _owner_of(packed)
@@ -136,34 +166,13 @@ class Collector:
                 ages = [stat.created_ms for stat in await store.stat(fragments)]
             except (StoragedError, ValueError, TimeoutError) as error:
                 failures.append(str(error))
-                rest.add(data_id)
+                skip.add(data_id)
             else:
-                by_owner.setdefault(owner, []).append(_Entry(data_id, fragments, ages))
-        await self._find_copies(disk, by_owner)
-        uploads = await self._uploads_in({(owner.scope, owner.shard) for owner in by_owner})
-        dead: list[_Entry] = []
+                found.setdefault(owner, []).append(_Candidate(data_id, fragments, ages))
+        return found
 
-        async def judge(owner: RegisterName, entries: list[_Entry]) -> None:
-            keys = uploads.get((owner.scope, owner.shard))
-            try:
-                judged = await self._judge(store, owner, entries, None if keys is None else owner.key in keys)
-            except (StoragedError, ValueError, TimeoutError) as error:
-                failures.extend([str(error)] * len(entries))
-                rest.update(entry.data_id for entry in entries)
-            else:
-                dead.extend(judged[0])
-                rest.update(judged[1])
-
-        await self._at_once(judge(owner, entries) for owner, entries in by_owner.items())
-        try:
-            rest |= await self._delete(store, dead)
-        finally:
-            until = self._context.clock.monotonic() + limits.retry_max_s / 10
-            self._rests.update(dict.fromkeys(list(rest)[: max(0, RESTS_MAX - len(self._rests))], until))
-        return bool(batch) and len(self._rests) < RESTS_MAX
-
-    async def _at_once(self, work: Iterator[Awaitable[None]]) -> None:
-        """Does all, ``collect_at_once`` at a time; each is made when its turn comes."""
+    async def _concurrently(self, work: Iterator[Awaitable[None]]) -> None:
+        """Does all of it, ``collect_at_once`` at a time. Each is created when its turn comes."""
 
         async def worker() -> None:
             for some in work:
@@ -173,36 +182,29 @@ class Collector:
             for _ in range(self._context.limits.collect_at_once):
                 group.create_task(worker())
 
-    async def _find_copies(self, disk: str, by_owner: dict[RegisterName, list[_Entry]]) -> None:
-        """Notes the other copies of small objects, as far as their disks answer."""
-        asked: dict[str, list[tuple[_Entry, FragmentId]]] = {}
-        for owner, entries in by_owner.items():
-            others = [
-                replica for replica in self._context.layouts.current.replicas_of(owner.partition) if replica != disk
-            ]
-            for entry in entries:
-                if (
-                    len(entry.fragments) == 1
-                    and owner.table == Table.OBJECT
-                    and (own := entry.fragments[0]).k == 1
-                    and own.block == 0
-                ):
-                    copies = [
-                        own._replace(position=position) for position in range(own.m + 1) if position != own.position
-                    ]
-                    for other in others:
-                        asked.setdefault(other, []).extend((entry, copy) for copy in copies)
+    async def _find_copies(self, disk: str, by_owner: dict[RegisterName, list[_Candidate]]) -> None:
+        """Adds the other copies of small objects to the candidates, as far as their disks answer."""
+        asked: dict[str, list[tuple[_Candidate, FragmentId]]] = {}
+        for owner, candidates in by_owner.items():
+            replicas = self._context.layouts.current.replicas_of(owner.partition)
+            for candidate in candidates if owner.table == Table.OBJECT else ():
+                copies = _other_copies(candidate.fragments)
+                for other in replicas if copies else ():
+                    if other != disk:
+                        asked.setdefault(other, []).extend((candidate, copy) for copy in copies)
         for other, wanted in asked.items():
             try:
                 stats = await self._context.stores.store(other).stat([copy for _, copy in wanted])
             except (StoragedError, TimeoutError):
                 continue
-            for (entry, copy), stat in zip(wanted, stats, strict=True):
+            for (candidate, copy), stat in zip(wanted, stats, strict=True):
                 if stat.health != Health.MISSING:
-                    entry.copies.append((other, copy, stat.created_ms))
+                    candidate.copies.append((other, copy, stat.created_ms))
 
     async def _uploads_in(self, shards: set[tuple[bytes, int]]) -> dict[tuple[bytes, int], set[bytes]]:
-        """By shard the keys for which an upload is open. A shard of which that can't be said in one go is left out."""
+        """Shard -> the keys with an open upload. A shard with more uploads than one page lists is left out, and so is
+        one that does not answer.
+        """
         found: dict[tuple[bytes, int], set[bytes]] = {}
 
         async def ask(scope: bytes, shard: int) -> None:
@@ -216,15 +218,16 @@ class Collector:
             if page.next_after is None:
                 found[scope, shard] = {upload.key for upload in uploads if upload is not None}
 
-        await self._at_once(ask(scope, shard) for scope, shard in shards)
+        await self._concurrently(ask(scope, shard) for scope, shard in shards)
         return found
 
     async def _judge(
-        self, store: FragmentStore, owner: RegisterName, entries: list[_Entry], uploads: bool | None
-    ) -> tuple[list[_Entry], list[bytes]]:
-        """(what nothing refers to, nor ever will; data ids that can't be judged now). What is referred to comes off the
-        list. ``uploads``: whether some are open
-        for the key; None: to be found out here. Raises StoragedError when nothing can be said."""
+        self, store: FragmentStore, owner: RegisterName, candidates: list[_Candidate], uploads: bool | None
+    ) -> tuple[list[_Candidate], list[bytes]]:
+        """(candidates to which nothing refers or ever will; data ids that can't be judged now). A candidate to which
+        something refers is taken off the list. ``uploads``: whether some are open for the key; None: not known yet.
+        Raises StoragedError when nothing can be judged.
+        """
         try:
             if uploads is None:
                 uploads = False
@@ -234,23 +237,24 @@ class Collector:
             live = await self._live(owner, uploads)
         except NoSuchBucket as error:
             if error.details.get("final") or await self._is_gone(owner.scope):
-                return entries, []
-            return [], [entry.data_id for entry in entries]
-        for entry in entries:
-            if entry.data_id in live:
+                return candidates, []
+            return [], [candidate.data_id for candidate in candidates]
+        for candidate in candidates:
+            if candidate.data_id in live:
                 self.kept += 1
-                await store.unretire(entry.data_id)
-        others = [entry for entry in entries if entry.data_id not in live]
-        return ([], [entry.data_id for entry in others]) if uploads else (others, [])
+                await store.unretire(candidate.data_id)
+        others = [candidate for candidate in candidates if candidate.data_id not in live]
+        return ([], [candidate.data_id for candidate in others]) if uploads else (others, [])
 
-    async def _delete(self, store: FragmentStore, dead: list[_Entry]) -> set[bytes]:
-        """Deletes fragments that are as old as they were. Returns the data ids of which one was touched since: somebody
-        is about to refer to it, or did. Of more
-        than ``SWEEP_PAGE`` fragments the others come in the next batch."""
-        aged = [(fragment, age) for entry in dead for fragment, age in zip(entry.fragments, entry.ages, strict=True)]
+    async def _delete(self, store: FragmentStore, dead: list[_Candidate]) -> set[bytes]:
+        """Deletes the fragments that are still as old as they were. Returns the data ids with a fragment that was
+        touched since: a writer refers to it, or is about to. Of more than ``SWEEP_PAGE`` fragments the others come in
+        the next batch.
+        """
+        aged = [(fragment, age) for one in dead for fragment, age in zip(one.fragments, one.ages, strict=True)]
         left: set[bytes] = set()
-        for start in range(0, len(aged), DELETES_AT_ONCE):
-            some = aged[start : start + DELETES_AT_ONCE]
+        for start in range(0, len(aged), DELETIONS_A_CALL):
+            some = aged[start : start + DELETIONS_A_CALL]
             deleted = await self._delete_on(store, some)
             if deleted < len(some):
                 stats = await store.stat([fragment for fragment, _ in some])
@@ -259,20 +263,23 @@ class Collector:
                     for (fragment, _), stat in zip(some, stats, strict=True)
                     if stat.health != Health.MISSING
                 }
-        for entry in dead:
-            if not entry.fragments:
-                await store.unretire(entry.data_id)
+        for candidate in dead:
+            if not candidate.fragments:
+                await store.unretire(candidate.data_id)
+        await self._delete_copies(dead)
+        return left
+
+    async def _delete_copies(self, dead: list[_Candidate]) -> None:
         copies: dict[str, list[tuple[FragmentId, int]]] = {}
-        for entry in dead:
-            for disk, copy, age in entry.copies:
+        for candidate in dead:
+            for disk, copy, age in candidate.copies:
                 copies.setdefault(disk, []).append((copy, age))
         for disk, some in copies.items():
             try:
-                for start in range(0, len(some), DELETES_AT_ONCE):
-                    await self._delete_on(self._context.stores.store(disk), some[start : start + DELETES_AT_ONCE])
+                for start in range(0, len(some), DELETIONS_A_CALL):
+                    await self._delete_on(self._context.stores.store(disk), some[start : start + DELETIONS_A_CALL])
             except (StoragedError, TimeoutError):
-                continue  # its own list has them
-        return left
+                continue  # they are on that disk's own list too
 
     async def _delete_on(self, store: FragmentStore, aged: Sequence[tuple[FragmentId, int]]) -> int:
         deleted = await store.delete([fragment for fragment, _ in aged], created_ms=[age for _, age in aged])
@@ -280,26 +287,26 @@ class Collector:
         return deleted
 
     async def _is_gone(self, bucket: bytes) -> bool:
-        """Whether a bucket that was just seen to be fenced has left the directory, and so was deleted for good: a
-        gateway that died before it made the fence
-        final leaves one that nobody lifts or finishes."""
+        """Whether a bucket whose registers are fenced has left the directory, and so was deleted for good. A gateway
+        that died before it made the fence final leaves a fence that is neither lifted nor made final.
+        """
         if bucket in self._gone:
             return True
         await self._buckets.refresh(self._context)
-        if bucket in self._buckets.by_id or not self._buckets.whole:
+        if bucket in self._buckets.by_id or not self._buckets.complete:
             return False
         if len(self._gone) >= GONE_MAX:
             self._gone.clear()
         self._gone.add(bucket)
         return True
 
-    # --- the other way around ---------------------------------------------------------------------------------------
+    # --- the sweep of orphans ---------------------------------------------------------------------------------------
 
     async def sweep(self) -> int:
-        """Fragments old enough that no request can still be writing them, and that no record claims: whole data ids are
-        retired, and
-        single fragments of data that is claimed elsewhere (left behind by a recoding) are deleted. Returns how many
-        were found."""
+        """Looks for fragments that no record claims, and that are too old for a request to be still writing them. Whole
+        data ids are retired. Single fragments of data that is claimed elsewhere, which a recoding left, are deleted.
+        Returns how many were found.
+        """
         before = self.orphans
         try:
             await self._buckets.refresh(self._context)
@@ -331,12 +338,13 @@ class Collector:
             )
 
     async def _claimed(self, disk: str, header: FragmentHeader) -> bool:
-        """Whether the owner's record names this very fragment on this disk: first by the row that this node has, which
-        costs nothing and is hardly ever
-        behind, then by a majority. Raises KeyError, ValueError for what this node can't judge."""
+        """Whether the owner's record names this very fragment on this disk: by the row that this node has, which costs
+        nothing and hardly ever lags, else by a majority. Raises KeyError, ValueError for a fragment that this node
+        can't judge.
+        """
         owner = RegisterName.unpack(header.owner)
         if owner.scope not in self._buckets.by_id:
-            # the bucket is gone or brand-new; the fence of the first tells them apart before anything is deleted
+            # The bucket is gone or brand-new. A bucket that is gone has a fence; that is checked before any deletion.
             return False
         for replica in self._context.layouts.current.replicas_of(owner.partition):
             store = self._context.local_meta.get(replica)
@@ -359,8 +367,8 @@ class Collector:
         )
 
     async def _discard(self, disk: str, store: FragmentStore, header: FragmentHeader) -> None:
-        """A data id that its object uses loses this one fragment; any other goes to the garbage list, where it is
-        judged again.
+        """Deletes this one fragment when its object uses the data id. Any other data id goes to the garbage list, where
+        it is judged again.
         """
         owner, fragment = RegisterName.unpack(header.owner), FragmentId.unpack(header.id)
         (stat,) = await store.stat([fragment])
@@ -380,8 +388,16 @@ class Collector:
         self.orphans += 1
 
 
+def _other_copies(fragments: Sequence[FragmentId]) -> list[FragmentId]:
+    """The ids of a small object's other copies, when ``fragments`` is one copy of it."""
+    if len(fragments) != 1 or fragments[0].k != 1 or fragments[0].block != 0:
+        return []
+    own = fragments[0]
+    return [own._replace(position=position) for position in range(own.m + 1) if position != own.position]
+
+
 async def _fragments_of(store: FragmentStore, data_id: bytes) -> list[FragmentId]:
-    """Up to SWEEP_PAGE of them."""
+    """The data id's fragments on this disk, up to SWEEP_PAGE."""
     page: list[FragmentId] = []
     for limit in (FEW, SWEEP_PAGE):
         page = [
@@ -393,7 +409,7 @@ async def _fragments_of(store: FragmentStore, data_id: bytes) -> list[FragmentId
 
 
 def _owner_of(packed: bytes) -> RegisterName:
-    """Raises ValueError for what is not a register's name."""
+    """Raises ValueError for bytes that are not a register's name."""
     if len(packed) < _NAME_BYTES_MIN:
         raise ValueError(f"not the name of a register: {packed.hex()}")
     return RegisterName.unpack(packed)

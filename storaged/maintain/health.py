@@ -1,13 +1,13 @@
 """What should be where, and how bad it is when it is not. Pure: records and stats in, findings out.
 
-A record says, for every block of every part, which disk holds which fragment. Asking the disks gives, for each
-fragment, one of
+A record names, for every block of every part, the disk that holds each fragment. The disks' answers make each fragment
+one of
 
     OK        the disk has it, undamaged as far as it knows
     MISSING   the disk answers and does not have it, or its bytes do not match their checksum
-    AWAY      the disk does not answer, or does not have it and takes no writes: nothing is known, nothing is deleted,
-    and it is rebuilt elsewhere only after a
-              delay, when the block has no spare left or other disks can hold all of it
+    AWAY      the disk does not answer, or it does not have the fragment and takes no writes. Nothing is known, so
+              nothing is deleted. The fragment is rebuilt elsewhere only after a delay, and only when the block has no
+              spare left or other disks can hold all of it
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ LayoutAt = Callable[[int], Layout]
 
 
 class Presence(IntEnum):
+    """Of a fragment on the disk that should have it."""
+
     OK = 0
     MISSING = 1
     AWAY = 2
 
 
 class BlockPlace(NamedTuple):
-    """One block of a part and the disks its fragments belong on, in position order. ``spread``: no failure domain holds
-    more of them than it may, and all
-    are inside ``countries``, those of the bucket (none named: any)."""
+    """One block of a part and the disks of its fragments, in position order. ``spread``: no failure domain holds more
+    of them than it may, and all are inside ``countries``, those of the bucket (none named: any).
+    """
 
     entry: PartEntry
     block: int
@@ -67,8 +69,8 @@ def run_disks(
     """The disks of a run's fragments in position order. ``partition``: of the register that refers to it, whose
     replicas hold small copies.
 
-    Raises KeyError for an unknown layout epoch, ValueError for a run that no layout explains: records that this node
-    must not judge.
+    Raises KeyError for an unknown layout epoch, ValueError for a run that no layout explains: this node must not judge
+    such a record.
     """
     layout = layout_at(run.epoch)
     if not entry.small:
@@ -80,7 +82,7 @@ def run_disks(
 
 
 def blocks_of(entry: PartEntry, partition: int, layout_at: LayoutAt, countries: Sequence[str]) -> Iterator[BlockPlace]:
-    """Every block of a part; nothing for one kept in the record. Raises as ``run_disks``."""
+    """Every block of a part; none for a part that is kept in the record. Raises as ``run_disks``."""
     if entry.inline:
         return
     for run in entry.runs:
@@ -94,15 +96,17 @@ def blocks_of(entry: PartEntry, partition: int, layout_at: LayoutAt, countries: 
 
 
 def is_allowed(layout: Layout, disk: str, countries: Sequence[str]) -> bool:
-    """Whether fragments of a bucket of these countries may lie on a disk. True for one that the layout does not know:
-    it can't be reached.
+    """Whether fragments of a bucket of these countries may lie on a disk. True for a disk that the layout does not
+    know: it can't be reached.
     """
     country = layout.country_by_disk.get(disk)
     return country is None or (layout.allows(country) and (not countries or country in countries))
 
 
 def _is_spread(layout: Layout, data_id: bytes, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
-    """As well as the first choice is, where the layout has too few domains for at most m in one."""
+    """Whether at most m fragments are in one domain, or, in a layout with too few domains for that, no more than in the
+    first choice.
+    """
     share = _largest_share(layout, disks)
     return share <= run.m or share <= _largest_share(layout, first_choice(layout, data_id, run.profile, countries))
 
@@ -125,8 +129,8 @@ def claims(
 
 
 class BlockHealth(NamedTuple):
-    """``present``: positions that can be read now. ``missing``: positions to rebuild where they are (their disks
-    answer).
+    """Positions of a block's fragments. ``present``: can be read now. ``missing``: to be rebuilt in place, for their
+    disks answer. ``away``: nothing is known.
     """
 
     place: BlockPlace
@@ -149,15 +153,15 @@ class BlockHealth(NamedTuple):
 
     @property
     def spare(self) -> int:
-        """How many more fragments may go before the block can't be read; negative when it can't be now. Data fragments
-        that a short block does not
-        reach need no disk."""
+        """How many more fragments may be lost before the block can't be read; negative when it can't be read now. Data
+        fragments that a short block does not reach need no disk.
+        """
         return self._spare_with(self.present)
 
     @property
     def spare_at_best(self) -> int:
-        """The same if every disk that is away came back with what it should have: negative when the block is lost, and
-        not only stopped.
+        """The same, if every disk that is away came back with what it should have. Negative: the block is lost, not
+        only unreadable for a time.
         """
         return self._spare_with((*self.present, *self.away))
 
@@ -171,7 +175,7 @@ class BlockHealth(NamedTuple):
 
 
 def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Presence]) -> BlockHealth:
-    """A fragment that was not asked about counts as away."""
+    """A fragment without an answer counts as away."""
     found: dict[Presence, list[int]] = {kind: [] for kind in Presence}
     for position, where in enumerate(place.fragments):
         found[presence.get(where, Presence.AWAY)].append(position)
@@ -180,64 +184,65 @@ def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Pre
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with one object or part. ``spare`` is that of its worst block, or page of its manifest: repair
-    takes the smallest first.
+    """What is wrong with one object or part. ``spare``: of its worst block, or page of its manifest; repair takes the
+    smallest first.
 
-    ``mendable``: something can be done with the disks that answer. ``movable``: something can be done when those that
-    don't have been away for long.
-    Otherwise repair waits for disks to return. ``lost``: it cannot be read even if all of them do.
+    ``repairable``: the disks that answer suffice to do something. ``recodable``: they do once the others have been away
+    for long. Otherwise repair waits for disks to return. ``lost``: it can't be read even if all of them do.
     """
 
     name: bytes
     spare: int
-    mendable: bool
-    movable: bool
+    repairable: bool
+    recodable: bool
     lost: bool
     damaged_fragments: int
 
 
 class Tally:
-    """Adds up the blocks of one register."""
+    """Adds up the blocks of one register, and makes the finding."""
 
-    __slots__ = ("_damaged", "_hurt", "_lost", "_mendable", "_movable", "_worst", "name")
+    __slots__ = ("_below_target", "_damaged", "_lost", "_recodable", "_repairable", "_worst", "name")
 
     def __init__(self, name: bytes) -> None:
         self.name = name
         self._worst = 1 << 30
-        self._hurt = self._mendable = self._movable = self._lost = False
+        self._below_target = self._repairable = self._recodable = self._lost = False
         self._damaged = 0
 
     def add(self, health: BlockHealth, can_hold_target: bool) -> None:
-        """``can_hold_target``: whether the living disks can hold the block as its target asks."""
+        """``can_hold_target``: whether the disks that take writes can hold the block at its target."""
         if health.whole:
             return
-        self._hurt = True
+        self._below_target = True
         spare = health.spare
         self._worst = min(self._worst, spare)
         self._damaged += len(health.missing)
         if spare < 0:
             self._lost = self._lost or health.spare_at_best < 0
         elif health.missing or (can_hold_target and not health.on_target):
-            self._mendable = True
+            self._repairable = True
         elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):
-            self._movable = True
+            self._recodable = True
 
-    def page(self, have: int, lacking: int) -> None:
-        """A page of what says where the blocks are: how many replicas that answer have it, and how many don't."""
+    def add_page(self, have: int, lacking: int) -> None:
+        """Adds a page of a manifest. ``have``: replicas that answer and have it; ``lacking``: that answer and do
+        not.
+        """
         if lacking:
-            self._hurt = True
+            self._below_target = True
             self._worst = min(self._worst, have - 1)
             self._damaged += lacking
-            self._mendable = self._mendable or have > 0
+            self._repairable = self._repairable or have > 0
             self._lost = self._lost or not have
 
-    def unreadable(self) -> None:
-        """What says where the blocks are is itself lost."""
-        self._hurt = self._lost = True
+    def add_unreadable_record(self) -> None:
+        """The record, or a page of its manifest, is itself lost."""
+        self._below_target = self._lost = True
         self._worst = min(self._worst, -1)
 
     def finding(self) -> Finding | None:
-        """None when everything is as it should be."""
-        if not self._hurt:
+        """None when everything is on target."""
+        if not self._below_target:
             return None
-        return Finding(self.name, self._worst, self._mendable, self._movable, self._lost, self._damaged)
+        return Finding(self.name, self._worst, self._repairable, self._recodable, self._lost, self._damaged)

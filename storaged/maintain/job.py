@@ -1,4 +1,4 @@
-"""Long work: its progress, rate and estimated end, and a pace that leaves the disks to foreground requests."""
+"""Long work: its progress, rate and estimated end, and a pace that leaves the disks to clients' requests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from storaged.wire import Message
 
 
 class JobReport(Message, frozen=True):
-    """One piece of long work as ``status`` shows it. ``state``: running, waiting, done, failed. ``total`` 0: not known
-    yet. ``rate`` is text a person reads.
+    """One job as ``status`` shows it. ``state``: running, waiting, done, failed. ``total``: units, 0 while it is not
+    known. ``rate``: text for a person.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Job:
 
 
 class Pace:
-    """At most ``bytes_per_s`` on average, with bursts of a second's worth. 0: as fast as it goes."""
+    """At most ``bytes_per_s`` on average, with bursts of one second. 0: no bound."""
 
     def __init__(self, clock: Clock, bytes_per_s: int) -> None:
         self._clock = clock
@@ -74,6 +74,7 @@ class Pace:
         self._free_at = 0.0
 
     async def spend(self, count: int) -> None:
+        """Waits until ``count`` more bytes are within the pace. Gives others a turn in any case."""
         if not self.bytes_per_s:
             await asyncio.sleep(0)
             return

@@ -1,22 +1,23 @@
-"""Collecting pages of manifests that no record names any more.
+"""Garbage collection of manifest pages that no record names any more.
 
-Theory of operation. A page is immutable and named by its hash; it does not say who needs it. So a disk sweeps its own:
-what is older than any request lives, and named by
-no row that the disk has, is looked at again after the time that readers are given, and goes when it is still neither
-named nor put again.
+Theory of operation. A page is immutable and its hash is its name; it does not name the records that need it. So each
+disk sweeps its own pages. A page is a candidate when it is older than any request lives and no row of the disk names
+it. After the time that readers get, the disk looks again. It deletes the page when it is still neither named nor
+written again.
 
-Between the look and the deletion a row that names a page may be accepted. The page then is young, as long as everybody
-keeps to two rules. Who proposes a row that names a page
-has put it (on a majority) no longer than half the age of orphans before it draws its ballot. And a disk, before it
-looks, refuses all ballots drawn until then, and
-learns from the other replicas of its registers what it has missed of what was accepted under them. So a row that the
-disk doesn't know of is under a later ballot, and its
-pages are half the age of orphans older than the look, at most. The deletion compares the age once more in its own
-transaction.
+Between the look and the deletion a row that names a page may be accepted. Two rules make sure that the page is young
+then:
 
-A damaged row or page of rows, a record that can't be read or does not list its pages, a bucket that is being deleted, a
-register without a majority: each of them ends the sweep
-of the disk, for then what is named isn't known.
+* The proposer of a row that names a page has put the page (on a majority) at most half the age of orphans before it
+  draws its ballot.
+* Before a disk looks, it refuses all ballots drawn until then, and learns from the other replicas of its registers what
+  was accepted under those ballots and it has missed.
+
+So a row that the disk does not know of is under a later ballot, and its pages are older than the look by half the age
+of orphans at most. The deletion compares the age once more in its own transaction.
+
+Each of these ends the sweep of a disk, for then it isn't known what is named: a damaged row or page of rows, a record
+that can't be read or does not list its pages, a bucket that is being deleted, a register without a majority.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from storaged.cluster.layout import partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.directory import Buckets
-from storaged.maintain.slices import slices
+from storaged.maintain.walk import row_slices
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import MetaStore, RowDamaged, Slot
@@ -38,7 +39,7 @@ PAGES_A_SLICE = 1000
 CANDIDATES_MAX = 250_000
 """Old pages compared with the rows in one pass: some 40 MiB of hashes and ages."""
 UNNAMED_MAX = 100_000
-"""Pages of one disk that a sweep deletes; what is beyond it the next one does."""
+"""Pages of one disk that a sweep deletes at most; the next one goes on."""
 
 _Pages = dict[bytes, int]
 """Hash -> created ms."""
@@ -60,8 +61,8 @@ class PageSweep:
             await self.once()
 
     async def once(self) -> int:
-        """Sweeps all disks; takes the readers' time when there is anything to delete. Returns how many pages were
-        deleted.
+        """Sweeps all disks. Waits ``drop_delay_s`` for readers when there is anything to delete. Returns how many pages
+        were deleted.
         """
         before = self.deleted
         unnamed: dict[str, _Pages] = {}
@@ -96,7 +97,7 @@ class PageSweep:
         return found
 
     async def _old_pages(self, store: MetaStore, after: bytes) -> tuple[_Pages, bytes | None]:
-        """The next ones, and where to go on."""
+        """(the next old pages after ``after``, where to continue; None at the end)."""
         oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
         found: _Pages = {}
         while len(found) < CANDIDATES_MAX:
@@ -109,18 +110,18 @@ class PageSweep:
         return found, after
 
     async def _spare_named(self, store: MetaStore, pages: _Pages) -> None:
-        """Takes out of ``pages`` what the disk's rows name, those of bucket and layout past included."""
+        """Takes out of ``pages`` what the disk's rows name, rows of former buckets and layouts included."""
         if not pages:
             return
         for table, scope, shard in store.scopes():
             if table not in (Table.OBJECT, Table.UPLOAD):
                 continue
-            async for rows in slices(self._context.clock, store, table, scope, shard):
+            async for rows in row_slices(self._context.clock, store, table, scope, shard):
                 for key, row in rows:
                     _spare(unpack_row(RegisterName(table, scope, shard, key), row), pages)
 
     async def _delete(self, disk: str, store: MetaStore, pages: _Pages) -> None:
-        """Raises RowDamaged, StoragedError when it can't be known what is named."""
+        """Raises RowDamaged, StoragedError when it can't be found out what is named."""
         await self._context.end_promises(disk)
         await self._learn_missed(disk)
         await self._spare_named(store, pages)
@@ -129,9 +130,9 @@ class PageSweep:
             self.deleted += await store.delete_pages(doomed[start : start + PAGES_A_SLICE])
 
     async def _learn_missed(self, disk: str) -> None:
-        """Brings the registers of which the disk is a replica to what a majority has accepted."""
+        """Brings the registers of the disk to what a majority has accepted."""
         await self._buckets.refresh(self._context)
-        if not self._buckets.whole:
+        if not self._buckets.complete:
             raise DataDamaged("the record of a bucket is not believed, or cannot be read")
         for bucket in list(self._buckets.by_id.values()):
             for shard in bucket.shard_numbers:

@@ -1,7 +1,7 @@
-"""Pages of manifests on the replicas that should have them: all replicas of the register whose record names them.
+"""Repair of manifest pages: every replica of the register whose record names a page should have it.
 
-A page that was written while a replica was away, or that a replica has damaged or never had since its disk was
-replaced, is put there from another one.
+A replica may lack a page because it was away when the page was written, because its copy is damaged, or because its
+disk was replaced. It gets the page from another replica.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class PagesOf(NamedTuple):
 
 
 class Holders(NamedTuple):
-    """Of one page: disks that have it and disks that don't, of those that answer."""
+    """The disks that answer, of the replicas of one page: those that have it, and those that don't."""
 
     have: tuple[str, ...]
     lacking: tuple[str, ...]
 
 
 def pages_in(name: RegisterName, value: Value | None) -> tuple[bytes, ...]:
-    """All pages that an object, or an upload that is being completed, needs; as many of each version as one can have.
-    Raises DataDamaged.
+    """All pages that an object, or an upload that is being completed, needs; of each version at most as many as one can
+    have. Raises DataDamaged.
     """
     if value is None or value.visibility == Visibility.TOMBSTONE:
         return ()
@@ -45,9 +45,9 @@ def pages_in(name: RegisterName, value: Value | None) -> tuple[bytes, ...]:
     )
 
 
-class PageKeeper:
-    """Asks the replicas, and copies. ``unanswered`` counts calls that failed although their disk is thought to be
-    there.
+class PageRepair:
+    """Asks the replicas, and copies pages. ``unanswered`` counts calls that failed although the disk is thought to
+    answer.
     """
 
     def __init__(self, context: MaintainContext) -> None:
@@ -55,9 +55,9 @@ class PageKeeper:
         self.unanswered = 0
         self.copied = 0
 
-    async def weigh(self, registers: Iterable[PagesOf]) -> None:
-        """Adds to each tally what its pages lack. One call a disk for up to ``PAGES_A_CHECK`` pages of all registers
-        together.
+    async def judge(self, registers: Iterable[PagesOf]) -> None:
+        """Adds to each tally what its pages lack. Makes one call to a disk for up to ``PAGES_A_CHECK`` pages of all
+        registers together.
         """
         by_partition: dict[int, list[PagesOf]] = {}
         for one in registers:
@@ -66,10 +66,10 @@ class PageKeeper:
             holders = await self._holders(partition, list(dict.fromkeys(page for one in some for page in one.hashes)))
             for one in some:
                 for page in one.hashes:
-                    one.tally.page(len(holders[page].have), len(holders[page].lacking))
+                    one.tally.add_page(len(holders[page].have), len(holders[page].lacking))
 
-    async def mend(self, name: RegisterName, value: Value | None) -> None:
-        """Puts every page where it lacks, and can be had. All are tried; then the first failure is raised
+    async def repair(self, name: RegisterName, value: Value | None) -> None:
+        """Copies every page that a replica lacks and another one has. Tries all; then raises the first failure
         (StoragedError, TimeoutError).
         """
         hashes = pages_in(name, value)

@@ -1,12 +1,9 @@
-"""Rebuilding fragments from their survivors, and recoding blocks for the disks that live. Works on sealed bytes: no key
-is needed, none is here.
+"""Rebuilding fragments from their survivors, and recoding blocks for other disks. Works on sealed bytes, without a key.
 
-A rebuilt fragment is written only when its hash (``storaged.hashes``) is what the headers of the survivors agree it
-should be: a disk that lies about its
-fragment, or about the hashes, can spoil what it holds itself, but repair does not launder its bytes. Headers agree when
-they name the same hashes, so those of different kinds never do. A fragment that is found not to be what the others
-agree on
-is rebuilt like one that is missing.
+A rebuilt fragment is written only when it has the hash (``storaged.hashes``) on which the headers of the survivors
+agree. So a disk that lies about its fragment, or about the hashes, can spoil what it holds itself, but repair does not
+spread its bytes. Headers agree when they name the same hashes, so headers with hashes of different kinds never agree. A
+fragment that is not what the others agree on is rebuilt like one that is missing.
 """
 
 from __future__ import annotations
@@ -31,25 +28,26 @@ from storaged.wire import Buffer
 _T = TypeVar("_T")
 
 
-class CannotMend(Exception):
-    """Too few survivors agree now, or the record has changed; the register is looked at again later."""
+class CannotRepair(Exception):
+    """Too few survivors agree now, or the record has changed. The register is looked at again later."""
 
 
 class Survivors(NamedTuple):
-    """``fragments``: position -> whole fragment, verified against ``hashes``; at least k of them, those a short block
-    does not reach included.
-    ``owner``: the register that the fragments' headers name. ``strangers``: positions whose fragment was read and is
-    not what the others agree on."""
+    """``fragments``: position -> whole fragment, verified against ``hashes``; at least k of them, including the empty
+    ones that a short block does not reach. ``owner``: the register that their headers name. ``mismatched``: positions
+    whose fragment was read and is not what the others agree on.
+    """
 
     fragments: dict[int, Buffer]
     hashes: tuple[bytes, ...]
     owner: bytes
-    strangers: tuple[int, ...]
+    mismatched: tuple[int, ...]
 
 
 class Move(NamedTuple):
-    """Blocks ``new.first .. new.first + new.count - 1`` of a part, all of run ``old``, written anew as ``new`` says, on
-    ``new_disks``. ``old_disks``: where they are by the record that is in force."""
+    """Blocks ``new.first .. new.first + new.count - 1`` of a part, all of run ``old``, were written to ``new_disks`` as
+    ``new`` says. ``old_disks``: where the record in force says they are.
+    """
 
     entry: PartEntry
     old: Run
@@ -58,12 +56,12 @@ class Move(NamedTuple):
     new_disks: tuple[str, ...]
 
 
-class Mender:
-    """Carries out repairs of blocks, at most ``mend_at_once`` at a time."""
+class Rebuilder:
+    """Rebuilds and recodes blocks, at most ``rebuilds_at_once_max`` at a time."""
 
     def __init__(self, context: MaintainContext) -> None:
         self._context = context
-        self._gate = asyncio.Semaphore(context.limits.mend_at_once)
+        self._gate = asyncio.Semaphore(context.limits.rebuilds_at_once_max)
         self.fragments_rebuilt = 0
         self.bytes_rebuilt = 0
         self.blocks_recoded = 0
@@ -71,29 +69,29 @@ class Mender:
     # --- the same profile, the same disks ---------------------------------------------------------------------------
 
     async def rebuild_missing(self, healths: Iterable[BlockHealth]) -> None:
-        """Rebuilds missing fragments on the disks that should have them. Every block is tried; then the first failure
-        is raised (CannotMend, PeerError).
+        """Rebuilds missing fragments on the disks that should have them. Tries every block; then raises the first
+        failure (CannotRepair, PeerError).
         """
         await self._each([self._rebuild(health) for health in healths])
 
     async def _rebuild(self, health: BlockHealth) -> None:
         survivors = await self._survivors(health)
-        await self._write_positions(health, survivors, {*health.missing, *survivors.strangers}, health.place, sync=True)
+        await self._write_positions(survivors, {*health.missing, *survivors.mismatched}, health.place, sync=True)
 
     async def verify_block(self, health: BlockHealth) -> int:
-        """Reads all of a block's fragments and rebuilds those that are not what the others agree on; how many there
-        were. Raises CannotMend, PeerError.
+        """Reads all fragments of a block and rebuilds those that are not what the others agree on. Returns how many
+        were missing or mismatched. Raises CannotRepair, PeerError.
         """
         async with self._gate:
             survivors = await self._survivors(health, everything=True)
-            wrong = {*health.missing, *survivors.strangers}
-            await self._write_positions(health, survivors, wrong, health.place, sync=True)
+            wrong = {*health.missing, *survivors.mismatched}
+            await self._write_positions(survivors, wrong, health.place, sync=True)
             return len(wrong)
 
     async def _write_positions(
-        self, health: BlockHealth, survivors: Survivors, positions: set[int], place: BlockPlace, *, sync: bool
+        self, survivors: Survivors, positions: set[int], place: BlockPlace, *, sync: bool
     ) -> list[tuple[str, FragmentId]]:
-        """Computes and writes fragments of a block at ``place``, which has the block's profile. Each is compared with
+        """Computes and writes fragments of a block at ``place``, which has the survivors' profile. Compares each with
         its hash before it is written.
         """
         profile, shape = place.profile, place.shape
@@ -106,10 +104,10 @@ class Mender:
             if whole is None:
                 whole = memoryview(rebuilt[position])[: shape.fragment_length(profile, position)]
             if not is_fragment((whole,), _hash_of(survivors.hashes, position)):
-                raise CannotMend(
+                raise CannotRepair(
                     f"fragment {position} of block {place.block} does not come out as its survivors say it was"
                 )
-            await self._write(survivors.owner, place, position, whole, survivors.hashes, sync=sync)
+            await self._write(survivors.owner, survivors.hashes, place, position, whole, sync=sync)
             written.append((place.disks[position], place.fragment(position)))
             self.fragments_rebuilt += 1
             self.bytes_rebuilt += len(whole)
@@ -118,9 +116,9 @@ class Mender:
     # --- survivors --------------------------------------------------------------------------------------------------
 
     async def _survivors(self, health: BlockHealth, *, everything: bool = False) -> Survivors:
-        """k whole fragments whose headers agree, and no more than that unless ``everything``. Copies are all read: with
-        k = 1 the first one alone would be
-        believed whatever it says."""
+        """Reads until k whole fragments agree, no more than that unless ``everything``. Copies (k = 1) are all read:
+        otherwise the first one alone would be believed.
+        """
         place, profile = health.place, health.place.profile
         known = empty_fragments(profile, place.shape) if profile.k > 1 else {}
         positions = [position for position in health.present if position not in known]
@@ -136,7 +134,7 @@ class Mender:
                 return agreed
         agreed = _agreed(profile, known, found)
         if agreed is None:
-            raise CannotMend(
+            raise CannotRepair(
                 f"block {place.block}: {len(found)} fragments can be read, {profile.k} that agree are needed"
             )
         return agreed
@@ -153,12 +151,12 @@ class Mender:
         return read.header, b"".join(cell for cell in read.cells if cell is not None)
 
     async def _write(
-        self, owner: bytes, place: BlockPlace, position: int, whole: Buffer, hashes: tuple[bytes, ...], *, sync: bool
+        self, owner: bytes, hashes: tuple[bytes, ...], place: BlockPlace, position: int, whole: Buffer, *, sync: bool
     ) -> None:
         now_ms = self._context.clock.wall_ms()
         entry, disk = place.entry, place.disks[position]
         if not is_allowed(self._context.layouts.current, disk, place.countries):
-            raise CannotMend(
+            raise CannotRepair(
                 f"fragment {position} of block {place.block} would be written to disk {disk}, outside of the bucket's"
                 " countries"
             )
@@ -172,8 +170,8 @@ class Mender:
     # --- another profile, other disks -------------------------------------------------------------------------------
 
     async def recode(self, healths: Sequence[BlockHealth], placement: Placement, epoch: int) -> Move:
-        """Writes consecutive blocks of one run for ``placement`` and syncs them; the record is still as it was. Raises
-        CannotMend, PeerError, TimeoutError.
+        """Writes consecutive blocks of one run for ``placement`` and syncs them. Does not change the record. Raises
+        CannotRepair, PeerError, TimeoutError.
         """
         place = healths[0].place
         profile = placement.profile
@@ -192,23 +190,23 @@ class Mender:
         return Move(place.entry, place.run, place.disks, new, placement.disks)
 
     async def _recode_block(self, health: BlockHealth, placement: Placement, run: Run) -> list[tuple[str, FragmentId]]:
-        """With the same profile, what lies in its new place already stays."""
+        """With the same profile, a fragment that lies in its new place already stays."""
         place = health.place
         survivors = await self._survivors(health)
         new = place._replace(run=run, disks=placement.disks)
         if placement.profile == place.profile:
             stay = {position for position in health.present if placement.disks[position] == place.disks[position]}
-            positions = set(range(place.profile.n)) - stay | set(survivors.strangers)
-            return await self._write_positions(health, survivors, positions, new, sync=False)
+            positions = set(range(place.profile.n)) - stay | set(survivors.mismatched)
+            return await self._write_positions(survivors, positions, new, sync=False)
         fragments, hashes = await asyncio.to_thread(_recoded, place, placement.profile, survivors.fragments)
         for position, whole in enumerate(fragments):
-            await self._write(survivors.owner, new, position, whole, hashes, sync=False)
+            await self._write(survivors.owner, hashes, new, position, whole, sync=False)
             self.bytes_rebuilt += len(whole)
         self.fragments_rebuilt += len(fragments)
         return [(disk, fragment) for fragment, disk in new.fragments]
 
     async def _each(self, work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-        """All of it, some at a time; then the first failure is raised."""
+        """Does all of it, some at a time; then raises the first failure."""
 
         async def one(job: Coroutine[Any, Any, _T]) -> _T:
             async with self._gate:
@@ -224,7 +222,7 @@ class Mender:
 def _agreed(
     profile: Profile, known: Mapping[int, Buffer], found: Mapping[int, tuple[FragmentHeader, bytes]]
 ) -> Survivors | None:
-    """The survivors named by more headers than any others, when they are enough."""
+    """The survivors with the hashes and the owner that most headers name, when there are enough."""
     votes = Counter((header.hashes, header.owner) for header, _ in found.values()).most_common(2)
     if not votes or (len(votes) > 1 and votes[0][1] == votes[1][1]):
         return None
@@ -235,8 +233,8 @@ def _agreed(
     for position, (header, whole) in found.items():
         if (header.hashes, header.owner) == (hashes, owner) and is_fragment((whole,), _hash_of(hashes, position)):
             fragments[position] = whole
-    strangers = tuple(position for position in found if position not in fragments)
-    return Survivors(fragments, hashes, owner, strangers) if len(fragments) >= profile.k else None
+    mismatched = tuple(position for position in found if position not in fragments)
+    return Survivors(fragments, hashes, owner, mismatched) if len(fragments) >= profile.k else None
 
 
 def _reconstruct(
@@ -263,5 +261,5 @@ def _recoded(place: BlockPlace, new: Profile, present: Mapping[int, Buffer]) -> 
 
 
 def _hash_of(hashes: tuple[bytes, ...], position: int) -> bytes:
-    """Copies have one hash for all of them."""
+    """Copies share one hash."""
     return hashes[position if len(hashes) > 1 else 0]

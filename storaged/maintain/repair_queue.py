@@ -1,5 +1,5 @@
-"""What a node knows to be below target, by range, and what repair has tried in vain. Bounded: beyond the bound things
-are counted, not listed.
+"""The findings of a node that wait for repair, by range, and what repair has tried in vain. Bounded: findings beyond
+the bound are counted, not listed.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from storaged.meta.names import Table
 PREFIX_BYTES = 18
 """Of a packed register name: table, scope, shard."""
 
-HOPELESS = 3
-"""After so many failures what is tried again is not waited for."""
+FAILURES_WAITED_FOR = 3
+"""A finding whose repair failed so often is tried again, but ``status`` does not count repair as busy with it."""
 
 
-class _Rest(NamedTuple):
+class _BackOff(NamedTuple):
     until: float
     failures: int
 
 
-class Findings:
+class RepairQueue:
     """Packed register name -> Finding, grouped by range."""
 
     def __init__(self, limits: MaintainLimits) -> None:
         self._limits = limits
         self._ranges: dict[bytes, dict[bytes, Finding]] = {}
         self._overflow: dict[bytes, int] = {}
-        self._rests: dict[bytes, _Rest] = {}
+        self._back_offs: dict[bytes, _BackOff] = {}
         self._count = 0
+        self.fresh = True
+        """There may be something new since repair looked last."""
+        self.repaired = False
+        """Something was repaired since the last walk began."""
 
     def __iter__(self) -> Iterator[Finding]:
         return (finding for found in self._ranges.values() for finding in found.values())
@@ -39,8 +43,13 @@ class Findings:
     def has(self, name: bytes) -> bool:
         return name in self._ranges.get(name[:PREFIX_BYTES], ())
 
+    # --- filling ----------------------------------------------------------------------------------------------------
+
+    def begin_walk(self) -> None:
+        self.fresh, self.repaired = True, False
+
     def replace(self, prefix: bytes, found: Iterable[Finding]) -> None:
-        """All there is to know of a range, as a walk found it. What rested is tried again."""
+        """Takes over everything that a walk found in a range. What backed off is tried again."""
         self.forget(prefix)
         kept: dict[bytes, Finding] = {}
         overflow = 0
@@ -55,13 +64,13 @@ class Findings:
         if overflow:
             self._overflow[prefix] = overflow
 
-    def file(self, name: bytes, finding: Finding | None) -> None:
-        """What is known of one register now; None: it is well."""
+    def set(self, name: bytes, finding: Finding | None) -> None:
+        """Takes over what is known of one register now; None: it is on target."""
         prefix = name[:PREFIX_BYTES]
         known = self._ranges.get(prefix, {})
         self._count -= known.pop(name, None) is not None
         if finding is None:
-            self._rests.pop(name, None)
+            self._back_offs.pop(name, None)
         elif self._count < self._limits.findings_max:
             known[name] = finding
             self._count += 1
@@ -76,10 +85,10 @@ class Findings:
         self._count -= len(known)
         self._overflow.pop(prefix, None)
         for name in known:
-            self._rests.pop(name, None)
+            self._back_offs.pop(name, None)
 
     def keep_only(self, prefixes: Iterable[bytes]) -> None:
-        """Ranges that this node does not look after any more are another's."""
+        """Forgets the ranges that this node is not responsible for any more."""
         kept = set(prefixes)
         for prefix in [prefix for prefix in {**self._ranges, **self._overflow} if prefix not in kept]:
             self.forget(prefix)
@@ -92,7 +101,7 @@ class Findings:
 
     @property
     def below_target(self) -> int:
-        """Objects. What belongs to uploads that are not complete is counted apart."""
+        """Objects. Parts of uploads that are not complete are counted apart."""
         return self._count_of(objects=True)
 
     @property
@@ -111,13 +120,13 @@ class Findings:
 
     @property
     def unreadable(self) -> int:
-        """Objects that cannot be read until disks that are away return."""
+        """Objects that can't be read until disks that are away return."""
         return sum(finding.spare < 0 and not finding.lost for finding in self._of_objects())
 
     @property
     def at_risk(self) -> int:
-        """Objects of which one more lost fragment would make a block unreadable, although every disk that should hold
-        it answers.
+        """Objects with a block that one more lost fragment would make unreadable, although every disk that should hold
+        a missing fragment answers.
         """
         return sum(finding.spare == 0 and finding.damaged_fragments > 0 for finding in self._of_objects())
 
@@ -127,35 +136,35 @@ class Findings:
         )
 
     def of_table(self, table: int) -> list[list[bytes]]:
-        """The names found in each range of a table."""
+        """The names of the findings in each range of a table."""
         return [list(found) for prefix, found in self._ranges.items() if prefix[0] == table]
 
     # --- work -------------------------------------------------------------------------------------------------------
 
-    def workable(self, now: float, overdue: bool) -> Iterator[Finding]:
-        """What may be tried now. ``overdue``: some disk has been away for so long that it is not
-        waited for any more.
+    def due(self, now: float, *, recode: bool) -> Iterator[Finding]:
+        """What may be tried now. ``recode``: some disk has been away for so long that repair does not wait for it any
+        more.
         """
         for finding in self:
-            if finding.mendable or (overdue and finding.movable):
-                rest = self._rests.get(finding.name)
-                if rest is None or rest.until <= now:
+            if finding.repairable or (recode and finding.recodable):
+                back_off = self._back_offs.get(finding.name)
+                if back_off is None or back_off.until <= now:
                     yield finding
 
-    def rest(self, name: bytes, now: float) -> None:
-        """It was tried, and is not well."""
-        failures = self._rests[name].failures + 1 if name in self._rests else 1
+    def back_off(self, name: bytes, now: float) -> None:
+        """Its repair was tried, and it is still below target."""
+        failures = self._failures(name) + 1
         pause_s = min(self._limits.retry_s * 2 ** min(failures - 1, 20), self._limits.retry_max_s)
-        self._rests[name] = _Rest(now + pause_s, failures)
+        self._back_offs[name] = _BackOff(now + pause_s, failures)
 
-    def hopeful(self) -> bool:
-        """Something can be mended that did not fail again and again."""
-        return any(finding.mendable and self._failures(finding.name) < HOPELESS for finding in self)
+    def expects_progress(self) -> bool:
+        """Something can be repaired that did not fail again and again."""
+        return any(finding.repairable and self._failures(finding.name) < FAILURES_WAITED_FOR for finding in self)
 
-    def movable_later(self) -> bool:
-        """Something waits only for disks to have been away long enough."""
-        return any(finding.movable and not finding.mendable for finding in self)
+    def waits_for_delay(self) -> bool:
+        """Something waits only until disks have been away for long enough."""
+        return any(finding.recodable and not finding.repairable for finding in self)
 
     def _failures(self, name: bytes) -> int:
-        rest = self._rests.get(name)
-        return rest.failures if rest is not None else 0
+        back_off = self._back_offs.get(name)
+        return back_off.failures if back_off is not None else 0

@@ -1,7 +1,7 @@
-"""Scrub: reads everything on this node's disks once in a while, and verifies every cell, every row and every page of a
-manifest. What fails is handed to repair.
+"""Scrub: from time to time reads everything on this node's disks and verifies every cell, every row and every manifest
+page. Repair gets what fails.
 
-One that starts by itself goes on where it was interrupted: the place is kept with the disk. One that was asked for
+A scrub that starts by itself continues where it was interrupted: the position is kept on the disk. A requested one
 begins at the beginning.
 """
 
@@ -14,7 +14,7 @@ from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStore, Health
 from storaged.maintain.context import MaintainContext, wait_for
 from storaged.maintain.job import Job, Pace
-from storaged.maintain.slices import slices
+from storaged.maintain.walk import row_slices
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import MetaStore, RowDamaged, StoreBatch
 from storaged.meta.storage.rowvalue import intact
@@ -27,54 +27,57 @@ _POSITION = "scrub-position"
 
 
 class Scrub:
-    """One at a time on a node. ``hint`` tells repair of a register whose fragment or row is damaged, ``wake`` that a
-    fragment is whose owner can't be read.
+    """One at a time on a node.
+
+    ``on_damage(name)``: a fragment or row of this register (packed name) is damaged. ``on_unowned_damage()``: something
+    is damaged, and its register can't be read.
     """
 
-    def __init__(self, context: MaintainContext, hint: Callable[[bytes], None], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, context: MaintainContext, on_damage: Callable[[bytes], None], on_unowned_damage: Callable[[], None]
+    ) -> None:
         self._context = context
-        self._hint = hint
-        self._wake = wake
-        self._asked = asyncio.Event()
+        self._on_damage = on_damage
+        self._on_unowned_damage = on_unowned_damage
+        self._requested = asyncio.Event()
         self.pace = Pace(context.clock, context.limits.scrub_bytes_per_s)
         self.job = Job("scrub", context.clock)
         self.damaged = 0
 
-    def ask(self) -> None:
-        """Begins now, at full speed; does nothing while one is running that was asked for. One that started by itself
-        is hurried, and followed by this one.
+    def request(self) -> None:
+        """Begins a scrub now, at full speed; no-op while a requested one runs. One that started by itself goes on at
+        full speed, and this one follows.
         """
-        if not self._asked.is_set() and not (self.job.state == "running" and not self.pace.bytes_per_s):
+        if not self._requested.is_set() and not (self.job.state == "running" and not self.pace.bytes_per_s):
             self.pace.bytes_per_s = 0
-            self._asked.set()
+            self._requested.set()
 
     @property
     def busy(self) -> bool:
-        return self._asked.is_set() or self.job.state == "running"
+        return self._requested.is_set() or self.job.state == "running"
 
     async def run(self) -> None:
-        """For ever: when asked, and every ``scrub_interval_s``."""
+        """For ever: on request, and every ``scrub_interval_s``."""
         interval_s = self._context.limits.scrub_interval_s
         while True:
-            if await wait_for(self._asked, min(interval_s / 10, 3600.0)):
+            if await wait_for(self._requested, min(interval_s / 10, 3600.0)):
                 await self.once()
             elif self._age_s() >= interval_s:
                 self.pace.bytes_per_s = self._context.limits.scrub_bytes_per_s
                 await self.once(resume=True)
 
     def _age_s(self) -> float:
-        """Since the end of the last one, on the disk where that is longest ago; a disk that never had one is due."""
+        """Seconds since the end of the last scrub, on the disk where that is longest ago. A disk without one is due."""
         ages = []
         for store in self._context.local_meta.values():
-            told = _noted(store, _FINISHED)
-            ages.append(
-                (self._context.clock.wall_ms() - int(told)) / 1000 if told else self._context.limits.scrub_interval_s
-            )
+            finished = _noted(store, _FINISHED)
+            age_s = (self._context.clock.wall_ms() - int(finished)) / 1000 if finished else None
+            ages.append(self._context.limits.scrub_interval_s if age_s is None else age_s)
         return max(ages, default=0.0)
 
     async def once(self, *, resume: bool = False) -> int:
-        """Verifies everything on all disks; returns how many fragments and rows were found damaged. A disk that fails
-        does not keep others from being read.
+        """Verifies everything on all disks. Returns how many fragments, rows and pages were found damaged. After a disk
+        that fails the others are read all the same.
         """
         before = self.damaged
         self.job.start()
@@ -109,9 +112,9 @@ class Scrub:
                     self.damaged += 1
                     self._context.log(f"scrub: damaged fragment {header.id.hex()} on disk {disk}")
                     if header.owner:
-                        self._hint(header.owner)
+                        self._on_damage(header.owner)
                     else:
-                        self._wake()
+                        self._on_unowned_damage()
                 self.job.advance(1, header.length)
                 await self.pace.spend(header.length)
                 if (
@@ -123,23 +126,23 @@ class Scrub:
                     await meta.commit(StoreBatch(meta={_POSITION: after}))
 
     async def _rows(self, disk: str, store: MetaStore) -> None:
-        """Rows whose checksum does not hold are settled, which writes them anew; so says the hint."""
+        """Hints at rows whose checksum does not hold: they get settled, which writes them again."""
         try:
             scopes = store.scopes()
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: what ranges disk {disk} holds can't be read: {error}")
-            self._wake()
+            self._on_unowned_damage()
             return
         for table, scope, shard in scopes:
             after, prefix = b"", RegisterName(table, scope, shard, b"").pack()
             try:
-                async for rows in slices(self._context.clock, store, table, scope, shard):
+                async for rows in row_slices(self._context.clock, store, table, scope, shard):
                     for key, row in rows:
                         if not intact(prefix, key, row):
                             self.damaged += 1
                             self._context.log(f"scrub: damaged row {key[:80]!r} on disk {disk}")
-                            self._hint(prefix + key)
+                            self._on_damage(prefix + key)
                     after = rows[-1][0]
             except RowDamaged as error:
                 self.damaged += 1
@@ -147,10 +150,10 @@ class Scrub:
                     f"scrub: rows of table {table}, shard {shard} on disk {disk} can't be read on from {after[:80]!r}:"
                     f" {error}"
                 )
-                self._wake()
+                self._on_unowned_damage()
 
     async def _pages(self, disk: str, store: MetaStore) -> None:
-        """Pages of manifests. They don't say whose they are: a walk finds out, and replaces them."""
+        """Manifest pages. They don't name their register: a walk finds out, and they are replaced."""
         after = b""
         try:
             while pages := store.pages(after=after, limit=PAGE):
@@ -161,7 +164,7 @@ class Scrub:
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: the pages of manifests on disk {disk} can't be read on: {error}")
-            self._wake()
+            self._on_unowned_damage()
 
     def _page(self, disk: str, store: MetaStore, page_hash: bytes) -> None:
         try:
@@ -169,12 +172,12 @@ class Scrub:
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: disk {disk}: {error}")
-            self._wake()
+            self._on_unowned_damage()
 
 
 def _noted(store: MetaStore, name: str) -> bytes:
-    """Empty when it was never noted, or the note is damaged: the scrub is due then, from the beginning, and notes it
-    anew.
+    """Empty when it was never noted, or the note is damaged: then a scrub is due, from the beginning, and notes it
+    again.
     """
     try:
         return store.get_meta(name) or b""

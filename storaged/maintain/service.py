@@ -1,9 +1,9 @@
-"""All background work of one storage node, and what others may ask of it by RPC.
+"""All background work of one storage node, and its RPC methods.
 
-maintain.status   counts, jobs, and whether they tell of the disks as they are now
-maintain.scrub    begin a scrub
-maintain.hint     look at these registers soon, and into these blocks
-maintain.wake     walk again: a node has started, and may have been away without anybody noticing
+maintain.status   counts, jobs, and whether the counts are those of the disks as they are now
+maintain.scrub    begins a scrub
+maintain.hint     looks at these registers soon, and compares the fragments of these blocks
+maintain.wake     begins a walk: a node has started, and may have been away unnoticed
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Meth
 from storaged.cluster.rpc.authority import grant
 from storaged.errors import PeerError, PeerRefused, StoragedError
 from storaged.fragments.ports import FragmentId
+from storaged.maintain.check import Check
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.gc import Collector, Live
+from storaged.maintain.gc import Collector, LiveDataIds
 from storaged.maintain.job import JobReport
 from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.repair import Repair, Waits
@@ -31,23 +32,26 @@ DAMAGED_MAX = 1000
 
 
 class Ask(Message, frozen=True):
-    """A request without contents, or with packed register names. ``suspects``: packed register names and packed ids of
-    fragments whose checksums hold
-    although they are not what was sealed."""
+    """A request without contents, or with packed register names. ``suspects``: packed register name and packed id of
+    each mismatched fragment: its checksums hold, but it is not what was sealed.
+    """
 
     names: tuple[bytes, ...] = ()
     suspects: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class Done(Message, frozen=True):
-    pass
+    """The request was carried out."""
 
 
 class MaintainStatus(Message, frozen=True):
-    """``current``: the counts come from a whole walk that began when the disks were as this node sees them now.
-    ``busy``: something is being done, or waits
-    to be done, that could change the counts. ``below_target``, ``at_risk`` and ``lost`` are objects;
-    ``parts_below_target``: of uploads that are not complete."""
+    """``current``: the counts come from a complete walk that began when the disks were as this node sees them now.
+    ``busy``: something is being done, or waits to be done, that could change the counts.
+    ``below_target``, ``at_risk``, ``lost``, ``unreadable``: objects. ``parts_below_target``: parts of uploads that are
+    not complete.
+    ``records_refused``: registers of buckets of which nothing is repaired or moved, because their records are not
+    verified, each with the reason.
+    """
 
     node: str
     below_target: int
@@ -67,24 +71,23 @@ class MaintainStatus(Message, frozen=True):
     waits: Waits = Waits()
     audit_alarms: tuple[tuple[str, str], ...] = ()
     records_refused: tuple[tuple[str, str], ...] = ()
-    """Registers of buckets of which nothing is repaired or moved, since their records are not believed, each with the
-    reason.
-    """
 
 
 class Maintenance:
-    """Owns repair, scrub and collection. ``run`` until cancelled."""
+    """Owns repair, scrub and garbage collection. ``run`` until cancelled."""
 
-    def __init__(self, context: MaintainContext, scanner: RingScanner, live: Live, caller: Caller) -> None:
+    def __init__(self, context: MaintainContext, scanner: RingScanner, live: LiveDataIds, caller: Caller) -> None:
         self._context = context
         self._caller = caller
         self._others = MaintainClient(caller, context.layouts, context.liveness)
-        self.repair = Repair(context, scanner)
-        self.scrub = Scrub(context, self.hint, self.repair.wake)
+        self.check = Check(context, scanner)
+        self.repair = Repair(context, self.check)
+        self.scrub = Scrub(context, self.hint, self.check.request_walk)
         self.collector = Collector(context, live)
         self.page_sweep = PageSweep(context, scanner)
         self._seen = (frozenset[str](), frozenset[str]())
-        self._told: set[str] = {context.node}
+        """The usable disks when that was looked at last."""
+        self._informed: set[str] = {context.node}
         """Nodes that know that this one has started."""
         self._damaged: dict[tuple[str, FragmentId], None] = {}
 
@@ -103,25 +106,27 @@ class Maintenance:
     # --- hints ------------------------------------------------------------------------------------------------------
 
     def hint(self, name: bytes) -> None:
-        """A register (packed name) of which something local is wanting: for whichever node looks after it."""
+        """Something local of this register (packed name) is damaged or missing: the node that is responsible for the
+        register should look at it soon.
+        """
         try:
             register = RegisterName.unpack(name)
-        except ValueError:  # a fragment's header says what its writer wanted
+        except ValueError:  # it comes from a fragment's header, where its writer may have put anything
             self._context.log(f"damage belongs to no register: {name[:32].hex()}")
             return
         if self._context.leads(register.partition):
-            self.repair.hint(name)
+            self.check.hint(name)
         else:
             self._others.hint(register)
 
     def cell_damaged(self, disk: str, fragment: FragmentId) -> None:
-        """A local disk found a fragment damaged while it was read: its header says whom to tell. May be called at any
-        time; bounded.
+        """A read found a fragment of a local disk damaged; its header names the register. May be called at any time;
+        bounded.
         """
         if len(self._damaged) < DAMAGED_MAX:
             self._damaged[disk, fragment] = None
 
-    async def _tell_of_damage(self) -> None:
+    async def _hint_damage(self) -> None:
         damaged, self._damaged = self._damaged, {}
         for disk, fragment in damaged:
             try:
@@ -132,7 +137,7 @@ class Maintenance:
             if owner:
                 self.hint(owner)
             else:
-                self.repair.wake()
+                self.check.request_walk()
 
     async def _owner_of(self, disk: str, fragment: FragmentId) -> bytes:
         """Empty when the fragment is gone, or its header can't be read."""
@@ -146,62 +151,61 @@ class Maintenance:
     # --- disks that come and go -------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """When a disk comes or goes everything is looked at anew. A node that has just started says so: the others may
-        not have seen it gone.
+        """When a disk comes or goes, a walk begins. A node that has just started announces itself, for the others may
+        not have seen that it was gone.
         """
         while True:
-            self._look_around()
-            await self._tell_others()
-            await self._tell_of_damage()
+            self._watch_disks()
+            await self._announce_start()
+            await self._hint_damage()
             await asyncio.sleep(self._context.limits.poll_s)
 
-    def _look_around(self) -> None:
+    def _watch_disks(self) -> None:
         seen = self._context.usable_disks()
         if seen != self._seen:
             self._seen = seen
-            self.repair.wake()
+            self.check.request_walk()
 
-    async def _tell_others(self) -> None:
-        nodes = {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}
-        for node in sorted(nodes - self._told):
+    def _nodes_seen(self) -> set[str]:
+        return {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}
+
+    async def _announce_start(self) -> None:
+        for node in sorted(self._nodes_seen() - self._informed):
             try:
                 await self._caller.call(
                     node, "maintain.wake", Ask(), Done, timeout_s=self._context.limits.call_timeout_s
                 )
             except PeerError:
                 continue
-            self._told.add(node)
+            self._informed.add(node)
 
     # --- status, methods --------------------------------------------------------------------------------------------
 
     def status(self) -> MaintainStatus:
-        """What this node knows of the objects it looks after."""
-        repair, mender, findings = self.repair, self.repair.mender, self.repair.findings
-        current = (
-            repair.counted
-            and self._seen == self._context.usable_disks()
-            and self._told >= {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}
-        )
-        jobs = [job for job in (repair.walk_job, repair.job, self.scrub.job) if job.state != "waiting"]
+        """What this node knows of the objects that it is responsible for."""
+        check, repair, queue = self.check, self.repair, self.check.queue
+        seen_now = self._seen == self._context.usable_disks()
+        current = check.current and seen_now and self._informed >= self._nodes_seen()
+        jobs = [job for job in (check.job, repair.job, self.scrub.job) if job.state != "waiting"]
         return MaintainStatus(
-            self._context.node,
-            findings.below_target,
-            findings.at_risk,
-            findings.lost,
-            current,
-            not current or repair.busy or self.scrub.busy,
-            tuple(job.report(self._context.node) for job in jobs),
-            mender.fragments_rebuilt,
-            mender.bytes_rebuilt,
-            mender.blocks_recoded,
-            self.collector.deleted_fragments + repair.leavings.deleted,
-            self.scrub.damaged,
-            repair.walker.settled,
-            findings.parts_below_target,
-            findings.unreadable,
-            repair.waits(),
-            tuple(self._context.audit_alarms()),
-            tuple(sorted(repair.walker.buckets.refused.items())),
+            node=self._context.node,
+            below_target=queue.below_target,
+            at_risk=queue.at_risk,
+            lost=queue.lost,
+            current=current,
+            busy=not current or repair.busy or self.scrub.busy,
+            jobs=tuple(job.report(self._context.node) for job in jobs),
+            fragments_rebuilt=repair.rebuilder.fragments_rebuilt,
+            bytes_rebuilt=repair.rebuilder.bytes_rebuilt,
+            blocks_recoded=repair.rebuilder.blocks_recoded,
+            fragments_deleted=self.collector.deleted_fragments + repair.leftovers.deleted,
+            damaged_found=self.scrub.damaged,
+            registers_settled=check.walker.settled,
+            parts_below_target=queue.parts_below_target,
+            unreadable=queue.unreadable,
+            waits=repair.waits(),
+            audit_alarms=tuple(self._context.audit_alarms()),
+            records_refused=tuple(sorted(check.walker.buckets.refused.items())),
         )
 
     def methods(self) -> Methods:
@@ -209,26 +213,26 @@ class Maintenance:
             return self.status()
 
         async def scrub(_request: Ask, _call: Call) -> Done:
-            self.scrub.ask()
+            self.scrub.request()
             return Done()
 
         async def hint(request: Ask, _call: Call) -> Done:
             try:
                 names = [RegisterName.unpack(name).pack() for name in request.names[:HINTS_A_CALL]]
-                suspects = [
+                mismatches = [
                     (RegisterName.unpack(owner).pack(), FragmentId.unpack(fragment))
                     for owner, fragment in request.suspects[:HINTS_A_CALL]
                 ]
             except ValueError as error:
                 raise PeerRefused(f"a hint that cannot be: {error}", remote_code="BAD_REQUEST") from None
             for name in names:
-                self.repair.hint(name)
-            for owner, lied in suspects:
-                self.repair.suspect(owner, lied)
+                self.check.hint(name)
+            for owner, fragment in mismatches:
+                self.repair.hint_mismatch(owner, fragment)
             return Done()
 
         async def wake(_request: Ask, _call: Call) -> Done:
-            self.repair.wake()
+            self.check.request_walk()
             return Done()
 
         methods = {
@@ -249,14 +253,14 @@ class MaintainClient:
         self._liveness = liveness
         self._timeout_s = timeout_s
         self._hints: dict[bytes, None] = {}
-        self._suspects: dict[tuple[bytes, bytes], None] = {}
+        self._mismatches: dict[tuple[bytes, bytes], None] = {}
 
     def _nodes(self) -> list[str]:
         layout = self._layouts.current
         return sorted({disk.node for disk in layout.disks if self._liveness.disk_readable(disk.id)})
 
     async def statuses(self) -> list[MaintainStatus]:
-        """Of every node that answers."""
+        """The status of every node that answers."""
 
         async def ask(node: str) -> MaintainStatus | None:
             try:
@@ -269,7 +273,7 @@ class MaintainClient:
         return [found for found in await asyncio.gather(*map(ask, self._nodes())) if found is not None]
 
     async def start_scrub(self) -> list[str]:
-        """Asks all nodes; returns those that began."""
+        """Asks all nodes. Returns those that began a scrub."""
         began = []
         for node in self._nodes():
             try:
@@ -279,44 +283,46 @@ class MaintainClient:
             began.append(node)
         return began
 
-    def hint(self, owner: RegisterName, lied: FragmentId | None = None) -> None:
-        """Remembers a register that a read or a write found wanting; ``run`` passes it on. ``lied``: a fragment that
-        was not what was sealed although its
-        checksums hold, so that the disks can't find it. Bounded: what does not fit, the next walk finds."""
+    def hint(self, owner: RegisterName, mismatched: FragmentId | None = None) -> None:
+        """Remembers a register of which a read or a write found something damaged or missing; ``run`` sends it.
+        ``mismatched``: a fragment that is not what was sealed although its checksums hold, so that its disk can't find
+        out. Bounded: the next walk finds what does not fit.
+        """
         if len(self._hints) < HINTS_WAITING_MAX:
             self._hints[owner.pack()] = None
-        if lied is not None and len(self._suspects) < HINTS_WAITING_MAX:
-            self._suspects[owner.pack(), lied.pack()] = None
+        if mismatched is not None and len(self._mismatches) < HINTS_WAITING_MAX:
+            self._mismatches[owner.pack(), mismatched.pack()] = None
 
     async def run(self, interval_s: float = 0.5) -> None:
-        """Passes hints on to the nodes that look after their partitions."""
+        """Sends hints to the nodes that are responsible for their partitions."""
         while True:
             await asyncio.sleep(interval_s)
-            if self._hints or self._suspects:
-                await self._pass_on()
+            if self._hints or self._mismatches:
+                await self._send_all()
 
-    async def _pass_on(self) -> None:
+    async def _send_all(self) -> None:
         hints, self._hints = self._hints, {}
-        suspects, self._suspects = self._suspects, {}
+        mismatches, self._mismatches = self._mismatches, {}
         names: dict[str, list[bytes]] = {}
-        lied: dict[str, list[tuple[bytes, bytes]]] = {}
+        fragments: dict[str, list[tuple[bytes, bytes]]] = {}
         for owner in hints:
             names.setdefault(self._leader(owner), []).append(owner)
-        for owner, fragment in suspects:
-            lied.setdefault(self._leader(owner), []).append((owner, fragment))
-        for node in sorted({*names, *lied} - {""}):
-            await self._tell(node, names.get(node, []), lied.get(node, []))
+        for owner, fragment in mismatches:
+            fragments.setdefault(self._leader(owner), []).append((owner, fragment))
+        for node in sorted({*names, *fragments} - {""}):
+            await self._send(node, names.get(node, []), fragments.get(node, []))
 
     def _leader(self, owner: bytes) -> str:
+        """The node that is responsible for a register; empty when none of its replicas can be read."""
         layout = self._layouts.current
         replicas = layout.replicas_of(RegisterName.unpack(owner).partition)
         return next((layout.node_of(disk) for disk in replicas if self._liveness.disk_readable(disk)), "")
 
-    async def _tell(self, node: str, names: Sequence[bytes], suspects: Sequence[tuple[bytes, bytes]]) -> None:
-        for start in range(0, max(len(names), len(suspects)), HINTS_A_CALL):
+    async def _send(self, node: str, names: Sequence[bytes], mismatches: Sequence[tuple[bytes, bytes]]) -> None:
+        for start in range(0, max(len(names), len(mismatches)), HINTS_A_CALL):
             end = start + HINTS_A_CALL
             try:
-                ask = Ask(tuple(names[start:end]), tuple(suspects[start:end]))
+                ask = Ask(tuple(names[start:end]), tuple(mismatches[start:end]))
                 await self._caller.call(node, "maintain.hint", ask, Done, timeout_s=self._timeout_s)
             except PeerError:
                 return

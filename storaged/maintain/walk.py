@@ -1,33 +1,33 @@
 """Walking records and asking disks: which fragments are where they should be.
 
-What is walked is taken from the bucket directory, not from what the local disk knows: a disk that was away does not
-know which buckets are new. Before a
-range of registers is walked its replicas are brought to the same rows (slices are compared by digest, what differs is
-settled on all), so rows can be read
-from the local store; before anything is changed, the record is read again from a majority. Fragments are asked for in
-batches, one call a disk.
+The bucket directory says what is walked, not the local disk: a disk that was away does not know which buckets are new.
+Before a range of registers is walked, its replicas are brought to the same rows: slices are compared by digest, and
+rows that differ are settled on all. So rows can be read from the local store. Before anything is changed, the record is
+read again from a majority. Fragments are asked for in batches, one call for each disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from storaged.cluster.layout import Profile, partition_of
+from storaged.clock import Clock
+from storaged.cluster.layout import partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStat, Health
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.directory import Buckets
 from storaged.maintain.health import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
-from storaged.maintain.manifest_repair import PageKeeper, PagesOf, pages_in
-from storaged.maintain.slices import slices
+from storaged.maintain.manifest_repair import PageRepair, PagesOf, pages_in
+from storaged.maintain.placement import Placements
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import PageQuery, RowDamaged
+from storaged.meta.ports import MetaStore, PageQuery, RowDamaged, RowRange
+from storaged.meta.storage.readahead import THREADS
 from storaged.meta.storage.rowvalue import unpack_row
-from storaged.objects.code.place import Placement, choose
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import living_upload, living_uploads
@@ -35,9 +35,37 @@ from storaged.objects.write.uploads import living_upload, living_uploads
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
+ROWS_A_SLICE = 64
+REST_S_MAX = 0.005
+"""A walk looks at so many rows, some 50 us each, then rests as long as that took, at most REST_S_MAX. So a node of one
+process answers its clients while all rows are looked at, as after a start without a disk. The bound is there because
+the time may have passed in waiting for other nodes, which is a rest already.
+"""
+
+
+async def row_slices(
+    clock: Clock, store: MetaStore, table: int, scope: bytes, shard: int
+) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+    """All keys and rows of a range, unverified, as ``MetaStore.slice`` has them, with rests between the slices. A
+    thread reads those of a large store first. Raises RowDamaged, DiskUnusable.
+    """
+    after = b""
+    while True:
+        wanted = RowRange(table, scope, shard, after, b"", ROWS_A_SLICE)
+        if store.large:
+            read = partial(store.read_ahead, wanted, whole=True)
+            await asyncio.get_running_loop().run_in_executor(THREADS, read)
+        began = clock.monotonic()
+        rows = store.slice(wanted)
+        if not rows:
+            return
+        yield rows
+        after = rows[-1][0]
+        await asyncio.sleep(min(clock.monotonic() - began, REST_S_MAX))
+
 
 class Range(NamedTuple):
-    """Registers that this node looks after: their rows are read from the local ``disk``."""
+    """Registers that this node is responsible for. Their rows are read from the local ``disk``."""
 
     disk: str
     table: int
@@ -46,7 +74,7 @@ class Range(NamedTuple):
 
     @property
     def prefix(self) -> bytes:
-        """What the packed names of its registers begin with."""
+        """The packed names of its registers begin with this."""
         return RegisterName(self.table, self.scope, self.shard, b"").pack()
 
 
@@ -58,9 +86,9 @@ async def entries_of(context: MaintainContext, name: RegisterName, value: Value 
 
 
 async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIterator[tuple[RegisterName, Value]]:
-    """The rows of parts of open uploads for an object's key: fragments of parts name the object as their owner. Raises
-    ServiceUnavailable,
-    DataDamaged."""
+    """The rows of the parts of open uploads for an object's key: fragments of parts name the object as their owner.
+    Raises ServiceUnavailable, DataDamaged.
+    """
     async for upload in living_uploads(context.scanner, owner):
         upload_id = upload.record.upload_id
         async for row in every_row(
@@ -70,15 +98,15 @@ async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIte
 
 
 class Walker:
-    """Judges registers, a batch at a time. ``unanswered`` counts calls that failed although their disk is thought to be
-    there: what was counted meanwhile is
-    not the whole truth."""
+    """Judges registers, a batch at a time. ``unanswered`` counts calls that failed although the disk is thought to
+    answer: what was found meanwhile may be incomplete. ``settled`` counts registers.
+    """
 
     def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
         self._context = context
         self._scanner = scanner
-        self._can_hold: dict[tuple[str, tuple[str, ...]], bool] = {}
-        self.pages = PageKeeper(context)
+        self.placements = Placements(context)
+        self.pages = PageRepair(context)
         self.buckets = Buckets()
         self._unanswered = 0
         self.settled = 0
@@ -89,37 +117,37 @@ class Walker:
 
     async def open_uploads_of(self, scope: bytes, shard: int) -> frozenset[bytes]:
         """Ids of the uploads of one shard that may still become an object, by the rows of the disk that leads there.
-        The rows of other uploads' parts are
-        kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads.
-        Raises RowDamaged for
-        what leads to the rows."""
+        The rows of parts of other uploads are kept for a while but have no meaning: the object has their parts. Empty
+        when another node leads. Raises RowDamaged when the rows can't be reached.
+        """
         store = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard)))
         found: set[bytes] = set()
         if store is None:
             return frozenset()
-        async for rows in slices(self._context.clock, store, Table.UPLOAD, scope, shard):
+        async for rows in row_slices(self._context.clock, store, Table.UPLOAD, scope, shard):
             for key, row in rows:
                 try:
                     slot = unpack_row(RegisterName(Table.UPLOAD, scope, shard, key), row)
                     upload = living_upload(key, slot.value)
-                except (DataDamaged, RowDamaged) as error:  # one upload's parts are not looked at; all else is
+                except (DataDamaged, RowDamaged) as error:  # only the parts of this upload are not looked at
                     self._context.log(f"the record of an upload for {key[:80]!r} cannot be read: {error}")
                     continue
                 if upload is not None:
                     found.add(upload.record.upload_id)
         return frozenset(found)
 
-    async def is_counted(self, name: RegisterName) -> bool:
+    async def is_needed(self, name: RegisterName) -> bool:
         """False for the row of a part whose upload has ended. Raises RowDamaged."""
-        return name.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in await self.open_uploads_of(
-            name.scope, name.shard
-        )
+        if name.table != Table.PART:
+            return True
+        return name.key[:UPLOAD_ID_BYTES] in await self.open_uploads_of(name.scope, name.shard)
 
     # --- ranges -----------------------------------------------------------------------------------------------------
 
     def led_ranges(self) -> list[Range]:
-        """What this node looks after, by the directory as it was read last. The system partition is not among it:
-        gateways alone write there (``node.keeper``)."""
+        """The ranges that this node is responsible for, by the directory as it was read last. The system partition is
+        not among them: only gateways write there (``node.keeper``).
+        """
         found = []
         for bucket in self.buckets.by_id.values():
             for shard in bucket.shard_numbers:
@@ -130,26 +158,25 @@ class Walker:
                     ]
         return found
 
-    async def bring_together(self, where: Range) -> bool:
-        """Settles on all replicas what they differ in. False when one that should answer did not, so that it may still
-        lag. Raises ServiceUnavailable.
+    async def settle_range(self, where: Range) -> bool:
+        """Settles the registers in which the replicas differ. False when a replica that should answer did not, so that
+        it may still lag. Raises ServiceUnavailable.
         """
         try:
             found = await self._scanner.catch_up(where.table, where.scope, where.shard)
         except NoSuchBucket:
-            return (
-                True  # the bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read
-            )
+            # The bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read.
+            return True
         self.settled += found.settled
         return not any(map(self._context.liveness.disk_readable, found.away))
 
     async def rows(self, where: Range) -> AsyncIterator[list[tuple[RegisterName, Value]]]:
         """Slices of a range from the local store, without tombstones and parts of uploads that ended. A slice with a
-        damaged row is read from a majority, which
-        rewrites the row."""
+        damaged row is settled, which writes the row again.
+        """
         store = self._context.local_meta[where.disk]
         uploads = await self.open_uploads_of(where.scope, where.shard) if where.table == Table.PART else frozenset()
-        async for rows in slices(self._context.clock, store, where.table, where.scope, where.shard):
+        async for rows in row_slices(self._context.clock, store, where.table, where.scope, where.shard):
             names = [RegisterName(where.table, where.scope, where.shard, key) for key, _ in rows]
             try:
                 found = [(name, unpack_row(name, row).value) for name, (_, row) in zip(names, rows, strict=True)]
@@ -163,9 +190,9 @@ class Walker:
             ]
 
     async def _settled_rows(self, names: Sequence[RegisterName]) -> list[tuple[RegisterName, Value]]:
-        """Those of a slice where a row is damaged: only the keys are taken from here. One that can't be settled now is
-        left out, and makes the walk less
-        than whole."""
+        """The rows of a slice with a damaged row, of which only the keys are believed. A register that can't be settled
+        now is left out, and makes the walk incomplete.
+        """
         found = []
         for name in names:
             try:
@@ -180,7 +207,7 @@ class Walker:
     # --- registers --------------------------------------------------------------------------------------------------
 
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]]) -> list[Finding]:
-        """Findings of those rows that are not as they should be. Records that this node can't judge are left out and
+        """The findings of the rows that are below target. Records that this node can't judge are left out and
         logged.
         """
         tallies: list[Tally] = []
@@ -195,39 +222,42 @@ class Walker:
                     for place in self.places(name, entry):
                         batch.append((tally, place))
                         if len(batch) >= BLOCKS_A_BATCH:
-                            await self._weigh(batch)
+                            await self._judge_blocks(batch)
                             batch = []
             except DataDamaged as error:
                 self._context.log(f"the record of {name.key[:80]!r} cannot be read: {error}")
-                tally.unreadable()
+                tally.add_unreadable_record()
             except (KeyError, ValueError, StoragedError) as error:
                 self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
             tallies.append(tally)
-        await self._weigh(batch)
-        await self.pages.weigh(paged)
+        await self._judge_blocks(batch)
+        await self.pages.judge(paged)
         return [finding for tally in tallies if (finding := tally.finding()) is not None]
 
     def places(self, name: RegisterName, entry: PartEntry) -> Iterable[BlockPlace]:
-        """Raises KeyError for a bucket or an epoch that is not known here, ValueError for a run that no layout
-        explains.
+        """The blocks of a part and their disks. Raises KeyError for a bucket or an epoch that is not known here,
+        ValueError for a run that no layout explains.
         """
         return blocks_of(entry, name.partition, self._context.layouts.at, self.buckets.countries_of(name.scope))
 
-    async def _weigh(self, batch: Sequence[tuple[Tally, BlockPlace]]) -> None:
-        presence = await self.presence([place for _, place in batch])
-        self._can_hold.clear()
+    async def _judge_blocks(self, batch: Sequence[tuple[Tally, BlockPlace]]) -> None:
+        presence = await self._presence([place for _, place in batch])
+        self.placements.forget()
         for tally, place in batch:
             health = judge_block(place, presence)
             if not health.whole:
                 countries = self.buckets.countries_of(RegisterName.unpack(tally.name).scope)
-                tally.add(health, self.can_hold(place.entry, countries))
+                tally.add(health, self.placements.can_hold_target(place.entry, countries))
 
     async def health(self, places: Sequence[BlockPlace]) -> list[BlockHealth]:
-        presence = await self.presence(places)
+        """How the blocks are now."""
+        presence = await self._presence(places)
         return [judge_block(place, presence) for place in places]
 
-    async def presence(self, places: Sequence[BlockPlace]) -> dict[tuple[FragmentId, str], Presence]:
-        """Asks all disks at once, each for its own fragments, in batches. A disk that does not answer is away."""
+    async def _presence(self, places: Sequence[BlockPlace]) -> dict[tuple[FragmentId, str], Presence]:
+        """Asks all disks at the same time, each for its own fragments, in batches. A disk that does not answer is left
+        out.
+        """
         wanted: dict[str, list[FragmentId]] = {}
         for place in places:
             for fragment, disk in place.fragments:
@@ -251,37 +281,3 @@ class Walker:
         except (PeerError, TimeoutError):
             self._unanswered += 1
         return found
-
-    # --- targets ----------------------------------------------------------------------------------------------------
-
-    def can_hold(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
-        """Whether the living disks can hold a part as its target asks. What one placement group can, all can: only the
-        number of disks in each domain matters.
-        """
-        known = self._can_hold.get((entry.target, countries))
-        if known is None:
-            known = self._can_hold[entry.target, countries] = self.target_placement(entry, countries) is not None
-        return known
-
-    def target_placement(self, entry: PartEntry, countries: tuple[str, ...]) -> Placement | None:
-        """Where the living disks can hold a part under its target profile, within the domains' limits; None when they
-        can't.
-        """
-        target = Profile.parse(entry.target)
-        placement = self.placement(entry, target, countries)
-        if placement is None or placement.profile != target:
-            return None
-        layout = self._context.layouts.current
-        shares: dict[str, int] = {}
-        for disk in placement.disks:
-            domain = layout.domain_by_disk[disk]
-            shares[domain] = shares.get(domain, 0) + 1
-        return placement if not placement.moved or max(shares.values()) <= target.m else None
-
-    def placement(self, entry: PartEntry, target: Profile, countries: tuple[str, ...]) -> Placement | None:
-        """Where a write of this profile would go now; None when it would be refused."""
-        writable: Callable[[str], bool] = self._context.liveness.disk_writable
-        try:
-            return choose(self._context.layouts.current, entry.data_id, target, writable, countries)
-        except StoragedError:
-            return None

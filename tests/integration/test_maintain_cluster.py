@@ -20,7 +20,7 @@ from storaged.maintain.context import MaintainLimits
 from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.service import Ask
 from storaged.meta.names import Change, RegisterName, Table, object_name, part_name, system_name, upload_name
-from storaged.meta.ports import RowDamaged
+from storaged.meta.ports import RowDamaged, RowRange
 from storaged.objects.records import BucketRecord, ObjectRecord, PartRecord, UploadRecord, encode_object
 from storaged.wire import encode
 from tests.integration.memory_cluster import Cluster, run
@@ -230,10 +230,10 @@ def test_a_range_that_its_disk_cannot_read_keeps_no_other_from_being_looked_at()
         )
         for meta in leaders[shard].meta.values():
 
-            def unreadable(*where: Any, real: Any = meta.slice, **bounds: Any) -> Any:
-                if where == (Table.OBJECT, bucket.id, broken):
+            def unreadable(wanted: RowRange, real: Any = meta.slice) -> Any:
+                if wanted[:3] == (Table.OBJECT, bucket.id, broken):
                     raise RowDamaged("a page that is none")
-                return real(*where, **bounds)
+                return real(wanted)
 
             meta.slice = unreadable  # type: ignore[method-assign]
         fragment, disk = next(iter((await cluster.places(bucket, keys[shard]))[0].fragments))
@@ -519,10 +519,10 @@ def test_hints_beyond_the_bound_become_a_walk() -> None:
         await filled(cluster, 1)
         cluster.maintain()
         await cluster.settled()
-        repair = cluster.nodes["na"].maintenance.repair
+        check = cluster.nodes["na"].maintenance.check
         for index in range(20):
-            repair.hint(RegisterName(1, bytes(16), 0, b"%d" % index).pack())
-        assert not repair.counted
+            check.hint(RegisterName(1, bytes(16), 0, b"%d" % index).pack())
+        assert not check.current
         assert await cluster.settled() == (0, 0)
 
     run(scenario, limits=MaintainLimits(hints_max=10))

@@ -190,7 +190,7 @@ def neighbours(bucket: BucketRecord, key: bytes, count: int) -> list[bytes]:
 def test_what_is_more_than_fits_one_question_or_one_deletion_is_judged_and_deleted_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for bound in ("UPLOADS_A_SHARD_MAX", "DELETES_AT_ONCE", "SWEEP_PAGE"):
+    for bound in ("UPLOADS_A_SHARD_MAX", "DELETIONS_A_CALL", "SWEEP_PAGE"):
         monkeypatch.setattr(collect_module, bound, 2)
     deletes: list[int] = []
     delete = MemoryFragmentStore.delete
@@ -870,7 +870,7 @@ def test_a_row_that_a_gateway_changes_is_never_undone_by_repair() -> None:
         name = object_name(bucket.id, bucket.shard_numbers, b"counter")
         for index in range(30):
             await cluster.gateway.ring.change(name, functools.partial(_next, index))
-            cluster.nodes["na"].maintenance.repair.wake()
+            cluster.nodes["na"].maintenance.check.request_walk()
             await cluster.pass_s(0.3)
         value = (await cluster.gateway.ring.read(name)).value
         assert value is not None

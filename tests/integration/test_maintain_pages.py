@@ -188,7 +188,7 @@ def test_a_damaged_page_is_found_by_the_next_check_and_replaced() -> None:
             cluster.meta(replicas(cluster, bucket)[index]).damage_page(page)
         assert not are_everywhere(cluster, bucket, pages)
         for node in cluster.nodes.values():
-            node.maintenance.repair.wake()
+            node.maintenance.check.request_walk()
         assert await cluster.settled() == (0, 0)
         assert are_everywhere(cluster, bucket, pages)
 
@@ -239,7 +239,7 @@ def test_an_object_with_one_copy_of_a_page_is_at_risk_and_one_without_any_is_los
         assert sum(status.lost for status in told) == 1
         cluster.intercept = None
         for node in cluster.nodes.values():
-            node.maintenance.repair.wake()
+            node.maintenance.check.request_walk()
         assert await cluster.settled() == (1, 1)
         assert are_everywhere(cluster, bucket, (await version_of(cluster, bucket, b"risk")).pages, b"risk")
 
@@ -576,7 +576,7 @@ def test_rows_of_a_finished_upload_that_say_where_its_parts_were_are_nobodys_los
             await cluster.pass_s(0.1)
             assert await cluster.parts_below_target() == 0
         for node in cluster.nodes.values():
-            node.maintenance.repair.wake()
+            node.maintenance.check.request_walk()
         assert await cluster.settled() == (1, 0)
         assert await cluster.parts_below_target() == 0
         assert await cluster.fragments() == before

@@ -218,12 +218,12 @@ def test_neither_an_older_record_of_the_bucket_nor_anothers_takes_its_place() ->
         cluster.maintain()
         await cluster.settled()
         node = cluster.nodes["na"]
-        buckets = node.maintenance.repair.walker.buckets
+        buckets = node.maintenance.check.walker.buckets
         assert buckets.countries_of(bucket.id) == ("FR",)
         body = await forge(cluster, lambda _body: encode(msgspec.structs.replace(other, name="bucket")))
         await buckets.refresh(node.context)
-        assert not buckets.is_trusted(bucket.id)
-        assert buckets.is_trusted(other.id)
+        assert not buckets.is_verified(bucket.id)
+        assert buckets.is_verified(other.id)
         await forge(cluster, lambda _body: body)
         await buckets.refresh(node.context)
         assert "not what its signer signed" in buckets.refused["bucket/bucket"]

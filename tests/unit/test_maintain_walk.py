@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from storaged.clock import SystemClock
-from storaged.maintain import slices
+from storaged.maintain import walk
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.scrub import Scrub
-from storaged.maintain.slices import REST_S_MAX, ROWS_A_SLICE
-from storaged.maintain.walk import Range, Walker
+from storaged.maintain.walk import REST_S_MAX, ROWS_A_SLICE, Range, Walker
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import RowRange, Slot, StoreBatch
 from storaged.meta.storage import readahead
@@ -40,7 +39,7 @@ async def test_a_walk_rests_as_long_as_each_slice_took_but_not_for_ever(
     async def sleep(seconds: float) -> None:
         rests.append(seconds)
 
-    monkeypatch.setattr(slices.asyncio, "sleep", sleep)
+    monkeypatch.setattr(walk.asyncio, "sleep", sleep)
     context: Any = SimpleNamespace(clock=SimpleNamespace(monotonic=lambda: now), local_meta={"d": store})
     walked: list[RegisterName] = []
     async for rows in Walker(context, NO_SCANNER).rows(WHERE):

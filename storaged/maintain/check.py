@@ -1,0 +1,223 @@
+"""The check: when registers are looked at, so that the repair queue has what is below target.
+
+A full walk happens at the start, whenever a disk comes or goes, and from time to time. Between walks hints name single
+registers: a read that found damage, a write that had to leave out disks, a scrub. A walk that was not complete, because
+a disk or a majority did not answer, is begun again after a pause that doubles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from storaged.errors import StoragedError
+from storaged.maintain.context import MaintainContext
+from storaged.maintain.health import Finding
+from storaged.maintain.job import Job
+from storaged.maintain.rebuild import CannotRepair
+from storaged.maintain.repair_queue import RepairQueue
+from storaged.maintain.walk import Range, Walker, upload_rows
+from storaged.meta.listing.merge import RingScanner
+from storaged.meta.names import RegisterName, Table, Value
+from storaged.meta.ports import RowDamaged
+
+VERIFY_PAUSE_S_MAX = 60.0
+"""Records of buckets that were not verified are looked at again soon, then after a pause that doubles up to this."""
+
+REFUSALS = (CannotRepair, StoragedError, RowDamaged, TimeoutError)
+"""Why a register can't be looked at or repaired now."""
+
+NOW = -1e18
+
+
+class Check:
+    """Fills ``queue``. ``round`` does what is due; ``hint`` and ``request_walk`` may be called at any time and set
+    ``wake``.
+    """
+
+    def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
+        self._context = context
+        self.walker = Walker(context, scanner)
+        self.queue = RepairQueue(context.limits)
+        self.job = Job("check", context.clock)
+        self.wake = asyncio.Event()
+        self._hints: dict[bytes, None] = {}
+        self._wanted, self._walked = 1, 0
+        """Numbers of the walk that is wanted, and of the last complete one: it began after it was wanted, and every
+        disk and every majority answered.
+        """
+        self._walk_at = NOW
+        self._walk_pause_s = 0.0
+        self._verify_at, self._verify_pause_s = NOW, 0.0
+
+    # --- requests and state -----------------------------------------------------------------------------------------
+
+    def hint(self, name: bytes) -> None:
+        """This register (packed name) should be looked at soon. Beyond the bound a walk finds it."""
+        if len(self._hints) < self._context.limits.hints_max:
+            self._hints[name] = None
+            self.wake.set()
+        else:
+            self.request_walk()
+
+    def request_walk(self) -> None:
+        """A full walk should begin now."""
+        self._wanted += 1
+        self._walk_at = NOW
+        self.wake.set()
+
+    @property
+    def current(self) -> bool:
+        """The queue comes from a complete walk that began after the last reason for one."""
+        return self._walked == self._wanted
+
+    @property
+    def has_hints(self) -> bool:
+        return bool(self._hints)
+
+    @property
+    def busy(self) -> bool:
+        """Something that changes the queue is being done, or waits to be done."""
+        return self.job.state == "running" or not self.current or self.has_hints
+
+    @property
+    def walk_due(self) -> bool:
+        """A walk is wanted, and its pause is over."""
+        return not self.current and self._context.clock.monotonic() >= self._walk_at
+
+    async def round(self) -> None:
+        """Everything that is due. Raises StoragedError, RowDamaged, TimeoutError."""
+        now = self._context.clock.monotonic()
+        overdue = now - self.job.started >= self._context.limits.walk_interval_s
+        if now >= self._walk_at and (not self.current or overdue):
+            await self._walk()
+        await self._verify_buckets_again()
+        await self._look_at_hints()
+
+    # --- walks ------------------------------------------------------------------------------------------------------
+
+    async def _walk(self) -> None:
+        """Judges everything that this node is responsible for. The walk is not complete when a range can't be settled,
+        or a disk does not answer about it. Hints are dropped: the walk looks at their registers too.
+        """
+        wanted, unanswered, settled = self._wanted, self.walker.unanswered, self.walker.settled
+        self._hints.clear()
+        self.queue.begin_walk()
+        self.job.start()
+        failures: list[str] = []
+        try:
+            await self._walk_ranges(failures)
+        except (StoragedError, RowDamaged, TimeoutError) as error:
+            failures.append(str(error))
+        if self.walker.unanswered != unanswered:
+            failures.append("a disk did not answer")
+        if not failures:
+            self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, NOW
+            self.job.finish("done", f"{self.walker.settled - settled} registers settled")
+            return
+        limits = self._context.limits
+        self._walk_pause_s = min(max(2 * self._walk_pause_s, 2 * limits.poll_s), limits.walk_retry_max_s)
+        if wanted == self._wanted:
+            self._walk_again_in(self._walk_pause_s)
+        self.job.finish("failed", failures[0])
+        self._context.log(
+            f"check of all objects: {len(failures)} failures, the first: {failures[0]}; again in"
+            f" {self._walk_pause_s:.0f} s"
+        )
+
+    async def _walk_ranges(self, failures: list[str]) -> None:
+        buckets = self.walker.buckets
+        try:
+            await buckets.refresh(self._context)
+        except StoragedError as error:  # the directory as it was read last has to do
+            failures.append(str(error))
+        ranges = self.walker.led_ranges()
+        self.job.start(len(ranges))
+        for where in ranges:
+            try:
+                if not await self.walker.settle_range(where):
+                    failures.append("a replica did not answer")
+            except StoragedError as error:
+                failures.append(str(error))
+            if where.table != Table.SYSTEM and buckets.is_verified(where.scope):
+                try:
+                    self.queue.replace(where.prefix, await self._judge_range(where))
+                except (StoragedError, RowDamaged, TimeoutError) as error:
+                    # One page of the local store is damaged: the other ranges are looked at all the same.
+                    failures.append(str(error))
+            self.job.advance()
+        self.queue.keep_only(where.prefix for where in ranges if buckets.is_verified(where.scope))
+
+    async def _judge_range(self, where: Range) -> list[Finding]:
+        return [finding async for rows in self.walker.rows(where) for finding in await self.walker.judge_rows(rows)]
+
+    def _walk_again_in(self, pause_s: float) -> None:
+        """The queue may not have everything, but there is no use in hurrying."""
+        self._walk_at = self._context.clock.monotonic() + pause_s
+        if self.current:
+            self._wanted += 1
+
+    async def _verify_buckets_again(self) -> None:
+        """Records of buckets that could not be verified may be by now, when a gateway has signed them. Then everything
+        is looked at again.
+        """
+        now, buckets = self._context.clock.monotonic(), self.walker.buckets
+        if not buckets.refused:
+            self._verify_pause_s = 0.0
+            return
+        if now < self._verify_at:
+            return
+        self._verify_pause_s = min(max(2 * self._verify_pause_s, self._context.limits.poll_s), VERIFY_PAUSE_S_MAX)
+        self._verify_at = now + self._verify_pause_s
+        before = set(buckets.refused)
+        await buckets.refresh(self._context)
+        if before - set(buckets.refused):
+            self.request_walk()
+
+    # --- single registers -------------------------------------------------------------------------------------------
+
+    async def _look_at_hints(self) -> None:
+        """Some of them, several at a time."""
+        hints = list(self._hints)[: self._context.limits.hints_a_round]
+        for packed in hints:
+            del self._hints[packed]
+        names = [name for name in map(RegisterName.unpack, hints) if self._context.leads(name.partition)]
+        if any(name.table != Table.SYSTEM and name.scope not in self.walker.buckets.by_id for name in names):
+            await self.walker.buckets.refresh(self._context)
+        queue = iter(names)
+
+        async def worker() -> None:
+            for name in queue:
+                try:
+                    await self._look_at(name)
+                except REFUSALS as error:
+                    self._context.log(f"a hint about {name.key[:80]!r} is left to the next check: {error}")
+                    if self.current:
+                        self._walk_again_in(self._context.limits.walk_retry_max_s)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._context.limits.hints_at_once, len(names))):
+                group.create_task(worker())
+
+    async def _look_at(self, name: RegisterName) -> None:
+        """Brings the register's replicas to one state and judges what it refers to. When that is on target, judges the
+        parts of open uploads for its key too.
+        """
+        if name.table == Table.SYSTEM:
+            return  # gateways are responsible for those
+        states = {replica.state for replica in await self._context.registers.agreement(name)}
+        if states & {"behind", "damaged"} or {"current", "empty"} <= states:
+            await self._context.registers.settle(name)
+            self.walker.settled += 1
+        await self.judge(name, (await self._context.registers.read(name)).value)
+        if name.table == Table.OBJECT and not self.queue.has(name.pack()):
+            async for row, value in upload_rows(self._context, name):
+                await self.judge(row, value)
+
+    async def judge(self, name: RegisterName, value: Value | None) -> None:
+        """Puts the register's finding into the queue, or takes it off when there is none."""
+        found: list[Finding] = []
+        if value is not None and self.walker.buckets.is_verified(name.scope) and await self.walker.is_needed(name):
+            found = await self.walker.judge_rows([(name, value)])
+        self.queue.set(name.pack(), found[0] if found else None)
+        if found:
+            self.queue.fresh = True

@@ -1,0 +1,53 @@
+"""Where the disks that take writes now can hold a part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from storaged.cluster.layout import Profile
+from storaged.errors import StoragedError
+from storaged.maintain.context import MaintainContext
+from storaged.objects.code.place import Placement, choose
+from storaged.objects.records import PartEntry
+
+
+class Placements:
+    """Asks the placement of writes."""
+
+    def __init__(self, context: MaintainContext) -> None:
+        self._context = context
+        self._can_hold: dict[tuple[str, tuple[str, ...]], bool] = {}
+
+    def choose(self, entry: PartEntry, profile: Profile, countries: tuple[str, ...]) -> Placement | None:
+        """Where a write of this profile would go now; None when it would be refused."""
+        writable: Callable[[str], bool] = self._context.liveness.disk_writable
+        try:
+            return choose(self._context.layouts.current, entry.data_id, profile, writable, countries)
+        except StoragedError:
+            return None
+
+    def at_target(self, entry: PartEntry, countries: tuple[str, ...]) -> Placement | None:
+        """Where the part can lie under its target profile, within the limits of the failure domains; None when it
+        can't now.
+        """
+        target = Profile.parse(entry.target)
+        placement = self.choose(entry, target, countries)
+        if placement is None or placement.profile != target:
+            return None
+        domain_of = self._context.layouts.current.domain_by_disk
+        shares = Counter(domain_of[disk] for disk in placement.disks)
+        return placement if not placement.moved or max(shares.values()) <= target.m else None
+
+    def can_hold_target(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
+        """Whether ``at_target`` finds a place, remembered until ``forget``. What one placement group can, all can: only
+        the number of disks in each domain matters.
+        """
+        known = self._can_hold.get((entry.target, countries))
+        if known is None:
+            known = self._can_hold[entry.target, countries] = self.at_target(entry, countries) is not None
+        return known
+
+    def forget(self) -> None:
+        """Disks may have come or gone."""
+        self._can_hold.clear()
