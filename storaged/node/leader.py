@@ -29,7 +29,7 @@ log = structlog.get_logger("workers")
 class Leader:
     """The gateway's first process, as worker ``number`` sees it. ``door`` and ``talk`` are this process's descriptors.
 
-    It is a ``cluster.audit.log.Trail`` too: this worker writes to the audit log of the first process.
+    It is a ``cluster.audit.trail.Trail`` too: this worker writes to the audit log of the first process.
     """
 
     def __init__(self, number: int, door: int, talk: int, clock: Clock | None = None) -> None:
