@@ -22,6 +22,20 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def append_durably(descriptor: int, content: bytes, size: int) -> None:
+    """Appends to a file of ``size`` bytes that is open for appending; durable when it returns. Raises OSError, after it
+    has cut off what was written. The cut is not synced: after a crash the file may still end in some of ``content``.
+    """
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fdatasync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
 def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this
     returns. Raises OSError: of what could

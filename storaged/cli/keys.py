@@ -158,7 +158,7 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
         )
     if saved.bucket_keys:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        plane.lay_restored(directory, saved.material.keyring_id, map(encode, saved.bucket_keys))
+        plane.write_restored(directory, saved.material.keyring_id, map(encode, saved.bucket_keys))
         _give_to_owner(directory / RESTORED_NAME)
     if known is None:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

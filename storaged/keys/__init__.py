@@ -1,20 +1,19 @@
-"""Keys: made, held and used by gateways only. No storage role imports this package.
+"""Keys: created, held and used by gateways only. No storage role imports this package.
 
-``keyfile`` reads and writes keyring files and backups, ``keyring`` serves keys from one, ``bucketkey`` has the records
-and the cryptography of bucket keys,
-``homes`` compares the two places where they are kept (pure), ``upkeep`` keeps those alike, ``copies`` is the second
-place; ``ports`` names what is needed.
+``material`` is an opened keyring, ``keyfile`` reads and writes keyring files and backups, ``keyring`` serves keys from
+one. ``bucketkey`` has the records and the cryptography of bucket keys, which have two homes: the ring, and ``copies``
+in the gateway. ``homes`` compares the two (pure), ``upkeep`` keeps them alike. ``ports`` names what the package needs
+from others.
 """
 
 from __future__ import annotations
 
 from storaged.keys.bucketkey import KeyCopy
-from storaged.keys.copies import CopyLog, lay_restored
+from storaged.keys.copies import CopyLog, write_restored
 from storaged.keys.keyfile import (
     Argon2Cost,
     Backup,
     Credential,
-    KeyMaterial,
     Passphrase,
     Protection,
     backup,
@@ -25,7 +24,8 @@ from storaged.keys.keyfile import (
     restore,
 )
 from storaged.keys.keyring import Keyring, KeyringStatistics
-from storaged.keys.ports import Audit, Kept, KeyChange, KeyCopies, SystemRegisters
+from storaged.keys.material import KeyMaterial
+from storaged.keys.ports import Audit, KeyChange, KeyCopies, StoredRegister, SystemRegisters
 
 __all__ = [
     "Argon2Cost",
@@ -33,7 +33,6 @@ __all__ = [
     "Backup",
     "CopyLog",
     "Credential",
-    "Kept",
     "KeyChange",
     "KeyCopies",
     "KeyCopy",
@@ -42,12 +41,13 @@ __all__ = [
     "KeyringStatistics",
     "Passphrase",
     "Protection",
+    "StoredRegister",
     "SystemRegisters",
     "backup",
     "create_keyring",
     "keyring_id_of",
-    "lay_restored",
     "open_backup",
     "open_keyring",
     "restore",
+    "write_restored",
 ]

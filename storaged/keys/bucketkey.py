@@ -1,16 +1,15 @@
-"""Bucket keys: the record ``key/BUCKET_ID``, and a version of a key in the clear. Pure but for the randomness that is
-handed in.
+"""Bucket keys: the record ``key/BUCKET_ID``, and a version of a key in the clear. Pure except for the randomness that
+is passed in.
 
-register key/BUCKET_ID  versions of the bucket's key, each wrapped under an epoch key          BucketKeys
-record of an object     its data key, wrapped under a bucket key version                       UnwrappedBucketKey.wrap
-HKDF of a bucket key    the list key, for what a listing prints    UnwrappedBucketKey.seal_list
+register key/BUCKET_ID  versions of the bucket's key, each wrapped under an epoch key    BucketKeyRecord
+record of an object     its data key, wrapped under a bucket key version                 UnwrappedBucketKey.wrap
+HKDF of a bucket key    the list key, for the fields that a listing prints               UnwrappedBucketKey.seal_list
 """
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from storaged.ids import Entropy
+from storaged.keys.material import KeyMaterial
 from storaged.sov1 import (
     CHUNK_BYTES_MIN,
     HEADER_BYTES,
@@ -33,9 +33,6 @@ from storaged.sov1 import (
     sealed_size,
 )
 from storaged.wire import Message, encode
-
-if TYPE_CHECKING:
-    from storaged.keys.keyfile import KeyMaterial
 
 WRAP_LABEL = "sov.key.v1"
 BUCKET_KEY_LABEL = "sov.bucketkey.v1"
@@ -64,8 +61,9 @@ Versions = tuple[WrappedBucketKey, ...]
 
 
 class BucketEnd(Message, frozen=True):
-    """A bucket that was found empty behind its fence, on its way to Deleted: its ``name``, the fence's ``nonce`` and
-    ``shards``, and since when."""
+    """A bucket that was found empty after it was fenced, on its way to Deleted: its ``name``, the fence's ``nonce`` and
+    ``shards``, and the time of this.
+    """
 
     name: str
     since_ms: int
@@ -73,12 +71,11 @@ class BucketEnd(Message, frozen=True):
     shards: tuple[int, ...]
 
 
-class BucketKeys(Message, frozen=True):
+class BucketKeyRecord(Message, frozen=True):
     """The register ``key/BUCKET_ID`` (hex): versions in ascending order, none once the key is destroyed.
 
-    ``authenticator``: HMAC by the keyring's record key over register, sequence and all other fields. Records of old
-    have none: they are read, but only what is authentic may say that a key is destroyed, or that its bucket has
-    ended.
+    ``authenticator``: HMAC by the keyring's record key over register, sequence and all other fields. Old records have
+    none: they are read, but only an authentic record can prove that a key is destroyed, or that its bucket has ended.
     """
 
     bucket_id: bytes
@@ -89,7 +86,9 @@ class BucketKeys(Message, frozen=True):
 
 
 class KeyCopy(Message, frozen=True):
-    """A bucket's key outside of the ring: in a gateway's own log, or in a backup. No versions: it was forgotten."""
+    """A bucket's key outside of the ring: in a gateway's own log, or in a backup. No versions: the key was
+    forgotten.
+    """
 
     bucket_id: bytes
     versions: Versions
@@ -105,7 +104,7 @@ def register_of(bucket_id: bytes) -> str:
 
 
 def wrap_context(keyring_id: bytes, bucket_id: bytes, version: int, epoch: int) -> bytes:
-    """What a wrapped bucket key is bound to."""
+    """The context of a wrapped bucket key."""
     return pack_context(b"", [keyring_id, bucket_id, version.to_bytes(4, "big"), epoch.to_bytes(4, "big")])
 
 
@@ -123,7 +122,7 @@ class Vault:
         return f"Vault({self.keyring_id.hex()})"
 
     def close(self) -> None:
-        """Forgets its keys: nothing opens and nothing is authentic any more."""
+        """Forgets its keys: from now on nothing opens and nothing is authentic."""
         self._epochs, self._record_key = {}, self._entropy(KEY_BYTES)
 
     def wrap_new(self, bucket_id: bytes, version: int, now_ms: int) -> WrappedBucketKey:
@@ -152,13 +151,13 @@ class Vault:
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
         return hmac.compare_digest(self.authenticate(context, message), tag)
 
-    def sign(self, record: BucketKeys, sequence: int) -> BucketKeys:
-        """The record as it is written under this sequence number of its register."""
+    def sign(self, record: BucketKeyRecord, sequence: int) -> BucketKeyRecord:
+        """The record with the authenticator for this sequence number of its register."""
         unsigned = msgspec.structs.replace(record, authenticator=b"")
         tag = self.authenticate(_context(record.bucket_id, sequence), encode(unsigned))
         return msgspec.structs.replace(record, authenticator=tag)
 
-    def authentic(self, record: BucketKeys, sequence: int) -> bool:
+    def authentic(self, record: BucketKeyRecord, sequence: int) -> bool:
         unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
         return self.verify(_context(record.bucket_id, sequence), unsigned, record.authenticator)
 
@@ -168,8 +167,9 @@ def _context(bucket_id: bytes, sequence: int) -> tuple[bytes, bytes]:
 
 
 class FieldBox:
-    """AES-256-GCM under one key with random 96-bit nonces: nonce || ciphertext || tag; the label and the packed
-    context are the associated data."""
+    """AES-256-GCM under one key with random 96-bit nonces: nonce || ciphertext || tag. The label and the packed context
+    are the associated data.
+    """
 
     def __init__(self, key: bytes, label: bytes, entropy: Entropy) -> None:
         self._cipher = AESGCM(key)
@@ -181,7 +181,7 @@ class FieldBox:
         return nonce + self._cipher.encrypt(nonce, plaintext, self._label + context)
 
     def open_all(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
-        """Each with its context. Raises SealBroken when one does not open, or is too short to hold anything."""
+        """Opens each with its context. Raises SealBroken when one does not open or is too short."""
         decrypt, label = self._cipher.decrypt, self._label
         try:
             return [

@@ -1,5 +1,5 @@
-"""A gateway's own copies of bucket keys: an append-only log in its directory, beside the ring the second home of
-every key that it made or used.
+"""A gateway's own copies of bucket keys: an append-only log in its directory. Beside the ring it is the second home of
+every key that the gateway made or used.
 
     header   4  magic "SKC1"
              16  keyring id
@@ -7,13 +7,14 @@ every key that it made or used.
              8  xxh3-64 of the copy, big-endian
              .. the copy: message KeyCopy, wrapped under an epoch key as in the ring. No versions: forgotten
 
-Theory of operation. A copy costs one append and one fdatasync, however many there are. The last entry of a bucket
-counts. The log is written anew (a whole file beside it, then renamed) when more than half of it is out of date, or a
-key was forgotten: then nothing of the forgotten one stays in the file. At the start everything from the first entry
-that is not whole is cut off: that is the tail of a crash, or damage, and the ring has those keys too. Their number is
-in ``cut_bytes``.
+Theory of operation
+    A copy costs one append and one fdatasync, whatever the number of copies. The last entry of a bucket counts. The log
+    is rewritten (a new file beside it, then a rename) when more than half of it is out of date, or when a key was
+    forgotten: then nothing of the forgotten key stays in the file. A start cuts off everything from the first entry
+    that is not intact: that is the tail of a crash, or damage, and the ring has those keys too. ``cut_bytes`` has the
+    length of the cut.
 
-One process of a gateway has the log open. The others ask it (``node.leader``).
+    One process of a gateway has the log open. The others ask it (``node.leader``).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ import msgspec
 import structlog
 import xxhash
 
-from storaged.durable import replace_file, sync_path
+from storaged.durable import append_durably, replace_file, sync_path
 from storaged.errors import KeyringMismatch, KeyringUnavailable
 from storaged.keys.bucketkey import KeyCopy
-from storaged.keys.keyfile import KEYRING_ID_BYTES
+from storaged.keys.material import KEYRING_ID_BYTES
 from storaged.units import KIB
 from storaged.wire import decode
 
 FILE_NAME: Final = "bucketkeys"
 RESTORED_NAME: Final = "bucketkeys.restored"
-"""Copies from a backup, laid there by `storaged keys restore` for the gateway to take."""
+"""Copies from a backup. `storaged keys restore` puts the file there, and the gateway imports it."""
 
 MAGIC: Final = b"SKC1"
 HEADER_BYTES: Final = 4 + KEYRING_ID_BYTES
@@ -46,7 +47,7 @@ ENTRY_HEAD_BYTES: Final = 12
 COPY_BYTES_MAX: Final = 64 * KIB
 """Some 500 versions of one key."""
 SLACK_BYTES: Final = 64 * KIB
-"""What may be out of date before the log is written anew, however few keys there are."""
+"""Bytes that may be out of date before the log is rewritten, however few keys there are."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,7 +56,7 @@ log = structlog.get_logger("keys")
 
 
 def render_entry(copy: bytes) -> bytes:
-    """One entry of the log, of an encoded KeyCopy."""
+    """One entry of the log, for an encoded KeyCopy."""
     assert len(copy) <= COPY_BYTES_MAX
     return len(copy).to_bytes(4, "big") + xxhash.xxh3_64_digest(copy) + copy
 
@@ -66,14 +67,16 @@ def render_log(keyring_id: bytes, copies: Iterable[bytes]) -> bytes:
 
 
 class ReadLog(NamedTuple):
-    """``copies``: bucket id -> encoded KeyCopy, the last of each. ``whole_bytes``: how far the file could be read."""
+    """``copies``: bucket id -> encoded KeyCopy, the last of each. ``whole_bytes``: the length of the intact part of the
+    file.
+    """
 
     copies: dict[bytes, bytes]
     whole_bytes: int
 
 
 def read_log(content: bytes, keyring_id: bytes) -> ReadLog:
-    """Raises KeyringMismatch for a log of another keyring, or what is none."""
+    """Raises KeyringMismatch for a log of another keyring, or a file that is no log."""
     if content[:4] != MAGIC or len(content) < HEADER_BYTES:
         raise KeyringMismatch("This is not a log of bucket keys.")
     if content[4:HEADER_BYTES] != keyring_id:
@@ -101,8 +104,9 @@ def read_log(content: bytes, keyring_id: bytes) -> ReadLog:
 
 
 class CopyLog:
-    """``ports.KeyCopies`` over the log; ``report`` is what the caller hands in. Use: ``await open()``, at the end
-    ``close()``."""
+    """``ports.KeyCopies`` over the log, except ``report``, which the caller provides. Use: ``await open()``, at the end
+    ``close()``.
+    """
 
     def __init__(self, directory: Path, keyring_id: bytes) -> None:
         self.path = directory / FILE_NAME
@@ -115,9 +119,9 @@ class CopyLog:
         self._live_bytes = 0
         self._lock = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="key-copies")
-        """One: what a cancelled caller began is over before the next begins."""
+        """One thread: the work of a cancelled caller ends before the next begins."""
         self.cut_bytes = 0
-        """Bytes at the end of the log that were no whole entries at the start."""
+        """Bytes at the end of the log that were no intact entries at the start."""
         self.problem = ""
         """Why the log can't be written; empty when it can."""
 
@@ -126,7 +130,7 @@ class CopyLog:
         return len(self._copies)
 
     def newer_than(self, time_ms: int) -> int:
-        """How many buckets have a version that was made after this moment (ms since 1970)."""
+        """How many buckets have a version that was made after this time (ms since 1970)."""
         kept = (decode(copy, KeyCopy).versions for copy in self._copies.values())
         return sum(any(entry.created_ms > time_ms for entry in versions) for versions in kept)
 
@@ -154,7 +158,7 @@ class CopyLog:
         if not content or self.cut_bytes or len(content) > HEADER_BYTES + 2 * self._live_bytes + SLACK_BYTES:
             try:
                 self._rewrite(self._copies)
-            except OSError as error:  # a full disk must not keep the gateway from serving what it has
+            except OSError as error:  # a full disk must not keep the gateway from serving the keys that it has
                 self._note(error)
         else:
             self._reopen(len(content))
@@ -179,8 +183,6 @@ class CopyLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    # --- ports.KeyCopies ---------------------------------------------------------------------------------------------
 
     async def get(self, bucket_id: bytes) -> bytes | None:
         return self._copies.get(bucket_id)
@@ -207,8 +209,9 @@ class CopyLog:
             self._copies = left
 
     async def restored(self) -> dict[bytes, bytes]:
-        """Copies that `storaged keys restore` laid beside the log. The caller judges and keeps them, then calls
-        ``restored_taken``. Raises KeyringMismatch for those of another keyring, or damaged ones, OSError."""
+        """Copies that `storaged keys restore` put beside the log. The caller judges and keeps them, then calls
+        ``remove_restored``. Raises KeyringMismatch when they are of another keyring or damaged, OSError.
+        """
         try:
             content = await self._in_thread(self._restored.read_bytes)
         except FileNotFoundError:
@@ -219,11 +222,11 @@ class CopyLog:
             raise KeyringMismatch(f"{self._restored} is damaged: {unread} bytes at its end can't be read.")
         return found.copies
 
-    async def restored_taken(self) -> None:
-        """What was restored is kept: the file goes."""
-        await self._in_thread(self._remove_restored)
+    async def remove_restored(self) -> None:
+        """Removes the file of restored copies, when they are kept in the log."""
+        await self._in_thread(self._unlink_restored)
 
-    def _remove_restored(self) -> None:
+    def _unlink_restored(self) -> None:
         self._restored.unlink(missing_ok=True)
         sync_path(self._restored.parent)
 
@@ -238,8 +241,9 @@ class CopyLog:
         return self._file_bytes + size > HEADER_BYTES + 2 * live + SLACK_BYTES
 
     async def _change(self, rewritten: Mapping[bytes, bytes] | None, added: Iterable[bytes]) -> None:
-        """``rewritten``: all that is to be in the log; None: ``added`` is appended. Raises KeyringUnavailable, and
-        nothing was changed."""
+        """``rewritten``: the new content of the log; None: append ``added``. Raises KeyringUnavailable, and has changed
+        nothing then.
+        """
         if self._closed:
             raise KeyringUnavailable("The log of bucket keys is closed.")
         try:
@@ -260,18 +264,10 @@ class CopyLog:
         log.error("the log of bucket keys cannot be written", file=str(self.path), reason=reason)
 
     def _append(self, data: bytes) -> None:
-        """What can't be written whole is cut off again."""
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-            os.fdatasync(self._descriptor)
-        except OSError:
-            os.ftruncate(self._descriptor, self._file_bytes)
-            raise
+        append_durably(self._descriptor, data, self._file_bytes)
         self._file_bytes += len(data)
 
 
-def lay_restored(directory: Path, keyring_id: bytes, copies: Iterable[bytes]) -> None:
-    """For `storaged keys restore`: the gateway takes them when it starts or is reloaded. Raises OSError."""
+def write_restored(directory: Path, keyring_id: bytes, copies: Iterable[bytes]) -> None:
+    """For `storaged keys restore`: the gateway imports the copies when it starts or is reloaded. Raises OSError."""
     replace_file(directory / RESTORED_NAME, render_log(keyring_id, copies))

@@ -1,16 +1,15 @@
-"""The two homes of a bucket's key, compared: its register in the ring, and this gateway's own copy. Pure.
+"""Compares the two homes of a bucket's key: its register in the ring, and this gateway's own copy. Pure.
 
-A wrapped key is committing and bound to its bucket and version, so what is forged does not open. What is left to
-somebody who writes registers without keys is to remove a key, to put back an older record, or to claim that the key
-was destroyed. So:
+A wrapped key is committing and bound to its bucket and version, so a forged one does not open. An attacker who writes
+registers without keys can still remove a key, put back an older record, or claim that the key was destroyed. So:
 
-* what opens in either home is the bucket's key; a register that is missing, does not open, is not authentic or lacks
-  a version is damaged, and is written again from what opens;
-* "destroyed" is believed of an authentic record only, and then a copy counts for nothing;
-* two homes with different keys of one version are nothing that damage could make: no key is released, and nothing is
+* A key that opens in either home is the bucket's key. A register that is missing, does not open, is not authentic or
+  lacks a version is damaged, and is written again from what opens.
+* "Destroyed" is only believed of an authentic record, and then a copy counts for nothing.
+* Damage can't produce two homes with different keys of one version: then no key is released, and nothing is
   overwritten.
 
-A record of old, without authenticator, is no damage where it opens; it is written again with one.
+An old record, without authenticator, is not damaged if it opens. It is written again with an authenticator.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from storaged.keys.bucketkey import (
     ACTIVE,
     DESTROYED,
     BucketEnd,
-    BucketKeys,
+    BucketKeyRecord,
     UnknownEpoch,
     Vault,
     Versions,
     WrappedBucketKey,
 )
-from storaged.keys.ports import Kept
+from storaged.keys.ports import StoredRegister
 from storaged.sov1 import SealBroken
 from storaged.wire import decode
 
@@ -39,8 +38,8 @@ class Judged(NamedTuple):
     """``keys``: version -> key in the clear; empty with a ``refusal``. ``versions``: the same, wrapped, as both homes
     should have them.
 
-    ``damage``: what is wrong with the ring's record, empty when nothing is. ``mend_ring``, ``mend_copy``: that home
-    should be written. ``ended``: as an authentic record says.
+    ``damage``: what is wrong with the ring's record; empty when nothing is. ``repair_ring``, ``repair_copy``: that home
+    should be written. ``ended``: according to an authentic record.
     """
 
     keys: dict[int, bytes] = {}  # noqa: RUF012 - never changed
@@ -48,8 +47,8 @@ class Judged(NamedTuple):
     refusal: str = ""
     damage: str = ""
     destroyed: bool = False
-    mend_ring: bool = False
-    mend_copy: bool = False
+    repair_ring: bool = False
+    repair_copy: bool = False
     ended: BucketEnd | None = None
 
 
@@ -61,8 +60,8 @@ class _Opened(NamedTuple):
     """One is wrapped under an epoch that this keyring does not have."""
 
 
-def judge(vault: Vault, bucket_id: bytes, kept: Kept | None, copy: Versions) -> Judged:
-    """``kept``: the register, None when it was never written. ``copy``: this gateway's, empty when it has none."""
+def judge(vault: Vault, bucket_id: bytes, kept: StoredRegister | None, copy: Versions) -> Judged:
+    """``kept``: the register, None when it was never written. ``copy``: this gateway's copy, empty when it has none."""
     name = bucket_id.hex()
     record, damage = _read(bucket_id, kept)
     authentic = record is not None and kept is not None and vault.authentic(record, kept.sequence)
@@ -70,12 +69,12 @@ def judge(vault: Vault, bucket_id: bytes, kept: Kept | None, copy: Versions) -> 
         damage = f"The key record of bucket {name} is not authentic."
     if record is not None and record.state == DESTROYED and authentic:
         text = f"The key of bucket {name} is destroyed."
-        return Judged(refusal=text, destroyed=True, mend_copy=bool(copy), ended=record.ended)
+        return Judged(refusal=text, destroyed=True, repair_copy=bool(copy), ended=record.ended)
     if record is not None and record.state != ACTIVE:
         damage = damage or f"The key record of bucket {name} says {record.state!r} and proves nothing."
         record = None
     ring = _open(vault, bucket_id, record.versions if record is not None else ())
-    if authentic and ring.foreign:  # the keyring is older than the record: nothing is wrong with that one
+    if authentic and ring.foreign:  # the keyring is older than the record, which is not damaged
         return Judged(refusal=f"The key of bucket {name} {ring.broken}.")
     mine = _open(vault, bucket_id, copy)
     damage = damage or (f"The key of bucket {name} {ring.broken}." if ring.broken else "")
@@ -96,19 +95,19 @@ def judge(vault: Vault, bucket_id: bytes, kept: Kept | None, copy: Versions) -> 
         {version: found[version][1] for version in sorted(found)},
         versions,
         damage=damage,
-        mend_ring=bool(damage) or not authentic or record is None or record.versions != versions,
-        mend_copy=versions != copy and not mine.foreign,
+        repair_ring=bool(damage) or not authentic or record is None or record.versions != versions,
+        repair_copy=versions != copy and not mine.foreign,
         ended=record.ended if record is not None and authentic else None,
     )
 
 
-def _read(bucket_id: bytes, kept: Kept | None) -> tuple[BucketKeys | None, str]:
-    """The record and why it is none."""
+def _read(bucket_id: bytes, kept: StoredRegister | None) -> tuple[BucketKeyRecord | None, str]:
+    """The record, or why there is none."""
     name = bucket_id.hex()
     if kept is None or not kept.body:
         return None, f"No key is kept for bucket {name}."
     try:
-        record = decode(kept.body, BucketKeys)
+        record = decode(kept.body, BucketKeyRecord)
     except msgspec.MsgspecError:
         return None, f"The key record of bucket {name} cannot be read."
     if record.bucket_id != bucket_id:

@@ -1,15 +1,13 @@
-"""The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMATS.md (Keys) gives
-every field.
+"""The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMATS.md (Keys)
+describes every field.
 
-A file is JSON, so that an operator sees what it is: keyring id, how it is protected, the sealed body (SOV1), and which
-epoch the last backup covers. Everything but the
-last is bound into the seal. A backup is the same kind of file under its own passphrase, of version 2: it has every
-bucket key that had been made (wrapped) in a
-second sealed part. Backups of version 1 have none, and are read as before.
+A file is JSON, so that an operator can see what it is: keyring id, kind of protection, the sealed body (SOV1), and the
+epoch that the last backup covers. The seal binds everything but the last. A backup is the same kind of file, of version
+2, under its own passphrase: a second sealed part has every bucket key that had been made (wrapped). Backups of version
+1 have no such part, and are read as before.
 
-Keys are made by ``create_keyring`` only. Opening, restoring and backing up never make one, and no file is ever
-overwritten: a cluster whose keyring is missing must
-say so, for with a new keyring all its data would be lost behind the old one.
+Only ``create_keyring`` makes keys. Opening, restoring and backing up never make one, and no file is ever overwritten: a
+cluster whose keyring is missing must report that, since a new keyring would lose all data sealed under the old one.
 """
 
 from __future__ import annotations
@@ -34,24 +32,24 @@ from storaged.durable import replace_file, sync_path
 from storaged.errors import FileExists, KeyringDamaged, KeyringMismatch, OperatorError, WrongPassphrase
 from storaged.ids import Entropy, system_entropy
 from storaged.keys.bucketkey import KeyCopy
+from storaged.keys.material import KEYRING_ID_BYTES, EpochKey, KeyMaterial, KeyringBody
 from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_context, seal_message
-from storaged.wire import Message, decode, encode
+from storaged.wire import decode, encode
 
 FORMAT = "storaged keyring"
 VERSION = 1
 BACKUP_VERSION = 2
 LABEL = "sov.keyring.v1"
 BUCKETS_LABEL = "sov.keyring.buckets.v1"
-KEYRING_ID_BYTES = 16
 CREDENTIAL_BYTES = 32
 FILE_BYTES_MAX = 256 * 1024 * 1024
-"""A bucket key takes some 220 bytes of a backup: a million of them."""
+"""A bucket key takes some 220 bytes of a backup: this is room for a million of them."""
 KDF_SALT_BYTES = 16
 
 
 class Argon2Cost(NamedTuple):
-    """Work of one guess at the passphrase. The default takes half a second and 256 MiB, four times RFC 9106's second
-    recommendation.
+    """The work of one guess at the passphrase. The default takes half a second and 256 MiB, four times RFC 9106's
+    second recommendation.
     """
 
     memory_kib: int = 256 * 1024
@@ -61,15 +59,15 @@ class Argon2Cost(NamedTuple):
 
 ARGON2_COST = Argon2Cost()
 ARGON2_COST_MAX = Argon2Cost(1024 * 1024, 16, 16)
-"""What a file may ask for, four times the memory of what is written: a forged one must not take all memory, nor
+"""Upper bound of the cost in a file, four times the memory of the default: a forged file must not take all memory, nor
 minutes.
 """
 
 
 @dataclass(frozen=True, repr=False)
 class Passphrase:
-    """Protects by something that people remember; normalised to NFC, so that it opens on every keyboard. ``cost``
-    counts when a file is made.
+    """Protects by a text that people remember, normalised to NFC, so that it opens on every keyboard. ``cost`` counts
+    when a file is made.
     """
 
     text: str
@@ -81,8 +79,8 @@ class Passphrase:
 
 @dataclass(frozen=True, repr=False)
 class Credential:
-    """Protects by 32 random bytes that something else keeps: systemd's encrypted credentials, or a file of mode 0600 in
-    a trial cluster.
+    """Protects by 32 random bytes that are kept elsewhere: in systemd's encrypted credentials, or in a file of mode
+    0600 in a trial cluster.
     """
 
     secret: bytes
@@ -92,7 +90,7 @@ class Credential:
 
     @classmethod
     def load(cls, path: Path) -> Credential:
-        """Raises KeyringMismatch when the file is not there or not 32 bytes long."""
+        """Raises KeyringMismatch when the file is missing or not 32 bytes long."""
         try:
             secret = path.read_bytes()
         except OSError as error:
@@ -114,66 +112,12 @@ class Credential:
 Protection = Passphrase | Credential
 
 
-class EpochKey(Message, frozen=True):
-    """Bucket keys are wrapped under the newest. Older ones stay until no bucket key needs them; destroying one shreds
-    what it wrapped.
-    """
-
-    epoch: int
-    key: bytes
-    created_ms: int
-
-    def __repr__(self) -> str:
-        return f"EpochKey(epoch={self.epoch})"
-
-
-class _Body(Message, frozen=True):
-    """The sealed body: epoch keys in ascending order, the key that authenticates records, the key that seals S3
-    secrets.
-    """
-
-    epochs: tuple[EpochKey, ...]
-    record_key: bytes
-    secret_key: bytes
-
-    def __repr__(self) -> str:
-        return "_Body(...)"
-
-
-class KeyMaterial:
-    """An opened keyring file. Holds secrets: never logged, and its repr shows only the id."""
-
-    def __init__(self, path: Path, keyring_id: bytes, body: _Body, backed_up_epoch: int, backed_up_ms: int = 0) -> None:
-        self.path = path
-        self.keyring_id = keyring_id
-        self.epochs: Mapping[int, EpochKey] = {entry.epoch: entry for entry in body.epochs}
-        self.newest = body.epochs[-1]
-        self.record_key = body.record_key
-        self.secret_key = body.secret_key
-        self.backed_up_epoch = backed_up_epoch
-        """The newest epoch that a backup covers, 0: none was made."""
-        self.backed_up_ms = backed_up_ms
-        """When the last backup was made (ms since 1970), 0: none was, or by a version that did not note it. Bucket keys
-        made later are in no backup.
-        """
-        self._body = body
-
-    def __repr__(self) -> str:
-        return f"KeyMaterial(keyring_id={self.keyring_id.hex()}, newest epoch={self.newest.epoch})"
-
-    @property
-    def is_backed_up(self) -> bool:
-        return self.backed_up_epoch >= self.newest.epoch
-
-
 def create_keyring(
     path: Path, protection: Protection, *, clock: Clock | None = None, entropy: Entropy = system_entropy
 ) -> KeyMaterial:
-    """Makes new keys, epoch 1, in a new file of mode 0600: only for a cluster that is being
-    created. Raises FileExists.
-    """
+    """Makes new keys, epoch 1, in a new file of mode 0600: only for a new cluster. Raises FileExists."""
     now_ms = (clock or SystemClock()).wall_ms()
-    body = _Body((EpochKey(1, entropy(KEY_BYTES), now_ms),), entropy(KEY_BYTES), entropy(KEY_BYTES))
+    body = KeyringBody((EpochKey(1, entropy(KEY_BYTES), now_ms),), entropy(KEY_BYTES), entropy(KEY_BYTES))
     keyring_id = entropy(KEYRING_ID_BYTES)
     _write_new(path, _render(keyring_id, body, protection, _Notes(0, 0), entropy))
     return KeyMaterial(path, keyring_id, body, 0)
@@ -182,15 +126,15 @@ def create_keyring(
 def open_keyring(path: Path, protection: Protection, *, expected_id: bytes | None = None) -> KeyMaterial:
     """Takes half a second with a passphrase: call it in a thread.
 
-    Raises KeyringMismatch when the file is missing or not the one of ``expected_id``, WrongPassphrase (wrong credential
+    Raises KeyringMismatch when the file is missing or not that of ``expected_id``, WrongPassphrase (wrong credential
     too), KeyringDamaged.
     """
     return _open(path, protection, expected_id).material
 
 
 class Backup(NamedTuple):
-    """An opened backup. ``bucket_keys``: those that had been made; none in a backup of version 1, which
-    ``has_bucket_keys`` tells apart.
+    """An opened backup. ``bucket_keys``: those that had been made; empty in a backup of version 1, for which
+    ``has_bucket_keys`` is False.
     """
 
     material: KeyMaterial
@@ -215,7 +159,7 @@ def _open(path: Path, protection: Protection, expected_id: bytes | None) -> Back
     try:
         version = fields["version"]
         context = _context(version, keyring_id, protected)
-        body = decode(open_message(key, LABEL, context, _bytes(fields["sealed"])), _Body)
+        body = decode(open_message(key, LABEL, context, _bytes(fields["sealed"])), KeyringBody)
         bucket_keys: tuple[KeyCopy, ...] = ()
         if version == BACKUP_VERSION:
             bucket_keys = decode(_open_buckets(key, context, _bytes(fields["bucket_keys"])), tuple[KeyCopy, ...])
@@ -235,7 +179,7 @@ def _open(path: Path, protection: Protection, expected_id: bytes | None) -> Back
 
 
 def _open_buckets(key: bytes, context: bytes, sealed: bytes) -> bytes:
-    """Whatever is wrong with it, the passphrase was right."""
+    """Raises SealBroken as for damage: the passphrase was right, since the body opened."""
     try:
         return open_message(key, BUCKETS_LABEL, context, sealed)
     except SealBroken:
@@ -243,7 +187,7 @@ def _open_buckets(key: bytes, context: bytes, sealed: bytes) -> bytes:
 
 
 def keyring_id_of(path: Path) -> bytes:
-    """The id in a keyring file's head, without opening it. Raises KeyringMismatch, KeyringDamaged."""
+    """The id in a keyring file's head; does not open the file. Raises KeyringMismatch, KeyringDamaged."""
     return _keyring_id(_parse(path), path)
 
 
@@ -257,18 +201,18 @@ def backup(
     cost: Argon2Cost | None = None,
     entropy: Entropy = system_entropy,
 ) -> None:
-    """Writes a backup of mode 0600 that the passphrase opens, reads it back, and then notes in the keyring file which
-    epoch it covers, and ``now_ms``: when
-    ``bucket_keys``, all that had been made, were gathered (ms since 1970).
+    """Writes a backup of mode 0600 that the passphrase opens and reads it back. Then it notes in the keyring file the
+    epoch that the backup covers, and ``now_ms``: when ``bucket_keys``, all that had been made, were collected (ms since
+    1970).
 
-    Its epoch keys open the keys of buckets created later too, where the ring still has them. Raises FileExists. Takes
+    Its epoch keys also open the keys of buckets created later, if the ring still has them. Raises FileExists. Takes
     about a second: call it in a thread.
     """
     protection = Passphrase(passphrase, cost or ARGON2_COST)
     notes = _Notes(material.newest.epoch, now_ms)
-    _write_new(path, _render(material.keyring_id, material._body, protection, notes, entropy, tuple(bucket_keys)))
+    _write_new(path, _render(material.keyring_id, material.body, protection, notes, entropy, tuple(bucket_keys)))
     written = open_backup(path, passphrase, expected_id=material.keyring_id)
-    if written.material._body != material._body or written.bucket_keys != tuple(bucket_keys):
+    if written.material.body != material.body or written.bucket_keys != tuple(bucket_keys):
         raise KeyringDamaged(f"The backup {path} does not read back as it was written.")
     fields = _parse(material.path)
     fields["backed_up_epoch"] = max(_covered(fields), material.newest.epoch)
@@ -293,8 +237,8 @@ def restore(
     """Makes the keyring file ``target`` from the backup at ``path``, under ``protection`` (default: the backup's
     passphrase, at the backup's cost).
 
-    The bucket keys of a backup are not in it: see ``copies.lay_restored``. ``expected_id``: the cluster's keyring, when
-    it is known. Raises FileExists when ``target`` is there, WrongPassphrase, KeyringMismatch, KeyringDamaged.
+    Does not restore the bucket keys of the backup: see ``copies.write_restored``. ``expected_id``: the cluster's
+    keyring, if known. Raises FileExists when ``target`` exists, WrongPassphrase, KeyringMismatch, KeyringDamaged.
     """
     if target.exists():
         raise FileExists(f"{target} exists already; it was left as it is.")
@@ -302,15 +246,15 @@ def restore(
     if protection is None:
         protection = Passphrase(passphrase, _cost(_parse(path)["protection"], path))
     notes = _Notes(saved.newest.epoch, saved.backed_up_ms)
-    _write_new(target, _render(saved.keyring_id, saved._body, protection, notes, entropy))
-    return KeyMaterial(target, saved.keyring_id, saved._body, *notes)
+    _write_new(target, _render(saved.keyring_id, saved.body, protection, notes, entropy))
+    return KeyMaterial(target, saved.keyring_id, saved.body, *notes)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
 class _Notes(NamedTuple):
-    """What is noted beside the seal, since it only decides whether to warn."""
+    """Stored beside the seal, since it only decides whether to warn."""
 
     backed_up_epoch: int
     backed_up_ms: int
@@ -318,13 +262,13 @@ class _Notes(NamedTuple):
 
 def _render(
     keyring_id: bytes,
-    body: _Body,
+    body: KeyringBody,
     protection: Protection,
     notes: _Notes,
     entropy: Entropy,
     bucket_keys: tuple[KeyCopy, ...] | None = None,
 ) -> bytes:
-    """A keyring file; with ``bucket_keys``, be it none of them, a backup of version 2."""
+    """A keyring file; with ``bucket_keys``, even none, a backup of version 2."""
     protected: dict[str, Any] = {"kind": "credential", "salt": _text(entropy(KDF_SALT_BYTES))}
     if isinstance(protection, Passphrase):
         if not protection.text:
@@ -424,7 +368,7 @@ def _keyring_id(fields: Mapping[str, Any], path: Path) -> bytes:
 
 
 def _covered(fields: Mapping[str, Any]) -> int:
-    """The note of the last backup: not sealed, since it only decides whether to warn."""
+    """The epoch of the last backup: not sealed, since it only decides whether to warn."""
     return _number(fields, "backed_up_epoch")
 
 
@@ -449,8 +393,8 @@ def _bytes(text: str) -> bytes:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """A new file of mode 0600, durable when this returns. Raises FileExists, or OperatorError when it can't be written;
-    what is not whole is removed again.
+    """Creates a file of mode 0600, durable when this returns. Raises FileExists, or OperatorError when it can't be
+    written; then the incomplete file is removed.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -1,19 +1,19 @@
 """The key service of a gateway: bucket keys on demand, authentication of records, sealing of S3 secrets.
 
-A bucket key is committed to its register, and to this gateway's own copies, before anything is sealed under it. Its
-two homes are compared at every release (``homes.judge``): a register that is damaged is written again from what
-opens, and reported (BUCKET_KEY_DAMAGED).
+A bucket key is committed to its register, and to this gateway's own copies, before anything is sealed under it. Every
+release compares its two homes (``homes.judge``): a damaged register is written again from what opens, and reported
+(BUCKET_KEY_DAMAGED).
 
-Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``. One that expired is
-forgotten when it is asked for, when any other is released, or by ``forget_expired``.
+A key is released to this process by an audited read of the register and cached for ``cache_ttl_s``. An expired key is
+dropped when it is requested, when any other is released, or by ``forget_expired``.
 
-Every release asks the policy (``cluster.policy.release_refusal``), that of a kept key too: its decision is kept with
-the key, for the countries that it was made for, as long as neither policy nor certificate changes and the certificate
-is valid by the wall clock. What is refused is forgotten, and audited.
+Every release asks the policy (``cluster.policy.release_refusal``), also that of a cached key. The decision is cached
+with the key, for the countries that it was made for, while policy and certificate stay the same and the certificate is
+valid by the wall clock. A refused key is dropped from the cache, and the refusal is audited.
 
 A key ends with its bucket: ``end_bucket_key`` notes in the register that the bucket was found empty on its way to
-Deleted, ``destroy_bucket_key`` leaves a marker in the key's place and removes this gateway's copy. What other
-gateways have goes when they look after their copies (``look_after``), or ask for the key. ``upkeep`` does that.
+Deleted; ``destroy_bucket_key`` replaces the key by a marker and removes this gateway's copy. Other gateways drop theirs
+when they reconcile their copies (``reconcile_copies``), or request the key. ``upkeep`` does that.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from storaged.cluster.policy import BUCKET_COUNTRIES_RULE, KeyHolder, Policy, Re
 from storaged.errors import KeyReleaseRefused, KeyringUnavailable, StoragedError
 from storaged.ids import BUCKET_ID_BYTES, Entropy, system_entropy
 from storaged.keys.bucketkey import FieldBox, UnwrappedBucketKey, Vault
-from storaged.keys.keyfile import KeyMaterial
+from storaged.keys.material import KeyMaterial
 from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
 from storaged.keys.signing import signing_key
-from storaged.keys.upkeep import EndedKey, KeyHomes, facts_of
+from storaged.keys.upkeep import EndedKey, KeyHomes, audit_fields
 from storaged.sov1 import pack_context
 
 SECRET_LABEL = b"sov.secret.v1\0"
@@ -40,17 +40,18 @@ SECRET_LABEL = b"sov.secret.v1\0"
 CACHE_TTL_S = 300.0
 BUCKETS_CACHED_MAX = 4096
 VALIDITY_EVERY_S = 1.0
-"""How often the wall clock is compared with the certificate's validity, for keys that are in memory."""
+"""How often the certificate's validity is checked against the wall clock, for cached keys."""
 
 REFUSALS_KEPT_MAX = 1024
 REFUSAL_QUIET_S = 60.0
-"""The same refusal is not audited again for so long: clients that try again must not fill the log."""
+"""The same refusal is audited once in this time: clients that retry must not fill the log."""
 
 
 @dataclass(frozen=True)
 class KeyringStatistics:
-    """``newest_epoch`` above ``backed_up_epoch``: a backup is due (KEYS_NOT_BACKED_UP). ``backed_up_ms``: when the
-    last one was made, 0: unknown."""
+    """``newest_epoch`` above ``backed_up_epoch``: a backup is due (KEYS_NOT_BACKED_UP). ``backed_up_ms``: when the last
+    one was made; 0: unknown.
+    """
 
     keyring_id: str
     newest_epoch: int
@@ -67,11 +68,13 @@ class _Cached:
     newest: int
     versions: Mapping[int, UnwrappedBucketKey]
     permitted: tuple[str, ...] | None = None
-    """Countries of the bucket's record when the policy last allowed this key; None: it has not been asked."""
+    """Countries of the bucket's record when the policy last allowed this key; None: it was not asked yet."""
 
 
 class _Loading:
-    """A read of one bucket's keys under way: those who come meanwhile wait for it, and share its failure."""
+    """A read of one bucket's keys that is under way: requests that arrive meanwhile wait for it, and share its
+    failure.
+    """
 
     def __init__(self) -> None:
         self.done = asyncio.Event()
@@ -96,7 +99,8 @@ class Keyring:
         buckets_cached_max: int = BUCKETS_CACHED_MAX,
     ) -> None:
         """``policy``: of the layout in force, None when it can't be read. ``holder``: this gateway's certificate. See
-        ``judge_by``."""
+        ``set_policy``.
+        """
         self._open: KeyMaterial | None = material
         self._keyring_id = material.keyring_id
         self._vault = Vault(material, entropy)
@@ -113,10 +117,10 @@ class Keyring:
         self._policy = policy
         self._holder = holder
         self._valid_until_s = -math.inf
-        """Monotonic: until when the certificate need not be looked at again."""
+        """Monotonic: the certificate need not be checked again before this time."""
         self._refusals_audited: OrderedDict[tuple[bytes, str], float] = OrderedDict()
         self._released = 0
-        self._last = self._noted(material)
+        self._last = self._backup_state(material)
 
     def __repr__(self) -> str:
         return f"Keyring({self._keyring_id.hex()})"
@@ -130,13 +134,14 @@ class Keyring:
 
     @property
     def homes(self) -> KeyHomes:
-        """Where bucket keys are kept. Raises KeyringUnavailable when closed."""
+        """The upkeep of bucket keys. Raises KeyringUnavailable when closed."""
         self.material  # noqa: B018
         return self._homes
 
-    def judge_by(self, policy: Policy | None, holder: KeyHolder | None) -> None:
-        """A layout came into force, or a certificate was exchanged. Kept keys that the new ones refuse are
-        forgotten."""
+    def set_policy(self, policy: Policy | None, holder: KeyHolder | None) -> None:
+        """Call it when a layout came into force or a certificate was exchanged. Cached keys that the new ones refuse
+        are dropped.
+        """
         self._policy, self._holder, self._valid_until_s = policy, holder, -math.inf
         for bucket_id in [
             other for other, held in self._cache.items() if held.permitted is None or self.refusal(held.permitted)
@@ -144,18 +149,20 @@ class Keyring:
             del self._cache[bucket_id]
 
     def refusal(self, countries: tuple[str, ...] = ()) -> ReleaseRefusal | None:
-        """Why keys of a bucket of these countries are not released here now; none named: of a bucket that is no
-        narrower than the cluster."""
+        """Why keys of a bucket of these countries are not released here now. No countries: of a bucket that is not
+        narrower than the cluster.
+        """
         return release_refusal(self._policy, self._holder, countries, self._clock.wall_ms())
 
     async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
-        """See KeyService. Asked again after an unknown outcome, it keeps the key that is there. Raises
-        KeyringUnavailable when that is not this keyring's."""
+        """See KeyService. Called again after an unknown outcome, it leaves the key that is there. Raises
+        KeyringUnavailable when that key is not this keyring's.
+        """
         if len(bucket_id) != BUCKET_ID_BYTES:
             raise ValueError(f"a bucket id has {BUCKET_ID_BYTES} bytes, not {len(bucket_id)}")
         self.material  # noqa: B018 - a closed keyring makes none
         await self._permit(bucket_id, countries)
-        if not await self.homes.create(bucket_id):  # the key of an attempt before
+        if not await self.homes.create(bucket_id):  # the key of an earlier attempt
             await self.bucket_key(bucket_id, countries)
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
@@ -164,7 +171,7 @@ class Keyring:
         cached = self._lookup(bucket_id, countries)
         if cached is None:
             await self._permit(bucket_id, countries)
-            cached = self._kept(bucket_id) or await self._load(bucket_id)
+            cached = self._unexpired(bucket_id) or await self._load(bucket_id)
             self._require(countries)  # the policy may have changed while the register was read
             cached.permitted = countries
         key = cached.versions.get(version or cached.newest)
@@ -198,8 +205,9 @@ class Keyring:
         return self._secret_box().seal(plaintext, pack_context(b"", context))
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
-        """What it opens is a secret that it gives out: raises KeyReleaseRefused where the cluster's policy would
-        refuse a key."""
+        """An opened secret is given out, so this raises KeyReleaseRefused where the cluster's policy would refuse a
+        key.
+        """
         box = self._secret_box()
         self._require(())
         return box.open(sealed, pack_context(b"", context))
@@ -227,26 +235,28 @@ class Keyring:
         self.forget(bucket_id)
         return destroyed
 
-    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
-        """See KeyService. Does nothing where the policy allows this gateway no keys."""
+    async def reconcile_copies(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+        """See KeyService. No-op where the policy allows this gateway no keys."""
         if self.refusal() is None:
-            for bucket_id in await self.homes.look_after(buckets, lambda countries: self.refusal(countries) is None):
+            for bucket_id in await self.homes.reconcile_copies(
+                buckets, lambda countries: self.refusal(countries) is None
+            ):
                 self.forget(bucket_id)
 
     def close(self) -> None:
-        """Forgets every key. Everything that is asked afterwards raises KeyringUnavailable."""
+        """Forgets every key. All later calls raise KeyringUnavailable."""
         if self._open is not None:
-            self._last = self._noted(self._open)
+            self._last = self._backup_state(self._open)
         self._open = self._secrets = None
         self._vault.close()
         self._cache.clear()
 
     @staticmethod
-    def _noted(material: KeyMaterial) -> tuple[int, int, int]:
+    def _backup_state(material: KeyMaterial) -> tuple[int, int, int]:
         return material.newest.epoch, material.backed_up_epoch, material.backed_up_ms
 
     def statistics(self) -> KeyringStatistics:
-        newest, backed_up, backed_up_ms = self._last if self._open is None else self._noted(self._open)
+        newest, backed_up, backed_up_ms = self._last if self._open is None else self._backup_state(self._open)
         return KeyringStatistics(
             self._keyring_id.hex(),
             newest,
@@ -269,8 +279,9 @@ class Keyring:
             )
 
     async def _permit(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
-        """Raises KeyReleaseRefused; a key that was kept is forgotten then, and the refusal is audited, once a minute
-        for a bucket and rule."""
+        """Raises KeyReleaseRefused. Then a cached key is dropped, and the refusal is audited, once a minute per bucket
+        and rule.
+        """
         refusal = self.refusal(countries)
         if refusal is None:
             return
@@ -286,7 +297,7 @@ class Keyring:
                 self._refusals_audited.popitem(last=False)
             await self._audit(
                 "key.refused",
-                facts_of(
+                audit_fields(
                     self._keyring_id,
                     bucket_id,
                     outcome=f"refused {KeyReleaseRefused.code}",
@@ -297,7 +308,7 @@ class Keyring:
         self._require(countries)
 
     def _lookup(self, bucket_id: bytes, countries: tuple[str, ...]) -> _Cached | None:
-        """A kept key that the policy has allowed, while the certificate is valid. Every request comes through here."""
+        """A cached key that the policy has allowed, while the certificate is valid. Every request passes here."""
         if self._open is None:
             raise KeyringUnavailable("The keyring is closed.")
         now = self._clock.monotonic()
@@ -314,13 +325,13 @@ class Keyring:
         return cached
 
     def _is_valid(self, now: float) -> bool:
-        """Whether the certificate is valid by the wall clock, which is looked at once a second."""
+        """Whether the certificate is valid by the wall clock, which is read once a second."""
         valid = self._holder is not None and self._holder.valid_at(self._clock.wall_ms())
         self._valid_until_s = now + VALIDITY_EVERY_S if valid else -math.inf
         return valid
 
-    def _kept(self, bucket_id: bytes) -> _Cached | None:
-        """Whatever the policy says: the caller asks it."""
+    def _unexpired(self, bucket_id: bytes) -> _Cached | None:
+        """A cached key, whatever the policy says: the caller asks the policy."""
         cached = self._cache.get(bucket_id)
         if cached is not None and self._clock.monotonic() >= cached.expires:
             del self._cache[bucket_id]
@@ -328,12 +339,12 @@ class Keyring:
         return cached
 
     async def _load(self, bucket_id: bytes) -> _Cached:
-        """Reads the register once, however many ask at the same time."""
+        """Reads the register once for all concurrent requests."""
         while (loading := self._loading.get(bucket_id)) is not None:
             await loading.done.wait()
             if loading.failure is not None:
                 raise loading.failure
-            if (cached := self._kept(bucket_id)) is not None:
+            if (cached := self._unexpired(bucket_id)) is not None:
                 return cached
         loading = self._loading[bucket_id] = _Loading()
         try:
@@ -351,7 +362,7 @@ class Keyring:
             refused = KeyringUnavailable(found.refusal)
             await self._audit(
                 "key.refused",
-                facts_of(self._keyring_id, bucket_id, outcome=f"refused {refused.code}", reason=refused.message),
+                audit_fields(self._keyring_id, bucket_id, outcome=f"refused {refused.code}", reason=refused.message),
             )
             if found.destroyed:
                 await self._copies.forget([bucket_id])
@@ -359,9 +370,10 @@ class Keyring:
         versions = {version: UnwrappedBucketKey(version, key, self._entropy) for version, key in found.keys.items()}
         newest = max(versions)
         await self._audit(
-            "key.release", facts_of(self._keyring_id, bucket_id, outcome="done", versions=",".join(map(str, versions)))
+            "key.release",
+            audit_fields(self._keyring_id, bucket_id, outcome="done", versions=",".join(map(str, versions))),
         )
-        self.material  # noqa: B018 - it may have been closed meanwhile: then nothing is kept
+        self.material  # noqa: B018 - it may have been closed meanwhile: then nothing is cached
         self._released += 1
         self.forget_expired()
         cached = self._cache[bucket_id] = _Cached(self._clock.monotonic() + self._cache_ttl_s, newest, versions)

@@ -1,5 +1,5 @@
-"""The cluster's signing key for what nodes without keys verify: it follows from the keyring, so all gateways of a
-cluster have the same.
+"""The cluster's signing key, for data that nodes without keys verify. It is derived from the keyring, so all gateways
+of a cluster have the same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Both homes of every bucket's key, looked after: the ring's registers and this gateway's copies are compared,
-mended, ended and listed. Releases no key.
+"""Upkeep of both homes of every bucket's key: compares the ring's registers and this gateway's copies, repairs, ends
+and lists them. Releases no key.
 
-States of a key: active; ended (its register notes that the bucket was found empty on its way to Deleted); destroyed
-(a marker in the key's place). ``end`` and ``destroy`` are the steps; both are compare-and-set on an authentic
-register, so that any gateway can take them, again too.
+States of a key: active; ended (its register notes that the bucket was found empty on its way to Deleted); destroyed (a
+marker in the key's place). ``end`` and ``destroy`` are the steps. Both are compare-and-set on an authentic register, so
+that any gateway can take them, also repeatedly.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import structlog
 from storaged.clock import Clock
 from storaged.errors import KeyringUnavailable, ServiceUnavailable
 from storaged.ids import BUCKET_ID_BYTES
-from storaged.keys.bucketkey import ACTIVE, DESTROYED, BucketEnd, BucketKeys, KeyCopy, Vault, Versions, register_of
+from storaged.keys.bucketkey import ACTIVE, DESTROYED, BucketEnd, BucketKeyRecord, KeyCopy, Vault, Versions, register_of
 from storaged.keys.homes import Judged, judge
-from storaged.keys.ports import Audit, Kept, KeyChange, KeyCopies, SystemRegisters
+from storaged.keys.ports import Audit, KeyChange, KeyCopies, StoredRegister, SystemRegisters
 from storaged.wire import decode, encode
 
 REGISTERS: Final = "key/"
-"""Where the registers of all bucket keys are: see ``register_of``."""
+"""The path of the registers of all bucket keys: see ``register_of``."""
 
 log = structlog.get_logger("keys")
 
@@ -36,22 +36,21 @@ class EndedKey(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """All bucket keys of the cluster, as a backup has them. ``lost``: ids of buckets whose key opens in neither
-    home."""
+    """All bucket keys of the cluster, for a backup. ``lost``: ids of buckets whose key opens in neither home."""
 
     copies: list[KeyCopy]
     lost: list[bytes]
 
 
-def facts_of(keyring_id: bytes, bucket_id: bytes, **more: str) -> dict[str, str]:
-    """Of an audit entry: ``outcome`` and ``target`` are the entry's own (``cluster.audit.format.Event``); the rest
-    are its fields."""
+def audit_fields(keyring_id: bytes, bucket_id: bytes, **more: str) -> dict[str, str]:
+    """Fields of an audit entry: ``outcome`` and ``target`` are the entry's own (``cluster.audit.format.Event``)."""
     return {"target": f"bucket-id:{bucket_id.hex()}", "keyring": keyring_id.hex(), "bucket": bucket_id.hex(), **more}
 
 
 class KeyHomes:
-    """See the module. Everything here may raise KeyringUnavailable and ServiceUnavailable, what writes registers
-    OutcomeUnknown too."""
+    """See the module. All methods may raise KeyringUnavailable and ServiceUnavailable; those that write registers
+    OutcomeUnknown too.
+    """
 
     def __init__(
         self,
@@ -69,14 +68,15 @@ class KeyHomes:
         self._clock = clock
 
     async def create(self, bucket_id: bytes) -> bool:
-        """Makes version 1, in both homes when this returns. False: the register has something already, which is left
-        as it is. Audited before it is done."""
-        made = BucketKeys(bucket_id, (self._vault.wrap_new(bucket_id, 1, self._clock.wall_ms()),))
+        """Makes version 1, in both homes when this returns. False: the register has a value already, and is left
+        unchanged. The audit entry is written before the key.
+        """
+        made = BucketKeyRecord(bucket_id, (self._vault.wrap_new(bucket_id, 1, self._clock.wall_ms()),))
         epoch = str(self._vault.newest_epoch)
-        await self._audit("key.create", self._facts(bucket_id, outcome="intent", version="1", epoch=epoch))
+        await self._audit("key.create", self._fields(bucket_id, outcome="intent", version="1", epoch=epoch))
         mine = False
 
-        def update(before: Kept | None) -> KeyChange | None:
+        def update(before: StoredRegister | None) -> KeyChange | None:
             nonlocal mine
             mine = before is None or not before.body
             return self._signed(made, before) if mine else None
@@ -87,15 +87,16 @@ class KeyHomes:
         return mine
 
     async def end(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
-        """Notes in the register that the bucket of this name was found empty behind the final fence ``nonce`` of its
-        ``shards``. Idempotent. A register that is damaged is mended first; where no key opens nothing is noted."""
+        """Notes in the register that the bucket of this name was found empty after the final fence ``nonce`` of its
+        ``shards``. Idempotent. Repairs a damaged register first; when no key opens it notes nothing.
+        """
         found = await self.settle(bucket_id, keep=False)
         if not found.keys or (found.ended is not None and found.ended.nonce == nonce):
             return
         end = BucketEnd(name, self._clock.wall_ms(), nonce, tuple(shards))
-        ended, done = BucketKeys(bucket_id, found.versions, ended=end), False
+        ended, done = BucketKeyRecord(bucket_id, found.versions, ended=end), False
 
-        def update(before: Kept | None) -> KeyChange | None:
+        def update(before: StoredRegister | None) -> KeyChange | None:
             nonlocal done
             now = judge(self._vault, bucket_id, before, ())
             done = not now.damage and now.versions == found.versions
@@ -106,7 +107,7 @@ class KeyHomes:
             raise ServiceUnavailable(f"The key record of bucket {bucket_id.hex()} is changed by another gateway.")
 
     async def ended(self) -> list[EndedKey]:
-        """All keys of buckets that have ended and are not destroyed yet, as authentic registers say."""
+        """All keys of buckets that have ended and are not destroyed yet, according to authentic registers."""
         found = []
         async for path, kept in self._registers.scan(REGISTERS):
             record = self._authentic(path, kept)
@@ -115,32 +116,35 @@ class KeyHomes:
         return found
 
     async def destroy(self, bucket_id: bytes, nonce: bytes) -> bool:
-        """Replaces the key by a marker, and removes this gateway's copy; True when this call did. ``nonce``: of the
-        end that the caller verified; a register that says another changes nothing. Audited before it is done."""
+        """Replaces the key by a marker, and removes this gateway's copy. True when this call did. ``nonce``: of the end
+        that the caller verified; a register with another one stays unchanged. The audit entry is written before the
+        marker.
+        """
         done = False
 
-        def update(before: Kept | None) -> KeyChange | None:
+        def update(before: StoredRegister | None) -> KeyChange | None:
             nonlocal done
             record = None if before is None else self._authentic(register_of(bucket_id), before)
             end = record.ended if record is not None and record.state == ACTIVE else None
             done = end is not None and end.nonce == nonce
-            return self._signed(BucketKeys(bucket_id, (), DESTROYED, end), before, gone=True) if done else None
+            return self._signed(BucketKeyRecord(bucket_id, (), DESTROYED, end), before, gone=True) if done else None
 
-        await self._audit("key.destroy", self._facts(bucket_id, outcome="intent"))
+        await self._audit("key.destroy", self._fields(bucket_id, outcome="intent"))
         await self._registers.change(register_of(bucket_id), update)
         if done:
             await self._copies.forget([bucket_id])
-            await self._audit("key.destroy", self._facts(bucket_id, outcome="done"))
+            await self._audit("key.destroy", self._fields(bucket_id, outcome="done"))
         return done
 
-    async def look_after(
+    async def reconcile_copies(
         self,
         buckets: Mapping[bytes, tuple[str, ...]],
         allowed: Callable[[tuple[str, ...]], bool],
     ) -> list[bytes]:
-        """Compares the homes of all keys that this gateway has copies of, and makes copies of those of ``buckets``
-        (id -> countries) that the policy allows here (``allowed``). Copies of keys that were destroyed are removed:
-        returns the ids of their buckets."""
+        """Compares the homes of all keys of which this gateway has copies, and makes copies of those of ``buckets`` (id
+        -> countries) that the policy allows here (``allowed``). Removes copies of destroyed keys and returns the ids of
+        their buckets.
+        """
         copies = await self._copies.every()
         left = set(copies)
         async for path, kept in self._registers.scan(REGISTERS):
@@ -159,14 +163,15 @@ class KeyHomes:
         await self._copies.forget(gone)
         return gone
 
-    async def take_copies(self, copies: Mapping[bytes, bytes]) -> int:
-        """Takes copies from a backup: what opens and lacks here is kept, and mends the ring where that is damaged.
-        Returns how many buckets gained something."""
+    async def import_copies(self, copies: Mapping[bytes, bytes]) -> int:
+        """Imports copies from a backup: keeps what opens and is missing here, and repairs the ring with it. Returns how
+        many buckets gained something.
+        """
         taken = 0
         for bucket_id, copy in copies.items():
             mine = await self._copies.get(bucket_id)
             found = await self.settle(bucket_id, _versions_of(copy))
-            taken += (bool(found.damage) and found.mend_ring) or mine is None
+            taken += (bool(found.damage) and found.repair_ring) or mine is None
         return taken
 
     async def inventory(self) -> Inventory:
@@ -194,9 +199,10 @@ class KeyHomes:
         return Inventory(found, lost)
 
     async def settle(self, bucket_id: bytes, more: Versions = (), *, keep: bool = True) -> Judged:
-        """Both homes of a key as they are, each mended from the other where that is possible. ``more``: versions from
-        a backup, which count as a copy where this gateway has none. ``keep``: make a copy where there is none. Damage
-        is reported and audited."""
+        """Compares both homes of a key and repairs each from the other where possible. ``more``: versions from a
+        backup, which count as a copy where this gateway has none. ``keep``: make a copy when there is none. Damage is
+        reported and audited.
+        """
         path = register_of(bucket_id)
         copy = _versions_of(await self._copies.get(bucket_id))
         known = {entry.version for entry in copy}
@@ -211,30 +217,31 @@ class KeyHomes:
                 reason=found.damage,
                 copy=bool(found.keys),
             )
-        mended = not found.damage
-        if found.mend_ring:
-            mended = await self._mend(bucket_id, kept, found)
-        self._copies.report(bucket_id, found.damage, mended)
-        if keep and found.versions and found.versions != copy and (found.mend_copy or more):
+        repaired = not found.damage
+        if found.repair_ring:
+            repaired = await self._repair(bucket_id, kept, found)
+        self._copies.report(bucket_id, found.damage, repaired)
+        if keep and found.versions and found.versions != copy and (found.repair_copy or more):
             try:
                 await self._copies.keep(bucket_id, encode(KeyCopy(bucket_id, found.versions)))
             except KeyringUnavailable as error:  # the ring has the key: what is stored can be read
                 log.warning("a bucket's key has no copy here", bucket=bucket_id.hex(), reason=error.message)
         return found
 
-    async def _mend(self, bucket_id: bytes, kept: Kept | None, found: Judged) -> bool:
-        """Writes the register from what opens; False when that could not be done now. A record of old gets its
-        authenticator so."""
-        record, done = BucketKeys(bucket_id, found.versions, ended=found.ended), False
+    async def _repair(self, bucket_id: bytes, kept: StoredRegister | None, found: Judged) -> bool:
+        """Writes the register from what opens; False when that was not possible now. This also gives an old record its
+        authenticator.
+        """
+        record, done = BucketKeyRecord(bucket_id, found.versions, ended=found.ended), False
 
-        def update(before: Kept | None) -> KeyChange | None:
+        def update(before: StoredRegister | None) -> KeyChange | None:
             nonlocal done
             done = before == kept
             return self._signed(record, before) if done else None
 
         try:
             if found.damage:
-                await self._audit("key.restore", self._facts(bucket_id, outcome="intent", reason=found.damage))
+                await self._audit("key.restore", self._fields(bucket_id, outcome="intent", reason=found.damage))
             await self._registers.change(register_of(bucket_id), update)
         except ServiceUnavailable as error:
             log.warning("a bucket's key could not be mended now", bucket=bucket_id.hex(), reason=error.message)
@@ -243,29 +250,30 @@ class KeyHomes:
             now = await self._registers.read(register_of(bucket_id))
             return not judge(self._vault, bucket_id, now, found.versions).damage
         if found.damage:
-            await self._audit("key.restore", self._facts(bucket_id, outcome="done", reason=found.damage))
+            await self._audit("key.restore", self._fields(bucket_id, outcome="done", reason=found.damage))
         return True
 
-    def _signed(self, record: BucketKeys, before: Kept | None, *, gone: bool = False) -> KeyChange:
-        """What follows ``before`` in the register."""
+    def _signed(self, record: BucketKeyRecord, before: StoredRegister | None, *, gone: bool = False) -> KeyChange:
+        """The change that follows ``before`` in the register."""
         return KeyChange(encode(self._vault.sign(record, (before.sequence if before is not None else 0) + 1)), gone)
 
-    def _authentic(self, path: str, kept: Kept) -> BucketKeys | None:
-        """The record, when it proves that this keyring's gateways wrote it there; None for every other, records of
-        old among them."""
+    def _authentic(self, path: str, kept: StoredRegister) -> BucketKeyRecord | None:
+        """The record, when it proves that a gateway of this keyring wrote it there; otherwise None, also for old
+        records.
+        """
         try:
-            record = decode(kept.body, BucketKeys)
+            record = decode(kept.body, BucketKeyRecord)
         except msgspec.MsgspecError:
             return None
         here = register_of(record.bucket_id) == path
         return record if here and self._vault.authentic(record, kept.sequence) else None
 
-    def _facts(self, bucket_id: bytes, **more: str) -> dict[str, str]:
-        return facts_of(self._vault.keyring_id, bucket_id, **more)
+    def _fields(self, bucket_id: bytes, **more: str) -> dict[str, str]:
+        return audit_fields(self._vault.keyring_id, bucket_id, **more)
 
 
 def _bucket_of(path: str) -> bytes:
-    """The bucket's id that a register's path names; empty for a path that no gateway made."""
+    """The bucket's id in a register's path; empty for a path that no gateway made."""
     try:
         bucket_id = bytes.fromhex(path.removeprefix(REGISTERS))
     except ValueError:
@@ -274,5 +282,5 @@ def _bucket_of(path: str) -> bytes:
 
 
 def _versions_of(copy: bytes | None) -> Versions:
-    """Of an encoded KeyCopy; none for none."""
+    """The versions of an encoded KeyCopy; empty for None."""
     return () if copy is None else decode(copy, KeyCopy).versions

@@ -274,7 +274,7 @@ class Gateway:
     def judge_keys(self) -> None:
         """Asks the policy again for every key: the layout in force or this node's certificate changed."""
         if self._late.keyring is not None:
-            self._late.keyring.judge_by(*self._judged_by())
+            self._late.keyring.set_policy(*self._judged_by())
 
     @property
     def key_refusal(self) -> str:

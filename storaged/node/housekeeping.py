@@ -88,7 +88,7 @@ async def keep_keys(
     each bucket, by its id.
     """
     try:
-        await plane.keys.look_after(countries)
+        await plane.keys.reconcile_copies(countries)
         on_ends(await destroy_ended_keys(plane, buckets))
     except StoragedError as error:
         log.info("keys of buckets wait for the next round", reason=error.message)

@@ -16,7 +16,7 @@ import structlog
 from storaged.admin.status import KeyDamage
 from storaged.clock import Clock
 from storaged.errors import KeyringUnavailable, OperatorError, StoragedError
-from storaged.keys import CopyLog, Kept, KeyChange, KeyCopies, Keyring
+from storaged.keys import CopyLog, KeyChange, KeyCopies, Keyring, StoredRegister
 from storaged.meta.names import SYSTEM_SCOPE, Change, Table, Value, Visibility, system_name
 from storaged.meta.ports import PageQuery, Registers, Scanner
 from storaged.node.leader import Leader
@@ -38,10 +38,12 @@ class RingRegisters:
         self._registers = registers
         self._scanner = scanner
 
-    async def read(self, path: str) -> Kept | None:
+    async def read(self, path: str) -> StoredRegister | None:
         return _kept((await self._registers.read(system_name(path))).value)
 
-    async def change(self, path: str, update: Callable[[Kept | None], KeyChange | None]) -> Kept | None:
+    async def change(
+        self, path: str, update: Callable[[StoredRegister | None], KeyChange | None]
+    ) -> StoredRegister | None:
         def step(value: Value | None) -> Change | None:
             change = update(_kept(value))
             if change is None:
@@ -50,19 +52,19 @@ class RingRegisters:
 
         return _kept((await self._registers.change(system_name(path), step)).after)
 
-    async def scan(self, prefix: str) -> AsyncIterator[tuple[str, Kept]]:
+    async def scan(self, prefix: str) -> AsyncIterator[tuple[str, StoredRegister]]:
         after: bytes | None = b""
         while after is not None:
             page = await self._scanner.list_page(
                 PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix.encode(), after=after)
             )
             for row in page.rows:
-                yield row.key.decode("utf-8", "replace"), Kept(row.value.sequence, row.value.body)
+                yield row.key.decode("utf-8", "replace"), StoredRegister(row.value.sequence, row.value.body)
             after = page.next_after
 
 
-def _kept(value: Value | None) -> Kept | None:
-    return None if value is None else Kept(value.sequence, value.body)
+def _kept(value: Value | None) -> StoredRegister | None:
+    return None if value is None else StoredRegister(value.sequence, value.body)
 
 
 class FirstCopies:
@@ -167,8 +169,8 @@ async def take_restored(keyring: Keyring, copies: CopyLog) -> None:
         found = await copies.restored()
         if not found:
             return
-        taken = await keyring.homes.take_copies(found)
-        await copies.restored_taken()
+        taken = await keyring.homes.import_copies(found)
+        await copies.remove_restored()
         log.info("bucket keys of a backup were taken", keys=len(found), new_or_mended=taken)
     except (StoragedError, OSError) as error:
         reason = error.message if isinstance(error, StoragedError) else error.strerror or str(error)

@@ -54,8 +54,8 @@ class LateKeys:
     async def destroy_bucket_key(self, bucket_id: bytes, nonce: bytes) -> bool:
         return await self._open().destroy_bucket_key(bucket_id, nonce)
 
-    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
-        await self._open().look_after(buckets)
+    async def reconcile_copies(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+        await self._open().reconcile_copies(buckets)
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
         return await self._open().bucket_key(bucket_id, countries, version)

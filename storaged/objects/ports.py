@@ -86,7 +86,7 @@ class KeyService(Protocol):
         when this call did.
         """
 
-    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+    async def reconcile_copies(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
         """Compares the ring's keys with this gateway's copies of them, mends what is damaged, and makes copies of the
         keys of ``buckets`` (id -> countries).
         """

@@ -93,7 +93,7 @@ class MemoryKeys:
         del self.ended[bucket_id], self.newest[bucket_id]
         return True
 
-    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+    async def reconcile_copies(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
         self.looked_after.append(dict(buckets))
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> PlainBucketKey:

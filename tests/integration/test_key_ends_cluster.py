@@ -15,7 +15,7 @@ import pytest
 from storaged.cluster.policy import Policy
 from storaged.errors import KeyringUnavailable
 from storaged.keys import Keyring, create_keyring
-from storaged.keys.bucketkey import DESTROYED, BucketKeys
+from storaged.keys.bucketkey import DESTROYED, BucketKeyRecord
 from storaged.meta.names import Change, system_name
 from storaged.node.housekeeping import tidy
 from storaged.node.keyhome import RingRegisters
@@ -90,7 +90,7 @@ def test_it_goes_after_the_last_fragment_and_from_every_gateway() -> None:
             assert (await each.bucket_key(kept.id, ())).version == 1
         found = await RingRegisters(other.ring, other.scanner).read("key/" + bucket.id.hex())
         assert found is not None
-        assert decode(found.body, BucketKeys).state == DESTROYED
+        assert decode(found.body, BucketKeyRecord).state == DESTROYED
 
     run(scenario)
 
@@ -105,7 +105,7 @@ def test_a_register_that_was_overwritten_is_mended_for_all_gateways() -> None:
             system_name("key/" + bucket.id.hex()),
             lambda _value: Change(b""),
         )
-        await keyring.look_after({})
+        await keyring.reconcile_copies({})
         other = cluster.new_gateway("h")
         with_keyring(cluster, other)
         stream = await other.objects.get(bucket, b"key")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from storaged.errors import KeyringUnavailable
 from storaged.ids import system_entropy
 from storaged.keys import create_keyring
-from storaged.keys.bucketkey import DESTROYED, BucketKeys, KeyCopy, Vault
+from storaged.keys.bucketkey import DESTROYED, BucketKeyRecord, KeyCopy, Vault
 from storaged.objects.ports import pack_context
 from storaged.wire import decode, encode
 from tests.examples import examples
@@ -27,7 +27,13 @@ CONTEXT = pack_context(b"", [b"any"])
 NONCE = b"n" * 16
 MATERIAL = create_keyring(Path(tempfile.mkdtemp()) / "keyring", CREDENTIAL)
 
-JUNK = [b"", b"\xc1", b"\x00", encode(BucketKeys(BUCKETS[0], ())), encode(BucketKeys(BUCKETS[0], (), DESTROYED))]
+JUNK = [
+    b"",
+    b"\xc1",
+    b"\x00",
+    encode(BucketKeyRecord(BUCKETS[0], ())),
+    encode(BucketKeyRecord(BUCKETS[0], (), DESTROYED)),
+]
 
 forgeries = st.one_of(
     st.sampled_from(JUNK).map(lambda body: ("junk", body)),
@@ -69,7 +75,7 @@ class Model:
             self.copies[which].held.clear()
         elif what == "look":
             living = {bucket: () for bucket in BUCKETS if bucket not in self.gone}
-            await self.rigs[which].keyring.look_after(living)
+            await self.rigs[which].keyring.reconcile_copies(living)
         elif what == "forge":
             self.forge(BUCKETS[which], *step[2])
         elif what == "end":
@@ -97,9 +103,9 @@ class Model:
         if bucket in self.gone:
             return
         try:
-            record = decode(body, BucketKeys)
+            record = decode(body, BucketKeyRecord)
         except msgspec.MsgspecError:
-            record = BucketKeys(bucket, ())
+            record = BucketKeyRecord(bucket, ())
         forged = {
             "junk": lambda: what,
             "replay": lambda: self.seen[what % len(self.seen)],
@@ -118,7 +124,7 @@ class Model:
                 for entry in decode(copy, KeyCopy).versions:
                     vault.open(bucket, entry)
         for bucket in self.gone:
-            assert decode(self.ring.values["key/" + bucket.hex()], BucketKeys).state == DESTROYED
+            assert decode(self.ring.values["key/" + bucket.hex()], BucketKeyRecord).state == DESTROYED
 
 
 @settings(max_examples=examples(300), deadline=None)

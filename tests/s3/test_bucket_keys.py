@@ -21,7 +21,7 @@ from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.ports import PeerChecks
 from storaged.cluster.rpc import RpcPool
-from storaged.keys.bucketkey import BucketKeys
+from storaged.keys.bucketkey import BucketKeyRecord
 from storaged.meta.client import RingClient
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -210,7 +210,7 @@ def test_a_bucket_that_is_deleted_leaves_its_end_with_its_key(cluster: Cluster) 
     s3.create_bucket(Bucket="short-lived")
     s3.delete_bucket(Bucket="short-lived")
     [path] = set(with_ring(cluster, Ring.keys)) - before
-    record = decode(with_ring(cluster, lambda ring: ring.read(path)), BucketKeys)
+    record = decode(with_ring(cluster, lambda ring: ring.read(path)), BucketKeyRecord)
     assert record.ended is not None
     assert (record.ended.name, len(record.ended.nonce), len(record.authenticator)) == ("short-lived", 16, 32)
     assert re.search(

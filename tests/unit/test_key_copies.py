@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.errors import KeyringMismatch, KeyringUnavailable
-from storaged.keys import CopyLog, copies, lay_restored
+from storaged.keys import CopyLog, copies, write_restored
 from storaged.keys.bucketkey import KeyCopy, WrappedBucketKey
 from storaged.keys.copies import ENTRY_HEAD_BYTES, HEADER_BYTES, SLACK_BYTES, read_log, render_entry, render_log
 from storaged.wire import encode
@@ -176,11 +176,11 @@ async def test_many_at_once_are_all_kept(tmp_path):
 async def test_copies_of_a_backup_lie_beside_the_log_until_they_are_taken(tmp_path):
     log = await opened(tmp_path)
     assert await log.restored() == {}
-    lay_restored(tmp_path, KEYRING, [copy_of(1)[1], copy_of(2)[1]])
+    write_restored(tmp_path, KEYRING, [copy_of(1)[1], copy_of(2)[1]])
     assert await log.restored() == dict([copy_of(1), copy_of(2)])
-    await log.restored_taken()
+    await log.remove_restored()
     assert await log.restored() == {}
-    lay_restored(tmp_path, KEYRING, [copy_of(1)[1]])
+    write_restored(tmp_path, KEYRING, [copy_of(1)[1]])
     path = tmp_path / "bucketkeys.restored"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(KeyringMismatch, match="is damaged"):

@@ -10,7 +10,7 @@ from storaged.cluster.policy import KeyHolder
 from storaged.errors import KeyringUnavailable, ServiceUnavailable
 from storaged.ids import system_entropy
 from storaged.keys import backup, create_keyring, open_backup
-from storaged.keys.bucketkey import DESTROYED, BucketKeys, KeyCopy, Vault, WrappedBucketKey
+from storaged.keys.bucketkey import DESTROYED, BucketKeyRecord, KeyCopy, Vault, WrappedBucketKey
 from storaged.keys.homes import judge
 from storaged.objects.ports import pack_context
 from storaged.wire import decode, encode
@@ -35,8 +35,8 @@ def path_of(bucket_id: bytes) -> str:
     return "key/" + bucket_id.hex()
 
 
-def record_of(rig: Rig, bucket_id: bytes = BUCKET) -> BucketKeys:
-    return decode(rig.registers.values[path_of(bucket_id)], BucketKeys)
+def record_of(rig: Rig, bucket_id: bytes = BUCKET) -> BucketKeyRecord:
+    return decode(rig.registers.values[path_of(bucket_id)], BucketKeyRecord)
 
 
 def kinds(rig: Rig) -> list[str]:
@@ -56,11 +56,11 @@ def restarted(rig: Rig, material, *, copies: bool = True, **options) -> Rig:
 
 
 def forged_destroyed(rig: Rig) -> bytes:
-    return encode(BucketKeys(BUCKET, (), DESTROYED))
+    return encode(BucketKeyRecord(BUCKET, (), DESTROYED))
 
 
 def destroyed_with_a_guessed_tag(rig: Rig) -> bytes:
-    return encode(BucketKeys(BUCKET, (), DESTROYED, authenticator=b"t" * 32))
+    return encode(BucketKeyRecord(BUCKET, (), DESTROYED, authenticator=b"t" * 32))
 
 
 def flipped(rig: Rig) -> bytes:
@@ -86,14 +86,14 @@ def another_version(rig: Rig) -> bytes:
 DAMAGE = {
     "emptied": lambda rig: b"",
     "not a record": lambda rig: b"\xc1",
-    "no versions": lambda rig: encode(BucketKeys(BUCKET, ())),
+    "no versions": lambda rig: encode(BucketKeyRecord(BUCKET, ())),
     "another bucket's": lambda rig: rig.registers.values[path_of(OTHER)],
     "a flipped bit": flipped,
     "an epoch that is not": another_epoch,
     "another version number": another_version,
     "said to be destroyed": forged_destroyed,
     "said to be destroyed, with a tag": destroyed_with_a_guessed_tag,
-    "an unknown state": lambda rig: encode(BucketKeys(BUCKET, record_of(rig).versions, "sleeping")),
+    "an unknown state": lambda rig: encode(BucketKeyRecord(BUCKET, record_of(rig).versions, "sleeping")),
     "an older one of its own": lambda rig: rig.registers.values[path_of(BUCKET)],
 }
 OPENS = {"an older one of its own"}
@@ -112,7 +112,7 @@ async def test_a_register_that_was_overwritten_is_reported_and_restored_from_the
     assert kinds(again) == ["key.restore intent", "key.restore done"]
     kept = rig.registers.kept(path_of(BUCKET))
     judged = judge(Vault(material, system_entropy), BUCKET, kept, ())
-    assert (judged.damage, judged.mend_ring, len(judged.keys)) == ("", False, 1)
+    assert (judged.damage, judged.repair_ring, len(judged.keys)) == ("", False, 1)
     for _ in range(2):  # and it stays so
         healed = restarted(rig, material, copies=False)
         assert (await healed.keyring.bucket_key(BUCKET, ())).unwrap(wrapped, CONTEXT) == b"d" * 32
@@ -152,7 +152,7 @@ async def test_stripping_the_authenticator_hides_no_lost_version(rig, material):
     vault = Vault(material, system_entropy)
     both = (*record_of(rig).versions, vault.wrap_new(BUCKET, 2, 1))
     rig.copies.held[BUCKET] = encode(KeyCopy(BUCKET, both))
-    rig.registers.forge(path_of(BUCKET), encode(BucketKeys(BUCKET, both[:1])))
+    rig.registers.forge(path_of(BUCKET), encode(BucketKeyRecord(BUCKET, both[:1])))
     assert (await rig.keyring.bucket_key(BUCKET, ())).version == 2
     assert record_of(rig).versions == both
     assert "lacks version 2" in rig.copies.reports[0][1]
@@ -172,7 +172,7 @@ async def test_two_homes_with_different_keys_release_none_and_neither_is_overwri
 async def test_an_authentic_record_of_an_epoch_that_this_keyring_lacks_is_no_damage_and_is_left_as_it_is(rig, material):
     await rig.keyring.create_bucket_key(BUCKET, ())
     newer = WrappedBucketKey(2, 2, 1, b"w" * 112)
-    record = Vault(material, system_entropy).sign(BucketKeys(BUCKET, (*record_of(rig).versions, newer)), 2)
+    record = Vault(material, system_entropy).sign(BucketKeyRecord(BUCKET, (*record_of(rig).versions, newer)), 2)
     rig.registers.forge(path_of(BUCKET), encode(record))
     with pytest.raises(KeyringUnavailable, match="under epoch 2"):
         await rig.keyring.bucket_key(BUCKET, ())
@@ -204,7 +204,7 @@ async def test_a_key_is_released_from_its_copy_while_the_ring_takes_no_changes_a
     assert (await again.keyring.bucket_key(BUCKET, ())).version == 1
     assert [mended for _, _, mended in again.copies.reports] == [False]
     rig.registers.refusing = None
-    await again.keyring.look_after({})
+    await again.keyring.reconcile_copies({})
     assert [mended for _, _, mended in again.copies.reports] == [False, True]
     assert len(record_of(rig).versions) == 1
 
@@ -219,12 +219,12 @@ async def test_looking_after_keys_mends_those_that_nobody_asked_for_and_copies_t
         await rig.keyring.create_bucket_key(bucket, ())
     rig.registers.forge(path_of(BUCKET), b"")
     frankfurt = restarted(rig, material, copies=False, holder=KeyHolder("DE", "DE", 0, 2**50))
-    await frankfurt.keyring.look_after({OTHER: ("FR",)})
+    await frankfurt.keyring.reconcile_copies({OTHER: ("FR",)})
     assert frankfurt.copies.held == {}
-    await frankfurt.keyring.look_after({OTHER: ("DE", "FR")})
+    await frankfurt.keyring.reconcile_copies({OTHER: ("DE", "FR")})
     assert list(frankfurt.copies.held) == [OTHER]
     reads = rig.registers.reads
-    await rig.keyring.look_after({BUCKET: (), OTHER: ()})
+    await rig.keyring.reconcile_copies({BUCKET: (), OTHER: ()})
     assert len(record_of(rig).versions) == 1
     assert rig.registers.reads == reads + 1
     assert [kind for kind, _ in frankfurt.entries if kind == "key.release"] == []
@@ -263,7 +263,7 @@ async def test_a_key_is_destroyed_only_after_its_end_was_noted_and_then_for_ever
         with pytest.raises(KeyringUnavailable, match="is destroyed"):
             await keyring.bucket_key(BUCKET, ())
     assert list(other.copies.held) == [BUCKET]
-    await other.keyring.look_after({})
+    await other.keyring.reconcile_copies({})
     assert other.copies.held == {}
     assert other.keyring.statistics().buckets_cached == 0
     assert (record_of(rig).state, other.copies.reports) == (DESTROYED, [])
@@ -300,7 +300,7 @@ async def test_a_key_that_is_destroyed_while_another_gateway_is_about_to_mend_it
     rig.registers.change = meanwhile
     await other.keyring.bucket_key(BUCKET, ())
     assert record_of(rig).state == DESTROYED
-    await other.keyring.look_after({})
+    await other.keyring.reconcile_copies({})
     assert other.copies.held == {}
 
 
@@ -346,11 +346,11 @@ async def test_a_backup_has_every_bucket_key_and_brings_them_back_when_ring_and_
     with pytest.raises(KeyringUnavailable):
         await fresh.keyring.bucket_key(buckets[5], ())
     restored = {copy.bucket_id: encode(copy) for copy in saved.bucket_keys}
-    assert await fresh.keyring.homes.take_copies(restored) == 40
+    assert await fresh.keyring.homes.import_copies(restored) == 40
     for bucket, sealed in zip(buckets, wrapped, strict=True):
         assert (await fresh.keyring.bucket_key(bucket, ())).unwrap(sealed, CONTEXT) == b"d" * 32
         assert record_of(rig, bucket).authenticator
-    assert await fresh.keyring.homes.take_copies(restored) == 0
+    assert await fresh.keyring.homes.import_copies(restored) == 0
 
 
 async def test_a_restore_brings_back_no_key_that_was_destroyed(rig, material):
@@ -358,7 +358,7 @@ async def test_a_restore_brings_back_no_key_that_was_destroyed(rig, material):
     saved = dict(rig.copies.held)
     await rig.keyring.end_bucket_key(BUCKET, "photos", NONCE, range(16))
     await rig.keyring.destroy_bucket_key(BUCKET, NONCE)
-    await rig.keyring.homes.take_copies(saved)
+    await rig.keyring.homes.import_copies(saved)
     assert (rig.copies.held, record_of(rig).state) == ({}, DESTROYED)
     assert (await rig.keyring.homes.inventory()).copies == []
 
@@ -376,5 +376,5 @@ async def test_a_closed_keyring_keeps_no_key_that_opens_anything(rig):
     homes = rig.keyring.homes
     rig.keyring.close()
     with pytest.raises(KeyringUnavailable):
-        await rig.keyring.look_after({})
+        await rig.keyring.reconcile_copies({})
     assert (await homes.settle(BUCKET, keep=False)).keys == {}

@@ -61,18 +61,18 @@ async def test_a_key_in_memory_is_forgotten_when_a_layout_that_refuses_it_comes_
         await rig.keyring.create_bucket_key(bucket, ())
         await rig.keyring.bucket_key(bucket, ())
     assert rig.keyring.try_bucket_key(BUCKET, ()) is not None
-    rig.keyring.judge_by(Policy.of(["DE"]), FRANCE)
+    rig.keyring.set_policy(Policy.of(["DE"]), FRANCE)
     assert rig.keyring.statistics().buckets_cached == 0
     assert rig.keyring.try_bucket_key(BUCKET, ()) is None
     with pytest.raises(KeyReleaseRefused, match="cluster countries"):
         await rig.keyring.bucket_key(BUCKET, ())
-    rig.keyring.judge_by(Policy.of(["DE"], ["FR"]), KeyHolder("DE", "HU", 0, 2**50))
+    rig.keyring.set_policy(Policy.of(["DE"], ["FR"]), KeyHolder("DE", "HU", 0, 2**50))
     with pytest.raises(KeyReleaseRefused, match="cluster jurisdictions: HU"):
         await rig.keyring.bucket_key(BUCKET, ())
-    rig.keyring.judge_by(None, FRANCE)
+    rig.keyring.set_policy(None, FRANCE)
     with pytest.raises(KeyReleaseRefused, match="policy is not known"):
         await rig.keyring.bucket_key(BUCKET, ())
-    rig.keyring.judge_by(Policy(), FRANCE)
+    rig.keyring.set_policy(Policy(), FRANCE)
     assert (await rig.keyring.bucket_key(BUCKET, ())).version == 1
     assert refusals(rig) == ["cluster countries", "cluster jurisdictions", "policy"]
 
@@ -81,7 +81,7 @@ async def test_a_key_in_memory_is_kept_when_what_changed_allows_it_too(material)
     rig = Rig(material)
     await rig.keyring.create_bucket_key(BUCKET, ("FR",))
     key = await rig.keyring.bucket_key(BUCKET, ("FR",))
-    rig.keyring.judge_by(Policy.of(["FR"]), FRANCE)
+    rig.keyring.set_policy(Policy.of(["FR"]), FRANCE)
     assert rig.keyring.try_bucket_key(BUCKET, ("FR",)) is key
     assert rig.registers.reads == 1
 
@@ -101,7 +101,7 @@ async def test_a_bucket_record_with_other_countries_is_judged_again_although_its
 async def test_no_key_is_released_with_a_certificate_that_is_not_valid_now(material):
     rig = Rig(material)
     now_ms = rig.clock.wall_ms()
-    rig.keyring.judge_by(Policy(), KeyHolder("FR", "FR", now_ms, now_ms + 10_000))
+    rig.keyring.set_policy(Policy(), KeyHolder("FR", "FR", now_ms, now_ms + 10_000))
     await rig.keyring.create_bucket_key(BUCKET, ())
     await rig.keyring.bucket_key(BUCKET, ())
     sealed = rig.keyring.seal_secret(b"secret", [])
@@ -137,7 +137,7 @@ async def test_a_policy_that_changes_while_the_register_is_read_counts(material)
     read = rig.registers.read
 
     async def meanwhile(path):
-        rig.keyring.judge_by(Policy.of(["DE"]), FRANCE)
+        rig.keyring.set_policy(Policy.of(["DE"]), FRANCE)
         return await read(path)
 
     rig.registers.read = meanwhile

@@ -10,7 +10,7 @@ import pytest
 
 from storaged.admin.status import judge
 from storaged.errors import KeyringUnavailable
-from storaged.keys import CopyLog, Kept, KeyChange, lay_restored
+from storaged.keys import CopyLog, KeyChange, StoredRegister, write_restored
 from storaged.meta.names import Value, Visibility, system_name
 from storaged.node import keyhome
 from storaged.node.keyhome import CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
@@ -29,23 +29,26 @@ async def test_registers_have_sequences_and_what_is_gone_is_read_and_not_scanned
     assert await registers.read("key/aa") is None
     assert await registers.change("key/aa", lambda before: None) is None
     for number, gone in ((1, False), (2, False), (3, True)):
-        before = Kept(number - 1, str(number - 1).encode()) if number > 1 else None
-        seen: list[Kept | None] = []
+        before = StoredRegister(number - 1, str(number - 1).encode()) if number > 1 else None
+        seen: list[StoredRegister | None] = []
 
         def update(
-            kept: Kept | None, seen: list[Kept | None] = seen, number: int = number, gone: bool = gone
+            kept: StoredRegister | None,
+            seen: list[StoredRegister | None] = seen,
+            number: int = number,
+            gone: bool = gone,
         ) -> KeyChange:
             seen.append(kept)
             return KeyChange(str(number).encode(), gone)
 
-        assert await registers.change("key/aa", update) == Kept(number, str(number).encode())
+        assert await registers.change("key/aa", update) == StoredRegister(number, str(number).encode())
         assert seen[0] == before
     await registers.change("key/bb", lambda before: KeyChange(b"b"))
     await registers.change("other", lambda before: KeyChange(b"o"))
-    assert await registers.read("key/aa") == Kept(3, b"3")
-    assert [row async for row in registers.scan("key/")] == [("key/bb", Kept(1, b"b"))]
+    assert await registers.read("key/aa") == StoredRegister(3, b"3")
+    assert [row async for row in registers.scan("key/")] == [("key/bb", StoredRegister(1, b"b"))]
     ring.values[system_name("key/bb")] = Value(2, b"", Visibility.LIVE, b"")
-    assert await registers.read("key/bb") == Kept(2, b"")
+    assert await registers.read("key/bb") == StoredRegister(2, b"")
 
 
 @pytest.fixture
@@ -153,12 +156,12 @@ async def test_what_an_operator_restored_mends_the_ring_and_the_file_goes(tmp_pa
     with pytest.raises(KeyringUnavailable):
         await fresh.keyring.bucket_key(BUCKET, ())
     await take_restored(fresh.keyring, log)
-    lay_restored(tmp_path, material.keyring_id, [copy])
+    write_restored(tmp_path, material.keyring_id, [copy])
     await take_restored(fresh.keyring, log)
     assert not (tmp_path / "bucketkeys.restored").exists()
     assert (await fresh.keyring.bucket_key(BUCKET, ())).version == 1
     assert [damage.mended for damage in fresh.copies.damaged()] == [True]
-    lay_restored(tmp_path, b"x" * 16, [encode([b"?" * 16, []])])
+    write_restored(tmp_path, b"x" * 16, [encode([b"?" * 16, []])])
     await take_restored(fresh.keyring, log)
     assert (tmp_path / "bucketkeys.restored").exists(), "another keyring's stay where they are"
     log.close()

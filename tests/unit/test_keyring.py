@@ -27,16 +27,16 @@ from storaged.errors import (
 from storaged.keys import (
     Argon2Cost,
     Credential,
-    Kept,
     Keyring,
     Passphrase,
+    StoredRegister,
     backup,
     create_keyring,
     keyring_id_of,
     open_keyring,
     restore,
 )
-from storaged.keys.bucketkey import WRAPPED_KEY_BYTES, BucketKeys
+from storaged.keys.bucketkey import WRAPPED_KEY_BYTES, BucketKeyRecord
 from storaged.keys.keyfile import ARGON2_COST
 from storaged.objects.ports import WRAPPED_KEY_BYTES as PORT_WRAPPED_KEY_BYTES
 from storaged.objects.ports import BucketKey, KeyService, SealBroken, pack_context
@@ -61,17 +61,17 @@ class Registers:
         self.failure: Exception | None = None
         self.refusing: Exception | None = None
 
-    def kept(self, path: str) -> Kept | None:
-        return Kept(self.sequences.get(path, 1), self.values[path]) if path in self.values else None
+    def kept(self, path: str) -> StoredRegister | None:
+        return StoredRegister(self.sequences.get(path, 1), self.values[path]) if path in self.values else None
 
-    async def read(self, path: str) -> Kept | None:
+    async def read(self, path: str) -> StoredRegister | None:
         self.reads += 1
         await asyncio.sleep(0)
         if self.failure is not None:
             raise self.failure
         return self.kept(path)
 
-    async def change(self, path, update) -> Kept | None:
+    async def change(self, path, update) -> StoredRegister | None:
         if self.refusing is not None:
             raise self.refusing
         change = update(self.kept(path))
@@ -114,9 +114,9 @@ class Copies:
     async def every(self) -> dict[bytes, bytes]:
         return dict(self.held)
 
-    def report(self, bucket_id: bytes, damage: str, mended: bool) -> None:
+    def report(self, bucket_id: bytes, damage: str, repaired: bool) -> None:
         if damage:
-            self.reports.append((bucket_id, damage, mended))
+            self.reports.append((bucket_id, damage, repaired))
 
 
 class HandClock:
@@ -315,7 +315,7 @@ def test_a_credential_file_is_made_once_with_32_random_bytes(tmp_path):
 
 
 def test_secrets_are_in_no_repr(material):
-    shown = repr((material, SECRET, CREDENTIAL, material.newest, dict(material.epochs), material._body))
+    shown = repr((material, SECRET, CREDENTIAL, material.newest, dict(material.epochs), material.body))
     for secret in (material.newest.key, material.record_key, material.secret_key, b"correct horse", CREDENTIAL.secret):
         assert repr(secret)[2:-1] not in shown
         assert secret.hex() not in shown
@@ -460,12 +460,12 @@ async def test_an_unknown_bucket_or_version_or_epoch_or_a_broken_record_is_unava
     with pytest.raises(KeyringUnavailable, match="no key of version 2; its newest is 1"):
         await rig.keyring.bucket_key(BUCKET, (), 2)
     path = "key/" + BUCKET.hex()
-    entry = decode(rig.registers.values[path], BucketKeys).versions[0]
+    entry = decode(rig.registers.values[path], BucketKeyRecord).versions[0]
     later = type(entry)(entry.version, 9, entry.created_ms, entry.wrapped)
     for value, message in (
-        (encode(BucketKeys(BUCKET, (later,))), "under epoch 9"),
+        (encode(BucketKeyRecord(BUCKET, (later,))), "under epoch 9"),
         (b"\xc1", "cannot be read"),
-        (encode(BucketKeys(BUCKET, ())), "No key"),
+        (encode(BucketKeyRecord(BUCKET, ())), "No key"),
     ):
         rig.registers.forge(path, value)
         rig.copies.held.clear()

@@ -37,7 +37,7 @@ from storaged.cluster.audit.witness_record import (
 from storaged.cluster.identity import signed_by_node
 from storaged.cluster.ports import Call, Method, Methods, Reply
 from storaged.cluster.rpc.authority import grant
-from storaged.durable import replace_file, sync_path
+from storaged.durable import append_durably, replace_file, sync_path
 from storaged.errors import CertificateRefused, ServiceUnavailable, StoragedError
 from storaged.wire import Message
 
@@ -296,15 +296,7 @@ def _append(path: Path, line: bytes) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        size = os.fstat(descriptor).st_size
-        try:
-            data = memoryview(line)
-            while data:
-                data = data[os.write(descriptor, data) :]
-            os.fdatasync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
+        append_durably(descriptor, line, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)
     if new:
