@@ -5,8 +5,8 @@ Theory of operation
     same name, and acknowledge objects in it. This gateway gets no message about it, but every quorum of the old bucket
     knows: a bucket is deleted only when a majority of each of its shards is fenced. So every read, list or change of
     the old bucket that reaches a majority meets the fence, and the answer reports it. A key that then seems to be
-    missing is looked for once more, in the bucket that has the name now (``s3.bucket_retry``). A bucket that is in use pays
-    nothing for this.
+    missing is looked for once more, in the bucket that has the name now (``s3.bucket_retry``). A bucket that is in use
+    pays nothing for this.
 """
 
 from __future__ import annotations
