@@ -134,8 +134,8 @@ class S3App:
         )
         try:
             async with asyncio.timeout(drain_s):
-                await self._responder.drained()
-                await self._connections.flushed()
+                await self._responder.wait_idle()
+                await self._connections.wait_flushed()
         except TimeoutError:
             if self._responder.in_flight:
                 log.warning(

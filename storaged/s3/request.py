@@ -136,7 +136,7 @@ class Request(Struct):
     key: bytes = b""
     who: Principal = ANONYMOUS
     operation: str = "Unknown"
-    modern: bool = True
+    http11: bool = True
     """The version is HTTP/1.1, not 1.0."""
     document: bytes = b""
     """The body, for an operation that takes a document."""

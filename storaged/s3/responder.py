@@ -98,7 +98,7 @@ class Responder:
         self.in_flight = 0
         self.requests_total = 0
 
-    async def drained(self) -> None:
+    async def wait_idle(self) -> None:
         """Returns when no request is in flight; ``draining`` is set before."""
         while self.in_flight:
             await self._answered.wait()
@@ -125,7 +125,7 @@ class Responder:
         except errors.S3Error as error:
             request = Request(self._new_id(), "", b"/", connection.remote, connection.secure)
             return Exchange(connection, request, started_s, False, reply=self._error_reply(request, error))
-        go_on = connection.go_on if head.expects else None
+        go_on = connection.send_continue if head.expects_continue else None
         body = RequestBody(connection, head.length, go_on, limits, declared=head.declared)
         request = Request(
             self._new_id(),
@@ -134,14 +134,14 @@ class Responder:
             connection.remote,
             connection.secure,
             head.headers,
-            modern=head.modern,
+            http11=head.http11,
             _body=body,
         )
         return Exchange(connection, request, started_s, head.keep_alive)
 
     def _end(self, connection: Connection) -> None:
         self.in_flight -= 1
-        connection.give_place()
+        connection.release_place()
         if self.draining:
             self._answered.set()
 
@@ -151,7 +151,7 @@ class Responder:
         if self._on_request is None:
             return
         request, duration_s = exchange.request, self._clock.monotonic() - exchange.started_s
-        bytes_in = request._body.bytes_come if request._body is not None else 0
+        bytes_in = request._body.bytes_received if request._body is not None else 0
         try:
             self._on_request(RequestDone(request, reply, bytes_in, bytes_out, duration_s, complete, spans))
         except Exception:
@@ -186,7 +186,7 @@ class Responder:
             return True
         self._open_body(exchange)
         body, perform = exchange.request.body, partial(self._perform, exchange, attempt)
-        body.go_on()
+        body.send_continue()
         if body.complete:
             perform()
         else:
@@ -252,7 +252,7 @@ class Responder:
         request, connection = exchange.request, exchange.connection
         keep, bytes_out, complete = not self.draining, 0, False
         try:
-            bytes_out, complete = self._sender.put(connection, request, reply, keep), True
+            bytes_out, complete = self._sender.write(connection, request, reply, keep), True
         except ConnectionError:
             connection.transport.abort()
         except Exception:
@@ -300,7 +300,7 @@ class Responder:
                 # no longer in flight: clients without a signature could occupy all places by not sending their bodies
                 keep = sent.keep_alive
                 if sent.unread:
-                    keep = await self._sender.take_rest(connection, exchange.request, sent)
+                    keep = await self._sender.drop_rest(connection, exchange.request, sent)
         except Exception:
             log.exception("a connection failed outside of its requests' handlers")
             connection.transport.abort()

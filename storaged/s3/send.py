@@ -37,7 +37,7 @@ class Sent(NamedTuple):
     complete: bool
     keep_alive: bool
     unread: bool
-    """The client may still be sending its request; see ``take_rest``."""
+    """The client may still be sending its request; see ``drop_rest``."""
 
 
 class Sender:
@@ -51,7 +51,7 @@ class Sender:
         self._common = ""
         """The header lines that all answers of one second have."""
 
-    def put(self, connection: Connection, request: Request, reply: Reply, keep: bool) -> int:
+    def write(self, connection: Connection, request: Request, reply: Reply, keep: bool) -> int:
         """Writes an answer that is no stream. Returns the bytes of its body. Raises ConnectionResetError, ValueError.
         See ``Connection.paused``."""
         data = self._head(request, reply, keep)
@@ -66,15 +66,15 @@ class Sender:
     async def send(self, connection: Connection, request: Request, reply: Reply, may_keep: bool) -> Sent:
         """Raises only CancelledError: a client that has gone is no error of this server."""
         body = request._body
-        if body is not None and body.awaited and reply.status < 300:
-            body.go_on()  # some clients insist on the interim answer, even when the server needs nothing more
+        if body is not None and body.expects_continue and reply.status < 300:
+            body.send_continue()  # some clients insist on the interim answer, even when the server needs nothing more
         keep = may_keep and self._can_drain(request)
         bytes_out, complete = 0, False
         try:
             if reply.stream is None:
-                bytes_out = self.put(connection, request, reply, keep)
+                bytes_out = self.write(connection, request, reply, keep)
                 if connection.paused:
-                    await connection.drained()
+                    await connection.drain()
                 complete = True
             else:
                 reply, bytes_out, complete = await self._send_stream(connection, request, reply, reply.stream, keep)
@@ -87,9 +87,9 @@ class Sender:
         return Sent(reply, bytes_out, complete, keep and complete, complete and (body is None or not body.complete))
 
     async def finish(self, connection: Connection, sent: Sent) -> Sent:
-        """Waits until the client has taken an answer that was ``put``. Raises as ``send``."""
+        """Waits until the client has taken an answer that ``write`` has written. Raises as ``send``."""
         try:
-            await connection.drained()
+            await connection.drain()
         except (ConnectionError, TimeoutError):
             connection.transport.abort()
             return sent._replace(complete=False, keep_alive=False)
@@ -114,7 +114,7 @@ class Sender:
                 text += f"Content-Length: {length}\r\n"
         if not keep:
             text += "Connection: close\r\n"
-        elif not request.modern:
+        elif not request.http11:
             text += "Connection: keep-alive\r\n"
         return (text + "\r\n").encode("utf-8", "surrogateescape")
 
@@ -139,14 +139,14 @@ class Sender:
                     connection.write(piece)
                 head = b""
                 if connection.paused:
-                    await connection.drained()
+                    await connection.drain()
                 sent += len(piece)
                 del piece  # else this view keeps its memory from being reused while the next piece is awaited
             if sent != stream.length:
                 raise DataDamaged(f"{sent} of {stream.length} bytes were read")
             if head:
                 connection.write(head)
-                await connection.drained()
+                await connection.drain()
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -157,7 +157,7 @@ class Sender:
                 return reply, sent, False
             failure = self._failure(request, error)
             connection.write(self._head(request, failure, keep) + failure.body)
-            await connection.drained()
+            await connection.drain()
             return failure, len(failure.body), True
         finally:
             await stream.close()
@@ -177,11 +177,11 @@ class Sender:
             return False
         if body.complete:
             return True
-        if body.awaited or body.failed:
+        if body.expects_continue or body.failed:
             return False
-        return body.length is None or body.length - body.bytes_come <= self._limits.drain_bytes_max
+        return body.length is None or body.length - body.bytes_received <= self._limits.drain_bytes_max
 
-    async def take_rest(self, connection: Connection, request: Request, sent: Sent) -> bool:
+    async def drop_rest(self, connection: Connection, request: Request, sent: Sent) -> bool:
         """Drops the rest of the body, within bounds. True when the connection can carry another request."""
         if sent.keep_alive:
             return await request.body.discard(self._limits.drain_bytes_max, self._limits.linger_s)
@@ -191,7 +191,7 @@ class Sender:
     async def _linger(self, connection: Connection) -> None:
         """Drops what a client still sends after its last answer. Closing a socket with unread bytes resets the
         connection, and the client might not read the answer."""
-        connection.end_writing()
+        connection.write_eof()
         rest = RequestBody(connection, UNKNOWN_BYTES, None, self._limits)
         connection.open_body(rest)
         await rest.discard(self._limits.linger_bytes_max, self._limits.linger_s)

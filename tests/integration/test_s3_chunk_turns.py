@@ -33,15 +33,15 @@ class Source:
 
     held_back = False
 
-    def hold_back(self) -> None:
+    def pause_reading(self) -> None:
         self.held_back = True
 
-    def body_done(self, rest: Buffer = b"") -> None:
+    def on_body_done(self, rest: Buffer = b"") -> None:
         self.rest = bytes(rest)
 
-    def admitted(self) -> None: ...
+    def on_admitted(self) -> None: ...
 
-    async def heard(self, body: RequestBody) -> None:
+    async def wait_for_body(self, body: RequestBody) -> None:
         raise AssertionError("nothing more comes")
 
 

@@ -202,7 +202,7 @@ def test_chunks_are_decoded_the_same_however_they_are_cut() -> None:
 
 def test_a_head_is_what_it_says() -> None:
     head = parse_head(b"PUT /b/k%20?x=y HTTP/1.1\r\nHOST:h\r\nX-Amz-Meta-A:  a \t\r\nx-amz-meta-a: b\r\nx-utf: \xc3\xa9\xff\r\nContent-Length: 007\r\nConnection: foo, Close", LIMITS)  # fmt: skip  # noqa: E501
-    assert (head.method, head.target, head.length, head.declared, head.keep_alive, head.expects) == (
+    assert (head.method, head.target, head.length, head.declared, head.keep_alive, head.expects_continue) == (
         "PUT",
         b"/b/k%20?x=y",
         7,
@@ -213,7 +213,7 @@ def test_a_head_is_what_it_says() -> None:
     assert head.headers["x-amz-meta-a"] == "a,b"
     assert head.headers["x-utf"].encode("utf-8", "surrogateescape") == b"\xc3\xa9\xff"
     old = parse_head(b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\nExpect: 100-continue", LIMITS)
-    assert (old.keep_alive, old.expects, old.modern, old.declared) == (True, False, False, False)
+    assert (old.keep_alive, old.expects_continue, old.http11, old.declared) == (True, False, False, False)
     assert not parse_head(b"GET / HTTP/1.0", LIMITS).keep_alive
 
 
@@ -460,14 +460,14 @@ class _Socket:
         self.direct = 0
         self.held_back = False
 
-    def hold_back(self) -> None:
+    def pause_reading(self) -> None:
         self.held_back = True
 
-    def body_done(self, rest: Buffer = b"") -> None: ...
+    def on_body_done(self, rest: Buffer = b"") -> None: ...
 
-    def admitted(self) -> None: ...
+    def on_admitted(self) -> None: ...
 
-    async def heard(self, body: RequestBody) -> None:
+    async def wait_for_body(self, body: RequestBody) -> None:
         body.waiter = asyncio.get_running_loop().create_future()
         while not body.waiter.done():
             data = self.reads.pop(0)
@@ -500,7 +500,7 @@ async def test_a_large_body_goes_straight_into_its_readers_memory() -> None:
             block = memoryview(bytearray(chance.choice((100, 50_000, 100_000))))
             found += block[: await reader.fill(block)]
         assert found == plain
-        assert body.bytes_come == len(plain)
+        assert body.bytes_received == len(plain)
         assert socket.direct > len(plain) // 4
 
 

@@ -149,12 +149,12 @@ _HOST_SYNTAX = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9\-._~!$&'()*+;=]|%[0
 
 def _stricter(head: RfcHead) -> dict[str, Callable[[], object]]:
     """Why a head whose syntax is right is refused here."""
-    fields, modern = head.fields, head.version == b"HTTP/1.1"
+    fields, http11 = head.fields, head.version == b"HTTP/1.1"
     lengths, codings, hosts = _of(fields, b"content-length"), _of(fields, b"transfer-encoding"), _of(fields, b"host")
     absolute = re.match(rb"https?://([^/?#]*)", head.target, re.IGNORECASE)
     return {
         "a version that is neither 1.1 nor 1.0": lambda: head.version not in (b"HTTP/1.1", b"HTTP/1.0"),
-        "HTTP/1.1 wants one Host (RFC 9112 3.2)": lambda: len(hosts) > 1 or (modern and not hosts),
+        "HTTP/1.1 wants one Host (RFC 9112 3.2)": lambda: len(hosts) > 1 or (http11 and not hosts),
         "a Host is a host and perhaps a port": lambda: any(not _HOST_SYNTAX.fullmatch(host) for host in hosts),
         "a target in absolute form names a host, and that of the Host header": lambda: (
             absolute and (not absolute[1] or absolute[1] not in hosts)
@@ -164,7 +164,7 @@ def _stricter(head: RfcHead) -> dict[str, Callable[[], object]]:
         ),
         "no Content-Length beside Transfer-Encoding": lambda: lengths and codings,
         "one Transfer-Encoding, chunked, and only in HTTP/1.1": lambda: (
-            codings and (len(codings) > 1 or codings[0].lower() != b"chunked" or not modern)
+            codings and (len(codings) > 1 or codings[0].lower() != b"chunked" or not http11)
         ),
         "what is understood is ASCII": lambda: any(
             _UNDERSTOOD.fullmatch(name) and not value.isascii() for name, value in fields

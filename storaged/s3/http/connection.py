@@ -8,11 +8,11 @@ offer a complete head to ``Owner.try_begin``. If that takes the request, it answ
 that all of it has arrived.
 
 All connections receive into one scratch buffer, from which a head is copied at once. Only a large body is received
-straight into its reader's memory (``RequestBody.fill``). Bytes that arrive while no one reads are kept up to
+straight into its reader's memory (``body.RequestBody.fill``). Bytes that arrive while no one reads are kept up to
 ``Limits.read_buffer_bytes``; then the socket is no longer read.
 
 The transport keeps no written bytes unless the socket is full: its high-water mark is the lowest, so that a buffer may
-be reused after ``drained``.
+be reused after ``drain``.
 
 Time limits: see ``progress`` and ``connections``.
 """
@@ -31,7 +31,7 @@ from typing import Protocol, cast
 
 from storaged import trace
 from storaged.errors import IncompleteBody, RequestTimeout
-from storaged.s3.http.body import RequestBody
+from storaged.s3.http.body_input import BodyInput
 from storaged.s3.http.grammar import HEAD_END, broken_so_far
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.progress import BODY, HEAD, SEND, Progress
@@ -78,7 +78,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._input = b""
-        self._body: RequestBody | None = None
+        self._body: BodyInput | None = None
         self._head_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
         self._yielded = False
@@ -99,7 +99,7 @@ class Connection(asyncio.BufferedProtocol):
         self.secure = False
         self.lost = False
         self.paused = False
-        """The transport could not write everything; see ``drained``."""
+        """The transport could not write everything; see ``drain``."""
         self.first_byte_ns = 0
         """When spans are on: the time of a request's first byte (``time.perf_counter_ns``); 0 between requests."""
         self.progress = Progress()
@@ -134,11 +134,11 @@ class Connection(asyncio.BufferedProtocol):
             body.received(nbytes)
         else:
             body.feed(bytes(self._owner.scratch[:nbytes]))
-            if body.then is not None and (body.complete or self._reading_paused):
-                body.tell()
+            if body.on_whole is not None and (body.complete or self._reading_paused):
+                body.report_whole()
         if self._client is not None:
             body = self._body
-            self._client.keep(len(self._input) + (body.kept_bytes if body is not None else 0))
+            self._client.keep(len(self._input) + (body.held_bytes if body is not None else 0))
 
     def eof_received(self) -> bool:
         """The client sends no more. It may still want the answers of requests under way: then the transport stays
@@ -188,7 +188,7 @@ class Connection(asyncio.BufferedProtocol):
                     self._wake(waiter)
                 awaited = False
         if not awaited and len(self._input) > self._owner.limits.read_buffer_bytes:
-            self.hold_back()  # also before the task has run: one readiness of the socket may bring dozens of reads
+            self.pause_reading()  # also before the task has run: one readiness of the socket may bring dozens of reads
 
     def _try_begin(self, data: bytes, end: int) -> bool:
         """Whether callbacks take the request whose head ends at ``end`` of ``data``, which is all that has arrived."""
@@ -205,7 +205,7 @@ class Connection(asyncio.BufferedProtocol):
         self.progress.phase = HEAD
         return False
 
-    def when_whole(self, body: RequestBody, then: Callable[[], None]) -> None:
+    def when_whole(self, body: BodyInput, then: Callable[[], None]) -> None:
         """Calls ``then`` once all of ``body`` (which was opened) has arrived, or once no more can be kept or will come.
 
         A body whose length is declared, and that is the object as it is, is kept whole. Of any other one, ``then`` is
@@ -214,7 +214,7 @@ class Connection(asyncio.BufferedProtocol):
         if body.failed or (self._reading_paused and body.full and not body.bounded):
             then()
             return
-        body.then = partial(self._body_over, then)
+        body.on_whole = partial(self._body_over, then)
         if self._reading_paused:
             self._resume_reading()
         self.progress.wait(BODY)
@@ -256,7 +256,7 @@ class Connection(asyncio.BufferedProtocol):
         if client is not None:
             client.remove()
 
-    def admitted(self) -> None:
+    def on_admitted(self) -> None:
         """The current request is authenticated, and takes a place among those in flight. Raises SlowDown."""
         if self._client is not None:
             self._authenticated_or_gone()
@@ -269,7 +269,7 @@ class Connection(asyncio.BufferedProtocol):
         """As many requests are in flight as may be."""
         return self._owner.requests_in_flight >= self._owner.limits.requests_max
 
-    def give_place(self) -> None:
+    def release_place(self) -> None:
         """The request has been answered."""
         if self._has_place:
             self._has_place = False
@@ -331,7 +331,7 @@ class Connection(asyncio.BufferedProtocol):
             self.progress.work()
         self._yielded = True
 
-    def open_body(self, body: RequestBody) -> None:
+    def open_body(self, body: BodyInput) -> None:
         """The bytes that follow belong to ``body``, until it is complete."""
         self._body = body
         received, self._input = self._input, b""
@@ -343,12 +343,12 @@ class Connection(asyncio.BufferedProtocol):
         elif self._reading_paused and not body.full:
             self._resume_reading()
 
-    def body_done(self, rest: Buffer = b"") -> None:
+    def on_body_done(self, rest: Buffer = b"") -> None:
         """All of the body has arrived, and ``rest`` after it; or no more of it will."""
         self._body = None
         self._input = bytes(rest)
 
-    def hold_back(self) -> None:
+    def pause_reading(self) -> None:
         """Reads no more from the socket, so that the client has to wait."""
         if not self._reading_paused and not self._ended:
             self._reading_paused = True
@@ -359,7 +359,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self.transport.is_closing():
             self.transport.resume_reading()
 
-    async def heard(self, body: RequestBody) -> None:
+    async def wait_for_body(self, body: BodyInput) -> None:
         """Waits until some bytes of ``body`` have arrived; with a destination, until that is full. Raises the error
         with which the body failed."""
         if self._reading_paused:
@@ -375,18 +375,18 @@ class Connection(asyncio.BufferedProtocol):
     # --- writing
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Raises ConnectionResetError. If ``paused`` is set afterwards, ``drained`` must be awaited before the memory
+        """Raises ConnectionResetError. If ``paused`` is set afterwards, ``drain`` must be awaited before the memory
         of ``data`` is reused."""
         if self.lost or self.transport.is_closing():
             raise ConnectionResetError("The client has gone.")
         self.transport.write(data)
 
-    def go_on(self) -> None:
+    def send_continue(self) -> None:
         """Sends ``100 Continue``."""
         if not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def drained(self) -> None:
+    async def drain(self) -> None:
         """Returns when the kernel has taken all that was written. Raises ConnectionResetError, and TimeoutError for a
         client that does not take it."""
         while self.paused:
@@ -400,7 +400,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._write_waiter = None
                 self.progress.work()
 
-    def end_writing(self) -> None:
+    def write_eof(self) -> None:
         """Signals to the client that the answer was the last one; what it still sends is read."""
         if not self.transport.is_closing() and self.transport.can_write_eof():
             with contextlib.suppress(OSError):  # the client has gone already
@@ -420,7 +420,7 @@ class Connection(asyncio.BufferedProtocol):
         sending = progress.phase == SEND
         receiving = progress.phase == BODY and body is not None
         # A block that fills, or a window that is taken, wakes no task before it is done: its bytes are counted.
-        amount = self.acked_bytes() if sending else body.bytes_come if receiving and body is not None else 0
+        amount = self.acked_bytes() if sending else body.bytes_received if receiving and body is not None else 0
         late = progress.stalled(now_s, amount, idle_s)
         if sending:
             late |= progress.send_too_slow(waited_s, amount, self._owner.limits)

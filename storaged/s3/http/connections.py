@@ -89,7 +89,7 @@ class Connections:
     def forget(self, connection: Connection) -> None:
         self.open.discard(connection)
 
-    async def flushed(self) -> None:
+    async def wait_flushed(self) -> None:
         """Returns when no client takes anything any more. TLS passes on what it was given when the socket has room, and
         does not report when it has, so the acknowledged bytes are polled."""
         before: dict[Connection, int] | None = None

@@ -86,8 +86,8 @@ class Head(NamedTuple):
     length: int | None
     declared: bool
     keep_alive: bool
-    expects: bool
-    modern: bool
+    expects_continue: bool
+    http11: bool
 
 
 def parse_head(raw: bytes, limits: Limits) -> Head:
@@ -106,8 +106,8 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
     words = raw.partition(b"\r\n")[0].split(b" ")
     if len(words) != 3 or not words[1] or b"\t" in words[1]:
         raise BadRequest()
-    modern = _VERSIONS.get(words[2])
-    if modern is None:
+    http11 = _VERSIONS.get(words[2])
+    if http11 is None:
         raise BadRequest("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
     del lines[0]
     headers = _parse_headers(lines)
@@ -116,19 +116,19 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
     host = headers.get("host")
     if host is not None:
         check_host(host)
-    elif modern:
+    elif http11:
         raise BadRequest("The Host header is missing.")
     target = words[1]
     if not target.startswith(b"/"):
         target = origin_form(target, headers)
-    length, declared = _framing(headers, modern)
-    keep_alive, expects = modern, False
+    length, declared = _framing(headers, http11)
+    keep_alive, expects = http11, False
     if "connection" in headers:
-        keep_alive = _keep_alive(headers["connection"], modern)
+        keep_alive = _keep_alive(headers["connection"], http11)
     if "expect" in headers:
-        expects = modern and _ascii_lower(headers["expect"]) == "100-continue"
+        expects = http11 and _ascii_lower(headers["expect"]) == "100-continue"
     return Head(
-        _METHODS.get(words[0]) or _method(words[0]), target, headers, length, declared, keep_alive, expects, modern
+        _METHODS.get(words[0]) or _method(words[0]), target, headers, length, declared, keep_alive, expects, http11
     )
 
 
@@ -191,11 +191,11 @@ def _method(word: bytes) -> str:
     return text
 
 
-def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool]:
+def _framing(headers: Mapping[str, str], http11: bool) -> tuple[int | None, bool]:
     """(length, declared) of a head. Raises BadRequest, NotImplemented."""
     text = headers.get("content-length")
     if "transfer-encoding" in headers:
-        if text is not None or not modern:
+        if text is not None or not http11:
             raise BadRequest("Transfer-Encoding does not go with Content-Length, nor with HTTP/1.0.")
         if _ascii_lower(headers["transfer-encoding"]) != "chunked":
             raise errors.NotImplemented("The only Transfer-Encoding is chunked.")
@@ -228,6 +228,6 @@ def _ascii_lower(value: str) -> str:
     return value.lower()
 
 
-def _keep_alive(connection: str, modern: bool) -> bool:
+def _keep_alive(connection: str, http11: bool) -> bool:
     options = [option.strip(" \t") for option in _ascii_lower(connection).split(",")]
-    return "close" not in options if modern else "keep-alive" in options and "close" not in options
+    return "close" not in options if http11 else "keep-alive" in options and "close" not in options
