@@ -1,0 +1,143 @@
+"""Named states of the cluster that ``storaged status`` lists as problems. They are never raised."""
+
+from __future__ import annotations
+
+from storaged.errors.base import Condition
+
+
+class AuditRefusedByWitness(Condition):
+    """A node's audit log differs from what its witnesses saw: it was rewritten, cut, lost, or restored from a copy."""
+
+    code = "AUDIT_REFUSED_BY_WITNESS"
+    hint = (
+        "Copy the node's audit directory away before anything else, then: storaged audit verify COPY. It names the"
+        " first entry that differs from what was seen."
+    )
+
+
+class NodeDown(Condition):
+    """The node does not answer."""
+
+    code = "NODE_DOWN"
+    hint = (
+        "Start it (systemctl start; in a trial cluster `storaged dev start NODE`). If the reason names protocol"
+        " versions, the node runs, but with another version: install one version on all nodes. While a node with disks"
+        " is away, writes use other disks, and repair catches it up."
+    )
+
+
+class DiskDown(Condition):
+    """The disk does not take part: its node refuses it or it failed."""
+
+    code = "DISK_DOWN"
+    hint = "See the node's log for the reason. Remove the cause (mount, permissions, cable), then restart the node."
+
+
+class ObjectsBelowTarget(Condition):
+    """Some objects have fewer fragments than their bucket's profile asks for."""
+
+    code = "OBJECTS_BELOW_TARGET"
+    hint = "Repair rebuilds them as soon as enough disks are available: `storaged repair status --wait`."
+
+
+class ObjectsLost(Condition):
+    """Some objects have too few fragments left to be read, on all disks together. The return of a disk that is away
+    would not help.
+    """
+
+    code = "OBJECTS_LOST"
+    hint = (
+        "`storaged where` names what is missing. If a disk was wiped or replaced, put the old one back; else write"
+        " these objects again from another copy."
+    )
+
+
+class ObjectsUnreadable(Condition):
+    """Some objects cannot be read until disks that are away return. They are not lost unless those disks are."""
+
+    code = "OBJECTS_UNREADABLE"
+    hint = "Bring back the nodes and disks that are away; `storaged where` names those of an object."
+
+
+class SystemRecordDamaged(Condition):
+    """The record of a bucket or a user was not written by a gateway of this cluster, and no majority of its replicas
+    holds one that was.
+    """
+
+    code = "SYSTEM_RECORD_DAMAGED"
+    hint = (
+        "Only this bucket or user is affected: it is refused, others are served. A storage node wrote the record, or a"
+        " majority of its disks are damaged: look at their logs. Create a user again (`storaged user remove"
+        " ACCESS_KEY`, then `user add`)."
+    )
+
+
+class BucketNotVerified(Condition):
+    """Storage nodes can't verify the record of a bucket, so its countries are uncertain. They do not judge, rebuild or
+    move its objects.
+    """
+
+    code = "BUCKET_NOT_VERIFIED"
+    hint = (
+        "A gateway of this version signs records from before within a minute of its start. A record that stays so was"
+        " not written by a gateway: look at the storage nodes' logs, and at SYSTEM_RECORD_DAMAGED. Clients read and"
+        " write other buckets as before."
+    )
+
+
+class ObjectsNotCounted(Condition):
+    """Repair has not yet checked all objects since a disk came or went. How many are below target is unknown."""
+
+    code = "OBJECTS_NOT_COUNTED"
+    hint = "It counts them now; look again in a moment, or wait with `storaged repair status --wait`."
+
+
+class QuorumLost(Condition):
+    """Some registers have no majority of their replicas. Their keys can be neither read nor written until a replica
+    returns.
+    """
+
+    code = "QUORUM_LOST"
+    hint = "Start the nodes that are down."
+
+
+class KeysNotBackedUp(Condition):
+    """The keyring has no backup that covers its newest epoch key. Losing the gateway would lose every object."""
+
+    code = "KEYS_NOT_BACKED_UP"
+    hint = "Run `storaged keys backup FILE` and keep the file and its passphrase off this machine."
+
+
+class KeyReleasesRefused(Condition):
+    """The policy does not allow this gateway to have keys. Its certificate does not match the countries and
+    jurisdictions, or is not valid now.
+    """
+
+    code = "KEY_RELEASE_REFUSED"
+    hint = (
+        "The rule and its reason are in `storaged doctor`, in the answer to the client (503) and in the audit log"
+        " (key.refused). certificate validity: check the clock, or issue a new certificate (`storaged cluster issue`)"
+        " and reload. cluster countries, cluster jurisdictions: this gateway is not certified inside the policy of the"
+        " layout in force. bucket countries: use a gateway in one of the bucket's countries."
+    )
+
+
+class BucketKeyDamaged(Condition):
+    """The ring's record of a bucket's key was removed or overwritten, but not by a gateway. The cause is a damaged
+    disk, or an attack with a node's certificate.
+    """
+
+    code = "BUCKET_KEY_DAMAGED"
+    hint = (
+        "Mended: this gateway wrote it again from its own copy; find the cause (audit log: key.restore). Not"
+        " mended: no copy here opens. Other gateways mend it from theirs when they use the bucket; else restore the"
+        " newest backup (`storaged keys restore FILE`, then reload the gateway). Until then the bucket's objects cannot"
+        " be read."
+    )
+
+
+class ClockSkewed(Condition):
+    """A node's clock differs from the gateway's by more than a few seconds."""
+
+    code = "CLOCK_SKEWED"
+    hint = "Run an NTP client. Safety does not depend on clocks; signatures and dates do."
