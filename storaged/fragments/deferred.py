@@ -26,19 +26,19 @@ from storaged.units import KIB
 DEFER_S = 0.1
 DEFER_WRITES_MAX = 32
 DEFER_BYTES_MAX = 512 * KIB
-"""Copies are appended after so long, or when so many have come."""
+"""Copies are appended after ``DEFER_S``, or as soon as there are so many of them or so many bytes."""
 
 SLOW_S = 0.02
 SLOW_FOR_S = 10.0
-"""When the loop took so long to append copies to the page cache, the thread does it for so long."""
+"""When the loop took ``SLOW_S`` to append copies to the page cache, the thread does it for ``SLOW_FOR_S``."""
 
 SPACE_LOOK_S = 0.1
 SPACE_LOOK_PART = 64
-"""The free space is asked for so often, and whenever copies have taken such a part of it."""
+"""The file system is asked for its free space every ``SPACE_LOOK_S``, and when copies have taken a 64th of it since."""
 
 
 class DeferredCopies:
-    """Everything is the event loop's but ``append``, ``pending`` and ``unfinished``."""
+    """Used on the event loop, but for ``append``, ``pending``, ``queued`` and ``unfinished``."""
 
     def __init__(
         self, engine: Engine, engine_lock: threading.Lock, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]
@@ -70,9 +70,7 @@ class DeferredCopies:
     # --- admitting and keeping --------------------------------------------------------------------------------------
 
     def admit(self, write: Write) -> StoragedError | None:
-        """Why the copy may not be kept, if there is a reason. None: its space is reserved; ``keep`` or ``withdraw``
-        follows.
-        """
+        """The error when the copy may not be kept. None: its space is reserved; ``keep`` or ``withdraw`` follows."""
         if self._stopped:
             return DiskUnusable("the fragment store is closed", state="failed")
         if (mismatch := write.mismatch()) is not None:
@@ -91,7 +89,7 @@ class DeferredCopies:
         return None
 
     def withdraw(self, write: Write) -> None:
-        """An admitted copy does not come."""
+        """Gives back the space of an admitted copy that will not be kept."""
         self._coming_bytes -= write.payload_bytes
 
     def keep(self, writes: Sequence[Write]) -> None:
@@ -113,7 +111,7 @@ class DeferredCopies:
             self._timer = self._loop.call_later(DEFER_S, self.append_in_thread)
 
     def append_in_thread(self) -> None:
-        """Has the writer thread append them now."""
+        """Wakes the writer thread, which appends what is queued."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -164,7 +162,7 @@ class DeferredCopies:
         if self._loop.time() - now > SLOW_S:
             self._slow_until_s = now + SLOW_FOR_S
         if self._engine.log.write_back_due:
-            self._wake()  # the thread also begins a checkpoint of the index, now and then
+            self._wake()  # the thread writes back, and begins a checkpoint of the index when one is due
         return True
 
     @property

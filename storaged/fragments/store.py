@@ -47,11 +47,12 @@ T = TypeVar("T")
 
 BATCH_IDS_MAX = 10_000
 INLINE_IDS_MAX = 256
-"""So many lookups (2 us each) are made on the event loop."""
+"""Up to so many lookups (2 us each) are made on the event loop, more in a thread."""
 
 INLINE_READ_BYTES_MAX = MIB
-"""So much is copied from the page cache and verified on the event loop: a fragment of a block of 3 MiB takes 0.1 ms,
-and half of that again to send. A thread costs more: it takes the interpreter from the loop a dozen times."""
+"""Up to so many bytes are copied from the page cache and verified on the event loop: a fragment of a block of 3 MiB
+takes 0.1 ms, and half of that again to send. A thread costs more: it takes the interpreter from the loop a dozen times.
+"""
 
 OnDamage = Callable[[FragmentId, int], None]
 """``on_damage(fragment, cell)``; cell -1 is the head, so all cells."""
@@ -311,13 +312,13 @@ class LocalFragmentStore:
     # --- small copies that another log keeps durable ----------------------------------------------------------------
 
     def admit(self, write: Write) -> StoragedError | None:
-        """Reserves space for a copy that ``keep`` or ``withdraw`` follows; returns the error when it is refused. On the
-        event loop, like these two.
+        """Reserves space for a copy; ``keep`` or ``withdraw`` follows. Returns the error when the copy is refused. On
+        the event loop, like these two.
         """
         return self._deferred.admit(write)
 
     def withdraw(self, write: Write) -> None:
-        """An admitted copy does not come."""
+        """Gives back the space of an admitted copy that will not be kept."""
         self._deferred.withdraw(write)
 
     def keep(self, writes: Sequence[Write]) -> None:

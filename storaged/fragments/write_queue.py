@@ -1,8 +1,8 @@
 """The way from the event loop to a disk's writer thread and back.
 
-What arrives in one turn of the loop goes to the thread at once. Handed over one by one, the first job would wake the
-thread, which would ask for the interpreter and get it in the middle of the burst; jobs that belong in one group would
-be synced in several. Answers come back in one wake-up of the loop a group.
+The jobs of one turn of the loop are handed over together. Handed over one by one, the first would wake the thread,
+which would ask for the interpreter and get it in the middle of the burst; jobs that belong in one group would be synced
+in several. The answers of a group come back in one wake-up of the loop, or two when only some need a sync.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Job:
-    """The writer thread appends ``write`` or makes ``call``, or does neither: then the job is done with its group.
-    ``sync``: the answer waits until the log is durable.
+    """The writer thread appends ``write`` or makes ``call``; without both the job only waits for its group. ``sync``:
+    the answer waits until the log is durable.
     """
 
     future: asyncio.Future[Any]
@@ -58,7 +58,7 @@ class Committed:
 
 
 class Stop:
-    """The thread ends when it takes this."""
+    """Ends the thread."""
 
 
 class Drain:
@@ -77,7 +77,7 @@ Item = list[Job] | Committed | Drain | Stop
 
 
 class WriteQueue:
-    """Jobs on their way, and the bytes of their payloads, which are bounded. Its attributes are the event loop's."""
+    """Jobs on their way, and the bytes of their payloads, which are bounded."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, bytes_max: int) -> None:
         self._loop = loop
@@ -166,7 +166,7 @@ class WriteQueue:
     # --- from any thread --------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """The thread looks at what is deferred, and at what it tends."""
+        """Has the thread look at the deferred copies and its background work."""
         self._items.put([])
 
     def put(self, item: Item) -> None:

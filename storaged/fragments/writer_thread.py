@@ -1,4 +1,4 @@
-"""One disk's writer thread: it commits in groups, and tends the disk between them.
+"""One disk's writer thread: it commits in groups, and does the disk's background work between them.
 
 Every write, delete and sync that arrives while the disk is busy goes into the next group: one vectored write, one
 fdatasync if any of them asked for durability, one wake-up of the event loop. A lone request waits for no other.
@@ -65,12 +65,14 @@ class WriterThread:
             raise waiting.error
 
     def stop(self) -> None:
-        """The thread ends after what is queued; ``join`` follows."""
+        """Has the thread end after what is queued now; ``join`` follows."""
         self._stopping = True
         self._queue.put(Stop())
 
     def join(self) -> None:
-        """Waits for the thread, finishes a checkpoint and what is deferred, and refuses the rest. Blocks."""
+        """Waits for the thread and its checkpoint, appends the deferred copies, and refuses jobs that came too late.
+        Blocks.
+        """
         self.thread.join()
         self._checkpoints.shutdown(wait=True)
         with self._engine_lock:
@@ -104,17 +106,17 @@ class WriterThread:
                     self.groups += 1
                     self._serve(jobs)
                 if not stopping:
-                    self._tend(busy=bool(jobs) or had_queued)
+                    self._do_background(busy=bool(jobs) or had_queued)
 
     def _collect(self) -> tuple[list[Job], list[Drain], bool]:
-        """(jobs up to the bounds of a group, drains, whether to stop). Waits for the first, or until there is something
-        to tend.
+        """(jobs up to the bounds of a group, drains, whether to stop). Waits for the first, or until background work is
+        due.
         """
         limits = self._engine.limits
         jobs: list[Job] = []
         drains: list[Drain] = []
         size = 0
-        timeout_s = self._rest_s()
+        timeout_s = self._background_due_s()
         while len(jobs) < limits.batch_writes_max and size < limits.batch_bytes_max:
             if self._backlog:
                 job = self._backlog.popleft()
@@ -171,24 +173,24 @@ class WriterThread:
         answers.extend((job, _result_or_error(job.call)) for job in jobs if job.write is None)
         return answers
 
-    # --- tending ----------------------------------------------------------------------------------------------------
+    # --- background work --------------------------------------------------------------------------------------------
 
-    def _rest_s(self) -> float | None:
-        """Seconds until there is something to tend; None: nothing."""
+    def _background_due_s(self) -> float | None:
+        """Seconds until background work is due; None: there is none."""
         if self._engine.state.failure:
             return None
         if self._engine.can_punch:
             return 0
         return None if self._compact_at is None else max(0.0, self._compact_at - self._clock.monotonic())
 
-    def _tend(self, *, busy: bool) -> None:
-        """Checkpoints, holes and compaction: a slice of each, smaller when there is other work."""
+    def _do_background(self, *, busy: bool) -> None:
+        """Checkpoints, holes and compaction: a slice of each, smaller when clients wait (``busy``)."""
         engine = self._engine
         if engine.state.failure:
             return
         try:
             engine.log.write_back()
-            self._tend_checkpoint()
+            self._begin_checkpoint_if_due()
             for _ in range(1 if busy else PUNCHES_WHEN_IDLE):
                 if not engine.punch():
                     break
@@ -204,7 +206,8 @@ class WriterThread:
         except (OSError, lmdb.Error) as error:
             engine.state.fail(f"{type(error).__name__}: {error}", lasting=False)
 
-    def _tend_checkpoint(self) -> None:
+    def _begin_checkpoint_if_due(self) -> None:
+        """Begins one in its own thread. Waits for one that takes too long."""
         engine = self._engine
         if self._checkpoint is None:
             if engine.checkpoint_due():

@@ -195,7 +195,7 @@ class Check:
                         self._walk_again_in(self._context.limits.walk_retry_max_s)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._context.limits.hints_at_once, len(names))):
+            for _ in range(min(self._context.limits.hints_concurrent_max, len(names))):
                 group.create_task(worker())
 
     async def _look_at(self, name: RegisterName) -> None:

@@ -31,7 +31,7 @@ class MaintainLimits:
     walk_retry_max_s: float = 60.0
     collect_interval_s: float = 20.0
     collect_batch: int = 256
-    collect_at_once: int = 16
+    collects_concurrent_max: int = 16
     recode_delay_s: float = 600.0
     """How long disks may be away before blocks without a spare are recoded for the other disks."""
     drop_delay_s: float = 3600.0
@@ -42,12 +42,12 @@ class MaintainLimits:
     scrub_interval_s: float = 30 * 86_400.0
     scrub_bytes_per_s: int = 64 * MIB
     """The pace of a scrub that starts by itself. A requested one is as fast as the disk."""
-    rebuilds_at_once_max: int = 3
+    rebuilds_concurrent_max: int = 3
     """Blocks that are rebuilt at the same time. Each takes about four times its size, 12 MiB, meanwhile."""
     repair_batch: int = 256
     """Registers repaired before hints, returned disks and the order of urgency are looked at again."""
     hints_a_round: int = 500
-    hints_at_once: int = 16
+    hints_concurrent_max: int = 16
     findings_max: int = 100_000
     hints_max: int = 100_000
     leftovers_max: int = 100_000

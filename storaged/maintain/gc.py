@@ -172,14 +172,14 @@ class Collector:
         return found
 
     async def _concurrently(self, work: Iterator[Awaitable[None]]) -> None:
-        """Does all of it, ``collect_at_once`` at a time. Each is created when its turn comes."""
+        """Does all of it, ``collects_concurrent_max`` at a time. Each is created when its turn comes."""
 
         async def worker() -> None:
             for some in work:
                 await some
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._context.limits.collect_at_once):
+            for _ in range(self._context.limits.collects_concurrent_max):
                 group.create_task(worker())
 
     async def _find_copies(self, disk: str, by_owner: dict[RegisterName, list[_Candidate]]) -> None:

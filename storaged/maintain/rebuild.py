@@ -57,11 +57,11 @@ class Move(NamedTuple):
 
 
 class Rebuilder:
-    """Rebuilds and recodes blocks, at most ``rebuilds_at_once_max`` at a time."""
+    """Rebuilds and recodes blocks, at most ``rebuilds_concurrent_max`` at a time."""
 
     def __init__(self, context: MaintainContext) -> None:
         self._context = context
-        self._gate = asyncio.Semaphore(context.limits.rebuilds_at_once_max)
+        self._gate = asyncio.Semaphore(context.limits.rebuilds_concurrent_max)
         self.fragments_rebuilt = 0
         self.bytes_rebuilt = 0
         self.blocks_recoded = 0

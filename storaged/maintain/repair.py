@@ -1,26 +1,28 @@
 """Repair: brings what is below target back to its target, the most endangered first.
 
-How repair decides, from the top of this file to its end:
+How repair decides, in the order of this file:
 
 1. The check (``check``) asks the disks that a record names for each fragment. A fragment is OK, MISSING (its disk
-   answers and does not have it undamaged) or AWAY (``health``). A block is below target when a fragment is not OK, or
-   when it is not coded and spread as its part's target asks. A register with such a block is a finding in the queue.
-2. ``_repair_most_urgent``: the finding whose worst block has the fewest spare fragments comes first. A finding is tried
-   when the disks that answer suffice to do something, or when disks have been away for longer than ``recode_delay_s``.
-   After a failure it backs off.
-3. ``_repair``: the record is read again from a majority. Missing pages of its manifest are copied first. Then its
-   blocks are looked at again, in slices of one run.
-4. ``_repair_slice``: a slice is recoded, when ``_better_placement`` finds a better place for all of it. Else its
-   missing fragments are rebuilt where they were. What is AWAY waits for its disk.
-5. ``_better_placement``: never for small copies, nor when a block can't be read. To the target, at once when the slice
-   is not on target and the disks can hold it, and after the delay when disks are away. To what the living disks can
-   hold, after the delay, when a block has no spare left.
-6. ``_commit``: the record then names the new places, by a compare-and-set (``relocate``). The old fragments are deleted
+   answers and does not have it undamaged) or AWAY (``health``). A block is below target when one of its fragments is
+   not OK, or when it is not coded and spread as its part's target asks. A register with such a block is a finding in
+   the queue.
+2. ``_repair_most_urgent`` takes the finding whose worst block has the fewest spare fragments. It tries a finding when
+   the disks that answer suffice to do something, or when disks have been away for longer than ``recode_delay_s``. A
+   finding whose repair failed backs off.
+3. ``_repair`` reads the record again from a majority. It copies missing pages of the manifest. Then it looks at the
+   blocks again, in slices of one run.
+4. ``_repair_slice`` recodes a slice when ``_better_placement`` finds a better place for all of it. Else it rebuilds the
+   MISSING fragments where they were. AWAY fragments wait for their disk.
+5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the part's
+   target, if the disks that take writes can hold it: without delay for a slice that is not on target, after the delay
+   for one with AWAY fragments. If they can't hold the target, it chooses what they can hold, for a slice that has AWAY
+   fragments, after the delay, when a block has no spare left.
+6. ``_commit`` makes the record name the new places, by a compare-and-set (``relocate``). The old fragments are deleted
    later.
-7. The register is judged again. It leaves the queue when it is on target.
+7. The register is judged again, and leaves the queue when it is on target.
 
-A block with less than k readable fragments is not touched. It is lost when it would be so even if all disks that are
-away came back; ``status`` counts it.
+Repair does not touch a block with fewer than k readable fragments. The block is lost when that would be so even if all
+disks that are away came back; ``status`` counts it.
 """
 
 from __future__ import annotations

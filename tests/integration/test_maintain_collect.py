@@ -313,7 +313,7 @@ def test_shards_are_asked_for_their_uploads_side_by_side() -> None:
             scanner.list_page = counted  # type: ignore[method-assign]
         assert await collect(cluster) == 3 * 40
         assert (
-            2 <= most <= MaintainLimits().collect_at_once
+            2 <= most <= MaintainLimits().collects_concurrent_max
         )  # as many as a disk has shards of the bucket, whose id is random
 
     run(scenario)
