@@ -46,7 +46,7 @@ class _Ports:
         value = self.values.get(name)
         return Reading(value, self.copies.get(value.payload) if want_payload and value is not None else None)
 
-    def change_soon(
+    def try_change(
         self,
         name: RegisterName,
         update: Update,

@@ -31,8 +31,8 @@ from storaged.meta.proposer.pages import RingPages
 from storaged.meta.proposer.queue import ChangeQueue
 from storaged.meta.proposer.read import CopyReader, RegisterReader
 from storaged.meta.proposer.survey import RingSurvey
-from storaged.meta.transport.quorum import Calls, Courier, Suspects, TaskPool
-from storaged.meta.transport.reads import RowReader
+from storaged.meta.transport.calls import Calls, Fanout, TaskPool, UnresponsiveDisks
+from storaged.meta.transport.read_batching import RowReader
 
 DEADLINE_S = 10.0
 CALL_TIMEOUT_S = 5.0
@@ -121,9 +121,9 @@ class RingClient:
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._pool = pool = TaskPool()
         clock = clock if clock is not None else SystemClock()
-        suspects = Suspects(clock)
+        unresponsive = UnresponsiveDisks(clock)
         self._calls = calls = Calls(
-            replicas, pool, suspects, clock, deadline_s=deadline_s, call_timeout_s=call_timeout_s, hedge_s=hedge_s
+            replicas, pool, unresponsive, clock, deadline_s=deadline_s, call_timeout_s=call_timeout_s, hedge_s=hedge_s
         )
         copies = CopyReader(calls, copy_at)
         ballots = Ballots(node, partial(entropy, INCARNATION_BYTES), rules)
@@ -133,8 +133,8 @@ class RingClient:
             clock=clock,
             jitter=jitter,
             pool=pool,
-            suspects=suspects,
-            courier=Courier(replicas, pool),
+            unresponsive=unresponsive,
+            fanout=Fanout(replicas, pool),
             deadlines=Deadlines(),
             call_timeout_s=call_timeout_s,
             hedge_s=hedge_s,
@@ -189,8 +189,8 @@ class RingClient:
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         return await self._reader.read(name, want_payload=want_payload, settling_nonce=settling_nonce)
 
-    def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
-        self._reader.read_soon(name, want_payload, then)
+    def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+        self._reader.try_read(name, want_payload, then)
 
     async def change(
         self,
@@ -205,7 +205,7 @@ class RingClient:
     ) -> Outcome:
         return await self._queue.change(name, update, small, ready, renew, settling_nonce, regardless)
 
-    def change_soon(
+    def try_change(
         self,
         name: RegisterName,
         update: Update,
@@ -214,7 +214,7 @@ class RingClient:
         small: SmallCopies | None = None,
         regardless: bool = False,
     ) -> bool:
-        return self._queue.change_soon(name, update, then, small, regardless)
+        return self._queue.try_change(name, update, then, small, regardless)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         if not self._gateway and name.table == Table.SYSTEM:

@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
 class Outcome(NamedTuple):
     """``before``: the settled value that the update saw last; None too when it saw none and yet has overwritten
-    something (``change_soon``). ``after``: what the register holds
+    something (``try_change``). ``after``: what the register holds
     now (``before`` when nothing changed)."""
 
     before: Value | None
@@ -90,7 +90,7 @@ class Registers(Protocol):
         without the fence's nonce.
         """
 
-    def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+    def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
         """As ``read``, without a task: ``then`` is told, perhaps before this returns, and must not raise. None: it is
         not the common case, so ``read`` is to be called.
         """
@@ -127,7 +127,7 @@ class Registers(Protocol):
         data is left to the collector. Raises ValueError outside of the table OBJECT (``register.may_create``).
         """
 
-    def change_soon(
+    def try_change(
         self,
         name: RegisterName,
         update: Update,
@@ -340,32 +340,34 @@ class Replica(Protocol):
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply: ...
 
 
-class PostingReplica(Replica, Protocol):
+class TryReplica(Replica, Protocol):
     """What a replica may do besides: be asked without a task."""
 
-    def post(self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+    def try_call(
+        self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+    ) -> bool:
         """A Prepare, Accept, Create, Read or ScanRequest, as ``cluster.ports.TryCaller``. False: the replica's method
         of that name is to be called instead.
         """
 
 
-Heard = Callable[[str, Any, memoryview], None]
+OnAnswer = Callable[[str, Any, memoryview], None]
 """``heard(disk, answer, bulk)``: the reply, or a StoragedError in its place. It must not raise."""
 
 
-class HereReplica(PostingReplica, Protocol):
+class LocalTryReplica(TryReplica, Protocol):
     """What a replica of this process may do besides: be asked with a request that it shares with others."""
 
-    def ask_here(self, request: Message, header: bytes, body: Sequence[Buffer], heard: Heard) -> bool:
+    def try_call_shared(self, request: Message, header: bytes, body: Sequence[Buffer], heard: OnAnswer) -> bool:
         """A Prepare, Accept or Create that names no disk, and an accept's header and body for this one. ``heard`` is
         told once, perhaps before this returns. False: something
         has to be waited for, so the replica's method of that name is to be called instead."""
 
 
-class TailReplica(PostingReplica, Protocol):
+class RemoteTryReplica(TryReplica, Protocol):
     """What a replica of another node may do besides: be asked with an encoding that it shares with others."""
 
-    def post_tail(
+    def try_call_encoded(
         self, kind: type[Message], first: bytes, tail: bytes, then: OnReply, body: Sequence[Buffer], timeout_s: float
     ) -> bool:
         """As ``post``, of a request whose encoding before the disk is ``first`` (the same for all of its kind), and
@@ -381,7 +383,7 @@ class Replicas(Protocol):
 
 
 Done = Callable[[StoragedError | None], None]
-"""Told once, on the event loop: None when all went well. It must not raise."""
+"""OnRow once, on the event loop: None when all went well. It must not raise."""
 
 
 class Copy(NamedTuple):

@@ -45,7 +45,7 @@ class MemoryRing:
         self.replica_away = False
         """``unfence`` does not reach all replicas."""
         self.busy = False
-        """``change_soon`` takes nothing on."""
+        """``try_change`` takes nothing on."""
         self.again = True
         """What pages of heads say of themselves."""
         self.regardless: list[bool] = []
@@ -62,7 +62,7 @@ class MemoryRing:
         payload = self._copy(name, value.payload) if want_payload and value is not None and value.payload else None
         return Reading(value, payload)
 
-    def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+    def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
         task = asyncio.get_running_loop().create_task(self.read(name, want_payload=want_payload))
         task.add_done_callback(lambda done: then(done.result()))
 
@@ -106,7 +106,7 @@ class MemoryRing:
             if renew is not None:
                 await renew()
 
-    def change_soon(
+    def try_change(
         self,
         name: RegisterName,
         update: Update,

@@ -37,7 +37,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Copy
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.transport.batching import ALONE_MAX
+from storaged.meta.transport.accept_batching import ALONE_MAX
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.meta_store import MemoryMetaStore

@@ -60,8 +60,8 @@ class SigningClient(RingClient):
     async def change(self, name: RegisterName, update: Update, **options: Any) -> Any:
         return await super().change(name, self._signed(name, update), **options)
 
-    def change_soon(self, name: RegisterName, update: Update, *given: Any, **options: Any) -> bool:
-        return super().change_soon(name, self._signed(name, update), *given, **options)
+    def try_change(self, name: RegisterName, update: Update, *given: Any, **options: Any) -> bool:
+        return super().try_change(name, self._signed(name, update), *given, **options)
 
 
 class Reachable:

@@ -232,7 +232,7 @@ class Scenario:
             else:
                 told.set_result(outcome)
 
-        if self.random.random() < 0.5 and client.change_soon(name, update, then, small=small, regardless=regardless):
+        if self.random.random() < 0.5 and client.try_change(name, update, then, small=small, regardless=regardless):
             return await told
         return await client.change(name, update, small=small)
 

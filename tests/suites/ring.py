@@ -182,15 +182,15 @@ class RingSuite:
 
     async def test_a_change_and_a_read_without_a_task_answer_as_those_with_one(self, ring: RingPorts) -> None:
         told: asyncio.Queue[object] = asyncio.Queue()
-        if not ring.registers.change_soon(NAME, becomes(b"one"), told.put_nowait):
+        if not ring.registers.try_change(NAME, becomes(b"one"), told.put_nowait):
             await told.put(await ring.registers.change(NAME, becomes(b"one")))
         outcome = await told.get()
         assert isinstance(outcome, Outcome)
         assert outcome.after is not None
         assert outcome.after.body == b"one"
-        ring.registers.read_soon(NAME, False, told.put_nowait)
+        ring.registers.try_read(NAME, False, told.put_nowait)
         assert await told.get() in (await ring.registers.read(NAME), None)
-        if ring.registers.change_soon(NAME, refuses, told.put_nowait):
+        if ring.registers.try_change(NAME, refuses, told.put_nowait):
             assert isinstance(await told.get(), PreconditionFailed)
         assert told.empty()
 

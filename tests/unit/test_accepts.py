@@ -18,8 +18,14 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Accepts, AcceptsReply, Create, Prepare
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.transport import batching as accepts_module
-from storaged.meta.transport.batching import ACCEPTS_MAX, ALONE_MAX, ENCODED_BYTES_MAX, TOGETHER_MAX, NodeAccepts
+from storaged.meta.transport import accept_batching as accepts_module
+from storaged.meta.transport.accept_batching import (
+    ACCEPTS_MAX,
+    ALONE_MAX,
+    ENCODED_BYTES_MAX,
+    TOGETHER_MAX,
+    AcceptBatcher,
+)
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaHost
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
@@ -77,7 +83,7 @@ class Wire:
 class Asking:
     def __init__(self) -> None:
         self.wire = Wire()
-        accepts = NodeAccepts(self.wire, "n")
+        accepts = AcceptBatcher(self.wire, "n")
         self.replicas = {disk: RemoteReplica(self.wire, "n", disk, accepts=accepts) for disk in ("d0", "d1")}
         self.heard: dict[int, list[Any]] = {}
 
@@ -85,7 +91,7 @@ class Asking:
         request = kind("", name_of(number), ballot(number + 1), value(b"%d" % number), header=b"h" if copy else b"")
         told = self.heard.setdefault(number, [])
         body = [copy[:2], copy[2:]] if copy else []
-        return self.replicas[disk].post_tail(
+        return self.replicas[disk].try_call_encoded(
             kind, FIRST, tail_of(request), lambda answer, _bulk: told.append(answer), body, 1.0
         )
 
@@ -158,7 +164,9 @@ async def test_prepares_go_by_themselves() -> None:
     asking = Asking()
     asking.fill()
     prepare = Prepare("", name_of(1), ballot(1))
-    assert asking.replicas["d0"].post_tail(Prepare, encode(prepare)[:1], tail_of(prepare), lambda *_: None, (), 1.0)
+    assert asking.replicas["d0"].try_call_encoded(
+        Prepare, encode(prepare)[:1], tail_of(prepare), lambda *_: None, (), 1.0
+    )
     assert [method for method, *_ in asking.wire.sent] == ["meta.prepare"]
 
 
@@ -260,7 +268,7 @@ async def test_a_message_waits_as_long_as_the_most_patient_of_those_in_it() -> N
     asking.fill()
     for number, timeout_s in ((1, 0.001), (2, 5.0), (3, 1.0)):
         request = Accept("", name_of(number), ballot(1), value())
-        assert asking.replicas["d0"].post_tail(Accept, FIRST, tail_of(request), lambda *_: None, (), timeout_s)
+        assert asking.replicas["d0"].try_call_encoded(Accept, FIRST, tail_of(request), lambda *_: None, (), timeout_s)
     await turn()
     assert asking.wire.timeouts[-1] == 5.0
 
@@ -271,9 +279,9 @@ async def test_a_message_does_not_grow_beyond_a_frame_and_a_large_request_goes_b
     most = Value(1, b"o" * 16, Visibility.LIVE, bytes(ENCODED_BYTES_MAX - 1024))
     for number in range(TOGETHER_MAX + 1):
         request = Accept("", name_of(number), ballot(1), most)
-        assert asking.replicas["d0"].post_tail(Accept, FIRST, tail_of(request), lambda *_: None, (), 1.0)
+        assert asking.replicas["d0"].try_call_encoded(Accept, FIRST, tail_of(request), lambda *_: None, (), 1.0)
     large = Accept("", name_of(99), ballot(1), Value(1, b"o" * 16, Visibility.LIVE, bytes(ENCODED_BYTES_MAX)))
-    assert asking.replicas["d0"].post_tail(Accept, FIRST, tail_of(large), lambda *_: None, (), 1.0)
+    assert asking.replicas["d0"].try_call_encoded(Accept, FIRST, tail_of(large), lambda *_: None, (), 1.0)
     await turn()
     told = [
         (method, len(decode(bytes(head), Accepts).accepts) if method == "meta.accepts" else 1)

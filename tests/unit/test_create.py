@@ -580,7 +580,7 @@ async def test_only_an_objects_register_is_changed_regardless_of_what_it_holds(r
     with pytest.raises(ValueError, match="regardless"):
         await client.change(name, put(b"one"), regardless=True)
     with pytest.raises(ValueError, match="regardless"):
-        client.change_soon(name, put(b"one"), lambda _outcome: None, regardless=True)
+        client.try_change(name, put(b"one"), lambda _outcome: None, regardless=True)
     replica = ring.first.inner
     ballot = Ballot(1, client._ring.clock.wall_ms() * 1000, "n", b"i" * 8)
     value = lineage().create(Change(b"one"), ballot)

@@ -20,7 +20,7 @@ from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Copy, Reading, Slot, StoreBatch
 from storaged.meta.storage.rowvalue import check_of, pack_row
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.transport.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
+from storaged.meta.transport.read_batching import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.meta_store import MemoryMetaStore
@@ -192,10 +192,10 @@ async def test_replicas_of_this_process_tell_what_they_have_in_memory_before_the
     await world.write(slot)
     client = RingClient(world, ReplicaDirectory(world, world, world.replicas), node="gw", deadline_s=5.0)
     found: list[Reading | None] = []
-    client.read_soon(name_of(2), True, found.append)
-    client.read_soon(slot.name, False, found.append)
+    client.try_read(name_of(2), True, found.append)
+    client.try_read(slot.name, False, found.append)
     world.in_memory[b"D" * 16] = b"sealed"
-    client.read_soon(slot.name, True, found.append)
+    client.try_read(slot.name, True, found.append)
     assert found == [Reading(None), Reading(slot.value), Reading(slot.value, memoryview(b"sealed"))]
     del world.in_memory[b"D" * 16]
     world.on_disk[b"D" * 16] = b"sealed"
@@ -248,7 +248,7 @@ async def test_a_node_that_tells_a_right_check_and_no_row_ends_nobodys_wait(
     await world.write(slot)
     monkeypatch.setattr(MemoryMetaStore, "rows", lambda self, names: [pack_row(slot)[:9] + end] * len(names))
     soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
-    world.client.read_soon(slot.name, False, soon.set_result)
+    world.client.try_read(slot.name, False, soon.set_result)
     assert await asyncio.wait_for(soon, 2) is None
     assert (await world.client.read(slot.name)).value == slot.value
 
@@ -354,7 +354,7 @@ async def test_a_read_is_counted_once_whichever_way_it_ends(world: World) -> Non
         await world.stores[of(world, name)[which]].commit(StoreBatch([slot_of(name)]))
         before = world.client.statistics().reads
         soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
-        world.client.read_soon(name, False, soon.set_result)
+        world.client.try_read(name, False, soon.set_result)
         agreed = await soon is not None
         assert agreed == (which == 2)
         if not agreed:
@@ -383,7 +383,7 @@ async def test_a_node_that_does_not_answer_is_waited_for_once(world: World, whic
     hung = of(world, slot.name)[which][:2]
     client = hang(world, hung)
     soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
-    client.read_soon(slot.name, False, soon.set_result)
+    client.try_read(slot.name, False, soon.set_result)
     assert await asyncio.wait_for(soon, 2) is None
     for _ in range(3):
         assert (await client.read(slot.name)).value == slot.value
@@ -397,7 +397,7 @@ async def test_who_was_waited_for_last_is_asked_last(world: World) -> None:
     first, second, third = of(world, slot.name)
     for hung, comes_back in ((first, second), (second, first)):
         client = hang(world, hung[:2])
-        client._ring.suspects.add(comes_back)
+        client._ring.unresponsive.add(comes_back)
         await asyncio.sleep(0.01)
         assert (await client.read(slot.name)).value == slot.value
         world.messages.clear()
@@ -422,7 +422,7 @@ async def test_a_disk_that_is_out_of_use_is_noticed_by_the_first_read_and_asked_
     assert (await world.client.read(slot.name)).value == slot.value
     world.messages.clear()
     soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
-    world.client.read_soon(slot.name, False, soon.set_result)
+    world.client.try_read(slot.name, False, soon.set_result)
     found = await asyncio.wait_for(soon, 2)
     assert found is not None
     assert found.value == slot.value
@@ -468,7 +468,7 @@ async def test_when_nobody_answers_nobody_is_asked_last(world: World) -> None:
     hang(world, first[:2])
     client = hang(world, second[:2])
     soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
-    client.read_soon(slot.name, False, soon.set_result)
+    client.try_read(slot.name, False, soon.set_result)
     assert await asyncio.wait_for(soon, 2) is None
-    assert client._ring.suspects.last((first, second, "other")) == [first, second, "other"]
+    assert client._ring.unresponsive.last((first, second, "other")) == [first, second, "other"]
     await client.close()

@@ -40,9 +40,9 @@ def begun(
     regardless: bool = False,
     name: RegisterName = NAME,
 ) -> asyncio.Future[Outcome | Exception]:
-    """What ``change_soon`` tells. A second telling is an InvalidStateError."""
+    """What ``try_change`` tells. A second telling is an InvalidStateError."""
     told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
-    assert client.change_soon(name, update, told.set_result, small=small, regardless=regardless)
+    assert client.try_change(name, update, told.set_result, small=small, regardless=regardless)
     return told
 
 
@@ -188,7 +188,7 @@ async def test_a_client_that_closes_tells_what_it_does_not_go_on_with(ring: Ring
     outcome = await asyncio.wait_for(told, 1)
     assert isinstance(outcome, ServiceUnavailable)
     assert isinstance(outcome, OutcomeUnknown) == (stuck == "accept")
-    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
+    assert not client.try_change(NAME, put(b"never"), lambda _: pytest.fail("told"))
 
 
 @pytest.mark.parametrize("turns", range(6))
@@ -216,16 +216,16 @@ async def test_a_mistake_in_what_judges_it_is_told_and_gives_its_turn_back(ring:
 
 async def test_a_mistake_in_asking_leaves_nothing_that_goes_on(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     client = ring.client()
-    courier = client._ring.courier
-    ask_each = courier.ask_each
+    fanout = client._ring.fanout
+    ask_each = fanout.ask_each
 
     def mistaken(*asked: Any, **options: Any) -> None:
         ask_each(*asked, **options)
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(courier, "ask_each", mistaken)
+    monkeypatch.setattr(fanout, "ask_each", mistaken)
     with pytest.raises(RuntimeError):
-        client.change_soon(NAME, put(b"one"), lambda _: pytest.fail("told"))
+        client.try_change(NAME, put(b"one"), lambda _: pytest.fail("told"))
     monkeypatch.undo()
     await asyncio.sleep(0.02)
     assert (await client.read(NAME)).value is None
@@ -252,7 +252,7 @@ async def test_a_refusal_leaves_no_garbage(ring: Ring, settled: bool) -> None:
         await ring.accept_at(ring.first, b"half", 1)
     gc.disable()
     try:
-        assert client.change_soon(NAME, refuse, then, small=COPIES._replace(enough=lambda _disks: True))
+        assert client.try_change(NAME, refuse, then, small=COPIES._replace(enough=lambda _disks: True))
         await asyncio.wait_for(over.wait(), GUARD_S)
         await asyncio.sleep(0)
         assert [refusal() for refusal in refusals] == [None] * len(refusals)

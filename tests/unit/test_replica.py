@@ -440,7 +440,7 @@ async def test_a_disk_that_hangs_is_given_so_much_and_no_more_and_goes_on_afterw
         with pytest.raises(SlowDown):
             await replica.accept(accept(ballot(11), value(b""), names[3]))
     heard: list[object] = []
-    assert replica.post(accept(ballot(11), value(b""), names[3]), lambda answer, _bulk: heard.append(answer))
+    assert replica.try_call(accept(ballot(11), value(b""), names[3]), lambda answer, _bulk: heard.append(answer))
     assert [type(answer) for answer in heard] == [SlowDown]
     disk.open.set()
     assert [reply.verdict for reply in await asyncio.gather(large, *small)] == [Verdict.OK] * 3
@@ -505,7 +505,7 @@ async def test_a_copy_that_fails_in_a_way_that_nobody_foresaw_ends_its_accept_an
         with pytest.raises(DiskUnusable):
             await replica.prepare(prepare(ballot(11)))
         await replica.close()
-    assert replica.post(prepare(ballot(12)), lambda answer, _bulk: heard.append(answer))
+    assert replica.try_call(prepare(ballot(12)), lambda answer, _bulk: heard.append(answer))
     assert [type(answer) for answer in heard] == [DiskUnusable]
 
 
@@ -517,7 +517,7 @@ class MistakenStore(MemoryMetaStore):
 async def test_a_proposer_in_the_same_process_hears_of_an_unforeseen_failure_as_of_an_unusable_disk() -> None:
     replica = LocalReplica("d", MistakenStore())
     heard: list[object] = []
-    assert replica.post(accept(ballot(10), value()), lambda answer, _bulk: heard.append(answer))
+    assert replica.try_call(accept(ballot(10), value()), lambda answer, _bulk: heard.append(answer))
     assert [type(answer) for answer in heard] == [DiskUnusable]
     async with asyncio.timeout(GUARD_S):
         await replica.close()

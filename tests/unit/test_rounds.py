@@ -16,7 +16,7 @@ from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Replica, Slot
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.transport.quorum import Courier, TaskPool
+from storaged.meta.transport.calls import Fanout, TaskPool
 from storaged.meta.transport.replicas import RemoteReplica
 from storaged.wire import Buffer, Message, encode
 from tests.doubles.meta_store import MemoryMetaStore
@@ -75,11 +75,11 @@ def test_each_replica_is_sent_the_request_with_its_own_disk_and_header(
     request_: Prepare | Accept | Read, method: str, headers: Sequence[bytes]
 ) -> None:
     wire = Wire()
-    courier = Courier(Directory(wire), TaskPool())
+    fanout = Fanout(Directory(wire), TaskPool())
     bodies = [[b"payload %d" % index] for index in range(len(headers))]
     for _ in range(2):  # what a replica remembers of the first time serves the second
         wire.sent.clear()
-        courier.ask_each(
+        fanout.ask_each(
             request_, DISKS, lambda *_: None, timeout_s=1.0, fragments=list(zip(headers, bodies, strict=True))
         )
         for index, disk in enumerate(DISKS):
@@ -114,13 +114,13 @@ class Here:
 
 async def test_replicas_of_this_process_share_a_request_and_each_keeps_its_own_copy() -> None:
     here, pool = Here(), TaskPool()
-    courier = Courier(here, pool)
+    fanout = Fanout(here, pool)
     heard: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
     def ask(
         request: Prepare | Accept, disks: Sequence[str], fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = ()
     ) -> None:
-        courier.ask_each(
+        fanout.ask_each(
             request, disks, lambda disk, answer, _: heard.put_nowait((disk, answer)), timeout_s=1.0, fragments=fragments
         )
 

@@ -13,7 +13,7 @@ from storaged.meta.messages import Accept, AcceptReply
 from storaged.meta.names import Ballot, RegisterName
 from storaged.meta.ports import StoreBatch
 
-OnAnswer = Callable[[AcceptReply | Exception], None]
+OnAcceptReply = Callable[[AcceptReply | Exception], None]
 """Gets what ``ports.Replica.accept`` returns or raises."""
 
 
@@ -37,14 +37,14 @@ class PendingAccept(Struct):
     batch: StoreBatch
     size: int
     copied: bool
-    on_answer: OnAnswer
-    again: list[OnAnswer] = []
+    on_answer: OnAcceptReply
+    again: list[OnAcceptReply] = []
     """Of the same accept, when it came again."""
     copy_error: str = ""
     arrival: asyncio.Future[None] | None = None
     """Done when it has arrived, or failed; None while nothing waits for that."""
 
-    def joined(self, request: Accept, header: bytes, on_answer: OnAnswer) -> bool:
+    def joined(self, request: Accept, header: bytes, on_answer: OnAcceptReply) -> bool:
         """Whether the request is the very one that is being written, come again: then ``on_answer`` gets its result
         too.
         """

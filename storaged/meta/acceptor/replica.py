@@ -31,7 +31,7 @@ from storaged.meta.acceptor.disk_writes import DiskWrites
 from storaged.meta.acceptor.fences import Fences
 from storaged.meta.acceptor.high_water import META_HIGH_WATER, HighWater
 from storaged.meta.acceptor.pages import DiskPages
-from storaged.meta.acceptor.pending_accept import OnAnswer, PendingAccept, PendingAccepts
+from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, PendingAccepts
 from storaged.meta.acceptor.rows import NO_BYTES, DiskRows
 from storaged.meta.consensus.acceptor import (
     CREATE_AHEAD_US,
@@ -47,7 +47,7 @@ from storaged.meta.consensus.bounds import check_created, check_epoch, check_fen
 from storaged.meta.consensus.register import RULES, Rules, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table
-from storaged.meta.ports import Copies, Heard, MetaStore, RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import Copies, MetaStore, OnAnswer, RowDamaged, Slot, StoreBatch
 from storaged.wire import Buffer, Message, decode
 
 OBJECT = int(Table.OBJECT)
@@ -56,7 +56,7 @@ META_RETIRED = "retired"
 
 
 class LocalReplica:
-    """The acceptor of one disk of this process. Implements ``ports.HereReplica``; one event loop only.
+    """The acceptor of one disk of this process. Implements ``ports.LocalTryReplica``; one event loop only.
 
     It has the methods of the port twice, as calls that wait and as ``try_`` calls that do not, which makes them more
     than 25.
@@ -217,7 +217,7 @@ class LocalReplica:
         self,
         request: messages.Accept,
         body: Sequence[Buffer],
-        on_answer: OnAnswer,
+        on_answer: OnAcceptReply,
         header: bytes = b"",
         *,
         create: bool = False,
@@ -309,7 +309,7 @@ class LocalReplica:
             pending.stored(error)
 
     def _answer_before_sync(
-        self, batch: StoreBatch, header: bytes, body: Sequence[Buffer], on_answer: OnAnswer
+        self, batch: StoreBatch, header: bytes, body: Sequence[Buffer], on_answer: OnAcceptReply
     ) -> None:
         """What simulations do without rule 1."""
         name, ballot, _value = batch.slots[0]
@@ -403,8 +403,8 @@ class LocalReplica:
 
     # --- without a task -----------------------------------------------------------------------------------------------
 
-    def ask_here(self, request: Message, header: bytes, body: Sequence[Buffer], heard: Heard) -> bool:
-        """See ``ports.HereReplica``."""
+    def try_call_shared(self, request: Message, header: bytes, body: Sequence[Buffer], heard: OnAnswer) -> bool:
+        """See ``ports.LocalTryReplica``."""
         try:
             if isinstance(request, messages.Accept):
                 disk = self.disk
@@ -418,10 +418,12 @@ class LocalReplica:
         heard(self.disk, promise, NO_BYTES)
         return True
 
-    def post(self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
-        """See ``ports.PostingReplica``: for a proposer in the same process."""
+    def try_call(
+        self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+    ) -> bool:
+        """See ``ports.TryReplica``: for a proposer in the same process."""
         if not isinstance(request, messages.Read):
-            return self.ask_here(request, b"", body, lambda _disk, answer, bulk: then(answer, bulk))
+            return self.try_call_shared(request, b"", body, lambda _disk, answer, bulk: then(answer, bulk))
         try:
             found: tuple[Any, memoryview] | None = self.try_read(request)
         except StoragedError as error:

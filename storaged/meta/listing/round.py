@@ -17,7 +17,7 @@ from storaged.meta.listing.query import Answers, Query, Span
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
 from storaged.meta.ports import Replicas
 from storaged.meta.storage.scan import EXAMINE_MAX, Want
-from storaged.meta.transport.quorum import ask_one
+from storaged.meta.transport.calls import ask_one
 from storaged.units import MIB
 
 ROUND_BYTES_MAX = 3 * MIB

@@ -45,7 +45,7 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Change, RegisterName
 from storaged.meta.ports import Changed, Outcome
-from storaged.meta.transport.quorum import Courier, Suspects, TaskPool
+from storaged.meta.transport.calls import Fanout, TaskPool, UnresponsiveDisks
 
 OK = int(Verdict.OK)
 FOREVER = float("inf")
@@ -109,8 +109,8 @@ class Ring:
     clock: Clock
     jitter: Callable[[], float]
     pool: TaskPool
-    suspects: Suspects
-    courier: Courier
+    unresponsive: UnresponsiveDisks
+    fanout: Fanout
     deadlines: Deadlines
     call_timeout_s: float
     hedge_s: float
@@ -283,7 +283,7 @@ class ChangeShell:
         machine = self.machine
         disks: Sequence[str] = machine.view.quorum.disks
         if machine.sparing:
-            order = self._ring.suspects.last(disks)
+            order = self._ring.unresponsive.last(disks)
             disks = machine.view.quorum.prefix(order)
             self._unasked, self._silent = order[len(disks) :], list(disks)
         else:
@@ -300,7 +300,7 @@ class ChangeShell:
         machine, ring = self.machine, self._ring
         self._sending = True
         try:
-            ring.courier.ask_each(
+            ring.fanout.ask_each(
                 machine.request, disks, on_reply, timeout_s=self._timeout_s, fragments=machine.fragments
             )
         finally:
@@ -317,7 +317,7 @@ class ChangeShell:
             return
         machine = self.machine
         if isinstance(answer, StoragedError):
-            self._ring.suspects.saw(disk, answer)
+            self._ring.unresponsive.saw(disk, answer)
         if turn != machine.turn:
             return
         if disk in self._silent:
@@ -344,7 +344,7 @@ class ChangeShell:
             return
         machine = self.machine
         if isinstance(answer, StoragedError):
-            self._ring.suspects.saw(disk, answer)
+            self._ring.unresponsive.saw(disk, answer)
             reply = None
         else:
             reply = answer
@@ -363,7 +363,7 @@ class ChangeShell:
             return
         machine = self.machine
         if isinstance(answer, StoragedError):
-            self._ring.suspects.saw(disk, answer)
+            self._ring.unresponsive.saw(disk, answer)
             reply = None
         else:
             reply = answer
@@ -520,7 +520,7 @@ class ChangeShell:
                 len(self._silent) < machine.view.quorum.fewest
             ):  # when no replica has answered, it may be this process that is late
                 for disk in self._silent:
-                    self._ring.suspects.add(disk)
+                    self._ring.unresponsive.add(disk)
             self._ask_others()
 
     def _mark(self, name: str) -> None:

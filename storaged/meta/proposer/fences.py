@@ -9,7 +9,7 @@ from storaged.meta.consensus.quorums import View, met_by_all
 from storaged.meta.messages import FenceLift, FenceReply, FenceSet
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Replica
-from storaged.meta.transport.quorum import Calls
+from storaged.meta.transport.calls import Calls
 
 
 class RingFences:

@@ -10,7 +10,7 @@ from storaged.meta.consensus.quorums import View
 from storaged.meta.messages import PageCheck, PageGet, PagePut, PageReply
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Replica
-from storaged.meta.transport.quorum import Answers, Calls
+from storaged.meta.transport.calls import Answers, Calls
 
 
 class RingPages:
@@ -49,7 +49,7 @@ class RingPages:
     async def get_page(self, near: RegisterName, name: bytes) -> bytes:
         """See ``ports.Pages``."""
         calls, deadline = self._calls, self._calls.deadline()
-        order = calls.suspects.last(self._view(near).quorum.disks)
+        order = calls.unresponsive.last(self._view(near).quorum.disks)
         answers: Answers[PageReply] = calls.answers()
         while order or answers.pending:
             if order:

@@ -1,7 +1,7 @@
 """The changes of this process: one after the other for each register, each driven by a ``ChangeShell``.
 
 A process never pre-empts itself: changes of one register wait for each other (``Turns``). A caller with a task awaits
-``change``. A caller without one calls ``change_soon`` and gets the outcome by a callback; that costs a task only when
+``change``. A caller without one calls ``try_change`` and gets the outcome by a callback; that costs a task only when
 the change has to wait for its turn.
 """
 
@@ -149,7 +149,7 @@ class ChangeQueue:
         finally:
             self._under_way.pop(shell, None)
 
-    def change_soon(
+    def try_change(
         self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None, regardless: bool
     ) -> bool:
         """See ``ports.Registers``."""

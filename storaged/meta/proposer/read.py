@@ -38,8 +38,8 @@ from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Copy, Reading
 from storaged.meta.proposer.change import Deadlines, Ring
 from storaged.meta.storage.rowvalue import check_of, value_of
-from storaged.meta.transport.quorum import NO_BYTES, Answers, Calls, Suspects
-from storaged.meta.transport.reads import CHECK, COPY, ROW, RowReader
+from storaged.meta.transport.calls import NO_BYTES, Answers, Calls, UnresponsiveDisks
+from storaged.meta.transport.read_batching import CHECK, COPY, ROW, RowReader
 
 LAYOUT_PAUSE_S = 0.05
 """Between two tries of a read whose replicas follow a newer layout; drawn at random up to it."""
@@ -63,10 +63,12 @@ class RowRead:
 
     comparison: RowComparison
 
-    def __init__(self, on_done: Callable[[RowRead], None], suspects: Suspects, deadlines: Deadlines) -> None:
+    def __init__(
+        self, on_done: Callable[[RowRead], None], unresponsive: UnresponsiveDisks, deadlines: Deadlines
+    ) -> None:
         """``on_done`` must not raise."""
         self._on_done = on_done
-        self._suspects = suspects
+        self._suspects = unresponsive
         self._deadlines = deadlines
         self._first = ""
         self.row = b""
@@ -153,7 +155,7 @@ class CopyReader:
     ) -> Copy | None:
         """Asks the replicas one by one; those that were ``asked`` and had none come last."""
         calls = self._calls
-        order = calls.suspects.last(sorted(view.quorum.disks, key=asked.__contains__))
+        order = calls.unresponsive.last(sorted(view.quorum.disks, key=asked.__contains__))
         answers: Answers[_ReadAnswer] = calls.answers()
         while order or answers.pending:
             if order:
@@ -224,7 +226,7 @@ class ReadShell:
         machine = self.machine
         on_reply = partial(self._on_reply, machine.turn)
         disks = machine.view.quorum.disks
-        self._ring.courier.read_each(machine.read, disks, on_reply, timeout_s=self._timeout_s())
+        self._ring.fanout.read_each(machine.read, disks, on_reply, timeout_s=self._timeout_s())
 
     def _replay(self) -> None:
         machine = self.machine
@@ -233,7 +235,7 @@ class ReadShell:
             fragments = [fragments[machine.view.quorum.disks.index(disk)] for disk in machine.behind]
         on_reply = partial(self._on_accept, machine.turn, bool(fragments))
         timeout_s = self._timeout_s()
-        self._ring.courier.ask_each(machine.accept, machine.behind, on_reply, timeout_s=timeout_s, fragments=fragments)
+        self._ring.fanout.ask_each(machine.accept, machine.behind, on_reply, timeout_s=timeout_s, fragments=fragments)
 
     def _timeout_s(self) -> float:
         return max(0.001, min(self._ring.call_timeout_s, self._remaining_s()))
@@ -255,7 +257,7 @@ class ReadShell:
     def _on_reply(self, turn: int, disk: str, answer: ReadReply | StoragedError, bulk: memoryview) -> None:
         machine = self.machine
         if isinstance(answer, StoragedError):
-            self._ring.suspects.saw(disk, answer)
+            self._ring.unresponsive.saw(disk, answer)
         reply = None if isinstance(answer, StoragedError) else answer
         self._did(machine.replied(turn, disk, reply, bulk))
         if disk in machine.doubted:
@@ -265,7 +267,7 @@ class ReadShell:
         self, turn: int, copies: bool, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None
     ) -> None:
         if isinstance(answer, StoragedError):
-            self._ring.suspects.saw(disk, answer)
+            self._ring.unresponsive.saw(disk, answer)
         reply = None if isinstance(answer, StoragedError) else answer
         if copies and (reply is None or reply.verdict != Verdict.OK or not reply.copy_synced):
             self._ring.on_missed(self.machine.name)
@@ -331,11 +333,11 @@ class RegisterReader:
     def _ask_rows(self, name: RegisterName, want_payload: bool, on_done: Callable[[RowRead], None]) -> RowRead:
         ring = self._ring
         view = ring.view(name)
-        read = RowRead(on_done, ring.suspects, ring.deadlines)
+        read = RowRead(on_done, ring.unresponsive, ring.deadlines)
         read.ask(self._rows, view, name.pack(), want_payload, ring.call_timeout_s, ring.hedge_s)
         return read
 
-    def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+    def try_read(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
         """See ``ports.Registers``."""
         try:
             self._ask_rows(name, want_payload, partial(self._on_rows, want_payload, then))

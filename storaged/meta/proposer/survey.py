@@ -11,7 +11,7 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Read, ReadReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.meta.ports import ReplicaState
-from storaged.meta.transport.quorum import Answers, Calls
+from storaged.meta.transport.calls import Answers, Calls
 
 AGREEMENT_S = 2.0
 """A replica that has not said by then what it holds counts as away."""

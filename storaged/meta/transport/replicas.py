@@ -30,9 +30,8 @@ from storaged.meta.authority import Gate, OnRefusal
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.ports import Replica
-from storaged.meta.transport import reads
-from storaged.meta.transport.batching import ALONE_MAX, NodeAccepts, begin_accepts
-from storaged.meta.transport.reads import NodeReads, Told
+from storaged.meta.transport.accept_batching import ALONE_MAX, AcceptBatcher, try_accepts
+from storaged.meta.transport.read_batching import OnRow, ReadBatcher, answer_read, answer_reads
 from storaged.wire import Buffer, Message, encode
 
 _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
@@ -45,10 +44,15 @@ _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
 
 
 class RemoteReplica:
-    """``ports.TailReplica`` over RPC: one disk of another node."""
+    """``ports.RemoteTryReplica`` over RPC: one disk of another node."""
 
     def __init__(
-        self, caller: Caller, node: str, disk: str, reads: NodeReads | None = None, accepts: NodeAccepts | None = None
+        self,
+        caller: Caller,
+        node: str,
+        disk: str,
+        reads: ReadBatcher | None = None,
+        accepts: AcceptBatcher | None = None,
     ) -> None:
         self._caller = caller
         self._poster = caller if isinstance(caller, TryCaller) else None
@@ -56,21 +60,23 @@ class RemoteReplica:
         self._accepts = accepts
         self.node = node
         self.disk = disk
-        self._lines: dict[type[Message], tuple[bytes, EncodedCall, NodeAccepts | None]] = {}
+        self._lines: dict[type[Message], tuple[bytes, EncodedCall, AcceptBatcher | None]] = {}
         """By what is asked: how its encoding begins, the line that it takes by itself, and with what it goes to its
         node when it has company.
         """
 
-    def post(self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+    def try_call(
+        self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+    ) -> bool:
         if self._poster is None:
             return False
         method, reply = _POSTED[type(request)]
         return self._poster.try_call(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
 
-    def post_tail(
+    def try_call_encoded(
         self, kind: type[Message], first: bytes, tail: bytes, then: OnReply, body: Sequence[Buffer], timeout_s: float
     ) -> bool:
-        """See ``ports.TailReplica``."""
+        """See ``ports.RemoteTryReplica``."""
         known = self._lines.get(kind)
         if known is None:
             if self._poster is None:
@@ -84,7 +90,7 @@ class RemoteReplica:
             return line(tail, then, body, timeout_s)
         return together.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))
 
-    def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:
+    def try_row(self, ask: bytes, epoch: int, told: OnRow, timeout_s: float) -> bool:
         """See ``reads.RowReader.ask``. False: this can't be asked without a task."""
         if self._reads is None:
             return False
@@ -164,7 +170,7 @@ class ReplicaDirectory:
         self._remote: dict[str, RemoteReplica] = {}
         self._layout: Layout | None = None
         """The one that ``_remote`` is of."""
-        self._gathering: dict[str, tuple[NodeReads, NodeAccepts]] = {}
+        self._gathering: dict[str, tuple[ReadBatcher, AcceptBatcher]] = {}
 
     def replica(self, disk_id: str) -> Replica:
         local = self._local.get(disk_id)
@@ -192,13 +198,13 @@ class ReplicaDirectory:
         found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, *self._together(entry.node))
         return found
 
-    def _together(self, node: str) -> tuple[NodeReads, NodeAccepts] | tuple[()]:
+    def _together(self, node: str) -> tuple[ReadBatcher, AcceptBatcher] | tuple[()]:
         """What gathers the asks for all disks of one node."""
         together = self._gathering.get(node)
         if together is None and isinstance(self._caller, TryCaller):
             together = self._gathering[node] = (
-                NodeReads(self._caller, node),
-                NodeAccepts(self._caller, node, self._alone_max),
+                ReadBatcher(self._caller, node),
+                AcceptBatcher(self._caller, node, self._alone_max),
             )
         return together or ()
 
@@ -229,25 +235,25 @@ class ReplicaHost:
     def methods(self) -> Methods:
         """What a storage node registers."""
         methods = {
-            "meta.prepare": Method(messages.Prepare, self._prepare, try_answer=self._prepare_at_once),
-            "meta.accept": Method(messages.Accept, self._accept, try_start=self._begin_accept),
-            "meta.create": Method(messages.Create, self._accept, try_start=self._begin_accept),
+            "meta.prepare": Method(messages.Prepare, self._prepare, try_answer=self._try_prepare),
+            "meta.accept": Method(messages.Accept, self._accept, try_start=self._try_accept),
+            "meta.create": Method(messages.Create, self._accept, try_start=self._try_accept),
             "meta.accepts": Method(
-                messages.Accepts, self._accepts, try_start=partial(begin_accepts, self._of, self._gate)
+                messages.Accepts, self._accepts, try_start=partial(try_accepts, self._of, self._gate)
             ),
-            "meta.read": Method(messages.Read, self._read, try_answer=self._read_at_once),
-            "meta.reads": Method(messages.Reads, self._reads, try_answer=self._reads_at_once),
+            "meta.read": Method(messages.Read, self._read, try_answer=self._try_read),
+            "meta.reads": Method(messages.Reads, self._reads, try_answer=self._try_reads),
             "meta.page_put": Method(messages.PagePut, self._page_put),
             "meta.page_get": Method(messages.PageGet, self._page_get),
             "meta.page_check": Method(messages.PageCheck, self._page_check),
             "meta.fence": Method(messages.FenceSet, self._fence),
             "meta.unfence": Method(messages.FenceLift, self._unfence),
             "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
-            "meta.scan": Method(ScanRequest, self._scan, try_answer=self._scan_at_once),
+            "meta.scan": Method(ScanRequest, self._scan, try_answer=self._try_scan),
         }
         return grant(methods)
 
-    def _prepare_at_once(self, request: messages.Prepare, call: Call) -> messages.PrepareReply | None:
+    def _try_prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply | None:
         if verdict := self._gate.prepare(request, call.peer):
             return messages.PrepareReply(verdict)
         return self._of(request.disk).try_prepare(request)
@@ -257,7 +263,7 @@ class ReplicaHost:
             return messages.PrepareReply(verdict)
         return await self._of(request.disk).prepare(request)
 
-    def _begin_accept(self, request: messages.Accept, call: Call, answer: OnOutcome) -> bool:
+    def _try_accept(self, request: messages.Accept, call: Call, answer: OnOutcome) -> bool:
         if verdict := self._gate.accept(request, call.peer):
             answer(messages.AcceptReply(verdict))
             return True
@@ -270,7 +276,7 @@ class ReplicaHost:
 
     async def _accepts(self, request: messages.Accepts, call: Call) -> Message | Reply:
         answered: asyncio.Future[Message | Reply | Exception] = asyncio.get_running_loop().create_future()
-        begin_accepts(
+        try_accepts(
             self._of,
             self._gate,
             request,
@@ -282,7 +288,7 @@ class ReplicaHost:
             raise outcome
         return outcome
 
-    def _read_at_once(self, request: messages.Read, _call: Call) -> Reply | None:
+    def _try_read(self, request: messages.Read, _call: Call) -> Reply | None:
         found = self._of(request.disk).try_read(request)
         return None if found is None else Reply(found[0], (found[1],) if len(found[1]) else ())
 
@@ -290,14 +296,14 @@ class ReplicaHost:
         reply, payload = await self._of(request.disk).read(request)
         return Reply(reply, (payload,) if len(payload) else ())
 
-    def _reads_at_once(self, request: messages.Reads, _call: Call) -> Reply | None:
-        reply, copies = reads.tell(self.replicas, request)
+    def _try_reads(self, request: messages.Reads, _call: Call) -> Reply | None:
+        reply, copies = answer_reads(self.replicas, request)
         if request.wait and any(row is None for rows in reply.found for row in rows):
             return None
         return Reply(reply, copies)
 
     async def _reads(self, request: messages.Reads, _call: Call) -> Reply:
-        reply, copy = await reads.tell_in_time(self._of(request.disks[0]), request)
+        reply, copy = await answer_read(self._of(request.disks[0]), request)
         return Reply(reply, (copy,) if len(copy) else ())
 
     async def _page_put(self, request: messages.PagePut, _call: Call) -> messages.PageReply:
@@ -318,7 +324,7 @@ class ReplicaHost:
     async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
         return await self._of(request.disk).fence_epoch(request)
 
-    def _scan_at_once(self, request: ScanRequest, _call: Call) -> ScanReply | None:
+    def _try_scan(self, request: ScanRequest, _call: Call) -> ScanReply | None:
         return self._of(request.disk).try_scan(request)
 
     async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:

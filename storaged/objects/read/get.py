@@ -141,7 +141,7 @@ def try_read(
 ) -> None:
     """See ``api.Objects``."""
     name = object_name(bucket.id, bucket.shard_numbers, key)
-    plane.registers.read_soon(name, want_plain, partial(_read, plane, name, bucket, key, want_plain, then))
+    plane.registers.try_read(name, want_plain, partial(_read, plane, name, bucket, key, want_plain, then))
 
 
 def _read(

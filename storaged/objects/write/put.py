@@ -96,7 +96,7 @@ def try_put(
         return False
     new = Replacement(write, sealed)
     on_outcome = partial(_on_outcome, new, on_done)
-    return plane.registers.change_soon(
+    return plane.registers.try_change(
         write.part.name, new.update, on_outcome, small=sealed.small, regardless=new.regardless
     )
 

@@ -4,7 +4,7 @@ nobody looks at.
 Theory of operation. Who reads a register asks one replica for its row, as it is stored, and others for the row's check
 alone: equal checks are equal ballots and
 equal values under one name (``rowvalue``). All asks of one turn of the loop for the disks of one node travel in one
-message (``NodeReads``), and are answered in
+message (``ReadBatcher``), and are answered in
 one: with sixty-four requests in flight a frame would cost either end more than the row that it carries.
 
 Such a message waits for nothing. What can't be told at once (an accept on its way to the disk, a small copy that is not
@@ -28,7 +28,7 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, RegisterName
 from storaged.meta.ports import Replica, Replicas, Slot
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES, check_of, pack_row, value_of
-from storaged.meta.transport.quorum import NO_BYTES, TaskPool
+from storaged.meta.transport.calls import NO_BYTES, TaskPool
 from storaged.units import KIB
 from storaged.wire import Buffer
 
@@ -48,13 +48,15 @@ READS_BYTES_MAX = 256 * KIB
 of a millisecond.
 """
 
-Told = Callable[[bytes | StoragedError | None, memoryview], None]
+OnRow = Callable[[bytes | StoragedError | None, memoryview], None]
 """``told(found, copy)``: the row, or its check; empty when the register was never written here; None when it can't be
 told; or the error of the call.
 ``copy`` is empty unless it was asked for, and is here. It must not raise."""
 
 
-def tell(replicas: Mapping[str, LocalReplica], request: messages.Reads) -> tuple[messages.ReadsReply, list[Buffer]]:
+def answer_reads(
+    replicas: Mapping[str, LocalReplica], request: messages.Reads
+) -> tuple[messages.ReadsReply, list[Buffer]]:
     """What a node answers at once, and the copies that go along. Raises InvalidRequest."""
     count = sum(map(len, request.asks))
     if len(request.asks) != len(request.disks) or not 0 < count <= (1 if request.wait else READS_MAX):
@@ -109,7 +111,7 @@ def try_rows(
     return rows, room
 
 
-async def tell_in_time(replica: Replica, request: messages.Reads) -> tuple[messages.ReadsReply, memoryview]:
+async def answer_read(replica: Replica, request: messages.Reads) -> tuple[messages.ReadsReply, memoryview]:
     """What a node answers to a message with a single ask, waiting for what has to be waited for. Raises as
     ``Replica.read``.
     """
@@ -129,18 +131,18 @@ async def _row_in_time(replica: Replica, disk: str, epoch: int, ask: bytes) -> t
     return (check_of(row) if ask[0] == _CHECK else row), copy
 
 
-class NodeReads:
+class ReadBatcher:
     """What is asked of the disks of one other node."""
 
     def __init__(self, poster: TryCaller, node: str) -> None:
         self._poster = poster
         self._node = node
-        self._gathered: dict[str, tuple[list[bytes], list[Told]]] = {}
+        self._gathered: dict[str, tuple[list[bytes], list[OnRow]]] = {}
         self._count = 0
         self._epoch = 0
         self._timeout_s = 0.0
 
-    def ask(self, disk: str, ask: bytes, epoch: int, told: Told, timeout_s: float) -> None:
+    def ask(self, disk: str, ask: bytes, epoch: int, told: OnRow, timeout_s: float) -> None:
         """``told`` is called later."""
         if self._count and (epoch != self._epoch or self._count >= READS_MAX):
             self._send()
@@ -169,7 +171,7 @@ class NodeReads:
         self,
         epoch: int,
         timeout_s: float,
-        gathered: dict[str, tuple[list[bytes], list[Told]]],
+        gathered: dict[str, tuple[list[bytes], list[OnRow]]],
         answer: messages.ReadsReply | StoragedError,
         bulk: memoryview,
     ) -> None:
@@ -192,14 +194,14 @@ class NodeReads:
                     told(row, NO_BYTES)
 
 
-def _heard_in_time(told: Told, answer: messages.ReadsReply | StoragedError, bulk: memoryview) -> None:
+def _heard_in_time(told: OnRow, answer: messages.ReadsReply | StoragedError, bulk: memoryview) -> None:
     if isinstance(answer, StoragedError):
         told(answer, NO_BYTES)
     else:
         told(answer.found[0][0] if answer.found and answer.found[0] else None, bulk)
 
 
-def _told_here(replica: LocalReplica, ask: bytes, epoch: int, told: Told) -> bool:
+def _told_here(replica: LocalReplica, ask: bytes, epoch: int, told: OnRow) -> bool:
     """What a replica of this process tells at once. False: something has to be waited for. Raises DiskUnusable."""
     row = replica.try_row(epoch, ask[1:])
     if row is None:
@@ -225,7 +227,7 @@ class RowReader:
         self._replicas = replicas
         self._pool = pool
 
-    def ask(self, disk: str, ask: bytes, epoch: int, told: Told, timeout_s: float) -> None:
+    def ask(self, disk: str, ask: bytes, epoch: int, told: OnRow, timeout_s: float) -> None:
         """``told`` is called once, perhaps before this returns."""
         try:
             replica: Any = self._replicas.replica(disk)
@@ -233,8 +235,8 @@ class RowReader:
                 if _told_here(replica, ask, epoch, told):
                     return
             else:
-                row_soon = getattr(replica, "row_soon", None)
-                if row_soon is not None and row_soon(ask, epoch, told, timeout_s):
+                try_row = getattr(replica, "try_row", None)
+                if try_row is not None and try_row(ask, epoch, told, timeout_s):
                     return
         except StoragedError as error:
             told(error, NO_BYTES)
@@ -242,7 +244,7 @@ class RowReader:
         self._pool.start(_call(replica, disk, epoch, ask, told))
 
 
-async def _call(replica: Replica, disk: str, epoch: int, ask: bytes, told: Told) -> None:
+async def _call(replica: Replica, disk: str, epoch: int, ask: bytes, told: OnRow) -> None:
     found: bytes | StoragedError | None = PeerUnreachable(f"The call to disk {disk} was given up.")
     copy = NO_BYTES
     try:

@@ -22,7 +22,7 @@ from storaged.cluster.ports import OnReply
 from storaged.errors import DiskUnusable, PeerUnreachable, StoragedError
 from storaged.meta.consensus.quorums import Quorum, met_by_all
 from storaged.meta.messages import Accept, Create, Prepare, Read, ScanRequest
-from storaged.meta.ports import Heard, Replica, Replicas
+from storaged.meta.ports import OnAnswer, Replica, Replicas
 from storaged.wire import Buffer, encode
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ SUSPECT_S = 5.0
 """For how long a replica that did not answer, or whose disk is out of use, is asked last."""
 
 
-# ``Courier`` puts requests together of encoded pieces.
+# ``Fanout`` puts requests together of encoded pieces.
 assert Prepare.__struct_fields__[0] == Accept.__struct_fields__[0] == Read.__struct_fields__[0] == "disk"
 assert Accept.__struct_fields__[-1] == Create.__struct_fields__[-1] == "header"
 
@@ -74,7 +74,7 @@ class TaskPool:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Suspects:
+class UnresponsiveDisks:
     """Replicas that could not answer lately: a hint for the order of asking."""
 
     def __init__(self, clock: Clock) -> None:
@@ -92,7 +92,7 @@ class Suspects:
             self.add(disk)
 
     def last(self, disks: Sequence[str]) -> list[str]:
-        """``disks`` in their order, suspects behind the others, the one suspected last as the last:
+        """``disks`` in their order, unresponsive behind the others, the one suspected last as the last:
         others may be back.
         """
         if self._until.keys().isdisjoint(disks):
@@ -105,10 +105,10 @@ class Suspects:
 class Answers(Generic[T]):
     """The answers to one round, or the errors in their place, as they arrive."""
 
-    def __init__(self, replicas: Replicas, pool: TaskPool, suspects: Suspects) -> None:
+    def __init__(self, replicas: Replicas, pool: TaskPool, unresponsive: UnresponsiveDisks) -> None:
         self._replicas = replicas
         self._pool = pool
-        self._suspects = suspects
+        self._suspects = unresponsive
         self._inbox: deque[tuple[str, T | StoragedError]] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._wanted = 1
@@ -190,7 +190,7 @@ class Calls:
         self,
         replicas: Replicas,
         pool: TaskPool,
-        suspects: Suspects,
+        unresponsive: UnresponsiveDisks,
         clock: Clock,
         *,
         deadline_s: float,
@@ -198,7 +198,7 @@ class Calls:
         hedge_s: float,
     ) -> None:
         self.replicas = replicas
-        self.suspects = suspects
+        self.unresponsive = unresponsive
         self.clock = clock
         self.deadline_s = deadline_s
         self.call_timeout_s = call_timeout_s
@@ -217,7 +217,7 @@ class Calls:
         return max(0.001, min(self.call_timeout_s, deadline - self.clock.monotonic()))
 
     def answers(self) -> Answers[Any]:
-        return Answers(self.replicas, self._pool, self.suspects)
+        return Answers(self.replicas, self._pool, self.unresponsive)
 
     async def gather(
         self,
@@ -245,7 +245,7 @@ class Calls:
         return done
 
 
-class Courier:
+class Fanout:
     """Takes one request to several replicas, encoded once for those of other nodes, and their answers to a callback."""
 
     def __init__(self, replicas: Replicas, pool: TaskPool) -> None:
@@ -256,7 +256,7 @@ class Courier:
         self,
         request: Prepare | Accept,
         disks: Sequence[str],
-        heard: Heard,
+        heard: OnAnswer,
         *,
         timeout_s: float,
         fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = (),
@@ -272,23 +272,23 @@ class Courier:
             except StoragedError as error:
                 heard(disk, error, NO_BYTES)
                 continue
-            ask_here = getattr(replica, "ask_here", None)
-            if ask_here is not None and ask_here(request, header, body, heard):
+            try_call_shared = getattr(replica, "try_call_shared", None)
+            if try_call_shared is not None and try_call_shared(request, header, body, heard):
                 continue
             then = partial(heard, disk)
-            post_tail = getattr(replica, "post_tail", None)
-            if post_tail is not None:
+            try_call_encoded = getattr(replica, "try_call_encoded", None)
+            if try_call_encoded is not None:
                 if not first:
                     encoded = encode(request)
                     first, tail = encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
                     stem = tail[:-2]  # an accept's last field is its header, empty here
-                if post_tail(kind, first, stem + encode(header) if header else tail, then, body, timeout_s):
+                if try_call_encoded(kind, first, stem + encode(header) if header else tail, then, body, timeout_s):
                     continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)
             self._pool.start(_call(replica, asked, then, body, timeout_s))  # it has said no: ``post`` would again
 
-    def read_each(self, request: Read, disks: Sequence[str], heard: Heard, *, timeout_s: float) -> None:
+    def read_each(self, request: Read, disks: Sequence[str], heard: OnAnswer, *, timeout_s: float) -> None:
         """As ``ask_each``, for a read."""
         for disk in disks:
             try:
@@ -308,7 +308,7 @@ def ask_one(
     """Asks without a task where the replica can be asked without one, and is done; else the work that asks, for a task.
     ``then`` is told once in either case.
     """
-    post = getattr(replica, "post", None)
+    post = getattr(replica, "try_call", None)
     if post is not None and post(request, then, body=body, timeout_s=timeout_s):
         return None
     return _call(replica, request, then, body, timeout_s)

@@ -3,8 +3,8 @@ writes in flight a frame for each would cost either
 end as much as a third of the rest. One that has no company leaves at once, by itself.
 
 Theory of operation. The message is the encoded requests one behind the other, with their copies one behind the other as
-its body (``NodeAccepts``). The node judges each as if it
-had come alone, and answers when all are on disk (``begin_accepts``): what arrives together is written in one group of
+its body (``AcceptBatcher``). The node judges each as if it
+had come alone, and answers when all are on disk (``try_accepts``): what arrives together is written in one group of
 the log, or two. What can't be begun at once (another
 accept of that register is on its way), or is not on disk after a while, since one disk of several is slow, is told as
 None: it is asked again in a message of its own, for which
@@ -28,7 +28,7 @@ from storaged.errors import InvalidRequest, PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.authority import Gate
-from storaged.meta.transport.quorum import NO_BYTES
+from storaged.meta.transport.calls import NO_BYTES
 from storaged.units import KIB
 from storaged.wire import Buffer, encode
 
@@ -59,7 +59,7 @@ is told; and in how many seconds.
 """
 
 
-class NodeAccepts:
+class AcceptBatcher:
     """What is to be accepted by the disks of one other node."""
 
     def __init__(self, poster: TryCaller, node: str, alone_max: int = ALONE_MAX) -> None:
@@ -174,12 +174,11 @@ class _Answering:
             answer(messages.AcceptsReply(self._replies, self._errors))
 
 
-def begin_accepts(
+def try_accepts(
     of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, answer: OnOutcome
 ) -> bool:
-    """``ports.TryStart`` of ``meta.transport.batching``. ``of(disk)`` raises DiskUnusable; each accept passes the
-    ``gate`` by itself.
-    Raises InvalidRequest."""
+    """``ports.TryStart`` of ``meta.transport.accept_batching``. ``of(disk)`` raises DiskUnusable; each accept passes
+    the ``gate`` by itself. Raises InvalidRequest."""
     accepts, sizes, creates = request.accepts, request.sizes, request.creates
     count = len(accepts)
     if (
