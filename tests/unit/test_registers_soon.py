@@ -223,7 +223,7 @@ async def test_a_mistake_in_asking_leaves_nothing_that_goes_on(ring: Ring, monke
         ask_each(*asked, **options)
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(fanout, "ask_each", mistaken)
+    monkeypatch.setattr(fanout, "send", mistaken)
     with pytest.raises(RuntimeError):
         client.try_change(NAME, put(b"one"), lambda _: pytest.fail("told"))
     monkeypatch.undo()

@@ -79,9 +79,7 @@ def test_each_replica_is_sent_the_request_with_its_own_disk_and_header(
     bodies = [[b"payload %d" % index] for index in range(len(headers))]
     for _ in range(2):  # what a replica remembers of the first time serves the second
         wire.sent.clear()
-        fanout.ask_each(
-            request_, DISKS, lambda *_: None, timeout_s=1.0, fragments=list(zip(headers, bodies, strict=True))
-        )
+        fanout.send(request_, DISKS, lambda *_: None, timeout_s=1.0, fragments=list(zip(headers, bodies, strict=True)))
         for index, disk in enumerate(DISKS):
             changes = {"disk": disk, "header": headers[index]} if headers else {"disk": disk}
             expected = encode(msgspec.structs.replace(request_, **changes))
@@ -120,7 +118,7 @@ async def test_replicas_of_this_process_share_a_request_and_each_keeps_its_own_c
     def ask(
         request: Prepare | Accept, disks: Sequence[str], fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = ()
     ) -> None:
-        fanout.ask_each(
+        fanout.send(
             request, disks, lambda disk, answer, _: heard.put_nowait((disk, answer)), timeout_s=1.0, fragments=fragments
         )
 

@@ -300,9 +300,7 @@ class ChangeShell:
         machine, ring = self.machine, self._ring
         self._sending = True
         try:
-            ring.fanout.ask_each(
-                machine.request, disks, on_reply, timeout_s=self._timeout_s, fragments=machine.fragments
-            )
+            ring.fanout.send(machine.request, disks, on_reply, timeout_s=self._timeout_s, fragments=machine.fragments)
         finally:
             self._sending = False
         early, self._early = self._early, []

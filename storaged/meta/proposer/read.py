@@ -160,7 +160,7 @@ class CopyReader:
         while order or answers.pending:
             if order:
                 request = Read(order.pop(0), name, view.epoch, full=False, data_id=data_id)
-                answers.post(request, timeout_s=calls.timeout_s(deadline))
+                answers.ask_read(request, timeout_s=calls.timeout_s(deadline))
             remaining_s = calls.remaining_s(deadline)
             if remaining_s <= 0:
                 return None
@@ -226,7 +226,7 @@ class ReadShell:
         machine = self.machine
         on_reply = partial(self._on_reply, machine.turn)
         disks = machine.view.quorum.disks
-        self._ring.fanout.read_each(machine.read, disks, on_reply, timeout_s=self._timeout_s())
+        self._ring.fanout.read(machine.read, disks, on_reply, timeout_s=self._timeout_s())
 
     def _replay(self) -> None:
         machine = self.machine
@@ -235,7 +235,7 @@ class ReadShell:
             fragments = [fragments[machine.view.quorum.disks.index(disk)] for disk in machine.behind]
         on_reply = partial(self._on_accept, machine.turn, bool(fragments))
         timeout_s = self._timeout_s()
-        self._ring.fanout.ask_each(machine.accept, machine.behind, on_reply, timeout_s=timeout_s, fragments=fragments)
+        self._ring.fanout.send(machine.accept, machine.behind, on_reply, timeout_s=timeout_s, fragments=fragments)
 
     def _timeout_s(self) -> float:
         return max(0.001, min(self._ring.call_timeout_s, self._remaining_s()))

@@ -72,7 +72,7 @@ class RingSurvey:
         answers: Answers[_ReadAnswer] = self._calls.answers()
         for disk in view.quorum.disks:
             request = Read(disk, name, view.epoch, full=not data_id, data_id=data_id)
-            answers.post(request, timeout_s=self._calls.timeout_s(deadline))
+            answers.ask_read(request, timeout_s=self._calls.timeout_s(deadline))
         while (answer := await answers.next(self._calls.remaining_s(deadline))) is not None:
             disk, reply = answer
             if isinstance(reply, StoragedError):

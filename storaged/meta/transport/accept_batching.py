@@ -1,15 +1,16 @@
-"""Accepts and creates for the disks of one other node, of one turn of the event loop, in one message: with sixty-four
-writes in flight a frame for each would cost either
-end as much as a third of the rest. One that has no company leaves at once, by itself.
+"""Accepts and creates for the disks of one other node, of one turn of the event loop, in one message.
 
-Theory of operation. The message is the encoded requests one behind the other, with their copies one behind the other as
-its body (``AcceptBatcher``). The node judges each as if it
-had come alone, and answers when all are on disk (``try_accepts``): what arrives together is written in one group of
-the log, or two. What can't be begun at once (another
-accept of that register is on its way), or is not on disk after a while, since one disk of several is slow, is told as
-None: it is asked again in a message of its own, for which
+With sixty-four writes in flight a frame for each would cost either end as much as a third of the rest of the work. A
+request that has no company leaves at once, by itself.
+
+Theory of operation. The message is the encoded requests one after the other, with their copies one after the other as
+its body (``AcceptBatcher``). The node judges each request as if it had come alone, and answers when all are on disk
+(``try_accepts``): what arrives together is written in one group of the log, or two.
+
+Some requests can't be begun at once (another accept of that register is on its way), or are not on disk after a while
+(one disk of several is slow). For these the answer has None, and each is sent again in a message of its own, for which
 the node takes its time. So an accept may come twice; one that is being written is not written again
-(``accepting.Writing.joined``).
+(``PendingAccept.joined``).
 """
 
 from __future__ import annotations
@@ -35,48 +36,50 @@ from storaged.wire import Buffer, encode
 log = structlog.get_logger(__name__)
 
 TOGETHER_MAX = 16
-"""Requests in one message. The first of a long turn so leave before it ends, and the node works on them meanwhile."""
+"""Requests in one message. The first message of a long turn leaves before the turn ends, and the node works on it
+meanwhile.
+"""
 
 ALONE_MAX = 2
-"""With so few on their way another in this turn of the loop is unlikely, and one leaves by itself."""
+"""With so few requests on their way, another in this turn of the loop is unlikely, and a request leaves by itself."""
 
 TOGETHER_S = 1.0
-"""So long the fast ones wait for the slow: for a disk that hangs, not for one that is busy, which would be asked again
-and be busier. Most that wait here have other replicas.
+"""How long the fast disks of a message wait for the slow ones. This is for a disk that hangs, not for one that is busy:
+a busy disk would be asked again and be busier. Most requests that wait here have other replicas.
 """
 
 ENCODED_BYTES_MAX = 64 * KIB
-"""Of a request without its copy: a longer one, of a record of very many parts, goes by itself."""
+"""Of a request without its copy. A longer one, of a record of very many parts, goes by itself."""
 
 assert TOGETHER_MAX * ENCODED_BYTES_MAX < HEAD_BYTES_MAX // 2, "all of them fit the head of a frame"
 
 ACCEPTS_MAX = 256
-"""What a node takes in one message."""
+"""How many a node takes in one message."""
 
 _Asked = tuple[bool, bytes, EncodedCall, bytes, Sequence[Buffer], OnReply, float]
-"""Whether it is a create; the encoded request; the line on which it goes by itself, and what goes there; its body; who
-is told; and in how many seconds.
+"""Whether it is a create; the encoded request; the call that sends it by itself, and what goes there; its body; the
+callback; and the timeout in seconds.
 """
 
 
 class AcceptBatcher:
-    """What is to be accepted by the disks of one other node."""
+    """Accepts and creates for the disks of one other node."""
 
-    def __init__(self, poster: TryCaller, node: str, alone_max: int = ALONE_MAX) -> None:
-        self._line = poster.encoded_call(node, "meta.accepts", messages.AcceptsReply, b"", urgent=True)
+    def __init__(self, caller: TryCaller, node: str, alone_max: int = ALONE_MAX) -> None:
+        self._call_node = caller.encoded_call(node, "meta.accepts", messages.AcceptsReply, b"", urgent=True)
         self._node = node
         self._alone_max = alone_max
         self._gathered: list[_Asked] = []
         self._out = 0
 
     def ask(self, asked: _Asked) -> bool:
-        """False: nothing was asked, since that would need waiting. Raises ValueError when the request is over a frame's
+        """False: nothing was sent, since that would need waiting. Raises ValueError when the request is over a frame's
         limits.
         """
         gathered = self._gathered
         if (self._out <= self._alone_max and not gathered) or len(asked[1]) > ENCODED_BYTES_MAX:
-            _create, _encoded, line, rest, body, then, timeout_s = asked
-            sent = line(rest, partial(self._heard_one, then), body, timeout_s)
+            _create, _encoded, call, rest, body, on_reply, timeout_s = asked
+            sent = call(rest, partial(self._on_single_reply, on_reply), body, timeout_s)
             self._out += sent
             return sent
         gathered.append(asked)
@@ -86,18 +89,18 @@ class AcceptBatcher:
             self._send()
         return True
 
-    def _heard_one(self, then: OnReply, answer: Any, bulk: memoryview) -> None:
+    def _on_single_reply(self, on_reply: OnReply, answer: Any, bulk: memoryview) -> None:
         self._out -= 1
-        then(answer, bulk)
+        on_reply(answer, bulk)
 
     def _send(self) -> None:
         gathered, self._gathered = self._gathered, []
         if not gathered:
-            return  # they have left already
+            return  # a full message has left already
         requests: list[bytes] = [b"\x93\xdc", len(gathered).to_bytes(2, "big")]
         copies: list[Buffer] = []
         sizes, creates, longest_s = [], [], 0.0
-        for create, encoded, _line, _rest, body, _then, timeout_s in gathered:
+        for create, encoded, _call, _rest, body, _on_reply, timeout_s in gathered:
             requests.append(encoded)
             creates.append(create)
             sizes.append(sum(map(len, body)))
@@ -106,10 +109,10 @@ class AcceptBatcher:
         requests += encode(sizes), encode(creates)
         joined = (b"".join(copies),) if copies else ()
         self._out += len(gathered)
-        if not self._line(b"".join(requests), partial(self._heard, gathered), joined, longest_s):
-            self._heard(gathered, self._no_room(), NO_BYTES)
+        if not self._call_node(b"".join(requests), partial(self._on_replies, gathered), joined, longest_s):
+            self._on_replies(gathered, self._no_room(), NO_BYTES)
 
-    def _heard(
+    def _on_replies(
         self, gathered: Sequence[_Asked], answer: messages.AcceptsReply | StoragedError, _bulk: memoryview
     ) -> None:
         count = len(gathered)
@@ -123,62 +126,63 @@ class AcceptBatcher:
             ] * count
         else:
             replies, errors = answer.replies, answer.errors
-        for index, ((_create, _encoded, line, rest, body, then, timeout_s), reply) in enumerate(
+        for index, ((_create, _encoded, call, rest, body, on_reply, timeout_s), reply) in enumerate(
             zip(gathered, replies, strict=True)
         ):
             try:
                 if reply is not None:
-                    then(reply, NO_BYTES)
+                    on_reply(reply, NO_BYTES)
                 elif index in errors:
-                    then(faults.from_head(errors[index], self._node), NO_BYTES)
-                elif not line(rest, then, body, timeout_s):
-                    then(self._no_room(), NO_BYTES)
-            except Exception:  # a mistake of whoever asked: the others are told all the same
-                log.exception("telling of an accept failed", peer=self._node)
+                    on_reply(faults.from_head(errors[index], self._node), NO_BYTES)
+                elif not call(rest, on_reply, body, timeout_s):
+                    on_reply(self._no_room(), NO_BYTES)
+            except Exception:  # a mistake of one callback: the others are called all the same
+                log.exception("a callback of an accept failed", peer=self._node)
 
     def _no_room(self) -> PeerUnreachable:
         return PeerUnreachable(f"There is no connection to {self._node} with room for more.")
 
 
-class _Answering:
-    """Which of a message's requests have been answered."""
+class _MessageAnswers:
+    """The answers to the requests of one message."""
 
-    __slots__ = ("_answer", "_errors", "_left", "_replies", "_timer")
+    __slots__ = ("_errors", "_left", "_on_outcome", "_replies", "_timer")
 
-    def __init__(self, count: int, answer: OnOutcome) -> None:
-        self._answer: OnOutcome | None = answer
+    def __init__(self, count: int, on_outcome: OnOutcome) -> None:
+        self._on_outcome: OnOutcome | None = on_outcome
         self._left = count
         self._replies: list[messages.AcceptReply | None] = [None] * count
         self._errors: dict[int, ErrorHead] = {}
         self._timer = asyncio.get_running_loop().call_later(TOGETHER_S, self._end)
 
-    def heard(self, index: int, outcome: messages.AcceptReply | Exception) -> None:
-        if self._answer is None:
-            return  # this one took too long, and was asked again
+    def add(self, index: int, outcome: messages.AcceptReply | Exception) -> None:
+        if self._on_outcome is None:
+            return  # this request took too long, and was sent again
         if isinstance(outcome, Exception):
             self._errors[index] = faults.to_head(outcome)
         else:
             self._replies[index] = outcome
-        self.none()
+        self.add_none()
 
-    def none(self) -> None:
-        """It can't be begun now."""
+    def add_none(self) -> None:
+        """One request can't be begun now."""
         self._left -= 1
         if not self._left:
             self._timer.cancel()
             self._end()
 
     def _end(self) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer(messages.AcceptsReply(self._replies, self._errors))
+        on_outcome, self._on_outcome = self._on_outcome, None
+        if on_outcome is not None:
+            on_outcome(messages.AcceptsReply(self._replies, self._errors))
 
 
 def try_accepts(
-    of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, answer: OnOutcome
+    of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, on_outcome: OnOutcome
 ) -> bool:
-    """``ports.TryStart`` of ``meta.transport.accept_batching``. ``of(disk)`` raises DiskUnusable; each accept passes
-    the ``gate`` by itself. Raises InvalidRequest."""
+    """``cluster.ports.TryStart`` of ``meta.accepts``. ``of(disk)`` raises DiskUnusable. Each accept passes the ``gate``
+    by itself. Raises InvalidRequest.
+    """
     accepts, sizes, creates = request.accepts, request.sizes, request.creates
     count = len(accepts)
     if (
@@ -188,20 +192,20 @@ def try_accepts(
         or sum(sizes) != len(call.body)
     ):
         raise InvalidRequest(f"Accepts are up to {ACCEPTS_MAX}, each with the size of its copy.")
-    answering, body, at = _Answering(count, answer), call.body, 0
+    answers, body, at = _MessageAnswers(count, on_outcome), call.body, 0
     for index, accept in enumerate(accepts):
         end = at + sizes[index]
-        told = partial(answering.heard, index)
+        on_answer = partial(answers.add, index)
         try:
             if verdict := gate.accept(accept, call.peer, create=creates[index]):
-                told(messages.AcceptReply(verdict))
+                on_answer(messages.AcceptReply(verdict))
                 begun = True
             else:
-                begun = of(accept.disk).try_accept(accept, (body[at:end],), told, create=creates[index])
+                begun = of(accept.disk).try_accept(accept, (body[at:end],), on_answer, create=creates[index])
         except StoragedError as error:
-            told(error)
+            on_answer(error)
         else:
             if not begun:
-                answering.none()
+                answers.add_none()
         at = end
     return True

@@ -1,9 +1,8 @@
-"""What a proposer needs to talk to several replicas at once: answers in the order of arrival, turns at a register, who
-answered lately.
+"""Calls to several replicas at once: tasks, answers in the order of arrival, requests that are encoded once.
 
 A round asks some replicas and goes on when enough have answered. The calls that are still out then are not abandoned:
-an accept is meant to reach every
-replica. They belong to a ``TaskPool``, which bounds them and takes them down with the client.
+an accept is meant to reach every replica. They belong to a ``TaskPool``, which bounds them and ends them with the
+client.
 """
 
 from __future__ import annotations
@@ -26,26 +25,24 @@ from storaged.meta.ports import OnAnswer, Replica, Replicas
 from storaged.wire import Buffer, encode
 
 T = TypeVar("T")
-Ask = Prepare | Accept | Read
+Request = Prepare | Accept | Read | ScanRequest
 NO_BYTES = memoryview(b"")
 NO_FRAGMENT: tuple[bytes, Sequence[Buffer]] = (b"", ())
 
 CALLS_MAX = 16_384
-"""Calls to replicas in flight from one client; beyond it the oldest are given up."""
+"""Calls to replicas in flight from one client; beyond it the oldest are cancelled."""
 
-SUSPECT_S = 5.0
+UNRESPONSIVE_S = 5.0
 """For how long a replica that did not answer, or whose disk is out of use, is asked last."""
 
 
-# ``Fanout`` puts requests together of encoded pieces.
-assert Prepare.__struct_fields__[0] == Accept.__struct_fields__[0] == Read.__struct_fields__[0] == "disk"
+# ``Fanout`` puts requests together from encoded pieces.
+assert Prepare.__struct_fields__[0] == Accept.__struct_fields__[0] == "disk"
 assert Accept.__struct_fields__[-1] == Create.__struct_fields__[-1] == "header"
 
 
 class TaskPool:
-    """Owns tasks. Insertion order is kept, so that whatever is done to all of them is done in the same order in every
-    run.
-    """
+    """Owns tasks, in the order in which they began: so what is done to all of them has the same order in every run."""
 
     def __init__(self, limit: int = CALLS_MAX) -> None:
         self._limit = limit
@@ -68,32 +65,30 @@ class TaskPool:
     async def close(self) -> None:
         while self._tasks:
             tasks = tuple(self._tasks)
-            await asyncio.sleep(0)  # one that has not begun would end without a word to whoever waits for its answer
+            await asyncio.sleep(0)  # a task that has not begun would end without calling the callback that waits for it
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class UnresponsiveDisks:
-    """Replicas that could not answer lately: a hint for the order of asking."""
+    """Disks that could not answer lately: a hint for the order of asking."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._until: dict[str, float] = {}
 
     def add(self, disk: str) -> None:
-        self._until[disk] = self._clock.monotonic() + SUSPECT_S
+        self._until[disk] = self._clock.monotonic() + UNRESPONSIVE_S
 
     def saw(self, disk: str, error: StoragedError) -> None:
-        """It did not answer, or its node says that the disk is out of use: so it would be for whoever asks next. Other
-        errors are of one request.
-        """
+        """Adds a disk that did not answer, or that its node says is out of use. Other errors concern one request."""
         if isinstance(error, PeerUnreachable | DiskUnusable):
             self.add(disk)
 
     def last(self, disks: Sequence[str]) -> list[str]:
-        """``disks`` in their order, unresponsive behind the others, the one suspected last as the last:
-        others may be back.
+        """The disks in their order, unresponsive ones after the others. Among these the latest comes last: the others
+        may be back.
         """
         if self._until.keys().isdisjoint(disks):
             return list(disks)
@@ -108,10 +103,9 @@ class Answers(Generic[T]):
     def __init__(self, replicas: Replicas, pool: TaskPool, unresponsive: UnresponsiveDisks) -> None:
         self._replicas = replicas
         self._pool = pool
-        self._suspects = unresponsive
+        self._unresponsive = unresponsive
         self._inbox: deque[tuple[str, T | StoragedError]] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._wanted = 1
         self.pending = 0
         """Calls whose answer was not yet taken."""
 
@@ -119,29 +113,21 @@ class Answers(Generic[T]):
         self.pending += 1
         self._pool.start(self._run(disk, call))
 
-    def post(
-        self, request: Ask, *, body: Sequence[Buffer] = (), timeout_s: float, heard: Callable[[Any], None] | None = None
-    ) -> None:
-        """As ``ask``, of a request that may need no task. ``heard`` sees the answer too, also one that nobody waits for
-        any more.
-        """
+    def ask_read(self, request: Read, *, timeout_s: float) -> None:
+        """As ``ask``, of a request that may need no task. The answer is (reply, payload)."""
         self.pending += 1
-        then = partial(self._posted, request.disk, heard, isinstance(request, Read))
+        on_reply = partial(self._on_reply, request.disk)
         try:
             replica = self._replicas.replica(request.disk)
         except StoragedError as error:
-            then(error, NO_BYTES)
+            on_reply(error, NO_BYTES)
             return
-        work = ask_one(replica, request, then, body, timeout_s)
+        work = ask_one(replica, request, on_reply, (), timeout_s)
         if work is not None:
             self._pool.start(work)
 
-    def _posted(
-        self, disk: str, heard: Callable[[Any], None] | None, bulk: bool, answer: Any, payload: memoryview
-    ) -> None:
-        self._arrived(disk, (answer, payload) if bulk and not isinstance(answer, StoragedError) else answer)
-        if heard is not None:
-            heard(answer)
+    def _on_reply(self, disk: str, answer: Any, payload: memoryview) -> None:
+        self._arrived(disk, answer if isinstance(answer, StoragedError) else (answer, payload))
 
     async def _run(self, disk: str, call: Callable[[Replica], Awaitable[T]]) -> None:
         answer: T | StoragedError | None = None
@@ -150,27 +136,21 @@ class Answers(Generic[T]):
         except StoragedError as error:
             answer = error
         finally:
-            self._arrived(
-                disk, answer if answer is not None else PeerUnreachable(f"The call to disk {disk} was given up.")
-            )
+            cancelled = PeerUnreachable(f"The call to disk {disk} was given up.")
+            self._arrived(disk, answer if answer is not None else cancelled)
 
     def _arrived(self, disk: str, answer: Any) -> None:
-        failed = isinstance(answer, StoragedError)
-        if failed:
-            self._suspects.saw(disk, answer)
+        if isinstance(answer, StoragedError):
+            self._unresponsive.saw(disk, answer)
         self._inbox.append((disk, answer))
-        waiter, arrived = self._waiter, len(self._inbox)
-        if waiter is not None and not waiter.done() and (failed or arrived >= self._wanted or arrived >= self.pending):
-            waiter.set_result(None)
+        if self._waiter is not None:
+            _wake(self._waiter)
 
-    async def next(self, timeout_s: float, wanted: int = 1) -> tuple[str, T | StoragedError] | None:
-        """The next answer; None when none came in time or none is to come. ``wanted``: so many are needed, so that
-        waking up for fewer is no use, but for an
-        error."""
+    async def next(self, timeout_s: float) -> tuple[str, T | StoragedError] | None:
+        """The next answer; None when none came in time, or none is to come."""
         if not self._inbox and self.pending and timeout_s > 0:
             loop = asyncio.get_running_loop()
             waiter = self._waiter = loop.create_future()
-            self._wanted = wanted
             timer = loop.call_later(timeout_s, _wake, waiter)
             try:
                 await waiter
@@ -246,76 +226,79 @@ class Calls:
 
 
 class Fanout:
-    """Takes one request to several replicas, encoded once for those of other nodes, and their answers to a callback."""
+    """Sends one request to several replicas, encoded once for those of other nodes, and gives their answers to a
+    callback.
+    """
 
     def __init__(self, replicas: Replicas, pool: TaskPool) -> None:
         self._replicas = replicas
         self._pool = pool
 
-    def ask_each(
+    def send(
         self,
         request: Prepare | Accept,
         disks: Sequence[str],
-        heard: OnAnswer,
+        on_answer: OnAnswer,
         *,
         timeout_s: float,
         fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = (),
     ) -> None:
-        """``request`` names no disk. ``heard(disk, answer, bulk)`` is called once for each of ``disks``, perhaps before
-        this returns. ``fragments``: an accept's
-        (header, body) for each disk, by its index."""
+        """``request`` names no disk. ``on_answer(disk, answer, bulk)`` is called once for each disk, perhaps before
+        this returns. ``fragments``: an accept's (header, body) for each disk, by its index.
+        """
         kind, replica_of = type(request), self._replicas.replica
         first = tail = stem = b""
         for disk, (header, body) in zip(disks, chain(fragments, repeat(NO_FRAGMENT)), strict=False):
             try:
                 replica: Any = replica_of(disk)
             except StoragedError as error:
-                heard(disk, error, NO_BYTES)
+                on_answer(disk, error, NO_BYTES)
                 continue
-            try_call_shared = getattr(replica, "try_call_shared", None)
-            if try_call_shared is not None and try_call_shared(request, header, body, heard):
+            try_shared = getattr(replica, "try_call_shared", None)
+            if try_shared is not None and try_shared(request, header, body, on_answer):
                 continue
-            then = partial(heard, disk)
-            try_call_encoded = getattr(replica, "try_call_encoded", None)
-            if try_call_encoded is not None:
+            on_reply = partial(on_answer, disk)
+            try_encoded = getattr(replica, "try_call_encoded", None)
+            if try_encoded is not None:
                 if not first:
                     encoded = encode(request)
-                    first, tail = encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
+                    first, tail = encoded[:1], encoded[2:]  # the array's head, then the disk: an empty string here
                     stem = tail[:-2]  # an accept's last field is its header, empty here
-                if try_call_encoded(kind, first, stem + encode(header) if header else tail, then, body, timeout_s):
+                rest = stem + encode(header) if header else tail
+                if try_encoded(kind, first, rest, on_reply, body, timeout_s):
                     continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)
-            self._pool.start(_call(replica, asked, then, body, timeout_s))  # it has said no: ``post`` would again
+            self._pool.start(_call(replica, asked, on_reply, body, timeout_s))
 
-    def read_each(self, request: Read, disks: Sequence[str], heard: OnAnswer, *, timeout_s: float) -> None:
-        """As ``ask_each``, for a read."""
+    def read(self, request: Read, disks: Sequence[str], on_answer: OnAnswer, *, timeout_s: float) -> None:
+        """As ``send``, for a read."""
         for disk in disks:
             try:
                 replica = self._replicas.replica(disk)
             except StoragedError as error:
-                heard(disk, error, NO_BYTES)
+                on_answer(disk, error, NO_BYTES)
                 continue
             asked = msgspec.structs.replace(request, disk=disk)
-            work = ask_one(replica, asked, partial(heard, disk), (), timeout_s)
+            work = ask_one(replica, asked, partial(on_answer, disk), (), timeout_s)
             if work is not None:
                 self._pool.start(work)
 
 
 def ask_one(
-    replica: Replica, request: Ask | ScanRequest, then: OnReply, body: Sequence[Buffer], timeout_s: float
+    replica: Replica, request: Request, on_reply: OnReply, body: Sequence[Buffer], timeout_s: float
 ) -> Coroutine[Any, Any, None] | None:
-    """Asks without a task where the replica can be asked without one, and is done; else the work that asks, for a task.
-    ``then`` is told once in either case.
+    """Asks without a task where the replica can be asked so, and returns None; else the work that asks, for a task.
+    ``on_reply`` is called once in either case.
     """
-    post = getattr(replica, "try_call", None)
-    if post is not None and post(request, then, body=body, timeout_s=timeout_s):
+    try_call = getattr(replica, "try_call", None)
+    if try_call is not None and try_call(request, on_reply, body=body, timeout_s=timeout_s):
         return None
-    return _call(replica, request, then, body, timeout_s)
+    return _call(replica, request, on_reply, body, timeout_s)
 
 
 async def _call(
-    replica: Replica, request: Ask | ScanRequest, then: OnReply, body: Sequence[Buffer], timeout_s: float
+    replica: Replica, request: Request, on_reply: OnReply, body: Sequence[Buffer], timeout_s: float
 ) -> None:
     answer: Any = PeerUnreachable(f"The call to disk {request.disk} was given up.")
     bulk = NO_BYTES
@@ -331,7 +314,7 @@ async def _call(
     except StoragedError as error:
         answer = error
     finally:
-        then(answer, bulk)
+        on_reply(answer, bulk)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

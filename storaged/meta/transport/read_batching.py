@@ -1,16 +1,13 @@
-"""Rows of single registers, read at many disks: what a majority's newest value is, without decoding anything that
-nobody looks at.
+"""Rows of single registers, read at many disks without decoding anything that nothing looks at.
 
-Theory of operation. Who reads a register asks one replica for its row, as it is stored, and others for the row's check
-alone: equal checks are equal ballots and
-equal values under one name (``rowvalue``). All asks of one turn of the loop for the disks of one node travel in one
-message (``ReadBatcher``), and are answered in
-one: with sixty-four requests in flight a frame would cost either end more than the row that it carries.
+A read asks one replica for its row, as it is stored, and others for the row's check alone: equal checks are equal
+ballots and equal values under one name (``rowvalue``). All requests of one turn of the event loop for the disks of one
+node travel in one message (``ReadBatcher``), and are answered in one: with sixty-four requests in flight a frame would
+cost either end more than the row that it carries.
 
-Such a message waits for nothing. What can't be told at once (an accept on its way to the disk, a small copy that is not
-in memory), or not at all (a damaged row,
-a disk that fails, an older layout), is told as None, and asked again in a message of its own, for which the node takes
-its time.
+Such a message waits for nothing. None answers a request that would have to wait (an accept on its way to the disk, a
+small copy that is not in memory), or that has no answer (a damaged row, a disk that fails, an older layout). It is sent
+again in a message of its own, for which the node takes its time.
 """
 
 from __future__ import annotations
@@ -33,8 +30,8 @@ from storaged.units import KIB
 from storaged.wire import Buffer
 
 CHECK, ROW, COPY = b"\0", b"\1", b"\2"
-"""What an ask begins with; behind it follows the register's packed name. The row's check; the row; and the copy of the
-small object that it names.
+"""The first byte of a request, before the register's packed name: for the row's check; the row; the row and the copy of
+the small object that it names.
 """
 _SHORTEST: Final = bytes(1 + NAME_PREFIX_BYTES + 1)
 _COPY: Final = COPY[0]
@@ -44,20 +41,20 @@ _ROW: Final = ROW[0]
 READS_MAX = 256
 """Registers in one message."""
 READS_BYTES_MAX = 256 * KIB
-"""Rows and copies in one answer. A node that answers holds no other call up for longer than reading this takes, a third
-of a millisecond.
+"""Rows and copies in one answer. Reading so much takes a third of a millisecond, and for no longer does a node that
+answers hold up its other calls.
 """
 
 OnRow = Callable[[bytes | StoragedError | None, memoryview], None]
-"""``told(found, copy)``: the row, or its check; empty when the register was never written here; None when it can't be
-told; or the error of the call.
-``copy`` is empty unless it was asked for, and is here. It must not raise."""
+"""``on_row(found, copy)``: the row, or its check; empty when the register was never written here; None when the replica
+can't say; or the error of the call. ``copy`` is empty unless it was asked for, and is here. It must not raise.
+"""
 
 
 def answer_reads(
     replicas: Mapping[str, LocalReplica], request: messages.Reads
 ) -> tuple[messages.ReadsReply, list[Buffer]]:
-    """What a node answers at once, and the copies that go along. Raises InvalidRequest."""
+    """What a node answers without waiting, and the copies that go along. Raises InvalidRequest."""
     count = sum(map(len, request.asks))
     if len(request.asks) != len(request.disks) or not 0 < count <= (1 if request.wait else READS_MAX):
         raise InvalidRequest(
@@ -73,18 +70,18 @@ def answer_reads(
         if replica is not None:
             before = len(copies)
             try:
-                rows, room = try_rows(replica, request.epoch, asks, copies, room)
-            except DiskUnusable:  # who asks for its rows alone is told; the node's other disks tell theirs
+                rows, room = _rows_of(replica, request.epoch, asks, copies, room)
+            except DiskUnusable:  # a read of its rows alone reports it; the other disks of the node answer
                 del copies[before:]
         found.append(rows)
     return messages.ReadsReply(found, [len(copy) for copy in copies]), copies
 
 
-def try_rows(
+def _rows_of(
     replica: LocalReplica, epoch: int, asks: Sequence[bytes], copies: list[Buffer], room: int
 ) -> tuple[list[bytes | None], int]:
-    """What one disk tells at once, its copies appended to ``copies``; and what is left of ``room`` bytes. Raises
-    InvalidRequest, DiskUnusable.
+    """What one disk answers without waiting, and what is left of ``room`` bytes; its copies are appended to ``copies``.
+    Raises InvalidRequest, DiskUnusable.
     """
     if len(min(asks, key=len, default=_SHORTEST)) < len(_SHORTEST):
         raise InvalidRequest("Not the name of a register.")
@@ -112,18 +109,16 @@ def try_rows(
 
 
 async def answer_read(replica: Replica, request: messages.Reads) -> tuple[messages.ReadsReply, memoryview]:
-    """What a node answers to a message with a single ask, waiting for what has to be waited for. Raises as
-    ``Replica.read``.
-    """
+    """What a node answers to a message with a single request, waiting where it has to. Raises as ``Replica.read``."""
     ask = request.asks[0][0]
-    found, copy = await _row_in_time(replica, request.disks[0], request.epoch, ask)
+    found, copy = await _read_row(replica, request.disks[0], request.epoch, ask)
     return messages.ReadsReply([[found]], [len(copy)] if ask[0] == _COPY and found is not None else []), copy
 
 
-async def _row_in_time(replica: Replica, disk: str, epoch: int, ask: bytes) -> tuple[bytes | None, memoryview]:
+async def _read_row(replica: Replica, disk: str, epoch: int, ask: bytes) -> tuple[bytes | None, memoryview]:
     name = RegisterName.unpack(ask[1:])
     reply, copy = await replica.read(messages.Read(disk, name, epoch, True, ask[0] == _COPY))
-    if reply.verdict != Verdict.OK or reply.fenced:  # ``RingClient.read`` hears of the fence
+    if reply.verdict != Verdict.OK or reply.fenced:  # ``Reader`` gets to know of the fence
         return None, NO_BYTES
     if reply.value is None:
         return b"" if reply.accepted == ZERO_BALLOT else None, NO_BYTES
@@ -132,18 +127,18 @@ async def _row_in_time(replica: Replica, disk: str, epoch: int, ask: bytes) -> t
 
 
 class ReadBatcher:
-    """What is asked of the disks of one other node."""
+    """Reads at the disks of one other node."""
 
-    def __init__(self, poster: TryCaller, node: str) -> None:
-        self._poster = poster
+    def __init__(self, caller: TryCaller, node: str) -> None:
+        self._caller = caller
         self._node = node
         self._gathered: dict[str, tuple[list[bytes], list[OnRow]]] = {}
         self._count = 0
         self._epoch = 0
         self._timeout_s = 0.0
 
-    def ask(self, disk: str, ask: bytes, epoch: int, told: OnRow, timeout_s: float) -> None:
-        """``told`` is called later."""
+    def ask(self, disk: str, ask: bytes, epoch: int, on_row: OnRow, timeout_s: float) -> None:
+        """``on_row`` is called later."""
         if self._count and (epoch != self._epoch or self._count >= READS_MAX):
             self._send()
         if not self._count:
@@ -154,20 +149,22 @@ class ReadBatcher:
         if of_disk is None:
             of_disk = self._gathered[disk] = ([], [])
         of_disk[0].append(ask)
-        of_disk[1].append(told)
+        of_disk[1].append(on_row)
 
     def _send(self) -> None:
         if not self._count:
-            return  # it has left already
+            return  # a full message has left already
         gathered, self._gathered, self._count = self._gathered, {}, 0
         request = messages.Reads(self._epoch, list(gathered), [asks for asks, _ in gathered.values()])
-        self._post(request, partial(self._heard, self._epoch, self._timeout_s, gathered), self._timeout_s)
+        self._call(request, partial(self._on_reply, self._epoch, self._timeout_s, gathered), self._timeout_s)
 
-    def _post(self, request: messages.Reads, then: Callable[[Any, memoryview], None], timeout_s: float) -> None:
-        if not self._poster.try_call(self._node, "meta.reads", request, messages.ReadsReply, then, timeout_s=timeout_s):
-            then(PeerUnreachable(f"There is no connection to {self._node} with room for more."), NO_BYTES)
+    def _call(self, request: messages.Reads, on_reply: Callable[[Any, memoryview], None], timeout_s: float) -> None:
+        if not self._caller.try_call(
+            self._node, "meta.reads", request, messages.ReadsReply, on_reply, timeout_s=timeout_s
+        ):
+            on_reply(PeerUnreachable(f"There is no connection to {self._node} with room for more."), NO_BYTES)
 
-    def _heard(
+    def _on_reply(
         self,
         epoch: int,
         timeout_s: float,
@@ -176,47 +173,47 @@ class ReadBatcher:
         bulk: memoryview,
     ) -> None:
         if isinstance(answer, StoragedError):
-            for _asks, tolds in gathered.values():
-                for told in tolds:
-                    told(answer, NO_BYTES)
+            for _asks, callbacks in gathered.values():
+                for on_row in callbacks:
+                    on_row(answer, NO_BYTES)
             return
         sizes, at = iter(answer.copies), 0
-        for (disk, (asks, tolds)), rows in zip(gathered.items(), answer.found, strict=False):
-            for ask, told, row in zip(asks, tolds, rows, strict=False):
+        for (disk, (asks, callbacks)), rows in zip(gathered.items(), answer.found, strict=False):
+            for ask, on_row, row in zip(asks, callbacks, rows, strict=False):
                 if row is None:
                     request = messages.Reads(epoch, [disk], [[ask]], True)
-                    self._post(request, partial(_heard_in_time, told), timeout_s)
+                    self._call(request, partial(_on_single_reply, on_row), timeout_s)
                 elif ask[0] == _COPY:
                     end = at + next(sizes, 0)
-                    told(row, bulk[at:end])
+                    on_row(row, bulk[at:end])
                     at = end
                 else:
-                    told(row, NO_BYTES)
+                    on_row(row, NO_BYTES)
 
 
-def _heard_in_time(told: OnRow, answer: messages.ReadsReply | StoragedError, bulk: memoryview) -> None:
+def _on_single_reply(on_row: OnRow, answer: messages.ReadsReply | StoragedError, bulk: memoryview) -> None:
     if isinstance(answer, StoragedError):
-        told(answer, NO_BYTES)
+        on_row(answer, NO_BYTES)
     else:
-        told(answer.found[0][0] if answer.found and answer.found[0] else None, bulk)
+        on_row(answer.found[0][0] if answer.found and answer.found[0] else None, bulk)
 
 
-def _told_here(replica: LocalReplica, ask: bytes, epoch: int, told: OnRow) -> bool:
-    """What a replica of this process tells at once. False: something has to be waited for. Raises DiskUnusable."""
+def _try_row_here(replica: LocalReplica, ask: bytes, epoch: int, on_row: OnRow) -> bool:
+    """Asks a replica of this process. False: it would have to wait. Raises DiskUnusable."""
     row = replica.try_row(epoch, ask[1:])
     if row is None:
         return False
     form = ask[0]
     if not row or form == _ROW:
-        told(row, NO_BYTES)
+        on_row(row, NO_BYTES)
     elif form == _CHECK:
-        told(check_of(row), NO_BYTES)
+        on_row(check_of(row), NO_BYTES)
     else:
         data_id = value_of(row).payload
         copy = replica.peek(data_id) if data_id else NO_BYTES
         if copy is None:
             return False
-        told(row, copy)
+        on_row(row, copy)
     return True
 
 
@@ -227,29 +224,29 @@ class RowReader:
         self._replicas = replicas
         self._pool = pool
 
-    def ask(self, disk: str, ask: bytes, epoch: int, told: OnRow, timeout_s: float) -> None:
-        """``told`` is called once, perhaps before this returns."""
+    def ask(self, disk: str, ask: bytes, epoch: int, on_row: OnRow, timeout_s: float) -> None:
+        """``on_row`` is called once, perhaps before this returns."""
         try:
             replica: Any = self._replicas.replica(disk)
             if isinstance(replica, LocalReplica):
-                if _told_here(replica, ask, epoch, told):
+                if _try_row_here(replica, ask, epoch, on_row):
                     return
             else:
-                try_row = getattr(replica, "try_row", None)
-                if try_row is not None and try_row(ask, epoch, told, timeout_s):
+                try_ask_row = getattr(replica, "try_ask_row", None)
+                if try_ask_row is not None and try_ask_row(ask, epoch, on_row, timeout_s):
                     return
         except StoragedError as error:
-            told(error, NO_BYTES)
+            on_row(error, NO_BYTES)
             return
-        self._pool.start(_call(replica, disk, epoch, ask, told))
+        self._pool.start(_call(replica, disk, epoch, ask, on_row))
 
 
-async def _call(replica: Replica, disk: str, epoch: int, ask: bytes, told: OnRow) -> None:
+async def _call(replica: Replica, disk: str, epoch: int, ask: bytes, on_row: OnRow) -> None:
     found: bytes | StoragedError | None = PeerUnreachable(f"The call to disk {disk} was given up.")
     copy = NO_BYTES
     try:
-        found, copy = await _row_in_time(replica, disk, epoch, ask)
+        found, copy = await _read_row(replica, disk, epoch, ask)
     except StoragedError as error:
         found = error
     finally:
-        told(found, copy)
+        on_row(found, copy)

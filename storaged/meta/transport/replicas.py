@@ -55,46 +55,52 @@ class RemoteReplica:
         accepts: AcceptBatcher | None = None,
     ) -> None:
         self._caller = caller
-        self._poster = caller if isinstance(caller, TryCaller) else None
+        self._try_caller = caller if isinstance(caller, TryCaller) else None
         self._reads = reads
         self._accepts = accepts
         self.node = node
         self.disk = disk
-        self._lines: dict[type[Message], tuple[bytes, EncodedCall, AcceptBatcher | None]] = {}
-        """By what is asked: how its encoding begins, the line that it takes by itself, and with what it goes to its
-        node when it has company.
+        self._encoded: dict[type[Message], tuple[bytes, EncodedCall, AcceptBatcher | None]] = {}
+        """By the type of the request: how its encoding begins, the call that sends it by itself, and the batcher that
+        sends it with others.
         """
 
     def try_call(
-        self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+        self, request: Message, on_reply: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
     ) -> bool:
-        if self._poster is None:
+        if self._try_caller is None:
             return False
         method, reply = _POSTED[type(request)]
-        return self._poster.try_call(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
+        return self._try_caller.try_call(self.node, method, request, reply, on_reply, body=body, timeout_s=timeout_s)
 
     def try_call_encoded(
-        self, kind: type[Message], first: bytes, tail: bytes, then: OnReply, body: Sequence[Buffer], timeout_s: float
+        self,
+        kind: type[Message],
+        first: bytes,
+        tail: bytes,
+        on_reply: OnReply,
+        body: Sequence[Buffer],
+        timeout_s: float,
     ) -> bool:
         """See ``ports.RemoteTryReplica``."""
-        known = self._lines.get(kind)
+        known = self._encoded.get(kind)
         if known is None:
-            if self._poster is None:
+            if self._try_caller is None:
                 return False
             method, reply = _POSTED[kind]
             start = first + encode(self.disk)
-            together = self._accepts if reply is messages.AcceptReply else None
-            known = self._lines[kind] = start, self._poster.encoded_call(self.node, method, reply, start), together
-        start, line, together = known
-        if together is None:
-            return line(tail, then, body, timeout_s)
-        return together.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))
+            batcher = self._accepts if reply is messages.AcceptReply else None
+            known = self._encoded[kind] = start, self._try_caller.encoded_call(self.node, method, reply, start), batcher
+        start, call, batcher = known
+        if batcher is None:
+            return call(tail, on_reply, body, timeout_s)
+        return batcher.ask((kind is messages.Create, start + tail, call, tail, body, on_reply, timeout_s))
 
-    def try_row(self, ask: bytes, epoch: int, told: OnRow, timeout_s: float) -> bool:
-        """See ``reads.RowReader.ask``. False: this can't be asked without a task."""
+    def try_ask_row(self, ask: bytes, epoch: int, on_row: OnRow, timeout_s: float) -> bool:
+        """See ``read_batching.RowReader.ask``. False: this needs a task."""
         if self._reads is None:
             return False
-        self._reads.ask(self.disk, ask, epoch, told, timeout_s)
+        self._reads.ask(self.disk, ask, epoch, on_row, timeout_s)
         return True
 
     async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply:
@@ -150,8 +156,8 @@ class RemoteReplica:
 
 class ReplicaDirectory:
     """``ports.Replicas``: this node's disks without the network, every other disk of the layout through ``caller``. A
-    disk of this ``node`` that is not among ``local``
-    is out of use, and nobody is asked."""
+    disk of this ``node`` that is not among ``local`` is out of use, and is not asked.
+    """
 
     def __init__(
         self,
@@ -170,7 +176,7 @@ class ReplicaDirectory:
         self._remote: dict[str, RemoteReplica] = {}
         self._layout: Layout | None = None
         """The one that ``_remote`` is of."""
-        self._gathering: dict[str, tuple[ReadBatcher, AcceptBatcher]] = {}
+        self._batchers: dict[str, tuple[ReadBatcher, AcceptBatcher]] = {}
 
     def replica(self, disk_id: str) -> Replica:
         local = self._local.get(disk_id)
@@ -195,18 +201,18 @@ class ReplicaDirectory:
             raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {layout.epoch}.")
         if entry.node == self._node:
             raise DiskUnusable(f"Disk {disk_id} is not in use on this node.")
-        found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, *self._together(entry.node))
+        found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, *self._batchers_of(entry.node))
         return found
 
-    def _together(self, node: str) -> tuple[ReadBatcher, AcceptBatcher] | tuple[()]:
-        """What gathers the asks for all disks of one node."""
-        together = self._gathering.get(node)
-        if together is None and isinstance(self._caller, TryCaller):
-            together = self._gathering[node] = (
+    def _batchers_of(self, node: str) -> tuple[ReadBatcher, AcceptBatcher] | tuple[()]:
+        """Those of all disks of one node."""
+        batchers = self._batchers.get(node)
+        if batchers is None and isinstance(self._caller, TryCaller):
+            batchers = self._batchers[node] = (
                 ReadBatcher(self._caller, node),
                 AcceptBatcher(self._caller, node, self._alone_max),
             )
-        return together or ()
+        return batchers or ()
 
 
 class ReplicaHost:
