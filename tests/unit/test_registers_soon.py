@@ -217,10 +217,10 @@ async def test_a_mistake_in_what_judges_it_is_told_and_gives_its_turn_back(ring:
 async def test_a_mistake_in_asking_leaves_nothing_that_goes_on(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     client = ring.client()
     fanout = client._ring.fanout
-    ask_each = fanout.ask_each
+    send = fanout.send
 
     def mistaken(*asked: Any, **options: Any) -> None:
-        ask_each(*asked, **options)
+        send(*asked, **options)
         raise RuntimeError("a mistake")
 
     monkeypatch.setattr(fanout, "send", mistaken)
