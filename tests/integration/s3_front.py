@@ -1,14 +1,17 @@
-"""An S3 front on the in-memory object plane, on a loopback port, with real boto3 in threads, and clients that send
-bytes.
+"""An S3 front on a loopback port, with real boto3 in threads and clients that send bytes.
+
+The front is on the product's object plane, which is on doubles: a ring in one dict, disks in memory, plain keys.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import re
 import socket
 import struct
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,25 +24,203 @@ from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged.clock import SystemClock
+from storaged.errors import DataDamaged
+from storaged.objects.api import (
+    NO_READ_CONDITIONS,
+    NO_WRITE_CONDITIONS,
+    BodyChecks,
+    NewMeta,
+    ObjectInfo,
+    ObjectStream,
+    Principal,
+    PutResult,
+    RangeSpec,
+    ReadConditions,
+    Reading,
+    ReadResult,
+    WriteConditions,
+)
+from storaged.objects.plane import ObjectLimits, ObjectPlane
+from storaged.objects.read.get import HeldStream
+from storaged.objects.records import BucketRecord
+from storaged.objects.service import ObjectService
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.users import UserService
 from storaged.s3.app import S3App
 from storaged.s3.http.limits import Limits
 from storaged.s3.request import RequestDone
-from tests.doubles.object_service import FakeBuckets, FakeObjects, FakeUsers
+from storaged.wire import Buffer
 from tests.patience import GUARD_S
+from tests.worlds import objects
 
 REGION = "eu-fr-1"
 ACCESS, SECRET = "AKMAIN", "main/secret+key"
 ACCESS_ALT, SECRET_ALT = "AKALT", "alt-secret"
+NO_META = NewMeta()
+
+
+class WatchedStream:
+    """An opened object; a test sees whether it was ``closed``. It breaks off after ``fail_after`` bytes, or comes in
+    pieces of ``piece_bytes``.
+    """
+
+    def __init__(self, stream: ObjectStream, fail_after: int | None, piece_bytes: int) -> None:
+        self._stream = stream
+        self._fail_after = fail_after
+        self._piece_bytes = piece_bytes
+        self.info, self.first, self.length, self.partial = stream.info, stream.first, stream.length, stream.partial
+        self.held = None if fail_after is not None else stream.held
+        self.closed = False
+
+    async def chunks(self) -> AsyncIterator[Buffer]:
+        if self._piece_bytes:
+            whole = b"".join([bytes(piece) async for piece in self._stream.chunks()])
+            for at in range(0, len(whole), self._piece_bytes):
+                yield whole[at : at + self._piece_bytes]
+            return
+        left = self.length if self._fail_after is None else self._fail_after
+        async for piece in self._stream.chunks():
+            if left:
+                yield piece[:left]
+            if len(piece) > left:
+                raise DataDamaged
+            left -= len(piece)
+
+    async def close(self) -> None:
+        self.closed = True
+        await self._stream.close()
+
+
+class WatchedObjects(ObjectService):
+    """The object plane; a test sees what the front asks it, holds answers back, and breaks streams off."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        super().__init__(plane)
+        self.streams: list[WatchedStream] = []
+        self.readings: list[Reading | None] = []
+        """What each ``get`` was given."""
+        self.read_answers: list[ReadResult] = []
+        """What ``try_read`` has answered."""
+        self.put_answers: list[PutResult | Exception] = []
+        """What ``try_put`` has answered."""
+        self.answer: Callable[[Callable[[], None]], object] = lambda tell: tell()
+        """When ``try_read`` and ``try_put`` answer."""
+        self.busy = False
+        """``try_put`` takes nothing on."""
+        self.fail_after: int | None = None
+        self.piece_bytes = 0
+        """Of streams; 0: as they come."""
+
+    def try_put(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        plain: Buffer,
+        meta: NewMeta,
+        checks: BodyChecks,
+        then: Callable[[PutResult | Exception], None],
+        *,
+        owner: str,
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    ) -> bool:
+        def answered(found: PutResult | Exception) -> None:
+            self.put_answers.append(found)
+            then(found)
+
+        def done(found: PutResult | Exception) -> None:
+            self.answer(lambda: answered(found))
+
+        if self.busy:
+            return False
+        return super().try_put(bucket, key, plain, meta, checks, done, owner=owner, conditions=conditions)
+
+    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
+        def answered(found: ReadResult) -> None:
+            self.read_answers.append(found)
+            then(found)
+
+        def done(found: ReadResult) -> None:
+            kept = None if self.fail_after is not None and isinstance(found, HeldStream) else found
+            self.answer(lambda: answered(kept))
+
+        super().try_read(bucket, key, want_plain, done)
+
+    async def get(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        version_id: str = "",
+        conditions: ReadConditions = NO_READ_CONDITIONS,
+        span: RangeSpec | None = None,
+        part_number: int | None = None,
+        reading: Reading | None = None,
+    ) -> Any:
+        self.readings.append(reading)
+        asked: dict[str, Any] = {
+            "version_id": version_id,
+            "conditions": conditions,
+            "span": span,
+            "part_number": part_number,
+        }
+        stream = WatchedStream(
+            await super().get(bucket, key, **asked, reading=reading), self.fail_after, self.piece_bytes
+        )
+        self.streams.append(stream)
+        return stream
+
+
+class WarmBuckets(BucketService):
+    """A bucket that was created is in the gateway's memory at once, and so is its key."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        super().__init__(plane)
+        self._keys = plane.keys
+
+    async def create(self, who: Principal, name: str, **named: Any) -> BucketRecord:
+        made = await super().create(who, name, **named)
+        await self._keys.bucket_key(made.id, made.countries)
+        return await self.get(name)
 
 
 @dataclass
 class World:
     app: S3App
     port: int
-    objects: FakeObjects
-    buckets: FakeBuckets
-    users: FakeUsers
+    objects: WatchedObjects
+    buckets: BucketService
+    users: UserService
+    below: objects.World
+    """What the object plane is on."""
     done: list[RequestDone] = field(default_factory=list)
+
+    async def put(
+        self, key: str, data: bytes, meta: NewMeta = NO_META, *, bucket: str = "bucket", algorithm: str = ""
+    ) -> PutResult:
+        record = await self.buckets.get(bucket)
+        checks = BodyChecks(size=len(data), algorithms=(algorithm,) if algorithm else ())
+        return await self.objects.put(record, key.encode(), objects.pieces(data), meta, checks, owner=record.owner)
+
+    async def stored(self, bucket: str = "bucket") -> dict[bytes, bytes]:
+        """Key -> content of every object of a bucket."""
+        record = await self.buckets.get(bucket)
+        keys = (await self.objects.list_objects(record)).keys
+        found = {}
+        for key in keys:
+            stream = await ObjectService.get(self.objects, record, key)
+            found[key] = b"".join([bytes(piece) async for piece in stream.chunks()])
+        return found
+
+    async def delete(self, key: str, *, bucket: str = "bucket") -> None:
+        await self.objects.delete(await self.buckets.get(bucket), key.encode())
+
+    async def upload_id(self, bucket: str = "bucket") -> str:
+        """Of the first upload."""
+        uploads, _, _ = await self.objects.list_uploads(await self.buckets.get(bucket))
+        return uploads[0].upload_id
+
+    async def head(self, key: str, *, bucket: str = "bucket") -> ObjectInfo:
+        return await self.objects.head(await self.buckets.get(bucket), key.encode())
 
     @property
     def endpoint(self) -> str:
@@ -74,13 +255,16 @@ async def s3_world(
     limits: Limits | None = None, domains: tuple[str, ...] = (), tls: Any = None, strict_region: bool = False
 ) -> AsyncIterator[World]:
     clock = SystemClock()
-    objects = FakeObjects(clock.wall_ms)
-    buckets, users = FakeBuckets(objects), FakeUsers()
-    await users.add("main", access_key=ACCESS, secret_key=SECRET)
-    await users.add("alt", access_key=ACCESS_ALT, secret_key=SECRET_ALT)
+    below = objects.World(limits=ObjectLimits(bucket_cache_s=3600, user_cache_s=3600))
+    below.clock = clock
+    plane = below.plane()
+    service, buckets, users = WatchedObjects(plane), WarmBuckets(plane), UserService(plane)
+    for name, access, secret in (("main", ACCESS, SECRET), ("alt", ACCESS_ALT, SECRET_ALT)):
+        await users.add(name, access_key=access, secret_key=secret)
+        await users.lookup(access)
     done: list[RequestDone] = []
     app = S3App(
-        objects,
+        service,
         buckets,
         users,
         region=REGION,
@@ -93,9 +277,14 @@ async def s3_world(
     )
     port = await app.start("127.0.0.1", 0, ssl=tls)
     try:
-        yield World(app, port, objects, buckets, users, done)
+        yield World(app, port, service, buckets, users, below, done)
     finally:
         await app.close(0.5)
+        await service.close()
+
+
+def crc32(data: bytes) -> str:
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
 class _Auth(botocore.auth.S3SigV4Auth):  # type: ignore[misc]
@@ -161,12 +350,12 @@ def break_off(writer: asyncio.StreamWriter) -> None:
 
 
 class Held:
-    """``try_read`` and ``try_put`` tell when they are let go."""
+    """``try_read`` and ``try_put`` answer when a test lets them."""
 
     def __init__(self, world: World) -> None:
         self.waiting: list[Callable[[], None]] = []
         self._world = world
-        world.objects.soon = self.waiting.append
+        world.objects.answer = self.waiting.append
 
     async def ask(self, method: str, key: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A client whose answer waits to be let go."""

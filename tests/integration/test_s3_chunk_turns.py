@@ -331,7 +331,7 @@ async def test_a_trailer_that_is_announced_where_none_can_come_is_refused(payloa
         answer = await world.raw(request.replace(b"Host:", b"Connection: close\r\nHost:", 1))
         assert answer.startswith(b"HTTP/1.1 400 ")
         assert b"x-amz-trailer" in answer
-        assert not world.objects.of(await world.buckets.get("bucket"))
+        assert not await world.stored()
 
 
 def test_what_a_decoder_is_fed_may_end_anywhere() -> None:

@@ -80,7 +80,7 @@ async def test_what_an_intermediary_adds_to_a_signed_request_is_refused(
 
 async def test_countries_that_are_signed_are_taken(world: World) -> None:
     assert (await call(world, "PUT", "/new", {"x-storaged-countries": "FR"}))[0] == 200
-    assert world.buckets.by_name["new"].countries == ("FR",)
+    assert (await world.buckets.get("new")).countries == ("FR",)
 
 
 # --- documents
@@ -88,7 +88,7 @@ async def test_countries_that_are_signed_are_taken(world: World) -> None:
 
 async def uploaded(world: World) -> tuple[str, bytes]:
     """(target, document) that complete an upload of one part."""
-    upload_id = next(iter(world.objects.uploads))
+    upload_id = await world.upload_id()
     assert (await call(world, "PUT", f"/bucket/k?partNumber=1&uploadId={upload_id}", body=b"part"))[0] == 200
     etag = hashlib.md5(b"part").hexdigest()
     part = f"<Part><PartNumber>1</PartNumber><ETag>{etag}</ETag></Part>"

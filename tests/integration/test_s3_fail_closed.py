@@ -57,20 +57,9 @@ async def call(
 
 def state(world: World) -> Any:
     """All that requests can change, as a value."""
-    objects = {
-        bucket: {key: (stored.info, stored.data) for key, stored in found.items()}
-        for bucket, found in world.objects.objects.items()
-        if found
-    }
-    uploads = {
-        upload_id: (upload.info, dict(upload.parts), upload.done) for upload_id, upload in world.objects.uploads.items()
-    }
-    return (
-        objects,
-        uploads,
-        dict(world.buckets.by_name),
-        {name: dict(tags) for name, tags in world.buckets.tags.items()},
-    )
+    ring = world.below.ring
+    fragments = {disk: store.fragments for disk, store in world.below.disks.disks.items()}
+    return dict(ring.values), dict(ring.pages), dict(ring.fences), fragments
 
 
 def md5_of(body: bytes) -> dict[str, str]:
@@ -380,7 +369,7 @@ async def test_every_header_of_aws_is_honoured_or_refused_by_every_operation_tha
     world: World, name: str
 ) -> None:
     method, target, body = DOINGS[name]
-    target = target.replace("U", next(iter(world.objects.uploads))) if "uploadId" in target else target
+    target = target.replace("U", await world.upload_id()) if "uploadId" in target else target
     own = {"x-amz-copy-source": "/bucket/k", "x-amz-metadata-directive": "REPLACE"} if name == "CopyObject" else {}
     own |= md5_of(body) if name == "DeleteObjects" else {}
     before = state(world)

@@ -208,7 +208,7 @@ async def test_metadata_that_is_not_utf_8_can_not_be_given_back_and_is_refused(
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"<Code>InvalidArgument</Code>" in answer
     assert f"<ArgumentName>{name}</ArgumentName>".encode() in answer
-    assert not world.objects.of(await world.buckets.get("bucket"))
+    assert not await world.stored()
 
 
 async def test_metadata_comes_back_byte_for_byte(world: World) -> None:

@@ -119,7 +119,7 @@ async def test_what_another_parser_might_read_otherwise_is_refused_and_nothing_b
 ) -> None:
     behind = signed(world, "PUT", "/bucket/smuggled", body=b"x")
     assert await answers(world, REFUSED[name] + behind, pieces=pieces) == [(400, "BadRequest")]
-    assert not world.objects.of(await world.buckets.get("bucket"))
+    assert not await world.stored()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ async def test_chunks_that_are_broken_store_nothing_and_end_the_connection(
     behind = signed(world, "PUT", "/bucket/smuggled", body=b"x")
     found = await answers(world, request + chunks + behind, pieces=pieces)
     assert found in ([(400, "BadRequest")], [(400, "IncompleteBody")])
-    assert not world.objects.of(await world.buckets.get("bucket"))
+    assert not await world.stored()
 
 
 async def test_chunk_extensions_and_trailers_are_passed_over(world: World) -> None:
@@ -172,7 +172,7 @@ async def test_chunk_extensions_and_trailers_are_passed_over(world: World) -> No
     assert await answers(world, request + b'2;a="b"\r\nhe\r\n003 ; c\r\nllo\r\n0\r\nX-Trailer: y\r\n\r\n') == [
         (200, "")
     ]
-    assert world.objects.of(await world.buckets.get("bucket"))[b"k"].data == b"hello"
+    assert (await world.stored())[b"k"] == b"hello"
 
 
 def test_chunks_are_decoded_the_same_however_they_are_cut() -> None:
@@ -316,7 +316,7 @@ async def test_requests_sent_in_one_go_are_answered_in_their_order(world: World)
     several = b"".join(signed(world, "PUT", f"/bucket/k{n}", body=b"%d" % n) for n in range(20)) + signed(world, "GET", "/bucket/k19", headers={"Connection": "close"})  # fmt: skip  # noqa: E501
     for pieces in (1, 40):
         assert [status for status, _ in await answers(world, several, pieces=pieces)] == [200] * 21
-    assert len(world.objects.of(await world.buckets.get("bucket"))) == 20
+    assert len(await world.stored()) == 20
 
 
 async def test_requests_sent_in_one_go_do_not_keep_others_waiting(world: World) -> None:
@@ -571,4 +571,4 @@ async def test_uploads_of_any_size_arrive_whole_through_a_socket(world: World) -
     for size in (0, 1, 4096, 65_536, 65_537, 1 << 20, 9_000_001):
         body = random.Random(size).randbytes(size)
         await asyncio.to_thread(client.put_object, Bucket="bucket", Key="k", Body=body)
-        assert world.objects.of(await world.buckets.get("bucket"))[b"k"].data == body
+        assert (await world.stored())[b"k"] == body

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from storaged.objects.api import NewMeta
 from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.connections import Connections
 from storaged.s3.http.grammar import broken_so_far
 from storaged.s3.http.limits import Limits
-from tests.doubles import object_service as fake_object_service
 from tests.integration.s3_front import ACCESS, REGION, World, read_head, s3_world, signed
 from tests.integration.test_s3_hostile import _Blocks, _Socket
 from tests.integration.test_s3_http import certificate
@@ -30,9 +28,9 @@ pytestmark = pytest.mark.alone
 
 async def make_bucket(world: World, **objects: bytes) -> None:
     """``bucket``, and what is in it."""
-    bucket = await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+    await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
     for key, data in objects.items():
-        world.objects.store(bucket, key.encode(), data, NewMeta(), "0" * 32, bucket.owner)
+        await world.put(key, data)
 
 
 def contexts(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -63,10 +61,10 @@ async def test_a_slow_client_may_take_longer_for_a_block_than_it_may_be_silent()
 async def test_a_slow_client_may_take_longer_for_a_piece_than_it_may_take_nothing(
     secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fake_object_service, "PIECE_BYTES", 24 << 20)
     server, client = contexts(tmp_path) if secure else (None, None)
     async with s3_world(Limits(send_idle_s=0.4), tls=server) as world:
         await make_bucket(world, big=bytes(48 << 20))
+        world.objects.piece_bytes = 24 << 20
         reader, writer = await asyncio.open_connection("localhost", world.port, ssl=client)
         writer.write(signed(world, "GET", "/bucket/big"))
         await read_head(reader)
@@ -242,10 +240,10 @@ async def test_an_answer_that_is_on_its_way_when_the_server_ends_arrives_whole(
     secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event loop's TLS takes a piece at once, and passes it on when the socket has room."""
-    monkeypatch.setattr(fake_object_service, "PIECE_BYTES", 16 << 20)
     server, client = contexts(tmp_path) if secure else (None, None)
     async with s3_world(tls=server) as world:
         await make_bucket(world, big=bytes(16 << 20))
+        world.objects.piece_bytes = 16 << 20
         reader, writer = await asyncio.open_connection("localhost", world.port, ssl=client)
         writer.write(signed(world, "GET", "/bucket/big"))
         await read_head(reader)

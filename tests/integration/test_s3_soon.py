@@ -6,19 +6,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import socket
 from collections.abc import AsyncIterator
 
 import pytest
 
-from storaged.objects.api import NewMeta, Reading
+from storaged.meta.names import object_name
+from storaged.objects.api import NewMeta
 from storaged.objects.read.get import HeldStream
 from storaged.s3 import responder
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.progress import HEAD, WORKING
-from tests.doubles.object_service import checksum
-from tests.integration.s3_front import ACCESS, REGION, Held, World, ask, break_off, read_head, s3_world, signed, until
+from tests.integration.s3_front import (
+    ACCESS,
+    REGION,
+    Held,
+    World,
+    ask,
+    break_off,
+    crc32,
+    read_head,
+    s3_world,
+    signed,
+    until,
+)
 
 META = NewMeta({"content-type": "text/plain", "cache-control": "no-store"}, {"color": "blue"}, {"a": "b"})
 SMALL, LARGE = b"small" * 100, bytes(range(256)) * 400
@@ -35,12 +48,9 @@ async def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 async def fill(world: World) -> None:
-    bucket = await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+    await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
     for key, data in {"small": SMALL, "other": SMALL[1:], "large": LARGE, "empty": b""}.items():
-        sums = {"CRC32": checksum("CRC32", data)}
-        world.objects.store(
-            bucket, key.encode(), data, META, "0" * 32, bucket.owner, checksums=sums, checksum_type="FULL_OBJECT"
-        )
+        await world.put(key, data, META, algorithm="CRC32")
 
 
 async def ask_once(world: World, method: str, target: str, **headers: str) -> tuple[bytes, bytes]:
@@ -55,9 +65,9 @@ async def test_the_answer_is_the_one_that_the_task_gives(world: World, method: s
     headers = {"x-amz-checksum-mode": mode} if mode else {}
     soon = await ask_once(world, method, f"/bucket/{key}", **headers)
     assert (b"x-amz-checksum-crc32: " in soon[0]) == (mode.upper() == "ENABLED" and key != "none")
-    assert len(world.objects.told) == 1
+    assert len(world.objects.read_answers) == 1
     by_task = await ask_once(world, method, f"/bucket/{key}", **headers, **{"x-unknown": "1"})
-    assert len(world.objects.told) == 1
+    assert len(world.objects.read_answers) == 1
     assert soon == by_task
     assert [(done.operation, done.status, done.code, done.bytes_out, done.complete) for done in world.done[:1]] == [
         (done.operation, done.status, done.code, done.bytes_out, done.complete) for done in world.done[1:]
@@ -71,7 +81,7 @@ async def test_what_is_held_is_answered_without_the_task(world: World) -> None:
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"x-amz-meta-color: blue\r\n" in head
     assert body == SMALL
-    assert isinstance(world.objects.told[0], HeldStream)
+    assert isinstance(world.objects.read_answers[0], HeldStream)
     assert world.objects.readings == []
 
 
@@ -83,21 +93,22 @@ async def test_what_an_sdk_asks_with_is_answered_without_the_task(world: World) 
         got = client.get_object(Bucket="bucket", Key="small")
         assert (got["Body"].read(), got["ChecksumCRC32"], got["ChecksumType"]) == (
             SMALL,
-            checksum("CRC32", SMALL),
+            crc32(SMALL),
             "FULL_OBJECT",
         )
         for more in ({}, {"ChecksumMode": "ENABLED"}):
             assert ("ChecksumCRC32" in client.head_object(Bucket="bucket", Key="small", **more)) == bool(more)
 
     await asyncio.to_thread(run)
-    assert len(world.objects.told) == 3
+    assert len(world.objects.read_answers) == 3
     assert world.objects.readings == []
 
 
 async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading = Reading(None)
+    bucket = await world.buckets.get("bucket")
+    reading = await world.below.ring.read(object_name(bucket.id, bucket.shard_numbers, b"large"))
     monkeypatch.setattr(world.objects, "try_read", lambda bucket, key, want_plain, then: then(reading))
     _, body = await ask_once(world, "GET", "/bucket/large")
     assert body == LARGE
@@ -108,7 +119,7 @@ async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(
     ("target", "headers", "status"),
     [
         ("/bucket/small", {"Range": "bytes=1-2"}, b"206"),
-        ("/bucket/small", {"If-None-Match": '"' + "0" * 32 + '"'}, b"304"),
+        ("/bucket/small", {"If-None-Match": f'"{hashlib.md5(SMALL).hexdigest()}"'}, b"304"),
         ("/bucket/small", {"x-amz-expected-bucket-owner": "somebody"}, b"403"),
         ("/bucket/small?versionId=nothing", {}, b"404"),
         ("/bucket/small?partNumber=1", {}, b"206"),
@@ -121,7 +132,7 @@ async def test_whatever_else_is_asked_is_the_tasks(
 ) -> None:
     head, _ = await ask_once(world, "GET", target, **headers)
     assert head.split(b" ")[1] == status
-    assert world.objects.told == []
+    assert world.objects.read_answers == []
 
 
 @pytest.mark.parametrize(
@@ -131,7 +142,7 @@ async def test_who_is_not_who_they_say_is_told_nothing(world: World, change: tup
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(signed(world, "GET", "/bucket/small").replace(*change))
     assert (await read_head(reader)).startswith(b"HTTP/1.1 403 ")
-    assert world.objects.told == []
+    assert world.objects.read_answers == []
     writer.close()
 
 
@@ -176,16 +187,13 @@ async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
 async def test_an_answer_that_must_not_be_sent_ends_the_connection_and_is_counted(
     world: World, header: dict[str, str]
 ) -> None:
-    bucket = world.buckets.by_name["bucket"]
-    world.objects.store(
-        bucket, b"wrong", SMALL, NewMeta(user={"color": "blue\r\nSet-Cookie: a"}), "0" * 32, bucket.owner
-    )
+    await world.put("wrong", SMALL, NewMeta(user={"color": "blue\r\nSet-Cookie: a"}))
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(signed(world, "GET", "/bucket/wrong", headers=header))
     with contextlib.suppress(ConnectionResetError):
         assert await reader.read() == b""
     await until(lambda: world.app.statistics().connections == 0)
-    assert len(world.objects.told) == (not header)
+    assert len(world.objects.read_answers) == (not header)
     assert [(done.status, done.bytes_out, done.complete) for done in world.done] == [(200, 0, False)]
     assert world.app.statistics().requests_in_flight == 0
     writer.close()
@@ -220,9 +228,8 @@ async def test_a_server_that_ends_waits_for_what_was_left_to_the_task(world: Wor
 
 
 async def test_a_server_that_ends_waits_for_a_client_that_has_not_taken_its_answer(world: World) -> None:
-    bucket = world.buckets.by_name["bucket"]
     body = b"m" * 16_000
-    world.objects.store(bucket, b"middling", body, META, "0" * 32, bucket.owner)
+    await world.put("middling", body, META)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", world.port))

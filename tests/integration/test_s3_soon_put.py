@@ -20,6 +20,7 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
+from storaged.objects.plane import ObjectLimits
 from storaged.s3 import responder
 from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.headers import INCIDENTAL
@@ -29,7 +30,6 @@ from storaged.s3.http.limits import Limits
 from storaged.s3.http.progress import BODY, HEAD
 from storaged.s3.ops.objects import put_asked
 from storaged.s3.request import Request
-from tests.doubles.object_service import HELD_BYTES_MAX, checksum
 from tests.integration.s3_front import (
     ACCESS,
     REGION,
@@ -38,6 +38,7 @@ from tests.integration.s3_front import (
     World,
     ask,
     break_off,
+    crc32,
     read_head,
     s3_world,
     signed,
@@ -45,6 +46,7 @@ from tests.integration.s3_front import (
 )
 from tests.patience import GUARD_S
 
+HELD_BYTES_MAX = ObjectLimits().small_bytes_max
 SMALL = b"small" * 100
 MD5 = base64.b64encode(hashlib.md5(SMALL).digest()).decode()
 
@@ -63,8 +65,8 @@ async def make_bucket(world: World) -> None:
     await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
 
 
-def kept(world: World) -> dict[bytes, bytes]:
-    return {key: stored.data for key, stored in world.objects.of(world.buckets.by_name["bucket"]).items()}
+async def kept(world: World) -> dict[bytes, bytes]:
+    return await world.stored()
 
 
 def in_pieces(request: bytes, how: str) -> tuple[bytes, ...]:
@@ -89,7 +91,7 @@ def in_pieces(request: bytes, how: str) -> tuple[bytes, ...]:
             },
         ),
         (SMALL, {"Content-MD5": MD5}),
-        (SMALL, {"x-amz-checksum-crc32": checksum("CRC32", SMALL), "x-amz-sdk-checksum-algorithm": "CRC32"}),
+        (SMALL, {"x-amz-checksum-crc32": crc32(SMALL), "x-amz-sdk-checksum-algorithm": "CRC32"}),
         (SMALL, {"If-None-Match": "*", "x-amz-storage-class": "STANDARD", "x-amz-server-side-encryption": "AES256"}),
         (bytes(HELD_BYTES_MAX), {}),
     ],
@@ -103,13 +105,13 @@ async def test_the_answer_is_the_one_that_the_task_gives(
         answers.append(
             await ask(world, *in_pieces(signed(world, "PUT", "/bucket/key", body=body, headers=headers), how))
         )
-        stored = world.objects.of(world.buckets.by_name["bucket"]).pop(b"key")
-        assert stored.data == body
-        infos.append(stored.info._replace(modified_ms=0))
+        assert await kept(world) == {b"key": body}
+        infos.append((await world.head("key"))._replace(modified_ms=0))
+        await world.delete("key")
     assert answers[0].startswith(b"HTTP/1.1 200 OK\r\n")
     assert answers[0] == answers[1]
     assert infos[0] == infos[1]
-    assert len(world.objects.put_told) == 1
+    assert len(world.objects.put_answers) == 1
     first, second = ((done.operation, done.status, done.bytes_in, done.bytes_out, done.complete) for done in world.done)
     assert first == second == ("PutObject", 200, len(body), 0, True)
     statistics = world.app.statistics()
@@ -122,7 +124,7 @@ async def test_the_answer_is_the_one_that_the_task_gives(
     [
         ({"Content-MD5": base64.b64encode(bytes(16)).decode()}, b"BadDigest"),
         ({"Content-MD5": "AAAA"}, b"InvalidDigest"),
-        ({"x-amz-checksum-crc32": checksum("CRC32", b"other")}, b"BadDigest"),
+        ({"x-amz-checksum-crc32": crc32(b"other")}, b"BadDigest"),
         ({"If-None-Match": "*"}, b"PreconditionFailed"),
         ({"If-Match": '"' + "0" * 32 + '"'}, b"PreconditionFailed"),
         ({"x-amz-expected-bucket-owner": "somebody"}, b"AccessDenied"),
@@ -141,7 +143,7 @@ async def test_what_is_refused_changes_nothing_and_is_told_as_by_the_task(
         answers.append(await ask(world, *in_pieces(request, how)))
     assert b"<Code>" + code + b"<" in answers[0]
     assert answers[0] == answers[1]
-    assert kept(world) == {b"key": b"before"}
+    assert await kept(world) == {b"key": b"before"}
     assert world.app.statistics().requests_in_flight == 0
 
 
@@ -150,7 +152,7 @@ async def test_a_body_that_is_not_what_was_signed_is_refused(world: World, how: 
     for world.objects.busy in (False, True):
         request = signed(world, "PUT", "/bucket/key", body=SMALL)
         assert b"<Code>XAmzContentSHA256Mismatch<" in await ask(world, *in_pieces(request[:-1] + b"L", how))
-    assert kept(world) == {}
+    assert await kept(world) == {}
 
 
 async def test_who_is_not_who_they_say_stores_nothing_and_is_not_told_to_go_on(world: World) -> None:
@@ -161,8 +163,8 @@ async def test_who_is_not_who_they_say_stores_nothing_and_is_not_told_to_go_on(w
     ):
         request = signed(world, "PUT", "/bucket/key", body=SMALL, headers={"Expect": "100-continue"}).replace(*change)
         assert (await ask(world, *in_pieces(request, "behind"))).startswith(b"HTTP/1.1 403 ")
-    assert kept(world) == {}
-    assert world.objects.put_told == []
+    assert await kept(world) == {}
+    assert world.objects.put_answers == []
 
 
 async def test_what_an_sdk_writes_is_answered_without_the_task(world: World) -> None:
@@ -174,8 +176,8 @@ async def test_what_an_sdk_writes_is_answered_without_the_task(world: World) -> 
         client.put_object(Bucket="bucket", Key="new", Body=b"", IfNoneMatch="*")
 
     await asyncio.to_thread(run)
-    assert len(world.objects.put_told) == 2
-    assert kept(world) == {b"plain": SMALL, b"new": b""}
+    assert len(world.objects.put_answers) == 2
+    assert await kept(world) == {b"plain": SMALL, b"new": b""}
 
 
 async def test_who_waits_to_be_told_to_go_on_is_told_once(world: World) -> None:
@@ -189,7 +191,7 @@ async def test_who_waits_to_be_told_to_go_on_is_told_once(world: World) -> None:
             writer.write(body)
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
         writer.close()
-    assert len(world.objects.put_told) == 3
+    assert len(world.objects.put_answers) == 3
 
 
 @pytest.mark.parametrize(
@@ -209,16 +211,16 @@ async def test_whatever_else_is_asked_is_the_tasks(
     assert (await ask(world, signed(world, "PUT", target, body=body, headers=headers))).startswith(
         b"HTTP/1.1 200 OK\r\n"
     )
-    assert kept(world)[b"key"] == (body or SMALL)
-    assert len(world.objects.put_told) == 1
+    assert (await kept(world))[b"key"] == (body or SMALL)
+    assert len(world.objects.put_answers) == 1
 
 
 async def test_a_body_of_unknown_size_is_the_tasks(world: World) -> None:
     request = signed(world, "PUT", "/bucket/key", body=b"small", send_body=False)
     request = request.replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"5\r\nsmall\r\n0\r\n\r\n"
     assert b"200 OK" in await ask(world, request)
-    assert kept(world) == {b"key": b"small"}
-    assert world.objects.put_told == []
+    assert await kept(world) == {b"key": b"small"}
+    assert world.objects.put_answers == []
 
 
 async def test_requests_that_come_together_are_answered_one_after_the_other(world: World) -> None:
@@ -226,7 +228,7 @@ async def test_requests_that_come_together_are_answered_one_after_the_other(worl
     assert (
         await ask(world, b"".join(puts[:2]) + puts[2][:-1], puts[2][-1:] + puts[3] + signed(world, "GET", "/bucket/d"))
     ).count(b"200 OK") == 5
-    assert kept(world) == {key.encode(): key.encode() for key in "abcd"}
+    assert await kept(world) == {key.encode(): key.encode() for key in "abcd"}
 
 
 async def test_a_request_behind_a_body_that_came_in_pieces_is_answered_next(world: World) -> None:
@@ -234,7 +236,7 @@ async def test_a_request_behind_a_body_that_came_in_pieces_is_answered_next(worl
     answer = await ask(world, head, body[:-1], body[-1:] + signed(world, "GET", "/bucket/a"))
     assert answer.count(b"200 OK") == 2
     assert answer.endswith(SMALL)
-    assert len(world.objects.put_told) == 1
+    assert len(world.objects.put_answers) == 1
 
 
 async def test_a_body_that_does_not_come_is_waited_for_no_longer_than_any_other(world: World) -> None:
@@ -246,7 +248,7 @@ async def test_a_body_that_does_not_come_is_waited_for_no_longer_than_any_other(
     await until(lambda: connection.progress.phase == BODY)
     answer = await asyncio.wait_for(reader.read(), GUARD_S)
     assert b"<Code>RequestTimeout<" in answer
-    assert kept(world) == {}
+    assert await kept(world) == {}
     assert [(done.operation, done.status, done.bytes_in) for done in world.done] == [("PutObject", 400, 10)]
     writer.close()
 
@@ -254,7 +256,7 @@ async def test_a_body_that_does_not_come_is_waited_for_no_longer_than_any_other(
 async def test_a_body_that_ends_early_is_refused(world: World) -> None:
     head, body = in_pieces(signed(world, "PUT", "/bucket/key", body=SMALL), "behind")
     assert b"<Code>IncompleteBody<" in await ask(world, head + body[:10])
-    assert kept(world) == {}
+    assert await kept(world) == {}
     assert world.app.statistics().requests_in_flight == 0
 
 
@@ -265,7 +267,7 @@ async def test_a_client_that_goes_in_the_middle_of_its_body_leaves_nothing(world
     await until(lambda: world.app.statistics().requests_in_flight == 1)
     break_off(writer)
     await until(lambda: world.app.statistics().connections == 0 and world.app.statistics().requests_in_flight == 0)
-    assert kept(world) == {}
+    assert await kept(world) == {}
     assert [done.complete for done in world.done] == [False]
 
 
@@ -279,7 +281,7 @@ async def test_a_client_that_goes_while_its_object_is_written_is_nobodys_trouble
     await asyncio.sleep(0)
     assert world.app.statistics().requests_in_flight == 0
     assert [(done.status, done.complete) for done in world.done] == [(200, False)]
-    assert kept(world) == {b"key": SMALL}
+    assert await kept(world) == {b"key": SMALL}
 
 
 async def test_what_a_client_that_has_gone_sent_behind_does_not_overtake_what_is_under_way(world: World) -> None:
@@ -294,7 +296,7 @@ async def test_what_a_client_that_has_gone_sent_behind_does_not_overtake_what_is
     held.go()
     await asyncio.sleep(0)
     assert [done.status for done in world.done] == [200]
-    assert kept(world) == {b"key": SMALL}
+    assert await kept(world) == {b"key": SMALL}
     assert world.app.statistics().requests_in_flight == 0
 
 
@@ -328,7 +330,7 @@ async def test_what_cannot_be_begun_is_left_to_the_task(world: World, monkeypatc
 
     monkeypatch.setattr(world.objects, "try_put", mistaken)
     assert b"200 OK" in await ask(world, signed(world, "PUT", "/bucket/key", body=SMALL))
-    assert kept(world) == {b"key": SMALL}
+    assert await kept(world) == {b"key": SMALL}
 
 
 async def test_a_server_that_ends_waits_for_what_is_being_written(world: World) -> None:
@@ -352,7 +354,7 @@ async def test_a_server_that_ends_does_not_wait_for_ever_for_a_body(world: World
     await asyncio.wait_for(world.app.close(0.05), GUARD_S)
     await until(lambda: world.app.statistics().requests_in_flight == 0)
     assert [(done.status, done.code, done.complete) for done in world.done] == [(503, "ServiceUnavailable", False)]
-    assert kept(world) == {}
+    assert await kept(world) == {}
     writer.close()
 
 
@@ -366,7 +368,7 @@ async def test_more_than_may_be_in_flight_are_told_to_slow_down_also_while_bodie
         assert (await ask(world, signed(world, "PUT", "/bucket/other", body=SMALL))).startswith(b"HTTP/1.1 503 ")
         writer.write(body)
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
-        assert kept(world) == {b"key": SMALL}
+        assert await kept(world) == {b"key": SMALL}
         writer.close()
 
 
@@ -383,7 +385,7 @@ async def test_a_body_larger_than_what_is_kept_unread_holds_nothing_back() -> No
                 writer.write(piece)
                 await asyncio.sleep(0.01)
             assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
-        assert len(world.objects.put_told) == 5
+        assert len(world.objects.put_answers) == 5
         writer.close()
 
 
@@ -437,11 +439,11 @@ def test_headers_that_say_little_are_understood_as_among_others(
 def chunked(world: World, data: bytes, sum_of: bytes, *, end: bytes = b"\r\n", size: int | None = None) -> bytes:
     """A PUT as SDKs send it over TLS: in one chunk, unsigned, with the checksum behind it."""
     framed = (
-        b"%x\r\n%b\r\n0\r\nx-amz-checksum-crc32:%b\r\n" % (len(data), data, checksum("CRC32", sum_of).encode())
+        b"%x\r\n%b\r\n0\r\nx-amz-checksum-crc32:%b\r\n" % (len(data), data, crc32(sum_of).encode())
         if data
         else b"0\r\n"
     )
-    framed = (framed if data else framed + b"x-amz-checksum-crc32:%b\r\n" % checksum("CRC32", sum_of).encode()) + end
+    framed = (framed if data else framed + b"x-amz-checksum-crc32:%b\r\n" % crc32(sum_of).encode()) + end
     headers = {
         "Content-Encoding": "aws-chunked", "x-amz-trailer": "x-amz-checksum-crc32", "x-amz-sdk-checksum-algorithm": "CRC32",  # noqa: E501
         "x-amz-decoded-content-length": str(len(data) if size is None else size),
@@ -463,13 +465,12 @@ async def test_a_body_in_the_chunks_of_sdks_is_answered_without_the_task(world: 
     answers = []
     for world.objects.busy in (False, True):
         answers.append(await ask(world, *in_pieces(chunked(world, data, data), how)))
-        assert kept(world) == {b"key": data}
-        assert world.objects.of(world.buckets.by_name["bucket"]).pop(b"key").info.checksums == {
-            "CRC32": checksum("CRC32", data)
-        }
+        assert await kept(world) == {b"key": data}
+        assert (await world.head("key")).checksums == {"CRC32": crc32(data)}
+        await world.delete("key")
     assert b"x-amz-checksum-crc32: " in answers[0]
     assert answers[0] == answers[1]
-    assert len(world.objects.put_told) == 1
+    assert len(world.objects.put_answers) == 1
 
 
 @pytest.mark.parametrize("how", ["whole", "behind", "body"])
@@ -491,7 +492,7 @@ async def test_what_is_wrong_with_chunks_is_told_as_by_the_task(
         answers.append(await ask(world, *in_pieces(chunked(world, SMALL, **{"sum_of": SMALL, **wrong}), how)))
     assert b"<Code>" + code + b"<" in answers[0]
     assert answers[0] == answers[1]
-    assert kept(world) == {}
+    assert await kept(world) == {}
     assert world.app.statistics().requests_in_flight == 0
 
 
@@ -525,7 +526,7 @@ async def test_a_body_in_chunks_within_chunks_is_answered_without_the_task(world
     answer = await ask(world, *pieces, last + signed(world, "GET", "/bucket/key"))  # and what comes right behind it
     assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
     assert answer.endswith(SMALL)
-    assert len(world.objects.put_told) == 1
+    assert len(world.objects.put_answers) == 1
 
 
 async def test_a_body_that_turns_out_long_or_in_crumbs_is_the_tasks(world: World) -> None:
@@ -535,8 +536,8 @@ async def test_a_body_that_turns_out_long_or_in_crumbs_is_the_tasks(world: World
         body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(framed), framed) if framed else crumbs + b"0\r\n\r\n"
         answer = await ask(world, small + b"\r\n\r\n" + body)
         assert answer.startswith(b"HTTP/1.1 400 "), answer
-    assert kept(world) == {}
-    assert world.objects.put_told == []
+    assert await kept(world) == {}
+    assert world.objects.put_answers == []
     assert world.app.statistics().requests_in_flight == 0
 
 
@@ -545,15 +546,14 @@ async def test_the_name_that_some_sdks_give_the_operation_says_nothing(world: Wo
         answer = await ask(world, signed(world, method, f"/bucket/key?x-id={method.title()}Object", body=body))
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert answer.endswith(SMALL)
-    assert (len(world.objects.put_told), len(world.objects.told)) == (1, 1)
+    assert (len(world.objects.put_answers), len(world.objects.read_answers)) == (1, 1)
 
 
 async def test_a_put_into_a_bucket_that_is_gone_goes_to_the_one_that_has_its_name(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buckets, objects = world.buckets, world.objects
-    stale = buckets.by_name["bucket"]
-    buckets.by_name["bucket"] = msgspec.structs.replace(stale, id=b"made again".ljust(16))
+    stale = msgspec.structs.replace(await buckets.get("bucket"), id=b"deleted".ljust(16))
     refused: list[bytes] = []
 
     def try_put(bucket: Any, _key: bytes, _plain: Any, _meta: Any, _checks: Any, then: Any, **_more: Any) -> bool:
@@ -567,5 +567,5 @@ async def test_a_put_into_a_bucket_that_is_gone_goes_to_the_one_that_has_its_nam
     answer = await ask(world, signed(world, "PUT", "/bucket/key", body=SMALL))
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert refused == [stale.id]
-    assert kept(world) == {b"key": SMALL}
+    assert await kept(world) == {b"key": SMALL}
     assert world.app.statistics().requests_in_flight == 0

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import AsyncIterator
 
+from storaged.clock import Clock
 from storaged.cluster.layout import Layout
 from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, PutResult, RangeSpec, WriteConditions
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
@@ -25,16 +26,21 @@ FAST = ObjectLimits(late_grace_s=0.02, write_timeout_s=0.3, sync_timeout_s=0.3, 
 
 
 class World:
-    """The doubles, and planes on them, each a gateway. ``near``: the disks are of the gateway's own node."""
+    """The doubles, and planes on them, each a gateway.
 
-    def __init__(self, layout: Layout | None = None, *, near: bool = False, **limits: object) -> None:
+    ``near``: the disks are of the gateway's own node. ``changes``: to the ``limits``.
+    """
+
+    def __init__(
+        self, layout: Layout | None = None, *, near: bool = False, limits: ObjectLimits = FAST, **changes: object
+    ) -> None:
         self.layouts = KnownLayouts(layout or layout_of())
         self.disks = Disks(self.layouts.current, near=near)
         self.ring = MemoryRing(self.layouts, self.disks)
         self.keys = MemoryKeys()
-        self.clock = LoopClock()
+        self.clock: Clock = LoopClock()
         self.damage: list[Damage] = []
-        self.limits = dataclasses.replace(FAST, **limits)  # type: ignore[arg-type]
+        self.limits = dataclasses.replace(limits, **changes)  # type: ignore[arg-type]
 
     def plane(self) -> ObjectPlane:
         ring = self.ring
