@@ -25,7 +25,7 @@ from storaged.keys.keyfile import (
 )
 from storaged.keys.keyring import Keyring, KeyringStatistics
 from storaged.keys.material import KeyMaterial
-from storaged.keys.ports import Audit, KeyChange, KeyCopies, StoredRegister, SystemRegisters
+from storaged.keys.ports import Audit, KeyChange, KeyCopies, KeyringPorts, StoredRegister, SystemRegisters
 
 __all__ = [
     "Argon2Cost",
@@ -38,6 +38,7 @@ __all__ = [
     "KeyCopy",
     "KeyMaterial",
     "Keyring",
+    "KeyringPorts",
     "KeyringStatistics",
     "Passphrase",
     "Protection",

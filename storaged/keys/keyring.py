@@ -24,13 +24,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from storaged.clock import Clock
 from storaged.cluster.policy import BUCKET_COUNTRIES_RULE, KeyHolder, Policy, ReleaseRefusal, release_refusal
 from storaged.errors import KeyReleaseRefused, KeyringUnavailable, StoragedError
 from storaged.ids import BUCKET_ID_BYTES, Entropy, system_entropy
 from storaged.keys.bucketkey import FieldBox, UnwrappedBucketKey, Vault
 from storaged.keys.material import KeyMaterial
-from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
+from storaged.keys.ports import KeyringPorts
 from storaged.keys.signing import signing_key
 from storaged.keys.upkeep import EndedKey, KeyHomes, audit_fields
 from storaged.sov1 import pack_context
@@ -87,11 +86,8 @@ class Keyring:
     def __init__(
         self,
         material: KeyMaterial,
-        registers: SystemRegisters,
-        copies: KeyCopies,
+        ports: KeyringPorts,
         *,
-        audit: Audit,
-        clock: Clock,
         policy: Policy | None,
         holder: KeyHolder | None,
         entropy: Entropy = system_entropy,
@@ -104,10 +100,8 @@ class Keyring:
         self._open: KeyMaterial | None = material
         self._keyring_id = material.keyring_id
         self._vault = Vault(material, entropy)
-        self._copies = copies
-        self._homes = KeyHomes(self._vault, registers, copies, audit=audit, clock=clock)
-        self._audit = audit
-        self._clock = clock
+        _, self._copies, self._audit, self._clock = ports
+        self._homes = KeyHomes(self._vault, ports)
         self._entropy = entropy
         self._cache_ttl_s = cache_ttl_s
         self._buckets_cached_max = buckets_cached_max

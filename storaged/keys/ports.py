@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
+from storaged.clock import Clock
+
 Audit = Callable[[str, Mapping[str, str]], Awaitable[None]]
 """``await audit(kind, fields)`` returns when the entry is durable; a key is released only then. Kinds: key.create,
 key.release, key.refused, key.restore, key.destroy. The fields ``actor``, ``target`` and ``outcome`` are the entry's own
@@ -27,6 +29,15 @@ class KeyChange(NamedTuple):
 
     body: bytes
     gone: bool = False
+
+
+class KeyringPorts(NamedTuple):
+    """What a keyring uses of its node."""
+
+    registers: SystemRegisters
+    copies: KeyCopies
+    audit: Audit
+    clock: Clock
 
 
 class SystemRegisters(Protocol):

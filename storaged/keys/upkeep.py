@@ -14,12 +14,11 @@ from typing import Final, NamedTuple
 import msgspec
 import structlog
 
-from storaged.clock import Clock
 from storaged.errors import KeyringUnavailable, ServiceUnavailable
 from storaged.ids import BUCKET_ID_BYTES
 from storaged.keys.bucketkey import ACTIVE, DESTROYED, BucketEnd, BucketKeyRecord, KeyCopy, Vault, Versions, register_of
 from storaged.keys.homes import Judged, judge
-from storaged.keys.ports import Audit, KeyChange, KeyCopies, StoredRegister, SystemRegisters
+from storaged.keys.ports import KeyChange, KeyringPorts, StoredRegister
 from storaged.wire import decode, encode
 
 REGISTERS: Final = "key/"
@@ -55,17 +54,10 @@ class KeyHomes:
     def __init__(
         self,
         vault: Vault,
-        registers: SystemRegisters,
-        copies: KeyCopies,
-        *,
-        audit: Audit,
-        clock: Clock,
+        ports: KeyringPorts,
     ) -> None:
         self._vault = vault
-        self._registers = registers
-        self._copies = copies
-        self._audit = audit
-        self._clock = clock
+        self._registers, self._copies, self._audit, self._clock = ports
 
     async def create(self, bucket_id: bytes) -> bool:
         """Makes version 1, in both homes when this returns. False: the register has a value already, and is left

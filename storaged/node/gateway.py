@@ -133,7 +133,7 @@ class Gateway:
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
-        self._belief = Belief(plane, self.buckets, self.users)
+        self._belief = Belief(plane, self.users)
         bad_rows = plane.bad_rows
         node.metrics.gauge("storaged_system_records_damaged").set_function(lambda: len(bad_rows))
         events = node.metrics.gauge("storaged_object_events")

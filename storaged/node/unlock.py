@@ -145,9 +145,8 @@ class Unlocker:
         record = await self._binding.check(material.keyring_id)
         copies = await self._copies_of(material.keyring_id)
         policy, holder = self._judged_by()
-        keyring = keys.Keyring(
-            material, self._registers, copies, audit=self._audit, clock=self._clock, policy=policy, holder=holder
-        )
+        ports = keys.KeyringPorts(self._registers, copies, self._audit, self._clock)
+        keyring = keys.Keyring(material, ports, policy=policy, holder=holder)
         await self._binding.confirm(record, material.keyring_id, keyring)
         self._late.keyring = keyring
         self.problem = self._late.reason = ""

@@ -512,7 +512,7 @@ class Gateway:
         )
         self.objects = ObjectService(self.plane)
         self.buckets = BucketService(self.plane)
-        self.belief = Belief(self.plane, self.buckets, UserService(self.plane))
+        self.belief = Belief(self.plane, UserService(self.plane))
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self.maintain.run()), loop.create_task(self.keeper.run())]
 

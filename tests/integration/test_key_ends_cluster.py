@@ -14,7 +14,7 @@ import pytest
 
 from storaged.cluster.policy import Policy
 from storaged.errors import KeyringUnavailable
-from storaged.keys import Keyring, create_keyring
+from storaged.keys import Keyring, KeyringPorts, create_keyring
 from storaged.keys.bucketkey import DESTROYED, BucketKeyRecord
 from storaged.meta.names import Change, system_name
 from storaged.node.housekeeping import tidy
@@ -36,10 +36,7 @@ def with_keyring(cluster: Cluster, gateway: Gateway) -> tuple[Keyring, Copies]:
     copies = Copies()
     keyring = Keyring(
         MATERIAL,
-        RingRegisters(gateway.ring, gateway.scanner),
-        copies,
-        audit=audit,
-        clock=cluster.clock,
+        KeyringPorts(RingRegisters(gateway.ring, gateway.scanner), copies, audit, cluster.clock),
         policy=Policy(),
         holder=FRANCE,
     )

@@ -552,7 +552,7 @@ def test_garbage_of_a_bucket_goes_although_the_gateway_that_deleted_it_died_befo
         await sweep(cluster)
         await collect(cluster)
         assert await cluster.fragments() != [], "with a record that can't be read nobody knows which buckets there are"
-        await cluster.gateway.ring.change(register, lambda now: cluster.buckets._change(register, now, other))
+        await cluster.gateway.ring.change(register, lambda now: cluster.buckets._records.change(register, now, other))
         await cluster.pass_s(MaintainLimits().retry_max_s)
         await sweep(cluster)
         await collect(cluster)

@@ -129,7 +129,7 @@ async def test_a_bucket_record_that_does_not_prove_the_deletion_keeps_the_key(ri
     elif what == "active again":
         value = rig.world.ring.values[NAME]
         record = msgspec.structs.replace(decode(value.body, BucketRecord), state="active")
-        change = rig.buckets._change(NAME, value, record)
+        change = rig.buckets._records.change(NAME, value, record)
         rig.forge(lambda value: Value(value.sequence + 1, value.operation, Visibility.LIVE, change.body))
     else:
         rig.forge(lambda value: before)

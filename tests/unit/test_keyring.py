@@ -38,6 +38,7 @@ from storaged.keys import (
 )
 from storaged.keys.bucketkey import WRAPPED_KEY_BYTES, BucketKeyRecord
 from storaged.keys.keyfile import ARGON2_COST
+from storaged.keys.ports import KeyringPorts
 from storaged.objects.ports import WRAPPED_KEY_BYTES as PORT_WRAPPED_KEY_BYTES
 from storaged.objects.ports import BucketKey, KeyService, SealBroken, pack_context
 from storaged.wire import decode, encode
@@ -137,7 +138,7 @@ class Rig:
         self.registers, self.copies, self.clock = registers or Registers(), copies or Copies(), clock or HandClock()
         self.entries = []
         options = {"policy": Policy(), "holder": FRANCE} | options
-        self.keyring = Keyring(material, self.registers, self.copies, audit=self.audit, clock=self.clock, **options)
+        self.keyring = Keyring(material, KeyringPorts(self.registers, self.copies, self.audit, self.clock), **options)
 
     async def audit(self, kind, fields) -> None:
         self.entries.append((kind, dict(fields)))
@@ -503,7 +504,7 @@ async def test_a_key_whose_release_cannot_be_audited_is_not_released(material):
         if failing:
             raise OSError("disk full")
 
-    keyring = Keyring(material, registers, Copies(), audit=audit, clock=HandClock(), policy=Policy(), holder=FRANCE)
+    keyring = Keyring(material, KeyringPorts(registers, Copies(), audit, HandClock()), policy=Policy(), holder=FRANCE)
     await keyring.create_bucket_key(BUCKET, ())
     failing = True
     with pytest.raises(OSError, match="disk full"):

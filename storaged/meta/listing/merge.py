@@ -118,15 +118,6 @@ class RingScanner:
         raised at the end. Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
         """
         unsettled: list[ServiceUnavailable] = []
-
-        async def settle(name: RegisterName) -> bool:
-            try:
-                await self._registers.settle(name, settling_nonce=settling_nonce)
-            except ServiceUnavailable as error:
-                unsettled.append(error)
-                return False
-            return True
-
         query = Query(table, scope, b"", b"", Visibility.TOMBSTONE, settling_nonce)
         feed = self._reader.feed(query, shard, b"")
         found = CatchUp()
@@ -144,7 +135,10 @@ class RingScanner:
                     for key, seen in rows.items()
                     if not alike(list(seen.values()), len(answers))
                 ]
-                found.settled += sum(await gather_bounded([settle(name) for name in differing], SETTLING_MAX))
+                work = [self._try_settle(name, settling_nonce) for name in differing]
+                failures = await gather_bounded(work, SETTLING_MAX)
+                found.settled += failures.count(None)
+                unsettled += [failure for failure in failures if failure is not None]
                 if len(unsettled) > UNSETTLED_MAX:
                     break
             feed.through, feed.done = common_end(answers.values())
@@ -152,6 +146,14 @@ class RingScanner:
         if unsettled:
             raise unsettled[0]
         return found
+
+    async def _try_settle(self, name: RegisterName, settling_nonce: bytes) -> ServiceUnavailable | None:
+        """Returns the error when it could not."""
+        try:
+            await self._registers.settle(name, settling_nonce=settling_nonce)
+        except ServiceUnavailable as error:
+            return error
+        return None
 
 
 async def every_row(scanner: Scanner, wanted: PageQuery) -> AsyncIterator[Row]:

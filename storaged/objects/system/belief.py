@@ -10,8 +10,8 @@ from __future__ import annotations
 from storaged.errors import DataDamaged, StoragedError
 from storaged.meta.names import RegisterName, Value
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.system import buckets, claims, users
-from storaged.objects.system.buckets import BucketService
+from storaged.objects.system import bucket_records, claims, users
+from storaged.objects.system.bucket_records import BucketRecords
 from storaged.objects.system.users import UserService
 
 
@@ -20,16 +20,16 @@ class Belief:
     then.
     """
 
-    def __init__(self, plane: ObjectPlane, its_buckets: BucketService, its_users: UserService) -> None:
+    def __init__(self, plane: ObjectPlane, its_users: UserService) -> None:
         self._plane = plane
-        self._buckets = its_buckets
+        self._buckets = BucketRecords(plane)
         self._users = its_users
 
     def __call__(self, name: RegisterName, value: Value) -> bool:
         if value.sequence == 0:
             return True  # the register was never written
         try:
-            if name.key.startswith(buckets.PREFIX.encode()):
+            if name.key.startswith(bucket_records.PREFIX.encode()):
                 self._buckets.require_authentic(name, value)
             elif name.key.startswith(users.PREFIX.encode()):
                 self._users.require_authentic(name, value)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 import structlog
 
+from storaged.cluster.layout import Layout
 from storaged.cluster.policy import policy_of
 from storaged.cluster.signers import signer_id
 from storaged.errors import (
@@ -32,24 +33,30 @@ from storaged.errors import (
     TooManyBuckets,
 )
 from storaged.ids import BUCKET_ID_BYTES
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.meta.names import Change, RegisterName, Table, Value, system_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.api import Principal
 from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
-from storaged.objects.records import BucketRecord, authenticated_bytes
+from storaged.objects.records import BucketRecord
 from storaged.objects.system import rows
+from storaged.objects.system.bucket_records import (
+    ACTIVE,
+    DELETED,
+    DELETING,
+    PREFIX,
+    BucketRecords,
+    decode_bucket,
+    record_in,
+)
 from storaged.objects.system.fenced import FencedBuckets
-from storaged.objects.system.public import public_bytes
 from storaged.objects.system.shards import draw
 from storaged.objects.write.multipart import abort, list_uploads
 from storaged.wire import decode, encode
 
 log = structlog.get_logger(__name__)
 
-ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
-PREFIX = "bucket/"
 NONCE_SEQUENCE_BYTES = 8
 NONCE_BYTES = 8
 """Random, after the sequence number."""
@@ -71,57 +78,8 @@ class BucketService:
         )
         self._owned: dict[str, tuple[float, int]] = {}
         """User id -> when the count expires, and how many buckets the user has."""
+        self._records = BucketRecords(plane)
         self._fenced = FencedBuckets(plane.clock, limits.bucket_cache_s)
-
-    # --- records ------------------------------------------------------------------------------------------------------
-
-    def _decode(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
-        """None when there is none, or it was deleted. Raises DataDamaged for a record that no gateway of this cluster
-        wrote.
-        """
-        record = _decoded(value)
-        if record is None or value is None:
-            return None
-        return self._verified(name, value, record)
-
-    def _verified(self, name: RegisterName, value: Value, record: BucketRecord) -> BucketRecord:
-        """Raises DataDamaged."""
-        covered = authenticated_bytes(value.body)
-        if not covered or not self._plane.keys.verify(
-            rows.context_of(name, value.sequence), covered, record.authenticator
-        ):
-            raise DataDamaged("The record of this bucket is not authentic.")
-        return record
-
-    def require_authentic(self, name: RegisterName, value: Value) -> None:
-        """Raises DataDamaged for a value that no gateway of this cluster wrote, also for a deletion, which leaves the
-        record and notes it there.
-        """
-        record = self._verified(name, value, _record_in(value.body))
-        if (value.visibility == Visibility.TOMBSTONE) != (record.state == DELETED):
-            raise DataDamaged("The record of this bucket says otherwise than its row.")
-
-    async def _read(self, name: str) -> BucketRecord | None:
-        """The current record of a name, healed if possible. Raises DataDamaged, ServiceUnavailable."""
-        plane, register = self._plane, system_name(PREFIX + name)
-
-        def rewrite(value: Value, record: BucketRecord) -> Change:
-            return self._change(register, value, record)
-
-        return await rows.read(plane.registers, plane.bad_rows, self._decode, rewrite, PREFIX + name)
-
-    def _change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
-        """Signs the record for nodes without keys, and authenticates it. Both cover the sequence number too, so that an
-        older record can't be replayed under a newer number.
-        """
-        keys, sequence = self._plane.keys, rows.sequence_after(before)
-        signature = keys.sign_public(public_bytes(self._plane.layouts.current.cluster, sequence, record))
-        signed = msgspec.structs.replace(
-            record, authenticator=b"", signer=signer_id(keys.public_signer()), signature=signature
-        )
-        tag = keys.authenticate(rows.context_of(name, sequence), encode(signed))
-        visibility = Visibility.TOMBSTONE if record.state == DELETED else Visibility.LIVE
-        return Change(encode(msgspec.structs.replace(signed, authenticator=tag)), visibility)
 
     async def _step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
         """Compare-and-set from exactly ``record`` (by id, state and nonce). ``draw``: random bytes; the new record then
@@ -132,7 +90,7 @@ class BucketService:
 
         def update(value: Value | None) -> Change | None:
             nonlocal done, after
-            found = self._decode(name, value)
+            found = self._records.decode(name, value)
             done = found is not None and (found.id, found.state, found.nonce) == (record.id, record.state, record.nonce)
             if not done or found is None or value is None:
                 return None
@@ -140,7 +98,7 @@ class BucketService:
                 after = msgspec.structs.replace(
                     after, nonce=value.sequence.to_bytes(NONCE_SEQUENCE_BYTES, "big") + draw
                 )
-            return self._change(name, value, msgspec.structs.replace(after, tags=found.tags))
+            return self._records.change(name, value, msgspec.structs.replace(after, tags=found.tags))
 
         self._cache.forget(record.name)
         try:
@@ -167,12 +125,9 @@ class BucketService:
         ServiceUnavailable when no partition of the ring lies inside the countries.
         """
         layout = self._plane.layouts.current
-        policy = policy_of(layout)
-        for country in countries:
-            if reason := policy.refusal(country):
-                raise InvalidArgument(f"A bucket's countries are some of those that the cluster allows: {reason}.")
+        _require_allowed(layout, countries)
         register = system_name(PREFIX + name)
-        existing = await self._read(name)
+        existing = await self._records.read(name)
         if existing is not None and (existing.state == DELETING or existing.nonce):
             existing = await self.resume(existing)
         self._refuse_existing(who, existing)
@@ -194,14 +149,14 @@ class BucketService:
         await self._plane.keys.create_bucket_key(record.id, record.countries)
 
         def update(value: Value | None) -> Change:
-            self._refuse_existing(who, self._decode(register, value))
-            return self._change(register, value, record)
+            self._refuse_existing(who, self._records.decode(register, value))
+            return self._records.change(register, value, record)
 
         try:
             outcome = await self._plane.registers.change(register, update)
         finally:
             await self._changed(name)
-        made = self._decode(register, outcome.after)
+        made = self._records.decode(register, outcome.after)
         assert made is not None
         self._count_one_more(who)
         return made
@@ -256,7 +211,7 @@ class BucketService:
 
     async def _load(self, name: str) -> BucketRecord:
         since = self._fenced.count
-        record = await self._read(name)
+        record = await self._records.read(name)
         if record is not None and record.state == ACTIVE and record.nonce:
             record = await self.resume(record)
         if record is None or record.state != ACTIVE:
@@ -273,8 +228,8 @@ class BucketService:
         """
 
         def own(name: RegisterName, value: Value | None) -> BucketRecord | None:
-            record = _decoded(value)
-            return self._decode(name, value) if record is not None and record.owner == who.user_id else None
+            record = decode_bucket(value)
+            return self._records.decode(name, value) if record is not None and record.owner == who.user_id else None
 
         plane, found = self._plane, list[BucketRecord]()
         begins, beyond = (PREFIX + prefix).encode(), (PREFIX + after).encode()
@@ -290,7 +245,7 @@ class BucketService:
         healed or named in ``plane.bad_rows``.
         """
         plane = self._plane
-        return await rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
+        return await rows.scan_healed(plane.scanner, plane.bad_rows, self._records.decode, PREFIX, self._records.read)
 
     async def sign_unsigned(self, records: Iterable[BucketRecord]) -> int:
         """Signs again the records without a signature of the cluster's current signing key: records from before there
@@ -306,8 +261,10 @@ class BucketService:
             name = system_name(PREFIX + record.name)
 
             def update(value: Value | None, name: RegisterName = name) -> Change | None:
-                found = self._decode(name, value)
-                return self._change(name, value, found) if found is not None and found.signer != signer else None
+                found = self._records.decode(name, value)
+                return (
+                    self._records.change(name, value, found) if found is not None and found.signer != signer else None
+                )
 
             try:
                 outcome = await self._plane.registers.change(name, update)
@@ -327,10 +284,7 @@ class BucketService:
         value = (await self._plane.registers.read(register)).value
         if value is None or not value.body:
             return False
-        try:
-            record = self._verified(register, value, decode(value.body, BucketRecord))
-        except msgspec.MsgspecError as error:
-            raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
+        record = self._records.verified(register, value, record_in(value.body))
         if record.id == bucket_id:
             return record.state == DELETED
         return value.sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
@@ -386,7 +340,7 @@ class BucketService:
 
     async def _current(self, record: BucketRecord) -> BucketRecord | None:
         """The current record of the same bucket; None when that bucket is deleted."""
-        found = await self._read(record.name)
+        found = await self._records.read(record.name)
         return found if found is not None and found.id == record.id else None
 
     async def _emptied(self, bucket: BucketRecord) -> bool:
@@ -440,10 +394,10 @@ class BucketService:
         name = system_name(PREFIX + bucket.name)
 
         def update(value: Value | None) -> Change:
-            found = self._decode(name, value)
+            found = self._records.decode(name, value)
             if found is None or found.id != bucket.id or found.state != ACTIVE:
                 raise NoSuchBucket(BucketName=bucket.name)
-            return self._change(name, value, amended(found))
+            return self._records.change(name, value, amended(found))
 
         try:
             await self._plane.registers.change(name, update)
@@ -459,7 +413,7 @@ class BucketService:
 
     async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None:
         """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged."""
-        found = await self._read(bucket.name)
+        found = await self._records.read(bucket.name)
         if found is None or found.id != bucket.id:
             raise NoSuchBucket(BucketName=bucket.name)
         if not found.tags:
@@ -470,19 +424,12 @@ class BucketService:
             raise DataDamaged(f"The tags of this bucket do not open: {error}") from None
 
 
-def _decoded(value: Value | None) -> BucketRecord | None:
-    """Not verified. Raises DataDamaged."""
-    return (
-        None if value is None or value.visibility == Visibility.TOMBSTONE or not value.body else _record_in(value.body)
-    )
-
-
-def _record_in(body: bytes) -> BucketRecord:
-    """Raises DataDamaged."""
-    try:
-        return decode(body, BucketRecord)
-    except msgspec.MsgspecError as error:
-        raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
+def _require_allowed(layout: Layout, countries: tuple[str, ...]) -> None:
+    """Raises InvalidArgument for a country that the cluster's policy does not allow."""
+    policy = policy_of(layout)
+    for country in countries:
+        if reason := policy.refusal(country):
+            raise InvalidArgument(f"A bucket's countries are some of those that the cluster allows: {reason}.")
 
 
 def _tags_context(bucket: BucketRecord) -> tuple[bytes, ...]:

@@ -1,0 +1,84 @@
+"""The records of buckets: decoded, verified, and changed with a signature and an authenticator."""
+
+from __future__ import annotations
+
+import msgspec
+
+from storaged.cluster.signers import signer_id
+from storaged.errors import DataDamaged
+from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord, authenticated_bytes
+from storaged.objects.system import rows
+from storaged.objects.system.public import public_bytes
+from storaged.wire import decode
+
+ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
+PREFIX = "bucket/"
+
+
+class BucketRecords:
+    """Reads and changes the registers ``bucket/NAME``."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        self._plane = plane
+
+    def decode(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
+        """None when there is none, or it was deleted. Raises DataDamaged for a record that no gateway of this cluster
+        wrote.
+        """
+        record = decode_bucket(value)
+        if record is None or value is None:
+            return None
+        return self.verified(name, value, record)
+
+    def verified(self, name: RegisterName, value: Value, record: BucketRecord) -> BucketRecord:
+        """Raises DataDamaged."""
+        covered = authenticated_bytes(value.body)
+        if not covered or not self._plane.keys.verify(
+            rows.context_of(name, value.sequence), covered, record.authenticator
+        ):
+            raise DataDamaged("The record of this bucket is not authentic.")
+        return record
+
+    def require_authentic(self, name: RegisterName, value: Value) -> None:
+        """Raises DataDamaged for a value that no gateway of this cluster wrote, also for a deletion, which leaves the
+        record and notes it there.
+        """
+        record = self.verified(name, value, record_in(value.body))
+        if (value.visibility == Visibility.TOMBSTONE) != (record.state == DELETED):
+            raise DataDamaged("The record of this bucket says otherwise than its row.")
+
+    async def read(self, name: str) -> BucketRecord | None:
+        """The current record of a name, healed if possible. Raises DataDamaged, ServiceUnavailable."""
+        plane, register = self._plane, system_name(PREFIX + name)
+
+        def rewrite(value: Value, record: BucketRecord) -> Change:
+            return self.change(register, value, record)
+
+        return await rows.read(plane.registers, plane.bad_rows, self.decode, rewrite, PREFIX + name)
+
+    def change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
+        """Signs the record for nodes without keys, and authenticates it. Both cover the sequence number too, so that an
+        older record can't be replayed under a newer number.
+        """
+        keys, sequence = self._plane.keys, rows.sequence_after(before)
+        signature = keys.sign_public(public_bytes(self._plane.layouts.current.cluster, sequence, record))
+        signed = msgspec.structs.replace(record, signer=signer_id(keys.public_signer()), signature=signature)
+        visibility = Visibility.TOMBSTONE if record.state == DELETED else Visibility.LIVE
+        return rows.authenticated_change(keys, name, before, signed)._replace(visibility=visibility)
+
+
+def decode_bucket(value: Value | None) -> BucketRecord | None:
+    """None when there is none, or it was deleted. Not verified. Raises DataDamaged."""
+    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        return None
+    return record_in(value.body)
+
+
+def record_in(body: bytes) -> BucketRecord:
+    """Not verified. Raises DataDamaged."""
+    try:
+        return decode(body, BucketRecord)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
