@@ -10,7 +10,7 @@ The way of a request, and the module of each step:
     auth         the signature: sigv4 (pure), aws_chunked (pure), form_policy (pure)
     admission    locate, authenticate, the bucket's record, its owner, the headers that the operation accepts
     operation    a row of ``routes``, and its checks; aws_names lists the headers and parameters that AWS documents
-    ops          the handlers: objects, multipart, copy, post (browser forms), listing, buckets, acl, tags
+    ops          the handlers: put, get, delete, copy, attributes, multipart, post (forms), listing, buckets, acl
     reply, send  the answer as a value; writing it to the connection
 
 A new operation is a handler in ``ops`` and a row in ``routes``. Its new headers and parameters go into ``aws_names``;

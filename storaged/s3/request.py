@@ -174,6 +174,11 @@ def origin(request: Request) -> str:
     return f"{'https' if request.secure else 'http'}://{quote_from_bytes(host, safe=':[]')}"
 
 
+def has_no_parameters(request: Request) -> bool:
+    """``x-id``, which some SDKs send, only repeats the operation's name."""
+    return not request.query or request.query.keys() == {"x-id"}
+
+
 def version_of(request: Request) -> str:
     """versionId: empty when absent, and ``null`` where there never was versioning. Raises InvalidArgument for an empty
     one."""

@@ -16,7 +16,7 @@ from storaged import errors
 from storaged.s3 import aws_names, xml
 from storaged.s3.context import Front, Handler
 from storaged.s3.operation import NO_BODY, STREAM, Attempt, Body, Document, Operation
-from storaged.s3.ops import acl, buckets, copy, listing, multipart, objects, post
+from storaged.s3.ops import acl, attributes, buckets, copy, delete, get, listing, multipart, post, put
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
 from storaged.units import KIB, MIB
@@ -152,7 +152,7 @@ BUCKET: dict[str, Methods] = {
     "list-type": {"GET": Operation("ListObjectsV2", listing.list_objects_v2)},
     "versions": {"GET": Operation("ListObjectVersions", listing.list_versions)},
     "uploads": {"GET": Operation("ListMultipartUploads", listing.list_uploads)},
-    "delete": {"POST": _change("DeleteObjects", objects.delete_objects, KEYS)},
+    "delete": {"POST": _change("DeleteObjects", delete.delete_objects, KEYS)},
     "location": {"GET": Operation("GetBucketLocation", buckets.get_location)},
     "versioning": {
         "GET": Operation("GetBucketVersioning", buckets.get_versioning),
@@ -218,16 +218,16 @@ BUCKET: dict[str, Methods] = {
 
 OBJECT: dict[str, Methods] = {
     "": {
-        "GET": Operation("GetObject", objects.get_object, attempt=objects.GET_ATTEMPT),
+        "GET": Operation("GetObject", get.get_object, attempt=get.GET_ATTEMPT),
         "PUT": _change(
             "PutObject",
-            objects.put_object,
+            put.put_object,
             STREAM,
             copy=_change("CopyObject", copy.copy_object),
-            attempt=objects.PUT_ATTEMPT,
+            attempt=put.PUT_ATTEMPT,
         ),
-        "HEAD": Operation("HeadObject", objects.head_object, attempt=objects.HEAD_ATTEMPT),
-        "DELETE": _change("DeleteObject", objects.delete_object),
+        "HEAD": Operation("HeadObject", get.head_object, attempt=get.HEAD_ATTEMPT),
+        "DELETE": _change("DeleteObject", delete.delete_object),
         "OPTIONS": PREFLIGHT,
     },
     "uploads": {"POST": _change("CreateMultipartUpload", multipart.create)},
@@ -237,16 +237,16 @@ OBJECT: dict[str, Methods] = {
         "POST": _change("CompleteMultipartUpload", multipart.complete, PARTS),
         "DELETE": _change("AbortMultipartUpload", multipart.abort),
     },
-    "attributes": {"GET": Operation("GetObjectAttributes", objects.get_attributes)},
+    "attributes": {"GET": Operation("GetObjectAttributes", attributes.get_attributes)},
     "tagging": {
-        "GET": Operation("GetObjectTagging", objects.get_tagging),
-        "PUT": _change("PutObjectTagging", objects.put_tagging, TAGS),
-        "DELETE": _change("DeleteObjectTagging", objects.delete_tagging),
+        "GET": Operation("GetObjectTagging", attributes.get_tagging),
+        "PUT": _change("PutObjectTagging", attributes.put_tagging, TAGS),
+        "DELETE": _change("DeleteObjectTagging", attributes.delete_tagging),
     },
-    "acl": {"GET": Operation("GetObjectAcl", objects.get_acl), "PUT": _change("PutObjectAcl", acl.put_acl, ACL)},
+    "acl": {"GET": Operation("GetObjectAcl", attributes.get_acl), "PUT": _change("PutObjectAcl", acl.put_acl, ACL)},
     "retention": {"GET": Operation("GetObjectRetention", _no_lock), "PUT": Operation("PutObjectRetention", _no_lock)},
     "legal-hold": {"GET": Operation("GetObjectLegalHold", _no_lock), "PUT": Operation("PutObjectLegalHold", _no_lock)},
-    "torrent": {"GET": Operation("GetObjectTorrent", objects.get_torrent)},
+    "torrent": {"GET": Operation("GetObjectTorrent", attributes.get_torrent)},
     "restore": _none_implemented(POST="RestoreObject"),
     "select": _none_implemented(POST="SelectObjectContent"),
     "renameObject": _none_implemented(PUT="RenameObject"),

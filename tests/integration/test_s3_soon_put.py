@@ -28,7 +28,7 @@ from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.progress import BODY, HEAD
-from storaged.s3.ops.objects import put_asked
+from storaged.s3.ops.put import put_asked
 from storaged.s3.request import Request
 from tests.integration.s3_front import (
     ACCESS,

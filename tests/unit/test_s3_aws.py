@@ -11,7 +11,8 @@ import botocore.loaders  # type: ignore[import-untyped]
 from storaged.s3 import aws_names, routes
 from storaged.s3.headers import CHECKSUM_HEADERS
 from storaged.s3.operation import Document, NoBody, Operation, Stream
-from storaged.s3.ops import objects
+from storaged.s3.ops.get import WHOLE_HEADERS
+from storaged.s3.ops.put import PLAIN_HEADERS
 
 WITHOUT_ROW = {
     "GetBucketLifecycle", "PutBucketLifecycle", "GetBucketNotification", "PutBucketNotification", "WriteGetObjectResponse",  # noqa: E501
@@ -133,8 +134,8 @@ def test_every_body_is_a_document_a_stream_or_none_as_on_aws() -> None:
 
 def test_the_headers_that_the_short_way_does_not_look_at_are_taken() -> None:
     put, get = routes.OBJECT[""]["PUT"], routes.OBJECT[""]["GET"]
-    assert put.headers >= objects._PLAIN
-    assert get.headers >= objects._WHOLE
+    assert put.headers >= PLAIN_HEADERS
+    assert get.headers >= WHOLE_HEADERS
 
 
 def test_what_is_honoured_is_what_the_front_acts_on() -> None:

@@ -1,1 +1,1 @@
-"""The handlers of S3's operations, one module for each kind of resource, on the ports of ``objects.api``."""
+"""The handlers of S3's operations, by what they do, on the ports of ``objects.api``."""

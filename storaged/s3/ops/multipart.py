@@ -10,7 +10,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
-from storaged.s3.ops.objects import upload_checks
+from storaged.s3.ops.put import upload_checks
 from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
 from storaged.s3.request import Request, origin
 

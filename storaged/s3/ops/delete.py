@@ -1,0 +1,85 @@
+"""DeleteObject and DeleteObjects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from storaged import errors
+from storaged.s3 import conditions as c
+from storaged.s3 import xml
+from storaged.s3.context import Front
+from storaged.s3.documents import parse_document
+from storaged.s3.reply import Headers, Reply, version_header, xml_reply
+from storaged.s3.request import Request, check_key, version_of
+
+log = logging.getLogger("storaged.s3")
+
+DELETE_KEYS_MAX = 1000
+
+
+async def delete_object(front: Front, request: Request) -> Reply:
+    """It succeeds also when there is no such object."""
+    result = await front.objects.delete(
+        request.bucket_record,
+        request.key,
+        version_id=version_of(request),
+        conditions=c.delete_conditions(request.headers),
+    )
+    headers: Headers = {}
+    version_header(result.version_id, headers)
+    if result.delete_marker:
+        headers["x-amz-delete-marker"] = "true"
+    return Reply(204, headers)
+
+
+async def delete_objects(front: Front, request: Request) -> Reply:
+    """Deletes up to 1,000 keys. The answer has a result for each."""
+    body = request.document
+    root = await parse_document(partial(xml.parse, root="Delete"), body)
+    wanted = root.all("Object")
+    others = [child for child in root.children if child.name != "Object"]
+    if not wanted or len(wanted) > DELETE_KEYS_MAX or any(child.name != "Quiet" for child in others):
+        raise errors.MalformedXML()
+    quiet = bool(others) and others[0].text.strip().lower() == "true"
+    entries = [node.fields({"Key", "VersionId", "ETag", "LastModifiedTime", "Size"}) for node in wanted]
+    if any(not entry.get("Key") for entry in entries):
+        raise errors.MalformedXML()
+    lines = [""] * len(entries)
+    following = iter(range(len(entries)))
+
+    async def worker() -> None:
+        for index in following:
+            lines[index] = await _delete_entry(front, request, entries[index], quiet)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(len(entries), front.limits.deletes_in_flight_max)):
+            group.create_task(worker())
+    return xml_reply(xml.document("DeleteResult", *lines))
+
+
+async def _delete_entry(front: Front, request: Request, entry: dict[str, str], quiet: bool) -> str:
+    key = entry["Key"].encode()
+    version = entry.get("VersionId", "")
+    named = f"<Key>{xml.escape(entry['Key'])}</Key>{xml.optional('VersionId', version)}"
+    try:
+        check_key(key)
+        if "VersionId" in entry and not version:
+            raise errors.InvalidArgument("Version id cannot be the empty string")
+        result = await front.objects.delete(
+            request.bucket_record, key, version_id=version, conditions=c.entry_conditions(entry)
+        )
+    except errors.S3Error as error:
+        return f"<Error>{named}{xml.element('Code', error.code)}{xml.element('Message', error.message)}</Error>"
+    except Exception:
+        log.exception("DeleteObjects failed for one key, request %s", request.id)
+        return (
+            f"<Error>{named}<Code>InternalError</Code><Message>An internal error occurred. Try again.</Message></Error>"
+        )
+    if quiet:
+        return ""
+    marker = ""
+    if result.delete_marker:
+        marker = f"<DeleteMarker>true</DeleteMarker>{xml.optional('DeleteMarkerVersionId', result.version_id)}"
+    return f"<Deleted>{named}{marker}</Deleted>"

@@ -1,0 +1,195 @@
+"""GetObject and HeadObject, with a task and without one (``operation.Attempt``).
+
+Both ways share ``_describe``, which makes the status and headers of an answer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from storaged import errors
+from storaged.objects.api import ObjectInfo, ObjectStream, RangeSpec, ReadConditions, Reading, ReadResult
+from storaged.objects.read.get import Span, span_of
+from storaged.s3 import conditions as c
+from storaged.s3 import headers as h
+from storaged.s3.context import Front
+from storaged.s3.operation import Attempt, OnReply
+from storaged.s3.reply import Headers, Reply, checked_header, checksum_headers, object_headers
+from storaged.s3.request import Request, has_no_parameters, version_of
+
+_OVERRIDES = {
+    "response-content-type": "Content-Type",
+    "response-content-language": "Content-Language",
+    "response-expires": "Expires",
+    "response-cache-control": "Cache-Control",
+    "response-content-disposition": "Content-Disposition",
+    "response-content-encoding": "Content-Encoding",
+}
+
+
+def _part_number(request: Request) -> int | None:
+    if not request.query:
+        return None
+    text = request.query.get("partNumber")
+    if text is None:
+        return None
+    if "range" in request.headers:
+        raise errors.InvalidRequest("Cannot specify both Range header and partNumber query parameter")
+    return h.integer("partNumber", text, 1, 10_000)
+
+
+def _overrides(request: Request) -> Headers:
+    """response-* parameters; anonymous requests may not have them."""
+    headers: Headers = {}
+    for name, header in _OVERRIDES.items() if request.query else ():
+        if name in request.query:
+            if not request.who.access_key:
+                raise errors.InvalidRequest(
+                    "Request specific response headers cannot be used for anonymous GET requests."
+                )
+            headers[header] = checked_header(name, request.query[name])
+    return headers
+
+
+async def get_object(front: Front, request: Request) -> Reply:
+    headers = request.headers
+    overrides = _overrides(request)
+    part_number = _part_number(request)
+    span = h.parse_range(headers["range"]) if "range" in headers else None
+    conditions = c.read_conditions(headers)
+    stream = await _open(front, request, conditions, span, part_number)
+    if span is not None and "if-range" in headers and not _still_same(headers["if-range"], stream.info):
+        await stream.close()
+        stream = await _open(front, request, conditions, None, None)
+    try:
+        wanted = Span(stream.first, stream.length, stream.partial)
+        status, answer = _describe(request, stream.info, wanted, part_number)
+        answer.update(overrides)
+        if stream.held is not None:
+            return Reply(status, answer, stream.held)
+        return Reply(status, answer, length=stream.length, stream=stream)
+    except BaseException:
+        await stream.close()
+        raise
+
+
+def _describe(request: Request, info: ObjectInfo, wanted: Span, part_number: int | None = None) -> tuple[int, Headers]:
+    """Status and headers of an answer with the bytes ``wanted`` of an object: all of it, a range, or a part."""
+    answer = object_headers(info, checksums=not wanted.partial and h.wants_checksums(request.headers))
+    if part_number is not None:
+        _describe_part(request, info, part_number, answer)
+    if not wanted.partial or not wanted.length:  # a part may be empty, a range that HTTP can name is not
+        return 200, answer
+    answer["Content-Range"] = f"bytes {wanted.first}-{wanted.first + wanted.length - 1}/{info.size}"
+    return 206, answer
+
+
+def _describe_part(request: Request, info: ObjectInfo, number: int, answer: Headers) -> None:
+    """The n-th part of a multipart upload, with its own checksum; or all of an object that was not uploaded in parts,
+    which is its part 1.
+    """
+    if info.part_count:
+        answer["x-amz-mp-parts-count"] = str(info.part_count)
+    if not h.wants_checksums(request.headers):
+        return
+    if not info.part_count:
+        checksum_headers(info.checksums, info.checksum_type, answer)
+        return
+    algorithm = next(iter(info.checksums), "")
+    if algorithm and number <= len(info.parts) and info.parts[number - 1].checksum:
+        checksum_headers({algorithm: info.parts[number - 1].checksum}, info.checksum_type, answer)
+
+
+async def _open(
+    front: Front, request: Request, conditions: ReadConditions, span: RangeSpec | None, part_number: int | None
+) -> ObjectStream:
+    return await front.objects.get(
+        request.bucket_record,
+        request.key,
+        version_id=version_of(request),
+        conditions=conditions,
+        span=span,
+        part_number=part_number,
+        reading=request.reading,
+    )
+
+
+def _still_same(if_range: str, info: ObjectInfo) -> bool:
+    """If-Range: one strong entity tag, or the very date of Last-Modified (RFC 9110, section 13.1.5)."""
+    if c.parse_tag(if_range) == info.etag:
+        return True
+    moment_ms = c.parse_http_time(if_range)
+    return moment_ms is not None and moment_ms == info.modified_ms // 1000 * 1000
+
+
+async def head_object(front: Front, request: Request) -> Reply:
+    """As GetObject, range included; the length is the one that GET would send."""
+    headers = request.headers
+    overrides = _overrides(request)
+    part_number = _part_number(request)
+    info = await front.objects.head(
+        request.bucket_record,
+        request.key,
+        version_id=version_of(request),
+        conditions=c.read_conditions(headers),
+        part_number=part_number,
+        reading=request.reading,
+    )
+    span = h.parse_range(headers["range"]) if "range" in headers else None
+    if span is not None and "if-range" in headers and not _still_same(headers["if-range"], info):
+        span = None
+    wanted = span_of(span, info.size)
+    if part_number is not None:
+        wanted = wanted._replace(partial=True)
+        if info.part_count:
+            first = sum(part.size for part in info.parts[: part_number - 1])
+            wanted = Span(first, info.parts[part_number - 1].size, True)
+    status, answer = _describe(request, info, wanted, part_number)
+    answer.update(overrides)
+    return Reply(status, answer, length=wanted.length)
+
+
+# --- without a task ---------------------------------------------------------------------------------------------------
+
+WHOLE_HEADERS = h.INCIDENTAL | {"x-amz-checksum-mode"}
+"""With these headers alone, which SDKs send, a GET or HEAD asks for a whole object, and perhaps for its checksums."""
+
+
+def _wants_whole(front: Front, request: Request) -> bool:
+    return not request.body.length and request.headers.keys() <= WHOLE_HEADERS and has_no_parameters(request)
+
+
+def _nothing_to_prepare(front: Front, request: Request) -> bool:
+    return True
+
+
+def _try_get(front: Front, request: Request, on_reply: OnReply) -> bool:
+    front.objects.try_read(request.bucket_record, request.key, True, partial(_on_read, request, on_reply))
+    return True
+
+
+def _try_head(front: Front, request: Request, on_reply: OnReply) -> bool:
+    front.objects.try_read(request.bucket_record, request.key, False, partial(_on_read, request, on_reply))
+    return True
+
+
+def _on_read(request: Request, on_reply: OnReply, found: ReadResult) -> None:
+    try:
+        if isinstance(found, ObjectInfo):
+            status, answer = _describe(request, found, Span(0, found.size, False))
+            reply = Reply(status, answer, length=found.size)
+        elif found is None or isinstance(found, Reading | errors.StoragedError):
+            request.reading = found if isinstance(found, Reading) else None
+            on_reply(found if isinstance(found, errors.NoSuchKey) else None)
+            return
+        else:
+            status, answer = _describe(request, found.info, Span(found.first, found.length, found.partial))
+            reply = Reply(status, answer, found.held or b"")
+    except Exception as error:
+        on_reply(error)
+        return
+    on_reply(reply)
+
+
+GET_ATTEMPT = Attempt(_wants_whole, _nothing_to_prepare, _try_get)
+HEAD_ATTEMPT = Attempt(_wants_whole, _nothing_to_prepare, _try_head)

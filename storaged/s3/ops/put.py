@@ -1,0 +1,121 @@
+"""PutObject, with a task and without one (``operation.Attempt``).
+
+Both ways share ``put_asked``, which parses what a PUT asks for.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from msgspec.structs import replace
+
+from storaged import errors
+from storaged.objects.api import NO_WRITE_CONDITIONS, PART_BYTES_MAX, BodyChecks, NewMeta, PutResult, WriteConditions
+from storaged.s3 import conditions as c
+from storaged.s3 import headers as h
+from storaged.s3.context import Front
+from storaged.s3.operation import Attempt, OnReply
+from storaged.s3.reply import Reply, stored_headers
+from storaged.s3.request import Request, has_no_parameters
+
+
+def upload_checks(request: Request, bytes_max: int) -> BodyChecks:
+    """What the body of a PutObject or an UploadPart must be.
+
+    Raises MissingContentLength, EntityTooLarge, InvalidDigest, InvalidRequest.
+    """
+    headers, body = request.headers, request.body
+    size = body.length
+    decoder = body.decoder
+    if decoder is not None:
+        declared = headers.get("x-amz-decoded-content-length", "")
+        if not declared:
+            raise errors.MissingContentLength("You must provide the x-amz-decoded-content-length HTTP header.")
+        size = h.integer("x-amz-decoded-content-length", declared, 0, 2**63)
+    elif not body.declared:
+        raise errors.MissingContentLength()
+    if size is not None and size > bytes_max:
+        raise errors.EntityTooLarge(ProposedSize=str(size), MaxSizeAllowed=str(bytes_max))
+    trailing = h.trailing_names(headers) if decoder is not None else ()
+    checks = h.body_checks(headers, size, trailing, decoder.trailers if decoder is not None else None)
+    return replace(checks, sha256=body.sha256) if body.sha256 else checks
+
+
+PLAIN_HEADERS = h.INCIDENTAL | {"expect"}
+"""With these headers alone a PUT says only the type and size of its object."""
+
+PutAsked = tuple[NewMeta, BodyChecks, WriteConditions]
+
+
+def put_asked(request: Request) -> PutAsked:
+    """What PutObject asks for, of a request whose headers have been checked. Raises as ``upload_checks``, and S3 errors
+    for values that are wrong."""
+    headers, body = request.headers, request.body
+    if (
+        headers.keys() <= PLAIN_HEADERS
+        and body.declared
+        and body.decoder is None
+        and (body.length or 0) <= PART_BYTES_MAX
+    ):
+        kind = headers.get("content-type")
+        return (
+            NewMeta({"content-type": h.readable("content-type", kind)} if kind else {}),
+            BodyChecks(body.length, sha256=body.sha256),
+            NO_WRITE_CONDITIONS,
+        )
+    return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
+
+
+async def put_object(front: Front, request: Request) -> Reply:
+    meta, checks, conditions = request.asked or put_asked(request)
+    result = await front.objects.put(
+        request.bucket_record, request.key, request.body, meta, checks, owner=request.who.user_id, conditions=conditions
+    )
+    return Reply(headers=stored_headers(result))
+
+
+# --- without a task ---------------------------------------------------------------------------------------------------
+
+
+def _may_be_small(front: Front, request: Request) -> bool:
+    """Whether the headers announce a small object. One in aws-chunked form has its size in a header of its own."""
+    length = request.body.length
+    if length is not None and length <= front.objects.small_bytes_max:
+        return has_no_parameters(request)
+    return "x-amz-decoded-content-length" in request.headers and has_no_parameters(request)
+
+
+def _prepare_put(front: Front, request: Request) -> bool:
+    request.asked = put_asked(request)
+    size = request.asked[1].size
+    return size is not None and size <= front.objects.small_bytes_max
+
+
+def _try_put(front: Front, request: Request, on_reply: OnReply) -> bool:
+    plain = request.body.try_whole()
+    if plain is None or request.asked is None:
+        return False
+    meta, checks, conditions = request.asked
+    on_stored = partial(_on_stored, front, request, on_reply)
+    return front.objects.try_put(
+        request.bucket_record,
+        request.key,
+        plain,
+        meta,
+        checks,
+        on_stored,
+        owner=request.who.user_id,
+        conditions=conditions,
+    )
+
+
+def _on_stored(front: Front, request: Request, on_reply: OnReply, result: PutResult | Exception) -> None:
+    if isinstance(result, PutResult):
+        on_reply(Reply(headers=stored_headers(result)))
+    elif isinstance(result, errors.NoSuchBucket) and front.buckets.gone(request.bucket_record):
+        on_reply(None)  # nothing was stored; another bucket may have the name now
+    else:
+        on_reply(result)
+
+
+PUT_ATTEMPT = Attempt(_may_be_small, _prepare_put, _try_put)
