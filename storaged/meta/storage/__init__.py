@@ -1,1 +1,1 @@
-"""What an acceptor stores on its disk: LMDB behind a redo log."""
+"""What an acceptor stores on its disk: LMDB with a redo log."""
