@@ -1,15 +1,14 @@
-"""Durable writes that no thread waits for: Linux AIO (io_submit(2)) past the page cache, told of by an eventfd of the
-event loop.
+"""Writes durably without a thread: Linux AIO (io_submit(2)) past the page cache; an eventfd tells the event loop when
+it is done.
 
-A thread that writes and syncs costs more than the write: it must get the interpreter to begin, and once more to say
-that it is done, from a loop that has other things to do.
-The kernel needs neither. With O_DIRECT and RWF_DSYNC it takes a write to blocks that the file has, sends it to the
-drive, and tells when it is there for good.
+A thread that writes and syncs costs more than the write: it needs the interpreter to begin, and once more to report the
+end, from a loop that has other work. The kernel needs neither. With O_DIRECT and RWF_DSYNC it accepts a write to blocks
+that the file has, sends it to the drive, and reports when it is durable.
 
-Where that can't be had (another operating system or processor, a file system without O_DIRECT, or of which nobody knows
-that it keeps the promise, no more contexts:
-/proc/sys/fs/aio-max-nr) ``DirectFile.open`` says so, and so does ``blocks`` later, of a file system that refuses, or
-that writes while it is asked instead of after: then a thread does better.
+``DirectFile.open`` returns None where that is not available: another operating system or processor, a file system
+without O_DIRECT or one that is not known to keep the promise, no more contexts (/proc/sys/fs/aio-max-nr). Later
+``blocks_loop`` reports a file system that refuses, or that writes during the call instead of after it; there a thread
+does better.
 
 Source: io_setup(2), io_submit(2), io_getevents(2), eventfd(2), statfs(2); linux/aio_abi.h.
 """
@@ -30,38 +29,35 @@ from pathlib import Path
 from storaged.wire import Buffer
 
 BLOCK_BYTES = 4096
-"""Places and sizes of direct writes are multiples of this: no drive in use has larger blocks."""
+"""Offsets and sizes of direct writes are multiples of this: no drive in use has larger blocks."""
 
 SLOW_S = 0.002
-WORSE_IN_A_ROW_MAX = 8
-"""So many requests in turn that were refused, or took so long and were done when they returned, and the file system is
-one that does not write asynchronously.
-"""
+FAILING_IN_A_ROW_MAX = 8
+"""After so many requests in a row that were refused, or took longer than SLOW_S and were complete on return, the file
+system counts as one that does not write asynchronously."""
 
 FILE_SYSTEMS = (0xEF53, 0x58465342)
-"""By ``f_type``: ext2 to ext4, XFS. Elsewhere RWF_DSYNC may not mean what is written asynchronously: on btrfs it did
-not from Linux 5.16 to 6.0 (kernel commit
-8184620ae212), and nothing told."""
+"""By ``f_type``: ext2 to ext4, XFS. On others RWF_DSYNC may not cover asynchronous writes: on btrfs it did not from
+Linux 5.16 to 6.0 (kernel commit 8184620ae212), without any sign of it."""
 
 _STATFS_BYTES = 256
-"""More than ``struct statfs`` has, whose first field is the type, in 8 bytes."""
+"""Larger than ``struct statfs``, whose first field is the type, in 8 bytes."""
 
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN, errno.ENOMEM)
 
 _SYSTEM_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
-"""By ``platform.machine()``: the numbers of io_setup, io_destroy, io_getevents, io_submit, for which the C library has
-no functions.
-"""
+"""By ``platform.machine()``: the numbers of io_setup, io_destroy, io_getevents and io_submit. The C library has no
+functions for them."""
 
 _IOCB_CMD_PWRITE = 1
 _IOCB_FLAG_RESFD = 1
 
-Done = Callable[[OSError | None], None]
+OnDone = Callable[[OSError | None], None]
 
 
-class NotTaken(OSError):
-    """The kernel does not write like this to this file, or not now. No drive has failed: the same may be written in
-    another way.
+class DirectWriteRefused(OSError):
+    """The kernel refuses this kind of write to this file, or refuses it now. No drive has failed: the same data may be
+    written in another way.
     """
 
 
@@ -96,19 +92,20 @@ class _Event(ctypes.Structure):
 
 
 class DirectFile:
-    """A file that exists and has its blocks. One write at a time; one event loop, but ``open`` and ``close``, which may
-    block.
+    """Writes to an existing file that has its blocks. One write at a time, on one event loop; ``open`` and ``close``
+    may block and may run elsewhere.
     """
 
-    def __init__(self, fd: int, told: int, memory: mmap.mmap, context: int, numbers: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self, fd: int, eventfd: int, memory: mmap.mmap, context: int, numbers: tuple[int, int, int, int]
+    ) -> None:
         self._fd = fd
-        self._told = told
+        self._eventfd = eventfd
         self._memory = memory
         self._context = context
         self._destroy, self._getevents, self._submit = numbers[1:]
-        self._call = ctypes.PyDLL(
-            None, use_errno=True
-        ).syscall  # keeps the interpreter: what is called so waits for nothing as a rule
+        # PyDLL keeps the interpreter: these calls do not wait, as a rule.
+        self._call = ctypes.PyDLL(None, use_errno=True).syscall
         self._call.restype = ctypes.c_long
         held = ctypes.c_char.from_buffer(self._memory)
         self._request = _Iocb(
@@ -117,20 +114,20 @@ class DirectFile:
             fd=fd,
             buffer=ctypes.addressof(held),
             flags=_IOCB_FLAG_RESFD,
-            eventfd=self._told,
+            eventfd=self._eventfd,
         )
         del held
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._event = _Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._done: Done | None = None
-        self._worse = 0
-        self._refused = False
-        """The last one was begun, and refused then."""
+        self._on_done: OnDone | None = None
+        self._failing_in_a_row = 0
+        self._refused_late = False
+        """Whether the last request was accepted first and refused then."""
 
     @classmethod
     def open(cls, path: Path, bytes_max: int) -> DirectFile | None:
-        """``bytes_max``: of a single write. None: not to be had here."""
+        """Opens a file for direct writes of at most ``bytes_max`` each; None where they are not available."""
         numbers = _SYSTEM_CALLS.get(platform.machine())
         if (
             numbers is None
@@ -155,26 +152,28 @@ class DirectFile:
         return None
 
     @property
-    def blocks(self) -> bool:
-        """Writes are refused, or done before ``write`` returns, and take long: the event loop
-        stands still meanwhile.
+    def blocks_loop(self) -> bool:
+        """Whether writes are refused, or take long and are complete before ``write`` returns, which stops the event
+        loop.
         """
-        return self._worse >= WORSE_IN_A_ROW_MAX
+        return self._failing_in_a_row >= FAILING_IN_A_ROW_MAX
 
-    def write(self, loop: asyncio.AbstractEventLoop, pieces: Sequence[Buffer], at: int, done: Done) -> None:
-        """All of it is durable when ``done(None)`` is called on the loop; ``done(error)``: what the disk has is
-        unknown. It is never called before this returns. The pieces are
-        free at once. They and ``at`` fill whole blocks, of the file as it is. Raises NotTaken when nothing was begun;
-        ``done`` may be told that, too."""
-        assert self._done is None, "one write at a time"
+    def write(self, loop: asyncio.AbstractEventLoop, pieces: Sequence[Buffer], at: int, on_done: OnDone) -> None:
+        """Writes ``pieces`` at offset ``at``; together they fill whole blocks that the file has.
+
+        ``on_done(None)`` is called on the loop once all of it is durable, ``on_done(error)`` when the disk has an
+        unknown part of it; never before this method returns. The pieces are free at once. Raises DirectWriteRefused
+        when nothing was begun; ``on_done`` may get that error too.
+        """
+        assert self._on_done is None, "one write at a time"
         if loop is not self._loop:
-            loop.add_reader(self._told, self._heard)
+            loop.add_reader(self._eventfd, self._on_event)
             self._loop = loop
         size, memory = 0, self._memory
         for piece in pieces:
             memory[size : size + len(piece)] = piece
             size += len(piece)
-        assert (size | at) % BLOCK_BYTES == 0, "whole blocks alone"
+        assert (size | at) % BLOCK_BYTES == 0, "only whole blocks"
         self._request.bytes, self._request.offset = size, at
         began = time.perf_counter()
         if (
@@ -182,25 +181,25 @@ class DirectFile:
             != 1
         ):
             code = ctypes.get_errno()
-            self._worse += 1
-            raise NotTaken(code, os.strerror(code))
-        self._done = done
-        if time.perf_counter() - began >= SLOW_S and self._arrived():
-            self._worse += 1
-        elif not self._refused:
-            self._worse = 0
+            self._failing_in_a_row += 1
+            raise DirectWriteRefused(code, os.strerror(code))
+        self._on_done = on_done
+        if time.perf_counter() - began >= SLOW_S and self._is_complete():
+            self._failing_in_a_row += 1
+        elif not self._refused_late:
+            self._failing_in_a_row = 0
 
-    def _arrived(self) -> bool:
-        """Whether the eventfd has been told; it still will be afterwards."""
+    def _is_complete(self) -> bool:
+        """Whether the eventfd has an event; it keeps the event."""
         try:
-            os.eventfd_write(self._told, os.eventfd_read(self._told))
+            os.eventfd_write(self._eventfd, os.eventfd_read(self._eventfd))
         except BlockingIOError:
             return False
         return True
 
-    def _heard(self) -> None:
+    def _on_event(self) -> None:
         try:
-            os.eventfd_read(self._told)
+            os.eventfd_read(self._eventfd)
         except BlockingIOError:
             return
         found = self._call(
@@ -211,37 +210,37 @@ class DirectFile:
             ctypes.byref(self._event),
             None,
         )
-        done = self._done
-        if done is None or found != 1:
+        on_done = self._on_done
+        if on_done is None or found != 1:
             return
-        self._done = None
+        self._on_done = None
         result = self._event.result
-        self._refused = -result in _REFUSALS
-        if self._refused:
-            self._worse += 1
-            done(NotTaken(-result, os.strerror(-result)))
+        self._refused_late = -result in _REFUSALS
+        if self._refused_late:
+            self._failing_in_a_row += 1
+            on_done(DirectWriteRefused(-result, os.strerror(-result)))
         elif result < 0:
-            done(OSError(-result, os.strerror(-result)))
+            on_done(OSError(-result, os.strerror(-result)))
         elif result != self._request.bytes:
-            done(OSError(errno.EIO, f"{result} of {self._request.bytes} bytes were written"))
+            on_done(OSError(errno.EIO, f"{result} of {self._request.bytes} bytes were written"))
         else:
-            done(None)
+            on_done(None)
 
     def detach(self) -> None:
-        """The loop hears of nothing any more."""
+        """Stops listening on the event loop."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._told)
+            self._loop.remove_reader(self._eventfd)
         self._loop = None
 
     def close(self) -> None:
-        """Waits for a write that is under way; nobody is told of it."""
+        """Waits for a write that is under way, without calling ``on_done``."""
         _system_call()(ctypes.c_long(self._destroy), ctypes.c_uint64(self._context))
-        os.close(self._told)
+        os.close(self._eventfd)
         os.close(self._fd)
 
 
 def _system_call() -> Callable[..., int]:
-    """Gives the interpreter to other threads meanwhile."""
+    """``syscall(2)``; other threads may run meanwhile."""
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long
     return call

@@ -1,7 +1,6 @@
 """Time as a port, so that a cluster test replays from a seed.
 
-``monotonic`` measures intervals, ``wall_ms`` stamps records and checks signatures. Nothing's safety depends on
-``wall_ms``.
+``monotonic`` measures intervals, ``wall_ms`` stamps records and checks signatures. Safety never depends on ``wall_ms``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's own clocks."""
 
-    monotonic = staticmethod(time.monotonic)  # no frame of ours around it: a request asks for it ten times
+    monotonic = staticmethod(time.monotonic)  # not wrapped in a method: a request calls it ten times
 
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000

@@ -1,8 +1,7 @@
 """The configuration of one node: a TOML file, read strictly, with every mistake listed at once.
 
 Paths are relative to the file's own folder, so that a node's folder can be moved. Sizes are integers (bytes) or text
-(``"64 MiB"``).
-``$CREDENTIALS_DIRECTORY`` at the start of a path is where systemd puts what ``LoadCredential=`` names.
+(``"64 MiB"``). ``$CREDENTIALS_DIRECTORY`` at the start of a path is where systemd puts what ``LoadCredential=`` names.
 
     [node]     name, directory, roles
     [cluster]  identity (the folder with this node's certificate, the cluster's authority and the layout)
@@ -68,13 +67,11 @@ class RpcSection(msgspec.Struct, frozen=True):
 
 class S3Section(msgspec.Struct, frozen=True):
     """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``:
-    processes that share the port.
-    ``region``: told to clients. ``strict_region``: refuse signatures and new buckets of any other; else every region
-    is accepted.
-    ``unauthenticated_*_max``: what one address (a /64 of IPv6) may have of connections, requests and bytes before they
-    have authenticated;
-    beyond, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come from
-    there."""
+    processes that share the port. ``region``: told to clients. ``strict_region``: refuse signatures and new buckets of
+    any other; else every region is accepted. ``unauthenticated_*_max``: what one address (a /64 of IPv6) may have of
+    connections, requests and bytes before they have authenticated; beyond, the oldest is closed. ``proxies``: addresses
+    and networks without these limits, since all clients come from there.
+    """
 
     listen: str = "127.0.0.1:8333"
     workers: int = 1
@@ -112,8 +109,9 @@ KEEP_DAYS_MIN = 180
 
 class AuditSection(msgspec.Struct, frozen=True):
     """``directory`` empty: ``audit`` in the node's directory. A chain file is closed, and a new one begun, at
-    ``file_bytes_max``. A file whose last entry
-    is older than ``keep_days`` is removed; 0: none ever is. Never before six months (180 days) are over."""
+    ``file_bytes_max``. A file whose last entry is older than ``keep_days`` is removed; 0: none ever is. Never before
+    six months (180 days) are over.
+    """
 
     directory: str = ""
     file_bytes_max: int = 64 * MIB
@@ -122,10 +120,10 @@ class AuditSection(msgspec.Struct, frozen=True):
 
 class LimitsSection(msgspec.Struct, frozen=True):
     """Bounds of one node; those of S3 are shared out among a gateway's workers. ``recode_delay_s``: how long a disk may
-    be away before repair recodes
-    blocks for the others. ``meta_map_bytes`` is address space for a disk's LMDB, taken from the disk only as rows are
-    written.
-    ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the file system."""
+    be away before repair recodes blocks for the others. ``meta_map_bytes`` is address space for a disk's LMDB, taken
+    from the disk only as rows are written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring;
+    0: a twentieth of the file system.
+    """
 
     s3_requests_max: int = 1024
     rpc_inflight_bytes_max: int = 64 * MIB
@@ -141,8 +139,7 @@ class LogSection(msgspec.Struct, frozen=True):
     """``auto``: journal format under systemd, colour on a terminal, logfmt else.
 
     ``access``: a line at level info for every S3 request. ``slow_ms``: a warning for a request that takes longer,
-    beyond the
-    time that its bytes may take; 0 for none.
+    beyond the time that its bytes may take; 0 for none.
     """
 
     level: str = "info"

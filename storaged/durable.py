@@ -1,4 +1,6 @@
-"""What is written is there after a crash: a name that was made or replaced is durable once its directory is synced."""
+"""Durable files: what is written survives a crash. A created or replaced name is durable once its directory is
+synced.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,14 @@ import os
 from pathlib import Path
 
 
-class Unfinished(Exception):
-    """What was acknowledged is safe where it is, and can't be put where it belongs before a restart. No reason to give
-    up the disk.
+class RestartNeeded(Exception):
+    """Acknowledged data is safe where it is, but can't be moved to its place before a restart. The disk is still
+    usable.
     """
 
 
 def sync_path(path: Path) -> None:
-    """fsync of a file or a directory. Raises OSError."""
+    """Syncs a file or a directory (fsync). Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -37,12 +39,10 @@ def append_durably(descriptor: int, content: bytes, size: int) -> None:
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this
-    returns. Raises OSError: of what could
-    not be written nothing is left, be it half a key on a full disk.
+    """Replaces a file durably. After a crash the file is whole: the old one or this one.
 
-    It has its mode, less the umask, before it has a byte: nobody else reads a key on the way there. Writers of one
-    directory
+    Raises OSError, and then removes what was written, so that half a key never stays on a full disk. The file has its
+    mode, less the umask, before its first byte, so that no other user reads a key meanwhile. Writers of one directory
     wait for each other (flock of the directory), also those of other processes: a gateway's workers share a directory.
     """
     temporary = path.with_name(path.name + ".new")

@@ -1,14 +1,14 @@
-"""Hashes of sealed bytes that guard against liars: of fragments, and of manifest pages. Unkeyed, for nodes without
+"""Hashes fragments and manifest pages, as a guard against hostile nodes. The hashes have no key, because nodes without
 keys must be able to check them.
 
-Each is SHA-256 over a label, a zero byte and the bytes, cut to 20 bytes: finding other bytes for a given hash costs
-2^160 steps, which no node has. SHA-256 because processors have instructions for it (1 to 1.7 GB/s a core; BLAKE2b 0.5
-to 0.9: benches/hashes.py); 20 bytes because every fragment carries the hashes of all fragments of its block. The
-labels keep a fragment from being taken for a page.
+Each is SHA-256 over a label, a zero byte and the bytes, cut to 20 bytes: finding other bytes for a given hash takes
+2^160 steps. SHA-256, because processors have instructions for it (1 to 1.7 GB/s a core; BLAKE2b 0.5 to 0.9:
+benches/hashes.py). 20 bytes, because every fragment carries the hashes of all fragments of its block. The labels keep a
+fragment from passing as a page.
 
-Before there were these, xxh3-128 stood in their place, for which other bytes are found in a tenth of a second. Its 16
-bytes tell it apart: what was written under it is still checked by it, and nothing new is. Bit rot is found by xxh3-64
-of each cell and row, which is forty times as fast.
+Earlier versions used xxh3-128, for which other bytes are found in a tenth of a second. Its length of 16 bytes
+identifies it. It still checks what was written with it, and nothing new. Bit rot is found by xxh3-64 of each cell and
+row, which is forty times as fast.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ _PAGE: Final = hashlib.sha256(b"sov.page.v1\0", usedforsecurity=True)
 
 
 def fragment_hash(pieces: Sequence[Buffer]) -> bytes:
-    """Of a whole fragment, 20 bytes. ``pieces``: its bytes, in order."""
+    """The hash of a whole fragment, 20 bytes. ``pieces``: its bytes, in order."""
     state = _FRAGMENT.copy()
     for piece in pieces:
         state.update(piece)
     return state.digest()[:HASH_BYTES]
 
 
-def quick_check(pieces: Sequence[Buffer]) -> bytes:
-    """xxh3-64 of a fragment, 8 bytes: whether it came as it was sent, by a sender who is believed to have hashed it."""
+def transfer_checksum(pieces: Sequence[Buffer]) -> bytes:
+    """xxh3-64 of a fragment, 8 bytes: detects damage in transfer from a sender that is trusted to have hashed the
+    fragment.
+    """
     state = xxhash.xxh3_64()
     for piece in pieces:
         state.update(piece)
@@ -45,7 +47,7 @@ def quick_check(pieces: Sequence[Buffer]) -> bytes:
 
 
 def is_fragment(pieces: Sequence[Buffer], expected: bytes) -> bool:
-    """Whether the fragment has this hash, of whichever kind it is. False for one of an unknown kind."""
+    """Whether the fragment has this hash, new or old. False for a hash of an unknown kind."""
     if len(expected) == HASH_BYTES:
         return fragment_hash(pieces) == expected
     return len(expected) == OLD_HASH_BYTES and _old(pieces) == expected
@@ -59,14 +61,14 @@ def page_hash(body: Buffer) -> bytes:
 
 
 def is_page(body: Buffer, name: bytes) -> bool:
-    """Whether the page has this name, of whichever kind it is. False for one of an unknown kind."""
+    """Whether the page has this name, new or old. False for a name of an unknown kind."""
     if len(name) == HASH_BYTES:
         return page_hash(body) == name
     return is_old(name) and xxhash.xxh3_128_digest(body) == name
 
 
 def is_old(name: bytes) -> bool:
-    """Whether a hash is of the kind that a liar can find other bytes for."""
+    """Whether a hash is of the old kind, for which an attacker can find other bytes."""
     return len(name) == OLD_HASH_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Identifiers. All are random bytes from an entropy port (``os.urandom`` in production, a seeded source in
+"""Makes identifiers: random bytes from an entropy port (``os.urandom`` in production, a seeded source in
 simulations).
 """
 
@@ -15,7 +15,6 @@ system_entropy: Entropy = os.urandom
 DATA_ID_BYTES = 16
 BUCKET_ID_BYTES = 16
 UPLOAD_ID_BYTES = 16
-OPERATION_ID_BYTES = 16
 INCARNATION_BYTES = 8
 DISK_ID_CHARS = 16
 
@@ -26,7 +25,7 @@ def new_disk_id(entropy: Entropy = system_entropy) -> str:
 
 
 def new_upload_id(shard: int, entropy: Entropy = system_entropy) -> bytes:
-    """An upload id begins with its object's shard, so that its rows and its parts' rows live with the object's
-    register.
+    """A new upload id. It begins with its object's shard, so that its rows and its parts' rows are stored with the
+    object's register.
     """
     return bytes([shard]) + entropy(UPLOAD_ID_BYTES - 1)

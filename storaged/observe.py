@@ -1,9 +1,8 @@
 """Logs, metrics and spans: set up once a process, used by every plane through structlog and the registry here.
 
 A log line is an event with named fields. Under systemd it carries the journal's priority (``<4>`` in front,
-sd-daemon(3)) and is logfmt; on a terminal it is
-coloured; as JSON it is for containers. Whatever a field is called: values under names such as ``secret`` or
-``authorization`` never reach a line.
+sd-daemon(3)) and is logfmt; on a terminal it is coloured; as JSON it is for containers. Whatever a field is called:
+values under names such as ``secret`` or ``authorization`` never reach a line.
 
 Metric names are stable: ``storaged_`` + what + unit, few labels. ``METRICS`` lists them all; the registry is built from
 that table alone.
@@ -149,8 +148,9 @@ def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = Non
 
 class Described(NamedTuple):
     """One metric: ``kind`` counter, gauge or histogram. ``together``: what a gauge of a node with several processes is,
-    ``own`` (the first process's), ``sum``,
-    ``max``, or ``count`` (a sum that those which have ended still count in). Counters and histograms are counts."""
+    ``own`` (the first process's), ``sum``, ``max``, or ``count`` (a sum that those which have ended still count in).
+    Counters and histograms are counts.
+    """
 
     kind: str
     help: str
@@ -222,8 +222,9 @@ METRICS: dict[str, Described] = {
 
 class Tallies(Collector):
     """The four metrics of S3 requests, counted in plain numbers by the event loop's thread: what each request adds to
-    prometheus_client's own counters and
-    histograms, with a lock for every number, would cost a gateway a tenth of a HEAD."""
+    prometheus_client's own counters and histograms, with a lock for every number, would cost a gateway a tenth of a
+    HEAD.
+    """
 
     NAMES = (
         "storaged_s3_requests_total",
@@ -376,8 +377,7 @@ def exposition(registry: CollectorRegistry, others: Sequence[Samples] = ()) -> b
 
 SPANS_FILE = "STORAGED_SPANS"
 """Environment: a file that gets a JSON line a request, with its spans, for looking without a collector. It is not
-written beyond SPANS_FILE_BYTES_MAX.
-"""
+written beyond SPANS_FILE_BYTES_MAX."""
 
 SPANS_FILE_BYTES_MAX = 64 * 1024 * 1024
 

@@ -1,4 +1,4 @@
-"""What a passphrase must be that protects keys from now on. Old files open with whatever they were made with."""
+"""Checks new passphrases that protect keys. Old files open with the passphrase that they were made with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Final
 from storaged.errors import PassphraseTooShort
 
 CHARS_MIN: Final = 12
-"""NIST SP 800-63B-4 wants 15 characters of what is the only factor, and 8 otherwise; who tries here has the file, and
-pays Argon2id for every guess."""
+"""NIST SP 800-63B-4 requires 15 characters where the passphrase is the only factor, and 8 otherwise. Here an attacker
+needs the file too, and pays Argon2id for every guess."""
 
 
 def require_long(text: str) -> None:

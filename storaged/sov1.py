@@ -1,4 +1,4 @@
-"""SOV1, the sealed stream: encrypted and authenticated chunk by chunk, committing to its key, bound to a context.
+"""SOV1, the sealed stream: encrypted and authenticated chunk by chunk, committed to its key, bound to a context.
 
     0   4  magic "SOV1"
     4   1  suite: 1 = AES-256-GCM, HKDF-SHA512
@@ -10,20 +10,19 @@
 
 K(32) || N(12) || commitment(32) = HKDF-Expand-SHA512(key, label || 0x00 || header[0:32] || context)   (RFC 5869,
 section 2.3)
-The nonce of chunk i is N XOR i (96 bits, big-endian), i < 2^32; no associated data. The last chunk is always shorter
-than C, its plaintext
-possibly empty, so that a stream cut at a chunk's border shows.
 
-A derived key serves one stream, so nonces can't meet as long as no index is sealed twice: ``Sealer`` refuses that. The
-commitment makes a stream
-open under one key only (AES-GCM alone does not: https://eprint.iacr.org/2020/1491). Labels keep the uses of one key
-apart:
+The nonce of chunk i is N XOR i (96 bits, big-endian), i < 2^32; there is no associated data. The last chunk is always
+shorter than C, its plaintext possibly empty, so that a cut at a chunk's border is detected.
 
-    sov.part.v1       a part of an object          objects.seal
-    sov.meta.v1       metadata in a record         objects.seal
-    sov.parts.v1      parts of a long manifest     objects.manifest
-    sov.partmeta.v1   the secrets of a part's row  objects.uploads
-    sov.result.v1     answer of a Complete         objects.uploads
+A derived key serves one stream, so nonces never repeat as long as no index is sealed twice: ``Sealer`` refuses that.
+The commitment makes a stream open under one key only (AES-GCM alone does not: https://eprint.iacr.org/2020/1491).
+Labels separate the uses of one key:
+
+    sov.part.v1       a part of an object          objects.code.seal
+    sov.meta.v1       metadata in a record         objects.code.seal
+    sov.parts.v1      parts of a long manifest     objects.code.manifest
+    sov.partmeta.v1   the secrets of a part's row  objects.write.uploads
+    sov.result.v1     answer of a Complete         objects.write.uploads
     sov.key.v1        a wrapped data key           keys
     sov.bucketkey.v1  a wrapped bucket key         keys
     sov.keyring.v1    the keyring file's body      keys
@@ -66,9 +65,9 @@ _HEADS = {1 << log: MAGIC + bytes((SUITE, log, 0, 0)) for log in range(12, 17)}
 
 
 class SealBroken(Exception):
-    """Bytes that do not open under the key and context they should: damaged, or not what they claim to be.
+    """Bytes do not open under the given key and context: they are damaged, or not what they claim to be.
 
-    ``index`` is the chunk that does not open, None when it is the header (wrong key, context, or a damaged header).
+    ``index`` is the chunk that does not open; None for the header (wrong key, wrong context, or a damaged header).
     """
 
     def __init__(self, message: str = "", *, index: int | None = None) -> None:
@@ -77,8 +76,8 @@ class SealBroken(Exception):
 
 
 def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
-    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold. More fields may be packed
-    behind: the result is the label then.
+    """label || for each field: u32 BE length || field. The result is unambiguous for any fields. To pack more fields,
+    use the result as the label.
     """
     packed = label
     for field in fields:
@@ -87,9 +86,9 @@ def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
 
 
 def chunk_bytes_for(size: int | None, k: int) -> int:
-    """The smallest power of two C in 4 .. 64 KiB with k * (C - 16) > ``size``: a short stream has small chunks, so that
-    k cells of it are not mostly
-    padding. 64 KiB for a longer stream, or one of unknown length (None)."""
+    """The smallest power of two C in 4 .. 64 KiB with k * (C - 16) > ``size``, so that k cells of a short stream are
+    not mostly padding. 64 KiB for a longer stream, or one of unknown length (None).
+    """
     if size is not None:
         chunk = CHUNK_BYTES_MIN
         while chunk < CHUNK_BYTES_MAX:
@@ -100,17 +99,17 @@ def chunk_bytes_for(size: int | None, k: int) -> int:
 
 
 def chunk_count(size: int, chunk_bytes: int) -> int:
-    """Chunks of a stream of ``size`` bytes of plaintext: at least one, and the last is never full."""
+    """The number of chunks for ``size`` bytes of plaintext: at least one, and the last is never full."""
     return size // (chunk_bytes - TAG_BYTES) + 1
 
 
 def sealed_size(size: int, chunk_bytes: int) -> int:
-    """Header and chunks of ``size`` bytes of plaintext: 64 + P + 16 * (P // (C - 16) + 1)."""
+    """The size of header and chunks for ``size`` bytes of plaintext: 64 + P + 16 * (P // (C - 16) + 1)."""
     return HEADER_BYTES + chunks_size(size, chunk_bytes)
 
 
 def chunks_size(size: int, chunk_bytes: int) -> int:
-    """The chunks alone, without the header."""
+    """The size of the chunks alone, without the header."""
     return size + TAG_BYTES * chunk_count(size, chunk_bytes)
 
 
@@ -133,8 +132,9 @@ def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> bytes:
 
 
 def derive_key(key: bytes, label: str, context: bytes) -> bytes:
-    """32 bytes: HKDF-Expand-SHA512(key, label || 0x00 || context). Without ``key`` (32 bytes) they can't be told from
-    random ones."""
+    """32 bytes: HKDF-Expand-SHA512(key, label || 0x00 || context). Without ``key`` (32 bytes) they are
+    indistinguishable from random bytes.
+    """
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
     return HKDFExpand(_SHA512, KEY_BYTES, b"".join((label.encode(), b"\0", context))).derive(key)
@@ -155,8 +155,8 @@ def _prefix(chunk_bytes: int, salt: bytes) -> bytes:
 def seal_one(
     key: bytes, label: str, context: bytes, chunk_bytes: int, plaintext: Buffer, salt: bytes
 ) -> tuple[bytes, bytes]:
-    """(header, chunk) of a stream that is shorter than a chunk: what a ``Sealer`` makes of it, without one. ``salt``:
-    24 fresh random bytes.
+    """Seals a stream that is shorter than a chunk, without a ``Sealer``; returns (header, chunk). ``salt``: 24 fresh
+    random bytes.
     """
     prefix = _prefix(chunk_bytes, salt)
     if len(plaintext) >= chunk_bytes - TAG_BYTES:
@@ -166,7 +166,7 @@ def seal_one(
 
 
 class StreamKey(NamedTuple):
-    """What a stream's chunks open with, derived, its header's commitment verified. ``chunk_bytes`` is C."""
+    """The derived key and nonce of a stream whose header's commitment is verified. ``chunk_bytes`` is C."""
 
     key: bytes
     nonce: bytes
@@ -183,7 +183,9 @@ class StreamKey(NamedTuple):
 
 
 def stream_key(key: bytes, label: str, context: bytes, header: bytes) -> StreamKey:
-    """Raises SealBroken for a wrong key, context or header; the commitment is compared in constant time."""
+    """Derives a stream's key. Raises SealBroken for a wrong key, context or header; compares the commitment in constant
+    time.
+    """
     chunk_bytes = header_chunk_bytes(header)
     material = _derive(key, label, header[:_PREFIX_BYTES], context)
     if not hmac.compare_digest(material[44:], header[_PREFIX_BYTES:]):
@@ -192,18 +194,15 @@ def stream_key(key: bytes, label: str, context: bytes, header: bytes) -> StreamK
 
 
 def open_one(key: bytes, label: str, context: bytes, header: bytes, chunk: Buffer) -> bytes:
-    """The plaintext of a stream that is shorter than a chunk: what an ``Opener`` makes of it, without one. Raises
-    SealBroken, also for a full chunk.
-    """
+    """Opens a stream that is shorter than a chunk, without an ``Opener``. Raises SealBroken, also for a full chunk."""
     return stream_key(key, label, context, header).open_only(chunk)
 
 
 class Sealer:
     """Seals one stream. One thread at a time.
 
-    Indices must ascend, and the chunk that is shorter than full must come last: sealing an index twice would reuse a
-    nonce, which gives away both
-    plaintexts and the authentication key, so it raises ValueError instead. ``salt``: 24 fresh random bytes.
+    Indices must ascend, and the one chunk that is not full must come last. Sealing an index twice would reuse a nonce,
+    which reveals both plaintexts and the authentication key, so it raises ValueError. ``salt``: 24 fresh random bytes.
     """
 
     def __init__(self, key: bytes, label: str, context: bytes, chunk_bytes: int, salt: bytes) -> None:
@@ -231,11 +230,12 @@ class Sealer:
         return self._cipher.encrypt((self._nonce ^ index).to_bytes(_NONCE_BYTES, "big"), plaintext, None)
 
     def seal_block(self, first: int, plaintext: Buffer, out: memoryview, *, last: bool) -> int:
-        """Seals consecutive chunks from index ``first`` on, one behind the other in ``out``; returns the bytes written.
+        """Seals consecutive chunks from index ``first`` on, one after the other into ``out``; returns the bytes
+        written.
 
         ``plaintext`` is a whole number of full chunks, unless it ends the stream (``last``): then the final chunk,
-        shorter than full and possibly empty,
-        is sealed too. The cipher works without the interpreter lock: call this in a thread for large blocks.
+        shorter and possibly empty, is sealed too. The cipher runs without the interpreter lock: call this in a thread
+        for large blocks.
         """
         view = memoryview(plaintext)
         full, rest = divmod(len(view), self.plain_bytes)
@@ -267,8 +267,7 @@ class Opener:
     """Opens one stream's chunks, in any order, from any number of threads.
 
     The header's commitment is compared in constant time before any chunk is opened. Raises SealBroken for a wrong key,
-    context or header.
-    With ``size`` (bytes of plaintext) every chunk must also have the length that the size demands.
+    context or header. With ``size`` (bytes of plaintext) every chunk must also have the length that follows from it.
     """
 
     def __init__(self, key: bytes, label: str, context: bytes, header: Buffer, size: int | None = None) -> None:
@@ -289,9 +288,7 @@ class Opener:
             raise SealBroken(f"chunk {index} does not open", index=index) from None
 
     def open_into(self, index: int, sealed: Buffer, out: memoryview) -> int:
-        """As ``open``, to the front of ``out``; returns the plaintext's length. After SealBroken ``out`` holds nothing
-        to be used.
-        """
+        """As ``open``, to the front of ``out``; returns the plaintext's length. After SealBroken do not use ``out``."""
         self._check(index, len(sealed))
         length = len(sealed) - TAG_BYTES
         try:
@@ -301,10 +298,9 @@ class Opener:
         return length
 
     def open_block(self, first: int, sealed: Buffer, out: memoryview) -> int:
-        """Opens consecutive chunks that lie one behind the other, from index ``first`` on; returns the bytes of
-        plaintext written to ``out``.
+        """Opens consecutive chunks from index ``first`` on; returns the bytes of plaintext written to ``out``.
 
-        Raises SealBroken whose ``index`` is the first chunk that does not open; nothing of ``out`` is to be used then.
+        Raises SealBroken whose ``index`` is the first chunk that does not open; then do not use ``out``.
         """
         view = memoryview(sealed)
         at = 0
@@ -326,8 +322,8 @@ class Opener:
 
 
 def seal_message(key: bytes, label: str, context: bytes, plaintext: bytes, salt: bytes) -> bytes:
-    """A whole stream in one value: header and chunks. C is the smallest in which the plaintext fits one chunk, else 64
-    KiB.
+    """Seals a whole stream into one value: header and chunks. C is the smallest with which the plaintext fits one
+    chunk, else 64 KiB.
 
     ``context`` is packed (``pack_context``); ``salt`` is 24 fresh random bytes; the result has
     ``sealed_size(len(plaintext), C)`` bytes.
@@ -344,7 +340,7 @@ def seal_message(key: bytes, label: str, context: bytes, plaintext: bytes, salt:
 
 
 def open_message(key: bytes, label: str, context: bytes, sealed: bytes) -> bytes:
-    """The plaintext of what ``seal_message`` made. Raises SealBroken."""
+    """Opens what ``seal_message`` made. Raises SealBroken."""
     header = sealed[:HEADER_BYTES]
     if len(sealed) < HEADER_BYTES + header_chunk_bytes(header):
         return open_one(key, label, context, header, sealed[HEADER_BYTES:])

@@ -1,26 +1,25 @@
-"""Where a request's time goes: spans, taken where the work is done.
+"""Records where a request's time goes, as spans around the work.
 
-``with trace.span("seal"):`` notes when the block began and ended, for the request that the running task works for.
-Nothing is noted unless the
-process was started with spans on; else a block costs 0.2 to 0.3 us, of the hundreds that the smallest request takes.
-Names are few, and the same in every plane:
+``with trace.span("seal"):`` records when the block began and ended, for the request of the running task. Spans are off
+unless the process was started with them; then a block costs 0.2 to 0.3 us, of the hundreds that the smallest request
+takes. There are few names, the same in every plane:
 
-queue     from the request's first byte to its handler: the event loop was busy with others
+queue     from the request's first byte to its handler: the event loop was busy with other requests
 sign      the signature is checked
 bucket    the bucket's record is looked up
-receive   bytes of the body are waited for
+receive   waiting for bytes of the body
 digest    MD5, SHA-256 and checksums of a block
 seal      encryption
 code      parity and the fragments' hashes
-send      a block's fragments go to their disks
+send      a block's fragments are sent to their disks
 prepare   a majority of the register's replicas promise
 sync      fragments become durable
-accept    a majority has the record on disk, and before it the small copy that travels along
-create    both in one, for a key that is probably new
+accept    a majority has the record on disk, and before it the small copy that comes with it
+create    prepare and accept in one, for a key that is probably new
 record    a register is read
 fetch     cells of a window are read from disks
 open      a window is authenticated and decrypted
-reply     the answer is written; of a GET, until the client has taken all of it
+reply     the answer is written; for a GET, until the client has received all of it
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 SPANS_MAX = 4096
-"""Of one request; a larger one's later spans are counted and left out."""
+"""Spans of one request; further ones are counted and left out."""
 
 on = False
-"""Read it; change it with ``enable``."""
+"""Whether spans are on. Read it; change it with ``enable``."""
 
 
 class Span(NamedTuple):
@@ -61,7 +60,7 @@ class Trace:
             self.left_out += 1
 
 
-class _Nothing:
+class _NoSpan:
     __slots__ = ()
 
     def __enter__(self) -> None: ...
@@ -69,7 +68,7 @@ class _Nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-class _Open:
+class _OpenSpan:
     __slots__ = ("_name", "_start_ns", "_trace")
 
     def __init__(self, trace: Trace, name: str) -> None:
@@ -83,38 +82,40 @@ class _Open:
         self._trace.note(self._name, self._start_ns, time.perf_counter_ns())
 
 
-_NOTHING = _Nothing()
+_NO_SPAN = _NoSpan()
 _current: ContextVar[Trace | None] = ContextVar("trace", default=None)
 
 
 def enable(yes: bool = True) -> None:
-    """For the whole process, before it serves."""
+    """Turns spans on for the whole process, before it serves."""
     global on
     on = yes
 
 
-def begin(heard_ns: int = 0) -> Trace | None:
-    """A new request of the running task, whose first byte came at ``heard_ns`` (0: now). None when spans are off."""
+def start(received_ns: int = 0) -> Trace | None:
+    """Starts the trace of a new request of the running task, whose first byte arrived at ``received_ns`` (0: now). None
+    when spans are off.
+    """
     if not on:
         return None
     now_ns = time.perf_counter_ns()
-    trace = Trace(heard_ns or now_ns)
-    if heard_ns:
-        trace.note("queue", heard_ns, now_ns)
+    trace = Trace(received_ns or now_ns)
+    if received_ns:
+        trace.note("queue", received_ns, now_ns)
     _current.set(trace)
     return trace
 
 
 def current() -> Trace | None:
-    """The running task's request; for work that goes on in a thread, which has no task."""
+    """The trace of the running task; for work that continues in a thread, which has no task."""
     return _current.get() if on else None
 
 
-def span(name: str) -> _Nothing | _Open:
-    """A block of the running task."""
-    return span_of(_current.get(), name) if on else _NOTHING
+def span(name: str) -> _NoSpan | _OpenSpan:
+    """A span of the running task's trace, as a context manager."""
+    return span_of(_current.get(), name) if on else _NO_SPAN
 
 
-def span_of(trace: Trace | None, name: str) -> _Nothing | _Open:
-    """A block of work done for ``trace``, wherever it runs; None: nothing is noted."""
-    return _NOTHING if trace is None else _Open(trace, name)
+def span_of(trace: Trace | None, name: str) -> _NoSpan | _OpenSpan:
+    """A span of ``trace``, in any task or thread; records nothing when ``trace`` is None."""
+    return _NO_SPAN if trace is None else _OpenSpan(trace, name)

@@ -1,4 +1,4 @@
-"""Sizes and durations: constants, and how people read and write them.
+"""Sizes and durations: constants, and conversion from and to text.
 
 Sizes are counted in bytes, durations in seconds unless a name says otherwise (``_ms``, ``_us``).
 """

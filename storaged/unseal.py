@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
-"""Opens a sealed part, given its data key: a second implementation of the format, for the day when nothing else is
-left.
+"""Opens a sealed part, given its data key: a second implementation of the format, independent of storaged.
 
-Needs Python and the ``cryptography`` package, and nothing of storaged: only the format's description (FORMATS.md,
-SOV1). The input is streamed, and no byte is
-written that was not authenticated first.
+It needs Python and the ``cryptography`` package, and no part of storaged; FORMATS.md (SOV1) describes the format. It
+streams the input, and writes no byte before it is authenticated.
 
     python unseal.py --key-file dek.hex --data-id 0011..ff --part 1 sealed.bin -o plain.bin
 
-The input is the 64-byte header followed by the chunks in their order. A record keeps the header apart from the chunks,
-and so does every
-fragment but the copy of a small object, whose record alone has it: give it with --header then, and the chunks alone as
-input. Exit status: 0 opened, 1 does not open, 2 wrong arguments or files.
+The input is the 64-byte header followed by the chunks in their order. Records, and all fragments but copies of small
+objects, store the header apart from the chunks; for a copy of a small object, only the record has the header. Then give
+the header with --header, and only the chunks as input. Exit status: 0 opened, 1 does not open, 2 wrong arguments or
+files.
 """
 
 from __future__ import annotations
@@ -35,16 +33,16 @@ LABEL = b"sov.part.v1\0"
 
 
 class DoesNotOpen(Exception):
-    """The input is not what it should be: the message says what and where."""
+    """The input does not open; the message says why and where."""
 
 
 class BadUsage(Exception):
-    """Arguments that make no sense."""
+    """The arguments make no sense."""
 
 
 def open_part(key: bytes, data_id: bytes, part_number: int, header: bytes, source: BinaryIO) -> Iterator[bytes]:
-    """The plaintext, chunk by chunk; ``source`` is read from its first chunk on. Raises DoesNotOpen at the first that
-    fails, or at the end when the part is cut.
+    """Yields the plaintext, chunk by chunk; ``source`` begins with the first chunk. Raises DoesNotOpen at the first
+    chunk that fails, or at the end when the part is cut short.
     """
     if len(header) < HEADER_BYTES:
         raise DoesNotOpen(f"the header has {len(header)} bytes instead of {HEADER_BYTES}")
@@ -75,7 +73,7 @@ def open_part(key: bytes, data_id: bytes, part_number: int, header: bytes, sourc
             yield cipher.decrypt((nonce ^ index).to_bytes(12, "big"), chunk, None)
         except InvalidTag:
             raise DoesNotOpen(
-                f"chunk {index} (bytes {index * chunk_bytes} to {index * chunk_bytes + len(chunk) - 1} behind the"
+                f"chunk {index} (bytes {index * chunk_bytes} to {index * chunk_bytes + len(chunk) - 1} after the"
                 " header) is damaged"
             ) from None
         if len(chunk) < chunk_bytes:
@@ -84,7 +82,7 @@ def open_part(key: bytes, data_id: bytes, part_number: int, header: bytes, sourc
 
 
 def read_exactly(source: BinaryIO, count: int) -> bytes:
-    """``count`` bytes, or what is left at the end: a pipe gives them in pieces."""
+    """Reads ``count`` bytes, or fewer at the end. A pipe gives them in pieces."""
     pieces = []
     while count and (piece := source.read(count)):
         pieces.append(piece)
@@ -93,7 +91,7 @@ def read_exactly(source: BinaryIO, count: int) -> bytes:
 
 
 def hexadecimal(text: str, length: int, what: str) -> bytes:
-    """Raises BadUsage, which does not show the text: it may be a key."""
+    """Decodes hexadecimal digits. Raises BadUsage, which does not show the text: it may be a key."""
     try:
         value = bytes.fromhex(text.strip())
     except ValueError:
@@ -162,7 +160,7 @@ def unseal(arguments: argparse.Namespace) -> None:
 
 
 def write_whole(target: Path, pieces: Iterator[bytes]) -> None:
-    """The file appears when it is complete; when a piece fails nothing is left."""
+    """Writes a file that appears only when it is complete; removes what was written when a piece fails."""
     partial = target.with_name(target.name + ".partial")
     try:
         with open(partial, "xb") as file:
@@ -175,7 +173,7 @@ def write_whole(target: Path, pieces: Iterator[bytes]) -> None:
                 partial.unlink()
                 raise
     except FileExistsError:
-        raise BadUsage(f"{partial} is there already: another run, or what one left") from None
+        raise BadUsage(f"{partial} exists already: from another run, or left by one") from None
     partial.replace(target)
 
 

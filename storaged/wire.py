@@ -1,7 +1,7 @@
-"""Encoding of messages and records: msgpack by msgspec, array-like structs, so that adding a field at the end is
+"""Encodes messages and records: msgpack by msgspec, with array-like structs, so that a new field at the end is
 compatible.
 
-What is written to disk or sent to a peer derives from :class:`Message`; FORMATS.md lists each.
+Everything that is written to disk or sent to a peer derives from :class:`Message`; FORMATS.md lists each message.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ _new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_char_p, ctypes.c_ssi
 
 
 def unfilled(size: int) -> bytearray:
-    """``size`` bytes of whatever the memory held: for who overwrites all of them before anybody looks.
-    ``bytearray(size)`` writes zeros, which costs a byte
-    of a body about as much as being received or read."""
+    """``size`` uninitialised bytes, for a caller that overwrites all of them before they are read.
+
+    ``bytearray(size)`` writes zeros, which costs about as much per byte as receiving or reading it.
+    """
     found: bytearray = _new_bytearray(None, size)
     return found
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True):
-    """Base of everything stored or sent. Fields are positional: new ones go last and have a default."""
+    """Base of everything that is stored or sent. Fields are positional: new ones go last and have a default."""
 
 
 class _Decoders(dict[Any, Callable[[Buffer], Any]]):
-    """The decoder of each type, made when it is first asked for."""
+    """The decoder of each type, made at its first use."""
 
     def __missing__(self, kind: Any) -> Callable[[Buffer], Any]:
         found = self[kind] = msgspec.msgpack.Decoder(kind).decode
@@ -41,7 +42,7 @@ class _Decoders(dict[Any, Callable[[Buffer], Any]]):
 
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for data that is not of a type."""
+"""What msgspec raises for data that does not match a type."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = _Decoders()
@@ -50,11 +51,12 @@ encode = _encoder.encode
 
 
 def decode(data: Buffer, kind: type[T]) -> T:
-    """Raises msgspec.ValidationError or msgspec.DecodeError (both msgspec.MsgspecError), and nothing else, when
-    ``data`` is
-    not a ``kind``, whoever made it. msgspec lets a text that is not UTF-8 and a nesting that is too deep through as
-    what
-    Python raises for them: a sender could choose these to get past every handler."""
+    """Decodes ``data`` as a ``kind``.
+
+    Raises msgspec.ValidationError or msgspec.DecodeError (both msgspec.MsgspecError), and nothing else, when ``data``
+    is no ``kind``. For text that is not UTF-8 and for nesting that is too deep, msgspec lets Python's own errors
+    through; a hostile sender could use these to get past every handler.
+    """
     try:
         result: T = _decoders[kind](data)
     except (UnicodeDecodeError, RecursionError) as error:
@@ -68,7 +70,5 @@ def decoder_of(kind: type[T]) -> Callable[[Buffer], T]:
 
 
 def decode_all(values: Sequence[Buffer], kind: type[T]) -> list[T]:
-    """Many encoded values in one call. Raises as ``decode``, unless they are as many values of ``kind``, and nothing
-    besides.
-    """
+    """Decodes many values in one call. Raises as ``decode`` unless each of ``values`` is exactly one ``kind``."""
     return decode(b"\xdd" + len(values).to_bytes(4, "big") + b"".join(values), list[kind])  # type: ignore[valid-type]

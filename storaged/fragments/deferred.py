@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from storaged.durable import Unfinished
+from storaged.durable import RestartNeeded
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.engine import Engine
 from storaged.fragments.index import WHOLE_COPY
@@ -206,7 +206,7 @@ class DeferredCopies:
             if self._by_data_id.get(write.key[:16]) is write:
                 del self._by_data_id[write.key[:16]]
 
-    def unfinished(self, *, ended: bool) -> Unfinished | None:
+    def unfinished(self, *, ended: bool) -> RestartNeeded | None:
         """The error for a caller that waits until all is appended, when some can't be before a restart. From any
         thread. ``ended``: nothing is appended any more.
         """
@@ -214,4 +214,4 @@ class DeferredCopies:
         if not left or self._engine.state.lost:
             return None
         reason = self._engine.state.failure or "there is no room"
-        return Unfinished(f"{left} copies that were acknowledged are in no segment yet: {reason}")
+        return RestartNeeded(f"{left} copies that were acknowledged are in no segment yet: {reason}")

@@ -31,7 +31,7 @@ from storaged.fragments.damage import DamageList
 from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.fragments.index_rows import Checkpoint, CheckpointRow, Overlay, Position, RetireRow, SegmentRow
-from storaged.mapped import reach_end
+from storaged.lmdb_file import extend_to_last_page
 from storaged.units import GIB
 from storaged.wire import decode, encode
 
@@ -60,7 +60,7 @@ class Index:
         self.accounts = SegmentAccounts()
         try:
             self._env = lmdb.open(str(directory), map_size=map_bytes_max, max_dbs=6, sync=durable, max_readers=512)
-            reach_end(self._env, directory)
+            extend_to_last_page(self._env, directory)
             with self._env.begin(write=True) as txn:
                 self._db = {
                     name: self._env.open_db(name.encode(), txn=txn)

@@ -150,9 +150,9 @@ class FragmentStore(Protocol):
         there already is replaced (the newer record wins). Raises FragmentDamaged for a payload that does not match the
         header's hashes.
 
-        ``check``: the payload's ``hashes.quick_check``, made by a gateway that has computed the hashes from these very
-        bytes. It is compared instead of the hashes, a hundred times as fast. From other callers it is not believed. The
-        caller may reuse the buffers once this returns.
+        ``check``: the payload's ``hashes.transfer_checksum``, made by a gateway that has computed the hashes from these
+        very bytes. It is compared instead of the hashes, a hundred times as fast. From other callers it is not
+        believed. The caller may reuse the buffers once this returns.
         """
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:

@@ -344,8 +344,8 @@ class LocalFragmentStore:
 
     def sync_apart(self) -> None:
         """Everything that was appended or kept before the call is durable when it returns, or the disk is read-only and
-        what it holds counts as lost. In any thread but the event loop's and the writer's. Raises Unfinished when what
-        was kept can't be appended before a restart.
+        what it holds counts as lost. In any thread but the event loop's and the writer's. Raises RestartNeeded when
+        what was kept can't be appended before a restart.
         """
         if self._deferred.pending:
             self._writer.drain()

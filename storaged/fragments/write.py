@@ -9,7 +9,7 @@ from msgspec import Struct
 from storaged.errors import FragmentDamaged, PeerRefused
 from storaged.fragments.format import KEY_BYTES, PAYLOAD_BYTES_MAX, RecordWriter
 from storaged.fragments.ports import FragmentHeader
-from storaged.hashes import is_fragment, quick_check
+from storaged.hashes import is_fragment, transfer_checksum
 from storaged.wire import encode
 
 TIME_MS_MAX = 1 << 63
@@ -72,7 +72,7 @@ class Write(Struct):
     def matches_hash(self) -> bool:
         """Whether the payload matches the block's hashes (copies share one), or ``check`` where that is given."""
         if self.check:
-            return quick_check(self.payload) == self.check
+            return transfer_checksum(self.payload) == self.check
         hashes, k, position = self.header.hashes, self.key[20], self.key[22]
         if not hashes:
             return True

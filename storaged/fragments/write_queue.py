@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from storaged.durable import Unfinished
+from storaged.durable import RestartNeeded
 from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.write import Write
 
@@ -66,9 +66,9 @@ class Drain:
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self.error: Unfinished | None = None
+        self.error: RestartNeeded | None = None
 
-    def end(self, error: Unfinished | None) -> None:
+    def end(self, error: RestartNeeded | None) -> None:
         self.error = error
         self.event.set()
 

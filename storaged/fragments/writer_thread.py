@@ -53,8 +53,8 @@ class WriterThread:
     # --- from other threads -----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Returns when what was deferred before is appended; not on the event loop. Raises Unfinished when it can't be
-        before a restart.
+        """Returns when what was deferred before is appended; not on the event loop. Raises RestartNeeded when it can't
+        be before a restart.
         """
         waiting = Drain()
         self._queue.put(waiting)

@@ -314,7 +314,7 @@ class Responder:
             sent = await self._sender.finish(connection, exchange.sent)
             self._observe(exchange, sent.reply, sent.bytes_out, sent.complete)
             return sent
-        spans = trace.begin(connection.first_byte_ns) if trace.on else None
+        spans = trace.start(connection.first_byte_ns) if trace.on else None
         self._open_body(exchange)
         reply = exchange.reply or await self._answer(exchange, spans)
         began_ns = time.perf_counter_ns() if spans is not None else 0

@@ -16,7 +16,7 @@ import pytest
 
 from storaged import aio
 from storaged.aio import DirectFile
-from storaged.durable import Unfinished
+from storaged.durable import RestartNeeded
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments import deferred as deferred_module
 from storaged.fragments.limits import StoreLimits
@@ -109,7 +109,7 @@ async def test_the_log_keeps_copies_that_could_not_be_appended_unless_a_start_kn
     if lost:
         await asyncio.to_thread(store.sync_apart)
     else:
-        with pytest.raises(Unfinished, match="room" if reason == "no room" else reason):
+        with pytest.raises(RestartNeeded, match="room" if reason == "no room" else reason):
             await asyncio.to_thread(store.sync_apart)
         assert store.try_read_copy(write.key[:16]) if not closed else True
 
@@ -120,7 +120,7 @@ async def test_copies_for_which_there_is_room_again_are_appended(
     made, write = copy_of()
     files.limit = 1
     store.keep([write])
-    with pytest.raises(Unfinished):
+    with pytest.raises(RestartNeeded):
         await asyncio.to_thread(store.sync_apart)
     files.limit = 0
     await asyncio.to_thread(store.sync_apart)
@@ -149,7 +149,7 @@ async def test_a_store_that_closes_appends_what_it_kept_before_it_says_so(
 async def test_copies_that_come_when_the_store_is_closed_stay_in_the_log(store: LocalFragmentStore) -> None:
     await store.close()
     store.keep([copy_of()[1]] * 50)
-    with pytest.raises(Unfinished):
+    with pytest.raises(RestartNeeded):
         await asyncio.to_thread(store.sync_apart)
 
 
@@ -277,7 +277,7 @@ async def test_what_the_kernel_refuses_to_write_a_thread_writes_and_the_disk_is_
         direct._request.buffer += 1  # EINVAL
     for number in range(12):
         await meta.commit(StoreBatch(meta={"a": b"%d" % number}))
-    assert direct.blocks
+    assert direct.blocks_loop
     assert (meta.get_meta("a"), meta.statistics().state) == (b"11", "ok")
     await meta.close()
     again = LmdbMetaStore(meta.directory, map_bytes=1 << 26)
@@ -290,7 +290,7 @@ async def test_a_request_that_is_refused_now_and_then_is_no_reason_to_use_a_thre
     for number in range(30):
         direct._request.buffer = right + (number % 3 == 0)
         await meta.commit(StoreBatch(meta={"a": b"%d" % number}))
-    assert not direct.blocks
+    assert not direct.blocks_loop
 
 
 async def test_a_log_where_nobody_knows_that_direct_writes_keep_their_promise_has_none(

@@ -108,7 +108,7 @@ def damaged(data: bytes, change: str) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("chunk 2", "chunk 2 (bytes 8192 to 12287 behind the header) is damaged"),
+        ("chunk 2", "chunk 2 (bytes 8192 to 12287 after the header) is damaged"),
         ("magic", "not a sealed part"),
         ("suite", "suite 0 is unknown"),
         ("reserved", "malformed"),

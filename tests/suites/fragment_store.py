@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import FragmentDamaged, FragmentMissing, PeerRefused
 from storaged.fragments.ports import RETIREMENTS_MAX, FragmentId, FragmentStore, Health, Retirement
-from storaged.hashes import quick_check
+from storaged.hashes import transfer_checksum
 from tests.worlds.fragments import Made, make
 
 Damage = Callable[[Made, int], Awaitable[None]]
@@ -97,13 +97,13 @@ class FragmentStoreSuite:
         made = make(self.rng)
         changed = made.payload[:-1] + bytes([made.payload[-1] ^ 1])
         for payload, check in (
-            (changed, quick_check([made.payload])),
-            (made.payload, quick_check([changed])),
+            (changed, transfer_checksum([made.payload])),
+            (made.payload, transfer_checksum([changed])),
             (made.payload, b"x"),
         ):
             with pytest.raises(FragmentDamaged):
                 await store.write(made.header, [payload], sync=True, check=check)
-        await store.write(made.header, [made.payload], sync=True, check=quick_check([made.payload]))
+        await store.write(made.header, [made.payload], sync=True, check=transfer_checksum([made.payload]))
         assert [stat.health for stat in await store.stat([made.id])] == [Health.OK]
 
     @pytest.mark.parametrize("time_ms", [-1, 2**64 - 1])

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from storaged import aio
-from storaged.aio import BLOCK_BYTES, WORSE_IN_A_ROW_MAX, DirectFile
+from storaged.aio import BLOCK_BYTES, FAILING_IN_A_ROW_MAX, DirectFile
 from tests.patience import GUARD_S
 
 BLOCKS = 64
@@ -202,37 +202,37 @@ async def test_close_waits_for_what_is_under_way_and_tells_nobody(path: Path, ro
 
 
 async def test_a_loop_hears_of_nothing_that_was_detached(direct: DirectFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard, hear = 0, direct._heard
+    heard, hear = 0, direct._on_event
 
     def noted() -> None:
         nonlocal heard
         heard += 1
         hear()
 
-    monkeypatch.setattr(direct, "_heard", noted)
+    monkeypatch.setattr(direct, "_on_event", noted)
     await write(direct, [bytes(BLOCK_BYTES)], 0)
     assert heard == 1
     for _ in range(2):
         direct.detach()
-    os.eventfd_write(direct._told, 1)
+    os.eventfd_write(direct._eventfd, 1)
     await asyncio.sleep(0.02)
     assert heard == 1
-    os.eventfd_read(direct._told)
+    os.eventfd_read(direct._eventfd)
     await write(direct, [bytes(BLOCK_BYTES)], 0)
     assert heard == 2
 
 
 async def test_news_of_nothing_is_taken_for_nothing(direct: DirectFile, path: Path) -> None:
     """As when a loop hears of an event that was read already, or before the kernel has written it down."""
-    direct._heard()
+    direct._on_event()
     await write(direct, [b"1" * BLOCK_BYTES], 0)
     for _ in range(2):
-        os.eventfd_write(direct._told, 1)
+        os.eventfd_write(direct._eventfd, 1)
         await asyncio.sleep(0.01)
-        assert direct._done is None
+        assert direct._on_done is None
     told: list[OSError | None] = []
     direct.write(asyncio.get_running_loop(), [b"2" * BLOCK_BYTES], 0, told.append)
-    os.eventfd_write(direct._told, 1)
+    os.eventfd_write(direct._eventfd, 1)
     await asyncio.sleep(0.1)
     assert told == [None]
     assert content(path)[:BLOCK_BYTES] == b"2" * BLOCK_BYTES
@@ -319,11 +319,11 @@ class Submits:
     def __call__(self, number: ctypes.c_long, *arguments: Any) -> int:
         found = self._call(number, *arguments)
         if number.value == self._direct._submit and self.waits:
-            assert select.select([self._direct._told], [], [], 10)[0]
+            assert select.select([self._direct._eventfd], [], [], 10)[0]
         return found
 
     def arrived(self) -> bool:
-        return self.waits and bool(select.select([self._direct._told], [], [], 0)[0])
+        return self.waits and bool(select.select([self._direct._eventfd], [], [], 0)[0])
 
 
 @pytest.fixture
@@ -338,11 +338,11 @@ def submits(direct: DirectFile, monkeypatch: pytest.MonkeyPatch) -> Submits:
 async def test_so_many_slow_writes_in_turn_that_were_done_when_they_were_asked_for_say_that_the_file_system_blocks(
     direct: DirectFile, submits: Submits, path: Path
 ) -> None:
-    for number in range(WORSE_IN_A_ROW_MAX):
-        assert not direct.blocks
+    for number in range(FAILING_IN_A_ROW_MAX):
+        assert not direct.blocks_loop
         await write(direct, [bytes([number + 1]) * BLOCK_BYTES], 0)
-    assert direct.blocks
-    assert content(path)[:BLOCK_BYTES] == bytes([WORSE_IN_A_ROW_MAX]) * BLOCK_BYTES, "each was heard of all the same"
+    assert direct.blocks_loop
+    assert content(path)[:BLOCK_BYTES] == bytes([FAILING_IN_A_ROW_MAX]) * BLOCK_BYTES, "each was heard of all the same"
 
 
 async def test_slow_writes_that_are_not_done_yet_do_not_say_so(
@@ -350,24 +350,24 @@ async def test_slow_writes_that_are_not_done_yet_do_not_say_so(
 ) -> None:
     """A processor that was taken away is slow as well."""
     submits.waits = False
-    monkeypatch.setattr(direct, "_arrived", submits.arrived)
-    for _ in range(2 * WORSE_IN_A_ROW_MAX):
+    monkeypatch.setattr(direct, "_is_complete", submits.arrived)
+    for _ in range(2 * FAILING_IN_A_ROW_MAX):
         await write(direct, [bytes(BLOCK_BYTES)], 0)
-    assert not direct.blocks
+    assert not direct.blocks_loop
 
 
 async def test_one_that_is_quick_or_not_done_yet_begins_the_count_anew(
     direct: DirectFile, submits: Submits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for slow_s in (60.0, 0.0):
-        for _ in range(WORSE_IN_A_ROW_MAX - 1):
+        for _ in range(FAILING_IN_A_ROW_MAX - 1):
             await write(direct, [bytes(BLOCK_BYTES)], 0)
         with monkeypatch.context() as patch:
             patch.setattr(aio, "SLOW_S", slow_s)
             patch.setattr(submits, "waits", slow_s > 0)
-            patch.setattr(direct, "_arrived", submits.arrived)
+            patch.setattr(direct, "_is_complete", submits.arrived)
             await write(direct, [bytes(BLOCK_BYTES)], 0)
-        assert not direct.blocks
-    for _ in range(WORSE_IN_A_ROW_MAX - 1):
+        assert not direct.blocks_loop
+    for _ in range(FAILING_IN_A_ROW_MAX - 1):
         await write(direct, [bytes(BLOCK_BYTES)], 0)
-    assert not direct.blocks
+    assert not direct.blocks_loop

@@ -13,7 +13,7 @@ from storaged.errors import FragmentDamaged
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
-from storaged.hashes import quick_check
+from storaged.hashes import transfer_checksum
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.suites.fragment_store import Damage, FragmentStoreSuite
 from tests.worlds.fragments import DISK, Loopback, Made, flip_on_disk, make
@@ -53,7 +53,9 @@ async def test_a_check_counts_for_the_hash_of_a_gateway_alone() -> None:
     for roles in (("storage",), ("gateway",)):
         host = FragmentHost({DISK: MemoryFragmentStore()})
         remote = RemoteFragmentStore(Loopback(lambda _node, host=host: host.methods(), roles), "n1", DISK)  # type: ignore[misc]
-        write = remote.write(msgspec.structs.replace(made.header, hashes=lie), [payload], check=quick_check([payload]))
+        write = remote.write(
+            msgspec.structs.replace(made.header, hashes=lie), [payload], check=transfer_checksum([payload])
+        )
         if roles == ("gateway",):
             await write
         else:

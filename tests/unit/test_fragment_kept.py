@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from storaged.durable import Unfinished
+from storaged.durable import RestartNeeded
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments import deferred as deferred_module
 from storaged.fragments.format import KEY_BYTES
@@ -578,7 +578,7 @@ async def test_what_was_kept_and_finds_no_room_is_an_error_of_the_sync_until_the
     keep(store, *made)
     files.limit = files.used + 4000  # for one of them
     for _ in range(2):
-        with pytest.raises(Unfinished, match="no room"):
+        with pytest.raises(RestartNeeded, match="no room"):
             await asyncio.to_thread(store.sync_apart)
         assert [store.try_read_copy(one.id.data_id) for one in made if not durable(files, one)] == [
             one.payload for one in made if not durable(files, one)
@@ -736,7 +736,7 @@ async def test_nothing_is_written_to_a_store_that_is_closed(tmp_path: Path, much
     await store.close()
     left = copy.deepcopy(files.disks)
     store.keep([write_of(small()) for _ in range(2 * deferred_module.DEFER_WRITES_MAX)])
-    with pytest.raises(Unfinished):
+    with pytest.raises(RestartNeeded):
         await asyncio.to_thread(store.sync_apart)
     assert files.disks == left
 

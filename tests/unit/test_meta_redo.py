@@ -23,7 +23,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.aio import WORSE_IN_A_ROW_MAX, DirectFile, Done
+from storaged.aio import FAILING_IN_A_ROW_MAX, DirectFile, OnDone
 from storaged.errors import DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, RowRange, Slot, StoreBatch
@@ -296,7 +296,7 @@ async def test_nothing_is_begun_that_is_for_a_thread(tmp_path: Path) -> None:
     assert not log.try_write(loop, bytes(redo.DIRECT_BODY_BYTES_MAX + 1), told.append)
     await begun(log, bytes(redo.DIRECT_BODY_BYTES_MAX))
     assert log._direct is not None
-    log._direct._worse = WORSE_IN_A_ROW_MAX
+    log._direct._failing_in_a_row = FAILING_IN_A_ROW_MAX
     assert not log.try_write(loop, b"group", told.append)
     log.detach()
     log.close()
@@ -445,7 +445,7 @@ async def test_a_write_to_the_log_that_finds_no_space_ends_the_writer_until_the_
     def full(*_arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full_later(_file: DirectFile, loop: asyncio.AbstractEventLoop, _pieces: object, _at: int, done: Done) -> None:
+    def full_later(_file: DirectFile, loop: asyncio.AbstractEventLoop, _pieces: object, _at: int, done: OnDone) -> None:
         loop.call_soon(done, OSError(errno.ENOSPC, "No space left on device"))
 
     with monkeypatch.context() as patch:
@@ -672,7 +672,7 @@ async def test_a_store_goes_on_by_its_thread_where_the_file_system_turns_out_to_
     direct = store._state.redo._direct
     assert threads == ([] if direct is not None else ["meta-writer meta"])
     if direct is not None:
-        direct._worse = WORSE_IN_A_ROW_MAX
+        direct._failing_in_a_row = FAILING_IN_A_ROW_MAX
     await store.commit(StoreBatch([slots[1]]))
     await store.commit(StoreBatch([slots[2]]))
     assert threads[-2:] == ["meta-writer meta"] * 2

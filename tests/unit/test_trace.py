@@ -21,7 +21,7 @@ def spans_on() -> Iterator[None]:
 
 
 async def test_nothing_is_noted_while_spans_are_off() -> None:
-    assert trace.begin() is None
+    assert trace.start() is None
     assert trace.current() is None
     with trace.span("seal"), trace.span_of(None, "code"):
         pass
@@ -31,7 +31,7 @@ async def test_nothing_is_noted_while_spans_are_off() -> None:
 @pytest.mark.usefixtures("spans_on")
 async def test_each_request_gets_the_spans_of_its_own_tasks_and_threads() -> None:
     async def request(name: str) -> trace.Trace:
-        found = trace.begin()
+        found = trace.start()
         assert found is not None
         with trace.span(name):
             await asyncio.sleep(0)
@@ -58,7 +58,7 @@ async def test_each_request_gets_the_spans_of_its_own_tasks_and_threads() -> Non
 
 @pytest.mark.usefixtures("spans_on")
 async def test_what_fails_is_noted_too_and_the_number_of_spans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = trace.begin(heard_ns=1)
+    found = trace.start(received_ns=1)
     assert found is not None
     assert (found.spans[0].name, found.spans[0].start_ns) == ("queue", 1)
     with pytest.raises(ValueError, match="broken"), trace.span("seal"):
@@ -80,7 +80,7 @@ async def test_the_spans_file_gets_a_line_a_request_and_ends_at_its_bound(
     monkeypatch.setenv(observe.SPANS_FILE, str(path))
     record = observe.span_recorder("storaged")
     assert record is not None
-    found = trace.begin()
+    found = trace.start()
     with trace.span("seal"):
         pass
     record("PutObject", 0.25, {"http.response.status_code": 200}, found)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from storaged.aio import Done
+from storaged.aio import OnDone
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
@@ -45,7 +45,7 @@ class HeldLog:
             waiting, self._waiting = self._waiting, None
             asyncio.get_running_loop().call_soon(waiting, error)
 
-    def _begun(self, loop: asyncio.AbstractEventLoop, body: Buffer, done: Done) -> bool:
+    def _begun(self, loop: asyncio.AbstractEventLoop, body: Buffer, done: OnDone) -> bool:
         self.groups += 1
         if not self._holding:
             return self._begin(loop, body, done)

@@ -13,7 +13,7 @@ import lmdb
 
 from storaged.durable import sync_path
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
-from storaged.mapped import reach_end
+from storaged.lmdb_file import extend_to_last_page
 from storaged.meta.ports import RowDamaged
 from storaged.meta.storage.rowvalue import open_small
 from storaged.units import MIB
@@ -109,7 +109,7 @@ def verify_identity(directory: Path, expected: bytes) -> None:
     descriptor = lock_directory(directory)
     try:
         with lmdb.open(str(directory), readonly=True, max_dbs=len(SUB_DATABASES), create=False) as environment:
-            reach_end(environment, directory)
+            extend_to_last_page(environment, directory)
             try:
                 meta = environment.open_db(b"meta", create=False)
             except lmdb.NotFoundError:

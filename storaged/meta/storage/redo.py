@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from storaged.aio import DirectFile, Done, NotTaken
+from storaged.aio import DirectFile, DirectWriteRefused, OnDone
 from storaged.durable import sync_path
 from storaged.errors import DiskForeign, DiskUnusable
 from storaged.meta.storage.identity import Mark
@@ -119,17 +119,17 @@ class RedoLog:
         """Whether a group of this size fits what is left of the half."""
         return self._ends[self._half] + _pages(body_bytes) <= self.half_bytes
 
-    def try_write(self, loop: asyncio.AbstractEventLoop, body: Buffer, on_done: Done) -> bool:
-        """As ``write``, but without a thread: calls ``on_done`` on the loop. False, or ``on_done`` with NotTaken: use
-        ``write`` for this group. One at a time. Raises ValueError as ``write``.
+    def try_write(self, loop: asyncio.AbstractEventLoop, body: Buffer, on_done: OnDone) -> bool:
+        """As ``write``, but without a thread: calls ``on_done`` on the loop. False, or ``on_done`` with
+        DirectWriteRefused: use ``write`` for this group. One at a time. Raises ValueError as ``write``.
         """
         direct = self._direct
-        if direct is None or direct.blocks or len(body) > DIRECT_BODY_BYTES_MAX:
+        if direct is None or direct.blocks_loop or len(body) > DIRECT_BODY_BYTES_MAX:
             return False
         at, pieces = self._layout(body)
         try:
             direct.write(loop, pieces, at, on_done)
-        except NotTaken:
+        except DirectWriteRefused:
             return False
         return True
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from storaged.durable import Unfinished, replace_file
+from storaged.durable import RestartNeeded, replace_file
 from storaged.errors import DiskUnusable
 from storaged.meta.storage.batch import PackedBatch
 from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
@@ -47,8 +47,8 @@ class StoreHooks:
     """
     sync_copies: Callable[[], None] = _no_copies
     """Called in a thread of the store: makes all copies that ``keep_copies`` was called with durable in the fragment
-    store. Raises Unfinished when that needs a restart: the copies stay in the log, and the store takes no more writes.
-    """
+    store. Raises RestartNeeded when that needs a restart: the copies stay in the log, and the store takes no more
+    writes."""
 
 
 class StoreState:
@@ -124,7 +124,7 @@ class StoreState:
         with self.changed:
             self.reason = (str(error) or type(error).__name__) + (" (no space is left)" if full else "")
             self.changed.notify_all()
-        if not full and not isinstance(error, Unfinished):
+        if not full and not isinstance(error, RestartNeeded):
             self.hooks.on_failed(self.reason)
             try:
                 replace_file(self.directory / FAILED_FILE, self.reason.encode() + b"\n")

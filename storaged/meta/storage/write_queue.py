@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from storaged.aio import NotTaken
+from storaged.aio import DirectWriteRefused
 from storaged.errors import SlowDown, StoragedError
 from storaged.meta.storage.batch import PackedBatch, encode_group
 from storaged.meta.storage.checkpoint import apply_pages
@@ -178,7 +178,7 @@ class WriteQueue:
             self._write_in_thread(body)
 
     def _on_kernel_done(self, body: bytes, error: OSError | None) -> None:
-        if isinstance(error, NotTaken):
+        if isinstance(error, DirectWriteRefused):
             self._write_in_thread(body)
         else:
             self._on_logged(len(body), error)

@@ -22,7 +22,7 @@ from storaged import trace
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement
-from storaged.hashes import fragment_hash, quick_check
+from storaged.hashes import fragment_hash, transfer_checksum
 from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, block_size_for
 from storaged.objects.code import erasure, place
@@ -175,7 +175,7 @@ class PartWriter:
         if count:
             erasure.encode_block(profile, chunk, sealed, parity)
         fragments = erasure.fragments_of(profile, chunk, sealed, parity)
-        return Coded(sealed, parity, tuple(map(fragment_hash, fragments)), tuple(map(quick_check, fragments)))
+        return Coded(sealed, parity, tuple(map(fragment_hash, fragments)), tuple(map(transfer_checksum, fragments)))
 
     # --- one block to its disks -------------------------------------------------------------------------------------
 
