@@ -14,7 +14,8 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
 from storaged.keys.bucketkey import UnwrappedBucketKey
 from storaged.objects.api import ObjectInfo, Principal, PutResult, ReadResult
-from storaged.objects.read.get import HeldStream, Span
+from storaged.objects.read.span import Span
+from storaged.objects.read.streams import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.s3.request import Request, parse_target
 from storaged.units import KIB

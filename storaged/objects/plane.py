@@ -29,6 +29,7 @@ from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.cache.opened_records import OpenedRecordCache
 from storaged.objects.code import place
 from storaged.objects.ports import KeyService
+from storaged.objects.read.hedging import HedgeDelay
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.rows import BadRows
 from storaged.objects.write.garbage import Garbage
@@ -166,6 +167,7 @@ class ObjectPlane:
         self.garbage = Garbage(self.stores, self.background, self.limits.write_timeout_s)
         self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
+        self.hedge = HedgeDelay(self.limits.hedge_floor_s)
         self._copy_plans: dict[tuple[bytes, int], place.CopyPlan] = {}
         self.opened_records = OpenedRecordCache(self.limits.opened_bytes_max)
         self.listed_rows = ListedRowCache(self.limits.listed_bytes_max)

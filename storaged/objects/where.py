@@ -21,7 +21,7 @@ from storaged.objects.code import place
 from storaged.objects.code.geometry import PartShape
 from storaged.objects.code.manifest import parts_of
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.read.get import find
+from storaged.objects.read.find import find
 from storaged.objects.records import BucketRecord, PartEntry, Run
 
 STAT_BATCH_MAX = 4096

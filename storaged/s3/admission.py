@@ -16,7 +16,7 @@ from storaged.errors import AccessDenied
 from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
 from storaged.s3 import routes
-from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
+from storaged.s3.auth.authenticate import admit, admit_anonymous
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.context import Front, check_owner, existing_bucket
 from storaged.s3.operation import Operation, adopt_query_headers
@@ -45,11 +45,6 @@ def locate(request: Request, domains: Sequence[str]) -> Operation:
     )
     request.operation = operation.name
     return operation
-
-
-def find_claim(front: Front, request: Request, operation: Operation) -> Claim | None:
-    """None: the request is not signed, or its operation needs no signature. Raises as ``claim_of``."""
-    return claim_of(request, front.signed_region) if operation.signed else None
 
 
 def try_records(front: Front, request: Request, operation: Operation, claim: Claim | None) -> Records | None:
@@ -91,21 +86,21 @@ def admit_request(front: Front, request: Request, operation: Operation, claim: C
         if claim is None:
             admit_anonymous(request)
         else:
-            principal, secret = _record(user)
-            admit(request, claim, principal, secret, front.clock.wall_ms())
-        if request.query:
+            if not isinstance(user, tuple):
+                raise _missing(user)
+            admit(request, claim, *user, front.clock.wall_ms())
+        if request.target.query:
             adopt_query_headers(request)
-    if bucket is not None:
-        found = request._bucket_record = _record(bucket)
-        check_owner(found, request.who, request.headers.get("x-amz-expected-bucket-owner"))
+    if operation.needs_bucket:
+        if not isinstance(bucket, BucketRecord):
+            raise _missing(bucket)
+        request._bucket_record = bucket
+        check_owner(bucket, request.who, request.headers.get("x-amz-expected-bucket-owner"))
     if operation.signed:
         if operation.changes and not request.who.access_key:
             raise AccessDenied()
         operation.check_headers(request.headers)
 
 
-def _record(found: T | BaseException | None) -> T:
-    if isinstance(found, BaseException):
-        raise found
-    assert found is not None
-    return found
+def _missing(record: BaseException | None) -> BaseException:
+    return AssertionError("a record was not looked for") if record is None else record

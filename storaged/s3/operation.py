@@ -81,7 +81,7 @@ class Attempt(NamedTuple):
     """
 
     suits: Callable[[Front, Request], bool]
-    prepare: Callable[[Front, Request], bool]
+    prepare: Callable[[Front, Request], bool] | None
     begin: Callable[[Front, Request, OnReply], bool]
 
 

@@ -1,6 +1,6 @@
 """From the head of a request to its answer: the steps, and the two shells that call them.
 
-Theory of operation. The steps are functions: ``locate``, ``find_claim``, the records, ``admit_request``
+Theory of operation. The steps are functions: ``locate``, ``claim_of``, the records, ``admit_request``
 (``admission``), then the operation itself, then ``Sender``. Two shells call them in this order:
 
 * ``try_begin``, a callback of the event loop, costs no task. It goes on as long as nothing must be read and the
@@ -28,7 +28,8 @@ from storaged import errors, trace
 from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.s3 import bucket_retry, xml
-from storaged.s3.admission import admit_request, find_claim, load_records, locate, try_records
+from storaged.s3.admission import admit_request, load_records, locate, try_records
+from storaged.s3.auth.authenticate import claim_of
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.context import Front
 from storaged.s3.http.body import RequestBody
@@ -83,6 +84,7 @@ class Responder:
     ) -> None:
         self._front = front
         self._clock: Clock = front.clock
+        self._signed_region = front.signed_region
         self._domains = domains
         self._entropy = entropy
         self._on_request = on_request
@@ -162,7 +164,7 @@ class Responder:
     def _locate(self, exchange: Exchange) -> Operation:
         request = exchange.request
         operation = locate(request, self._domains)
-        exchange.claim = find_claim(self._front, request, operation)
+        exchange.claim = claim_of(request, self._signed_region) if operation.signed else None
         exchange.operation = operation
         return operation
 
@@ -184,13 +186,14 @@ class Responder:
         if attempt is None:
             self._leave(exchange)
             return True
-        self._open_body(exchange)
-        body, perform = exchange.request.body, partial(self._perform, exchange, attempt)
+        body = exchange.request.body
+        if body.length != 0:
+            self._open_body(exchange)
         body.send_continue()
         if body.complete:
-            perform()
+            self._perform(exchange, attempt)
         else:
-            connection.when_whole(body, perform)
+            connection.when_whole(body, partial(self._perform, exchange, attempt))
         return True
 
     def _try_admit(self, exchange: Exchange, more: int) -> Attempt | None:
@@ -212,7 +215,7 @@ class Responder:
                 return None
             admit_request(front, request, operation, claim, records)
             exchange.admitted = True
-            return attempt if attempt.prepare(front, request) else None
+            return attempt if attempt.prepare is None or attempt.prepare(front, request) else None
         except Exception as error:
             exchange.reply = self._failure(request, error)
             return None

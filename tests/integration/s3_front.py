@@ -41,7 +41,7 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.plane import ObjectLimits, ObjectPlane
-from storaged.objects.read.get import HeldStream
+from storaged.objects.read.streams import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService

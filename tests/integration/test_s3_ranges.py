@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from storaged.errors import InvalidRange
 from storaged.objects.api import RangeSpec
-from storaged.objects.read.get import Span, span_of
+from storaged.objects.read.span import Span, span_of
 from tests.integration.s3_front import World
 from tests.integration.test_s3_fail_closed import call, filled
 

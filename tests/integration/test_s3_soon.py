@@ -14,7 +14,7 @@ import pytest
 
 from storaged.meta.names import object_name
 from storaged.objects.api import NewMeta
-from storaged.objects.read.get import HeldStream
+from storaged.objects.read.streams import HeldStream
 from storaged.s3 import responder
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from storaged.objects.read.get import SLOW_WINDOW_BYTES
+from storaged.objects.read.streams import SLOW_WINDOW_BYTES
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
 from tests.worlds.objects import World, bucket_of, got, put

@@ -33,7 +33,7 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.etags import ANY, tag
-from storaged.objects.read.get import HeldStream
+from storaged.objects.read.streams import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put

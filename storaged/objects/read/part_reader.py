@@ -31,7 +31,7 @@ from storaged.objects.code.geometry import BlockShape, PartShape
 from storaged.objects.code.seal import PartOpener
 from storaged.objects.plane import Damage, ObjectPlane
 from storaged.objects.ports import SealBroken
-from storaged.objects.read.hedging import HedgeDelay, Reads
+from storaged.objects.read.hedging import Reads
 from storaged.objects.records import BucketRecord, PartEntry, Run
 from storaged.wire import Buffer
 
@@ -71,7 +71,6 @@ class PartReader:
     def __init__(
         self,
         plane: ObjectPlane,
-        hedge: HedgeDelay,
         bucket: BucketRecord,
         owner: RegisterName,
         entry: PartEntry,
@@ -80,7 +79,6 @@ class PartReader:
         moved: Moved,
     ) -> None:
         self._plane = plane
-        self._hedge = hedge
         self._bucket = bucket
         self._moved = moved
         self._owner = owner
@@ -138,7 +136,6 @@ class PartReader:
         run = self._run_of(window.block)
         job = _WindowJob(
             self._plane,
-            self._hedge,
             self._owner,
             self._entry,
             window,
@@ -237,7 +234,6 @@ class _WindowJob:
     def __init__(
         self,
         plane: ObjectPlane,
-        hedge: HedgeDelay,
         owner: RegisterName,
         entry: PartEntry,
         window: Window,
@@ -247,7 +243,6 @@ class _WindowJob:
         bad: set[str],
     ) -> None:
         self._plane = plane
-        self._hedge = hedge
         self._owner = owner
         self._data_id = entry.data_id
         self.shape = shape
@@ -328,13 +323,13 @@ class _WindowJob:
         return self.disks[position] in self._bad or not self._plane.liveness.disk_readable(self.disks[position])
 
     async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int]) -> None:
-        reads, limit_s = Reads(self._hedge), self._plane.limits.read_timeout_s
+        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
         every = min(self.cells), len(self.cells)
 
         def ask(position: int, row: int, count: int) -> None:
             self._asked[position] = (row, count)
             count = min(count, self.shape.fragment_cells(self.profile, position) - row)
-            if count > 0 and not self._read_at_once(position, row, count):
+            if count > 0 and not self._try_read(position, row, count):
                 reads.begin(position, self._read(position, row, count))
 
         def ask_spares(count: int) -> None:
@@ -358,7 +353,7 @@ class _WindowJob:
                         raise DataDamaged(f"Block {self._window.block} of this object has too few readable fragments.")
                     ask_spares(1)
                     continue
-                more = await reads.turn(limit_s, patience_s=self._hedge.seconds if spares else math.inf)
+                more = await reads.turn(limit_s, patience_s=self._plane.hedge.seconds if spares else math.inf)
                 for position in reads.give_up(limit_s):
                     self._bad.add(self.disks[position])
                     more += 1
@@ -386,7 +381,7 @@ class _WindowJob:
                 found[position] = b""
         return found
 
-    def _read_at_once(self, position: int, row: int, count: int) -> bool:
+    def _try_read(self, position: int, row: int, count: int) -> bool:
         """Whether every cell asked for is there now: from a disk of this very process, which has them in memory.
         Whatever is wrong, ``_read`` meets it again.
         """
@@ -441,7 +436,7 @@ class _WindowJob:
     async def fetch_all(self, stripe: int) -> None:
         """Every cell of a stripe that can be had, read anew: a rebuilt one may come from the liar."""
         self.cells[stripe] = {}
-        reads, limit_s = Reads(self._hedge), self._plane.limits.read_timeout_s
+        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
         try:
             for position in range(self.profile.n):
                 if stripe < self.shape.fragment_cells(self.profile, position):

@@ -76,6 +76,7 @@ class BucketService:
         self._cache: TtlCache[str, BucketRecord] = TtlCache(
             plane.clock, limits.bucket_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
         )
+        self.try_get = self._cache.try_get
         self._owned: dict[str, tuple[float, int]] = {}
         """User id -> when the count expires, and how many buckets the user has."""
         self._records = BucketRecords(plane)
@@ -190,9 +191,6 @@ class BucketService:
     async def get(self, name: str) -> BucketRecord:
         """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
         return await self._cache.get(name)
-
-    def try_get(self, name: str) -> BucketRecord | None:
-        return self._cache.try_get(name)
 
     def fenced(self, bucket_id: bytes) -> None:
         """A replica has reported the bucket as fenced."""

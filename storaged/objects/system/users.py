@@ -46,6 +46,7 @@ class UserService:
         self._cache: TtlCache[str, tuple[Principal, str]] = TtlCache(
             plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
         )
+        self.try_get = self._cache.try_get
 
     def _decode(self, name: RegisterName, value: Value | None) -> UserRecord | None:
         """Raises DataDamaged for a record that no gateway of this cluster wrote."""
@@ -80,9 +81,6 @@ class UserService:
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """Raises InvalidAccessKeyId."""
         return await self._cache.get(access_key)
-
-    def try_get(self, access_key: str) -> tuple[Principal, str] | None:
-        return self._cache.try_get(access_key)
 
     async def _load(self, access_key: str) -> tuple[Principal, str]:
         if not _is_access_key(access_key):

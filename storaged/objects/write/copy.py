@@ -16,7 +16,6 @@ from storaged.objects.api import (
 )
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
-from storaged.objects.read.hedging import HedgeDelay
 from storaged.objects.records import BucketRecord
 from storaged.objects.write.put import put
 from storaged.wire import Buffer
@@ -24,7 +23,6 @@ from storaged.wire import Buffer
 
 async def copy(
     plane: ObjectPlane,
-    hedge: HedgeDelay,
     source_bucket: BucketRecord,
     source_key: bytes,
     bucket: BucketRecord,
@@ -43,7 +41,6 @@ async def copy(
     """
     stream = await get(
         plane,
-        hedge,
         source_bucket,
         source_key,
         version_id=version_id,

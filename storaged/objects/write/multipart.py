@@ -50,7 +50,6 @@ from storaged.objects.code.seal import META_LABEL
 from storaged.objects.code.versions import Place, meta_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
-from storaged.objects.read.hedging import HedgeDelay
 from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, can_be_composite, can_be_full_object, default_type
@@ -186,7 +185,6 @@ async def put_part(
 
 async def copy_part(
     plane: ObjectPlane,
-    hedge: HedgeDelay,
     source_bucket: BucketRecord,
     source_key: bytes,
     span: RangeSpec | None,
@@ -201,7 +199,6 @@ async def copy_part(
     """A part from an object, or a range of one: opened here and sealed anew."""
     stream = await get(
         plane,
-        hedge,
         source_bucket,
         source_key,
         version_id=version_id,

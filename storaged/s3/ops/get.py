@@ -9,7 +9,7 @@ from functools import partial
 
 from storaged import errors
 from storaged.objects.api import ObjectInfo, ObjectStream, RangeSpec, ReadConditions, Reading, ReadResult
-from storaged.objects.read.get import Span, span_of
+from storaged.objects.read.span import Span, span_of
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
@@ -73,12 +73,15 @@ async def get_object(front: Front, request: Request) -> Reply:
         raise
 
 
-def _describe(request: Request, info: ObjectInfo, wanted: Span, part_number: int | None = None) -> tuple[int, Headers]:
-    """Status and headers of an answer with the bytes ``wanted`` of an object: all of it, a range, or a part."""
-    answer = object_headers(info, checksums=not wanted.partial and h.wants_checksums(request.headers))
+def _describe(
+    request: Request, info: ObjectInfo, wanted: Span | None = None, part_number: int | None = None
+) -> tuple[int, Headers]:
+    """Status and headers of an answer with the bytes ``wanted`` of an object: a range, a part, or all (None too)."""
+    partial = wanted is not None and wanted.partial
+    answer = object_headers(info, checksums=not partial and h.wants_checksums(request.headers))
     if part_number is not None:
         _describe_part(request, info, part_number, answer)
-    if not wanted.partial or not wanted.length:  # a part may be empty, a range that HTTP can name is not
+    if wanted is None or not partial or not wanted.length:  # a part may be empty, a range that HTTP can name is not
         return 200, answer
     answer["Content-Range"] = f"bytes {wanted.first}-{wanted.first + wanted.length - 1}/{info.size}"
     return 206, answer
@@ -159,10 +162,6 @@ def _wants_whole(front: Front, request: Request) -> bool:
     return not request.body.length and request.headers.keys() <= WHOLE_HEADERS and has_no_parameters(request)
 
 
-def _nothing_to_prepare(front: Front, request: Request) -> bool:
-    return True
-
-
 def _try_get(front: Front, request: Request, on_reply: OnReply) -> bool:
     front.objects.try_read(request.bucket_record, request.key, True, partial(_on_read, request, on_reply))
     return True
@@ -176,14 +175,14 @@ def _try_head(front: Front, request: Request, on_reply: OnReply) -> bool:
 def _on_read(request: Request, on_reply: OnReply, found: ReadResult) -> None:
     try:
         if isinstance(found, ObjectInfo):
-            status, answer = _describe(request, found, Span(0, found.size, False))
+            status, answer = _describe(request, found)
             reply = Reply(status, answer, length=found.size)
         elif found is None or isinstance(found, Reading | errors.StoragedError):
             request.reading = found if isinstance(found, Reading) else None
             on_reply(found if isinstance(found, errors.NoSuchKey) else None)
             return
         else:
-            status, answer = _describe(request, found.info, Span(found.first, found.length, found.partial))
+            status, answer = _describe(request, found.info)
             reply = Reply(status, answer, found.held or b"")
     except Exception as error:
         on_reply(error)
@@ -191,5 +190,5 @@ def _on_read(request: Request, on_reply: OnReply, found: ReadResult) -> None:
     on_reply(reply)
 
 
-GET_ATTEMPT = Attempt(_wants_whole, _nothing_to_prepare, _try_get)
-HEAD_ATTEMPT = Attempt(_wants_whole, _nothing_to_prepare, _try_head)
+GET_ATTEMPT = Attempt(_wants_whole, None, _try_get)
+HEAD_ATTEMPT = Attempt(_wants_whole, None, _try_head)

@@ -80,9 +80,8 @@ async def put_object(front: Front, request: Request) -> Reply:
 def _may_be_small(front: Front, request: Request) -> bool:
     """Whether the headers announce a small object. One in aws-chunked form has its size in a header of its own."""
     length = request.body.length
-    if length is not None and length <= front.objects.small_bytes_max:
-        return has_no_parameters(request)
-    return "x-amz-decoded-content-length" in request.headers and has_no_parameters(request)
+    small = length is not None and length <= front.objects.small_bytes_max
+    return (small or "x-amz-decoded-content-length" in request.headers) and has_no_parameters(request)
 
 
 def _prepare_put(front: Front, request: Request) -> bool:

@@ -1,0 +1,109 @@
+"""A version of a key: its record from the register, opened with its bucket's key.
+
+``find`` awaits what must be read or fetched. ``try_find`` takes a reading that is there already, and a bucket key that
+is in memory. Both use the entry of a record that was opened lately (``ObjectPlane.opened_records``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from storaged import trace
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.api import Reading
+from storaged.objects.cache.opened_records import OpenedRecord
+from storaged.objects.code.versions import OpenedVersion, Place, decode_record, find_version, open_version
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import BucketKey
+from storaged.objects.records import BucketRecord, Version
+from storaged.wire import Buffer
+
+
+class Found(NamedTuple):
+    """A version that a read found. ``copy``: a small object's sealed bytes, when a replica sent them along. ``cached``:
+    its entry in ``ObjectPlane.opened_records``, which keeps what follows from the record.
+    """
+
+    name: RegisterName
+    opened: OpenedVersion
+    copy: Buffer | None
+    cached: OpenedRecord | None
+
+
+async def find(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    version_id: str,
+    *,
+    want_payload: bool = False,
+    reading: Reading | None = None,
+) -> Found:
+    """The version of a key, the newest when ``version_id`` is empty. ``reading``: of the key's register, when it was
+    just read. Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable.
+    """
+    name = object_name(bucket.id, bucket.shard_numbers, key)
+    if reading is None:
+        with trace.span("record"):
+            reading = await plane.registers.read(name, want_payload=want_payload)
+    found = _try_cached(plane, name, bucket, key, version_id, reading)
+    if found is not None:
+        return found
+    version = find_version(decode_record(reading.value), version_id)
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, version.bucket_key)
+    if bucket_key is None:
+        bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries, version.bucket_key)
+    return _open(plane, name, Place(bucket.id, key), version, bucket_key, reading, version_id)
+
+
+def try_find(
+    plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, reading: Reading
+) -> Found | None:
+    """As ``find``, of the newest version. None: its bucket key must be fetched."""
+    found = _try_cached(plane, name, bucket, key, "", reading)
+    if found is not None:
+        return found
+    version = find_version(decode_record(reading.value), "")
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, version.bucket_key)
+    return None if bucket_key is None else _open(plane, name, Place(bucket.id, key), version, bucket_key, reading)
+
+
+def _try_cached(
+    plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, version_id: str, reading: Reading
+) -> Found | None:
+    """The newest version, when this record was opened lately under the bucket key that is still held."""
+    value, payload = reading
+    if value is None or version_id:
+        return None
+    place = Place(bucket.id, key)
+    cached = plane.opened_records.get(place, value)
+    if cached is None:
+        return None
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, cached.opened.version.bucket_key)
+    if bucket_key is not None and bucket_key is cached.bucket_key():
+        return Found(name, cached.opened, payload, cached)
+    plane.opened_records.drop(place)
+    return None
+
+
+def _open(
+    plane: ObjectPlane,
+    name: RegisterName,
+    place: Place,
+    version: Version,
+    bucket_key: BucketKey,
+    reading: Reading,
+    version_id: str = "",
+) -> Found:
+    """Opens a version with the key that it names, and caches it when it is the newest. Raises DataDamaged."""
+    value, payload = reading
+    opened = open_version(place, version, bucket_key)
+    # the sealed fields were read, and are of no further use
+    opened = opened._replace(version=msgspec.structs.replace(version, listing=b"", wrapped_key=b"", meta=b""))
+    if value is None or version_id:
+        return Found(name, opened, payload, None)
+    cached = OpenedRecord(value, bucket_key, opened)
+    plane.opened_records.put(place, cached)
+    return Found(name, opened, payload, cached)

@@ -1,0 +1,214 @@
+"""Opened objects as streams of verified plaintext: from memory, or from disks window by window.
+
+``VerifiedStream`` reads the next window while one is sent. A window is what ``part_reader`` reads at once; it is
+authenticated as a whole before its first byte leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import NamedTuple
+
+from storaged.errors import DataDamaged, StoragedError
+from storaged.objects.api import ObjectInfo
+from storaged.objects.background import cancel_all
+from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
+from storaged.objects.code.manifest import bound_parts_of, parts_of
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.find import Found, find
+from storaged.objects.read.part_reader import PartReader, Window
+from storaged.objects.read.span import Span
+from storaged.objects.records import BucketRecord, PartEntry, SealedPart
+from storaged.units import KIB, MIB
+from storaged.wire import Buffer
+
+SLOW_BYTES_PER_S = 2 * MIB
+"""A client that takes less gets small windows, and none read ahead: memory that moves so slowly
+serves others better.
+"""
+SLOW_S_MIN = 0.1
+"""A client is not judged by less: a busy event loop delays anybody so long."""
+SLOW_WINDOW_BYTES = 256 * KIB
+AHEAD_LEFT_MIN = 0.25
+"""Nothing is read ahead when less than this share of the memory is free: the rest is for first windows."""
+
+
+class _Job(NamedTuple):
+    """A window to read, of which ``plain[first:last]`` is wanted."""
+
+    reader: PartReader
+    window: Window
+    first: int
+    last: int
+
+
+class _Piece(NamedTuple):
+    """A window on its way: ``plain[first:last]`` is what goes out once ``done``."""
+
+    done: asyncio.Task[None]
+    lease: Lease
+    first: int
+    last: int
+
+
+class HeldStream:
+    """An ``api.ObjectStream`` of a small object: all that is asked for is in memory, opened."""
+
+    __slots__ = ("first", "held", "info", "length", "partial")
+
+    def __init__(self, info: ObjectInfo, span: Span, plain: bytes) -> None:
+        """``plain``: the whole object, of which ``span`` is wanted."""
+        self.info = info
+        self.first, self.length, self.partial = span
+        self.held = plain[span.first : span.first + span.length] if span.partial else plain
+
+    async def chunks(self) -> AsyncIterator[Buffer]:
+        if self.held:
+            yield self.held
+
+    async def close(self) -> None:
+        """There is nothing to give back."""
+
+
+class VerifiedStream:
+    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short or the client slow.
+
+    Whoever copies asks for a window with a block's memory in hand, which others may wait for before they give windows
+    back. So a copy's source
+    waits for its first window only; the others are as many as there are blocks under way.
+    """
+
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        bucket: BucketRecord,
+        found: Found,
+        info: ObjectInfo,
+        span: Span,
+        *,
+        as_copy_source: bool = False,
+    ) -> None:
+        self.info = info
+        self.first, self.length, self.partial = span
+        self.held = None
+        self._plane = plane
+        self._bucket = bucket
+        self._found = found
+        self._slow = False
+        self._jobs = self._windows()
+        self._next: _Job | None = None
+        self._pieces: list[_Piece] = []
+        self._transfer = Transfer(plane.get_buffers)
+        self._transfer.__enter__()
+        self._closed = False
+        self._as_copy_source = as_copy_source
+
+    async def open(self) -> None:
+        """Reads and verifies the first window. Closes itself when that fails."""
+        try:
+            await self._start_next()
+            if self._pieces:
+                await self._pieces[0].done
+            elif self.length:
+                raise DataDamaged("The record names no part with these bytes.")
+        except BaseException:
+            await self.close()
+            raise
+
+    async def chunks(self) -> AsyncIterator[Buffer]:
+        """Verified plaintext, in order: ``length`` bytes. Raises DataDamaged in the middle rather than yield anything
+        else.
+        """
+        left = self.length
+        try:
+            while left:
+                if not self._pieces:
+                    await self._start_next(now=self._as_copy_source)
+                if not self._pieces:
+                    raise DataDamaged("The object's parts end before its size.")
+                if len(self._pieces) == 1 and not self._slow and self._plane.get_buffers.left >= AHEAD_LEFT_MIN:
+                    await self._start_next(only_if_room=True)
+                piece = self._pieces[0]
+                await piece.done
+                self._pieces.pop(0)
+                plain = piece.lease.view[piece.first : piece.last]
+                left -= len(plain)
+                self._plane.counters.bytes_out += len(plain)
+                count, began = len(plain), self._plane.clock.monotonic()
+                try:
+                    yield plain
+                finally:
+                    del plain
+                    piece.lease.release()
+                took_s = self._plane.clock.monotonic() - began
+                self._slow = took_s > SLOW_S_MIN and count < SLOW_BYTES_PER_S * took_s
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._transfer.__exit__()
+        pieces, self._pieces = self._pieces, []
+        await cancel_all([piece.done for piece in pieces])
+        for piece in pieces:
+            piece.lease.release()
+        await self._jobs.aclose()
+
+    async def _start_next(self, *, only_if_room: bool = False, now: bool = False) -> None:
+        """Begins to read the next window, if there is one (and memory for it)."""
+        if self._next is None:
+            self._next = await anext(self._jobs, None)
+        if self._next is None:
+            return
+        reader, window, first, last = self._next
+        size = window.cells * reader.shape.plain_bytes
+        pool = self._plane.get_buffers
+        lease = pool.try_lease(size) if only_if_room else pool.lease_now(size) if now else await pool.lease(size)
+        if lease is not None:
+            self._next = None
+            self._pieces.append(_Piece(asyncio.create_task(reader.read(window, lease.view)), lease, first, last))
+
+    def _window_bytes(self) -> int:
+        pool = self._plane.get_buffers
+        wanted = window_bytes_for(pool.transfers, pool.left)
+        return min(wanted, SLOW_WINDOW_BYTES) if self._slow else wanted
+
+    async def _windows(self) -> AsyncGenerator[_Job, None]:
+        """What has to be read, in order."""
+        found, end, offset = self._found, self.first + self.length, 0
+        version = found.opened.version
+        whole = SealedPart(1, version.size, "", data_id=version.context_id)
+        async for part in bound_parts_of(self._plane.pages, found.name, version, whole, self.info.parts):
+            start, stop = max(self.first, offset), min(end, offset + part.size)
+            if stop > start or not version.size:
+                copy = found.copy if part.small else None
+                reader = PartReader(self._plane, self._bucket, found.name, part, found.opened.dek, copy, self._moved)
+                for window in reader.windows(start - offset, stop - start, self._window_bytes):
+                    base = offset + window.plain_start
+                    yield _Job(reader, window, max(start - base, 0), min(stop - base, window.plain_bytes))
+            offset += part.size
+            if offset >= end:
+                return
+
+    async def _moved(self, part: PartEntry) -> PartEntry | None:
+        """A ``reader.Moved``: of the very version that is being read, which may have been replaced meanwhile."""
+        version = self._found.opened.version
+        try:
+            again = await find(self._plane, self._bucket, self.info.key, version.version_id)
+            if again.opened.version.context_id != version.context_id:
+                return None
+            async for other in parts_of(self._plane.pages, again.name, again.opened.version):
+                if (other.data_id, other.number, other.size, other.header) == (
+                    part.data_id,
+                    part.number,
+                    part.size,
+                    part.header,
+                ):
+                    return other if other.runs != part.runs else None
+        except StoragedError:
+            pass  # what the reader found is what its caller is told
+        return None
