@@ -96,6 +96,8 @@ class WatchedObjects(ObjectService):
 
     def __init__(self, plane: ObjectPlane) -> None:
         super().__init__(plane)
+        self._bound = self.try_put, self.try_read, self.get
+        del self.try_put, self.try_read, self.get  # this class's methods of these names call them
         self.streams: list[WatchedStream] = []
         self.readings: list[Reading | None] = []
         """What each ``get`` was given."""
@@ -132,7 +134,7 @@ class WatchedObjects(ObjectService):
 
         if self.busy:
             return False
-        return super().try_put(bucket, key, plain, meta, checks, done, owner=owner, conditions=conditions)
+        return self._bound[0](bucket, key, plain, meta, checks, done, owner=owner, conditions=conditions)
 
     def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
         def answered(found: ReadResult) -> None:
@@ -143,7 +145,7 @@ class WatchedObjects(ObjectService):
             kept = None if self.fail_after is not None and isinstance(found, HeldStream) else found
             self.answer(lambda: answered(kept))
 
-        super().try_read(bucket, key, want_plain, done)
+        self._bound[1](bucket, key, want_plain, done)
 
     async def get(
         self,
@@ -164,7 +166,7 @@ class WatchedObjects(ObjectService):
             "part_number": part_number,
         }
         stream = WatchedStream(
-            await super().get(bucket, key, **asked, reading=reading), self.fail_after, self.piece_bytes
+            await self._bound[2](bucket, key, **asked, reading=reading), self.fail_after, self.piece_bytes
         )
         self.streams.append(stream)
         return stream
