@@ -14,7 +14,7 @@ from storaged.cluster.ports import Call, Method
 from storaged.cluster.rpc import RpcPool, RpcServer, faults
 from storaged.cluster.rpc.framing import ErrorHead
 from storaged.errors import PeerError, PeerRefused
-from storaged.observe import _logfmt
+from storaged.observe.logs import logfmt
 from storaged.units import MIB
 from storaged.wire import Message, decode, encode
 from tests.patience import GUARD_S
@@ -126,4 +126,4 @@ def test_what_another_node_says_of_an_error_is_short_and_has_no_control_characte
 
 
 def test_a_line_of_the_log_has_no_control_characters() -> None:
-    assert _logfmt({"event": "x", "reason": "a\x1b[2J\x9bb\u2028\ud800"}).isprintable()
+    assert logfmt({"event": "x", "reason": "a\x1b[2J\x9bb\u2028\ud800"}).isprintable()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from storaged import observe
+from storaged.observe.logs import logfmt
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_the_text_of_an_exception_holds_no_local_variables(form: str) -> None:
 
 @given(st.text(max_size=60))
 def test_a_logfmt_line_stays_one_line_whatever_a_value_holds(text: str) -> None:
-    assert "\n" not in observe._logfmt({"level": "info", "event": text, "x": text})
+    assert "\n" not in logfmt({"level": "info", "event": text, "x": text})
 
 
 def test_auto_chooses_by_where_the_lines_go() -> None:

@@ -85,7 +85,7 @@ async def test_the_spans_file_gets_a_line_a_request_and_ends_at_its_bound(
         pass
     record("PutObject", 0.25, {"http.response.status_code": 200}, found)
     record("PutObject", 0.25, {}, None)
-    monkeypatch.setattr(observe, "SPANS_FILE_BYTES_MAX", 10)
+    monkeypatch.setattr("storaged.observe.spans.SPANS_FILE_BYTES_MAX", 10)
     record("GetObject", 0.25, {}, found)
     (line,) = path.read_text().splitlines()
     told = json.loads(line)

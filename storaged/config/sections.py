@@ -1,0 +1,158 @@
+"""The sections of a node's configuration and their options."""
+
+from __future__ import annotations
+
+import msgspec
+
+from storaged.units import GIB, KIB, MIB
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("auto", "journal", "json", "console", "logfmt")
+ROLES = ("storage", "gateway")
+KEEP_DAYS_MIN = 180
+
+
+class NodeSection(msgspec.Struct, frozen=True):
+    """``directory`` has the node's own files: lock, admin socket, known layouts, and which store each disk had."""
+
+    name: str
+    directory: str
+    roles: list[str]
+
+
+class ClusterSection(msgspec.Struct, frozen=True):
+    identity: str
+
+
+class DiskSection(msgspec.Struct, frozen=True):
+    """``id`` is the disk's id in the layout, 16 hex digits."""
+
+    id: str
+    directory: str
+
+
+class RpcSection(msgspec.Struct, frozen=True):
+    """The address where other nodes reach this one. Empty for a gateway that no node calls."""
+
+    listen: str = ""
+
+
+class S3Section(msgspec.Struct, frozen=True):
+    """The S3 front.
+
+    ``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``:
+    processes that share the port. ``region``: the region that clients are told. ``strict_region``: refuse signatures
+    and new buckets of any other region; without it, every region is accepted. ``unauthenticated_*_max``: how many
+    connections, requests and bytes one address (a /64 of IPv6) may have before they have authenticated; beyond that,
+    the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come through them.
+    """
+
+    listen: str = "127.0.0.1:8333"
+    workers: int = 1
+    region: str = "eu-fr-1"
+    strict_region: bool = False
+    domains: list[str] = []
+    tls_certificate: str = ""
+    tls_key: str = ""
+    unauthenticated_connections_max: int = 2048
+    unauthenticated_requests_max: int = 256
+    unauthenticated_bytes_max: int = 64 * MIB
+    proxies: list[str] = []
+
+
+class AdminSection(msgspec.Struct, frozen=True):
+    """``listen``: health and metrics over HTTP, empty for none. Administration is only on the Unix socket in the node's
+    directory.
+    """
+
+    listen: str = ""
+
+
+class KeysSection(msgspec.Struct, frozen=True):
+    """What opens the keyring. ``credential`` names a file of 32 random bytes, ``passphrase`` a file whose first line is
+    the passphrase.
+    """
+
+    keyring: str = ""
+    credential: str = ""
+    passphrase: str = ""
+
+
+class AuditSection(msgspec.Struct, frozen=True):
+    """The audit log. ``directory`` empty: ``audit`` in the node's directory. A chain's file ends, and a new one begins,
+    at ``file_bytes_max``. A file whose last entry is older than ``keep_days`` is removed, never before six months (180
+    days); 0: no file is ever removed.
+    """
+
+    directory: str = ""
+    file_bytes_max: int = 64 * MIB
+    keep_days: int = 190
+
+
+class LimitsSection(msgspec.Struct, frozen=True):
+    """Bounds of one node; a gateway's workers share those of S3.
+
+    ``recode_delay_s``: how long a disk may be away before repair recodes blocks for the other disks. ``meta_map_bytes``
+    is address space for a disk's LMDB; disk space is used only as rows are written. ``reserve_bytes`` stays free on
+    every disk for deletes, repair and the ring; 0: a twentieth of the file system.
+    """
+
+    s3_requests_max: int = 1024
+    rpc_inflight_bytes_max: int = 64 * MIB
+    meta_map_bytes: int = 64 * GIB
+    segment_bytes: int = 256 * MIB
+    reserve_bytes: int = 0
+    drain_s: float = 25.0
+    small_object_bytes_max: int = 16 * KIB
+    recode_delay_s: float = 600.0
+
+
+class LogSection(msgspec.Struct, frozen=True):
+    """``format`` ``auto``: journal under systemd, console on a terminal, else logfmt.
+
+    ``access``: log a line at level info for every S3 request. ``slow_ms``: warn of a request that takes longer than
+    this plus the time that its bytes may take; 0: never.
+    """
+
+    level: str = "info"
+    format: str = "auto"
+    access: bool = False
+    slow_ms: int = 10_000
+
+
+class Config(msgspec.Struct, frozen=True):
+    """A checked configuration; every path in it is absolute."""
+
+    node: NodeSection
+    cluster: ClusterSection
+    disks: list[DiskSection] = []
+    rpc: RpcSection = RpcSection()
+    s3: S3Section = S3Section()
+    admin: AdminSection = AdminSection()
+    keys: KeysSection = KeysSection()
+    audit: AuditSection = AuditSection()
+    limits: LimitsSection = LimitsSection()
+    log: LogSection = LogSection()
+    path: str = ""
+
+    @property
+    def gateway(self) -> bool:
+        return "gateway" in self.node.roles
+
+    @property
+    def storage(self) -> bool:
+        return "storage" in self.node.roles
+
+
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "node": NodeSection,
+    "cluster": ClusterSection,
+    "disks": DiskSection,
+    "rpc": RpcSection,
+    "s3": S3Section,
+    "admin": AdminSection,
+    "keys": KeysSection,
+    "audit": AuditSection,
+    "limits": LimitsSection,
+    "log": LogSection,
+}
