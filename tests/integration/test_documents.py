@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,14 @@ def test_modules_and_files_that_docstrings_name_exist(folder: str) -> None:
             if first in planes() and last not in SUFFIXES and name not in METHODS and not is_named_in_code(name):
                 missing.append(f"{path.relative_to(ROOT)} names {name}")
     assert not missing, "\n".join(sorted(missing))
+
+
+def test_the_picture_of_the_planes_is_the_contract_that_imports_keep() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["name"] == "layers")
+    wanted = [{name.strip().removeprefix("storaged.") for name in layer.split("|")} for layer in layers]
+    section = (ROOT / "storaged" / "README.md").read_text().split("## Nodes and planes\n")[1]
+    lines = section.split("```\n")[1].splitlines()
+    for line, names in zip(lines, wanted, strict=True):
+        words = re.split(r"[\s|]+", line)
+        assert names <= set(words[: len(names)]), f"{line!r} is not the layer {sorted(names)}"
