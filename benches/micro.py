@@ -43,9 +43,9 @@ from storaged.ids import system_entropy
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Slot, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import DigestCache
+from storaged.meta.store_ports import Slot, StoreBatch
 from storaged.objects.api import Buckets, Listing, Objects, Show, Users
 from storaged.objects.code import erasure
 from storaged.objects.code.seal import seal_part

@@ -18,8 +18,8 @@ from storaged.keys.bucketkey import UnwrappedBucketKey
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Ballot, Value, Visibility, object_name
-from storaged.meta.ports import MetaStore, Slot
 from storaged.meta.storage.scan import DigestCache, scan_store
+from storaged.meta.store_ports import MetaStore, Slot
 from storaged.objects import listing as objects_listing
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.objects.cache.listed_rows import ListedRowCache

@@ -18,7 +18,7 @@ from storaged.maintain.repair_queue import RepairQueue
 from storaged.maintain.walk import Range, Walker, upload_rows
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, Value
-from storaged.meta.ports import RowDamaged
+from storaged.meta.store_ports import RowDamaged
 
 VERIFY_PAUSE_S_MAX = 60.0
 """Records of buckets that were not verified are looked at again soon, then after a pause that doubles up to this."""
@@ -49,7 +49,7 @@ class Check:
         self._walk_pause_s = 0.0
         self._verify_at, self._verify_pause_s = NOW, 0.0
 
-    # --- requests and state -----------------------------------------------------------------------------------------
+    # --- requests and state -------------------------------------------------------------------------------------------
 
     def hint(self, name: bytes) -> None:
         """This register (packed name) should be looked at soon. Beyond the bound a walk finds it."""
@@ -93,7 +93,7 @@ class Check:
         await self._verify_buckets_again()
         await self._look_at_hints()
 
-    # --- walks ------------------------------------------------------------------------------------------------------
+    # --- walks --------------------------------------------------------------------------------------------------------
 
     async def _walk(self) -> None:
         """Judges everything that this node is responsible for. The walk is not complete when a range can't be settled,
@@ -173,7 +173,7 @@ class Check:
         if before - set(buckets.refused):
             self.request_walk()
 
-    # --- single registers -------------------------------------------------------------------------------------------
+    # --- single registers ---------------------------------------------------------------------------------------------
 
     async def _look_at_hints(self) -> None:
         """Some of them, several at a time."""

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from storaged.clock import Clock
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.fragments.ports import FragmentStore, FragmentStores
-from storaged.meta.ports import MetaStore, PageCopies, Registers, Scanner
+from storaged.meta.ports import PageCopies, Registers, Scanner
+from storaged.meta.store_ports import MetaStore
 from storaged.units import MIB
 
 

@@ -33,7 +33,8 @@ from storaged.maintain.directory import Buckets
 from storaged.maintain.health import claims
 from storaged.maintain.walk import entries_of
 from storaged.meta.names import RegisterName, Table, Value
-from storaged.meta.ports import PageQuery, RowDamaged
+from storaged.meta.ports import PageQuery
+from storaged.meta.store_ports import RowDamaged
 from storaged.objects.records import PartEntry
 from storaged.objects.write.uploads import living_upload, living_uploads
 
@@ -100,7 +101,7 @@ class Collector:
                 next_sweep = self._context.clock.monotonic() + self._context.limits.orphan_interval_s
                 await self.sweep()
 
-    # --- garbage lists ----------------------------------------------------------------------------------------------
+    # --- garbage lists ------------------------------------------------------------------------------------------------
 
     async def collect_due(self) -> int:
         """Judges what is due on all disks. Returns how many fragments were deleted."""
@@ -300,7 +301,7 @@ class Collector:
         self._gone.add(bucket)
         return True
 
-    # --- the sweep of orphans ---------------------------------------------------------------------------------------
+    # --- the sweep of orphans -----------------------------------------------------------------------------------------
 
     async def sweep(self) -> int:
         """Looks for fragments that no record claims, and that are too old for a request to be still writing them. Whole

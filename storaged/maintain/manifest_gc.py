@@ -31,8 +31,8 @@ from storaged.maintain.directory import Buckets
 from storaged.maintain.walk import row_slices
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, Visibility
-from storaged.meta.ports import MetaStore, RowDamaged, Slot
 from storaged.meta.storage.rowvalue import unpack_row
+from storaged.meta.store_ports import MetaStore, RowDamaged, Slot
 from storaged.objects.write.references import versions_in
 
 PAGES_A_SLICE = 1000

@@ -16,8 +16,8 @@ from storaged.maintain.context import MaintainContext, wait_for
 from storaged.maintain.job import Job, Pace
 from storaged.maintain.walk import row_slices
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import MetaStore, RowDamaged, StoreBatch
 from storaged.meta.storage.rowvalue import intact
+from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch
 
 PAGE = 200
 NOTE_POSITION_S = 60.0

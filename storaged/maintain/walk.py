@@ -25,9 +25,10 @@ from storaged.maintain.manifest_repair import PageRepair, PagesOf, pages_in
 from storaged.maintain.placement import Placements
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import MetaStore, PageQuery, RowDamaged, RowRange
+from storaged.meta.ports import PageQuery
 from storaged.meta.storage.readahead import THREADS
 from storaged.meta.storage.rowvalue import unpack_row
+from storaged.meta.store_ports import MetaStore, RowDamaged, RowRange
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import living_upload, living_uploads
@@ -142,7 +143,7 @@ class Walker:
             return True
         return name.key[:UPLOAD_ID_BYTES] in await self.open_uploads_of(name.scope, name.shard)
 
-    # --- ranges -----------------------------------------------------------------------------------------------------
+    # --- ranges -------------------------------------------------------------------------------------------------------
 
     def led_ranges(self) -> list[Range]:
         """The ranges that this node is responsible for, by the directory as it was read last. The system partition is
@@ -204,7 +205,7 @@ class Walker:
             found.append((name, value or Value(0, b"", Visibility.TOMBSTONE, b"")))
         return found
 
-    # --- registers --------------------------------------------------------------------------------------------------
+    # --- registers ----------------------------------------------------------------------------------------------------
 
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]]) -> list[Finding]:
         """The findings of the rows that are below target. Records that this node can't judge are left out and

@@ -23,7 +23,7 @@ from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.reader import Myself
 from storaged.meta.consensus.register import RULES, Ballots, Rules
 from storaged.meta.names import RegisterName, Table, Value
-from storaged.meta.ports import Changed, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
+from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
 from storaged.meta.proposer.change import Deadlines, Ring
 from storaged.meta.proposer.fences import RingFences
 from storaged.meta.proposer.new_keys import NewKeyRate
@@ -209,7 +209,7 @@ class RingClient:
         self,
         name: RegisterName,
         update: Update,
-        then: Changed,
+        then: OnOutcome,
         *,
         small: SmallCopies | None = None,
         regardless: bool = False,

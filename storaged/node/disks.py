@@ -31,7 +31,6 @@ from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import DiskOwner, LocalFragmentStore
 from storaged.meta.acceptor.replica import LocalReplica
-from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import (
     COPY_CACHE_BYTES_A_DISK,
@@ -40,6 +39,7 @@ from storaged.meta.storage.small_copies import (
     PlainCopies,
     SmallCopyCache,
 )
+from storaged.meta.store_ports import Copy, Kept, StoreBatch
 from storaged.node.admission import Opening, admission, drop_acceptance, is_blank, take_acceptance
 from storaged.node.forming import Answers, Forming, Verdict, begin_at_once
 from storaged.node.ledger import Ledger

@@ -17,9 +17,9 @@ from storaged.errors import DiskUnusable, StoragedError
 from storaged.hashes import is_page
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Done, Fence, RowDamaged, RowRange, Slot, Stamps, StoreBatch, StoredPage
 from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
 from storaged.meta.storage.rowvalue import columns_of, intact, pack_row, stamps_in, unpack_row
+from storaged.meta.store_ports import Done, Fence, RowDamaged, RowRange, Slot, Stamps, StoreBatch, StoredPage
 
 SLICE_ROWS_MAX = 10_000
 

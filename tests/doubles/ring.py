@@ -12,9 +12,9 @@ from storaged.fragments.ports import FragmentHeader
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import (
-    Changed,
     HeadPage,
     ListPage,
+    OnOutcome,
     Outcome,
     PageQuery,
     Reading,
@@ -110,7 +110,7 @@ class MemoryRing:
         self,
         name: RegisterName,
         update: Update,
-        then: Changed,
+        then: OnOutcome,
         *,
         small: SmallCopies | None = None,
         regardless: bool = False,

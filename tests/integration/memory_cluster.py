@@ -29,8 +29,8 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, object_name
-from storaged.meta.ports import RowDamaged
 from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.store_ports import RowDamaged
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.disks import load_of
 from storaged.node.keeper import SystemKeeper

@@ -27,9 +27,9 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import StoreBatch
 from storaged.meta.storage import state as store_module
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.store_ports import StoreBatch
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import encode
 from tests.patience import GUARD_S

@@ -21,7 +21,7 @@ from storaged.maintain import gc as collect_module
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.messages import FenceSet
 from storaged.meta.names import Change, RegisterName, Value, object_name, system_name, upload_name
-from storaged.meta.ports import RowDamaged
+from storaged.meta.store_ports import RowDamaged
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord

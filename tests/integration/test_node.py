@@ -27,7 +27,8 @@ from storaged.cluster.signed_layout import SignedLayout, sign_layout
 from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, ServiceUnavailable
 from storaged.meta.acceptor.high_water import META_HIGH_WATER
 from storaged.meta.names import Ballot, RegisterName, Value
-from storaged.meta.ports import Outcome, Reading, StoreBatch
+from storaged.meta.ports import Outcome, Reading
+from storaged.meta.store_ports import StoreBatch
 from storaged.node import process
 from storaged.node.binding import Binding, ClusterRecord
 from storaged.node.disks import open_disks

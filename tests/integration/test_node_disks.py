@@ -17,8 +17,8 @@ from storaged import config
 from storaged.cli import accept
 from storaged.clock import SystemClock
 from storaged.errors import DiskUnusable, OperatorError
-from storaged.meta.ports import StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.store_ports import StoreBatch
 from storaged.node import disks as node_disks
 from storaged.node.admission import ACCEPTANCE, admission, take_acceptance, write_acceptance
 from storaged.node.disks import Disks, Opener

@@ -39,7 +39,7 @@ from storaged.meta.names import (
     object_name,
     system_name,
 )
-from storaged.meta.ports import Slot, StoreBatch
+from storaged.meta.store_ports import Slot, StoreBatch
 from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.users import UserService

@@ -30,7 +30,7 @@ from storaged.errors import CertificateRefused, DataDamaged, ServiceUnavailable
 from storaged.keys.signing import signing_key
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import Ballot, Change, RegisterName, Value, object_name, system_name
-from storaged.meta.ports import Slot, StoreBatch
+from storaged.meta.store_ports import Slot, StoreBatch
 from storaged.node.housekeeping import check_records
 from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, encode_object
 from storaged.objects.system.buckets import BucketService

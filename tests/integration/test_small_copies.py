@@ -23,9 +23,9 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Copies, Copy, MetaStore, StoreBatch
 from storaged.meta.storage import write_queue
 from storaged.meta.storage.small_copies import ENTRY_BYTES, PlainCopies, SmallCopyCache
+from storaged.meta.store_ports import Copies, Copy, MetaStore, StoreBatch
 from storaged.node.disks import restore_copies
 from storaged.wire import Buffer, encode
 from tests.doubles.meta_store import MemoryMetaStore

@@ -21,7 +21,7 @@ from storaged.errors import (
     SystemRecordDamaged,
 )
 from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name, upload_name
-from storaged.meta.ports import StoreBatch
+from storaged.meta.store_ports import StoreBatch
 from storaged.node.housekeeping import check_records, tidy
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.records import BucketRecord, UploadRecord, UserRecord

@@ -32,11 +32,11 @@ from storaged.fragments.log import SegmentLog
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import StoreBatch
 from storaged.meta.storage import lmdb_store as record_store
 from storaged.meta.storage import redo
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.redo import PAGE_BYTES
+from storaged.meta.store_ports import StoreBatch
 from storaged.node import disks
 from storaged.units import KIB
 from storaged.wire import encode

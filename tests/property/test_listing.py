@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
-from storaged.meta.ports import PageQuery, RowRange
+from storaged.meta.ports import PageQuery
 from storaged.meta.storage.scan import common_prefix
+from storaged.meta.store_ports import RowRange
 from tests.examples import examples
 from tests.worlds.listing import BUCKET, Ring, value_of
 

@@ -38,7 +38,8 @@ from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import ATTEMPTS_MAX, RULES, Ballots, Lineage, Verdict
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value
-from storaged.meta.ports import Fence, SmallCopies
+from storaged.meta.ports import SmallCopies
+from storaged.meta.store_ports import Fence
 
 NOW_US = 1_700_000_000_000_000
 ONE_SET = Quorum(("a", "b", "c"))

@@ -34,9 +34,9 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import Copy
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.store_ports import Copy
 from storaged.meta.transport.accept_batching import ALONE_MAX
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode

@@ -28,7 +28,8 @@ from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import PageQuery, Slot, SmallCopies, StoreBatch, Update
+from storaged.meta.ports import PageQuery, SmallCopies, Update
+from storaged.meta.store_ports import Slot, StoreBatch
 from storaged.node.keeper import SystemKeeper
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World
 from tests.sim.scenario import GATEWAYS, KEYS, Scenario, Verdicts, play_out

@@ -12,8 +12,8 @@ import pytest
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.hashes import page_hash
 from storaged.meta.names import SYSTEM_SCOPE, Ballot, RegisterName, Table, Value, Visibility, system_name
-from storaged.meta.ports import Fence, MetaStore, RowRange, Slot, StoreBatch, StoredPage
 from storaged.meta.storage.rowvalue import check_of, intact, pack_row, row_parts, stamps_in, unpack_row, value_of
+from storaged.meta.store_ports import Fence, MetaStore, RowRange, Slot, StoreBatch, StoredPage
 
 BUCKET = bytes(range(16))
 OTHER = bytes(range(1, 17))

@@ -18,8 +18,9 @@ from storaged.meta.consensus.acceptor import CREATE_AHEAD_US, Acceptor, judge_cr
 from storaged.meta.consensus.proposer import CREATE_AHEAD_MAX_US
 from storaged.meta.consensus.register import CALL_BYTES, NEVER, Lineage, Standing, Verdict, created, overtaken
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Fence, Outcome, RowDamaged, SmallCopies, Update
+from storaged.meta.ports import Outcome, SmallCopies, Update
 from storaged.meta.proposer.new_keys import NEW_OF_LATE, SCOPES_MAX, NewKeyRate
+from storaged.meta.store_ports import Fence, RowDamaged
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
 from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, later_us, put

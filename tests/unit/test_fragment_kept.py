@@ -24,7 +24,7 @@ from storaged.fragments.ports import FragmentHeader, FragmentId, Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.fragments.write import Write
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import StoreBatch
+from storaged.meta.store_ports import StoreBatch
 from storaged.node.disks import _own, restore_copies
 from storaged.units import GIB, KIB, MIB
 from storaged.wire import encode

@@ -16,9 +16,9 @@ from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.scrub import Scrub
 from storaged.maintain.walk import REST_S_MAX, ROWS_A_SLICE, Range, Walker
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import RowRange, Slot, StoreBatch
 from storaged.meta.storage import readahead
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.store_ports import RowRange, Slot, StoreBatch
 from tests.doubles.meta_store import MemoryMetaStore
 
 SCOPE = b"s" * 16

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Slot
 from storaged.meta.storage.row_head import head_of, message_of, with_head
 from storaged.meta.storage.rowvalue import heads_of, pack_row
+from storaged.meta.store_ports import Slot
 
 MESSAGE = b"\x93abcdef" + bytes(300)
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from storaged.errors import DiskForeign
 from storaged.meta.names import RegisterName, Table, Visibility
-from storaged.meta.ports import RowDamaged, RowRange, Slot, StoreBatch
 from storaged.meta.storage import heap, identity
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowkey import row_key
 from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small
+from storaged.meta.store_ports import RowDamaged, RowRange, Slot, StoreBatch
 from tests.examples import examples
 from tests.suites.meta_store import BUCKET, name_of, slot_of, slots_in
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from storaged.errors import DiskUnusable
-from storaged.meta.ports import RowDamaged, StoreBatch
+from storaged.meta.store_ports import RowDamaged, StoreBatch
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.suites.meta_store import *  # noqa: F403
 from tests.suites.meta_store import name_of, slot_of

@@ -17,9 +17,10 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Copy, Reading, Slot, StoreBatch
+from storaged.meta.ports import Reading
 from storaged.meta.storage.rowvalue import check_of, pack_row
 from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.store_ports import Copy, Slot, StoreBatch
 from storaged.meta.transport.read_batching import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode

@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from storaged.aio import FAILING_IN_A_ROW_MAX, DirectFile, OnDone
 from storaged.errors import DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.names import Table
-from storaged.meta.ports import Fence, RowDamaged, RowRange, Slot, StoreBatch
 from storaged.meta.storage import batch, overlay, redo, write_queue
 from storaged.meta.storage.identity import IDENTITY, Mark
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
 from storaged.meta.storage.rowvalue import open_small, seal_small
+from storaged.meta.store_ports import Fence, RowDamaged, RowRange, Slot, StoreBatch
 from storaged.units import MIB
 from tests.examples import examples
 from tests.patience import GUARD_S

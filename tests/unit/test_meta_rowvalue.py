@@ -9,9 +9,9 @@ import pytest
 import xxhash
 
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import RowDamaged, Slot
 from storaged.meta.storage import rowvalue
 from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small, unpack_row
+from storaged.meta.store_ports import RowDamaged, Slot
 
 NAME = RegisterName(Table.OBJECT, bytes(range(16)), 3, b"photos/1.jpg")
 SLOT = Slot(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import RowRange, Slot, StoreBatch
 from storaged.meta.storage.scan import (
     DigestCache,
     ScanRequest,
@@ -17,6 +16,7 @@ from storaged.meta.storage.scan import (
     list_after_prefix,
     scan_store,
 )
+from storaged.meta.store_ports import RowRange, Slot, StoreBatch
 from tests.doubles.meta_store import MemoryMetaStore
 
 SCOPE = b"bucket of a test"

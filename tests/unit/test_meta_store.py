@@ -17,10 +17,10 @@ import pytest
 
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.meta.names import Table
-from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.storage import checkpoint, write_queue
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowvalue import pack_row
+from storaged.meta.store_ports import Fence, RowDamaged, StoreBatch
 from tests.patience import GUARD_S
 from tests.suites.meta_store import *  # noqa: F403
 from tests.suites.meta_store import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in

@@ -17,10 +17,10 @@ from storaged.cluster.ports import Call, PeerIdentity
 from storaged.errors import DiskUnusable
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
-from storaged.meta.ports import RowRange, StoreBatch
 from storaged.meta.storage import readahead
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
+from storaged.meta.store_ports import RowRange, StoreBatch
 from storaged.meta.transport.replicas import ReplicaHost
 from tests.patience import GUARD_S
 from tests.suites.meta_store import name_of, slot_of

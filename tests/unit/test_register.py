@@ -29,7 +29,7 @@ from storaged.meta.consensus.register import (
     shown,
 )
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, Value, Visibility
-from storaged.meta.ports import Fence
+from storaged.meta.store_ports import Fence
 
 
 def ballot(counter: int, node: str = "a", epoch: int = 1) -> Ballot:

@@ -32,10 +32,11 @@ from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Copy, Replica, SmallCopies, StoreBatch
+from storaged.meta.ports import Replica, SmallCopies
 from storaged.meta.proposer.queue import Turns
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.store_ports import Copy, StoreBatch
 from storaged.wire import Buffer, encode
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S

@@ -21,10 +21,10 @@ from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
 from storaged.meta.messages import ScanRequest, ShardAsk
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Copy, Done, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.store_ports import Copy, Done, StoreBatch
 from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import Buffer
 from tests.doubles.meta_store import MemoryMetaStore

@@ -14,8 +14,9 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Replica, Slot
+from storaged.meta.ports import Replica
 from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.store_ports import Slot
 from storaged.meta.transport.calls import Fanout, TaskPool
 from storaged.meta.transport.replicas import RemoteReplica
 from storaged.wire import Buffer, Message, encode

@@ -13,8 +13,9 @@ from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Reading, RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import Reading
 from storaged.meta.storage.scan import DigestCache, scan_store
+from storaged.meta.store_ports import RowDamaged, Slot, StoreBatch
 from tests.doubles.meta_store import MemoryMetaStore
 
 BUCKET = b"bucket of a test"

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from storaged.errors import DiskUnusable, SlowDown, StoragedError
-from storaged.meta.ports import MetaStore, StoreBatch
+from storaged.meta.store_ports import MetaStore, StoreBatch
 from storaged.units import MIB
 
 log = structlog.get_logger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from storaged.errors import DiskUnusable
 from storaged.meta.messages import FenceLift, FenceSet
-from storaged.meta.ports import Fence, MetaStore, RowDamaged, StoreBatch
+from storaged.meta.store_ports import Fence, MetaStore, RowDamaged, StoreBatch
 
 FENCES_KNOWN_MAX = 4_096
 """Buckets of which it is remembered whether they are fenced; only this disk's replica changes that."""

@@ -8,7 +8,7 @@ from storaged.errors import StoragedError
 from storaged.meta.acceptor.disk_writes import DiskWrites, raise_if
 from storaged.meta.consensus.acceptor import AcceptorState, needs_high_water
 from storaged.meta.names import Ballot
-from storaged.meta.ports import StoreBatch
+from storaged.meta.store_ports import StoreBatch
 from storaged.wire import decode, encode
 
 META_HIGH_WATER = "high_water"

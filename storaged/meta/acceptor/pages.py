@@ -10,7 +10,7 @@ from storaged.hashes import is_old
 from storaged.meta.acceptor.disk_writes import DiskWrites
 from storaged.meta.consensus.bounds import check_page, check_pages
 from storaged.meta.messages import PageCheck, PageGet, PagePut, PageReply, PagesMissing
-from storaged.meta.ports import MetaStore, RowDamaged, StoreBatch, StoredPage
+from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch, StoredPage
 
 PAGES_A_TURN = 16
 """Pages checked in one turn of the event loop, so that other requests are not held up."""

@@ -11,7 +11,7 @@ from msgspec import Struct
 from storaged.errors import StoragedError
 from storaged.meta.messages import Accept, AcceptReply
 from storaged.meta.names import Ballot, RegisterName
-from storaged.meta.ports import StoreBatch
+from storaged.meta.store_ports import StoreBatch
 
 OnAcceptReply = Callable[[AcceptReply | Exception], None]
 """Gets what ``ports.Replica.accept`` returns or raises."""

@@ -47,7 +47,8 @@ from storaged.meta.consensus.bounds import check_created, check_epoch, check_fen
 from storaged.meta.consensus.register import RULES, Rules, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table
-from storaged.meta.ports import Copies, MetaStore, OnAnswer, RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import OnAnswer
+from storaged.meta.store_ports import Copies, MetaStore, RowDamaged, Slot, StoreBatch
 from storaged.wire import Buffer, Message, decode
 
 OBJECT = int(Table.OBJECT)

@@ -20,9 +20,9 @@ from storaged.meta.consensus.acceptor import Acceptor, AcceptorState, judge_read
 from storaged.meta.consensus.register import Rules, Verdict, digest_of
 from storaged.meta.messages import Read, ReadReply, ScanReply, ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import Copies, Copy, MetaStore, RowDamaged, Slot
 from storaged.meta.storage.readahead import THREADS
 from storaged.meta.storage.scan import DigestCache, asks_to_read_ahead, read_ahead, scan_store
+from storaged.meta.store_ports import Copies, Copy, MetaStore, RowDamaged, Slot
 
 NO_BYTES = memoryview(b"")
 SCOPE_END = 17

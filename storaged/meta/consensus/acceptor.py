@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
-from storaged.meta.ports import Fence, Slot
+from storaged.meta.store_ports import Fence, Slot
 
 HIGH_WATER_BLOCK_US = 10_000_000
 """How far ahead of the promises the high-water ballot is persisted: one commit in 5 to 10 s of traffic. After a restart

@@ -44,7 +44,7 @@ from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Change, RegisterName
-from storaged.meta.ports import Changed, Outcome
+from storaged.meta.ports import OnOutcome, Outcome
 from storaged.meta.transport.calls import Fanout, TaskPool, UnresponsiveDisks
 
 OK = int(Verdict.OK)
@@ -160,7 +160,7 @@ class ChangeShell:
         self._deadline = deadline
         self._ready = ready
         self._renew = renew
-        self._on_done: Changed | None = None
+        self._on_done: OnOutcome | None = None
         self._more_s = self._timeout_s = 0.0
         self._silent: Sequence[str] = ()
         """Disks that were asked for a promise first and have not answered."""
@@ -173,7 +173,7 @@ class ChangeShell:
 
     # --- begin and end ------------------------------------------------------------------------------------------------
 
-    def begin(self, view: View, on_done: Changed, create: Change | None = None) -> None:
+    def begin(self, view: View, on_done: OnOutcome, create: Change | None = None) -> None:
         """``on_done(outcome)`` is called once, perhaps before this returns, and must not raise. Its argument is the
         outcome, or the exception that ``ports.Registers.change`` raises. ``create``: what the update makes of nothing,
         to be proposed at once. An exception that this raises reaches ``on_done`` as well only when it is no mistake of

@@ -18,7 +18,7 @@ from storaged.ids import Entropy
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.register import CALL_BYTES, Lineage, may_create
 from storaged.meta.names import Change, RegisterName, Value
-from storaged.meta.ports import Changed, Outcome, SmallCopies, Update
+from storaged.meta.ports import OnOutcome, Outcome, SmallCopies, Update
 from storaged.meta.proposer.change import STOPPED, ChangeShell, Ring
 from storaged.meta.proposer.new_keys import NewKeyRate
 
@@ -150,7 +150,7 @@ class ChangeQueue:
             self._under_way.pop(shell, None)
 
     def try_change(
-        self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None, regardless: bool
+        self, name: RegisterName, update: Update, then: OnOutcome, small: SmallCopies | None, regardless: bool
     ) -> bool:
         """See ``ports.Registers``."""
         _check_regardless(name, regardless)
@@ -181,7 +181,7 @@ class ChangeQueue:
         shell: ChangeShell,
         create: Change | None,
         regardless: bool,
-        then: Changed,
+        then: OnOutcome,
         outcome: Outcome | Exception,
     ) -> None:
         self._under_way.pop(shell, None)
@@ -191,7 +191,7 @@ class ChangeQueue:
         then(outcome)
 
     async def _change_for(
-        self, name: RegisterName, update: Update, small: SmallCopies | None, regardless: bool, then: Changed
+        self, name: RegisterName, update: Update, small: SmallCopies | None, regardless: bool, then: OnOutcome
     ) -> None:
         outcome: Outcome | Exception = OutcomeUnknown(STOPPED)
         try:

@@ -35,9 +35,10 @@ from storaged.meta.consensus.reader import (
 from storaged.meta.consensus.register import Verdict, shown
 from storaged.meta.messages import AcceptReply, Read, ReadReply
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Copy, Reading
+from storaged.meta.ports import Reading
 from storaged.meta.proposer.change import Deadlines, Ring
 from storaged.meta.storage.rowvalue import check_of, value_of
+from storaged.meta.store_ports import Copy
 from storaged.meta.transport.calls import NO_BYTES, Answers, Calls, UnresponsiveDisks
 from storaged.meta.transport.read_batching import CHECK, COPY, ROW, RowReader
 

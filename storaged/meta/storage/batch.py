@@ -9,9 +9,9 @@ import msgspec
 from msgspec import Struct
 
 from storaged.hashes import is_page
-from storaged.meta.ports import Done, Slot, StoreBatch, StoredPage
 from storaged.meta.storage.redo import BODY_BYTES_MAX
 from storaged.meta.storage.rowvalue import pack_row, seal_small
+from storaged.meta.store_ports import Done, Slot, StoreBatch, StoredPage
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, encode
 

@@ -11,11 +11,11 @@ from bisect import bisect_left
 from itertools import islice
 from typing import Any
 
-from storaged.meta.ports import RowRange, Stamps
 from storaged.meta.storage.heap import REFERENCE_BYTES, row_of, stamps_of
 from storaged.meta.storage.identity import Database, Transaction
 from storaged.meta.storage.rowkey import NODE_BYTES, SEGMENT_BYTES, find, row_key
 from storaged.meta.storage.rowvalue import open_number
+from storaged.meta.store_ports import RowRange, Stamps
 
 PAGE_AGE_BYTES = 8
 """Each page begins with the time at which it was put last."""

@@ -30,9 +30,9 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from storaged.meta.ports import RowDamaged
 from storaged.meta.storage.identity import Database, Transaction
 from storaged.meta.storage.rowvalue import ROW_BYTES_MIN, STAMP_BYTES, intact, open_number, seal_number
+from storaged.meta.store_ports import RowDamaged
 from storaged.wire import Buffer
 
 Cursor = Any

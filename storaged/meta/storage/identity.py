@@ -14,8 +14,8 @@ import lmdb
 from storaged.durable import sync_path
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
 from storaged.lmdb_file import extend_to_last_page
-from storaged.meta.ports import RowDamaged
 from storaged.meta.storage.rowvalue import open_small
+from storaged.meta.store_ports import RowDamaged
 from storaged.units import MIB
 
 STORE_ID_BYTES = 16

@@ -49,13 +49,13 @@ from pathlib import Path
 
 from storaged.errors import StoragedError
 from storaged.ids import Entropy, system_entropy
-from storaged.meta.ports import Done, MetaStoreStatistics, StoreBatch
 from storaged.meta.storage.batch import PackedBatch, pack_batch
 from storaged.meta.storage.checkpoint import Checkpointer
 from storaged.meta.storage.identity import STORE_ID_BYTES, verify_identity
 from storaged.meta.storage.opening import open_state
 from storaged.meta.storage.reader import StoreReader
 from storaged.meta.storage.write_queue import WriteQueue
+from storaged.meta.store_ports import Done, MetaStoreStatistics, StoreBatch
 from storaged.units import GIB
 
 MAP_BYTES_DEFAULT = 64 * GIB

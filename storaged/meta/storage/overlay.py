@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
-from storaged.meta.ports import RowRange
 from storaged.meta.storage.batch import LoggedBatch, PackedBatch
+from storaged.meta.store_ports import RowRange
 
 
 class Table(dict[bytes, bytes]):

@@ -16,11 +16,11 @@ from typing import Any
 
 import lmdb
 
-from storaged.meta.ports import RowDamaged, RowRange
 from storaged.meta.storage.cursor import columns_at
 from storaged.meta.storage.heap import number_in, rows_of
 from storaged.meta.storage.identity import Database
 from storaged.meta.storage.rowvalue import open_number
+from storaged.meta.store_ports import RowDamaged, RowRange
 from storaged.units import MIB
 
 LARGE_BYTES = 256 * MIB

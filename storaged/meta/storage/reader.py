@@ -13,7 +13,6 @@ import lmdb
 from storaged.errors import DiskUnusable
 from storaged.hashes import is_page
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import Fence, RowDamaged, RowRange, Slot, Stamps
 from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
 from storaged.meta.storage.cursor import PAGE_AGE_BYTES, StoredRows, columns_at, page_ages, stamps_at, stored_row
 from storaged.meta.storage.heap import rows_of
@@ -31,6 +30,7 @@ from storaged.meta.storage.rowvalue import (
     unpack_row,
 )
 from storaged.meta.storage.state import StoreState
+from storaged.meta.store_ports import Fence, RowDamaged, RowRange, Slot, Stamps
 
 SLICE_ROWS_MAX = 10_000
 

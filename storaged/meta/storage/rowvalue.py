@@ -28,8 +28,8 @@ import xxhash
 
 from storaged import wire
 from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Value
-from storaged.meta.ports import RowDamaged, Slot, Stamps
 from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, head_of
+from storaged.meta.store_ports import RowDamaged, Slot, Stamps
 from storaged.wire import Buffer
 
 ROW_VERSION = 1

@@ -27,7 +27,6 @@ import xxhash
 from storaged import wire
 from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName
-from storaged.meta.ports import MetaStore, RowDamaged, RowRange
 from storaged.meta.storage.rowvalue import (
     STAMP_BYTES,
     heads_of,
@@ -38,6 +37,7 @@ from storaged.meta.storage.rowvalue import (
     stamps_in,
     visibility_of,
 )
+from storaged.meta.store_ports import MetaStore, RowDamaged, RowRange
 from storaged.units import MIB
 
 SHARDS_MAX = 256

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from storaged.errors import DiskUnusable, StoragedError
-from storaged.meta.ports import Copy, Kept, MetaStore, StoreBatch
+from storaged.meta.store_ports import Copy, Kept, MetaStore, StoreBatch
 from storaged.units import MIB
 from storaged.wire import Buffer
 

@@ -23,8 +23,9 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, RegisterName
-from storaged.meta.ports import Replica, Replicas, Slot
+from storaged.meta.ports import Replica, Replicas
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES, check_of, pack_row, value_of
+from storaged.meta.store_ports import Slot
 from storaged.meta.transport.calls import NO_BYTES, TaskPool
 from storaged.units import KIB
 from storaged.wire import Buffer

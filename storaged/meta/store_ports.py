@@ -1,0 +1,228 @@
+"""What an acceptor needs of its disk: a store for rows, fences and pages, and the small copies beside them.
+
+``meta.storage`` implements ``MetaStore`` with LMDB after a redo log, ``tests/doubles`` in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from msgspec import Struct
+
+from storaged.errors import StoragedError
+from storaged.meta.names import Ballot, RegisterName, Value
+from storaged.wire import Buffer
+
+
+class Slot(NamedTuple):
+    """One register at one acceptor as it is on disk: the highest accepted ballot and its value."""
+
+    name: RegisterName
+    ballot: Ballot
+    value: Value
+
+
+@dataclass(frozen=True)
+class Fence:
+    scope: bytes
+    nonce: bytes
+    final: bool
+
+
+class StoredPage(NamedTuple):
+    """``page_hash``: xxh3-128 of ``body``. ``created_ms``: when it was put last, by the clock of the disk's node."""
+
+    page_hash: bytes
+    body: bytes
+    created_ms: int
+
+
+class StoreBatch(Struct):
+    """What one group commit writes. A page that is there already gets the new age. ``meta`` are small named values
+    (high-water ballot, epoch fence, store id).
+    """
+
+    slots: Sequence[Slot] = ()
+    fences: Sequence[Fence] = ()
+    unfence: Sequence[bytes] = ()
+    pages: Sequence[StoredPage] = ()
+    meta: dict[str, bytes] = {}
+
+
+Done = Callable[[StoragedError | None], None]
+"""``done(error)``: called once, on the event loop; None when all went well. It must not raise."""
+
+
+class Copy(NamedTuple):
+    """A small object's copy as one disk has it: the encoded header of its fragment, and the whole payload, verified."""
+
+    header: bytes
+    payload: memoryview
+
+
+class Copies(Protocol):
+    """The small copies of one replica's disk."""
+
+    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
+        """Commits the batch to the replica's store and makes the copy durable, with it or before; then calls ``done``
+        on the event loop.
+        """
+
+    def peek(self, data_id: bytes) -> memoryview | None:
+        """The copy's payload, when it is in memory; None when it is not, or not whole: ``load`` says which."""
+
+    async def load(self, data_id: bytes) -> Copy | None:
+        """None when this disk has none that is whole. Raises StoragedError when it does not answer."""
+
+
+Kept = Callable[[StoragedError | None, StoragedError | None], None]
+"""``done(copy, batch)``: why the copy was not stored (then the batch was not committed either), and why the batch was
+not. It must not raise.
+"""
+
+
+class Stamps(NamedTuple):
+    """Of some rows in order: their stamps one after the other, how many they are, the bytes of the rows, the key of the
+    last one (empty without rows), and whether there are more.
+    """
+
+    stamps: bytes
+    rows: int
+    row_bytes: int
+    last: bytes
+    more: bool
+
+
+class RowRange(NamedTuple):
+    """Rows of one shard with key > ``after`` and the prefix, in key order, at most ``limit``."""
+
+    table: int
+    scope: bytes
+    shard: int
+    after: bytes
+    prefix: bytes
+    limit: int
+
+    @property
+    def name_prefix(self) -> bytes:
+        """table || scope || shard."""
+        return RegisterName(self.table, self.scope, self.shard, b"").prefix
+
+
+class DirtyRanges(Protocol):
+    """Whether rows of a store may have changed since they were read. Damage does not count as a change. ``prefix`` is a
+    shard's: table || scope || shard.
+    """
+
+    def count_of(self, prefix: bytes) -> int:
+        """The shard's count, to be read before the rows."""
+
+    def changed_since(
+        self, count: int, prefix: bytes, *, after: bytes, key_prefix: bytes, through: bytes | None
+    ) -> bool:
+        """Whether rows with key > ``after`` and the prefix, up to ``through`` (None: to the end), may have changed
+        since the count was this.
+        """
+
+
+@dataclass(frozen=True)
+class MetaStoreStatistics:
+    """``state``: ok, read-only. ``commits``: groups of the log. ``rows`` and ``bytes_used`` (of ``map_bytes``) as of
+    the last checkpoint. ``largest_group`` in operations. ``damaged_rows``: met since the store was opened.
+    """
+
+    state: str
+    reason: str
+    commits: int
+    checkpoints: int
+    operations: int
+    largest_group: int
+    queued_batches: int
+    rows: int
+    bytes_used: int
+    map_bytes: int
+    damaged_rows: int
+
+
+class MetaStore(Protocol):
+    """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
+
+    @property
+    def dirty_ranges(self) -> DirtyRanges: ...
+
+    @property
+    def store_id(self) -> bytes:
+        """16 random bytes, as old as the store."""
+
+    def get(self, name: RegisterName) -> Slot | None:
+        """Raises RowDamaged when the row's check does not hold (the replica then answers nothing for it, and is
+        repaired by settling).
+        """
+
+    def row(self, name: bytes) -> bytes | None:
+        """As ``rows``, of one name."""
+
+    def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
+        """Of each packed name the row's bytes as rowvalue lays them out, verified; empty when there is none; None when
+        it is damaged. One short snapshot.
+        """
+
+    def get_fence(self, scope: bytes) -> Fence | None: ...
+
+    def get_page(self, page_hash: bytes) -> bytes | None:
+        """Raises RowDamaged when the page does not have its hash."""
+
+    def pages(self, *, after: bytes, limit: int) -> list[tuple[bytes, int]]:
+        """(hash, created ms) of pages with a hash > ``after``, in the order of their hashes; unverified."""
+
+    def get_meta(self, key: str) -> bytes | None: ...
+
+    def slice(self, wanted: RowRange) -> list[tuple[bytes, bytes]]:
+        """The rows of the range in key order, tombstones included, in one short snapshot: (key, the row's bytes as
+        rowvalue lays them out, unverified). Raises RowDamaged where a page or a link is damaged.
+        """
+
+    def columns(self, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool]:
+        """As slice, but the keys and the rows apart, for work on all of them at once; and whether there are more."""
+
+    def stamps(self, wanted: RowRange) -> Stamps:
+        """The stamps of the rows that ``columns`` would return (``rowvalue.stamps_of``), without reading the rest of
+        the rows.
+        """
+
+    @property
+    def large(self) -> bool:
+        """Whether reading many rows may wait for the disk: call ``read_ahead`` first, in another thread."""
+
+    def read_ahead(self, wanted: RowRange, *, whole: bool) -> None:
+        """Brings into memory what ``columns`` reads, or (not ``whole``) ``stamps``. From any thread. Raises nothing:
+        the read that follows reports what can't be read.
+        """
+
+    def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
+        """Every (table, scope, shard) that has rows here, for repair's walk."""
+
+    async def commit(self, batch: StoreBatch) -> None:
+        """Returns when the batch is durable. Batches are applied in the order of the calls, many to one disk commit.
+
+        Raises DiskUnusable when the disk refused; the store is then read-only for ever.
+        """
+
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        """As ``commit``, but returns at once and calls ``done`` on the event loop with None, or with what ``commit``
+        raises. Raises ValueError, DiskUnusable, or SlowDown (too many wait for this disk) for a batch that was not
+        begun.
+        """
+
+    async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
+        """Deletes those of these pages whose ``created_ms`` is still the one given: a page that was put again
+        meanwhile stays. Returns how many, when it is durable. Raises as ``commit``.
+        """
+
+    async def close(self) -> None: ...
+
+
+class RowDamaged(Exception):
+    """The check of a row, a page or a small value does not hold."""
