@@ -4,16 +4,16 @@ which raises.
 ``cluster.rpc.authority`` opens methods to roles; this is about contents:
 
     registers of the system table    gateways alone: keys, users, names, buckets, the cluster, the layout. A storage
-                                     node prepares and accepts nothing there, not even what is there already: under a
-                                     higher ballot the value of one replica that lags would count as the newest
-    a ballot's node                  is the caller. A gateway may help on under another's ballot what it has read (an
+                                     node prepares and accepts nothing there, not even a value that is there already:
+                                     under a higher ballot the value of one replica that lags would count as the newest
+    a ballot's node                  is the caller. A gateway may replay under another's ballot what it has read (an
                                      identity accept): it may write anything anyway
     creates                          gateways alone
-    a storage node's counter         lies no more than an hour ahead of this node's clock. Of gateways an acceptor bears
-                                     an hour above its high-water ballot too (rule 15 of ``register``): in many steps
+    a storage node's counter         lies no more than an hour ahead of this node's clock. Of gateways an acceptor takes
+                                     also an hour above its high-water ballot (rule 15 of ``register``): in many steps
                                      that leads to the end of all counters
     the layout epoch of a ballot     is one that this node knows: a higher one would outlive every ballot of the layouts
-                                     to come. It may be about to learn it, so the proposer tries again
+                                     to come. The node may be about to learn it, so the proposer tries again
 
 Replicas of the caller's own process are not asked here: a node is master of its own disks.
 """
@@ -48,8 +48,9 @@ def may_use(ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> bool:
 
 
 class Gate:
-    """``newest_epoch``: of the layouts that this node knows. ``on_refusal(peer, error)``: told of what no honest node
-    of this cluster asks. ``rules``: simulations alone turn one off."""
+    """``newest_epoch``: of the layouts that this node knows. ``on_refusal(peer, error)`` gets what no honest node of
+    this cluster asks. ``rules``: only simulations turn one off.
+    """
 
     def __init__(
         self,

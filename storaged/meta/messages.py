@@ -1,7 +1,7 @@
-"""What proposers and acceptors say to each other: the requests and replies of ``meta.*`` methods (``scan`` tells what
-its own mean).
+"""What proposers and acceptors say to each other: the requests and replies of ``meta.*`` methods. (``storage.scan``
+says what those of a scan mean.)
 
-Every request names the disk it is for: a node has several, each its own acceptor. ``verdict`` in replies is
+Every request names the disk that it is for: a node has several, each its own acceptor. ``verdict`` in replies is
 ``register.Verdict``.
 """
 
@@ -28,8 +28,9 @@ class Prepare(Message, frozen=True):
 
 class PrepareReply(Message, frozen=True):
     """``promised``: the lowest ballot that would not be refused (a hint when the verdict is PREEMPTED or DAMAGED).
-    ``accepted`` and ``value``: the
-    register's state here when the verdict is OK."""
+    ``accepted`` and ``value``: what the register holds here, when the verdict is OK. ``final``: the scope's fence stays
+    for ever.
+    """
 
     verdict: int
     promised: Ballot = ZERO_BALLOT
@@ -39,14 +40,12 @@ class PrepareReply(Message, frozen=True):
 
 
 class Accept(Message, frozen=True):
-    """``identity``: the value is one that was accepted before (a settling round); only these pass a fence, with its
+    """``identity``: the value was accepted before (a settling round); only such a round passes a fence, with its
     ``nonce``.
 
     ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small
-    object that the value names. The
-    replica makes it durable with the value or before it. When it cannot, it refuses the value (UNSTORED), unless the
-    round only settles: a register can be settled
-    whatever became of its copies.
+    object that the value names. The replica makes it durable with the value or before it. When it can't, it refuses the
+    value (UNSTORED), unless the round only settles: a register can be settled whatever became of its copies.
     """
 
     disk: str
@@ -59,14 +58,14 @@ class Accept(Message, frozen=True):
 
 
 class Create(Accept, frozen=True):
-    """An Accept for which no promise was asked: to be taken by who has accepted nothing for this register
+    """An Accept for which no promise was asked: an acceptor that has accepted nothing for this register takes it
     (``register``).
     """
 
 
 class Accepts(Message, frozen=True):
-    """Many at the disks of one node. ``sizes``: of each how many bytes of the bulk body are its copy; ``creates``:
-    whether it is a Create.
+    """Accepts at the disks of one node. ``sizes``: how many bytes of the bulk body are the copy of each. ``creates``:
+    whether each is a Create.
     """
 
     accepts: list[Accept]
@@ -75,8 +74,8 @@ class Accepts(Message, frozen=True):
 
 
 class AcceptReply(Message, frozen=True):
-    """OK: the value is durable here under the ballot. ``copy_synced``: and so is the copy that came with it;
-    ``copy_error``: why not.
+    """OK: the value is durable here under the ballot. ``copy_synced``: the copy that came with it is durable too;
+    ``copy_error``: why it is not.
     """
 
     verdict: int
@@ -87,8 +86,8 @@ class AcceptReply(Message, frozen=True):
 
 
 class AcceptsReply(Message, frozen=True):
-    """Of each in order; None: that can't be told at once, and it is to be asked by itself, or it is among the
-    ``errors``, by its place.
+    """One reply for each accept, in order. None: it has to be sent again by itself, or its error is among the
+    ``errors``, by its index.
     """
 
     replies: list[AcceptReply | None]
@@ -96,9 +95,9 @@ class AcceptsReply(Message, frozen=True):
 
 
 class Read(Message, frozen=True):
-    """``full``: send the value, else its digest alone. ``want_payload``: and the copy of the small object that the
-    value names.
-    ``data_id``: send the copy of this small object, whatever the value here names."""
+    """``full``: send the value, else its digest alone. ``want_payload``: send also the copy of the small object that
+    the value names. ``data_id``: send the copy of this small object, whatever the value here names.
+    """
 
     disk: str
     name: RegisterName
@@ -110,9 +109,9 @@ class Read(Message, frozen=True):
 
 class ReadReply(Message, frozen=True):
     """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the
-    copy in the bulk body, or empty.
-    ``header``: the copy's encoded fragment header, when a copy was asked for by its data id. ``fenced``: the scope is
-    (a bucket that is, or was, being deleted)."""
+    copy in the bulk body, or empty. ``header``: the copy's encoded fragment header, when a copy was asked for by its
+    data id. ``fenced``: the scope is fenced (a bucket that is, or was, being deleted).
+    """
 
     verdict: int
     accepted: Ballot = ZERO_BALLOT
@@ -124,9 +123,10 @@ class ReadReply(Message, frozen=True):
 
 
 class Reads(Message, frozen=True):
-    """Many registers at the disks of one node. ``asks``: for each of ``disks``, what is asked (``reads``: CHECK, ROW,
-    COPY) || the register's packed name.
-    ``wait``: of a single ask, that the answer is worth waiting for."""
+    """Many registers at the disks of one node. ``asks``: for each of ``disks`` the requests, each one byte (CHECK, ROW
+    or COPY of ``read_batching``) and the register's packed name. ``wait``: of a single request, that the node should
+    wait where it has to.
+    """
 
     epoch: int
     disks: list[str]
@@ -135,10 +135,10 @@ class Reads(Message, frozen=True):
 
 
 class ReadsReply(Message, frozen=True):
-    """``found``: for each ask of each disk the row or its check as ``rowvalue`` lays them out, empty when there is
-    none; None: it can't be told (at once).
-    ``copies``: of each ask for a copy that was found, in order, how many bytes of the bulk body are its copy; 0: it is
-    not here."""
+    """``found``: for each request of each disk the row or its check as ``rowvalue`` lays them out, empty when there is
+    none; None: the node can't say, or not without waiting. ``copies``: for each request for a copy whose row was found,
+    in order, how many bytes of the bulk body are its copy; 0: the copy is not here.
+    """
 
     found: list[list[bytes | None]]
     copies: list[int]
@@ -190,7 +190,7 @@ class FenceLift(Message, frozen=True):
 
 
 class FenceReply(Message, frozen=True):
-    """``done``: the disk is now as asked, durably. Not done: a final fence with another nonce is there."""
+    """``done``: the disk is now as asked, durably. Not done: it has a final fence with another nonce."""
 
     done: bool
 
@@ -209,9 +209,9 @@ class EpochReply(Message, frozen=True):
 
 
 class ShardAsk(Message, frozen=True):
-    """``after`` is exclusive; ``limit`` counts entries (visible rows, or common prefixes). ``known``: with HEADS, the
-    digest of an answer that the asker still has: one
-    that would have the same comes without keys and heads. 0: none."""
+    """``after`` is exclusive. ``limit`` counts entries (visible rows, or common prefixes). ``known``, with HEADS: the
+    digest of an answer that the client still has; an answer with the same digest comes without keys and heads. 0: none.
+    """
 
     shard: int
     after: bytes
@@ -247,11 +247,11 @@ class ScanRow(Message, frozen=True):
 
 
 class ShardSlice(Message, frozen=True):
-    """``through``: everything up to and including this key was looked at (but for what common prefixes stand for);
-    ``done``: to the shard's end.
-    ``rows`` is a list of ScanRow in msgpack, decoded only when it is used; ``keys`` and ``heads`` belong together, when
-    heads were wanted.
-    ``unreadable``: the shard can't be scanned here, or the reply is full; nothing else counts."""
+    """``through``: everything up to and including this key was looked at, except what common prefixes cover. ``done``:
+    so was the rest of the shard. ``rows`` is a list of ScanRow in msgpack, decoded only when it is used. ``keys`` and
+    ``heads`` belong together, when heads were wanted. ``unreadable``: the shard can't be scanned here, or the reply is
+    full; nothing else counts.
+    """
 
     shard: int
     through: bytes

@@ -1,9 +1,8 @@
 """Names and values of registers. Pure.
 
 A register is named by (table, scope, shard, key). ``scope`` is the bucket's id of 16 bytes, or 16 zero bytes in the
-system table.
-The shard decides the ring partition; rows of one (table, scope, shard) are kept in the order of ``key`` by every
-replica.
+system table. The shard decides the ring partition. Every replica keeps the rows of one (table, scope, shard) in the
+order of ``key``.
 
     table    key                                  shard                                  value (objects/records.py)
     OBJECT   the S3 key, UTF-8, 1..1024 bytes     numbers[xxh3-64(key) mod their count]  ObjectRecord
@@ -96,11 +95,10 @@ class Visibility(IntEnum):
 
 
 class Value(Message, frozen=True):
-    """What a register holds. ``sequence`` grows with every change and survives deletes; ``operation`` is the id of the
-    change
-    that made it, so that a proposer can tell its own change from another's after an unknown outcome. ``payload`` is the
-    data id (16 bytes)
-    of a small object whose copies lie in the fragment stores of this register's replicas, or empty."""
+    """What a register holds. ``sequence`` grows with every change and survives deletes. ``operation`` is the id of the
+    change that made it, so that a proposer can tell its own change from another's after an unknown outcome. ``payload``
+    is the data id (16 bytes) of a small object whose copies are on the disks of this register's replicas, or empty.
+    """
 
     sequence: int
     operation: bytes

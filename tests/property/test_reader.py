@@ -173,7 +173,7 @@ def test_rows_agree_when_every_disk_that_was_asked_has_the_same_check(answers: l
             continue
         heard[disk] = check
         over = comparison.over
-        assert comparison.told(disk, check) == (comparison.over and not over)
+        assert comparison.report(disk, check) == (comparison.over and not over)
     if comparison.agreed:
         assert len(heard) == 3
         assert len(set(heard.values())) == 1

@@ -1,5 +1,4 @@
-"""Writes of one acceptor to its store: bounded, owned by nobody who may go away, and the end of the acceptor when one
-is refused.
+"""Writes of one acceptor to its store: bounded, and independent of the requests that began them.
 
 When the store refuses a commit, what reached the disk is unknown. The acceptor then answers nothing any more (rule 9).
 """

@@ -1,5 +1,6 @@
-"""Which buckets are fenced at one disk: what its store says, and over it what is on its way there. A fence is in force
-from when it was asked for, and until its lifting is on disk.
+"""Which buckets are fenced at one disk: what its store has, and over it what is on its way there.
+
+A fence is in force from the moment that it was asked for, and until its lifting is on disk.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from storaged.meta.messages import FenceLift, FenceSet
 from storaged.meta.store_ports import Fence, MetaStore, RowDamaged, StoreBatch
 
 FENCES_KNOWN_MAX = 4_096
-"""Buckets of which it is remembered whether they are fenced; only this disk's replica changes that."""
+"""Buckets whose state is cached, fenced or not; only this disk's replica changes it."""
 
 META_LIFTED = "lifted "
-"""With the scope's hexadecimal digits: the highest nonce whose fence was lifted."""
+"""And the scope's hexadecimal digits: the name under which the store has the highest nonce whose fence was lifted."""
 
 Write = tuple[StoreBatch, Callable[[], None]]
-"""What is to be written, and what is to be called when it is on disk."""
+"""A batch to write, and a callback for when it is on disk."""
 
 
 class Fences:
-    """Everything here raises DiskUnusable where the store can't tell.
+    """Everything here raises DiskUnusable where the store can't say.
 
-    Nonces of a scope grow. What comes late, with a nonce that was lifted or is lower than the one in force, is refused:
-    it would stay for ever,
-    or stand in for the fence that somebody else relies on, and be lifted under them.
+    Nonces of a scope grow. A request that comes late, with a nonce that was lifted or is lower than the one in force,
+    is refused: its fence would stay for ever, or take the place of the fence that another deletion relies on, and be
+    lifted under it.
     """
 
     def __init__(self, disk: str, store: MetaStore) -> None:
@@ -72,7 +73,7 @@ class Fences:
         return StoreBatch(fences=[fence]), synced
 
     def lift(self, request: FenceLift) -> Write | bool:
-        """With the fence goes to disk that this nonce is over. True: it is, and on disk. False: refused, for a fence
+        """The batch also says that this nonce was lifted. True: it was before, on disk. False: refused, since a fence
         with a higher nonce, or a final one, stays.
         """
         scope, nonce = request.scope, request.nonce

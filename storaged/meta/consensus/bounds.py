@@ -1,7 +1,7 @@
-"""What no acceptor takes, whoever asks: looked at before anything is judged, for a batch that the store refuses makes a
-replica silent. Pure.
+"""Bounds of requests that no acceptor takes, from any caller. Pure.
 
-Everything here raises InvalidRequest.
+They are checked before anything is judged: a batch that the store refuses would make a replica silent. Everything here
+raises InvalidRequest.
 """
 
 from __future__ import annotations

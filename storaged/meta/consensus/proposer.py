@@ -2,7 +2,7 @@
 
 Events come in as calls, each returns whether a new state was entered, and the state says what the shell does next
 (``State``). The machine does no I/O, reads no clock and draws nothing: times come with the events, ballots from
-``Ballots``. Every decision about consensus stands here: which value is adopted, when a value counts as chosen, which
+``Ballots``. Every decision about consensus is here: which value is adopted, when a value counts as chosen, which
 answers count, when a higher ballot is tried, when the outcome is unknown.
 
 Theory of operation
@@ -439,7 +439,7 @@ class Proposer:
         return self._not_promised()
 
     def _note(self, disk: str, reply: PrepareReply) -> None:
-        """What an answer tells that is no promise."""
+        """What a refusal says about the ballots of others."""
         if reply.final:
             self._finals.add(disk)
         counter = reply.promised.counter

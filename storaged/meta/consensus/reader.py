@@ -44,8 +44,8 @@ class RowComparison:
         """Whether some disk has answered."""
         return self._check is not None
 
-    def told(self, disk: str, check: bytes | None) -> bool:
-        """The check of a disk's row, empty for none; None: the disk can't tell it. True: it is over."""
+    def report(self, disk: str, check: bytes | None) -> bool:
+        """A disk reports the check of its row, empty for none; None: it can't. True: the comparison is over."""
         if self.over:
             return False
         if check is None or (self._check is not None and check != self._check):

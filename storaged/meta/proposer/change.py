@@ -201,7 +201,7 @@ class ChangeShell:
             self.begin(view, partial(_wake, over, outcomes), create)
             await over
         finally:
-            self.stop()  # a change that nobody waits for proposes nothing any more
+            self.stop()  # once the caller has gone away, the change proposes nothing any more
         outcome = outcomes.pop()
         try:
             if isinstance(outcome, Exception):

@@ -101,7 +101,7 @@ class RowRead:
             if not self.comparison.over:
                 self._suspects.saw(disk, found)
             found = None
-        if self.comparison.told(disk, found):
+        if self.comparison.report(disk, found):
             self._end()
 
     def on_time(self) -> None:
