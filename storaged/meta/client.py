@@ -18,18 +18,18 @@ from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts
 from storaged.errors import ServiceUnavailable
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
-from storaged.meta.consensus.proposer import Shared
+from storaged.meta.consensus.change import Shared
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.reader import Myself
 from storaged.meta.consensus.register import RULES, Ballots, Rules
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
-from storaged.meta.proposer.change import Deadlines, Ring
 from storaged.meta.proposer.fences import RingFences
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.pages import RingPages
 from storaged.meta.proposer.queue import ChangeQueue
 from storaged.meta.proposer.read import CopyReader, RegisterReader
+from storaged.meta.proposer.ring import Deadlines, Ring
 from storaged.meta.proposer.survey import RingSurvey
 from storaged.meta.transport.calls import Calls, Fanout, TaskPool, UnresponsiveDisks
 from storaged.meta.transport.read_batching import RowReader

@@ -17,7 +17,11 @@ from hypothesis import strategies as st
 
 from storaged.errors import OutcomeUnknown, StoragedError
 from storaged.meta.consensus.acceptor import Acceptor, judge_accept, judge_create, judge_prepare
-from storaged.meta.consensus.proposer import (
+from storaged.meta.consensus.change import Shared, Wanted
+from storaged.meta.consensus.proposer import Proposer
+from storaged.meta.consensus.quorums import Quorum, View
+from storaged.meta.consensus.register import ATTEMPTS_MAX, RULES, Ballots, Lineage, Verdict
+from storaged.meta.consensus.states import (
     ACCEPTING,
     CARRYING,
     CREATING,
@@ -30,12 +34,8 @@ from storaged.meta.consensus.proposer import (
     SYNCING,
     TRANSITIONS,
     Event,
-    Proposer,
-    Shared,
     State,
 )
-from storaged.meta.consensus.quorums import Quorum, View
-from storaged.meta.consensus.register import ATTEMPTS_MAX, RULES, Ballots, Lineage, Verdict
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value
 from storaged.meta.ports import SmallCopies
@@ -188,7 +188,7 @@ class World:
     def proposer(self, update: Any, node: str, **options: Any) -> Proposer:
         shared = Shared(Ballots(node, lambda: b"incarnat"), RULES, self.counts, lambda _name, _disk, value: False)
         lineage = Lineage(self.random.randbytes(14))
-        return Proposer(shared, self.name, update, lineage, **options)
+        return Proposer(shared, Wanted(self.name, update, **options), lineage)
 
     def appender(self, mark: bytes) -> Driver:
         small = self.random.random() < 0.3
@@ -258,7 +258,7 @@ def test_whatever_the_order_of_events_each_change_is_made_once_or_not_at_all(see
     for driver in world.drivers:
         machine = driver.machine
         mark = machine._shared.ballots._node.encode()
-        if machine.settling:
+        if machine._wanted.settling:
             continue
         if (
             machine.state is DONE
@@ -286,7 +286,7 @@ def play_creates(draw: random.Random) -> World:
         change = Change(bytes([ord("A") + number]))
         machine = world.proposer(lambda _value, change=change: change, f"n{number}")
         if draw.random() < 0.05:
-            machine.above = NOW_US + 60_000_000  # a ballot of the future
+            machine._rivals.above = NOW_US + 60_000_000  # a ballot of the future
         world.drivers.append(Driver(world, machine, change))
     world.play()
     return world
@@ -300,7 +300,7 @@ def test_of_creates_and_overwritings_one_stays_and_what_failed_surely_does_not(s
     body = final.body if final is not None else b""
     certain = [driver.machine for driver in world.drivers if driver.machine.state is FAILED]
     impossible = [machine for machine in certain if not isinstance(machine.error, OutcomeUnknown)]
-    assert body not in [machine.update(None).body for machine in impossible]  # type: ignore[union-attr]
+    assert body not in [machine._wanted.update(None).body for machine in impossible]  # type: ignore[union-attr]
     if any(driver.machine.state is DONE for driver in world.drivers):
         assert body
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.meta.consensus.acceptor import Acceptor, judge_accept, judge_create
-from storaged.meta.consensus.proposer import Shared
+from storaged.meta.consensus.change import Shared
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.reader import (
     CARRYING,

@@ -15,7 +15,7 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.acceptor import CREATE_AHEAD_US, Acceptor, judge_create
-from storaged.meta.consensus.proposer import CREATE_AHEAD_MAX_US
+from storaged.meta.consensus.change import CREATE_AHEAD_MAX_US
 from storaged.meta.consensus.register import CALL_BYTES, NEVER, Lineage, Standing, Verdict, created, overtaken
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Outcome, SmallCopies, Update

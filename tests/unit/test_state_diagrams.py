@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import storaged
-from storaged.meta.consensus.proposer import TRANSITIONS
 from storaged.meta.consensus.reader import READ_TRANSITIONS
+from storaged.meta.consensus.states import TRANSITIONS
 
 README = Path(storaged.__file__).parent / "README.md"
 TABLES = (TRANSITIONS, READ_TRANSITIONS)

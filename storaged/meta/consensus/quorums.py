@@ -64,6 +64,8 @@ class Quorum:
         """Whether no quorum is left without the failed disks."""
         if 2 * len(self._set.intersection(failed)) >= len(self._set):
             return True
+        if self.single:
+            return False
         return any(2 * len(members.intersection(failed)) >= len(members) for members in self._others)
 
     def spare(self, disks: Collection[str]) -> int:

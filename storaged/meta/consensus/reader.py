@@ -20,7 +20,7 @@ from enum import IntEnum
 from typing import Final
 
 from storaged.errors import DataDamaged, ServiceUnavailable
-from storaged.meta.consensus.proposer import Fragments, Shared
+from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict, created, settled_ballot, shown
 from storaged.meta.messages import Accept, AcceptReply, Create, Read, ReadReply

@@ -19,14 +19,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from storaged import trace
-from storaged.clock import Clock
 from storaged.errors import OutcomeUnknown, ServiceUnavailable, StoragedError
-from storaged.meta.consensus.proposer import (
+from storaged.meta.consensus.change import Fragments
+from storaged.meta.consensus.proposer import Proposer
+from storaged.meta.consensus.quorums import View
+from storaged.meta.consensus.register import Verdict
+from storaged.meta.consensus.states import (
     ACCEPTING,
     CARRYING,
     CREATING,
@@ -36,93 +38,14 @@ from storaged.meta.consensus.proposer import (
     PREPARING,
     RETRYING,
     SYNCING,
-    Fragments,
-    Proposer,
-    Shared,
 )
-from storaged.meta.consensus.quorums import View
-from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import AcceptReply, PrepareReply
-from storaged.meta.names import Change, RegisterName
+from storaged.meta.names import Change
 from storaged.meta.ports import OnOutcome, Outcome
-from storaged.meta.transport.calls import Fanout, TaskPool, UnresponsiveDisks
+from storaged.meta.proposer.ring import FOREVER, Ring
 
 OK = int(Verdict.OK)
-FOREVER = float("inf")
 STOPPED = "This node stops before it has learned what became of the change."
-
-
-class Waiting(Protocol):
-    def on_time(self) -> None:
-        """Its time is over. It may ask for more with ``Deadlines.begin``."""
-
-
-class Deadlines:
-    """The deadlines of everything that waits for replicas, with one timer: it rings for the first of them, and most
-    have ended by then."""
-
-    def __init__(self) -> None:
-        self._ends: dict[Waiting, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._rings_at = 0.0
-
-    def begin(self, waiting: Waiting, limit_s: float) -> None:
-        """``waiting.on_time()`` is called after ``limit_s``, unless ``end`` was called before. Replaces an earlier
-        limit."""
-        loop = asyncio.get_running_loop()
-        end = self._ends[waiting] = loop.time() + limit_s
-        if (self._timer is None or end < self._rings_at) and end < FOREVER:
-            self._ring_at(loop, end)
-
-    def end(self, waiting: Waiting) -> None:
-        """No-op if it does not wait."""
-        self._ends.pop(waiting, None)
-
-    def _ring_at(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
-        self.close()
-        self._timer = loop.call_at(at, self._ring, loop)
-        self._rings_at = at
-
-    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        now = loop.time()
-        for waiting, end in list(self._ends.items()):
-            if end <= now and self._ends.get(waiting) == end:  # else another one's ``on_time`` has ended it
-                del self._ends[waiting]
-                waiting.on_time()
-        next_end = min(self._ends.values(), default=FOREVER)  # also of what began meanwhile
-        if next_end < FOREVER:
-            self._ring_at(loop, next_end)
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-@dataclass(frozen=True)
-class Ring:
-    """What all changes of one client share."""
-
-    shared: Shared
-    view: Callable[[RegisterName], View]
-    clock: Clock
-    jitter: Callable[[], float]
-    pool: TaskPool
-    unresponsive: UnresponsiveDisks
-    fanout: Fanout
-    deadlines: Deadlines
-    call_timeout_s: float
-    hedge_s: float
-    carry: Callable[[View, RegisterName, bytes, float], Awaitable[Fragments | None]]
-    """``await carry(view, name, data_id, deadline)``: the copy of a small object from any replica that has it, for all
-    of them; None when none gives it."""
-    on_fenced: Callable[[bytes], None] = lambda scope: None
-    """Gets the scope of a change that was refused by a fence."""
-    on_missed: Callable[[RegisterName], None] = lambda name: None
-    """Gets the register when a replica did not take a new value or a small copy that it should have: it lags, though a
-    quorum may have confirmed the write. Settling rounds report copies alone: they are what follows for replicas that
-    lag."""
 
 
 class ChangeShell:

@@ -15,12 +15,14 @@ from functools import partial
 
 from storaged.errors import OutcomeUnknown, SlowDown, StoragedError
 from storaged.ids import Entropy
+from storaged.meta.consensus.change import Wanted
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.register import CALL_BYTES, Lineage, may_create
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import OnOutcome, Outcome, SmallCopies, Update
-from storaged.meta.proposer.change import STOPPED, ChangeShell, Ring
+from storaged.meta.proposer.change import STOPPED, ChangeShell
 from storaged.meta.proposer.new_keys import NewKeyRate
+from storaged.meta.proposer.ring import Ring
 
 TURNS_MAX = 1_024
 """Changes that wait for one register in one process; beyond it the client is told to slow down."""
@@ -122,16 +124,8 @@ class ChangeQueue:
             async with self._turns.turn(name, self._deadline_s):
                 thorough = barrier is not None or bool(nonce)
                 create = None if thorough else self._to_create(name, update, regardless)
-                machine = Proposer(
-                    self._ring.shared,
-                    name,
-                    update,
-                    self._lineage(),
-                    small=small,
-                    nonce=nonce,
-                    barrier=barrier is not None,
-                    thorough=thorough,
-                )
+                wanted = Wanted(name, update, small, nonce, barrier=barrier is not None, thorough=thorough)
+                machine = Proposer(self._ring.shared, wanted, self._lineage())
                 shell = ChangeShell(self._ring, machine, deadline, barrier, renew)
                 return await self._run(shell, regardless and not thorough, create)
         finally:
@@ -165,7 +159,7 @@ class ChangeQueue:
             return True
         self._ring.shared.counts["changes"] += 1
         create = self._to_create(name, update, regardless)
-        machine = Proposer(self._ring.shared, name, update, self._lineage(), small=small)
+        machine = Proposer(self._ring.shared, Wanted(name, update, small), self._lineage())
         shell = ChangeShell(self._ring, machine, self._deadline())
         self._under_way[shell] = None
         try:
@@ -222,9 +216,8 @@ class ChangeQueue:
         """A settling round; see ``ports.Registers.settle``."""
         async with self._turns.turn(name, self._deadline_s):
             lineage = Lineage(b"", self._ring.shared.rules)
-            machine = Proposer(
-                self._ring.shared, name, _keep, lineage, nonce=nonce, settling=True, commit=commit, thorough=True
-            )
+            wanted = Wanted(name, _keep, nonce=nonce, settling=True, commit=commit, thorough=True)
+            machine = Proposer(self._ring.shared, wanted, lineage)
             return (await self._run(ChangeShell(self._ring, machine, deadline), False, None)).after
 
     def _lineage(self) -> Lineage:

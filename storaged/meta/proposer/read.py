@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from storaged.errors import StoragedError
-from storaged.meta.consensus.proposer import Fragments
+from storaged.meta.consensus.change import Fragments
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.reader import (
     CARRYING,
@@ -36,7 +36,7 @@ from storaged.meta.consensus.register import Verdict, shown
 from storaged.meta.messages import AcceptReply, Read, ReadReply
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Reading
-from storaged.meta.proposer.change import Deadlines, Ring
+from storaged.meta.proposer.ring import Deadlines, Ring
 from storaged.meta.storage.rowvalue import check_of, value_of
 from storaged.meta.store_ports import Copy
 from storaged.meta.transport.calls import NO_BYTES, Answers, Calls, UnresponsiveDisks

@@ -1,0 +1,85 @@
+"""What a proposer is given: the change that is wanted, what all proposers of a process share, and how patient they are.
+Pure.
+
+Small copies
+    The copy of a small object goes with the accept, and a replica that can't store its copy accepts nothing. So from
+    the moment that a record is chosen, a quorum of its replicas has had its copy. To keep that true, a value that a
+    prepare found, and that no quorum has confirmed yet, is accepted again only together with its copy, which some
+    replica has to give first (CARRYING). *The exception*: a copy that is lost does not block a register for ever. A
+    settling round writes the row even where the replica can't store the copy. After ``CARRY_TRIES`` attempts that found
+    no copy the record goes on without one, and ``uncarried`` says so, for repair. Such a record may be confirmed with
+    its copy on fewer replicas, or on none that answers.
+
+    A change with a small copy succeeds when the acknowledge rule (``SmallCopies.enough``) holds for the replicas that
+    have synced their copy, besides the quorum. Where it can't hold any more the outcome is unknown: the record is
+    chosen, on fewer copies than it should have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from storaged.meta.consensus.register import Ballots, Rules
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import SmallCopies, Update
+from storaged.wire import Buffer
+
+Fragments = Sequence[tuple[bytes, Sequence[Buffer]]]
+"""(encoded fragment header, payload) of a small copy for each replica index, as in ``SmallCopies``. Empty: no copy."""
+
+BACKOFF_FIRST_S = 0.005
+BACKOFF_MAX_S = 0.5
+
+STRAGGLERS_S = 0.05
+"""How long a settling round waits for the replicas beyond the quorum, to learn of damaged rows and of higher
+promises."""
+
+SYSTEM_STRAGGLERS_S = 1.0
+"""As that, where two replicas of a register of the system table differ: one of them may lie, and only the answer of the
+third keeps the lie from counting. A slow disk is no reason to go without it. A replica that hangs costs this much, and
+only where a write was cut short."""
+
+SOUGHT_MAX = 4
+"""How often an attempt begins again for a third replica that has promised a higher ballot. Two proposers in turn need
+fewer, and a liar that always refuses leaves the two others alone."""
+
+CARRY_TRIES = 2
+"""How many attempts may end because the copy of an unconfirmed record was not to be had; then the record is settled
+without it."""
+
+ALL_REPLICAS_TRIES = 2
+"""How often a settling round begins again, with a higher ballot, for a replica that refuses although a quorum has
+promised. A replica that has restarted refuses everything below its high-water ballot, and is the one that lags."""
+
+CREATE_AHEAD_MAX_US = 10_000_000
+"""With a ballot further ahead of this clock a change asks first: clocks refuse creates, but never promises."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the proposers of one process share. ``counts`` has at least ``preempted``, ``unknown``, ``unavailable`` and
+    ``identity_rounds``. ``doubts(name, disk, value)``: whether no gateway wrote the value that a disk reports; asked of
+    registers of the system table alone."""
+
+    ballots: Ballots
+    rules: Rules
+    counts: dict[str, int]
+    doubts: Callable[[RegisterName, str, Value | None], bool] = lambda name, disk, value: False
+
+
+class Wanted(NamedTuple):
+    """What a proposer is to do. ``nonce`` of the scope's fence. ``barrier``: the change names fragments that are not
+    durable yet. ``settling``: there is no change, the register is to be settled; ``commit``: by an identity round in
+    any case. ``thorough``: no attempt is sparing.
+    """
+
+    name: RegisterName
+    update: Update
+    small: SmallCopies | None = None
+    nonce: bytes = b""
+    barrier: bool = False
+    settling: bool = False
+    commit: bool = False
+    thorough: bool = False

@@ -1,0 +1,285 @@
+"""The answers to one round of requests, counted: a create, a prepare, an accept; and the ballots in their way. Pure.
+
+Each counts with the quorum of the view that it was sent under. What follows from the counts is decided in ``proposer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import msgspec
+
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.register import (
+    COUNTER_AHEAD_MAX_US,
+    Lineage,
+    Rules,
+    Verdict,
+    created,
+    credible,
+    overtaken,
+    settled_ballot,
+)
+from storaged.meta.messages import AcceptReply, PrepareReply
+from storaged.meta.names import Ballot, Value
+from storaged.meta.ports import SmallCopies
+
+OK: Final = int(Verdict.OK)
+FENCED: Final = int(Verdict.FENCED)
+HELD: Final = int(Verdict.HELD)
+AHEAD: Final = int(Verdict.AHEAD)
+_OVERTAKEN: Final = frozenset((int(Verdict.PREEMPTED), int(Verdict.EPOCH), int(Verdict.NEWER)))
+"""Where another ballot, or another layout, may help."""
+NO_ANSWER: Final = -1
+"""In place of a verdict: the call failed."""
+
+
+class Found(NamedTuple):
+    """The newest value of those who promised. ``settled``: a quorum reported it under this ballot."""
+
+    ballot: Ballot
+    value: Value | None
+    settled: bool
+
+
+class Rivals:
+    """The counters of other proposers' ballots that replicas say are in the way."""
+
+    __slots__ = ("_far", "_far_by_majority", "above")
+
+    def __init__(self, rules: Rules) -> None:
+        self._far_by_majority = rules.far_by_majority
+        self._far: dict[str, int] | None = None
+        """Counters that no clock near this one explains, by the replica that reports them."""
+        self.above = 0
+        """The highest of the others."""
+
+    def note(self, disk: str, counter: int, now_us: int) -> bool:
+        """False: the counter is so far off that it counts only with a quorum of such. ``disk`` is empty where its word
+        does not count for that.
+        """
+        if counter > now_us + COUNTER_AHEAD_MAX_US and self._far_by_majority:
+            if disk:
+                self._far = self._far or {}
+                self._far[disk] = counter
+            return False
+        self.above = max(self.above, counter)
+        return True
+
+    def above_for(self, quorum: Quorum) -> tuple[int, bool]:
+        """The counter that the next ballot has to exceed, and whether a quorum vouches for one that is far off."""
+        if not self._far:
+            return self.above, False
+        far = quorum.vouched(self._far)
+        return max(self.above, far), far > 0
+
+
+class CreateRound:
+    """The answers to a create."""
+
+    __slots__ = ("_held", "_quorum", "_small", "hurried", "refused", "taken", "untaken")
+
+    def __init__(self, quorum: Quorum, small: SmallCopies | None) -> None:
+        self._quorum = quorum
+        self._small = small
+        self._held: list[str] = []
+        self.refused = self.hurried = False
+        self.taken: list[str] = []
+        """Disks that have the value, and their small copy."""
+        self.untaken: list[str] = []
+        """Disks that have not taken it, or do not answer."""
+
+    def add(self, disk: str, reply: AcceptReply | None) -> bool:
+        """Whether the disk has taken the value; None: the call failed."""
+        if reply is not None and reply.verdict == OK and (reply.copy_synced or self._small is None):
+            self.taken.append(disk)
+            return True
+        self.untaken.append(disk)
+        if reply is not None:
+            self.refused = True
+            if reply.verdict == HELD or reply.final:
+                self._held.append(disk)
+        return False
+
+    @property
+    def chosen(self) -> bool:
+        taken, quorum, small = self.taken, self._quorum, self._small
+        if len(taken) < quorum.fewest or not (quorum.single or quorum.met(taken)):
+            return False
+        return small is None or small.enough(frozenset(taken))
+
+    @property
+    def over(self) -> bool:
+        """It can't be chosen any more, as far as answers go; or it takes long, and a replica has refused it."""
+        untaken, quorum = self.untaken, self._quorum
+        if len(self.taken) + len(untaken) == len(quorum.disks):
+            return True
+        return bool(untaken) and ((self.hurried and self.refused) or quorum.lost(untaken))
+
+    def note_held(self, lineage: Lineage) -> None:
+        """What refuses a create for good refuses it for ever: with a quorum of such the attempts that follow need not
+        fear it any more.
+        """
+        if self._held and self._quorum.met(self._held):
+            lineage.create_held(everywhere=len(self._held) == len(self._quorum.disks))
+
+
+class PrepareRound:
+    """The answers to a prepare. A reply is doubted when no gateway wrote the value that it reports."""
+
+    __slots__ = ("_answered", "_doubted", "_finals", "_quorum", "damaged_below", "failed", "promised")
+
+    def __init__(self, quorum: Quorum) -> None:
+        self._quorum = quorum
+        self._answered = 0
+        self._doubted: dict[str, PrepareReply] = {}
+        self._finals: list[str] = []
+        self.promised: dict[str, PrepareReply] = {}
+        self.failed: dict[str, int] = {}
+        """Verdicts of the disks that have not promised."""
+        self.damaged_below = 0
+        """The highest counter that a replica with a damaged row may have promised."""
+
+    def add(self, disk: str, reply: PrepareReply | None, doubted: bool) -> bool:
+        """Whether a quorum has promised now. With doubted replies as the only ones it has too: nothing better is to be
+        had, and their value may be written over.
+        """
+        quorum, promised = self._quorum, self.promised
+        self._answered += 1
+        if reply is None or reply.verdict != OK:
+            self.failed[disk] = NO_ANSWER if reply is None else reply.verdict
+            if reply is not None and reply.final:
+                self._finals.append(disk)
+        elif doubted:
+            self._doubted[disk] = reply
+        else:
+            promised[disk] = reply
+            if len(promised) >= quorum.fewest and (quorum.single or quorum.met(promised)):
+                return True
+        if self._doubted and quorum.met(self._doubted):
+            self.promised = {**promised, **self._doubted}
+            return True
+        return False
+
+    def add_late(self, disk: str, reply: PrepareReply | None, wanted: bool) -> None:
+        """An answer after a quorum has promised. ``wanted``: a promise counts all the same."""
+        self._answered += 1
+        if wanted and reply is not None and reply.verdict == OK:
+            self.promised[disk] = reply
+
+    @property
+    def everyone(self) -> bool:
+        """All replicas have answered."""
+        return self._answered == len(self._quorum.disks)
+
+    @property
+    def lost(self) -> bool:
+        """No quorum can promise any more."""
+        if not self.failed and not self._doubted:
+            return False
+        if self._doubted and not self.everyone:
+            return False
+        return self._quorum.lost({**self.failed, **self._doubted})
+
+    @property
+    def overtaken(self) -> bool:
+        """A higher ballot, or a newer layout, was in the way somewhere."""
+        return not _OVERTAKEN.isdisjoint(self.failed.values())
+
+    @property
+    def ahead(self) -> bool:
+        """Some replica refuses the ballot as too far ahead of its clock."""
+        return AHEAD in self.failed.values()
+
+    @property
+    def fenced(self) -> bool:
+        return self._quorum.lost([disk for disk, verdict in self.failed.items() if verdict == FENCED])
+
+    @property
+    def fenced_for_ever(self) -> bool:
+        return self._quorum.lost(self._finals)
+
+    def newest(self) -> Found:
+        replies = iter(self.promised.values())
+        newest = next(replies)
+        alike = True
+        for reply in replies:
+            if reply.accepted != newest.accepted:
+                alike = False
+                if reply.accepted > newest.accepted:
+                    newest = reply
+        settled = alike or settled_ballot(self._quorum, self._accepted()) == newest.accepted
+        return Found(newest.accepted, newest.value, settled)
+
+    def credible(self) -> Found | None:
+        """See ``register.credible``."""
+        reported = {disk: (reply.accepted, reply.value) for disk, reply in self.promised.items()}
+        found = credible(self._quorum, reported)
+        return None if found is None else Found(*found)
+
+    def placed(self, found: Found, lost_at: Ballot | None, rules: Rules) -> Found:
+        """A created value with the sequence after what it has overtaken (rule 14). ``lost_at``: the ballot of a create
+        that is not chosen.
+        """
+        ballot, value, settled = found
+        if value is None or not created(value):
+            return found
+        reported = [(reply.accepted, reply.value) for reply in self.promised.values() if reply.accepted != lost_at]
+        below = overtaken(reported, ballot, value, rules)
+        if below is None:
+            return found
+        return Found(ballot, msgspec.structs.replace(value, sequence=below.sequence + 1), settled)
+
+    def _accepted(self) -> Mapping[str, Ballot]:
+        return {disk: reply.accepted for disk, reply in self.promised.items()}
+
+
+class AcceptRound:
+    """The answers to an accept. ``copies``: small copies of this change that have to be synced, too."""
+
+    __slots__ = ("_accepted", "_copies", "_quorum", "failed")
+
+    def __init__(self, quorum: Quorum, copies: SmallCopies | None) -> None:
+        self._quorum = quorum
+        self._copies = copies
+        self._accepted: dict[str, bool] = {}
+        """Whether each disk that accepted has synced its copy."""
+        self.failed: dict[str, int] = {}
+        """Verdicts of the disks that have not accepted."""
+
+    def add(self, disk: str, reply: AcceptReply | None) -> bool:
+        """Whether the value is chosen now, and its copies are where they must be."""
+        if reply is None or reply.verdict != OK:
+            self.failed[disk] = NO_ANSWER if reply is None else reply.verdict
+            return False
+        accepted, quorum = self._accepted, self._quorum
+        accepted[disk] = reply.copy_synced
+        if len(accepted) < quorum.fewest or not (quorum.single or quorum.met(accepted)):
+            return False
+        return self._copies is None or self._copies.enough(self._synced())
+
+    def _synced(self) -> frozenset[str]:
+        return frozenset([disk for disk, copy_synced in self._accepted.items() if copy_synced])
+
+    @property
+    def copies_synced(self) -> int:
+        return len(self._synced())
+
+    @property
+    def chosen(self) -> bool:
+        """A quorum has accepted the value, wherever its copies are."""
+        return self._quorum.met(self._accepted)
+
+    @property
+    def fenced(self) -> bool:
+        return self._quorum.lost([disk for disk, verdict in self.failed.items() if verdict == FENCED])
+
+    @property
+    def lost(self) -> bool:
+        return self._quorum.lost(self.failed)
+
+    @property
+    def everyone(self) -> bool:
+        """All replicas have answered."""
+        return len(self._accepted) + len(self.failed) == len(self._quorum.disks)

@@ -1,0 +1,73 @@
+"""The states and events of a change, and which states each event may lead to. Pure data; ``proposer`` is the
+machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Final
+
+
+class State(IntEnum):
+    """Where a change is, and what the shell does when the state is entered."""
+
+    NEW = 0
+    """Nothing was asked yet: call ``create`` or ``begin``."""
+    CREATING = 1
+    """Send ``request`` with ``fragments`` to all disks of ``view``; give each answer to ``created``. After a while:
+    ``hurry``."""
+    PREPARING = 2
+    """Send ``request`` to all disks of ``view``, or when ``sparing`` to those of one quorum first; give each answer to
+    ``promised``."""
+    GATHERING = 3
+    """A quorum has promised. Wait up to ``gather_s`` for the others, and see that all were asked; then ``waited``."""
+    SYNCING = 4
+    """Wait until the fragments that the change names are durable; then ``synced``, or ``data_failed``. The deadline
+    waits too."""
+    CARRYING = 5
+    """Fetch the small copy with the data id ``carry`` from any replica; then ``carried``."""
+    ACCEPTING = 6
+    """Send ``request`` with ``fragments`` to all disks of ``view``; give each answer to ``accepted``."""
+    RETRYING = 7
+    """Pause up to ``pause_s``, renew the age of the fragments that the change names, or call ``data_failed``; then
+    ``begin``."""
+    DONE = 8
+    """``outcome``."""
+    FAILED = 9
+    """``error``."""
+
+
+class Event(IntEnum):
+    """The calls that may change the state."""
+
+    CREATE = 0
+    BEGIN = 1
+    CREATED = 2
+    PROMISED = 3
+    ACCEPTED = 4
+    HURRY = 5
+    WAITED = 6
+    SYNCED = 7
+    CARRIED = 8
+    DATA_FAILED = 9
+    EXPIRE = 10
+
+
+NEW, CREATING, PREPARING, GATHERING, SYNCING, CARRYING, ACCEPTING, RETRYING, DONE, FAILED = State
+"""Globals: a member is found through its enum's class at twice the price."""
+
+_DECIDED: Final = (SYNCING, CARRYING, ACCEPTING, RETRYING, DONE, FAILED)
+
+TRANSITIONS: Final[Mapping[State, Mapping[Event, Sequence[State]]]] = {
+    NEW: {Event.CREATE: (CREATING, RETRYING), Event.BEGIN: (PREPARING,)},
+    CREATING: {Event.CREATED: (RETRYING, DONE), Event.HURRY: (RETRYING,), Event.EXPIRE: (FAILED,)},
+    PREPARING: {Event.PROMISED: (GATHERING, *_DECIDED), Event.EXPIRE: (FAILED,)},
+    GATHERING: {Event.PROMISED: _DECIDED, Event.WAITED: (GATHERING, *_DECIDED), Event.EXPIRE: (FAILED,)},
+    SYNCING: {Event.SYNCED: (CARRYING, ACCEPTING, FAILED), Event.DATA_FAILED: (FAILED,)},
+    CARRYING: {Event.CARRIED: (ACCEPTING, RETRYING), Event.EXPIRE: (FAILED,)},
+    ACCEPTING: {Event.ACCEPTED: (RETRYING, DONE, FAILED), Event.EXPIRE: (FAILED,)},
+    RETRYING: {Event.BEGIN: (PREPARING,), Event.DATA_FAILED: (FAILED,), Event.EXPIRE: (FAILED,)},
+    DONE: {},
+    FAILED: {},
+}
+"""The states that each event may lead to. The diagram in README.md shows the same."""
