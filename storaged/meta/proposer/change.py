@@ -45,6 +45,7 @@ from storaged.meta.ports import OnOutcome, Outcome
 from storaged.meta.proposer.ring import FOREVER, Ring
 
 OK = int(Verdict.OK)
+STOPS = "This node stops. Nothing was changed. Retry."
 STOPPED = "This node stops before it has learned what became of the change."
 
 
@@ -99,8 +100,8 @@ class ChangeShell:
     def begin(self, view: View, on_done: OnOutcome, create: Change | None = None) -> None:
         """``on_done(outcome)`` is called once, perhaps before this returns, and must not raise. Its argument is the
         outcome, or the exception that ``ports.Registers.change`` raises. ``create``: what the update makes of nothing,
-        to be proposed at once. An exception that this raises reaches ``on_done`` as well only when it is no mistake of
-        ours."""
+        to be proposed at once. What this raises is a mistake of ours; ``on_done`` is not called then.
+        """
         self._on_done = on_done
         if self._trace is not None:
             self._mark("")
@@ -136,11 +137,7 @@ class ChangeShell:
     def stop(self) -> None:
         """Ends it where it is. A request that was sent may still be carried out."""
         if self._on_done is not None:
-            open_ = self.machine.lineage.open
-            stopped = (
-                OutcomeUnknown(STOPPED) if open_ else ServiceUnavailable("This node stops. Nothing was changed. Retry.")
-            )
-            self._end(stopped)
+            self._end(OutcomeUnknown(STOPPED) if self.machine.lineage.open else ServiceUnavailable(STOPS))
 
     def _end(self, outcome: Outcome | Exception | None) -> None:
         self._ring.deadlines.end(self)

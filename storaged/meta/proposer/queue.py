@@ -13,14 +13,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-from storaged.errors import OutcomeUnknown, SlowDown, StoragedError
+from storaged.errors import OutcomeUnknown, ServiceUnavailable, SlowDown, StoragedError
 from storaged.ids import Entropy
 from storaged.meta.consensus.change import Wanted
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.register import CALL_BYTES, Lineage, may_create
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import OnOutcome, Outcome, SmallCopies, Update
-from storaged.meta.proposer.change import STOPPED, ChangeShell
+from storaged.meta.proposer.change import STOPPED, STOPS, ChangeShell
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.ring import Ring
 
@@ -134,6 +134,8 @@ class ChangeQueue:
                 await asyncio.gather(barrier, return_exceptions=True)
 
     async def _run(self, shell: ChangeShell, regardless: bool, create: Change | None) -> Outcome:
+        if self._closed:
+            raise ServiceUnavailable(STOPS)
         self._under_way[shell] = None
         try:
             outcome = await shell.run(self._ring.view(shell.machine.name), create)
