@@ -82,6 +82,12 @@ class Cluster:
                 self._process.wait(10 * SLOWNESS)
         self._process = None
 
+    def kill(self) -> None:
+        """SIGKILL for the process that ``start`` began, and for no other."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(10 * SLOWNESS)
+
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """``storaged ARGUMENTS`` for this cluster."""
         done = subprocess.run(

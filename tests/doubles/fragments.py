@@ -28,7 +28,9 @@ from storaged.wire import Buffer
 
 
 @dataclass
-class _Kept:
+class Kept:
+    """A fragment as it is on the disk. ``bad``: cells whose checksum does not hold, -1 for the head."""
+
     header: FragmentHeader
     payload: bytes
     bad: set[int] = field(default_factory=set)
@@ -41,8 +43,8 @@ class MemoryFragmentStore:
     def __init__(self, *, bytes_max: int = 1 << 40, on_damage: Callable[[FragmentId, int], None] | None = None) -> None:
         self._bytes_max = bytes_max
         self._on_damage = on_damage
-        self._fragments: dict[bytes, _Kept] = {}
-        self._durable: dict[bytes, _Kept] = {}
+        self._fragments: dict[bytes, Kept] = {}
+        self._durable: dict[bytes, Kept] = {}
         self._retired: dict[bytes, tuple[bytes, int]] = {}
         self._state = "ok"
 
@@ -98,6 +100,10 @@ class MemoryFragmentStore:
         """Data id -> (owner, when it is due)."""
         return dict(self._retired)
 
+    def kept(self, fragment: FragmentId) -> Kept:
+        """A test may change it."""
+        return self._fragments[fragment.pack()]
+
     def header(self, fragment: FragmentId) -> FragmentHeader:
         return self._fragments[fragment.pack()].header
 
@@ -128,7 +134,7 @@ class MemoryFragmentStore:
             raise DiskUnusable("the disk is full up to its reserve", state="full")
         if not write.matches_hash():
             raise FragmentDamaged(f"the payload of {write.key.hex()} is not what its hashes say; not written")
-        kept = _Kept(header, b"".join(write.payload))
+        kept = Kept(header, b"".join(write.payload))
         self._fragments[write.key] = kept
         if sync:
             self._durable[write.key] = kept
@@ -235,7 +241,7 @@ class MemoryFragmentStore:
         if self._state not in ("ok", "full"):
             raise DiskUnusable(f"the disk is {self._state}", state=self._state)
 
-    def _find(self, fragment: FragmentId) -> _Kept:
+    def _find(self, fragment: FragmentId) -> Kept:
         if self._state == "failed":
             raise DiskUnusable("the fragment store is closed", state="failed")
         kept = self._fragments.get(fragment.pack())
@@ -243,7 +249,7 @@ class MemoryFragmentStore:
             raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
         return kept
 
-    def _found_bad(self, fragment: FragmentId, kept: _Kept | None, cell: int) -> None:
+    def _found_bad(self, fragment: FragmentId, kept: Kept | None, cell: int) -> None:
         if kept is not None and cell not in kept.known_bad:
             kept.known_bad.add(cell)
             if self._on_damage is not None:

@@ -222,6 +222,10 @@ class MemoryMetaStore:
         rows = self._shards[name[:3]].rows
         rows[name.key] = rows[name.key][:-1] + bytes([rows[name.key][-1] ^ 1])
 
+    def page_hashes(self) -> list[bytes]:
+        """Of all pages, damaged or not, as they came."""
+        return list(self._pages)
+
     def damage_page(self, page_hash: bytes) -> None:
         """Flips one bit of a page."""
         page = self._pages[page_hash]

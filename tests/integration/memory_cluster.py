@@ -21,7 +21,6 @@ from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedErr
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
-from storaged.hashes import is_fragment
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
@@ -385,11 +384,7 @@ class Cluster:
 
     def holds(self, disk: str, fragment: FragmentId) -> bool:
         """The disk has the fragment, and its bytes are what its header says."""
-        kept = self.store(disk)._fragments.get(fragment.pack())
-        if kept is None or kept.bad:
-            return False
-        hashes = kept.header.hashes
-        return is_fragment((kept.payload,), hashes[fragment.position if len(hashes) > 1 else 0])
+        return self.store(disk).is_whole(fragment)
 
     async def is_whole(self, bucket: BucketRecord, key: bytes) -> bool:
         """Every fragment is where it should be, under the target profile."""
@@ -401,7 +396,7 @@ class Cluster:
 
     def forge(self, disk: str, fragment: FragmentId, payload: bytes = b"") -> None:
         """The disk lies: other bytes, whose checksums hold."""
-        kept = self.store(disk)._fragments[fragment.pack()]
+        kept = self.store(disk).kept(fragment)
         kept.payload = payload or bytes([kept.payload[0] ^ 0x55]) + kept.payload[1:]
 
     def meta(self, disk: str) -> MemoryMetaStore:

@@ -82,7 +82,7 @@ def test_a_block_with_too_few_fragments_is_lost_until_they_return() -> None:
         place = (await cluster.places(bucket, b"large-0"))[1]
         stolen = []
         for fragment, disk in list(place.fragments)[:3]:
-            stolen.append((disk, cluster.store(disk)._fragments[fragment.pack()]))
+            stolen.append((disk, cluster.store(disk).kept(fragment)))
             await cluster.store(disk).delete([fragment])
         cluster.maintain()
         assert await cluster.settled() == (1, 1)
@@ -114,12 +114,12 @@ def test_a_liars_bytes_are_not_laundered_and_are_replaced() -> None:
         bucket, objects = await filled(cluster, 1)
         place, *_ = await cluster.places(bucket, b"large-0")
         where = list(place.fragments)
-        good = cluster.store(where[5][1])._fragments[where[5][0].pack()].payload
+        good = cluster.store(where[5][1]).kept(where[5][0]).payload
         cluster.forge(where[1][1], where[1][0])
         await cluster.store(where[5][1]).delete([where[5][0]])
         cluster.maintain()
         assert await cluster.settled() == (0, 0)
-        assert cluster.store(where[5][1])._fragments[where[5][0].pack()].payload == good
+        assert cluster.store(where[5][1]).kept(where[5][0]).payload == good
         assert cluster.holds(where[1][1], where[1][0])
         await assert_whole(cluster, bucket, objects)
 
@@ -133,9 +133,9 @@ def test_a_lie_with_the_xxh3_of_the_truth_is_not_laundered_and_is_replaced(key: 
     async def scenario(cluster: Cluster) -> None:
         bucket, objects = await filled(cluster, 1)
         where = list((await cluster.places(bucket, key))[0].fragments)
-        stores = [(cluster.store(disk)._fragments, fragment.pack()) for fragment, disk in where]
+        stores = [(cluster.store(disk).kept, fragment) for fragment, disk in where]
         (lying, lied), (missing, lost) = stores[0], stores[-1]
-        truth, good = lying[lied].payload, missing[lost].payload
+        truth, good = lying(lied).payload, missing(lost).payload
         forged = second_preimage(truth, random.Random(3))
         assert forged != truth
         assert xxhash.xxh3_128_digest(forged) == xxhash.xxh3_128_digest(truth)
@@ -143,8 +143,8 @@ def test_a_lie_with_the_xxh3_of_the_truth_is_not_laundered_and_is_replaced(key: 
         await cluster.store(where[-1][1]).delete([where[-1][0]])
         cluster.maintain()
         assert await cluster.settled() == (0, 0)
-        assert missing[lost].payload == good
-        assert lying[lied].payload == truth
+        assert missing(lost).payload == good
+        assert lying(lied).payload == truth
         await assert_whole(cluster, bucket, objects)
 
     run(scenario)
@@ -155,18 +155,18 @@ def test_a_block_of_the_old_kind_is_read_and_rebuilt_with_the_hashes_that_it_has
     async def scenario(cluster: Cluster) -> None:
         bucket, objects = await filled(cluster, 1)
         for place in await cluster.places(bucket, key):
-            kept = [cluster.store(disk)._fragments[fragment.pack()] for fragment, disk in place.fragments]
+            kept = [cluster.store(disk).kept(fragment) for fragment, disk in place.fragments]
             old = tuple(xxhash.xxh3_128_digest(one.payload) for one in kept)[: len(kept[0].header.hashes)]
             for one in kept:
                 one.header = msgspec.structs.replace(one.header, hashes=old)
         fragment, disk = next((await cluster.places(bucket, key))[0].fragments)
-        before = cluster.store(disk)._fragments[fragment.pack()]
+        before = cluster.store(disk).kept(fragment)
         assert {len(one) for one in before.header.hashes} == {16}
         await cluster.store(disk).delete([fragment])
         assert await cluster.get(bucket, key) == objects[key]
         cluster.maintain()
         assert await cluster.settled() == (0, 0)
-        rebuilt = cluster.store(disk)._fragments[fragment.pack()]
+        rebuilt = cluster.store(disk).kept(fragment)
         assert (rebuilt.payload, rebuilt.header.hashes) == (before.payload, before.header.hashes)
         await assert_whole(cluster, bucket, objects)
 
@@ -194,19 +194,19 @@ def test_a_rebuilt_copy_carries_what_it_was_written_with_and_no_more() -> None:
         bucket, _ = await filled(cluster, 1)
         where = list((await cluster.places(bucket, b"small-0"))[0].fragments)
         fragment, disk = where[0]
-        written = cluster.store(disk)._fragments[fragment.pack()]
+        written = cluster.store(disk).kept(fragment)
         assert written.header.part_header == b"", "it is in the record, on the same disk"
         await cluster.store(disk).delete([fragment])
         cluster.maintain()
         await cluster.settled()
-        rebuilt = cluster.store(disk)._fragments[fragment.pack()]
+        rebuilt = cluster.store(disk).kept(fragment)
         assert rebuilt.payload == written.payload
         assert msgspec.structs.replace(rebuilt.header, created_ms=0) == msgspec.structs.replace(
             written.header, created_ms=0
         )
         whole = (await cluster.places(bucket, b"large-0"))[0]
         fragment, disk = next(iter(whole.fragments))
-        assert cluster.store(disk)._fragments[fragment.pack()].header.part_header == whole.entry.header
+        assert cluster.store(disk).kept(fragment).header.part_header == whole.entry.header
 
     run(scenario)
 
@@ -251,11 +251,11 @@ def test_a_copy_that_is_outvoted_is_not_copied() -> None:
         bucket, objects = await filled(cluster, 1)
         where = list((await cluster.places(bucket, b"small-0"))[0].fragments)
         await cluster.store(where[0][1]).delete([where[0][0]])
-        kept = cluster.store(where[1][1])._fragments[where[1][0].pack()]
+        kept = cluster.store(where[1][1]).kept(where[1][0])
         cluster.forge(where[1][1], where[1][0])  # its hash does not hold any more: it has no vote
         cluster.maintain()
         await cluster.settled()
-        assert cluster.store(where[0][1])._fragments[where[0][0].pack()].payload != kept.payload or cluster.holds(
+        assert cluster.store(where[0][1]).kept(where[0][0]).payload != kept.payload or cluster.holds(
             where[1][1], where[1][0]
         )
         await assert_whole(cluster, bucket, objects)
@@ -460,7 +460,7 @@ def test_fragments_that_a_read_only_disk_has_lost_count_and_are_moved_in_the_end
         disk = place.disks[2]
         cluster.store(disk).refuse("read-only")
         cluster.alive.read_only.add(disk)
-        del cluster.store(disk)._fragments[place.fragment(2).pack()]
+        cluster.store(disk).lose(place.fragment(2))
         below, _ = await cluster.settled()
         assert below == 1
         await cluster.pass_s(DELAY_S + 60)

@@ -494,7 +494,7 @@ def test_a_fragment_that_recoding_left_is_swept_and_its_data_is_not() -> None:
         await cluster.put(bucket, b"k", data := os.urandom(LARGE))
         entry = await cluster.entry(bucket, b"k")
         (disk, fragment), *_ = await cluster.fragments(entry.data_id)
-        kept = cluster.store(disk)._fragments[fragment.pack()]
+        kept = cluster.store(disk).kept(fragment)
         stray = next(other.id for other in cluster.layouts.current.disks if other.id != disk)
         left = FragmentId(entry.data_id, 0, 2, 2, 0)
         header = msgspec.structs.replace(
@@ -657,10 +657,10 @@ def test_manifest_pages_come_back_to_a_replica_that_was_away_or_lost_them() -> N
             node.meta[disk]
             for node in cluster.nodes.values()
             for disk in node.meta
-            if node.meta[disk]._pages or node.name == "na"
+            if node.meta[disk].page_hashes() or node.name == "na"
         ]
-        (page_hash, *_) = max((store._pages for store in stores), key=len)
-        rotten = next(store for store in stores if page_hash in store._pages)
+        (page_hash, *_) = max((store.page_hashes() for store in stores), key=len)
+        rotten = next(store for store in stores if page_hash in store.page_hashes())
         rotten.damage_page(page_hash)
         cluster.maintain()
         await cluster.settled()
@@ -806,7 +806,7 @@ def test_scrub_finds_flips_in_fragments_and_rows_and_all_is_mended() -> None:
 
 
 def owner_of(cluster: Cluster, where: tuple[str, FragmentId]) -> bytes:
-    return RegisterName.unpack(cluster.store(where[0])._fragments[where[1].pack()].header.owner).key
+    return RegisterName.unpack(cluster.store(where[0]).kept(where[1]).header.owner).key
 
 
 def test_a_scrub_that_starts_by_itself_goes_on_where_it_was_interrupted() -> None:

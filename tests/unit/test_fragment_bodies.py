@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from storaged.errors import FragmentDamaged
-from storaged.fragments.ports import FragmentId
+from storaged.errors import FragmentDamaged, PeerUnreachable
+from storaged.fragments.ports import FragmentId, Health
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
 from storaged.hashes import transfer_checksum
+from tests.doubles.disks import FaultyDisk
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.suites.fragment_store import Damage, FragmentStoreSuite
 from tests.worlds.fragments import DISK, Loopback, Made, flip_on_disk, make
@@ -80,7 +81,52 @@ class TestMemory(FragmentStoreSuite):
 
     async def test_a_crash_forgets_what_was_not_synced(self, store: MemoryFragmentStore) -> None:
         kept = await self.put(store)
-        lost = await self.put(store)
-        store._durable.pop(lost.id.pack())
+        lost = make(self.rng)
+        await store.write(lost.header, [lost.payload])
+        assert store.unsynced == [lost.id]
         store.crash()
         assert [stat.health for stat in await store.stat([kept.id, lost.id])] == [0, 1]
+
+
+class TestFaulty(FragmentStoreSuite):
+    """While it has no fault it is a store like any other."""
+
+    @pytest.fixture(params=[False, True], ids=["far", "near"])
+    def store(self, request: pytest.FixtureRequest) -> FaultyDisk:
+        return FaultyDisk(near=request.param)
+
+    @pytest.fixture
+    def damage(self, store: FaultyDisk) -> Damage:
+        async def flip(made: Made, cell: int) -> None:
+            store.flip(made.id, cell)
+
+        return flip
+
+    async def test_a_disk_that_is_away_answers_nothing_and_keeps_what_it_has(self, store: FaultyDisk) -> None:
+        made = await self.put(store)
+        store.down = True
+        calls = [store.read(made.id, 0, 1), store.sync([made.id]), store.stat([made.id]), store.touch([made.id], 5000)]
+        for call in (*calls, store.delete([made.id]), store.retire([]), store.write(made.header, [made.payload])):
+            with pytest.raises(PeerUnreachable):
+                await call
+        store.down = False
+        assert (await store.read(made.id, 0, 1)).cells == (made.payload[: made.header.cell_bytes],)
+        assert (await store.stat([made.id]))[0].created_ms == made.header.created_ms
+
+    async def test_a_disk_that_lies_gives_other_bytes_without_a_word(self, store: FaultyDisk) -> None:
+        made = await self.put(store)
+        store.flip(made.id, 0, lie=True)
+        [cell] = (await store.read(made.id, 0, 1)).cells
+        assert cell is not None
+        assert bytes(cell) != made.cells[0]
+        assert (await store.verify(made.id)).health == Health.OK
+        assert not store.is_whole(made.id)
+
+    async def test_only_a_disk_of_this_node_answers_without_a_wait_and_only_what_is_whole(
+        self, store: FaultyDisk
+    ) -> None:
+        made = await self.put(store)
+        found = store.try_read(made.id, 0, 1)
+        assert (found is not None) == store.near
+        store.flip(made.id, 0)
+        assert store.try_read(made.id, 0, 1) is None
