@@ -52,6 +52,9 @@ def test_a_gateway_without_disks_serves_heartbeats_and_layouts_alone(tmp_path: P
         name: method for name, method in of_a_storage_node(World(tmp_path)).items() if name.startswith("cluster.")
     }
     authority.check_registered(methods, ("gateway",))
+    for name in methods:
+        with pytest.raises(LookupError, match=name):
+            authority.check_registered({other: methods[other] for other in methods if other != name}, ("gateway",))
 
 
 def test_a_method_without_a_row_can_not_be_registered() -> None:

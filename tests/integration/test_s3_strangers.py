@@ -69,6 +69,7 @@ async def test_answers_that_strangers_do_not_take_keep_no_place() -> None:
             writers.append(writer)
         await until(lambda: world.app.statistics().requests_total > 4)
         await answered(world)
+        assert world.app.statistics().refused_total == 0
         for writer in writers:
             writer.transport.abort()
 
@@ -167,6 +168,7 @@ async def test_a_form_that_does_not_come_keeps_no_server_from_ending(monkeypatch
         await until(lambda: world.app.statistics().requests_in_flight == 1)
         await asyncio.wait_for(world.app.close(3600), GUARD_S)
         await ended(reader)
+        assert world.app.statistics().requests_in_flight == 0
         writer.close()
 
 
@@ -297,4 +299,5 @@ async def test_when_the_port_closes_handshakes_are_given_up(tmp_path: Path) -> N
         await until(lambda: world.app.statistics().unauthenticated == 1)
         await world.app.close(5)
         await ended(reader)
+        assert world.app.statistics().connections == 0
         writer.close()

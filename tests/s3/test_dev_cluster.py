@@ -399,6 +399,8 @@ def test_every_node_is_witnessed_by_all_others(cluster: Cluster) -> None:
             30,
             f"the witnesses of {name}",
         )
+        witnesses = {path.parent.parent.name for path in cluster.directory.glob(f"*/witness/{name}.jsonl")}
+        assert witnesses == {"n1", "n2", "n3"} - {name}, "storage nodes are witnesses, each of all others"
 
 
 def test_doctor_warns_until_the_keys_are_backed_up_and_the_backup_brings_them_back(
