@@ -26,19 +26,14 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from storaged.clock import SystemClock
 from storaged.errors import DataDamaged
 from storaged.objects.api import (
-    NO_READ_CONDITIONS,
-    NO_WRITE_CONDITIONS,
     BodyChecks,
     NewMeta,
     ObjectInfo,
     ObjectStream,
     Principal,
     PutResult,
-    RangeSpec,
-    ReadConditions,
     Reading,
     ReadResult,
-    WriteConditions,
 )
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.read.streams import HeldStream
@@ -96,8 +91,8 @@ class WatchedObjects(ObjectService):
 
     def __init__(self, plane: ObjectPlane) -> None:
         super().__init__(plane)
-        self._bound = self.try_put, self.try_read, self.get
-        del self.try_put, self.try_read, self.get  # this class's methods of these names call them
+        self.unwatched = ObjectService(plane)
+        self.get, self.try_read, self.try_put = self._get, self._try_read, self._try_put  # type: ignore[assignment]
         self.streams: list[WatchedStream] = []
         self.readings: list[Reading | None] = []
         """What each ``get`` was given."""
@@ -113,30 +108,14 @@ class WatchedObjects(ObjectService):
         self.piece_bytes = 0
         """Of streams; 0: as they come."""
 
-    def try_put(
-        self,
-        bucket: BucketRecord,
-        key: bytes,
-        plain: Buffer,
-        meta: NewMeta,
-        checks: BodyChecks,
-        then: Callable[[PutResult | Exception], None],
-        *,
-        owner: str,
-        conditions: WriteConditions = NO_WRITE_CONDITIONS,
-    ) -> bool:
-        def answered(found: PutResult | Exception) -> None:
-            self.put_answers.append(found)
-            then(found)
+    async def _get(self, *which: Any, reading: Reading | None = None, **how: Any) -> WatchedStream:
+        self.readings.append(reading)
+        found = await self.unwatched.get(*which, reading=reading, **how)
+        stream = WatchedStream(found, self.fail_after, self.piece_bytes)
+        self.streams.append(stream)
+        return stream
 
-        def done(found: PutResult | Exception) -> None:
-            self.answer(lambda: answered(found))
-
-        if self.busy:
-            return False
-        return self._bound[0](bucket, key, plain, meta, checks, done, owner=owner, conditions=conditions)
-
-    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
+    def _try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
         def answered(found: ReadResult) -> None:
             self.read_answers.append(found)
             then(found)
@@ -145,31 +124,19 @@ class WatchedObjects(ObjectService):
             kept = None if self.fail_after is not None and isinstance(found, HeldStream) else found
             self.answer(lambda: answered(kept))
 
-        self._bound[1](bucket, key, want_plain, done)
+        self.unwatched.try_read(bucket, key, want_plain, done)
 
-    async def get(
-        self,
-        bucket: BucketRecord,
-        key: bytes,
-        *,
-        version_id: str = "",
-        conditions: ReadConditions = NO_READ_CONDITIONS,
-        span: RangeSpec | None = None,
-        part_number: int | None = None,
-        reading: Reading | None = None,
-    ) -> Any:
-        self.readings.append(reading)
-        asked: dict[str, Any] = {
-            "version_id": version_id,
-            "conditions": conditions,
-            "span": span,
-            "part_number": part_number,
-        }
-        stream = WatchedStream(
-            await self._bound[2](bucket, key, **asked, reading=reading), self.fail_after, self.piece_bytes
-        )
-        self.streams.append(stream)
-        return stream
+    def _try_put(self, *what: Any, **how: Any) -> bool:
+        *what_else, then = what
+
+        def answered(found: PutResult | Exception) -> None:
+            self.put_answers.append(found)
+            then(found)
+
+        def done(found: PutResult | Exception) -> None:
+            self.answer(lambda: answered(found))
+
+        return not self.busy and self.unwatched.try_put(*what_else, done, **how)
 
 
 class WarmBuckets(BucketService):
@@ -209,7 +176,7 @@ class World:
         keys = (await self.objects.list_objects(record)).keys
         found = {}
         for key in keys:
-            stream = await ObjectService.get(self.objects, record, key)
+            stream = await self.objects.unwatched.get(record, key)
             found[key] = b"".join([bytes(piece) async for piece in stream.chunks()])
         return found
 

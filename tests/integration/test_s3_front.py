@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 from storaged.objects.api import CHECKSUM_ALGORITHMS
 from storaged.s3.headers import parse_range
 from tests.integration.s3_front import ACCESS_ALT, REGION, SECRET_ALT, World, s3_world, until
-from tests.integration.test_checksums import OTHER, text
+from tests.unit.test_checksums import OTHER, text
 
 PART = 5 * 1024 * 1024
 

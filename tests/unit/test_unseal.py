@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -47,19 +46,6 @@ def test_it_imports_nothing_of_the_package():
             assert node.level == 0
             imported.add((node.module or "").split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"cryptography"}
-
-
-def test_it_runs_alone_as_a_script_from_a_pipe(tmp_path):
-    alone = tmp_path / "unseal.py"
-    alone.write_text(SCRIPT.read_text())
-    plain = bytes(range(256)) * 100
-    done = subprocess.run(
-        [sys.executable, "-I", alone, *arguments("-")], input=sealed_part(plain, 16384), capture_output=True, timeout=60
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, plain, b"")
-    shown = subprocess.run([sys.executable, "-I", alone, "--help"], capture_output=True, timeout=60, text=True)
-    assert shown.returncode == 0
-    assert "--data-id HEX" in shown.stdout
 
 
 @pytest.mark.parametrize("size", [0, 1, 4079, 4080, 4081, 8160, 100_000])

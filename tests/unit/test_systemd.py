@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import configparser
-import os
-import re
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,20 +12,6 @@ from storaged.node.notify import Notifier
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = ("storaged@.service", "storaged-gateway.service")
-
-
-@pytest.mark.parametrize("name", UNITS)
-def test_the_units_are_exposed_no_more_than_1_5(name: str, tmp_path: Path) -> None:
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed")
-    copy = tmp_path / name.replace("@", "@n1")
-    copy.write_text((DEPLOY / "systemd" / name).read_text())
-    done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", str(copy)], capture_output=True, text=True, check=False
-    )
-    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
-    assert found, done.stdout + done.stderr
-    assert float(found[1]) <= 1.5, done.stdout
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -79,49 +58,11 @@ def test_the_example_configurations_are_accepted(name: str) -> None:
     assert loaded.gateway == (name == "gateway.toml")
 
 
-@pytest.fixture
-def manager(tmp_path: Path) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    listening.bind(str(tmp_path / "notify"))
-    listening.settimeout(5)
-    return listening
-
-
-async def test_readiness_reload_stop_and_watchdog_are_told_to_the_manager(manager: socket.socket) -> None:
-    environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "20000", "WATCHDOG_PID": str(os.getpid())}
-    notifier = Notifier(environ)
-    assert environ == {}
-    notifier.ready("listening")
-    notifier.reloading()
-    notifier.stopping()
-    feeding = asyncio.create_task(notifier.feed_watchdog())
-    await asyncio.sleep(0)
-    assert manager.recv(4096) == b"READY=1\nSTATUS=listening"
-    assert manager.recv(4096).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
-    assert manager.recv(4096) == b"STOPPING=1"
-    assert manager.recv(4096) == b"WATCHDOG=1"
-    feeding.cancel()
-    await asyncio.gather(feeding, return_exceptions=True)
-    notifier.close()
-
-
 async def test_a_watchdog_meant_for_another_process_is_not_fed_and_no_manager_is_fine() -> None:
     notifier = Notifier({"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"})
     notifier.ready("x")
     await notifier.feed_watchdog()
     assert notifier.watchdog_s == 0
-
-
-def test_an_abstract_address_is_understood() -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("abstract sockets are Linux's")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
-        listening.bind(f"\0storaged-test-{os.getpid()}")
-        listening.settimeout(5)
-        notifier = Notifier({"NOTIFY_SOCKET": f"@storaged-test-{os.getpid()}"})
-        notifier.stopping()
-        assert listening.recv(100) == b"STOPPING=1"
-        notifier.close()
 
 
 def test_the_credential_that_opens_the_keyring_is_never_readable_by_others_while_it_is_made() -> None:

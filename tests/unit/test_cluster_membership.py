@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from storaged.cluster.ports import Call, DiskStatus, PeerIdentity, Reply
 from storaged.cluster.signed_layout import SignedLayout, sign_layout
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
 from storaged.wire import Buffer, Message
-from tests.worlds.authority import World, pooled, serving, until
+from tests.worlds.authority import World, until
 
 T = TypeVar("T", bound=Message)
 
@@ -495,34 +495,3 @@ async def test_a_layout_that_cannot_be_persisted_is_not_used(world: World) -> No
 
 
 # --- over the network
-
-
-async def test_three_nodes_over_tls_find_each_other_lose_one_and_find_it_again(world: World) -> None:
-    names = ("n1", "n2", "n3")
-    identities = {name: world.node(name) for name in names}
-    addresses: dict[str, str] = {}
-    members: dict[str, Membership] = {}
-
-    async def run(stack: AsyncExitStack, name: str, port: int = 0) -> None:
-        links = await stack.enter_async_context(pooled(identities[name], lambda node: addresses.get(node)))
-        own = OwnNode(name, name.encode().ljust(8), disks=lambda: [DiskStatus(f"disk-{name}", "/", "ok")])
-        found = Membership(own, links, book(world, layout()), links=links, interval_s=0.05)
-        server = await stack.enter_async_context(serving(identities[name], found.methods(), port=port))
-        addresses[name] = f"127.0.0.1:{server.port}"
-        members[name] = found
-        await found.start()
-        stack.push_async_callback(found.close)
-
-    async with AsyncExitStack() as two:
-        third = AsyncExitStack()
-        await run(two, "n1")
-        await run(two, "n2")
-        await run(third, "n3")
-        await until(lambda: all(member.node_up(name) for member in members.values() for name in names))
-        port = int(addresses["n3"].rpartition(":")[2])
-        await third.aclose()
-        await until(lambda: not members["n1"].node_up("n3") and not members["n2"].disk_readable("disk-n3"))
-        assert members["n1"].node_up("n2")
-        async with AsyncExitStack() as again:
-            await run(again, "n3", port)
-            await until(lambda: all(members[name].disk_writable("disk-n3") for name in ("n1", "n2")))

@@ -5,19 +5,16 @@ node is said before it hangs up.
 from __future__ import annotations
 
 import base64
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from storaged.cli import client, keys
+from storaged.cli import keys
 from storaged.cli.main import cli
 from storaged.config import load
-from storaged.errors import AdminNotAllowed, NotRunning, OperatorError, PassphraseTooShort
+from storaged.errors import OperatorError, PassphraseTooShort
 from storaged.node.protection import protection_of
 from tests.unit.test_config import GATEWAY
 
@@ -52,14 +49,6 @@ def test_without_a_terminal_it_says_what_to_do_instead(
     assert "--passphrase-file FILE" in failed.exception.message
     assert "--passphrase-file - and the passphrase on standard input" in failed.exception.message
     assert not asked
-
-
-def test_a_process_without_a_terminal_knows_that_it_has_none() -> None:
-    program = "from storaged.cli.keys import _has_terminal; print(_has_terminal())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, start_new_session=True
-    )
-    assert done.stdout == "False\n"
 
 
 def test_standard_input_and_a_file_give_the_passphrase(asked: list[dict[str, str]], tmp_path: Path) -> None:
@@ -103,12 +92,3 @@ def test_a_keyring_is_not_made_under_a_short_passphrase_and_an_old_one_still_ope
     with pytest.raises(PassphraseTooShort):
         protection_of(load(config), create=True)
     assert protection_of(load(config)).text == "short"  # type: ignore[union-attr]
-
-
-def test_a_user_who_may_not_ask_is_told_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "admin.sock").touch()
-    with pytest.raises(NotRunning):
-        client.request(tmp_path, "GET", "/v1/status")
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    with pytest.raises(AdminNotAllowed, match="is of the user"):
-        client.request(tmp_path, "GET", "/v1/status")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from storaged.durable import replace_file
-from tests.patience import GUARD_S
 
 
 def test_a_file_is_replaced_whole_with_its_mode_and_what_a_crash_left_is_in_nobodys_way(
@@ -40,20 +37,3 @@ def test_where_the_disk_refuses_the_new_file_the_old_one_stays_and_nothing_else(
         replace_file(path, b"the new one")
     assert path.read_bytes() == b"the old one"
     assert os.listdir(tmp_path) == ["node.key"]
-
-
-REPLACE_MANY = """
-import sys
-from pathlib import Path
-from storaged.durable import replace_file
-for number in range(100):
-    replace_file(Path(sys.argv[1]), sys.argv[2].encode() * 1000)
-"""
-
-
-def test_processes_that_replace_one_file_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
-    path = tmp_path / "records"
-    running = [subprocess.Popen([sys.executable, "-c", REPLACE_MANY, str(path), letter]) for letter in "abc"]
-    assert [process.wait(GUARD_S) for process in running] == [0, 0, 0]
-    assert path.read_bytes() in [letter * 1000 for letter in (b"a", b"b", b"c")]
-    assert os.listdir(tmp_path) == ["records"]
