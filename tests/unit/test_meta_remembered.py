@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 
-from storaged.meta.listing.cache import CachedPiece, PieceCache, Place
-from storaged.meta.listing.query import Query, Span
-from storaged.meta.listing.shards import SPANS_MAX, ShardReader
+from storaged.meta.listing.cache import CachedPiece, ListedShard, PieceCache
+from storaged.meta.listing.query import PieceRead, Query
+from storaged.meta.listing.shards import READS_MAX, ShardReader
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage, PageQuery
 from storaged.meta.storage.row_head import with_head
@@ -23,7 +23,7 @@ from tests.worlds.listing import BUCKET, Ring, value_of
 
 SHARDS = range(4)
 KEYS = [b"k%03d" % number for number in range(100)]
-PLACE = Place(Table.OBJECT, BUCKET, 0, b"", b"", Visibility.LIVE)
+PLACE = ListedShard(Table.OBJECT, BUCKET, 0, b"", b"", Visibility.LIVE)
 
 
 async def heads_of(
@@ -169,7 +169,7 @@ async def test_among_many_deleted_keys_a_round_asks_for_a_few_ranges_and_what_ha
     ring.scans.clear()
     assert list((await heads_of(ring)).keys) == shown
     assert ring.sent == len(shown)
-    assert max(Counter(ask.shard for ask in scan.shards).most_common(1)[0][1] for scan in ring.scans) == SPANS_MAX
+    assert max(Counter(ask.shard for ask in scan.shards).most_common(1)[0][1] for scan in ring.scans) == READS_MAX
 
 
 async def test_what_is_appended_behind_the_last_piece_is_listed() -> None:
@@ -224,7 +224,7 @@ async def test_a_common_prefix_stays_though_a_piece_ends_inside_of_it_and_the_ne
         await ring.put(disk, names[b"b"], value_of(2), 2)
     share, everybody = 4, ShardReader._ask_everybody
 
-    async def first_deleted(reader: ShardReader, query: Query, spans: Sequence[Span]) -> list[Span]:
+    async def first_deleted(reader: ShardReader, query: Query, spans: Sequence[PieceRead]) -> list[PieceRead]:
         assert len(spans) == 1
         await ring.put_everywhere(names[b"c/1"], Visibility.TOMBSTONE, counter=2)
         return await everybody(reader, query, spans)
@@ -248,7 +248,7 @@ async def test_a_forgotten_bucket_is_sent_again_and_others_are_not() -> None:
 # --- the memory by itself
 
 
-def piece(after: bytes, keys: list[bytes], *, done: bool = False, place: Place = PLACE) -> CachedPiece:
+def piece(after: bytes, keys: list[bytes], *, done: bool = False, place: ListedShard = PLACE) -> CachedPiece:
     return CachedPiece(
         place, after, len(keys), 1, keys, [b"head"] * len(keys), keys[-1] if keys else after, done, (1, 1)
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from storaged.errors import ServiceUnavailable
-from storaged.meta.listing.query import Answers, Feed, Piece, Query, Span
+from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
 from storaged.meta.messages import ScanRow, ShardSlice
 from storaged.meta.names import Value
 from storaged.meta.storage.row_head import head_of
@@ -45,7 +45,7 @@ def common_end(answers: Iterable[ShardSlice]) -> tuple[bytes, bool]:
     return (min(ends), False) if ends else (b"", True)
 
 
-def rows_of(answer: ShardSlice) -> list[ScanRow]:
+def decoded_rows(answer: ShardSlice) -> list[ScanRow]:
     """Raises ServiceUnavailable when they can't be decoded."""
     try:
         return decode_rows(answer.rows)
@@ -63,7 +63,7 @@ def reported(answers: Mapping[str, Sequence[ScanRow]], through: bytes, done: boo
     return dict(sorted(found.items()))
 
 
-class Judged(NamedTuple):
+class Settlement(NamedTuple):
     """What all rows of several replicas say of a range. ``values``: by key in order; None: not there, or not known yet.
     ``doubtful``: the keys that a read of their registers has to settle. ``horizons``: as from ``_horizons``.
     """
@@ -75,10 +75,10 @@ class Judged(NamedTuple):
     done: bool
 
 
-def judge(query: Query, feed: Feed, answers: Answers) -> Judged:
+def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement:
     """Settles keys by majority: at one ballot, or absent. Raises ServiceUnavailable for rows that can't be decoded."""
     through, done = common_end(answers.values())
-    decoded = {disk: rows_of(answer) for disk, answer in answers.items()}
+    decoded = {disk: decoded_rows(answer) for disk, answer in answers.items()}
     horizons = _horizons(query, decoded.values(), through, done)
     values: dict[bytes, Value | None] = {}
     doubtful = []
@@ -92,7 +92,7 @@ def judge(query: Query, feed: Feed, answers: Answers) -> Judged:
         values[key] = None
         if not feed.quorum.met(answers.keys() - rows.keys()):
             doubtful.append(key)
-    return Judged(values, doubtful, horizons, through, done)
+    return Settlement(values, doubtful, horizons, through, done)
 
 
 def _horizons(query: Query, answers: Iterable[Sequence[ScanRow]], through: bytes, done: bool) -> dict[bytes, bytes]:
@@ -109,9 +109,9 @@ def _horizons(query: Query, answers: Iterable[Sequence[ScanRow]], through: bytes
     return found
 
 
-def assemble(query: Query, judged: Judged) -> Piece:
+def assemble(query: Query, settled: Settlement) -> Piece:
     """The piece, when the values of doubtful keys have been filled in."""
-    values, through, done = judged.values, judged.through, judged.done
+    values, through, done = settled.values, settled.through, settled.done
     keys: list[bytes] = []
     shown: set[bytes] = set()
     for key, value in values.items():
@@ -119,25 +119,25 @@ def assemble(query: Query, judged: Judged) -> Piece:
         if value is not None and value.visibility >= query.visible:
             keys.append(key)
             shown.add(group)
-        if group and group not in shown and judged.horizons.get(group) == key:
+        if group and group not in shown and settled.horizons.get(group) == key:
             through, done = key, False  # the keys that represented the prefix are not visible: look further
             break
     found = [value for key in keys if (value := values[key]) is not None]
     return Piece(keys, [head_of(value.body) for value in found] if query.heads else found, through, done)
 
 
-def join(run: Sequence[Span], *, exactly: bool) -> Piece:
-    """Joins the pieces of a feed's spans, as long as each begins no later than the one before it ends: a piece may end
+def join(run: Sequence[PieceRead], *, exactly: bool) -> Piece:
+    """Joins the pieces of a feed's reads, as long as each begins no later than the one before it ends: a piece may end
     earlier than it did when it was cached. ``exactly``: nor earlier. With a delimiter a key represents all after it,
     and the piece before, which was read later, may have found that this key is gone.
     """
     reached, done = run[0].feed.through, False
     keys: list[bytes] = []
     held: list[Any] = []
-    for span in run:
-        piece = span.piece
+    for read in run:
+        piece = read.piece
         assert piece is not None
-        if span.after > reached or (exactly and span.after < reached):
+        if read.after > reached or (exactly and read.after < reached):
             break
         first = bisect_right(piece.keys, reached)
         keys += piece.keys[first:]
@@ -145,5 +145,5 @@ def join(run: Sequence[Span], *, exactly: bool) -> Piece:
         reached, done = max(reached, piece.through), piece.done
         if done:
             break
-    parts = [span.known for span in run if span.known is not None]
+    parts = [read.known for read in run if read.known is not None]
     return Piece(keys, held, reached, done, parts, bool(parts) and run[0].feed.through < parts[0].listed)

@@ -28,7 +28,7 @@ _ROW_BYTES = 2 * (33 + 8)
 """Memory of a piece, and of each of its rows, besides the bytes of the keys and heads."""
 
 
-class Place(NamedTuple):
+class ListedShard(NamedTuple):
     """What is listed of one shard."""
 
     table: int
@@ -45,7 +45,7 @@ class CachedPiece:
     goes.
     """
 
-    place: Place
+    place: ListedShard
     after: bytes
     limit: int
     digest: int
@@ -86,10 +86,10 @@ class PieceCache:
     def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._shards: dict[Place, _Shard] = {}
+        self._shards: dict[ListedShard, _Shard] = {}
         self._used: OrderedDict[CachedPiece, None] = OrderedDict()
 
-    def pieces_after(self, place: Place, after: bytes, entries: int, pieces_max: int) -> list[CachedPiece]:
+    def pieces_after(self, place: ListedShard, after: bytes, entries: int, pieces_max: int) -> list[CachedPiece]:
         """The pieces that cover what follows ``after``, end to end, until they have that many entries or the cache has
         no more.
         """

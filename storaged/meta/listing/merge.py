@@ -20,7 +20,7 @@ from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable
 from storaged.meta.listing.agreement import common_end, reported
 from storaged.meta.listing.cache import CachedPiece, PieceCache
-from storaged.meta.listing.query import Feed, Piece, Query, Span
+from storaged.meta.listing.query import Feed, Piece, PieceRead, Query
 from storaged.meta.listing.round import OnFenced, ScanRounds, ScanSettings
 from storaged.meta.listing.shards import SETTLING_MAX, ShardReader, gather_bounded
 from storaged.meta.messages import ScanRow
@@ -122,11 +122,11 @@ class RingScanner:
         feed = self._reader.feed(query, shard, b"")
         found = CatchUp()
         while not feed.done:
-            span = Span(feed, feed.through, WALK_ROWS)
-            [answers] = await self._reader.ask_all(query, [span], Want.DIGEST)
+            read = PieceRead(feed, feed.through, WALK_ROWS)
+            [answers] = await self._reader.ask_all(query, [read], Want.DIGEST)
             found.away |= set(feed.disks) - set(answers)
             if len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) > 1:
-                [answers] = await self._reader.ask_all(query, [span], Want.ALL)
+                [answers] = await self._reader.ask_all(query, [read], Want.ALL)
                 through, done = common_end(answers.values())
                 rows = reported({disk: decode_rows(its.rows) for disk, its in answers.items()}, through, done)
                 alike = _identical if table == Table.SYSTEM else _unanimous

@@ -1,4 +1,4 @@
-"""What a listing asks of shards, and what it gets: queries, feeds, spans and pieces."""
+"""What a listing asks of shards, and what it gets: queries, feeds, reads and pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.listing.cache import CachedPiece, Place
+from storaged.meta.listing.cache import CachedPiece, ListedShard
 from storaged.meta.messages import ShardSlice
 from storaged.meta.names import Value
 from storaged.meta.storage.scan import Want
@@ -32,8 +32,8 @@ class Query:
         """What the supplier of rows is asked for."""
         return Want.HEADS if self.heads else Want.VISIBLE
 
-    def place(self, shard: int) -> Place:
-        return Place(self.table, self.scope, shard, self.prefix, self.delimiter, self.visible)
+    def listed_shard(self, shard: int) -> ListedShard:
+        return ListedShard(self.table, self.scope, shard, self.prefix, self.delimiter, self.visible)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(slots=True)
-class Span:
+class PieceRead:
     """A range of a shard that is asked for as one: ``limit`` entries after ``after``."""
 
     feed: Feed
@@ -89,4 +89,4 @@ class Span:
 
 
 Answers = dict[str, ShardSlice]
-"""disk -> what it answered about a span."""
+"""disk -> what it answered about a read."""

@@ -13,7 +13,7 @@ from typing import Any
 from storaged.cluster.ports import Layouts
 from storaged.errors import StoragedError
 from storaged.meta.listing.cache import CACHE_BYTES_MAX
-from storaged.meta.listing.query import Answers, Query, Span
+from storaged.meta.listing.query import Answers, PieceRead, Query
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
 from storaged.meta.ports import Replicas
 from storaged.meta.storage.scan import EXAMINE_MAX, Want
@@ -51,17 +51,17 @@ class ScanSettings:
 
 
 Enough = Callable[[Sequence[Answers]], bool]
-"""Of the answers about each span, in order."""
+"""Of the answers about each read, in order."""
 
-Wanted = Callable[[Span, str], Want | None]
-"""What to ask of a disk about a span; None: nothing."""
+Wanted = Callable[[PieceRead, str], Want | None]
+"""What to ask of a disk about a read; None: nothing."""
 
 OnFenced = Callable[[bytes], None]
 """``on_fenced(scope)``: a replica calls the scope fenced."""
 
 
 class ScanRounds:
-    """Asks disks about spans. A disk that has several shards of a round gets one request."""
+    """Asks disks about reads. A disk that has several shards of a round gets one request."""
 
     def __init__(self, layouts: Layouts, replicas: Replicas, settings: ScanSettings, on_fenced: OnFenced) -> None:
         self._layouts = layouts
@@ -70,11 +70,11 @@ class ScanRounds:
         self._on_fenced = on_fenced
 
     async def ask(
-        self, query: Query, spans: Sequence[Span], want: Wanted, enough: Enough, *, hurry_s: float | None = None
+        self, query: Query, reads: Sequence[PieceRead], want: Wanted, enough: Enough, *, hurry_s: float | None = None
     ) -> list[Answers]:
         """Waits until ``enough``, or every disk has answered, or for a while (``_Round``)."""
-        requests, spans_of = self._requests(query, spans, want)
-        asked = _Round(spans, spans_of, enough, self._settings.hedge_s, self._on_fenced, hurry_s=hurry_s)
+        requests, reads_of = self._requests(query, reads, want)
+        asked = _Round(reads, reads_of, enough, self._settings.hedge_s, self._on_fenced, hurry_s=hurry_s)
         tasks: list[asyncio.Task[None]] = []
         try:
             for request in requests:
@@ -91,27 +91,27 @@ class ScanRounds:
         return asked.answers
 
     def _requests(
-        self, query: Query, spans: Sequence[Span], want: Wanted
+        self, query: Query, reads: Sequence[PieceRead], want: Wanted
     ) -> tuple[list[ScanRequest], dict[str, list[int]]]:
-        """The requests, and the indices of the spans that each disk is asked about. Cached spans keep the bounds that
+        """The requests, and the indices of the reads that each disk is asked about. Cached reads keep the bounds that
         they had: mostly no rows are sent of them, and the replica leaves out what a message does not take
         (``scan_store``).
         """
         examine_max = self._settings.examine_max
-        new = max(1, sum(span.known is None for span in spans))
+        new = max(1, sum(read.known is None for read in reads))
         asks: dict[str, list[ShardAsk]] = defaultdict(list)
-        spans_of: dict[str, list[int]] = defaultdict(list)
-        for number, span in enumerate(spans):
-            shard, known = span.feed.shard, span.known.digest if span.known is not None else 0
-            if span.known is None:
-                span.bounds = min(examine_max, max(2 * span.limit, examine_max // new)), ROUND_BYTES_MAX // new
+        reads_of: dict[str, list[int]] = defaultdict(list)
+        for number, read in enumerate(reads):
+            shard, known = read.feed.shard, read.known.digest if read.known is not None else 0
+            if read.known is None:
+                read.bounds = min(examine_max, max(2 * read.limit, examine_max // new)), ROUND_BYTES_MAX // new
             else:
-                span.bounds = span.known.bounds
-            for disk in span.feed.disks:
-                wanted = want(span, disk)
+                read.bounds = read.known.bounds
+            for disk in read.feed.disks:
+                wanted = want(read, disk)
                 if wanted is not None:
-                    asks[disk].append(ShardAsk(shard, span.after, span.limit, wanted, *span.bounds, known))
-                    spans_of[disk].append(number)
+                    asks[disk].append(ShardAsk(shard, read.after, read.limit, wanted, *read.bounds, known))
+                    reads_of[disk].append(number)
         epoch = self._layouts.current.epoch
         requests = [
             ScanRequest(
@@ -119,7 +119,7 @@ class ScanRounds:
             )
             for disk, shards in asks.items()
         ]
-        return requests, spans_of
+        return requests, reads_of
 
     def _send(self, request: ScanRequest, asked: _Round, tasks: list[asyncio.Task[None]]) -> None:
         """Without a task where the replica supports that. A disk that can't be reached counts as away: a majority does
@@ -142,23 +142,23 @@ class _Round:
 
     def __init__(
         self,
-        spans: Sequence[Span],
-        spans_of: dict[str, list[int]],
+        reads: Sequence[PieceRead],
+        reads_of: dict[str, list[int]],
         enough: Enough,
         hedge_s: float,
         on_fenced: OnFenced,
         *,
         hurry_s: float | None,
     ) -> None:
-        """``spans_of``: the spans that each disk is asked about. Ends ``hedge_s`` after every span has answers from a
+        """``reads_of``: the reads that each disk is asked about. Ends ``hedge_s`` after every read has answers from a
         majority; with ``hurry_s`` in any case that long after its beginning.
         """
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
-        self.answers: list[Answers] = [{} for _ in spans]
-        self._spans = spans
-        self._spans_of = spans_of
-        self._left = len(spans_of)
+        self.answers: list[Answers] = [{} for _ in reads]
+        self._reads = reads
+        self._reads_of = reads_of
+        self._left = len(reads_of)
         self._enough = enough
         self._hedge_s = hedge_s
         self._on_fenced = on_fenced
@@ -176,13 +176,13 @@ class _Round:
         ):
             if answer.fenced:
                 self._on_fenced(request.scope)
-            for at, piece in zip(self._spans_of[request.disk], answer.slices, strict=True):
+            for at, piece in zip(self._reads_of[request.disk], answer.slices, strict=True):
                 if not piece.unreadable:
                     self.answers[at][request.disk] = piece
         if not self._left or self._enough(self.answers):
             self.end()
         elif self._timer is None and all(
-            span.feed.quorum.met(answers) for span, answers in zip(self._spans, self.answers, strict=True)
+            read.feed.quorum.met(answers) for read, answers in zip(self._reads, self.answers, strict=True)
         ):
             self._timer = self._loop.call_later(self._hedge_s, self.end)
 

@@ -10,7 +10,7 @@ Theory of operation
 
     Settled pieces of heads are cached (``meta.listing.cache``), and asked for again with their digest: the supplier
     sends rows only when its own digest differs, and the same majority has to confirm the digest in this very request.
-    The ranges that a piece is put together from are asked for in one round (``Span``).
+    The ranges that a piece is put together from are asked for in one round (``PieceRead``).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable
 from storaged.meta.consensus.quorums import Quorum, met_by_all
-from storaged.meta.listing.agreement import agreeing, assemble, join, judge, rows_of
+from storaged.meta.listing.agreement import agreeing, assemble, decoded_rows, join, settle_by_majority
 from storaged.meta.listing.cache import CachedPiece, PieceCache
-from storaged.meta.listing.query import Answers, Feed, Piece, Query, Span
+from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
 from storaged.meta.listing.round import ScanRounds, ScanSettings
 from storaged.meta.messages import ShardSlice
 from storaged.meta.names import RegisterName, Value
@@ -33,8 +33,8 @@ from storaged.meta.storage.scan import SHARDS_MAX, Want
 
 T = TypeVar("T")
 
-SPANS_MAX = 4
-"""Spans of one shard in a round. A page from the cache takes two or three; among deleted keys their number would be
+READS_MAX = 4
+"""Reads of one shard in a round. A page from the cache takes two or three; among deleted keys their number would be
 unbounded, and a replica that has to scan all of them again, 30,000 rows at most, does nothing else meanwhile.
 """
 
@@ -83,107 +83,107 @@ class ShardReader:
         """The next piece of each feed, about ``limit`` entries long. Raises ServiceUnavailable when a shard has no
         majority.
         """
-        spans_max = max(1, min(SPANS_MAX, SHARDS_MAX // len(feeds)))
-        runs = [self._spans(query, feed, limit, spans_max) for feed in feeds]
-        spans = [span for run in runs for span in run]
-        await self._ask_bare_majority(query, spans)
-        waiting = [span for span in spans if span.piece is None]
+        reads_max = max(1, min(READS_MAX, SHARDS_MAX // len(feeds)))
+        runs = [self._reads(query, feed, limit, reads_max) for feed in feeds]
+        reads = [read for run in runs for read in run]
+        await self._ask_bare_majority(query, reads)
+        waiting = [read for read in reads if read.piece is None]
         for _ in range(2):
             if waiting:
                 waiting = await self._ask_everybody(query, waiting)
-        await self._settle(query, [span for span in spans if span.piece is None])
+        await self._settle(query, [read for read in reads if read.piece is None])
         return [join(run, exactly=bool(query.delimiter)) for run in runs]
 
-    async def ask_all(self, query: Query, spans: Sequence[Span], want: Want) -> list[Answers]:
-        """Asks every replica of every span's shard for the same. Waits for all, though not long for the last ones.
+    async def ask_all(self, query: Query, reads: Sequence[PieceRead], want: Want) -> list[Answers]:
+        """Asks every replica of every read's shard for the same. Waits for all, though not long for the last ones.
 
         Raises ServiceUnavailable when a shard has no majority.
         """
-        answers = await self._rounds.ask(query, spans, lambda _span, _disk: want, lambda _answers: False)
-        for span, found in zip(spans, answers, strict=True):
-            if not span.feed.quorum.met(found):
+        answers = await self._rounds.ask(query, reads, lambda _read, _disk: want, lambda _answers: False)
+        for read, found in zip(reads, answers, strict=True):
+            if not read.feed.quorum.met(found):
                 raise ServiceUnavailable(
-                    f"Only {len(found)} of {len(span.feed.disks)} replicas of an index shard answer."
+                    f"Only {len(found)} of {len(read.feed.disks)} replicas of an index shard answer."
                 )
         return answers
 
-    def _spans(self, query: Query, feed: Feed, limit: int, spans_max: int) -> list[Span]:
-        """The cached pieces of the feed's next ``limit`` entries. When these have fewer entries, one more span of
+    def _reads(self, query: Query, feed: Feed, limit: int, reads_max: int) -> list[PieceRead]:
+        """The cached pieces of the feed's next ``limit`` entries. When these have fewer entries, one more read of
         ``limit`` entries follows: the next page finds it in the cache.
         """
         if not query.heads:
-            return [Span(feed, feed.through, limit)]
-        after, spans, wanting = feed.through, [], limit
-        for known in self._cache.pieces_after(query.place(feed.shard), after, limit, spans_max):
-            spans.append(Span(feed, known.after, known.limit, known))
+            return [PieceRead(feed, feed.through, limit)]
+        after, reads, wanting = feed.through, [], limit
+        for known in self._cache.pieces_after(query.listed_shard(feed.shard), after, limit, reads_max):
+            reads.append(PieceRead(feed, known.after, known.limit, known))
             if known.done:
-                return spans
+                return reads
             wanting -= known.entries_after(after)
             after = known.through
-        if wanting > 0 and len(spans) < spans_max:
-            spans.append(Span(feed, after, limit))
-        return spans
+        if wanting > 0 and len(reads) < reads_max:
+            reads.append(PieceRead(feed, after, limit))
+        return reads
 
-    async def _ask_bare_majority(self, query: Query, spans: Sequence[Span]) -> None:
+    async def _ask_bare_majority(self, query: Query, reads: Sequence[PieceRead]) -> None:
         """The common case: the disks that are asked first agree, and each of them is asked once."""
         rows = query.rows
 
-        def want(span: Span, disk: str) -> Want | None:
-            return rows if disk == span.supplier else Want.STAMPS if disk in span.feed.first else None
+        def want(read: PieceRead, disk: str) -> Want | None:
+            return rows if disk == read.supplier else Want.STAMPS if disk in read.feed.first else None
 
         loop = asyncio.get_running_loop()
         began = loop.time()
         hurry_s = min(max(self._hedge_s, WAIT_FACTOR * self._usual_s), WAIT_HEDGES_MAX * self._hedge_s)
-        answers = await self._rounds.ask(query, spans, want, lambda _answers: False, hurry_s=hurry_s)
+        answers = await self._rounds.ask(query, reads, want, lambda _answers: False, hurry_s=hurry_s)
         self._usual_s += (loop.time() - began - self._usual_s) / 8
-        for span, found in zip(spans, answers, strict=True):
-            if span.supplier in agreeing(span.feed, found):
-                span.piece = self._piece(query, span, found[span.supplier])
-            elif found and span.supplier not in found:  # it does not answer, or not in time
-                span.supplier = span.feed.supplier = next(iter(found))
+        for read, found in zip(reads, answers, strict=True):
+            if read.supplier in agreeing(read.feed, found):
+                read.piece = self._piece(query, read, found[read.supplier])
+            elif found and read.supplier not in found:  # it does not answer, or not in time
+                read.supplier = read.feed.supplier = next(iter(found))
 
-    async def _ask_everybody(self, query: Query, spans: Sequence[Span]) -> list[Span]:
-        """Returns the spans whose supplier lags or is away, with a supplier that agrees: they are to be asked about
+    async def _ask_everybody(self, query: Query, reads: Sequence[PieceRead]) -> list[PieceRead]:
+        """Returns the reads whose supplier lags or is away, with a supplier that agrees: they are to be asked about
         once more.
         """
-        rows, asked = query.rows, self._worth_asking([span.feed for span in spans])
+        rows, asked = query.rows, self._worth_asking([read.feed for read in reads])
 
-        def want(span: Span, disk: str) -> Want | None:
-            return None if disk not in asked else rows if disk == span.supplier else Want.STAMPS
+        def want(read: PieceRead, disk: str) -> Want | None:
+            return None if disk not in asked else rows if disk == read.supplier else Want.STAMPS
 
         def enough(answers: Sequence[Answers]) -> bool:
-            return all(span.supplier in agreeing(span.feed, found) for span, found in zip(spans, answers, strict=True))
+            return all(read.supplier in agreeing(read.feed, found) for read, found in zip(reads, answers, strict=True))
 
-        answers = await self._rounds.ask(query, spans, want, enough)
+        answers = await self._rounds.ask(query, reads, want, enough)
         again = []
-        for span, found in zip(spans, answers, strict=True):
-            agreed = agreeing(span.feed, found)
-            if span.supplier in agreed:
-                span.piece = self._piece(query, span, found[span.supplier])
+        for read, found in zip(reads, answers, strict=True):
+            agreed = agreeing(read.feed, found)
+            if read.supplier in agreed:
+                read.piece = self._piece(query, read, found[read.supplier])
             elif agreed:
-                span.supplier = span.feed.supplier = agreed[0]
-                again.append(span)
+                read.supplier = read.feed.supplier = agreed[0]
+                again.append(read)
         return again
 
-    async def _settle(self, query: Query, spans: Sequence[Span]) -> None:
+    async def _settle(self, query: Query, reads: Sequence[PieceRead]) -> None:
         """Reads the rows of all replicas where no majority agrees, and settles each doubtful key through its
         register.
         """
-        if not spans:
+        if not reads:
             return
-        for span in spans:
-            if span.known is not None:  # with replicas that keep differing no read would ever get past this piece
-                self._cache.drop(span.known)
-                span.known = None
-        answers = await self.ask_all(query, spans, Want.ALL)
-        for span, found in zip(spans, answers, strict=True):
-            judged = judge(query, span.feed, found)
-            reads = [
-                self._read(RegisterName(query.table, query.scope, span.feed.shard, key), query.settling_nonce)
-                for key in judged.doubtful
+        for read in reads:
+            if read.known is not None:  # with replicas that keep differing no read would ever get past this piece
+                self._cache.drop(read.known)
+                read.known = None
+        answers = await self.ask_all(query, reads, Want.ALL)
+        for read, found in zip(reads, answers, strict=True):
+            settled = settle_by_majority(query, read.feed, found)
+            settling = [
+                self._read(RegisterName(query.table, query.scope, read.feed.shard, key), query.settling_nonce)
+                for key in settled.doubtful
             ]
-            judged.values.update(zip(judged.doubtful, await gather_bounded(reads, SETTLING_MAX), strict=True))
-            span.piece = assemble(query, judged)
+            settled.values.update(zip(settled.doubtful, await gather_bounded(settling, SETTLING_MAX), strict=True))
+            read.piece = assemble(query, settled)
 
     def _worth_asking(self, feeds: Sequence[Feed]) -> set[str]:
         """All disks but those that seem to be away, when every shard has a majority without these."""
@@ -191,27 +191,27 @@ class ShardReader:
         alive = {disk for disk in everyone if self._liveness.disk_readable(disk)}
         return alive if met_by_all((feed.quorum for feed in feeds), alive) else everyone
 
-    def _piece(self, query: Query, span: Span, answer: ShardSlice) -> Piece:
+    def _piece(self, query: Query, read: PieceRead, answer: ShardSlice) -> Piece:
         """A supplier's answer that a majority agrees with."""
         if not query.heads:
-            rows = [(row.key, row.value) for row in rows_of(answer) if row.value is not None]
+            rows = [(row.key, row.value) for row in decoded_rows(answer) if row.value is not None]
             return Piece([key for key, _ in rows], [value for _, value in rows], answer.through, answer.done)
         if len(answer.keys) != len(answer.heads):
             raise ServiceUnavailable(
                 "A replica's answer to a scan cannot be read: its keys and heads do not belong together."
             )
-        held = span.known
+        held = read.known
         if held is None or held.digest != answer.digest or held.done != answer.done:
             # Rows of the same digest were not sent again, though the shard may have more rows after them now, or none.
             its = held if held is not None and held.digest == answer.digest else answer
-            place, through, done = query.place(span.feed.shard), answer.through, answer.done
+            place, through, done = query.listed_shard(read.feed.shard), answer.through, answer.done
             new = CachedPiece(
-                place, span.after, span.limit, answer.digest, its.keys, its.heads, through, done, span.bounds
+                place, read.after, read.limit, answer.digest, its.keys, its.heads, through, done, read.bounds
             )
             if held is not None:
                 new.listed = held.listed
             self._cache.put(new)
-            span.known = held = new
+            read.known = held = new
         return Piece(held.keys, held.heads, answer.through, answer.done)
 
     async def _read(self, name: RegisterName, settling_nonce: bytes) -> Value | None:

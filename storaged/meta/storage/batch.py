@@ -15,7 +15,7 @@ from storaged.meta.store_ports import Done, Slot, StoreBatch, StoredPage
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, encode
 
-Copy = tuple[bytes, Sequence[Buffer]]
+LoggedCopy = tuple[bytes, Sequence[Buffer]]
 """(encoded fragment header, payload) of a small object's copy."""
 
 ENTRY_BYTES_MAX = BODY_BYTES_MAX - 5
@@ -43,7 +43,7 @@ class PackedBatch(Struct):
     stale_pages: Sequence[tuple[bytes, int]] = ()
     size: int = 0
     """Bytes of the rows, small values and copy, and a little more."""
-    copy: Copy | None = None
+    copy: LoggedCopy | None = None
     copy_write: Any = None
     """Passed to ``StoreHooks.keep_copies`` once the copy is durable in the log."""
     operations: int = 0

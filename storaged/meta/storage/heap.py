@@ -55,7 +55,7 @@ _NOWHERE = bytes(NUMBER_BYTES)
 LINK_BYTES = 16
 """The value of a link in ``rows``: its check and a node."""
 
-assert LINK_BYTES < REFERENCE_BYTES < ROW_BYTES_MIN, "each is told by its size"
+assert LINK_BYTES < REFERENCE_BYTES < ROW_BYTES_MIN, "sizes tell them apart"
 assert _REFERENCE.size == REFERENCE_BYTES
 
 
@@ -134,7 +134,7 @@ class Heap:
             tree.putmulti(entries)
             heap.putmulti(changed)
             if heap.putmulti(fresh, append=True)[1] != len(fresh):
-                raise RowDamaged("the heap of rows has numbers that nobody was given")
+                raise RowDamaged("the heap of rows has numbers that were never given")
         if fresh:
             transaction.put(NEXT_NUMBER, seal_number(NEXT_NUMBER, following), db=self._meta)
         self._next = following

@@ -79,7 +79,7 @@ def _recover(state: StoreState, mark: Mark | None) -> None:
             state.fresh_bytes += len(body)
             state.restorable.extend(batch.copy for batch in batches if batch.copy is not None)
     except msgspec.MsgspecError as error:
-        raise DiskForeign(f"the redo log in {state.directory} holds what is no group: {error}") from None
+        raise DiskForeign(f"the redo log in {state.directory} holds something that is no group: {error}") from None
     state.redo.bodies.clear()
     with state.environment.begin(write=True) as transaction:
         transaction.put(IDENTITY, seal_small(IDENTITY, state.identity), db=state.databases[b"meta"])

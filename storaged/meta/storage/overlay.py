@@ -55,7 +55,7 @@ class Overlay:
                 others[database, key] = value
 
 
-def row_of(overlays: tuple[Overlay, Overlay], prefix: bytes, key: bytes) -> bytes | None:
+def overlay_row(overlays: tuple[Overlay, Overlay], prefix: bytes, key: bytes) -> bytes | None:
     """The row of a register that has not reached LMDB. ``overlays``: the fresh one, then the frozen one. In this order
     no row is missed: what leaves the fresh one is in the frozen one by then, and what leaves that one is in LMDB.
     """

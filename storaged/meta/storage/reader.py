@@ -17,7 +17,7 @@ from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
 from storaged.meta.storage.cursor import PAGE_AGE_BYTES, StoredRows, columns_at, page_ages, stamps_at, stored_row
 from storaged.meta.storage.heap import rows_of
 from storaged.meta.storage.identity import Database, Transaction
-from storaged.meta.storage.overlay import Table, has_rows, merge, row_of
+from storaged.meta.storage.overlay import Table, has_rows, merge, overlay_row
 from storaged.meta.storage.readahead import Readahead
 from storaged.meta.storage.rowkey import walk
 from storaged.meta.storage.rowvalue import (
@@ -52,7 +52,7 @@ class StoreReader:
 
     def get(self, name: RegisterName) -> Slot | None:
         prefix, key = name.prefix, name.key
-        row = row_of((self._state.fresh, self._state.frozen), prefix, key)
+        row = overlay_row((self._state.fresh, self._state.frozen), prefix, key)
         if row is None:
             root = self._root(prefix)
             if root is None:
@@ -75,7 +75,7 @@ class StoreReader:
 
     def row(self, name: bytes) -> bytes | None:
         prefix, key = name[:NAME_PREFIX_BYTES], name[NAME_PREFIX_BYTES:]
-        found = row_of((self._state.fresh, self._state.frozen), prefix, key)
+        found = overlay_row((self._state.fresh, self._state.frozen), prefix, key)
         if found is not None:
             return found
         try:
@@ -88,7 +88,7 @@ class StoreReader:
     def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
         parts = [(name[:NAME_PREFIX_BYTES], name[NAME_PREFIX_BYTES:]) for name in names]
         overlays = (self._state.fresh, self._state.frozen)
-        found: list[bytes | None] = [row_of(overlays, prefix, key) for prefix, key in parts]
+        found: list[bytes | None] = [overlay_row(overlays, prefix, key) for prefix, key in parts]
         missing = [index for index, row in enumerate(found) if row is None]
         if missing:
             try:

@@ -250,7 +250,7 @@ class WriteQueue:
                 batch.on_done(error)
             except Exception as mistake:  # the other batches of the group still get their result
                 asyncio.get_running_loop().call_exception_handler(
-                    {"message": "telling of a commit failed", "exception": mistake}
+                    {"message": "the callback of a commit failed", "exception": mistake}
                 )
         if self._drained is not None and not self.queued and not self._drained.done():
             self._drained.set_result(None)
