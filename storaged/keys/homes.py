@@ -57,7 +57,7 @@ class _Opened(NamedTuple):
     broken: str
     """Why an entry did not open."""
     foreign: bool
-    """One is wrapped under an epoch that this keyring does not have."""
+    """An entry is wrapped under an epoch that this keyring does not have."""
 
 
 def judge(vault: Vault, bucket_id: bytes, kept: StoredRegister | None, copy: Versions) -> Judged:

@@ -250,9 +250,6 @@ def restore(
     return KeyMaterial(target, saved.keyring_id, saved.body, *notes)
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
 class _Notes(NamedTuple):
     """Stored beside the seal, since it only decides whether to warn."""
 

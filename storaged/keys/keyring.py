@@ -207,7 +207,7 @@ class Keyring:
         return box.open(sealed, pack_context(b"", context))
 
     def forget(self, bucket_id: bytes) -> None:
-        """Another process of this gateway has destroyed the key."""
+        """Drops the cached key: another process of this gateway has destroyed it."""
         self._cache.pop(bucket_id, None)
 
     def forget_expired(self) -> None:

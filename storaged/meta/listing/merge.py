@@ -254,5 +254,5 @@ def _identical(rows: list[ScanRow], replicas: int) -> bool:
 
 
 def _unanimous(rows: list[ScanRow], replicas: int) -> bool:
-    """Every replica has the row, whole, at one ballot."""
+    """Every replica has the row, intact, at one ballot."""
     return len(rows) == replicas and bool(rows[0].ballot) and all(row.ballot == rows[0].ballot for row in rows)

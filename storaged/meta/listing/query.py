@@ -29,7 +29,7 @@ class Query:
 
     @property
     def rows(self) -> Want:
-        """What the supplier of rows is asked for."""
+        """The kind of answer to ask the supplier for."""
         return Want.HEADS if self.heads else Want.VISIBLE
 
     def listed_shard(self, shard: int) -> ListedShard:

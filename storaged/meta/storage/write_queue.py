@@ -47,9 +47,9 @@ class WriteQueue:
         self._arriving: list[PackedBatch] = []
         self._arriving_pages: list[PackedBatch] = []
         self._logging: list[PackedBatch] = []
-        """The group that is being written to the log."""
+        """The group on its way to the log."""
         self._paging: list[PackedBatch] = []
-        """The group whose pages are being put into LMDB."""
+        """The group whose pages are on their way to LMDB."""
         self._rows_after_pages = 0
         """Batches in the queue of pages that change rows as well. What comes after these waits with them, since batches
         are applied in their order.

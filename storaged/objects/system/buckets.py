@@ -113,10 +113,8 @@ class BucketService:
         await self._plane.on_changed("bucket", name)
 
     def forget(self, name: str) -> None:
-        """Another process of this gateway has changed it."""
+        """Drops the cached record: another process of this gateway has changed it."""
         self._cache.forget(name)
-
-    # --- api ----------------------------------------------------------------------------------------------------------
 
     async def create(
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
@@ -287,8 +285,6 @@ class BucketService:
             return record.state == DELETED
         return value.sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
 
-    # --- deleting -----------------------------------------------------------------------------------------------------
-
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable. Starts again when an upload is created just before
         the fence.
@@ -379,8 +375,6 @@ class BucketService:
             if more is None:
                 return
 
-    # --- owner --------------------------------------------------------------------------------------------------------
-
     async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
         """Transfers a bucket to another user id. Its objects keep their owner. Raises NoSuchBucket."""
         await self._amend(bucket, lambda found: msgspec.structs.replace(found, owner=owner))
@@ -401,8 +395,6 @@ class BucketService:
             await self._plane.registers.change(name, update)
         finally:
             await self._changed(bucket.name)
-
-    # --- tags ---------------------------------------------------------------------------------------------------------
 
     async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None:
         """None: no tag set. Raises NoSuchBucket."""

@@ -26,7 +26,7 @@ class FencedBuckets:
         self._clock = clock
         self._lingers_s = lingers_s
         self._seen: OrderedDict[bytes, int] = OrderedDict()
-        """With the number of the sighting."""
+        """Bucket id -> number of its last sighting."""
         self._lingering: OrderedDict[bytes, float] = OrderedDict()
         self.count = 0
         """Sightings so far."""

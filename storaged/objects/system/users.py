@@ -150,7 +150,7 @@ class UserService:
         await self._plane.on_changed("user", access_key)
 
     def forget(self, access_key: str) -> None:
-        """Another process of this gateway has changed it."""
+        """Drops the cached user: another process of this gateway has changed it."""
         self._cache.forget(access_key)
 
     async def _claim(self, name: str, access_key: str) -> None:
