@@ -137,39 +137,37 @@ class Index:
 
     def find_copy(self, data_id: bytes) -> bytes | None:
         """The key of a data id's whole copy (block 0, k = 1), whatever its m and position."""
-        for overlay in (self.overlay, self.frozen):
-            key = overlay.copies.get(data_id) if overlay is not None else None
-            if key is not None and self.lookup(key) is not None:
-                return key
-        found = self._stored_keys(data_id + WHOLE_COPY)
-        return next((key for key in found if self.lookup(key) is not None), None)
+        found = self._copy(data_id)
+        return found[0] if found is not None else None
 
     def copy_entry(self, data_id: bytes) -> tuple[bytes, Entry] | None:
-        """As ``find_copy``, with the entry, in one lookup."""
-        key = self.overlay.copies.get(data_id)
-        entry = self.overlay.fragments.get(key) if key is not None else None
-        if key is not None and entry is not None:
-            return key, entry
-        if self.frozen is not None or key is not None:
-            key = self.find_copy(data_id)
-            entry = self.lookup(key) if key is not None else None
-            return None if key is None or entry is None else (key, entry)
-        prefix = data_id + WHOLE_COPY
+        """As ``find_copy``, with the entry; None when LMDB is damaged, which the read that follows reports."""
         try:
-            with self._env.begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
-                more = cursor.set_range(prefix)
-                while more:
-                    key, value = cursor.item()
-                    if not key.startswith(prefix):
-                        break
-                    entry = self.overlay.fragments.get(key, BROKEN)
-                    if entry is BROKEN:
-                        entry = unpack_entry(key, value)
-                    if entry is not None:
-                        return key, entry
-                    more = cursor.next()
+            return self._copy(data_id)
         except LMDB_DAMAGED:
-            pass  # the read that follows reports it
+            return None
+
+    def _copy(self, data_id: bytes) -> tuple[bytes, Entry] | None:
+        overlay, frozen = self.overlay, self.frozen
+        for newer in (overlay, frozen):
+            known = newer.copies.get(data_id) if newer is not None else None
+            if known is not None and (entry := self.lookup(known)) is not None:
+                return known, entry
+        prefix = data_id + WHOLE_COPY
+        with self._env.begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
+            more = cursor.set_range(prefix)
+            while more:
+                key, value = cursor.item()
+                if not key.startswith(prefix):
+                    break
+                entry = overlay.fragments.get(key, BROKEN)
+                if entry is BROKEN and frozen is not None:
+                    entry = frozen.fragments.get(key, BROKEN)
+                if entry is BROKEN:
+                    entry = unpack_entry(key, value)
+                if entry is not None:
+                    return key, entry
+                more = cursor.next()
         return None
 
     def keys_of(self, data_ids: Collection[bytes]) -> set[bytes]:

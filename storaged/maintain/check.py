@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 
 from storaged.errors import StoragedError
-from storaged.maintain.context import MaintainContext
+from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.health import Finding
 from storaged.maintain.job import Job
 from storaged.maintain.rebuild import CannotRepair
@@ -183,20 +183,15 @@ class Check:
         names = [name for name in map(RegisterName.unpack, hints) if self._context.leads(name.partition)]
         if any(name.table != Table.SYSTEM and name.scope not in self.walker.buckets.by_id for name in names):
             await self.walker.buckets.refresh(self._context)
-        queue = iter(names)
+        await concurrently(map(self._look_at_hint, names), min(self._context.limits.hints_concurrent_max, len(names)))
 
-        async def worker() -> None:
-            for name in queue:
-                try:
-                    await self._look_at(name)
-                except REFUSALS as error:
-                    self._context.log(f"a hint about {name.key[:80]!r} is left to the next check: {error}")
-                    if self.current:
-                        self._walk_again_in(self._context.limits.walk_retry_max_s)
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._context.limits.hints_concurrent_max, len(names))):
-                group.create_task(worker())
+    async def _look_at_hint(self, name: RegisterName) -> None:
+        try:
+            await self._look_at(name)
+        except REFUSALS as error:
+            self._context.log(f"a hint about {name.key[:80]!r} is left to the next check: {error}")
+            if self.current:
+                self._walk_again_in(self._context.limits.walk_retry_max_s)
 
     async def _look_at(self, name: RegisterName) -> None:
         """Brings the register's replicas to one state and judges what it refers to. When that is on target, judges the

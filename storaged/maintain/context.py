@@ -5,7 +5,7 @@ sealed byte.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -105,6 +105,19 @@ class MaintainContext:
         layout, liveness = self.layouts.current, self.liveness
         readable = frozenset(disk.id for disk in layout.disks if liveness.disk_readable(disk.id))
         return readable, frozenset(disk for disk in readable if liveness.disk_writable(disk))
+
+
+async def concurrently(work: Iterable[Awaitable[None]], workers: int) -> None:
+    """Awaits all of it, so many at the same time. Takes the next from ``work`` when its turn comes."""
+    queue = iter(work)
+
+    async def worker() -> None:
+        for some in queue:
+            await some
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(workers):
+            group.create_task(worker())
 
 
 async def wait_for(event: asyncio.Event, seconds: float) -> bool:

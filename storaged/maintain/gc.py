@@ -23,15 +23,14 @@ A batch of a garbage list is judged in five steps:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore, Health, Retirement
-from storaged.maintain.context import MaintainContext
+from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets
-from storaged.maintain.health import claims
-from storaged.maintain.walk import entries_of
+from storaged.maintain.walk import entries_of, is_claimed
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import PageQuery
 from storaged.meta.store_ports import RowDamaged
@@ -144,7 +143,8 @@ class Collector:
                 dead.extend(judged[0])
                 skip.update(judged[1])
 
-        await self._concurrently(judge(owner, candidates) for owner, candidates in by_owner.items())
+        work = (judge(owner, candidates) for owner, candidates in by_owner.items())
+        await concurrently(work, limits.collects_concurrent_max)
         try:
             skip |= await self._delete(store, dead)
         finally:
@@ -171,17 +171,6 @@ class Collector:
             else:
                 found.setdefault(owner, []).append(_Candidate(data_id, fragments, ages))
         return found
-
-    async def _concurrently(self, work: Iterator[Awaitable[None]]) -> None:
-        """Does all of it, ``collects_concurrent_max`` at a time. Each is created when its turn comes."""
-
-        async def worker() -> None:
-            for some in work:
-                await some
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._context.limits.collects_concurrent_max):
-                group.create_task(worker())
 
     async def _find_copies(self, disk: str, by_owner: dict[RegisterName, list[_Candidate]]) -> None:
         """Adds the other copies of small objects to the candidates, as far as their disks answer."""
@@ -219,7 +208,8 @@ class Collector:
             if page.next_after is None:
                 found[scope, shard] = {upload.key for upload in uploads if upload is not None}
 
-        await self._concurrently(ask(scope, shard) for scope, shard in shards)
+        work = (ask(scope, shard) for scope, shard in shards)
+        await concurrently(work, self._context.limits.collects_concurrent_max)
         return found
 
     async def _judge(
@@ -362,10 +352,8 @@ class Collector:
         return [entry async for entry in entries_of(self._context, owner, value)]
 
     def _names(self, owner: RegisterName, entries: list[PartEntry], header: FragmentHeader, disk: str) -> bool:
-        fragment, countries = FragmentId.unpack(header.id), self._buckets.countries_of(owner.scope)
-        return any(
-            claims(entry, fragment, disk, owner.partition, self._context.layouts.at, countries) for entry in entries
-        )
+        countries = self._buckets.countries_of(owner.scope)
+        return is_claimed(self._context, owner, entries, FragmentId.unpack(header.id), disk, countries)
 
     async def _discard(self, disk: str, store: FragmentStore, header: FragmentHeader) -> None:
         """Deletes this one fragment when its object uses the data id. Any other data id goes to the garbage list, where

@@ -26,9 +26,8 @@ from storaged.errors import PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, Health
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.directory import Buckets
-from storaged.maintain.health import claims
 from storaged.maintain.rebuild import CannotRepair, Move
-from storaged.maintain.walk import entries_of
+from storaged.maintain.walk import entries_of, is_claimed
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
 from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Run, Version, decode_object, encode_object
@@ -230,10 +229,11 @@ class Leftovers:
             entry async for entry in entries_of(self._context, owner, value) if entry.data_id == move.entry.data_id
         ]
         for disk, ages in seen.items():
+            countries = self._buckets.countries_of(owner.scope) if ages else ()
             unclaimed = {
                 fragment: created
                 for fragment, created in ages.items()
-                if not self._claimed(owner, entries, fragment, disk)
+                if not is_claimed(self._context, owner, entries, fragment, disk, countries)
             }
             if unclaimed:
                 async with asyncio.timeout(self._context.limits.call_timeout_s):
@@ -250,9 +250,3 @@ class Leftovers:
         except (PeerError, TimeoutError):
             return {}
         return {FragmentId.unpack(stat.id): stat.created_ms for stat in stats if stat.health != Health.MISSING}
-
-    def _claimed(self, owner: RegisterName, entries: list[PartEntry], fragment: FragmentId, disk: str) -> bool:
-        countries = self._buckets.countries_of(owner.scope)
-        return any(
-            claims(entry, fragment, disk, owner.partition, self._context.layouts.at, countries) for entry in entries
-        )

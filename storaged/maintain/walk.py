@@ -20,7 +20,7 @@ from storaged.fragments.ports import FragmentId, FragmentStat, Health
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.directory import Buckets
-from storaged.maintain.health import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
+from storaged.maintain.health import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, claims, judge_block
 from storaged.maintain.manifest_repair import PageRepair, PagesOf, pages_in
 from storaged.maintain.placement import Placements
 from storaged.meta.listing.merge import RingScanner, every_row
@@ -84,6 +84,18 @@ async def entries_of(context: MaintainContext, name: RegisterName, value: Value 
     if value is not None and value.visibility != Visibility.TOMBSTONE and name.table in (Table.OBJECT, Table.PART):
         async for entry in parts_in(context.pages, name, value.body, name.table):
             yield entry
+
+
+def is_claimed(
+    context: MaintainContext,
+    owner: RegisterName,
+    entries: Iterable[PartEntry],
+    fragment: FragmentId,
+    disk: str,
+    countries: tuple[str, ...],
+) -> bool:
+    """Whether one of the owner's parts names this very fragment on this disk. Raises as ``health.run_disks``."""
+    return any(claims(entry, fragment, disk, owner.partition, context.layouts.at, countries) for entry in entries)
 
 
 async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIterator[tuple[RegisterName, Value]]:
