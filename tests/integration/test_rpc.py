@@ -90,7 +90,7 @@ async def test_bodies_come_back_whether_or_not_a_python_has_what_spares_a_call_f
         return shortcuts
 
     native_calls = tls._native_calls
-    monkeypatch.setattr(identity, "_native_calls", calls)
+    monkeypatch.setattr(tls, "_native_calls", calls)
     sent = os.urandom(300 * KIB)
     async with (
         serving(world.node("n1"), Service()) as server,
