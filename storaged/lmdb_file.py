@@ -2,8 +2,8 @@
 
 LMDB reads its file through a memory map, where a page beyond the file's end is no error but SIGBUS: one cut-off file
 would end a node with all its disks. So a file that is shorter than its own header says is extended with zeros before a
-page of it is read. A page of zeros has no type, and LMDB refuses it as corrupted wherever a tree leads to it. A healthy
-file is not harmed: a page at the end that was allocated and freed again may never have been written, and no tree leads
+page of it is read. A page of zeros has no type, and LMDB refuses it as corrupted if a tree leads to it. A healthy file
+is not harmed: a page at the end that was allocated and freed again may never have been written, and no tree leads
 there.
 """
 

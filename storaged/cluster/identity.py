@@ -142,7 +142,7 @@ def identity_of(certificate: x509.Certificate | bytes) -> PeerIdentity:
         )
     if problem := problem_of(peer):
         raise CertificateRefused(f"The certificate of {peer.name!r} is malformed: {problem}.")
-    for what, country in (("stands", peer.country), ("is operated", peer.jurisdiction)):
+    for what, country in (("is", peer.country), ("is operated", peer.jurisdiction)):
         if reason := outside_eu_law(country):
             raise JurisdictionRefused(f"Node {peer.name!r} {what} outside EU law: {reason}.")
     return peer

@@ -67,7 +67,7 @@ class LayoutExchange:
             self._layouts.refuse(
                 epoch,
                 PEER + node,
-                f"Two layouts were signed under epoch {epoch}; {node} goes by the other one.",
+                f"Two layouts were signed under epoch {epoch}; {node} uses the other one.",
                 digest,
             )
         elif epoch <= self._layouts.epoch:

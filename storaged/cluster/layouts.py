@@ -1,8 +1,8 @@
 """Keeps the layouts that this node knows: the one in force, and the earlier ones that records still name.
 
-A layout is believed because of its signature, whoever sends it. Epochs only grow: a layout that is older than the one
-in force joins the history and changes nothing, and a second one under an epoch already known is refused, since one of
-the two was not meant to exist.
+A layout is believed because of its signature, from any sender. Epochs only grow: a layout that is older than the one in
+force joins the history and changes nothing, and a second one under an epoch already known is refused, since one of the
+two was not meant to exist.
 
 A newer layout that would move a replica or a disk (``cluster.moves``) is refused too, because nothing would copy the
 data: the node continues with its present layout. A node keeps the layouts that it used in its directory, so that it
@@ -179,7 +179,7 @@ class LayoutBook:
             known = self._signed.get(layout.epoch)
             if known is not None:
                 if known.payload != signed.payload:
-                    raise LayoutRefused(f"Another layout is known under epoch {layout.epoch}; this one is not taken.")
+                    raise LayoutRefused(f"Another layout is known under epoch {layout.epoch}; this one is refused.")
                 return False
             in_force = layout.epoch > self.epoch
             if (

@@ -1,6 +1,6 @@
 """TLS contexts of a node: mutual TLS 1.3 that trusts only the cluster's own authority.
 
-Host names are not checked: a node is what its certificate says, wherever it runs. The RPC compares the name in the
+Host names are not checked: a node is what its certificate says, at any address. The RPC compares the name in the
 certificate with the one that it meant to reach.
 """
 

@@ -392,10 +392,10 @@ async def test_swapped_and_repeated_entries_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"".join([lines[0], lines[2], lines[1], *lines[3:]]))
     assert problem(verify([path])) == (
         1,
-        f"{path.name}:2: entry 1 is missing or out of order: entry 2 stands in its place",
+        f"{path.name}:2: entry 1 is missing or out of order: entry 2 is in its place",
     )
     path.write_bytes(b"".join([*lines[:3], lines[1], *lines[3:]]))
-    assert problem(verify([path]))[1].endswith("entry 1 stands where entry 3 belongs: out of order or repeated")
+    assert problem(verify([path]))[1].endswith("entry 1 is in the place of entry 3: out of order or repeated")
 
 
 async def test_a_missing_file_of_a_chain_is_named(tmp_path: Path) -> None:

@@ -429,8 +429,8 @@ async def test_two_layouts_of_one_epoch_show_by_the_nodes_that_go_by_them(world:
     one, other = book(world, layout()), book(world, layout(addresses={"n3": "elsewhere:1"}))
     async with member(network, world, "n1", one), member(network, world, "n2", other):
         await until(lambda: one.refusals() != () and other.refusals() != ())
-        assert "Two layouts were signed under epoch 1; n2 goes by the other one" in one.refusals()[0].reason
-        assert "n1 goes by the other one" in other.refusals()[0].reason
+        assert "Two layouts were signed under epoch 1; n2 uses the other one" in one.refusals()[0].reason
+        assert "n1 uses the other one" in other.refusals()[0].reason
         third = signed(world, layout(2))
         assert await one.learn(third, "a test")
         await until(lambda: other.epoch == 2 and one.refusals() == () == other.refusals())

@@ -340,14 +340,14 @@ async def test_a_log_that_was_lost_goes_on_with_an_alarm_until_the_next_start_an
         path.unlink()
     await rig.start()
     await rig.client.publish()
-    assert "begins anew" in rig.client.problems()["n1"]
+    assert "names no predecessor" in rig.client.problems()["n1"]
     assert rig.client.taken() == dict.fromkeys(ALL, 0)
     await rig.stop()
     await rig.life(1)
     assert rig.client.problems() == {}
     reasons = str(rig.verify().problems)
     assert "chain 0000000000000001 is missing" in reasons
-    assert "n3 saw it begin: chain 0000000000000002 begins anew" in reasons
+    assert "n3 saw it begin: chain 0000000000000002 names no predecessor" in reasons
 
 
 async def test_a_witness_that_is_away_is_named_and_the_verdict_is_not_that_all_agree(rig: Witnessed) -> None:

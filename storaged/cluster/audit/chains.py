@@ -124,7 +124,7 @@ def _rewritten(chain: Chain, entry: Entry, whose: Sequence[str]) -> str:
     )
     return (
         f"entry {entry.sequence} is not the one that a checkpoint names ({', '.join(whose)}): {since}, and the hashes"
-        " computed anew"
+        " recomputed"
     )
 
 
@@ -150,7 +150,7 @@ def _misfit(chain: Chain, entry: Entry) -> str:
     if chain.loose_bytes:
         return (
             f"entry {expected} is damaged or was altered ({chain.loose_line or 'its line is incomplete'}): entry"
-            f" {entry.sequence} stands behind it"
+            f" {entry.sequence} follows it"
         )
     if entry.sequence > expected:
         missing = (
@@ -158,9 +158,9 @@ def _misfit(chain: Chain, entry: Entry) -> str:
             if entry.sequence == expected + 1
             else f"entries {expected} to {entry.sequence - 1} are"
         )
-        return f"{missing} missing or out of order: entry {entry.sequence} stands in its place"
+        return f"{missing} missing or out of order: entry {entry.sequence} is in its place"
     if entry.sequence < expected:
-        return f"entry {entry.sequence} stands where entry {expected} belongs: out of order or repeated"
+        return f"entry {entry.sequence} is in the place of entry {expected}: out of order or repeated"
     if entry.previous != chain.previous:
         return f"entry {entry.sequence} does not follow from the one before: one of them was replaced"
     return ""
@@ -193,7 +193,7 @@ def link(ordered: Sequence[Chain], problems: list[AuditProblem]) -> str:
         elif first.sequence > 0:
             reason = f"its beginning is missing: the first entry here is {first.sequence}"
         elif before is None:
-            reason = "it begins anew although there are older chains"
+            reason = "it names no predecessor although there are older chains"
         elif before.chain not in earlier:
             reason = f"chain {before.chain}, which it names, is missing"
         if reason:
@@ -248,7 +248,7 @@ def _check_tail(chain: Chain, successor: tuple[Predecessor, Entry] | None, probl
         reason = f"the tail of chain {chain.name} is missing: {what} known to have been written{by}"
     elif torn_recorded is not None:
         reason = (
-            f"{chain.loose_bytes} unreadable bytes lie behind entry {last} of chain {chain.name}, where {torn_recorded}"
+            f"{chain.loose_bytes} unreadable bytes follow entry {last} of chain {chain.name}, where {torn_recorded}"
             " were recorded"
         )
     if reason:

@@ -116,7 +116,9 @@ class WitnessBook:
     """All that this node has seen of other nodes' audit logs. ``trail``: this node's own log, which notes refusals."""
 
     def __init__(self, directory: Path, authority: x509.Certificate, clock: Clock | None = None) -> None:
-        """Reads the existing files. A node whose file can't be read is not witnessed: a witness must not begin anew."""
+        """Reads the existing files. A node whose file can't be read is not witnessed: a witness must not lose what it
+        saw.
+        """
         self.directory = directory
         self._authority = authority
         self._files: dict[str, _File] = {}

@@ -190,7 +190,7 @@ def _misfit(node: SeenNode, entry: Entry, predecessor: Predecessor | None) -> st
     if not node.chains:
         return ""
     if predecessor is None:
-        return f"chain {entry.chain} begins anew, although chain {node.newest} was there before"
+        return f"chain {entry.chain} names no predecessor, although chain {node.newest} came before"
     known = node.chains.get(predecessor.chain)
     if known is None:
         return f"chain {entry.chain} follows chain {predecessor.chain}, which was never shown; chain {node.newest} was"

@@ -150,7 +150,7 @@ class ClientConnection(Connection):
 
     def _log_callback_error(self, method: str) -> None:
         """An error in one callback must not keep replies from other callers, nor end the connection."""
-        log.exception("telling of a call's answer failed", peer=self.node, method=method)
+        log.exception("the callback of a call failed", peer=self.node, method=method)
 
     def _finish_handshake(self, kind: int, head: memoryview) -> None:
         if self.hello.done():
@@ -289,7 +289,7 @@ class ClientConnection(Connection):
                 await waiter
         except TimeoutError:
             raise self.counts.count_failure(
-                PeerTimeout(f"{self.node} takes no more: {self.queued_bytes} bytes wait for it.")
+                PeerTimeout(f"{self.node} accepts no more calls: {self.queued_bytes} bytes wait for it.")
             ) from None
         finally:
             with contextlib.suppress(ValueError):

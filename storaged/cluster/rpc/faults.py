@@ -33,6 +33,7 @@ def plain(text: str, chars_max: int = MESSAGE_CHARS_MAX) -> str:
 
 
 def to_head(error: BaseException) -> ErrorHead:
+    """The error as it is sent to a peer."""
     if isinstance(error, StoragedError):
         remote_code = error.remote_code if isinstance(error, PeerRefused) else ""
         details = {str(name): str(value)[:MESSAGE_CHARS_MAX] for name, value in error.details.items()}
@@ -59,6 +60,7 @@ def from_head(head: ErrorHead, node: str) -> PeerError:
 
 
 def refused(code: str, message: str) -> PeerRefused:
+    """The error of a server that refuses a call under one of the codes above."""
     return PeerRefused(message, remote_code=code)
 
 

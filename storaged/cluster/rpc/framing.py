@@ -16,7 +16,7 @@ kind       head                                           who
 =========  =============================================  =======================================================
 1 HELLO    :class:`Hello`                                 the dialling side, first
 2 WELCOME  :class:`Hello`                                 the answer when all is well
-3 REFUSED  :class:`ErrorHead`                             the answer otherwise; the connection is closed after it
+3 REFUSED  :class:`ErrorHead`                             the reply otherwise; then the connection is closed
 4 REQUEST  name length (u8), method name, the request     the dialling side
 5 REPLY    the answer                                     the listening side
 6 ERROR    :class:`ErrorHead`                             the listening side
@@ -60,7 +60,7 @@ assert HEADER_BYTES == 24
 
 
 class FrameError(Exception):
-    """The peer broke the protocol; the connection cannot go on."""
+    """The peer broke the protocol; the connection must end."""
 
 
 class Kind(IntEnum):
@@ -74,7 +74,7 @@ class Kind(IntEnum):
 
 
 _STARTS: Final = {int(kind): int.from_bytes(MAGIC + bytes((PROTOCOL_VERSION, kind)), "big") for kind in Kind}
-"""How a frame of each kind begins: magic, version and kind as one number."""
+"""The first four bytes of each kind's frames as one number: magic, version and kind."""
 _KINDS: Final = {start: kind for kind, start in _STARTS.items()}
 
 
@@ -121,7 +121,9 @@ _EMPTY = memoryview(b"")
 
 
 def pack_header(kind: int, request_id: int, head_bytes: int, body_bytes: int = 0, deadline_ms: int = 0) -> bytes:
-    """Raises ValueError when head or body is too large; then no part of the frame may be sent."""
+    """Packs a frame's header. Raises ValueError when head or body is too large; then no part of the frame may
+    be sent.
+    """
     if head_bytes > HEAD_BYTES_MAX or body_bytes > BODY_BYTES_MAX:
         raise ValueError(
             f"a frame has at most {HEAD_BYTES_MAX} bytes of message and {BODY_BYTES_MAX} of body; this has {head_bytes}"
@@ -167,7 +169,7 @@ class FrameReader:
         assert scratch_bytes >= 2 * HEADER_BYTES
         self._admit = admit
         self.deliver = deliver
-        """Read anew for each frame, so it may be replaced between frames."""
+        """Read again for each frame, so it may be replaced between frames."""
         self._scratch = bytearray(scratch_bytes)
         self._view = memoryview(self._scratch)
         self._start = 0

@@ -241,7 +241,7 @@ class ServerConnection(Connection):
         if not self.caller.roles:
             raise faults.refused(
                 faults.NOT_A_MEMBER,
-                f"The layout in force at {self.shared.node} does not name {self.caller.name} where it stands.",
+                f"The layout in force at {self.shared.node} does not name {self.caller.name} at its certified place.",
             )
         needed = ", ".join(sorted(method.roles)) or "no one"
         roles = ", ".join(self.caller.roles)
