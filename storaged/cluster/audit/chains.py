@@ -52,7 +52,7 @@ class Pruned(NamedTuple):
     time_ms: int
 
 
-def group(paths: Sequence[Path], problems: list[AuditProblem]) -> dict[str, Chain]:
+def group_files(paths: Sequence[Path], problems: list[AuditProblem]) -> dict[str, Chain]:
     """The chains by name, their files in order. A renamed file is placed by its first entry."""
     chains: dict[str, Chain] = {}
     for position, path in enumerate(paths):
@@ -78,7 +78,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def walk(chain: Chain, problems: list[AuditProblem], pruned: dict[str, Pruned]) -> int:
+def walk_chain(chain: Chain, problems: list[AuditProblem], pruned: dict[str, Pruned]) -> int:
     """Follows one chain through its files up to the first problem. Returns the number of valid entries."""
     entries = 0
     for path in chain.files:
@@ -93,7 +93,7 @@ def walk(chain: Chain, problems: list[AuditProblem], pruned: dict[str, Pruned]) 
                 if line.endswith(b"\n") and not chain.loose_line:
                     chain.loose_line = f"{where}: {error}"
                 continue
-            reason = _misfit(chain, entry)
+            reason = _misplaced(chain, entry)
             if reason:
                 expected = chain.head.sequence + 1 if chain.head is not None else 0
                 problems.append(AuditProblem(chain.name, expected, where, reason))
@@ -104,28 +104,31 @@ def walk(chain: Chain, problems: list[AuditProblem], pruned: dict[str, Pruned]) 
             entries += 1
             if entry.kind == PRUNED:
                 _note_pruned(entry, pruned)
-            wanted = chain.wanted.pop(entry.sequence, None)
-            if wanted is None:
-                continue
-            others = tuple(who for name, whose in wanted.items() if name != entry.hash for who in whose)
-            if others:
-                problems.append(
-                    AuditProblem(chain.name, entry.sequence, where, _rewritten(chain, entry, others), others)
-                )
+            problem = _compare_with_checkpoints(chain, entry, where)
+            if problem is not None:
+                problems.append(problem)
                 chain.broken = True
                 return entries
-            chain.agreed = entry.sequence
     return entries
 
 
-def _rewritten(chain: Chain, entry: Entry, whose: Sequence[str]) -> str:
+def _compare_with_checkpoints(chain: Chain, entry: Entry, where: str) -> AuditProblem | None:
+    """The problem of an entry that checkpoints name with another hash; notes the agreement of those that do not."""
+    wanted = chain.wanted.pop(entry.sequence, None)
+    if wanted is None:
+        return None
+    others = tuple(name for entry_hash, names in wanted.items() if entry_hash != entry.hash for name in names)
+    if not others:
+        chain.agreed = entry.sequence
+        return None
     since = (
         f"some entry from {chain.agreed + 1} on was changed" if chain.agreed < entry.sequence - 1 else "it was changed"
     )
-    return (
-        f"entry {entry.sequence} is not the one that a checkpoint names ({', '.join(whose)}): {since}, and the hashes"
+    reason = (
+        f"entry {entry.sequence} is not the one that a checkpoint names ({', '.join(others)}): {since}, and the hashes"
         " recomputed"
     )
+    return AuditProblem(chain.name, entry.sequence, where, reason, others)
 
 
 def _note_pruned(entry: Entry, pruned: dict[str, Pruned]) -> None:
@@ -136,7 +139,7 @@ def _note_pruned(entry: Entry, pruned: dict[str, Pruned]) -> None:
             pruned[chain] = Pruned(last, last_hash, entry.time_ms)
 
 
-def _misfit(chain: Chain, entry: Entry) -> str:
+def _misplaced(chain: Chain, entry: Entry) -> str:
     """Why an entry, valid by itself, does not belong here; empty when it does."""
     if entry.chain != chain.name:
         return f"an entry of chain {entry.chain} does not belong in a file of chain {chain.name}"
@@ -166,7 +169,7 @@ def _misfit(chain: Chain, entry: Entry) -> str:
     return ""
 
 
-def link(ordered: Sequence[Chain], problems: list[AuditProblem]) -> str:
+def check_links(ordered: Sequence[Chain], problems: list[AuditProblem]) -> str:
     """Checks that each chain follows from the one before, and that no tail is missing. Returns what the oldest chain
     follows.
     """
@@ -182,20 +185,13 @@ def link(ordered: Sequence[Chain], problems: list[AuditProblem]) -> str:
         except ValueError as error:
             problems.append(AuditProblem(chain.name, 0, "", str(error)))
             before = None
-        reason = ""
-        if not earlier:
-            if first.sequence > 0:
-                begins_after = f"entry {first.sequence - 1} of chain {chain.name}"
-            elif before is not None:
-                begins_after = f"entry {before.sequence} of chain {before.chain}"
-            elif first.previous != GENESIS:
-                reason = "it names no predecessor, but follows a hash"
-        elif first.sequence > 0:
-            reason = f"its beginning is missing: the first entry here is {first.sequence}"
-        elif before is None:
-            reason = "it names no predecessor although there are older chains"
-        elif before.chain not in earlier:
-            reason = f"chain {before.chain}, which it names, is missing"
+        if not earlier and (first.sequence > 0 or before is not None):
+            begins_after = (
+                f"entry {first.sequence - 1} of chain {chain.name}"
+                if before is None
+                else f"entry {before.sequence} of chain {before.chain}"
+            )
+        reason = _broken_link(first, before, earlier)
         if reason:
             problems.append(
                 AuditProblem(
@@ -210,16 +206,26 @@ def link(ordered: Sequence[Chain], problems: list[AuditProblem]) -> str:
     return begins_after
 
 
+def _broken_link(first: Entry, before: Predecessor | None, earlier: set[str]) -> str:
+    """Why a chain that begins with ``first`` does not follow from the ``earlier`` ones; empty when it does."""
+    if not earlier:
+        follows_a_hash = first.sequence == 0 and before is None and first.previous != GENESIS
+        return "it names no predecessor, but follows a hash" if follows_a_hash else ""
+    if first.sequence > 0:
+        return f"its beginning is missing: the first entry here is {first.sequence}"
+    if before is None:
+        return "it names no predecessor although there are older chains"
+    return "" if before.chain in earlier else f"chain {before.chain}, which it names, is missing"
+
+
 def _check_tail(chain: Chain, successor: tuple[Predecessor, Entry] | None, problems: list[AuditProblem]) -> None:
+    """Reports entries or torn bytes after the chain's last entry that a checkpoint or the next chain knows of."""
     if chain.broken:
         return
     last = chain.head.sequence if chain.head is not None else -1
     promised = max(chain.wanted, default=-1)
-    whose = tuple(
-        dict.fromkeys(
-            who for at, wanted in chain.wanted.items() if at > last for each in wanted.values() for who in each
-        )
-    )
+    later = [names for sequence, wanted in chain.wanted.items() if sequence > last for names in wanted.values()]
+    witnesses = tuple(dict.fromkeys(name for names in later for name in names))
     torn_recorded: int | None = None
     if successor is not None:
         named, start = successor
@@ -244,7 +250,7 @@ def _check_tail(chain: Chain, successor: tuple[Predecessor, Entry] | None, probl
         reason = f"entry {last + 1} is damaged or was altered: {reason}"
     elif promised > last:
         what = f"entry {promised} is" if promised == last + 1 else f"entries {last + 1} to {promised} are"
-        by = f" ({', '.join(whose)})" if whose else ""
+        by = f" ({', '.join(witnesses)})" if witnesses else ""
         reason = f"the tail of chain {chain.name} is missing: {what} known to have been written{by}"
     elif torn_recorded is not None:
         reason = (
@@ -252,4 +258,4 @@ def _check_tail(chain: Chain, successor: tuple[Predecessor, Entry] | None, probl
             " were recorded"
         )
     if reason:
-        problems.append(AuditProblem(chain.name, last + 1, where, reason, whose if promised > last else ()))
+        problems.append(AuditProblem(chain.name, last + 1, where, reason, witnesses if promised > last else ()))

@@ -18,7 +18,7 @@ from typing import Final
 
 from cryptography import x509
 
-from storaged.cluster.audit.chains import PRUNED, Chain, Pruned, group, link, walk
+from storaged.cluster.audit.chains import PRUNED, Chain, Pruned, check_links, group_files, walk_chain
 from storaged.cluster.audit.format import Checkpoint, Predecessor, RegisterCheckpoint, predecessor_of
 from storaged.cluster.audit.report import AuditProblem, AuditReport, WitnessResult, WitnessView
 from storaged.cluster.audit.witness_record import Mark, SeenChain
@@ -46,16 +46,16 @@ def verify(
     """
     problems: list[AuditProblem] = []
     paths = sorted(set(files), key=lambda path: path.name)
-    chains = group(paths, problems)
+    chains = group_files(paths, problems)
     for checkpoint in checkpoints:
         _place(checkpoint, chains, authority, problems)
     usable = {view.name: _place_witness(view, chains, authority) for view in witnesses}
     pruned: dict[str, Pruned] = {}
     entries = 0
     for chain in chains.values():
-        entries += walk(chain, problems, pruned)
+        entries += walk_chain(chain, problems, pruned)
     ordered = sorted(chains.values(), key=lambda chain: chain.ordinal)
-    begins_after = link(ordered, problems)
+    begins_after = check_links(ordered, problems)
     if begins_after and whole and not _begins_where_pruned(ordered, pruned):
         reason = (
             f"the oldest files are missing: the log begins after {begins_after}, and no entry {PRUNED} says that they"

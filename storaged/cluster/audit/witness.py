@@ -190,7 +190,7 @@ class WitnessBook:
         if file is None:
             if len(self._files) >= NODES_MAX:
                 return self._refuse(
-                    node, checkpoint, f"the logs of {NODES_MAX} nodes are known here; no further one is taken"
+                    node, checkpoint, f"the logs of {NODES_MAX} nodes are known here; no further one is accepted"
                 )
             file = self._files[node] = _File(self.directory / f"{node}.jsonl", SeenNode())
         work = asyncio.get_running_loop().create_task(self._judge(file, request, hashes))
@@ -221,18 +221,18 @@ class WitnessBook:
         if not signer.name == checkpoint.node == node:
             raise CertificateRefused(f"a checkpoint of {checkpoint.node}, signed by {signer.name}, was sent by {node}")
 
-    async def _accept(self, file: _File, taken: Accepted) -> None:
+    async def _accept(self, file: _File, accepted: Accepted) -> None:
         """Writes what was accepted to disk, then applies it in memory. Raises ServiceUnavailable, and then applies
         nothing.
         """
-        if taken.seen is None:
+        if accepted.seen is None:
             return
-        line = render(taken.seen)
+        line = render(accepted.seen)
         try:
             await asyncio.to_thread(_append, file.path, line)
         except OSError as error:
             raise ServiceUnavailable(f"What was witnessed cannot be written: {error.strerror or error}.") from None
-        adopt(file.seen, taken.seen)
+        adopt(file.seen, accepted.seen)
         file.lines += 1
         if file.lines >= LINES_MAX + 2 * len(file.seen.chains):
             try:

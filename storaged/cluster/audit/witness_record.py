@@ -158,7 +158,7 @@ def judge(
         marks = thinned([*known.marks, Mark(before.sequence, before.hash, before.time_ms)])
         return Accepted(SeenChain(checkpoint, known.start, known.problem, marks), known.problem)
     if len(node.chains) >= CHAINS_MAX:
-        return Refused(f"{CHAINS_MAX} chains of this node are known here; no further one is taken")
+        return Refused(f"{CHAINS_MAX} chains of this node are known here; no further one is accepted")
     return _begin(node, checkpoint, start, hashes[0])
 
 
@@ -181,11 +181,11 @@ def _begin(node: SeenNode, checkpoint: Checkpoint, start: bytes, first_hash: byt
         return Refused("the first entry is not the one whose hash was sent")
     if predecessor is not None and entry.previous != predecessor.hash:
         return Refused("the first entry names one head and follows another")
-    problem = _misfit(node, entry, predecessor)
+    problem = _broken_link(node, entry, predecessor)
     return Accepted(SeenChain(checkpoint, start, problem), problem)
 
 
-def _misfit(node: SeenNode, entry: Entry, predecessor: Predecessor | None) -> str:
+def _broken_link(node: SeenNode, entry: Entry, predecessor: Predecessor | None) -> str:
     """Why a new chain does not follow from what is known; empty when it does."""
     if not node.chains:
         return ""
