@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import textwrap
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def explained(code: str) -> str:
     paragraphs = []
     for kind in dict.fromkeys(kinds):
         status = f" (HTTP {kind.status})" if kind.code != kind.code.upper() else ""
-        text = f"{kind.code}{status}\n  {inspect.cleandoc(kind.__doc__ or '')}"
+        text = f"{kind.code}{status}\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}"
         paragraphs.append(text + (f"\n  {kind.hint}" if kind.hint else ""))
     return "\n\n".join(paragraphs)
 

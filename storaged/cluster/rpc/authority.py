@@ -51,7 +51,7 @@ METHODS: Final[Mapping[str, Grant]] = {
         "a node shows checkpoints of its own audit log, and of no other's",
         "fills disks with up to 16,384 chains of its own log",
     ),
-    "audit.witnessed": Grant(BOTH, STORAGE, "a node asks what it has to show; `storaged audit verify`"),
+    "audit.witnessed": Grant(BOTH, STORAGE, "a node asks which entries to show; `storaged audit verify`"),
     "meta.prepare": Grant(
         BOTH,
         STORAGE,
@@ -71,7 +71,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.scan": Grant(BOTH, STORAGE, "listings; walks of repair and catch-up", "as meta.read"),
     "meta.page_put": Grant(BOTH, STORAGE, "long manifests; repair copies their pages", "fills disks with pages"),
     "meta.page_get": Grant(BOTH, STORAGE, "long manifests", "as meta.read"),
-    "meta.page_check": Grant(STORAGE, STORAGE, "repair looks which pages a replica lacks"),
+    "meta.page_check": Grant(STORAGE, STORAGE, "repair checks which pages a replica lacks"),
     "meta.fence": Grant(GATEWAY, STORAGE, "deletion of a bucket"),
     "meta.unfence": Grant(GATEWAY, STORAGE, "deletion of a bucket that was not empty"),
     "meta.fence_epoch": Grant(NO_ROLE, STORAGE, "for layouts that move replicas, which no version writes yet"),
@@ -84,13 +84,13 @@ METHODS: Final[Mapping[str, Grant]] = {
     "fragment.touch": Grant(
         BOTH, STORAGE, "a proposal that begins again; a recoding", "keeps garbage from being collected"
     ),
-    "fragment.retire": Grant(GATEWAY, STORAGE, "what a change replaced goes to the garbage list"),
+    "fragment.retire": Grant(GATEWAY, STORAGE, "a change puts what it replaced on the garbage list"),
     "fragment.retired": Grant(GATEWAY, STORAGE, "a deleted bucket's key is destroyed once no disk has garbage of it"),
     "fragment.unretire": Grant(NO_ROLE, STORAGE, "a node collects on its own disks"),
     "fragment.delete": Grant(
         BOTH,
         STORAGE,
-        "a PUT that moves a block elsewhere; collection of small copies, and of what a recoding left behind",
+        "a PUT that moves a block elsewhere; collection of small copies, and of fragments that a recoding replaced",
         "deletes fragments of any object on any disk",
     ),
     "fragment.scan": Grant(NO_ROLE, STORAGE, "a node walks its own disks"),
@@ -101,12 +101,10 @@ METHODS: Final[Mapping[str, Grant]] = {
     "maintain.hint": Grant(
         BOTH,
         STORAGE,
-        "what was found wanting goes to the node that repairs it",
-        "makes another node look at any object",
+        "a node reports damage to the node that repairs it",
+        "makes another node check any object",
     ),
-    "maintain.wake": Grant(
-        STORAGE, STORAGE, "a node that has started says so", "makes another node walk its records again"
-    ),
+    "maintain.wake": Grant(STORAGE, STORAGE, "a node reports its start", "makes another node walk its records again"),
 }
 
 
