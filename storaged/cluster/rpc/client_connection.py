@@ -103,7 +103,6 @@ class ClientConnection(Connection):
         """When the peer's certificate or our own expires, whichever is first, in seconds since 1970."""
         self.redial_at_s = float("inf")
         """When to try for a connection that lasts longer, in seconds since 1970."""
-        self.hello: asyncio.Future[Hello] = loop.create_future()
         self.pending: dict[int, _Pending] = {}
         self._last_id = 0
         self._room_waiters: list[asyncio.Future[None]] = []
@@ -160,7 +159,7 @@ class ClientConnection(Connection):
                 self.hello.set_result(decode(head, Hello))
             else:
                 refusal = decode(head, ErrorHead)
-                self._fail_handshake(
+                self.fail_handshake(
                     CertificateRefused(
                         f"{self.node} refuses this node: {faults.plain(refusal.message)}", refused_with=refusal.code
                     )
@@ -168,13 +167,8 @@ class ClientConnection(Connection):
         except MsgspecError as error:
             raise FrameError(f"the handshake does not decode: {error}") from error
 
-    def _fail_handshake(self, error: Exception) -> None:
-        if not self.hello.done():
-            self.hello.set_exception(error)
-            self.hello.exception()  # marks it as retrieved: it may have no waiter yet
-
     def on_closed(self) -> None:
-        self._fail_handshake(ConnectionResetError(self.reason))
+        self.fail_handshake(ConnectionResetError(self.reason))
         pending, self.pending = self.pending, {}
         if self._expiry is not None:
             self._expiry.cancel()

@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Sequence
 from typing import Any, cast
 
-from storaged.cluster.rpc.framing import FrameError, FrameReader, Verdict, pack_header
+from storaged.cluster.rpc.framing import FrameError, FrameReader, Hello, Verdict, pack_header
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
@@ -69,7 +69,7 @@ def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
 class Connection(asyncio.BufferedProtocol):
     """What both sides share. Subclasses decide on frames (``admit``, ``deliver``) and clean up in ``on_closed``.
 
-    Its 17 attributes are the state of one reader, one writer and their counters; the hot path reads most of them for
+    Its 18 attributes are the state of one reader, one writer and their counters; the hot path reads most of them for
     every frame.
     """
 
@@ -82,6 +82,8 @@ class Connection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self.lost = loop.create_future()
         """Done when the connection is gone; it never holds an exception."""
+        self.hello: asyncio.Future[Hello] = loop.create_future()
+        """How the peer introduced itself."""
         self.reason = ""
         """Why it was closed, when this side knows."""
         self.bytes_in = 0
@@ -276,6 +278,12 @@ class Connection(asyncio.BufferedProtocol):
             self.on_sent(request_id, size)
 
     # Closing.
+
+    def fail_handshake(self, error: Exception) -> None:
+        """No-op once the peer has introduced itself."""
+        if not self.hello.done():
+            self.hello.set_exception(error)
+            self.hello.exception()  # marks it as retrieved: it may have no waiter yet
 
     def abort(self, reason: str) -> None:
         """Ends the connection now; queued frames are lost."""

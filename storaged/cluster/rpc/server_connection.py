@@ -105,7 +105,6 @@ class ServerConnection(Connection):
         """When the peer's certificate expires, in seconds since 1970."""
         self.caller: PeerIdentity | None = None
         """The peer with the roles that the layout in force gives it: what handlers see."""
-        self.hello: asyncio.Future[Hello] = self.loop.create_future()
         self.running: dict[int, _Running] = {}
         self.inflight_bytes = 0
         self._methods: dict[bytes, Method] = {}
@@ -373,16 +372,11 @@ class ServerConnection(Connection):
         self._receiving_bytes, self._granted = 0, None
         for request_id, running in list(self.running.items()):
             self.cancel_call(request_id, running)
-        self._fail_handshake(ConnectionResetError(self.reason))
+        self.fail_handshake(ConnectionResetError(self.reason))
         self.shared.on_closed(self)
 
     def on_protocol_error(self, error: FrameError) -> None:
         if self.peer is None and not self.hello.done():
-            self._fail_handshake(CertificateRefused(f"The handshake failed: {error}."))
+            self.fail_handshake(CertificateRefused(f"The handshake failed: {error}."))
         else:
             self.abort(str(error))
-
-    def _fail_handshake(self, error: Exception) -> None:
-        if not self.hello.done():
-            self.hello.set_exception(error)
-            self.hello.exception()  # marks it as retrieved: it may have no waiter yet
