@@ -55,7 +55,7 @@ class LayoutAfter(Message, frozen=True):
 
 
 class LayoutAnswer(Message, frozen=True):
-    """That layout; None when there is none."""
+    """The layout asked for; None when there is none."""
 
     signed: SignedLayout | None
 

@@ -195,7 +195,7 @@ RELEASE_RULES: Final = (
     CLUSTER_JURISDICTIONS_RULE,
     BUCKET_COUNTRIES_RULE,
 )
-"""In the order in which they are checked."""
+"""All rules, in the order in which they are checked."""
 
 
 def release_refusal(

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from storaged.cluster.audit.format import ENTRY_BYTES_MAX, first_link, next_link, parse_line
 
 KEPT_MAX: Final = 16_384
-"""In memory: 3 MiB, some hours of a busy gateway."""
+"""Links kept in memory: 3 MiB, some hours of a busy gateway."""
 
 
 class Link(NamedTuple):

@@ -55,7 +55,7 @@ MARKS_MAX: Final = 256
 to differ."""
 
 CHAINS_MARKED_MAX: Final = 64
-"""So many of the newest chains keep MARKS_MAX marks; older ones keep OLD_MARKS_MAX."""
+"""The number of newest chains that keep MARKS_MAX marks; older ones keep OLD_MARKS_MAX."""
 
 OLD_MARKS_MAX: Final = 16
 

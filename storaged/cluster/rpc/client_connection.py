@@ -46,8 +46,8 @@ NO_BYTES = memoryview(b"")
 _ANSWERS = (REPLY, ERROR)
 
 QUIET_CALLS_MAX = 2
-"""With so few calls pending, another frame in this turn of the loop is unlikely: a lone PUT has two at one node for a
-moment, sixty-four PUTs have twenty."""
+"""With at most this many calls pending, another frame in this turn of the loop is unlikely: a lone PUT has two at one
+node for a moment, sixty-four PUTs have twenty."""
 
 
 @dataclass(frozen=True)

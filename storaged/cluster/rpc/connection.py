@@ -25,7 +25,7 @@ SMALL_BODY_BYTES = 16 * KIB
 write."""
 
 URGENT_BODY_BYTES = 256 * KIB
-"""So are bodies up to this size that their sender marks as urgent: a batch that many small PUTs share must not wait for
+"""The same for bodies that their sender marks as urgent: a batch that many small PUTs share must not wait for
 fragments."""
 
 SLICE_BYTES = 256 * KIB
@@ -35,8 +35,8 @@ WRITE_HIGH_BYTES = 2 * MIB
 """Ciphertext that may wait in the transport: about 10 ms of a 2.5 Gbit/s line."""
 
 EARLY_FRAMES = 16
-"""So many small frames leave before the turn of the loop has ended: the peer works on them while this side finishes its
-turn."""
+"""This many small frames leave before the turn of the loop has ended: the peer works on them while this side finishes
+its turn."""
 
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
@@ -97,7 +97,7 @@ class Connection(asyncio.BufferedProtocol):
         self._slices: list[Buffer] = []
         """What is left of the large frame that is being written, last slice first."""
         self._sliced: tuple[int, int] | None = None
-        """That frame's id and size."""
+        """The id and size of that frame."""
         self._flush_scheduled = False
         self._reading = False
         self._paused = False

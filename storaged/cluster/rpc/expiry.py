@@ -16,11 +16,12 @@ from cryptography import x509
 from storaged.errors import CertificateRefused
 
 REDIAL_BEFORE_S: Final = 60.0
-"""So long before expiry the dialling side tries to connect under newer certificates: a reload on either side may have
-brought one."""
+"""How long before expiry the dialling side begins to try for a connection under newer certificates: a reload on either
+side may have brought one."""
 
 REDIAL_INTERVAL_S: Final = 10.0
-"""Between two such tries. Until a certificate is renewed, each try yields a connection that expires as soon."""
+"""The time between two such tries. Until a certificate is renewed, each try yields a connection that expires equally
+soon."""
 
 
 def expiry_of(certificate: bytes) -> float:
