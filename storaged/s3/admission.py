@@ -1,7 +1,7 @@
 """Admission of a request: its operation, who sends it, its bucket, and whether all that is allowed.
 
-A request is admitted in four steps, always in this order: ``locate``, ``claim_of``, the records of its user and its
-bucket, ``admit_request``. Only the records may have to be read. ``try_records`` takes them from memory, or returns
+A request is admitted in three steps, always in this order: ``locate``, the records of its user and its bucket,
+``admit_request``. Only the records may have to be read. ``try_records`` takes them from memory, or returns
 None; then ``load_records`` reads them, both at the same time. A record that can't be had is an error in the record's
 place: ``admit_request`` raises it in its turn, so that a wrong signature is answered as such whatever the bucket is.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from storaged.errors import AccessDenied
 from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
 from storaged.s3 import routes
-from storaged.s3.auth.authenticate import admit, admit_anonymous
+from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.context import Front, check_owner, existing_bucket
 from storaged.s3.operation import Operation, adopt_query_headers
@@ -25,17 +25,16 @@ from storaged.s3.request import Request, parse_target, split_path, virtual_bucke
 T = TypeVar("T")
 
 
-class Records(NamedTuple):
-    """Principal and secret of the user, and the bucket's record, or why there is none. None: the request needs none."""
-
-    user: tuple[Principal, str] | BaseException | None
-    bucket: BucketRecord | BaseException | None
+Records = tuple[tuple[Principal, str] | BaseException | None, BucketRecord | BaseException | None]
+"""Principal and secret of the user, and the bucket's record, or why there is none. None: the request needs none."""
 
 
-def locate(request: Request, domains: Sequence[str]) -> Operation:
-    """Sets the target, bucket and key of a request, and returns its operation. ``domains``: see ``S3App``.
+def locate(request: Request, domains: Sequence[str], region: str) -> tuple[Operation, Claim | None]:
+    """Sets the target, bucket and key of a request. Returns its operation, and what it says about its signature: None
+    when it is not signed, or its operation needs no signature. ``domains``: see ``S3App``. ``region``: that signatures
+    must be for, see ``Front.signed_region``.
 
-    Raises InvalidURI, KeyTooLongError, and as ``routes.find``.
+    Raises InvalidURI, KeyTooLongError, and as ``routes.find`` and ``claim_of``.
     """
     target = request.target = parse_target(request.raw_target)
     bucket = virtual_bucket(request.headers.get("host", ""), domains) if domains else ""
@@ -44,7 +43,7 @@ def locate(request: Request, domains: Sequence[str]) -> Operation:
         request.method, request.bucket, request.key, target.query, request.headers, len(target.pairs)
     )
     request.operation = operation.name
-    return operation
+    return operation, claim_of(request, region) if operation.signed else None
 
 
 def try_records(front: Front, request: Request, operation: Operation, claim: Claim | None) -> Records | None:
@@ -53,7 +52,7 @@ def try_records(front: Front, request: Request, operation: Operation, claim: Cla
     bucket = front.buckets.try_get(request.bucket) if operation.needs_bucket else None
     if (user is None and claim is not None) or (bucket is None and operation.needs_bucket):
         return None
-    return Records(user, bucket)
+    return user, bucket
 
 
 async def load_records(front: Front, request: Request, operation: Operation, claim: Claim | None) -> Records:
@@ -61,11 +60,9 @@ async def load_records(front: Front, request: Request, operation: Operation, cla
     user = None if claim is None else front.users.lookup(claim.access_key)
     bucket = existing_bucket(front, request.bucket) if operation.needs_bucket else None
     if user is not None and bucket is not None:
-        return Records(*await asyncio.gather(user, bucket, return_exceptions=True))
-    return Records(
-        None if user is None else await _or_error(user),
-        None if bucket is None else await _or_error(bucket),
-    )
+        found_user, found_bucket = await asyncio.gather(user, bucket, return_exceptions=True)
+        return found_user, found_bucket
+    return None if user is None else await _or_error(user), None if bucket is None else await _or_error(bucket)
 
 
 async def _or_error(work: Awaitable[T]) -> T | Exception:

@@ -176,7 +176,8 @@ def origin(request: Request) -> str:
 
 def has_no_parameters(request: Request) -> bool:
     """``x-id``, which some SDKs send, only repeats the operation's name."""
-    return not request.query or request.query.keys() == {"x-id"}
+    query = request.target.query
+    return not query or query.keys() == {"x-id"}
 
 
 def version_of(request: Request) -> str:

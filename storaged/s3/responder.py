@@ -1,6 +1,6 @@
 """From the head of a request to its answer: the steps, and the two shells that call them.
 
-Theory of operation. The steps are functions: ``locate``, ``claim_of``, the records, ``admit_request``
+Theory of operation. The steps are functions: ``locate``, the records, ``admit_request``
 (``admission``), then the operation itself, then ``Sender``. Two shells call them in this order:
 
 * ``try_begin``, a callback of the event loop, costs no task. It goes on as long as nothing must be read and the
@@ -29,7 +29,6 @@ from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.s3 import bucket_retry, xml
 from storaged.s3.admission import admit_request, load_records, locate, try_records
-from storaged.s3.auth.authenticate import claim_of
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.context import Front
 from storaged.s3.http.body import RequestBody
@@ -58,6 +57,8 @@ class Exchange(Struct):
 
     connection: Connection
     request: Request
+    body: RequestBody | None
+    """The request's; None when its head was refused."""
     started_s: float
     keep_alive: bool = True
     """The client wants to send further requests."""
@@ -126,7 +127,7 @@ class Responder:
             head = parse_head(raw, limits)
         except errors.S3Error as error:
             request = Request(self._new_id(), "", b"/", connection.remote, connection.secure)
-            return Exchange(connection, request, started_s, False, reply=self._error_reply(request, error))
+            return Exchange(connection, request, None, started_s, False, reply=self._error_reply(request, error))
         go_on = connection.send_continue if head.expects_continue else None
         body = RequestBody(connection, head.length, go_on, limits, declared=head.declared)
         request = Request(
@@ -139,7 +140,7 @@ class Responder:
             http11=head.http11,
             _body=body,
         )
-        return Exchange(connection, request, started_s, head.keep_alive)
+        return Exchange(connection, request, body, started_s, head.keep_alive)
 
     def _end(self, connection: Connection) -> None:
         self.in_flight -= 1
@@ -159,17 +160,8 @@ class Responder:
         except Exception:
             log.exception("the observer of requests failed")
 
-    # --- steps that both shells take
-
-    def _locate(self, exchange: Exchange) -> Operation:
-        request = exchange.request
-        operation = locate(request, self._domains)
-        exchange.claim = claim_of(request, self._signed_region) if operation.signed else None
-        exchange.operation = operation
-        return operation
-
     def _open_body(self, exchange: Exchange) -> None:
-        body = exchange.request._body
+        body = exchange.body
         if not exchange.body_opened and body is not None and body.length != 0:
             exchange.connection.open_body(body)
         exchange.body_opened = True
@@ -183,13 +175,14 @@ class Responder:
             return False
         exchange = self._exchange_of(connection, raw)
         attempt = self._try_admit(exchange, more)
-        if attempt is None:
+        body = exchange.body
+        if attempt is None or body is None:
             self._leave(exchange)
             return True
-        body = exchange.request.body
         if body.length != 0:
             self._open_body(exchange)
-        body.send_continue()
+        if "expect" in exchange.request.headers:
+            body.send_continue()
         if body.complete:
             self._perform(exchange, attempt)
         else:
@@ -199,16 +192,15 @@ class Responder:
     def _try_admit(self, exchange: Exchange, more: int) -> Attempt | None:
         """Admits a request whose operation can be tried, when all records are in memory. ``more``: bytes that came
         after its head."""
-        if exchange.reply is not None:
+        front, request, body = self._front, exchange.request, exchange.body
+        if body is None:
             return None
-        front, request, connection = self._front, exchange.request, exchange.connection
-        length = request.body.length
         try:
-            operation = self._locate(exchange)
-            attempt, claim = operation.attempt, exchange.claim
-            if attempt is None or claim is None or not exchange.keep_alive or connection.crowded:
+            operation, claim = locate(request, self._domains, self._signed_region)
+            exchange.operation, exchange.claim, attempt = operation, claim, operation.attempt
+            if attempt is None or claim is None or not exchange.keep_alive or exchange.connection.crowded:
                 return None
-            if (length is not None and more > length) or not attempt.suits(front, request):
+            if (body.length is not None and more > body.length) or not attempt.suits(front, request):
                 return None
             records = try_records(front, request, operation, claim)
             if records is None:
@@ -332,10 +324,11 @@ class Responder:
         """Never raises but for cancellation: every failure has an answer."""
         front, request = self._front, exchange.request
         try:
-            operation = exchange.operation or self._locate(exchange)
+            operation, claim = exchange.operation, exchange.claim
+            if operation is None:
+                operation, claim = locate(request, self._domains, self._signed_region)
             if not exchange.admitted:
                 began_ns = time.perf_counter_ns() if spans is not None else 0
-                claim = exchange.claim
                 records = try_records(front, request, operation, claim)
                 if records is None:
                     records = await load_records(front, request, operation, claim)

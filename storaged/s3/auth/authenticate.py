@@ -21,7 +21,7 @@ def claim_of(request: Request, region: str) -> sigv4.Claim | None:
     Raises the S3 errors of ``sigv4``, InvalidRequest (Signature Version 2), InvalidArgument (two signatures),
     InvalidToken.
     """
-    headers, query = request.headers, request.query
+    headers, query = request.headers, request.target.query
     authorization = headers.get("authorization", "")
     if query and ("X-Amz-Algorithm" in query or "X-Amz-Signature" in query):
         if authorization:
@@ -47,7 +47,7 @@ def admit(request: Request, claim: sigv4.Claim, who: Principal, secret: str, now
     """Verifies the signature, sets ``request.who``, and prepares the body. Raises the S3 errors of ``sigv4``."""
     headers = request.headers
     sigv4.check_time(claim, now_ms)
-    payload = sigv4.payload_hash(claim, headers, request.query)
+    payload = sigv4.payload_hash(claim, headers, request.target.query)
     key = sigv4.verify(claim, secret, request.method, request.target.raw_path, request.target.pairs, headers, payload)
     sigv4.check_signed_headers(claim, headers)
     request.body.admit()
