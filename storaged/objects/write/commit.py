@@ -105,7 +105,7 @@ async def _commit_coded(
     try:
         for attempt in range(ATTEMPTS_MAX):
             try:
-                outcome = await plane.registers.change(name, _Once(update), ready=barrier)
+                outcome = await plane.registers.change(name, _Once(update).update, ready=barrier)
             except KeyNeeded as needed:
                 await keys.load(needed.version)
                 continue
@@ -128,7 +128,7 @@ class _Once:
         self._update = update
         self._ran = False
 
-    def __call__(self, value: Value | None) -> Change:
+    def update(self, value: Value | None) -> Change:
         if self._ran:
             raise ProposedAgain
         change = self._update(value)

@@ -1,9 +1,9 @@
-"""The path of a PUT: admit, seal and place, barrier and commit, finish.
+"""The path of a PUT: admit, seal and place, barrier and commit, conclude.
 
-Two shells call these steps in the same order. ``put`` runs in a task: ``admit``, ``sealed_body``, ``commit``, and
-``Replacement.finish``. ``try_put`` costs no task: it takes a small body that has arrived whole, and a register that can
-be changed by callbacks. It calls the same functions, but for those that would wait: it begins nothing where one of
-them would have to.
+Two shells call these steps in the same order. ``put`` runs in a task: ``admit``, ``sealed_body``, ``commit``,
+``Replacement.conclude``. ``try_put`` costs no task. It takes a small body that has arrived whole, calls the same
+functions but for those that would wait, and lets the register call back (``Registers.try_change``). Where one of them
+would have to wait, it begins nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ async def put(
     async with sealed_body(plane, write.part, body, checks) as sealed:
         new = Replacement(write, sealed)
         outcome, _ = await commit(plane, new.keys, write.part.name, new.update, sealed, regardless=new.regardless)
-        return new.finish(outcome)
+        return new.conclude(outcome)
 
 
 def try_put(
@@ -109,7 +109,7 @@ def _on_outcome(
         return
     count_put(new.plane, new.sealed)
     try:
-        result = new.finish(outcome)
+        result = new.conclude(outcome)
     except Exception as error:
         on_done(error)
         return
@@ -197,7 +197,7 @@ class Replacement:
             return self._change
         return record_change(ObjectRecord((msgspec.structs.replace(self._version, parts=(entry,)),)))
 
-    def finish(self, outcome: Outcome) -> PutResult:
+    def conclude(self, outcome: Outcome) -> PutResult:
         """The version is committed: retires what it replaced. Raises DataDamaged for a record found in its place that
         can't be read."""
         part = self._write.part
