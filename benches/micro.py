@@ -46,9 +46,10 @@ from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import DigestCache
 from storaged.meta.store_ports import Slot, StoreBatch
-from storaged.objects.api import Buckets, Listing, Objects, Show, Users
+from storaged.objects.api import Buckets, Objects, Users
 from storaged.objects.code import erasure
 from storaged.objects.code.seal import seal_part
+from storaged.objects.listing_types import Listing, Show
 from storaged.objects.ports import pack_context
 from storaged.objects.records import BucketRecord, SealedList
 from storaged.s3.app import S3App

@@ -1,30 +1,31 @@
-"""What the S3 front asks of the object plane, and what it gets: plain values and streams, no HTTP.
+"""The port of the object plane: its calls, and the plain values and streams that they take and return. No HTTP.
 
-The S3 front parses a request into these; ``objects`` carries it out; ``maintain`` and ``admin`` use the same calls.
-Keys are bytes (UTF-8, 1..1024), as they were sent. ETags are hex without quotes, ``-N`` behind those of multipart
-uploads.
-Checksum algorithms are named as in ``CHECKSUM_ALGORITHMS``; their values are base64, as in the headers.
+The S3 front parses a request into these values, and ``ObjectService`` performs it; ``maintain`` and ``admin`` use the
+same calls. Keys are bytes (UTF-8, 1..1024), as the client sent them. ETags are hex without quotes; those of multipart
+uploads end with ``-N``. Checksum algorithms have the names of ``CHECKSUM_ALGORITHMS``; checksums are base64, as in
+headers.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from msgspec import Struct, field
 
 from storaged.errors import StoragedError
 from storaged.meta.ports import Reading as Reading
 from storaged.objects.etags import Condition
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart, full_list
+from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
 from storaged.wire import Buffer
 
 CHECKSUM_ALGORITHMS = (
     "CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256", "SHA512", "MD5", "XXHASH64", "XXHASH3", "XXHASH128",
 )  # fmt: skip
-"""Those of S3's ``ChecksumAlgorithm``. https://docs.aws.amazon.com/AmazonS3/latest/API/API_Checksum.html"""
+"""The values of S3's ``ChecksumAlgorithm``. https://docs.aws.amazon.com/AmazonS3/latest/API/API_Checksum.html"""
 DEFAULT_ALGORITHM = "CRC64NVME"
-"""Kept of what came without a checksum, as AWS does."""
+"""Computed and kept for a body that came without a checksum, as on AWS."""
 
 OBJECT_BYTES_MAX = 5 * 1024**4
 PART_BYTES_MAX = 5 * 1024**3
@@ -33,7 +34,7 @@ PARTS_MAX = 10_000
 
 
 class Principal(Struct, frozen=True):
-    """Who asks, after authentication. ``user_id`` is the canonical id; ``access_key`` empty: anonymous."""
+    """The authenticated sender of a request. ``user_id``: the canonical id. ``access_key``: empty when anonymous."""
 
     user_id: str
     display_name: str
@@ -41,7 +42,7 @@ class Principal(Struct, frozen=True):
 
 
 class ReadConditions(Struct, frozen=True):
-    """If-Match, If-None-Match, If-(Un)Modified-Since in milliseconds. Evaluated as RFC 9110 and AWS do."""
+    """If-Match, If-None-Match, If-(Un)Modified-Since in milliseconds. Evaluated as by RFC 9110 and AWS."""
 
     if_match: Condition = None
     if_none_match: Condition = None
@@ -50,10 +51,11 @@ class ReadConditions(Struct, frozen=True):
 
 
 class WriteConditions(Struct, frozen=True):
-    """If-Match (``ANY``: the object must exist) and If-None-Match (``ANY``: it must not exist; tags: it must have
-    another)
-    of PUT, Complete, Delete and Copy destinations; x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) of
-    Delete."""
+    """Conditions of PUT, Complete, Delete and the destination of a Copy.
+
+    If-Match: ``ANY`` wants the object to exist. If-None-Match: ``ANY`` wants it not to exist, tags want it to have
+    another. x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) are of Delete alone.
+    """
 
     if_match: Condition = None
     if_none_match: Condition = None
@@ -66,7 +68,7 @@ NO_WRITE_CONDITIONS = WriteConditions()
 
 
 class NewMeta(Struct, frozen=True):
-    """What a client says about an object: see SealedMeta for the names."""
+    """The metadata that a client gives an object; see ``SealedMeta`` for the names."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
     user: Mapping[str, str] = field(default_factory=dict)
@@ -75,12 +77,13 @@ class NewMeta(Struct, frozen=True):
 
 
 class BodyChecks(Struct, frozen=True):
-    """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand;
-    ``trailing``: asked after the body was read whole,
-    returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value
-    was declared; DEFAULT_ALGORITHM when nothing is named.
-    ``size`` None: unknown until the end (chunked without a decoded length). ``sha256``: hex of what the body was signed
-    as, empty when nobody else checks that."""
+    """What a body must match, and which checksums of it are kept.
+
+    ``size``: None when it is not known before the end (chunked without a decoded length). ``md5``: 16 raw bytes.
+    ``checksums``: algorithm -> base64, declared in headers. ``algorithms``: computed and kept even without a declared
+    value; DEFAULT_ALGORITHM when none is named. ``trailing``: called once the body was read, returns algorithm ->
+    base64 from the trailer; may raise. ``sha256``: hex of the signed payload hash; empty when it need not be checked.
+    """
 
     size: int | None = None
     md5: bytes | None = None
@@ -91,35 +94,35 @@ class BodyChecks(Struct, frozen=True):
 
 
 Body = AsyncIterator[Buffer]
-"""Pieces of a body as they arrive. A piece is the consumer's until it asks for the next. Raises IncompleteBody (client
-gone), XAmzContentSHA256Mismatch, ...
+"""Pieces of a body as they arrive. A piece stays valid until the consumer asks for the next. Raises IncompleteBody (the
+client is gone), XAmzContentSHA256Mismatch, ...
 """
 
 
 class WholeBody(Protocol):
-    """What a Body may be besides. ``put`` asks for the whole when its size was declared and is at most
-    ``ObjectLimits.small_bytes_max``, and then for no piece: such an
-    object needs no generator, no copy, and one pass."""
+    """A Body that can also be read whole. ``put`` does so when the declared size is at most
+    ``ObjectLimits.small_bytes_max``, and then asks for no piece: such an object needs no generator and no copy, and one
+    pass.
+    """
 
     async def whole(self) -> Buffer:
-        """All bytes of the body, once everything that the pieces would be checked against holds: as many as were
-        declared, or the caller finds them wrong. The
-        memory stays as it is until the call that was given this body returns. Raises what the pieces would raise."""
+        """All bytes of the body, after every check that the pieces would pass. The caller compares their number with
+        the declared size. The memory does not change before the call that was given this body returns. Raises what the
+        pieces would raise.
+        """
 
 
 class FillingBody(Protocol):
-    """What a Body may be besides: one that goes straight to where its reader wants it, without a buffer between the
-    socket and there.
-    """
+    """A Body that can also fill its reader's memory directly, without a buffer in between."""
 
     async def fill(self, view: memoryview) -> int:
-        """Bytes put into ``view``: as many as fit, fewer only at the end of the body. ``view`` belongs to the body
-        until this returns or raises. Raises what the
-        pieces would raise."""
+        """Fills ``view`` and returns the number of bytes; fewer than fit only at the end of the body. ``view`` belongs
+        to the body until this returns or raises. Raises what the pieces would raise.
+        """
 
 
 class ObjectInfo(NamedTuple):
-    """A version as a HEAD answers it."""
+    """What a HEAD tells about a version."""
 
     key: bytes
     version_id: str
@@ -149,17 +152,28 @@ class PutResult(Struct, frozen=True):
 
 
 class RangeSpec(Struct, frozen=True):
-    """``bytes=first-last``, ``bytes=first-``, ``bytes=-suffix``, as parsed; which of them is None says which form."""
+    """A parsed Range. ``bytes=first-last`` has both, ``bytes=first-`` no ``last``, ``bytes=-suffix`` no ``first``."""
 
     first: int | None
     last: int | None
 
 
+class CopySource(NamedTuple):
+    """The version that a copy reads, or a range of it."""
+
+    bucket: BucketRecord
+    key: bytes
+    version_id: str = ""
+    conditions: ReadConditions = NO_READ_CONDITIONS
+    span: RangeSpec | None = None
+
+
 class ObjectStream(Protocol):
-    """An opened object. ``first .. first + length - 1`` of the object's bytes will come out of ``chunks``. The first
-    stripe has been read and verified already,
-    so that errors up to here become proper S3 answers; a later one breaks the connection (nothing unverified is ever
-    yielded)."""
+    """An opened object. ``chunks`` yields its bytes ``first .. first + length - 1``.
+
+    The first of them have been read and verified already, so that an error up to here becomes a proper S3 answer. A
+    later error breaks the connection; nothing unverified is ever yielded.
+    """
 
     info: ObjectInfo
     first: int
@@ -168,59 +182,12 @@ class ObjectStream(Protocol):
 
     @property
     def held(self) -> bytes | None:
-        """All that ``chunks`` would give, when it is small and in memory already."""
+        """All that ``chunks`` would yield, when it is in memory already."""
 
     def chunks(self) -> AsyncIterator[Buffer]: ...
 
     async def close(self) -> None:
-        """Gives buffers back; safe to call twice, needed when ``chunks`` was not exhausted."""
-
-
-class ListedVersion(Struct, frozen=True):
-    key: bytes
-    version_id: str
-    size: int
-    modified_ms: int
-    etag: str
-    storage_class: str
-    algorithm: str
-    checksum_type: str
-    owner: str
-    latest: bool = True
-    delete_marker: bool = False
-
-
-class ListedObject(NamedTuple):
-    size: int
-    modified_ms: int
-    printed: SealedList
-
-
-Show = Callable[[Sequence[int], Sequence[int], Sequence[SealedList]], Sequence[Any]]
-"""Makes of objects' sizes, times and list fields what the caller of a listing wants of each. A pure function: what it
-made is kept, and given again (``objects.cache.listed_rows``).
-"""
-
-
-def as_rows(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> Sequence[ListedObject]:
-    return list(map(ListedObject, sizes, times_ms, map(full_list, printed)))
-
-
-class Listing(Struct, frozen=True):
-    """Current objects in the order of their keys, as columns: the keys, and what ``show`` made of each; and common
-    prefixes.
-    """
-
-    keys: Sequence[bytes] = ()
-    shown: Sequence[Any] = ()
-    prefixes: Sequence[bytes] = ()
-    next_after: bytes | None = None
-
-
-class VersionListing(Struct, frozen=True):
-    versions: Sequence[ListedVersion] = ()
-    prefixes: Sequence[bytes] = ()
-    next_after: bytes | None = None
+        """Releases buffers. Needed when ``chunks`` was not exhausted; safe to call twice."""
 
 
 class UploadInfo(Struct, frozen=True):
@@ -243,7 +210,7 @@ class PartInfo(Struct, frozen=True):
 
 
 class CompletedPart(Struct, frozen=True):
-    """One line of a Complete request. ``checksums``: algorithm -> base64 when the client gave any."""
+    """One line of a Complete request. ``checksums``: algorithm -> base64, when the client gave any."""
 
     number: int
     etag: str
@@ -251,7 +218,7 @@ class CompletedPart(Struct, frozen=True):
 
 
 class DeleteResult(Struct, frozen=True):
-    """``existed``: something was deleted. Deleting what is not there succeeds, as on AWS."""
+    """``existed``: an object was deleted. To delete one that does not exist succeeds, as on AWS."""
 
     version_id: str = ""
     delete_marker: bool = False
@@ -262,34 +229,34 @@ class Buckets(Protocol):
     async def create(
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
-        """Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable (countries cannot
+        """Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable (the countries can't
         hold it).
         """
 
     async def get(self, name: str) -> BucketRecord:
-        """Cached for a moment; its authenticator verified. Raises NoSuchBucket."""
+        """The verified record, cached for ``bucket_cache_s``. Raises NoSuchBucket."""
 
     def try_get(self, name: str) -> BucketRecord | None:
-        """What ``get`` would answer without waiting; None when it would wait."""
+        """As ``get``, from memory; None when the record must be read."""
 
     def fences_seen(self) -> int:
-        """Grows whenever a replica says that a bucket is fenced: one that is, or was, being deleted."""
+        """A counter of answers in which a replica called a bucket fenced: its deletion is or was under way."""
 
     def gone(self, bucket: BucketRecord) -> bool:
-        """Whether that was said of this bucket, so that what is not found in it may be in another one that has its name
-        now.
+        """Whether a replica called this bucket fenced. Then an object that it lacks may be in another bucket, which has
+        its name now.
         """
 
     async def renewed(self, name: str) -> BucketRecord:
-        """As ``get``, read now. Raises NoSuchBucket."""
+        """As ``get``, but reads the record. Raises NoSuchBucket."""
 
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[BucketRecord], str | None]:
-        """The principal's own, by name; and where the next page starts after."""
+        """The principal's own buckets, by name, and the name after which the next page begins."""
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
-        """Fence, settle, scan; raises BucketNotEmpty (and lifts the fence). ``who`` asks for it: for the audit log."""
+        """Fences, settles and scans it. Raises BucketNotEmpty, after lifting the fence. ``who``: for the audit log."""
 
     async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None: ...
 
@@ -298,32 +265,33 @@ class Buckets(Protocol):
 
 class Users(Protocol):
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
-        """(principal, secret key), cached for a moment. Raises InvalidAccessKeyId."""
+        """(principal, secret key), cached for ``user_cache_s``. Raises InvalidAccessKeyId."""
 
     def try_get(self, access_key: str) -> tuple[Principal, str] | None:
-        """What ``lookup`` would answer without waiting; None when it would wait."""
+        """As ``lookup``, from memory; None when the record must be read."""
 
     async def add(
         self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
     ) -> tuple[Principal, str]:
-        """Random keys unless given. ``user_id``: whose buckets it gets, a new identity when empty. Raises
+        """Keys are random unless given. ``user_id``: the owner id whose buckets the user gets; empty: a new one. Raises
         InvalidArgument when the name is taken.
         """
 
     async def list_users(self) -> list[Principal]: ...
 
     async def remove(self, name_or_access_key: str) -> Principal:
-        """Who it was. Buckets stay, and belong to whoever is added with this user id. Raises InvalidArgument."""
+        """Returns the removed user. Its buckets stay; a user added with this user id owns them. Raises
+        InvalidArgument."""
 
 
 ReadResult = ObjectStream | ObjectInfo | Reading | StoragedError | None
-"""What ``Objects.try_read`` tells: the whole object, held; what is known of it, when that was enough; its record, when
-there is more to be waited for than that:
-to be passed to ``get`` or ``head``; what these would raise; None: nothing, and they are to be called."""
+"""The result of ``Objects.try_read``: the whole object, in memory; its metadata, when that was wanted; its record, when
+more must be awaited, to be passed to ``get`` or ``head``; the error that these would raise; or None: call these.
+"""
 
 
 class Objects(Protocol):
-    """Every call names the bucket by its record. All are linearizable per key."""
+    """Every call names the bucket by its record. Calls are linearizable per key."""
 
     async def put(
         self,
@@ -348,15 +316,15 @@ class Objects(Protocol):
         plain: Buffer,
         meta: NewMeta,
         checks: BodyChecks,
-        then: Callable[[PutResult | Exception], None],
+        on_done: Callable[[PutResult | Exception], None],
         *,
         owner: str,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> bool:
-        """As ``put``, of a small body that is here whole, without a task: ``then`` is told its result or what it would
-        raise, once, perhaps before this returns, and must
-        not raise. ``plain`` stays as it is until then. False, or an exception: nothing was begun, and ``put`` is to be
-        called."""
+        """As ``put``, of a small body that has arrived whole, without a task. Calls ``on_done`` once, perhaps before
+        this returns, with the result or with what ``put`` would raise; it must not raise. ``plain`` must not change
+        before that. False: nothing was begun, and ``put`` must be called. Raises S3 errors of the body.
+        """
 
     async def head(
         self,
@@ -368,8 +336,8 @@ class Objects(Protocol):
         part_number: int | None = None,
         reading: Reading | None = None,
     ) -> ObjectInfo:
-        """``reading``: what ``try_read`` told. Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed,
-        InvalidPartNumber. ``parts`` is filled in.
+        """``reading``: from ``try_read``. The result has ``parts``. Raises NoSuchKey, NoSuchVersion, NotModified,
+        PreconditionFailed, InvalidPartNumber.
         """
 
     async def get(
@@ -383,10 +351,14 @@ class Objects(Protocol):
         part_number: int | None = None,
         reading: Reading | None = None,
     ) -> ObjectStream:
-        """As head, and InvalidRange, DataDamaged, ServiceUnavailable."""
+        """Raises as ``head``, and InvalidRange, DataDamaged, ServiceUnavailable."""
 
-    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
-        """The current version, without a task: ``then`` is told, perhaps before this returns, and must not raise."""
+    def try_read(
+        self, bucket: BucketRecord, key: bytes, want_plain: bool, on_read: Callable[[ReadResult], None]
+    ) -> None:
+        """Reads the current version without a task. Calls ``on_read`` once, perhaps before this returns; it must not
+        raise.
+        """
 
     async def delete(
         self,
@@ -399,21 +371,18 @@ class Objects(Protocol):
 
     async def copy(
         self,
-        source_bucket: BucketRecord,
-        source_key: bytes,
+        source: CopySource,
         bucket: BucketRecord,
         key: bytes,
         *,
         owner: str,
-        version_id: str = "",
         meta: NewMeta | None,
         tags: Mapping[str, str] | None = None,
         algorithm: str = "",
-        source_conditions: ReadConditions = NO_READ_CONDITIONS,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
-        """``meta`` None: the source's, kept; ``tags`` None: likewise. Opened and re-sealed here: data belongs to one
-        register.
+        """``meta`` None keeps the source's; so does ``tags`` None. The data is opened and sealed anew: it belongs to
+        one register.
         """
 
     async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
@@ -460,17 +429,7 @@ class Objects(Protocol):
         """Raises NoSuchUpload."""
 
     async def copy_part(
-        self,
-        source_bucket: BucketRecord,
-        source_key: bytes,
-        span: RangeSpec | None,
-        bucket: BucketRecord,
-        key: bytes,
-        upload_id: str,
-        number: int,
-        *,
-        version_id: str = "",
-        source_conditions: ReadConditions = NO_READ_CONDITIONS,
+        self, source: CopySource, bucket: BucketRecord, key: bytes, upload_id: str, number: int
     ) -> PutResult: ...
 
     async def list_parts(

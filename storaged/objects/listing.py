@@ -16,9 +16,9 @@ import msgspec
 from storaged.errors import DataDamaged, KeyringUnavailable
 from storaged.meta.names import Table, object_name
 from storaged.meta.ports import PageQuery
-from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.versions import Place, decode_record, open_listing
+from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
 from storaged.objects.records import (

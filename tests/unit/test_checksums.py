@@ -14,7 +14,7 @@ from awscrt import checksums as crt
 
 from storaged.errors import BadDigest, InvalidPart, InvalidRequest
 from storaged.meta.names import Table
-from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks, CompletedPart, NewMeta
+from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks, CompletedPart, CopySource, NewMeta
 from storaged.objects.records import PartRecord, decode_object
 from storaged.objects.write.checksums import CHECKSUM_BYTES, BodyDigest, checksum_of, digest_of
 from storaged.objects.write.uploads import open_upload
@@ -81,9 +81,11 @@ async def test_what_came_without_a_checksum_gets_crc64nvme_and_copies_keep_it(si
     assert (info.checksums, info.checksum_type) == (nvme(data), "FULL_OBJECT")
     listed = (await objects.list_objects(bucket)).shown[0].printed
     assert (listed.algorithm, listed.checksum_type) == ("CRC64NVME", "FULL_OBJECT")
-    copied = await objects.copy(bucket, b"key", bucket, b"copy", owner=OWNER, meta=None)
+    copied = await objects.copy(CopySource(bucket, b"key"), bucket, b"copy", owner=OWNER, meta=None)
     assert copied.checksums == nvme(data)
-    other = await objects.copy(bucket, b"key", bucket, b"other", owner=OWNER, meta=None, algorithm="XXHASH3")
+    other = await objects.copy(
+        CopySource(bucket, b"key"), bucket, b"other", owner=OWNER, meta=None, algorithm="XXHASH3"
+    )
     assert other.checksums == {"XXHASH3": text(OTHER["XXHASH3"](data))}
     await objects.close()
 

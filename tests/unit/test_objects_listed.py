@@ -11,8 +11,9 @@ import pytest
 
 from storaged.errors import DataDamaged, KeyringUnavailable, ServiceUnavailable
 from storaged.meta.names import Change, object_name
-from storaged.objects.api import BodyChecks, NewMeta, as_rows
+from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.cache.listed_rows import ROW_BYTES, ListedRowCache
+from storaged.objects.listing_types import as_rows
 from storaged.objects.records import BucketRecord, SealedList
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer

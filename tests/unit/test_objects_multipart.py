@@ -38,6 +38,7 @@ from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
     BodyChecks,
     CompletedPart,
+    CopySource,
     NewMeta,
     PutResult,
     RangeSpec,
@@ -484,7 +485,7 @@ async def test_a_copied_range_beyond_its_source_is_an_invalid_range() -> None:
     await put(objects, bucket, b"0123456789", key=b"source")
     upload_id, _ = await uploaded(objects, bucket, [])
     with pytest.raises(InvalidRange):
-        await objects.copy_part(bucket, b"source", RangeSpec(0, 21), bucket, b"key", upload_id, 1)
+        await objects.copy_part(CopySource(bucket, b"source", span=RangeSpec(0, 21)), bucket, b"key", upload_id, 1)
     await objects.close()
 
 
@@ -556,11 +557,13 @@ async def test_parts_are_copied_from_ranges_of_other_objects() -> None:
     upload = await objects.create_upload(bucket, b"key", NewMeta(), owner=OWNER)
     parts = []
     for number, span in ((1, RangeSpec(0, 99_999)), (2, RangeSpec(100_000, 299_999))):
-        result = await objects.copy_part(bucket, b"src", span, bucket, b"key", upload.upload_id, number)
+        result = await objects.copy_part(
+            CopySource(bucket, b"src", span=span), bucket, b"key", upload.upload_id, number
+        )
         parts.append(CompletedPart(number, result.etag))
     for span in (RangeSpec(300_000, 300_001), RangeSpec(0, 300_000)):
         with pytest.raises((InvalidRange, InvalidArgument)):
-            await objects.copy_part(bucket, b"src", span, bucket, b"key", upload.upload_id, 3)
+            await objects.copy_part(CopySource(bucket, b"src", span=span), bucket, b"key", upload.upload_id, 3)
     await objects.delete(bucket, b"src")
     await complete(objects, bucket, upload.upload_id, parts)
     assert await got(objects, bucket) == data

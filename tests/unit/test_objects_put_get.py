@@ -30,7 +30,15 @@ from storaged.errors import (
 from storaged.fragments.ports import FragmentId
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Reading
-from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, RangeSpec, ReadConditions, WriteConditions
+from storaged.objects.api import (
+    NO_WRITE_CONDITIONS,
+    BodyChecks,
+    CopySource,
+    NewMeta,
+    RangeSpec,
+    ReadConditions,
+    WriteConditions,
+)
 from storaged.objects.etags import ANY, Tags, tag
 from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
@@ -654,7 +662,7 @@ async def test_a_copy_has_its_own_data_and_survives_the_source() -> None:
         meta = NewMeta({"content-type": "text/x"}, {"a": "1"}, {"t": "v"}, "STANDARD")
         await objects.put(bucket, b"src", pieces(data), meta, BodyChecks(size, algorithms=("CRC32C",)), owner=OWNER)
         source = await objects.head(bucket, b"src")
-        await objects.copy(bucket, b"src", bucket, b"dst", owner=OWNER, meta=None)
+        await objects.copy(CopySource(bucket, b"src"), bucket, b"dst", owner=OWNER, meta=None)
         await objects.delete(bucket, b"src")
         await objects.plane.background.settle()
         for disk in world.disks.disks.values():
@@ -669,19 +677,19 @@ async def test_a_copy_has_its_own_data_and_survives_the_source() -> None:
             source.tags,
             source.checksums,
         )
-        await objects.copy(bucket, b"dst", bucket, b"dst", owner=OWNER, meta=NewMeta(user={"b": "2"}), tags={})
+        await objects.copy(
+            CopySource(bucket, b"dst"), bucket, b"dst", owner=OWNER, meta=NewMeta(user={"b": "2"}), tags={}
+        )
         info = await objects.head(bucket, b"dst")
         assert (dict(info.user), dict(info.tags)) == ({"b": "2"}, {})
         assert await got(objects, bucket, key=b"dst") == data
         with pytest.raises(PreconditionFailed):
             await objects.copy(
-                bucket,
-                b"dst",
+                CopySource(bucket, b"dst", conditions=ReadConditions(if_none_match=tag(info.etag))),
                 bucket,
                 b"x",
                 owner=OWNER,
                 meta=None,
-                source_conditions=ReadConditions(if_none_match=tag(info.etag)),
             )
     await objects.close()
 
@@ -750,7 +758,7 @@ async def test_copies_do_not_wait_for_each_other_when_memory_is_short() -> None:
     data = os.urandom(6_000_000)
     await put(objects, bucket, data)
     await asyncio.gather(
-        *(objects.copy(bucket, b"key", bucket, b"copy%d" % n, owner=OWNER, meta=None) for n in range(12))
+        *(objects.copy(CopySource(bucket, b"key"), bucket, b"copy%d" % n, owner=OWNER, meta=None) for n in range(12))
     )
     assert await got(objects, bucket, key=b"copy11") == data
     assert objects.plane.get_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == 0

@@ -13,8 +13,8 @@ from operator import eq
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from storaged.objects.api import Show
 from storaged.objects.background import when_gone
+from storaged.objects.listing_types import Show
 from storaged.objects.ports import BucketKey
 
 ROW_BYTES = 450

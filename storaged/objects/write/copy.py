@@ -1,17 +1,16 @@
-"""Copying: opened here, sealed anew under a key and a data id of its own, for data belongs to one register."""
+"""Copies: the source is opened and sealed anew, under a key and a data id of its own: data belongs to one register."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 
 from storaged.objects.api import (
-    NO_READ_CONDITIONS,
     NO_WRITE_CONDITIONS,
     BodyChecks,
+    CopySource,
     NewMeta,
     ObjectStream,
     PutResult,
-    ReadConditions,
     WriteConditions,
 )
 from storaged.objects.plane import ObjectPlane
@@ -23,30 +22,20 @@ from storaged.wire import Buffer
 
 async def copy(
     plane: ObjectPlane,
-    source_bucket: BucketRecord,
-    source_key: bytes,
+    source: CopySource,
     bucket: BucketRecord,
     key: bytes,
     *,
     owner: str,
-    version_id: str = "",
     meta: NewMeta | None,
     tags: Mapping[str, str] | None = None,
     algorithm: str = "",
-    source_conditions: ReadConditions = NO_READ_CONDITIONS,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
-    """Copies a version. ``meta`` None: the source's is kept; ``tags`` None: likewise; no ``algorithm``: the source's
-    checksums are computed anew.
+    """Copies a version. ``meta`` None keeps the source's metadata; so does ``tags`` None with its tags. Without an
+    ``algorithm``, the source's checksums are computed anew. Raises as ``get`` and ``put``.
     """
-    stream = await get(
-        plane,
-        source_bucket,
-        source_key,
-        version_id=version_id,
-        conditions=source_conditions,
-        as_copy_source=True,
-    )
+    stream = await open_source(plane, source)
     try:
         info = stream.info
         given = meta if meta is not None else NewMeta(info.headers, info.user, info.tags, info.storage_class)
@@ -55,6 +44,12 @@ async def copy(
         return await put(plane, bucket, key, body_of(stream), kept, checks, owner=owner, conditions=conditions)
     finally:
         await stream.close()
+
+
+async def open_source(plane: ObjectPlane, source: CopySource) -> ObjectStream:
+    """The source of a copy, opened. Raises as ``get``."""
+    bucket, key, version_id, conditions, span = source
+    return await get(plane, bucket, key, version_id=version_id, conditions=conditions, span=span, as_copy_source=True)
 
 
 async def body_of(stream: ObjectStream) -> AsyncIterator[Buffer]:

@@ -35,27 +35,24 @@ from storaged.meta.ports import PageQuery, Row
 from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
     DEFAULT_ALGORITHM,
-    NO_READ_CONDITIONS,
     Body,
     BodyChecks,
+    CopySource,
     NewMeta,
     PartInfo,
     PutResult,
-    RangeSpec,
-    ReadConditions,
     UploadInfo,
 )
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.seal import META_LABEL
 from storaged.objects.code.versions import Place, meta_of
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.read.get import get
 from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, can_be_composite, can_be_full_object, default_type
 from storaged.objects.write.commit import commit
 from storaged.objects.write.complete import finish
-from storaged.objects.write.copy import body_of
+from storaged.objects.write.copy import body_of, open_source
 from storaged.objects.write.put import DEK_BYTES
 from storaged.objects.write.references import live_references
 from storaged.objects.write.retire import retire_parts
@@ -185,27 +182,14 @@ async def put_part(
 
 async def copy_part(
     plane: ObjectPlane,
-    source_bucket: BucketRecord,
-    source_key: bytes,
-    span: RangeSpec | None,
+    source: CopySource,
     bucket: BucketRecord,
     key: bytes,
     upload_id: str,
     number: int,
-    *,
-    version_id: str = "",
-    source_conditions: ReadConditions = NO_READ_CONDITIONS,
 ) -> PutResult:
-    """A part from an object, or a range of one: opened here and sealed anew."""
-    stream = await get(
-        plane,
-        source_bucket,
-        source_key,
-        version_id=version_id,
-        conditions=source_conditions,
-        span=span,
-        as_copy_source=True,
-    )
+    """A part from an object, or from a range of one: opened here and sealed anew."""
+    stream, span = await open_source(plane, source), source.span
     try:
         if span is not None and span.last is not None and span.last >= stream.info.size:
             raise InvalidRange(f"The range is not within the source, which has {stream.info.size} bytes.")

@@ -7,7 +7,7 @@ from urllib.parse import unquote_to_bytes
 from msgspec.structs import replace
 
 from storaged import errors
-from storaged.objects.api import NewMeta, PutResult
+from storaged.objects.api import CopySource, NewMeta, PutResult
 from storaged.objects.etags import tag
 from storaged.objects.records import BucketRecord
 from storaged.s3 import conditions as c
@@ -78,16 +78,13 @@ async def copy_object(front: Front, request: Request) -> Reply:
         conditions = replace(conditions, if_match=tag(info.etag))
         meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
     result = await front.objects.copy(
-        bucket,
-        key,
+        CopySource(bucket, key, version, conditions),
         request.bucket_record,
         request.key,
         owner=request.who.user_id,
-        version_id=version,
         meta=meta,
         tags=given.tags if replace_tags else None,
         algorithm=h.algorithm_named(headers, "x-amz-checksum-algorithm"),
-        source_conditions=conditions,
         conditions=c.write_conditions(headers),
     )
     answer = _copied_headers(version)
@@ -100,16 +97,9 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
     number = part_number(request)
     span = h.parse_copy_range(headers[_RANGE]) if _RANGE in headers else None
     bucket, key, version = await _source(front, request)
+    source = CopySource(bucket, key, version, c.source_conditions(headers), span)
     result = await front.objects.copy_part(
-        bucket,
-        key,
-        span,
-        request.bucket_record,
-        request.key,
-        request.query["uploadId"],
-        number,
-        version_id=version,
-        source_conditions=c.source_conditions(headers),
+        source, request.bucket_record, request.key, request.query["uploadId"], number
     )
     return xml_reply(_result("CopyPartResult", result), headers=_copied_headers(version))
 

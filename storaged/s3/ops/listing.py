@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storaged import errors
-from storaged.objects.api import ListedVersion, Listing, Principal, UploadInfo, VersionListing
+from storaged.objects.api import Principal, UploadInfo
+from storaged.objects.listing_types import ListedVersion, Listing, VersionListing
 from storaged.objects.records import SealedList, listed_checksum
 from storaged.s3 import headers as h
 from storaged.s3 import xml
