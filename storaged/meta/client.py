@@ -72,6 +72,43 @@ class ClientStatistics:
 _COUNTS = tuple(field for field in ClientStatistics.__dataclass_fields__ if field != "calls_in_flight")
 
 
+@dataclass(frozen=True)
+class RingSettings:
+    """``node``: the name of this node. ``gateway``: it is one, as its certificate says. Other nodes settle no register
+    of the system table, and replay nothing under the ballot of another: replicas refuse that (``meta.authority``).
+
+    ``rules``: only simulations break one. ``new_keys``: which registers are probably new; None: the client learns it.
+    """
+
+    node: str
+    gateway: bool = True
+    deadline_s: float = DEADLINE_S
+    call_timeout_s: float = CALL_TIMEOUT_S
+    hedge_s: float = HEDGE_S
+    rules: Rules = RULES
+    new_keys: NewKeyRate | None = None
+
+
+@dataclass(frozen=True)
+class RingHooks:
+    """``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote. When one
+    replica reports such a value it does not count, however high its ballot.
+
+    ``on_missed`` gets every register of which some replica did not take a write that it should have; repair brings it
+    up. ``on_fenced`` gets the scope of a read or a change that met a fence: its bucket is, or was, being deleted.
+
+    ``copy_at``: the fragment header of one replica's small copy, made to fit the replica of another index.
+    """
+
+    believes: Callable[[RegisterName, Value], bool] = lambda name, value: True
+    on_missed: Callable[[RegisterName], None] = lambda name: None
+    on_fenced: Callable[[bytes], None] = lambda scope: None
+    copy_at: Callable[[bytes, int], bytes] = lambda header, index: header
+
+
+NO_HOOKS = RingHooks()
+
+
 class RingClient:
     """Implements ``ports.Registers``, ``PageCopies`` and ``Fences``. One per process; ``close`` ends every call that is
     still out.
@@ -81,74 +118,70 @@ class RingClient:
         self,
         layouts: Layouts,
         replicas: Replicas,
+        settings: RingSettings,
+        hooks: RingHooks = NO_HOOKS,
         *,
-        node: str,
         clock: Clock | None = None,
         entropy: Entropy = system_entropy,
         jitter: Callable[[], float] = random.random,
-        deadline_s: float = DEADLINE_S,
-        call_timeout_s: float = CALL_TIMEOUT_S,
-        hedge_s: float = HEDGE_S,
-        rules: Rules = RULES,
-        new_keys: NewKeyRate | None = None,
-        gateway: bool = True,
-        believes: Callable[[RegisterName, Value], bool] = lambda name, value: True,
-        on_missed: Callable[[RegisterName], None] = lambda name: None,
-        on_fenced: Callable[[bytes], None] = lambda scope: None,
-        copy_at: Callable[[bytes, int], bytes] = lambda header, index: header,
     ) -> None:
-        """``gateway``: this node is one, as its certificate says. Other nodes settle no register of the system table,
-        and replay nothing under the ballot of another: replicas refuse that (``meta.authority``).
-
-        ``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote. When
-        one replica reports such a value it does not count, however high its ballot.
-
-        ``on_missed`` gets every register of which some replica did not take a write that it should have; repair brings
-        it up. ``on_fenced`` gets the scope of a read or a change that met a fence: its bucket is, or was, being
-        deleted.
-
-        ``copy_at``: the fragment header of one replica's small copy, made to fit the replica of another index.
-        """
+        """``jitter()`` draws a number from 0 to 1: the part of a pause that is taken."""
         self._layouts = layouts
-        self._gateway = gateway
-        self._rules = rules
-        self._believes = believes
+        self._settings = settings
+        self._believes = hooks.believes
         self._doubted: dict[tuple[str, RegisterName], None] = {}
         """Which disks were seen to report what no gateway wrote."""
         self._viewed: Layout | None = None
         self._views: dict[tuple[int, bytes, int], View] = {}
         """Of the layout ``_viewed``, by table, scope and shard."""
         self._counts = dict.fromkeys(_COUNTS, 0)
-        self._pool = pool = TaskPool()
-        clock = clock if clock is not None else SystemClock()
-        unresponsive = UnresponsiveDisks(clock)
-        self._calls = calls = Calls(
-            replicas, pool, unresponsive, clock, deadline_s=deadline_s, call_timeout_s=call_timeout_s, hedge_s=hedge_s
+        self._pool = TaskPool()
+        self._calls = Calls(
+            replicas,
+            self._pool,
+            UnresponsiveDisks(clock if clock is not None else SystemClock()),
+            deadline_s=settings.deadline_s,
+            call_timeout_s=settings.call_timeout_s,
+            hedge_s=settings.hedge_s,
         )
-        copies = CopyReader(calls, copy_at)
-        ballots = Ballots(node, partial(entropy, INCARNATION_BYTES), rules)
-        self._ring = ring = Ring(
-            shared=Shared(ballots, rules, self._counts, self._doubts),
-            view=self._view,
-            clock=clock,
-            jitter=jitter,
-            pool=pool,
-            unresponsive=unresponsive,
-            fanout=Fanout(replicas, pool),
-            deadlines=Deadlines(),
-            call_timeout_s=call_timeout_s,
-            hedge_s=hedge_s,
-            carry=copies.carry,
-            on_fenced=on_fenced,
-            on_missed=on_missed,
+        copies = CopyReader(self._calls, hooks.copy_at)
+        self._ring = self._make_ring(hooks, jitter, entropy, copies)
+        self._queue = ChangeQueue(
+            self._ring,
+            entropy,
+            settings.deadline_s,
+            settings.new_keys if settings.new_keys is not None else NewKeyRate(),
         )
-        self._queue = ChangeQueue(ring, entropy, deadline_s, new_keys or NewKeyRate())
         self._reader = RegisterReader(
-            ring, RowReader(replicas, pool), copies, Myself(node, gateway), deadline_s, self._queue.identity
+            self._ring,
+            RowReader(replicas, self._pool),
+            copies,
+            Myself(settings.node, settings.gateway),
+            settings.deadline_s,
+            self._queue.identity,
         )
-        self._survey = RingSurvey(calls, self._view)
-        self._pages = RingPages(calls, self._view, on_missed)
-        self._fences = RingFences(calls, self._view)
+        self._survey = RingSurvey(self._calls, self._view)
+        self._pages = RingPages(self._calls, self._view, hooks.on_missed)
+        self._fences = RingFences(self._calls, self._view)
+
+    def _make_ring(self, hooks: RingHooks, jitter: Callable[[], float], entropy: Entropy, copies: CopyReader) -> Ring:
+        settings, calls = self._settings, self._calls
+        ballots = Ballots(settings.node, partial(entropy, INCARNATION_BYTES), settings.rules)
+        return Ring(
+            shared=Shared(ballots, settings.rules, self._counts, self._doubts),
+            view=self._view,
+            clock=calls.clock,
+            jitter=jitter,
+            pool=self._pool,
+            unresponsive=calls.unresponsive,
+            fanout=Fanout(calls.replicas, self._pool),
+            deadlines=Deadlines(),
+            call_timeout_s=settings.call_timeout_s,
+            hedge_s=settings.hedge_s,
+            carry=copies.carry,
+            on_fenced=hooks.on_fenced,
+            on_missed=hooks.on_missed,
+        )
 
     async def close(self) -> None:
         self._queue.close()
@@ -174,7 +207,7 @@ class RingClient:
             name.table != Table.SYSTEM
             or value is None
             or self._believes(name, value)
-            or not self._rules.unproved_set_aside
+            or not self._settings.rules.unproved_set_aside
         ):
             return False
         self._counts["doubted"] += 1
@@ -217,7 +250,7 @@ class RingClient:
         return self._queue.try_change(name, update, then, small, regardless)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
-        if not self._gateway and name.table == Table.SYSTEM:
+        if not self._settings.gateway and name.table == Table.SYSTEM:
             raise ServiceUnavailable(
                 "Replicas of the system partition differ. A gateway will bring them together. Retry."
             )

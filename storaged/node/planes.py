@@ -43,7 +43,7 @@ from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
-from storaged.meta.client import RingClient
+from storaged.meta.client import RingClient, RingHooks, RingSettings
 from storaged.meta.listing.cache import CACHE_BYTES_MAX
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -288,13 +288,9 @@ class NodePlanes:
         self.ring = RingClient(
             self.layouts,
             directory,
-            node=self.own.name,
+            RingSettings(self.own.name, self.config.gateway),
+            RingHooks(self.belief, self._missed, self._fenced, header_at_position),
             clock=self.clock,
-            gateway=self.config.gateway,
-            believes=self.belief,
-            on_missed=self._missed,
-            on_fenced=self._fenced,
-            copy_at=header_at_position,
         )
         listing_cache_bytes_max = CACHE_BYTES_MAX // self.config.s3.workers
         self.scanner = RingScanner(

@@ -25,7 +25,6 @@ from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
 from storaged.meta.acceptor.replica import LocalReplica
-from storaged.meta.client import RingClient
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, object_name
 from storaged.meta.storage.small_copies import PlainCopies
@@ -48,6 +47,7 @@ from tests.doubles.keys import MemoryKeys, MemorySigners
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.suites.meta_store import slots_in
+from tests.worlds.ring_client import ring_client
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -123,7 +123,7 @@ class StorageNode:
             )
         caller = LocalCaller(cluster, self.name, "storage")
         directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)
-        self.ring = RingClient(
+        self.ring = ring_client(
             cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5, gateway=False
         )
         scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
@@ -474,7 +474,7 @@ class Gateway:
         caller = LocalCaller(cluster, name, "gateway")
         self.maintain = MaintainClient(caller, cluster.layouts, cluster.alive)
         directory = ReplicaDirectory(cluster.layouts, caller)
-        self.ring = RingClient(
+        self.ring = ring_client(
             cluster.layouts,
             directory,
             node=name,

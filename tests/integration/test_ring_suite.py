@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from storaged.meta.acceptor.replica import LocalReplica
-from storaged.meta.client import RingClient
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.ports import Replica
 from tests.doubles.disks import Disks
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.suites.ring import RingPorts, RingSuite
+from tests.worlds.ring_client import ring_client
 
 
 class _Replicas:
@@ -30,7 +30,7 @@ class TestReplicatedRing(RingSuite):
         layouts = KnownLayouts(layout_of())
         disks = Disks(layouts.current)
         replicas = _Replicas(disks)
-        client, rival = (RingClient(layouts, replicas, node=node, jitter=lambda: 0.5) for node in ("gateway", "rival"))
+        client, rival = (ring_client(layouts, replicas, node=node, jitter=lambda: 0.5) for node in ("gateway", "rival"))
         yield RingPorts(client, rival, client, client, RingScanner(layouts, replicas, client, disks))
         await client.close()
         await rival.close()

@@ -22,7 +22,7 @@ from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.ports import PeerChecks
 from storaged.cluster.rpc import RpcPool
 from storaged.keys.bucketkey import BucketKeyRecord
-from storaged.meta.client import RingClient
+from storaged.meta.client import RingClient, RingSettings
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import SYSTEM_SCOPE, Change, Table, system_name
@@ -66,7 +66,7 @@ class Ring:
             checks=PeerChecks(lambda peer: None),
         )
         directory = ReplicaDirectory(layouts, self.pool, {}, node="nobody")
-        self.ring = RingClient(layouts, directory, node=own.name)
+        self.ring = RingClient(layouts, directory, RingSettings(own.name))
         self.scanner = RingScanner(layouts, directory, self.ring, _All(), ScanSettings(cache_bytes_max=1 << 20))
 
     async def keys(self) -> list[str]:

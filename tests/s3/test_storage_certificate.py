@@ -14,7 +14,7 @@ from storaged.cluster.ports import PeerChecks
 from storaged.cluster.rpc import RpcPool, authority
 from storaged.errors import PeerRefused
 from storaged.meta import messages
-from storaged.meta.client import RingClient
+from storaged.meta.client import RingClient, RingSettings
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import Ballot, RegisterName, Value, Visibility, system_name
 from storaged.meta.transport.replicas import ReplicaDirectory
@@ -35,7 +35,7 @@ class Thief:
             own, addresses=lambda node: nodes[node].address or None, checks=PeerChecks(lambda _peer: None)
         )
         self.replicas = ReplicaDirectory(self.layouts, self.pool)
-        self.ring = RingClient(self.layouts, self.replicas, node="n1", gateway=False)
+        self.ring = RingClient(self.layouts, self.replicas, RingSettings("n1", gateway=False))
 
     async def force(self, name: RegisterName, value: Value, node: str = "n1") -> set[str]:
         """What every replica answers to a prepare and an accept under a high ballot."""

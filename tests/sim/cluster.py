@@ -42,6 +42,7 @@ from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.virtual import VirtualClock, VirtualLoop
+from tests.worlds.ring_client import ring_client
 
 DISKS = ("d0", "d1", "d2", "d3", "d4")
 FIRST_SEEDS = DISKS[:3]
@@ -446,9 +447,10 @@ class Gateway:
         self.directory = ReplicaDirectory(
             self.layouts, self.caller, self._local if node is None else {node.disk: node.replica}, alone_max=together
         )
-        self.client = self._kind(
+        self.client = ring_client(
             self.layouts,
             self.directory,
+            kind=self._kind,
             node=self.name,
             clock=VirtualClock(world.loop, self._skew_ms),
             entropy=world.random.randbytes,

@@ -17,6 +17,7 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Outcome, SmallCopies
 from storaged.wire import Buffer, encode
+from tests.worlds.ring_client import ring_client
 
 DISKS = ("a", "b", "c")
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 0, b"key")
@@ -94,7 +95,7 @@ def put(_value: Value | None) -> Change:
 async def played(seed: int, change: Callable[[RingClient], Any]) -> tuple[list[tuple[str, bytes]], str]:
     """What was sent, in order, and the outcome."""
     script = Script(seed)
-    client = RingClient(Layouts(), script, node="g", clock=Clock(), entropy=bytes, jitter=lambda: 0.0, hedge_s=5.0)
+    client = ring_client(Layouts(), script, node="g", clock=Clock(), entropy=bytes, jitter=lambda: 0.0, hedge_s=5.0)
     try:
         outcome: Any = await asyncio.wait_for(change(client), 10)
     except Exception as error:

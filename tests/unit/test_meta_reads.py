@@ -25,6 +25,7 @@ from storaged.meta.transport.read_batching import CHECK, COPY, READS_BYTES_MAX, 
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.meta_store import MemoryMetaStore
+from tests.worlds.ring_client import ring_client
 
 T = TypeVar("T", bound=Message)
 SCOPE = b"s" * 16
@@ -65,7 +66,7 @@ class World:
         self.away: set[str] = set()
         self.messages: list[tuple[str, str, Any]] = []
         self.tasks: set[asyncio.Task[None]] = set()
-        self.client = RingClient(self, ReplicaDirectory(self, self), node="gw", hedge_s=5.0, deadline_s=5.0)
+        self.client = ring_client(self, ReplicaDirectory(self, self), node="gw", hedge_s=5.0, deadline_s=5.0)
 
     def _copies(self, store: MemoryMetaStore) -> PlainCopies:
         async def load(data_id: bytes) -> Copy | None:
@@ -191,7 +192,7 @@ async def test_a_copy_that_is_not_in_memory_is_waited_for_in_a_message_of_its_ow
 async def test_replicas_of_this_process_tell_what_they_have_in_memory_before_the_question_returns(world: World) -> None:
     slot = slot_of(name_of(1), payload=b"D" * 16)
     await world.write(slot)
-    client = RingClient(world, ReplicaDirectory(world, world, world.replicas), node="gw", deadline_s=5.0)
+    client = ring_client(world, ReplicaDirectory(world, world, world.replicas), node="gw", deadline_s=5.0)
     found: list[Reading | None] = []
     client.try_read(name_of(2), True, found.append)
     client.try_read(slot.name, False, found.append)
@@ -374,7 +375,7 @@ def hang(world: World, node: str) -> RingClient:
         return True
 
     world.try_call = posted  # type: ignore[method-assign]
-    return RingClient(world, ReplicaDirectory(world, world), node="gw", hedge_s=0.05, deadline_s=5.0)
+    return ring_client(world, ReplicaDirectory(world, world), node="gw", hedge_s=0.05, deadline_s=5.0)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -444,7 +445,7 @@ async def test_a_disk_of_this_node_that_is_out_of_use_is_asked_nothing(world: Wo
     with pytest.raises(DiskUnusable, match="not in use on this node"):
         directory.replica(gone)
     assert isinstance(directory.replica(next(disk for disk in DISKS if disk[:2] != node)), RemoteReplica)
-    client = RingClient(world, directory, node=node, deadline_s=5.0)
+    client = ring_client(world, directory, node=node, deadline_s=5.0)
     assert (await client.read(slot.name)).value == slot.value
     assert node not in {to for to, _, _ in world.messages}
     await client.close()

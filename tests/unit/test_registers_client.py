@@ -40,6 +40,7 @@ from storaged.meta.store_ports import Copy, StoreBatch
 from storaged.wire import Buffer, encode
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
+from tests.worlds.ring_client import ring_client
 
 DISKS = ("d0", "d1", "d2")
 SCOPE = b"b" * 16
@@ -160,7 +161,7 @@ class Ring:
         return self.replicas[disk_id]
 
     def client(self, node: str = "gw", deadline_s: float = 5.0, **options: Any) -> RingClient:
-        made = RingClient(
+        made = ring_client(
             self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=0.01, jitter=lambda: 0.9, **options
         )
         self.clients.append(made)
@@ -463,7 +464,7 @@ async def test_a_lineage_that_moved_on_after_a_lost_answer_is_an_unknown_outcome
         for replica in ring.replicas.values():
             replica.deaf.clear()
             replica.gate = asyncio.Event()
-        inner = RingClient(
+        inner = ring_client(
             ring.layouts, _Directory({disk: each.inner for disk, each in ring.replicas.items()}), node="gw3"
         )
         await inner.change(NAME, put(b"later"))
@@ -681,7 +682,7 @@ async def test_without_enough_synced_copies_a_change_is_not_confirmed(ring: Ring
 
 async def test_a_replica_that_cannot_store_its_copy_accepts_nothing(ring: Ring) -> None:
     missed: list[RegisterName] = []
-    client = RingClient(ring.layouts, ring, node="gw", hedge_s=0.01, on_missed=missed.append)
+    client = ring_client(ring.layouts, ring, node="gw", hedge_s=0.01, on_missed=missed.append)
     ring.full.add(ring.third.inner.disk)
     await client.change(NAME, put_small, small=small_copies(b"payload"))
     await asyncio.sleep(0.01)
@@ -883,7 +884,7 @@ async def test_pages_are_found_on_any_replica_and_a_missing_page_is_damage(ring:
 async def test_a_page_that_a_replica_lacks_is_told_and_can_be_copied_there(ring: Ring) -> None:
     missed: list[RegisterName] = []
     client = ring.client()
-    told = RingClient(ring.layouts, ring, node="gw2", jitter=lambda: 0.9, on_missed=missed.append)
+    told = ring_client(ring.layouts, ring, node="gw2", jitter=lambda: 0.9, on_missed=missed.append)
     ring.clients.append(told)
     ring.first.away = True
     page_hash = await told.put_page(NAME, b"a page")
@@ -905,7 +906,7 @@ async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) 
     names = [RegisterName(Table.OBJECT, SCOPE, shard % 16, f"key {shard}".encode()) for shard in range(48)]
     for life in range(2):
         stores = {disk: LmdbMetaStore(tmp_path / disk, map_bytes=1 << 26) for disk in DISKS}
-        client = RingClient(
+        client = ring_client(
             layouts, _Directory({disk: LocalReplica(disk, store) for disk, store in stores.items()}), node="gw"
         )
         outcomes = await asyncio.gather(*(client.change(name, increment) for name in names))

@@ -75,11 +75,11 @@ class UnresponsiveDisks:
     """Disks that could not answer lately: a hint for the order of asking."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self.clock = clock
         self._until: dict[str, float] = {}
 
     def add(self, disk: str) -> None:
-        self._until[disk] = self._clock.monotonic() + UNRESPONSIVE_S
+        self._until[disk] = self.clock.monotonic() + UNRESPONSIVE_S
 
     def saw(self, disk: str, error: StoragedError) -> None:
         """Adds a disk that did not answer, or that its node says is out of use. Other errors concern one request."""
@@ -92,7 +92,7 @@ class UnresponsiveDisks:
         """
         if self._until.keys().isdisjoint(disks):
             return list(disks)
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         still = self._until = {disk: until for disk, until in self._until.items() if until > now}
         return sorted(disks, key=lambda disk: still.get(disk, 0.0))
 
@@ -171,7 +171,6 @@ class Calls:
         replicas: Replicas,
         pool: TaskPool,
         unresponsive: UnresponsiveDisks,
-        clock: Clock,
         *,
         deadline_s: float,
         call_timeout_s: float,
@@ -179,7 +178,7 @@ class Calls:
     ) -> None:
         self.replicas = replicas
         self.unresponsive = unresponsive
-        self.clock = clock
+        self.clock = unresponsive.clock
         self.deadline_s = deadline_s
         self.call_timeout_s = call_timeout_s
         self.hedge_s = hedge_s
