@@ -32,8 +32,8 @@ from storaged.fragments.log import SegmentLog
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.storage import lmdb_store as record_store
 from storaged.meta.storage import redo
+from storaged.meta.storage import write_queue as record_queue
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.redo import PAGE_BYTES
 from storaged.meta.store_ports import StoreBatch
@@ -61,7 +61,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything that is bounded meets its bound: halves of 16 pages, groups and appends of a few copies."""
     with monkeypatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", 16 * PAGE_BYTES)
-        patch.setattr(record_store, "GROUP_BYTES_MAX", 4 * PAGE_BYTES)
+        patch.setattr(record_queue, "GROUP_BYTES_MAX", 4 * PAGE_BYTES)
         patch.setattr(deferred_module, "DEFER_S", 0.004)
         patch.setattr(deferred_module, "DEFER_WRITES_MAX", 5)
         patch.setattr(deferred_module, "DEFER_BYTES_MAX", 8 * KIB)
