@@ -49,8 +49,8 @@ class DeferredCopies:
         self._wake = wake
         self._by_key: dict[bytes, Write] = {}
         """What was kept, until the index has it."""
-        self._by_data_id: dict[bytes, Write] = {}
-        """The whole copies among them."""
+        self.copies: dict[bytes, Write] = {}
+        """The whole copies (block 0, k = 1) among them, by data id."""
         self._queue: deque[Write] = deque()
         """What was kept, until an append begins."""
         self._unplaced: list[Write] = []
@@ -100,7 +100,7 @@ class DeferredCopies:
             key = write.key
             self._by_key[key] = write
             if key[16:21] == WHOLE_COPY:
-                self._by_data_id[key[:16]] = write
+                self.copies[key[:16]] = write
             self._bytes_since_append += write.payload_bytes
             self._coming_bytes -= write.payload_bytes
         self._queue.extend(writes)
@@ -135,10 +135,6 @@ class DeferredCopies:
     @property
     def empty(self) -> bool:
         return not self._by_key
-
-    def find_copy(self, data_id: bytes) -> Write | None:
-        """The whole copy (block 0, k = 1) of a data id."""
-        return self._by_data_id.get(data_id)
 
     # --- appending --------------------------------------------------------------------------------------------------
 
@@ -203,8 +199,8 @@ class DeferredCopies:
         for write in writes:
             if self._by_key.get(write.key) is write:
                 del self._by_key[write.key]
-            if self._by_data_id.get(write.key[:16]) is write:
-                del self._by_data_id[write.key[:16]]
+            if self.copies.get(write.key[:16]) is write:
+                del self.copies[write.key[:16]]
 
     def unfinished(self, *, ended: bool) -> RestartNeeded | None:
         """The error for a caller that waits until all is appended, when some can't be before a restart. From any

@@ -142,6 +142,10 @@ class Index:
 
     def copy_entry(self, data_id: bytes) -> tuple[bytes, Entry] | None:
         """As ``find_copy``, with the entry; None when LMDB is damaged, which the read that follows reports."""
+        overlay = self.overlay
+        key = overlay.copies.get(data_id)
+        if key is not None and (entry := overlay.fragments.get(key)) is not None:
+            return key, entry
         try:
             return self._copy(data_id)
         except LMDB_DAMAGED:

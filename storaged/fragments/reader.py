@@ -103,12 +103,12 @@ class Reader:
         if found is None:
             return None
         key, entry = found
-        segment = entry.segment
+        segment, offset, _, payload_start, payload_bytes, _, _, _, _ = entry
         file = self._segments.get(segment)
-        if file is None or entry.payload_bytes > bytes_max:
+        if file is None or payload_bytes > bytes_max:
             return None
         try:
-            data = file.try_read(entry.offset, entry.payload_start + entry.payload_bytes)
+            data = file.try_read(offset, payload_start + payload_bytes)
         except OSError:
             return None
         if data is None:
@@ -236,16 +236,16 @@ def _whole_payload(data: Buffer, key: bytes, entry: Entry, seed: int) -> memoryv
     """The payload of the fragment ``key``, when ``data`` is its record up to the trailer, and record, sizes, sequence
     and every cell hold. It checks what ``parse_head``, ``parse_body`` and ``cell_holds`` check, in one pass.
     """
-    payload_start = entry.payload_start
-    magic, kind, _zero, _flags, message, payload, cell, record, _synced, sequence, body_check, check = HEAD.unpack_from(
+    _, offset, _, payload_start, payload_bytes, cell_bytes, sequence, _, _ = entry
+    magic, kind, _zero, _flags, message, payload, cell, record, _synced, found, body_check, check = HEAD.unpack_from(
         data
     )
     if (
         magic != RECORD_MAGIC
         or kind != FRAGMENT
-        or payload != entry.payload_bytes
-        or cell != entry.cell_bytes
-        or sequence != entry.sequence
+        or payload != payload_bytes
+        or cell != cell_bytes
+        or found != sequence
         or not cell
     ):
         return None
@@ -256,9 +256,7 @@ def _whole_payload(data: Buffer, key: bytes, entry: Entry, seed: int) -> memoryv
         and record >= payload_start + align(payload) + TRAILER_BYTES
         and not record % ALIGNMENT
     )
-    if not sizes_hold or check != xxhash.xxh3_64_intdigest(
-        view[:HEAD_CHECKED_BYTES], (seed + entry.offset) & CHECK_MASK
-    ):
+    if not sizes_hold or check != xxhash.xxh3_64_intdigest(view[:HEAD_CHECKED_BYTES], (seed + offset) & CHECK_MASK):
         return None
     if body_check != xxhash.xxh3_64_intdigest(view[HEAD_BYTES:body_end], seed):
         return None

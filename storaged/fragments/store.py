@@ -327,7 +327,7 @@ class LocalFragmentStore:
 
     def find_copy(self, data_id: bytes) -> FragmentId | None:
         """The whole copy (block 0, k = 1) of a data id, if this disk has one; takes about 3 us."""
-        deferred = self._deferred.find_copy(data_id)
+        deferred = self._deferred.copies.get(data_id)
         key = deferred.key if deferred is not None else self._engine.index.find_copy(data_id)
         return None if key is None else FragmentId.unpack(key)
 
@@ -336,7 +336,7 @@ class LocalFragmentStore:
         disk. Raises DiskUnusable.
         """
         self._refuse_when_closed()
-        deferred = self._deferred.find_copy(data_id)
+        deferred = self._deferred.copies.get(data_id)
         if deferred is not None:
             payload = deferred.payload
             return payload[0] if len(payload) == 1 else memoryview(b"".join(payload))

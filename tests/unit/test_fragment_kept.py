@@ -331,7 +331,7 @@ async def test_what_was_kept_is_appended_by_itself_and_its_bytes_are_given_back(
     made = [small() for _ in range(3)]
     keep(store, *made)
     assert store.statistics().writes == 0
-    await eventually(lambda: store._deferred.empty and not store._deferred._by_data_id)
+    await eventually(lambda: store._deferred.empty and not store._deferred.copies)
     assert store.statistics().writes == 3
     assert [await is_there(store, one) for one in made] == [True] * 3
     await store.close()
