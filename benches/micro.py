@@ -54,8 +54,7 @@ from storaged.objects.ports import pack_context
 from storaged.objects.records import BucketRecord, SealedList
 from storaged.s3.app import S3App
 from storaged.s3.auth import sigv4
-from storaged.s3.context import Front
-from storaged.s3.http.limits import Limits
+from storaged.s3.context import Endpoint, Front
 from storaged.s3.ops import listing
 from storaged.s3.request import parse_target
 from storaged.sov1 import open_message, seal_message
@@ -172,7 +171,7 @@ class _Page:
 
 
 def list_page() -> list[Measured]:
-    front = Front(cast(Objects, _Page()), cast(Buckets, None), cast(Users, None), REGION, SystemClock(), Limits())
+    front = Front(cast(Objects, _Page()), cast(Buckets, None), cast(Users, None), Endpoint(REGION), SystemClock())
     request = list_request("list-type=2")
 
     def render() -> None:
@@ -215,7 +214,7 @@ async def http() -> list[Measured]:
         cast(Objects, world),
         cast(Buckets, world),
         cast(Users, world),
-        region=REGION,
+        Endpoint(REGION),
         clock=SystemClock(),
         entropy=system_entropy,
     )

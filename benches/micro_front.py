@@ -21,6 +21,7 @@ from storaged.node.requestlog import RequestLog
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.observe import Metrics
 from storaged.s3.app import S3App
+from storaged.s3.context import Endpoint
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.grammar import HEAD_END
 
@@ -75,7 +76,7 @@ class Exchange:
             cast(Objects, plane),
             cast(Buckets, plane),
             cast(Users, plane),
-            region=REGION,
+            Endpoint(REGION),
             clock=SystemClock(),
             entropy=system_entropy,
             on_request=RequestLog(Metrics(), LogSection()),

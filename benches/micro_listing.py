@@ -26,8 +26,7 @@ from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.code.versions import Place, UnsealedVersion, seal_version
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Run, SealedMeta, encode_object
-from storaged.s3.context import Front
-from storaged.s3.http.limits import Limits
+from storaged.s3.context import Endpoint, Front
 from storaged.s3.ops import listing
 from storaged.wire import Buffer, decode, encode
 
@@ -99,7 +98,7 @@ class Page:
         self.ring = Ring(store)
         self.request = list_request("list-type=2&start-after=photos/2026/00007000")
         self._front = Front(
-            cast(Objects, self.ring), cast(Buckets, None), cast(Users, None), REGION, SystemClock(), Limits()
+            cast(Objects, self.ring), cast(Buckets, None), cast(Users, None), Endpoint(REGION), SystemClock()
         )
 
     def gateway(self) -> bytes:

@@ -55,6 +55,7 @@ from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after
 from storaged.objects.where import Whereabouts, where
 from storaged.s3.app import S3App
+from storaged.s3.context import Endpoint
 from storaged.s3.http.limits import Limits
 from storaged.units import MIB
 
@@ -143,13 +144,15 @@ class Gateway:
             self.objects,
             AuditedBuckets(self.buckets, node.audit, node.clock),
             self.users,
-            region=config.s3.region,
-            strict_region=config.s3.strict_region,
-            domains=config.s3.domains,
+            Endpoint(
+                config.s3.region,
+                strict_region=config.s3.strict_region,
+                domains=config.s3.domains,
+                proxies=config.s3.proxies,
+                limits=shared_limits(config.limits.s3_requests_max, config.s3),
+            ),
             clock=node.clock,
             entropy=system_entropy,
-            limits=shared_limits(config.limits.s3_requests_max, config.s3),
-            proxies=config.s3.proxies,
             on_request=self._requests,
         )
         if config.s3.tls_certificate:

@@ -12,15 +12,14 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.objects.api import Buckets, Objects, Users
-from storaged.s3.context import Front
+from storaged.s3.context import Endpoint, Front
 from storaged.s3.http.connections import Connections
-from storaged.s3.http.limits import Limits
 from storaged.s3.http.listen import BACKLOG, listen
 from storaged.s3.http.tls import TlsAcceptor, accept_tls
 from storaged.s3.request import RequestDone
@@ -48,32 +47,21 @@ class Statistics:
 
 
 class S3App:
-    """One S3 endpoint.
-
-    ``domains``: their subdomains are buckets (virtual-host style). ``proxies``: networks whose clients have no limits
-    before they authenticate. ``on_request`` is called after each answer, and must not block.
-    """
+    """One S3 endpoint. ``on_request`` is called after each answer, and must not block."""
 
     def __init__(
         self,
         objects: Objects,
         buckets: Buckets,
         users: Users,
+        endpoint: Endpoint,
         *,
-        region: str,
-        strict_region: bool = False,
-        domains: Sequence[str] = (),
         clock: Clock,
         entropy: Entropy,
-        limits: Limits | None = None,
-        proxies: Sequence[str] = (),
         on_request: Callable[[RequestDone], None] | None = None,
     ) -> None:
-        self._limits = limits or Limits()
-        front = Front(objects, buckets, users, region, clock, self._limits, strict_region)
-        names = tuple(domain.lower().strip(".") for domain in domains)
-        self._responder = Responder(front, names, entropy, on_request)
-        self._proxies = tuple(proxies)
+        self._endpoint = endpoint
+        self._responder = Responder(Front(objects, buckets, users, endpoint, clock), entropy, on_request)
         self._servers: list[asyncio.Server] = []
         self._acceptor: TlsAcceptor | None = None
         self._connections: Connections | None = None
@@ -98,7 +86,7 @@ class S3App:
         """Serves connections that are given to ``adopt``; does not listen."""
         self._ssl = ssl
         self._connections = Connections(
-            self._responder.converse, self._limits, self._responder.try_begin, self._proxies
+            self._responder.converse, self._endpoint.limits, self._responder.try_begin, self._endpoint.proxies
         )
         return self._connections
 
@@ -108,7 +96,7 @@ class S3App:
             accepted.close()
             return
         if self._ssl is not None:
-            await accept_tls(self._connections, accepted, self._ssl, self._limits.handshake_s)
+            await accept_tls(self._connections, accepted, self._ssl, self._endpoint.limits.handshake_s)
             return
         try:
             await asyncio.get_running_loop().connect_accepted_socket(self._connections, accepted)

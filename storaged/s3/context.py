@@ -1,9 +1,9 @@
-"""What every handler works with: the planes, the settings of the S3 port, and the check of a bucket's owner."""
+"""What every handler works with: the planes, the settings of the endpoint, and the check of a bucket's owner."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 
 from storaged.clock import Clock
 from storaged.errors import AccessDenied, InvalidBucketName
@@ -17,20 +17,33 @@ from storaged.s3.request import Request
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
-    objects: Objects
-    buckets: Buckets
-    users: Users
+class Endpoint:
+    """The settings of one S3 endpoint."""
+
     region: str
-    clock: Clock
-    limits: Limits
     strict_region: bool = False
     """Signatures and new buckets must be of ``region``."""
+    domains: Sequence[str] = ()
+    """Their subdomains are buckets (virtual-host style)."""
+    proxies: Sequence[str] = ()
+    """Networks whose clients have no limits before they authenticate."""
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def signed_region(self) -> str:
         """The region that signatures must name; ANY_REGION when they may name any."""
         return self.region if self.strict_region else ANY_REGION
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What handlers work on: the planes, and the settings of the endpoint."""
+
+    objects: Objects
+    buckets: Buckets
+    users: Users
+    endpoint: Endpoint
+    clock: Clock
 
 
 Handler = Callable[[Front, Request], Awaitable[Reply]]

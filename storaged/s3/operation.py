@@ -235,7 +235,7 @@ async def read_body(front: Front, request: Request, operation: Operation) -> Non
         request.document = await read_document(
             request,
             required=kind.digest_required,
-            bytes_max=min(kind.bytes_max, front.limits.xml_bytes_max),
+            bytes_max=min(kind.bytes_max, front.endpoint.limits.xml_bytes_max),
             of_object=kind.of_object,
         )
     elif (

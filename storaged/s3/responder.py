@@ -19,7 +19,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from msgspec import Struct
@@ -74,23 +74,22 @@ class Exchange(Struct):
 
 
 class Responder:
-    """Answers the requests of one S3 endpoint. ``domains``, ``on_request``: see ``S3App``."""
+    """Answers the requests of one S3 endpoint. ``on_request``: see ``S3App``."""
 
     def __init__(
         self,
         front: Front,
-        domains: Sequence[str],
         entropy: Entropy,
         on_request: Callable[[RequestDone], None] | None,
     ) -> None:
         self._front = front
         self._clock: Clock = front.clock
-        self._signed_region = front.signed_region
-        self._domains = domains
+        self._signed_region = front.endpoint.signed_region
+        self._domains = tuple(domain.lower().strip(".") for domain in front.endpoint.domains)
         self._entropy = entropy
         self._on_request = on_request
         self._host_id = base64.b64encode(entropy(24)).decode()
-        self._sender = Sender(front.limits, front.clock, self._host_id)
+        self._sender = Sender(front.endpoint.limits, front.clock, self._host_id)
         self._batch: list[tuple[Exchange, Reply]] = []
         """Answers that are about to leave."""
         self._ids: list[str] = []
@@ -120,7 +119,7 @@ class Responder:
         """``raw``: the bytes before the empty line that ends a head, or why they can't be one."""
         self.requests_total += 1
         self.in_flight += 1
-        limits, started_s = self._front.limits, self._clock.monotonic()
+        limits, started_s = self._front.endpoint.limits, self._clock.monotonic()
         try:
             if isinstance(raw, errors.S3Error):
                 raise raw

@@ -42,6 +42,7 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import UserService
 from storaged.s3.app import S3App
+from storaged.s3.context import Endpoint
 from storaged.s3.http.limits import Limits
 from storaged.s3.request import RequestDone
 from storaged.wire import Buffer
@@ -236,12 +237,9 @@ async def s3_world(
         service,
         buckets,
         users,
-        region=REGION,
-        strict_region=strict_region,
-        domains=domains,
+        Endpoint(REGION, strict_region=strict_region, domains=domains, limits=limits or Limits()),
         clock=clock,
         entropy=os.urandom,
-        limits=limits,
         on_request=done.append,
     )
     port = await app.start("127.0.0.1", 0, ssl=tls)

@@ -115,13 +115,13 @@ def _region_asked(front: Front, body: bytes) -> str:
     """The region that a CreateBucketConfiguration asks for. Raises InvalidLocationConstraint, MalformedXML,
     NotImplemented."""
     if not body.strip():
-        return front.region
+        return front.endpoint.region
     root = xml.parse(body, "CreateBucketConfiguration")
     for child in root.children:
         if child.name in ("Location", "Bucket", "Tags"):
             raise errors.NotImplemented(f"{child.name} in CreateBucketConfiguration is not implemented.")
     location = root.fields({"LocationConstraint"}).get("LocationConstraint", "")
-    return region_of_new_bucket(location, front.region, strict=front.strict_region)
+    return region_of_new_bucket(location, front.endpoint.region, strict=front.endpoint.strict_region)
 
 
 async def head_bucket(front: Front, request: Request) -> Reply:

@@ -54,7 +54,7 @@ async def delete_objects(front: Front, request: Request) -> Reply:
             lines[index] = await _delete_entry(front, request, entries[index], quiet)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(len(entries), front.limits.deletes_in_flight_max)):
+        for _ in range(min(len(entries), front.endpoint.limits.deletes_in_flight_max)):
             group.create_task(worker())
     return xml_reply(xml.document("DeleteResult", *lines))
 

@@ -88,9 +88,9 @@ async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
             )
         _need(fields, "x-amz-credential", "x-amz-signature", "x-amz-date")
         access_key, date, region, service = sigv4.policy_credential(fields["x-amz-credential"])
-        if front.signed_region not in ("", region) or service != sigv4.SERVICE:
+        if front.endpoint.signed_region not in ("", region) or service != sigv4.SERVICE:
             raise errors.InvalidArgument(
-                f"The credential's scope is wrong; expecting {front.region}/{sigv4.SERVICE}",
+                f"The credential's scope is wrong; expecting {front.endpoint.region}/{sigv4.SERVICE}",
                 ArgumentName="x-amz-credential",
             )
         who, secret = await front.users.lookup(access_key)
