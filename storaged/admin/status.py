@@ -274,37 +274,8 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
     if headless:
         yield problem(QuorumLost, f"{headless} partitions", now_ms)
     for node in facts.nodes:
-        if node.state == "unknown":
-            continue
-        if not node.up:
-            yield problem(NodeDown, f"{node.rack}/{node.name}", node.since_ms, node.reason)
-            continue
-        if abs(node.skew_ms) > SKEW_MS_MAX:
-            yield problem(
-                ClockSkewed,
-                f"{node.rack}/{node.name}",
-                now_ms,
-                f"{node.skew_ms / 1000:+.1f} s from this gateway's clock",
-            )
-        for disk in node.disks:
-            if disk.state != "ok":
-                yield problem(
-                    _DISK_PROBLEMS.get(disk.state, DiskDown), f"{node.rack}/{node.name}/{disk.id}", now_ms, disk.reason
-                )
-        for refused in node.refused:
-            detail = f"layout {refused.epoch}, offered by {refused.source}: {refused.reason}"
-            yield problem(LayoutRefused, f"{node.rack}/{node.name}", now_ms, detail)
-        told = {disk.id for disk in node.disks}
-        for entry in facts.layout.disks:
-            if entry.node == node.name and entry.id not in told:
-                yield problem(DiskDown, f"{node.rack}/{node.name}/{entry.id}", now_ms, "the node does not have it")
-    if facts.durability.objects_lost:
-        yield problem(ObjectsLost, _objects(facts.durability.objects_lost), now_ms)
-    if facts.durability.objects_unreadable:
-        yield problem(ObjectsUnreadable, _objects(facts.durability.objects_unreadable), now_ms)
-    if facts.durability.objects_below_target:
-        detail = str(facts.durability.waits or "")
-        yield problem(ObjectsBelowTarget, _objects(facts.durability.objects_below_target), now_ms, detail)
+        yield from _node_problems(node, facts.layout, now_ms)
+    yield from _object_problems(facts.durability, now_ms)
     for kind, records in ((SystemRecordDamaged, facts.bad_records), (BucketNotVerified, facts.unverified_records)):
         for name, reason in records[:RECORDS_NAMED_MAX]:
             yield problem(kind, name, now_ms, reason)
@@ -312,6 +283,38 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
             yield problem(kind, f"{len(records) - RECORDS_NAMED_MAX} more records", now_ms)
     if not facts.durability.counted:
         yield problem(ObjectsNotCounted, "objects", now_ms)
+
+
+def _node_problems(node: NodeFacts, layout: Layout, now_ms: int) -> Iterable[dict[str, Any]]:
+    place = f"{node.rack}/{node.name}"
+    if node.state == "unknown":
+        return
+    if not node.up:
+        yield problem(NodeDown, place, node.since_ms, node.reason)
+        return
+    if abs(node.skew_ms) > SKEW_MS_MAX:
+        yield problem(ClockSkewed, place, now_ms, f"{node.skew_ms / 1000:+.1f} s from this gateway's clock")
+    for disk in node.disks:
+        if disk.state != "ok":
+            yield problem(_DISK_PROBLEMS.get(disk.state, DiskDown), f"{place}/{disk.id}", now_ms, disk.reason)
+    for refused in node.refused:
+        detail = f"layout {refused.epoch}, offered by {refused.source}: {refused.reason}"
+        yield problem(LayoutRefused, place, now_ms, detail)
+    reported = {disk.id for disk in node.disks}
+    for entry in layout.disks:
+        if entry.node == node.name and entry.id not in reported:
+            yield problem(DiskDown, f"{place}/{entry.id}", now_ms, "the node does not have it")
+
+
+def _object_problems(durability: Durability, now_ms: int) -> Iterable[dict[str, Any]]:
+    if durability.objects_lost:
+        yield problem(ObjectsLost, _objects(durability.objects_lost), now_ms)
+    if durability.objects_unreadable:
+        yield problem(ObjectsUnreadable, _objects(durability.objects_unreadable), now_ms)
+    if durability.objects_below_target:
+        yield problem(
+            ObjectsBelowTarget, _objects(durability.objects_below_target), now_ms, str(durability.waits or "")
+        )
 
 
 def _objects(count: int) -> str:

@@ -39,7 +39,7 @@ async def remade(cluster: Cluster, owner: Principal = WHO) -> tuple[Gateway, Buc
 
 
 class Front:
-    """What ``replaced.handle`` and handlers use of the front."""
+    """What ``bucket_retry.handle`` and handlers use of the front."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.buckets, self.objects = gateway.buckets, gateway.objects
