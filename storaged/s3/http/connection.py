@@ -416,17 +416,18 @@ class Connection(asyncio.BufferedProtocol):
     def check_progress(self, now_s: float, waited_s: float, idle_s: float) -> None:
         """Ends a wait in which nothing moved for ``idle_s`` seconds, or too few bytes did. ``waited_s``: seconds since
         the last check."""
-        progress, body = self.progress, self._body
-        sending = progress.phase == SEND
-        receiving = progress.phase == BODY and body is not None
+        progress, body, limits = self.progress, self._body, self._owner.limits
         # A block that fills, or a window that is taken, wakes no task before it is done: its bytes are counted.
-        amount = self.acked_bytes() if sending else body.bytes_received if receiving and body is not None else 0
-        late = progress.stalled(now_s, amount, idle_s)
-        if sending:
-            late |= progress.send_too_slow(waited_s, amount, self._owner.limits)
-        elif receiving and body is not None:
+        if progress.phase == SEND:
+            acked = self.acked_bytes()
+            stalled = progress.stalled(now_s, acked, idle_s)
+            late = progress.send_too_slow(waited_s, acked, limits) or stalled
+        elif progress.phase == BODY and body is not None:
+            stalled = progress.stalled(now_s, body.bytes_received, idle_s)
             body.waited_s += waited_s
-            late |= body.waited_s > self._owner.limits.body_idle_s + amount / self._owner.limits.rate_min_bytes_s
+            late = stalled or body.waited_s > limits.body_idle_s + body.bytes_received / limits.rate_min_bytes_s
+        else:
+            late = progress.stalled(now_s, 0, idle_s)
         if late:
             self._expire()
 
