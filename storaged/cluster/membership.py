@@ -56,6 +56,7 @@ SAMPLES = 16
 
 DISKS_PER_NODE_MAX = 1024
 """Reports of further disks of one node are ignored."""
+
 DISK_BYTES_MAX = 2**60
 
 WRITABLE = frozenset({"ok"})

@@ -10,6 +10,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "journal", "json", "console", "logfmt")
 ROLES = ("storage", "gateway")
 KEEP_DAYS_MIN = 180
+"""Days that files of the audit log are kept at least: six months."""
 
 
 class NodeSection(msgspec.Struct, frozen=True):
@@ -21,6 +22,8 @@ class NodeSection(msgspec.Struct, frozen=True):
 
 
 class ClusterSection(msgspec.Struct, frozen=True):
+    """``identity``: the folder with the node's certificate, the cluster's authority and the layout."""
+
     identity: str
 
 

@@ -35,6 +35,7 @@ class MetricDescription(NamedTuple):
 
 REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper edges of the buckets of ``storaged_s3_request_seconds``."""
+
 METRICS: dict[str, MetricDescription] = {
     "storaged_info": MetricDescription("gauge", "Always 1; says what runs here.", ("node", "version", "roles")),
     "storaged_ready": MetricDescription(
@@ -84,10 +85,10 @@ METRICS: dict[str, MetricDescription] = {
         "gauge", "Records of buckets and users that can't be used (SYSTEM_RECORD_DAMAGED)."
     ),
     "storaged_workers": MetricDescription(
-        "gauge", "Processes that serve the S3 port, those being started again left out."
+        "gauge", "Processes that serve the S3 port, without those that are being restarted."
     ),
     "storaged_worker_restarts_total": MetricDescription(
-        "counter", "Processes that ended unasked and were started again."
+        "counter", "Processes that ended unexpectedly and were restarted."
     ),
     "storaged_fragments_damaged_total": MetricDescription(
         "counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)
@@ -124,9 +125,8 @@ class RequestMetrics(Collector):
         counts = self._counts.get(operation)
         if counts is None:
             self._seconds[operation] = ([0] * (len(REQUEST_SECONDS) + 1), [0.0])
-            counts = self._counts[
-                operation
-            ] = {}  # set last: ``collect`` expects ``_seconds`` to have every operation that is here
+            # Set last: ``collect`` expects ``_seconds`` to have every operation of ``_counts``.
+            counts = self._counts[operation] = {}
         counts[status] = counts.get(status, 0) + 1
         buckets, total = self._seconds[operation]
         buckets[bisect_left(REQUEST_SECONDS, seconds)] += 1
@@ -181,6 +181,7 @@ class Metrics:
 Labels = tuple[tuple[str, str], ...]
 Samples = dict[tuple[str, Labels], float]
 """A process's metrics by sample name (such as ``storaged_s3_request_seconds_bucket``) and sorted labels."""
+
 _MERGE_BY_NAME = {
     "process_virtual_memory_bytes": "sum",
     "process_resident_memory_bytes": "sum",

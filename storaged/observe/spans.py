@@ -14,6 +14,7 @@ from storaged import trace
 SPANS_FILE = "STORAGED_SPANS"
 """An environment variable. It names a file that gets one JSON line with the spans of each request, for use without a
 collector. The file stops growing at SPANS_FILE_BYTES_MAX."""
+
 SPANS_FILE_BYTES_MAX = 64 * 1024 * 1024
 
 

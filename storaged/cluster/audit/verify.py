@@ -49,7 +49,7 @@ def verify(
     chains = group_files(paths, problems)
     for checkpoint in checkpoints:
         _place(checkpoint, chains, authority, problems)
-    usable = {view.name: _place_witness(view, chains, authority) for view in witnesses}
+    unusable = {view.name: _place_witness(view, chains, authority) for view in witnesses}
     pruned: dict[str, Pruned] = {}
     entries = 0
     for chain in chains.values():
@@ -63,7 +63,7 @@ def verify(
         )
         problems.insert(0, AuditProblem(ordered[0].name, 0, "", reason))
     for view in witnesses:
-        if view.seen is not None and not usable[view.name]:
+        if view.seen is not None and not unusable[view.name]:
             _find_missing(view, chains, pruned, problems, whole=whole)
     torn_bytes = sum(chain.loose_bytes for chain in ordered)
     return AuditReport(
@@ -74,7 +74,7 @@ def verify(
         begins_after,
         torn_bytes,
         len(checkpoints),
-        tuple(_result(view, usable[view.name], ordered, problems) for view in witnesses),
+        tuple(_result(view, unusable[view.name], ordered, problems) for view in witnesses),
     )
 
 

@@ -53,12 +53,11 @@ class _Witness:
     past: str = ""
     problem: str = ""
     refused: str = ""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def alarm(self) -> str:
         return "; ".join(filter(None, (self.past, self.problem, self.refused)))
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class _Refused(Exception):

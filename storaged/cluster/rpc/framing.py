@@ -46,6 +46,7 @@ from storaged.wire import Message, unfilled
 PROTOCOL_VERSION: Final = 3
 """2: creates. 3: authority by a table of methods, by certificate for registers of the system table, and ballots that
 name their caller. Nodes of different versions do not talk: one would rely on what the other refuses."""
+
 MAGIC: Final = b"SR"
 HEAD_BYTES_MAX: Final = 4 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB
@@ -75,6 +76,7 @@ class Kind(IntEnum):
 
 _STARTS: Final = {int(kind): int.from_bytes(MAGIC + bytes((PROTOCOL_VERSION, kind)), "big") for kind in Kind}
 """The first four bytes of each kind's frames as one number: magic, version and kind."""
+
 _KINDS: Final = {start: kind for kind, start in _STARTS.items()}
 
 
@@ -113,6 +115,7 @@ class ErrorHead(Message, frozen=True):
 
 Admit = Callable[[int, int, int, int], Verdict]
 """``admit(kind, request_id, head_bytes, body_bytes)``."""
+
 Deliver = Callable[[int, int, int, memoryview, memoryview], None]
 """``deliver(kind, request_id, deadline_ms, head, body)``. ``head`` is valid only during the call; the receiver owns
 ``body``."""
