@@ -18,6 +18,9 @@ COLUMNS_MAX = 120
 HISTORY = ("CHANGELOG.md",)
 """Past releases name modules by the names that they had then."""
 
+NAMES_OF_OTHERS = {"CAP_NET_BIND_SERVICE", "_STORAGED_COMPLETE", "bash_source"}
+"""Of systemd and of click."""
+
 PATH = re.compile(r"(?<![\w./~<-])((?:\.?[\w-]+/)*[\w.-]+\.(?:py|md|toml|json|lock|yaml|service|target|conf))\b(?!/)")
 """A file by its suffix. A path that begins with ``/`` or ``~`` belongs to the reader's machine."""
 
@@ -89,6 +92,30 @@ def test_every_path_that_a_document_names_exists(document: Path) -> None:
         if name not in THEIRS and not exists(name, document.parent)
     ]
     assert not missing, "\n".join(missing)
+
+
+def test_every_name_with_an_underscore_that_a_document_shows_is_in_the_source(document: Path) -> None:
+    if document.name in HISTORY:
+        pytest.skip("its names are those of the time")
+    missing = [
+        f"{document.name}:{number} shows {word}"
+        for number, line in prose(document.read_text())
+        for word in re.findall(r"\b[A-Za-z_]+_[A-Za-z_]+\b", " ".join(re.findall(r"`([^`]+)`", line)))
+        if word not in words_of_the_source() | NAMES_OF_OTHERS
+    ]
+    assert not missing, "\n".join(missing)
+
+
+@functools.cache
+def words_of_the_source() -> set[str]:
+    """The words with an underscore in everything that is no document."""
+    found: set[str] = set()
+    for folder in ("storaged", "tests", "benches", "deploy"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix not in (".md", ".pyc"):
+                found.add(path.stem)
+                found.update(re.findall(r"\b\w*_\w*\b", path.read_text()))
+    return found
 
 
 def test_every_link_leads_somewhere(document: Path) -> None:
