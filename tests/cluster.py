@@ -37,7 +37,7 @@ class Cluster:
     directory: Path
     s3_port: int = 0
     home: Path | None = None
-    """A HOME of its own, so that trying a cluster changes nobody's defaults."""
+    """A HOME of its own, so that trying a cluster changes no user's defaults."""
     workers: int = 1
     """Processes of the gateway: on a machine with many cores ``storaged dev`` would choose more."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -2,8 +2,7 @@
 each, and a gateway.
 
 What is virtual: time (an hour passes in no time), the network (a call is a function call with its messages encoded),
-the disks (in memory). Threads run in line, so
-that a test does the same thing every time.
+the disks (in memory). Threads run in line, so that a test does the same thing every time.
 """
 
 from __future__ import annotations
@@ -73,9 +72,7 @@ class InlineLoop(VirtualLoop):
 
 
 def run(scenario: Callable[[Cluster], Coroutine[Any, Any, None]], **options: Any) -> None:
-    """Runs ``scenario(cluster)`` in virtual time. Anything that went wrong unnoticed in the
-    background fails the test.
-    """
+    """Runs ``scenario(cluster)`` in virtual time. What went wrong in the background fails the test."""
     loop = InlineLoop()
 
     async def main() -> None:
@@ -207,8 +204,8 @@ class Layouts:
 
 class LocalCaller:
     """``Caller``: the other node's method, called directly, where its row lets the caller's ``role``; requests and
-    replies go through their encoding. ``intercept`` sees
-    every call before it is made."""
+    replies go through their encoding. ``intercept`` sees every call before it is made.
+    """
 
     def __init__(self, cluster: Cluster, name: str, role: str) -> None:
         self._cluster = cluster
@@ -448,7 +445,7 @@ class Cluster:
         return sum(status.parts_below_target for status in await self.statuses())
 
     async def settled(self, seconds_max: float = 600.0) -> tuple[int, int]:
-        """(below target, lost) once everybody has counted and nobody is busy."""
+        """(below target, lost) once every node has counted and none is busy."""
         end = self.loop.time() + seconds_max
         while self.loop.time() < end:
             await self.pass_s(1.0)

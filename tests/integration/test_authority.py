@@ -1,6 +1,4 @@
-"""The table of RPC methods and roles: what is registered, what is documented and what a node starts
-with are the same.
-"""
+"""The table of RPC methods and roles: what is registered, documented, and started with is the same."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def of_a_storage_node(world: World) -> Methods:
 
     async def build(cluster: Cluster) -> None:
         own = world.node("n1")
-        membership = Membership(OwnNode("n1", bytes(8)), None, LayoutBook(own.administration, own.cluster))  # type: ignore[arg-type]  # nobody is called
+        membership = Membership(OwnNode("n1", bytes(8)), None, LayoutBook(own.administration, own.cluster))  # type: ignore[arg-type]  # no node is called
         found.update(membership.methods())
         found.update(cluster.nodes["na"].maintenance.methods())
 

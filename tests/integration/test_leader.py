@@ -26,8 +26,8 @@ pytestmark = pytest.mark.alone
 
 
 class Doorway(NamedTuple):
-    """A worker that serves behind a door, and the first process's side of it. ``given``: what came back; ``taken``:
-    what the worker adopted, and closed.
+    """A worker that gets its connections from the first process, and that process's side of it. ``given``: what came
+    back; ``taken``: what the worker adopted, and closed.
     """
 
     worker: Worker

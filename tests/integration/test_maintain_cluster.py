@@ -1,6 +1,4 @@
-"""What repair does to a whole cluster: fragments lost, damaged, forged; disks and racks that go,
-stay away and return.
-"""
+"""What repair does to a cluster: fragments lost, damaged, forged; disks and racks that go, stay away and return."""
 
 from __future__ import annotations
 
@@ -598,8 +596,8 @@ def test_a_register_that_can_not_be_settled_keeps_no_other_from_repair() -> None
 
 
 def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
-    """Records lie in the clear and hints come from whoever is a member. What cannot be is passed over, and everything
-    else is looked after as before.
+    """Records lie in the clear and any member can send hints. What can not be true is skipped, and everything else is
+    repaired as before.
     """
 
     async def scenario(cluster: Cluster) -> None:

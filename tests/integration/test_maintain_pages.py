@@ -1,6 +1,6 @@
 """Manifests of large multipart objects: their pages are on all replicas again whatever happens to one, and those that
-nobody needs go, and no others.
-And uploads: what was uploaded is counted once."""
+no record needs go, and no others. And uploads: what was uploaded is counted once.
+"""
 
 from __future__ import annotations
 
@@ -551,7 +551,7 @@ def test_parts_of_an_open_upload_that_lack_fragments_are_repaired() -> None:
 
 
 def test_rows_of_a_finished_upload_that_say_where_its_parts_were_are_nobodys_loss() -> None:
-    """The object is recoded, and what that left behind is deleted; the rows of the upload still name it."""
+    """The object is recoded, and its old fragments are deleted; the rows of the upload still name it."""
 
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

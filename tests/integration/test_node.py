@@ -268,7 +268,7 @@ async def opened(
         copies_of,
     )  # type: ignore[arg-type]
     task = asyncio.create_task(unlocker.run())
-    while not task.done() and not unlocker.problem:  # noqa: ASYNC110  # the problem is told to people, not to tasks
+    while not task.done() and not unlocker.problem:  # noqa: ASYNC110  # the problem is reported to people, not to tasks
         await asyncio.sleep(0.005)
     return late, unlocker, task
 

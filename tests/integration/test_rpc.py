@@ -308,7 +308,7 @@ async def test_a_call_cancelled_at_once_leaves_nothing_behind(pair: Pair) -> Non
 
 
 class Hung:
-    """A method that takes calls on and answers when it is told to, or never."""
+    """A method that accepts calls and answers when the test says so, or never."""
 
     def __init__(self) -> None:
         self.answers: list[OnOutcome] = []
@@ -486,8 +486,8 @@ async def test_a_narrower_policy_refuses_another_member_state_on_either_side(wor
 
 
 async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_the_layout(world: World) -> None:
-    """A certificate is valid for years; a node that was removed must not be able to read, write or delete with it, on a
-    connection that stands either.
+    """A certificate is valid for years; a node that was removed must not be able to read, write or delete with it, not
+    even on an open connection.
     """
     service, members = Service(), {"gw": frozenset({"gateway"})}
     methods = {**service.methods(), "t.open": Method(Note, service.echo, ROLES, for_non_members=True)}

@@ -1,5 +1,5 @@
-"""Chunks of a byte keep nobody waiting, and a chunk of gigabytes takes no memory: what a client's chunks cost in one
-turn of the event loop.
+"""Chunks of a byte make no other client wait, and a chunk of gigabytes takes no memory: what a client's chunks cost in
+one turn of the event loop.
 
 These are the tests that need a server or a process; the others are in tests/unit.
 """

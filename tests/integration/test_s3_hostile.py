@@ -431,7 +431,7 @@ async def test_further_connections_than_may_be_are_closed_at_once(world: World) 
 
 
 async def test_what_nobody_reads_is_not_taken_from_the_socket(world: World) -> None:
-    """Requests behind one that is being answered wait in the client's socket, but for a few KiB."""
+    """Requests that follow one that is being answered wait in the client's socket, but for a few KiB."""
     going_on = asyncio.Event()
 
     async def slow(*_: object, **__: object) -> None:

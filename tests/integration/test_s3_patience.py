@@ -1,5 +1,5 @@
-"""Slow clients and fast ones on the S3 port: who makes progress is waited for, and what nobody takes or reads is
-bounded.
+"""Slow clients and fast ones on the S3 port: a client that makes progress is waited for, and what is not taken or read
+is bounded.
 """
 
 from __future__ import annotations

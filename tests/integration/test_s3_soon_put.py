@@ -70,7 +70,7 @@ async def kept(world: World) -> dict[bytes, bytes]:
 
 
 def in_pieces(request: bytes, how: str) -> tuple[bytes, ...]:
-    """The request at once, cut in its head, behind it, or in its body."""
+    """The request at once, or cut in its head, after its head, or in its body."""
     end = request.index(b"\r\n\r\n") + 4
     cuts = {"whole": (), "head": (20,), "behind": (end,), "body": (end + 5, end + 9)}[how]
     edges = (0, *cuts, len(request))
@@ -437,7 +437,7 @@ def test_headers_that_say_little_are_understood_as_among_others(
 
 
 def chunked(world: World, data: bytes, sum_of: bytes, *, end: bytes = b"\r\n", size: int | None = None) -> bytes:
-    """A PUT as SDKs send it over TLS: in one chunk, unsigned, with the checksum behind it."""
+    """A PUT as SDKs send it over TLS: in one chunk, unsigned, followed by the checksum."""
     framed = (
         b"%x\r\n%b\r\n0\r\nx-amz-checksum-crc32:%b\r\n" % (len(data), data, crc32(sum_of).encode())
         if data
@@ -511,7 +511,7 @@ async def test_a_mistake_in_decoding_is_answered_and_leaves_nothing_in_flight(
 
 
 def over_http_chunks(request: bytes) -> bytes:
-    """As boto3 sends it over TLS: the length of what is framed is not told."""
+    """As boto3 sends it over TLS: without the length of what is framed."""
     head, _, framed = request.partition(b"\r\n\r\n")
     head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
     cut = len(framed) // 2
@@ -523,7 +523,7 @@ def over_http_chunks(request: bytes) -> bytes:
 async def test_a_body_in_chunks_within_chunks_is_answered_without_the_task(world: World, how: str) -> None:
     request = over_http_chunks(chunked(world, SMALL, SMALL))
     *pieces, last = in_pieces(request, how)
-    answer = await ask(world, *pieces, last + signed(world, "GET", "/bucket/key"))  # and what comes right behind it
+    answer = await ask(world, *pieces, last + signed(world, "GET", "/bucket/key"))  # and what follows at once
     assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
     assert answer.endswith(SMALL)
     assert len(world.objects.put_answers) == 1

@@ -424,7 +424,9 @@ async def test_a_process_that_dies_after_the_log_has_them_and_before_the_copy_is
 async def test_copies_whose_own_log_was_not_synced_come_back_from_the_redo_log(
     directory: Path, lost: str, full: bool
 ) -> None:
-    """What power takes from a segment that nobody synced, and a disk that is full up to its reserve when it returns."""
+    """What a power cut takes from a segment that was not synced, and a disk that is full up to its reserve when it
+    returns.
+    """
     disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
     replica, copies = LocalReplica("d", disk.meta, copies=disk.copies), [small(5000) for _ in range(8)]
     names = [NAME._replace(key=b"key%d" % number) for number in range(8)]

@@ -62,7 +62,7 @@ time.sleep(60)
 
 @contextlib.asynccontextmanager
 async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers, list[str], int]]:
-    """Workers of two processes that ``listen``, what was told of audit and notes, and the port."""
+    """Workers of two processes that ``listen``, the audit entries and notes they passed on, and the port."""
     told: list[str] = []
 
     async def adopt(connection: socket.socket) -> None:

@@ -2,10 +2,9 @@
 there, and no record comes without its copy.
 
 A seed makes a history of one disk: copies that come with their records, some of them deleted or touched, fragments
-beside them, checkpoints that are held up in the middle, a
-disk that has no room for a while, one that takes no writes until it is opened again; and its ends: it is closed, or the
-process is killed (then what is in the page cache stays), or
-the power fails (then sectors that were not synced are there or are not). STORAGED_SIM_SEEDS=N runs more of them; a
+beside them, checkpoints that are held up in the middle, a disk that has no room for a while, one that takes no writes
+until it is opened again; and its ends: it is closed, or the process is killed (then what is in the page cache stays),
+or the power fails (then sectors that were not synced are there or are not). STORAGED_SIM_SEEDS=N runs more of them; a
 failure names its seed.
 """
 
@@ -100,7 +99,7 @@ class World:
         self.lives = 0
         self.count = 0
         self.acknowledged: dict[int, Made] = {}
-        """By the number of their register, those that nobody asked to delete."""
+        """By the number of their register, those that were not deleted."""
         self.asked: dict[int, Made] = {}
         """What may be there or not."""
         self.deleted: set[int] = set()
@@ -226,7 +225,7 @@ class World:
             files = self.left(meta, fragments)
             if how == "power":
                 files.crash()
-            self.lives += 1  # whatever comes of what is under way, nobody hears of it
+            self.lives += 1  # whatever comes of what is under way, no caller gets it
             self.go_on()
             await self.disk.close()
             self.files = files
@@ -256,7 +255,7 @@ class World:
         for number in list(self.asked):
             made = self.asked.pop(number)  # refused, or it was under way
             if self.disk.meta.get(RegisterName(Table.OBJECT, BUCKET, 0, b"%d" % number)) is not None:
-                self.acknowledged[number] = made  # as good as that: whoever asks is told of it
+                self.acknowledged[number] = made  # as good as that: every reader gets the error
         for number, made in self.acknowledged.items():
             await self.is_there(number)
             [stat] = await self.disk.fragments.stat([made.id])

@@ -42,7 +42,7 @@ def test_the_canonical_query_does_not_depend_on_order_or_on_how_it_was_written(p
     ]
     first = sigv4.canonical_query(parse_target(b"/?" + "&".join(strict).encode()).pairs)
     second = sigv4.canonical_query(parse_target(b"/?" + "&".join(loose).encode()).pairs)
-    by_name = sorted(strict, key=lambda item: item.partition("="))  # "0" before "00", although "0=" sorts behind "00="
+    by_name = sorted(strict, key=lambda item: item.partition("="))  # "0" before "00", although "0=" sorts after "00="
     assert first == second == "&".join(by_name)
 
 

@@ -12,7 +12,7 @@ from tests.cluster import Cluster
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Running and healthy; whoever takes a node down brings it back."""
+    """Running and healthy; a test that takes a node down brings it back."""
     found = Cluster(Path(tmp_path_factory.mktemp("dev")) / "s3")
     try:
         yield found.start()

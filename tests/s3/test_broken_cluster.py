@@ -37,7 +37,7 @@ def read_back(cluster: Cluster, bodies: dict[str, bytes]) -> None:
 
 @contextmanager
 def stopped(cluster: Cluster, node: str) -> Iterator[None]:
-    """To do something to a node's files; it runs again behind the block."""
+    """To do something to a node's files; it runs again after the block."""
     cluster.run("dev", "stop", node)
     try:
         yield

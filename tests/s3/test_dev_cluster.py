@@ -153,7 +153,7 @@ def test_no_storage_process_has_code_that_handles_keys(cluster: Cluster) -> None
 
 def test_where_names_every_fragment_and_what_may_fail(cluster: Cluster) -> None:
     cluster.boto3().put_object(Bucket="demo", Key="where/é ü+%20", Body=os.urandom(400_000))
-    # A disk that is late is left out of a write that is safe without it, and repaired behind it: on a busy machine that
+    # A disk that is late is left out of a write that is safe without it, and repaired after it: on a busy machine that
     # takes a moment.
     cluster.wait_until(lambda: cluster.where("demo", "where/é ü+%20")["disks_may_fail"] == 2, 60, "six fragments")
     found = cluster.where("demo", "where/é ü+%20")

@@ -17,7 +17,7 @@ ANY = "…"
 
 
 def steps() -> list[tuple[str, list[str]]]:
-    """(command, lines shown behind it) of the block under the heading «First minutes»."""
+    """(command, lines shown after it) of the block under the heading «First minutes»."""
     text = (ROOT / "README.md").read_text()
     block = re.search(r"## First minutes.*?```console\n(.*?)```", text, re.DOTALL)
     assert block, "README.md has no console block under «First minutes»"
@@ -31,7 +31,7 @@ def steps() -> list[tuple[str, list[str]]]:
 
 
 def pattern_of(line: str) -> re.Pattern[str]:
-    """A shown line, in which «…» stands for anything, runs of spaces for runs of spaces."""
+    """A shown line, in which «…» means anything, and runs of spaces mean runs of spaces."""
     parts = [re.sub(r"(\\ )+", r"\\s+", re.escape(part.strip())) for part in line.split(ANY)]
     return re.compile(r"\s*.*".join(parts))
 

@@ -173,7 +173,7 @@ def test_env_prints_a_setup_that_works_when_pasted(cluster: Cluster, tmp_path: P
 
 
 def test_boto3_with_another_region_than_the_clusters_works_at_first_touch(cluster: Cluster) -> None:
-    """What clients sign for when nobody has told them a region; and a bucket that says where it was created."""
+    """The region that clients sign for without a configured one; and a bucket that says where it was created."""
     client = cluster.boto3(region_name="us-east-1")
     client.create_bucket(Bucket="first-touch")
     client.create_bucket(Bucket="first-touch-west", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})

@@ -77,7 +77,7 @@ class FragmentStoreSuite:
         assert [stat.id for stat in stats] == [second.id.pack(), absent.id.pack(), first.id.pack()]
 
     async def test_a_payload_that_is_not_what_its_header_says_is_refused(self, store: FragmentStore) -> None:
-        await self.put(store, 10)  # there is room for more behind it
+        await self.put(store, 10)  # there is room for more after it
         made = make(self.rng)
         with pytest.raises(PeerRefused) as short:
             await store.write(made.header, [made.payload[:-1]])
@@ -139,9 +139,7 @@ class FragmentStoreSuite:
         made, absent = await self.put(store, created_ms=1000), make(self.rng)
         stats = await store.touch([made.id, absent.id], 5000)
         assert [(stat.health, stat.created_ms) for stat in stats] == [(Health.OK, 5000), (Health.MISSING, 0)]
-        await store.touch(
-            [made.id], 4000
-        )  # a clock that is behind: the age moves all the same, for a deletion goes by it
+        await store.touch([made.id], 4000)  # by a slow clock: the age moves all the same, for a deletion goes by it
         assert (await store.stat([made.id]))[0].created_ms == 5001
         assert (await store.read(made.id, 0, 1)).header == msgspec.structs.replace(made.header, created_ms=5001)
 

@@ -137,7 +137,7 @@ ROW_KEYS = [
     b"c/3",
     b"\xff" * 490,
 ]
-"""Of one stretch, and such that lie behind links."""
+"""Of one stretch of the tree, and such that only a link leads to."""
 
 
 def check_columns_and_stamps(store: MetaStore) -> None:
@@ -153,7 +153,7 @@ def check_columns_and_stamps(store: MetaStore) -> None:
 
 
 async def test_columns_and_stamps_are_those_of_a_slice(store: MetaStore) -> None:
-    """With other shards before and behind."""
+    """With other shards before and after."""
     slots = [slot_of(name_of(key), body=b"of " + key[:9], visibility=index % 3) for index, key in enumerate(ROW_KEYS)]
     others = [slot_of(name_of(key, shard=shard)) for shard in (1, 2) for key in (b"a", b"c/4", b"\xff")]
     await store.commit(StoreBatch(slots=[*others[:3], *slots, *others[3:]]))

@@ -1,6 +1,4 @@
-"""Writes that no thread waits for: what the kernel is given is in the file, and whatever becomes of it, somebody is
-told, later.
-"""
+"""Writes that no thread waits for: what the kernel is given is in the file, and the callback gets each outcome."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def content(path: Path) -> bytes:
 
 
 def begin(direct: DirectFile, pieces: list[bytes], at: int) -> asyncio.Future[None]:
-    """The write is begun; nobody has been told of its end when that returns."""
+    """The write has begun; its callback has not been called when that returns."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
 

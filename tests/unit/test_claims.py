@@ -97,7 +97,7 @@ async def test_a_claim_that_changes_while_it_is_authenticated_keeps_what_it_beca
 
 
 async def test_versions_before_read_what_this_one_writes() -> None:
-    """The authenticator is a field behind those that they know."""
+    """The authenticator is a field after those that they know."""
     world = World()
     await UserService(world.plane()).add("anne", access_key="AK-anne")
     assert decode((await held(world)).body, list)[:1] == ["AK-anne"]

@@ -496,7 +496,7 @@ async def test_a_replica_that_refuses_late_is_told_of(ring: Ring) -> None:
 async def test_what_is_said_of_a_register_is_not_overturned_by_a_create_that_one_replica_has_taken(
     ring: Ring, refuses: bool, blank: int
 ) -> None:
-    """What was found is told; what one replica took before must not be found above it later."""
+    """The outcome has what was found; what one replica accepted before must not be found above it later."""
     client = ring.client(new_keys=Always())
     for index, replica in enumerate((ring.first, ring.second, ring.third)):
         if index != blank:
@@ -608,7 +608,7 @@ async def test_a_ballot_far_ahead_of_the_clock_is_promised_and_not_created(ring:
 
 
 async def test_where_a_clock_is_slow_changes_soon_ask_first_again(ring: Ring) -> None:
-    """Its replica refuses creates, and would be left behind by each."""
+    """Its replica refuses creates, and each would make it lag."""
     client = ring.client()
     ring.third.inner._clock = FixedClock(1)
     for number in range(2 * NEW_OF_LATE):

@@ -54,7 +54,7 @@ def vector() -> bytes:
 
 
 def documented() -> bytes:
-    """The hex of FORMATS.md, in which ``.. N bytes of payload ..`` stands for the payload."""
+    """The hex of FORMATS.md, in which ``.. N bytes of payload ..`` replaces the payload."""
     text = (Path(fmt.__file__).parents[1] / "FORMATS.md").read_text()
     block = re.search(r"<!-- segment vector -->\s*```\n(.*?)```", text, re.DOTALL)
     assert block is not None

@@ -291,7 +291,7 @@ async def test_of_one_fragment_that_is_kept_twice_or_also_written_the_last_count
 async def test_one_fragment_twice_among_what_is_appended_at_once_counts_once(tmp_path: Path, much_later: None) -> None:
     store = await opened(tmp_path)
     keep(store, small())
-    await append_all(store)  # there is room for more behind it
+    await append_all(store)  # there is room for more after it
     first = small(created_ms=1)
     second = small(700, created_ms=2, fragment=first.id)
     keep(store, first, second)

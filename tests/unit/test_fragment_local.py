@@ -581,7 +581,7 @@ async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp
 async def test_a_copy_in_memory_is_told_when_every_byte_of_its_record_holds(
     tmp_path: Path, length: int, cell_bytes: int
 ) -> None:
-    """Each byte is flipped in turn, up to the end of the payload; what lies behind it is not read."""
+    """Each byte is flipped in turn, up to the end of the payload; what follows it is not read."""
     made = make(RNG, length, k=1, m=2, cell_bytes=cell_bytes)
     async with opened(tmp_path) as store:
         await store.write(made.header, [made.payload], sync=True)

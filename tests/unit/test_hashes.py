@@ -85,7 +85,7 @@ async def test_a_replica_that_holds_a_page_of_the_old_kind_takes_no_other_bytes_
 
 
 async def test_a_page_is_renewed_under_the_name_that_it_has() -> None:
-    """A record names it so; under a new name nobody would find it, and the old one would be swept."""
+    """A record names it so; under a new name it would not be found, and the old one would be swept."""
     bodies = {xxhash.xxh3_128_digest(b"old page"): b"old page", page_hash(b"new page"): b"new page"}
     put: list[tuple[bytes, bytes]] = []
 

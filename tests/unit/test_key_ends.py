@@ -1,5 +1,6 @@
-"""The key of a deleted bucket is destroyed once nothing of the bucket is left, and not before; nobody but a keyring's
-gateways can bring that about."""
+"""The key of a deleted bucket is destroyed once nothing of the bucket is left, and not before; only gateways of the
+keyring can do it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whether rows may have changed is told of every range, also while they do, and however much was written."""
+"""Dirty ranges: a range of rows that may have changed is known as changed, also while it changes, however much was
+written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows apart from their keys: a longer row lies in the heap, a short one in the tree, and nobody who reads can tell,
+"""Rows apart from their keys: a longer row lies in the heap, a short one in the tree; a reader sees no difference,
 whichever it was before.
 """
 

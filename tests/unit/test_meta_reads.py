@@ -1,5 +1,5 @@
-"""Rows asked of many disks: one message a node and a turn of the loop, and what becomes of what
-can't be told at once.
+"""Rows asked of many disks: one message a node and a turn of the loop, and what happens to rows that need more than one
+answer.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", payload
 
 
 class World:
-    """Three nodes with two disks each, and a network between them and a gateway that counts
-    messages and can lose them.
-    """
+    """Three nodes with two disks each, and a network to a gateway that counts messages and can lose them."""
 
     def __init__(self) -> None:
         nodes = tuple(NodeEntry(node, f"FR/par1/{node}", "", ("storage",)) for node in NODES)
@@ -220,9 +218,7 @@ async def test_an_accept_on_its_way_to_the_disk_is_waited_for(world: World) -> N
     assert not reading.done()
     world.gates[disk].set()
     await accepting
-    assert (await reading).value == slot_of(
-        name
-    ).value  # two of three never heard of the newer one, so it was told to nobody
+    assert (await reading).value == slot_of(name).value  # two of three never had the newer one, so no client got it
 
 
 @pytest.mark.parametrize("which", [0, 1])

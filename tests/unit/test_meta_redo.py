@@ -231,9 +231,7 @@ def test_a_log_whose_disk_refuses_to_read_is_unusable_and_not_foreign(tmp_path: 
 
 
 def test_what_a_start_reads_is_on_the_drive(tmp_path: Path, small_log: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that was killed in a write may leave it in the page cache alone; what comes behind it must not outlive
-    it.
-    """
+    """A process that was killed in a write may leave it in the page cache only; what follows must not outlive it."""
     log = fresh(tmp_path)
     append(log, b"group")
     log.close()
@@ -463,7 +461,7 @@ async def test_a_write_to_the_log_that_finds_no_space_ends_the_writer_until_the_
 
 
 async def test_a_log_put_back_from_before_is_refused(store: LmdbMetaStore, tmp_path: Path) -> None:
-    """As far as LMDB can tell: by what it was told at the last checkpoint or start."""
+    """As far as LMDB knows: by the last checkpoint or start."""
     await store.commit(StoreBatch([slot_of(name_of(b"a"))]))
     old = (store.directory / redo.FILE_NAME).read_bytes()
     hold, reached = threading.Event(), threading.Event()
@@ -748,7 +746,7 @@ async def test_what_comes_while_a_group_is_written_is_the_next_group(store: Lmdb
 
 
 async def test_a_store_that_is_closed_writes_first_what_it_has_in_hand(store: LmdbMetaStore, tmp_path: Path) -> None:
-    """Also when one group is on its way, another collects, and neither was told of."""
+    """Also when one group is being written, another collects, and neither is acknowledged."""
     log = HeldLog(store)
     log.hold()
     slots = [slot_of(name_of(b"%d" % number)) for number in range(5)]

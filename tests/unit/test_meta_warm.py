@@ -221,7 +221,7 @@ async def test_where_a_scan_with_a_delimiter_reads_whole_rows_so_does_the_thread
 
 
 async def test_a_store_that_is_closed_is_not_large(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who goes through its rows meanwhile is told by the read that the disk is out of use."""
+    """A reader that goes through its rows meanwhile gets the error from its read: the disk is out of use."""
     monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     assert store.large
     await store.close()

@@ -418,10 +418,10 @@ async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_
     assert await recent.get("key") == 1
     await asyncio.gather(*spawned)
     assert (len(spawned), recent.try_get("key")) == (1, 2)
-    clock.ahead_s += 0.7  # behind the end of the first
+    clock.ahead_s += 0.7  # after the end of the first
     assert recent.try_get("key") == 2
     await asyncio.gather(*spawned)
-    assert (len(spawned), loads) == (2, 3)  # a failure is nobody's, and the value lives as long as it would
+    assert (len(spawned), loads) == (2, 3)  # a failure reaches no caller, and the value lives as long as it would
     clock.ahead_s += 0.2
     assert recent.try_get("key") == 2
     await asyncio.gather(*spawned)

@@ -14,7 +14,7 @@ from tests.worlds.objects import World, bucket_of, put
 
 
 class Rig:
-    """One bucket on fakes; ``calls`` are those of ``retire``: (disk, entries)."""
+    """One bucket on doubles; ``calls`` are those of ``retire``: (disk, entries)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
         self.world = World(**limits)  # type: ignore[arg-type]

@@ -22,8 +22,8 @@ from tests.worlds.objects import World
 
 
 class Rig:
-    """One bucket on fakes; ``opened`` counts the list fields that were opened, ``forgotten`` the times that the scanner
-    was told to forget the bucket.
+    """One bucket on doubles; ``opened`` counts the list fields that were opened, ``forgotten`` has the buckets that the
+    scanner was asked to forget.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A record that was opened lately is not opened again, and what is told of a key is never older than its register."""
+"""A record that was opened lately is not opened again, and an answer is never older than the register."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = [100, 5000, 300_000]
 
 
 class Rig:
-    """One bucket on fakes; ``unwraps`` counts how often a data key was unwrapped."""
+    """One bucket on doubles; ``unwraps`` counts how often a data key was unwrapped."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
         self.world = World(**limits)

@@ -1,4 +1,4 @@
-"""Reads that are under way together: who is woken, when, and what is left behind."""
+"""Reads that are under way together: which reader is woken, when, and what is left."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Clients that send or take little, or stand still, hold a bounded share of the memory of transfers, and nobody else
-up.
+"""Clients that send or take little, or stand still, hold a bounded share of the memory of transfers, and hold up no
+other client.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WAIT_S = 5.0
 
 
 class StandingBody:
-    """A body whose client stands still after ``moving`` bytes until ``go``."""
+    """A body whose client stops after ``moving`` bytes until ``go``."""
 
     def __init__(self, data: bytes, moving: int, go: asyncio.Event) -> None:
         self._data, self._moving, self._go = data, moving, go

@@ -220,7 +220,7 @@ async def test_a_request_that_took_too_long_is_refused_at_its_barrier() -> None:
 
 @pytest.mark.parametrize("clock", ["monotonic", "wall"])
 async def test_a_process_that_slept_between_its_barrier_and_its_promise_commits_nothing(clock: str) -> None:
-    """A suspended machine's monotonic clock stands still, and a wall clock may be set back: either one is enough."""
+    """The monotonic clock of a suspended machine stops, and a wall clock may be set back: either one is enough."""
     world = World()
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)

@@ -1,4 +1,4 @@
-"""Registers over three replicas that can be away, slow, deaf or behind: what callers are promised."""
+"""Registers over three replicas that can be away, slow, deaf or stale: what callers are promised."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Ring:
         return None if slot is None else slot.value
 
     async def accept_at(self, replica: Unreliable, body: bytes, counter: int, sequence: int = 1) -> None:
-        """What a proposer that died half-way leaves behind."""
+        """What a proposer leaves that died half-way."""
         value = Value(sequence, body.ljust(16), Visibility.LIVE, body)
         await replica.inner.accept(
             messages.Accept(replica.inner.disk, NAME, Ballot(1, counter, "dead", b"12345678"), value)
@@ -505,7 +505,7 @@ async def test_a_first_attempt_that_others_were_in_the_way_of_is_counted_as_pree
     client, other = ring.client(), Ballot(1, later_us(), "other", b"12345678")
 
     def between(_: Value | None) -> Change:
-        """The accepts of the first attempt meet a promise that came behind its own."""
+        """The accepts of the first attempt meet a promise that came after its own."""
         if client.statistics().preempted == 0 and stage == "accept":
             for replica in ring.replicas.values():
                 assert replica.inner.try_prepare(messages.Prepare(replica.inner.disk, NAME, other)) is not None

@@ -1,5 +1,5 @@
-"""A change without a task: told what one with a task returns or raises, once, whatever its replicas do; and it gives
-its turn back.
+"""A change without a task: its callback gets what a change with a task returns or raises, once, whatever its replicas
+do; and it gives its turn back.
 """
 
 from __future__ import annotations

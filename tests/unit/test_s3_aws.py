@@ -139,8 +139,9 @@ def test_the_headers_that_the_short_way_does_not_look_at_are_taken() -> None:
 
 
 def test_what_is_honoured_is_what_the_front_acts_on() -> None:
-    """The reverse of a refusal is code that reads the header: each honoured header stands in it, but for those without
-    effect."""
+    """The reverse of a refusal is code that reads the header: each honoured header occurs in it, but for those without
+    effect.
+    """
     from pathlib import Path
 
     code = "".join(path.read_text() for path in Path(routes.__file__).parent.rglob("*.py") if path.name != "aws.py")

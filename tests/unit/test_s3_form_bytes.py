@@ -171,4 +171,4 @@ def test_letters_beyond_ascii_are_not_taken_for_others() -> None:
         check_policy(found, {"key": "a"}, "bucket", NOW_MS)
 
 
-# --- what stands for headers
+# --- fields that act as headers

@@ -20,8 +20,8 @@ from tests.worlds.fragments import DISK, SimulatedFiles
 
 
 class HeldLog:
-    """Stands between a store and its redo log, on the event loop. A group that comes after ``hold`` is not written
-    until ``go_on``, or (``written``) is, and nobody is told.
+    """Sits between a store and its redo log, on the event loop. A group that comes after ``hold`` is not written until
+    ``go_on``, or (``written``) it is written and not acknowledged.
     """
 
     def __init__(self, store: LmdbMetaStore) -> None:
