@@ -72,10 +72,10 @@ class Ring:
     def replica(self, disk: str) -> Ring:
         return self
 
-    def post(
+    def try_call(
         self,
         request: ScanRequest,
-        then: Callable[[Any, memoryview], None],
+        on_reply: Callable[[Any, memoryview], None],
         *,
         body: Sequence[Buffer] = (),
         timeout_s: float,
@@ -84,7 +84,7 @@ class Ring:
         self.asked.append(request)
         if asked not in self._known:
             self._known[asked] = encode(scan_store(self.store, request))
-        then(decode(self._known[asked], ScanReply), memoryview(b""))
+        on_reply(decode(self._known[asked], ScanReply), memoryview(b""))
         return True
 
     async def list_objects(self, bucket: BucketRecord, **options: Any) -> Any:
