@@ -11,14 +11,14 @@ from storaged.s3.operation import Operation
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
 
-FINDS_NOTHING: Final = frozenset(
+SUCCEED_ON_NOTHING: Final = frozenset(
     {"ListObjects", "ListObjectsV2", "ListObjectVersions", "ListMultipartUploads", "DeleteObject", "DeleteObjects"}
 )
 """Operations that succeed when there is nothing."""
 
-OF_THE_BUCKET: Final = frozenset({"CreateBucket", "DeleteBucket"})
+BUCKET_OPERATIONS: Final = frozenset({"CreateBucket", "DeleteBucket"})
 COPIES: Final = frozenset({"CopyObject", "UploadPartCopy"})
-BODY_IS_GONE: Final = frozenset({"PutObject", "PostObject", "UploadPart"})
+BODY_CONSUMED: Final = frozenset({"PutObject", "PostObject", "UploadPart"})
 """Their body has been read, and is not kept."""
 
 
@@ -28,7 +28,7 @@ async def handle(front: Front, request: Request, operation: Operation) -> Reply:
     if (
         request._bucket_record is not None
         and front.buckets.gone(request._bucket_record)
-        and operation.name not in OF_THE_BUCKET
+        and operation.name not in BUCKET_OPERATIONS
     ):
         await _renew(front, request)
     try:
@@ -38,7 +38,7 @@ async def handle(front: Front, request: Request, operation: Operation) -> Reply:
             raise
     else:
         if (
-            operation.name not in FINDS_NOTHING
+            operation.name not in SUCCEED_ON_NOTHING
             or front.buckets.fences_seen() == seen
             or not await _replaced(front, request, operation)
         ):
@@ -48,10 +48,10 @@ async def handle(front: Front, request: Request, operation: Operation) -> Reply:
 
 async def _replaced(front: Front, request: Request, operation: Operation) -> bool:
     """Whether to run the handler again. Raises NoSuchBucket, AccessDenied, ServiceUnavailable."""
-    if request._bucket_record is None or operation.name in OF_THE_BUCKET:
+    if request._bucket_record is None or operation.name in BUCKET_OPERATIONS:
         return False
     renewed = front.buckets.gone(request._bucket_record) and await _renew(front, request)
-    if renewed and operation.name in BODY_IS_GONE:
+    if renewed and operation.name in BODY_CONSUMED:
         raise ServiceUnavailable(
             "The bucket was deleted and made again while the request was under way. Nothing was stored. Retry."
         )

@@ -156,7 +156,7 @@ def readable(name: str, value: str) -> str:
             value.encode()
         except UnicodeEncodeError:
             raise InvalidArgument(
-                "A header that is kept with an object is US-ASCII or UTF-8.", ArgumentName=name
+                "A header that is stored with an object must be US-ASCII or UTF-8.", ArgumentName=name
             ) from None
     return value
 

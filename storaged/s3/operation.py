@@ -223,7 +223,7 @@ def adopt_query_headers(request: Request) -> None:
         if headers.get(lower, value) != value or not TOKEN.fullmatch(lower):
             raise InvalidArgument("A header and a query parameter contradict each other.", ArgumentName=name[:100])
         if not value.isascii() and must_be_ascii(lower):
-            raise InvalidArgument("The value of this parameter is ASCII.", ArgumentName=name[:100])
+            raise InvalidArgument("The value of this parameter must be ASCII.", ArgumentName=name[:100])
         headers[lower] = checked_header(name[:100], value)
 
 

@@ -142,7 +142,7 @@ class Request(Struct):
     """The body, for an operation that takes a document."""
     _body: RequestBody | None = None
     _bucket_record: BucketRecord | None = None
-    asked: tuple[NewMeta, BodyChecks, WriteConditions] | None = None
+    put_arguments: tuple[NewMeta, BodyChecks, WriteConditions] | None = None
     """What a PutObject asks for, once its headers were parsed."""
     reading: Reading | None = None
     """The object's record, if it was read before the handler began."""

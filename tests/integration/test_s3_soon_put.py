@@ -28,7 +28,7 @@ from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.progress import BODY, HEAD
-from storaged.s3.ops.put import put_asked
+from storaged.s3.ops.put import parse_put
 from storaged.s3.request import Request
 from tests.integration.s3_front import (
     ACCESS,
@@ -423,7 +423,7 @@ def test_headers_that_say_little_are_understood_as_among_others(
         body = RequestBody(None, length, None, Limits(), declared=declared)  # type: ignore[arg-type]
         body.sha256 = sha256
         try:
-            return put_asked(Request("", "PUT", b"/", "", False, headers, _body=body))
+            return parse_put(Request("", "PUT", b"/", "", False, headers, _body=body))
         except errors.S3Error as error:
             return type(error), error.details
 

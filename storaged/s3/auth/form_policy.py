@@ -114,12 +114,12 @@ def check_policy(policy: Policy, fields: Mapping[str, str], bucket: str, now_ms:
     """Every condition must hold, and every field must have one. Raises AccessDenied that names the first that fails."""
     if now_ms >= policy.expires_ms:
         raise AccessDenied("Invalid according to Policy: Policy expired.")
-    said = {**fields, "bucket": bucket}
+    values = {**fields, "bucket": bucket}
     named = {condition.field for condition in policy.conditions}
     if "bucket" not in named:
         raise AccessDenied("Invalid according to Policy: Policy Condition failed: bucket is not named")
     for condition in policy.conditions:
-        value = said.get(condition.field, "")
+        value = values.get(condition.field, "")
         if not (_starts(condition, value) if condition.prefix else value == condition.value):
             raise AccessDenied(f"Invalid according to Policy: Policy Condition failed: {condition}")
     extra = [

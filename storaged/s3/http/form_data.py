@@ -127,7 +127,7 @@ class FormReader:
         while len(self._buffer) < 2 and await self._come():
             pass
         if following != b"--" or (self._buffer and not self._buffer.startswith(b"\r\n")):
-            raise MalformedPOSTRequest("A line of the form begins with its boundary, and goes on.")
+            raise MalformedPOSTRequest("A line of the form begins with the boundary and has more text.")
         return False
 
     async def _check_content(self) -> None:
@@ -137,7 +137,7 @@ class FormReader:
         while len(self._buffer) < len(line) and line.startswith(self._buffer):
             await self._more()
         if self._buffer.startswith(line):
-            raise MalformedPOSTRequest("What a part of the form has begins with the boundary.")
+            raise MalformedPOSTRequest("The content of a part of the form begins with the boundary.")
 
     async def _disposition(self) -> dict[bytes, bytes]:
         """Reads a part's headers. Returns the parameters of Content-Disposition."""
@@ -151,10 +151,10 @@ class FormReader:
                 again, found = found, _parameters(match[2], _FORM_DATA, _PARAMETER)
                 if again is not None or found is None:
                     raise MalformedPOSTRequest(
-                        "A part of the form wants one Content-Disposition: form-data, with each parameter once."
+                        "A part of the form must have one Content-Disposition: form-data, with each parameter once."
                     )
             elif name == b"content-transfer-encoding" and match[2].strip(b" \t").lower() not in _IDENTITY:
-                raise MalformedPOSTRequest("Parts of a form come as they are, without a Content-Transfer-Encoding.")
+                raise MalformedPOSTRequest("A part of the form must not have a Content-Transfer-Encoding.")
         return found or {}
 
     async def _until(self, mark: bytes) -> bytes:

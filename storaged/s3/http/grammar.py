@@ -108,7 +108,7 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
         raise BadRequest()
     http11 = _VERSIONS.get(words[2])
     if http11 is None:
-        raise BadRequest("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+        raise BadRequest("Only HTTP/1.1 and HTTP/1.0 are supported.")
     del lines[0]
     headers = _parse_headers(lines)
     if not raw.isascii():
@@ -196,7 +196,7 @@ def _framing(headers: Mapping[str, str], http11: bool) -> tuple[int | None, bool
     text = headers.get("content-length")
     if "transfer-encoding" in headers:
         if text is not None or not http11:
-            raise BadRequest("Transfer-Encoding does not go with Content-Length, nor with HTTP/1.0.")
+            raise BadRequest("Transfer-Encoding cannot be used with Content-Length, nor in HTTP/1.0.")
         if _ascii_lower(headers["transfer-encoding"]) != "chunked":
             raise errors.NotImplemented("The only Transfer-Encoding is chunked.")
         return None, True

@@ -31,7 +31,7 @@ def check_host(host: str) -> None:
     if host in _known:
         return
     if not host.isascii() or not _HOST.fullmatch(host.encode("ascii")):
-        raise BadRequest("The Host header is not a host and perhaps a port.")
+        raise BadRequest("The Host header is not a valid host with an optional port.")
     if len(host) <= _KNOWN_CHARS_MAX:
         if len(_known) >= _KNOWN_MAX:
             _known.clear()  # a client invents hosts; those that other clients use are soon back

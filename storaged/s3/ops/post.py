@@ -48,16 +48,16 @@ async def post_object(front: Front, request: Request) -> Reply:
         )
     request.key = fields["key"].encode("utf-8", "surrogateescape")
     check_key(request.key)
-    said = _as_headers(fields)
-    if "x-amz-copy-source" in said:
+    headers = _as_headers(fields)
+    if "x-amz-copy-source" in headers:
         raise errors.NotImplemented("A form stores its file: it can't copy.", Header="x-amz-copy-source")
-    check_fields(said)
-    meta = h.new_meta(said)
+    check_fields(headers)
+    meta = h.new_meta(headers)
     if "tagging" in fields:
         parse = partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX)
         document = fields["tagging"].encode("utf-8", "surrogateescape")
         meta = replace(meta, tags=await parse_document(parse, document))
-    checks = h.body_checks(said, None, (), None)
+    checks = h.body_checks(headers, None, (), None)
     result = await front.objects.put(
         request.bucket_record, request.key, _bounded(form, policy), meta, checks, owner=request.who.user_id
     )
@@ -125,16 +125,16 @@ def _is_header(name: str) -> bool:
 def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
     """The fields that act as headers: those that are stored, and all that ask for something, so that what a form can't
     do (conditions, for example) is refused. Raises InvalidArgument for values that no header could have."""
-    said = {name: value for name, value in fields.items() if _is_header(name)}
+    headers = {name: value for name, value in fields.items() if _is_header(name)}
     if fields.get("acl"):
-        said["x-amz-acl"] = fields["acl"]
-    for name, value in said.items():
+        headers["x-amz-acl"] = fields["acl"]
+    for name, value in headers.items():
         if not TOKEN.fullmatch(name) or CONTROL.search(value):
             raise errors.InvalidArgument(
                 "Form fields that become headers have a header's name, and no control characters in their value.",
                 ArgumentName=name[:100],
             )
-    return said
+    return headers
 
 
 async def _bounded(form: FormReader, policy: Policy | None) -> AsyncIterator[Buffer]:

@@ -1,6 +1,6 @@
 """PutObject, with a task and without one (``operation.Attempt``).
 
-Both ways share ``put_asked``, which parses what a PUT asks for.
+Both ways share ``parse_put``, which parses what a PUT asks for.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def upload_checks(request: Request, bytes_max: int) -> BodyChecks:
 PLAIN_HEADERS = h.INCIDENTAL | {"expect"}
 """With these headers alone a PUT says only the type and size of its object."""
 
-PutAsked = tuple[NewMeta, BodyChecks, WriteConditions]
+PutArguments = tuple[NewMeta, BodyChecks, WriteConditions]
 
 
-def put_asked(request: Request) -> PutAsked:
+def parse_put(request: Request) -> PutArguments:
     """What PutObject asks for, of a request whose headers have been checked. Raises as ``upload_checks``, and S3 errors
     for values that are wrong."""
     headers, body = request.headers, request.body
@@ -67,7 +67,7 @@ def put_asked(request: Request) -> PutAsked:
 
 
 async def put_object(front: Front, request: Request) -> Reply:
-    meta, checks, conditions = request.asked or put_asked(request)
+    meta, checks, conditions = request.put_arguments or parse_put(request)
     result = await front.objects.put(
         request.bucket_record, request.key, request.body, meta, checks, owner=request.who.user_id, conditions=conditions
     )
@@ -85,16 +85,16 @@ def _may_be_small(front: Front, request: Request) -> bool:
 
 
 def _prepare_put(front: Front, request: Request) -> bool:
-    request.asked = put_asked(request)
-    size = request.asked[1].size
+    request.put_arguments = parse_put(request)
+    size = request.put_arguments[1].size
     return size is not None and size <= front.objects.small_bytes_max
 
 
 def _try_put(front: Front, request: Request, on_reply: OnReply) -> bool:
     plain = request.body.try_whole()
-    if plain is None or request.asked is None:
+    if plain is None or request.put_arguments is None:
         return False
-    meta, checks, conditions = request.asked
+    meta, checks, conditions = request.put_arguments
     on_stored = partial(_on_stored, front, request, on_reply)
     return front.objects.try_put(
         request.bucket_record,
