@@ -1,4 +1,4 @@
-"""A request's body, read into buffers of our size."""
+"""A request's body, read whole or into buffers of the reader's size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from storaged.wire import Buffer
 
 
 async def whole_of(body: Body, size: int) -> Buffer:
-    """All of a body that should have ``size`` bytes; one byte more when it has more. Asks it as an ``api.WholeBody``
-    when it is one. Raises what the body raises.
+    """All of a body that should have ``size`` bytes; at least one byte more when it is longer. An ``api.WholeBody``
+    gives it without a copy. Raises what the body raises.
     """
     whole: Callable[[], Awaitable[Buffer]] | None = getattr(body, "whole", None)
     if whole is not None:
@@ -22,9 +22,7 @@ async def whole_of(body: Body, size: int) -> Buffer:
 
 
 class BodyReader:
-    """Fills buffers from a body, and refuses what is longer than ``bytes_max``. Asks it as an ``api.FillingBody`` when
-    it is one.
-    """
+    """Fills buffers from a body, and refuses one longer than ``bytes_max``. An ``api.FillingBody`` does so itself."""
 
     def __init__(self, body: Body, bytes_max: int) -> None:
         self._body = body
@@ -37,14 +35,14 @@ class BodyReader:
         """The body has been read to its end (a full buffer may leave this open)."""
 
     def unread(self, view: memoryview) -> None:
-        """Puts back bytes that were just read, to be read again; the caller keeps the memory until then."""
+        """Puts back bytes that were just read, to be read again. The caller must not change the memory before that."""
         assert not self._unread
         self._unread = view
         self.bytes_read -= len(view)
 
     async def fill(self, view: memoryview) -> int:
-        """Bytes copied: as many as fit, fewer only at the end of the body. Raises EntityTooLarge, and what the body
-        raises.
+        """Fills ``view`` and returns the number of bytes; fewer than fit only at the end of the body. Raises
+        EntityTooLarge, and what the body raises.
         """
         filled = min(len(view), len(self._unread))
         if filled:

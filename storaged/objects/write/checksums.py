@@ -1,9 +1,9 @@
 """MD5 and the ten checksums of S3: computed piece by piece, verified against what was declared, combined for
 multipart uploads.
 
-https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html. ``hashlib``'s ``update`` and zlib
-release the interpreter lock; the CRCs
-of awscrt and xxHash run at memory speed. What came without a checksum gets CRC64NVME: 0.3 us for a small object.
+Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html. ``hashlib``'s ``update``
+and zlib release the interpreter lock; the CRCs of awscrt and xxHash run at memory speed. A body that came without a
+checksum gets CRC64NVME, which takes 0.3 us for a small object.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _ALGORITHMS: dict[str, _Algorithm] = {
 assert tuple(_ALGORITHMS) == CHECKSUM_ALGORITHMS
 
 CHECKSUM_BYTES = {name: rule.width_bytes for name, rule in _ALGORITHMS.items()}
-"""Of each algorithm's value, before base64."""
+"""Bytes of each algorithm's value, before base64."""
 
 
 _crc64nvme: Callable[[Buffer, int], int] = crt.crc64nvme  # type: ignore[assignment]  # it takes any buffer
@@ -84,7 +84,7 @@ def default_type(algorithm: str) -> str:
 
 
 def can_be_composite(algorithm: str) -> bool:
-    """AWS has CRC64NVME for whole objects only."""
+    """On AWS, CRC64NVME is for whole objects only."""
     return algorithm != DEFAULT_ALGORITHM
 
 
@@ -100,7 +100,7 @@ def _base64(digest: bytes) -> str:
 
 
 class Digest(NamedTuple):
-    """What a body was: ETag (hex MD5), checksums (algorithm -> base64), size in bytes."""
+    """The digests of a body: ETag (hex MD5), checksums (algorithm -> base64), size in bytes."""
 
     etag: str
     checksums: dict[str, str]
@@ -108,7 +108,7 @@ class Digest(NamedTuple):
 
 
 class BodyDigest:
-    """Takes a body piece by piece (one thread at a time), then verifies what was declared."""
+    """Digests a body piece by piece (one thread at a time), then compares the result with the declared values."""
 
     def __init__(self, checks: BodyChecks) -> None:
         """Raises InvalidRequest for an unknown algorithm."""
@@ -134,8 +134,8 @@ class BodyDigest:
             self._signed_hash.update(piece)
 
     def finish(self) -> Digest:
-        """Raises IncompleteBody, XAmzContentSHA256Mismatch, BadDigest, InvalidRequest (a trailer of an algorithm that
-        was not announced), and what the trailer raises.
+        """Raises IncompleteBody, XAmzContentSHA256Mismatch, BadDigest, InvalidRequest (a trailer with an algorithm that
+        was not announced), and what ``BodyChecks.trailing`` raises.
         """
         declared = dict(self._checks.checksums)
         if self._checks.size is not None and self.size != self._checks.size:
@@ -159,7 +159,7 @@ class BodyDigest:
 
 
 def digest_of(plain: Buffer, checks: BodyChecks) -> Digest:
-    """What a BodyDigest finds of a body that is here whole; it raises the same."""
+    """As ``BodyDigest``, of a body that has arrived whole. Raises the same."""
     if checks.algorithms or checks.checksums or checks.trailing is not None:
         digest = BodyDigest(checks)
         digest.update(plain)
@@ -181,8 +181,8 @@ def multipart_etag(etags: Sequence[str]) -> str:
 
 
 def multipart_checksum(algorithm: str, kind: str, parts: Sequence[tuple[str, int]]) -> str:
-    """``parts``: (base64 checksum, size) in order. COMPOSITE: the checksum of the parts' checksums, ``-N``;
-    FULL_OBJECT: of all bytes, from the parts'.
+    """``parts``: (base64 checksum, size) in order. COMPOSITE: the checksum of the parts' checksums, with ``-N``.
+    FULL_OBJECT: the checksum of all bytes, combined from the parts'.
 
     Raises InvalidRequest when a part has no checksum of this algorithm, or the algorithm can't do FULL_OBJECT.
     """
@@ -215,5 +215,5 @@ def decode_checksum(algorithm: str, text: str) -> bytes | None:
 
 
 def same_checksums(given: Mapping[str, str], kept: Mapping[str, str]) -> bool:
-    """Every given value is one that we have, and equal."""
+    """Whether every given value was kept, and is equal."""
     return all(kept.get(name) == value for name, value in given.items())

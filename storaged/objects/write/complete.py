@@ -1,18 +1,19 @@
 """Completing a multipart upload: the parts' entries move from their rows into the object's record; no data moves.
 
-Theory of operation. The upload's register first pins the version that will be made (Completing), so that a Complete
-taken up again by another gateway, or repeated by the
-client, makes the same one, whose pages it renews first. The object's register is then changed under the conditions, and
-the upload becomes Done with the answer, kept for repeats. Between its
-promise on the object and its accept a Complete looks whether the upload is still Completing: an abort changes that
-first and settles the object afterwards, so of the
-two exactly one wins. When a Complete that is taken up again finds the object changed since the version was pinned, and
-not by it, whether the first try took effect
-and was overwritten can't be known: the upload is opened again and the client told of the conflict.
+Theory of operation. A Complete has three durable steps. It pins the version that it will make in the upload's register
+(Completing). It changes the object's register under the conditions. It marks the upload Done, with the answer, which is
+kept for repeats.
 
-Equal requests at the same time: the one whose pin comes first makes the object. The others wait for its answer, up to
-a second, and then take it up again as above, so all of them give the same answer. A request that names other parts
-waits as long, and is then refused.
+A Complete that another gateway resumes, or that the client repeats, makes the pinned version, whose pages it renews
+first. When a resumed Complete finds that the object changed since the pin, and does not hold the version, it can't know
+whether the first attempt took effect and was overwritten. Then it reopens the upload and reports a conflict.
+
+An abort changes the upload first and settles the object after that. A Complete looks between its promise on the object
+and its accept whether the upload is still Completing. So exactly one of the two wins.
+
+Of equal requests at the same time, the one that pins first makes the object. The others wait for its answer, up to a
+second, and then resume it as above, so that all of them give the same answer. A request that names other parts waits as
+long, and is then refused.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import hashlib
 import hmac
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -80,7 +82,7 @@ from storaged.wire import encode
 
 ATTEMPTS_MAX = 12
 WAITS_MAX = 6
-"""Of 0.01 to 0.02 s, doubled each time: up to 1.3 s for another request that completes the same upload."""
+"""Waits of 0.01 to 0.02 s, doubled each time: up to 1.3 s for another request that completes the same upload."""
 
 Rows = dict[int, tuple[PartRecord, SealedPart]]
 
@@ -90,17 +92,19 @@ class _Moved(Exception):
 
 
 class _Overtaken(Exception):
-    """Another request has pinned, reopened or finished the upload: what its record says now decides."""
+    """Another request has pinned, reopened or finished the upload: its record must be read again."""
 
 
 class _HeldPages:
-    """The pages of a version that is about to be proposed, not named by a record yet: they must be younger than what
-    the sweep of orphans takes.
+    """The pages of a version that no record names yet. At the proposal they must be younger than the orphans that the
+    sweep deletes.
     """
 
-    def __init__(self, plane: ObjectPlane, near: RegisterName) -> None:
+    def __init__(self, plane: ObjectPlane, near: RegisterName, *, resumed: bool) -> None:
         self._plane = plane
         self._near = near
+        self.resumed = resumed
+        """An earlier attempt pinned the version."""
         self.hashes: tuple[bytes, ...] = ()
         self._note_age()
 
@@ -108,14 +112,14 @@ class _HeldPages:
         self._since, self._since_ms = self._plane.clock.monotonic(), self._plane.clock.wall_ms()
 
     async def renew(self) -> None:
-        """Before anything is proposed once more: what was in the way may have taken long. Raises DataDamaged,
-        ServiceUnavailable.
+        """Renews the age of the pages, before each further proposal: the change that was in the way may have taken
+        long. Raises DataDamaged, ServiceUnavailable.
         """
         self._note_age()
         await renew_pages(self._plane.pages, self._near, self.hashes)
 
     def check_age(self) -> None:
-        """On the record that a promise brought. Raises ServiceUnavailable."""
+        """Called with the record that a promise brought. Raises ServiceUnavailable."""
         try:
             self._plane.check_age(self._since, self._since_ms)
         except ServiceUnavailable:
@@ -135,16 +139,17 @@ async def complete(
     declared_size: int | None = None,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
-    """Makes an object of an upload's parts. A repeat of a Complete that succeeded answers what it did.
+    """Makes an object of an upload's parts. A repeat of a Complete that succeeded returns the same result.
 
     Raises NoSuchUpload, MalformedXML (no parts), InvalidPart, InvalidPartOrder, EntityTooSmall, EntityTooLarge,
-    BadDigest, InvalidRequest, and as the conditions do.
+    BadDigest, InvalidRequest, ConditionalRequestConflict, SlowDown, and as the conditions do.
     """
-    request = _request_digest(parts, checksums or {}, checksum_type, declared_size)
+    request = _Request(parts, owner, checksums or {}, checksum_type, declared_size, conditions)
+    bare = _request_digest(request)
     waits = 0
     for _ in range(ATTEMPTS_MAX):
         upload = await open_upload(plane, bucket, key, upload_id)
-        record, digest = upload.record, upload.keyed(request)
+        record, digest = upload.record, upload.keyed(bare)
         equal = hmac.compare_digest(upload.renewed(record).request_digest, digest)
         if record.state == DONE and equal:
             await renew_digest(plane, upload)
@@ -160,36 +165,38 @@ async def complete(
                 "Another request is completing this upload with other parts. Retry when it has ended."
             )
         try:
-            return await _complete_once(
-                plane, bucket, upload, digest, parts, owner, checksums or {}, checksum_type, declared_size, conditions
-            )
+            return await _complete_once(plane, bucket, upload, request, digest)
         except _Overtaken:
             continue
     raise SlowDown("Others complete this upload all the time. Please reduce your request rate.")
 
 
+class _Request(NamedTuple):
+    """A Complete, as the client sent it."""
+
+    parts: Sequence[CompletedPart]
+    owner: str
+    checksums: Mapping[str, str]
+    checksum_type: str
+    declared_size: int | None
+    conditions: WriteConditions
+
+
 async def _complete_once(
-    plane: ObjectPlane,
-    bucket: BucketRecord,
-    upload: OpenedUpload,
-    digest: bytes,
-    parts: Sequence[CompletedPart],
-    owner: str,
-    checksums: Mapping[str, str],
-    checksum_type: str,
-    declared_size: int | None,
-    conditions: WriteConditions,
+    plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, request: _Request, digest: bytes
 ) -> PutResult:
-    """Raises _Overtaken, and as ``complete``."""
+    """Pins, or resumes what is pinned, and commits. ``digest``: of the request, keyed. Raises _Overtaken, and as
+    ``complete``.
+    """
     name, keys = object_name(bucket.id, bucket.shard_numbers, upload.place.key), BucketKeys(plane, bucket)
-    held = _HeldPages(plane, name)
     resumed = upload.record.state == COMPLETING
+    held = _HeldPages(plane, name, resumed=resumed)
     rows = await _rows(plane, bucket, upload)
     if not resumed:
-        await check_early(plane, name, upload.place, keys, conditions)
+        await check_early(plane, name, upload.place, keys, request.conditions)
         algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
-        chosen = await plane.in_thread(_chosen, plane, rows, parts, algorithm)
-        version = await _make_version(plane, name, upload, chosen, owner, checksums, checksum_type, declared_size)
+        chosen = await plane.in_thread(_chosen, plane, rows, request.parts, algorithm)
+        version = await _make_version(plane, name, upload, chosen, request)
         held.hashes = version.pages
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest, held))
     version = decode_version(upload.record.pinned)
@@ -197,7 +204,7 @@ async def _complete_once(
         held.hashes = version.pages
         await held.renew()
     try:
-        outcome = await _commit(plane, name, keys, upload, version, conditions, held, resumed=resumed)
+        outcome = await _commit(plane, name, keys, upload, version, request.conditions, held)
     except (PreconditionFailed, NoSuchKey):
         await _reopen(plane, upload)
         raise
@@ -210,7 +217,7 @@ async def _complete_once(
         ) from None
     retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
     result = await _done(plane, bucket, upload, version)
-    named = {part.number for part in parts}
+    named = {part.number for part in request.parts}
     unused = [row.entry for number, (row, _) in rows.items() if number not in named]
     if unused:
         plane.background.spawn(retire_parts(plane, bucket, name, unused))
@@ -223,12 +230,13 @@ def _answer(result: CompleteResult) -> PutResult:
     )
 
 
-def _request_digest(
-    parts: Sequence[CompletedPart], checksums: Mapping[str, str], checksum_type: str, size: int | None
-) -> bytes:
-    """Computable from content: it never leaves the gateway but keyed (``OpenedUpload.keyed``)."""
-    said = [(part.number, part.etag, sorted(part.checksums.items())) for part in parts]
-    return hashlib.sha256(msgspec.msgpack.encode([said, sorted(checksums.items()), checksum_type, size])).digest()
+def _request_digest(request: _Request) -> bytes:
+    """SHA-256 of the parts and checksums. It can be computed from content, so it leaves the gateway only keyed
+    (``OpenedUpload.keyed``).
+    """
+    parts = [(part.number, part.etag, sorted(part.checksums.items())) for part in request.parts]
+    content = [parts, sorted(request.checksums.items()), request.checksum_type, request.declared_size]
+    return hashlib.sha256(msgspec.msgpack.encode(content)).digest()
 
 
 async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> Rows:
@@ -240,7 +248,9 @@ async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) 
 def _chosen(
     plane: ObjectPlane, rows: Rows, parts: Sequence[CompletedPart], algorithm: str
 ) -> list[tuple[PartRecord, SealedPart]]:
-    """The parts that the client names, checked against what was uploaded."""
+    """The parts that the client names, checked against the uploaded ones. Raises MalformedXML, InvalidPartOrder,
+    InvalidPart, EntityTooSmall.
+    """
     if not parts or len(parts) > plane.limits.parts_max:
         raise MalformedXML
     numbers = [part.number for part in parts]
@@ -272,21 +282,19 @@ async def _make_version(
     name: RegisterName,
     upload: OpenedUpload,
     chosen: Sequence[tuple[PartRecord, SealedPart]],
-    owner: str,
-    checksums: Mapping[str, str],
-    checksum_type: str,
-    declared_size: int | None,
+    request: _Request,
 ) -> Version:
-    """The version that these parts make; its pages are durable when this returns."""
+    """The version of these parts. Its pages are durable when this returns. Raises EntityTooLarge, InvalidRequest,
+    BadDigest.
+    """
     parts = [part for _, part in chosen]
     size = sum(part.size for part in parts)
     if size > plane.limits.object_bytes_max:
         raise EntityTooLarge(MaxSizeAllowed=str(plane.limits.object_bytes_max), ProposedSize=str(size))
-    if declared_size is not None and declared_size != size:
-        raise InvalidRequest(f"The parts have {size} bytes; x-amz-mp-object-size says {declared_size}.")
-    found, kind = await plane.in_thread(
-        _checksums, upload.record, parts, checksums, checksum_type
-    )  # of 10,000 parts some 50 ms
+    if request.declared_size is not None and request.declared_size != size:
+        raise InvalidRequest(f"The parts have {size} bytes; x-amz-mp-object-size says {request.declared_size}.")
+    # 50 ms for 10,000 parts
+    found, kind = await plane.in_thread(_checksums, upload.record, parts, request.checksums, request.checksum_type)
     manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
     context_id = upload.record.upload_id
     meta = msgspec.structs.replace(
@@ -306,7 +314,7 @@ async def _make_version(
     new = UnsealedVersion(
         NULL_VERSION,
         context_id,
-        owner,
+        request.owner,
         plane.clock.wall_ms(),
         manifest.parts,
         manifest.first,
@@ -320,15 +328,16 @@ async def _make_version(
 def _checksums(
     record: UploadRecord, parts: Sequence[SealedPart], declared: Mapping[str, str], checksum_type: str
 ) -> tuple[dict[str, str], str]:
-    """(algorithm -> value, type) of the whole: of the algorithm that the upload was created for, or CRC64NVME. Raises
-    InvalidRequest, BadDigest."""
+    """(algorithm -> value, type) of the whole object, for the algorithm that the upload was created for, or CRC64NVME.
+    Raises InvalidRequest, BadDigest.
+    """
     algorithm, kind = record.checksum_algorithm or DEFAULT_ALGORITHM, record.checksum_type or FULL_OBJECT
     if checksum_type and checksum_type != kind:
         raise BadDigest(f"The upload was created for checksums of type {kind}, not {checksum_type}.")
     if any(name != algorithm for name in declared):
         raise InvalidRequest(f"The upload was created for {algorithm} checksums, not {', '.join(declared)}.")
     if not record.checksum_algorithm and not declared and not all(part.checksum for part in parts):
-        return {}, ""  # parts from before every part kept a checksum
+        return {}, ""  # old parts, of a version that kept no checksum without being asked
     value = multipart_checksum(algorithm, kind, [(part.checksum, part.size) for part in parts])
     if declared and declared[algorithm] not in (value, value.partition("-")[0]):
         raise BadDigest(f"The {algorithm} you specified did not match the calculated checksum.")
@@ -365,8 +374,9 @@ async def _pin(
 
 
 async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> str:
-    """Completing -> Open, after a condition that did not hold: the client may abort, or complete again. Returns the
-    state that was found."""
+    """Completing -> Open, after a condition did not hold: the client may abort, or complete again. Returns the state
+    that the upload had.
+    """
     found = ""
 
     def update(value: Value | None) -> Change | None:
@@ -392,10 +402,10 @@ async def _commit(
     version: Version,
     conditions: WriteConditions,
     held: _HeldPages,
-    *,
-    resumed: bool,
 ) -> Outcome:
-    """Puts the version into the object's record, once, however often this is tried."""
+    """Puts the version into the object's record, once, however often this is tried. ``upload``: with the pin as its
+    record. Raises _Moved, _Overtaken, and as ``complete``.
+    """
     for attempt in range(ATTEMPTS_MAX):
         promised = asyncio.Event()
         ran = False
@@ -407,7 +417,7 @@ async def _commit(
             record = decode_record(value)
             if any(version.context_id == other.context_id for other in record.versions):
                 change = None
-            elif resumed and (value.sequence if value is not None else 0) != upload.record.pinned_sequence:
+            elif held.resumed and (value.sequence if value is not None else 0) != upload.record.pinned_sequence:
                 raise _Moved
             else:
                 check_write(conditions, current_of(upload.place, record, keys, with_etag=needs_etag(conditions)))
@@ -433,9 +443,11 @@ async def _commit(
 
 
 async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: asyncio.Event) -> None:
-    """Looks at the upload after the object's replicas have promised: see the theory of operation. When the upload is
-    Done and the record lacks the version, another request has put it there, and it was deleted or overwritten since:
-    it must not come back."""
+    """Looks at the upload after the object's replicas have promised: see the theory of operation.
+
+    When the upload is Done and the record lacks the version, another request has put it there, and it was deleted or
+    overwritten since: it must not come back. Raises NoSuchUpload, _Overtaken.
+    """
     await promised.wait()
     record = decode_upload((await plane.registers.read(upload.name)).value)
     if record is None or record.state not in (OPEN, COMPLETING, DONE):
@@ -468,7 +480,7 @@ async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, 
 
 
 async def finish(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> bool:
-    """After an abort met a Complete: whether that one took effect, in which case the upload is Done after all."""
+    """For an abort that met a Complete. Returns whether the Complete took effect; then the upload becomes Done."""
     name = object_name(bucket.id, bucket.shard_numbers, upload.place.key)
     record = decode_record(await plane.registers.settle(name))
     version = decode_version(upload.record.pinned)

@@ -33,8 +33,8 @@ async def delete(
     version_id: str = "",
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> DeleteResult:
-    """Deletes an object; what is not there is deleted already. Its data goes to the garbage lists. Raises
-    PreconditionFailed, NoSuchKey (a condition on nothing).
+    """Deletes an object; to delete one that does not exist succeeds. Its data goes to the garbage lists. Raises
+    PreconditionFailed, and NoSuchKey for a condition on an object that does not exist.
     """
     name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
@@ -55,9 +55,7 @@ async def delete(
 async def change_meta(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, alter: Callable[[SealedMeta], SealedMeta]
 ) -> str:
-    """Seals altered metadata into a version, whose data stays. Returns the version id. Raises
-    NoSuchKey, NoSuchVersion.
-    """
+    """Seals altered metadata into a version; its data stays. Returns the version id. Raises as ``find_version``."""
     name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
 

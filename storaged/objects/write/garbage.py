@@ -1,9 +1,9 @@
-"""The way to the disks' garbage lists: whatever is replaced or left over within a moment goes to a disk in one call.
+"""Batches of entries for the disks' garbage lists: all data that was replaced within a moment goes to a disk in one
+call.
 
-All of it is best effort: what is lost on the way, be it that this process dies, the sweep of orphans finds. So nobody
-waits for it, and since an entry is due an hour
-later, a tenth of a second is nothing. An overwrite that made three calls of its own cost half as much again as a PUT of
-a new key.
+All of this is best effort: the sweep of orphans finds entries that get lost, for example when this process dies. So no
+request waits for it. An entry is due an hour later, so a delay of a tenth of a second does not matter. An overwrite
+that made three calls of its own cost half as much again as a PUT of a new key.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from storaged.objects.background import Background
 
 GATHER_S = 0.1
 WAITING_MAX = 8192
-"""Entries gathered or on their way: at 100 bytes and a key each, some megabytes. More are dropped, and counted."""
+"""Entries that wait or are being sent: at 100 bytes and a key each, some megabytes. Further ones are dropped, and
+counted.
+"""
 
 
 async def retire_on(stores: FragmentStores, disk: str, entries: Sequence[Retirement], timeout_s: float) -> None:
-    """Puts entries on one disk's list, as far as it answers."""
+    """Puts entries on one disk's list, as long as it answers."""
     for start in range(0, len(entries), RETIREMENTS_MAX):
         try:
             async with asyncio.timeout(timeout_s):
@@ -36,9 +38,9 @@ async def retire_all(stores: FragmentStores, by_disk: Mapping[str, Sequence[Reti
 
 
 class Garbage:
-    """Gathers entries, and sends them in the background: one batch at a time, so that a disk that does not answer holds
-    back what is gathered meanwhile, and what
-    is gathered and on its way is ``WAITING_MAX`` at most."""
+    """Collects entries, and sends them in the background, one batch at a time: while a disk does not answer, new
+    entries wait. At most ``WAITING_MAX`` entries wait or are being sent.
+    """
 
     def __init__(self, stores: FragmentStores, background: Background, timeout_s: float) -> None:
         self._stores = stores
@@ -46,7 +48,7 @@ class Garbage:
         self._timeout_s = timeout_s
         self._waiting: dict[str, list[Retirement]] = {}
         self._held = 0
-        """Entries that wait or are on their way."""
+        """Entries that wait or are being sent."""
         self._sending = False
 
     def add(self, disk: str, entry: Retirement) -> None:
@@ -67,5 +69,5 @@ class Garbage:
                 batch, self._waiting = self._waiting, {}
                 await retire_all(self._stores, batch, self._timeout_s)
                 self._held -= sum(map(len, batch.values()))
-        finally:  # when it is ended, what is left is lost with the process
+        finally:  # it is cancelled only when the process stops, and the rest is lost with it
             self._waiting, self._held, self._sending = {}, 0, False

@@ -1,12 +1,11 @@
-"""Multipart uploads but for Complete (``complete``): a register for the upload, a register for every part.
+"""Multipart uploads without Complete (``complete``): a register for the upload, and one for each part.
 
     Open -> Completing(pinned version) -> Done(result)
     Open | Completing -> Aborted
 
-Every attempt at a part has its own data id, so that one that is superseded, or interrupted, shares nothing with the one
-that counts. Fragments of parts
-name the *object's* register as their owner, for that is where they end; until then ``references`` finds them through
-the upload's rows.
+Each attempt at a part has its own data id, so that a superseded or interrupted attempt shares no data with the one that
+counts. Fragments of parts name the *object's* register as their owner, because the parts end there. Before that,
+``references`` finds them through the upload's rows.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ async def create_upload(
     algorithm: str = "",
     checksum_type: str = "",
 ) -> UploadInfo:
-    """Raises InvalidRequest for a checksum that can't be."""
+    """Opens an upload. Raises InvalidRequest for an unknown checksum algorithm or type, or a wrong pair of them."""
     kind = _checked_type(algorithm, checksum_type)
     upload_id = new_upload_id(shard_of(key, bucket.shard_numbers), plane.entropy)
     bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
@@ -135,17 +134,15 @@ def _checked_type(algorithm: str, checksum_type: str) -> str:
 async def put_part(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
 ) -> PutResult:
-    """Stores one part; another of the same number takes its place. It keeps the checksum that the upload was created
+    """Stores one part; it replaces an earlier one of the same number. It keeps the checksum that the upload was created
     for, or CRC64NVME.
 
-    Raises NoSuchUpload, InvalidArgument, InvalidRequest (a checksum of another algorithm), and as ``put``."""
+    Raises NoSuchUpload, InvalidArgument, InvalidRequest (a checksum of another algorithm), and as ``put``.
+    """
     if not 1 <= number <= plane.limits.parts_max:
         raise InvalidArgument(f"Part number must be an integer between 1 and {plane.limits.parts_max}, inclusive.")
     upload = await open_upload(plane, bucket, key, upload_id)
-    if upload.record.state not in (
-        OPEN,
-        COMPLETING,
-    ):  # a Complete may still fail on its condition, and the upload go on
+    if upload.record.state not in (OPEN, COMPLETING):  # a Complete may still fail on its condition: the upload goes on
         raise NoSuchUpload(UploadId=upload_id)
     owner = object_name(bucket.id, bucket.shard_numbers, key)
     row_name = part_name(bucket.id, upload.record.upload_id, number)
@@ -176,8 +173,8 @@ async def put_part(
         replaced = decode(before.body, PartRecord).entry
         if replaced.data_id != entry.data_id:
             plane.background.spawn(retire_parts(plane, bucket, owner, [replaced]))
-    told = {name: value for name, value in digest.checksums.items() if name in (declared or {algorithm})}
-    return PutResult(digest.etag, size=digest.size, checksums=told, modified_ms=now_ms)
+    shown = {name: value for name, value in digest.checksums.items() if name in (declared or {algorithm})}
+    return PutResult(digest.etag, size=digest.size, checksums=shown, modified_ms=now_ms)
 
 
 async def copy_part(
@@ -199,12 +196,11 @@ async def copy_part(
 
 
 async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> None:
-    """Ends an upload; its parts go to the garbage lists. Raises NoSuchUpload (also when it turns out to have been
-    completed).
+    """Ends an upload; its parts go to the garbage lists. Raises NoSuchUpload, also when the upload was completed.
 
-    An upload may be in the middle of a Complete whose gateway died, or is only slow. Once it is Aborted no Complete
-    goes on (each looks after its promise);
-    the round that settles the object then ends the promises made before, and shows whether one of those came first.
+    A Complete of the upload may be under way, by a gateway that died or is slow. Once the upload is Aborted, no
+    Complete goes on, because each looks at it after its promise. The round that settles the object then ends all
+    earlier promises, and shows whether one of them had taken effect.
     """
     upload = await open_upload(plane, bucket, key, upload_id)
     before = upload.record
@@ -225,7 +221,7 @@ async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id:
 
 
 async def drop_parts(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> None:
-    """Retires every part of an aborted upload, and forgets its rows. What fails here ``forget_finished_uploads`` does
+    """Retires every part of an aborted upload, and deletes its rows. If this fails, ``forget_finished_uploads`` does it
     later.
     """
     owner = object_name(bucket.id, bucket.shard_numbers, upload.place.key)
@@ -238,7 +234,7 @@ async def drop_parts(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpl
 async def _forget_parts(
     plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, upload_id: bytes, kept: Set[bytes]
 ) -> None:
-    """Makes tombstones of an upload's part rows; retires the parts that are not ``kept``. Raises NoSuchBucket,
+    """Turns an upload's part rows into tombstones, and retires the parts that are not ``kept``. Raises NoSuchBucket,
     ServiceUnavailable.
     """
     gate = asyncio.Semaphore(FORGETS_IN_FLIGHT_MAX)
@@ -262,7 +258,7 @@ async def _forget_parts(
 async def list_parts(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
 ) -> tuple[UploadInfo, list[PartInfo], int | None]:
-    """Parts with a number > ``after``; and the last number when there are more. Raises NoSuchUpload."""
+    """The upload, its parts with a number > ``after``, and the last number when there are more. Raises NoSuchUpload."""
     upload = await open_upload(plane, bucket, key, upload_id)
     if upload.record.state not in (OPEN, COMPLETING):
         raise NoSuchUpload(UploadId=upload_id)
@@ -290,11 +286,11 @@ async def list_uploads(
     delimiter: bytes = b"",
     limit: int = 1000,
 ) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:
-    """Uploads in progress, by key, then upload id; common prefixes; and the marker of the next page. One whose row
-    can't be used is left out, and counted.
+    """Uploads in progress, by key, then upload id; common prefixes; and the marker of the next page. An upload whose
+    row can't be used is left out, and counted.
 
-    A row's key is the object's, a zero byte and the upload id. So grouping is done here: an upload id may hold the
-    delimiter.
+    A row's key is the object's, a zero byte and the upload id. Rows are grouped here, not by the scanner, because an
+    upload id may contain the delimiter.
     """
     uploads: list[UploadInfo] = []
     groups: dict[bytes, None] = {}
@@ -342,22 +338,22 @@ def _row_after(after_key: bytes, after_upload: str, delimiter: bytes) -> bytes:
 
 
 def _first_of(failed: BaseExceptionGroup[StoragedError]) -> StoragedError:
-    """One of the errors that ended a group: what a caller of plain functions expects."""
+    """The first of the errors that ended a task group: callers expect one error."""
     first = failed.exceptions[0]
     return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
-    """A finished upload whose rows need not be kept any longer."""
+    """Whether the upload ended at least ``keep_ms`` ago, so that its rows may go."""
     return record.state not in (OPEN, COMPLETING) and now_ms - record.changed_ms >= keep_ms
 
 
 async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
-    """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many
-    uploads. Safe to run anywhere, any time.
+    """Turns the rows of uploads that ended more than a day ago into tombstones. Returns the number of uploads. Any node
+    may run this at any time.
 
-    Records from before get their digest keyed (``renew_digest``). One that can't be used is counted, and passed
-    over."""
+    Old records get their digest keyed (``renew_digest``). A record that can't be used is counted and skipped.
+    """
     forgotten = 0
     async for row in every_row(plane.scanner, PageQuery(Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True)):
         try:

@@ -1,18 +1,16 @@
-"""Which data is referred to: what the collector of garbage asks before it deletes, and what repair walks.
+"""Which data is referred to: garbage collection asks before it deletes, and repair walks these references.
 
-Every fragment names one owner, the register of the *object* that it belongs to, or will: also a part of an upload that
-is still open. So a data id is referred to by
+Each fragment names one owner: the register of the *object* that it belongs to, or will belong to. That is so for a part
+of an open upload too. A data id is referred to by
 
 * the object's record, in a part of a version or on a page of its manifest; or
 * the row of a part of an open or completing upload for that key; or
 * the version that a completing upload has pinned.
 
-A part moves from the second to the third to the first and never back, and each place is written before the one before
-it is cleared. ``live_references`` therefore looks
-at the uploads first and at the object last, after a round that ends all earlier promises on it: what it does not find
-then is referred to by nothing, and
-never will be, for a data id is proposed only by the request that drew it, and that one looks again before it proposes a
-second time.
+A part moves from the second place to the third and to the first, never back, and each place is written before the
+previous one is cleared. So ``live_references`` looks at the uploads first and at the object last, after a round that
+ends all earlier promises on it. A data id that it does not find has no reference, and never gets one: only the request
+that drew a data id proposes it, and that request looks again before it proposes a second time.
 """
 
 from __future__ import annotations
@@ -32,9 +30,7 @@ from storaged.wire import decode
 
 
 def versions_in(record: bytes, table: int) -> tuple[Version, ...]:
-    """The versions that a record of the OBJECT or UPLOAD table holds; those may have a manifest of pages. Raises
-    DataDamaged.
-    """
+    """The versions in a record of the OBJECT or UPLOAD table; they may have a manifest of pages. Raises DataDamaged."""
     if not record:
         return ()
     try:
@@ -59,7 +55,7 @@ def references(record: bytes, table: int) -> set[bytes]:
 
 
 async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[PartEntry]:
-    """All parts that a record refers to, those on pages of manifests too. ``near`` is the object's register. Raises
+    """All parts that a record refers to, including those on pages of manifests. ``near``: the object's register. Raises
     DataDamaged.
     """
     if table == Table.PART and record:
@@ -75,12 +71,11 @@ async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) 
 async def live_references(
     registers: Registers, scanner: Scanner, pages: Pages, owner: RegisterName, *, uploads: bool = True
 ) -> set[bytes]:
-    """Every data id that is referred to from the object of ``owner`` or an upload for it, now and after every proposal
-    that was under way. ``uploads`` False: none
-    was open for the key when the caller looked, after it had got the data ids that it asks about.
+    """Every data id that the object of ``owner``, or an upload for it, refers to now and after every proposal that is
+    under way. A bucket that was deleted for good has none.
 
-    Of a bucket that was deleted for good there are none. Raises ServiceUnavailable, DataDamaged when this can't be
-    known: then nothing may be deleted.
+    ``uploads`` False: no upload was open for the key when the caller looked, after it had the data ids that it asks
+    about. Raises ServiceUnavailable, DataDamaged when the references can't be known: then nothing may be deleted.
     """
     found: set[bytes] = set()
     if uploads:

@@ -1,5 +1,5 @@
-"""What a write replaced, put on the garbage lists of the disks that hold it. The collector judges it there against the
-register; see ``references``.
+"""Data that a write replaced goes to the garbage lists of the disks that hold it. Garbage collection there compares it
+with the register before it deletes; see ``references``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from storaged.objects.write.garbage import retire_all
 
 
 def replaced_versions(before: ObjectRecord, after: ObjectRecord) -> list[Version]:
-    """Versions whose data no later version has (a change of tags keeps it)."""
+    """Versions whose data ``after`` does not have. A change of tags keeps the data."""
     kept = {version.context_id for version in after.versions}
     return [version for version in before.versions if version.context_id not in kept]
 
 
 def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry) -> set[str]:
-    """Every disk that a part's runs name. A run of a layout that this node does not know names none here: the sweep
-    finds its fragments.
+    """Every disk that a part's runs name. A run of a layout that this node does not know adds none: the sweep finds its
+    fragments.
     """
     disks: set[str] = set()
     for run in part.runs:
@@ -44,8 +44,8 @@ def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, 
 def retirements(
     plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]
 ) -> Iterator[tuple[str, Retirement]]:
-    """(disk, entry of its garbage list) of every disk that holds one of these parts, due after the delay that readers
-    are given.
+    """(disk, entry for its garbage list) of every disk that holds one of these parts. An entry is due after
+    ``retire_delay_ms``, for readers in the middle of the data.
     """
     owner, due_ms = name.pack(), plane.clock.wall_ms() + plane.limits.retire_delay_ms
     first = plane.layouts.current.replicas_of(name.partition)[:1]
@@ -69,8 +69,8 @@ async def retire_parts(
 async def retire_versions(
     plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, versions: list[Version]
 ) -> None:
-    """All parts of these versions. Best effort: a manifest that cannot be read now leaves its parts to the sweep of
-    orphans.
+    """Retires all parts of these versions. Best effort: the parts of a manifest that can't be read now are left to the
+    sweep of orphans.
     """
     for version in versions:
         batch: list[PartEntry] = []
@@ -89,7 +89,7 @@ async def retire_versions(
 def retire_replaced(
     plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, before: ObjectRecord, after: ObjectRecord
 ) -> None:
-    """Hands what a committed change replaced to the background."""
+    """Retires in the background what a committed change replaced."""
     paged = []
     for version in replaced_versions(before, after):
         if version.manifest:

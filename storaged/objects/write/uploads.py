@@ -1,4 +1,4 @@
-"""An upload's register and its parts' rows: opening and sealing what they hold."""
+"""An upload's register and its parts' rows: how their contents are opened and sealed."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ PART_LABEL = "sov.partmeta.v1"
 RESULT_LABEL = "sov.result.v1"
 REQUEST_LABEL = "sov.request.v1"
 _KEYED = b"\x01"
-"""First byte of a keyed digest of a request, which has 33 bytes. Digests of 32 bytes are from before: a bare SHA-256,
-computable from content."""
+"""First byte of a keyed digest of a request, which has 33 bytes. Old digests have 32 bytes: a bare SHA-256, which can
+be computed from content.
+"""
 _BARE_DIGEST_BYTES = 32
 UPLOAD_VERSION = "\0upload"
-"""Stands where a version id does in the context of an upload's key; no version has this id."""
+"""In place of a version id in the context of an upload's key; no version has this id."""
 
 
 class OpenedUpload(NamedTuple):
-    """An upload with its secrets. ``place`` and ``record.upload_id`` are what they are bound to."""
+    """An upload with its secrets, which are bound to ``place`` and ``record.upload_id``."""
 
     name: RegisterName
     place: Place
@@ -69,20 +70,21 @@ class OpenedUpload(NamedTuple):
         return seal_message(self.dek, PART_LABEL, self.part_context(data_id), encode(part), plane.entropy(SALT_BYTES))
 
     def open_part(self, row: PartRecord) -> SealedPart:
-        """About 30 us. Raises DataDamaged, also for a row whose number, size or data is not what was sealed."""
+        """Takes about 30 us. Raises DataDamaged, also for a row whose number, size or data differs from the sealed."""
         part = _opened(self.dek, PART_LABEL, self.part_context(row.entry.data_id), row.sealed, SealedPart)
         if not part.names(row.entry):
             raise DataDamaged("The row of a part says otherwise than what is sealed in it.")
         return part
 
     def keyed(self, request: bytes) -> bytes:
-        """The form in which a Complete's digest (SHA-256, 32 bytes) is kept: without the upload's key it says nothing
-        about the parts."""
+        """The form in which the digest of a Complete (SHA-256, 32 bytes) is stored: without the upload's key it reveals
+        nothing about the parts.
+        """
         context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
         return _KEYED + derive_key(self.dek, REQUEST_LABEL, context + request)
 
     def renewed(self, record: UploadRecord) -> UploadRecord:
-        """A record of this upload without a bare digest: it is keyed."""
+        """The record of this upload with its digest keyed, if it was bare."""
         bare = record.request_digest
         if len(bare) != _BARE_DIGEST_BYTES:
             return record
@@ -111,7 +113,7 @@ def upload_text(upload_id: bytes) -> str:
 
 
 def parse_upload_id(text: str) -> bytes:
-    """Raises NoSuchUpload for what never was an upload id."""
+    """Raises NoSuchUpload for a text that can't be an upload id."""
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
@@ -122,7 +124,7 @@ def parse_upload_id(text: str) -> bytes:
 
 
 def decode_upload(value: Value | None) -> UploadRecord | None:
-    """None when it was never made, or has been forgotten. Raises DataDamaged."""
+    """None: there is no such upload, or no longer. Raises DataDamaged."""
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return None
     try:
@@ -135,9 +137,9 @@ def decode_upload(value: Value | None) -> UploadRecord | None:
 
 
 def upload_of_row(row: Row) -> UploadRecord | None:
-    """The record that a row of the UPLOAD table holds; None as ``decode_upload``. Raises DataDamaged, also for a row
-    that holds another upload's record:
-    what is done to an upload's parts goes by the id in its record."""
+    """The record in a row of the UPLOAD table; None as ``decode_upload``. Raises DataDamaged, also for a row with
+    another upload's record: operations on an upload's parts use the id in its record.
+    """
     record = decode_upload(row.value)
     if record is not None and row.key[-UPLOAD_ID_BYTES - 1 :] != b"\0" + record.upload_id:
         raise DataDamaged("The record of this upload is not the one of its row.")
@@ -150,12 +152,12 @@ class LivingUpload(NamedTuple):
     key: bytes
     record: UploadRecord
     value: Value
-    """The row's, of which ``record`` is the body."""
+    """The row's value; ``record`` is its body."""
 
 
 def living_upload(row_key: bytes, value: Value) -> LivingUpload | None:
-    """What the row of an upload holds; None of one that has ended. Raises DataDamaged, also for a row that holds
-    another upload's record.
+    """The upload in a row of the UPLOAD table; None when it has ended. Raises DataDamaged, also for a row with another
+    upload's record.
     """
     record = decode_upload(value)
     if record is None or record.state not in (OPEN, COMPLETING):
@@ -175,7 +177,7 @@ async def living_uploads(scanner: Scanner, owner: RegisterName) -> AsyncIterator
 
 
 async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> OpenedUpload:
-    """An upload in any state but forgotten. Raises NoSuchUpload, DataDamaged."""
+    """An upload in any state. Raises NoSuchUpload, DataDamaged."""
     raw = parse_upload_id(upload_id)
     if raw[0] not in bucket.shard_numbers:
         raise NoSuchUpload(UploadId=upload_id)
@@ -203,12 +205,12 @@ async def unseal_upload(
 
 
 def has_bare_digest(record: UploadRecord) -> bool:
-    """Whether a record from before still has a digest of its parts that a storage node could test guesses with."""
+    """Whether an old record still has a bare digest of its parts, with which a storage node could test guesses."""
     return len(record.request_digest) == _BARE_DIGEST_BYTES
 
 
 async def renew_digest(plane: ObjectPlane, upload: OpenedUpload) -> None:
-    """Keys the digest of a record from before, in place; does nothing to others."""
+    """Keys the bare digest of an old record. Does nothing to other records."""
     if not has_bare_digest(upload.record):
         return
 
@@ -232,7 +234,7 @@ def decode_part(row: Row) -> PartRecord:
 
 
 async def part_rows(scanner: Scanner, scope: bytes, upload_id: bytes, *, after: int = 0) -> AsyncIterator[PartRecord]:
-    """The parts of an upload by number, from behind number ``after``."""
+    """The parts of an upload with a number > ``after``, in order. Raises DataDamaged."""
     start = upload_id + after.to_bytes(2, "big")
     async for row in every_row(scanner, PageQuery(Table.PART, scope, [upload_id[0]], prefix=upload_id, after=start)):
         yield decode_part(row)
