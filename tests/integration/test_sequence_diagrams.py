@@ -23,6 +23,7 @@ from storaged.clock import SystemClock
 from storaged.meta.names import object_name
 from storaged.objects.system.users import UserService
 from storaged.s3.app import S3App
+from storaged.s3.context import Endpoint
 from storaged.s3.http.connection import Connection
 from tests.integration.call_trace import Arrow, CallTrace
 from tests.integration.memory_cluster import WHO, Cluster, run
@@ -125,7 +126,7 @@ def with_client(steps: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
         await cluster.bucket()
         users = UserService(cluster.gateway.plane)
         await users.add("client", access_key=ACCESS, secret_key=SECRET, user_id=WHO.user_id)
-        app = S3App(cluster.objects, cluster.buckets, users, region=REGION, clock=SystemClock(), entropy=os.urandom)
+        app = S3App(cluster.objects, cluster.buckets, users, Endpoint(REGION), clock=SystemClock(), entropy=os.urandom)
         client = Client(app)
         await asyncio.sleep(0)
         for number in range(4):  # then user, bucket and its key are in memory, and new keys are likely to be new
