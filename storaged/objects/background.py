@@ -29,13 +29,13 @@ class Counters:
     cells_lied: int = 0
     background_dropped: int = 0
     uploads_unreadable: int = 0
-    """Times that a row of an upload could not be used, and was passed over."""
+    """Times that the row of an upload could not be used, and was skipped."""
 
 
 class Background:
-    """Owns work that no caller waits for: retiring replaced data, cleaning up after failures. Bounded; what does not
-    fit is dropped and counted,
-    which is allowed only for work that a sweep does as well."""
+    """Owns work that no caller waits for: retiring replaced data, cleaning up after failures. Work beyond the bound is
+    dropped and counted; so only work that a sweep does as well belongs here.
+    """
 
     def __init__(self, tasks_max: int, counters: Counters) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,7 +55,7 @@ class Background:
         return True
 
     def drop(self) -> None:
-        """Counts something that found no room."""
+        """Counts work that was dropped."""
         self._counters.background_dropped += 1
 
     async def settle(self) -> None:
@@ -70,20 +70,22 @@ class Background:
         await cancel_all(self._tasks)
 
 
-def when_gone(thing: object, then: Callable[[], None]) -> None:
-    """``then`` is called on this event loop soon after nobody has ``thing`` any more. Where that shows it is only said:
-    in whatever thread collects garbage, or on
-    the loop, in the middle of a change to the very table that ``then`` is to change."""
-    weakref.finalize(thing, _say, asyncio.get_running_loop(), then).atexit = False
+def when_gone(thing: object, on_gone: Callable[[], None]) -> None:
+    """Calls ``on_gone`` on this event loop soon after the last reference to ``thing`` is gone.
+
+    The finalizer itself only schedules the call: it may run in any thread, or on the loop in the middle of a change to
+    the same table that ``on_gone`` changes.
+    """
+    weakref.finalize(thing, _schedule, asyncio.get_running_loop(), on_gone).atexit = False
 
 
-def _say(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
+def _schedule(loop: asyncio.AbstractEventLoop, on_gone: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended, and its tables with it
-        loop.call_soon_threadsafe(then)
+        loop.call_soon_threadsafe(on_gone)
 
 
 async def cancel_all(tasks: set[asyncio.Task[Any]] | list[asyncio.Task[Any]]) -> None:
-    """Cancels what is not done and waits for it; results and exceptions are taken and dropped."""
+    """Cancels the tasks and waits for them. Drops their results and exceptions."""
     pending = list(tasks)
     for task in pending:
         task.cancel()

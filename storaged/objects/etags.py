@@ -1,8 +1,8 @@
-"""What a condition says of an entity tag, as a value: nothing (``None``), that the object exists (``ANY``), or one of
-these tags (``Tags``).
+"""A condition on an entity tag as a value: none (``None``), the object exists (``ANY``), or one of these tags
+(``Tags``).
 
-Empty is not absent: a header without any tag in it is ``NO_TAG``, which matches no object. RFC 9110, sections 8.8.3 and
-13.1.
+Empty is not absent: a header without any tag is ``NO_TAG``, which matches no object. Source: RFC 9110, sections 8.8.3
+and 13.1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from msgspec import Struct
 
 
 class AnyTag(Struct, frozen=True):
-    """``*``: the object exists, whatever its tag is."""
+    """``*``: the object exists, with any tag."""
 
 
 class Tags(Struct, frozen=True):
@@ -33,7 +33,9 @@ def tag(etag: str) -> Tags:
 
 
 def matches_strongly(condition: AnyTag | Tags, etag: str) -> bool:
-    """Whether an existing object's tag fulfils If-Match: a weak tag never does (RFC 9110, section 13.1.1)."""
+    """Whether an existing object's tag satisfies If-Match; weak tags in the condition never match (RFC 9110, section
+    13.1.1).
+    """
     return isinstance(condition, AnyTag) or etag in condition.strong
 
 

@@ -1,8 +1,7 @@
-"""Listings: rows come in key order from the ring's scanner; only what a list prints is opened.
+"""Listings: the ring's scanner returns rows in key order; only the fields that a list prints are opened.
 
-Of a page of current objects the rows that are not known from before are worked on as columns: the heads of all records
-are decoded in one call, and all list fields
-opened in one. Versions come from whole records.
+The rows of a page that are not in the cache (``cache.listed_rows``) are processed as columns: one call decodes the
+heads of all records, and one opens all list fields. Versions come from whole records.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ async def list_objects(
     limit: int = 1000,
     show: Show = as_rows,
 ) -> Listing:
-    """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged, which
-    names the key, for a record that can't
-    be read or opened."""
+    """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged, with
+    the key, for a record that can't be read or opened.
+    """
     keys = BucketKeys(plane, bucket)
     try:
         page = await plane.scanner.list_heads(
@@ -59,11 +58,11 @@ async def list_objects(
                 limit=limit,
             )
         )
-        if not page.keys:  # common prefixes, say, which need no key
+        if not page.keys:  # common prefixes need no bucket key
             return Listing(prefixes=page.prefixes, next_after=page.next_after)
         newest = await keys.newest()
     finally:
-        _forgotten_with_its_key(plane, bucket)
+        _forget_with_key(plane, bucket)
     shown = plane.listed_rows.find(newest, show, page.keys, page.heads)
     missing = shown.count(None)
     if missing == len(shown):
@@ -81,9 +80,9 @@ async def list_objects(
     return Listing(page.keys, shown, page.prefixes, page.next_after)
 
 
-def _forgotten_with_its_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
-    """What the scanner remembers of a bucket, be it of a listing that failed, goes when the key that is held is let go
-    of; when none is held, now.
+def _forget_with_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
+    """Makes the scanner drop its cache of the bucket, also after a failed listing, when the bucket key goes; at once if
+    no key is held.
     """
     forget = partial(plane.scanner.forget, bucket.id)
     try:
@@ -97,15 +96,15 @@ def _forgotten_with_its_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
 
 
 Columns = tuple[Sequence[int], Sequence[int], Sequence[SealedList]]
-"""Sizes, times in ms, what is printed."""
+"""Sizes, times in ms, list fields."""
 
 
 async def _columns(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> Columns:
-    """What heads hold. Raises DataDamaged, which names the key."""
+    """The fields of record heads. Raises DataDamaged, with the key."""
     try:
         return await _opened(keys, bucket, names, heads)
     except DataDamaged:
-        for name, head in zip(names, heads, strict=True):  # which one it is shows row by row
+        for name, head in zip(names, heads, strict=True):  # finds the damaged one
             with _named(name):
                 await _opened(keys, bucket, [name], [head])
         raise
@@ -126,7 +125,7 @@ async def _opened(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes]
 
 @contextmanager
 def _named(key: bytes) -> Iterator[None]:
-    """Tells the key of a row that is damaged."""
+    """Adds the key to the DataDamaged that its block raises."""
     try:
         yield
     except DataDamaged as error:
@@ -134,7 +133,7 @@ def _named(key: bytes) -> Iterator[None]:
 
 
 def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields]) -> list[bytes]:
-    """``Place.context`` of every row: bucket id, key, version id, context id, each behind its length."""
+    """``Place.context`` of every row: bucket id, key, version id, context id, each after its length."""
     first = pack_context(b"", (bucket.id,))
     before = {length: first + length.to_bytes(4, "big") for length in set(map(len, keys))}
     kinds = {(its.version_id, len(its.context_id)) for its in fields}
@@ -149,7 +148,7 @@ def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[List
 
 
 async def _list_fields(keys: BucketKeys, fields: Sequence[ListedFields], contexts: Sequence[bytes]) -> list[bytes]:
-    """What the list fields hold. Mostly all are under one version of the bucket's key."""
+    """The opened list fields. Usually all are sealed with one version of the bucket's key."""
     versions = {its.bucket_key for its in fields}
     if len(versions) == 1:
         return (await keys.load(versions.pop())).open_lists([its.listing for its in fields], contexts)
@@ -174,9 +173,9 @@ async def list_versions(
     delimiter: bytes = b"",
     limit: int = 1000,
 ) -> VersionListing:
-    """Every version, newest first within a key, behind (``after``, ``after_version``). With a version given, what is
-    left of that key comes first.
-    Raises as ``list_objects``."""
+    """Every version after (``after``, ``after_version``), newest first within a key. With ``after_version``, the older
+    versions of the key ``after`` come first. Raises as ``list_objects``.
+    """
     keys = BucketKeys(plane, bucket)
     found: list[ListedVersion] = []
     if after_version and limit:

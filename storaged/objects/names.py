@@ -15,12 +15,12 @@ _SUFFIXES = ("-s3alias", "--ol-s3", ".mrap", "--x-s3", "--table-s3")
 
 
 def bucket_name_possible(name: str) -> bool:
-    """Could any bucket be called so? (Buckets of old may have names that no new one gets.)"""
+    """Whether a bucket can have this name. Old buckets may have names that a new one can't get."""
     return _POSSIBLE.fullmatch(name) is not None
 
 
 def bucket_name_valid(name: str) -> bool:
-    """May a new bucket be called so?"""
+    """Whether a new bucket may have this name."""
     return (
         _VALID.fullmatch(name) is not None
         and not any(pair in name for pair in ("..", ".-", "-."))

@@ -1,4 +1,4 @@
-"""What a bucket holds: counted by walking its versions, a bounded piece at a time."""
+"""The usage of a bucket: counted by listing its versions, a bounded piece at a time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ VERSIONS_A_PAGE = 1000
 
 
 class Usage(Struct, frozen=True):
-    """Of a piece of a bucket. ``versions`` are all that hold data, ``objects`` those of them that are current;
-    ``size_bytes`` is
-    the size that clients gave them, without what coding adds. ``next_after``: where the next piece begins, None at the
-    end."""
+    """The usage of a piece of a bucket. ``versions``: all that hold data. ``objects``: the current ones among them.
+    ``size_bytes``: without the overhead of coding. ``next_after``: where the next piece begins; None at the end.
+    """
 
     objects: int = 0
     versions: int = 0
@@ -24,9 +23,7 @@ class Usage(Struct, frozen=True):
 
 
 async def usage_after(objects: Objects, bucket: BucketRecord, after: bytes) -> Usage:
-    """Counts versions of keys greater than ``after``, PAGES_A_CALL pages of them at most. Raises
-    what a listing raises.
-    """
+    """Counts versions of keys > ``after``, at most PAGES_A_CALL pages of them. Raises as a listing."""
     current = versions = total = 0
     start: bytes | None = after
     for _ in range(PAGES_A_CALL):

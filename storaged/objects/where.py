@@ -1,10 +1,9 @@
-"""Where an object is: every fragment with its disk, node, rack and state, and how much more may fail. For ``storaged
-where``.
+"""Where an object is: every fragment with its disk, node, rack and state, and how many more failures it survives. For
+``storaged where``.
 
-Two things are told apart. What may fail before data is *lost* (too few fragments of some block). And what may fail
-before the object *stops*, since its register
-needs a majority of its replicas: with one of three away nothing is lost by the next failure, but that key waits until
-one returns.
+There are two numbers. How many failures until data is *lost*: some block has too few fragments. And how many until the
+object *stops*: its register needs a majority of its replicas. With one of three replicas away, the next failure loses
+nothing, but the key waits until a replica returns.
 """
 
 from __future__ import annotations
@@ -24,15 +23,14 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.find import find
 from storaged.objects.records import BucketRecord, PartEntry, Run
 
-STAT_BATCH_MAX = 4096
 RUN_BLOCKS_MAX = 1024
-"""Blocks of a run that are asked for one by one; of a longer run as many are sampled, evenly."""
+"""Blocks of a run that are checked one by one. Of a longer run as many are sampled, evenly."""
 
 
 @dataclass(frozen=True)
 class FragmentPlace:
-    """``state``: ok, missing, damaged, unreachable: of the worst block of the run. ``blocks_bad``: how many blocks are
-    not ok there.
+    """``state`` of the worst block of the run: ok, missing, damaged, unreachable. ``blocks_bad``: how many blocks are
+    not ok on this disk.
     """
 
     position: int
@@ -45,8 +43,8 @@ class FragmentPlace:
 
 @dataclass(frozen=True)
 class RunPlace:
-    """A run of blocks that lie on the same disks. ``kind``: coded, copies. ``disks_may_fail`` and ``domains_may_fail``:
-    of the worst block; -1: it can't be read now.
+    """A run of blocks on the same disks. ``kind``: coded, copies. ``disks_may_fail`` and ``domains_may_fail`` are of
+    the worst block; -1: it can't be read now.
     """
 
     part: int
@@ -61,7 +59,7 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class ReplicaPlace:
-    """One replica of the object's register (and of what is kept inline). ``state``: ok, behind, empty, damaged,
+    """One replica of the object's register, and of data kept in the record. ``state``: ok, behind, empty, damaged,
     unreachable.
     """
 
@@ -74,9 +72,8 @@ class ReplicaPlace:
 @dataclass(frozen=True)
 class Whereabouts:
     """``disks_may_fail`` / ``domains_may_fail``: before data is lost. ``replicas_may_fail``: before the key can't be
-    read or written; -1: it can't be now.
-
-    ``domain_kind``: rack, node or disk."""
+    read or written; -1: it can't be now. ``domain_kind``: rack, node or disk.
+    """
 
     key: bytes
     size: int
@@ -137,7 +134,7 @@ async def _run(
     spares = []
     for index, block in enumerate(blocks):
         alive = {position: disks[position] for position in range(len(disks)) if health[position][index] == "ok"}
-        if run.k > 1:  # data fragments behind the end of a short block are zeros, wherever they are
+        if run.k > 1:  # data fragments after the end of a short block are zeros, and need no disk
             cells = shape.block(block).cells
             alive.update(
                 {

@@ -1,10 +1,9 @@
 """The reads of one window that are under way together.
 
-Theory of operation. Whoever waits for them is woken when there is something to decide: one failed, all have come, none
-came for a while, or the oldest has taken
-as long as any may. So a window whose disks all answer costs one wake-up and one timer, however many fragments it has. A
-read that takes too long is given up by the
-waiter, not by a timer of its own; its time runs from when it was begun, whatever comes meanwhile.
+Theory of operation. The waiter is woken when there is something to decide: a read failed, all are done, none was done
+for a while, or the oldest has taken as long as a read may. So a window whose disks all answer costs one wake-up and one
+timer, however many fragments it has. The waiter gives up a read that takes too long; reads have no timers of their own.
+A read's time runs from its beginning, whatever happens to other reads.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from storaged.objects.background import cancel_all
 
 
 class HedgeDelay:
-    """How long a read may take before others are asked: about the 95th percentile of recent reads, never below the
-    floor.
+    """How long a read may take before other fragments are read: about the 95th percentile of recent reads, never below
+    ``floor_s``.
 
-    Moves up by 19 steps for a read that took longer and down by one for each that did not, which settles where one in
-    twenty is longer
-    (stochastic quantile estimation, Robbins and Monro 1951).
+    It moves up by 19 steps for a read that took longer, and down by one for each other read. So it settles where one
+    read in twenty takes longer (stochastic quantile estimation, Robbins and Monro 1951).
     """
 
     STEP = 0.01
@@ -38,7 +36,7 @@ class HedgeDelay:
 
 
 class Reads:
-    """Reads of ``position``s: coroutines that return whether all came whole. ``close`` ends those that are left."""
+    """Reads of fragments by position: coroutines that return whether every cell arrived. ``close`` ends the rest."""
 
     def __init__(self, hedge: HedgeDelay) -> None:
         self._loop = asyncio.get_running_loop()
@@ -52,9 +50,9 @@ class Reads:
         self._patience_s = self._limit_s = math.inf
         self._heard_at = 0.0
         self.stalled = False
-        """The last turn ended because none came."""
+        """The last turn ended because no read was done for a while."""
         self.eager = False
-        """More is read than is needed: every read that comes may be the last one that was missing."""
+        """More is read than needed: each read that is done may bring the last missing cell."""
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -65,9 +63,10 @@ class Reads:
         task.add_done_callback(self._done)
 
     async def turn(self, limit_s: float, *, patience_s: float = math.inf) -> int:
-        """Waits until a read failed, none is left, or (when ``eager``) one came; until none came for ``patience_s``
-        (``stalled``); or until the oldest has taken
-        ``limit_s``, and is to be given up. Returns how many failed. Raises what a read raised."""
+        """Waits until a read failed, none is left, or one is done while ``eager``; until none was done for
+        ``patience_s`` (``stalled``); or until the oldest has taken ``limit_s``, and must be given up. Returns how many
+        failed. Raises what a read raised.
+        """
         self.stalled = False
         if self._pending and not self._failed and self._error is None:
             self._turn = self._loop.create_future()
@@ -85,7 +84,7 @@ class Reads:
         return failed
 
     def give_up(self, limit_s: float) -> list[int]:
-        """Ends reads that began longer ago; their positions."""
+        """Cancels reads that began at least ``limit_s`` ago. Returns their positions."""
         now = self._loop.time()
         late = [(task, position) for task, (began, position) in self._pending.items() if began + limit_s <= now]
         for task, _ in late:
@@ -116,7 +115,7 @@ class Reads:
         self._wake()
 
     def _due(self) -> float:
-        """When there is something to decide if no more comes."""
+        """When the waiter must be woken if no further read is done."""
         return min(self._heard_at + self._patience_s, min(began for began, _ in self._pending.values()) + self._limit_s)
 
     def _look(self) -> None:

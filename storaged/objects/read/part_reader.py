@@ -1,17 +1,18 @@
-"""Reading one part: windows of whole stripes, every chunk opened before it is handed on, whatever disks are slow, gone,
-damaged or lying.
+"""Reads one part: windows of consecutive cells, each chunk opened before it is passed on, even when disks are slow,
+away, damaged or lie.
 
-Theory of operation. A window is some consecutive data cells of one block. The data fragments that hold them are read,
-and nothing is decoded when they all
-answer. When one is known to be away, fails, or has not answered after the hedge delay, further fragments are read
-(parity, and data of the same stripes), until every wanted
-cell is there or its stripe has k cells to rebuild it from. Cells come verified against their checksums by the disk;
-then every chunk is opened, stripe after stripe: what a
-stripe lacks is rebuilt just before its chunks are opened, into memory that the next one uses again, so that it never
-leaves the processor's cache. A chunk that
-does not open although its checksum holds was altered with its checksum, so the disk lies: the cell is rebuilt from
-other fragments, in every combination until
-one opens, and the disks whose cells differ from that are reported.
+Theory of operation. A window is a row of data cells of one block. The data fragments that hold them are read. When all
+answer, nothing is decoded. When one is known to be away, fails, or has not answered after the hedge delay, further
+fragments are read (parity, and data of the same stripes), until every wanted cell is there or its stripe has k cells to
+rebuild it from.
+
+The disk verifies cells against their checksums. Then each chunk is opened, stripe after stripe. The missing cells of a
+stripe are rebuilt just before its chunks are opened, in memory that the next stripe reuses, so that they stay in the
+processor's cache.
+
+A chunk that does not open although its checksum holds was altered together with its checksum: the disk lies. The cell
+is rebuilt from other fragments, in all combinations until one opens. The disks whose cells differ from that are
+reported.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Cells = dict[int, dict[int, Buffer]]
 
 
 class Window(NamedTuple):
-    """``cells`` data cells of block ``block`` from ``first`` on (within the block); their plaintext starts at byte
+    """``cells`` data cells of block ``block``, from cell ``first`` of the block. Their plaintext begins at byte
     ``plain_start`` of the part.
     """
 
@@ -55,17 +56,15 @@ class Window(NamedTuple):
 
 
 Moved = Callable[[PartEntry], Awaitable[PartEntry | None]]
-"""The part as its record has it by now, when its blocks have been moved; None when they have not, or the record does
-not have it any more.
-"""
+"""Reads the part's entry again. None: its blocks were not moved, or the record no longer has the part."""
 
 
 class PartReader:
-    """Reads one part of a version. ``dek`` is the version's. Raises DataDamaged when the part's header does not open
-    under it.
+    """Reads one part of a version. ``dek``: the version's data key. Raises DataDamaged when the part's header does not
+    open with it.
 
-    ``moved`` is asked when a block is not where the entry says: repair may have recoded it since the record was read,
-    and what it left has gone.
+    ``moved`` is called when a block is not where the entry says: repair may have recoded it since the record was read,
+    and deleted the old fragments.
     """
 
     def __init__(
@@ -92,12 +91,12 @@ class PartReader:
             raise DataDamaged(f"The header of a part does not open: {error}") from None
 
     def windows(self, start: int, length: int, bytes_max: Callable[[], int]) -> Iterator[Window]:
-        """Windows of at most ``bytes_max()`` sealed bytes (one cell at least), asked anew for every one, that hold the
-        plaintext bytes ``start .. start + length - 1``, in order; a window begins and ends within one block.
+        """The windows that hold the plaintext bytes ``start .. start + length - 1``, in order. A window lies in one
+        block and has at most ``bytes_max()`` sealed bytes, called for each window, but at least one cell.
         """
         shape = self.shape
         if not shape.size:
-            yield Window(0, 0, 1, 0, 0)  # an empty part is one sealed chunk too, and must open
+            yield Window(0, 0, 1, 0, 0)  # an empty part is one sealed chunk too, which must open
         for block, first, cells in shape.locate(start, length):
             at, end = first, first + cells
             while at < end:
@@ -121,7 +120,7 @@ class PartReader:
                     self._open(window, [{0: self._copy}], 1, out)
                 return
             except SealBroken:
-                self._copy = None  # a replica that lies: its neighbours are asked below
+                self._copy = None  # that replica lies; others are asked below
         try:
             job = await self._fetched(window)
         except DataDamaged:
@@ -177,11 +176,11 @@ class PartReader:
                 if broken.index is None:
                     raise DataDamaged(f"A part does not open: {broken}") from None
                 cell = broken.index - window.block * self.shape.block_cells
-            await self._outwit(window, job, cell)
+            await self._expose_liars(window, job, cell)
 
     def _open(self, window: Window, stripes: Iterable[Mapping[int, Buffer]], k: int, out: memoryview) -> None:
-        """``stripes``: of each stripe of the window the data cells, by position. Raises SealBroken, also when they end
-        before the window does.
+        """``stripes``: the data cells of each stripe of the window, by position. Raises SealBroken, also when they end
+        before the window.
         """
         at, index = 0, window.block * self.shape.block_cells + window.first
         first, left = window.first % k, window.cells
@@ -192,11 +191,13 @@ class PartReader:
                 index += 1
             left -= end - first
             first = 0
-        if left:  # what is behind in ``out`` was never written: it is what another request left there
+        if left:  # the rest of ``out`` was not written, and holds another request's bytes
             raise SealBroken(f"{left} of its chunks are not there")
 
-    async def _outwit(self, window: Window, job: _WindowJob, cell: int) -> None:
-        """A chunk does not open: finds the cells with which the whole stripe opens, and who lied."""
+    async def _expose_liars(self, window: Window, job: _WindowJob, cell: int) -> None:
+        """A chunk does not open: finds cells with which the whole stripe opens, and the disks that lied. Raises
+        DataDamaged.
+        """
         stripe = cell // job.k
         await job.fetch_all(stripe)
         honest = await self._plane.in_thread(self._search, window.block, job, stripe)
@@ -206,7 +207,7 @@ class PartReader:
             self._bad.add(job.disks[liar])
 
     def _search(self, block: int, job: _WindowJob, stripe: int) -> dict[int, Buffer] | None:
-        """k cells of a stripe from which all its chunks open."""
+        """k cells of a stripe from which all its chunks open; None when there are none."""
         known = job.known(stripe)
         for chosen in itertools.islice(itertools.combinations(sorted(known), job.k), COMBINATIONS_MAX):
             cells = {position: known[position] for position in chosen}
@@ -256,11 +257,11 @@ class _WindowJob:
         }
         self._asked: dict[int, tuple[int, int]] = {}
         self._runs: dict[int, erasure.CellRun] = {}
-        """By position, what was read last of each fragment, where it lies in one piece."""
+        """The last read of each fragment, by position, where it lies in one piece."""
         self._solver: tuple[tuple[int, ...], list[int], erasure.StripeSolver] | None = None
 
     async def fetch(self) -> None:
-        """Until every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged."""
+        """Returns when every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged."""
         window = self._window
         if self.k == 1:
             spares = self._order(range(self.profile.n))
@@ -274,15 +275,15 @@ class _WindowJob:
         await self._gather(start, spares)
 
     def stripes(self) -> Iterator[Mapping[int, Buffer]]:
-        """Of each stripe of the window the data cells, by position. Those that did not come are rebuilt from k others
-        (one stripe is at most k + m cells:
-        microseconds), in memory that the next stripe's overwrite."""
+        """The data cells of each stripe of the window, by position. Missing ones are rebuilt from k others, in memory
+        that the next stripe overwrites. A stripe has at most k + m cells, so that takes microseconds.
+        """
         for stripe, cells in self.cells.items():
             missing = self._missing(stripe)
             yield self._rebuild(stripe, missing) if missing else cells
 
     def _missing(self, stripe: int) -> list[int]:
-        """Positions of the window's data cells that have not come."""
+        """Positions of the window's data cells that are not there."""
         window, k, cells = self._window, self.k, self.cells[stripe]
         start = window.first - stripe * k
         return [position for position in range(max(start, 0), min(start + window.cells, k)) if position not in cells]
@@ -315,7 +316,7 @@ class _WindowJob:
         return solver
 
     def _order(self, positions: Iterator[int] | range) -> list[int]:
-        """Disks that can be read first; those that were found bad in this request last."""
+        """Readable disks first; disks that failed in this request last."""
         usable = self._plane.liveness.disk_readable
         return sorted(positions, key=lambda p: (self.disks[p] in self._bad, not usable(self.disks[p])))
 
@@ -333,8 +334,8 @@ class _WindowJob:
                 reads.begin(position, self._read(position, row, count))
 
         def ask_spares(count: int) -> None:
-            """More fragments, over all stripes of the window; a data fragment of which only some stripes were asked is
-            asked again for all.
+            """Asks for further fragments, over all stripes of the window. A data fragment that was asked for some
+            stripes only is asked again, for all.
             """
             while spares and count:
                 position = spares.pop(0)
@@ -374,7 +375,7 @@ class _WindowJob:
         )
 
     def known(self, stripe: int) -> dict[int, Buffer]:
-        """The stripe's cells at hand; data cells behind the end of the block are known to be zeros."""
+        """The stripe's cells that are there. Data cells after the end of the block are zeros."""
         found = dict(self.cells[stripe])
         for position in range(self.k):
             if stripe * self.k + position >= self.shape.cells:
@@ -382,8 +383,8 @@ class _WindowJob:
         return found
 
     def _try_read(self, position: int, row: int, count: int) -> bool:
-        """Whether every cell asked for is there now: from a disk of this very process, which has them in memory.
-        Whatever is wrong, ``_read`` meets it again.
+        """Takes the cells from a disk of this process that has them in memory. False: ``_read`` must be awaited, which
+        also meets any error again.
         """
         try:
             store = self._plane.stores.store(self.disks[position])
@@ -394,7 +395,7 @@ class _WindowJob:
         return found is not None and self._take(position, row, count, found)
 
     async def _read(self, position: int, row: int, count: int) -> bool:
-        """True when every cell asked for came whole."""
+        """Whether every requested cell arrived whole."""
         disk = self.disks[position]
         try:
             found = await self._plane.stores.store(disk).read(self._fragment(position), row, count)
@@ -410,7 +411,7 @@ class _WindowJob:
         return self._take(position, row, count, found)
 
     def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:
-        """True when every cell asked for came whole."""
+        """Keeps the cells. Whether every requested one arrived whole."""
         whole = len(found.cells) == count
         for offset, cell in enumerate(found.cells[:count]):
             if cell is not None and len(cell) == self._length(row + offset, position):
@@ -434,7 +435,7 @@ class _WindowJob:
         self._plane.on_damage(Damage(self._owner, self._fragment(position), self.disks[position], cell, reason))
 
     async def fetch_all(self, stripe: int) -> None:
-        """Every cell of a stripe that can be had, read anew: a rebuilt one may come from the liar."""
+        """Reads every available cell of a stripe again: a rebuilt cell may come from the disk that lies."""
         self.cells[stripe] = {}
         reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
         try:
@@ -448,7 +449,7 @@ class _WindowJob:
             await reads.close()
 
     def adopt(self, stripe: int, honest: dict[int, Buffer]) -> list[int]:
-        """Makes the stripe what these k cells say. Returns the positions whose cells were others, and reports them."""
+        """Rebuilds the stripe from these k cells. Reports the positions whose cells differ, and returns them."""
         length = self.shape.stripe_length(self.k, stripe)
         others = [position for position in range(self.profile.n) if position not in honest]
         truth: dict[int, Buffer] = dict(honest)

@@ -24,18 +24,16 @@ from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
 SLOW_BYTES_PER_S = 2 * MIB
-"""A client that takes less gets small windows, and none read ahead: memory that moves so slowly
-serves others better.
-"""
+"""A slower client gets small windows, and none is read ahead: other clients make better use of the memory."""
 SLOW_S_MIN = 0.1
-"""A client is not judged by less: a busy event loop delays anybody so long."""
+"""A client is not judged by a shorter time: a busy event loop delays any client so long."""
 SLOW_WINDOW_BYTES = 256 * KIB
 AHEAD_LEFT_MIN = 0.25
-"""Nothing is read ahead when less than this share of the memory is free: the rest is for first windows."""
+"""Nothing is read ahead when a smaller share of the memory is free: the rest is for first windows."""
 
 
 class _Job(NamedTuple):
-    """A window to read, of which ``plain[first:last]`` is wanted."""
+    """A window to read. ``plain[first:last]`` of it is wanted."""
 
     reader: PartReader
     window: Window
@@ -44,7 +42,7 @@ class _Job(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A window on its way: ``plain[first:last]`` is what goes out once ``done``."""
+    """A window that is being read. ``plain[first:last]`` is sent once ``done``."""
 
     done: asyncio.Task[None]
     lease: Lease
@@ -53,7 +51,7 @@ class _Piece(NamedTuple):
 
 
 class HeldStream:
-    """An ``api.ObjectStream`` of a small object: all that is asked for is in memory, opened."""
+    """An ``api.ObjectStream`` of a small object whose bytes are in memory, opened."""
 
     __slots__ = ("first", "held", "info", "length", "partial")
 
@@ -68,15 +66,15 @@ class HeldStream:
             yield self.held
 
     async def close(self) -> None:
-        """There is nothing to give back."""
+        """There is nothing to release."""
 
 
 class VerifiedStream:
-    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short or the client slow.
+    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short or the client is slow.
 
-    Whoever copies asks for a window with a block's memory in hand, which others may wait for before they give windows
-    back. So a copy's source
-    waits for its first window only; the others are as many as there are blocks under way.
+    A copy asks for a window while it holds a block's memory, for which others may wait before they release windows. So
+    the source of a copy waits for memory only for its first window. Later windows exceed the bound if necessary; there
+    are as many as blocks under way.
     """
 
     def __init__(
@@ -105,7 +103,7 @@ class VerifiedStream:
         self._as_copy_source = as_copy_source
 
     async def open(self) -> None:
-        """Reads and verifies the first window. Closes itself when that fails."""
+        """Reads and verifies the first window. Closes the stream when that fails."""
         try:
             await self._start_next()
             if self._pieces:
@@ -117,9 +115,7 @@ class VerifiedStream:
             raise
 
     async def chunks(self) -> AsyncIterator[Buffer]:
-        """Verified plaintext, in order: ``length`` bytes. Raises DataDamaged in the middle rather than yield anything
-        else.
-        """
+        """Verified plaintext, in order: ``length`` bytes. Raises DataDamaged rather than yield wrong bytes."""
         left = self.length
         try:
             while left:
@@ -159,7 +155,9 @@ class VerifiedStream:
         await self._jobs.aclose()
 
     async def _start_next(self, *, only_if_room: bool = False, now: bool = False) -> None:
-        """Begins to read the next window, if there is one (and memory for it)."""
+        """Begins to read the next window, if there is one and ``only_if_room`` finds memory for it. ``now``: does not
+        wait for memory.
+        """
         if self._next is None:
             self._next = await anext(self._jobs, None)
         if self._next is None:
@@ -178,7 +176,7 @@ class VerifiedStream:
         return min(wanted, SLOW_WINDOW_BYTES) if self._slow else wanted
 
     async def _windows(self) -> AsyncGenerator[_Job, None]:
-        """What has to be read, in order."""
+        """The windows to read, in order."""
         found, end, offset = self._found, self.first + self.length, 0
         version = found.opened.version
         whole = SealedPart(1, version.size, "", data_id=version.context_id)
@@ -195,7 +193,7 @@ class VerifiedStream:
                 return
 
     async def _moved(self, part: PartEntry) -> PartEntry | None:
-        """A ``reader.Moved``: of the very version that is being read, which may have been replaced meanwhile."""
+        """A ``part_reader.Moved``. The version that is being read may have been replaced meanwhile: then None."""
         version = self._found.opened.version
         try:
             again = await find(self._plane, self._bucket, self.info.key, version.version_id)
@@ -210,5 +208,5 @@ class VerifiedStream:
                 ):
                     return other if other.runs != part.runs else None
         except StoragedError:
-            pass  # what the reader found is what its caller is told
+            pass  # the caller gets the reader's own error
         return None

@@ -1,16 +1,17 @@
-"""Writing one part: sealed, coded and spread over disks, block by block, with a bounded number of blocks in memory.
+"""Writes one part: seals it, codes it and spreads it over disks, block by block, with a bounded number of blocks in
+memory.
 
-Theory of operation. A block is filled from the body, then hashed, sealed and coded in one call in a thread, then sent
-to its disks while the next one is
-filled, in the same memory: what is sent lies in other memory, leased when the block is full, so that a slow client
-keeps only plaintext. A block counts as
-written when the fragments that reached their disks satisfy the acknowledge rule (``place.acceptable``); a disk that
-refuses or is late is left out of the rest
-of the part, and the block's missing fragments go to others, under another profile when the living disks can't hold the
-target. ``barrier`` syncs every disk. A disk that fails there (or died after it had taken earlier blocks) may leave
-blocks short: those are read back from
-their survivors, coded anew for the living disks, and synced too. Nothing is acknowledged before every block satisfies
-the rule with synced fragments.
+Theory of operation. A block is filled from the body. One call in a thread hashes, seals and codes it into other memory,
+which is leased when the block is full; so a slow client occupies memory for plaintext only. Then the block is sent to
+its disks while the next one is filled.
+
+A block counts as written when the fragments that reached their disks satisfy the acknowledge rule
+(``place.acceptable``). A disk that refuses or is late is left out of the rest of the part, and the missing fragments of
+the block go to other disks, under another profile when the writable disks can't hold the target.
+
+``barrier`` syncs every disk. A disk that fails there, or failed after it took earlier blocks, may leave blocks short of
+the rule. They are read back from the surviving fragments, coded again for the disks that are up, and synced too.
+Nothing is acknowledged before every block satisfies the rule with synced fragments.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ from storaged.sov1 import SALT_BYTES, chunk_count
 from storaged.wire import Buffer
 
 ATTEMPTS_MAX = 6
-"""Placements tried for one block, and rounds of the barrier: every one leaves out at least one more disk."""
+"""Placements tried for one block, and rounds of the barrier: each leaves out at least one more disk."""
 
 
 class RunsChanged(Exception):
-    """The barrier found disks that failed, and moved blocks: the entry that was announced is not where the data is.
-    ``entry()`` is.
+    """Disks failed before the barrier, and blocks were moved: the entry that was announced is wrong. ``entry()``
+    returns the right one.
     """
 
 
 class PartWriter:
-    """Writes one part of unknown or known ``size``. Use as an asynchronous context manager: leaving it ends all its
+    """Writes one part of ``size`` bytes (None: unknown). An asynchronous context manager: leaving it ends all its
     tasks.
 
-    ``owner`` is the object's register, also for parts of uploads (see ``references``).
+    It has more than 20 attributes: what a part is, its sealer and sizes, and what is on its way.
     """
 
     def __init__(self, plane: ObjectPlane, part: NewPart, size: int | None) -> None:
@@ -97,9 +98,10 @@ class PartWriter:
     # --- the body ---------------------------------------------------------------------------------------------------
 
     async def write(self, reader: BodyReader, on_plain: OnPlain) -> None:
-        """Returns when the body has ended and its last block is on its way: ``barrier`` waits for that one.
+        """Returns when the body has ended and its last block is being sent; ``barrier`` waits for that block.
 
-        Raises ServiceUnavailable when a block can't be made safe, SlowDown without memory, and what the body raises.
+        Raises ServiceUnavailable when a block can't be made safe, SlowDown when memory is short, and what the body
+        raises.
         """
         filling = await self._plane.fill_buffers.lease(self._plain_bytes)
         self._leases.append(filling)
@@ -115,12 +117,12 @@ class PartWriter:
             await self._sent()
             self._blocks.append(state)
             self._sending = asyncio.create_task(self._send_and_release(state, coded, lease))
-            del coded, lease  # the views would keep the buffer from being used again
+            del coded, lease  # views would keep the buffer from being reused
         self._size = reader.bytes_read
 
     async def _lease_work(self) -> Lease:
-        """For the sealed block and its parity: a second block's memory when there is room, else the first one's once it
-        is written.
+        """Memory for a sealed block and its parity: a second one while the block before is being sent, when there is
+        room; else after that block is written.
         """
         size = self._sealed_bytes + self._parity_bytes
         lease = self._plane.put_buffers.try_lease(size) if self._sending is not None else None
@@ -165,7 +167,7 @@ class PartWriter:
         return BlockShape(cells, chunk, length - (cells - 1) * chunk)
 
     def _code(self, profile: Profile, sealed: memoryview, room: memoryview) -> Coded:
-        """Parity goes to ``room`` when it fits, which it does for the target profile."""
+        """Codes a sealed block. Parity goes to ``room`` if it fits; that of the target profile does."""
         chunk = self._sealer.chunk_bytes
         length = erasure.parity_length(profile, chunk, len(sealed))
         count = profile.m if profile.k > 1 else 0
@@ -200,7 +202,7 @@ class PartWriter:
             self._leases.remove(lease)
 
     async def _send(self, state: BlockState, coded: Coded) -> None:
-        """Until the block satisfies the rule."""
+        """Sends the block until it satisfies the rule. Raises ServiceUnavailable."""
         await self._write_missing(state, coded)
         for _ in range(ATTEMPTS_MAX):
             if self._acceptable(state):
@@ -210,7 +212,7 @@ class PartWriter:
         raise ServiceUnavailable("The block could not be written to enough disks: too many refuse it or do not answer.")
 
     async def _replace(self, state: BlockState, coded: Coded) -> Coded:
-        """Gives the block a placement on the disks that are left; what is in place already stays."""
+        """Places the block on the disks that are left. Fragments that are in place stay."""
         placement = self._choose(state.layout)
         if placement.profile == state.placement.profile:
             stale = {p: disk for p, disk in state.durable.items() if placement.disks[p] != disk}
@@ -222,10 +224,11 @@ class PartWriter:
         return coded
 
     async def _forget(self, state: BlockState, stale: Mapping[int, str]) -> None:
-        """Deletes fragments that will not be referred to: a sweep judges whole data ids, and this one will be in use.
+        """Deletes fragments that no record will refer to. The sweep of orphans would keep them: it judges whole data
+        ids, and this one will be in use.
 
-        Awaited, and a disk that does not confirm is not used again: a deletion that comes late must not meet the same
-        fragment written anew.
+        Waits for the deletions. A disk that does not confirm is not used again: a late deletion must not hit the same
+        fragment, written anew.
         """
         for position, disk in stale.items():
             state.durable.pop(position, None)
@@ -247,9 +250,7 @@ class PartWriter:
         return FragmentId(self._data_id, state.number, profile.k, profile.m, position)
 
     async def _write_missing(self, state: BlockState, coded: Coded) -> None:
-        """Sends every fragment that is not in place. A write that is late when the block is safe without it is left
-        behind.
-        """
+        """Sends every fragment that is not in place. Cancels a write that is late when the block is safe without it."""
         profile, disks = state.placement.profile, state.placement.disks
         tasks = {
             asyncio.create_task(self._write_one(state, coded, position)): position
@@ -312,10 +313,10 @@ class PartWriter:
     # --- the barrier ------------------------------------------------------------------------------------------------
 
     async def barrier(self) -> None:
-        """Returns when every block is durable under the acknowledge rule, and lies where the announced entry says.
+        """Returns when every block is durable under the acknowledge rule, at the places of the announced entry.
 
-        Raises RunsChanged when it is durable, but elsewhere; ServiceUnavailable when it can't be made so, or the
-        request is too old.
+        Raises RunsChanged when they are durable at other places; ServiceUnavailable when they can't be made durable, or
+        the request is too old.
         """
         await self._sent()
         for _ in range(ATTEMPTS_MAX):
@@ -335,13 +336,13 @@ class PartWriter:
             raise RunsChanged
 
     def check_age(self) -> None:
-        """Asked at the barrier, and again on the record that a promise brought: a process may sleep between the two for
-        longer than unclaimed fragments are kept.
-        Raises ServiceUnavailable."""
+        """Called at the barrier, and again with the record that a promise brought: between the two, a process may sleep
+        longer than fragments without a reference are kept. Raises ServiceUnavailable.
+        """
         self._plane.check_age(self._started, self._created_ms)
 
     async def _sync_all(self) -> None:
-        """Syncs what is not synced yet. A disk that can't is taken out of every block."""
+        """Syncs fragments that are not synced yet. A disk that fails is removed from every block."""
         for disk in {disk for state in self._blocks for disk in state.durable.values()}:
             if not self._plane.liveness.disk_readable(disk):
                 self._lose(disk)
@@ -367,7 +368,9 @@ class PartWriter:
             state.durable = {position: holder for position, holder in state.durable.items() if holder != disk}
 
     async def _rebuild(self, state: BlockState) -> None:
-        """Reads a block that fell short back from its survivors, and writes it for the disks that live."""
+        """Reads a block that is short of the rule back from its surviving fragments, and writes it to disks that are
+        up.
+        """
         sealed = await self._read_back(state)
         coded = Coded(memoryview(sealed), (), state.hashes)
         old = state.placement.profile
@@ -407,7 +410,7 @@ class PartWriter:
     # --- the result -------------------------------------------------------------------------------------------------
 
     def entry(self) -> PartEntry:
-        """The part as the record will keep it; the barrier raises RunsChanged if this turns out wrong."""
+        """The part as the record will have it, if the barrier does not raise RunsChanged."""
         self._announced = self._make_entry()
         return self._announced
 
@@ -431,8 +434,8 @@ class PartWriter:
         )
 
     async def discard(self) -> None:
-        """After a failure: puts what was written on its disks' garbage lists. Disks that don't answer are left to the
-        sweep of orphans.
+        """After a failure: puts the fragments on the disks' garbage lists. Those on disks that don't answer are left to
+        the sweep of orphans.
         """
         disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}
         due_ms = self._plane.clock.wall_ms() + self._plane.limits.retire_delay_ms
@@ -440,9 +443,9 @@ class PartWriter:
         await retire_all(self._plane.stores, {disk: [entry] for disk in disks}, self._plane.limits.write_timeout_s)
 
     async def still_there(self) -> None:
-        """Sees that the fragments exist, and renews their age, before an accept that was refused is tried again: the
-        collector may have judged them in
-        the meantime. Raises ServiceUnavailable when a block is not safe any more."""
+        """Makes sure that the fragments exist, and renews their age, before a refused accept is tried again: garbage
+        collection may have deleted them meanwhile. Raises ServiceUnavailable when a block is no longer safe.
+        """
         by_disk: dict[str, list[tuple[BlockState, int]]] = {}
         for state in self._blocks:
             for position, disk in state.durable.items():
