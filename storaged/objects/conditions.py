@@ -1,6 +1,6 @@
-"""Conditions of reads (RFC 9110, section 13.2.2) and writes (as AWS documents them), decided on values. Pure.
+"""Decides conditions of reads (RFC 9110, section 13.2.2) and of writes (as AWS documents them). Pure.
 
-https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
+Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from storaged.objects.etags import Tags, matches_strongly, matches_weakly
 
 
 class Current(NamedTuple):
-    """What a write finds: the current version's ETag (hex), size and time."""
+    """The version that a write would replace: ETag (hex), size, time."""
 
     etag: str
     size: int
@@ -48,8 +48,8 @@ def check_copy_source(conditions: ReadConditions, etag: str, modified_ms: int) -
 
 
 def check_write(conditions: WriteConditions, current: Current | None) -> None:
-    """``current`` None: there is no such object. Raises PreconditionFailed, or NoSuchKey where If-Match names an object
-    that is not there.
+    """``current`` None: there is no such object. Raises PreconditionFailed, or NoSuchKey for If-Match on an object that
+    does not exist.
     """
     if conditions == NO_WRITE_CONDITIONS:
         return
@@ -73,5 +73,5 @@ def check_write(conditions: WriteConditions, current: Current | None) -> None:
 
 
 def needs_etag(conditions: WriteConditions) -> bool:
-    """Whether the current ETag, which is sealed, has to be opened to decide."""
+    """Whether the decision needs the current ETag, which is sealed."""
     return isinstance(conditions.if_match, Tags) or isinstance(conditions.if_none_match, Tags)

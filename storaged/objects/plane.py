@@ -1,8 +1,8 @@
-"""What the object services are built on: the ports of the planes below, limits, and the tasks and threads that outlive
-one call.
+"""The shared state of the object plane: the ports of the planes below, limits, caches, and the tasks and threads that
+outlive one call.
 
-``ObjectPlane`` is handed to every function of ``put``, ``get``, ``multipart`` and the rest; ``service.ObjectService``
-makes one.
+``ObjectPlane`` is the first argument of the functions in ``write``, ``read`` and ``listing``;
+``service.ObjectService`` binds them to one.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ObjectLimits:
     inline_sealed_bytes_max: int = 1 * KIB
     """Sealed bytes that stay in the record. Under about 2 KiB a record keeps out of LMDB's overflow pages."""
     small_sealed_bytes_max: int = 16 * KIB
-    """Sealed bytes kept as whole copies beside the register. At 4 KiB a copy costs 0.89 of the PUT rate of a record and
-    half its space.
+    """Sealed bytes kept as whole copies beside the register. At 4 KiB, copies reach 0.89 of the PUT rate of data in the
+    record, in half the space.
     """
     put_bytes_max: int = PART_BYTES_MAX
     part_bytes_max: int = PART_BYTES_MAX
@@ -56,33 +56,33 @@ class ObjectLimits:
     part_bytes_min: int = PART_BYTES_MIN
     parts_max: int = PARTS_MAX
     block_cells_max: int = 48
-    """Data cells of a block while few uploads are in flight, four in one process: 3 MiB, so that a fragment of 4+2 is
+    """Data cells of a block while few uploads are in flight (four in one process): 3 MiB, so that a fragment of 4+2 is
     one write of 768 KiB.
     """
     fill_buffer_bytes_max: int = 52 * MIB
-    """Plaintext of uploads while their clients send it. What the transports hold comes on top."""
+    """Plaintext of uploads while their clients send it, without what the transports hold."""
     put_buffer_bytes_max: int = 24 * MIB
-    """Sealed cells and parity of blocks on their way to the disks: 21 blocks of 12 cells, whose
-    transfers take turns.
-    """
+    """Sealed cells and parity of blocks that are sent to disks: 21 blocks of 12 cells, whose transfers take turns."""
     get_buffer_bytes_max: int = 32 * MIB
-    """Opened windows; the sealed cells they came from take as much again while they are opened."""
+    """Opened windows. Their sealed cells take as much again while they are opened."""
     buffer_wait_s: float = 20.0
     """How long a transfer waits for a buffer before SlowDown."""
     write_timeout_s: float = 15.0
     sync_timeout_s: float = 60.0
     read_timeout_s: float = 15.0
     late_grace_s: float = 1.0
-    """A disk that has not finished a write this long after the block became safe without it is left behind."""
+    """A write is cancelled when it is not done this long after the block became safe without it."""
     hedge_floor_s: float = 0.05
-    """A read is not hedged sooner: under a busy disk's ordinary latency a hedge only adds load."""
+    """A read is not hedged sooner: below the ordinary latency of a busy disk a hedge only adds load."""
     request_age_s_max: float = 12 * 3600.0
-    """Half the age from which an unclaimed fragment counts as an orphan; an older request is refused at its barrier."""
+    """Half the age at which a fragment without a reference counts as an orphan. An older request is refused at its
+    barrier.
+    """
     retire_delay_ms: int = 3_600_000
-    """Replaced data stays this long, for readers in the middle of it."""
+    """Replaced data stays so long, for reads that are under way."""
     retire_follow_ms: int = 600_000
-    """Later than its first replica do the others have a small object on their garbage lists: the collector of the first
-    deletes all copies.
+    """A small object is due on the garbage lists of the other replicas so much later than on the first one's: garbage
+    collection there deletes all copies.
     """
     threads: int = 4
     background_tasks_max: int = 256
@@ -91,25 +91,24 @@ class ObjectLimits:
     user_cache_s: float = 1.0
     cache_entries_max: int = 4096
     opened_bytes_max: int = 24 * MIB
-    """Of records opened lately: some 8,000 keys, at 3 KiB each."""
+    """The cache of opened records: some 8,000 keys, at 3 KiB each."""
     listed_bytes_max: int = 16 * MIB
-    """Of rows listed lately: some 25,000, with keys of 30 bytes. Their heads and keys are in the
-    scanner's memory too.
+    """The cache of listed rows: some 25,000, with keys of 30 bytes. Their heads and keys are in the scanner's cache
+    too.
     """
     upload_keep_ms: int = 86_400_000
-    """A finished upload's rows are kept this long, so that a repeated Complete gets its answer."""
+    """The rows of a finished upload stay so long, so that a repeated Complete gets its answer."""
 
     @property
     def small_bytes_max(self) -> int:
-        """The largest body that is kept whole: as much as is allowed, and one chunk holds."""
+        """The largest body that is kept whole: bounded by the setting, and by what one chunk holds."""
         return min(self.small_sealed_bytes_max, CHUNK_BYTES_MAX - 1) - TAG_BYTES
 
 
 class Damage(NamedTuple):
-    """A fragment that a read found wanting. ``reason``: missing, checksum (a cell does not match its checksum), lied
-    (it does, but is not what was sealed).
-
-    ``cell`` is the fragment's cell, -1 for all of it."""
+    """A damaged fragment that a read found. ``reason``: missing, checksum (a cell does not match its checksum), lied
+    (it does, but is not what was sealed). ``cell``: of the fragment; -1 for all of it.
+    """
 
     owner: RegisterName
     fragment: FragmentId
@@ -126,13 +125,16 @@ def _canonical(profile: str) -> str:
     return str(Profile.parse(profile))
 
 
-async def _nobody(_kind: str, _key: str) -> None:
-    """A gateway of one process."""
+async def _no_other_process(_kind: str, _key: str) -> None:
+    """``on_changed`` of a gateway with one process."""
 
 
 @dataclass
 class ObjectPlane:
-    """The ports below, and what all requests share. See ``service.ObjectService`` for who fills it."""
+    """The ports below, and what all requests share.
+
+    It has more than 20 attributes, because the functions of the plane keep no state of their own.
+    """
 
     registers: Registers
     pages: Pages
@@ -146,16 +148,16 @@ class ObjectPlane:
     entropy: Entropy
     limits: ObjectLimits = field(default_factory=ObjectLimits)
     on_damage: OnDamage = lambda damage: None
-    on_changed: Callable[[str, str], Awaitable[None]] = _nobody
-    """``await on_changed(kind, key)``: a ``bucket`` of this name, or a ``user`` of this access key, has just been
-    changed, and who else serves this gateway's port must not
-    go by what it remembers (``BucketService.forget``, ``UserService.forget``). The answer to who changed it waits for
-    this."""
+    on_changed: Callable[[str, str], Awaitable[None]] = _no_other_process
+    """``await on_changed(kind, key)``: a ``bucket`` of this name, or a ``user`` of this access key, has just changed.
+    Other processes that serve this gateway's port must drop it from their caches (``BucketService.forget``,
+    ``UserService.forget``). The answer to the change waits for this.
+    """
     names_authenticated: Callable[[], bool] = lambda: True
-    """Whether all claims of names are known to carry an authenticator: then one without is refused (``claims``)."""
+    """Whether all claims of names are known to have an authenticator. Then one without is refused (``claims``)."""
     on_degraded: Callable[[RegisterName], None] = lambda name: None
-    """Told of a register whose data was just committed with fewer fragments, or under another profile, than it should
-    have.
+    """Called with a register whose data was just committed with fewer fragments, or under another profile, than it
+    should have.
     """
 
     def __post_init__(self) -> None:
@@ -174,8 +176,8 @@ class ObjectPlane:
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
 
     async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs native work that releases the interpreter lock. A cancelled caller still waits for the thread: it is
-        using the caller's buffers.
+        """Runs native work that releases the interpreter lock. A cancelled caller still waits for the thread, which
+        uses the caller's buffers.
         """
         future = asyncio.get_running_loop().run_in_executor(self.threads, lambda: work(*args, **kwargs))
         try:
@@ -188,11 +190,11 @@ class ObjectPlane:
         return Profile.parse(bucket.profile or self.layouts.current.profile)
 
     def target_text(self, bucket: BucketRecord) -> str:
-        """``target_of`` as a PartEntry has it."""
+        """``target_of`` as text, for a PartEntry."""
         return _canonical(bucket.profile or self.layouts.current.profile)
 
     def copy_plan(self, name: RegisterName) -> place.CopyPlan:
-        """Of the register's partition under the layout in force."""
+        """The plan for the register's partition, under the current layout."""
         shard, layout = (name.scope, name.shard), self.layouts.current
         plan = self._copy_plans.get(shard)
         if plan is None or plan.layout is not layout:
@@ -202,11 +204,11 @@ class ObjectPlane:
         return plan
 
     def check_age(self, started: float, created_ms: int) -> None:
-        """``started`` in monotonic seconds, ``created_ms`` on the wall. Raises ServiceUnavailable for a request too old
-        to be sure that its fragments are still there.
+        """Raises ServiceUnavailable for a request so old that its fragments may be gone. ``started``: monotonic
+        seconds; ``created_ms``: wall time.
 
-        The larger of the two ages counts: the monotonic clock stands still while a machine is suspended, the other may
-        be set back.
+        The larger of the two ages counts: the monotonic clock stops while a machine is suspended, and the wall clock
+        may be set back.
         """
         age_s = max(self.clock.monotonic() - started, (self.clock.wall_ms() - created_ms) / 1000)
         if age_s > self.limits.request_age_s_max:

@@ -1,8 +1,7 @@
-"""Values of registers: what the metadata ring keeps about buckets, objects, uploads, users. Pure.
+"""Values of registers: the records of buckets, objects, uploads and users in the metadata ring. Pure.
 
-In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksums, content type, user metadata, tags
-(SealedMeta), and what a
-listing prints (SealedList). See FORMATS.md.
+In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksums, content type, user metadata and tags
+(SealedMeta), and the fields that a listing prints (SealedList). See FORMATS.md.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ PARTS_INLINE_MAX = 32
 
 
 class Run(Message, frozen=True):
-    """Where the blocks ``first .. first + count - 1`` of a part are: coded k+m under the layout of ``epoch``; fragment
-    i is on the i-th disk that
-    ``objects.code.place`` names first for (data id, epoch, profile), but for ``moved``: index -> disk id."""
+    """Where the blocks ``first .. first + count - 1`` of a part are: coded k+m under the layout of ``epoch``. Fragment
+    i is on the i-th disk that ``objects.code.place`` names for (data id, epoch, profile), or on ``moved[i]``, a disk
+    id.
+    """
 
     first: int
     count: int
@@ -38,11 +38,13 @@ class Run(Message, frozen=True):
 
 
 class PartEntry(Message, frozen=True):
-    """One sealed byte stream. ``size`` is of the plaintext, ``header`` the SOV1 header of 64 bytes (chunk size in byte
-    5), ``block_cells`` the data cells
-    in a block (a multiple of the target profile's k, so that a run recoded with another k keeps the block's borders),
-    ``target`` the profile it should have,
-    as text. ``inline``: the sealed chunks themselves, when they are kept in the record (no runs then)."""
+    """One sealed byte stream.
+
+    ``size``: of the plaintext, in bytes. ``header``: the SOV1 header of 64 bytes (chunk size in byte 5).
+    ``block_cells``: data cells of a block, a multiple of the target profile's k, so that a run recoded with another k
+    keeps the block's borders. ``target``: the profile that it should have, as text. ``inline``: the sealed chunks, when
+    they are in the record; then there are no runs.
+    """
 
     number: int
     data_id: bytes
@@ -57,16 +59,16 @@ class PartEntry(Message, frozen=True):
 
 
 class Version(Message, frozen=True):
-    """One version of an object. ``parts`` holds up to 32; a longer manifest is the chain of pages that ``manifest``
-    names (xxh3-128, newest first; each page
-    is a PartsPage). ``wrapped_key`` is the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the first
-    part or of the upload).
-    ``meta`` is a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``), ``listing`` a sealed SealedList. ``pages``:
-    the hashes of all pages that the version
-    needs, those of ``manifest`` and those of what is sealed about its parts: storage nodes, which can't open the
-    latter, keep what is named here.
+    """One version of an object.
 
-    The fields up to ``listing`` are what a list prints: ``ListedFields``."""
+    ``parts``: up to 32. A longer manifest is the chain of pages that ``manifest`` names (xxh3-128, newest first; each
+    page is a PartsPage). ``wrapped_key``: the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the first
+    part or of the upload). ``meta``: a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``). ``listing``: a sealed
+    SealedList. ``pages``: the hashes of all pages that the version needs, those of ``manifest`` and those of the sealed
+    list of its parts. Storage nodes, which can't open the latter, keep the pages named here.
+
+    The fields up to ``listing`` are ``ListedFields``, which a list prints.
+    """
 
     version_id: str
     modified_ms: int
@@ -86,15 +88,15 @@ class Version(Message, frozen=True):
 
 
 class ObjectRecord(Message, frozen=True):
-    """The versions of one key, newest first. No versions: deleted (the register then is a tombstone). ``encode_object``
-    makes a register's body of it.
+    """The versions of one key, newest first. Without versions the key is deleted, and its register a tombstone.
+    ``encode_object`` makes the register's body.
     """
 
     versions: tuple[Version, ...]
 
 
 class ListedFields(Message, frozen=True, gc=False):
-    """The first fields of a Version. (A thousand at a time: the collector need not know of them.)"""
+    """The first fields of a Version. A page has a thousand; Python's garbage collector does not track them."""
 
     version_id: str
     modified_ms: int
@@ -106,7 +108,7 @@ class ListedFields(Message, frozen=True, gc=False):
 
 
 class _VersionOfOld(Message, frozen=True):
-    """A Version as it lay in records before these had a head."""
+    """A Version in an old record, which has no head."""
 
     version_id: str
     delete_marker: bool
@@ -137,7 +139,7 @@ assert len(Version.__struct_fields__) < 16, "the array of a version begins with 
 
 
 def encode_object(record: ObjectRecord) -> bytes:
-    """The body of an object's register, whose head are the ListedFields of the newest version."""
+    """The body of an object's register. Its head is the ListedFields of the newest version."""
     listed = _listed(record.versions[0])
     start = 3 if len(record.versions) < 16 else 5  # the arrays of the record, of the versions, of the first one
     return with_head(encode(record), start, start + len(encode(listed)) - 1)
@@ -152,7 +154,7 @@ def decode_object(body: bytes) -> ObjectRecord:
 
 
 def decode_version(data: bytes) -> Version:
-    """A version by itself, as an upload that is being completed pins it. Raises msgspec.MsgspecError."""
+    """A single version, as a completing upload pins it. Raises msgspec.MsgspecError."""
     try:
         return decode(data, Version)
     except msgspec.ValidationError:
@@ -160,7 +162,7 @@ def decode_version(data: bytes) -> Version:
 
 
 def decode_heads(heads: Sequence[bytes]) -> list[ListedFields]:
-    """What is to be listed of rows, from their bodies' heads, or the whole bodies of those that have none. Raises
+    """The listed fields of rows, from the heads of their bodies, or from the whole body of a row without a head. Raises
     msgspec.MsgspecError.
     """
     try:
@@ -202,9 +204,9 @@ class PartsPage(Message, frozen=True):
 
 
 class SealedPart(Message, frozen=True):
-    """What a part's ETag and checksum are (GetObjectAttributes, partNumber reads), and which data it is: a PartEntry
-    lies in the clear, and counts only
-    where it agrees with this."""
+    """A part's ETag and checksum (for GetObjectAttributes and reads by part number), and the identity of its data. A
+    PartEntry is in the clear, and counts only when it agrees with this.
+    """
 
     number: int
     size: int
@@ -217,22 +219,23 @@ class SealedPart(Message, frozen=True):
 
 
 class SealedPartsPage(Message, frozen=True):
-    """What the parts of an object of more than 32 are: a page of up to 1,000, sealed under the version's DEK (label
-    ``sov.parts.v1``) before it is hashed and stored.
-    ``next``: hash of the following page, empty at the end."""
+    """A page of up to 1,000 SealedParts, of an object with more than 32 parts. It is sealed under the version's DEK
+    (label ``sov.parts.v1``) before it is hashed and stored. ``next``: hash of the following page; empty at the end.
+    """
 
     parts: tuple[SealedPart, ...]
     next: bytes = b""
 
 
 class SealedMeta(Message, frozen=True):
-    """Sealed in the record. ``headers``: content-type, cache-control, content-disposition, content-encoding,
-    content-language, expires, lower case, as they were sent.
-    ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm (``api.CHECKSUM_ALGORITHMS``) -> base64,
-    with ``-N`` when composite.
-    ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts`` only for multipart objects of up to 10,000 parts (sealed in
-    pages of its own when there are more than 32).
-    ``size``: the object's, which the record also has in the clear: the two must agree."""
+    """The metadata of a version, sealed in the record.
+
+    ``headers``: content-type, cache-control, content-disposition, content-encoding, content-language, expires, in lower
+    case, as the client sent them. ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm
+    (``api.CHECKSUM_ALGORITHMS``) -> base64, with ``-N`` when composite. ``checksum_type``: FULL_OBJECT or COMPOSITE.
+    ``parts``: of multipart objects only; more than 32 are sealed in pages of their own, from ``parts_page``. ``size``:
+    the object's. The record also has it in the clear, and the two must agree.
+    """
 
     etag: str
     headers: dict[str, str] = msgspec.field(default_factory=dict)
@@ -256,23 +259,23 @@ class SealedList(Message, frozen=True, gc=False):
 
 
 USUAL_CODE = "N"
-"""Stands in sealed fields for CRC64NVME of the whole object: what an object gets that came without a checksum. A row of
-a small
-object is half a kilobyte, and LMDB fits rows into pages: written out, name and type cost such an object 3% of its disk
-space."""
+"""In sealed fields, the code for CRC64NVME of the whole object, which an object gets that came without a checksum. The
+row of a small object has half a kilobyte, and LMDB fits rows into pages: name and type written out would cost such an
+object 3% of its disk space.
+"""
 
 _USUAL = ("CRC64NVME", "FULL_OBJECT")
 
 
 def brief_meta(meta: SealedMeta) -> SealedMeta:
-    """As it is sealed: with USUAL_CODE where that is its only checksum."""
+    """Metadata as it is sealed: with USUAL_CODE if that is its only checksum."""
     if meta.checksum_type == _USUAL[1] and len(meta.checksums) == 1 and _USUAL[0] in meta.checksums:
         return msgspec.structs.replace(meta, checksums={USUAL_CODE: meta.checksums[_USUAL[0]]}, checksum_type="")
     return meta
 
 
 def full_meta(meta: SealedMeta) -> SealedMeta:
-    """What ``brief_meta`` made, written out again; metadata from before there was a code is as it was."""
+    """The reverse of ``brief_meta``. Old metadata, without the code, does not change."""
     if USUAL_CODE in meta.checksums:
         return msgspec.structs.replace(meta, checksums={_USUAL[0]: meta.checksums[USUAL_CODE]}, checksum_type=_USUAL[1])
     return meta
@@ -284,22 +287,22 @@ def listed_checksum(algorithm: str, checksum_type: str) -> tuple[str, str]:
 
 
 def full_list(listed: SealedList) -> SealedList:
-    """Written out, as ``full_meta``."""
+    """A list field written out, as by ``full_meta``."""
     algorithm, checksum_type = listed_checksum(listed.algorithm, listed.checksum_type)
     return msgspec.structs.replace(listed, algorithm=algorithm, checksum_type=checksum_type)
 
 
 class BucketRecord(Message, frozen=True):
-    """``bucket/NAME`` in the system table. ``state``: active, deleting, deleted. ``countries`` empty: whatever the
-    cluster's policy allows.
+    """``bucket/NAME`` in the system table.
 
-    ``shards``: how many index shards there are. ``shard_list``: their numbers, one byte each, where the bucket has
-    countries: the partitions of
-    these lie inside them. Empty: 0 up to ``shards``; so it was in all buckets at first.
+    ``state``: active, deleting, deleted. ``countries``: empty for all that the cluster's policy allows. ``shards``: the
+    number of index shards. ``shard_list``: their numbers, one byte each, of a bucket with countries: the partitions of
+    these shards lie inside them. Empty: 0 up to ``shards``, as in all old buckets.
+
     ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields); a record that does not
-    verify is refused.
-    ``signature``: what a node without keys verifies, over the public part (``objects.system.public``), by the key that
-    ``signer`` names."""
+    verify is refused. ``signature``: over the public part (``objects.system.public``), by the key that ``signer``
+    names; nodes without keys verify it.
+    """
 
     name: str
     id: bytes
@@ -329,11 +332,10 @@ _AUTHENTICATOR_AT = BucketRecord.__struct_fields__.index("authenticator")
 
 
 def authenticated_bytes(body: bytes) -> bytes:
-    """What the authenticator of a bucket's record is over: the record as it lies in ``body``, with an empty
+    """The bytes that the authenticator of a bucket's record covers: the record in ``body`` with an empty authenticator,
+    and with as many fields as when it was written (old records have fewer). Empty for a record that ends before its
     authenticator.
-
-    It has as many fields as when it was written: records from before have fewer. Empty for one that ends before its
-    authenticator."""
+    """
     fields = decode(body, list[Any])
     if len(fields) <= _AUTHENTICATOR_AT:
         return b""
@@ -342,8 +344,8 @@ def authenticated_bytes(body: bytes) -> bytes:
 
 
 class UserRecord(Message, frozen=True):
-    """``user/ACCESS_KEY``. ``sealed`` is the secret key and the display name under the keyring, bound to the register's
-    name; ``authenticator`` as in BucketRecord.
+    """``user/ACCESS_KEY``. ``sealed``: the secret key and the display name, sealed by the keyring and bound to the
+    register's name. ``authenticator``: as in BucketRecord.
     """
 
     access_key: str
@@ -356,15 +358,15 @@ class UserRecord(Message, frozen=True):
 
 
 class UploadRecord(Message, frozen=True):
-    """A multipart upload: Open -> Completing(pinned) -> Done(result), or Open | Completing -> Aborted. One DEK an
-    upload, wrapped for (bucket id, key, upload id).
+    """A multipart upload: Open -> Completing(pinned) -> Done(result), or Open | Completing -> Aborted. It has one DEK,
+    wrapped for (bucket id, key, upload id).
+
     ``meta``: sealed SealedMeta given at Create. ``result``: sealed answer of Complete, kept for retries. ``pinned``:
-    while completing, the encoded Version that is being
-    made of it; its parts are referred to from here even when their rows are replaced. ``pinned_sequence``: the object
-    register's sequence when it was pinned, so that a
-    Complete taken up again can tell that nothing happened in between. ``request_digest``: of the Complete, keyed by
-    the upload's DEK (33 bytes; 32 in records from before,
-    which were not keyed and are rewritten when they are touched). ``changed_ms``: when the state last changed."""
+    while completing, the encoded Version that is being made; its parts have a reference here even when their rows are
+    replaced. ``pinned_sequence``: the object register's sequence at the pin, so that a resumed Complete can see that
+    nothing happened since. ``request_digest``: of the Complete, keyed by the upload's DEK (33 bytes; 32 in old records,
+    which are not keyed, and are rewritten when they are used). ``changed_ms``: when the state last changed.
+    """
 
     upload_id: bytes
     state: str
@@ -384,7 +386,7 @@ class UploadRecord(Message, frozen=True):
 
 
 class CompleteResult(Message, frozen=True):
-    """What Complete answered, sealed in ``UploadRecord.result`` (label ``sov.result.v1``)."""
+    """The answer of Complete, sealed in ``UploadRecord.result`` (label ``sov.result.v1``)."""
 
     etag: str
     version_id: str
