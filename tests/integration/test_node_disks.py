@@ -126,7 +126,7 @@ async def test_a_server_built_anew_answers_nothing_until_an_operator_accepts_its
     assert await states(disks) == ["ok", "blank"]
     assert heard == [(ids(loaded)[0], os.getuid())]
     assert not (tmp_path / (ACCEPTANCE + ids(loaded)[0])).exists(), "the word is used up"
-    floor = disks.replicas[ids(loaded)[0]]._floor
+    floor = disks.replicas[ids(loaded)[0]].state.floor
     assert floor.epoch == 3
     assert floor.counter > 0, "what the disk promised in its earlier life lies below"
     await disks.close()
