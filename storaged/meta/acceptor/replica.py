@@ -232,51 +232,61 @@ class LocalReplica:
         """
         if self._writes.silent:
             self._writes.check_answers()
-        name, ballot, value = request.name, request.ballot, request.value
+        name, ballot, state = request.name, request.ballot, self.state
         header = header or request.header
         check_name(name, ballot)
-        state = self.state
-        near = ballot[:2] >= state.near_high_water
-        above = near and needs_high_water(ballot, state.high_water)
         pending = self.pending.by_name.get(name)
         if pending is not None:
             return pending.joined(request, header, on_answer)
+        near = ballot[:2] >= state.near_high_water
         if near and state.too_far(ballot, self._clock.wall_ms() * 1000):
             self._counts.refused += 1
             on_answer(messages.AcceptReply(Verdict.AHEAD))
             return True
-        if header and above:
+        if near and header and needs_high_water(ballot, state.high_water):
             self._high_water.begin_raise(ballot)
             return False
         self._counts.accepts += 1
-        check_value(value)
+        check_value(request.value)
         create = create or isinstance(request, messages.Create)
         if name.table != OBJECT:
-            check_created(name, value, create)
+            check_created(name, request.value, create)
         acceptor, verdict = self._judge_create(request) if create else self._judge_accept(request)
         if verdict is not Verdict.OK:
             on_answer(self._refused(verdict, acceptor, name, ballot))
-            return True
-        if ballot == acceptor.accepted and not header:
+        elif ballot == acceptor.accepted and not header:
             on_answer(messages.AcceptReply(Verdict.OK, ballot))
-            return True
-        held = acceptor.value.sequence if acceptor.value is not None else state.sequences.get(name, 0)
+        else:
+            self._begin_write(request, acceptor, header, body, on_answer, near=near)
+        return True
+
+    def _begin_write(
+        self,
+        request: messages.Accept,
+        acceptor: Acceptor,
+        header: bytes,
+        body: Sequence[Buffer],
+        on_answer: OnAcceptReply,
+        *,
+        near: bool,
+    ) -> None:
+        """``near``: the ballot lies near the high-water ballot, or above it."""
+        name, ballot, value = request.name, request.ballot, request.value
+        held = acceptor.value.sequence if acceptor.value is not None else self.state.sequences.get(name, 0)
         if value.sequence < held:
             self._counts.note_fall(name, ballot, held, value.sequence)
         size = len(value.body) + sum(map(len, body))
         self._writes.check_room(size, len(self.pending))
-        if header and near:
-            self._high_water.begin_raise(ballot)
         batch = StoreBatch((Slot(name, ballot, value),))
-        if above:
+        if near and header:
+            self._high_water.begin_raise(ballot)
+        elif near and needs_high_water(ballot, self.state.high_water):
             self._high_water.add_to(batch, ballot)
         if not self._rules.sync_before_answer:
             self._answer_before_sync(batch, header, body, on_answer)
-            return True
-        self._write(
-            PendingAccept(self, name, ballot, request.identity, batch, size, bool(header), on_answer), header, body
-        )
-        return True
+            return
+        pending = PendingAccept(self, name, ballot, request.identity, batch, size, bool(header), on_answer)
+        self._write(pending, header, body)
 
     def _judge_accept(self, request: messages.Accept) -> tuple[Acceptor, Verdict]:
         name, ballot = request.name, request.ballot
