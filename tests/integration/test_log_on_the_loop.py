@@ -32,9 +32,10 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.store_ports import StoreBatch
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import encode
+from tests.doubles.files import SimulatedFiles
 from tests.patience import GUARD_S
 from tests.suites.meta_store import page_of
-from tests.worlds.fragments import DISK, Made, SimulatedFiles, make
+from tests.worlds.fragments import DISK, Made, make
 
 RNG = random.Random(23)
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")

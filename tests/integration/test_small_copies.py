@@ -28,10 +28,11 @@ from storaged.meta.storage.small_copies import ENTRY_BYTES, PlainCopies, SmallCo
 from storaged.meta.store_ports import Copies, Copy, MetaStore, StoreBatch
 from storaged.node.disks import restore_copies
 from storaged.wire import Buffer, encode
+from tests.doubles.files import SimulatedFile, SimulatedFiles
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
 from tests.worlds.disk import LogDisk, died
-from tests.worlds.fragments import SimulatedFile, SimulatedFiles, make
+from tests.worlds.fragments import make
 
 SCOPE = b"s" * 16
 NAME = RegisterName(Table.OBJECT, SCOPE, 3, b"key")

@@ -28,7 +28,8 @@ from storaged.fragments.index_rows import Checkpoint, Position
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import Retirement
 from storaged.fragments.write import Write
-from tests.worlds.fragments import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
+from tests.doubles.files import PowerCut, SimulatedFiles
+from tests.worlds.fragments import DISK, Made, in_memory, make
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
 LIMITS = StoreLimits(

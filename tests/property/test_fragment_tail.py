@@ -18,8 +18,9 @@ from storaged.fragments.index import Index
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.write import Write
 from storaged.hashes import fragment_hash
+from tests.doubles.files import SimulatedFiles
 from tests.examples import examples
-from tests.worlds.fragments import DISK, Made, SimulatedFiles, in_memory, make
+from tests.worlds.fragments import DISK, Made, in_memory, make
 
 LIMITS = StoreLimits(note_reserve_bytes=0, segment_bytes=1 << 20)
 

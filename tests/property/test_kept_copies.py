@@ -39,9 +39,10 @@ from storaged.meta.store_ports import StoreBatch
 from storaged.node import disks
 from storaged.units import KIB
 from storaged.wire import encode
+from tests.doubles.files import SimulatedFiles
 from tests.suites.meta_store import BUCKET, slot_of
 from tests.worlds.disk import LogDisk
-from tests.worlds.fragments import Made, SimulatedFiles, in_memory, make
+from tests.worlds.fragments import Made, in_memory, make
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "40"))
 LIMITS = {

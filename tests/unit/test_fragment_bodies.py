@@ -14,10 +14,11 @@ from storaged.fragments.ports import FragmentId, Health
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
 from storaged.hashes import transfer_checksum
+from tests.doubles.caller import Loopback
 from tests.doubles.disks import FaultyDisk
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.suites.fragment_store import Damage, FragmentStoreSuite
-from tests.worlds.fragments import DISK, Loopback, Made, flip_on_disk, make
+from tests.worlds.fragments import DISK, Made, flip_on_disk, make
 
 
 class TestLocal(FragmentStoreSuite):

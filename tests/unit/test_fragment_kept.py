@@ -28,10 +28,11 @@ from storaged.meta.store_ports import StoreBatch
 from storaged.node.disks import _own, restore_copies
 from storaged.units import GIB, KIB, MIB
 from storaged.wire import encode
+from tests.doubles.files import SimulatedFiles
 from tests.patience import GUARD_S
 from tests.suites.meta_store import BUCKET, slot_of
 from tests.worlds.disk import LogDisk
-from tests.worlds.fragments import DISK, Made, SimulatedFiles, make
+from tests.worlds.fragments import DISK, Made, make
 
 RNG = random.Random(23)
 

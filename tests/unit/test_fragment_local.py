@@ -31,8 +31,9 @@ from storaged.fragments.ports import FragmentId, Health, Retirement
 from storaged.fragments.recovery import Step
 from storaged.fragments.store import DiskOwner, LocalFragmentStore
 from storaged.units import KIB, MIB
+from tests.doubles.files import SimulatedFiles
 from tests.patience import GUARD_S
-from tests.worlds.fragments import DISK, Made, SimulatedFiles, flip_on_disk, make
+from tests.worlds.fragments import DISK, Made, flip_on_disk, make
 
 RNG = random.Random(11)
 

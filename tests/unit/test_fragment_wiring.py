@@ -15,8 +15,9 @@ from storaged.fragments.payloads import Payloads
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.fragments.store import LocalFragmentStore
 from storaged.wire import encode
+from tests.doubles.caller import Loopback
 from tests.doubles.fragments import MemoryFragmentStore
-from tests.worlds.fragments import DISK, Loopback, make
+from tests.worlds.fragments import DISK, make
 
 
 def layout(epoch: int, **disks: str) -> Layout:

@@ -16,7 +16,8 @@ from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import Buffer
-from tests.worlds.fragments import DISK, SimulatedFiles
+from tests.doubles.files import SimulatedFiles
+from tests.worlds.fragments import DISK
 
 
 class HeldLog:
