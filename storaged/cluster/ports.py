@@ -68,14 +68,14 @@ Handler = Callable[[Any, Call], Awaitable[Message | Reply]]
 StoragedError as PeerRefused with its code."""
 
 
-OnOutcome = Callable[[Message | Reply | Exception], None]
-"""``on_outcome(outcome)``: called once, on the event loop, with what the handler would have returned or raised.
+OnAnswer = Callable[[Message | Reply | Exception], None]
+"""``on_answer(answer)``: called once, on the event loop, with what the handler would have returned or raised.
 
-It does not raise. When the call was abandoned meanwhile (cancelled, past its deadline, the peer is gone), the outcome
-is dropped."""
+It does not raise. When the call was abandoned meanwhile (cancelled, past its deadline, the peer is gone), the answer is
+dropped."""
 
-TryStart = Callable[[Any, Call, OnOutcome], bool]
-"""``try_start(request, call, on_outcome)``: accepts the request and reports its outcome, now or later.
+TryStart = Callable[[Any, Call, OnAnswer], bool]
+"""``try_start(request, call, on_answer)``: accepts the request and answers it, now or later.
 
 It returns False, and has done nothing, where it would have to wait first. It raises what the handler would raise when
 it does not accept the request. An accepted request may wait for a disk that never answers, longer than the server
@@ -153,7 +153,7 @@ class TryCaller(Protocol):
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> bool:
-        """As ``Caller.call``, but returns at once and hands the outcome to ``on_reply``.
+        """As ``Caller.call``, but returns at once and hands the reply or error to ``on_reply``.
 
         Returns False, and sends nothing, where it would have to wait (no connection, or no room in it) and where the
         node is this one; ``call`` handles both. Raises ValueError when the request exceeds a frame's limits.

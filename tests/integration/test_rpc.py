@@ -19,7 +19,7 @@ import uvloop
 from storaged.cluster import identity, issuing, tls
 from storaged.cluster.layout import Layout, NodeEntry, confirmed_roles
 from storaged.cluster.policy import Policy
-from storaged.cluster.ports import Call, Method, Methods, OnOutcome, PeerChecks
+from storaged.cluster.ports import Call, Method, Methods, OnAnswer, PeerChecks
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
 from storaged.cluster.rpc.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
 from storaged.errors import (
@@ -311,9 +311,9 @@ class Hung:
     """A method that accepts calls and answers when the test says so, or never."""
 
     def __init__(self) -> None:
-        self.answers: list[OnOutcome] = []
+        self.answers: list[OnAnswer] = []
 
-    def begin(self, _request: Note, _call: Call, answer: OnOutcome) -> bool:
+    def begin(self, _request: Note, _call: Call, answer: OnAnswer) -> bool:
         self.answers.append(answer)
         return True
 

@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Call, EncodedCall, Method, OnOutcome, OnReply, PeerIdentity, Reply, T
+from storaged.cluster.ports import Call, EncodedCall, Method, OnAnswer, OnReply, PeerIdentity, Reply, T
 from storaged.errors import (
     DiskForeign,
     DiskUnusable,
@@ -264,7 +264,7 @@ class StorageNode:
         self._handlers[task] = None
         task.add_done_callback(lambda done: self._handlers.pop(done, None))
 
-    async def _handle(self, entry: Method, request: Message, call: Call, reply: OnOutcome) -> None:
+    async def _handle(self, entry: Method, request: Message, call: Call, reply: OnAnswer) -> None:
         try:
             reply(await entry.handler(request, call))
         except StoragedError as error:

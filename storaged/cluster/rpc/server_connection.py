@@ -4,7 +4,7 @@ Theory of operation. A request is answered in one of three ways (``ports.Method`
 needs no waiting; by a callback, where ``try_start`` accepted it, mostly after a disk has written; else by a task. A
 task is cancelled when its caller cancels the call, its deadline has passed or the connection is gone. A request that
 ``try_start`` accepted cannot be stopped. It is abandoned instead: its place and its bytes are free at once, and its
-outcome is dropped.
+answer is dropped.
 
 What requests hold in memory is bounded twice, per connection and per server. Before a body is received, its bytes are
 taken from both budgets; replies with large bodies count until they have left. When a budget is used up, the server
@@ -279,28 +279,26 @@ class ServerConnection(Connection):
         """Whether the request was accepted, or failed."""
         running = self.running[request_id] = _Running(None, call.deadline, len(call.body))
         try:
-            if try_start(request, call, partial(self._on_outcome, request_id, running, name)):
+            if try_start(request, call, partial(self._on_answer, request_id, running, name)):
                 return True
         except Exception as error:
-            self._on_outcome(request_id, running, name, error)
+            self._on_answer(request_id, running, name, error)
             return True
         del self.running[request_id]
         return False
 
-    def _on_outcome(
-        self, request_id: int, running: _Running, name: bytes, outcome: Message | Reply | Exception
-    ) -> None:
+    def _on_answer(self, request_id: int, running: _Running, name: bytes, answer: Message | Reply | Exception) -> None:
         if self.running.get(request_id) is not running:
             return  # the call was abandoned
         del self.running[request_id]
-        if isinstance(outcome, Exception):
-            if not isinstance(outcome, StoragedError):
+        if isinstance(answer, Exception):
+            if not isinstance(answer, StoragedError):
                 log.error(
-                    "call failed", peer=self.peer.name if self.peer else "", method=name.decode(), exc_info=outcome
+                    "call failed", peer=self.peer.name if self.peer else "", method=name.decode(), exc_info=answer
                 )
-            self._fail(request_id, outcome)
+            self._fail(request_id, answer)
         else:
-            self._answer(request_id, outcome)
+            self._answer(request_id, answer)
         self._release(running.size)
         if self.shared.on_call_done is not None:
             self.shared.on_call_done()

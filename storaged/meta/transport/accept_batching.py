@@ -22,7 +22,7 @@ from typing import Any
 
 import structlog
 
-from storaged.cluster.ports import Call, EncodedCall, OnOutcome, OnReply, TryCaller
+from storaged.cluster.ports import Call, EncodedCall, OnAnswer, OnReply, TryCaller
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.framing import HEAD_BYTES_MAX, ErrorHead
 from storaged.errors import InvalidRequest, PeerUnreachable, StoragedError
@@ -146,17 +146,17 @@ class AcceptBatcher:
 class _MessageAnswers:
     """The answers to the requests of one message."""
 
-    __slots__ = ("_errors", "_left", "_on_outcome", "_replies", "_timer")
+    __slots__ = ("_errors", "_left", "_on_answer", "_replies", "_timer")
 
-    def __init__(self, count: int, on_outcome: OnOutcome) -> None:
-        self._on_outcome: OnOutcome | None = on_outcome
+    def __init__(self, count: int, on_answer: OnAnswer) -> None:
+        self._on_answer: OnAnswer | None = on_answer
         self._left = count
         self._replies: list[messages.AcceptReply | None] = [None] * count
         self._errors: dict[int, ErrorHead] = {}
         self._timer = asyncio.get_running_loop().call_later(TOGETHER_S, self._end)
 
     def add(self, index: int, outcome: messages.AcceptReply | Exception) -> None:
-        if self._on_outcome is None:
+        if self._on_answer is None:
             return  # this request took too long, and was sent again
         if isinstance(outcome, Exception):
             self._errors[index] = faults.to_head(outcome)
@@ -172,13 +172,13 @@ class _MessageAnswers:
             self._end()
 
     def _end(self) -> None:
-        on_outcome, self._on_outcome = self._on_outcome, None
-        if on_outcome is not None:
-            on_outcome(messages.AcceptsReply(self._replies, self._errors))
+        on_answer, self._on_answer = self._on_answer, None
+        if on_answer is not None:
+            on_answer(messages.AcceptsReply(self._replies, self._errors))
 
 
 def try_accepts(
-    of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, on_outcome: OnOutcome
+    of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, on_answer: OnAnswer
 ) -> bool:
     """``cluster.ports.TryStart`` of ``meta.accepts``. ``of(disk)`` raises DiskUnusable. Each accept passes the ``gate``
     by itself. Raises InvalidRequest.
@@ -192,7 +192,7 @@ def try_accepts(
         or sum(sizes) != len(call.body)
     ):
         raise InvalidRequest(f"Accepts are up to {ACCEPTS_MAX}, each with the size of its copy.")
-    answers, body, at = _MessageAnswers(count, on_outcome), call.body, 0
+    answers, body, at = _MessageAnswers(count, on_answer), call.body, 0
     for index, accept in enumerate(accepts):
         end = at + sizes[index]
         on_answer = partial(answers.add, index)

@@ -17,7 +17,7 @@ from storaged.cluster.ports import (
     Layouts,
     Method,
     Methods,
-    OnOutcome,
+    OnAnswer,
     OnReply,
     Reply,
     TryCaller,
@@ -269,7 +269,7 @@ class ReplicaHost:
             return messages.PrepareReply(verdict)
         return await self._of(request.disk).prepare(request)
 
-    def _try_accept(self, request: messages.Accept, call: Call, answer: OnOutcome) -> bool:
+    def _try_accept(self, request: messages.Accept, call: Call, answer: OnAnswer) -> bool:
         if verdict := self._gate.accept(request, call.peer):
             answer(messages.AcceptReply(verdict))
             return True
