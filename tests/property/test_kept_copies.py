@@ -352,6 +352,6 @@ async def test_the_histories_find_a_planted_mistake(
         for seed in range(60):
             try:
                 await run(seed, quick_path / str(seed))
-            except AssertionError:
+            except (AssertionError, StoragedError):  # the test without a mistake fails for either
                 return
     pytest.fail(f"60 seeds did not notice: {mistake.__name__}")
