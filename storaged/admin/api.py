@@ -70,7 +70,7 @@ class AdminServer:
             ]
         )
         runner = await self._run(private)
-        await AdminListener(runner, bind_private(directory / SOCKET_NAME), on_refusal=self._stranger).start()
+        await AdminListener(runner, bind_private(directory / SOCKET_NAME), on_refusal=self._on_refusal).start()
         if listen:
             host, port = split_address(listen)
             runner = await self._run(self._application(local_hosts))
@@ -101,7 +101,7 @@ class AdminServer:
         )
         return application
 
-    def _stranger(self, peer: SocketPeer) -> None:
+    def _on_refusal(self, peer: SocketPeer) -> None:
         if self._services.trail is not None:
             self._services.trail.refused("admin.refused", "NOT_ALLOWED", actor=peer.actor, target=SOCKET_NAME)
 

@@ -32,8 +32,8 @@ async def texts_of(request: web.Request, *names: str) -> dict[str, str]:
         raise InvalidArgument("the body is not JSON") from None
     if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
         raise InvalidArgument("the body is an object whose values are texts")
-    if strangers := sorted(set(document) - set(names)):
-        raise InvalidArgument(f"there is no field {strangers[0]!r}; there are: {', '.join(names)}")
+    if unknown := sorted(set(document) - set(names)):
+        raise InvalidArgument(f"there is no field {unknown[0]!r}; there are: {', '.join(names)}")
     return document
 
 

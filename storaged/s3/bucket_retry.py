@@ -1,5 +1,5 @@
-"""Runs a handler, and once more if its bucket was deleted and created again meanwhile, in the bucket that has the name
-now (``objects.system.fenced``)."""
+"""Runs the handler of an operation. If its bucket was deleted and created again meanwhile, runs it once more, in the
+bucket that has the name now (``objects.system.fenced``)."""
 
 from __future__ import annotations
 
