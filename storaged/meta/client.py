@@ -128,6 +128,7 @@ class RingClient:
         """``jitter()`` draws a number from 0 to 1: the part of a pause that is taken."""
         self._layouts = layouts
         self._settings = settings
+        self._myself = Myself(settings.node, settings.gateway)
         self._believes = hooks.believes
         self._doubted: dict[tuple[str, RegisterName], None] = {}
         """Which disks were seen to report what no gateway wrote."""
@@ -136,29 +137,15 @@ class RingClient:
         """Of the layout ``_viewed``, by table, scope and shard."""
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._pool = TaskPool()
-        self._calls = Calls(
-            replicas,
-            self._pool,
-            UnresponsiveDisks(clock if clock is not None else SystemClock()),
-            deadline_s=settings.deadline_s,
-            call_timeout_s=settings.call_timeout_s,
-            hedge_s=settings.hedge_s,
-        )
+        unresponsive = UnresponsiveDisks(clock if clock is not None else SystemClock())
+        limits = settings.deadline_s, settings.call_timeout_s, settings.hedge_s
+        self._calls = Calls(replicas, self._pool, unresponsive, *limits)
         copies = CopyReader(self._calls, hooks.copy_at)
         self._ring = self._make_ring(hooks, jitter, entropy, copies)
-        self._queue = ChangeQueue(
-            self._ring,
-            entropy,
-            settings.deadline_s,
-            settings.new_keys if settings.new_keys is not None else NewKeyRate(),
-        )
+        new_keys = settings.new_keys if settings.new_keys is not None else NewKeyRate()
+        self._queue = ChangeQueue(self._ring, entropy, settings.deadline_s, new_keys)
         self._reader = RegisterReader(
-            self._ring,
-            RowReader(replicas, self._pool),
-            copies,
-            Myself(settings.node, settings.gateway),
-            settings.deadline_s,
-            self._queue.identity,
+            self._ring, RowReader(replicas, self._pool), copies, self._myself, settings.deadline_s, self._queue.identity
         )
         self._survey = RingSurvey(self._calls, self._view)
         self._pages = RingPages(self._calls, self._view, hooks.on_missed)

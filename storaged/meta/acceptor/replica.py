@@ -57,10 +57,8 @@ META_RETIRED = "retired"
 
 
 class LocalReplica:
-    """The acceptor of one disk of this process. Implements ``ports.LocalTryReplica``; one event loop only.
-
-    It has the methods of the port twice, as calls that wait and as ``try_`` calls that do not, which makes them more
-    than 25.
+    """The acceptor of one disk of this process. Implements ``ports.LocalTryReplica``; one event loop only. It has more
+    than 25 methods, for it has those of the port twice: as calls that wait, and as ``try_`` calls that do not.
     """
 
     def __init__(
@@ -252,12 +250,10 @@ class LocalReplica:
         if name.table != OBJECT:
             check_created(name, request.value, create)
         acceptor, verdict = self._judge_create(request) if create else self._judge_accept(request)
-        if verdict is not Verdict.OK:
-            on_answer(self._refused(verdict, acceptor, name, ballot))
-        elif ballot == acceptor.accepted and not header:
-            on_answer(messages.AcceptReply(Verdict.OK, ballot))
-        else:
+        if verdict is Verdict.OK:
             self._begin_write(request, acceptor, header, body, on_answer, near=near)
+        else:
+            on_answer(self._refused(verdict, acceptor, name, ballot))
         return True
 
     def _begin_write(
@@ -270,8 +266,13 @@ class LocalReplica:
         *,
         near: bool,
     ) -> None:
-        """``near``: the ballot lies near the high-water ballot, or above it."""
+        """``near``: the ballot lies near the high-water ballot, or above it. A value that is on disk already is not
+        written again, unless its copy comes with it.
+        """
         name, ballot, value = request.name, request.ballot, request.value
+        if ballot == acceptor.accepted and not header:
+            on_answer(messages.AcceptReply(Verdict.OK, ballot))
+            return
         held = acceptor.value.sequence if acceptor.value is not None else self.state.sequences.get(name, 0)
         if value.sequence < held:
             self._counts.note_fall(name, ballot, held, value.sequence)

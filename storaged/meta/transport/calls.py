@@ -171,7 +171,6 @@ class Calls:
         replicas: Replicas,
         pool: TaskPool,
         unresponsive: UnresponsiveDisks,
-        *,
         deadline_s: float,
         call_timeout_s: float,
         hedge_s: float,
