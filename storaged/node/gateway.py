@@ -43,13 +43,13 @@ from storaged.node.planes import NodePlanes
 from storaged.node.requestlog import RequestLog
 from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
 from storaged.node.workers import Workers
+from storaged.objects.bad_rows import BadRow
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.claims import authenticate_all
 from storaged.objects.system.keyends import Ends
-from storaged.objects.system.rows import BadRow
 from storaged.objects.system.shards import domains_inside
 from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after

@@ -24,15 +24,15 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Fences, Pages, Registers, Scanner
 from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
 from storaged.objects.background import Background, Counters
+from storaged.objects.bad_rows import BadRows
 from storaged.objects.cache.buffers import BufferPool
 from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.cache.opened_records import OpenedRecordCache
 from storaged.objects.code import place
+from storaged.objects.garbage import Garbage
+from storaged.objects.hedge_delay import HedgeDelay
 from storaged.objects.ports import KeyService
-from storaged.objects.read.hedging import HedgeDelay
 from storaged.objects.records import BucketRecord
-from storaged.objects.system.rows import BadRows
-from storaged.objects.write.garbage import Garbage
 from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 

@@ -24,10 +24,10 @@ from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value
 from storaged.meta.store_ports import StoreBatch
 from storaged.node.housekeeping import check_records, tidy
 from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.bad_rows import BAD_ROWS_MAX, BadRows
 from storaged.objects.records import BucketRecord, UploadRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
-from storaged.objects.system.rows import BAD_ROWS_MAX, BadRows
 from storaged.objects.system.users import NameClaim, UserService
 from storaged.objects.write.uploads import parse_upload_id
 from storaged.wire import decode, encode

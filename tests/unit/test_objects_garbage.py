@@ -8,8 +8,8 @@ import os
 import pytest
 
 from storaged.fragments.ports import Retirement
+from storaged.objects import garbage
 from storaged.objects.service import ObjectService
-from storaged.objects.write import garbage
 from tests.worlds.objects import World, bucket_of, put
 
 

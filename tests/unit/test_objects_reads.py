@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from storaged.errors import DataDamaged
-from storaged.objects.read.hedging import HedgeDelay, Reads
+from storaged.objects.hedge_delay import HedgeDelay
+from storaged.objects.read.hedging import Reads
 from storaged.objects.service import ObjectService
 from tests.worlds.objects import World, bucket_of, got, put
 

@@ -15,8 +15,8 @@ Theory of operation
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -24,16 +24,11 @@ import structlog
 from storaged.errors import DataDamaged, StoragedError
 from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, system_name
 from storaged.meta.ports import PageQuery, Registers, Scanner
+from storaged.objects.bad_rows import BadRows, display_name
 from storaged.objects.ports import KeyService
 from storaged.wire import Message, encode
 
 log = structlog.get_logger(__name__)
-
-BAD_ROWS_MAX = 1000
-"""Names in the table. Bad rows beyond it are not counted."""
-
-NAME_CHARS_MAX = 128
-"""Of a row's name in ``status``."""
 
 T = TypeVar("T")
 
@@ -64,53 +59,6 @@ def is_authentic(keys: KeyService, name: RegisterName, value: Value, record: Mes
     """Whether a gateway of this cluster wrote ``record``, decoded from ``value``."""
     plain = encode(msgspec.structs.replace(record, authenticator=b""))
     return keys.verify(context_of(name, value.sequence), plain, authenticator)
-
-
-class BadRow(NamedTuple):
-    """``name`` in the form that an operator reads: ``bucket/photos``."""
-
-    name: str
-    reason: str
-
-
-class BadRows:
-    """The rows that this process found unusable. Bounded; each is logged once while it stays bad."""
-
-    def __init__(self) -> None:
-        self._reasons: dict[bytes, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._reasons)
-
-    def listed(self) -> list[BadRow]:
-        return [BadRow(display_name(key), reason) for key, reason in sorted(self._reasons.items())]
-
-    def note(self, key: bytes, reason: str) -> None:
-        if key in self._reasons or len(self._reasons) < BAD_ROWS_MAX:
-            if self._reasons.get(key) != reason:
-                log.error(
-                    "a system record cannot be used",
-                    record=display_name(key),
-                    reason=reason,
-                    code="SYSTEM_RECORD_DAMAGED",
-                )
-            self._reasons[key] = reason
-
-    def clear(self, key: bytes) -> None:
-        if self._reasons.pop(key, None) is not None:
-            log.info("a system record can be used again", record=display_name(key))
-
-    def replace(self, prefix: bytes, found: Mapping[bytes, str]) -> None:
-        """``found``: the result of a whole scan of the rows under ``prefix``."""
-        for key in [key for key in self._reasons if key.startswith(prefix) and key not in found]:
-            self.clear(key)
-        for key, reason in found.items():
-            self.note(key, reason)
-
-
-def display_name(key: bytes) -> str:
-    """A row's key as text: escapes what is not printable, and cuts what is long."""
-    return key[:NAME_CHARS_MAX].decode("utf-8", "backslashreplace").encode("unicode_escape").decode()
 
 
 async def scan(

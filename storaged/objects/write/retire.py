@@ -12,9 +12,9 @@ from storaged.meta.names import RegisterName
 from storaged.objects.code import place
 from storaged.objects.code.geometry import problem_of
 from storaged.objects.code.manifest import parts_of
+from storaged.objects.garbage import retire_all
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Version
-from storaged.objects.write.garbage import retire_all
 
 
 def replaced_versions(before: ObjectRecord, after: ObjectRecord) -> list[Version]:

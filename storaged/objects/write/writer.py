@@ -30,11 +30,11 @@ from storaged.objects.code import erasure, place
 from storaged.objects.code.assemble import assemble, empty_fragments
 from storaged.objects.code.geometry import BlockShape
 from storaged.objects.code.seal import PartSealer
+from storaged.objects.garbage import retire_all
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry
 from storaged.objects.write.blocks import BlockState, Coded, NewPart, OnPlain, runs_of
 from storaged.objects.write.body import BodyReader
-from storaged.objects.write.garbage import retire_all
 from storaged.sov1 import SALT_BYTES, chunk_count
 from storaged.wire import Buffer
 
