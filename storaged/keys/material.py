@@ -58,7 +58,3 @@ class KeyMaterial:
 
     def __repr__(self) -> str:
         return f"KeyMaterial(keyring_id={self.keyring_id.hex()}, newest epoch={self.newest.epoch})"
-
-    @property
-    def is_backed_up(self) -> bool:
-        return self.backed_up_epoch >= self.newest.epoch

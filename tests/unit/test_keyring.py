@@ -170,7 +170,7 @@ def test_a_keyring_opens_again_with_the_same_keys_and_only_its_owner_can_read_th
     assert keyring_id_of(path) == opened.keyring_id == made.keyring_id
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert made.newest.epoch == 1
-    assert not opened.is_backed_up
+    assert opened.backed_up_epoch < opened.newest.epoch
 
 
 def test_no_key_is_in_the_file_in_the_clear(material):
@@ -344,9 +344,9 @@ def test_a_restored_keyring_may_have_another_protection(tmp_path, material):
 def test_the_keyring_remembers_that_it_was_backed_up(tmp_path, material):
     assert open_keyring(material.path, CREDENTIAL).backed_up_epoch == 0
     backup(material, tmp_path / "backup", "far away", cost=CHEAP)
-    assert material.is_backed_up
+    assert material.backed_up_epoch == material.newest.epoch
     reopened = open_keyring(material.path, CREDENTIAL)
-    assert reopened.is_backed_up
+    assert reopened.backed_up_epoch == reopened.newest.epoch
     assert same_keys(reopened, material)
     assert stat.S_IMODE(material.path.stat().st_mode) == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup", "keyring"]
@@ -357,7 +357,7 @@ def test_neither_backup_nor_restore_overwrites(tmp_path, material):
     occupied.write_text("mine")
     with pytest.raises(FileExists):
         backup(material, occupied, "far away", cost=CHEAP)
-    assert not material.is_backed_up
+    assert material.backed_up_epoch < material.newest.epoch
     backup(material, tmp_path / "backup", "far away", cost=CHEAP)
     with pytest.raises(FileExists):
         restore(tmp_path / "backup", "far away", occupied)
