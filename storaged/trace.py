@@ -6,7 +6,7 @@ takes. There are few names, the same in every plane:
 
 queue     from the request's first byte to its handler: the event loop was busy with other requests
 sign      the signature is checked
-bucket    the bucket's record is looked up
+bucket    the records of the user and of the bucket are looked up
 receive   waiting for bytes of the body
 digest    MD5, SHA-256 and checksums of a block
 seal      encryption
