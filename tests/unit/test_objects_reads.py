@@ -15,6 +15,8 @@ from storaged.objects.read.hedging import Reads
 from storaged.objects.service import ObjectService
 from tests.worlds.objects import World, bucket_of, got, put
 
+pytestmark = pytest.mark.alone  # hedges come after some milliseconds of real time
+
 
 class Disk:
     """One read of it comes when ``answer`` says how."""
