@@ -333,6 +333,7 @@ async def test_calls_that_a_hung_disk_took_on_end_with_their_deadlines_and_other
         timeout_s, reached = 0.25, False
         while not reached:  # a slow machine needs longer to have all of them on their way
             timeout_s *= 2
+            await until(lambda: server.statistics().handlers_running == 0)  # of the try before: its deadlines end it
             hung.answers.clear()
             calls = [
                 asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(size)], timeout_s=timeout_s))
