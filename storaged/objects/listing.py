@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import msgspec
 
 from storaged.errors import DataDamaged, KeyringUnavailable
 from storaged.meta.names import Table, object_name
-from storaged.meta.ports import PageQuery
+from storaged.meta.ports import HeadPage, PageQuery
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.versions import Place, decode_record, open_listing
 from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.ports import SealBroken, pack_context
+from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
     BucketRecord,
     ListedFields,
@@ -63,6 +64,13 @@ async def list_objects(
         newest = await keys.newest()
     finally:
         _forget_with_key(plane, bucket)
+    return Listing(page.keys, await _shown(plane, bucket, keys, newest, page, show), page.prefixes, page.next_after)
+
+
+async def _shown(
+    plane: ObjectPlane, bucket: BucketRecord, keys: BucketKeys, newest: BucketKey, page: HeadPage, show: Show
+) -> list[Any]:
+    """The result of ``show`` for each row of a page: from the cache, or made and cached. Raises DataDamaged."""
     shown = plane.listed_rows.find(newest, show, page.keys, page.heads)
     missing = shown.count(None)
     if missing == len(shown):
@@ -77,7 +85,7 @@ async def list_objects(
             plane.listed_rows.put(newest, show, names, heads, made)
         for index, its in zip(new, made, strict=True):
             shown[index] = its
-    return Listing(page.keys, shown, page.prefixes, page.next_after)
+    return shown
 
 
 def _forget_with_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
@@ -137,12 +145,12 @@ def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[List
     first = pack_context(b"", (bucket.id,))
     before = {length: first + length.to_bytes(4, "big") for length in set(map(len, keys))}
     kinds = {(its.version_id, len(its.context_id)) for its in fields}
-    behind = {kind: pack_context(b"", (kind[0].encode(),)) + kind[1].to_bytes(4, "big") for kind in kinds}
-    if len(behind) == 1:
-        [same] = behind.values()
+    after = {kind: pack_context(b"", (kind[0].encode(),)) + kind[1].to_bytes(4, "big") for kind in kinds}
+    if len(after) == 1:
+        [same] = after.values()
         return [b"".join((before[len(key)], key, same, its.context_id)) for key, its in zip(keys, fields, strict=True)]
     return [
-        b"".join((before[len(key)], key, behind[its.version_id, len(its.context_id)], its.context_id))
+        b"".join((before[len(key)], key, after[its.version_id, len(its.context_id)], its.context_id))
         for key, its in zip(keys, fields, strict=True)
     ]
 

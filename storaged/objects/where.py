@@ -144,18 +144,7 @@ async def _run(
                 }
             )
         spares.append(place.spare(layout, run.profile, alive))
-    worst = ("ok", "damaged", "missing", "unreachable")
-    fragments = tuple(
-        FragmentPlace(
-            position,
-            disk,
-            _node_of(layout, disk),
-            _rack_of(layout, disk),
-            max(health[position], key=worst.index),
-            sum(state != "ok" for state in health[position]),
-        )
-        for position, disk in enumerate(disks)
-    )
+    fragments = tuple(_fragment_place(layout, position, disk, health[position]) for position, disk in enumerate(disks))
     return RunPlace(
         part.number,
         run.first,
@@ -166,6 +155,12 @@ async def _run(
         min(disks_may for disks_may, _ in spares),
         min(domains_may for _, domains_may in spares),
     )
+
+
+def _fragment_place(layout: Layout, position: int, disk: str, health: list[str]) -> FragmentPlace:
+    worst = max(health, key=("ok", "damaged", "missing", "unreachable").index)
+    bad = sum(state != "ok" for state in health)
+    return FragmentPlace(position, disk, _node_of(layout, disk), _rack_of(layout, disk), worst, bad)
 
 
 def _disks(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run) -> tuple[str, ...]:
