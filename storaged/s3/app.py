@@ -116,7 +116,7 @@ class S3App:
             return
         for connection in tuple(self._connections.open):
             if connection.idle:
-                connection.transport.close()
+                connection.close()
         ending = asyncio.get_running_loop().call_later(
             min(UNAUTHENTICATED_DRAIN_S, drain_s), self._connections.unauthenticated.evict_all
         )

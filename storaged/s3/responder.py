@@ -299,7 +299,7 @@ class Responder:
             log.exception("a connection failed outside of its requests' handlers")
             connection.transport.abort()
         finally:
-            connection.transport.close()
+            connection.close()
 
     async def serve(self, exchange: Exchange) -> Sent:
         """Answers one request, from where it is."""

@@ -227,7 +227,7 @@ class Connection(asyncio.BufferedProtocol):
         """The answer to a request that ``try_begin`` took has been written. ``keep``: others may follow."""
         self._answering = False
         if not keep:
-            self.transport.close()
+            self.close()
             return
         self.progress.wait(HEAD)
         if self._input or self._ended:
@@ -400,6 +400,12 @@ class Connection(asyncio.BufferedProtocol):
                 self._write_waiter = None
                 self.progress.work()
 
+    def close(self) -> None:
+        """Closes the connection when all that was written has left. It closes the transport only once: asyncio's TLS
+        transport forgets its socket at a second call, and ``acked_bytes`` still needs that."""
+        if not self.transport.is_closing():
+            self.transport.close()
+
     def write_eof(self) -> None:
         """Signals to the client that the answer was the last one; what it still sends is read."""
         if not self.transport.is_closing() and self.transport.can_write_eof():
@@ -435,7 +441,7 @@ class Connection(asyncio.BufferedProtocol):
         """Ends the wait: what it was for did not happen in time."""
         phase = self.progress.phase
         if phase == HEAD:
-            self.transport.close()
+            self.close()
         elif phase == SEND and self._write_waiter is not None and not self._write_waiter.done():
             self._write_waiter.set_exception(TimeoutError("The client takes nothing."))
         elif phase == BODY and self._body is not None:
