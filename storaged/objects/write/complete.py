@@ -58,6 +58,7 @@ from storaged.objects.records import (
     CompleteResult,
     ObjectRecord,
     PartRecord,
+    SealedMeta,
     SealedPart,
     UploadRecord,
     Version,
@@ -296,24 +297,12 @@ async def _make_version(
     # 50 ms for 10,000 parts
     found, kind = await plane.in_thread(_checksums, upload.record, parts, request.checksums, request.checksum_type)
     manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
-    context_id = upload.record.upload_id
-    meta = msgspec.structs.replace(
-        upload.meta,
-        etag=multipart_etag([part.etag for part in parts]),
-        checksums=found,
-        checksum_type=kind,
-        size=size,
-    )
-    sealed_pages: tuple[bytes, ...] = ()
-    if len(parts) <= PARTS_INLINE_MAX:
-        meta = msgspec.structs.replace(meta, parts=tuple(parts))
-    else:
-        context = upload.place.context(NULL_VERSION, context_id)
-        sealed_pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
-        meta = msgspec.structs.replace(meta, parts_page=sealed_pages[0])
+    etag = multipart_etag([part.etag for part in parts])
+    meta = msgspec.structs.replace(upload.meta, etag=etag, checksums=found, checksum_type=kind, size=size)
+    meta, sealed_pages = await _with_parts(plane, name, upload, meta, parts)
     new = UnsealedVersion(
         NULL_VERSION,
-        context_id,
+        upload.record.upload_id,
         request.owner,
         plane.clock.wall_ms(),
         manifest.parts,
@@ -323,6 +312,17 @@ async def _make_version(
         pages=manifest.pages + sealed_pages,
     )
     return seal_version(upload.place, new, upload.key, upload.dek, meta, plane.entropy)
+
+
+async def _with_parts(
+    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, meta: SealedMeta, parts: Sequence[SealedPart]
+) -> tuple[SealedMeta, tuple[bytes, ...]]:
+    """Metadata with the list of parts, which is sealed in pages of its own when it is long; and the hashes of these."""
+    if len(parts) <= PARTS_INLINE_MAX:
+        return msgspec.structs.replace(meta, parts=tuple(parts)), ()
+    context = upload.place.context(NULL_VERSION, upload.record.upload_id)
+    pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
+    return msgspec.structs.replace(meta, parts_page=pages[0]), pages
 
 
 def _checksums(
