@@ -759,6 +759,21 @@ async def test_a_change_that_is_refused_leaves_no_garbage_and_its_copies_with_it
         gc.enable()
 
 
+async def test_a_read_that_fails_leaves_no_garbage_and_the_values_with_it(ring: Ring) -> None:
+    client, failures = ring.client(), list[weakref.ref[Exception]]()
+    await client.change(NAME, put(b"one"))
+    ring.first.away = ring.second.away = True
+    gc.disable()
+    try:
+        try:
+            await client.read(NAME)
+        except ServiceUnavailable as failure:
+            failures.append(weakref.ref(failure))
+        assert [failure() for failure in failures] == [None]
+    finally:
+        gc.enable()
+
+
 async def test_a_mistake_in_what_judges_a_change_ends_it_at_once_and_gives_its_turn_back(ring: Ring) -> None:
     def mistaken(_disks: frozenset[str]) -> bool:
         raise RuntimeError("a mistake")

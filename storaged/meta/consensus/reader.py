@@ -300,6 +300,12 @@ class Reader:
             return self._fail(ServiceUnavailable("No majority of the replicas of this key answered in time. Retry."))
         return False
 
+    def take_error(self) -> Exception:
+        """``error``, once. As with ``Proposer.take_error``, what the replicas reported is freed at once then."""
+        error, self.error = self.error, None
+        assert error is not None
+        return error
+
     def _settle(self) -> bool:
         self.state = SETTLING
         return True

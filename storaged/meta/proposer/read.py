@@ -210,8 +210,8 @@ class ReadShell:
             elif state is SETTLING:
                 value = await self._settle(machine.name, self._nonce, self._deadline, commit=False)
                 return shown(value)
-        if machine.error is not None:
-            raise machine.error
+        if machine.state is FAILED:
+            raise machine.take_error()
         return machine.value
 
     async def _pause_for_layout(self) -> None:
