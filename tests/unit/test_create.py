@@ -23,7 +23,7 @@ from storaged.meta.proposer.new_keys import NEW_OF_LATE, SCOPES_MAX, NewKeyRate
 from storaged.meta.store_ports import Fence, RowDamaged
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
-from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, later_us, put
+from tests.unit.test_registers_client import NAME, SCOPE, Refused, Ring, Unreliable, fail_with, later_us, put
 from tests.unit.test_registers_soon import COPIES
 from tests.unit.test_registers_soon import begun as soon
 from tests.unit.test_replica import FixedClock
@@ -539,6 +539,16 @@ async def test_nobody_is_patient_with_a_create_that_is_over(ring: Ring) -> None:
         await applied(client, put(body))
         assert not client._ring.deadlines._ends
         assert not client._queue._turns._waiting
+
+
+async def test_creates_that_end_in_an_error_are_remembered_as_refused(ring: Ring) -> None:
+    rate = NewKeyRate()
+    client = ring.client(new_keys=rate)
+    await client.fence(SCOPE, [0], b"nonce")
+    for _ in range(NEW_OF_LATE // 4 + 1):
+        with pytest.raises(OutcomeUnknown):
+            await client.change(NAME, put(b"one"), regardless=True)
+    assert not rate.likely(NAME)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])

@@ -18,6 +18,7 @@ from storaged.ids import Entropy
 from storaged.meta.consensus.change import Wanted
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.register import CALL_BYTES, Lineage, may_create
+from storaged.meta.consensus.states import DONE, FAILED
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import OnOutcome, Outcome, SmallCopies, Update
 from storaged.meta.proposer.change import STOPPED, STOPS, ChangeShell
@@ -138,12 +139,11 @@ class ChangeQueue:
             raise ServiceUnavailable(STOPS)
         self._under_way[shell] = None
         try:
-            outcome = await shell.run(self._ring.view(shell.machine.name), create)
-            if regardless:
-                self._learn(shell.machine, create, outcome)
-            return outcome
+            return await shell.run(self._ring.view(shell.machine.name), create)
         finally:
             self._under_way.pop(shell, None)
+            if regardless:
+                self._learn(shell.machine, create)
 
     def try_change(
         self, name: RegisterName, update: Update, then: OnOutcome, small: SmallCopies | None, regardless: bool
@@ -182,7 +182,7 @@ class ChangeQueue:
     ) -> None:
         self._under_way.pop(shell, None)
         if regardless:
-            self._learn(shell.machine, create, outcome)
+            self._learn(shell.machine, create)
         self._turns.release(shell.machine.name)
         then(outcome)
 
@@ -207,12 +207,16 @@ class ChangeQueue:
         except Exception:  # it will raise again when it is asked with what the register holds
             return None
 
-    def _learn(self, machine: Proposer, create: Change | None, outcome: Outcome | Exception) -> None:
-        """Whether the register was new: changes of this bucket's registers are more likely creates then."""
+    def _learn(self, machine: Proposer, create: Change | None) -> None:
+        """Whether the register was new: changes of this bucket's registers are more likely creates then. A change that
+        was ended where it was shows nothing.
+        """
+        if machine.state is not DONE and machine.state is not FAILED:
+            return
         if create is not None:
             self._new_keys.saw(machine.name, machine.by_create and not machine.ahead)
-        elif isinstance(outcome, Outcome):
-            self._new_keys.saw(machine.name, outcome.before is None)
+        elif machine.outcome is not None:
+            self._new_keys.saw(machine.name, machine.outcome.before is None)
 
     async def identity(self, name: RegisterName, nonce: bytes, deadline: float, *, commit: bool) -> Value | None:
         """A settling round; see ``ports.Registers.settle``."""
