@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from storaged.errors import OperatorError
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from storaged.cli import create as files
 
 ADMIN_GATEWAY = "127.0.0.1:8334"
 ADMIN_STORAGE = "127.0.0.1:8335"
@@ -114,7 +118,7 @@ def issue(
     """
     from storaged.cli import create as files
     from storaged.cluster import issuing
-    from storaged.config import parse, split_address
+    from storaged.config import parse
 
     plan = files.load_plan(directory)
     authority = issuing.load_authority(directory)
@@ -126,29 +130,18 @@ def issue(
     role_names = tuple(role.strip() for role in roles.split(","))
     if admin is None:
         admin = ADMIN_GATEWAY if "gateway" in role_names else ADMIN_STORAGE
-    for option, value in (("--address", address), ("--admin", "" if admin == "none" else admin)):
-        if value or (option == "--address" and "storage" in role_names):
-            try:
-                split_address(value)
-            except ValueError as error:
-                raise OperatorError(f"{option}: {error}") from None
+    if address or "storage" in role_names:
+        _check_address("--address", address)
+    if admin != "none":
+        _check_address("--admin", admin)
     node = files.NodePlan(
         name, files.parse_location(rack), role_names, address, jurisdiction, files.new_disks(list(disks))
     )
     if known is not None:
         node.disks = known.disks
     plan.admit(node)
-    folder, place = directory / "nodes" / name, state or f"/var/lib/storaged/{name}"
-    health = f"\n[admin]\nlisten = {files.quoted(admin)}\n" if admin != "none" else ""
-    if "gateway" in role_names:
-        keys = {"keyring": f"{place}/keys/keyring", "credential": "$CREDENTIALS_DIRECTORY/keyring"}
-        text = files.gateway_config(node, place, "127.0.0.1:8333", "eu-fr-1", keys, health)
-        if "storage" in role_names:
-            text += files.storage_config(node, place, address).split('identity = "identity"\n', 1)[1]
-        elif address:
-            text += f"\n[rpc]\nlisten = {files.quoted(address)}\n"
-    else:
-        text = files.storage_config(node, place, address, health)
+    folder = directory / "nodes" / name
+    text = _config_of(node, state or f"/var/lib/storaged/{name}", admin)
     _, mistakes = parse(text, folder)
     if mistakes:
         raise OperatorError("this node could not run:\n" + "\n".join(f"  {mistake.message}" for mistake in mistakes))
@@ -168,6 +161,29 @@ def issue(
         return
     click.echo(f"{name}: certificate and configuration are in {folder}")
     click.echo(f"  When all nodes are there: storaged cluster layout {directory}")
+
+
+def _check_address(option: str, value: str) -> None:
+    from storaged.config import split_address
+
+    try:
+        split_address(value)
+    except ValueError as error:
+        raise OperatorError(f"{option}: {error}") from None
+
+
+def _config_of(node: files.NodePlan, place: str, admin: str) -> str:
+    """The configuration of a new node. ``place``: its own directory. ``admin``: its health port, or none."""
+    from storaged.cli import create as files
+
+    health = f"\n[admin]\nlisten = {files.quoted(admin)}\n" if admin != "none" else ""
+    if "gateway" not in node.roles:
+        return files.storage_config(node, place, node.address, health)
+    keys = {"keyring": f"{place}/keys/keyring", "credential": "$CREDENTIALS_DIRECTORY/keyring"}
+    text = files.gateway_config(node, place, "127.0.0.1:8333", "eu-fr-1", keys, health)
+    if "storage" in node.roles:
+        return text + files.storage_config(node, place, node.address).split('identity = "identity"\n', 1)[1]
+    return text + (f"\n[rpc]\nlisten = {files.quoted(node.address)}\n" if node.address else "")
 
 
 @cluster.command("methods")

@@ -64,42 +64,18 @@ def _start(place: Path, dev: dict[str, Any] | None, name: str) -> str:
 def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any]:
     now_ms = int(time.time() * 1000)
     nodes: list[dict[str, Any]] = []
-    problems = [
-        {
-            "code": "NOT_RUNNING",
-            "subject": "gateway",
-            "since": now_ms,
-            "hint": f"Start it: {_start(place, dev, 'gateway')}",
-            "detail": reason,
-        }
-    ]
+    problems = [_problem("NOT_RUNNING", "gateway", now_ms, f"Start it: {_start(place, dev, 'gateway')}", reason)]
     for node in nodes_of(dev) if dev is not None else []:
         pid = running_pid(place / node.name)
         state = "up" if pid else "down"
-        disks = [
-            {
-                "id": disk_id,
-                "directory": directory,
-                "state": "unknown" if pid else "down",
-                "bytes_used": 0,
-                "bytes_free": 0,
-            }
-            for disk_id, directory in _configured_disks(place / node.name)
-        ]
-        nodes.append(
-            {
-                "name": node.name,
-                "rack": node.location,
-                "roles": list(node.roles),
-                "state": state,
-                "pid": pid,
-                "disks": disks,
-            }
-        )
+        known = {"state": "unknown" if pid else "down", "bytes_used": 0, "bytes_free": 0}
+        configured = _configured_disks(place / node.name)
+        disks = [{"id": disk_id, "directory": directory, **known} for disk_id, directory in configured]
+        row = {"name": node.name, "rack": node.location, "roles": list(node.roles), "state": state}
+        nodes.append({**row, "pid": pid, "disks": disks})
         if pid is None and "storage" in node.roles:
-            subject = f"{node.location}/{node.name}"
             hint = f"Start it: {_start(place, dev, node.name)}"
-            problems.append({"code": "NODE_DOWN", "subject": subject, "since": now_ms, "hint": hint, "detail": ""})
+            problems.append(_problem("NODE_DOWN", f"{node.location}/{node.name}", now_ms, hint, ""))
     return {
         "verdict": "DOWN",
         "time_ms": now_ms,
@@ -116,6 +92,10 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
         "problems": problems,
         "jobs": [],
     }
+
+
+def _problem(code: str, subject: str, since: int, hint: str, detail: str) -> dict[str, Any]:
+    return {"code": code, "subject": subject, "since": since, "hint": hint, "detail": detail}
 
 
 def render(found: dict[str, Any], command: str = "") -> str:

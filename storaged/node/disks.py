@@ -219,13 +219,20 @@ class NoticeAccepted(Protocol):
     def __call__(self, disk_id: str, directory: str, uid: int) -> None: ...
 
 
-class Opener:
-    """Opens the configured disks into ``disks``.
+@dataclass(frozen=True)
+class OpenerPorts:
+    """What opening disks asks of the node."""
 
-    ``forming()`` says whether blank disks may begin without an operator, from the other nodes' ledgers
-    (``node.forming``). ``epoch()`` is the epoch of the layout in force. ``on_accepted`` is called for a disk that an
-    operator accepted.
-    """
+    forming: Forming = begin_at_once
+    """Whether blank disks may begin without an operator, from the other nodes' ledgers (``node.forming``)."""
+    epoch: Callable[[], int] = lambda: 1
+    """The epoch of the layout in force."""
+    on_accepted: NoticeAccepted | None = None
+    """Called for a disk that an operator accepted."""
+
+
+class Opener:
+    """Opens the configured disks into ``disks``."""
 
     def __init__(
         self,
@@ -233,22 +240,18 @@ class Opener:
         clock: Clock,
         on_cell: OnCell,
         ledger: Ledger,
+        ports: OpenerPorts = OpenerPorts(),  # frozen
         *,
-        forming: Forming = begin_at_once,
-        epoch: Callable[[], int] = lambda: 1,
-        on_accepted: NoticeAccepted | None = None,
         open_s: float = OPEN_S,
     ) -> None:
         self.disks = Disks()
         self.ledger = ledger
-        self.forming = forming
-        self.on_accepted = on_accepted
         self.foreign_stores = False
         """Whether there are stores that the ledger does not know: then this node is not new."""
         self._config = config
         self._clock = clock
         self._on_cell = on_cell
-        self._epoch = epoch
+        self._ports = ports
         self._open_s = open_s
         self._first = False
         """Whether this very process formed the node."""
@@ -323,8 +326,8 @@ class Opener:
                     blank=blank,
                     uid=accepted,
                 )
-                if self.on_accepted is not None:
-                    self.on_accepted(section.id, section.directory, accepted)
+                if self._ports.on_accepted is not None:
+                    self._ports.on_accepted(section.id, section.directory, accepted)
                 return Opening(accepted=True)
             waits = blank and not self.ledger.formed
             self.disks.refuse(section, admitted.state, f"{directory}: {admitted.reason}", waits=waits)
@@ -334,7 +337,7 @@ class Opener:
     def _answers(self) -> Answers:
         if self._first:
             return begin_at_once()
-        return Answers(Verdict(False)) if self.ledger.formed else self.forming()
+        return Answers(Verdict(False)) if self.ledger.formed else self._ports.forming()
 
     async def _open(self, section: DiskSection, opening: Opening) -> LocalDisk:
         directory, limits, ledger = Path(section.directory), self._config.limits, self.ledger
@@ -373,7 +376,7 @@ class Opener:
                 section.id, meta, copies=DiskCopies(meta, fragments, self._copy_cache), clock=self._clock
             )
             if opening.accepted:  # its earlier promises are unknown: this is above all of them
-                await replica.end_promises(self._epoch())
+                await replica.end_promises(self._ports.epoch())
             await asyncio.to_thread(ledger.record, section.id, meta.identity)
         except BaseException:
             await asyncio.gather(fragments.close(), meta.close())

@@ -24,6 +24,10 @@ FREE_SHARE_MIN = 0.1
 RTT_SITE_MS_MAX = 2.0
 """Nodes of one site answer within this: a millisecond of round trip is 100 km of fibre at most."""
 
+WITNESSES_HINT = (
+    "Each other node with disks witnesses it, within a minute of its start; see deploy/README.md, The audit log."
+)
+
 
 class Doctor:
     """Reads the node and its gateway; changes nothing."""
@@ -32,62 +36,45 @@ class Doctor:
         self._node, self._gateway = node, gateway
 
     async def checks(self) -> list[dict[str, str]]:
+        """All checks as documents: ``name``, ``state`` (ok, warn, fail), ``detail``, ``hint``."""
         node = self._node
         checks = [_private(self._secret_files())]
         for entry in node.layouts.current.nodes:
-            known = node.membership.status(entry.name)
-            if known.state != "up" and silent(self._node, entry):
-                detail = "not known here: it has no address, so that no other gateway can call it"
-                checks.append(_check(f"node {entry.name}", "ok", detail, ""))
-                continue
-            if known.state != "up":
-                checks.append(
-                    _check(
-                        f"node {entry.name}",
-                        "fail",
-                        f"does not answer: {known.reason}",
-                        "Start it; see `storaged explain NODE_DOWN`.",
-                    )
-                )
-                continue
-            checks.append(certificate_check(entry.name, known.certificate_until_ms, node.clock.wall_ms()))
-            checks.append(_clock(entry.name, known.clock_skew_ms))
-            checks.extend(
-                _disk(entry.name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free)
-                for disk in known.disks
-            )
-            if known.rtt_min_ms is not None and entry.name != node.own.name:
-                checks.append(self._round_trip(entry.name, entry.location, known.rtt_min_ms))
+            checks.extend(self._other_node(entry))
         state, detail = node.auditing.check()
-        checks.append(
-            _check(
-                "audit log",
-                state,
-                detail,
-                "Each other node with disks witnesses it, within a minute of its start; see deploy/README.md, The audit"
-                " log.",
-            )
-        )
+        checks.append(_check("audit log", state, detail, WITNESSES_HINT))
         if self._gateway is not None:
-            checks.append(self._keys())
-            checks.extend(self._bucket_keys(self._gateway))
-            refusal = self._gateway.key_refusal
-            checks.append(
-                _check(
-                    "key release",
-                    "fail" if refusal else "ok",
-                    refusal or "the policy allows it",
-                    KeyReleasesRefused.hint,
-                )
-            )
-            if (workers := self._gateway.workers) is not None:
-                state = "ok" if workers.serving == workers.count else "fail"
-                checks.append(
-                    _check(
-                        "workers", state, f"{workers.serving} of {workers.count} serve", "The log says why one ended."
-                    )
-                )
+            checks.extend(self._gateway_checks(self._gateway))
         checks.append(await asyncio.to_thread(_fsync, node.directory))
+        return checks
+
+    def _other_node(self, entry: NodeEntry) -> list[dict[str, str]]:
+        node, name = self._node, entry.name
+        known = node.membership.status(name)
+        if known.state != "up" and silent(node, entry):
+            detail = "not known here: it has no address, so that no other gateway can call it"
+            return [_check(f"node {name}", "ok", detail, "")]
+        if known.state != "up":
+            hint = "Start it; see `storaged explain NODE_DOWN`."
+            return [_check(f"node {name}", "fail", f"does not answer: {known.reason}", hint)]
+        checks = [certificate_check(name, known.certificate_until_ms, node.clock.wall_ms())]
+        checks.append(_clock(name, known.clock_skew_ms))
+        checks.extend(
+            _disk(name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free) for disk in known.disks
+        )
+        if known.rtt_min_ms is not None and name != node.own.name:
+            checks.append(self._round_trip(name, entry.location, known.rtt_min_ms))
+        return checks
+
+    def _gateway_checks(self, gateway: Gateway) -> list[dict[str, str]]:
+        checks = [self._keys(gateway), *self._bucket_keys(gateway)]
+        refusal = gateway.key_refusal
+        state, detail = ("fail", refusal) if refusal else ("ok", "the policy allows it")
+        checks.append(_check("key release", state, detail, KeyReleasesRefused.hint))
+        if (workers := gateway.workers) is not None:
+            state = "ok" if workers.serving == workers.count else "fail"
+            detail = f"{workers.serving} of {workers.count} serve"
+            checks.append(_check("workers", state, detail, "The log says why one ended."))
         return checks
 
     def _secret_files(self) -> list[Path]:
@@ -112,9 +99,7 @@ class Doctor:
             f"It is certified to stand in {site}, as this node, but answers too slowly for that.",
         )
 
-    def _keys(self) -> dict[str, str]:
-        gateway = self._gateway
-        assert gateway is not None
+    def _keys(self, gateway: Gateway) -> dict[str, str]:
         if gateway.problem or gateway.keyring is None:
             return _check("keyring", "fail", gateway.reason or "not open", KeyringMismatch.hint)
         told = gateway.keyring.statistics()

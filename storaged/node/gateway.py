@@ -42,7 +42,7 @@ from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, Lead
 from storaged.node.planes import NodePlanes
 from storaged.node.requestlog import RequestLog
 from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
-from storaged.node.workers import Workers
+from storaged.node.workers import FirstProcess, Workers
 from storaged.objects.bad_rows import BadRow
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.service import ObjectService
@@ -105,41 +105,14 @@ class Gateway:
         load.
         """
         node, config = self._node, self._config
-        registers = RingRegisters(node.ring, node.scanner)
         self._binding = binding = Binding(node.ring, node.own.cluster, node.clock, node.directory / REMEMBERED_FILE)
         node.belief.is_binding = lambda value: binding.is_authentic(value, self._late)
-        self._unlocker = Unlocker(
-            config, binding, self._late, self._audit, node.clock, self._judged_by, registers, self._open_copies
-        )
-        limits = shared_out(
-            ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers
-        )
-        plane = ObjectPlane(
-            registers=node.ring,
-            pages=node.ring,
-            scanner=node.scanner,
-            fences=node.ring,
-            stores=node.stores,
-            liveness=node.membership,
-            layouts=node.layouts,
-            keys=self._late,
-            clock=node.clock,
-            entropy=system_entropy,
-            names_authenticated=lambda: binding.authenticated,
-            limits=limits,
-            on_damage=self._damaged,
-            on_changed=self._changed,
-            on_degraded=node.maintain.hint,
-        )
+        self._unlocker = Unlocker(config, binding, self._late, self._make_keyring)
+        plane = self._build_plane(binding)
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
         self._belief = Belief(plane, self.users)
-        bad_rows = plane.bad_rows
-        node.metrics.gauge("storaged_system_records_damaged").set_function(lambda: len(bad_rows))
-        events = node.metrics.gauge("storaged_object_events")
-        for counted in dataclasses.fields(plane.counters):
-            events.labels(counted.name).set_function(functools.partial(getattr, plane.counters, counted.name))
         self._app = S3App(
             self.objects,
             AuditedBuckets(self.buckets, node.audit, node.clock),
@@ -160,7 +133,35 @@ class Gateway:
             self._context.minimum_version = ssl.TLSVersion.TLSv1_2
             load_certificate(self._context, config)
         await self._open_port()
-        app = self._app
+        self._publish_metrics(plane)
+
+    def _build_plane(self, binding: Binding) -> ObjectPlane:
+        node, config = self._node, self._config
+        limits = ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max)
+        return ObjectPlane(
+            registers=node.ring,
+            pages=node.ring,
+            scanner=node.scanner,
+            fences=node.ring,
+            stores=node.stores,
+            liveness=node.membership,
+            layouts=node.layouts,
+            keys=self._late,
+            clock=node.clock,
+            entropy=system_entropy,
+            names_authenticated=lambda: binding.authenticated,
+            limits=shared_out(limits, config.s3.workers),
+            on_damage=self._damaged,
+            on_changed=self._changed,
+            on_degraded=node.maintain.hint,
+        )
+
+    def _publish_metrics(self, plane: ObjectPlane) -> None:
+        node, app, bad_rows = self._node, self._app, plane.bad_rows
+        node.metrics.gauge("storaged_system_records_damaged").set_function(lambda: len(bad_rows))
+        events = node.metrics.gauge("storaged_object_events")
+        for counted in dataclasses.fields(plane.counters):
+            events.labels(counted.name).set_function(functools.partial(getattr, plane.counters, counted.name))
         node.metrics.gauge("storaged_s3_in_flight").set_function(lambda: app.statistics().requests_in_flight)
         node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
         node.metrics.gauge("storaged_s3_unauthenticated").set_function(lambda: app.statistics().unauthenticated)
@@ -177,17 +178,13 @@ class Gateway:
             await self._app.start(host, port, ssl=self._context)
         else:
             self._app.open(self._context)
-            append, note = node.audit.append, node.audit.note
+            first = FirstProcess(self._app.adopt, node.audit, self.forget, self._desk.serve)
             self.workers = Workers(
                 self._config.path,
                 s3.workers,
                 node.incarnation,
                 node.metrics,
-                adopt=self._app.adopt,
-                audit=lambda kind, fields: append(kind, **fields),
-                note=lambda kind, fields: note(kind, **fields),
-                forget=self.forget,
-                keys=self._desk.serve,
+                first,
                 remembers_s=max(limits.bucket_cache_s, limits.user_cache_s),
             )
             self.workers.listen(host, port)
@@ -242,6 +239,14 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._late.opened.wait()
+
+    async def _make_keyring(self, material: keys.KeyMaterial) -> keys.Keyring:
+        """Raises as ``_open_copies``."""
+        node = self._node
+        registers, copies = RingRegisters(node.ring, node.scanner), await self._open_copies(material.keyring_id)
+        policy, holder = self._judged_by()
+        ports = keys.KeyringPorts(registers, copies, self._audit, node.clock)
+        return keys.Keyring(material, ports, policy=policy, holder=holder)
 
     async def _open_copies(self, keyring_id: bytes) -> KeyCopies:
         """Opens this gateway's copies of bucket keys. Raises OSError, and KeyringMismatch for copies under another

@@ -51,7 +51,7 @@ from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.auditing import Auditing
 from storaged.node.belief import NodeBelief
-from storaged.node.disks import Disks, Opener, Snapshot
+from storaged.node.disks import Disks, Opener, OpenerPorts, Snapshot
 from storaged.node.forming import Answers, Verdict, answers_of
 from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
@@ -152,9 +152,7 @@ class NodePlanes:
             self.clock,
             self._cell_damaged,
             ledger,
-            forming=self._forming,
-            epoch=lambda: self.layouts.epoch,
-            on_accepted=self._disk_accepted,
+            OpenerPorts(self._forming, lambda: self.layouts.epoch, self._disk_accepted),
         )
         self.disks = await self._opener.open()
         stack.push_async_callback(self.disks.close)

@@ -14,11 +14,9 @@ import structlog
 
 from storaged import keys
 from storaged.clock import Clock
-from storaged.cluster.policy import KeyHolder, Policy
 from storaged.config import Config
 from storaged.errors import KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
 from storaged.ids import system_entropy
-from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
 from storaged.node.binding import Binding
 from storaged.node.protection import protection_of
 from storaged.objects.ports import BucketKey, EndedKey, KeyService
@@ -90,23 +88,13 @@ class Unlocker:
         config: Config,
         binding: Binding,
         late: LateKeys,
-        audit: Audit,
-        clock: Clock,
-        judged_by: Callable[[], tuple[Policy, KeyHolder]],
-        registers: SystemRegisters,
-        copies_of: Callable[[bytes], Awaitable[KeyCopies]],
+        make_keyring: Callable[[keys.KeyMaterial], Awaitable[keys.Keyring]],
     ) -> None:
-        """``judged_by`` returns the policy of the layout in force and this gateway's certificate. ``copies_of`` opens
-        this gateway's copies of bucket keys, for a keyring id.
-        """
+        """``make_keyring`` makes the key service of an opened keyring file."""
         self._config = config
         self._binding = binding
         self._late = late
-        self._audit = audit
-        self._clock = clock
-        self._judged_by = judged_by
-        self._registers = registers
-        self._copies_of = copies_of
+        self._make_keyring = make_keyring
         self.problem = ""
         """Why the keyring can't be used and needs an operator; empty otherwise."""
         self._again = asyncio.Event()
@@ -143,10 +131,7 @@ class Unlocker:
         path = Path(self._config.keys.keyring)
         material = await asyncio.to_thread(lambda: keys.open_keyring(path, protection_of(self._config)))
         record = await self._binding.check(material.keyring_id)
-        copies = await self._copies_of(material.keyring_id)
-        policy, holder = self._judged_by()
-        ports = keys.KeyringPorts(self._registers, copies, self._audit, self._clock)
-        keyring = keys.Keyring(material, ports, policy=policy, holder=holder)
+        keyring = await self._make_keyring(material)
         await self._binding.confirm(record, material.keyring_id, keyring)
         self._late.keyring = keyring
         self.problem = self._late.reason = ""

@@ -39,10 +39,12 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from storaged.cluster.audit.trail import Trail
 from storaged.errors import OperatorError, StoragedError
 from storaged.node.worker import Worker
 from storaged.observe import Metrics, Samples, counts_of
@@ -70,6 +72,20 @@ log = structlog.get_logger("workers")
 Adopt = Callable[[socket.socket], Coroutine[Any, Any, None]]
 
 
+@dataclass(frozen=True)
+class FirstProcess:
+    """What the gateway's first process does for its workers."""
+
+    adopt: Adopt
+    """Serves a connection in this process."""
+    audit: Trail
+    """The node's audit log, for the workers' entries."""
+    forget: Callable[[str, str], None]
+    """(kind, key): a worker changed this bucket, user or key."""
+    keys: Callable[[Mapping[str, Any]], Awaitable[str]]
+    """Answers a worker's question about this gateway's copies of bucket keys."""
+
+
 class Workers:
     """All workers of a gateway and its listening sockets.
 
@@ -82,36 +98,21 @@ class Workers:
         count: int,
         incarnation: bytes,
         metrics: Metrics,
+        first: FirstProcess,
         *,
-        adopt: Adopt,
-        audit: Callable[[str, Mapping[str, str]], Awaitable[None]],
-        note: Callable[[str, Mapping[str, Any]], None],
-        forget: Callable[[str, str], None],
-        keys: Callable[[Mapping[str, Any]], Awaitable[str]],
         remembers_s: float,
         command: Sequence[str] = (sys.executable, "-m", "storaged", "run"),
-        look_every_s: float = METRICS_EVERY_S,
-        hangs_s: float = HANGS_S,
     ) -> None:
-        """``adopt`` serves a connection in this process.
-
-        ``audit`` and ``note`` write a worker's entries to the node's audit log. ``forget(kind, key)``: a worker changed
-        this. ``keys`` answers a worker's questions about this gateway's copies of bucket keys. ``remembers_s``: how
-        long a process uses a remembered bucket or user.
+        """``count``: processes, this one included. ``remembers_s``: how long a process uses a remembered bucket or
+        user. ``command`` starts a worker; the configuration's path follows.
         """
         command = [*command, config_path]
-        self._look_every_s = look_every_s
-        self._hangs_s = hangs_s
         hello = {"pid": os.getpid(), "incarnation": incarnation.hex()}
         self._others = [
             Worker(number, command, hello, self._on_message, self._give, remembers_s) for number in range(2, count + 1)
         ]
         self._metrics = metrics
-        self._adopt = adopt
-        self._audit = audit
-        self._note = note
-        self._forget = forget
-        self._keys = keys
+        self._first = first
         self._listeners: list[socket.socket] = []
         self._turn = 0
         self._stopping = False
@@ -153,16 +154,14 @@ class Workers:
     async def run(self) -> None:
         """Runs until cancelled: collects the workers' counts, in case one dies, and kills those that hang."""
         while True:
-            ended, _ = await asyncio.wait(
-                self._watchers, timeout=self._look_every_s, return_when=asyncio.FIRST_EXCEPTION
-            )
+            ended, _ = await asyncio.wait(self._watchers, timeout=METRICS_EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
             for watcher in ended:
                 watcher.result()
             if len(ended) == len(self._watchers):
                 return  # the gateway stops
             await self.gather()
             for worker in self._others:
-                if worker.silent_s() > self._hangs_s:
+                if worker.silent_s() > HANGS_S:
                     log.error("a worker hangs and is killed", worker=worker.number, silent_s=round(worker.silent_s()))
                     worker.signal(signal.SIGKILL)
 
@@ -196,7 +195,7 @@ class Workers:
                 break
             if self._others[self._turn - 1].try_hand(connection):
                 return
-        self._spawn(self._adopt(connection))
+        self._spawn(self._first.adopt(connection))
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -239,12 +238,12 @@ class Workers:
         elif message["tell"] == "keys":
             self._spawn(self._answer_of_keys(worker, message))
         elif message["tell"] == "note":
-            self._note(message["kind"], message["fields"])
+            self._first.audit.note(message["kind"], **message["fields"])
 
     async def _answer_of_keys(self, worker: Worker, message: dict[str, Any]) -> None:
         error = answer = ""
         try:
-            answer = await self._keys(message)
+            answer = await self._first.keys(message)
         except StoragedError as refused:
             error = refused.message
         except Exception as defect:  # the worker must not wait for ever
@@ -256,7 +255,7 @@ class Workers:
     async def _write_audit(self, worker: Worker, message: dict[str, Any]) -> None:
         error = ""
         try:
-            await self._audit(message["kind"], message["fields"])
+            await self._first.audit.append(message["kind"], **message["fields"])
         except StoragedError as refused:
             error = refused.message
         except Exception as defect:  # the worker must not wait for ever
@@ -269,7 +268,7 @@ class Workers:
         await asyncio.gather(*(worker.forget(kind, key) for worker in self._others if worker is not but))
 
     async def _forget_everywhere(self, worker: Worker, message: dict[str, Any]) -> None:
-        self._forget(message["kind"], message["key"])
+        self._first.forget(message["kind"], message["key"])
         await self.forget(message["kind"], message["key"], but=worker)
         worker.tell({"do": "done", "id": message["id"], "error": ""})
 

@@ -253,20 +253,17 @@ HOLDER = KeyHolder("FR", "FR", 0, 2**50)
 async def opened(
     loaded: config.Config, registers: Registers, cluster: str = "c1"
 ) -> tuple[LateKeys, Unlocker, asyncio.Task[None]]:
-    async def copies_of(_keyring_id: bytes) -> Copies:
-        return Copies()
+    async def make_keyring(material: keys.KeyMaterial) -> keys.Keyring:
+        ports = keys.KeyringPorts(RingRegisters(registers, registers), Copies(), no_audit, SystemClock())  # type: ignore[arg-type]
+        return keys.Keyring(material, ports, policy=Policy(), holder=HOLDER)
 
     late = LateKeys()
     unlocker = Unlocker(
         loaded,
         Binding(registers, cluster, SystemClock(), Path(loaded.path).parent / "remembered"),
         late,
-        no_audit,
-        SystemClock(),
-        lambda: (Policy(), HOLDER),
-        RingRegisters(registers, registers),
-        copies_of,
-    )  # type: ignore[arg-type]
+        make_keyring,
+    )
     task = asyncio.create_task(unlocker.run())
     while not task.done() and not unlocker.problem:  # noqa: ASYNC110  # the problem is reported to people, not to tasks
         await asyncio.sleep(0.005)

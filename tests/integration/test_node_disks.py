@@ -21,7 +21,7 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.store_ports import StoreBatch
 from storaged.node import disks as node_disks
 from storaged.node.admission import ACCEPTANCE, admission, take_acceptance, write_acceptance
-from storaged.node.disks import Disks, Opener
+from storaged.node.disks import Disks, Opener, OpenerPorts
 from storaged.node.forming import Answers, Verdict
 from storaged.node.ledger import LEDGER_FILE, Ledger
 from tests.integration.test_node import storage_config
@@ -32,9 +32,11 @@ WAIT = Answers(Verdict(False, "the cluster has been formed"))
 
 
 def opener(loaded: config.Config, forming: Callable[[], Answers] | None = None, **more: Any) -> Opener:
+    settings = {name: more.pop(name) for name in list(more) if name == "open_s"}
     if forming is not None:
         more["forming"] = forming
-    return Opener(loaded, SystemClock(), lambda *_: None, Ledger(Path(loaded.node.directory)), **more)
+    ledger = Ledger(Path(loaded.node.directory))
+    return Opener(loaded, SystemClock(), lambda *_: None, ledger, OpenerPorts(**more), **settings)
 
 
 async def states(disks: Disks) -> list[str]:

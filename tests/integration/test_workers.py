@@ -16,7 +16,7 @@ import pytest
 from storaged.config import S3Section
 from storaged.errors import AuditUnwritable, OperatorError, PortInUse
 from storaged.node.gateway import BUFFER_BYTES_MIN, shared_limits, shared_out
-from storaged.node.workers import Workers
+from storaged.node.workers import FirstProcess, Workers
 from storaged.objects.plane import ObjectLimits
 from storaged.observe import Metrics
 from storaged.s3.http.limits import Limits
@@ -61,7 +61,7 @@ time.sleep(60)
 
 
 @contextlib.asynccontextmanager
-async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers, list[str], int]]:
+async def gateway(behaviour: str) -> AsyncIterator[tuple[Workers, list[str], int]]:
     """Workers of two processes that ``listen``, the audit entries and notes they passed on, and the port."""
     told: list[str] = []
 
@@ -72,26 +72,30 @@ async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers
     async def no_keys(_told: Mapping[str, Any]) -> str:
         return ""
 
-    async def audit(kind: str, _fields: Mapping[str, str]) -> None:
-        told.append(kind)
-        if kind == "refused":
-            raise AuditUnwritable("the disk is full")
-        if kind == "broken":
-            raise ValueError("a defect")
+    class Log:
+        """The audit log of the first process."""
+
+        async def append(self, kind: str, /, **_fields: Any) -> None:
+            told.append(kind)
+            if kind == "refused":
+                raise AuditUnwritable("the disk is full")
+            if kind == "broken":
+                raise ValueError("a defect")
+
+        def note(self, kind: str, /, **_fields: Any) -> None:
+            told.append(kind)
+
+        def refused(self, kind: str, code: str, /, **_fields: Any) -> None:
+            raise AssertionError("workers count refusals themselves")
 
     workers = Workers(
         "config.toml",
         2,
         b"\1" * 8,
         Metrics(),
-        adopt=adopt,
-        audit=audit,
-        note=lambda kind, _fields: told.append(kind),
-        forget=lambda _kind, _key: None,
-        keys=no_keys,
+        FirstProcess(adopt, Log(), lambda _kind, _key: None, no_keys),
         remembers_s=1.0,
         command=(sys.executable, "-c", WORKER, behaviour),
-        **options,
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,8 +142,10 @@ async def test_a_connection_that_a_dead_worker_had_not_taken_is_served_by_anothe
         assert [await one for one in asked] == [b"first"] * 4
 
 
-async def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
-    async with gateway("serves", look_every_s=0.05, hangs_s=0.3) as (workers, _, _port):
+async def test_a_worker_that_hangs_is_killed_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storaged.node.workers.METRICS_EVERY_S", 0.05)
+    monkeypatch.setattr("storaged.node.workers.HANGS_S", 0.3)
+    async with gateway("serves") as (workers, _, _port):
         await workers.start()
         first = workers._others[0].process
         assert first is not None
