@@ -786,6 +786,23 @@ async def test_a_mistake_in_what_judges_a_change_ends_it_at_once_and_gives_its_t
         await client.change(NAME, put(b"two"))
 
 
+async def test_a_mistake_in_asking_the_others_ends_a_change_at_once(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, replica = ring.client(), ring.replica
+
+    def mistaken(disk_id: str) -> Replica:
+        if disk_id == ring.third.inner.disk:
+            raise RuntimeError("a mistake")
+        return replica(disk_id)
+
+    monkeypatch.setattr(ring, "replica", mistaken)
+    ring.first.stuck.add("prepare")
+    async with asyncio.timeout(2):  # less than the change's own deadline
+        with pytest.raises(RuntimeError, match="a mistake"):
+            await client.change(NAME, put(b"one"))
+
+
 async def alone_on_the_first(ring: Ring) -> None:
     """A writer died when its accept had reached one replica."""
     at = Ballot(1, 10, "dead", b"12345678")

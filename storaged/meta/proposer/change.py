@@ -434,12 +434,16 @@ class ChangeShell:
         if machine.state is CREATING:
             self._did(machine.hurry)
         elif machine.state is PREPARING and self._unasked:
-            if (
-                len(self._silent) < machine.view.quorum.fewest
-            ):  # when no replica has answered, it may be this process that is late
-                for disk in self._silent:
-                    self._ring.unresponsive.add(disk)
-            self._ask_others()
+            self._did(self._hedge)
+
+    def _hedge(self) -> bool:
+        if (
+            len(self._silent) < self.machine.view.quorum.fewest
+        ):  # when no replica has answered, this process may be late
+            for disk in self._silent:
+                self._ring.unresponsive.add(disk)
+        self._ask_others()
+        return False
 
     def _mark(self, name: str) -> None:
         """Notes a span that ends now, unless the name is empty; the next one begins."""
