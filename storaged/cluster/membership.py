@@ -244,15 +244,6 @@ class Membership:
             certificate_until_ms=self._own.certificate_until_ms(),
         )
 
-    def node_up(self, node: str) -> bool:
-        if node == self._own.name:
-            return True
-        peer = self._peers.get(node)
-        if peer is None:
-            return False
-        self._check_inbound(peer)
-        return peer.state == "up"
-
     def disk_writable(self, disk_id: str) -> bool:
         return disk_id in self._writable or self._disk_state(disk_id) in WRITABLE
 

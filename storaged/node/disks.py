@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -391,13 +391,6 @@ class Opener:
             log.error("the failure of a disk can't be noted", disk=disk_id, store=store, reason=str(error))
             return False
         return True
-
-
-async def open_disks(config: Config, clock: Clock, on_cell: OnCell, **more: Any) -> Disks:
-    """Opens every configured disk (``Opener``); a refused one is logged and reported. Raises DirectoryInUse when
-    another process uses one.
-    """
-    return await Opener(config, clock, on_cell, Ledger(Path(config.node.directory)), **more).open()
 
 
 async def in_own_thread(work: Callable[[], T], /) -> T:

@@ -12,7 +12,7 @@ import pytest
 
 from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.ports import DiskStatus
-from tests.unit.test_cluster_membership import book, layout
+from tests.unit.test_cluster_membership import book, is_up, layout
 from tests.worlds.authority import World, pooled, serving, until
 
 
@@ -42,11 +42,11 @@ async def test_three_nodes_over_tls_find_each_other_lose_one_and_find_it_again(w
         await run(two, "n1")
         await run(two, "n2")
         await run(third, "n3")
-        await until(lambda: all(member.node_up(name) for member in members.values() for name in names))
+        await until(lambda: all(is_up(member, name) for member in members.values() for name in names))
         port = int(addresses["n3"].rpartition(":")[2])
         await third.aclose()
-        await until(lambda: not members["n1"].node_up("n3") and not members["n2"].disk_readable("disk-n3"))
-        assert members["n1"].node_up("n2")
+        await until(lambda: not is_up(members["n1"], "n3") and not members["n2"].disk_readable("disk-n3"))
+        assert is_up(members["n1"], "n2")
         async with AsyncExitStack() as again:
             await run(again, "n3", port)
             await until(lambda: all(members[name].disk_writable("disk-n3") for name in ("n1", "n2")))

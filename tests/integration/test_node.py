@@ -31,9 +31,10 @@ from storaged.meta.ports import Outcome, Reading
 from storaged.meta.store_ports import StoreBatch
 from storaged.node import process
 from storaged.node.binding import Binding, ClusterRecord
-from storaged.node.disks import open_disks
+from storaged.node.disks import Disks, Opener
 from storaged.node.doctor import _private
 from storaged.node.keyhome import RingRegisters
+from storaged.node.ledger import Ledger
 from storaged.node.node import Node
 from storaged.node.system import SystemPaths, Taken, exchange_layout
 from storaged.node.unlock import LateKeys, Unlocker
@@ -199,17 +200,21 @@ def storage_config(place: Path) -> config.Config:
     return config.load(place / "config.toml")
 
 
+async def opened_disks(loaded: config.Config) -> Disks:
+    return await Opener(loaded, SystemClock(), lambda *_: None, Ledger(Path(loaded.node.directory))).open()
+
+
 async def test_a_disk_that_lost_its_store_is_foreign_and_the_other_goes_on(tmp_path: Path) -> None:
     import shutil
 
     loaded = storage_config(tmp_path)
-    first = await open_disks(loaded, SystemClock(), lambda *_: None)
+    first = await opened_disks(loaded)
     assert [status.state for status in await first.statuses()] == ["ok", "ok"]
     with pytest.raises(DirectoryInUse):
-        await open_disks(loaded, SystemClock(), lambda *_: None)
+        await opened_disks(loaded)
     await first.close()
     shutil.rmtree(tmp_path / "d1")
-    second = await open_disks(loaded, SystemClock(), lambda *_: None)
+    second = await opened_disks(loaded)
     states = {status.directory: status.state for status in await second.statuses()}
     assert states == {str(tmp_path / "d1"): "foreign", str(tmp_path / "d2"): "ok"}
     assert not (tmp_path / "d1" / "meta").exists(), "nothing is made where something is missing"
@@ -218,7 +223,7 @@ async def test_a_disk_that_lost_its_store_is_foreign_and_the_other_goes_on(tmp_p
 
 async def test_a_disk_whose_record_of_its_promises_rots_is_foreign_and_the_other_goes_on(tmp_path: Path) -> None:
     loaded = storage_config(tmp_path)
-    first = await open_disks(loaded, SystemClock(), lambda *_: None)
+    first = await opened_disks(loaded)
     for disk in first.used.values():
         await disk.meta.commit(StoreBatch(meta={META_HIGH_WATER: encode(Ballot(1, 1, "", b""))}))
     await first.close()
@@ -226,7 +231,7 @@ async def test_a_disk_whose_record_of_its_promises_rots_is_foreign_and_the_other
         row = transaction.get(META_HIGH_WATER.encode())
         transaction.put(META_HIGH_WATER.encode(), row[:-1] + bytes([row[-1] ^ 1]))
     for _ in range(2):
-        again = await open_disks(loaded, SystemClock(), lambda *_: None)
+        again = await opened_disks(loaded)
         states = {status.directory: status.state for status in await again.statuses()}
         assert states == {str(tmp_path / "d1"): "foreign", str(tmp_path / "d2"): "ok"}
         await again.close()

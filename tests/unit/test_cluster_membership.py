@@ -114,6 +114,10 @@ def layout(
     )
 
 
+def is_up(member: Membership, node: str) -> bool:
+    return member.status(node).state == "up"
+
+
 def signed(world: World, value: Layout) -> SignedLayout:
     return sign_layout(value, world.authority.administration)
 
@@ -189,7 +193,7 @@ async def test_a_node_never_reached_counts_as_away(world: World) -> None:
     network.errors["n2"] = PeerTimeout("slow")
     async with member(network, world, "n1", book(world, layout())) as first:
         assert first.status("n2").state == "unknown"
-        assert not first.node_up("n2")
+        assert not is_up(first, "n2")
         assert not first.disk_readable("disk-n2")
 
 
@@ -199,18 +203,18 @@ async def test_three_missed_pings_make_a_node_down_and_one_answer_makes_it_up(wo
         member(network, world, "n1", book(world, layout())) as first,
         member(network, world, "n2", book(world, layout())),
     ):
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
         changes: list[tuple[str, str]] = []
         first.watch(lambda status: changes.append((status.name, status.state)))
         before = len([call for call in network.calls if call[1] == "n2"])
         network.errors["n2"] = PeerTimeout("slow")
-        await until(lambda: not first.node_up("n2"))
+        await until(lambda: not is_up(first, "n2"))
         assert len([call for call in network.calls if call[1] == "n2"]) - before >= 3
         assert "no answer to 3 pings" in first.status("n2").reason
         assert not first.disk_readable("disk-n2")
         assert first.status("n2").disks != ()
         del network.errors["n2"]
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
         assert [change for change in changes if change[0] == "n2"] == [("n2", "down"), ("n2", "up")]
 
 
@@ -228,14 +232,14 @@ async def test_a_late_ping_is_not_missed_while_other_bytes_arrive(world: World) 
         member(network, world, "n1", book(world, layout()), links=links) as first,
         member(network, world, "n2", book(world, layout())),
     ):
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
         network.errors["n2"] = PeerTimeout("slow")
         links.heard_at = asyncio.get_running_loop().time() + 1000
         seen = len(network.calls)
         await until(lambda: network.calls[seen:].count(("n1", "n2", "cluster.ping")) >= 6)
-        assert first.node_up("n2")
+        assert is_up(first, "n2")
         links.heard_at = None
-        await until(lambda: not first.node_up("n2"))
+        await until(lambda: not is_up(first, "n2"))
 
 
 async def test_a_connection_that_cannot_be_made_again_is_noticed_without_waiting_for_a_ping(world: World) -> None:
@@ -244,11 +248,11 @@ async def test_a_connection_that_cannot_be_made_again_is_noticed_without_waiting
         member(network, world, "n1", book(world, layout()), links=links) as first,
         member(network, world, "n2", book(world, layout())),
     ):
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
         links.watcher("n2", False)
         assert first.status("n2").state == "down"
         links.watcher("n2", True)
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
 
 
 async def test_a_node_that_restarted_is_told_apart_by_its_incarnation(world: World) -> None:
@@ -268,9 +272,9 @@ async def test_a_gateway_without_an_address_is_known_by_its_pings(world: World) 
     async with member(network, world, "n1", book(world, layout(gateway=True))) as first:
         assert first.status("gw").state == "unknown"
         async with member(network, world, "gw", book(world, layout(gateway=True))):
-            await until(lambda: first.node_up("gw"))
+            await until(lambda: is_up(first, "gw"))
         assert ("n1", "gw", "cluster.ping") not in network.calls
-        await until(lambda: not first.node_up("gw"))
+        await until(lambda: not is_up(first, "gw"))
         assert "stopped sending pings" in first.status("gw").reason
 
 
@@ -339,7 +343,7 @@ async def test_what_no_peer_has_of_the_history_is_not_asked_for_again_and_again(
         member(network, world, "n1", book(world, newest)) as first,
         member(network, world, "n2", book(world, newest)),
     ):
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
         await until(lambda: network.calls.count(("n1", "n2", "cluster.ping")) > 8)
         assert network.calls.count(("n1", "n2", "cluster.layout")) == 1
 
@@ -356,7 +360,7 @@ async def test_an_earlier_layout_that_the_administration_did_not_sign_is_not_tak
     )
     honest = book(world, layout(5))
     async with member(network, world, "n1", honest) as first, member(network, world, "n2", forged):
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
         await until(lambda: ("n1", "n2", "cluster.layout") in network.calls)
         await until(lambda: network.calls.count(("n1", "n2", "cluster.ping")) > 5)
         assert not honest.knows(1)
@@ -369,7 +373,7 @@ async def test_a_node_without_any_layout_is_given_one_by_those_who_know_it(world
         _ = empty.current
     async with member(network, world, "n2", empty) as fresh, member(network, world, "n1", book(world, layout(3))):
         await until(lambda: empty.epoch == 3)
-        await until(lambda: fresh.node_up("n1"))
+        await until(lambda: is_up(fresh, "n1"))
 
 
 async def test_a_new_layout_changes_who_is_pinged(world: World) -> None:
@@ -381,11 +385,11 @@ async def test_a_new_layout_changes_who_is_pinged(world: World) -> None:
         member(network, world, "n2", book(world, with_second)),
         member(network, world, "n3", book(world, with_second)),
     ):
-        await until(lambda: first.node_up("n2"))
+        await until(lambda: is_up(first, "n2"))
         assert await layouts.learn(signed(world, with_third), "a test")
-        await until(lambda: first.node_up("n3"))
+        await until(lambda: is_up(first, "n3"))
         assert [status.name for status in first.statuses()] == ["n1", "n3"]
-        assert not first.node_up("n2")
+        assert not is_up(first, "n2")
 
 
 async def test_a_layout_that_would_move_data_is_refused_wherever_it_comes_from_and_everybody_goes_on(
@@ -405,7 +409,7 @@ async def test_a_layout_that_would_move_data_is_refused_wherever_it_comes_from_a
             assert "disk disk-n4 of n4 is new" in refused.reason
         assert first.status("n1").refused == books["n1"].refusals()
         assert {known.epoch for known in books.values()} == {1}
-        assert first.node_up("n2")
+        assert is_up(first, "n2")
         assert await books["n1"].learn(signed(world, layout(3, addresses={"n2": "elsewhere:1"})), "a test")
         await until(lambda: books["n2"].epoch == 3)
 
@@ -451,7 +455,7 @@ async def test_a_layout_that_the_administration_did_not_sign_is_not_taken_and_ha
         await until(lambda: network.calls.count(("n1", "n2", "cluster.layout")) >= 2)
         await until(lambda: network.calls.count(("n2", "n1", "cluster.offer")) >= 2)
         assert honest.epoch == 1
-        assert first.node_up("n2")
+        assert is_up(first, "n2")
 
 
 async def test_epochs_only_grow_and_one_epoch_has_one_layout(world: World) -> None:

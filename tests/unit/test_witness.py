@@ -223,7 +223,7 @@ async def test_a_log_rewritten_with_all_its_hashes_and_signed_anew_is_caught(rig
             assert not reply.taken
     report = rig.verify()
     assert {one.state for one in report.witnesses} == {"differs"}
-    first = report.first_problem
+    first = report.problems[0]
     assert first is not None
     assert first.by == ("n1", "n2", "n3")
     assert "is known to have been written" in first.reason or "is not the one that a checkpoint names" in first.reason

@@ -92,7 +92,3 @@ class AuditReport:
     @property
     def ok(self) -> bool:
         return not self.problems
-
-    @property
-    def first_problem(self) -> AuditProblem | None:
-        return self.problems[0] if self.problems else None
