@@ -115,7 +115,7 @@ def layout(
 
 
 def is_up(member: Membership, node: str) -> bool:
-    return member.status(node).state == "up"
+    return any(status.name == node and status.state == "up" for status in member.statuses())
 
 
 def signed(world: World, value: Layout) -> SignedLayout:
