@@ -40,6 +40,7 @@ from storaged.meta.store_ports import Copy, StoreBatch
 from storaged.wire import Buffer, encode
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
+from tests.worlds.authority import until
 from tests.worlds.ring_client import ring_client
 
 DISKS = ("d0", "d1", "d2")
@@ -585,6 +586,18 @@ async def test_settling_commits_a_new_ballot_that_no_earlier_promise_survives(ri
             messages.Accept(replica.inner.disk, NAME, early, Value(2, b"l" * 16, 2, b"late"))
         )
         assert late.verdict == Verdict.PREEMPTED
+
+
+async def test_settling_goes_above_a_ballot_that_a_single_replica_has_promised(ring: Ring) -> None:
+    """A replica that has restarted refuses everything below its high-water ballot, and is the one that lags."""
+    client = ring.client()
+    ring.third.away = True
+    written = (await client.change(NAME, put(b"one"))).after
+    ring.third.away = False
+    promised = Ballot(1, later_us(), "early", b"12345678")
+    await ring.third.inner.prepare(messages.Prepare(ring.third.inner.disk, NAME, promised))
+    assert await client.settle(NAME) == written
+    await until(lambda: ring.held(ring.third) == written)
 
 
 async def test_settling_a_register_that_was_never_written_leaves_it_so_for_its_users(ring: Ring) -> None:
