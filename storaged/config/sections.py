@@ -44,10 +44,11 @@ class S3Section(msgspec.Struct, frozen=True):
     """The S3 front.
 
     ``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``:
-    processes that share the port. ``region``: the region that clients are told. ``strict_region``: refuse signatures
-    and new buckets of any other region; without it, every region is accepted. ``unauthenticated_*_max``: how many
-    connections, requests and bytes one address (a /64 of IPv6) may have before they have authenticated; beyond that,
-    the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come through them.
+    processes that share the port. ``region``: the region that this endpoint reports. ``strict_region``: refuse
+    signatures and new buckets of any other region; without it, every region is accepted. ``unauthenticated_*_max``: how
+    many connections, requests and bytes one address (a /64 of IPv6) may have before they have authenticated; beyond
+    that, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come through
+    them.
     """
 
     listen: str = "127.0.0.1:8333"

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 
 HEAD_CELL = -1
-"""Stands for the record's head: it does not hold, so none of the fragment's cells can be read."""
+"""In place of a cell number: the record's head is damaged, so none of the fragment's cells can be read."""
 
 DAMAGED_FRAGMENTS_MAX = 100_000
 """Beyond that the disk is beyond repair, and every damaged fragment is found again when it is read."""

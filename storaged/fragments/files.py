@@ -1,4 +1,4 @@
-"""The file operations that a fragment store needs, as a port, and their real body.
+"""The file operations that a fragment store needs, as a port, and the implementation for real files.
 
 Thanks to the port a simulated disk can drop, reorder and tear what was not synced, and answer EIO or ENOSPC when a test
 asks for it.

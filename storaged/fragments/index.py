@@ -255,7 +255,7 @@ class Index:
 
     def put(self, key: bytes, entry: Entry) -> Entry | None:
         """A record of this fragment is in the log. Returns the entry that it replaced. A record older than the known
-        one only casts a shadow.
+        one is only added to its shadows.
         """
         return self.replace(key, self.lookup(key), entry)
 

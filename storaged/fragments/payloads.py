@@ -24,7 +24,7 @@ COPY_BYTES_MAX = MIB
 
 
 class CopyStore(NearStore, Protocol):
-    """A local body. It finds a copy without knowing for which of the replicas it was made."""
+    """The implementation for local disks. It finds a copy without knowing for which of the replicas it was made."""
 
     def find_copy(self, data_id: bytes) -> FragmentId | None:
         """The whole copy of a data id, if the disk has one."""

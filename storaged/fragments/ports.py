@@ -1,6 +1,6 @@
 """The port of a fragment store, and the values that cross it.
 
-Four bodies pass one test suite (tests/suites/fragment_store.py): the local disk (``store``), the same over RPC
+Four implementations pass one test suite (tests/suites/fragment_store.py): the local disk (``store``), the same over RPC
 (``remote``), memory, and the simulated disk that drops, reorders and tears unsynced writes.
 
 A fragment is the part of one block that one disk keeps: its cells, one after the other. Every cell has C bytes (C =
@@ -205,7 +205,7 @@ class FragmentStore(Protocol):
 
 
 class NearStore(FragmentStore, Protocol):
-    """The body of a disk on this node."""
+    """A fragment store on this node."""
 
     def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
         """As ``read`` when that needs no waiting and finds no damage; else None."""

@@ -21,7 +21,7 @@ from storaged.units import MIB
 
 @dataclass(frozen=True)
 class MaintainLimits:
-    """Bounds and intervals of background work."""
+    """Bounds and intervals of background work: one attribute for each."""
 
     walk_interval_s: float = 3600.0
     """A full walk without any sign of trouble finds what vanished unnoticed."""
@@ -57,7 +57,7 @@ class MaintainLimits:
 
 
 class SignerKeys(Protocol):
-    """The keys that sign the public parts of records. ``cluster.signers.Signers`` is the body."""
+    """The keys that sign the public parts of records. ``cluster.signers.Signers`` implements it."""
 
     async def key(self, signer: bytes) -> Ed25519PublicKey:
         """The key with this id. Raises CertificateRefused for one that no gateway of this cluster certified,

@@ -103,8 +103,8 @@ class Buckets:
     async def _verify(
         self, context: MaintainContext, key: bytes, record: BucketRecord, value: Value, unknown: dict[bytes, str]
     ) -> str:
-        """Why the public part of a record is not believed; empty when it is. ``unknown``: signer -> why it is none,
-        as this refresh found out.
+        """Why the public part of a record is not believed; empty when it is. ``unknown``: the
+        signers that this refresh could not verify, with the reason.
         """
         if not record.signature:
             return "is not signed: a gateway signs it when it looks at it next"

@@ -218,8 +218,7 @@ class Leftovers:
                 await self._delete(owner, move)
             except (StoragedError, KeyError, ValueError, TimeoutError) as error:
                 self._context.log(
-                    f"what a recoded run of {owner.key[:80]!r} left behind is not deleted now, but by the sweep:"
-                    f" {error}"
+                    f"old fragments of a recoded run of {owner.key[:80]!r} are not deleted; the sweep will: {error}"
                 )
 
     async def _delete(self, owner: RegisterName, move: Move) -> None:

@@ -102,16 +102,16 @@ class Doctor:
     def _keys(self, gateway: Gateway) -> dict[str, str]:
         if gateway.problem or gateway.keyring is None:
             return _check("keyring", "fail", gateway.reason or "not open", KeyringMismatch.hint)
-        told = gateway.keyring.statistics()
-        if told.newest_epoch > told.backed_up_epoch:
+        keys = gateway.keyring.statistics()
+        if keys.newest_epoch > keys.backed_up_epoch:
             return _check(
                 "key backup",
                 "warn",
-                f"epoch {told.newest_epoch} is in no backup ({KeysNotBackedUp.code})",
+                f"epoch {keys.newest_epoch} is in no backup ({KeysNotBackedUp.code})",
                 KeysNotBackedUp.hint,
             )
-        newer = gateway.copies.log.newer_than(told.backed_up_ms) if gateway.copies is not None else 0
-        detail = f"covers epoch {told.backed_up_epoch}"
+        newer = gateway.copies.log.newer_than(keys.backed_up_ms) if gateway.copies is not None else 0
+        detail = f"covers epoch {keys.backed_up_epoch}"
         if newer:
             detail += (
                 f"; {newer} bucket key{'' if newer == 1 else 's'} newer than it: the ring and this gateway have them. A"

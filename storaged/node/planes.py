@@ -161,13 +161,13 @@ class NodePlanes:
         """What the other storage nodes answer to the question whether this one may begin."""
         assert self._opener is not None
         others = {disk.node for disk in self.layouts.current.disks} - {self.own.name}
-        told: dict[str, LedgerReport | None] = {}
+        reports: dict[str, LedgerReport | None] = {}
         for name in others:
             if not self._heartbeats:
                 return Answers(Verdict(False, "the other nodes have not been asked yet"))
             status = self.membership.status(name)
-            told[name] = status.ledger if status.state == "up" else None
-        return answers_of(self._opener.ledger.id, told)
+            reports[name] = status.ledger if status.state == "up" else None
+        return answers_of(self._opener.ledger.id, reports)
 
     def _ledger_report(self, node: str) -> LedgerReport | None:
         """The report on this node's ledger that ``node`` gets."""
@@ -429,7 +429,7 @@ class NodePlanes:
         try:
             self._disk_statuses = await self.disks.statuses()
         except StoragedError as error:
-            log.warning("the state of the disks cannot be told", reason=error.message)
+            log.warning("cannot read the state of the disks", reason=error.message)
             return
         self.metrics.gauge("storaged_layout_epoch").set(self.layouts.epoch)
         if self._server is not None or self.gateway is not None:
@@ -443,9 +443,9 @@ class NodePlanes:
             size.labels(disk.id, "free").set(disk.bytes_free)
         alarms = self.metrics.gauge("storaged_ring_alarms")
         for used in self.disks.used.values():
-            told = used.replica.statistics()
-            alarms.labels(used.id, "ballot_conflicts").set(told.ballot_conflicts)
-            alarms.labels(used.id, "sequence_falls").set(told.sequence_falls)
+            statistics = used.replica.statistics()
+            alarms.labels(used.id, "ballot_conflicts").set(statistics.ballot_conflicts)
+            alarms.labels(used.id, "sequence_falls").set(statistics.sequence_falls)
 
     def _cell_damaged(self, disk: str, fragment: FragmentId, cell: int) -> None:
         """A local disk reports a damaged cell. The node that looks after the owner register, named in the fragment's

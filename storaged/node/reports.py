@@ -74,7 +74,7 @@ class Reports:
 
     async def status(self) -> dict[str, Any]:
         node = self._node
-        told = await node.maintain.statuses()
+        statuses = await node.maintain.statuses()
         profile, reason = self._write_profile()
         problem = self._gateway.problem if self._gateway is not None else ""
         refusal = self._gateway.key_refusal if self._gateway is not None else ""
@@ -84,17 +84,17 @@ class Reports:
             profile,
             reason,
             problem,
-            self._durability(told),
-            jobs_of(told),
+            self._durability(statuses),
+            jobs_of(statuses),
             key_refusal=refusal,
             key_damage=self._gateway.key_damage() if self._gateway is not None else (),
             bad_records=self._gateway.bad_records() if self._gateway is not None else (),
             audit_problem=node.auditing.problem,
             audit_alarms=merged(
-                [*node.auditing.alarms(), *(alarm for status in told for alarm in status.audit_alarms)]
+                [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),
             unverified_records=sorted(
-                {name: reason for status in told for name, reason in status.records_refused}.items()
+                {name: reason for status in statuses for name, reason in status.records_refused}.items()
             ),
         )
         return self._seen.date(judge(facts, node.clock.wall_ms()))
@@ -132,19 +132,21 @@ class Reports:
             )
         return facts
 
-    def _durability(self, told: Sequence[MaintainStatus]) -> Durability:
+    def _durability(self, statuses: Sequence[MaintainStatus]) -> Durability:
         """Sums over all storage nodes that answer. It is ``counted`` when each has looked at the
         disks as they are now.
         """
         layout = self._node.layouts.current
         wanted = {disk.node for disk in layout.disks if self._node.membership.disk_readable(disk.id)}
-        counted = bool(told) and {status.node for status in told} >= wanted and all(status.current for status in told)
+        counted = bool(statuses) and {status.node for status in statuses} >= wanted
+        counted = counted and all(status.current for status in statuses)
         if self._gateway is not None:  # only gateways bring the system partition together
             counted = counted and self._node.keeper.current
         below, risk, lost, unreadable = (
-            sum(getattr(status, name) for status in told) for name in ("below_target", "at_risk", "lost", "unreadable")
+            sum(getattr(status, name) for status in statuses)
+            for name in ("below_target", "at_risk", "lost", "unreadable")
         )
-        return Durability(below, risk, lost, counted, unreadable, _waits(told))
+        return Durability(below, risk, lost, counted, unreadable, _waits(statuses))
 
     def _write_profile(self) -> tuple[str | None, str]:
         """The weakest profile that a write would get now, over a sample of placement groups; or why it would be
@@ -165,19 +167,19 @@ class Reports:
 
     async def jobs(self) -> dict[str, Any]:
         """The document of jobs. ``busy``: something runs or waits that changes the counts."""
-        told = await self._node.maintain.statuses()
-        durability = self._durability(told)
+        statuses = await self._node.maintain.statuses()
+        durability = self._durability(statuses)
         return {
-            "busy": not durability.counted or any(status.busy for status in told),
+            "busy": not durability.counted or any(status.busy for status in statuses),
             "objects_counted": durability.counted,
             "objects_below_target": durability.objects_below_target,
             "objects_at_risk": durability.objects_at_risk,
             "objects_lost": durability.objects_lost,
             "objects_unreadable": durability.objects_unreadable,
-            "fragments_rebuilt": sum(status.fragments_rebuilt for status in told),
-            "bytes_rebuilt": sum(status.bytes_rebuilt for status in told),
+            "fragments_rebuilt": sum(status.fragments_rebuilt for status in statuses),
+            "bytes_rebuilt": sum(status.bytes_rebuilt for status in statuses),
             "waits": waits_document(durability.waits),
-            "jobs": jobs_of(told),
+            "jobs": jobs_of(statuses),
         }
 
     async def start_scrub(self) -> list[str]:
@@ -196,11 +198,11 @@ class Reports:
         return found
 
 
-def _waits(told: Sequence[MaintainStatus]) -> RepairWaits | None:
+def _waits(statuses: Sequence[MaintainStatus]) -> RepairWaits | None:
     """What all nodes together wait for; None when no disk is away."""
-    disks = tuple(sorted({disk for status in told for disk in status.waits.disks_away}))
-    later = [status.waits.recode_in_s for status in told if status.waits.recode_in_s != NO_RECODING_S]
-    delay_s = max((status.waits.recode_delay_s for status in told), default=0.0)
+    disks = tuple(sorted({disk for status in statuses for disk in status.waits.disks_away}))
+    later = [status.waits.recode_in_s for status in statuses if status.waits.recode_in_s != NO_RECODING_S]
+    delay_s = max((status.waits.recode_delay_s for status in statuses), default=0.0)
     return RepairWaits(disks, min(later, default=None), delay_s) if disks else None
 
 
@@ -218,9 +220,9 @@ def waits_document(waits: RepairWaits | None) -> dict[str, Any]:
     }
 
 
-def jobs_of(told: Sequence[MaintainStatus]) -> list[dict[str, Any]]:
+def jobs_of(statuses: Sequence[MaintainStatus]) -> list[dict[str, Any]]:
     """The jobs of all nodes, as JSON documents."""
-    return [_job(job) for status in told for job in status.jobs]
+    return [_job(job) for status in statuses for job in status.jobs]
 
 
 def _job(job: JobReport) -> dict[str, Any]:

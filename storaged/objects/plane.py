@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ObjectLimits:
-    """Bounds and delays of the object plane."""
+    """Bounds and delays of the object plane: one attribute for each."""
 
     inline_sealed_bytes_max: int = 1 * KIB
     """Sealed bytes that stay in the record. Under about 2 KiB a record keeps out of LMDB's overflow pages."""

@@ -19,7 +19,7 @@ class BucketKey(Protocol):
     """One version of a bucket's key, unwrapped and cached. Pure computation from here on: about 6 us a wrap, 1 us a
     list field.
 
-    ``context`` is what is sealed is bound to: its fields, packed (``pack_context``)."""
+    ``context``: the packed fields that the sealed bytes are bound to (``pack_context``)."""
 
     @property
     def version(self) -> int: ...

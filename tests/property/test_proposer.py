@@ -149,7 +149,7 @@ class Driver:
         elif state in (GATHERING, SYNCING, CARRYING, RETRYING) and (chance < 0.3 or not self.wire):
             self.wait(chance)
         elif state is CREATING and chance < 0.1:
-            self.do(Event.HURRY, machine.hurry)
+            self.do(Event.ON_SLOW, machine.on_slow)
         elif self.wire:
             self.wire.pop(self.world.random.randrange(len(self.wire)))()
         elif not self.over:

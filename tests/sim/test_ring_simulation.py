@@ -34,7 +34,7 @@ SEED_BUDGETS = {
     "copies_travel": 400,
     "create_into_nothing": 100,
     "counters_bounded": 100,
-    "created_goes_behind": 1000,
+    "created_follows_overtaken": 1000,
 }
 """How many seeds a run without the rule may take to show it; about five times what it took when this was written."""
 
@@ -42,12 +42,12 @@ HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "40"))
 
 HOSTILE_BUDGETS = {
     "far_by_majority": (1, 50),
-    "lone_ballot_led_by_none": (1, 100),
+    "lone_ballot_does_not_lead": (1, 100),
     "unproved_set_aside": (1, 200),
     "system_by_gateways": (1, 120),
     "own_ballots": (101, 900),
     "known_epochs": (1, 250),
-    "fences_told": (1, 50),
+    "fences_reported": (1, 50),
 }
 """As ``SEED_BUDGETS``, of the rules that ``hostile`` shows: the first seed, and how many."""
 

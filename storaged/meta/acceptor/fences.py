@@ -73,8 +73,8 @@ class Fences:
         return StoreBatch(fences=[fence]), synced
 
     def lift(self, request: FenceLift) -> Write | bool:
-        """The batch also says that this nonce was lifted. True: it was before, on disk. False: refused, since a fence
-        with a higher nonce, or a final one, stays.
+        """Returns the batch to write, which also says that this nonce was lifted; True if the lifting is on disk
+        already; False if refused because a fence with a higher nonce, or a final one, stays.
         """
         scope, nonce = request.scope, request.nonce
         present = self.of(scope)

@@ -21,7 +21,7 @@ class HighWater:
         self._raising: asyncio.Task[StoragedError | None] | None = None
 
     def begin_raise(self, ballot: Ballot) -> None:
-        """Long before a ballot has to wait for it."""
+        """Starts to write a higher one early, so that no ballot waits."""
         if self._raising is None:
             self._raising = self._writes.start(self._write(ballot))
 

@@ -81,9 +81,7 @@ class LocalReplica:
         try:
             stored, epoch, retired = (store.get_meta(name) for name in (META_HIGH_WATER, META_EPOCH, META_RETIRED))
         except RowDamaged as error:
-            raise DiskForeign(
-                f"The metadata store of disk {disk} does not tell what was promised there: {error}"
-            ) from None
+            raise DiskForeign(f"The metadata store of disk {disk} has lost its record of promises: {error}") from None
         high_water = decode(stored, Ballot) if stored is not None else ZERO_BALLOT
         self._epoch_durable = int.from_bytes(epoch, "big") if epoch is not None else 0
         self.state = AcceptorState(high_water, self._epoch_durable, rules, promises_max)
@@ -192,9 +190,7 @@ class LocalReplica:
                 return None
             self._high_water.begin_raise(ballot)
         self._counts.prepares += 1
-        if (
-            ballot != acceptor.accepted
-        ):  # else what was accepted binds as the promise would, and an accept is judged by it
+        if ballot != acceptor.accepted:  # otherwise the accepted ballot already forbids lower ones
             state.promise(name, ballot, slot)
         if slot is None:
             return messages.PrepareReply(Verdict.OK, ballot)

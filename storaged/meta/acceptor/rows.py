@@ -152,7 +152,7 @@ class DiskRows:
         return ReadReply(verdict, acceptor.accepted, digest, value, data_id, header, fenced), payload
 
     def _reports_fence(self, scope: bytes) -> bool:
-        return self._fences.of(scope) is not None and self._rules.fences_told
+        return self._fences.of(scope) is not None and self._rules.fences_reported
 
     async def _load(self, data_id: bytes) -> Copy | None:
         if self._copies is None:
@@ -177,8 +177,8 @@ class DiskRows:
         return None if asks_to_read_ahead(self._store, request, self._digests) else self.scan_now(request)
 
     async def _read_ahead(self, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
-        """One thread at a time, for other disks need them too. So the turn ends with the thread, whether or not its
-        caller still waits for it.
+        """Uses one thread per disk: other disks need threads too. The lock is held until the thread ends, even if the
+        caller is cancelled.
         """
         await self._reading_ahead.acquire()
         try:

@@ -7,7 +7,7 @@ Small copies
     prepare found, and that no quorum has confirmed yet, is accepted again only together with its copy, which some
     replica has to give first (CARRYING). *The exception*: a copy that is lost does not block a register for ever. A
     settling round writes the row even where the replica can't store the copy. After ``CARRY_TRIES`` attempts that found
-    no copy the record goes on without one, and ``uncarried`` says so, for repair. Such a record may be confirmed with
+    no copy the record goes on without one, and ``copy_lost`` says so, for repair. Such a record may be confirmed with
     its copy on fewer replicas, or on none that answers.
 
     A change with a small copy succeeds when the acknowledge rule (``SmallCopies.enough``) holds for the replicas that
@@ -37,11 +37,10 @@ STRAGGLERS_S = 0.05
 promises."""
 
 SYSTEM_STRAGGLERS_S = 1.0
-"""As that, where two replicas of a register of the system table differ: one of them may lie, and only the answer of the
-third keeps the lie from counting. A slow disk is no reason to go without it. A replica that hangs costs this much, and
-only where a write was cut short."""
+"""The same wait for a register of the system table whose replicas differ: one of them may lie, so the third must
+answer, even if its disk is slow. A replica that hangs costs this much, and only where a write was cut short."""
 
-SOUGHT_MAX = 4
+THIRD_REPLICA_TRIES = 4
 """How often an attempt begins again for a third replica that has promised a higher ballot. Two proposers in turn need
 fewer, and a liar that always refuses leaves the two others alone."""
 
@@ -54,7 +53,8 @@ ALL_REPLICAS_TRIES = 2
 promised. A replica that has restarted refuses everything below its high-water ballot, and is the one that lags."""
 
 CREATE_AHEAD_MAX_US = 10_000_000
-"""With a ballot further ahead of this clock a change asks first: clocks refuse creates, but never promises."""
+"""A change whose ballot is further ahead of this clock begins with a prepare: acceptors refuse a create that is a
+minute ahead of their clocks, and a prepare only when it is an hour ahead."""
 
 
 @dataclass(frozen=True)

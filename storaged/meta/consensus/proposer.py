@@ -39,9 +39,9 @@ from storaged.meta.consensus.change import (
     BACKOFF_MAX_S,
     CARRY_TRIES,
     CREATE_AHEAD_MAX_US,
-    SOUGHT_MAX,
     STRAGGLERS_S,
     SYSTEM_STRAGGLERS_S,
+    THIRD_REPLICA_TRIES,
     Fragments,
     Shared,
     Wanted,
@@ -87,9 +87,9 @@ class Proposer:
     # fmt: off
     __slots__ = (
         "_accepts", "_attempts", "_change", "_conclusion", "_copies", "_creates", "_found", "_now_us",
-        "_prepares", "_rivals", "_seeking", "_shared", "_sought", "_syncing", "_tries", "_wanted", "ahead",
-        "ballot", "by_create", "carry", "error", "fenced", "fragments", "gather_s", "lineage", "name",
-        "outcome", "pause_s", "request", "sparing", "state", "turn", "uncarried", "view",
+        "_prepares", "_rivals", "_seeking", "_shared", "_syncing", "_third_replica_tries", "_tries",
+        "_wanted", "ahead", "ballot", "by_create", "carry", "copy_lost", "error", "fenced", "fragments",
+        "gather_s", "lineage", "name", "outcome", "pause_s", "request", "sparing", "state", "turn", "view",
     )
     # fmt: on
 
@@ -116,8 +116,8 @@ class Proposer:
         self.by_create = False
         """The create was chosen."""
         self.fenced = False
-        """It has failed for a fence on a quorum."""
-        self.uncarried = False
+        """It failed because a quorum is fenced."""
+        self.copy_lost = False
         """The record found was accepted again without its copy, since no replica gives that."""
         self.fragments: Fragments = ()
         self.carry = b""
@@ -125,7 +125,7 @@ class Proposer:
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
         self._syncing = wanted.barrier
-        self._attempts = self._tries = self._sought = 0
+        self._attempts = self._tries = self._third_replica_tries = 0
         self._rivals = Rivals(shared.rules)
 
     # --- create -------------------------------------------------------------------------------------------------------
@@ -168,13 +168,11 @@ class Proposer:
             return self._not_created()
         return False
 
-    def hurry(self) -> bool:
-        """The create takes long. With a refusal, or as soon as there is one, the change asks for promises instead:
-        those of the other replicas suffice then.
-        """
+    def on_slow(self) -> bool:
+        """The create takes long. Once a replica refuses it, prepare: promises of the other replicas suffice."""
         if self.state is not CREATING:
             return False
-        self._creates.hurried = True
+        self._creates.slow = True
         return self._not_created() if self._creates.refused else False
 
     def _not_created(self) -> bool:
@@ -183,9 +181,9 @@ class Proposer:
         return self._retry()
 
     @property
-    def untaken(self) -> Sequence[str]:
+    def not_taken_by(self) -> Sequence[str]:
         """Disks that have not taken the create."""
-        return self._creates.untaken
+        return self._creates.not_taken_by
 
     # --- prepare ------------------------------------------------------------------------------------------------------
 
@@ -212,7 +210,7 @@ class Proposer:
             return self._gather(disk, reply) if self.state is GATHERING else False
         prepares = self._prepares
         if prepares.add(disk, reply, self._doubts(disk, reply)):
-            return self._wait_for_others(STRAGGLERS_S) if self._wanted.commit else self._look()
+            return self._wait_for_others(STRAGGLERS_S) if self._wanted.commit else self._judge_newest()
         if reply is not None and reply.verdict != OK:
             self._note(disk, reply)
             if self.sparing:
@@ -249,8 +247,8 @@ class Proposer:
             return self._fenced(prepares.fenced_for_ever)
         if prepares.ahead:
             return self._give_up(
-                "its replicas refuse ballots more than an hour ahead of their clocks: this node's clock is, or theirs "
-                "are behind"
+                "its replicas refuse ballots more than an hour ahead of their clocks: this node's clock is more "
+                "than an hour fast, or theirs are slow"
             )
         if not self.lineage.open:
             return self._give_up("no majority of its replicas answers")
@@ -274,7 +272,7 @@ class Proposer:
     @property
     def _asks_all(self) -> bool:
         """A register of the system table is led by what all replicas report, where they differ (rule 16)."""
-        return self.name.table == Table.SYSTEM and self._shared.rules.lone_ballot_led_by_none
+        return self.name.table == Table.SYSTEM and self._shared.rules.lone_ballot_does_not_lead
 
     def waited(self) -> bool:
         """``gather_s`` are over."""
@@ -282,24 +280,25 @@ class Proposer:
 
     def _gathered(self) -> bool:
         if self._seeking:
-            return self._sought_out()
+            return self._judge_credible()
         refused = self._rivals.above >= self.ballot.counter and self._tries < ALL_REPLICAS_TRIES
         if self._prepares.damaged_below > self.ballot.counter or refused:
             return self._retry()
-        return self._look()
+        return self._judge_newest()
 
-    def _look(self) -> bool:
-        """At the newest value of those who promised."""
+    def _judge_newest(self) -> bool:
+        """Takes the newest value that the promises report, and judges it."""
         self._found = self._prepares.newest()
         if not self._found.settled and self._asks_all:
             self._seeking = True
             return self._wait_for_others(SYSTEM_STRAGGLERS_S)
         return self._judge()
 
-    def _sought_out(self) -> bool:
+    def _judge_credible(self) -> bool:
         found = self._prepares.credible()
-        if found is None and self._rivals.above >= self.ballot.counter and self._sought < SOUGHT_MAX:
-            self._sought += 1
+        refused = self._rivals.above >= self.ballot.counter
+        if found is None and refused and self._third_replica_tries < THIRD_REPLICA_TRIES:
+            self._third_replica_tries += 1
             return self._retry()
         self._found = found or self._prepares.newest()
         return self._judge()
@@ -381,8 +380,8 @@ class Proposer:
     # --- accept -------------------------------------------------------------------------------------------------------
 
     def _accept_with_copy(self) -> bool:
-        """With the copy that the value names: the change's own, or where no quorum has confirmed the value found, one
-        of a replica."""
+        """Sends the accept with a small copy: the change's own, or, if no quorum has confirmed the value found, a
+        replica's."""
         if self._copies is not None:
             return self._accept(self._copies.fragments)
         _ballot, found, settled = self._found
@@ -399,7 +398,7 @@ class Proposer:
         if fragments is None:
             if self._tries < CARRY_TRIES:
                 return self._retry()
-            self.uncarried = True
+            self.copy_lost = True
         return self._accept(fragments or ())
 
     def _accept(self, fragments: Fragments) -> bool:

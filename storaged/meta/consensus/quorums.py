@@ -85,7 +85,7 @@ class Quorum:
         return order
 
     def agreed(self, reports: Mapping[str, T]) -> T | None:
-        """What a quorum reports alike. None when there is no such thing; None is never reported."""
+        """The value that a quorum reports; None if there is none. Reports are never None."""
         if len(reports) < self.fewest:
             return None
         for candidate in dict.fromkeys(reports.values()):

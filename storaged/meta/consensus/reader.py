@@ -124,7 +124,10 @@ class Myself:
 
 
 class Reader:
-    """One read. ``state`` says what to do next; late answers change nothing."""
+    """One read. ``state`` says what to do next; late answers change nothing.
+
+    It has many attributes: they are the state of the protocol, and what the shell reads of it.
+    """
 
     def __init__(
         self, shared: Shared, myself: Myself, name: RegisterName, *, want_payload: bool = False, nonce: bytes = b""
@@ -251,7 +254,7 @@ class Reader:
         all (``register.credible``). A created value is replayed as a create, and replicas refuse those from a node that
         is no gateway."""
         rules, myself = self._shared.rules, self._myself
-        if self.name.table == Table.SYSTEM and rules.lone_ballot_led_by_none:
+        if self.name.table == Table.SYSTEM and rules.lone_ballot_does_not_lead:
             return False
         return myself.gateway or (ballot.node == myself.node and not created(value)) or not rules.own_ballots
 

@@ -23,9 +23,9 @@ promise, would have promised and had nothing to report. What was chosen before, 
 But a minority that has missed what was chosen may take the create. There it lies under a higher ballot than what was
 chosen, and on a lower sequence. A proposer that finds it there carries it on. That is an overwriting, by a change that
 did not ask what it overwrites and was not acknowledged yet. It gets the sequence after the value that it overtakes
-(rule 14), for the sequences of chosen values must grow. (They grow by one, but for this case. And a create that was
-chosen is chosen again with a higher sequence, when the proposer that carries it on sees it at one replica alone, and at
-another what has lost against it.)
+(rule 14), for the sequences of chosen values must grow. In all other cases they grow by one. A create that was chosen
+may be chosen again with a higher sequence. This happens when the proposer that carries it on sees it at one replica
+alone, and at another replica a value that lost against it.
 
 The acceptor's answers are in ``consensus.acceptor``, quorums in ``consensus.quorums``. ``consensus.proposer`` and
 ``consensus.reader`` put these rules in their order.
@@ -98,13 +98,13 @@ class Rules:
     """15. An acceptor refuses a counter far ahead of both its clock and what it has promised: one prepare with the
     highest counter would stop it for ever.
     """
-    created_goes_behind: bool = True
+    created_follows_overtaken: bool = True
     """14. A created value that is found above another is carried on with the sequence after that one's."""
     far_by_majority: bool = True
     """15. A proposer goes above a counter far ahead of its clock only where a majority names one: a single replica that
     lies would lead it where all others refuse it.
     """
-    lone_ballot_led_by_none: bool = True
+    lone_ballot_does_not_lead: bool = True
     """16. In the system table the higher ballot of a lone replica does not lead once all have promised (``credible``).
     """
     unproved_set_aside: bool = True
@@ -117,7 +117,7 @@ class Rules:
     """19. An acceptor refuses ballots of a layout that its node does not know: they would outlive all ballots of the
     layouts to come.
     """
-    fences_told: bool = True
+    fences_reported: bool = True
     """20. A replica that reports a row of a fenced scope says that the scope is fenced."""
 
 
@@ -175,7 +175,7 @@ def credible(
     Why it is safe: all replicas have promised, so what may have been chosen below the new ballot was accepted by a
     majority of them already. Its ballot is no higher than the one that a majority reports or exceeds, the *reach*:
     above that nothing was chosen, nor can be any more. Whatever was proposed at the reach or above it descends from
-    everything that was chosen (that is Paxos), so each value there may be gone on from.
+    everything that was chosen (that is Paxos), so a change may be based on each value there.
 
     A ballot that a majority reports is the reach itself, and was chosen. Else the value with the highest sequence among
     those at the reach and above it is taken, and of two with the same sequence the one with the higher ballot. A lone
@@ -197,7 +197,7 @@ def overtaken(
     """The value with the highest sequence below a created one that was found at ``newest`` (rule 14). None when
     ``value`` was not created, or nothing is below it.
     """
-    if value is None or not created(value) or not rules.created_goes_behind:
+    if value is None or not created(value) or not rules.created_follows_overtaken:
         return None
     below = [
         other

@@ -56,8 +56,8 @@ class Rivals:
         """The highest of the others."""
 
     def note(self, disk: str, counter: int, now_us: int) -> bool:
-        """False: the counter is so far off that it counts only with a quorum of such. ``disk`` is empty where its word
-        does not count for that.
+        """Notes the counter that a replica reports. Returns False if it is so far ahead of this clock that it counts
+        only when a quorum reports such counters. ``disk``: the replica; empty: not counted for that quorum.
         """
         if counter > now_us + COUNTER_AHEAD_MAX_US and self._far_by_majority:
             if disk:
@@ -78,16 +78,16 @@ class Rivals:
 class CreateRound:
     """The answers to a create."""
 
-    __slots__ = ("_held", "_quorum", "_small", "hurried", "refused", "taken", "untaken")
+    __slots__ = ("_held", "_quorum", "_small", "not_taken_by", "refused", "slow", "taken")
 
     def __init__(self, quorum: Quorum, small: SmallCopies | None) -> None:
         self._quorum = quorum
         self._small = small
         self._held: list[str] = []
-        self.refused = self.hurried = False
+        self.refused = self.slow = False
         self.taken: list[str] = []
         """Disks that have the value, and their small copy."""
-        self.untaken: list[str] = []
+        self.not_taken_by: list[str] = []
         """Disks that have not taken it, or do not answer."""
 
     def add(self, disk: str, reply: AcceptReply | None) -> bool:
@@ -95,7 +95,7 @@ class CreateRound:
         if reply is not None and reply.verdict == OK and (reply.copy_synced or self._small is None):
             self.taken.append(disk)
             return True
-        self.untaken.append(disk)
+        self.not_taken_by.append(disk)
         if reply is not None:
             self.refused = True
             if reply.verdict == HELD or reply.final:
@@ -112,15 +112,13 @@ class CreateRound:
     @property
     def over(self) -> bool:
         """It can't be chosen any more, as far as answers go; or it takes long, and a replica has refused it."""
-        untaken, quorum = self.untaken, self._quorum
-        if len(self.taken) + len(untaken) == len(quorum.disks):
+        not_taken_by, quorum = self.not_taken_by, self._quorum
+        if len(self.taken) + len(not_taken_by) == len(quorum.disks):
             return True
-        return bool(untaken) and ((self.hurried and self.refused) or quorum.lost(untaken))
+        return bool(not_taken_by) and ((self.slow and self.refused) or quorum.lost(not_taken_by))
 
     def note_held(self, lineage: Lineage) -> None:
-        """What refuses a create for good refuses it for ever: with a quorum of such the attempts that follow need not
-        fear it any more.
-        """
+        """When a quorum has refused the create for good, it is not chosen at its ballot. Tells the lineage."""
         if self._held and self._quorum.met(self._held):
             lineage.create_held(everywhere=len(self._held) == len(self._quorum.disks))
 
@@ -142,8 +140,8 @@ class PrepareRound:
         """The highest counter that a replica with a damaged row may have promised."""
 
     def add(self, disk: str, reply: PrepareReply | None, doubted: bool) -> bool:
-        """Whether a quorum has promised now. With doubted replies as the only ones it has too: nothing better is to be
-        had, and their value may be written over.
+        """Whether a quorum has promised now. A quorum of doubted replies counts too: there is no better value, so it
+        may be overwritten.
         """
         quorum, promised = self._quorum, self.promised
         self._answered += 1

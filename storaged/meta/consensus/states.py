@@ -15,7 +15,7 @@ class State(IntEnum):
     """Nothing was asked yet: call ``create`` or ``begin``."""
     CREATING = 1
     """Send ``request`` with ``fragments`` to all disks of ``view``; give each answer to ``created``. After a while:
-    ``hurry``."""
+    ``on_slow``."""
     PREPARING = 2
     """Send ``request`` to all disks of ``view``, or when ``sparing`` to those of one quorum first; give each answer to
     ``promised``."""
@@ -45,7 +45,7 @@ class Event(IntEnum):
     CREATED = 2
     PROMISED = 3
     ACCEPTED = 4
-    HURRY = 5
+    ON_SLOW = 5
     WAITED = 6
     SYNCED = 7
     CARRIED = 8
@@ -60,7 +60,7 @@ _DECIDED: Final = (SYNCING, CARRYING, ACCEPTING, RETRYING, DONE, FAILED)
 
 TRANSITIONS: Final[Mapping[State, Mapping[Event, Sequence[State]]]] = {
     NEW: {Event.CREATE: (CREATING, RETRYING), Event.BEGIN: (PREPARING,)},
-    CREATING: {Event.CREATED: (RETRYING, DONE), Event.HURRY: (RETRYING,), Event.EXPIRE: (FAILED,)},
+    CREATING: {Event.CREATED: (RETRYING, DONE), Event.ON_SLOW: (RETRYING,), Event.EXPIRE: (FAILED,)},
     PREPARING: {Event.PROMISED: (GATHERING, *_DECIDED), Event.EXPIRE: (FAILED,)},
     GATHERING: {Event.PROMISED: _DECIDED, Event.WAITED: (GATHERING, *_DECIDED), Event.EXPIRE: (FAILED,)},
     SYNCING: {Event.SYNCED: (CARRYING, ACCEPTING, FAILED), Event.DATA_FAILED: (FAILED,)},

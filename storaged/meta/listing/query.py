@@ -76,9 +76,9 @@ class PieceRead:
     after: bytes
     limit: int
     known: CachedPiece | None = None
-    """What the range was before."""
+    """The cached piece."""
     piece: Piece | None = None
-    """What it is, once that is settled."""
+    """The settled piece; None until then."""
     bounds: tuple[int, int] = (0, 0)
     """The rows and bytes that the last ask allowed."""
     supplier: str = field(init=False)

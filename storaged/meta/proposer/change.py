@@ -287,10 +287,10 @@ class ChangeShell:
             reply = answer
         try:
             if machine.created(disk, reply):
-                if machine.by_create and machine.untaken:
+                if machine.by_create and machine.not_taken_by:
                     self._ring.on_missed(machine.name)
                 self._enter()
-            elif machine.by_create and disk in machine.untaken:
+            elif machine.by_create and disk in machine.not_taken_by:
                 self._ring.on_missed(machine.name)
         except Exception as mistake:
             self._fail(mistake)
@@ -379,7 +379,7 @@ class ChangeShell:
 
     def _carried(self, fragments: Fragments | None) -> bool:
         entered = self.machine.carried(fragments)
-        if self.machine.uncarried:
+        if self.machine.copy_lost:
             self._ring.on_missed(self.machine.name)
         return entered
 
@@ -432,7 +432,7 @@ class ChangeShell:
             return
         self._ring.deadlines.begin(self, more_s)
         if machine.state is CREATING:
-            self._did(machine.hurry)
+            self._did(machine.on_slow)
         elif machine.state is PREPARING and self._unasked:
             self._did(self._hedge)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from storaged.meta.names import RegisterName
 
 NEW_AT_LEAST = 0.75
-"""Of the latest changes of a bucket's registers: a create that is refused costs more than twice what one that is taken
-spares.
+"""Creates are tried if at least this share of the latest changes in the bucket met a new key: a refused create costs
+more than twice what a taken one saves.
 """
 
 NEW_OF_LATE = 16

@@ -26,7 +26,7 @@ from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.ring import Ring
 
 TURNS_MAX = 1_024
-"""Changes that wait for one register in one process; beyond it the client is told to slow down."""
+"""Changes that wait for one register in one process; beyond it the client gets SlowDown."""
 
 
 class Turns:
@@ -196,7 +196,7 @@ class ChangeQueue:
             outcome = error
         finally:
             then(outcome)
-            del outcome  # an exception has this frame, and the frame may not have it
+            del outcome  # breaks the cycle of exception and frame
 
     def _to_create(self, name: RegisterName, update: Update, regardless: bool) -> Change | None:
         """What is to be created; None for a change that asks first."""

@@ -54,7 +54,7 @@ class Deadlines:
             if end <= now and self._ends.get(waiting) == end:  # else another one's ``on_time`` has ended it
                 del self._ends[waiting]
                 waiting.on_time()
-        next_end = min(self._ends.values(), default=FOREVER)  # also of what began meanwhile
+        next_end = min(self._ends.values(), default=FOREVER)  # ``on_time`` may have added some
         if next_end < FOREVER:
             self._ring_at(loop, next_end)
 

@@ -28,7 +28,7 @@ ROW_KEY_BYTES_MAX = NODE_BYTES + SEGMENT_BYTES + 1
 
 LINK_MARK = b"\x01"
 
-assert ROW_KEY_BYTES_MAX + 1 <= 511, "seeking behind a link takes one more byte, and must stay within LMDB's limit"
+assert ROW_KEY_BYTES_MAX + 1 <= 511, "seeking after a link takes one more byte, and must stay within LMDB's limit"
 assert KEY_BYTES_MAX <= 3 * SEGMENT_BYTES
 
 

@@ -184,14 +184,14 @@ class Calls:
         self._pool = pool
 
     def deadline(self) -> float:
-        """Of what begins now."""
+        """The deadline of a change or read that begins now."""
         return self.clock.monotonic() + self.deadline_s
 
     def remaining_s(self, deadline: float) -> float:
         return deadline - self.clock.monotonic()
 
     def timeout_s(self, deadline: float) -> float:
-        """Of one call."""
+        """The timeout of one call: ``call_timeout_s``, or less before the deadline."""
         return max(0.001, min(self.call_timeout_s, deadline - self.clock.monotonic()))
 
     def answers(self) -> Answers[Any]:

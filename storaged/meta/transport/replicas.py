@@ -175,7 +175,7 @@ class ReplicaDirectory:
         self._local = local if local is not None else {}
         self._remote: dict[str, RemoteReplica] = {}
         self._layout: Layout | None = None
-        """The one that ``_remote`` is of."""
+        """The layout that ``_remote`` was built for."""
         self._batchers: dict[str, tuple[ReadBatcher, AcceptBatcher]] = {}
 
     def replica(self, disk_id: str) -> Replica:

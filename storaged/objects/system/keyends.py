@@ -87,7 +87,7 @@ async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[byt
         except (StoragedError, TimeoutError) as error:
             return f"disk {disk} does not answer: {error}"
         if len(entries) >= DUE_MAX:
-            return f"disk {disk} is behind with the collection of its garbage"
+            return f"disk {disk} has not yet collected its garbage"
         for _, packed in entries:
             try:
                 scope = RegisterName.unpack(packed).scope

@@ -82,7 +82,8 @@ def try_put(
     owner: str,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> bool:
-    """See ``api.Objects``. Conditions are judged by the commit alone: the body has arrived, and can't be spared."""
+    """See ``api.Objects``. Conditions are judged by the commit alone. An early check would save nothing: the body is
+    here already."""
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
         bucket_key is None
@@ -171,7 +172,7 @@ class Replacement:
         self.keys = BucketKeys(plane, part.bucket)
         self.sealed = sealed
         self.regardless = new.conditions == NO_WRITE_CONDITIONS
-        """It replaces whatever is there. What is there and can't be read, it finds only when it asks first."""
+        """It replaces whatever is there. A create does not read the old record, so it does not notice a damaged one."""
         self._write = write
         unsealed = UnsealedVersion(NULL_VERSION, part.data_id, new.owner, modified_ms, (sealed.entry,))
         meta = meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size)
