@@ -338,3 +338,25 @@ def test_a_late_answer_changes_nothing() -> None:
     assert not driver.machine.promised(turn, "c", PrepareReply(Verdict.PREEMPTED, ballot))
     assert not driver.machine.accepted(driver.machine.turn, "c", AcceptReply(Verdict.PREEMPTED, ballot))
     assert driver.machine.state is DONE
+
+
+def test_an_answer_to_an_earlier_accept_does_not_count_for_a_later_one() -> None:
+    world = World(random.Random(1), ONE_SET, Table.OBJECT, trouble=0.0)
+    machine = world.proposer(lambda _value: Change(b"one"), "n", thorough=True)
+
+    def promised_by_two() -> int:
+        machine.begin(world.view, NOW_US)
+        for disk in "ab":
+            machine.promised(machine.turn, disk, PrepareReply(Verdict.OK, machine.ballot))
+        assert machine.state is ACCEPTING
+        return machine.turn
+
+    early, rival = promised_by_two(), Ballot(1, NOW_US + 10, "rival", b"incarnat")
+    for disk in "ab":
+        machine.accepted(early, disk, AcceptReply(Verdict.PREEMPTED, rival))
+    assert machine.state is RETRYING
+    late = promised_by_two()
+    for disk in "abc":
+        assert not machine.accepted(early, disk, AcceptReply(Verdict.OK, machine.ballot))
+    assert machine.state is ACCEPTING
+    assert [machine.accepted(late, disk, AcceptReply(Verdict.OK, machine.ballot)) for disk in "ab"] == [False, True]
