@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,8 +191,6 @@ def _config_of(node: files.NodePlan, place: str, admin: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def methods(as_json: bool) -> None:
     """Print which role may call which RPC method, why, and what a hostile storage node can do with it."""
-    import json
-
     from storaged.cluster.rpc import authority
 
     rows = [

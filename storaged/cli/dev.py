@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -201,8 +202,6 @@ def _check_free(port: int) -> None:
 
 
 def _create(place: Path, s3: int, admin: int, workers: int) -> None:
-    import secrets
-
     from storaged.cli import create as files
     from storaged.cli.keys import create_with_credential
     from storaged.cluster import issuing

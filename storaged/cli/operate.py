@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import sys
@@ -83,8 +84,6 @@ def explained(code: str) -> str:
 
     Raises OperatorError for an unknown code, with the codes that look like it.
     """
-    import difflib
-
     import storaged.admin.api  # noqa: F401  # it defines codes
 
     known: dict[str, list[type[StoragedError]]] = {}

@@ -103,20 +103,6 @@ class Policy:
         narrowed = "" if self.jurisdictions == EU_LAW else f", {sorted(self.jurisdictions)}"
         return f"Policy({sorted(self.countries)}{narrowed})"
 
-    def narrow(self, countries: Iterable[str]) -> Policy:
-        """This policy narrowed to ``countries`` (none named: unchanged). Raises JurisdictionRefused when this policy
-        does not allow one of them.
-        """
-        narrower = Policy.of(countries) if not isinstance(countries, str) else Policy(countries)
-        if narrower.countries == EU_LAW:
-            return self
-        beyond = sorted(narrower.countries - self.countries)
-        if beyond:
-            raise JurisdictionRefused(
-                f"{', '.join(beyond)} is not among the countries allowed here: {', '.join(sorted(self.countries))}."
-            )
-        return Policy(narrower.countries, self.jurisdictions)
-
     def refusal(self, country: object) -> str:
         """Why a country is not admitted; empty when it is."""
         reason = outside_eu_law(country)
@@ -132,9 +118,6 @@ class Policy:
             allowed = ", ".join(sorted(self.jurisdictions)) or "none"
             reason = f"{jurisdiction} is not among the jurisdictions allowed here: {allowed}"
         return reason
-
-    def admits(self, country: object) -> bool:
-        return not self.refusal(country)
 
     def admit(self, peer: PeerIdentity) -> None:
         """An ``Admission``: checks that the node is in an allowed country, and its operator under an allowed law.

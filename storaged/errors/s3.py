@@ -88,10 +88,6 @@ class EntityTooSmall(S3Error):
     """
 
 
-class ExpiredToken(S3Error):
-    """The provided token has expired."""
-
-
 class IncompleteBody(S3Error):
     """You did not provide the number of bytes specified by the Content-Length HTTP header."""
 
@@ -235,13 +231,6 @@ class MissingContentLength(S3Error):
     status = 411
 
 
-class MissingRequestBodyError(S3Error):
-    """Request Body is empty.
-
-    The operation needs a document (XML), and the request has none.
-    """
-
-
 class MissingSecurityHeader(S3Error):
     """Your request is missing a required header."""
 
@@ -260,12 +249,6 @@ class NoSuchBucketPolicy(S3Error):
 
 class NoSuchCORSConfiguration(S3Error):
     """The CORS configuration does not exist"""
-
-    status = 404
-
-
-class NoSuchConfiguration(S3Error):
-    """The specified configuration does not exist."""
 
     status = 404
 

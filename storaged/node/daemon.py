@@ -126,7 +126,7 @@ async def _main(config: Config, worker: tuple[int, int, int] | None) -> None:
     loop.add_signal_handler(signal.SIGHUP, reloading.set)
     leader = None
     if worker is not None:
-        from storaged.node.leader import Leader
+        from storaged.node.leader import Leader  # only further workers of a gateway need it
 
         leader = Leader(*worker)
         await leader.open()

@@ -18,7 +18,7 @@ from storaged.node.planes import NodePlanes
 from storaged.node.reports import Reports
 from storaged.node.system import exchange_layout
 
-if TYPE_CHECKING:  # a storage node imports neither the key plane nor S3
+if TYPE_CHECKING:
     from storaged.node.gateway import Gateway
     from storaged.node.leader import Leader
 
@@ -43,7 +43,7 @@ class Node(NodePlanes):
         """Raises as ``NodePlanes.open``; nothing stays open then."""
         await super().open(stack)
         if self.config.gateway:
-            from storaged.node.gateway import Gateway
+            from storaged.node.gateway import Gateway  # a storage node imports neither the key plane nor S3
 
             self.gateway = Gateway(self)
             stack.push_async_callback(self.gateway.close)

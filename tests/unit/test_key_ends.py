@@ -101,7 +101,7 @@ async def test_every_disk_must_answer_and_must_not_be_behind_with_its_garbage(ri
         return [(b"d" * 16, b"x")] * limit
 
     original = disk.retired
-    for answer, reason in ((away, "does not answer"), (full, "is behind with the collection")):
+    for answer, reason in ((away, "does not answer"), (full, "has not yet collected its garbage")):
         disk.retired = answer  # type: ignore[method-assign]
         assert await rig.look() == 0
         assert rig.ends.waiting == 1

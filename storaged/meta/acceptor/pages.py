@@ -29,9 +29,8 @@ class DiskPages:
         self._writes.check_answers()
         check_page(request)
         if is_old(request.page_hash) and (held := self._page(request.page_hash)) is not None and held != request.body:
-            raise InvalidRequest(
-                "Another page has this name here."
-            )  # an attacker can find other bytes with the same old hash
+            # an attacker can find other bytes with the same old hash
+            raise InvalidRequest("Another page has this name here.")
         self._writes.check_room(len(request.body), accepts)
         page = StoredPage(request.page_hash, request.body, self._clock.wall_ms())
         await self._writes.durably(StoreBatch(pages=[page]), size=len(request.body))

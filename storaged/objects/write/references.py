@@ -44,16 +44,6 @@ def versions_in(record: bytes, table: int) -> tuple[Version, ...]:
     return ()
 
 
-def references(record: bytes, table: int) -> set[bytes]:
-    """Data ids that a record names itself (not those on pages of a manifest). Raises DataDamaged."""
-    if table == Table.PART and record:
-        try:
-            return {decode(record, PartRecord).entry.data_id}
-        except msgspec.MsgspecError as error:
-            raise DataDamaged(f"A record cannot be read: {error}") from None
-    return {part.data_id for version in versions_in(record, table) for part in version.parts}
-
-
 async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[PartEntry]:
     """All parts that a record refers to, including those on pages of manifests. ``near``: the object's register. Raises
     DataDamaged.
