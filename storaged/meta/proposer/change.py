@@ -423,8 +423,8 @@ class ChangeShell:
         ring.deadlines.begin(self, first_s)
 
     def on_time(self) -> None:
-        """See ``Waiting``. The first time it hurries: it asks the other replicas too, and those that were waited for
-        come last for a while. Then the deadline is over."""
+        """See ``Waiting``. The first time it asks the other replicas too, and the slow ones come last for a while. The
+        second time the deadline is over."""
         more_s, self._more_s = self._more_s, 0.0
         machine = self.machine
         if not more_s:
