@@ -21,7 +21,7 @@ class HighWater:
         self._raising: asyncio.Task[StoragedError | None] | None = None
 
     def begin_raise(self, ballot: Ballot) -> None:
-        """Starts to write a higher one early, so that no ballot waits."""
+        """Starts to write a higher one. Called early, so that ballots rarely wait for it."""
         if self._raising is None:
             self._raising = self._writes.start(self._write(ballot))
 

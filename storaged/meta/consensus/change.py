@@ -37,8 +37,9 @@ STRAGGLERS_S = 0.05
 promises."""
 
 SYSTEM_STRAGGLERS_S = 1.0
-"""The same wait for a register of the system table whose replicas differ: one of them may lie, so the third must
-answer, even if its disk is slow. A replica that hangs costs this much, and only where a write was cut short."""
+"""The same wait for a register of the system table whose replicas differ: one of them may lie, and the
+answer of the third keeps the lie from counting, so a slow disk gets time. A replica that hangs costs this much, and
+only where a write was cut short."""
 
 THIRD_REPLICA_TRIES = 4
 """How often an attempt begins again for a third replica that has promised a higher ballot. Two proposers in turn need
