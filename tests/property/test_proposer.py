@@ -37,7 +37,7 @@ from storaged.meta.consensus.states import (
     State,
 )
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
-from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value
+from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import SmallCopies
 from storaged.meta.store_ports import Fence
 
@@ -360,3 +360,75 @@ def test_an_answer_to_an_earlier_accept_does_not_count_for_a_later_one() -> None
         assert not machine.accepted(early, disk, AcceptReply(Verdict.OK, machine.ballot))
     assert machine.state is ACCEPTING
     assert [machine.accepted(late, disk, AcceptReply(Verdict.OK, machine.ballot)) for disk in "ab"] == [False, True]
+
+
+def test_a_create_that_lost_raises_no_sequence_of_what_it_lost_against() -> None:
+    """Two replicas hold another's create, which a settling round has accepted again at one of them, above the create
+    that only the third has taken.
+    """
+    world = World(random.Random(1), ONE_SET, Table.OBJECT, trouble=0.0)
+    machine = world.proposer(lambda _value: Change(b"own"), "n")
+    machine.create(world.view, Change(b"own"), NOW_US)
+    assert isinstance(machine.request, Create)
+    own, at = machine.request.value, machine.ballot
+    rival = Value(1, b"r" * 14 + bytes(2), Visibility.LIVE, b"rival")
+    machine.created("a", AcceptReply(Verdict.OK, at))
+    for disk in "bc":
+        machine.created(disk, AcceptReply(Verdict.HELD, Ballot(1, 5, "rival", b"incarnat")))
+    machine.begin(world.view, NOW_US)
+    machine.promised(machine.turn, "a", PrepareReply(Verdict.OK, machine.ballot, at, own))
+    settled_at = at._replace(counter=at.counter + 1, node="rival")
+    machine.promised(machine.turn, "b", PrepareReply(Verdict.OK, machine.ballot, settled_at, rival))
+    for disk in "ab":
+        machine.accepted(machine.turn, disk, AcceptReply(Verdict.OK, machine.ballot))
+    assert machine.outcome is not None
+    before, after = machine.outcome
+    assert before == rival
+    assert after is not None
+    assert after.sequence == 2
+
+
+def doubting(liars: str) -> Proposer:
+    """A change of a register of the system table: no gateway wrote what these disks report."""
+    world = World(random.Random(1), ONE_SET, Table.SYSTEM, trouble=0.0)
+    ballots = Ballots("n", lambda: b"incarnat")
+    shared = Shared(ballots, RULES, world.counts, lambda _name, disk, value: value is not None and disk in liars)
+    machine = Proposer(shared, Wanted(world.name, lambda _value: Change(b"new")), Lineage(b"c" * 14))
+    machine.begin(world.view, NOW_US)
+    return machine
+
+
+TRUE = Value(3, b"a gateway's write", Visibility.LIVE, b"true")
+LIE = Value(9, b"a liar's own one", Visibility.LIVE, b"lie")
+
+
+def report(machine: Proposer, disk: str, value: Value, counter: int) -> bool:
+    accepted = Ballot(1, counter, "other", b"incarnat")
+    return machine.promised(machine.turn, disk, PrepareReply(Verdict.OK, machine.ballot, accepted, value))
+
+
+def test_what_no_gateway_wrote_does_not_count_where_a_quorum_has_something_else() -> None:
+    machine = doubting("a")
+    assert not report(machine, "a", LIE, 9)
+    assert not report(machine, "b", TRUE, 3)
+    assert report(machine, "c", TRUE, 3)
+    assert machine.state is ACCEPTING
+    assert isinstance(machine.request, Accept)
+    assert machine.request.value.sequence == TRUE.sequence + 1
+
+
+def test_what_no_gateway_wrote_is_written_over_where_a_quorum_has_it() -> None:
+    machine = doubting("ab")
+    assert not report(machine, "a", LIE, 9)
+    assert report(machine, "b", LIE, 9)
+    assert machine.state is ACCEPTING
+    assert isinstance(machine.request, Accept)
+    assert machine.request.value.sequence == LIE.sequence + 1
+
+
+def test_no_attempt_fails_for_a_doubted_value_before_all_replicas_have_answered() -> None:
+    machine = doubting("ab")
+    assert not machine.promised(machine.turn, "c", None)
+    assert not report(machine, "a", LIE, 9)
+    assert report(machine, "b", LIE, 9)
+    assert machine.state is ACCEPTING
