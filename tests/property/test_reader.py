@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,6 +162,32 @@ def test_the_table_of_reads_holds_what_the_machine_does_and_nothing_else() -> No
     }
     assert seen <= table
     assert table - seen == set()
+
+
+@pytest.mark.parametrize(
+    ("table", "myself", "counter", "state"),
+    [
+        (Table.OBJECT, Myself("other", gateway=True), 2, REPLAYING),
+        (Table.OBJECT, Myself("other", gateway=True), 3, REPLAYING),
+        (Table.OBJECT, Myself("n", gateway=False), 2, REPLAYING),
+        (Table.OBJECT, Myself("n", gateway=False), 3, SETTLING),
+        (Table.OBJECT, Myself("other", gateway=False), 2, SETTLING),
+        (Table.SYSTEM, Myself("n", gateway=True), 2, SETTLING),
+        (Table.SYSTEM, Myself("n", gateway=False), 2, FAILED),
+    ],
+)
+def test_a_value_is_replayed_under_its_ballot_by_those_alone_who_may(
+    table: Table, myself: Myself, counter: int, state: ReadState
+) -> None:
+    """Odd counters are of creates."""
+    shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {"replays": 0})
+    machine = Reader(shared, myself, RegisterName(table, bytes(16), 0, b"key"))
+    machine.begin(View(1, QUORUMS[0]))
+    ballot, value = made(counter)
+    machine.replied(machine.turn, "a", ReadReply(Verdict.OK, ballot, digest_of(value), value))
+    machine.replied(machine.turn, "b", ReadReply(Verdict.OK))
+    assert machine.waited()
+    assert machine.state is state
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([b"", b"one", b"two", None])), max_size=6))

@@ -82,3 +82,9 @@ def test_quorums_are_values() -> None:
     assert hash(Quorum(["a", "b", "c"])) == hash(GROUP)
     assert GROUP != JOINT
     assert repr(GROUP) == "Quorum(('a', 'b', 'c'))"
+
+
+def test_half_of_a_set_is_no_quorum_whatever_other_disks_are_named() -> None:
+    assert not Quorum(("a", "b", "c", "d")).met(("a", "b", "x", "y"))
+    assert not Quorum(("a", "b"), ("c", "d", "e")).met(("a", "c", "d"))
+    assert not Quorum(("c", "d", "e"), ("a", "b")).met(("a", "c", "d"))
