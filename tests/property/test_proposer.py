@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from storaged.errors import OutcomeUnknown, StoragedError
 from storaged.meta.consensus.acceptor import Acceptor, judge_accept, judge_create, judge_prepare
-from storaged.meta.consensus.change import Shared, Wanted
+from storaged.meta.consensus.change import THIRD_REPLICA_TRIES, Shared, Wanted
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import ATTEMPTS_MAX, RULES, Ballots, Lineage, Verdict
@@ -431,4 +431,30 @@ def test_no_attempt_fails_for_a_doubted_value_before_all_replicas_have_answered(
     assert not machine.promised(machine.turn, "c", None)
     assert not report(machine, "a", LIE, 9)
     assert report(machine, "b", LIE, 9)
+    assert machine.state is ACCEPTING
+
+
+def test_where_replicas_of_a_system_register_differ_the_lone_higher_ballot_does_not_lead() -> None:
+    machine = doubting("")
+    older = Value(2, b"what was put bac", Visibility.LIVE, b"older")
+    assert not report(machine, "a", TRUE, 5)
+    assert report(machine, "b", older, 9)
+    assert machine.state is GATHERING
+    assert report(machine, "c", older, 4)
+    assert machine.state is ACCEPTING
+    assert isinstance(machine.request, Accept)
+    assert machine.request.value.sequence == TRUE.sequence + 1
+
+
+def test_a_third_replica_that_refuses_is_asked_again_a_few_times() -> None:
+    machine = doubting("")
+    for attempt in range(THIRD_REPLICA_TRIES + 1):
+        report(machine, "a", TRUE, 3)
+        report(machine, "b", LIE, 9)
+        assert machine.state is GATHERING
+        higher = machine.ballot._replace(counter=machine.ballot.counter + 1, node="rival")
+        assert machine.promised(machine.turn, "c", PrepareReply(Verdict.PREEMPTED, higher))
+        if attempt < THIRD_REPLICA_TRIES:
+            assert machine.state is RETRYING
+            machine.begin(machine.view, NOW_US)
     assert machine.state is ACCEPTING
