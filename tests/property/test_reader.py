@@ -190,6 +190,17 @@ def test_a_value_is_replayed_under_its_ballot_by_those_alone_who_may(
     assert machine.state is state
 
 
+def test_no_read_fails_for_a_doubted_value_before_all_replicas_have_answered() -> None:
+    shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {"replays": 0}, lambda _name, disk, _value: disk in "ab")
+    machine = Reader(shared, Myself("n", gateway=True), RegisterName(Table.SYSTEM, bytes(16), 0, b"key"))
+    machine.begin(View(1, QUORUMS[0]))
+    ballot, value = made(2)
+    assert not machine.replied(machine.turn, "a", ReadReply(Verdict.OK, ballot, digest_of(value), value))
+    assert not machine.replied(machine.turn, "c", None)
+    assert machine.replied(machine.turn, "b", ReadReply(Verdict.OK, ballot, digest_of(value), value))
+    assert (machine.state, machine.value) == (DONE, value), "nothing better is to be had"
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([b"", b"one", b"two", None])), max_size=6))
 def test_rows_agree_when_every_disk_that_was_asked_has_the_same_check(answers: list[tuple[int, bytes | None]]) -> None:
     comparison = RowComparison(("0", "1", "2"))
