@@ -61,6 +61,6 @@ def test_a_layout_over_more_servers_is_refused_named_and_loses_nothing(tmp_path:
             lambda: refused() == {*RACKS, "gateway"}, 30, "LAYOUT_REFUSED of the node that was started again"
         )
         all_there()
-        assert "does not take" in cluster.run("explain", "LAYOUT_REFUSED").stdout
+        assert "refuses" in cluster.run("explain", "LAYOUT_REFUSED").stdout
     finally:
         cluster.stop()
