@@ -5,11 +5,11 @@
 * ``property``: what holds of all inputs, with Hypothesis or with seeded histories.
 * ``integration``: several planes together in one process, real sockets, real processes of single commands.
 * ``sim``: the whole ring on a virtual clock, from a seed that a failure prints.
-* ``s3``: real clients against a cluster of real processes.
+* ``s3``: real clients against a cluster of real processes. Two files run at a time: they mostly wait.
 * ``chaos``: the same, whose processes are killed and whose disks are damaged.
 
-``doubles`` are the in-memory bodies of the product's ports. ``suites`` has what every body of a port does: the
-product's own bodies and the doubles run it. ``worlds`` are arrangements that several tests share.
+``doubles`` implement the product's ports in memory. ``suites`` has what every implementation of a port does: the product's
+own ones and the doubles run it. ``worlds`` are arrangements that several tests share.
 
 Markers: ``alone`` for what measures time or starts processes that need the machine; ``slow`` for what takes a second
 or more. ``tests/run --fast`` leaves both out and tries properties with a tenth of their examples (``examples``). How

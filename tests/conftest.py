@@ -14,8 +14,8 @@ from tests.examples import examples
 settings.register_profile("tests", max_examples=examples(100), deadline=None)  # a busy machine is slow, no test times
 settings.load_profile("tests")
 
-ALONE = frozenset({"s3", "chaos"})
-"""Folders whose tests start clusters of real processes."""
+ALONE = frozenset({"chaos"})
+"""Folders whose tests need the whole machine."""
 
 
 HEARD = frozenset(
