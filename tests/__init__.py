@@ -8,8 +8,8 @@
 * ``s3``: real clients against a cluster of real processes. Two files run at a time: they mostly wait.
 * ``chaos``: the same, whose processes are killed and whose disks are damaged.
 
-``doubles`` implement the product's ports in memory. ``suites`` has what every implementation of a port does: the product's
-own ones and the doubles run it. ``worlds`` are arrangements that several tests share.
+``doubles`` implement the product's ports in memory. ``suites`` has what every implementation of a port does: the
+product's own ones and the doubles run it. ``worlds`` are arrangements that several tests share.
 
 Markers: ``alone`` for what measures time or starts processes that need the machine; ``slow`` for what takes a second
 or more. ``tests/run --fast`` leaves both out and tries properties with a tenth of their examples (``examples``). How
