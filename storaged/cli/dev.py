@@ -129,7 +129,7 @@ async def _supervise(place: Path, new: bool) -> None:
         await _first_things(place)
         click.echo(banner(place, new), nl=False)
         sys.stdout.flush()
-        supervisor.prepared.set()
+        supervisor.note_ready()
         await supervisor.stopping.wait()
         click.echo("stopping; requests in flight are finished first")
 
@@ -337,13 +337,13 @@ def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: i
             click.echo((place / "dev.log").read_text(), err=True, nl=False)
             sys.exit(child.returncode or 1)
         try:
-            control(place, {"do": "wait"}, START_TIMEOUT_S)
+            started = "nodes" in control(place, {"do": "wait"}, START_TIMEOUT_S)
         except OSError:
-            time.sleep(0.03)
-            continue
-        if child.poll() is None:
+            started = False
+        if started:
             click.echo((place / "dev.log").read_text(), nl=False)
             return
+        time.sleep(0.03)
     child.terminate()
     raise OperatorError(f"the cluster did not become ready within {START_TIMEOUT_S:.0f} s; see {place / 'dev.log'}")
 

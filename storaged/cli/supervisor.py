@@ -137,7 +137,7 @@ class Supervisor:
         self.directory = directory
         self.nodes = {node.name: NodeProcess(node, directory / node.name) for node in nodes_of(dev)}
         self.stopping = asyncio.Event()
-        self.prepared = asyncio.Event()
+        self._started: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._say = say
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
@@ -159,6 +159,8 @@ class Supervisor:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        if not self._started.done():
+            self._started.set_result(False)
         try:
             for role in ("gateway", "storage"):
                 await self.stop([name for name, node in self.nodes.items() if role in node.node.roles])
@@ -168,6 +170,11 @@ class Supervisor:
             await asyncio.gather(*self._watchers.values(), return_exceptions=True)
             (self.directory / CONTROL_NAME).unlink(missing_ok=True)
             os.close(self._lock)
+
+    def note_ready(self) -> None:
+        """The cluster can be used: ``storaged dev --detach`` waits for it."""
+        if not self._started.done():
+            self._started.set_result(True)
 
     async def start(self, names: Sequence[str]) -> None:
         """Starts the nodes that do not run and waits until they are ready.
@@ -248,7 +255,8 @@ class Supervisor:
         if action == "shutdown":
             self.stopping.set()
         elif action == "wait":
-            await self.prepared.wait()
+            if not await asyncio.shield(self._started):
+                raise OperatorError("the cluster did not start")
         elif action in ("start", "stop", "kill"):
             chosen = [node.name for node in resolve(name, [node.node for node in self.nodes.values()])]
             await {"start": self.start, "stop": self.stop, "kill": self.kill}[action](chosen)

@@ -484,7 +484,8 @@ def test_everything_is_still_there_after_a_restart_and_ctrl_c_ends_all_processes
 
 def test_a_detached_cluster_runs_until_it_is_told_to_stop(tmp_path: Path, cluster: Cluster) -> None:
     other = Cluster(tmp_path / "other", s3_port=free_port())
-    done = subprocess.run([STORAGED, "dev", str(other.directory), "--detach", "--s3-port", str(other.s3_port)],
+    ports = ["--s3-port", str(other.s3_port), "--admin-port", str(free_port())]
+    done = subprocess.run([STORAGED, "dev", str(other.directory), "--detach", *ports],
                           env=other.environment(), capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
     try:
         assert done.returncode == 0, done.stderr
@@ -504,3 +505,15 @@ def test_a_detached_cluster_runs_until_it_is_told_to_stop(tmp_path: Path, cluste
     assert [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()] == []
     gone = other.run("status", check=False)
     assert gone.returncode == 2
+    # A cluster that does not come up: the command says so, and fails.
+    failed = subprocess.run(
+        [STORAGED, "dev", str(other.directory), "--detach", *ports],
+        env=other.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert "n1 did not start" in failed.stderr
+    assert "Traceback" not in failed.stderr
