@@ -28,7 +28,7 @@ class WriteRequest(Message, frozen=True):
 
 
 class IdsRequest(Message, frozen=True):
-    """``fragment.sync``, ``fragment.stat``, ``fragment.verify`` (of one)."""
+    """``fragment.sync``, ``fragment.stat``, ``fragment.headers``, ``fragment.verify`` (of one)."""
 
     disk: str
     ids: tuple[bytes, ...]
@@ -50,6 +50,12 @@ class TouchRequest(Message, frozen=True):
 
 class StatsReply(Message, frozen=True):
     stats: tuple[FragmentStat, ...]
+
+
+class HeadersReply(Message, frozen=True):
+    """``headers[i]``: of the i-th id; None for a fragment that is missing or damaged."""
+
+    headers: tuple[FragmentHeader | None, ...]
 
 
 class ReadRequest(Message, frozen=True):

@@ -101,6 +101,7 @@ class FragmentStat(Message, frozen=True):
 
 
 RETIREMENTS_MAX = 1000
+HEADERS_MAX = 1000
 
 
 class Retirement(NamedTuple):
@@ -166,6 +167,11 @@ class FragmentStore(Protocol):
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         """One answer for each id, in order; up to 10,000 ids."""
+
+    async def headers(self, ids: Sequence[FragmentId]) -> list[FragmentHeader | None]:
+        """One answer for each id, in order; up to ``HEADERS_MAX`` ids. None for a fragment that is not there, or of
+        which damage is known. The others are durable when this returns. The headers are read from the disk.
+        """
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         """As ``stat``, and renews the age of those that are there: ``created_ms`` becomes ``now_ms``, or one more than

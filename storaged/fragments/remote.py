@@ -15,6 +15,7 @@ from storaged.fragments.messages import (
     MISSING_CELL,
     DeleteRequest,
     Done,
+    HeadersReply,
     IdsRequest,
     ReadReply,
     ReadRequest,
@@ -31,6 +32,7 @@ from storaged.fragments.messages import (
     WriteRequest,
 )
 from storaged.fragments.ports import (
+    HEADERS_MAX,
     RETIREMENTS_MAX,
     CellRead,
     FragmentHeader,
@@ -105,16 +107,28 @@ class RemoteFragmentStore:
         reply, _ = await self._ask("fragment.stat", IdsRequest(self._disk, _pack(ids)), StatsReply)
         return self._answers(ids, reply)
 
+    async def headers(self, ids: Sequence[FragmentId]) -> list[FragmentHeader | None]:
+        reply, _ = await self._ask("fragment.headers", IdsRequest(self._disk, _pack(ids)), HeadersReply)
+        found = list(reply.headers)
+        if [header.id if header else fragment.pack() for header, fragment in zip(found, ids, strict=False)] != [
+            fragment.pack() for fragment in ids
+        ]:
+            raise self._bad_reply()
+        return found
+
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         reply, _ = await self._ask("fragment.touch", TouchRequest(self._disk, _pack(ids), now_ms), StatsReply)
         return self._answers(ids, reply)
 
     def _answers(self, ids: Sequence[FragmentId], reply: StatsReply) -> list[FragmentStat]:
         if tuple(stat.id for stat in reply.stats) != _pack(ids):
-            raise PeerRefused(
-                f"disk {self._disk} did not answer for the fragments that it was asked about", remote_code="BAD_REPLY"
-            )
+            raise self._bad_reply()
         return list(reply.stats)
+
+    def _bad_reply(self) -> PeerRefused:
+        return PeerRefused(
+            f"disk {self._disk} did not answer for the fragments that it was asked about", remote_code="BAD_REPLY"
+        )
 
     async def retire(self, entries: Sequence[Retirement]) -> None:
         if entries:
@@ -168,6 +182,7 @@ class FragmentHost:
             "fragment.sync": Method(IdsRequest, self._sync),
             "fragment.read": Method(ReadRequest, self._read, try_answer=self._try_read),
             "fragment.stat": Method(IdsRequest, self._stat),
+            "fragment.headers": Method(IdsRequest, self._headers),
             "fragment.touch": Method(TouchRequest, self._touch),
             "fragment.retire": Method(RetireRequest, self._retire),
             "fragment.retired": Method(RetiredRequest, self._retired),
@@ -205,6 +220,13 @@ class FragmentHost:
 
     async def _stat(self, request: IdsRequest, _call: Call) -> StatsReply:
         return StatsReply(tuple(await self._store(request.disk).stat(_unpack(request.ids))))
+
+    async def _headers(self, request: IdsRequest, _call: Call) -> HeadersReply:
+        if len(request.ids) > HEADERS_MAX:
+            raise PeerRefused(
+                f"{len(request.ids)} headers are more than {HEADERS_MAX} at once", remote_code="BAD_REQUEST"
+            )
+        return HeadersReply(tuple(await self._store(request.disk).headers(_unpack(request.ids))))
 
     async def _touch(self, request: TouchRequest, _call: Call) -> StatsReply:
         return StatsReply(tuple(await self._store(request.disk).touch(_unpack(request.ids), request.now_ms)))

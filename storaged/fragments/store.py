@@ -27,6 +27,7 @@ from storaged.fragments.index_rows import Position
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import (
     CELLS_MAX,
+    HEADERS_MAX,
     RETIREMENTS_MAX,
     CellRead,
     FragmentHeader,
@@ -176,15 +177,32 @@ class LocalFragmentStore:
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         self._refuse_when_closed()
         await self._append_deferred(ids)
-        durable = True
         for fragment in ids:
-            entry = self._engine.index.lookup(fragment.pack())
-            if entry is None:
+            if self._engine.index.lookup(fragment.pack()) is None:
                 raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
-            end = Position(entry.segment, entry.offset + entry.record_bytes)
-            durable = durable and end <= self._engine.log.synced
-        if not durable:
+        if not all(map(self._is_durable, ids)):
             await self._queue.barrier(sync=True)
+
+    async def headers(self, ids: Sequence[FragmentId]) -> list[FragmentHeader | None]:
+        self._refuse_when_closed()
+        if len(ids) > HEADERS_MAX:
+            raise ValueError(f"{len(ids)} headers are more than {HEADERS_MAX} at once")
+        await self._append_deferred(ids)
+        if not all(map(self._is_durable, ids)):
+            await self._queue.barrier(sync=True)
+        return await self._in_reader(lambda: [self._sound_header(fragment.pack()) for fragment in ids])
+
+    def _is_durable(self, fragment: FragmentId) -> bool:
+        """True for one that is not there."""
+        entry = self._engine.index.lookup(fragment.pack())
+        return entry is None or Position(entry.segment, entry.offset + entry.record_bytes) <= self._engine.log.synced
+
+    def _sound_header(self, key: bytes) -> FragmentHeader | None:
+        try:
+            header = self._engine.reader.header(key)
+        except (FragmentMissing, FragmentDamaged):
+            return None
+        return header if self._stat_one(key).health == Health.OK else None
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         keys = [fragment.pack() for fragment in _bounded(ids)]

@@ -165,6 +165,11 @@ class MemoryFragmentStore:
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         return [self._stat(fragment.pack()) for fragment in ids]
 
+    async def headers(self, ids: Sequence[FragmentId]) -> list[FragmentHeader | None]:
+        found = [self._fragments.get(fragment.pack()) for fragment in ids]
+        self._durable.update({kept.header.id: kept for kept in found if kept is not None})
+        return [None if kept is None or kept.known_bad or -1 in kept.bad else kept.header for kept in found]
+
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         check_time(now_ms)
         self._refuse_read_only()

@@ -76,6 +76,22 @@ class FragmentStoreSuite:
         assert [stat.length for stat in stats] == [20, 0, 10]
         assert [stat.id for stat in stats] == [second.id.pack(), absent.id.pack(), first.id.pack()]
 
+    async def test_headers_come_in_the_order_of_the_question_and_are_durable_then(self, store: FragmentStore) -> None:
+        first, second, absent = make(self.rng, 10), make(self.rng, 20), make(self.rng)
+        for made in (first, second):
+            await store.write(made.header, [made.payload])
+        assert await store.headers([second.id, absent.id, first.id]) == [second.header, None, first.header]
+        await store.sync([first.id, second.id])
+        assert await store.headers([]) == []
+
+    async def test_a_fragment_that_is_known_to_be_damaged_has_no_header(
+        self, store: FragmentStore, damage: Damage
+    ) -> None:
+        made = await self.put(store, 3 * 4096)
+        await damage(made, 1)
+        await store.verify(made.id)
+        assert await store.headers([made.id]) == [None]
+
     async def test_a_payload_that_is_not_what_its_header_says_is_refused(self, store: FragmentStore) -> None:
         await self.put(store, 10)  # there is room for more after it
         made = make(self.rng)

@@ -81,6 +81,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "fragment.sync": Grant(BOTH, STORAGE, "the barrier of a PUT, and of a recoding"),
     "fragment.read": Grant(BOTH, STORAGE, "GET; repair reads survivors", "reads sealed bytes"),
     "fragment.stat": Grant(BOTH, STORAGE, "`where`; walks of repair, collection"),
+    "fragment.headers": Grant(GATEWAY, STORAGE, "a gateway verifies fragments before it names their new places"),
     "fragment.touch": Grant(
         BOTH, STORAGE, "a proposal that begins again; a recoding", "keeps garbage from being collected"
     ),
