@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from storaged.clock import Clock
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.fragments.ports import FragmentStore, FragmentStores
+from storaged.maintain.asks import Asks
 from storaged.meta.ports import PageCopies, Registers, Scanner
 from storaged.meta.store_ports import MetaStore
 from storaged.units import MIB
@@ -69,6 +70,7 @@ class SignerKeys(Protocol):
 class MaintainContext:
     """``signers``: verify the signatures on records.
     ``local_meta``, ``local_fragments``: this node's disks by id.
+    ``asks``: of gateways, who alone change registers.
     ``end_promises(disk)``: makes one of them refuse every ballot drawn before the call. When it returns, everything
     accepted before is in its ``local_meta``. Raises DiskUnusable.
     ``audit_alarms``: (node, what is wrong with its audit log) as this node knows; shown in its status.
@@ -86,6 +88,7 @@ class MaintainContext:
     local_fragments: Mapping[str, FragmentStore]
     end_promises: Callable[[str], Awaitable[None]]
     signers: SignerKeys
+    asks: Asks
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
     audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple

@@ -3,6 +3,7 @@
 maintain.status   counts, jobs, and whether the counts are those of the disks as they are now
 maintain.scrub    begins a scrub
 maintain.hint     looks at these registers soon, and compares the fragments of these blocks
+maintain.asks     what this node asks of gateways (``asks``)
 maintain.wake     begins a walk: a node has started, and may have been away unnoticed
 """
 
@@ -100,6 +101,7 @@ class Maintenance:
                 self.collector.run,
                 self.page_sweep.run,
                 self._others.run,
+                self._context.asks.run,
             ):
                 group.create_task(work())
 
@@ -241,7 +243,7 @@ class Maintenance:
             "maintain.hint": Method(Ask, hint),
             "maintain.wake": Method(Ask, wake),
         }
-        return grant(methods)
+        return {**grant(methods), **self._context.asks.methods()}
 
 
 class MaintainClient:

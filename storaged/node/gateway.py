@@ -34,6 +34,7 @@ from storaged.errors import (
 from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import KeyCopies
+from storaged.maintain.answers import Answers, settle_handler
 from storaged.meta.names import RegisterName, Value
 from storaged.node.audited import NOT_AUDITED, AuditedBuckets
 from storaged.node.binding import REMEMBERED_FILE, Binding
@@ -113,6 +114,12 @@ class Gateway:
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
         self._belief = Belief(plane, self.users)
+        self._answers = Answers(
+            node.pool,
+            node.layouts,
+            {"settle": settle_handler(node.ring)},
+            structlog.get_logger("maintain").error,
+        )
         self._app = S3App(
             self.objects,
             AuditedBuckets(self.buckets, node.audit, node.clock),
@@ -196,6 +203,7 @@ class Gateway:
             found.append(housekeep(self.objects.plane, self.buckets, on_ends=self._ends_seen))
             found.append(look_at_records(self.buckets, self.users))
             found.append(self._keep_signer())
+            found.append(self._answers.run())
         if self.workers is not None:
             found.append(self.workers.run())
         return found

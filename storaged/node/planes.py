@@ -41,6 +41,7 @@ from storaged.fragments.payloads import header_at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.ids import INCARNATION_BYTES, system_entropy
+from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
 from storaged.meta.client import RingClient, RingHooks, RingSettings
@@ -106,6 +107,8 @@ class NodePlanes:
         self._heartbeats = False
         """Whether this node asks the other nodes already."""
         self.maintenance: Maintenance | None = None
+        self.asks = Asks(clock, structlog.get_logger("maintain").info)
+        """What this node asks of gateways, where it has disks."""
         self._disk_statuses: Sequence[DiskStatus] = ()
         self._methods: dict[str, Method] = {}
         self._server: RpcServer | None = None
@@ -335,6 +338,7 @@ class NodePlanes:
             local_meta=Snapshot(self.disks.metas),
             local_fragments=Snapshot(self.disks.fragments),
             signers=Signers(self.paths.read, self.authority, self.own.cluster),
+            asks=self.asks,
             end_promises=lambda disk: self.disks.used[disk].replica.end_promises(self.layouts.current.epoch),
             audit_alarms=self.auditing.alarms,
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),

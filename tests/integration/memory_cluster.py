@@ -20,6 +20,8 @@ from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedErr
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
+from storaged.maintain.answers import Answers, settle_handler
+from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
@@ -137,6 +139,7 @@ class StorageNode:
             local_fragments=self.fragments,
             end_promises=lambda disk: self.replicas[disk].end_promises(cluster.layouts.current.epoch),
             signers=MemorySigners(),
+            asks=Asks(cluster.clock, self.log.append),
             limits=cluster.limits,
             log=self.log.append,
         )
@@ -269,6 +272,7 @@ class Cluster:
         self.limits = limits or MaintainLimits()
         self.layouts = Layouts(layout_of(disks_per_node, racks=racks))
         self.intercept: Intercept | None = None
+        self.log: list[str] = []
         self.nodes: dict[str, StorageNode] = {}
         self.alive = Alive(self)
         for rack in racks:
@@ -506,7 +510,9 @@ class Gateway:
         self.buckets = BucketService(self.plane)
         self.belief = Belief(self.plane, UserService(self.plane))
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self.maintain.run()), loop.create_task(self.keeper.run())]
+        self.answers = Answers(caller, cluster.layouts, {"settle": settle_handler(self.ring)}, cluster.log.append)
+        work = (self.maintain.run(), self.keeper.run(), self.answers.run())
+        self._tasks = [loop.create_task(task) for task in work]
 
     def _missed(self, name: RegisterName) -> None:
         (self.keeper if name.table == Table.SYSTEM else self.maintain).hint(name)

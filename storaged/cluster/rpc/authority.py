@@ -105,6 +105,7 @@ METHODS: Final[Mapping[str, Grant]] = {
         "a node reports damage to the node that repairs it",
         "makes another node check any object",
     ),
+    "maintain.asks": Grant(GATEWAY, STORAGE, "a gateway fetches what a storage node asks, and hands in its answers"),
     "maintain.wake": Grant(STORAGE, STORAGE, "a node reports its start", "makes another node walk its records again"),
 }
 

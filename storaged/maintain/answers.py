@@ -1,0 +1,164 @@
+"""A gateway's side of ``asks``: it fetches what storage nodes ask, verifies it, and carries it out.
+
+``Answers`` keeps one call open at each storage node of the layout. What it works on is bounded for each node, so that a
+node that asks too much delays only itself. A request is carried out by the handler of its kind; what the handler raises
+goes back as the error. A handler believes nothing of a request: its asker may be hostile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from storaged.cluster.ports import Caller, Layouts
+from storaged.cluster.rpc import faults
+from storaged.errors import NoSuchBucket, PeerError, StoragedError
+from storaged.maintain.asks import (
+    FENCED,
+    FENCED_FOR_EVER,
+    KINDS,
+    SETTLED,
+    UNSETTLED,
+    WAIT_S_MAX,
+    Answered,
+    Asked,
+    Settle,
+    SettledNames,
+    TakeAsks,
+    TakenAsks,
+    names_in,
+)
+from storaged.maintain.context import concurrently
+from storaged.meta.names import RegisterName, Table
+from storaged.meta.ports import Registers
+from storaged.wire import MALFORMED, Message, decode, encode
+
+Handler = Callable[[str, Any], Awaitable[Message]]
+"""``await handler(node, request)``: ``node`` asks, as its certificate says. Raises StoragedError."""
+
+ASKS_A_NODE_MAX = 8
+"""Of one storage node, worked on at the same time."""
+
+SETTLES_CONCURRENT_MAX = 16
+RETRY_S = 1.0
+LAYOUT_POLL_S = 1.0
+
+
+class Answers:
+    """``run`` is its task. ``handlers``: by kind; a kind without one is refused."""
+
+    def __init__(
+        self, caller: Caller, layouts: Layouts, handlers: Mapping[str, Handler], log: Callable[[str], None]
+    ) -> None:
+        self._caller = caller
+        self._layouts = layouts
+        self._handlers = handlers
+        self._log = log
+        self.answered = self.refused = 0
+
+    async def run(self) -> None:
+        """Follows the layout, for ever."""
+        serving: dict[str, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as group:
+            while True:
+                nodes = {disk.node for disk in self._layouts.current.disks}
+                for node in nodes - serving.keys():
+                    serving[node] = group.create_task(_AskingNode(self, node).serve())
+                for node in serving.keys() - nodes:
+                    serving.pop(node).cancel()
+                await asyncio.sleep(LAYOUT_POLL_S)
+
+    async def call(self, node: str, request: TakeAsks) -> TakenAsks:
+        taken, _ = await self._caller.call(node, "maintain.asks", request, TakenAsks, timeout_s=2 * WAIT_S_MAX + 1)
+        return taken
+
+    async def answer(self, node: str, ask: Asked) -> Answered:
+        """Carries an ask out, and never raises."""
+        try:
+            kind, handler = KINDS.get(ask.kind), self._handlers.get(ask.kind)
+            if kind is None or handler is None:
+                raise faults.refused(faults.UNKNOWN_METHOD, f"this gateway answers nothing of the kind {ask.kind!r}")
+            try:
+                request = decode(ask.request, kind.request)
+            except MALFORMED as error:
+                raise faults.refused(faults.BAD_MESSAGE, f"an ask that cannot be read: {error}") from None
+            found = Answered(ask.id, encode(await handler(node, request)))
+        except Exception as error:
+            if not isinstance(error, StoragedError | TimeoutError):
+                self._log(f"what {node} asked ({ask.kind}) was not carried out: {type(error).__name__}: {error}")
+            self.refused += 1
+            return Answered(ask.id, error=faults.to_head(error))
+        self.answered += 1
+        return found
+
+
+class _AskingNode:
+    """One storage node, as a gateway serves it."""
+
+    def __init__(self, answers: Answers, node: str) -> None:
+        self._answers = answers
+        self._node = node
+        self._working: dict[int, asyncio.Task[None]] = {}
+        self._done: list[Answered] = []
+        self._came = asyncio.Event()
+
+    async def serve(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._hand_in())
+            while True:
+                room = ASKS_A_NODE_MAX - len(self._working)
+                request = TakeAsks((), tuple(self._working), room, int(WAIT_S_MAX * 1000))
+                try:
+                    taken = await self._answers.call(self._node, request)
+                except (PeerError, TimeoutError):
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                for ask in taken.asks[:room]:
+                    if ask.id not in self._working:
+                        self._working[ask.id] = group.create_task(self._work(ask))
+                if not room:
+                    await asyncio.sleep(RETRY_S)
+
+    async def _work(self, ask: Asked) -> None:
+        self._done.append(await self._answers.answer(self._node, ask))
+        self._came.set()
+
+    async def _hand_in(self) -> None:
+        """At once, while the other call waits for more."""
+        while True:
+            await self._came.wait()
+            self._came.clear()
+            done, self._done = self._done, []
+            try:
+                await self._answers.call(self._node, TakeAsks(tuple(done), tuple(self._working)))
+            except (PeerError, TimeoutError):
+                pass  # the node asks again: another gateway, or this one
+            for answer in done:
+                self._working.pop(answer.id, None)
+
+
+def settle_handler(registers: Registers) -> Handler:
+    """Of the kind ``settle``."""
+
+    async def settle(_node: str, request: Settle) -> SettledNames:
+        names = names_in(request)
+        results, reasons = [UNSETTLED] * len(names), [""] * len(names)
+
+        async def one(index: int, name: RegisterName) -> None:
+            if name.table == Table.SYSTEM:
+                reasons[index] = "registers of the system table are looked after by gateways"
+                return
+            try:
+                await registers.settle(name)
+                results[index] = SETTLED
+            except NoSuchBucket as error:
+                results[index] = FENCED_FOR_EVER if error.details.get("final") else FENCED
+                reasons[index] = "its bucket is being deleted"
+            except (StoragedError, TimeoutError) as error:
+                reasons[index] = str(error)
+
+        await concurrently((one(index, name) for index, name in enumerate(names)), SETTLES_CONCURRENT_MAX)
+        return SettledNames(tuple(results), tuple(reasons))
+
+    return settle
