@@ -31,7 +31,7 @@ from storaged.fragments.damage import DamageList
 from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.fragments.index_rows import Checkpoint, CheckpointRow, Overlay, Position, RetireRow, SegmentRow
-from storaged.lmdb_file import extend_to_last_page
+from storaged.lmdb_file import open_environment
 from storaged.units import GIB
 from storaged.wire import decode, encode
 
@@ -59,8 +59,7 @@ class Index:
         self.frozen: Overlay | None = None
         self.accounts = SegmentAccounts()
         try:
-            self._env = lmdb.open(str(directory), map_size=map_bytes_max, max_dbs=6, sync=durable, max_readers=512)
-            extend_to_last_page(self._env, directory)
+            self._env = open_environment(directory, map_size=map_bytes_max, max_dbs=6, sync=durable, max_readers=512)
             with self._env.begin(write=True) as txn:
                 self._db = {
                     name: self._env.open_db(name.encode(), txn=txn)

@@ -13,7 +13,7 @@ import lmdb
 
 from storaged.durable import sync_path
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
-from storaged.lmdb_file import extend_to_last_page
+from storaged.lmdb_file import open_environment
 from storaged.meta.storage.rowvalue import open_small
 from storaged.meta.store_ports import RowDamaged
 from storaged.units import MIB
@@ -108,8 +108,7 @@ def verify_identity(directory: Path, expected: bytes) -> None:
         raise _blank(directory)
     descriptor = lock_directory(directory)
     try:
-        with lmdb.open(str(directory), readonly=True, max_dbs=len(SUB_DATABASES), create=False) as environment:
-            extend_to_last_page(environment, directory)
+        with open_environment(directory, readonly=True, max_dbs=len(SUB_DATABASES), create=False) as environment:
             try:
                 meta = environment.open_db(b"meta", create=False)
             except lmdb.NotFoundError:

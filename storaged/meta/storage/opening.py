@@ -12,7 +12,7 @@ import msgspec
 from storaged.durable import sync_path
 from storaged.errors import DiskForeign
 from storaged.ids import Entropy
-from storaged.lmdb_file import extend_to_last_page
+from storaged.lmdb_file import open_environment
 from storaged.meta.storage.batch import decode_group
 from storaged.meta.storage.identity import (
     IDENTITY,
@@ -41,9 +41,8 @@ def open_state(directory: Path, *, map_bytes: int, entropy: Entropy, direct: boo
         undo.callback(os.close, lock_file)
         _refuse_failed(directory)
         try:
-            environment = lmdb.open(str(directory), map_size=map_bytes, max_dbs=len(SUB_DATABASES), max_spare_txns=8)
+            environment = open_environment(directory, map_size=map_bytes, max_dbs=len(SUB_DATABASES), max_spare_txns=8)
             undo.callback(environment.close)
-            extend_to_last_page(environment, directory)
             environment.reader_check()
             databases = {name: environment.open_db(name) for name in SUB_DATABASES}
             meta = databases[b"meta"]

@@ -1,0 +1,183 @@
+"""The health of one disk: which of its operations have not ended yet, and since when; and the disk's own threads.
+
+Theory of operation
+    A disk that hangs answers nothing, and says nothing about it. So every operation that may have to wait for the disk
+    is noted while it lasts (``begin``, ``end``), and ``look``, which the owner calls again and again, judges the oldest
+    one:
+
+    state   when                                                what follows
+    ok      none is older than SLOW_S, or was lately
+    slow    one is older, or was within the last WELL_S         nothing of this disk that may block runs on the event
+                                                                loop; requests are served
+    hung    one is older than HUNG_S                            requests are refused at once, so that callers ask others
+
+    What was begun before the disk hung goes on: when it ends, the disk is well again. Its late answers go to whoever
+    asked, who may have stopped to wait.
+
+    A disk's work that blocks runs in threads of that disk (``DiskThreads``), never in a pool that disks share. They are
+    daemons: a process ends although they wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
+
+from storaged.errors import DiskUnusable, SlowDown
+
+T = TypeVar("T")
+
+SLOW_S = 0.1
+WELL_S = 10.0
+HUNG_S = 5.0
+"""Half of the time that callers in other nodes wait for an answer. A sync of a busy hard disk takes a second or two."""
+
+JOBS_MAX = 1024
+"""That wait for the threads of a disk: beyond, callers get SlowDown."""
+
+OK, SLOW, HUNG = "ok", "slow", "hung"
+
+
+class DiskHealth:
+    """The health of one disk. ``begin`` and ``end`` are for any thread, the rest for one."""
+
+    def __init__(self, disk: str = "", *, now_s: Callable[[], float] = time.monotonic) -> None:
+        self.disk = disk
+        self.state = OK
+        self.hung = False
+        """Whether ``state`` is hung."""
+        self.reason = ""
+        """Which operation has not ended; empty while the disk is not hung."""
+        self.hung_count = 0
+        """How often the disk hung since the start."""
+        self.longest_s = 0.0
+        """Of an operation, since the start."""
+        self.on_change: Callable[[DiskHealth, str], None] = lambda _health, _before: None
+        """Called by ``look`` with the state before."""
+        self._now_s = now_s
+        self._begun: dict[object, tuple[str, float]] = {}
+        self._slow_s = -WELL_S
+        """When an operation was slow last."""
+
+    def begin(self, what: str) -> object:
+        """Notes that an operation begins that may wait for the disk. Returns what ``end`` takes."""
+        token = object()
+        self._begun[token] = what, self._now_s()
+        return token
+
+    def end(self, token: object) -> None:
+        began = self._begun.pop(token, None)
+        if began is None:
+            return
+        now_s = self._now_s()
+        took_s = now_s - began[1]
+        if took_s >= SLOW_S:
+            self._slow_s = now_s
+            self.longest_s = max(self.longest_s, took_s)
+
+    def note_slow(self) -> None:
+        """An operation on the event loop was slow."""
+        self._slow_s = self._now_s()
+        if self.state == OK:
+            self._change(SLOW)
+
+    def oldest_s(self) -> float:
+        """The age of the oldest operation that has not ended."""
+        return max((self._now_s() - began_s for _, began_s in list(self._begun.values())), default=0.0)
+
+    def look(self) -> None:
+        """Judges the disk now."""
+        now_s = self._now_s()
+        what, began_s = min(list(self._begun.values()), key=lambda begun: begun[1], default=("", now_s))
+        age_s = now_s - began_s
+        if age_s >= HUNG_S:
+            self.reason = f"{what} has not ended for {age_s:.0f} s"
+            self._change(HUNG)
+            return
+        self.reason = ""
+        self._change(SLOW if age_s >= SLOW_S or now_s - self._slow_s < WELL_S else OK)
+
+    def check(self) -> None:
+        """Raises DiskUnusable when the disk hangs."""
+        if self.hung:
+            raise DiskUnusable(f"Disk {self.disk} hangs: {self.reason}.", state="hung")
+
+    def _change(self, state: str) -> None:
+        before = self.state
+        if state == before:
+            return
+        self.state, self.hung = state, state == HUNG
+        self.hung_count += self.hung
+        self.on_change(self, before)
+
+
+class DiskThreads(Executor):
+    """Up to ``count`` daemon threads of one disk. Each job is noted in the disk's health while it runs."""
+
+    def __init__(self, health: DiskHealth, count: int, name: str) -> None:
+        self._health = health
+        self._count = count
+        self._name = name
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Raises SlowDown, DiskUnusable."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._stopped:
+                raise DiskUnusable(f"the threads of disk {self._health.disk} have been stopped", state="failed")
+            if self._jobs.qsize() >= JOBS_MAX:
+                raise SlowDown(f"{JOBS_MAX} reads wait for disk {self._health.disk}.")
+            self._jobs.put((future, lambda: function(*args, **kwargs)))
+            if self._jobs.qsize() > self._idle and len(self._threads) < self._count:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of ``work`` in one of the threads. A caller that gives up does not end it."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    def is_current(self) -> bool:
+        """Whether the caller runs in one of the threads."""
+        return threading.current_thread() in self._threads
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._lock:
+            self._stopped = True
+            for _ in self._threads:
+                self._jobs.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._idle += 1
+            job = self._jobs.get()
+            self._idle -= 1
+            if job is None:
+                return
+            future, work = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            token = self._health.begin("a read")
+            try:
+                result = work()
+            except BaseException as error:  # raised again where it is awaited
+                self._health.end(token)
+                future.set_exception(error)
+            else:
+                self._health.end(token)
+                future.set_result(result)
+            del future, work, job
