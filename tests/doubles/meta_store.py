@@ -217,10 +217,13 @@ class MemoryMetaStore:
         """From now on the disk refuses every write, also those on their way."""
         self._reason = reason
 
-    def damage(self, name: RegisterName) -> None:
-        """Flips one bit of a row."""
-        rows = self._shards[name[:3]].rows
-        rows[name.key] = rows[name.key][:-1] + bytes([rows[name.key][-1] ^ 1])
+    def damage(self, name: RegisterName) -> bool:
+        """Flips one bit of a row; False when there is none."""
+        shard = self._shards.get(name[:3])
+        if shard is None or name.key not in shard.rows:
+            return False
+        shard.rows[name.key] = shard.rows[name.key][:-1] + bytes([shard.rows[name.key][-1] ^ 1])
+        return True
 
     def page_hashes(self) -> list[bytes]:
         """Of all pages, damaged or not, as they came."""

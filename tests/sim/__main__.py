@@ -1,54 +1,30 @@
-"""``python -m tests.sim --seeds N [--first S] [--break RULE]``: plays seeds, reports violations, the rate, and how soon
-a broken rule was caught.
+"""``python -m tests.sim --seeds N`` plays seeds; ``--help`` has the rest, and the other commands.
+
+    --planted    plants bugs and says how many seeds notice each
+    --coverage   says which branches of the program seeds reach
+    --mutants    changes every comparison and constant of the consensus, and prints what nothing notices
+
+A command's module is imported when it is known: those that change the program must come before its first import.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from dataclasses import fields, replace
 
-from storaged.meta.consensus.register import RULES, Rules
-from tests.sim.hostile import run_hostile
-from tests.sim.scenario import run_seed
+from tests.sim.changing import resolve
+
+COMMANDS = {
+    "--planted": "tests.sim.planted:main",
+    "--coverage": "tests.sim.coverage:main",
+    "--mutants": "tests.sim.mutants:main",
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=200, metavar="N")
-    parser.add_argument("--first", type=int, default=1, metavar="SEED")
-    parser.add_argument("--break", dest="broken", choices=[field.name for field in fields(Rules)], metavar="RULE")
-    parser.add_argument("--hostile", action="store_true", help="play those of ``hostile``")
-    parser.add_argument("--trace", action="store_true", help="print each seed's trace digest")
-    parser.add_argument("--go-on", action="store_true", help="do not stop at the first violation")
-    options = parser.parse_args(arguments)
-    rules = replace(RULES, **{options.broken: False}) if options.broken else RULES
-    began = time.perf_counter()
-    played = operations = violations = messages = unknown = refused = 0
-    for seed in range(options.first, options.first + options.seeds):
-        found = (run_hostile if options.hostile else run_seed)(seed, rules)
-        played += 1
-        operations += found.operations
-        messages += found.messages
-        unknown += found.unknown
-        refused += found.refused
-        if options.trace:
-            print(f"seed {seed}: {found.trace}")
-        if found.violation:
-            violations += 1
-            print(f"seed {seed}: {found.violation} ({', '.join(found.faults) or 'no faults'})")
-            if not options.go_on:
-                break
-    seconds = time.perf_counter() - began
-    print(
-        f"{played} seeds in {seconds:.1f} s ({played / seconds:.1f}/s), {operations} operations "
-        f"({unknown} of unknown outcome, {refused} refused), {messages} messages: {violations} violations"
-    )
-    if options.broken:
-        print(f"rule {options.broken} broken: " + (f"caught after {played} seeds" if violations else "NOT caught"))
-        return 0 if violations else 1
-    return 1 if violations else 0
+def main() -> int:
+    command = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
+    rest = [argument for argument in sys.argv[1:] if argument != command]
+    outcome: int = resolve(COMMANDS.get(command, "tests.sim.playing:main"))(rest)
+    return outcome
 
 
 if __name__ == "__main__":

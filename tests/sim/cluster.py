@@ -1,10 +1,9 @@
 """A cluster of the ring's real replicas and clients over a virtual network and virtual disks.
 
-What is virtual: time, the network (delay, loss, duplicates, reordering, partitions), the disk under
-``MemoryMetaStore``, randomness. What is real: the acceptor,
-the proposer, the messages as bytes, the RPC methods. A process dies by losing its memory: what it had on the way to the
-disk arrives in part, what
-it had on the wire arrives or does not, what is sent to it is lost.
+What is virtual: time, the network (``network``), the disk under ``MemoryMetaStore`` or under the program's own store
+(``file_disk``), randomness. What is real: the acceptor, the proposer, the messages as bytes, the RPC methods. A process
+dies by losing its memory: what it had on the way to the disk arrives in part, what it had on the wire arrives or does
+not, what is sent to it is lost.
 """
 
 from __future__ import annotations
@@ -13,23 +12,14 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
 from typing import Any
 
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Call, EncodedCall, Method, OnAnswer, OnReply, PeerIdentity, Reply, T
-from storaged.errors import (
-    DiskForeign,
-    DiskUnusable,
-    PeerError,
-    PeerRefused,
-    PeerTimeout,
-    PeerUnreachable,
-    StoragedError,
-)
+from storaged.cluster.ports import Call, Method, OnAnswer, PeerIdentity, Reply
+from storaged.errors import DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import RULES, Rules
@@ -41,6 +31,8 @@ from storaged.meta.transport.accept_batching import ALONE_MAX
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.meta_store import MemoryMetaStore
+from tests.sim.file_disk import FileDisk, directory_for_files
+from tests.sim.network import NetworkCaller
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.worlds.ring_client import ring_client
 
@@ -51,6 +43,11 @@ EPOCHS = 2
 SKEW_MS_MAX = 5_000
 WIDE_SKEW_MS_MAX = 100_000
 """In some of the runs: more than creates bear, and far less than an hour."""
+
+
+def node_of(process: str) -> str:
+    """``g0`` and ``g0.1`` are two processes of the node ``g0``."""
+    return process.partition(".")[0]
 
 
 def _peer(name: str, roles: tuple[str, ...] = ("gateway",)) -> PeerIdentity:
@@ -114,10 +111,26 @@ class World:
     on_refusal: Callable[[str, StoragedError], None] = lambda peer, error: None
     """Told of what replicas' nodes refuse as no honest node's."""
     messages: int = 0
+    promises_max: int = 3
+    """Of every replica: few, so that promises are evicted."""
+    on_files: bool = False
+    """Disks have the program's own store, on files that fail."""
+    directories: int = 0
+    stopped: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+    """What waits for processes that are stopped."""
+    _files: Any = None
     _trace: Any = field(default_factory=sha256)
 
     def note(self, *facts: object) -> None:
         self._trace.update(f"{self.loop.time():.9f} {facts!r}\n".encode())
+
+    def digest(self, content: bytes | StoragedError) -> str:
+        """Of a message. Errors name this run's directory, which is another one in every process."""
+        if isinstance(content, StoragedError):
+            return type(content).__name__
+        if self._files is not None:
+            content = content.replace(self._files.name.encode(), b"")
+        return xxhash.xxh3_64_hexdigest(content)
 
     def trace(self) -> str:
         return str(self._trace.hexdigest())
@@ -134,6 +147,29 @@ class World:
             return self.random.uniform(0.01, self.weather.slow_s)
         return self.random.uniform(0.0005, 0.004)
 
+    def stop(self, process: str) -> None:
+        """As SIGSTOP: what it sends and what is sent to it waits. Its timers go on."""
+        self.note("stop", process)
+        self.stopped.setdefault(process, [])
+
+    def go_on(self, process: str) -> None:
+        for waiting in self.stopped.pop(process, ()):
+            waiting()
+
+    def files(self) -> str:
+        """The directory of this run's files."""
+        if self._files is None:
+            self._files = directory_for_files()
+        return str(self._files.name)
+
+    def close(self) -> None:
+        """At the end of a run."""
+        for node in self.nodes.values():
+            node.up = False
+            node.medium.close()
+        if self._files is not None:
+            self._files.cleanup()
+
     async def sync(self) -> None:
         slow = self.random.random() < self.weather.slow
         await asyncio.sleep(
@@ -144,28 +180,59 @@ class World:
 class PayloadDisk:
     """Small copies of one disk: durable once synced."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self) -> None:
         self.synced: dict[bytes, bytes] = {}
 
-    def bound_to(self, life: int, node: StorageNode) -> PlainCopies:
+
+class MemoryDisk:
+    """A disk of a run: the store of its replica, and the small copies. ``hung``: nothing is written until the event is
+    set. ``file_disk.FileDisk`` is the other kind.
+    """
+
+    def __init__(self, world: World, _name: str) -> None:
+        self.world = world
+        self.hung: asyncio.Event | None = None
+        self.store: Any = MemoryMetaStore(sync=self.world_sync, entropy=world.random.randbytes)
+        self.payloads: Any = PayloadDisk()
+
+    async def unless_hung(self) -> None:
+        while self.hung is not None:
+            await self.hung.wait()
+
+    async def world_sync(self) -> None:
+        await self.unless_hung()
+        await self.world.sync()
+        await self.unless_hung()
+
+    def copies(self, life: int, node: StorageNode) -> PlainCopies:
         """For one life of the process. Now and then the disk takes no copy: it is full."""
 
         async def store(header: bytes, body: Sequence[Buffer]) -> None:
             content = b"".join(bytes(piece) for piece in body)
-            full = self._world.random.random() < self._world.weather.full
-            await self._world.sync()
+            full = self.world.random.random() < self.world.weather.full
+            await self.world_sync()
             if node.life != life or not node.up:
                 raise DiskUnusable("the process died")
             if full:
                 raise DiskUnusable("the disk is full")
-            self.synced[header] = content
+            self.payloads.synced[header] = content
 
         async def load(data_id: bytes) -> Copy | None:
-            found = self.synced.get(data_id)
+            found = self.payloads.synced.get(data_id)
             return None if found is None else Copy(data_id, memoryview(found))
 
-        return PlainCopies(node.store, store, load)
+        return PlainCopies(self.store, store, load)
+
+    def give_copy(self, data_id: bytes, content: bytes) -> None:
+        """Durably, as a copier would."""
+        self.payloads.synced.setdefault(data_id, content)
+
+    def crash(self) -> None:
+        """Some prefix of the commits on their way reaches the disk."""
+        self.store.crash(self.world.random.choice((0, 0, 1, 2)))
+
+    def close(self) -> None:
+        """At the end of a run."""
 
 
 class StorageNode:
@@ -179,7 +246,7 @@ class StorageNode:
         self.up = False
         self.foreign = False
         self.epoch = 0
-        self.skew_ms = world.skew_ms() if skew_ms is None else skew_ms
+        self.clock = VirtualClock(world.loop, world.skew_ms() if skew_ms is None else skew_ms)
         self._handlers: dict[asyncio.Task[None], None] = {}
         self.blank_disk()
         self.expected_store_id = self.store.store_id
@@ -187,20 +254,34 @@ class StorageNode:
         world.nodes[name] = self
 
     def blank_disk(self) -> None:
-        self.store = MemoryMetaStore(sync=self.world.sync, entropy=self.world.random.randbytes)
-        self.payloads = PayloadDisk(self.world)
+        if self.life:
+            self.medium.close()
+        self.medium: Any = (FileDisk if self.world.on_files else MemoryDisk)(self.world, self.name)
+
+    @property
+    def store(self) -> Any:
+        return self.medium.store
+
+    @property
+    def payloads(self) -> Any:
+        return self.medium.payloads
+
+    @property
+    def silent(self) -> bool:
+        """It is up, and takes no part in the ring."""
+        return self.up and self.replica.statistics().state != "ok"
 
     def start(self) -> None:
         self.life += 1
         self.world.note("start", self.name)
-        clock = VirtualClock(self.world.loop, self.skew_ms)
+        clock = self.clock
         try:
             self.replica = LocalReplica.open(
                 self.disk,
                 self.store,
                 self.expected_store_id,
-                copies=self.payloads.bound_to(self.life, self),
-                promises_max=3,
+                copies=self.medium.copies(self.life, self),
+                promises_max=self.world.promises_max,
                 rules=self.world.rules,
                 clock=clock,
             )
@@ -221,6 +302,10 @@ class StorageNode:
         await self.replica.end_promises(epoch)
         self.up = True
 
+    def give_copy(self, data_id: bytes, content: bytes) -> None:
+        """Durably, as a copier would."""
+        self.payloads.synced.setdefault(data_id, content)
+
     def crash(self) -> None:
         """Some prefix of the commits on their way reaches the disk; nobody hears of it."""
         self.world.note("crash", self.name)
@@ -228,14 +313,14 @@ class StorageNode:
         self.replica.fail(DiskUnusable("the process died"))  # nothing of this life may begin another write
         for handler in tuple(self._handlers):
             handler.cancel()
-        self.store.crash(self.world.random.choice((0, 0, 1, 2)))
+        self.medium.crash()
 
     def deliver(self, source: str, method: str, request: bytes, body: bytes, answer: Any) -> None:
         """A request of the process ``source`` arrives; ``answer(reply bytes or error, bulk)`` sends the reply."""
         if not self.up:
             return
         entry, life = self.methods[method], self.life
-        peer = _peer(source, self.world.roles.get(source, ("gateway",)))
+        peer = _peer(node_of(source), self.world.roles.get(source, ("gateway",)))
         asked, call = decode(request, entry.request), Call(peer, memoryview(body), 0.0)
 
         def reply(outcome: Message | Reply | Exception) -> None:
@@ -269,131 +354,6 @@ class StorageNode:
             reply(await entry.handler(request, call))
         except StoragedError as error:
             reply(error)
-
-
-class NetworkCaller:
-    """``cluster.ports.Caller`` and ``TryCaller`` of one process, until it dies. Now and then a try_call
-    is refused, as when a connection has no room.
-    """
-
-    def __init__(self, world: World, name: str) -> None:
-        self._world = world
-        self.name = name
-        self.alive = True
-
-    async def call(
-        self,
-        node: str,
-        method: str,
-        request: Message,
-        reply: type[T],
-        *,
-        body: Sequence[Buffer] = (),
-        timeout_s: float = 10.0,
-    ) -> tuple[T, memoryview]:
-        loop = self._world.loop
-        answered: asyncio.Future[tuple[bytes | StoragedError, bytes]] = loop.create_future()
-        target = self._world.nodes[node]
-        if not target.up and self._world.random.random() < 0.5:
-            raise PeerUnreachable(f"{node} is away")
-        encoded, bulk = encode(request), b"".join(bytes(piece) for piece in body)
-
-        def answer(outcome: bytes | StoragedError, payload: bytes) -> None:
-            if not answered.done():
-                self._send(node, self.name, method, outcome, lambda: _resolve(answered, outcome, payload))
-
-        self._send(self.name, node, method, encoded, lambda: target.deliver(self.name, method, encoded, bulk, answer))
-        timer = loop.call_later(timeout_s, _expire, answered)
-        try:
-            outcome, payload = await answered
-        finally:
-            timer.cancel()
-        if isinstance(outcome, PeerError):
-            raise outcome
-        if isinstance(outcome, StoragedError):
-            raise PeerRefused(outcome.message, outcome.code)
-        return decode(outcome, reply), memoryview(payload)
-
-    def try_call(
-        self,
-        node: str,
-        method: str,
-        request: Message,
-        reply: type[Message],
-        then: OnReply,
-        *,
-        body: Sequence[Buffer] = (),
-        timeout_s: float = 10.0,
-    ) -> bool:
-        return self._try_call(node, method, reply, encode(request), b"", then, body, timeout_s)
-
-    def encoded_call(
-        self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False
-    ) -> EncodedCall:
-        return partial(self._try_call, node, method, reply, start)
-
-    def _try_call(
-        self,
-        node: str,
-        method: str,
-        reply: type[Message],
-        start: bytes,
-        rest: bytes,
-        then: OnReply,
-        body: Sequence[Buffer],
-        timeout_s: float,
-    ) -> bool:
-        target = self._world.nodes[node]
-        if not self.alive or not target.up or self._world.random.random() < self._world.weather.refuse:
-            return False
-        encoded, bulk = start + rest, b"".join(bytes(piece) for piece in body)
-        waiting = [then]
-
-        def told(outcome: bytes | StoragedError, payload: bytes) -> None:
-            if not waiting:
-                return
-            waiting.pop()
-            timer.cancel()
-            if isinstance(outcome, bytes):
-                then(decode(outcome, reply), memoryview(payload))
-            elif isinstance(outcome, PeerError):
-                then(outcome, memoryview(b""))
-            else:
-                then(PeerRefused(outcome.message, outcome.code), memoryview(b""))
-
-        def answer(outcome: bytes | StoragedError, payload: bytes) -> None:
-            self._send(node, self.name, method, outcome, lambda: told(outcome, payload))
-
-        timer = self._world.loop.call_later(timeout_s, told, PeerTimeout("no answer in time"), b"")
-        self._send(self.name, node, method, encoded, lambda: target.deliver(self.name, method, encoded, bulk, answer))
-        return True
-
-    def _send(self, source: str, target: str, method: str, content: bytes | StoragedError, arrive: Any) -> None:
-        world = self._world
-        if not self.alive:
-            return
-        copies = 2 if world.random.random() < world.weather.duplicate else 1
-        for _ in range(copies):
-            if world.random.random() >= world.weather.lose:
-                world.loop.call_later(world.delay_s(), self._arrive, source, target, method, content, arrive)
-
-    def _arrive(self, source: str, target: str, method: str, content: bytes | StoragedError, arrive: Any) -> None:
-        if self._world.apart(source, target):
-            return
-        self._world.messages += 1
-        digest = xxhash.xxh3_64_hexdigest(content) if isinstance(content, bytes) else repr(content)
-        self._world.note(source, target, method, digest)
-        arrive()
-
-
-def _resolve(answered: asyncio.Future[Any], outcome: bytes | StoragedError, payload: bytes) -> None:
-    if not answered.done():
-        answered.set_result((outcome, payload))
-
-
-def _expire(answered: asyncio.Future[Any]) -> None:
-    if not answered.done():
-        answered.set_exception(PeerTimeout("no answer in time"))
 
 
 class Guess(NewKeyRate):
@@ -432,7 +392,7 @@ class Gateway:
         self.name = name
         self._node = node
         self.layouts = Layouts(layout)
-        self._skew_ms = world.skew_ms() if skew_ms is None else skew_ms
+        self.clock = VirtualClock(world.loop, world.skew_ms() if skew_ms is None else skew_ms)
         self.life = 0
         self.start()
 
@@ -451,8 +411,8 @@ class Gateway:
             self.layouts,
             self.directory,
             kind=self._kind,
-            node=self.name,
-            clock=VirtualClock(world.loop, self._skew_ms),
+            node=node_of(self.name),
+            clock=self.clock,
             entropy=world.random.randbytes,
             jitter=world.random.random,
             deadline_s=2.0,

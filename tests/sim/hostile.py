@@ -31,9 +31,13 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table
 from storaged.meta.ports import PageQuery, SmallCopies, Update
 from storaged.meta.store_ports import Slot, StoreBatch
 from storaged.node.keeper import SystemKeeper
-from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World
-from tests.sim.scenario import GATEWAYS, KEYS, Scenario, Verdicts, play_out
+from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
+from tests.sim.parts import Trouble
+from tests.sim.scenario import GATEWAYS, Scenario, play_out
 from tests.sim.virtual import EPOCH_MS, VirtualLoop
+from tests.sim.workload import Verdicts
+
+KEYS = ("x", "y")
 
 HOUR_MS = 3_600_000
 SCOPE = b"a bucket's scope"
@@ -85,13 +89,16 @@ class Hostile(Scenario):
         chance = self.random.random
         self.world.skew_ms_max = 5_000
         self.world.epochs = 1
+        self.world.on_files = False
+        self.first_seeds, self.layout = FIRST_SEEDS, make_layout(1, FIRST_SEEDS)
+        self.disks_may_be_full = self.disks_may_be_swapped = self.moves = False
         self.world.roles = {"n" + disk[1:]: ("storage",) for disk in DISKS}
         self.world.on_refusal = self._refusal
-        self._stray_at_s = None
         self._lies = chance() < 0.5
         self._blank = not self._lies and chance() < 0.3
-        self._of_objects = not self._lies and chance() < 0.4
-        self._names = {key: self._name(b"sim/" + key.encode()) for key in KEYS}
+        self.of_objects = not self._lies and chance() < 0.4
+        self.names = {key: self.name(b"sim/" + key.encode()) for key in KEYS}
+        self.last_seen = dict.fromkeys(self.names)
         self._liar = self.random.choice(FIRST_SEEDS)
         self._written: set[tuple[bytes, int, int, bytes]] = set()
         self._lied = 0
@@ -101,7 +108,7 @@ class Hostile(Scenario):
 
     def _refusal(self, peer: str, error: StoragedError) -> None:
         if not (self._lies and peer == "n" + self._liar[1:]):
-            self._complain(f"{peer}, which is honest, was refused: {error.message}")
+            self.complain(f"{peer}, which is honest, was refused: {error.message}")
 
     def _believes(self, name: RegisterName, value: Value) -> bool:
         return value.sequence == 0 or (name.key, value.sequence, int(value.visibility), value.body) in self._written
@@ -123,11 +130,11 @@ class Hostile(Scenario):
         )
 
     def _small_copies(self, content: bytes) -> tuple[SmallCopies | None, bytes]:
-        return (None, b"") if self._lies or self._blank or not self._of_objects else super()._small_copies(content)
+        return (None, b"") if self._lies or self._blank or not self.of_objects else super()._small_copies(content)
 
-    def _weather(self) -> Weather:
+    def weather(self) -> Weather:
         if not self._lies:
-            return super()._weather()
+            return super().weather()
         level = self.random.choice((0.0, 0.1, 0.3))
         return Weather(0.0, level, level, 0.0, self.random.choice((1.0, 4.0)), 0.12, 6, 0.1)
 
@@ -142,10 +149,10 @@ class Hostile(Scenario):
             await asyncio.sleep(self.random.expovariate(1 / 0.03))
             if self.random.random() < 0.1 and node.up:
                 node.crash()
-                self.world.loop.call_later(self.random.choice((0.0, 0.02, 0.1)), self._restart, node)
+                self.world.loop.call_later(self.random.choice((0.0, 0.02, 0.1)), self.restart, node)
                 self.world.loop.call_later(0.11, self._overhear, node, seen)
                 continue
-            name = self._names[self.random.choice(KEYS)]
+            name = self.names[self.random.choice(KEYS)]
             if not node.up:
                 continue
             self._lied += 1
@@ -238,7 +245,7 @@ class Hostile(Scenario):
         self.found.faults.append("a layout that nobody knows")
         stray = Gateway(self.world, "n4", self.layout, skew_ms=0)
         ballot = Ballot(99, EPOCH_MS * 1000, "n4", bytes(8))
-        for name in self._names.values():
+        for name in self.names.values():
             for disk in FIRST_SEEDS:
                 with contextlib.suppress(StoragedError):
                     await stray.directory.replica(disk).prepare(messages.Prepare(disk, name, ballot), timeout_s=0.2)
@@ -268,12 +275,12 @@ class Hostile(Scenario):
     async def repair(self, node: StorageNode) -> None:
         """A storage node looks at registers and settles them, as its repair does. Until it is cancelled."""
         while True:
-            await asyncio.sleep(self.random.uniform(0.005, 0.03 if self._of_objects else 0.15))
+            await asyncio.sleep(self.random.uniform(0.005, 0.03 if self.of_objects else 0.15))
             if not node.up:
                 continue
             local = {node.disk: node.replica} if self.random.random() < 0.8 else None
-            other = Gateway(self.world, node.name, self.layout, skew_ms=node.skew_ms, gateway=False, local=local)
-            name = self._names[self.random.choice(KEYS)]
+            other = Gateway(self.world, node.name, self.layout, skew_ms=node.clock.skew_ms, gateway=False, local=local)
+            name = self.names[self.random.choice(KEYS)]
             with contextlib.suppress(StoragedError):
                 if self.random.random() < 0.5:
                     await other.client.read(name)
@@ -290,7 +297,7 @@ class Hostile(Scenario):
             node.crash()
         self._swapped = node
         operator = self._gateway("operator", skew_ms=0)
-        for name in self._names.values():
+        for name in self.names.values():
             while True:
                 with contextlib.suppress(StoragedError):
                     await operator.client.settle(name)
@@ -312,7 +319,7 @@ class Hostile(Scenario):
                 break
             except StoragedError:
                 await asyncio.sleep(0.02)
-        self._closed_at = self._moment()
+        self._closed_at = self.moment()
         await closer.client.close()
 
     async def use_bucket(self, gateway: Gateway) -> None:
@@ -321,7 +328,7 @@ class Hostile(Scenario):
         """
         for _ in range(8):
             await asyncio.sleep(self.random.uniform(0, 0.08))
-            began, seen = self._moment(), self._fences_seen.get(gateway.name, 0)
+            began, seen = self.moment(), self._fences_seen.get(gateway.name, 0)
             choice = self.random.random()
             closed = -1 < self._closed_at < began
             try:
@@ -341,13 +348,13 @@ class Hostile(Scenario):
                     put: Update = lambda value: Change(b"late", Visibility.LIVE)  # noqa: E731
                     await gateway.client.change(CLOSED, put, regardless=choice < 0.8)
                     if closed and not self._blank:  # the blank disk may have had the fence
-                        self._complain("something was written in a bucket that was closed before")
+                        self.complain("something was written in a bucket that was closed before")
             except NoSuchBucket:
                 continue
             except StoragedError:
                 continue
             if closed and self._fences_seen.get(gateway.name, 0) == seen and not self._blank:
-                self._complain("who read in a bucket that was closed before was not told so")
+                self.complain("who read in a bucket that was closed before was not told so")
 
     def _on_list(self, gateway: Gateway) -> Callable[[bytes], None]:
         def fenced(scope: bytes) -> None:
@@ -364,12 +371,11 @@ class Hostile(Scenario):
         proposer = self.random.choice((0, 0, -2, 2)) if not self._blank else 0
         return {disk: hours * HOUR_MS}, {f"g{self.random.randrange(GATEWAYS)}": proposer * HOUR_MS}
 
-    async def nemesis(self, wipe: bool) -> None:
-        if self._blank:  # nobody else dies while an operator accepts a disk
-            while True:
-                await asyncio.sleep(self.random.expovariate(1 / 0.08))
-                self.world.weather = self._weather()
-        await super().nemesis(False)
+    async def bad_weather(self) -> None:
+        """Nobody else dies while an operator accepts a disk. Until it is cancelled."""
+        while True:
+            await asyncio.sleep(self.random.expovariate(1 / 0.08))
+            self.world.weather = self.weather()
 
     async def play(self) -> None:
         of_disks, of_gateways = self._skews()
@@ -382,7 +388,7 @@ class Hostile(Scenario):
             )
             for disk in DISKS
         ]
-        gateways = [
+        gateways = self.gateways = [
             self._gateway(f"g{index}", skew_ms=of_gateways.get(f"g{index}", 0) + self.world.skew_ms())
             for index in range(GATEWAYS)
         ]
@@ -391,16 +397,16 @@ class Hostile(Scenario):
             for name, skew_ms in (*of_disks.items(), *of_gateways.items())
             if skew_ms
         ]
-        self.world.weather = self._weather()
+        self.world.weather = self.weather()
         others = [self.keeper(self.random.choice(gateways)), self.repair(self.random.choice(nodes[:3]))]
         if self._lies:
             self.found.faults.append(f"{self._liar} lies")
             others.append(self.lies())
         else:
-            others.append(self.nemesis(False))
+            others.append(self.bad_weather() if self._blank else Trouble(self, self.random).run())
         background = [self.world.loop.create_task(work) for work in others]
         once = [self.world.loop.create_task(self.close_bucket())]
-        if self._of_objects and not self._blank and self.random.random() < 0.3:
+        if self.of_objects and not self._blank and self.random.random() < 0.3:
             once.append(self.world.loop.create_task(self.overreach()))
         if self._blank:
             once.append(self.world.loop.create_task(self.swap()))
@@ -413,12 +419,12 @@ class Hostile(Scenario):
         for outcome in await asyncio.gather(*background, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome
-        self._heal()
+        await Trouble(self, self.random).heal()
         await asyncio.gather(*once)
-        await self._look_at_the_end(self._gateway("reader", skew_ms=0))
-        for gateway in gateways:
+        reader = self._gateway("reader", skew_ms=0)
+        await self.look_at_the_end(reader)
+        for gateway in (*gateways, reader):
             await gateway.client.close()
-        self.found.messages = self.world.messages
 
 
 def run_hostile(seed: int, rules: Rules = RULES) -> Verdicts:

@@ -59,17 +59,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 class VirtualClock:
-    """``clock.Clock`` of one process: its wall clock may be wrong."""
+    """``clock.Clock`` of one process: its wall clock may be wrong, and jump (``skew_ms``)."""
 
     def __init__(self, loop: VirtualLoop, skew_ms: int = 0) -> None:
         self._loop = loop
-        self._skew_ms = skew_ms
+        self.skew_ms = skew_ms
 
     def monotonic(self) -> float:
         return self._loop.time()
 
     def wall_ms(self) -> int:
-        return EPOCH_MS + self._skew_ms + int(self._loop.time() * 1000)
+        return EPOCH_MS + self.skew_ms + int(self._loop.time() * 1000)
 
 
 def run(loop: VirtualLoop, main: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,115 @@
+"""``python -m tests.sim --planted [NAME ...] [--fast]``: plants bugs in the program, one at a time, and says how many
+seeds it takes to notice each.
+
+A bug is a rule that is switched off (``rule``), or another text in a module. It has a budget of seeds: one that is not
+noticed within it fails the run. Lists of bugs are plain data, and named in ``PLANTED``: who adds a rule adds its bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.sim.changing import ROOT, change_imports, in_child, module_of, resolve
+
+PLAYS = {
+    "ring": "tests.sim.scenario:run_seed",
+    "files": "tests.sim.scenario:run_on_files",
+    "hostile": "tests.sim.hostile:run_hostile",
+}
+"""What may notice a bug: each plays a seed, and says what was violated."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """``old`` is ``new`` in the module at ``path``; or the switch ``rule`` is off. ``play``: of PLAYS. ``budget``:
+    seeds from ``first`` on, about five times what it takes. ``fast``: it is part of the suite of tests.
+    """
+
+    name: str
+    what: str
+    budget: int
+    play: str = "ring"
+    path: str = ""
+    old: str = ""
+    new: str = ""
+    rule: str = ""
+    first: int = 1
+    fast: bool = False
+
+
+@dataclass
+class Caught:
+    seeds: int = 0
+    violation: str = ""
+
+
+def planted() -> tuple[Planted, ...]:
+    return tuple(bug for place in PLANTED for bug in resolve(place))
+
+
+PLANTED = ("tests.sim.planted_rules:RULE_BUGS",)
+"""Lists of bugs. They must not import the program."""
+
+
+def text_change(bug: Planted, source: str) -> str:
+    assert source.count(bug.old) == 1, f"{bug.name}: its text is {source.count(bug.old)} times in {bug.path}, not once"
+    return source.replace(bug.old, bug.new)
+
+
+def applies(bug: Planted) -> bool:
+    """Whether its text is in the module, once."""
+    return not bug.path or (ROOT / bug.path).read_text().count(bug.old) == 1
+
+
+def hunt(bug: Planted) -> Caught:
+    """In a process that has not imported the program."""
+    if bug.path:
+        change_imports({bug.path: lambda source: text_change(bug, source)})
+    play = resolve(PLAYS[bug.play])
+    rules = resolve("storaged.meta.consensus.register:Rules")(**({bug.rule: False} if bug.rule else {}))
+    if bug.path:
+        assert module_of(bug.path) in sys.modules, f"{bug.name}: nothing imports {bug.path}"
+    found = Caught()
+    for seed in range(bug.first, bug.first + bug.budget):
+        found.seeds += 1
+        try:
+            found.violation = play(seed, rules).violation
+        except Exception as error:
+            found.violation = f"{type(error).__name__}: {error}"
+        if found.violation:
+            break
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sim --planted", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="bugs; all of them if none is named")
+    parser.add_argument("--fast", action="store_true", help="those that the suite of tests plants")
+    parser.add_argument("--list", action="store_true", help="print them, and plant none")
+    options = parser.parse_args(arguments)
+    bugs = [
+        bug for bug in planted() if (not options.names or bug.name in options.names) and (bug.fast or not options.fast)
+    ]
+    if options.list:
+        for bug in bugs:
+            print(f"{bug.name}: {bug.what} ({bug.play}, {bug.budget} seeds)")
+        return 0
+    missed = 0
+    for bug in bugs:
+        outcome = in_child(lambda bug=bug: hunt(bug))  # type: ignore[misc]
+        found = outcome.value or Caught()
+        if found.violation:
+            result = f"caught after {found.seeds} of {bug.budget} seeds ({outcome.cpu_s:.1f} s): {found.violation[:80]}"
+        else:
+            missed += 1
+            result = f"NOT caught: {outcome.error or f'{found.seeds} seeds showed nothing'} ({outcome.cpu_s:.1f} s)"
+        print(f"{bug.name}: {result}", flush=True)
+    print(f"{len(bugs)} bugs planted, {missed} not caught")
+    return 1 if missed or not bugs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
