@@ -116,7 +116,7 @@ def in_child(work: Callable[[], Any], *, limit_s: float = 3600.0) -> Outcome:
         received += piece
     os.close(reading)
     _, _, usage = os.wait4(child, 0)
-    value, error = pickle.loads(received) if received else (None, "it was killed, or took too long")  # noqa: S301
+    value, error = pickle.loads(received) if received else (None, "it was killed, or took too long")
     return Outcome(value, error, usage.ru_utime + usage.ru_stime)
 
 

@@ -19,9 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=1, metavar="SEED")
     parser.add_argument("--break", dest="broken", choices=[field.name for field in fields(Rules)], metavar="RULE")
     parser.add_argument(
-        "--hostile", action="store_const", const="hostile", dest="play", help="play those of ``hostile``"
+        "--hostile",
+        action="store_const",
+        const="hostile",
+        dest="play",
+        default="ring",
+        help="play those of ``hostile``",
     )
-    parser.add_argument("--play", choices=PLAYS, default="ring", help="play these")
+    parser.add_argument("--play", choices=PLAYS, help="play these")
     parser.add_argument("--trace", action="store_true", help="print each seed's trace digest")
     parser.add_argument("--go-on", action="store_true", help="do not stop at the first violation")
     options = parser.parse_args(arguments)
