@@ -547,6 +547,7 @@ async def test_a_disk_whose_directory_is_gone_is_read_only_and_says_so(tmp_path:
         assert store.statistics().usage.state == "read-only"
 
 
+@pytest.mark.usefixtures("cached_reads")
 async def test_a_fragment_of_a_block_is_read_without_waiting_while_it_is_cached_and_whole(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         made = await put(store, 12 * 64 * KIB, cell_bytes=64 * KIB)

@@ -111,6 +111,7 @@ class TestPayloads:
         assert await Payloads(store).load_payload(made.id.data_id) is None
         await store.close()
 
+    @pytest.mark.usefixtures("cached_reads")
     async def test_a_copy_in_memory_is_told_at_once_while_it_is_whole_and_there(self, tmp_path: Path) -> None:
         rng = random.Random(11)
         kept = [make(rng, size, k=1, m=2, position=2) for size in (1, 4112, 9000)]
