@@ -8,6 +8,7 @@ goes back as the error. A handler believes nothing of a request: its asker may b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ from storaged.maintain.asks import (
     names_in,
 )
 from storaged.maintain.context import concurrently
-from storaged.meta.names import RegisterName, Table
+from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import Registers
 from storaged.wire import MALFORMED, Message, decode, encode
 
@@ -102,40 +103,53 @@ class _AskingNode:
         self._working: dict[int, asyncio.Task[None]] = {}
         self._done: list[Answered] = []
         self._came = asyncio.Event()
+        """Something is done."""
+        self._freed = asyncio.Event()
+        """Something was handed in, so that there is room for more."""
 
     async def serve(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hand_in())
             while True:
+                self._freed.clear()
                 room = ASKS_A_NODE_MAX - len(self._working)
-                request = TakeAsks((), tuple(self._working), room, int(WAIT_S_MAX * 1000))
+                if room <= 0:
+                    await self._freed.wait()
+                    continue
                 try:
-                    taken = await self._answers.call(self._node, request)
+                    taken = await self._answers.call(
+                        self._node, TakeAsks((), tuple(self._working), room, int(WAIT_S_MAX * 1000))
+                    )
                 except (PeerError, TimeoutError):
                     await asyncio.sleep(RETRY_S)
                     continue
                 for ask in taken.asks[:room]:
                     if ask.id not in self._working:
                         self._working[ask.id] = group.create_task(self._work(ask))
-                if not room:
-                    await asyncio.sleep(RETRY_S)
 
     async def _work(self, ask: Asked) -> None:
-        self._done.append(await self._answers.answer(self._node, ask))
+        answered = await self._answers.answer(self._node, ask)
+        self._done.append(answered)
         self._came.set()
 
     async def _hand_in(self) -> None:
-        """At once, while the other call waits for more."""
+        """At once, while the other call waits for more. What is being worked on is named often enough to stay this
+        gateway's.
+        """
         while True:
-            await self._came.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WAIT_S_MAX):
+                    await self._came.wait()
             self._came.clear()
             done, self._done = self._done, []
-            try:
+            if not done and not self._working:
+                continue
+            # An answer that does not arrive is asked for again, here or at another gateway.
+            with contextlib.suppress(PeerError, TimeoutError):
                 await self._answers.call(self._node, TakeAsks(tuple(done), tuple(self._working)))
-            except (PeerError, TimeoutError):
-                pass  # the node asks again: another gateway, or this one
             for answer in done:
                 self._working.pop(answer.id, None)
+            self._freed.set()
 
 
 def settle_handler(registers: Registers) -> Handler:
@@ -144,13 +158,14 @@ def settle_handler(registers: Registers) -> Handler:
     async def settle(_node: str, request: Settle) -> SettledNames:
         names = names_in(request)
         results, reasons = [UNSETTLED] * len(names), [""] * len(names)
+        values: list[Value | None] = [None] * len(names)
 
         async def one(index: int, name: RegisterName) -> None:
             if name.table == Table.SYSTEM:
                 reasons[index] = "registers of the system table are looked after by gateways"
                 return
             try:
-                await registers.settle(name)
+                values[index] = await registers.settle(name)
                 results[index] = SETTLED
             except NoSuchBucket as error:
                 results[index] = FENCED_FOR_EVER if error.details.get("final") else FENCED
@@ -159,6 +174,6 @@ def settle_handler(registers: Registers) -> Handler:
                 reasons[index] = str(error)
 
         await concurrently((one(index, name) for index, name in enumerate(names)), SETTLES_CONCURRENT_MAX)
-        return SettledNames(tuple(results), tuple(reasons))
+        return SettledNames(tuple(results), tuple(reasons), values[0] if request.value and len(names) == 1 else None)
 
     return settle

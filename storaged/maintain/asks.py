@@ -33,7 +33,7 @@ from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.framing import ErrorHead
 from storaged.errors import NoSuchBucket, PeerRefused, PeerTimeout, PeerUnreachable, ServiceUnavailable, SlowDown
 from storaged.ids import Entropy, system_entropy
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Value
 from storaged.wire import MALFORMED, Message, decode, encode
 
 T = TypeVar("T", bound=Message)
@@ -53,9 +53,12 @@ ASK_BYTES_MAX = 4 * 1024 * 1024
 
 
 class Settle(Message, frozen=True):
-    """Commit an identity round of each of these registers (packed names, up to ``NAMES_A_SETTLE``) at a new ballot."""
+    """Commit an identity round of each of these registers (packed names, up to ``NAMES_A_SETTLE``) at a new ballot.
+    ``value``: there is one name, and its value is wanted.
+    """
 
     names: tuple[bytes, ...]
+    value: bool = False
 
 
 SETTLED, UNSETTLED, FENCED, FENCED_FOR_EVER = range(4)
@@ -63,11 +66,13 @@ SETTLED, UNSETTLED, FENCED, FENCED_FOR_EVER = range(4)
 
 class SettledNames(Message, frozen=True):
     """For each name what came of it: SETTLED (a round was committed), UNSETTLED (not now: no majority, say), FENCED
-    (the bucket is being deleted), FENCED_FOR_EVER (it was). ``reasons``: of the others in words, else empty.
+    (the bucket is being deleted), FENCED_FOR_EVER (it was). ``reasons``: of the others in words, else empty. ``value``:
+    what the round committed, where it was wanted.
     """
 
     results: tuple[int, ...]
     reasons: tuple[str, ...]
+    value: Value | None = None
 
 
 class AskKind(NamedTuple):
@@ -187,13 +192,13 @@ class Asks:
         except MALFORMED as error:
             raise PeerRefused(f"{waiting.taken_by} answers what cannot be read: {error}", faults.BAD_REPLY) from None
 
-    async def settle(self, name: RegisterName, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        """Has a gateway commit an identity round of this register. A read by a majority finds what it settled.
+    async def settle(self, name: RegisterName, timeout_s: float = ANSWER_TIMEOUT_S) -> Value | None:
+        """Has a gateway commit an identity round of this register. Returns the value.
 
         Raises as ``Registers.settle``: ServiceUnavailable, NoSuchBucket (with the detail ``final``).
         """
         try:
-            found = await self.ask("settle", Settle((name.pack(),)), SettledNames, timeout_s=timeout_s)
+            found = await self.ask("settle", Settle((name.pack(),), True), SettledNames, timeout_s=timeout_s)
         except (PeerUnreachable, PeerRefused) as error:
             raise ServiceUnavailable(f"A gateway has to settle this key, and none does now: {error.message}") from None
         if len(found.results) != 1 or len(found.reasons) != 1:
@@ -203,6 +208,7 @@ class Asks:
             raise NoSuchBucket(**({"final": "true"} if result == FENCED_FOR_EVER else {}))
         if result != SETTLED:
             raise ServiceUnavailable(f"A gateway could not settle this key now: {found.reasons[0]}")
+        return found.value
 
     # --- hints --------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from storaged.meta.proposer.fences import RingFences
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.pages import RingPages
 from storaged.meta.proposer.queue import ChangeQueue
-from storaged.meta.proposer.read import CopyReader, RegisterReader
+from storaged.meta.proposer.read import CopyReader, RegisterReader, Settle
 from storaged.meta.proposer.ring import Deadlines, Ring
 from storaged.meta.proposer.survey import RingSurvey
 from storaged.meta.transport.calls import Calls, Fanout, TaskPool, UnresponsiveDisks
@@ -74,8 +74,8 @@ _COUNTS = tuple(field for field in ClientStatistics.__dataclass_fields__ if fiel
 
 @dataclass(frozen=True)
 class RingSettings:
-    """``node``: the name of this node. ``gateway``: it is one, as its certificate says. Other nodes settle no register
-    of the system table, and replay nothing under the ballot of another: replicas refuse that (``meta.authority``).
+    """``node``: the name of this node. ``gateway``: it is one, as its certificate says. Replicas take values from
+    gateways alone (``meta.authority``), so the client of another node has gateways settle registers.
 
     ``rules``: only simulations break one. ``new_keys``: which registers are probably new; None: the client learns it.
     """
@@ -89,6 +89,14 @@ class RingSettings:
     new_keys: NewKeyRate | None = None
 
 
+AskToSettle = Callable[[RegisterName, float], Awaitable[Value | None]]
+
+
+async def no_gateway(_name: RegisterName, _timeout_s: float) -> Value | None:
+    """An ``AskToSettle`` of a client that reaches no gateway."""
+    raise ServiceUnavailable("Replicas of this key differ, and this node can't ask a gateway to settle it. Retry.")
+
+
 @dataclass(frozen=True)
 class RingHooks:
     """``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote. When one
@@ -98,12 +106,16 @@ class RingHooks:
     up. ``on_fenced`` gets the scope of a read or a change that met a fence: its bucket is, or was, being deleted.
 
     ``copy_at``: the fragment header of one replica's small copy, made to fit the replica of another index.
+
+    ``ask_to_settle(name, timeout_s)``, of a client that is no gateway's: has a gateway settle the register. Returns and
+    raises as ``ports.Registers.settle``.
     """
 
     believes: Callable[[RegisterName, Value], bool] = lambda name, value: True
     on_missed: Callable[[RegisterName], None] = lambda name: None
     on_fenced: Callable[[bytes], None] = lambda scope: None
     copy_at: Callable[[bytes, int], bytes] = lambda header, index: header
+    ask_to_settle: AskToSettle = no_gateway
 
 
 NO_HOOKS = RingHooks()
@@ -144,8 +156,10 @@ class RingClient:
         self._ring = self._make_ring(hooks, jitter, entropy, copies)
         new_keys = settings.new_keys if settings.new_keys is not None else NewKeyRate()
         self._queue = ChangeQueue(self._ring, entropy, settings.deadline_s, new_keys)
+        self._ask_to_settle = hooks.ask_to_settle
+        settle: Settle = self._queue.identity if settings.gateway else self._settled_by_gateway
         self._reader = RegisterReader(
-            self._ring, RowReader(replicas, self._pool), copies, self._myself, settings.deadline_s, self._queue.identity
+            self._ring, RowReader(replicas, self._pool), copies, self._myself, settings.deadline_s, settle
         )
         self._survey = RingSurvey(self._calls, self._view)
         self._pages = RingPages(self._calls, self._view, hooks.on_missed)
@@ -237,11 +251,18 @@ class RingClient:
         return self._queue.try_change(name, update, then, small, regardless)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
-        if not self._settings.gateway and name.table == Table.SYSTEM:
+        settle: Settle = self._queue.identity if self._settings.gateway else self._settled_by_gateway
+        return await settle(name, settling_nonce, self._calls.deadline(), commit=True)
+
+    async def _settled_by_gateway(
+        self, name: RegisterName, nonce: bytes, deadline: float, *, commit: bool
+    ) -> Value | None:
+        """A ``Settle``. Gateways look after the system table without being asked."""
+        if name.table == Table.SYSTEM:
             raise ServiceUnavailable(
                 "Replicas of the system partition differ. A gateway will bring them together. Retry."
             )
-        return await self._queue.identity(name, settling_nonce, self._calls.deadline(), commit=True)
+        return await self._ask_to_settle(name, self._calls.remaining_s(deadline))
 
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
         return await self._survey.agreement(name)

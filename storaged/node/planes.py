@@ -290,7 +290,7 @@ class NodePlanes:
             self.layouts,
             directory,
             RingSettings(self.own.name, self.config.gateway),
-            RingHooks(self.belief, self._missed, self._fenced, header_at_position),
+            RingHooks(self.belief, self._missed, self._fenced, header_at_position, self.asks.settle),
             clock=self.clock,
         )
         listing_cache_bytes_max = CACHE_BYTES_MAX // self.config.s3.workers

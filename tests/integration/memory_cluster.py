@@ -122,8 +122,15 @@ class StorageNode:
             )
         caller = LocalCaller(cluster, self.name, "storage")
         directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)
+        asks = Asks(cluster.clock, self.log.append)
         self.ring = ring_client(
-            cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5, gateway=False
+            cluster.layouts,
+            directory,
+            node=self.name,
+            clock=cluster.clock,
+            jitter=lambda: 0.5,
+            gateway=False,
+            ask_to_settle=asks.settle,
         )
         scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
         context = MaintainContext(
@@ -139,7 +146,7 @@ class StorageNode:
             local_fragments=self.fragments,
             end_promises=lambda disk: self.replicas[disk].end_promises(cluster.layouts.current.epoch),
             signers=MemorySigners(),
-            asks=Asks(cluster.clock, self.log.append),
+            asks=asks,
             limits=cluster.limits,
             log=self.log.append,
         )

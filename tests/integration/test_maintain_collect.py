@@ -404,7 +404,7 @@ async def sleeping_put(
     gateway, wake = cluster.new_gateway("sleeper"), asyncio.Event()
 
     async def sleep(source: str, node: str, method: str, request: object) -> None:
-        if source == "sleeper" and method == "meta.accept":
+        if source == "sleeper" and method == "meta.accept" and not request.identity:  # type: ignore[attr-defined]
             await wake.wait()
 
     cluster.intercept = sleep

@@ -496,7 +496,7 @@ def test_a_complete_that_is_taken_up_again_or_was_in_the_way_of_others_renews_it
             if not settled_at:
                 settled_at = cluster.clock.wall_ms()
                 await cluster.pass_s(2)
-                await cluster.nodes["na"].ring.settle(name)
+                await cluster.new_gateway("h").ring.settle(name)
                 settled.set()
             await settled.wait()
 

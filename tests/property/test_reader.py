@@ -169,7 +169,7 @@ def test_the_table_of_reads_holds_what_the_machine_does_and_nothing_else() -> No
     [
         (Table.OBJECT, Myself("other", gateway=True), 2, REPLAYING),
         (Table.OBJECT, Myself("other", gateway=True), 3, REPLAYING),
-        (Table.OBJECT, Myself("n", gateway=False), 2, REPLAYING),
+        (Table.OBJECT, Myself("n", gateway=False), 2, SETTLING),
         (Table.OBJECT, Myself("n", gateway=False), 3, SETTLING),
         (Table.OBJECT, Myself("other", gateway=False), 2, SETTLING),
         (Table.SYSTEM, Myself("n", gateway=True), 2, SETTLING),

@@ -27,7 +27,7 @@ from storaged.maintain.asks import (
     TakeAsks,
     TakenAsks,
 )
-from storaged.meta.names import RegisterName, Table, system_name
+from storaged.meta.names import RegisterName, Table, Value, Visibility, system_name
 from storaged.wire import encode
 from tests.sim.virtual import VirtualClock, VirtualLoop
 
@@ -65,7 +65,7 @@ def test_an_ask_waits_for_a_gateway_and_its_answer_comes_back() -> None:
         asks = new_asks()
         asked = asyncio.create_task(asks.settle(NAME))
         [one] = (await take(asks, wait_ms=1000)).asks
-        assert one.request == encode(Settle((NAME.pack(),)))
+        assert one.request == encode(Settle((NAME.pack(),), True))
         assert not (await take(asks)).asks, "it is being worked on"
         await take(asks, answers=(settled(one.id),), room=0)
         await asked
@@ -178,7 +178,7 @@ class Registers:
     def __init__(self) -> None:
         self.settled: list[bytes] = []
 
-    async def settle(self, name: RegisterName) -> None:
+    async def settle(self, name: RegisterName) -> Value | None:
         await asyncio.sleep(0.01)
         if name.key == b"fenced":
             raise NoSuchBucket
@@ -187,6 +187,7 @@ class Registers:
         if name.key == b"away":
             raise ServiceUnavailable("no majority")
         self.settled.append(name.key)
+        return Value(1, b"o" * 16, Visibility.LIVE, name.key)
 
 
 class Network:
@@ -220,7 +221,9 @@ def test_a_gateway_settles_what_it_is_asked_and_says_what_came_of_each() -> None
         gateway = asyncio.create_task(
             Answers(network, OneNode, {"settle": settle_handler(registers)}, log.append).run()  # type: ignore[arg-type]
         )
-        await asks.settle(NAME)
+        value = await asks.settle(NAME)
+        assert value is not None
+        assert value.body == b"key"
         for key, final in ((b"fenced", None), (b"final", "true")):
             with pytest.raises(NoSuchBucket) as gone:
                 await asks.settle(NAME._replace(key=key))
@@ -243,6 +246,25 @@ def test_a_gateway_settles_what_it_is_asked_and_says_what_came_of_each() -> None
             await asks.settle(NAME, timeout_s=5)
         network.away = False
         await asks.settle(NAME)
+        gateway.cancel()
+        await asyncio.gather(gateway, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_many_asks_at_once_are_each_answered_soon() -> None:
+    """More than a gateway works on at the same time; answers that are ready while others are handed in are not lost."""
+
+    async def scenario() -> None:
+        asks, loop = new_asks(), asyncio.get_running_loop()
+        registers = Registers()
+        gateway = asyncio.create_task(
+            Answers(Network(asks), OneNode, {"settle": settle_handler(registers)}, print).run()  # type: ignore[arg-type]
+        )
+        began = loop.time()
+        await asyncio.gather(*(asks.settle(NAME._replace(key=b"%d" % number)) for number in range(100)))
+        assert loop.time() - began < 1
+        assert len(registers.settled) == 100
         gateway.cancel()
         await asyncio.gather(gateway, return_exceptions=True)
 
