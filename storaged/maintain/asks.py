@@ -33,6 +33,7 @@ from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.framing import ErrorHead
 from storaged.errors import NoSuchBucket, PeerRefused, PeerTimeout, PeerUnreachable, ServiceUnavailable, SlowDown
 from storaged.ids import Entropy, system_entropy
+from storaged.maintain.moves import MovesAnswer, MovesAsk
 from storaged.meta.names import RegisterName, Value
 from storaged.wire import MALFORMED, Message, decode, encode
 
@@ -88,6 +89,14 @@ class AskKind(NamedTuple):
 
 
 KINDS: Final[Mapping[str, AskKind]] = {
+    "move": AskKind(
+        MovesAsk,
+        MovesAnswer,
+        "repair has written blocks to other disks, and their records have to name these",
+        "the record, the bucket's signed countries, the layout's domains, that all new fragments are durable and what"
+        " the survivors say (``moves``)",
+        "has blocks that are below target moved to other allowed disks",
+    ),
     "settle": AskKind(
         Settle,
         SettledNames,

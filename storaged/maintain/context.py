@@ -52,8 +52,6 @@ class MaintainLimits:
     hints_concurrent_max: int = 16
     findings_max: int = 100_000
     hints_max: int = 100_000
-    leftovers_max: int = 100_000
-    """Moves whose old fragments are remembered until they may be deleted. The sweep of orphans finds others."""
     call_timeout_s: float = 20.0
 
 

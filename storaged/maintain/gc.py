@@ -16,7 +16,8 @@ A batch of a garbage list is judged in five steps:
    before the others have. It deletes their copies too, so that one round is made, not three. The other disks' lists
    find what it misses.
 3. Which keys have open uploads?
-4. A round for each register.
+4. A round for each register. Data to which its record refers stays, but for fragments that a repair has moved away
+   from this disk.
 5. The deletions, in one call for each disk.
 """
 
@@ -135,7 +136,8 @@ class Collector:
         async def judge(owner: RegisterName, candidates: list[_Candidate]) -> None:
             keys = uploads.get((owner.scope, owner.shard))
             try:
-                judged = await self._judge(store, owner, candidates, None if keys is None else owner.key in keys)
+                opened = None if keys is None else owner.key in keys
+                judged = await self._judge(disk, store, owner, candidates, opened)
             except (StoragedError, ValueError, TimeoutError) as error:
                 failures.extend([str(error)] * len(candidates))
                 skip.update(candidate.data_id for candidate in candidates)
@@ -213,11 +215,17 @@ class Collector:
         return found
 
     async def _judge(
-        self, store: FragmentStore, owner: RegisterName, candidates: list[_Candidate], uploads: bool | None
+        self,
+        disk: str,
+        store: FragmentStore,
+        owner: RegisterName,
+        candidates: list[_Candidate],
+        uploads: bool | None,
     ) -> tuple[list[_Candidate], list[bytes]]:
         """(candidates to which nothing refers or ever will; data ids that can't be judged now). A candidate to which
-        something refers is taken off the list. ``uploads``: whether some are open for the key; None: not known yet.
-        Raises StoragedError when nothing can be judged.
+        something refers is taken off the list; of its fragments, those that the record places elsewhere are deleted.
+        ``uploads``: whether some are open for the key; None: not known yet. Raises StoragedError when nothing can be
+        judged.
         """
         try:
             if uploads is None:
@@ -230,12 +238,52 @@ class Collector:
             if error.details.get("final") or await self._is_gone(owner.scope):
                 return candidates, []
             return [], [candidate.data_id for candidate in candidates]
-        for candidate in candidates:
-            if candidate.data_id in live:
-                self.kept += 1
-                await store.unretire(candidate.data_id)
+        kept = {candidate.data_id for candidate in candidates if candidate.data_id in live}
+        if kept and not uploads:
+            await self._delete_moved(disk, store, owner, kept)
+        for data_id in kept:
+            self.kept += 1
+            await store.unretire(data_id)
         others = [candidate for candidate in candidates if candidate.data_id not in live]
         return ([], [candidate.data_id for candidate in others]) if uploads else (others, [])
+
+    async def _delete_moved(self, disk: str, store: FragmentStore, owner: RegisterName, data_ids: set[bytes]) -> None:
+        """Deletes the fragments of this data that a repair has moved away from here. A committed round has just ended
+        all promises of before. A later change that names a fragment here has touched it since it was looked at.
+        """
+        if owner.table != Table.OBJECT:
+            return
+        if owner.scope not in self._buckets.by_id:
+            await self._buckets.refresh(self._context)
+        try:
+            countries = self._buckets.countries_of(owner.scope)
+        except KeyError:
+            return  # the sweep of orphans comes to it when the bucket is verified
+        aged = {data_id: await self._ages_of(store, data_id) for data_id in data_ids}
+        entries = await self._entries(owner, await self._context.registers.settle(owner))
+        named = {entry.data_id for entry in entries}
+        for data_id, ages in aged.items():
+            if data_id not in named:
+                continue  # an upload refers to it
+            moved = [
+                (fragment, age)
+                for fragment, age in ages.items()
+                if not is_claimed(self._context, owner, entries, fragment, disk, countries)
+            ]
+            for start in range(0, len(moved), DELETIONS_A_CALL):
+                await self._delete_on(store, moved[start : start + DELETIONS_A_CALL])
+
+    async def _ages_of(self, store: FragmentStore, data_id: bytes) -> dict[FragmentId, int]:
+        """When each fragment of the data on this disk was written or touched."""
+        found: dict[FragmentId, int] = {}
+        after, more = data_id, True
+        while more:
+            ids = [header.id async for header in store.scan(after, SWEEP_PAGE) if header.id[:16] == data_id]
+            fragments = [FragmentId.unpack(packed) for packed in ids]
+            found.update({FragmentId.unpack(stat.id): stat.created_ms for stat in await store.stat(fragments)})
+            more = len(ids) == SWEEP_PAGE
+            after = ids[-1] if ids else after
+        return found
 
     async def _delete(self, store: FragmentStore, dead: list[_Candidate]) -> set[bytes]:
         """Deletes the fragments that are still as old as they were. Returns the data ids with a fragment that was

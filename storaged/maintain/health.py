@@ -12,7 +12,6 @@ one of
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,7 +20,7 @@ from typing import NamedTuple
 from storaged.cluster.layout import Layout, Profile
 from storaged.fragments.ports import FragmentId
 from storaged.objects.code.geometry import BlockShape, PartShape
-from storaged.objects.code.place import disks_of, first_choice
+from storaged.objects.code.place import disks_of, first_choice, largest_share
 from storaged.objects.records import PartEntry, Run
 
 LayoutAt = Callable[[int], Layout]
@@ -107,12 +106,8 @@ def _is_spread(layout: Layout, data_id: bytes, run: Run, disks: Sequence[str], c
     """Whether at most m fragments are in one domain, or, in a layout with too few domains for that, no more than in the
     first choice.
     """
-    share = _largest_share(layout, disks)
-    return share <= run.m or share <= _largest_share(layout, first_choice(layout, data_id, run.profile, countries))
-
-
-def _largest_share(layout: Layout, disks: Sequence[str]) -> int:
-    return max(Counter(layout.domain_by_disk.get(disk, disk) for disk in disks).values(), default=0)
+    share = largest_share(layout, disks)
+    return share <= run.m or share <= largest_share(layout, first_choice(layout, data_id, run.profile, countries))
 
 
 def claims(

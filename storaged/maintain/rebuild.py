@@ -45,15 +45,11 @@ class Survivors(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Blocks ``new.first .. new.first + new.count - 1`` of a part, all of run ``old``, were written to ``new_disks`` as
-    ``new`` says. ``old_disks``: where the record in force says they are.
-    """
+    """Blocks ``new.first .. new.first + new.count - 1`` of a part, all of run ``old``, were written as ``new`` says."""
 
     entry: PartEntry
     old: Run
-    old_disks: tuple[str, ...]
     new: Run
-    new_disks: tuple[str, ...]
 
 
 class Rebuilder:
@@ -139,6 +135,34 @@ class Rebuilder:
             )
         return agreed
 
+    async def read_agreed(
+        self, place: BlockPlace, positions: Sequence[int], hashes: tuple[bytes, ...]
+    ) -> dict[int, Buffer]:
+        """As many whole fragments of these positions as the block can be read from, each verified against ``hashes``,
+        which the caller believes. Raises CannotRepair.
+        """
+        profile = place.profile
+        found: dict[int, Buffer] = dict(empty_fragments(profile, place.shape)) if profile.k > 1 else {}
+        left = [position for position in positions if position not in found]
+        while left and len(found) < profile.k:
+            few = profile.k - len(found)
+            now, left = left[:few], left[few:]
+            reads = await asyncio.gather(*(self._read(place, position) for position in now))
+            for position, read in zip(now, reads, strict=True):
+                if read is not None and is_fragment((read[1],), _hash_of(hashes, position)):
+                    found[position] = read[1]
+        if len(found) < profile.k:
+            raise CannotRepair(f"block {place.block}: {len(found)} fragments can be read, {profile.k} are needed")
+        return found
+
+    async def holds(self, place: BlockPlace, fragments: Sequence[Buffer]) -> bool:
+        """Whether the disks of the block have these very bytes. ``fragments``: one for each position."""
+        for position, fragment in enumerate(fragments):
+            read = await self._read(place, position)
+            if read is None or read[1] != bytes(fragment):
+                return False
+        return True
+
     async def _read(self, place: BlockPlace, position: int) -> tuple[FragmentHeader, bytes] | None:
         cells = place.shape.fragment_cells(place.profile, position)
         try:
@@ -187,7 +211,7 @@ class Rebuilder:
 
         await self._each([sync(disk, ids) for disk, ids in written.items()])
         self.blocks_recoded += len(healths)
-        return Move(place.entry, place.run, place.disks, new, placement.disks)
+        return Move(place.entry, place.run, new)
 
     async def _recode_block(self, health: BlockHealth, placement: Placement, run: Run) -> list[tuple[str, FragmentId]]:
         """With the same profile, a fragment that lies in its new place already stays."""
@@ -198,7 +222,7 @@ class Rebuilder:
             stay = {position for position in health.present if placement.disks[position] == place.disks[position]}
             positions = set(range(place.profile.n)) - stay | set(survivors.mismatched)
             return await self._write_positions(survivors, positions, new, sync=False)
-        fragments, hashes = await asyncio.to_thread(_recoded, place, placement.profile, survivors.fragments)
+        fragments, hashes = await asyncio.to_thread(recoded, place, placement.profile, survivors.fragments)
         for position, whole in enumerate(fragments):
             await self._write(survivors.owner, hashes, new, position, whole, sync=False)
             self.bytes_rebuilt += len(whole)
@@ -245,7 +269,7 @@ def _reconstruct(
     return dict(erasure.reconstruct(profile, present, wanted, length)) if wanted else {}
 
 
-def _recoded(place: BlockPlace, new: Profile, present: Mapping[int, Buffer]) -> tuple[list[Buffer], tuple[bytes, ...]]:
+def recoded(place: BlockPlace, new: Profile, present: Mapping[int, Buffer]) -> tuple[list[Buffer], tuple[bytes, ...]]:
     """Whole fragments of the block under ``new``, in position order, and their hashes."""
     cell_bytes = place.shape.cell_bytes
     sealed = memoryview(assemble(place.profile, place.shape, present))

@@ -1,251 +1,216 @@
-"""Relocation: makes a record name the new places of recoded blocks, and deletes the old fragments some time after.
+"""Relocation: asks gateways to make records name the new places of recoded blocks.
 
-Theory of operation. A move is a compare-and-set of runs: in the record itself, on the pages of its manifest, or in the
-row of a part. Old and new fragments are both there until long after; the record alone decides which count.
+Theory of operation. Only gateways change records. Repair writes blocks to new places, and the moves wait here, in
+memory, until a gateway has verified them and changed the record (``mover``; ``moves`` has the contract). The task
+``run`` asks: many moves in one call, one call at a time, while repair goes on with the next blocks. Old and new
+fragments are both there meanwhile. What a restart makes this node forget is written again, and the sweep of orphans
+finds what lies in places that no record names.
 
-Every deletion of fragments first commits a round that ends all earlier promises, and then spares what was touched since
-it looked. So ``commit_moves`` touches the new fragments *after* the promise and before the accept: either the touch
-finds that they are gone, and the record is not changed, or it spares them.
-
-A block that was recoded for the living disks may since have been recoded back to where it was: on the same disks, under
-the same ids. So ``Leftovers`` settles the register before it deletes, which ends all earlier promises, and spares what
-the register names. It deletes only what was neither touched nor written since it looked. The sweep of orphans finds
-what a restart makes it forget.
+When no gateway takes the call, moves wait, and repair recodes nothing more (``away``): it only rebuilds in place, for
+which no record changes. A move that a gateway can't verify now is asked again, a few times. One that the record does
+not fit any more is dropped: its register is judged again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from storaged.errors import PeerError, StoragedError
-from storaged.fragments.ports import FragmentId, Health
-from storaged.maintain.context import MaintainContext
-from storaged.maintain.directory import Buckets
-from storaged.maintain.rebuild import CannotRepair, Move
-from storaged.maintain.walk import entries_of, is_claimed
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
-from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Run, Version, decode_object, encode_object
-from storaged.wire import decode, encode
+from storaged.errors import SlowDown, StoragedError
+from storaged.maintain.context import MaintainContext, wait_for
+from storaged.maintain.moves import (
+    CALL_MAX,
+    CHANGED,
+    LATER,
+    MOVED,
+    MOVES_A_CALL,
+    Cost,
+    MoveAnswer,
+    MoveAsk,
+    MovesAnswer,
+    MovesAsk,
+    cost_of,
+)
+from storaged.maintain.rebuild import Move
+from storaged.meta.names import RegisterName
 
-TOUCHES_A_CALL = 4000
-DELETIONS_A_ROUND = 100
-
-_CHANGED = "the record has changed meanwhile"
-
-
-# --- changing the record ---------------------------------------------------------------------------------------------
-
-
-async def commit_moves(context: MaintainContext, owner: RegisterName, moves: Sequence[Move]) -> None:
-    """Changes the record of ``owner`` by all moves.
-
-    Raises CannotRepair when the record is not the one from which the moves were made any more, or their fragments are
-    not there; PeerError, TimeoutError, ServiceUnavailable. Only after OutcomeUnknown the record may have changed.
-    """
-    began_ms = context.clock.wall_ms()
-    seen = (await context.registers.read(owner)).value
-    body = await _body_after(context, owner, seen, moves)
-    if seen is None or body is None:
-        raise CannotRepair(_CHANGED)
-    promised = asyncio.Event()
-
-    def update(value: Value | None) -> Change | None:
-        if promised.is_set():
-            raise CannotRepair("others change the record")
-        if value is None or value.sequence != seen.sequence:
-            return None
-        if context.clock.wall_ms() - began_ms >= context.limits.orphan_age_ms // 2:
-            raise CannotRepair("its pages were written too long ago to be sure that they are still there")
-        promised.set()
-        return Change(body, value.visibility, value.payload)
-
-    guard = asyncio.ensure_future(_touch_new(context, moves, promised))
-    try:
-        outcome = await context.registers.change(owner, update, ready=guard)
-    finally:
-        guard.cancel()
-        await asyncio.gather(guard, return_exceptions=True)
-    if outcome.after is None or outcome.after.body != body:
-        raise CannotRepair(_CHANGED)
+ASK_TIMEOUT_S = 60.0
+FIRST_ASK_TIMEOUT_S = 10.0
+"""When the last call was not taken by any gateway: so it is known soon that this has changed."""
+GATHER_S = 0.2
+"""So long more moves are waited for, while there are few."""
+BLOCKS_WAITING_MAX = 1024
+"""Repair waits while so many blocks do."""
+TRIES_MAX = 8
+PAUSE_S, PAUSE_S_MAX = 1.0, 60.0
 
 
-async def _touch_new(context: MaintainContext, moves: Sequence[Move], promised: asyncio.Event) -> None:
-    """Touches the new fragments once the promise is there. Raises CannotRepair when one is gone."""
-    await promised.wait()
-    for disk, ids in _by_disk(moves, new=True).items():
-        for start in range(0, len(ids), TOUCHES_A_CALL):
-            some = ids[start : start + TOUCHES_A_CALL]
-            async with asyncio.timeout(context.limits.call_timeout_s):
-                stats = await context.stores.store(disk).touch(some, context.clock.wall_ms())
-            if any(stat.health != Health.OK for stat in stats):
-                raise CannotRepair(f"fragments written to disk {disk} are not there any more")
+@dataclass
+class _Waiting:
+    """``since``: when its fragments were written. ``due``: when it is asked next."""
 
-
-def _by_disk(moves: Sequence[Move], *, new: bool) -> dict[str, list[FragmentId]]:
-    """The fragments of the moved blocks, in their new or their old places."""
-    found: dict[str, list[FragmentId]] = {}
-    for move in moves:
-        run, disks = (move.new, move.new_disks) if new else (move.old, move.old_disks)
-        for block in range(move.new.first, move.new.first + move.new.count):
-            for position, disk in enumerate(disks):
-                found.setdefault(disk, []).append(FragmentId(move.entry.data_id, block, run.k, run.m, position))
-    return found
-
-
-async def _body_after(
-    context: MaintainContext, owner: RegisterName, value: Value | None, moves: Sequence[Move]
-) -> bytes | None:
-    """The record after all moves; None when one of them does not apply. New manifest pages are durable when this
-    returns.
-    """
-    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-        return None
-    if owner.table == Table.PART:
-        row = decode(value.body, PartRecord)
-        entry: PartEntry | None = row.entry
-        for move in moves:
-            entry = apply_move(entry, move) if entry is not None else None
-        return encode(msgspec.structs.replace(row, entry=entry)) if entry is not None else None
-    record = decode_object(value.body)
-    versions, left = [], len(moves)
-    by_data: dict[bytes, list[Move]] = {}
-    for move in moves:
-        by_data.setdefault(move.entry.data_id, []).append(move)
-    for version in record.versions:
-        parts = []
-        before = left
-        async for part in parts_of(context.pages, owner, version):
-            for move in by_data.get(part.data_id, ()):
-                moved = apply_move(part, move)
-                if moved is not None:
-                    part, left = moved, left - 1
-            parts.append(part)
-        if left != before:
-            version = await _with_parts(context, owner, version, parts)
-        versions.append(version)
-    return encode_object(ObjectRecord(tuple(versions))) if left == 0 else None
-
-
-async def _with_parts(
-    context: MaintainContext, owner: RegisterName, version: Version, parts: Sequence[PartEntry]
-) -> Version:
-    """The version with a manifest of these parts. Its other pages, which have what is sealed about the parts, stay:
-    they are those of the version that its present manifest does not have.
-    """
-    before = {page_hash async for page_hash, _ in manifest_pages(context.pages, owner, version)}
-    manifest = await write_manifest(context.pages, owner, parts)
-    others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
-    return msgspec.structs.replace(
-        version, parts=manifest.parts, manifest=manifest.first, pages=manifest.pages + others if version.pages else ()
-    )
-
-
-def apply_move(part: PartEntry, move: Move) -> PartEntry | None:
-    """The part with the moved blocks in their new places; None when it does not have them in the old ones."""
-    runs = replace_blocks(part.runs, move.old, move.new)
-    return msgspec.structs.replace(part, runs=runs) if runs is not None and part.data_id == move.entry.data_id else None
-
-
-def replace_blocks(runs: Sequence[Run], old: Run, new: Run) -> tuple[Run, ...] | None:
-    """``runs`` with the blocks of ``new`` taken out of the run that is placed like ``old``, and neighbours that are
-    placed alike joined. None when no such run has them all.
-    """
-    end = new.first + new.count
-    found: list[Run] = []
-    replaced = False
-    for run in runs:
-        if not (run.first <= new.first and end <= run.first + run.count and _alike(run, old)):
-            found.append(run)
-            continue
-        replaced = True
-        if run.first < new.first:
-            found.append(msgspec.structs.replace(run, count=new.first - run.first))
-        found.append(new)
-        if end < run.first + run.count:
-            found.append(msgspec.structs.replace(run, first=end, count=run.first + run.count - end))
-    if not replaced:
-        return None
-    joined: list[Run] = []
-    for run in found:
-        if joined and _alike(joined[-1], run) and joined[-1].first + joined[-1].count == run.first:
-            joined[-1] = msgspec.structs.replace(joined[-1], count=joined[-1].count + run.count)
-        else:
-            joined.append(run)
-    return tuple(joined)
-
-
-def _alike(one: Run, other: Run) -> bool:
-    return (one.k, one.m, one.epoch, one.moved) == (other.k, other.m, other.epoch, other.moved)
-
-
-# --- deleting what the moves left ------------------------------------------------------------------------------------
-
-
-class _Leftover(NamedTuple):
+    ask: MoveAsk
+    since: float
     due: float
-    owner: RegisterName
-    move: Move
+    tries: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return self.ask.new.count
 
 
-class Leftovers:
-    """Fragments that recoded blocks left on their old disks: a queue in the order of time, at most ``leftovers_max``
-    moves long. They stay ``drop_delay_s`` for readers.
+class Relocator:
+    """The moves of one node. ``on_concluded(name)`` is called when no move of the register (packed name) waits any
+    more.
     """
 
-    def __init__(self, context: MaintainContext, buckets: Buckets) -> None:
+    def __init__(self, context: MaintainContext, on_concluded: Callable[[bytes], None]) -> None:
         self._context = context
-        self._buckets = buckets
-        self._queue: deque[_Leftover] = deque()
-        self.deleted = 0
+        self._on_concluded = on_concluded
+        self._waiting: dict[bytes, list[_Waiting]] = {}
+        self._came = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._asks_at = 0.0
+        self._pause_s = PAUSE_S
+        self.away = ""
+        """Why no gateway answers; empty when the last call was answered."""
+        self.moved = self.refused = 0
+        """Blocks that records name in their new places; moves that a gateway refused."""
 
-    def add(self, owner: RegisterName, move: Move) -> None:
-        if len(self._queue) < self._context.limits.leftovers_max:
-            due = self._context.clock.monotonic() + self._context.limits.drop_delay_s
-            self._queue.append(_Leftover(due, owner, move))
+    def add(self, name: RegisterName, moves: Iterable[Move]) -> None:
+        """Their fragments are durable in the new places."""
+        now, packed = self._context.clock.monotonic(), name.pack()
+        for move in moves:
+            for ask in _split(MoveAsk(packed, move.entry.data_id, move.old, move.new)):
+                self._waiting.setdefault(packed, []).append(_Waiting(ask, now, now))
+        self._note_room()
+        self._came.set()
 
-    async def delete_due(self) -> None:
-        for _ in range(DELETIONS_A_ROUND):
-            if not self._queue or self._queue[0].due > self._context.clock.monotonic():
-                return
-            _, owner, move = self._queue.popleft()
-            try:
-                await self._delete(owner, move)
-            except (StoragedError, KeyError, ValueError, TimeoutError) as error:
-                self._context.log(
-                    f"old fragments of a recoded run of {owner.key[:80]!r} are not deleted; the sweep will: {error}"
-                )
+    def has(self, name: bytes) -> bool:
+        """Moves of this register wait."""
+        return name in self._waiting
 
-    async def _delete(self, owner: RegisterName, move: Move) -> None:
-        seen = {disk: await self._ages(disk, ids) for disk, ids in _by_disk([move], new=False).items()}
-        value = await self._context.registers.settle(owner)
-        entries = [
-            entry async for entry in entries_of(self._context, owner, value) if entry.data_id == move.entry.data_id
-        ]
-        for disk, ages in seen.items():
-            countries = self._buckets.countries_of(owner.scope) if ages else ()
-            unclaimed = {
-                fragment: created
-                for fragment, created in ages.items()
-                if not is_claimed(self._context, owner, entries, fragment, disk, countries)
-            }
-            if unclaimed:
-                async with asyncio.timeout(self._context.limits.call_timeout_s):
-                    store = self._context.stores.store(disk)
-                    self.deleted += await store.delete(list(unclaimed), created_ms=list(unclaimed.values()))
+    @property
+    def blocks_waiting(self) -> int:
+        return sum(one.blocks for waiting in self._waiting.values() for one in waiting)
 
-    async def _ages(self, disk: str, ids: list[FragmentId]) -> dict[FragmentId, int]:
-        """When each fragment that is there was created. Empty when the disk is away: the sweep looks at it when it is
-        back.
-        """
+    @property
+    def busy(self) -> bool:
+        """Moves wait, and gateways answer."""
+        return bool(self._waiting) and not self.away
+
+    async def room(self) -> None:
+        """Returns when few blocks wait, or no gateway answers."""
+        await self._room.wait()
+
+    def _note_room(self) -> None:
+        if self.away or self.blocks_waiting < BLOCKS_WAITING_MAX:
+            self._room.set()
+        else:
+            self._room.clear()
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            if not self._waiting:
+                await self._came.wait()
+            self._came.clear()
+            if self.blocks_waiting < BLOCKS_WAITING_MAX // 4:
+                await asyncio.sleep(GATHER_S)
+            pause_s = self._next_at() - self._context.clock.monotonic()
+            if pause_s > 0:
+                await wait_for(self._came, pause_s)
+            await self.ask_due()
+
+    def _next_at(self) -> float:
+        dues = [one.due for waiting in self._waiting.values() for one in waiting]
+        return max(self._asks_at, min(dues, default=0.0))
+
+    async def ask_due(self) -> None:
+        """One call with what is due, if anything is."""
+        now = self._context.clock.monotonic()
+        batch = self._due(now) if now >= self._asks_at else []
+        if not batch:
+            return
+        ask = MovesAsk(tuple(one.ask for one in batch))
         try:
-            async with asyncio.timeout(self._context.limits.call_timeout_s):
-                stats = await self._context.stores.store(disk).stat(ids)
-        except (PeerError, TimeoutError):
-            return {}
-        return {FragmentId.unpack(stat.id): stat.created_ms for stat in stats if stat.health != Health.MISSING}
+            timeout_s = FIRST_ASK_TIMEOUT_S if self.away else ASK_TIMEOUT_S
+            found = await self._context.asks.ask("move", ask, MovesAnswer, timeout_s=timeout_s)
+            if len(found.answers) != len(batch):
+                raise SlowDown("a gateway answered about other moves than it was asked about")
+        except StoragedError as error:
+            self._pause(error)
+            return
+        self.away, self._pause_s = "", PAUSE_S
+        for one, answer in zip(batch, found.answers, strict=True):
+            self._take(one, answer)
+        self._note_room()
+
+    def _due(self, now: float) -> list[_Waiting]:
+        """As many moves as go into a call, those of one register together."""
+        found: list[_Waiting] = []
+        cost = Cost()
+        for waiting in self._waiting.values():
+            for one in waiting:
+                more = cost + cost_of(one.ask)
+                if found and (len(found) >= MOVES_A_CALL or not more.within(CALL_MAX)):
+                    return found
+                if one.due <= now:
+                    found.append(one)
+                    cost = more
+        return found
+
+    def _pause(self, error: StoragedError) -> None:
+        """No gateway answers: moves are asked again after a pause that doubles."""
+        if not self.away:
+            self._context.log(f"{self.blocks_waiting} blocks wait for a gateway to name their new places: {error}")
+        self.away = error.message
+        self._asks_at = self._context.clock.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, PAUSE_S_MAX)
+        self._drop(self._too_old())
+        self._note_room()
+
+    def _too_old(self) -> list[_Waiting]:
+        """Moves whose fragments the sweep of orphans may find soon."""
+        oldest = self._context.clock.monotonic() - self._context.limits.orphan_age_ms / 4000
+        return [one for waiting in self._waiting.values() for one in waiting if one.since < oldest]
+
+    def _take(self, one: _Waiting, answer: MoveAnswer) -> None:
+        one.tries += 1
+        if answer.code == LATER and one.tries < TRIES_MAX:
+            pause_s = min(PAUSE_S * 2 ** (one.tries - 1), PAUSE_S_MAX)
+            one.due = self._context.clock.monotonic() + pause_s
+            return
+        if answer.code == MOVED:
+            self.moved += one.blocks
+        elif answer.code != CHANGED:
+            self.refused += answer.code != LATER
+            self._context.log(f"a gateway does not move blocks of {one.ask.name[18:98]!r}: {answer.reason}")
+        self._drop([one])
+
+    def _drop(self, some: Sequence[_Waiting]) -> None:
+        for one in some:
+            waiting = self._waiting[one.ask.name]
+            waiting.remove(one)
+            if not waiting:
+                del self._waiting[one.ask.name]
+                self._on_concluded(one.ask.name)
+
+
+def _split(ask: MoveAsk) -> list[MoveAsk]:
+    """As moves each of which fits into a call."""
+    blocks = ask.new.count
+    while blocks > 1 and not cost_of(_part_of(ask, 0, blocks)).within(CALL_MAX):
+        blocks //= 2
+    return [_part_of(ask, start, blocks) for start in range(0, ask.new.count, blocks)]
+
+
+def _part_of(ask: MoveAsk, start: int, blocks: int) -> MoveAsk:
+    count = min(blocks, ask.new.count - start)
+    return msgspec.structs.replace(ask, new=msgspec.structs.replace(ask.new, first=ask.new.first + start, count=count))

@@ -17,8 +17,9 @@ How repair decides, in the order of this file:
    target, if the disks that take writes can hold it: without delay for a slice that is not on target, after the delay
    for one with AWAY fragments. If they can't hold the target, it chooses what they can hold, for a slice that has AWAY
    fragments, after the delay, when a block has no spare left.
-6. ``_commit`` makes the record name the new places, by a compare-and-set (``relocate``). The old fragments are deleted
-   later.
+6. Only gateways change records: ``relocate`` asks one to make the record name the new places, many moves at a time,
+   while repair goes on. The gateway puts the old fragments on garbage lists. While no gateway answers, nothing is
+   recoded (step 4 rebuilds in place, for which no record changes), and ``waits`` says so.
 7. The register is judged again, and leaves the queue when it is on target.
 
 Repair does not touch a block with fewer than k readable fragments. The block is lost when that would be so even if all
@@ -33,11 +34,11 @@ from collections.abc import AsyncIterator, Iterable
 from storaged.fragments.ports import FragmentId
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.check import NOW, REFUSALS, Check
-from storaged.maintain.context import MaintainContext, wait_for
+from storaged.maintain.context import MaintainContext, concurrently, wait_for
 from storaged.maintain.health import BlockHealth, BlockPlace, Finding
 from storaged.maintain.job import Job
 from storaged.maintain.rebuild import Move, Rebuilder
-from storaged.maintain.relocate import Leftovers, commit_moves
+from storaged.maintain.relocate import Relocator
 from storaged.maintain.repair_queue import PREFIX_BYTES
 from storaged.maintain.walk import entries_of, upload_rows
 from storaged.meta.names import RegisterName, Table, Value
@@ -49,9 +50,6 @@ BLOCKS_A_SLICE = 64
 is repeated after an interruption.
 """
 
-BLOCKS_A_COMMIT = 512
-"""Blocks recoded before the record is changed. A change of a record with many parts writes its manifest again."""
-
 NO_RECODING_S = -1.0
 """Of ``Waits.recode_in_s``: nothing will be recoded."""
 
@@ -59,11 +57,13 @@ NO_RECODING_S = -1.0
 class Waits(Message, frozen=True):
     """Why repair does nothing more now. ``disks_away``: take no new fragments. ``recode_in_s``: seconds until blocks
     are recoded for the other disks, NO_RECODING_S when that would not help. ``recode_delay_s``: the setting.
+    ``gateway``: why no gateway changes records for repair; empty while one does, or nothing has to be changed.
     """
 
     disks_away: tuple[str, ...] = ()
     recode_in_s: float = NO_RECODING_S
     recode_delay_s: float = 0.0
+    gateway: str = ""
 
 
 class Repair:
@@ -76,7 +76,9 @@ class Repair:
         self._walker = check.walker
         self._placements = check.walker.placements
         self.rebuilder = Rebuilder(context)
-        self.leftovers = Leftovers(context, check.walker.buckets)
+        self.relocator = Relocator(context, self._on_concluded)
+        self._concluded: dict[bytes, None] = {}
+        """Registers of which no move waits any more, to be judged."""
         self.job = Job("repair", context.clock)
         self._mismatches: dict[tuple[bytes, FragmentId], None] = {}
         self._away_since: dict[str, float] = {}
@@ -98,8 +100,10 @@ class Repair:
         """Something is being done, or waits to be done, that changes the findings. What has failed several times does
         not count.
         """
-        running = self.job.state == "running"
-        return running or self._check.busy or bool(self._mismatches) or self._queue.expects_progress()
+        if self.job.state == "running" or self.relocator.busy or self._concluded:
+            return True
+        moves = not self.relocator.away
+        return self._check.busy or bool(self._mismatches) or self._queue.expects_progress(moves=moves)
 
     def waits(self) -> Waits:
         """What keeps repair from doing more now: disks that are away, and when blocks are recoded without them."""
@@ -107,7 +111,8 @@ class Repair:
         later = [delay_s - (now - since) for since in self._away_since.values()]
         pending = [left for left in later if left > 0]
         recode_in_s = min(pending) if pending and self._queue.waits_for_delay() else NO_RECODING_S
-        return Waits(tuple(sorted(self._away_since)), recode_in_s, delay_s)
+        gateway = self.relocator.away if self._queue.wants_moves() else ""
+        return Waits(tuple(sorted(self._away_since)), recode_in_s, delay_s, gateway)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +121,8 @@ class Repair:
         while True:
             await self.round()
             limits, check = self._context.limits, self._check
-            eager = not check.current or check.has_hints or self._mismatches or self._look_due()
+            waiting = self._mismatches or self._concluded
+            eager = not check.current or check.has_hints or waiting or self._look_due()
             await wait_for(check.wake, limits.poll_s if eager else limits.retry_s)
 
     async def round(self) -> None:
@@ -125,8 +131,8 @@ class Repair:
         try:
             await self._check.round()
             await self._compare_mismatched()
+            await self._judge_concluded()
             await self._repair_most_urgent()
-            await self.leftovers.delete_due()
         except REFUSALS as error:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
 
@@ -153,20 +159,46 @@ class Repair:
         failures: list[str] = []
         batch = self._context.limits.repair_batch
         for finding in heapq.nsmallest(batch, work, key=lambda finding: (finding.spare, finding.name)):
+            await self.relocator.room()
             before = self.rebuilder.bytes_rebuilt
             try:
                 await self._repair(RegisterName.unpack(finding.name))
             except (*REFUSALS, KeyError, ValueError) as error:
                 failures.append(f"{finding.name[18:98]!r}: {error}")
-            if self._queue.has(finding.name):
-                self._queue.back_off(finding.name, self._context.clock.monotonic())
-            else:
-                self._queue.repaired = True
-            self.job.advance(1, self.rebuilder.bytes_rebuilt - before)
+            self.job.advance(0, self.rebuilder.bytes_rebuilt - before)
+            if not self._is_moving(finding):
+                self._conclude(finding.name)
+            await self._judge_concluded()
             if self._check.walk_due:
                 break  # the disks have changed: something else may be urgent now
         if failures:
             self._context.log(f"repair of {len(failures)} registers failed, the first: {failures[0]}")
+
+    def _on_concluded(self, name: bytes) -> None:
+        self._concluded[name] = None
+        self._check.wake.set()
+
+    async def _judge_concluded(self) -> None:
+        """Judges the registers whose moves were answered."""
+        while self._concluded:
+            some, self._concluded = self._concluded, {}
+            await concurrently(map(self._judge_again, some), self._context.limits.hints_concurrent_max)
+
+    async def _judge_again(self, packed: bytes) -> None:
+        try:
+            name = RegisterName.unpack(packed)
+            await self._check.judge(name, (await self._context.registers.read(name)).value)
+        except REFUSALS as error:
+            self._context.log(f"{packed[18:98]!r} can't be judged now: {error}")
+        self._conclude(packed)
+
+    def _conclude(self, name: bytes) -> None:
+        """What could be done for this register is done."""
+        if self._queue.has(name):
+            self._queue.back_off(name, self._context.clock.monotonic())
+        else:
+            self._queue.repaired = True
+        self.job.advance(1)
 
     async def _forget_ended_uploads(self) -> None:
         """Parts of uploads that ended since they were found are in an object now, or garbage."""
@@ -180,9 +212,16 @@ class Repair:
     def _due_findings(self) -> list[Finding]:
         now, delay_s = self._context.clock.monotonic(), self._context.limits.recode_delay_s
         recode = any(now - since >= delay_s for since in self._away_since.values())
-        return list(self._queue.due(now, recode=recode))
+        due = self._queue.due(now, recode=recode, moves=not self.relocator.away)
+        return [finding for finding in due if not self._is_moving(finding)]
+
+    def _is_moving(self, finding: Finding) -> bool:
+        """A gateway is asked for moves of this register: it is judged when they are answered."""
+        return self.relocator.has(finding.name) and not self.relocator.away
 
     def _rest(self) -> None:
+        if self.relocator.busy:
+            return
         self._next_look_at = self._context.clock.monotonic() + self._context.limits.retry_s
         if self._queue.repaired and self._queue.overflowed:
             self._check.request_walk()  # it finds again what did not fit into the queue
@@ -199,7 +238,6 @@ class Repair:
             self._queue.set(name.pack(), None)
             raise
         failure: Exception | None = None
-        moves: list[Move] = []
         try:
             value = (await self._context.registers.read(name)).value
             try:
@@ -215,13 +253,11 @@ class Repair:
                     failure = failure or error
                     continue
                 if move is not None:
-                    moves.append(move)
-                if sum(move.new.count for move in moves) >= BLOCKS_A_COMMIT:
-                    await self._commit(name, moves)
-                    moves = []
-            await self._commit(name, moves)
+                    self.relocator.add(name, [move])
+                    await self.relocator.room()
         finally:
-            await self._check.judge(name, (await self._context.registers.read(name)).value)
+            if self.relocator.away or not self.relocator.has(name.pack()):
+                await self._check.judge(name, (await self._context.registers.read(name)).value)
         if failure is not None:
             raise failure
 
@@ -241,7 +277,7 @@ class Repair:
         """Recodes the blocks for a better placement and returns where they are now, or rebuilds in place what is
         missing.
         """
-        placement = self._better_placement(name, blocks)
+        placement = self._better_placement(name, blocks) if not self.relocator.away else None
         if placement is not None:
             return await self.rebuilder.recode(blocks, placement, self._context.layouts.current.epoch)
         await self.rebuilder.rebuild_missing(block for block in blocks if block.missing and block.readable)
@@ -283,16 +319,6 @@ class Repair:
             for disk in self._context.layouts.current.disk_by_id
             if disk not in writable
         }
-
-    async def _commit(self, name: RegisterName, moves: list[Move]) -> None:
-        """Makes the record name the new places, and queues the old fragments for deletion."""
-        if not moves:
-            return
-        await commit_moves(self._context, name, moves)
-        # The row of a part may be copied into the object just now: the sweep of orphans deletes what it left.
-        if name.table == Table.OBJECT:
-            for move in moves:
-                self.leftovers.add(name, move)
 
     # --- fragments that checksums can't judge -----------------------------------------------------------------------
 

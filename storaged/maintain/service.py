@@ -96,6 +96,7 @@ class Maintenance:
         async with asyncio.TaskGroup() as group:
             for work in (
                 self.repair.run,
+                self.repair.relocator.run,
                 self._watch,
                 self.scrub.run,
                 self.collector.run,
@@ -200,7 +201,7 @@ class Maintenance:
             fragments_rebuilt=repair.rebuilder.fragments_rebuilt,
             bytes_rebuilt=repair.rebuilder.bytes_rebuilt,
             blocks_recoded=repair.rebuilder.blocks_recoded,
-            fragments_deleted=self.collector.deleted_fragments + repair.leftovers.deleted,
+            fragments_deleted=self.collector.deleted_fragments,
             damaged_found=self.scrub.damaged,
             registers_settled=check.walker.settled,
             parts_below_target=queue.parts_below_target,

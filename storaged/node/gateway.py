@@ -35,6 +35,7 @@ from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import KeyCopies
 from storaged.maintain.answers import Answers, settle_handler
+from storaged.maintain.mover import Mover
 from storaged.meta.names import RegisterName, Value
 from storaged.node.audited import NOT_AUDITED, AuditedBuckets
 from storaged.node.binding import REMEMBERED_FILE, Binding
@@ -114,10 +115,11 @@ class Gateway:
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
         self._belief = Belief(plane, self.users)
+        self.mover = Mover(node.maintain_context())
         self._answers = Answers(
             node.pool,
             node.layouts,
-            {"settle": settle_handler(node.ring)},
+            {"settle": settle_handler(node.ring), "move": self.mover.answer},
             structlog.get_logger("maintain").error,
         )
         self._app = S3App(

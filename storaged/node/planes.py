@@ -325,8 +325,9 @@ class NodePlanes:
         for refused in self.layouts.refusals():
             note(refused)
 
-    def _build_maintenance(self) -> None:
-        context = MaintainContext(
+    def maintain_context(self) -> MaintainContext:
+        """What background work uses, of this node's disks and as a gateway."""
+        return MaintainContext(
             node=self.own.name,
             clock=self.clock,
             layouts=self.layouts,
@@ -344,6 +345,9 @@ class NodePlanes:
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),
             log=structlog.get_logger("maintain").info,
         )
+
+    def _build_maintenance(self) -> None:
+        context = self.maintain_context()
 
         async def live(owner: RegisterName, uploads: bool) -> set[bytes]:
             return await live_references(self.ring, self.scanner, self.ring, owner, uploads=uploads)

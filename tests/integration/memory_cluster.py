@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
-from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
+from storaged.errors import DiskUnusable, PeerError, PeerRefused, PeerUnreachable, StoragedError
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
@@ -24,6 +24,7 @@ from storaged.maintain.answers import Answers, settle_handler
 from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.health import BlockPlace, blocks_of
+from storaged.maintain.mover import Mover
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.listing.merge import RingScanner
@@ -345,10 +346,9 @@ class Cluster:
     async def bucket(self, name: str = "bucket") -> BucketRecord:
         return await self.buckets.create(WHO, name, region="eu-fr-1")
 
-    async def put(self, bucket: BucketRecord, key: bytes, data: bytes) -> PutResult:
-        return await self.objects.put(
-            bucket, key, body_of(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id
-        )
+    async def put(self, bucket: BucketRecord, key: bytes, data: bytes, gateway: Gateway | None = None) -> PutResult:
+        objects = (gateway or self.gateway).objects
+        return await objects.put(bucket, key, body_of(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
 
     async def put_part(
         self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, data: bytes, gateway: Gateway | None = None
@@ -479,6 +479,7 @@ def _is_whole_page(store: MemoryMetaStore, page: bytes) -> bool:
 
 class Gateway:
     def __init__(self, cluster: Cluster, name: str, limits: ObjectLimits) -> None:
+        self.name = name
         caller = LocalCaller(cluster, name, "gateway")
         self.maintain = MaintainClient(caller, cluster.layouts, cluster.alive)
         directory = ReplicaDirectory(cluster.layouts, caller)
@@ -517,9 +518,33 @@ class Gateway:
         self.buckets = BucketService(self.plane)
         self.belief = Belief(self.plane, UserService(self.plane))
         loop = asyncio.get_running_loop()
-        self.answers = Answers(caller, cluster.layouts, {"settle": settle_handler(self.ring)}, cluster.log.append)
+        self.mover = Mover(self._maintain_context(cluster))
+        handlers = {"settle": settle_handler(self.ring), "move": self.mover.answer}
+        self.answers = Answers(caller, cluster.layouts, handlers, cluster.log.append)
         work = (self.maintain.run(), self.keeper.run(), self.answers.run())
         self._tasks = [loop.create_task(task) for task in work]
+
+    def _maintain_context(self, cluster: Cluster) -> MaintainContext:
+        async def no_disk(disk: str) -> None:
+            raise DiskUnusable(f"a gateway has no disk {disk}", state="failed")
+
+        return MaintainContext(
+            node=self.name,
+            clock=cluster.clock,
+            layouts=cluster.layouts,
+            liveness=cluster.alive,
+            registers=self.ring,
+            pages=self.ring,
+            scanner=self.scanner,
+            stores=self.plane.stores,
+            local_meta={},
+            local_fragments={},
+            end_promises=no_disk,
+            signers=MemorySigners(),
+            asks=Asks(cluster.clock),
+            limits=cluster.limits,
+            log=cluster.log.append,
+        )
 
     def _missed(self, name: RegisterName) -> None:
         (self.keeper if name.table == Table.SYSTEM else self.maintain).hint(name)

@@ -726,12 +726,13 @@ def test_a_record_that_changed_while_it_was_recoded_stays_as_it_was_changed() ->
         await cluster.settled()
         newer = os.urandom(LARGE)
         written = False
+        other = cluster.new_gateway("h")
 
         async def interfere(source: str, node: str, method: str, request: object) -> None:
             nonlocal written
-            if source != "g" and method == "fragment.touch" and not written:
+            if method == "fragment.touch" and not written:
                 written = True
-                await cluster.put(bucket, b"k", newer)
+                await cluster.put(bucket, b"k", newer, other if source == "g" else cluster.gateway)
 
         await cluster.kill("nc")
         cluster.intercept = interfere

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from storaged.cluster.layout import Profile
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.health import BlockPlace, Presence, Tally, blocks_of, claims, judge_block
-from storaged.maintain.relocate import replace_blocks
+from storaged.maintain.moves import replace_blocks
 from storaged.objects.code.place import choose
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import MAGIC, SUITE

@@ -46,7 +46,8 @@ class Placement(NamedTuple):
     moved: dict[int, str]
 
 
-def _eligible(layout: Layout, disk_id: str, countries: Sequence[str]) -> bool:
+def is_eligible(layout: Layout, disk_id: str, countries: Sequence[str]) -> bool:
+    """Whether new fragments of a bucket of these countries may go to a disk of the layout."""
     country = layout.country_of(disk_id)
     return (
         layout.disk_by_id[disk_id].state == "active"
@@ -62,7 +63,7 @@ def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tupl
     memo = layout.first_choices
     found = memo.get((group, profile, countries))
     if found is None:
-        ranked = [disk_id for disk_id in layout.preference(group) if _eligible(layout, disk_id, countries)]
+        ranked = [disk_id for disk_id in layout.preference(group) if is_eligible(layout, disk_id, countries)]
         shares: Counter[str] = Counter()
         chosen: list[str] = []
         for disk_id in ranked:
@@ -127,7 +128,7 @@ def choose(
     group, countries = placement_group(data_id), tuple(countries)
 
     def takes(disk_id: str) -> bool:
-        return _eligible(layout, disk_id, countries) and writable(disk_id)
+        return is_eligible(layout, disk_id, countries) and writable(disk_id)
 
     def hold(profile: Profile, domain_limit: int) -> Placement | None:
         first = _ranked_choice(layout, group, profile, countries)
@@ -222,7 +223,7 @@ def acceptable(
     if _left(durable.values()) < profile.k:
         return False
     if not _spans_domains(
-        layout, (disk.id for disk in layout.disks if _eligible(layout, disk.id, countries) and writable(disk.id))
+        layout, (disk.id for disk in layout.disks if is_eligible(layout, disk.id, countries) and writable(disk.id))
     ):
         return True
     return _left(layout.domain_by_disk.get(disk_id, disk_id) for disk_id in durable.values()) >= profile.k
@@ -294,6 +295,11 @@ def copy_plan(layout: Layout, partition: int, writable: Writable) -> CopyPlan:
         copies_rule(layout, replicas, writable),
         first.pack()[DATA_ID_BYTES:],
     )
+
+
+def largest_share(layout: Layout, disks: Iterable[str]) -> int:
+    """How many of the disks the domain has that has the most."""
+    return max(Counter(layout.domain_by_disk.get(disk, disk) for disk in disks).values(), default=0)
 
 
 def spare(layout: Layout, profile: Profile, alive: Mapping[int, str]) -> tuple[int, int]:
