@@ -18,6 +18,8 @@ PLAYS = {
     "ring": "tests.sim.scenario:run_seed",
     "files": "tests.sim.scenario:run_on_files",
     "hostile": "tests.sim.hostile:run_hostile",
+    "listing": "tests.sim.listing:run_listing",
+    "buckets": "tests.sim.buckets:run_buckets",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 

@@ -167,7 +167,7 @@ class Workload:
                 self.complain(f"the small copy of {reading.value.body!r} is {bytes(reading.payload)!r}")
             return content_of(reading.value)
         if operation.kind is Kind.DELETE:
-            outcome = await self._change(client, name, _delete)
+            outcome = await self._change(client, name, delete)
             return content_of(outcome.before)
         small, data_id = self._small_copies(operation.new or b"")
         if operation.kind is Kind.CAS:
@@ -253,7 +253,7 @@ class Workload:
         await asyncio.gather(*work)
 
 
-def _delete(value: Value | None) -> Change | None:
+def delete(value: Value | None) -> Change | None:
     return None if content_of(value) is None else Change(b"", Visibility.TOMBSTONE)
 
 
