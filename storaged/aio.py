@@ -5,6 +5,8 @@ A thread that writes and syncs costs more than the write: it needs the interpret
 end, from a loop that has other work. The kernel needs neither. With O_DIRECT and RWF_DSYNC it accepts a write to blocks
 that the file has, sends it to the drive, and reports when it is durable.
 
+``uring`` does the same without ever waiting; this is for machines that forbid it.
+
 ``DirectFile.open`` returns None where that is not available: another operating system or processor, a file system
 without O_DIRECT or one that is not known to keep the promise, no more contexts (/proc/sys/fs/aio-max-nr). Later
 ``blocks_loop`` reports a file system that refuses, or that writes during the call instead of after it; there a thread
@@ -39,6 +41,10 @@ system counts as one that does not write asynchronously."""
 FILE_SYSTEMS = (0xEF53, 0x58465342)
 """By ``f_type``: ext2 to ext4, XFS. On others RWF_DSYNC may not cover asynchronous writes: on btrfs it did not from
 Linux 5.16 to 6.0 (kernel commit 8184620ae212), without any sign of it."""
+
+STUCK_S = 0.05
+AVOIDED_S = 10.0
+"""After one request that took STUCK_S to begin, ``blocks_loop`` is true for AVOIDED_S: the disk may hang."""
 
 _STATFS_BYTES = 256
 """Larger than ``struct statfs``, whose first field is the type, in 8 bytes."""
@@ -122,6 +128,7 @@ class DirectFile:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_done: OnDone | None = None
         self._failing_in_a_row = 0
+        self._avoided_until_s = 0.0
         self._refused_late = False
         """Whether the last request was accepted first and refused then."""
 
@@ -140,10 +147,10 @@ class DirectFile:
         context = ctypes.c_uint64(0)
         try:
             descriptors.append(os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC))
-            if _file_system(descriptors[0]) in FILE_SYSTEMS:
+            if file_system_of(descriptors[0]) in FILE_SYSTEMS:
                 descriptors.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
                 memory = mmap.mmap(-1, bytes_max)
-                if _system_call()(ctypes.c_long(numbers[0]), ctypes.c_long(1), ctypes.byref(context)) == 0:
+                if system_call()(ctypes.c_long(numbers[0]), ctypes.c_long(1), ctypes.byref(context)) == 0:
                     return cls(descriptors[0], descriptors[1], memory, context.value, numbers)
         except OSError:
             pass
@@ -154,8 +161,12 @@ class DirectFile:
     @property
     def blocks_loop(self) -> bool:
         """Whether writes are refused, or take long and are complete before ``write`` returns, which stops the event
-        loop.
+        loop; also for a while after one that took very long to begin.
         """
+        if self._avoided_until_s:
+            if time.perf_counter() < self._avoided_until_s:
+                return True
+            self._avoided_until_s = 0.0
         return self._failing_in_a_row >= FAILING_IN_A_ROW_MAX
 
     def write(self, loop: asyncio.AbstractEventLoop, pieces: Sequence[Buffer], at: int, on_done: OnDone) -> None:
@@ -184,7 +195,10 @@ class DirectFile:
             self._failing_in_a_row += 1
             raise DirectWriteRefused(code, os.strerror(code))
         self._on_done = on_done
-        if time.perf_counter() - began >= SLOW_S and self._is_complete():
+        took_s = time.perf_counter() - began
+        if took_s >= STUCK_S:
+            self._avoided_until_s = began + took_s + AVOIDED_S
+        if took_s >= SLOW_S and self._is_complete():
             self._failing_in_a_row += 1
         elif not self._refused_late:
             self._failing_in_a_row = 0
@@ -234,19 +248,19 @@ class DirectFile:
 
     def close(self) -> None:
         """Waits for a write that is under way, without calling ``on_done``."""
-        _system_call()(ctypes.c_long(self._destroy), ctypes.c_uint64(self._context))
+        system_call()(ctypes.c_long(self._destroy), ctypes.c_uint64(self._context))
         os.close(self._eventfd)
         os.close(self._fd)
 
 
-def _system_call() -> Callable[..., int]:
+def system_call() -> Callable[..., int]:
     """``syscall(2)``; other threads may run meanwhile."""
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long
     return call
 
 
-def _file_system(fd: int) -> int:
+def file_system_of(fd: int) -> int:
     found = ctypes.create_string_buffer(_STATFS_BYTES)
     if ctypes.CDLL(None).fstatfs(ctypes.c_int(fd), found):
         return 0

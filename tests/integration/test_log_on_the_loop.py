@@ -8,6 +8,7 @@ import asyncio
 import errno
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from storaged.meta.storage import state as store_module
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.store_ports import StoreBatch
 from storaged.node.disks import DiskCopies, restore_copies
+from storaged.uring import RingFile
 from storaged.wire import encode
 from tests.doubles.files import SimulatedFiles
 from tests.patience import GUARD_S
 from tests.suites.meta_store import page_of
 from tests.worlds.fragments import DISK, Made, make
+from tests.worlds.frozen_disk import frozen_disk
 
 RNG = random.Random(23)
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
@@ -254,7 +257,9 @@ async def test_a_disk_whose_index_fails_for_now_has_every_acknowledged_copy_afte
 
 
 @pytest.fixture
-async def meta(tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
+async def meta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LmdbMetaStore]:
+    """One that writes as where io_uring is forbidden."""
+    monkeypatch.setattr(RingFile, "open", lambda _path, _bytes_max: None)
     opened = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
     yield opened
     await opened.close()
@@ -262,7 +267,7 @@ async def meta(tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
 
 def direct_of(meta: LmdbMetaStore) -> DirectFile:
     direct = meta._state.redo._direct
-    if direct is None:
+    if not isinstance(direct, DirectFile):
         pytest.skip("no direct writes here")
     return direct
 
@@ -377,3 +382,28 @@ async def test_an_empty_batch_is_answered_when_all_before_it_are_durable(
         await asyncio.sleep(0.1)
         after.append(list(told))
     assert after == ([["page"], ["page", "row", "barrier"]] if pages_begun else [["row"], ["row", "page", "barrier"]])
+
+
+# --- a file system that is frozen
+
+
+async def test_a_frozen_file_system_does_not_stop_the_loop_and_what_was_written_arrives_later() -> None:
+    with frozen_disk() as disk:
+        opened = LmdbMetaStore(disk.directory / "meta", map_bytes=1 << 26)
+        if not isinstance(opened._state.redo._direct, RingFile):
+            await opened.close()
+            pytest.skip("no io_uring here")
+        await opened.commit(StoreBatch(meta={"a": b"1"}))
+        await opened.checkpoint()
+        disk.freeze()
+        began = time.monotonic()
+        committing = asyncio.ensure_future(opened.commit(StoreBatch(meta={"a": b"2"})))
+        await asyncio.sleep(0)
+        assert opened.get_meta("a") == b"1"
+        await asyncio.sleep(0.2)
+        assert time.monotonic() - began < 2
+        assert not committing.done()
+        disk.thaw()
+        await asyncio.wait_for(committing, GUARD_S)
+        assert opened.get_meta("a") == b"2"
+        await opened.close()

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from storaged import aio
+from storaged import aio, uring
 from storaged.aio import BLOCK_BYTES, FAILING_IN_A_ROW_MAX, DirectFile
+from storaged.uring import RingFile
 from tests.patience import GUARD_S
 
 BLOCKS = 64
@@ -43,11 +44,25 @@ def direct(path: Path) -> Iterator[DirectFile]:
     opened.close()
 
 
+Writer = DirectFile | RingFile
+
+
+@pytest.fixture(params=[DirectFile, RingFile])
+def writer(path: Path, request: pytest.FixtureRequest) -> Iterator[Writer]:
+    """Either way to write; with those tests that know nothing of how it is done."""
+    opened = request.param.open(path, WRITE_BYTES_MAX)
+    if opened is None:
+        pytest.skip("this machine, or this file system, has no asynchronous direct writes of this kind")
+    yield opened
+    opened.detach()
+    opened.close()
+
+
 def content(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def begin(direct: DirectFile, pieces: list[bytes], at: int) -> asyncio.Future[None]:
+def begin(direct: Writer, pieces: list[bytes], at: int) -> asyncio.Future[None]:
     """The write has begun; its callback has not been called when that returns."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -64,7 +79,7 @@ def begin(direct: DirectFile, pieces: list[bytes], at: int) -> asyncio.Future[No
     return ended
 
 
-async def write(direct: DirectFile, pieces: list[bytes], at: int) -> None:
+async def write(direct: Writer, pieces: list[bytes], at: int) -> None:
     async with asyncio.timeout(GUARD_S):
         await begin(direct, pieces, at)
 
@@ -80,34 +95,34 @@ def size_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def test_what_was_written_is_in_the_file_and_nothing_else_is_changed(direct: DirectFile, path: Path) -> None:
+async def test_what_was_written_is_in_the_file_and_nothing_else_is_changed(writer: Writer, path: Path) -> None:
     expected = bytearray(content(path))
     data = random.Random(1).randbytes(3 * BLOCK_BYTES)
-    await write(direct, [data[:32], data[32:7000], b"", data[7000:]], 5 * BLOCK_BYTES)
+    await write(writer, [data[:32], data[32:7000], b"", data[7000:]], 5 * BLOCK_BYTES)
     expected[5 * BLOCK_BYTES : 8 * BLOCK_BYTES] = data
     assert content(path) == expected
 
 
-async def test_writes_in_turn_of_any_size_and_place_are_all_there(direct: DirectFile, path: Path) -> None:
+async def test_writes_in_turn_of_any_size_and_place_are_all_there(writer: Writer, path: Path) -> None:
     rng, expected = random.Random(2), bytearray(BLOCKS * BLOCK_BYTES)
     for _ in range(40):
         count = rng.randint(1, WRITE_BYTES_MAX // BLOCK_BYTES)
         at = rng.randint(0, BLOCKS - count) * BLOCK_BYTES
         data = rng.randbytes(count * BLOCK_BYTES)
-        await write(direct, [data], at)
+        await write(writer, [data], at)
         expected[at : at + len(data)] = data
     assert content(path) == expected
 
 
-async def test_the_pieces_are_free_as_soon_as_the_write_was_begun(direct: DirectFile, path: Path) -> None:
+async def test_the_pieces_are_free_as_soon_as_the_write_was_begun(writer: Writer, path: Path) -> None:
     piece = bytearray(b"x" * WRITE_BYTES_MAX)
-    ended = begin(direct, [piece], 0)  # type: ignore[list-item]
+    ended = begin(writer, [piece], 0)  # type: ignore[list-item]
     piece[:] = bytes(len(piece))
     await ended
     assert content(path)[:WRITE_BYTES_MAX] == b"x" * WRITE_BYTES_MAX
 
 
-async def test_the_next_may_be_begun_by_who_is_told_of_the_last(direct: DirectFile, path: Path) -> None:
+async def test_the_next_may_be_begun_by_who_is_told_of_the_last(writer: Writer, path: Path) -> None:
     loop = asyncio.get_running_loop()
     all_there: asyncio.Future[None] = loop.create_future()
     blocks = [bytes([number]) * BLOCK_BYTES for number in range(1, 9)]
@@ -116,7 +131,7 @@ async def test_the_next_may_be_begun_by_who_is_told_of_the_last(direct: DirectFi
         if number == len(blocks):
             all_there.set_result(None)
         else:
-            direct.write(loop, [blocks[number]], number * BLOCK_BYTES, lambda _error: go_on(number + 1))
+            writer.write(loop, [blocks[number]], number * BLOCK_BYTES, lambda _error: go_on(number + 1))
 
     go_on(0)
     await asyncio.wait_for(all_there, GUARD_S)
@@ -125,13 +140,13 @@ async def test_the_next_may_be_begun_by_who_is_told_of_the_last(direct: DirectFi
 
 @pytest.mark.parametrize(("limit", "code"), [(4, errno.EFBIG), (6, errno.EIO)])
 async def test_what_the_kernel_refuses_or_cuts_short_is_an_error_of_that_write_alone(
-    direct: DirectFile, path: Path, limit: int, code: int
+    writer: Writer, path: Path, limit: int, code: int
 ) -> None:
     """Of four blocks none is within the limit, or two are."""
     with size_limit(limit * BLOCK_BYTES), pytest.raises(OSError) as refused:
-        await write(direct, [bytes(4 * BLOCK_BYTES)], 4 * BLOCK_BYTES)
+        await write(writer, [bytes(4 * BLOCK_BYTES)], 4 * BLOCK_BYTES)
     assert refused.value.errno == code
-    await write(direct, [b"y" * BLOCK_BYTES], 7 * BLOCK_BYTES)
+    await write(writer, [b"y" * BLOCK_BYTES], 7 * BLOCK_BYTES)
     assert content(path)[7 * BLOCK_BYTES : 8 * BLOCK_BYTES] == b"y" * BLOCK_BYTES
 
 
@@ -173,20 +188,23 @@ async def test_what_the_kernel_does_not_take_is_raised_and_nobody_is_told(direct
     assert not told
 
 
-async def test_no_second_write_is_begun_while_one_is_under_way_and_none_of_half_a_block(direct: DirectFile) -> None:
+async def test_no_second_write_is_begun_while_one_is_under_way_and_none_of_half_a_block(writer: Writer) -> None:
     loop = asyncio.get_running_loop()
-    ended = begin(direct, [bytes(BLOCK_BYTES)], 0)
+    ended = begin(writer, [bytes(BLOCK_BYTES)], 0)
     with pytest.raises(AssertionError, match="one write at a time"):
-        direct.write(loop, [bytes(BLOCK_BYTES)], 0, lambda _error: None)
+        writer.write(loop, [bytes(BLOCK_BYTES)], 0, lambda _error: None)
     await ended
     for pieces, at in (([bytes(100)], 0), ([bytes(BLOCK_BYTES)], 512)):
         with pytest.raises(AssertionError, match="whole blocks"):
-            direct.write(loop, pieces, at, lambda _error: None)
+            writer.write(loop, pieces, at, lambda _error: None)
 
 
+@pytest.mark.parametrize("kind", [DirectFile, RingFile])
 @pytest.mark.parametrize("round_", range(5))
-async def test_close_waits_for_what_is_under_way_and_tells_nobody(path: Path, round_: int) -> None:
-    opened = DirectFile.open(path, BLOCKS * BLOCK_BYTES)
+async def test_close_waits_for_what_is_under_way_and_tells_nobody(
+    path: Path, round_: int, kind: type[DirectFile] | type[RingFile]
+) -> None:
+    opened = kind.open(path, BLOCKS * BLOCK_BYTES)
     if opened is None:
         pytest.skip("this machine, or this file system, has no asynchronous direct writes")
     told: list[OSError | None] = []
@@ -236,10 +254,10 @@ async def test_news_of_nothing_is_taken_for_nothing(direct: DirectFile, path: Pa
     assert content(path)[:BLOCK_BYTES] == b"2" * BLOCK_BYTES
 
 
-def test_another_loop_may_go_on_where_one_has_ended(direct: DirectFile, path: Path) -> None:
+def test_another_loop_may_go_on_where_one_has_ended(writer: Writer, path: Path) -> None:
     for number in (1, 2):
-        asyncio.run(write(direct, [bytes([number]) * BLOCK_BYTES], 0))
-        direct.detach()
+        asyncio.run(write(writer, [bytes([number]) * BLOCK_BYTES], 0))
+        writer.detach()
         assert content(path)[:BLOCK_BYTES] == bytes([number]) * BLOCK_BYTES
 
 
@@ -285,16 +303,17 @@ def test_a_kernel_that_gives_no_more_contexts_has_none_and_nothing_stays_open(
             self.syscall: Callable[..., int] = lambda *_arguments: -1  # a function has attributes, as ctypes' have
 
     before = descriptors()
-    monkeypatch.setattr(aio, "_file_system", lambda _fd: aio.FILE_SYSTEMS[0])
+    monkeypatch.setattr(aio, "file_system_of", lambda _fd: aio.FILE_SYSTEMS[0])
     monkeypatch.setattr(ctypes, "CDLL", Library)
     assert DirectFile.open(path, BLOCK_BYTES) is None
     assert descriptors() == before
 
 
-def test_what_was_opened_is_closed_again(path: Path) -> None:
+@pytest.mark.parametrize("kind", [DirectFile, RingFile])
+def test_what_was_opened_is_closed_again(path: Path, kind: type[DirectFile] | type[RingFile]) -> None:
     before = descriptors()
     for _ in range(20):
-        opened = DirectFile.open(path, BLOCK_BYTES)
+        opened = kind.open(path, BLOCK_BYTES)
         if opened is None:
             pytest.skip("this machine, or this file system, has no asynchronous direct writes")
         opened.close()
@@ -369,3 +388,48 @@ async def test_one_that_is_quick_or_not_done_yet_begins_the_count_anew(
     for _ in range(FAILING_IN_A_ROW_MAX - 1):
         await write(direct, [bytes(BLOCK_BYTES)], 0)
     assert not direct.blocks_loop
+
+
+async def test_after_one_write_that_hung_at_its_beginning_threads_write_for_a_while(
+    direct: DirectFile, submits: Submits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "STUCK_S", 0.0)
+    await write(direct, [bytes(BLOCK_BYTES)], 0)
+    assert direct.blocks_loop
+    direct._avoided_until_s = aio.time.perf_counter()
+    assert not direct.blocks_loop
+
+
+# --- io_uring
+
+
+def ring_file(path: Path) -> RingFile:
+    opened = RingFile.open(path, WRITE_BYTES_MAX)
+    if opened is None:
+        pytest.skip("this machine, or this file system, has no io_uring")
+    return opened
+
+
+async def test_a_ring_that_refuses_writes_in_turn_is_not_asked_any_more(path: Path) -> None:
+    """Here of a descriptor that may only be read."""
+    ring = ring_file(path)
+    writable, readable = os.dup(ring._fd), os.open(path, os.O_RDONLY)
+    os.dup2(readable, ring._fd)
+    with pytest.raises(OSError) as refused:
+        await write(ring, [bytes(BLOCK_BYTES)], 0)
+    assert refused.value.errno == errno.EBADF
+    os.dup2(writable, ring._fd)
+    for descriptor in (writable, readable):
+        os.close(descriptor)
+    for _ in range(FAILING_IN_A_ROW_MAX - 1):
+        assert not ring.blocks_loop
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uring, "_OP_WRITE", 250)
+            with pytest.raises(aio.DirectWriteRefused):
+                await write(ring, [bytes(BLOCK_BYTES)], 0)
+    assert ring.blocks_loop
+    await write(ring, [b"w" * BLOCK_BYTES], 0)
+    assert not ring.blocks_loop
+    assert content(path)[:BLOCK_BYTES] == b"w" * BLOCK_BYTES
+    ring.detach()
+    ring.close()

@@ -23,6 +23,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storaged import uring
 from storaged.aio import FAILING_IN_A_ROW_MAX, DirectFile, OnDone
 from storaged.errors import DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.names import Table
@@ -33,6 +34,7 @@ from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
 from storaged.meta.storage.rowvalue import open_small, seal_small
 from storaged.meta.store_ports import Fence, RowDamaged, RowRange, Slot, StoreBatch
 from storaged.units import MIB
+from storaged.uring import RingFile
 from tests.examples import examples
 from tests.patience import GUARD_S
 from tests.suites.meta_store import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
@@ -308,11 +310,20 @@ async def test_nothing_is_begun_that_is_for_a_thread(tmp_path: Path) -> None:
 # --- the store over it
 
 
-@pytest.fixture(params=[True, False], ids=["direct", "by a thread"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path, small_log: None) -> AsyncIterator[LmdbMetaStore]:
-    made = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26, direct=request.param)
+@pytest.fixture(params=["io_uring", "aio", "by a thread"])
+async def store(
+    request: pytest.FixtureRequest, tmp_path: Path, small_log: None, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[LmdbMetaStore]:
+    if request.param == "aio":
+        without_rings(monkeypatch)
+    made = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26, direct=request.param != "by a thread")
     yield made
     await made.close()
+
+
+def without_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that forbids io_uring."""
+    monkeypatch.setattr(RingFile, "open", lambda _path, _bytes_max: None)
 
 
 def killed(store: LmdbMetaStore, place: Path) -> LmdbMetaStore:
@@ -443,12 +454,13 @@ async def test_a_write_to_the_log_that_finds_no_space_ends_the_writer_until_the_
     def full(*_arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full_later(_file: DirectFile, loop: asyncio.AbstractEventLoop, _pieces: object, _at: int, done: OnDone) -> None:
+    def full_later(_file: object, loop: asyncio.AbstractEventLoop, _pieces: object, _at: int, done: OnDone) -> None:
         loop.call_soon(done, OSError(errno.ENOSPC, "No space left on device"))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
-        patch.setattr(DirectFile, "write", full_later)
+        for kind in (DirectFile, RingFile):
+            patch.setattr(kind, "write", full_later)
         with pytest.raises(DiskUnusable, match="No space"):
             await store.commit(StoreBatch([second]))
     with pytest.raises(DiskUnusable, match="takes no writes"):
@@ -679,19 +691,23 @@ async def test_a_store_goes_on_by_its_thread_where_the_file_system_turns_out_to_
     await after.close()
 
 
+@pytest.mark.parametrize("ring", [True, False])
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EINVAL])
 async def test_a_write_that_the_kernel_does_not_begin_is_the_threads_and_no_failure_of_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, ring: bool
 ) -> None:
     """It has no memory for a request, or knows no durable ones."""
+    if not ring:
+        without_rings(monkeypatch)
     store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
     direct = store._state.redo._direct
     if direct is None:
         pytest.skip("this machine, or this file system, has no asynchronous direct writes")
     slots, call = [slot_of(name_of(b"%d" % number)) for number in range(3)], direct._call
+    submit = direct._submit if isinstance(direct, DirectFile) else uring._ENTER
 
     def refused(number: ctypes.c_long, *arguments: Any) -> int:
-        if number.value == direct._submit:
+        if number.value == submit:
             ctypes.set_errno(code)
             return -1
         return call(number, *arguments)

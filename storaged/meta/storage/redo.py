@@ -5,8 +5,8 @@ Theory of operation
     A commit of LMDB writes every page of the tree that it touches and syncs twice, and a segment that grows adds work
     to the file system's own journal. So what a group of batches changes, and the small copies that come with them, go
     into this log first, with one synced write to blocks that the file has long had. The kernel writes while the event
-    loop goes on (``try_write``, ``storaged.aio``), or a thread does (``write``). Then the batches are acknowledged.
-    They reach LMDB later, many groups in one commit (a *checkpoint*).
+    loop goes on (``try_write``; ``storaged.uring``, where that is forbidden ``storaged.aio``), or a thread does
+    (``write``). Then the batches are acknowledged. They reach LMDB later, many groups in one commit (a *checkpoint*).
 
     The file (FORMATS.md, Redo log) has a header and two halves. A *group* begins on a page of its own, so that a torn
     write damages no other group. Its head and body have checks that are seeded with the store and the place. Groups are
@@ -38,6 +38,7 @@ from storaged.durable import sync_path
 from storaged.errors import DiskForeign, DiskUnusable
 from storaged.meta.storage.identity import Mark
 from storaged.units import KIB, MIB
+from storaged.uring import RingFile
 from storaged.wire import Buffer
 
 PAGE_BYTES = 4 * KIB
@@ -107,10 +108,12 @@ class RedoLog:
             ) from None
         except OSError as error:
             raise DiskUnusable(f"no redo log can be opened in {directory}: {error.strerror or error}") from None
-        self._direct: DirectFile | None = None
+        self._direct: RingFile | DirectFile | None = None
         try:
             self._recover(store_id, mark)
-            self._direct = DirectFile.open(self._path, _pages(DIRECT_BODY_BYTES_MAX)) if direct else None
+            if direct:
+                bytes_max = _pages(DIRECT_BODY_BYTES_MAX)
+                self._direct = RingFile.open(self._path, bytes_max) or DirectFile.open(self._path, bytes_max)
         except BaseException:
             os.close(self._fd)
             raise
