@@ -1,7 +1,7 @@
 """The ring under a nemesis: no violation with the rules, and a violation soon without any one of them.
 
 ``STORAGED_SIM_SEEDS=10000`` plays more. A failure names the seed; ``python -m tests.sim --first SEED --seeds 1`` (with
-``--hostile``) plays it again. ``python -m tests.sim --planted`` plants all bugs; here are those that are noticed soon.
+``--play``) plays it again. ``python -m tests.sim --planted`` plants all bugs; here are those that are noticed soon.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from storaged.meta.consensus.register import RULES
+from tests.sim.buckets import run_buckets
 from tests.sim.hostile import run_hostile
+from tests.sim.listing import run_listing
 from tests.sim.planted import applies, planted
 from tests.sim.scenario import run_seed
 
@@ -22,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "80"))
 FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
 HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "40"))
+LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "40"))
+BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "25"))
 
 
 @pytest.mark.timeout(0)
@@ -42,6 +46,20 @@ def test_a_liar_clocks_and_storage_nodes_break_nothing() -> None:
     for seed in range(FIRST_SEED, FIRST_SEED + HOSTILE_SEEDS):
         found = run_hostile(seed)
         assert not found.violation, f"hostile seed {seed}: {found.violation} ({', '.join(found.faults)})"
+
+
+@pytest.mark.timeout(0)
+def test_every_page_of_a_list_is_a_linearizable_read_of_the_keys_it_spans() -> None:
+    for seed in range(FIRST_SEED, FIRST_SEED + LISTING_SEEDS):
+        found = run_listing(seed)
+        assert not found.violation, f"listing seed {seed}: {found.violation} ({', '.join(found.faults)})"
+
+
+@pytest.mark.timeout(0)
+def test_buckets_are_deleted_whatever_fails() -> None:
+    for seed in range(FIRST_SEED, FIRST_SEED + BUCKET_SEEDS):
+        found = run_buckets(seed)
+        assert not found.violation, f"buckets seed {seed}: {found.violation} ({', '.join(found.faults)})"
 
 
 @pytest.mark.timeout(0)

@@ -1,0 +1,402 @@
+"""Bugs in acceptors, proposers, readers and what carries their messages.
+
+Plain data: imports nothing of the program.
+"""
+
+from __future__ import annotations
+
+from tests.sim.planted import Planted
+
+REPLICA = "storaged/meta/acceptor/replica.py"
+ACCEPTOR = "storaged/meta/consensus/acceptor.py"
+PROPOSER = "storaged/meta/consensus/proposer.py"
+READER = "storaged/meta/consensus/reader.py"
+REGISTER = "storaged/meta/consensus/register.py"
+ROUNDS = "storaged/meta/consensus/rounds.py"
+QUORUMS = "storaged/meta/consensus/quorums.py"
+PENDING = "storaged/meta/acceptor/pending_accept.py"
+FENCES = "storaged/meta/acceptor/fences.py"
+ROWS = "storaged/meta/acceptor/rows.py"
+
+_ACCEPTORS = (
+    Planted(
+        "prepare_beside_accept",
+        "a prepare is answered while an accept of its register is on its way to the disk (rule 1)",
+        200,
+        path=REPLICA,
+        old="        if name in self.pending.by_name:\n            return None\n"
+        "        check_name(name, ballot)\n        state",
+        new="        check_name(name, ballot)\n        state",
+    ),
+    Planted(
+        "evicted_without_floor",
+        "a promise that is evicted raises no floor",
+        200,
+        path=ACCEPTOR,
+        old="            self.floor = max(self.floor, evicted)\n",
+        new="",
+    ),
+    Planted(
+        "accept_sees_no_row",
+        "an accept under a ballot that is not promised is judged as if it were",
+        100,
+        path=REPLICA,
+        old="        if self.state.promises.get(name) == ballot:\n",
+        new="        if True:\n",
+    ),
+    Planted(
+        "any_accept_joins",
+        "an accept that meets another one of its register gets that one's answer",
+        200,
+        path=PENDING,
+        old="        if same:\n            self.again.append(on_answer)\n        return same",
+        new="        self.again.append(on_answer)\n        return True",
+    ),
+    Planted(
+        "epoch_fence_does_not_wait",
+        "a fence of an epoch is answered while accepts are on their way to the disk (rule 10)",
+        1500,
+        path=REPLICA,
+        old="            await self.pending.all_arrived()\n            self._epoch_durable",
+        new="            self._epoch_durable",
+    ),
+    Planted(
+        "epoch_fence_not_kept",
+        "a fence of an epoch is forgotten at a restart (rule 10)",
+        1500,
+        path=REPLICA,
+        old='int.from_bytes(epoch, "big") if epoch is not None else 0',
+        new="0",
+    ),
+    Planted(
+        "high_water_not_awaited",
+        "a promise does not wait for the high-water ballot (rule 2)",
+        1500,
+        path=REPLICA,
+        old="            if needs_high_water(ballot, state.high_water):\n                return None\n",
+        new="",
+    ),
+    Planted(
+        "damaged_row_created",
+        "a create is taken where the row is damaged",
+        1500,
+        path=ACCEPTOR,
+        old="    if acceptor.damaged:\n        return Verdict.DAMAGED\n    if acceptor.accepted not in",
+        new="    if acceptor.accepted not in",
+    ),
+    Planted(
+        "damaged_row_forgets_promises",
+        "a replica with a damaged row promises what it may have promised to others",
+        1500,
+        path=ACCEPTOR,
+        old="        above_all = max(self.promises.get(name, ZERO_BALLOT), self.floor, floor_of(self.high_water))\n",
+        new="        above_all = ZERO_BALLOT\n",
+    ),
+    Planted(
+        "damaged_row_is_none",
+        "a damaged row is read as one that was never written",
+        300,
+        path=ROWS,
+        old="            return None, self._state.of_damaged(name, fence)\n",
+        new="            return None, self._state.of(name, None, fence)\n",
+    ),
+    Planted(
+        "tombstone_dropped",
+        "a register is dropped with its deletion (rule 7)",
+        200,
+        path=ROWS,
+        old="        return slot, self._state.of(name, slot, fence)\n",
+        new="        if slot is not None and slot.value.visibility == 0:\n            slot = None\n"
+        "        return slot, self._state.of(name, slot, fence)\n",
+    ),
+    Planted(
+        "refused_copy_counts",
+        "an accept is answered although its small copy could not be stored",
+        600,
+        path=REPLICA,
+        old="        copied = pending.copied and not copy_error\n",
+        new="        copied = pending.copied\n",
+    ),
+)
+
+_PROPOSERS = (
+    Planted(
+        "create_by_less_than_a_quorum",
+        "a create counts one disk too early",
+        100,
+        path=ROUNDS,
+        old="        if len(taken) < quorum.fewest or not",
+        new="        if len(taken) < quorum.fewest - 1 or not",
+    ),
+    Planted(
+        "held_by_some_is_held_everywhere",
+        "a create that a majority refused counts as over, although a replica may have taken it",
+        3000,
+        path=ROUNDS,
+        old="everywhere=len(self._held) == len(self._quorum.disks)",
+        new="everywhere=True",
+    ),
+    Planted(
+        "lost_create_overtakes",
+        "a create that is lost counts among what a created value has overtaken",
+        5000,
+        path=ROUNDS,
+        old=" for reply in self.promised.values() if reply.accepted != lost_at]",
+        new=" for reply in self.promised.values()]",
+    ),
+    Planted(
+        "created_below_ignored",
+        "a value below the ballot of an own create counts against the create",
+        3000,
+        path=REGISTER,
+        old="        below = ballot < created_at\n",
+        new="        below = False\n",
+    ),
+    Planted(
+        "first_attempt_judges_nothing",
+        "a sparing attempt does not ask what became of the create before it",
+        300,
+        path=PROPOSER,
+        old="        if standing is Standing.CLEAR:\n",
+        new="        if standing is Standing.CLEAR or self.sparing:\n",
+    ),
+    Planted(
+        "unsettled_reported",
+        "a failed condition is reported on a value that no quorum has confirmed (rule 5)",
+        300,
+        path=PROPOSER,
+        old="        if self._found.settled and not self._wanted.commit and not self.lineage.open:\n",
+        new="        if not self._wanted.commit:\n",
+    ),
+    Planted(
+        "own_attempt_left_open",
+        "a failed condition is reported while an own attempt may yet be applied",
+        3000,
+        path=PROPOSER,
+        old="        if self._found.settled and not self._wanted.commit and not self.lineage.open:\n",
+        new="        if self._found.settled and not self._wanted.commit:\n",
+    ),
+    Planted(
+        "kept_copy_left_behind",
+        "a change that keeps the copy of an unconfirmed value does not bring the copy along",
+        2000,
+        path=PROPOSER,
+        old="        if copies is None and (found is None or change.payload != found.payload):\n",
+        new="        if copies is None:\n",
+    ),
+    Planted(
+        "sparing_adopts_create_in_place",
+        "a created value that has overtaken another keeps its sequence in a first attempt (rule 14)",
+        2000,
+        path=PROPOSER,
+        old="        if not self._found.settled and may_create(self.name):\n",
+        new="        if not self.sparing and not self._found.settled and may_create(self.name):\n",
+    ),
+    Planted(
+        "condition_judged_once",
+        "a condition is judged by the first attempt alone, and not by the record of the prepare that counts",
+        300,
+        path=PROPOSER,
+        old="            change = self._wanted.update(value)\n        except",
+        new="            change = getattr(self._wanted.update, 'once', None) or self._wanted.update(value)\n"
+        "            self._wanted.update.once = change\n        except",
+    ),
+    Planted(
+        "acknowledged_with_too_few_copies",
+        "a change is acknowledged when a quorum has accepted it, wherever its copies are",
+        1000,
+        path=ROUNDS,
+        old="        return self._copies is None or self._copies.enough(self._synced())\n",
+        new="        return True\n",
+    ),
+    Planted(
+        "unknown_is_clear",
+        "a change is tried again although an earlier attempt may be in the value's past (rule 6)",
+        200,
+        path=PROPOSER,
+        old="        if standing is Standing.UNKNOWN or found is None:\n",
+        new="        if standing is Standing.UNKNOWN and found is not None:\n            return self._apply()\n"
+        "        if found is None:\n",
+    ),
+    Planted(
+        "newest_by_first_answer",
+        "the first promise leads, not the one with the highest ballot",
+        100,
+        path=ROUNDS,
+        old="                if reply.accepted > newest.accepted:\n                    newest = reply\n",
+        new="",
+    ),
+    Planted(
+        "late_accept_counts_twice",
+        "answers to an earlier accept count for a later one",
+        3000,
+        path=PROPOSER,
+        old="        if turn != self.turn or self.state is not ACCEPTING:\n",
+        new="        if self.state is not ACCEPTING:\n",
+    ),
+    Planted(
+        "half_is_a_quorum",
+        "half of a set is a majority",
+        100,
+        path=QUORUMS,
+        old="        self.fewest = max(len(disks) for disks in sets) // 2 + 1\n",
+        new="        self.fewest = (max(len(disks) for disks in sets) + 1) // 2\n"
+        "        if self.fewest == 2:\n            self.fewest = 1\n",
+    ),
+)
+
+_READERS = (
+    Planted(
+        "read_of_one",
+        "a read believes one replica (rule 3)",
+        100,
+        path="storaged/meta/proposer/read.py",
+        old="        asked = view.quorum.prefix(self._suspects.last(view.quorum.disks))\n",
+        new="        asked = self._suspects.last(view.quorum.disks)[:1]\n",
+    ),
+    Planted(
+        "checks_not_compared",
+        "a read does not compare the checks of rows (rule 3)",
+        100,
+        path=READER,
+        old="        if check is None or (self._check is not None and check != self._check):\n",
+        new="        if check is None:\n",
+    ),
+    Planted(
+        "replay_of_one",
+        "a value that was found at one replica is reported before a quorum has it (rule 4)",
+        300,
+        path=READER,
+        old="        return self._done(self.value) if self.view.quorum.met(self._holding) else False\n",
+        new="        return self._done(self.value)\n",
+    ),
+    Planted(
+        "replay_without_copy",
+        "a value is replayed without its small copy",
+        600,
+        path=READER,
+        old="        if value.payload and rules.copies_travel:\n",
+        new="        if False:\n",
+    ),
+    Planted(
+        "created_replayed_as_accept",
+        "a created value is replayed over what replicas hold",
+        2000,
+        path=READER,
+        old="        kind = Create if created(value) and rules.create_into_nothing else Accept\n",
+        new="        kind = Accept\n",
+    ),
+)
+
+_FENCES = (
+    Planted(
+        "fence_not_kept",
+        "a fence is forgotten at a restart",
+        300,
+        "buckets",
+        FENCES,
+        "            fence = self._store.get_fence(scope)\n",
+        "            fence = None\n",
+    ),
+    Planted(
+        "fence_does_not_wait",
+        "a fence is answered while accepts are on their way to the disk",
+        2000,
+        "buckets",
+        REPLICA,
+        "        await self._writes.durably(*write)\n        await self.pending.all_arrived()\n",
+        "        await self._writes.durably(*write)\n",
+    ),
+    Planted(
+        "final_fence_lifted",
+        "the fence of a bucket that is gone is lifted",
+        2000,
+        "buckets",
+        FENCES,
+        "        if present is not None and (present.final or nonce < present.nonce):\n            return False\n",
+        "",
+    ),
+    Planted(
+        "late_fence_stays",
+        "a fence that comes late, after it was lifted, is set",
+        2000,
+        "buckets",
+        FENCES,
+        "        if not final and (nonce <= self._lifted(scope) or (present is not None and nonce < present.nonce)):\n"
+        "            return None\n",
+        "",
+    ),
+    Planted(
+        "any_change_passes_fence",
+        "whoever has the nonce may change values of a fenced bucket",
+        2000,
+        "buckets",
+        ACCEPTOR,
+        "    if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):\n",
+        "    if acceptor.fence is not None and nonce and acceptor.fence.nonce != nonce:\n",
+    ),
+    Planted(
+        "fenced_create",
+        "a create passes a fence",
+        300,
+        "buckets",
+        ACCEPTOR,
+        "    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules)\n",
+        "    verdict = judge_accept(acceptor._replace(fence=None), ballot, value, nonce, identity, rules)\n",
+    ),
+    Planted(
+        "bucket_not_fenced",
+        "a bucket is deleted without a fence",
+        300,
+        "buckets",
+        "storaged/objects/system/buckets.py",
+        "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
+        "",
+    ),
+    Planted(
+        "one_shard_fenced",
+        "a fence is set on the first shard alone",
+        1000,
+        "buckets",
+        "storaged/objects/system/buckets.py",
+        "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
+        "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers[:1], bucket.nonce)\n",
+    ),
+)
+
+_TRANSPORT = (
+    Planted(
+        "accepts_mixed_up",
+        "the answers to the accepts of one message go to each other's callers",
+        200,
+        path="storaged/meta/transport/accept_batching.py",
+        old="            replies, errors = answer.replies, answer.errors\n",
+        new="            replies, errors = answer.replies[::-1], answer.errors\n",
+    ),
+    Planted(
+        "creates_as_accepts",
+        "creates of one message are judged as accepts",
+        200,
+        path="storaged/meta/transport/accept_batching.py",
+        old="            creates.append(create)\n",
+        new="            creates.append(False)\n",
+    ),
+    Planted(
+        "rows_mixed_up",
+        "the rows of one message go to each other's callers",
+        200,
+        path="storaged/meta/transport/read_batching.py",
+        old="            for ask, on_row, row in zip(asks, callbacks, rows, strict=False):\n",
+        new="            for ask, on_row, row in zip(asks, callbacks, rows[::-1], strict=False):\n",
+    ),
+    Planted(
+        "pending_row_read",
+        "a read shows the row before an accept that is on its way, without waiting for that",
+        600,
+        path=ROWS,
+        old=" or (pending and RegisterName.unpack(name) in pending):\n",
+        new=":\n",
+    ),
+)
+
+CONSENSUS_BUGS = (*_ACCEPTORS, *_PROPOSERS, *_READERS, *_FENCES, *_TRANSPORT)

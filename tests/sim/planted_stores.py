@@ -1,0 +1,237 @@
+"""Bugs in the store of a disk, and in lists.
+
+Plain data: imports nothing of the program.
+"""
+
+from __future__ import annotations
+
+from tests.sim.planted import Planted
+
+REDO = "storaged/meta/storage/redo.py"
+OPENING = "storaged/meta/storage/opening.py"
+CHECKPOINT = "storaged/meta/storage/checkpoint.py"
+OVERLAY = "storaged/meta/storage/overlay.py"
+HEAP = "storaged/meta/storage/heap.py"
+QUEUE = "storaged/meta/storage/write_queue.py"
+STATE = "storaged/meta/storage/state.py"
+AGREEMENT = "storaged/meta/listing/agreement.py"
+SHARDS = "storaged/meta/listing/shards.py"
+CACHE = "storaged/meta/listing/cache.py"
+SCAN = "storaged/meta/storage/scan.py"
+RANGES = "storaged/meta/storage/dirty_ranges.py"
+
+_STORES = (
+    Planted(
+        "replay_skips_last",
+        "a start leaves out the last group of the redo log",
+        50,
+        "files",
+        OPENING,
+        "        for body in state.redo.bodies:\n",
+        "        for body in state.redo.bodies[:-1]:\n",
+    ),
+    Planted(
+        "replay_backwards",
+        "a start applies the groups of the redo log in the wrong order",
+        200,
+        "files",
+        OPENING,
+        "        for body in state.redo.bodies:\n",
+        "        for body in state.redo.bodies[::-1]:\n",
+    ),
+    Planted(
+        "torn_group_replayed",
+        "a start takes a group whose body is not whole",
+        300,
+        "files",
+        REDO,
+        "        return place.end <= self.half_bytes and xxhash.xxh3_64_intdigest(body, self._seed) == place.check\n",
+        "        return place.end <= self.half_bytes\n",
+    ),
+    Planted(
+        "copies_not_restored",
+        "a start forgets the small copies of the redo log",
+        100,
+        "files",
+        OPENING,
+        "            state.restorable.extend(batch.copy for batch in batches if batch.copy is not None)\n",
+        "",
+    ),
+    Planted(
+        "half_overwritten_early",
+        "the redo log overwrites a half that LMDB does not have yet",
+        100,
+        "files",
+        REDO,
+        "        if self._lasts[other] > self._applied:\n            return False\n",
+        "",
+    ),
+    Planted(
+        "checkpoint_marks_too_much",
+        "a checkpoint counts as applied what was logged while it was made",
+        200,
+        "files",
+        CHECKPOINT,
+        "                    state.put_mark(transaction, sequence, closed=last)\n",
+        "                    state.put_mark(transaction, state.redo.sequence, closed=last)\n",
+    ),
+    Planted(
+        "checkpoint_before_copies",
+        "a checkpoint takes rows from the log before their copies are synced elsewhere",
+        300,
+        "files",
+        CHECKPOINT,
+        "                state.hooks.sync_copies()\n",
+        "",
+    ),
+    Planted(
+        "frozen_dropped_early",
+        "a checkpoint drops the frozen overlay before LMDB has its rows",
+        200,
+        "files",
+        CHECKPOINT,
+        "                    self.applier.apply(transaction, state.frozen)\n",
+        "                    taken, state.frozen = state.frozen, Overlay()\n"
+        "                    self.applier.apply(transaction, taken)\n",
+    ),
+    Planted(
+        "frozen_over_fresh",
+        "a read prefers the row that a checkpoint is writing to a newer one",
+        200,
+        "files",
+        OVERLAY,
+        "    for overlay in overlays:\n        table",
+        "    for overlay in overlays[::-1]:\n        table",
+    ),
+    Planted(
+        "shown_before_durable",
+        "a group can be read before it is durable",
+        300,
+        "files",
+        QUEUE,
+        "        assert self._loop is not None\n        if not state.redo.try_write(",
+        "        assert self._loop is not None\n        state.fresh.add(group)\n        if not state.redo.try_write(",
+    ),
+    Planted(
+        "failed_write_acknowledged",
+        "a write that the disk refused is acknowledged",
+        200,
+        "files",
+        QUEUE,
+        "        if error is not None and not self._state.reason:  # noting",
+        "        if False:  # noting",
+    ),
+    Planted(
+        "failed_store_opened_again",
+        "a store whose write failed is used again",
+        2000,
+        "files",
+        OPENING,
+        "        _refuse_failed(directory)\n",
+        "",
+    ),
+    Planted(
+        "heap_numbers_again",
+        "the heap gives the same number to every row of a checkpoint",
+        100,
+        "files",
+        HEAP,
+        "                    following += 1\n",
+        "",
+    ),
+)
+
+_LISTS = (
+    Planted(
+        "digests_not_compared",
+        "replicas agree on a piece whatever their digests say",
+        200,
+        "listing",
+        AGREEMENT,
+        "            if other.digest != first.digest or other.through != first.through or other.done != first.done:\n",
+        "            if other.through != first.through or other.done != first.done:\n",
+    ),
+    Planted(
+        "digest_of_keys_alone",
+        "a cached digest stays valid when rows change",
+        300,
+        "listing",
+        RANGES,
+        "        if self._counts[at] == count and not count % 2:\n            return False\n",
+        "        if not count % 2:\n            return False\n",
+    ),
+    Planted(
+        "dirty_key_missed",
+        "a write of the last key of a range does not invalidate its digest",
+        2000,
+        "listing",
+        RANGES,
+        "            and (through is None or key <= through)\n",
+        "            and (through is None or key < through)\n",
+    ),
+    Planted(
+        "remembered_list_believed",
+        "a list that is remembered is shown although its digest has changed",
+        200,
+        "listing",
+        SHARDS,
+        "        if held is None or held.digest != answer.digest or held.done != answer.done:\n",
+        "        if held is None:\n",
+    ),
+    Planted(
+        "remembered_end",
+        "a remembered list ends where it ended then",
+        2000,
+        "listing",
+        SHARDS,
+        "        if held is None or held.digest != answer.digest or held.done != answer.done:\n",
+        "        if held is None or held.digest != answer.digest:\n",
+    ),
+    Planted(
+        "remembered_with_prefix",
+        "remembered lists with a delimiter serve pages that begin within them",
+        2000,
+        "listing",
+        CACHE,
+        "    if exactly:\n        return shard.pieces.get(after)\n",
+        "",
+    ),
+    Planted(
+        "newest_listed",
+        "a list shows the newest row where replicas differ",
+        300,
+        "listing",
+        AGREEMENT,
+        "        ballot = feed.quorum.agreed({disk: row.ballot for disk, row in rows.items() if row.ballot})\n",
+        "        ballot = max((row.ballot for row in rows.values() if row.ballot), default=None)\n",
+    ),
+    Planted(
+        "page_beyond_known",
+        "a page goes further than one of the answers looked",
+        300,
+        "listing",
+        AGREEMENT,
+        '    return (min(ends), False) if ends else (b"", True)\n',
+        '    return (max(ends), False) if ends else (b"", True)\n',
+    ),
+    Planted(
+        "horizon_ignored",
+        "keys of a common prefix are judged although a replica has not looked as far",
+        2000,
+        "listing",
+        AGREEMENT,
+        "        if key > horizons.get(common_prefix(key, query.prefix, query.delimiter), key):\n            continue",
+        "        if False:\n            continue",
+    ),
+    Planted(
+        "prefix_hidden_by_deleted",
+        "a common prefix whose first key is gone is not looked into further",
+        2000,
+        "listing",
+        AGREEMENT,
+        "        if group and group not in shown and settled.horizons.get(group) == key:\n",
+        "        if False:\n",
+    ),
+)
+
+STORE_BUGS = (*_STORES, *_LISTS)
