@@ -40,6 +40,7 @@ from storaged.errors import (
     ObjectsNotCounted,
     ObjectsUnreadable,
     QuorumLost,
+    RepairWaitsForGateway,
     StoragedError,
     SystemRecordDamaged,
 )
@@ -89,14 +90,17 @@ class NodeFacts:
 @dataclass(frozen=True)
 class RepairWaits:
     """Why repair can do nothing more now. ``recode_in_s`` is None when nothing will be recoded while ``disks`` are
-    away.
+    away. ``gateway``: why no gateway changes records for repair.
     """
 
     disks: tuple[str, ...]
     recode_in_s: float | None
     recode_delay_s: float
+    gateway: str = ""
 
     def __str__(self) -> str:
+        if self.gateway:
+            return f"repair waits for a gateway, which changes records: {self.gateway}"
         if not self.disks:
             return ""
         some = ", ".join(self.disks[:3]) + (f" and {len(self.disks) - 3} more" if len(self.disks) > 3 else "")
@@ -311,6 +315,8 @@ def _object_problems(durability: Durability, now_ms: int) -> Iterable[dict[str, 
         yield problem(ObjectsLost, _objects(durability.objects_lost), now_ms)
     if durability.objects_unreadable:
         yield problem(ObjectsUnreadable, _objects(durability.objects_unreadable), now_ms)
+    if durability.waits is not None and durability.waits.gateway:
+        yield problem(RepairWaitsForGateway, "repair", now_ms, durability.waits.gateway)
     if durability.objects_below_target:
         yield problem(
             ObjectsBelowTarget, _objects(durability.objects_below_target), now_ms, str(durability.waits or "")

@@ -218,7 +218,8 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
         counting = "" if found["objects_counted"] else " (still counting)"
         click.echo(f"{found['objects_below_target']} objects below target, {found['objects_lost']} lost{counting}")
         if found["objects_below_target"] and found["waits"]["reason"]:
-            click.echo(f"{found['waits']['reason']} (limits.recode_delay_s)")
+            setting = "" if found["waits"]["gateway"] else " (limits.recode_delay_s)"
+            click.echo(f"{found['waits']['reason']}{setting}")
     sys.exit(int(bool(found["objects_below_target"]) or not found["objects_counted"]))
 
 

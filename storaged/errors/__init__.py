@@ -32,6 +32,7 @@ from storaged.errors.conditions import (
     ObjectsNotCounted,
     ObjectsUnreadable,
     QuorumLost,
+    RepairWaitsForGateway,
     SystemRecordDamaged,
 )
 from storaged.errors.operator import (

@@ -40,6 +40,18 @@ class ObjectsBelowTarget(Condition):
     hint = "Repair rebuilds them as soon as enough disks are available: `storaged repair status --wait`."
 
 
+class RepairWaitsForGateway(Condition):
+    """Repair has to change where objects are, and no gateway answers the storage nodes. Only gateways change records.
+    Damaged and missing fragments are still rebuilt where they were.
+    """
+
+    code = "REPAIR_WAITS_FOR_GATEWAY"
+    hint = (
+        "Start a gateway, or look why it can't reach the storage nodes (NODE_DOWN on the gateway, its log). Repair goes"
+        " on within a minute; nothing is lost meanwhile unless more disks fail."
+    )
+
+
 class ObjectsLost(Condition):
     """Some objects have too few fragments left to be read, on all disks together. The return of a disk that is away
     would not help.

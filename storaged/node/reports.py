@@ -199,23 +199,25 @@ class Reports:
 
 
 def _waits(statuses: Sequence[MaintainStatus]) -> RepairWaits | None:
-    """What all nodes together wait for; None when no disk is away."""
+    """What all nodes together wait for; None when that is nothing."""
     disks = tuple(sorted({disk for status in statuses for disk in status.waits.disks_away}))
     later = [status.waits.recode_in_s for status in statuses if status.waits.recode_in_s != NO_RECODING_S]
     delay_s = max((status.waits.recode_delay_s for status in statuses), default=0.0)
-    return RepairWaits(disks, min(later, default=None), delay_s) if disks else None
+    gateway = next((status.waits.gateway for status in statuses if status.waits.gateway), "")
+    return RepairWaits(disks, min(later, default=None), delay_s, gateway) if disks or gateway else None
 
 
 def waits_document(waits: RepairWaits | None) -> dict[str, Any]:
     """``recode_in_s`` null: nothing will be recoded. ``reason`` is the same as a sentence, empty
-    when no disk is away.
+    when repair waits for nothing.
     """
     if waits is None:
-        return {"disks": [], "recode_in_s": None, "reason": ""}
+        return {"disks": [], "recode_in_s": None, "gateway": "", "reason": ""}
     return {
         "disks": list(waits.disks),
         "recode_in_s": waits.recode_in_s,
         "recode_delay_s": waits.recode_delay_s,
+        "gateway": waits.gateway,
         "reason": str(waits),
     }
 

@@ -240,6 +240,14 @@ def test_status_says_why_repair_waits(waits: RepairWaits, said: str) -> None:
     assert said in render(found)
 
 
+def test_repair_that_no_gateway_serves_is_a_problem_of_its_own() -> None:
+    waits = RepairWaits((), None, 600.0, "No gateway took what this node asked; it asks again later.")
+    found = judge(facts(durability=Durability(3, waits=waits)), NOW)
+    problems = {one["code"]: one["detail"] for one in found["problems"]}
+    assert problems["REPAIR_WAITS_FOR_GATEWAY"] == waits.gateway
+    assert "repair waits for a gateway" in problems["OBJECTS_BELOW_TARGET"]
+
+
 @pytest.mark.parametrize(
     ("days", "state"), [(31, "ok"), (30, "ok"), (29, "warn"), (1, "warn"), (0, "fail"), (-3, "fail")]
 )
