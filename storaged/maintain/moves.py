@@ -142,8 +142,8 @@ def problem_of_call(ask: MovesAsk) -> str:
 def cost_of(move: MoveAsk) -> Cost:
     """Of verifying the move."""
     old, new = move.old.k + move.old.m, move.new.k + move.new.m
-    each = Cost(old + new, old * old + new * new) * (READ_COST if move.old.profile != move.new.profile else 1)
-    return each * move.new.count
+    times = READ_COST if move.old.profile != move.new.profile else 1
+    return Cost((old + new) * times, old * old + new * new) * move.new.count
 
 
 def _problem_of_move(move: MoveAsk) -> str:

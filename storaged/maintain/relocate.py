@@ -85,7 +85,7 @@ class Relocator:
         """Their fragments are durable in the new places."""
         now, packed = self._context.clock.monotonic(), name.pack()
         for move in moves:
-            for ask in _split(MoveAsk(packed, move.entry.data_id, move.old, move.new)):
+            for ask in split(MoveAsk(packed, move.entry.data_id, move.old, move.new)):
                 self._waiting.setdefault(packed, []).append(_Waiting(ask, now, now))
         self._note_room()
         self._came.set()
@@ -203,7 +203,7 @@ class Relocator:
                 self._on_concluded(one.ask.name)
 
 
-def _split(ask: MoveAsk) -> list[MoveAsk]:
+def split(ask: MoveAsk) -> list[MoveAsk]:
     """As moves each of which fits into a call."""
     blocks = ask.new.count
     while blocks > 1 and not cost_of(_part_of(ask, 0, blocks)).within(CALL_MAX):

@@ -524,6 +524,11 @@ class Gateway:
         work = (self.maintain.run(), self.keeper.run(), self.answers.run())
         self._tasks = [loop.create_task(task) for task in work]
 
+    async def stop_answering(self) -> None:
+        """Storage nodes ask this gateway in vain."""
+        self._tasks[-1].cancel()
+        await asyncio.gather(self._tasks[-1], return_exceptions=True)
+
     def _maintain_context(self, cluster: Cluster) -> MaintainContext:
         async def no_disk(disk: str) -> None:
             raise DiskUnusable(f"a gateway has no disk {disk}", state="failed")
