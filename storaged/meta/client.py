@@ -24,6 +24,7 @@ from storaged.meta.consensus.reader import Myself
 from storaged.meta.consensus.register import RULES, Ballots, Rules
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
+from storaged.meta.proposer.contention import Contention
 from storaged.meta.proposer.fences import RingFences
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.pages import RingPages
@@ -177,6 +178,9 @@ class RingClient:
             unresponsive=calls.unresponsive,
             fanout=Fanout(calls.replicas, self._pool),
             deadlines=Deadlines(),
+            contention=Contention(
+                calls.replicas, self._view, self._pool, calls.clock, entropy, enabled=settings.gateway
+            ),
             call_timeout_s=settings.call_timeout_s,
             hedge_s=settings.hedge_s,
             carry=copies.carry,

@@ -27,7 +27,8 @@ class Prepare(Message, frozen=True):
 
 
 class PrepareReply(Message, frozen=True):
-    """``promised``: the lowest ballot that would not be refused (a hint when the verdict is PREEMPTED or DAMAGED).
+    """``promised``: the lowest ballot that would not be refused, before this promise. It is a hint: when the verdict is
+    PREEMPTED or DAMAGED, of what is in the way; when it is OK and above ``accepted``, that another proposer is at work.
     ``accepted`` and ``value``: what the register holds here, when the verdict is OK. ``final``: the scope's fence stays
     for ever.
     """
@@ -174,6 +175,36 @@ class PageReply(Message, frozen=True):
     """None: this disk does not have the page. After a put: the page is durable (and not sent back)."""
 
     body: bytes | None = None
+
+
+TURN_GRANTED, TURN_QUEUED, TURN_REFUSED = range(3)
+
+
+class Turn(Message, frozen=True):
+    """Asks a replica for a turn at a register for which several gateway processes compete (``acceptor.turns``).
+
+    ``process``: 8 random bytes of the process. ``number``: of the turn, growing; a request ends earlier turns of its
+    process, and takes earlier requests out of the queue. ``end``: this turn is over, or is not wanted any more.
+    """
+
+    disk: str
+    name: RegisterName
+    process: bytes
+    number: int
+    end: bool = False
+
+
+class TurnReply(Message, frozen=True):
+    """``state``: TURN_GRANTED; TURN_QUEUED, the process has a place in the queue and asks again; or TURN_REFUSED.
+
+    ``hold_ms``: for how long the process begins changes in this turn. ``shared``: other processes want turns too.
+    ``waited_ms``: how long this request waited for the reply at the replica; what it took besides shows a slow one.
+    """
+
+    state: int
+    hold_ms: int = 0
+    shared: bool = False
+    waited_ms: int = 0
 
 
 class FenceSet(Message, frozen=True):

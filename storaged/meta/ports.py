@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from storaged.cluster.ports import OnReply
 from storaged.meta import messages
@@ -307,6 +307,14 @@ class TryReplica(Replica, Protocol):
         """A Prepare, Accept, Create, Read or ScanRequest, as ``cluster.ports.TryCaller``. False: the replica's method
         of that name has to be called instead.
         """
+
+
+@runtime_checkable
+class TurnReplica(Protocol):
+    """What a replica may do besides: queue processes that compete for a register. Safety never depends on it."""
+
+    async def turn(self, request: messages.Turn, *, timeout_s: float = 10.0) -> messages.TurnReply:
+        """See ``messages.Turn``. It is answered within a second, granted or not."""
 
 
 OnAnswer = Callable[[str, Any, memoryview], None]

@@ -69,6 +69,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.read": Grant(BOTH, STORAGE, "every read", "reads every record as it is stored: names, sizes, times, users"),
     "meta.reads": Grant(BOTH, STORAGE, "many reads in one message", "as meta.read"),
     "meta.scan": Grant(BOTH, STORAGE, "listings; walks of repair and catch-up", "as meta.read"),
+    "meta.turn": Grant(GATEWAY, STORAGE, "processes that compete for one key change it in turns"),
     "meta.page_put": Grant(BOTH, STORAGE, "long manifests; repair copies their pages", "fills disks with pages"),
     "meta.page_get": Grant(BOTH, STORAGE, "long manifests", "as meta.read"),
     "meta.page_check": Grant(STORAGE, STORAGE, "repair checks which pages a replica lacks"),

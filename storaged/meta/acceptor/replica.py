@@ -33,6 +33,7 @@ from storaged.meta.acceptor.high_water import META_HIGH_WATER, HighWater
 from storaged.meta.acceptor.pages import DiskPages
 from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, PendingAccepts
 from storaged.meta.acceptor.rows import NO_BYTES, DiskRows
+from storaged.meta.acceptor.turns import TurnKeeper
 from storaged.meta.consensus.acceptor import (
     CREATE_AHEAD_US,
     PROMISES_MAX,
@@ -78,6 +79,8 @@ class LocalReplica:
         self._rules = rules
         self._clock = clock if clock is not None else SystemClock()
         self._counts = AcceptorCounts(disk)
+        self.turns = TurnKeeper()
+        self.turn = self.turns.turn
         try:
             stored, epoch, retired = (store.get_meta(name) for name in (META_HIGH_WATER, META_EPOCH, META_RETIRED))
         except RowDamaged as error:
@@ -193,8 +196,8 @@ class LocalReplica:
         if ballot != acceptor.accepted:  # otherwise the accepted ballot already forbids lower ones
             state.promise(name, ballot, slot)
         if slot is None:
-            return messages.PrepareReply(Verdict.OK, ballot)
-        return messages.PrepareReply(Verdict.OK, ballot, slot.ballot, slot.value)
+            return messages.PrepareReply(Verdict.OK, acceptor.lowest)
+        return messages.PrepareReply(Verdict.OK, acceptor.lowest, slot.ballot, slot.value)
 
     # --- accept -------------------------------------------------------------------------------------------------------
 

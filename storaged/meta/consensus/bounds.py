@@ -18,6 +18,7 @@ VALUE_BYTES_MAX = 4 * MIB
 PAGE_BYTES_MAX = 4 * MIB
 NONCE_BYTES_MAX = 64
 NODE_CHARS_MAX = 63
+_LOWEST = Ballot(0, 1, "", b"")
 
 
 def check_name(name: RegisterName, ballot: Ballot) -> None:
@@ -33,6 +34,10 @@ def check_name(name: RegisterName, ballot: Ballot) -> None:
         raise InvalidRequest(
             f"A ballot's node has at most {NODE_CHARS_MAX} characters, its incarnation {INCARNATION_BYTES} bytes."
         )
+
+
+def check_register(name: RegisterName) -> None:
+    check_name(name, _LOWEST)
 
 
 def check_value(value: Value) -> None:

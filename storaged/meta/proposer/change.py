@@ -192,12 +192,28 @@ class ChangeShell:
         elif state is CARRYING:
             self._start(self._carry())
         elif state is RETRYING:
-            pause_s = self._ring.jitter() * machine.pause_s
-            if pause_s >= self._remaining_s():
-                machine.expire()
-                self._enter()
+            contention = self._ring.contention
+            if machine.pause_s and not contention.preempted(machine.name) and contention.enabled:
+                self._start(self._take_turn())
             else:
-                self._later(pause_s, self._paused)
+                self._pause()
+
+    def _pause(self) -> None:
+        pause_s = self._ring.jitter() * self.machine.pause_s
+        if pause_s >= self._remaining_s():
+            self.machine.expire()
+            self._enter()
+        else:
+            self._later(pause_s, self._paused)
+
+    async def _take_turn(self) -> None:
+        """Another proposer was in the way, or may have been."""
+        taken = await self._ring.contention.take(self.machine.name, 1, self._remaining_s() / 2)
+        self._work = None
+        if taken:
+            self._did(self._paused)
+        else:
+            self._pause()
 
     def _prepare(self) -> None:
         machine = self.machine
@@ -236,6 +252,8 @@ class ChangeShell:
         machine = self.machine
         if isinstance(answer, StoragedError):
             self._ring.unresponsive.saw(disk, answer)
+        elif answer.promised > answer.accepted and answer.promised.incarnation not in (b"", machine.ballot.incarnation):
+            self._ring.contention.met(machine.name)
         if turn != machine.turn:
             return
         if disk in self._silent:

@@ -28,12 +28,21 @@ from storaged.meta.proposer.ring import Ring
 TURNS_MAX = 1_024
 """Changes that wait for one register in one process; beyond it the client gets SlowDown."""
 
+WAITING_PART = 0.9
+"""How much of its time a change waits for its turn, before the client gets SlowDown: one with less time left would end
+in the middle.
+"""
+
 
 class Turns:
     """Changes of one register in one process run one after the other, first come first served."""
 
-    def __init__(self, waiting_max: int = TURNS_MAX) -> None:
+    def __init__(
+        self, waiting_max: int = TURNS_MAX, on_idle: Callable[[RegisterName], None] = lambda name: None
+    ) -> None:
+        """``on_idle`` gets a register for which no change waits any more."""
         self._waiting_max = waiting_max
+        self._on_idle = on_idle
         self._waiting: dict[RegisterName, deque[asyncio.Future[None]] | None] = {}
 
     def try_take(self, name: RegisterName) -> bool:
@@ -76,6 +85,11 @@ class Turns:
                 turn.set_result(None)
                 return
         del self._waiting[name]
+        self._on_idle(name)
+
+    def waiting(self, name: RegisterName) -> int:
+        """How many changes wait for the one that has the turn."""
+        return len(self._waiting.get(name) or ())
 
     @asynccontextmanager
     async def turn(self, name: RegisterName, timeout_s: float) -> AsyncIterator[None]:
@@ -95,7 +109,7 @@ class ChangeQueue:
         self._entropy = entropy
         self._deadline_s = deadline_s
         self._new_keys = new_keys
-        self._turns = Turns()
+        self._turns = Turns(on_idle=ring.contention.end)
         self._under_way: dict[ChangeShell, None] = {}
         self._closed = False
 
@@ -119,10 +133,15 @@ class ChangeQueue:
         """See ``ports.Registers``."""
         _check_regardless(name, regardless)
         self._ring.shared.counts["changes"] += 1
-        deadline = self._deadline()
+        contention = self._ring.contention
         barrier = None if ready is None else asyncio.ensure_future(ready)
         try:
-            async with self._turns.turn(name, self._deadline_s):
+            if barrier is not None and contention.expected(name):
+                await asyncio.wait([barrier])  # the others need not wait for its fragments
+            deadline = self._deadline()
+            async with self._turns.turn(name, self._deadline_s * WAITING_PART):
+                if contention.expected(name):
+                    await self._take_turn(name, deadline)
                 thorough = barrier is not None or bool(nonce)
                 create = None if thorough else self._to_create(name, update, regardless)
                 wanted = Wanted(name, update, small, nonce, barrier=barrier is not None, thorough=thorough)
@@ -133,6 +152,11 @@ class ChangeQueue:
             if barrier is not None and barrier is not ready:
                 barrier.cancel()
                 await asyncio.gather(barrier, return_exceptions=True)
+
+    async def _take_turn(self, name: RegisterName, deadline: float) -> None:
+        """Other processes compete for the register."""
+        remaining_s = deadline - self._ring.clock.monotonic()
+        await self._ring.contention.take(name, 1 + self._turns.waiting(name), remaining_s / 2)
 
     async def _run(self, shell: ChangeShell, regardless: bool, create: Change | None) -> Outcome:
         if self._closed:
@@ -156,7 +180,7 @@ class ChangeQueue:
             return False
         if self._closed:
             return False
-        if not self._turns.try_take(name):
+        if self._ring.contention.expected(name) or not self._turns.try_take(name):
             self._ring.pool.start(self._change_for(name, update, small, regardless, then))
             return True
         self._ring.shared.counts["changes"] += 1
@@ -221,6 +245,8 @@ class ChangeQueue:
     async def identity(self, name: RegisterName, nonce: bytes, deadline: float, *, commit: bool) -> Value | None:
         """A settling round; see ``ports.Registers.settle``."""
         async with self._turns.turn(name, self._deadline_s):
+            if self._ring.contention.expected(name):
+                await self._take_turn(name, deadline)
             lineage = Lineage(b"", self._ring.shared.rules)
             wanted = Wanted(name, _keep, nonce=nonce, settling=True, commit=commit, thorough=True)
             machine = Proposer(self._ring.shared, wanted, lineage)

@@ -11,6 +11,7 @@ from storaged.clock import Clock
 from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.quorums import View
 from storaged.meta.names import RegisterName
+from storaged.meta.proposer.contention import Contention
 from storaged.meta.transport.calls import Fanout, TaskPool, UnresponsiveDisks
 
 FOREVER = float("inf")
@@ -76,6 +77,7 @@ class Ring:
     unresponsive: UnresponsiveDisks
     fanout: Fanout
     deadlines: Deadlines
+    contention: Contention
     call_timeout_s: float
     hedge_s: float
     carry: Callable[[View, RegisterName, bytes, float], Awaitable[Fragments | None]]

@@ -149,6 +149,11 @@ class RemoteReplica:
         )
         return reply
 
+    async def turn(self, request: messages.Turn, *, timeout_s: float = 10.0) -> messages.TurnReply:
+        """See ``ports.TurnReplica``."""
+        reply, _ = await self._caller.call(self.node, "meta.turn", request, messages.TurnReply, timeout_s=timeout_s)
+        return reply
+
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
         reply, _ = await self._caller.call(self.node, "meta.scan", request, ScanReply, timeout_s=timeout_s)
         return reply
@@ -256,6 +261,7 @@ class ReplicaHost:
             "meta.unfence": Method(messages.FenceLift, self._unfence),
             "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
             "meta.scan": Method(ScanRequest, self._scan, try_answer=self._try_scan),
+            "meta.turn": Method(messages.Turn, self._turn, try_start=self._try_turn),
         }
         return grant(methods)
 
@@ -329,6 +335,13 @@ class ReplicaHost:
 
     async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
         return await self._of(request.disk).fence_epoch(request)
+
+    def _try_turn(self, request: messages.Turn, call: Call, answer: OnAnswer) -> bool:
+        self._of(request.disk).turns.ask(call.peer.name, request, answer)
+        return True
+
+    async def _turn(self, request: messages.Turn, call: Call) -> messages.TurnReply:
+        raise AssertionError("every request for a turn is accepted at once")
 
     def _try_scan(self, request: ScanRequest, _call: Call) -> ScanReply | None:
         return self._of(request.disk).try_scan(request)
