@@ -71,7 +71,7 @@ class Repair:
 
     def __init__(self, context: MaintainContext, check: Check) -> None:
         self._context = context
-        self._check = check
+        self.check = check
         self._queue = check.queue
         self._walker = check.walker
         self._placements = check.walker.placements
@@ -93,7 +93,7 @@ class Repair:
         """
         if len(self._mismatches) < self._context.limits.hints_max:
             self._mismatches[owner, fragment] = None
-            self._check.wake.set()
+            self.check.wake.set()
 
     @property
     def busy(self) -> bool:
@@ -103,7 +103,7 @@ class Repair:
         if self.job.state == "running" or self.relocator.busy or self._concluded:
             return True
         moves = not self.relocator.away
-        return self._check.busy or bool(self._mismatches) or self._queue.expects_progress(moves=moves)
+        return self.check.busy or bool(self._mismatches) or self._queue.expects_progress(moves=moves)
 
     def waits(self) -> Waits:
         """What keeps repair from doing more now: disks that are away, and when blocks are recoded without them."""
@@ -120,7 +120,7 @@ class Repair:
         """For ever. A round that fails (no majority, say) is logged and tried again."""
         while True:
             await self.round()
-            limits, check = self._context.limits, self._check
+            limits, check = self._context.limits, self.check
             waiting = self._mismatches or self._concluded
             eager = not check.current or check.has_hints or waiting or self._look_due()
             await wait_for(check.wake, limits.poll_s if eager else limits.retry_s)
@@ -129,7 +129,7 @@ class Repair:
         """One turn of everything that is due, the check included."""
         self._note_away()
         try:
-            await self._check.round()
+            await self.check.round()
             await self._compare_mismatched()
             await self._judge_concluded()
             await self._repair_most_urgent()
@@ -169,14 +169,14 @@ class Repair:
             if not self._is_moving(finding):
                 self._conclude(finding.name)
             await self._judge_concluded()
-            if self._check.walk_due:
+            if self.check.walk_due:
                 break  # the disks have changed: something else may be urgent now
         if failures:
             self._context.log(f"repair of {len(failures)} registers failed, the first: {failures[0]}")
 
     def _on_concluded(self, name: bytes) -> None:
         self._concluded[name] = None
-        self._check.wake.set()
+        self.check.wake.set()
 
     async def _judge_concluded(self) -> None:
         """Judges the registers whose moves were answered."""
@@ -187,7 +187,7 @@ class Repair:
     async def _judge_again(self, packed: bytes) -> None:
         try:
             name = RegisterName.unpack(packed)
-            await self._check.judge(name, (await self._context.registers.read(name)).value)
+            await self.check.judge(name, (await self._context.registers.read(name)).value)
         except REFUSALS as error:
             self._context.log(f"{packed[18:98]!r} can't be judged now: {error}")
         self._conclude(packed)
@@ -224,7 +224,7 @@ class Repair:
             return
         self._next_look_at = self._context.clock.monotonic() + self._context.limits.retry_s
         if self._queue.repaired and self._queue.overflowed:
-            self._check.request_walk()  # it finds again what did not fit into the queue
+            self.check.request_walk()  # it finds again what did not fit into the queue
         if self.job.state == "running":
             self.job.finish()
 
@@ -257,7 +257,7 @@ class Repair:
                     await self.relocator.room()
         finally:
             if self.relocator.away or not self.relocator.has(name.pack()):
-                await self._check.judge(name, (await self._context.registers.read(name)).value)
+                await self.check.judge(name, (await self._context.registers.read(name)).value)
         if failure is not None:
             raise failure
 

@@ -20,6 +20,8 @@ PARTS: Mapping[str, str] = {
     "storaged.keys": "Keys",
     "tests.doubles.keys": "Keys",
     "storaged.maintain": "Repair",
+    "storaged.maintain.mover": "Gateway",
+    "storaged.maintain.moves": "Gateway",
     "storaged.fragments": "Fragments",
     "tests.doubles.fragments": "Fragments",
     "storaged.meta": "Ring",

@@ -397,7 +397,8 @@ def test_places_against_the_rules_are_refused() -> None:
             (elsewhere(move, epoch=0), CHANGED),
         ):
             await world.cluster.pass_s(60.0)
-            assert await world.code(lie) == code, lie
+            found = await world.code(lie)
+            assert found == code or (code == LATER and found == REFUSED), lie
         await world.assert_unchanged()
 
     play(scenario)

@@ -32,7 +32,7 @@ README = Path(storaged.__file__).parent / "README.md"
 ACCESS, SECRET, REGION = "ACCESS", "secret/key", "eu-fr-1"
 SMALL, LARGE = os.urandom(4096), os.urandom(3 << 20)
 
-DIAGRAMS = ("PUT small", "PUT large", "GET", "repair")
+DIAGRAMS = ("PUT small", "PUT large", "GET", "repair", "move")
 """In the order of the README."""
 
 _ARROW = re.compile(r"(\w+)->>(\w+): (\w+)")
@@ -178,3 +178,27 @@ def test_a_repair_is_as_drawn() -> None:
         check("repair", trace)
 
     run(scenario)
+
+
+def test_a_move_is_as_drawn() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"key", os.urandom(300_000))
+        name, layout = object_name(bucket.id, bucket.shard_numbers, b"key"), cluster.layouts.current
+        leader, *_ = layout.replicas_of(name.partition)
+        repair = cluster.nodes[layout.node_of(leader)].maintenance.repair
+        await repair.round()  # walks the records once
+        disks = (await cluster.places(bucket, b"key"))[0].disks
+        lost = next(disk for disk in disks if layout.node_of(disk) != layout.node_of(leader))
+        cluster.lose_disk(lost)
+        await repair.round()  # sees that the disk is away
+        await cluster.pass_s(cluster.limits.recode_delay_s)
+        repair.check.hint(name.pack())
+        with CallTrace() as trace:
+            await repair.round()
+            await repair.relocator.ask_due()
+            await repair.round()
+        assert all(lost not in place.disks for place in await cluster.places(bucket, b"key"))
+        check("move", trace)
+
+    run(scenario, disks_per_node=3)

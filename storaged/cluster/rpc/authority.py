@@ -83,9 +83,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "fragment.read": Grant(BOTH, STORAGE, "GET; repair reads survivors", "reads sealed bytes"),
     "fragment.stat": Grant(BOTH, STORAGE, "`where`; walks of repair, collection"),
     "fragment.headers": Grant(GATEWAY, STORAGE, "a gateway verifies fragments before it names their new places"),
-    "fragment.touch": Grant(
-        BOTH, STORAGE, "a proposal that begins again; a recoding", "keeps garbage from being collected"
-    ),
+    "fragment.touch": Grant(GATEWAY, STORAGE, "a proposal that begins again; a move of blocks"),
     "fragment.retire": Grant(GATEWAY, STORAGE, "a change puts what it replaced on the garbage list"),
     "fragment.retired": Grant(GATEWAY, STORAGE, "a deleted bucket's key is destroyed once no disk has garbage of it"),
     "fragment.unretire": Grant(NO_ROLE, STORAGE, "a node collects on its own disks"),
