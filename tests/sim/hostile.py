@@ -43,6 +43,8 @@ HOUR_MS = 3_600_000
 SCOPE = b"a bucket's scope"
 CLOSED = RegisterName(Table.OBJECT, SCOPE, 0, b"closed")
 NONCE = b"the fence's nonce"
+OVERREACHER = "n4"
+"""A storage node that asks for what it may not; it has no replica of the registers."""
 
 
 class SigningClient(RingClient):
@@ -107,7 +109,7 @@ class Hostile(Scenario):
         self._fences_seen: dict[str, int] = {}
 
     def _refusal(self, peer: str, error: StoragedError) -> None:
-        if not (self._lies and peer == "n" + self._liar[1:]):
+        if peer != OVERREACHER and not (self._lies and peer == "n" + self._liar[1:]):
             self.complain(f"{peer}, which is honest, was refused: {error.message}")
 
     def _believes(self, name: RegisterName, value: Value) -> bool:
@@ -240,16 +242,31 @@ class Hostile(Scenario):
         await liar.client.close()
 
     async def overreach(self) -> None:
-        """A storage node asks for promises under a layout that nobody knows."""
+        """A storage node asks for promises under a layout that nobody knows, and repeats older values under the name
+        of a gateway.
+        """
         await asyncio.sleep(self.random.uniform(0, 0.4))
         self.found.faults.append("a layout that nobody knows")
-        stray = Gateway(self.world, "n4", self.layout, skew_ms=0)
+        stray = Gateway(self.world, OVERREACHER, self.layout, skew_ms=0)
         ballot = Ballot(99, EPOCH_MS * 1000, "n4", bytes(8))
         for name in self.names.values():
             for disk in FIRST_SEEDS:
                 with contextlib.suppress(StoragedError):
                     await stray.directory.replica(disk).prepare(messages.Prepare(disk, name, ballot), timeout_s=0.2)
+        for _ in range(3):
+            await self._repeat_older(stray)
         await stray.client.close()
+
+    async def _repeat_older(self, stray: Gateway) -> None:
+        store = self.world.nodes["n0"].store
+        older = {name: slot.value for name in self.names.values() if (slot := store.get(name)) is not None}
+        await asyncio.sleep(self.random.uniform(0.02, 0.1))
+        for name, value in older.items():
+            ballot = Ballot(1, EPOCH_MS * 1000 + int(self.world.loop.time() * 1e6) + 1_000_000, "g0", bytes(8))
+            for disk in FIRST_SEEDS:
+                request = messages.Accept(disk, name, ballot, value, b"", self.random.random() < 0.5)
+                with contextlib.suppress(StoragedError):
+                    await stray.directory.replica(disk).accept(request, timeout_s=0.05)
 
     # --- keepers, storage nodes, blank disks, fences
 
@@ -406,7 +423,7 @@ class Hostile(Scenario):
             others.append(self.bad_weather() if self._blank else Trouble(self, self.random).run())
         background = [self.world.loop.create_task(work) for work in others]
         once = [self.world.loop.create_task(self.close_bucket())]
-        if self.of_objects and not self._blank and self.random.random() < 0.3:
+        if self.of_objects and not self._blank and self.random.random() < 0.5:
             once.append(self.world.loop.create_task(self.overreach()))
         if self._blank:
             once.append(self.world.loop.create_task(self.swap()))

@@ -1,8 +1,8 @@
-"""``python -m tests.sim --mutants``: changes every comparison, every number and every boolean operator of the consensus,
-one at a time, and prints the mutants that neither its tests nor seeds notice.
+"""``python -m tests.sim --mutants``: changes each comparison, number and boolean operator of the consensus, one at a
+time, and prints the mutants that neither its tests nor seeds notice.
 
-A mutant dies by the tests in ``TESTS``, or by a seed of ``SEEDS``. A survivor is listed in ``survivors.txt`` with
-the reason why nothing has to notice it; any other survivor fails the run.
+A mutant dies by the tests in ``TESTS``, or by a seed of ``SEEDS``. A survivor is listed in ``survivors.txt`` with the
+reason why nothing has to notice it; any other survivor fails the run.
 """
 
 from __future__ import annotations
@@ -193,9 +193,7 @@ def survivors() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim --mutants", description=__doc__)
-    parser.add_argument(
-        "modules", nargs="*", metavar="MODULE", help="as proposer; all if none is named"
-    )
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="as proposer; all if none is named")
     parser.add_argument("--list", action="store_true", help="print them, and try none")
     parser.add_argument("--new", action="store_true", help="leave out the survivors that are listed")
     options = parser.parse_args(arguments)
