@@ -30,6 +30,8 @@ from storaged.errors import (
     DiskFull,
     DiskHung,
     DiskReadOnly,
+    DiskRolledBack,
+    DiskWaits,
     IndexDamaged,
     KeyReleasesRefused,
     KeyringMismatch,
@@ -54,7 +56,9 @@ _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
     "full": DiskFull,
     "read-only": DiskReadOnly,
     "foreign": DiskForeign,
+    "rolled-back": DiskRolledBack,
     "blank": DiskBlank,
+    "waiting": DiskWaits,
     "hung": DiskHung,
     "index-damaged": IndexDamaged,
 }

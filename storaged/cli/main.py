@@ -19,10 +19,6 @@ from storaged import __version__
 from storaged.errors import OperatorError, StoragedError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "accept-blank": (
-        "storaged.cli.accept:accept_blank",
-        "Let a disk take part that may have forgotten what it acknowledged.",
-    ),
     "audit": ("storaged.cli.audit:audit", "Check the hash-chained audit log."),
     "bucket": ("storaged.cli.buckets:bucket", "Make, list, count, hand over and delete buckets."),
     "cluster": ("storaged.cli.cluster:cluster", "Make a cluster's certificates, configuration and layout."),

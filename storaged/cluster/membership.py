@@ -41,7 +41,7 @@ from storaged.cluster.layout_exchange import LayoutExchange, PeerLayouts
 from storaged.cluster.layouts import REASON_CHARS_MAX, REFUSALS_MAX, LayoutBook
 from storaged.cluster.messages import DiskReport, LayoutAfter, Ping, Pong
 from storaged.cluster.moves import RefusedLayout
-from storaged.cluster.ports import Call, Caller, DiskStatus, LedgerReport, Method, Methods
+from storaged.cluster.ports import Call, Caller, DiskStatus, Method, Methods
 from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.faults import plain
 from storaged.cluster.signed_layout import SignedLayout
@@ -85,24 +85,20 @@ class NodeStatus:
     """Layouts that it refuses."""
     certificate_until_ms: int = 0
     """When its certificate expires, in milliseconds since 1970; 0 when not reported."""
-    ledger: LedgerReport | None = None
-    """What it reports about its disks' ledger; None for a node without disks."""
 
 
 @dataclass(frozen=True)
 class OwnNode:
     """What this node reports about itself.
 
-    ``disks()`` gives the state of its disks and ``ledger(node)`` what to tell another node about their ledger; both are
-    called at each ping, so they must be quick and not block. ``certificate_until_ms()``: when its certificate expires,
-    in milliseconds since 1970.
+    ``disks()`` gives the state of its disks; it is called at each ping, so it must be quick and not block.
+    ``certificate_until_ms()``: when its certificate expires, in milliseconds since 1970.
     """
 
     name: str
     incarnation: bytes
     pid: int = field(default_factory=os.getpid)
     disks: Callable[[], Sequence[DiskStatus]] = tuple
-    ledger: Callable[[str], LedgerReport | None] = lambda _node: None
     certificate_until_ms: Callable[[], int] = lambda: 0
 
 
@@ -128,7 +124,6 @@ class _Peer:
     epoch: int = 0
     disks: tuple[DiskStatus, ...] = ()
     refused: tuple[RefusedLayout, ...] = ()
-    ledger: LedgerReport | None = None
     layouts: PeerLayouts = field(default_factory=PeerLayouts)
     rtt_min_ms: float | None = None
     samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SAMPLES))
@@ -226,7 +221,6 @@ class Membership:
             disks=peer.disks,
             refused=peer.refused,
             certificate_until_ms=peer.certificate_until_ms,
-            ledger=peer.ledger,
         )
 
     def _own_status(self) -> NodeStatus:
@@ -340,7 +334,6 @@ class Membership:
             RefusedLayout(entry.epoch, plain(entry.source, REASON_CHARS_MAX), plain(entry.reason, REASON_CHARS_MAX))
             for entry in pong.refused[:REFUSALS_MAX]
         )
-        peer.ledger = pong.ledger
         peer.certificate_until_ms = pong.certificate_until_ms
         self._set_up(peer, pong.incarnation, pong.pid, pong.epoch)
         self._exchange.compare(peer.name, pong.epoch, pong.digest)
@@ -365,7 +358,6 @@ class Membership:
             digest=self._layouts.digest,
             refused=self._layouts.refusals(),
             certificate_until_ms=self._own.certificate_until_ms(),
-            ledger=self._own.ledger(call.peer.name),
         )
 
     # Changes of state.

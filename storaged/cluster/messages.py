@@ -46,6 +46,7 @@ class Pong(Message, frozen=True):
     refused: tuple[RefusedLayout, ...] = ()
     certificate_until_ms: int = 0
     ledger: LedgerReport | None = None
+    """Not written any more: version 0.1.0 reported here what ``cluster.claims`` answers now."""
 
 
 class LayoutAfter(Message, frozen=True):

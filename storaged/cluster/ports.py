@@ -36,12 +36,14 @@ class LedgerReport(Message, frozen=True):
     """What a storage node reports about the ledger of its disks (``node.ledger``).
 
     ``id`` is the ledger's id. ``formed`` says whether its disks ever took part in the cluster. ``yours`` is the id of
-    the asking node's ledger at the time it was formed, empty when unknown.
+    the asking node's ledger at the time it was formed, empty when unknown. ``whole`` says whether it counts in a
+    majority of ledgers: a blank one does not, until it is rebuilt from others.
     """
 
     id: bytes
     formed: bool
     yours: bytes = b""
+    whole: bool = False
 
 
 class Call(NamedTuple):
@@ -171,7 +173,9 @@ class TryCaller(Protocol):
 
 @dataclass(frozen=True)
 class DiskStatus:
-    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, index-damaged."""
+    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, rolled-back, blank,
+    waiting, hung, index-damaged.
+    """
 
     id: str
     directory: str

@@ -94,33 +94,68 @@ class WrongPassphrase(OperatorError):
 
 
 class DiskForeign(OperatorError):
-    """The disk's store is not the one that this node had under this name. Its promises are unknown, so it must not
-    answer.
+    """The disk has another metadata store than the cluster knows for it: a disk of another place or cluster, or one
+    whose store failed for good. What it promised is unknown, so it answers nothing.
     """
 
     code = "DISK_FOREIGN"
     hint = (
-        "Put back the disk or the mount that was there, and restart its node. If it is gone: repair rebuilds its"
-        " fragments on other disks, but not its replicas of records; those stay one short, and keys that lose another"
-        " replica stop. About a blank one in its place: `storaged explain DISK_BLANK`."
+        "Put the disk, or the mount, that was there back in its place, and restart its node; exchange two disks that"
+        " were swapped. Do not copy files between disks. If the disk is gone, or its store failed: leave it out, as"
+        " `storaged explain DISK_BLANK` describes."
+    )
+
+
+class DiskRolledBack(DiskForeign):
+    """The disk's metadata store is an older state of itself: the disk, or its whole machine, was put back from a
+    snapshot or a copy. It has forgotten what it acknowledged since, so it answers nothing.
+    """
+
+    code = "DISK_ROLLED_BACK"
+    hint = (
+        "Put back the disk as it was last, if it still exists, and restart its node. A snapshot of a disk can't be used"
+        " in its place, however new it is: what the disk acknowledged after it would be forgotten. Otherwise leave the"
+        " disk out, as `storaged explain DISK_BLANK` describes."
     )
 
 
 class DiskBlank(OperatorError):
-    """The disk is blank, or its node has no record of the store on it, although the cluster is in use.
-
-    The server was rebuilt, the disk was replaced, or the node lost its directory. The disk may have forgotten writes
-    that it acknowledged, so it takes no part. At the first start of a new cluster this means only that not all storage
-    nodes have started yet: start them, and do nothing else.
+    """The disk is blank, although the cluster is in use. The disk was replaced or wiped, or is not mounted. A blank
+    disk would answer "never written" for what the disk before it had acknowledged, so it answers nothing.
     """
 
     code = "DISK_BLANK"
     hint = (
-        "A new cluster at its first start: start the other storage nodes, and accept nothing. Else put back the disk,"
-        " or the node's directory (`disks.json` in it), that was there, and restart the node. If it is gone, the others"
-        " go on without it. `storaged accept-blank CONFIG.toml DISK` lets it take part as it is: then a write that only"
-        " this disk and one that is away had acknowledged is forgotten, so do it only while all other disks are in use"
-        " and `status` shows no object below target."
+        "Put back the disk, or the mount, that was there, and restart the node. A copy of the old disk is as good if it"
+        " is complete (ddrescue without errors) and was made after the disk was used last. If the disk is gone, leave"
+        " it out: this release can't replace a disk in a running cluster. Nothing is lost. Repair rebuilds its"
+        " fragments on other disks, but its replicas of records stay one short, and keys that lose another replica stop"
+        " until that one returns. To be without this risk, copy all objects to a new cluster with an S3 client. No"
+        " command makes a blank disk take part."
+    )
+
+
+class DiskWaits(OperatorError):
+    """The disk waits for other nodes: it takes part when a majority of the storage nodes confirms what they remember of
+    it. A new cluster begins when all its storage nodes are up.
+    """
+
+    code = "DISK_WAITS"
+    hint = (
+        "Start the storage nodes that are named, or mend the network to them. The disk joins by itself, and needs no"
+        " restart."
+    )
+
+
+class ClaimRefused(OperatorError):
+    """A statement about disks is not believed: it is not signed by the node that owns these disks, or is no statement
+    of this cluster. It changes nothing.
+    """
+
+    code = "CLAIM_REFUSED"
+    hint = (
+        "No honest node of this cluster sends one. Look in the log and the audit log for the node that did; its"
+        " certificate or its machine may be in other hands."
     )
 
 

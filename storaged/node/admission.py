@@ -1,67 +1,138 @@
-"""Whether a disk may be opened, and the files by which an operator accepts one. ``admission`` is pure.
+"""Whether a disk may be opened, from what the ledgers know of it. Pure, but for ``is_blank``.
 
-A disk that this node has no record of, or whose store is gone, is used only when the cluster is new (``node.forming``)
-or an operator accepts it (``storaged accept-blank``). The acceptance is a file in the node's directory. The next
-opening of that disk uses it up.
+Theory of operation. A disk answers for what it promised in all its earlier starts. So it is opened only with the store
+that is claimed for it, and only if that store is no older than claimed; ``LmdbMetaStore.open_or_refuse`` compares. What
+is claimed is known when a majority of the ledgers was read. After the opening, and before the disk answers anything,
+its new start is claimed at a majority.
+
+    two stores are claimed, or its store failed     foreign
+    a store is claimed, and the disk is blank       blank
+    too few ledgers have been read                  waiting
+    a store is claimed                              it is opened, if it has this store and is not older
+    none is claimed, the node's ledger lets it      it is opened
+    none is claimed, and it has a store             foreign; waiting while a new ledger has not heard all others
+    none is claimed, and it is blank                as ``node.forming`` says: it begins, waiting, or blank
+
+No command overrules this: a disk that lost its promises takes no part under its old name.
 """
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from storaged.durable import replace_file, sync_path
-from storaged.node.forming import Verdict
-from storaged.node.ledger import Ledger
+from storaged.cluster.claims import Claimed, DiskClaim, Ledgers
+from storaged.node.forming import judge_forming, strangers_of
 
-ACCEPTANCE = "accept-blank-"
-HINT = "`storaged explain DISK_BLANK` says what to do"
+WAITING = "waiting"
+"""The state of a disk that waits for other nodes."""
+
+HINT = "`storaged explain {}` says what to do"
 
 
-class Opening(NamedTuple):
-    """How a disk is opened. ``expected``: the identity that its metadata store must have; None allows any, and a blank
-    one.
-
-    ``accepted``: an operator accepted it.
+class DiskFacts(NamedTuple):
+    """What is known of a disk before it is opened. ``blank``: its directory has no metadata store. ``listed``: this
+    node's ledger has an entry for it. ``failure``: why its store failed for good, as this node noted.
     """
 
-    expected: bytes | None = None
-    accepted: bool = False
+    id: str
+    blank: bool
+    listed: bool
+    claimed: Claimed
+    failure: str = ""
+
+
+class OwnLedger(NamedTuple):
+    """The ledger of this node, as ``node.ledger`` has it. ``formed``: also where a disk of this node has a store; None
+    while not all disks were looked at.
+    """
+
+    id: bytes
+    formed: bool | None
+    fresh: bool
 
 
 class Admitted(NamedTuple):
-    """The ``opening`` of a disk that may be opened, or the ``state`` and ``reason`` in which it waits.
+    """Whether a disk may be opened (``opens``): with the store ``expected``, or with any for None. Else the ``state``
+    and ``reason`` in which it is left out, until other nodes change that (``waits``) or for good.
 
     ``form``: the node begins with this disk.
     """
 
-    opening: Opening | None
+    opens: bool
+    expected: DiskClaim | None = None
     form: bool = False
     state: str = ""
     reason: str = ""
 
+    @property
+    def waits(self) -> bool:
+        return self.state == WAITING
 
-def admission(ledger: Ledger, disk_id: str, blank: bool, forming: Verdict) -> Admitted:
-    """Decides how a disk is opened. ``blank``: its directory has no metadata store. ``forming``: whether this node may
-    begin with blank disks.
+
+def _left_out(state: str, code: str, reason: str) -> Admitted:
+    return Admitted(False, state=state, reason=f"{reason}; {HINT.format(code)}")
+
+
+def admission(disk: DiskFacts, own: OwnLedger, ledgers: Ledgers) -> Admitted:
+    """Decides how a disk is opened, by the table above."""
+    if len(disk.claimed.stores) > 1:
+        stores = ", ".join(claim.store.hex() for claim in disk.claimed.stores)
+        return _left_out("foreign", "DISK_FOREIGN", f"two metadata stores are claimed for it ({stores})")
+    claim = disk.claimed.only
+    if disk.failure or (claim is not None and claim.failed):
+        reason = disk.failure or "other nodes remember it"
+        return _left_out(
+            "foreign",
+            "DISK_FOREIGN",
+            f"its metadata store failed before, as was noted, and is not used again: {reason}",
+        )
+    if claim is not None and disk.blank:
+        reason = "blank: the metadata store that was there is gone, and with it what this disk promised"
+        return _left_out("blank", "DISK_BLANK", reason)
+    if waits := ledgers.waits_for():
+        return _left_out(WAITING, "DISK_WAITS", waits)
+    if claim is not None or disk.listed:
+        return Admitted(True, claim)
+    return _begin_blank(own, ledgers) if disk.blank else _begin_unclaimed(own, ledgers)
+
+
+def _begin_unclaimed(own: OwnLedger, ledgers: Ledgers) -> Admitted:
+    if own.fresh and ledgers.silent:
+        reason = (
+            "no ledger that was read knows its metadata store, and the ledger of this node is new; no answer yet from"
+            f" {', '.join(ledgers.silent)}"
+        )
+        return _left_out(WAITING, "DISK_WAITS", reason)
+    reason = "a metadata store is there that no ledger knows: it is of another disk or cluster, or an old one"
+    return _left_out("foreign", "DISK_FOREIGN", reason)
+
+
+def _begin_blank(own: OwnLedger, ledgers: Ledgers) -> Admitted:
+    if own.formed:
+        return _left_out("blank", "DISK_BLANK", "blank: this node has been in use, and has no record of the disk")
+    if own.formed is None:
+        return _left_out(WAITING, "DISK_HUNG", "blank: it waits until the other disks of this node answer")
+    verdict = judge_forming(own.id, ledgers.others)
+    if verdict.begin:
+        return Admitted(True, form=True)
+    if verdict.waits:
+        return _left_out(WAITING, "DISK_WAITS", f"blank: {verdict.reason}")
+    return _left_out("blank", "DISK_BLANK", f"blank: {verdict.reason}")
+
+
+def may_begin_unclaimed(own: OwnLedger, ledgers: Ledgers, disks: Iterable[DiskFacts]) -> list[str] | None:
+    """The disks that begin with the store that they have, although no ledger knows it: all ledgers were lost. None
+    while that can't be known: some node does not answer.
+
+    A node that was formed with an earlier ledger of this one would know the store of a disk that took part.
     """
-    expected = ledger.identity(disk_id)
-    if expected is not None:
-        if blank:
-            reason = f"the metadata store that was there is gone, and with it what this disk promised; {HINT}"
-            return Admitted(None, state="foreign", reason=reason)
-        return Admitted(Opening(expected))
-    if ledger.knows(disk_id):
-        return Admitted(Opening())
-    if not blank:
-        reason = f"a metadata store is there that this node has no record of, so that it may be an old one; {HINT}"
-        return Admitted(None, state="foreign", reason=reason)
-    if forming.begin:
-        return Admitted(Opening(), form=True)
-    reason = forming.reason or "this node has been in use, and has no record of the disk"
-    return Admitted(None, state="blank", reason=f"blank: {reason}; {HINT}")
+    if not own.fresh or ledgers.silent or not ledgers.whole:
+        return None
+    if strangers_of(own.id, ledgers.others):
+        return []
+    return [disk.id for disk in disks if not (disk.blank or disk.listed or disk.claimed.stores)]
 
 
 def is_blank(directory: Path) -> bool:
@@ -70,31 +141,3 @@ def is_blank(directory: Path) -> bool:
         return not (directory / "meta" / "data.mdb").stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return True
-
-
-# --- an operator's word
-
-
-def write_acceptance(node_directory: Path, disk_id: str, now_ms: int) -> None:
-    """Accepts the disk for its next opening. Raises OSError."""
-    content = {"disk": disk_id, "uid": os.getuid(), "time_ms": now_ms}
-    replace_file(node_directory / (ACCEPTANCE + disk_id), json.dumps(content).encode() + b"\n")
-
-
-def take_acceptance(node_directory: Path, disk_id: str) -> int | None:
-    """The user id of the operator who accepted the disk; None when nobody did. It stays until ``drop_acceptance``."""
-    try:
-        content = json.loads((node_directory / (ACCEPTANCE + disk_id)).read_bytes())
-        return int(content["uid"]) if content["disk"] == disk_id else None
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):  # the command does not write such a file
-        return None
-
-
-def drop_acceptance(node_directory: Path, disk_id: str) -> None:
-    """Removes the acceptance after use, or when it was not needed."""
-    path = node_directory / (ACCEPTANCE + disk_id)
-    if path.exists():
-        path.unlink(missing_ok=True)
-        sync_path(node_directory)

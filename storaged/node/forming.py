@@ -5,7 +5,7 @@ cluster is new. On a server that was built anew it makes the ring forget what th
 node itself can't tell the two apart, as its own records are gone. The other nodes can: when each was formed, it
 recorded which ledgers (``node.ledger``) the other nodes had.
 
-    another node was formed with another ledger of this node    this server was built anew: wait for an operator
+    another node was formed with another ledger of this node    this server was built anew: its blank disks never begin
     another node was formed with this very ledger               this node was there and has not begun yet: begin
     all others answer, and none was formed                      the cluster is new: begin
     otherwise                                                   wait for the nodes that don't answer
@@ -16,31 +16,42 @@ cluster has no other to ask, and begins: it can't notice that its whole machine 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from storaged.cluster.ports import LedgerReport
 
 
 class Verdict(NamedTuple):
-    """The decision: ``begin``, or the ``reason`` against it, in words for an operator."""
+    """The decision: ``begin``, or the ``reason`` against it, in words for an operator. ``waits``: other nodes may still
+    change it.
+    """
 
     begin: bool
     reason: str = ""
+    waits: bool = False
+
+
+def strangers_of(own: bytes, others: Mapping[str, LedgerReport | None]) -> list[str]:
+    """The nodes that were formed with another ledger of this node than ``own``."""
+    return sorted(
+        name
+        for name, report in others.items()
+        if report is not None and report.formed and report.yours and report.yours != own
+    )
 
 
 def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verdict:
     """Decides whether this node may begin. ``own``: the id of its ledger. ``others``: the reports of all other storage
     nodes of the layout, None for one that does not answer.
     """
-    formed = {name: report for name, report in others.items() if report is not None and report.formed}
-    strangers = sorted(name for name, report in formed.items() if report.yours != own and report.yours)
-    if strangers:
+    if strangers := strangers_of(own, others):
         return Verdict(
             False,
             f"the cluster has been formed with other disks of this server (says {', '.join(strangers)}): it was built"
             " anew, or its directory is gone",
         )
+    formed = {name: report for name, report in others.items() if report is not None and report.formed}
     if any(report.yours == own for report in formed.values()):
         return Verdict(True)
     if formed:
@@ -48,28 +59,13 @@ def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verd
     silent = sorted(name for name, report in others.items() if report is None)
     if silent:
         return Verdict(
-            False, f"a new cluster begins when all its storage nodes are there; no answer yet from {', '.join(silent)}"
+            False,
+            f"a new cluster begins when all its storage nodes are there; no answer yet from {', '.join(silent)}",
+            waits=True,
         )
     return Verdict(True)
 
 
-class Answers(NamedTuple):
-    """The ``verdict``, with the ledgers of the other nodes that it follows from, by name."""
-
-    verdict: Verdict
-    ledgers: Mapping[str, bytes] = {}
-
-
-Forming = Callable[[], Answers]
-
-
-def begin_at_once() -> Answers:
-    """The answers in a cluster of one node."""
-    return Answers(Verdict(True))
-
-
-def answers_of(own: bytes, others: Mapping[str, LedgerReport | None]) -> Answers:
-    """``judge_forming``, with the ids that a ledger keeps of the answers."""
-    return Answers(
-        judge_forming(own, others), {name: report.id for name, report in others.items() if report is not None}
-    )
+def ids_of(others: Mapping[str, LedgerReport | None]) -> dict[str, bytes]:
+    """The ids of the other nodes' ledgers, as far as they answer."""
+    return {name: report.id for name, report in others.items() if report is not None}

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from storaged import __version__, observe
-from storaged.admin.listener import actor_of_user
 from storaged.clock import Clock
 from storaged.cluster.audit.format import actor_of_peer
 from storaged.cluster.identity import Identity, authority_of, load_identity
@@ -24,7 +23,7 @@ from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.moves import RefusedLayout, places_digest
 from storaged.cluster.policy import Policy, policy_of
-from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerChecks, PeerIdentity
+from storaged.cluster.ports import DiskStatus, Method, PeerChecks, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits, authority
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
@@ -52,10 +51,11 @@ from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.auditing import Auditing
 from storaged.node.belief import NodeBelief
-from storaged.node.disks import Disks, Opener, OpenerPorts, Snapshot
-from storaged.node.forming import Answers, Verdict, answers_of
+from storaged.node.disks import Disks, Snapshot
 from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
+from storaged.node.ledger_exchange import LedgerExchange
+from storaged.node.opener import Opener
 from storaged.node.system import LAYOUT_FILE, SystemPaths, operator_layout
 from storaged.objects.write.references import live_references
 
@@ -103,9 +103,10 @@ class NodePlanes:
         self.incarnation = system_entropy(INCARNATION_BYTES)
         self.directory = Path(config.node.directory)
         self.disks = Disks()
+        self.ledgers: LedgerExchange | None = None
+        """Of a storage node."""
         self._opener: Opener | None = None
-        self._heartbeats = False
-        """Whether this node asks the other nodes already."""
+        self._exchanging: asyncio.Task[None] | None = None
         self.maintenance: Maintenance | None = None
         self.asks = Asks(clock, structlog.get_logger("maintain").info)
         """What this node asks of gateways, where it has disks."""
@@ -119,8 +120,7 @@ class NodePlanes:
         nothing stays open then.
         """
         await self._open_layouts()
-        await self._open_disks(stack)
-        await self._tell_disks()
+        await self._build_disks(stack)
         self._build_network()
         self._build_ring()
         if self.config.storage:
@@ -130,7 +130,7 @@ class NodePlanes:
         if self.config.rpc.listen:
             await self._listen()
         await self.membership.start()
-        self._heartbeats = True
+        await self._open_disks()
         await self.audit.start()
         self.layouts.watch(
             lambda layout: self.audit.note(
@@ -140,8 +140,8 @@ class NodePlanes:
         self._audit_refused_layouts()
         stack.push_async_callback(self.auditing.close)
 
-    async def _open_disks(self, stack: contextlib.AsyncExitStack) -> None:
-        if not self.config.disks:
+    async def _build_disks(self, stack: contextlib.AsyncExitStack) -> None:
+        if not self.config.storage:
             return
         ledger = await asyncio.to_thread(Ledger, self.directory)
         if not await asyncio.to_thread(ledger.goes_by, places_digest(self.layouts.current)):
@@ -150,39 +150,22 @@ class NodePlanes:
                 f" used, and which is gone from {self.directory / 'layouts'}. Put that directory back, or the cluster's"
                 " own layout beside the certificate."
             )
-        self._opener = Opener(
-            self.config,
-            self.clock,
-            self._cell_damaged,
-            ledger,
-            OpenerPorts(self._forming, lambda: self.layouts.epoch, self._disk_accepted),
+        self._opener = opener = Opener(self.config, self.clock, self._cell_damaged, ledger, cluster=self.own.cluster)
+        self.disks = opener.disks
+        self.ledgers = opener.ledgers = LedgerExchange(
+            ledger, self.own, self.authority, self.layouts, opener, self._refused
         )
-        self.disks = await self._opener.open()
-        stack.push_async_callback(self.disks.close)
+        self._methods.update(self.ledgers.methods())
+        stack.push_async_callback(opener.close)
 
-    def _forming(self) -> Answers:
-        """What the other storage nodes answer to the question whether this one may begin."""
-        assert self._opener is not None
-        others = {disk.node for disk in self.layouts.current.disks} - {self.own.name}
-        reports: dict[str, LedgerReport | None] = {}
-        for name in others:
-            if not self._heartbeats:
-                return Answers(Verdict(False, "the other nodes have not been asked yet"))
-            status = self.membership.status(name)
-            reports[name] = status.ledger if status.state == "up" else None
-        return answers_of(self._opener.ledger.id, reports)
-
-    def _ledger_report(self, node: str) -> LedgerReport | None:
-        """The report on this node's ledger that ``node`` gets."""
-        if self._opener is None:
-            return None
-        ledger = self._opener.ledger
-        return LedgerReport(ledger.id, ledger.formed or self._opener.foreign_stores, ledger.node(node))
-
-    def _disk_accepted(self, disk_id: str, directory: str, uid: int) -> None:
-        self.audit.note(
-            "disk.accepted", actor=actor_of_user(uid), target=f"disk:{disk_id}", outcome="done", directory=directory
-        )
+    async def _open_disks(self) -> None:
+        """Needs the network: what the other nodes' ledgers know comes first."""
+        if self._opener is not None and self.ledgers is not None:
+            ledgers = self.ledgers
+            self.membership.watch(lambda node: ledgers.on_node(node.name, node.state == "up", node.incarnation))
+            self._exchanging = asyncio.get_running_loop().create_task(ledgers.run(self.pool))
+            await self._opener.open()
+        await self._tell_disks()
 
     async def _open_layouts(self) -> None:
         files = LayoutFiles(self.directory / "layouts")
@@ -267,7 +250,6 @@ class NodePlanes:
             leader.incarnation if leader is not None else self.incarnation,
             leader.pid if leader is not None else os.getpid(),
             disks=lambda: self._disk_statuses,
-            ledger=self._ledger_report,
             certificate_until_ms=lambda: int(self.own.expires.timestamp() * 1000),
         )
         self.membership = Membership(own, self.pool, self.layouts, links=self.pool, clock=self.clock)
@@ -398,6 +380,8 @@ class NodePlanes:
             self.gateway.reload(config)
         self.pool.renew(own)
         self.auditing.renew(own)
+        if self.ledgers is not None:
+            self.ledgers.renew(own)
         if self._server is not None:
             self._server.renew(own)
         worker = {"worker": str(self.leader.number)} if self.leader is not None else {}
@@ -421,6 +405,9 @@ class NodePlanes:
         await self._learn_operators()
 
     async def _close_network(self) -> None:
+        if self._exchanging is not None:
+            self._exchanging.cancel()
+            await asyncio.gather(self._exchanging, return_exceptions=True)
         if self._server is not None:
             await self._server.close()
         await self.membership.close()

@@ -31,11 +31,12 @@ from storaged.meta.ports import Outcome, Reading
 from storaged.meta.store_ports import StoreBatch
 from storaged.node import process
 from storaged.node.binding import Binding, ClusterRecord
-from storaged.node.disks import Disks, Opener
+from storaged.node.disks import Disks
 from storaged.node.doctor import _private
 from storaged.node.keyhome import RingRegisters
 from storaged.node.ledger import Ledger
 from storaged.node.node import Node
+from storaged.node.opener import Opener
 from storaged.node.system import SystemPaths, Taken, exchange_layout
 from storaged.node.unlock import LateKeys, Unlocker
 from storaged.wire import decode, encode
@@ -179,7 +180,7 @@ async def test_a_node_whose_layouts_are_gone_does_not_start_by_one_that_would_mo
         node = Node(loaded, load_identity(place / "identity"), SystemClock())
         await node._open_layouts()
         async with contextlib.AsyncExitStack() as stack:
-            await node._open_disks(stack)
+            await node._build_disks(stack)
 
     create.sign_layout(authority, create.layout_of(plan), [place])
     await start()
@@ -204,7 +205,7 @@ async def opened_disks(loaded: config.Config) -> Disks:
     return await Opener(loaded, SystemClock(), lambda *_: None, Ledger(Path(loaded.node.directory))).open()
 
 
-async def test_a_disk_that_lost_its_store_is_foreign_and_the_other_goes_on(tmp_path: Path) -> None:
+async def test_a_disk_that_lost_its_store_is_left_out_and_the_other_goes_on(tmp_path: Path) -> None:
     import shutil
 
     loaded = storage_config(tmp_path)
@@ -216,7 +217,7 @@ async def test_a_disk_that_lost_its_store_is_foreign_and_the_other_goes_on(tmp_p
     shutil.rmtree(tmp_path / "d1")
     second = await opened_disks(loaded)
     states = {status.directory: status.state for status in await second.statuses()}
-    assert states == {str(tmp_path / "d1"): "foreign", str(tmp_path / "d2"): "ok"}
+    assert states == {str(tmp_path / "d1"): "blank", str(tmp_path / "d2"): "ok"}
     assert not (tmp_path / "d1" / "meta").exists(), "nothing is made where something is missing"
     await second.close()
 

@@ -7,36 +7,69 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storaged import config
-from storaged.cli import accept
 from storaged.clock import SystemClock
-from storaged.errors import DiskUnusable, OperatorError
+from storaged.cluster.claims import DiskClaim, Ledgers
+from storaged.cluster.ports import LedgerReport
+from storaged.errors import DiskRolledBack, DiskUnusable, OperatorError
+from storaged.meta.messages import Read
+from storaged.meta.names import system_name
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.store_ports import StoreBatch
-from storaged.node import disks as node_disks
-from storaged.node.admission import ACCEPTANCE, admission, take_acceptance, write_acceptance
-from storaged.node.disks import Disks, Opener, OpenerPorts
-from storaged.node.forming import Answers, Verdict
+from storaged.node import opener as node_opener
+from storaged.node.disks import Disks, Snapshot
 from storaged.node.ledger import LEDGER_FILE, Ledger
+from storaged.node.ledger_exchange import LoneLedger
+from storaged.node.opener import Opener
 from tests.integration.test_node import storage_config
 from tests.patience import GUARD_S
 from tests.worlds.authority import until
 
-WAIT = Answers(Verdict(False, "the cluster has been formed"))
 
-
-def opener(loaded: config.Config, forming: Callable[[], Answers] | None = None, **more: Any) -> Opener:
-    settings = {name: more.pop(name) for name in list(more) if name == "open_s"}
-    if forming is not None:
-        more["forming"] = forming
+def opener(loaded: config.Config, others: OtherLedgers | None = None, **settings: Any) -> Opener:
     ledger = Ledger(Path(loaded.node.directory))
-    return Opener(loaded, SystemClock(), lambda *_: None, ledger, OpenerPorts(**more), **settings)
+    found = Opener(loaded, SystemClock(), lambda *_: None, ledger, **settings)
+    if others is not None:
+        others.ledger = found.ledgers.ledger
+        found.ledgers = others
+    return found
+
+
+class OtherLedgers(LoneLedger):
+    """What two other nodes report, as a test sets it, and what reached them."""
+
+    def __init__(self, **reports: LedgerReport | None) -> None:
+        self.reports = {"n2": None, "n3": None, **reports}
+        self.published: list[DiskClaim] = []
+        self.takes = True
+        self.news = asyncio.Event()
+
+    def view(self) -> Ledgers:
+        return Ledgers(self.ledger.whole, self.reports)
+
+    async def changed(self) -> None:
+        await self.news.wait()
+
+    def tell(self, **reports: LedgerReport | None) -> None:
+        self.reports.update(reports)
+        self.news.set()
+        self.news = asyncio.Event()
+
+    async def publish(self, claim: DiskClaim) -> None:
+        await super().publish(claim)
+        while not self.takes:
+            await self.changed()
+        self.published.append(claim)
+
+
+NEW = LedgerReport(b"2" * 16, False)
+"""Of a node that has not begun, with a blank ledger."""
+USED = LedgerReport(b"2" * 16, True, b"", True)
 
 
 async def states(disks: Disks) -> list[str]:
@@ -54,38 +87,67 @@ def ids(loaded: config.Config) -> tuple[str, str]:
 # --- the ledger
 
 
-def test_the_ledger_remembers_stores_failures_and_who_was_there(tmp_path: Path) -> None:
+def claim_of(disk: str, store: bytes = b"s" * 16, starts: int = 1, position: int = 0) -> DiskClaim:
+    return DiskClaim(disk, store, starts, position)
+
+
+def test_the_ledger_remembers_stores_positions_failures_and_who_was_there(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    assert (ledger.formed, ledger.identity("d1"), ledger.knows("d1"), ledger.node("n2")) == (False, None, False, b"")
+    assert (ledger.formed, ledger.recorded("d1"), ledger.knows("d1"), ledger.node("n2")) == (False, None, False, b"")
+    assert (ledger.whole, ledger.fresh) == (False, True), "it may replace one that was lost"
     ledger.form({"n2": b"\2" * 16}, ["d1", "d2"])
-    ledger.record("d1", b"\1" * 24)
-    ledger.note_failed("d1", "meta", "EIO")
+    ledger.record(claim_of("d1", starts=3, position=7))
+    assert ledger.note_positions({"d1": 9, "d2": 4, "d7": 1})
+    assert not ledger.note_positions({"d1": 8})
+    assert Ledger(tmp_path).recorded("d1") == claim_of("d1", starts=3, position=7), "positions alone wait for a flush"
+    ledger.flush()
+    ledger.note_failed("d2", "meta", "EIO")
+    ledger.count_again(fresh=False)
     again = Ledger(tmp_path)
     assert (again.id, again.formed, again.node("n2")) == (ledger.id, True, b"\2" * 16)
-    assert (again.identity("d1"), again.identity("d2"), again.knows("d2"), again.knows("d3")) == (
-        b"\1" * 24,
-        None,
-        True,
-        False,
-    )
-    assert (again.failure("d1", "meta"), again.failure("d1", "fragments"), again.failure("d3", "meta")) == (
+    assert (again.whole, again.fresh) == (True, False)
+    assert again.recorded("d1") == claim_of("d1", starts=3, position=9)
+    assert (again.recorded("d2"), again.knows("d2"), again.knows("d3")) == (None, True, False)
+    assert (again.failure("d2", "meta"), again.failure("d2", "fragments"), again.failure("d3", "meta")) == (
         "EIO",
         "",
         "",
     )
-    again.accept("d1")
-    assert (Ledger(tmp_path).identity("d1"), Ledger(tmp_path).failure("d1", "meta")) == (None, "")
 
 
 def test_a_ledger_of_before_is_that_of_a_node_that_took_part(tmp_path: Path) -> None:
     (tmp_path / LEDGER_FILE).write_text(json.dumps({"d1": "01" * 24}))
     ledger = Ledger(tmp_path)
-    assert (ledger.formed, ledger.identity("d1"), ledger.knows("d2")) == (True, b"\1" * 24, False)
-    ledger.record("d1", b"\2" * 24)
-    assert (Ledger(tmp_path).identity("d1"), Ledger(tmp_path).id) == (b"\2" * 24, ledger.id)
+    starts = int.from_bytes(b"\1" * 8, "big")
+    assert (ledger.formed, ledger.whole, ledger.recorded("d1")) == (True, True, claim_of("d1", b"\1" * 16, starts))
+    ledger.record(claim_of("d1", b"\1" * 16, starts + 1))
+    assert Ledger(tmp_path).recorded("d1") == claim_of("d1", b"\1" * 16, starts + 1)
+    assert Ledger(tmp_path).id == ledger.id
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 3}', '{"version": 2}', '{"d1": 7}'])
+@pytest.mark.parametrize("formed", [True, False])
+def test_a_ledger_of_version_2_counts_if_its_node_took_part(tmp_path: Path, formed: bool) -> None:
+    disks = {"d1": {"store": "02" * 24, "failed": {"fragments": "EIO"}}} if formed else {}
+    before = {"version": 2, "ledger": "07" * 16, "formed": formed, "nodes": {"n2": "02" * 16}, "disks": disks}
+    (tmp_path / LEDGER_FILE).write_text(json.dumps(before))
+    ledger = Ledger(tmp_path)
+    assert (ledger.formed, ledger.whole, ledger.fresh, ledger.id) == (formed, formed, not formed, b"\7" * 16)
+    if formed:
+        assert ledger.claimed("d1").only == claim_of("d1", b"\2" * 16, int.from_bytes(b"\2" * 8, "big"))
+        assert ledger.failure("d1", "fragments") == "EIO"
+    ledger.flush()
+    ledger.form({}, [])
+    assert json.loads((tmp_path / LEDGER_FILE).read_text())["version"] == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"version": 4}', '{"version": 2}', '{"d1": 7}', '{"version": 3}']
+    + [
+        '{"version": 3, "ledger": "", "formed": true, "nodes": {}, "disks": {}, "statements": ["' + text + '"]}'
+        for text in ("?", "AAAA", "k8QAxADEAA==")
+    ],
+)
 def test_a_ledger_that_cannot_be_read_is_no_new_ledger(tmp_path: Path, content: str) -> None:
     (tmp_path / LEDGER_FILE).write_text(content)
     with pytest.raises(OperatorError, match=LEDGER_FILE):
@@ -98,95 +160,196 @@ def test_a_ledger_that_cannot_be_read_is_no_new_ledger(tmp_path: Path, content: 
 
 async def test_blank_disks_of_a_new_node_wait_for_the_others_and_then_join(tmp_path: Path) -> None:
     loaded = storage_config(tmp_path)
-    answer = [Answers(Verdict(False, "no answer yet from n2"))]
-    opening = opener(loaded, lambda: answer[0])
+    others = OtherLedgers(n3=NEW)
+    opening = opener(loaded, others)
     disks = await opening.open()
-    assert await states(disks) == ["blank", "blank"]
+    assert await states(disks) == ["waiting", "waiting"]
     assert "no answer yet from n2" in await reason_of(disks, "d1")
+    assert "no answer yet from n2" in disks.waits()
     assert not (tmp_path / "d1").exists(), "nothing is made before it may"
-    answer[0] = Answers(Verdict(True), {"n2": b"2" * 16})
+    others.tell(n2=NEW)
+    await until(lambda: opening.ledger.whole)
+    assert await states(disks) == ["waiting", "waiting"], "one ledger of three counts"
+    others.tell(n2=LedgerReport(b"2" * 16, False, b"", True))
     await until(lambda: len(disks.used) == 2)
     assert set(disks.replicas) == set(disks.fragments) == set(disks.metas) == set(ids(loaded))
     assert (opening.ledger.formed, opening.ledger.node("n2")) == (True, b"2" * 16)
-    await disks.close()
-    again = await opener(loaded, lambda: WAIT).open()
+    assert sorted(claim.disk for claim in others.published) == sorted(ids(loaded))
+    await opening.close()
+    again = await opener(loaded, OtherLedgers(n2=USED)).open()
     assert await states(again) == ["ok", "ok"]
     await again.close()
 
 
-async def test_a_server_built_anew_answers_nothing_until_an_operator_accepts_its_disk(tmp_path: Path) -> None:
+async def test_a_server_built_anew_answers_nothing_and_no_one_can_let_it(tmp_path: Path) -> None:
     """The node was rebuilt from its issued folder: its ledger and its disks are gone."""
     loaded = storage_config(tmp_path)
-    heard: list[tuple[str, int]] = []
-    disks = await opener(
-        loaded, lambda: WAIT, epoch=lambda: 3, on_accepted=lambda disk, _place, uid: heard.append((disk, uid))
-    ).open()
+    (tmp_path / ("accept-blank-" + ids(loaded)[0])).write_text(json.dumps({"disk": ids(loaded)[0], "uid": 0}))
+    disks = await opener(loaded, OtherLedgers(n2=USED, n3=USED)).open()
     assert await states(disks) == ["blank", "blank"]
-    assert "accept" not in "".join(os.listdir(tmp_path))
-    accept.accept_blank.main([str(tmp_path / "config.toml"), ids(loaded)[0]], standalone_mode=False)
-    await until(lambda: len(disks.used) == 1)
-    assert await states(disks) == ["ok", "blank"]
-    assert heard == [(ids(loaded)[0], os.getuid())]
-    assert not (tmp_path / (ACCEPTANCE + ids(loaded)[0])).exists(), "the word is used up"
-    floor = disks.replicas[ids(loaded)[0]].state.floor
-    assert floor.epoch == 3
-    assert floor.counter > 0, "what the disk promised in its earlier life lies below"
+    assert "formed without these disks" in await reason_of(disks, "d1")
+    assert disks.waits() == ""
     await disks.close()
-    shutil.rmtree(tmp_path / "d1")
-    again = await opener(loaded, lambda: WAIT).open()
-    assert await states(again) == ["foreign", "blank"], "once is once"
-    await again.close()
+    assert not (tmp_path / "d1").exists()
 
 
-async def test_a_store_without_a_ledger_waits_and_says_that_this_node_is_not_new(tmp_path: Path) -> None:
-    loaded = storage_config(tmp_path)
-    await (await opener(loaded).open()).close()
-    (tmp_path / LEDGER_FILE).unlink()
-    shutil.rmtree(tmp_path / "d2")
-    opening = opener(loaded, lambda: WAIT)
-    disks = await opening.open()
-    assert await states(disks) == ["foreign", "blank"]
-    assert "no record of" in await reason_of(disks, "d1")
-    assert opening.foreign_stores
-    write_acceptance(tmp_path, ids(loaded)[0], 0)
-    await until(lambda: len(disks.used) == 1)
-    await disks.close()
-
-
-async def test_an_exchanged_disk_waits_and_one_in_order_needs_no_word(tmp_path: Path) -> None:
+async def test_a_disk_that_was_emptied_is_left_out(tmp_path: Path) -> None:
     loaded = storage_config(tmp_path)
     await (await opener(loaded).open()).close()
     shutil.rmtree(tmp_path / "d1")
-    write_acceptance(tmp_path, ids(loaded)[1], 0)  # of a disk that is in order: not kept for a later day
     disks = await opener(loaded).open()
-    assert await states(disks) == ["foreign", "ok"]
+    assert await states(disks) == ["blank", "ok"]
     assert "DISK_BLANK" in await reason_of(disks, "d1")
-    assert take_acceptance(tmp_path, ids(loaded)[1]) is None
-    with pytest.raises(OperatorError, match="nothing to accept"):
-        accept.accept_blank.main([str(tmp_path / "config.toml"), ids(loaded)[1]], standalone_mode=False)
-    with pytest.raises(OperatorError, match="no disk of"):
-        accept.accept_blank.main([str(tmp_path / "config.toml"), "elsewhere"], standalone_mode=False)
-    accept.accept_blank.main([str(tmp_path / "config.toml"), str(tmp_path / "d1")], standalone_mode=False)
+    await disks.close()
+
+
+async def test_a_disk_without_an_entry_waits_until_the_other_disks_of_its_new_node_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = storage_config(tmp_path)
+    answers = threading.Event()
+    monkeypatch.setattr(node_opener, "is_blank", lambda directory: directory.name == "d2" or answers.wait())
+    opening = opener(loaded, open_s=0.2)
+    disks = await opening.open()
+    assert opening.formed() is None
+    assert await states(disks) == ["hung", "waiting"]
+    answers.set()
     await until(lambda: len(disks.used) == 2)
     await disks.close()
 
 
-def test_the_word_for_one_disk_is_none_for_another(tmp_path: Path) -> None:
-    write_acceptance(tmp_path, "d1", 0)
-    assert take_acceptance(tmp_path, "d2") is None
-    (tmp_path / (ACCEPTANCE + "d2")).write_bytes((tmp_path / (ACCEPTANCE + "d1")).read_bytes())
-    assert take_acceptance(tmp_path, "d2") is None
-    (tmp_path / (ACCEPTANCE + "d3")).write_bytes(b"yes")
-    assert take_acceptance(tmp_path, "d3") is None
+# --- without a ledger
 
 
-def test_a_formed_node_begins_with_no_disk_that_it_has_no_record_of(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.record("d1", b"\1" * 24)
-    assert admission(ledger, "d2", True, Verdict(False)).state == "blank"
-    assert admission(ledger, "d2", False, Verdict(True)).state == "foreign"
-    assert admission(ledger, "d1", True, Verdict(True)).state == "foreign"
-    assert admission(ledger, "d1", False, Verdict(False)).opening is not None
+async def test_a_node_that_lost_its_ledger_waits_for_the_others_and_goes_on_with_its_disks(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    first = opener(loaded)
+    disks = await first.open()
+    claims = [first.ledger.recorded(disk) for disk in ids(loaded)]
+    await first.close()
+    (tmp_path / LEDGER_FILE).unlink()
+    others = OtherLedgers(n2=USED)
+    opening = opener(loaded, others)
+    disks = await opening.open()
+    assert await states(disks) == ["waiting", "waiting"]
+    assert "the ledger of this node is blank" in await reason_of(disks, "d1")
+    for claim in claims:  # as the exchange does with what the others have
+        assert claim is not None
+        opening.ledger._book._known[claim.disk] = {claim.store: claim}
+    others.tell(n3=USED)
+    await until(lambda: len(disks.used) == 2)
+    assert {claim.starts for claim in others.published} == {2}
+    await disks.close()
+
+
+async def test_stores_begin_without_any_ledger_only_when_all_were_lost(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    await (await opener(loaded).open()).close()
+    shutil.rmtree(tmp_path / "d2")
+    knew = LedgerReport(b"3" * 16, True, b"an earlier ledger", True)
+    for reports, expected in (
+        ({"n2": NEW, "n3": None}, ["waiting", "waiting"]),
+        ({"n2": USED, "n3": knew}, ["foreign", "blank"]),
+        ({"n2": USED, "n3": USED}, ["ok", "blank"]),
+    ):
+        (tmp_path / LEDGER_FILE).unlink()
+        disks = await opener(loaded, OtherLedgers(**reports)).open()
+        assert await states(disks) == expected
+        await disks.close()
+    (tmp_path / LEDGER_FILE).unlink()
+    disks = await opener(loaded).open()
+    assert await states(disks) == ["ok", "blank"], "the only node of a cluster"
+    await disks.close()
+
+
+# --- others, and older ones
+
+
+async def test_two_disks_that_were_swapped_are_both_left_out_and_named(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    await (await opener(loaded, cluster="c1").open()).close()
+    for before, after in (("d1", "aside"), ("d2", "d1"), ("aside", "d2")):
+        (tmp_path / before).rename(tmp_path / after)
+    disks = await opener(loaded, cluster="c1").open()
+    assert await states(disks) == ["foreign", "foreign"]
+    await disks.close()
+    (tmp_path / LEDGER_FILE).unlink()
+    disks = await opener(loaded, cluster="c1").open()
+    assert await states(disks) == ["foreign", "foreign"], "also where no ledger knows them: the stores know"
+    assert f"is that of disk '{ids(loaded)[1]}' of cluster 'c1'" in await reason_of(disks, "d1")
+    await disks.close()
+
+
+async def test_a_disk_of_another_cluster_is_left_out(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    await (await opener(loaded, cluster="c1").open()).close()
+    (tmp_path / LEDGER_FILE).unlink()
+    disks = await opener(loaded, cluster="c2").open()
+    assert await states(disks) == ["foreign", "foreign"]
+    assert "of cluster 'c1'" in await reason_of(disks, "d1")
+    await disks.close()
+
+
+async def test_a_store_of_before_gets_its_owner_at_its_next_start(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    await (await opener(loaded).open()).close()
+    await (await opener(loaded, cluster="c1").open()).close()
+    disks = await opener(loaded, cluster="c2").open()
+    assert await states(disks) == ["foreign", "foreign"]
+    await disks.close()
+
+
+@pytest.mark.parametrize("kind", ["an earlier start", "the same start"])
+async def test_a_snapshot_of_a_disk_is_refused_and_not_touched(tmp_path: Path, kind: str) -> None:
+    loaded = storage_config(tmp_path)
+    opening = opener(loaded)
+    disks = await opening.open()
+    meta = disks.metas[ids(loaded)[0]]
+    await meta.commit(StoreBatch(meta={"x": b"old"}))
+    if kind == "an earlier start":
+        await opening.close()
+    shutil.copytree(tmp_path / "d1", tmp_path / "snapshot")
+    if kind == "an earlier start":
+        opening = opener(loaded)
+        disks = await opening.open()
+    else:
+        await meta.commit(StoreBatch(meta={"x": b"acknowledged later"}))
+    await opening.close()
+    shutil.rmtree(tmp_path / "d1")
+    shutil.copytree(tmp_path / "snapshot", tmp_path / "d1")
+    for _ in range(2):
+        disks = await opener(loaded).open()
+        assert await states(disks) == ["rolled-back", "ok"]
+        assert "put back to an older state" in await reason_of(disks, "d1")
+        await disks.close()
+
+
+async def test_a_disk_whose_start_does_not_reach_a_majority_answers_nothing_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_opener, "CLAIM_S", 0.1)
+    loaded = storage_config(tmp_path)
+    await (await opener(loaded).open()).close()
+    others = OtherLedgers(n2=USED, n3=USED)
+    others.takes = False
+    disks = await opener(loaded, others).open()
+    assert await states(disks) == ["waiting", "waiting"]
+    assert disks.replicas == {}
+    others.takes = True
+    others.tell()
+    await until(lambda: len(disks.used) == 2)
+    await disks.close()
+
+
+async def test_a_disk_in_use_that_turns_out_to_be_older_falls_silent(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    opening = opener(loaded)
+    disks = await opening.open()
+    opening.on_outdated(ids(loaded)[0], DiskRolledBack("the ledgers know start 9"))
+    assert await states(disks) == ["rolled-back", "ok"]
+    with pytest.raises(DiskUnusable, match="the ledgers know start 9"):
+        await disks.replicas[ids(loaded)[0]].read(Read(ids(loaded)[0], system_name("x"), 1))
+    await opening.close()
 
 
 # --- hung ones
@@ -207,11 +370,11 @@ async def test_a_disk_that_hangs_while_it_is_opened_is_named_and_joins_when_it_a
         return plain(directory, *given, **more)
 
     monkeypatch.setattr(LmdbMetaStore, "open_or_refuse", hangs)
-    disks = await opener(loaded, open_s=0.2).open()
+    disks = await opener(loaded, open_s=2.0).open()
     assert asked.is_set()
     assert await states(disks) == ["hung", "ok"]
     assert set(disks.replicas) == {ids(loaded)[1]}
-    walked = iter(node_disks.Snapshot(disks.metas).items())
+    walked = iter(Snapshot(disks.metas).items())
     next(walked)
     answers.set()
     await until(lambda: len(disks.used) == 2)
@@ -223,7 +386,7 @@ async def test_a_disk_that_hangs_while_it_is_opened_is_named_and_joins_when_it_a
 async def test_a_node_stops_although_a_disk_still_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = storage_config(tmp_path)
     answers = threading.Event()
-    monkeypatch.setattr(node_disks, "is_blank", lambda directory: directory.name == "d1" and answers.wait())
+    monkeypatch.setattr(node_opener, "is_blank", lambda directory: directory.name == "d1" and answers.wait())
     disks = await opener(loaded, open_s=0.1).open()
     assert (await states(disks))[0] == "hung"
     await asyncio.wait_for(disks.close(), GUARD_S)
@@ -252,7 +415,7 @@ async def test_a_metadata_store_that_failed_is_refused_also_where_the_disk_could
     monkeypatch.undo()
     again = await opener(loaded).open()
     assert await states(again) == ["foreign", "ok"]
-    assert "failed before, as this node noted" in await reason_of(again, "d1")
+    assert "failed before, as was noted" in await reason_of(again, "d1")
     await again.close()
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.cluster.ports import LedgerReport
-from storaged.node.forming import answers_of, judge_forming
+from storaged.node.forming import ids_of, judge_forming
 from tests.examples import examples
 
 NODES = 3
@@ -38,11 +38,9 @@ steps = st.lists(
 
 def look(machines: dict[str, Machine], name: str) -> None:
     own = machines[name]
-    answers = answers_of(
-        own.ledger, {other: m.report(name) if m.up else None for other, m in machines.items() if other != name}
-    )
-    if answers.verdict.begin:
-        own.formed, own.nodes = True, dict(answers.ledgers)
+    reports = {other: m.report(name) if m.up else None for other, m in machines.items() if other != name}
+    if judge_forming(own.ledger, reports).begin:
+        own.formed, own.nodes = True, ids_of(reports)
 
 
 @settings(max_examples=examples(400), deadline=None)

@@ -439,12 +439,12 @@ def test_a_wiped_disk_is_refused_and_the_rest_goes_on(cluster: Cluster) -> None:
     kept = Path(disk["directory"] + ".kept")
     os.rename(disk["directory"], kept)
     cluster.run("dev", "start", "n1")
-    cluster.wait_until(lambda: "DISK_FOREIGN" in problem_codes(cluster.status()), 15, "the foreign disk to be named")
+    cluster.wait_until(lambda: "DISK_BLANK" in problem_codes(cluster.status()), 15, "the blank disk to be named")
     found = cluster.status()
     assert found["verdict"] == "DEGRADED"
-    assert [one["state"] for one in node_of(found, "n1")["disks"] if one["id"] == disk["id"]] == ["foreign"]
+    assert [one["state"] for one in node_of(found, "n1")["disks"] if one["id"] == disk["id"]] == ["blank"]
     assert [one["state"] for one in node_of(found, "n1")["disks"] if one["id"] != disk["id"]] == ["ok"]
-    round_trip(cluster, "foreign")
+    round_trip(cluster, "blank")
     cluster.run("dev", "stop", "n1")
     shutil.rmtree(disk["directory"], ignore_errors=True)
     os.rename(kept, disk["directory"])

@@ -155,7 +155,7 @@ async def test_an_older_copy_of_the_same_store_is_refused(tmp_path: Path) -> Non
     shutil.copytree(store.directory, tmp_path / "snapshot")
     store = await reopened(store)
     await store.close()
-    with pytest.raises(DiskForeign, match="older copy"):
+    with pytest.raises(DiskForeign, match="put back to an older state"):
         LmdbMetaStore.open_or_refuse(tmp_path / "snapshot", store.identity)
 
 

@@ -45,6 +45,12 @@ METHODS: Final[Mapping[str, Grant]] = {
     "cluster.ping": Grant(BOTH, BOTH, "heartbeats", non_members=True),
     "cluster.layout": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
     "cluster.offer": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
+    "cluster.claims": Grant(
+        STORAGE,
+        STORAGE,
+        "ledgers remember the disks of all nodes; each statement is signed by the disks' own node",
+        "forgets what it was told: a disk that was put back counts where a majority is needed from it",
+    ),
     "audit.witness": Grant(
         BOTH,
         STORAGE,

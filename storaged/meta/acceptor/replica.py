@@ -147,6 +147,10 @@ class LocalReplica:
         """Falls silent for ever: what the disk holds is uncertain."""
         self._writes.fail(error)
 
+    def silence(self, reason: str) -> None:
+        """Answers nothing any more in this process: the disk is not what it was."""
+        self._writes.silent = self._writes.silent or reason
+
     async def end_promises(self, epoch: int) -> None:
         """Refuses, now and after a restart, every ballot of up to this layout epoch that was drawn before this call.
         Clocks differ: the caller allows for it. Returns when what was accepted before can be read from the store. It

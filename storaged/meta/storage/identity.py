@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import lmdb
 
 from storaged.durable import sync_path
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
+from storaged.errors import DirectoryInUse, DiskForeign, DiskRolledBack, DiskUnusable
 from storaged.lmdb_file import open_environment
 from storaged.meta.storage.rowvalue import open_small
 from storaged.meta.store_ports import RowDamaged
@@ -21,6 +21,7 @@ from storaged.units import MIB
 STORE_ID_BYTES = 16
 IDENTITY = b"\0identity"
 REDO = b"\0redo"
+OWNER = b"\0owner"
 _MARK = struct.Struct(">QQQ?B")
 SUB_DATABASES = (b"rows", b"heap", b"nodes", b"fences", b"pages", b"meta")
 
@@ -100,7 +101,9 @@ def lock_directory(directory: Path) -> int:
 
 
 def verify_identity(directory: Path, expected: bytes) -> None:
-    """Raises DiskForeign unless the store in ``directory`` is the expected one and no older than it was. Reads only."""
+    """Raises DiskForeign unless the store in ``directory`` is the expected one, DiskRolledBack when it had fewer starts
+    than ``expected`` says. Reads only.
+    """
     file = directory / "data.mdb"
     if not file.exists():
         raise DiskForeign(f"the metadata store that was in {directory} is gone")
@@ -122,7 +125,29 @@ def verify_identity(directory: Path, expected: bytes) -> None:
     if found is None or found[:STORE_ID_BYTES] != expected[:STORE_ID_BYTES]:
         raise DiskForeign(f"the metadata store in {directory} is another one than was in use there")
     if split_identity(found)[1] < split_identity(expected)[1]:
-        raise DiskForeign(f"the metadata store in {directory} is an older copy of the one that was in use there")
+        raise DiskRolledBack(
+            f"the metadata store in {directory} was put back to an older state: it shows start"
+            f" {split_identity(found)[1]}, and was in start {split_identity(expected)[1]}"
+        )
+
+
+def owner_of(cluster: str, disk_id: str) -> bytes:
+    """What a store notes of the disk that it is for."""
+    return f"{cluster}\0{disk_id}".encode()
+
+
+def verify_owner(directory: Path, transaction: Transaction, meta: Database, owner: bytes) -> None:
+    """Raises DiskForeign for a store that was in use as another disk. A store that notes no owner is older than this
+    note.
+    """
+    sealed = transaction.get(OWNER, db=meta)
+    try:
+        found = None if sealed is None else open_small(OWNER, sealed)
+    except RowDamaged as error:
+        raise DiskForeign(f"the metadata store in {directory} does not say of which disk it is: {error}") from None
+    if found is not None and found != owner:
+        cluster, _, disk = found.decode(errors="replace").partition("\0")
+        raise DiskForeign(f"the metadata store in {directory} is that of disk {disk!r} of cluster {cluster!r}")
 
 
 def _blank(directory: Path) -> DiskForeign:

@@ -27,6 +27,7 @@ Theory of operation
                    NUL "identity"                    check || store id (16) || starts (u64 BE)
                    NUL "redo"                        check || ``identity.Mark``
                    NUL "heap"                        check || the next free number (u64 BE)
+                   NUL "owner"                       check || cluster || NUL || disk
 
     A write that fails ends the store's life as a writer: what the disk did with it is unknown, so the store stays
     read-only until it is opened again. For any failure other than lack of space, the owner (``on_failed``) and a file
@@ -34,9 +35,9 @@ Theory of operation
     kernel forgets which pages are dirty (Rebello et al., ATC'20). A disk whose promises are in doubt joins only as a
     new one.
 
-    The *identity* is the store's random id with the number of times it was opened. The owner keeps it elsewhere and
-    passes it at the next start: a store that is missing, another one, or an older copy of itself restored from a
-    snapshot is refused.
+    The *identity* is the store's random id with the number of times it was opened. The *position* is the number of the
+    last durable group of its log. The owner keeps both elsewhere and passes them at the next start: a store that is
+    missing, another one, or put back to an older state than was kept is refused.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from storaged.errors import StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.storage.batch import PackedBatch, pack_batch
 from storaged.meta.storage.checkpoint import Checkpointer
-from storaged.meta.storage.identity import STORE_ID_BYTES, verify_identity
-from storaged.meta.storage.opening import open_state
+from storaged.meta.storage.identity import STORE_ID_BYTES, split_identity, verify_identity
+from storaged.meta.storage.opening import UNKNOWN, Known, open_state
 from storaged.meta.storage.reader import StoreReader
 from storaged.meta.storage.write_queue import WriteQueue
 from storaged.meta.store_ports import Done, MetaStoreStatistics, StoreBatch
@@ -74,14 +75,14 @@ class LmdbMetaStore(StoreReader):
         map_bytes: int = MAP_BYTES_DEFAULT,
         entropy: Entropy = system_entropy,
         direct: bool = True,
+        known: Known = UNKNOWN,
     ) -> None:
         """Opens the store, or makes one where there is none. ``direct``: write the log without a thread where the
         system allows it.
 
-        Raises DirectoryInUse, DiskForeign (it failed before, or the directory holds no store), DiskUnusable (the disk
-        refuses).
+        Raises as ``open_state``.
         """
-        state = open_state(Path(directory), map_bytes=map_bytes, entropy=entropy, direct=direct)
+        state = open_state(Path(directory), known, map_bytes=map_bytes, entropy=entropy, direct=direct)
         super().__init__(state)
         self.hooks = state.hooks
         self._queue = WriteQueue(state)
@@ -95,20 +96,32 @@ class LmdbMetaStore(StoreReader):
         *,
         map_bytes: int = MAP_BYTES_DEFAULT,
         entropy: Entropy = system_entropy,
+        known: Known = UNKNOWN,
     ) -> LmdbMetaStore:
         """The store whose ``identity`` was this at its last start; None: of a disk that was never in use.
 
-        Raises DiskForeign when it is missing, another one, or an older copy of itself, and then creates and changes
-        nothing. Raises as the constructor does, too.
+        Raises DiskForeign when it is missing or another one, DiskRolledBack when it is an older state of itself: of an
+        earlier start, or without ``known.position``. It creates and changes nothing then. Raises as the constructor
+        does, too.
         """
         if expected_identity is not None:
             verify_identity(Path(directory), expected_identity)
-        return cls(directory, map_bytes=map_bytes, entropy=entropy)
+        return cls(directory, map_bytes=map_bytes, entropy=entropy, known=known)
 
     @property
     def store_id(self) -> bytes:
         """16 random bytes made with the store."""
         return self.identity[:STORE_ID_BYTES]
+
+    @property
+    def starts(self) -> int:
+        """How often the store was opened, this time included."""
+        return split_identity(self.identity)[1]
+
+    @property
+    def position(self) -> int:
+        """The number of the last group of the redo log that is durable. It grows as long as the store lives."""
+        return self._state.redo.sequence
 
     def statistics(self) -> MetaStoreStatistics:
         with self._begin(self._rows) as transaction:

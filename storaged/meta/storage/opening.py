@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import lmdb
 import msgspec
 
 from storaged.durable import sync_path
-from storaged.errors import DiskForeign
+from storaged.errors import DiskForeign, DiskRolledBack
 from storaged.ids import Entropy
 from storaged.lmdb_file import open_environment
 from storaged.meta.storage.batch import decode_group
 from storaged.meta.storage.identity import (
     IDENTITY,
+    OWNER,
     STORE_ID_BYTES,
     SUB_DATABASES,
     Mark,
@@ -24,17 +26,30 @@ from storaged.meta.storage.identity import (
     read_identity,
     read_mark,
     split_identity,
+    verify_owner,
 )
 from storaged.meta.storage.redo import RedoLog
 from storaged.meta.storage.rowvalue import seal_small
 from storaged.meta.storage.state import FAILED_FILE, StoreState
 
 
-def open_state(directory: Path, *, map_bytes: int, entropy: Entropy, direct: bool) -> StoreState:
+class Known(NamedTuple):
+    """What the owner of a store knows of it, beside its identity. ``position``: a group that its redo log had.
+    ``owner``: the disk that it is for (``identity.owner_of``); empty: nothing is noted or compared.
+    """
+
+    position: int = 0
+    owner: bytes = b""
+
+
+UNKNOWN = Known()
+
+
+def open_state(directory: Path, known_before: Known, *, map_bytes: int, entropy: Entropy, direct: bool) -> StoreState:
     """Counts the start in the store's identity. ``direct``: as for ``RedoLog``.
 
-    Raises DirectoryInUse, DiskForeign (it failed before, or the directory holds no store), DiskUnusable (the disk
-    refuses).
+    Raises DirectoryInUse, DiskForeign (it failed before, is another disk's, or the directory holds no store),
+    DiskRolledBack (it lacks ``known_before.position``), DiskUnusable (the disk refuses).
     """
     with ExitStack() as undo:
         lock_file = lock_directory(directory)
@@ -50,11 +65,18 @@ def open_state(directory: Path, *, map_bytes: int, entropy: Entropy, direct: boo
                 known = read_identity(directory, transaction, meta)
                 store_id, starts = split_identity(known) if known else (entropy(STORE_ID_BYTES), 0)
                 mark = read_mark(directory, transaction, meta, starts)
+                if known_before.owner:
+                    verify_owner(directory, transaction, meta, known_before.owner)
             redo = RedoLog(directory, store_id, mark, direct=direct)
             undo.callback(redo.close)
+            if redo.sequence < known_before.position:
+                raise DiskRolledBack(
+                    f"the metadata store in {directory} was put back to an older state: its redo log ends at group"
+                    f" {redo.sequence}, and had group {known_before.position}"
+                )
             identity = store_id + (starts + 1).to_bytes(8, "big")
             state = StoreState(directory, lock_file, environment, databases, redo, identity)
-            _recover(state, mark)
+            _recover(state, mark, known_before.owner)
         except lmdb.Error as error:
             raise open_error(directory, error) from None
         undo.pop_all()
@@ -69,7 +91,7 @@ def _refuse_failed(directory: Path) -> None:
         )
 
 
-def _recover(state: StoreState, mark: Mark | None) -> None:
+def _recover(state: StoreState, mark: Mark | None, owner: bytes) -> None:
     """Reads the log into the overlay, then durably counts the start."""
     try:
         for body in state.redo.bodies:
@@ -82,5 +104,7 @@ def _recover(state: StoreState, mark: Mark | None) -> None:
     state.redo.bodies.clear()
     with state.environment.begin(write=True) as transaction:
         transaction.put(IDENTITY, seal_small(IDENTITY, state.identity), db=state.databases[b"meta"])
+        if owner:
+            transaction.put(OWNER, seal_small(OWNER, owner), db=state.databases[b"meta"])
         state.put_mark(transaction, mark.applied if mark is not None else 0)
     sync_path(state.directory)

@@ -1,0 +1,298 @@
+"""Opens the disks of this node, each by itself: a foreign, broken, blank or hung disk is reported, and the others work.
+
+Theory of operation. A task for each disk looks whether it is blank, waits until the other nodes' ledgers have been read
+(``ledger_exchange``), asks ``admission`` whether the disk may be opened, and opens it in a thread of its own. Then the
+disk's new start is claimed at a majority of the ledgers, and the disk joins ``Disks``. Until then it answers nothing.
+
+The start of the node waits ``OPEN_S`` for these tasks. A disk that takes longer, or waits for other nodes, joins later:
+callers look disks up at every call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from storaged.clock import Clock
+from storaged.cluster.claims import DiskClaim
+from storaged.config import Config, DiskSection
+from storaged.errors import DirectoryInUse, DiskForeign, DiskRolledBack, IndexDamaged, StoragedError
+from storaged.fragments.limits import StoreLimits
+from storaged.fragments.ports import FragmentId
+from storaged.fragments.store import DiskOwner, LocalFragmentStore
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.storage.identity import owner_of
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.opening import Known
+from storaged.meta.storage.small_copies import COPY_CACHE_BYTES_A_DISK, COPY_CACHE_BYTES_MAX, SmallCopyCache
+from storaged.node.admission import WAITING, Admitted, DiskFacts, OwnLedger, admission, is_blank, may_begin_unclaimed
+from storaged.node.disks import DiskCopies, Disks, LocalDisk, restore_copies
+from storaged.node.forming import ids_of
+from storaged.node.ledger import Ledger
+from storaged.node.ledger_exchange import LoneLedger
+
+log = structlog.get_logger("disks")
+
+T = TypeVar("T")
+
+OPEN_S = 20.0
+"""How long the start of a node waits for its disks. A disk opens within a second, except after a crash with a long log,
+or when it hangs.
+"""
+
+CLAIM_S = 1.0
+"""How long the start of a disk may take to reach a majority of the ledgers, before the disk is said to wait."""
+
+LOOK_AGAIN_S = 1.0
+
+OnCell = Callable[[str, FragmentId, int], None]
+"""``on_cell(disk, fragment, cell)``: a cell does not match its checksum."""
+
+
+class Opener:
+    """Opens the configured disks into ``disks``. Implements ``ledger_exchange.ExchangePorts``."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        on_cell: OnCell,
+        ledger: Ledger,
+        *,
+        cluster: str = "",
+        open_s: float = OPEN_S,
+    ) -> None:
+        """``cluster``: its id, which a store notes; empty: stores note nothing."""
+        self.disks = Disks()
+        self.ledger = ledger
+        self.ledgers = LoneLedger(ledger)
+        """Of all nodes. Replaced before ``open`` where there are others."""
+        self._config = config
+        self._cluster = cluster
+        self._clock = clock
+        self._on_cell = on_cell
+        self._open_s = open_s
+        self._blank: dict[str, bool] = {}
+        """Whether a disk was blank when this process looked."""
+        self._settling = asyncio.Lock()
+        self._copy_cache = SmallCopyCache(min(COPY_CACHE_BYTES_A_DISK * len(config.disks), COPY_CACHE_BYTES_MAX))
+        self._failure: BaseException | None = None
+
+    async def open(self) -> Disks:
+        """Opens all disks; waits until each is in use, is refused, or has had OPEN_S. Raises DirectoryInUse when
+        another process uses one, as that is a mistake of set-up.
+        """
+        settled = {section.id: asyncio.Event() for section in self._config.disks}
+        for section in self._config.disks:
+            self.disks.expect(
+                section.id, asyncio.get_running_loop().create_task(self._bring_up(section, settled[section.id]))
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._open_s):
+                await asyncio.gather(*(event.wait() for event in settled.values()))
+        for section in self._config.disks:
+            if not settled[section.id].is_set():
+                self.disks.refuse(section, "hung", f"it has not answered within {self._open_s:.0f} s of being opened")
+        if self._failure is not None:
+            await self.disks.close()
+            raise self._failure
+        return self.disks
+
+    async def close(self) -> None:
+        """Closes all disks, and records how far they came."""
+        await self.disks.close()
+        try:
+            self.ledger.note_positions(self.positions())
+            await asyncio.to_thread(self.ledger.flush)
+        except OSError as error:
+            log.error("the ledger of this node can't be written", reason=str(error))
+
+    # --- ``ExchangePorts``
+
+    def formed(self) -> bool | None:
+        if self.ledger.formed or False in self._blank.values():
+            return True
+        return False if len(self._blank) == len(self._config.disks) else None
+
+    def positions(self) -> Mapping[str, int]:
+        return {disk: meta.position for disk, meta in self.disks.metas.items()}
+
+    def on_outdated(self, disk_id: str, error: DiskForeign) -> None:
+        if disk_id in self.disks.used:
+            self.disks.silence(disk_id, _state_of(error), error.message)
+
+    # --- one disk
+
+    async def _bring_up(self, section: DiskSection, settled: asyncio.Event) -> None:
+        """Brings one disk into use, or refuses it for good."""
+        try:
+            self._blank[section.id] = await in_own_thread(partial(is_blank, Path(section.directory)))
+            await self.ledgers.heard_first()
+            admitted = await self._admitted(section, settled)
+            if admitted.opens:
+                self.disks.join(await self._open(section, admitted.expected, settled))
+        except (DirectoryInUse, StoragedError, OSError) as error:
+            if isinstance(error, DirectoryInUse):
+                self._failure = self._failure or error
+            reason = error.message if isinstance(error, StoragedError) else f"{error.strerror}: {error.filename}"
+            self.disks.refuse(section, _state_of(error), reason)
+        except Exception as mistake:  # a defect of storaged
+            if settled.is_set():
+                log.exception("a disk could not be opened", disk=section.id)
+            self._failure = self._failure or mistake
+        settled.set()
+
+    async def _admitted(self, section: DiskSection, settled: asyncio.Event) -> Admitted:
+        """Returns when it is decided whether the disk may be opened; meanwhile the disk waits for other nodes."""
+        while True:
+            await self._settle_new_ledger()
+            admitted = admission(self._facts(section), self._own_ledger(), self.ledgers.view())
+            if admitted.opens:
+                if admitted.form:
+                    await self._form()
+                return admitted
+            self.disks.refuse(section, admitted.state, f"{section.directory}: {admitted.reason}")
+            settled.set()
+            if not admitted.waits:
+                return admitted
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN_S):
+                    await self.ledgers.changed()
+
+    def _facts(self, section: DiskSection) -> DiskFacts:
+        """Of a disk that was looked at."""
+        ledger, disk = self.ledger, section.id
+        return DiskFacts(
+            disk, self._blank[disk], ledger.knows(disk), ledger.claimed(disk), ledger.failure(disk, "meta")
+        )
+
+    def _own_ledger(self) -> OwnLedger:
+        return OwnLedger(self.ledger.id, self.formed(), self.ledger.fresh)
+
+    async def _settle_new_ledger(self) -> None:
+        """Rebuilds a new ledger once the others have been read, and lets stores begin that no ledger remembers, when
+        all ledgers were lost.
+        """
+        async with self._settling:
+            await self.ledgers.rebuild()
+            sections = self._config.disks
+            if not self.ledger.fresh or len(self._blank) < len(sections):
+                return
+            begin = may_begin_unclaimed(self._own_ledger(), self.ledgers.view(), map(self._facts, sections))
+            if begin:
+                log.warning("no ledger remembers these disks; they begin with what they have", disks=begin)
+                await asyncio.to_thread(self.ledger.form, {}, begin)
+            if begin is not None:
+                await asyncio.to_thread(self.ledger.count_again, fresh=False)
+
+    async def _form(self) -> None:
+        """Records that this node begins with all its disks, unless they have a store."""
+        new = [section.id for section in self._config.disks if self._blank.get(section.id, True)]
+        await asyncio.to_thread(self.ledger.form, ids_of(self.ledgers.view().others), new)
+
+    async def _open(self, section: DiskSection, expected: DiskClaim | None, settled: asyncio.Event) -> LocalDisk:
+        directory, ledger = Path(section.directory), self.ledger
+        if expected is None:
+            await in_own_thread(partial(directory.mkdir, parents=True, exist_ok=True, mode=0o700))
+        meta = await in_own_thread(partial(self._open_meta, section, expected))
+        meta.hooks.on_failed = partial(self._note_failed, section.id, "meta")
+        try:
+            fragments = await LocalFragmentStore.open(
+                directory / "fragments",
+                section.id,
+                limits=StoreLimits(
+                    segment_bytes=self._config.limits.segment_bytes,
+                    reserve_bytes=self._config.limits.reserve_bytes or None,
+                ),
+                owner=DiskOwner(
+                    clock=self._clock,
+                    on_damage=lambda fragment, cell: self._on_cell(section.id, fragment, cell),
+                    failed_before=ledger.failure(section.id, "fragments"),
+                    note_failed=partial(self._note_failed, section.id, "fragments"),
+                    in_thread=in_own_thread,
+                ),
+            )
+        except BaseException:
+            await meta.close()
+            raise
+        try:
+            await restore_copies(meta, fragments)
+            copies = DiskCopies(meta, fragments, self._copy_cache)
+            replica = LocalReplica(section.id, meta, copies=copies, clock=self._clock)
+            await self._claim(section, meta, settled)
+        except BaseException:
+            await asyncio.gather(fragments.close(), meta.close())
+            raise
+        return LocalDisk(section.id, section.directory, meta, fragments, replica)
+
+    def _open_meta(self, section: DiskSection, expected: DiskClaim | None) -> LmdbMetaStore:
+        """In a thread."""
+        identity = expected.store + expected.starts.to_bytes(8, "big") if expected is not None else None
+        position = expected.position if expected is not None else 0
+        return LmdbMetaStore.open_or_refuse(
+            Path(section.directory) / "meta",
+            identity,
+            map_bytes=self._config.limits.meta_map_bytes,
+            known=Known(position, owner_of(self._cluster, section.id) if self._cluster else b""),
+        )
+
+    async def _claim(self, section: DiskSection, meta: LmdbMetaStore, settled: asyncio.Event) -> None:
+        """Returns when a majority of the ledgers has the start of a disk. Raises as ``LoneLedger.publish``."""
+        claim = DiskClaim(section.id, meta.store_id, meta.starts, meta.position)
+        claiming = asyncio.get_running_loop().create_task(self.ledgers.publish(claim))
+        try:
+            await asyncio.wait((claiming,), timeout=CLAIM_S)
+            if not claiming.done():
+                waits = self.ledgers.view().waits_for() or "their answer"
+                reason = f"its start must be in a majority of the nodes' ledgers, and waits for that: {waits}"
+                self.disks.refuse(section, WAITING, f"{section.directory}: {reason}")
+                settled.set()
+            await claiming
+        finally:
+            claiming.cancel()
+
+    def _note_failed(self, disk_id: str, store: str, reason: str) -> bool:
+        """Called in the thread of a store that failed for good. Returns whether the ledger will tell the next start."""
+        try:
+            self.ledger.note_failed(disk_id, store, reason)
+        except OSError as error:
+            log.error("the failure of a disk can't be noted", disk=disk_id, store=store, reason=str(error))
+            return False
+        return True
+
+
+def _state_of(error: Exception) -> str:
+    """The state of a disk that was refused with this error."""
+    if isinstance(error, DiskRolledBack):
+        return "rolled-back"
+    if isinstance(error, DiskForeign):
+        return "foreign"
+    return "index-damaged" if isinstance(error, IndexDamaged) else "failed"
+
+
+async def in_own_thread(work: Callable[[], T], /) -> T:
+    """Runs ``work`` in a thread of its own. Nothing waits for that thread at the end: a disk that hangs keeps it."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def tell(set_outcome: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            loop.call_soon_threadsafe(lambda: None if outcome.done() else set_outcome())
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # raised again where it is awaited
+            tell(partial(outcome.set_exception, error))
+        else:
+            tell(partial(outcome.set_result, result))
+
+    threading.Thread(target=run, name="disk-opening", daemon=True).start()
+    return await outcome
