@@ -82,7 +82,7 @@ class LmdbMetaStore(StoreReader):
 
         Raises as ``open_state``.
         """
-        state = open_state(Path(directory), known, map_bytes=map_bytes, entropy=entropy, direct=direct)
+        state = open_state(Path(directory), map_bytes=map_bytes, entropy=entropy, direct=direct, known_before=known)
         super().__init__(state)
         self.hooks = state.hooks
         self._queue = WriteQueue(state)

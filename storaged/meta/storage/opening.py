@@ -45,7 +45,9 @@ class Known(NamedTuple):
 UNKNOWN = Known()
 
 
-def open_state(directory: Path, known_before: Known, *, map_bytes: int, entropy: Entropy, direct: bool) -> StoreState:
+def open_state(
+    directory: Path, *, map_bytes: int, entropy: Entropy, direct: bool, known_before: Known = UNKNOWN
+) -> StoreState:
     """Counts the start in the store's identity. ``direct``: as for ``RedoLog``.
 
     Raises DirectoryInUse, DiskForeign (it failed before, is another disk's, or the directory holds no store),
