@@ -60,6 +60,8 @@ class Stage:
         target, bucket = self.server.target, self.bucket
         if row.kind == "put":
             return rows.putting(target, bucket, self.prefix(row), self.bodies(row.size_bytes), row.size_bytes)
+        if row.kind == "hot":
+            return rows.overwriting(target, bucket, self.prefix(row), self.bodies(row.size_bytes), row.size_bytes)
         source = ROWS[row.reads]
         prefix, count = self.prefix(source), source.count(self.scale)
         if row.kind == "get":
@@ -81,6 +83,7 @@ class Stage:
             total=row.count(self.scale),
             size=row.size_bytes,
             writes=row.writes,
+            contended=row.kind == "hot",
         )
         if row.kind == "put" and not result.errors:
             total = row.count(self.scale)
@@ -109,6 +112,7 @@ class Stage:
         writes: bool = False,
         seconds_max: float = 0.0,
         say: Callable[[str], None] | None = None,
+        contended: bool = False,
     ) -> Result:
         """Runs any operation as a row, and adds the cost for the server's processes. See ``drive``."""
         server = self.server
@@ -127,6 +131,7 @@ class Stage:
                 silence_s_max=self._silence_s_max,
                 seconds_max=seconds_max,
                 say=say,
+                contended=contended,
             )
             if writes:
                 await asyncio.sleep(LATE_S)

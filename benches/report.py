@@ -104,6 +104,8 @@ def line(server: str, result: Result) -> str:
         words.append(f"peak {max((result.own_bytes or result.peak_bytes).values()) / MIB:.0f} MiB")
     if result.disk_bytes_per_byte:
         words.append(f"disk x{result.disk_bytes_per_byte:.2f}")
+    if result.refused or result.slowest:
+        words.append(f"refused {result.refused}, slowest client {result.slowest:.2f} of the mean")
     if result.errors:
         words.append(f"ERRORS {result.errors}: {result.first_error}")
     return "  ".join(words)

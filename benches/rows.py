@@ -55,7 +55,7 @@ class Row:
 
     @property
     def writes(self) -> bool:
-        return self.kind in ("put", "list-written")
+        return self.kind in ("put", "list-written", "hot")
 
 
 ROWS = {
@@ -69,6 +69,7 @@ ROWS = {
         Row("list-written-4", "list-written", 4, 800, 80, 0, "put-4k-64"),
         Row("put-4k-many", "put", 64, 40_000, 4_000, 4 * KIB),
         Row("list-first-4", "list-first", 4, 40, 4, 0, "put-4k-many"),
+        Row("hot-64", "hot", 64, 6400, 1280, 4 * KIB),
         Row("put-64m-4", "put", 4, 12, 4, 64 * MIB),
         Row("get-64m-4", "get", 4, 24, 8, 64 * MIB, "put-64m-4"),
         Row("put-256m-64", "put", 64, 64, 64, 256 * MIB),
@@ -77,9 +78,9 @@ ROWS = {
         Row("get-64m-4-degraded", "get", 4, 24, 8, 64 * MIB, "put-64m-4", degraded=True),
     )
 }
-HEAVY = ("put-256m-64", "get-256m-64", "list-written-4", "put-4k-many", "list-first-4")
+HEAVY = ("put-256m-64", "get-256m-64", "list-written-4", "put-4k-many", "list-first-4", "hot-64")
 """Only on request: 16 GiB each way, to measure the memory of 64 concurrent large transfers; 40,000 objects, for pages
-that were not listed before.
+that were not listed before; one key that all write, which says most with several ``--workers``.
 """
 
 DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
@@ -89,6 +90,9 @@ DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
 class Result:
     """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` do not count as
     operations.
+
+    ``refused``: answers 503 in a row that counts them. ``slowest``: the operations of the connection with the fewest,
+    relative to the mean; 0 where it is not counted.
 
     ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest memory without mapped files, sampled)
     have one entry for each server process, and are empty for an external endpoint. ``client_cpu_s`` is the load
@@ -101,6 +105,8 @@ class Result:
     seconds: float = 0.0
     errors: int = 0
     first_error: str = ""
+    refused: int = 0
+    slowest: float = 0.0
     p50_ms: float = 0.0
     p99_ms: float = 0.0
     max_ms: float = 0.0
@@ -143,13 +149,16 @@ class _Drive:
     or a future, because the load generator shares the cores with the servers.
     """
 
-    def __init__(self, result: Result, target: Target, operation: Operation, total: int, bytes_each: int) -> None:
+    def __init__(
+        self, result: Result, target: Target, operation: Operation, total: int, bytes_each: int, *, contended: bool
+    ) -> None:
         self.result = result
         self.target = target
         self.operation = operation
         self.latencies: list[float] = []
         self.open: list[Connection] = []
         self.out_of_time = False
+        self.done_by: dict[Connection, int] | None = {} if contended else None
         self._total = total
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._numbers: Iterator[int] = iter(range(total))
@@ -173,7 +182,10 @@ class _Drive:
 
         def done(error: WrongAnswer | None) -> None:
             if error is not None:
-                self.result.failed(f"#{number}: {error}")
+                if error.status == 503 and self.done_by is not None:
+                    self.result.refused += 1
+                else:
+                    self.result.failed(f"#{number}: {error}")
                 replacing = asyncio.ensure_future(self._replace(connection))
                 self._replacing.add(replacing)
                 replacing.add_done_callback(self._replacing.discard)
@@ -181,6 +193,8 @@ class _Drive:
             self.latencies.append(time.perf_counter() - began)
             self.result.operations += 1
             self.result.bytes += self._bytes_each
+            if self.done_by is not None:
+                self.done_by[connection] = self.done_by.get(connection, 0) + 1
             self.go_on(connection)
 
         connection.begin(ask, done)
@@ -195,6 +209,8 @@ class _Drive:
             self._stop_one()
             return
         self.open.append(connection)
+        if self.done_by is not None:
+            self.done_by[connection] = self.done_by.pop(broken, 0)
         self.go_on(connection)
 
     def _stop_one(self) -> None:
@@ -236,15 +252,16 @@ async def drive(
     silence_s_max: float = SILENCE_S_MAX,
     seconds_max: float = 0.0,
     say: Callable[[str], None] | None = None,
+    contended: bool = False,
 ) -> Result:
     """Runs ``total`` operations on ``in_flight`` connections; a free connection takes the next number.
 
     Latency is per operation, from the send to the verified answer. Errors are in the result; they are not raised. After
     ``seconds_max`` (0: never) no new operation begins, and the result has the ones that began. ``say`` gets a line of
-    progress from time to time.
+    progress from time to time. ``contended``: answers 503 are counted apart, and so is what each connection did.
     """
     result = Result(row)
-    work = _Drive(result, target, operation, total, bytes_each)
+    work = _Drive(result, target, operation, total, bytes_each, contended=contended)
     watcher: asyncio.Task[None] | None = None
     began, cpu = time.perf_counter(), time.process_time()
     try:
@@ -261,7 +278,10 @@ async def drive(
         if watcher is not None:
             watcher.cancel()
         work.close()
-    if not result.errors and result.operations != total and not work.out_of_time:
+    if work.done_by is not None and result.operations:
+        fewest = min(work.done_by.get(connection, 0) for connection in work.open)
+        result.slowest = fewest * in_flight / result.operations
+    if not result.errors and result.operations + result.refused != total and not work.out_of_time:
         result.failed(f"{result.operations} operations of {total} came to an end")
     result.note_latencies(work.latencies)
     return result

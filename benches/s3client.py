@@ -104,7 +104,11 @@ def path_of(bucket: str, key: str) -> str:
 
 
 class WrongAnswer(Exception):
-    """The server answered an error, wrong bytes, or nothing."""
+    """The server answered an error, wrong bytes, or nothing. ``status``: of the answer, where it is an error."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Ask(NamedTuple):
@@ -266,7 +270,7 @@ class Connection(asyncio.Protocol):
         self._left = 0
         ask = self._ask
         if self._status >= 300:
-            self._end(WrongAnswer(f"status {self._status}: {bytes(self.kept[:300])!r}"))
+            self._end(WrongAnswer(f"status {self._status}: {bytes(self.kept[:300])!r}", self._status))
         elif self._wrong or (ask.expect is not None and self._offset != len(ask.expect)):
             self._end(WrongAnswer(f"the body is not what was written ({self._offset} bytes came)"))
         elif self._unsent:

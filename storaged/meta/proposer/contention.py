@@ -62,8 +62,8 @@ DISTRUST_S = 30.0
 """The first time; each further time twice as long."""
 
 DISTRUST_MAX_S = 3600.0
-PREEMPTED_MAX = 4
-"""Turns that were pre-empted, minus those that were not, before a replica is not trusted."""
+USELESS_MAX = 4
+"""Turns in which changes were pre-empted, minus those without, before a replica is not trusted."""
 
 PROCESS_BYTES: Final = 8
 
@@ -104,11 +104,13 @@ class Contention:
         """Until when, in the order of the last sign of others."""
         self._held: dict[RegisterName, _Held] = {}
         self._avoided: dict[str, float] = {}
-        """Disks that are not asked, until when."""
+        self._distrusted: dict[str, float] = {}
+        """Disks that are not asked, and until when: they do not answer or are slow, or they give useless turns."""
         self._slow: dict[str, int] = {}
         """How many answers in a row took long."""
         self._distrusted_times: dict[str, int] = {}
-        self._preempted: dict[str, int] = {}
+        self._useless: dict[str, int] = {}
+        """Turns of a disk that were useless, minus those that were not."""
 
     def expected(self, name: RegisterName) -> bool:
         """Whether others compete for the register, as far as this process knows."""
@@ -143,7 +145,7 @@ class Contention:
             if held.left > 0 and self._clock.monotonic() < held.ends_at:
                 held.left -= 1
                 return True
-            self._score(self._held.pop(name))
+            self._score(name, self._held.pop(name))
         until, order = self._clock.monotonic() + limit_s, self._order(name)
         if held is not None and held.disk not in order[:1]:  # else the request for the next turn ends it
             self._send_end(name, held.disk, held.number)
@@ -167,28 +169,40 @@ class Contention:
         """No change of this process waits for the register any more: another process may have the turn."""
         held = self._held.pop(name, None)
         if held is not None:
-            self._score(held)
+            self._score(name, held)
             self._send_end(name, held.disk, held.number)
 
-    def _score(self, held: _Held) -> None:
+    def _score(self, name: RegisterName, held: _Held) -> None:
         """Notes whether the turn was worth something. The first ballot in a turn may be too low because this clock is
-        slow."""
-        score = max(0, self._preempted.get(held.disk, 0) + (1 if held.preempted > 1 else -1))
-        self._preempted[held.disk] = score
-        if score >= PREEMPTED_MAX:
-            self._distrust(held.disk)
+        slow.
+        """
+        disk, useless = held.disk, held.preempted > 1
+        score = self._useless[disk] = max(0, self._useless.get(disk, 0) + (1 if useless else -1))
+        if score >= USELESS_MAX:
+            self._distrust(disk)
+        elif useless:  # the others may find the replicas before this one well
+            disks = self._view(name).quorum.disks
+            for earlier in disks[: disks.index(disk)] if disk in disks else ():
+                self._avoided.pop(earlier, None)
 
     def _distrust(self, disk: str) -> None:
-        self._preempted.pop(disk, None)
+        self._useless.pop(disk, None)
         times = self._distrusted_times[disk] = self._distrusted_times.get(disk, 0) + 1
-        self._avoided[disk] = self._clock.monotonic() + min(DISTRUST_MAX_S, DISTRUST_S * 2 ** (times - 1))
+        self._distrusted[disk] = self._clock.monotonic() + min(DISTRUST_MAX_S, DISTRUST_S * 2 ** (times - 1))
+
+    def _avoid(self, disk: str) -> None:
+        self._avoided[disk] = self._clock.monotonic() + AVOID_S
 
     def _order(self, name: RegisterName) -> list[str]:
-        disks, avoided = self._view(name).quorum.disks, self._avoided
-        if avoided:
-            now = self._clock.monotonic()
-            avoided = self._avoided = {disk: until for disk, until in avoided.items() if until > now}
-        return [disk for disk in disks if disk not in avoided]
+        disks = self._view(name).quorum.disks
+        if not self._avoided and not self._distrusted:
+            return list(disks)
+        now = self._clock.monotonic()
+        for disk in disks:
+            for until in (self._avoided, self._distrusted):
+                if until.get(disk, now) < now:
+                    del until[disk]
+        return [disk for disk in disks if disk not in self._avoided and disk not in self._distrusted]
 
     # --- one replica --------------------------------------------------------------------------------------------------
 
@@ -236,14 +250,14 @@ class Contention:
             self._note_latency(disk, self._clock.monotonic() - began - reply.waited_ms / 1000)
             return reply
         except (TimeoutError, StoragedError):
-            self._avoided[disk] = self._clock.monotonic() + AVOID_S
+            self._avoid(disk)
         return None
 
     def _note_latency(self, disk: str, seconds: float) -> None:
         slow = self._slow[disk] = self._slow.get(disk, 0) + 1 if seconds > SLOW_S else 0
         if slow >= SLOW_ANSWERS:
             self._slow[disk] = 0
-            self._avoided[disk] = self._clock.monotonic() + AVOID_S
+            self._avoid(disk)
 
     def _send_end(self, name: RegisterName, disk: str, number: int) -> None:
         self._pool.start(self._end(disk, Turn(disk, name, self._process, number, end=True)))
