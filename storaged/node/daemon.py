@@ -28,6 +28,7 @@ from storaged.clock import SystemClock
 from storaged.cluster.identity import load_identity
 from storaged.config import Config
 from storaged.errors import CertificateRefused, StoragedError
+from storaged.node.disks import Disks
 from storaged.node.node import Node
 from storaged.node.notify import Notifier
 from storaged.node.process import (
@@ -40,6 +41,7 @@ from storaged.node.process import (
 )
 
 LOOP_LAG_EVERY_S = 1.0
+WAITS_EVERY_S = 0.5
 USABLE_WAIT_S = 2.0
 """How long a further worker waits for its keyring before it accepts connections.
 
@@ -145,7 +147,9 @@ async def _main(config: Config, worker: tuple[int, int, int] | None) -> None:
                 tasks.append(group.create_task(serving))
                 await node.gateway.usable(USABLE_WAIT_S)
                 leader.ready()
-            notifier.ready(f"{', '.join(config.node.roles)} of cluster {own.cluster}")
+            ready = f"{', '.join(config.node.roles)} of cluster {own.cluster}"
+            notifier.ready(ready)
+            tasks.append(group.create_task(tell_waits(node.disks, notifier, ready)))
             log.info(
                 "ready",
                 roles=",".join(config.node.roles),
@@ -172,6 +176,17 @@ def _check_identity(config: Config, name: str, roles: tuple[str, ...]) -> None:
         raise CertificateRefused(
             f"the certificate of {name!r} does not give the role {', '.join(beyond)}; it gives: {', '.join(roles)}"
         )
+
+
+async def tell_waits(disks: Disks, notifier: Notifier, ready: str) -> None:
+    """Tells the service manager what disks wait for, and ``ready`` when none waits any more. Until it is cancelled."""
+    told = ""
+    while True:
+        waits = disks.waits()
+        if waits != told:
+            notifier.status(waits or ready)
+            told = waits
+        await asyncio.sleep(WAITS_EVERY_S)
 
 
 async def _measure_lag(metrics: observe.Metrics) -> None:

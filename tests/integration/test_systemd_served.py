@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from storaged.config import DiskSection
+from storaged.node.admission import WAITING
+from storaged.node.daemon import tell_waits
+from storaged.node.disks import Disks
 from storaged.node.notify import Notifier
 from tests.unit.test_systemd import DEPLOY, UNITS
 
@@ -57,6 +61,19 @@ async def test_readiness_reload_stop_and_watchdog_are_told_to_the_manager(manage
     assert manager.recv(4096) == b"WATCHDOG=1"
     feeding.cancel()
     await asyncio.gather(feeding, return_exceptions=True)
+    notifier.close()
+
+
+async def test_what_disks_wait_for_is_told_to_the_manager(manager: socket.socket) -> None:
+    notifier, disks = Notifier({"NOTIFY_SOCKET": manager.getsockname()}), Disks()
+    disks.refuse(DiskSection("d1", "/srv/d1"), WAITING, "no answer yet from n2")
+    telling = asyncio.create_task(tell_waits(disks, notifier, "storage of cluster c1"))
+    await asyncio.sleep(0)
+    assert manager.recv(4096) == b"STATUS=1 disk waits: no answer yet from n2"
+    disks.refused.clear()
+    assert (await asyncio.to_thread(manager.recv, 4096)) == b"STATUS=storage of cluster c1"
+    telling.cancel()
+    await asyncio.gather(telling, return_exceptions=True)
     notifier.close()
 
 
