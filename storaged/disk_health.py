@@ -21,6 +21,7 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -59,6 +60,7 @@ class DiskHealth:
         """Of an operation, since the start."""
         self.on_change: Callable[[DiskHealth, str], None] = lambda _health, _before: None
         """Called by ``look`` with the state before."""
+        self._waiting: dict[asyncio.Future[Any], Callable[[], bool] | None] = {}
         self._now_s = now_s
         self._begun: dict[object, tuple[str, float]] = {}
         self._slow_s = -WELL_S
@@ -105,7 +107,17 @@ class DiskHealth:
     def check(self) -> None:
         """Raises DiskUnusable when the disk hangs."""
         if self.hung:
-            raise DiskUnusable(f"Disk {self.disk} hangs: {self.reason}.", state="hung")
+            raise self._error()
+
+    def fail_when_hung(self, future: asyncio.Future[Any], may_fail: Callable[[], bool] | None = None) -> None:
+        """The future, of the loop that calls ``look``, gets DiskUnusable when the disk begins to hang before it is
+        done, and ``may_fail`` returns True then.
+        """
+        self._waiting[future] = may_fail
+        future.add_done_callback(self._waiting.pop)
+
+    def _error(self) -> DiskUnusable:
+        return DiskUnusable(f"Disk {self.disk} hangs: {self.reason}.", state="hung")
 
     def _change(self, state: str) -> None:
         before = self.state
@@ -113,7 +125,22 @@ class DiskHealth:
             return
         self.state, self.hung = state, state == HUNG
         self.hung_count += self.hung
+        if self.hung:
+            for future, may_fail in list(self._waiting.items()):
+                if not future.done() and (may_fail is None or may_fail()):
+                    future.set_exception(self._error())
         self.on_change(self, before)
+
+
+def _settle(outcome: asyncio.Future[Any], ended: Future[Any]) -> None:
+    if outcome.done():
+        return
+    if ended.cancelled():
+        outcome.cancel()
+    elif (error := ended.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(ended.result())
 
 
 class DiskThreads(Executor):
@@ -144,9 +171,26 @@ class DiskThreads(Executor):
                 thread.start()
         return future
 
+    def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Begins ``work`` in one of the threads. The future gets its result; DiskUnusable when the disk begins to hang.
+        A caller that gives up does not end it. Raises as ``submit``.
+        """
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[T] = loop.create_future()
+        begun = self.submit(work)
+
+        def report(ended: Future[T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_settle, outcome, ended)
+
+        self._health.fail_when_hung(outcome)
+        outcome.add_done_callback(lambda _: begun.cancel())
+        begun.add_done_callback(report)
+        return outcome
+
     async def run(self, work: Callable[[], T]) -> T:
-        """The result of ``work`` in one of the threads. A caller that gives up does not end it."""
-        return await asyncio.wrap_future(self.submit(work))
+        """The result of ``work`` in one of the threads. Raises as ``start``."""
+        return await self.start(work)
 
     def is_current(self) -> bool:
         """Whether the caller runs in one of the threads."""

@@ -114,6 +114,7 @@ class Residency:
 
     def __init__(self, environment: lmdb.Environment, directory: Path) -> None:
         self.resident = True
+        self.looked = False
         self._environment = environment
         self._path = directory / DATA_FILE
         self._kept_bytes_max = min(KEPT_BYTES_MAX, _memory_bytes() // KEPT_PART)
@@ -131,7 +132,7 @@ class Residency:
             if missing and began_s >= self._read_at_s and self._read(missing):
                 self._read_at_s = time.monotonic() + max(REST_S, REST_PART * (time.monotonic() - began_s))
                 missing = self._missing()
-            self.resident = not missing
+            self.resident, self.looked = not missing, True
             self._look_at_s = time.monotonic() + REST_PART * (time.monotonic() - began_s)
 
     def close(self) -> None:

@@ -160,8 +160,8 @@ class ClaimRefused(OperatorError):
 
 
 class DiskHung(OperatorError):
-    """The disk has not answered since its node tried to open it. The node runs without the disk, which joins by itself
-    once it is open.
+    """The disk does not answer: since its node tried to open it, or for more than five seconds. The node runs without
+    the disk, which takes part again by itself once it answers.
     """
 
     code = "DISK_HUNG"

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from storaged.disk_health import OK, DiskHealth
 from storaged.durable import RestartNeeded
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.engine import Engine
@@ -41,12 +42,18 @@ class DeferredCopies:
     """Used on the event loop, but for ``append``, ``pending``, ``queued`` and ``unfinished``."""
 
     def __init__(
-        self, engine: Engine, engine_lock: threading.Lock, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]
+        self,
+        engine: Engine,
+        engine_lock: threading.Lock,
+        loop: asyncio.AbstractEventLoop,
+        wake: Callable[[], None],
+        health: DiskHealth,
     ) -> None:
         self._engine = engine
         self._engine_lock = engine_lock
         self._loop = loop
         self._wake = wake
+        self._health = health
         self._by_key: dict[bytes, Write] = {}
         """What was kept, until the index has it."""
         self.copies: dict[bytes, Write] = {}
@@ -79,7 +86,7 @@ class DeferredCopies:
         if state.failure or self._space_bytes < write.payload_bytes or self._loop.time() >= self._space_due_s:
             self._space_bytes = 0
             coming = self._coming_bytes + sum([kept.payload_bytes for kept in self._by_key.values()])
-            refusal = state.refusal(write.payload_bytes + coming)
+            refusal = state.refusal(write.payload_bytes + coming, on_loop=True)
             if refusal is not None:
                 return refusal
             self._space_bytes = state.spare_bytes // SPACE_LOOK_PART
@@ -146,7 +153,9 @@ class DeferredCopies:
         slow, because the kernel has too much to write already, the thread does it for a while.
         """
         now = self._loop.time()
-        if self._stopped or now < self._slow_until_s or not self._engine_lock.acquire(blocking=False):
+        if self._stopped or now < self._slow_until_s or self._health.state != OK or not self._engine.index.in_memory:
+            return False
+        if not self._engine_lock.acquire(blocking=False):
             return False
         try:
             if self._unplaced or not self._engine.can_append_now(self._queue):

@@ -35,6 +35,8 @@ class DiskState:
         owner notes it on another disk. Returns whether it did. Must not raise."""
         self.spare_bytes = 0
         """What fragments could take, when that was looked at last."""
+        self._known_space: Space | None = None
+        """What ``look`` found last; None before the first."""
         self._reserve_held = False
         self._refused_bytes = 0
 
@@ -48,27 +50,33 @@ class DiskState:
             noted = self.note_failed(reason)
             self.failure_noted = self._files.mark_failed(reason) or noted
 
-    def unusable(self) -> DiskUnusable:
+    def look(self) -> None:
+        """Asks the file system for its free space. In a thread, again and again: it may not answer."""
+        self._known_space = self._space()
+
+    def unusable(self, space: Space | None = None) -> DiskUnusable:
         """The error for a write that the disk can't take."""
         if self.failure:
             return DiskUnusable(f"the disk is read-only: {self.failure}", state="read-only")
-        space = self._space()
+        space = space or self._space()
         return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
 
-    def refusal(self, count: int) -> DiskUnusable | None:
-        """Why the disk refuses ``count`` more bytes of fragments now; None when it does not. In any thread."""
+    def refusal(self, count: int, *, on_loop: bool = False) -> DiskUnusable | None:
+        """Why the disk refuses ``count`` more bytes of fragments now; None when it does not. In any thread.
+        ``on_loop``: what ``look`` found will do, since the event loop must not wait for the disk.
+        """
         if self.failure:
             return self.unusable()
-        space = self._space()
+        space = (self._known_space if on_loop else None) or self._space()
         self.spare_bytes = space.free - self._reserve_bytes(space)
         if self.spare_bytes < count:
             self._refused_bytes = min(count, REFUSED_BYTES_MAX)
-            return self.unusable()
+            return self.unusable(space)
         return None
 
     def describe(self) -> tuple[str, int]:
-        """(ok, full or read-only; bytes that fragments can take)."""
-        space = self._space()
+        """(ok, full or read-only; bytes that fragments can take). On the event loop."""
+        space = self._known_space or self._space()
         spare = space.free - self._reserve_bytes(space)
         if spare >= self._refused_bytes:
             self._refused_bytes = 0

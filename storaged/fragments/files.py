@@ -193,6 +193,8 @@ class PosixSegmentFile:
             return data
 
     def try_read(self, offset: int, length: int) -> Buffer | None:
+        if self._fd < 0:
+            return None  # a directory may have to be read
         buffer = unfilled(length)
         fd = self._acquire()
         try:

@@ -31,7 +31,7 @@ from storaged.fragments.damage import DamageList
 from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.fragments.index_rows import Checkpoint, CheckpointRow, Overlay, Position, RetireRow, SegmentRow
-from storaged.lmdb_file import open_environment
+from storaged.lmdb_file import Residency, open_environment
 from storaged.units import GIB
 from storaged.wire import decode, encode
 
@@ -55,6 +55,8 @@ class Index:
     def __init__(self, directory: Path, disk_id: str, *, map_bytes_max: int = 64 * GIB, durable: bool = True) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.disk_id = disk_id
+        self.in_memory = True
+        """Whether lookups need no disk, as far as ``look`` knows."""
         self.overlay = Overlay()
         self.frozen: Overlay | None = None
         self.accounts = SegmentAccounts()
@@ -66,6 +68,7 @@ class Index:
                     for name in ("fragments", "segments", "retired", "due", "damaged", "meta")
                 }
             self._load()
+            self._residency = Residency(self._env, directory)
         except (lmdb.Error, msgspec.MsgspecError) as error:
             raise IndexDamaged(f"the fragment index in {directory} cannot be read: {error}") from error
 
@@ -94,6 +97,13 @@ class Index:
         self.checkpoint = Position(row.segment, row.offset)
         self.sequence = row.sequence
         self.fragments = row.fragments
+
+    def look(self) -> None:
+        """Finds out whether LMDB's pages are in memory. In a thread, again and again: it may read them from the
+        disk.
+        """
+        self._residency.look()
+        self.in_memory = self._residency.resident
 
     # --- lookups, from any thread -----------------------------------------------------------------------------------
 
@@ -394,6 +404,7 @@ class Index:
                 txn.put(row.due_ms.to_bytes(8, "big") + data_id, b"", db=self._db["due"])
 
     def close(self) -> None:
+        self._residency.close()
         self._env.close()
 
 

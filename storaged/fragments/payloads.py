@@ -26,7 +26,7 @@ COPY_BYTES_MAX = MIB
 class CopyStore(NearStore, Protocol):
     """The implementation for local disks. It finds a copy without knowing for which of the replicas it was made."""
 
-    def find_copy(self, data_id: bytes) -> FragmentId | None:
+    async def locate_copy(self, data_id: bytes) -> FragmentId | None:
         """The whole copy of a data id, if the disk has one."""
 
     def try_read_copy(self, data_id: bytes) -> memoryview | None:
@@ -85,7 +85,7 @@ class Payloads:
         """The whole copy, every cell verified; None when this disk has none, or a damaged one (the read has reported
         the damage).
         """
-        fragment = self._store.find_copy(data_id)
+        fragment = await self._store.locate_copy(data_id)
         if fragment is None:
             return None
         try:

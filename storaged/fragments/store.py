@@ -12,12 +12,12 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from storaged.clock import Clock, SystemClock
+from storaged.disk_health import DiskHealth, DiskThreads
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused, StoragedError
 from storaged.fragments.deferred import DeferredCopies
 from storaged.fragments.engine import Engine
@@ -95,6 +95,7 @@ class DiskOwner:
     ``failed_before``: why the disk failed for good, as the owner has noted; it is read-only then.
     ``note_failed(reason)``: called in a thread when the disk fails for good; returns whether the owner noted it.
     ``in_thread(work)`` runs the start, which blocks.
+    ``health``: of the disk; the other stores on it share it.
     """
 
     clock: Clock = field(default_factory=SystemClock)
@@ -102,22 +103,27 @@ class DiskOwner:
     failed_before: str = ""
     note_failed: Callable[[str], bool] = lambda _reason: False
     in_thread: InThread = asyncio.to_thread
+    health: DiskHealth = field(default_factory=DiskHealth)
 
 
 class LocalFragmentStore:
     """A FragmentStore in a directory. Open it with :meth:`open`."""
 
-    def __init__(self, engine: Engine, report: Report, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, engine: Engine, report: Report, clock: Clock, loop: asyncio.AbstractEventLoop, health: DiskHealth
+    ) -> None:
         self.report = report
+        self._health = health
+        self._index = engine.index
         self._engine = engine
         self._engine_lock = threading.Lock()
         """Held by the thread that uses the engine."""
         self._loop = loop
-        self._queue = WriteQueue(loop, engine.limits.queue_bytes_max)
-        self._deferred = DeferredCopies(engine, self._engine_lock, loop, self._queue.wake)
-        self._readers = ThreadPoolExecutor(engine.limits.read_threads, thread_name_prefix="fragment-read")
+        self._queue = WriteQueue(loop, engine.limits.queue_bytes_max, health)
+        self._deferred = DeferredCopies(engine, self._engine_lock, loop, self._queue.wake, health)
+        self._readers = DiskThreads(health, engine.limits.read_threads, "fragment-read")
         self._closed = False
-        self._writer = WriterThread(engine, self._engine_lock, self._queue, self._deferred, clock)
+        self._writer = WriterThread(engine, self._engine_lock, self._queue, self._deferred, clock, health)
 
     @classmethod
     async def open(
@@ -158,7 +164,14 @@ class LocalFragmentStore:
                 raise
 
         engine, report = await owner.in_thread(start)
-        return cls(engine, report, clock, loop)
+        return cls(engine, report, clock, loop, owner.health)
+
+    def look(self) -> None:
+        """Finds out how much space is free, and whether the index is in memory. In a thread, again and again: the disk
+        may not answer.
+        """
+        self._engine.state.look()
+        self._index.look()
 
     # --- the port: changes ------------------------------------------------------------------------------------------
 
@@ -177,18 +190,21 @@ class LocalFragmentStore:
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         self._refuse_when_closed()
         await self._append_deferred(ids)
-        for fragment in ids:
-            if self._engine.index.lookup(fragment.pack()) is None:
-                raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
-        if not all(map(self._is_durable, ids)):
+        if not await self._looked_up(functools.partial(self._are_durable, ids)):
             await self._queue.barrier(sync=True)
+
+    def _are_durable(self, ids: Sequence[FragmentId]) -> bool:
+        for fragment in ids:
+            if self._index.lookup(fragment.pack()) is None:
+                raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
+        return all(map(self._is_durable, ids))
 
     async def headers(self, ids: Sequence[FragmentId]) -> list[FragmentHeader | None]:
         self._refuse_when_closed()
         if len(ids) > HEADERS_MAX:
             raise ValueError(f"{len(ids)} headers are more than {HEADERS_MAX} at once")
         await self._append_deferred(ids)
-        if not all(map(self._is_durable, ids)):
+        if not await self._looked_up(lambda: all(map(self._is_durable, ids))):
             await self._queue.barrier(sync=True)
         return await self._in_reader(lambda: [self._sound_header(fragment.pack()) for fragment in ids])
 
@@ -240,7 +256,7 @@ class LocalFragmentStore:
         """
         self._refuse_when_closed()
         key = fragment.pack()
-        if key in self._deferred:
+        if key in self._deferred or not self._index.in_memory:
             return None
         entry = self._engine.index.lookup(key)
         if entry is None or min(count * entry.cell_bytes, entry.payload_bytes) > INLINE_READ_BYTES_MAX:
@@ -251,7 +267,7 @@ class LocalFragmentStore:
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         self._refuse_when_closed()
         await self._append_deferred(ids)
-        if len(ids) <= INLINE_IDS_MAX:
+        if len(ids) <= INLINE_IDS_MAX and self._index.in_memory:
             return self._stat(ids)
         return await self._in_reader(self._stat, _bounded(ids))
 
@@ -307,7 +323,7 @@ class LocalFragmentStore:
             await self._in_reader(self._engine.reader.verify, fragment.pack())
         except (FragmentMissing, FragmentDamaged):
             pass  # the stat says which
-        return self._stat([fragment])[0]
+        return await self._looked_up(functools.partial(self._stat_one, fragment.pack()))
 
     async def usage(self) -> Usage:
         return self._engine.usage()
@@ -320,7 +336,7 @@ class LocalFragmentStore:
         self._deferred.stop()
         self._queue.hand_over()
         self._writer.stop()
-        await asyncio.to_thread(self._shut)
+        await DiskThreads(self._health, 1, "fragment-close").run(self._shut)
 
     def _shut(self) -> None:
         self._writer.join()
@@ -349,6 +365,10 @@ class LocalFragmentStore:
         key = deferred.key if deferred is not None else self._engine.index.find_copy(data_id)
         return None if key is None else FragmentId.unpack(key)
 
+    async def locate_copy(self, data_id: bytes) -> FragmentId | None:
+        """As ``find_copy``, also when the index is not in memory. Raises DiskUnusable."""
+        return await self._looked_up(functools.partial(self.find_copy, data_id))
+
     def try_read_copy(self, data_id: bytes) -> memoryview | None:
         """The payload of a data id's whole copy, when it is in memory and undamaged, else None. Never waits for the
         disk. Raises DiskUnusable.
@@ -358,7 +378,7 @@ class LocalFragmentStore:
         if deferred is not None:
             payload = deferred.payload
             return payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
-        return self._engine.reader.try_read_copy(data_id, INLINE_READ_BYTES_MAX)
+        return self._engine.reader.try_read_copy(data_id, INLINE_READ_BYTES_MAX) if self._index.in_memory else None
 
     def sync_apart(self) -> None:
         """Everything that was appended or kept before the call is durable when it returns, or the disk is read-only and
@@ -420,11 +440,18 @@ class LocalFragmentStore:
         )
 
     def _refuse_when_closed(self) -> None:
+        """And while the disk hangs."""
         if self._closed:
             raise DiskUnusable("the fragment store is closed", state="failed")
+        self._health.check()
+
+    async def _looked_up(self, lookup: Callable[[], T]) -> T:
+        """Makes a few lookups here, or in a thread when the index is not in memory."""
+        return lookup() if self._index.in_memory else await self._in_reader(lookup)
 
     async def _in_reader(self, function: Callable[..., T], *args: Any) -> T:
-        return await self._loop.run_in_executor(self._readers, functools.partial(function, *args))
+        self._health.check()
+        return await self._readers.run(functools.partial(function, *args))
 
     async def _in_writer(self, call: Callable[[], T]) -> T:
         self._refuse_when_closed()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from storaged.disk_health import DiskHealth
 from storaged.durable import RestartNeeded
 from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.write import Write
@@ -79,8 +80,9 @@ Item = list[Job] | Committed | Drain | Stop
 class WriteQueue:
     """Jobs on their way, and the bytes of their payloads, which are bounded."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, bytes_max: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, bytes_max: int, health: DiskHealth) -> None:
         self._loop = loop
+        self._health = health
         self._bytes_max = bytes_max
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._arriving: list[Job] = []
@@ -104,8 +106,9 @@ class WriteQueue:
 
     async def _submit(self, job: Job) -> Any:
         """A caller that gives up gets its buffers back at once when the thread has not begun with the job, else when it
-        has finished.
+        has finished. Raises DiskUnusable when the disk begins to hang, but for a write that the thread has begun with.
         """
+        self._health.fail_when_hung(job.future, job.claim if job.write is not None else None)
         self._arriving.append(job)
         if len(self._arriving) == 1:
             self._loop.call_soon(self.hand_over)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import lmdb
 
 from storaged.clock import Clock
+from storaged.disk_health import DiskHealth, DiskThreads
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.compact import Compactor
 from storaged.fragments.deferred import DeferredCopies
@@ -31,7 +32,13 @@ class WriterThread:
     """Runs from its construction until ``stop``. Holds the engine lock while it uses the engine."""
 
     def __init__(
-        self, engine: Engine, engine_lock: threading.Lock, jobs: WriteQueue, deferred: DeferredCopies, clock: Clock
+        self,
+        engine: Engine,
+        engine_lock: threading.Lock,
+        jobs: WriteQueue,
+        deferred: DeferredCopies,
+        clock: Clock,
+        health: DiskHealth,
     ) -> None:
         self._engine = engine
         self._engine_lock = engine_lock
@@ -40,7 +47,8 @@ class WriterThread:
         self._clock = clock
         self._compactor = Compactor(engine)
         self._backlog: deque[Job] = deque()
-        self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="fragment-index")
+        self._health = health
+        self._checkpoints = DiskThreads(health, 1, "fragment-index")
         self._checkpoint: Future[None] | None = None
         self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s
         self.groups = self.writes = self.checkpoint_count = 0
@@ -96,6 +104,7 @@ class WriterThread:
         stopping = False
         while not stopping:
             jobs, drains, stopping = self._collect()
+            token = self._health.begin("a write or sync of a segment")
             with self._engine_lock:
                 had_queued = self._deferred.queued
                 if self._deferred.pending:
@@ -107,6 +116,7 @@ class WriterThread:
                     self._serve(jobs)
                 if not stopping:
                     self._do_background(busy=bool(jobs) or had_queued)
+            self._health.end(token)
 
     def _collect(self) -> tuple[list[Job], list[Drain], bool]:
         """(jobs up to the bounds of a group, drains, whether to stop). Waits for the first, or until background work is
@@ -130,8 +140,10 @@ class WriterThread:
             if isinstance(item, Stop):
                 return jobs, drains, True
             if isinstance(item, Committed):
+                token = self._health.begin("removing a segment")
                 with self._engine_lock:
                     self._committed(item)
+                self._health.end(token)
             elif isinstance(item, Drain):
                 drains.append(item)
             else:

@@ -26,7 +26,6 @@ from storaged.maintain.placement import Placements
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import PageQuery
-from storaged.meta.storage.readahead import THREADS
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.meta.store_ports import MetaStore, RowDamaged, RowRange
 from storaged.objects.records import PartEntry
@@ -54,10 +53,9 @@ async def row_slices(
     while True:
         wanted = RowRange(table, scope, shard, after, b"", ROWS_A_SLICE)
         if store.large:
-            read = partial(store.read_ahead, wanted, whole=True)
-            await asyncio.get_running_loop().run_in_executor(THREADS, read)
+            await store.start(partial(store.read_ahead, wanted, whole=True))
         began = clock.monotonic()
-        rows = store.slice(wanted)
+        rows = await store.read(partial(store.slice, wanted))
         if not rows:
             return
         yield rows

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from msgspec import Struct
 
+from storaged.disk_health import DiskHealth
 from storaged.errors import StoragedError
 from storaged.meta.names import Ballot, RegisterName, Value
 from storaged.wire import Buffer
+
+T = TypeVar("T")
 
 
 class Slot(NamedTuple):
@@ -147,7 +151,27 @@ class MetaStoreStatistics:
 
 
 class MetaStore(Protocol):
-    """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
+    """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop.
+    There each may raise NotInMemory, but for ``row`` and ``rows``: the disk would have to be waited for. ``read`` and
+    ``load`` do that.
+    """
+
+    async def read(self, call: Callable[[], T]) -> T:
+        """The result of a call that reads this store: it is made here, or by a thread of the disk when it has to wait
+        for the disk. Raises what the call raises, SlowDown, and DiskUnusable on a disk that hangs.
+        """
+
+    def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Begins work in a thread of the disk. Raises SlowDown, DiskUnusable."""
+
+    async def load(self, missing: NotInMemory) -> None:
+        """Brings into memory what a read missed; the read then has it, unless it was written or forgotten meanwhile.
+        Raises as ``read``.
+        """
+
+    @property
+    def health(self) -> DiskHealth:
+        """Of the disk."""
 
     @property
     def dirty_ranges(self) -> DirtyRanges: ...
@@ -166,7 +190,7 @@ class MetaStore(Protocol):
 
     def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
         """Of each packed name the row's bytes as rowvalue lays them out, verified; empty when there is none; None when
-        it is damaged. One short snapshot.
+        it is damaged or not in memory. One short snapshot.
         """
 
     def get_fence(self, scope: bytes) -> Fence | None: ...
@@ -226,3 +250,15 @@ class MetaStore(Protocol):
 
 class RowDamaged(Exception):
     """The check of a row, a page or a small value does not hold."""
+
+
+Place = tuple[bytes, bytes]
+"""What a read was for: table || scope || shard and key of a row, or sub-database and key of a small value."""
+
+
+class NotInMemory(Exception):
+    """A read on the event loop would have to wait for the disk. ``place``: None for a read of more than one row."""
+
+    def __init__(self, place: Place | None = None) -> None:
+        super().__init__("the disk would have to be waited for")
+        self.place = place

@@ -16,6 +16,7 @@ import structlog
 
 from storaged.cluster.ports import DiskStatus
 from storaged.config import DiskSection
+from storaged.disk_health import DiskHealth
 from storaged.errors import StoragedError
 from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
 from storaged.fragments.ports import FragmentHeader
@@ -25,11 +26,15 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import LoadCopy, PlainCopies, SmallCopyCache
 from storaged.meta.store_ports import Copy, Kept, StoreBatch
 from storaged.node.admission import WAITING
+from storaged.node.disk_watch import DiskWatch, log_change, watch_health
 from storaged.wire import Buffer, decode
 
 log = structlog.get_logger("disks")
 
 T = TypeVar("T")
+
+CLOSE_LOOK_S = 0.1
+"""How often a disk that is being closed is looked at: the end of a node waits for none that hangs."""
 
 
 @dataclass
@@ -41,8 +46,26 @@ class LocalDisk:
     meta: LmdbMetaStore
     fragments: LocalFragmentStore
     replica: LocalReplica
+    watch: DiskWatch | None = None
+
+    @property
+    def health(self) -> DiskHealth:
+        return self.meta.health
 
     async def close(self) -> None:
+        """Raises DiskUnusable when the disk hangs. Then it stays open: the process ends without it."""
+        if self.watch is not None:
+            self.watch.stop()
+        closing = asyncio.get_running_loop().create_task(self._close())
+        while not closing.done():
+            await asyncio.wait((closing,), timeout=CLOSE_LOOK_S)
+            self.health.look()
+            if self.health.hung and not closing.done():
+                closing.cancel()
+                self.health.check()
+        closing.result()
+
+    async def _close(self) -> None:
         await self.replica.close()
         await self.fragments.close()
         await self.meta.close()
@@ -124,7 +147,10 @@ class Disks:
         self.replicas: dict[str, LocalReplica] = {}
         self.fragments: dict[str, LocalFragmentStore] = {}
         self.metas: dict[str, LmdbMetaStore] = {}
+        self.healths: dict[str, DiskHealth] = {}
+        """Of the disks in use."""
         self._coming: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
 
     def refuse(self, section: DiskSection, state: str, reason: str) -> None:
         """Leaves a disk out for now, and logs a new reason. State ``waiting``: it waits for other nodes."""
@@ -141,6 +167,11 @@ class Disks:
         if self.refused.pop(disk.id, None) is not None:
             log.info("a disk joins", disk=disk.id, directory=disk.directory)
         self.used[disk.id] = disk
+        self.healths[disk.id] = disk.health
+        disk.health.on_change = log_change
+        disk.watch = DiskWatch(disk.health, (disk.meta.look, disk.fragments.look))
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().create_task(watch_health(self.healths))
         self.metas[disk.id], self.fragments[disk.id], self.replicas[disk.id] = disk.meta, disk.fragments, disk.replica
 
     def silence(self, disk_id: str, state: str, reason: str) -> None:
@@ -169,6 +200,8 @@ class Disks:
             meta_state = disk.replica.statistics().state
             state = usage.state if meta_state == "ok" else "failed"
             reason = usage.reason if meta_state == "ok" else f"metadata: {meta_state}"
+            if disk.health.hung and meta_state == "ok":
+                state, reason = "hung", disk.health.reason
             found.append(DiskStatus(disk.id, disk.directory, state, usage.bytes_used, usage.bytes_free, reason))
         return sorted(found, key=lambda status: status.id)
 
@@ -176,6 +209,8 @@ class Disks:
         for task in self._coming.values():
             task.cancel()
         await asyncio.gather(*self._coming.values(), return_exceptions=True)
+        if self._watching is not None:
+            self._watching.cancel()
         results = await asyncio.gather(*(disk.close() for disk in self.used.values()), return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):

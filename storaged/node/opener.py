@@ -23,6 +23,7 @@ import structlog
 from storaged.clock import Clock
 from storaged.cluster.claims import DiskClaim
 from storaged.config import Config, DiskSection
+from storaged.disk_health import DiskHealth
 from storaged.errors import DirectoryInUse, DiskForeign, DiskRolledBack, IndexDamaged, StoragedError
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import FragmentId
@@ -217,6 +218,7 @@ class Opener:
                     failed_before=ledger.failure(section.id, "fragments"),
                     note_failed=partial(self._note_failed, section.id, "fragments"),
                     in_thread=in_own_thread,
+                    health=meta.health,
                 ),
             )
         except BaseException:
@@ -225,7 +227,7 @@ class Opener:
         try:
             await restore_copies(meta, fragments)
             copies = DiskCopies(meta, fragments, self._copy_cache)
-            replica = LocalReplica(section.id, meta, copies=copies, clock=self._clock)
+            replica = await in_own_thread(partial(LocalReplica, section.id, meta, copies=copies, clock=self._clock))
             await self._claim(section, meta, settled)
         except BaseException:
             await asyncio.gather(fragments.close(), meta.close())
@@ -241,6 +243,7 @@ class Opener:
             identity,
             map_bytes=self._config.limits.meta_map_bytes,
             known=Known(position, owner_of(self._cluster, section.id) if self._cluster else b""),
+            health=DiskHealth(section.id),
         )
 
     async def _claim(self, section: DiskSection, meta: LmdbMetaStore, settled: asyncio.Event) -> None:

@@ -436,6 +436,11 @@ class NodePlanes:
             ok.labels(disk.id).set(disk.state == "ok")
             size.labels(disk.id, "used").set(disk.bytes_used)
             size.labels(disk.id, "free").set(disk.bytes_free)
+        hangs = self.metrics.gauge("storaged_disk_hangs")
+        slowest = self.metrics.gauge("storaged_disk_slowest_seconds")
+        for disk_id, health in self.disks.healths.items():
+            hangs.labels(disk_id).set(health.hung_count)
+            slowest.labels(disk_id).set(max(health.longest_s, health.oldest_s()))
         alarms = self.metrics.gauge("storaged_ring_alarms")
         for used in self.disks.used.values():
             statistics = used.replica.statistics()

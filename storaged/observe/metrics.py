@@ -45,6 +45,10 @@ METRICS: dict[str, MetricDescription] = {
     "storaged_node_up": MetricDescription("gauge", "1 when the node answers this one.", ("node",)),
     "storaged_disk_bytes": MetricDescription("gauge", "Bytes of a local disk's fragment store.", ("disk", "kind")),
     "storaged_disk_ok": MetricDescription("gauge", "1 when the local disk takes part fully.", ("disk",)),
+    "storaged_disk_hangs": MetricDescription("gauge", "How often the local disk hung since the start.", ("disk",)),
+    "storaged_disk_slowest_seconds": MetricDescription(
+        "gauge", "The longest operation of the local disk since the start that took 0.1 s or more.", ("disk",)
+    ),
     "storaged_audit_alarms": MetricDescription(
         "gauge",
         "Nodes whose audit log is not what this node, or a witness of its own log, saw of it:"

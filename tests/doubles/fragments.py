@@ -227,7 +227,7 @@ class MemoryFragmentStore:
     async def close(self) -> None:
         self._state = "failed"
 
-    def find_copy(self, data_id: bytes) -> FragmentId | None:
+    async def locate_copy(self, data_id: bytes) -> FragmentId | None:
         prefix = data_id + b"\0\0\0\0\x01"
         return next((FragmentId.unpack(key) for key in self._fragments if key.startswith(prefix)), None)
 

@@ -11,15 +11,29 @@ import asyncio
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
+from storaged.disk_health import DiskHealth
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.hashes import is_page
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
 from storaged.meta.storage.rowvalue import columns_of, intact, pack_row, stamps_in, unpack_row
-from storaged.meta.store_ports import Done, Fence, RowDamaged, RowRange, Slot, Stamps, StoreBatch, StoredPage
+from storaged.meta.store_ports import (
+    Done,
+    Fence,
+    NotInMemory,
+    RowDamaged,
+    RowRange,
+    Slot,
+    Stamps,
+    StoreBatch,
+    StoredPage,
+)
+
+T = TypeVar("T")
 
 SLICE_ROWS_MAX = 10_000
 
@@ -53,6 +67,7 @@ class MemoryMetaStore:
         self, *, sync: Callable[[], Awaitable[None]] = _sync_nothing, entropy: Entropy = system_entropy
     ) -> None:
         self.identity = entropy(16) + (1).to_bytes(8, "big")
+        self.health = DiskHealth()
         self._sync = sync
         self._shards: dict[tuple[int, bytes, int], _Shard] = {}
         self._fences: dict[bytes, Fence] = {}
@@ -233,6 +248,17 @@ class MemoryMetaStore:
         """Flips one bit of a page."""
         page = self._pages[page_hash]
         self._pages[page_hash] = page._replace(body=page.body[:-1] + bytes([page.body[-1] ^ 1]))
+
+    async def read(self, call: Callable[[], T]) -> T:
+        return call()
+
+    def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        begun: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        begun.set_result(work())
+        return begun
+
+    async def load(self, missing: NotInMemory) -> None:
+        raise AssertionError("all of it is in memory")
 
     async def close(self) -> None:
         """Waits for commits on their way."""

@@ -164,7 +164,8 @@ class FileStore(LmdbMetaStore):
         self.hooks = state.hooks
         self._disk = disk
         state.redo.try_write = self._try_write  # type: ignore[method-assign]
-        with _set_aside(write_queue_module, "_WriterThread", lambda _name, *given: _VirtualWriter(disk, *given)):
+        virtual = lambda _name, state, call_on_loop: _VirtualWriter(disk, state.fail, call_on_loop)  # noqa: E731
+        with _set_aside(write_queue_module, "_WriterThread", virtual):
             self._queue = WriteQueue(state)
         self._checkpointer = _VirtualCheckpointer(state, disk)
 

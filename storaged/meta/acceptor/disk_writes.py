@@ -41,9 +41,10 @@ class DiskWrites:
         return tuple(self._tasks)
 
     def check_answers(self) -> None:
-        """Raises DiskUnusable when this acceptor answers nothing any more."""
+        """Raises DiskUnusable when this acceptor answers nothing any more, and while its disk hangs."""
         if self.silent:
             raise DiskUnusable(f"Disk {self.disk} takes no part in the ring: {self.silent}.")
+        self._store.health.check()
 
     def check_room(self, size: int, accepts: int) -> None:
         """``size`` in bytes of what is to be written; ``accepts`` that are on their way. Raises SlowDown."""

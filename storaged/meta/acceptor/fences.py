@@ -6,10 +6,13 @@ A fence is in force from the moment that it was asked for, and until its lifting
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from storaged.errors import DiskUnusable
 from storaged.meta.messages import FenceLift, FenceSet
-from storaged.meta.store_ports import Fence, MetaStore, RowDamaged, StoreBatch
+from storaged.meta.store_ports import Fence, MetaStore, NotInMemory, RowDamaged, StoreBatch
+
+T = TypeVar("T")
 
 FENCES_KNOWN_MAX = 4_096
 """Buckets whose state is cached, fenced or not; only this disk's replica changes it."""
@@ -22,7 +25,7 @@ Write = tuple[StoreBatch, Callable[[], None]]
 
 
 class Fences:
-    """Everything here raises DiskUnusable where the store can't say.
+    """Everything here raises DiskUnusable where the store can't say, and may raise NotInMemory (``when_in_memory``).
 
     Nonces of a scope grow. A request that comes late, with a nonce that was lifted or is lower than the one in force,
     is refused: its fence would stay for ever, or take the place of the fence that another deletion relies on, and be
@@ -52,6 +55,16 @@ class Fences:
             self._known.clear()
         self._known[scope] = fence
         return fence
+
+    async def when_in_memory(self, call: Callable[[], T]) -> T:
+        """The result of a call of this object, as soon as it need not wait for the disk. Raises what the call raises,
+        SlowDown, DiskUnusable.
+        """
+        while True:
+            try:
+                return call()
+            except NotInMemory as missing:
+                await self._store.load(missing)
 
     def set(self, request: FenceSet) -> Write | None:
         """In force from now on; None: refused."""

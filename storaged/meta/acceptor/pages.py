@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from storaged.clock import Clock
 from storaged.errors import InvalidRequest
@@ -28,7 +29,11 @@ class DiskPages:
         """``accepts`` that are on their way to the disk."""
         self._writes.check_answers()
         check_page(request)
-        if is_old(request.page_hash) and (held := self._page(request.page_hash)) is not None and held != request.body:
+        if (
+            is_old(request.page_hash)
+            and (held := await self._page(request.page_hash)) is not None
+            and held != request.body
+        ):
             # an attacker can find other bytes with the same old hash
             raise InvalidRequest("Another page has this name here.")
         self._writes.check_room(len(request.body), accepts)
@@ -38,7 +43,7 @@ class DiskPages:
 
     async def get(self, request: PageGet) -> PageReply:
         self._writes.check_answers()
-        return PageReply(self._page(request.page_hash))
+        return PageReply(await self._page(request.page_hash))
 
     async def check(self, request: PageCheck) -> PagesMissing:
         check_pages(request)
@@ -47,13 +52,13 @@ class DiskPages:
             if index % PAGES_A_TURN == 0:
                 await asyncio.sleep(0)
                 self._writes.check_answers()
-            if self._page(page_hash) is None:
+            if await self._page(page_hash) is None:
                 missing.append(page_hash)
         return PagesMissing(tuple(missing))
 
-    def _page(self, page_hash: bytes) -> bytes | None:
+    async def _page(self, page_hash: bytes) -> bytes | None:
         try:
-            return self._store.get_page(page_hash)
+            return await self._store.read(partial(self._store.get_page, page_hash))
         except RowDamaged:
             self.damaged += 1
             return None

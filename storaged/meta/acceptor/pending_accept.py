@@ -100,7 +100,24 @@ class PendingAccepts:
     def arrivals(self) -> list[asyncio.Future[None]]:
         return list(map(self.arrival, self.by_name))
 
+    async def quiet(self, name: RegisterName, check: Callable[[], None]) -> None:
+        """Returns when no accept of this register is on its way. Calls ``check`` whenever it goes on."""
+        check()
+        while name in self.by_name:
+            await asyncio.wait((self.arrival(name),))
+            check()
+
     async def all_arrived(self) -> None:
         """Everything that was on its way when this was called."""
         if self.by_name:
             await asyncio.wait(self.arrivals())
+
+
+def resolve(answered: asyncio.Future[AcceptReply], outcome: AcceptReply | Exception) -> None:
+    """Gives the outcome of an accept to a caller that waits, unless it has gone away."""
+    if answered.done():
+        return
+    if isinstance(outcome, Exception):
+        answered.set_exception(outcome)
+    else:
+        answered.set_result(outcome)

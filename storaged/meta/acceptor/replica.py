@@ -11,8 +11,8 @@ Theory of operation
     A fence is answered when everything that was judged before it has arrived or failed: that may still wait for its
     copy when the fence is on disk.
 
-    ``high_water`` keeps the high-water ballot on disk above all promises. ``disk_writes`` makes the acceptor silent
-    when the store refuses a commit.
+    ``high_water`` keeps the high-water ballot on disk above all promises. ``disk_writes`` ends the answers when the
+    store refuses a commit. Where a row is not in memory, ``try_`` calls give up, and the others have a thread read it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from storaged.meta.acceptor.disk_writes import DiskWrites
 from storaged.meta.acceptor.fences import Fences
 from storaged.meta.acceptor.high_water import META_HIGH_WATER, HighWater
 from storaged.meta.acceptor.pages import DiskPages
-from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, PendingAccepts
+from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, PendingAccepts, resolve
 from storaged.meta.acceptor.rows import NO_BYTES, DiskRows
 from storaged.meta.acceptor.turns import TurnKeeper
 from storaged.meta.consensus.acceptor import (
@@ -46,10 +46,10 @@ from storaged.meta.consensus.acceptor import (
 )
 from storaged.meta.consensus.bounds import check_created, check_epoch, check_fence, check_name, check_value
 from storaged.meta.consensus.register import RULES, Rules, Verdict
-from storaged.meta.messages import ScanReply, ScanRequest
+from storaged.meta.messages import AcceptReply, ScanReply, ScanRequest
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table
 from storaged.meta.ports import OnAnswer
-from storaged.meta.store_ports import Copies, MetaStore, RowDamaged, Slot, StoreBatch
+from storaged.meta.store_ports import Copies, MetaStore, NotInMemory, RowDamaged, Slot, StoreBatch
 from storaged.wire import Buffer, Message, decode
 
 OBJECT = int(Table.OBJECT)
@@ -81,6 +81,7 @@ class LocalReplica:
         self._counts = AcceptorCounts(disk)
         self.turns = TurnKeeper()
         self.turn = self.turns.turn
+        self._health = store.health
         try:
             stored, epoch, retired = (store.get_meta(name) for name in (META_HIGH_WATER, META_EPOCH, META_RETIRED))
         except RowDamaged as error:
@@ -170,18 +171,22 @@ class LocalReplica:
             if reply is not None:
                 return reply
             if request.name not in self.pending.by_name:
+                await self._rows.bring(request.name)
                 await self._high_water.raise_above(request.ballot)
 
     def try_prepare(self, request: messages.Prepare) -> messages.PrepareReply | None:
-        """None: it has to wait for an accept on its way to the disk, or for a higher high-water ballot."""
-        if self._writes.silent:
+        """None: it has to wait: for the disk, for an accept on its way there, or for a higher high-water ballot."""
+        if self._writes.silent or self._health.hung:
             self._writes.check_answers()
         name, ballot = request.name, request.ballot
         if name in self.pending.by_name:
             return None
         check_name(name, ballot)
         state = self.state
-        slot, acceptor = self._rows.acceptor(name)
+        try:
+            slot, acceptor = self._rows.acceptor(name)
+        except NotInMemory:
+            return None
         verdict = judge_prepare(acceptor, ballot, request.nonce, self._rules)
         if verdict is not Verdict.OK:
             self._counts.prepares += 1
@@ -209,8 +214,9 @@ class LocalReplica:
         self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0
     ) -> messages.AcceptReply:
         answered: asyncio.Future[messages.AcceptReply] = asyncio.get_running_loop().create_future()
-        while not self.try_accept(request, body, partial(_resolve, answered)):
+        while not self.try_accept(request, body, partial(resolve, answered)):
             await self._quiet(request.name)
+            await self._rows.bring(request.name)
             if request.header:
                 await self._high_water.raise_above(request.ballot)
         return await answered
@@ -228,10 +234,10 @@ class LocalReplica:
         whether or not the caller still waits. ``header``: of the copy for this replica, when the request is one for
         several. ``create``: the request is one, whatever its type.
 
-        False: it has to wait for another accept of this register, or for a higher high-water ballot. Raises when
-        nothing was begun: SlowDown when as much is on its way to the disk as may be.
+        False: it has to wait for another accept of this register, for the disk, or for a higher high-water ballot.
+        Raises when nothing was begun: SlowDown when as much is on its way to the disk as may be.
         """
-        if self._writes.silent:
+        if self._writes.silent or self._health.hung:
             self._writes.check_answers()
         name, ballot, state = request.name, request.ballot, self.state
         header = header or request.header
@@ -247,12 +253,15 @@ class LocalReplica:
         if near and header and needs_high_water(ballot, state.high_water):
             self._high_water.begin_raise(ballot)
             return False
-        self._counts.accepts += 1
         check_value(request.value)
         create = create or isinstance(request, messages.Create)
         if name.table != OBJECT:
             check_created(name, request.value, create)
-        acceptor, verdict = self._judge_create(request) if create else self._judge_accept(request)
+        try:
+            acceptor, verdict = self._judge_create(request) if create else self._judge_accept(request)
+        except NotInMemory:
+            return False
+        self._counts.accepts += 1
         if verdict is Verdict.OK:
             self._begin_write(request, acceptor, header, body, on_answer, near=near)
         else:
@@ -335,9 +344,7 @@ class LocalReplica:
         else:
             self._writes.start(self._writes.commit(batch))
 
-    def _refused(
-        self, verdict: Verdict, acceptor: Acceptor, name: RegisterName, ballot: Ballot
-    ) -> messages.AcceptReply:
+    def _refused(self, verdict: Verdict, acceptor: Acceptor, name: RegisterName, ballot: Ballot) -> AcceptReply:
         self._counts.refused += 1
         if verdict is Verdict.CONFLICT:
             self._counts.note_conflict(name, ballot)
@@ -379,18 +386,18 @@ class LocalReplica:
         self.pending.end(pending)
 
     async def _quiet(self, name: RegisterName) -> None:
-        """Returns when no accept of this register is on its way to the disk; raises when this replica must not
-        answer."""
-        self._writes.check_answers()
-        while name in self.pending.by_name:
-            await asyncio.wait((self.pending.arrival(name),))
-            self._writes.check_answers()
+        """Raises when this replica must not answer."""
+        await self.pending.quiet(name, self._writes.check_answers)
 
     # --- reads and scans ----------------------------------------------------------------------------------------------
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
-        await self._quiet(request.name)
-        return await self._rows.read(request)
+        while True:
+            await self._quiet(request.name)
+            try:
+                return await self._rows.read(request)
+            except NotInMemory:
+                await self._rows.bring(request.name)
 
     def try_read(self, request: messages.Read) -> tuple[messages.ReadReply, memoryview] | None:
         """As ``read``; None: it has to wait for the disk, or for an accept on its way there."""
@@ -464,7 +471,7 @@ class LocalReplica:
         """
         self._writes.check_answers()
         check_fence(request)
-        write = self._fences.set(request)
+        write = await self._fences.when_in_memory(partial(self._fences.set, request))
         if write is None:
             return messages.FenceReply(False)
         await self._writes.durably(*write)
@@ -475,7 +482,7 @@ class LocalReplica:
         """The fence is in force until its lifting is on disk."""
         self._writes.check_answers()
         check_fence(request)
-        write = self._fences.lift(request)
+        write = await self._fences.when_in_memory(partial(self._fences.lift, request))
         if isinstance(write, bool):
             return messages.FenceReply(write)
         await self._writes.durably(*write)
@@ -491,12 +498,3 @@ class LocalReplica:
             await self.pending.all_arrived()
             self._epoch_durable = max(self._epoch_durable, epoch)
         return messages.EpochReply(self._epoch_durable)
-
-
-def _resolve(answered: asyncio.Future[messages.AcceptReply], outcome: messages.AcceptReply | Exception) -> None:
-    if answered.done():
-        return  # the caller has gone away
-    if isinstance(outcome, Exception):
-        answered.set_exception(outcome)
-    else:
-        answered.set_result(outcome)

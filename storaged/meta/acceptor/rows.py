@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 import structlog
@@ -20,9 +21,8 @@ from storaged.meta.consensus.acceptor import Acceptor, AcceptorState, judge_read
 from storaged.meta.consensus.register import Rules, Verdict, digest_of
 from storaged.meta.messages import Read, ReadReply, ScanReply, ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName
-from storaged.meta.storage.readahead import THREADS
 from storaged.meta.storage.scan import DigestCache, asks_to_read_ahead, read_ahead, scan_store
-from storaged.meta.store_ports import Copies, Copy, MetaStore, RowDamaged, Slot
+from storaged.meta.store_ports import Copies, Copy, MetaStore, NotInMemory, RowDamaged, Slot
 
 NO_BYTES = memoryview(b"")
 SCOPE_END = 17
@@ -65,10 +65,27 @@ class DiskRows:
             return None, self._state.of_damaged(name, fence)
         return slot, self._state.of(name, slot, fence)
 
+    async def bring(self, name: RegisterName) -> None:
+        """Returns when the row and the fence of a register are in memory. Raises DiskUnusable, SlowDown."""
+        while True:
+            try:
+                self._fences.of(name.scope)
+                self._store.get(name)
+            except NotInMemory as missing:
+                await self._store.load(missing)
+            except RowDamaged:
+                return
+            else:
+                return
+
+    async def bring_fence(self, scope: bytes) -> None:
+        """As ``bring``, of a fence."""
+        await self._fences.when_in_memory(partial(self._fences.of, scope))
+
     # --- reads --------------------------------------------------------------------------------------------------------
 
     async def read(self, request: Read) -> tuple[ReadReply, memoryview]:
-        """No accept of this register is on its way."""
+        """No accept of this register is on its way. Raises NotInMemory."""
         acceptor, verdict, data_id = self._judge(request)
         copy = await self._load(data_id) if data_id else None
         if copy is None:
@@ -78,7 +95,10 @@ class DiskRows:
     def try_read(self, request: Read) -> tuple[ReadReply, memoryview] | None:
         if request.name in self._pending.by_name or request.data_id:
             return None
-        acceptor, verdict, data_id = self._judge(request)
+        try:
+            acceptor, verdict, data_id = self._judge(request)
+        except NotInMemory:
+            return None
         payload = None
         if data_id:
             payload = self.peek(data_id)
@@ -98,7 +118,7 @@ class DiskRows:
         for index, name in enumerate(names):
             scope = name[1:SCOPE_END]
             if scope != last:
-                last, fenced = scope, self._reports_fence(scope)
+                last, fenced = scope, self._may_be_fenced(scope)
             if fenced:
                 found[index] = None
         pending = self._pending.by_name
@@ -114,7 +134,7 @@ class DiskRows:
             return None
         self.reads += 1
         pending = self._pending.by_name
-        if self._reports_fence(name[1:SCOPE_END]) or (pending and RegisterName.unpack(name) in pending):
+        if self._may_be_fenced(name[1:SCOPE_END]) or (pending and RegisterName.unpack(name) in pending):
             return None
         return self._store.row(name)
 
@@ -154,6 +174,13 @@ class DiskRows:
     def _reports_fence(self, scope: bytes) -> bool:
         return self._fences.of(scope) is not None and self._rules.fences_reported
 
+    def _may_be_fenced(self, scope: bytes) -> bool:
+        """Whether ``read`` may have to report a fence."""
+        try:
+            return self._reports_fence(scope)
+        except NotInMemory:
+            return True
+
     async def _load(self, data_id: bytes) -> Copy | None:
         if self._copies is None:
             return None
@@ -169,12 +196,20 @@ class DiskRows:
         self._writes.check_answers()
         if asks := asks_to_read_ahead(self._store, request, self._digests):
             await self._read_ahead(request, asks)
-        return self.scan_now(request)
+        try:
+            return self.scan_now(request)
+        except NotInMemory:
+            return await self._scan_in_thread(request)
 
     def try_scan(self, request: ScanRequest) -> ScanReply | None:
         """None: it may have to wait for the disk, as far as one can tell."""
         self._writes.check_answers()
-        return None if asks_to_read_ahead(self._store, request, self._digests) else self.scan_now(request)
+        if asks_to_read_ahead(self._store, request, self._digests):
+            return None
+        try:
+            return self.scan_now(request)
+        except NotInMemory:
+            return None
 
     async def _read_ahead(self, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
         """Uses one thread per disk: other disks need threads too. The lock is held until the thread ends, even if the
@@ -182,20 +217,33 @@ class DiskRows:
         """
         await self._reading_ahead.acquire()
         try:
-            reading = asyncio.get_running_loop().run_in_executor(THREADS, read_ahead, self._store, request, asks)
+            reading = self._store.start(partial(read_ahead, self._store, request, asks))
         except BaseException:
             self._reading_ahead.release()
             raise
         reading.add_done_callback(lambda _: self._reading_ahead.release())
         await asyncio.shield(reading)
 
+    async def _scan_in_thread(self, request: ScanRequest) -> ScanReply:
+        """One at a time. Without the cache, which belongs to the event loop."""
+        await self.bring_fence(request.scope)
+        async with self._reading_ahead:
+            found = await self._store.start(partial(self._scan, request, None))
+        self._writes.check_answers()
+        return self._with_fence(found, request)
+
     def scan_now(self, request: ScanRequest) -> ScanReply:
         """Rows as they are on disk: what was answered OK is among them."""
         self._writes.check_answers()
         if request.epoch < self._state.epoch and self._rules.fence_by_epoch:
             return ScanReply(Verdict.EPOCH)
+        return self._with_fence(self._scan(request, self._digests), request)
+
+    def _scan(self, request: ScanRequest, digests: DigestCache | None) -> ScanReply:
         try:
-            reply = scan_store(self._store, request, self._digests)
+            return scan_store(self._store, request, digests)
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
+
+    def _with_fence(self, reply: ScanReply, request: ScanRequest) -> ScanReply:
         return reply if not self._reports_fence(request.scope) else msgspec.structs.replace(reply, fenced=True)

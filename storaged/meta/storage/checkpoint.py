@@ -62,6 +62,7 @@ class Checkpointer:
                 state.fresh_bytes = 0
                 state.log_full = False
                 sequence = state.redo.sequence
+            token = state.health.begin("a checkpoint of the metadata store")
             try:
                 state.hooks.sync_copies()
                 with state.lmdb_lock, state.environment.begin(write=True) as transaction:
@@ -70,6 +71,8 @@ class Checkpointer:
             except Exception as error:  # a bug, too, must leave no caller waiting for ever
                 state.fail(error)
                 return
+            finally:
+                state.health.end(token)
             with state.changed:
                 state.redo.mark_applied(sequence)
                 state.frozen = Overlay()

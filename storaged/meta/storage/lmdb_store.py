@@ -48,6 +48,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from storaged.disk_health import DiskHealth
 from storaged.errors import StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.storage.batch import PackedBatch, pack_batch
@@ -76,13 +77,16 @@ class LmdbMetaStore(StoreReader):
         entropy: Entropy = system_entropy,
         direct: bool = True,
         known: Known = UNKNOWN,
+        health: DiskHealth | None = None,
     ) -> None:
         """Opens the store, or makes one where there is none. ``direct``: write the log without a thread where the
-        system allows it.
+        system allows it. ``health``: of the disk; the other stores on it share it.
 
         Raises as ``open_state``.
         """
-        state = open_state(Path(directory), map_bytes=map_bytes, entropy=entropy, direct=direct, known_before=known)
+        state = open_state(
+            Path(directory), map_bytes=map_bytes, entropy=entropy, direct=direct, known_before=known, health=health
+        )
         super().__init__(state)
         self.hooks = state.hooks
         self._queue = WriteQueue(state)
@@ -97,6 +101,7 @@ class LmdbMetaStore(StoreReader):
         map_bytes: int = MAP_BYTES_DEFAULT,
         entropy: Entropy = system_entropy,
         known: Known = UNKNOWN,
+        health: DiskHealth | None = None,
     ) -> LmdbMetaStore:
         """The store whose ``identity`` was this at its last start; None: of a disk that was never in use.
 
@@ -106,7 +111,7 @@ class LmdbMetaStore(StoreReader):
         """
         if expected_identity is not None:
             verify_identity(Path(directory), expected_identity)
-        return cls(directory, map_bytes=map_bytes, entropy=entropy, known=known)
+        return cls(directory, map_bytes=map_bytes, entropy=entropy, known=known, health=health)
 
     @property
     def store_id(self) -> bytes:
@@ -182,7 +187,8 @@ class LmdbMetaStore(StoreReader):
 
     async def checkpoint(self) -> None:
         """When it returns, LMDB has everything acknowledged before, unless the disk has failed."""
-        await asyncio.to_thread(self._checkpointer.make)
+        if not self._state.closing:
+            await self.start(self._checkpointer.make)
 
     async def close(self) -> None:
         """Writes what is queued first. Safe to call twice."""
@@ -192,7 +198,7 @@ class LmdbMetaStore(StoreReader):
         await self._queue.drain()
         self._state.redo.detach()
         self._queue.stop()
-        await asyncio.to_thread(self._close)
+        await self._threads.run(self._close)
 
     def _close(self) -> None:
         state = self._state
@@ -203,6 +209,8 @@ class LmdbMetaStore(StoreReader):
             state.closed = True
             state.changed.notify_all()
             self._readahead.close()
+            self._residency.close()
+            self._threads.shutdown(wait=False)
             state.environment.close()
             state.redo.close()
         os.close(state.lock_file)

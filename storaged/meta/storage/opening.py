@@ -10,6 +10,7 @@ from typing import NamedTuple
 import lmdb
 import msgspec
 
+from storaged.disk_health import DiskHealth
 from storaged.durable import sync_path
 from storaged.errors import DiskForeign, DiskRolledBack
 from storaged.ids import Entropy
@@ -46,7 +47,13 @@ UNKNOWN = Known()
 
 
 def open_state(
-    directory: Path, *, map_bytes: int, entropy: Entropy, direct: bool, known_before: Known = UNKNOWN
+    directory: Path,
+    *,
+    map_bytes: int,
+    entropy: Entropy,
+    direct: bool,
+    known_before: Known = UNKNOWN,
+    health: DiskHealth | None = None,
 ) -> StoreState:
     """Counts the start in the store's identity. ``direct``: as for ``RedoLog``.
 
@@ -77,7 +84,7 @@ def open_state(
                     f" {redo.sequence}, and had group {known_before.position}"
                 )
             identity = store_id + (starts + 1).to_bytes(8, "big")
-            state = StoreState(directory, lock_file, environment, databases, redo, identity)
+            state = StoreState(directory, lock_file, environment, databases, redo, identity, health or DiskHealth())
             _recover(state, mark, known_before.owner)
         except lmdb.Error as error:
             raise open_error(directory, error) from None

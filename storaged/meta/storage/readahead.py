@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lmdb
@@ -29,11 +28,6 @@ LARGE_BYTES = 256 * MIB
 ROWS_A_STEP = 64
 """Read between two checks whether the store is to be closed: a step takes some seconds at most, where each row is a
 page of a hard disk.
-"""
-
-THREADS = ThreadPoolExecutor(8, thread_name_prefix="meta-read-ahead")
-"""For ``MetaStore.read_ahead`` of all disks of the process, which takes seconds on a hard disk. The loop's own threads,
-six on two processors, hash bodies and write the audit log.
 """
 
 

@@ -5,13 +5,17 @@ Each read is one short snapshot that is closed before it returns, so that the fi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import lmdb
 
+from storaged.disk_health import DiskHealth, DiskThreads
 from storaged.errors import DiskUnusable
 from storaged.hashes import is_page
+from storaged.lmdb_file import Residency
 from storaged.meta.names import RegisterName
 from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
 from storaged.meta.storage.cursor import PAGE_AGE_BYTES, StoredRows, columns_at, page_ages, stamps_at, stored_row
@@ -19,6 +23,7 @@ from storaged.meta.storage.heap import rows_of
 from storaged.meta.storage.identity import Database, Transaction
 from storaged.meta.storage.overlay import Table, has_rows, merge, overlay_row
 from storaged.meta.storage.readahead import Readahead
+from storaged.meta.storage.remembered import Stored
 from storaged.meta.storage.rowkey import walk
 from storaged.meta.storage.rowvalue import (
     NAME_PREFIX_BYTES,
@@ -30,13 +35,19 @@ from storaged.meta.storage.rowvalue import (
     unpack_row,
 )
 from storaged.meta.storage.state import StoreState
-from storaged.meta.store_ports import Fence, RowDamaged, RowRange, Slot, Stamps
+from storaged.meta.store_ports import Fence, NotInMemory, Place, RowDamaged, RowRange, Slot, Stamps
+
+T = TypeVar("T")
 
 SLICE_ROWS_MAX = 10_000
+THREADS = 4
+"""That read one store when LMDB's pages are not all in memory, and close it."""
 
 
 class StoreReader:
-    """Reads of one store. On the event loop; ``read_ahead`` in any thread. Each may raise DiskUnusable."""
+    """Reads of one store. On the event loop, or in one of the disk's threads (``read``, ``start``); ``read_ahead`` in
+    any thread. Each may raise DiskUnusable.
+    """
 
     def __init__(self, state: StoreState) -> None:
         self.directory = state.directory
@@ -49,10 +60,65 @@ class StoreReader:
         self._rows, self._heap = state.databases[b"rows"], state.databases[b"heap"]
         self._roots: dict[bytes, int] = {}
         self._readahead = Readahead(state.environment, state.databases)
+        self._residency = Residency(state.environment, state.directory)
+        self._threads = DiskThreads(state.health, THREADS, f"meta-read {state.directory.name}")
+        self.in_memory = True
+        """Whether reads need no disk, as far as ``look`` knows."""
+
+    @property
+    def health(self) -> DiskHealth:
+        return self._state.health
+
+    def look(self) -> None:
+        """Finds out whether LMDB's pages are in memory. In a thread, again and again: it may read them from the
+        disk.
+        """
+        self._residency.look()
+        self.in_memory = self._residency.resident
+
+    async def read(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except NotInMemory:
+            self.health.check()
+            return await self._threads.run(call)
+
+    def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        self.health.check()
+        return self._threads.start(work)
+
+    async def load(self, missing: NotInMemory) -> None:
+        assert missing.place is not None, "use read"
+        self.health.check()
+        await self._state.remembered.read(missing.place, self._stored, self._threads)
+
+    def _stored(self, place: Place) -> Stored:
+        """In a thread: what LMDB has of it."""
+        part, key = place
+        try:
+            if len(part) != NAME_PREFIX_BYTES:
+                return self._read(part, key)
+            root = self._root(part)
+            if root is None:
+                return b""
+            with self._begin(self._rows) as transaction:
+                return stored_row(transaction, self._heap, root, key)
+        except RowDamaged as damage:
+            return damage
+        except lmdb.Error as error:
+            return self._damaged_page(error)
+
+    def _waits(self) -> bool:
+        """Whether a read of LMDB may have to wait for the disk, and must not: on the event loop."""
+        return not (self.in_memory or self._threads.is_current())
 
     def get(self, name: RegisterName) -> Slot | None:
         prefix, key = name.prefix, name.key
         row = overlay_row((self._state.fresh, self._state.frozen), prefix, key)
+        if row is None and not self.in_memory and self._waits():
+            row = self._state.remembered.get((prefix, key))
+            if not row:
+                return None
         if row is None:
             root = self._root(prefix)
             if root is None:
@@ -78,6 +144,8 @@ class StoreReader:
         found = overlay_row((self._state.fresh, self._state.frozen), prefix, key)
         if found is not None:
             return found
+        if not self.in_memory and self._waits():
+            return self._remembered_row(prefix, key)
         try:
             with self._begin(self._rows) as transaction:
                 return self._stored_row(transaction, prefix, key)
@@ -90,7 +158,10 @@ class StoreReader:
         overlays = (self._state.fresh, self._state.frozen)
         found: list[bytes | None] = [overlay_row(overlays, prefix, key) for prefix, key in parts]
         missing = [index for index, row in enumerate(found) if row is None]
-        if missing:
+        if missing and not self.in_memory and self._waits():
+            for index in missing:
+                found[index] = self._remembered_row(*parts[index])
+        elif missing:
             try:
                 with self._begin(self._rows) as transaction:
                     for index in missing:
@@ -158,7 +229,7 @@ class StoreReader:
 
     @property
     def large(self) -> bool:
-        return self._readahead.large
+        return self._readahead.large and not (self.in_memory and self._residency.looked)
 
     def read_ahead(self, wanted: RowRange, *, whole: bool) -> None:
         self._readahead.read(wanted, whole=whole)
@@ -177,7 +248,18 @@ class StoreReader:
             return found
         return [scope for scope in found if RegisterName(*scope, b"").partition == partition]
 
+    def _remembered_row(self, prefix: bytes, key: bytes) -> bytes | None:
+        """None: it is damaged, or not in memory."""
+        try:
+            row = self._state.remembered.get((prefix, key))
+        except (NotInMemory, RowDamaged):
+            return None
+        return row if not row or intact(prefix, key, row) else None
+
     def _begin(self, database: Database, *, buffers: bool = False) -> Transaction:
+        """Raises NotInMemory, DiskUnusable."""
+        if not self.in_memory and self._waits():
+            raise NotInMemory
         try:
             return self._environment.begin(db=database, buffers=buffers)
         except lmdb.Error as error:
@@ -241,7 +323,10 @@ class StoreReader:
                 sealed = overlay.others[database, key]
                 break
         else:
-            sealed = self._read(database, key)
+            if not self.in_memory and self._waits():
+                sealed = self._state.remembered.get((database, key))
+            else:
+                sealed = self._read(database, key)
         if sealed is None:
             return None
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from storaged.disk_health import DiskHealth
 from storaged.durable import RestartNeeded, replace_file
 from storaged.errors import DiskUnusable
 from storaged.meta.storage.batch import PackedBatch
@@ -18,6 +19,7 @@ from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
 from storaged.meta.storage.identity import REDO, Database, Mark, Transaction, lacks_space, split_identity
 from storaged.meta.storage.overlay import Overlay
 from storaged.meta.storage.redo import RedoLog
+from storaged.meta.storage.remembered import Remembered
 from storaged.meta.storage.rowvalue import seal_small
 
 log = structlog.get_logger(__name__)
@@ -65,6 +67,7 @@ class StoreState:
         databases: dict[bytes, Database],
         redo: RedoLog,
         identity: bytes,
+        health: DiskHealth,
     ) -> None:
         self.directory = directory
         self.lock_file = lock_file
@@ -72,6 +75,8 @@ class StoreState:
         self.databases = databases
         self.redo = redo
         self.identity = identity
+        self.health = health
+        self.remembered = Remembered()
         self.hooks = StoreHooks()
         self.changed = threading.Condition()
         self.lmdb_lock = threading.Lock()
@@ -101,6 +106,8 @@ class StoreState:
                 self.fresh_since = time.monotonic()
                 self.changed.notify_all()
             self.fresh_bytes += body_bytes
+            if self.remembered.used:
+                self.remembered.forget(group)
             touched = self.dirty_ranges.begin([row[:2] for batch in group for row in batch.rows])
             try:
                 self.fresh.add(group)

@@ -57,10 +57,12 @@ class WriteQueue:
         self._next_scheduled = False
         self._delivered_last = 0
         """Batches in the group that was delivered last."""
+        self._token: object = None
+        """Of the group on its way to the log, in the disk's health."""
         self._drained: asyncio.Future[None] | None = None
         self._room = asyncio.Semaphore(QUEUED_BATCHES_MAX)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._writer = _WriterThread(f"meta-writer {state.directory.name}", state.fail, self._call_on_loop)
+        self._writer = _WriterThread(f"meta-writer {state.directory.name}", state, self._call_on_loop)
 
     async def commit(self, batch: PackedBatch, done: asyncio.Future[None]) -> None:
         """Waits for room, then until ``done``, which the batch's ``on_done`` settles."""
@@ -154,6 +156,7 @@ class WriteQueue:
 
     def _log_group(self, group: list[PackedBatch]) -> None:
         self._logging = group
+        self._token = self._state.health.begin("a write to the redo log")
         try:
             self._write_group(group)
         except Exception as error:  # a bug, too, must leave no caller waiting for ever
@@ -171,6 +174,7 @@ class WriteQueue:
                 state.log_full = True
                 state.changed.notify_all()
         if not room:  # a checkpoint makes some
+            state.health.end(self._token)
             self._logging, self._arriving = [], group + self._arriving
             return
         assert self._loop is not None
@@ -188,6 +192,7 @@ class WriteQueue:
 
     def _on_logged(self, body_bytes: int, error: Exception | None) -> None:
         """The group is durable, or how much of it the disk has is unknown (``error``)."""
+        self._state.health.end(self._token)
         if error is None and not self._state.reason and body_bytes:
             try:
                 self._show(self._logging, body_bytes)
@@ -259,8 +264,8 @@ class WriteQueue:
 class _WriterThread:
     """Runs jobs one after the other. A job that raises is the store's failure (``fail``, called in this thread)."""
 
-    def __init__(self, name: str, fail: Callable[[Exception], None], call_on_loop: Callable[..., None]) -> None:
-        self._fail = fail
+    def __init__(self, name: str, state: StoreState, call_on_loop: Callable[..., None]) -> None:
+        self._state = state
         self._call_on_loop = call_on_loop
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], OnWritten] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -280,9 +285,11 @@ class _WriterThread:
         while (job := self._jobs.get()) is not None:
             work, on_written = job
             failure: Exception | None = None
+            token = self._state.health.begin("a write of the metadata store")
             try:
                 work()
             except Exception as error:
-                self._fail(error)
+                self._state.fail(error)
                 failure = error
+            self._state.health.end(token)
             self._call_on_loop(on_written, failure)
