@@ -220,6 +220,21 @@ class _Storaged:
         return (self.home / "log").read_text(errors="replace")
 
 
+@contextlib.contextmanager
+def storaged_installation(tree: Path | None, parent: Path | None, state: str) -> Iterator[_Storaged]:
+    """An installation in a temporary folder, with its directory ``state`` there, which the caller starts; what runs at
+    the end is stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
+        home = Path(place)
+        storaged = _Storaged(home, home / state, tree)
+        try:
+            yield storaged
+        finally:
+            if storaged.process is not None:
+                stop(storaged.process)
+
+
 def _processes(status: dict[str, Any]) -> dict[str, int]:
     """The processes of nodes, and the other workers of gateways: ``gateway``, ``gateway-2``."""
     found = {}

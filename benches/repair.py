@@ -1,0 +1,219 @@
+"""``python -m benches.repair``: how fast repair moves blocks, and what clients notice of it.
+
+Two rows, each on fresh servers:
+
+    recode  a trial cluster. Objects are written while a rack is away, under a weaker profile; the rack returns, and
+            repair recodes them all to their target
+    move    one process with eight disks. A disk is lost, and repair rebuilds its fragments on the other disks
+
+While repair works, one connection reads a small object again and again. ``--revisions A,B`` measures two revisions in
+turn and prints the ratios of B to A.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benches.compare import worktree
+from benches.s3client import Connection, Signer, Target, connect, path_of
+from benches.servers import RACKS, end_on_sigterm, free_port, make_single, stop, storaged_installation
+
+BUCKET = "repair"
+SMALL = os.urandom(4096)
+WRITERS = 8
+REPAIR_TIMEOUT_S = 600.0
+RECODE_DELAY_S = 10
+
+
+@dataclass
+class Outcome:
+    """``mb_s``, ``objects_s``: of objects brought back to their target. ``get_ms``: p50 and p99 of the reads meanwhile;
+    ``calm_ms``: before it.
+    """
+
+    mb_s: float
+    objects_s: float
+    get_ms: tuple[float, float]
+    calm_ms: tuple[float, float]
+
+
+class Admin:
+    """The admin API of a node, on its Unix socket: a command of ``storaged`` would take half a second of a core."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = min(folder.rglob("admin.sock"), key=lambda path: ("gateway" not in str(path), len(str(path))))
+
+    def jobs(self) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self._path))
+            connection.sendall(b"GET /v1/jobs HTTP/1.1\r\nHost: storaged\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while piece := connection.recv(65536):
+                answer += piece
+        found: dict[str, Any] = json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])
+        return found
+
+
+async def put(connection: Connection, signer: Signer, key: str, body: bytes) -> None:
+    head = signer.head("PUT", path_of(BUCKET, key), sha256=hashlib.sha256(body).hexdigest(), length=len(body))
+    await connection.request(head + body)
+
+
+async def fill(target: Target, count: int, size: int) -> None:
+    body, signer = os.urandom(size), Signer(target)
+    keys = iter(range(count))
+
+    async def writer() -> None:
+        connection = await connect(target)
+        for number in keys:
+            await put(connection, signer, f"large-{number}", body)
+        connection.close()
+
+    await asyncio.gather(*(writer() for _ in range(WRITERS)))
+
+
+class Reader:
+    """Reads a small object again and again, and notes how long each read took."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.took_ms: list[float] = []
+
+    async def run(self) -> None:
+        connection, signer = await connect(self._target), Signer(self._target)
+        while True:
+            began = time.perf_counter()
+            await connection.request(signer.head("GET", path_of(BUCKET, "small")))
+            self.took_ms.append(1e3 * (time.perf_counter() - began))
+            await asyncio.sleep(0.005)
+
+    def take(self) -> tuple[float, float]:
+        took, self.took_ms = sorted(self.took_ms), []
+        return statistics.median(took), took[int(0.99 * (len(took) - 1))]
+
+
+async def begin(target: Target) -> None:
+    connection, signer = await connect(target), Signer(target)
+    await connection.request(signer.head("PUT", path_of(BUCKET, "")))
+    await put(connection, signer, "small", SMALL)
+    connection.close()
+
+
+async def repaired(admin: Admin, target: Target, count: int, size: int) -> Outcome:
+    """Waits until repair has begun, and then until it is done."""
+    reader = Reader(target)
+    reading = asyncio.ensure_future(reader.run())
+    end = time.monotonic() + REPAIR_TIMEOUT_S
+    before = admin.jobs()["bytes_rebuilt"]
+    await asyncio.sleep(1.0)
+    while admin.jobs()["bytes_rebuilt"] == before:
+        await asyncio.sleep(0.1)
+        if time.monotonic() > end:
+            raise SystemExit(f"repair does not begin: {admin.jobs()}")
+    calm, began = reader.take(), time.monotonic()
+    while True:
+        found = admin.jobs()
+        if found["objects_counted"] and not found["objects_below_target"]:
+            break
+        await asyncio.sleep(0.2)
+        if time.monotonic() > end:
+            raise SystemExit(f"repair does not end: {found}")
+    took = time.monotonic() - began
+    busy = reader.take()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    return Outcome(count * size / 1e6 / took, count / took, busy, calm)
+
+
+def recode(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
+    with storaged_installation(tree, parent, "s3") as storaged:
+        ports = ("--s3-port", str(free_port()), "--admin-port", str(free_port()))
+        storaged.start("dev", str(storaged.directory), *ports)
+        storaged.status("HEALTHY")
+        storaged.prepared()
+        known = json.loads(storaged.run("env", "--json"))
+        target = Target(known["endpoint"], known["access_key"], known["secret_key"], known["region"])
+        asyncio.run(begin(target))
+        storaged.run("dev", "kill", RACKS[2])
+        storaged.status("DEGRADED", "AT_RISK")
+        asyncio.run(fill(target, count, size))
+        storaged.run("dev", "start", "n3")
+        return asyncio.run(repaired(Admin(storaged.directory), target, count, size))
+
+
+def move(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
+    with storaged_installation(tree, parent, "state") as storaged:
+        home, port = storaged.home, free_port()
+        config = make_single(storaged.run, home, s3_port=port, disks=8)
+        text = config.read_text()
+        config.write_text(text + f"\n[limits]\nrecode_delay_s = {RECODE_DELAY_S}\n")
+        storaged.start("run", str(config))
+        storaged.status("HEALTHY")
+        user = json.loads(storaged.run("user", "add", "bench", "--json"))
+        target = Target(f"http://127.0.0.1:{port}", user["access_key"], user["secret_key"], "eu-fr-1")
+        asyncio.run(begin(target))
+        asyncio.run(fill(target, count, size))
+        assert storaged.process is not None
+        stop(storaged.process)
+        shutil.rmtree(home / "disk8")
+        storaged.start("run", str(config))
+        storaged.status("DEGRADED", "AT_RISK")
+        return asyncio.run(repaired(Admin(home / "state"), target, count, size))
+
+
+ROWS = {"recode": recode, "move": move}
+
+
+@contextlib.contextmanager
+def trees(revisions: str) -> Iterator[list[tuple[str, Path | None]]]:
+    """The source trees of the revisions; this one when none is named."""
+    with contextlib.ExitStack() as stack:
+        named = [name for name in revisions.split(",") if name]
+        yield [stack.enter_context(worktree(name)) for name in named] or [("this tree", None)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="recode,move")
+    parser.add_argument("--revisions", default="")
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--objects", type=int, default=200)
+    parser.add_argument("--bytes", type=int, default=2_000_000)
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
+    options = parser.parse_args()
+    end_on_sigterm()
+    found: dict[tuple[str, str], list[Outcome]] = {}
+    with trees(options.revisions) as measured:
+        for number in range(options.runs):
+            for row in options.rows.split(","):
+                for name, tree in measured if number % 2 == 0 else reversed(measured):
+                    one = ROWS[row](tree, options.dir, options.objects, options.bytes)
+                    found.setdefault((row, name), []).append(one)
+                    print(
+                        f"{row:7} {name:10} {one.mb_s:7.1f} MB/s {one.objects_s:7.1f} objects/s; GET of 4 KiB"
+                        f" p50 {one.get_ms[0]:.1f}, p99 {one.get_ms[1]:.1f} ms (before: {one.calm_ms[0]:.1f},"
+                        f" {one.calm_ms[1]:.1f})",
+                        flush=True,
+                    )
+        for row in options.rows.split(","):
+            if len(measured) == 2:
+                pairs = zip(*(found[row, name] for name, _ in measured), strict=True)
+                print(f"{row}: ratios of speed {', '.join(f'{b.mb_s / a.mb_s:.2f}' for a, b in pairs)}")
+
+
+if __name__ == "__main__":
+    main()
