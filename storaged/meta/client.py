@@ -20,7 +20,6 @@ from storaged.errors import ServiceUnavailable
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta.consensus.change import Shared
 from storaged.meta.consensus.quorums import Quorum, View
-from storaged.meta.consensus.reader import Myself
 from storaged.meta.consensus.register import RULES, Ballots, Rules
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
@@ -60,7 +59,6 @@ class ClientStatistics:
 
     reads: int
     changes: int
-    replays: int
     identity_rounds: int
     preempted: int
     unknown: int
@@ -141,7 +139,6 @@ class RingClient:
         """``jitter()`` draws a number from 0 to 1: the part of a pause that is taken."""
         self._layouts = layouts
         self._settings = settings
-        self._myself = Myself(settings.node, settings.gateway)
         self._believes = hooks.believes
         self._doubted: dict[tuple[str, RegisterName], None] = {}
         """Which disks were seen to report what no gateway wrote."""
@@ -160,7 +157,7 @@ class RingClient:
         self._ask_to_settle = hooks.ask_to_settle
         settle: Settle = self._queue.identity if settings.gateway else self._settled_by_gateway
         self._reader = RegisterReader(
-            self._ring, RowReader(replicas, self._pool), copies, self._myself, settings.deadline_s, settle
+            self._ring, RowReader(replicas, self._pool), copies, settings.gateway, settings.deadline_s, settle
         )
         self._survey = RingSurvey(self._calls, self._view)
         self._pages = RingPages(self._calls, self._view, hooks.on_missed)

@@ -8,38 +8,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.meta.consensus.acceptor import Acceptor, judge_accept, judge_create
 from storaged.meta.consensus.change import Shared
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.reader import (
-    CARRYING,
     DONE,
     FAILED,
     HEARING,
     READ_TRANSITIONS,
-    REPLAYING,
     SETTLING,
     STALE,
     WAITING,
-    Myself,
     Reader,
     ReadEvent,
     ReadState,
     RowComparison,
 )
 from storaged.meta.consensus.register import RULES, Ballots, Verdict, digest_of
-from storaged.meta.messages import AcceptReply, Create, ReadReply
+from storaged.meta.messages import ReadReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
 
 QUORUMS = (Quorum(("a", "b", "c")), Quorum(("a", "b", "c", "d", "e")), Quorum(("a", "b", "c"), ("b", "c", "d")))
-FRAGMENTS = [(b"", ())] * 5
 
 
 def made(counter: int, payload: bytes = b"", body: bytes = b"v") -> tuple[Ballot, Value]:
@@ -65,13 +58,10 @@ class World:
             self.held[draw.choice(self.quorum.disks)] = made(4, body=b"another value under one ballot")
         self.stale = draw.random() < 0.2
         lying = draw.choice(self.quorum.disks) if table == Table.SYSTEM and draw.random() < 0.3 else ""
-        counts = dict.fromkeys(("replays",), 0)
-        shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, counts, lambda _name, disk, _value: disk == lying)
-        myself = Myself("n", gateway=draw.random() < 0.8)
-        self.machine = Reader(shared, myself, RegisterName(table, bytes(16), 0, b"key"))
+        shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {}, lambda _name, disk, _value: disk == lying)
+        self.machine = Reader(shared, draw.random() < 0.8, RegisterName(table, bytes(16), 0, b"key"))
         self.wire: list[Callable[[], None]] = []
         self.seen: set[tuple[ReadState, ReadEvent, ReadState]] = set()
-        self.replayed = False
 
     def do(self, event: ReadEvent, call: Callable[[], bool]) -> None:
         machine = self.machine
@@ -84,10 +74,6 @@ class World:
         if machine.state is HEARING:
             for disk in machine.view.quorum.disks:
                 self.wire.append(lambda disk=disk, turn=machine.turn: self.read(disk, turn))  # type: ignore[misc]
-        elif machine.state is REPLAYING:
-            self.replayed = True
-            for disk in machine.behind:
-                self.wire.append(lambda disk=disk, turn=machine.turn: self.accept(disk, turn))  # type: ignore[misc]
 
     def read(self, disk: str, turn: int) -> None:
         ballot, value = self.held[disk]
@@ -96,30 +82,16 @@ class World:
             reply = ReadReply(Verdict.EPOCH) if self.stale and self.random.random() < 0.7 else None
         self.do(ReadEvent.REPLIED, lambda: self.machine.replied(turn, disk, reply))
 
-    def accept(self, disk: str, turn: int) -> None:
-        ballot, value = self.held[disk]
-        request = self.machine.accept
-        judge: Any = judge_create if isinstance(request, Create) else judge_accept
-        verdict = judge(Acceptor(ballot, ballot, value, 1), request.ballot, request.value, b"", True)
-        if verdict is Verdict.OK:
-            self.held[disk] = request.ballot, request.value
-        lost = self.random.random() < self.trouble
-        reply = None if lost else AcceptReply(verdict)
-        self.do(ReadEvent.ACCEPTED, lambda: self.machine.accepted(turn, disk, reply))
-
     def play(self) -> None:
         machine = self.machine
         view = View(self.random.choice((1, 1, 1, 2)), self.quorum)
         self.do(ReadEvent.BEGIN, lambda: machine.begin(view))
         while machine.state not in (DONE, FAILED, SETTLING):
             chance = self.random.random()
-            if chance < 0.05 * self.trouble or not (self.wire or machine.state in (WAITING, CARRYING, STALE)):
+            if chance < 0.05 * self.trouble or not (self.wire or machine.state in (WAITING, STALE)):
                 self.do(ReadEvent.EXPIRE, machine.expire)
             elif machine.state is WAITING and (chance < 0.4 or not self.wire):
                 self.do(ReadEvent.WAITED, machine.waited)
-            elif machine.state is CARRYING:
-                fragments = FRAGMENTS if chance < 0.7 else None
-                self.do(ReadEvent.CARRIED, partial(machine.carried, fragments))
             elif machine.state is STALE and chance < 0.5:
                 self.do(ReadEvent.BEGIN, lambda: machine.begin(view))
             elif self.wire:
@@ -138,7 +110,7 @@ def test_what_is_reported_is_held_by_a_quorum_and_nothing_chosen_is_missed(seed:
     machine = world.machine
     if machine.state is not DONE or world.one_ballot_two_values:
         return
-    if chosen is not None and not world.replayed:
+    if chosen is not None:
         assert chosen == ZERO_BALLOT or (machine.value is not None and machine.value == made_value(world, chosen))
     holders = [disk for disk, (_, value) in world.held.items() if value == machine.value]
     assert world.quorum.met(holders), "what was reported stays"
@@ -165,25 +137,22 @@ def test_the_table_of_reads_holds_what_the_machine_does_and_nothing_else() -> No
 
 
 @pytest.mark.parametrize(
-    ("table", "myself", "counter", "state"),
+    ("table", "gateway", "state"),
     [
-        (Table.OBJECT, Myself("other", gateway=True), 2, REPLAYING),
-        (Table.OBJECT, Myself("other", gateway=True), 3, REPLAYING),
-        (Table.OBJECT, Myself("n", gateway=False), 2, SETTLING),
-        (Table.OBJECT, Myself("n", gateway=False), 3, SETTLING),
-        (Table.OBJECT, Myself("other", gateway=False), 2, SETTLING),
-        (Table.SYSTEM, Myself("n", gateway=True), 2, SETTLING),
-        (Table.SYSTEM, Myself("n", gateway=False), 2, FAILED),
+        (Table.OBJECT, True, SETTLING),
+        (Table.OBJECT, False, SETTLING),
+        (Table.SYSTEM, True, SETTLING),
+        (Table.SYSTEM, False, FAILED),
     ],
 )
-def test_a_value_is_replayed_under_its_ballot_by_those_alone_who_may(
-    table: Table, myself: Myself, counter: int, state: ReadState
+def test_a_value_that_no_quorum_holds_is_settled_and_of_the_system_table_by_gateways_alone(
+    table: Table, gateway: bool, state: ReadState
 ) -> None:
-    """Odd counters are of creates."""
-    shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {"replays": 0})
-    machine = Reader(shared, myself, RegisterName(table, bytes(16), 0, b"key"))
+    machine = Reader(
+        Shared(Ballots("n", lambda: b"incarnat"), RULES, {}), gateway, RegisterName(table, bytes(16), 0, b"key")
+    )
     machine.begin(View(1, QUORUMS[0]))
-    ballot, value = made(counter)
+    ballot, value = made(2)
     machine.replied(machine.turn, "a", ReadReply(Verdict.OK, ballot, digest_of(value), value))
     machine.replied(machine.turn, "b", ReadReply(Verdict.OK))
     assert machine.waited()
@@ -191,8 +160,8 @@ def test_a_value_is_replayed_under_its_ballot_by_those_alone_who_may(
 
 
 def test_no_read_fails_for_a_doubted_value_before_all_replicas_have_answered() -> None:
-    shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {"replays": 0}, lambda _name, disk, _value: disk in "ab")
-    machine = Reader(shared, Myself("n", gateway=True), RegisterName(Table.SYSTEM, bytes(16), 0, b"key"))
+    shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {}, lambda _name, disk, _value: disk in "ab")
+    machine = Reader(shared, True, RegisterName(Table.SYSTEM, bytes(16), 0, b"key"))
     machine.begin(View(1, QUORUMS[0]))
     ballot, value = made(2)
     assert not machine.replied(machine.turn, "a", ReadReply(Verdict.OK, ballot, digest_of(value), value))

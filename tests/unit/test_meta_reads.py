@@ -455,7 +455,10 @@ async def test_what_two_replicas_tell_differently_is_settled_without_a_third_tha
     client = hang(world, third[:2])
     world.encoded_call = lambda *_args, **_options: lambda *_posted: False  # type: ignore[assignment,method-assign,return-value]
     assert (await asyncio.wait_for(client.read(old.name), 2)).value == new.value
-    assert world.stores[first].get(old.name) == new
+    settled = world.stores[first].get(old.name)
+    assert settled is not None
+    assert settled.value == new.value
+    assert settled.ballot > new.ballot, "a ballot is its proposer's alone"
     await client.close()
 
 

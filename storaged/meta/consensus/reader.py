@@ -6,24 +6,22 @@ equal checks are equal ballots and equal values under one name. When all of them
 ``Reader`` is everything else. All replicas are asked for the value.
 
 * A quorum reports one ballot: the value is settled (rule 3).
-* Else the newest value is accepted by a quorum before it is reported (rule 4). That can be done at its own ballot,
-  which needs no promise: REPLAYING. The small copy that it names goes along, for its writer may have reached a single
-  replica.
-* Where that is refused, or this node may not speak under the ballot of another, an identity round does it: SETTLING.
+* Else the newest value is accepted by a quorum before it is reported (rule 4): an identity round under a ballot of this
+  node does it (SETTLING). That costs a round more than to have it accepted at its own ballot. But a ballot is its
+  proposer's alone, so that no acceptor has to ask who else may use it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
 from storaged.errors import DataDamaged, ServiceUnavailable
-from storaged.meta.consensus.change import Fragments, Shared
+from storaged.meta.consensus.change import Shared
 from storaged.meta.consensus.quorums import View
-from storaged.meta.consensus.register import Verdict, created, settled_ballot, shown
-from storaged.meta.messages import Accept, AcceptReply, Create, Read, ReadReply
+from storaged.meta.consensus.register import Verdict, settled_ballot, shown
+from storaged.meta.messages import Read, ReadReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value
 
 
@@ -69,17 +67,13 @@ class ReadState(IntEnum):
     """Send ``read`` to all disks of ``view``; give each answer to ``replied``."""
     WAITING = 2
     """A quorum has answered, and differs. Wait a moment for the others; then ``waited``."""
-    CARRYING = 3
-    """Fetch the small copy with the data id ``carry`` from any replica; then ``carried``."""
-    REPLAYING = 4
-    """Send ``accept`` with ``fragments`` to the disks ``behind``; give each answer to ``accepted``."""
-    SETTLING = 5
-    """Make an identity round (``proposer``, settling): its outcome is the value."""
-    STALE = 6
+    SETTLING = 3
+    """Make an identity round (``proposer``, settling), or have a gateway make one: its outcome is the value."""
+    STALE = 4
     """The replicas follow a newer layout: pause, then ``begin`` again."""
-    DONE = 7
+    DONE = 5
     """``value``."""
-    FAILED = 8
+    FAILED = 6
     """``error``."""
 
 
@@ -89,21 +83,17 @@ class ReadEvent(IntEnum):
     BEGIN = 0
     REPLIED = 1
     WAITED = 2
-    CARRIED = 3
-    ACCEPTED = 4
-    EXPIRE = 5
+    EXPIRE = 3
 
 
-NEW, HEARING, WAITING, CARRYING, REPLAYING, SETTLING, STALE, DONE, FAILED = ReadState
+NEW, HEARING, WAITING, SETTLING, STALE, DONE, FAILED = ReadState
 
-_DIFFER: Final = (CARRYING, REPLAYING, SETTLING, FAILED)
+_DIFFER: Final = (SETTLING, FAILED)
 
 READ_TRANSITIONS: Final[Mapping[ReadState, Mapping[ReadEvent, Sequence[ReadState]]]] = {
     NEW: {ReadEvent.BEGIN: (HEARING,)},
     HEARING: {ReadEvent.REPLIED: (WAITING, STALE, DONE, *_DIFFER), ReadEvent.EXPIRE: (FAILED,)},
     WAITING: {ReadEvent.REPLIED: (DONE, *_DIFFER), ReadEvent.WAITED: _DIFFER, ReadEvent.EXPIRE: (FAILED,)},
-    CARRYING: {ReadEvent.CARRIED: (REPLAYING, SETTLING)},
-    REPLAYING: {ReadEvent.ACCEPTED: (SETTLING, DONE), ReadEvent.EXPIRE: (SETTLING,)},
     SETTLING: {},
     STALE: {ReadEvent.BEGIN: (HEARING,), ReadEvent.EXPIRE: (FAILED,)},
     DONE: {},
@@ -114,29 +104,17 @@ READ_TRANSITIONS: Final[Mapping[ReadState, Mapping[ReadEvent, Sequence[ReadState
 NO_COPY: Final = memoryview(b"")
 
 
-@dataclass(frozen=True)
-class Myself:
-    """The node that reads. ``gateway``: its certificate says that it is one. Others settle no register of the system
-    table, and replay nothing under the ballot of another: replicas refuse that (``meta.authority``)."""
-
-    node: str
-    gateway: bool
-
-
 class Reader:
     """One read. ``state`` says what to do next; late answers change nothing.
 
     It has many attributes: they are the state of the protocol, and what the shell reads of it.
     """
 
-    def __init__(
-        self, shared: Shared, myself: Myself, name: RegisterName, *, want_payload: bool = False, nonce: bytes = b""
-    ) -> None:
-        """``want_payload``: the small copies that the values name come with them. ``nonce`` of the scope's fence."""
+    def __init__(self, shared: Shared, gateway: bool, name: RegisterName, *, want_payload: bool = False) -> None:
+        """``gateway``: this node is one. ``want_payload``: the small copies that the values name come with them."""
         self._shared = shared
-        self._myself = myself
+        self._gateway = gateway
         self._want_payload = want_payload
-        self._nonce = nonce
         self.name = name
         self.state = NEW
         self.turn = 0
@@ -147,10 +125,6 @@ class Reader:
         """Small copies that came along, by data id."""
         self.doubted: dict[str, ReadReply] = {}
         self.read: Read
-        self.accept: Accept
-        self.fragments: Fragments = ()
-        self.behind: tuple[str, ...] = ()
-        self.carry = b""
         self.value: Value | None = None
         self.error: Exception | None = None
         self.differing: Ballot | None = None
@@ -231,72 +205,19 @@ class Reader:
 
     def _bring_together(self) -> bool:
         """The replicas differ: the newest value is accepted by a quorum before it is reported."""
-        system, rules = self.name.table == Table.SYSTEM, self._shared.rules
-        if system and not self._myself.gateway:
+        if self.name.table == Table.SYSTEM and not self._gateway:
             return self._fail(
                 ServiceUnavailable(
                     "Replicas of the system partition differ. A gateway will bring them together. Retry."
                 )
             )
-        if not self._myself.gateway:
-            return self._settle()
-        self._shared.counts["replays"] += 1
-        newest = self._newest = max(reply.accepted for reply in self.replies.values())
-        value = self.value = self._value_at(newest)
-        if value is None or newest.epoch != self.view.epoch or not self._may_replay(newest, value):
-            return self._settle()
-        if value.payload and rules.copies_travel:
-            self.carry = value.payload
-            self.state = CARRYING
-            return True
-        return self._replay(value, ())
-
-    def _may_replay(self, ballot: Ballot, value: Value) -> bool:
-        """A lone replica's lie must not be helped on under its own ballot: of system registers a settling round asks
-        all (``register.credible``). A created value is replayed as a create, and replicas refuse those from a node that
-        is no gateway."""
-        rules, myself = self._shared.rules, self._myself
-        if self.name.table == Table.SYSTEM and rules.lone_ballot_does_not_lead:
-            return False
-        return myself.gateway or (ballot.node == myself.node and not created(value)) or not rules.own_ballots
-
-    def carried(self, fragments: Fragments | None) -> bool:
-        """The copy that was asked for; None: no replica gives it now."""
-        if self.state is not CARRYING:
-            return False
-        value = self.value
-        return self._settle() if fragments is None or value is None else self._replay(value, fragments)
-
-    def _replay(self, value: Value, fragments: Fragments) -> bool:
-        """A created value goes on as a create. A replica that holds something refuses it, and then another ballot is
-        needed."""
-        rules, newest = self._shared.rules, self._newest
-        kind = Create if created(value) and rules.create_into_nothing else Accept
-        self.accept = kind("", self.name, newest, value, self._nonce, True)
-        self.fragments = fragments
-        self._holding = [disk for disk, reply in self.replies.items() if reply.accepted == newest]
-        self.behind = tuple(disk for disk in self.view.quorum.disks if disk not in self._holding)
-        self._failed = set()
-        self.turn += 1
-        if not rules.replay_confirmed:
-            return self._done(value)
-        self.state = REPLAYING
+        if not self._shared.rules.differing_settled:
+            return self._done(self._value_at(max(reply.accepted for reply in self.replies.values())))
+        self.state = SETTLING
         return True
-
-    def accepted(self, turn: int, disk: str, reply: AcceptReply | None) -> bool:
-        """An answer to the accept of this turn; None: the call failed."""
-        if turn != self.turn or self.state is not REPLAYING:
-            return False
-        if reply is None or reply.verdict != Verdict.OK:
-            self._failed.add(disk)
-            return self._settle() if self.view.quorum.lost(self._failed) else False
-        self._holding.append(disk)
-        return self._done(self.value) if self.view.quorum.met(self._holding) else False
 
     def expire(self) -> bool:
         """The deadline is over."""
-        if self.state is REPLAYING:
-            return self._settle()
         if self.state is STALE:
             return self._fail(
                 ServiceUnavailable("The replicas of this key follow a newer layout than this node knows. Retry.")
@@ -310,10 +231,6 @@ class Reader:
         error, self.error = self.error, None
         assert error is not None
         return error
-
-    def _settle(self) -> bool:
-        self.state = SETTLING
-        return True
 
     def _done(self, value: Value | None) -> bool:
         self.value = shown(value)

@@ -74,10 +74,8 @@ class Rules:
     """3. A value is settled when a majority reports it under the same ballot; the newest of differing answers proves
     nothing.
     """
-    replay_confirmed: bool = True
-    """4. Where answers differ, a majority accepts the newest (at its own ballot, else by an identity round) before it
-    is reported.
-    """
+    differing_settled: bool = True
+    """4. Where answers differ, a majority accepts the newest, by an identity round, before it is reported."""
     failed_condition_settles: bool = True
     """5. A condition that fails is a read: the value that it judged is settled before the failure is reported."""
     retry_by_lineage: bool = True

@@ -19,21 +19,18 @@ from storaged.errors import StoragedError
 from storaged.meta.consensus.change import Fragments
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.reader import (
-    CARRYING,
     DONE,
     FAILED,
     HEARING,
-    REPLAYING,
     SETTLING,
     STALE,
     WAITING,
-    Myself,
     Reader,
     ReadState,
     RowComparison,
 )
-from storaged.meta.consensus.register import Verdict, shown
-from storaged.meta.messages import AcceptReply, Read, ReadReply
+from storaged.meta.consensus.register import shown
+from storaged.meta.messages import Read, ReadReply
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Reading
 from storaged.meta.proposer.ring import Deadlines, Ring
@@ -200,11 +197,6 @@ class ReadShell:
                 await self._wait(state, self._remaining_s(), machine.expire)
             elif state is WAITING:
                 await self._wait(state, min(ring.hedge_s, self._remaining_s()), machine.waited)
-            elif state is CARRYING:
-                machine.carried(await ring.carry(machine.view, machine.name, machine.carry, self._deadline))
-            elif state is REPLAYING:
-                self._replay()
-                await self._wait(state, self._remaining_s(), machine.expire)
             elif state is STALE:
                 await self._pause_for_layout()
             elif state is SETTLING:
@@ -228,15 +220,6 @@ class ReadShell:
         on_reply = partial(self._on_reply, machine.turn)
         disks = machine.view.quorum.disks
         self._ring.fanout.read(machine.read, disks, on_reply, timeout_s=self._timeout_s())
-
-    def _replay(self) -> None:
-        machine = self.machine
-        fragments = machine.fragments
-        if fragments:
-            fragments = [fragments[machine.view.quorum.disks.index(disk)] for disk in machine.behind]
-        on_reply = partial(self._on_accept, machine.turn, bool(fragments))
-        timeout_s = self._timeout_s()
-        self._ring.fanout.send(machine.accept, machine.behind, on_reply, timeout_s=timeout_s, fragments=fragments)
 
     def _timeout_s(self) -> float:
         return max(0.001, min(self._ring.call_timeout_s, self._remaining_s()))
@@ -264,16 +247,6 @@ class ReadShell:
         if disk in machine.doubted:
             self._ring.on_missed(machine.name)
 
-    def _on_accept(
-        self, turn: int, copies: bool, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None
-    ) -> None:
-        if isinstance(answer, StoragedError):
-            self._ring.unresponsive.saw(disk, answer)
-        reply = None if isinstance(answer, StoragedError) else answer
-        if copies and (reply is None or reply.verdict != Verdict.OK or not reply.copy_synced):
-            self._ring.on_missed(self.machine.name)
-        self._did(self.machine.accepted(turn, disk, reply))
-
     def _did(self, entered: bool) -> None:
         if entered and self._entered is not None:
             _resolve(self._entered)
@@ -286,12 +259,12 @@ class RegisterReader:
     """The reads of one client."""
 
     def __init__(
-        self, ring: Ring, rows: RowReader, copies: CopyReader, myself: Myself, deadline_s: float, settle: Settle
+        self, ring: Ring, rows: RowReader, copies: CopyReader, gateway: bool, deadline_s: float, settle: Settle
     ) -> None:
         self._ring = ring
         self._rows = rows
         self._copies = copies
-        self._myself = myself
+        self._gateway = gateway
         self._deadline_s = deadline_s
         self._settle = settle
 
@@ -303,7 +276,7 @@ class RegisterReader:
         reading = await self._read_rows(name, want_payload)
         if reading is not None:
             return reading
-        machine = Reader(ring.shared, self._myself, name, want_payload=want_payload, nonce=settling_nonce)
+        machine = Reader(ring.shared, self._gateway, name, want_payload=want_payload)
         try:
             value = await ReadShell(ring, machine, settling_nonce, deadline, self._settle).run()
         finally:
