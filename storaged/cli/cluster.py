@@ -192,6 +192,7 @@ def _config_of(node: files.NodePlan, place: str, admin: str) -> str:
 def methods(as_json: bool) -> None:
     """Print which role may call which RPC method, why, and what a hostile storage node can do with it."""
     from storaged.cluster.rpc import authority
+    from storaged.meta.authority import CONTENTS
 
     rows = [
         {
@@ -205,12 +206,16 @@ def methods(as_json: bool) -> None:
         for name, row in authority.METHODS.items()
     ]
     if as_json:
-        click.echo(json.dumps({"methods": rows}, indent=2))
+        contents = [{"rule": row.what, "refused_with": row.code or "NEWER", "why": row.why} for row in CONTENTS]
+        click.echo(json.dumps({"methods": rows, "contents": contents}, indent=2))
         return
     for name, row in authority.METHODS.items():
         click.echo(f"{name:19} {authority.callers_of(row):26} {row.why}")
         if row.harm:
             click.echo(f"{'':46} hostile storage node: {row.harm}")
+    click.echo("\nIn every meta.prepare, meta.accept, meta.accepts and meta.create:")
+    for content in CONTENTS:
+        click.echo(f"{content.what}, else {content.code or 'NEWER'}: {content.why}")
 
 
 @cluster.command("renew")

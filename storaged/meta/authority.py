@@ -1,50 +1,80 @@
-"""What a caller may write to registers, judged where its request comes in from another node. Pure, but for ``Gate``,
-which raises.
+"""What a caller may ask of an acceptor, judged where its request comes in from another node: one table. Pure, but for
+``Gate``, which raises.
 
-``cluster.rpc.authority`` opens methods to roles; this is about contents:
+``cluster.rpc.authority`` opens methods to roles. ``CONTENTS`` is about what is in the requests. The two tables say the
+same about roles: whoever opens a method by mistake opens no register.
 
-    registers of the system table    gateways alone: keys, users, names, buckets, the cluster, the layout. A storage
-                                     node prepares and accepts nothing there, not even a value that is there already:
-                                     under a higher ballot the value of one replica that lags would count as the newest
-    a ballot's node                  is the caller. A gateway may replay under another's ballot what it has read (an
-                                     identity accept): it may write anything anyway
-    creates                          gateways alone
-    a storage node's counter         lies no more than an hour ahead of this node's clock. Of gateways an acceptor takes
-                                     also an hour above its high-water ballot (rule 15 of ``register``): in many steps
-                                     that leads to the end of all counters
-    the layout epoch of a ballot     is one that this node knows: a higher one would outlive every ballot of the layouts
-                                     to come. The node may be about to learn it, so the proposer tries again
+Storage nodes change no register, and are given no promise either. What their background work needs, a gateway does for
+them (``maintain.asks``): it verifies what it is asked. They were once allowed to write NEVER (``register``) where the
+acceptor has accepted nothing. But an acceptor that lags has accepted nothing of what the others have chosen. There a
+NEVER under a high ballot leads the next settling round, and the object is gone.
 
-Replicas of the caller's own process are not asked here: a node is master of its own disks.
+Replicas of the caller's own process are not asked here: a node is master of its own disks. A node with both roles is a
+gateway in every respect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final, NamedTuple
 
-from storaged.clock import Clock, SystemClock
 from storaged.cluster.ports import PeerIdentity
 from storaged.cluster.rpc import faults
 from storaged.errors import PeerRefused, StoragedError
-from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
-from storaged.meta.messages import Accept, Create, Prepare
-from storaged.meta.names import Ballot, RegisterName, Table
+from storaged.meta.consensus.register import RULES, Rules, Verdict
+from storaged.meta.messages import Accept, Prepare
+from storaged.meta.names import Ballot
 
 OnRefusal = Callable[[str, StoragedError], None]
 
-OK, NEWER, AHEAD = Verdict.OK, Verdict.NEWER, Verdict.AHEAD
+OK, NEWER = Verdict.OK, Verdict.NEWER
 """Globals: every accept asks for one, and a member is found through its enum's class at twice the price."""
 
 
-def may_write(name: RegisterName, peer: PeerIdentity) -> bool:
-    """Whether values of this register are taken from the peer."""
-    return name.table != Table.SYSTEM or "gateway" in peer.roles
+class Content(NamedTuple):
+    """A row of the table, of prepares, accepts and creates alike.
+
+    ``rule``: its switch (``Rules``). ``broken(ballot, peer, newest_epoch)``: whether a request breaks it. ``code``:
+    with which it is refused, and noted in the audit log, for no honest node asks this; empty: the answer is NEWER.
+    """
+
+    rule: str
+    broken: Callable[[Ballot, PeerIdentity, int], bool]
+    code: str
+    what: str
+    why: str
 
 
-def may_use(ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> bool:
-    """Whether the peer may speak under this ballot. ``helping``: it accepts a value that it has read, and changes
-    nothing."""
-    return ballot.node == peer.name or (helping and "gateway" in peer.roles)
+CONTENTS: Final = (
+    Content(
+        "values_by_gateways",
+        lambda _ballot, peer, _newest: "gateway" not in peer.roles,
+        faults.ROLE_REFUSED,
+        "promises and values are for gateways",
+        "a storage node's certificate changes, hides and deletes nothing",
+    ),
+    Content(
+        "own_ballots",
+        lambda ballot, peer, _newest: ballot.node != peer.name,
+        faults.BALLOT_REFUSED,
+        "each node speaks under its own ballots",
+        "no value is accepted under a ballot that was another's",
+    ),
+    Content(
+        "known_epochs",
+        lambda ballot, _peer, newest: ballot.epoch > newest,
+        "",
+        "the layout of a ballot is known here",
+        "a ballot of a later layout would outlive all of the layouts to come; the node may be about to learn it",
+    ),
+)
+"""Tried from top to bottom. The acceptor judges what breaks none (``consensus.acceptor``, ``consensus.bounds``)."""
+
+
+def document() -> list[str]:
+    """The table as FORMATS.md has it, line by line."""
+    lines = ["| in every prepare, accept and create | else | why |", "|---|---|---|"]
+    return lines + [f"| {row.what} | `{row.code or 'NEWER'}` | {row.why} |" for row in CONTENTS]
 
 
 class Gate:
@@ -56,43 +86,29 @@ class Gate:
         self,
         newest_epoch: Callable[[], int],
         rules: Rules = RULES,
-        clock: Clock | None = None,
         on_refusal: OnRefusal = lambda peer, error: None,
     ) -> None:
         self._newest_epoch = newest_epoch
-        self._named = rules.ballots_unique and rules.own_ballots
-        self._rules = rules
-        self._clock = clock if clock is not None else SystemClock()
+        self._contents = [row for row in CONTENTS if getattr(rules, row.rule)]
+        if not rules.ballots_unique:  # ballots without a name
+            self._contents = [row for row in self._contents if row.rule != "own_ballots"]
         self._on_refusal = on_refusal
 
-    def prepare(self, request: Prepare, peer: PeerIdentity) -> Verdict:
-        """OK, NEWER or AHEAD. Raises PeerRefused for what this peer may never do."""
+    def judge(self, request: Prepare | Accept, peer: PeerIdentity) -> Verdict:
+        """Of a prepare, an accept or a create: OK or NEWER. Raises PeerRefused for what this peer may never ask."""
         ballot = request.ballot
-        if ballot.node == peer.name and "gateway" in peer.roles:  # the common case: it may all that there is
-            return OK if ballot.epoch <= self._newest_epoch() else NEWER
-        return self._judge(request.name, ballot, peer, helping=False)
+        if ballot.node == peer.name and "gateway" in peer.roles and ballot.epoch <= self._newest_epoch():
+            return OK  # the common case breaks no rule
+        for row in self._contents:
+            if row.broken(ballot, peer, self._newest_epoch()):
+                if not row.code:
+                    return NEWER
+                raise self._refused(row, ballot, peer)
+        return OK
 
-    def accept(self, request: Accept, peer: PeerIdentity, create: bool = False) -> Verdict:
-        """As ``prepare``. ``create``: it is one, whatever its type."""
-        ballot = request.ballot
-        if ballot.node == peer.name and "gateway" in peer.roles:
-            return OK if ballot.epoch <= self._newest_epoch() else NEWER
-        if (create or isinstance(request, Create)) and "gateway" not in peer.roles:
-            raise self._refused(faults.ROLE_REFUSED, peer, "creates are for gateways")
-        return self._judge(request.name, ballot, peer, helping=request.identity)
-
-    def _judge(self, name: RegisterName, ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> Verdict:
-        if self._named and not may_use(ballot, peer, helping=helping):
-            raise self._refused(
-                faults.BALLOT_REFUSED, peer, f"a ballot of {ballot.node!r}, and each node speaks under its own"
-            )
-        if not may_write(name, peer) and self._rules.system_by_gateways:
-            raise self._refused(faults.VALUE_REFUSED, peer, "registers of the system table are written by gateways")
-        if "gateway" not in peer.roles and ballot.counter > self._clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
-            return AHEAD
-        return OK if ballot.epoch <= self._newest_epoch() or not self._rules.known_epochs else NEWER
-
-    def _refused(self, code: str, peer: PeerIdentity, reason: str) -> PeerRefused:
-        error = faults.refused(code, f"{peer.name} ({', '.join(peer.roles)}) is refused: {reason}.")
+    def _refused(self, row: Content, ballot: Ballot, peer: PeerIdentity) -> PeerRefused:
+        roles = ", ".join(peer.roles)
+        asked = f"{peer.name} ({roles}) asks under a ballot of {ballot.node!r}"
+        error = faults.refused(row.code, f"{asked} and is refused: {row.what}.")
         self._on_refusal(peer.name, error)
         return error

@@ -262,9 +262,7 @@ class NodePlanes:
     def _build_ring(self) -> None:
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
-            self._methods.update(
-                ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock, on_refusal=self._refused).methods()
-            )
+            self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, on_refusal=self._refused).methods())
             self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.belief = NodeBelief(self.own, self.authority, self._others_believe)

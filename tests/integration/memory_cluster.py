@@ -158,7 +158,7 @@ class StorageNode:
         self.context = context
         self.maintenance = Maintenance(context, scanner, live, caller)
         self.methods: dict[str, Method] = {
-            **ReplicaHost(self.replicas, lambda: cluster.layouts.current.epoch, clock=cluster.clock).methods(),
+            **ReplicaHost(self.replicas, lambda: cluster.layouts.current.epoch).methods(),
             **FragmentHost(self.stores).methods(),
             **self.maintenance.methods(),
         }

@@ -18,6 +18,7 @@ from storaged.cluster.ports import Method, Methods
 from storaged.cluster.rpc import authority
 from storaged.errors import PeerRefused, StoragedError
 from storaged.fragments.remote import FragmentHost
+from storaged.meta import authority as authority_of_contents
 from storaged.meta.transport.replicas import ReplicaHost
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
@@ -105,6 +106,7 @@ def test_the_formats_document_has_the_same_table() -> None:
         if line.startswith(("| method |", "| `meta.", "| `fragment.", "| `maintain.", "| `cluster.", "| `audit."))
     ]
     assert lines == [line for line in authority.document() if not line.startswith("|---")]
+    assert all(line in section for line in authority_of_contents.document())
 
 
 def test_the_command_prints_every_row_for_people_and_for_programs() -> None:
@@ -115,6 +117,11 @@ def test_the_command_prints_every_row_for_people_and_for_programs() -> None:
     assert [row["method"] for row in rows] == list(authority.METHODS)
     fence = next(row for row in rows if row["method"] == "meta.fence")
     assert (fence["callers"], fence["any_certified_node"]) == (["gateway"], False)
+
+
+def test_no_row_lets_a_storage_node_change_a_register_or_a_fence() -> None:
+    changing = {"meta.prepare", "meta.accept", "meta.accepts", "meta.create", "meta.fence", "meta.unfence"}
+    assert {name: authority.METHODS[name].callers for name in changing} == dict.fromkeys(changing, authority.GATEWAY)
 
 
 def test_what_a_storage_node_can_do_no_harm_with_is_not_marked_and_the_rest_is() -> None:

@@ -87,9 +87,9 @@ def test_one_storage_certificate_writes_no_user_key_bucket_or_cluster_and_sets_n
         forged = Value(99, os.urandom(16), Visibility.LIVE, b"forged")
         for name, value in before.items():
             assert value is not None
-            assert await thief.force(name, forged) == {"VALUE_REFUSED"}
-            assert await thief.force(name, value) == {"VALUE_REFUSED"}
-            assert await thief.force(name, value, "gateway") == {"BALLOT_REFUSED"}
+            assert await thief.force(name, forged) == {"ROLE_REFUSED"}
+            assert await thief.force(name, value) == {"ROLE_REFUSED"}
+            assert await thief.force(name, value, "gateway") == {"ROLE_REFUSED"}
         disk = next(disk.id for disk in thief.layouts.current.disks if disk.node == "n2")
         assert (
             await thief.call("meta.fence", messages.FenceSet(disk, bucket_id, b"\xff" * 16, True), messages.FenceReply)
@@ -102,7 +102,7 @@ def test_one_storage_certificate_writes_no_user_key_bucket_or_cluster_and_sets_n
         assert {name: (await thief.ring.read(name)).value for name in before} == before
 
     as_thief(cluster, work)
-    cluster.wait_until(lambda: "VALUE_REFUSED" in audited(cluster, "n2"), 90, "the refusal in the audit log of n2")
+    cluster.wait_until(lambda: "ROLE_REFUSED" in audited(cluster, "n2"), 90, "the refusal in the audit log of n2")
     assert cluster.status()["verdict"] == "HEALTHY"
 
 

@@ -19,7 +19,8 @@ import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, OnAnswer, PeerIdentity, Reply
-from storaged.errors import DiskForeign, DiskUnusable, StoragedError
+from storaged.cluster.rpc import faults
+from storaged.errors import DiskForeign, DiskUnusable, PeerRefused, StoragedError
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import RULES, Rules
@@ -48,6 +49,12 @@ WIDE_SKEW_MS_MAX = 100_000
 def node_of(process: str) -> str:
     """``g0`` and ``g0.1`` are two processes of the node ``g0``."""
     return process.partition(".")[0]
+
+
+ROLES_CHECKED = frozenset({"meta.fence", "meta.unfence"})
+"""What the table of methods refuses here. Prepares, accepts and creates are left to ``meta.authority.Gate``, which says
+the same; epochs are fenced by nobody yet but the simulation.
+"""
 
 
 def _peer(name: str, roles: tuple[str, ...] = ("gateway",)) -> PeerIdentity:
@@ -291,7 +298,7 @@ class StorageNode:
         self.up = True
         world = self.world
         self.methods = ReplicaHost(
-            {self.disk: self.replica}, lambda: world.epochs, world.rules, clock, world.on_refusal
+            {self.disk: self.replica}, lambda: world.epochs, world.rules, world.on_refusal
         ).methods()
 
     async def start_accepted(self, epoch: int) -> None:
@@ -335,6 +342,9 @@ class StorageNode:
             else:
                 raise outcome
 
+        if method in ROLES_CHECKED and entry.roles.isdisjoint(peer.roles):
+            reply(PeerRefused(f"{method} is not for {peer.roles}", faults.ROLE_REFUSED))
+            return
         try:
             found = entry.try_answer(asked, call) if entry.try_answer is not None else None
             if found is not None:

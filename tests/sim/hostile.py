@@ -23,8 +23,8 @@ from typing import Any
 
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.meta import messages
-from storaged.meta.client import RingClient
-from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.client import AskToSettle, RingClient
+from storaged.meta.consensus.register import NEVER, RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
@@ -43,8 +43,7 @@ HOUR_MS = 3_600_000
 SCOPE = b"a bucket's scope"
 CLOSED = RegisterName(Table.OBJECT, SCOPE, 0, b"closed")
 NONCE = b"the fence's nonce"
-OVERREACHER = "n4"
-"""A storage node that asks for what it may not; it has no replica of the registers."""
+THIEF, MIMIC, STRAY = "n4", "mimic", "stray"
 
 
 class SigningClient(RingClient):
@@ -88,6 +87,7 @@ class Hostile(Scenario):
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
         self.random = self.world.random = random.Random(f"hostile {seed}")
+        self._apart = random.Random(f"thief {seed}")
         chance = self.random.random
         self.world.skew_ms_max = 5_000
         self.world.epochs = 1
@@ -109,7 +109,7 @@ class Hostile(Scenario):
         self._fences_seen: dict[str, int] = {}
 
     def _refusal(self, peer: str, error: StoragedError) -> None:
-        if peer != OVERREACHER and not (self._lies and peer == "n" + self._liar[1:]):
+        if peer not in (THIEF, MIMIC, STRAY) and not (self._lies and peer == "n" + self._liar[1:]):
             self.complain(f"{peer}, which is honest, was refused: {error.message}")
 
     def _believes(self, name: RegisterName, value: Value) -> bool:
@@ -241,14 +241,69 @@ class Hostile(Scenario):
                     )
         await liar.client.close()
 
+    async def steal(self) -> None:
+        """Somebody has the certificate of a storage node, and asks replicas for whatever may do harm. Until it is
+        cancelled. NEVER it writes only where nothing was accepted: that an acceptor could tell.
+        """
+        self.found.faults.append(f"{THIEF}'s certificate is stolen")
+        thief = Gateway(self.world, THIEF, self.layout, skew_ms=0)
+        while True:
+            await asyncio.sleep(self._apart.expovariate(1 / 0.005))
+            name, disk = self._apart.choice(self._lagging() or [(self._any_name(), self._apart.choice(FIRST_SEEDS))])
+            slot = self.world.nodes["n" + disk[1:]].store.get(name)
+            ballot = Ballot(1, self._now_us() + self._apart.choice((1_000, 1_000_000)), THIEF, self._apart.randbytes(8))
+            value = self._apart.choice((NEVER, Value(9, self._apart.randbytes(16), Visibility.TOMBSTONE, b"")))
+            if slot is not None and value is NEVER:
+                value = slot.value
+            kind = self._apart.choice((messages.Accept, messages.Create))
+            replica = thief.directory.replica(disk)
+            with contextlib.suppress(StoragedError):
+                await replica.prepare(messages.Prepare(disk, name, ballot), timeout_s=0.2)
+            with contextlib.suppress(StoragedError):
+                await replica.accept(kind(disk, name, ballot, value, b"", self._apart.random() < 0.5), timeout_s=0.2)
+            with contextlib.suppress(StoragedError):
+                await replica.fence(messages.FenceSet(disk, name.scope, b"a thief's", True), timeout_s=0.2)
+
+    def _any_name(self) -> RegisterName:
+        return self.names[self._apart.choice(KEYS)]
+
+    def _lagging(self) -> list[tuple[RegisterName, str]]:
+        """Registers and disks that have accepted nothing where another has."""
+        stores = {disk: self.world.nodes["n" + disk[1:]].store for disk in FIRST_SEEDS}
+        held = {
+            name: [disk for disk in FIRST_SEEDS if stores[disk].get(name) is not None] for name in self.names.values()
+        }
+        return [(name, disk) for name, disks in held.items() if disks for disk in FIRST_SEEDS if disk not in disks]
+
+    def _now_us(self) -> int:
+        return EPOCH_MS * 1000 + int(self.world.loop.time() * 1e6)
+
+    async def mimic(self) -> None:
+        """A gateway speaks under ballots that were promised to others, as one with a copied name may. Until it is
+        cancelled.
+        """
+        self.found.faults.append("a gateway speaks under the ballots of others")
+        mimic = Gateway(self.world, MIMIC, self.layout, skew_ms=0)
+        while True:
+            await asyncio.sleep(self._apart.expovariate(1 / 0.005))
+            name, disk = self.names[self._apart.choice(KEYS)], self._apart.choice(FIRST_SEEDS)
+            node = self.world.nodes["n" + disk[1:]]
+            ballot = node.replica.state.promises.get(name, ZERO_BALLOT)
+            if node.up and ballot.node:
+                value = Value(self._apart.choice((1, 2, 5)), self._apart.randbytes(16), Visibility.LIVE, b"mimicked")
+                with contextlib.suppress(StoragedError):
+                    await mimic.directory.replica(disk).accept(
+                        messages.Accept(disk, name, ballot, value), timeout_s=0.2
+                    )
+
     async def overreach(self) -> None:
-        """A storage node asks for promises under a layout that nobody knows, and repeats older values under the name
-        of a gateway.
+        """A gateway asks for promises under a layout that nobody knows, and repeats older values under the name of
+        another.
         """
         await asyncio.sleep(self.random.uniform(0, 0.4))
         self.found.faults.append("a layout that nobody knows")
-        stray = Gateway(self.world, OVERREACHER, self.layout, skew_ms=0)
-        ballot = Ballot(99, EPOCH_MS * 1000, "n4", bytes(8))
+        stray = Gateway(self.world, STRAY, self.layout, skew_ms=0)
+        ballot = Ballot(99, EPOCH_MS * 1000, STRAY, bytes(8))
         for name in self.names.values():
             for disk in FIRST_SEEDS:
                 with contextlib.suppress(StoragedError):
@@ -289,14 +344,31 @@ class Hostile(Scenario):
             self._hints.clear()
             await keeper.once()
 
-    async def repair(self, node: StorageNode) -> None:
-        """A storage node looks at registers and settles them, as its repair does. Until it is cancelled."""
+    def _settle_by(self, gateways: Sequence[Gateway]) -> AskToSettle:
+        async def settle(name: RegisterName, _timeout_s: float) -> Value | None:
+            await asyncio.sleep(self.random.uniform(0, 0.02))
+            return await self.random.choice(gateways).client.settle(name)
+
+        return settle
+
+    async def repair(self, node: StorageNode, gateways: Sequence[Gateway]) -> None:
+        """A storage node looks at registers, and has gateways settle them, as its repair does. Until it is
+        cancelled.
+        """
         while True:
             await asyncio.sleep(self.random.uniform(0.005, 0.03 if self.of_objects else 0.15))
             if not node.up:
                 continue
             local = {node.disk: node.replica} if self.random.random() < 0.8 else None
-            other = Gateway(self.world, node.name, self.layout, skew_ms=node.clock.skew_ms, gateway=False, local=local)
+            other = Gateway(
+                self.world,
+                node.name,
+                self.layout,
+                skew_ms=node.clock.skew_ms,
+                gateway=False,
+                local=local,
+                ask_to_settle=self._settle_by(gateways),
+            )
             name = self.names[self.random.choice(KEYS)]
             with contextlib.suppress(StoragedError):
                 if self.random.random() < 0.5:
@@ -415,7 +487,7 @@ class Hostile(Scenario):
             if skew_ms
         ]
         self.world.weather = self.weather()
-        others = [self.keeper(self.random.choice(gateways)), self.repair(self.random.choice(nodes[:3]))]
+        others = [self.keeper(self.random.choice(gateways)), self.repair(self.random.choice(nodes[:3]), gateways)]
         if self._lies:
             self.found.faults.append(f"{self._liar} lies")
             others.append(self.lies())
@@ -427,6 +499,8 @@ class Hostile(Scenario):
             once.append(self.world.loop.create_task(self.overreach()))
         if self._blank:
             once.append(self.world.loop.create_task(self.swap()))
+        elif self.of_objects:
+            background.append(self.world.loop.create_task(self._apart.choice((self.steal, self.mimic))()))
         await asyncio.gather(
             *(self.gateway_life(gateway) for gateway in gateways),
             *(self.use_bucket(gateway) for gateway in gateways),

@@ -11,7 +11,7 @@ _RING = {
     "sync_before_answer": 100,
     "promises_survive_restart": 1200,
     "read_same_ballot": 200,
-    "replay_confirmed": 200,
+    "differing_settled": 200,
     "failed_condition_settles": 300,
     "retry_by_lineage": 100,
     "ballots_unique": 200,
@@ -28,16 +28,33 @@ _HOSTILE = {
     "far_by_majority": (1, 50),
     "lone_ballot_does_not_lead": (1, 100),
     "unproved_set_aside": (1, 200),
-    "system_by_gateways": (1, 120),
-    "own_ballots": (150, 300),
+    "values_by_gateways": (1, 120),
+    "own_ballots": (1, 200),
     "known_epochs": (1, 250),
     "fences_reported": (1, 50),
 }
 """As ``_RING``, of the rules that ``hostile`` shows: the first seed, and how many."""
 
-_SLOW = {"promises_survive_restart", "created_follows_overtaken", "own_ballots"}
+_SLOW = {"promises_survive_restart", "created_follows_overtaken"}
+
+_AUTHORITY = "storaged/meta/authority.py"
+_JUDGE = "        for row in self._contents:"
+AUTHORITY_BUGS = (
+    Planted(
+        "never_by_storage_nodes",
+        "a storage node may prepare, and write NEVER where the acceptor has accepted nothing",
+        300,
+        "hostile",
+        _AUTHORITY,
+        _JUDGE,
+        "        if ballot.epoch == 1 and (isinstance(request, Prepare) or request.value.sequence == 0):\n"
+        "            return OK\n" + _JUDGE,
+    ),
+)
+"""Of what a caller may ask of an acceptor."""
 
 RULE_BUGS = (
+    *AUTHORITY_BUGS,
     *(Planted(rule, f"without {rule}", budget, rule=rule, fast=rule not in _SLOW) for rule, budget in _RING.items()),
     *(
         Planted(rule, f"without {rule}", budget, "hostile", rule=rule, first=first, fast=rule not in _SLOW)

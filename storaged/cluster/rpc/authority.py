@@ -8,8 +8,10 @@ A peer has a role when both its certificate and the layout in force give it. A r
 node: the method exists for the node's own code, and for a later version. A node with both roles may call what either
 may.
 
-A role opens a method. What a caller may write there is then judged by content (``meta/authority.py``): registers of the
-system table, and ballots.
+A role opens a method. What is in a prepare, accept or create is judged by another table (``meta/authority.py``).
+
+No row lets a storage node change a register, a fence or a key. What its background work needs changed, it asks of
+gateways (``maintain.asks``).
 """
 
 from __future__ import annotations
@@ -58,19 +60,9 @@ METHODS: Final[Mapping[str, Grant]] = {
         "fills disks with up to 16,384 chains of its own log",
     ),
     "audit.witnessed": Grant(BOTH, STORAGE, "a node asks which entries to show; `storaged audit verify`"),
-    "meta.prepare": Grant(
-        BOTH,
-        STORAGE,
-        "every change; repair, collection and catch-up settle registers of buckets",
-        "delays writes of any object, by promises up to an hour ahead",
-    ),
-    "meta.accept": Grant(
-        BOTH,
-        STORAGE,
-        "every change; repair writes where blocks are, and settles",
-        "deletes any object's record, hides it, or puts an older one back; forges its time and owner",
-    ),
-    "meta.accepts": Grant(BOTH, STORAGE, "many accepts in one message", "as meta.accept"),
+    "meta.prepare": Grant(GATEWAY, STORAGE, "every change and every settling round"),
+    "meta.accept": Grant(GATEWAY, STORAGE, "every change and every settling round"),
+    "meta.accepts": Grant(GATEWAY, STORAGE, "many accepts in one message"),
     "meta.create": Grant(GATEWAY, STORAGE, "a small PUT of a new key"),
     "meta.read": Grant(BOTH, STORAGE, "every read", "reads every record as it is stored: names, sizes, times, users"),
     "meta.reads": Grant(BOTH, STORAGE, "many reads in one message", "as meta.read"),

@@ -107,10 +107,10 @@ class Rules:
     """
     unproved_set_aside: bool = True
     """17. A value of the system table that no gateway wrote counts only where a majority holds it."""
-    system_by_gateways: bool = True
-    """18. Acceptors take ballots for registers of the system table from gateways alone."""
+    values_by_gateways: bool = True
+    """18. Acceptors give promises to gateways alone, and take values from them alone."""
     own_ballots: bool = True
-    """18. A node that is no gateway speaks under its own ballots alone, also where it replays."""
+    """18. Each node speaks under its own ballots."""
     known_epochs: bool = True
     """19. An acceptor refuses ballots of a layout that its node does not know: they would outlive all ballots of the
     layouts to come.

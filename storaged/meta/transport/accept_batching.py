@@ -197,7 +197,7 @@ def try_accepts(
         end = at + sizes[index]
         on_answer = partial(answers.add, index)
         try:
-            if verdict := gate.accept(accept, call.peer, create=creates[index]):
+            if verdict := gate.judge(accept, call.peer):
                 on_answer(messages.AcceptReply(verdict))
                 begun = True
             else:

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from storaged.clock import Clock
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import (
     Call,
@@ -230,12 +229,11 @@ class ReplicaHost:
         replicas: Mapping[str, LocalReplica],
         newest_epoch: Callable[[], int],
         rules: Rules = RULES,
-        clock: Clock | None = None,
         on_refusal: OnRefusal = lambda peer, error: None,
     ) -> None:
         """``newest_epoch``, ``on_refusal``: see ``authority.Gate``."""
         self.replicas = replicas
-        self._gate = Gate(newest_epoch, rules, clock, on_refusal)
+        self._gate = Gate(newest_epoch, rules, on_refusal)
 
     def _of(self, disk: str) -> LocalReplica:
         found = self.replicas.get(disk)
@@ -266,23 +264,23 @@ class ReplicaHost:
         return grant(methods)
 
     def _try_prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply | None:
-        if verdict := self._gate.prepare(request, call.peer):
+        if verdict := self._gate.judge(request, call.peer):
             return messages.PrepareReply(verdict)
         return self._of(request.disk).try_prepare(request)
 
     async def _prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply:
-        if verdict := self._gate.prepare(request, call.peer):
+        if verdict := self._gate.judge(request, call.peer):
             return messages.PrepareReply(verdict)
         return await self._of(request.disk).prepare(request)
 
     def _try_accept(self, request: messages.Accept, call: Call, answer: OnAnswer) -> bool:
-        if verdict := self._gate.accept(request, call.peer):
+        if verdict := self._gate.judge(request, call.peer):
             answer(messages.AcceptReply(verdict))
             return True
         return self._of(request.disk).try_accept(request, (call.body,), answer)
 
     async def _accept(self, request: messages.Accept, call: Call) -> messages.AcceptReply:
-        if verdict := self._gate.accept(request, call.peer):
+        if verdict := self._gate.judge(request, call.peer):
             return messages.AcceptReply(verdict)
         return await self._of(request.disk).accept(request, (call.body,))
 
