@@ -248,11 +248,11 @@ class Hostile(Scenario):
         self.found.faults.append(f"{THIEF}'s certificate is stolen")
         thief = Gateway(self.world, THIEF, self.layout, skew_ms=0)
         while True:
-            await asyncio.sleep(self._apart.expovariate(1 / 0.005))
+            await asyncio.sleep(self._apart.expovariate(1 / 0.002))
             name, disk = self._apart.choice(self._lagging() or [(self._any_name(), self._apart.choice(FIRST_SEEDS))])
             slot = self.world.nodes["n" + disk[1:]].store.get(name)
             ballot = Ballot(1, self._now_us() + self._apart.choice((1_000, 1_000_000)), THIEF, self._apart.randbytes(8))
-            value = self._apart.choice((NEVER, Value(9, self._apart.randbytes(16), Visibility.TOMBSTONE, b"")))
+            value = self._apart.choice((NEVER, NEVER, Value(9, self._apart.randbytes(16), Visibility.TOMBSTONE, b"")))
             if slot is not None and value is NEVER:
                 value = slot.value
             kind = self._apart.choice((messages.Accept, messages.Create))
@@ -500,7 +500,7 @@ class Hostile(Scenario):
         if self._blank:
             once.append(self.world.loop.create_task(self.swap()))
         elif self.of_objects:
-            background.append(self.world.loop.create_task(self._apart.choice((self.steal, self.mimic))()))
+            background.append(self.world.loop.create_task(self._apart.choice((self.steal, self.steal, self.mimic))()))
         await asyncio.gather(
             *(self.gateway_life(gateway) for gateway in gateways),
             *(self.use_bucket(gateway) for gateway in gateways),

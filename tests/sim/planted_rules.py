@@ -49,6 +49,7 @@ AUTHORITY_BUGS = (
         _JUDGE,
         "        if ballot.epoch == 1 and (isinstance(request, Prepare) or request.value.sequence == 0):\n"
         "            return OK\n" + _JUDGE,
+        first=101,
     ),
 )
 """Of what a caller may ask of an acceptor."""
