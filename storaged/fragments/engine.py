@@ -18,6 +18,7 @@ import lmdb
 
 from storaged.errors import DiskUnusable, OperatorError, StoragedError
 from storaged.fragments import recovery
+from storaged.fragments.condemned import DATA_ID_BYTES, Condemned
 from storaged.fragments.disk_state import DiskState
 from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files
@@ -298,12 +299,25 @@ class Engine:
         )
 
     def retire(self, entries: Sequence[Retirement]) -> None:
-        """An entry that is on the list already stays as it is: its delay has begun. Raises DiskUnusable."""
-        fresh: dict[bytes, Note] = {}
-        for data_id, owner, due_ms in entries:
-            if data_id not in fresh and self.index.retired(data_id) is None:
-                fresh[data_id] = Retire(data_id, owner, due_ms)
+        """An entry that is on the list already keeps its delay, which has begun, and its owner. Where nothing was known
+        of the data, its origin becomes that of the new entry. Raises DiskUnusable.
+        """
+        fresh: dict[bytes, Retire] = {}
+        for data_id, owner, due_ms, origin in entries:
+            known = fresh.get(data_id) or self.index.retired(data_id)
+            if known is None:
+                fresh[data_id] = Retire(data_id, owner, due_ms, origin)
+            elif origin and not known.origin and owner == known.owner:
+                fresh[data_id] = Retire(data_id, owner, known.due_ms, origin)
         self._note_or_raise(list(fresh.values()))
+
+    def delete_condemned(self, keys: Sequence[bytes], condemned: Condemned) -> int:
+        """Deletes those whose data ids are still condemned. Raises DiskUnusable."""
+        taken = condemned.take({key[:DATA_ID_BYTES] for key in keys})
+        try:
+            return self.delete([key for key in keys if key[:DATA_ID_BYTES] in taken])
+        finally:
+            condemned.gone(taken)
 
     def unretire(self, data_id: bytes) -> None:
         """Raises DiskUnusable."""

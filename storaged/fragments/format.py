@@ -140,11 +140,12 @@ class Touch(Message, frozen=True, tag=2):
 
 
 class Retire(Message, frozen=True, tag=3):
-    """The data id is on the garbage list."""
+    """The data id is on the garbage list. ``origin``: see ``ports.Retirement``; old records have none."""
 
     data_id: bytes
     owner: bytes
     due_ms: int
+    origin: bytes = b""
 
 
 class Unretire(Message, frozen=True, tag=4):

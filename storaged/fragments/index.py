@@ -31,6 +31,7 @@ from storaged.fragments.damage import DamageList
 from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.fragments.index_rows import Checkpoint, CheckpointRow, Overlay, Position, RetireRow, SegmentRow
+from storaged.fragments.ports import Retirement
 from storaged.lmdb_file import Residency, open_environment
 from storaged.units import GIB
 from storaged.wire import decode, encode
@@ -238,27 +239,30 @@ class Index:
             value = txn.get(data_id, db=self._db["retired"])
             return None if value is None else decode(value, RetireRow)
 
-    def due(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
-        """(data id, owner) of what is on the garbage list and due, the longest due first."""
+    def due(self, now_ms: int, limit: int, after: tuple[int, bytes] = (0, b"")) -> list[Retirement]:
+        """What is on the garbage list and due, the longest due first, after the entry with this time and data id."""
         overlay, frozen = self.overlay, self.frozen
         newer = dict(frozen.retired) if frozen is not None else {}
         newer.update(overlay.retired.copy())
         found = [
-            (row.due_ms, data_id, row.owner)
+            Retirement(data_id, row.owner, row.due_ms, row.origin)
             for data_id, row in newer.items()
-            if row is not None and row.due_ms <= now_ms
+            if row is not None and row.due_ms <= now_ms and (row.due_ms, data_id) > after
         ]
         count = 0
         with self._env.begin() as txn:
-            for key in txn.cursor(db=self._db["due"]).iternext(values=False):
+            cursor = txn.cursor(db=self._db["due"])
+            cursor.set_range(after[0].to_bytes(8, "big") + after[1])
+            for key in cursor.iternext(values=False):
                 due_ms, data_id = int.from_bytes(key[:8], "big"), key[8:]
                 if due_ms > now_ms or count == limit:
                     break
                 value = txn.get(data_id, db=self._db["retired"])
-                if data_id not in newer and value is not None:
-                    found.append((due_ms, data_id, decode(value, RetireRow).owner))
+                if data_id not in newer and value is not None and (due_ms, data_id) > after:
+                    row = decode(value, RetireRow)
+                    found.append(Retirement(data_id, row.owner, due_ms, row.origin))
                     count += 1
-        return [(data_id, owner) for _, data_id, owner in sorted(found)[:limit]]
+        return sorted(found, key=lambda entry: (entry.due_ms, entry.data_id))[:limit]
 
     # --- changes, by the owner --------------------------------------------------------------------------------------
 
@@ -348,7 +352,8 @@ class Index:
                 if touched is not None:
                     self.accounts.pin(segment, (touched.segment,), share)
             elif isinstance(note, Retire):
-                self.retire(note.data_id, RetireRow(note.owner, note.due_ms, segment, share, sequence))
+                row = RetireRow(note.owner, note.due_ms, segment, share, sequence, origin=note.origin)
+                self.retire(note.data_id, row)
             else:
                 self.unretire(note.data_id, sequence)
                 self._pin(segment, note.targets, share)

@@ -25,6 +25,7 @@ class RetireRow(Message, frozen=True):
     record_bytes: int
     sequence: int
     shadows: tuple[int, ...] = ()
+    origin: bytes = b""
 
 
 class SegmentRow(Message, frozen=True):

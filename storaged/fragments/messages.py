@@ -75,13 +75,14 @@ class ReadReply(Message, frozen=True):
 
 
 class RetireRequest(Message, frozen=True):
-    """``more``: further entries."""
+    """``more``: further entries. ``origin``: of the first."""
 
     disk: str
     data_id: bytes
     owner: bytes
     due_ms: int
     more: tuple[Retirement, ...] = ()
+    origin: bytes = b""
 
 
 class UnretireRequest(Message, frozen=True):

@@ -11,7 +11,7 @@ the survivors agree on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -104,14 +104,23 @@ RETIREMENTS_MAX = 1000
 HEADERS_MAX = 1000
 
 
+REPLACED = b"r"
+"""The ``origin`` of data that a committed change of the owner's record replaced, and that was no part of an upload."""
+
+OF_UPLOAD = b"u"
+"""Begins the ``origin`` of data of a part: the 16 bytes of the upload's id follow."""
+
+
 class Retirement(NamedTuple):
     """A data id for a garbage list. ``owner``: the packed name of the register that referred to it. ``due_ms``: when
-    the collector may judge it (wall clock).
+    the collector may judge it (wall clock), for the sake of readers. ``origin``: what the gateway knows of the data:
+    ``REPLACED``, ``OF_UPLOAD`` and the upload's id, or empty: nothing.
     """
 
     data_id: bytes
     owner: bytes
     due_ms: int
+    origin: bytes = b""
 
 
 class CellRead(NamedTuple):
@@ -212,6 +221,25 @@ class FragmentStore(Protocol):
 
 class NearStore(FragmentStore, Protocol):
     """A fragment store on this node."""
+
+    async def due(self, now_ms: int, after: tuple[int, bytes], limit: int) -> list[Retirement]:
+        """The entries of the garbage list that are due, the longest due first, after the one with this ``due_ms`` and
+        data id.
+        """
+
+    async def fragments_of(self, data_ids: Sequence[bytes]) -> list[list[FragmentId]]:
+        """The fragments of each data id on this disk, in order; up to 10,000 data ids. Their headers are not read."""
+
+    def condemn(self, data_ids: Iterable[bytes]) -> None:
+        """The collector is about to delete these data ids here. A ``write``, ``sync`` or ``touch`` of one of their
+        fragments, and a small copy of it that is kept, ends that (``fragments.condemned``).
+        """
+
+    def pardon(self, data_ids: Iterable[bytes]) -> None:
+        """They are not to be deleted."""
+
+    async def delete_condemned(self, ids: Sequence[FragmentId]) -> int:
+        """As ``delete``, of fragments whose data ids are still condemned. They are not condemned afterwards."""
 
     def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
         """As ``read`` when that needs no waiting and finds no damage; else None."""

@@ -132,7 +132,9 @@ class RemoteFragmentStore:
 
     async def retire(self, entries: Sequence[Retirement]) -> None:
         if entries:
-            await self._ask("fragment.retire", RetireRequest(self._disk, *entries[0], tuple(entries[1:])), Done)
+            first, more = entries[0], tuple(entries[1:])
+            request = RetireRequest(self._disk, first.data_id, first.owner, first.due_ms, more, first.origin)
+            await self._ask("fragment.retire", request, Done)
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         reply, _ = await self._ask("fragment.retired", RetiredRequest(self._disk, now_ms, limit), RetiredReply)
@@ -238,7 +240,7 @@ class FragmentHost:
                 remote_code="BAD_REQUEST",
             )
         await self._store(request.disk).retire(
-            [Retirement(request.data_id, request.owner, request.due_ms), *request.more]
+            [Retirement(request.data_id, request.owner, request.due_ms, request.origin), *request.more]
         )
         return Done(1 + len(request.more))
 

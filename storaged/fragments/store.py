@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from storaged.clock import Clock, SystemClock
 from storaged.disk_health import DiskHealth, DiskThreads
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused, StoragedError
+from storaged.fragments.condemned import Condemned
 from storaged.fragments.deferred import DeferredCopies
 from storaged.fragments.engine import Engine
 from storaged.fragments.files import Files, PosixFiles
@@ -45,6 +46,7 @@ from storaged.units import MIB
 from storaged.wire import Buffer
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 BATCH_IDS_MAX = 10_000
 INLINE_IDS_MAX = 256
@@ -122,6 +124,7 @@ class LocalFragmentStore:
         self._queue = WriteQueue(loop, engine.limits.queue_bytes_max, health)
         self._deferred = DeferredCopies(engine, self._engine_lock, loop, self._queue.wake, health)
         self._readers = DiskThreads(health, engine.limits.read_threads, "fragment-read")
+        self._condemned = Condemned()
         self._closed = False
         self._writer = WriterThread(engine, self._engine_lock, self._queue, self._deferred, clock, health)
 
@@ -180,6 +183,7 @@ class LocalFragmentStore:
     ) -> None:
         write = Write.of(header, payload, check=check)
         self._refuse_when_closed()
+        self._condemned.pardon((write.key,))
         await self._queue.acquire(write.payload_bytes)
         try:
             self._refuse_when_closed()
@@ -189,6 +193,7 @@ class LocalFragmentStore:
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         self._refuse_when_closed()
+        await self._pardon(ids)
         await self._append_deferred(ids)
         if not await self._looked_up(functools.partial(self._are_durable, ids)):
             await self._queue.barrier(sync=True)
@@ -203,6 +208,7 @@ class LocalFragmentStore:
         self._refuse_when_closed()
         if len(ids) > HEADERS_MAX:
             raise ValueError(f"{len(ids)} headers are more than {HEADERS_MAX} at once")
+        await self._pardon(ids)
         await self._append_deferred(ids)
         if not await self._looked_up(lambda: all(map(self._is_durable, ids))):
             await self._queue.barrier(sync=True)
@@ -223,6 +229,7 @@ class LocalFragmentStore:
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         keys = [fragment.pack() for fragment in _bounded(ids)]
         check_time(now_ms)
+        self._condemned.pardon(keys)
         await self._in_writer(functools.partial(self._engine.touch, keys, now_ms))
         return await self.stat(ids)
 
@@ -239,6 +246,30 @@ class LocalFragmentStore:
     async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
         keys = [fragment.pack() for fragment in _bounded(ids)]
         return await self._in_writer(functools.partial(self._engine.delete, keys, created_ms))
+
+    async def fragments_of(self, data_ids: Sequence[bytes]) -> list[list[FragmentId]]:
+        self._refuse_when_closed()
+        await self._append_deferred()
+        keys = await self._in_reader(lambda: sorted(self._engine.index.keys_of(set(_bounded(data_ids)))))
+        found: dict[bytes, list[FragmentId]] = {data_id: [] for data_id in data_ids}
+        for key in keys:
+            found[key[:16]].append(FragmentId.unpack(key))
+        return list(found.values())
+
+    def condemn(self, data_ids: Iterable[bytes]) -> None:
+        self._condemned.add(data_ids)
+
+    def pardon(self, data_ids: Iterable[bytes]) -> None:
+        self._condemned.pardon(data_ids)
+
+    async def delete_condemned(self, ids: Sequence[FragmentId]) -> int:
+        keys = [fragment.pack() for fragment in _bounded(ids)]
+        return await self._in_writer(functools.partial(self._engine.delete_condemned, keys, self._condemned))
+
+    async def _pardon(self, ids: Sequence[FragmentId]) -> None:
+        """What is on its way out is gone from the index when this returns."""
+        if not self._condemned.pardon([fragment.data_id for fragment in ids]):
+            await self._queue.barrier()
 
     # --- the port: reads --------------------------------------------------------------------------------------------
 
@@ -284,7 +315,13 @@ class LocalFragmentStore:
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         self._refuse_when_closed()
         await self._append_deferred()
-        return await self._in_reader(self._engine.index.due, now_ms, limit)
+        due = await self._in_reader(self._engine.index.due, now_ms, limit)
+        return [(entry.data_id, entry.owner) for entry in due]
+
+    async def due(self, now_ms: int, after: tuple[int, bytes], limit: int) -> list[Retirement]:
+        self._refuse_when_closed()
+        await self._append_deferred()
+        return await self._in_reader(self._engine.index.due, now_ms, limit, after)
 
     async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
         """A fragment whose head is damaged comes with its id, length and age; everything else is empty."""
@@ -357,6 +394,7 @@ class LocalFragmentStore:
 
     def keep(self, writes: Sequence[Write]) -> None:
         """Takes on admitted copies, which are durable elsewhere until ``sync_apart`` returns."""
+        self._condemned.pardon([write.key for write in writes])
         self._deferred.keep(writes)
 
     def find_copy(self, data_id: bytes) -> FragmentId | None:
@@ -458,7 +496,7 @@ class LocalFragmentStore:
         return await self._queue.call(call)
 
 
-def _bounded(ids: Sequence[FragmentId]) -> Sequence[FragmentId]:
+def _bounded(ids: Sequence[U]) -> Sequence[U]:
     if len(ids) > BATCH_IDS_MAX:
         raise PeerRefused(f"{len(ids)} fragments in one request; at most {BATCH_IDS_MAX}", remote_code="BAD_REQUEST")
     return ids

@@ -13,8 +13,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.clock import Clock
 from storaged.cluster.ports import Layouts, Liveness
-from storaged.fragments.ports import FragmentStore, FragmentStores
+from storaged.fragments.ports import FragmentStores, NearStore
 from storaged.maintain.asks import Asks
+from storaged.meta.consensus.looks import Look
+from storaged.meta.names import RegisterName
 from storaged.meta.ports import PageCopies, Registers, Scanner
 from storaged.meta.store_ports import MetaStore
 from storaged.units import MIB
@@ -67,6 +69,7 @@ class SignerKeys(Protocol):
 @dataclass
 class MaintainContext:
     """``signers``: verify the signatures on records.
+    ``look``: asks each replica of a register what it has accepted (``meta.client``).
     ``local_meta``, ``local_fragments``: this node's disks by id.
     ``asks``: of gateways, who alone change registers.
     ``end_promises(disk)``: makes one of them refuse every ballot drawn before the call. When it returns, everything
@@ -79,11 +82,12 @@ class MaintainContext:
     layouts: Layouts
     liveness: Liveness
     registers: Registers
+    look: Callable[[RegisterName], Awaitable[Look]]
     pages: PageCopies
     scanner: Scanner
     stores: FragmentStores
     local_meta: Mapping[str, MetaStore]
-    local_fragments: Mapping[str, FragmentStore]
+    local_fragments: Mapping[str, NearStore]
     end_promises: Callable[[str], Awaitable[None]]
     signers: SignerKeys
     asks: Asks

@@ -1,95 +1,90 @@
-"""Garbage collection: deletes data that no record refers to any more.
+"""Garbage collection: each node deletes on its own disks what is out of use. ``disuse`` says when that is.
 
-A deletion can't be undone. So it is done only after an identity round of the register that might refer to the data was
-committed. The round has a new ballot, which ends every earlier promise: a gateway that slept between its barrier and
-its accept can't commit a reference to what was just deleted. Before it proposes a second time it looks at its fragments
-again (``touch``), and what was touched since the collector looked is not deleted. While an upload for the key is open
-nothing is judged, for the row of a part may be on its way. Without a majority nothing is deleted.
+Theory of operation. Garbage is found in two ways: gateways fill the garbage lists (``retire``), and the ``sweep`` puts
+on them what no record claims. A page of a list is judged together:
 
-Garbage is found in two ways: writers fill the garbage lists (``retire``), and a sweep looks for fragments that are
-older than any request may live.
+* What a committed change replaced goes after a settled read of its register. One message to a node reads many.
+* Parts of uploads go when their upload has ended.
+* Everything else needs a round of its register, which is asked of a gateway.
 
-A batch of a garbage list is judged in five steps:
+No node deletes on another's disk: each has its own list, and looks by itself.
 
-1. Which fragments are there, and how old are they? What is written or touched later is not deleted.
-2. The same for the other copies of small objects. The disk of a register's first replica has small objects on its list
-   before the others have. It deletes their copies too, so that one round is made, not three. The other disks' lists
-   find what it misses.
-3. Which keys have open uploads?
-4. A round for each register. Data to which its record refers stays, but for fragments that a repair has moved away
-   from this disk.
-5. The deletions, in one call for each disk.
+What can't be judged now rests for a while, with what else of its register has the same origin. A list is
+gone through page by page, so that entries which wait for long hold up no others. How many wait, and why, is in the
+node's status.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from storaged.errors import NoSuchBucket, StoragedError
-from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore, Health, Retirement
+from storaged.errors import StoragedError
+from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, NearStore, Retirement
+from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext, concurrently
-from storaged.maintain.directory import Buckets
-from storaged.maintain.walk import entries_of, is_claimed
-from storaged.meta.names import RegisterName, Table, Value
-from storaged.meta.ports import PageQuery
-from storaged.meta.store_ports import RowDamaged
-from storaged.objects.records import PartEntry
-from storaged.objects.write.uploads import living_upload, living_uploads
+from storaged.maintain.disuse import PAST, RULES, CollectRules, Judge, Proof, is_done, is_open
+from storaged.maintain.sweep import Sweep, owner_of
+from storaged.maintain.walk import is_claimed
+from storaged.meta.names import RegisterName
 
-LiveDataIds = Callable[[RegisterName, bool], Awaitable[set[bytes]]]
-"""(owner, whether to look at uploads for its key) -> the data ids to which the owner's register, or an upload, refers
-after an identity round.
-
-Raises StoragedError when that can't be found out now, NoSuchBucket with the detail ``final`` for a bucket that is gone
-for good.
-"""
-
-SWEEP_PAGE = 500
-FEW = 2
-"""So many fragments of one data id are asked for first: most have one on a disk, and every header is a read."""
-
-UPLOADS_A_SHARD_MAX = 1000
-"""So many open uploads of a shard are listed for all keys of a batch. If there are more, each key is asked about."""
-
+READS_CONCURRENT_MAX = 128
 DELETIONS_A_CALL = 2000
+ENTRIES_A_ROUND = 50_000
+"""Entries of one disk looked at before the other disks have their turn; the next round goes on from there."""
+RESTING_MAX = 10_000
+"""Registers and origins whose garbage rests. Of further ones each round asks again."""
 
-BACK_OFFS_MAX = 10_000
-GONE_MAX = 10_000
-
-_NAME_BYTES_MIN = 19
-"""A packed register name with a key of one byte."""
+_Rest = tuple[bytes, bytes]
+"""Packed name of a register, and the origin of the data: what is known of both is the same for many data ids."""
 
 
-@dataclass
-class _Candidate:
-    """A data id on a garbage list: its fragments here, and ``copies`` on other disks. Each has its ``created_ms`` as it
-    was before anything was judged.
-    """
+class Garbage(NamedTuple):
+    """An entry of a garbage list with the fragments of its data id on that disk."""
 
-    data_id: bytes
-    fragments: list[FragmentId]
-    ages: list[int]
-    copies: list[tuple[str, FragmentId, int]] = field(default_factory=list)
+    entry: Retirement
+    owner: RegisterName
+    fragments: Sequence[FragmentId]
+
+    @property
+    def data_id(self) -> bytes:
+        return self.entry.data_id
+
+    @property
+    def upload_id(self) -> bytes:
+        """Empty when the data is of no part, as far as known."""
+        origin = self.entry.origin
+        return origin[1:] if origin[:1] == OF_UPLOAD and len(origin) == 1 + UPLOAD_ID_BYTES else b""
 
 
 class Collector:
     """Judges and deletes on this node's disks. ``run`` is its task."""
 
-    def __init__(self, context: MaintainContext, live: LiveDataIds) -> None:
+    def __init__(self, context: MaintainContext, rules: CollectRules = RULES, judge: Judge | None = None) -> None:
         self._context = context
-        self._live = live
-        self._buckets = Buckets()
-        self._back_offs: dict[bytes, float] = {}
-        """Data ids on garbage lists that could not be judged, and until when they are skipped: others must have their
-        turn.
-        """
-        self._gone: set[bytes] = set()
-        """Ids of buckets that were deleted for good."""
+        self._rules = rules
+        self._judge = judge if judge is not None else Judge(context, rules)
+        self._sweep = Sweep(context, self._judge.buckets)
+        self._resting: dict[_Rest, tuple[float, str]] = {}
+        """What can't be judged now: until when, and why."""
+        self._cursors: dict[str, tuple[int, bytes]] = {}
+        """Where on each disk's list the next round goes on."""
+        self._counting: dict[str, Counter[str]] = {}
+        self._waiting: dict[str, Counter[str]] = {}
         self.deleted_fragments = 0
         self.kept = 0
-        self.orphans = 0
+        self.rounds = 0
+        """Registers for which a round was asked."""
+
+    @property
+    def orphans(self) -> int:
+        return self._sweep.orphans
+
+    def waiting(self) -> Counter[str]:
+        """How many data ids of the garbage lists wait, by reason, as the last complete passes over the lists found."""
+        return sum(self._waiting.values(), Counter())
 
     async def run(self) -> None:
         """For ever: the garbage lists often, the sweep of orphans a few times a day."""
@@ -101,352 +96,224 @@ class Collector:
                 next_sweep = self._context.clock.monotonic() + self._context.limits.orphan_interval_s
                 await self.sweep()
 
-    # --- garbage lists ------------------------------------------------------------------------------------------------
+    async def sweep(self) -> int:
+        """Puts on the lists what no record claims; returns how many fragments that were."""
+        return await self._sweep.once()
 
     async def collect_due(self) -> int:
         """Judges what is due on all disks. Returns how many fragments were deleted."""
         before = self.deleted_fragments
         now = self._context.clock.monotonic()
-        self._back_offs = {data_id: until for data_id, until in self._back_offs.items() if until > now}
+        self._resting = {owner: rest for owner, rest in self._resting.items() if rest[0] > now}
         for disk, store in self._context.local_fragments.items():
-            failures: list[str] = []
+            counting = self._counting.setdefault(disk, Counter())
+            resting_before = len(self._resting)
             try:
-                while await self._collect_some(disk, store, failures):
-                    pass
+                if await self._collect_disk(disk, store, counting):
+                    self._waiting[disk], self._counting[disk] = counting, Counter()
             except (StoragedError, TimeoutError) as error:
-                failures.append(str(error))
-            if failures:
+                self._cursors.pop(disk, None)
+                counting.clear()
+                self._context.log(f"the garbage list of disk {disk} can't be judged now: {error}")
+            if counting and len(self._resting) > resting_before:
+                reason, count = counting.most_common(1)[0]
                 self._context.log(
-                    f"{len(failures)} entries of disk {disk}'s garbage list can't be judged now, the first:"
-                    f" {failures[0]}"
+                    f"{counting.total()} entries of disk {disk}'s garbage list can't be judged now; {count} of them:"
+                    f" {reason}"
                 )
         return self.deleted_fragments - before
 
-    async def _collect_some(self, disk: str, store: FragmentStore, failures: list[str]) -> bool:
-        """One batch. False when there is nothing left that could be judged now."""
-        limits = self._context.limits
-        due = await store.retired(self._context.clock.wall_ms(), limits.collect_batch + len(self._back_offs))
-        batch = [entry for entry in due if entry[0] not in self._back_offs][: limits.collect_batch]
-        skip: set[bytes] = set()
-        by_owner = await self._candidates(store, batch, skip, failures)
-        await self._find_copies(disk, by_owner)
-        uploads = await self._uploads_in({(owner.scope, owner.shard) for owner in by_owner})
-        dead: list[_Candidate] = []
-
-        async def judge(owner: RegisterName, candidates: list[_Candidate]) -> None:
-            keys = uploads.get((owner.scope, owner.shard))
-            try:
-                opened = None if keys is None else owner.key in keys
-                judged = await self._judge(disk, store, owner, candidates, opened)
-            except (StoragedError, ValueError, TimeoutError) as error:
-                failures.extend([str(error)] * len(candidates))
-                skip.update(candidate.data_id for candidate in candidates)
-            else:
-                dead.extend(judged[0])
-                skip.update(judged[1])
-
-        work = (judge(owner, candidates) for owner, candidates in by_owner.items())
-        await concurrently(work, limits.collects_concurrent_max)
-        try:
-            skip |= await self._delete(store, dead)
-        finally:
-            until = self._context.clock.monotonic() + limits.retry_max_s / 10
-            room = max(0, BACK_OFFS_MAX - len(self._back_offs))
-            self._back_offs.update(dict.fromkeys(list(skip)[:room], until))
-        return bool(batch) and len(self._back_offs) < BACK_OFFS_MAX
-
-    async def _candidates(
-        self, store: FragmentStore, batch: Sequence[tuple[bytes, bytes]], skip: set[bytes], failures: list[str]
-    ) -> dict[RegisterName, list[_Candidate]]:
-        """The entries of a garbage list with their fragments on its disk. Those that can't be looked at go into
-        ``skip``.
-        """
-        found: dict[RegisterName, list[_Candidate]] = {}
-        for data_id, packed in batch:
-            try:
-                owner = _owner_of(packed)
-                fragments = await _fragments_of(store, data_id)
-                ages = [stat.created_ms for stat in await store.stat(fragments)]
-            except (StoragedError, ValueError, TimeoutError) as error:
-                failures.append(str(error))
-                skip.add(data_id)
-            else:
-                found.setdefault(owner, []).append(_Candidate(data_id, fragments, ages))
-        return found
-
-    async def _find_copies(self, disk: str, by_owner: dict[RegisterName, list[_Candidate]]) -> None:
-        """Adds the other copies of small objects to the candidates, as far as their disks answer."""
-        asked: dict[str, list[tuple[_Candidate, FragmentId]]] = {}
-        for owner, candidates in by_owner.items():
-            replicas = self._context.layouts.current.replicas_of(owner.partition)
-            for candidate in candidates if owner.table == Table.OBJECT else ():
-                copies = _other_copies(candidate.fragments)
-                for other in replicas if copies else ():
-                    if other != disk:
-                        asked.setdefault(other, []).extend((candidate, copy) for copy in copies)
-        for other, wanted in asked.items():
-            try:
-                stats = await self._context.stores.store(other).stat([copy for _, copy in wanted])
-            except (StoragedError, TimeoutError):
-                continue
-            for (candidate, copy), stat in zip(wanted, stats, strict=True):
-                if stat.health != Health.MISSING:
-                    candidate.copies.append((other, copy, stat.created_ms))
-
-    async def _uploads_in(self, shards: set[tuple[bytes, int]]) -> dict[tuple[bytes, int], set[bytes]]:
-        """Shard -> the keys with an open upload. A shard with more uploads than one page lists is left out, and so is
-        one that does not answer.
-        """
-        found: dict[tuple[bytes, int], set[bytes]] = {}
-
-        async def ask(scope: bytes, shard: int) -> None:
-            try:
-                page = await self._context.scanner.list_page(
-                    PageQuery(Table.UPLOAD, scope, [shard], limit=UPLOADS_A_SHARD_MAX)
-                )
-                uploads = [living_upload(row.key, row.value) for row in page.rows]
-            except (StoragedError, TimeoutError):
-                return
-            if page.next_after is None:
-                found[scope, shard] = {upload.key for upload in uploads if upload is not None}
-
-        work = (ask(scope, shard) for scope, shard in shards)
-        await concurrently(work, self._context.limits.collects_concurrent_max)
-        return found
-
-    async def _judge(
-        self,
-        disk: str,
-        store: FragmentStore,
-        owner: RegisterName,
-        candidates: list[_Candidate],
-        uploads: bool | None,
-    ) -> tuple[list[_Candidate], list[bytes]]:
-        """(candidates to which nothing refers or ever will; data ids that can't be judged now). A candidate to which
-        something refers is taken off the list; of its fragments, those that the record places elsewhere are deleted.
-        ``uploads``: whether some are open for the key; None: not known yet. Raises StoragedError when nothing can be
-        judged.
-        """
-        try:
-            if uploads is None:
-                uploads = False
-                async for _ in living_uploads(self._context.scanner, owner):
-                    uploads = True
-                    break
-            live = await self._live(owner, uploads)
-        except NoSuchBucket as error:
-            if error.details.get("final") or await self._is_gone(owner.scope):
-                return candidates, []
-            return [], [candidate.data_id for candidate in candidates]
-        kept = {candidate.data_id for candidate in candidates if candidate.data_id in live}
-        if kept and not uploads:
-            await self._delete_moved(disk, store, owner, kept)
-        for data_id in kept:
-            self.kept += 1
-            await store.unretire(data_id)
-        others = [candidate for candidate in candidates if candidate.data_id not in live]
-        return ([], [candidate.data_id for candidate in others]) if uploads else (others, [])
-
-    async def _delete_moved(self, disk: str, store: FragmentStore, owner: RegisterName, data_ids: set[bytes]) -> None:
-        """Deletes the fragments of this data that a repair has moved away from here. A committed round has just ended
-        all promises of before. A later change that names a fragment here has touched it since it was looked at.
-        """
-        if owner.table != Table.OBJECT:
-            return
-        if owner.scope not in self._buckets.by_id:
-            await self._buckets.refresh(self._context)
-        try:
-            countries = self._buckets.countries_of(owner.scope)
-        except KeyError:
-            return  # the sweep of orphans comes to it when the bucket is verified
-        aged = {data_id: await self._ages_of(store, data_id) for data_id in data_ids}
-        entries = await self._entries(owner, await self._context.registers.settle(owner))
-        named = {entry.data_id for entry in entries}
-        for data_id, ages in aged.items():
-            if data_id not in named:
-                continue  # an upload refers to it
-            moved = [
-                (fragment, age)
-                for fragment, age in ages.items()
-                if not is_claimed(self._context, owner, entries, fragment, disk, countries)
-            ]
-            for start in range(0, len(moved), DELETIONS_A_CALL):
-                await self._delete_on(store, moved[start : start + DELETIONS_A_CALL])
-
-    async def _ages_of(self, store: FragmentStore, data_id: bytes) -> dict[FragmentId, int]:
-        """When each fragment of the data on this disk was written or touched."""
-        found: dict[FragmentId, int] = {}
-        after, more = data_id, True
-        while more:
-            ids = [header.id async for header in store.scan(after, SWEEP_PAGE) if header.id[:16] == data_id]
-            fragments = [FragmentId.unpack(packed) for packed in ids]
-            found.update({FragmentId.unpack(stat.id): stat.created_ms for stat in await store.stat(fragments)})
-            more = len(ids) == SWEEP_PAGE
-            after = ids[-1] if ids else after
-        return found
-
-    async def _delete(self, store: FragmentStore, dead: list[_Candidate]) -> set[bytes]:
-        """Deletes the fragments that are still as old as they were. Returns the data ids with a fragment that was
-        touched since: a writer refers to it, or is about to. Of more than ``SWEEP_PAGE`` fragments the others come in
-        the next batch.
-        """
-        aged = [(fragment, age) for one in dead for fragment, age in zip(one.fragments, one.ages, strict=True)]
-        left: set[bytes] = set()
-        for start in range(0, len(aged), DELETIONS_A_CALL):
-            some = aged[start : start + DELETIONS_A_CALL]
-            deleted = await self._delete_on(store, some)
-            if deleted < len(some):
-                stats = await store.stat([fragment for fragment, _ in some])
-                left |= {
-                    fragment.data_id
-                    for (fragment, _), stat in zip(some, stats, strict=True)
-                    if stat.health != Health.MISSING
-                }
-        for candidate in dead:
-            if not candidate.fragments:
-                await store.unretire(candidate.data_id)
-        await self._delete_copies(dead)
-        return left
-
-    async def _delete_copies(self, dead: list[_Candidate]) -> None:
-        copies: dict[str, list[tuple[FragmentId, int]]] = {}
-        for candidate in dead:
-            for disk, copy, age in candidate.copies:
-                copies.setdefault(disk, []).append((copy, age))
-        for disk, some in copies.items():
-            try:
-                for start in range(0, len(some), DELETIONS_A_CALL):
-                    await self._delete_on(self._context.stores.store(disk), some[start : start + DELETIONS_A_CALL])
-            except (StoragedError, TimeoutError):
-                continue  # they are on that disk's own list too
-
-    async def _delete_on(self, store: FragmentStore, aged: Sequence[tuple[FragmentId, int]]) -> int:
-        deleted = await store.delete([fragment for fragment, _ in aged], created_ms=[age for _, age in aged])
-        self.deleted_fragments += deleted
-        return deleted
-
-    async def _is_gone(self, bucket: bytes) -> bool:
-        """Whether a bucket whose registers are fenced has left the directory, and so was deleted for good. A gateway
-        that died before it made the fence final leaves a fence that is neither lifted nor made final.
-        """
-        if bucket in self._gone:
-            return True
-        await self._buckets.refresh(self._context)
-        if bucket in self._buckets.by_id or not self._buckets.complete:
-            return False
-        if len(self._gone) >= GONE_MAX:
-            self._gone.clear()
-        self._gone.add(bucket)
-        return True
-
-    # --- the sweep of orphans -----------------------------------------------------------------------------------------
-
-    async def sweep(self) -> int:
-        """Looks for fragments that no record claims, and that are too old for a request to be still writing them. Whole
-        data ids are retired. Single fragments of data that is claimed elsewhere, which a recoding left, are deleted.
-        Returns how many were found.
-        """
-        before = self.orphans
-        try:
-            await self._buckets.refresh(self._context)
-            for disk, store in self._context.local_fragments.items():
-                await self._sweep_disk(disk, store)
-        except (StoragedError, TimeoutError) as error:
-            self._context.log(f"the sweep of orphans stops, to begin again later: {error}")
-        return self.orphans - before
-
-    async def _sweep_disk(self, disk: str, store: FragmentStore) -> None:
-        after = b""
-        failures: list[str] = []
-        while page := [header async for header in store.scan(after, SWEEP_PAGE)]:
-            after = page[-1].id
-            oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
-            for header in page:
-                if header.created_ms >= oldest or len(header.owner) < _NAME_BYTES_MIN:
-                    continue
-                try:
-                    if not await self._claimed(disk, header):
-                        await self._discard(disk, store, header)
-                except (StoragedError, KeyError, ValueError, TimeoutError) as error:
-                    failures.append(str(error))
-            await asyncio.sleep(0)
-        if failures:
-            self._context.log(
-                f"the sweep of disk {disk} leaves {len(failures)} fragments alone that it can't judge; the first:"
-                f" {failures[0]}"
-            )
-
-    async def _claimed(self, disk: str, header: FragmentHeader) -> bool:
-        """Whether the owner's record names this very fragment on this disk: by the row that this node has, which costs
-        nothing and hardly ever lags, else by a majority. Raises KeyError, ValueError for a fragment that this node
-        can't judge.
-        """
-        owner = RegisterName.unpack(header.owner)
-        if owner.scope not in self._buckets.by_id:
-            # The bucket is gone or brand-new. A bucket that is gone has a fence; that is checked before any deletion.
-            return False
-        for replica in self._context.layouts.current.replicas_of(owner.partition):
-            store = self._context.local_meta.get(replica)
-            try:
-                slot = store.get(owner) if store is not None else None
-            except RowDamaged:
-                slot = None
-            if slot is not None and self._names(owner, await self._entries(owner, slot.value), header, disk):
+    async def _collect_disk(self, disk: str, store: NearStore, counting: Counter[str]) -> bool:
+        """One round over a list, or the next part of it. True: its end was reached."""
+        limits, now_ms = self._context.limits, self._context.clock.wall_ms()
+        for _ in range(0, ENTRIES_A_ROUND, limits.collect_batch):
+            page = await store.due(now_ms, self._cursors.get(disk, (0, b"")), limits.collect_batch)
+            if not page:
+                self._cursors.pop(disk, None)
                 return True
-        value = (await self._context.registers.read(owner)).value
-        return self._names(owner, await self._entries(owner, value), header, disk)
+            self._cursors[disk] = page[-1].due_ms, page[-1].data_id
+            await self._collect_page(disk, store, page, counting)
+        return False
 
-    async def _entries(self, owner: RegisterName, value: Value | None) -> list[PartEntry]:
-        return [entry async for entry in entries_of(self._context, owner, value)]
-
-    def _names(self, owner: RegisterName, entries: list[PartEntry], header: FragmentHeader, disk: str) -> bool:
-        countries = self._buckets.countries_of(owner.scope)
-        return is_claimed(self._context, owner, entries, FragmentId.unpack(header.id), disk, countries)
-
-    async def _discard(self, disk: str, store: FragmentStore, header: FragmentHeader) -> None:
-        """Deletes this one fragment when its object uses the data id. Any other data id goes to the garbage list, where
-        it is judged again.
-        """
-        owner, fragment = RegisterName.unpack(header.owner), FragmentId.unpack(header.id)
-        (stat,) = await store.stat([fragment])
+    async def _collect_page(
+        self, disk: str, store: NearStore, page: Sequence[Retirement], counting: Counter[str]
+    ) -> None:
+        awake = []
+        for entry in page:
+            rest = self._resting.get((entry.owner, entry.origin))
+            if rest is None:
+                awake.append(entry)
+            else:
+                counting[rest[1]] += 1
+        judged = _Page(self._context, self._judge, self._rules, disk, store)
         try:
-            value = await self._context.registers.settle(owner)
-        except NoSuchBucket as error:
-            if not error.details.get("final") and not await self._is_gone(owner.scope):
-                return
-            value = None
-        entries = [entry for entry in await self._entries(owner, value) if entry.data_id == fragment.data_id]
-        if not entries:
-            await store.retire([Retirement(fragment.data_id, header.owner, self._context.clock.wall_ms())])
-        elif not self._names(owner, entries, header, disk):
-            self.deleted_fragments += await store.delete([fragment], created_ms=[stat.created_ms])
-        else:
+            await judged.collect(awake)
+        finally:
+            self.deleted_fragments += judged.deleted
+            self.kept += judged.kept
+            self.rounds += judged.rounds
+            until = self._context.clock.monotonic() + self._context.limits.retry_max_s / 10
+            for waits, reason in judged.waiting:
+                counting[reason] += 1
+                if len(self._resting) < RESTING_MAX:
+                    self._resting[waits] = until, reason
+
+
+class _Page:
+    """One page of a garbage list, while it is judged. ``waiting``: of each data id that waits, and why."""
+
+    def __init__(
+        self, context: MaintainContext, judge: Judge, rules: CollectRules, disk: str, store: NearStore
+    ) -> None:
+        self._context = context
+        self._judge = judge
+        self._rules = rules
+        self._disk = disk
+        self._store = store
+        self._uncertain: list[Garbage] = []
+        """Needs a round of its register."""
+        self._dead: list[FragmentId] = []
+        self.waiting: list[tuple[_Rest, str]] = []
+        self.deleted = self.kept = self.rounds = 0
+
+    async def collect(self, entries: Sequence[Retirement]) -> None:
+        """Raises StoragedError when the disk itself does not answer."""
+        replaced: dict[RegisterName, list[Garbage]] = {}
+        parts: dict[tuple[RegisterName, bytes], list[Garbage]] = {}
+        for garbage in await self._found(entries):
+            if garbage.upload_id:
+                parts.setdefault((garbage.owner, garbage.upload_id), []).append(garbage)
+            elif garbage.entry.origin == REPLACED or not self._rules.replaced_by_commit:
+                replaced.setdefault(garbage.owner, []).append(garbage)
+            else:
+                self._uncertain.append(garbage)
+        work = [self._judge_replaced(owner, some) for owner, some in replaced.items()]
+        work += [self._judge_parts(owner, upload_id, some) for (owner, upload_id), some in parts.items()]
+        await concurrently(work, READS_CONCURRENT_MAX)
+        for start in range(0, len(self._dead), DELETIONS_A_CALL):
+            self.deleted += await self._store.delete(self._dead[start : start + DELETIONS_A_CALL])
+        if self._uncertain:
+            await self._judge_uncertain()
+
+    async def _found(self, entries: Sequence[Retirement]) -> list[Garbage]:
+        """The entries with their fragments. Those without any are taken off the list."""
+        found = []
+        fragments = await self._store.fragments_of([entry.data_id for entry in entries]) if entries else []
+        for entry, some in zip(entries, fragments, strict=True):
+            try:
+                owner = owner_of(entry.owner)
+            except ValueError as error:
+                self._wait([entry], str(error))
+                continue
+            if some:
+                found.append(Garbage(entry, owner, some))
+            else:
+                await self._store.unretire(entry.data_id)
+        return found
+
+    def _wait(self, entries: Iterable[Retirement], reason: str) -> None:
+        self.waiting.extend(((entry.owner, entry.origin), reason) for entry in entries)
+
+    def _wait_all(self, some: Iterable[Garbage], reason: str) -> None:
+        self._wait([garbage.entry for garbage in some], reason)
+
+    # --- by a settled read --------------------------------------------------------------------------------------------
+
+    async def _judge_replaced(self, owner: RegisterName, some: Sequence[Garbage]) -> None:
+        try:
+            live = await self._judge.references(owner)
+        except PAST as error:
+            if not await self._of_gone_bucket(owner, some):
+                self._wait_all(some, str(error))
             return
-        self.orphans += 1
+        for garbage in some:
+            if garbage.data_id in live:  # a move put its old places on the list before
+                self._uncertain.append(garbage)
+            else:
+                self._dead.extend(garbage.fragments)
 
+    async def _of_gone_bucket(self, owner: RegisterName, some: Sequence[Garbage]) -> bool:
+        try:
+            gone = await self._judge.is_gone(owner.scope)
+        except PAST:
+            return False
+        if gone:
+            self._dead.extend(fragment for garbage in some for fragment in garbage.fragments)
+        return gone
 
-def _other_copies(fragments: Sequence[FragmentId]) -> list[FragmentId]:
-    """The ids of a small object's other copies, when ``fragments`` is one copy of it."""
-    if len(fragments) != 1 or fragments[0].k != 1 or fragments[0].block != 0:
-        return []
-    own = fragments[0]
-    return [own._replace(position=position) for position in range(own.m + 1) if position != own.position]
+    async def _judge_parts(self, owner: RegisterName, upload_id: bytes, some: Sequence[Garbage]) -> None:
+        try:
+            state = await self._judge.upload_state(owner, upload_id)
+        except PAST as error:
+            if not await self._of_gone_bucket(owner, some):
+                self._wait_all(some, str(error))
+            return
+        if is_open(state):
+            self._wait_all(some, "its upload is open")
+        elif is_done(state):
+            await self._judge_replaced(owner, some)
+        else:
+            self._uncertain.extend(some)
 
+    # --- by a round ---------------------------------------------------------------------------------------------------
 
-async def _fragments_of(store: FragmentStore, data_id: bytes) -> list[FragmentId]:
-    """The data id's fragments on this disk, up to SWEEP_PAGE."""
-    page: list[FragmentId] = []
-    for limit in (FEW, SWEEP_PAGE):
-        page = [
-            FragmentId.unpack(header.id) async for header in store.scan(data_id, limit) if header.id[:16] == data_id
-        ]
-        if len(page) < limit:
-            break
-    return page
+    async def _judge_uncertain(self) -> None:
+        data_ids = [garbage.data_id for garbage in self._uncertain]
+        by_owner: dict[RegisterName, list[Garbage]] = {}
+        for garbage in self._uncertain:
+            by_owner.setdefault(garbage.owner, []).append(garbage)
+        if self._rules.condemned_first:
+            self._store.condemn(data_ids)
+        try:
+            self.rounds += len(by_owner)
+            proofs = await self._judge.prove(list(by_owner))
+            if not self._rules.condemned_first:
+                self._store.condemn(data_ids)
+            for owner, some in by_owner.items():
+                proof = proofs.get(owner, "it was not looked at")
+                if isinstance(proof, str):
+                    self._wait_all(some, proof)
+                    continue
+                for garbage in some:
+                    await self._conclude(garbage, proof)
+        finally:
+            self._store.pardon(data_ids)
 
+    async def _conclude(self, garbage: Garbage, proof: Proof) -> None:
+        part = bool(garbage.upload_id)
+        if garbage.data_id in proof.of_uploads:
+            await self._keep(garbage)
+        elif any(entry.data_id == garbage.data_id for entry in proof.entries):
+            await self._delete_unclaimed(garbage, proof)
+        elif proof.gone or part or (proof.everywhere and not proof.uploads):
+            await self._delete(garbage.fragments)
+        elif proof.uploads:
+            self._wait_all([garbage], "an upload of its key is open")
+        else:
+            self._wait_all([garbage], "a replica of its register is away or lags")
 
-def _owner_of(packed: bytes) -> RegisterName:
-    """Raises ValueError for bytes that are not a register's name."""
-    if len(packed) < _NAME_BYTES_MIN:
-        raise ValueError(f"not the name of a register: {packed.hex()}")
-    return RegisterName.unpack(packed)
+    async def _delete_unclaimed(self, garbage: Garbage, proof: Proof) -> None:
+        """The record refers to the data: only fragments that none of its runs places on this disk go."""
+        owner = garbage.owner
+        try:
+            countries = await self._judge.countries_of(owner.scope)
+            unclaimed = [
+                fragment
+                for fragment in garbage.fragments
+                if not is_claimed(self._context, owner, proof.entries, fragment, self._disk, countries)
+            ]
+        except PAST as error:
+            self._wait_all([garbage], f"where its fragments belong is not known: {error}")
+            return
+        if unclaimed:
+            await self._delete(unclaimed)
+        if len(unclaimed) < len(garbage.fragments):
+            await self._keep(garbage)
+
+    async def _delete(self, fragments: Sequence[FragmentId]) -> None:
+        for start in range(0, len(fragments), DELETIONS_A_CALL):
+            self.deleted += await self._store.delete_condemned(fragments[start : start + DELETIONS_A_CALL])
+
+    async def _keep(self, garbage: Garbage) -> None:
+        self.kept += 1
+        await self._store.unretire(garbage.data_id)

@@ -18,7 +18,7 @@ from storaged.errors import PeerError, PeerRefused, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.check import Check
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.gc import Collector, LiveDataIds
+from storaged.maintain.gc import Collector
 from storaged.maintain.job import JobReport
 from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.repair import Repair, Waits
@@ -30,6 +30,7 @@ from storaged.wire import Message
 HINTS_A_CALL = 1000
 HINTS_WAITING_MAX = 10 * HINTS_A_CALL
 DAMAGED_MAX = 1000
+REASONS_MAX = 8
 
 
 class Ask(Message, frozen=True):
@@ -52,6 +53,8 @@ class MaintainStatus(Message, frozen=True):
     not complete.
     ``records_refused``: registers of buckets of which nothing is repaired or moved, because their records are not
     verified, each with the reason.
+    ``garbage_waiting``: why data on the garbage lists is not deleted yet although it is due, and how many data ids wait
+    for each reason; orphans are among them.
     """
 
     node: str
@@ -72,19 +75,20 @@ class MaintainStatus(Message, frozen=True):
     waits: Waits = Waits()
     audit_alarms: tuple[tuple[str, str], ...] = ()
     records_refused: tuple[tuple[str, str], ...] = ()
+    garbage_waiting: tuple[tuple[str, int], ...] = ()
 
 
 class Maintenance:
     """Owns repair, scrub and garbage collection. ``run`` until cancelled."""
 
-    def __init__(self, context: MaintainContext, scanner: RingScanner, live: LiveDataIds, caller: Caller) -> None:
+    def __init__(self, context: MaintainContext, scanner: RingScanner, caller: Caller) -> None:
         self._context = context
         self._caller = caller
         self._others = MaintainClient(caller, context.layouts, context.liveness)
         self.check = Check(context, scanner)
         self.repair = Repair(context, self.check)
         self.scrub = Scrub(context, self.hint, self.check.request_walk)
-        self.collector = Collector(context, live)
+        self.collector = Collector(context)
         self.page_sweep = PageSweep(context, scanner)
         self._seen = (frozenset[str](), frozenset[str]())
         """The usable disks when that was looked at last."""
@@ -209,6 +213,7 @@ class Maintenance:
             waits=repair.waits(),
             audit_alarms=tuple(self._context.audit_alarms()),
             records_refused=tuple(sorted(check.walker.buckets.refused.items())),
+            garbage_waiting=tuple(self.collector.waiting().most_common(REASONS_MAX)),
         )
 
     def methods(self) -> Methods:

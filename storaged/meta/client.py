@@ -19,6 +19,7 @@ from storaged.cluster.ports import Layouts
 from storaged.errors import ServiceUnavailable
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta.consensus.change import Shared
+from storaged.meta.consensus.looks import Look
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import RULES, Ballots, Rules
 from storaged.meta.names import RegisterName, Table, Value
@@ -270,6 +271,10 @@ class RingClient:
 
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         return await self._survey.held_by_quorum(name, usable)
+
+    async def look(self, name: RegisterName) -> Look:
+        """What each replica that answers has accepted: a snapshot (``consensus.looks``)."""
+        return await self._survey.look(name)
 
     # --- pages and fences ---------------------------------------------------------------------------------------------
 

@@ -57,7 +57,6 @@ from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
 from storaged.node.opener import Opener
 from storaged.node.system import LAYOUT_FILE, SystemPaths, operator_layout
-from storaged.objects.write.references import live_references
 
 if TYPE_CHECKING:  # storage nodes have no further processes, and don't import what those need
     from storaged.node.leader import Leader
@@ -313,6 +312,7 @@ class NodePlanes:
             layouts=self.layouts,
             liveness=self.membership,
             registers=self.ring,
+            look=self.ring.look,
             pages=self.ring,
             scanner=self.scanner,
             stores=self.stores,
@@ -327,12 +327,7 @@ class NodePlanes:
         )
 
     def _build_maintenance(self) -> None:
-        context = self.maintain_context()
-
-        async def live(owner: RegisterName, uploads: bool) -> set[bytes]:
-            return await live_references(self.ring, self.scanner, self.ring, owner, uploads=uploads)
-
-        self.maintenance = Maintenance(context, self.scanner, live, self.pool)
+        self.maintenance = Maintenance(self.maintain_context(), self.scanner, self.pool)
         self._methods.update(self.maintenance.methods())
 
     async def _listen(self) -> None:

@@ -80,10 +80,6 @@ class ObjectLimits:
     """
     retire_delay_ms: int = 3_600_000
     """Replaced data stays so long, for reads that are under way."""
-    retire_follow_ms: int = 600_000
-    """A small object is due on the garbage lists of the other replicas so much later than on the first one's: garbage
-    collection there deletes all copies.
-    """
     threads: int = 4
     background_tasks_max: int = 256
     buckets_per_user_max: int = 1000

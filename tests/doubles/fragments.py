@@ -6,7 +6,7 @@ full or read-only.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -45,7 +45,8 @@ class MemoryFragmentStore:
         self._on_damage = on_damage
         self._fragments: dict[bytes, Kept] = {}
         self._durable: dict[bytes, Kept] = {}
-        self._retired: dict[bytes, tuple[bytes, int]] = {}
+        self._retired: dict[bytes, tuple[bytes, int, bytes]] = {}
+        self._condemned: set[bytes] = set()
         self._state = "ok"
 
     # --- what tests do to it ----------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ class MemoryFragmentStore:
     @property
     def garbage(self) -> dict[bytes, tuple[bytes, int]]:
         """Data id -> (owner, when it is due)."""
-        return dict(self._retired)
+        return {data_id: entry[:2] for data_id, entry in self._retired.items()}
 
     def kept(self, fragment: FragmentId) -> Kept:
         """A test may change it."""
@@ -134,6 +135,7 @@ class MemoryFragmentStore:
             raise DiskUnusable("the disk is full up to its reserve", state="full")
         if not write.matches_hash():
             raise FragmentDamaged(f"the payload of {write.key.hex()} is not what its hashes say; not written")
+        self._condemned.discard(write.key[:16])
         kept = Kept(header, b"".join(write.payload))
         self._fragments[write.key] = kept
         if sync:
@@ -141,6 +143,7 @@ class MemoryFragmentStore:
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         self._refuse_read_only()
+        self.pardon(fragment.data_id for fragment in ids)
         for fragment in ids:
             self._durable[fragment.pack()] = self._find(fragment)
 
@@ -166,6 +169,7 @@ class MemoryFragmentStore:
         return [self._stat(fragment.pack()) for fragment in ids]
 
     async def headers(self, ids: Sequence[FragmentId]) -> list[FragmentHeader | None]:
+        self.pardon(fragment.data_id for fragment in ids)
         found = [self._fragments.get(fragment.pack()) for fragment in ids]
         self._durable.update({kept.header.id: kept for kept in found if kept is not None})
         return [None if kept is None or kept.known_bad or -1 in kept.bad else kept.header for kept in found]
@@ -173,6 +177,7 @@ class MemoryFragmentStore:
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         check_time(now_ms)
         self._refuse_read_only()
+        self.pardon(fragment.data_id for fragment in ids)
         for fragment in ids:
             for kept in {
                 id(kept): kept
@@ -186,12 +191,34 @@ class MemoryFragmentStore:
         for entry in entries:
             check_time(entry.due_ms)
         self._refuse_read_only()
-        for data_id, owner, due_ms in entries:
-            self._retired.setdefault(data_id, (owner, due_ms))
+        for data_id, owner, due_ms, origin in entries:
+            known = self._retired.get(data_id)
+            if known is None:
+                self._retired[data_id] = owner, due_ms, origin
+            elif origin and not known[2] and owner == known[0]:
+                self._retired[data_id] = owner, known[1], origin
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
-        due = sorted((due_ms, data_id, owner) for data_id, (owner, due_ms) in self._retired.items() if due_ms <= now_ms)
-        return [(data_id, owner) for _, data_id, owner in due[:limit]]
+        return [(entry.data_id, entry.owner) for entry in await self.due(now_ms, (0, b""), limit)]
+
+    async def due(self, now_ms: int, after: tuple[int, bytes], limit: int) -> list[Retirement]:
+        entries = [Retirement(data_id, *entry) for data_id, entry in self._retired.items()]
+        due = [entry for entry in entries if entry.due_ms <= now_ms and (entry.due_ms, entry.data_id) > after]
+        return sorted(due, key=lambda entry: (entry.due_ms, entry.data_id))[:limit]
+
+    async def fragments_of(self, data_ids: Sequence[bytes]) -> list[list[FragmentId]]:
+        return [[fragment for fragment in self.fragments if fragment.data_id == data_id] for data_id in data_ids]
+
+    def condemn(self, data_ids: Iterable[bytes]) -> None:
+        self._condemned.update(data_ids)
+
+    def pardon(self, data_ids: Iterable[bytes]) -> None:
+        self._condemned.difference_update(data_ids)
+
+    async def delete_condemned(self, ids: Sequence[FragmentId]) -> int:
+        some = [fragment for fragment in ids if fragment.data_id in self._condemned]
+        self.pardon(fragment.data_id for fragment in some)
+        return await self.delete(some)
 
     async def unretire(self, data_id: bytes) -> None:
         self._refuse_read_only()

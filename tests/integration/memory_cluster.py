@@ -42,7 +42,6 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import UserService
-from storaged.objects.write.references import live_references
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.keys import MemoryKeys, MemorySigners
@@ -140,6 +139,7 @@ class StorageNode:
             layouts=cluster.layouts,
             liveness=cluster.alive,
             registers=self.ring,
+            look=self.ring.look,
             pages=self.ring,
             scanner=scanner,
             stores=StoreDirectory(cluster.layouts, caller, self.stores),
@@ -152,11 +152,8 @@ class StorageNode:
             log=self.log.append,
         )
 
-        async def live(owner: RegisterName, uploads: bool) -> set[bytes]:
-            return await live_references(context.registers, context.scanner, context.pages, owner, uploads=uploads)
-
         self.context = context
-        self.maintenance = Maintenance(context, scanner, live, caller)
+        self.maintenance = Maintenance(context, scanner, caller)
         self.methods: dict[str, Method] = {
             **ReplicaHost(self.replicas, lambda: cluster.layouts.current.epoch).methods(),
             **FragmentHost(self.stores).methods(),
@@ -539,6 +536,7 @@ class Gateway:
             layouts=cluster.layouts,
             liveness=cluster.alive,
             registers=self.ring,
+            look=self.ring.look,
             pages=self.ring,
             scanner=self.scanner,
             stores=self.plane.stores,

@@ -63,7 +63,7 @@ def test_it_goes_after_the_last_fragment_and_from_every_gateway() -> None:
             await cluster.objects.delete(bucket, form)
         await cluster.buckets.delete(bucket)
         plane = cluster.gateway.plane
-        delay_s = (plane.limits.retire_delay_ms + plane.limits.retire_follow_ms) / 1000
+        delay_s = plane.limits.retire_delay_ms / 1000
         await cluster.pass_s(1)  # what was deleted comes on the disks' garbage lists
         await cluster.kill("nb")
         await cluster.leap(delay_s + 60)

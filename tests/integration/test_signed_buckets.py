@@ -250,8 +250,8 @@ def test_no_bucket_is_taken_to_be_gone_while_a_record_is_not_believed() -> None:
         await cluster.bucket("other")
         collector = cluster.nodes["na"].maintenance.collector
         await forge(cluster, changed(id=b"x" * 16))
-        assert not await collector._is_gone(bucket.id)
-        assert not await collector._is_gone(b"y" * 16)
+        assert not await collector._judge.is_gone(bucket.id)
+        assert not await collector._judge.is_gone(b"y" * 16)
 
     run(scenario, racks=MIXED)
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from storaged.errors import FragmentDamaged, PeerUnreachable
-from storaged.fragments.ports import FragmentId, Health
+from storaged.fragments.ports import REPLACED, FragmentId, Health, Retirement
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
 from storaged.hashes import transfer_checksum
@@ -18,6 +18,7 @@ from tests.doubles.caller import Loopback
 from tests.doubles.disks import FaultyDisk
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.suites.fragment_store import Damage, FragmentStoreSuite
+from tests.suites.near_store import NearStoreSuite
 from tests.worlds.fragments import DISK, Made, flip_on_disk, make
 
 
@@ -34,6 +35,32 @@ class TestLocal(FragmentStoreSuite):
             flip_on_disk(tmp_path, made, cell)
 
         return flip
+
+
+class TestLocalNear(NearStoreSuite):
+    @pytest.fixture
+    async def near(self, tmp_path: Path) -> AsyncIterator[LocalFragmentStore]:
+        store = await LocalFragmentStore.open(tmp_path, DISK)
+        yield store
+        await store.close()
+
+
+class TestMemoryNear(NearStoreSuite):
+    @pytest.fixture
+    def near(self) -> MemoryFragmentStore:
+        return MemoryFragmentStore()
+
+
+async def test_garbage_keeps_its_origin_over_rpc_and_a_restart(tmp_path: Path) -> None:
+    entries = [Retirement(bytes([n]) * 16, b"owner", n, (REPLACED, b"")[n % 2]) for n in range(4)]
+    local = await LocalFragmentStore.open(tmp_path, DISK)
+    host = FragmentHost({DISK: local})
+    await RemoteFragmentStore(Loopback(lambda _node: host.methods()), "n1", DISK).retire(entries)
+    assert await local.due(9, (0, b""), 9) == entries
+    await local.close()
+    local = await LocalFragmentStore.open(tmp_path, DISK)
+    assert await local.due(9, (0, b""), 9) == entries
+    await local.close()
 
 
 class TestRemote(TestLocal):

@@ -67,6 +67,11 @@ def documented() -> bytes:
     return found
 
 
+def test_notes_of_the_version_before_say_nothing_of_the_origin() -> None:
+    old = bytes.fromhex("919403c41064646464646464646464646464646464c4056f776e657205")
+    assert parse_notes(old) == (Retire(b"d" * 16, b"owner", 5, b""),)
+
+
 def test_the_documented_vector_is_what_the_code_writes() -> None:
     assert documented() == vector()
 

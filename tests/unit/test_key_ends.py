@@ -34,7 +34,7 @@ class Rig:
         self.world, self.objects, self.buckets = world_of()
         self.plane = self.objects.plane
         self.world.keys.now_ms = self.world.clock.wall_ms
-        self.delay_ms = self.plane.limits.retire_delay_ms + self.plane.limits.retire_follow_ms
+        self.delay_ms = self.plane.limits.retire_delay_ms
 
     async def deleted(self) -> BucketRecord:
         bucket = await self.buckets.create(ANNE, "b", region="eu-fr-1")

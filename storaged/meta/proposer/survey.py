@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storaged.errors import StoragedError
+from storaged.meta.consensus.looks import Held, Look
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Read, ReadReply
@@ -62,6 +63,14 @@ class RingSurvey:
         replies = (await self._ask(view, name, self._deadline())).replies
         values = {disk: reply.value for disk, reply in replies.items()}
         return view.quorum.agreed({disk: value for disk, value in values.items() if value and usable(value)})
+
+    async def look(self, name: RegisterName) -> Look:
+        """What each replica that answers has accepted."""
+        view = self._view(name)
+        found = await self._ask(view, name, self._deadline())
+        held = {disk: Held(reply.accepted, reply.digest, reply.value) for disk, reply in found.replies.items()}
+        fenced = frozenset(disk for disk, reply in found.replies.items() if reply.fenced)
+        return Look(view.quorum, held, fenced)
 
     def _deadline(self) -> float:
         return self._calls.clock.monotonic() + min(self._calls.deadline_s, AGREEMENT_S)

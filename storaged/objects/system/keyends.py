@@ -5,7 +5,7 @@ Theory of operation
     (``BucketService.resume``). From then on no row of it can be created, so only data on garbage lists is left. The key
     is destroyed when, at one check,
 
-    1. the delay for readers (``retire_delay_ms``, ``retire_follow_ms``) is over since then;
+    1. the delay for readers (``retire_delay_ms``) is over since then;
     2. an authentic record proves that the bucket was deleted, and its fence is final at a majority of every shard's
        replicas;
     3. no disk of the layout has anything of the bucket on its garbage list that is due. Every disk must answer.
@@ -51,7 +51,7 @@ class Ends(NamedTuple):
 
 async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends:
     """Makes one check. Raises ServiceUnavailable, KeyringUnavailable when it can't be made."""
-    over_ms = plane.clock.wall_ms() - plane.limits.retire_delay_ms - plane.limits.retire_follow_ms
+    over_ms = plane.clock.wall_ms() - plane.limits.retire_delay_ms
     ended = sorted(
         (key for key in await plane.keys.ended_bucket_keys() if key.end.since_ms <= over_ms),
         key=lambda key: key.end.since_ms,
@@ -78,7 +78,7 @@ async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends
 
 async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[bytes] | str:
     """Ids of the buckets of which some disk has garbage; or why that is unknown."""
-    due_ms = max(key.end.since_ms for key in ended) + plane.limits.retire_delay_ms + plane.limits.retire_follow_ms
+    due_ms = max(key.end.since_ms for key in ended) + plane.limits.retire_delay_ms
     wanted = {key.bucket_id for key in ended}
     found: set[bytes] = set()
     for disk in plane.layouts.current.disk_by_id:

@@ -2,12 +2,17 @@
 
 The condition of a write is judged on the record that the prepare of the accepted ballot brought.
 
-The barrier runs beside the first prepare. It may move blocks, when disks failed at the last moment; then the commit
-begins again with the entry as the barrier left it (``RunsChanged``).
+The last block is sent beside the prepare. The barrier comes after the promise, and costs no time of its own as a rule:
+the promise is there before the block. It may move blocks, when disks failed at the last moment; then the commit begins
+again with the entry as the barrier left it (``RunsChanged``).
 
-A change whose accept was refused must not simply be proposed again. Between the two proposals the collector may have
-judged the new fragments to be orphans (it ends every earlier promise first). So an update may run once. When the
-register asks for it again (``ProposedAgain``), the fragments are first seen to exist and their age is renewed.
+Why after the promise: a garbage collector that takes the fragments for orphans ends every promise that was given before
+it looked, and deletes only what nobody has asked for since. So between each promise and its accept the fragments are
+seen to exist, by a sync or a touch, which their disks then count as use (``fragments.condemned``). No age and no clock
+matters.
+
+A change whose accept was refused must therefore not simply be proposed again. An update may run once. When the register
+asks for it again (``ProposedAgain``), another change begins, with a promise and a look of its own.
 """
 
 from __future__ import annotations
@@ -64,7 +69,7 @@ async def commit(
         return outcome, entry
     while True:
         try:
-            outcome = await _commit_coded(plane, keys, name, partial(_in_time, update, entry, writer), writer)
+            outcome = await _commit_coded(plane, keys, name, partial(_with_entry, update, entry), writer)
         except RunsChanged:
             entry = writer.entry()
         else:
@@ -88,11 +93,6 @@ def _with_entry(update: SealedUpdate, entry: PartEntry, value: Value | None) -> 
     return update(value, entry)
 
 
-def _in_time(update: SealedUpdate, entry: PartEntry, writer: PartWriter, value: Value | None) -> Change:
-    writer.check_age()
-    return update(value, entry)
-
-
 async def _commit_coded(
     plane: ObjectPlane,
     keys: BucketKeys,
@@ -100,39 +100,33 @@ async def _commit_coded(
     update: Callable[[Value | None], Change],
     writer: PartWriter,
 ) -> Outcome:
-    """Runs the barrier beside the first prepare, and raises what it raises."""
-    barrier = asyncio.ensure_future(writer.barrier())
-    try:
-        for attempt in range(ATTEMPTS_MAX):
-            try:
-                outcome = await plane.registers.change(name, _Once(update).update, ready=barrier)
-            except KeyNeeded as needed:
-                await keys.load(needed.version)
-                continue
-            except ProposedAgain:
-                await asyncio.sleep(_backoff_s(plane, attempt))
-            else:
-                await barrier
-                return outcome
-            await barrier
-            await writer.still_there()
-    finally:
-        await cancel_all([barrier])
+    """Makes the data durable between promise and accept, and raises what that raises."""
+    for attempt in range(ATTEMPTS_MAX):
+        promised = asyncio.Event()
+        durable = asyncio.ensure_future(writer.durable(promised))
+        try:
+            return await plane.registers.change(name, _Once(update, promised).update, ready=durable)
+        except KeyNeeded as needed:
+            await keys.load(needed.version)
+        except ProposedAgain:
+            await asyncio.sleep(_backoff_s(plane, attempt))
+        finally:
+            await cancel_all([durable])
     raise SlowDown("Others change this key all the time; it was not written. Please reduce your request rate.")
 
 
 class _Once:
-    """An update that may run once."""
+    """An update that may run once. It runs with a promise, and says so."""
 
-    def __init__(self, update: Callable[[Value | None], Change]) -> None:
+    def __init__(self, update: Callable[[Value | None], Change], promised: asyncio.Event) -> None:
         self._update = update
-        self._ran = False
+        self._promised = promised
 
     def update(self, value: Value | None) -> Change:
-        if self._ran:
+        if self._promised.is_set():
             raise ProposedAgain
         change = self._update(value)
-        self._ran = True
+        self._promised.set()
         return change
 
 

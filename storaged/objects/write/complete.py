@@ -42,6 +42,7 @@ from storaged.errors import (
     ServiceUnavailable,
     SlowDown,
 )
+from storaged.fragments.ports import OF_UPLOAD
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
 from storaged.meta.ports import Outcome
 from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
@@ -221,7 +222,8 @@ async def _complete_once(
     named = {part.number for part in request.parts}
     unused = [row.entry for number, (row, _) in rows.items() if number not in named]
     if unused:
-        plane.background.spawn(retire_parts(plane, bucket, name, unused))
+        origin = OF_UPLOAD + upload.record.upload_id
+        plane.background.spawn(retire_parts(plane, bucket, name, unused, origin))
     return _answer(result)
 
 

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from storaged.errors import DataDamaged, InvalidArgument, InvalidRange, InvalidRequest, NoSuchUpload, StoragedError
+from storaged.fragments.ports import OF_UPLOAD
 from storaged.ids import DATA_ID_BYTES, new_upload_id
 from storaged.meta.listing.merge import ROWS_A_PAGE, every_row
 from storaged.meta.names import (
@@ -172,7 +173,8 @@ async def put_part(
     if before is not None and before.visibility == Visibility.LIVE:
         replaced = decode(before.body, PartRecord).entry
         if replaced.data_id != entry.data_id:
-            plane.background.spawn(retire_parts(plane, bucket, owner, [replaced]))
+            origin = OF_UPLOAD + upload.record.upload_id
+            plane.background.spawn(retire_parts(plane, bucket, owner, [replaced], origin))
     shown = {name: value for name, value in digest.checksums.items() if name in (declared or {algorithm})}
     return PutResult(digest.etag, size=digest.size, checksums=shown, modified_ms=now_ms)
 
@@ -242,7 +244,7 @@ async def _forget_parts(
     async def forget(entry: PartEntry) -> None:
         async with gate:
             if entry.data_id not in kept:
-                await retire_parts(plane, bucket, owner, [entry])
+                await retire_parts(plane, bucket, owner, [entry], OF_UPLOAD + upload_id)
             await plane.registers.change(
                 part_name(bucket.id, upload_id, entry.number), lambda value: Change(b"", Visibility.TOMBSTONE)
             )

@@ -161,7 +161,7 @@ class Replacement:
     """
 
     __slots__ = (
-        "_change", "_found", "_judged", "_record", "_result", "_started", "_version", "_write", "keys", "plane",
+        "_change", "_found", "_judged", "_record", "_result", "_version", "_write", "keys", "plane",
         "regardless", "sealed",
     )  # fmt: skip
 
@@ -178,7 +178,6 @@ class Replacement:
         meta = meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size)
         self._version = seal_version(write.place, unsealed, write.bucket_key, part.dek, meta, plane.entropy)
         self._result = PutResult(digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms)
-        self._started = plane.clock.monotonic()
         self._record = ObjectRecord((self._version,))
         self._change = record_change(self._record, sealed.small.data_id if sealed.small is not None else b"")
         self._judged: Value | None = None
@@ -188,8 +187,6 @@ class Replacement:
         """``entry``: of the body, when it is no longer where it was when it was sealed. Raises PreconditionFailed,
         DataDamaged, KeyNeeded, ServiceUnavailable."""
         write, sealed = self._write, self.sealed
-        if sealed.small is not None:  # a proposer that slept must not write anew what a collector is about to delete
-            self.plane.check_age(self._started, self._version.modified_ms)
         self._judged, self._found = value, decode_record(value)  # what can't be read must not be replaced
         conditions = write.new.conditions
         if conditions != NO_WRITE_CONDITIONS:

@@ -1,5 +1,9 @@
 """Data that a write replaced goes to the garbage lists of the disks that hold it. Garbage collection there compares it
 with the register before it deletes; see ``references``.
+
+An entry says where the data comes from, and the collector relies on it. *Replaced* is said only after the change was
+committed, of data that was no part of an upload: nothing can bring that back. Data of a part belongs to its upload, for
+as long as that may still become the object.
 """
 
 from __future__ import annotations
@@ -7,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from storaged.errors import StoragedError
-from storaged.fragments.ports import RETIREMENTS_MAX, Retirement
+from storaged.fragments.ports import OF_UPLOAD, REPLACED, RETIREMENTS_MAX, Retirement
 from storaged.meta.names import RegisterName
 from storaged.objects.code import place
 from storaged.objects.code.geometry import problem_of
@@ -41,27 +45,30 @@ def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, 
     return disks
 
 
+def origin_of(version: Version) -> bytes:
+    """The origin of the data of a version that a committed change replaced."""
+    return OF_UPLOAD + version.context_id if version.multipart else REPLACED
+
+
 def retirements(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry], origin: bytes
 ) -> Iterator[tuple[str, Retirement]]:
     """(disk, entry for its garbage list) of every disk that holds one of these parts. An entry is due after
     ``retire_delay_ms``, for readers in the middle of the data.
     """
     owner, due_ms = name.pack(), plane.clock.wall_ms() + plane.limits.retire_delay_ms
-    first = plane.layouts.current.replicas_of(name.partition)[:1]
     for part in parts:
-        entry = Retirement(part.data_id, owner, due_ms)
-        later = entry._replace(due_ms=due_ms + plane.limits.retire_follow_ms) if part.small else entry
+        entry = Retirement(part.data_id, owner, due_ms, origin)
         for disk in disks_holding(plane, bucket, name, part):
-            yield disk, entry if disk in first else later
+            yield disk, entry
 
 
 async def retire_parts(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry], origin: bytes
 ) -> None:
     """Puts parts on their disks' garbage lists. Best effort."""
     by_disk: dict[str, list[Retirement]] = {}
-    for disk, entry in retirements(plane, bucket, name, parts):
+    for disk, entry in retirements(plane, bucket, name, parts, origin):
         by_disk.setdefault(disk, []).append(entry)
     await retire_all(plane.stores, by_disk, plane.limits.write_timeout_s)
 
@@ -73,17 +80,18 @@ async def retire_versions(
     sweep of orphans.
     """
     for version in versions:
+        origin = origin_of(version)
         batch: list[PartEntry] = []
         try:
             async for part in parts_of(plane.pages, name, version):
                 batch.append(part)
                 if len(batch) == RETIREMENTS_MAX:
-                    await retire_parts(plane, bucket, name, batch)
+                    await retire_parts(plane, bucket, name, batch, origin)
                     batch = []
         except StoragedError:
             continue
         finally:
-            await retire_parts(plane, bucket, name, batch)
+            await retire_parts(plane, bucket, name, batch, origin)
 
 
 def retire_replaced(
@@ -95,9 +103,8 @@ def retire_replaced(
         if version.manifest:
             paged.append(version)
         else:
-            for disk, entry in retirements(
-                plane, bucket, name, (part for part in version.parts if part.runs and not problem_of(part))
-            ):
+            parts = (part for part in version.parts if part.runs and not problem_of(part))
+            for disk, entry in retirements(plane, bucket, name, parts, origin_of(version)):
                 plane.garbage.add(disk, entry)
     if paged:
         plane.background.spawn(retire_versions(plane, bucket, name, paged))

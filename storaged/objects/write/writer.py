@@ -9,9 +9,10 @@ A block counts as written when the fragments that reached their disks satisfy th
 (``place.acceptable``). A disk that refuses or is late is left out of the rest of the part, and the missing fragments of
 the block go to other disks, under another profile when the writable disks can't hold the target.
 
-``barrier`` syncs every disk. A disk that fails there, or failed after it took earlier blocks, may leave blocks short of
-the rule. They are read back from the surviving fragments, coded again for the disks that are up, and synced too.
-Nothing is acknowledged before every block satisfies the rule with synced fragments.
+``durable`` waits for the last block and for a promise, then syncs every disk. A disk that fails there, or failed after
+it took earlier blocks, may leave blocks short of the rule. They are read back from the surviving fragments, coded again
+for the disks that are up, and synced too. Nothing is acknowledged before every block satisfies the rule with synced
+fragments.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from storaged.wire import Buffer
 
 ATTEMPTS_MAX = 6
 """Placements tried for one block, and rounds of the barrier: each leaves out at least one more disk."""
+
+TOUCHES_A_CALL = 4000
 
 
 class RunsChanged(Exception):
@@ -71,7 +74,8 @@ class PartWriter:
             target.m if target.k > 1 else 0
         )
         self._size = 0
-        self._started = plane.clock.monotonic()
+        self._synced = False
+        """The barrier was passed once: every fragment was synced."""
         self._created_ms = plane.clock.wall_ms()
         self._failed: set[str] = set()
         self._blocks: list[BlockState] = []
@@ -98,7 +102,7 @@ class PartWriter:
     # --- the body ---------------------------------------------------------------------------------------------------
 
     async def write(self, reader: BodyReader, on_plain: OnPlain) -> None:
-        """Returns when the body has ended and its last block is being sent; ``barrier`` waits for that block.
+        """Returns when the body has ended and its last block is being sent; ``durable`` waits for that block.
 
         Raises ServiceUnavailable when a block can't be made safe, SlowDown when memory is short, and what the body
         raises.
@@ -312,13 +316,21 @@ class PartWriter:
 
     # --- the barrier ------------------------------------------------------------------------------------------------
 
-    async def barrier(self) -> None:
-        """Returns when every block is durable under the acknowledge rule, at the places of the announced entry.
+    async def durable(self, promised: asyncio.Event) -> None:
+        """Returns when every block is durable under the acknowledge rule, at the places of the announced entry, and was
+        seen there after the promise: collectors spare it from now on.
 
         Raises RunsChanged when they are durable at other places; ServiceUnavailable when they can't be made durable, or
-        the request is too old.
+        are gone.
         """
         await self._sent()
+        await promised.wait()
+        if self._synced:
+            await self._touch_all()
+        await self.barrier()
+
+    async def barrier(self) -> None:
+        """Syncs what is not synced yet, every fragment the first time. Raises as ``durable``."""
         for _ in range(ATTEMPTS_MAX):
             with trace.span("sync"):
                 await self._sync_all()
@@ -331,15 +343,9 @@ class PartWriter:
             raise ServiceUnavailable(
                 "The object could not be made durable on enough disks: too many failed while it was written."
             )
-        self.check_age()
+        self._synced = True
         if self._announced is not None and self._announced != self._make_entry():
             raise RunsChanged
-
-    def check_age(self) -> None:
-        """Called at the barrier, and again with the record that a promise brought: between the two, a process may sleep
-        longer than fragments without a reference are kept. Raises ServiceUnavailable.
-        """
-        self._plane.check_age(self._started, self._created_ms)
 
     async def _sync_all(self) -> None:
         """Syncs fragments that are not synced yet. A disk that fails is removed from every block."""
@@ -442,9 +448,9 @@ class PartWriter:
         entry = Retirement(self._data_id, self._owner, due_ms)
         await retire_all(self._plane.stores, {disk: [entry] for disk in disks}, self._plane.limits.write_timeout_s)
 
-    async def still_there(self) -> None:
-        """Makes sure that the fragments exist, and renews their age, before a refused accept is tried again: garbage
-        collection may have deleted them meanwhile. Raises ServiceUnavailable when a block is no longer safe.
+    async def _touch_all(self) -> None:
+        """Makes sure that the fragments exist, after another promise: garbage collection may have deleted them
+        meanwhile. Raises ServiceUnavailable when a block is no longer safe.
         """
         by_disk: dict[str, list[tuple[BlockState, int]]] = {}
         for state in self._blocks:
@@ -458,7 +464,12 @@ class PartWriter:
         ids = [self._fragment(state, position) for state, position in held]
         try:
             async with asyncio.timeout(self._plane.limits.sync_timeout_s):
-                stats = await self._plane.stores.store(disk).touch(ids, self._plane.clock.wall_ms())
+                store, now_ms = self._plane.stores.store(disk), self._plane.clock.wall_ms()
+                stats = [
+                    stat
+                    for start in range(0, len(ids), TOUCHES_A_CALL)
+                    for stat in await store.touch(ids[start : start + TOUCHES_A_CALL], now_ms)
+                ]
         except (PeerError, TimeoutError):
             self._lose(disk)
             return

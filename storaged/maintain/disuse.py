@@ -1,0 +1,252 @@
+"""Whether data on a disk can still come into use: what the collector has to see before it deletes. It asks no clock.
+
+Theory of operation. The request that drew a data id is the only one that brings it into a register. Other proposers
+carry on what they find there. So data is out of use for good when no register refers to it, and nothing that its
+request has begun can take effect any more. How that is seen depends on what is known of the data:
+
+*Replaced data.* A committed change of the owner's record replaced it: the gateway that made the change put it on the
+garbage list (``REPLACED``). A settled read of the record shows that change, or what came after it.
+    Why it suffices: the record that referred to the data is an ancestor of the one that was read, and all changes under
+    higher ballots descend from that one. Whatever the request proposed lies below: its create too, for the record that
+    referred to the data has the create's ballot or a higher one. So no round is needed, and a replica may be away.
+
+*Data of a part* (``OF_UPLOAD``). It goes from the part's row to the version that a Complete pins, and from there to the
+object's record; each place is written before the one before it is cleared. While its upload is open the data waits.
+    When the upload is Done, the pinned version is or was in the object's record, and a settled read shows whether the
+    data is in use: a later Complete of the same upload looks at the upload after its promise, and goes no further.
+    When it was aborted, a Complete may sleep between that look and its accept. So a round of the object's register is
+    made after the upload was seen to have ended, and ends the promise (``meta.consensus.looks``). Data of a part is
+    never in a create, so a majority suffices.
+
+*All other data*: of a PUT that failed or is under way, or nothing is known of it. Its request may
+
+1. sleep after its promise. A round ends the promise.
+2. ask for its promise later than that. It makes sure after the promise that its fragments are there, and that pardons
+   them (``fragments.condemned``). So the data is condemned first, then comes the round, then the deletion.
+3. have sent a create, which no promise holds up. A replica that holds nothing takes it, even if a majority refuses it,
+   and a later proposer may carry it on. A replica that holds something refuses it for ever. So *every* replica has to
+   hold a row at or after the round; where nothing was ever written the round writes NEVER. With a replica away the data
+   waits. Those rows stay until ranges of registers can have a floor.
+4. be a part's. Its row is another register, which no round of this one ends. So the data waits while an upload of the
+   key is open. Afterwards the row means nothing.
+
+*Fragments that no run places here*, of data that the record refers to: a move left them. A gateway that moves blocks
+makes sure after its promise that the new fragments are there, which pardons them. So they are condemned too, and a
+round at a majority suffices: moves are no creates.
+
+A storage node writes no register. It asks a gateway for the round, and then sees for itself, by a look before and a
+look after, that the replicas have accepted something new. What the gateway answers is not believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from storaged.errors import StoragedError
+from storaged.maintain.asks import NAMES_A_SETTLE, Settle, SettledNames
+from storaged.maintain.context import MaintainContext, concurrently
+from storaged.maintain.directory import Buckets
+from storaged.maintain.walk import entries_of
+from storaged.meta.consensus.looks import Held, Look, moved_on
+from storaged.meta.names import RegisterName, Table, upload_name
+from storaged.objects.records import PartEntry
+from storaged.objects.write.references import parts_in
+from storaged.objects.write.uploads import COMPLETING, DONE, OPEN, decode_upload, living_uploads, part_rows
+
+T = TypeVar("T")
+
+LOOKS_CONCURRENT_MAX = 64
+GONE_MAX = 10_000
+PAST = (StoragedError, KeyError, ValueError, TimeoutError)
+"""What keeps a register from being judged now."""
+
+
+@dataclass(frozen=True)
+class CollectRules:
+    """The small print. Every switch is on; only simulations turn one off."""
+
+    round_between_looks: bool = True
+    """Replicas have accepted something new between the looks: else a promise given before may take effect."""
+    every_replica: bool = True
+    """Data that may be in a create waits until every replica holds the round's row."""
+    condemned_first: bool = True
+    """Data is condemned before the first look, and only what is still condemned is deleted."""
+    uploads_before_object: bool = True
+    """Uploads are looked at before the object: a part moves from them to the object."""
+    parts_wait_for_upload: bool = True
+    """Nothing of a key that is not known to be replaced is judged while one of its uploads is open."""
+    replaced_by_commit: bool = True
+    """Only what a committed change replaced is judged by a settled read."""
+
+
+RULES = CollectRules()
+
+
+class Proof(NamedTuple):
+    """What was seen of a register. ``entries``: what the record of the round refers to. ``everywhere``: every replica
+    holds the round's row. ``uploads``: some upload of the key is open; ``of_uploads``: the data that those refer to.
+    ``gone``: the bucket was deleted for good, and refers to nothing.
+    """
+
+    entries: Sequence[PartEntry] = ()
+    everywhere: bool = False
+    uploads: bool = False
+    of_uploads: frozenset[bytes] = frozenset()
+    gone: bool = False
+
+
+class Judge:
+    """Looks at registers for one node."""
+
+    def __init__(self, context: MaintainContext, rules: CollectRules = RULES, buckets: Buckets | None = None) -> None:
+        self._context = context
+        self._rules = rules
+        self.buckets = buckets if buckets is not None else Buckets()
+        self._gone: set[bytes] = set()
+        """Ids of buckets that were deleted for good."""
+
+    # --- buckets ------------------------------------------------------------------------------------------------------
+
+    async def is_gone(self, scope: bytes) -> bool:
+        """Whether the bucket has left the directory, and so was deleted for good. Raises ServiceUnavailable."""
+        if scope in self._gone:
+            return True
+        if scope in self.buckets.by_id:
+            return False
+        await self.buckets.refresh(self._context)
+        if scope in self.buckets.by_id or not self.buckets.complete:
+            return False
+        if len(self._gone) >= GONE_MAX:
+            self._gone.clear()
+        self._gone.add(scope)
+        return True
+
+    async def countries_of(self, scope: bytes) -> tuple[str, ...]:
+        """Raises as ``Buckets.countries_of``, ServiceUnavailable."""
+        if scope not in self.buckets.by_id:
+            await self.buckets.refresh(self._context)
+        return self.buckets.countries_of(scope)
+
+    # --- settled reads ------------------------------------------------------------------------------------------------
+
+    async def references(self, owner: RegisterName) -> set[bytes]:
+        """The data that the owner's settled record refers to. Raises as ``Registers.read``, DataDamaged."""
+        value = (await self._context.registers.read(owner)).value
+        return {entry.data_id async for entry in entries_of(self._context, owner, value)}
+
+    async def upload_state(self, owner: RegisterName, upload_id: bytes) -> str:
+        """Of an upload of the owner's key; empty when there is none. Raises as ``Registers.read``, DataDamaged."""
+        name = upload_name(owner.scope, owner.key, upload_id)
+        record = decode_upload((await self._context.registers.read(name)).value)
+        return record.state if record is not None else ""
+
+    # --- proofs -------------------------------------------------------------------------------------------------------
+
+    async def prove(self, owners: Sequence[RegisterName]) -> dict[RegisterName, Proof | str]:
+        """Has the registers settled, and looks before and after. What is to be deleted must have been condemned before.
+        In place of a proof: why there is none now.
+        """
+        found: dict[RegisterName, Proof | str] = {}
+        firsts = await self._of_each(owners, self._first_look, found)
+        left = [owner for owner in firsts if owner not in found]
+        if self._rules.uploads_before_object:
+            uploads = await self._of_each(left, self._uploads_of, found)
+        if self._rules.round_between_looks:
+            await self._settle(left)
+        seconds = await self._of_each(left, self._context.look, found)
+        if not self._rules.uploads_before_object:
+            uploads = await self._of_each(left, self._uploads_of, found)
+
+        async def conclude(owner: RegisterName) -> Proof:
+            everywhere = self._since(firsts[owner], seconds[owner], everywhere=True)
+            held = everywhere or self._since(firsts[owner], seconds[owner], everywhere=False)
+            if held is None:
+                raise NotYet("no round of its register is seen at a majority of the replicas")
+            entries = [entry async for entry in entries_of(self._context, owner, held.value)]
+            of_uploads = uploads[owner]
+            return Proof(
+                entries,
+                everywhere is not None or not self._rules.every_replica,
+                of_uploads is not None and self._rules.parts_wait_for_upload,
+                frozenset(of_uploads or ()),
+            )
+
+        found |= await self._of_each([owner for owner in left if owner not in found], conclude, found)
+        return found
+
+    def _since(self, first: Look, second: Look, *, everywhere: bool) -> Held | None:
+        if self._rules.round_between_looks:
+            return moved_on(first, second, everywhere=everywhere)
+        held = second.quorum.agreed(second.held)
+        return None if everywhere and len(set(second.held.values())) > 1 else held
+
+    async def _of_each(
+        self,
+        owners: Iterable[RegisterName],
+        work: Callable[[RegisterName], Awaitable[T]],
+        failed: dict[RegisterName, Proof | str],
+    ) -> dict[RegisterName, T]:
+        """What ``work`` returns for each; those for which it raises go into ``failed`` with the reason."""
+        found: dict[RegisterName, T] = {}
+
+        async def one(owner: RegisterName) -> None:
+            try:
+                found[owner] = await work(owner)
+            except PAST as error:
+                failed[owner] = str(error)
+            except _Gone:
+                failed[owner] = Proof(gone=True)
+
+        await concurrently((one(owner) for owner in owners if owner not in failed), LOOKS_CONCURRENT_MAX)
+        return found
+
+    async def _first_look(self, owner: RegisterName) -> Look:
+        look = await self._context.look(owner)
+        if look.quorum.met(look.fenced):
+            if await self.is_gone(owner.scope):
+                raise _Gone
+            raise NotYet("its bucket is being deleted")
+        return look
+
+    async def _uploads_of(self, owner: RegisterName) -> set[bytes] | None:
+        """The data that open uploads of the key refer to; None when no upload is open."""
+        if owner.table != Table.OBJECT:
+            return None
+        found: set[bytes] | None = None
+        context = self._context
+        async for upload in living_uploads(context.scanner, owner):
+            found = found or set()
+            async for part in parts_in(context.pages, owner, upload.value.body, Table.UPLOAD):
+                found.add(part.data_id)
+            async for row in part_rows(context.scanner, owner.scope, upload.record.upload_id):
+                found.add(row.entry.data_id)
+        return found
+
+    async def _settle(self, owners: Sequence[RegisterName]) -> None:
+        """Has gateways make a round of each. Whether it was made the second look shows."""
+        for start in range(0, len(owners), NAMES_A_SETTLE):
+            names = tuple(owner.pack() for owner in owners[start : start + NAMES_A_SETTLE])
+            try:
+                await self._context.asks.ask("settle", Settle(names), SettledNames)
+            except (StoragedError, TimeoutError) as error:
+                self._context.log(f"{len(names)} registers are not settled for the collector now: {error}")
+
+
+class NotYet(ValueError):
+    """Nothing can be proved now."""
+
+
+class _Gone(Exception):
+    """The bucket was deleted for good."""
+
+
+def is_open(state: str) -> bool:
+    """Whether an upload in this state may still become an object."""
+    return state in (OPEN, COMPLETING)
+
+
+def is_done(state: str) -> bool:
+    """Whether what the upload has become is, or was, in the object's record."""
+    return state == DONE

@@ -1,0 +1,113 @@
+"""The sweep of orphans: puts on this node's garbage lists what no record claims. The collector judges it there.
+
+A fragment of a PUT that is under way has no record yet. So only old fragments are looked at. That spares most requests
+a round of their register; nothing depends on the age being right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from storaged.errors import StoragedError
+from storaged.fragments.ports import RETIREMENTS_MAX, FragmentHeader, FragmentId, NearStore, Retirement
+from storaged.maintain.context import MaintainContext
+from storaged.maintain.directory import Buckets
+from storaged.maintain.walk import entries_of, is_claimed, upload_rows
+from storaged.meta.names import RegisterName, Table, Value
+from storaged.meta.store_ports import RowDamaged
+from storaged.objects.records import PartEntry
+
+SWEEP_PAGE = 500
+
+_NAME_BYTES_MIN = 19
+"""A packed register name with a key of one byte."""
+
+
+def owner_of(packed: bytes) -> RegisterName:
+    """Raises ValueError for bytes that are not the name of an object's register."""
+    if len(packed) < _NAME_BYTES_MIN:
+        raise ValueError(f"not the name of a register: {packed.hex()}")
+    owner = RegisterName.unpack(packed)
+    if owner.table != Table.OBJECT:
+        raise ValueError(f"data belongs to registers of objects, not of table {owner.table}")
+    return owner
+
+
+class Sweep:
+    """Sweeps this node's disks. ``orphans``: fragments found since the start."""
+
+    def __init__(self, context: MaintainContext, buckets: Buckets) -> None:
+        self._context = context
+        self._buckets = buckets
+        self.orphans = 0
+
+    async def once(self) -> int:
+        """Returns how many fragments were found."""
+        before = self.orphans
+        try:
+            await self._buckets.refresh(self._context)
+            for disk, store in self._context.local_fragments.items():
+                await self._sweep_disk(disk, store)
+        except (StoragedError, TimeoutError) as error:
+            self._context.log(f"the sweep of orphans stops, to begin again later: {error}")
+        return self.orphans - before
+
+    async def _sweep_disk(self, disk: str, store: NearStore) -> None:
+        after = b""
+        failures: list[str] = []
+        while page := [header async for header in store.scan(after, SWEEP_PAGE)]:
+            after = page[-1].id
+            oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
+            found: dict[bytes, Retirement] = {}
+            for header in page:
+                if header.created_ms >= oldest:
+                    continue
+                try:
+                    claimed = await self._claimed(disk, owner_of(header.owner), header)
+                except (StoragedError, KeyError, ValueError, TimeoutError) as error:
+                    failures.append(str(error))
+                    continue
+                if not claimed:
+                    data_id = header.id[:16]
+                    found[data_id] = Retirement(data_id, header.owner, self._context.clock.wall_ms())
+                    self.orphans += 1
+            entries = list(found.values())
+            for start in range(0, len(entries), RETIREMENTS_MAX):
+                await store.retire(entries[start : start + RETIREMENTS_MAX])
+            await asyncio.sleep(0)
+        if failures:
+            self._context.log(
+                f"the sweep of disk {disk} leaves {len(failures)} fragments alone that it can't judge; the first:"
+                f" {failures[0]}"
+            )
+
+    async def _claimed(self, disk: str, owner: RegisterName, header: FragmentHeader) -> bool:
+        """Whether the owner's record, or an open upload of its key, names this very fragment on this disk: by the row
+        that this node has, which costs nothing and hardly ever lags, else by a majority. Raises KeyError, ValueError
+        for a fragment that this node can't judge.
+        """
+        if owner.scope not in self._buckets.by_id:
+            # The bucket is gone or brand-new. A bucket that is gone has a fence; that is checked before any deletion.
+            return False
+        for replica in self._context.layouts.current.replicas_of(owner.partition):
+            store = self._context.local_meta.get(replica)
+            try:
+                slot = store.get(owner) if store is not None else None
+            except RowDamaged:
+                slot = None
+            if slot is not None and self._names(owner, await self._entries(owner, slot.value), header, disk):
+                return True
+        value = (await self._context.registers.read(owner)).value
+        if self._names(owner, await self._entries(owner, value), header, disk):
+            return True
+        async for name, row in upload_rows(self._context, owner):
+            if any(entry.data_id == header.id[:16] for entry in await self._entries(name, row)):
+                return True
+        return False
+
+    async def _entries(self, name: RegisterName, value: Value | None) -> list[PartEntry]:
+        return [entry async for entry in entries_of(self._context, name, value)]
+
+    def _names(self, owner: RegisterName, entries: list[PartEntry], header: FragmentHeader, disk: str) -> bool:
+        countries = self._buckets.countries_of(owner.scope)
+        return is_claimed(self._context, owner, entries, FragmentId.unpack(header.id), disk, countries)

@@ -1,0 +1,66 @@
+"""Two looks at a register, and what follows from them: what was proposed before the first one and is not in the second
+one's value is over for good. Pure.
+
+A *look* asks each replica what it has accepted, and settles nothing. Between two looks somebody commits a round: a
+gateway that was asked to, or any writer.
+
+Theory of operation. Let a group of replicas report one ballot b in the second look, and each of them something lower in
+the first. So each has accepted b after it answered the first look; let t be that moment. Before t it had promised no
+ballot above b, or it would have refused b. After t it refuses every ballot below b.
+
+*The group is a quorum.* Then b is chosen.
+* A proposal below b can't be chosen any more. A few replicas may still accept it; a later prepare does not choose it,
+  since it finds b, or what came after.
+* A proposal above b was promised by a quorum, so by a replica of the group, after its t. So it was promised after the
+  first look began, and it is based on the value of b, or on what came after.
+
+*The group is all replicas.* Then besides
+* nothing below b lies at any replica, where a proposer might find it;
+* each replica holds something, so it refuses every create for ever, whatever its ballot. For a create is promised by no
+  replica: no ballot of another proposer, and no clock, ends one that is under way.
+
+What this leaves are proposers that were promised after the first look. What they name must be seen to exist after their
+promise: that is asked of everybody who refers to data that is stored apart from the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.names import ZERO_BALLOT, Ballot, Value
+
+
+class Held(NamedTuple):
+    """What a replica has accepted. ``digest`` of the value."""
+
+    ballot: Ballot
+    digest: bytes
+    value: Value | None
+
+
+class Look(NamedTuple):
+    """``held``: of each replica that answers. One with a damaged row is not among them. ``fenced``: those at which the
+    scope is fenced.
+    """
+
+    quorum: Quorum
+    held: Mapping[str, Held]
+    fenced: frozenset[str] = frozenset()
+
+
+def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | None:
+    """What was chosen between the looks by a quorum that has accepted it since the first one; with ``everywhere`` by
+    all replicas. None: nothing was, as far as can be seen.
+    """
+    if first.quorum != second.quorum:
+        return None
+    for found in dict.fromkeys(second.held.values()):
+        if found.ballot == ZERO_BALLOT:
+            continue
+        alike = [disk for disk, held in second.held.items() if held == found]
+        moved = [disk for disk in alike if disk in first.held and first.held[disk].ballot < found.ballot]
+        if len(moved) == len(second.quorum.disks) or (second.quorum.met(moved) and not everywhere):
+            return found
+    return None
