@@ -242,8 +242,9 @@ class LocalCaller:
         if found.roles.isdisjoint(self._peer.roles):
             raise faults.refused(faults.ROLE_REFUSED, f"{method} is not for {self._peer.roles}")
         call = Call(self._peer, memoryview(b"".join(body)), 0.0)
+        asked = decode(encode(request), found.request)
         try:
-            answer = await found.handler(decode(encode(request), found.request), call)
+            answer = await (_started(found, asked, call) if method == "meta.turn" else found.handler(asked, call))
         except PeerError:
             raise
         except StoragedError as error:
@@ -253,6 +254,19 @@ class LocalCaller:
         message, bulk = (answer.message, b"".join(answer.body)) if isinstance(answer, Reply) else (answer, b"")
         await asyncio.sleep(CALL_S)
         return decode(encode(message), reply), memoryview(bulk)
+
+
+async def _started(method: Method, asked: Message, call: Call) -> Message:
+    """What a method answers that has no other way than to be started."""
+    answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+    def answer(outcome: Any) -> None:
+        if not answered.done():
+            answered.set_result(outcome)
+
+    assert method.try_start is not None
+    assert method.try_start(asked, call, answer)
+    return await answered
 
 
 Intercept = Callable[[str, str, str, Message], Coroutine[Any, Any, None]]

@@ -450,7 +450,7 @@ def test_what_is_wanted_after_the_collector_looked_is_not_deleted() -> None:
             # the gateway's accept is refused now; it looks at its fragments, and proposes again, while this collector
             # is still on its way
             wake.set()
-            await asyncio.sleep(3)
+            await asyncio.sleep(20)
             return found
 
         judge.prove = slow  # type: ignore[method-assign]
