@@ -313,10 +313,7 @@ class LocalFragmentStore:
         return FragmentStat(key, Health.DAMAGED if damaged else Health.OK, entry.payload_bytes, entry.created_ms)
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
-        self._refuse_when_closed()
-        await self._append_deferred()
-        due = await self._in_reader(self._engine.index.due, now_ms, limit)
-        return [(entry.data_id, entry.owner) for entry in due]
+        return [(entry.data_id, entry.owner) for entry in await self.due(now_ms, (0, b""), limit)]
 
     async def due(self, now_ms: int, after: tuple[int, bytes], limit: int) -> list[Retirement]:
         self._refuse_when_closed()

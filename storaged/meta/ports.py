@@ -106,8 +106,9 @@ class Registers(Protocol):
         """Compare-and-set: prepare, ``update`` on what the prepare found, accept. Returns after a majority has the
         result on disk.
 
-        ``ready`` is awaited between prepare and accept (the barrier of the fragments); the prepare overlaps it. When it
-        raises, nothing is accepted, and this raises its exception. ``renew`` is awaited before every further prepare
+        ``ready`` is awaited between prepare and accept (the barrier of the fragments); the prepare overlaps it. It may
+        wait until ``update`` has run, which shows that there is a promise: what is seen after that no garbage collector
+        deletes. When it raises, nothing is accepted, and this raises its exception. ``renew`` is awaited before every further prepare
         once ``ready`` is done: it makes sure that the fragments are still there and renews their age, for the garbage
         collector may be what pre-empted this change. It raises when they are gone.
 

@@ -136,8 +136,6 @@ class ChangeQueue:
         contention = self._ring.contention
         barrier = None if ready is None else asyncio.ensure_future(ready)
         try:
-            if barrier is not None and contention.expected(name):
-                await asyncio.wait([barrier])  # the others need not wait for its fragments
             deadline = self._deadline()
             async with self._turns.turn(name, self._deadline_s * WAITING_PART):
                 if contention.expected(name):
