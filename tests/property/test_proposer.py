@@ -148,7 +148,7 @@ class Driver:
             self.do(Event.EXPIRE, machine.expire)
         elif state in (GATHERING, SYNCING, CARRYING, RETRYING) and (chance < 0.3 or not self.wire):
             self.wait(chance)
-        elif state is CREATING and chance < 0.1:
+        elif chance < (0.1 if state is CREATING else 0.02 if state in (PREPARING, ACCEPTING) else 0.0):
             self.do(Event.ON_SLOW, machine.on_slow)
         elif self.wire:
             self.wire.pop(self.world.random.randrange(len(self.wire)))()

@@ -2,6 +2,7 @@
 
     --planted    plants bugs and says how many seeds notice each
     --coverage   says which branches of the program seeds reach
+    --liveness   says how many operations get through with one fault at a time, and how long the slowest waits
     --mutants    changes every comparison and constant of the consensus, and prints what nothing notices
 
 A command's module is imported when it is known: those that change the program must come before its first import.
@@ -16,6 +17,7 @@ from tests.sim.changing import resolve
 COMMANDS = {
     "--planted": "tests.sim.planted:main",
     "--coverage": "tests.sim.coverage:main",
+    "--liveness": "tests.sim.liveness:main",
     "--mutants": "tests.sim.mutants:main",
 }
 

@@ -39,6 +39,8 @@ from tests.worlds.ring_client import ring_client
 
 DISKS = ("d0", "d1", "d2", "d3", "d4")
 FIRST_SEEDS = DISKS[:3]
+IMPATIENT: dict[str, Any] = {"deadline_s": 2.0, "call_timeout_s": 0.3, "hedge_s": 0.02}
+"""Time limits of clients: runs are short."""
 EPOCHS = 2
 """Layouts that nodes know of."""
 SKEW_MS_MAX = 5_000
@@ -425,12 +427,9 @@ class Gateway:
             clock=self.clock,
             entropy=world.random.randbytes,
             jitter=world.random.random,
-            deadline_s=2.0,
-            call_timeout_s=0.3,
-            hedge_s=0.02,
             rules=world.rules,
             new_keys=Guess(world),
-            **self._options,
+            **{**IMPATIENT, **self._options},
         )
 
     async def crash(self) -> None:

@@ -52,7 +52,11 @@ def planted() -> tuple[Planted, ...]:
     return tuple(bug for place in PLANTED for bug in resolve(place))
 
 
-PLANTED = ("tests.sim.planted_rules:RULE_BUGS",)
+PLANTED = (
+    "tests.sim.planted_rules:RULE_BUGS",
+    "tests.sim.planted_consensus:CONSENSUS_BUGS",
+    "tests.sim.planted_stores:STORE_BUGS",
+)
 """Lists of bugs. They must not import the program."""
 
 

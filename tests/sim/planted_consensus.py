@@ -262,30 +262,6 @@ _READERS = (
         old="        if check is None or (self._check is not None and check != self._check):\n",
         new="        if check is None:\n",
     ),
-    Planted(
-        "replay_of_one",
-        "a value that was found at one replica is reported before a quorum has it (rule 4)",
-        300,
-        path=READER,
-        old="        return self._done(self.value) if self.view.quorum.met(self._holding) else False\n",
-        new="        return self._done(self.value)\n",
-    ),
-    Planted(
-        "replay_without_copy",
-        "a value is replayed without its small copy",
-        600,
-        path=READER,
-        old="        if value.payload and rules.copies_travel:\n",
-        new="        if False:\n",
-    ),
-    Planted(
-        "created_replayed_as_accept",
-        "a created value is replayed over what replicas hold",
-        2000,
-        path=READER,
-        old="        kind = Create if created(value) and rules.create_into_nothing else Accept\n",
-        new="        kind = Accept\n",
-    ),
 )
 
 _FENCES = (

@@ -17,6 +17,7 @@ from storaged.meta.consensus.register import RULES
 from tests.sim.buckets import run_buckets
 from tests.sim.hostile import run_hostile
 from tests.sim.listing import run_listing
+from tests.sim.liveness import FAULTS, broken, run_liveness
 from tests.sim.planted import applies, planted
 from tests.sim.scenario import run_seed
 
@@ -93,3 +94,14 @@ def test_a_seed_plays_the_same_in_every_process() -> None:
         outputs.append([line for line in played.stdout.splitlines() if line.startswith("seed ")])
     assert len(outputs[0]) == 4
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_with_one_fault_at_a_time_operations_go_on(fault: str) -> None:
+    found = run_liveness(fault)
+    assert not broken(fault, found), broken(fault, found)
+
+
+def test_the_liveness_of_a_seed_is_the_same_in_every_run() -> None:
+    fault = "a gateway dies"
+    assert run_liveness(fault) == run_liveness(fault)

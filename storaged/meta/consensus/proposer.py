@@ -169,11 +169,12 @@ class Proposer:
         return False
 
     def on_slow(self) -> bool:
-        """The create takes long. Once a replica refuses it, prepare: promises of the other replicas suffice."""
-        if self.state is not CREATING:
-            return False
-        self._creates.slow = True
-        return self._not_created() if self._creates.refused else False
+        """The answers take long. Once a replica has refused, prepare (again): promises of the others suffice."""
+        if self.state is CREATING:
+            self._creates.slow = True
+            return self._not_created() if self._creates.refused else False
+        awaited = self._prepares if self.state is PREPARING else self._accepts if self.state is ACCEPTING else None
+        return self._retry() if awaited is not None and awaited.overtaken else False
 
     def _not_created(self) -> bool:
         self._creates.note_held(self.lineage)

@@ -261,6 +261,11 @@ class AcceptRound:
         return frozenset([disk for disk, copy_synced in self._accepted.items() if copy_synced])
 
     @property
+    def overtaken(self) -> bool:
+        """A higher ballot, or a newer layout, was in the way somewhere."""
+        return not _OVERTAKEN.isdisjoint(self.failed.values())
+
+    @property
     def copies_synced(self) -> int:
         return len(self._synced())
 

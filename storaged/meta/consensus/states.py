@@ -18,7 +18,7 @@ class State(IntEnum):
     ``on_slow``."""
     PREPARING = 2
     """Send ``request`` to all disks of ``view``, or when ``sparing`` to those of one quorum first; give each answer to
-    ``promised``."""
+    ``promised``. A while after a refusal: ``on_slow``."""
     GATHERING = 3
     """A quorum has promised. Wait up to ``gather_s`` for the others, and see that all were asked; then ``waited``."""
     SYNCING = 4
@@ -27,7 +27,8 @@ class State(IntEnum):
     CARRYING = 5
     """Fetch the small copy with the data id ``carry`` from any replica; then ``carried``."""
     ACCEPTING = 6
-    """Send ``request`` with ``fragments`` to all disks of ``view``; give each answer to ``accepted``."""
+    """Send ``request`` with ``fragments`` to all disks of ``view``; give each answer to ``accepted``. A while after a
+    refusal: ``on_slow``."""
     RETRYING = 7
     """Pause up to ``pause_s``, renew the age of the fragments that the change names, or call ``data_failed``; then
     ``begin``."""
@@ -61,11 +62,15 @@ _DECIDED: Final = (SYNCING, CARRYING, ACCEPTING, RETRYING, DONE, FAILED)
 TRANSITIONS: Final[Mapping[State, Mapping[Event, Sequence[State]]]] = {
     NEW: {Event.CREATE: (CREATING, RETRYING), Event.BEGIN: (PREPARING,)},
     CREATING: {Event.CREATED: (RETRYING, DONE), Event.ON_SLOW: (RETRYING,), Event.EXPIRE: (FAILED,)},
-    PREPARING: {Event.PROMISED: (GATHERING, *_DECIDED), Event.EXPIRE: (FAILED,)},
+    PREPARING: {
+        Event.PROMISED: (GATHERING, *_DECIDED),
+        Event.ON_SLOW: (RETRYING,),
+        Event.EXPIRE: (FAILED,),
+    },
     GATHERING: {Event.PROMISED: _DECIDED, Event.WAITED: (GATHERING, *_DECIDED), Event.EXPIRE: (FAILED,)},
     SYNCING: {Event.SYNCED: (CARRYING, ACCEPTING, FAILED), Event.DATA_FAILED: (FAILED,)},
     CARRYING: {Event.CARRIED: (ACCEPTING, RETRYING), Event.EXPIRE: (FAILED,)},
-    ACCEPTING: {Event.ACCEPTED: (RETRYING, DONE, FAILED), Event.EXPIRE: (FAILED,)},
+    ACCEPTING: {Event.ACCEPTED: (RETRYING, DONE, FAILED), Event.ON_SLOW: (RETRYING,), Event.EXPIRE: (FAILED,)},
     RETRYING: {Event.BEGIN: (PREPARING,), Event.DATA_FAILED: (FAILED,), Event.EXPIRE: (FAILED,)},
     DONE: {},
     FAILED: {},

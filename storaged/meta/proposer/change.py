@@ -261,6 +261,8 @@ class ChangeShell:
         try:
             if machine.promised(turn, disk, None if isinstance(answer, StoragedError) else answer):
                 self._enter()
+            elif not isinstance(answer, StoragedError) and answer.verdict != OK:
+                self._hurry()
             elif self._unasked and (isinstance(answer, StoragedError) or not self._silent):
                 self._ask_others()
         except Exception as mistake:  # of ours: the caller gets it, not only the one that brought the answer
@@ -290,6 +292,8 @@ class ChangeShell:
         try:
             if machine.accepted(turn, disk, reply):
                 self._enter()
+            elif reply is not None and not took and machine.state is ACCEPTING:
+                self._hurry()
         except Exception as mistake:
             self._fail(mistake)
 
@@ -440,19 +444,26 @@ class ChangeShell:
         self._more_s = limit_s - first_s
         ring.deadlines.begin(self, first_s)
 
+    def _hurry(self) -> None:
+        """A replica has refused this round: what the others have to say must come soon."""
+        ring, limit_s = self._ring, max(0.001, self._remaining_s())
+        first_s = ring.hedge_s if ring.hedge_s < limit_s / 2 else limit_s / 2
+        self._more_s = limit_s - first_s
+        ring.deadlines.begin(self, first_s)
+
     def on_time(self) -> None:
-        """See ``Waiting``. The first time it asks the other replicas too, and the slow ones come last for a while. The
-        second time the deadline is over."""
+        """See ``Waiting``. The first time it asks the other replicas too, and the slow ones come last for a while, or
+        it begins again where a replica has refused. The last time the deadline is over."""
         more_s, self._more_s = self._more_s, 0.0
         machine = self.machine
         if not more_s:
             self._did(machine.expire)
             return
         self._ring.deadlines.begin(self, more_s)
-        if machine.state is CREATING:
-            self._did(machine.on_slow)
-        elif machine.state is PREPARING and self._unasked:
+        if machine.state is PREPARING and self._unasked:
             self._did(self._hedge)
+        else:
+            self._did(machine.on_slow)
 
     def _hedge(self) -> bool:
         if (
