@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import (
@@ -339,7 +340,13 @@ class ReplicaHost:
         return True
 
     async def _turn(self, request: messages.Turn, call: Call) -> messages.TurnReply:
-        raise AssertionError("every request for a turn is accepted at once")
+        answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._try_turn(request, call, lambda answer: None if answered.done() else answered.set_result(answer))
+        outcome = await answered
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert isinstance(outcome, messages.TurnReply)
+        return outcome
 
     def _try_scan(self, request: ScanRequest, _call: Call) -> ScanReply | None:
         return self._of(request.disk).try_scan(request)
