@@ -1,8 +1,8 @@
 """``python -m tests.sim --mutants``: changes each comparison, number and boolean operator of the consensus, one at a
 time, and prints the mutants that neither its tests nor seeds notice.
 
-A mutant dies by the tests in ``TESTS``, or by a seed of ``SEEDS``. A survivor is listed in ``survivors.txt`` with the
-reason why nothing has to notice it; any other survivor fails the run.
+A mutant dies by the tests in ``QUICK_TESTS`` and ``TESTS``, or by a seed. A survivor is listed in ``survivors.txt``
+with the reason why nothing has to notice it; any other survivor fails the run.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from tests.sim.changing import ROOT, change_imports, in_child, resolve
 from tests.sim.coverage import modules
 from tests.sim.planted import PLAYS
 
+QUICK_TESTS = ("tests/unit/test_register.py", "tests/unit/test_quorums.py", "tests/unit/test_rounds.py")
+"""Before any seed: most mutants die at once."""
+
+FIRST_SEEDS = {"ring": 8, "hostile": 4}
+
 TESTS = (
-    "tests/unit/test_register.py",
-    "tests/unit/test_quorums.py",
-    "tests/unit/test_rounds.py",
+    "tests/property/test_reader.py",
+    "tests/property/test_proposer.py",
     "tests/unit/test_create.py",
     "tests/unit/test_state_diagrams.py",
     "tests/unit/test_change_shell.py",
     "tests/unit/test_replica.py",
-    "tests/unit/test_consensus_edges.py",
-    "tests/property/test_proposer.py",
-    "tests/property/test_reader.py",
 )
 
-FIRST_SEEDS = {"ring": 8, "hostile": 4}
-"""Played before the tests: most mutants die at once."""
 SEEDS = {"ring": 120, "hostile": 60, "buckets": 10, "listing": 10}
-"""From the first one on."""
+"""From the first one on, of each play."""
 
 SURVIVORS = Path(__file__).with_name("survivors.txt")
 """Lines ``mutant | reason``."""
@@ -169,19 +168,28 @@ def _dies_by_seeds(seeds: dict[str, int]) -> str:
     return ""
 
 
-def trial(mutant: Mutant, tests: Sequence[str]) -> str:
+def _dies_by_tests(tests: Sequence[str], told: io.StringIO) -> str:
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=1")
+    if not resolve("pytest:main")([*options, *tests]):
+        return ""
+    return next((line for line in told.getvalue().splitlines() if line.startswith("FAILED")), "tests")
+
+
+def trial(mutant: Mutant) -> str:
     """What notices it; empty: nothing does. In a process that has not imported the program."""
     change_imports({mutant.path: lambda source: mutate(mutant, source)})
     os.environ["STORAGED_TESTS"] = "fast"
     told = io.StringIO()
     with redirect_stdout(told), redirect_stderr(told):
-        died = _dies_by_seeds(FIRST_SEEDS)
-        if died:
-            return died
-        options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=1")
-        if resolve("pytest:main")([*options, *tests]):
-            return next((line for line in told.getvalue().splitlines() if line.startswith("FAILED")), "tests")
-        return _dies_by_seeds(SEEDS)
+        for notice in (
+            lambda: _dies_by_tests(QUICK_TESTS, told),
+            lambda: _dies_by_seeds(FIRST_SEEDS),
+            lambda: _dies_by_tests(TESTS, told),
+            lambda: _dies_by_seeds(SEEDS),
+        ):
+            if died := notice():
+                return died
+    return ""
 
 
 def survivors() -> dict[str, str]:
@@ -198,7 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", action="store_true", help="leave out the survivors that are listed")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
-    tests = [test for test in TESTS if (ROOT / test).exists()]
     known, killed, unlisted = survivors(), 0, 0
     paths = [path for path in modules(("consensus",)) if not options.modules or Path(path).stem in options.modules]
     tried = [mutant for path in paths for mutant in mutants_of(path) if not (options.new and mutant.name in known)]
@@ -206,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             print(mutant.name)
             continue
-        outcome = in_child(lambda mutant=mutant: trial(mutant, tests), limit_s=MUTANT_S_MAX)  # type: ignore[misc]
+        outcome = in_child(lambda mutant=mutant: trial(mutant), limit_s=MUTANT_S_MAX)  # type: ignore[misc]
         died = outcome.error or outcome.value
         killed += bool(died)
         if not died:
