@@ -80,6 +80,8 @@ class Workload:
         self.history: list[Operation] = []
         self.names: dict[str, RegisterName] = {}
         self.last_seen: dict[str, Content] = {}
+        self.copied: dict[bytes, bytes] = {}
+        """What small copies hold, by data id."""
         self.of_objects = True
         """Else registers of the system table: they are not created unasked, and what a majority holds counts against a
         lone higher ballot.
@@ -162,7 +164,7 @@ class Workload:
             if (
                 reading.payload is not None
                 and reading.value is not None
-                and bytes(reading.payload) != reading.value.body
+                and bytes(reading.payload) != self.copied[reading.value.payload]
             ):
                 self.complain(f"the small copy of {reading.value.body!r} is {bytes(reading.payload)!r}")
             return content_of(reading.value)
@@ -171,9 +173,9 @@ class Workload:
             return content_of(outcome.before)
         small, data_id = self._small_copies(operation.new or b"")
         if operation.kind is Kind.CAS:
-            outcome = await self._change(
-                client, name, _compare_and_set(operation.expected, operation.new or b"", data_id), small
-            )
+            keeps = small is None and self.random.random() < 0.5
+            update = _compare_and_set(operation.expected, operation.new or b"", data_id, keeps=keeps)
+            outcome = await self._change(client, name, update, small)
         elif (barrier := self._barrier()) is not None:
             outcome = await client.change(name, put(operation.new or b"", data_id), small=small, ready=barrier)
         else:
@@ -222,6 +224,7 @@ class Workload:
         if self.random.random() >= 0.3:
             return None, b""
         data_id = self.random.randbytes(16)
+        self.copied[data_id] = content
         return SmallCopies(
             data_id, [(data_id, [content])] * len(self.layout.seeds), lambda disks: len(disks) >= 2
         ), data_id
@@ -266,10 +269,15 @@ def _put_unless_held(content: bytes, data_id: bytes) -> Callable[[Value | None],
     return _compare_and_set(None, content, data_id)
 
 
-def _compare_and_set(expected: Content, content: bytes, data_id: bytes) -> Callable[[Value | None], Change | None]:
+def _compare_and_set(
+    expected: Content, content: bytes, data_id: bytes, *, keeps: bool = False
+) -> Callable[[Value | None], Change | None]:
+    """``keeps``: the small copy that the value names stays, as where tags change."""
+
     def update(value: Value | None) -> Change | None:
         if content_of(value) != expected:
             raise ConditionFailed(content_of(value))
-        return Change(content, Visibility.LIVE, data_id)
+        kept = value.payload if keeps and value is not None and content_of(value) is not None else data_id
+        return Change(content, Visibility.LIVE, kept)
 
     return update
