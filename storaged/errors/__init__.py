@@ -70,6 +70,7 @@ from storaged.errors.peers import (
     DiskUnusable,
     FragmentDamaged,
     FragmentMissing,
+    FragmentOther,
     PeerRefused,
     PeerTimeout,
     PeerUnreachable,

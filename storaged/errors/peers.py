@@ -35,6 +35,12 @@ class FragmentMissing(PeerError):
     code = "FRAGMENT_MISSING"
 
 
+class FragmentOther(PeerError):
+    """The disk holds another fragment with this id, which is undamaged. Only a gateway may replace it."""
+
+    code = "FRAGMENT_OTHER"
+
+
 class FragmentDamaged(PeerError):
     """The fragment's bytes do not match their checksum on the disk."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import lmdb
 
-from storaged.errors import DiskUnusable, OperatorError, StoragedError
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, FragmentOther, OperatorError, StoragedError
 from storaged.fragments import recovery
 from storaged.fragments.condemned import DATA_ID_BYTES, Condemned
 from storaged.fragments.disk_state import DiskState
@@ -40,7 +40,7 @@ from storaged.fragments.index import Index
 from storaged.fragments.index_rows import Checkpoint, Position
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.log import SegmentLog
-from storaged.fragments.ports import Retirement, Usage
+from storaged.fragments.ports import CELLS_MAX, Retirement, Usage
 from storaged.fragments.reader import Reader
 from storaged.fragments.write import Write
 
@@ -174,6 +174,9 @@ class Engine:
                 self._append_some(pending, answers)
                 pending, keys = [], set()
                 room = self.log.make_room(write.room)
+            if write.spare_other and (other := self._other(write)) is not None:
+                answers[place] = other
+                continue
             if write.room > room:
                 answers[place] = self.state.unusable()
                 continue
@@ -182,6 +185,17 @@ class Engine:
             pending.append((place, write))
         self._append_some(pending, answers)
         return answers
+
+    def _other(self, write: Write) -> FragmentOther | None:
+        """The error for a write that would replace a sound fragment by another one."""
+        try:
+            found = self.reader.read(write.key, 0, CELLS_MAX)
+        except (FragmentMissing, FragmentDamaged):
+            return None
+        cells = [cell for cell in found.cells if cell is not None]
+        if found.bad or write.may_replace(found.header, cells):
+            return None
+        return FragmentOther(f"the disk has another fragment {write.key.hex()}, which is sound; it stays")
 
     def _refusal(self, writes: Sequence[Write]) -> DiskUnusable | None:
         refusal = self.state.refusal(sum(write.payload_bytes + len(write.message) for write in writes))

@@ -154,7 +154,13 @@ class FragmentStore(Protocol):
     """
 
     async def write(
-        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+        spare_other: bool = False,
     ) -> None:
         """Appends a fragment. It is durable when a call with ``sync`` returns, or after a later ``sync``. An id that is
         there already is replaced (the newer record wins). Raises FragmentDamaged for a payload that does not match the
@@ -163,6 +169,9 @@ class FragmentStore(Protocol):
         ``check``: the payload's ``hashes.transfer_checksum``, made by a gateway that has computed the hashes from these
         very bytes. It is compared instead of the hashes, a hundred times as fast. From other callers it is not
         believed. The caller may reuse the buffers once this returns.
+
+        ``spare_other``: for a caller that may be hostile. A fragment with this id that is undamaged, and is what its
+        own header says, is not replaced by one with other hashes or another owner. Raises FragmentOther.
         """
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:

@@ -78,8 +78,15 @@ class RemoteFragmentStore:
         return await self._caller.call(self._node, method, request, reply, body=body, timeout_s=timeout_s)
 
     async def write(
-        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+        spare_other: bool = False,
     ) -> None:
+        """``spare_other`` follows from this node's role (``FragmentHost``)."""
         await self._ask("fragment.write", WriteRequest(self._disk, header, sync, check), Done, payload)
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
@@ -203,8 +210,11 @@ class FragmentHost:
         return store
 
     async def _write(self, request: WriteRequest, call: Call) -> Done:
-        check = request.check if "gateway" in call.peer.roles else b""
-        await self._store(request.disk).write(request.header, [call.body], sync=request.sync, check=check)
+        trusted = "gateway" in call.peer.roles
+        check = request.check if trusted else b""
+        await self._store(request.disk).write(
+            request.header, [call.body], sync=request.sync, check=check, spare_other=not trusted
+        )
         return Done(1)
 
     async def _sync(self, request: IdsRequest, _call: Call) -> Done:

@@ -179,9 +179,18 @@ class LocalFragmentStore:
     # --- the port: changes ------------------------------------------------------------------------------------------
 
     async def write(
-        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+        spare_other: bool = False,
     ) -> None:
         write = Write.of(header, payload, check=check)
+        if spare_other:
+            write.spare_other = True
+            await self._append_deferred([FragmentId.unpack(write.key)])
         self._refuse_when_closed()
         self._condemned.pardon((write.key,))
         await self._queue.acquire(write.payload_bytes)

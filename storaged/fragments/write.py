@@ -9,8 +9,8 @@ from msgspec import Struct
 from storaged.errors import FragmentDamaged, PeerRefused
 from storaged.fragments.format import KEY_BYTES, PAYLOAD_BYTES_MAX, RecordWriter
 from storaged.fragments.ports import FragmentHeader
-from storaged.hashes import is_fragment, transfer_checksum
-from storaged.wire import encode
+from storaged.hashes import is_fragment, is_old, transfer_checksum
+from storaged.wire import Buffer, encode
 
 TIME_MS_MAX = 1 << 63
 """The index has 64 bits for when a fragment was created or is due, and a touch adds to it."""
@@ -35,6 +35,8 @@ class Write(Struct):
     """The most bytes of a segment that its record takes."""
     check: bytes = b""
     """Compared with the payload instead of its hash; see ``ports.FragmentStore.write``."""
+    spare_other: bool = False
+    """As in ``ports.FragmentStore.write``."""
 
     @classmethod
     def of(
@@ -78,6 +80,17 @@ class Write(Struct):
             return True
         expected = hashes[0] if k == 1 and len(hashes) == 1 else hashes[position] if position < len(hashes) else b""
         return is_fragment(self.payload, expected)
+
+    def may_replace(self, header: FragmentHeader, payload: Sequence[Buffer]) -> bool:
+        """Whether a caller that may be hostile may replace this fragment, whose cells' checksums hold: it is the same,
+        or not what its own header says.
+        """
+        of, by = header, self.header
+        if not Write.of(of, payload).matches_hash() or not of.hashes:
+            return True
+        if (of.hashes, of.owner, of.part_header, of.cell_bytes) != (by.hashes, by.owner, by.part_header, by.cell_bytes):
+            return False
+        return not any(map(is_old, of.hashes)) or b"".join(payload) == b"".join(self.payload)
 
     def mismatch(self) -> FragmentDamaged | None:
         """The error for a payload that does not match; None when it does."""

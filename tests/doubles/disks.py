@@ -49,7 +49,13 @@ class FaultyDisk(MemoryFragmentStore):
             raise PeerUnreachable(f"{self.name} is down")
 
     async def write(
-        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+        spare_other: bool = False,
     ) -> None:
         self.writes += 1
         if self.on_write is not None:
@@ -58,7 +64,7 @@ class FaultyDisk(MemoryFragmentStore):
         if self.full:
             raise DiskUnusable(f"{self.name} is full", state="full")
         try:
-            await super().write(header, payload, sync=sync, check=check)
+            await super().write(header, payload, sync=sync, check=check, spare_other=spare_other)
         except (FragmentDamaged, PeerRefused) as error:
             if self.trusting:
                 raise AssertionError(f"{self.name} was sent what is no fragment: {error}") from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, FragmentOther
 from storaged.fragments.ports import (
     CELLS_MAX,
     CellRead,
@@ -127,7 +127,13 @@ class MemoryFragmentStore:
     # --- the port ---------------------------------------------------------------------------------------------------
 
     async def write(
-        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+        spare_other: bool = False,
     ) -> None:
         write = Write.of(header, payload, check=check)
         self._refuse_read_only()
@@ -135,6 +141,9 @@ class MemoryFragmentStore:
             raise DiskUnusable("the disk is full up to its reserve", state="full")
         if not write.matches_hash():
             raise FragmentDamaged(f"the payload of {write.key.hex()} is not what its hashes say; not written")
+        there = self._fragments.get(write.key)
+        if spare_other and there is not None and not there.bad and not write.may_replace(there.header, [there.payload]):
+            raise FragmentOther(f"the disk has another fragment {write.key.hex()}, which is sound; it stays")
         self._condemned.discard(write.key[:16])
         kept = Kept(header, b"".join(write.payload))
         self._fragments[write.key] = kept

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import xxhash
 
-from storaged.errors import FragmentDamaged, PeerUnreachable
-from storaged.fragments.ports import REPLACED, FragmentId, Health, Retirement
+from storaged.errors import FragmentDamaged, FragmentOther, PeerUnreachable
+from storaged.fragments.ports import REPLACED, FragmentId, Health, NearStore, Retirement
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
 from storaged.hashes import transfer_checksum
 from tests.doubles.caller import Loopback
 from tests.doubles.disks import FaultyDisk
 from tests.doubles.fragments import MemoryFragmentStore
+from tests.second_preimage import second_preimage
 from tests.suites.fragment_store import Damage, FragmentStoreSuite
 from tests.suites.near_store import NearStoreSuite
 from tests.worlds.fragments import DISK, Made, flip_on_disk, make
@@ -90,6 +92,72 @@ async def test_a_check_counts_for_the_hash_of_a_gateway_alone() -> None:
         else:
             with pytest.raises(FragmentDamaged):
                 await write
+
+
+@pytest.fixture(params=["local", "memory"])
+async def body(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[NearStore]:
+    if request.param == "memory":
+        yield MemoryFragmentStore()
+        return
+    store = await LocalFragmentStore.open(tmp_path, DISK)
+    yield store
+    await store.close()
+
+
+def as_role(store: NearStore, role: str) -> RemoteFragmentStore:
+    host = FragmentHost({DISK: store})
+    return RemoteFragmentStore(Loopback(lambda _node: host.methods(), (role,)), "n1", DISK)
+
+
+async def payload_of(store: NearStore, fragment: FragmentId) -> bytes:
+    return b"".join(cell for cell in (await store.read(fragment, 0, 99)).cells if cell is not None)
+
+
+async def test_a_storage_node_never_replaces_a_sound_fragment_by_another(body: NearStore) -> None:
+    rng = random.Random(6)
+    old = make(rng, 5000)
+    other = make(rng, 5000, fragment=old.id)
+    storage, gateway = as_role(body, "storage"), as_role(body, "gateway")
+    await storage.write(old.header, [old.payload])  # not synced: it counts all the same
+    lies = (
+        (other.header, other.payload),
+        (msgspec.structs.replace(old.header, owner=b"another register"), old.payload),
+        (msgspec.structs.replace(old.header, part_header=b"x" * 64), old.payload),
+        (msgspec.structs.replace(other.header, hashes=()), other.payload),
+    )
+    for header, payload in lies:
+        with pytest.raises(FragmentOther):
+            await storage.write(header, [payload], sync=True)
+        assert await payload_of(body, old.id) == old.payload
+    await storage.write(msgspec.structs.replace(old.header, created_ms=2000), [old.payload], sync=True)
+    await gateway.write(other.header, [other.payload], sync=True)
+    assert await payload_of(body, old.id) == other.payload
+
+
+async def test_a_storage_node_replaces_what_is_not_what_it_says(body: NearStore) -> None:
+    rng = random.Random(7)
+    old = make(rng, 5000)
+    good = make(rng, 5000, fragment=old.id)
+    storage, gateway = as_role(body, "storage"), as_role(body, "gateway")
+    await gateway.write(old.header, [good.payload], check=transfer_checksum([good.payload]))  # its hashes are a lie
+    await storage.write(good.header, [good.payload])
+    assert await payload_of(body, old.id) == good.payload
+    bare = msgspec.structs.replace(make(rng, 100, fragment=old.id).header, hashes=())
+    await gateway.write(bare, [bytes(100)])
+    await storage.write(good.header, [good.payload])
+    assert await payload_of(body, old.id) == good.payload
+
+
+async def test_other_bytes_with_the_same_hash_of_the_old_kind_replace_nothing(body: NearStore) -> None:
+    old = make(random.Random(8), 5000)
+    forged = second_preimage(old.payload, random.Random(3))
+    header = msgspec.structs.replace(old.header, hashes=(xxhash.xxh3_128_digest(old.payload),) * 6)
+    storage = as_role(body, "storage")
+    await storage.write(header, [old.payload])
+    with pytest.raises(FragmentOther):
+        await storage.write(header, [forged])
+    await storage.write(header, [old.payload])
+    assert await payload_of(body, old.id) == old.payload
 
 
 class TestMemory(FragmentStoreSuite):
