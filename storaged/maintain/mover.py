@@ -89,6 +89,10 @@ CALLS_WAITING_MAX = 16
 """Of all askers. Further ones ask later."""
 
 
+Headers = dict[tuple[str, FragmentId], FragmentHeader]
+"""(disk, fragment) -> header."""
+
+
 @dataclass
 class _Planned:
     """A move on its way through the steps. ``seen``: the register's value in step 2."""
@@ -206,10 +210,9 @@ class Mover:
             by_name.setdefault(one.name, []).append(one)
         await self._find_buckets({name.scope for name in by_name})
         await concurrently((self._plan(name, some) for name, some in by_name.items()), REGISTERS_AT_ONCE)
-        headers = await self._headers([one for one in planned if one.answer is None])
-        for one in planned:
-            if one.answer is None:
-                one.end(await self._judge(one, headers))
+        left = [one for one in planned if one.answer is None]
+        headers = await self._headers([where for one in left for where in one.places])
+        await concurrently((self._judge(one, headers) for one in left), REGISTERS_AT_ONCE)
         await concurrently((self._commit(name, some) for name, some in by_name.items()), REGISTERS_AT_ONCE)
 
     # --- the record and the places ------------------------------------------------------------------------------------
@@ -267,15 +270,14 @@ class Mover:
 
     # --- the fragments ------------------------------------------------------------------------------------------------
 
-    async def _headers(self, planned: Sequence[_Planned]) -> dict[tuple[str, FragmentId], FragmentHeader]:
+    async def _headers(self, places: Iterable[BlockPlace]) -> Headers:
         """Asks all disks at the same time, each once for all its fragments. One that does not answer is left out."""
         wanted: dict[str, dict[FragmentId, None]] = {}
-        for one in planned:
-            for where in one.places:
-                for fragment, disk in where.fragments:
-                    if self._context.liveness.disk_readable(disk):
-                        wanted.setdefault(disk, {})[fragment] = None
-        found: dict[tuple[str, FragmentId], FragmentHeader] = {}
+        for where in places:
+            for fragment, disk in where.fragments:
+                if self._context.liveness.disk_readable(disk):
+                    wanted.setdefault(disk, {})[fragment] = None
+        found: Headers = {}
 
         async def ask(disk: str, ids: list[FragmentId]) -> None:
             try:
@@ -291,7 +293,10 @@ class Mover:
         await asyncio.gather(*(ask(disk, list(ids)) for disk, ids in wanted.items()))
         return found
 
-    async def _judge(self, one: _Planned, headers: dict[tuple[str, FragmentId], FragmentHeader]) -> Judged:
+    async def _judge(self, one: _Planned, headers: Headers) -> None:
+        one.end(await self._judge_blocks(one, headers))
+
+    async def _judge_blocks(self, one: _Planned, headers: Headers) -> Judged:
         layout = self._context.layouts.current
         to_read: list[tuple[BlockPlace, BlockPlace, Agreed, FragmentHeader]] = []
         whole = True
@@ -477,7 +482,7 @@ def apply_move(part: PartEntry, move: MoveAsk) -> PartEntry | None:
     return msgspec.structs.replace(part, runs=runs) if runs is not None and part.data_id == move.data_id else None
 
 
-def _of(where: BlockPlace, headers: dict[tuple[str, FragmentId], FragmentHeader]) -> dict[int, FragmentHeader]:
+def _of(where: BlockPlace, headers: Headers) -> dict[int, FragmentHeader]:
     """Position -> header of the block's fragments that are in its places."""
     found = {position: headers.get((disk, fragment)) for position, (fragment, disk) in enumerate(where.fragments)}
     return {position: header for position, header in found.items() if header is not None}
