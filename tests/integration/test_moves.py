@@ -14,7 +14,7 @@ import xxhash
 
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerUnreachable
-from storaged.fragments.ports import FragmentId
+from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.hashes import fragment_hash
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.health import BlockPlace
@@ -102,6 +102,11 @@ class World:
             for block in range(move.new.first, move.new.first + move.new.count)
             for position, disk in enumerate(disks)
         ]
+
+    async def forge(self, disk: str, header: FragmentHeader, payload: bytes) -> None:
+        """A storage node writes a fragment, where there is none."""
+        await self.cluster.store(disk).delete([FragmentId.unpack(header.id)])
+        await self.node.context.stores.store(disk).write(header, [payload], sync=True)
 
     async def assert_unchanged(self) -> None:
         assert await self.cluster.record(self.bucket, KEY) == self.before
@@ -282,7 +287,7 @@ def test_fragments_that_are_not_the_blocks_own_are_refused(forge: str) -> None:
                     header = msgspec.structs.replace(header, length=len(payload) - 1)
                     world.cluster.store(disk).kept(fragment).header = header
                     continue
-                await world.node.context.stores.store(disk).write(header, [payload], sync=True)
+                await world.forge(disk, header, payload)
         assert await world.code(move) == REFUSED
         await world.assert_unchanged()
 
@@ -314,7 +319,7 @@ def test_fragments_of_another_profile_with_wrong_bytes_are_refused(spoil: str) -
             hashes = tuple(fragment_hash((payload,)) for payload in payloads)
             for (disk, fragment), payload in zip(block, payloads, strict=True):
                 header = msgspec.structs.replace(world.cluster.store(disk).kept(fragment).header, hashes=hashes)
-                await world.node.context.stores.store(disk).write(header, [payload], sync=True)
+                await world.forge(disk, header, payload)
         assert await world.code(move) == REFUSED
         world.cluster.start("nc", maintain=False)
         await world.assert_unchanged()
