@@ -25,7 +25,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
@@ -115,6 +115,23 @@ class DiskHealth:
         """
         self._waiting[future] = may_fail
         future.add_done_callback(self._waiting.pop)
+
+    async def unless_hung(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``. Raises DiskUnusable when the disk begins to hang before that; the work goes on."""
+        self.check()
+        loop = asyncio.get_running_loop()
+        task, hung = loop.create_task(work), loop.create_future()
+        self.fail_when_hung(hung)
+        try:
+            await asyncio.wait((task, hung), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                hung.result()
+            return task.result()
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        finally:
+            hung.cancel()
 
     def _error(self) -> DiskUnusable:
         return DiskUnusable(f"Disk {self.disk} hangs: {self.reason}.", state="hung")

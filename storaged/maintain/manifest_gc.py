@@ -23,6 +23,7 @@ that can't be read or does not list its pages, a bucket that is being deleted, a
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from storaged.cluster.layout import partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, ServiceUnavailable, StoragedError
@@ -101,7 +102,7 @@ class PageSweep:
         oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
         found: _Pages = {}
         while len(found) < CANDIDATES_MAX:
-            pages = store.pages(after=after, limit=PAGES_A_SLICE)
+            pages = await store.read(partial(store.pages, after=after, limit=PAGES_A_SLICE))
             if not pages:
                 return found, None
             found.update((page, created_ms) for page, created_ms in pages if created_ms < oldest)
@@ -113,7 +114,7 @@ class PageSweep:
         """Takes out of ``pages`` what the disk's rows name, rows of former buckets and layouts included."""
         if not pages:
             return
-        for table, scope, shard in store.scopes():
+        for table, scope, shard in await store.read(store.scopes):
             if table not in (Table.OBJECT, Table.UPLOAD):
                 continue
             async for rows in row_slices(self._context.clock, store, table, scope, shard):
@@ -127,7 +128,8 @@ class PageSweep:
         await self._spare_named(store, pages)
         doomed = list(pages.items())
         for start in range(0, len(doomed), PAGES_A_SLICE):
-            self.deleted += await store.delete_pages(doomed[start : start + PAGES_A_SLICE])
+            some = doomed[start : start + PAGES_A_SLICE]
+            self.deleted += await store.health.unless_hung(store.delete_pages(some))
 
     async def _learn_missed(self, disk: str) -> None:
         """Brings the registers of the disk to what a majority has accepted."""

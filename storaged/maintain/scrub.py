@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStore, Health
@@ -62,15 +63,20 @@ class Scrub:
         while True:
             if await wait_for(self._requested, min(interval_s / 10, 3600.0)):
                 await self.once()
-            elif self._age_s() >= interval_s:
+            elif await self._age_s() >= interval_s:
                 self.pace.bytes_per_s = self._context.limits.scrub_bytes_per_s
                 await self.once(resume=True)
 
-    def _age_s(self) -> float:
-        """Seconds since the end of the last scrub, on the disk where that is longest ago. A disk without one is due."""
+    async def _age_s(self) -> float:
+        """Seconds since the end of the last scrub, on the disk where that is longest ago. A disk without one is due;
+        one that does not answer is not.
+        """
         ages = []
         for store in self._context.local_meta.values():
-            finished = _noted(store, _FINISHED)
+            try:
+                finished = await _noted(store, _FINISHED)
+            except StoragedError:
+                continue
             age_s = (self._context.clock.wall_ms() - int(finished)) / 1000 if finished else None
             ages.append(self._context.limits.scrub_interval_s if age_s is None else age_s)
         return max(ages, default=0.0)
@@ -95,12 +101,13 @@ class Scrub:
         return found
 
     async def _disk(self, disk: str, store: FragmentStore, meta: MetaStore | None, resume: bool) -> None:
-        start = _noted(meta, _POSITION) if meta is not None and resume else b""
+        start = await _noted(meta, _POSITION) if meta is not None and resume else b""
         await self._fragments(disk, store, meta, start)
         if meta is not None:
             await self._rows(disk, meta)
             await self._pages(disk, meta)
-            await meta.commit(StoreBatch(meta={_FINISHED: str(self._context.clock.wall_ms()).encode(), _POSITION: b""}))
+            finished = str(self._context.clock.wall_ms()).encode()
+            await _note(meta, StoreBatch(meta={_FINISHED: finished, _POSITION: b""}))
 
     async def _fragments(self, disk: str, store: FragmentStore, meta: MetaStore | None, after: bytes) -> None:
         noted = self._context.clock.monotonic()
@@ -123,12 +130,12 @@ class Scrub:
                     and self._context.clock.monotonic() - noted >= NOTE_POSITION_S
                 ):
                     noted = self._context.clock.monotonic()
-                    await meta.commit(StoreBatch(meta={_POSITION: after}))
+                    await _note(meta, StoreBatch(meta={_POSITION: after}))
 
     async def _rows(self, disk: str, store: MetaStore) -> None:
         """Hints at rows whose checksum does not hold: they get settled, which writes them again."""
         try:
-            scopes = store.scopes()
+            scopes = await store.read(store.scopes)
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: what ranges disk {disk} holds can't be read: {error}")
@@ -156,9 +163,9 @@ class Scrub:
         """Manifest pages. They don't name their register: a walk finds out, and they are replaced."""
         after = b""
         try:
-            while pages := store.pages(after=after, limit=PAGE):
+            while pages := await store.read(partial(store.pages, after=after, limit=PAGE)):
                 for page_hash, _ in pages:
-                    self._page(disk, store, page_hash)
+                    await self._page(disk, store, page_hash)
                     await asyncio.sleep(0)
                 after = pages[-1][0]
         except RowDamaged as error:
@@ -166,20 +173,25 @@ class Scrub:
             self._context.log(f"scrub: the pages of manifests on disk {disk} can't be read on: {error}")
             self._on_unowned_damage()
 
-    def _page(self, disk: str, store: MetaStore, page_hash: bytes) -> None:
+    async def _page(self, disk: str, store: MetaStore, page_hash: bytes) -> None:
         try:
-            store.get_page(page_hash)
+            await store.read(partial(store.get_page, page_hash))
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: disk {disk}: {error}")
             self._on_unowned_damage()
 
 
-def _noted(store: MetaStore, name: str) -> bytes:
+async def _note(store: MetaStore, batch: StoreBatch) -> None:
+    """Raises DiskUnusable when the disk hangs: the other disks are scrubbed all the same."""
+    await store.health.unless_hung(store.commit(batch))
+
+
+async def _noted(store: MetaStore, name: str) -> bytes:
     """Empty when it was never noted, or the note is damaged: then a scrub is due, from the beginning, and notes it
     again.
     """
     try:
-        return store.get_meta(name) or b""
+        return await store.read(partial(store.get_meta, name)) or b""
     except RowDamaged:
         return b""

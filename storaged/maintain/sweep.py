@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
+from functools import partial
+
 from storaged.errors import StoragedError
 from storaged.fragments.ports import RETIREMENTS_MAX, FragmentHeader, FragmentId, NearStore, Retirement
 from storaged.maintain.context import MaintainContext
@@ -92,7 +94,7 @@ class Sweep:
         for replica in self._context.layouts.current.replicas_of(owner.partition):
             store = self._context.local_meta.get(replica)
             try:
-                slot = store.get(owner) if store is not None else None
+                slot = await store.read(partial(store.get, owner)) if store is not None else None
             except RowDamaged:
                 slot = None
             if slot is not None and self._names(owner, await self._entries(owner, slot.value), header, disk):
