@@ -226,6 +226,7 @@ class Opener:
             raise
         try:
             await restore_copies(meta, fragments)
+            await in_own_thread(fragments.look)  # from now on the event loop asks the file system nothing
             copies = DiskCopies(meta, fragments, self._copy_cache)
             replica = await in_own_thread(partial(LocalReplica, section.id, meta, copies=copies, clock=self._clock))
             await self._claim(section, meta, settled)

@@ -89,7 +89,9 @@ class HangingDisk:
         return int(self._ask("waiting"))
 
     def drop_cache(self, path: Path) -> None:
-        """Pages of this file are not in memory any more, but for those that are dirty, or mapped and in use."""
+        """Pages of this file are not in memory any more, but for those that are dirty, or mapped and in use. Before the
+        disk hangs.
+        """
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
