@@ -4,12 +4,12 @@ directory of all disks.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Reply
 from storaged.cluster.rpc.authority import grant
-from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerRefused
 from storaged.fragments.format import KEY_BYTES
 from storaged.fragments.messages import (
     MISSING_CELL,
@@ -179,10 +179,19 @@ class RemoteFragmentStore:
 
 
 class FragmentHost:
-    """Answers for the disks of this node. ``stores`` is looked up at every call, so that a disk may join or leave."""
+    """Answers for the disks of this node. ``stores`` is looked up at every call, so that a disk may join or leave.
 
-    def __init__(self, stores: Mapping[str, NearStore]) -> None:
+    A storage node writes what it has rebuilt, and replaces no sound fragment by another. Where it would,
+    ``on_contested(owner, fragment)`` gets the owner's packed name: this node compares the block by itself.
+    """
+
+    def __init__(
+        self,
+        stores: Mapping[str, NearStore],
+        on_contested: Callable[[bytes, FragmentId], None] = lambda owner, fragment: None,
+    ) -> None:
         self._stores = stores
+        self._on_contested = on_contested
 
     def methods(self) -> Methods:
         """The methods that a storage node registers."""
@@ -210,11 +219,15 @@ class FragmentHost:
         return store
 
     async def _write(self, request: WriteRequest, call: Call) -> Done:
-        trusted = "gateway" in call.peer.roles
+        trusted, header = "gateway" in call.peer.roles, request.header
         check = request.check if trusted else b""
-        await self._store(request.disk).write(
-            request.header, [call.body], sync=request.sync, check=check, spare_other=not trusted
-        )
+        try:
+            await self._store(request.disk).write(
+                header, [call.body], sync=request.sync, check=check, spare_other=not trusted
+            )
+        except FragmentOther:
+            self._on_contested(header.owner, FragmentId.unpack(header.id))
+            raise
         return Done(1)
 
     async def _sync(self, request: IdsRequest, _call: Call) -> Done:

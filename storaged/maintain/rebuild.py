@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from storaged.cluster.layout import Profile
-from storaged.errors import PeerError
+from storaged.errors import FragmentOther, PeerError
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.hashes import is_fragment
 from storaged.maintain.context import MaintainContext
@@ -103,7 +103,10 @@ class Rebuilder:
                 raise CannotRepair(
                     f"fragment {position} of block {place.block} does not come out as its survivors say it was"
                 )
-            await self._write(survivors.owner, survivors.hashes, place, position, whole, sync=sync)
+            try:
+                await self._write(survivors.owner, survivors.hashes, place, position, whole, sync=sync)
+            except FragmentOther:
+                continue  # the disk has another one, undamaged: its own node compares the block
             written.append((place.disks[position], place.fragment(position)))
             self.fragments_rebuilt += 1
             self.bytes_rebuilt += len(whole)

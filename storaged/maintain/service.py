@@ -126,6 +126,16 @@ class Maintenance:
         else:
             self._others.hint(register)
 
+    def fragment_contested(self, owner: bytes, fragment: FragmentId) -> None:
+        """Another node would write over an undamaged fragment of a local disk what its header does not say: the block
+        is compared here. May be called at any time; bounded.
+        """
+        try:
+            RegisterName.unpack(owner)
+        except ValueError:
+            return
+        self.repair.hint_mismatch(owner, fragment)
+
     def cell_damaged(self, disk: str, fragment: FragmentId) -> None:
         """A read found a fragment of a local disk damaged; its header names the register. May be called at any time;
         bounded.

@@ -7,7 +7,6 @@ a round of their register; nothing depends on the age being right.
 from __future__ import annotations
 
 import asyncio
-
 from functools import partial
 
 from storaged.errors import StoragedError

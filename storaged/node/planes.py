@@ -262,7 +262,7 @@ class NodePlanes:
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
             self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, on_refusal=self._refused).methods())
-            self._methods.update(FragmentHost(fragments).methods())
+            self._methods.update(FragmentHost(fragments, self._fragment_contested).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.belief = NodeBelief(self.own, self.authority, self._others_believe)
         self.ring = RingClient(
@@ -454,6 +454,10 @@ class NodePlanes:
         log.warning("a cell's checksum does not hold", disk=disk, **where)
         if self.maintenance is not None:
             self.maintenance.cell_damaged(disk, fragment)
+
+    def _fragment_contested(self, owner: bytes, fragment: FragmentId) -> None:
+        if self.maintenance is not None:
+            self.maintenance.fragment_contested(owner, fragment)
 
     def _fenced(self, scope: bytes) -> None:
         """A replica reports that a bucket is, or was, being deleted: the gateway's cached record of

@@ -156,7 +156,7 @@ class StorageNode:
         self.maintenance = Maintenance(context, scanner, caller)
         self.methods: dict[str, Method] = {
             **ReplicaHost(self.replicas, lambda: cluster.layouts.current.epoch).methods(),
-            **FragmentHost(self.stores).methods(),
+            **FragmentHost(self.stores, self.maintenance.fragment_contested).methods(),
             **self.maintenance.methods(),
         }
 

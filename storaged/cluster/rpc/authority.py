@@ -75,7 +75,10 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.unfence": Grant(GATEWAY, STORAGE, "deletion of a bucket that was not empty"),
     "meta.fence_epoch": Grant(NO_ROLE, STORAGE, "for layouts that move replicas, which no version writes yet"),
     "fragment.write": Grant(
-        BOTH, STORAGE, "PUT; repair rebuilds and recodes", "overwrites fragments of any object, fills disks"
+        BOTH,
+        STORAGE,
+        "PUT; repair rebuilds and recodes",
+        "fills disks; puts false bytes where a disk has lost a fragment",
     ),
     "fragment.sync": Grant(BOTH, STORAGE, "the barrier of a PUT, and of a recoding"),
     "fragment.read": Grant(BOTH, STORAGE, "GET; repair reads survivors", "reads sealed bytes"),
@@ -85,12 +88,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "fragment.retire": Grant(GATEWAY, STORAGE, "a change puts what it replaced on the garbage list"),
     "fragment.retired": Grant(GATEWAY, STORAGE, "a deleted bucket's key is destroyed once no disk has garbage of it"),
     "fragment.unretire": Grant(NO_ROLE, STORAGE, "a node collects on its own disks"),
-    "fragment.delete": Grant(
-        BOTH,
-        STORAGE,
-        "a PUT that moves a block elsewhere; collection of small copies, and of fragments that a recoding replaced",
-        "deletes fragments of any object on any disk",
-    ),
+    "fragment.delete": Grant(GATEWAY, STORAGE, "a PUT that moves a block elsewhere"),
     "fragment.scan": Grant(NO_ROLE, STORAGE, "a node walks its own disks"),
     "fragment.verify": Grant(NO_ROLE, STORAGE, "a node scrubs its own disks"),
     "fragment.usage": Grant(NO_ROLE, STORAGE, "a node counts its own disks"),
