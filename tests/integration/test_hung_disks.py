@@ -310,7 +310,7 @@ async def test_a_disk_that_hangs_for_longer_than_all_patience_fills_no_queue(nod
     others = Others(node.good)
     node.hanging.hang()
     calls: tuple[Callable[[LocalDisk, bytes], Any], ...] = (prepare, accept, read)
-    asked = [asyncio.create_task(calls[number % 3](node.bad, b"k%03d" % (number % 300))) for number in range(3000)]
+    asked = [asyncio.create_task(calls[number % 3](node.bad, b"k%03d" % (number % 300))) for number in range(600)]
     results = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), GUARD_S)
     assert all(isinstance(result, StoragedError) for result in results)
     await hung(node)
