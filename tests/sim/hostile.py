@@ -101,6 +101,7 @@ class Hostile(Scenario):
         self.of_objects = not self._lies and chance() < 0.4
         self.names = {key: self.name(b"sim/" + key.encode()) for key in KEYS}
         self.last_seen = dict.fromkeys(self.names)
+        self.fresh = False
         self._liar = self.random.choice(FIRST_SEEDS)
         self._written: set[tuple[bytes, int, int, bytes]] = set()
         self._lied = 0

@@ -8,8 +8,10 @@ noticed within it fails the run. Lists of bugs are plain data, and named in ``PL
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 from tests.sim.changing import ROOT, change_imports, in_child, module_of, resolve
@@ -28,6 +30,8 @@ PLAYS = {
 class Planted:
     """``old`` is ``new`` in the module at ``path``; or the switch ``rule`` is off. ``play``: of PLAYS. ``budget``:
     seeds from ``first`` on, about five times what it takes. ``fast``: it is part of the suite of tests.
+
+    ``tests``: seeds would need too long, and a file of tests has to notice it instead.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Planted:
     rule: str = ""
     first: int = 1
     fast: bool = False
+    tests: str = ""
 
 
 @dataclass
@@ -74,6 +79,8 @@ def hunt(bug: Planted) -> Caught:
     """In a process that has not imported the program."""
     if bug.path:
         change_imports({bug.path: lambda source: text_change(bug, source)})
+    if bug.tests:
+        return Caught(0, _dies_by_tests(bug.tests))
     play = resolve(PLAYS[bug.play])
     rules = resolve("storaged.meta.consensus.register:Rules")(**({bug.rule: False} if bug.rule else {}))
     if bug.path:
@@ -88,6 +95,13 @@ def hunt(bug: Planted) -> Caught:
         if found.violation:
             break
     return found
+
+
+def _dies_by_tests(tests: str) -> str:
+    told = io.StringIO()
+    with redirect_stdout(told), redirect_stderr(told):
+        failed = resolve("pytest:main")(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests])
+    return next((line for line in told.getvalue().splitlines() if line.startswith("FAILED")), "tests") if failed else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for bug in bugs:
         outcome = in_child(lambda bug=bug: hunt(bug))  # type: ignore[misc]
         found = outcome.value or Caught()
-        if found.violation:
+        if found.violation and bug.tests:
+            result = f"caught by tests ({outcome.cpu_s:.1f} s): {found.violation[:80]}"
+        elif found.violation:
             result = f"caught after {found.seeds} of {bug.budget} seeds ({outcome.cpu_s:.1f} s): {found.violation[:80]}"
         else:
             missed += 1

@@ -53,14 +53,6 @@ _ACCEPTORS = (
         new="        self.again.append(on_answer)\n        return True",
     ),
     Planted(
-        "epoch_fence_does_not_wait",
-        "a fence of an epoch is answered while accepts are on their way to the disk (rule 10)",
-        1500,
-        path=REPLICA,
-        old="            await self.pending.all_arrived()\n            self._epoch_durable",
-        new="            self._epoch_durable",
-    ),
-    Planted(
         "epoch_fence_not_kept",
         "a fence of an epoch is forgotten at a restart (rule 10)",
         1500,
@@ -108,14 +100,6 @@ _ACCEPTORS = (
         old="        return slot, self._state.of(name, slot, fence)\n",
         new="        if slot is not None and slot.value.visibility == 0:\n            slot = None\n"
         "        return slot, self._state.of(name, slot, fence)\n",
-    ),
-    Planted(
-        "refused_copy_counts",
-        "an accept is answered although its small copy could not be stored",
-        600,
-        path=REPLICA,
-        old="        copied = pending.copied and not copy_error\n",
-        new="        copied = pending.copied\n",
     ),
 )
 

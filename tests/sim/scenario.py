@@ -31,6 +31,7 @@ from tests.sim.virtual import VirtualLoop, run
 from tests.sim.workload import ObjectName, Verdicts, Workload, content_of, put
 
 KEYS = ("x", "y", "z", "w")
+FRESH_KEYS = tuple(f"fresh{index}-" for index in range(12))
 GATEWAYS = 3
 
 
@@ -48,7 +49,9 @@ class Scenario(Workload):
         self.first_seeds = DISKS if aside.random() < 0.15 else FIRST_SEEDS
         super().__init__(seed, world, make_layout(1, self.first_seeds))
         self.of_objects = aside.random() < 0.7
-        self.names = {key: self.name(b"sim/" + key.encode()) for key in KEYS[: aside.choice((2, 2, 4))]}
+        self.fresh = self.of_objects and aside.random() < 0.3
+        keys = FRESH_KEYS if self.fresh else KEYS[: aside.choice((2, 2, 4))]
+        self.names = {key: self.name(b"sim/" + key.encode()) for key in keys}
         self.last_seen = dict.fromkeys(self.names)
         self.gateways: list[Gateway] = []
         self.dies_with_its_gateway: StorageNode | None = None

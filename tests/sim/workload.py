@@ -21,6 +21,8 @@ from tests.sim.linear import Content, Kind, Operation, linearizable
 WORKERS = 2
 OPERATIONS = 7
 """Operations of each worker: 42 a run."""
+EXPECTED_OPERATIONS = 50
+"""Of a run, with those of gateways that died."""
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Workload:
         self.history: list[Operation] = []
         self.names: dict[str, RegisterName] = {}
         self.last_seen: dict[str, Content] = {}
+        self.fresh = False
         self.copied: dict[bytes, bytes] = {}
         """What small copies hold, by data id."""
         self.of_objects = True
@@ -112,9 +115,17 @@ class Workload:
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(OPERATIONS):
             await asyncio.sleep(self.random.uniform(0, 0.05))
-            key = self.random.choice(list(self.names))
+            key = self._choose_key()
             kind = self.random.choices(tuple(Kind), (35, 25, 25, 15))[0]
             await self.operate(gateway, kind, key)
+
+    def _choose_key(self) -> str:
+        """``fresh``: one after the other, so that registers which were never written are met all the time."""
+        keys = list(self.names)
+        if not self.fresh:
+            return self.random.choice(keys)
+        first = min(self.found.operations * len(keys) // EXPECTED_OPERATIONS, len(keys) - 2)
+        return keys[first + self.random.randrange(2)]
 
     async def operate(self, gateway: Gateway, kind: Kind, key: str) -> None:
         operation = Operation(kind, key, self.moment(), new=self._fresh(key), expected=self.last_seen[key])
