@@ -148,8 +148,9 @@ class Buckets(Scenario):
             return content_of((await gateway.client.read(register)).value)
         if operation.kind is Kind.DELETE:
             return content_of((await self._change(gateway.client, register, delete)).before)
-        creates = self.random.random() < 0.7
-        outcome = await self._change(gateway.client, register, put(operation.new or b"", b""), regardless=creates)
+        content, creates = operation.new or b"", self.random.random() < 0.7
+        small, data_id = self._small_copies(content)
+        outcome = await self._change(gateway.client, register, put(content, data_id), small, regardless=creates)
         operation.blind = outcome.before is None and outcome.after is not None and outcome.after.sequence > 1
         return content_of(outcome.before)
 
