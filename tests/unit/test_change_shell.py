@@ -123,3 +123,46 @@ async def test_both_ways_to_make_a_change_send_the_same(regardless: bool, small:
 
     for seed in range(150):
         assert await played(seed, awaited) == await played(seed, called_back), f"seed {seed}"
+
+
+class OneRefusesOneHangs:
+    """Of three replicas one takes everything, one refuses the first accept or prepare, and one never answers."""
+
+    def __init__(self, refuses: type[messages.Prepare] | type[messages.Accept]) -> None:
+        self._refuses: type | None = refuses
+
+    def replica(self, disk: str) -> Any:
+        return self
+
+    async def _verdict(self, request: messages.Prepare | messages.Accept, timeout_s: float) -> Verdict:
+        if request.disk == "c":
+            await asyncio.sleep(timeout_s)
+            raise PeerUnreachable("It does not answer.")
+        if request.disk == "b" and self._refuses is not None and type(request) is self._refuses:
+            self._refuses = None
+            return Verdict.PREEMPTED
+        return Verdict.OK
+
+    async def prepare(self, request: messages.Prepare, *, timeout_s: float) -> messages.PrepareReply:
+        verdict = await self._verdict(request, timeout_s)
+        promised = Ballot(1, request.ballot.counter + 5, "other", b"12345678")
+        return messages.PrepareReply(verdict, request.ballot if verdict is Verdict.OK else promised, ZERO_BALLOT)
+
+    async def accept(
+        self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float
+    ) -> messages.AcceptReply:
+        verdict = await self._verdict(request, timeout_s)
+        return messages.AcceptReply(verdict, Ballot(1, request.ballot.counter + 5, "other", b"12345678"))
+
+
+@pytest.mark.parametrize("refuses", [messages.Prepare, messages.Accept])
+async def test_a_replica_that_hangs_does_not_hold_up_a_change_that_another_one_has_refused(
+    refuses: type[messages.Prepare] | type[messages.Accept],
+) -> None:
+    client = ring_client(Layouts(), OneRefusesOneHangs(refuses), node="me", clock=Clock(), jitter=lambda: 0.5)
+    began = Clock().monotonic()
+    for body in (b"first", b"second"):  # the second time the replica that hangs is asked last
+        await client.change(NAME, lambda _value, body=body: Change(body))  # type: ignore[misc]
+    took_s = Clock().monotonic() - began
+    await client.close()
+    assert took_s < 2.0, f"it took {took_s:.1f} s, and a call may take 5 s"
