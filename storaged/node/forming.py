@@ -8,7 +8,8 @@ recorded which ledgers (``node.ledger``) the other nodes had.
     another node was formed with another ledger of this node    this server was built anew: its blank disks never begin
     another node was formed with this very ledger               this node was there and has not begun yet: begin
     all others answer, and none was formed                      the cluster is new: begin
-    otherwise                                                   wait for the nodes that don't answer
+    otherwise, some don't answer                                wait for them
+    otherwise                                                   the cluster does not know these disks: never begin
 
 A node that is formed records that, with the others' ledgers, before any of its disks answers. The only node of a
 cluster has no other to ask, and begins: it can't notice that its whole machine was replaced.
@@ -54,9 +55,11 @@ def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verd
     formed = {name: report for name, report in others.items() if report is not None and report.formed}
     if any(report.yours == own for report in formed.values()):
         return Verdict(True)
-    if formed:
-        return Verdict(False, f"the cluster has been formed without these disks (says {', '.join(sorted(formed))})")
     silent = sorted(name for name, report in others.items() if report is None)
+    if formed:
+        away = f"; no answer yet from {', '.join(silent)}" if silent else ""
+        reason = f"the cluster has been formed without these disks (says {', '.join(sorted(formed))}){away}"
+        return Verdict(False, reason, waits=bool(silent))  # the first node that was formed knows all ledgers
     if silent:
         return Verdict(
             False,

@@ -8,10 +8,11 @@ The object is the disk: what runs after the crash uses it again.
 from __future__ import annotations
 
 import asyncio
+import copy
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.disk_health import DiskHealth
@@ -79,6 +80,8 @@ class MemoryMetaStore:
         self.dirty_ranges = DirtyRangeTracker()
         self._crashes = 0
         self._reason = ""
+        self.starts = self.position = 0
+        """How often a process has begun with it, as the process counts; commits that are durable."""
 
     large = False
 
@@ -200,6 +203,7 @@ class MemoryMetaStore:
             raise DiskUnusable(f"the metadata store takes no writes: {self._reason}")
 
     def _apply(self, count: int) -> None:
+        self.position += count
         for entry in self._pending[:count]:
             with self.dirty_ranges.changing([(name.prefix, name.key) for name, _ in entry.rows]):
                 for name, row in entry.rows:
@@ -227,6 +231,17 @@ class MemoryMetaStore:
         self._pending.clear()
         self._crashes += 1
         self._turn = asyncio.Lock()
+
+    def image(self) -> Any:
+        """All that is durable, for ``put_back``."""
+        durable = self.identity, self._shards, self._fences, self._pages, self._meta, self.starts, self.position
+        return copy.deepcopy(durable)
+
+    def put_back(self, image: Any) -> None:
+        """The disk is as it was then. Nothing may be on its way."""
+        self.identity, self._shards, self._fences, self._pages, self._meta, self.starts, self.position = copy.deepcopy(
+            image
+        )
 
     def fail(self, reason: str) -> None:
         """From now on the disk refuses every write, also those on their way."""

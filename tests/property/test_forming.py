@@ -95,11 +95,12 @@ OWN, OTHER = b"own", b"other"
         ({"n2": None, "n3": LedgerReport(OTHER, True, OWN)}, True, ""),
         ({"n2": LedgerReport(OTHER, True, b"older")}, False, "built anew"),
         ({"n2": LedgerReport(OTHER, True, b"older"), "n3": LedgerReport(OTHER, True, OWN)}, False, "says n2"),
-        ({"n2": LedgerReport(OTHER, True)}, False, "formed without these disks"),
-        ({"n2": None, "n3": LedgerReport(OTHER, True)}, False, "formed without these disks"),
+        ({"n2": LedgerReport(OTHER, True)}, False, "formed without these disks (says n2)"),
+        ({"n2": None, "n3": LedgerReport(OTHER, True)}, False, "formed without these disks (says n3); no answer yet"),
     ],
 )
 def test_the_other_nodes_decide(others: dict[str, LedgerReport | None], begin: bool, word: str) -> None:
     verdict = judge_forming(OWN, others)
     assert verdict.begin == begin
+    assert verdict.waits == ("no answer yet" in verdict.reason)
     assert word in verdict.reason

@@ -22,6 +22,7 @@ PLAYS = {
     "hostile": "tests.sim.hostile:run_hostile",
     "listing": "tests.sim.listing:run_listing",
     "buckets": "tests.sim.buckets:run_buckets",
+    "forgetful": "tests.sim.forgetful:run_forgetful",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 
@@ -61,6 +62,7 @@ PLANTED = (
     "tests.sim.planted_rules:RULE_BUGS",
     "tests.sim.planted_consensus:CONSENSUS_BUGS",
     "tests.sim.planted_stores:STORE_BUGS",
+    "tests.sim.planted_claims:CLAIM_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

@@ -40,6 +40,8 @@ class Scenario(Workload):
     the runs without.
     """
 
+    node_kind = StorageNode
+
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         aside = self.aside = random.Random(f"aside {seed}")
         wide = aside.random() < 0.2
@@ -104,7 +106,7 @@ class Scenario(Workload):
 
     async def play(self) -> None:
         for disk in DISKS:
-            StorageNode(self.world, "n" + disk[1:], disk)
+            self.node_kind(self.world, "n" + disk[1:], disk)
         self.begin_gateways()
         self.world.weather = self.weather()
         self.join_parts()

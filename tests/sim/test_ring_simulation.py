@@ -15,6 +15,7 @@ import pytest
 
 from storaged.meta.consensus.register import RULES
 from tests.sim.buckets import run_buckets
+from tests.sim.forgetful import run_forgetful
 from tests.sim.hostile import run_hostile
 from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
@@ -27,6 +28,7 @@ FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
 HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "40"))
 LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "40"))
 BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "25"))
+FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "40"))
 
 
 @pytest.mark.timeout(0)
@@ -61,6 +63,13 @@ def test_buckets_are_deleted_whatever_fails() -> None:
     for seed in range(FIRST_SEED, FIRST_SEED + BUCKET_SEEDS):
         found = run_buckets(seed)
         assert not found.violation, f"buckets seed {seed}: {found.violation} ({', '.join(found.faults)})"
+
+
+@pytest.mark.timeout(0)
+def test_a_disk_that_forgot_what_it_promised_answers_nothing_and_all_others_take_part() -> None:
+    for seed in range(FIRST_SEED, FIRST_SEED + FORGETFUL_SEEDS):
+        found = run_forgetful(seed)
+        assert not found.violation, f"forgetful seed {seed}: {found.violation} ({', '.join(found.faults)})"
 
 
 @pytest.mark.timeout(0)
