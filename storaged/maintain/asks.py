@@ -33,7 +33,7 @@ from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.framing import ErrorHead
 from storaged.errors import NoSuchBucket, PeerRefused, PeerTimeout, PeerUnreachable, ServiceUnavailable, SlowDown
 from storaged.ids import Entropy, system_entropy
-from storaged.maintain.moves import MovesAnswer, MovesAsk
+from storaged.maintain.moves import DiscardAsk, MovesAnswer, MovesAsk
 from storaged.meta.names import RegisterName, Value
 from storaged.wire import MALFORMED, Message, decode, encode
 
@@ -89,6 +89,13 @@ class AskKind(NamedTuple):
 
 
 KINDS: Final[Mapping[str, AskKind]] = {
+    "discard": AskKind(
+        DiscardAsk,
+        MovesAnswer,
+        "a fragment that is not its block's own is where repair has to write",
+        "that the survivors of the block agree on other hashes (``discard``)",
+        "makes the gateway read blocks, at a bounded rate",
+    ),
     "move": AskKind(
         MovesAsk,
         MovesAnswer,

@@ -61,7 +61,7 @@ from storaged.maintain.moves import (
     problem_of_call,
     replace_blocks,
 )
-from storaged.maintain.rebuild import CannotRepair, Rebuilder, recoded
+from storaged.maintain.rebuild import CannotRepair, Rebuilder
 from storaged.maintain.walk import entries_of
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
@@ -163,12 +163,12 @@ class Mover:
 
     def __init__(self, context: MaintainContext) -> None:
         self._context = context
-        self._buckets = Buckets()
+        self.buckets = Buckets()
         self._refreshed_at = -REFRESH_S
-        self._allowance = Allowance()
+        self.allowance = Allowance()
         self._turn = asyncio.Lock()
         self._reads = asyncio.Semaphore(context.limits.rebuilds_concurrent_max)
-        self._rebuilder = Rebuilder(context)
+        self.rebuilder = Rebuilder(context)
         self._counts = dict.fromkeys((MOVED, CHANGED, LATER, REFUSED), 0)
         self._blocks_moved = 0
 
@@ -180,20 +180,20 @@ class Mover:
         """``asker``: the node, as its certificate names it. Does not raise for anything that a call may contain."""
         now = self._context.clock.monotonic
         if problem := problem_of_call(ask):
-            self._allowance.note(asker, refused=True, now=now())
+            self.allowance.note(asker, refused=True, now=now())
             return self._conclude(asker, [MoveAnswer(REFUSED, problem)] * min(len(ask.moves), 1))
-        if problem := self._allowance.problem(asker, now()):
+        if problem := self.allowance.problem(asker, now()):
             return self._conclude(asker, [MoveAnswer(LATER, problem)] * len(ask.moves))
-        self._allowance.busy.add(asker)
+        self.allowance.busy.add(asker)
         try:
-            await asyncio.sleep(self._allowance.spend(asker, sum(map(cost_of, ask.moves), Cost()).fragments, now()))
+            await asyncio.sleep(self.allowance.spend(asker, sum(map(cost_of, ask.moves), Cost()).fragments, now()))
             async with self._turn:
                 planned = [_Planned(move, RegisterName.unpack(move.name)) for move in ask.moves]
                 await self._work(planned)
         finally:
-            self._allowance.busy.discard(asker)
+            self.allowance.busy.discard(asker)
         answers = [one.answer or MoveAnswer(LATER, "not decided") for one in planned]
-        self._allowance.note(asker, refused=any(answer.code == REFUSED for answer in answers), now=now())
+        self.allowance.note(asker, refused=any(answer.code == REFUSED for answer in answers), now=now())
         return self._conclude(asker, answers)
 
     def _conclude(self, asker: str, answers: list[MoveAnswer]) -> MovesAnswer:
@@ -208,23 +208,23 @@ class Mover:
         by_name: dict[RegisterName, list[_Planned]] = {}
         for one in planned:
             by_name.setdefault(one.name, []).append(one)
-        await self._find_buckets({name.scope for name in by_name})
+        await self.find_buckets({name.scope for name in by_name})
         await concurrently((self._plan(name, some) for name, some in by_name.items()), REGISTERS_AT_ONCE)
         left = [one for one in planned if one.answer is None]
-        headers = await self._headers([where for one in left for where in one.places])
+        headers = await self.headers([where for one in left for where in one.places])
         await concurrently((self._judge(one, headers) for one in left), REGISTERS_AT_ONCE)
         await concurrently((self._commit(name, some) for name, some in by_name.items()), REGISTERS_AT_ONCE)
 
     # --- the record and the places ------------------------------------------------------------------------------------
 
-    async def _find_buckets(self, scopes: set[bytes]) -> None:
+    async def find_buckets(self, scopes: set[bytes]) -> None:
         """Reads the bucket directory when it lacks one of these, but not all the time."""
         now = self._context.clock.monotonic()
-        if all(map(self._buckets.is_verified, scopes)) or now - self._refreshed_at < REFRESH_S:
+        if all(map(self.buckets.is_verified, scopes)) or now - self._refreshed_at < REFRESH_S:
             return
         self._refreshed_at = now
         try:
-            await self._buckets.refresh(self._context)
+            await self.buckets.refresh(self._context)
         except StoragedError as error:
             self._context.log(f"the bucket directory can't be read now: {error}")
 
@@ -232,7 +232,7 @@ class Mover:
         try:
             value = (await self._context.registers.read(name)).value
             entries = [entry async for entry in entries_of(self._context, name, value)]
-            countries = self._buckets.countries_of(name.scope)
+            countries = self.buckets.countries_of(name.scope)
         except BucketUnverified as error:
             judged = Judged(LATER, str(error.args[0]))
         except KeyError:
@@ -270,7 +270,7 @@ class Mover:
 
     # --- the fragments ------------------------------------------------------------------------------------------------
 
-    async def _headers(self, places: Iterable[BlockPlace]) -> Headers:
+    async def headers(self, places: Iterable[BlockPlace]) -> Headers:
         """Asks all disks at the same time, each once for all its fragments. One that does not answer is left out."""
         wanted: dict[str, dict[FragmentId, None]] = {}
         for where in places:
@@ -303,10 +303,10 @@ class Mover:
         for start in range(0, len(one.old), BLOCKS_A_TURN):
             async with self._rested():
                 for old, new in zip(one.old[start:][:BLOCKS_A_TURN], one.new[start:][:BLOCKS_A_TURN], strict=True):
-                    survivors = agreed(layout, old, _of(old, headers))
+                    survivors = agreed(layout, old, headers_of(old, headers))
                     if survivors is None or (one.name.table == Table.OBJECT and survivors.owner != one.name.pack()):
                         return Judged(LATER, f"too few fragments in the old places of block {old.block} agree")
-                    there = _of(new, headers)
+                    there = headers_of(new, headers)
                     judged = judge_block(layout, old, new, survivors, there)
                     if judged.code:
                         return judged
@@ -330,10 +330,11 @@ class Mover:
         """
         async with self._reads:
             try:
-                read = await self._rebuilder.read_agreed(old, survivors.positions, survivors.hashes)
-                fragments, hashes = await asyncio.to_thread(recoded, old, new.profile, read)
+                fragments, hashes = await self.rebuilder.as_coded(
+                    old, survivors.positions, survivors.hashes, new.profile
+                )
                 if any(map(is_old, header.hashes)):
-                    same = await self._rebuilder.holds(new, fragments)
+                    same = await self.rebuilder.holds(new, fragments)
                 else:
                     same = hashes == header.hashes
             except (CannotRepair, PeerError, ValueError, TimeoutError) as error:
@@ -482,7 +483,7 @@ def apply_move(part: PartEntry, move: MoveAsk) -> PartEntry | None:
     return msgspec.structs.replace(part, runs=runs) if runs is not None and part.data_id == move.data_id else None
 
 
-def _of(where: BlockPlace, headers: Headers) -> dict[int, FragmentHeader]:
+def headers_of(where: BlockPlace, headers: Headers) -> dict[int, FragmentHeader]:
     """Position -> header of the block's fragments that are in its places."""
     found = {position: headers.get((disk, fragment)) for position, (fragment, disk) in enumerate(where.fragments)}
     return {position: header for position, header in found.items() if header is not None}

@@ -99,6 +99,22 @@ class MovesAsk(Message, frozen=True):
     moves: tuple[MoveAsk, ...]
 
 
+class FragmentAsk(Message, frozen=True):
+    """Asks that a fragment (packed id) on a disk be deleted: it is not what the survivors of its block say, and in the
+    way of repair. ``name``: the packed register whose record has its data.
+    """
+
+    name: bytes
+    fragment: bytes
+    disk: str
+
+
+class DiscardAsk(Message, frozen=True):
+    """Up to MOVES_A_CALL fragments. The answer is a MovesAnswer; MOVED: the fragment is not there any more."""
+
+    fragments: tuple[FragmentAsk, ...]
+
+
 class MoveAnswer(Message, frozen=True):
     """``code``: MOVED, CHANGED, LATER or REFUSED. ``reason``: for the asker's log."""
 

@@ -27,6 +27,8 @@ from storaged.wire import Buffer
 
 _T = TypeVar("_T")
 
+IN_THE_WAY_MAX = 1000
+
 
 class CannotRepair(Exception):
     """Too few survivors agree now, or the record has changed. The register is looked at again later."""
@@ -61,6 +63,8 @@ class Rebuilder:
         self.fragments_rebuilt = 0
         self.bytes_rebuilt = 0
         self.blocks_recoded = 0
+        self.in_the_way: dict[tuple[str, FragmentId], None] = {}
+        """Fragments that a disk did not let this node replace. Bounded."""
 
     # --- the same profile, the same disks ---------------------------------------------------------------------------
 
@@ -94,7 +98,7 @@ class Rebuilder:
         length = max(shape.fragment_length(profile, position) for position in range(profile.n))
         unknown = [position for position in sorted(positions) if position not in survivors.fragments]
         rebuilt = await asyncio.to_thread(_reconstruct, profile, survivors.fragments, unknown, length)
-        written = []
+        written, others = [], list[int]()
         for position in sorted(positions):
             whole = survivors.fragments.get(position)
             if whole is None:
@@ -106,10 +110,12 @@ class Rebuilder:
             try:
                 await self._write(survivors.owner, survivors.hashes, place, position, whole, sync=sync)
             except FragmentOther:
-                continue  # the disk has another one, undamaged: its own node compares the block
+                others.append(position)
+                continue
             written.append((place.disks[position], place.fragment(position)))
             self.fragments_rebuilt += 1
             self.bytes_rebuilt += len(whole)
+        _refuse_others(place, others)
         return written
 
     # --- survivors --------------------------------------------------------------------------------------------------
@@ -138,12 +144,19 @@ class Rebuilder:
             )
         return agreed
 
-    async def read_agreed(
+    async def as_coded(
+        self, place: BlockPlace, positions: Sequence[int], hashes: tuple[bytes, ...], profile: Profile
+    ) -> tuple[list[Buffer], tuple[bytes, ...]]:
+        """The fragments of a block under ``profile``, and their hashes, from survivors with ``hashes``, which the
+        caller believes. Raises CannotRepair.
+        """
+        read = await self._read_agreed(place, positions, hashes)
+        return await asyncio.to_thread(recoded, place, profile, read)
+
+    async def _read_agreed(
         self, place: BlockPlace, positions: Sequence[int], hashes: tuple[bytes, ...]
     ) -> dict[int, Buffer]:
-        """As many whole fragments of these positions as the block can be read from, each verified against ``hashes``,
-        which the caller believes. Raises CannotRepair.
-        """
+        """As many whole fragments of these positions as the block can be read from, each verified."""
         profile = place.profile
         found: dict[int, Buffer] = dict(empty_fragments(profile, place.shape)) if profile.k > 1 else {}
         left = [position for position in positions if position not in found]
@@ -191,8 +204,13 @@ class Rebuilder:
         header = FragmentHeader(
             place.fragment(position).pack(), owner, part_header, hashes, place.shape.cell_bytes, len(whole), now_ms
         )
-        async with asyncio.timeout(self._context.limits.call_timeout_s):
-            await self._context.stores.store(disk).write(header, [whole], sync=sync)
+        try:
+            async with asyncio.timeout(self._context.limits.call_timeout_s):
+                await self._context.stores.store(disk).write(header, [whole], sync=sync)
+        except FragmentOther:
+            if len(self.in_the_way) < IN_THE_WAY_MAX:
+                self.in_the_way[disk, place.fragment(position)] = None
+            raise
 
     # --- another profile, other disks -------------------------------------------------------------------------------
 
@@ -226,9 +244,14 @@ class Rebuilder:
             positions = set(range(place.profile.n)) - stay | set(survivors.mismatched)
             return await self._write_positions(survivors, positions, new, sync=False)
         fragments, hashes = await asyncio.to_thread(recoded, place, placement.profile, survivors.fragments)
+        others = []
         for position, whole in enumerate(fragments):
-            await self._write(survivors.owner, hashes, new, position, whole, sync=False)
+            try:
+                await self._write(survivors.owner, hashes, new, position, whole, sync=False)
+            except FragmentOther:
+                others.append(position)
             self.bytes_rebuilt += len(whole)
+        _refuse_others(new, others)
         self.fragments_rebuilt += len(fragments)
         return [(disk, fragment) for fragment, disk in new.fragments]
 
@@ -262,6 +285,12 @@ def _agreed(
             fragments[position] = whole
     mismatched = tuple(position for position in found if position not in fragments)
     return Survivors(fragments, hashes, owner, mismatched) if len(fragments) >= profile.k else None
+
+
+def _refuse_others(place: BlockPlace, others: Sequence[int]) -> None:
+    """Raises CannotRepair when disks have other fragments in some positions, and keep them."""
+    if others:
+        raise CannotRepair(f"disks have other fragments {list(others)} of block {place.block}, and do not replace them")
 
 
 def _reconstruct(

@@ -37,7 +37,8 @@ from storaged.maintain.check import NOW, REFUSALS, Check
 from storaged.maintain.context import MaintainContext, concurrently, wait_for
 from storaged.maintain.health import BlockHealth, BlockPlace, Finding
 from storaged.maintain.job import Job
-from storaged.maintain.rebuild import Move, Rebuilder
+from storaged.maintain.moves import MOVED, MOVES_A_CALL, DiscardAsk, FragmentAsk, MovesAnswer
+from storaged.maintain.rebuild import CannotRepair, Move, Rebuilder
 from storaged.maintain.relocate import Relocator
 from storaged.maintain.repair_queue import PREFIX_BYTES
 from storaged.maintain.walk import entries_of, upload_rows
@@ -258,8 +259,22 @@ class Repair:
         finally:
             if self.relocator.away or not self.relocator.has(name.pack()):
                 await self.check.judge(name, (await self._context.registers.read(name)).value)
+        await self._discard(name)
         if failure is not None:
             raise failure
+
+    async def _discard(self, name: RegisterName) -> None:
+        """Has a gateway delete what is in the way, so that the next attempt can write."""
+        found, self.rebuilder.in_the_way = self.rebuilder.in_the_way, {}
+        if not found or self.relocator.away:
+            return
+        fragments = [FragmentAsk(name.pack(), fragment.pack(), disk) for disk, fragment in found]
+        for start in range(0, len(fragments), MOVES_A_CALL):
+            ask = DiscardAsk(tuple(fragments[start : start + MOVES_A_CALL]))
+            answers = (await self._context.asks.ask("discard", ask, MovesAnswer)).answers
+            refused = [answer.reason for answer in answers if answer.code != MOVED]
+            if refused:
+                self._context.log(f"{len(refused)} fragments in the way of repair stay, the first: {refused[0]}")
 
     async def _slices(self, name: RegisterName, value: Value | None) -> AsyncIterator[list[BlockHealth]]:
         """Consecutive blocks of one run each, as they are now."""
@@ -341,7 +356,12 @@ class Repair:
                 if entry.data_id == fragment.data_id:
                     places = [place for place in self._walker.places(row, entry) if place.block == fragment.block]
                     for health in await self._walker.health(places):
-                        wrong = await self.rebuilder.verify_block(health)
+                        try:
+                            wrong = await self.rebuilder.verify_block(health)
+                        except CannotRepair:
+                            await self._discard(row)
+                            self.check.hint(row.pack())
+                            raise
                         self._context.log(
                             f"block {fragment.block} of {row.key[:80]!r}: {wrong} fragments were not what the others"
                             " say, rebuilt"

@@ -35,6 +35,7 @@ from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import KeyCopies
 from storaged.maintain.answers import Answers, settle_handler
+from storaged.maintain.discard import Discarder
 from storaged.maintain.mover import Mover
 from storaged.meta.names import RegisterName, Value
 from storaged.node.audited import NOT_AUDITED, AuditedBuckets
@@ -115,11 +116,13 @@ class Gateway:
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
         self._belief = Belief(plane, self.users)
-        self.mover = Mover(node.maintain_context())
+        context = node.maintain_context()
+        self.mover = Mover(context)
+        self.discarder = Discarder(context, self.mover)
         self._answers = Answers(
             node.pool,
             node.layouts,
-            {"settle": settle_handler(node.ring), "move": self.mover.answer},
+            {"settle": settle_handler(node.ring), "move": self.mover.answer, "discard": self.discarder.answer},
             structlog.get_logger("maintain").error,
         )
         self._app = S3App(

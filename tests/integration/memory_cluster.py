@@ -23,6 +23,7 @@ from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.maintain.answers import Answers, settle_handler
 from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
+from storaged.maintain.discard import Discarder
 from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.mover import Mover
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
@@ -529,8 +530,10 @@ class Gateway:
         self.buckets = BucketService(self.plane)
         self.belief = Belief(self.plane, UserService(self.plane))
         loop = asyncio.get_running_loop()
-        self.mover = Mover(self._maintain_context(cluster))
-        handlers = {"settle": settle_handler(self.ring), "move": self.mover.answer}
+        context = self._maintain_context(cluster)
+        self.mover = Mover(context)
+        self.discarder = Discarder(context, self.mover)
+        handlers = {"settle": settle_handler(self.ring), "move": self.mover.answer, "discard": self.discarder.answer}
         self.answers = Answers(caller, cluster.layouts, handlers, cluster.log.append)
         work = (self.maintain.run(), self.keeper.run(), self.answers.run())
         self._tasks = [loop.create_task(task) for task in work]

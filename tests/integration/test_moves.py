@@ -19,7 +19,18 @@ from storaged.hashes import fragment_hash
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.health import BlockPlace
 from storaged.maintain.mover import REFUSED_PAUSE_S
-from storaged.maintain.moves import CHANGED, LATER, MOVED, MOVES_A_CALL, REFUSED, MoveAsk, MovesAnswer, MovesAsk
+from storaged.maintain.moves import (
+    CHANGED,
+    LATER,
+    MOVED,
+    MOVES_A_CALL,
+    REFUSED,
+    DiscardAsk,
+    FragmentAsk,
+    MoveAsk,
+    MovesAnswer,
+    MovesAsk,
+)
 from storaged.meta.names import object_name
 from storaged.objects.code import place
 from storaged.objects.code.place import Placement
@@ -667,5 +678,90 @@ def test_what_no_register_has_is_read_from_the_directory_seldom() -> None:
             name = object_name(bytes([number]) * 16, range(16), KEY).pack()
             assert await world.code(msgspec.structs.replace(move, name=name), asker=f"n{number}") == LATER
         assert scans <= 3
+
+    play(scenario)
+
+
+# --- fragments in the way
+
+
+async def squat(world: World, where: BlockPlace, position: int) -> tuple[str, FragmentId, bytes]:
+    """A storage node writes a fragment of its own, sound by itself, where another one is missing. Returns the truth
+    too.
+    """
+    disk, fragment = where.disks[position], where.fragment(position)
+    kept = world.cluster.store(disk).kept(fragment)
+    payload = bytes(byte ^ 0x55 for byte in kept.payload)
+    hashes = list(kept.header.hashes)
+    hashes[position] = fragment_hash((payload,))
+    await world.forge(disk, msgspec.structs.replace(kept.header, hashes=tuple(hashes)), payload)
+    return disk, fragment, kept.payload
+
+
+def test_a_false_fragment_where_one_was_missing_is_removed_by_a_gateway_and_rebuilt() -> None:
+    async def scenario(world: World) -> None:
+        await world.begin(lose=False)
+        world.cluster.maintain()
+        await world.cluster.settled()
+        disk, fragment, truth = await squat(world, (await world.places())[1], 0)
+        assert await world.cluster.get(world.bucket, KEY) == world.data, "the reader finds out, and says so"
+        await world.cluster.pass_s(60)
+        assert world.cluster.store(disk).kept(fragment).payload == truth
+        assert world.cluster.gateway.discarder.deleted == 1
+        assert await world.cluster.record(world.bucket, KEY) == world.before
+
+    play(scenario)
+
+
+def test_a_false_fragment_where_a_block_will_be_recoded_delays_its_move_a_little() -> None:
+    async def scenario(world: World) -> None:
+        await world.begin(lose=False)
+        cluster = world.cluster
+        cluster.maintain()
+        await cluster.settled()
+        place_ = (await world.places())[0]
+        for disk in cluster.layouts.current.disks:
+            for position in range(4):
+                header = cluster.store(place_.disks[0]).kept(place_.fragment(0)).header
+                fragment = FragmentId(place_.entry.data_id, 0, 2, 2, position)
+                payload = os.urandom(100)
+                hashes = tuple(fragment_hash((payload,)) for _ in range(4))
+                lie = msgspec.structs.replace(header, id=fragment.pack(), hashes=hashes, length=100)
+                await world.node.context.stores.store(disk.id).write(lie, [payload], sync=True)
+        await cluster.kill("nc")
+        await cluster.pass_s(DELAY_S + 300)
+        for where in await world.places():
+            assert str(where.profile) == "2+2"
+            assert all(cluster.holds(disk, fragment) for fragment, disk in where.fragments)
+        assert await cluster.get(world.bucket, KEY) == world.data
+
+    play(scenario, disks_per_node=2)
+
+
+def test_a_gateway_deletes_nothing_that_the_survivors_confirm() -> None:
+    async def scenario(world: World) -> None:
+        await world.begin(lose=False)
+        cluster = world.cluster
+        where = (await world.places())[0]
+        await cluster.put(world.bucket, b"other", os.urandom(LARGE))
+        other = (await cluster.places(world.bucket, b"other"))[0]
+        before = await cluster.fragments()
+        asks = [FragmentAsk(world.name, fragment.pack(), disk) for fragment, disk in where.fragments]
+        asks += [FragmentAsk(world.name, fragment.pack(), disk) for fragment, disk in other.fragments]
+        asks.append(FragmentAsk(b"x" * 30, where.fragment(0).pack(), where.disks[0]))
+        asks.append(FragmentAsk(world.name, b"short", where.disks[0]))
+        asks.append(FragmentAsk(world.name, where.fragment(0).pack(), "no disk"))
+        found = await cluster.gateway.discarder.answer("evil", DiscardAsk(tuple(asks)))
+        codes = [answer.code for answer in found.answers]
+        assert codes == [REFUSED] * 6 + [CHANGED] * 6 + [REFUSED, REFUSED, LATER]
+        found = await cluster.gateway.discarder.answer("evil", DiscardAsk(tuple(asks)))
+        assert {answer.code for answer in found.answers} == {LATER}, "it has to wait"
+        assert len((await cluster.gateway.discarder.answer("n", DiscardAsk(tuple(asks) * 30))).answers) == 1
+        await cluster.kill("nb", "nc")
+        assert {
+            answer.code for answer in (await cluster.gateway.discarder.answer("o", DiscardAsk(tuple(asks[:6])))).answers
+        } == {LATER}
+        cluster.start("nb", "nc", maintain=False)
+        assert await cluster.fragments() == before
 
     play(scenario)

@@ -1,0 +1,134 @@
+"""A gateway removes fragments that are in the way of repair.
+
+A disk does not let a storage node replace a sound fragment by another one (``fragments.ports``). So a hostile node may
+put fragments of its own where repair has to write: a place where a fragment is missing, or one to which a block will be
+recoded. Repair then asks a gateway. The gateway deletes the fragment when the survivors of the block agree on other
+hashes, or, under another profile than the record's, when computing it from survivors gives other hashes. It deletes
+nothing that the survivors confirm, and nothing of data that the record does not have: that belongs to a request that is
+under way, or to garbage collection.
+
+A move that names the fragment may be under way. So the register is settled first, which ends all earlier promises, and
+the fragment is deleted only if it was not touched since it was looked at. No record can name it by then: a move is made
+only with fragments that the survivors confirm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from storaged.cluster.layout import Profile
+from storaged.errors import NoSuchBucket, StoragedError
+from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.maintain.context import MaintainContext
+from storaged.maintain.health import BlockPlace, blocks_of
+from storaged.maintain.mover import Mover, headers_of
+from storaged.maintain.moves import (
+    CHANGED,
+    LATER,
+    MOVED,
+    MOVES_A_CALL,
+    REFUSED,
+    Agreed,
+    DiscardAsk,
+    FragmentAsk,
+    Judged,
+    MovesAnswer,
+    agreed,
+)
+from storaged.maintain.rebuild import CannotRepair
+from storaged.maintain.walk import entries_of
+from storaged.meta.names import RegisterName, Table
+
+FRAGMENTS_EACH = 100
+"""What judging one fragment counts, of an asker's allowance: mostly it takes the reading of a block."""
+
+
+class Discarder:
+    """Shares the allowance of askers, and what it knows of buckets, with the gateway's ``mover``."""
+
+    def __init__(self, context: MaintainContext, mover: Mover) -> None:
+        self._context = context
+        self._mover = mover
+        self.deleted = 0
+
+    async def answer(self, asker: str, ask: DiscardAsk) -> MovesAnswer:
+        """``asker``: the node, as its certificate names it."""
+        allowance, now = self._mover.allowance, self._context.clock.monotonic
+        if not 1 <= len(ask.fragments) <= MOVES_A_CALL:
+            allowance.note(asker, refused=True, now=now())
+            return MovesAnswer((Judged(REFUSED, f"{len(ask.fragments)} fragments in one call").answer,))
+        if problem := allowance.problem(asker, now()):
+            return MovesAnswer((Judged(LATER, problem).answer,) * len(ask.fragments))
+        allowance.busy.add(asker)
+        try:
+            await asyncio.sleep(allowance.spend(asker, FRAGMENTS_EACH * len(ask.fragments), now()))
+            found = [await self._judge(one) for one in ask.fragments]
+        finally:
+            allowance.busy.discard(asker)
+        allowance.note(asker, refused=any(judged.code == REFUSED for judged in found), now=now())
+        return MovesAnswer(tuple(judged.answer for judged in found))
+
+    async def _judge(self, ask: FragmentAsk) -> Judged:
+        try:
+            name, fragment = RegisterName.unpack(ask.name), FragmentId.unpack(ask.fragment)
+        except ValueError as error:
+            return Judged(REFUSED, str(error))
+        if name.table not in (Table.OBJECT, Table.PART):
+            return Judged(REFUSED, "not the register of an object or a part")
+        try:
+            return await self._discard(name, fragment, ask.disk)
+        except NoSuchBucket as error:
+            return Judged(CHANGED, error.message)
+        except (CannotRepair, StoragedError, KeyError, ValueError, TimeoutError) as error:
+            return Judged(LATER, f"it can't be judged now: {error}")
+
+    async def _discard(self, name: RegisterName, fragment: FragmentId, disk: str) -> Judged:
+        store = self._context.stores.store(disk)
+        async with asyncio.timeout(self._context.limits.call_timeout_s):
+            (stat,), (header,) = await store.stat([fragment]), await store.headers([fragment])
+        if header is None:
+            return Judged(MOVED, "it is not there, or damaged")
+        value = await self._context.registers.settle(name)
+        await self._mover.find_buckets({name.scope})
+        countries = self._mover.buckets.countries_of(name.scope)
+        entry = None
+        async for found in entries_of(self._context, name, value):
+            if found.data_id == fragment.data_id:
+                entry = found
+        if entry is None:
+            return Judged(CHANGED, "the record does not have this data")
+        places = blocks_of(entry, name.partition, self._context.layouts.at, countries)
+        old = next((where for where in places if where.block == fragment.block), None)
+        if old is None:
+            return Judged(CHANGED, "the record does not have this block")
+        others = await self._mover.headers([old])
+        others.pop((disk, fragment), None)  # it has no vote on itself
+        survivors = agreed(self._context.layouts.current, old, headers_of(old, others))
+        if survivors is None or (name.table == Table.OBJECT and survivors.owner != name.pack()):
+            return Judged(LATER, "too few other fragments of its block agree")
+        if await self._is_right(old, fragment, header, survivors):
+            return Judged(REFUSED, "it is what the survivors of its block say")
+        async with asyncio.timeout(self._context.limits.call_timeout_s):
+            self.deleted += await store.delete([fragment], created_ms=[stat.created_ms])
+        self._context.log(
+            f"fragment {fragment.position} of block {fragment.block} on disk {disk} was not its block's own"
+        )
+        return Judged(MOVED)
+
+    async def _is_right(self, old: BlockPlace, fragment: FragmentId, header: FragmentHeader, survivors: Agreed) -> bool:
+        profile = Profile(fragment.k, fragment.m)
+        if fragment.position >= profile.n:
+            return False
+        hashes: Sequence[bytes] = survivors.hashes
+        if profile != old.profile:
+            _, hashes = await self._mover.rebuilder.as_coded(old, survivors.positions, survivors.hashes, profile)
+        new = old._replace(run=msgspec.structs.replace(old.run, k=profile.k, m=profile.m))
+        return (
+            header.hashes == tuple(hashes)
+            and header.owner == survivors.owner
+            and header.part_header == old.entry.header
+            and header.length == new.shape.fragment_length(profile, fragment.position)
+        )
