@@ -31,7 +31,7 @@ from storaged.maintain.moves import (
     MovesAnswer,
     MovesAsk,
 )
-from storaged.meta.names import object_name
+from storaged.meta.names import RegisterName, object_name
 from storaged.objects.code import place
 from storaged.objects.code.place import Placement
 from storaged.objects.records import BucketRecord, ObjectRecord, Run
@@ -703,7 +703,11 @@ def test_a_false_fragment_where_one_was_missing_is_removed_by_a_gateway_and_rebu
         await world.begin(lose=False)
         world.cluster.maintain()
         await world.cluster.settled()
-        disk, fragment, truth = await squat(world, (await world.places())[1], 0)
+        layout, where = world.cluster.layouts.current, (await world.places())[1]
+        leader = layout.node_of(layout.replicas_of(RegisterName.unpack(world.name).partition)[0])
+        # a node is the master of its own disks
+        position = next(position for position in range(4) if layout.node_of(where.disks[position]) != leader)
+        disk, fragment, truth = await squat(world, where, position)
         assert await world.cluster.get(world.bucket, KEY) == world.data, "the reader finds out, and says so"
         await world.cluster.pass_s(60)
         assert world.cluster.store(disk).kept(fragment).payload == truth
