@@ -698,7 +698,9 @@ async def squat(world: World, where: BlockPlace, position: int) -> tuple[str, Fr
     return disk, fragment, kept.payload
 
 
-def test_a_false_fragment_where_one_was_missing_is_removed_by_a_gateway_and_rebuilt() -> None:
+def test_a_false_fragment_where_one_was_missing_is_removed_and_rebuilt() -> None:
+    """By the disk's own node, which compares the block, or by a gateway, whichever comes first."""
+
     async def scenario(world: World) -> None:
         await world.begin(lose=False)
         world.cluster.maintain()
@@ -711,7 +713,6 @@ def test_a_false_fragment_where_one_was_missing_is_removed_by_a_gateway_and_rebu
         assert await world.cluster.get(world.bucket, KEY) == world.data, "the reader finds out, and says so"
         await world.cluster.pass_s(60)
         assert world.cluster.store(disk).kept(fragment).payload == truth
-        assert world.cluster.gateway.discarder.deleted == 1
         assert await world.cluster.record(world.bucket, KEY) == world.before
 
     play(scenario)
