@@ -201,7 +201,7 @@ class Check:
             return  # gateways are responsible for those
         states = {replica.state for replica in await self._context.registers.agreement(name)}
         if states & {"behind", "damaged"} or {"current", "empty"} <= states:
-            await self._context.registers.settle(name)
+            await self.walker.bring_up(name)
             self.walker.settled += 1
         await self.judge(name, (await self._context.registers.read(name)).value)
         if name.table == Table.OBJECT and not self.queue.has(name.pack()):

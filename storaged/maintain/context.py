@@ -13,13 +13,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.clock import Clock
 from storaged.cluster.ports import Layouts, Liveness
+from storaged.errors import DiskUnusable
 from storaged.fragments.ports import FragmentStores, NearStore
 from storaged.maintain.asks import Asks
 from storaged.meta.consensus.looks import Look
+from storaged.meta.messages import Accept, AcceptReply
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import PageCopies, Registers, Scanner
 from storaged.meta.store_ports import MetaStore
 from storaged.units import MIB
+from storaged.wire import Buffer
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,26 @@ class SignerKeys(Protocol):
         """
 
 
+Copies = Sequence[tuple[bytes, Sequence[Buffer]]]
+"""(encoded fragment header, payload) of a small copy, for each replica of its register."""
+
+
+async def no_disk(disk: str, _request: Accept, _copy: Sequence[Buffer]) -> AcceptReply:
+    raise DiskUnusable(f"this node has no disk {disk}", state="failed")
+
+
+async def no_copies(_name: RegisterName, _data_id: bytes) -> Copies | None:
+    return None
+
+
 @dataclass
 class MaintainContext:
     """``signers``: verify the signatures on records.
     ``look``: asks each replica of a register what it has accepted (``meta.client``).
     ``local_meta``, ``local_fragments``: this node's disks by id.
     ``asks``: of gateways, who alone change registers.
+    ``adopt(disk, request, copy)``: a local disk accepts what a quorum has; as ``Replica.accept``.
+    ``small_copies(name, data_id)``: the copy of a small object for each replica; None when none gives it now.
     ``end_promises(disk)``: makes one of them refuse every ballot drawn before the call. When it returns, everything
     accepted before is in its ``local_meta``. Raises DiskUnusable.
     ``audit_alarms``: (node, what is wrong with its audit log) as this node knows; shown in its status.
@@ -94,6 +111,8 @@ class MaintainContext:
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
     audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple
+    adopt: Callable[[str, Accept, Sequence[Buffer]], Awaitable[AcceptReply]] = no_disk
+    small_copies: Callable[[RegisterName, bytes], Awaitable[Copies | None]] = no_copies
 
     def leader_of(self, partition: int) -> str:
         """The disk whose node is responsible for a partition: the first of its replicas that can be read now; empty

@@ -3,6 +3,7 @@
 maintain.status   counts, jobs, and whether the counts are those of the disks as they are now
 maintain.scrub    begins a scrub
 maintain.hint     looks at these registers soon, and compares the fragments of these blocks
+maintain.behind   brings these registers of this node's disks up (``pull``)
 maintain.asks     what this node asks of gateways (``asks``)
 maintain.wake     begins a walk: a node has started, and may have been away unnoticed
 """
@@ -21,6 +22,7 @@ from storaged.maintain.context import MaintainContext
 from storaged.maintain.gc import Collector
 from storaged.maintain.job import JobReport
 from storaged.maintain.manifest_gc import PageSweep
+from storaged.maintain.pull import Pull
 from storaged.maintain.repair import Repair, Waits
 from storaged.maintain.scrub import Scrub
 from storaged.meta.listing.merge import RingScanner
@@ -86,6 +88,8 @@ class Maintenance:
         self._caller = caller
         self._others = MaintainClient(caller, context.layouts, context.liveness)
         self.check = Check(context, scanner)
+        self.pull = Pull(context, caller)
+        self.check.walker.bring_up = self.pull.bring_up
         self.repair = Repair(context, self.check)
         self.scrub = Scrub(context, self.hint, self.check.request_walk)
         self.collector = Collector(context)
@@ -259,7 +263,7 @@ class Maintenance:
             "maintain.hint": Method(Ask, hint),
             "maintain.wake": Method(Ask, wake),
         }
-        return {**grant(methods), **self._context.asks.methods()}
+        return {**grant(methods), **self._context.asks.methods(), **self.pull.methods()}
 
 
 class MaintainClient:

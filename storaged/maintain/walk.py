@@ -9,7 +9,7 @@ read again from a majority. Fragments are asked for in batches, one call for eac
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -121,6 +121,8 @@ class Walker:
         self.buckets = Buckets()
         self._unanswered = 0
         self.settled = 0
+        self.bring_up: Callable[[RegisterName], Awaitable[object]] = context.registers.settle
+        """Brings the replicas of a register that differ to the same row (``pull``)."""
 
     @property
     def unanswered(self) -> int:
@@ -174,7 +176,7 @@ class Walker:
         it may still lag. Raises ServiceUnavailable.
         """
         try:
-            found = await self._scanner.catch_up(where.table, where.scope, where.shard)
+            found = await self._scanner.catch_up(where.table, where.scope, where.shard, bring_up=self.bring_up)
         except NoSuchBucket:
             # The bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read.
             return True

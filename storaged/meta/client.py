@@ -18,7 +18,7 @@ from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts
 from storaged.errors import ServiceUnavailable
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
-from storaged.meta.consensus.change import Shared
+from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.looks import Look
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import RULES, Ballots, Rules
@@ -275,6 +275,10 @@ class RingClient:
     async def look(self, name: RegisterName) -> Look:
         """What each replica that answers has accepted: a snapshot (``consensus.looks``)."""
         return await self._survey.look(name)
+
+    async def small_copies(self, name: RegisterName, data_id: bytes) -> Fragments | None:
+        """The copy of a small object as each replica of the register keeps it; None when none gives it now."""
+        return await self._ring.carry(self._view(name), name, data_id, self._calls.deadline())
 
     # --- pages and fences ---------------------------------------------------------------------------------------------
 

@@ -149,6 +149,8 @@ class StorageNode:
             end_promises=lambda disk: self.replicas[disk].end_promises(cluster.layouts.current.epoch),
             signers=MemorySigners(),
             asks=asks,
+            adopt=lambda disk, request, copy: self.replicas[disk].accept(request, copy),
+            small_copies=self.ring.small_copies,
             limits=cluster.limits,
             log=self.log.append,
         )

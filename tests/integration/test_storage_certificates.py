@@ -22,6 +22,7 @@ from storaged.fragments import messages as of_fragments
 from storaged.fragments.ports import FragmentId, Retirement
 from storaged.hashes import fragment_hash
 from storaged.maintain.asks import SETTLED, Answered, SettledNames, TakeAsks
+from storaged.maintain.pull import Behind
 from storaged.maintain.service import Ask
 from storaged.meta import messages
 from storaged.meta.consensus.register import COUNTER_MAX, NEVER
@@ -214,6 +215,7 @@ DRIVERS: dict[str, Driver] = {
     "maintain.scrub": lambda thief: _of(Ask()),
     "maintain.hint": hint,
     "maintain.asks": take,
+    "maintain.behind": lambda thief: _of(Behind((thief.slot().name.pack(),))),
     "maintain.wake": lambda thief: _of(Ask()),
 }
 """A request of another type stands in where the method is served elsewhere, or is refused by its role."""

@@ -24,6 +24,7 @@ from typing import Any
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import AskToSettle, RingClient
+from storaged.meta.consensus.looks import chosen
 from storaged.meta.consensus.register import NEVER, RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -31,6 +32,7 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table
 from storaged.meta.ports import PageQuery, SmallCopies, Update
 from storaged.meta.store_ports import Slot, StoreBatch
 from storaged.node.keeper import SystemKeeper
+from storaged.wire import Buffer
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
 from tests.sim.parts import Trouble
 from tests.sim.scenario import GATEWAYS, Scenario, play_out
@@ -373,10 +375,28 @@ class Hostile(Scenario):
             name = self.names[self.random.choice(KEYS)]
             with contextlib.suppress(StoragedError):
                 if self.random.random() < 0.5:
+                    await self._pull(node, other, name)
+                elif self.random.random() < 0.5:
                     await other.client.read(name)
                 else:
                     await other.client.settle(name)
             await other.client.close()
+
+    async def _pull(self, node: StorageNode, other: Gateway, name: RegisterName) -> None:
+        """Its disk adopts what the others agree on, as ``maintain.pull`` does."""
+        look = await other.client.look(name)
+        held = chosen(look)
+        own = look.held.get(node.disk)
+        if held is None or own is None or held.value is None or look.fenced or own.ballot >= held.ballot:
+            return
+        header, body = b"", list[Buffer]()
+        if held.value.payload:
+            copies = await other.client.small_copies(name, held.value.payload)
+            if copies is None:
+                return
+            header, body = copies[look.quorum.disks.index(node.disk)][0], list(copies[0][1])
+        request = messages.Accept(node.disk, name, held.ballot, held.value, b"", True, header)
+        await node.replica.accept(request, body)
 
     async def swap(self) -> None:
         """A disk fails; when the others are the same an operator accepts a blank one in its place."""

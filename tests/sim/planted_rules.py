@@ -51,6 +51,15 @@ AUTHORITY_BUGS = (
         "            return OK\n" + _JUDGE,
         first=101,
     ),
+    Planted(
+        "adopts_what_one_replica_says",
+        "a disk that lags adopts the newest that any replica reports",
+        200,
+        "hostile",
+        "storaged/meta/consensus/looks.py",
+        "    under = look.quorum.agreed({disk: (held.ballot, held.digest) for disk, held in look.held.items()})",
+        "    under = max(((held.ballot, held.digest) for held in look.held.values()), default=None)",
+    ),
 )
 """Of what a caller may ask of an acceptor."""
 

@@ -100,6 +100,12 @@ METHODS: Final[Mapping[str, Grant]] = {
         "a node reports damage to the node that repairs it",
         "makes another node check any object",
     ),
+    "maintain.behind": Grant(
+        STORAGE,
+        STORAGE,
+        "catch-up: a disk of the asked node lags with these registers",
+        "makes another node look at them",
+    ),
     "maintain.asks": Grant(GATEWAY, STORAGE, "a gateway fetches what a storage node asks, and hands in its answers"),
     "maintain.wake": Grant(STORAGE, STORAGE, "a node reports its start", "makes another node walk its records again"),
 }

@@ -50,6 +50,16 @@ class Look(NamedTuple):
     fenced: frozenset[str] = frozenset()
 
 
+def chosen(look: Look) -> Held | None:
+    """What a quorum has accepted under one ballot and digest, when no replica reports anything newer. None: a gateway
+    has to settle it.
+    """
+    under = look.quorum.agreed({disk: (held.ballot, held.digest) for disk, held in look.held.items()})
+    if under is None or under[0] == ZERO_BALLOT or any(held.ballot > under[0] for held in look.held.values()):
+        return None
+    return next(held for held in look.held.values() if (held.ballot, held.digest) == under)
+
+
 def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | None:
     """What was chosen between the looks by a quorum that has accepted it since the first one; with ``everywhere`` by
     all replicas. None: nothing was, as far as can be seen.

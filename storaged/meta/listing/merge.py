@@ -12,8 +12,9 @@ Theory of operation
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from storaged.cluster.ports import Layouts, Liveness
@@ -110,9 +111,18 @@ class RingScanner:
                 page.add(feed, piece)
         return page.cut_short(), page.again
 
-    async def catch_up(self, table: int, scope: bytes, shard: int, *, settling_nonce: bytes = b"") -> CatchUp:
+    async def catch_up(
+        self,
+        table: int,
+        scope: bytes,
+        shard: int,
+        *,
+        settling_nonce: bytes = b"",
+        bring_up: Callable[[RegisterName], Awaitable[object]] | None = None,
+    ) -> CatchUp:
         """Brings the replicas of one shard to the same rows: compares slices of all that answer by digest, and settles
-        each key that one of them lacks, has damaged, or has at another ballot, by a committed round on all of them.
+        each key that one of them lacks, has damaged, or has at another ballot, by a committed round on all of them; or
+        by ``bring_up``, which raises as ``Registers.settle``.
 
         A key that can't be settled, since a majority of its rows is damaged, does not stop the others: its error is
         raised at the end. Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
@@ -135,7 +145,8 @@ class RingScanner:
                     for key, seen in rows.items()
                     if not alike(list(seen.values()), len(answers))
                 ]
-                work = [self._try_settle(name, settling_nonce) for name in differing]
+                settle = bring_up or partial(self._registers.settle, settling_nonce=settling_nonce)
+                work = [self._try_settle(settle, name) for name in differing]
                 failures = await gather_bounded(work, SETTLING_MAX)
                 found.settled += failures.count(None)
                 unsettled += [failure for failure in failures if failure is not None]
@@ -147,10 +158,12 @@ class RingScanner:
             raise unsettled[0]
         return found
 
-    async def _try_settle(self, name: RegisterName, settling_nonce: bytes) -> ServiceUnavailable | None:
+    async def _try_settle(
+        self, settle: Callable[[RegisterName], Awaitable[object]], name: RegisterName
+    ) -> ServiceUnavailable | None:
         """Returns the error when it could not."""
         try:
-            await self._registers.settle(name, settling_nonce=settling_nonce)
+            await settle(name)
         except ServiceUnavailable as error:
             return error
         return None
