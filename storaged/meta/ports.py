@@ -139,8 +139,8 @@ class Registers(Protocol):
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         """A committed identity round at a new ballot. Afterwards no earlier promise or unfinished accept can take
-        effect, so what the value does not refer to may be deleted. (But for a create that was begun less than a minute
-        before: data is kept longer than that.) It also brings replicas that lag, or whose row is damaged, up to date.
+        effect; a create may, at a replica that holds nothing (``consensus.looks``). It also brings replicas that lag,
+        or whose row is damaged, up to date.
 
         Raises ServiceUnavailable when it could not be committed; NoSuchBucket for a fenced scope, with the detail
         ``final`` when the fence stays for ever.

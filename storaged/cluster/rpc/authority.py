@@ -80,7 +80,9 @@ METHODS: Final[Mapping[str, Grant]] = {
         "PUT; repair rebuilds and recodes",
         "fills disks; puts false bytes where a disk has lost a fragment",
     ),
-    "fragment.sync": Grant(BOTH, STORAGE, "the barrier of a PUT, and of a recoding"),
+    "fragment.sync": Grant(
+        BOTH, STORAGE, "the barrier of a PUT, and of a recoding", "keeps garbage from being collected"
+    ),
     "fragment.read": Grant(BOTH, STORAGE, "GET; repair reads survivors", "reads sealed bytes"),
     "fragment.stat": Grant(BOTH, STORAGE, "`where`; walks of repair, collection"),
     "fragment.headers": Grant(GATEWAY, STORAGE, "a gateway verifies fragments before it names their new places"),

@@ -35,7 +35,6 @@ from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, 
 from storaged.meta.acceptor.rows import NO_BYTES, DiskRows
 from storaged.meta.acceptor.turns import TurnKeeper
 from storaged.meta.consensus.acceptor import (
-    CREATE_AHEAD_US,
     PROMISES_MAX,
     Acceptor,
     AcceptorState,
@@ -311,12 +310,9 @@ class LocalReplica:
         return acceptor, verdict
 
     def _judge_create(self, request: messages.Accept) -> tuple[Acceptor, Verdict]:
-        ballot = request.ballot
         acceptor = self._rows.acceptor(request.name)[1]
-        verdict = judge_create(acceptor, ballot, request.value, request.nonce, request.identity, self._rules)
-        if verdict is Verdict.OK and ballot.counter > self._clock.wall_ms() * 1000 + CREATE_AHEAD_US:
-            verdict = Verdict.AHEAD
-        return acceptor, verdict
+        nonce, identity = request.nonce, request.identity
+        return acceptor, judge_create(acceptor, request.ballot, request.value, nonce, identity, self._rules)
 
     def _write(self, pending: PendingAccept, header: bytes, body: Sequence[Buffer]) -> None:
         self._writes.bytes_in_flight += pending.size

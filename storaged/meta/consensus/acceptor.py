@@ -32,11 +32,6 @@ proposers are refused once, before they have caught up with it.
 PROMISES_MAX = 65_536
 """Prepared and not yet accepted registers at one disk; about 20 MiB when full."""
 
-CREATE_AHEAD_US = 60_000_000
-"""How far a create's ballot may lie ahead of this node's clock. A settling round ends what was promised before it, but
-no acceptor has heard of a create before it comes: only its age says that it comes too late.
-"""
-
 
 class Acceptor(NamedTuple):
     """What an acceptor knows of one register when a request comes. ``promised`` is the highest ballot promised for it

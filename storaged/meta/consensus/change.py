@@ -53,10 +53,6 @@ ALL_REPLICAS_TRIES = 2
 """How often a settling round begins again, with a higher ballot, for a replica that refuses although a quorum has
 promised. A replica that has restarted refuses everything below its high-water ballot, and is the one that lags."""
 
-CREATE_AHEAD_MAX_US = 10_000_000
-"""A change whose ballot is further ahead of this clock begins with a prepare: acceptors refuse a create that is a
-minute ahead of their clocks, and a prepare only when it is an hour ahead."""
-
 
 @dataclass(frozen=True)
 class Shared:

@@ -38,7 +38,6 @@ from storaged.meta.consensus.change import (
     BACKOFF_FIRST_S,
     BACKOFF_MAX_S,
     CARRY_TRIES,
-    CREATE_AHEAD_MAX_US,
     STRAGGLERS_S,
     SYSTEM_STRAGGLERS_S,
     THIRD_REPLICA_TRIES,
@@ -112,7 +111,7 @@ class Proposer:
         """Counts the requests that were sent to several disks: answers name the one that they belong to."""
         self.sparing = False
         self.ahead = False
-        """The ballot of the create was too far ahead of a clock, here or at a replica."""
+        """The ballot of the create was too far ahead of a replica's clock."""
         self.by_create = False
         """The create was chosen."""
         self.fenced = False
@@ -135,10 +134,7 @@ class Proposer:
         self.view, self._now_us = view, now_us
         small = self._wanted.small
         ballot = self.ballot = self._shared.ballots.next(view.epoch, self._rivals.above, now_us)
-        self.ahead = ballot.counter > now_us + CREATE_AHEAD_MAX_US
         self._creates = CreateRound(view.quorum, small)
-        if self.ahead:
-            return self._retry()
         value = self.lineage.create(change, ballot)
         self.outcome = Outcome(None, value)
         self.request = Create("", self.name, ballot, value)

@@ -143,7 +143,7 @@ class Verdict(IntEnum):
     HELD = 7
     """For a create: something was accepted here below its ballot. The create was not taken here, and never will be."""
     AHEAD = 8
-    """The ballot lies too far ahead of this acceptor's clock: more than an hour, and of a create more than a minute."""
+    """The ballot lies too far ahead of this acceptor's clock: more than an hour."""
     NEWER = 9
     """The layout of the request is newer than any that this acceptor's node knows: it may be about to learn it."""
 
