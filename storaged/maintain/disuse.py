@@ -41,7 +41,6 @@ look after, that the replicas have accepted something new. What the gateway answ
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from storaged.errors import StoragedError
@@ -49,7 +48,7 @@ from storaged.maintain.asks import NAMES_A_SETTLE, Settle, SettledNames
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets
 from storaged.maintain.walk import entries_of
-from storaged.meta.consensus.looks import Held, Look, moved_on
+from storaged.meta.consensus.looks import Look, moved_on
 from storaged.meta.names import RegisterName, Table, upload_name
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
@@ -61,27 +60,6 @@ LOOKS_CONCURRENT_MAX = 64
 GONE_MAX = 10_000
 PAST = (StoragedError, KeyError, ValueError, TimeoutError)
 """What keeps a register from being judged now."""
-
-
-@dataclass(frozen=True)
-class CollectRules:
-    """The small print. Every switch is on; only simulations turn one off."""
-
-    round_between_looks: bool = True
-    """Replicas have accepted something new between the looks: else a promise given before may take effect."""
-    every_replica: bool = True
-    """Data that may be in a create waits until every replica holds the round's row."""
-    condemned_first: bool = True
-    """Data is condemned before the first look, and only what is still condemned is deleted."""
-    uploads_before_object: bool = True
-    """Uploads are looked at before the object: a part moves from them to the object."""
-    parts_wait_for_upload: bool = True
-    """Nothing of a key that is not known to be replaced is judged while one of its uploads is open."""
-    replaced_by_commit: bool = True
-    """Only what a committed change replaced is judged by a settled read."""
-
-
-RULES = CollectRules()
 
 
 class Proof(NamedTuple):
@@ -100,9 +78,8 @@ class Proof(NamedTuple):
 class Judge:
     """Looks at registers for one node."""
 
-    def __init__(self, context: MaintainContext, rules: CollectRules = RULES, buckets: Buckets | None = None) -> None:
+    def __init__(self, context: MaintainContext, buckets: Buckets | None = None) -> None:
         self._context = context
-        self._rules = rules
         self.buckets = buckets if buckets is not None else Buckets()
         self._gone: set[bytes] = set()
         """Ids of buckets that were deleted for good."""
@@ -151,36 +128,21 @@ class Judge:
         found: dict[RegisterName, Proof | str] = {}
         firsts = await self._of_each(owners, self._first_look, found)
         left = [owner for owner in firsts if owner not in found]
-        if self._rules.uploads_before_object:
-            uploads = await self._of_each(left, self._uploads_of, found)
-        if self._rules.round_between_looks:
-            await self._settle(left)
+        uploads = await self._of_each(left, self._uploads_of, found)
+        await self._settle(left)
         seconds = await self._of_each(left, self._context.look, found)
-        if not self._rules.uploads_before_object:
-            uploads = await self._of_each(left, self._uploads_of, found)
 
         async def conclude(owner: RegisterName) -> Proof:
-            everywhere = self._since(firsts[owner], seconds[owner], everywhere=True)
-            held = everywhere or self._since(firsts[owner], seconds[owner], everywhere=False)
+            first, second, of_uploads = firsts[owner], seconds[owner], uploads[owner]
+            everywhere = moved_on(first, second, everywhere=True)
+            held = everywhere or moved_on(first, second)
             if held is None:
                 raise NotYet("no round of its register is seen at a majority of the replicas")
             entries = [entry async for entry in entries_of(self._context, owner, held.value)]
-            of_uploads = uploads[owner]
-            return Proof(
-                entries,
-                everywhere is not None or not self._rules.every_replica,
-                of_uploads is not None and self._rules.parts_wait_for_upload,
-                frozenset(of_uploads or ()),
-            )
+            return Proof(entries, everywhere is not None, of_uploads is not None, frozenset(of_uploads or ()))
 
-        found |= await self._of_each([owner for owner in left if owner not in found], conclude, found)
+        found |= await self._of_each(left, conclude, found)
         return found
-
-    def _since(self, first: Look, second: Look, *, everywhere: bool) -> Held | None:
-        if self._rules.round_between_looks:
-            return moved_on(first, second, everywhere=everywhere)
-        held = second.quorum.agreed(second.held)
-        return None if everywhere and len(set(second.held.values())) > 1 else held
 
     async def _of_each(
         self,

@@ -25,7 +25,7 @@ from storaged.errors import StoragedError
 from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, NearStore, Retirement
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext, concurrently
-from storaged.maintain.disuse import PAST, RULES, CollectRules, Judge, Proof, is_done, is_open
+from storaged.maintain.disuse import PAST, Judge, Proof, is_done, is_open
 from storaged.maintain.sweep import Sweep, owner_of
 from storaged.maintain.walk import is_claimed
 from storaged.meta.names import RegisterName
@@ -62,10 +62,9 @@ class Garbage(NamedTuple):
 class Collector:
     """Judges and deletes on this node's disks. ``run`` is its task."""
 
-    def __init__(self, context: MaintainContext, rules: CollectRules = RULES, judge: Judge | None = None) -> None:
+    def __init__(self, context: MaintainContext, judge: Judge | None = None) -> None:
         self._context = context
-        self._rules = rules
-        self._judge = judge if judge is not None else Judge(context, rules)
+        self._judge = judge if judge is not None else Judge(context)
         self._sweep = Sweep(context, self._judge.buckets)
         self._resting: dict[_Rest, tuple[float, str]] = {}
         """What can't be judged now: until when, and why."""
@@ -145,7 +144,7 @@ class Collector:
                 awake.append(entry)
             else:
                 counting[rest[1]] += 1
-        judged = _Page(self._context, self._judge, self._rules, disk, store)
+        judged = _Page(self._context, self._judge, disk, store)
         try:
             await judged.collect(awake)
         finally:
@@ -162,12 +161,9 @@ class Collector:
 class _Page:
     """One page of a garbage list, while it is judged. ``waiting``: of each data id that waits, and why."""
 
-    def __init__(
-        self, context: MaintainContext, judge: Judge, rules: CollectRules, disk: str, store: NearStore
-    ) -> None:
+    def __init__(self, context: MaintainContext, judge: Judge, disk: str, store: NearStore) -> None:
         self._context = context
         self._judge = judge
-        self._rules = rules
         self._disk = disk
         self._store = store
         self._uncertain: list[Garbage] = []
@@ -183,7 +179,7 @@ class _Page:
         for garbage in await self._found(entries):
             if garbage.upload_id:
                 parts.setdefault((garbage.owner, garbage.upload_id), []).append(garbage)
-            elif garbage.entry.origin == REPLACED or not self._rules.replaced_by_commit:
+            elif garbage.entry.origin == REPLACED:
                 replaced.setdefault(garbage.owner, []).append(garbage)
             else:
                 self._uncertain.append(garbage)
@@ -262,13 +258,10 @@ class _Page:
         by_owner: dict[RegisterName, list[Garbage]] = {}
         for garbage in self._uncertain:
             by_owner.setdefault(garbage.owner, []).append(garbage)
-        if self._rules.condemned_first:
-            self._store.condemn(data_ids)
+        self._store.condemn(data_ids)
         try:
             self.rounds += len(by_owner)
             proofs = await self._judge.prove(list(by_owner))
-            if not self._rules.condemned_first:
-                self._store.condemn(data_ids)
             for owner, some in by_owner.items():
                 proof = proofs.get(owner, "it was not looked at")
                 if isinstance(proof, str):

@@ -70,7 +70,7 @@ class Sweep:
                     continue
                 if not claimed:
                     data_id = header.id[:16]
-                    found[data_id] = Retirement(data_id, header.owner, self._context.clock.wall_ms())
+                    found[data_id] = Retirement(data_id, header.owner, 0)
                     self.orphans += 1
             entries = list(found.values())
             for start in range(0, len(entries), RETIREMENTS_MAX):

@@ -23,6 +23,7 @@ PLAYS = {
     "listing": "tests.sim.listing:run_listing",
     "buckets": "tests.sim.buckets:run_buckets",
     "forgetful": "tests.sim.forgetful:run_forgetful",
+    "collecting": "tests.sim.collecting:run_collecting",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 
@@ -59,6 +60,7 @@ def planted() -> tuple[Planted, ...]:
 
 
 PLANTED = (
+    "tests.sim.planted_collecting:COLLECTOR_BUGS",
     "tests.sim.planted_rules:RULE_BUGS",
     "tests.sim.planted_consensus:CONSENSUS_BUGS",
     "tests.sim.planted_stores:STORE_BUGS",

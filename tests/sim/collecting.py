@@ -1,0 +1,477 @@
+"""Seeds with the garbage collector: gateways write, overwrite and delete objects, and some fall asleep for hours in the
+middle; every storage node collects on its own disk all the time, with the program's own collector.
+
+Everything is old to the sweep, so nothing is spared for its age. Clocks are hours off. What may fail fails: nodes die,
+messages are lost, or arrive hours later; promises are evicted; garbage lists are lost, or put back.
+
+Judged is: the data of what a register holds in the end is where its writer saw it durable. And when all nodes are up
+again, everything else goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from storaged.errors import DiskUnusable, PeerError, ServiceUnavailable, StoragedError
+from storaged.fragments.payloads import header_at_position
+from storaged.fragments.ports import REPLACED, FragmentHeader, FragmentId, Retirement, encode_copies
+from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
+from storaged.hashes import fragment_hash
+from storaged.maintain.asks import SETTLED, UNSETTLED, Settle, SettledNames
+from storaged.maintain.context import MaintainContext, MaintainLimits
+from storaged.maintain.disuse import Judge
+from storaged.maintain.gc import Collector
+from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Outcome, SmallCopies
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.store_ports import Copy
+from storaged.objects.records import ObjectRecord, PartEntry, Run, Version, decode_object, encode_object
+from storaged.objects.write.commit import ProposedAgain, _Once
+from storaged.sov1 import MAGIC
+from storaged.wire import Buffer, decode, encode
+from tests.doubles.fragments import MemoryFragmentStore
+from tests.sim.cluster import DISKS, Gateway, MemoryDisk, StorageNode, Weather, World, make_layout
+from tests.sim.hostile import Reachable
+from tests.sim.scenario import play_out
+from tests.sim.virtual import VirtualLoop
+from tests.sim.workload import Verdicts
+
+SCOPE = b"a bucket's scope"
+KEYS = (b"a", b"b", b"c")
+GATEWAYS = 3
+OPERATIONS = 8
+HOUR_S = 12.0
+"""Of virtual time: what counts is the order of things."""
+LIMITS = MaintainLimits(collect_batch=4, orphan_age_ms=-(1 << 50), retry_max_s=3.0)
+
+
+class CopyDisk(MemoryDisk):
+    """Small copies are fragments, as in the program."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.fragments = MemoryFragmentStore()
+
+    def copies(self, life: int, node: StorageNode) -> PlainCopies:
+        async def store(header: bytes, body: Sequence[Buffer]) -> None:
+            await self.world_sync()
+            if node.life != life or not node.up:
+                raise DiskUnusable("the process died")
+            await self.fragments.write(decode(header, FragmentHeader), body, sync=True)
+
+        async def load(data_id: bytes) -> Copy | None:
+            found = [fragment for fragment in self.fragments.fragments if fragment[:3] == (data_id, 0, 1)]
+            if not found:
+                return None
+            kept = self.fragments.kept(found[0])
+            return Copy(encode(kept.header), memoryview(kept.payload))
+
+        return PlainCopies(self.store, store, load)
+
+    def crash(self) -> None:
+        super().crash()
+        self.fragments.crash()
+        self.fragments.pardon([fragment.data_id for fragment in self.fragments.fragments])
+
+
+class CollectingNode(StorageNode):
+    """``fragments`` are what is on its disk."""
+
+    medium: CopyDisk
+
+    def blank_disk(self) -> None:
+        self.medium = CopyDisk(self.world, self.name)
+
+    def start(self) -> None:
+        super().start()
+        self.methods = {**self.methods, **FragmentHost({self.disk: self.medium.fragments}).methods()}
+
+
+class OneBucket:
+    """``maintain.directory.Buckets`` of a cluster with one bucket."""
+
+    by_id = {SCOPE: None}
+    complete = True
+
+    async def refresh(self, context: MaintainContext) -> None:
+        pass
+
+    def countries_of(self, scope: bytes) -> tuple[str, ...]:
+        return ()
+
+
+class GatewayAsks:
+    """``maintain.asks``: some gateway carries it out, or none."""
+
+    def __init__(self, run: Collecting) -> None:
+        self._run = run
+
+    async def ask(self, kind: str, request: Settle, answer: type[SettledNames]) -> SettledNames:
+        gateways = [gateway for gateway in self._run.gateways if gateway.caller.alive]
+        if not gateways or (self._run.random.random() < 0.1 and not self._run._healed):
+            raise ServiceUnavailable("no gateway")
+        gateway = self._run.random.choice(gateways)
+        results = []
+        for packed in request.names:
+            try:
+                await gateway.client.settle(RegisterName.unpack(packed))
+                results.append(SETTLED)
+            except StoragedError:
+                results.append(UNSETTLED)
+        return SettledNames(tuple(results), ("",) * len(results))
+
+    async def settle(self, name: RegisterName, timeout_s: float) -> Value | None:
+        await self.ask("settle", Settle((name.pack(),)), SettledNames)
+        return None
+
+
+def record_of(data_id: bytes, places: dict[int, str], small: bool) -> bytes:
+    run = Run(0, 1, 1, 2, 1) if small else Run(0, 1, 2, 1, 1, places)
+    entry = PartEntry(1, data_id, 1, MAGIC + bytes((1, 12)) + bytes(58), 2, "2+1", (run,), small=small)
+    return encode_object(ObjectRecord((Version("", 1, 1, "", 1, data_id, b"", False, b"", b"", (entry,)),)))
+
+
+def entries_in(value: Value | None) -> list[PartEntry]:
+    if value is None or not value.body:
+        return []
+    return [entry for version in decode_object(value.body).versions for entry in version.parts]
+
+
+class Collecting:
+    """One run."""
+
+    def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
+        self.random = random.Random(f"collecting {seed}")
+        self.world = World(loop, self.random, rules, epochs=1)
+        self.world.roles = {"n" + disk[1:]: ("storage",) for disk in DISKS}
+        self.layout = make_layout(1, DISKS[:3])
+        self.found = Verdicts(seed)
+        self.gateways: list[Gateway] = []
+        self.durable: dict[bytes, dict[int, str]] = {}
+        """Data id -> the places at which its writer saw it durable."""
+        self._healed = False
+        self._forgets = self.random.random() < 0.3
+        self._away = self.random.choice(DISKS) if self.random.random() < 0.2 else ""
+        """A disk that is away until the end."""
+
+    def _name(self, key: bytes) -> RegisterName:
+        return RegisterName(Table.OBJECT, SCOPE, 3, key)
+
+    def _complain(self, violation: str) -> None:
+        self.found.violation = self.found.violation or violation
+
+    # --- gateways
+
+    async def worker(self, gateway: Gateway) -> None:
+        for _ in range(OPERATIONS):
+            await asyncio.sleep(self.random.uniform(0, 0.6))
+            name = self._name(self.random.choice(KEYS))
+            self.found.operations += 1
+            kind = self.random.random()
+            try:
+                if kind < 0.45:
+                    await self._put_coded(gateway, name)
+                elif kind < 0.85:
+                    await self._put_small(gateway, name)
+                else:
+                    outcome = await gateway.client.change(name, _delete)
+                    self._retire(gateway, name, outcome)
+            except (StoragedError, ProposedAgain):
+                self.found.refused += 1
+
+    def _store(self, gateway: Gateway, disk: str) -> RemoteFragmentStore:
+        return RemoteFragmentStore(gateway.caller, "n" + disk[1:], disk, timeout_s=1.0)
+
+    async def _put_coded(self, gateway: Gateway, name: RegisterName) -> None:
+        data_id, disks = self.random.randbytes(16), self.random.sample(DISKS, 3)
+        fragments = {disk: FragmentId(data_id, 0, 2, 1, position) for position, disk in enumerate(disks)}
+        body = record_of(data_id, dict(enumerate(disks)), small=False)
+        payload = self.random.randbytes(8)
+        held: dict[str, FragmentId] = {}
+        for disk, fragment in fragments.items():
+            header = FragmentHeader(
+                fragment.pack(), name.pack(), bytes(64), (fragment_hash([payload]),) * 3, 4096, 8, 1
+            )
+            with contextlib.suppress(PeerError):
+                await self._store(gateway, disk).write(header, [payload])
+                held[disk] = fragment
+        try:
+            await self._sleep(0.1)
+            for attempt in range(3):
+                promised = asyncio.Event()
+                ready = self._made_durable(gateway, held, promised, again=attempt > 0)
+                update = _Once(lambda _value: Change(body, Visibility.LIVE), promised).update
+                try:
+                    outcome = await gateway.client.change(name, update, ready=ready)
+                except ProposedAgain:
+                    continue
+                self._retire(gateway, name, outcome)
+                return
+        except BaseException:
+            for disk in held:
+                self._start(self._retire_on(gateway, disk, [Retirement(data_id, name.pack(), 0)]))
+            raise
+
+    async def _made_durable(
+        self, gateway: Gateway, held: dict[str, FragmentId], promised: asyncio.Event, *, again: bool
+    ) -> None:
+        """As ``PartWriter.durable``."""
+        await promised.wait()
+        durable: dict[int, str] = {}
+        for disk, fragment in held.items():
+            with contextlib.suppress(PeerError):
+                store = self._store(gateway, disk)
+                if again:
+                    (stat,) = await store.touch([fragment], 5)
+                    if stat.health:
+                        continue
+                await store.sync([fragment])
+                durable[fragment.position] = disk
+        if len(durable) < 2:
+            raise ServiceUnavailable("its fragments are gone, or out of reach")
+        self.durable[next(iter(held.values())).data_id] = durable
+        await self._sleep(0.25)
+
+    async def _sleep(self, chance: float) -> None:
+        """Some requests fall asleep for hours."""
+        if self.random.random() < chance:
+            self.found.faults.append("a request slept")
+            await asyncio.sleep(self.random.uniform(0.3, 2.0) * HOUR_S)
+
+    async def _put_small(self, gateway: Gateway, name: RegisterName) -> None:
+        data_id, content = self.random.randbytes(16), self.random.randbytes(5)
+        fragment = FragmentId(data_id, 0, 1, 2, 0)
+        header = FragmentHeader(fragment.pack(), name.pack(), b"", (fragment_hash([content]),), 4096, 5, 1)
+        small = SmallCopies(
+            data_id, [(copy, [content]) for copy in encode_copies(header, 3)], lambda disks: len(disks) >= 2
+        )
+        self.durable[data_id] = {}
+        change = Change(record_of(data_id, {}, small=True), Visibility.LIVE, data_id)
+        outcome = await gateway.client.change(name, lambda _value: change, small=small, regardless=True)
+        self._retire(gateway, name, outcome)
+
+    def _retire(self, gateway: Gateway, name: RegisterName, outcome: Outcome) -> None:
+        """What a committed change replaced."""
+        kept = {entry.data_id for entry in entries_in(outcome.after)}
+        for entry in entries_in(outcome.before):
+            if entry.data_id in kept or self.random.random() < 0.2:
+                continue
+            disks = self.layout.replicas_of(name.partition) if entry.small else entry.runs[0].moved.values()
+            for disk in disks:
+                entries = [Retirement(entry.data_id, name.pack(), 0, REPLACED)]
+                self._start(self._retire_on(gateway, disk, entries))
+
+    async def _retire_on(self, gateway: Gateway, disk: str, entries: list[Retirement]) -> None:
+        with contextlib.suppress(PeerError):
+            await self._store(gateway, disk).retire(entries)
+
+    def _start(self, work: Any) -> None:
+        self._tasks.append(self.world.loop.create_task(work))
+
+    # --- collectors
+
+    def _collector(self, node: CollectingNode, asks: GatewayAsks) -> tuple[Collector, Gateway]:
+        client = Gateway(
+            self.world,
+            node.name,
+            self.layout,
+            skew_ms=0,
+            gateway=False,
+            local={node.disk: node.replica},
+            ask_to_settle=asks.settle,
+        )
+        alive = Reachable(self.world)
+        settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
+        scanner = RingScanner(client.layouts, client.directory, client.client, alive, settings)
+        context: Any = MaintainContext(
+            node=node.name,
+            clock=node.clock,
+            layouts=client.layouts,
+            liveness=alive,
+            registers=client.client,
+            look=client.client.look,
+            pages=client.client,
+            scanner=scanner,
+            stores=None,  # type: ignore[arg-type]
+            local_meta={node.disk: node.store},
+            local_fragments={node.disk: node.medium.fragments},
+            end_promises=lambda disk: node.replica.end_promises(1),
+            signers=None,  # type: ignore[arg-type]
+            asks=asks,  # type: ignore[arg-type]
+            limits=LIMITS,
+        )
+        buckets: Any = OneBucket()
+        return Collector(context, Judge(context, buckets)), client
+
+    async def collect(self, node: CollectingNode) -> None:
+        """The collector of one node, in all its lives. Until it is cancelled."""
+        while True:
+            await asyncio.sleep(self.random.uniform(0.05, 1.5))
+            if node.up:
+                life = self.world.loop.create_task(self._collect_once(node))
+                while not life.done() and node.up:
+                    await asyncio.wait([life], timeout=0.05)
+                life.cancel()
+                await asyncio.gather(life, return_exceptions=True)
+                if not life.cancelled() and life.exception() is not None:
+                    raise life.exception()  # type: ignore[misc]
+
+    async def _collect_once(self, node: CollectingNode) -> None:
+        collector, client = self._collector(node, GatewayAsks(self))
+        try:
+            await collector.sweep()
+            await collector.collect_due()
+            self.found.unknown += collector.deleted_fragments
+        except PeerError:
+            pass  # its own disk is silent
+        finally:
+            await client.client.close()
+
+    # --- nemesis
+
+    async def nemesis(self) -> None:
+        while True:
+            await asyncio.sleep(self.random.expovariate(1 / 1.5))
+            node = self.world.nodes["n" + self.random.choice(DISKS)[1:]]
+            choice = self.random.random()
+            if choice < 0.4 and node.up:
+                node.crash()
+                if node.disk != self._away:
+                    self.world.loop.call_later(self.random.choice((0.01, 0.5, 6.0)), self._restart, node)
+            elif choice < 0.6:
+                names = [*self.world.nodes, *(f"g{index}" for index in range(GATEWAYS))]
+                self.world.cut = frozenset(name for name in names if self.random.random() < 0.3)
+                self.world.loop.call_later(self.random.choice((0.2, 3.0)), setattr, self.world, "cut", frozenset())
+            elif choice < 0.75:
+                self.world.weather = self._weather()
+            elif choice < 0.85:
+                await self._suspect(node)
+            elif self._forgets:
+                self._turn_back(node)
+
+    async def _suspect(self, node: Any) -> None:
+        """Something that the disk has is on its garbage list, whatever refers to it."""
+        store = node.medium.fragments
+        if store.fragments:
+            fragment = self.random.choice(store.fragments)
+            await store.retire([Retirement(fragment.data_id, store.header(fragment).owner, 0)])
+
+    def _turn_back(self, node: Any) -> None:
+        """A garbage list is as it was before, or lost."""
+        store = node.medium.fragments
+        if self.random.random() < 0.5:
+            store._retired.clear()
+        else:
+            store._retired.update({key: entry for key, entry in node.past.items() if key not in store._retired})
+
+    def _restart(self, node: StorageNode) -> None:
+        if not node.up and not node.foreign:
+            node.start()
+
+    def _skew_ms(self) -> int:
+        """Some clocks are hours off; a fast one's ballots are refused."""
+        return self.world.skew_ms() + (self.random.choice((-3, -3, 2)) * 3_600_000 if self.random.random() < 0.1 else 0)
+
+    def _weather(self) -> Weather:
+        level = self.random.choice((0.0, 0.02, 0.15))
+        slow_s = self.random.choice((0.4, HOUR_S))
+        return Weather(level / 2, level, level, 0.0, self.random.choice((1.0, 6.0)), slow_s)
+
+    # --- the whole
+
+    async def play(self) -> None:
+        self._tasks: list[asyncio.Task[Any]] = []
+        nodes = [CollectingNode(self.world, "n" + disk[1:], disk, self._skew_ms()) for disk in DISKS]
+        for node in nodes:
+            _remember(node)
+        self.gateways = [
+            Gateway(self.world, f"g{index}", self.layout, skew_ms=self._skew_ms(), copy_at=header_at_position)
+            for index in range(GATEWAYS)
+        ]
+        self.world.weather = self._weather()
+        background = [self.world.loop.create_task(work) for work in (self.nemesis(), *map(self.collect, nodes))]
+        await asyncio.gather(*(self.worker(gateway) for gateway in self.gateways for _ in range(2)))
+        for task in background:
+            task.cancel()
+        for outcome in await asyncio.gather(*background, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+        await self._heal(nodes)
+        reader = Gateway(self.world, "reader", self.layout, skew_ms=0, copy_at=header_at_position)
+        live = await self._look_at_the_end(reader)
+        await self._nothing_else_stays(nodes, live)
+        for gateway in (*self.gateways, reader):
+            await gateway.client.close()
+        self.found.messages = self.world.messages
+
+    async def _heal(self, nodes: Sequence[CollectingNode]) -> None:
+        self.world.cut, self.world.weather, self._healed = frozenset(), Weather(), True
+        for node in nodes:
+            node.clock.skew_ms = 0  # one that is hours behind refuses every round
+            self._restart(node)
+        await asyncio.sleep(3 * HOUR_S)  # what was on its way for hours arrives
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _look_at_the_end(self, reader: Gateway) -> set[bytes]:
+        """Returns the data ids that registers refer to."""
+        live: set[bytes] = set()
+        for key in KEYS:
+            name = self._name(key)
+            try:
+                reading = await reader.client.read(name, want_payload=True)
+            except StoragedError as error:
+                self._complain(f"{key!r} cannot be read in the end: {error}")
+                continue
+            for entry in entries_in(reading.value):
+                live.add(entry.data_id)
+                if entry.small and reading.payload is None:
+                    self._complain(f"the copies of {entry.data_id.hex()} are gone")
+                for position, disk in self.durable[entry.data_id].items():
+                    medium: Any = self.world.nodes["n" + disk[1:]].medium
+                    if FragmentId(entry.data_id, 0, 2, 1, position) not in medium.fragments.fragments:
+                        self._complain(f"a fragment of {entry.data_id.hex()} is gone from {disk}")
+        return live
+
+    async def _nothing_else_stays(self, nodes: Sequence[CollectingNode], live: set[bytes]) -> None:
+        for _ in range(4):
+            for node in nodes:
+                await self._collect_once(node)
+            await asyncio.sleep(1.0)
+        left = {fragment.data_id for node in nodes for fragment in node.medium.fragments.fragments} - live
+        if left and not self.found.violation:
+            self._complain(f"orphans stay although every replica is there: {sorted(left)[0].hex()}")
+
+    def judge(self) -> Verdicts:
+        if self.world.loop.troubles:
+            self.found.violation = "unhandled: " + self.world.loop.troubles[0]
+        self.found.trace = self.world.trace()
+        return self.found
+
+
+def _remember(node: Any) -> None:
+    """All entries that its garbage list ever had."""
+    node.past = {}
+    store = node.medium.fragments
+    retire = store.retire
+
+    async def retired(entries: Sequence[Retirement]) -> None:
+        await retire(entries)
+        node.past.update(store._retired)
+
+    store.retire = retired
+
+
+def _delete(value: Value | None) -> Change | None:
+    return None if value is None or not value.body else Change(b"", Visibility.TOMBSTONE)
+
+
+def run_collecting(seed: int, rules: Rules = RULES) -> Verdicts:
+    """As ``scenario.run_seed``, of these."""
+    return play_out(lambda loop: Collecting(seed, loop, rules))  # type: ignore[arg-type,return-value]
