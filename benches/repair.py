@@ -30,7 +30,7 @@ from typing import Any
 
 from benches.compare import worktree
 from benches.s3client import Connection, Signer, Target, connect, path_of
-from benches.servers import RACKS, end_on_sigterm, free_port, make_single, stop, storaged_installation
+from benches.servers import RACKS, Server, end_on_sigterm, free_port, make_single, stop, storaged_installation
 
 BUCKET = "repair"
 SMALL = os.urandom(4096)
@@ -41,12 +41,13 @@ RECODE_DELAY_S = 10
 
 @dataclass
 class Outcome:
-    """``mb_s``, ``objects_s``: of objects brought back to their target. ``get_ms``: p50 and p99 of the reads meanwhile;
-    ``calm_ms``: before it.
+    """``mb_s``, ``objects_s``: of objects brought back to their target. ``cpu_ms_mb``: CPU time of all servers together
+    for a megabyte. ``get_ms``: p50 and p99 of the reads meanwhile; ``calm_ms``: before it.
     """
 
     mb_s: float
     objects_s: float
+    cpu_ms_mb: float
     get_ms: tuple[float, float]
     calm_ms: tuple[float, float]
 
@@ -113,9 +114,11 @@ async def begin(target: Target) -> None:
     connection.close()
 
 
-async def repaired(admin: Admin, target: Target, count: int, size: int) -> Outcome:
+async def repaired(admin: Admin, server: Server, count: int, size: int) -> Outcome:
     """Waits until repair has begun, and then until it is done."""
+    target = server.target
     reader = Reader(target)
+    cpu_before = sum(server.cpu_seconds().values())
     reading = asyncio.ensure_future(reader.run())
     end = time.monotonic() + REPAIR_TIMEOUT_S
     before = admin.jobs()["bytes_rebuilt"]
@@ -137,7 +140,9 @@ async def repaired(admin: Admin, target: Target, count: int, size: int) -> Outco
     busy = reader.take()
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
-    return Outcome(count * size / 1e6 / took, count / took, busy, calm)
+    megabytes = count * size / 1e6
+    cpu_ms = 1e3 * (sum(server.cpu_seconds().values()) - cpu_before)
+    return Outcome(megabytes / took, count / took, cpu_ms / megabytes, busy, calm)
 
 
 def recode(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
@@ -153,7 +158,8 @@ def recode(tree: Path | None, parent: Path | None, count: int, size: int) -> Out
         storaged.status("DEGRADED", "AT_RISK")
         asyncio.run(fill(target, count, size))
         storaged.run("dev", "start", "n3")
-        return asyncio.run(repaired(Admin(storaged.directory), target, count, size))
+        server = Server("cluster", target, storaged.processes())
+        return asyncio.run(repaired(Admin(storaged.directory), server, count, size))
 
 
 def move(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
@@ -173,7 +179,8 @@ def move(tree: Path | None, parent: Path | None, count: int, size: int) -> Outco
         shutil.rmtree(home / "disk8")
         storaged.start("run", str(config))
         storaged.status("DEGRADED", "AT_RISK")
-        return asyncio.run(repaired(Admin(home / "state"), target, count, size))
+        server = Server("single", target, storaged.processes())
+        return asyncio.run(repaired(Admin(home / "state"), server, count, size))
 
 
 ROWS = {"recode": recode, "move": move}
@@ -205,15 +212,18 @@ def main() -> None:
                     one = ROWS[row](tree, options.dir, options.objects, options.bytes)
                     found.setdefault((row, name), []).append(one)
                     print(
-                        f"{row:7} {name:10} {one.mb_s:7.1f} MB/s {one.objects_s:7.1f} objects/s; GET of 4 KiB"
+                        f"{row:7} {name:10} {one.mb_s:7.1f} MB/s {one.objects_s:7.1f} objects/s,"
+                        f" {one.cpu_ms_mb:.1f} ms of CPU for a MB; GET of 4 KiB"
                         f" p50 {one.get_ms[0]:.1f}, p99 {one.get_ms[1]:.1f} ms (before: {one.calm_ms[0]:.1f},"
                         f" {one.calm_ms[1]:.1f})",
                         flush=True,
                     )
         for row in options.rows.split(","):
             if len(measured) == 2:
-                pairs = zip(*(found[row, name] for name, _ in measured), strict=True)
-                print(f"{row}: ratios of speed {', '.join(f'{b.mb_s / a.mb_s:.2f}' for a, b in pairs)}")
+                pairs = list(zip(*(found[row, name] for name, _ in measured), strict=True))
+                speed = ", ".join(f"{b.mb_s / a.mb_s:.2f}" for a, b in pairs)
+                cpu = ", ".join(f"{b.cpu_ms_mb / a.cpu_ms_mb:.2f}" for a, b in pairs)
+                print(f"{row}: ratios of speed {speed}; of CPU time {cpu}")
 
 
 if __name__ == "__main__":

@@ -208,6 +208,10 @@ class _Storaged:
                 )
             time.sleep(0.2)
 
+    def processes(self) -> dict[str, int]:
+        """As ``Server.processes``."""
+        return _processes(json.loads(self.run("status", "--json", check=False)))
+
     def prepared(self) -> None:
         """Waits until ``storaged dev`` has made its user, when the cluster accepts writes."""
         end = time.monotonic() + STATES_TIMEOUT_S
