@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from storaged.disk_health import OK, DiskHealth
+from storaged.disk_health import SLOW_S as UNANSWERED_S
 from storaged.durable import RestartNeeded
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.engine import Engine
@@ -155,7 +156,7 @@ class DeferredCopies:
         now = self._loop.time()
         if self._stopped or now < self._slow_until_s or self._health.state != OK or not self._engine.index.in_memory:
             return False
-        if not self._engine_lock.acquire(blocking=False):
+        if self._health.oldest_s() >= UNANSWERED_S or not self._engine_lock.acquire(blocking=False):
             return False
         try:
             if self._unplaced or not self._engine.can_append_now(self._queue):

@@ -6,12 +6,14 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storaged.admin.status import SKEW_MS_MAX
 from storaged.cluster.layout import NodeEntry
 from storaged.errors import BucketKeyDamaged, ClockSkewed, KeyReleasesRefused, KeyringMismatch, KeysNotBackedUp
+from storaged.node.opener import in_own_thread
 from storaged.node.planes import NodePlanes
 from storaged.units import format_duration, format_size
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # a storage node imports neither the key plane nor S3
 CERTIFICATE_DAYS_MIN = 30
 ENDED_KEY_AGE_S_MAX = 86_400.0
 FREE_SHARE_MIN = 0.1
+FSYNC_S_MAX = 10.0
 RTT_SITE_MS_MAX = 2.0
 """Nodes of one site answer within this: a millisecond of round trip is 100 km of fibre at most."""
 
@@ -45,8 +48,17 @@ class Doctor:
         checks.append(_check("audit log", state, detail, WITNESSES_HINT))
         if self._gateway is not None:
             checks.extend(self._gateway_checks(self._gateway))
-        checks.append(await asyncio.to_thread(_fsync, node.directory))
+        checks.append(await self._fsync())
         return checks
+
+    async def _fsync(self) -> dict[str, str]:
+        """In a thread of its own: a disk that hangs keeps it."""
+        try:
+            async with asyncio.timeout(FSYNC_S_MAX):
+                return await in_own_thread(partial(_fsync, self._node.directory))
+        except TimeoutError:
+            detail = f"the node's directory has not answered for {FSYNC_S_MAX:.0f} s"
+            return _check("fsync", "fail", detail, "Look at the kernel log for I/O errors and time-outs.")
 
     def _other_node(self, entry: NodeEntry) -> list[dict[str, str]]:
         node, name = self._node, entry.name
