@@ -74,14 +74,13 @@ class Thief:
 
     def slot(self) -> Slot:
         """Any row of any disk; it remembers what it saw."""
-        node = self.cluster.nodes[self.random.choice(list(self.cluster.nodes))]
-        store = node.meta[self.random.choice(list(node.meta))]
-        table, scope, shard = self.random.choice(list(store.scopes()))
-        found = [
-            Slot(name, *row)
-            for key, _ in store.slice(_range(table, scope, shard))
-            if (name := RegisterName(table, scope, shard, key)) and (row := _row(store.get(name))) is not None
-        ]
+        found: list[Slot] = []
+        while not found:
+            node = self.cluster.nodes[self.random.choice(list(self.cluster.nodes))]
+            store = node.meta[self.random.choice(list(node.meta))]
+            table, scope, shard = self.random.choice([*store.scopes()] or [(Table.SYSTEM, bytes(16), 0)])
+            names = [RegisterName(table, scope, shard, key) for key, _ in store.slice(_range(table, scope, shard))]
+            found = [slot for name in names if (slot := store.get(name)) is not None]
         slot = self.random.choice(found)
         self.old.setdefault(slot.name, []).append(slot.value)
         return slot
@@ -106,10 +105,6 @@ class Thief:
 
 def _range(table: int, scope: bytes, shard: int) -> RowRange:
     return RowRange(table, scope, shard, b"", b"", 1000)
-
-
-def _row(slot: Slot | None) -> tuple[Ballot, Value] | None:
-    return None if slot is None else (slot.ballot, slot.value)
 
 
 Driver = Callable[[Thief], Awaitable[tuple[Message, bytes] | Message]]
