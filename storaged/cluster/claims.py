@@ -213,15 +213,14 @@ class ClaimBook:
         """Takes a statement in if it has something new. Returns whether it did."""
         if not any(self._is_new(claim) for claim in claims.disks):
             return False
-        kept = self._statements.setdefault(claims.node, [])
-        if len(kept) >= STATEMENTS_A_NODE_MAX:
+        kept = self._needed([*self._statements.get(claims.node, ()), (signed, claims)])
+        if len(kept) > STATEMENTS_A_NODE_MAX:
             return False
+        self._statements[claims.node] = kept
         for claim in claims.disks:
             stores = self._known.setdefault(claim.disk, {})
             known = stores.get(claim.store)
             stores[claim.store] = claim if known is None else newest(known, claim)
-        kept.append((signed, claims))
-        self._statements[claims.node] = self._needed(kept)
         return True
 
     def _is_new(self, claim: DiskClaim) -> bool:

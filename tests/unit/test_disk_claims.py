@@ -152,6 +152,15 @@ def test_a_node_fills_no_more_than_its_share_of_a_book() -> None:
     assert book.add(*unsigned(claim("d2"), node="n2"))
 
 
+def test_a_full_share_takes_a_statement_that_says_all_that_the_others_say() -> None:
+    book = ClaimBook()
+    for number in range(STATEMENTS_A_NODE_MAX):
+        assert book.add(*unsigned(claim(f"disk {number}")))
+    everything = [claim(f"disk {number}", starts=2) for number in range(STATEMENTS_A_NODE_MAX + 1)]
+    assert book.add(*unsigned(*everything))
+    assert len(book.statements()) == 1
+
+
 # --- majorities
 
 
