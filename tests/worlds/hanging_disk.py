@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 READS, WRITES, SYNCS, OPENS, SPACE = "reads", "writes", "syncs", "opens", "space"
+HANG_S_MAX = 60.0
+"""A disk that hangs for so long is released: a test that waits for it fails, and does not block what comes after it."""
+
 EVERYTHING = (READS, WRITES, SYNCS, OPENS, SPACE)
 
 _LOOKUP, _FORGET, _GETATTR, _SETATTR, _READLINK, _SYMLINK = 1, 2, 3, 4, 5, 6
@@ -142,6 +145,7 @@ class _Server:
         self._name = ""
         self._slow: tuple[str, ...] = ()
         self._delay_s = 0.0
+        self._hung_until_s = 0.0
         self._waiting: list[tuple[int, int, int, bytes]] = []
         self._late: list[tuple[float, int, int, int, bytes]] = []
         self._calls: dict[int, Callable[[int, bytes], bytes]] = {
@@ -176,7 +180,10 @@ class _Server:
         poll.register(0, select.POLLIN)
         commands = b""
         while True:
-            wait_ms = max(0, int((self._late[0][0] - time.monotonic()) * 1000) + 1) if self._late else None
+            due_s = min(
+                [late[0] for late in self._late[:1]] + ([self._hung_until_s] if self._hung else []), default=None
+            )
+            wait_ms = max(0, int((due_s - time.monotonic()) * 1000) + 1) if due_s is not None else None
             for fd, _event in poll.poll(wait_ms):
                 if fd == self._fuse:
                     if not self._take():
@@ -189,12 +196,15 @@ class _Server:
                 while b"\n" in commands:
                     line, commands = commands.split(b"\n", 1)
                     print(json.dumps(self._command(*json.loads(line))), flush=True)
+            if self._hung and time.monotonic() >= self._hung_until_s:
+                self._command("release")
             while self._late and self._late[0][0] <= time.monotonic():
                 self._answer(*self._late.pop(0)[1:])
 
     def _command(self, word: str, kinds: Any = (), more: Any = None) -> int:
         if word == "hang":
             self._hung, self._name = tuple(kinds), more
+            self._hung_until_s = time.monotonic() + HANG_S_MAX
         elif word == "slow":
             self._slow, self._delay_s = tuple(kinds), more
         elif word == "release":
