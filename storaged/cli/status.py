@@ -132,7 +132,8 @@ def render(found: dict[str, Any], command: str = "") -> str:
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
         if steps[index + 1 : index + 2] != [step]:  # once for neighbours with the same step
             lines.append(f"  Next: {step}")
-    lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
+    shown = [job for job in found["jobs"] if job["state"] != "done" and (job["state"] != "waiting" or job["detail"])]
+    lines.extend(f"  {render_job(job)}" for job in shown)
     return "\n".join(map(_plain, lines))
 
 

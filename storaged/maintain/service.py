@@ -208,6 +208,7 @@ class Maintenance:
         seen_now = self._seen == self._context.usable_disks()
         current = check.current and seen_now and self._informed >= self._nodes_seen()
         jobs = [job for job in (check.job, repair.job, self.scrub.job) if job.state != "waiting"]
+        reports = [job.report(self._context.node) for job in jobs] + self._collection()
         return MaintainStatus(
             node=self._context.node,
             below_target=queue.below_target,
@@ -215,7 +216,7 @@ class Maintenance:
             lost=queue.lost,
             current=current,
             busy=not current or repair.busy or self.scrub.busy,
-            jobs=tuple(job.report(self._context.node) for job in jobs),
+            jobs=tuple(reports),
             fragments_rebuilt=repair.rebuilder.fragments_rebuilt,
             bytes_rebuilt=repair.rebuilder.bytes_rebuilt,
             blocks_recoded=repair.rebuilder.blocks_recoded,
@@ -229,6 +230,16 @@ class Maintenance:
             records_refused=tuple(sorted(check.walker.buckets.refused.items())),
             garbage_waiting=tuple(self.collector.waiting().most_common(REASONS_MAX)),
         )
+
+    def _collection(self) -> list[JobReport]:
+        """As a job, when data waits to be collected."""
+        waiting = self.collector.waiting()
+        if not waiting:
+            return []
+        reason, count = waiting.most_common(1)[0]
+        total = waiting.total()
+        detail = f"{total} data ids on garbage lists can't be deleted yet; {count} of them: {reason}"
+        return [JobReport("collection", self._context.node, "waiting", 0, 0, "", None, detail)]
 
     def methods(self) -> Methods:
         async def status(_request: Ask, _call: Call) -> MaintainStatus:

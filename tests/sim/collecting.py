@@ -375,9 +375,11 @@ class Collecting:
         if not node.up and not node.foreign:
             node.start()
 
-    def _skew_ms(self) -> int:
-        """Some clocks are hours off; a fast one's ballots are refused."""
-        return self.world.skew_ms() + (self.random.choice((-3, -3, 2)) * 3_600_000 if self.random.random() < 0.1 else 0)
+    def _skew_ms(self, *hours: int) -> int:
+        """Some clocks are hours off. Not a disk's and a gateway's ahead at once: the disk would then hold promises that
+        all others refuse."""
+        far = self.random.choice(hours) * 3_600_000 if self.random.random() < 0.1 else 0
+        return self.world.skew_ms() + far
 
     def _weather(self) -> Weather:
         level = self.random.choice((0.0, 0.02, 0.15))
@@ -388,11 +390,11 @@ class Collecting:
 
     async def play(self) -> None:
         self._tasks: list[asyncio.Task[Any]] = []
-        nodes = [CollectingNode(self.world, "n" + disk[1:], disk, self._skew_ms()) for disk in DISKS]
+        nodes = [CollectingNode(self.world, "n" + disk[1:], disk, self._skew_ms(-3, 2)) for disk in DISKS]
         for node in nodes:
             _remember(node)
         self.gateways = [
-            Gateway(self.world, f"g{index}", self.layout, skew_ms=self._skew_ms(), copy_at=header_at_position)
+            Gateway(self.world, f"g{index}", self.layout, skew_ms=self._skew_ms(-3), copy_at=header_at_position)
             for index in range(GATEWAYS)
         ]
         self.world.weather = self._weather()
