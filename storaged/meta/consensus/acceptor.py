@@ -80,6 +80,15 @@ def judge_accept(
     return Verdict.OK
 
 
+def refused_for_good(acceptor: Acceptor, ballot: Ballot, verdict: Verdict) -> bool:
+    """Whether nothing was accepted here under the ballot that is refused, nor ever will be. Then the final fence stays
+    for ever; or a higher ballot is promised, which binds as long as the disk, and only a lower one was accepted.
+    """
+    if verdict is Verdict.PREEMPTED:
+        return acceptor.accepted < ballot < acceptor.promised and not acceptor.damaged
+    return acceptor.fence is not None and acceptor.fence.final
+
+
 def judge_create(
     acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES
 ) -> Verdict:

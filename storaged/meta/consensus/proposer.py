@@ -407,14 +407,18 @@ class Proposer:
             value = found if found is not None else NEVER
         self.request = Accept("", self.name, self.ballot, value, self._wanted.nonce, change is None)
         self.fragments = fragments
-        self._accepts = AcceptRound(self.view.quorum, self._copies)
         self.turn += 1
+        attempt = value.operation if change is not None else b""
+        self._accepts = AcceptRound(self.view.quorum, self._copies, self.turn, attempt)
         self.state = ACCEPTING
         return True
 
     def accepted(self, turn: int, disk: str, reply: AcceptReply | None) -> bool:
         """An answer to the accept of this turn; None: the call failed."""
         if turn != self.turn or self.state is not ACCEPTING:
+            if turn == self._accepts.turn and self.state is not DONE:
+                self._accepts.add(disk, reply)
+                self._note_refusals()
             return False
         accepts = self._accepts
         if accepts.add(disk, reply):
@@ -425,10 +429,16 @@ class Proposer:
         if accepts.failed and accepts.fenced:
             return self._fenced(False)
         if accepts.failed and accepts.lost:
+            self._note_refusals()
             return self._retry()
         if not accepts.everyone:
             return False
         return self._retry() if self.sparing else self._too_few_copies()
+
+    def _note_refusals(self) -> None:
+        """An identity round may write a value of ours that was accepted before: it ends no attempt."""
+        if self._accepts.attempt and self._accepts.over_for_good(self._shared.rules):
+            self.lineage.refused(self._accepts.attempt)
 
     def _too_few_copies(self) -> bool:
         return self._give_up(f"only {self._accepts.copies_synced} of its replicas have synced the object's copy")

@@ -117,6 +117,10 @@ class Rules:
     """
     fences_reported: bool = True
     """20. A replica that reports a row of a fenced scope says that the scope is fenced."""
+    refused_by_all: bool = True
+    """21. An attempt is over for good, and may be followed by another, when every replica has refused it for good. A
+    replica that has taken it may show it to a proposer that carries it on.
+    """
 
 
 RULES = Rules()
@@ -326,6 +330,10 @@ class Lineage(Struct):
         self._lost = True
         if everywhere and self._created is not None:
             self._sequences.pop(self._created[0], None)
+
+    def refused(self, operation: bytes) -> None:
+        """Every replica has refused this attempt for good."""
+        self._sequences.pop(operation, None)
 
     def lost_at(self) -> Ballot | None:
         """The ballot of a create that is not chosen at it, and never will be."""

@@ -28,6 +28,7 @@ from storaged.meta.ports import SmallCopies
 OK: Final = int(Verdict.OK)
 FENCED: Final = int(Verdict.FENCED)
 HELD: Final = int(Verdict.HELD)
+PREEMPTED: Final = int(Verdict.PREEMPTED)
 AHEAD: Final = int(Verdict.AHEAD)
 _OVERTAKEN: Final = frozenset((int(Verdict.PREEMPTED), int(Verdict.EPOCH), int(Verdict.NEWER)))
 """Where another ballot, or another layout, may help."""
@@ -236,19 +237,25 @@ class PrepareRound:
 class AcceptRound:
     """The answers to an accept. ``copies``: small copies of this change that have to be synced, too."""
 
-    __slots__ = ("_accepted", "_copies", "_quorum", "failed")
+    __slots__ = ("_accepted", "_copies", "_quorum", "_refused_for_good", "attempt", "failed", "turn")
 
-    def __init__(self, quorum: Quorum, copies: SmallCopies | None) -> None:
+    def __init__(self, quorum: Quorum, copies: SmallCopies | None, turn: int = 0, attempt: bytes = b"") -> None:
+        """``turn`` of the proposer. ``attempt``: the operation id of the value, when it is new."""
+        self.turn = turn
+        self.attempt = attempt
         self._quorum = quorum
         self._copies = copies
         self._accepted: dict[str, bool] = {}
         """Whether each disk that accepted has synced its copy."""
         self.failed: dict[str, int] = {}
         """Verdicts of the disks that have not accepted."""
+        self._refused_for_good: list[str] = []
 
     def add(self, disk: str, reply: AcceptReply | None) -> bool:
         """Whether the value is chosen now, and its copies are where they must be."""
         if reply is None or reply.verdict != OK:
+            if reply is not None and reply.verdict == PREEMPTED and reply.final:
+                self._refused_for_good.append(disk)
             self.failed[disk] = NO_ANSWER if reply is None else reply.verdict
             return False
         accepted, quorum = self._accepted, self._quorum
@@ -281,6 +288,11 @@ class AcceptRound:
     @property
     def lost(self) -> bool:
         return self._quorum.lost(self.failed)
+
+    def over_for_good(self, rules: Rules) -> bool:
+        """No replica has accepted the value, nor ever will (rule 21)."""
+        refused = self._refused_for_good
+        return len(refused) == len(self._quorum.disks) if rules.refused_by_all else self._quorum.lost(refused)
 
     @property
     def everyone(self) -> bool:
