@@ -76,8 +76,8 @@ class Accepts(Message, frozen=True):
 
 class AcceptReply(Message, frozen=True):
     """OK: the value is durable here under the ballot. ``copy_synced``: the copy that came with it is durable too;
-    ``copy_error``: why it is not. ``final``: the scope's fence stays for ever; when PREEMPTED: nothing was accepted here
-    under this ballot, nor will be.
+    ``copy_error``: why it is not. ``final``: the scope's fence stays for ever; when PREEMPTED: nothing was accepted
+    here under this ballot, nor will be.
     """
 
     verdict: int

@@ -248,11 +248,9 @@ def _gateway_dies(play: _Play, replicas: list[StorageNode]) -> Iterator[float]:
 
 
 def _gateway_keeps(play: _Play, replicas: list[StorageNode]) -> Iterator[float]:
-    """A process takes turns and never ends one."""
+    """Four processes of a node take turns, keep them as long as they can, and never end one."""
     gateway = Gateway(play.world, "hostile", play.gateways[0].layouts.current, skew_ms=0)
-    number = 0
     while True:
-        number += 1
         for register in range(play.load.keys):
             name = RegisterName(Table.OBJECT, SCOPE, 0, b"%d" % register)
             for process in range(4):
@@ -282,7 +280,7 @@ FAULTS: dict[str, Callable[[_Play, list[StorageNode]], Iterator[float]]] = {
     "first replica hangs": _replica_hangs,
     "first replica slow": _replica_slow,
     "a process dies every 3 s": _gateway_dies,
-    "a process keeps its turns": _gateway_keeps,
+    "a gateway keeps its turns": _gateway_keeps,
     "first replica grants all": _lying(TURN_GRANTED),
     "first replica grants none": _lying(TURN_QUEUED),
     "first replica refuses": _lying(TURN_REFUSED),

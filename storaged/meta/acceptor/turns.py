@@ -10,8 +10,11 @@ Theory of operation
     process should ask again. So a process notices a replica that hangs, however long the queue is. A process that does
     not ask again loses its place.
 
-    A turn that its process does not end is over after ``LEASE_S``: the process died, hangs, or is hostile. A node whose
-    turns ran out ``RUN_OUT_MAX`` times within ``RUN_OUT_S`` gets none for a while, and competes without.
+    A turn that its process neither ends nor renews (by asking for it again) is over after ``LEASE_S``: the process
+    died, hangs, or is hostile. It is over after ``RENEWED_MAX_S`` in any case. When a turn took long, the other
+    processes of its node wait until all others had theirs. A node whose turns ran out ``RUN_OUT_MAX`` times within
+    ``RUN_OUT_S`` gets none for a while, and competes without. A turn that is ended late does not count: its process was
+    slow.
 
     Everything is in memory and bounded. When it is lost, processes ask again. Nothing of it is asked when an acceptor
     judges a ballot, so a wrong turn costs time and nothing else.
@@ -35,6 +38,7 @@ LOST_S = 1.0
 """A process that waits and has not asked for this long has lost its place."""
 
 LEASE_S = 0.6
+RENEWED_MAX_S = 1.5
 HOLD_S = 0.25
 """How long a process makes changes in one turn. The last one may take longer; the lease allows for it."""
 
@@ -48,7 +52,7 @@ WAITING_MAX = 128
 
 WAITING_A_NODE_MAX = 16
 RUN_OUT_MAX = 6
-RUN_OUT_S = 10.0
+RUN_OUT_S = 30.0
 REFUSED_S = 30.0
 RUN_OUTS_MAX = 256
 """Nodes whose turns that ran out are remembered."""
@@ -80,14 +84,14 @@ class _Waiting(Struct):
 
 
 class _Queue:
-    """Of one register. ``holder`` has the turn ``number`` until ``ends_at``."""
+    """Of one register. ``holder`` has the turn ``number`` since ``began_at``."""
 
-    __slots__ = ("ends_at", "holder", "number", "shared", "timer", "waiting")
+    __slots__ = ("began_at", "holder", "number", "shared", "timer", "waiting")
 
     def __init__(self) -> None:
         self.holder: _Process | None = None
         self.number = 0
-        self.ends_at = 0.0
+        self.began_at = 0.0
         self.shared = False
         """Others waited when it was granted."""
         self.timer: asyncio.TimerHandle | None = None
@@ -99,8 +103,8 @@ class TurnKeeper:
 
     def __init__(self) -> None:
         self._queues: dict[RegisterName, _Queue] = {}
-        self._run_out: dict[str, list[float]] = {}
-        """When turns of a node ran out."""
+        self._run_out: dict[str, dict[tuple[bytes, RegisterName, int], float]] = {}
+        """When turns of a node ran out that were not ended since: by process, register and number."""
         self._refused_until: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -118,6 +122,8 @@ class TurnKeeper:
         if len(request.process) != PROCESS_BYTES or not 0 < request.number < 1 << 62:
             raise InvalidRequest("Not a request for a turn.")
         process = node, request.process
+        if request.end and node in self._run_out:
+            self._run_out[node].pop((request.process, request.name, request.number), None)
         queue = self._queues.get(request.name)
         if queue is not None:
             self._end_earlier(request, queue, process)
@@ -125,9 +131,7 @@ class TurnKeeper:
         if request.end:
             on_answer(TurnReply(TURN_GRANTED))
         elif queue is not None and queue.holder == process:
-            same = queue.number == request.number
-            reply = TurnReply(TURN_GRANTED, self._hold_ms(queue), queue.shared)
-            on_answer(reply if same else _REFUSED)  # an older request came late
+            on_answer(self._renew(request, queue))
         elif self._may_wait(node, queue):
             if queue is None:
                 queue = self._queues[request.name] = _Queue()
@@ -144,6 +148,16 @@ class TurnKeeper:
             waiting.answer(TURN_REFUSED)
         if queue.holder == process and queue.number < last:
             self._pass_on(request.name, queue)
+
+    def _renew(self, request: Turn, queue: _Queue) -> TurnReply:
+        if request.number != queue.number:
+            return _REFUSED  # it came late
+        loop = asyncio.get_running_loop()
+        left_s = queue.began_at + RENEWED_MAX_S - loop.time()
+        if queue.timer is not None:
+            queue.timer.cancel()
+        queue.timer = loop.call_later(max(0.0, min(LEASE_S, left_s)), self._on_run_out, request.name, queue)
+        return TurnReply(TURN_GRANTED, self._hold_ms(queue), queue.shared)
 
     def _may_wait(self, node: str, queue: _Queue | None) -> bool:
         until = self._refused_until.get(node)
@@ -175,12 +189,15 @@ class TurnKeeper:
         loop = asyncio.get_running_loop()
         now = loop.time()
         before, queue.holder, queue.timer = queue.holder, None, None
+        if before is not None and now - queue.began_at > LEASE_S / 2:
+            for process in [process for process in queue.waiting if process[0] == before[0]]:
+                queue.waiting[process] = queue.waiting.pop(process)
         while queue.waiting:
             process = next(iter(queue.waiting))
             waiting = queue.waiting.pop(process)
             if waiting.on_answer is None and now - waiting.asked_at > POLL_S + LOST_S:
                 continue
-            queue.holder, queue.number, queue.ends_at = process, waiting.number, now + LEASE_S
+            queue.holder, queue.number, queue.began_at = process, waiting.number, now
             queue.shared = bool(queue.waiting) or before not in (None, process)
             queue.timer = loop.call_later(LEASE_S, self._on_run_out, name, queue)
             waiting.answer(TURN_GRANTED, self._hold_ms(queue), queue.shared)
@@ -189,17 +206,18 @@ class TurnKeeper:
 
     def _hold_ms(self, queue: _Queue) -> int:
         hold_s = max(HOLD_LEAST_S, min(HOLD_S, CYCLE_S / (len(queue.waiting) + 1)))
-        left_s = queue.ends_at - asyncio.get_running_loop().time() - (LEASE_S - hold_s)
+        left_s = queue.began_at + hold_s - asyncio.get_running_loop().time()
         return max(0, int(left_s * 1000))
 
     def _on_run_out(self, name: RegisterName, queue: _Queue) -> None:
         assert queue.holder is not None
-        node, now = queue.holder[0], asyncio.get_running_loop().time()
-        times = [at for at in self._run_out.pop(node, ()) if at > now - RUN_OUT_S]
-        self._run_out[node] = [*times, now]
+        (node, process_id), now = queue.holder, asyncio.get_running_loop().time()
+        found = {turn: at for turn, at in self._run_out.pop(node, {}).items() if at > now - RUN_OUT_S}
+        found[process_id, name, queue.number] = now
+        self._run_out[node] = found
         while len(self._run_out) > RUN_OUTS_MAX:
             del self._run_out[next(iter(self._run_out))]
-        if len(times) + 1 >= RUN_OUT_MAX:
+        if len(found) >= RUN_OUT_MAX:
             del self._run_out[node]
             self._refused_until[node] = now + REFUSED_S
             for process in [process for process in queue.waiting if process[0] == node]:

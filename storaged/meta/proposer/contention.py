@@ -11,9 +11,14 @@ Theory of operation
     competition costs no message and no memory here.
 
     The replica that is asked is the first one that answers, in the order of the ring, so that all processes ask the
-    same one. A turn is a hint. Without one (the replica hangs, refuses, or lies) a change goes on all the same, and
-    backs off when it is pre-empted. A replica that gives no turn for ``WAIT_S``, or whose turns are pre-empted again
-    and again since it gives them to several processes at once, is not asked for ``DISTRUST_S``.
+    same one. A replica that does not answer, is slow, or gives no turn for ``WAIT_S`` is not asked for a while.
+
+    When changes are pre-empted in a turn, either the replica gives turns to several processes at once, or processes ask
+    different replicas. Then this process is *careful*: for ``CAREFUL_S`` it takes the turns of a quorum of replicas, in
+    the order of the ring. Any two quorums have a replica in common, so one that lies changes nothing, nor does it
+    matter who finds which replica slow.
+
+    A turn is a hint. Without one a change goes on all the same, and backs off when it is pre-empted.
 
     A process whose clock runs ahead of the others' is never pre-empted itself. It learns of them from the promises that
     its ballots override (``messages.PrepareReply``).
@@ -37,44 +42,50 @@ from storaged.meta.ports import Replicas, TurnReplica
 from storaged.meta.transport.calls import TaskPool
 
 HOT_S = 2.0
-HOT_MAX = 4096
+REGISTERS_MAX = 4096
 """Registers that are remembered as contended."""
 
 ANSWER_S = 1.5
 """A replica answers a request for a turn within half a second, granted or not."""
 
-AVOID_S = 20.0
-"""A replica that does not answer, or is slow, is not asked for this long. Other processes find the same, and ask the
-same one then. What a single slow answer shows (``UnresponsiveDisks``) would divide them.
-"""
-
-SLOW_S = 0.1
-SLOW_ANSWERS = 3
-"""A replica is slow when so many answers in a row took longer than ``SLOW_S``."""
-
 WAIT_S = 4.0
 """How long one replica may let this process wait: twice as long as an honest one with many processes."""
 
+AVOID_S = 20.0
+"""How long a replica is not asked. After a vain wait of ``WAIT_S`` each further time is twice as long."""
+
+AVOID_MAX_S = 3600.0
+
+SLOW_S = 0.1
+SLOW_ANSWERS = 3
+"""A replica is slow when so many answers in a row took longer than ``SLOW_S``. A single slow answer, as in
+``UnresponsiveDisks``, would divide the processes.
+"""
+
+PREEMPTED_MAX = 1
+"""The first ballot in a turn may be too low because this clock is slow. When more are pre-empted, the turn is
+useless."""
+
+CAREFUL_S = 30.0
+
+LATE_S = 0.2
+RENEW_S = 0.3
+"""A turn is renewed so often while a change takes long."""
+
 PAUSE_S = 0.1
 HOLD_MAX_MS = 1000
-
-DISTRUST_S = 30.0
-"""The first time; each further time twice as long."""
-
-DISTRUST_MAX_S = 3600.0
-USELESS_MAX = 4
-"""Turns in which changes were pre-empted, minus those without, before a replica is not trusted."""
-
 PROCESS_BYTES: Final = 8
 
 
 class _Held(Struct):
-    """The turn that this process has. ``left``: changes that may still begin in it."""
+    """The turn that this process has, of each of these disks. ``left``: changes that may still begin in it."""
 
-    disk: str
+    disks: list[str]
     number: int
     ends_at: float
     left: int
+    timer: asyncio.TimerHandle | None = None
+    """Renews it."""
     preempted: int = 0
     """How often a change met another proposer in this turn."""
 
@@ -102,59 +113,22 @@ class Contention:
         self._number = 0
         self._hot: dict[RegisterName, float] = {}
         """Until when, in the order of the last sign of others."""
+        self._careful: dict[RegisterName, float] = {}
         self._held: dict[RegisterName, _Held] = {}
         self._avoided: dict[str, float] = {}
-        self._distrusted: dict[str, float] = {}
-        """Disks that are not asked, and until when: they do not answer or are slow, or they give useless turns."""
+        """Disks that are not asked, and until when."""
+        self._vain_waits: dict[str, int] = {}
         self._slow: dict[str, int] = {}
         """How many answers in a row took long."""
-        self._distrusted_times: dict[str, int] = {}
-        self._useless: dict[str, int] = {}
-        """Turns of a disk that were useless, minus those that were not."""
 
     def expected(self, name: RegisterName) -> bool:
         """Whether others compete for the register, as far as this process knows."""
-        if not self._hot:
-            return False
-        until = self._hot.get(name)
-        if until is None:
-            return False
-        if until < self._clock.monotonic():
-            del self._hot[name]
-            return False
-        return True
+        return bool(self._hot) and self._lasts(self._hot, name)
 
     def met(self, name: RegisterName) -> None:
         """Another process competes for the register."""
-        if not self.enabled:
-            return
-        self._hot.pop(name, None)
-        self._hot[name] = self._clock.monotonic() + HOT_S
-        if len(self._hot) > HOT_MAX:
-            del self._hot[next(iter(self._hot))]
-
-    async def take(self, name: RegisterName, changes: int, limit_s: float) -> bool:
-        """Takes a turn, or goes on with the one that this process has. False: a change goes on without, and backs off.
-
-        ``changes``: how many wait in this process, with this one; they may use the turn too.
-        """
-        if not self.enabled:
-            return False
-        held = self._held.get(name)
-        if held is not None:
-            if held.left > 0 and self._clock.monotonic() < held.ends_at:
-                held.left -= 1
-                return True
-            self._score(name, self._held.pop(name))
-        until, order = self._clock.monotonic() + limit_s, self._order(name)
-        if held is not None and held.disk not in order[:1]:  # else the request for the next turn ends it
-            self._send_end(name, held.disk, held.number)
-        for disk in order:
-            turn = await self._ask(name, disk, changes, until)
-            if turn is not None:
-                self._held[name] = turn
-                return True
-        return False
+        if self.enabled:
+            self._note(self._hot, name, HOT_S)
 
     def preempted(self, name: RegisterName) -> bool:
         """A change met another proposer. Returns whether this process has the turn, and so need not ask for one."""
@@ -165,70 +139,107 @@ class Contention:
         held.preempted += 1
         return True
 
+    async def take(self, name: RegisterName, changes: int, limit_s: float) -> bool:
+        """Takes a turn, or goes on with the one that this process has. False: a change goes on without, and backs off.
+
+        ``changes``: how many wait in this process, with this one; they may use the turn too.
+        """
+        if not self.enabled:
+            return False
+        held, now = self._held.get(name), self._clock.monotonic()
+        if held is not None:
+            if held.left > 0 and now < held.ends_at:
+                held.left -= 1
+                return True
+            self._give_back(name, held)
+            order = self._order(self._view(name).quorum.disks)
+            if held.disks != order[:1] or now > held.ends_at + LATE_S:  # else the next request ends it
+                self._send_ends(name, held)
+        turn = await self._take(name, changes, now + limit_s)
+        if turn is None:
+            return False
+        self._held[name] = turn
+        return True
+
     def end(self, name: RegisterName) -> None:
         """No change of this process waits for the register any more: another process may have the turn."""
-        held = self._held.pop(name, None)
+        held = self._held.get(name)
         if held is not None:
-            self._score(name, held)
-            self._send_end(name, held.disk, held.number)
+            self._give_back(name, held)
+            self._send_ends(name, held)
 
-    def _score(self, name: RegisterName, held: _Held) -> None:
-        """Notes whether the turn was worth something. The first ballot in a turn may be too low because this clock is
-        slow.
-        """
-        disk, useless = held.disk, held.preempted > 1
-        score = self._useless[disk] = max(0, self._useless.get(disk, 0) + (1 if useless else -1))
-        if score >= USELESS_MAX:
-            self._distrust(disk)
-        elif useless:  # the others may find the replicas before this one well
-            disks = self._view(name).quorum.disks
-            for earlier in disks[: disks.index(disk)] if disk in disks else ():
-                self._avoided.pop(earlier, None)
+    def _give_back(self, name: RegisterName, held: _Held) -> None:
+        del self._held[name]
+        if held.timer is not None:
+            held.timer.cancel()
+        if held.preempted > PREEMPTED_MAX:
+            self._note(self._careful, name, CAREFUL_S)
 
-    def _distrust(self, disk: str) -> None:
-        self._useless.pop(disk, None)
-        times = self._distrusted_times[disk] = self._distrusted_times.get(disk, 0) + 1
-        self._distrusted[disk] = self._clock.monotonic() + min(DISTRUST_MAX_S, DISTRUST_S * 2 ** (times - 1))
+    def _renew(self, name: RegisterName, held: _Held) -> None:
+        """A change takes long: without this the replica would give the turn to another process."""
+        for disk in held.disks:
+            self._pool.start(self._tell(disk, Turn(disk, name, self._process, held.number)))
+        held.timer = asyncio.get_running_loop().call_later(RENEW_S, self._renew, name, held)
 
-    def _avoid(self, disk: str) -> None:
-        self._avoided[disk] = self._clock.monotonic() + AVOID_S
+    def _note(self, until: dict[RegisterName, float], name: RegisterName, seconds: float) -> None:
+        until.pop(name, None)
+        until[name] = self._clock.monotonic() + seconds
+        if len(until) > REGISTERS_MAX:
+            del until[next(iter(until))]
 
-    def _order(self, name: RegisterName) -> list[str]:
-        disks = self._view(name).quorum.disks
-        if not self._avoided and not self._distrusted:
-            return list(disks)
-        now = self._clock.monotonic()
-        for disk in disks:
-            for until in (self._avoided, self._distrusted):
-                if until.get(disk, now) < now:
-                    del until[disk]
-        return [disk for disk in disks if disk not in self._avoided and disk not in self._distrusted]
+    def _lasts(self, until: dict[RegisterName, float], name: RegisterName) -> bool:
+        end = until.get(name)
+        if end is None:
+            return False
+        if end < self._clock.monotonic():
+            del until[name]
+            return False
+        return True
 
-    # --- one replica --------------------------------------------------------------------------------------------------
+    # --- replicas -----------------------------------------------------------------------------------------------------
 
-    async def _ask(self, name: RegisterName, disk: str, changes: int, until: float) -> _Held | None:
-        """None: this replica gives no turn."""
+    async def _take(self, name: RegisterName, changes: int, until: float) -> _Held | None:
+        """The turn of one replica, or of a quorum. None: no replica gives one."""
         self._number += 1
-        number = self._number
+        quorum = self._view(name).quorum
+        wanted = quorum.fewest if self._lasts(self._careful, name) else 1
+        turn, hold_ms, taken = _Held([], self._number, 0.0, changes - 1), HOLD_MAX_MS, False
+        turn.timer = asyncio.get_running_loop().call_later(RENEW_S, self._renew, name, turn)
+        try:
+            for disk in self._order(quorum.disks):
+                reply = await self._ask(name, disk, turn.number, until)
+                if reply is not None:
+                    turn.disks.append(disk)
+                    hold_ms = min(hold_ms, reply.hold_ms)
+                    if len(turn.disks) >= wanted:
+                        break
+            taken = bool(turn.disks)
+        finally:
+            if not taken:  # no replica gives one, or the change was given up
+                turn.timer.cancel()
+                self._send_ends(name, turn)
+        turn.ends_at = self._clock.monotonic() + hold_ms / 1000
+        return turn if taken else None
+
+    async def _ask(self, name: RegisterName, disk: str, number: int, until: float) -> TurnReply | None:
+        """None: this replica gives no turn."""
         reply = None
         try:
             reply = await self._granted(name, disk, number, until)
         finally:
             if reply is None:  # it may have given the turn, or may yet
                 self._send_end(name, disk, number)
-        if reply is None:
-            return None
-        if reply.shared:
+        if reply is not None and reply.shared:
             self.met(name)
-        hold_s = min(reply.hold_ms, HOLD_MAX_MS) / 1000
-        return _Held(disk, number, self._clock.monotonic() + hold_s, changes - 1)
+        return reply
 
     async def _granted(self, name: RegisterName, disk: str, number: int, until: float) -> TurnReply | None:
         """Asks until the turn is granted."""
         patience_until = self._clock.monotonic() + WAIT_S
         while (now := self._clock.monotonic()) < until:
             if now >= patience_until:
-                self._distrust(disk)
+                waits = self._vain_waits[disk] = self._vain_waits.get(disk, 0) + 1
+                self._avoid(disk, min(AVOID_MAX_S, AVOID_S * 2 ** (waits - 1)))
                 break
             reply = await self._ask_once(disk, Turn(disk, name, self._process, number))
             if reply is None or reply.state != TURN_QUEUED:
@@ -247,20 +258,35 @@ class Contention:
             began = self._clock.monotonic()
             async with asyncio.timeout(ANSWER_S):
                 reply = await replica.turn(request, timeout_s=ANSWER_S)
-            self._note_latency(disk, self._clock.monotonic() - began - reply.waited_ms / 1000)
-            return reply
         except (TimeoutError, StoragedError):
-            self._avoid(disk)
-        return None
-
-    def _note_latency(self, disk: str, seconds: float) -> None:
-        slow = self._slow[disk] = self._slow.get(disk, 0) + 1 if seconds > SLOW_S else 0
+            self._avoid(disk, AVOID_S)
+            return None
+        took_s = self._clock.monotonic() - began - reply.waited_ms / 1000
+        slow = self._slow[disk] = self._slow.get(disk, 0) + 1 if took_s > SLOW_S else 0
         if slow >= SLOW_ANSWERS:
             self._slow[disk] = 0
-            self._avoid(disk)
+            self._avoid(disk, AVOID_S)
+        return reply
+
+    def _avoid(self, disk: str, seconds: float) -> None:
+        self._avoided[disk] = self._clock.monotonic() + seconds
+
+    def _order(self, disks: tuple[str, ...]) -> list[str]:
+        """Those to be asked, one after the other."""
+        if not self._avoided:
+            return list(disks)
+        now = self._clock.monotonic()
+        for disk in disks:
+            if self._avoided.get(disk, now) < now:
+                del self._avoided[disk]
+        return [disk for disk in disks if disk not in self._avoided]
+
+    def _send_ends(self, name: RegisterName, held: _Held) -> None:
+        for disk in held.disks:
+            self._send_end(name, disk, held.number)
 
     def _send_end(self, name: RegisterName, disk: str, number: int) -> None:
-        self._pool.start(self._end(disk, Turn(disk, name, self._process, number, end=True)))
+        self._pool.start(self._tell(disk, Turn(disk, name, self._process, number, end=True)))
 
-    async def _end(self, disk: str, request: Turn) -> None:
+    async def _tell(self, disk: str, request: Turn) -> None:
         await self._ask_once(disk, request)
