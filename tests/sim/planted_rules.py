@@ -14,6 +14,7 @@ _RING = {
     "differing_settled": 200,
     "failed_condition_settles": 300,
     "retry_by_lineage": 100,
+    "refused_by_all": 150,
     "ballots_unique": 200,
     "foreign_refused": 500,
     "fence_by_epoch": 200,

@@ -107,6 +107,30 @@ async def test_a_promise_refuses_lower_ballots_and_says_how_high_to_go() -> None
         assert refused.promised == ballot(10)
 
 
+async def test_a_refused_accept_says_whether_its_value_was_never_taken_here() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    await replica.prepare(prepare(ballot(10)))
+    assert (await replica.accept(accept(ballot(10), value()))).verdict == Verdict.OK
+    await replica.prepare(prepare(ballot(12)))
+    never = await replica.accept(accept(ballot(11), value()))
+    assert (never.verdict, never.final) == (Verdict.PREEMPTED, True)
+    taken = await replica.accept(accept(ballot(10), value()))  # it comes again
+    assert (taken.verdict, taken.final) == (Verdict.PREEMPTED, False)
+    await replica.accept(accept(ballot(12), value()))
+    unsure = await replica.accept(accept(ballot(11), value()))
+    assert (unsure.verdict, unsure.final) == (Verdict.PREEMPTED, False)
+
+
+async def test_a_promise_says_which_other_one_it_overrides() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    assert (await replica.prepare(prepare(ballot(10)))).promised == ZERO_BALLOT
+    overriding = await replica.prepare(prepare(ballot(11)))
+    assert (overriding.promised, overriding.accepted) == (ballot(10), ZERO_BALLOT)
+    await replica.accept(accept(ballot(11), value()))
+    after = await replica.prepare(prepare(ballot(12)))
+    assert after.promised == after.accepted == ballot(11)
+
+
 async def test_an_accept_is_neither_answered_nor_revealed_before_it_is_synced() -> None:
     disk = SlowDisk()
     replica = LocalReplica("d", MemoryMetaStore(sync=disk.sync))

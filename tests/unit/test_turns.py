@@ -276,7 +276,7 @@ class Process:
     """A process, and the replicas that it asks."""
 
     def __init__(self, *replicas: Replica) -> None:
-        self.replicas = dict(zip(("d0", "d1", "d2"), [*replicas, granting(), granting()], strict=False))
+        self.replicas = dict(zip(("d0", "d1", "d2"), [*replicas, granting(), granting(), granting()], strict=False))
         clock = VirtualClock(asyncio.get_running_loop())  # type: ignore[arg-type]
         view = View(1, Quorum(("d0", "d1", "d2")))
         self.contention = Contention(self, lambda name: view, TaskPool(), clock, lambda count: bytes(count))

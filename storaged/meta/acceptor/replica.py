@@ -42,7 +42,6 @@ from storaged.meta.consensus.acceptor import (
     judge_create,
     judge_prepare,
     needs_high_water,
-    refused_for_good,
 )
 from storaged.meta.consensus.bounds import check_created, check_epoch, check_fence, check_name, check_value
 from storaged.meta.consensus.register import RULES, Rules, Verdict
@@ -345,7 +344,7 @@ class LocalReplica:
         self._counts.refused += 1
         if verdict is Verdict.CONFLICT:
             self._counts.note_conflict(name, ballot)
-        return messages.AcceptReply(verdict, acceptor.lowest, refused_for_good(acceptor, ballot, verdict))
+        return messages.AcceptReply(verdict, acceptor.lowest, acceptor.refuses_for_good(ballot, verdict))
 
     def on_stored(self, pending: PendingAccept, error: Exception | None) -> None:
         """See ``pending_accept.Owner``. SlowDown: the store had no room for the row, and has not begun."""

@@ -51,6 +51,14 @@ class Acceptor(NamedTuple):
         """The lowest ballot that is not refused."""
         return max(self.promised, self.accepted)
 
+    def refuses_for_good(self, ballot: Ballot, verdict: Verdict) -> bool:
+        """Whether nothing was accepted here under a ballot that is refused, nor ever will be: a higher one is promised,
+        which binds as long as the disk, and only a lower one was accepted. Or the scope has a final fence.
+        """
+        if verdict is Verdict.PREEMPTED:
+            return self.accepted < ballot < self.promised and not self.damaged
+        return self.fence is not None and self.fence.final
+
 
 def judge_prepare(acceptor: Acceptor, ballot: Ballot, nonce: bytes, rules: Rules = RULES) -> Verdict:
     """``nonce`` of the scope's fence: a settling round has it."""
@@ -78,15 +86,6 @@ def judge_accept(
     if ballot == acceptor.accepted and value != acceptor.value:
         return Verdict.CONFLICT
     return Verdict.OK
-
-
-def refused_for_good(acceptor: Acceptor, ballot: Ballot, verdict: Verdict) -> bool:
-    """Whether nothing was accepted here under the ballot that is refused, nor ever will be. Then the final fence stays
-    for ever; or a higher ballot is promised, which binds as long as the disk, and only a lower one was accepted.
-    """
-    if verdict is Verdict.PREEMPTED:
-        return acceptor.accepted < ballot < acceptor.promised and not acceptor.damaged
-    return acceptor.fence is not None and acceptor.fence.final
 
 
 def judge_create(

@@ -46,14 +46,7 @@ from storaged.meta.consensus.change import (
     Wanted,
 )
 from storaged.meta.consensus.quorums import View
-from storaged.meta.consensus.register import (
-    NEVER,
-    Lineage,
-    Standing,
-    Verdict,
-    may_create,
-    shown,
-)
+from storaged.meta.consensus.register import NEVER, Lineage, Standing, Verdict, may_create, shown
 from storaged.meta.consensus.rounds import AcceptRound, CreateRound, Found, PrepareRound, Rivals
 from storaged.meta.consensus.states import (
     ACCEPTING,
@@ -414,11 +407,10 @@ class Proposer:
         return True
 
     def accepted(self, turn: int, disk: str, reply: AcceptReply | None) -> bool:
-        """An answer to the accept of this turn; None: the call failed."""
+        """An answer to the accept of this turn; None: the call failed. Late refusals still count."""
+        if reply is not None and reply.final:
+            self._accepts.note_refusal(turn, reply, self.lineage, self._shared.rules)
         if turn != self.turn or self.state is not ACCEPTING:
-            if turn == self._accepts.turn and self.state is not DONE:
-                self._accepts.add(disk, reply)
-                self._note_refusals()
             return False
         accepts = self._accepts
         if accepts.add(disk, reply):
@@ -429,16 +421,10 @@ class Proposer:
         if accepts.failed and accepts.fenced:
             return self._fenced(False)
         if accepts.failed and accepts.lost:
-            self._note_refusals()
             return self._retry()
         if not accepts.everyone:
             return False
         return self._retry() if self.sparing else self._too_few_copies()
-
-    def _note_refusals(self) -> None:
-        """An identity round may write a value of ours that was accepted before: it ends no attempt."""
-        if self._accepts.attempt and self._accepts.over_for_good(self._shared.rules):
-            self.lineage.refused(self._accepts.attempt)
 
     def _too_few_copies(self) -> bool:
         return self._give_up(f"only {self._accepts.copies_synced} of its replicas have synced the object's copy")

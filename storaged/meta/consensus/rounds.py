@@ -237,7 +237,7 @@ class PrepareRound:
 class AcceptRound:
     """The answers to an accept. ``copies``: small copies of this change that have to be synced, too."""
 
-    __slots__ = ("_accepted", "_copies", "_quorum", "_refused_for_good", "attempt", "failed", "turn")
+    __slots__ = ("_accepted", "_copies", "_quorum", "_refused", "attempt", "failed", "turn")
 
     def __init__(self, quorum: Quorum, copies: SmallCopies | None, turn: int = 0, attempt: bytes = b"") -> None:
         """``turn`` of the proposer. ``attempt``: the operation id of the value, when it is new."""
@@ -249,13 +249,11 @@ class AcceptRound:
         """Whether each disk that accepted has synced its copy."""
         self.failed: dict[str, int] = {}
         """Verdicts of the disks that have not accepted."""
-        self._refused_for_good: list[str] = []
+        self._refused = 0
 
     def add(self, disk: str, reply: AcceptReply | None) -> bool:
         """Whether the value is chosen now, and its copies are where they must be."""
         if reply is None or reply.verdict != OK:
-            if reply is not None and reply.verdict == PREEMPTED and reply.final:
-                self._refused_for_good.append(disk)
             self.failed[disk] = NO_ANSWER if reply is None else reply.verdict
             return False
         accepted, quorum = self._accepted, self._quorum
@@ -263,6 +261,15 @@ class AcceptRound:
         if len(accepted) < quorum.fewest or not (quorum.single or quorum.met(accepted)):
             return False
         return self._copies is None or self._copies.enough(self._synced())
+
+    def note_refusal(self, turn: int, reply: AcceptReply, lineage: Lineage, rules: Rules) -> None:
+        """Of a replica that has accepted nothing under the ballot, nor ever will. Tells the lineage when all have
+        refused (rule 21).
+        """
+        if turn == self.turn and self.attempt and reply.verdict == PREEMPTED:
+            self._refused += 1
+            if self._refused == (len(self._quorum.disks) if rules.refused_by_all else self._quorum.fewest):
+                lineage.refused(self.attempt)
 
     def _synced(self) -> frozenset[str]:
         return frozenset([disk for disk, copy_synced in self._accepted.items() if copy_synced])
@@ -288,11 +295,6 @@ class AcceptRound:
     @property
     def lost(self) -> bool:
         return self._quorum.lost(self.failed)
-
-    def over_for_good(self, rules: Rules) -> bool:
-        """No replica has accepted the value, nor ever will (rule 21)."""
-        refused = self._refused_for_good
-        return len(refused) == len(self._quorum.disks) if rules.refused_by_all else self._quorum.lost(refused)
 
     @property
     def everyone(self) -> bool:
