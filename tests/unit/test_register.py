@@ -4,6 +4,7 @@ attempts.
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from storaged.meta.consensus.acceptor import (
@@ -90,6 +91,21 @@ def test_an_accept_is_answered_by_the_table(
 def test_the_accept_of_what_was_accepted_is_confirmed_and_another_value_under_its_ballot_is_a_conflict() -> None:
     assert judge_accept(HOLDS, ballot(5), value(1), b"", False) is Verdict.OK
     assert judge_accept(HOLDS, ballot(5), value(1, body=b"w"), b"", False) is Verdict.CONFLICT
+
+
+def test_a_settling_round_changes_no_value_as_far_as_an_acceptor_can_tell() -> None:
+    held = value(1)
+    for settled, verdict in (
+        (held, Verdict.OK),
+        (msgspec.structs.replace(held, sequence=7), Verdict.OK),
+        (msgspec.structs.replace(held, body=b"other"), Verdict.CONFLICT),
+        (msgspec.structs.replace(held, visibility=Visibility.TOMBSTONE), Verdict.CONFLICT),
+        (msgspec.structs.replace(held, payload=b"p" * 16), Verdict.CONFLICT),
+        (msgspec.structs.replace(held, operation=b"another's", body=b"other"), Verdict.OK),
+        (NEVER, Verdict.OK),
+        (msgspec.structs.replace(held, operation=b"another's", sequence=0), Verdict.CONFLICT),
+    ):
+        assert judge_accept(HOLDS, ballot(9), settled, b"", True) is verdict, settled
 
 
 def test_reads_are_refused_only_for_an_old_layout_or_a_damaged_row() -> None:

@@ -302,7 +302,7 @@ class LocalReplica:
 
     def _judge_accept(self, request: messages.Accept) -> tuple[Acceptor, Verdict]:
         name, ballot = request.name, request.ballot
-        if self.state.promises.get(name) == ballot:
+        if not request.identity and self.state.promises.get(name) == ballot:
             acceptor = self.state.of_promised(ballot, self._fences.of(name.scope))
         else:
             acceptor = self._rows.acceptor(name)[1]

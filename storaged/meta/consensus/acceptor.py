@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, NEVER, RULES, Rules, Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.meta.store_ports import Fence, Slot
 
@@ -85,7 +85,19 @@ def judge_accept(
         return Verdict.PREEMPTED
     if ballot == acceptor.accepted and value != acceptor.value:
         return Verdict.CONFLICT
+    if identity and acceptor.value is not None and not _may_settle(acceptor.value, value):
+        return Verdict.CONFLICT
     return Verdict.OK
+
+
+def _may_settle(held: Value, value: Value) -> bool:
+    """What an acceptor can tell of a settling round, which must change no value: two values of one operation are the
+    same but for their sequence (rule 14), and nothing was ever written with the sequence 0. That the value was accepted
+    somewhere it can't tell: a replica that lags gets what it never saw.
+    """
+    if value.operation != held.operation:
+        return value.sequence != 0 or value == NEVER
+    return (value.visibility, value.body, value.payload) == (held.visibility, held.body, held.payload)
 
 
 def judge_create(
