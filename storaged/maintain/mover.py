@@ -412,9 +412,10 @@ class Mover:
                 if any(stat.health != Health.OK for stat in stats):
                     raise CannotRepair(f"fragments written to disk {disk} are not there any more")
 
-        async with asyncio.TaskGroup() as group:
-            for disk, ids in by_disk.items():
-                group.create_task(touch(disk, ids))
+        results = await asyncio.gather(*(touch(disk, ids) for disk, ids in by_disk.items()), return_exceptions=True)
+        for result in results:
+            if result is not None:
+                raise result
 
     async def _body_after(self, name: RegisterName, value: Value | None, moves: Sequence[_Planned]) -> bytes | None:
         """The record after all moves; None when one of them does not apply. New manifest pages are durable when this

@@ -24,6 +24,7 @@ from storaged.maintain.moves import (
     LATER,
     MOVED,
     MOVES_A_CALL,
+    OK,
     REFUSED,
     DiscardAsk,
     FragmentAsk,
@@ -768,5 +769,99 @@ def test_a_gateway_deletes_nothing_that_the_survivors_confirm() -> None:
         } == {LATER}
         cluster.start("nb", "nc", maintain=False)
         assert await cluster.fragments() == before
+
+    play(scenario)
+
+
+# --- each rule is needed
+
+
+async def false_bytes(world: World) -> str:
+    await world.begin()
+    move = await world.honest()
+    old = {(disk, fragment) for where in await world.places() for fragment, disk in where.fragments}
+    for disk, fragment in await world.new_fragments(move):
+        if (disk, fragment) not in old:
+            kept = world.cluster.store(disk).kept(fragment)
+            payload = bytes(byte ^ 0x55 for byte in kept.payload)
+            hashes = list(kept.header.hashes)
+            hashes[fragment.position] = fragment_hash((payload,))
+            await world.forge(disk, msgspec.structs.replace(kept.header, hashes=tuple(hashes)), payload)
+    return await world.code(move)
+
+
+async def false_bytes_of_another_profile(world: World) -> str:
+    await world.begin(lose=False)
+    await world.cluster.kill("nc")
+    entry = await world.cluster.entry(world.bucket, KEY)
+    placement = world.node.maintenance.check.walker.placements.choose(entry, Profile.parse(entry.target), ())
+    assert placement is not None
+    move = await world.write(placement)
+    by_block: dict[int, list[tuple[str, FragmentId]]] = {}
+    for disk, fragment in await world.new_fragments(move):
+        by_block.setdefault(fragment.block, []).append((disk, fragment))
+    for block in by_block.values():
+        kept = [world.cluster.store(disk).kept(fragment) for disk, fragment in block]
+        payloads = [bytes(byte ^ 0x55 for byte in one.payload) for one in kept]
+        hashes = tuple(fragment_hash((payload,)) for payload in payloads)
+        for (disk, _), one, payload in zip(block, kept, payloads, strict=True):
+            await world.forge(disk, msgspec.structs.replace(one.header, hashes=hashes), payload)
+    return await world.code(move)
+
+
+async def one_rack(world: World) -> str:
+    await world.begin()
+    disks = (await world.places())[0].disks
+    racks = [disk for disk in ("a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2") if disk != world.lost]
+    kept = [disk for disk in disks if disk != world.lost]
+    heaviest = next(rack for rack in "abc" if rack != world.lost[0])
+    more = next(disk for disk in racks if disk[0] == heaviest and disk not in kept)
+    moved = tuple(more if disk == world.lost else disk for disk in disks)
+    return await world.code(await world.write(Placement(Profile(4, 2), moved, {disks.index(world.lost): more})))
+
+
+async def deleted_before_the_accept(world: World) -> str:
+    await world.begin()
+    move = await world.honest()
+    old = {(disk, fragment) for where in await world.places() for fragment, disk in where.fragments}
+
+    async def steal(source: str, node: str, method: str, request: object) -> None:
+        if source == "g" and method == "meta.prepare":
+            for disk, fragment in await world.new_fragments(move):
+                if (disk, fragment) not in old:
+                    await world.cluster.store(disk).delete([fragment])
+
+    world.cluster.intercept = steal
+    return await world.code(move)
+
+
+async def whole_already(world: World) -> str:
+    await world.begin(lose=False)
+    disks = (await world.places())[0].disks
+    spare = next(disk.id for disk in world.cluster.layouts.current.disks if disk.id not in disks)
+    position = next(position for position, disk in enumerate(disks) if disk[0] == spare[0])
+    moved = (*disks[:position], spare, *disks[position + 1 :])
+    return await world.code(await world.write(Placement(Profile(4, 2), moved, {position: spare})))
+
+
+@pytest.mark.parametrize(
+    ("rule", "broken", "attack"),
+    [
+        ("judge_block", lambda *_: OK, false_bytes),
+        ("must_read", lambda *_: False, false_bytes_of_another_profile),
+        ("judge_ask", lambda *_: OK, one_rack),
+        ("Mover._touch_new", lambda _mover, _moves, promised: promised.wait(), deleted_before_the_accept),
+        ("is_whole", lambda *_: False, whole_already),
+    ],
+)
+@pytest.mark.parametrize("planted", [False, True])
+def test_an_attack_succeeds_only_where_its_rule_is_broken(
+    monkeypatch: pytest.MonkeyPatch, rule: str, broken: Any, attack: Callable[[World], Any], planted: bool
+) -> None:
+    if planted:
+        monkeypatch.setattr(f"storaged.maintain.mover.{rule}", broken)
+
+    async def scenario(world: World) -> None:
+        assert (await attack(world) == MOVED) == planted
 
     play(scenario)
