@@ -134,7 +134,10 @@ class DiskRows:
             return None
         self.reads += 1
         pending = self._pending.by_name
-        if self._may_be_fenced(name[1:SCOPE_END]) or (pending and RegisterName.unpack(name) in pending):
+        try:
+            if self._reports_fence(name[1:SCOPE_END]) or (pending and RegisterName.unpack(name) in pending):
+                return None
+        except NotInMemory:
             return None
         return self._store.row(name)
 
