@@ -70,8 +70,9 @@ class _Faults:
     ``checkpoint``: errno of the next checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_failure: Callable[[int], None]) -> None:
         self.write = self.checkpoint = 0
+        self.on_failure = on_failure
 
 
 class _Environment:
@@ -97,6 +98,7 @@ class _Environment:
             self._threads.stop_at("commit")
             if self._faults.checkpoint:
                 code, self._faults.checkpoint = self._faults.checkpoint, 0
+                self._faults.on_failure(code)
                 raise OSError(code, os.strerror(code))
         self._threads.stop_at("committed")
 
@@ -249,7 +251,9 @@ class FileDisk:
         self.half_pages = world.random.choice(HALF_PAGES)
         self.hung: asyncio.Event | None = None
         self.threads = LockstepThreads()
-        self.faults = _Faults()
+        self.faults = _Faults(self._on_failure)
+        self.failed = False
+        """A write failed for another reason than lack of space."""
         self.payloads = SyncedCopies()
         self._in_fragments: dict[bytes, bytes] = {}
         self._appended: dict[bytes, bytes] = {}
@@ -268,6 +272,8 @@ class FileDisk:
         try:
             self.store = FileStore(self)
         except DiskForeign as error:
+            if not self.failed:
+                self.world.loop.troubles.append(f"a disk that has not failed is refused: {error}")
             self.refused, self.store = error, MemoryMetaStore(entropy=self.world.random.randbytes)
             return
         for header, payload in self.store.restorable():
@@ -306,6 +312,7 @@ class FileDisk:
         await self.world_sync()
         self._writing.remove(writing)
         code, self.faults.write = self.faults.write, 0
+        self._on_failure(code)
         if not code:
             os.pwrite(fd, content, at)
             on_done(None)
@@ -316,6 +323,9 @@ class FileDisk:
             if code == errno.EIO:
                 self._tear(fd, content, at)
             on_done(OSError(code, os.strerror(code)))
+
+    def _on_failure(self, code: int) -> None:
+        self.failed = self.failed or code not in (0, errno.ENOSPC)
 
     def keep_copies(self, copies: Sequence[tuple[bytes, bytes]]) -> None:
         self._appended.update(copies)
