@@ -33,7 +33,8 @@ class Planted:
     """``old`` is ``new`` in the module at ``path``; or the switch ``rule`` is off. ``play``: of PLAYS. ``budget``:
     seeds from ``first`` on, about five times what it takes. ``fast``: it is part of the suite of tests.
 
-    ``tests``: seeds would need too long, and a file of tests has to notice it instead.
+    ``tests``: seeds would need too long, and a file of tests has to notice it instead. ``open``: no seed has shown it
+    yet; it is planted by ``--open`` alone, and is a debt.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Planted:
     first: int = 1
     fast: bool = False
     tests: str = ""
+    open: bool = False
 
 
 @dataclass
@@ -112,10 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim --planted", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="bugs; all of them if none is named")
     parser.add_argument("--fast", action="store_true", help="those that the suite of tests plants")
+    parser.add_argument("--open", action="store_true", help="those that no seed has shown yet")
     parser.add_argument("--list", action="store_true", help="print them, and plant none")
     options = parser.parse_args(arguments)
     bugs = [
-        bug for bug in planted() if (not options.names or bug.name in options.names) and (bug.fast or not options.fast)
+        bug
+        for bug in planted()
+        if (bug.name in options.names if options.names else bug.open == options.open) and (bug.fast or not options.fast)
     ]
     if options.list:
         for bug in bugs:
@@ -133,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             missed += 1
             result = f"NOT caught: {outcome.error or f'{found.seeds} seeds showed nothing'} ({outcome.cpu_s:.1f} s)"
         print(f"{bug.name}: {result}", flush=True)
-    print(f"{len(bugs)} bugs planted, {missed} not caught")
+    still_open = sum(bug.open for bug in planted())
+    print(f"{len(bugs)} bugs planted, {missed} not caught; {still_open} bugs are open (--open)")
     return 1 if missed or not bugs else 0
 
 

@@ -41,8 +41,9 @@ _ACCEPTORS = (
         "an accept under a ballot that is not promised is judged as if it were",
         100,
         path=REPLICA,
-        old="        if self.state.promises.get(name) == ballot:\n",
-        new="        if True:\n",
+        old="        if not request.identity and self.state.promises.get(name) == ballot:\n",
+        new="        if not request.identity:\n",
+        fast=True,
     ),
     Planted(
         "any_accept_joins",
@@ -59,6 +60,7 @@ _ACCEPTORS = (
         path=REPLICA,
         old='int.from_bytes(epoch, "big") if epoch is not None else 0',
         new="0",
+        fast=True,
     ),
     Planted(
         "high_water_not_awaited",
@@ -67,6 +69,7 @@ _ACCEPTORS = (
         path=REPLICA,
         old="            if needs_high_water(ballot, state.high_water):\n                return None\n",
         new="",
+        open=True,
     ),
     Planted(
         "damaged_row_created",
@@ -75,6 +78,7 @@ _ACCEPTORS = (
         path=ACCEPTOR,
         old="    if acceptor.damaged:\n        return Verdict.DAMAGED\n    if acceptor.accepted not in",
         new="    if acceptor.accepted not in",
+        open=True,
     ),
     Planted(
         "damaged_row_forgets_promises",
@@ -83,6 +87,7 @@ _ACCEPTORS = (
         path=ACCEPTOR,
         old="        above_all = max(self.promises.get(name, ZERO_BALLOT), self.floor, floor_of(self.high_water))\n",
         new="        above_all = ZERO_BALLOT\n",
+        open=True,
     ),
     Planted(
         "damaged_row_is_none",
@@ -100,6 +105,7 @@ _ACCEPTORS = (
         old="        return slot, self._state.of(name, slot, fence)\n",
         new="        if slot is not None and slot.value.visibility == 0:\n            slot = None\n"
         "        return slot, self._state.of(name, slot, fence)\n",
+        fast=True,
     ),
 )
 
@@ -127,6 +133,7 @@ _PROPOSERS = (
         path=ROUNDS,
         old=" for reply in self.promised.values() if reply.accepted != lost_at]",
         new=" for reply in self.promised.values()]",
+        open=True,
     ),
     Planted(
         "created_below_ignored",
@@ -135,6 +142,7 @@ _PROPOSERS = (
         path=REGISTER,
         old="        below = ballot < created_at\n",
         new="        below = False\n",
+        open=True,
     ),
     Planted(
         "first_attempt_judges_nothing",
@@ -159,6 +167,7 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if self._found.settled and not self._wanted.commit and not self.lineage.open:\n",
         new="        if self._found.settled and not self._wanted.commit:\n",
+        open=True,
     ),
     Planted(
         "kept_copy_left_behind",
@@ -167,6 +176,7 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if copies is None and (found is None or change.payload != found.payload):\n",
         new="        if copies is None:\n",
+        open=True,
     ),
     Planted(
         "sparing_adopts_create_in_place",
@@ -175,6 +185,7 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if not self._found.settled and may_create(self.name):\n",
         new="        if not self.sparing and not self._found.settled and may_create(self.name):\n",
+        open=True,
     ),
     Planted(
         "condition_judged_once",
@@ -184,6 +195,7 @@ _PROPOSERS = (
         old="            change = self._wanted.update(value)\n        except",
         new="            change = getattr(self._wanted.update, 'once', None) or self._wanted.update(value)\n"
         "            self._wanted.update.once = change\n        except",
+        fast=True,
     ),
     Planted(
         "acknowledged_with_too_few_copies",
@@ -192,6 +204,7 @@ _PROPOSERS = (
         path=ROUNDS,
         old="        return self._copies is None or self._copies.enough(self._synced())\n",
         new="        return True\n",
+        open=True,
     ),
     Planted(
         "unknown_is_clear",
@@ -201,6 +214,7 @@ _PROPOSERS = (
         old="        if standing is Standing.UNKNOWN or found is None:\n",
         new="        if standing is Standing.UNKNOWN and found is not None:\n            return self._apply()\n"
         "        if found is None:\n",
+        fast=True,
     ),
     Planted(
         "newest_by_first_answer",
@@ -217,6 +231,7 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if turn != self.turn or self.state is not ACCEPTING:\n",
         new="        if self.state is not ACCEPTING:\n",
+        open=True,
     ),
     Planted(
         "half_is_a_quorum",
@@ -237,6 +252,7 @@ _READERS = (
         path="storaged/meta/proposer/read.py",
         old="        asked = view.quorum.prefix(self._suspects.last(view.quorum.disks))\n",
         new="        asked = self._suspects.last(view.quorum.disks)[:1]\n",
+        fast=True,
     ),
     Planted(
         "checks_not_compared",
@@ -245,6 +261,7 @@ _READERS = (
         path=READER,
         old="        if check is None or (self._check is not None and check != self._check):\n",
         new="        if check is None:\n",
+        fast=True,
     ),
 )
 
@@ -257,6 +274,7 @@ _FENCES = (
         FENCES,
         "            fence = self._store.get_fence(scope)\n",
         "            fence = None\n",
+        fast=True,
     ),
     Planted(
         "fence_does_not_wait",
@@ -266,6 +284,7 @@ _FENCES = (
         REPLICA,
         "        await self._writes.durably(*write)\n        await self.pending.all_arrived()\n",
         "        await self._writes.durably(*write)\n",
+        open=True,
     ),
     Planted(
         "final_fence_lifted",
@@ -275,6 +294,7 @@ _FENCES = (
         FENCES,
         "        if present is not None and (present.final or nonce < present.nonce):\n            return False\n",
         "",
+        open=True,
     ),
     Planted(
         "late_fence_stays",
@@ -294,6 +314,7 @@ _FENCES = (
         ACCEPTOR,
         "    if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):\n",
         "    if acceptor.fence is not None and nonce and acceptor.fence.nonce != nonce:\n",
+        open=True,
     ),
     Planted(
         "fenced_create",
@@ -303,6 +324,7 @@ _FENCES = (
         ACCEPTOR,
         "    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules)\n",
         "    verdict = judge_accept(acceptor._replace(fence=None), ballot, value, nonce, identity, rules)\n",
+        open=True,
     ),
     Planted(
         "bucket_not_fenced",
@@ -321,6 +343,7 @@ _FENCES = (
         "storaged/objects/system/buckets.py",
         "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
         "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers[:1], bucket.nonce)\n",
+        open=True,
     ),
 )
 
@@ -332,6 +355,7 @@ _TRANSPORT = (
         path="storaged/meta/transport/accept_batching.py",
         old="            replies, errors = answer.replies, answer.errors\n",
         new="            replies, errors = answer.replies[::-1], answer.errors\n",
+        open=True,
     ),
     Planted(
         "creates_as_accepts",
@@ -340,6 +364,7 @@ _TRANSPORT = (
         path="storaged/meta/transport/accept_batching.py",
         old="            creates.append(create)\n",
         new="            creates.append(False)\n",
+        open=True,
     ),
     Planted(
         "rows_mixed_up",
@@ -348,6 +373,7 @@ _TRANSPORT = (
         path="storaged/meta/transport/read_batching.py",
         old="            for ask, on_row, row in zip(asks, callbacks, rows, strict=False):\n",
         new="            for ask, on_row, row in zip(asks, callbacks, rows[::-1], strict=False):\n",
+        open=True,
     ),
     Planted(
         "pending_row_read",
@@ -356,6 +382,7 @@ _TRANSPORT = (
         path=ROWS,
         old=" or (pending and RegisterName.unpack(name) in pending):\n",
         new=":\n",
+        open=True,
     ),
 )
 

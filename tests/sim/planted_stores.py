@@ -47,6 +47,7 @@ _STORES = (
         REDO,
         "        return place.end <= self.half_bytes and xxhash.xxh3_64_intdigest(body, self._seed) == place.check\n",
         "        return place.end <= self.half_bytes\n",
+        open=True,
     ),
     Planted(
         "copies_not_restored",
@@ -56,6 +57,7 @@ _STORES = (
         OPENING,
         "            state.restorable.extend(batch.copy for batch in batches if batch.copy is not None)\n",
         "",
+        fast=True,
     ),
     Planted(
         "half_overwritten_early",
@@ -65,6 +67,7 @@ _STORES = (
         REDO,
         "        if self._lasts[other] > self._applied:\n            return False\n",
         "",
+        open=True,
     ),
     Planted(
         "checkpoint_marks_too_much",
@@ -74,6 +77,7 @@ _STORES = (
         CHECKPOINT,
         "                    state.put_mark(transaction, sequence, closed=last)\n",
         "                    state.put_mark(transaction, state.redo.sequence, closed=last)\n",
+        open=True,
     ),
     Planted(
         "checkpoint_before_copies",
@@ -83,6 +87,7 @@ _STORES = (
         CHECKPOINT,
         "                state.hooks.sync_copies()\n",
         "",
+        fast=True,
     ),
     Planted(
         "frozen_dropped_early",
@@ -111,6 +116,7 @@ _STORES = (
         QUEUE,
         "        assert self._loop is not None\n        if not state.redo.try_write(",
         "        assert self._loop is not None\n        state.fresh.add(group)\n        if not state.redo.try_write(",
+        open=True,
     ),
     Planted(
         "failed_write_acknowledged",
@@ -120,6 +126,7 @@ _STORES = (
         QUEUE,
         "        if error is not None and not self._state.reason:  # noting",
         "        if False:  # noting",
+        open=True,
     ),
     Planted(
         "failed_store_opened_again",
@@ -129,6 +136,7 @@ _STORES = (
         OPENING,
         "        _refuse_failed(directory)\n",
         "",
+        open=True,
     ),
     Planted(
         "heap_numbers_again",
@@ -138,6 +146,7 @@ _STORES = (
         HEAP,
         "                    following += 1\n",
         "",
+        open=True,
     ),
 )
 
@@ -150,6 +159,7 @@ _LISTS = (
         AGREEMENT,
         "            if other.digest != first.digest or other.through != first.through or other.done != first.done:\n",
         "            if other.through != first.through or other.done != first.done:\n",
+        fast=True,
     ),
     Planted(
         "digest_of_keys_alone",
@@ -186,6 +196,7 @@ _LISTS = (
         SHARDS,
         "        if held is None or held.digest != answer.digest or held.done != answer.done:\n",
         "        if held is None or held.digest != answer.digest:\n",
+        open=True,
     ),
     Planted(
         "remembered_with_prefix",
@@ -195,6 +206,7 @@ _LISTS = (
         CACHE,
         "    if exactly:\n        return shard.pieces.get(after)\n",
         "",
+        fast=True,
     ),
     Planted(
         "newest_listed",
@@ -213,6 +225,7 @@ _LISTS = (
         AGREEMENT,
         '    return (min(ends), False) if ends else (b"", True)\n',
         '    return (max(ends), False) if ends else (b"", True)\n',
+        open=True,
     ),
     Planted(
         "horizon_ignored",
@@ -222,6 +235,7 @@ _LISTS = (
         AGREEMENT,
         "        if key > horizons.get(common_prefix(key, query.prefix, query.delimiter), key):\n            continue",
         "        if False:\n            continue",
+        open=True,
     ),
     Planted(
         "prefix_hidden_by_deleted",

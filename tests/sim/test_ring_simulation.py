@@ -23,11 +23,11 @@ from tests.sim.planted import applies, planted
 from tests.sim.scenario import run_seed
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "80"))
+SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "60"))
 FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
-HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "40"))
-LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "40"))
-BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "25"))
+HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "30"))
+LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "25"))
+BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "15"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "40"))
 
 
