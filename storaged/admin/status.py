@@ -23,6 +23,7 @@ from storaged.errors import (
     AuditUnwritable,
     BucketKeyDamaged,
     BucketNotVerified,
+    ChosenFellBack,
     ClockSkewed,
     DiskBlank,
     DiskDown,
@@ -162,6 +163,8 @@ class Facts:
     """Why the policy allows this gateway no keys now."""
     audit_problem: str = ""
     """Why this node can't write its audit log."""
+    chosen_fall: str = ""
+    """Where this gateway saw a chosen value undone."""
     audit_alarms: Sequence[tuple[str, str]] = ()
     """(node, what its witnesses report about its audit log)."""
 
@@ -269,6 +272,8 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
         yield problem(AuditUnwritable, "audit log", now_ms, facts.audit_problem)
     for node_name, reason in facts.audit_alarms:
         yield problem(AuditRefusedByWitness, node_name, now_ms, reason)
+    if facts.chosen_fall:
+        yield problem(ChosenFellBack, "ring", now_ms, facts.chosen_fall)
     if facts.key_refusal:
         yield problem(KeyReleasesRefused, "keys", now_ms, facts.key_refusal)
     for damage in sorted(facts.key_damage, key=lambda damage: (damage.mended, damage.since_ms))[:KEY_DAMAGE_SHOWN_MAX]:

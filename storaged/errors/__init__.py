@@ -22,6 +22,7 @@ from storaged.errors.conditions import (
     AuditRefusedByWitness,
     BucketKeyDamaged,
     BucketNotVerified,
+    ChosenFellBack,
     ClockSkewed,
     DiskDown,
     KeyReleasesRefused,

@@ -15,6 +15,18 @@ class AuditRefusedByWitness(Condition):
     )
 
 
+class ChosenFellBack(Condition):
+    """A gateway found a register back at an older record than one that it had seen chosen: an acknowledged write was
+    undone.
+    """
+
+    code = "CHOSEN_FELL_BACK"
+    hint = (
+        "Disks were put back from copies, or nodes are hostile: two of the register's three replicas. Keep the log of"
+        " the gateway, which names the register, and find out which nodes hold it (storaged where)."
+    )
+
+
 class NodeDown(Condition):
     """The node does not answer."""
 

@@ -191,6 +191,11 @@ class RingClient:
         self._ring.deadlines.close()
         await self._pool.close()
 
+    @property
+    def chosen_falls(self) -> tuple[int, str]:
+        """How often a chosen value was seen to be undone, and where the last time: an alarm."""
+        return self._queue.watch.falls, self._queue.watch.last
+
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(**self._counts, calls_in_flight=len(self._pool))
 

@@ -436,6 +436,7 @@ class NodePlanes:
         for disk_id, health in self.disks.healths.items():
             hangs.labels(disk_id).set(health.hung_count)
             slowest.labels(disk_id).set(max(health.longest_s, health.oldest_s()))
+        self.metrics.gauge("storaged_ring_chosen_falls").set(self.ring.chosen_falls[0])
         alarms = self.metrics.gauge("storaged_ring_alarms")
         for used in self.disks.used.values():
             statistics = used.replica.statistics()

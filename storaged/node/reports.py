@@ -90,6 +90,7 @@ class Reports:
             key_damage=self._gateway.key_damage() if self._gateway is not None else (),
             bad_records=self._gateway.bad_records() if self._gateway is not None else (),
             audit_problem=node.auditing.problem,
+            chosen_fall=node.ring.chosen_falls[1],
             audit_alarms=merged(
                 [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),

@@ -61,6 +61,11 @@ METRICS: dict[str, MetricDescription] = {
         " crashes).",
         ("disk", "kind"),
     ),
+    "storaged_ring_chosen_falls": MetricDescription(
+        "gauge",
+        "How often this gateway found a register back at an older record than it had seen chosen: CHOSEN_FELL_BACK.",
+        merge="count",
+    ),
     "storaged_s3_requests_total": MetricDescription("counter", "S3 requests answered.", ("operation", "status")),
     "storaged_s3_request_seconds": MetricDescription(
         "histogram", "From the request's first byte to the answer's last.", ("operation",)

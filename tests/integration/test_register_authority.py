@@ -36,6 +36,7 @@ from storaged.meta.names import (
     SYSTEM_SCOPE,
     ZERO_BALLOT,
     Ballot,
+    Change,
     RegisterName,
     Table,
     Value,
@@ -466,6 +467,25 @@ def test_one_replica_that_puts_an_old_record_back_brings_no_removed_user_back(by
             assert again.user_id != ann.user_id
             after = await value_of(cluster, path)
             assert after.sequence == removed.sequence + 1
+
+    run(scenario)
+
+
+def test_two_replicas_that_put_an_old_record_back_are_noticed_by_the_gateway_that_wrote_it() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        name = RegisterName(Table.OBJECT, b"bucket of a test", 3, b"key")
+        ring = cluster.gateway.ring
+        first = (await ring.change(name, lambda _: Change(b"one", Visibility.LIVE))).after
+        assert first is not None
+        await ring.change(name, lambda _: Change(b"two", Visibility.LIVE))
+        assert ring.chosen_falls == (0, "")
+        at = Ballot(1, cluster.clock.wall_ms() * 1000 + 1_800_000_000, "g", os.urandom(8))
+        for disk in cluster.layouts.current.replicas_of(name.partition)[:2]:
+            await cluster.meta(disk).commit(StoreBatch(slots=[Slot(name, at, first)]))
+        await ring.change(name, lambda _: Change(b"three", Visibility.LIVE))
+        falls, where = ring.chosen_falls
+        assert falls == 1
+        assert "from sequence 2 back to 1" in where
 
     run(scenario)
 

@@ -536,6 +536,8 @@ class Hostile(Scenario):
         reader = self._gateway("reader", skew_ms=0)
         await self.look_at_the_end(reader)
         for gateway in (*gateways, reader):
+            if gateway.client.chosen_falls[0]:
+                self.complain(f"what was chosen fell back: {gateway.client.chosen_falls[1]}")
             await gateway.client.close()
 
 

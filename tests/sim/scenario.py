@@ -128,6 +128,8 @@ class Scenario(Workload):
         for part in self.parts:
             await part.judge(reader)
         for gateway in (*self.gateways, reader):
+            if gateway.client.chosen_falls[0]:
+                self.complain(f"what was chosen fell back: {gateway.client.chosen_falls[1]}")
             await gateway.client.close()
 
     async def look_at_the_end(self, reader: Gateway) -> None:

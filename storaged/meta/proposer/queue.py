@@ -22,6 +22,7 @@ from storaged.meta.consensus.states import DONE, FAILED
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import OnOutcome, Outcome, SmallCopies, Update
 from storaged.meta.proposer.change import STOPPED, STOPS, ChangeShell
+from storaged.meta.proposer.chosen import ChosenWatch
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.ring import Ring
 
@@ -112,6 +113,7 @@ class ChangeQueue:
         self._turns = Turns(on_idle=ring.contention.end)
         self._under_way: dict[ChangeShell, None] = {}
         self._closed = False
+        self.watch = ChosenWatch()
 
     def close(self) -> None:
         """Ends the changes that are under way; none is begun any more."""
@@ -161,7 +163,9 @@ class ChangeQueue:
             raise ServiceUnavailable(STOPS)
         self._under_way[shell] = None
         try:
-            return await shell.run(self._ring.view(shell.machine.name), create)
+            outcome = await shell.run(self._ring.view(shell.machine.name), create)
+            self.watch.saw(shell.machine.name, outcome)
+            return outcome
         finally:
             self._under_way.pop(shell, None)
             if regardless:
@@ -206,6 +210,8 @@ class ChangeQueue:
         if regardless:
             self._learn(shell.machine, create)
         self._turns.release(shell.machine.name)
+        if isinstance(outcome, Outcome):
+            self.watch.saw(shell.machine.name, outcome)
         then(outcome)
 
     async def _change_for(
