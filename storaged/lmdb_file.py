@@ -83,11 +83,11 @@ def _link_to_memory(lock_file: Path) -> int:
     try:
         lock_file.unlink(missing_ok=True)
         lock_file.symlink_to(f"/proc/self/fd/{descriptor}")
-        if lock_file.exists():  # /proc may be missing
-            return descriptor
-        lock_file.unlink()
-    except OSError:  # the file system is read-only, or knows no links
-        pass
+        os.close(os.open(lock_file, os.O_RDWR | os.O_CLOEXEC))
+        return descriptor
+    except OSError:  # there is no /proc, or the file system is read-only or knows no links
+        with contextlib.suppress(OSError):
+            lock_file.unlink(missing_ok=True)
     os.close(descriptor)
     return -1
 
@@ -129,9 +129,11 @@ class Residency:
             if self._closed or began_s < self._look_at_s:
                 return
             missing = self._missing()
+            if missing is None:
+                return
             if missing and began_s >= self._read_at_s and self._read(missing):
                 self._read_at_s = time.monotonic() + max(REST_S, REST_PART * (time.monotonic() - began_s))
-                missing = self._missing()
+                missing = self._missing() or []
             self.resident, self.looked = not missing, True
             self._look_at_s = time.monotonic() + REST_PART * (time.monotonic() - began_s)
 
@@ -141,8 +143,10 @@ class Residency:
         with self._lock:
             pass
 
-    def _missing(self) -> list[tuple[int, int]]:
-        """Ranges of the file (offset, bytes) that are not in memory; one of 0 bytes when that can't be found out."""
+    def _missing(self) -> list[tuple[int, int]] | None:
+        """Ranges of the file (offset, bytes) that are not in memory; None when the system does not say: a filter of
+        system calls may forbid mincore(2).
+        """
         used = _bytes_used(self._environment)
         found = ctypes.create_string_buffer(-(-used // mmap.PAGESIZE))
         try:
@@ -151,9 +155,9 @@ class Residency:
                 refused = _libc.mincore(ctypes.byref(start), ctypes.c_size_t(used), found)
                 del start
         except (OSError, ValueError):
-            return [(0, 0)]
+            return [(0, used)]
         if refused:
-            return [(0, 0)]
+            return None
         return [
             (match.start() * mmap.PAGESIZE, len(match.group()) * mmap.PAGESIZE)
             for match in re.finditer(b"\0+", found.raw[: -(-used // mmap.PAGESIZE)])

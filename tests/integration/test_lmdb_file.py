@@ -83,6 +83,31 @@ def test_pages_that_left_memory_are_noticed_and_read_again(tmp_path: Path, monke
     environment.close()
 
 
+def test_where_the_system_does_not_say_what_is_in_memory_all_of_it_counts_as_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filter of system calls may forbid the question."""
+    with open_environment(tmp_path, map_size=1 << 26) as environment:
+        fill(environment)
+        residency = Residency(environment, tmp_path)
+        monkeypatch.setattr(lmdb_file._libc, "mincore", lambda *_arguments: -1)
+        residency.look()
+        assert (residency.resident, residency.looked) == (True, False)
+
+
+def test_where_no_file_in_memory_can_be_linked_lmdb_makes_its_own_lock_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_arguments: object) -> int:
+        raise OSError(1, "EPERM")
+
+    monkeypatch.setattr(lmdb_file.os, "memfd_create", refused)
+    with open_environment(tmp_path, map_size=1 << 26) as environment:
+        fill(environment)
+        read(environment, 3)
+        assert (tmp_path / LOCK_FILE).is_file()
+
+
 def test_a_read_of_what_is_not_in_memory_waits_for_the_disk(disk: HangingDisk) -> None:
     """The world of these tests hangs as a drive does."""
     place = disk.directory / "store"
