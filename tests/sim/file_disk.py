@@ -48,7 +48,8 @@ from tests.sim.lockstep import LockstepLock, LockstepThread, LockstepThreads
 if TYPE_CHECKING:
     from tests.sim.cluster import StorageNode, World
 
-SECTOR_BYTES = 512
+TORN_BYTES = 64
+"""What is written whole: less than a sector, since nothing relies on sectors."""
 PAGE_BYTES = 4096
 HALF_PAGES = (4, 8, 40)
 """Sizes of the log's halves. The smallest waits for checkpoints all the time."""
@@ -347,9 +348,9 @@ class FileDisk:
         """Some sectors are on disk."""
         chance = self.world.random
         kept = chance.choice((0.0, 0.0, 1.0, 0.5, 0.9))
-        for offset in range(0, len(content), SECTOR_BYTES):
+        for offset in range(0, len(content), TORN_BYTES):
             if chance.random() < kept:
-                os.pwrite(fd, content[offset : offset + SECTOR_BYTES], at + offset)
+                os.pwrite(fd, content[offset : offset + TORN_BYTES], at + offset)
 
     def crash(self) -> None:
         """What was not synced is lost. The store is opened again at once, for the next life; until then it only

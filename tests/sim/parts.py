@@ -222,7 +222,7 @@ class BitFlips(Part):
             and not scenario.moves
             and not any(isinstance(part, DiskFaults) for part in scenario.parts)
         )
-        return alone and chance.random() < 0.2
+        return alone and chance.random() < 0.3
 
     async def run(self) -> None:
         chance, node = self.chance, self.replica_node()

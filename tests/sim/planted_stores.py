@@ -47,7 +47,6 @@ _STORES = (
         REDO,
         "        return place.end <= self.half_bytes and xxhash.xxh3_64_intdigest(body, self._seed) == place.check\n",
         "        return place.end <= self.half_bytes\n",
-        open=True,
     ),
     Planted(
         "copies_not_restored",
@@ -126,7 +125,6 @@ _STORES = (
         QUEUE,
         "        if error is not None and not self._state.reason:  # noting",
         "        if False:  # noting",
-        open=True,
     ),
     Planted(
         "failed_store_opened_again",
