@@ -12,7 +12,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.clock import Clock
-from storaged.cluster.ports import Layouts, Liveness
+from storaged.cluster.ports import Layouts, Liveness, OnRefusal
 from storaged.errors import DiskUnusable
 from storaged.fragments.ports import FragmentStores, NearStore
 from storaged.maintain.asks import Asks
@@ -91,6 +91,7 @@ class MaintainContext:
     ``small_copies(name, data_id)``: the copy of a small object for each replica; None when none gives it now.
     ``end_promises(disk)``: makes one of them refuse every ballot drawn before the call. When it returns, everything
     accepted before is in its ``local_meta``. Raises DiskUnusable.
+    ``on_refusal(peer, error)``: another node asked what no honest node asks; for the audit log.
     ``audit_alarms``: (node, what is wrong with its audit log) as this node knows; shown in its status.
     """
 
@@ -111,6 +112,7 @@ class MaintainContext:
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
     audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple
+    on_refusal: OnRefusal = lambda peer, error: None
     adopt: Callable[[str, Accept, Sequence[Buffer]], Awaitable[AcceptReply]] = no_disk
     small_copies: Callable[[RegisterName, bytes], Awaitable[Copies | None]] = no_copies
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from storaged.cluster.rpc import faults
 from storaged.errors import NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import HEADERS_MAX, FragmentHeader, FragmentId, Health, Retirement
 from storaged.hashes import is_old
@@ -162,7 +163,7 @@ class Mover:
     """Answers the calls of all askers, one at a time."""
 
     def __init__(self, context: MaintainContext) -> None:
-        self._context = context
+        self.context = context
         self.buckets = Buckets()
         self._refreshed_at = -REFRESH_S
         self.allowance = Allowance()
@@ -178,10 +179,10 @@ class Mover:
 
     async def answer(self, asker: str, ask: MovesAsk) -> MovesAnswer:
         """``asker``: the node, as its certificate names it. Does not raise for anything that a call may contain."""
-        now = self._context.clock.monotonic
+        now = self.context.clock.monotonic
         if problem := problem_of_call(ask):
             self.allowance.note(asker, refused=True, now=now())
-            return self._conclude(asker, [MoveAnswer(REFUSED, problem)] * min(len(ask.moves), 1))
+            return self._conclude(asker, [MoveAnswer(REFUSED, problem)])
         if problem := self.allowance.problem(asker, now()):
             return self._conclude(asker, [MoveAnswer(LATER, problem)] * len(ask.moves))
         self.allowance.busy.add(asker)
@@ -201,7 +202,8 @@ class Mover:
             self._counts[answer.code] += 1
         refused = [answer.reason for answer in answers if answer.code == REFUSED]
         if refused:
-            self._context.log(f"{len(refused)} moves that {asker} asked for are refused, the first: {refused[0]}")
+            reason = f"{len(refused)} moves that {asker} asked for are refused, the first: {refused[0]}"
+            self.context.on_refusal(asker, faults.refused(faults.MOVE_REFUSED, reason))
         return MovesAnswer(tuple(answers))
 
     async def _work(self, planned: Sequence[_Planned]) -> None:
@@ -219,19 +221,19 @@ class Mover:
 
     async def find_buckets(self, scopes: set[bytes]) -> None:
         """Reads the bucket directory when it lacks one of these, but not all the time."""
-        now = self._context.clock.monotonic()
+        now = self.context.clock.monotonic()
         if all(map(self.buckets.is_verified, scopes)) or now - self._refreshed_at < REFRESH_S:
             return
         self._refreshed_at = now
         try:
-            await self.buckets.refresh(self._context)
+            await self.buckets.refresh(self.context)
         except StoragedError as error:
-            self._context.log(f"the bucket directory can't be read now: {error}")
+            self.context.log(f"the bucket directory can't be read now: {error}")
 
     async def _plan(self, name: RegisterName, some: Sequence[_Planned]) -> None:
         try:
-            value = (await self._context.registers.read(name)).value
-            entries = [entry async for entry in entries_of(self._context, name, value)]
+            value = (await self.context.registers.read(name)).value
+            entries = [entry async for entry in entries_of(self.context, name, value)]
             countries = self.buckets.countries_of(name.scope)
         except BucketUnverified as error:
             judged = Judged(LATER, str(error.args[0]))
@@ -250,7 +252,7 @@ class Mover:
             one.end(judged)
 
     def _plan_one(self, one: _Planned, entries: Sequence[PartEntry], countries: tuple[str, ...]) -> Judged:
-        context, move = self._context, one.ask
+        context, move = self.context, one.ask
         entry = next((entry for entry in entries if entry.data_id == move.data_id), None)
         if entry is None:
             return Judged(CHANGED, "the record does not have this data")
@@ -275,7 +277,7 @@ class Mover:
         wanted: dict[str, dict[FragmentId, None]] = {}
         for where in places:
             for fragment, disk in where.fragments:
-                if self._context.liveness.disk_readable(disk):
+                if self.context.liveness.disk_readable(disk):
                     wanted.setdefault(disk, {})[fragment] = None
         found: Headers = {}
 
@@ -283,12 +285,12 @@ class Mover:
             try:
                 for start in range(0, len(ids), HEADERS_MAX):
                     some = ids[start : start + HEADERS_MAX]
-                    async with asyncio.timeout(self._context.limits.call_timeout_s):
-                        headers = await self._context.stores.store(disk).headers(some)
+                    async with asyncio.timeout(self.context.limits.call_timeout_s):
+                        headers = await self.context.stores.store(disk).headers(some)
                     pairs = zip(some, headers, strict=True)
                     found.update({(disk, fragment): header for fragment, header in pairs if header is not None})
             except (PeerError, TimeoutError) as error:
-                self._context.log(f"disk {disk} does not answer about fragments: {error}")
+                self.context.log(f"disk {disk} does not answer about fragments: {error}")
 
         await asyncio.gather(*(ask(disk, list(ids)) for disk, ids in wanted.items()))
         return found
@@ -297,7 +299,7 @@ class Mover:
         one.end(await self._judge_blocks(one, headers))
 
     async def _judge_blocks(self, one: _Planned, headers: Headers) -> Judged:
-        layout = self._context.layouts.current
+        layout = self.context.layouts.current
         to_read: list[tuple[BlockPlace, BlockPlace, Agreed, FragmentHeader]] = []
         whole = True
         for start in range(0, len(one.old), BLOCKS_A_TURN):
@@ -320,9 +322,9 @@ class Mover:
 
     @asynccontextmanager
     async def _rested(self) -> AsyncIterator[None]:
-        began = self._context.clock.monotonic()
+        began = self.context.clock.monotonic()
         yield
-        await asyncio.sleep(min(self._context.clock.monotonic() - began, REST_S_MAX))
+        await asyncio.sleep(min(self.context.clock.monotonic() - began, REST_S_MAX))
 
     async def _compare(self, old: BlockPlace, new: BlockPlace, survivors: Agreed, header: FragmentHeader) -> Judged:
         """Reads survivors, computes what should be in the new places, and compares it with the hashes that the headers
@@ -368,7 +370,7 @@ class Mover:
         """Raises CannotRepair when the record is not the one that the moves were judged by, or the new fragments are
         gone; StoragedError. Only after OutcomeUnknown the record may have changed.
         """
-        context = self._context
+        context = self.context
         began_ms = context.clock.wall_ms()
         seen = moves[0].seen
         body = await self._body_after(name, seen, moves)
@@ -407,8 +409,8 @@ class Mover:
         async def touch(disk: str, ids: list[FragmentId]) -> None:
             for start in range(0, len(ids), TOUCHES_A_CALL):
                 some = ids[start : start + TOUCHES_A_CALL]
-                async with asyncio.timeout(self._context.limits.call_timeout_s):
-                    stats = await self._context.stores.store(disk).touch(some, self._context.clock.wall_ms())
+                async with asyncio.timeout(self.context.limits.call_timeout_s):
+                    stats = await self.context.stores.store(disk).touch(some, self.context.clock.wall_ms())
                 if any(stat.health != Health.OK for stat in stats):
                     raise CannotRepair(f"fragments written to disk {disk} are not there any more")
 
@@ -435,7 +437,7 @@ class Mover:
             by_data.setdefault(one.ask.data_id, []).append(one.ask)
         for version in decode_object(value.body).versions:
             parts, before = [], left
-            async for part in parts_of(self._context.pages, name, version):
+            async for part in parts_of(self.context.pages, name, version):
                 for move in by_data.get(part.data_id, ()):
                     moved = apply_move(part, move)
                     if moved is not None:
@@ -448,7 +450,7 @@ class Mover:
         """The version with a manifest of these parts. Its other pages, which have what is sealed about the parts, stay:
         they are those of the version that its present manifest does not have.
         """
-        pages = self._context.pages
+        pages = self.context.pages
         before = {page_hash async for page_hash, _ in manifest_pages(pages, name, version)}
         manifest = await write_manifest(pages, name, parts)
         others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
@@ -466,7 +468,7 @@ class Mover:
         """
         if name.table != Table.OBJECT:
             return
-        due_ms = self._context.clock.wall_ms() + int(self._context.limits.drop_delay_s * 1000)
+        due_ms = self.context.clock.wall_ms() + int(self.context.limits.drop_delay_s * 1000)
         by_disk: dict[str, dict[bytes, Retirement]] = {}
         for one in moves:
             old, new = one.old[0], one.new[0]
@@ -475,7 +477,7 @@ class Mover:
                     entry = Retirement(one.ask.data_id, name.pack(), due_ms)
                     by_disk.setdefault(disk, {})[one.ask.data_id] = entry
         lists = {disk: list(entries.values()) for disk, entries in by_disk.items()}
-        await retire_all(self._context.stores, lists, self._context.limits.call_timeout_s)
+        await retire_all(self.context.stores, lists, self.context.limits.call_timeout_s)
 
 
 def apply_move(part: PartEntry, move: MoveAsk) -> PartEntry | None:

@@ -123,7 +123,7 @@ class MoveAnswer(Message, frozen=True):
 
 
 class MovesAnswer(Message, frozen=True):
-    """One answer for each move, in order."""
+    """One answer for each move, in order; a call beyond the bounds has one."""
 
     answers: tuple[MoveAnswer, ...]
 

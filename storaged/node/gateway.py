@@ -36,7 +36,7 @@ from storaged.keys import CopyLog
 from storaged.keys.ports import KeyCopies
 from storaged.maintain.answers import Answers, settle_handler
 from storaged.maintain.discard import Discarder
-from storaged.maintain.mover import Mover
+from storaged.maintain.mover import Mover, MoverStatistics
 from storaged.meta.names import RegisterName, Value
 from storaged.node.audited import NOT_AUDITED, AuditedBuckets
 from storaged.node.binding import REMEMBERED_FILE, Binding
@@ -174,10 +174,16 @@ class Gateway:
         events = node.metrics.gauge("storaged_object_events")
         for counted in dataclasses.fields(plane.counters):
             events.labels(counted.name).set_function(functools.partial(getattr, plane.counters, counted.name))
+        moves = node.metrics.gauge("storaged_repair_moves")
+        for counted in dataclasses.fields(MoverStatistics):
+            moves.labels(counted.name).set_function(functools.partial(self._count_moves, counted.name))
         node.metrics.gauge("storaged_s3_in_flight").set_function(lambda: app.statistics().requests_in_flight)
         node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
         node.metrics.gauge("storaged_s3_unauthenticated").set_function(lambda: app.statistics().unauthenticated)
         node.metrics.gauge("storaged_s3_unauthenticated_closed").set_function(lambda: app.statistics().evicted_total)
+
+    def _count_moves(self, outcome: str) -> int:
+        return int(getattr(self.mover.statistics(), outcome))
 
     async def _open_port(self) -> None:
         node, s3, limits = self._node, self._config.s3, self.objects.plane.limits

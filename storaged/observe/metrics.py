@@ -84,6 +84,12 @@ METRICS: dict[str, MetricDescription] = {
     ),
     "storaged_s3_received_bytes_total": MetricDescription("counter", "Bytes of request bodies."),
     "storaged_s3_sent_bytes_total": MetricDescription("counter", "Bytes of answer bodies."),
+    "storaged_repair_moves": MetricDescription(
+        "gauge",
+        "Moves of blocks that storage nodes asked this gateway for, by what came of them; blocks_moved counts blocks.",
+        ("outcome",),
+        merge="count",
+    ),
     "storaged_object_events": MetricDescription(
         "gauge",
         "Events of the object plane since the start: blocks_fallback are writes below their target profile.",

@@ -632,13 +632,19 @@ def test_huge_calls_are_refused_and_their_asker_waits_longer_each_time() -> None
             calls += source == "g"
 
         world.cluster.intercept = count
+        refusals: list[tuple[str, str]] = []
+        context = world.cluster.gateway.mover.context
+        context.on_refusal = lambda peer, error: refusals.append((peer, getattr(error, "remote_code", "")))
         for number in range(5):
             calls = 0
             for moves in ((move,) * (MOVES_A_CALL + 1), (elsewhere(move, count=100_000),), ()):
                 answers = (await world.ask(*moves, asker="evil")).answers
                 assert len(answers) <= 1
                 assert not calls, "nothing is read for it"
+            assert refusals == [("evil", "MOVE_REFUSED")] * 3
+            refusals.clear()
             assert (await world.code(move, asker="evil")) == LATER, number
+            assert not refusals
             assert not calls
             await world.cluster.pass_s(REFUSED_PAUSE_S * 2**number)
         assert await world.code(move) == MOVED, "others are answered as before"
