@@ -188,6 +188,7 @@ class RingClient:
 
     async def close(self) -> None:
         self._queue.close()
+        self._ring.contention.close()
         self._ring.deadlines.close()
         await self._pool.close()
 

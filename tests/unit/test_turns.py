@@ -459,6 +459,19 @@ def test_a_change_that_is_given_up_while_it_waits_leaves_the_queue() -> None:
     on_virtual_time(play)
 
 
+def test_a_process_that_stops_ends_its_turns_and_takes_none() -> None:
+    async def play() -> None:
+        process = Process()
+        await process.contention.take(NAME, 1, 5.0)
+        process.contention.close()
+        assert await process.ended("d0")
+        assert not await process.contention.take(NAME, 1, 5.0)
+        await asyncio.sleep(contention.RENEW_S * 2)
+        assert process.asked("d0") == 1
+
+    on_virtual_time(play)
+
+
 def test_a_node_that_is_no_gateway_asks_for_no_turn() -> None:
     async def play() -> None:
         process = Process()

@@ -168,6 +168,12 @@ class Contention:
             self._give_back(name, held)
             self._send_ends(name, held)
 
+    def close(self) -> None:
+        """Ends all turns. None is taken any more."""
+        for name in list(self._held):
+            self.end(name)
+        self.enabled = False
+
     def _give_back(self, name: RegisterName, held: _Held) -> None:
         del self._held[name]
         if held.timer is not None:
@@ -286,7 +292,8 @@ class Contention:
             self._send_end(name, disk, held.number)
 
     def _send_end(self, name: RegisterName, disk: str, number: int) -> None:
-        self._pool.start(self._tell(disk, Turn(disk, name, self._process, number, end=True)))
+        if self.enabled:
+            self._pool.start(self._tell(disk, Turn(disk, name, self._process, number, end=True)))
 
     async def _tell(self, disk: str, request: Turn) -> None:
         await self._ask_once(disk, request)
