@@ -9,7 +9,7 @@ Theory of operation
     ok      none is older than SLOW_S, or was lately
     slow    one is older, or was within the last WELL_S         nothing of this disk that may block runs on the event
                                                                 loop; requests are served
-    hung    one is older than HUNG_S                            requests are refused at once, so that callers ask others
+    hung    one is older than HUNG_S, or HUNG_LONG_S            requests are refused at once, so that callers ask others
 
     What was begun before the disk hung goes on: when it ends, the disk is well again. Its late answers go to whoever
     asked, who may have stopped to wait.
@@ -38,6 +38,9 @@ WELL_S = 10.0
 HUNG_S = 5.0
 """Half of the time that callers in other nodes wait for an answer. A sync of a busy hard disk takes a second or two."""
 
+HUNG_LONG_S = 60.0
+"""As HUNG_S, of work that takes long on a sound disk: a checkpoint, a scan, compaction, a thousand reads in a row."""
+
 JOBS_MAX = 1024
 """That wait for the threads of a disk: beyond, callers get SlowDown."""
 
@@ -62,14 +65,17 @@ class DiskHealth:
         """Called by ``look`` with the state before."""
         self._waiting: dict[asyncio.Future[Any], Callable[[], bool] | None] = {}
         self._now_s = now_s
-        self._begun: dict[object, tuple[str, float]] = {}
+        self._begun: dict[object, tuple[str, float, bool]] = {}
+        """What, since when, and whether it takes long on a sound disk."""
         self._slow_s = -WELL_S
         """When an operation was slow last."""
 
-    def begin(self, what: str) -> object:
-        """Notes that an operation begins that may wait for the disk. Returns what ``end`` takes."""
+    def begin(self, what: str, *, long: bool = False) -> object:
+        """Notes that an operation begins that may wait for the disk. ``long``: it takes long on a sound disk too.
+        Returns what ``end`` takes.
+        """
         token = object()
-        self._begun[token] = what, self._now_s()
+        self._begun[token] = what, self._now_s(), long
         return token
 
     def end(self, token: object) -> None:
@@ -78,7 +84,7 @@ class DiskHealth:
             return
         now_s = self._now_s()
         took_s = now_s - began[1]
-        if took_s >= SLOW_S:
+        if took_s >= SLOW_S and not began[2]:
             self._slow_s = now_s
             self.longest_s = max(self.longest_s, took_s)
 
@@ -89,20 +95,24 @@ class DiskHealth:
             self._change(SLOW)
 
     def oldest_s(self) -> float:
-        """The age of the oldest operation that has not ended."""
-        return max((self._now_s() - began_s for _, began_s in list(self._begun.values())), default=0.0)
+        """The age of the oldest operation that has not ended, but for those that take long anyway."""
+        return max(
+            (self._now_s() - began_s for _, began_s, long in list(self._begun.values()) if not long), default=0.0
+        )
 
     def look(self) -> None:
         """Judges the disk now."""
-        now_s = self._now_s()
-        what, began_s = min(list(self._begun.values()), key=lambda begun: begun[1], default=("", now_s))
-        age_s = now_s - began_s
-        if age_s >= HUNG_S:
-            self.reason = f"{what} has not ended for {age_s:.0f} s"
-            self._change(HUNG)
-            return
+        now_s, oldest_s = self._now_s(), 0.0
+        for what, began_s, long in list(self._begun.values()):
+            age_s = now_s - began_s
+            if age_s >= (HUNG_LONG_S if long else HUNG_S):
+                self.reason = f"{what} has not ended for {age_s:.0f} s"
+                self._change(HUNG)
+                return
+            if not long:
+                oldest_s = max(oldest_s, age_s)
         self.reason = ""
-        self._change(SLOW if age_s >= SLOW_S or now_s - self._slow_s < WELL_S else OK)
+        self._change(SLOW if oldest_s >= SLOW_S or now_s - self._slow_s < WELL_S else OK)
 
     def check(self) -> None:
         """Raises DiskUnusable when the disk hangs."""
@@ -161,7 +171,9 @@ def _settle(outcome: asyncio.Future[Any], ended: Future[Any]) -> None:
 
 
 class DiskThreads(Executor):
-    """Up to ``count`` daemon threads of one disk. Each job is noted in the disk's health while it runs."""
+    """Up to ``count`` daemon threads of one disk. Each job is noted in the disk's health while it runs: as
+    work that may take long, but for ``run_short``.
+    """
 
     def __init__(self, health: DiskHealth, count: int, name: str) -> None:
         self._health = health
@@ -209,6 +221,19 @@ class DiskThreads(Executor):
         """The result of ``work`` in one of the threads. Raises as ``start``."""
         return await self.start(work)
 
+    async def run_short(self, work: Callable[[], T]) -> T:
+        """As ``run``, of work that takes a moment on a sound disk: it shows early that the disk hangs."""
+        health = self._health
+
+        def noted() -> T:
+            token = health.begin("a read")
+            try:
+                return work()
+            finally:
+                health.end(token)
+
+        return await self.start(noted)
+
     def is_current(self) -> bool:
         """Whether the caller runs in one of the threads."""
         return threading.current_thread() in self._threads
@@ -232,7 +257,7 @@ class DiskThreads(Executor):
             future, work = job
             if not future.set_running_or_notify_cancel():
                 continue
-            token = self._health.begin("a read")
+            token = self._health.begin("work in a thread", long=True)
             try:
                 result = work()
             except BaseException as error:  # raised again where it is awaited

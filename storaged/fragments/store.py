@@ -287,7 +287,10 @@ class LocalFragmentStore:
         if cached is not None:
             return cached
         await self._append_deferred([fragment])
-        found = await self._in_reader(self._engine.reader.read, fragment.pack(), first_cell, count)
+        self._health.check()
+        found = await self._readers.run_short(
+            functools.partial(self._engine.reader.read, fragment.pack(), first_cell, count)
+        )
         return CellRead(found.header, found.cells, found.whole)
 
     def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:

@@ -114,9 +114,11 @@ class WriterThread:
                 if jobs:
                     self.groups += 1
                     self._serve(jobs)
+                self._health.end(token)
                 if not stopping:
+                    token = self._health.begin("background work of the fragments", long=True)
                     self._do_background(busy=bool(jobs) or had_queued)
-            self._health.end(token)
+                    self._health.end(token)
 
     def _collect(self) -> tuple[list[Job], list[Drain], bool]:
         """(jobs up to the bounds of a group, drains, whether to stop). Waits for the first, or until background work is
@@ -140,7 +142,7 @@ class WriterThread:
             if isinstance(item, Stop):
                 return jobs, drains, True
             if isinstance(item, Committed):
-                token = self._health.begin("removing a segment")
+                token = self._health.begin("removing a segment", long=True)
                 with self._engine_lock:
                     self._committed(item)
                 self._health.end(token)

@@ -38,7 +38,7 @@ class DiskWatch:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            token = self._health.begin("a look at the disk")
+            token = self._health.begin("a look at the disk", long=True)  # it may read an index into memory
             try:
                 for look in self._looks:
                     if not self._stopping.is_set():

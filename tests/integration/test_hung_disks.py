@@ -50,7 +50,8 @@ def hanging() -> Iterator[HangingDisk]:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk counts as hung a second after it stopped to answer, and is looked at often."""
-    monkeypatch.setattr(disk_health, "HUNG_S", 1.0)
+    for limit in ("HUNG_S", "HUNG_LONG_S"):
+        monkeypatch.setattr(disk_health, limit, 1.0)
     monkeypatch.setattr(disk_watch, "LOOK_S", 0.1)
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from storaged.disk_health import HUNG, HUNG_S, JOBS_MAX, OK, SLOW, SLOW_S, WELL_S, DiskHealth, DiskThreads
+from storaged.disk_health import HUNG, HUNG_LONG_S, HUNG_S, JOBS_MAX, OK, SLOW, SLOW_S, WELL_S, DiskHealth, DiskThreads
 from storaged.errors import DiskUnusable, SlowDown
 from tests.patience import GUARD_S
 from tests.worlds.authority import until
@@ -109,6 +109,9 @@ async def test_work_of_a_disk_that_hangs_keeps_its_own_threads_and_is_given_up(h
     assert threading.active_count() >= 3
     time.now_s += HUNG_S
     health.look()
+    assert not health.hung, "such work may take long"
+    time.now_s += HUNG_LONG_S
+    health.look()
     results = await asyncio.gather(*stuck, return_exceptions=True)
     assert [type(result) for result in results] == [DiskUnusable] * 5
     may_end.set()
@@ -132,4 +135,18 @@ async def test_threads_take_so_many_jobs_and_no_more_and_raise_what_a_job_raises
     assert await asyncio.gather(*waiting) == [1] * JOBS_MAX
     with pytest.raises(ZeroDivisionError):
         await threads.run(lambda: 1 // 0)
+    threads.shutdown()
+
+
+async def test_short_work_shows_early_that_the_disk_hangs(health: DiskHealth, time: Time) -> None:
+    may_end = threading.Event()
+    threads = DiskThreads(health, 1, "reads")
+    reading = asyncio.create_task(threads.run_short(lambda: may_end.wait(GUARD_S)))
+    await until(lambda: len(health._begun) == 2)
+    time.now_s += HUNG_S
+    health.look()
+    assert health.reason == "a read has not ended for 5 s"
+    with pytest.raises(DiskUnusable):
+        await reading
+    may_end.set()
     threads.shutdown()

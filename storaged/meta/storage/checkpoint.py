@@ -62,7 +62,7 @@ class Checkpointer:
                 state.fresh_bytes = 0
                 state.log_full = False
                 sequence = state.redo.sequence
-            token = state.health.begin("a checkpoint of the metadata store")
+            token = state.health.begin("a checkpoint of the metadata store", long=True)
             try:
                 state.hooks.sync_copies()
                 with state.lmdb_lock, state.environment.begin(write=True) as transaction:

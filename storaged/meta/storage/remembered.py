@@ -56,7 +56,7 @@ class Remembered:
 
     async def _read(self, place: Place, stored: Callable[[Place], Stored], threads: DiskThreads) -> None:
         try:
-            found = await threads.run(partial(stored, place))
+            found = await threads.run_short(partial(stored, place))
             if place not in self._written:
                 self._put(place, found)
         finally:
