@@ -245,7 +245,7 @@ class SyncedCopies:
 
 
 class FileDisk:
-    """As ``cluster.MemoryDisk``."""
+    """As ``MemoryDisk`` of ``cluster``."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world

@@ -54,7 +54,7 @@ CLAIM_BUGS = (
     Planted(
         "one_ledger_is_enough",
         "a disk takes part when its own node's ledger agrees",
-        60,
+        250,
         "forgetful",
         CLAIMS,
         "return (len(self.others) + 1) // 2 + 1",
@@ -64,7 +64,7 @@ CLAIM_BUGS = (
     Planted(
         "blank_ledgers_count",
         "a ledger that was lost counts before it was rebuilt",
-        40,
+        150,
         "forgetful",
         CLAIMS,
         "return not self.silent or whole >= len(self.others) // 2 + 1",
