@@ -533,7 +533,7 @@ class Hostile(Scenario):
                 raise outcome
         await Trouble(self, self.random).heal()
         await asyncio.gather(*once)
-        reader = self._gateway("reader", skew_ms=0)
+        reader = self._gateway("reader", skew_ms=0, deadline_s=10.0)
         await self.look_at_the_end(reader)
         for gateway in (*gateways, reader):
             if gateway.client.chosen_falls[0]:

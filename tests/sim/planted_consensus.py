@@ -364,7 +364,6 @@ _TRANSPORT = (
         path="storaged/meta/transport/accept_batching.py",
         old="            creates.append(create)\n",
         new="            creates.append(False)\n",
-        open=True,
     ),
     Planted(
         "rows_mixed_up",

@@ -144,7 +144,6 @@ _STORES = (
         HEAP,
         "                    following += 1\n",
         "",
-        open=True,
     ),
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import structlog.testing
 
 from storaged.errors import StoragedError
+from storaged.meta.client import DEADLINE_S
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName, Table
 from tests.sim import registry
@@ -123,7 +124,7 @@ class Scenario(Workload):
         await asyncio.gather(*(task for part, task in tasks.items() if part.finishes))
         for gateway in self.gateways:
             gateway.layouts.current = self.layout
-        reader = Gateway(self.world, "reader", self.layout)
+        reader = Gateway(self.world, "reader", self.layout, deadline_s=DEADLINE_S)
         await self.look_at_the_end(reader)
         for part in self.parts:
             await part.judge(reader)

@@ -109,8 +109,10 @@ class Workload:
         return self._moments
 
     def _fresh(self, key: str) -> bytes:
+        """On files every other row is too long for the tree, and lies in the heap."""
         self._serial += 1
-        return f"{key}{self._serial}".encode()
+        padding = 150 if self.world.on_files and self._serial % 2 else 0
+        return f"{key}{self._serial}".encode().ljust(padding, b".")
 
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(OPERATIONS):
