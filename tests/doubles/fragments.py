@@ -216,7 +216,11 @@ class MemoryFragmentStore:
         return sorted(due, key=lambda entry: (entry.due_ms, entry.data_id))[:limit]
 
     async def fragments_of(self, data_ids: Sequence[bytes]) -> list[list[FragmentId]]:
-        return [[fragment for fragment in self.fragments if fragment.data_id == data_id] for data_id in data_ids]
+        found: dict[bytes, list[FragmentId]] = {data_id: [] for data_id in data_ids}
+        for key in self._fragments:
+            if key[:16] in found:
+                found[key[:16]].append(FragmentId.unpack(key))
+        return [sorted(fragments) for fragments in found.values()]
 
     def condemn(self, data_ids: Iterable[bytes]) -> None:
         self._condemned.update(data_ids)

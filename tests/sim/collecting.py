@@ -427,6 +427,7 @@ class Collecting:
         for key in KEYS:
             name = self._name(key)
             try:
+                await reader.client.settle(name)  # as catch-up does: a row that lags claims what it names
                 reading = await reader.client.read(name, want_payload=True)
             except StoragedError as error:
                 self._complain(f"{key!r} cannot be read in the end: {error}")

@@ -1,0 +1,61 @@
+"""What follows from two looks at a register."""
+
+from __future__ import annotations
+
+import pytest
+
+from storaged.meta.consensus.looks import Held, Look, moved_on
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.names import ZERO_BALLOT, Ballot
+
+QUORUM = Quorum(("a", "b", "c"))
+
+
+def look(quorum: Quorum = QUORUM, **counters: int) -> Look:
+    held = {
+        disk: Held(Ballot(1, counter, "g", b"") if counter else ZERO_BALLOT, bytes([counter]), None)
+        for disk, counter in counters.items()
+    }
+    return Look(quorum, held)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found", "everywhere"),
+    [
+        ({"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 2, "c": 2}, True, True),
+        ({"a": 0, "b": 1, "c": 0}, {"a": 2, "b": 2, "c": 2}, True, True),
+        ({"a": 1, "b": 1, "c": 1}, {"a": 1, "b": 1, "c": 1}, False, False),
+        ({"a": 0, "b": 0, "c": 0}, {"a": 0, "b": 0, "c": 0}, False, False),
+        ({"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 2, "c": 1}, True, False),
+        ({"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 2}, True, False),
+        ({"a": 1, "b": 1}, {"a": 2, "b": 2, "c": 2}, True, False),
+        ({"a": 1, "b": 2, "c": 2}, {"a": 2, "b": 2, "c": 2}, False, False),
+        ({"a": 1, "b": 1, "c": 2}, {"a": 2, "b": 2, "c": 2}, True, False),
+        ({"a": 1}, {"a": 2, "b": 2, "c": 2}, False, False),
+        ({"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 3, "c": 1}, False, False),
+        ({"a": 3, "b": 3, "c": 3}, {"a": 2, "b": 2, "c": 2}, False, False),
+    ],
+)
+def test_only_what_a_group_has_accepted_since_counts(
+    first: dict[str, int], second: dict[str, int], found: bool, everywhere: bool
+) -> None:
+    assert (moved_on(look(**first), look(**second)) is not None) is found
+    assert (moved_on(look(**first), look(**second), everywhere=True) is not None) is everywhere
+
+
+def test_replicas_that_hold_different_values_under_one_ballot_are_no_group() -> None:
+    second = look(a=2, b=2, c=2)
+    lie = Held(second.held["c"].ballot, b"other", None)
+    second = second._replace(held={**second.held, "c": lie, "b": lie._replace(digest=b"another")})
+    assert moved_on(look(a=1, b=1, c=1), second) is None
+
+
+def test_looks_at_two_layouts_show_nothing() -> None:
+    assert moved_on(look(a=1, b=1, c=1), look(Quorum(("a", "b", "d")), a=2, b=2, d=2)) is None
+
+
+def test_while_a_layout_changes_both_sets_count() -> None:
+    joint = Quorum(("a", "b", "c"), ("a", "d", "e"))
+    before = look(joint, a=1, b=1, c=1, d=1, e=1)
+    assert moved_on(before, look(joint, a=2, b=2, c=2, d=1, e=1)) is None
+    assert moved_on(before, look(joint, a=2, b=2, c=1, d=2, e=1)) is not None
