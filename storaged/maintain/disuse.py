@@ -40,6 +40,7 @@ look after, that the replicas have accepted something new. What the gateway answ
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -57,6 +58,9 @@ from storaged.objects.write.uploads import COMPLETING, DONE, OPEN, decode_upload
 T = TypeVar("T")
 
 LOOKS_CONCURRENT_MAX = 64
+STRAGGLERS_S = (0.05, 0.5)
+"""A round is committed when a majority has it on disk. So long the others are given before each further look."""
+
 GONE_MAX = 10_000
 PAST = (StoragedError, KeyError, ValueError, TimeoutError)
 """What keeps a register from being judged now."""
@@ -131,6 +135,11 @@ class Judge:
         uploads = await self._of_each(left, self._uploads_of, found)
         await self._settle(left)
         seconds = await self._of_each(left, self._context.look, found)
+        for pause_s in STRAGGLERS_S:
+            slow = [owner for owner in seconds if not moved_on(firsts[owner], seconds[owner], everywhere=True)]
+            if slow:
+                await asyncio.sleep(pause_s)
+                seconds |= await self._of_each(slow, self._context.look, {})
 
         async def conclude(owner: RegisterName) -> Proof:
             first, second, of_uploads = firsts[owner], seconds[owner], uploads[owner]
