@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import xxhash
+from msgspec import Meta
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.ids import UPLOAD_ID_BYTES
@@ -94,13 +95,19 @@ class Visibility(IntEnum):
     LIVE = 2
 
 
+SEQUENCE_MAX = 1 << 62
+
+
 class Value(Message, frozen=True):
     """What a register holds. ``sequence`` grows with every change and survives deletes. ``operation`` is the id of the
     change that made it, so that a proposer can tell its own change from another's after an unknown outcome. ``payload``
     is the data id (16 bytes) of a small object whose copies are on the disks of this register's replicas, or empty.
+
+    A value with another sequence does not decode: a replica that lies must not lead a register to where its sequences
+    end.
     """
 
-    sequence: int
+    sequence: Annotated[int, Meta(ge=0, le=SEQUENCE_MAX)]
     operation: bytes
     visibility: int
     body: bytes

@@ -29,8 +29,9 @@ from storaged.meta.consensus.register import (
     settled_ballot,
     shown,
 )
-from storaged.meta.names import ZERO_BALLOT, Ballot, Change, Value, Visibility
+from storaged.meta.names import SEQUENCE_MAX, ZERO_BALLOT, Ballot, Change, Value, Visibility
 from storaged.meta.store_ports import Fence
+from storaged.wire import decode, encode
 
 
 def ballot(counter: int, node: str = "a", epoch: int = 1) -> Ballot:
@@ -202,3 +203,11 @@ def test_a_register_settled_as_never_written_shows_nothing() -> None:
 
 def test_production_rules_are_all_on() -> None:
     assert all(getattr(RULES, name) for name in RULES.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("sequence", [SEQUENCE_MAX + 1, (1 << 64) - 1, -1])
+def test_a_value_whose_sequence_can_not_be_does_not_decode(sequence: int) -> None:
+    """Else one replica that lies leads a register to the end of all sequences, and nobody can write it any more."""
+    with pytest.raises(msgspec.ValidationError):
+        decode(encode(msgspec.structs.replace(value(1), sequence=sequence)), Value)
+    assert decode(encode(value(SEQUENCE_MAX)), Value) == value(SEQUENCE_MAX)
