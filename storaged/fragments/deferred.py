@@ -77,8 +77,10 @@ class DeferredCopies:
 
     # --- admitting and keeping --------------------------------------------------------------------------------------
 
-    def admit(self, write: Write) -> StoragedError | None:
-        """The error when the copy may not be kept. None: its space is reserved; ``keep`` or ``withdraw`` follows."""
+    def admit(self, write: Write, *, into_reserve: bool = False) -> StoragedError | None:
+        """The error when the copy may not be kept. None: its space is reserved; ``keep`` or ``withdraw`` follows.
+        ``into_reserve``: as in ``DiskState.refusal``.
+        """
         if self._stopped:
             return DiskUnusable("the fragment store is closed", state="failed")
         if (mismatch := write.mismatch()) is not None:
@@ -87,10 +89,10 @@ class DeferredCopies:
         if state.failure or self._space_bytes < write.payload_bytes or self._loop.time() >= self._space_due_s:
             self._space_bytes = 0
             coming = self._coming_bytes + sum([kept.payload_bytes for kept in self._by_key.values()])
-            refusal = state.refusal(write.payload_bytes + coming, on_loop=True)
+            refusal = state.refusal(write.payload_bytes + coming, into_reserve=into_reserve, on_loop=True)
             if refusal is not None:
                 return refusal
-            self._space_bytes = state.spare_bytes // SPACE_LOOK_PART
+            self._space_bytes = max(write.payload_bytes, state.spare_bytes // SPACE_LOOK_PART)
             self._space_due_s = self._loop.time() + SPACE_LOOK_S
         self._space_bytes -= write.payload_bytes
         self._coming_bytes += write.payload_bytes

@@ -61,15 +61,17 @@ class DiskState:
         space = space or self._space()
         return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
 
-    def refusal(self, count: int, *, on_loop: bool = False) -> DiskUnusable | None:
+    def refusal(self, count: int, *, into_reserve: bool = False, on_loop: bool = False) -> DiskUnusable | None:
         """Why the disk refuses ``count`` more bytes of fragments now; None when it does not. In any thread.
-        ``on_loop``: what ``look`` found will do, since the event loop must not wait for the disk.
+        ``into_reserve``: they may take half of the reserve. ``on_loop``: what ``look`` found will do, since the event
+        loop must not wait for the disk.
         """
         if self.failure:
             return self.unusable()
         space = (self._known_space if on_loop else None) or self._space()
-        self.spare_bytes = space.free - self._reserve_bytes(space)
-        if self.spare_bytes < count:
+        reserve = self._reserve_bytes(space)
+        self.spare_bytes = space.free - reserve
+        if self.spare_bytes + (reserve // 2 if into_reserve else 0) < count:
             self._refused_bytes = min(count, REFUSED_BYTES_MAX)
             return self.unusable(space)
         return None

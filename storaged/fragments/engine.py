@@ -40,7 +40,7 @@ from storaged.fragments.index import Index
 from storaged.fragments.index_rows import Checkpoint, Position
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.log import SegmentLog
-from storaged.fragments.ports import CELLS_MAX, Retirement, Usage
+from storaged.fragments.ports import CELLS_MAX, FragmentId, Retirement, Usage
 from storaged.fragments.reader import Reader
 from storaged.fragments.write import Write
 
@@ -344,6 +344,23 @@ class Engine:
         return [Unretire(data_id, self.index.accounts.existing((row.segment, *row.shadows)))]
 
     # --- checkpoints and space --------------------------------------------------------------------------------------
+
+    def holds_copy(self, data_id: bytes, was_durable: bool) -> bool:
+        """Whether the disk has the whole copy of a data id, not known to be damaged; and it is synced, or was durable
+        before.
+        """
+        found = self.index.copy_entry(data_id)
+        if found is None or found[0] in self.index.damage or found[1].segment not in self.log.segments:
+            return False
+        return was_durable or self._is_synced(found[1])
+
+    def is_durable(self, fragment: FragmentId) -> bool:
+        """True for one that is not there."""
+        entry = self.index.lookup(fragment.pack())
+        return entry is None or self._is_synced(entry)
+
+    def _is_synced(self, entry: Entry) -> bool:
+        return Position(entry.segment, entry.offset + entry.record_bytes) <= self.log.synced
 
     def usage(self) -> Usage:
         state, spare_bytes = self.state.describe()

@@ -29,6 +29,11 @@ class CopyStore(NearStore, Protocol):
     async def locate_copy(self, data_id: bytes) -> FragmentId | None:
         """The whole copy of a data id, if the disk has one."""
 
+    def holds_copy(self, data_id: bytes, was_durable: bool) -> bool:
+        """Whether the disk has a durable whole copy of a data id, as far as is known without reading it.
+        ``was_durable``: it was.
+        """
+
     def try_read_copy(self, data_id: bytes) -> memoryview | None:
         """The payload of a whole copy when it is in memory and undamaged, else None. Raises DiskUnusable."""
 
@@ -73,6 +78,10 @@ class Payloads:
         """
         pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
         await self._store.write(_parse(header), pieces, sync=True)
+
+    def holds_payload(self, data_id: bytes, was_durable: bool) -> bool:
+        """See ``CopyStore.holds_copy``."""
+        return self._store.holds_copy(data_id, was_durable)
 
     def try_load_payload(self, data_id: bytes) -> memoryview | None:
         """The payload of the copy when it is in memory; None otherwise, whatever the reason."""

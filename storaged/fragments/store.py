@@ -24,7 +24,6 @@ from storaged.fragments.deferred import DeferredCopies
 from storaged.fragments.engine import Engine
 from storaged.fragments.files import Files, PosixFiles
 from storaged.fragments.index import Index
-from storaged.fragments.index_rows import Position
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import (
     CELLS_MAX,
@@ -211,7 +210,7 @@ class LocalFragmentStore:
         for fragment in ids:
             if self._index.lookup(fragment.pack()) is None:
                 raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
-        return all(map(self._is_durable, ids))
+        return all(map(self._engine.is_durable, ids))
 
     async def headers(self, ids: Sequence[FragmentId]) -> list[FragmentHeader | None]:
         self._refuse_when_closed()
@@ -219,14 +218,9 @@ class LocalFragmentStore:
             raise ValueError(f"{len(ids)} headers are more than {HEADERS_MAX} at once")
         await self._pardon(ids)
         await self._append_deferred(ids)
-        if not await self._looked_up(lambda: all(map(self._is_durable, ids))):
+        if not await self._looked_up(lambda: all(map(self._engine.is_durable, ids))):
             await self._queue.barrier(sync=True)
         return await self._in_reader(lambda: [self._sound_header(fragment.pack()) for fragment in ids])
-
-    def _is_durable(self, fragment: FragmentId) -> bool:
-        """True for one that is not there."""
-        entry = self._engine.index.lookup(fragment.pack())
-        return entry is None or Position(entry.segment, entry.offset + entry.record_bytes) <= self._engine.log.synced
 
     def _sound_header(self, key: bytes) -> FragmentHeader | None:
         try:
@@ -391,14 +385,12 @@ class LocalFragmentStore:
 
     # --- small copies that another log keeps durable ----------------------------------------------------------------
 
-    def admit(self, write: Write) -> StoragedError | None:
-        """Reserves space for a copy; ``keep`` or ``withdraw`` follows. Returns the error when the copy is refused. On
-        the event loop, like these two.
-        """
-        return self._deferred.admit(write)
+    def admit(self, write: Write, *, into_reserve: bool = False) -> StoragedError | None:
+        """See ``DeferredCopies.admit``. On the event loop, like the next two."""
+        return self._deferred.admit(write, into_reserve=into_reserve)
 
     def withdraw(self, write: Write) -> None:
-        """Gives back the space of an admitted copy that will not be kept."""
+        """An admitted copy will not be kept."""
         self._deferred.withdraw(write)
 
     def keep(self, writes: Sequence[Write]) -> None:
@@ -416,13 +408,21 @@ class LocalFragmentStore:
         """As ``find_copy``, also when the index is not in memory. Raises DiskUnusable."""
         return await self._looked_up(functools.partial(self.find_copy, data_id))
 
+    def holds_copy(self, data_id: bytes, was_durable: bool) -> bool:
+        """See ``payloads.CopyStore``. The caller refers to the copy: it pardons it. While the index is not in memory,
+        what was durable counts.
+        """
+        if not self._condemned.pardon((data_id,)):
+            return False
+        known = self._engine.holds_copy(data_id, was_durable) if self._index.in_memory else was_durable
+        return known or data_id in self._deferred.copies
+
     def try_read_copy(self, data_id: bytes) -> memoryview | None:
         """The payload of a data id's whole copy, when it is in memory and undamaged, else None. Never waits for the
         disk. Raises DiskUnusable.
         """
         self._refuse_when_closed()
-        deferred = self._deferred.copies.get(data_id)
-        if deferred is not None:
+        if (deferred := self._deferred.copies.get(data_id)) is not None:
             payload = deferred.payload
             return payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
         return self._engine.reader.try_read_copy(data_id, INLINE_READ_BYTES_MAX) if self._index.in_memory else None

@@ -88,7 +88,7 @@ class MaintainContext:
     ``local_meta``, ``local_fragments``: this node's disks by id.
     ``asks``: of gateways, who alone change registers.
     ``adopt(disk, request, copy)``: a local disk accepts what a quorum has; as ``Replica.accept``.
-    ``small_copies(name, data_id)``: the copy of a small object for each replica; None when none gives it now.
+    ``small_copies(name, data_id)``: the copy of a small object for each replica; None or empty when none gives it.
     ``end_promises(disk)``: makes one of them refuse every ballot drawn before the call. When it returns, everything
     accepted before is in its ``local_meta``. Raises DiskUnusable.
     ``on_refusal(peer, error)``: another node asked what no honest node asks; for the audit log.

@@ -89,7 +89,7 @@ class Pull:
             return False
         if value.payload:
             copies = await self._context.small_copies(name, value.payload)
-            if copies is None:
+            if not copies:
                 return False
             header, body = copies[look.quorum.disks.index(disk)]
         try:

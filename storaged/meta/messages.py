@@ -30,7 +30,7 @@ class PrepareReply(Message, frozen=True):
     """``promised``: the lowest ballot that would not be refused, before this promise. It is a hint: when the verdict is
     PREEMPTED or DAMAGED, of what is in the way; when it is OK and above ``accepted``, that another proposer is at work.
     ``accepted`` and ``value``: what the register holds here, when the verdict is OK. ``final``: the scope's fence stays
-    for ever.
+    for ever. ``copied``: as ``Slot.copied``; rows of replicas that do not say count as accepted with their copy.
     """
 
     verdict: int
@@ -38,6 +38,7 @@ class PrepareReply(Message, frozen=True):
     accepted: Ballot = ZERO_BALLOT
     value: Value | None = None
     final: bool = False
+    copied: bool = True
 
 
 class Accept(Message, frozen=True):
@@ -45,8 +46,8 @@ class Accept(Message, frozen=True):
     ``nonce``.
 
     ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small
-    object that the value names. The replica makes it durable with the value or before it. When it can't, it refuses the
-    value (UNSTORED), unless the round only settles: a register can be settled whatever became of its copies.
+    object that the value names. The replica makes it durable with the value or before it. When it can't, or when no
+    copy comes along and it has none, it refuses the value (UNSTORED), also in a settling round.
     """
 
     disk: str
@@ -75,7 +76,7 @@ class Accepts(Message, frozen=True):
 
 
 class AcceptReply(Message, frozen=True):
-    """OK: the value is durable here under the ballot. ``copy_synced``: the copy that came with it is durable too;
+    """OK: the value is durable here under the ballot. ``copy_synced``: the copy that it names is durable too;
     ``copy_error``: why it is not. ``final``: the scope's fence stays for ever; when PREEMPTED: nothing was accepted
     here under this ballot, nor will be.
     """
@@ -112,7 +113,9 @@ class Read(Message, frozen=True):
 class ReadReply(Message, frozen=True):
     """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the
     copy in the bulk body, or empty. ``header``: the copy's encoded fragment header, when a copy was asked for by its
-    data id. ``fenced``: the scope is fenced (a bucket that is, or was, being deleted).
+    data id. ``fenced``: the scope is fenced (a bucket that is, or was, being deleted). ``copied``: as in
+    ``PrepareReply``. ``copy_absent``: this disk has no whole copy of what was asked for. Without a copy and without
+    this, the copy may be here but can't be read now.
     """
 
     verdict: int
@@ -122,6 +125,8 @@ class ReadReply(Message, frozen=True):
     payload: bytes = b""
     header: bytes = b""
     fenced: bool = False
+    copied: bool = True
+    copy_absent: bool = False
 
 
 class Reads(Message, frozen=True):

@@ -21,11 +21,16 @@ T = TypeVar("T")
 
 
 class Slot(NamedTuple):
-    """One register at one acceptor as it is on disk: the highest accepted ballot and its value."""
+    """One register at one acceptor as it is on disk: the highest accepted ballot and its value.
+
+    ``copied``: the value names a small copy, and that was durable on this disk when the value was accepted. It stays,
+    whatever becomes of the copy. A row that was written before rows had this bit counts as accepted with its copy.
+    """
 
     name: RegisterName
     ballot: Ballot
     value: Value
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,26 @@ class Copy(NamedTuple):
 class Copies(Protocol):
     """The small copies of one replica's disk."""
 
-    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
+    def keep(
+        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept, *, settling: bool = False
+    ) -> None:
         """Commits the batch to the replica's store and makes the copy durable, with it or before; then calls ``done``
-        on the event loop.
+        on the event loop. ``settling``: of a round that only settles. A full disk takes its copies too, for a while:
+        else a key whose record is not confirmed could not be read until there is room.
+        """
+
+    def holds(self, data_id: bytes, *, was_durable: bool) -> bool:
+        """Whether a copy is durable on this disk, as far as is known without reading it. ``was_durable``: a row of
+        this disk says that it was, when it was accepted.
         """
 
     def peek(self, data_id: bytes) -> memoryview | None:
         """The copy's payload, when it is in memory; None when it is not, or not whole: ``load`` says which."""
 
     async def load(self, data_id: bytes) -> Copy | None:
-        """None when this disk has none that is whole. Raises StoragedError when it does not answer."""
+        """None when this disk has none that is whole: it has none, or what it read does not have its checksum. Raises
+        StoragedError when it can't tell, because a read failed.
+        """
 
 
 Kept = Callable[[StoragedError | None, StoragedError | None], None]

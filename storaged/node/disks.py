@@ -78,13 +78,17 @@ class DiskCopies(PlainCopies):
 
     def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, cache: SmallCopyCache | None = None) -> None:
         payloads = Payloads(fragments)
-        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.try_load_payload, cache)
+        super().__init__(
+            meta, payloads.store_payload, load_of(payloads), payloads.try_load_payload, cache, payloads.holds_payload
+        )
         self._fragments = fragments
         self._records = meta
         meta.hooks.keep_copies = fragments.keep
         meta.hooks.sync_copies = fragments.sync_apart
 
-    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept) -> None:
+    def keep(
+        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, *, settling: bool = False
+    ) -> None:
         try:
             record = self._records.pack(batch, partial(on_done, None))
         except StoragedError as error:
@@ -93,7 +97,7 @@ class DiskCopies(PlainCopies):
         body = [_own(piece) for piece in body]
         try:
             write = copy_write(header, body)
-            refusal = self._fragments.admit(write)
+            refusal = self._fragments.admit(write, into_reserve=settling)
         except StoragedError as error:
             refusal = error
         if refusal is not None:

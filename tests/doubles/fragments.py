@@ -271,6 +271,11 @@ class MemoryFragmentStore:
         prefix = data_id + b"\0\0\0\0\x01"
         return next((FragmentId.unpack(key) for key in self._fragments if key.startswith(prefix)), None)
 
+    def holds_copy(self, data_id: bytes, was_durable: bool) -> bool:
+        """Everything here is durable."""
+        prefix = data_id + b"\0\0\0\0\x01"
+        return any(key.startswith(prefix) and not kept.known_bad for key, kept in self._fragments.items())
+
     def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
         """Nothing is read without its simulated latency."""
         return None

@@ -119,7 +119,10 @@ class StorageNode:
         for disk, meta in self.meta.items():
             copies = Payloads(self.fragments[disk])
             self.replicas[disk] = LocalReplica(
-                disk, meta, copies=PlainCopies(meta, copies.store_payload, load_of(copies)), clock=cluster.clock
+                disk,
+                meta,
+                copies=PlainCopies(meta, copies.store_payload, load_of(copies), holds=copies.holds_payload),
+                clock=cluster.clock,
             )
         caller = LocalCaller(cluster, self.name, "storage")
         directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)

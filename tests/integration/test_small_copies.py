@@ -76,7 +76,7 @@ class PlainDisk:
         self._open = asyncio.Event()
         self._open.set()
         self.meta = MemoryMetaStore(sync=self._sync)
-        self.copies = PlainCopies(self.meta, self._store, self._load)
+        self.copies = PlainCopies(self.meta, self._store, self._load, holds=self._holds)
 
     async def _sync(self) -> None:
         await self._open.wait()
@@ -88,6 +88,9 @@ class PlainDisk:
 
     async def _load(self, data_id: bytes) -> Copy | None:
         return next((Copy(header, payload) for header, payload in self._held.items() if data_id in header), None)
+
+    def _holds(self, data_id: bytes, _was_durable: bool) -> bool:
+        return any(data_id in header for header in self._held)
 
     def set_full(self, full: bool) -> None:
         self._full = full
@@ -149,20 +152,39 @@ async def test_a_copy_comes_with_the_accept_and_is_stored_only_where_that_is_not
     assert await payload_at(replica) == (first.data_id, first.payload)
 
 
-async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_but_by_a_settling_round(disk: Disk) -> None:
+async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_not_even_by_a_settling_round(disk: Disk) -> None:
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
     disk.set_full(True)
     refused = await replica.accept(with_copy(ballot(10), copy), [copy.payload])
     assert (refused.verdict, refused.copy_synced, "full" in refused.copy_error) == (Verdict.UNSTORED, False, True)
     assert disk.meta.get(NAME) is None
     settled = await replica.accept(with_copy(ballot(11), copy, identity=True), [copy.payload])
-    assert (settled.verdict, settled.copy_synced, "full" in settled.copy_error) == (Verdict.OK, False, True)
-    reply, body = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
-    assert (reply.value, reply.payload, bytes(body)) == (value(copy), b"", b"")
+    assert (settled.verdict, settled.copy_synced, "full" in settled.copy_error) == (Verdict.UNSTORED, False, True)
+    bare = messages.Accept("d", NAME, ballot(11), value(copy), b"", True)
+    assert (await replica.accept(bare)).verdict == Verdict.UNSTORED
+    assert disk.meta.get(NAME) is None
     disk.set_full(False)
     again = await replica.accept(with_copy(ballot(12), copy), [copy.payload])
     assert (again.verdict, again.copy_synced, replica.statistics().state) == (Verdict.OK, True, "ok")
     assert await payload_at(replica) == (copy.data_id, copy.payload)
+    slot = disk.meta.get(NAME)
+    assert slot is not None
+    assert slot.copied
+
+
+async def test_a_row_that_names_a_copy_is_written_without_one_where_the_copy_is_durable(disk: Disk) -> None:
+    replica, copy, other = LocalReplica("d", disk.meta, copies=disk.copies), small(), small()
+    assert (await replica.accept(with_copy(ballot(10), copy), [copy.payload])).verdict == Verdict.OK
+    kept = await replica.accept(messages.Accept("d", NAME, ballot(11), value(copy, b"tagged")))
+    assert (kept.verdict, kept.copy_synced) == (Verdict.OK, True)
+    slot = disk.meta.get(NAME)
+    assert slot is not None
+    assert slot.copied
+    refused = await replica.accept(messages.Accept("d", NAME, ballot(12), value(other)))
+    assert (refused.verdict, refused.copy_synced) == (Verdict.UNSTORED, False)
+    promise = await replica.prepare(messages.Prepare("d", NAME, ballot(13)))
+    reply, _ = await replica.read(messages.Read("d", NAME, 1))
+    assert (promise.accepted, promise.copied, reply.copied) == (ballot(11), True, True)
 
 
 async def test_what_is_no_copy_is_refused_and_its_replica_goes_on(directory: Path) -> None:

@@ -27,13 +27,13 @@ from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.store_ports import Copy
 from storaged.meta.transport.accept_batching import ALONE_MAX
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.file_disk import FileDisk, directory_for_files
 from tests.sim.network import NetworkCaller
+from tests.sim.payloads import PayloadDisk
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.worlds.ring_client import ring_client
 
@@ -186,13 +186,6 @@ class World:
         )
 
 
-class PayloadDisk:
-    """Small copies of one disk: durable once synced."""
-
-    def __init__(self) -> None:
-        self.synced: dict[bytes, bytes] = {}
-
-
 class MemoryDisk:
     """A disk of a run: the store of its replica, and the small copies. ``hung``: nothing is written until the event is
     set. ``file_disk.FileDisk`` is the other kind.
@@ -224,13 +217,9 @@ class MemoryDisk:
                 raise DiskUnusable("the process died")
             if full:
                 raise DiskUnusable("the disk is full")
-            self.payloads.synced[header] = content
+            self.payloads.stored(header, content)
 
-        async def load(data_id: bytes) -> Copy | None:
-            found = self.payloads.synced.get(data_id)
-            return None if found is None else Copy(data_id, memoryview(found))
-
-        return PlainCopies(self.store, store, load)
+        return PlainCopies(self.store, store, self.payloads.load, holds=self.payloads.holds)
 
     def give_copy(self, data_id: bytes, content: bytes) -> None:
         """Durably, as a copier would."""

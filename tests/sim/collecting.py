@@ -73,7 +73,7 @@ class CopyDisk(MemoryDisk):
             kept = self.fragments.kept(found[0])
             return Copy(encode(kept.header), memoryview(kept.payload))
 
-        return PlainCopies(self.store, store, load)
+        return PlainCopies(self.store, store, load, holds=self.fragments.holds_copy)
 
     def crash(self) -> None:
         super().crash()

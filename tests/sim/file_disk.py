@@ -40,10 +40,11 @@ from storaged.meta.storage.rowvalue import intact
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.storage.state import StoreState
 from storaged.meta.storage.write_queue import OnWritten, WriteQueue
-from storaged.meta.store_ports import Copy, Kept, StoreBatch
+from storaged.meta.store_ports import Kept, StoreBatch
 from storaged.wire import Buffer
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.lockstep import LockstepLock, LockstepThread, LockstepThreads
+from tests.sim.payloads import PayloadDisk
 
 if TYPE_CHECKING:
     from tests.sim.cluster import StorageNode, World
@@ -214,16 +215,14 @@ class LoggedCopies(PlainCopies):
         async def store(_header: bytes, _body: Sequence[Buffer]) -> None:
             raise AssertionError("copies go to the log")
 
-        super().__init__(disk.store, store, self._found)
+        super().__init__(disk.store, store, disk.payloads.load, holds=disk.payloads.holds)
         self._disk = disk
         disk.store.hooks.keep_copies = disk.keep_copies
         disk.store.hooks.sync_copies = disk.sync_copies
 
-    async def _found(self, data_id: bytes) -> Copy | None:
-        found = self._disk.payloads.synced.get(data_id)
-        return None if found is None else Copy(data_id, memoryview(found))
-
-    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept) -> None:
+    def keep(
+        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, *, settling: bool = False
+    ) -> None:
         disk = self._disk
         try:
             record = disk.store.pack(batch, partial(on_done, None))
@@ -239,11 +238,6 @@ class LoggedCopies(PlainCopies):
         disk.store.post_packed(record)
 
 
-class SyncedCopies:
-    def __init__(self) -> None:
-        self.synced: dict[bytes, bytes] = {}
-
-
 class FileDisk:
     """As ``MemoryDisk`` of ``cluster``."""
 
@@ -255,7 +249,7 @@ class FileDisk:
         self.faults = _Faults(self._on_failure)
         self.failed = False
         """A write failed for another reason than lack of space."""
-        self.payloads = SyncedCopies()
+        self.payloads = PayloadDisk()
         self._in_fragments: dict[bytes, bytes] = {}
         self._appended: dict[bytes, bytes] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}
@@ -330,7 +324,8 @@ class FileDisk:
 
     def keep_copies(self, copies: Sequence[tuple[bytes, bytes]]) -> None:
         self._appended.update(copies)
-        self.payloads.synced.update(copies)
+        for header, payload in copies:
+            self.payloads.stored(header, payload)
 
     def sync_copies(self) -> None:
         appended = dict(self._appended)

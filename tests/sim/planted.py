@@ -24,6 +24,7 @@ PLAYS = {
     "buckets": "tests.sim.buckets:run_buckets",
     "forgetful": "tests.sim.forgetful:run_forgetful",
     "collecting": "tests.sim.collecting:run_collecting",
+    "small": "tests.sim.small:run_small",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 

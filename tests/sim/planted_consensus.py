@@ -183,8 +183,8 @@ _PROPOSERS = (
         "a created value that has overtaken another keeps its sequence in a first attempt (rule 14)",
         2000,
         path=PROPOSER,
-        old="        if not self._found.settled and may_create(self.name):\n",
-        new="        if not self.sparing and not self._found.settled and may_create(self.name):\n",
+        old="        if not self._found.settled and may_create(self.name) and not self._above:\n",
+        new="        if not (self.sparing or self._found.settled or self._above) and may_create(self.name):\n",
         open=True,
     ),
     Planted(
@@ -322,8 +322,9 @@ _FENCES = (
         300,
         "buckets",
         ACCEPTOR,
-        "    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules)\n",
-        "    verdict = judge_accept(acceptor._replace(fence=None), ballot, value, nonce, identity, rules)\n",
+        "    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules, copied=copied)\n",
+        "    acceptor = acceptor._replace(fence=None)\n"
+        "    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules, copied=copied)\n",
         open=True,
     ),
     Planted(

@@ -36,7 +36,17 @@ _HOSTILE = {
 }
 """As ``_RING``, of the rules that ``hostile`` shows: the first seed, and how many."""
 
-_SLOW = {"promises_survive_restart", "created_follows_overtaken"}
+_SMALL = {
+    "copies_with_rows": 260,
+    "chosen_by_bit": 100,
+    "older_needs_minority": 100,
+    "older_at_once": 200,
+    "older_as_new_change": 200,
+    "errors_no_damage": 100,
+}
+"""As ``_RING``, of the rules that ``small`` shows."""
+
+_SLOW = {"promises_survive_restart", "created_follows_overtaken", "copies_with_rows", "older_at_once"}
 
 _AUTHORITY = "storaged/meta/authority.py"
 _JUDGE = "        for row in self._contents:"
@@ -67,6 +77,10 @@ AUTHORITY_BUGS = (
 RULE_BUGS = (
     *AUTHORITY_BUGS,
     *(Planted(rule, f"without {rule}", budget, rule=rule, fast=rule not in _SLOW) for rule, budget in _RING.items()),
+    *(
+        Planted(rule, f"without {rule}", budget, "small", rule=rule, fast=rule not in _SLOW)
+        for rule, budget in _SMALL.items()
+    ),
     *(
         Planted(rule, f"without {rule}", budget, "hostile", rule=rule, first=first, fast=rule not in _SLOW)
         for rule, (first, budget) in _HOSTILE.items()

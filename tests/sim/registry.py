@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.sim.copies import LostCopies
 from tests.sim.moving import Moving
 from tests.sim.parts import BitFlips, ClockJumps, DiskFaults, HungDisks, Part, Stray, Suspensions, Trouble
 
@@ -14,5 +15,6 @@ PARTS: tuple[type[Part], ...] = (
     ClockJumps,
     DiskFaults,
     BitFlips,
+    LostCopies,
 )
 """In the order in which they decide whether they join a run, begin, heal and judge."""

@@ -21,6 +21,7 @@ from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
 from tests.sim.planted import applies, planted
 from tests.sim.scenario import run_seed
+from tests.sim.small import run_small
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "60"))
@@ -28,6 +29,7 @@ FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
 HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "30"))
 LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "25"))
 BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "15"))
+SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "25"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "40"))
 
 
@@ -56,6 +58,13 @@ def test_every_page_of_a_list_is_a_linearizable_read_of_the_keys_it_spans() -> N
     for seed in range(FIRST_SEED, FIRST_SEED + LISTING_SEEDS):
         found = run_listing(seed)
         assert not found.violation, f"listing seed {seed}: {found.violation} ({', '.join(found.faults)})"
+
+
+@pytest.mark.timeout(0)
+def test_small_objects_are_neither_undone_nor_damaged_whatever_becomes_of_copies() -> None:
+    for seed in range(FIRST_SEED, FIRST_SEED + SMALL_SEEDS):
+        found = run_small(seed)
+        assert not found.violation, f"small seed {seed}: {found.violation} ({', '.join(found.faults)})"
 
 
 @pytest.mark.timeout(0)

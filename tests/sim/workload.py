@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from storaged.cluster.layout import SYSTEM_PARTITION, Layout
-from storaged.errors import OutcomeUnknown, S3Error
+from storaged.errors import DataDamaged, OutcomeUnknown, S3Error
 from storaged.meta.client import RingClient
 from storaged.meta.names import Change, RegisterName, Value, Visibility
 from storaged.meta.ports import Outcome, SmallCopies, Update
@@ -90,6 +90,10 @@ class Workload:
         lone higher ballot.
         """
         self.disks_may_be_swapped = self.disks_may_be_full = False
+        self.copies_may_be_lost = False
+        """Small copies of an object may be lost on all disks."""
+        self.small_share = 0.3
+        """How many of the writes are of small objects."""
         self._moments = 0
         self._serial = 0
 
@@ -134,7 +138,7 @@ class Workload:
         self.history.append(operation)
         self.found.operations += 1
         try:
-            observed = await self._unless_it_leaves(self._carry_out(gateway, operation))
+            observed = await self._unless_it_leaves(self.carry_out(gateway, operation))
         except ConditionFailed as failed:
             observed = failed.observed
             if operation.kind is Kind.PUT:
@@ -146,6 +150,8 @@ class Workload:
         except (S3Error, BarrierFailed) as error:
             self.found.refused += 1
             self.history.remove(operation)
+            if isinstance(error, DataDamaged) and not self.copies_may_be_lost:
+                self.complain("an object counts as damaged whose copy is whole on some disk")
             self.world.note("refused", kind, key, type(error).__name__)
             return
         operation.observed = observed
@@ -167,13 +173,13 @@ class Workload:
             raise ClientLeft
         return task.result()
 
-    async def _carry_out(self, gateway: Gateway, operation: Operation) -> Content:
+    async def carry_out(self, gateway: Gateway, operation: Operation) -> Content:
         name = self.names[operation.key]
         client = gateway.client
         if operation.kind is Kind.READ:
             reading = await client.read(name, want_payload=self.random.random() < 0.3)
             if reading.value is not None:
-                self._look_for_copies(reading.value.payload)
+                self.look_for_copies(reading.value.payload)
             if (
                 reading.payload is not None
                 and reading.value is not None
@@ -197,7 +203,7 @@ class Workload:
                 client, name, written(operation.new or b"", data_id), small, regardless=self.of_objects
             )
             operation.blind = outcome.before is None and outcome.after is not None and outcome.after.sequence > 1
-        self._look_for_copies(data_id)
+        self.look_for_copies(data_id)
         return content_of(outcome.before)
 
     async def _change(
@@ -226,7 +232,7 @@ class Workload:
             return await told
         return await client.change(name, update, small=small)
 
-    def _look_for_copies(self, data_id: bytes) -> None:
+    def look_for_copies(self, data_id: bytes) -> None:
         """What was told or confirmed has its copy on two disks, unless disks were full or swapped."""
         if data_id and not self.disks_may_be_swapped and not self.disks_may_be_full:
             holders = [node.name for node in self.world.nodes.values() if data_id in node.payloads.synced]
@@ -234,7 +240,7 @@ class Workload:
                 self.complain(f"a small object was told of with its copy on {holders} alone")
 
     def _small_copies(self, content: bytes) -> tuple[SmallCopies | None, bytes]:
-        if self.random.random() >= 0.3:
+        if self.random.random() >= self.small_share:
             return None, b""
         data_id = self.random.randbytes(16)
         self.copied[data_id] = content

@@ -27,7 +27,7 @@ def slot_of(
     name: RegisterName, counter: int = 1, body: bytes = b"body", visibility: int = Visibility.LIVE, payload: bytes = b""
 ) -> Slot:
     value = Value(sequence=counter, operation=b"o" * 16, visibility=visibility, body=body, payload=payload)
-    return Slot(name, Ballot(3, counter, "n1", b"incarnat"), value)
+    return Slot(name, Ballot(3, counter, "n1", b"incarnat"), value, copied=bool(payload))
 
 
 def slots_in(

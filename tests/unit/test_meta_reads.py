@@ -39,7 +39,8 @@ def name_of(number: int) -> RegisterName:
 
 
 def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", payload: bytes = b"") -> Slot:
-    return Slot(name, Ballot(1, counter, "gw", b"incarnat"), Value(counter, b"o" * 16, Visibility.LIVE, body, payload))
+    value = Value(counter, b"o" * 16, Visibility.LIVE, body, payload)
+    return Slot(name, Ballot(1, counter, "gw", b"incarnat"), value, copied=bool(payload))
 
 
 class World:

@@ -507,7 +507,9 @@ class Copies:
         return None if held is None else Copy(data_id, memoryview(held))
 
     def over(self, store: MemoryMetaStore) -> LocalReplica:
-        return LocalReplica("d", store, copies=PlainCopies(store, self.store, self.load))
+        return LocalReplica(
+            "d", store, copies=PlainCopies(store, self.store, self.load, holds=lambda data_id, _: data_id in self.held)
+        )
 
 
 def with_copy(at: Ballot, header: bytes) -> messages.Accept:

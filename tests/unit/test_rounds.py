@@ -139,5 +139,5 @@ async def test_replicas_of_this_process_share_a_request_and_each_keeps_its_own_c
     )
     [promise] = [answer for _, answer in found if not isinstance(answer, AcceptReply)]
     assert (promise.accepted, promise.value) == (BALLOT, VALUE)  # it waited for what was on its way
-    assert [store.get(NAME) for store in here.stores.values()] == [Slot(NAME, BALLOT, VALUE)] * 3
+    assert [store.get(NAME) for store in here.stores.values()] == [Slot(NAME, BALLOT, VALUE, True)] * 3
     await pool.close()

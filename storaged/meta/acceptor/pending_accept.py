@@ -40,7 +40,6 @@ class PendingAccept(Struct):
     on_answer: OnAcceptReply
     again: list[OnAcceptReply] = []
     """Of the same accept, when it came again."""
-    copy_error: str = ""
     arrival: asyncio.Future[None] | None = None
     """Done when it has arrived, or failed; None while nothing waits for that."""
 

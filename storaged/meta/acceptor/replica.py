@@ -5,8 +5,9 @@ Theory of operation
     its way to the disk, every other request for that register waits: a prepare's answer must not miss an accept that
     was not answered yet (rule 1).
 
-    The small copy that comes with an accept is durable with the row that names it, or before it: no disk has a record
-    without having had its copy, but by the exception that ``consensus.proposer`` names.
+    The small copy that comes with an accept is durable with the row that names it, or before it. Where none comes
+    along, a row that names one is written only if the copy is durable here already. So each row says that its copy was
+    durable on this disk when it was accepted (``Slot.copied``), and promises and reads report it.
 
     A fence is answered when everything that was judged before it has arrived or failed: that may still wait for its
     copy when the fence is on disk.
@@ -205,7 +206,8 @@ class LocalReplica:
             state.promise(name, ballot, slot)
         if slot is None:
             return messages.PrepareReply(Verdict.OK, acceptor.lowest)
-        return messages.PrepareReply(Verdict.OK, acceptor.lowest, slot.ballot, slot.value)
+        copied = slot.copied or not slot.value.payload
+        return messages.PrepareReply(Verdict.OK, acceptor.lowest, slot.ballot, slot.value, copied=copied)
 
     # --- accept -------------------------------------------------------------------------------------------------------
 
@@ -257,12 +259,13 @@ class LocalReplica:
         if name.table != OBJECT:
             check_created(name, request.value, create)
         try:
-            acceptor, verdict = self._judge_create(request) if create else self._judge_accept(request)
+            copied = bool(header) or not request.value.payload or self._rows.has_copy(request)
+            acceptor, verdict = (self._judge_create if create else self._judge_accept)(request, copied)
         except NotInMemory:
             return False
         self._counts.accepts += 1
         if verdict is Verdict.OK:
-            self._begin_write(request, acceptor, header, body, on_answer, near=near)
+            self._begin_write(request, acceptor, header, body, on_answer, near=near, copied=copied)
         else:
             on_answer(self._refused(verdict, acceptor, name, ballot))
         return True
@@ -276,20 +279,22 @@ class LocalReplica:
         on_answer: OnAcceptReply,
         *,
         near: bool,
+        copied: bool,
     ) -> None:
-        """``near``: the ballot lies near the high-water ballot, or above it. A value that is on disk already is not
-        written again, unless its copy comes with it.
+        """``near``: the ballot lies near the high-water ballot, or above it. ``copied``: as in ``judge_accept``. A
+        value that is on disk already is not written again, unless its copy comes with it.
         """
         name, ballot, value = request.name, request.ballot, request.value
+        copied = copied and bool(value.payload)
         if ballot == acceptor.accepted and not header:
-            on_answer(messages.AcceptReply(Verdict.OK, ballot))
+            on_answer(messages.AcceptReply(Verdict.OK, ballot, copy_synced=copied))
             return
         held = acceptor.value.sequence if acceptor.value is not None else self.state.sequences.get(name, 0)
         if value.sequence < held:
             self._counts.note_fall(name, ballot, held, value.sequence)
         size = len(value.body) + sum(map(len, body))
         self._writes.check_room(size, len(self.pending))
-        batch = StoreBatch((Slot(name, ballot, value),))
+        batch = StoreBatch((Slot(name, ballot, value, copied),))
         if near and header:
             self._high_water.begin_raise(ballot)
         elif near and needs_high_water(ballot, self.state.high_water):
@@ -300,19 +305,19 @@ class LocalReplica:
         pending = PendingAccept(self, name, ballot, request.identity, batch, size, bool(header), on_answer)
         self._write(pending, header, body)
 
-    def _judge_accept(self, request: messages.Accept) -> tuple[Acceptor, Verdict]:
+    def _judge_accept(self, request: messages.Accept, copied: bool) -> tuple[Acceptor, Verdict]:
         name, ballot = request.name, request.ballot
         if not request.identity and self.state.promises.get(name) == ballot:
             acceptor = self.state.of_promised(ballot, self._fences.of(name.scope))
         else:
             acceptor = self._rows.acceptor(name)[1]
-        verdict = judge_accept(acceptor, ballot, request.value, request.nonce, request.identity, self._rules)
-        return acceptor, verdict
+        value, identity = request.value, request.identity
+        return acceptor, judge_accept(acceptor, ballot, value, request.nonce, identity, self._rules, copied=copied)
 
-    def _judge_create(self, request: messages.Accept) -> tuple[Acceptor, Verdict]:
+    def _judge_create(self, request: messages.Accept, copied: bool) -> tuple[Acceptor, Verdict]:
+        value, nonce, identity = request.value, request.nonce, request.identity
         acceptor = self._rows.acceptor(request.name)[1]
-        nonce, identity = request.nonce, request.identity
-        return acceptor, judge_create(acceptor, request.ballot, request.value, nonce, identity, self._rules)
+        return acceptor, judge_create(acceptor, request.ballot, value, nonce, identity, self._rules, copied=copied)
 
     def _write(self, pending: PendingAccept, header: bytes, body: Sequence[Buffer]) -> None:
         self._writes.bytes_in_flight += pending.size
@@ -324,7 +329,7 @@ class LocalReplica:
                 pending.kept(DiskUnusable(f"Disk {self.disk} keeps no small copies."), None)
             else:
                 assert not pending.batch.meta, "a high-water ballot could overtake a higher one"
-                self._copies.keep(header, body, pending.batch, pending.kept)
+                self._copies.keep(header, body, pending.batch, pending.kept, settling=pending.identity)
         except Exception as error:
             pending.stored(error)
 
@@ -332,7 +337,7 @@ class LocalReplica:
         self, batch: StoreBatch, header: bytes, body: Sequence[Buffer], on_answer: OnAcceptReply
     ) -> None:
         """What simulations do without rule 1."""
-        name, ballot, _value = batch.slots[0]
+        name, ballot, _value, _copied = batch.slots[0]
         self.state.promise(name, ballot)
         on_answer(messages.AcceptReply(Verdict.OK, ballot, copy_synced=bool(header)))
         if header and self._copies is not None:
@@ -359,23 +364,13 @@ class LocalReplica:
             self._high_water.stored(pending.batch)
         self.state.accepted(pending.name, pending.ballot)
         self._end(pending)
-        copy_error = pending.copy_error
-        copied = pending.copied and not copy_error
-        pending.answer(messages.AcceptReply(Verdict.OK, pending.ballot, False, copied, copy_error))
+        pending.answer(messages.AcceptReply(Verdict.OK, pending.ballot, False, pending.batch.slots[0].copied))
 
     def on_copy_refused(self, pending: PendingAccept, refusal: StoragedError) -> None:
-        """See ``pending_accept.Owner``. A settling round writes the row even where the copy can't be stored."""
-        if pending.identity:
-            try:
-                self._writes.check_answers()
-                pending.copy_error = refusal.message
-                self._store.post(pending.batch, pending.stored)
-            except Exception as failure:
-                self.on_stored(pending, failure)
-        else:
-            self._end(pending)
-            self._counts.refused += 1
-            pending.answer(messages.AcceptReply(Verdict.UNSTORED, copy_error=refusal.message))
+        """See ``pending_accept.Owner``."""
+        self._end(pending)
+        self._counts.refused += 1
+        pending.answer(messages.AcceptReply(Verdict.UNSTORED, copy_error=refusal.message))
 
     def _end(self, pending: PendingAccept) -> None:
         self._writes.bytes_in_flight -= pending.size

@@ -19,7 +19,7 @@ from storaged.meta.acceptor.fences import Fences
 from storaged.meta.acceptor.pending_accept import PendingAccepts
 from storaged.meta.consensus.acceptor import Acceptor, AcceptorState, judge_read
 from storaged.meta.consensus.register import Rules, Verdict, digest_of
-from storaged.meta.messages import Read, ReadReply, ScanReply, ScanRequest, ShardAsk
+from storaged.meta.messages import Accept, Read, ReadReply, ScanReply, ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName
 from storaged.meta.storage.scan import DigestCache, asks_to_read_ahead, read_ahead, scan_store
 from storaged.meta.store_ports import Copies, Copy, MetaStore, NotInMemory, RowDamaged, Slot
@@ -82,21 +82,32 @@ class DiskRows:
         """As ``bring``, of a fence."""
         await self._fences.when_in_memory(partial(self._fences.of, scope))
 
+    def has_copy(self, request: Accept) -> bool:
+        """Whether the copy that the value names is durable here already."""
+        payload, copies = request.value.payload, self._copies
+        if copies is None:
+            return False
+        slot, _acceptor = self.acceptor(request.name)
+        was_durable = slot is not None and slot.copied and slot.value.payload == payload
+        return copies.holds(payload, was_durable=was_durable)
+
     # --- reads --------------------------------------------------------------------------------------------------------
 
     async def read(self, request: Read) -> tuple[ReadReply, memoryview]:
         """No accept of this register is on its way. Raises NotInMemory."""
-        acceptor, verdict, data_id = self._judge(request)
-        copy = await self._load(data_id) if data_id else None
+        slot, acceptor, verdict, data_id = self._judge(request)
+        if not data_id:
+            return self._reply(request, slot, acceptor, verdict, b"", None)
+        copy, absent = await self._load(data_id)
         if copy is None:
-            return self._reply(request, acceptor, verdict, b"", None)
-        return self._reply(request, acceptor, verdict, data_id, copy.payload, copy.header)
+            return self._reply(request, slot, acceptor, verdict, b"", None, absent=absent)
+        return self._reply(request, slot, acceptor, verdict, data_id, copy.payload, copy.header)
 
     def try_read(self, request: Read) -> tuple[ReadReply, memoryview] | None:
         if request.name in self._pending.by_name or request.data_id:
             return None
         try:
-            acceptor, verdict, data_id = self._judge(request)
+            slot, acceptor, verdict, data_id = self._judge(request)
         except NotInMemory:
             return None
         payload = None
@@ -104,7 +115,7 @@ class DiskRows:
             payload = self.peek(data_id)
             if payload is None:
                 return None
-        return self._reply(request, acceptor, verdict, data_id, payload)
+        return self._reply(request, slot, acceptor, verdict, data_id, payload)
 
     def try_rows(self, epoch: int, names: Sequence[bytes]) -> list[bytes | None]:
         """Of each packed name the row as it is stored, or empty. None where ``read`` would have to wait, would refuse,
@@ -145,23 +156,26 @@ class DiskRows:
         """A small copy that is in memory."""
         return self._copies.peek(data_id) if self._copies is not None else None
 
-    def _judge(self, request: Read) -> tuple[Acceptor, Verdict, bytes]:
+    def _judge(self, request: Read) -> tuple[Slot | None, Acceptor, Verdict, bytes]:
         """What is known, whether it may be reported, and the data id of the copy to be sent along, or nothing."""
         slot, acceptor = self.acceptor(request.name)
         verdict = judge_read(acceptor, request.epoch, self._rules)
         if verdict is not Verdict.OK:
-            return acceptor, verdict, b""
+            return slot, acceptor, verdict, b""
         named = slot.value.payload if slot is not None and request.want_payload else b""
-        return acceptor, verdict, request.data_id or named
+        return slot, acceptor, verdict, request.data_id or named
 
     def _reply(
         self,
         request: Read,
+        slot: Slot | None,
         acceptor: Acceptor,
         verdict: Verdict,
         data_id: bytes,
         payload: memoryview | None,
         header: bytes = b"",
+        *,
+        absent: bool = False,
     ) -> tuple[ReadReply, memoryview]:
         self.reads += 1
         if verdict is not Verdict.OK:
@@ -169,10 +183,11 @@ class DiskRows:
             return ReadReply(verdict), NO_BYTES
         value = acceptor.value if request.full else None
         digest, fenced = digest_of(acceptor.value), self._reports_fence(request.name.scope)
+        copied = slot is None or slot.copied or not slot.value.payload
         if payload is None:
-            return ReadReply(verdict, acceptor.accepted, digest, value, fenced=fenced), NO_BYTES
+            return ReadReply(verdict, acceptor.accepted, digest, value, b"", b"", fenced, copied, absent), NO_BYTES
         header = header if request.data_id else b""
-        return ReadReply(verdict, acceptor.accepted, digest, value, data_id, header, fenced), payload
+        return ReadReply(verdict, acceptor.accepted, digest, value, data_id, header, fenced, copied), payload
 
     def _reports_fence(self, scope: bytes) -> bool:
         return self._fences.of(scope) is not None and self._rules.fences_reported
@@ -184,14 +199,16 @@ class DiskRows:
         except NotInMemory:
             return True
 
-    async def _load(self, data_id: bytes) -> Copy | None:
+    async def _load(self, data_id: bytes) -> tuple[Copy | None, bool]:
+        """The copy; without one, whether this disk has none that is whole: a read that failed does not say so."""
         if self._copies is None:
-            return None
+            return None, True
         try:
-            return await self._copies.load(data_id)
+            copy = await self._copies.load(data_id)
         except StoragedError as error:
             log.warning("small copy not readable", disk=self._writes.disk, data_id=data_id.hex(), reason=error.message)
-            return None
+            return None, not self._rules.errors_no_damage
+        return copy, copy is None
 
     # --- scans --------------------------------------------------------------------------------------------------------
 

@@ -74,9 +74,18 @@ def judge_prepare(acceptor: Acceptor, ballot: Ballot, nonce: bytes, rules: Rules
 
 
 def judge_accept(
-    acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES
+    acceptor: Acceptor,
+    ballot: Ballot,
+    value: Value,
+    nonce: bytes,
+    identity: bool,
+    rules: Rules = RULES,
+    *,
+    copied: bool = True,
 ) -> Verdict:
-    """``identity``: the value is one that was accepted before."""
+    """``identity``: the value is one that was accepted before. ``copied``: the small copy that the value names comes
+    along, or is durable on this disk; or the value names none.
+    """
     if ballot.epoch < acceptor.epoch and rules.fence_by_epoch:
         return Verdict.EPOCH
     if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):
@@ -87,6 +96,8 @@ def judge_accept(
         return Verdict.CONFLICT
     if identity and acceptor.value is not None and not _may_settle(acceptor.value, value):
         return Verdict.CONFLICT
+    if not copied and ballot != acceptor.accepted and rules.copies_with_rows:
+        return Verdict.UNSTORED
     return Verdict.OK
 
 
@@ -101,9 +112,16 @@ def _may_settle(held: Value, value: Value) -> bool:
 
 
 def judge_create(
-    acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES
+    acceptor: Acceptor,
+    ballot: Ballot,
+    value: Value,
+    nonce: bytes,
+    identity: bool,
+    rules: Rules = RULES,
+    *,
+    copied: bool = True,
 ) -> Verdict:
-    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules)
+    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules, copied=copied)
     if verdict is not Verdict.OK:
         return verdict
     if acceptor.damaged:

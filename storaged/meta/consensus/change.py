@@ -2,13 +2,11 @@
 Pure.
 
 Small copies
-    The copy of a small object goes with the accept, and a replica that can't store its copy accepts nothing. So from
-    the moment that a record is chosen, a quorum of its replicas has had its copy. To keep that true, a value that a
-    prepare found, and that no quorum has confirmed yet, is accepted again only together with its copy, which some
-    replica has to give first (CARRYING). *The exception*: a copy that is lost does not block a register for ever. A
-    settling round writes the row even where the replica can't store the copy. After ``CARRY_TRIES`` attempts that found
-    no copy the record goes on without one, and ``copy_lost`` says so, for repair. Such a record may be confirmed with
-    its copy on fewer replicas, or on none that answers.
+    The copy of a small object goes with the accept, and a replica that can't store its copy accepts nothing; nor does
+    one that gets no copy and has none. So from the moment that a record is chosen, a quorum of its replicas has had its
+    copy. A value that a prepare found, and that no quorum has confirmed yet, is accepted again only together with its
+    copy, which some replica has to give first (CARRYING). So it is where a settling round finds a replica that lags,
+    and where a quorum refuses a change that keeps the copy. ``copies`` says what happens when no replica gives it.
 
     A change with a small copy succeeds when the acknowledge rule (``SmallCopies.enough``) holds for the replicas that
     have synced their copy, besides the quorum. Where it can't hold any more the outcome is unknown: the record is
@@ -46,8 +44,8 @@ THIRD_REPLICA_TRIES = 4
 fewer, and a liar that always refuses leaves the two others alone."""
 
 CARRY_TRIES = 2
-"""How many attempts may end because the copy of an unconfirmed record was not to be had; then the record is settled
-without it."""
+"""How many attempts look for the copy of an unconfirmed record, where some replica may yet have it; then an older
+record takes its place, or nothing can be concluded."""
 
 ALL_REPLICAS_TRIES = 2
 """How often a settling round begins again, with a higher ballot, for a replica that refuses although a quorum has

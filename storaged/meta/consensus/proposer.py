@@ -24,7 +24,8 @@ Theory of operation
     reports: the replica is treated as one that does not answer. So the value of the others goes on, and is accepted
     there too.
 
-    Small copies travel with the accept: see ``change``.
+    Small copies travel with the accept: see ``change``. Where the copy of a record that no quorum has confirmed can't
+    be had, ``copies`` says what may take its place.
 """
 
 from __future__ import annotations
@@ -32,11 +33,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
+from storaged.errors import DataDamaged, OutcomeUnknown, StoragedError
 from storaged.meta.consensus.change import (
     ALL_REPLICAS_TRIES,
-    BACKOFF_FIRST_S,
-    BACKOFF_MAX_S,
     CARRY_TRIES,
     STRAGGLERS_S,
     SYSTEM_STRAGGLERS_S,
@@ -45,9 +44,11 @@ from storaged.meta.consensus.change import (
     Shared,
     Wanted,
 )
+from storaged.meta.consensus.copies import MissingCopies, highest_sequence, lagging, may_replace
+from storaged.meta.consensus.ending import Ending
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import NEVER, Lineage, Standing, Verdict, may_create, shown
-from storaged.meta.consensus.rounds import AcceptRound, CreateRound, Found, PrepareRound, Rivals
+from storaged.meta.consensus.rounds import AcceptRound, CreateRound, Found, PrepareRound
 from storaged.meta.consensus.states import (
     ACCEPTING,
     CARRYING,
@@ -55,7 +56,6 @@ from storaged.meta.consensus.states import (
     DONE,
     FAILED,
     GATHERING,
-    NEW,
     PREPARING,
     RETRYING,
     SYNCING,
@@ -70,7 +70,7 @@ DAMAGED: Final = int(Verdict.DAMAGED)
 AHEAD: Final = int(Verdict.AHEAD)
 
 
-class Proposer:
+class Proposer(Ending):
     """One change. ``state`` says what to do next; late answers and events of states that are over change nothing.
 
     It has many attributes: they are the state of the protocol, and what the shell reads of it.
@@ -78,10 +78,9 @@ class Proposer:
 
     # fmt: off
     __slots__ = (
-        "_accepts", "_attempts", "_change", "_conclusion", "_copies", "_creates", "_found", "_now_us",
-        "_prepares", "_rivals", "_seeking", "_shared", "_syncing", "_third_replica_tries", "_tries",
-        "_wanted", "ahead", "ballot", "by_create", "carry", "copy_lost", "error", "fenced", "fragments",
-        "gather_s", "lineage", "name", "outcome", "pause_s", "request", "sparing", "state", "turn", "view",
+        "_above", "_accepts", "_carries", "_change", "_copies", "_creates", "_falling_back", "_found", "_missing",
+        "_needs_copy", "_now_us", "_prepares", "_seeking", "_syncing", "_third_replica_tries", "_wanted",
+        "ahead", "ballot", "by_create", "carry", "fragments", "gather_s", "name", "request", "view",
     )
     # fmt: on
 
@@ -92,33 +91,22 @@ class Proposer:
     _prepares: PrepareRound
     _accepts: AcceptRound
     _found: Found
-    _conclusion: Outcome | Exception | None
 
     def __init__(self, shared: Shared, wanted: Wanted, lineage: Lineage) -> None:
-        self._shared = shared
+        super().__init__(shared, lineage)
         self._wanted = wanted
         self.name = wanted.name
-        self.lineage = lineage
-        self.state = NEW
-        self.turn = 0
-        """Counts the requests that were sent to several disks: answers name the one that they belong to."""
-        self.sparing = False
         self.ahead = False
         """The ballot of the create was too far ahead of a replica's clock."""
         self.by_create = False
         """The create was chosen."""
-        self.fenced = False
-        """It failed because a quorum is fenced."""
-        self.copy_lost = False
-        """The record found was accepted again without its copy, since no replica gives that."""
         self.fragments: Fragments = ()
         self.carry = b""
-        self.gather_s = self.pause_s = 0.0
-        self.outcome: Outcome | None = None
-        self.error: Exception | None = None
+        self.gather_s = 0.0
         self._syncing = wanted.barrier
-        self._attempts = self._tries = self._third_replica_tries = 0
-        self._rivals = Rivals(shared.rules)
+        self._third_replica_tries = self._carries = 0
+        self._needs_copy = False
+        """A quorum would not accept the record without its copy."""
 
     # --- create -------------------------------------------------------------------------------------------------------
 
@@ -185,7 +173,9 @@ class Proposer:
         self.sparing = not (self._attempts or self._wanted.thorough)
         self._attempts += 1
         self._prepares = PrepareRound(view.quorum)
-        self._seeking = False
+        self._missing = MissingCopies()
+        self._above = 0
+        self._seeking = self._falling_back = False
         self.turn += 1
         self.request = Prepare("", self.name, ballot, self._wanted.nonce)
         self.fragments = ()
@@ -197,7 +187,7 @@ class Proposer:
         if turn != self.turn:
             return False
         if self.state is not PREPARING:
-            return self._gather(disk, reply) if self.state is GATHERING else False
+            return self._gather(disk, reply)
         prepares = self._prepares
         if prepares.add(disk, reply, self._doubts(disk, reply)):
             return self._wait_for_others(STRAGGLERS_S) if self._wanted.commit else self._judge_newest()
@@ -257,7 +247,7 @@ class Proposer:
         if reply is not None and reply.verdict != OK:
             self._note(disk, reply)
         self._prepares.add_late(disk, reply, self._asks_all and not self._doubts(disk, reply))
-        return self._gathered() if self._prepares.everyone else False
+        return self._gathered() if self._prepares.everyone and self.state is GATHERING else False
 
     @property
     def _asks_all(self) -> bool:
@@ -269,6 +259,8 @@ class Proposer:
         return self._gathered() if self.state is GATHERING else False
 
     def _gathered(self) -> bool:
+        if self._falling_back:
+            return self._fall_back()
         if self._seeking:
             return self._judge_credible()
         refused = self._rivals.above >= self.ballot.counter and self._tries < ALL_REPLICAS_TRIES
@@ -297,7 +289,7 @@ class Proposer:
 
     def _judge(self) -> bool:
         """What became of earlier attempts, as the value found shows."""
-        if not self._found.settled and may_create(self.name):
+        if not self._found.settled and may_create(self.name) and not self._above:
             self._found = self._prepares.placed(self._found, self.lineage.lost_at(), self._shared.rules)
         lineage, small = self.lineage, self._wanted.small
         ballot, found, settled = self._found
@@ -370,32 +362,61 @@ class Proposer:
     # --- accept -------------------------------------------------------------------------------------------------------
 
     def _accept_with_copy(self) -> bool:
-        """Sends the accept with a small copy: the change's own, or, if no quorum has confirmed the value found, a
-        replica's."""
+        """Sends the accept with a small copy: the change's own, or a replica's, if no quorum has confirmed the value
+        found, or some replica needs it to accept."""
         if self._copies is not None:
             return self._accept(self._copies.fragments)
-        _ballot, found, settled = self._found
-        if settled or found is None or not found.payload or not self._shared.rules.copies_travel:
+        ballot, found, settled = self._found
+        if found is None or not found.payload or not self._shared.rules.copies_travel:
+            return self._accept(())
+        behind = self._wanted.commit and lagging(self.view.quorum, self._prepares.all_promised, ballot)
+        if settled and not self._needs_copy and not behind:
             return self._accept(())
         self.carry = found.payload
         self.state = CARRYING
         return True
 
     def carried(self, fragments: Fragments | None) -> bool:
-        """The copy that was asked for; None: no replica gives it now."""
+        """The copy that was asked for. None: no replica gives it now; empty: each has said that it has none."""
         if self.state is not CARRYING:
             return False
-        if fragments is None:
-            if self._tries < CARRY_TRIES:
-                return self._retry()
-            self.copy_lost = True
-        return self._accept(fragments or ())
+        if fragments:
+            return self._accept(fragments)
+        if self._found.settled and not self._needs_copy:
+            return self._accept(())  # by those that have it
+        self._missing.add(self.carry, absent=fragments is not None)
+        self._carries += 1
+        if fragments is None and self._carries < CARRY_TRIES:
+            return self._retry()
+        self._falling_back = True
+        return self._wait_for_others(SYSTEM_STRAGGLERS_S)
+
+    def _fall_back(self) -> bool:
+        """An older record takes the place of the one whose copy can't be had, if it may (``copies``)."""
+        quorum, promises, lineage = self.view.quorum, self._prepares.all_promised, self.lineage
+        candidate = self._missing.candidate(promises)
+        chosen = self._found.settled or candidate is None or lineage.exhausted
+        if candidate is None or chosen or not may_replace(quorum, promises, candidate[0], self._shared.rules):
+            if self._rivals.above >= self.ballot.counter and self._third_replica_tries < THIRD_REPLICA_TRIES:
+                self._third_replica_tries += 1
+                return self._retry()  # a replica has refused to promise, and will promise more
+            if not lineage.open and self._missing.damaged(quorum, promises):
+                return self._fail(DataDamaged("The copies of this object are missing or damaged on all of its disks."))
+            return self._give_up("its newest record's copy cannot be read now, and no older record may take its place")
+        self._found = Found(*candidate, False)
+        self._above = highest_sequence(promises, candidate[0])
+        return self._judge()
 
     def _accept(self, fragments: Fragments) -> bool:
         found, change = self._found.value, self._change
         if change is not None:
-            value = self.lineage.attempt(found, change)
+            value = self.lineage.attempt(found, change, self._above)
             self._conclusion = Outcome(shown(found), value)
+        elif self._above:
+            value = self.lineage.restate(found, self._above)
+            if isinstance(self._conclusion, Outcome):
+                before, after = self._conclusion
+                self._conclusion = Outcome(value if before is after else before, value)
         else:
             value = found if found is not None else NEVER
         self.request = Accept("", self.name, self.ballot, value, self._wanted.nonce, change is None)
@@ -421,6 +442,7 @@ class Proposer:
         if accepts.failed and accepts.fenced:
             return self._fenced(False)
         if accepts.failed and accepts.lost:
+            self._needs_copy = self._needs_copy or accepts.without_copy
             return self._retry()
         if not accepts.everyone:
             return False
@@ -443,50 +465,3 @@ class Proposer:
         if state is RETRYING or state is CARRYING:
             return self._give_up("other proposers or a layout change were in the way until the deadline")
         return self._give_up("no majority of its replicas confirmed the write in time")
-
-    def take_error(self) -> Exception | None:
-        """``error``, once. The exception may refer to frames that refer to this machine: without the cycle, what they
-        hold is freed at once.
-        """
-        error, self.error = self.error, None
-        return error
-
-    def _retry(self) -> bool:
-        """Another attempt, after a pause where another proposer may be at work: the more attempts there were, the
-        longer."""
-        self.pause_s = 0.0
-        if self._attempts and (not self.sparing or self.lineage.open or self._rivals.above):
-            self.pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._tries, 16))
-            self._tries += 1
-        self.turn += 1
-        self.state = RETRYING
-        return True
-
-    def _conclude(self) -> bool:
-        conclusion = self._conclusion
-        if isinstance(conclusion, Exception):
-            self._conclusion = None
-            return self._fail(conclusion)
-        self.outcome = conclusion
-        self.state = DONE
-        return True
-
-    def _fenced(self, final: bool) -> bool:
-        self.fenced = True
-        if self.lineage.open:
-            return self._give_up("its bucket is being deleted")
-        return self._fail(NoSuchBucket("", **({"final": "true"} if final else {})))
-
-    def _give_up(self, reason: str) -> bool:
-        if self.lineage.open:
-            self._shared.counts["unknown"] += 1
-            return self._fail(OutcomeUnknown(f"The write may or may not have been applied: {reason}. Read, or retry."))
-        self._shared.counts["unavailable"] += 1
-        return self._fail(
-            ServiceUnavailable(f"The key's register cannot be settled now: {reason}. Nothing was changed. Retry.")
-        )
-
-    def _fail(self, error: Exception) -> bool:
-        self.error = error
-        self.state = FAILED
-        return True

@@ -188,7 +188,8 @@ class Reader:
         return False
 
     def _accepted(self) -> dict[str, Ballot]:
-        return {disk: reply.accepted for disk, reply in self.replies.items()}
+        """What was accepted with its small copy, or needs none."""
+        return {disk: reply.accepted for disk, reply in self.replies.items() if reply.copied}
 
     def _conclude(self, ballot: Ballot) -> bool:
         if len({reply.digest for reply in self.replies.values() if reply.accepted == ballot}) > 1:

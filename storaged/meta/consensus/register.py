@@ -87,9 +87,7 @@ class Rules:
     fence_by_epoch: bool = True
     """10. Acceptors refuse requests of a layout epoch before their own."""
     copies_travel: bool = True
-    """12. A record that no majority has confirmed is accepted again only together with the small copy that it names.
-    ``consensus.proposer`` has the one exception.
-    """
+    """12. A record that no majority has confirmed is accepted again only together with the small copy that it names."""
     create_into_nothing: bool = True
     """13. An acceptor that holds anything for a register takes no create there."""
     counters_bounded: bool = True
@@ -121,6 +119,20 @@ class Rules:
     """21. An attempt is over for good, and may be followed by another, when every replica has refused it for good. A
     replica that has taken it may show it to a proposer that carries it on.
     """
+    copies_with_rows: bool = True
+    """22. An acceptor writes no row that names a small copy which is not durable on its disk, whatever the round."""
+    chosen_by_bit: bool = True
+    """23. A record counts as possibly chosen where it was accepted with its copy, whether or not the copy can be read
+    now (``copies``).
+    """
+    older_needs_minority: bool = True
+    """24. An older record is proposed again only where no quorum can have chosen a newer one."""
+    older_at_once: bool = True
+    """25. All that is newer than it counts against it, not only what is one step above it."""
+    older_as_new_change: bool = True
+    """26. It is proposed as a new change, with the sequence after the highest one seen."""
+    errors_no_damage: bool = True
+    """27. A copy that can't be read now counts as lost nowhere: the replica says that it can't tell."""
 
 
 RULES = Rules()
@@ -143,7 +155,9 @@ class Verdict(IntEnum):
     newer value replaces the row.
     """
     UNSTORED = 6
-    """The disk does not take the small copy that the value names (it is full): nothing was accepted."""
+    """The small copy that the value names is not durable on this disk: it did not come along, or the disk does not take
+    it (it is full). Nothing was accepted.
+    """
     HELD = 7
     """For a create: something was accepted here below its ballot. The create was not taken here, and never will be."""
     AHEAD = 8
@@ -306,14 +320,33 @@ class Lineage(Struct):
         """Whether some attempt may have been, or may yet be, applied."""
         return bool(self._sequences)
 
-    def attempt(self, base: Value | None, change: Change) -> Value:
-        """The value to be accepted: ``change`` on ``base``, under an operation id of its own."""
-        self._count += 1
-        operation = self.call + self._count.to_bytes(2, "big")
-        sequence = (base.sequence if base is not None else 0) + 1
+    def attempt(self, base: Value | None, change: Change, above: int = 0) -> Value:
+        """The value to be accepted: ``change`` on ``base``, under an operation id of its own. Its sequence is above
+        that of ``base`` and ``above``.
+        """
+        operation = self._next_operation()
+        sequence = max(base.sequence if base is not None else 0, above) + 1
         self._bases[operation] = base
         self._sequences[operation] = sequence
         return Value(sequence, operation, change.visibility, change.body, change.payload)
+
+    def restate(self, value: Value | None, above: int) -> Value:
+        """What ``value`` says, as a new change with a sequence above ``above`` (rule 26); a tombstone for none. If it
+        is one of our attempts, so is the new value.
+        """
+        operation, sequence = self._next_operation(), above + 1
+        if value is None or value.sequence == 0:
+            return Value(sequence, operation, Visibility.TOMBSTONE, b"")
+        if not self.rules.older_as_new_change:
+            sequence = value.sequence
+        if value.operation in self._sequences:
+            self._bases[operation] = self._bases[value.operation]
+            self._sequences[operation] = sequence
+        return Value(sequence, operation, value.visibility, value.body, value.payload)
+
+    def _next_operation(self) -> bytes:
+        self._count += 1
+        return self.call + self._count.to_bytes(2, "big")
 
     def create(self, change: Change, ballot: Ballot) -> Value:
         """The value to be created: ``change`` on nothing."""

@@ -30,6 +30,7 @@ FENCED: Final = int(Verdict.FENCED)
 HELD: Final = int(Verdict.HELD)
 PREEMPTED: Final = int(Verdict.PREEMPTED)
 AHEAD: Final = int(Verdict.AHEAD)
+UNSTORED: Final = int(Verdict.UNSTORED)
 _OVERTAKEN: Final = frozenset((int(Verdict.PREEMPTED), int(Verdict.EPOCH), int(Verdict.NEWER)))
 """Where another ballot, or another layout, may help."""
 NO_ANSWER: Final = -1
@@ -127,13 +128,14 @@ class CreateRound:
 class PrepareRound:
     """The answers to a prepare. A reply is doubted when no gateway wrote the value that it reports."""
 
-    __slots__ = ("_answered", "_doubted", "_finals", "_quorum", "damaged_below", "failed", "promised")
+    __slots__ = ("_answered", "_doubted", "_finals", "_late", "_quorum", "damaged_below", "failed", "promised")
 
     def __init__(self, quorum: Quorum) -> None:
         self._quorum = quorum
         self._answered = 0
         self._doubted: dict[str, PrepareReply] = {}
         self._finals: list[str] = []
+        self._late: dict[str, PrepareReply] = {}
         self.promised: dict[str, PrepareReply] = {}
         self.failed: dict[str, int] = {}
         """Verdicts of the disks that have not promised."""
@@ -164,8 +166,13 @@ class PrepareRound:
     def add_late(self, disk: str, reply: PrepareReply | None, wanted: bool) -> None:
         """An answer after a quorum has promised. ``wanted``: a promise counts all the same."""
         self._answered += 1
-        if wanted and reply is not None and reply.verdict == OK:
-            self.promised[disk] = reply
+        if reply is not None and reply.verdict == OK:
+            (self.promised if wanted else self._late)[disk] = reply
+
+    @property
+    def all_promised(self) -> Mapping[str, PrepareReply]:
+        """With those that came after a quorum had promised."""
+        return {**self.promised, **self._late}
 
     @property
     def everyone(self) -> bool:
@@ -202,9 +209,9 @@ class PrepareRound:
     def newest(self) -> Found:
         replies = iter(self.promised.values())
         newest = next(replies)
-        alike = True
+        alike = newest.copied
         for reply in replies:
-            if reply.accepted != newest.accepted:
+            if reply.accepted != newest.accepted or not reply.copied:
                 alike = False
                 if reply.accepted > newest.accepted:
                     newest = reply
@@ -231,7 +238,8 @@ class PrepareRound:
         return Found(ballot, msgspec.structs.replace(value, sequence=below.sequence + 1), settled)
 
     def _accepted(self) -> Mapping[str, Ballot]:
-        return {disk: reply.accepted for disk, reply in self.promised.items()}
+        """What was accepted with its copy."""
+        return {disk: reply.accepted for disk, reply in self.promised.items() if reply.copied}
 
 
 class AcceptRound:
@@ -291,6 +299,11 @@ class AcceptRound:
     @property
     def fenced(self) -> bool:
         return self._quorum.lost([disk for disk, verdict in self.failed.items() if verdict == FENCED])
+
+    @property
+    def without_copy(self) -> bool:
+        """Some replica does not have the small copy that the value names."""
+        return UNSTORED in self.failed.values()
 
     @property
     def lost(self) -> bool:

@@ -24,7 +24,6 @@ from typing import Any
 
 from storaged import trace
 from storaged.errors import OutcomeUnknown, ServiceUnavailable, StoragedError
-from storaged.meta.consensus.change import Fragments
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict
@@ -397,13 +396,9 @@ class ChangeShell:
             self._fail(mistake)
         else:
             self._work = None
-            self._did(partial(self._carried, fragments))
-
-    def _carried(self, fragments: Fragments | None) -> bool:
-        entered = self.machine.carried(fragments)
-        if self.machine.copy_lost:
-            self._ring.on_missed(self.machine.name)
-        return entered
+            if not fragments:
+                self._ring.on_missed(machine.name)
+            self._did(partial(machine.carried, fragments))
 
     def _paused(self) -> bool:
         if self._renew is not None and (self._ready is None or self._ready.done()):

@@ -34,7 +34,7 @@ from storaged.meta.messages import Read, ReadReply
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Reading
 from storaged.meta.proposer.ring import Deadlines, Ring
-from storaged.meta.storage.rowvalue import check_of, value_of
+from storaged.meta.storage.rowvalue import accepted_whole, check_of, value_of
 from storaged.meta.store_ports import Copy
 from storaged.meta.transport.calls import NO_BYTES, Answers, Calls, UnresponsiveDisks
 from storaged.meta.transport.read_batching import CHECK, COPY, ROW, RowReader
@@ -121,7 +121,7 @@ class RowRead:
 
     def reading(self, want_payload: bool) -> Reading | None:
         """What was found; None: the replicas do not agree, or the copy is missing."""
-        if not self.comparison.agreed:
+        if not self.comparison.agreed or (self.row and not accepted_whole(self.row)):
             return None
         try:
             value = shown(value_of(self.row)) if self.row else None
@@ -141,17 +141,24 @@ class CopyReader:
         self._copy_at = copy_at
 
     async def carry(self, view: View, name: RegisterName, data_id: bytes, deadline: float) -> Fragments | None:
-        """The copy, for each replica; None when none gives it in time."""
+        """The copy, for each replica; None when none gives it in time, empty when each has said that it has none."""
         limit = min(deadline, self._calls.clock.monotonic() + CARRY_S)
-        copy = await self.fetch(view, name, data_id, set(), limit)
+        copy, absent = await self._search(view, name, data_id, set(), limit)
         if copy is None:
-            return None
+            return () if absent.issuperset(view.quorum.disks) else None
         return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(len(view.quorum.disks))]
 
     async def fetch(
         self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float
     ) -> Copy | None:
         """Asks the replicas one by one; those that were ``asked`` and had none come last."""
+        return (await self._search(view, name, data_id, asked, deadline))[0]
+
+    async def _search(
+        self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float
+    ) -> tuple[Copy | None, set[str]]:
+        """As ``fetch``, and the disks that have said that they have no whole copy."""
+        absent: set[str] = set()
         calls = self._calls
         order = calls.unresponsive.last(sorted(view.quorum.disks, key=asked.__contains__))
         answers: Answers[_ReadAnswer] = calls.answers()
@@ -161,11 +168,16 @@ class CopyReader:
                 answers.ask_read(request, timeout_s=calls.timeout_s(deadline))
             remaining_s = calls.remaining_s(deadline)
             if remaining_s <= 0:
-                return None
+                return None, absent
             answer = await answers.next(min(calls.hedge_s, remaining_s) if order else remaining_s)
-            if answer is not None and not isinstance(answer[1], StoragedError) and answer[1][0].payload == data_id:
-                return Copy(answer[1][0].header, answer[1][1])
-        return None
+            if answer is None or isinstance(answer[1], StoragedError):
+                continue
+            reply, payload = answer[1]
+            if reply.payload == data_id:
+                return Copy(reply.header, payload), absent
+            if reply.copy_absent:
+                absent.add(answer[0])
+        return None, absent
 
 
 class Settle(Protocol):

@@ -100,7 +100,13 @@ def _packed(slot: Slot) -> tuple[bytes, bytes, bytes]:
     """
     global _packed_last
     last = _packed_last
-    if last is not None and last[0].value is slot.value and last[0].ballot is slot.ballot and last[0].name is slot.name:
+    if (
+        last is not None
+        and last[0].value is slot.value
+        and last[0].ballot is slot.ballot
+        and last[0].name is slot.name
+        and last[0].copied is slot.copied
+    ):
         return last[1]
     prefix = slot.name.prefix
     row = prefix, slot.name.key, pack_row(slot, prefix)

@@ -1,9 +1,9 @@
 """The bytes of a row: one register's accepted state, as every replica stores it. Pure.
 
     offset  bytes  what
-    0       1      format version, 1
+    0       1      format version: 1, or for a row that names a small copy 2 or 3
     1       8      check: xxh3-64 (BE) of the row from offset 9 || the key, seeded with the xxh3-64 of
-                   table || scope || shard
+                   table || scope || shard, and one more (mod 2^64) in version 3
     9       1      visibility (0 tombstone, 1 hidden, 2 live)
     10      8      ballot: epoch (u64 BE)
     18      8      ballot: counter (u64 BE)
@@ -15,6 +15,13 @@
 The check covers the register's name, so it finds a row under another key as surely as a row whose bytes changed (LMDB
 0.9 checks neither). Equal names, ballots and values give equal bytes, so replicas also compare digests of checks
 instead of rows.
+
+The version of a row that names a copy is the bit ``Slot.copied``: in version 2 the copy was durable on this disk when
+the row was accepted, in version 3 it was not. Acceptors write no version 3. A row of version 1 that names a copy is
+older than the bit, and counts as accepted with its copy: the program that wrote it may have acknowledged it, and it
+wrote such rows also in the place of rows that did have their copies. So nothing older than such a row is taken for the
+newest, unless a majority of the replicas has never had it. 1 and 2 differ in nothing else, not even in the check: a row
+keeps its check when the programs of its replicas are replaced one after the other.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, head_of
 from storaged.meta.store_ports import RowDamaged, Slot, Stamps
 from storaged.wire import Buffer
 
-ROW_VERSION = 1
+ROW_VERSION, COPIED_VERSION, UNCOPIED_VERSION = 1, 2, 3
 CHECK_BYTES = 8
 NAME_PREFIX_BYTES = 18
 
@@ -66,7 +73,7 @@ def pack_row(slot: Slot, prefix: bytes = b"") -> bytes:
     """``prefix``: the name's, if the caller has it. Raises ValueError for what no row can hold: a key over 1,041 bytes,
     a scope that isn't 16, a ballot out of range.
     """
-    name, ballot, value = slot
+    name, ballot, value, copied = slot
     key, (epoch, counter, proposer, incarnation) = name.key, ballot
     if not 1 <= len(key) <= KEY_BYTES_MAX or len(name.scope) != 16:
         raise ValueError(
@@ -80,7 +87,15 @@ def pack_row(slot: Slot, prefix: bytes = b"") -> bytes:
     except (struct.error, ValueError) as error:
         raise ValueError(f"a row cannot hold {ballot} of {name}: {error}") from None
     body = b"".join((head, node, incarnation, wire.encode(value)))
-    return b"\x01" + _check(body + key, _hash(prefix)) + body
+    if not value.payload:
+        return b"\x01" + _check(body + key, _hash(prefix)) + body
+    if copied:
+        return b"\x02" + _check(body + key, _hash(prefix)) + body
+    return b"\x03" + _check(body + key, _uncopied_seed(_hash(prefix))) + body
+
+
+def _uncopied_seed(seed: int) -> int:
+    return (seed + 1) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def seed_of(name_prefix: bytes) -> int:
@@ -93,7 +108,14 @@ def sound_check(seed: int, key: bytes, row: bytes) -> bytes:
     shard.
     """
     check = row[_CHECK_AT:_BODY_AT]
-    return check if _check(row[_BODY_AT:] + key, seed) == check and row[0] == ROW_VERSION else b""
+    if _check(row[_BODY_AT:] + key, seed) == check:
+        return check if row[0] in (ROW_VERSION, COPIED_VERSION) else b""
+    return check if row[:1] == b"\x03" and _check(row[_BODY_AT:] + key, _uncopied_seed(seed)) == check else b""
+
+
+def accepted_whole(row: bytes) -> bool:
+    """Whether an intact row names no copy, or was accepted with it."""
+    return row[0] != UNCOPIED_VERSION
 
 
 def check_of(row: bytes) -> bytes:
@@ -134,9 +156,9 @@ def columns_of(entries: Sequence[tuple[bytes, bytes]], limit: int) -> tuple[list
 
 
 def sound_rows(seed: int, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
-    """Whether ``sound_check`` accepts all of these."""
+    """Whether all of these are intact, and none was accepted without its copy."""
     for key, row in zip(keys, rows, strict=True):
-        if row[_CHECK_AT:_BODY_AT] != _check(row[_BODY_AT:] + key, seed) or row[0] != ROW_VERSION:
+        if row[_CHECK_AT:_BODY_AT] != _check(row[_BODY_AT:] + key, seed) or row[0] > COPIED_VERSION or not row[0]:
             return False
     return True
 
@@ -191,7 +213,8 @@ def unpack_row(name: RegisterName, row: bytes) -> Slot:
         value = wire.decode(row[end:], Value)
     except msgspec.MsgspecError as error:
         raise RowDamaged(f"the row of {name} holds no value: {error}") from None
-    return Slot(name, Ballot(epoch, counter, row[ROW_BYTES_MIN:node_end].decode(), row[node_end:end]), value)
+    ballot = Ballot(epoch, counter, row[ROW_BYTES_MIN:node_end].decode(), row[node_end:end])
+    return Slot(name, ballot, value, bool(value.payload) and accepted_whole(row))
 
 
 def seal_small(context: bytes, body: Buffer) -> bytes:

@@ -33,11 +33,17 @@ it.
 """
 
 LoadCopy = Callable[[bytes], Awaitable[Copy | None]]
+HoldsCopy = Callable[[bytes, bool], bool]
 PeekCopy = Callable[[bytes], memoryview | None]
 
 
 def _peek_nothing(_data_id: bytes) -> None:
     """No copy is in memory."""
+
+
+def _holds_nothing(_data_id: bytes, _was_durable: bool) -> bool:
+    """No copy is known to be durable."""
+    return False
 
 
 class SmallCopyCache:
@@ -81,13 +87,18 @@ class PlainCopies:
         load: LoadCopy,
         peek: PeekCopy = _peek_nothing,
         cache: SmallCopyCache | None = None,
+        holds: HoldsCopy = _holds_nothing,
     ) -> None:
         self._cache = cache if cache is not None else SmallCopyCache(0)
         self._meta = meta
         self._store = store
         self._load = load
+        self._holds = holds
         self._peek = peek
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def holds(self, data_id: bytes, *, was_durable: bool) -> bool:
+        return self._holds(data_id, was_durable)
 
     async def load(self, data_id: bytes) -> Copy | None:
         return await self._load(data_id)
@@ -100,7 +111,9 @@ class PlainCopies:
                 self._cache.put(data_id, found)
         return found
 
-    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept) -> None:
+    def keep(
+        self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept, *, settling: bool = False
+    ) -> None:
         task = asyncio.get_running_loop().create_task(self._keep(header, body, batch, on_done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -123,7 +123,7 @@ async def _read_row(replica: Replica, disk: str, epoch: int, ask: bytes) -> tupl
         return None, NO_BYTES
     if reply.value is None:
         return b"" if reply.accepted == ZERO_BALLOT else None, NO_BYTES
-    row = pack_row(Slot(name, reply.accepted, reply.value))
+    row = pack_row(Slot(name, reply.accepted, reply.value, reply.copied))
     return (check_of(row) if ask[0] == _CHECK else row), copy
 
 

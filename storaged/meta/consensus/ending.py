@@ -1,0 +1,84 @@
+"""How an attempt of a change ends: with an outcome, an error, or another attempt. Pure; ``proposer`` is the machine."""
+
+from __future__ import annotations
+
+from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable
+from storaged.meta.consensus.change import BACKOFF_FIRST_S, BACKOFF_MAX_S, Shared
+from storaged.meta.consensus.register import Lineage
+from storaged.meta.consensus.rounds import Rivals
+from storaged.meta.consensus.states import DONE, FAILED, NEW, RETRYING, State
+from storaged.meta.ports import Outcome
+
+
+class Ending:
+    """The base of ``Proposer``: what all its ends need."""
+
+    # fmt: off
+    __slots__ = (
+        "_attempts", "_conclusion", "_rivals", "_shared", "_tries",
+        "error", "fenced", "lineage", "outcome", "pause_s", "sparing", "state", "turn",
+    )
+    # fmt: on
+
+    _conclusion: Outcome | Exception | None
+
+    def __init__(self, shared: Shared, lineage: Lineage) -> None:
+        self._shared = shared
+        self._rivals = Rivals(shared.rules)
+        self.lineage = lineage
+        self.state: State = NEW
+        self.turn = 0
+        """Counts the requests that were sent to several disks: answers name the one that they belong to."""
+        self.sparing = self.fenced = False
+        """``fenced``: it failed because a quorum is fenced."""
+        self.pause_s = 0.0
+        self.outcome: Outcome | None = None
+        self.error: Exception | None = None
+        self._attempts = self._tries = 0
+
+    def take_error(self) -> Exception | None:
+        """``error``, once. The exception may refer to frames that refer to this machine: without the cycle, what they
+        hold is freed at once.
+        """
+        error, self.error = self.error, None
+        return error
+
+    def _retry(self) -> bool:
+        """Another attempt, after a pause where another proposer may be at work: the more attempts there were, the
+        longer."""
+        self.pause_s = 0.0
+        if self._attempts and (not self.sparing or self.lineage.open or self._rivals.above):
+            self.pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._tries, 16))
+            self._tries += 1
+        self.turn += 1
+        self.state = RETRYING
+        return True
+
+    def _conclude(self) -> bool:
+        conclusion = self._conclusion
+        if isinstance(conclusion, Exception):
+            self._conclusion = None
+            return self._fail(conclusion)
+        self.outcome = conclusion
+        self.state = DONE
+        return True
+
+    def _fenced(self, final: bool) -> bool:
+        self.fenced = True
+        if self.lineage.open:
+            return self._give_up("its bucket is being deleted")
+        return self._fail(NoSuchBucket("", **({"final": "true"} if final else {})))
+
+    def _give_up(self, reason: str) -> bool:
+        if self.lineage.open:
+            self._shared.counts["unknown"] += 1
+            return self._fail(OutcomeUnknown(f"The write may or may not have been applied: {reason}. Read, or retry."))
+        self._shared.counts["unavailable"] += 1
+        return self._fail(
+            ServiceUnavailable(f"The key's register cannot be settled now: {reason}. Nothing was changed. Retry.")
+        )
+
+    def _fail(self, error: Exception) -> bool:
+        self.error = error
+        self.state = FAILED
+        return True
