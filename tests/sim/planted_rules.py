@@ -54,7 +54,7 @@ AUTHORITY_BUGS = (
     Planted(
         "never_by_storage_nodes",
         "a storage node may prepare, and write NEVER where the acceptor has accepted nothing",
-        300,
+        1000,
         "hostile",
         _AUTHORITY,
         _JUDGE,
