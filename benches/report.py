@@ -105,7 +105,9 @@ def line(server: str, result: Result) -> str:
     if result.disk_bytes_per_byte:
         words.append(f"disk x{result.disk_bytes_per_byte:.2f}")
     if result.refused or result.slowest:
-        words.append(f"refused {result.refused}, slowest client {result.slowest:.2f} of the mean")
+        words.append(
+            f"refused {result.refused}, unknown {result.unknown}, slowest client {result.slowest:.2f} of the mean"
+        )
     if result.errors:
         words.append(f"ERRORS {result.errors}: {result.first_error}")
     return "  ".join(words)

@@ -91,8 +91,8 @@ class Result:
     """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` do not count as
     operations.
 
-    ``refused``: answers 503 in a row that counts them. ``slowest``: the operations of the connection with the fewest,
-    relative to the mean; 0 where it is not counted.
+    ``refused``: answers 503 in a row that counts them; ``unknown``: those whose write may have been applied.
+    ``slowest``: the operations of the connection with the fewest, relative to the mean; 0 where it is not counted.
 
     ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest memory without mapped files, sampled)
     have one entry for each server process, and are empty for an external endpoint. ``client_cpu_s`` is the load
@@ -106,6 +106,7 @@ class Result:
     errors: int = 0
     first_error: str = ""
     refused: int = 0
+    unknown: int = 0
     slowest: float = 0.0
     p50_ms: float = 0.0
     p99_ms: float = 0.0
@@ -184,6 +185,7 @@ class _Drive:
             if error is not None:
                 if error.status == 503 and self.done_by is not None:
                     self.result.refused += 1
+                    self.result.unknown += "applied" in str(error)
                 else:
                     self.result.failed(f"#{number}: {error}")
                 replacing = asyncio.ensure_future(self._replace(connection))
