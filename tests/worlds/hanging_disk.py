@@ -388,4 +388,7 @@ class _Server:
 
 
 if __name__ == "__main__":
-    _Server(sys.argv[1], sys.argv[2]).run()
+    try:
+        _Server(sys.argv[1], sys.argv[2]).run()
+    finally:  # also when the test was killed
+        _libc.umount2(sys.argv[1].encode(), 2)
