@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
 import xxhash
 
-from storaged.errors import FragmentDamaged, FragmentMissing
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments.damage import HEAD_CELL
 from storaged.fragments.entry import Entry
 from storaged.fragments.files import SegmentFile
@@ -35,6 +36,11 @@ from storaged.fragments.index import Index
 from storaged.fragments.ports import FragmentHeader
 from storaged.units import MIB
 from storaged.wire import Buffer
+
+MEDIA_ERRORS = frozenset((errno.EIO, errno.EILSEQ, errno.EBADMSG, errno.ENODATA))
+"""What a drive reports for bytes that it can't read: the cells count as damaged, so that they are written anew. Any
+other error of a read says nothing of the bytes.
+"""
 
 MOVED_RETRIES_MAX = 8
 """How often compaction may move a fragment while it is read, before the fragment counts as damaged."""
@@ -167,7 +173,9 @@ class Reader:
                 cell_data = memoryview(fetch(file, payload + start, end - start))
         except FileNotFoundError:
             return None
-        except OSError:
+        except OSError as error:
+            if error.errno not in MEDIA_ERRORS:
+                raise DiskUnusable(f"fragment {key.hex()} cannot be read now: {error.strerror or error}") from None
             return self._piecewise(key, entry, file, first, last)
         opened = self._open(key, entry, head_data)
         if opened is None:

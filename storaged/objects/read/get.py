@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 from storaged import trace
-from storaged.errors import DataDamaged, StoragedError
+from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions, Reading, ReadResult
 from storaged.objects.code.manifest import sealed_parts_of
@@ -192,7 +192,7 @@ async def get(
         stream = VerifiedStream(plane, bucket, found, info, wanted, as_copy_source=as_copy_source)
         try:
             await stream.open()
-        except DataDamaged:
+        except ServiceUnavailable:  # DataDamaged is one
             again = await find(plane, bucket, key, version_id, want_payload=True)
             if attempt == READ_AGAIN_MAX - 1 or again.opened.version == version:
                 raise

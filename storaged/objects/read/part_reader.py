@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from storaged import trace
 from storaged.cluster.layout import Profile
-from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerError
+from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerError, ServiceUnavailable
 from storaged.fragments.ports import CellRead, FragmentId
 from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure, place
@@ -123,7 +123,7 @@ class PartReader:
                 self._copy = None  # that replica lies; others are asked below
         try:
             job = await self._fetched(window)
-        except DataDamaged:
+        except ServiceUnavailable:  # DataDamaged is one
             entry = await self._moved(self._entry)
             if entry is None:
                 raise
@@ -251,6 +251,8 @@ class _WindowJob:
         self.k = run.k
         self.disks = disks
         self._bad = bad
+        self._gone: set[int] = set()
+        """Positions whose disks have said that they do not have the fragment, or not whole."""
         self._window = window
         self.cells: Cells = {
             stripe: {} for stripe in range(window.first // run.k, (window.first + window.cells - 1) // run.k + 1)
@@ -351,7 +353,7 @@ class _WindowJob:
             while not self._complete():
                 if not reads:
                     if not spares:
-                        raise DataDamaged(f"Block {self._window.block} of this object has too few readable fragments.")
+                        raise self._too_few()
                     ask_spares(1)
                     continue
                 more = await reads.turn(limit_s, patience_s=self._plane.hedge.seconds if spares else math.inf)
@@ -366,6 +368,12 @@ class _WindowJob:
                     ask_spares(more)
         finally:
             await reads.close()
+
+    def _too_few(self) -> ServiceUnavailable:
+        """Damaged, unless disks that did not answer, or could not read, may have what is missing."""
+        if self.profile.n - len(self._gone) >= self.k:
+            return ServiceUnavailable("Disks that have this object's data do not answer now. Retry.")
+        return DataDamaged(f"Block {self._window.block} of this object has too few readable fragments.")
 
     def _complete(self) -> bool:
         k = self.k
@@ -400,9 +408,11 @@ class _WindowJob:
         try:
             found = await self._plane.stores.store(disk).read(self._fragment(position), row, count)
         except FragmentMissing:
+            self._gone.add(position)
             self._report(position, -1, "missing")
             return False
         except FragmentDamaged:
+            self._gone.add(position)
             self._report(position, -1, "checksum")
             return False
         except PeerError:
@@ -417,6 +427,7 @@ class _WindowJob:
             if cell is not None and len(cell) == self._length(row + offset, position):
                 self.cells[row + offset][position] = cell
             else:
+                self._gone.add(position)
                 self._report(position, row + offset, "checksum")
                 whole = False
         if whole and found.whole is not None:
