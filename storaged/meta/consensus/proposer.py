@@ -407,10 +407,19 @@ class Proposer(Ending):
         self._above = highest_sequence(promises, candidate[0])
         return self._judge()
 
+    def _highest_seen(self) -> int:
+        """The highest sequence in the promises, which a new value exceeds. Bodies of other tables than the objects' are
+        bound to the sequence after that of the value found.
+        """
+        promised = self._prepares.promised
+        if (self._found.settled and len(promised) <= self.view.quorum.fewest) or not may_create(self.name):
+            return self._above
+        return max(self._above, *(reply.value.sequence for reply in promised.values() if reply.value is not None), 0)
+
     def _accept(self, fragments: Fragments) -> bool:
         found, change = self._found.value, self._change
         if change is not None:
-            value = self.lineage.attempt(found, change, self._above)
+            value = self.lineage.attempt(found, change, self._highest_seen())
             self._conclusion = Outcome(shown(found), value)
         elif self._above:
             value = self.lineage.restate(found, self._above)
