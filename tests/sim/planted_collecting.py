@@ -31,6 +31,7 @@ COLLECTOR_BUGS = (
         _GC,
         "            proofs = await self._judge.prove(list(by_owner))\n",
         "            proofs = await self._judge.prove(list(by_owner))\n            self._store.condemn(data_ids)\n",
+        open=True,
     ),
     Planted(
         "orphans_by_a_majority",
@@ -40,6 +41,7 @@ COLLECTOR_BUGS = (
         _GC,
         "elif proof.gone or part or (proof.everywhere and not proof.uploads):",
         "elif proof.gone or part or not proof.uploads:",
+        open=True,
     ),
     Planted(
         "all_data_is_replaced",
@@ -70,6 +72,7 @@ COLLECTOR_BUGS = (
         "    def pardon(self, data_ids: Iterable[bytes]) -> None:\n"
         "        self._condemned.difference_update(data_ids)\n",
         "    def pardon(self, data_ids: Iterable[bytes]) -> None:\n        pass\n",
+        open=True,
     ),
     Planted(
         "synced_before_the_promise",
@@ -79,6 +82,7 @@ COLLECTOR_BUGS = (
         "tests/sim/collecting.py",
         "        await promised.wait()\n        durable: dict",
         "        durable: dict",
+        open=True,
     ),
     Planted(
         "orphans_stay",
