@@ -290,6 +290,18 @@ async def test_a_value_on_a_minority_is_settled_above_another_promise(ring: Ring
     assert client.statistics().identity_rounds == 1
 
 
+async def test_a_change_writes_one_more_than_the_highest_sequence_that_promises_report(ring: Ring) -> None:
+    """A value that lost may have a higher sequence than the one that the change is made on."""
+    await ring.accept_at(ring.first, b"lost", 10, sequence=7)
+    await ring.accept_at(ring.second, b"newer", 20, sequence=3)
+    ring.third.away = True
+    outcome = await ring.client().change(NAME, put(b"next"))
+    assert outcome.before is not None
+    assert outcome.before.body == b"newer"
+    assert outcome.after is not None
+    assert outcome.after.sequence == 8
+
+
 async def test_a_failed_condition_settles_what_it_judged(ring: Ring) -> None:
     await ring.accept_at(ring.first, b"half", 10)
     ring.third.away = True
