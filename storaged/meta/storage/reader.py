@@ -40,6 +40,9 @@ from storaged.meta.store_ports import Fence, NotInMemory, Place, RowDamaged, Row
 T = TypeVar("T")
 
 SLICE_ROWS_MAX = 10_000
+
+LMDB_DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.InvalidError)
+"""What LMDB reports of damaged pages; of a transaction that has met one it reports the third."""
 THREADS = 4
 """That read one store when LMDB's pages are not all in memory, and close it."""
 
@@ -344,6 +347,10 @@ class StoreReader:
         return value
 
     def _damaged_page(self, error: lmdb.Error) -> RowDamaged:
-        """LMDB met a damaged page of its own: what it held is unknown, as when a check does not hold."""
+        """LMDB met a damaged page of its own: what it held is unknown, as when a check does not hold. Raises
+        DiskUnusable for an error of the system, which says nothing of what is there.
+        """
+        if not isinstance(error, LMDB_DAMAGED):
+            raise DiskUnusable(f"the metadata store in {self.directory} cannot be read: {error}") from None
         self.damaged_rows += 1
         return RowDamaged(f"the metadata store in {self.directory} holds a damaged page: {error}")
