@@ -369,38 +369,15 @@ async def test_whoever_finds_a_create_that_lies_above_what_was_chosen_carries_it
     assert settled.sequence == (8 if way in ("read", "settle") else 9)
 
 
-async def test_a_create_at_one_replica_alone_is_read_without_another_ballot(ring: Ring) -> None:
-    """Whoever reads helps it on by creates, which are refused where something has come meanwhile."""
+async def test_a_create_at_one_replica_alone_is_settled_under_the_readers_own_ballot(ring: Ring) -> None:
     await ring.first.inner.accept(messages.Create(ring.first.inner.disk, NAME, at(10), NEW))
     client = ring.client()
     ring.third.away = True
     assert (await client.read(NAME)).value == NEW
-    assert client.statistics().identity_rounds == 0
     asked = [request for replica in ring.replicas.values() for request in replica.accepts]
     assert asked
-    assert all(isinstance(request, messages.Create) for request in asked)
-
-
-async def test_a_reader_that_helps_a_create_on_does_not_overwrite_what_has_come_meanwhile(
-    ring: Ring, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await ring.first.inner.accept(messages.Create(ring.first.inner.disk, NAME, at(10), NEW))
-    client = ring.client()
-    ring.third.away = True
-    post = Unreliable.accept
-
-    async def meanwhile(
-        self: Unreliable, request: messages.Accept, *more: object, **options: object
-    ) -> messages.AcceptReply:
-        if isinstance(request, messages.Create):
-            for other in (ring.second, ring.third):
-                await ring.accept_at(other, b"chosen", 5, sequence=7)
-        return await post(self, request, *more, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Unreliable, "accept", meanwhile)
-    value = (await client.read(NAME)).value
-    assert value is not None
-    assert (value.sequence, value.body) == (8, b"new")
+    assert at(10) not in {request.ballot for request in asked}
+    assert not any(isinstance(request, messages.Create) for request in asked)
 
 
 async def test_a_create_whose_answers_are_lost_is_found_again(ring: Ring) -> None:

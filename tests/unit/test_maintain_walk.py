@@ -24,6 +24,7 @@ from tests.doubles.meta_store import MemoryMetaStore
 SCOPE = b"s" * 16
 WHERE = Range("d", Table.OBJECT, SCOPE, 0)
 NO_SCANNER: Any = None
+NO_RING: Any = SimpleNamespace(settle=None)
 
 
 @pytest.mark.parametrize(("took_s", "rested_s"), [(0.003, 0.003), (0.0, 0.0), (60.0, REST_S_MAX)])
@@ -40,7 +41,8 @@ async def test_a_walk_rests_as_long_as_each_slice_took_but_not_for_ever(
         rests.append(seconds)
 
     monkeypatch.setattr(walk.asyncio, "sleep", sleep)
-    context: Any = SimpleNamespace(clock=SimpleNamespace(monotonic=lambda: now), local_meta={"d": store})
+    clock = SimpleNamespace(monotonic=lambda: now)
+    context: Any = SimpleNamespace(clock=clock, local_meta={"d": store}, registers=NO_RING)
     walked: list[RegisterName] = []
     async for rows in Walker(context, NO_SCANNER).rows(WHERE):
         assert len(rows) <= ROWS_A_SLICE
@@ -77,7 +79,10 @@ async def test_whoever_goes_through_all_rows_of_a_large_store_has_a_thread_read_
     read: list[tuple[str, bytes]] = []
     for what in ("read_ahead", "slice"):
         monkeypatch.setattr(store, what, noting(read, what, getattr(store, what)))
-    await go_through(SimpleNamespace(clock=SystemClock(), local_meta={WHERE.disk: store}, limits=MaintainLimits()))
+    context = SimpleNamespace(
+        clock=SystemClock(), local_meta={WHERE.disk: store}, limits=MaintainLimits(), registers=NO_RING
+    )
+    await go_through(context)
     await store.close()
     places = (b"", names[ROWS_A_SLICE - 1].key, names[-1].key)
     assert read == [(what, after) for after in places for what in ("read_ahead", "slice")]
