@@ -42,9 +42,14 @@ class FragmentOther(PeerError):
 
 
 class FragmentDamaged(PeerError):
-    """The fragment's bytes do not match their checksum on the disk."""
+    """The fragment's bytes do not match their checksum on the disk, or the drive can't read them now (``unread``)."""
 
     code = "FRAGMENT_DAMAGED"
+
+    @property
+    def unread(self) -> bool:
+        """The drive reported an error, which says nothing of the bytes: a later read may bring them."""
+        return self.details.get("unread") == "yes"
 
 
 class DiskUnusable(PeerError):

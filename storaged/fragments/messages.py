@@ -67,11 +67,12 @@ class ReadRequest(Message, frozen=True):
 
 class ReadReply(Message, frozen=True):
     """The reply's body has the cells, one after the other. ``lengths``: bytes of each, MISSING_CELL for a damaged
-    one.
+    one. ``unread``: see ``CellRead``; a node of 0.1.0 does not say so.
     """
 
     header: FragmentHeader
     lengths: tuple[int, ...]
+    unread: bool = False
 
 
 class RetireRequest(Message, frozen=True):

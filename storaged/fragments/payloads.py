@@ -92,15 +92,21 @@ class Payloads:
 
     async def load_payload(self, data_id: bytes) -> Loaded | None:
         """The whole copy, every cell verified; None when this disk has none, or a damaged one (the read has reported
-        the damage).
+        the damage). Raises DiskUnusable when the drive can't read it now.
         """
         fragment = await self._store.locate_copy(data_id)
         if fragment is None:
             return None
         try:
             found = await self._store.read(fragment, 0, COPY_BYTES_MAX)
-        except (FragmentMissing, FragmentDamaged):
+        except FragmentMissing:
             return None
+        except FragmentDamaged as error:
+            if error.unread:
+                raise DiskUnusable(error.message) from None
+            return None
+        if found.unread:
+            raise DiskUnusable(f"the drive can't read the copy {data_id.hex()} now")
         payload = _joined(found)
         return None if payload is None else Loaded(encode(found.header), payload)
 

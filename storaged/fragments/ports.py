@@ -124,13 +124,15 @@ class Retirement(NamedTuple):
 
 
 class CellRead(NamedTuple):
-    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold; the store has recorded the
-    damage and reported it. ``whole``: all cells in one piece, when they lie so in memory.
+    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold, or the drive could not read it;
+    the store has recorded the damage and reported it. ``whole``: all cells in one piece, when they lie so in memory.
+    ``unread``: the drive could not read one of them. That says nothing of its bytes: a later read may bring them.
     """
 
     header: FragmentHeader
     cells: tuple[memoryview | None, ...]
     whole: memoryview | None = None
+    unread: bool = False
 
 
 class Usage(Message, frozen=True):

@@ -48,17 +48,22 @@ MOVED_RETRIES_MAX = 8
 
 class Cells(NamedTuple):
     """Some cells of one fragment. ``bad``: cells that failed; never HEAD_CELL, which raises. ``whole``: all of them in
-    one piece, when none failed.
+    one piece, when none failed. ``unread``: the drive reported an error for one that failed.
     """
 
     header: FragmentHeader
     cells: tuple[memoryview | None, ...]
     bad: tuple[int, ...]
     whole: memoryview | None = None
+    unread: bool = False
 
 
 class _NotCached(Exception):
     pass
+
+
+class _HeadUnread(Exception):
+    """The drive reported an error for the head of a record."""
 
 
 class Reader:
@@ -75,20 +80,26 @@ class Reader:
 
     def read(self, key: bytes, first: int, count: int) -> Cells:
         """Cells ``first .. first + count - 1``, fewer at the end. Raises FragmentMissing, and FragmentDamaged when the
-        record's head can't be read.
+        record's head does not hold, or the drive can't read it (``FragmentDamaged.unread``).
         """
         failed: Cells | None = None
+        unread = False
         before: Entry | None = None
         for _ in range(MOVED_RETRIES_MAX):
             entry = self._lookup(key)
             if before is not None and before[:2] == entry[:2]:
                 break  # it did not move: what failed is damaged
-            found = self._attempt(key, entry, first, count, _fetch)
+            try:
+                found, unread = self._attempt(key, entry, first, count, _fetch), False
+            except _HeadUnread:
+                found, unread = None, True
             if found is not None and not found.bad:
                 return found
             failed, before = found, entry
         if failed is None:
             self._report(key, (HEAD_CELL,))
+            if unread:
+                raise FragmentDamaged(f"the drive can't read the head of fragment {key.hex()}", unread="yes")
             raise FragmentDamaged(f"the head of fragment {key.hex()} is damaged on the disk")
         self._report(key, failed.bad)
         return failed
@@ -97,7 +108,7 @@ class Reader:
         """As ``read`` when all of it is in the page cache and undamaged, else None. Raises FragmentMissing."""
         try:
             found = self._attempt(key, self._lookup(key), first, count, _try_fetch)
-        except _NotCached:
+        except (_NotCached, _HeadUnread):
             return None
         return None if found is None or found.bad else found
 
@@ -155,7 +166,7 @@ class Reader:
     def _attempt(
         self, key: bytes, entry: Entry, first: int, count: int, fetch: Callable[[SegmentFile, int, int], Buffer]
     ) -> Cells | None:
-        """None when the head does not hold."""
+        """None when the head does not hold. Raises _HeadUnread, DiskUnusable."""
         file = self._segments.get(entry.segment)
         if file is None:
             return None
@@ -195,24 +206,30 @@ class Reader:
         return Cells(header, tuple(cells), tuple(bad), None if bad else cell_data[: end - start])
 
     def _piecewise(self, key: bytes, entry: Entry, file: SegmentFile, first: int, last: int) -> Cells | None:
-        """The drive could not read some of it: every cell is read on its own, so that a bad sector costs one cell."""
+        """The drive could not read some of it: every cell is read on its own, so that a bad sector costs one cell.
+        Raises _HeadUnread.
+        """
         try:
             opened = self._open(key, entry, file.read(entry.offset, entry.payload_start))
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError:
+            raise _HeadUnread from None
         if opened is None:
             return None
         header, sums = opened
         cells: list[memoryview | None] = []
+        unread = False
         for cell in range(first, last):
             start = cell * entry.cell_bytes
             width = min(entry.cell_bytes, entry.payload_bytes - start)
             try:
                 piece = memoryview(file.read(entry.offset + entry.payload_start + start, width))
             except OSError:
-                piece = memoryview(b"")
+                piece, unread = memoryview(b""), True
             cells.append(piece if len(piece) == width and cell_holds(piece, sums, cell) else None)
-        return Cells(header, tuple(cells), tuple(first + i for i, cell in enumerate(cells) if cell is None))
+        bad = tuple(first + i for i, cell in enumerate(cells) if cell is None)
+        return Cells(header, tuple(cells), bad, unread=unread)
 
     def _open(self, key: bytes, entry: Entry, data: Buffer) -> tuple[FragmentHeader, memoryview] | None:
         """(header with its current age, cell sums) when the head is this fragment's and holds."""

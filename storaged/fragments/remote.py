@@ -108,7 +108,7 @@ class RemoteFragmentStore:
         for length in reply.lengths:
             cells.append(None if length == MISSING_CELL else body[at : at + length])
             at += max(length, 0)
-        return CellRead(reply.header, tuple(cells), None if MISSING_CELL in reply.lengths else body)
+        return CellRead(reply.header, tuple(cells), None if MISSING_CELL in reply.lengths else body, reply.unread)
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         reply, _ = await self._ask("fragment.stat", IdsRequest(self._disk, _pack(ids)), StatsReply)
@@ -295,7 +295,7 @@ class FragmentHost:
 def _reply(found: CellRead) -> Reply:
     lengths = tuple([MISSING_CELL if cell is None else len(cell) for cell in found.cells])
     pieces = [cell for cell in found.cells if cell is not None] if found.whole is None else [found.whole]
-    return Reply(ReadReply(found.header, lengths), pieces)
+    return Reply(ReadReply(found.header, lengths, found.unread), pieces)
 
 
 def _unpack(ids: Sequence[bytes]) -> list[FragmentId]:

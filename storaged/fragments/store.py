@@ -285,7 +285,7 @@ class LocalFragmentStore:
         found = await self._readers.run_short(
             functools.partial(self._engine.reader.read, fragment.pack(), first_cell, count)
         )
-        return CellRead(found.header, found.cells, found.whole)
+        return CellRead(found.header, found.cells, found.whole, found.unread)
 
     def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
         """As ``read`` when the cells are in the page cache, undamaged and few (INLINE_READ_BYTES_MAX), else None. Never

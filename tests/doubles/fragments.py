@@ -29,11 +29,14 @@ from storaged.wire import Buffer
 
 @dataclass
 class Kept:
-    """A fragment as it is on the disk. ``bad``: cells whose checksum does not hold, -1 for the head."""
+    """A fragment as it is on the disk. ``bad``: cells whose checksum does not hold, -1 for the head. ``unread``: the
+    drive reports errors for them instead.
+    """
 
     header: FragmentHeader
     payload: bytes
     bad: set[int] = field(default_factory=set)
+    unread: bool = False
     known_bad: set[int] = field(default_factory=set)
 
 
@@ -59,9 +62,11 @@ class MemoryFragmentStore:
         """What was written and not synced is lost."""
         self._fragments = dict(self._durable)
 
-    def damage(self, fragment: FragmentId, cell: int) -> None:
-        """The checksum of a cell does not hold any more. -1: that of the head."""
-        self._fragments[fragment.pack()].bad.add(cell)
+    def damage(self, fragment: FragmentId, cell: int, *, unread: bool = False) -> None:
+        """The checksum of a cell does not hold any more. -1: that of the head. ``unread``: the drive can't read it."""
+        kept = self._fragments[fragment.pack()]
+        kept.bad.add(cell)
+        kept.unread = unread
 
     def mend(self, fragment: FragmentId, payload: bytes) -> None:
         """The fragment has these bytes again, and no damage."""
@@ -163,7 +168,8 @@ class MemoryFragmentStore:
         kept = self._find(fragment)
         if -1 in kept.bad:
             self._found_bad(fragment, kept, -1)
-            raise FragmentDamaged(f"the head of fragment {fragment.pack().hex()} is damaged on the disk")
+            details = {"unread": "yes"} if kept.unread else {}
+            raise FragmentDamaged(f"the head of fragment {fragment.pack().hex()} is damaged on the disk", **details)
         width = kept.header.cell_bytes
         view = memoryview(kept.payload)
         cells: list[memoryview | None] = []
@@ -172,7 +178,7 @@ class MemoryFragmentStore:
                 self._found_bad(fragment, kept, cell)
             cells.append(None if cell in kept.bad else view[cell * width : (cell + 1) * width])
         whole = None if None in cells else view[first_cell * width : (first_cell + len(cells)) * width]
-        return CellRead(kept.header, tuple(cells), whole)
+        return CellRead(kept.header, tuple(cells), whole, kept.unread and None in cells)
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         return [self._stat(fragment.pack()) for fragment in ids]

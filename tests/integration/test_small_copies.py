@@ -172,6 +172,25 @@ async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_not_even_by_a
     assert slot.copied
 
 
+async def test_a_copy_that_the_drive_cannot_read_is_not_reported_as_absent(directory: Path) -> None:
+    files = SimulatedFiles()
+    disk = await LogDisk.opened(directory, files=files)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    assert (await replica.accept(with_copy(ballot(10), copy), [copy.payload])).verdict == Verdict.OK
+    await disk.fragments.stat([])
+    assert await payload_at(replica) == (copy.data_id, copy.payload)
+    files.unreadable.append((1, 0, 1 << 30))
+    unread, _ = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
+    assert (unread.payload, unread.copy_absent) == (b"", False)
+    files.unreadable.clear()
+    assert await payload_at(replica) == (copy.data_id, copy.payload)
+    at = files.disks[1].now.find(copy.payload)
+    files.disks[1].now[at] ^= 1
+    damaged, _ = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
+    assert (damaged.payload, damaged.copy_absent) == (b"", True)
+    await disk.close()
+
+
 async def test_a_row_that_names_a_copy_is_written_without_one_where_the_copy_is_durable(disk: Disk) -> None:
     replica, copy, other = LocalReplica("d", disk.meta, copies=disk.copies), small(), small()
     assert (await replica.accept(with_copy(ballot(10), copy), [copy.payload])).verdict == Verdict.OK

@@ -437,13 +437,17 @@ async def test_a_bad_sector_costs_one_cell(tmp_path: Path) -> None:
     at = files.disks[1].now.find(made.cells[3])
     files.unreadable.append((1, at + 100, at + 612))
     found = await store.read(made.id, 0, 5)
-    assert [cell is None for cell in found.cells] == [False, False, False, True, False]
+    assert ([cell is None for cell in found.cells], found.unread) == ([False, False, False, True, False], True)
     await store.read(made.id, 0, 5)
     await asyncio.sleep(0)
     assert reports == [(made.id, 3)]
     files.unreadable[0] = (1, 64, 200)
-    with pytest.raises(FragmentDamaged):
+    with pytest.raises(FragmentDamaged) as caught:
         await store.read(made.id, 0, 1)
+    assert caught.value.unread
+    files.unreadable.clear()
+    again = await store.read(made.id, 0, 5)
+    assert (again.cells[3], again.unread) == (made.cells[3], False)
     assert [stat.health for stat in await store.stat([made.id])] == [Health.DAMAGED]
     await store.close()
 

@@ -11,10 +11,11 @@ import pytest
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Methods
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
+from storaged.fragments.messages import ReadReply
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.fragments.store import LocalFragmentStore
-from storaged.wire import encode
+from storaged.wire import decode, encode
 from tests.doubles.caller import Loopback
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.worlds.fragments import DISK, make
@@ -77,6 +78,28 @@ async def test_a_remote_sync_notices_that_the_node_restarted_and_lost_the_write(
     store.crash()
     with pytest.raises(FragmentMissing):
         await remote.sync([made.id])
+
+
+@pytest.mark.parametrize("unread", [False, True])
+async def test_a_remote_read_says_whether_the_drive_could_not_read(unread: bool) -> None:
+    store = MemoryFragmentStore()
+    host = FragmentHost({"d1": store})
+    remote = StoreDirectory(FakeLayouts(layout(1, d1="n1")), Loopback(lambda _node: host.methods()), {}).store("d1")
+    made = make(random.Random(12), 9000)
+    await remote.write(made.header, [made.payload], sync=True)
+    store.damage(made.id, 1, unread=unread)
+    found = await remote.read(made.id, 0, 3)
+    assert ([cell is None for cell in found.cells], found.unread) == ([False, True, False], unread)
+    assert not (await remote.read(made.id, 0, 1)).unread
+    store.damage(made.id, -1, unread=unread)
+    with pytest.raises(FragmentDamaged) as caught:
+        await remote.read(made.id, 0, 3)
+    assert caught.value.unread == unread
+
+
+def test_an_answer_of_a_node_that_does_not_say_whether_it_could_read_is_taken() -> None:
+    before = encode([make(random.Random(13)).header, (4,)])
+    assert not decode(before, ReadReply).unread
 
 
 class TestPayloads:
@@ -163,3 +186,13 @@ class TestPayloads:
         await payloads.store_payload(encode(made.header), made.payload)
         store.damage(made.id, 1)
         assert await payloads.load_payload(made.id.data_id) is None
+
+    @pytest.mark.parametrize("cell", [-1, 1])
+    async def test_a_copy_that_the_drive_cannot_read_is_not_called_absent(self, cell: int) -> None:
+        store = MemoryFragmentStore()
+        made = make(random.Random(8), 9000, k=1, m=2)
+        payloads = Payloads(store)
+        await payloads.store_payload(encode(made.header), made.payload)
+        store.damage(made.id, cell, unread=True)
+        with pytest.raises(DiskUnusable):
+            await payloads.load_payload(made.id.data_id)

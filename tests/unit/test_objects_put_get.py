@@ -538,6 +538,24 @@ async def test_a_lying_copy_of_a_small_object_is_replaced_by_its_neighbour() -> 
     await objects.close()
 
 
+@pytest.mark.parametrize("cell", [-1, 0])
+async def test_what_drives_cannot_read_is_no_damage_for_good(cell: int) -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    await put(objects, bucket, os.urandom(4 * MIB))
+    held = world.disks.of(entry_of(world).data_id)
+    for disk, fragment in held:
+        world.disks.disks[disk].damage(fragment, cell, unread=True)
+    with pytest.raises(ServiceUnavailable):
+        await got(objects, bucket)
+    for disk, fragment in held:
+        world.disks.disks[disk].damage(fragment, cell)
+    with pytest.raises(DataDamaged):
+        await got(objects, bucket)
+    await objects.close()
+
+
 async def test_a_record_that_has_less_of_a_part_than_its_size_says_is_refused_and_nobodys_memory_sent_for_it() -> None:
     """Where a part lies is in the clear. Who gives the first of its sealed chunks for all of it
     gives one that opens.

@@ -411,8 +411,9 @@ class _WindowJob:
             self._gone.add(position)
             self._report(position, -1, "missing")
             return False
-        except FragmentDamaged:
-            self._gone.add(position)
+        except FragmentDamaged as error:
+            if not error.unread:
+                self._gone.add(position)
             self._report(position, -1, "checksum")
             return False
         except PeerError:
@@ -427,7 +428,8 @@ class _WindowJob:
             if cell is not None and len(cell) == self._length(row + offset, position):
                 self.cells[row + offset][position] = cell
             else:
-                self._gone.add(position)
+                if not found.unread:
+                    self._gone.add(position)
                 self._report(position, row + offset, "checksum")
                 whole = False
         if whole and found.whole is not None:
