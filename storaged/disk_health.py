@@ -11,8 +11,8 @@ Theory of operation
                                                                 loop; requests are served
     hung    one is older than HUNG_S, or HUNG_LONG_S            requests are refused at once, so that callers ask others
 
-    What was begun before the disk hung goes on: when it ends, the disk is well again. Its late answers go to whoever
-    asked, who may have stopped to wait.
+    What was begun before the disk hung goes on: when it ends, the disk is well again. Its late answers go to
+    the callers, which may have stopped waiting.
 
     A disk's work that blocks runs in threads of that disk (``DiskThreads``), never in a pool that disks share. They are
     daemons: a process ends although they wait.

@@ -1,8 +1,8 @@
 """Data ids that the collector of one disk is about to delete there: the *condemned*.
 
 Theory of operation. Between the look at a register and the deletion a writer may come that wants to refer to the data.
-So the collector condemns a data id before it looks. Whoever writes, syncs or touches a fragment of the data id on this
-disk, or keeps a small copy of it, pardons it. Only what is still condemned is deleted.
+So the collector condemns a data id before it looks. A write, sync or touch of a fragment of the data id on this disk
+pardons it, and so does a small copy that is kept here. Only what is still condemned is deleted.
 
 A writer of coded data has its fragments synced, or touches them, after its promise and before its accept. Then either
 the collector condemned before that: the writer pardons the data, or finds that it is gone and accepts nothing. Or the

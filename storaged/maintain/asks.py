@@ -9,11 +9,11 @@ Theory of operation
     that it works on whenever it calls; an ask that is not named for ``LEASE_S`` is given to the next gateway that
     calls. So it may be carried out twice, and each kind must bear that. The first answer counts.
 
-    Whoever asks may be malicious: the gateway verifies every request by itself, and believes nothing that it can find
-    out. Each kind says how.
+    An asker may be malicious: the gateway verifies every request itself, and believes nothing that it can find out.
+    Each kind says how.
 
-    Hints are registers to be settled at some time, for which nobody waits. They are a set, so a register that is found
-    again is asked for once. What does not fit is found again by the next walk.
+    Hints are registers to be settled at some time; no caller waits for them. They are a set, so a register that is
+    found again is asked for once. What does not fit is found again by the next walk.
 """
 
 from __future__ import annotations

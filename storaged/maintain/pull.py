@@ -2,10 +2,10 @@
 
 A node that finds replicas that differ (``bring_up``) looks at all of them. What a quorum has accepted under one ballot
 and digest is chosen. A disk that has something older accepts it too, under that ballot, as if the accept had come late:
-its promises and fences may refuse it. For disks of its own the node does that at once. Other nodes are told which
-registers to look at (``maintain.behind``): each looks by itself, and believes no single replica, nor the node that told
-it. All else (no quorum agrees, a replica has something newer, a row is damaged, a copy is missing, a promise or a fence
-is in the way) a gateway has to settle.
+its promises and fences may refuse it. For disks of its own the node does that at once. It asks other
+nodes to look at the registers (``maintain.behind``): each looks itself, and believes no single replica, nor the node
+that asks. Everything else (no quorum agrees, a replica has something newer, a row is damaged, a copy is missing, a
+promise or a fence is in the way) a gateway has to settle.
 
 The disk's promises are respected although the value is chosen: collection concludes from an accept that the disk had
 promised nothing higher before (``consensus.looks``).

@@ -2,7 +2,7 @@
 ``Gate``, which raises.
 
 ``cluster.rpc.authority`` opens methods to roles. ``CONTENTS`` is about what is in the requests. The two tables say the
-same about roles: whoever opens a method by mistake opens no register.
+same about roles: a method that is opened by mistake opens no register.
 
 Storage nodes change no register, and are given no promise either. What their background work needs, a gateway does for
 them (``maintain.asks``): it verifies what it is asked. They were once allowed to write NEVER (``register``) where the

@@ -180,12 +180,12 @@ def _check_identity(config: Config, name: str, roles: tuple[str, ...]) -> None:
 
 async def tell_waits(disks: Disks, notifier: Notifier, ready: str) -> None:
     """Tells the service manager what disks wait for, and ``ready`` when none waits any more. Until it is cancelled."""
-    told = ""
+    shown = ""
     while True:
         waits = disks.waits()
-        if waits != told:
+        if waits != shown:
             notifier.status(waits or ready)
-            told = waits
+            shown = waits
         await asyncio.sleep(WAITS_EVERY_S)
 
 

@@ -15,7 +15,7 @@ put back, and the majority that was asked first did not know better. Such a disk
 proof is a statement under this node's own signature, so no other node can silence a sound disk.
 
 A node of version 0.1.0 has no such method. It counts like a ledger that agrees, so that nodes can be restarted into
-this version one after the other; what it can't remember it is told once it has the method.
+this version one after the other; it gets the statements when it has the method.
 """
 
 from __future__ import annotations

@@ -287,7 +287,7 @@ async def in_own_thread(work: Callable[[], T], /) -> T:
     outcome: asyncio.Future[T] = loop.create_future()
 
     def tell(set_outcome: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and no caller waits
             loop.call_soon_threadsafe(lambda: None if outcome.done() else set_outcome())
 
     def run() -> None:

@@ -51,7 +51,7 @@ METHODS: Final[Mapping[str, Grant]] = {
         STORAGE,
         STORAGE,
         "ledgers remember the disks of all nodes; each statement is signed by the disks' own node",
-        "forgets what it was told: a disk that was put back counts where a majority is needed from it",
+        "forgets the statements: a disk that was put back counts where a majority is needed from it",
     ),
     "audit.witness": Grant(
         BOTH,

@@ -7,7 +7,7 @@ the promise is there before the block. It may move blocks, when disks failed at 
 again with the entry as the barrier left it (``RunsChanged``).
 
 Why after the promise: a garbage collector that takes the fragments for orphans ends every promise that was given before
-it looked, and deletes only what nobody has asked for since. So between each promise and its accept the fragments are
+it looked, and deletes only what no writer has asked for since. So between each promise and its accept the fragments are
 seen to exist, by a sync or a touch, which their disks then count as use (``fragments.condemned``). No age and no clock
 matters.
 
