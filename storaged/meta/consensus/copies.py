@@ -17,8 +17,8 @@ Theory of operation
     All that is newer than C counts, not only what is one step above it: C lies below each of them.
 
     C is proposed as a new change, with an operation id of its own and the sequence after the highest one seen
-    (``Lineage.restate``). The proposer of C, or of something newer, then finds a value that may descend from its own, and
-    does not propose its change once more.
+    (``Lineage.restate``). The proposer of C, or of something newer, then finds a value that may descend from its own,
+    and does not propose its change once more.
 
     Where S contains a quorum nothing can be concluded: ServiceUnavailable. But when a quorum has accepted the newest
     record with its copy, and every replica says that it has no whole copy, the record is damaged until a disk or
