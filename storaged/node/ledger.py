@@ -110,6 +110,7 @@ class Ledger:
             if known["version"] not in (2, VERSION):
                 raise OperatorError(
                     f"{self._path} is of version {known['version']}; this program knows 2 and {VERSION}."
+                    " A newer program wrote it, and nothing was changed. Start this node with that program again."
                 )
             found = msgspec.convert(known, _Document)
             if known["version"] == 2:  # of one that took part it counts: it has all that was kept in those days

@@ -59,6 +59,37 @@ def keys(piece: ShardSlice) -> list[bytes]:
 LIVE, GONE = Visibility.LIVE, Visibility.TOMBSTONE
 
 
+async def store_of_small_objects(*, versions: dict[bytes, int] | None = None) -> MemoryMetaStore:
+    """Records that name copies. ``versions``: of which rows another program has written which version."""
+    store = MemoryMetaStore()
+    slots = []
+    for key in (b"a", b"b", b"c"):
+        value = Value(1, b"o" * 16, LIVE, b"body of " + key, b"p" * 16)
+        slots.append(
+            Slot(RegisterName(Table.OBJECT, SCOPE, 0, key), Ballot(1, 1, "n", b"incarnat"), value, copied=True)
+        )
+    await store.commit(StoreBatch(slots=slots))
+    for key, version in (versions or {}).items():
+        store.set_version(RegisterName(Table.OBJECT, SCOPE, 0, key), version)
+    return store
+
+
+@pytest.mark.parametrize("want", list(Want))
+@pytest.mark.parametrize("visible", [LIVE, GONE])
+@pytest.mark.parametrize("versions", [{b"a": 1}, {b"b": 1}, {b"a": 1, b"b": 1, b"c": 1}])
+async def test_replicas_agree_on_rows_of_the_version_before(
+    versions: dict[bytes, int], visible: Visibility, want: Want
+) -> None:
+    """While nodes are restarted into a new program, one after the other, replicas write different versions of a row."""
+    new, mixed = await store_of_small_objects(), await store_of_small_objects(versions=versions)
+    request = ScanRequest(
+        "d", 1, Table.OBJECT, SCOPE, (ShardAsk(0, b"", 100, want, 1000, 1 << 20, 0),), b"", b"", visible
+    )
+    [its], [other] = scan_store(new, request).slices, scan_store(mixed, request).slices
+    assert (its.digest, its.through, its.keys, its.heads) == (other.digest, other.through, other.keys, other.heads)
+    assert its.looked_at == 3
+
+
 async def test_it_shows_visible_rows_and_looks_at_all() -> None:
     store = await store_of({b"a": LIVE, b"b": GONE, b"c": Visibility.HIDDEN, b"d": LIVE})
     piece = scan(store)

@@ -22,13 +22,13 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import msgspec
-import xxhash
 
 from storaged import wire
 from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName
 from storaged.meta.storage.rowvalue import (
     STAMP_BYTES,
+    digest_of_stamps,
     heads_of,
     row_parts,
     seed_of,
@@ -279,7 +279,7 @@ def _try_scan_columns(
         return None
     if want == Want.HEADS and not sound_rows(seed_of(_name_prefix(request, ask)), keys, rows):
         return None
-    digest = xxhash.xxh3_64_intdigest(seen.stamps)
+    digest = digest_of_stamps(seen.stamps)
     heads = heads_of(rows) if rows else ()
     found = ShardSlice(
         ask.shard, seen.last or ask.after, not seen.more, digest, looked_at=seen.rows, keys=keys, heads=heads
@@ -366,7 +366,7 @@ class _ShardScan:
             shard=self._ask.shard,
             through=self.through,
             done=not self._more,
-            digest=xxhash.xxh3_64_intdigest(b"".join(self._stamps)),
+            digest=digest_of_stamps(b"".join(self._stamps)),
             rows=wire.encode(self._rows) if self._rows else b"",
             looked_at=len(self._stamps),
             keys=[key for key, _ in self._shown],
