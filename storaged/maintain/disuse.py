@@ -12,11 +12,11 @@ garbage list (``REPLACED``). A settled read of the record shows that change, or 
 
 *Data of a part* (``OF_UPLOAD``). It goes from the part's row to the version that a Complete pins, and from there to the
 object's record; each place is written before the one before it is cleared. While its upload is open the data waits.
-    When the upload is Done, the pinned version is or was in the object's record, and a settled read shows whether the
-    data is in use: a later Complete of the same upload looks at the upload after its promise, and goes no further.
-    When it was aborted, a Complete may sleep between that look and its accept. So a round of the object's register is
-    made after the upload was seen to have ended, and ends the promise (``meta.consensus.looks``). Data of a part is
-    never in a create, so a majority suffices.
+    A Complete looks at the upload between its promise and its accept, and goes no further when that has ended. But it
+    may sleep after this look, also when the upload is Done: of two Completes one may have put the version into the
+    record, which was deleted since, when the other one was promised. So a round of the object's register is made after
+    the upload was seen to have ended, and ends the promise (``meta.consensus.looks``). Data of a part is never in a
+    create, so a majority suffices.
 
 *All other data*: of a PUT that failed or is under way, or nothing is known of it. Its request may
 
@@ -53,7 +53,7 @@ from storaged.meta.consensus.looks import Look, moved_on
 from storaged.meta.names import RegisterName, Table, upload_name
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
-from storaged.objects.write.uploads import COMPLETING, DONE, OPEN, decode_upload, living_uploads, part_rows
+from storaged.objects.write.uploads import COMPLETING, OPEN, decode_upload, living_uploads, part_rows
 
 T = TypeVar("T")
 
@@ -216,8 +216,3 @@ class _Gone(Exception):
 def is_open(state: str) -> bool:
     """Whether an upload in this state may still become an object."""
     return state in (OPEN, COMPLETING)
-
-
-def is_done(state: str) -> bool:
-    """Whether what the upload has become is, or was, in the object's record."""
-    return state == DONE

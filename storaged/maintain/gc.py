@@ -9,6 +9,10 @@ on them what no record claims. A page of a list is judged together:
 
 No node deletes on another's disk: each has its own list, and looks by itself.
 
+An entry names the register that referred to the data. A gateway takes that from a record, and one replica of the
+record may have forged it. So a fragment is deleted only if its own header names that register too: the gateway that
+wrote the fragment has put it there.
+
 What can't be judged now rests for a while, with what else of its register has the same origin. A list is
 gone through page by page, so that entries which wait for long hold up no others. How many wait, and why, is in the
 node's status.
@@ -18,14 +22,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from storaged.errors import StoragedError
-from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, NearStore, Retirement
+from storaged.fragments.ports import HEADERS_MAX, OF_UPLOAD, REPLACED, FragmentId, NearStore, Retirement
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext, concurrently
-from storaged.maintain.disuse import PAST, Judge, Proof, is_done, is_open
+from storaged.maintain.disuse import PAST, Judge, Proof, is_open
 from storaged.maintain.sweep import Sweep, owner_of
 from storaged.maintain.walk import is_claimed
 from storaged.meta.names import RegisterName
@@ -195,17 +199,39 @@ class _Page:
         """The entries with their fragments. Those without any are taken off the list."""
         found = []
         fragments = await self._store.fragments_of([entry.data_id for entry in entries]) if entries else []
+        foreign = await self._foreign(dict(zip(entries, fragments, strict=True)))
         for entry, some in zip(entries, fragments, strict=True):
             try:
                 owner = owner_of(entry.owner)
             except ValueError as error:
                 self._wait([entry], str(error))
                 continue
-            if some:
-                found.append(Garbage(entry, owner, some))
+            own = [fragment for fragment in some if fragment not in foreign]
+            if own:
+                found.append(Garbage(entry, owner, own))
             else:
                 await self._store.unretire(entry.data_id)
         return found
+
+    async def _foreign(self, found: Mapping[Retirement, Sequence[FragmentId]]) -> set[FragmentId]:
+        """The fragments that belong to another register than the entry says, as their headers tell. One whose header
+        can't be read goes with the others of its data id.
+        """
+        ids = [fragment for some in found.values() for fragment in some]
+        owners: dict[FragmentId, bytes] = {}
+        for start in range(0, len(ids), HEADERS_MAX):
+            some = ids[start : start + HEADERS_MAX]
+            headers = await self._store.headers(some)
+            owners |= {one: header.owner for one, header in zip(some, headers, strict=True) if header is not None}
+        foreign: set[FragmentId] = set()
+        for entry, fragments in found.items():
+            if any(owners.get(fragment, entry.owner) != entry.owner for fragment in fragments):
+                foreign |= {fragment for fragment in fragments if owners.get(fragment) != entry.owner}
+                self._context.log(
+                    f"the garbage list of disk {self._disk} names data {entry.data_id.hex()} of another register: a "
+                    "replica has forged a record"
+                )
+        return foreign
 
     def _wait(self, entries: Iterable[Retirement], reason: str) -> None:
         self.waiting.extend(((entry.owner, entry.origin), reason) for entry in entries)
@@ -246,8 +272,6 @@ class _Page:
             return
         if is_open(state):
             self._wait_all(some, "its upload is open")
-        elif is_done(state):
-            await self._judge_replaced(owner, some)
         else:
             self._uncertain.extend(some)
 

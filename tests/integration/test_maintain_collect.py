@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from storaged.errors import DiskUnusable, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
-from storaged.fragments.ports import FragmentId, Health, Retirement
+from storaged.errors import DiskUnusable, NoSuchKey, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
+from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, Health, Retirement
 from storaged.maintain import disuse
 from storaged.maintain import gc as collect_module
 from storaged.maintain.context import MaintainLimits
@@ -27,6 +27,7 @@ from storaged.meta.names import (
     Ballot,
     Change,
     RegisterName,
+    Table,
     Value,
     Visibility,
     object_name,
@@ -429,6 +430,73 @@ def test_a_gateway_that_slept_before_its_accept_acknowledges_nothing_that_was_co
         with pytest.raises(StoragedError):
             await cluster.objects.head(bucket, b"k")
         assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_a_complete_that_slept_before_its_accept_brings_back_nothing_that_was_collected() -> None:
+    """Two requests complete one upload. The second one puts the version into the record, and it is deleted. Then the
+    first one is promised, sees that the upload is Completing, and falls asleep."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, _ = await upload_parts(cluster, bucket, b"k", {1: LARGE})
+        sleeper, third = cluster.new_gateway("sleeper"), cluster.new_gateway("third")
+        prepares, accepts, ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def hold(source: str, node: str, method: str, request: Any) -> None:
+            if source == "sleeper" and method == "meta.prepare" and request.name.table == Table.OBJECT:
+                await prepares.wait()
+            is_change = method == "meta.accept" and not request.identity
+            if source == "sleeper" and is_change and request.name.table == Table.OBJECT:
+                await accepts.wait()
+            if source == "g" and method == "meta.prepare" and request.name.table == Table.UPLOAD:
+                await ends.wait()
+
+        def complete(gateway: Any) -> asyncio.Task[object]:
+            work = gateway.objects.complete(bucket, b"k", upload_id, parts, owner=WHO.user_id)
+            return asyncio.get_running_loop().create_task(work)
+
+        cluster.intercept = hold
+        first = complete(sleeper)
+        await cluster.pass_s(0.5)
+        second = complete(cluster.gateway)
+        await cluster.pass_s(3)
+        await third.objects.delete(bucket, b"k")
+        prepares.set()
+        await cluster.pass_s(1)
+        ends.set()
+        await second
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+        accepts.set()
+        await asyncio.gather(first, return_exceptions=True)
+        await cluster.pass_s(1)
+        with pytest.raises(NoSuchKey):
+            await cluster.objects.head(bucket, b"k")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("origin", [REPLACED, OF_UPLOAD + bytes(16), b""])
+def test_an_entry_that_names_the_data_of_another_register_harms_nobody(origin: bytes) -> None:
+    """A replica that lies has a gateway find a record that names data of another object, and replace it."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for size in (SMALL, LARGE):
+            await cluster.put(bucket, b"victim", data := os.urandom(size))
+            await cluster.put(bucket, b"k", os.urandom(SMALL))
+            entry = await cluster.entry(bucket, b"victim")
+            owner = object_name(bucket.id, bucket.shard_numbers, b"k").pack()
+            for disk in {disk for disk, _ in await cluster.fragments(entry.data_id)}:
+                await cluster.store(disk).retire([Retirement(entry.data_id, owner, 0, origin)])
+            await cluster.leap(RETIRE_S + 60)
+            await collect(cluster)
+            assert await cluster.is_whole(bucket, b"victim")
+            assert await cluster.get(bucket, b"victim") == data
+        assert any("of another register" in line for node in cluster.nodes.values() for line in node.log)
 
     run(scenario)
 
