@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.meta.consensus.looks import Held, Look, moved_on
+from storaged.meta.consensus.looks import Held, Look, chosen, moved_on
 from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.names import ZERO_BALLOT, Ballot
+from storaged.meta.names import ZERO_BALLOT, Ballot, Value, Visibility
 
 QUORUM = Quorum(("a", "b", "c"))
 
@@ -59,3 +59,14 @@ def test_while_a_layout_changes_both_sets_count() -> None:
     before = look(joint, a=1, b=1, c=1, d=1, e=1)
     assert moved_on(before, look(joint, a=2, b=2, c=2, d=1, e=1)) is None
     assert moved_on(before, look(joint, a=2, b=2, c=1, d=2, e=1)) is not None
+
+
+def test_a_replica_that_sends_another_value_with_the_right_digest_is_not_believed() -> None:
+    at, before = Ballot(1, 2, "g", b""), Ballot(1, 1, "g", b"")
+    lie, truth, old = (Value(1, b"o", Visibility.LIVE, body) for body in (b"lie", b"truth", b"old"))
+    held = {"a": Held(at, b"digest", lie), "b": Held(at, b"digest", truth), "c": Held(before, b"old", old)}
+    assert chosen(Look(QUORUM, held)) is None
+    held["c"] = held["b"]
+    found = chosen(Look(QUORUM, held))
+    assert found is not None
+    assert found.value == truth

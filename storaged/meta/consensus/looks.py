@@ -51,13 +51,13 @@ class Look(NamedTuple):
 
 
 def chosen(look: Look) -> Held | None:
-    """What a quorum has accepted under one ballot and digest, when no replica reports anything newer. None: a gateway
-    has to settle it.
+    """What a quorum has accepted under one ballot, when no replica reports anything newer. None: a gateway has to
+    settle it. The values themselves are compared: a replica that lies may send another one with the right digest.
     """
-    under = look.quorum.agreed({disk: (held.ballot, held.digest) for disk, held in look.held.items()})
-    if under is None or under[0] == ZERO_BALLOT or any(held.ballot > under[0] for held in look.held.values()):
+    found = look.quorum.agreed(look.held)
+    if found is None or found.ballot == ZERO_BALLOT or any(held.ballot > found.ballot for held in look.held.values()):
         return None
-    return next(held for held in look.held.values() if (held.ballot, held.digest) == under)
+    return found
 
 
 def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | None:

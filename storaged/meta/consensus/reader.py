@@ -192,7 +192,7 @@ class Reader:
         return {disk: reply.accepted for disk, reply in self.replies.items() if reply.copied}
 
     def _conclude(self, ballot: Ballot) -> bool:
-        if len({reply.digest for reply in self.replies.values() if reply.accepted == ballot}) > 1:
+        if len({(reply.digest, reply.value) for reply in self.replies.values() if reply.accepted == ballot}) > 1:
             self.differing = ballot
             damaged = "Two replicas of this key hold different values under one ballot; neither is believed."
             return self._fail(DataDamaged(damaged))
