@@ -94,21 +94,20 @@ def judge_accept(
         return Verdict.PREEMPTED
     if ballot == acceptor.accepted and value != acceptor.value:
         return Verdict.CONFLICT
-    if identity and acceptor.value is not None and not _may_settle(acceptor.value, value):
+    if identity and acceptor.value is not None and not _may_settle(value):
         return Verdict.CONFLICT
     if not copied and ballot != acceptor.accepted and rules.copies_with_rows:
         return Verdict.UNSTORED
     return Verdict.OK
 
 
-def _may_settle(held: Value, value: Value) -> bool:
-    """What an acceptor can tell of a settling round, which must change no value: two values of one operation are the
-    same but for their sequence (rule 14), and nothing was ever written with the sequence 0. That the value was accepted
-    somewhere it can't tell: a replica that lags gets what it never saw.
+def _may_settle(value: Value) -> bool:
+    """What an acceptor can tell of a settling round, which must change no value: nothing was ever written with the
+    sequence 0. It can't tell whether the value was accepted somewhere: a replica that lags gets what it never saw. Nor
+    does it insist on what it holds of the same operation. Where the two differ its own row may be the wrong one, and
+    would never be healed.
     """
-    if value.operation != held.operation:
-        return value.sequence != 0 or value == NEVER
-    return (value.visibility, value.body, value.payload) == (held.visibility, held.body, held.payload)
+    return value.sequence != 0 or value == NEVER
 
 
 def judge_create(
