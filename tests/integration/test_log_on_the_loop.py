@@ -376,12 +376,14 @@ async def test_an_empty_batch_is_answered_when_all_before_it_are_durable(
     meta.post(StoreBatch(), lambda _error: told.append("barrier"))
     await asyncio.sleep(0.05)
     steps: list[Callable[[], None]] = [meta._state.lmdb_lock.release, lambda: begun.pop()(None)]
-    after: list[list[str]] = []
-    for step in steps if pages_begun else reversed(steps):
+    expected = [["page"], ["page", "row", "barrier"]] if pages_begun else [["row"], ["row", "page", "barrier"]]
+    for step, after in zip(steps if pages_begun else reversed(steps), expected, strict=True):
         step()
+        async with asyncio.timeout(GUARD_S):
+            while len(told) < len(after):
+                await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
-        after.append(list(told))
-    assert after == ([["page"], ["page", "row", "barrier"]] if pages_begun else [["row"], ["row", "page", "barrier"]])
+        assert told == after
 
 
 # --- a file system that is frozen
