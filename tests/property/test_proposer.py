@@ -447,6 +447,7 @@ def test_a_create_that_lost_raises_no_sequence_of_what_it_lost_against() -> None
     machine.promised(machine.turn, "a", PrepareReply(Verdict.OK, machine.ballot, at, own))
     settled_at = at._replace(counter=at.counter + 1, node="rival")
     machine.promised(machine.turn, "b", PrepareReply(Verdict.OK, machine.ballot, settled_at, rival))
+    machine.waited()
     for disk in "ab":
         machine.accepted(machine.turn, disk, AcceptReply(Verdict.OK, machine.ballot))
     assert machine.outcome is not None

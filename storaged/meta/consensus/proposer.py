@@ -61,13 +61,15 @@ from storaged.meta.consensus.states import (
     SYNCING,
 )
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
-from storaged.meta.names import Ballot, Change, Table
+from storaged.meta.names import SEQUENCE_MAX, Ballot, Change, Table
 from storaged.meta.ports import Outcome
 
 OK: Final = int(Verdict.OK)
 PREEMPTED: Final = int(Verdict.PREEMPTED)
 DAMAGED: Final = int(Verdict.DAMAGED)
 AHEAD: Final = int(Verdict.AHEAD)
+HONEST_SEQUENCE_MAX: Final = SEQUENCE_MAX // 2
+"""A replica that lies must not use up the sequences of a register. No number of writes comes near this."""
 
 
 class Proposer(Ending):
@@ -262,7 +264,7 @@ class Proposer(Ending):
         if self._falling_back:
             return self._fall_back()
         if self._seeking:
-            return self._judge_credible()
+            return self._judge_credible() if self._asks_all else self._judge_outvoted()
         refused = self._rivals.above >= self.ballot.counter and self._tries < ALL_REPLICAS_TRIES
         if self._prepares.damaged_below > self.ballot.counter or refused:
             return self._retry()
@@ -271,9 +273,24 @@ class Proposer(Ending):
     def _judge_newest(self) -> bool:
         """Takes the newest value that the promises report, and judges it."""
         self._found = self._prepares.newest()
-        if not self._found.settled and self._asks_all:
+        if not self._found.settled and self._shared.rules.lone_ballot_does_not_lead:
             self._seeking = True
-            return self._wait_for_others(SYSTEM_STRAGGLERS_S)
+            return self._wait_for_others(SYSTEM_STRAGGLERS_S if self._asks_all else STRAGGLERS_S)
+        return self._judge()
+
+    def _judge_outvoted(self) -> bool:
+        """Replicas differ: what a quorum agrees on goes on, whatever a lone one reports."""
+        refused = self._rivals.above >= self.ballot.counter
+        chosen = self._prepares.chosen()
+        if chosen is None and refused and self._wanted.settling and self._third_replica_tries < THIRD_REPLICA_TRIES:
+            self._third_replica_tries += 1
+            return self._retry()
+        self._found = chosen or self._found
+        return self._judge() if chosen is not None else self._judge_unsettled()
+
+    def _judge_unsettled(self) -> bool:
+        if self._prepares.contradicted(self._found):
+            return self._give_up("two of its replicas hold different values under one ballot, and no third one decides")
         return self._judge()
 
     def _judge_credible(self) -> bool:
@@ -283,7 +300,7 @@ class Proposer(Ending):
             self._third_replica_tries += 1
             return self._retry()
         self._found = found or self._prepares.newest()
-        return self._judge()
+        return self._judge() if self._found.settled else self._judge_unsettled()
 
     # --- decide -------------------------------------------------------------------------------------------------------
 
@@ -414,7 +431,8 @@ class Proposer(Ending):
         promised = self._prepares.promised
         if (self._found.settled and len(promised) <= self.view.quorum.fewest) or not may_create(self.name):
             return self._above
-        return max(self._above, *(reply.value.sequence for reply in promised.values() if reply.value is not None), 0)
+        values = [reply.value for reply in promised.values() if reply.value is not None]
+        return max(self._above, *(value.sequence for value in values if value.sequence <= HONEST_SEQUENCE_MAX), 0)
 
     def _accept(self, fragments: Fragments) -> bool:
         found, change = self._found.value, self._change

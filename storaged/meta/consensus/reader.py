@@ -192,11 +192,25 @@ class Reader:
         return {disk: reply.accepted for disk, reply in self.replies.items() if reply.copied}
 
     def _conclude(self, ballot: Ballot) -> bool:
-        if len({(reply.digest, reply.value) for reply in self.replies.values() if reply.accepted == ballot}) > 1:
+        values = {disk: reply.value for disk, reply in self.replies.items() if reply.accepted == ballot}
+        value = next(iter(values.values()))
+        if any(other != value for other in values.values()):
             self.differing = ballot
-            damaged = "Two replicas of this key hold different values under one ballot; neither is believed."
-            return self._fail(DataDamaged(damaged))
-        return self._done(self._value_at(ballot))
+            chosen = self.view.quorum.agreed({disk: (held,) for disk, held in values.items()})
+            if chosen is None and self._answered < len(self.view.quorum.disks):
+                return self._await_others()
+            if chosen is None:
+                damaged = "Two replicas of this key hold different values under one ballot; neither is believed."
+                return self._fail(DataDamaged(damaged))
+            (value,) = chosen
+        return self._done(value)
+
+    def _await_others(self) -> bool:
+        """One of two replicas lies, or is damaged: the third one says which."""
+        if self.state is HEARING:
+            self.state = WAITING
+            return True
+        return False
 
     def _value_at(self, ballot: Ballot) -> Value | None:
         return next((reply.value for reply in self.replies.values() if reply.accepted == ballot), None)

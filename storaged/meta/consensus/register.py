@@ -101,7 +101,8 @@ class Rules:
     lies would lead it where all others refuse it.
     """
     lone_ballot_does_not_lead: bool = True
-    """16. In the system table the higher ballot of a lone replica does not lead once all have promised (``credible``).
+    """16. A lone replica does not lead against the others, whatever ballot it reports: where a quorum agrees, its value
+    goes on (``PrepareRound.chosen``). In the system table an older value does not lead either (``credible``).
     """
     unproved_set_aside: bool = True
     """17. A value of the system table that no gateway wrote counts only where a majority holds it."""
@@ -199,9 +200,9 @@ def credible(
     """
     if len(quorum.sets) != 1 or not all(disk in reported for disk in quorum.disks):
         return None
-    settled = settled_ballot(quorum, {disk: ballot for disk, (ballot, _) in reported.items()})
+    settled = quorum.agreed(reported)
     if settled is not None:
-        return settled, next(value for ballot, value in reported.values() if ballot == settled), True
+        return *settled, True
     ranked = sorted(reported.values(), key=lambda pair: pair[0], reverse=True)
     ballot, value = max(ranked[: quorum.fewest], key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
     return ballot, value, False

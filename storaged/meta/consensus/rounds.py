@@ -19,10 +19,9 @@ from storaged.meta.consensus.register import (
     created,
     credible,
     overtaken,
-    settled_ballot,
 )
 from storaged.meta.messages import AcceptReply, PrepareReply
-from storaged.meta.names import Ballot, Value
+from storaged.meta.names import ZERO_BALLOT, Ballot, Value
 from storaged.meta.ports import SmallCopies
 
 OK: Final = int(Verdict.OK)
@@ -211,12 +210,30 @@ class PrepareRound:
         newest = next(replies)
         alike = newest.copied
         for reply in replies:
-            if reply.accepted != newest.accepted or not reply.copied:
+            if reply.accepted != newest.accepted or not reply.copied or reply.value != newest.value:
                 alike = False
                 if reply.accepted > newest.accepted:
                     newest = reply
-        settled = alike or settled_ballot(self._quorum, self._accepted()) == newest.accepted
-        return Found(newest.accepted, newest.value, settled)
+        if alike:
+            return Found(newest.accepted, newest.value, True)
+        agreed = self._agreed(self.promised)
+        if agreed is not None and agreed.ballot == newest.accepted:
+            return agreed
+        return Found(newest.accepted, newest.value, False)
+
+    def chosen(self) -> Found | None:
+        """What a quorum of all that have promised reports, although a lone replica reports a higher ballot, or another
+        value under the same one. Nothing above it is chosen, nor can be: the quorum refuses all that is below this
+        round's ballot. A record that only one replica has goes on: it is a first write that was cut short.
+        """
+        agreed = self._agreed(self.all_promised)
+        return None if agreed is None or agreed.ballot == ZERO_BALLOT else agreed
+
+    def contradicted(self, found: Found) -> bool:
+        """Whether a replica reports another value under the same ballot: one of them lies."""
+        return any(
+            reply.accepted == found.ballot and reply.value != found.value for reply in self.all_promised.values()
+        )
 
     def credible(self) -> Found | None:
         """See ``register.credible``."""
@@ -237,9 +254,13 @@ class PrepareRound:
             return found
         return Found(ballot, msgspec.structs.replace(value, sequence=below.sequence + 1), settled)
 
-    def _accepted(self) -> Mapping[str, Ballot]:
-        """What was accepted with its copy."""
-        return {disk: reply.accepted for disk, reply in self.promised.items() if reply.copied}
+    def _agreed(self, promises: Mapping[str, PrepareReply]) -> Found | None:
+        """What a quorum accepted with its copy. Ballot and value both have to agree: a replica that lies may report
+        another value under the ballot of the others.
+        """
+        copied = {disk: (reply.accepted, reply.value) for disk, reply in promises.items() if reply.copied}
+        agreed = self._quorum.agreed(copied)
+        return None if agreed is None else Found(*agreed, True)
 
 
 class AcceptRound:
