@@ -137,6 +137,38 @@ def test_the_older_record_goes_on_as_a_new_change_above_all_that_was_seen() -> N
     play(tell)
 
 
+def test_each_record_that_takes_a_place_is_a_change_of_its_own() -> None:
+    """Acceptors take two values of one operation for one value: a replica that lags would refuse the second one."""
+
+    async def restated(story: Story, content: bytes) -> Value:
+        """The acknowledged record, after an overwriting was cut short and has lost its copy."""
+        before = (await story.read()).value
+        while True:  # until the disk with the newer record is among the first that promise
+            await story.half_written(content, 0)
+            story.lose(content, 0)
+            after = await story.gateway.client.settle(NAME)
+            assert before is not None
+            assert after is not None
+            assert after.body == before.body
+            await asyncio.sleep(1.0)
+            if after.operation != before.operation:
+                return after
+
+    async def tell(story: Story) -> None:
+        await story.acknowledged(b"v1")
+        first = await restated(story, b"v2")
+        story.world.cut = frozenset({"n2"})
+        await story.acknowledged(b"v3")
+        story.world.cut = frozenset()
+        second = await restated(story, b"v4")
+        assert (first.body, second.body) == (b"v1", b"v3")
+        assert first.operation != second.operation
+        assert story.rows() == [b"v3"] * 3
+        assert [node.replica.statistics().ballot_conflicts for node in story.nodes] == [0, 0, 0]
+
+    play(tell)
+
+
 def test_a_condition_is_judged_on_the_record_that_takes_the_place() -> None:
     async def tell(story: Story) -> None:
         await story.acknowledged(b"v1")

@@ -440,7 +440,7 @@ class Proposer(Ending):
             value = self.lineage.attempt(found, change, self._highest_seen())
             self._conclusion = Outcome(shown(found), value)
         elif self._above:
-            value = self.lineage.restate(found, self._above)
+            value = self.lineage.restate(found, self._above, self.ballot)
             if isinstance(self._conclusion, Outcome):
                 before, after = self._conclusion
                 self._conclusion = Outcome(value if before is after else before, value)

@@ -331,10 +331,12 @@ class Lineage(Struct):
         self._sequences[operation] = sequence
         return Value(sequence, operation, change.visibility, change.body, change.payload)
 
-    def restate(self, value: Value | None, above: int) -> Value:
+    def restate(self, value: Value | None, above: int, ballot: Ballot) -> Value:
         """What ``value`` says, as a new change with a sequence above ``above`` (rule 26); a tombstone for none. If it
-        is one of our attempts, so is the new value.
+        is one of our attempts, so is the new value. ``ballot``: under which it is proposed.
         """
+        if not self.call:  # a settling round has no change of its own; no ballot is ever used twice
+            self.call = xxhash.xxh3_128_digest(encode(ballot))[:CALL_BYTES]
         operation, sequence = self._next_operation(), above + 1
         if value is None or value.sequence == 0:
             return Value(sequence, operation, Visibility.TOMBSTONE, b"")
