@@ -50,7 +50,7 @@ from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets
 from storaged.maintain.walk import entries_of
 from storaged.meta.consensus.looks import Look, moved_on
-from storaged.meta.names import RegisterName, Table, upload_name
+from storaged.meta.names import RegisterName, Table, Value, Visibility, upload_name
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import COMPLETING, OPEN, decode_upload, living_uploads, part_rows
@@ -176,7 +176,8 @@ class Judge:
     async def _first_look(self, owner: RegisterName) -> Look:
         look = await self._context.look(owner)
         if look.quorum.met(look.fenced):
-            if await self.is_gone(owner.scope):
+            empty = [disk for disk, held in look.held.items() if _refers_to_nothing(held.value)]
+            if look.quorum.met(empty) and await self.is_gone(owner.scope):
                 raise _Gone
             raise NotYet("its bucket is being deleted")
         return look
@@ -211,6 +212,13 @@ class NotYet(ValueError):
 
 class _Gone(Exception):
     """The bucket was deleted for good."""
+
+
+def _refers_to_nothing(value: Value | None) -> bool:
+    """A bucket is deleted when a majority of each register's replicas holds no object. One replica that lies can hide
+    the bucket from the directory while a fence is there for a moment.
+    """
+    return value is None or value.visibility == Visibility.TOMBSTONE
 
 
 def is_open(state: str) -> bool:

@@ -596,6 +596,26 @@ def test_orphans_of_a_bucket_that_is_gone_for_good_are_swept() -> None:
     run(scenario)
 
 
+def test_a_bucket_that_a_lie_hides_from_the_directory_loses_nothing_while_it_is_fenced() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        data_id = (await cluster.entry(bucket, b"k")).data_id
+        owner = object_name(bucket.id, bucket.shard_numbers, b"k").pack()
+        for node in cluster.nodes.values():
+            node.maintenance.collector._judge._gone.add(bucket.id)
+            for store in node.fragments.values():
+                await store.retire([Retirement(data_id, owner, 0)])
+        await cluster.gateway.ring.fence(bucket.id, bucket.shard_numbers, b"nonce")
+        await cluster.leap(RETIRE_S + 60)
+        assert await collect(cluster) == 0
+        assert await cluster.gateway.ring.unfence(bucket.id, bucket.shard_numbers, b"nonce")
+        assert await cluster.is_whole(bucket, b"k")
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
 def test_garbage_of_a_bucket_goes_although_the_gateway_that_deleted_it_died_before_its_fence_was_final() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket, other = await cluster.bucket(), await cluster.bucket("other")
