@@ -230,9 +230,9 @@ FAULTS: dict[str, Callable[[Liveness], Coroutine[Any, Any, None]]] = {
 
 BOUNDS = {
     "none": Bound(9_000, 0.15, 60),
-    "a storage node dies": Bound(7_000, 3.5, 60),
-    "a storage node is cut off": Bound(4_500, 3.5, 80),
-    "a storage node stands still": Bound(7_000, 1.5, 80),
+    "a storage node dies": Bound(7_000, 1.0, 60),
+    "a storage node is cut off": Bound(6_000, 1.0, 80),
+    "a storage node stands still": Bound(6_000, 1.0, 80),
     "a disk hangs": Bound(7_500, 0.5, 80),
     "a disk is refused": Bound(7_500, 0.5, 100),
     "a gateway dies": Bound(6_500, 1.5, 80),
@@ -241,7 +241,7 @@ BOUNDS = {
     "a gateway's clock jumps": Bound(8_000, 0.3, 60),
 }
 """What was measured, with a third to spare. A lost message costs the call its time-out, of 5 s. A proposer that waits
-for its turn at a node that dies waits for 3 s.
+for its turn at a node that dies waits for half a second.
 """
 
 

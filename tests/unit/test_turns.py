@@ -135,9 +135,9 @@ def test_a_turn_that_is_not_ended_is_over_after_its_lease() -> None:
         first, second = askers(2, TurnKeeper())
         first.ask()
         second.ask()
-        await asyncio.sleep(turns.POLL_S)
+        await asyncio.sleep(turns.LEASE_S - turns.POLL_S / 2)
         second.ask()
-        await asyncio.sleep(turns.LEASE_S - turns.POLL_S + 0.01)
+        await asyncio.sleep(turns.POLL_S / 2 + 0.01)
         assert second.states == [TURN_QUEUED, TURN_GRANTED]
 
     on_virtual_time(play)
@@ -200,9 +200,11 @@ def test_when_a_turn_took_long_the_node_s_other_processes_wait_for_the_others() 
         (slow, sibling), other = askers(2, keeper, "g1"), Asker(keeper, b"other000", "g2")
         for asker in (slow, sibling, other):
             asker.ask()
-        await asyncio.sleep(turns.LEASE_S - 0.2)
+        await asyncio.sleep(turns.LEASE_S - turns.POLL_S / 2)
+        sibling.ask()
+        other.ask()
         slow.ask(end=True)
-        assert (sibling.states, other.states) == ([], [TURN_GRANTED])
+        assert (sibling.states, other.states) == ([TURN_QUEUED], [TURN_QUEUED, TURN_GRANTED])
 
     on_virtual_time(play)
 
@@ -351,7 +353,40 @@ def test_another_replica_is_asked_when_the_first_gives_no_turn(answer: Callable[
         assert await process.contention.take(NAME, 1, 5.0)
         assert process.asked("d1") == 1
         assert await process.ended("d0"), "it may have given the turn"
-        assert asyncio.get_running_loop().time() - began <= contention.ANSWER_S
+        assert asyncio.get_running_loop().time() - began <= contention.ASKS * contention.SILENT_S + 0.01
+
+    on_virtual_time(play)
+
+
+def test_a_replica_that_dies_while_processes_wait_is_noticed_within_a_second() -> None:
+    async def play() -> None:
+        answers = [TurnReply(TURN_QUEUED)] * 2
+        process = Process(Replica(lambda request: answers.pop() if answers else None))
+        began = asyncio.get_running_loop().time()
+        assert await process.contention.take(NAME, 1, 5.0)
+        assert process.asked("d1") == 1
+        assert asyncio.get_running_loop().time() - began < 1.0
+
+    on_virtual_time(play)
+
+
+def test_a_message_that_is_lost_divides_no_processes() -> None:
+    async def play() -> None:
+        keeper, silent = TurnKeeper(), [True]
+        process, other = Process(), Asker(keeper, b"process9")
+        other.ask()
+
+        class Lossy(Replica):
+            async def turn(self, request: Turn, *, timeout_s: float = 10.0) -> TurnReply:
+                self.asked.append(request)
+                if silent and silent.pop():
+                    await asyncio.sleep(3600)
+                return await keeper.turn(request)
+
+        process.replicas["d0"] = Lossy(lambda request: None)
+        asyncio.get_running_loop().call_later(0.4, lambda: other.ask(end=True))
+        assert await process.contention.take(NAME, 1, 5.0)
+        assert process.asked("d1") == 0
 
     on_virtual_time(play)
 

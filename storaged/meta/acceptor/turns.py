@@ -33,7 +33,7 @@ from storaged.meta.consensus.bounds import check_register
 from storaged.meta.messages import TURN_GRANTED, TURN_QUEUED, TURN_REFUSED, Turn, TurnReply
 from storaged.meta.names import RegisterName
 
-POLL_S = 0.5
+POLL_S = 0.2
 LOST_S = 1.0
 """A process that waits and has not asked for this long has lost its place."""
 

@@ -13,6 +13,10 @@ Theory of operation
     The replica that is asked is the first one that answers, in the order of the ring, so that all processes ask the
     same one. A replica that does not answer, is slow, or gives no turn for ``WAIT_S`` is not asked for a while.
 
+    A replica keeps a request until the turn is free, but answers it soon in any case. When it is silent for longer
+    (``SILENT_S``) the message may have been lost or be slow, so it is asked once more. The process keeps its place.
+    When it is silent then, too, it is taken for dead.
+
     When changes are pre-empted in a turn, either the replica gives turns to several processes at once, or processes ask
     different replicas. Then this process is *careful*: for ``CAREFUL_S`` it takes the turns of a quorum of replicas, in
     the order of the ring. Any two quorums have a replica in common, so one that lies changes nothing, nor does it
@@ -46,7 +50,13 @@ REGISTERS_MAX = 4096
 """Registers that are remembered as contended."""
 
 ANSWER_S = 1.5
-"""A replica answers a request for a turn within half a second, granted or not."""
+"""Of the call that ends a turn."""
+
+SILENT_S = 0.25
+"""A replica answers a request for a turn within ``turns.POLL_S``, granted or not. After this time it is asked again."""
+
+ASKS = 2
+"""A replica that has answered none of so many requests is not asked for a while."""
 
 WAIT_S = 4.0
 """How long one replica may let this process wait: twice as long as an honest one with many processes."""
@@ -262,8 +272,7 @@ class Contention:
             if not isinstance(replica, TurnReplica):
                 return None
             began = self._clock.monotonic()
-            async with asyncio.timeout(ANSWER_S):
-                reply = await replica.turn(request, timeout_s=ANSWER_S)
+            reply = await self._first_answer(replica, request)
         except (TimeoutError, StoragedError):
             self._avoid(disk, AVOID_S)
             return None
@@ -273,6 +282,24 @@ class Contention:
             self._slow[disk] = 0
             self._avoid(disk, AVOID_S)
         return reply
+
+    async def _first_answer(self, replica: TurnReplica, request: Turn) -> TurnReply:
+        """Of up to ``ASKS`` requests. Raises TimeoutError, StoragedError."""
+        if request.end:
+            async with asyncio.timeout(ANSWER_S):
+                return await replica.turn(request, timeout_s=ANSWER_S)
+        asked: list[asyncio.Task[TurnReply]] = []
+        try:
+            for _ in range(ASKS):
+                asked.append(asyncio.ensure_future(replica.turn(request, timeout_s=ANSWER_S)))
+                done, _silent = await asyncio.wait(asked, timeout=SILENT_S, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    return await done.pop()
+            raise TimeoutError
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     def _avoid(self, disk: str, seconds: float) -> None:
         self._avoided[disk] = self._clock.monotonic() + seconds
