@@ -67,9 +67,9 @@ PAST = (StoragedError, KeyError, ValueError, TimeoutError)
 
 
 class Proof(NamedTuple):
-    """What was seen of a register. ``entries``: what the record of the round refers to. ``everywhere``: every replica
-    holds the round's row. ``uploads``: some upload of the key is open; ``of_uploads``: the data that those refer to.
-    ``gone``: the bucket was deleted for good, and refers to nothing.
+    """What was seen of a register. ``value``: that of the round; ``entries``: what it refers to. ``everywhere``: every
+    replica holds the round's row. ``uploads``: some upload of the key is open; ``of_uploads``: the data that those
+    refer to. ``gone``: the bucket was deleted for good, and refers to nothing.
     """
 
     entries: Sequence[PartEntry] = ()
@@ -77,6 +77,7 @@ class Proof(NamedTuple):
     uploads: bool = False
     of_uploads: frozenset[bytes] = frozenset()
     gone: bool = False
+    value: Value | None = None
 
 
 class Judge:
@@ -148,7 +149,8 @@ class Judge:
             if held is None:
                 raise NotYet("no round of its register is seen at a majority of the replicas")
             entries = [entry async for entry in entries_of(self._context, owner, held.value)]
-            return Proof(entries, everywhere is not None, of_uploads is not None, frozenset(of_uploads or ()))
+            uploads_open, of_parts = of_uploads is not None, frozenset(of_uploads or ())
+            return Proof(entries, everywhere is not None, uploads_open, of_parts, value=held.value)
 
         found |= await self._of_each(left, conclude, found)
         return found

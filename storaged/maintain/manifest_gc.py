@@ -1,58 +1,64 @@
-"""Garbage collection of manifest pages that no record names any more.
+"""Garbage collection of manifest pages that no record names any more. It asks no clock.
 
-Theory of operation. A page is immutable and its hash is its name; it does not name the records that need it. So each
-disk sweeps its own pages. A page is a candidate when it is older than any request lives and no row of the disk names
-it. After the time that readers get, the disk looks again. It deletes the page when it is still neither named nor
-written again.
+Theory of operation. A page is immutable and its hash is its name. Each disk sweeps its own pages. With a page it keeps
+the page's *owner*: the register of the object whose record names it, or will (gateways tell it). A page is *condemned*
+when the disk's own row of the owner does not name it: the disk remembers the page's time, which every put changes.
+After the time that readers get, the owner's register is judged (``maintain.disuse``): a look, a round by a gateway, and
+another look. The page is deleted when the value of that round does not name it, no upload of the key is open, and no
+put has changed it since it was condemned; the deletion compares that in its own transaction.
 
-Between the look and the deletion a row that names a page may be accepted. Two rules make sure that the page is young
-then:
+Two kinds of requests propose records with new pages, never by a create. Both put these pages again, on a majority,
+after their promise and before their accept:
 
-* The proposer of a row that names a page has put the page (on a majority) at most half the age of orphans before it
-  draws its ballot.
-* Before a disk looks, it refuses all ballots drawn until then, and learns from the other replicas of its registers what
-  was accepted under those ballots and it has missed.
+* A Complete. While its upload is open nothing is deleted. It looks at the upload after its promise and goes no further
+  when that has ended.
+* A move. It changes a record that exists.
 
-So a row that the disk does not know of is under a later ballot, and its pages are older than the look by half the age
-of orphans at most. The deletion compares the age once more in its own transaction.
+So the pages of a record that is chosen later were put on a majority after the record's promise. At each of these
+disks: the put came after the condemnation, so the page stays, or is written anew. Or it came before: then the promise
+too came before the condemnation, and so before the round, which ends it, or brings the record into the round's value.
 
-Each of these ends the sweep of a disk, for then it isn't known what is named: a damaged row or page of rows, a record
-that can't be read or does not list its pages, a bucket that is being deleted, a register without a majority.
+A page without an owner was not put here by a gateway of this version: a storage node copied it, which is not believed
+in what it says of owners, or a gateway of version 0.1.0 put it. It gets an owner when a row of the disk names it. The
+others are deleted when they are old and no row names them before and after the time of readers. A majority that a
+proposal relies on does not count them, unless the gateway is of 0.1.0: such a gateway proposes only what it put less
+than half that age ago, and the disks that put and accept have in common keep the page, since their rows name it.
+
+For pages with an owner the age only spares work: younger pages are not looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 
-from storaged.cluster.layout import partition_of
-from storaged.errors import DataDamaged, NoSuchBucket, ServiceUnavailable, StoragedError
+from storaged.errors import DataDamaged, StoragedError
+from storaged.maintain.asks import NAMES_A_SETTLE
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.directory import Buckets
+from storaged.maintain.disuse import Judge, Proof
 from storaged.maintain.walk import row_slices
-from storaged.meta.listing.merge import RingScanner
-from storaged.meta.names import RegisterName, Table, Visibility
+from storaged.meta.names import RegisterName, Table, Value, Visibility, object_of_upload
 from storaged.meta.storage.rowvalue import unpack_row
-from storaged.meta.store_ports import MetaStore, RowDamaged, Slot
+from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch, StoredPage
 from storaged.objects.write.references import versions_in
 
 PAGES_A_SLICE = 1000
-CANDIDATES_MAX = 250_000
-"""Old pages compared with the rows in one pass: some 40 MiB of hashes and ages."""
-UNNAMED_MAX = 100_000
-"""Pages of one disk that a sweep deletes at most; the next one goes on."""
+CONDEMNED_MAX = 100_000
+"""Pages of one disk that a sweep condemns at most; the next one goes on."""
 
 _Pages = dict[bytes, int]
 """Hash -> created ms."""
+_Condemned = dict[RegisterName | None, _Pages]
+"""By owner; None: without one."""
 
 
 class PageSweep:
     """Sweeps this node's disks. ``run`` is its task."""
 
-    def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
+    def __init__(self, context: MaintainContext) -> None:
         self._context = context
-        self._scanner = scanner
-        self._buckets = Buckets()
+        self._judge = Judge(context)
         self.deleted = 0
 
     async def run(self) -> None:
@@ -66,52 +72,69 @@ class PageSweep:
         were deleted.
         """
         before = self.deleted
-        unnamed: dict[str, _Pages] = {}
+        condemned: dict[str, _Condemned] = {}
         for disk, store in self._context.local_meta.items():
             try:
-                found = await self._unnamed(store)
+                found = await self._condemn(store)
             except (StoragedError, RowDamaged) as error:
-                self._give_up(disk, error)
+                self._give_up(disk, f"{type(error).__name__}: {error}")
                 continue
             if found:
-                unnamed[disk] = found
-        if unnamed:
+                condemned[disk] = found
+        if condemned:
             await asyncio.sleep(self._context.limits.drop_delay_s)
-        for disk, pages in unnamed.items():
+            try:
+                await self._judge.buckets.refresh(self._context)
+            except StoragedError as error:
+                self._give_up(", ".join(condemned), f"{type(error).__name__}: {error}")
+                return 0
+        for disk, pages in condemned.items():
             try:
                 await self._delete(disk, self._context.local_meta[disk], pages)
             except (StoragedError, RowDamaged, TimeoutError) as error:
-                self._give_up(disk, error)
+                self._give_up(disk, f"{type(error).__name__}: {error}")
         return self.deleted - before
 
-    def _give_up(self, disk: str, error: Exception) -> None:
-        self._context.log(f"no page of a manifest is swept from disk {disk} now: {type(error).__name__}: {error}")
+    def _give_up(self, disk: str, reason: str) -> None:
+        self._context.log(f"pages of manifests stay on disk {disk} for now: {reason}")
 
-    async def _unnamed(self, store: MetaStore) -> _Pages:
-        """Old pages that no row of the disk names. Raises RowDamaged, DataDamaged."""
-        found: _Pages = {}
-        after: bytes | None = b""
-        while after is not None and len(found) < UNNAMED_MAX:
-            candidates, after = await self._old_pages(store, after)
-            await self._spare_named(store, candidates)
-            found.update(candidates)
-        return found
+    # --- condemning ---------------------------------------------------------------------------------------------------
 
-    async def _old_pages(self, store: MetaStore, after: bytes) -> tuple[_Pages, bytes | None]:
-        """(the next old pages after ``after``, where to continue; None at the end)."""
+    async def _condemn(self, store: MetaStore) -> _Condemned:
+        """Old pages whose owner's row, on this disk, does not name them. Raises RowDamaged, DiskUnusable."""
         oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
-        found: _Pages = {}
-        while len(found) < CANDIDATES_MAX:
+        condemned: _Condemned = {}
+        after, count = b"", 0
+        while count < CONDEMNED_MAX:
             pages = await store.read(partial(store.pages, after=after, limit=PAGES_A_SLICE))
             if not pages:
-                return found, None
-            found.update((page, created_ms) for page, created_ms in pages if created_ms < oldest)
+                break
             after = pages[-1][0]
+            old = {page: created_ms for page, created_ms in pages if created_ms < oldest}
+            for owner, its in (await self._by_owner(store, old)).items():
+                named = frozenset() if owner is None else await self._named(store, owner)
+                if unnamed := {page: created_ms for page, created_ms in its.items() if page not in named}:
+                    condemned.setdefault(owner, {}).update(unnamed)
+                    count += len(unnamed)
             await asyncio.sleep(0)
-        return found, after
+        await self._find_owners(store, condemned.get(None, {}))
+        return {owner: its for owner, its in condemned.items() if its}
 
-    async def _spare_named(self, store: MetaStore, pages: _Pages) -> None:
-        """Takes out of ``pages`` what the disk's rows name, rows of former buckets and layouts included."""
+    async def _by_owner(self, store: MetaStore, pages: _Pages) -> _Condemned:
+        found: _Condemned = {}
+        hashes = list(pages)
+        for page, packed in zip(hashes, await store.read(partial(store.page_owners, hashes)), strict=True):
+            found.setdefault(RegisterName.unpack(packed) if packed else None, {})[page] = pages[page]
+        return found
+
+    async def _named(self, store: MetaStore, owner: RegisterName) -> frozenset[bytes]:
+        slot = await store.read(partial(store.get, owner))
+        return frozenset() if slot is None else _pages_of(slot.value, owner)
+
+    async def _find_owners(self, store: MetaStore, pages: _Pages) -> None:
+        """Gives those of the pages an owner that a row of the disk names, rows of former layouts included, and takes
+        them out of ``pages``.
+        """
         if not pages:
             return
         for table, scope, shard in await store.read(store.scopes):
@@ -119,46 +142,72 @@ class PageSweep:
                 continue
             async for rows in row_slices(self._context.clock, store, table, scope, shard):
                 for key, row in rows:
-                    _spare(unpack_row(RegisterName(table, scope, shard, key), row), pages)
+                    name = RegisterName(table, scope, shard, key)
+                    owner = object_of_upload(name) if table == Table.UPLOAD else name
+                    for page in _pages_of(unpack_row(name, row).value, name):
+                        if page in pages:
+                            await _set_owner(store, page, pages.pop(page), owner)
 
-    async def _delete(self, disk: str, store: MetaStore, pages: _Pages) -> None:
-        """Raises RowDamaged, StoragedError when it can't be found out what is named."""
-        await self._context.end_promises(disk)
-        await self._learn_missed(disk)
-        await self._spare_named(store, pages)
-        doomed = list(pages.items())
-        for start in range(0, len(doomed), PAGES_A_SLICE):
-            some = doomed[start : start + PAGES_A_SLICE]
+    # --- deleting -----------------------------------------------------------------------------------------------------
+
+    async def _delete(self, disk: str, store: MetaStore, condemned: _Condemned) -> None:
+        """Raises RowDamaged, StoragedError."""
+        ownerless = condemned.pop(None, {})
+        await self._find_owners(store, ownerless)
+        await self._delete_some(store, list(ownerless.items()))
+        waiting: dict[str, int] = {}
+        owners = [owner for owner in condemned if owner is not None]
+        for start in range(0, len(owners), NAMES_A_SETTLE):
+            doomed: list[tuple[bytes, int]] = []
+            for owner, proof in (await self._judge.prove(owners[start : start + NAMES_A_SETTLE])).items():
+                pages = condemned[owner]
+                reason = proof if isinstance(proof, str) else _why_kept(proof, owner, pages)
+                if reason:
+                    waiting[reason] = waiting.get(reason, 0) + len(pages)
+                else:
+                    doomed += pages.items()
+            await self._delete_some(store, doomed)
+        if waiting:
+            most = max(waiting, key=waiting.__getitem__)
+            self._give_up(disk, f"{sum(waiting.values())} wait: {most}")
+
+    async def _delete_some(self, store: MetaStore, pages: Sequence[tuple[bytes, int]]) -> None:
+        for start in range(0, len(pages), PAGES_A_SLICE):
+            some = pages[start : start + PAGES_A_SLICE]
             self.deleted += await store.health.unless_hung(store.delete_pages(some))
 
-    async def _learn_missed(self, disk: str) -> None:
-        """Brings the registers of the disk to what a majority has accepted."""
-        await self._buckets.refresh(self._context)
-        if not self._buckets.complete:
-            raise DataDamaged("the record of a bucket is not believed, or cannot be read")
-        for bucket in list(self._buckets.by_id.values()):
-            for shard in bucket.shard_numbers:
-                if disk in self._context.layouts.current.replicas_of(partition_of(bucket.id, shard)):
-                    for table in (Table.UPLOAD, Table.OBJECT):
-                        await self._catch_up(disk, table, bucket.id, shard)
 
-    async def _catch_up(self, disk: str, table: int, scope: bytes, shard: int) -> None:
-        try:
-            found = await self._scanner.catch_up(table, scope, shard)
-        except NoSuchBucket as error:
-            if not error.details.get("final"):
-                raise
-            return
-        if disk in found.away:
-            raise ServiceUnavailable("the disk itself did not answer")
-
-
-def _spare(row: Slot, pages: _Pages) -> None:
-    """Raises DataDamaged."""
-    if row.value.visibility == Visibility.TOMBSTONE:
+async def _set_owner(store: MetaStore, page: bytes, created_ms: int, owner: RegisterName) -> None:
+    try:
+        body = await store.read(partial(store.get_page, page))
+    except RowDamaged:
         return
-    for version in versions_in(row.value.body, row.name.table):
+    if body is not None:
+        await store.commit(StoreBatch(pages=[StoredPage(page, body, created_ms, owner.pack())]))
+
+
+def _why_kept(proof: Proof, owner: RegisterName, pages: _Pages) -> str:
+    """Takes out of ``pages`` what the record names. Returns why the others have to wait; empty: they need not."""
+    if proof.gone:
+        return ""
+    if proof.uploads:
+        return "an upload of the key is open"
+    try:
+        named = _pages_of(proof.value, owner)
+    except DataDamaged as error:
+        return error.message
+    for page in named:
+        pages.pop(page, None)
+    return ""
+
+
+def _pages_of(value: Value | None, name: RegisterName) -> frozenset[bytes]:
+    """All pages that a record names. Raises DataDamaged, also where it does not list them."""
+    if value is None or value.visibility == Visibility.TOMBSTONE:
+        return frozenset()
+    found: set[bytes] = set()
+    for version in versions_in(value.body, name.table):
         if version.manifest and version.manifest not in version.pages:
-            raise DataDamaged(f"the record of {row.name.key[:80]!r} does not list its pages")
-        for page in version.pages:
-            pages.pop(page, None)
+            raise DataDamaged(f"the record of {name.key[:80]!r} does not list its pages")
+        found.update(version.pages)
+    return frozenset(found)

@@ -45,6 +45,12 @@ def pages_in(name: RegisterName, value: Value | None) -> tuple[bytes, ...]:
     )
 
 
+def new_pages(name: RegisterName, before: Value, body: bytes) -> list[bytes]:
+    """The pages that a record names which its predecessor does not. Raises DataDamaged."""
+    known = frozenset(pages_in(name, before))
+    return [page for version in versions_in(body, name.table) for page in version.pages if page not in known]
+
+
 class PageRepair:
     """Asks the replicas, and copies pages. ``unanswered`` counts calls that failed although the disk is thought to
     answer.

@@ -39,6 +39,7 @@ from storaged.hashes import is_old
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets, BucketUnverified
 from storaged.maintain.health import BlockPlace, blocks_of
+from storaged.maintain.manifest_repair import new_pages
 from storaged.maintain.moves import (
     CHANGED,
     LATER,
@@ -65,7 +66,7 @@ from storaged.maintain.moves import (
 from storaged.maintain.rebuild import CannotRepair, Rebuilder
 from storaged.maintain.walk import entries_of
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
+from storaged.objects.code.manifest import manifest_pages, parts_of, renew_pages, write_manifest
 from storaged.objects.garbage import retire_all
 from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Version, decode_object, encode_object
 from storaged.wire import decode, encode
@@ -370,8 +371,6 @@ class Mover:
         """Raises CannotRepair when the record is not the one that the moves were judged by, or the new fragments are
         gone; StoragedError. Only after OutcomeUnknown the record may have changed.
         """
-        context = self.context
-        began_ms = context.clock.wall_ms()
         seen = moves[0].seen
         body = await self._body_after(name, seen, moves)
         if seen is None or body is None:
@@ -383,14 +382,16 @@ class Mover:
                 raise CannotRepair("others change the record")
             if value is None or value.sequence != seen.sequence:
                 return None
-            if context.clock.wall_ms() - began_ms >= context.limits.orphan_age_ms // 2:
-                raise CannotRepair("its pages were written too long ago to be sure that they are still there")
             promised.set()
             return Change(body, value.visibility, value.payload)
 
-        guard = asyncio.ensure_future(self._touch_new(moves, promised))
+        async def hold() -> None:
+            await self._touch_new(moves, promised)
+            await renew_pages(self.context.pages, name, new_pages(name, seen, body))
+
+        guard = asyncio.ensure_future(hold())
         try:
-            outcome = await context.registers.change(name, update, ready=guard)
+            outcome = await self.context.registers.change(name, update, ready=guard)
         finally:
             guard.cancel()
             await asyncio.gather(guard, return_exceptions=True)

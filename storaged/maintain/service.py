@@ -93,7 +93,7 @@ class Maintenance:
         self.repair = Repair(context, self.check)
         self.scrub = Scrub(context, self.hint, self.check.request_walk)
         self.collector = Collector(context)
-        self.page_sweep = PageSweep(context, scanner)
+        self.page_sweep = PageSweep(context)
         self._seen = (frozenset[str](), frozenset[str]())
         """The usable disks when that was looked at last."""
         self._informed: set[str] = {context.node}

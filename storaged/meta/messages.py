@@ -152,11 +152,14 @@ class ReadsReply(Message, frozen=True):
 
 
 class PagePut(Message, frozen=True):
-    """``page_hash`` is the xxh3-128 of ``body``; another body is refused."""
+    """``page_hash`` is the xxh3-128 of ``body``; another body is refused. ``owner``: the packed name of the object's
+    register; nodes of 0.1.0 do not send it.
+    """
 
     disk: str
     page_hash: bytes
     body: bytes
+    owner: bytes = b""
 
 
 class PageGet(Message, frozen=True):

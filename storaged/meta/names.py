@@ -73,8 +73,17 @@ def object_name(bucket_id: bytes, numbers: Sequence[int], key: bytes) -> Registe
     return RegisterName(Table.OBJECT, bucket_id, shard_of(key, numbers), key)
 
 
+UPLOAD_SUFFIX_BYTES = 17
+"""Of an upload's key, after the object's: 0x00, and its id."""
+
+
 def upload_name(bucket_id: bytes, key: bytes, upload_id: bytes) -> RegisterName:
     return RegisterName(Table.UPLOAD, bucket_id, upload_id[0], key + b"\0" + upload_id)
+
+
+def object_of_upload(name: RegisterName) -> RegisterName:
+    """The register of the object that an upload's register belongs to."""
+    return RegisterName(Table.OBJECT, name.scope, name.shard, name.key[:-UPLOAD_SUFFIX_BYTES])
 
 
 def part_name(bucket_id: bytes, upload_id: bytes, number: int) -> RegisterName:

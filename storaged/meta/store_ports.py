@@ -41,15 +41,20 @@ class Fence:
 
 
 class StoredPage(NamedTuple):
-    """``page_hash``: xxh3-128 of ``body``. ``created_ms``: when it was put last, by the clock of the disk's node."""
+    """``page_hash``: xxh3-128 of ``body``. ``created_ms``: when it was put last, by the clock of the disk's node; one
+    more than it was where the clock does not say more, so that every put changes it. ``owner``: the packed name of the
+    object's register whose record names it, or will; empty: not known.
+    """
 
     page_hash: bytes
     body: bytes
     created_ms: int
+    owner: bytes = b""
 
 
 class StoreBatch(Struct):
-    """What one group commit writes. A page that is there already gets the new age. ``meta`` are small named values
+    """What one group commit writes. A page that is there already gets the new age, and the owner if the
+    batch has one; else it keeps its own. ``meta`` are small named values
     (high-water ballot, epoch fence, store id).
     """
 
@@ -215,6 +220,9 @@ class MetaStore(Protocol):
 
     def pages(self, *, after: bytes, limit: int) -> list[tuple[bytes, int]]:
         """(hash, created ms) of pages with a hash > ``after``, in the order of their hashes; unverified."""
+
+    def page_owners(self, hashes: Sequence[bytes]) -> list[bytes]:
+        """Of each page the ``owner``; empty where none is known, or no such page is there. One short snapshot."""
 
     def get_meta(self, key: str) -> bytes | None: ...
 

@@ -119,6 +119,10 @@ class MemoryMetaStore:
         hashes = sorted(page_hash for page_hash in self._pages if page_hash > after)[:limit]
         return [(page_hash, self._pages[page_hash].created_ms) for page_hash in hashes]
 
+    def page_owners(self, hashes: Sequence[bytes]) -> list[bytes]:
+        found = [self._pages.get(page_hash) for page_hash in hashes]
+        return [b"" if page is None else page.owner for page in found]
+
     def get_meta(self, key: str) -> bytes | None:
         return self._meta.get(key)
 
@@ -214,7 +218,12 @@ class MemoryMetaStore:
             self._fences.update((fence.scope, fence) for fence in entry.batch.fences)
             for scope in entry.batch.unfence:
                 self._fences.pop(scope, None)
-            self._pages.update((page.page_hash, page) for page in entry.batch.pages)
+            for page in entry.batch.pages:
+                was = self._pages.get(page.page_hash)
+                if was is not None:
+                    created_ms = max(page.created_ms, was.created_ms + 1)
+                    page = page._replace(created_ms=created_ms, owner=page.owner or was.owner)
+                self._pages[page.page_hash] = page
             for page_hash, created_ms in entry.deletes:
                 held = self._pages.get(page_hash)
                 if held is not None and held.created_ms == created_ms:

@@ -5,18 +5,24 @@ no record needs go, and no others. And uploads: what was uploaded is counted onc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 
-from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable
+from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.maintain.context import MaintainLimits
+from storaged.maintain.disuse import Judge, Proof
 from storaged.meta import messages
 from storaged.meta.names import RegisterName, Table, object_name
+from storaged.meta.ports import Pages
+from storaged.meta.store_ports import StoreBatch, StoredPage
 from storaged.objects.api import CompletedPart, NewMeta
 from storaged.objects.code.manifest import manifest_pages
+from storaged.objects.code.versions import decode_record
 from storaged.objects.records import BucketRecord, Version
+from storaged.objects.write import complete as complete_module
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.integration.memory_cluster import WHO, Cluster, Gateway, run
 
@@ -458,8 +464,7 @@ def test_a_complete_that_slept_for_days_acknowledges_nothing_whose_pages_are_gon
         await cluster.leap(ORPHAN_S)
         await cluster.leap(ORPHAN_S)
         await sweep(cluster)
-        if table == Table.UPLOAD:
-            assert not kept(cluster)
+        assert kept(cluster)  # the upload is open
         wake.set()
         with pytest.raises(ServiceUnavailable if method == "meta.prepare" else OutcomeUnknown):
             await task
@@ -505,6 +510,96 @@ def test_a_complete_that_is_taken_up_again_or_was_in_the_way_of_others_renews_it
         assert settled_at
         ages = cluster.pages(replicas(cluster, bucket, b"other")[0])
         assert all(ages[page] > settled_at for page in (await version_of(cluster, bucket, b"other")).pages)
+
+    run(scenario)
+
+
+async def no_uploads(judge: Judge, owner: RegisterName) -> None:
+    return None
+
+
+async def no_round(judge: Judge, owners: Sequence[RegisterName]) -> dict[RegisterName, Proof | str]:
+    return {owner: Proof(value=(await judge._context.registers.read(owner)).value) for owner in owners}
+
+
+async def not_renewed(pages: Pages, near: RegisterName, hashes: Sequence[bytes]) -> None:
+    return None
+
+
+BUGS = {
+    "": (),
+    "uploads_not_looked_at": ((Judge, "_uploads_of", no_uploads),),
+    "no_round": ((Judge, "prove", no_round), (Judge, "_uploads_of", no_uploads)),
+    "complete_does_not_renew": ((complete_module, "renew_pages", not_renewed), (Judge, "_uploads_of", no_uploads)),
+}
+"""Each planted bug takes away a rule; some rules also have another one that does the same work."""
+
+
+@pytest.mark.parametrize(
+    ("bug", "called", "table"),
+    [
+        ("", "meta.prepare", Table.UPLOAD),
+        ("", "meta.prepare", Table.OBJECT),
+        ("", "meta.accept", Table.OBJECT),
+        ("uploads_not_looked_at", "meta.prepare", Table.OBJECT),
+        ("no_round", "meta.accept", Table.OBJECT),
+        ("complete_does_not_renew", "meta.prepare", Table.OBJECT),
+    ],
+)
+def test_whenever_the_sweep_comes_a_complete_makes_no_object_that_lacks_pages(
+    monkeypatch: pytest.MonkeyPatch, bug: str, called: str, table: int
+) -> None:
+    """The Complete sleeps before one of its messages, shorter than its client waits; the sweep comes meanwhile, with
+    all ages at nothing.
+    """
+    for owner, attribute, planted in BUGS[bug]:
+        monkeypatch.setattr(owner, attribute, planted)
+
+    sound: list[bool] = []
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, whole = await uploaded(cluster, bucket, b"many")
+        gateway, wake = cluster.new_gateway("sleeper"), asyncio.Event()
+
+        async def sleep(source: str, node: str, method: str, request: object) -> None:
+            if source == "sleeper" and method == called and request.name.table == table:  # type: ignore[attr-defined]
+                await wake.wait()
+
+        cluster.intercept = sleep
+        task = completing(gateway, bucket, b"many", upload_id, parts)
+        await cluster.pass_s(0.5)
+        assert not task.done()
+        assert kept(cluster)
+        await sweep(cluster)
+        wake.set()
+        with contextlib.suppress(StoragedError):
+            await task
+        cluster.intercept = None
+        await cluster.pass_s(20)
+        name = object_name(bucket.id, bucket.shard_numbers, b"many")
+        versions = decode_record((await cluster.gateway.ring.read(name)).value).versions
+        sound.append(all(set(version.pages) <= kept(cluster) for version in versions))
+        if versions and sound[0]:
+            assert await cluster.get(bucket, b"many") == whole
+
+    run(scenario, limits=MaintainLimits(orphan_age_ms=-1, drop_delay_s=0.01))
+    assert sound == [bug in ("", "uploads_not_looked_at")]
+
+
+def test_a_put_changes_the_time_of_a_page_also_when_the_clock_stands_still() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await many(cluster, bucket)
+        name = object_name(bucket.id, bucket.shard_numbers, b"many")
+        (page, *_) = (await version_of(cluster, bucket)).pages
+        disk = replicas(cluster, bucket)[0]
+        before = cluster.pages(disk)[page]
+        body = await cluster.gateway.ring.get_page(name, page)
+        old = StoredPage(page, body, 0)
+        await cluster.meta(disk).commit(StoreBatch(pages=[old]))
+        assert cluster.pages(disk)[page] == before + 1
+        assert cluster.meta(disk).page_owners([page]) == [name.pack()]
 
     run(scenario)
 

@@ -62,7 +62,7 @@ async def by_scrub(context: Any) -> None:
 
 
 async def by_sweep(context: Any) -> None:
-    await PageSweep(context, NO_SCANNER)._spare_named(context.local_meta[WHERE.disk], {b"a page": 0})
+    await PageSweep(context)._find_owners(context.local_meta[WHERE.disk], {b"a page": 0})
 
 
 @pytest.mark.parametrize("go_through", [by_walk, by_scrub, by_sweep])

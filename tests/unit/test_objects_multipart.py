@@ -29,7 +29,6 @@ from storaged.errors import (
     NoSuchKey,
     NoSuchUpload,
     PreconditionFailed,
-    ServiceUnavailable,
     StoragedError,
     XAmzContentSHA256Mismatch,
 )
@@ -639,29 +638,28 @@ async def test_references_follow_a_part_from_its_row_to_the_object() -> None:
     await objects.close()
 
 
-async def test_a_complete_that_slept_longer_than_unnamed_pages_are_kept_proposes_nothing() -> None:
+async def test_a_complete_whose_pages_went_before_its_promise_proposes_nothing() -> None:
     world, objects, bucket = world_of()
     datas = [os.urandom(1000) for _ in range(40)]
     upload_id, parts = await uploaded(objects, bucket, datas)
-    put_page = world.ring.put_page
+    name, went = object_name(bucket.id, bucket.shard_numbers, b"key"), {}
 
-    async def sleep(near: RegisterName, body: bytes) -> bytes:
-        world.clock.wall += 13 * 3_600_000
-        return await put_page(near, body)
+    async def sweep(at: RegisterName) -> None:
+        assert at.table == Table.UPLOAD  # the pin
+        went.update(world.ring.pages)
+        world.ring.pages.clear()
 
-    world.ring.put_page = sleep  # type: ignore[method-assign]
-    before = dict(world.ring.values)
-    with pytest.raises(ServiceUnavailable):
+    world.ring.interfere = sweep  # type: ignore[method-assign]
+    with pytest.raises(DataDamaged):
         await complete(objects, bucket, upload_id, parts)
-    assert world.ring.values == before
-    world.ring.put_page = put_page  # type: ignore[method-assign]
+    assert name not in world.ring.values
+    world.ring.pages.update(went)
     await complete(objects, bucket, upload_id, parts)
     assert await got(objects, bucket) == b"".join(datas)
     await objects.close()
 
 
-@pytest.mark.parametrize("table", [Table.UPLOAD, Table.OBJECT])
-async def test_a_complete_whose_proposal_was_refused_puts_its_pages_again_before_the_next(table: int) -> None:
+async def test_a_complete_puts_its_pages_again_after_each_promise_on_the_object() -> None:
     world, objects, bucket = world_of()
     datas = [os.urandom(1000) for _ in range(40)]
     upload_id, parts = await uploaded(objects, bucket, datas)
@@ -673,14 +671,14 @@ async def test_a_complete_whose_proposal_was_refused_puts_its_pages_again_before
         return await put_page(near, body, name)
 
     async def refuse(name: RegisterName) -> None:
-        if name.table != table:
+        if name.table != Table.OBJECT:
             world.ring.interfere = refuse
             return
-        assert puts == 2
+        assert puts == 4
         await world.ring.settle(name)
 
     world.ring.put_page, world.ring.interfere = count, refuse  # type: ignore[method-assign]
     await complete(objects, bucket, upload_id, parts)
-    assert puts == 4
+    assert puts == 6
     assert await got(objects, bucket) == b"".join(datas)
     await objects.close()

@@ -37,7 +37,7 @@ class DiskPages:
             # an attacker can find other bytes with the same old hash
             raise InvalidRequest("Another page has this name here.")
         self._writes.check_room(len(request.body), accepts)
-        page = StoredPage(request.page_hash, request.body, self._clock.wall_ms())
+        page = StoredPage(request.page_hash, request.body, self._clock.wall_ms(), request.owner)
         await self._writes.durably(StoreBatch(pages=[page]), size=len(request.body))
         return PageReply()
 

@@ -11,7 +11,7 @@ from storaged.hashes import is_page
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
 from storaged.meta.consensus.register import COUNTER_MAX, created, may_create
-from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Value, Visibility
+from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Table, Value, Visibility
 from storaged.units import MIB
 
 VALUE_BYTES_MAX = 4 * MIB
@@ -58,6 +58,13 @@ def check_page(request: messages.PagePut) -> None:
         raise InvalidRequest(f"A page of {len(request.body)} bytes; the limit is {PAGE_BYTES_MAX}.")
     if not is_page(request.body, request.page_hash):
         raise InvalidRequest("The page's bytes are not those that its hash names.")
+    if request.owner:
+        try:
+            owner = RegisterName.unpack(request.owner)
+        except ValueError as error:
+            raise InvalidRequest(f"The owner of a page is no register: {error}") from None
+        if owner.table != Table.OBJECT:
+            raise InvalidRequest("The owner of a page is the register of an object.")
 
 
 def check_pages(request: messages.PageCheck) -> None:

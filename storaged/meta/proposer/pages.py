@@ -8,9 +8,14 @@ from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.hashes import is_page, page_hash
 from storaged.meta.consensus.quorums import View
 from storaged.meta.messages import PageCheck, PageGet, PagePut, PageReply
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Table, object_of_upload
 from storaged.meta.ports import Replica
 from storaged.meta.transport.calls import Answers, Calls
+
+
+def owner_of(near: RegisterName) -> bytes:
+    """The object's register, packed, of a page that this register's record names."""
+    return (object_of_upload(near) if near.table == Table.UPLOAD else near).pack()
 
 
 class RingPages:
@@ -26,12 +31,12 @@ class RingPages:
 
     async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
         """See ``ports.Pages``."""
-        page_name = name or page_hash(body)
+        page_name, owner = name or page_hash(body), owner_of(near)
 
         def put(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[PageReply]]:
             async def page_put(replica: Replica) -> PageReply:
                 try:
-                    return await replica.page_put(PagePut(disk, page_name, body), timeout_s=timeout_s)
+                    return await replica.page_put(PagePut(disk, page_name, body, owner), timeout_s=timeout_s)
                 except StoragedError:
                     self._on_missed(near)
                     raise
@@ -77,4 +82,4 @@ class RingPages:
         """See ``ports.PageCopies``."""
         body = await self.get_page(near, name)
         replica = self._calls.replicas.replica(disk)
-        await replica.page_put(PagePut(disk, name, body), timeout_s=self._calls.call_timeout_s)
+        await replica.page_put(PagePut(disk, name, body, owner_of(near)), timeout_s=self._calls.call_timeout_s)

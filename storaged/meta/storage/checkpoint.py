@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from storaged.meta.storage.batch import PackedBatch
-from storaged.meta.storage.cursor import PAGE_AGE_BYTES
+from storaged.meta.storage.cursor import pack_page, page_age, page_owner
 from storaged.meta.storage.heap import Heap
 from storaged.meta.storage.identity import Database, Transaction
 from storaged.meta.storage.overlay import Overlay
@@ -167,9 +167,13 @@ def apply_pages(transaction: Transaction, batches: Sequence[PackedBatch]) -> Non
     """Puts pages, and deletes and counts stale ones. Raises lmdb.Error."""
     for batch in batches:
         for page in batch.pages:
-            transaction.put(page.page_hash, page.created_ms.to_bytes(PAGE_AGE_BYTES, "big") + page.body)
+            held = transaction.get(page.page_hash)
+            created_ms, owner = page.created_ms, page.owner
+            if held is not None:
+                created_ms, owner = max(created_ms, page_age(held) + 1), owner or page_owner(held)
+            transaction.put(page.page_hash, pack_page(created_ms, owner, page.body))
         for page_hash, created_ms in batch.stale_pages:
             stored = transaction.get(page_hash)
-            if stored is not None and stored[:PAGE_AGE_BYTES] == created_ms.to_bytes(PAGE_AGE_BYTES, "big"):
+            if stored is not None and page_age(stored) == created_ms:
                 transaction.delete(page_hash)
                 batch.deleted += 1

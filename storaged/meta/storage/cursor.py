@@ -16,9 +16,14 @@ from storaged.meta.storage.identity import Database, Transaction
 from storaged.meta.storage.rowkey import NODE_BYTES, SEGMENT_BYTES, find, row_key
 from storaged.meta.storage.rowvalue import open_number
 from storaged.meta.store_ports import RowRange, Stamps
+from storaged.wire import Buffer
 
 PAGE_AGE_BYTES = 8
 """Each page begins with the time at which it was put last."""
+
+_OWNED = 1 << 63
+"""In that time: the length of the owner's name and the name follow, and then the page."""
+_OWNER_LENGTH_BYTES = 2
 
 Cursor = Any
 """``lmdb.Cursor``."""
@@ -52,8 +57,34 @@ def page_ages(transaction: Transaction, after: bytes, limit: int) -> list[tuple[
     """As ``MetaStore.pages``. With buffers only the first bytes of each page are touched. Raises lmdb.Error."""
     cursor = transaction.cursor()
     found = islice(cursor.iternext(), limit + 1) if cursor.set_range(after) else ()
-    ages = [(bytes(key), int.from_bytes(value[:PAGE_AGE_BYTES], "big")) for key, value in found]
+    ages = [(bytes(key), page_age(value)) for key, value in found]
     return [page for page in ages if page[0] > after][:limit]
+
+
+def pack_page(created_ms: int, owner: bytes, body: bytes) -> bytes:
+    """The value of the table of pages."""
+    if not owner:
+        return created_ms.to_bytes(PAGE_AGE_BYTES, "big") + body
+    head = (created_ms | _OWNED).to_bytes(PAGE_AGE_BYTES, "big") + len(owner).to_bytes(_OWNER_LENGTH_BYTES, "big")
+    return head + owner + body
+
+
+def page_age(value: Buffer) -> int:
+    """``StoredPage.created_ms``."""
+    return int.from_bytes(value[:PAGE_AGE_BYTES], "big") & ~_OWNED
+
+
+def page_owner(value: Buffer) -> bytes:
+    """``StoredPage.owner``, of a value that may be damaged."""
+    if not int.from_bytes(value[:PAGE_AGE_BYTES], "big") & _OWNED:
+        return b""
+    start = PAGE_AGE_BYTES + _OWNER_LENGTH_BYTES
+    return bytes(value[start : start + int.from_bytes(value[PAGE_AGE_BYTES:start], "big")])
+
+
+def page_body(value: bytes) -> bytes:
+    owner = page_owner(value)
+    return value[PAGE_AGE_BYTES + (_OWNER_LENGTH_BYTES + len(owner) if owner else 0) :]
 
 
 def columns_at(cursor: Cursor, root: int, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool] | None:

@@ -18,7 +18,15 @@ from storaged.hashes import is_page
 from storaged.lmdb_file import Residency
 from storaged.meta.names import RegisterName
 from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
-from storaged.meta.storage.cursor import PAGE_AGE_BYTES, StoredRows, columns_at, page_ages, stamps_at, stored_row
+from storaged.meta.storage.cursor import (
+    StoredRows,
+    columns_at,
+    page_ages,
+    page_body,
+    page_owner,
+    stamps_at,
+    stored_row,
+)
 from storaged.meta.storage.heap import rows_of
 from storaged.meta.storage.identity import Database, Transaction
 from storaged.meta.storage.overlay import Table, has_rows, merge, overlay_row
@@ -181,7 +189,7 @@ class StoreReader:
 
     def get_page(self, page_hash: bytes) -> bytes | None:
         stored = self._read(b"pages", page_hash)
-        page = None if stored is None else stored[PAGE_AGE_BYTES:]
+        page = None if stored is None else page_body(stored)
         if page is not None and not is_page(page, page_hash):
             self.damaged_rows += 1
             raise RowDamaged(f"page {page_hash.hex()} does not have its hash")
@@ -195,6 +203,13 @@ class StoreReader:
         try:
             with self._begin(self._databases[b"pages"], buffers=True) as transaction:
                 return page_ages(transaction, after, limit)
+        except lmdb.Error as error:
+            raise self._damaged_page(error) from None
+
+    def page_owners(self, hashes: Sequence[bytes]) -> list[bytes]:
+        try:
+            with self._begin(self._databases[b"pages"], buffers=True) as transaction:
+                return [page_owner(transaction.get(page_hash, b"")) for page_hash in hashes]
         except lmdb.Error as error:
             raise self._damaged_page(error) from None
 

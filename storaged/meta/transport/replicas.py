@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import (
     Call,
@@ -317,7 +319,9 @@ class ReplicaHost:
         reply, copy = await answer_read(self._of(request.disks[0]), request)
         return Reply(reply, (copy,) if len(copy) else ())
 
-    async def _page_put(self, request: messages.PagePut, _call: Call) -> messages.PageReply:
+    async def _page_put(self, request: messages.PagePut, call: Call) -> messages.PageReply:
+        if request.owner and "gateway" not in call.peer.roles:
+            request = msgspec.structs.replace(request, owner=b"")  # only gateways say by what record a page is judged
         return await self._of(request.disk).page_put(request)
 
     async def _page_get(self, request: messages.PageGet, _call: Call) -> messages.PageReply:

@@ -4,8 +4,7 @@ on the replicas of its register.
 A page is written, and synced on a majority, before the page that names it, and all pages before the record that names
 the first. So a reader of the record can read its pages. The record also lists the hashes of all pages, for repair and
 for the garbage collection of pages that no record names. That collection spares pages that were put, or put again,
-recently: so a proposer of a record puts its pages shortly before it draws its ballot, and again before it proposes once
-more.
+after it looked: so a proposer of a record puts its pages again after its promise (``maintain.manifest_gc``).
 """
 
 from __future__ import annotations
@@ -148,8 +147,8 @@ async def sealed_parts_of(
 
 
 async def renew_pages(pages: Pages, near: RegisterName, hashes: Sequence[bytes]) -> None:
-    """Puts pages again, so that they are as young as new ones, and on all replicas that answer. Raises DataDamaged for
-    a page that is gone, ServiceUnavailable.
+    """Puts pages again, so that no sweep that looked at them before deletes them, and on all replicas that answer.
+    Raises DataDamaged for a page that is gone, ServiceUnavailable.
     """
     for page_hash in hashes:
         await pages.put_page(near, await pages.get_page(near, page_hash), page_hash)

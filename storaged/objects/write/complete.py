@@ -4,9 +4,9 @@ Theory of operation. A Complete has three durable steps. It pins the version tha
 (Completing). It changes the object's register under the conditions. It marks the upload Done, with the answer, which is
 kept for repeats.
 
-A Complete that another gateway resumes, or that the client repeats, makes the pinned version, whose pages it renews
-first. When a resumed Complete finds that the object changed since the pin, and does not hold the version, it can't know
-whether the first attempt took effect and was overwritten. Then it reopens the upload and reports a conflict.
+A Complete that another gateway resumes, or that the client repeats, makes the pinned version. When a resumed Complete
+finds that the object changed since the pin, and does not hold the version, it can't know whether the first attempt took
+effect and was overwritten. Then it reopens the upload and reports a conflict.
 
 An abort changes the upload first and settles the object after that. A Complete looks between its promise on the object
 and its accept whether the upload is still Completing. So exactly one of the two wins.
@@ -39,7 +39,6 @@ from storaged.errors import (
     NoSuchKey,
     NoSuchUpload,
     PreconditionFailed,
-    ServiceUnavailable,
     SlowDown,
 )
 from storaged.fragments.ports import OF_UPLOAD
@@ -95,37 +94,6 @@ class _Moved(Exception):
 
 class _Overtaken(Exception):
     """Another request has pinned, reopened or finished the upload: its record must be read again."""
-
-
-class _HeldPages:
-    """The pages of a version that no record names yet. At the proposal they must be younger than the orphans that the
-    sweep deletes.
-    """
-
-    def __init__(self, plane: ObjectPlane, near: RegisterName, *, resumed: bool) -> None:
-        self._plane = plane
-        self._near = near
-        self.resumed = resumed
-        """An earlier attempt pinned the version."""
-        self.hashes: tuple[bytes, ...] = ()
-        self._note_age()
-
-    def _note_age(self) -> None:
-        self._since, self._since_ms = self._plane.clock.monotonic(), self._plane.clock.wall_ms()
-
-    async def renew(self) -> None:
-        """Renews the age of the pages, before each further proposal: the change that was in the way may have taken
-        long. Raises DataDamaged, ServiceUnavailable.
-        """
-        self._note_age()
-        await renew_pages(self._plane.pages, self._near, self.hashes)
-
-    def check_age(self) -> None:
-        """Called with the record that a promise brought. Raises ServiceUnavailable."""
-        try:
-            self._plane.check_age(self._since, self._since_ms)
-        except ServiceUnavailable:
-            raise ServiceUnavailable("Completing this upload took longer than is safe. Retry.") from None
 
 
 async def complete(
@@ -192,21 +160,16 @@ async def _complete_once(
     """
     name, keys = object_name(bucket.id, bucket.shard_numbers, upload.place.key), BucketKeys(plane, bucket)
     resumed = upload.record.state == COMPLETING
-    held = _HeldPages(plane, name, resumed=resumed)
     rows = await _rows(plane, bucket, upload)
     if not resumed:
         await check_early(plane, name, upload.place, keys, request.conditions)
         algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
         chosen = await plane.in_thread(_chosen, plane, rows, request.parts, algorithm)
         version = await _make_version(plane, name, upload, chosen, request)
-        held.hashes = version.pages
-        upload = upload._replace(record=await _pin(plane, name, upload, version, digest, held))
+        upload = upload._replace(record=await _pin(plane, name, upload, version, digest))
     version = decode_version(upload.record.pinned)
-    if resumed:
-        held.hashes = version.pages
-        await held.renew()
     try:
-        outcome = await _commit(plane, name, keys, upload, version, request.conditions, held)
+        outcome = await _commit(plane, name, keys, upload, version, request.conditions, resumed=resumed)
     except (PreconditionFailed, NoSuchKey):
         await _reopen(plane, upload)
         raise
@@ -347,7 +310,7 @@ def _checksums(
 
 
 async def _pin(
-    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, digest: bytes, held: _HeldPages
+    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, digest: bytes
 ) -> UploadRecord:
     """Open -> Completing. Raises NoSuchUpload, _Overtaken."""
     before = (await plane.registers.read(name)).value
@@ -359,7 +322,6 @@ async def _pin(
             raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
         if record.state != OPEN:
             raise _Overtaken
-        held.check_age()
         pinned = msgspec.structs.replace(
             record,
             state=COMPLETING,
@@ -370,7 +332,7 @@ async def _pin(
         )
         return Change(encode(pinned))
 
-    record = decode_upload((await plane.registers.change(upload.name, update, renew=held.renew)).after)
+    record = decode_upload((await plane.registers.change(upload.name, update)).after)
     assert record is not None
     return record
 
@@ -403,10 +365,11 @@ async def _commit(
     upload: OpenedUpload,
     version: Version,
     conditions: WriteConditions,
-    held: _HeldPages,
+    *,
+    resumed: bool,
 ) -> Outcome:
     """Puts the version into the object's record, once, however often this is tried. ``upload``: with the pin as its
-    record. Raises _Moved, _Overtaken, and as ``complete``.
+    record. ``resumed``: an earlier attempt pinned the version. Raises _Moved, _Overtaken, and as ``complete``.
     """
     for attempt in range(ATTEMPTS_MAX):
         promised = asyncio.Event()
@@ -419,24 +382,22 @@ async def _commit(
             record = decode_record(value)
             if any(version.context_id == other.context_id for other in record.versions):
                 change = None
-            elif held.resumed and (value.sequence if value is not None else 0) != upload.record.pinned_sequence:
+            elif resumed and (value.sequence if value is not None else 0) != upload.record.pinned_sequence:
                 raise _Moved
             else:
                 check_write(conditions, current_of(upload.place, record, keys, with_etag=needs_etag(conditions)))
-                held.check_age()
                 change = record_change(ObjectRecord((version,)))
             ran = True
             promised.set()
             return change
 
-        guard = asyncio.ensure_future(_still_completing(plane, upload, promised))
+        guard = asyncio.ensure_future(_still_completing(plane, name, upload, version, promised))
         try:
             return await plane.registers.change(name, update, ready=guard)
         except KeyNeeded as needed:
             await keys.load(needed.version)
         except ProposedAgain:
             await asyncio.sleep(0.01 * 2 ** min(attempt, 6) * plane.entropy(1)[0] / 255)
-            await held.renew()
         finally:
             await cancel_all([guard])
     raise SlowDown(
@@ -444,11 +405,15 @@ async def _commit(
     )
 
 
-async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: asyncio.Event) -> None:
-    """Looks at the upload after the object's replicas have promised: see the theory of operation.
+async def _still_completing(
+    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, promised: asyncio.Event
+) -> None:
+    """Looks at the upload after the object's replicas have promised: see the theory of operation. Then it renews the
+    pages of the manifest, so that the sweep of pages spares them, or finds out that one is gone.
 
     When the upload is Done and the record lacks the version, another request has put it there, and it was deleted or
-    overwritten since: it must not come back. Raises NoSuchUpload, _Overtaken.
+    overwritten since: it must not come back. Raises NoSuchUpload, _Overtaken,
+    DataDamaged, ServiceUnavailable.
     """
     await promised.wait()
     record = decode_upload((await plane.registers.read(upload.name)).value)
@@ -456,6 +421,7 @@ async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: 
         raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
     if record.state != COMPLETING or record.pinned != upload.record.pinned:
         raise _Overtaken
+    await renew_pages(plane.pages, name, version.pages)
 
 
 async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, version: Version) -> CompleteResult:
