@@ -125,6 +125,8 @@ class World:
     on_files: bool = False
     """Disks have the program's own store, on files that fail."""
     directories: int = 0
+    gathering: float = 0.5
+    """The part of the gateways that send no accept by itself while others may follow in the same turn."""
     stopped: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
     """What waits for processes that are stopped."""
     _files: Any = None
@@ -404,7 +406,7 @@ class Gateway:
         node = self._node
         if node is not None and not node.up:
             node.start()
-        together = -1 if world.random.random() < 0.5 else ALONE_MAX
+        together = -1 if world.random.random() < world.gathering else ALONE_MAX
         self.directory = ReplicaDirectory(
             self.layouts, self.caller, self._local if node is None else {node.disk: node.replica}, alone_max=together
         )

@@ -25,6 +25,7 @@ PLAYS = {
     "forgetful": "tests.sim.forgetful:run_forgetful",
     "collecting": "tests.sim.collecting:run_collecting",
     "small": "tests.sim.small:run_small",
+    "bursts": "tests.sim.bursts:run_bursts",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 

@@ -352,11 +352,34 @@ _TRANSPORT = (
     Planted(
         "accepts_mixed_up",
         "the answers to the accepts of one message go to each other's callers",
-        200,
+        50,
+        "bursts",
         path="storaged/meta/transport/accept_batching.py",
         old="            replies, errors = answer.replies, answer.errors\n",
         new="            replies, errors = answer.replies[::-1], answer.errors\n",
-        open=True,
+        fast=True,
+    ),
+    Planted(
+        "one_answer_for_all",
+        "the answer to the first accept of a message counts for all of them",
+        50,
+        "bursts",
+        path="storaged/meta/transport/accept_batching.py",
+        old="            replies, errors = answer.replies, answer.errors\n",
+        new="            replies, errors = [answer.replies[0]] * count, answer.errors\n",
+        fast=True,
+    ),
+    Planted(
+        "refused_with_another",
+        "one refused accept of a message counts for all of them",
+        50,
+        "bursts",
+        path="storaged/meta/transport/accept_batching.py",
+        old="            replies, errors = answer.replies, answer.errors\n",
+        new="            replies, errors = answer.replies, answer.errors\n"
+        "            if refused := [reply for reply in replies if reply is not None and reply.verdict]:\n"
+        "                replies = refused[:1] * count\n",
+        fast=True,
     ),
     Planted(
         "creates_as_accepts",
@@ -370,10 +393,10 @@ _TRANSPORT = (
         "rows_mixed_up",
         "the rows of one message go to each other's callers",
         200,
+        "bursts",
         path="storaged/meta/transport/read_batching.py",
         old="            for ask, on_row, row in zip(asks, callbacks, rows, strict=False):\n",
         new="            for ask, on_row, row in zip(asks, callbacks, rows[::-1], strict=False):\n",
-        open=True,
     ),
     Planted(
         "pending_row_read",

@@ -46,7 +46,13 @@ _SMALL = {
 }
 """As ``_RING``, of the rules that ``small`` shows."""
 
-_SLOW = {"promises_survive_restart", "created_follows_overtaken", "copies_with_rows", "older_at_once"}
+_SLOW = {
+    "promises_survive_restart",
+    "created_follows_overtaken",
+    "copies_with_rows",
+    "older_at_once",
+    "older_as_new_change",
+}
 
 _AUTHORITY = "storaged/meta/authority.py"
 _JUDGE = "        for row in self._contents:"

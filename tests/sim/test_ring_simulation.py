@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from storaged.meta.consensus.register import RULES
 from tests.sim.buckets import run_buckets
+from tests.sim.bursts import run_bursts
 from tests.sim.forgetful import run_forgetful
 from tests.sim.hostile import run_hostile
 from tests.sim.listing import run_listing
@@ -29,6 +31,7 @@ FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
 HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "30"))
 LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "25"))
 BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "15"))
+BURST_SEEDS = int(os.environ.get("STORAGED_SIM_BURST_SEEDS", "10"))
 SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "25"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "40"))
 
@@ -65,6 +68,17 @@ def test_small_objects_are_neither_undone_nor_damaged_whatever_becomes_of_copies
     for seed in range(FIRST_SEED, FIRST_SEED + SMALL_SEEDS):
         found = run_small(seed)
         assert not found.violation, f"small seed {seed}: {found.violation} ({', '.join(found.faults)})"
+
+
+@pytest.mark.timeout(0)
+def test_many_keys_that_change_in_one_turn_do_not_get_each_others_answers() -> None:
+    sizes: Counter[int] = Counter()
+    for seed in range(FIRST_SEED, FIRST_SEED + BURST_SEEDS):
+        found = run_bursts(seed)
+        assert not found.violation, f"bursts seed {seed}: {found.violation} ({', '.join(found.faults)})"
+        sizes.update(found.accepts_a_message)
+    together = sum(size * count for size, count in sizes.items() if size > 1)
+    assert together > sum(size * count for size, count in sizes.items()) // 5, sorted(sizes.items())
 
 
 @pytest.mark.timeout(0)
