@@ -5,7 +5,8 @@ put fragments of its own where repair has to write: a place where a fragment is 
 recoded. Repair then asks a gateway. The gateway deletes the fragment when the survivors of the block agree on other
 hashes, or, under another profile than the record's, when computing it from survivors gives other hashes. It deletes
 nothing that the survivors confirm, and nothing of data that the record does not have: that belongs to a request that is
-under way, or to garbage collection.
+under way, or to garbage collection. Where the record names the fragment, so many others have to agree that the block
+can't be read from the rest (``moves.are_alone``).
 
 A move that names the fragment may be under way. So the register is settled first, which ends all earlier promises, and
 the fragment is deleted only if it was not touched since it was looked at. No record can name it by then: a move is made
@@ -37,6 +38,7 @@ from storaged.maintain.moves import (
     Judged,
     MovesAnswer,
     agreed,
+    are_alone,
 )
 from storaged.maintain.rebuild import CannotRepair
 from storaged.maintain.walk import entries_of
@@ -100,6 +102,8 @@ class Discarder:
                 entry = found
         if entry is None:
             return Judged(CHANGED, "the record does not have this data")
+        if entry.small or entry.inline:
+            return Judged(REFUSED, "what lies beside its record is not in the way of repair")
         places = blocks_of(entry, name.partition, self._context.layouts.at, countries)
         old = next((where for where in places if where.block == fragment.block), None)
         if old is None:
@@ -111,6 +115,9 @@ class Discarder:
             return Judged(LATER, "too few other fragments of its block agree")
         if await self._is_right(old, fragment, header, survivors):
             return Judged(REFUSED, "it is what the survivors of its block say")
+        in_place = fragment == old.fragment(fragment.position) and old.disks[fragment.position] == disk
+        if in_place and not are_alone(old, survivors.positions):
+            return Judged(LATER, "the block may as well be what this fragment is of")
         async with asyncio.timeout(self._context.limits.call_timeout_s):
             self.deleted += await store.delete([fragment], created_ms=[stat.created_ms])
         self._context.log(

@@ -25,7 +25,7 @@ survivors of a block can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -314,6 +314,15 @@ def agreed(layout: Layout, old: BlockPlace, found: Mapping[int, FragmentHeader])
     if len(nodes) < min(2, len({disk.node for disk in layout.disks})):
         return None
     return Agreed(hashes, owner, tuple(sorted(positions)))
+
+
+def are_alone(where: BlockPlace, positions: Collection[int]) -> bool:
+    """Whether nothing else can be the block when the fragments at these positions agree: the others are too few to
+    read it from. Only then may a sound fragment that differs be replaced or deleted. A hostile node may have written
+    one that agrees with its own where an honest disk had none, so that the most votes are not the block's.
+    """
+    others = [position for position in range(where.profile.n) if position not in positions]
+    return sum(_is_needed(where, position) for position in others) < _needed(where)
 
 
 def judge_block(

@@ -3,7 +3,8 @@
 A rebuilt fragment is written only when it has the hash (``storaged.hashes``) on which the headers of the survivors
 agree. So a disk that lies about its fragment, or about the hashes, can spoil what it holds itself, but repair does not
 spread its bytes. Headers agree when they name the same hashes, so headers with hashes of different kinds never agree. A
-fragment that is not what the others agree on is rebuilt like one that is missing.
+fragment that is not what the others agree on is rebuilt like one that is missing; but one that is sound by itself
+only where the others are so many that the block can't be read from the rest (``moves.are_alone``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.hashes import is_fragment
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import BlockHealth, BlockPlace, is_allowed
+from storaged.maintain.moves import are_alone
 from storaged.objects.code import erasure
 from storaged.objects.code.assemble import assemble, empty_fragments
 from storaged.objects.code.place import Placement
@@ -63,6 +65,8 @@ class Rebuilder:
         self.fragments_rebuilt = 0
         self.bytes_rebuilt = 0
         self.blocks_recoded = 0
+        self.undecided = 0
+        """Sound fragments that differ from most others of their block, and were left as they are."""
         self.in_the_way: dict[tuple[str, FragmentId], None] = {}
         """Fragments that a disk did not let this node replace. Bounded."""
 
@@ -136,13 +140,28 @@ class Rebuilder:
             few = 1
             agreed = _agreed(profile, known, found)
             if agreed is not None:
-                return agreed
+                return self._spare_undecided(place, agreed, found)
         agreed = _agreed(profile, known, found)
         if agreed is None:
             raise CannotRepair(
                 f"block {place.block}: {len(found)} fragments can be read, {profile.k} that agree are needed"
             )
-        return agreed
+        return self._spare_undecided(place, agreed, found)
+
+    def _spare_undecided(
+        self, place: BlockPlace, agreed: Survivors, found: Mapping[int, tuple[FragmentHeader, bytes]]
+    ) -> Survivors:
+        """Without the sound fragments that may be the block's as well as those that agree."""
+        if not agreed.mismatched or are_alone(place, agreed.fragments):
+            return agreed
+        sound = [position for position in agreed.mismatched if _is_sound(place.profile, position, *found[position])]
+        if sound:
+            self.undecided += len(sound)
+            self._context.log(
+                f"block {place.block} of {agreed.owner[18:98]!r}: fragments {sound} differ from the others and stay, as"
+                " either may be the block's; a read finds out"
+            )
+        return agreed._replace(mismatched=tuple(position for position in agreed.mismatched if position not in sound))
 
     async def as_coded(
         self, place: BlockPlace, positions: Sequence[int], hashes: tuple[bytes, ...], profile: Profile
@@ -285,6 +304,12 @@ def _agreed(
             fragments[position] = whole
     mismatched = tuple(position for position in found if position not in fragments)
     return Survivors(fragments, hashes, owner, mismatched) if len(fragments) >= profile.k else None
+
+
+def _is_sound(profile: Profile, position: int, header: FragmentHeader, whole: Buffer) -> bool:
+    """Whether a fragment is what its own header says."""
+    hashes = header.hashes
+    return len(hashes) == (1 if profile.k == 1 else profile.n) and is_fragment((whole,), _hash_of(hashes, position))
 
 
 def _refuse_others(place: BlockPlace, others: Sequence[int]) -> None:

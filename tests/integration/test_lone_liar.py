@@ -8,8 +8,12 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from storaged.errors import FragmentOther
+from storaged.hashes import fragment_hash
 from storaged.maintain.answers import settle_handler
 from storaged.maintain.asks import SETTLED, Settle
+from storaged.maintain.health import BlockPlace
+from storaged.maintain.moves import REFUSED, DiscardAsk, FragmentAsk
 from storaged.maintain.pull import Behind, BroughtUp
 from storaged.meta import messages
 from storaged.meta.consensus.register import digest_of
@@ -123,5 +127,64 @@ def test_a_disk_that_lags_adopts_no_value_that_a_lone_replica_reports(with_diges
         await caller.call(node_of(lagging), "maintain.behind", Behind((name.pack(),)), BroughtUp)
         slot = cluster.meta(lagging).get(name)
         assert slot is None or slot.value == true
+
+    run(scenario)
+
+
+async def spoil(cluster: Cluster, bucket: BucketRecord) -> tuple[BlockPlace, int, int, bytes]:
+    """Where the disk of an honest node lost its copy of a small object, the liar puts one of its own, as on its
+    own disk. Returns the block, the position of the last good copy, that of the false one, and the good bytes.
+    """
+    [where] = await cluster.places(bucket, KEY)
+    node_of = cluster.layouts.current.node_of
+    own = next(position for position, disk in enumerate(where.disks) if node_of(disk) == "na")
+    lost, good = [position for position in range(3) if position != own]
+    kept = [cluster.store(disk).kept(fragment) for fragment, disk in where.fragments]
+    payload = b"x" * len(kept[0].payload)
+    thief = cluster.nodes["na"].context.stores
+    for position in (own, lost):
+        fragment, disk = where.fragment(position), where.disks[position]
+        header = msgspec.structs.replace(kept[position].header, hashes=(fragment_hash((payload,)),))
+        if own_header := where.entry.header:
+            header = msgspec.structs.replace(header, part_header=own_header)
+        await cluster.store(disk).delete([fragment])
+        await thief.store(disk).write(header, [payload], sync=True)
+    return where, good, lost, bytes(kept[good].payload)
+
+
+def test_no_gateway_deletes_the_last_good_copy_of_a_small_object() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        data = os.urandom(3_000)
+        await cluster.put(bucket, KEY, data)
+        where, good, _, truth = await spoil(cluster, bucket)
+        fragment, disk = where.fragment(good), where.disks[good]
+        name = name_of(bucket).pack()
+        found = await cluster.gateway.discarder.answer("na", DiscardAsk((FragmentAsk(name, fragment.pack(), disk),)))
+        assert [answer.code for answer in found.answers] == [REFUSED]
+        assert cluster.store(disk).kept(fragment).payload == truth
+        assert await cluster.get(bucket, KEY) == data
+
+    run(scenario)
+
+
+def test_no_node_writes_over_its_good_copy_because_a_lone_node_and_a_copy_of_its_making_say_so() -> None:
+    """The liar writes over the good copy. The disk refuses, and its node compares the three."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        data = os.urandom(3_000)
+        await cluster.put(bucket, KEY, data)
+        where, good, lost, truth = await spoil(cluster, bucket)
+        cluster.maintain()
+        await cluster.pass_s(5)
+        fragment, disk = where.fragment(good), where.disks[good]
+        false = cluster.store(where.disks[lost]).kept(where.fragment(lost))
+        header = msgspec.structs.replace(false.header, id=fragment.pack())
+        with pytest.raises(FragmentOther):
+            await cluster.nodes["na"].context.stores.store(disk).write(header, [false.payload], sync=True)
+        await cluster.pass_s(120)
+        assert cluster.store(disk).kept(fragment).payload == truth
+        assert await cluster.get(bucket, KEY) == data
 
     run(scenario)
