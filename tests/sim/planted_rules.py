@@ -74,8 +74,8 @@ AUTHORITY_BUGS = (
         200,
         "hostile",
         "storaged/meta/consensus/looks.py",
-        "    under = look.quorum.agreed({disk: (held.ballot, held.digest) for disk, held in look.held.items()})",
-        "    under = max(((held.ballot, held.digest) for held in look.held.values()), default=None)",
+        "    found = look.quorum.agreed(look.held)\n",
+        "    found = max(look.held.values(), key=lambda held: held.ballot, default=None)\n",
     ),
 )
 """Of what a caller may ask of an acceptor."""
