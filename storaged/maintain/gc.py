@@ -4,7 +4,7 @@ Theory of operation. Garbage is found in two ways: gateways fill the garbage lis
 on them what no record claims. A page of a list is judged together:
 
 * What a committed change replaced goes after a settled read of its register. One message to a node reads many.
-* Parts of uploads go when their upload has ended.
+* Parts of uploads go when their upload has ended, after a round of the object's register.
 * Everything else needs a round of its register, which is asked of a gateway.
 
 No node deletes on another's disk: each has its own list, and looks by itself.
