@@ -43,6 +43,11 @@ ASKS_A_NODE_MAX = 8
 
 SETTLES_CONCURRENT_MAX = 16
 RETRY_S = 1.0
+"""Pause after a call that failed, or that came back at once with nothing: an honest node lets the call wait."""
+
+REFUSED_S = 0.1
+"""So long an ask that is refused keeps its place: a node that asks what can't be does not keep the gateway busy."""
+
 LAYOUT_POLL_S = 1.0
 
 
@@ -116,6 +121,7 @@ class _AskingNode:
                 if room <= 0:
                     await self._freed.wait()
                     continue
+                began = asyncio.get_running_loop().time()
                 try:
                     taken = await self._answers.call(
                         self._node, TakeAsks((), tuple(self._working), room, int(WAIT_S_MAX * 1000))
@@ -123,12 +129,16 @@ class _AskingNode:
                 except (PeerError, TimeoutError):
                     await asyncio.sleep(RETRY_S)
                     continue
-                for ask in taken.asks[:room]:
-                    if ask.id not in self._working:
-                        self._working[ask.id] = group.create_task(self._work(ask))
+                fresh = {ask.id: ask for ask in taken.asks[:room] if ask.id not in self._working}
+                for ask in fresh.values():
+                    self._working[ask.id] = group.create_task(self._work(ask))
+                if not fresh and asyncio.get_running_loop().time() - began < WAIT_S_MAX / 2:
+                    await asyncio.sleep(RETRY_S)
 
     async def _work(self, ask: Asked) -> None:
         answered = await self._answers.answer(self._node, ask)
+        if answered.error is not None:
+            await asyncio.sleep(REFUSED_S)
         self._done.append(answered)
         self._came.set()
 

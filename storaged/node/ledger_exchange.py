@@ -31,6 +31,7 @@ from cryptography import x509
 from msgspec import MsgspecError
 
 from storaged.cluster.claims import (
+    STATEMENTS_A_NODE_MAX,
     ClaimsAnswer,
     ClaimsOffer,
     DiskClaim,
@@ -71,9 +72,10 @@ LATE_S = 0.3
 noticed by whatever ledger knows better.
 """
 
-HELD_MAX = 4096
 REFUSED_MAX = 16
-"""Statements of one answer that are looked at, and of those the ones that are refused before the rest is dropped."""
+"""Of the statements of one answer, those that are refused before the rest is dropped. Of the others no more are
+verified than a sound ledger can hold.
+"""
 
 BEFORE_CLAIMS = LedgerReport(b"", True, b"", True)
 """What a node of version 0.1.0 counts as."""
@@ -377,7 +379,8 @@ class LedgerExchange(LoneLedger):
             return []
         found: list[Statement] = []
         refused = 0
-        for signed in held[:HELD_MAX]:
+        held_max = STATEMENTS_A_NODE_MAX * len({disk.node for disk in layout.disks})
+        for signed in held[:held_max]:
             if self.ledger.has(signed):
                 continue
             try:

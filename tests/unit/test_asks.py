@@ -21,6 +21,7 @@ from storaged.maintain.asks import (
     SETTLED,
     UNSETTLED,
     Answered,
+    Asked,
     Asks,
     Settle,
     SettledNames,
@@ -289,5 +290,29 @@ def test_hints_are_settled_by_the_hundred_and_those_that_fail_are_dropped() -> N
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("reply", ["nothing", "the same again", "what can't be"])
+def test_a_node_that_lets_no_call_wait_does_not_keep_a_gateway_busy(reply: str) -> None:
+    class Hasty:
+        calls = 0
+
+        async def call(
+            self, _node: str, _method: str, request: TakeAsks, *_: Any, **__: Any
+        ) -> tuple[TakenAsks, bytes]:
+            self.calls += 1
+            await asyncio.sleep(0.001)
+            number = {"nothing": 0, "the same again": 7}.get(reply, self.calls)
+            return TakenAsks((Asked(number, "no kind", b""),) if number and request.room else ()), b""
+
+    async def scenario() -> None:
+        node = Hasty()
+        gateway = asyncio.create_task(Answers(node, OneNode, {}, print).run())  # type: ignore[arg-type]
+        await asyncio.sleep(10)
+        assert node.calls < 2_000, "200 a second"
+        gateway.cancel()
+        await asyncio.gather(gateway, return_exceptions=True)
 
     run(scenario())
