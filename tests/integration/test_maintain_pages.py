@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
+from storaged.hashes import page_hash
+from storaged.maintain import mover as mover_module
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.disuse import Judge, Proof
 from storaged.meta import messages
@@ -130,6 +132,38 @@ def test_recoding_lists_the_new_pages_and_keeps_those_that_it_cannot_read() -> N
         await cluster.leap(ORPHAN_S + 60)
         await sweep(cluster)
         assert kept(cluster) == set(last.pages)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("renews", [True, False])
+def test_a_move_puts_its_new_pages_again_between_promise_and_accept(
+    monkeypatch: pytest.MonkeyPatch, renews: bool
+) -> None:
+    if not renews:
+        monkeypatch.setattr(mover_module, "renew_pages", not_renewed)
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await many(cluster, bucket, count=34, size=PART)
+        before = await version_of(cluster, bucket)
+        name = object_name(bucket.id, bucket.shard_numbers, b"many")
+        called: list[str] = []
+
+        async def note(source: str, node: str, method: str, request: object) -> None:
+            if source == "g" and (method == "meta.page_put" or getattr(request, "name", None) == name):
+                called.append(method)
+
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nc")
+        cluster.intercept = note
+        await cluster.pass_s(MaintainLimits().recode_delay_s + 60)
+        await cluster.settled()
+        assert (await version_of(cluster, bucket)).manifest != before.manifest
+        accept = called.index("meta.accept")
+        prepare = max(index for index, method in enumerate(called[:accept]) if method == "meta.prepare")
+        assert ("meta.page_put" in called[prepare:accept]) == renews
 
     run(scenario)
 
@@ -600,6 +634,30 @@ def test_a_put_changes_the_time_of_a_page_also_when_the_clock_stands_still() -> 
         await cluster.meta(disk).commit(StoreBatch(pages=[old]))
         assert cluster.pages(disk)[page] == before + 1
         assert cluster.meta(disk).page_owners([page]) == [name.pack()]
+
+    run(scenario)
+
+
+def test_a_page_of_an_older_version_gets_an_owner_from_the_rows_or_goes() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await many(cluster, bucket)
+        name = object_name(bucket.id, bucket.shard_numbers, b"many")
+        disk = replicas(cluster, bucket)[0]
+        store, pages = cluster.meta(disk), list(cluster.pages(disk))
+        bodies = [store.get_page(page) for page in pages]
+        await store.delete_pages(list(cluster.pages(disk).items()))
+        lost = b"no record names this page"
+        without = [StoredPage(page, body or b"", 1) for page, body in zip(pages, bodies, strict=True)]
+        await store.commit(StoreBatch(pages=[*without, StoredPage(page_hash(lost), lost, 1)]))
+        assert set(store.page_owners(pages)) == {b""}
+        assert await sweep(cluster) == 1
+        assert set(store.page_owners(pages)) == {name.pack()}
+        assert set(cluster.pages(disk)) == set(pages)
+        await cluster.objects.delete(bucket, b"many")
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        assert not kept(cluster)
 
     run(scenario)
 

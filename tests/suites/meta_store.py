@@ -227,6 +227,19 @@ async def test_a_page_that_is_put_again_is_as_young_as_a_new_one_and_is_not_dele
     assert store.get_page(first.page_hash) is None
 
 
+async def test_a_page_keeps_its_owner_and_every_put_changes_its_time(store: MetaStore) -> None:
+    page, other = page_of(b"page", created_ms=9), page_of(b"other", created_ms=9)
+    await store.commit(StoreBatch(pages=[page._replace(owner=b"the object"), other]))
+    hashes = [page.page_hash, other.page_hash, bytes(20)]
+    assert store.page_owners(hashes) == [b"the object", b"", b""]
+    await store.commit(StoreBatch(pages=[page._replace(created_ms=5), other._replace(owner=b"another")]))
+    assert store.page_owners(hashes) == [b"the object", b"another", b""]
+    assert dict(store.pages(after=b"", limit=9)) == dict.fromkeys(hashes[:2], 10)
+    assert (store.get_page(page.page_hash), store.get_page(other.page_hash)) == (b"page", b"other")
+    assert await store.delete_pages([(page.page_hash, 9), (other.page_hash, 10)]) == 1
+    assert store.page_owners(hashes) == [b"the object", b"", b""]
+
+
 async def test_deletions_and_puts_of_one_page_keep_their_order(store: MetaStore) -> None:
     page = page_of(b"page", created_ms=1)
     await store.commit(StoreBatch(pages=[page]))
