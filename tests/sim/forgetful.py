@@ -475,7 +475,7 @@ class Forgetful(Scenario):
         if node.forgot:
             self.complain(f"{node.name} forgot what it promised, and answers")
 
-    def _look_for_copies(self, data_id: bytes) -> None:
+    def look_for_copies(self, data_id: bytes) -> None:
         """One of two copies may be on the disk that forgets."""
 
     async def look_at_the_end(self, reader: Gateway) -> None:
