@@ -154,6 +154,8 @@ class _Peer:
     heard_all: bool = False
     stored: dict[str, DiskClaim] = field(default_factory=dict)
     poke: asyncio.Event = field(default_factory=asyncio.Event)
+    keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a statement of it is written: a node that sends many takes one thread."""
 
 
 class Statement(NamedTuple):
@@ -431,7 +433,8 @@ class LedgerExchange(LoneLedger):
         if offer.statement is not None:
             claims = self._verified_offer(offer.statement, name)
             try:
-                stored = await asyncio.to_thread(ledger.keep, offer.statement, claims)
+                async with peer.keeping if peer is not None else contextlib.nullcontext():
+                    stored = await asyncio.to_thread(ledger.keep, offer.statement, claims)
             except OSError as error:
                 log.error("the ledger of this node can't be written", reason=str(error))
                 raise DiskUnusable(f"The ledger of {self._own.name} can't be written.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from storaged.cluster.claims import ClaimsAnswer, ClaimsOffer, DiskClaim, SignedClaims, state_claims
+from storaged.cluster.claims import ClaimsAnswer, ClaimsOffer, DiskClaim, NodeClaims, SignedClaims, state_claims
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, LedgerReport, PeerIdentity, Reply
@@ -326,6 +327,25 @@ async def test_a_node_that_has_not_looked_at_its_disks_does_not_say_that_the_clu
     machines.disks["n2"].is_formed = None
     with pytest.raises(StoragedError, match="does not know yet"):
         await machines.ask("n1", "n2", ClaimsOffer(None, True))
+
+
+async def test_a_node_that_sends_many_statements_takes_one_thread(machines: Machines) -> None:
+    ledger = machines.up["n3"].ledger
+    keep, at_once, most = ledger.keep, 0, 0
+
+    def counted(statement: SignedClaims, claims: NodeClaims) -> bool:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.01)
+        at_once -= 1
+        return keep(statement, claims)
+
+    ledger.keep = counted  # type: ignore[method-assign]
+    signer = NodeSigner(machines.own["n2"])
+    statements = [state_claims(signer, "c1", "n2", [claim(starts=number, disk="d2")]) for number in range(1, 21)]
+    await asyncio.gather(*(machines.ask("n2", "n3", ClaimsOffer(statement)) for statement in statements))
+    assert most == 1
 
 
 # --- versions
