@@ -18,9 +18,10 @@ it reads itself, the signed record of the bucket, the layout and the headers of 
 5. *Is it needed, and no weaker?* A block that is whole where it is does not move (``is_whole``). Under another profile
    than the target, the block survives at least as much as in its old places as they are now (``judge_block``).
 
-So a single hostile node can't make a gateway name fragments that are not the block's: the survivors' hashes need an
-honest node's vote, and one domain never holds enough fragments to matter alone. Two hostile nodes that hold all
-survivors of a block can.
+So a single hostile node can't make a gateway name fragments that are not the block's, as long as no honest disk has
+lost one: the survivors' hashes need the vote of another node. Where one has, the hostile node may have written its own
+there. Then it needs, besides, a third node that is away, and a profile with as many parity as data fragments. Two
+hostile nodes that hold all survivors of a block can.
 """
 
 from __future__ import annotations
