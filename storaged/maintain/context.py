@@ -89,8 +89,6 @@ class MaintainContext:
     ``asks``: of gateways, who alone change registers.
     ``adopt(disk, request, copy)``: a local disk accepts what a quorum has; as ``Replica.accept``.
     ``small_copies(name, data_id)``: the copy of a small object for each replica; None or empty when none gives it.
-    ``end_promises(disk)``: makes one of them refuse every ballot drawn before the call. When it returns, everything
-    accepted before is in its ``local_meta``. Raises DiskUnusable.
     ``on_refusal(peer, error)``: another node asked what no honest node asks; for the audit log.
     ``audit_alarms``: (node, what is wrong with its audit log) as this node knows; shown in its status.
     """
@@ -106,7 +104,6 @@ class MaintainContext:
     stores: FragmentStores
     local_meta: Mapping[str, MetaStore]
     local_fragments: Mapping[str, NearStore]
-    end_promises: Callable[[str], Awaitable[None]]
     signers: SignerKeys
     asks: Asks
     limits: MaintainLimits = field(default_factory=MaintainLimits)

@@ -322,7 +322,6 @@ class NodePlanes:
             asks=self.asks,
             adopt=lambda disk, request, copy: self.disks.used[disk].replica.accept(request, copy),
             small_copies=self.ring.small_copies,
-            end_promises=lambda disk: self.disks.used[disk].replica.end_promises(self.layouts.current.epoch),
             audit_alarms=self.auditing.alarms,
             on_refusal=self._refused,
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),

@@ -17,7 +17,6 @@ from typing import NamedTuple, ParamSpec, TypeVar
 from storaged.clock import Clock
 from storaged.cluster.layout import Profile
 from storaged.cluster.ports import Layouts, Liveness
-from storaged.errors import ServiceUnavailable
 from storaged.fragments.ports import FragmentId, FragmentStores
 from storaged.ids import Entropy
 from storaged.meta.names import RegisterName
@@ -74,10 +73,6 @@ class ObjectLimits:
     """A write is cancelled when it is not done this long after the block became safe without it."""
     hedge_floor_s: float = 0.05
     """A read is not hedged sooner: below the ordinary latency of a busy disk a hedge only adds load."""
-    request_age_s_max: float = 12 * 3600.0
-    """Half the age at which a fragment without a reference counts as an orphan. An older request is refused at its
-    barrier.
-    """
     retire_delay_ms: int = 3_600_000
     """Replaced data stays so long, for reads that are under way."""
     threads: int = 4
@@ -198,20 +193,6 @@ class ObjectPlane:
                 self._copy_plans.clear()
             plan = self._copy_plans[shard] = place.copy_plan(layout, name.partition, self.liveness.disk_writable)
         return plan
-
-    def check_age(self, started: float, created_ms: int) -> None:
-        """Raises ServiceUnavailable for a request so old that its fragments may be gone. ``started``: monotonic
-        seconds; ``created_ms``: wall time.
-
-        The larger of the two ages counts: the monotonic clock stops while a machine is suspended, and the wall clock
-        may be set back.
-        """
-        age_s = max(self.clock.monotonic() - started, (self.clock.wall_ms() - created_ms) / 1000)
-        if age_s > self.limits.request_age_s_max:
-            raise ServiceUnavailable(
-                f"The upload took {age_s:.0f} s, longer than is safe ({self.limits.request_age_s_max:.0f} s). Use a"
-                " multipart upload."
-            )
 
     async def close(self) -> None:
         await self.background.close()

@@ -302,7 +302,6 @@ class Collecting:
             stores=None,  # type: ignore[arg-type]
             local_meta={node.disk: node.store},
             local_fragments={node.disk: node.medium.fragments},
-            end_promises=lambda disk: node.replica.end_promises(1),
             signers=None,  # type: ignore[arg-type]
             asks=asks,  # type: ignore[arg-type]
             limits=LIMITS,
