@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
-from storaged.errors import DiskUnusable, PeerError, PeerRefused, PeerUnreachable, StoragedError
+from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
@@ -548,8 +548,6 @@ class Gateway:
         await asyncio.gather(self._tasks[-1], return_exceptions=True)
 
     def _maintain_context(self, cluster: Cluster) -> MaintainContext:
-        async def no_disk(disk: str) -> None:
-            raise DiskUnusable(f"a gateway has no disk {disk}", state="failed")
 
         return MaintainContext(
             node=self.name,
