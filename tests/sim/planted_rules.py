@@ -47,6 +47,11 @@ _SMALL = {
 """As ``_RING``, of the rules that ``small`` shows."""
 
 _SLOW = {
+    "ballots_unique",
+    "copies_travel",
+    "failed_condition_settles",
+    "fence_by_epoch",
+    "refused_by_all",
     "promises_survive_restart",
     "created_follows_overtaken",
     "copies_with_rows",

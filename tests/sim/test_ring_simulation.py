@@ -26,14 +26,14 @@ from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "60"))
+SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "40"))
 FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
-HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "30"))
-LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "25"))
-BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "15"))
-BURST_SEEDS = int(os.environ.get("STORAGED_SIM_BURST_SEEDS", "10"))
-SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "25"))
-FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "40"))
+HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "20"))
+LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "15"))
+BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "8"))
+BURST_SEEDS = int(os.environ.get("STORAGED_SIM_BURST_SEEDS", "6"))
+SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "15"))
+FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "20"))
 
 
 @pytest.mark.timeout(0)
