@@ -15,7 +15,7 @@ _RING = {
     "failed_condition_settles": 300,
     "retry_by_lineage": 100,
     "refused_by_all": 150,
-    "ballots_unique": 200,
+    "ballots_unique": 1200,
     "foreign_refused": 500,
     "fence_by_epoch": 200,
     "copies_travel": 400,
@@ -42,7 +42,7 @@ _SMALL = {
     "older_needs_minority": 100,
     "older_at_once": 200,
     "older_as_new_change": 200,
-    "errors_no_damage": 100,
+    "errors_no_damage": 500,
 }
 """As ``_RING``, of the rules that ``small`` shows."""
 
@@ -55,6 +55,7 @@ _SLOW = {
     "promises_survive_restart",
     "created_follows_overtaken",
     "copies_with_rows",
+    "errors_no_damage",
     "older_at_once",
     "older_as_new_change",
 }
