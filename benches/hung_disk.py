@@ -168,7 +168,7 @@ def line(values: list[float]) -> str:
 
 
 async def measure(hang_s: float, how: str) -> None:
-    from tests.worlds.hanging_disk import READS, SYNCS, hanging_disk
+    from tests.worlds.hanging_disk import hanging_disk
 
     with hanging_disk() as hanging, tempfile.TemporaryDirectory() as place:
         x, y = Disk("x", hanging.directory), Disk("y", Path(place))
@@ -202,26 +202,13 @@ async def measure(hang_s: float, how: str) -> None:
                 await asyncio.sleep(1.2)  # the look of each second
                 print(f"x is in memory, as far as its node knows: {x.meta.in_memory}")
         release = Releases(hanging, hang_s)
-        if how == "slow":
-            hanging.slow(0.2)
-        elif how == "syncs":
-            hanging.hang(SYNCS)
-        elif how == "resident":
-            hanging.hang(*(kind for kind in ("writes", "syncs", "opens", "space") if kind != READS))
-        else:
-            hanging.hang()
+        begin(hanging, how)
         notice(x)
         release.begin()
         await phase("while it hangs", hang_s)
         await phase("after", 3)
         print(f"x hangs for {hang_s:.0f} s: {HOW[how]}. Delays of y in ms: p50 / p99 / max")
-        print("| operation of y | " + " | ".join(phases) + " |\n|---|" + "---|" * len(phases))
-        for kind in kinds:
-            print(f"| {kind} | " + " | ".join(line(phases[name][kind]) for name in phases) + " |")
-        if x.health is not None:
-            print(
-                f"x: {x.health.state}; hung {x.health.hung_count} times; longest operation {x.health.longest_s:.1f} s"
-            )
+        show(phases, x)
         for client in clients:
             client.cancel()
         sys.stdout.flush()
@@ -229,6 +216,29 @@ async def measure(hang_s: float, how: str) -> None:
         await asyncio.sleep(1)
         hanging.close()
         os._exit(0)
+
+
+def begin(hanging: Any, how: str) -> None:
+    """Has the disk hang, or be slow, in one of the ways of ``HOW``."""
+    from tests.worlds.hanging_disk import READS, SYNCS
+
+    if how == "slow":
+        hanging.slow(0.2)
+    elif how == "syncs":
+        hanging.hang(SYNCS)
+    elif how == "resident":
+        hanging.hang(*(kind for kind in ("writes", "syncs", "opens", "space") if kind != READS))
+    else:
+        hanging.hang()
+
+
+def show(phases: dict[str, dict[str, list[float]]], x: Disk) -> None:
+    """Prints the table: a row for each operation, a column for each phase."""
+    print("| operation of y | " + " | ".join(phases) + " |\n|---|" + "---|" * len(phases))
+    for kind in next(iter(phases.values())):
+        print(f"| {kind} | " + " | ".join(line(found[kind]) for found in phases.values()) + " |")
+    if x.health is not None:
+        print(f"x: {x.health.state}; hung {x.health.hung_count} times; longest operation {x.health.longest_s:.1f} s")
 
 
 def notice(x: Disk) -> None:

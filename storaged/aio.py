@@ -97,37 +97,91 @@ class _Event(ctypes.Structure):
     )
 
 
-class DirectFile:
+class OneWrite:
+    """What direct writes by Linux AIO and by io_uring have in common: the memory that the kernel writes from, and one
+    write at a time, on one event loop. The kernel makes the descriptor ``events`` readable when a write ended.
+    """
+
+    def __init__(self, fd: int, events: int, bytes_max: int) -> None:
+        self._fd = fd
+        self._events = events
+        self._memory = mmap.mmap(-1, bytes_max)
+        start = ctypes.c_char.from_buffer(self._memory)
+        self._address = ctypes.addressof(start)
+        del start
+        # PyDLL keeps the interpreter: these calls do not wait, as a rule.
+        self._call = ctypes.PyDLL(None, use_errno=True).syscall
+        self._call.restype = ctypes.c_long
+        self._bytes = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_done: OnDone | None = None
+        self._failing_in_a_row = 0
+
+    def _on_event(self) -> None:
+        raise NotImplementedError
+
+    def _stage(self, loop: asyncio.AbstractEventLoop, pieces: Sequence[Buffer], at: int) -> int:
+        """Copies the pieces for the kernel. Returns their bytes."""
+        assert self._on_done is None, "one write at a time"
+        if loop is not self._loop:
+            loop.add_reader(self._events, self._on_event)
+            self._loop = loop
+        size, memory = 0, self._memory
+        for piece in pieces:
+            memory[size : size + len(piece)] = piece
+            size += len(piece)
+        assert (size | at) % BLOCK_BYTES == 0, "only whole blocks"
+        self._bytes = size
+        return size
+
+    def _not_begun(self) -> DirectWriteRefused:
+        """The error of a system call that began nothing."""
+        code = ctypes.get_errno()
+        self._failing_in_a_row += 1
+        return DirectWriteRefused(code, os.strerror(code))
+
+    def _conclude(self, result: int, *, refused: bool) -> None:
+        """Calls ``on_done``. ``result``: bytes, or a negative error number."""
+        on_done = self._on_done
+        if on_done is None:
+            return
+        self._on_done = None
+        if refused:
+            self._failing_in_a_row += 1
+            on_done(DirectWriteRefused(-result, os.strerror(-result)))
+        elif result < 0:
+            on_done(OSError(-result, os.strerror(-result)))
+        elif result != self._bytes:
+            on_done(OSError(errno.EIO, f"{result} of {self._bytes} bytes were written"))
+        else:
+            on_done(None)
+
+    def detach(self) -> None:
+        """Stops listening on the event loop."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._events)
+        self._loop = None
+
+
+class DirectFile(OneWrite):
     """Writes to an existing file that has its blocks. One write at a time, on one event loop; ``open`` and ``close``
     may block and may run elsewhere.
     """
 
-    def __init__(
-        self, fd: int, eventfd: int, memory: mmap.mmap, context: int, numbers: tuple[int, int, int, int]
-    ) -> None:
-        self._fd = fd
-        self._eventfd = eventfd
-        self._memory = memory
+    def __init__(self, fd: int, eventfd: int, bytes_max: int, context: int, numbers: tuple[int, int, int, int]) -> None:
+        super().__init__(fd, eventfd, bytes_max)
         self._context = context
         self._destroy, self._getevents, self._submit = numbers[1:]
-        # PyDLL keeps the interpreter: these calls do not wait, as a rule.
-        self._call = ctypes.PyDLL(None, use_errno=True).syscall
-        self._call.restype = ctypes.c_long
-        held = ctypes.c_char.from_buffer(self._memory)
         self._request = _Iocb(
             rw_flags=os.RWF_DSYNC,
             opcode=_IOCB_CMD_PWRITE,
             fd=fd,
-            buffer=ctypes.addressof(held),
+            buffer=self._address,
             flags=_IOCB_FLAG_RESFD,
-            eventfd=self._eventfd,
+            eventfd=eventfd,
         )
-        del held
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._event = _Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._on_done: OnDone | None = None
-        self._failing_in_a_row = 0
         self._avoided_until_s = 0.0
         self._refused_late = False
         """Whether the last request was accepted first and refused then."""
@@ -149,9 +203,8 @@ class DirectFile:
             descriptors.append(os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC))
             if file_system_of(descriptors[0]) in FILE_SYSTEMS:
                 descriptors.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-                memory = mmap.mmap(-1, bytes_max)
                 if system_call()(ctypes.c_long(numbers[0]), ctypes.c_long(1), ctypes.byref(context)) == 0:
-                    return cls(descriptors[0], descriptors[1], memory, context.value, numbers)
+                    return cls(descriptors[0], descriptors[1], bytes_max, context.value, numbers)
         except OSError:
             pass
         for descriptor in descriptors:
@@ -176,24 +229,13 @@ class DirectFile:
         unknown part of it; never before this method returns. The pieces are free at once. Raises DirectWriteRefused
         when nothing was begun; ``on_done`` may get that error too.
         """
-        assert self._on_done is None, "one write at a time"
-        if loop is not self._loop:
-            loop.add_reader(self._eventfd, self._on_event)
-            self._loop = loop
-        size, memory = 0, self._memory
-        for piece in pieces:
-            memory[size : size + len(piece)] = piece
-            size += len(piece)
-        assert (size | at) % BLOCK_BYTES == 0, "only whole blocks"
-        self._request.bytes, self._request.offset = size, at
+        self._request.bytes, self._request.offset = self._stage(loop, pieces, at), at
         began = time.perf_counter()
         if (
             self._call(ctypes.c_long(self._submit), ctypes.c_uint64(self._context), ctypes.c_long(1), self._requests)
             != 1
         ):
-            code = ctypes.get_errno()
-            self._failing_in_a_row += 1
-            raise DirectWriteRefused(code, os.strerror(code))
+            raise self._not_begun()
         self._on_done = on_done
         took_s = time.perf_counter() - began
         if took_s >= STUCK_S:
@@ -206,14 +248,14 @@ class DirectFile:
     def _is_complete(self) -> bool:
         """Whether the eventfd has an event; it keeps the event."""
         try:
-            os.eventfd_write(self._eventfd, os.eventfd_read(self._eventfd))
+            os.eventfd_write(self._events, os.eventfd_read(self._events))
         except BlockingIOError:
             return False
         return True
 
     def _on_event(self) -> None:
         try:
-            os.eventfd_read(self._eventfd)
+            os.eventfd_read(self._events)
         except BlockingIOError:
             return
         found = self._call(
@@ -224,32 +266,16 @@ class DirectFile:
             ctypes.byref(self._event),
             None,
         )
-        on_done = self._on_done
-        if on_done is None or found != 1:
+        if self._on_done is None or found != 1:
             return
-        self._on_done = None
         result = self._event.result
         self._refused_late = -result in _REFUSALS
-        if self._refused_late:
-            self._failing_in_a_row += 1
-            on_done(DirectWriteRefused(-result, os.strerror(-result)))
-        elif result < 0:
-            on_done(OSError(-result, os.strerror(-result)))
-        elif result != self._request.bytes:
-            on_done(OSError(errno.EIO, f"{result} of {self._request.bytes} bytes were written"))
-        else:
-            on_done(None)
-
-    def detach(self) -> None:
-        """Stops listening on the event loop."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._eventfd)
-        self._loop = None
+        self._conclude(result, refused=self._refused_late)
 
     def close(self) -> None:
         """Waits for a write that is under way, without calling ``on_done``."""
         system_call()(ctypes.c_long(self._destroy), ctypes.c_uint64(self._context))
-        os.close(self._eventfd)
+        os.close(self._events)
         os.close(self._fd)
 
 

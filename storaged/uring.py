@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from storaged.aio import (
-    BLOCK_BYTES,
     FAILING_IN_A_ROW_MAX,
     FILE_SYSTEMS,
-    DirectWriteRefused,
     OnDone,
+    OneWrite,
     file_system_of,
     system_call,
 )
@@ -88,33 +87,23 @@ class _Parameters(ctypes.Structure):
     )
 
 
-class RingFile:
+class RingFile(OneWrite):
     """Writes to an existing file that has its blocks, as ``aio.DirectFile``. One write at a time, on one event loop;
     ``open`` and ``close`` may block and may run elsewhere.
     """
 
     def __init__(self, fd: int, ring_fd: int, parameters: _Parameters, bytes_max: int) -> None:
-        self._fd = fd
-        self._ring_fd = ring_fd
+        super().__init__(fd, ring_fd, bytes_max)
         sq, cq = parameters.sq, parameters.cq
         size = max(sq.last + 4 * parameters.sq_entries, cq.sixth + _COMPLETION.size * parameters.cq_entries)
         self._ring = mmap.mmap(ring_fd, size)
         self._entries = mmap.mmap(ring_fd, _ENTRY.size * parameters.sq_entries, offset=_OFF_SQES)
-        self._memory = mmap.mmap(-1, bytes_max)
-        self._address = _address_of(self._memory)
         self._sq_tail = ctypes.c_uint32.from_buffer(self._ring, sq.tail)
         self._cq_head = ctypes.c_uint32.from_buffer(self._ring, cq.head)
         self._cq_tail = ctypes.c_uint32.from_buffer(self._ring, cq.tail)
         self._completions, self._cq_mask = cq.sixth, parameters.cq_entries - 1
         ctypes.c_uint32.from_buffer(self._ring, sq.last).value = 0  # each request is the first entry
-        # PyDLL keeps the interpreter: this call does not wait.
-        self._call = ctypes.PyDLL(None, use_errno=True).syscall
-        self._call.restype = ctypes.c_long
         self._request = tuple(ctypes.c_long(part) for part in (_ENTER, ring_fd, 1, 0, 0, 0, 0))
-        self._bytes = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._on_done: OnDone | None = None
-        self._failing_in_a_row = 0
 
     @classmethod
     def open(cls, path: Path, bytes_max: int) -> RingFile | None:
@@ -144,57 +133,30 @@ class RingFile:
 
     def write(self, loop: asyncio.AbstractEventLoop, pieces: Sequence[Buffer], at: int, on_done: OnDone) -> None:
         """As ``aio.DirectFile.write``."""
-        assert self._on_done is None, "one write at a time"
-        if loop is not self._loop:
-            loop.add_reader(self._ring_fd, self._on_event)
-            self._loop = loop
-        size, memory = 0, self._memory
-        for piece in pieces:
-            memory[size : size + len(piece)] = piece
-            size += len(piece)
-        assert (size | at) % BLOCK_BYTES == 0, "only whole blocks"
+        size = self._stage(loop, pieces, at)
         _ENTRY.pack_into(self._entries, 0, _OP_WRITE, _ASYNC, 0, self._fd, at, self._address, size, os.RWF_DSYNC)
         self._sq_tail.value += 1
         if self._call(*self._request) != 1:
-            code = ctypes.get_errno()
             self._sq_tail.value -= 1  # the kernel has not taken it
-            self._failing_in_a_row += 1
-            raise DirectWriteRefused(code, os.strerror(code))
-        self._bytes, self._on_done = size, on_done
+            raise self._not_begun()
+        self._on_done = on_done
 
     def _on_event(self) -> None:
         head = self._cq_head.value
-        on_done = self._on_done
         if head == self._cq_tail.value:
             return
         _, result, _ = _COMPLETION.unpack_from(
             self._ring, self._completions + _COMPLETION.size * (head & self._cq_mask)
         )
         self._cq_head.value = head + 1
-        if on_done is None:
-            return
-        self._on_done = None
-        if -result in _REFUSALS:
-            self._failing_in_a_row += 1
-            on_done(DirectWriteRefused(-result, os.strerror(-result)))
-            return
-        self._failing_in_a_row = 0
-        if result < 0:
-            on_done(OSError(-result, os.strerror(-result)))
-        elif result != self._bytes:
-            on_done(OSError(errno.EIO, f"{result} of {self._bytes} bytes were written"))
-        else:
-            on_done(None)
-
-    def detach(self) -> None:
-        """Stops listening on the event loop."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._ring_fd)
-        self._loop = None
+        refused = -result in _REFUSALS
+        if not refused:
+            self._failing_in_a_row = 0
+        self._conclude(result, refused=refused)
 
     def close(self) -> None:
         """Waits for a write that is under way, without calling ``on_done``."""
-        wait = tuple(ctypes.c_long(part) for part in (_ENTER, self._ring_fd, 0, 1, _GET_EVENTS, 0, 0))
+        wait = tuple(ctypes.c_long(part) for part in (_ENTER, self._events, 0, 1, _GET_EVENTS, 0, 0))
         call = system_call()
         while self._on_done is not None and self._cq_head.value == self._cq_tail.value:
             if call(*wait) < 0 and ctypes.get_errno() != errno.EINTR:
@@ -203,10 +165,5 @@ class RingFile:
         del self._sq_tail, self._cq_head, self._cq_tail  # they lie in the maps, which have descriptors of their own
         self._ring.close()
         self._entries.close()
-        os.close(self._ring_fd)
+        os.close(self._events)
         os.close(self._fd)
-
-
-def _address_of(memory: mmap.mmap) -> int:
-    start = ctypes.c_char.from_buffer(memory)
-    return ctypes.addressof(start)

@@ -38,6 +38,7 @@ from storaged.fragments.ports import (
     Usage,
 )
 from storaged.fragments.recovery import Report
+from storaged.fragments.statistics import FragmentStatistics
 from storaged.fragments.write import Write, check_time
 from storaged.fragments.write_queue import WriteQueue
 from storaged.fragments.writer_thread import WriterThread
@@ -64,28 +65,6 @@ class InThread(Protocol):
     """Runs blocking work outside of the event loop, like ``asyncio.to_thread``."""
 
     def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
-
-
-@dataclass(frozen=True)
-class FragmentStatistics:
-    """Since the start, but for ``usage``. ``groups``: commits in groups; ``writes`` and ``syncs``: among them.
-    ``torn_bytes`` and ``gaps``: what the recovery at the start found.
-    """
-
-    usage: Usage
-    segments: int
-    groups: int
-    writes: int
-    syncs: int
-    appended_bytes: int
-    compacted_bytes: int
-    punched_bytes: int
-    checkpoints: int
-    overlay_entries: int
-    queued_bytes: int
-    damaged_fragments: int
-    torn_bytes: int
-    gaps: int
 
 
 @dataclass(frozen=True)

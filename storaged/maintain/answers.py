@@ -31,6 +31,7 @@ from storaged.maintain.asks import (
     names_in,
 )
 from storaged.maintain.context import concurrently
+from storaged.maintain.pace import Pace
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import Registers
 from storaged.wire import MALFORMED, Message, decode, encode
@@ -49,6 +50,12 @@ REFUSED_S = 0.1
 """So long an ask that is refused keeps its place: a node that asks what can't be does not keep the gateway busy."""
 
 LAYOUT_POLL_S = 1.0
+
+NEVERS_PER_S = 10
+NEVERS_BURST = 2_000
+"""Registers that were never written, which a node may have settled: each leaves a row for ever. An honest node asks for
+those of failed requests; it asks again later.
+"""
 
 
 class Answers:
@@ -163,10 +170,14 @@ class _AskingNode:
 
 
 def settle_handler(registers: Registers) -> Handler:
-    """Of the kind ``settle``."""
+    """Of the kind ``settle``. A node that has had too many registers settled that were never written gets UNSETTLED."""
+    pace = Pace(NEVERS_PER_S, NEVERS_BURST)
 
-    async def settle(_node: str, request: Settle) -> SettledNames:
-        names = names_in(request)
+    async def settle(node: str, request: Settle) -> SettledNames:
+        names, now = names_in(request), asyncio.get_running_loop().time
+        if pace.wait_s(node, now()) > 0:
+            reason = "this node had many keys settled that were never written, and has to wait"
+            return SettledNames((UNSETTLED,) * len(names), (reason,) * len(names))
         results, reasons = [UNSETTLED] * len(names), [""] * len(names)
         values: list[Value | None] = [None] * len(names)
 
@@ -177,6 +188,8 @@ def settle_handler(registers: Registers) -> Handler:
             try:
                 values[index] = await registers.settle(name)
                 results[index] = SETTLED
+                if values[index] is None:
+                    pace.spend(node, 1, now())
             except NoSuchBucket as error:
                 results[index] = FENCED_FOR_EVER if error.details.get("final") else FENCED
                 reasons[index] = "its bucket is being deleted"

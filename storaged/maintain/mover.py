@@ -63,6 +63,7 @@ from storaged.maintain.moves import (
     problem_of_call,
     replace_blocks,
 )
+from storaged.maintain.pace import Pace
 from storaged.maintain.rebuild import CannotRepair, Rebuilder
 from storaged.maintain.walk import entries_of
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
@@ -119,7 +120,7 @@ class Allowance:
     """How much each asker may ask. Pure but for the clock that is handed in. Bounded by the number of nodes."""
 
     def __init__(self) -> None:
-        self._free_at: dict[str, float] = {}
+        self._pace = Pace(FRAGMENTS_PER_S, FRAGMENTS_BURST)
         self._refused: dict[str, tuple[float, float]] = {}
         """Asker -> (until when it rests, how long the next rest is)."""
         self.busy: set[str] = set()
@@ -136,10 +137,7 @@ class Allowance:
 
     def spend(self, asker: str, fragments: int, now: float) -> float:
         """How many seconds a call of this cost has to wait."""
-        earliest = now - FRAGMENTS_BURST / FRAGMENTS_PER_S
-        free_at = max(self._free_at.get(asker, 0.0), earliest) + fragments / FRAGMENTS_PER_S
-        self._free_at[asker] = free_at
-        return max(0.0, free_at - now)
+        return self._pace.spend(asker, fragments, now)
 
     def note(self, asker: str, *, refused: bool, now: float) -> None:
         if not refused:

@@ -356,5 +356,7 @@ async def test_nodes_are_restarted_one_after_the_other_from_a_version_without_cl
     async with machines.talking("n1"):
         await machines.up["n1"].publish(claim(starts=8))
         machines.before_claims = {"n3"}
+        assert [machines.known(node) for node in ("n2", "n3")] == [None, None]
         machines.up["n1"].on_node("n2", True, b"a new process")
         await until(lambda: machines.known("n2") == claim(starts=8))
+        assert machines.known("n3") is None

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from storaged.meta.consensus.register import RULES
 from tests.sim.buckets import run_buckets
 from tests.sim.bursts import run_bursts
+from tests.sim.collecting import run_collecting
 from tests.sim.forgetful import run_forgetful
 from tests.sim.hostile import run_hostile
 from tests.sim.listing import run_listing
@@ -24,6 +26,7 @@ from tests.sim.liveness import FAULTS, broken, run_liveness
 from tests.sim.planted import applies, planted
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
+from tests.sim.workload import Verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "40"))
@@ -33,15 +36,22 @@ LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "15"))
 BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "8"))
 BURST_SEEDS = int(os.environ.get("STORAGED_SIM_BURST_SEEDS", "6"))
 SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "15"))
+COLLECTING_SEEDS = int(os.environ.get("STORAGED_SIM_COLLECTING_SEEDS", "3"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "20"))
+
+
+def sound(play: Callable[[int], Verdicts], seeds: int) -> Iterator[Verdicts]:
+    """What each seed showed. Fails at the first violation."""
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        found = play(seed)
+        assert not found.violation, f"{play.__name__} {seed}: {found.violation} ({', '.join(found.faults)})"
+        yield found
 
 
 @pytest.mark.timeout(0)
 def test_with_its_rules_the_ring_is_linearizable_whatever_fails() -> None:
     done = unknown = operations = 0
-    for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
-        found = run_seed(seed)
-        assert not found.violation, f"seed {seed}: {found.violation} ({', '.join(found.faults)})"
+    for found in sound(run_seed, SEEDS):
         done += found.operations - found.refused
         unknown += found.unknown
         operations += found.operations
@@ -51,31 +61,23 @@ def test_with_its_rules_the_ring_is_linearizable_whatever_fails() -> None:
 
 @pytest.mark.timeout(0)
 def test_a_liar_clocks_and_storage_nodes_break_nothing() -> None:
-    for seed in range(FIRST_SEED, FIRST_SEED + HOSTILE_SEEDS):
-        found = run_hostile(seed)
-        assert not found.violation, f"hostile seed {seed}: {found.violation} ({', '.join(found.faults)})"
+    assert list(sound(run_hostile, HOSTILE_SEEDS))
 
 
 @pytest.mark.timeout(0)
 def test_every_page_of_a_list_is_a_linearizable_read_of_the_keys_it_spans() -> None:
-    for seed in range(FIRST_SEED, FIRST_SEED + LISTING_SEEDS):
-        found = run_listing(seed)
-        assert not found.violation, f"listing seed {seed}: {found.violation} ({', '.join(found.faults)})"
+    assert list(sound(run_listing, LISTING_SEEDS))
 
 
 @pytest.mark.timeout(0)
 def test_small_objects_are_neither_undone_nor_damaged_whatever_becomes_of_copies() -> None:
-    for seed in range(FIRST_SEED, FIRST_SEED + SMALL_SEEDS):
-        found = run_small(seed)
-        assert not found.violation, f"small seed {seed}: {found.violation} ({', '.join(found.faults)})"
+    assert list(sound(run_small, SMALL_SEEDS))
 
 
 @pytest.mark.timeout(0)
 def test_many_keys_that_change_in_one_turn_do_not_get_each_others_answers() -> None:
     sizes: Counter[int] = Counter()
-    for seed in range(FIRST_SEED, FIRST_SEED + BURST_SEEDS):
-        found = run_bursts(seed)
-        assert not found.violation, f"bursts seed {seed}: {found.violation} ({', '.join(found.faults)})"
+    for found in sound(run_bursts, BURST_SEEDS):
         sizes.update(found.accepts_a_message)
     together = sum(size * count for size, count in sizes.items() if size > 1)
     assert together > sum(size * count for size, count in sizes.items()) // 5, sorted(sizes.items())
@@ -83,16 +85,17 @@ def test_many_keys_that_change_in_one_turn_do_not_get_each_others_answers() -> N
 
 @pytest.mark.timeout(0)
 def test_buckets_are_deleted_whatever_fails() -> None:
-    for seed in range(FIRST_SEED, FIRST_SEED + BUCKET_SEEDS):
-        found = run_buckets(seed)
-        assert not found.violation, f"buckets seed {seed}: {found.violation} ({', '.join(found.faults)})"
+    assert list(sound(run_buckets, BUCKET_SEEDS))
 
 
 @pytest.mark.timeout(0)
 def test_a_disk_that_forgot_what_it_promised_answers_nothing_and_all_others_take_part() -> None:
-    for seed in range(FIRST_SEED, FIRST_SEED + FORGETFUL_SEEDS):
-        found = run_forgetful(seed)
-        assert not found.violation, f"forgetful seed {seed}: {found.violation} ({', '.join(found.faults)})"
+    assert list(sound(run_forgetful, FORGETFUL_SEEDS))
+
+
+@pytest.mark.timeout(0)
+def test_the_collector_deletes_what_nothing_refers_to_and_nothing_else() -> None:
+    assert list(sound(run_collecting, COLLECTING_SEEDS))
 
 
 @pytest.mark.timeout(0)

@@ -230,10 +230,10 @@ async def test_a_loop_hears_of_nothing_that_was_detached(direct: DirectFile, mon
     assert heard == 1
     for _ in range(2):
         direct.detach()
-    os.eventfd_write(direct._eventfd, 1)
+    os.eventfd_write(direct._events, 1)
     await asyncio.sleep(0.02)
     assert heard == 1
-    os.eventfd_read(direct._eventfd)
+    os.eventfd_read(direct._events)
     await write(direct, [bytes(BLOCK_BYTES)], 0)
     assert heard == 2
 
@@ -243,12 +243,12 @@ async def test_news_of_nothing_is_taken_for_nothing(direct: DirectFile, path: Pa
     direct._on_event()
     await write(direct, [b"1" * BLOCK_BYTES], 0)
     for _ in range(2):
-        os.eventfd_write(direct._eventfd, 1)
+        os.eventfd_write(direct._events, 1)
         await asyncio.sleep(0.01)
         assert direct._on_done is None
     told: list[OSError | None] = []
     direct.write(asyncio.get_running_loop(), [b"2" * BLOCK_BYTES], 0, told.append)
-    os.eventfd_write(direct._eventfd, 1)
+    os.eventfd_write(direct._events, 1)
     await asyncio.sleep(0.1)
     assert told == [None]
     assert content(path)[:BLOCK_BYTES] == b"2" * BLOCK_BYTES
@@ -336,11 +336,11 @@ class Submits:
     def __call__(self, number: ctypes.c_long, *arguments: Any) -> int:
         found = self._call(number, *arguments)
         if number.value == self._direct._submit and self.waits:
-            assert select.select([self._direct._eventfd], [], [], 10)[0]
+            assert select.select([self._direct._events], [], [], 10)[0]
         return found
 
     def arrived(self) -> bool:
-        return self.waits and bool(select.select([self._direct._eventfd], [], [], 0)[0])
+        return self.waits and bool(select.select([self._direct._events], [], [], 0)[0])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from storaged.cluster.ports import Call, PeerIdentity
 from storaged.cluster.rpc import faults
 from storaged.errors import NoSuchBucket, PeerRefused, PeerTimeout, PeerUnreachable, ServiceUnavailable, SlowDown
 from storaged.maintain import asks as asks_module
-from storaged.maintain.answers import Answers, settle_handler
+from storaged.maintain.answers import NEVERS_BURST, Answers, settle_handler
 from storaged.maintain.asks import (
     ASKS_MAX,
     HINTS_MAX,
@@ -188,6 +188,10 @@ class Registers:
         if name.key == b"away":
             raise ServiceUnavailable("no majority")
         self.settled.append(name.key)
+        return self.written(name)
+
+    @staticmethod
+    def written(name: RegisterName) -> Value:
         return Value(1, b"o" * 16, Visibility.LIVE, name.key)
 
 
@@ -249,6 +253,42 @@ def test_a_gateway_settles_what_it_is_asked_and_says_what_came_of_each() -> None
         await asks.settle(NAME)
         gateway.cancel()
         await asyncio.gather(gateway, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_a_node_has_so_many_registers_settled_that_were_never_written_and_no_more() -> None:
+    class Empty:
+        settled = 0
+
+        async def settle(self, name: RegisterName) -> Value | None:
+            self.settled += 1
+            return Registers.written(name) if name.key == b"there" else None
+
+    async def scenario() -> None:
+        registers = Empty()
+        settle = settle_handler(registers)  # type: ignore[arg-type]
+
+        async def ask(node: str, *keys: bytes) -> SettledNames:
+            found = await settle(node, Settle(tuple(NAME._replace(key=key).pack() for key in keys)))
+            assert isinstance(found, SettledNames)
+            return found
+
+        hundred = [b"%d" % number for number in range(NAMES_A_SETTLE)]
+        for _ in range(50):
+            assert (await ask("honest", *[b"there"] * NAMES_A_SETTLE)).results == (SETTLED,) * NAMES_A_SETTLE
+        calls = NEVERS_BURST // NAMES_A_SETTLE
+        for _ in range(calls):
+            assert set((await ask("n1", *hundred)).results) == {SETTLED}
+        await ask("n1", b"one more")
+        before = registers.settled
+        refused = await ask("n1", *hundred)
+        assert set(refused.results) == {UNSETTLED}
+        assert "has to wait" in refused.reasons[0]
+        assert registers.settled == before
+        assert (await ask("honest", b"there")).results == (SETTLED,)
+        await asyncio.sleep(1)
+        assert (await ask("n1", b"there")).results == (SETTLED,)
 
     run(scenario())
 
