@@ -11,8 +11,8 @@ Theory of operation
                                                                 loop; requests are served
     hung    one is older than HUNG_S, or HUNG_LONG_S            requests are refused at once, so that callers ask others
 
-    What was begun before the disk hung goes on: when it ends, the disk is well again. Its late answers go to
-    the callers, which may have stopped waiting.
+    What was begun before the disk hung goes on: when it ends, the disk is well again. Its late answers go to the
+    callers, which may have stopped waiting.
 
     A disk's work that blocks runs in threads of that disk (``DiskThreads``), never in a pool that disks share. They are
     daemons: a process ends although they wait.
@@ -87,12 +87,6 @@ class DiskHealth:
         if took_s >= SLOW_S and not began[2]:
             self._slow_s = now_s
             self.longest_s = max(self.longest_s, took_s)
-
-    def note_slow(self) -> None:
-        """An operation on the event loop was slow."""
-        self._slow_s = self._now_s()
-        if self.state == OK:
-            self._change(SLOW)
 
     def oldest_s(self) -> float:
         """The age of the oldest operation that has not ended, but for those that take long anyway."""
@@ -249,9 +243,11 @@ class DiskThreads(Executor):
 
     def _run(self) -> None:
         while True:
-            self._idle += 1
+            with self._lock:
+                self._idle += 1
             job = self._jobs.get()
-            self._idle -= 1
+            with self._lock:
+                self._idle -= 1
             if job is None:
                 return
             future, work = job
