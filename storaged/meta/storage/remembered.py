@@ -46,7 +46,11 @@ class Remembered:
         return found
 
     async def read(self, place: Place, stored: Callable[[Place], Stored], threads: DiskThreads) -> None:
-        """Has a thread read it. Callers that want the same place share one. Raises SlowDown, DiskUnusable."""
+        """Has a thread read it. Callers that want the same place share one. Raises SlowDown, DiskUnusable.
+
+        Call it in the turn of the event loop in which the overlays did not have the place. A write that came between
+        would be in an overlay already, and would not be noticed here: later the older row would be found.
+        """
         reading = self._reading.get(place)
         if reading is None:
             self.used = True
