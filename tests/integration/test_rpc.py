@@ -34,7 +34,7 @@ from storaged.errors import (
 from storaged.units import KIB, MIB
 from storaged.wire import encode
 from tests.patience import GUARD_S
-from tests.worlds.authority import ROLES, Note, Service, World, pooled, serving, until
+from tests.worlds.authority import ROLES, Note, Service, World, pooled, run_out, serving, until
 
 
 @pytest.fixture(params=["uvloop", "asyncio"])
@@ -214,8 +214,7 @@ async def test_a_call_to_ones_own_name_behaves_as_one_over_the_network(world: Wo
         with pytest.raises(PeerRefused) as refusal:
             await call("t.gateways")
         assert refusal.value.remote_code == "ROLE_REFUSED"
-        with pytest.raises(PeerTimeout):
-            await call("t.hold", timeout_s=0.02)
+        await run_out(lambda timeout_s: call("t.hold", timeout_s=timeout_s), service.entered)
         assert service.cancelled == 1
         assert pool.connected("n1")
 
@@ -270,10 +269,9 @@ async def test_a_method_for_gateways_refuses_a_storage_node(pair: Pair) -> None:
 
 
 async def test_a_call_that_takes_too_long_times_out_and_its_handler_is_cancelled(pair: Pair) -> None:
-    with pytest.raises(PeerTimeout):
-        await pair.call("t.hold", timeout_s=0.05)
-    await until(lambda: pair.service.cancelled == 1)
-    assert pair.server.statistics().handlers_running == 0
+    await run_out(lambda timeout_s: pair.call("t.hold", timeout_s=timeout_s), pair.service.entered)
+    await until(lambda: pair.service.cancelled >= 1)
+    await until(lambda: pair.server.statistics().handlers_running == 0)
 
 
 async def test_the_handler_knows_the_deadline(pair: Pair) -> None:
@@ -289,7 +287,7 @@ async def test_a_cancelled_call_is_dropped_on_the_server_and_its_bytes_are_free(
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    await until(lambda: pair.service.cancelled == 1)
+    await until(lambda: pair.service.cancelled >= 1)
     await until(lambda: pair.server.statistics().inflight_bytes == 0)
     assert (await pair.call("t.echo", "next"))[0].text == "next"
 
@@ -392,6 +390,7 @@ async def test_an_answer_that_comes_too_late_is_skipped_and_harms_nobody(world: 
     service = Service()
 
     async def stubborn(request: Note, call: Any) -> Any:
+        service.entered.set()
         try:
             await service.gate.wait()
         except asyncio.CancelledError:
@@ -402,8 +401,9 @@ async def test_an_answer_that_comes_too_late_is_skipped_and_harms_nobody(world: 
         serving(world.node("n1"), methods) as server,
         pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
     ):
-        with pytest.raises(PeerTimeout):
-            await pool.call("n1", "t.stubborn", Note(""), Note, timeout_s=0.05)
+        await run_out(
+            lambda timeout_s: pool.call("n1", "t.stubborn", Note(""), Note, timeout_s=timeout_s), service.entered
+        )
         await until(lambda: pool.statistics().links[0].bytes_in > 200 * KIB)
         assert (await pool.call("n1", "t.echo", Note("after"), Note))[0].text == "after"
         assert pool.statistics().links[0].connects == 1

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -16,7 +17,7 @@ from storaged.cluster import identity, issuing
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Call, Method, Methods, PeerChecks, PeerIdentity, Reply
 from storaged.cluster.rpc import PoolLimits, RpcPool, RpcServer, ServerLimits
-from storaged.errors import FragmentMissing, NoSuchBucket
+from storaged.errors import FragmentMissing, NoSuchBucket, PeerTimeout
 from storaged.wire import Message
 from tests.patience import GUARD_S
 
@@ -144,6 +145,17 @@ async def pooled(own: identity.Identity, addresses: Any, **options: Any) -> Asyn
         yield pool
     finally:
         await pool.close()
+
+
+async def run_out(call: Callable[[float], Awaitable[object]], entered: asyncio.Event) -> None:
+    """Calls that run out of time, until the handler of one has begun. Each may take twice as long as the last, because
+    on a busy machine a short time is over before the call has reached its handler.
+    """
+    timeout_s = 0.05
+    while not entered.is_set():
+        with pytest.raises(PeerTimeout):
+            await call(timeout_s)
+        timeout_s *= 2
 
 
 async def until(condition: Callable[[], bool]) -> None:
