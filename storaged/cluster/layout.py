@@ -104,6 +104,16 @@ class Layout(Message, frozen=True, dict=True):
     countries: tuple[str, ...] = ()
     replicas: int = 3
     jurisdictions: tuple[str, ...] = ()
+    predecessor: bytes = b""
+    """SHA-256 of the signed bytes of the layout that this one follows; empty for the first, and for those of version
+    0.1.0.
+    """
+    base: int = 0
+    """The epoch of the layout by which partitions that never moved are placed; 0: this one (``cluster.partitions``)."""
+    seeds_next: tuple[str, ...] = ()
+    """The seeds that the system partition is moving to; empty while it does not move."""
+    seeds_step: int = 0
+    """How often the seeds have changed (``cluster.partitions``)."""
 
     @cached_property
     def node_by_name(self) -> dict[str, NodeEntry]:

@@ -23,6 +23,8 @@ from msgspec import MsgspecError
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.layout import Layout
 from storaged.cluster.moves import RefusedLayout, moves_between
+from storaged.cluster.partition_map import PartitionMap
+from storaged.cluster.partitions import PartitionState
 from storaged.cluster.signed_layout import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
@@ -66,6 +68,7 @@ class LayoutBook:
         clock: Clock | None = None,
     ) -> None:
         self.on_refusal: Callable[[RefusedLayout], None] = lambda _refused: None
+        self.partitions = PartitionMap()
         self._administration = administration
         self._cluster = cluster
         self._persist = persist
@@ -110,6 +113,9 @@ class LayoutBook:
 
     def at(self, epoch: int) -> Layout:
         return self._layouts[epoch]
+
+    def partition(self, number: int) -> PartitionState:
+        return self.partitions.of(number, self.current, self.at)
 
     def knows(self, epoch: int) -> bool:
         return epoch in self._layouts

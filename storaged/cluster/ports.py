@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from storaged.cluster.layout import Layout
+from storaged.cluster.partitions import PartitionState
 from storaged.errors import StoragedError
 from storaged.wire import Buffer, Message
 
@@ -196,10 +197,16 @@ class Liveness(Protocol):
 
 
 class Layouts(Protocol):
-    """The layout in force, and the earlier ones that records still name."""
+    """The layout in force, the earlier ones that records still name, and where the partitions are now."""
 
     @property
     def current(self) -> Layout: ...
+
+    def partition(self, number: int) -> PartitionState:
+        """Where the replicas of a partition are, as far as this node knows. The same object until that changes.
+
+        Raises ServiceUnavailable while this node lacks the layout that placed it.
+        """
 
     def at(self, epoch: int) -> Layout:
         """Raises KeyError when this node does not know that epoch."""

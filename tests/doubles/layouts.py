@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partition_map import PartitionMap
+from storaged.cluster.partitions import PartitionState
 
 
 def layout_of(racks: Sequence[int] = (2, 2, 2), profile: str = "4+2", epoch: int = 1) -> Layout:
@@ -25,6 +27,10 @@ class KnownLayouts:
     def __init__(self, layout: Layout) -> None:
         self._known = {layout.epoch: layout}
         self.current = layout
+        self.partitions = PartitionMap()
+
+    def partition(self, number: int) -> PartitionState:
+        return self.partitions.of(number, self.current, self.at)
 
     def learn(self, layout: Layout) -> None:
         self._known[layout.epoch] = layout

@@ -14,6 +14,7 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
@@ -213,6 +214,9 @@ class Layouts:
 
     def at(self, epoch: int) -> Layout:
         return self._known[epoch]
+
+    def partition(self, number: int) -> PartitionState:
+        return state_of(number, None, self.current, self.current)
 
 
 class LocalCaller:

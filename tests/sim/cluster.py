@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Call, Method, OnAnswer, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.errors import DiskForeign, DiskUnusable, PeerRefused, StoragedError
@@ -82,6 +83,9 @@ class Layouts:
         if epoch != self.current.epoch:
             raise KeyError(epoch)
         return self.current
+
+    def partition(self, number: int) -> PartitionState:
+        return state_of(number, None, self.current, self.current)
 
 
 @dataclass

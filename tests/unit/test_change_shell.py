@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionState, state_of
 from storaged.errors import PeerUnreachable
 from storaged.meta import messages
 from storaged.meta.client import RingClient
@@ -41,6 +42,9 @@ class Layouts:
 
     def at(self, epoch: int) -> Layout:
         return self.current
+
+    def partition(self, number: int) -> PartitionState:
+        return state_of(number, None, self.current, self.current)
 
 
 class Script:

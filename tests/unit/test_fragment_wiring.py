@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Methods
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
 from storaged.fragments.messages import ReadReply
@@ -36,6 +37,9 @@ class FakeLayouts:
 
     def at(self, epoch: int) -> Layout:
         return self._known[epoch]
+
+    def partition(self, number: int) -> PartitionState:
+        return state_of(number, None, self.current, self.current)
 
 
 async def test_stores_are_found_by_disk_local_or_remote_and_by_earlier_layouts() -> None:

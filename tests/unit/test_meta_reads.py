@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Call, EncodedCall, OnReply, PeerIdentity, Reply
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
 from storaged.meta import messages
@@ -83,6 +84,9 @@ class World:
 
     def at(self, epoch: int) -> Layout:
         return self.current
+
+    def partition(self, number: int) -> PartitionState:
+        return state_of(number, None, self.current, self.current)
 
     async def write(self, *slots: Slot) -> None:
         for slot in slots:

@@ -14,6 +14,7 @@ import pytest
 
 from storaged.clock import SystemClock
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionState, state_of
 from storaged.errors import (
     DataDamaged,
     DiskUnusable,
@@ -130,6 +131,9 @@ class Layouts:
 
     def at(self, epoch: int) -> Layout:
         return self.current
+
+    def partition(self, number: int) -> PartitionState:
+        return state_of(number, None, self.current, self.current)
 
 
 class Ring:

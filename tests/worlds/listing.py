@@ -8,6 +8,7 @@ import asyncio
 from typing import Any
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionState, state_of
 from storaged.errors import PeerUnreachable, ServiceUnavailable
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -53,6 +54,9 @@ class Ring:
     def at(self, epoch: int) -> Layout:
         assert epoch == self.current.epoch
         return self.current
+
+    def partition(self, number: int) -> PartitionState:
+        return state_of(number, None, self.current, self.current)
 
     def replica(self, disk: str) -> Any:
         return _Disk(self, disk)

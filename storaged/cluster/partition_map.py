@@ -1,0 +1,69 @@
+"""What one process knows about where partitions are: the newest record of each, and the states that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.cluster.partitions import PartitionRecord, PartitionState, state_of
+from storaged.errors import LayoutRefused, ServiceUnavailable
+
+
+class PartitionMap:
+    """``watch``: called with each partition whose state has become newer."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, PartitionRecord] = {}
+        self._states: dict[int, PartitionState] = {}
+        self._layout: Layout | None = None
+        """That the states are of."""
+        self._watchers: list[Callable[[int], None]] = []
+
+    @property
+    def steps(self) -> int:
+        """The sum of all steps known: the higher of two is newer in at least one partition."""
+        return sum(record.step for record in self._records.values())
+
+    def watch(self, watcher: Callable[[int], None]) -> None:
+        self._watchers.append(watcher)
+
+    def of(self, number: int, current: Layout, at: Callable[[int], Layout]) -> PartitionState:
+        """``at(epoch)``: an earlier layout; raises KeyError when it is not known. The same object until the layout or
+        the record changes. Raises ServiceUnavailable.
+        """
+        if current is not self._layout:
+            self._layout = current
+            self._states.clear()
+        state = self._states.get(number)
+        if state is None:
+            record = self._records.get(number)
+            base = current
+            if record is None and current.base and number != SYSTEM_PARTITION:
+                try:
+                    base = at(current.base)
+                except KeyError:
+                    raise ServiceUnavailable(
+                        f"This node has not learned layout {current.base} yet, which says where the keys are. It asks"
+                        " every node that it reaches. Retry."
+                    ) from None
+            state = self._states[number] = state_of(number, record, current, base)
+        return state
+
+    def record(self, number: int) -> PartitionRecord | None:
+        return self._records.get(number)
+
+    def learn(self, record: PartitionRecord) -> bool:
+        """Takes a record that a quorum of the system partition holds. Returns whether it is newer than the one known.
+
+        Raises LayoutRefused for a record that is none.
+        """
+        if not 0 <= record.partition < PARTITIONS or record.step < 1 or not record.present:
+            raise LayoutRefused(f"A record of partition {record.partition}, step {record.step} is none.")
+        known = self._records.get(record.partition)
+        if known is not None and known.step >= record.step:
+            return False
+        self._records[record.partition] = record
+        self._states.pop(record.partition, None)
+        for watcher in self._watchers:
+            watcher(record.partition)
+        return True

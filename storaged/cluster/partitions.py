@@ -1,0 +1,179 @@
+"""Where the replicas of a partition are, and how they move to where a layout wants them. Pure.
+
+A layout says where the replicas of a partition *should* be (``Layout.replicas_of``, the target). Where they *are* is
+the state of the partition. While nothing moves the two are the same. When a layout with other disks comes into force,
+each partition moves by itself, and exchanges one replica at a time::
+
+    settled (S)  ->  joint (S, T)  ->  settled (T)        T is S with one replica exchanged
+
+In a joint state an operation needs a majority of S and a majority of T (``meta.consensus.quorums``). The rows are
+copied meanwhile. There are never more than two sets. This is the joint consensus of Raft (Ongaro and Ousterhout, 2014,
+section 6) for one replica; the sequence of configurations is agreed outside of the partition, as in Vertical Paxos
+(Lamport, Malkhi, Zhou, 2009): by compare-and-set of one register of the system partition for each partition that ever
+moved. When the replica that comes is lost before it is whole, the joint state ends in S again.
+
+*Steps* number the states of a partition: 0 for one that never moved, odd numbers for joint states, even ones for
+settled states. The epoch of a ballot has the step in its upper half and the layout's epoch in its lower half. So every
+ballot of a later step is higher than all ballots of earlier ones, and ballots from before partitions could move are
+those of step 0.
+
+A replica has a *position*: its index in the set. The replica that comes takes the position of the one that goes. The
+copies of a small object are numbered by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import NamedTuple
+
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.errors import LayoutRefused
+from storaged.wire import Message
+
+STEP_SHIFT = 32
+STEP_MAX = (1 << 29) - 1
+"""So that every epoch stays below the bound of ballots, 2^62."""
+
+PATH_PREFIX = "partition/"
+
+
+class PartitionRecord(Message, frozen=True):
+    """The register ``partition/NNNN`` of the system table: the state of a partition that has moved at least once.
+
+    ``present`` and ``coming``: disk ids by position; ``coming`` is empty in settled states. ``layout``: the epoch of
+    the layout towards which this step went.
+    """
+
+    partition: int
+    step: int
+    present: tuple[str, ...]
+    coming: tuple[str, ...]
+    layout: int
+
+
+class PartitionState(NamedTuple):
+    """Where the replicas of one partition are. ``coming`` is empty in a settled state."""
+
+    partition: int
+    step: int
+    epoch: int
+    """Of the ballots of this state."""
+    present: tuple[str, ...]
+    coming: tuple[str, ...] = ()
+
+    @property
+    def sets(self) -> tuple[tuple[str, ...], ...]:
+        return (self.present, self.coming) if self.coming else (self.present,)
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        """The disks of all sets, each once, by position; the one that comes is last."""
+        return tuple(dict.fromkeys(self.present + self.coming))
+
+    def position_of(self, disk: str) -> int:
+        """Raises ValueError for a disk of neither set."""
+        return self.present.index(disk) if disk in self.present else self.coming.index(disk)
+
+    @property
+    def goes(self) -> str:
+        """The disk that gives up its rows in a joint state; empty in a settled one."""
+        return next((old for old, new in zip(self.present, self.coming, strict=False) if old != new), "")
+
+    @property
+    def comes(self) -> str:
+        """The disk that takes its place; empty in a settled state."""
+        return next((new for old, new in zip(self.present, self.coming, strict=False) if old != new), "")
+
+
+def epoch_of(step: int, layout_epoch: int) -> int:
+    """The epoch of ballots: the step in the upper half, the layout's epoch in the lower."""
+    return step << STEP_SHIFT | layout_epoch
+
+
+def step_of(epoch: int) -> int:
+    return epoch >> STEP_SHIFT
+
+
+def layout_epoch_of(epoch: int) -> int:
+    return epoch & ((1 << STEP_SHIFT) - 1)
+
+
+def path_of(partition: int) -> str:
+    """``partition/0012``: the key of its record in the system table."""
+    return f"{PATH_PREFIX}{partition:04d}"
+
+
+def state_of(partition: int, record: PartitionRecord | None, current: Layout, base: Layout) -> PartitionState:
+    """``record``: of its register, None when it never moved. ``base``: the layout that placed those which never moved
+    (``Layout.base``).
+    """
+    if partition == SYSTEM_PARTITION:
+        epoch = epoch_of(current.seeds_step, current.epoch)
+        return PartitionState(partition, current.seeds_step, epoch, current.seeds, current.seeds_next)
+    if record is None:
+        return PartitionState(partition, 0, epoch_of(0, current.epoch), base.replicas_of(partition))
+    return PartitionState(partition, record.step, epoch_of(record.step, current.epoch), record.present, record.coming)
+
+
+def next_step(
+    state: PartitionState, layout: Layout, *, whole: bool = False, lost: Container[str] = ()
+) -> PartitionRecord | None:
+    """The record of the step after ``state`` on its way to the places of ``layout``; None when there is none to make
+    now.
+
+    ``whole``: the coming set has all that was chosen; only then a joint state ends in it. ``lost``: disks that do not
+    answer: they go first, and none of them comes. A joint state whose new disk is lost, or wanted no more, ends in the
+    set that it had.
+    """
+    if state.coming:
+        if state.comes in lost or state.comes not in layout.replicas_of(state.partition):
+            return PartitionRecord(state.partition, state.step + 1, state.present, (), layout.epoch)
+        if not whole:
+            return None
+        return PartitionRecord(state.partition, state.step + 1, state.coming, (), layout.epoch)
+    target = layout.replicas_of(state.partition)
+    going = [disk for disk in state.present if disk not in target]
+    free = [disk for disk in target if disk not in state.present and disk not in lost]
+    if not going or not free:
+        return None
+    old, new = min(
+        ((old, new) for old in going for new in free),
+        key=lambda pair: _badness(state, layout, lost, *pair),
+    )
+    coming = tuple(new if disk == old else disk for disk in state.present)
+    return PartitionRecord(state.partition, state.step + 1, state.present, coming, layout.epoch)
+
+
+def _badness(
+    state: PartitionState, layout: Layout, lost: Container[str], old: str, new: str
+) -> tuple[bool, bool, bool, int]:
+    """Of an exchange, for the choice of the first: two replicas in one failure domain are worst; then disks that are
+    lost or not in the layout go before others; then it is best to stay in the domain.
+    """
+    domains = layout.domain_by_disk
+    others = [domains.get(disk, disk) for disk in state.present if disk != old]
+    gone = old in lost or old not in layout.disk_by_id
+    return domains[new] in others, not gone, domains.get(old) != domains[new], state.present.index(old)
+
+
+def is_settled(state: PartitionState, layout: Layout) -> bool:
+    """Whether the replicas are where the layout wants them. Their order does not matter."""
+    return not state.coming and set(state.present) == set(layout.replicas_of(state.partition))
+
+
+def check_step(before: PartitionState, after: PartitionRecord) -> None:
+    """Raises LayoutRefused, with the reason, for a record that does not follow the state ``before``."""
+    name = f"Partition {after.partition}, step {after.step}"
+    if after.partition != before.partition or not 0 <= after.partition < PARTITIONS:
+        raise LayoutRefused(f"{name}: there is no such partition, or it is another one.")
+    if after.step != before.step + 1 or after.step > STEP_MAX:
+        raise LayoutRefused(f"{name}: the partition is at step {before.step}; the next one is {before.step + 1}.")
+    if before.coming:
+        if after.present not in before.sets or after.coming:
+            raise LayoutRefused(f"{name}: a joint state ends in one of its two sets.")
+        return
+    exchanged = [(old, new) for old, new in zip(before.present, after.coming, strict=False) if old != new]
+    if after.present != before.present or len(after.coming) != len(before.present) or len(exchanged) != 1:
+        raise LayoutRefused(f"{name}: exactly one replica is exchanged at a time.")
+    if len(set(after.coming)) != len(after.coming):
+        raise LayoutRefused(f"{name}: a disk is named twice.")
