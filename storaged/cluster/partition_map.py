@@ -18,11 +18,8 @@ class PartitionMap:
         self._layout: Layout | None = None
         """That the states are of."""
         self._watchers: list[Callable[[int], None]] = []
-
-    @property
-    def steps(self) -> int:
-        """The sum of all steps known: the higher of two is newer in at least one partition."""
-        return sum(record.step for record in self._records.values())
+        self.steps = 0
+        """The sum of all steps known: the higher of two is newer in at least one partition. It only grows."""
 
     def watch(self, watcher: Callable[[int], None]) -> None:
         self._watchers.append(watcher)
@@ -62,6 +59,7 @@ class PartitionMap:
         known = self._records.get(record.partition)
         if known is not None and known.step >= record.step:
             return False
+        self.steps += record.step - (known.step if known is not None else 0)
         self._records[record.partition] = record
         self._states.pop(record.partition, None)
         for watcher in self._watchers:

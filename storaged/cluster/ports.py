@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from storaged.cluster.layout import Layout
+from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
 from storaged.errors import StoragedError
 from storaged.wire import Buffer, Message
@@ -201,6 +202,9 @@ class Layouts(Protocol):
 
     @property
     def current(self) -> Layout: ...
+
+    @property
+    def partitions(self) -> PartitionMap: ...
 
     def partition(self, number: int) -> PartitionState:
         """Where the replicas of a partition are, as far as this node knows. The same object until that changes.

@@ -14,13 +14,11 @@ from functools import partial
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts
 from storaged.errors import ServiceUnavailable
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.looks import Look
-from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import RULES, Ballots, Rules
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
@@ -34,6 +32,7 @@ from storaged.meta.proposer.ring import Deadlines, Ring
 from storaged.meta.proposer.survey import RingSurvey
 from storaged.meta.transport.calls import Calls, Fanout, TaskPool, UnresponsiveDisks
 from storaged.meta.transport.read_batching import RowReader
+from storaged.meta.views import Views
 
 DEADLINE_S = 10.0
 CALL_TIMEOUT_S = 5.0
@@ -45,9 +44,6 @@ what a person notices.
 
 DOUBTED_MAX = 1000
 """How many disks and records that no gateway wrote are remembered, so that each is logged once."""
-
-VIEWS_MAX = 16_384
-"""Table, scope and shard whose replicas are remembered: a thousand buckets'."""
 
 log = structlog.get_logger(__name__)
 
@@ -138,14 +134,11 @@ class RingClient:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """``jitter()`` draws a number from 0 to 1: the part of a pause that is taken."""
-        self._layouts = layouts
         self._settings = settings
         self._believes = hooks.believes
         self._doubted: dict[tuple[str, RegisterName], None] = {}
         """Which disks were seen to report what no gateway wrote."""
-        self._viewed: Layout | None = None
-        self._views: dict[tuple[int, bytes, int], View] = {}
-        """Of the layout ``_viewed``, by table, scope and shard."""
+        self._view = Views(layouts).of
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._pool = TaskPool()
         unresponsive = UnresponsiveDisks(clock if clock is not None else SystemClock())
@@ -199,16 +192,6 @@ class RingClient:
 
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(**self._counts, calls_in_flight=len(self._pool))
-
-    def _view(self, name: RegisterName) -> View:
-        layout = self._layouts.current
-        if layout is not self._viewed or len(self._views) >= VIEWS_MAX:
-            self._viewed, self._views = layout, {}
-        where = name[:3]
-        view = self._views.get(where)
-        if view is None:
-            view = self._views[where] = View(layout.epoch, Quorum(layout.replicas_of(name.partition)))
-        return view
 
     def _doubts(self, name: RegisterName, disk: str, value: Value | None) -> bool:
         """Whether no gateway wrote the value that a disk reports for a register of the system table."""

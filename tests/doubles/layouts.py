@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.partition_map import PartitionMap
@@ -21,16 +23,23 @@ def layout_of(racks: Sequence[int] = (2, 2, 2), profile: str = "4+2", epoch: int
     return Layout("test", epoch, nodes, disks, seeds, profile)
 
 
-class KnownLayouts:
+class Places:
+    """The rest of ``Layouts``, for a class that has ``current`` and ``at``."""
+
+    @cached_property
+    def partitions(self) -> PartitionMap:
+        return PartitionMap()
+
+    def partition(self: Any, number: int) -> PartitionState:
+        return self.partitions.of(number, self.current, self.at)  # type: ignore[no-any-return]
+
+
+class KnownLayouts(Places):
     """``Layouts``: the newest that was learnt is the current one."""
 
     def __init__(self, layout: Layout) -> None:
         self._known = {layout.epoch: layout}
         self.current = layout
-        self.partitions = PartitionMap()
-
-    def partition(self, number: int) -> PartitionState:
-        return self.partitions.of(number, self.current, self.at)
 
     def learn(self, layout: Layout) -> None:
         self._known[layout.epoch] = layout

@@ -14,7 +14,6 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
@@ -47,6 +46,7 @@ from storaged.objects.system.users import UserService
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.keys import MemoryKeys, MemorySigners
+from tests.doubles.layouts import Places
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.suites.meta_store import slots_in
@@ -207,16 +207,13 @@ class Alive:
         return self.disk_readable(disk_id) and disk_id not in self.read_only
 
 
-class Layouts:
+class Layouts(Places):
     def __init__(self, layout: Layout) -> None:
         self.current = layout
         self._known = {layout.epoch: layout}
 
     def at(self, epoch: int) -> Layout:
         return self._known[epoch]
-
-    def partition(self, number: int) -> PartitionState:
-        return state_of(number, None, self.current, self.current)
 
 
 class LocalCaller:

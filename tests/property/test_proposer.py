@@ -181,7 +181,7 @@ class World:
     def __init__(self, draw: random.Random, quorum: Quorum, table: Table, trouble: float = 1.0) -> None:
         self.random = draw
         self.trouble = trouble
-        self.view = View(1, quorum)
+        self.view = View.of(1, *quorum.sets)
         self.disks = {disk: Disk() for disk in quorum.disks}
         self.name = RegisterName(table, bytes(16), 0, b"key")
         self.seen: set[tuple[State, Event, State]] = set()

@@ -84,7 +84,7 @@ class World:
 
     def play(self) -> None:
         machine = self.machine
-        view = View(self.random.choice((1, 1, 1, 2)), self.quorum)
+        view = View.of(self.random.choice((1, 1, 1, 2)), *self.quorum.sets)
         self.do(ReadEvent.BEGIN, lambda: machine.begin(view))
         while machine.state not in (DONE, FAILED, SETTLING):
             chance = self.random.random()
@@ -151,7 +151,7 @@ def test_a_value_that_no_quorum_holds_is_settled_and_of_the_system_table_by_gate
     machine = Reader(
         Shared(Ballots("n", lambda: b"incarnat"), RULES, {}), gateway, RegisterName(table, bytes(16), 0, b"key")
     )
-    machine.begin(View(1, QUORUMS[0]))
+    machine.begin(View.of(1, *QUORUMS[0].sets))
     ballot, value = made(2)
     machine.replied(machine.turn, "a", ReadReply(Verdict.OK, ballot, digest_of(value), value))
     machine.replied(machine.turn, "b", ReadReply(Verdict.OK))
@@ -162,7 +162,7 @@ def test_a_value_that_no_quorum_holds_is_settled_and_of_the_system_table_by_gate
 def test_no_read_fails_for_a_doubted_value_before_all_replicas_have_answered() -> None:
     shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {}, lambda _name, disk, _value: disk in "ab")
     machine = Reader(shared, True, RegisterName(Table.SYSTEM, bytes(16), 0, b"key"))
-    machine.begin(View(1, QUORUMS[0]))
+    machine.begin(View.of(1, *QUORUMS[0].sets))
     ballot, value = made(2)
     assert not machine.replied(machine.turn, "a", ReadReply(Verdict.OK, ballot, digest_of(value), value))
     assert not machine.replied(machine.turn, "c", None)

@@ -18,7 +18,6 @@ from typing import Any
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Call, Method, OnAnswer, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.errors import DiskForeign, DiskUnusable, PeerRefused, StoragedError
@@ -31,6 +30,7 @@ from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.accept_batching import ALONE_MAX
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
+from tests.doubles.layouts import Places
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.file_disk import FileDisk, directory_for_files
 from tests.sim.network import NetworkCaller
@@ -73,7 +73,7 @@ def make_layout(epoch: int, seeds: Sequence[str]) -> Layout:
     return Layout("sim", epoch, nodes, disks, tuple(seeds))
 
 
-class Layouts:
+class Layouts(Places):
     """``cluster.ports.Layouts``: what one process believes."""
 
     def __init__(self, layout: Layout) -> None:
@@ -83,9 +83,6 @@ class Layouts:
         if epoch != self.current.epoch:
             raise KeyError(epoch)
         return self.current
-
-    def partition(self, number: int) -> PartitionState:
-        return state_of(number, None, self.current, self.current)
 
 
 @dataclass

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.partitions import PartitionState, state_of
 from storaged.errors import PeerUnreachable
 from storaged.meta import messages
 from storaged.meta.client import RingClient
@@ -18,6 +17,7 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Outcome, SmallCopies
 from storaged.wire import Buffer, encode
+from tests.doubles.layouts import Places
 from tests.worlds.ring_client import ring_client
 
 DISKS = ("a", "b", "c")
@@ -35,16 +35,13 @@ class Clock:
         return asyncio.get_running_loop().time()
 
 
-class Layouts:
+class Layouts(Places):
     def __init__(self) -> None:
         nodes = tuple(NodeEntry("n" + disk, f"FR/site/{disk}", "", ("storage",)) for disk in DISKS)
         self.current = Layout("test", 1, nodes, tuple(DiskEntry(disk, "n" + disk, 1) for disk in DISKS), DISKS)
 
     def at(self, epoch: int) -> Layout:
         return self.current
-
-    def partition(self, number: int) -> PartitionState:
-        return state_of(number, None, self.current, self.current)
 
 
 class Script:

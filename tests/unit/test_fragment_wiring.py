@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Methods
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
 from storaged.fragments.messages import ReadReply
@@ -19,6 +18,7 @@ from storaged.fragments.store import LocalFragmentStore
 from storaged.wire import decode, encode
 from tests.doubles.caller import Loopback
 from tests.doubles.fragments import MemoryFragmentStore
+from tests.doubles.layouts import Places
 from tests.worlds.fragments import DISK, make
 
 
@@ -27,7 +27,7 @@ def layout(epoch: int, **disks: str) -> Layout:
     return Layout("test", epoch, nodes, tuple(DiskEntry(disk, node, 1) for disk, node in disks.items()), ())
 
 
-class FakeLayouts:
+class FakeLayouts(Places):
     def __init__(self, *known: Layout) -> None:
         self._known = {one.epoch: one for one in known}
 
@@ -37,9 +37,6 @@ class FakeLayouts:
 
     def at(self, epoch: int) -> Layout:
         return self._known[epoch]
-
-    def partition(self, number: int) -> PartitionState:
-        return state_of(number, None, self.current, self.current)
 
 
 async def test_stores_are_found_by_disk_local_or_remote_and_by_earlier_layouts() -> None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.partitions import PartitionState, state_of
 from storaged.cluster.ports import Call, EncodedCall, OnReply, PeerIdentity, Reply
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
 from storaged.meta import messages
@@ -25,6 +24,7 @@ from storaged.meta.store_ports import Copy, Slot, StoreBatch
 from storaged.meta.transport.read_batching import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
+from tests.doubles.layouts import Places
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.worlds.ring_client import ring_client
 
@@ -44,7 +44,7 @@ def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", payload
     return Slot(name, Ballot(1, counter, "gw", b"incarnat"), value, copied=bool(payload))
 
 
-class World:
+class World(Places):
     """Three nodes with two disks each, and a network to a gateway that counts messages and can lose them."""
 
     def __init__(self) -> None:
@@ -84,9 +84,6 @@ class World:
 
     def at(self, epoch: int) -> Layout:
         return self.current
-
-    def partition(self, number: int) -> PartitionState:
-        return state_of(number, None, self.current, self.current)
 
     async def write(self, *slots: Slot) -> None:
         for slot in slots:

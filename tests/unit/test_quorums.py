@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from storaged.meta.consensus.quorums import Quorum, met_by_all
+from storaged.meta.consensus.quorums import Quorum, View, met_by_all
 
 GROUP = Quorum(("a", "b", "c"))
 JOINT = Quorum(("a", "b", "c"), ("c", "d", "e"))
@@ -88,3 +88,20 @@ def test_half_of_a_set_is_no_quorum_whatever_other_disks_are_named() -> None:
     assert not Quorum(("a", "b", "c", "d")).met(("a", "b", "x", "y"))
     assert not Quorum(("a", "b"), ("c", "d", "e")).met(("a", "c", "d"))
     assert not Quorum(("c", "d", "e"), ("a", "b")).met(("a", "c", "d"))
+
+
+def test_the_disk_that_comes_has_the_position_of_the_one_that_goes() -> None:
+    view = View.of(7, ("a", "b", "c"), ("a", "d", "c"))
+    assert view.quorum == Quorum(("a", "b", "c"), ("a", "d", "c"))
+    assert {disk: view.position_of(disk) for disk in view.quorum.disks} == {"a": 0, "b": 1, "c": 2, "d": 1}
+    assert view.by_disk(("first", "second", "third")) == ["first", "second", "third", "second"]
+    with pytest.raises(ValueError):
+        view.position_of("x")
+
+
+def test_of_one_set_each_disk_has_its_own_position() -> None:
+    view = View.of(7, ("a", "b", "c"))
+    given = ("first", "second", "third")
+    assert view.by_disk(given) is given
+    assert [view.position_of(disk) for disk in view.quorum.disks] == [0, 1, 2]
+    assert View.of(7, ("a", "b", "c"), ("a", "b", "d")).by_disk(()) == ()

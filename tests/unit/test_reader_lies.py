@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storaged.errors import DataDamaged
 from storaged.meta.consensus.change import Shared
-from storaged.meta.consensus.quorums import Quorum, View
+from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.reader import DONE, FAILED, WAITING, Reader
 from storaged.meta.consensus.register import RULES, Ballots, Verdict, digest_of
 from storaged.meta.messages import ReadReply
@@ -15,7 +15,7 @@ def two_values() -> tuple[Reader, Value]:
     lie, truth = (Value(1, b"o" * 16, Visibility.LIVE, body) for body in (b"lie", b"truth"))
     shared = Shared(Ballots("n", lambda: b"incarnat"), RULES, {})
     reader = Reader(shared, True, RegisterName(Table.OBJECT, bytes(16), 0, b"key"))
-    reader.begin(View(1, Quorum(("a", "b", "c"))))
+    reader.begin(View.of(1, ("a", "b", "c")))
     for disk, value in (("a", lie), ("b", truth)):
         reader.replied(reader.turn, disk, ReadReply(Verdict.OK, Ballot(1, 1, "g", b""), digest_of(truth), value))
     assert reader.state is WAITING

@@ -9,14 +9,14 @@ import pytest
 from storaged.errors import OutcomeUnknown
 from storaged.meta.consensus.change import Shared, Wanted
 from storaged.meta.consensus.proposer import Proposer
-from storaged.meta.consensus.quorums import Quorum, View
+from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import CALL_BYTES, RULES, Ballots, Lineage, Rules, Verdict
 from storaged.meta.consensus.states import ACCEPTING, FAILED, RETRYING
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
 
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
-VIEW = View(1, Quorum(("a", "b", "c")))
+VIEW = View.of(1, ("a", "b", "c"))
 NOW_US = 10**15
 ABOVE = Ballot(1, NOW_US + 1000, "other", b"87654321")
 LATER = Value(2, b"o" * 16, Visibility.LIVE, b"of others, two changes later")

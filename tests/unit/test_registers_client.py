@@ -14,7 +14,6 @@ import pytest
 
 from storaged.clock import SystemClock
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.partitions import PartitionState, state_of
 from storaged.errors import (
     DataDamaged,
     DiskUnusable,
@@ -39,6 +38,7 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.store_ports import Copy, StoreBatch
 from storaged.wire import Buffer, encode
+from tests.doubles.layouts import Places
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
 from tests.worlds.authority import until
@@ -120,7 +120,7 @@ class Unreliable:
         return await self._pass("scan", lambda: self.inner.scan(request))  # type: ignore[return-value]
 
 
-class Layouts:
+class Layouts(Places):
     def __init__(self, epoch: int = 1) -> None:
         self.current = self.make(epoch)
 
@@ -131,9 +131,6 @@ class Layouts:
 
     def at(self, epoch: int) -> Layout:
         return self.current
-
-    def partition(self, number: int) -> PartitionState:
-        return state_of(number, None, self.current, self.current)
 
 
 class Ring:

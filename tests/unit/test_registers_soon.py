@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
+from storaged.cluster.partitions import PartitionRecord
 from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailable, SlowDown
 from storaged.meta import messages
 from storaged.meta.client import RingClient
-from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import Ballot, Change, RegisterName, Value
 from storaged.meta.ports import Outcome, SmallCopies, Update
 from tests.patience import GUARD_S
-from tests.unit.test_registers_client import NAME, Refused, Ring, fail_with, later_us, put
+from tests.unit.test_registers_client import DISKS, NAME, Refused, Ring, fail_with, later_us, put
 
 COPIES = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, lambda disks: len(disks) >= 2)
 
@@ -83,8 +83,7 @@ async def test_turns_are_as_many_as_for_tasks(ring: Ring, monkeypatch: pytest.Mo
 
 async def test_while_replicas_are_being_exchanged_it_takes_a_task(ring: Ring) -> None:
     client = ring.client()
-    view = client._view(NAME)
-    client._views[NAME[:3]] = view._replace(quorum=Quorum(view.quorum.disks, view.quorum.disks))
+    ring.layouts.partitions.learn(PartitionRecord(NAME.partition, 1, DISKS, DISKS, 1))
     assert isinstance(await begun(client, put(b"one")), Outcome)
     assert (await client.read(NAME)).value is not None
 

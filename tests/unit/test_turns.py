@@ -11,7 +11,7 @@ import pytest
 from storaged.errors import InvalidRequest, PeerUnreachable
 from storaged.meta.acceptor import turns
 from storaged.meta.acceptor.turns import TurnKeeper
-from storaged.meta.consensus.quorums import Quorum, View
+from storaged.meta.consensus.quorums import View
 from storaged.meta.messages import TURN_GRANTED, TURN_QUEUED, TURN_REFUSED, Turn, TurnReply
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.proposer import contention
@@ -280,7 +280,7 @@ class Process:
     def __init__(self, *replicas: Replica) -> None:
         self.replicas = dict(zip(("d0", "d1", "d2"), [*replicas, granting(), granting(), granting()], strict=False))
         clock = VirtualClock(asyncio.get_running_loop())  # type: ignore[arg-type]
-        view = View(1, Quorum(("d0", "d1", "d2")))
+        view = View.of(1, ("d0", "d1", "d2"))
         self.contention = Contention(self, lambda name: view, TaskPool(), clock, lambda count: bytes(count))
 
     def replica(self, disk: str) -> Replica:

@@ -8,7 +8,6 @@ import asyncio
 from typing import Any
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.partitions import PartitionState, state_of
 from storaged.errors import PeerUnreachable, ServiceUnavailable
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -17,6 +16,7 @@ from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Reading
 from storaged.meta.storage.scan import DigestCache, scan_store
 from storaged.meta.store_ports import RowDamaged, Slot, StoreBatch
+from tests.doubles.layouts import Places
 from tests.doubles.meta_store import MemoryMetaStore
 
 BUCKET = b"bucket of a test"
@@ -32,7 +32,7 @@ def value_of(counter: int, visibility: int = Visibility.LIVE) -> Value:
     return Value(counter, b"o" * 16, visibility, b"body %d" % counter)
 
 
-class Ring:
+class Ring(Places):
     """Layouts, Replicas, Registers and Liveness in one. ``scans`` and ``reads`` tell what the scanner asked, ``sent``
     how many heads it was sent.
     """
@@ -54,9 +54,6 @@ class Ring:
     def at(self, epoch: int) -> Layout:
         assert epoch == self.current.epoch
         return self.current
-
-    def partition(self, number: int) -> PartitionState:
-        return state_of(number, None, self.current, self.current)
 
     def replica(self, disk: str) -> Any:
         return _Disk(self, disk)

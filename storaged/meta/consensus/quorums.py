@@ -15,6 +15,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T", bound=Hashable)
+V = TypeVar("V")
 
 
 class Quorum:
@@ -107,7 +108,27 @@ def met_by_all(quorums: Iterable[Quorum], disks: Collection[str]) -> bool:
 
 
 class View(NamedTuple):
-    """The replicas of a register under one layout."""
+    """Where the replicas of a register are, in one state of its partition (``cluster.partitions``).
+
+    ``epoch`` of the ballots. ``positions``: of each of ``quorum.disks``, its place in the set that has it. So while
+    there are two sets, the disk that comes has the position of the one that goes.
+    """
 
     epoch: int
     quorum: Quorum
+    positions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, epoch: int, *sets: Sequence[str]) -> View:
+        """Raises ValueError as ``Quorum``."""
+        quorum = Quorum(*sets)
+        place = {disk: position for disks in quorum.sets for position, disk in enumerate(disks)}
+        return cls(epoch, quorum, tuple(place[disk] for disk in quorum.disks))
+
+    def position_of(self, disk: str) -> int:
+        """Raises ValueError for a disk of no set."""
+        return self.positions[self.quorum.disks.index(disk)]
+
+    def by_disk(self, by_position: Sequence[V]) -> Sequence[V]:
+        """What belongs to each of ``quorum.disks``, of what is given for each position."""
+        return by_position if self.quorum.single or not by_position else [by_position[at] for at in self.positions]

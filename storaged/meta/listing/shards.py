@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable
-from storaged.meta.consensus.quorums import Quorum, met_by_all
+from storaged.meta.consensus.quorums import met_by_all
 from storaged.meta.listing.agreement import agreeing, assemble, decoded_rows, join, settle_by_majority
 from storaged.meta.listing.cache import CachedPiece, PieceCache
 from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
@@ -30,6 +30,7 @@ from storaged.meta.messages import ShardSlice
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Registers
 from storaged.meta.storage.scan import SHARDS_MAX, Want
+from storaged.meta.views import Views
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class ShardReader:
         cache: PieceCache,
         settings: ScanSettings,
     ) -> None:
-        self._layouts = layouts
+        self._view = Views(layouts).of
         self._registers = registers
         self._liveness = liveness
         self._rounds = rounds
@@ -72,11 +73,11 @@ class ShardReader:
         self._usual_s = 0.0
 
     def feed(self, query: Query, shard: int, after: bytes) -> Feed:
-        disks = self._layouts.current.replicas_of(RegisterName(query.table, query.scope, shard, b"").partition)
+        quorum = self._view(RegisterName(query.table, query.scope, shard, b"")).quorum
+        disks = quorum.disks
         alive = [disk for disk in disks if self._liveness.disk_readable(disk)] or list(disks)
         first = shard % len(alive)
         order = alive[first:] + alive[:first]
-        quorum = Quorum(disks)
         return Feed(shard, quorum, order[0], after, quorum.prefix(order))
 
     async def pieces(self, query: Query, feeds: Sequence[Feed], limit: int) -> list[Piece]:

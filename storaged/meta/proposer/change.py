@@ -233,9 +233,10 @@ class ChangeShell:
 
     def _send(self, on_reply: Any, disks: Sequence[str]) -> None:
         machine, ring = self.machine, self._ring
+        fragments = machine.view.by_disk(machine.fragments)
         self._sending = True
         try:
-            ring.fanout.send(machine.request, disks, on_reply, timeout_s=self._timeout_s, fragments=machine.fragments)
+            ring.fanout.send(machine.request, disks, on_reply, timeout_s=self._timeout_s, fragments=fragments)
         finally:
             self._sending = False
         early, self._early = self._early, []

@@ -141,12 +141,14 @@ class CopyReader:
         self._copy_at = copy_at
 
     async def carry(self, view: View, name: RegisterName, data_id: bytes, deadline: float) -> Fragments | None:
-        """The copy, for each replica; None when none gives it in time, empty when each has said that it has none."""
+        """The copy, for each position; None when no replica gives it in time, empty when each has said that it has
+        none.
+        """
         limit = min(deadline, self._calls.clock.monotonic() + CARRY_S)
         copy, absent = await self._search(view, name, data_id, set(), limit)
         if copy is None:
             return () if absent.issuperset(view.quorum.disks) else None
-        return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(len(view.quorum.disks))]
+        return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(len(view.quorum.sets[0]))]
 
     async def fetch(
         self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float
