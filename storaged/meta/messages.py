@@ -13,6 +13,7 @@ from storaged.cluster.rpc.framing import ErrorHead
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.wire import Message
 
+FENCES_A_CALL = 1_000
 PAGES_A_CHECK = 256
 """Pages verified for one request: some 15 MiB of manifests, 5 ms of reading and hashing."""
 
@@ -246,6 +247,51 @@ class EpochReply(Message, frozen=True):
     """The epoch in force on that disk, which may be a later one; durable."""
 
     epoch: int
+
+
+class FencesAsk(Message, frozen=True):
+    """The fences of a disk and the nonces that were lifted there, by scope > ``after``."""
+
+    disk: str
+    after: bytes
+
+
+class ScopeFence(Message, frozen=True):
+    """What a disk has of one scope. ``nonce``: of the fence in force, empty without one; ``final``: it stays for ever.
+    ``lifted``: the highest nonce whose fence was lifted, empty when none was.
+    """
+
+    scope: bytes
+    nonce: bytes
+    final: bool
+    lifted: bytes
+
+
+class FencesReply(Message, frozen=True):
+    """Up to ``FENCES_A_CALL`` scopes in order; ``more``: there are more."""
+
+    scopes: tuple[ScopeFence, ...]
+    more: bool
+
+
+class FencesTake(Message, frozen=True):
+    """What a majority of a partition's replicas has: the disk that comes to the partition takes it over."""
+
+    disk: str
+    scopes: tuple[ScopeFence, ...]
+
+
+class RangesAsk(Message, frozen=True):
+    """Which shards of a partition have rows on a disk?"""
+
+    disk: str
+    partition: int
+
+
+class RangesReply(Message, frozen=True):
+    """table (1) || scope (16) || shard (1) of each."""
+
+    prefixes: tuple[bytes, ...]
 
 
 class ShardAsk(Message, frozen=True):

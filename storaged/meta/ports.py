@@ -318,6 +318,25 @@ class TurnReplica(Protocol):
         """See ``messages.Turn``. It is answered within a second, granted or not."""
 
 
+class Handover(Protocol):
+    """What the mover of a partition asks of a replica besides. Raises as ``Replica``."""
+
+    async def fences(self, request: messages.FencesAsk, *, timeout_s: float = 10.0) -> messages.FencesReply: ...
+
+    async def take_fences(self, request: messages.FencesTake, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        """Durable when it returns. A scope keeps what is newer there."""
+
+    async def ranges(self, request: messages.RangesAsk, *, timeout_s: float = 10.0) -> messages.RangesReply: ...
+
+
+@runtime_checkable
+class HandoverReplica(Protocol):
+    """A replica of a partition that may move."""
+
+    @property
+    def handover(self) -> Handover: ...
+
+
 OnAnswer = Callable[[str, Any, memoryview], None]
 """``on_answer(disk, answer, bulk)`` gets the reply, or a StoragedError in its place. It must not raise."""
 

@@ -226,6 +226,12 @@ class MetaStore(Protocol):
 
     def get_meta(self, key: str) -> bytes | None: ...
 
+    def fenced_scopes(self, *, after: bytes, limit: int) -> list[bytes]:
+        """The scopes > ``after`` that have a fence, in order."""
+
+    def meta_names(self, prefix: str, *, after: str, limit: int) -> list[str]:
+        """The names of small values that begin with ``prefix`` and are > ``after``, in order."""
+
     def slice(self, wanted: RowRange) -> list[tuple[bytes, bytes]]:
         """The rows of the range in key order, tombstones included, in one short snapshot: (key, the row's bytes as
         rowvalue lays them out, unverified). Raises RowDamaged where a page or a link is damaged.

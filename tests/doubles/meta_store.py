@@ -126,6 +126,12 @@ class MemoryMetaStore:
     def get_meta(self, key: str) -> bytes | None:
         return self._meta.get(key)
 
+    def fenced_scopes(self, *, after: bytes, limit: int) -> list[bytes]:
+        return sorted(scope for scope in self._fences if scope > after)[:limit]
+
+    def meta_names(self, prefix: str, *, after: str, limit: int) -> list[str]:
+        return sorted(name for name in self._meta if name.startswith(prefix) and name > after)[:limit]
+
     def slice(self, wanted: RowRange) -> list[tuple[bytes, bytes]]:
         if wanted.limit > SLICE_ROWS_MAX:
             raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} rows, not {wanted.limit}")

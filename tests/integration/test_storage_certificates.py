@@ -192,6 +192,11 @@ DRIVERS: dict[str, Driver] = {
     "meta.page_check": lambda thief: _of(messages.PageCheck("", (bytes(16),))),
     "meta.fence": lambda thief: _of(messages.FenceSet("", thief.bucket_id, b"\xff" * 16, True)),
     "meta.unfence": lambda thief: _of(messages.FenceLift("", thief.bucket_id, b"\xff" * 16)),
+    "meta.fences": lambda thief: _of(messages.FencesAsk("", b"")),
+    "meta.take_fences": lambda thief: _of(
+        messages.FencesTake("", (messages.ScopeFence(thief.bucket_id, b"\xff" * 16, True, b""),))
+    ),
+    "meta.ranges": lambda thief: _of(messages.RangesAsk("", 0)),
     "meta.fence_epoch": lambda thief: _of(messages.EpochFence("", 99)),
     "fragment.write": write,
     "fragment.sync": ids,

@@ -201,6 +201,30 @@ async def test_fences_pages_and_small_values_read_back_and_fences_can_be_lifted(
     assert store.get_meta("floor") == b"456"
 
 
+async def put_into_the_tree(store: MetaStore) -> None:
+    """Of a store that makes some."""
+    make = getattr(store, "checkpoint", None)
+    if make is not None:
+        await make()
+
+
+async def test_fences_and_small_values_are_listed_by_name_also_while_they_change(store: MetaStore) -> None:
+    scopes = [bytes([number]) * 16 for number in range(7)]
+    await store.commit(StoreBatch(fences=[Fence(scope, b"n", final=False) for scope in scopes]))
+    await store.commit(StoreBatch(meta={f"lifted {number}": b"n" for number in range(7)} | {"lift": b"", "m": b""}))
+    for _ in range(2):
+        assert store.fenced_scopes(after=b"", limit=3) == scopes[:3]
+        assert store.fenced_scopes(after=scopes[2], limit=9) == scopes[3:]
+        assert store.meta_names("lifted ", after="", limit=2) == ["lifted 0", "lifted 1"]
+        assert store.meta_names("lifted ", after="lifted 4", limit=9) == ["lifted 5", "lifted 6"]
+        await put_into_the_tree(store)
+    await store.commit(StoreBatch(unfence=scopes[:4], meta={"lifted 9": b"n"}))
+    for _ in range(2):
+        assert store.fenced_scopes(after=b"", limit=2) == scopes[4:6]
+        assert store.meta_names("lifted ", after="lifted 5", limit=9) == ["lifted 6", "lifted 9"]
+        await put_into_the_tree(store)
+
+
 async def test_pages_are_listed_with_their_age_in_the_order_of_their_hashes(store: MetaStore) -> None:
     pages = sorted(page_of(b"%d" % number, created_ms=number) for number in range(20))
     await store.commit(StoreBatch(pages=pages))

@@ -73,6 +73,9 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.page_check": Grant(STORAGE, STORAGE, "repair checks which pages a replica lacks"),
     "meta.fence": Grant(GATEWAY, STORAGE, "deletion of a bucket"),
     "meta.unfence": Grant(GATEWAY, STORAGE, "deletion of a bucket that was not empty"),
+    "meta.fences": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes gets the fences of the others"),
+    "meta.take_fences": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes takes them"),
+    "meta.ranges": Grant(GATEWAY, STORAGE, "a partition moves: which shards have rows"),
     "meta.fence_epoch": Grant(NO_ROLE, STORAGE, "for layouts that move replicas, which no version writes yet"),
     "fragment.write": Grant(
         BOTH,

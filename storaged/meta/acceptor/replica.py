@@ -30,6 +30,7 @@ from storaged.meta import messages
 from storaged.meta.acceptor.counts import AcceptorCounts, ReplicaStatistics
 from storaged.meta.acceptor.disk_writes import DiskWrites
 from storaged.meta.acceptor.fences import Fences
+from storaged.meta.acceptor.handover import Handover
 from storaged.meta.acceptor.high_water import META_HIGH_WATER, HighWater
 from storaged.meta.acceptor.pages import DiskPages
 from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, PendingAccepts, resolve
@@ -94,6 +95,7 @@ class LocalReplica:
         self._writes.silent = "retired from the ring" if retired and rules.foreign_refused else ""
         self._high_water = HighWater(self.state, self._writes)
         self._fences = Fences(disk, store)
+        self.handover = Handover(disk, store, self._fences, self._writes)
         self._rows = DiskRows(store, self.state, self._fences, self.pending, self._writes, copies, rules)
         self._pages = DiskPages(store, self._writes, self._clock)
 

@@ -61,6 +61,19 @@ def page_ages(transaction: Transaction, after: bytes, limit: int) -> list[tuple[
     return [page for page in ages if page[0] > after][:limit]
 
 
+def keys_after(transaction: Transaction, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
+    """Up to ``limit`` keys > ``after`` with the prefix, in order. Raises lmdb.Error."""
+    cursor = transaction.cursor()
+    found: list[bytes] = []
+    if limit > 0 and cursor.set_range(max(prefix, after)):
+        for key in cursor.iternext(values=False):
+            if not key.startswith(prefix) or len(found) >= limit:
+                break
+            if key > after:
+                found.append(bytes(key))
+    return found
+
+
 def pack_page(created_ms: int, owner: bytes, body: bytes) -> bytes:
     """The value of the table of pages."""
     if not owner:

@@ -21,6 +21,7 @@ from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
 from storaged.meta.storage.cursor import (
     StoredRows,
     columns_at,
+    keys_after,
     page_ages,
     page_body,
     page_owner,
@@ -216,6 +217,12 @@ class StoreReader:
     def get_meta(self, key: str) -> bytes | None:
         return self._get_small(b"meta", key.encode())
 
+    def fenced_scopes(self, *, after: bytes, limit: int) -> list[bytes]:
+        return self._small_keys(b"fences", b"", after, limit)
+
+    def meta_names(self, prefix: str, *, after: str, limit: int) -> list[str]:
+        return [key.decode() for key in self._small_keys(b"meta", prefix.encode(), after.encode(), limit)]
+
     def slice(self, wanted: RowRange) -> list[tuple[bytes, bytes]]:
         if wanted.limit > SLICE_ROWS_MAX:
             raise ValueError(
@@ -352,6 +359,22 @@ class StoreReader:
         except RowDamaged:
             self.damaged_rows += 1
             raise
+
+    def _small_keys(self, database: bytes, prefix: bytes, after: bytes, limit: int) -> list[bytes]:
+        state = self._state
+        while True:
+            fresh, frozen = state.fresh, state.frozen
+            try:
+                with self._begin(self._databases[database]) as transaction:
+                    if fresh is not state.fresh or frozen is not state.frozen:
+                        continue  # a checkpoint has moved values meanwhile
+                    changed = {**frozen.others, **fresh.others}
+                    found = {key for (where, key), value in changed.items() if where == database and value is not None}
+                    gone = {key for (where, key), value in changed.items() if where == database and value is None}
+                    found.update(key for key in keys_after(transaction, prefix, after, limit + len(gone)))
+            except lmdb.Error as error:
+                raise self._damaged_page(error) from None
+            return sorted(key for key in found - gone if key > after and key.startswith(prefix))[:limit]
 
     def _read(self, database: bytes, key: bytes) -> bytes | None:
         with self._begin(self._databases[database]) as transaction:

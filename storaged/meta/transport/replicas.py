@@ -160,6 +160,36 @@ class RemoteReplica:
         reply, _ = await self._caller.call(self.node, "meta.scan", request, ScanReply, timeout_s=timeout_s)
         return reply
 
+    @property
+    def handover(self) -> RemoteHandover:
+        return RemoteHandover(self._caller, self.node)
+
+
+class RemoteHandover:
+    """``ports.Handover`` over RPC."""
+
+    def __init__(self, caller: Caller, node: str) -> None:
+        self._caller = caller
+        self._node = node
+
+    async def fences(self, request: messages.FencesAsk, *, timeout_s: float = 10.0) -> messages.FencesReply:
+        reply, _ = await self._caller.call(
+            self._node, "meta.fences", request, messages.FencesReply, timeout_s=timeout_s
+        )
+        return reply
+
+    async def take_fences(self, request: messages.FencesTake, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        reply, _ = await self._caller.call(
+            self._node, "meta.take_fences", request, messages.FenceReply, timeout_s=timeout_s
+        )
+        return reply
+
+    async def ranges(self, request: messages.RangesAsk, *, timeout_s: float = 10.0) -> messages.RangesReply:
+        reply, _ = await self._caller.call(
+            self._node, "meta.ranges", request, messages.RangesReply, timeout_s=timeout_s
+        )
+        return reply
+
 
 class ReplicaDirectory:
     """``ports.Replicas``: this node's disks without the network, every other disk of the layout through ``caller``. A
@@ -261,6 +291,9 @@ class ReplicaHost:
             "meta.fence": Method(messages.FenceSet, self._fence),
             "meta.unfence": Method(messages.FenceLift, self._unfence),
             "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
+            "meta.fences": Method(messages.FencesAsk, self._fences),
+            "meta.take_fences": Method(messages.FencesTake, self._take_fences),
+            "meta.ranges": Method(messages.RangesAsk, self._ranges),
             "meta.scan": Method(ScanRequest, self._scan, try_answer=self._try_scan),
             "meta.turn": Method(messages.Turn, self._turn, try_start=self._try_turn),
         }
@@ -338,6 +371,15 @@ class ReplicaHost:
 
     async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
         return await self._of(request.disk).fence_epoch(request)
+
+    async def _fences(self, request: messages.FencesAsk, _call: Call) -> messages.FencesReply:
+        return await self._of(request.disk).handover.fences(request)
+
+    async def _take_fences(self, request: messages.FencesTake, _call: Call) -> messages.FenceReply:
+        return await self._of(request.disk).handover.take_fences(request)
+
+    async def _ranges(self, request: messages.RangesAsk, _call: Call) -> messages.RangesReply:
+        return await self._of(request.disk).handover.ranges(request)
 
     def _try_turn(self, request: messages.Turn, call: Call, answer: OnAnswer) -> bool:
         self._of(request.disk).turns.ask(call.peer.name, request, answer)

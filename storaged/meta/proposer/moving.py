@@ -1,0 +1,150 @@
+"""The calls that move a partition: fences of its epoch, the bucket fences for the replica that comes, its ranges.
+
+``maintain.partition_mover`` puts them into their order. Each asks a quorum of the state's sets, and trusts no single
+replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import TypeVar, cast
+
+from storaged.cluster.partitions import PartitionState
+from storaged.errors import ServiceUnavailable, StoragedError
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.messages import (
+    FENCES_A_CALL,
+    EpochFence,
+    EpochReply,
+    FencesAsk,
+    FencesReply,
+    FencesTake,
+    RangesAsk,
+    RangesReply,
+    ScopeFence,
+)
+from storaged.meta.ports import Handover, HandoverReplica, Replica
+from storaged.meta.transport.calls import Answers, Calls
+
+T = TypeVar("T")
+
+NO_SCOPE = b""
+FENCES_TIMEOUT_S = 5.0
+RANGES_TIMEOUT_S = 30.0
+"""A disk reads the names of all its shards: a few hundred thousand in a second, from memory."""
+
+
+class PartitionMoves:
+    """Each call raises ServiceUnavailable where no quorum answers."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def fence(self, state: PartitionState) -> frozenset[str]:
+        """Has the replicas of all sets refuse earlier steps of this partition, durably: a quorum of each set, and all
+        others that answer. Returns which do.
+        """
+        quorum = Quorum(*state.sets)
+
+        def call(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[EpochReply]]:
+            request = EpochFence(disk, state.epoch)
+            return lambda replica: replica.fence_epoch(request, timeout_s=timeout_s)
+
+        done = await self._calls.gather(
+            [quorum], call, lambda reply: reply.epoch >= state.epoch, self._calls.deadline(), linger=True
+        )
+        _check(quorum, done, state, "refuse the steps before")
+        return frozenset(done)
+
+    async def copy_fences(self, state: PartitionState) -> int:
+        """Gives the replica that comes the bucket fences of a majority of the present set, and the nonces that were
+        lifted. Returns how many scopes have some.
+        """
+        copied = 0
+        async for scopes in self._scopes(state):
+            for first in range(0, len(scopes), FENCES_A_CALL):
+                request = FencesTake(state.comes, tuple(scopes[first : first + FENCES_A_CALL]))
+                replica = self._handover(state.comes)
+                await replica.take_fences(request, timeout_s=self._calls.call_timeout_s)
+            copied += len(scopes)
+        return copied
+
+    async def _scopes(self, state: PartitionState) -> AsyncIterator[list[ScopeFence]]:
+        """Page by page: a reply that has more counts only up to its last scope."""
+        quorum, after = Quorum(state.present), NO_SCOPE
+        while True:
+            found = await self._ask(state.present, partial(_fences_after, after))
+            _check(quorum, found, state, "say which buckets are fenced")
+            ends = [reply.scopes[-1].scope for reply in found.values() if reply.more]
+            through = min(ends) if ends else None
+            yield merged(list(found.values()), through)
+            if through is None:
+                return
+            after = through
+
+    async def ranges(self, state: PartitionState) -> list[tuple[int, bytes, int]]:
+        """(table, scope, shard) of the rows that a majority of the present set has; of chosen ones at least."""
+        found = await self._ask(state.present, partial(_ranges_of, state.partition))
+        _check(Quorum(state.present), found, state, "say which shards they have")
+        prefixes = {prefix for reply in found.values() for prefix in reply.prefixes}
+        return [(prefix[0], prefix[1:17], prefix[17]) for prefix in sorted(prefixes)]
+
+    def _handover(self, disk: str) -> Handover:
+        replica = self._calls.replicas.replica(disk)
+        assert isinstance(replica, HandoverReplica)
+        return replica.handover
+
+    async def _ask(self, disks: Sequence[str], call: Callable[[Handover, str], Awaitable[T]]) -> dict[str, T]:
+        """The answers of those that give one, in time."""
+        answers: Answers[T] = self._calls.answers()
+        deadline = self._calls.clock.monotonic() + self._calls.deadline_s * 3
+        for disk in disks:
+
+            async def ask(replica: Replica, disk: str = disk) -> T:
+                return await call(cast(HandoverReplica, replica).handover, disk)
+
+            answers.ask(disk, ask)
+        found: dict[str, T] = {}
+        while (answer := await answers.next(self._calls.remaining_s(deadline))) is not None:
+            disk, reply = answer
+            if not isinstance(reply, StoragedError):
+                found[disk] = reply
+        return found
+
+
+async def _fences_after(after: bytes, replica: Handover, disk: str) -> FencesReply:
+    return await replica.fences(FencesAsk(disk, after), timeout_s=FENCES_TIMEOUT_S)
+
+
+async def _ranges_of(partition: int, replica: Handover, disk: str) -> RangesReply:
+    return await replica.ranges(RangesAsk(disk, partition), timeout_s=RANGES_TIMEOUT_S)
+
+
+def merged(replies: Sequence[FencesReply], through: bytes | None) -> list[ScopeFence]:
+    """Of the scopes up to ``through`` (None: all) what holds at a quorum that these replies come from. A final fence
+    wins; else the highest nonce that was lifted, and a fence with a higher one.
+    """
+    by_scope: dict[bytes, list[ScopeFence]] = {}
+    for reply in replies:
+        for scope in reply.scopes:
+            if through is None or scope.scope <= through:
+                by_scope.setdefault(scope.scope, []).append(scope)
+    return [_merged_one(by_scope[scope]) for scope in sorted(by_scope)]
+
+
+def _merged_one(held: Sequence[ScopeFence]) -> ScopeFence:
+    lifted = max(its.lifted for its in held)
+    final = next((its for its in held if its.final), None)
+    if final is not None:
+        return ScopeFence(final.scope, final.nonce, True, lifted)
+    nonce = max(its.nonce for its in held)
+    return ScopeFence(held[0].scope, nonce if nonce > lifted else b"", False, lifted)
+
+
+def _check(quorum: Quorum, disks: Sequence[str] | set[str] | dict[str, T], state: PartitionState, what: str) -> None:
+    if not quorum.met(disks):
+        raise ServiceUnavailable(
+            f"Partition {state.partition}: {len(disks)} of {len(quorum.disks)} replicas {what}; a majority is needed."
+            " It goes on when more are back."
+        )

@@ -1,0 +1,153 @@
+"""The calls that move a partition, against replicas in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from storaged.cluster.layout import Layout, partition_of
+from storaged.cluster.partitions import PartitionState, epoch_of
+from storaged.errors import InvalidRequest, PeerUnreachable, ServiceUnavailable
+from storaged.meta import messages
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.client import RingClient
+from storaged.meta.messages import Create, FenceLift, FenceSet, FencesReply, FencesTake, ScopeFence
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Replica
+from storaged.meta.proposer.moving import merged
+from tests.doubles.layouts import KnownLayouts, layout_of
+from tests.doubles.meta_store import MemoryMetaStore
+from tests.worlds.ring_client import ring_client
+
+SCOPE, OTHER, THIRD = (bytes([number]) * 16 for number in (1, 2, 3))
+JOINT = PartitionState(7, 1, epoch_of(1, 1), ("a0", "b0", "c0"), ("a0", "b0", "d0"))
+
+
+class Ring:
+    def __init__(self, layout: Layout) -> None:
+        self.replicas = {disk.id: LocalReplica(disk.id, MemoryMetaStore()) for disk in layout.disks}
+        self.away: set[str] = set()
+
+    def replica(self, disk_id: str) -> Replica:
+        if disk_id in self.away:
+            raise PeerUnreachable(f"{disk_id} is away")
+        return self.replicas[disk_id]
+
+    async def fence(self, disks: Sequence[str], scope: bytes, nonce: bytes, *, final: bool = False) -> None:
+        for disk in disks:
+            assert (await self.replicas[disk].fence(FenceSet(disk, scope, nonce, final))).done
+
+    async def lift(self, disks: Sequence[str], scope: bytes, nonce: bytes) -> None:
+        for disk in disks:
+            assert (await self.replicas[disk].unfence(FenceLift(disk, scope, nonce))).done
+
+
+@dataclass
+class World:
+    ring: Ring
+    client: RingClient
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    layout = layout_of((1, 1, 1, 1))
+    ring = Ring(layout)
+    client = ring_client(KnownLayouts(layout), ring, node="gateway", jitter=lambda: 0.5)
+    yield World(ring, client)
+    await client.close()
+
+
+async def test_the_replica_that_comes_gets_fences_and_lifts_of_a_majority(world: World) -> None:
+    ring, moves = world.ring, world.client.moves
+    await ring.fence(["b0", "c0"], SCOPE, b"n2")
+    await ring.fence(["a0", "b0", "c0"], OTHER, b"n1")
+    await ring.lift(["a0", "c0"], OTHER, b"n1")
+    await ring.fence(["a0", "c0"], THIRD, b"n1", final=True)
+    ring.away = {"b0"}
+    assert await moves.copy_fences(JOINT) == 3
+    comes = ring.replicas["d0"]
+    held = await comes.handover.fences(messages.FencesAsk("d0", b""))
+    assert held == FencesReply(
+        (
+            ScopeFence(SCOPE, b"n2", False, b""),
+            ScopeFence(OTHER, b"", False, b"n1"),
+            ScopeFence(THIRD, b"n1", True, b""),
+        ),
+        False,
+    )
+    assert not (await comes.fence(FenceSet("d0", OTHER, b"n1", False))).done, "it was lifted"
+    assert not (await comes.unfence(FenceLift("d0", THIRD, b"n9"))).done, "it stays for ever"
+
+
+async def test_more_fences_than_one_reply_has_are_all_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("acceptor.handover", "proposer.moving"):
+        monkeypatch.setattr(f"storaged.meta.{module}.FENCES_A_CALL", 3)
+    scopes = [bytes([number]) * 16 for number in range(1, 12)]
+    for number, scope in enumerate(scopes):
+        await world.ring.fence([disk for disk in ("a0", "b0", "c0") if number % 3 != "abc".index(disk[0])], scope, b"n")
+    assert await world.client.moves.copy_fences(JOINT) == len(scopes)
+    for scope in scopes:
+        assert not (await world.ring.replicas["d0"].fence(FenceSet("d0", scope, b"m", False))).done
+
+
+async def test_what_is_newer_at_the_replica_that_comes_stays(world: World) -> None:
+    ring = world.ring
+    await ring.fence(["a0", "b0", "c0"], SCOPE, b"n1")
+    await ring.fence(["d0"], SCOPE, b"n3")
+    await ring.fence(["a0", "b0", "c0", "d0"], OTHER, b"n1")
+    await ring.lift(["d0"], OTHER, b"n1")
+    await world.client.moves.copy_fences(JOINT)
+    held = await ring.replicas["d0"].handover.fences(messages.FencesAsk("d0", b""))
+    assert held.scopes == (ScopeFence(SCOPE, b"n3", False, b""), ScopeFence(OTHER, b"", False, b"n1"))
+
+
+async def test_without_a_majority_nothing_is_concluded(world: World) -> None:
+    world.ring.away = {"a0", "b0"}
+    for call in (world.client.moves.copy_fences, world.client.moves.ranges, world.client.moves.fence):
+        with pytest.raises(ServiceUnavailable, match="Partition 7"):
+            await call(JOINT)
+
+
+async def test_a_majority_of_each_set_refuses_the_steps_before(world: World) -> None:
+    world.ring.away = {"c0"}
+    assert await world.client.moves.fence(JOINT) == {"a0", "b0", "d0"}
+    world.ring.away = {"b0", "d0"}  # a majority of the present set is left, and one of the three that come
+    with pytest.raises(ServiceUnavailable):
+        await world.client.moves.fence(JOINT)
+
+
+async def test_ranges_are_those_of_a_majority(world: World) -> None:
+    found = set()
+    for number in range(200):
+        name = RegisterName(Table.OBJECT, number.to_bytes(16, "big"), 0, b"key")
+        value = Value(1, bytes(16), Visibility.LIVE, b"body")
+        disk = "abc"[number % 3] + "0"
+        await world.ring.replicas[disk].accept(Create(disk, name, Ballot(1, 1, "gateway", bytes(8)), value))
+        if partition_of(name.scope, 0) == JOINT.partition:
+            found.add((name.table, name.scope, name.shard))
+    wide = JOINT._replace(partition=partition_of((5).to_bytes(16, "big"), 0))
+    assert (Table.OBJECT, (5).to_bytes(16, "big"), 0) in await world.client.moves.ranges(wide)
+    assert set(await world.client.moves.ranges(JOINT)) == found
+
+
+def test_a_merged_scope_keeps_the_newest_of_each_kind() -> None:
+    one = FencesReply((ScopeFence(SCOPE, b"n2", False, b"n1"), ScopeFence(OTHER, b"n5", True, b"")), False)
+    two = FencesReply((ScopeFence(SCOPE, b"", False, b"n2"), ScopeFence(THIRD, b"n1", False, b"")), False)
+    assert merged([one, two], None) == [
+        ScopeFence(SCOPE, b"", False, b"n2"),
+        ScopeFence(OTHER, b"n5", True, b""),
+        ScopeFence(THIRD, b"n1", False, b""),
+    ]
+    assert [scope.scope for scope in merged([one, two], SCOPE)] == [SCOPE]
+
+
+async def test_too_many_fences_and_a_scope_that_is_none_are_refused(world: World) -> None:
+    handover = world.ring.replicas["d0"].handover
+    with pytest.raises(InvalidRequest):
+        await handover.fences(messages.FencesAsk("d0", b"short"))
+    with pytest.raises(InvalidRequest):
+        await handover.take_fences(FencesTake("d0", (ScopeFence(b"short", b"n", False, b""),)))
+    with pytest.raises(InvalidRequest):
+        await handover.take_fences(FencesTake("d0", (ScopeFence(SCOPE, b"n", False, b""),) * 1_001))
