@@ -321,6 +321,7 @@ class Membership:
             epoch=self._layouts.epoch,
             digest=self._layouts.digest,
             certificate_until_ms=self._own.certificate_until_ms(),
+            steps=self._layouts.partitions.steps,
         )
         pong, _ = await self._caller.call(peer.name, "cluster.ping", ping, Pong, timeout_s=self._interval_s)
         rtt_ms = (self._clock.monotonic() - began) * 1000
@@ -337,6 +338,7 @@ class Membership:
         peer.certificate_until_ms = pong.certificate_until_ms
         self._set_up(peer, pong.incarnation, pong.pid, pong.epoch)
         self._exchange.compare(peer.name, pong.epoch, pong.digest)
+        self._layouts.partitions.hear(peer.name, pong.steps)
         await self._exchange.synchronise(peer.layouts, peer.name, peer.incarnation, peer.epoch)
 
     async def _on_ping(self, ping: Ping, call: Call) -> Pong:
@@ -346,6 +348,7 @@ class Membership:
             peer.certificate_until_ms = ping.certificate_until_ms
             self._set_up(peer, ping.incarnation, ping.pid, ping.epoch)
         self._exchange.compare(call.peer.name, ping.epoch, ping.digest)
+        self._layouts.partitions.hear(call.peer.name, ping.steps)
         return Pong(
             node=self._own.name,
             incarnation=self._own.incarnation,
@@ -358,6 +361,7 @@ class Membership:
             digest=self._layouts.digest,
             refused=self._layouts.refusals(),
             certificate_until_ms=self._own.certificate_until_ms(),
+            steps=self._layouts.partitions.steps,
         )
 
     # Changes of state.

@@ -31,6 +31,8 @@ class Ping(Message, frozen=True):
     """The digest of that layout; empty when not reported."""
     certificate_until_ms: int = 0
     """When the sender's certificate expires, in milliseconds since 1970; 0 when not reported."""
+    steps: int = 0
+    """The sum of the steps of partitions that the sender knows (``partition_map``)."""
 
 
 class Pong(Message, frozen=True):
@@ -47,6 +49,7 @@ class Pong(Message, frozen=True):
     certificate_until_ms: int = 0
     ledger: LedgerReport | None = None
     """Not written any more: version 0.1.0 reported here what ``cluster.claims`` answers now."""
+    steps: int = 0
 
 
 class LayoutAfter(Message, frozen=True):

@@ -10,10 +10,12 @@ from storaged.errors import LayoutRefused, ServiceUnavailable
 
 
 class PartitionMap:
-    """``watch``: called with each partition whose state has become newer."""
+    """``on_behind(node)``: a node says that it knows more steps than this map has."""
 
     def __init__(self) -> None:
+        self.on_behind: Callable[[str], None] = lambda node: None
         self._records: dict[int, PartitionRecord] = {}
+        self._steps = 0
         self._states: dict[int, PartitionState] = {}
         self._layout: Layout | None = None
         """That the states are of."""
@@ -21,7 +23,13 @@ class PartitionMap:
         self.steps = 0
         """The sum of all steps known: the higher of two is newer in at least one partition. It only grows."""
 
+    def hear(self, node: str, steps: int) -> None:
+        """Another node says the sum of the steps that it knows. It may lie: nothing else is concluded from it."""
+        if steps > self.steps:
+            self.on_behind(node)
+
     def watch(self, watcher: Callable[[int], None]) -> None:
+        """``watcher(partition)`` is called for each partition whose state has become newer."""
         self._watchers.append(watcher)
 
     def of(self, number: int, current: Layout, at: Callable[[int], Layout]) -> PartitionState:
@@ -61,6 +69,7 @@ class PartitionMap:
             return False
         self.steps += record.step - (known.step if known is not None else 0)
         self._records[record.partition] = record
+        self._steps += record.step - (known.step if known is not None else 0)
         self._states.pop(record.partition, None)
         for watcher in self._watchers:
             watcher(record.partition)

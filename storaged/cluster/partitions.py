@@ -28,20 +28,22 @@ from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.errors import LayoutRefused
-from storaged.wire import Message
+from storaged.wire import Message, encode
 
 STEP_SHIFT = 32
 STEP_MAX = (1 << 29) - 1
 """So that every epoch stays below the bound of ballots, 2^62."""
 
 PATH_PREFIX = "partition/"
+PARTITION_LABEL = b"sov.partition.v1\0"
 
 
 class PartitionRecord(Message, frozen=True):
     """The register ``partition/NNNN`` of the system table: the state of a partition that has moved at least once.
 
     ``present`` and ``coming``: disk ids by position; ``coming`` is empty in settled states. ``layout``: the epoch of
-    the layout towards which this step went.
+    the layout towards which this step went. ``signature`` (Ed25519) is by the signing key ``signer`` of the cluster's
+    gateways (``cluster.signers``) over ``signed_bytes``.
     """
 
     partition: int
@@ -49,6 +51,26 @@ class PartitionRecord(Message, frozen=True):
     present: tuple[str, ...]
     coming: tuple[str, ...]
     layout: int
+    signer: bytes = b""
+    signature: bytes = b""
+
+
+class SignedPartition(Message, frozen=True):
+    """What the signature covers, after the label: the fields of the record, and the cluster."""
+
+    cluster: str
+    partition: int
+    step: int
+    present: tuple[str, ...]
+    coming: tuple[str, ...]
+    layout: int
+
+
+def signed_bytes(cluster: str, record: PartitionRecord) -> bytes:
+    """The bytes that a record's signature covers."""
+    return PARTITION_LABEL + encode(
+        SignedPartition(cluster, record.partition, record.step, record.present, record.coming, record.layout)
+    )
 
 
 class PartitionState(NamedTuple):

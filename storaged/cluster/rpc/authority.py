@@ -70,7 +70,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.turn": Grant(GATEWAY, STORAGE, "processes that compete for one key change it in turns"),
     "meta.page_put": Grant(BOTH, STORAGE, "long manifests; repair copies their pages", "fills disks with pages"),
     "meta.page_get": Grant(BOTH, STORAGE, "long manifests", "as meta.read"),
-    "meta.page_check": Grant(STORAGE, STORAGE, "repair checks which pages a replica lacks"),
+    "meta.page_check": Grant(BOTH, STORAGE, "repair and moves of partitions check which pages a replica lacks"),
     "meta.fence": Grant(GATEWAY, STORAGE, "deletion of a bucket"),
     "meta.unfence": Grant(GATEWAY, STORAGE, "deletion of a bucket that was not empty"),
     "meta.fences": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes gets the fences of the others"),

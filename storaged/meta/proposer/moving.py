@@ -57,18 +57,18 @@ class PartitionMoves:
         _check(quorum, done, state, "refuse the steps before")
         return frozenset(done)
 
-    async def copy_fences(self, state: PartitionState) -> int:
+    async def copy_fences(self, state: PartitionState) -> frozenset[bytes]:
         """Gives the replica that comes the bucket fences of a majority of the present set, and the nonces that were
-        lifted. Returns how many scopes have some.
+        lifted. Returns the scopes of buckets that are deleted for good.
         """
-        copied = 0
+        deleted: set[bytes] = set()
         async for scopes in self._scopes(state):
             for first in range(0, len(scopes), FENCES_A_CALL):
                 request = FencesTake(state.comes, tuple(scopes[first : first + FENCES_A_CALL]))
                 replica = self._handover(state.comes)
                 await replica.take_fences(request, timeout_s=self._calls.call_timeout_s)
-            copied += len(scopes)
-        return copied
+            deleted.update(scope.scope for scope in scopes if scope.final)
+        return frozenset(deleted)
 
     async def _scopes(self, state: PartitionState) -> AsyncIterator[list[ScopeFence]]:
         """Page by page: a reply that has more counts only up to its last scope."""

@@ -1,0 +1,222 @@
+"""Moves the replicas of partitions to where the layout in force wants them. Runs in gateways.
+
+Theory of operation
+    A partition exchanges one replica at a time (``cluster.partitions``), and the mover takes it from state to state:
+
+    1. *joint*: the record of the partition is changed by compare-and-set. From now on operations need a majority of the
+       set it has and of the set it gets.
+    2. A majority of both sets refuses earlier steps, durably. So no operation that knows one set alone can end.
+    3. The disk that comes takes over the bucket fences of a majority that refuses earlier steps.
+    4. Everything is brought up: of each shard that a majority has rows of, all replicas are compared, and what differs
+       is settled by rounds that a majority of both sets takes. Rows of deleted keys and empty rows count too. Then come
+       manifest pages. The partition is *whole* when a majority of both sets and the disk that comes have answered for
+       all shards: then a majority of the coming set has whatever was chosen. What is chosen meanwhile, it gets anyway.
+    5. *settled*: the record is changed again. The disk that goes keeps rows that count no more.
+
+    The records alone say how far a partition is, so a mover that dies is continued by any other. Two movers at once do
+    the same work twice; the compare-and-set lets one of them pass. When the disk that comes is lost for a while, the
+    partition goes back to the set that it had, and takes another way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+from msgspec import MsgspecError
+
+from storaged.clock import Clock
+from storaged.cluster.layout import PARTITIONS, Layout
+from storaged.cluster.partitions import (
+    PartitionRecord,
+    PartitionState,
+    check_step,
+    is_settled,
+    next_step,
+    path_of,
+)
+from storaged.cluster.ports import Layouts, Liveness
+from storaged.errors import LayoutRefused, NoSuchBucket, ServiceUnavailable, StoragedError
+from storaged.maintain.context import concurrently
+from storaged.maintain.manifest_repair import pages_in
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.listing.merge import RingScanner, every_row
+from storaged.meta.messages import PAGES_A_CHECK
+from storaged.meta.names import Change, RegisterName, Table, Value, system_name
+from storaged.meta.ports import PageCopies, PageQuery, Registers
+from storaged.meta.proposer.moving import PartitionMoves
+from storaged.wire import decode, encode
+
+AT_ONCE = 4
+"""Partitions that move at the same time."""
+LOST_S = 600.0
+"""A disk that could not be read for so long counts as lost: it goes first, and does not come."""
+REST_S = 1.0
+IDLE_S = 10.0
+
+log = structlog.get_logger("partitions")
+
+
+@dataclass(frozen=True)
+class MoverPorts:
+    """``sign(record)``: with the signing key of the cluster's gateways. ``refresh(partition)``: reads its record into the
+    map of ``layouts``.
+    """
+
+    layouts: Layouts
+    registers: Registers
+    scanner: RingScanner
+    pages: PageCopies
+    moves: PartitionMoves
+    liveness: Liveness
+    clock: Clock
+    sign: Callable[[PartitionRecord], PartitionRecord]
+    refresh: Callable[[int], Awaitable[None]]
+
+
+@dataclass
+class MoverProgress:
+    """``waiting``: partitions that are not where the layout wants them. ``steps``: that this process has made.
+    ``reason``: why the last attempt of some partition failed; empty when none did.
+    """
+
+    waiting: int = 0
+    joint: int = 0
+    steps: int = 0
+    brought_up: int = 0
+    reason: str = ""
+
+
+class PartitionMover:
+    """``run`` is its task."""
+
+    def __init__(self, ports: MoverPorts, *, at_once: int = AT_ONCE, lost_s: float = LOST_S) -> None:
+        self._ports = ports
+        self._at_once = at_once
+        self._lost_s = lost_s
+        self._unread_since: dict[str, float] = {}
+        self.progress = MoverProgress()
+
+    async def run(self) -> None:
+        """Runs for ever. What fails is tried again."""
+        while True:
+            waiting = await self.round()
+            await asyncio.sleep(REST_S if waiting else IDLE_S)
+
+    async def round(self) -> int:
+        """Takes every partition that waits one step further, where that is possible now. Returns how many wait."""
+        layouts, progress = self._ports.layouts, self.progress
+        layout = layouts.current
+        try:
+            waiting = [number for number in range(PARTITIONS) if not is_settled(layouts.partition(number), layout)]
+        except ServiceUnavailable as error:  # an earlier layout is still to be learnt
+            progress.reason = error.message
+            return 1
+        lost = self._lost(layout)
+        progress.waiting = len(waiting)
+        progress.joint = sum(bool(layouts.partition(number).coming) for number in waiting)
+        progress.reason = ""
+        # Those that are under way end before others begin: few partitions are joint at any time.
+        waiting.sort(key=lambda number: not layouts.partition(number).coming)
+        await concurrently((self._try_step(number, layout, lost) for number in waiting), self._at_once)
+        return len(waiting)
+
+    def _lost(self, layout: Layout) -> frozenset[str]:
+        """Disks that could not be read for long, and those that the layout does not name."""
+        now, liveness = self._ports.clock.monotonic(), self._ports.liveness
+        away = {disk.id for disk in layout.disks if not liveness.disk_readable(disk.id)}
+        self._unread_since = {disk: self._unread_since.get(disk, now) for disk in away}
+        return frozenset(disk for disk, since in self._unread_since.items() if now - since >= self._lost_s)
+
+    async def _try_step(self, number: int, layout: Layout, lost: frozenset[str]) -> None:
+        state = self._ports.layouts.partition(number)
+        try:
+            if await self._step(state, layout, lost):
+                self.progress.steps += 1
+        except (StoragedError, TimeoutError) as error:
+            self.progress.reason = f"partition {number}: {error}"
+            log.info("a partition moves later", partition=number, step=state.step, reason=str(error))
+
+    async def _step(self, state: PartitionState, layout: Layout, lost: frozenset[str]) -> bool:
+        """Returns whether the partition is one step further."""
+        whole = False
+        record = next_step(state, layout, lost=lost)
+        if record is None and state.coming:
+            whole = await self._bring_up(state)
+            record = next_step(state, layout, whole=whole, lost=lost)
+        if record is None or not await self._take(state, record):
+            return False
+        await self._ports.moves.fence(self._ports.layouts.partition(state.partition))
+        return True
+
+    async def _take(self, state: PartitionState, record: PartitionRecord) -> bool:
+        """Writes the record of the next step. False when another mover was first."""
+        check_step(state, record)
+        body = encode(self._ports.sign(record))
+
+        def update(value: Value | None) -> Change | None:
+            return Change(body) if _step_in(value) == state.step else None
+
+        path = path_of(state.partition)
+        outcome = await self._ports.registers.change(system_name(path), update)
+        await self._ports.refresh(state.partition)
+        return outcome.after is not None and outcome.after.body == body
+
+    # --- bringing up --------------------------------------------------------------------------------------------------
+
+    async def _bring_up(self, state: PartitionState) -> bool:
+        """Whether the partition is whole. Raises ServiceUnavailable where a majority is missing."""
+        moves = self._ports.moves
+        fenced = await moves.fence(state)
+        if state.comes not in fenced:
+            return False
+        deleted = await moves.copy_fences(state)
+        for table, scope, shard in await moves.ranges(state):
+            if scope in deleted:
+                continue
+            if not await self._bring_up_range(state, table, scope, shard):
+                return False
+        # Nothing has changed the state meanwhile, or the comparisons were of another one.
+        return self._ports.layouts.partition(state.partition).step == state.step
+
+    async def _bring_up_range(self, state: PartitionState, table: int, scope: bytes, shard: int) -> bool:
+        try:
+            found = await self._ports.scanner.catch_up(table, scope, shard)
+        except NoSuchBucket:
+            return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
+        self.progress.brought_up += found.settled
+        answered = [disk for disk in state.disks if disk not in found.away]
+        if state.comes not in answered or not Quorum(*state.sets).met(answered):
+            return False
+        if table != Table.PART:
+            await self._copy_pages(state.comes, table, scope, shard)
+        return True
+
+    async def _copy_pages(self, disk: str, table: int, scope: bytes, shard: int) -> None:
+        """Gives a disk the manifest pages that one shard's records name. Raises StoragedError where it can't."""
+        near: dict[bytes, RegisterName] = {}
+        async for row in every_row(self._ports.scanner, PageQuery(table, scope, (shard,), hidden=True)):
+            name = RegisterName(table, scope, shard, row.key)
+            for page in pages_in(name, row.value):
+                near.setdefault(page, name)
+                if len(near) >= PAGES_A_CHECK:
+                    await self._copy_missing(disk, near)
+                    near.clear()
+        if near:
+            await self._copy_missing(disk, near)
+
+    async def _copy_missing(self, disk: str, near: dict[bytes, RegisterName]) -> None:
+        for page in await self._ports.pages.pages_missing(disk, list(near)):
+            await self._ports.pages.copy_page(near[page], page, disk)
+
+
+def _step_in(value: Value | None) -> int:
+    """The step of a record; 0 for a partition that never moved. Raises LayoutRefused for what is no record."""
+    if value is None or not value.body:
+        return 0
+    try:
+        return decode(value.body, PartitionRecord).step
+    except MsgspecError as error:
+        raise LayoutRefused(f"The record of a partition does not decode: {error}") from None

@@ -1,0 +1,107 @@
+"""Keeps a node's map of the partitions current: reads their records from the system partition.
+
+A record is believed when a quorum of the system partition holds it and a gateway signed it. The node reads all records
+at its start, every ``EVERY_S``, and when another node says that it knows more. A request that a replica refuses, since
+the partition has moved, reads the record of that partition (``refresh``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from msgspec import MsgspecError
+
+from storaged.cluster.partition_map import PartitionMap
+from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, path_of, signed_bytes
+from storaged.cluster.signers import is_signed
+from storaged.errors import CertificateRefused, LayoutRefused, StoragedError
+from storaged.meta.listing.merge import every_row
+from storaged.meta.names import SYSTEM_SCOPE, Table, Value, system_name
+from storaged.meta.ports import PageQuery, Registers, Scanner
+from storaged.wire import decode
+
+EVERY_S = 60.0
+RETRY_S = 2.0
+PAUSE_S = 1.0
+"""Between two readings of all records: a node that lies about what it knows must not keep this one reading."""
+
+log = structlog.get_logger("partitions")
+
+KeyOf = Callable[[bytes], Awaitable[Ed25519PublicKey]]
+"""``await key_of(signer)``: as ``cluster.signers.Signers.key``."""
+
+
+class PartitionFollower:
+    """``run`` is its task."""
+
+    def __init__(
+        self, partitions: PartitionMap, registers: Registers, scanner: Scanner, key_of: KeyOf, cluster: str
+    ) -> None:
+        self._partitions = partitions
+        self._registers = registers
+        self._scanner = scanner
+        self._key_of = key_of
+        self._cluster = cluster
+        self._behind = asyncio.Event()
+        self._reading: dict[int, asyncio.Task[None]] = {}
+        """By partition; one reading serves all who ask while it has not begun its round."""
+        self.refused = 0
+        """Records that no gateway has signed, or that do not decode."""
+        partitions.on_behind = lambda _node: self._behind.set()
+
+    async def run(self) -> None:
+        """Runs for ever."""
+        while True:
+            self._behind.clear()
+            rest_s = EVERY_S
+            try:
+                await self.read_all()
+            except (StoragedError, TimeoutError) as error:
+                rest_s = RETRY_S
+                log.info("the records of partitions are read later", reason=str(error))
+            await asyncio.sleep(PAUSE_S)
+            try:
+                async with asyncio.timeout(rest_s):
+                    await self._behind.wait()
+            except TimeoutError:
+                pass
+
+    async def read_all(self) -> None:
+        """Raises ServiceUnavailable without a majority of the system partition."""
+        wanted = PageQuery(Table.SYSTEM, SYSTEM_SCOPE, (0,), prefix=PATH_PREFIX.encode())
+        async for row in every_row(self._scanner, wanted):
+            await self._learn(row.key.decode("utf-8", "replace"), row.value)
+
+    async def refresh(self, partition: int) -> None:
+        """Reads the record of one partition. Raises as ``read_all``."""
+        reading = self._reading.get(partition)
+        if reading is None:
+            reading = asyncio.get_running_loop().create_task(self._read(partition))
+            self._reading[partition] = reading
+            reading.add_done_callback(lambda _done: self._reading.pop(partition, None))
+        await asyncio.shield(reading)
+
+    async def _read(self, partition: int) -> None:
+        path = path_of(partition)
+        value = (await self._registers.read(system_name(path))).value
+        if value is not None and value.body:
+            await self._learn(path, value)
+
+    async def _learn(self, path: str, value: Value) -> None:
+        try:
+            record = decode(value.body, PartitionRecord)
+            if path != path_of(record.partition):
+                raise LayoutRefused(f"it is about partition {record.partition}")
+            known = self._partitions.record(record.partition)
+            if known is not None and known.step >= record.step:
+                return
+            key = await self._key_of(record.signer)
+            if not is_signed(key, signed_bytes(self._cluster, record), record.signature):
+                raise LayoutRefused("its signature does not hold")
+            self._partitions.learn(record)
+        except (MsgspecError, LayoutRefused, CertificateRefused) as error:
+            self.refused += 1
+            log.error("the record of a partition is not believed", record=path, reason=str(error))
