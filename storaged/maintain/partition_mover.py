@@ -61,8 +61,8 @@ log = structlog.get_logger("partitions")
 
 @dataclass(frozen=True)
 class MoverPorts:
-    """``sign(record)``: with the signing key of the cluster's gateways. ``refresh(partition)``: reads its record into the
-    map of ``layouts``.
+    """``sign(record)``: with the signing key of the cluster's gateways. ``refresh(partition)``: reads the record of a
+    partition into the map of ``layouts``.
     """
 
     layouts: Layouts
