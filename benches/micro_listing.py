@@ -50,7 +50,7 @@ def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
         new = UnsealedVersion("null", data_id, "a" * 32, 1_700_000_000_000 + 7 * number, (entry,))
         version = seal_version(Place(BUCKET.id, name.key), new, key, bytes(32), meta, entropy)
         value = Value(1, entropy(16), Visibility.LIVE, encode_object(ObjectRecord((version,))), data_id)
-        found.append(Slot(name, Ballot(1, 1_700_000_000_000_000 + number, "gateway", b"incarnat"), value))
+        found.append(Slot(name, Ballot(1, 1_700_000_000_000_000 + number, "gateway", b"incarnat"), value, copied=True))
     return found
 
 

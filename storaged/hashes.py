@@ -1,14 +1,16 @@
-"""Hashes fragments and manifest pages, as a guard against hostile nodes. The hashes have no key, because nodes without
-keys must be able to check them.
+"""Hashes fragments, manifest pages, rows and listings, as a guard against hostile nodes. The hashes have no key,
+because nodes without keys must be able to check them.
 
 Each is SHA-256 over a label, a zero byte and the bytes, cut to 20 bytes: finding other bytes for a given hash takes
 2^160 steps. SHA-256, because processors have instructions for it (1 to 1.7 GB/s a core; BLAKE2b 0.5 to 0.9:
 benches/hashes.py). 20 bytes, because every fragment carries the hashes of all fragments of its block. The labels keep a
-fragment from passing as a page.
+fragment from passing as a page. Hashes that only answer a question, and are stored nowhere, are cut to 16 bytes: two
+replicas compare what each of them holds, so that a liar needs other bytes for a given hash (2^128 steps).
 
 Earlier versions used xxh3-128, for which other bytes are found in a tenth of a second. Its length of 16 bytes
 identifies it. It still checks what was written with it, and nothing new. Bit rot is found by xxh3-64 of each cell and
-row, which is forty times as fast.
+row, which is forty times as fast. A liar finds other bytes with the same xxh3-64, so that it proves nothing about what
+another node sends.
 """
 
 from __future__ import annotations
@@ -23,9 +25,15 @@ from storaged.wire import Buffer
 
 HASH_BYTES: Final = 20
 OLD_HASH_BYTES: Final = 16
+ANSWER_HASH_BYTES: Final = 16
+"""Of what a replica answers instead of a row or a part of a listing."""
+
+_sha256 = hashlib.sha256
 
 _FRAGMENT: Final = hashlib.sha256(b"sov.fragment.v1\0", usedforsecurity=True)
 _PAGE: Final = hashlib.sha256(b"sov.page.v1\0", usedforsecurity=True)
+_ROW_LABEL: Final = b"sov.row.v1\0"
+_LISTED_LABEL: Final = b"sov.listed.v1\0"
 
 
 def fragment_hash(pieces: Sequence[Buffer]) -> bytes:
@@ -65,6 +73,18 @@ def is_page(body: Buffer, name: bytes) -> bool:
     if len(name) == HASH_BYTES:
         return page_hash(body) == name
     return is_old(name) and xxhash.xxh3_128_digest(body) == name
+
+
+def row_hash(row: Buffer) -> bytes:
+    """Of a row without its version and its check, 16 bytes. One call: a row is some 600 bytes, and copying the state of
+    a hash costs as much as the label.
+    """
+    return _sha256(_ROW_LABEL + row).digest()[:ANSWER_HASH_BYTES]
+
+
+def listed_hash(listed: Buffer) -> bytes:
+    """Of what a replica would send of a listing, 16 bytes."""
+    return _sha256(_LISTED_LABEL + listed).digest()[:ANSWER_HASH_BYTES]
 
 
 def is_old(name: bytes) -> bool:

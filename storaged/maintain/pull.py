@@ -1,7 +1,7 @@
 """Catch-up is a pull: the node of a disk that lags has it adopt what the others agree on.
 
 A node that finds replicas that differ (``bring_up``) looks at all of them. What a quorum has accepted under one ballot
-and digest is chosen. A disk that has something older accepts it too, under that ballot, as if the accept had come late:
+and value is chosen. A disk that has something older accepts it too, under that ballot, as if the accept had come late:
 its promises and fences may refuse it. For disks of its own the node does that at once. It asks other
 nodes to look at the registers (``maintain.behind``): each looks itself, and believes no single replica, nor the node
 that asks. Everything else (no quorum agrees, a replica has something newer, a row is damaged, a copy is missing, a

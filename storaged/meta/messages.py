@@ -112,7 +112,8 @@ class Read(Message, frozen=True):
 
 
 class ReadReply(Message, frozen=True):
-    """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the
+    """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none; only nodes of version 0.1.0 look at
+    it, others compare values. ``payload``: the data id of the
     copy in the bulk body, or empty. ``header``: the copy's encoded fragment header, when a copy was asked for by its
     data id. ``fenced``: the scope is fenced (a bucket that is, or was, being deleted). ``copied``: as in
     ``PrepareReply``. ``copy_absent``: this disk has no whole copy of what was asked for. Without a copy and without
@@ -153,8 +154,8 @@ class ReadsReply(Message, frozen=True):
 
 
 class PagePut(Message, frozen=True):
-    """``page_hash`` is the xxh3-128 of ``body``; another body is refused. ``owner``: the packed name of the object's
-    register; nodes of 0.1.0 do not send it.
+    """``page_hash`` is the name of the page ``body`` (``hashes.page_hash``); another body is refused. ``owner``: the
+    packed name of the object's register; nodes of 0.1.0 do not send it.
     """
 
     disk: str
@@ -336,7 +337,8 @@ class ShardSlice(Message, frozen=True):
     """``through``: everything up to and including this key was looked at, except what common prefixes cover. ``done``:
     so was the rest of the shard. ``rows`` is a list of ScanRow in msgpack, decoded only when it is used. ``keys`` and
     ``heads`` belong together, when heads were wanted. ``unreadable``: the shard can't be scanned here, or the reply is
-    full; nothing else counts.
+    full; nothing else counts. ``hash``: 16 bytes, of what this replica would send, where that was asked for
+    (``storage.scan.listing_hash``).
     """
 
     shard: int
@@ -348,6 +350,7 @@ class ShardSlice(Message, frozen=True):
     unreadable: bool = False
     keys: Sequence[bytes] = ()
     heads: Sequence[bytes] = ()
+    hash: bytes = b""
 
 
 class ScanReply(Message, frozen=True):

@@ -12,7 +12,7 @@ import xxhash
 
 from storaged import hashes
 from storaged.errors import InvalidRequest
-from storaged.hashes import fragment_hash, is_fragment, is_page, page_hash
+from storaged.hashes import fragment_hash, is_fragment, is_page, listed_hash, page_hash, row_hash
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.names import RegisterName
@@ -25,6 +25,8 @@ def test_they_are_what_the_documentation_says() -> None:
     payload = bytes(range(256)) * 18
     assert fragment_hash([payload]) == hashlib.sha256(b"sov.fragment.v1\0" + payload).digest()[:20]
     assert page_hash(b"a page") == hashlib.sha256(b"sov.page.v1\0" + b"a page").digest()[:20]
+    assert row_hash(b"a row") == hashlib.sha256(b"sov.row.v1\0" + b"a row").digest()[:16]
+    assert listed_hash(b"rows") == hashlib.sha256(b"sov.listed.v1\0" + b"rows").digest()[:16]
     text = " ".join((Path(hashes.__file__).parent / "FORMATS.md").read_text().split())
     found = re.search(
         r"The hash of the fragment `00 01 .. ff`, 18 times, is `(\w+)` \(xxh3-128: `(\w+)`\); the name of the page `a"

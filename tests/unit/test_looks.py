@@ -13,7 +13,9 @@ QUORUM = Quorum(("a", "b", "c"))
 
 def look(quorum: Quorum = QUORUM, **counters: int) -> Look:
     held = {
-        disk: Held(Ballot(1, counter, "g", b"") if counter else ZERO_BALLOT, bytes([counter]), None)
+        disk: Held(
+            Ballot(1, counter, "g", b"") if counter else ZERO_BALLOT, Value(counter, b"o", 2, b"") if counter else None
+        )
         for disk, counter in counters.items()
     }
     return Look(quorum, held)
@@ -45,8 +47,8 @@ def test_only_what_a_group_has_accepted_since_counts(
 
 def test_replicas_that_hold_different_values_under_one_ballot_are_no_group() -> None:
     second = look(a=2, b=2, c=2)
-    lie = Held(second.held["c"].ballot, b"other", None)
-    second = second._replace(held={**second.held, "c": lie, "b": lie._replace(digest=b"another")})
+    lie = Held(second.held["c"].ballot, None)
+    second = second._replace(held={**second.held, "c": lie, "b": lie._replace(value=Value(2, b"another", 2, b""))})
     assert moved_on(look(a=1, b=1, c=1), second) is None
 
 
@@ -64,7 +66,7 @@ def test_while_a_layout_changes_both_sets_count() -> None:
 def test_a_replica_that_sends_another_value_with_the_right_digest_is_not_believed() -> None:
     at, before = Ballot(1, 2, "g", b""), Ballot(1, 1, "g", b"")
     lie, truth, old = (Value(1, b"o", Visibility.LIVE, body) for body in (b"lie", b"truth", b"old"))
-    held = {"a": Held(at, b"digest", lie), "b": Held(at, b"digest", truth), "c": Held(before, b"old", old)}
+    held = {"a": Held(at, lie), "b": Held(at, truth), "c": Held(before, old)}
     assert chosen(Look(QUORUM, held)) is None
     held["c"] = held["b"]
     found = chosen(Look(QUORUM, held))

@@ -79,7 +79,7 @@ async def test_rows_come_from_one_replica_and_digests_from_the_others() -> None:
 
 
 async def test_a_page_of_agreeing_replicas_asks_no_more_than_a_bare_majority() -> None:
-    ring = Ring()
+    ring = Ring(hedge_s=GUARD_S)
     await ring.fill([b"k%03d" % number for number in range(100)])
     await page_of(ring)
     asked = [ask.shard for scan in ring.scans for ask in scan.shards]

@@ -21,7 +21,8 @@ from storaged.meta.ports import Reading
 from storaged.meta.storage.rowvalue import check_of, pack_row
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.store_ports import Copy, Slot, StoreBatch
-from storaged.meta.transport.read_batching import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
+from storaged.meta.transport import read_batching
+from storaged.meta.transport.read_batching import CHECK, COPY, HASH, READS_BYTES_MAX, READS_MAX, ROW
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.layouts import Places
@@ -155,7 +156,7 @@ async def test_what_is_read_in_one_turn_of_the_loop_travels_in_one_message_a_nod
     assert [reading.value for reading in found] == [slot.value for slot in slots]
     assert sorted(node for node, _, _ in world.messages) == list(NODES)
     asks = [ask for _, _, request in world.messages for asks in request.asks for ask in asks]
-    assert sorted(ask[:1] for ask in asks) == [CHECK] * 40 + [ROW] * 40
+    assert sorted(ask[:1] for ask in asks) == [ROW] * 40 + [HASH] * 40
 
 
 async def test_what_was_never_written_is_read_in_one_round_trip(world: World) -> None:
@@ -251,6 +252,30 @@ async def test_a_node_that_tells_a_right_check_and_no_row_ends_nobodys_wait(
     world.client.try_read(slot.name, False, soon.set_result)
     assert await asyncio.wait_for(soon, 2) is None
     assert (await world.client.read(slot.name)).value == slot.value
+
+
+@pytest.mark.parametrize("liar", range(3))
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_lone_replica_does_not_change_a_row_that_it_sends(world: World, liar: int, gone: bool) -> None:
+    """Its row has the check of the true one: a check is no proof, as a row can be made that has it."""
+    slot = slot_of(name_of(1), body=b"true")
+    await world.write(slot)
+    lie = slot._replace(value=Value(1, b"o" * 16, Visibility.TOMBSTONE if gone else Visibility.LIVE, b"lie"))
+    store = world.stores[of(world, slot.name)[liar]]
+    row = pack_row(slot)[:9] + pack_row(lie)[9:]
+    store.rows = lambda names: [row] * len(names)  # type: ignore[method-assign]
+    assert (await world.client.read(slot.name)).value == slot.value
+
+
+async def test_nodes_of_the_version_before_answer_with_the_row_where_its_hash_is_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    monkeypatch.setattr(read_batching, "hash_of", lambda row: row)
+    assert (await world.client.read(slot.name)).value == slot.value
+    assert world.client.statistics().reads == 1
+    assert len(world.messages) == 2
 
 
 async def test_rows_that_do_not_fit_into_one_answer_are_asked_for_alone(world: World) -> None:

@@ -33,10 +33,9 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, Value
 
 
 class Held(NamedTuple):
-    """What a replica has accepted. ``digest`` of the value."""
+    """What a replica has accepted."""
 
     ballot: Ballot
-    digest: bytes
     value: Value | None
 
 
@@ -52,7 +51,7 @@ class Look(NamedTuple):
 
 def chosen(look: Look) -> Held | None:
     """What a quorum has accepted under one ballot, when no replica reports anything newer. None: a gateway has to
-    settle it. The values themselves are compared: a replica that lies may send another one with the right digest.
+    settle it. The values themselves are compared, for a replica that lies may report any digest.
     """
     found = look.quorum.agreed(look.held)
     if found is None or found.ballot == ZERO_BALLOT or any(held.ballot > found.ballot for held in look.held.values()):

@@ -1,7 +1,8 @@
 """One read of one register, up to a settled value: two state machines without I/O, clock or randomness. Pure.
 
-``RowComparison`` is the common case. One replica is asked for its row, the others of a quorum for the check of theirs:
-equal checks are equal ballots and equal values under one name. When all of them agree the row is settled.
+``RowComparison`` is the common case. One replica is asked for its row, the others of a quorum for the hash of theirs:
+equal hashes are equal ballots and equal values. The hash is cryptographic, and the reader computes that of the row: a
+replica that lies has no other row with the hash of an honest one. When all of them agree the row is settled.
 
 ``Reader`` is everything else. All replicas are asked for the value.
 
@@ -28,28 +29,28 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value
 class RowComparison:
     """The rows of one quorum. ``over``: nothing is to be waited for any more; ``agreed``: and they are all the same."""
 
-    __slots__ = ("_check", "agreed", "over", "silent")
+    __slots__ = ("_hash", "agreed", "over", "silent")
 
     def __init__(self, asked: Sequence[str]) -> None:
         """``asked``: the disks of one quorum."""
         self.silent = list(asked)
         """The disks that have not answered."""
         self.over = self.agreed = False
-        self._check: bytes | None = None
+        self._hash: bytes | None = None
 
     @property
     def answered(self) -> bool:
         """Whether some disk has answered."""
-        return self._check is not None
+        return self._hash is not None
 
-    def report(self, disk: str, check: bytes | None) -> bool:
-        """A disk reports the check of its row, empty for none; None: it can't. True: the comparison is over."""
+    def report(self, disk: str, row_hash: bytes | None) -> bool:
+        """A disk reports the hash of its row, empty for none; None: it can't. True: the comparison is over."""
         if self.over:
             return False
-        if check is None or (self._check is not None and check != self._check):
+        if row_hash is None or (self._hash is not None and row_hash != self._hash):
             self.over = True
             return True
-        self._check = check
+        self._hash = row_hash
         self.silent.remove(disk)
         self.over = self.agreed = not self.silent
         return self.over

@@ -168,7 +168,10 @@ class Verdict(IntEnum):
 
 
 def digest_of(value: Value | None) -> bytes:
-    """xxh3-64 of the encoded value, 8 bytes; empty for none."""
+    """xxh3-64 of the encoded value, 8 bytes; empty for none. It has no cryptographic strength, and nothing that this
+    version decides depends on it: reads compare hashes of rows (``rowvalue.hash_of``), or the values. Nodes of version
+    0.1.0 look at it in ``ReadReply``.
+    """
     return b"" if value is None else xxhash.xxh3_64_digest(encode(value))
 
 

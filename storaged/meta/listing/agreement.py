@@ -21,20 +21,20 @@ from storaged.meta.storage.row_head import head_of
 from storaged.meta.storage.scan import common_prefix, decode_rows
 
 
-def agreeing(feed: Feed, answers: Answers) -> list[str]:
-    """The disks of a quorum that answered the same, or none."""
-    quorum = feed.quorum
+def agreeing(read: PieceRead, answers: Answers) -> list[str]:
+    """The disks of a quorum that answered the same, or none. What the supplier sent counts by its hash, which the
+    others have computed of their own rows.
+    """
+    quorum = read.feed.quorum
     if not quorum.met(answers):
         return []
-    if len(answers) == quorum.fewest:  # mostly: the disks that are asked first
-        first, *others = answers.values()
-        for other in others:
-            if other.digest != first.digest or other.through != first.through or other.done != first.done:
-                return []
-        return list(answers)
-    same: dict[tuple[int, bytes, bool], list[str]] = {}
+    supplied = answers.get(read.supplier)
+    sent = read.sent_hash(supplied) if supplied is not None else b""
+    same: dict[tuple[int, bytes, bool, bytes], list[str]] = {}
     for disk, answer in answers.items():
-        same.setdefault((answer.digest, answer.through, answer.done), []).append(disk)
+        # Without a hash: nothing was sent, or a node of 0.1.0 computes none.
+        answer_hash = answer.hash if sent and answer.hash and disk != read.supplier else sent
+        same.setdefault((answer.digest, answer.through, answer.done, answer_hash), []).append(disk)
     largest = max(same.values(), key=len)
     return largest if quorum.met(largest) else []
 
@@ -76,7 +76,9 @@ class Settlement(NamedTuple):
 
 
 def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement:
-    """Settles keys by majority: at one ballot, or absent. Raises ServiceUnavailable for rows that can't be decoded."""
+    """Settles keys by majority: one value at one ballot, or absent. Raises ServiceUnavailable for rows that can't be
+    decoded.
+    """
     through, done = common_end(answers.values())
     decoded = {disk: decoded_rows(answer) for disk, answer in answers.items()}
     horizons = _horizons(query, decoded.values(), through, done)
@@ -85,9 +87,9 @@ def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement
     for key, rows in reported(decoded, through, done).items():
         if key > horizons.get(common_prefix(key, query.prefix, query.delimiter), key):
             continue  # not all of the answers have looked this far into the common prefix
-        ballot = feed.quorum.agreed({disk: row.ballot for disk, row in rows.items() if row.ballot})
-        if ballot is not None:
-            values[key] = next(row.value for row in rows.values() if row.ballot == ballot)
+        settled = feed.quorum.agreed({disk: (row.ballot, row.value) for disk, row in rows.items() if row.ballot})
+        if settled is not None:
+            values[key] = settled[1]
             continue
         values[key] = None
         if not feed.quorum.met(answers.keys() - rows.keys()):

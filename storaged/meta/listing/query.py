@@ -10,7 +10,7 @@ from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.listing.cache import CachedPiece, ListedShard
 from storaged.meta.messages import ShardSlice
 from storaged.meta.names import Value
-from storaged.meta.storage.scan import Want
+from storaged.meta.storage.scan import Want, listing_hash
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Query:
     def rows(self) -> Want:
         """The kind of answer to ask the supplier for."""
         return Want.HEADS if self.heads else Want.VISIBLE
+
+    @property
+    def hashed(self) -> Want:
+        """The kind of answer to ask the others for."""
+        return Want.HEADS_HASH if self.heads else Want.ROWS_HASH
 
     def listed_shard(self, shard: int) -> ListedShard:
         return ListedShard(self.table, self.scope, shard, self.prefix, self.delimiter, self.visible)
@@ -83,9 +88,18 @@ class PieceRead:
     """The rows and bytes that the last ask allowed."""
     supplier: str = field(init=False)
     """The disk that is asked for its rows."""
+    _hashed: tuple[ShardSlice, bytes] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.supplier = self.feed.supplier
+
+    def sent_hash(self, answer: ShardSlice) -> bytes:
+        """The hash of what the supplier sent. Empty where it sent nothing, because ``known`` is what it has."""
+        if self.known is not None and answer.digest == self.known.digest:
+            return b""
+        if self._hashed is None or self._hashed[0] is not answer:
+            self._hashed = answer, listing_hash(answer)
+        return self._hashed[1]
 
 
 Answers = dict[str, ShardSlice]

@@ -2,7 +2,8 @@
 
 Theory of operation
     Each shard's rows come from one replica (the *supplier*), digests from others. When a majority has the same digest,
-    it has the same ballots of the same keys, so every row is settled, and so is the absence of every other key. At
+    it has the same ballots of the same keys, so every row is settled, and so is the absence of every other key. The
+    others also hash what they would have sent. A supplier that sends something else does not agree with them. At
     first only a bare majority is asked, which is mostly enough for a page; then all replicas. When no majority agrees,
     all replicas send all rows: a key that a majority has at one ballot (or that a majority does not have) is settled,
     and each other key is read through its register, which settles it. Taking the newest row instead would list an
@@ -127,10 +128,9 @@ class ShardReader:
 
     async def _ask_bare_majority(self, query: Query, reads: Sequence[PieceRead]) -> None:
         """The common case: the disks that are asked first agree, and each of them is asked once."""
-        rows = query.rows
 
         def want(read: PieceRead, disk: str) -> Want | None:
-            return rows if disk == read.supplier else Want.STAMPS if disk in read.feed.first else None
+            return query.rows if disk == read.supplier else query.hashed if disk in read.feed.first else None
 
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -138,7 +138,7 @@ class ShardReader:
         answers = await self._rounds.ask(query, reads, want, lambda _answers: False, hurry_s=hurry_s)
         self._usual_s += (loop.time() - began - self._usual_s) / 8
         for read, found in zip(reads, answers, strict=True):
-            if read.supplier in agreeing(read.feed, found):
+            if read.supplier in agreeing(read, found):
                 read.piece = self._piece(query, read, found[read.supplier])
             elif found and read.supplier not in found:  # it does not answer, or not in time
                 read.supplier = read.feed.supplier = next(iter(found))
@@ -147,18 +147,18 @@ class ShardReader:
         """Returns the reads whose supplier lags or is away, with a supplier that agrees: they are to be asked about
         once more.
         """
-        rows, asked = query.rows, self._worth_asking([read.feed for read in reads])
+        asked = self._worth_asking([read.feed for read in reads])
 
         def want(read: PieceRead, disk: str) -> Want | None:
-            return None if disk not in asked else rows if disk == read.supplier else Want.STAMPS
+            return None if disk not in asked else query.rows if disk == read.supplier else query.hashed
 
         def enough(answers: Sequence[Answers]) -> bool:
-            return all(read.supplier in agreeing(read.feed, found) for read, found in zip(reads, answers, strict=True))
+            return all(read.supplier in agreeing(read, found) for read, found in zip(reads, answers, strict=True))
 
         answers = await self._rounds.ask(query, reads, want, enough)
         again = []
         for read, found in zip(reads, answers, strict=True):
-            agreed = agreeing(read.feed, found)
+            agreed = agreeing(read, found)
             if read.supplier in agreed:
                 read.piece = self._piece(query, read, found[read.supplier])
             elif agreed:

@@ -1,6 +1,6 @@
 """Reads of registers: the part of ``ports.Registers`` that changes nothing by itself.
 
-A read asks the disks of one quorum: one for the row, the others for the check of theirs (``RowRead``). When they agree
+A read asks the disks of one quorum: one for the row, the others for the hash of theirs (``RowRead``). When they agree
 the value is settled, and the read has cost one round trip and no task. When one is slow, away, or does not agree, all
 replicas are asked (``ReadShell``), and a value that differs is settled first. ``consensus.reader`` decides both.
 """
@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from storaged.errors import StoragedError
+from storaged.hashes import ANSWER_HASH_BYTES
 from storaged.meta.consensus.change import Fragments
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.reader import (
@@ -34,10 +35,10 @@ from storaged.meta.messages import Read, ReadReply
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Reading
 from storaged.meta.proposer.ring import Deadlines, Ring
-from storaged.meta.storage.rowvalue import accepted_whole, check_of, value_of
+from storaged.meta.storage.rowvalue import accepted_whole, hash_of, value_of
 from storaged.meta.store_ports import Copy
 from storaged.meta.transport.calls import NO_BYTES, Answers, Calls, UnresponsiveDisks
-from storaged.meta.transport.read_batching import CHECK, COPY, ROW, RowReader
+from storaged.meta.transport.read_batching import COPY, HASH, ROW, RowReader
 
 LAYOUT_PAUSE_S = 0.05
 """Between two tries of a read whose replicas follow a newer layout; drawn at random up to it."""
@@ -83,21 +84,23 @@ class RowRead:
         comparison = self.comparison = RowComparison(asked)
         reader.ask(self._first, (COPY if want_copy else ROW) + packed, view.epoch, self._on_row, timeout_s)
         for disk in asked[1:]:
-            reader.ask(disk, CHECK + packed, view.epoch, partial(self._on_check, disk), timeout_s)
+            reader.ask(disk, HASH + packed, view.epoch, partial(self._on_hash, disk), timeout_s)
         if not comparison.over:  # replicas of this process have answered by now
             self._deadlines.begin(self, limit_s)
 
     def _on_row(self, found: bytes | StoragedError | None, copy: memoryview) -> None:
         if isinstance(found, bytes):
             self.row, self.copy = found, copy
-            found = check_of(found)
-        self._on_check(self._first, found, copy)
+            found = hash_of(found)
+        self._on_hash(self._first, found, copy)
 
-    def _on_check(self, disk: str, found: bytes | StoragedError | None, _copy: memoryview) -> None:
+    def _on_hash(self, disk: str, found: bytes | StoragedError | None, _copy: memoryview) -> None:
         if isinstance(found, StoragedError):
             if not self.comparison.over:
                 self._suspects.saw(disk, found)
             found = None
+        elif found is not None and len(found) > ANSWER_HASH_BYTES:  # a node of 0.1.0 sends the row itself
+            found = hash_of(found)
         if self.comparison.report(disk, found):
             self._end()
 
@@ -125,7 +128,7 @@ class RowRead:
             return None
         try:
             value = shown(value_of(self.row)) if self.row else None
-        except (msgspec.MsgspecError, IndexError):  # a node's mistake, with a check that is right: others are asked
+        except (msgspec.MsgspecError, IndexError):  # a node's mistake: others are asked
             return None
         if not want_payload or value is None or not value.payload:
             return Reading(value)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from storaged.errors import StoragedError
 from storaged.meta.consensus.looks import Held, Look
 from storaged.meta.consensus.quorums import View
-from storaged.meta.consensus.register import Verdict, digest_of
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Read, ReadReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.meta.ports import ReplicaState
@@ -68,9 +68,8 @@ class RingSurvey:
         """What each replica that answers has accepted."""
         view = self._view(name)
         found = await self._ask(view, name, self._deadline())
-        # A replica may lie about the digest of what it sends.
         replies = found.replies.items()
-        held = {disk: Held(reply.accepted, digest_of(reply.value), reply.value) for disk, reply in replies}
+        held = {disk: Held(reply.accepted, reply.value) for disk, reply in replies}
         fenced = frozenset(disk for disk, reply in replies if reply.fenced)
         return Look(view.quorum, held, fenced)
 

@@ -14,7 +14,8 @@
 
 The check covers the register's name, so it finds a row under another key as surely as a row whose bytes changed (LMDB
 0.9 checks neither). Equal names, ballots and values give equal bytes, so replicas also compare digests of checks
-instead of rows.
+instead of rows. A check proves nothing about a row that another node sends, because a liar can make a row with a given
+check: a reader compares ``hash_of`` the row that it got with what another replica says of its own.
 
 The version of a row that names a copy is the bit ``Slot.copied``: in version 2 the copy was durable on this disk when
 the row was accepted, in version 3 it was not. Acceptors write no version 3. A row of version 1 that names a copy is
@@ -34,6 +35,7 @@ import msgspec
 import xxhash
 
 from storaged import wire
+from storaged.hashes import row_hash
 from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Value
 from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, head_of
 from storaged.meta.store_ports import RowDamaged, Slot, Stamps
@@ -121,8 +123,15 @@ def accepted_whole(row: bytes) -> bool:
 
 
 def check_of(row: bytes) -> bytes:
-    """A row's check: equal for rows of the same register with the same ballot and value. Empty for an empty row."""
+    """A row's check, by which nodes of version 0.1.0 compare replicas. Empty for an empty row."""
     return row[_CHECK_AT:_BODY_AT]
+
+
+def hash_of(row: bytes) -> bytes:
+    """The cryptographic hash of an intact row's ballot and value, 16 bytes; empty for an empty row. It is the same in
+    versions 1 and 2.
+    """
+    return row_hash(row[_BODY_AT:]) if row else b""
 
 
 def value_of(row: bytes) -> Value:
@@ -148,8 +157,10 @@ def stamps_of(rows: Sequence[bytes]) -> bytes:
 
 
 def digest_of_stamps(stamps: bytes) -> int:
-    """The digest by which replicas compare ranges of rows. Versions 1 and 2 give the same: replicas whose programs were
-    replaced at different times have the same record in both versions, for as long as nobody writes it again.
+    """The digest by which replicas compare ranges of rows: each reports its own, and gains nothing by a collision. A
+    listing also compares hashes of what is sent (``storage.scan``). Versions 1 and 2 give the same: replicas whose
+    programs were replaced at different times have the same record in both versions, for as long as nobody writes it
+    again.
     """
     versions = stamps[::STAMP_BYTES]
     if COPIED_VERSION not in versions:

@@ -10,6 +10,12 @@ too. Replicas that hold the same rows stop at the same place, so equal (digest, 
 only one replica has to send its rows. Even that one sends none to a caller that has them from before and passes their
 digest (``known``).
 
+A digest is 64 bits that have no cryptographic strength: it says that a replica's rows are what the same rows were
+before, or what those of an honest replica are. It says nothing about rows that a replica sends. So the others hash what
+they would send (HEADS_HASH, ROWS_HASH), and the caller hashes what it got. That costs a replica as much as sending, and
+only for a range that changed: where the digest is the one that the caller knows, its own piece counts, which was
+compared with such a hash when it was read.
+
 A disk caches the digests of the ranges that it scanned last (``DigestCache``), and does not scan a range again in which
 nothing was written since.
 """
@@ -24,6 +30,7 @@ from typing import NamedTuple
 import msgspec
 
 from storaged import wire
+from storaged.hashes import listed_hash
 from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName
 from storaged.meta.storage.rowvalue import (
@@ -71,6 +78,16 @@ class Want(IntEnum):
     """As DIGEST, of unverified rows."""
     HEADS = 4
     """Keys of the rows that count as entries, and the heads of their bodies (``meta.storage.row_head``)."""
+    HEADS_HASH = 5
+    """As HEADS, but ``listing_hash`` the answer in the place of keys and heads."""
+    ROWS_HASH = 6
+    """As VISIBLE, but ``listing_hash`` the answer in the place of rows."""
+
+
+_SENT: dict[int, Want] = {Want.HEADS_HASH: Want.HEADS, Want.ROWS_HASH: Want.VISIBLE}
+"""What the hash is of."""
+
+_CACHED = (Want.STAMPS, Want.HEADS, Want.HEADS_HASH)
 
 
 def list_after_prefix(prefix: bytes) -> bytes:
@@ -87,6 +104,18 @@ def common_prefix(key: bytes, prefix: bytes, delimiter: bytes) -> bytes:
 def decode_rows(rows: bytes) -> list[ScanRow]:
     """Raises msgspec.MsgspecError."""
     return wire.decode(rows, list[ScanRow]) if rows else []
+
+
+def listing_hash(answer: ShardSlice) -> bytes:
+    """The hash, 16 bytes, of what an answer says of its rows."""
+    return listed_hash(wire.encode((answer.digest, answer.rows, answer.keys, answer.heads)))
+
+
+def bare(answer: ShardSlice, answer_hash: bytes = b"") -> ShardSlice:
+    """The answer without its rows."""
+    return ShardSlice(
+        answer.shard, answer.through, answer.done, answer.digest, looked_at=answer.looked_at, hash=answer_hash
+    )
 
 
 _RangeKey = tuple[object, ...]
@@ -122,13 +151,13 @@ class DigestCache:
 
     def has_answer(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> bool:
         """Whether ``answer`` needs no look at the rows."""
-        cached = self._digests.get(_range_key(request, ask)) if ask.want in (Want.STAMPS, Want.HEADS) else None
-        if cached is None or not (ask.want == Want.STAMPS or cached.slice.digest == ask.known):
+        cached = self._digests.get(_range_key(request, ask)) if ask.want in _CACHED else None
+        if cached is None or not _suffices(ask, cached.slice):
             return False
         return cached.is_valid(store, request, ask, _name_prefix(request, ask))
 
     def answer(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
-        """To an ask for STAMPS or HEADS."""
+        """To an ask for STAMPS, HEADS or HEADS_HASH."""
         key, name_prefix = _range_key(request, ask), _name_prefix(request, ask)
         count = store.dirty_ranges.count_of(name_prefix)
         cached = self._digests.get(key)
@@ -142,12 +171,13 @@ class DigestCache:
             self._put(key, ask, count, found, row_bytes)
         else:
             found = None
-        if found is not None and (ask.want == Want.STAMPS or found.digest == ask.known):
+        if found is not None and _suffices(ask, found):
             return found
         answer, row_bytes = _scan(store, request, ask, Want.HEADS)
-        if found is None:
-            bare = ShardSlice(ask.shard, answer.through, answer.done, answer.digest, looked_at=answer.looked_at)
-            self._put(key, ask, count, bare, row_bytes)
+        if ask.want == Want.HEADS_HASH:
+            answer = bare(answer, listing_hash(answer))
+        if found is None or answer.hash:
+            self._put(key, ask, count, bare(answer, answer.hash), row_bytes)
         return answer
 
     def _put(self, key: _RangeKey, ask: ShardAsk, count: int, found: ShardSlice, row_bytes: int) -> None:
@@ -163,6 +193,13 @@ class DigestCache:
 
     def __len__(self) -> int:
         return len(self._digests)
+
+
+def _suffices(ask: ShardAsk, found: ShardSlice) -> bool:
+    """Whether what is known of a range without its rows answers the ask."""
+    if ask.want == Want.STAMPS or found.digest == ask.known:
+        return True
+    return ask.want == Want.HEADS_HASH and bool(found.hash)
 
 
 def _range_key(request: ScanRequest, ask: ShardAsk) -> _RangeKey:
@@ -243,9 +280,13 @@ def _row_range(request: ScanRequest, ask: ShardAsk, after: bytes, limit: int) ->
 
 def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, cache: DigestCache | None) -> ShardSlice:
     try:
-        if cache is not None and ask.want in (Want.STAMPS, Want.HEADS):
+        if cache is not None and ask.want in _CACHED:
             return cache.answer(store, request, ask)
-        return _scan(store, request, ask, ask.want)[0]
+        sent = _SENT.get(ask.want)
+        if sent is None:
+            return _scan(store, request, ask, ask.want)[0]
+        answer = _scan(store, request, ask, sent)[0]
+        return bare(answer, listing_hash(answer))
     except RowDamaged:
         return ShardSlice(ask.shard, ask.after, False, 0, unreadable=True)
 

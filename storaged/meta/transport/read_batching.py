@@ -1,9 +1,9 @@
 """Rows of single registers, read at many disks without decoding anything that nothing looks at.
 
-A read asks one replica for its row, as it is stored, and others for the row's check alone: equal checks are equal
-ballots and equal values under one name (``rowvalue``). All requests of one turn of the event loop for the disks of one
-node travel in one message (``ReadBatcher``), and are answered in one: with sixty-four requests in flight a frame would
-cost either end more than the row that it carries.
+A read asks one replica for its row, as it is stored, and others for the hash of theirs (``rowvalue.hash_of``): equal
+hashes are equal ballots and equal values, and the reader computes that of the row itself. All requests of one turn of
+the event loop for the disks of one node travel in one message (``ReadBatcher``), and are answered in one: with
+sixty-four requests in flight a frame would cost either end more than the row that it carries.
 
 Such a message waits for nothing. None answers a request that would have to wait (an accept on its way to the disk, a
 small copy that is not in memory), or that has no answer (a damaged row, a disk that fails, an older layout). It is sent
@@ -24,20 +24,22 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, RegisterName
 from storaged.meta.ports import Replica, Replicas
-from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES, check_of, pack_row, value_of
+from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES, check_of, hash_of, pack_row, value_of
 from storaged.meta.store_ports import Slot
 from storaged.meta.transport.calls import NO_BYTES, TaskPool
 from storaged.units import KIB
 from storaged.wire import Buffer
 
-CHECK, ROW, COPY = b"\0", b"\1", b"\2"
-"""The first byte of a request, before the register's packed name: for the row's check; the row; the row and the copy of
-the small object that it names.
+CHECK, ROW, COPY, HASH = b"\0", b"\1", b"\2", b"\3"
+"""The first byte of a request, before the register's packed name: for the row's check, which only gateways of version
+0.1.0 ask for; the row; the row and the copy of the small object that it names; the row's hash. Nodes of 0.1.0 answer a
+request for a hash with the row.
 """
 _SHORTEST: Final = bytes(1 + NAME_PREFIX_BYTES + 1)
 _COPY: Final = COPY[0]
 _CHECK: Final = CHECK[0]
 _ROW: Final = ROW[0]
+_HASH: Final = HASH[0]
 
 READS_MAX = 256
 """Registers in one message."""
@@ -47,8 +49,9 @@ answers hold up its other calls.
 """
 
 OnRow = Callable[[bytes | StoragedError | None, memoryview], None]
-"""``on_row(found, copy)``: the row, or its check; empty when the register was never written here; None when the replica
-can't say; or the error of the call. ``copy`` is empty unless it was asked for, and is here. It must not raise.
+"""``on_row(found, copy)``: the row, its check or its hash; empty when the register was never written here; None when
+the replica can't say; or the error of the call. ``copy`` is empty unless it was asked for, and is here. It must not
+raise.
 """
 
 
@@ -92,6 +95,8 @@ def _rows_of(
         if not row:
             if form == _COPY and row is not None:
                 copies.append(b"")
+        elif form == _HASH:
+            rows[index] = hash_of(row)
         elif form == _CHECK:
             rows[index] = check_of(row)
         elif room <= 0:
@@ -124,7 +129,7 @@ async def _read_row(replica: Replica, disk: str, epoch: int, ask: bytes) -> tupl
     if reply.value is None:
         return b"" if reply.accepted == ZERO_BALLOT else None, NO_BYTES
     row = pack_row(Slot(name, reply.accepted, reply.value, reply.copied))
-    return (check_of(row) if ask[0] == _CHECK else row), copy
+    return (hash_of(row) if ask[0] == _HASH else check_of(row) if ask[0] == _CHECK else row), copy
 
 
 class ReadBatcher:
@@ -207,6 +212,8 @@ def _try_row_here(replica: LocalReplica, ask: bytes, epoch: int, on_row: OnRow) 
     form = ask[0]
     if not row or form == _ROW:
         on_row(row, NO_BYTES)
+    elif form == _HASH:
+        on_row(hash_of(row), NO_BYTES)
     elif form == _CHECK:
         on_row(check_of(row), NO_BYTES)
     else:
