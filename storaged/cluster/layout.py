@@ -80,7 +80,7 @@ class NodeEntry(Message, frozen=True):
 
 
 class DiskEntry(Message, frozen=True):
-    """A disk and its node. ``state``: ``active``, or ``draining`` (keeps what it has, gets nothing new)."""
+    """A disk and its node. ``state``: ``active``, or ``draining`` (gets nothing new, and gives up what it has)."""
 
     id: str
     node: str
@@ -105,8 +105,8 @@ class Layout(Message, frozen=True, dict=True):
     replicas: int = 3
     jurisdictions: tuple[str, ...] = ()
     predecessor: bytes = b""
-    """SHA-256 of the signed bytes of the layout that this one follows; empty for the first, and for those of version
-    0.1.0.
+    """SHA-256 of the encoded layout that this one follows (``SignedLayout.hash``); empty for the first, and for those
+    of version 0.1.0.
     """
     base: int = 0
     """The epoch of the layout by which partitions that never moved are placed; 0: this one (``cluster.partitions``)."""
@@ -163,7 +163,7 @@ class Layout(Message, frozen=True, dict=True):
         return {}
 
     def replicas_of(self, partition: int) -> tuple[str, ...]:
-        """The disks that hold a partition's registers, first choice first, in distinct failure domains."""
+        """The disks that hold a partition's registers, first choice first: active ones in distinct failure domains."""
         if partition == SYSTEM_PARTITION:
             return self.seeds
         found = self._rings.get(partition)
@@ -171,7 +171,7 @@ class Layout(Message, frozen=True, dict=True):
             chosen: list[str] = []
             domains: set[str] = set()
             for disk_id in self._ranked(b"ring" + partition.to_bytes(2, "big")):
-                if self.domain_by_disk[disk_id] not in domains:
+                if self.domain_by_disk[disk_id] not in domains and self.disk_by_id[disk_id].state == "active":
                     domains.add(self.domain_by_disk[disk_id])
                     chosen.append(disk_id)
                 if len(chosen) == self.replicas:
@@ -231,13 +231,15 @@ def problems_of(layout: Layout) -> list[str]:
     found: list[str] = []
     profile = Profile.parse(layout.profile)
     per_domain: dict[str, int] = {}
-    for domain in layout.domain_by_disk.values():
+    active = [disk.id for disk in layout.disks if disk.state == "active"]
+    for disk_id in active:
+        domain = layout.domain_by_disk[disk_id]
         per_domain[domain] = per_domain.get(domain, 0) + 1
     usable = sum(min(count, profile.m) for count in per_domain.values())
     if usable < profile.n:
         found.append(
             f"profile {profile} needs {profile.n} disks with at most {profile.m} in one {layout.domain_kind}: "
-            f"{len(layout.disks)} disks in {len(per_domain)} {layout.domain_kind}s give {usable}"
+            f"{len(active)} disks in {len(per_domain)} {layout.domain_kind}s give {usable}"
         )
     if len(per_domain) < layout.replicas:
         found.append(
@@ -245,7 +247,11 @@ def problems_of(layout: Layout) -> list[str]:
         )
     if len(layout.seeds) < 3 or len(layout.seeds) % 2 == 0 or len(layout.seeds) > 7:
         found.append(f"the system partition wants 3, 5 or 7 seed disks; {len(layout.seeds)} are named")
-    found.extend(f"seed disk {seed} is not in the layout" for seed in layout.seeds if seed not in layout.disk_by_id)
+    found.extend(
+        f"seed disk {seed} is not in the layout"
+        for seed in dict.fromkeys((*layout.seeds, *layout.seeds_next))
+        if seed not in layout.disk_by_id
+    )
     found.extend(
         f"node {node.name} is in {node.location}; the cluster's countries are {', '.join(layout.countries)}"
         for node in layout.nodes

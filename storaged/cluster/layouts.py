@@ -4,28 +4,36 @@ A layout is believed because of its signature, from any sender. Epochs only grow
 force joins the history and changes nothing, and a second one under an epoch already known is refused, since one of the
 two was not meant to exist.
 
-A newer layout that would move a replica or a disk (``cluster.moves``) is refused too, because nothing would copy the
-data: the node continues with its present layout. A node keeps the layouts that it used in its directory, so that it
-knows the present one at its next start. It keeps what it refused, and who offered it, for ``status``.
+A newer layout that moves a replica or a disk (``cluster.moves``) needs more than its signature: it follows a known
+layout by the rules of ``cluster.succession``, and has that layout's certificate (``cluster.certificates``). Otherwise
+the node continues with its present layout. While ``moves.MOVING_SUPPORTED`` is off, every such layout is refused,
+because nothing would copy the data. The first layout of a node must be one that no other layout had to place
+(``Layout.base`` is 0): from there the node follows the history, and verifies each step.
+
+A node keeps the layouts that it used in its directory, with their certificates, so that it knows the present one at its
+next start; then it verifies them again. It keeps what it refused, and who offered it, for ``status``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import structlog
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.layout import Layout
+from storaged.cluster import moves as moving
+from storaged.cluster.certificates import ACCEPTANCE_BYTES_MAX, ACCEPTANCES_MAX, verify_certificate
+from storaged.cluster.layout import Layout, NodeEntry
 from storaged.cluster.moves import RefusedLayout, moves_between
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
 from storaged.cluster.signed_layout import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
+from storaged.cluster.succession import check_successor, is_numbered_as_moving
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.wire import decode, encode
@@ -55,6 +63,8 @@ class LayoutBook:
     """Implements ``Layouts``. ``known`` are the layouts that this node has used (see :class:`LayoutFiles`); each is
     verified again.
 
+    ``authority`` verifies certificates of layouts; without it no layout that moves data is believed.
+
     ``on_refusal(refused)`` is called once for each layout that is refused, and again when the reason changes.
     """
 
@@ -66,22 +76,30 @@ class LayoutBook:
         known: Iterable[SignedLayout] = (),
         persist: Persist | None = None,
         clock: Clock | None = None,
+        authority: x509.Certificate | None = None,
     ) -> None:
+        self.proposed: Layout | None = None
+        """A signed layout that is not decided yet. Only its addresses are used, so that a new node finds the others."""
         self.on_refusal: Callable[[RefusedLayout], None] = lambda _refused: None
         self.partitions = PartitionMap()
         self._administration = administration
         self._cluster = cluster
+        self._authority = authority
         self._persist = persist
         self._clock = clock or SystemClock()
         self._refused: dict[str, tuple[float, bytes, RefusedLayout]] = {}
         """Source -> when it last offered (monotonic seconds), the digest of the offer, and why it is refused."""
         self._signed: dict[int, SignedLayout] = {}
         self._layouts: dict[int, Layout] = {}
+        self._by_hash: dict[bytes, int] = {}
         self._current: Layout | None = None
         self._learning = asyncio.Lock()
         self._watchers: list[Callable[[Layout], None]] = []
         for signed in known:
-            self._adopt(verify_layout(signed, administration, cluster), signed)
+            layout = verify_layout(signed, administration, cluster)
+            if layout.base:  # those that were used before layouts could move data are believed as they were then
+                self._check(layout, signed, before_start=True)
+            self._adopt(layout, signed)
 
     @property
     def current(self) -> Layout:
@@ -120,6 +138,38 @@ class LayoutBook:
     def knows(self, epoch: int) -> bool:
         return epoch in self._layouts
 
+    def signed(self, epoch: int) -> SignedLayout:
+        """Raises KeyError when this node does not know that epoch."""
+        return self._signed[epoch]
+
+    def has(self, signed: SignedLayout) -> bool:
+        """Whether this node has used exactly this layout, or keeps it in its history."""
+        return self._by_hash.get(signed.hash) is not None
+
+    def by_hash(self, hash_: bytes) -> Layout | None:
+        """The layout with this ``SignedLayout.hash``; None when this node does not know it."""
+        epoch = self._by_hash.get(hash_)
+        return self._layouts[epoch] if epoch is not None else None
+
+    @property
+    def generation(self) -> int:
+        """The epoch of the newest layout in force that moved data; 0 when none ever did."""
+        return max((epoch for epoch, known in self._layouts.items() if is_numbered_as_moving(known)), default=0)
+
+    def contact(self, node: str) -> NodeEntry | None:
+        """Where to call a node: by a newer layout that is proposed, else by the one in force."""
+        if self.proposed is not None and self.proposed.epoch > self.epoch:
+            entry = self.proposed.node_by_name.get(node)
+            if entry is not None:
+                return entry
+        return self.current.node_by_name.get(node)
+
+    async def propose(self, signed: SignedLayout) -> None:
+        """Notes a signed layout that may come into force. Raises LayoutRefused for one that is not this cluster's."""
+        layout = verify_layout(signed, self._administration, self._cluster)
+        if layout.epoch > max(self.epoch, self.proposed.epoch if self.proposed is not None else 0):
+            self.proposed = layout
+
     def lacking(self, after: int) -> int | None:
         """The lowest epoch after ``after`` and before the one in force whose layout this node lacks; None if there is
         none.
@@ -144,8 +194,8 @@ class LayoutBook:
 
         ``source`` names who offers it, for the operator.
 
-        Raises LayoutRefused when the layout is not signed by this cluster, is another one of a known epoch, or would
-        move a replica or a disk of the one in force. Then the node keeps its layout, and ``refusals`` names the refused
+        Raises LayoutRefused when the layout is not signed by this cluster, is another one of a known epoch, or moves a
+        replica or a disk and lacks a certificate. Then the node keeps its layout, and ``refusals`` names the refused
         one.
         """
         digest = _digest_of(signed)
@@ -188,12 +238,7 @@ class LayoutBook:
                     raise LayoutRefused(f"Another layout is known under epoch {layout.epoch}; this one is refused.")
                 return False
             in_force = layout.epoch > self.epoch
-            if (
-                in_force
-                and self._current is not None
-                and (moves := await asyncio.to_thread(moves_between, self._current, layout))
-            ):
-                raise LayoutRefused(f"Layout {layout.epoch} would move data against layout {self.epoch}: {moves}.")
+            await asyncio.to_thread(self._check, layout, signed)
             if self._persist is not None:
                 await self._persist(layout.epoch, signed)
             self._adopt(layout, signed)
@@ -203,18 +248,72 @@ class LayoutBook:
                 watcher(layout)
         return True
 
+    def _check(self, layout: Layout, signed: SignedLayout, *, before_start: bool = False) -> None:
+        """Raises LayoutRefused for a layout that this node must not use, or keep in its history. ``before_start``: it
+        was used by this node before.
+        """
+        newer = self._current is not None and layout.epoch > self.epoch
+        moves = moves_between(self.current, layout) if newer else None
+        if moves and not moving.MOVING_SUPPORTED and not before_start:
+            raise LayoutRefused(f"Layout {layout.epoch} would move data against layout {self.epoch}: {moves}.")
+        if not moves and not layout.base:
+            return
+        if newer:
+            before = self.judge(layout)
+        elif (known := self.by_hash(layout.predecessor)) is not None:
+            before = known
+        else:
+            raise LayoutRefused(
+                f"Layout {layout.epoch} follows layouts that this node does not know. It asks every node for them."
+            )
+        if check_successor(before, layout.predecessor, layout):
+            if self._authority is None:
+                raise LayoutRefused(f"Layout {layout.epoch} moves data, and nothing here verifies its certificate.")
+            verify_certificate(signed, layout, before, self._authority)
+
+    def judge(self, layout: Layout) -> Layout:
+        """Returns the predecessor of a layout that may come into force. Raises LayoutRefused, with the reason, for one
+        that may not. It does not look at certificates.
+        """
+        before = self.by_hash(layout.predecessor)
+        if before is None:
+            raise LayoutRefused(
+                f"Layout {layout.epoch} follows a layout that this node does not know, or none. This node is at layout"
+                f" {self.epoch}."
+            )
+        if before is not self._current and (between := moves_between(before, self.current)):
+            raise LayoutRefused(
+                f"Layout {layout.epoch} follows layout {before.epoch}. Layout {self.epoch} came first, and moved data:"
+                f" {between}."
+            )
+        if layout.epoch <= self.epoch:
+            raise LayoutRefused(f"Layout {layout.epoch} is older than layout {self.epoch}, which is in force.")
+        check_successor(before, layout.predecessor, layout)
+        return before
+
     def _adopt(self, layout: Layout, signed: SignedLayout) -> None:
         self._signed[layout.epoch] = signed
         self._layouts[layout.epoch] = layout
+        self._by_hash[signed.hash] = layout.epoch
         if layout.epoch > self.epoch:
             self._current = layout
+        self._judge_again(signed)
         if len(self._signed) > HISTORY_MAX:
-            oldest = min(self._signed)
-            del self._signed[oldest], self._layouts[oldest]
+            oldest = min(epoch for epoch in self._signed if epoch != self.current.base)
+            del self._by_hash[self._signed[oldest].hash], self._signed[oldest], self._layouts[oldest]
+
+    def _judge_again(self, signed: SignedLayout) -> None:
+        """What was refused may follow the layout that is known now. This very layout is refused no more."""
+        digest = _digest_of(signed)
+        for source, (offered, known, refused) in list(self._refused.items()):
+            if known == digest:
+                del self._refused[source]
+            else:
+                self._refused[source] = (offered, b"", refused)
 
 
 def _digest_of(signed: SignedLayout) -> bytes:
-    return hashlib.sha256(signed.payload).digest()[:DIGEST_BYTES]
+    return signed.hash[:DIGEST_BYTES]
 
 
 class LayoutFiles:
@@ -226,24 +325,33 @@ class LayoutFiles:
         self.directory = directory
 
     def load(self) -> list[SignedLayout]:
-        """The newest ``HISTORY_MAX`` layouts, oldest first. Raises LayoutRefused for a file that does not decode. The
-        book verifies the signatures.
+        """The newest ``HISTORY_MAX`` layouts, oldest first, and the one that placed what never moved. Raises
+        LayoutRefused for a file that does not decode. The book verifies signatures and certificates.
         """
-        found = []
-        for path in sorted(self.directory.glob("layout-*.signed"))[-HISTORY_MAX:]:
-            try:
-                found.append(decode(path.read_bytes(), SignedLayout))
-            except MsgspecError as error:
-                raise LayoutRefused(
-                    f"{path} does not decode: {error}. Remove it: this node learns that layout again from its peers."
-                ) from error
+        paths = sorted(self.directory.glob("layout-*.signed"))
+        found = [self._read(path) for path in paths[-HISTORY_MAX:]]
+        if len(paths) > HISTORY_MAX and (base := decode(found[-1].payload, Layout).base):
+            path = self._path(base)
+            if path in paths[:-HISTORY_MAX]:
+                found.insert(0, self._read(path))
         return found
+
+    def _read(self, path: Path) -> SignedLayout:
+        try:
+            return decode(path.read_bytes(), SignedLayout)
+        except MsgspecError as error:
+            raise LayoutRefused(
+                f"{path} does not decode: {error}. Remove it: this node learns that layout again from its peers."
+            ) from error
+
+    def _path(self, epoch: int) -> Path:
+        return self.directory / f"layout-{epoch:012d}.signed"
 
     async def save(self, epoch: int, signed: SignedLayout) -> None:
         """A ``Persist``."""
         await asyncio.to_thread(self._write, epoch, encode(signed))
 
     def _write(self, epoch: int, content: bytes) -> None:
-        assert len(content) <= LAYOUT_BYTES_MAX + 1024
+        assert len(content) <= LAYOUT_BYTES_MAX + ACCEPTANCES_MAX * (ACCEPTANCE_BYTES_MAX + 16) + 1024
         self.directory.mkdir(parents=True, exist_ok=True)
-        replace_file(self.directory / f"layout-{epoch:012d}.signed", content, 0o666)
+        replace_file(self._path(epoch), content, 0o666)

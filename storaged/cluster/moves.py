@@ -1,13 +1,14 @@
 """Compares a new layout with the one in force: what would move? Pure.
 
-No release can yet copy registers or fragments from their places under one layout to those under another. So a layout
-loses acknowledged data if it gives even one partition other replicas, or one disk another rank in placement. ``storaged
-cluster layout`` does not sign such a layout, and a node does not learn it. Addresses, roles and nodes without disks may
-change.
+This release can't yet copy registers or fragments from their places under one layout to those under another
+(``MOVING_SUPPORTED``). So a layout loses acknowledged data if it gives even one partition other replicas, or one disk
+another rank in placement. ``storaged cluster layout`` does not sign such a layout, and a node does not learn it.
+Addresses, roles and nodes without disks may change.
 
 Places follow from the set of disks with their ids, weights, states, nodes and these nodes' locations, from the seed
-disks, and from the number of replicas (``Layout._ranked``). So two layouts that agree in all of these agree in every
-rank, and the ranks need not be computed.
+disks, from the number of replicas (``Layout._ranked``), and from what a layout says of partitions that have moved or
+have not (``cluster.partitions``). So two layouts that agree in all of these agree in every rank, and the ranks need not
+be computed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.wire import Message, encode
+
+MOVING_SUPPORTED: bool = False
+"""Whether nodes accept layouts that move data (``cluster.succession``). Off until all that moves is moved. Tests set
+it.
+"""
 
 NAMED_MAX = 8
 """Differences that a message names before it counts the others."""
@@ -57,14 +63,22 @@ def moves_between(before: Layout, after: Layout) -> Moves:
         return Moves()
     partitions = (*range(PARTITIONS), SYSTEM_PARTITION)
     return Moves(
-        differences, tuple(number for number in partitions if before.replicas_of(number) != after.replicas_of(number))
+        differences,
+        tuple(
+            number
+            for number in partitions
+            if before.replicas_of(number) != after.replicas_of(number)
+            or (number == SYSTEM_PARTITION and before.seeds_next != after.seeds_next)
+        ),
     )
 
 
 def places_digest(layout: Layout) -> bytes:
     """SHA-256 of all that decides placement: equal for two layouts exactly when nothing moves between them."""
     places = sorted((disk, *place) for disk, place in _places(layout).items())
-    return hashlib.sha256(encode((places, layout.seeds, layout.replicas, len(layout.disks)))).digest()
+    facts = (places, layout.seeds, layout.replicas, len(layout.disks))
+    moved = (layout.base, layout.seeds_next, layout.seeds_step)
+    return hashlib.sha256(encode((*facts, *moved) if any(moved) else facts)).digest()
 
 
 class _Place(NamedTuple):
@@ -97,6 +111,17 @@ def _differences(before: Layout, after: Layout) -> list[str]:
         found.append("a disk is named twice")
     if before.seeds != after.seeds:
         found.append(f"the seed disks change from {', '.join(before.seeds)} to {', '.join(after.seeds)}")
+    if before.seeds_next != after.seeds_next:
+        found.append(
+            f"the system partition moves to {', '.join(after.seeds_next)}"
+            if after.seeds_next
+            else "the system partition stops moving"
+        )
+    elif before.seeds_step != after.seeds_step:
+        found.append(f"the step of the seed disks changes from {before.seeds_step} to {after.seeds_step}")
+    if before.base != after.base:
+        was, is_now = before.base or before.epoch, after.base or after.epoch
+        found.append(f"keys that never moved are placed by layout {is_now}, not {was}")
     if before.replicas != after.replicas:
         found.append(f"the replicas of a partition change from {before.replicas} to {after.replicas}")
     return found

@@ -1,6 +1,12 @@
-"""Signs layouts with the cluster's administration key (Ed25519) and verifies them."""
+"""Signs layouts with the cluster's administration key (Ed25519) and verifies them.
+
+A layout that moves data needs more than that signature: a certificate (``cluster.certificates``), which travels with
+it.
+"""
 
 from __future__ import annotations
+
+import hashlib
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -14,11 +20,27 @@ LAYOUT_LABEL = b"sov.layout.v1\0"
 LAYOUT_BYTES_MAX = 4 * 1024 * 1024
 
 
+class Acceptance(Message, frozen=True):
+    """A storage node's statement that it accepts a layout (``cluster.certificates``). ``signature`` (ECDSA, P-256,
+    SHA-256) is by the key of ``certificate`` (DER).
+    """
+
+    certificate: bytes
+    signature: bytes
+
+
 class SignedLayout(Message, frozen=True):
     """``payload`` is the encoded layout; ``signature`` Ed25519 over ``sov.layout.v1\\0`` and the payload."""
 
     payload: bytes
     signature: bytes
+    certificate: tuple[Acceptance, ...] = ()
+    """Of a layout that moves data, once a majority accepted it; else empty."""
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-256 of the payload: what a successor names as its predecessor."""
+        return hashlib.sha256(self.payload).digest()
 
 
 def sign_layout(layout: Layout, administration: ed25519.Ed25519PrivateKey) -> SignedLayout:

@@ -170,7 +170,12 @@ class NodePlanes:
         files = LayoutFiles(self.directory / "layouts")
         persist = files.save if self.leader is None else None
         self.layouts = LayoutBook(
-            self.own.administration, self.own.cluster, known=files.load(), persist=persist, clock=self.clock
+            self.own.administration,
+            self.own.cluster,
+            known=files.load(),
+            persist=persist,
+            clock=self.clock,
+            authority=self.authority,
         )
         await self._learn_operators()
         self._follow_policy(self.layouts.current)
