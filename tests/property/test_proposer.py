@@ -515,13 +515,15 @@ def test_where_replicas_of_a_system_register_differ_the_lone_higher_ballot_does_
     assert machine.request.value.sequence == TRUE.sequence + 1
 
 
-def test_a_third_replica_that_refuses_is_asked_again_a_few_times() -> None:
+@pytest.mark.parametrize("ahead_us", [1, 2 * 3_600_000_000])
+def test_a_third_replica_that_refuses_is_asked_again_a_few_times(ahead_us: int) -> None:
+    """However far ahead of this process's clock the ballot is that it has promised: the clock may be slow."""
     machine = doubting("")
     for attempt in range(THIRD_REPLICA_TRIES + 1):
         report(machine, "a", TRUE, 3)
         report(machine, "b", LIE, 9)
         assert machine.state is GATHERING
-        higher = machine.ballot._replace(counter=machine.ballot.counter + 1, node="rival")
+        higher = machine.ballot._replace(counter=machine.ballot.counter + ahead_us, node="rival")
         assert machine.promised(machine.turn, "c", PrepareReply(Verdict.PREEMPTED, higher))
         if attempt < THIRD_REPLICA_TRIES:
             assert machine.state is RETRYING

@@ -280,7 +280,7 @@ class Proposer(Ending):
 
     def _judge_outvoted(self) -> bool:
         """Replicas differ: what a quorum agrees on goes on, whatever a lone one reports."""
-        refused = self._rivals.above >= self.ballot.counter
+        refused = self._prepares.preempted
         chosen = self._prepares.chosen()
         if chosen is None and refused and self._wanted.settling and self._third_replica_tries < THIRD_REPLICA_TRIES:
             self._third_replica_tries += 1
@@ -295,7 +295,7 @@ class Proposer(Ending):
 
     def _judge_credible(self) -> bool:
         found = self._prepares.credible()
-        refused = self._rivals.above >= self.ballot.counter
+        refused = self._prepares.preempted
         if found is None and refused and self._third_replica_tries < THIRD_REPLICA_TRIES:
             self._third_replica_tries += 1
             return self._retry()

@@ -167,6 +167,13 @@ class PrepareRound:
         self._answered += 1
         if reply is not None and reply.verdict == OK:
             (self.promised if wanted else self._late)[disk] = reply
+        elif reply is not None:
+            self.failed[disk] = reply.verdict
+
+    @property
+    def preempted(self) -> bool:
+        """Some replica has promised a higher ballot: it answers, and a higher one may have its promise."""
+        return PREEMPTED in self.failed.values()
 
     @property
     def all_promised(self) -> Mapping[str, PrepareReply]:
