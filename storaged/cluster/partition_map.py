@@ -54,6 +54,13 @@ class PartitionMap:
             state = self._states[number] = state_of(number, record, current, base)
         return state
 
+    def step_of(self, number: int, current: Layout) -> int:
+        """0 for one that is not known to have moved."""
+        if number == SYSTEM_PARTITION:
+            return current.seeds_step
+        record = self._records.get(number)
+        return 0 if record is None else record.step
+
     def record(self, number: int) -> PartitionRecord | None:
         return self._records.get(number)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from storaged.cluster.partitions import layout_epoch_of, step_of
 from storaged.cluster.ports import PeerIdentity
 from storaged.cluster.rpc import faults
 from storaged.errors import PeerRefused, StoragedError
@@ -34,12 +35,13 @@ OK, NEWER = Verdict.OK, Verdict.NEWER
 class Content(NamedTuple):
     """A row of the table, of prepares, accepts and creates alike.
 
-    ``rule``: its switch (``Rules``). ``broken(ballot, peer, newest_epoch)``: whether a request breaks it. ``code``:
-    with which it is refused, and noted in the audit log, for no honest node asks this; empty: the answer is NEWER.
+    ``rule``: its switch (``Rules``). ``broken(ballot, peer, known)``: whether a request breaks it; ``known``: this node
+    knows the layout and the step. ``code``: with which it is refused, and noted in the audit log, for no honest node
+    asks this; empty: the answer is NEWER.
     """
 
     rule: str
-    broken: Callable[[Ballot, PeerIdentity, int], bool]
+    broken: Callable[[Ballot, PeerIdentity, bool], bool]
     code: str
     what: str
     why: str
@@ -48,24 +50,24 @@ class Content(NamedTuple):
 CONTENTS: Final = (
     Content(
         "values_by_gateways",
-        lambda _ballot, peer, _newest: "gateway" not in peer.roles,
+        lambda _ballot, peer, _known: "gateway" not in peer.roles,
         faults.ROLE_REFUSED,
         "promises and values are for gateways",
         "a storage node's certificate changes, hides and deletes nothing",
     ),
     Content(
         "own_ballots",
-        lambda ballot, peer, _newest: ballot.node != peer.name,
+        lambda ballot, peer, _known: ballot.node != peer.name,
         faults.BALLOT_REFUSED,
         "each node speaks under its own ballots",
         "no value is accepted under a ballot that was another's",
     ),
     Content(
         "known_epochs",
-        lambda ballot, _peer, newest: ballot.epoch > newest,
+        lambda _ballot, _peer, known: not known,
         "",
-        "the layout of a ballot is known here",
-        "a ballot of a later layout would outlive all of the layouts to come; the node may be about to learn it",
+        "the layout of a ballot is known here, and the step of the register's partition",
+        "a ballot of a later layout or step would outlive all of those to come; the node may be about to learn it",
     ),
 )
 """Tried from top to bottom. The acceptor judges what breaks none (``consensus.acceptor``, ``consensus.bounds``)."""
@@ -75,6 +77,15 @@ def document() -> list[str]:
     """The table as FORMATS.md has it, line by line."""
     lines = ["| in every prepare, accept and create | else | why |", "|---|---|---|"]
     return lines + [f"| {row.what} | `{row.code or 'NEWER'}` | {row.why} |" for row in CONTENTS]
+
+
+class KnownSteps(NamedTuple):
+    """``of(partition)``: the step that this node knows for it, 0 while it never moved. ``on_newer(partition)``: another
+    node names a later one, so that this node should refresh what it knows. It may lie.
+    """
+
+    of: Callable[[int], int] = lambda partition: 0
+    on_newer: Callable[[int], None] = lambda partition: None
 
 
 class Gate:
@@ -87,8 +98,11 @@ class Gate:
         newest_epoch: Callable[[], int],
         rules: Rules = RULES,
         on_refusal: OnRefusal = lambda peer, error: None,
+        steps: KnownSteps = KnownSteps(),  # noqa: B008
     ) -> None:
         self._newest_epoch = newest_epoch
+        self._steps = steps
+        self._knows_all = not rules.known_epochs
         self._contents = [row for row in CONTENTS if getattr(rules, row.rule)]
         if not rules.ballots_unique:  # ballots without a name
             self._contents = [row for row in self._contents if row.rule != "own_ballots"]
@@ -99,12 +113,24 @@ class Gate:
         ballot = request.ballot
         if ballot.node == peer.name and "gateway" in peer.roles and ballot.epoch <= self._newest_epoch():
             return OK  # the common case breaks no rule
+        known = ballot.epoch <= self._newest_epoch() or self.knows(request.name.partition, ballot.epoch)
         for row in self._contents:
-            if row.broken(ballot, peer, self._newest_epoch()):
+            if row.broken(ballot, peer, known):
                 if not row.code:
                     return NEWER
                 raise self._refused(row, ballot, peer)
         return OK
+
+    def knows(self, partition: int, epoch: int) -> bool:
+        """Whether this node knows the layout and the step of an epoch. Else it is told to refresh what it knows."""
+        if self._knows_all:
+            return True
+        if layout_epoch_of(epoch) > self._newest_epoch():
+            return False
+        known = step_of(epoch) <= self._steps.of(partition)
+        if not known:
+            self._steps.on_newer(partition)
+        return known
 
     def _refused(self, row: Content, ballot: Ballot, peer: PeerIdentity) -> PeerRefused:
         roles = ", ".join(peer.roles)

@@ -237,15 +237,23 @@ class FenceReply(Message, frozen=True):
     done: bool
 
 
+WHOLE_DISK = -1
+
+
 class EpochFence(Message, frozen=True):
-    """From now on refuse every request of an earlier layout epoch."""
+    """From now on refuse every request for this partition with an earlier step than that of ``epoch``.
+    ``WHOLE_DISK``: every request of an earlier layout; no node asks that of another.
+    """
 
     disk: str
     epoch: int
+    partition: int = WHOLE_DISK
 
 
 class EpochReply(Message, frozen=True):
-    """The epoch in force on that disk, which may be a later one; durable."""
+    """The epoch in force on that disk, which may be a later one; durable. A lower one: the disk's node does not know
+    the step that was asked for, and will refresh what it knows.
+    """
 
     epoch: int
 
@@ -298,6 +306,7 @@ class RangesReply(Message, frozen=True):
 class ShardAsk(Message, frozen=True):
     """``after`` is exclusive. ``limit`` counts entries (visible rows, or common prefixes). ``known``, with HEADS: the
     digest of an answer that the client still has; an answer with the same digest comes without keys and heads. 0: none.
+    ``epoch`` of the state of the shard's partition; 0: that of the request.
     """
 
     shard: int
@@ -307,6 +316,7 @@ class ShardAsk(Message, frozen=True):
     examine_max: int
     bytes_max: int
     known: int = 0
+    epoch: int = 0
 
 
 class ScanRequest(Message, frozen=True):

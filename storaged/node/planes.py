@@ -43,6 +43,7 @@ from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
+from storaged.meta.authority import KnownSteps
 from storaged.meta.client import RingClient, RingHooks, RingSettings
 from storaged.meta.listing.cache import CACHE_BYTES_MAX
 from storaged.meta.listing.merge import RingScanner
@@ -266,7 +267,9 @@ class NodePlanes:
     def _build_ring(self) -> None:
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
-            self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, on_refusal=self._refused).methods())
+            steps = KnownSteps(lambda number: self.layouts.partitions.step_of(number, self.layouts.current))
+            host = ReplicaHost(replicas, lambda: self.layouts.epoch, on_refusal=self._refused, steps=steps)
+            self._methods.update(host.methods())
             self._methods.update(FragmentHost(fragments, self._fragment_contested).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.belief = NodeBelief(self.own, self.authority, self._others_believe)

@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storaged.cluster.ports import PeerIdentity
+from storaged.cluster.partitions import epoch_of
+from storaged.cluster.ports import Call, PeerIdentity
 from storaged.cluster.rpc import authority
-from storaged.errors import InvalidAccessKeyId, PeerRefused, ServiceUnavailable
+from storaged.errors import InvalidAccessKeyId, InvalidRequest, PeerRefused, ServiceUnavailable
 from storaged.fragments.remote import StoreDirectory
 from storaged.meta import messages
-from storaged.meta.authority import CONTENTS, Gate
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.authority import CONTENTS, Gate, KnownSteps
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.consensus.register import (
@@ -45,10 +47,11 @@ from storaged.meta.names import (
     system_name,
 )
 from storaged.meta.store_ports import Slot, StoreBatch
-from storaged.meta.transport.replicas import ReplicaDirectory
+from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.users import UserService
 from storaged.wire import decode, encode
+from tests.doubles.meta_store import MemoryMetaStore
 from tests.integration.memory_cluster import Cluster, LocalCaller, run
 
 GATEWAY = PeerIdentity("gw", "FR", "par1", "a", ("gateway",))
@@ -513,3 +516,33 @@ def test_where_no_two_replicas_agree_a_lone_higher_ballot_leads_to_no_older_reco
 
 def record(sequence: int) -> Value:
     return Value(sequence, bytes(16), Visibility.LIVE, b"")
+
+
+def test_a_step_that_this_node_does_not_know_is_newer_and_the_node_is_told() -> None:
+    told: list[int] = []
+    moved, other = OBJECT.partition, next(name for name in NAMES if name.partition != OBJECT.partition)
+    known = KnownSteps(lambda partition: 3 if partition == moved else 0, told.append)
+    watched = Gate(lambda: 2, steps=known)
+    for name, epoch, wanted in (
+        (OBJECT, epoch_of(3, 2), Verdict.OK),
+        (OBJECT, epoch_of(1, 1), Verdict.OK),
+        (OBJECT, epoch_of(3, 3), Verdict.NEWER),
+        (OBJECT, epoch_of(4, 1), Verdict.NEWER),
+        (other, epoch_of(1, 1), Verdict.NEWER),
+        (other, 2, Verdict.OK),
+    ):
+        assert watched.judge(messages.Prepare("d", name, ballot("gw", epoch=epoch)), GATEWAY) is wanted, (name, epoch)
+    assert told == [moved, other.partition], "a layout that is not known says nothing about steps"
+
+
+async def test_a_disk_is_fenced_for_steps_that_its_node_knows_and_never_as_a_whole() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    host = ReplicaHost({"d": replica}, lambda: 1, steps=KnownSteps(lambda _partition: 1))
+    fence_epoch = host.methods()["meta.fence_epoch"].handler
+    call = Call(GATEWAY, memoryview(b""), 0.0)
+    with pytest.raises(InvalidRequest):
+        await fence_epoch(messages.EpochFence("d", 1), call)
+    for step, wanted in ((3, 0), (1, epoch_of(1, 1)), (0, epoch_of(1, 0))):
+        assert await fence_epoch(messages.EpochFence("d", epoch_of(step, 1 if step else 0), 7), call) == (
+            messages.EpochReply(wanted)
+        )

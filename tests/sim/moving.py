@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from storaged.errors import StoragedError
+from storaged.errors import PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.consensus.register import Verdict, overtaken
 from storaged.meta.names import Ballot, RegisterName, Value
@@ -38,19 +38,24 @@ class Moving(Part):
         await asyncio.sleep(chance.uniform(0.02, 0.3))
         self.fault("the ring moved")
         mover = Gateway(self.world, "mover", scenario.layout)
-        fenced = await self._until_majority(scenario.first_seeds, lambda disk: self._fence_epoch(mover, disk))
+        fenced = await self._until_majority(scenario.first_seeds, self._fence_epoch)
         for name in scenario.names.values():
             await self._copy(mover, name, fenced)
         layout = make_layout(2, NEW_SEEDS)
-        await self._until_majority(NEW_SEEDS, lambda disk: self._fence_epoch(mover, disk))
+        await self._until_majority(NEW_SEEDS, self._fence_epoch)
         for gateway in scenario.gateways:
             self.world.loop.call_later(chance.uniform(0, 0.3), setattr, gateway.layouts, "current", layout)
         scenario.layout = layout
         await mover.client.close()
 
-    async def _fence_epoch(self, mover: Gateway, disk: str) -> bool:
-        reply = await mover.directory.replica(disk).fence_epoch(messages.EpochFence(disk, 2), timeout_s=0.2)
-        return reply.epoch >= 2
+    async def _fence_epoch(self, disk: str) -> bool:
+        """Of the whole disk: its own node does it."""
+        node = self.world.nodes["n" + disk[1:]]
+        if not node.up:
+            raise PeerUnreachable(f"{node.name} is down")
+        life = node.life
+        reply = await node.replica.fence_epoch(messages.EpochFence(disk, 2))
+        return reply.epoch >= 2 and node.up and node.life == life
 
     async def _copy(self, mover: Gateway, name: RegisterName, fenced: list[str]) -> None:
         told: list[tuple[Ballot, Value | None]] = []

@@ -12,6 +12,7 @@ import pytest
 import structlog.testing
 import xxhash
 
+from storaged.cluster.partitions import epoch_of
 from storaged.cluster.ports import Call, PeerIdentity, Reply
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown
 from storaged.meta import messages
@@ -232,6 +233,110 @@ async def test_the_epoch_fence_refuses_older_layouts_for_good() -> None:
         assert (await fenced.scan(ScanRequest("d", 1, Table.OBJECT, SCOPE, ask))).verdict == Verdict.EPOCH
         assert (await fenced.scan(ScanRequest("d", 2, Table.OBJECT, SCOPE, ask))).verdict == Verdict.OK
     assert (await replica.prepare(prepare(ballot(1, epoch=2)))).verdict == Verdict.OK
+
+
+# --- steps of partitions
+
+
+PARTITION = NAME.partition
+STEP_1, STEP_2 = epoch_of(1, 1), epoch_of(2, 1)
+
+
+async def is_refused(replica: LocalReplica, epoch: int, name: RegisterName = NAME) -> bool:
+    """Whether every request of this epoch is told EPOCH; else none is."""
+    counter = 10**15
+    ask = (ShardAsk(name.shard, b"", 10, Want.ALL, 100, 10_000, epoch=epoch),)
+    told = [
+        (await replica.read(messages.Read("d", name, epoch)))[0].verdict,
+        (await replica.scan(ScanRequest("d", 1, Table.OBJECT, name.scope, ask))).verdict,
+        (await replica.prepare(prepare(ballot(counter, epoch=epoch), name))).verdict,
+        (await replica.accept(accept(ballot(counter, epoch=epoch), value(), name))).verdict,
+    ]
+    assert len({verdict == Verdict.EPOCH for verdict in told}) == 1, told
+    rows = replica.try_rows(epoch, [name.pack()])
+    assert (rows == [None]) == (replica.try_row(epoch, name.pack()) is None) == (told[0] == Verdict.EPOCH)
+    return told[0] == Verdict.EPOCH
+
+
+def elsewhere() -> RegisterName:
+    """A register of another partition."""
+    return next(name for shard in range(256) if (name := NAME._replace(shard=shard)).partition != PARTITION)
+
+
+async def test_a_partition_that_moves_refuses_its_earlier_steps_for_good_and_others_go_on() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    assert (await replica.fence_epoch(messages.EpochFence("d", STEP_1, PARTITION))).epoch == STEP_1
+    assert (await replica.fence_epoch(messages.EpochFence("d", 1, PARTITION))).epoch >= 1 << 32
+    for life in (replica, LocalReplica("d", store)):
+        assert await is_refused(life, 7)
+        assert not await is_refused(life, 7, elsewhere())
+        assert not await is_refused(life, STEP_1)
+        assert not await is_refused(life, epoch_of(1, 2))
+    assert not await is_refused(replica, STEP_2)
+    assert await is_refused(replica, STEP_1)
+
+
+@pytest.mark.parametrize("kind", ["prepare", "accept", "create"])
+async def test_the_first_ballot_of_a_later_step_is_answered_when_the_step_is_on_disk(kind: str) -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = LocalReplica("d", store)
+    disk.open.clear()
+    later = ballot(10, epoch=STEP_1)
+    requests = {
+        "prepare": lambda: replica.prepare(prepare(later)),
+        "accept": lambda: replica.accept(accept(later, value())),
+        "create": lambda: replica.accept(messages.Create("d", NAME, later, value())),
+    }
+    asked = asyncio.ensure_future(requests[kind]())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not asked.done()
+    assert (await replica.prepare(prepare(ballot(11)))).verdict == Verdict.EPOCH
+    disk.open.set()
+    assert (await asked).verdict == Verdict.OK
+    assert await is_refused(LocalReplica("d", store), 1)
+
+
+async def test_what_one_partition_promised_in_a_later_step_stops_no_other_after_a_restart() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store, promises_max=1)
+    for number in range(5):
+        await replica.prepare(prepare(ballot(1000 + number, epoch=STEP_2), NAME._replace(key=b"%d" % number)))
+    life = LocalReplica("d", store)
+    assert (await life.prepare(prepare(ballot(900, epoch=STEP_2)))).verdict == Verdict.PREEMPTED
+    assert (await life.prepare(prepare(ballot(900), elsewhere()))).verdict == Verdict.OK
+    assert (await replica.prepare(prepare(ballot(900), elsewhere()))).verdict == Verdict.OK
+    assert (await replica.prepare(prepare(ballot(900, epoch=STEP_2), NAME._replace(key=b"0")))).verdict == (
+        Verdict.PREEMPTED
+    )
+
+
+async def test_a_restart_refuses_what_lies_below_the_promises_of_the_same_step() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.prepare(prepare(ballot(1_000, epoch=STEP_1)))
+    await replica.prepare(prepare(ballot(2_000), elsewhere()))
+    life = LocalReplica("d", store)
+    assert (await life.accept(accept(ballot(999, epoch=STEP_1), value()))).verdict == Verdict.PREEMPTED
+    assert (await life.accept(accept(ballot(1_999), value(), elsewhere()))).verdict == Verdict.PREEMPTED
+
+
+async def test_a_fence_of_a_step_is_answered_when_what_was_accepted_before_can_be_read() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = LocalReplica("d", store)
+    disk.open.clear()
+    accepted = asyncio.ensure_future(replica.accept(accept(ballot(10), value())))
+    await asyncio.sleep(0)
+    fenced = asyncio.ensure_future(replica.fence_epoch(messages.EpochFence("d", STEP_1, PARTITION)))
+    await asyncio.sleep(0)
+    assert not fenced.done()
+    disk.open.set()
+    await fenced
+    assert store.get(NAME) is not None
+    assert (await accepted).verdict == Verdict.OK
 
 
 # --- bucket fences

@@ -76,7 +76,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.fences": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes gets the fences of the others"),
     "meta.take_fences": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes takes them"),
     "meta.ranges": Grant(GATEWAY, STORAGE, "a partition moves: which shards have rows"),
-    "meta.fence_epoch": Grant(NO_ROLE, STORAGE, "for layouts that move replicas, which no version writes yet"),
+    "meta.fence_epoch": Grant(GATEWAY, STORAGE, "a partition moves: its replicas refuse its earlier steps"),
     "fragment.write": Grant(
         BOTH,
         STORAGE,

@@ -29,14 +29,16 @@ from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.meta import messages
 from storaged.meta.acceptor.counts import AcceptorCounts, ReplicaStatistics
 from storaged.meta.acceptor.disk_writes import DiskWrites
+from storaged.meta.acceptor.epochs import META_EPOCH, Epochs, stored_epochs
 from storaged.meta.acceptor.fences import Fences
 from storaged.meta.acceptor.handover import Handover
-from storaged.meta.acceptor.high_water import META_HIGH_WATER, HighWater
+from storaged.meta.acceptor.high_water import HighWater, stored_high_waters
 from storaged.meta.acceptor.pages import DiskPages
 from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, PendingAccepts, resolve
 from storaged.meta.acceptor.rows import NO_BYTES, DiskRows
 from storaged.meta.acceptor.turns import TurnKeeper
 from storaged.meta.consensus.acceptor import (
+    FIRST_STEP,
     PROMISES_MAX,
     Acceptor,
     AcceptorState,
@@ -51,10 +53,9 @@ from storaged.meta.messages import AcceptReply, ScanReply, ScanRequest
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table
 from storaged.meta.ports import OnAnswer
 from storaged.meta.store_ports import Copies, MetaStore, NotInMemory, RowDamaged, Slot, StoreBatch
-from storaged.wire import Buffer, Message, decode
+from storaged.wire import Buffer, Message
 
 OBJECT = int(Table.OBJECT)
-META_EPOCH = "epoch"
 META_RETIRED = "retired"
 
 
@@ -84,16 +85,17 @@ class LocalReplica:
         self.turn = self.turns.turn
         self._health = store.health
         try:
-            stored, epoch, retired = (store.get_meta(name) for name in (META_HIGH_WATER, META_EPOCH, META_RETIRED))
+            epoch, retired = (store.get_meta(name) for name in (META_EPOCH, META_RETIRED))
+            epochs, high_waters = stored_epochs(store), stored_high_waters(store)
         except RowDamaged as error:
             raise DiskForeign(f"The metadata store of disk {disk} has lost its record of promises: {error}") from None
-        high_water = decode(stored, Ballot) if stored is not None else ZERO_BALLOT
-        self._epoch_durable = int.from_bytes(epoch, "big") if epoch is not None else 0
-        self.state = AcceptorState(high_water, self._epoch_durable, rules, promises_max)
+        of_disk, high_water = int.from_bytes(epoch or b"", "big"), high_waters.pop(0, ZERO_BALLOT)
+        self.state = AcceptorState(high_water, of_disk, rules, promises_max, high_waters=high_waters, epochs=epochs)
         self.pending = PendingAccepts()
         self._writes = DiskWrites(disk, store)
         self._writes.silent = "retired from the ring" if retired and rules.foreign_refused else ""
         self._high_water = HighWater(self.state, self._writes)
+        self._epochs = Epochs(self.state, self._writes, rules, of_disk)
         self._fences = Fences(disk, store)
         self.handover = Handover(disk, store, self._fences, self._writes)
         self._rows = DiskRows(store, self.state, self._fences, self.pending, self._writes, copies, rules)
@@ -109,11 +111,6 @@ class LocalReplica:
                 f"The metadata store of disk {disk} is {store.store_id.hex()}; {expected_store_id.hex()} was expected."
             )
         return cls(disk, store, **options)
-
-    @property
-    def epoch(self) -> int:
-        """The layout epoch below which requests are refused."""
-        return self.state.epoch
 
     def statistics(self) -> ReplicaStatistics:
         count, rows = self._counts, self._rows
@@ -155,13 +152,13 @@ class LocalReplica:
         self._writes.silent = self._writes.silent or reason
 
     async def end_promises(self, epoch: int) -> None:
-        """Refuses, now and after a restart, every ballot of up to this layout epoch that was drawn before this call.
-        Clocks differ: the caller allows for it. Returns when what was accepted before can be read from the store. It
-        costs proposals that are under way a retry, at most.
+        """Refuses, now and after a restart, every ballot of up to this epoch, in its step, that was drawn before this
+        call. Clocks differ: the caller allows for it. Returns when what was accepted before can be read from the store.
+        It costs proposals that are under way a retry, at most.
         """
         self._writes.check_answers()
         self.state.end_promises(Ballot(epoch, self._clock.wall_ms() * 1000, "", b""))
-        await self._high_water.raise_above(self.state.floor)
+        await self._high_water.raise_above(self.state.floor_at(epoch))
         await self.pending.all_arrived()
 
     # --- prepare ------------------------------------------------------------------------------------------------------
@@ -174,10 +171,15 @@ class LocalReplica:
                 return reply
             if request.name not in self.pending.by_name:
                 await self._rows.bring(request.name)
-                await self._high_water.raise_above(request.ballot)
+                await self._raise_for(request.name, request.ballot)
+
+    async def _raise_for(self, name: RegisterName, ballot: Ballot) -> None:
+        """What must be on disk before this ballot is promised."""
+        await self._epochs.raise_at(name.partition, ballot.epoch)
+        await self._high_water.raise_above(ballot)
 
     def try_prepare(self, request: messages.Prepare) -> messages.PrepareReply | None:
-        """None: it has to wait: for the disk, for an accept on its way there, or for a higher high-water ballot."""
+        """None: it has to wait: for the disk, an accept on its way there, a higher high-water ballot or epoch."""
         if self._writes.silent or self._health.hung:
             self._writes.check_answers()
         name, ballot = request.name, request.ballot
@@ -186,7 +188,7 @@ class LocalReplica:
         check_name(name, ballot)
         state = self.state
         try:
-            slot, acceptor = self._rows.acceptor(name)
+            slot, acceptor = self._rows.acceptor(name, ballot.epoch)
         except NotInMemory:
             return None
         verdict = judge_prepare(acceptor, ballot, request.nonce, self._rules)
@@ -195,12 +197,14 @@ class LocalReplica:
             self._counts.refused += 1
             final = acceptor.fence is not None and acceptor.fence.final
             return messages.PrepareReply(verdict, acceptor.lowest, final=final)
-        if ballot[:2] >= state.near_high_water:
+        if ballot.epoch >= FIRST_STEP and self._epochs.behind(name, ballot.epoch):
+            return None
+        if ballot[:2] >= state.near_high_water and state.near(ballot):
             if state.too_far(ballot, self._clock.wall_ms() * 1000):
                 self._counts.prepares += 1
                 self._counts.refused += 1
                 return messages.PrepareReply(Verdict.AHEAD, acceptor.lowest)
-            if needs_high_water(ballot, state.high_water):
+            if needs_high_water(ballot, state.high_water_at(ballot.epoch)):
                 return None
             self._high_water.begin_raise(ballot)
         self._counts.prepares += 1
@@ -220,6 +224,7 @@ class LocalReplica:
         while not self.try_accept(request, body, partial(resolve, answered)):
             await self._quiet(request.name)
             await self._rows.bring(request.name)
+            await self._epochs.raise_at(request.name.partition, request.ballot.epoch)
             if request.header:
                 await self._high_water.raise_above(request.ballot)
         return await answered
@@ -237,8 +242,8 @@ class LocalReplica:
         whether or not the caller still waits. ``header``: of the copy for this replica, when the request is one for
         several. ``create``: the request is one, whatever its type.
 
-        False: it has to wait for another accept of this register, for the disk, or for a higher high-water ballot.
-        Raises when nothing was begun: SlowDown when as much is on its way to the disk as may be.
+        False: it has to wait for another accept of this register, the disk, a higher high-water ballot or epoch. Raises
+        when nothing was begun: SlowDown when as much is on its way to the disk as may be.
         """
         if self._writes.silent or self._health.hung:
             self._writes.check_answers()
@@ -248,12 +253,14 @@ class LocalReplica:
         pending = self.pending.by_name.get(name)
         if pending is not None:
             return pending.joined(request, header, on_answer)
-        near = ballot[:2] >= state.near_high_water
+        near = ballot[:2] >= state.near_high_water and state.near(ballot)
         if near and state.too_far(ballot, self._clock.wall_ms() * 1000):
             self._counts.refused += 1
             on_answer(messages.AcceptReply(Verdict.AHEAD))
             return True
-        if near and header and needs_high_water(ballot, state.high_water):
+        if ballot.epoch >= FIRST_STEP and self._epochs.behind(name, ballot.epoch):
+            return False
+        if near and header and needs_high_water(ballot, state.high_water_at(ballot.epoch)):
             self._high_water.begin_raise(ballot)
             return False
         check_value(request.value)
@@ -299,7 +306,7 @@ class LocalReplica:
         batch = StoreBatch((Slot(name, ballot, value, copied),))
         if near and header:
             self._high_water.begin_raise(ballot)
-        elif near and needs_high_water(ballot, self.state.high_water):
+        elif near and needs_high_water(ballot, self.state.high_water_at(ballot.epoch)):
             self._high_water.add_to(batch, ballot)
         if not self._rules.sync_before_answer:
             self._answer_before_sync(batch, header, body, on_answer)
@@ -310,15 +317,15 @@ class LocalReplica:
     def _judge_accept(self, request: messages.Accept, copied: bool) -> tuple[Acceptor, Verdict]:
         name, ballot = request.name, request.ballot
         if not request.identity and self.state.promises.get(name) == ballot:
-            acceptor = self.state.of_promised(ballot, self._fences.of(name.scope))
+            acceptor = self.state.of_promised(name, ballot, self._fences.of(name.scope))
         else:
-            acceptor = self._rows.acceptor(name)[1]
+            acceptor = self._rows.acceptor(name, ballot.epoch)[1]
         value, identity = request.value, request.identity
         return acceptor, judge_accept(acceptor, ballot, value, request.nonce, identity, self._rules, copied=copied)
 
     def _judge_create(self, request: messages.Accept, copied: bool) -> tuple[Acceptor, Verdict]:
         value, nonce, identity = request.value, request.nonce, request.identity
-        acceptor = self._rows.acceptor(request.name)[1]
+        acceptor = self._rows.acceptor(request.name, request.ballot.epoch)[1]
         return acceptor, judge_create(acceptor, request.ballot, value, nonce, identity, self._rules, copied=copied)
 
     def _write(self, pending: PendingAccept, header: bytes, body: Sequence[Buffer]) -> None:
@@ -484,10 +491,7 @@ class LocalReplica:
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
         """In force at once; answered when it is on disk, and with it everything accepted before."""
         self._writes.check_answers()
-        check_epoch(request.epoch)
-        epoch = self.state.epoch = max(self.state.epoch, request.epoch)
-        if epoch > self._epoch_durable:
-            await self._writes.durably(StoreBatch(meta={META_EPOCH: epoch.to_bytes(8, "big")}))
-            await self.pending.all_arrived()
-            self._epoch_durable = max(self._epoch_durable, epoch)
-        return messages.EpochReply(self._epoch_durable)
+        check_epoch(request.epoch, request.partition)
+        durable = await self._epochs.fence(request)
+        await self.pending.all_arrived()
+        return messages.EpochReply(durable)

@@ -55,15 +55,15 @@ class DiskRows:
         self._digests = DigestCache()
         self._reading_ahead = asyncio.Lock()
 
-    def acceptor(self, name: RegisterName) -> tuple[Slot | None, Acceptor]:
-        """The row of a register, and what is known of it."""
+    def acceptor(self, name: RegisterName, epoch: int) -> tuple[Slot | None, Acceptor]:
+        """The row of a register, and what is known of it. ``epoch`` of the request."""
         fence = self._fences.of(name.scope)
         try:
             slot = self._store.get(name)
         except RowDamaged:
             self.damaged += 1
-            return None, self._state.of_damaged(name, fence)
-        return slot, self._state.of(name, slot, fence)
+            return None, self._state.of_damaged(name, fence, epoch)
+        return slot, self._state.of(name, slot, fence, epoch)
 
     async def bring(self, name: RegisterName) -> None:
         """Returns when the row and the fence of a register are in memory. Raises DiskUnusable, SlowDown."""
@@ -87,7 +87,7 @@ class DiskRows:
         payload, copies = request.value.payload, self._copies
         if copies is None:
             return False
-        slot, _acceptor = self.acceptor(request.name)
+        slot, _acceptor = self.acceptor(request.name, request.ballot.epoch)
         was_durable = slot is not None and slot.copied and slot.value.payload == payload
         return copies.holds(payload, was_durable=was_durable)
 
@@ -125,6 +125,10 @@ class DiskRows:
             return [None] * len(names)
         self.reads += len(names)
         found = self._store.rows(names)
+        if self._state.epochs and self._rules.fence_by_epoch:
+            for index, name in enumerate(names):
+                if epoch < self._state.epoch_at(RegisterName.unpack(name)):
+                    found[index] = None
         last, fenced = b"", False
         for index, name in enumerate(names):
             scope = name[1:SCOPE_END]
@@ -143,6 +147,12 @@ class DiskRows:
         """As ``try_rows``, of one name."""
         if self._writes.silent or (epoch < self._state.epoch and self._rules.fence_by_epoch):
             return None
+        if (
+            self._state.epochs
+            and epoch < self._state.epoch_at(RegisterName.unpack(name))
+            and self._rules.fence_by_epoch
+        ):
+            return None
         self.reads += 1
         pending = self._pending.by_name
         try:
@@ -158,7 +168,7 @@ class DiskRows:
 
     def _judge(self, request: Read) -> tuple[Slot | None, Acceptor, Verdict, bytes]:
         """What is known, whether it may be reported, and the data id of the copy to be sent along, or nothing."""
-        slot, acceptor = self.acceptor(request.name)
+        slot, acceptor = self.acceptor(request.name, request.epoch)
         verdict = judge_read(acceptor, request.epoch, self._rules)
         if verdict is not Verdict.OK:
             return slot, acceptor, verdict, b""
@@ -255,9 +265,21 @@ class DiskRows:
     def scan_now(self, request: ScanRequest) -> ScanReply:
         """Rows as they are on disk: what was answered OK is among them."""
         self._writes.check_answers()
-        if request.epoch < self._state.epoch and self._rules.fence_by_epoch:
+        if self._is_old(request):
             return ScanReply(Verdict.EPOCH)
         return self._with_fence(self._scan(request, self._digests), request)
+
+    def _is_old(self, request: ScanRequest) -> bool:
+        """Whether one of its shards is in a later step than the asker knows. The answers to the others would be right,
+        but who asks refreshes what it knows, and asks again.
+        """
+        state = self._state
+        if not self._rules.fence_by_epoch:
+            return False
+        if not state.epochs:
+            return request.epoch < state.epoch
+        shards = [(ask, RegisterName(request.table, request.scope, ask.shard, b"")) for ask in request.shards]
+        return any((ask.epoch or request.epoch) < state.epoch_at(name) for ask, name in shards)
 
     def _scan(self, request: ScanRequest, digests: DigestCache | None) -> ScanReply:
         try:

@@ -3,8 +3,8 @@
 ``judge_prepare``, ``judge_accept``, ``judge_create`` and ``judge_read`` try their rows from top to bottom; the first
 that matches answers. They judge an ``Acceptor``: what is known of one register when a request comes.
 
-``AcceptorState`` is what one disk's acceptor knows of all registers: promises, the floor under them, the high-water
-ballot, the layout epoch. Accepted values and fences are on disk; the shell (``meta.acceptor``) brings them along.
+``AcceptorState`` is what one disk's acceptor knows of all registers: promises, the floors under them, the high-water
+ballots, the epochs. Accepted values and fences are on disk; the shell (``meta.acceptor``) brings them along.
 
 Theory of operation
     Promises are kept in memory alone. They change with every prepare, and a sync costs a thousand times more than a
@@ -13,13 +13,22 @@ Theory of operation
 
     The table of promises is bounded. What is evicted raises the floor under all registers, which costs some proposer a
     retry and nothing else.
+
+    When a partition moves (``cluster.partitions``) each of its steps has higher ballots than all earlier ones. An
+    acceptor keeps an epoch for each partition that has moved, and refuses lower steps (EPOCH). The epoch is durable
+    before anything is promised or accepted in its step. Therefore floors and high-water ballots are kept for each step:
+    a ballot is compared with those of its own step alone. What was promised in a later step of its partition refuses it
+    by the epoch, and what was promised in another step of another partition does not concern it. With one floor for all
+    steps a partition that has moved would stop all others when the disk's node starts again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
+from storaged.cluster.partitions import STEP_SHIFT, step_of
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, NEVER, RULES, Rules, Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.meta.store_ports import Fence, Slot
@@ -154,44 +163,123 @@ def high_water_for(ballot: Ballot) -> Ballot:
     return Ballot(ballot.epoch, ballot.counter + HIGH_WATER_BLOCK_US, "", b"")
 
 
-class AcceptorState:
-    """What one disk's acceptor knows besides its rows and fences."""
+FIRST_STEP: Final = 1 << STEP_SHIFT
+"""Epochs below it are those of partitions that never moved."""
 
-    def __init__(self, high_water: Ballot, epoch: int, rules: Rules = RULES, promises_max: int = PROMISES_MAX) -> None:
-        """``high_water`` and ``epoch`` as the disk has them."""
+PARTITIONS_KNOWN_MAX = 4_096
+"""Scopes and shards whose partition is remembered, in a cluster where partitions have moved."""
+
+
+class StepFloor:
+    """The floor and the high-water ballot of one step, for all partitions of a disk. See ``AcceptorState``."""
+
+    __slots__ = ("floor", "high_water", "issued", "near")
+
+    def __init__(self, high_water: Ballot, *, promised: bool) -> None:
+        """``promised``: everything below the high-water ballot counts as promised."""
+        self.floor = floor_of(high_water) if promised else ZERO_BALLOT
+        self.issued = high_water
+        self.set_high_water(high_water)
+
+    def set_high_water(self, ballot: Ballot) -> None:
+        self.high_water = ballot
+        self.near = ballot.epoch, ballot.counter - HIGH_WATER_BLOCK_US // 2
+
+
+class AcceptorState:
+    """What one disk's acceptor knows besides its rows and fences.
+
+    Attributes without ``_at`` in their names are those of partitions that never moved: step 0.
+    """
+
+    def __init__(
+        self,
+        high_water: Ballot,
+        epoch: int,
+        rules: Rules = RULES,
+        promises_max: int = PROMISES_MAX,
+        *,
+        high_waters: Mapping[int, Ballot] | None = None,
+        epochs: Mapping[int, int] | None = None,
+    ) -> None:
+        """As the disk has them: ``high_water`` and ``epoch``; ``high_waters`` by step, and ``epochs`` by partition, of
+        partitions that have moved.
+        """
         self.promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
         self.sequences: dict[RegisterName, int] = {}
         """Of what was accepted here for registers that are promised."""
-        self.floor = floor_of(high_water) if rules.promises_survive_restart else ZERO_BALLOT
-        """Promised for every register."""
         self.epoch = epoch
         """Requests of an earlier layout epoch are refused."""
+        self.epochs: dict[int, int] = {}
+        """By partition: requests with a lower epoch are refused. Of partitions that have moved; the layout's part is 0,
+        unless the disk's own epoch is higher."""
         self.evicted = 0
         """Promises that the floor has replaced."""
         self._rules = rules
         self._promises_max = promises_max
-        self._issued = high_water
-        self.set_high_water(high_water)
+        self._partitions: dict[tuple[bytes, int], int] = {}
+        self._steps = {0: StepFloor(high_water, promised=rules.promises_survive_restart)}
+        for step, ballot in (high_waters or {}).items():
+            self._steps[step] = StepFloor(ballot, promised=rules.promises_survive_restart)
+        self.floor = self._steps[0].floor
+        """Promised for every register."""
+        self.near_high_water = self._steps[0].near
+        """From this epoch and counter on it is time to write a higher one."""
+        for partition, its in (epochs or {}).items():
+            self.raise_epoch_at(partition, its)
+
+    # --- epochs -------------------------------------------------------------------------------------------------------
+
+    def epoch_at(self, name: RegisterName) -> int:
+        """Below it requests for this register are refused."""
+        return self.epochs.get(self.partition_of(name), self.epoch) if self.epochs else self.epoch
+
+    def partition_of(self, name: RegisterName) -> int:
+        """``name.partition``, remembered."""
+        table, scope, shard, _key = name
+        if not table:
+            return name.partition
+        found = self._partitions.get((scope, shard))
+        if found is None:
+            if len(self._partitions) >= PARTITIONS_KNOWN_MAX:
+                self._partitions.clear()
+            found = self._partitions[scope, shard] = name.partition
+        return found
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Of the disk: in force for all partitions."""
+        self.epoch = max(self.epoch, epoch)
+        for partition, its in self.epochs.items():
+            self.epochs[partition] = max(its, self.epoch)
+
+    def raise_epoch_at(self, partition: int, epoch: int) -> None:
+        """Only the step counts: within one step the layouts have the same replicas."""
+        if epoch >= FIRST_STEP:
+            fence = step_of(epoch) << STEP_SHIFT
+            self.epochs[partition] = max(self.epochs.get(partition, self.epoch), fence)
 
     # --- one register -------------------------------------------------------------------------------------------------
 
-    def of(self, name: RegisterName, slot: Slot | None, fence: Fence | None) -> Acceptor:
-        """``slot`` as the disk has it."""
-        promised = max(self.promises.get(name, ZERO_BALLOT), self.floor)
+    def of(self, name: RegisterName, slot: Slot | None, fence: Fence | None, epoch: int) -> Acceptor:
+        """``slot`` as the disk has it. ``epoch`` of the request."""
+        promised = max(self.promises.get(name, ZERO_BALLOT), self.floor_at(epoch))
         if slot is None:
-            return Acceptor(promised, ZERO_BALLOT, None, self.epoch, fence)
-        return Acceptor(promised, slot.ballot, slot.value, self.epoch, fence)
+            return Acceptor(promised, ZERO_BALLOT, None, self.epoch_at(name), fence)
+        return Acceptor(promised, slot.ballot, slot.value, self.epoch_at(name), fence)
 
-    def of_damaged(self, name: RegisterName, fence: Fence | None) -> Acceptor:
-        """Of a register whose row can't be read: it may have accepted anything below the high-water ballot."""
-        above_all = max(self.promises.get(name, ZERO_BALLOT), self.floor, floor_of(self.high_water))
-        return Acceptor(above_all, ZERO_BALLOT, None, self.epoch, fence, damaged=True)
+    def of_damaged(self, name: RegisterName, fence: Fence | None, epoch: int) -> Acceptor:
+        """Of a register whose row can't be read: it may have accepted anything below the high-water ballot of the
+        request's step. Had it accepted anything in a later step, the epoch would refuse the request.
+        """
+        high_water = floor_of(self.high_water_at(epoch))
+        above_all = max(self.promises.get(name, ZERO_BALLOT), self.floor_at(epoch), high_water)
+        return Acceptor(above_all, ZERO_BALLOT, None, self.epoch_at(name), fence, damaged=True)
 
-    def of_promised(self, ballot: Ballot, fence: Fence | None) -> Acceptor:
+    def of_promised(self, name: RegisterName, ballot: Ballot, fence: Fence | None) -> Acceptor:
         """Of a register that is promised to this very ballot: it has accepted nothing since, and before that something
         lower, so that its row need not be read again.
         """
-        return Acceptor(max(ballot, self.floor), ZERO_BALLOT, None, self.epoch, fence)
+        return Acceptor(max(ballot, self.floor_at(ballot.epoch)), ZERO_BALLOT, None, self.epoch_at(name), fence)
 
     def promise(self, name: RegisterName, ballot: Ballot, slot: Slot | None = None) -> None:
         """``slot``: what the register holds."""
@@ -201,7 +289,7 @@ class AcceptorState:
         if len(promises) > self._promises_max:
             evicted_name, evicted = promises.popitem(last=False)
             self.sequences.pop(evicted_name, None)
-            self.floor = max(self.floor, evicted)
+            self._raise_floor(evicted)
             self.evicted += 1
         if slot is not None:
             self.sequences[name] = slot.value.sequence
@@ -213,25 +301,61 @@ class AcceptorState:
             self.sequences.pop(name, None)
 
     def end_promises(self, ballot: Ballot) -> None:
-        """Lower ballots are refused from now on, for every register."""
-        self.floor = max(self.floor, ballot)
+        """Lower ballots of its step are refused from now on, for every register."""
+        self._raise_floor(ballot)
 
-    # --- ballots ahead ------------------------------------------------------------------------------------------------
+    # --- floors, and ballots ahead ------------------------------------------------------------------------------------
+
+    def floor_at(self, epoch: int) -> Ballot:
+        """What is promised for every register in the step of this epoch."""
+        if epoch < FIRST_STEP:
+            return self.floor
+        found = self._steps.get(epoch >> STEP_SHIFT)
+        return ZERO_BALLOT if found is None else found.floor
+
+    @property
+    def high_water(self) -> Ballot:
+        return self._steps[0].high_water
+
+    def high_water_at(self, epoch: int) -> Ballot:
+        """As it is on disk, of the step of this epoch."""
+        found = self._steps.get(epoch >> STEP_SHIFT)
+        return ZERO_BALLOT if found is None else found.high_water
+
+    def near(self, ballot: Ballot) -> bool:
+        """Whether a ballot of at least ``near_high_water`` is near the high-water ballot of its step, or above it."""
+        found = self._steps.get(ballot.epoch >> STEP_SHIFT)
+        return found is None or ballot[:2] >= found.near
 
     def set_high_water(self, ballot: Ballot) -> None:
-        """It is on disk."""
-        self.high_water = ballot
-        self.near_high_water = ballot.epoch, ballot.counter - HIGH_WATER_BLOCK_US // 2
-        """From this epoch and counter on it is time to write a higher one."""
+        """It is on disk. Lower ones than the one known change nothing."""
+        floor = self._step(ballot.epoch)
+        if ballot > floor.high_water:
+            floor.set_high_water(ballot)
+            if ballot.epoch < FIRST_STEP:
+                self.near_high_water = floor.near
 
     def next_high_water(self, ballot: Ballot) -> Ballot:
         """A high-water ballot above this one, to be written. Never lower than one that is already on its way: what is
         posted to the store keeps its order, and the last one stays.
         """
-        self._issued = max(self._issued, high_water_for(ballot))
-        return self._issued
+        floor = self._step(ballot.epoch)
+        floor.issued = max(floor.issued, high_water_for(ballot))
+        return floor.issued
 
     def too_far(self, ballot: Ballot, now_us: int) -> bool:
         """Rule 15. Asked for ballots near the high-water ballot or above it, so that others cost nothing."""
-        highest = max(now_us, self.high_water.counter) + COUNTER_AHEAD_MAX_US
-        return ballot.counter > highest and self._rules.counters_bounded
+        counter = max(floor.high_water.counter for floor in self._steps.values())
+        return ballot.counter > max(now_us, counter) + COUNTER_AHEAD_MAX_US and self._rules.counters_bounded
+
+    def _step(self, epoch: int) -> StepFloor:
+        found = self._steps.get(epoch >> STEP_SHIFT)
+        if found is None:
+            found = self._steps[epoch >> STEP_SHIFT] = StepFloor(ZERO_BALLOT, promised=False)
+        return found
+
+    def _raise_floor(self, ballot: Ballot) -> None:
+        floor = self._step(ballot.epoch)
+        floor.floor = max(floor.floor, ballot)
+        if ballot.epoch < FIRST_STEP:
+            self.floor = floor.floor

@@ -6,6 +6,7 @@ raises InvalidRequest.
 
 from __future__ import annotations
 
+from storaged.cluster.layout import SYSTEM_PARTITION
 from storaged.errors import InvalidRequest
 from storaged.hashes import is_page
 from storaged.ids import INCARNATION_BYTES
@@ -77,6 +78,8 @@ def check_fence(request: messages.FenceSet | messages.FenceLift) -> None:
         raise InvalidRequest("Not a fence of a bucket.")
 
 
-def check_epoch(epoch: int) -> None:
+def check_epoch(epoch: int, partition: int) -> None:
     if not 0 <= epoch <= COUNTER_MAX:
         raise InvalidRequest(f"An epoch lies in 0..2^62, not {epoch}.")
+    if partition != messages.WHOLE_DISK and not 0 <= partition <= SYSTEM_PARTITION:
+        raise InvalidRequest(f"A partition lies in 0..{SYSTEM_PARTITION}, not {partition}.")

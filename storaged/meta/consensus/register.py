@@ -85,7 +85,9 @@ class Rules:
     foreign_refused: bool = True
     """9, 11. A disk that is not the one the node had, or is blank or retired, answers nothing."""
     fence_by_epoch: bool = True
-    """10. Acceptors refuse requests of a layout epoch before their own."""
+    """10. Acceptors refuse requests of a layout epoch before their own, and of steps of a partition before the one that
+    they know.
+    """
     copies_travel: bool = True
     """12. A record that no majority has confirmed is accepted again only together with the small copy that it names."""
     create_into_nothing: bool = True
@@ -134,6 +136,8 @@ class Rules:
     """26. It is proposed as a new change, with the sequence after the highest one seen."""
     errors_no_damage: bool = True
     """27. A copy that can't be read now counts as lost nowhere: the replica says that it can't tell."""
+    steps_durable: bool = True
+    """28. The step of a partition is durable at an acceptor before it promises or accepts anything in that step."""
 
 
 RULES = Rules()
@@ -144,7 +148,7 @@ class Verdict(IntEnum):
     PREEMPTED = 1
     """A higher ballot was promised."""
     EPOCH = 2
-    """The layout of the request is older than this acceptor's."""
+    """The layout of the request is older than this acceptor's, or the step of its partition is."""
     FENCED = 3
     """The scope (a bucket that is being deleted) is fenced."""
     CONFLICT = 4
@@ -164,7 +168,8 @@ class Verdict(IntEnum):
     AHEAD = 8
     """The ballot lies too far ahead of this acceptor's clock: more than an hour."""
     NEWER = 9
-    """The layout of the request is newer than any that this acceptor's node knows: it may be about to learn it."""
+    """The layout of the request is newer than any that this acceptor's node knows, or the step of its partition is: the
+    node may be about to learn it."""
 
 
 def digest_of(value: Value | None) -> bytes:

@@ -48,7 +48,7 @@ class PartitionMoves:
         quorum = Quorum(*state.sets)
 
         def call(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[EpochReply]]:
-            request = EpochFence(disk, state.epoch)
+            request = EpochFence(disk, state.epoch, state.partition)
             return lambda replica: replica.fence_epoch(request, timeout_s=timeout_s)
 
         done = await self._calls.gather(

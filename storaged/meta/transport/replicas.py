@@ -25,10 +25,10 @@ from storaged.cluster.ports import (
     TryCaller,
 )
 from storaged.cluster.rpc.authority import grant
-from storaged.errors import DiskUnusable
+from storaged.errors import DiskUnusable, InvalidRequest
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
-from storaged.meta.authority import Gate, OnRefusal
+from storaged.meta.authority import Gate, KnownSteps, OnRefusal
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.ports import Replica
@@ -263,10 +263,11 @@ class ReplicaHost:
         newest_epoch: Callable[[], int],
         rules: Rules = RULES,
         on_refusal: OnRefusal = lambda peer, error: None,
+        steps: KnownSteps = KnownSteps(),  # noqa: B008
     ) -> None:
-        """``newest_epoch``, ``on_refusal``: see ``authority.Gate``."""
+        """All but ``replicas``: see ``authority.Gate``."""
         self.replicas = replicas
-        self._gate = Gate(newest_epoch, rules, on_refusal)
+        self._gate = Gate(newest_epoch, rules, on_refusal, steps)
 
     def _of(self, disk: str) -> LocalReplica:
         found = self.replicas.get(disk)
@@ -370,6 +371,10 @@ class ReplicaHost:
         return await self._of(request.disk).unfence(request)
 
     async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
+        if request.partition == messages.WHOLE_DISK:
+            raise InvalidRequest("No node fences a whole disk of another one: name a partition.")
+        if not self._gate.knows(request.partition, request.epoch):
+            return messages.EpochReply(0)  # a step that nobody has recorded would stop the partition for ever
         return await self._of(request.disk).fence_epoch(request)
 
     async def _fences(self, request: messages.FencesAsk, _call: Call) -> messages.FencesReply:
