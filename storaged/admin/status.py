@@ -141,6 +141,10 @@ class KeyDamage(NamedTuple):
     mended: bool
 
 
+SetsOf = Callable[[int], Sequence[Sequence[str]]]
+"""The sets of replicas of a partition: two while it moves; none when this node does not know where it is."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """All facts that the verdict follows from. ``write_profile`` is the profile of a write now; None, with
@@ -167,6 +171,8 @@ class Facts:
     """Where this gateway saw a chosen value undone."""
     audit_alarms: Sequence[tuple[str, str]] = ()
     """(node, what its witnesses report about its audit log)."""
+    sets_of: SetsOf | None = None
+    """None: partitions are where the layout wants them."""
 
 
 @dataclass(frozen=True)
@@ -181,20 +187,23 @@ class RingHealth:
     by_domain: Mapping[str, int]
 
 
-def ring_health(layout: Layout, alive: Callable[[str], bool]) -> RingHealth:
-    """Counts partitions. Replicas of one partition are in distinct domains, so a domain costs the sum of its disks."""
+def ring_health(layout: Layout, alive: Callable[[str], bool], sets_of: SetsOf) -> RingHealth:
+    """Counts partitions. A partition that moves needs a majority of both of its sets."""
     stopped = 0
     by_disk: Counter[str] = Counter()
     by_domain: Counter[str] = Counter()
+    domain_of = layout.domain_by_disk
     for partition in (*range(PARTITIONS), SYSTEM_PARTITION):
-        replicas = layout.replicas_of(partition)
-        living = [disk for disk in replicas if alive(disk)]
-        spare = Quorum(replicas).spare(living)
-        stopped += spare < 0
-        if spare == 0:
-            by_disk.update(living)
-            by_domain.update(layout.domain_by_disk[disk] for disk in living)
-    return RingHealth(stopped, by_disk, by_domain)
+        sets = sets_of(partition)
+        quorum = Quorum(*sets) if sets else None
+        living = {disk for disk in quorum.disks if alive(disk)} if quorum is not None else set()
+        if quorum is None or not quorum.met(living):
+            stopped += 1
+            continue
+        by_disk.update(disk for disk in living if not quorum.met(living - {disk}))
+        for domain in {domain_of.get(disk, disk) for disk in living}:
+            by_domain[domain] += not quorum.met({disk for disk in living if domain_of.get(disk, disk) != domain})
+    return RingHealth(stopped, +by_disk, +by_domain)
 
 
 def _next_failure(layout: Layout, ring: RingHealth) -> dict[str, Any]:
@@ -220,7 +229,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
     def alive(disk_id: str) -> bool:
         return disk_id in disk_by_id and disk_by_id[disk_id].state in ("ok", "full")
 
-    ring = ring_health(facts.layout, alive)
+    ring = ring_health(facts.layout, alive, facts.sets_of or (lambda number: (facts.layout.replicas_of(number),)))
     headless = ring.stopped
     problems = list(_problems(facts, headless, disk_by_id, now_ms))
     durability = facts.durability

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.clock import Clock
 from storaged.cluster.ports import Layouts, Liveness, OnRefusal
-from storaged.errors import DiskUnusable
+from storaged.errors import DiskUnusable, ServiceUnavailable
 from storaged.fragments.ports import FragmentStores, NearStore
 from storaged.maintain.asks import Asks
 from storaged.meta.consensus.looks import Look
@@ -70,7 +70,7 @@ class SignerKeys(Protocol):
 
 
 Copies = Sequence[tuple[bytes, Sequence[Buffer]]]
-"""(encoded fragment header, payload) of a small copy, for each replica of its register."""
+"""(encoded fragment header, payload) of a small copy, for each position of its register's replicas."""
 
 
 async def no_disk(disk: str, _request: Accept, _copy: Sequence[Buffer]) -> AcceptReply:
@@ -83,14 +83,12 @@ async def no_copies(_name: RegisterName, _data_id: bytes) -> Copies | None:
 
 @dataclass
 class MaintainContext:
-    """``signers``: verify the signatures on records.
-    ``look``: asks each replica of a register what it has accepted (``meta.client``).
-    ``local_meta``, ``local_fragments``: this node's disks by id.
-    ``asks``: of gateways, who alone change registers.
-    ``adopt(disk, request, copy)``: a local disk accepts what a quorum has; as ``Replica.accept``.
-    ``small_copies(name, data_id)``: the copy of a small object for each replica; None or empty when none gives it.
-    ``on_refusal(peer, error)``: another node asked what no honest node asks; for the audit log.
-    ``audit_alarms``: (node, what is wrong with its audit log) as this node knows; shown in its status.
+    """``signers``: verify the signatures on records. ``look``: asks each replica of a register what it has accepted
+    (``meta.client``). ``local_meta``, ``local_fragments``: this node's disks by id. ``asks``: of gateways, who alone
+    change registers. ``adopt(disk, request, copy)``: a local disk accepts what a quorum has; as ``Replica.accept``.
+    ``small_copies(name, data_id)``: the copy of a small object for each position; None or empty when none gives it.
+    ``on_refusal(peer, error)``: another node asked what no honest node asks; for the audit log. ``audit_alarms``:
+    (node, what is wrong with its audit log) as this node knows; shown in its status.
     """
 
     node: str
@@ -115,9 +113,13 @@ class MaintainContext:
 
     def leader_of(self, partition: int) -> str:
         """The disk whose node is responsible for a partition: the first of its replicas that can be read now; empty
-        when none can. Two nodes that disagree on which disks are alive do the same work twice, which is harmless.
+        when none can, or where they are is not known yet. Two nodes that disagree on which disks are alive do the same
+        work twice, which is harmless.
         """
-        replicas = self.layouts.current.replicas_of(partition)
+        try:
+            replicas = self.layouts.partition(partition).present
+        except ServiceUnavailable:
+            return ""
         return next((disk for disk in replicas if self.liveness.disk_readable(disk)), "")
 
     def leads(self, partition: int) -> bool:

@@ -104,7 +104,7 @@ class Discarder:
             return Judged(CHANGED, "the record does not have this data")
         if entry.small or entry.inline:
             return Judged(REFUSED, "what lies beside its record is not in the way of repair")
-        places = blocks_of(entry, name.partition, self._context.layouts.at, countries)
+        places = blocks_of(entry, name.partition, self._context.layouts, countries)
         old = next((where for where in places if where.block == fragment.block), None)
         if old is None:
             return Judged(CHANGED, "the record does not have this block")

@@ -12,18 +12,17 @@ one of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 from storaged.cluster.layout import Layout, Profile
+from storaged.cluster.ports import Layouts
 from storaged.fragments.ports import FragmentId
 from storaged.objects.code.geometry import BlockShape, PartShape
 from storaged.objects.code.place import disks_of, first_choice, largest_share
 from storaged.objects.records import PartEntry, Run
-
-LayoutAt = Callable[[int], Layout]
 
 
 class Presence(IntEnum):
@@ -63,33 +62,38 @@ class BlockPlace(NamedTuple):
 
 
 def run_disks(
-    entry: PartEntry, run: Run, partition: int, layout_at: LayoutAt, countries: Sequence[str]
+    entry: PartEntry, run: Run, partition: int, layouts: Layouts, countries: Sequence[str]
 ) -> tuple[str, ...]:
-    """The disks of a run's fragments in position order. ``partition``: of the register that refers to it, whose
-    replicas hold small copies.
+    """The disks of a run's fragments in position order. ``partition``: of the register that refers to it. Small copies
+    are where its replicas are now. While it moves they are at those that it has; the mover looks after the one that
+    comes.
 
     Raises KeyError for an unknown layout epoch, ValueError for a run that no layout explains: this node must not judge
-    such a record.
+    such a record. Raises as ``Layouts.partition``.
     """
-    layout = layout_at(run.epoch)
     if not entry.small:
-        return disks_of(run, layout, entry.data_id, countries)
-    replicas = layout.replicas_of(partition)
+        return disks_of(run, layouts.at(run.epoch), entry.data_id, countries)
+    return _copies_at(layouts.partition(partition).present, run)
+
+
+def _copies_at(replicas: tuple[str, ...], run: Run) -> tuple[str, ...]:
     if len(replicas) < run.profile.n:
         raise ValueError(f"{run.profile.n} copies beside a register of {len(replicas)} replicas")
     return replicas[: run.profile.n]
 
 
-def blocks_of(entry: PartEntry, partition: int, layout_at: LayoutAt, countries: Sequence[str]) -> Iterator[BlockPlace]:
+def blocks_of(entry: PartEntry, partition: int, layouts: Layouts, countries: Sequence[str]) -> Iterator[BlockPlace]:
     """Every block of a part; none for a part that is kept in the record. Raises as ``run_disks``."""
     if entry.inline:
         return
     for run in entry.runs:
-        disks = run_disks(entry, run, partition, layout_at, countries)
-        layout = layout_at(run.epoch)
-        spread = entry.small or not run.moved or _is_spread(layout, entry.data_id, run, disks, countries)
-        if run.moved and any(not is_allowed(layout, disk, countries) for disk in run.moved.values()):
-            spread = False
+        disks = run_disks(entry, run, partition, layouts, countries)
+        spread = True
+        if run.moved and not entry.small:
+            layout = layouts.at(run.epoch)
+            spread = _is_spread(layout, entry.data_id, run, disks, countries) and all(
+                is_allowed(layout, disk, countries) for disk in run.moved.values()
+            )
         for block in range(run.first, run.first + run.count):
             yield BlockPlace(entry, block, run, disks, spread, tuple(countries))
 
@@ -111,15 +115,20 @@ def _is_spread(layout: Layout, data_id: bytes, run: Run, disks: Sequence[str], c
 
 
 def claims(
-    entry: PartEntry, fragment: FragmentId, disk: str, partition: int, layout_at: LayoutAt, countries: Sequence[str]
+    entry: PartEntry, fragment: FragmentId, disk: str, partition: int, layouts: Layouts, countries: Sequence[str]
 ) -> bool:
-    """Whether a part names this very fragment on this disk. Raises as ``run_disks``."""
+    """Whether a part names this very fragment on this disk. While a partition moves, small copies belong to the disk
+    that goes and to the one that comes. Raises as ``run_disks``.
+    """
     if entry.data_id != fragment.data_id or entry.inline:
         return False
     for run in entry.runs:
         if run.first <= fragment.block < run.first + run.count and (run.k, run.m) == (fragment.k, fragment.m):
-            disks = run_disks(entry, run, partition, layout_at, countries)
-            return fragment.position < len(disks) and disks[fragment.position] == disk
+            if entry.small:
+                places = [_copies_at(replicas, run) for replicas in layouts.partition(partition).sets]
+            else:
+                places = [run_disks(entry, run, partition, layouts, countries)]
+            return any(disks[fragment.position : fragment.position + 1] == (disk,) for disks in places)
     return False
 
 

@@ -69,7 +69,8 @@ class PageRepair:
         for one in registers:
             by_partition.setdefault(one.partition, []).append(one)
         for partition, some in by_partition.items():
-            holders = await self._holders(partition, list(dict.fromkeys(page for one in some for page in one.hashes)))
+            replicas = self._context.layouts.partition(partition).present
+            holders = await self._holders(replicas, list(dict.fromkeys(page for one in some for page in one.hashes)))
             for one in some:
                 for page in one.hashes:
                     one.tally.add_page(len(holders[page].have), len(holders[page].lacking))
@@ -80,7 +81,8 @@ class PageRepair:
         """
         hashes = pages_in(name, value)
         failure: Exception | None = None
-        for page, holders in (await self._holders(name.partition, hashes)).items():
+        replicas = self._context.layouts.partition(name.partition).disks
+        for page, holders in (await self._holders(replicas, hashes)).items():
             for disk in holders.lacking if holders.have else ():
                 try:
                     async with asyncio.timeout(self._context.limits.call_timeout_s):
@@ -91,8 +93,8 @@ class PageRepair:
         if failure is not None:
             raise failure
 
-    async def _holders(self, partition: int, hashes: Sequence[bytes]) -> dict[bytes, Holders]:
-        disks = filter(self._context.liveness.disk_readable, self._context.layouts.current.replicas_of(partition))
+    async def _holders(self, replicas: Sequence[str], hashes: Sequence[bytes]) -> dict[bytes, Holders]:
+        disks = filter(self._context.liveness.disk_readable, replicas)
         answers = await asyncio.gather(*(self._lacking(disk, hashes) for disk in disks)) if hashes else []
         answered = [answer for answer in answers if answer is not None]
         return {

@@ -264,7 +264,7 @@ class Mover:
             for run, places in ((move.old, one.old), (move.new, one.new)):
                 blocks = msgspec.structs.replace(run, first=move.new.first, count=move.new.count)
                 moved = msgspec.structs.replace(entry, runs=(blocks,))
-                places += blocks_of(moved, one.name.partition, context.layouts.at, countries)
+                places += blocks_of(moved, one.name.partition, context.layouts, countries)
         except (KeyError, ValueError) as error:
             return Judged(LATER, f"the places of the blocks are not known here: {error}")
         return OK

@@ -89,9 +89,9 @@ class Pull:
             return False
         if value.payload:
             copies = await self._context.small_copies(name, value.payload)
-            if not copies:
+            if not copies or disk not in self._context.layouts.partition(name.partition).disks:
                 return False
-            header, body = copies[look.quorum.disks.index(disk)]
+            header, body = copies[self._context.layouts.partition(name.partition).position_of(disk)]
         try:
             request = Accept(disk, name, held.ballot, value, b"", True, header)
             reply = await self._context.adopt(disk, request, body)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
 from storaged.cluster.rpc.authority import grant
-from storaged.errors import PeerError, PeerRefused, StoragedError
+from storaged.errors import PeerError, PeerRefused, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.check import Check
 from storaged.maintain.context import MaintainContext
@@ -347,9 +347,12 @@ class MaintainClient:
 
     def _leader(self, owner: bytes) -> str:
         """The node that is responsible for a register; empty when none of its replicas can be read."""
-        layout = self._layouts.current
-        replicas = layout.replicas_of(RegisterName.unpack(owner).partition)
-        return next((layout.node_of(disk) for disk in replicas if self._liveness.disk_readable(disk)), "")
+        try:
+            replicas = self._layouts.partition(RegisterName.unpack(owner).partition).present
+        except ServiceUnavailable:
+            return ""
+        node_of = self._layouts.current.node_of
+        return next((node_of(disk) for disk in replicas if self._liveness.disk_readable(disk)), "")
 
     async def _send(self, node: str, names: Sequence[bytes], mismatches: Sequence[tuple[bytes, bytes]]) -> None:
         for start in range(0, max(len(names), len(mismatches)), HINTS_A_CALL):

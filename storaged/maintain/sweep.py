@@ -90,7 +90,7 @@ class Sweep:
         if owner.scope not in self._buckets.by_id:
             # The bucket is gone or brand-new. A bucket that is gone has a fence; that is checked before any deletion.
             return False
-        for replica in self._context.layouts.current.replicas_of(owner.partition):
+        for replica in self._context.layouts.partition(owner.partition).present:
             store = self._context.local_meta.get(replica)
             try:
                 slot = await store.read(partial(store.get, owner)) if store is not None else None

@@ -93,7 +93,7 @@ def is_claimed(
     countries: tuple[str, ...],
 ) -> bool:
     """Whether one of the owner's parts names this very fragment on this disk. Raises as ``health.run_disks``."""
-    return any(claims(entry, fragment, disk, owner.partition, context.layouts.at, countries) for entry in entries)
+    return any(claims(entry, fragment, disk, owner.partition, context.layouts, countries) for entry in entries)
 
 
 async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIterator[tuple[RegisterName, Value]]:
@@ -251,7 +251,7 @@ class Walker:
         """The blocks of a part and their disks. Raises KeyError for a bucket or an epoch that is not known here,
         ValueError for a run that no layout explains.
         """
-        return blocks_of(entry, name.partition, self._context.layouts.at, self.buckets.countries_of(name.scope))
+        return blocks_of(entry, name.partition, self._context.layouts, self.buckets.countries_of(name.scope))
 
     async def _judge_blocks(self, batch: Sequence[tuple[Tally, BlockPlace]]) -> None:
         presence = await self._presence([place for _, place in batch])

@@ -268,7 +268,7 @@ class RingClient:
         return await self._survey.look(name)
 
     async def small_copies(self, name: RegisterName, data_id: bytes) -> Fragments | None:
-        """The copy of a small object as each replica of the register keeps it; None when none gives it now."""
+        """The copy of a small object as the replica of each position keeps it; None when none gives it now."""
         return await self._ring.carry(self._view(name), name, data_id, self._calls.deadline())
 
     # --- pages and fences ---------------------------------------------------------------------------------------------

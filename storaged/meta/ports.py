@@ -63,9 +63,10 @@ class SmallCopies(NamedTuple):
     """A small object's sealed bytes. Every replica of the register stores them along with the accept, durable with the
     record that names them or before it.
 
-    ``fragments`` has (encoded fragment header, payload) for each replica index (0, 1, 2): built by
-    ``fragments.format``, opaque here. ``enough`` judges the ids of the disks that have synced their copy (the
-    acknowledge rule): ``change`` succeeds only when it holds, besides the majority.
+    ``fragments`` has (encoded fragment header, payload) for each position of a replica (0, 1, 2), not for each replica:
+    ``quorums.View`` has the positions. They are built by ``fragments.format``, opaque here. ``enough`` judges the ids
+    of the disks that have synced their copy (the acknowledge rule): ``change`` succeeds only when it holds, besides the
+    majority.
 
     A replica that can't store its copy accepts nothing, so the copies of a record are on a majority of its replicas
     from the moment that it is chosen. A settling round that finds a record which no majority has confirmed yet carries
@@ -249,8 +250,8 @@ class Scanner(Protocol):
 
 
 class Fences(Protocol):
-    """A bucket's fence, by its id, on a majority of the replicas of every shard (object, upload and
-    part rows alike).
+    """A bucket's fence, by its id, on a majority of the replicas of every shard (object, upload and part rows
+    alike).
     """
 
     async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:

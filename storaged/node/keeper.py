@@ -68,7 +68,7 @@ class SystemKeeper:
         return not self._hints and self._walked is not None and self._readable() <= self._walked
 
     def _readable(self) -> frozenset[str]:
-        return frozenset(filter(self._liveness.disk_readable, self._layouts.current.replicas_of(SYSTEM_PARTITION)))
+        return frozenset(filter(self._liveness.disk_readable, self._layouts.partition(SYSTEM_PARTITION).disks))
 
     def hint(self, name: RegisterName) -> None:
         """Notes that a replica missed a write of this register. The notes are bounded; the next walk finds the rest."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from storaged.admin.ports import Services
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
-from storaged.cluster.layout import Profile
+from storaged.cluster.layout import SYSTEM_PARTITION, Profile
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
@@ -60,13 +60,13 @@ class Reports:
         A gateway needs an open keyring and a majority of the system partition; a storage node needs one disk.
         """
         node = self._node
-        layout = node.layouts.current
-        alive = [disk for disk in layout.seeds if node.membership.disk_readable(disk)]
+        system = Quorum(*node.layouts.partition(SYSTEM_PARTITION).sets)
+        alive = [disk for disk in system.disks if node.membership.disk_readable(disk)]
         if node.config.storage and not node.disks.used:
             return False, "no disk takes part"
         if self._gateway is not None:
-            if not Quorum(layout.seeds).met(alive):
-                found = f"{len(alive)} of {len(layout.seeds)} replicas answer"
+            if not system.met(alive):
+                found = f"{len(alive)} of {len(system.disks)} replicas answer"
                 return False, f"the system partition has no majority: {found}"
             if self._gateway.reason:
                 return False, self._gateway.reason
@@ -91,6 +91,7 @@ class Reports:
             bad_records=self._gateway.bad_records() if self._gateway is not None else (),
             audit_problem=node.auditing.problem,
             chosen_fall=node.ring.chosen_falls[1],
+            sets_of=self._sets_of,
             audit_alarms=merged(
                 [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),
@@ -99,6 +100,12 @@ class Reports:
             ),
         )
         return self._seen.date(judge(facts, node.clock.wall_ms()))
+
+    def _sets_of(self, partition: int) -> tuple[tuple[str, ...], ...]:
+        try:
+            return self._node.layouts.partition(partition).sets
+        except ServiceUnavailable:
+            return ()
 
     async def watch(self) -> None:
         """Judges the state now and then, so that a problem has a date though no operator asked."""

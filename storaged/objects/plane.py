@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from storaged.clock import Clock
-from storaged.cluster.layout import Profile
+from storaged.cluster.layout import Layout, Profile
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.fragments.ports import FragmentId, FragmentStores
 from storaged.ids import Entropy
@@ -162,6 +162,9 @@ class ObjectPlane:
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
         self.hedge = HedgeDelay(self.limits.hedge_floor_s)
         self._copy_plans: dict[tuple[bytes, int], place.CopyPlan] = {}
+        """Of the layout and the steps of partitions below."""
+        self._planned_layout: Layout | None = None
+        self._planned_steps = -1
         self.opened_records = OpenedRecordCache(self.limits.opened_bytes_max)
         self.listed_rows = ListedRowCache(self.limits.listed_bytes_max)
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
@@ -185,13 +188,15 @@ class ObjectPlane:
         return _canonical(bucket.profile or self.layouts.current.profile)
 
     def copy_plan(self, name: RegisterName) -> place.CopyPlan:
-        """The plan for the register's partition, under the current layout."""
-        shard, layout = (name.scope, name.shard), self.layouts.current
+        """The plan for the register's partition, where it is now. Raises ServiceUnavailable."""
+        shard, layout, steps = (name.scope, name.shard), self.layouts.current, self.layouts.partitions.steps
+        full = len(self._copy_plans) >= self.limits.cache_entries_max
+        if layout is not self._planned_layout or steps != self._planned_steps or full:
+            self._planned_layout, self._planned_steps, self._copy_plans = layout, steps, {}
         plan = self._copy_plans.get(shard)
-        if plan is None or plan.layout is not layout:
-            if len(self._copy_plans) >= self.limits.cache_entries_max:
-                self._copy_plans.clear()
-            plan = self._copy_plans[shard] = place.copy_plan(layout, name.partition, self.liveness.disk_writable)
+        if plan is None:
+            state = self.layouts.partition(name.partition)
+            plan = self._copy_plans[shard] = place.copy_plan(layout, state, self.liveness.disk_writable)
         return plan
 
     async def close(self) -> None:

@@ -94,7 +94,7 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
     runs = [await _run(plane, bucket, found.name, part, run, layout) for part in parts for run in part.runs]
     holders = {index: replica.disk for index, replica in enumerate(replicas) if replica.state == "ok"}
     record_disks, record_domains = place.spare(layout, Profile(1, len(replicas) - 1), holders)
-    quorum = Quorum([replica.disk for replica in replicas])
+    quorum = Quorum(*plane.layouts.partition(found.name.partition).sets)
     answering = [replica.disk for replica in replicas if replica.state != "unreachable"]
     return Whereabouts(
         key,
@@ -124,27 +124,25 @@ async def _replicas(plane: ObjectPlane, name: RegisterName, layout: Layout) -> t
 async def _run(
     plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run, layout: Layout
 ) -> RunPlace:
-    disks = _disks(plane, bucket, name, part, run)
+    places = _places(plane, bucket, name, part, run)
     step = -(-run.count // RUN_BLOCKS_MAX)
     blocks = range(run.first, run.first + run.count, step)
-    health = await asyncio.gather(
-        *(_health(plane, part, run, position, disk, blocks) for position, disk in enumerate(disks))
-    )
+    health = await asyncio.gather(*(_health(plane, part, run, position, disk, blocks) for position, disk in places))
     shape = PartShape.of(part)
     spares = []
     for index, block in enumerate(blocks):
-        alive = {position: disks[position] for position in range(len(disks)) if health[position][index] == "ok"}
+        alive = {at: disk for at, (_, disk) in enumerate(places) if health[at][index] == "ok"}
         if run.k > 1:  # data fragments after the end of a short block are zeros, and need no disk
             cells = shape.block(block).cells
             alive.update(
                 {
-                    position: disks[position]
+                    position: places[position][1]
                     for position in range(cells, run.k)
                     if health[position][index] != "unreachable"
                 }
             )
         spares.append(place.spare(layout, run.profile, alive))
-    fragments = tuple(_fragment_place(layout, position, disk, health[position]) for position, disk in enumerate(disks))
+    fragments = tuple(_fragment_place(layout, *place, health[at]) for at, place in enumerate(places))
     return RunPlace(
         part.number,
         run.first,
@@ -163,13 +161,14 @@ def _fragment_place(layout: Layout, position: int, disk: str, health: list[str])
     return FragmentPlace(position, disk, _node_of(layout, disk), _rack_of(layout, disk), worst, bad)
 
 
-def _disks(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run) -> tuple[str, ...]:
-    layout = plane.layouts.at(run.epoch)
+def _places(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run
+) -> list[tuple[int, str]]:
+    """(position, disk) of each fragment. While its partition moves, a small object has two copies of one position."""
     if part.small:
-        return tuple(run.moved.get(index, disk) for index, disk in enumerate(layout.replicas_of(name.partition)))[
-            : run.k + run.m
-        ]
-    return place.disks_of(run, layout, part.data_id, bucket.countries)
+        state = plane.layouts.partition(name.partition)
+        return [(position, disk) for disk in state.disks if (position := state.position_of(disk)) < run.k + run.m]
+    return list(enumerate(place.disks_of(run, plane.layouts.at(run.epoch), part.data_id, bucket.countries)))
 
 
 async def _health(plane: ObjectPlane, part: PartEntry, run: Run, position: int, disk: str, blocks: range) -> list[str]:

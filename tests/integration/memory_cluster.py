@@ -404,7 +404,7 @@ class Cluster:
         found: list[BlockPlace] = []
         for version in (await self.record(bucket, key)).versions:
             async for part in parts_of(self.gateway.ring, name, version):
-                found += blocks_of(part, name.partition, self.layouts.at, bucket.countries)
+                found += blocks_of(part, name.partition, self.layouts, bucket.countries)
         return found
 
     def holds(self, disk: str, fragment: FragmentId) -> bool:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from storaged.cli.create import seeds_of
 from storaged.cluster.layout import PARTITIONS, SHARDS_DEFAULT, DiskEntry, Layout, NodeEntry, partition_of
+from storaged.cluster.partitions import PartitionRecord
 from storaged.errors import ServiceUnavailable
 from storaged.meta.names import object_name, part_name, upload_name
 from storaged.objects.records import BucketRecord
-from storaged.objects.system.shards import draw, shards_inside
+from storaged.objects.system.shards import draw, is_inside, shards_inside
+from tests.doubles.layouts import KnownLayouts
 from tests.examples import examples
 
 COUNTRIES = ["FR", "DE", "IT", "HU"]
@@ -59,9 +61,9 @@ def test_a_bucket_is_made_iff_a_partition_qualifies_and_its_registers_lie_inside
     qualifies = any(countries_of(layout, partition) <= set(countries) for partition in range(PARTITIONS))
     if not qualifies:
         with pytest.raises(ServiceUnavailable, match=", ".join(countries)):
-            draw(layout, countries, lambda: entropy.randbytes(16))
+            draw(KnownLayouts(layout), countries, lambda: entropy.randbytes(16))
         return
-    drawn = draw(layout, countries, lambda: entropy.randbytes(16))
+    drawn = draw(KnownLayouts(layout), countries, lambda: entropy.randbytes(16))
     bucket = BucketRecord(
         "b", drawn.bucket_id, "o", 0, "active", drawn.shards, "r", tuple(countries), shard_list=drawn.shard_list
     )
@@ -82,13 +84,13 @@ def test_a_bucket_is_made_iff_a_partition_qualifies_and_its_registers_lie_inside
 def test_a_bucket_of_a_mixed_ring_has_all_its_shards(places: list[str]) -> None:
     layout, entropy = layout_of(places), random.Random(7)
     for _ in range(20):
-        drawn = draw(layout, ("FR",), lambda: entropy.randbytes(16))
+        drawn = draw(KnownLayouts(layout), ("FR",), lambda: entropy.randbytes(16))
         assert len(drawn.shard_list) == drawn.shards == SHARDS_DEFAULT
         assert len({partition_of(drawn.bucket_id, shard) for shard in drawn.shard_list}) == SHARDS_DEFAULT
 
 
 def test_without_countries_a_bucket_has_the_first_shards() -> None:
-    drawn = draw(layout_of(["FR", "DE", "IT"]), (), lambda: b"i" * 16)
+    drawn = draw(KnownLayouts(layout_of(["FR", "DE", "IT"])), (), lambda: b"i" * 16)
     assert drawn == (b"i" * 16, 16, b"")
     assert BucketRecord("b", b"i" * 16, "o", 0, "active", 16, "r").shard_numbers == bytes(range(16))
 
@@ -98,7 +100,7 @@ def test_a_single_partition_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, entropy = layout_of(["FR", "FR", "FR", "DE"]), random.Random(1)
     inside: Any = lambda _layout, partition, _countries: partition == 700  # noqa: E731
     monkeypatch.setattr("storaged.objects.system.shards.is_inside", inside)
-    drawn = draw(layout, ("FR",), lambda: entropy.randbytes(16))
+    drawn = draw(KnownLayouts(layout), ("FR",), lambda: entropy.randbytes(16))
     assert {partition_of(drawn.bucket_id, shard) for shard in drawn.shard_list} == {700}
 
 
@@ -107,7 +109,7 @@ def test_shards_of_different_partitions_come_first(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("storaged.objects.system.shards.is_inside", inside)
     for seed in range(50):
         bucket_id = random.Random(seed).randbytes(16)
-        found = shards_inside(layout_of(["FR"] * 3), bucket_id, ("FR",))
+        found = shards_inside(KnownLayouts(layout_of(["FR"] * 3)), bucket_id, ("FR",))
         inside_all = {partition_of(bucket_id, shard) for shard in range(256)} & set(range(5, PARTITIONS, 64))
         assert len({partition_of(bucket_id, shard) for shard in found}) == min(len(inside_all), SHARDS_DEFAULT)
 
@@ -124,5 +126,23 @@ def test_shards_of_different_partitions_come_first(monkeypatch: pytest.MonkeyPat
 )
 def test_a_refusal_names_the_reason(places: list[str], said: str) -> None:
     with pytest.raises(ServiceUnavailable) as caught:
-        draw(layout_of(places), ("FR",), lambda: b"i" * 16)
+        draw(KnownLayouts(layout_of(places)), ("FR",), lambda: b"i" * 16)
     assert caught.value.message == f"The bucket was not created: {said}."
+
+
+def test_a_partition_that_has_or_gets_a_replica_outside_is_not_inside() -> None:
+    layout = layout_of(["FR", "FR", "FR", "DE"])
+    layouts = KnownLayouts(layout)
+    there = [partition for partition in range(PARTITIONS) if countries_of(layout, partition) == {"FR"}]
+    comes, was, moves = there[:3]
+    german = next(disk.id for disk in layout.disks if layout.country_of(disk.id) == "DE")
+    replicas = layout.replicas_of(comes)
+    layouts.partitions.learn(PartitionRecord(comes, 1, replicas, (german, *replicas[1:]), 1))
+    replicas = layout.replicas_of(was)
+    layouts.partitions.learn(PartitionRecord(was, 2, (german, *replicas[1:]), (), 1))
+    assert not is_inside(layouts, comes, ("FR",))
+    assert not is_inside(layouts, was, ("FR",))
+    assert is_inside(layouts, moves, ("FR",))
+    outside = next(partition for partition in range(PARTITIONS) if countries_of(layout, partition) != {"FR"})
+    layouts.partitions.learn(PartitionRecord(outside, 2, layout.replicas_of(moves), (), 1))
+    assert not is_inside(layouts, outside, ("FR",))  # where it is moving to

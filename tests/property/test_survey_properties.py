@@ -16,10 +16,11 @@ from storaged.maintain.moves import replace_blocks
 from storaged.objects.code.place import choose
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import MAGIC, SUITE
-from tests.doubles.layouts import layout_of
+from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.examples import examples
 
 LAYOUT = layout_of((3, 3, 3))
+LAYOUTS = KnownLayouts(LAYOUT)
 HEADER = MAGIC + bytes([SUITE, 16, 0, 0]) + bytes(56)
 CELL = 65536 - 16
 profiles = st.sampled_from([Profile(4, 2), Profile(2, 2), Profile(3, 2), Profile(1, 2)])
@@ -43,7 +44,7 @@ def entries(draw: st.DrawFn) -> PartEntry:
 
 
 def places_of(entry: PartEntry) -> list[BlockPlace]:
-    return list(blocks_of(entry, 0, lambda _epoch: LAYOUT, ()))
+    return list(blocks_of(entry, 0, LAYOUTS, ()))
 
 
 @given(entries(), st.data())
@@ -86,7 +87,7 @@ def test_a_part_claims_what_its_blocks_name_and_nothing_else(entry: PartEntry) -
         named = dict(place.fragments)
         for fragment, disk in named.items():
             for other in LAYOUT.disks:
-                assert claims(entry, fragment, other.id, 0, lambda _epoch: LAYOUT, ()) == (other.id == disk)
+                assert claims(entry, fragment, other.id, 0, LAYOUTS, ()) == (other.id == disk)
         for stray in (
             FragmentId(entry.data_id, place.block, 5, 1, 0),
             FragmentId(entry.data_id, 10_000, place.run.k, place.run.m, 0),
@@ -94,7 +95,7 @@ def test_a_part_claims_what_its_blocks_name_and_nothing_else(entry: PartEntry) -
                 data_id=bytes(b ^ 1 for b in entry.data_id)
             ),
         ):
-            assert not any(claims(entry, stray, disk.id, 0, lambda _epoch: LAYOUT, ()) for disk in LAYOUT.disks)
+            assert not any(claims(entry, stray, disk.id, 0, LAYOUTS, ()) for disk in LAYOUT.disks)
 
 
 @given(entries(), st.data())

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
+from storaged.admin.status import (
+    Durability,
+    Facts,
+    FirstSeen,
+    NodeFacts,
+    RepairWaits,
+    RingHealth,
+    judge,
+    ring_health,
+)
 from storaged.cli.status import render
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Layout, NodeEntry
 from storaged.cluster.moves import RefusedLayout
@@ -219,6 +228,25 @@ def test_status_says_what_the_next_lost_disk_would_stop() -> None:
     assert f"one more disk: {worst['disk_partitions']} of the {PARTITIONS + 1} partitions of the ring stop" in render(
         found
     )
+
+
+def test_a_partition_that_moves_stops_without_a_majority_of_either_set() -> None:
+    """Only one moves: n3's first disk comes for n1's. All others are on disks that no loss here concerns."""
+    safe = ("n1-2", "n2-2", "n3-2")
+
+    def sets_of(partition: int) -> tuple[tuple[str, ...], ...]:
+        return (("n1-1", "n2-1", "n2-2"), ("n3-1", "n2-1", "n2-2")) if partition == 7 else (safe,)
+
+    def ring(*away: str) -> RingHealth:
+        return ring_health(LAYOUT, lambda disk: disk not in away, sets_of)
+
+    assert ring().by_disk == {}
+    assert ring().by_domain == {"FR/par2/b": 1}
+    assert ring("n2-2", "n1-2").by_disk["n1-1"] == ring("n2-2", "n1-2").by_disk["n3-1"] == 1
+    assert ring("n3-1").stopped == 0
+    assert ring("n3-1", "n2-1").stopped == 1  # the set that it has is alive, the one that comes is not
+    assert ring("n1-1", "n2-1").stopped == 1
+    assert ring_health(LAYOUT, lambda _: True, lambda partition: () if partition == 7 else (safe,)).stopped == 1
 
 
 @pytest.mark.parametrize(

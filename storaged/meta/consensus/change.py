@@ -25,7 +25,9 @@ from storaged.meta.ports import SmallCopies, Update
 from storaged.wire import Buffer
 
 Fragments = Sequence[tuple[bytes, Sequence[Buffer]]]
-"""(encoded fragment header, payload) of a small copy for each replica index, as in ``SmallCopies``. Empty: no copy."""
+"""(encoded fragment header, payload) of a small copy for each position of a replica, as in ``SmallCopies``. Empty: no
+copy.
+"""
 
 BACKOFF_FIRST_S = 0.005
 BACKOFF_MAX_S = 0.5

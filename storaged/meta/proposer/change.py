@@ -157,7 +157,7 @@ class ChangeShell:
             return
         machine, state = self.machine, self.machine.state
         if state is RETRYING and not machine.pause_s and self._renew is None:
-            machine.begin(self._ring.view(machine.name), self._ring.clock.wall_ms() * 1000)
+            self._begin_again()
             state = machine.state
         if state is DONE:
             if self._trace is not None:
@@ -422,7 +422,11 @@ class ChangeShell:
         self._did(event)
 
     def _begin_again(self) -> bool:
-        return self.machine.begin(self._ring.view(self.machine.name), self._ring.clock.wall_ms() * 1000)
+        try:
+            view = self._ring.view(self.machine.name)
+        except ServiceUnavailable:  # a layout came without the one that says where the keys are
+            return self.machine.expire()
+        return self.machine.begin(view, self._ring.clock.wall_ms() * 1000)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 

@@ -218,7 +218,7 @@ class Contention:
         """The turn of one replica, or of a quorum. None: no replica gives one."""
         self._number += 1
         quorum = self._view(name).quorum
-        wanted = quorum.fewest if self._lasts(self._careful, name) else 1
+        careful = self._lasts(self._careful, name)
         turn, hold_ms, taken = _Held([], self._number, 0.0, changes - 1), HOLD_MAX_MS, False
         turn.timer = asyncio.get_running_loop().call_later(RENEW_S, self._renew, name, turn)
         try:
@@ -227,7 +227,7 @@ class Contention:
                 if reply is not None:
                     turn.disks.append(disk)
                     hold_ms = min(hold_ms, reply.hold_ms)
-                    if len(turn.disks) >= wanted:
+                    if not careful or quorum.met(turn.disks):
                         break
             taken = bool(turn.disks)
         finally:

@@ -24,6 +24,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from storaged.cluster.layout import Layout, Profile, placement_group
+from storaged.cluster.partitions import PartitionState
 from storaged.errors import ServiceUnavailable
 from storaged.fragments.ports import FragmentId
 from storaged.ids import DATA_ID_BYTES
@@ -273,26 +274,27 @@ def copies_rule(layout: Layout, replicas: Sequence[str], writable: Writable) -> 
 
 
 class CopyPlan(NamedTuple):
-    """How small objects of one ring partition are kept under ``layout``: on ``replicas``, as the one run of ``runs``.
-    ``enough``: the rule for their copies. ``id_tail``: the bytes after the data id in the id of the first copy.
+    """How small objects of one ring partition are kept in the ``state`` that it is in: so many ``copies``, by position,
+    as the one run of ``runs``. While it moves, two replicas have a copy of the same position. ``enough``: the rule for
+    their copies. ``id_tail``: the bytes after the data id in the id of the first copy.
     """
 
-    layout: Layout
-    replicas: tuple[str, ...]
+    state: PartitionState
+    copies: int
     runs: tuple[Run, ...]
     enough: Callable[[frozenset[str]], bool]
     id_tail: bytes
 
 
-def copy_plan(layout: Layout, partition: int, writable: Writable) -> CopyPlan:
-    replicas = layout.replicas_of(partition)
-    more = len(replicas) - 1
-    first = FragmentId(bytes(DATA_ID_BYTES), 0, 1, more, 0)
+def copy_plan(layout: Layout, state: PartitionState, writable: Writable) -> CopyPlan:
+    count = len(state.present)
+    first = FragmentId(bytes(DATA_ID_BYTES), 0, 1, count - 1, 0)
+    rules = [copies_rule(layout, replicas, writable) for replicas in state.sets]
     return CopyPlan(
-        layout,
-        replicas,
-        (Run(0, 1, 1, more, layout.epoch),),
-        copies_rule(layout, replicas, writable),
+        state,
+        count,
+        (Run(0, 1, 1, count - 1, layout.epoch),),
+        rules[0] if len(rules) == 1 else lambda synced: all(rule(synced) for rule in rules),
         first.pack()[DATA_ID_BYTES:],
     )
 

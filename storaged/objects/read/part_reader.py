@@ -155,11 +155,9 @@ class PartReader:
 
     def _disks(self, run: Run) -> tuple[str, ...]:
         try:
-            layout = self._plane.layouts.at(run.epoch)
-            if self._entry.small:
-                replicas = layout.replicas_of(self._owner.partition)
-                return tuple(run.moved.get(position, disk) for position, disk in enumerate(replicas))[: run.k + run.m]
-            return place.disks_of(run, layout, self._entry.data_id, self._bucket.countries)
+            if self._entry.small:  # the disk that comes may not have all copies yet
+                return self._plane.layouts.partition(self._owner.partition).present[: run.k + run.m]
+            return place.disks_of(run, self._plane.layouts.at(run.epoch), self._entry.data_id, self._bucket.countries)
         except (KeyError, ValueError) as error:
             raise DataDamaged(
                 f"The layout of epoch {run.epoch}, which says where this object is, is not known here: {error}"

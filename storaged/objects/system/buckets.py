@@ -131,7 +131,7 @@ class BucketService:
             existing = await self.resume(existing)
         self._refuse_existing(who, existing)
         await self._require_room(who)
-        drawn = draw(layout, countries, lambda: self._plane.entropy(BUCKET_ID_BYTES))
+        drawn = draw(self._plane.layouts, countries, lambda: self._plane.entropy(BUCKET_ID_BYTES))
         record = BucketRecord(
             name,
             drawn.bucket_id,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SHARDS_DEFAULT, Layout, partition_of
+from storaged.cluster.ports import Layouts
 from storaged.errors import ServiceUnavailable
 
 SHARD_NUMBERS = 256
@@ -37,29 +38,29 @@ class Drawn(NamedTuple):
     shard_list: bytes
 
 
-def draw(layout: Layout, countries: Sequence[str], new_id: Callable[[], bytes]) -> Drawn:
+def draw(layouts: Layouts, countries: Sequence[str], new_id: Callable[[], bytes]) -> Drawn:
     """A bucket's id and its shards, every replica of which lies inside ``countries`` (none: anywhere).
 
-    Raises ServiceUnavailable, with the reason, when no partition of the ring lies inside.
+    Raises ServiceUnavailable, with the reason, when no partition of the ring lies inside, and as ``Layouts.partition``.
     """
     if not countries:
         return Drawn(new_id(), SHARDS_DEFAULT, b"")
     best = Drawn(b"", 0, b"")
     for number in range(DRAWS_MAX):
-        if number == DRAWS_FOR_ALL and (best.shards or not any_inside(layout, countries)):
+        if number == DRAWS_FOR_ALL and (best.shards or not any_inside(layouts, countries)):
             break
         bucket_id = new_id()
-        found = shards_inside(layout, bucket_id, countries)
+        found = shards_inside(layouts, bucket_id, countries)
         if len(found) > best.shards:
             best = Drawn(bucket_id, len(found), found)
         if best.shards == SHARDS_DEFAULT or (best.shards and number >= DRAWS_FOR_ALL):
             break
     if not best.shards:
-        raise ServiceUnavailable(f"The bucket was not created: {why_none(layout, countries)}.")
+        raise ServiceUnavailable(f"The bucket was not created: {why_none(layouts.current, countries)}.")
     return best
 
 
-def shards_inside(layout: Layout, bucket_id: bytes, countries: Sequence[str]) -> bytes:
+def shards_inside(layouts: Layouts, bucket_id: bytes, countries: Sequence[str]) -> bytes:
     """The numbers of up to 16 shards whose partitions lie inside, ascending; of different partitions as far as
     possible.
     """
@@ -68,7 +69,7 @@ def shards_inside(layout: Layout, bucket_id: bytes, countries: Sequence[str]) ->
     partitions: set[int] = set()
     for shard in range(SHARD_NUMBERS):
         partition = partition_of(bucket_id, shard)
-        if is_inside(layout, partition, countries):
+        if is_inside(layouts, partition, countries):
             (more if partition in partitions else first).append(shard)
             partitions.add(partition)
             if len(first) == SHARDS_DEFAULT:
@@ -76,14 +77,17 @@ def shards_inside(layout: Layout, bucket_id: bytes, countries: Sequence[str]) ->
     return bytes(sorted((first + more)[:SHARDS_DEFAULT]))
 
 
-def is_inside(layout: Layout, partition: int, countries: Sequence[str]) -> bool:
-    """Whether all replicas of a partition are in ``countries``. False for one without replicas."""
-    replicas = layout.replicas_of(partition)
-    return bool(replicas) and all(layout.country_of(disk) in countries for disk in replicas)
+def is_inside(layouts: Layouts, partition: int, countries: Sequence[str]) -> bool:
+    """Whether all replicas of a partition are in ``countries``: those that it has, the one that comes while it moves,
+    and those that it is moving to. False for one without replicas.
+    """
+    layout = layouts.current
+    replicas = {*layouts.partition(partition).disks, *layout.replicas_of(partition)}
+    return bool(replicas) and all(layout.country_by_disk.get(disk) in countries for disk in replicas)
 
 
-def any_inside(layout: Layout, countries: Sequence[str]) -> bool:
-    return any(is_inside(layout, partition, countries) for partition in range(PARTITIONS))
+def any_inside(layouts: Layouts, countries: Sequence[str]) -> bool:
+    return any(is_inside(layouts, partition, countries) for partition in range(PARTITIONS))
 
 
 def why_none(layout: Layout, countries: Sequence[str]) -> str:

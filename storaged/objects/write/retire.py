@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from storaged.errors import StoragedError
+from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.fragments.ports import OF_UPLOAD, REPLACED, RETIREMENTS_MAX, Retirement
 from storaged.meta.names import RegisterName
 from storaged.objects.code import place
@@ -28,19 +28,17 @@ def replaced_versions(before: ObjectRecord, after: ObjectRecord) -> list[Version
 
 
 def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry) -> set[str]:
-    """Every disk that a part's runs name. A run of a layout that this node does not know adds none: the sweep finds its
-    fragments.
+    """Every disk that a part's runs name; small copies are on all replicas of the register. What this node can't tell,
+    for it lacks a layout, adds none: the sweep finds these fragments.
     """
     disks: set[str] = set()
     for run in part.runs:
         try:
-            layout = plane.layouts.at(run.epoch)
             if part.small:
-                disks.update(layout.replicas_of(name.partition))
-                disks.update(run.moved.values())
+                disks.update(plane.layouts.partition(name.partition).disks)
             else:
-                disks.update(place.disks_of(run, layout, part.data_id, bucket.countries))
-        except (KeyError, ValueError):
+                disks.update(place.disks_of(run, plane.layouts.at(run.epoch), part.data_id, bucket.countries))
+        except (KeyError, ValueError, ServiceUnavailable):
             continue
     return disks
 

@@ -124,7 +124,7 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     target, inline = plane.target_text(bucket), len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
     if not inline:
         plan = plane.copy_plan(name)
-        if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.replicas))):
+        if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.state.disks))):
             return None
     header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     if inline:
@@ -139,6 +139,6 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
         plane.clock.wall_ms(),
     )
     payload = [sealed]
-    fragments = [(encoded, payload) for encoded in encode_copies(copy, len(plan.replicas))]
+    fragments = [(encoded, payload) for encoded in encode_copies(copy, plan.copies)]
     entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, small=True)
     return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
