@@ -15,11 +15,12 @@ class PartitionMap:
     def __init__(self) -> None:
         self.on_behind: Callable[[str], None] = lambda node: None
         self._records: dict[int, PartitionRecord] = {}
-        self._steps = 0
         self._states: dict[int, PartitionState] = {}
         self._layout: Layout | None = None
         """That the states are of."""
         self._watchers: list[Callable[[int], None]] = []
+        self.complete = False
+        """Whether all records were read once. Before that nothing is said of partitions that may have moved."""
         self.steps = 0
         """The sum of all steps known: the higher of two is newer in at least one partition. It only grows."""
 
@@ -44,6 +45,11 @@ class PartitionMap:
             record = self._records.get(number)
             base = current
             if record is None and current.base and number != SYSTEM_PARTITION:
+                if not self.complete:
+                    raise ServiceUnavailable(
+                        "This node has not read yet which partitions have moved. It reads that from the system"
+                        " partition. Retry."
+                    )
                 try:
                     base = at(current.base)
                 except KeyError:
@@ -76,7 +82,6 @@ class PartitionMap:
             return False
         self.steps += record.step - (known.step if known is not None else 0)
         self._records[record.partition] = record
-        self._steps += record.step - (known.step if known is not None else 0)
         self._states.pop(record.partition, None)
         for watcher in self._watchers:
             watcher(record.partition)

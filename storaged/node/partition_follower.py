@@ -74,6 +74,7 @@ class PartitionFollower:
         wanted = PageQuery(Table.SYSTEM, SYSTEM_SCOPE, (0,), prefix=PATH_PREFIX.encode())
         async for row in every_row(self._scanner, wanted):
             await self._learn(row.key.decode("utf-8", "replace"), row.value)
+        self._partitions.complete = True
 
     async def refresh(self, partition: int) -> None:
         """Reads the record of one partition. Raises as ``read_all``."""

@@ -145,6 +145,9 @@ def test_a_map_takes_newer_records_only_and_waits_for_the_base_layout() -> None:
     with pytest.raises(ServiceUnavailable):
         known.of(5, moving, layouts.__getitem__)
     layouts[1] = old
+    with pytest.raises(ServiceUnavailable, match="which partitions have moved"):
+        known.of(5, moving, layouts.__getitem__)
+    known.complete = True
     assert known.of(5, moving, layouts.__getitem__).present == old.replicas_of(5)
     assert known.of(SYSTEM_PARTITION, moving, layouts.__getitem__) == PartitionState(
         SYSTEM_PARTITION, 1, epoch_of(1, 2), moving.seeds, moving.seeds_next
