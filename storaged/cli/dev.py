@@ -23,7 +23,8 @@ REGION = "eu-fr-1"
 BUCKET = "demo"
 S3_PORT = 8333
 ADMIN_PORT = 8334
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
+"""More than the supervisor's guard, so that its reason is shown."""
 COUNT_TIMEOUT_S = 2.0
 COUNT_POLL_S = 0.1
 SEEN_TIMEOUT_S = 10.0
