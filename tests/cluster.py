@@ -40,6 +40,8 @@ class Cluster:
     """A HOME of its own, so that trying a cluster changes no user's defaults."""
     workers: int = 1
     """Processes of the gateway: on a machine with many cores ``storaged dev`` would choose more."""
+    more_environment: Mapping[str, str] = field(default_factory=dict)
+    """For its processes."""
     settings: dict[str, Any] = field(default_factory=dict)
     _process: subprocess.Popen[str] | None = None
 
@@ -49,7 +51,8 @@ class Cluster:
         kept = {
             k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "STORAGED_", "XDG_", "RCLONE_", "RESTIC_"))
         }
-        return {**kept, "HOME": str(home), "STORAGED_DIR": str(self.directory), "AWS_EC2_METADATA_DISABLED": "true"}
+        own = {"HOME": str(home), "STORAGED_DIR": str(self.directory), "AWS_EC2_METADATA_DISABLED": "true"}
+        return {**kept, **own, **self.more_environment}
 
     def start(self, timeout_s: float = 60.0) -> Cluster:
         """Runs ``storaged dev`` in the foreground of a process of its own and waits until S3 answers ``status``."""

@@ -1,45 +1,122 @@
-"""``python -m tests.chaos kill|rack|flips [--seconds N] [--flips N] [--seed N]``: the long runs, on a cluster of their
-own in a temporary folder.
+"""``python -m tests.chaos kill|rack|flips|forget``: the long runs, on a cluster of their own in a temporary folder.
+The folder stays when something went wrong.
+
+Progress goes to standard output while it runs. ``--json FILE`` gets a summary; the exit code is 1 if anything was lost,
+stale or corrupt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import shutil
 import signal
 import sys
 import tempfile
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
+import pytest
+
+from tests.chaos.forgetful import forget_disks
+from tests.chaos.scenarios import STARTS_MAX, flip_bits, kill_nodes, lose_a_rack
+from tests.chaos.shelf import clocks_beside
 from tests.cluster import Cluster
+from tests.worlds.frozen_disk import frozen_disk
+
+HANGING_BYTES = 8 << 30
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests.chaos", description=__doc__)
-    parser.add_argument("scenario", choices=["kill", "rack", "flips"])
-    parser.add_argument("--seconds", type=float, default=600)
+    arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cluster is stopped then, too
+    folder = Path(tempfile.mkdtemp(prefix="storaged-chaos-"))
+    cluster = Cluster(folder / "s3", workers=2)
+    started = time.time()
+    with contextlib.ExitStack() as stack:
+        options = forgetful_options(cluster, stack) if arguments.scenario == "forget" else {}
+        try:
+            violations, found = play(start(cluster), arguments, options)
+        except BaseException:
+            say(f"the cluster's files stay in {folder}")
+            raise
+        finally:
+            cluster.stop()
+    if arguments.json:
+        about = {"scenario": arguments.scenario, "seed": arguments.seed, "started": int(started)}
+        arguments.json.write_text(json.dumps({**about, "seconds": round(time.time() - started), **found}, indent=1))
+    if violations:
+        say(f"the cluster's files stay in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+def start(cluster: Cluster) -> Cluster:
+    """A busy machine may need longer than ``storaged dev`` gives to its nodes."""
+    for attempt in range(STARTS_MAX):
+        try:
+            return cluster.start(timeout_s=120)
+        except AssertionError as error:
+            cluster.stop()
+            if attempt == STARTS_MAX - 1:
+                raise
+            say(f"the cluster did not start, and is started again: {str(error)[:300]}")
+    raise AssertionError("not reached")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget"])
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=600)
+    length.add_argument("--minutes", type=float, help="instead of --seconds")
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--waves", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for a summary", metavar="FILE")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cluster is stopped then, too
+    if arguments.minutes is not None:
+        arguments.seconds = 60 * arguments.minutes
+    return arguments
 
-    def say(line: str) -> None:
-        print(line, flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="storaged-chaos-") as folder:
-        cluster = Cluster(Path(folder) / "s3", workers=2).start()
-        try:
-            if arguments.scenario == "kill":
-                return len(kill_nodes(cluster, arguments.seconds, seed=arguments.seed, say=say).violations())
-            if arguments.scenario == "rack":
-                outcome = lose_a_rack(cluster, "par2", arguments.seconds, seed=arguments.seed, say=say)
-                say(f"below target (s, objects): {outcome.below_target}")
-                return len(outcome.tally.violations())
-            return flip_bits(cluster, arguments.flips, waves=arguments.waves, seed=arguments.seed, say=say).wrong
-        finally:
-            cluster.stop()
+def forgetful_options(cluster: Cluster, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Of ``forget_disks``, before the cluster starts. Without root no disk hangs."""
+    options: dict[str, Any] = {"clocks": clocks_beside(cluster)}
+    try:
+        options["hanging"] = stack.enter_context(frozen_disk(HANGING_BYTES))
+    except pytest.skip.Exception as reason:
+        say(f"no disk will hang: {reason}")
+    return options
+
+
+def play(cluster: Cluster, arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Returns the number of violations and the summary."""
+    if arguments.scenario == "flips":
+        flipped = flip_bits(cluster, arguments.flips, waves=arguments.waves, seed=arguments.seed, say=say)
+        return flipped.wrong, asdict(flipped)
+    if arguments.scenario == "rack":
+        outcome = lose_a_rack(cluster, "par2", arguments.seconds, seed=arguments.seed, say=say)
+        say(f"below target (s, objects): {outcome.below_target}")
+        return len(outcome.tally.violations()), {**vars(outcome), "tally": outcome.tally.document()}
+    if arguments.scenario == "forget":
+        tally = forget_disks(cluster, arguments.seconds, seed=arguments.seed, say=say, **options)
+    else:
+        tally = kill_nodes(cluster, arguments.seconds, seed=arguments.seed, say=say)
+    for line in tally.noted + tally.violations():
+        say(f"  {line}")
+    return len(tally.violations()), tally.document()
+
+
+def say(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main() else 0)
+    sys.exit(main())

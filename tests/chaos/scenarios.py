@@ -4,6 +4,7 @@ tests.chaos`` (long).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -16,6 +17,8 @@ from tests.chaos.workload import Tally, Workload
 from tests.cluster import Cluster
 
 Report = Callable[[str], None]
+
+STARTS_MAX = 5
 
 
 def workload_on(cluster: Cluster, bucket: str, **options: int | bool) -> Workload:
@@ -31,29 +34,43 @@ def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool
     workload = workload_on(cluster, f"kill-{seed}", seed=seed)
     workload.start()
     end = time.monotonic() + seconds
-    kills = 0
+    done = workload.tally.done
     try:
         while time.monotonic() < end:
             time.sleep(source.uniform(0.5, 3))
             victim = source.choice(["n1", "n2", "n3", "gateway", "worker"] if gateway else ["n1", "n2", "n3"])
-            kills += 1
-            if victim == "worker":
-                _kill_a_worker(cluster, source)
-                continue
-            cluster.run("dev", "kill", victim)
-            time.sleep(source.uniform(0.2, 4))
-            cluster.run("dev", "start", victim)
+            kill_one(cluster, workload, source, victim)
             # The next victim falls only when this one takes part again: two of three racks are the least the store
             # promises to live on.
             cluster.wait_until(lambda: _all_up(cluster), 60, f"{victim} to be back")
-            if kills % 10 == 0:
-                say(f"{kills} kills; {workload.tally.summary()}")
+            if sum(done.values()) % 10 == 0:
+                say(f"{sum(done.values())} kills; {workload.tally.summary()}")
     finally:
         workload.stop()
     cluster.wait_healthy(240)
     workload.read_everything()
-    say(f"{kills} kills in {seconds:.0f} s; {workload.tally.summary()}")
+    say(f"{sum(done.values())} kills in {seconds:.0f} s; {workload.tally.summary()}")
     return workload.tally
+
+
+def kill_one(cluster: Cluster, workload: Workload, source: random.Random, victim: str) -> None:
+    """kill -9 of a node, of the gateway, or of a further worker of it (``worker``); starts it again a moment later."""
+    workload.tally.done[f"kill {victim}"] += 1
+    with workload.outages.one() if victim in ("gateway", "worker") else contextlib.nullcontext():
+        if victim == "worker":
+            _kill_a_worker(cluster, source)
+            return
+        cluster.run("dev", "kill", victim)
+        time.sleep(source.uniform(0.2, 4))
+        start_node(cluster, victim)
+
+
+def start_node(cluster: Cluster, node: str) -> None:
+    """``storaged dev start`` gives up after a while, and a busy machine may need longer: the node goes on starting."""
+    for _ in range(STARTS_MAX):
+        if cluster.run("dev", "start", node, check=False).returncode == 0:
+            return
+    raise AssertionError(f"{node} does not start: {cluster.log_tail()}")
 
 
 def _kill_a_worker(cluster: Cluster, source: random.Random) -> None:

@@ -28,6 +28,15 @@ class FrozenDisk:
         subprocess.run(["fsfreeze", "--freeze", self.directory], check=True)
         self.frozen = True
 
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It is frozen inside the block."""
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.thaw()
+
     def thaw(self) -> None:
         if self.frozen:
             subprocess.run(["fsfreeze", "--unfreeze", self.directory], check=True)
@@ -35,15 +44,15 @@ class FrozenDisk:
 
 
 @contextlib.contextmanager
-def frozen_disk() -> Iterator[FrozenDisk]:
-    """A disk that works; it is thawed at the end."""
+def frozen_disk(size: int = IMAGE_BYTES) -> Iterator[FrozenDisk]:
+    """A disk of ``size`` bytes that works; it is thawed at the end. Its file has holes."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("needs Linux and root")
     with tempfile.TemporaryDirectory(prefix="frozen-disk-") as place:
         image, directory = Path(place) / "image", Path(place) / "disk"
         directory.mkdir()
         with image.open("wb") as file:
-            file.truncate(IMAGE_BYTES)
+            file.truncate(size)
         try:
             subprocess.run(["mkfs.ext4", "-q", image], check=True, capture_output=True)
             subprocess.run(["mount", "-o", "loop", image, directory], check=True, capture_output=True)
