@@ -9,7 +9,9 @@ disk that hangs, or a clock that is an hour off.
 from __future__ import annotations
 
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from tests.worlds.frozen_disk import FrozenDisk
 WAIT_S = 120.0
 FREE_BYTES_MIN = 4 << 30
 HOUR_S = 3600
+RECODE_DELAY_S = 10
+"""The least that can be set."""
 
 ALARMS = frozenset({"CHOSEN_FELL_BACK", "OBJECTS_LOST", "SYSTEM_RECORD_DAMAGED", "BUCKET_KEY_DAMAGED"})
 """What ``status`` may never say here."""
@@ -62,7 +66,7 @@ class Play:
         *,
         clocks: Path | None = None,
         hanging: FrozenDisk | None = None,
-        hold_s: tuple[float, float] = (3.0, 8.0),
+        hold_s: tuple[float, float] = (3.0, 15.0),
     ) -> None:
         self.cluster = cluster
         self.workload = workload
@@ -115,15 +119,18 @@ class Play:
 
     # --- what is done
 
-    def take_hanging(self) -> None:
-        """Puts the disk that can hang in the place of the last disk of the last node."""
+    def prepare(self) -> None:
+        """Repair may recode soon, while a disk is away; the disk that can hang takes the place of the last one."""
         if self._hanging is None:
             return
-        node, disk = NODES[-1], DISKS[-1]
-        self.cluster.run("dev", "stop", node)
-        self.shelf.move_to(node, disk, self._hanging.directory)
-        start_node(self.cluster, node)
-        self.wait_whole("a disk was moved")
+        for node in NODES:
+            self.cluster.run("dev", "stop", node)
+            with (self.shelf.directory(node) / "config.toml").open("a") as config:
+                config.write(f"\n[limits]\nrecode_delay_s = {RECODE_DELAY_S}\n")
+            if node == NODES[-1]:
+                self.shelf.move_to(node, DISKS[-1], self._hanging.directory)
+            start_node(self.cluster, node)
+            self.wait_whole("a restart")
 
     def run(self, fault: str) -> bool:
         """Plays one fault, and waits until all disks take part again. Returns False where it can't be played here."""
@@ -295,7 +302,7 @@ def forget_disks(
     """
     workload = workload_on(cluster, f"forget-{seed}", seed=seed)
     play = Play(cluster, workload, seed, say, **options)
-    play.take_hanging()
+    play.prepare()
     workload.start()
     started = time.monotonic()
     try:
@@ -311,8 +318,23 @@ def forget_disks(
     workload.read_everything()
     alarms = sorted(play.codes & ALARMS)
     workload.tally.corrupt += [f"status said {code}" for code in alarms]
+    workload.tally.logged = errors_in_logs(cluster)
     say(f"{time.monotonic() - started:.0f} s; {workload.tally.summary()}; codes {sorted(play.codes)}")
     return workload.tally
+
+
+def errors_in_logs(cluster: Cluster) -> Counter[str]:
+    """How often each error was logged by the nodes."""
+    found: Counter[str] = Counter()
+    for node in (*NODES, "gateway"):
+        for path in (cluster.directory / node).glob("log*"):
+            for line in path.read_text(errors="replace").splitlines():
+                if "level=error" in line or "level=critical" in line:
+                    event = re.search(r'event=("[^"]*"|\S*)', line)
+                    found[event.group(1).strip('"') if event else line[:80]] += 1
+                elif line.startswith("Traceback"):
+                    found["Traceback"] += 1
+    return found
 
 
 def _for_a_while(end: float, seed: int) -> Iterator[str]:

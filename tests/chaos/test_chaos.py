@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.forgetful import forget_disks
 from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
 from tests.cluster import Cluster
 
@@ -43,3 +44,11 @@ def test_flipped_bits_are_never_served_and_are_repaired(chaos_cluster: Cluster) 
     assert outcome.flips >= 50
     assert outcome.wrong == 0
     assert outcome.refused == 0
+
+
+def test_disks_that_forget_under_load_are_refused_by_name_and_lose_nothing(chaos_cluster: Cluster) -> None:
+    tally = forget_disks(chaos_cluster, 0, faults=("swap", "wipe", "roll back within a start"), hold_s=(0.2, 0.5))
+    assert tally.violations() == []
+    assert [error for error in tally.noted if "Timeout" not in error] == []
+    assert tally.acknowledged > 20
+    assert tally.reads > 20

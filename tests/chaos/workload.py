@@ -116,7 +116,7 @@ class KeyJournal:
 class Tally:
     """What happened. ``failed`` counts requests that answered an error, ``failed_twice`` those whose one retry failed
     too, ``unclean`` those that no client should see; ``noted`` has the first of these. ``done``: what was done to the
-    cluster, by name.
+    cluster, by name. ``logged``: errors in the nodes' logs.
     """
 
     acknowledged: int = 0
@@ -126,6 +126,7 @@ class Tally:
     unclean: int = 0
     noted: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
+    logged: Counter[str] = field(default_factory=Counter)
     failed_twice: int = 0
     lost: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -146,7 +147,7 @@ class Tally:
 
     def document(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {**vars(self), "errors": dict(self.errors), "done": dict(self.done)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
 
 class Workload:
