@@ -28,6 +28,10 @@ def free_port() -> int:
         return port
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @dataclass
 class Cluster:
     """``storaged dev DIR``: started by ``start``, stopped by ``stop``; the pids it started are the only ones it ever
@@ -155,7 +159,7 @@ class Cluster:
         first = self.pids().get("gateway")
         if first is None:
             return []
-        return [int(child) for child in Path(f"/proc/{first}/task/{first}/children").read_text().split()]
+        return children_of(first)
 
     @property
     def endpoint(self) -> str:

@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.control import STARTS_MAX
 from tests.chaos.forgetful import forget_disks
-from tests.chaos.scenarios import STARTS_MAX, flip_bits, kill_nodes, lose_a_rack
+from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
 from tests.chaos.shelf import clocks_beside
 from tests.cluster import Cluster
 from tests.worlds.frozen_disk import frozen_disk

@@ -16,9 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from storaged.cli.client import gateway
-from storaged.errors import StoragedError
-from tests.chaos.scenarios import Report, kill_one, start_node, workload_on
+from tests.chaos import control
+from tests.chaos.scenarios import Report, kill_one, workload_on
 from tests.chaos.shelf import DISKS, NODES, Alteration, Copy, Shelf, fingerprint, standing_still
 from tests.chaos.workload import Tally, Workload
 from tests.cluster import Cluster
@@ -84,11 +83,7 @@ class Play:
     # --- what is seen
 
     def status(self) -> dict[str, Any]:
-        """Of the gateway, over its socket; with no nodes while it is away."""
-        try:
-            found: dict[str, Any] = gateway(self.cluster.directory, "GET", "/v1/status")
-        except (StoragedError, OSError):
-            return {"nodes": [], "problems": [], "verdict": "DOWN"}
+        found = control.status(self.cluster)
         self.codes.update(problem["code"] for problem in found["problems"])
         return found
 
@@ -124,12 +119,12 @@ class Play:
         if self._hanging is None:
             return
         for node in NODES:
-            self.cluster.run("dev", "stop", node)
+            control.stop(self.cluster, node)
             with (self.shelf.directory(node) / "config.toml").open("a") as config:
                 config.write(f"\n[limits]\nrecode_delay_s = {RECODE_DELAY_S}\n")
             if node == NODES[-1]:
                 self.shelf.move_to(node, DISKS[-1], self._hanging.directory)
-            start_node(self.cluster, node)
+            control.start(self.cluster, node)
             self.wait_whole("a restart")
 
     def run(self, fault: str) -> bool:
@@ -202,7 +197,7 @@ class Play:
             shelf.lose_ledger(node)
             self.workload.tally.done["ledger lost too"] += 1
         before = [fingerprint(place) for place in alteration.left_alone]
-        start_node(self.cluster, node)
+        control.start(self.cluster, node)
         self._wait_refused(alteration)
         self._hold(alteration)
         self._down(node)
@@ -217,7 +212,7 @@ class Play:
             shelf.exchange_for_copy(node, self._source.choice(DISKS))
             self.workload.tally.done["complete copy in place of a disk"] += 1
         self._keep_a_copy(node)
-        start_node(self.cluster, node)
+        control.start(self.cluster, node)
 
     def _keep_a_copy(self, node: str) -> None:
         """Of the node that is down, for later."""
@@ -245,7 +240,7 @@ class Play:
         time.sleep(max(0.0, seconds))
 
     def _down(self, node: str) -> None:
-        self.cluster.run("dev", self._source.choice(["kill", "kill", "stop"]), node)
+        self._source.choice([control.kill, control.kill, control.stop])(self.cluster, node)
 
     # --- neighbours of a disk that forgets
 
@@ -255,7 +250,7 @@ class Play:
 
     def _stand_still(self) -> bool:
         node = self._source.choice(NODES)
-        with standing_still(self.shelf.pid(node)):
+        with standing_still(control.pid_of(self.cluster, node)):
             self._let_pass(self._source.uniform(1, 12))
         return True
 

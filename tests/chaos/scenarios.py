@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.chaos import control
 from tests.chaos.workload import Tally, Workload
-from tests.cluster import Cluster
+from tests.cluster import Cluster, children_of
 
 Report = Callable[[str], None]
-
-STARTS_MAX = 5
 
 
 def workload_on(cluster: Cluster, bucket: str, **options: int | bool) -> Workload:
@@ -42,12 +41,12 @@ def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool
             kill_one(cluster, workload, source, victim)
             # The next victim falls only when this one takes part again: two of three racks are the least the store
             # promises to live on.
-            cluster.wait_until(lambda: _all_up(cluster), 60, f"{victim} to be back")
+            cluster.wait_until(lambda: control.all_up(cluster), 60, f"{victim} to be back")
             if sum(done.values()) % 10 == 0:
                 say(f"{sum(done.values())} kills; {workload.tally.summary()}")
     finally:
         workload.stop()
-    cluster.wait_healthy(240)
+    cluster.wait_until(lambda: control.status(cluster)["verdict"] == "HEALTHY", 240, "HEALTHY")
     workload.read_everything()
     say(f"{sum(done.values())} kills in {seconds:.0f} s; {workload.tally.summary()}")
     return workload.tally
@@ -60,35 +59,27 @@ def kill_one(cluster: Cluster, workload: Workload, source: random.Random, victim
         if victim == "worker":
             _kill_a_worker(cluster, source)
             return
-        cluster.run("dev", "kill", victim)
+        control.kill(cluster, victim)
         time.sleep(source.uniform(0.2, 4))
-        start_node(cluster, victim)
-
-
-def start_node(cluster: Cluster, node: str) -> None:
-    """``storaged dev start`` gives up after a while, and a busy machine may need longer: the node goes on starting."""
-    for _ in range(STARTS_MAX):
-        if cluster.run("dev", "start", node, check=False).returncode == 0:
-            return
-    raise AssertionError(f"{node} does not start: {cluster.log_tail()}")
+        control.start(cluster, victim)
 
 
 def _kill_a_worker(cluster: Cluster, source: random.Random) -> None:
     """It comes back by itself."""
-    workers = cluster.further_workers()
+    workers = _further_workers(cluster)
     if workers:
         victim = source.choice(workers)
         os.kill(victim, signal.SIGKILL)
         cluster.wait_until(
-            lambda: victim not in (now := cluster.further_workers()) and len(now) == len(workers),
+            lambda: victim not in (now := _further_workers(cluster)) and len(now) == len(workers),
             60,
             "a worker to be back",
         )
 
 
-def _all_up(cluster: Cluster) -> bool:
-    nodes = cluster.status()["nodes"]
-    return len(nodes) == 4 and all(node["state"] == "up" for node in nodes)
+def _further_workers(cluster: Cluster) -> list[int]:
+    """The pids of the gateway's processes but its first."""
+    return children_of(control.pid_of(cluster, "gateway"))
 
 
 @dataclass
@@ -113,8 +104,10 @@ def lose_a_rack(
         started = time.monotonic()
 
         def sample() -> dict[str, object]:
-            status = cluster.status()
-            outcome.below_target.append((round(time.monotonic() - started, 1), int(status["objects_below_target"])))
+            status = control.status(cluster)
+            outcome.below_target.append(
+                (round(time.monotonic() - started, 1), int(status.get("objects_below_target", 0)))
+            )
             return status
 
         cluster.run("dev", "kill", rack)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storaged.node.ledger import Ledger
+from tests.chaos.control import pid_of
 from tests.cluster import Cluster
 
 NODES = ("n1", "n2", "n3")
@@ -80,10 +81,6 @@ class Shelf:
         document = tomllib.loads((self.directory(node) / "config.toml").read_text())
         return next(str(entry["id"]) for entry in document["disks"] if entry["directory"] == disk)
 
-    def pid(self, node: str) -> int:
-        """Of a node that runs: it notes its process in its lock."""
-        return int((self.directory(node) / "lock").read_text())
-
     def positions(self, readers: Sequence[str], node: str, disk: str) -> list[tuple[int, int]]:
         """(starts, position) of a disk in the ledgers of ``readers``; (0, 0) where a ledger has none."""
         disk_id = self.disk_id(node, disk)
@@ -106,7 +103,7 @@ class Shelf:
 
     def copy_running(self, node: str, disk: str = "") -> Copy:
         """The same of a running node: it stands still meanwhile, so that the copy is of one moment."""
-        with standing_still(self.pid(node)):
+        with standing_still(pid_of(self._cluster, node)):
             time.sleep(0.2)  # the kernel ends the writes that it has
             return self.copy(node, disk)
 
