@@ -304,7 +304,7 @@ class Mover:
         for start in range(0, len(one.old), BLOCKS_A_TURN):
             async with self._rested():
                 for old, new in zip(one.old[start:][:BLOCKS_A_TURN], one.new[start:][:BLOCKS_A_TURN], strict=True):
-                    survivors = agreed(layout, old, headers_of(old, headers))
+                    survivors = agreed(layout, old, headers_of(old, headers), or_alone=True)
                     if survivors is None or (one.name.table == Table.OBJECT and survivors.owner != one.name.pack()):
                         return Judged(LATER, f"too few fragments in the old places of block {old.block} agree")
                     there = headers_of(new, headers)

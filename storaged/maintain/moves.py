@@ -11,17 +11,17 @@ it reads itself, the signed record of the bucket, the layout and the headers of 
 3. *Are they there?* The disks have every fragment of the new places, undamaged and durable, with a header that fits the
    part (``judge_block``).
 4. *Are they right?* The survivors in the old places agree on the hashes of the block: at least as many as are needed to
-   read it, more than name anything else, on two nodes or more. Where the profile stays, the new headers must name the
-   same hashes. A disk that takes a fragment from a storage node verifies it against its header, so a disk that does
-   not lie has the right bytes. Where the profile changes, the hashes are new: the gateway reads survivors and computes
-   them (``mover``).
+   read it, more than name anything else, and on two nodes or more, if the old places are on more than one. Where the
+   profile stays, the new headers must name the same hashes. A disk that takes a fragment from a storage node verifies
+   it against its header, so a disk that does not lie has the right bytes. Where the profile changes, the hashes are
+   new: the gateway reads survivors and computes them (``mover``).
 5. *Is it needed, and no weaker?* A block that is whole where it is does not move (``is_whole``). Under another profile
    than the target, the block survives at least as much as in its old places as they are now (``judge_block``).
 
 So a single hostile node can't make a gateway name fragments that are not the block's, as long as no honest disk has
-lost one: the survivors' hashes need the vote of another node. Where one has, the hostile node may have written its own
-there. Then it needs, besides, a third node that is away, and a profile with as many parity as data fragments. Two
-hostile nodes that hold all survivors of a block can.
+lost one, or that node alone holds the block: the survivors' hashes need the vote of another node. Where one has, the
+hostile node may have written its own there. Then it needs, besides, a third node that is away, and a profile with as
+many parity as data fragments. Two hostile nodes that hold all survivors of a block can.
 """
 
 from __future__ import annotations
@@ -294,10 +294,14 @@ class Agreed(NamedTuple):
     positions: tuple[int, ...]
 
 
-def agreed(layout: Layout, old: BlockPlace, found: Mapping[int, FragmentHeader]) -> Agreed | None:
+def agreed(
+    layout: Layout, old: BlockPlace, found: Mapping[int, FragmentHeader], *, or_alone: bool = False
+) -> Agreed | None:
     """What the survivors at the old places agree on; None when too few do. ``found``: position -> header.
 
-    In a cluster of several nodes, survivors of one node alone count for nothing: it may lie with all of them.
+    In a cluster of several nodes, survivors of one node alone count for nothing: it may lie with all of them. With
+    ``or_alone`` they count where no other node has a place of the block: it was written while only that node's disks
+    took writes. Then no lie replaces an honest fragment, and without this the block would stay there for ever.
     """
     votes: dict[tuple[tuple[bytes, ...], bytes], list[int]] = {}
     for position, header in found.items():
@@ -311,8 +315,10 @@ def agreed(layout: Layout, old: BlockPlace, found: Mapping[int, FragmentHeader])
     if len(needed) < _needed(old):
         return None
     known = layout.disk_by_id
-    nodes = {known[old.disks[position]].node for position in positions if old.disks[position] in known}
-    if len(nodes) < min(2, len({disk.node for disk in layout.disks})):
+    voters = {known[old.disks[position]].node for position in positions if old.disks[position] in known}
+    holders = {known[disk].node if disk in known else disk for disk in old.disks}
+    nodes = holders if or_alone else {disk.node for disk in layout.disks}
+    if len(voters) < min(2, len(nodes)):
         return None
     return Agreed(hashes, owner, tuple(sorted(positions)))
 

@@ -203,6 +203,23 @@ def test_a_block_under_another_profile_is_moved_when_it_is_what_the_survivors_ma
     play(scenario)
 
 
+def test_what_was_written_while_one_node_alone_took_writes_is_raised_to_its_target_later() -> None:
+    async def scenario(world: World) -> None:
+        disks = world.cluster.layouts.current.disks
+        world.cluster.alive.read_only = {disk.id for disk in disks if disk.node != "nb"}
+        await world.begin(lose=False)
+        assert {disk.node for disk in disks if disk.id in (await world.places())[0].disks} == {"nb"}
+        world.cluster.alive.read_only = set()
+        world.cluster.maintain()
+        await world.cluster.pass_s(120)
+        await world.cluster.settled()
+        entry = await world.cluster.entry(world.bucket, KEY)
+        assert {str(where.profile) for where in await world.places()} == {entry.target}
+        await world.assert_moved()
+
+    play(scenario)
+
+
 # --- lies about fragments
 
 

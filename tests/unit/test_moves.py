@@ -106,6 +106,17 @@ def test_survivors_of_one_node_count_only_where_there_is_one_node() -> None:
     assert agreed(ALONE, copies._replace(disks=("a0", "a1", "a2")), headers(copies, "01")) is not None
 
 
+def test_a_block_that_one_node_holds_alone_may_leave_it() -> None:
+    """It was written while the disks of that node alone took writes. Nothing is deleted on its word."""
+    copies = block(("a0", "a1"), k=1)
+    assert agreed(LAYOUT, copies, headers(copies, "01"), or_alone=True) is not None
+    assert agreed(LAYOUT, copies, headers(copies, "1"), or_alone=True) is not None
+    assert agreed(LAYOUT, copies, headers(copies, "01")) is None
+    for disks in (("a0", "a1", "b0"), ("a0", "a1", "of an earlier layout")):
+        spread = block(disks, k=1)
+        assert agreed(LAYOUT, spread, headers(spread, "01"), or_alone=True) is None
+
+
 def test_a_header_of_another_part_has_no_vote() -> None:
     found = headers(OLD, "0123")
     for lie in (
