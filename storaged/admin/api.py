@@ -8,6 +8,7 @@ Only root and the node's own user may use the socket (``listener``).
     GET  /v1/where?bucket=&key=             key in hex
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
     ...  /v1/buckets                        see ``buckets``
+    GET  /v1/layout  POST /v1/layout        the layout that was decided last; brings one into force
     POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/witnessed?node=
 
 A refusal is {"code", "message", "hint"} with the error's status.
@@ -29,6 +30,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from storaged.admin.body import NotHere, recorded, texts_of
 from storaged.admin.buckets import BucketAdministration
 from storaged.admin.hosts import local_hosts
+from storaged.admin.layouts import LAYOUT_BODY_BYTES_MAX, LayoutAdministration
 from storaged.admin.listener import AdminListener, SocketPeer
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
@@ -52,7 +54,7 @@ class AdminServer:
 
     async def start(self, directory: Path, listen: str) -> None:
         """Starts both listeners. Raises PortInUse."""
-        private = self._application()
+        private = self._application(body_bytes_max=LAYOUT_BODY_BYTES_MAX)
         private.add_routes(
             [
                 web.get("/v1/status", self._status),
@@ -64,6 +66,7 @@ class AdminServer:
                 web.post("/v1/users", self._add_user),
                 web.delete("/v1/users/{name}", self._remove_user),
                 *BucketAdministration(self._services).routes(),
+                *LayoutAdministration(self._services).routes(),
                 web.post("/v1/scrub", self._scrub),
                 web.post("/v1/keys/backup", self._backup),
                 web.get("/v1/audit/witnessed", self._witnessed),
@@ -90,8 +93,8 @@ class AdminServer:
         self._runners.append(runner)
         return runner
 
-    def _application(self, *more: Middleware) -> web.Application:
-        application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refusals, *more])
+    def _application(self, *more: Middleware, body_bytes_max: int = BODY_BYTES_MAX) -> web.Application:
+        application = web.Application(client_max_size=body_bytes_max, middlewares=[_refusals, *more])
         application.add_routes(
             [
                 web.get("/healthz", self._healthz),

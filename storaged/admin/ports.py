@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from storaged.cluster.audit.trail import Trail
+from storaged.cluster.signed_layout import SignedLayout
 from storaged.objects.api import Buckets, Users
 from storaged.objects.records import BucketRecord
 from storaged.objects.usage import Usage
@@ -23,6 +24,16 @@ class Jobs(Protocol):
 
     async def start_scrub(self) -> list[str]:
         """Starts to read and verify everything. Returns the nodes that began."""
+
+
+class LayoutDesk(Protocol):
+    """Brings layouts into force (``node.applying``)."""
+
+    async def apply(self, signed: SignedLayout) -> dict[str, Any]:
+        """Raises LayoutRefused, LayoutOvertaken, LayoutNotAccepted, NoQuorum."""
+
+    async def newest(self) -> tuple[SignedLayout, bool]:
+        """The layout that was decided last, and whether it is in force."""
 
 
 @dataclass
@@ -48,6 +59,7 @@ class Services:
     region: str = ""
     where: Callable[[str, bytes], Awaitable[dict[str, Any]]] | None = None
     jobs: Jobs | None = None
+    layouts: LayoutDesk | None = None
     key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
     """passphrase -> the keyring's id and its backup, sealed under the passphrase."""
     trail: Trail | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import LedgerReport
-from storaged.cluster.signed_layout import SignedLayout
+from storaged.cluster.signed_layout import Acceptance, SignedLayout
 from storaged.wire import Message
 
 
@@ -68,3 +68,9 @@ class OfferAnswer(Message, frozen=True):
     """The epoch in force after an offer."""
 
     epoch: int
+
+
+class AcceptAnswer(Message, frozen=True):
+    """The reply to ``cluster.accept``: this node's acceptance of the layout."""
+
+    acceptance: Acceptance

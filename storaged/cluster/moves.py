@@ -73,6 +73,29 @@ def moves_between(before: Layout, after: Layout) -> Moves:
     )
 
 
+def changes_between(before: Layout, after: Layout) -> tuple[str, ...]:
+    """All that differs, one phrase each, for an operator: what moves data, and what does not."""
+    return (*_differences(before, after), *_harmless(before, after))
+
+
+def _harmless(before: Layout, after: Layout) -> list[str]:
+    old, new = before.node_by_name, after.node_by_name
+    found = [f"node {name} is gone" for name in old if name not in new]
+    found += [f"node {name} is new" for name in new if name not in old]
+    for name in old.keys() & new.keys():
+        for field in ("address", "location", "roles"):
+            was, is_now = getattr(old[name], field), getattr(new[name], field)
+            if was != is_now:
+                texts = [value if isinstance(value, str) else ", ".join(value) for value in (was, is_now)]
+                found.append(f"node {name} changes: {field} {texts[0] or 'none'} to {texts[1] or 'none'}")
+    for field in ("profile", "countries", "jurisdictions"):
+        was, is_now = getattr(before, field), getattr(after, field)
+        if was != is_now:
+            texts = [value if isinstance(value, str) else ", ".join(value) or "all" for value in (was, is_now)]
+            found.append(f"{field} {texts[0]} to {texts[1]}")
+    return sorted(found)
+
+
 def places_digest(layout: Layout) -> bytes:
     """SHA-256 of all that decides placement: equal for two layouts exactly when nothing moves between them."""
     places = sorted((disk, *place) for disk, place in _places(layout).items())
@@ -120,8 +143,12 @@ def _differences(before: Layout, after: Layout) -> list[str]:
     elif before.seeds_step != after.seeds_step:
         found.append(f"the step of the seed disks changes from {before.seeds_step} to {after.seeds_step}")
     if before.base != after.base:
-        was, is_now = before.base or before.epoch, after.base or after.epoch
-        found.append(f"keys that never moved are placed by layout {is_now}, not {was}")
+        now = after.base or after.epoch
+        found.append(
+            f"keys stay where layout {now} placed them until they are moved"
+            if now == (before.base or before.epoch)
+            else f"keys that never moved are placed by layout {now}, not {before.base or before.epoch}"
+        )
     if before.replicas != after.replicas:
         found.append(f"the replicas of a partition change from {before.replicas} to {after.replicas}")
     return found

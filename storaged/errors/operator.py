@@ -226,6 +226,7 @@ class LayoutRefused(OperatorError):
     """
 
     code = "LAYOUT_REFUSED"
+    status = 409
     hint = (
         "Put the cluster's layout back where the wrong one was offered from (`layout.signed` beside the node's"
         " certificate), and reload. Only addresses, roles and nodes without disks may change."
@@ -243,6 +244,44 @@ class LayoutMovesData(OperatorError):
         " node that should not have been issued: `storaged cluster remove DIRECTORY NODE`). Addresses, certificates and"
         " gateways may change."
     )
+
+
+class LayoutOvertaken(OperatorError):
+    """Another layout was decided first. This one was signed without knowing it, and is not used anywhere. Nothing is
+    lost.
+    """
+
+    code = "LAYOUT_OVERTAKEN"
+    status = 409
+    hint = (
+        "Fetch the layout that was decided (`storaged --dir GATEWAY cluster fetch FILE`), put it as layout.signed into"
+        " the folder with the authority's keys, and look at `storaged cluster plan` there: nodes that the other"
+        " administrator added or removed must be added or removed in this folder too. Then sign again: `storaged"
+        " cluster layout`."
+    )
+
+
+class LayoutNotAccepted(OperatorError):
+    """The layout was decided, and too few nodes have accepted it yet. All nodes continue with the layout that they
+    have. Nothing is lost.
+    """
+
+    code = "LAYOUT_NOT_ACCEPTED"
+    status = 503
+    hint = (
+        "Start the storage nodes that are named, or mend the network to them, and run the same `storaged cluster apply`"
+        " again, on any gateway. No other layout can be applied before this one."
+    )
+
+
+class NoQuorum(OperatorError):
+    """The system partition has no majority, so that no layout can be decided. Nothing was changed, or the layout was
+    decided and is not used yet.
+    """
+
+    code = "NO_QUORUM"
+    status = 503
+    hint = "`storaged status` names what is away. Start it, and run the same command again."
 
 
 class AuditUnwritable(OperatorError):

@@ -50,6 +50,7 @@ from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
+from storaged.node.accepting import LayoutAcceptor
 from storaged.node.auditing import Auditing
 from storaged.node.belief import NodeBelief
 from storaged.node.disks import Disks, Snapshot
@@ -104,6 +105,8 @@ class NodePlanes:
         self.directory = Path(config.node.directory)
         self.disks = Disks()
         self.ledgers: LedgerExchange | None = None
+        """Of a storage node."""
+        self.acceptor: LayoutAcceptor | None = None
         """Of a storage node."""
         self._opener: Opener | None = None
         self._exchanging: asyncio.Task[None] | None = None
@@ -292,6 +295,9 @@ class NodePlanes:
         self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, self.membership, walks=self.leader is None)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
+        if self.config.storage:
+            self.acceptor = LayoutAcceptor(self.own, self.layouts, self.paths, self.directory / "layouts")
+            self._methods.update(self.acceptor.methods())
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
         self.auditing = Auditing(self)
         self.audit = self.auditing.log
@@ -383,8 +389,9 @@ class NodePlanes:
             self.gateway.reload(config)
         self.pool.renew(own)
         self.auditing.renew(own)
-        if self.ledgers is not None:
+        if self.ledgers is not None and self.acceptor is not None:
             self.ledgers.renew(own)
+            self.acceptor.renew(own)
         if self._server is not None:
             self._server.renew(own)
         worker = {"worker": str(self.leader.number)} if self.leader is not None else {}

@@ -20,6 +20,7 @@ from storaged.maintain.service import MaintainStatus
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.meta.ports import PageQuery
+from storaged.node.applying import LayoutApplication
 from storaged.node.auditing import merged
 from storaged.node.doctor import Doctor, silent
 from storaged.node.planes import NodePlanes
@@ -50,6 +51,7 @@ class Reports:
         found.authority = (node.own.directory / "authority.crt").read_text()
         if self._gateway is not None:
             self._gateway.offer(found)
+            found.layouts = LayoutApplication(node.own, node.authority, node.layouts, node.paths, node.pool)
         return found
 
     # --- ready, status

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
+from storaged.cluster import moves
 from storaged.cluster.identity import Identity
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.signed_layout import SignedLayout
+from storaged.cluster.succession import is_numbered_as_moving
 from storaged.errors import LayoutRefused
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
@@ -68,22 +70,34 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
     """Writes the layout in force to the register ``layout`` when that has an older one or none, and learns a newer one
     from it.
 
+    A layout that moves data is put there by ``node.applying`` alone, and stays until it is in force.
+
     Verifies the signature of what it learns. Raises ServiceUnavailable without a majority, and LayoutRefused for a
     register with a value that the administration key never signed.
     """
-    mine = layouts.signed_after(layouts.epoch - 1)
-    assert mine is not None
+    mine = layouts.signed(layouts.epoch)
 
     def choose(body: bytes | None) -> bytes | None:
-        known = decode(decode(body, SignedLayout).payload, Layout).epoch if body is not None else 0
-        return encode(mine) if known < layouts.epoch else None
+        if body is None:
+            return encode(mine)
+        held = decode(body, SignedLayout)
+        if held.payload == mine.payload:
+            return encode(mine) if mine.certificate and not held.certificate else None
+        older = decode(held.payload, Layout).epoch < layouts.epoch and not is_pending(held, layouts)
+        return encode(mine) if older else None
 
     try:
         body = await paths.replace("layout", choose)
-        if body is not None:
-            await layouts.learn(decode(body, SignedLayout), LAYOUT_REGISTER)
+        held = decode(body, SignedLayout) if body is not None else None
+        if held is not None and not (moves.MOVING_SUPPORTED and is_pending(held, layouts)):
+            await layouts.learn(held, LAYOUT_REGISTER)
     except msgspec.MsgspecError as error:
         raise LayoutRefused(f"the register of the layout does not decode: {error}") from None
+
+
+def is_pending(held: SignedLayout, layouts: LayoutBook) -> bool:
+    """Whether this layout of the register was decided, and is not in force yet. Raises MsgspecError."""
+    return not held.certificate and not layouts.has(held) and is_numbered_as_moving(decode(held.payload, Layout))
 
 
 def operator_layout(own: Identity) -> SignedLayout | None:

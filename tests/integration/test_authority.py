@@ -20,6 +20,7 @@ from storaged.errors import PeerRefused, StoragedError
 from storaged.fragments.remote import FragmentHost
 from storaged.meta import authority as authority_of_contents
 from storaged.meta.transport.replicas import ReplicaHost
+from storaged.node.accepting import LayoutAcceptor
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
 from tests.doubles.layouts import KnownLayouts
@@ -43,6 +44,7 @@ def of_a_storage_node(world: World) -> Methods:
         membership = Membership(OwnNode("n1", bytes(8)), None, LayoutBook(own.administration, own.cluster))  # type: ignore[arg-type]  # no node is called
         found.update(membership.methods())
         found.update(ledger_exchange(world, own).methods())
+        found.update(LayoutAcceptor(own, None, None, world.directory).methods())  # type: ignore[arg-type]  # not called
         found.update(cluster.nodes["na"].maintenance.methods())
 
     run(build)

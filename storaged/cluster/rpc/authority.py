@@ -47,6 +47,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "cluster.ping": Grant(BOTH, BOTH, "heartbeats", non_members=True),
     "cluster.layout": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
     "cluster.offer": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
+    "cluster.accept": Grant(GATEWAY, STORAGE, "a gateway collects the acceptances of a layout that moves data"),
     "cluster.claims": Grant(
         STORAGE,
         STORAGE,

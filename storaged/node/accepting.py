@@ -1,0 +1,126 @@
+"""Accepts layouts that move data, on a storage node: the method ``cluster.accept``.
+
+Theory of operation. A node with a seed disk signs an acceptance (``cluster.certificates``) only if the layout follows
+the one in force here by the rules, and if the register ``layout`` holds exactly this layout, read with a majority. So
+the compare-and-set of that register decides between two administrators. Before it signs, the node durably notes the
+layout as the one that it accepts after its present *generation* (the newest layout in force that moved data). It never
+signs a second one for the same generation, whatever the register holds then. So two layouts can't both get a majority,
+even where a gateway lies.
+
+A layout that ends the exchange of a seed disk is accepted only when the system partition's new replica has everything
+(``may_settle``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+from msgspec import MsgspecError
+
+from storaged.cluster import moves
+from storaged.cluster.certificates import accept, seed_nodes
+from storaged.cluster.identity import Identity, NodeSigner
+from storaged.cluster.layout import Layout
+from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.messages import AcceptAnswer
+from storaged.cluster.ports import Call, Method, Methods
+from storaged.cluster.rpc.authority import grant
+from storaged.cluster.signed_layout import SignedLayout, verify_layout
+from storaged.durable import replace_file
+from storaged.errors import DiskUnusable, LayoutOvertaken, LayoutRefused
+from storaged.node.system import SystemPaths
+from storaged.wire import Message, decode, encode
+
+PROMISE_FILE = "accepted"
+
+log = structlog.get_logger("node")
+
+
+class Promise(Message, frozen=True):
+    """The file ``layouts/accepted``: the one layout (``SignedLayout.hash``) that this node accepts after a
+    generation.
+    """
+
+    generation: int
+    epoch: int
+    layout: bytes
+
+
+async def not_whole(_layout: Layout) -> str:
+    """The ``may_settle`` of a node that can't tell."""
+    return "this node can't tell whether the new replica of the system partition has everything"
+
+
+class LayoutAcceptor:
+    """Serves ``cluster.accept``. ``directory``: with the layouts that this node has used.
+
+    ``may_settle``: may be replaced. ``await may_settle(layout)`` returns why the system partition can't settle yet,
+    empty when it can.
+    """
+
+    def __init__(self, own: Identity, layouts: LayoutBook, paths: SystemPaths, directory: Path) -> None:
+        self.may_settle: Callable[[Layout], Awaitable[str]] = not_whole
+        self._own = own
+        self._signer = NodeSigner(own)
+        self._layouts = layouts
+        self._paths = paths
+        self._file = directory / PROMISE_FILE
+        self._accepting = asyncio.Lock()
+
+    def methods(self) -> Methods:
+        return grant({"cluster.accept": Method(SignedLayout, self._on_accept)})
+
+    def renew(self, own: Identity) -> None:
+        """Signs with the identity's certificate from now on. Raises CertificateRefused."""
+        self._own, self._signer = own, NodeSigner(own)
+
+    async def _on_accept(self, signed: SignedLayout, _call: Call) -> AcceptAnswer:
+        layout = await asyncio.to_thread(verify_layout, signed, self._own.administration, self._own.cluster)
+        async with self._accepting:
+            if not self._layouts.has(signed):
+                await self._judge(signed, layout)
+            return AcceptAnswer(accept(self._signer, signed, layout))
+
+    async def _judge(self, signed: SignedLayout, layout: Layout) -> None:
+        """Returns when this node may accept a layout, and has promised to accept no other."""
+        if not moves.MOVING_SUPPORTED:
+            raise LayoutRefused(f"Layout {layout.epoch} is not accepted: this release can't move data.")
+        before = await asyncio.to_thread(self._layouts.judge, layout)
+        if self._own.name not in seed_nodes(before):
+            raise LayoutRefused(f"{self._own.name} has no seed disk by layout {before.epoch}.")
+        generation = self._layouts.generation
+        promise = await asyncio.to_thread(self._load)
+        if promise is not None and promise.generation >= generation and promise.layout != signed.hash:
+            raise LayoutOvertaken(f"{self._own.name} has accepted another layout {promise.epoch}.")
+        body = await self._paths.read("layout")
+        try:
+            decided = decode(body, SignedLayout) if body is not None else None
+        except MsgspecError as error:
+            raise LayoutRefused(f"The register of the layout does not decode: {error}") from None
+        if decided is None or decided.payload != signed.payload:
+            raise LayoutOvertaken(f"The system partition has decided another layout than this layout {layout.epoch}.")
+        if before.seeds_next and layout.seeds == before.seeds_next and (reason := await self.may_settle(layout)):
+            raise LayoutRefused(f"Layout {layout.epoch} ends the exchange of a seed disk too early: {reason}.")
+        try:
+            await asyncio.to_thread(self._save, Promise(generation, layout.epoch, signed.hash))
+        except OSError as error:
+            log.error("an acceptance can't be noted", file=str(self._file), reason=str(error))
+            raise DiskUnusable(f"{self._own.name} can't note what it accepts.") from None
+        log.info("a layout is accepted", epoch=layout.epoch, follows=before.epoch)
+
+    def _load(self) -> Promise | None:
+        try:
+            return decode(self._file.read_bytes(), Promise)
+        except FileNotFoundError:
+            return None
+        except MsgspecError as error:
+            raise LayoutRefused(f"{self._file} does not decode: {error}. Put it back from a copy.") from None
+        except OSError as error:
+            raise DiskUnusable(f"{self._own.name} can't read what it accepted: {error}") from None
+
+    def _save(self, promise: Promise) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._file, encode(promise))

@@ -1,0 +1,236 @@
+"""Brings a signed layout into force: ``storaged cluster apply``, on a gateway.
+
+Theory of operation. A layout that moves nothing is learnt, and spreads. One that moves data takes these steps, each of
+which may be repeated on any gateway:
+
+1. The register ``layout`` must hold the predecessor, usable itself. A compare-and-set puts the layout in its place. Of
+   two administrators one succeeds; the other gets LAYOUT_OVERTAKEN, with what was decided.
+2. The nodes with seed disks of the predecessor are asked for acceptances, until a majority has given one
+   (LAYOUT_NOT_ACCEPTED names those that are missing).
+3. The acceptances, as the layout's certificate, go into the register with it.
+4. This gateway uses the layout, and passes it on with its certificate.
+
+After step 1 the layout is decided: it can't be withdrawn. What it moves can be moved back by the next layout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import structlog
+from cryptography import x509
+from msgspec import MsgspecError
+from msgspec.structs import replace
+
+from storaged.cluster import moves as moving
+from storaged.cluster.certificates import accepted_by, is_enough, seed_nodes
+from storaged.cluster.identity import Identity
+from storaged.cluster.layout import Layout
+from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.messages import AcceptAnswer
+from storaged.cluster.moves import changes_between, moves_between
+from storaged.cluster.ports import Caller
+from storaged.cluster.signed_layout import Acceptance, SignedLayout, verify_layout
+from storaged.errors import (
+    LayoutNotAccepted,
+    LayoutOvertaken,
+    LayoutRefused,
+    NoQuorum,
+    PeerError,
+    ServiceUnavailable,
+)
+from storaged.node.system import SystemPaths, exchange_layout, is_pending
+from storaged.wire import decode, encode
+
+SOURCE = "storaged cluster apply"
+CALL_S = 5.0
+AGAIN_S = 0.5
+COLLECT_S = 20.0
+"""How long a node that is up but does not know the predecessor yet has to learn it."""
+
+log = structlog.get_logger("node")
+
+
+class LayoutApplication:
+    """Of one gateway. ``collect_s``: how long acceptances are collected."""
+
+    def __init__(
+        self,
+        own: Identity,
+        authority: x509.Certificate,
+        layouts: LayoutBook,
+        paths: SystemPaths,
+        caller: Caller,
+        *,
+        collect_s: float = COLLECT_S,
+    ) -> None:
+        self._own = own
+        self._authority = authority
+        self._layouts = layouts
+        self._paths = paths
+        self._caller = caller
+        self._collect_s = collect_s
+
+    async def newest(self) -> tuple[SignedLayout, bool]:
+        """The layout that was decided last, and whether it is in force. Without a majority of the system partition: the
+        one in force here.
+        """
+        with contextlib.suppress(ServiceUnavailable, LayoutRefused):
+            decided = await self._decided()
+            if decided is not None and not self._layouts.has(decided):
+                return decided, False
+        return self._layouts.signed(self._layouts.epoch), True
+
+    async def apply(self, signed: SignedLayout) -> dict[str, Any]:
+        """Returns the document of ``storaged cluster apply``: ``epoch``, ``moves`` (texts), ``accepted`` (the nodes
+        that accepted it now).
+
+        Raises LayoutRefused, LayoutOvertaken, LayoutNotAccepted, NoQuorum.
+        """
+        layout = await asyncio.to_thread(verify_layout, signed, self._own.administration, self._own.cluster)
+        if self._layouts.has(signed):
+            if layout.epoch < self._layouts.epoch:
+                raise LayoutOvertaken(f"Layout {layout.epoch} was in force. Layout {self._layouts.epoch} followed it.")
+            return self._document(layout, (), ())
+        moves = await asyncio.to_thread(moves_between, self._layouts.current, layout)
+        if not moves or signed.certificate:
+            if not signed.certificate:
+                self._check_first(layout)
+            await self._take(signed)
+            return self._document(layout, moves.disks, ())
+        if not moving.MOVING_SUPPORTED:
+            raise LayoutRefused(
+                f"Layout {layout.epoch} would move data against layout {self._layouts.epoch}: {moves}. This release"
+                " can't move it."
+            )
+        try:
+            await exchange_layout(self._paths, self._layouts)
+            before = await self._decide(signed, layout)
+            accepted = await self._collect(signed, layout, before)
+            certified = replace(signed, certificate=tuple(accepted[name] for name in sorted(accepted)))
+            await self._paths.replace("layout", lambda body: _with_certificate(body, certified))
+        except ServiceUnavailable as error:
+            raise NoQuorum(f"The system partition does not answer: {error.message}") from None
+        await self._layouts.learn(certified, SOURCE)
+        return self._document(layout, moves.disks, tuple(sorted(accepted)))
+
+    def _document(self, layout: Layout, moves: tuple[str, ...], accepted: tuple[str, ...]) -> dict[str, Any]:
+        return {"epoch": layout.epoch, "moves": list(moves), "accepted": list(accepted)}
+
+    async def _take(self, signed: SignedLayout) -> None:
+        """Uses a layout that needs no acceptances any more."""
+        await self._layouts.learn(signed, SOURCE)
+        with contextlib.suppress(ServiceUnavailable):  # it spreads by pings, too, and goes into the register later
+            await exchange_layout(self._paths, self._layouts)
+
+    def _check_first(self, layout: Layout) -> None:
+        """Raises LayoutOvertaken for a layout that does not follow the one in force, LayoutRefused when that can't be
+        known.
+        """
+        current = self._layouts.current
+        if not layout.predecessor or layout.predecessor == self._layouts.signed(current.epoch).hash:
+            return
+        before = self._layouts.by_hash(layout.predecessor)
+        if before is None:
+            raise LayoutRefused(
+                f"Layout {layout.epoch} follows a layout that was never in force here. In force is layout"
+                f" {current.epoch}."
+            )
+        raise LayoutOvertaken(
+            f"Layout {layout.epoch} follows layout {before.epoch}. Layout {current.epoch} came first."
+            f" {_changed(before, current)}"
+        )
+
+    # --- the register
+
+    async def _decided(self) -> SignedLayout | None:
+        """The layout in the register. Raises ServiceUnavailable, and LayoutRefused for a value that is no layout."""
+        body = await self._paths.read("layout")
+        try:
+            return decode(body, SignedLayout) if body is not None else None
+        except MsgspecError as error:
+            raise LayoutRefused(f"The register of the layout does not decode: {error}") from None
+
+    async def _decide(self, signed: SignedLayout, layout: Layout) -> Layout:
+        """Returns the predecessor, once the register holds this layout."""
+        decided = await self._decided()
+        if decided is None or decided.payload != signed.payload:
+            self._check_first(layout)
+        before = await asyncio.to_thread(self._layouts.judge, layout)
+
+        def choose(body: bytes | None) -> bytes | None:
+            held = decode(body, SignedLayout) if body is not None else None
+            if held is None or held.hash != layout.predecessor or is_pending(held, self._layouts):
+                return None
+            return encode(replace(signed, certificate=()))
+
+        body = await self._paths.replace("layout", choose)
+        held = decode(body, SignedLayout) if body is not None else None
+        if held is None:
+            raise LayoutRefused("The register of the layout has no value.")
+        if held.payload != signed.payload:
+            winner = decode(held.payload, Layout)
+            now = "decided, and not in force yet: apply it first" if is_pending(held, self._layouts) else "decided"
+            raise LayoutOvertaken(
+                f"Layout {layout.epoch} is not used: another layout {winner.epoch} is {now}. {_changed(before, winner)}"
+            )
+        return before
+
+    # --- acceptances
+
+    async def _collect(self, signed: SignedLayout, layout: Layout, before: Layout) -> dict[str, Acceptance]:
+        """The acceptances of nodes that are enough. Raises LayoutNotAccepted."""
+        found: dict[str, Acceptance] = {}
+        reasons: dict[str, str] = {}
+        wanted = sorted(seed_nodes(before))
+        enough, once = asyncio.Event(), {node: asyncio.Event() for node in wanted}
+
+        async def ask(node: str) -> None:
+            while True:
+                try:
+                    answer, _ = await self._caller.call(node, "cluster.accept", signed, AcceptAnswer, timeout_s=CALL_S)
+                    if accepted_by(answer.acceptance, signed, layout, before, self._authority) == node:
+                        found[node] = answer.acceptance
+                        if is_enough(before, found):
+                            enough.set()
+                        once[node].set()
+                        return
+                    reasons[node] = "it sent another node's acceptance"
+                except (PeerError, LayoutRefused) as error:
+                    reasons[node] = error.message
+                once[node].set()
+                await asyncio.sleep(AGAIN_S)
+
+        asking = [asyncio.create_task(ask(node)) for node in wanted]
+        try:
+            async with asyncio.timeout(self._collect_s):
+                await enough.wait()
+        except TimeoutError:
+            for event in once.values():  # each call has its own limit
+                await event.wait()
+            if enough.is_set():
+                return found
+            missing = [f"{node} ({reasons.get(node, 'no answer yet')})" for node in wanted if node not in found]
+            raise LayoutNotAccepted(
+                f"Layout {layout.epoch} is decided, and not in force yet: too few nodes have accepted it. Missing:"
+                f" {'; '.join(missing)}. Accepted: {', '.join(sorted(found)) or 'none'}."
+            ) from None
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        log.info("a layout has its certificate", epoch=layout.epoch, accepted=sorted(found))
+        return found
+
+
+def _with_certificate(body: bytes | None, certified: SignedLayout) -> bytes | None:
+    held = decode(body, SignedLayout) if body is not None else None
+    if held is None or held.payload != certified.payload or held.certificate:
+        return None
+    return encode(certified)
+
+
+def _changed(before: Layout, after: Layout) -> str:
+    return f"It changed: {'; '.join(changes_between(before, after)) or 'nothing'}."
