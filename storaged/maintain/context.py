@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -136,13 +137,14 @@ async def concurrently(work: Iterable[Awaitable[None]], workers: int) -> None:
     """Awaits all of it, so many at the same time. Takes the next from ``work`` when its turn comes."""
     queue = iter(work)
 
-    async def worker() -> None:
+    async def worker(first: Awaitable[None]) -> None:
+        await first
         for some in queue:
             await some
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(workers):
-            group.create_task(worker())
+        for first in islice(queue, workers):
+            group.create_task(worker(first))
 
 
 async def wait_for(event: asyncio.Event, seconds: float) -> bool:

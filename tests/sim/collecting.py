@@ -1,8 +1,12 @@
 """Seeds with the garbage collector: gateways write, overwrite and delete objects, and some fall asleep for hours in the
 middle; every storage node collects on its own disk all the time, with the program's own collector.
 
+Some upload parts, and complete or abort that (``collecting_uploads``); blocks move between disks, too.
+
 Everything is old to the sweep, so nothing is spared for its age. Clocks are hours off. What may fail fails: nodes die,
-messages are lost, or arrive hours later; promises are evicted; garbage lists are lost, or put back.
+messages are lost, or arrive hours later; promises are evicted; garbage lists are lost, or put back; a collector stands
+still between its looks; gateways say that they made rounds and did not. A disk that is put back is refused, as its
+node's claims have it (``forgetful``).
 
 Judged is: the data of what a register holds in the end is where its writer saw it durable. And when all nodes are up
 again, everything else goes.
@@ -13,18 +17,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from storaged.errors import DiskUnusable, PeerError, ServiceUnavailable, StoragedError
 from storaged.fragments.payloads import header_at_position
-from storaged.fragments.ports import REPLACED, FragmentHeader, FragmentId, Retirement, encode_copies
+from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement, encode_copies
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.hashes import fragment_hash
 from storaged.maintain.asks import SETTLED, UNSETTLED, Settle, SettledNames
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.disuse import Judge
 from storaged.maintain.gc import Collector
+from storaged.meta.consensus.looks import Look
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -32,12 +37,14 @@ from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Outcome, SmallCopies
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.store_ports import Copy
-from storaged.objects.records import ObjectRecord, PartEntry, Run, Version, decode_object, encode_object
+from storaged.objects.records import ObjectRecord, PartEntry, Run, Version, encode_object
 from storaged.objects.write.commit import ProposedAgain, _Once
+from storaged.objects.write.retire import origin_of
 from storaged.sov1 import MAGIC
 from storaged.wire import Buffer, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.sim.cluster import DISKS, Gateway, MemoryDisk, StorageNode, Weather, World, make_layout
+from tests.sim.collecting_uploads import Uploads, versions_of
 from tests.sim.hostile import Reachable
 from tests.sim.scenario import play_out
 from tests.sim.virtual import VirtualLoop
@@ -119,6 +126,8 @@ class GatewayAsks:
             raise ServiceUnavailable("no gateway")
         gateway = self._run.random.choice(gateways)
         results = []
+        if not self._run._healed and self._run.aside.random() < self._run.false_rounds:
+            return SettledNames((SETTLED,) * len(request.names), ("",) * len(request.names))
         for packed in request.names:
             try:
                 await gateway.client.settle(RegisterName.unpack(packed))
@@ -132,16 +141,21 @@ class GatewayAsks:
         return None
 
 
-def record_of(data_id: bytes, places: dict[int, str], small: bool) -> bytes:
+def entry_of(data_id: bytes, places: dict[int, str], *, small: bool = False, number: int = 1) -> PartEntry:
     run = Run(0, 1, 1, 2, 1) if small else Run(0, 1, 2, 1, 1, places)
-    entry = PartEntry(1, data_id, 1, MAGIC + bytes((1, 12)) + bytes(58), 2, "2+1", (run,), small=small)
-    return encode_object(ObjectRecord((Version("", 1, 1, "", 1, data_id, b"", False, b"", b"", (entry,)),)))
+    return PartEntry(number, data_id, 1, MAGIC + bytes((1, 12)) + bytes(58), 2, "2+1", (run,), small=small)
+
+
+def version_of(entry: PartEntry) -> Version:
+    return Version("", 1, 1, "", 1, entry.data_id, b"", False, b"", b"", (entry,))
+
+
+def encode_record(version: Version) -> bytes:
+    return encode_object(ObjectRecord((version,)))
 
 
 def entries_in(value: Value | None) -> list[PartEntry]:
-    if value is None or not value.body:
-        return []
-    return [entry for version in decode_object(value.body).versions for entry in version.parts]
+    return [entry for version in versions_of(value) for entry in version.parts]
 
 
 class Collecting:
@@ -154,14 +168,24 @@ class Collecting:
         self.layout = make_layout(1, DISKS[:3])
         self.found = Verdicts(seed)
         self.gateways: list[Gateway] = []
-        self.durable: dict[bytes, dict[int, str]] = {}
-        """Data id -> the places at which its writer saw it durable."""
+        self.aside = random.Random(f"collecting aside {seed}")
+        self.false_rounds = self.aside.choice((0.0, 0.0, 0.3, 0.9))
+        """How often a gateway says that it made rounds, and made none."""
+        self._pause_s = self.aside.choice((0.0, 0.0, 3.0, HOUR_S))
+        """How long a collector may stand still between its looks."""
+        patient = self.aside.random() < 0.4
+        self._patience: dict[str, Any] = {"call_timeout_s": HOUR_S, "deadline_s": 5 * HOUR_S} if patient else {}
+        """Of gateways that wait for answers which take hours."""
+        self.durable: dict[bytes, set[tuple[int, str]]] = {}
+        """Data id -> the places at which its writer saw it durable: position and disk."""
         self._healed = False
         self._forgets = self.random.random() < 0.3
         self._away = self.random.choice(DISKS) if self.random.random() < 0.2 else ""
         """A disk that is away until the end."""
+        self._to_put_back = not self._away and not self._forgets and self.aside.random() < 0.3
+        self.uploads = Uploads(self)
 
-    def _name(self, key: bytes) -> RegisterName:
+    def name(self, key: bytes) -> RegisterName:
         return RegisterName(Table.OBJECT, SCOPE, 3, key)
 
     def _complain(self, violation: str) -> None:
@@ -172,51 +196,58 @@ class Collecting:
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(OPERATIONS):
             await asyncio.sleep(self.random.uniform(0, 0.6))
-            name = self._name(self.random.choice(KEYS))
+            name = self.name(self.random.choice(KEYS))
             self.found.operations += 1
             kind = self.random.random()
             try:
-                if kind < 0.45:
+                if kind < 0.35:
                     await self._put_coded(gateway, name)
+                elif kind < 0.5:
+                    await self.uploads.upload(gateway, name)
+                elif kind < 0.6:
+                    await self.uploads.move(gateway, name)
                 elif kind < 0.85:
                     await self._put_small(gateway, name)
                 else:
                     outcome = await gateway.client.change(name, _delete)
-                    self._retire(gateway, name, outcome)
+                    self.retire_replaced(gateway, name, outcome)
             except (StoragedError, ProposedAgain):
                 self.found.refused += 1
 
-    def _store(self, gateway: Gateway, disk: str) -> RemoteFragmentStore:
+    def store(self, gateway: Gateway, disk: str) -> RemoteFragmentStore:
         return RemoteFragmentStore(gateway.caller, "n" + disk[1:], disk, timeout_s=1.0)
 
     async def _put_coded(self, gateway: Gateway, name: RegisterName) -> None:
+        outcome, _ = await self.commit_coded(gateway, name, name, lambda entry: encode_record(version_of(entry)))
+        self.retire_replaced(gateway, name, outcome)
+
+    async def commit_coded(
+        self, gateway: Gateway, owner: RegisterName, register: RegisterName, body_of: Callable[[PartEntry], bytes]
+    ) -> tuple[Outcome, PartEntry]:
+        """Writes data of the object ``owner``, and has ``register`` name it, as ``objects.write.commit`` does."""
         data_id, disks = self.random.randbytes(16), self.random.sample(DISKS, 3)
-        fragments = {disk: FragmentId(data_id, 0, 2, 1, position) for position, disk in enumerate(disks)}
-        body = record_of(data_id, dict(enumerate(disks)), small=False)
+        entry = entry_of(data_id, dict(enumerate(disks)))
         payload = self.random.randbytes(8)
         held: dict[str, FragmentId] = {}
-        for disk, fragment in fragments.items():
+        for position, disk in enumerate(disks):
+            fragment = FragmentId(data_id, 0, 2, 1, position)
             header = FragmentHeader(
-                fragment.pack(), name.pack(), bytes(64), (fragment_hash([payload]),) * 3, 4096, 8, 1
+                fragment.pack(), owner.pack(), bytes(64), (fragment_hash([payload]),) * 3, 4096, 8, 1
             )
             with contextlib.suppress(PeerError):
-                await self._store(gateway, disk).write(header, [payload])
+                await self.store(gateway, disk).write(header, [payload])
                 held[disk] = fragment
         try:
-            await self._sleep(0.1)
+            await self.sleep(0.1)
             for attempt in range(3):
                 promised = asyncio.Event()
                 ready = self._made_durable(gateway, held, promised, again=attempt > 0)
-                update = _Once(lambda _value: Change(body, Visibility.LIVE), promised).update
-                try:
-                    outcome = await gateway.client.change(name, update, ready=ready)
-                except ProposedAgain:
-                    continue
-                self._retire(gateway, name, outcome)
-                return
+                update = _Once(lambda _value: Change(body_of(entry), Visibility.LIVE), promised).update
+                with contextlib.suppress(ProposedAgain):
+                    return await gateway.client.change(register, update, ready=ready), entry
+            raise ProposedAgain
         except BaseException:
-            for disk in held:
-                self._start(self._retire_on(gateway, disk, [Retirement(data_id, name.pack(), 0)]))
+            self.retire(gateway, owner, [entry], b"")
             raise
 
     async def _made_durable(
@@ -224,22 +255,22 @@ class Collecting:
     ) -> None:
         """As ``PartWriter.durable``."""
         await promised.wait()
-        durable: dict[int, str] = {}
+        durable: set[tuple[int, str]] = set()
         for disk, fragment in held.items():
             with contextlib.suppress(PeerError):
-                store = self._store(gateway, disk)
+                store = self.store(gateway, disk)
                 if again:
                     (stat,) = await store.touch([fragment], 5)
                     if stat.health:
                         continue
                 await store.sync([fragment])
-                durable[fragment.position] = disk
+                durable.add((fragment.position, disk))
         if len(durable) < 2:
             raise ServiceUnavailable("its fragments are gone, or out of reach")
         self.durable[next(iter(held.values())).data_id] = durable
-        await self._sleep(0.25)
+        await self.sleep(0.25)
 
-    async def _sleep(self, chance: float) -> None:
+    async def sleep(self, chance: float) -> None:
         """Some requests fall asleep for hours."""
         if self.random.random() < chance:
             self.found.faults.append("a request slept")
@@ -252,25 +283,31 @@ class Collecting:
         small = SmallCopies(
             data_id, [(copy, [content]) for copy in encode_copies(header, 3)], lambda disks: len(disks) >= 2
         )
-        self.durable[data_id] = {}
-        change = Change(record_of(data_id, {}, small=True), Visibility.LIVE, data_id)
+        self.durable[data_id] = set()
+        body = encode_record(version_of(entry_of(data_id, {}, small=True)))
+        change = Change(body, Visibility.LIVE, data_id)
         outcome = await gateway.client.change(name, lambda _value: change, small=small, regardless=True)
-        self._retire(gateway, name, outcome)
+        self.retire_replaced(gateway, name, outcome)
 
-    def _retire(self, gateway: Gateway, name: RegisterName, outcome: Outcome) -> None:
+    def retire_replaced(self, gateway: Gateway, name: RegisterName, outcome: Outcome) -> None:
         """What a committed change replaced."""
-        kept = {entry.data_id for entry in entries_in(outcome.after)}
-        for entry in entries_in(outcome.before):
-            if entry.data_id in kept or self.random.random() < 0.2:
+        kept = {version.context_id for version in versions_of(outcome.after)}
+        for version in versions_of(outcome.before):
+            if version.context_id not in kept:
+                self.retire(gateway, name, version.parts, origin_of(version))
+
+    def retire(self, gateway: Gateway, name: RegisterName, parts: Iterable[PartEntry], origin: bytes) -> None:
+        """Puts parts on the garbage lists of their disks; now and then the call is forgotten."""
+        for entry in parts:
+            if self.random.random() < 0.2:
                 continue
             disks = self.layout.replicas_of(name.partition) if entry.small else entry.runs[0].moved.values()
             for disk in disks:
-                entries = [Retirement(entry.data_id, name.pack(), 0, REPLACED)]
-                self._start(self._retire_on(gateway, disk, entries))
+                self._start(self._retire_on(gateway, disk, [Retirement(entry.data_id, name.pack(), 0, origin)]))
 
     async def _retire_on(self, gateway: Gateway, disk: str, entries: list[Retirement]) -> None:
         with contextlib.suppress(PeerError):
-            await self._store(gateway, disk).retire(entries)
+            await self.store(gateway, disk).retire(entries)
 
     def _start(self, work: Any) -> None:
         self._tasks.append(self.world.loop.create_task(work))
@@ -288,17 +325,15 @@ class Collecting:
             ask_to_settle=asks.settle,
         )
         alive = Reachable(self.world)
-        settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
-        scanner = RingScanner(client.layouts, client.directory, client.client, alive, settings)
         context: Any = MaintainContext(
             node=node.name,
             clock=node.clock,
             layouts=client.layouts,
             liveness=alive,
             registers=client.client,
-            look=client.client.look,
+            look=self._looking(client),
             pages=client.client,
-            scanner=scanner,
+            scanner=self.scanner(client),
             stores=None,  # type: ignore[arg-type]
             local_meta={node.disk: node.store},
             local_fragments={node.disk: node.medium.fragments},
@@ -309,14 +344,27 @@ class Collecting:
         buckets: Any = OneBucket()
         return Collector(context, Judge(context, buckets)), client
 
+    def scanner(self, client: Gateway) -> RingScanner:
+        settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
+        return RingScanner(client.layouts, client.directory, client.client, Reachable(self.world), settings)
+
+    def _looking(self, client: Gateway) -> Callable[[RegisterName], Awaitable[Look]]:
+        async def look(name: RegisterName) -> Look:
+            found = await client.client.look(name)
+            if self._pause_s and not self._healed and self.aside.random() < 0.3:
+                await asyncio.sleep(self.aside.uniform(0, self._pause_s))
+            return found
+
+        return look
+
     async def collect(self, node: CollectingNode) -> None:
         """The collector of one node, in all its lives. Until it is cancelled."""
         while True:
-            await asyncio.sleep(self.random.uniform(0.05, 1.5))
+            await asyncio.sleep(self.random.choice((0.1, 0.5, 2.0, 5.0)))
             if node.up:
                 life = self.world.loop.create_task(self._collect_once(node))
                 while not life.done() and node.up:
-                    await asyncio.wait([life], timeout=0.05)
+                    await asyncio.wait([life], timeout=0.5)
                 life.cancel()
                 await asyncio.gather(life, return_exceptions=True)
                 if not life.cancelled() and life.exception() is not None:
@@ -354,6 +402,16 @@ class Collecting:
                 await self._suspect(node)
             elif self._forgets:
                 self._turn_back(node)
+            elif self._to_put_back and not node.up:
+                self._put_back(node)
+
+    def _put_back(self, node: StorageNode) -> None:
+        """An older snapshot of its disk is put back. Its claims show it (``forgetful`` has those), and it answers
+        nothing any more.
+        """
+        self._to_put_back = False
+        node.foreign = True
+        self.found.faults.append(f"{node.name} had its disk put back")
 
     async def _suspect(self, node: Any) -> None:
         """Something that the disk has is on its garbage list, whatever refers to it."""
@@ -393,7 +451,14 @@ class Collecting:
         for node in nodes:
             _remember(node)
         self.gateways = [
-            Gateway(self.world, f"g{index}", self.layout, skew_ms=self._skew_ms(-3), copy_at=header_at_position)
+            Gateway(
+                self.world,
+                f"g{index}",
+                self.layout,
+                skew_ms=self._skew_ms(-3),
+                copy_at=header_at_position,
+                **self._patience,
+            )
             for index in range(GATEWAYS)
         ]
         self.world.weather = self._weather()
@@ -406,6 +471,7 @@ class Collecting:
                 raise outcome
         await self._heal(nodes)
         reader = Gateway(self.world, "reader", self.layout, skew_ms=0, copy_at=header_at_position)
+        await self.uploads.end(reader)
         live = await self._look_at_the_end(reader)
         await self._nothing_else_stays(nodes, live)
         for gateway in (*self.gateways, reader):
@@ -424,7 +490,7 @@ class Collecting:
         """Returns the data ids that registers refer to."""
         live: set[bytes] = set()
         for key in KEYS:
-            name = self._name(key)
+            name = self.name(key)
             try:
                 await reader.client.settle(name)  # as catch-up does: a row that lags claims what it names
                 reading = await reader.client.read(name, want_payload=True)
@@ -435,7 +501,7 @@ class Collecting:
                 live.add(entry.data_id)
                 if entry.small and reading.payload is None:
                     self._complain(f"the copies of {entry.data_id.hex()} are gone")
-                for position, disk in self.durable[entry.data_id].items():
+                for position, disk in self.durable[entry.data_id].intersection(entry.runs[0].moved.items()):
                     medium: Any = self.world.nodes["n" + disk[1:]].medium
                     if FragmentId(entry.data_id, 0, 2, 1, position) not in medium.fragments.fragments:
                         self._complain(f"a fragment of {entry.data_id.hex()} is gone from {disk}")
@@ -446,6 +512,8 @@ class Collecting:
             for node in nodes:
                 await self._collect_once(node)
             await asyncio.sleep(1.0)
+        if any(node.foreign for node in nodes):
+            return
         left = {fragment.data_id for node in nodes for fragment in node.medium.fragments.fragments} - live
         if left and not self.found.violation:
             self._complain(f"orphans stay although every replica is there: {sorted(left)[0].hex()}")

@@ -5,15 +5,20 @@ Branches are the arms of ``if``, of conditional expressions and of conditions of
 handlers, cases, and functions. They are counted by bytes that are set, which costs a few per cent: a trace function
 would cost several times the run. Branches that seeds need not reach are listed in ``unreached.txt``, a reason each;
 all others that no seed reached are named, and with ``--strict`` they fail the run.
+
+Seeds are played in portions. With ``--results`` each portion is a line of a file: a run that was stopped goes on where
+it was, processes share the work (``--part``), and the report is about all portions of today's sources in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +29,21 @@ from tests.sim.planted import PLAYS
 PACKAGES = ("consensus", "transport", "listing")
 ALL_PACKAGES = (*PACKAGES, "acceptor", "proposer", "storage")
 
-SHARES = {"ring": 0.4, "hostile": 0.25, "listing": 0.2, "buckets": 0.15}
+SHARES = {
+    "ring": 0.36,
+    "hostile": 0.2,
+    "listing": 0.16,
+    "buckets": 0.12,
+    "small": 0.06,
+    "bursts": 0.03,
+    "files": 0.04,
+    "forgetful": 0.02,
+    "collecting": 0.01,
+}
 """Of the seeds."""
+
+PORTION = 20
+"""Seeds of one play that are counted together."""
 
 ACCEPTED = Path(__file__).with_name("unreached.txt")
 """Lines ``branch | reason``; a branch is named as ``Branch.name`` does it."""
@@ -196,20 +214,89 @@ def accepted() -> dict[str, str]:
     return {name.strip(): reason.strip() for name, _, reason in (line.rpartition(" | ") for line in lines)}
 
 
+class Portion(NamedTuple):
+    """Seeds of one play, and what they reached. ``hits``: bytes by path, in hexadecimal digits."""
+
+    play: str
+    first: int
+    seeds: int
+    hits: dict[str, str]
+    violations: list[str]
+    cpu_s: float
+    sources: str
+    """A digest of the modules: branches of other ones are numbered otherwise."""
+
+
+def digest_of(paths: Sequence[str]) -> str:
+    return sha256(b"".join((ROOT / path).read_bytes() for path in paths)).hexdigest()[:16]
+
+
+def portions(seeds: int, first: int) -> list[tuple[str, int, int]]:
+    """(play, first seed, how many), shortest plays and long ones mixed."""
+    counts = {name: max(1, round(share * seeds)) for name, share in SHARES.items()}
+    found = [
+        (start / count, name, first + start, min(PORTION, count - start))
+        for name, count in counts.items()
+        for start in range(0, count, PORTION)
+    ]
+    return [(name, start, count) for _, name, start, count in sorted(found)]
+
+
+def read_portions(path: Path | None, sources: str) -> list[Portion]:
+    if path is None or not path.exists():
+        return []
+    found = [Portion(*json.loads(line)) for line in path.read_text().splitlines()]
+    return [portion for portion in found if portion.sources == sources]
+
+
+def play_portions(
+    paths: Sequence[str], wanted: Sequence[tuple[str, int, int]], results: Path | None
+) -> tuple[list[Portion], str]:
+    """Plays those that the file does not have yet. Returns all, and what went wrong."""
+    sources = digest_of(paths)
+    done = read_portions(results, sources)
+    known = {(portion.play, portion.first, portion.seeds) for portion in done}
+    for name, first, seeds in wanted:
+        if (name, first, seeds) in known:
+            continue
+        outcome = in_child(lambda: play(paths, {name: (first, seeds)}), limit_s=86_400)  # noqa: B023
+        if outcome.error:
+            return done, f"{name} from {first} on: {outcome.error}"
+        hits, violations = outcome.value
+        texts = {path: found.hex() for path, found in hits.items()}
+        done.append(Portion(name, first, seeds, texts, violations, outcome.cpu_s, sources))
+        if results is not None:
+            with results.open("a") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+    return done, ""
+
+
+def merged(paths: Sequence[str], done: Sequence[Portion]) -> dict[str, bytes]:
+    hits: dict[str, bytes] = {path: bytes(len(branches)) for path, branches in branches_of(paths).items()}
+    for portion in done:
+        for path in paths:
+            found = bytes.fromhex(portion.hits[path])
+            hits[path] = bytes(map(max, hits[path], found))
+    return hits
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim --coverage", description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000, metavar="N", help="of all plays together")
     parser.add_argument("--first", type=int, default=1, metavar="SEED")
     parser.add_argument("--all", action="store_true", help="the acceptor, the proposer and the store, too")
     parser.add_argument("--strict", action="store_true", help="fail when a branch is neither reached nor accepted")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="leave out what is in it, and append to it")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every Nth portion, from the Ith on")
     options = parser.parse_args(arguments)
     paths = modules(ALL_PACKAGES if options.all else PACKAGES)
-    shares = {name: (options.first, max(1, round(share * options.seeds))) for name, share in SHARES.items()}
-    outcome = in_child(lambda: play(paths, shares), limit_s=86_400)
-    if outcome.error:
-        print(outcome.error)
+    part, parts = (int(number) for number in options.part.split("/"))
+    done, error = play_portions(paths, portions(options.seeds, options.first)[part - 1 :: parts], options.results)
+    if error:
+        print(error)
         return 1
-    hits, violations = outcome.value
+    hits = merged(paths, done)
+    violations = [violation for portion in done for violation in portion.violations]
     reasons, unnamed = accepted(), 0
     for path, branches in branches_of(paths).items():
         missed = [branch for branch, hit in zip(branches, hits[path], strict=True) if not hit]
@@ -219,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             unnamed += reason is None
             print(f"    {branch.line} {branch.name} | {reason or 'NOT REACHED'}")
     print(*violations, sep="\n")
-    cost = f"{options.seeds} seeds, {outcome.cpu_s:.0f} s of CPU"
+    cost = f"{sum(portion.seeds for portion in done)} seeds, {sum(portion.cpu_s for portion in done):.0f} s of CPU"
     print(f"{cost}, {len(violations)} violations, {unnamed} branches unreached")
     return 1 if violations or (unnamed and options.strict) else 0
 

@@ -26,6 +26,8 @@ PLAYS = {
     "collecting": "tests.sim.collecting:run_collecting",
     "small": "tests.sim.small:run_small",
     "bursts": "tests.sim.bursts:run_bursts",
+    "flicker": "tests.sim.flicker:run_flicker",
+    "object lies": "tests.sim.object_lies:run_object_lies",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 

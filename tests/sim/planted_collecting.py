@@ -80,8 +80,8 @@ COLLECTOR_BUGS = (
         200,
         _PLAY,
         "tests/sim/collecting.py",
-        "        await promised.wait()\n        durable: dict",
-        "        durable: dict",
+        "        await promised.wait()\n        durable: set",
+        "        durable: set",
         open=True,
     ),
     Planted(

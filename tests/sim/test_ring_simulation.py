@@ -19,10 +19,14 @@ from storaged.meta.consensus.register import RULES
 from tests.sim.buckets import run_buckets
 from tests.sim.bursts import run_bursts
 from tests.sim.collecting import run_collecting
+from tests.sim.coverage import PACKAGES, accepted, branches_of, modules
+from tests.sim.flicker import run_flicker
 from tests.sim.forgetful import run_forgetful
 from tests.sim.hostile import run_hostile
 from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
+from tests.sim.mutants import all_mutants, changed_functions, survivors
+from tests.sim.object_lies import run_object_lies
 from tests.sim.planted import applies, planted
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
@@ -38,6 +42,8 @@ BURST_SEEDS = int(os.environ.get("STORAGED_SIM_BURST_SEEDS", "6"))
 SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "15"))
 COLLECTING_SEEDS = int(os.environ.get("STORAGED_SIM_COLLECTING_SEEDS", "3"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "20"))
+FLICKER_SEEDS = int(os.environ.get("STORAGED_SIM_FLICKER_SEEDS", "20"))
+OBJECT_LIES_SEEDS = int(os.environ.get("STORAGED_SIM_OBJECT_LIES_SEEDS", "10"))
 
 
 def sound(play: Callable[[int], Verdicts], seeds: int) -> Iterator[Verdicts]:
@@ -62,6 +68,16 @@ def test_with_its_rules_the_ring_is_linearizable_whatever_fails() -> None:
 @pytest.mark.timeout(0)
 def test_a_liar_clocks_and_storage_nodes_break_nothing() -> None:
     assert list(sound(run_hostile, HOSTILE_SEEDS))
+
+
+@pytest.mark.timeout(0)
+def test_one_replica_that_lies_about_objects_changes_and_hides_none_while_both_others_agree() -> None:
+    assert list(sound(run_object_lies, OBJECT_LIES_SEEDS))
+
+
+@pytest.mark.timeout(0)
+def test_rounds_of_which_each_replica_hears_another_part_break_nothing() -> None:
+    assert list(sound(run_flicker, FLICKER_SEEDS))
 
 
 @pytest.mark.timeout(0)
@@ -116,6 +132,25 @@ def test_every_planted_bug_is_one() -> None:
     assert [bug.name for bug in planted() if not applies(bug)] == []
     names = [bug.name for bug in planted()]
     assert len(names) == len(set(names))
+
+
+def test_every_survivor_that_is_listed_is_a_mutant_and_has_a_reason() -> None:
+    listed = survivors()
+    assert sorted(listed.keys() - {mutant.name for mutant in all_mutants()}) == []
+    assert [name for name, reason in listed.items() if not reason] == []
+
+
+def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
+    inside = next(mutant for mutant in all_mutants(["quorums"]) if "Quorum.met: if len(disks)" in mutant.text)
+    assert [name for name, _ in changed_functions(inside) or ()] == ["Quorum.met"]
+    outside = next(mutant for mutant in all_mutants(["change"]) if "CARRY_TRIES" in mutant.text)
+    assert changed_functions(outside) is None
+
+
+def test_every_branch_that_seeds_need_not_reach_is_one_and_has_a_reason() -> None:
+    branches = {branch.name for some in branches_of(modules(PACKAGES)).values() for branch in some}
+    assert sorted(accepted().keys() - branches) == []
+    assert [name for name, reason in accepted().items() if not reason] == []
 
 
 def test_a_seed_plays_the_same_in_every_process() -> None:

@@ -166,9 +166,9 @@ class Ring:
     def replica(self, disk_id: str) -> Replica:
         return self.replicas[disk_id]
 
-    def client(self, node: str = "gw", deadline_s: float = 5.0, **options: Any) -> RingClient:
+    def client(self, node: str = "gw", deadline_s: float = 5.0, hedge_s: float = 0.01, **options: Any) -> RingClient:
         made = ring_client(
-            self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=0.01, jitter=lambda: 0.9, **options
+            self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=hedge_s, jitter=lambda: 0.9, **options
         )
         self.clients.append(made)
         return made
