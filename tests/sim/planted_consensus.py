@@ -260,8 +260,8 @@ _READERS = (
         "a read does not compare the checks of rows (rule 3)",
         100,
         path=READER,
-        old="        if check is None or (self._check is not None and check != self._check):\n",
-        new="        if check is None:\n",
+        old="        if row_hash is None or (self._hash is not None and row_hash != self._hash):\n",
+        new="        if row_hash is None:\n",
         fast=True,
     ),
 )

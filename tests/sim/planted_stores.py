@@ -154,8 +154,8 @@ _LISTS = (
         200,
         "listing",
         AGREEMENT,
-        "            if other.digest != first.digest or other.through != first.through or other.done != first.done:\n",
-        "            if other.through != first.through or other.done != first.done:\n",
+        "        same.setdefault((answer.digest, answer.through, answer.done, answer_hash), []).append(disk)\n",
+        "        same.setdefault((b'', answer.through, answer.done, b''), []).append(disk)\n",
         fast=True,
     ),
     Planted(
@@ -211,8 +211,10 @@ _LISTS = (
         300,
         "listing",
         AGREEMENT,
-        "        ballot = feed.quorum.agreed({disk: row.ballot for disk, row in rows.items() if row.ballot})\n",
-        "        ballot = max((row.ballot for row in rows.values() if row.ballot), default=None)\n",
+        "        settled = feed.quorum.agreed({disk: (row.ballot, row.value) for disk, row in"
+        " rows.items() if row.ballot})\n",
+        "        held = [(row.ballot, row.value) for row in rows.values() if row.ballot]\n"
+        "        settled = max(held, key=lambda pair: pair[0], default=None)\n",
     ),
     Planted(
         "page_beyond_known",
