@@ -111,6 +111,8 @@ class MaintainContext:
     on_refusal: OnRefusal = lambda peer, error: None
     adopt: Callable[[str, Accept, Sequence[Buffer]], Awaitable[AcceptReply]] = no_disk
     small_copies: Callable[[RegisterName, bytes], Awaitable[Copies | None]] = no_copies
+    steps: Callable[[], int] = lambda: 0
+    """The sum of the steps of all partitions (``cluster.partition_map``): it grows when one has moved."""
 
     def leader_of(self, partition: int) -> str:
         """The disk whose node is responsible for a partition: the first of its replicas that can be read now; empty

@@ -21,7 +21,7 @@ from storaged.cluster.layout import Layout, Profile
 from storaged.cluster.ports import Layouts
 from storaged.fragments.ports import FragmentId
 from storaged.objects.code.geometry import BlockShape, PartShape
-from storaged.objects.code.place import disks_of, first_choice, largest_share
+from storaged.objects.code.place import disks_of, first_choice, is_placed, largest_share
 from storaged.objects.records import PartEntry, Run
 
 
@@ -35,7 +35,8 @@ class Presence(IntEnum):
 
 class BlockPlace(NamedTuple):
     """One block of a part and the disks of its fragments, in position order. ``spread``: no failure domain holds more
-    of them than it may, and all are inside ``countries``, those of the bucket (none named: any).
+    of them than it may, and all are inside ``countries``, those of the bucket (none named: any). ``placed``: the layout
+    in force wants them on these disks.
     """
 
     entry: PartEntry
@@ -44,6 +45,7 @@ class BlockPlace(NamedTuple):
     disks: tuple[str, ...]
     spread: bool = True
     countries: tuple[str, ...] = ()
+    placed: bool = True
 
     @property
     def profile(self) -> Profile:
@@ -94,8 +96,18 @@ def blocks_of(entry: PartEntry, partition: int, layouts: Layouts, countries: Seq
             spread = _is_spread(layout, entry.data_id, run, disks, countries) and all(
                 is_allowed(layout, disk, countries) for disk in run.moved.values()
             )
+        placed = entry.small or _is_placed(layouts.current, entry, run, disks, countries)
         for block in range(run.first, run.first + run.count):
-            yield BlockPlace(entry, block, run, disks, spread, tuple(countries))
+            yield BlockPlace(entry, block, run, disks, spread, tuple(countries), placed)
+
+
+def _is_placed(current: Layout, entry: PartEntry, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
+    """What was written under the layout in force stays where it is: a write takes other disks only where it must. The
+    same holds in a cluster whose data never moved.
+    """
+    if run.epoch == current.epoch or not current.base:
+        return True
+    return is_placed(current, entry.data_id, run.profile, disks, countries)
 
 
 def is_allowed(layout: Layout, disk: str, countries: Sequence[str]) -> bool:
@@ -152,6 +164,11 @@ class BlockHealth(NamedTuple):
         return not self.missing and not self.away and self.on_target
 
     @property
+    def misplaced(self) -> bool:
+        """Nothing is wrong with it, but the layout in force wants it elsewhere."""
+        return self.whole and not self.place.placed
+
+    @property
     def readable(self) -> bool:
         return self.spare >= 0
 
@@ -193,6 +210,7 @@ class Finding:
 
     ``repairable``: the disks that answer suffice to do something. ``recodable``: they do once the others have been away
     for long. Otherwise repair waits for disks to return. ``lost``: it can't be read even if all of them do.
+    ``misplaced``: nothing is wrong, but the layout in force wants some of it elsewhere.
     """
 
     name: bytes
@@ -201,22 +219,27 @@ class Finding:
     recodable: bool
     lost: bool
     damaged_fragments: int
+    misplaced: bool = False
 
 
 class Tally:
     """Adds up the blocks of one register, and makes the finding."""
 
-    __slots__ = ("_below_target", "_damaged", "_lost", "_recodable", "_repairable", "_worst", "name")
+    __slots__ = ("_below_target", "_damaged", "_lost", "_misplaced", "_recodable", "_repairable", "_worst", "name")
 
     def __init__(self, name: bytes) -> None:
         self.name = name
         self._worst = 1 << 30
         self._below_target = self._repairable = self._recodable = self._lost = False
         self._damaged = 0
+        self._misplaced = False
 
     def add(self, health: BlockHealth, can_hold_target: bool) -> None:
         """``can_hold_target``: whether the disks that take writes can hold the block at its target."""
         if health.whole:
+            if health.misplaced:
+                self._misplaced = True
+                self._worst = min(self._worst, health.spare)
             return
         self._below_target = True
         spare = health.spare
@@ -248,5 +271,5 @@ class Tally:
     def finding(self) -> Finding | None:
         """None when everything is on target."""
         if not self._below_target:
-            return None
+            return Finding(self.name, self._worst, True, False, False, 0, True) if self._misplaced else None
         return Finding(self.name, self._worst, self._repairable, self._recodable, self._lost, self._damaged)

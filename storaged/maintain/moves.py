@@ -358,7 +358,7 @@ def judge_block(
 
 def is_whole(old: BlockPlace, survivors: Agreed) -> bool:
     """Whether the block is on its target, with all fragments, where it is: then there is nothing to repair."""
-    on_target = old.spread and old.profile == Profile.parse(old.entry.target)
+    on_target = old.spread and old.placed and old.profile == Profile.parse(old.entry.target)
     return on_target and len(survivors.positions) == old.profile.n
 
 

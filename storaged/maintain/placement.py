@@ -8,7 +8,8 @@ from collections.abc import Callable
 from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
 from storaged.maintain.context import MaintainContext
-from storaged.objects.code.place import Placement, choose
+from storaged.maintain.health import BlockPlace
+from storaged.objects.code.place import Placement, choose, near
 from storaged.objects.records import PartEntry
 
 
@@ -27,9 +28,11 @@ class Placements:
         except StoragedError:
             return None
 
-    def at_target(self, entry: PartEntry, countries: tuple[str, ...]) -> Placement | None:
+    def at_target(
+        self, entry: PartEntry, countries: tuple[str, ...], present: BlockPlace | None = None
+    ) -> Placement | None:
         """Where the part can lie under its target profile, within the limits of the failure domains; None when it
-        can't now.
+        can't now. ``present``: where it is; disks that keep a fragment keep its position.
         """
         target = Profile.parse(entry.target)
         placement = self.choose(entry, target, countries)
@@ -37,7 +40,11 @@ class Placements:
             return None
         domain_of = self._context.layouts.current.domain_by_disk
         shares = Counter(domain_of[disk] for disk in placement.disks)
-        return placement if not placement.moved or max(shares.values()) <= target.m else None
+        if placement.moved and max(shares.values()) > target.m:
+            return None
+        if present is None or present.profile != target:
+            return placement
+        return near(self._context.layouts.current, placement, entry.data_id, present.disks, countries)
 
     def can_hold_target(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
         """Whether ``at_target`` finds a place, remembered until ``forget``. What one placement group can, all can: only

@@ -67,6 +67,11 @@ class Waits(Message, frozen=True):
     gateway: str = ""
 
 
+def urgency(finding: Finding) -> tuple[bool, int, bytes]:
+    """The lowest is repaired first: what has the fewest spare fragments; what only has to move comes last."""
+    return finding.misplaced, finding.spare, finding.name
+
+
 class Repair:
     """Works off the queue that ``check`` fills. ``run`` is the task of both."""
 
@@ -159,7 +164,7 @@ class Repair:
         self.job.total = self.job.done + len(work)
         failures: list[str] = []
         batch = self._context.limits.repair_batch
-        for finding in heapq.nsmallest(batch, work, key=lambda finding: (finding.spare, finding.name)):
+        for finding in heapq.nsmallest(batch, work, key=urgency):
             await self.relocator.room()
             before = self.rebuilder.bytes_rebuilt
             try:
@@ -301,7 +306,8 @@ class Repair:
     def _better_placement(self, name: RegisterName, blocks: list[BlockHealth]) -> Placement | None:
         """Where the blocks should go; None: they stay, and what is missing is rebuilt in place.
 
-        They go to their target when they are not on it, or without the disks that have been away for long. They go to
+        They go to their target when they are not on it, when the layout in force wants them elsewhere, or without the
+        disks that have been away for long. They go to
         what the living disks can hold when a block has had no spare for long.
         """
         entry = blocks[0].place.entry
@@ -310,8 +316,8 @@ class Repair:
         countries = self._walker.buckets.countries_of(name.scope)
         away = any(block.away for block in blocks)
         away_long = away and self._away_long_enough(blocks)
-        if not blocks[0].on_target or away_long:
-            placement = self._placements.at_target(entry, countries)
+        if not blocks[0].on_target or away_long or not blocks[0].place.placed:
+            placement = self._placements.at_target(entry, countries, blocks[0].place)
             if placement is not None:
                 return placement
         if away_long and any(block.spare == 0 for block in blocks):

@@ -109,8 +109,17 @@ class RepairQueue:
         """Parts of uploads that may still become an object, and uploads that are being completed."""
         return self._count_of(objects=False)
 
+    @property
+    def misplaced(self) -> int:
+        """Objects and parts that are whole, and that the layout in force wants elsewhere."""
+        return sum(finding.misplaced for finding in self)
+
     def _count_of(self, *, objects: bool) -> int:
-        listed = sum(len(found) for prefix, found in self._ranges.items() if (prefix[0] == Table.OBJECT) == objects)
+        listed = sum(
+            sum(not finding.misplaced for finding in found.values())
+            for prefix, found in self._ranges.items()
+            if (prefix[0] == Table.OBJECT) == objects
+        )
         return listed + sum(count for prefix, count in self._overflow.items() if (prefix[0] == Table.OBJECT) == objects)
 
     @property

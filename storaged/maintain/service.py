@@ -78,6 +78,8 @@ class MaintainStatus(Message, frozen=True):
     audit_alarms: tuple[tuple[str, str], ...] = ()
     records_refused: tuple[tuple[str, str], ...] = ()
     garbage_waiting: tuple[tuple[str, int], ...] = ()
+    misplaced: int = 0
+    """Objects and parts that are whole, and that the layout in force wants elsewhere."""
 
 
 class Maintenance:
@@ -96,6 +98,10 @@ class Maintenance:
         self.page_sweep = PageSweep(context)
         self._seen = (frozenset[str](), frozenset[str]())
         """The usable disks when that was looked at last."""
+        self._places = self._walked_places = (0, 0)
+        """The layout's epoch and the steps of partitions, when that was looked at last, and when a walk was requested
+        for them.
+        """
         self._informed: set[str] = {context.node}
         """Nodes that know that this one has started."""
         self._damaged: dict[tuple[str, FragmentId], None] = {}
@@ -182,9 +188,14 @@ class Maintenance:
             await asyncio.sleep(self._context.limits.poll_s)
 
     def _watch_disks(self) -> None:
+        """A layout changes what has to move, and for a partition that moved another node may be responsible. While
+        partitions move one after the other, the walk waits.
+        """
         seen = self._context.usable_disks()
-        if seen != self._seen:
-            self._seen = seen
+        places = self._context.layouts.current.epoch, self._context.steps()
+        moving, self._places = places != self._places, places
+        if seen != self._seen or (places != self._walked_places and not moving):
+            self._seen, self._walked_places = seen, places
             self.check.request_walk()
 
     def _nodes_seen(self) -> set[str]:
@@ -229,6 +240,7 @@ class Maintenance:
             audit_alarms=tuple(self._context.audit_alarms()),
             records_refused=tuple(sorted(check.walker.buckets.refused.items())),
             garbage_waiting=tuple(self.collector.waiting().most_common(REASONS_MAX)),
+            misplaced=queue.misplaced,
         )
 
     def _collection(self) -> list[JobReport]:

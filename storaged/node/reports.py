@@ -186,6 +186,7 @@ class Reports:
             "objects_at_risk": durability.objects_at_risk,
             "objects_lost": durability.objects_lost,
             "objects_unreadable": durability.objects_unreadable,
+            "objects_misplaced": sum(status.misplaced for status in statuses),
             "fragments_rebuilt": sum(status.fragments_rebuilt for status in statuses),
             "bytes_rebuilt": sum(status.bytes_rebuilt for status in statuses),
             "waits": waits_document(durability.waits),

@@ -212,6 +212,25 @@ def _assign(
     return Placement(profile, tuple(disks[position] for position in range(profile.n)), moved)
 
 
+def is_placed(layout: Layout, data_id: bytes, profile: Profile, disks: Sequence[str], countries: Sequence[str]) -> bool:
+    """Whether the layout wants the fragments on these disks, in whatever order. True where it has no place for them."""
+    wanted = _ranked_choice(layout, placement_group(data_id), profile, tuple(countries))
+    return len(wanted) < profile.n or set(wanted) == set(disks)
+
+
+def near(
+    layout: Layout, placement: Placement, data_id: bytes, disks: Sequence[str], countries: Sequence[str]
+) -> Placement:
+    """The same disks as ``placement``, in another order: each of ``disks``, where the fragments are now, keeps its
+    position if it is among them. So the fewest fragments move.
+    """
+    left = [disk for disk in placement.disks if disk not in disks]
+    found = tuple(disk if disk in placement.disks else left.pop(0) for disk in disks)
+    first = _ranked_choice(layout, placement_group(data_id), placement.profile, tuple(countries))
+    moved = {position: disk for position, disk in enumerate(found) if first[position : position + 1] != (disk,)}
+    return Placement(placement.profile, found, moved)
+
+
 def acceptable(
     layout: Layout, profile: Profile, durable: Mapping[int, str], writable: Writable, countries: Sequence[str] = ()
 ) -> bool:
