@@ -53,7 +53,8 @@ FAULTS = (
 
 class Play:
     """What is done to one cluster. ``clocks``: the folder of ``clocks/sitecustomize.py``. ``hanging``: a disk that
-    can hang takes the place of one.
+    can hang takes the place of one. ``hold_s``: how long a fault lasts; ``beside``: now and then a process is killed
+    meanwhile.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Play:
         clocks: Path | None = None,
         hanging: FrozenDisk | None = None,
         hold_s: tuple[float, float] = (3.0, 15.0),
+        beside: bool = True,
     ) -> None:
         self.cluster = cluster
         self.workload = workload
@@ -75,6 +77,7 @@ class Play:
         self._clocks = clocks
         self._hanging = hanging
         self._hold_s = hold_s
+        self._beside = beside
         self._earlier: dict[str, Copy] = {}
         """The copy that is kept of a disk, and of a node: one of each kind (``disk``, ``node``)."""
         self.codes: set[str] = set()
@@ -232,7 +235,7 @@ class Play:
         """The load goes on without the disk. Now and then its node is killed, or the gateway or a worker of it."""
         self._let_pass(self._source.uniform(*self._hold_s))
         victim = self._source.choice([alteration.node, "gateway", "worker", "", ""])
-        if victim:
+        if victim and self._beside:
             kill_one(self.cluster, self.workload, self._source, victim)
         self._wait_refused(alteration)
 

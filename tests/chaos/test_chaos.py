@@ -47,7 +47,8 @@ def test_flipped_bits_are_never_served_and_are_repaired(chaos_cluster: Cluster) 
 
 
 def test_disks_that_forget_under_load_are_refused_by_name_and_lose_nothing(chaos_cluster: Cluster) -> None:
-    tally = forget_disks(chaos_cluster, 0, faults=("swap", "wipe", "roll back within a start"), hold_s=(0.2, 0.5))
+    faults = ("swap", "wipe", "roll back within a start")
+    tally = forget_disks(chaos_cluster, 0, faults=faults, hold_s=(0.2, 0.5), beside=False)
     assert tally.violations() == []
     assert [error for error in tally.noted if "Timeout" not in error] == []
     assert tally.acknowledged > 20
