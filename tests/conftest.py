@@ -12,6 +12,7 @@ import uvloop
 from hypothesis import settings
 
 from tests.examples import examples
+from tests.sim.virtual import OneThreadLoop
 
 settings.register_profile("tests", max_examples=examples(100), deadline=None)  # a busy machine is slow, no test times
 settings.load_profile("tests")
@@ -40,9 +41,19 @@ production, too.
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    virtual = item.get_closest_marker("virtual_time")
+    if virtual is not None and virtual.args != (False,):
+        return {"virtual": OneThreadLoop}
     if item.path.stem.removesuffix("_served") in HEARD:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "virtual_time: on a loop whose time jumps to the next timer; (False): not this test of a module with the mark",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

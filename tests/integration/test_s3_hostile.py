@@ -373,8 +373,8 @@ async def test_idle_connections_and_trickled_heads_are_closed_in_time(world: Wor
             await asyncio.sleep(0.05)
 
     trickling = asyncio.create_task(trickle())
-    assert await asyncio.wait_for(idle.read(), 3) == b""
-    assert await asyncio.wait_for(trickled.read(), 3) == b""
+    assert await asyncio.wait_for(idle.read(), GUARD_S) == b""
+    assert await asyncio.wait_for(trickled.read(), GUARD_S) == b""
     trickling.cancel()
     idle_writer.close()
     writer.close()
@@ -387,7 +387,7 @@ async def test_a_tls_handshake_that_is_never_made_is_given_up(tmp_path: Path) ->
     async with s3_world(Limits(handshake_s=0.3), tls=server) as world:
         reader, writer = await connect(world)
         writer.write(b"\x16\x03\x01")
-        assert await asyncio.wait_for(reader.read(), 3) == b""
+        assert await asyncio.wait_for(reader.read(), GUARD_S) == b""
         writer.close()
 
 
@@ -423,7 +423,7 @@ async def test_further_connections_than_may_be_are_closed_at_once(world: World) 
     writers = [(await connect(world))[1] for _ in range(8)]
     reader, writer = await connect(world)
     with contextlib.suppress(ConnectionResetError):
-        assert await asyncio.wait_for(reader.read(), 3) == b""
+        assert await asyncio.wait_for(reader.read(), GUARD_S) == b""
     for each in (writer, *writers):
         each.close()
     await until(lambda: world.app.statistics().connections == 0)

@@ -247,7 +247,7 @@ async def test_an_answer_that_is_on_its_way_when_the_server_ends_arrives_whole(
         reader, writer = await asyncio.open_connection("localhost", world.port, ssl=client)
         writer.write(signed(world, "GET", "/bucket/big"))
         await read_head(reader)
-        closing = asyncio.create_task(world.app.close(30))
+        closing = asyncio.create_task(world.app.close(GUARD_S))
         await asyncio.sleep(0.1)
         assert await asyncio.wait_for(reader.readexactly(16 << 20), GUARD_S) == bytes(16 << 20)
         writer.close()

@@ -32,6 +32,7 @@ from tests.integration.s3_front import (
     signed,
     until,
 )
+from tests.patience import GUARD_S
 
 META = NewMeta({"content-type": "text/plain", "cache-control": "no-store"}, {"color": "blue"}, {"a": "b"})
 SMALL, LARGE = b"small" * 100, bytes(range(256)) * 400
@@ -202,7 +203,7 @@ async def test_an_answer_that_must_not_be_sent_ends_the_connection_and_is_counte
 async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World) -> None:
     held = Held(world)
     reader, writer = await held.ask("GET", "small")
-    closing = asyncio.create_task(world.app.close(5.0))
+    closing = asyncio.create_task(world.app.close(GUARD_S))
     await asyncio.sleep(0.05)
     assert not closing.done()
     held.go()
@@ -216,7 +217,7 @@ async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World)
 async def test_a_server_that_ends_waits_for_what_was_left_to_the_task(world: World) -> None:
     held = Held(world)
     reader, writer = await held.ask("GET", "large")
-    closing = asyncio.create_task(world.app.close(5.0))
+    closing = asyncio.create_task(world.app.close(GUARD_S))
     await asyncio.sleep(0.05)
     held.go()
     assert b"Connection: close\r\n" in await read_head(reader)
@@ -241,7 +242,7 @@ async def test_a_server_that_ends_waits_for_a_client_that_has_not_taken_its_answ
     await loop.sock_sendall(client, signed(world, "GET", "/bucket/middling"))
     await until(lambda: connection.paused)
     assert world.done == []
-    closing = asyncio.create_task(world.app.close(5.0))
+    closing = asyncio.create_task(world.app.close(GUARD_S))
     await asyncio.sleep(0.05)
     assert not closing.done()
     answer = b""

@@ -336,7 +336,7 @@ async def test_what_cannot_be_begun_is_left_to_the_task(world: World, monkeypatc
 async def test_a_server_that_ends_waits_for_what_is_being_written(world: World) -> None:
     held = Held(world)
     reader, writer = await held.ask("PUT", "key", SMALL)
-    closing = asyncio.create_task(world.app.close(5.0))
+    closing = asyncio.create_task(world.app.close(GUARD_S))
     await asyncio.sleep(0.05)
     assert not closing.done()
     held.go()

@@ -31,6 +31,7 @@ from storaged.wire import Buffer, encode
 from tests.doubles.files import SimulatedFile, SimulatedFiles
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
+from tests.worlds.authority import until
 from tests.worlds.disk import LogDisk, died
 from tests.worlds.fragments import make
 
@@ -326,7 +327,7 @@ async def test_each_copy_is_told_of_once_when_writing_its_group_fails_unexpected
             told.append((name, refusal is not None, error is not None))
 
         disk.copies.keep(copy.header, [payload], StoreBatch(meta={name: b"1"}), done)
-    await asyncio.sleep(0.05)
+    await until(lambda: len(told) == 2)
     assert told == [("bad", True, False), ("good", False, True)]
     assert disk.meta.statistics().state == "read-only"
     await disk.close()

@@ -21,6 +21,7 @@ from storaged.node.admission import WAITING
 from storaged.node.daemon import tell_waits
 from storaged.node.disks import Disks
 from storaged.node.notify import Notifier
+from tests.patience import GUARD_S
 from tests.unit.test_systemd import DEPLOY, UNITS
 
 
@@ -42,7 +43,7 @@ def test_the_units_are_exposed_no_more_than_1_5(name: str, tmp_path: Path) -> No
 def manager(tmp_path: Path) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     listening.bind(str(tmp_path / "notify"))
-    listening.settimeout(5)
+    listening.settimeout(GUARD_S)
     return listening
 
 
@@ -82,7 +83,7 @@ def test_an_abstract_address_is_understood() -> None:
         pytest.skip("abstract sockets are Linux's")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(f"\0storaged-test-{os.getpid()}")
-        listening.settimeout(5)
+        listening.settimeout(GUARD_S)
         notifier = Notifier({"NOTIFY_SOCKET": f"@storaged-test-{os.getpid()}"})
         notifier.stopping()
         assert listening.recv(100) == b"STOPPING=1"

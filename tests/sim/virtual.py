@@ -5,7 +5,8 @@ no threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import threading
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -56,6 +57,25 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _write_to_self(self) -> None:
         pass
+
+
+class OneThreadLoop(VirtualLoop):
+    """For tests that are marked ``virtual_time``. What is meant for a thread of a pool is done at once, by this thread;
+    other threads are refused, because virtual time goes on while they work.
+    """
+
+    def run_in_executor(self, _executor: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+        done = self.create_future()
+        try:
+            done.set_result(work(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("a test on virtual time needs a thread: mark it virtual_time(False)")
+        return super().call_soon_threadsafe(*arguments, **options)
 
 
 class VirtualClock:

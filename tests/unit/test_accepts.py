@@ -31,6 +31,8 @@ from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.meta_store import MemoryMetaStore
 
+pytestmark = pytest.mark.virtual_time
+
 SCOPE = b"s" * 16
 FIRST = encode(Accept("", RegisterName(Table.OBJECT, SCOPE, 0, b"k"), Ballot(1, 1, "", b""), Value(1, b"", 2, b"")))[:1]
 

@@ -18,6 +18,7 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table
 from storaged.meta.ports import Outcome, SmallCopies
 from storaged.wire import Buffer, encode
 from tests.doubles.layouts import Places
+from tests.patience import GUARD_S
 from tests.worlds.ring_client import ring_client
 
 DISKS = ("a", "b", "c")
@@ -98,7 +99,7 @@ async def played(seed: int, change: Callable[[RingClient], Any]) -> tuple[list[t
     script = Script(seed)
     client = ring_client(Layouts(), script, node="g", clock=Clock(), entropy=bytes, jitter=lambda: 0.0, hedge_s=5.0)
     try:
-        outcome: Any = await asyncio.wait_for(change(client), 10)
+        outcome: Any = await asyncio.wait_for(change(client), GUARD_S)
     except Exception as error:
         outcome = error
     sent = list(script.sent)

@@ -37,6 +37,8 @@ from tests.unit.test_registers_soon import begun as soon
 from tests.unit.test_replica import FixedClock
 from tests.worlds.authority import until
 
+pytestmark = pytest.mark.virtual_time
+
 
 def at(counter: int, epoch: int = 1) -> Ballot:
     return Ballot(epoch, counter, "gw", b"incarnat")

@@ -113,11 +113,9 @@ async def is_there(store: LocalFragmentStore, made: Made) -> bool:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it did not come to be within 10 s")
+    async with asyncio.timeout(GUARD_S):
+        while not condition():  # noqa: ASYNC110  (threads, which set no event)
+            await asyncio.sleep(0.005)
 
 
 async def with_a_segment(directory: Path, files: SimulatedFiles, **limits: int) -> LocalFragmentStore:
@@ -232,7 +230,7 @@ async def test_what_was_deleted_after_it_was_kept_stays_deleted(tmp_path: Path, 
     files.hold("write")
     keep(store, gone[2], gone[3], stays[2])
     store._deferred.append_in_thread()
-    await asyncio.to_thread(files.held.wait, 10)
+    await asyncio.to_thread(files.held.wait, GUARD_S)
     keep(store, stays[3], gone[4])
     late = asyncio.ensure_future(store.delete([made.id for made in gone[2:5]]))
     keep(store, stays[4])
@@ -397,7 +395,7 @@ async def test_while_the_thread_is_busy_the_loop_waits_for_nothing_and_what_came
     store, large = await with_a_segment(tmp_path, files), make(RNG, 4 * MIB, cell_bytes=64 * KIB)
     files.hold("sync")
     writing = asyncio.ensure_future(store.write(large.header, [large.payload], sync=True))
-    await asyncio.to_thread(files.held.wait, 10)
+    await asyncio.to_thread(files.held.wait, GUARD_S)
     made = []
     for number in range(5 * deferred_module.DEFER_WRITES_MAX):
         made.append(small())
@@ -450,7 +448,7 @@ async def test_close_appends_what_was_kept(tmp_path: Path, much_later: None, whe
     keep(store, *made)
     if where == "on its way":
         store._deferred.append_in_thread()
-        await asyncio.to_thread(files.held.wait, 10)
+        await asyncio.to_thread(files.held.wait, GUARD_S)
         made.append(small())
         keep(store, made[-1])
     closing = asyncio.ensure_future(store.close())
@@ -501,7 +499,7 @@ async def test_a_sync_apart_waits_for_what_the_thread_is_appending(tmp_path: Pat
     files.hold("write")
     keep(store, made)
     store._deferred.append_in_thread()
-    await asyncio.to_thread(files.held.wait, 10)
+    await asyncio.to_thread(files.held.wait, GUARD_S)
     syncing = asyncio.ensure_future(asyncio.to_thread(store.sync_apart))
     await asyncio.sleep(0.1)
     assert not syncing.done()
@@ -531,7 +529,7 @@ async def test_a_sync_apart_waits_for_what_the_loop_is_appending(
     monkeypatch.setattr(files, "step", begun)
     keep(store, made)
     assert store._deferred.empty
-    await asyncio.to_thread(syncing[0].join, 10)
+    await asyncio.to_thread(syncing[0].join, GUARD_S)
     assert durable(files, made)
     await store.close()
 
@@ -556,7 +554,7 @@ async def test_a_sync_apart_that_meets_the_end_of_the_store_is_answered(tmp_path
     keep(store, made)
     files.hold("sync")
     syncing = [asyncio.ensure_future(asyncio.to_thread(store.sync_apart)) for _ in range(3)]
-    await asyncio.to_thread(files.held.wait, 10)
+    await asyncio.to_thread(files.held.wait, GUARD_S)
     closing = asyncio.ensure_future(store.close())
     await asyncio.sleep(0.02)
     syncing.append(asyncio.ensure_future(asyncio.to_thread(store.sync_apart)))

@@ -29,6 +29,8 @@ from tests.doubles.layouts import Places
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.worlds.ring_client import ring_client
 
+pytestmark = pytest.mark.virtual_time
+
 T = TypeVar("T", bound=Message)
 SCOPE = b"s" * 16
 NODES = ("na", "nb", "nc")

@@ -38,6 +38,7 @@ from storaged.uring import RingFile
 from tests.examples import examples
 from tests.patience import GUARD_S
 from tests.suites.meta_store import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
+from tests.worlds.authority import until
 from tests.worlds.disk import HeldLog
 
 STORE_ID = bytes(range(16))
@@ -375,7 +376,8 @@ async def test_writers_wait_for_the_checkpoint_when_both_halves_are_full_and_for
             written.append(number)
 
     writing = asyncio.create_task(write())
-    assert await asyncio.to_thread(begun.wait, 10)
+    assert await asyncio.to_thread(begun.wait, GUARD_S)
+    await until(lambda: len(written) >= 16)
     await asyncio.sleep(0.2)
     assert 16 <= len(written) < 40, "what fits two halves of 16 pages"
     assert [store.get(name_of(b"%d" % number)) is not None for number in written] == [True] * len(written)

@@ -24,6 +24,7 @@ from storaged.meta.store_ports import RowRange, StoreBatch
 from storaged.meta.transport.replicas import ReplicaHost
 from tests.patience import GUARD_S
 from tests.suites.meta_store import name_of, slot_of
+from tests.worlds.authority import until
 
 CALL = Call(PeerIdentity("gw", "FR", "paris", "r1", ("gateway",)), memoryview(b""), 0.0)
 
@@ -101,7 +102,7 @@ async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after
     looking = asyncio.create_task(
         asyncio.to_thread(store.read_ahead, RowRange(*name[:3], after=b"", prefix=b"", limit=300), whole=True)
     )
-    await asyncio.to_thread(reading.wait, 10)
+    await asyncio.to_thread(reading.wait, GUARD_S)
     closing = asyncio.create_task(store.close())
     await asyncio.sleep(0.05)
     assert not closing.done()
@@ -134,6 +135,7 @@ async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
     monkeypatch.setattr(store, "read_ahead", counted)
     for _ in range(3):
         scanning = asyncio.create_task(replica.scan(request(Want.ALL)))
+        await until(reading.is_set)
         await asyncio.sleep(0.05)
         scanning.cancel()
         await asyncio.gather(scanning, return_exceptions=True)
@@ -181,10 +183,9 @@ async def test_reading_ahead_takes_no_thread_from_those_who_hash_and_log(
     monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     monkeypatch.setattr(readahead, "rows_of", slow)
     scanning = asyncio.create_task(replica.scan(request(Want.ALL)))
-    await asyncio.sleep(0.05)
+    await until(reading.is_set)
     try:
-        assert reading.is_set()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(GUARD_S / 2):
             await asyncio.to_thread(lambda: None)
     finally:
         may_end.set()

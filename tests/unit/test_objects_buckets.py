@@ -36,6 +36,8 @@ from tests.doubles.layouts import layout_of
 from tests.unit.test_objects_put_get import got, put
 from tests.worlds.objects import World, pieces
 
+pytestmark = pytest.mark.virtual_time
+
 ANNE, BEN = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")
 
 
@@ -426,7 +428,7 @@ async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_
     assert recent.try_get("key") == 2
     await asyncio.gather(*spawned)
     assert recent.try_get("key") == 4
-    clock.ahead_s += 1.0
+    clock.ahead_s += 1.1
     assert recent.try_get("key") is None
 
 

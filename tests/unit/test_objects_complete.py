@@ -34,6 +34,8 @@ from tests.unit.test_objects_multipart import complete, stopped_before_done, upl
 from tests.unit.test_objects_put_get import got, put
 from tests.worlds.objects import World
 
+pytestmark = pytest.mark.virtual_time
+
 
 def bare_digest(parts: list[CompletedPart]) -> bytes:
     """What an unkeyed digest of the request is: anybody who guesses the parts can compute it."""

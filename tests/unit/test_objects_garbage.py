@@ -12,6 +12,8 @@ from storaged.objects import garbage
 from storaged.objects.service import ObjectService
 from tests.worlds.objects import World, bucket_of, put
 
+pytestmark = pytest.mark.virtual_time
+
 
 class Rig:
     """One bucket on doubles; ``calls`` are those of ``retire``: (disk, entries)."""

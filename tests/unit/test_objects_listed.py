@@ -20,6 +20,8 @@ from storaged.wire import Buffer
 from tests.doubles.keys import PlainBucketKey
 from tests.worlds.objects import World
 
+pytestmark = pytest.mark.virtual_time
+
 
 class Rig:
     """One bucket on doubles; ``opened`` counts the list fields that were opened, ``forgotten`` has the buckets that the

@@ -53,6 +53,8 @@ from storaged.wire import encode
 from tests.unit.test_objects_put_get import OWNER, bucket_of, got, pieces, put
 from tests.worlds.objects import World
 
+pytestmark = pytest.mark.virtual_time
+
 
 async def uploaded(
     objects: ObjectService,

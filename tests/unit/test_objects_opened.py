@@ -18,6 +18,8 @@ from storaged.objects.service import ObjectService
 from tests.doubles.keys import PlainBucketKey
 from tests.worlds.objects import OWNER, World, bucket_of, pieces
 
+pytestmark = pytest.mark.virtual_time
+
 SIZES = [100, 5000, 300_000]
 
 

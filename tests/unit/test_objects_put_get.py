@@ -47,6 +47,8 @@ from storaged.wire import Buffer
 from tests.patience import GUARD_S
 from tests.worlds.objects import OWNER, World, bucket_of, entry_of, got, pieces, put
 
+pytestmark = pytest.mark.virtual_time
+
 KIB, MIB = 1024, 1024 * 1024
 CELL = 64 * KIB - 16
 

@@ -15,6 +15,8 @@ from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
 from tests.worlds.objects import World, bucket_of, got, put
 
+pytestmark = pytest.mark.virtual_time
+
 KIB, MIB = 1024, 1024 * 1024
 SLOW = 64
 WAIT_S = 5.0

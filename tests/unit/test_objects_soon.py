@@ -38,6 +38,8 @@ from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
 
+pytestmark = pytest.mark.virtual_time
+
 META = NewMeta({"content-type": "text/plain"}, {"color": "blue"}, {"a": "b"})
 
 

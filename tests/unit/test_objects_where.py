@@ -18,6 +18,8 @@ from storaged.objects.where import where
 from tests.unit.test_objects_put_get import bucket_of, entry_of, put
 from tests.worlds.objects import World
 
+pytestmark = pytest.mark.virtual_time
+
 
 async def test_where_names_every_fragment_and_what_may_fail() -> None:
     world = World(block_cells_max=12)

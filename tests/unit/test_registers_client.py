@@ -44,6 +44,8 @@ from tests.patience import GUARD_S
 from tests.worlds.authority import until
 from tests.worlds.ring_client import ring_client
 
+pytestmark = pytest.mark.virtual_time
+
 DISKS = ("d0", "d1", "d2")
 SCOPE = b"b" * 16
 NAME = RegisterName(Table.OBJECT, SCOPE, 0, b"key")
@@ -965,6 +967,7 @@ async def test_a_page_that_a_replica_lacks_is_told_and_can_be_copied_there(ring:
         await client.copy_page(NAME, absent, "d0")
 
 
+@pytest.mark.virtual_time(False)
 async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) -> None:
     layouts = Layouts()
     names = [RegisterName(Table.OBJECT, SCOPE, shard % 16, f"key {shard}".encode()) for shard in range(48)]

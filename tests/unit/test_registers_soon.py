@@ -21,6 +21,8 @@ from storaged.meta.ports import Outcome, SmallCopies, Update
 from tests.patience import GUARD_S
 from tests.unit.test_registers_client import DISKS, NAME, Refused, Ring, fail_with, later_us, put
 
+pytestmark = pytest.mark.virtual_time
+
 COPIES = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, lambda disks: len(disks) >= 2)
 
 
