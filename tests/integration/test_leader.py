@@ -22,8 +22,6 @@ from storaged.node.worker import NOT_TAKEN, TAKEN, Worker
 from storaged.observe import Metrics
 from tests.patience import GUARD_S
 
-pytestmark = pytest.mark.alone
-
 
 class Doorway(NamedTuple):
     """A worker that gets its connections from the first process, and that process's side of it. ``given``: what came

@@ -787,8 +787,12 @@ async def test_a_caller_waits_for_room_rather_than_queueing_without_bound(world:
         await until(lambda: server.statistics().connections_waiting == 1)
         await asyncio.sleep(0.05)
         assert pool.statistics().links[0].queued_bytes <= 3 * MIB
-        with pytest.raises(PeerTimeout, match="accepts no more calls"):
-            await pool.call("n1", "t.echo", Note(""), Note, body=[bytes(MIB)], timeout_s=0.05)
+        refusal = ""
+        while "accepts no more calls" not in refusal:  # the socket of a slow machine may take one or two more before
+            with pytest.raises(PeerTimeout) as refused:
+                await pool.call("n1", "t.echo", Note(""), Note, body=[bytes(MIB)], timeout_s=0.05)
+            refusal = refused.value.message
+        assert pool.statistics().links[0].queued_bytes <= 3 * MIB
         service.gate.set()
         assert len(await asyncio.gather(*calls)) == 40
 

@@ -14,8 +14,6 @@ from storaged.cluster.rpc.expiry import REDIAL_BEFORE_S
 from storaged.errors import PeerUnreachable, StoragedError
 from tests.worlds.authority import Note, Service, World, pooled, serving, until
 
-pytestmark = pytest.mark.alone
-
 
 class Wall:
     """A clock that a test sets. What is real in it is monotonic."""

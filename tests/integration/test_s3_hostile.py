@@ -36,7 +36,12 @@ HOST = b"Host: h\r\n"
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
     limits = Limits(
-        body_idle_s=0.4, headers_s=0.4, send_idle_s=0.4, linger_s=0.3, connections_max=8, read_buffer_bytes=16 * 1024
+        body_idle_s=0.4,
+        headers_s=0.4,
+        send_idle_s=0.4,
+        linger_s=GUARD_S,
+        connections_max=8,
+        read_buffer_bytes=16 * 1024,
     )
     async with s3_world(limits) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
@@ -392,7 +397,7 @@ async def test_a_tls_handshake_that_is_never_made_is_given_up(tmp_path: Path) ->
 
 
 async def test_a_body_that_trickles_is_a_timeout_however_steadily_it_comes() -> None:
-    async with s3_world(Limits(body_idle_s=0.3, rate_min_bytes_s=100, linger_s=0.2)) as world:
+    async with s3_world(Limits(body_idle_s=0.3, rate_min_bytes_s=100)) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
         reader, writer = await connect(world)
         request = signed(world, "PUT", "/bucket/k", body=bytes(1000))

@@ -25,7 +25,7 @@ from tests.patience import GUARD_S
 
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
-    limits = Limits(body_idle_s=0.3, headers_s=0.5, linger_s=0.5, requests_max=4)
+    limits = Limits(body_idle_s=0.3, headers_s=0.5, linger_s=GUARD_S, requests_max=4)
     async with s3_world(limits) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
         yield world
@@ -85,7 +85,6 @@ async def test_every_answer_names_its_request_and_head_errors_have_no_body(world
     assert answer.endswith(b"\r\n\r\n")
 
 
-@pytest.mark.alone
 async def test_a_refused_upload_of_many_bytes_still_gets_its_answer(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     size = 64 << 20

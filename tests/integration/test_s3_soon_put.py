@@ -56,7 +56,7 @@ async def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Answers leave as they do with few requests in flight, and with many."""
     if request.param == "with others":
         monkeypatch.setattr(responder, "ALONE_MAX", 0)
-    async with s3_world(Limits(body_idle_s=0.3, linger_s=0.5)) as made:
+    async with s3_world(Limits(body_idle_s=0.3, linger_s=GUARD_S)) as made:
         await make_bucket(made)
         yield made
 

@@ -23,7 +23,7 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.storage import write_queue
+from storaged.meta.storage import checkpoint, write_queue
 from storaged.meta.storage.small_copies import ENTRY_BYTES, PlainCopies, SmallCopyCache
 from storaged.meta.store_ports import Copies, Copy, MetaStore, StoreBatch
 from storaged.node.disks import restore_copies
@@ -112,6 +112,12 @@ async def disk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     opened: Disk = PlainDisk(tmp_path) if request.param == "plain" else await LogDisk.opened(tmp_path)
     yield opened
     await opened.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_checkpoint_but_those_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine makes them a second after a write."""
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_S", 3600.0)
 
 
 @pytest.fixture

@@ -23,8 +23,6 @@ from storaged.s3.http.limits import Limits
 from storaged.s3.http.listen import listen
 from tests.patience import GUARD_S
 
-pytestmark = pytest.mark.alone
-
 WORKER = """
 import json, os, signal, socket, sys, time
 behaviour, options = sys.argv[1], dict(zip(sys.argv[3::2], sys.argv[4::2]))

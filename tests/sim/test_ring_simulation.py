@@ -1,7 +1,7 @@
 """The ring under a nemesis: no violation with the rules, and a violation soon without any one of them.
 
 ``STORAGED_SIM_SEEDS=10000`` plays more. A failure names the seed; ``python -m tests.sim --first SEED --seeds 1`` (with
-``--play``) plays it again. ``python -m tests.sim --planted`` plants all bugs; here are those that are noticed soon.
+``--play``) plays it again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from storaged.meta.consensus.register import RULES
 from tests.sim.buckets import run_buckets
 from tests.sim.bursts import run_bursts
 from tests.sim.collecting import run_collecting
@@ -27,7 +26,6 @@ from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
 from tests.sim.mutants import all_mutants, changed_functions, survivors
 from tests.sim.object_lies import run_object_lies
-from tests.sim.planted import applies, planted
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
 from tests.sim.workload import Verdicts
@@ -112,26 +110,6 @@ def test_a_disk_that_forgot_what_it_promised_answers_nothing_and_all_others_take
 @pytest.mark.timeout(0)
 def test_the_collector_deletes_what_nothing_refers_to_and_nothing_else() -> None:
     assert list(sound(run_collecting, COLLECTING_SEEDS))
-
-
-@pytest.mark.timeout(0)
-def test_bugs_that_are_planted_are_noticed() -> None:
-    """In a process of its own, since modules are changed as they are imported."""
-    command = [sys.executable, "-m", "tests.sim", "--planted", "--fast"]
-    played = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert played.returncode == 0, played.stdout + played.stderr
-    print(played.stdout)
-
-
-def test_every_rule_has_a_budget() -> None:
-    assert {bug.rule for bug in planted() if bug.rule} == set(RULES.__dataclass_fields__)
-
-
-def test_every_planted_bug_is_one() -> None:
-    """Its text is in the program still, once."""
-    assert [bug.name for bug in planted() if not applies(bug)] == []
-    names = [bug.name for bug in planted()]
-    assert len(names) == len(set(names))
 
 
 def test_every_survivor_that_is_listed_is_a_mutant_and_has_a_reason() -> None:

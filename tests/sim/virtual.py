@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -63,6 +64,10 @@ class OneThreadLoop(VirtualLoop):
     """For tests that are marked ``virtual_time``. What is meant for a thread of a pool is done at once, by this thread;
     other threads are refused, because virtual time goes on while they work.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began_ms = time.time_ns() // 1_000_000
 
     def run_in_executor(self, _executor: Any, work: Callable[..., Any], *arguments: Any) -> Any:
         done = self.create_future()

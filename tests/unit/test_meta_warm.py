@@ -104,7 +104,7 @@ async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after
     )
     await asyncio.to_thread(reading.wait, GUARD_S)
     closing = asyncio.create_task(store.close())
-    await asyncio.sleep(0.05)
+    await until(lambda: store._readahead._closed)
     assert not closing.done()
     may_end.set()
     await asyncio.gather(looking, closing)
