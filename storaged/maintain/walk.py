@@ -258,7 +258,7 @@ class Walker:
         self.placements.forget()
         for tally, place in batch:
             health = judge_block(place, presence)
-            if not health.whole:
+            if not health.whole or health.misplaced:
                 countries = self.buckets.countries_of(RegisterName.unpack(tally.name).scope)
                 tally.add(health, self.placements.can_hold_target(place.entry, countries))
 

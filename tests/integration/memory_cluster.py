@@ -46,7 +46,7 @@ from storaged.objects.system.users import UserService
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.keys import MemoryKeys, MemorySigners
-from tests.doubles.layouts import Places
+from tests.doubles.layouts import KnownLayouts
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.suites.meta_store import slots_in
@@ -207,15 +207,6 @@ class Alive:
         return self.disk_readable(disk_id) and disk_id not in self.read_only
 
 
-class Layouts(Places):
-    def __init__(self, layout: Layout) -> None:
-        self.current = layout
-        self._known = {layout.epoch: layout}
-
-    def at(self, epoch: int) -> Layout:
-        return self._known[epoch]
-
-
 class LocalCaller:
     """``Caller``: the other node's method, called directly, where its row lets the caller's ``role``; requests and
     replies go through their encoding. ``intercept`` sees every call before it is made.
@@ -295,7 +286,7 @@ class Cluster:
         self.loop = loop
         self.clock = VirtualClock(loop)
         self.limits = limits or MaintainLimits()
-        self.layouts = Layouts(layout_of(disks_per_node, racks=racks))
+        self.layouts = KnownLayouts(layout_of(disks_per_node, racks=racks))
         self.intercept: Intercept | None = None
         self.log: list[str] = []
         self.nodes: dict[str, StorageNode] = {}
