@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from storaged.cli import layouts
 from storaged.errors import OperatorError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -22,8 +23,13 @@ ADMIN_STORAGE = "127.0.0.1:8335"
 def cluster() -> None:
     """Make a cluster's certificates, configuration and layout.
 
-    Run where the authority's keys are kept: on an administrator's machine, not on a storage server.
+    Run where the authority's keys are kept: on an administrator's machine, not on a storage server. `apply` and `fetch`
+    run on a gateway.
     """
+
+
+for command in (layouts.plan, layouts.disk, layouts.apply, layouts.fetch, layouts.adopt):
+    cluster.add_command(command)
 
 
 @cluster.command("create")
@@ -118,6 +124,7 @@ def issue(
     configuration as it would be now, and no config.toml: so a copy of it keeps the configuration of the server.
     """
     from storaged.cli import create as files
+    from storaged.cli.succeeding import layouts_after
     from storaged.cluster import issuing
     from storaged.config import parse
 
@@ -150,8 +157,8 @@ def issue(
         plan.nodes[plan.nodes.index(known)] = node
     else:
         plan.nodes.append(node)
-    if (last := files.last_layout(authority, plan)) is not None:
-        files.layout_of(plan, last)  # raises before anything is made when no layout could name this node
+    if (last := files.last_signed(authority, plan)) is not None:
+        layouts_after(plan, last)  # raises before anything is made when no layout could name this node
     files.issue_node(authority, node, folder, text, member=known is not None)
     files.save_plan(directory, plan)
     if known is not None:
@@ -249,6 +256,7 @@ def remove(directory: Path, name: str) -> None:
     A storage node that the last layout names can't be taken out: its disks' data would be lost.
     """
     from storaged.cli import create as files
+    from storaged.cli.succeeding import layouts_after
     from storaged.cluster import issuing
 
     plan = files.load_plan(directory)
@@ -257,8 +265,8 @@ def remove(directory: Path, name: str) -> None:
             f"{name} is no node of this cluster; there are: {', '.join(node.name for node in plan.nodes)}"
         )
     plan.nodes = [node for node in plan.nodes if node.name != name]
-    if (last := files.last_layout(issuing.load_authority(directory), plan)) is not None:
-        files.layout_of(plan, last)
+    if (last := files.last_signed(issuing.load_authority(directory), plan)) is not None:
+        layouts_after(plan, last)
     files.save_plan(directory, plan)
     click.echo(f"{name} is no longer in the list; its certificate is still valid until it expires.")
     click.echo(f"  Next, to shut it out: storaged cluster layout {directory}")
@@ -273,25 +281,36 @@ def layout(directory: Path) -> None:
     move data is refused.
     """
     from storaged.cli import create as files
+    from storaged.cli.succeeding import layouts_after
     from storaged.cluster import issuing
+    from storaged.cluster.succession import is_numbered_as_moving
 
     plan = files.load_plan(directory)
     authority = issuing.load_authority(directory)
-    last = files.last_layout(authority, plan)
-    signed = files.layout_of(plan, last)
-    files.sign_layout(authority, signed, [directory / "nodes" / node.name for node in plan.nodes])
-    plan.epoch = signed.epoch
-    files.save_plan(directory, plan)
-    click.echo(
-        f"layout {signed.epoch}: {len(signed.nodes)} nodes, {len(signed.disks)} disks, {signed.profile}, a failure"
-        f" domain is a {signed.domain_kind}"
-    )
-    named = {node.name for node in last.nodes} if last is not None else set()
+    last = files.last_signed(authority, plan)
+    made = layouts_after(plan, last)
+    if last is not None:
+        files.keep_layout(authority, *last)
+    for each in made:
+        files.sign_layout(authority, each, [directory / "nodes" / node.name for node in plan.nodes])
+        plan.epoch = each.epoch
+        files.save_plan(directory, plan)
+        click.echo(
+            f"layout {each.epoch}: {len(each.nodes)} nodes, {len(each.disks)} disks, {each.profile}, a failure"
+            f" domain is a {each.domain_kind}"
+        )
+    named = {node.name for node in last[1].nodes} if last is not None else set()
+    moving = last is not None and is_numbered_as_moving(made[-1])
+    if moving:
+        click.echo("  These layouts move data. On a gateway, one after the other:")
+        for each in made:
+            click.echo(f"  storaged cluster apply {files.layout_path(authority, each.epoch).name}")
+        click.echo(f"  (they are in {directory / 'layouts'})")
     for node in plan.nodes:
         if node.name in named:
             continue  # its server has a folder already, and perhaps an edited configuration
         click.echo(f"  copy {directory / 'nodes' / node.name}/ to /etc/storaged/{node.name}/ on its server")
-    if named:
+    if named and not moving:
         signed_file = directory / files.LAYOUT_NAME
         click.echo(
             f"  copy {signed_file} to /etc/storaged/NODE/identity/ on one server that runs, and reload that node:"

@@ -1,8 +1,9 @@
 """The files of a cluster: its authority, each node's folder (certificate and configuration), the signed layout.
 
 ``cluster.json`` in the authority's directory lists the nodes that the next layout is made from. ``layout.signed``
-beside it is the newest signed layout. ``storaged cluster`` writes both, and ``storaged dev`` for its own cluster. A
-node's folder has all that the node needs to start, and is copied to its server as it is.
+beside it is the newest signed layout, and ``layouts/`` has all that were signed here. ``storaged cluster`` writes them,
+and ``storaged dev`` for its own cluster. A node's folder has all that the node needs to start, and is copied to its
+server as it is. ``cli.succeeding`` makes the layouts that follow a first one.
 """
 
 from __future__ import annotations
@@ -13,25 +14,29 @@ import msgspec
 
 from storaged.cluster import issuing, signed_layout
 from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
-from storaged.cluster.moves import moves_between
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import PeerIdentity
 from storaged.durable import replace_file
-from storaged.errors import LayoutMovesData, LayoutRefused, OperatorError
+from storaged.errors import LayoutRefused, OperatorError
 from storaged.ids import new_disk_id
 from storaged.wire import decode, encode
 
 REGISTER_NAME = "cluster.json"
 LAYOUT_NAME = "layout.signed"
+BASE_NAME = "base.signed"
+"""Beside it: the layout that placed the keys that never moved. A new node follows the history of layouts from there."""
 SEEDS_MAX = 5
 
 
 class DiskPlan(msgspec.Struct):
-    """A disk of a node. ``directory`` is as in the node's configuration; ``weight`` is relative (GB is a good unit)."""
+    """A disk of a node. ``directory`` is as in the node's configuration; ``weight`` is relative (GB is a good unit).
+    ``state``: as in ``DiskEntry``.
+    """
 
     id: str
     directory: str
     weight: int = 1000
+    state: str = "active"
 
 
 class NodePlan(msgspec.Struct):
@@ -134,27 +139,24 @@ def issue_node(
         write_private(folder / ("config.issued.toml" if member else "config.toml"), config_text.encode())
 
 
-def last_layout(authority: issuing.Authority, plan: ClusterPlan) -> Layout | None:
-    """The newest layout that was signed here; None when there is none.
+def last_signed(authority: issuing.Authority, plan: ClusterPlan) -> tuple[signed_layout.SignedLayout, Layout] | None:
+    """The newest layout that was signed here, or adopted; None when there is none.
 
     It lies beside the authority's keys; earlier versions left it in the nodes' folders only. A plan that was restored
     from a backup may be older. Raises OperatorError when ``plan`` knows of a newer layout than there is.
     """
-    newest: Layout | None = None
+    newest: tuple[signed_layout.SignedLayout, Layout] | None = None
     for path in (
         authority.directory / LAYOUT_NAME,
         *sorted(authority.directory.glob(f"nodes/*/identity/{LAYOUT_NAME}")),
     ):
         try:
-            signed = decode(path.read_bytes(), signed_layout.SignedLayout)
-            layout = signed_layout.verify_layout(signed, authority.administration.public_key(), authority.cluster)
+            found = read_layout(authority, path)
         except FileNotFoundError:
             continue
-        except (msgspec.MsgspecError, LayoutRefused) as error:
-            raise OperatorError(f"{path} is no layout of this cluster: {error}. Move it away.") from None
-        if newest is None or layout.epoch > newest.epoch:
-            newest = layout
-    if plan.epoch > (newest.epoch if newest is not None else 0):
+        if newest is None or found[1].epoch > newest[1].epoch:
+            newest = found
+    if plan.epoch > (newest[1].epoch if newest is not None else 0):
         raise OperatorError(
             f"layout {plan.epoch} was signed, and is not here any more, so that nothing can be compared with it. "
             f"Copy {LAYOUT_NAME} from a node (it lies beside its certificate) to {authority.directory / LAYOUT_NAME}."
@@ -162,28 +164,43 @@ def last_layout(authority: issuing.Authority, plan: ClusterPlan) -> Layout | Non
     return newest
 
 
-def layout_of(plan: ClusterPlan, last: Layout | None = None) -> Layout:
-    """The layout of all nodes in the plan, one epoch after the plan's and ``last``'s (see ``last_layout``).
+def read_layout(authority: issuing.Authority, path: Path) -> tuple[signed_layout.SignedLayout, Layout]:
+    """Raises OperatorError for a file that is no layout of this cluster, FileNotFoundError."""
+    try:
+        signed = decode(path.read_bytes(), signed_layout.SignedLayout)
+        return signed, signed_layout.verify_layout(signed, authority.administration.public_key(), authority.cluster)
+    except (msgspec.MsgspecError, LayoutRefused) as error:
+        raise OperatorError(f"{path} is no layout of this cluster: {error}. Move it away.") from None
 
-    Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a node that its policy does not
-    admit, LayoutMovesData when it would move a replica or a disk against ``last``.
+
+def last_layout(authority: issuing.Authority, plan: ClusterPlan) -> Layout | None:
+    """As ``last_signed``, the layout alone."""
+    last = last_signed(authority, plan)
+    return last[1] if last is not None else None
+
+
+def planned(plan: ClusterPlan, epoch: int) -> Layout:
+    """The layout of all nodes in the plan, without seeds. Raises JurisdictionRefused for a node that its policy does
+    not admit.
     """
     for node in plan.nodes:
         plan.admit(node)
-    epoch = 1 + max(plan.epoch, last.epoch if last is not None else 0)
     nodes = tuple(NodeEntry(node.name, node.location, node.address, tuple(node.roles)) for node in plan.nodes)
-    disks = tuple(DiskEntry(disk.id, node.name, disk.weight) for node in plan.nodes for disk in node.disks)
-    bare = Layout(
+    disks = tuple(DiskEntry(disk.id, node.name, disk.weight, disk.state) for node in plan.nodes for disk in node.disks)
+    return Layout(
         plan.cluster, epoch, nodes, disks, (), plan.profile, countries=plan.countries, jurisdictions=plan.jurisdictions
     )
-    kept = last is not None and all(seed in bare.disk_by_id for seed in last.seeds)
-    layout = msgspec.structs.replace(bare, seeds=last.seeds if last is not None and kept else seeds_of(bare))
-    if last is not None and (moves := moves_between(last, layout)):
-        raise LayoutMovesData(
-            f"this layout would move data against layout {last.epoch}, and nothing is signed: {moves}"
-        )
-    problems = problems_of(layout)
-    if problems:
+
+
+def layout_of(plan: ClusterPlan) -> Layout:
+    """The first layout of a cluster, of all nodes in the plan.
+
+    Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a node that its policy does not
+    admit.
+    """
+    bare = planned(plan, plan.epoch + 1)
+    layout = msgspec.structs.replace(bare, seeds=seeds_of(bare))
+    if problems := problems_of(layout):
         raise OperatorError("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
     return layout
 
@@ -202,10 +219,37 @@ def sign_layout(authority: issuing.Authority, layout: Layout, folders: list[Path
 
     A node reads it there at its next start or reload.
     """
-    signed = encode(signed_layout.sign_layout(layout, authority.administration))
-    write_private(authority.directory / LAYOUT_NAME, signed)
+    signed = signed_layout.sign_layout(layout, authority.administration)
+    base = _base_of(authority, layout)
+    keep_layout(authority, signed, layout)
+    write_private(authority.directory / LAYOUT_NAME, encode(signed))
     for folder in folders:
-        write_private(folder / "identity" / LAYOUT_NAME, signed)
+        write_private(folder / "identity" / LAYOUT_NAME, encode(signed))
+        if base is not None:
+            write_private(folder / "identity" / BASE_NAME, base)
+
+
+def _base_of(authority: issuing.Authority, layout: Layout) -> bytes | None:
+    """The layout that placed the keys that never moved, as a new node gets it; None when that is ``layout``."""
+    if not layout.base:
+        return None
+    path = layout_path(authority, layout.base)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise OperatorError(
+            f"layout {layout.base}, which placed the keys that never moved, is not in this folder, and new nodes need"
+            f" it. Copy layouts/layout-{layout.base:012d}.signed from the directory of a gateway to {path}."
+        ) from None
+
+
+def layout_path(authority: issuing.Authority, epoch: int) -> Path:
+    """Where a layout lies that was signed here, or adopted."""
+    return authority.directory / "layouts" / f"layout-{epoch}.signed"
+
+
+def keep_layout(authority: issuing.Authority, signed: signed_layout.SignedLayout, layout: Layout) -> None:
+    write_private(layout_path(authority, layout.epoch), encode(signed))
 
 
 def storage_config(node: NodePlan, directory: str, listen: str, extra: str = "") -> str:

@@ -254,10 +254,10 @@ class LayoutOvertaken(OperatorError):
     code = "LAYOUT_OVERTAKEN"
     status = 409
     hint = (
-        "Fetch the layout that was decided (`storaged --dir GATEWAY cluster fetch FILE`), put it as layout.signed into"
-        " the folder with the authority's keys, and look at `storaged cluster plan` there: nodes that the other"
-        " administrator added or removed must be added or removed in this folder too. Then sign again: `storaged"
-        " cluster layout`."
+        "Fetch the layout that was decided (on a gateway: `storaged cluster fetch FILE`), and take it as the last one"
+        " of the folder with the authority's keys (`storaged cluster adopt DIRECTORY FILE`). `storaged cluster plan"
+        " DIRECTORY` then shows how that folder's list differs: nodes and disks that the other administrator added or"
+        " removed belong into both. Then sign again: `storaged cluster layout DIRECTORY`."
     )
 
 

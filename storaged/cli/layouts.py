@@ -1,0 +1,248 @@
+"""``storaged cluster plan``, ``disk``, ``apply``, ``fetch``, ``adopt``: what the next layout is, and how it comes into
+force.
+
+``plan``, ``disk`` and ``adopt`` work on the folder with the authority's keys, ``apply`` and ``fetch`` ask a gateway.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from storaged.errors import OperatorError
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from storaged.cli import create as files
+
+CHANGES_MAX = 40
+"""Lines of changes that are printed; ``--json`` has all."""
+
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+@click.command("plan")
+@click.argument("directory", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plan(directory: Path, as_json: bool) -> None:
+    """Show what the next layout of DIRECTORY would change and move, and what the cluster survives. Changes nothing."""
+    from storaged.cli import create as files
+    from storaged.cli import planning
+    from storaged.cli.succeeding import layouts_after
+    from storaged.cluster import issuing, moves
+
+    listed = files.load_plan(directory)
+    last = files.last_signed(issuing.load_authority(directory), listed)
+    layouts = layouts_after(listed, last, whatever_moves=True)
+    before = last[1] if last is not None else layouts[0]
+    found = planning.outlook(before, layouts)
+    if as_json:
+        click.echo(json.dumps(planning.document(before, layouts, found), indent=2))
+        return
+    after = layouts[-1]
+    names = ", ".join(str(layout.epoch) for layout in layouts)
+    click.echo(f"layout {names}: {len(after.nodes)} nodes, {len(after.disks)} disks, {after.profile}")
+    for change in found.changes[:CHANGES_MAX]:
+        click.echo(f"  {change}")
+    if len(found.changes) > CHANGES_MAX:
+        click.echo(f"  and {len(found.changes) - CHANGES_MAX} more changes")
+    if not found.changes:
+        click.echo("  nothing changes" if last is not None else "  the first layout: nothing moves")
+    if found.moves:
+        click.echo(f"partitions that move  {found.partitions} of 1025")
+        click.echo(f"replicas that move    {found.replicas}")
+        click.echo(f"fragments that move   {found.fragments}")
+    for when, survives in found.survives.items():
+        click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")
+    if found.moves and not moves.MOVING_SUPPORTED:
+        click.echo("This release can't move data: `storaged cluster layout` does not sign this layout.")
+
+
+@click.group("disk")
+def disk() -> None:
+    """Add, drain, remove or replace disks in the list that layouts are made from."""
+
+
+def _edit(directory: Path, node: str) -> tuple[files.ClusterPlan, files.NodePlan]:
+    from storaged.cli import create as files
+
+    listed = files.load_plan(directory)
+    found = next((one for one in listed.nodes if one.name == node), None)
+    if found is None:
+        names = ", ".join(one.name for one in listed.nodes)
+        raise OperatorError(f"{node} is no node of this cluster; there are: {names}")
+    if "storage" not in found.roles:
+        raise OperatorError(f"{node} is no storage node")
+    return listed, found
+
+
+def _find(node: files.NodePlan, named: str) -> files.DiskPlan:
+    """The disk with this id or directory. Raises OperatorError."""
+    found = [one for one in node.disks if named in (one.id, one.directory)]
+    if len(found) != 1:
+        disks = ", ".join(f"{one.directory} ({one.id})" for one in node.disks)
+        raise OperatorError(f"{node.name} has no disk {named!r}; there are: {disks}")
+    return found[0]
+
+
+def _save(directory: Path, listed: files.ClusterPlan, said: str) -> None:
+    """Saves the list if a layout could be made from it."""
+    from storaged.cli import create as files
+    from storaged.cli.succeeding import layouts_after
+    from storaged.cluster import issuing
+
+    if (last := files.last_signed(issuing.load_authority(directory), listed)) is not None:
+        layouts_after(listed, last)
+    files.save_plan(directory, listed)
+    click.echo(said)
+    click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
+
+
+def _section(one: files.DiskPlan) -> str:
+    from storaged.cli import create as files
+
+    return f'[[disks]]\nid = "{one.id}"\ndirectory = {files.quoted(one.directory)}'
+
+
+def _new(node: files.NodePlan, directory: str) -> files.DiskPlan:
+    from storaged.cli import create as files
+
+    (found,) = files.new_disks([directory])
+    if any(one.directory == found.directory for one in node.disks):
+        raise OperatorError(f"{node.name} has a disk in {found.directory}")
+    return found
+
+
+@disk.command("add")
+@click.argument("directory", type=FOLDER)
+@click.argument("node")
+@click.argument("place", metavar="DISK[:WEIGHT]")
+def disk_add(directory: Path, node: str, place: str) -> None:
+    """Add a disk to NODE. DISK is its directory on that server, WEIGHT its share."""
+    listed, found = _edit(directory, node)
+    added = _new(found, place)
+    found.disks.append(added)
+    said = f"{node}: disk {added.id} is in the list. Add to the configuration of {node}:\n{_section(added)}"
+    _save(directory, listed, said)
+
+
+@disk.command("drain")
+@click.argument("directory", type=FOLDER)
+@click.argument("node")
+@click.argument("named", metavar="DISK")
+def disk_drain(directory: Path, node: str, named: str) -> None:
+    """Let a disk of NODE give up what it has. DISK is its id or directory."""
+    listed, found = _edit(directory, node)
+    one = _find(found, named)
+    one.state = "draining"
+    _save(directory, listed, f"{node}: disk {one.id} in {one.directory} gets nothing new, and gives up what it has")
+
+
+@disk.command("remove")
+@click.argument("directory", type=FOLDER)
+@click.argument("node")
+@click.argument("named", metavar="DISK")
+def disk_remove(directory: Path, node: str, named: str) -> None:
+    """Take a disk of NODE out of the list, because it is empty or dead. DISK is its id or directory."""
+    listed, found = _edit(directory, node)
+    one = _find(found, named)
+    found.disks.remove(one)
+    said = (
+        f"{node}: disk {one.id} in {one.directory} is no longer in the list. When the layout is in force, take it out"
+        f" of the configuration of {node}"
+    )
+    _save(directory, listed, said)
+
+
+@disk.command("replace")
+@click.argument("directory", type=FOLDER)
+@click.argument("node")
+@click.argument("named", metavar="DISK")
+@click.argument("place", metavar="[NEW-DIRECTORY]", default="")
+def disk_replace(directory: Path, node: str, named: str, place: str) -> None:
+    """Put a new, empty disk in the place of one of NODE. DISK is the old one's id or directory.
+
+    The new disk has an id of its own, also in the same directory: what the old one promised is forgotten with it.
+    """
+    from storaged.cli import create as files
+
+    listed, found = _edit(directory, node)
+    one = _find(found, named)
+    others = [other for other in found.disks if other is not one]
+    if any(other.directory == (place or one.directory) for other in others):
+        raise OperatorError(f"{node} has another disk in {place or one.directory}")
+    (new,) = files.new_disks([place or one.directory])
+    new.weight = one.weight
+    found.disks[found.disks.index(one)] = new
+    said = (
+        f"{node}: disk {new.id} is in the list for {one.id}. Exchange them in the configuration of {node}:"
+        f"\n{_section(new)}"
+    )
+    _save(directory, listed, said)
+
+
+@click.command("apply")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="epoch, moves, accepted.")
+@click.pass_obj
+def apply(named: str | None, file: Path, as_json: bool) -> None:
+    """Bring the signed layout FILE into force. Run on a gateway; it may be repeated.
+
+    A layout that moves data is decided by the system partition, and needs the acceptance of a majority of the nodes
+    with seed disks. Of two administrators one succeeds (LAYOUT_OVERTAKEN).
+    """
+    from storaged.cli.client import gateway
+    from storaged.cli.target import find_directory
+
+    content = base64.b64encode(file.read_bytes()).decode()
+    done = gateway(find_directory(named), "POST", "/v1/layout", body={"layout": content}, timeout_s=120.0)
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+        return
+    click.echo(f"layout {done['epoch']} is in force; the other nodes learn it from this gateway")
+    if done["accepted"]:
+        click.echo(f"  accepted by {', '.join(done['accepted'])}")
+
+
+@click.command("fetch")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.pass_obj
+def fetch(named: str | None, file: Path) -> None:
+    """Write the layout that the cluster decided last to FILE. Run on a gateway."""
+    from storaged.cli.client import gateway
+    from storaged.cli.target import find_directory
+    from storaged.durable import replace_file
+
+    found = gateway(find_directory(named), "GET", "/v1/layout")
+    replace_file(file, base64.b64decode(found["layout"]), 0o644)
+    state = "in force" if found["in_force"] else f"decided, and not in force yet: storaged cluster apply {file}"
+    click.echo(f"layout {found['epoch']} is in {file}; it is {state}")
+
+
+@click.command("adopt")
+@click.argument("directory", type=FOLDER)
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def adopt(directory: Path, file: Path) -> None:
+    """Take the layout FILE, which was fetched from the cluster, as the last one of DIRECTORY.
+
+    For a folder whose own layout was overtaken by another administrator's. The list of nodes stays as it is.
+    """
+    from storaged.cli import create as files
+    from storaged.cluster import issuing
+    from storaged.wire import encode
+
+    listed = files.load_plan(directory)
+    authority = issuing.load_authority(directory)
+    signed, layout = files.read_layout(authority, file)
+    for path in directory.glob("nodes/*/identity/layout.signed"):
+        if files.read_layout(authority, path)[1].epoch >= layout.epoch:
+            files.write_private(path, encode(signed))
+    files.keep_layout(authority, signed, layout)
+    files.write_private(directory / files.LAYOUT_NAME, encode(signed))
+    listed.epoch = layout.epoch
+    files.save_plan(directory, listed)
+    click.echo(f"layout {layout.epoch} is the last one of {directory}")
+    click.echo(f"  Next: storaged cluster plan {directory}, which shows how the list of nodes differs from it")

@@ -1,0 +1,149 @@
+"""What the next layouts would move, and what the cluster survives before, meanwhile and after. Pure.
+
+It compares layouts. It assumes that everything is where the last one wants it: the folder with the authority's keys
+does not know how far a running cluster has come.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, Profile, problems_of
+from storaged.cluster.moves import changes_between, moves_between
+from storaged.cluster.partitions import PartitionState, next_step
+from storaged.errors import ServiceUnavailable
+from storaged.objects.code.place import first_choice
+
+GROUPS = range(0, 4096, 4)
+"""Placement groups that are compared."""
+
+
+class Movement(NamedTuple):
+    """``moved`` of ``total`` parts get another disk; ``ideal``: the fewest that any placement with the same shares
+    would have to move.
+    """
+
+    moved: int
+    total: int
+    ideal: int
+
+    @property
+    def share(self) -> float:
+        return self.moved / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        ideal = f"{self.moved / self.ideal:.2f} times the ideal" if self.ideal else "the ideal is none"
+        return f"{self.moved} of {self.total} ({100 * self.share:.1f}%), {ideal}"
+
+
+class Outlook(NamedTuple):
+    """What a list of layouts does. ``survives``: whether the cluster serves everything while any one failure domain is
+    away, ``before``, ``meanwhile`` and ``after``.
+    """
+
+    changes: tuple[str, ...]
+    moves: bool
+    partitions: int
+    replicas: Movement
+    fragments: Movement
+    domain: str
+    survives: Mapping[str, bool]
+
+
+def outlook(before: Layout, layouts: Sequence[Layout]) -> Outlook:
+    """Of the change from ``before`` through ``layouts``, which are not empty."""
+    after = layouts[-1]
+    old = {number: before.replicas_of(number) for number in range(PARTITIONS)}
+    new = {number: after.replicas_of(number) for number in range(PARTITIONS)}
+    moves = moves_between(before, after)
+    return Outlook(
+        changes_between(before, after),
+        bool(moves),
+        sum(set(old[number]) != set(new[number]) for number in old) + (before.seeds != after.seeds),
+        movement(old.values(), new.values()),
+        movement(_choices(before), _choices(after)),
+        after.domain_kind,
+        {
+            "before": _settled_survives(before),
+            "meanwhile": not moves or _moving_survives(before, layouts),
+            "after": _settled_survives(after),
+        },
+    )
+
+
+def movement(before: Iterable[Sequence[str]], after: Iterable[Sequence[str]]) -> Movement:
+    """Between two lists of sets of disks that belong together."""
+    moved = total = 0
+    shares: Counter[str] = Counter()
+    for old, new in zip(before, after, strict=True):
+        moved += len(set(new) - set(old))
+        total += len(new)
+        shares.update(new)
+        shares.subtract(old)
+    return Movement(moved, total, sum(count for count in shares.values() if count > 0))
+
+
+def _choices(layout: Layout) -> list[Sequence[str]]:
+    profile = Profile.parse(layout.profile)
+    found: list[Sequence[str]] = []
+    for group in GROUPS:
+        try:
+            found.append(first_choice(layout, (group << 4).to_bytes(2, "big") + bytes(14), profile))
+        except ServiceUnavailable:
+            found.append(())
+    return found
+
+
+def _survives(sets: Iterable[Sequence[str]], domains: Mapping[str, str]) -> bool:
+    """Whether each set keeps a majority while any one domain is away."""
+    return all(2 * max(Counter(domains.get(disk, disk) for disk in one).values()) < len(one) for one in sets)
+
+
+def _settled_survives(layout: Layout) -> bool:
+    sets = {layout.replicas_of(number) for number in (*range(PARTITIONS), SYSTEM_PARTITION)}
+    return not problems_of(layout) and _survives(sets, layout.domain_by_disk)
+
+
+def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
+    """Follows every partition through its joint states (``partitions.next_step``), and the seeds through the
+    layouts.
+    """
+    after = layouts[-1]
+    domains = {
+        disk.id: _domain(layout, disk.node, disk.id, after) for layout in (before, *layouts) for disk in layout.disks
+    }
+    sets: set[tuple[str, ...]] = set()
+    for number in range(PARTITIONS):
+        state = PartitionState(number, 0, 0, before.replicas_of(number))
+        while (record := next_step(state, after, whole=True)) is not None:
+            state = PartitionState(number, record.step, 0, record.present, record.coming)
+            sets.update(state.sets)
+    for layout in layouts:
+        sets.update(seeds for seeds in (layout.seeds, layout.seeds_next) if seeds)
+    return _survives(sets, domains)
+
+
+def _domain(layout: Layout, node: str, disk: str, after: Layout) -> str:
+    """The failure domain of a disk, of the kind that ``after`` has."""
+    if after.domain_kind == "rack":
+        return layout.node_by_name[node].location
+    return node if after.domain_kind == "node" else disk
+
+
+def document(before: Layout, layouts: Sequence[Layout], found: Outlook) -> dict[str, object]:
+    """The document of ``storaged cluster plan --json``."""
+    return {
+        "last": before.epoch,
+        "layouts": [layout.epoch for layout in layouts],
+        "changes": list(found.changes),
+        "nodes": len(layouts[-1].nodes),
+        "disks": len(layouts[-1].disks),
+        "moves_data": found.moves,
+        "partitions": found.partitions,
+        "replicas": {**found.replicas._asdict(), "share": found.replicas.share},
+        "fragments": {**found.fragments._asdict(), "share": found.fragments.share},
+        "domain": found.domain,
+        "survives": dict(found.survives),
+    }

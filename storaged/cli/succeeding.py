@@ -1,0 +1,101 @@
+"""Makes the layouts that follow the last one, from the list of nodes and disks (``cli.create``). Pure.
+
+A change that moves nothing makes one layout. A change that moves data makes one, and two more for each seed disk that
+goes: a joint layout, in which the seed is exchanged and its disk only gives up what it has, and one that settles
+(``cluster.succession``). They are applied one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+from msgspec.structs import replace
+
+from storaged.cli.create import ClusterPlan, layout_of, planned
+from storaged.cluster import moves as moving
+from storaged.cluster.layout import Layout, problems_of
+from storaged.cluster.moves import moves_between
+from storaged.cluster.signed_layout import SignedLayout
+from storaged.cluster.succession import base_after, check_successor, exchanged_seeds, next_epoch
+from storaged.errors import LayoutMovesData, LayoutRefused, OperatorError
+from storaged.wire import encode
+
+
+def layouts_after(
+    plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None, *, whatever_moves: bool = False
+) -> list[Layout]:
+    """The layouts that bring the cluster from ``last`` to the nodes and disks of the plan, in their order.
+
+    Raises OperatorError with every reason why one cannot work, JurisdictionRefused for a node that the policy does not
+    admit, LayoutMovesData when data would move and this release can't move it (unless ``whatever_moves``).
+    """
+    if last is None:
+        return [layout_of(plan)]
+    signed, before = last
+    highest = max(plan.epoch, before.epoch)
+    bare = replace(
+        planned(plan, next_epoch(highest, moving=False)),
+        replicas=before.replicas,
+        base=before.base,
+        seeds=before.seeds,
+        seeds_next=before.seeds_next,
+        seeds_step=before.seeds_step,
+        predecessor=signed.hash,
+    )
+    moves = moves_between(before, bare)
+    if moves and not (moving.MOVING_SUPPORTED or whatever_moves):
+        raise LayoutMovesData(
+            f"this layout would move data against layout {before.epoch}, and nothing is signed: {moves}"
+        )
+    if not moves:
+        _check_works(bare)
+        return [bare]
+    try:
+        return _chained(signed.hash, before, _steps(before, bare), highest)
+    except LayoutRefused as error:
+        raise OperatorError(f"this layout cannot work: {error.message}") from None
+
+
+def _check_works(layout: Layout) -> None:
+    if problems := problems_of(layout):
+        raise OperatorError("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _steps(before: Layout, wanted: Layout) -> list[Layout]:
+    """Layouts without numbers. ``wanted``: the last of them, but for its seeds. Raises LayoutRefused."""
+    seeds, step, found = before.seeds, before.seeds_step, list[Layout]()
+    if before.seeds_next:  # the last one that was signed is joint: it settles first
+        seeds, step = before.seeds_next, step + 1
+        kept = [seed for seed in seeds if seed not in wanted.disk_by_id]
+        found.append(replace(_with_disks(wanted, before, kept), seeds=seeds, seeds_next=(), seeds_step=step))
+    active = {disk.id for disk in wanted.disks if disk.state == "active"}
+    going = [seed for seed in seeds if seed not in active]
+    for number, old in enumerate(going):
+        target = _with_disks(wanted, before, [seed for seed in going[number + 1 :] if seed not in wanted.disk_by_id])
+        joint = target if old in wanted.disk_by_id else _with_disks(target, before, [old])
+        following = exchanged_seeds(replace(before, seeds=seeds), old, wanted)
+        found.append(replace(joint, seeds=seeds, seeds_next=following, seeds_step=step + 1))
+        seeds, step = following, step + 2
+        found.append(replace(target, seeds=seeds, seeds_next=(), seeds_step=step))
+    return found or [wanted]
+
+
+def _with_disks(layout: Layout, before: Layout, disks: Collection[str]) -> Layout:
+    """``layout`` and disks of ``before`` that only give up what they have, with their nodes."""
+    kept = [replace(before.disk_by_id[disk], state="draining") for disk in disks]
+    nodes = [before.node_by_name[name] for name in dict.fromkeys(disk.node for disk in kept)]
+    nodes = [node for node in nodes if node.name not in layout.node_by_name]
+    return replace(layout, disks=(*layout.disks, *kept), nodes=(*layout.nodes, *nodes))
+
+
+def _chained(hash_: bytes, before: Layout, steps: list[Layout], highest: int) -> list[Layout]:
+    """Numbers the layouts, lets each name the one before, and checks them. Raises LayoutRefused."""
+    found = []
+    for step in steps:
+        highest = next_epoch(highest, moving=True)
+        layout = replace(step, epoch=highest, predecessor=hash_, base=base_after(before))
+        check_successor(before, hash_, layout)
+        before, hash_ = layout, hashlib.sha256(encode(layout)).digest()
+        found.append(layout)
+    return found

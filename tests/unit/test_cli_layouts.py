@@ -1,0 +1,280 @@
+"""Layouts that follow a first one: planned, signed, adopted, with disks added, drained, replaced and removed."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from storaged.cli import create, planning
+from storaged.cli.main import cli
+from storaged.cli.succeeding import layouts_after
+from storaged.cluster import issuing
+from storaged.cluster.layout import Layout
+from storaged.cluster.signed_layout import sign_layout
+from storaged.cluster.succession import check_successor
+from storaged.errors import LayoutMovesData, OperatorError
+from storaged.wire import encode
+from tests.unit.test_cli_cluster import call, issue_three
+from tests.worlds.layouts import first, moving, with_nodes
+
+__all__ = ["moving"]
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Path:
+    place = tmp_path / "authority"
+    call("cluster", "create", str(place), "--cluster", "eu-1", "--profile", "2+1")
+    issue_three(place)
+    call("cluster", "layout", str(place))
+    return place
+
+
+def issue(place: Path, name: str, rack: str, *disks: str) -> None:
+    options = [option for disk in disks for option in ("--disk", disk)]
+    call("cluster", "issue", str(place), name, "--rack", rack, "--roles", "storage", "--address", "h:1", *options)
+
+
+def history_of(place: Path) -> list[Layout]:
+    loaded = issuing.load_authority(place)
+    found = [create.read_layout(loaded, path) for path in (place / "layouts").iterdir()]
+    found.sort(key=lambda one: one[1].epoch)
+    for before, after in pairwise(found):
+        assert after[1].predecessor == before[0].hash
+        check_successor(before[1], before[0].hash, after[1])
+    return [layout for _, layout in found]
+
+
+def plan_of(place: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    call("cluster", "plan", str(place), "--json")
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    call("cluster", "plan", str(place))
+    text = capsys.readouterr().out
+    assert ("NO" in text) == (not all(found["survives"].values()))
+    return found
+
+
+def disk_of(place: Path, node: str, number: int) -> str:
+    return next(one for one in create.load_plan(place).nodes if one.name == node).disks[number].id
+
+
+def test_while_nothing_moves_data_no_command_leads_to_a_layout_that_does(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (authority / "cluster.json").read_bytes()
+    for command in (
+        ("disk", "add", str(authority), "n1", "/srv/disk3"),
+        ("disk", "drain", str(authority), "n1", "/srv/disk1"),
+        ("disk", "remove", str(authority), "n1", "/srv/disk2"),
+        ("disk", "replace", str(authority), "n1", "/srv/disk2"),
+        ("remove", str(authority), "n1"),
+    ):
+        with pytest.raises(LayoutMovesData):
+            call("cluster", *command)
+    with pytest.raises(LayoutMovesData):
+        issue(authority, "n4", "DE/fra/d", "/d")
+    assert (authority / "cluster.json").read_bytes() == before
+    found = plan_of(authority, capsys)
+    assert (found["changes"], found["moves_data"], found["partitions"]) == ([], False, 0)
+    plan = create.load_plan(authority)
+    plan.nodes.append(create.NodePlan("n4", "DE/fra/d", ("storage",), "h:1", disks=create.new_disks(["/d"])))
+    create.save_plan(authority, plan)
+    assert plan_of(authority, capsys)["moves_data"]
+    call("cluster", "plan", str(authority))
+    assert "does not sign this layout" in capsys.readouterr().out
+
+
+def test_a_layout_that_moves_nothing_names_the_one_before(authority: Path) -> None:
+    call("cluster", "issue", str(authority), "gateway2", "--rack", "FR/par2/b", "--roles", "gateway")
+    call("cluster", "layout", str(authority))
+    assert [layout.epoch for layout in history_of(authority)] == [1, 2]
+
+
+def test_servers_are_added_and_what_moves_is_near_the_ideal(
+    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
+    issue(authority, "n5", "DE/ber/e", "/srv/disk1")
+    found = plan_of(authority, capsys)
+    assert (found["layouts"], found["last"], found["moves_data"]) == ([100], 1, True)
+    assert found["survives"] == {"before": True, "meanwhile": True, "after": True}
+    for what in ("replicas", "fragments"):
+        assert 0 < found[what]["ideal"] <= found[what]["moved"] <= 1.25 * found[what]["ideal"], found[what]
+    assert any("n4 is new" in change for change in found["changes"])
+    call("cluster", "layout", str(authority))
+    assert "storaged cluster apply layout-100.signed" in capsys.readouterr().out
+    layouts = history_of(authority)
+    assert [(layout.epoch, layout.base, layout.seeds_step) for layout in layouts] == [(1, 0, 0), (100, 1, 0)]
+    folder = authority / "nodes" / "n4" / "identity"
+    assert (folder / create.BASE_NAME).read_bytes() == (authority / "layouts" / "layout-1.signed").read_bytes()
+    assert (folder / create.LAYOUT_NAME).read_bytes() == (authority / "layouts" / "layout-100.signed").read_bytes()
+
+
+def test_a_seed_that_goes_is_exchanged_through_a_joint_layout(authority: Path, moving: None) -> None:
+    seed = history_of(authority)[0].seeds[2]
+    assert seed == disk_of(authority, "n3", 0)
+    call("cluster", "disk", "remove", str(authority), "n3", seed)
+    call("cluster", "layout", str(authority))
+    _, joint, settled = history_of(authority)
+    other = disk_of(authority, "n3", 0)
+    assert (joint.epoch, joint.seeds_next, joint.seeds_step) == (100, (*joint.seeds[:2], other), 1)
+    assert joint.disk_by_id[seed].state == "draining"
+    assert (settled.epoch, settled.seeds, settled.seeds_next, settled.seeds_step) == (200, joint.seeds_next, (), 2)
+    assert seed not in settled.disk_by_id
+    assert create.load_plan(authority).epoch == 200
+
+
+def test_a_server_with_a_seed_is_replaced_by_another(
+    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2:4000")
+    call("cluster", "remove", str(authority), "n3")
+    found = plan_of(authority, capsys)
+    assert found["layouts"] == [100, 200]
+    assert found["survives"] == {"before": True, "meanwhile": True, "after": True}
+    call("cluster", "layout", str(authority))
+    _, joint, settled = history_of(authority)
+    assert {node.name for node in joint.nodes} == {"n1", "n2", "n3", "n4", "gateway"}
+    assert "n3" not in settled.node_by_name
+    assert settled.node_of(settled.seeds[2]) == "n4"
+    assert not any(joint.disk_by_id[disk].node == "n3" for disk in joint.replicas_of(7))
+
+
+def test_two_seeds_are_exchanged_one_after_the_other(authority: Path, moving: None) -> None:
+    seeds = history_of(authority)[0].seeds
+    for seed, node in zip(seeds[:2], ("n1", "n2"), strict=True):
+        call("cluster", "disk", "drain", str(authority), node, seed)
+    call("cluster", "layout", str(authority))
+    layouts = history_of(authority)
+    assert [layout.seeds_step for layout in layouts] == [0, 1, 2, 3, 4]
+    assert [layout.epoch for layout in layouts] == [1, 100, 200, 300, 400]
+    assert not set(seeds[:2]) & set(layouts[-1].seeds)
+
+
+def test_a_disk_is_replaced_under_an_id_of_its_own(
+    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = disk_of(authority, "n2", 1)
+    call("cluster", "disk", "replace", str(authority), "n2", "/srv/disk2")
+    after = disk_of(authority, "n2", 1)
+    assert before != after
+    assert f'id = "{after}"\ndirectory = "/srv/disk2"' in capsys.readouterr().out
+    call("cluster", "layout", str(authority))
+    assert history_of(authority)[1].disk_by_id[after].weight == 4000
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("add", "n1", "/srv/disk1"), "has a disk in /srv/disk1"),
+        (("add", "n9", "/srv/disk1"), "n9 is no node"),
+        (("add", "gateway", "/srv/disk1"), "gateway is no storage node"),
+        (("drain", "n1", "/srv/disk9"), "has no disk '/srv/disk9'; there are: /srv/disk1"),
+        (("replace", "n1", "/srv/disk1", "/srv/disk2"), "has another disk in /srv/disk2"),
+    ],
+)
+def test_a_command_about_a_disk_that_is_not_there_changes_nothing(
+    authority: Path, moving: None, command: tuple[str, ...], said: str
+) -> None:
+    before = (authority / "cluster.json").read_bytes()
+    with pytest.raises(OperatorError, match=said):
+        call("cluster", "disk", command[0], str(authority), *command[1:])
+    assert (authority / "cluster.json").read_bytes() == before
+
+
+def test_what_would_leave_too_few_racks_is_refused(authority: Path, moving: None) -> None:
+    call("cluster", "disk", "drain", str(authority), "n3", "/srv/disk2")
+    before = (authority / "cluster.json").read_bytes()
+    for command in (("disk", "drain", str(authority), "n3", "/srv/disk1"), ("remove", str(authority), "n3")):
+        with pytest.raises(OperatorError, match="cannot work"):
+            call("cluster", *command)
+    assert (authority / "cluster.json").read_bytes() == before
+
+
+def test_a_folder_whose_layout_was_overtaken_adopts_the_one_that_was_decided(
+    authority: Path, moving: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = issuing.load_authority(authority)
+    last = create.last_signed(loaded, create.load_plan(authority))
+    assert last is not None
+    others = create.load_plan(authority)
+    others.nodes.append(create.NodePlan("n5", "DE/ber/e", ("storage",), "h:1", disks=create.new_disks(["/d"])))
+    (decided,) = layouts_after(others, last)
+    file = tmp_path / "fetched"
+    file.write_bytes(encode(sign_layout(decided, loaded.administration)))
+
+    call("cluster", "disk", "remove", str(authority), "n3", "/srv/disk1")
+    call("cluster", "layout", str(authority))
+    assert create.load_plan(authority).epoch == 200
+    call("cluster", "adopt", str(authority), str(file))
+    found = plan_of(authority, capsys)
+    assert (found["last"], found["layouts"]) == (100, [200, 300])
+    assert any("of n5 is gone" in change for change in found["changes"])
+    call("cluster", "layout", str(authority))
+    with pytest.raises(OperatorError, match="no layout of this cluster"):
+        call("cluster", "adopt", str(authority), str(authority / "cluster.json"))
+
+
+def test_a_layout_without_the_one_that_placed_everything_is_not_signed(authority: Path, moving: None) -> None:
+    issue(authority, "n4", "DE/fra/d", "/d")
+    call("cluster", "layout", str(authority))
+    (authority / "layouts" / "layout-1.signed").unlink()
+    with pytest.raises(OperatorError, match=r"layouts/layout-000000000001\.signed from the directory of a gateway"):
+        call("cluster", "layout", str(authority))
+
+
+def test_a_joint_layout_that_was_signed_last_is_settled_first(moving: None) -> None:
+    before = first()
+    plan = create.ClusterPlan("c1", "2+1", 100)
+    joint = replace(before, epoch=100, base=1, seeds_next=("d1a", "d2a", "d3b"), seeds_step=1, predecessor=bytes(32))
+    for node in joint.nodes:
+        disks = [create.DiskPlan(one.id, "/d", one.weight) for one in joint.disks if one.node == node.name]
+        plan.nodes.append(create.NodePlan(node.name, node.location, node.roles, node.address, "", disks))
+    signed = create.signed_layout.SignedLayout(encode(joint), b"")
+    plan.nodes[2].disks = [one for one in plan.nodes[2].disks if one.id != "d3a"]
+    (settled,) = layouts_after(plan, (signed, joint))
+    assert (settled.seeds, settled.seeds_next, settled.seeds_step, settled.epoch) == (joint.seeds_next, (), 2, 200)
+
+
+# --- the outlook
+
+
+def test_a_cluster_in_two_racks_does_not_survive_one() -> None:
+    three = first()
+    one_rack = replace(three, nodes=tuple(replace(node, location="FR/par1/x") for node in three.nodes))
+    assert planning.outlook(three, [three]).survives == {"before": True, "meanwhile": True, "after": True}
+    found = planning.outlook(one_rack, [one_rack])
+    assert (found.domain, found.survives["after"]) == ("node", True)
+
+
+def test_meanwhile_counts_the_joint_states() -> None:
+    """Of two replicas in one rack while a third one moves, the rack has a majority."""
+    three = first()
+    together = replace(
+        three, nodes=tuple(replace(n, location="FR/par1/n1") if n.name in ("n1", "n2") else n for n in three.nodes)
+    )
+    wanted = replace(with_nodes(together, "n4", "n5"), epoch=100, base=1)
+    found = planning.outlook(together, [wanted])
+    assert found.domain == "rack"
+    assert found.survives["after"] is False, "the seeds n1 and n2 are in one rack"
+
+
+def test_movement_is_compared_with_the_shares() -> None:
+    found = planning.movement([("a", "b"), ("a", "b")], [("a", "c"), ("c", "b")])
+    assert (found.moved, found.total, found.ideal, found.share) == (2, 4, 2, 0.5)
+    assert "1.00 times the ideal" in str(found)
+    swapped = planning.movement([("a",), ("b",)], [("b",), ("a",)])
+    assert (swapped.moved, swapped.ideal) == (2, 0)
+    assert "the ideal is none" in str(swapped)
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(args=["cluster", "--help"], prog_name="storaged", standalone_mode=False)
+    out = capsys.readouterr().out
+    for name in ("plan", "apply", "fetch", "adopt", "disk", "layout"):
+        assert name in out
