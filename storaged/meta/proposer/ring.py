@@ -16,6 +16,11 @@ from storaged.meta.transport.calls import Fanout, TaskPool, UnresponsiveDisks
 
 FOREVER = float("inf")
 
+LATE_S = 0.005
+"""A timer that rings later than this shows that the process did not run: the machine is busy, or a turn was long."""
+TURN_S = 0.001
+"""Time for the event loop to read what has arrived."""
+
 
 class Waiting(Protocol):
     def on_time(self) -> None:
@@ -24,12 +29,18 @@ class Waiting(Protocol):
 
 class Deadlines:
     """The deadlines of everything that waits for replicas, with one timer: it rings for the first of them, and most
-    have ended by then."""
+    have ended by then.
+
+    An event loop runs timers before it reads from sockets. So after a time in which this process did not run, all
+    deadlines look missed, while the answers have arrived: they are read first.
+    """
 
     def __init__(self) -> None:
         self._ends: dict[Waiting, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = 0.0
+        self._reading = False
+        """The timer was late, and answers are being read."""
 
     def begin(self, waiting: Waiting, limit_s: float) -> None:
         """``waiting.on_time()`` is called after ``limit_s``, unless ``end`` was called before. Replaces an earlier
@@ -51,6 +62,10 @@ class Deadlines:
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         now = loop.time()
+        self._reading = now - self._rings_at > LATE_S and not self._reading
+        if self._reading:
+            self._ring_at(loop, now + TURN_S)
+            return
         for waiting, end in list(self._ends.items()):
             if end <= now and self._ends.get(waiting) == end:  # else another one's ``on_time`` has ended it
                 del self._ends[waiting]

@@ -1,0 +1,50 @@
+"""Deadlines of changes and reads: one timer; what has arrived while the process did not run is read first."""
+
+from __future__ import annotations
+
+from storaged.meta.proposer.ring import Deadlines
+from tests.sim.virtual import VirtualLoop
+
+LIMIT_S = 0.05
+
+
+class Waiter:
+    def __init__(self) -> None:
+        self.rung = 0
+
+    def on_time(self) -> None:
+        self.rung += 1
+
+
+def run(late_s: float, answered_at: float | None) -> int:
+    """How often a deadline rang. The process does not run for ``late_s``; the answer arrives at ``answered_at``."""
+    loop, deadlines, waiter = VirtualLoop(), Deadlines(), Waiter()
+
+    async def main() -> None:
+        deadlines.begin(waiter, LIMIT_S)
+        if answered_at is not None:
+            loop.call_at(answered_at, deadlines.end, waiter)
+        loop.advance(late_s)
+        over = loop.create_future()
+        loop.call_at(loop.time() + 10 * LIMIT_S, over.set_result, None)
+        await over
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    return waiter.rung
+
+
+def test_it_rings_for_what_is_not_answered_in_time() -> None:
+    assert run(0.0, None) == 1
+    assert run(0.0, 2 * LIMIT_S) == 1
+    assert run(0.0, LIMIT_S / 2) == 0
+
+
+def test_a_process_that_did_not_run_reads_what_has_arrived_first() -> None:
+    assert run(10 * LIMIT_S, 9 * LIMIT_S) == 0
+
+
+def test_it_rings_also_when_the_process_did_not_run_and_nothing_has_arrived() -> None:
+    assert run(10 * LIMIT_S, None) == 1
