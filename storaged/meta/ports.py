@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from msgspec import Struct
+
 from storaged.cluster.ports import OnReply
 from storaged.meta import messages
 from storaged.meta.messages import ScanReply, ScanRequest
@@ -59,7 +61,7 @@ class ReplicaState(NamedTuple):
     has_payload: bool = False
 
 
-class SmallCopies(NamedTuple):
+class SmallCopies(Struct, frozen=True):
     """A small object's sealed bytes. Every replica of the register stores them along with the accept, durable with the
     record that names them or before it.
 

@@ -46,12 +46,13 @@ class RequestLog:
         self._slow_s = settings.slow_ms / 1000
 
     def __call__(self, done: RequestDone) -> None:
-        self._tallies.answered(done.operation or "none", done.status, done.duration_s)
-        self._tallies.bytes_in += done.bytes_in
-        self._tallies.bytes_out += done.bytes_out
+        status, tallies = done.reply.status, self._tallies
+        tallies.answered(done.request.operation or "none", status, done.duration_s)
+        tallies.bytes_in += done.bytes_in
+        tallies.bytes_out += done.bytes_out
         if self._record is not None:
             facts: dict[str, str | int] = {
-                "http.response.status_code": done.status,
+                "http.response.status_code": status,
                 "storaged.request_id": done.request_id,
                 "storaged.bucket": done.bucket,
                 "storaged.code": done.code,
@@ -59,11 +60,11 @@ class RequestLog:
                 "storaged.bytes_out": done.bytes_out,
             }
             self._record(done.operation or done.method, done.duration_s, facts, done.trace)
-        if done.status in (401, 403) and self._trail is not None:
+        if status in (401, 403) and self._trail is not None:
             refuse(self._trail, done)
-        if done.status >= 500 and done.code != "NotImplemented":
+        if status >= 500 and done.code != "NotImplemented":
             self._log.warning("failed", **fields_of(done))
-        elif self._slow_s and self._is_slow(done):
+        elif done.duration_s > self._slow_s > 0 and self._is_slow(done):
             self._log.warning("slow", **fields_of(done))
         elif self._access:
             self._log.info("answered", **fields_of(done))
@@ -71,8 +72,7 @@ class RequestLog:
             self._log.debug("answered", **fields_of(done))
 
     def _is_slow(self, done: RequestDone) -> bool:
-        over_s = done.duration_s - self._slow_s
-        return over_s > 0 and over_s > (done.bytes_in + done.bytes_out) / SLOW_BYTES_PER_S
+        return done.duration_s - self._slow_s > (done.bytes_in + done.bytes_out) / SLOW_BYTES_PER_S
 
 
 def refuse(trail: Trail, done: RequestDone) -> None:

@@ -5,14 +5,14 @@ Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-reques
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from msgspec import Struct
 
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed
 from storaged.objects.api import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS, ReadConditions, WriteConditions
 from storaged.objects.etags import Tags, matches_strongly, matches_weakly
 
 
-class Current(NamedTuple):
+class Current(Struct, frozen=True):
     """The version that a write would replace: ETag (hex), size, time."""
 
     etag: str

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from storaged.errors import InvalidArgument, InvalidRequest, NotImplemented, S3Error
 from storaged.s3 import aws_names
 from storaged.s3 import headers as h
@@ -71,7 +73,7 @@ OnReply = Callable[[Reply | Exception | None], None]
 handler must be awaited. It does not raise."""
 
 
-class Attempt(NamedTuple):
+class Attempt(Struct, frozen=True):
     """How an operation is performed without a task, when it can be.
 
     ``suits``: whether the head of a request allows it; asked first, of a request that is not authenticated.

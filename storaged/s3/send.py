@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from storaged.clock import Clock
@@ -38,6 +39,13 @@ class Sent(NamedTuple):
     keep_alive: bool
     unread: bool
     """The client may still be sending its request; see ``drop_rest``."""
+
+
+def _check_printable(headers: Mapping[str, str]) -> None:
+    """Raises ValueError for a control character."""
+    for name, value in headers.items():
+        if CONTROL.search(value):
+            raise ValueError(f"control character in the value of {name}")
 
 
 class Sender:
@@ -104,10 +112,10 @@ class Sender:
             self._second = second
             self._common = f"x-amz-id-2: {self._host_id}\r\nDate: {http_time(second)}\r\nServer: storaged\r\n"
         text = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nx-amz-request-id: {request.id}\r\n{self._common}"
-        for name, value in reply.headers.items():
-            if not value.isprintable() and CONTROL.search(value):
-                raise ValueError(f"control character in the value of {name}")
-            text += f"{name}: {value}\r\n"
+        if headers := reply.headers:
+            if not "".join(headers.values()).isprintable():
+                _check_printable(headers)
+            text += "\r\n".join(map(": ".join, headers.items())) + "\r\n"
         if status not in (204, 304):
             length = len(reply.body) if reply.length is None else reply.length
             if length >= 0:

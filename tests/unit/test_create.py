@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.errors import InvalidRequest, NoSuchBucket, OutcomeUnknown
 from storaged.meta import messages
@@ -448,7 +449,7 @@ async def test_a_create_is_done_when_its_copies_are_where_they_must_be(ring: Rin
     """The third replica hangs, and the two that have answered are not enough."""
     client = ring.client(deadline_s=0.3)
     ring.third.stuck.add("accept")
-    small = COPIES._replace(enough=lambda disks: len(disks) >= 3)
+    small = replace(COPIES, enough=lambda disks: len(disks) >= 3)
     told = begun(client, lambda _: Change(b"one", payload=b"D" * 16), small)
     await asyncio.sleep(0.05)
     assert copies_on(ring) == 2
@@ -711,7 +712,7 @@ async def test_a_mistake_is_told_to_who_waits(ring: Ring) -> None:
     def mistaken(_disks: frozenset[str]) -> bool:
         raise RuntimeError("a mistake")
 
-    small = COPIES._replace(enough=mistaken)
+    small = replace(COPIES, enough=mistaken)
     assert isinstance(
         await asyncio.wait_for(begun(client, lambda _: Change(b"one", payload=b"D" * 16), small), 2), RuntimeError
     )

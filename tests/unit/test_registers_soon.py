@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.cluster.partitions import PartitionRecord
 from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailable, SlowDown
@@ -210,7 +211,7 @@ async def test_a_mistake_in_what_judges_it_is_told_and_gives_its_turn_back(ring:
 
     client = ring.client()
     async with asyncio.timeout(2):
-        found = await begun(client, lambda _: Change(b"one", payload=b"D" * 16), COPIES._replace(enough=mistaken))
+        found = await begun(client, lambda _: Change(b"one", payload=b"D" * 16), replace(COPIES, enough=mistaken))
         assert isinstance(found, RuntimeError)
         assert isinstance(await begun(client, put(b"two")), Outcome)
 
@@ -253,7 +254,7 @@ async def test_a_refusal_leaves_no_garbage(ring: Ring, settled: bool) -> None:
         await ring.accept_at(ring.first, b"half", 1)
     gc.disable()
     try:
-        assert client.try_change(NAME, refuse, then, small=COPIES._replace(enough=lambda _disks: True))
+        assert client.try_change(NAME, refuse, then, small=replace(COPIES, enough=lambda _disks: True))
         await asyncio.wait_for(over.wait(), GUARD_S)
         await asyncio.sleep(0)
         assert [refusal() for refusal in refusals] == [None] * len(refusals)

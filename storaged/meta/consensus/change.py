@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from storaged.meta.consensus.register import Ballots, Rules
 from storaged.meta.names import RegisterName, Value
@@ -66,7 +67,7 @@ class Shared:
     doubts: Callable[[RegisterName, str, Value | None], bool] = lambda name, disk, value: False
 
 
-class Wanted(NamedTuple):
+class Wanted(Struct, frozen=True):
     """What a proposer is to do. ``nonce`` of the scope's fence. ``barrier``: the change names fragments that are not
     durable yet. ``settling``: there is no change, the register is to be settled; ``commit``: by an identity round in
     any case. ``thorough``: no attempt is sparing.

@@ -12,7 +12,9 @@ a length first and ask ``met`` once.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
+
+from msgspec import Struct
 
 T = TypeVar("T", bound=Hashable)
 V = TypeVar("V")
@@ -107,7 +109,7 @@ def met_by_all(quorums: Iterable[Quorum], disks: Collection[str]) -> bool:
     return all(quorum.met(disks) for quorum in quorums)
 
 
-class View(NamedTuple):
+class View(Struct, frozen=True):
     """Where the replicas of a register are, in one state of its partition (``cluster.partitions``).
 
     ``epoch`` of the ballots. ``positions``: of each of ``quorum.disks``, its place in the set that has it. So while

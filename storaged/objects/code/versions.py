@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import msgspec
+from msgspec import Struct
 
 from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion
 from storaged.ids import Entropy
@@ -99,7 +100,7 @@ def seal_listing(key: BucketKey, context: bytes, meta: SealedMeta) -> bytes:
     return key.seal_list(encode(SealedList(meta.etag, algorithm, brief.checksum_type, meta.storage_class)), context)
 
 
-class UnsealedVersion(NamedTuple):
+class UnsealedVersion(Struct, frozen=True):
     """A new version without its sealed fields; the fields are those of ``Version``."""
 
     version_id: str

@@ -6,9 +6,8 @@ is in memory. Both use the entry of a record that was opened lately (``ObjectPla
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import msgspec
+from msgspec import Struct
 
 from storaged import trace
 from storaged.meta.names import RegisterName, object_name
@@ -21,7 +20,7 @@ from storaged.objects.records import BucketRecord, Version
 from storaged.wire import Buffer
 
 
-class Found(NamedTuple):
+class Found(Struct, frozen=True):
     """A version that a read found. ``copy``: a small object's sealed bytes, when a replica sent them along. ``cached``:
     its entry in ``ObjectPlane.opened_records``, which keeps what follows from the record.
     """

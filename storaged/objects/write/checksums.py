@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 from awscrt import checksums as crt
+from msgspec import Struct
 
 from storaged.errors import BadDigest, IncompleteBody, InvalidRequest, XAmzContentSHA256Mismatch
 from storaged.objects.api import CHECKSUM_ALGORITHMS, DEFAULT_ALGORITHM, BodyChecks
@@ -99,7 +100,7 @@ def _base64(digest: bytes) -> str:
     return binascii.b2a_base64(digest, newline=False).decode()
 
 
-class Digest(NamedTuple):
+class Digest(Struct, frozen=True):
     """The digests of a body: ETag (hex MD5), checksums (algorithm -> base64), size in bytes."""
 
     etag: str

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
+from msgspec import Struct
 
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
@@ -117,7 +117,7 @@ def _on_outcome(
     on_done(result)
 
 
-class NewObject(NamedTuple):
+class NewObject(Struct, frozen=True):
     """What a client asks to be stored, without the body."""
 
     meta: NewMeta
@@ -125,7 +125,7 @@ class NewObject(NamedTuple):
     conditions: WriteConditions
 
 
-class Write(NamedTuple):
+class Write(Struct, frozen=True):
     """An admitted PUT: what is known before its body is read."""
 
     plane: ObjectPlane

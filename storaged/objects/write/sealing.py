@@ -15,6 +15,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from storaged import trace
 from storaged.errors import EntityTooLarge
 from storaged.fragments.ports import FragmentHeader, encode_copies
@@ -32,7 +34,7 @@ from storaged.sov1 import SALT_BYTES, TAG_BYTES
 from storaged.wire import Buffer
 
 
-class Sealed(NamedTuple):
+class Sealed(Struct, frozen=True):
     """A sealed body. ``small``: the copies that travel with the accept. ``writer``: has sent the blocks of a coded one
     to their disks; its barrier makes them durable, and may still change the entry.
     """

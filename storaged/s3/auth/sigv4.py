@@ -18,12 +18,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from msgspec import Struct
 
 from storaged.errors import (
     AccessDenied,
@@ -62,13 +63,18 @@ _CACHED_CHARS_MAX = 1024
 _Claimed = tuple[str, str, str, str, str, tuple[str, ...]]
 """Access key, date, region, service, scope, and the signed headers."""
 
+_BLOCK_BYTES = 64
+"""Of SHA-256. HMAC hashes longer keys first; a key of Signature Version 4 has 32 bytes."""
+_INNER_PAD = bytes(code ^ 0x36 for code in range(256))
+_OUTER_PAD = bytes(code ^ 0x5C for code in range(256))
+
 _SIGNED_PREFIXES = ("x-amz-", "x-storaged-")
 
 Pairs = Sequence[tuple[bytes, bytes]]
 """Query parameters, decoded, in the order they came."""
 
 
-class Claim(NamedTuple):
+class Claim(Struct, frozen=True):
     """A request's signature and what it says about it, not yet verified. ``timestamp`` is ``YYYYMMDDTHHMMSSZ``;
     ``expires_s`` is set only in presigned URLs."""
 
@@ -87,7 +93,7 @@ class Claim(NamedTuple):
         return self.expires_s is not None
 
 
-class ChunkKey(NamedTuple):
+class ChunkKey(Struct, frozen=True):
     """What signs the chunks of a body: the day's key, and the seed that they continue."""
 
     key: bytes
@@ -283,20 +289,17 @@ def check_time(claim: Claim, now_ms: int) -> None:
         )
 
 
-def check_signed_headers(claim: Claim, names: Iterable[str]) -> None:
+def check_signed_headers(claim: Claim, headers: Mapping[str, str]) -> None:
     """Every x-amz-* and x-storaged-* header must be signed, else an intermediary could add some. Raises AccessDenied
     that names the unsigned ones."""
     unsigned = []
-    for name in names:
-        if (
-            name.startswith(_SIGNED_PREFIXES)
-            and name not in claim.signed_headers
-            and not (claim.presigned and name == "x-amz-content-sha256")
-        ):
+    for name in headers.keys() - claim.signed_headers:
+        if name.startswith(_SIGNED_PREFIXES) and not (claim.presigned and name == "x-amz-content-sha256"):
             unsigned.append(name)  # noqa: PERF401 - mostly there is none, and a comprehension is a call
     if unsigned:
         raise AccessDenied(
-            "There were headers present in the request which were not signed", HeadersNotSigned=", ".join(unsigned)
+            "There were headers present in the request which were not signed",
+            HeadersNotSigned=", ".join(sorted(unsigned)),
         )
 
 
@@ -383,7 +386,19 @@ def signing_key(secret: str, date: str, region: str, service: str = SERVICE) -> 
 
 
 def sign(key: bytes, text: str) -> str:
-    return hmac.digest(key, text.encode("utf-8", "surrogateescape"), "sha256").hex()
+    """HMAC-SHA256 under a key of 32 bytes, in hexadecimal digits."""
+    padded_inner, padded_outer = _padded(key)
+    inner, outer = padded_inner.copy(), padded_outer.copy()
+    inner.update(text.encode("utf-8", "surrogateescape"))
+    outer.update(inner.digest())
+    return outer.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _padded(key: bytes) -> tuple[hashlib._Hash, hashlib._Hash]:
+    """SHA-256 of HMAC's two pads of a key (RFC 2104). To go on from these takes half of the time of ``hmac.digest``."""
+    block = key.ljust(_BLOCK_BYTES, b"\0")
+    return hashlib.sha256(block.translate(_INNER_PAD)), hashlib.sha256(block.translate(_OUTER_PAD))
 
 
 def same(computed: str, given: str) -> bool:

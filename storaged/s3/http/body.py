@@ -58,9 +58,12 @@ class RequestBody(BodyInput, AsyncIterator[Buffer]):
     ``continue_now``: sends the interim answer; None when the client does not wait for one.
     """
 
-    __slots__ = (
-        "_continue_now", "_decoded", "_decoder_done", "_leftover", "declared", "decoder", "sha256"
-    )  # fmt: skip
+    sha256 = ""
+    """The hash that the client signed, in hex; empty: none."""
+    decoder: Decoder | None = None
+    _decoder_done = False
+    _leftover: Buffer = b""
+    """The rest of a piece of which ``fill`` took a part."""
 
     def __init__(
         self,
@@ -75,13 +78,7 @@ class RequestBody(BodyInput, AsyncIterator[Buffer]):
         self._continue_now = continue_now
         self._decoded: deque[Buffer] = deque()
         """Pieces of the object that ``decoder`` returned, and that were not read yet."""
-        self._decoder_done = False
-        self._leftover: Buffer = b""
-        """The rest of a piece of which ``fill`` took a part."""
         self.declared = declared
-        self.sha256 = ""
-        """The hash that the client signed, in hex; empty: none."""
-        self.decoder: Decoder | None = None
 
     @property
     def bounded(self) -> bool:

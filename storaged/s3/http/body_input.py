@@ -71,41 +71,45 @@ class _ChunkedInput(TransferChunks):
 
 
 class BodyInput:
-    """The connection's side of a body."""
+    """The connection's side of a body.
 
-    __slots__ = (
-        "_admitted", "_budget", "_chunks", "_direct_bytes", "_error", "_kept_bytes", "_last_error", "_left", "_limits",
-        "_received", "_source", "bytes_received", "complete", "destination", "length", "on_whole", "waited_s", "waiter",
-    )  # fmt: skip
+    What is the same for each body at first is an attribute of the class: most requests have no body, and each has one
+    of these objects.
+    """
+
+    complete = False
+    """All of it has arrived."""
+    bytes_received = 0
+    """With HTTP's chunks."""
+    destination: memoryview | None = None
+    """The reader's memory into which the connection receives next."""
+    waiter: asyncio.Future[None] | None = None
+    on_whole: Callable[[], None] | None = None
+    """Called once, when all has arrived or no more will; see ``Connection.when_whole``."""
+    waited_s = 0.0
+    """How long the connection has waited for it; see ``Connection.check_progress``."""
+    _chunks: _ChunkedInput | None = None
+    _kept_bytes = 0
+    _direct_bytes = 0
+    _error: Exception | None = None
+    _last_error: S3Error | None = None
+    """The body will fail with this, unless the rest of its chunks completes it."""
+    _budget: int | None = None
+    """Bytes that may still be dropped; None: the body is kept."""
+    _admitted = False
 
     def __init__(self, source: Source, length: int | None, limits: Limits) -> None:
         """``length``: Content-Length, or None for a chunked body."""
         self._source = source
         self._limits = limits
-        self._chunks = _ChunkedInput() if length is None else None
+        if length is None:
+            self._chunks = _ChunkedInput()
+        elif not length:
+            self.complete = True
         self._left = length or 0
         self._received: deque[Buffer] = deque()
         """Pieces of the body, without HTTP's chunks, that were not read yet."""
-        self._kept_bytes = 0
-        self._direct_bytes = 0
-        self._error: Exception | None = None
-        self._last_error: S3Error | None = None
-        """The body will fail with this, unless the rest of its chunks completes it."""
-        self._budget: int | None = None
-        """Bytes that may still be dropped; None: the body is kept."""
-        self._admitted = False
         self.length = length
-        self.complete = length == 0
-        """All of it has arrived."""
-        self.bytes_received = 0
-        """With HTTP's chunks."""
-        self.destination: memoryview | None = None
-        """The reader's memory into which the connection receives next."""
-        self.waiter: asyncio.Future[None] | None = None
-        self.on_whole: Callable[[], None] | None = None
-        """Called once, when all has arrived or no more will; see ``Connection.when_whole``."""
-        self.waited_s = 0.0
-        """How long the connection has waited for it; see ``Connection.check_progress``."""
 
     @property
     def full(self) -> bool:

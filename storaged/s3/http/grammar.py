@@ -32,7 +32,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from storaged import errors
 from storaged.errors import BadRequest, RequestHeaderSectionTooLarge
@@ -71,7 +72,7 @@ _names: dict[str, str] = {}
 """A header's name as a client spells it -> lower case. Clients spell few names, always in the same way."""
 
 
-class Head(NamedTuple):
+class Head(Struct, frozen=True):
     """A request's head.
 
     ``headers`` by lower-case name; several of one name are joined by commas, as Signature Version 4 wants it.
