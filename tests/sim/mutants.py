@@ -224,24 +224,24 @@ class Log:
                 file.write(json.dumps([mutant.name, died]) + "\n")
 
 
-def _try_all(mutants: Sequence[Mutant], log: Log, reach: Path | None) -> None:
+def _try_all(mutants: Sequence[Mutant], log: Log, tests: Sequence[str], reach: Path | None) -> None:
     inside, outside = [], []
     for mutant in mutants:
         (outside if changed_functions(mutant) is None else inside).append(mutant)
     if inside:
-        outcome = in_child(lambda: resolve("tests.sim.trials:try_inside")(inside, log, reach), limit_s=86_400)
+        outcome = in_child(lambda: resolve("tests.sim.trials:try_inside")(inside, log, tests, reach), limit_s=86_400)
         assert not outcome.error, outcome.error
         log.died |= outcome.value
     for mutant in outside:
-        trial = in_child(lambda mutant=mutant: _try_outside(mutant), limit_s=MUTANT_S_MAX)  # type: ignore[misc]
+        trial = in_child(lambda mutant=mutant: _try_outside(mutant, tests), limit_s=MUTANT_S_MAX)  # type: ignore[misc]
         log.add(mutant, trial.error or trial.value)
 
 
-def _try_outside(mutant: Mutant) -> str:
+def _try_outside(mutant: Mutant, tests: Sequence[str]) -> str:
     """What notices it. In a process that has not imported the program."""
     source = (ROOT / mutant.path).read_text()
     change_imports({mutant.path: lambda _: mutate(mutant, source)})
-    return str(resolve("tests.sim.trials:try_imported")())
+    return str(resolve("tests.sim.trials:try_imported")(tests))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -251,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", action="store_true", help="leave out the survivors that are listed")
     parser.add_argument("--match", default="", metavar="TEXT", help="only mutants with this text in their names")
     parser.add_argument("--results", type=Path, metavar="FILE", help="leave out what is in it, and append to it")
+    parser.add_argument("--tests", nargs="+", default=(), metavar="FILE", help="try these tests alone, and no seeds")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every Nth mutant, from the Ith on")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     tried = [mutant for mutant in chosen if mutant.name not in before]
     reach = options.results and options.results.with_suffix(".reach")
-    _try_all(tried, log := Log(options.results), reach)
+    _try_all(tried, log := Log(options.results), options.tests, None if options.tests else reach)
     after = {**before, **log.died}
     alive = [mutant.name for mutant in chosen if not after[mutant.name]]
     unlisted = [name for name in alive if name not in known]

@@ -37,8 +37,9 @@ class Planted:
     """``old`` is ``new`` in the module at ``path``; or the switch ``rule`` is off. ``play``: of PLAYS. ``budget``:
     seeds from ``first`` on, about five times what it takes. ``fast``: it is part of the suite of tests.
 
-    ``tests``: seeds would need too long, and a file of tests has to notice it instead. ``open``: no seed has shown it
-    yet; it is planted by ``--open`` alone, and is a debt.
+    ``tests``: seeds would need too long, and a test or a file of them has to notice it instead. ``open``: nothing has
+    shown it yet; it is planted by ``--open`` alone. ``why`` no seed shows it: what covers it, or what would have to
+    come together. An open one without that is a debt.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Planted:
     fast: bool = False
     tests: str = ""
     open: bool = False
+    why: str = ""
 
 
 @dataclass
@@ -142,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             missed += 1
             result = f"NOT caught: {outcome.error or f'{found.seeds} seeds showed nothing'} ({outcome.cpu_s:.1f} s)"
         print(f"{bug.name}: {result}", flush=True)
-    still_open = sum(bug.open for bug in planted())
-    print(f"{len(bugs)} bugs planted, {missed} not caught; {still_open} bugs are open (--open)")
+    still_open = sum(bug.open and not bug.why for bug in planted())
+    print(f"{len(bugs)} bugs planted, {missed} not caught; {still_open} bugs are open (--open) and unexplained")
     return 1 if missed or not bugs else 0
 
 

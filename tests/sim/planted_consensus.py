@@ -70,7 +70,11 @@ _ACCEPTORS = (
         old="            if needs_high_water(ballot, state.high_water_at(ballot.epoch)):\n"
         "                return None\n",
         new="",
-        open=True,
+        tests="tests/unit/test_replica.py::test_a_promise_beyond_the_high_water_ballot_waits_for_the_disk",
+        why=(
+            "The promise that is not awaited begins to write the high-water ballot. Its disk has to die within "
+            "these ms, and another proposer has to come in below, before the accept."
+        ),
     ),
     Planted(
         "damaged_row_created",
@@ -79,7 +83,11 @@ _ACCEPTORS = (
         path=ACCEPTOR,
         old="    if acceptor.damaged:\n        return Verdict.DAMAGED\n    if acceptor.accepted not in",
         new="    if acceptor.accepted not in",
-        open=True,
+        tests="tests/unit/test_create.py::test_a_create_is_taken_by_who_holds_nothing",
+        why=(
+            "What is damaged counts as promised up to the high-water ballot. So the create has to come from a clock "
+            "that is 5 s ahead, where one of the others has missed what was chosen."
+        ),
     ),
     Planted(
         "damaged_row_forgets_promises",
@@ -88,7 +96,11 @@ _ACCEPTORS = (
         path=ACCEPTOR,
         old="        above_all = max(self.promises.get(name, ZERO_BALLOT), self.floor_at(epoch), high_water)\n",
         new="        above_all = ZERO_BALLOT\n",
-        open=True,
+        tests="tests/unit/test_replica.py::test_a_damaged_row_counts_for_nothing_until_a_ballot_above_all_it_may_have_held",
+        why=(
+            "An accept has to sleep while another change is chosen without one replica, and a row of that change "
+            "has to be damaged before the accept arrives."
+        ),
     ),
     Planted(
         "damaged_row_is_none",
@@ -134,7 +146,8 @@ _PROPOSERS = (
         path=ROUNDS,
         old=" for reply in self.promised.values() if reply.accepted != lost_at]",
         new=" for reply in self.promised.values()]",
-        open=True,
+        tests="tests/property/test_proposer.py::test_a_create_that_lost_raises_no_sequence_of_what_it_lost_against",
+        why="It costs unknown outcomes, and nothing else: the value gets a sequence above that of the own create.",
     ),
     Planted(
         "created_below_ignored",
@@ -143,7 +156,11 @@ _PROPOSERS = (
         path=REGISTER,
         old="        below = ballot < created_at\n",
         new="        below = False\n",
-        open=True,
+        tests="tests/unit/test_create.py::test_what_lies_below_a_create_does_not_descend_from_it_and_does_not_end_it",
+        why=(
+            "Mostly it costs an unknown outcome. To be seen, a PUT has to be applied twice, with another change "
+            "between."
+        ),
     ),
     Planted(
         "first_attempt_judges_nothing",
@@ -168,7 +185,11 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if self._found.settled and not self._wanted.commit and not self.lineage.open:\n",
         new="        if self._found.settled and not self._wanted.commit:\n",
-        open=True,
+        tests="tests/unit/test_create.py::test_what_is_said_of_a_register_is_not_overturned_by_a_create_that_one_replica_has_taken",
+        why=(
+            "The first attempt has to go on from an unconfirmed value that one replica has, the second one must not "
+            "see that replica, and a third proposer must miss another one."
+        ),
     ),
     Planted(
         "kept_copy_left_behind",
@@ -177,7 +198,11 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if copies is None and (found is None or change.payload != found.payload):\n",
         new="        if copies is None:\n",
-        open=True,
+        tests="tests/integration/test_small_copies.py",
+        why=(
+            "A replica without the copy refuses the row (rule 22), and the next read settles the record with its "
+            "copy. So it costs refused changes until then."
+        ),
     ),
     Planted(
         "sparing_adopts_create_in_place",
@@ -186,7 +211,11 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if not self._found.settled and may_create(self.name) and not self._above:\n",
         new="        if not (self.sparing or self._found.settled or self._above) and may_create(self.name):\n",
-        open=True,
+        tests="tests/unit/test_create.py::test_whoever_finds_a_create_that_lies_above_what_was_chosen_carries_it_on_behind_that",
+        why=(
+            "A new value's sequence is above all that its promises report, settled or not, so that none falls. "
+            "Only what the attempt says of the value before differs."
+        ),
     ),
     Planted(
         "condition_judged_once",
@@ -201,11 +230,12 @@ _PROPOSERS = (
     Planted(
         "acknowledged_with_too_few_copies",
         "a change is acknowledged when a quorum has accepted it, wherever its copies are",
-        1000,
+        50,
+        "flicker",
         path=ROUNDS,
         old="        return self._copies is None or self._copies.enough(self._synced())\n",
         new="        return True\n",
-        open=True,
+        fast=True,
     ),
     Planted(
         "unknown_is_clear",
@@ -232,7 +262,8 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if turn != self.turn or self.state is not ACCEPTING:\n",
         new="        if self.state is not ACCEPTING:\n",
-        open=True,
+        tests="tests/property/test_proposer.py::test_an_answer_to_an_earlier_accept_does_not_count_for_a_later_one",
+        why="The late answer has to come within the ms of a later accept that reaches one replica alone.",
     ),
     Planted(
         "half_is_a_quorum",
@@ -285,7 +316,11 @@ _FENCES = (
         REPLICA,
         "        await self._writes.durably(*write)\n        await self.pending.all_arrived()\n",
         "        await self._writes.durably(*write)\n",
-        open=True,
+        tests="tests/unit/test_replica.py::test_a_fence_is_answered_after_an_accept_whose_copy_arrives_late",
+        why=(
+            "Groups reach a disk in their order. So the row of an accept comes after the fence only where its copy "
+            "takes longer."
+        ),
     ),
     Planted(
         "final_fence_lifted",
@@ -295,7 +330,11 @@ _FENCES = (
         FENCES,
         "        if present is not None and (present.final or nonce < present.nonce):\n            return False\n",
         "",
-        open=True,
+        tests="tests/unit/test_replica.py::test_a_fence_is_lifted_by_its_nonce_unless_it_is_final",
+        why=(
+            "A gateway that deletes has to sleep until another one has deleted the bucket for good under the same "
+            "nonce."
+        ),
     ),
     Planted(
         "late_fence_stays",
@@ -315,7 +354,11 @@ _FENCES = (
         ACCEPTOR,
         "    if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):\n",
         "    if acceptor.fence is not None and nonce and acceptor.fence.nonce != nonce:\n",
-        open=True,
+        tests="tests/unit/test_register.py::test_an_accept_is_answered_by_the_table",
+        why=(
+            "Prepares are fenced too, and the deletion settles each key above earlier promises. What is left is the "
+            "first change of a key, which was promised before the fence and sleeps until the deletion has looked."
+        ),
     ),
     Planted(
         "fenced_create",
@@ -326,7 +369,11 @@ _FENCES = (
         "    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules, copied=copied)\n",
         "    acceptor = acceptor._replace(fence=None)\n"
         "    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules, copied=copied)\n",
-        open=True,
+        tests="tests/unit/test_create.py::test_a_create_is_taken_by_who_holds_nothing",
+        why=(
+            "Gateways look at the bucket's record before they create. So a create has to be on its way when the "
+            "fence is set, for a key without any row, and arrive after the deletion has looked."
+        ),
     ),
     Planted(
         "bucket_not_fenced",
@@ -345,7 +392,11 @@ _FENCES = (
         "storaged/objects/system/buckets.py",
         "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)\n",
         "        await self._plane.fences.fence(bucket.id, bucket.shard_numbers[:1], bucket.nonce)\n",
-        open=True,
+        tests="tests/unit/test_objects_buckets.py::test_a_deletion_fences_every_shard_before_it_looks_and_for_good",
+        why=(
+            "A fence is that of the bucket at each disk, and two shards of five disks share a disk at least. So two "
+            "changes of three are fenced all the same."
+        ),
     ),
 )
 
@@ -407,6 +458,10 @@ _TRANSPORT = (
         old=" or (pending and RegisterName.unpack(name) in pending):\n",
         new=":\n",
         open=True,
+        why=(
+            "It is no violation: an accept that is on its way was not answered, so the row before it is a right "
+            "answer. The read comes before the change. Waiting only spares readers a disagreement of the replicas."
+        ),
     ),
 )
 

@@ -66,7 +66,8 @@ _STORES = (
         REDO,
         "        if self._lasts[other] > self._applied:\n            return False\n",
         "",
-        open=True,
+        tests="tests/unit/test_meta_redo.py::test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it",
+        why="Checkpoints keep up with what a run writes, so that the other half is in LMDB when this one is full.",
     ),
     Planted(
         "checkpoint_marks_too_much",
@@ -76,7 +77,10 @@ _STORES = (
         CHECKPOINT,
         "                    state.put_mark(transaction, sequence, closed=last)\n",
         "                    state.put_mark(transaction, state.redo.sequence, closed=last)\n",
-        open=True,
+        tests="tests/unit/test_meta_redo.py::test_a_log_put_back_from_before_is_refused",
+        why=(
+            "A group has to be logged while a checkpoint is made, and the node has to die before the next checkpoint."
+        ),
     ),
     Planted(
         "checkpoint_before_copies",
@@ -115,7 +119,8 @@ _STORES = (
         QUEUE,
         "        assert self._loop is not None\n        if not state.redo.try_write(",
         "        assert self._loop is not None\n        state.fresh.add(group)\n        if not state.redo.try_write(",
-        open=True,
+        tests="tests/unit/test_meta_redo.py::test_a_write_to_the_log_that_finds_no_space_ends_the_writer_until_the_next_start",
+        why="Replicas answer nothing about a register whose accept is on its way, whatever its store shows.",
     ),
     Planted(
         "failed_write_acknowledged",

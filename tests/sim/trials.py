@@ -28,6 +28,7 @@ from tests.sim.planted import PLAYS
 CONSENSUS = str(ROOT / "storaged/meta/consensus")
 
 TESTS = (
+    "tests/unit/test_bounds.py",
     "tests/unit/test_register.py",
     "tests/unit/test_quorums.py",
     "tests/unit/test_rounds.py",
@@ -43,7 +44,7 @@ TESTS = (
     "tests/property/test_proposer.py",
     "tests/sim/test_lost_copies.py",
 )
-FIRST_TESTS = TESTS[:9]
+FIRST_TESTS = TESTS[:10]
 """Of a mutant that is changed as it is imported."""
 
 SEEDS = {"ring": 30, "hostile": 16, "small": 10, "listing": 3, "buckets": 3, "bursts": 1, "object lies": 4}
@@ -94,7 +95,8 @@ class _Failures:
 class Trials:
     """A plugin: instead of running the tests that pytest has collected, it tries mutants on them."""
 
-    def __init__(self, mutants: Sequence[Mutant], log: Log, reach: Path | None) -> None:
+    def __init__(self, mutants: Sequence[Mutant], log: Log, reach: Path | None, *, seeds: bool) -> None:
+        self._seeds = seeds
         self._mutants, self._log, self._reach_file = mutants, log, reach
         self._notices: dict[str, Notice] = {}
         self._reach: dict[str, Reach] = {}
@@ -109,9 +111,10 @@ class Trials:
             if item.name in LEFT_OUT:
                 continue
             self._notices[item.nodeid] = lambda item=item: _run(item, failures)  # type: ignore[misc]
-        self._notices |= dict(_seed_notices())
-        for play in SEEDS:
-            resolve(PLAYS[play])
+        if self._seeds:
+            self._notices |= dict(_seed_notices())
+            for play in SEEDS:
+                resolve(PLAYS[play])
         self._reach = self._measured()
         for mutant in self._mutants:
             outcome = in_child(lambda mutant=mutant: self._try(mutant), limit_s=MUTANT_S_MAX)  # type: ignore[misc]
@@ -221,24 +224,25 @@ def _pytest(tests: Sequence[str], plugins: Sequence[object]) -> int:
     return int(pytest.main([*options, *tests], plugins=list(plugins)))
 
 
-def try_inside(mutants: Sequence[Mutant], log: Log, reach: Path | None) -> dict[str, str]:
-    """What noticed each of them."""
-    failed = _pytest(TESTS, [Trials(mutants, log, reach)])
+def try_inside(mutants: Sequence[Mutant], log: Log, tests: Sequence[str], reach: Path | None) -> dict[str, str]:
+    """What noticed each of them. ``tests``: files that are tried without seeds; otherwise all."""
+    failed = _pytest(tests or TESTS, [Trials(mutants, log, reach, seeds=not tests)])
     assert not failed, f"pytest ended with {failed}"
     return log.died
 
 
-def try_imported() -> str:
+def try_imported(tests: Sequence[str]) -> str:
     """What notices the mutant that this process has imported."""
     failures = _Failures()
+    seeds = {} if tests else dict(_seed_notices())
+    first = [name for name in seeds if name.startswith("ring ")][:4]
     with _silent():
-        first = {name: notice for name, notice in _seed_notices() if name.startswith("ring ")}
-        for notices in (dict(list(first.items())[:4]), None, dict(_seed_notices())):
-            if notices is None:
-                if _pytest(FIRST_TESTS, [failures]):
-                    return failures.text or "tests"
-                continue
-            for name, notice in notices.items():
-                if noticed := notice():
-                    return f"{name}: {noticed}"
+        for name in first:
+            if noticed := seeds[name]():
+                return f"{name}: {noticed}"
+        if _pytest(tests or FIRST_TESTS, [failures]):
+            return failures.text or "tests"
+        for name, notice in seeds.items():
+            if noticed := notice():
+                return f"{name}: {noticed}"
     return ""

@@ -143,6 +143,23 @@ async def test_an_empty_bucket_is_deleted_for_good_and_its_name_is_free_again() 
     await objects.close()
 
 
+async def test_a_deletion_fences_every_shard_before_it_looks_and_for_good() -> None:
+    world, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    fenced: list[tuple[list[int], bool]] = []
+    real_fence = world.ring.fence
+
+    async def fence(scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
+        fenced.append((list(shards), final))
+        await real_fence(scope, shards, nonce, final=final)
+
+    world.ring.fence = fence  # type: ignore[method-assign]
+    await buckets.delete(bucket)
+    assert len(bucket.shard_numbers) > 1
+    assert fenced == [(list(bucket.shard_numbers), False), (list(bucket.shard_numbers), True)]
+    await objects.close()
+
+
 async def test_a_put_that_slips_in_before_the_fence_saves_the_bucket() -> None:
     world, objects, buckets = world_of()
     bucket = await buckets.create(ANNE, "b", region="eu-fr-1")

@@ -654,6 +654,32 @@ async def test_a_proposer_in_the_same_process_hears_of_an_unforeseen_failure_as_
         await replica.close()
 
 
+async def test_a_fence_is_answered_after_an_accept_whose_copy_arrives_late() -> None:
+    """The fence is on disk before the row."""
+    copies, gate = Copies(), asyncio.Event()
+    store = copies.store
+
+    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+        await gate.wait()
+        await store(header, body)
+
+    copies.store = late  # type: ignore[method-assign]
+    fenced = MemoryMetaStore()
+    replica = copies.over(fenced)
+    await replica.prepare(prepare(ballot(10)))
+    before = asyncio.create_task(replica.accept(with_copy(ballot(10), b"D"), [b"payload"]))
+    await settle_tasks()
+    fencing = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"nonce")))
+    await settle_tasks()
+    async with asyncio.timeout(GUARD_S):
+        assert fenced.get_fence(SCOPE) is not None
+        assert not fencing.done()
+        gate.set()
+        assert (await fencing).done
+    assert before.done()
+    assert (await before).verdict == Verdict.OK
+
+
 async def test_pages_are_kept_under_their_own_hash_alone() -> None:
     replica = LocalReplica("d", MemoryMetaStore())
     page_hash = xxhash.xxh3_128_digest(b"page")
