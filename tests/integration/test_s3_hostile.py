@@ -33,12 +33,21 @@ LIMITS = Limits()
 HOST = b"Host: h\r\n"
 
 
+@pytest.fixture
+def patience_s() -> float:
+    """How long a server waits for its clients. Most tests are not about that, and may stand still for a moment."""
+    return GUARD_S
+
+
+hasty = pytest.mark.parametrize("patience_s", [0.4])
+
+
 @pytest_asyncio.fixture
-async def world() -> AsyncIterator[World]:
+async def world(patience_s: float) -> AsyncIterator[World]:
     limits = Limits(
-        body_idle_s=0.4,
-        headers_s=0.4,
-        send_idle_s=0.4,
+        body_idle_s=patience_s,
+        headers_s=patience_s,
+        send_idle_s=patience_s,
         linger_s=GUARD_S,
         connections_max=8,
         read_buffer_bytes=16 * 1024,
@@ -276,6 +285,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 
+@hasty
 async def test_requests_with_a_few_bytes_changed_are_never_a_failure_of_ours(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -368,6 +378,7 @@ async def test_a_client_that_ends_its_side_first_gets_its_answers(world: World) 
     writer.close()
 
 
+@hasty
 async def test_idle_connections_and_trickled_heads_are_closed_in_time(world: World) -> None:
     idle, idle_writer = await connect(world)
     trickled, writer = await connect(world)
@@ -379,7 +390,8 @@ async def test_idle_connections_and_trickled_heads_are_closed_in_time(world: Wor
 
     trickling = asyncio.create_task(trickle())
     assert await asyncio.wait_for(idle.read(), GUARD_S) == b""
-    assert await asyncio.wait_for(trickled.read(), GUARD_S) == b""
+    with contextlib.suppress(ConnectionResetError):  # where a byte came after the end
+        assert await asyncio.wait_for(trickled.read(), GUARD_S) == b""
     trickling.cancel()
     idle_writer.close()
     writer.close()
@@ -414,6 +426,7 @@ async def test_a_body_that_trickles_is_a_timeout_however_steadily_it_comes() -> 
         writer.close()
 
 
+@hasty
 async def test_a_client_that_takes_nothing_is_disconnected(world: World) -> None:
     await asyncio.to_thread(world.client().put_object, Bucket="bucket", Key="big", Body=bytes(32 << 20))
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1024)
@@ -424,6 +437,7 @@ async def test_a_client_that_takes_nothing_is_disconnected(world: World) -> None
     del reader
 
 
+@hasty
 async def test_further_connections_than_may_be_are_closed_at_once(world: World) -> None:
     writers = [(await connect(world))[1] for _ in range(8)]
     reader, writer = await connect(world)
@@ -554,6 +568,7 @@ async def test_a_large_body_comes_through_a_socket_into_blocks_and_what_follows_
             assert blocks.found == body
 
 
+@hasty
 async def test_a_large_body_that_stops_or_breaks_off_is_told_to_its_reader(world: World) -> None:
     blocks = _Blocks()
     world.objects.put = blocks.put  # type: ignore[method-assign, assignment]

@@ -23,9 +23,18 @@ from tests.integration.s3_front import ACCESS, REGION, SECRET, World, read_head,
 from tests.patience import GUARD_S
 
 
+@pytest.fixture
+def patience_s() -> float:
+    """How long a server waits for its clients. Most tests are not about that, and may stand still for a moment."""
+    return GUARD_S
+
+
+hasty = pytest.mark.parametrize("patience_s", [0.4])
+
+
 @pytest_asyncio.fixture
-async def world() -> AsyncIterator[World]:
-    limits = Limits(body_idle_s=0.3, headers_s=0.5, linger_s=GUARD_S, requests_max=4)
+async def world(patience_s: float) -> AsyncIterator[World]:
+    limits = Limits(body_idle_s=patience_s, headers_s=patience_s, linger_s=GUARD_S, requests_max=4)
     async with s3_world(limits) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
         yield world
@@ -110,6 +119,7 @@ async def test_a_connection_is_kept_after_an_error_with_a_small_body(world: Worl
     writer.close()
 
 
+@hasty
 async def test_a_body_that_stops_is_a_timeout_and_a_client_that_goes_leaves_nothing(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(signed(world, "PUT", "/bucket/slow", body=b"0123456789")[:-5])
@@ -125,6 +135,7 @@ async def test_a_body_that_stops_is_a_timeout_and_a_client_that_goes_leaves_noth
     assert not await world.stored()
 
 
+@hasty
 async def test_headers_that_trickle_are_cut_off(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(b"GET / HTTP/1.1\r\nHost:")

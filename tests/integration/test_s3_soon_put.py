@@ -51,12 +51,23 @@ SMALL = b"small" * 100
 MD5 = base64.b64encode(hashlib.md5(SMALL).digest()).decode()
 
 
+@pytest.fixture
+def patience_s() -> float:
+    """How long a server waits for its clients. Most tests are not about that, and may stand still for a moment."""
+    return GUARD_S
+
+
+hasty = pytest.mark.parametrize("patience_s", [0.4])
+
+
 @pytest.fixture(params=["at once", "with others"])
-async def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def world(
+    request: pytest.FixtureRequest, patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
     """Answers leave as they do with few requests in flight, and with many."""
     if request.param == "with others":
         monkeypatch.setattr(responder, "ALONE_MAX", 0)
-    async with s3_world(Limits(body_idle_s=0.3, linger_s=GUARD_S)) as made:
+    async with s3_world(Limits(body_idle_s=patience_s, linger_s=GUARD_S)) as made:
         await make_bucket(made)
         yield made
 
@@ -239,6 +250,7 @@ async def test_a_request_behind_a_body_that_came_in_pieces_is_answered_next(worl
     assert len(world.objects.put_answers) == 1
 
 
+@hasty
 async def test_a_body_that_does_not_come_is_waited_for_no_longer_than_any_other(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     head, body = in_pieces(signed(world, "PUT", "/bucket/key", body=SMALL), "behind")
