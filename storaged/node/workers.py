@@ -50,7 +50,10 @@ from storaged.node.worker import Worker
 from storaged.observe import Metrics, Samples, counts_of
 from storaged.s3.http.listen import listen
 
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 100.0
+"""A guard, below TimeoutStartSec= of the unit. On an overloaded machine a worker has needed more than 30 s, and a
+gateway that ends for it, and is started again, makes the machine no faster.
+"""
 ENDING_S = 10.0
 """Added to the time that requests in flight have."""
 
