@@ -742,16 +742,17 @@ async def test_a_record_that_reached_one_replica_is_settled_together_with_its_co
 
 async def test_a_change_that_keeps_the_copy_of_an_unconfirmed_record_carries_it_along(ring: Ring) -> None:
     await alone_on_the_first(ring)
+    ring.second.away = True  # else two that know nothing outvote it
     await ring.client("gw2").change(NAME, lambda value: Change(b"tagged", Visibility.LIVE, b"D" * 16))
-    await asyncio.sleep(0.01)
-    assert all(ring.copies.values())
+    assert ring.copies[ring.order[0]]
+    assert ring.copies[ring.order[2]]
 
 
 @pytest.mark.parametrize("how", ["settle", "read"])
 async def test_a_settling_round_writes_no_record_where_a_disk_does_not_take_its_copy(ring: Ring, how: str) -> None:
     await alone_on_the_first(ring)
     ring.full.update(ring.order[1:])
-    ring.second.away = how == "read"  # else two that know nothing may be heard first, and are right
+    ring.second.away = True  # else two that know nothing outvote it
     missed: list[RegisterName] = []
     client = ring.client("gw2", deadline_s=0.2, on_missed=missed.append)
     with pytest.raises(ServiceUnavailable):
@@ -762,7 +763,7 @@ async def test_a_settling_round_writes_no_record_where_a_disk_does_not_take_its_
     settled = await client.settle(NAME) if how == "settle" else (await client.read(NAME)).value
     assert settled is not None
     assert settled.payload == b"D" * 16
-    assert [bool(ring.copies[disk]) for disk in ring.order] == [True, how == "settle", True]
+    assert [bool(ring.copies[disk]) for disk in ring.order] == [True, False, True]
     async with asyncio.timeout(GUARD_S):
         while len(missed) < 2:  # noqa: ASYNC110  (the last answer may come after the round)
             await asyncio.sleep(0.001)

@@ -21,7 +21,7 @@ from storaged.meta.consensus.register import (
     overtaken,
 )
 from storaged.meta.messages import AcceptReply, PrepareReply
-from storaged.meta.names import ZERO_BALLOT, Ballot, Value
+from storaged.meta.names import Ballot, Value
 from storaged.meta.ports import SmallCopies
 
 OK: Final = int(Verdict.OK)
@@ -231,10 +231,10 @@ class PrepareRound:
     def chosen(self) -> Found | None:
         """What a quorum of all that have promised reports, although a lone replica reports a higher ballot, or another
         value under the same one. Nothing above it is chosen, nor can be: the quorum refuses all that is below this
-        round's ballot. A record that only one replica has goes on: it is a first write that was cut short.
+        round's ballot. That holds for "never written" too. A record that only one replica has was acknowledged to
+        nobody: it is a first write that was cut short, or one that the replica has made up.
         """
-        agreed = self._agreed(self.all_promised)
-        return None if agreed is None or agreed.ballot == ZERO_BALLOT else agreed
+        return self._agreed(self.all_promised)
 
     def contradicted(self, found: Found) -> bool:
         """Whether a replica reports another value under the same ballot: one of them lies."""
