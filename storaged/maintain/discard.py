@@ -25,7 +25,7 @@ from storaged.errors import NoSuchBucket, StoragedError
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import BlockPlace, blocks_of
-from storaged.maintain.mover import Mover, headers_of
+from storaged.maintain.mover import PARTS_A_FRAGMENT, Mover, headers_of
 from storaged.maintain.moves import (
     CHANGED,
     LATER,
@@ -67,13 +67,16 @@ class Discarder:
         allowance.busy.add(asker)
         try:
             await asyncio.sleep(allowance.spend(asker, FRAGMENTS_EACH * len(ask.fragments), now()))
-            found = [await self._judge(one) for one in ask.fragments]
+            parts: list[int] = []
+            found = [await self._judge(one, parts) for one in ask.fragments]
+            allowance.spend(asker, len(parts) // PARTS_A_FRAGMENT, now())
         finally:
             allowance.busy.discard(asker)
         allowance.note(asker, refused=any(judged.code == REFUSED for judged in found), now=now())
         return MovesAnswer(tuple(judged.answer for judged in found))
 
-    async def _judge(self, ask: FragmentAsk) -> Judged:
+    async def _judge(self, ask: FragmentAsk, parts: list[int]) -> Judged:
+        """``parts`` gets how many entries of parts were read."""
         try:
             name, fragment = RegisterName.unpack(ask.name), FragmentId.unpack(ask.fragment)
         except ValueError as error:
@@ -81,13 +84,13 @@ class Discarder:
         if name.table not in (Table.OBJECT, Table.PART):
             return Judged(REFUSED, "not the register of an object or a part")
         try:
-            return await self._discard(name, fragment, ask.disk)
+            return await self._discard(name, fragment, ask.disk, parts)
         except NoSuchBucket as error:
             return Judged(CHANGED, error.message)
         except (CannotRepair, StoragedError, KeyError, ValueError, TimeoutError) as error:
             return Judged(LATER, f"it can't be judged now: {error}")
 
-    async def _discard(self, name: RegisterName, fragment: FragmentId, disk: str) -> Judged:
+    async def _discard(self, name: RegisterName, fragment: FragmentId, disk: str, parts: list[int]) -> Judged:
         store = self._context.stores.store(disk)
         async with asyncio.timeout(self._context.limits.call_timeout_s):
             (stat,), (header,) = await store.stat([fragment]), await store.headers([fragment])
@@ -98,6 +101,7 @@ class Discarder:
         countries = self._mover.buckets.countries_of(name.scope)
         entry = None
         async for found in entries_of(self._context, name, value):
+            parts.append(1)
             if found.data_id == fragment.data_id:
                 entry = found
         if entry is None:

@@ -85,6 +85,10 @@ FRAGMENTS_PER_S = 12_000
 more than repair writes. A call beyond that waits.
 """
 FRAGMENTS_BURST = 24_000
+PARTS_A_FRAGMENT = 16
+"""Entries of parts that are read for the time of one fragment: records have up to 10,000. The next call waits for
+them.
+"""
 REFUSED_PAUSE_S = 1.0
 REFUSED_PAUSE_S_MAX = 60.0
 """An asker rests after a call with a move that no honest node asks; twice as long after each further one."""
@@ -171,6 +175,8 @@ class Mover:
         self.rebuilder = Rebuilder(context)
         self._counts = dict.fromkeys((MOVED, CHANGED, LATER, REFUSED), 0)
         self._blocks_moved = 0
+        self._parts_read = 0
+        """By the call that has its turn."""
 
     def statistics(self) -> MoverStatistics:
         counts = self._counts
@@ -188,8 +194,10 @@ class Mover:
         try:
             await asyncio.sleep(self.allowance.spend(asker, sum(map(cost_of, ask.moves), Cost()).fragments, now()))
             async with self._turn:
+                self._parts_read = 0
                 planned = [_Planned(move, RegisterName.unpack(move.name)) for move in ask.moves]
                 await self._work(planned)
+                self.allowance.spend(asker, self._parts_read // PARTS_A_FRAGMENT, now())
         finally:
             self.allowance.busy.discard(asker)
         answers = [one.answer or MoveAnswer(LATER, "not decided") for one in planned]
@@ -233,6 +241,7 @@ class Mover:
         try:
             value = (await self.context.registers.read(name)).value
             entries = [entry async for entry in entries_of(self.context, name, value)]
+            self._parts_read += len(entries)
             countries = self.buckets.countries_of(name.scope)
         except BucketUnverified as error:
             judged = Judged(LATER, str(error.args[0]))

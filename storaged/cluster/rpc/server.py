@@ -23,6 +23,7 @@ import structlog
 from storaged.clock import Clock, SystemClock
 from storaged.cluster import identity, tls
 from storaged.cluster.ports import Methods, PeerChecks, PeerIdentity
+from storaged.cluster.refusal_lines import RefusalLines
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.budget import Budget
 from storaged.cluster.rpc.connection import describe
@@ -83,6 +84,7 @@ class RpcServer:
         self._connections: set[ServerConnection] = set()
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._refused = 0
+        self._lines = RefusalLines(log.warning, self._clock.monotonic)
         self._bytes_in_closed = 0
         """Bytes of connections that have ended."""
         self._bytes_out_closed = 0
@@ -262,7 +264,7 @@ class RpcServer:
 
     def _record_refusal(self, who: str, error: StoragedError) -> None:
         self._refused += 1
-        log.warning("node refused", peer=who, code=error.code, reason=error.message)
+        self._lines.note("node refused", who, error.code, error.message)
         if self._checks.on_refusal is not None:
             self._checks.on_refusal(who, error)
 
@@ -274,7 +276,7 @@ class RpcServer:
         if code == faults.ROLE_REFUSED and self._checks.on_refusal is not None:
             self._checks.on_refusal(peer, error)
         else:
-            log.warning("call refused", peer=peer, code=code, reason=error.message)
+            self._lines.note("call refused", peer, code, error.message)
 
     def _on_closed(self, connection: ServerConnection) -> None:
         self._bytes_in_closed += connection.bytes_in
