@@ -19,7 +19,7 @@ from storaged.fragments.ports import FragmentStores, NearStore
 from storaged.maintain.asks import Asks
 from storaged.meta.consensus.looks import Look
 from storaged.meta.messages import Accept, AcceptReply
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import PageCopies, Registers, Scanner
 from storaged.meta.store_ports import MetaStore
 from storaged.units import MIB
@@ -78,7 +78,7 @@ async def no_disk(disk: str, _request: Accept, _copy: Sequence[Buffer]) -> Accep
     raise DiskUnusable(f"this node has no disk {disk}", state="failed")
 
 
-async def no_copies(_name: RegisterName, _data_id: bytes) -> Copies | None:
+async def no_copies(_name: RegisterName, _value: Value) -> Copies | None:
     return None
 
 
@@ -87,8 +87,8 @@ class MaintainContext:
     """``signers``: verify the signatures on records. ``look``: asks each replica of a register what it has accepted
     (``meta.client``). ``local_meta``, ``local_fragments``: this node's disks by id. ``asks``: of gateways, who alone
     change registers. ``adopt(disk, request, copy)``: a local disk accepts what a quorum has; as ``Replica.accept``.
-    ``small_copies(name, data_id)``: the copy of a small object for each position; None or empty when none gives it.
-    ``on_refusal(peer, error)``: another node asked what no honest node asks; for the audit log. ``audit_alarms``:
+    ``small_copies(name, value)``: the small copy that the value names, for each position; None or empty when none gives
+    it. ``on_refusal(peer, error)``: another node asked what no honest node asks; for the audit log. ``audit_alarms``:
     (node, what is wrong with its audit log) as this node knows; shown in its status.
     """
 
@@ -110,7 +110,7 @@ class MaintainContext:
     audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple
     on_refusal: OnRefusal = lambda peer, error: None
     adopt: Callable[[str, Accept, Sequence[Buffer]], Awaitable[AcceptReply]] = no_disk
-    small_copies: Callable[[RegisterName, bytes], Awaitable[Copies | None]] = no_copies
+    small_copies: Callable[[RegisterName, Value], Awaitable[Copies | None]] = no_copies
     steps: Callable[[], int] = lambda: 0
     """The sum of the steps of all partitions (``cluster.partition_map``): it grows when one has moved."""
 

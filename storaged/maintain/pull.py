@@ -88,7 +88,7 @@ class Pull:
         if value is None:
             return False
         if value.payload:
-            copies = await self._context.small_copies(name, value.payload)
+            copies = await self._context.small_copies(name, value)
             if not copies or disk not in self._context.layouts.partition(name.partition).disks:
                 return False
             header, body = copies[self._context.layouts.partition(name.partition).position_of(disk)]

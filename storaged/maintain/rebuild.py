@@ -1,10 +1,11 @@
 """Rebuilding fragments from their survivors, and recoding blocks for other disks. Works on sealed bytes, without a key.
 
 A rebuilt fragment is written only when it has the hash (``storaged.hashes``) on which the headers of the survivors
-agree. So a disk that lies about its fragment, or about the hashes, can spoil what it holds itself, but repair does not
-spread its bytes. Headers agree when they name the same hashes, so headers with hashes of different kinds never agree. A
-fragment that is not what the others agree on is rebuilt like one that is missing; but one that is sound by itself
-only where the others are so many that the block can't be read from the rest (``moves.are_alone``).
+agree; of small copies, with the hash that the record has (not those of version 0.1.0). So a disk that lies about its
+fragment, or about the hashes, can spoil what it holds itself, but repair does not spread its bytes. Headers agree when
+they name the same hashes, so headers with hashes of different kinds never agree. A fragment that is not what the others
+agree on is rebuilt like one that is missing; but one that is sound by itself only where the record has the hash, or
+where the others are so many that the block can't be read from the rest (``moves.are_alone``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from storaged.wire import Buffer
 _T = TypeVar("_T")
 
 IN_THE_WAY_MAX = 1000
+UNDECIDED_MAX = 1000
 
 
 class CannotRepair(Exception):
@@ -65,8 +67,10 @@ class Rebuilder:
         self.fragments_rebuilt = 0
         self.bytes_rebuilt = 0
         self.blocks_recoded = 0
-        self.undecided = 0
-        """Sound fragments that differ from most others of their block, and were left as they are."""
+        self.undecided: dict[tuple[bytes, FragmentId], None] = {}
+        """(owner, fragment): sound fragments that differ from most others of their block, and were left as they are
+        when the block was last compared. Bounded.
+        """
         self.in_the_way: dict[tuple[str, FragmentId], None] = {}
         """Fragments that a disk did not let this node replace. Bounded."""
 
@@ -138,10 +142,10 @@ class Rebuilder:
             reads = await asyncio.gather(*(self._read(place, position) for position in now))
             found.update((position, read) for position, read in zip(now, reads, strict=True) if read is not None)
             few = 1
-            agreed = _agreed(profile, known, found)
+            agreed = _agreed(place, known, found)
             if agreed is not None:
                 return self._spare_undecided(place, agreed, found)
-        agreed = _agreed(profile, known, found)
+        agreed = _agreed(place, known, found)
         if agreed is None:
             raise CannotRepair(
                 f"block {place.block}: {len(found)} fragments can be read, {profile.k} that agree are needed"
@@ -152,14 +156,18 @@ class Rebuilder:
         self, place: BlockPlace, agreed: Survivors, found: Mapping[int, tuple[FragmentHeader, bytes]]
     ) -> Survivors:
         """Without the sound fragments that may be the block's as well as those that agree."""
-        if not agreed.mismatched or are_alone(place, agreed.fragments):
+        if self.undecided:
+            for fragment, _ in place.fragments:
+                self.undecided.pop((agreed.owner, fragment), None)
+        if not agreed.mismatched or place.entry.copy_hash or are_alone(place, agreed.fragments):
             return agreed
         sound = [position for position in agreed.mismatched if _is_sound(place.profile, position, *found[position])]
         if sound:
-            self.undecided += len(sound)
+            if len(self.undecided) < UNDECIDED_MAX:
+                self.undecided.update({(agreed.owner, place.fragment(position)): None for position in sound})
             self._context.log(
                 f"block {place.block} of {agreed.owner[18:98]!r}: fragments {sound} differ from the others and stay, as"
-                " either may be the block's; a read finds out"
+                " either may be the block's; they are compared again"
             )
         return agreed._replace(mismatched=tuple(position for position in agreed.mismatched if position not in sound))
 
@@ -289,10 +297,14 @@ class Rebuilder:
 
 
 def _agreed(
-    profile: Profile, known: Mapping[int, Buffer], found: Mapping[int, tuple[FragmentHeader, bytes]]
+    place: BlockPlace, known: Mapping[int, Buffer], found: Mapping[int, tuple[FragmentHeader, bytes]]
 ) -> Survivors | None:
-    """The survivors with the hashes and the owner that most headers name, when there are enough."""
-    votes = Counter((header.hashes, header.owner) for header, _ in found.values()).most_common(2)
+    """The survivors with the hashes and the owner that most headers name, when there are enough. Of small copies whose
+    hash is in the record no other counts.
+    """
+    profile, hashed = place.profile, (place.entry.copy_hash,)
+    headers = [header for header, _ in found.values() if hashed == (b"",) or header.hashes == hashed]
+    votes = Counter((header.hashes, header.owner) for header in headers).most_common(2)
     if not votes or (len(votes) > 1 and votes[0][1] == votes[1][1]):
         return None
     hashes, owner = votes[0][0]

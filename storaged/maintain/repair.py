@@ -47,6 +47,7 @@ from storaged.objects.code.place import Placement
 from storaged.wire import Message
 
 BLOCKS_A_SLICE = 64
+COMPARE_AGAIN_S = 600.0
 """Blocks of one run that are looked at, and recoded, together. It bounds what is in memory of a large object, and what
 is repeated after an interruption.
 """
@@ -88,6 +89,7 @@ class Repair:
         self.job = Job("repair", context.clock)
         self._mismatches: dict[tuple[bytes, FragmentId], None] = {}
         self._away_since: dict[str, float] = {}
+        self._compare_again_at = NOW
         self._next_look_at = NOW
         """When the queue is looked at again, unless it is fresh."""
 
@@ -345,6 +347,7 @@ class Repair:
 
     async def _compare_mismatched(self) -> None:
         """Compares the fragments of the blocks that ``hint_mismatch`` named, and rebuilds those that differ."""
+        self._compare_undecided()
         mismatches, self._mismatches = self._mismatches, {}
         for owner, fragment in mismatches:
             name = RegisterName.unpack(owner)
@@ -352,6 +355,16 @@ class Repair:
                 await self._compare(name, fragment)
             except (*REFUSALS, KeyError, ValueError) as error:
                 self._context.log(f"block {fragment.block} of {name.key[:80]!r} could not be verified: {error}")
+
+    def _compare_undecided(self) -> None:
+        """Blocks whose fragments differ, while none of them was known to be the false one, are compared again from time
+        to time: a fragment that was lost or away may be back, and decide.
+        """
+        now = self._context.clock.monotonic()
+        if self.rebuilder.undecided and now >= self._compare_again_at:
+            self._compare_again_at = now + COMPARE_AGAIN_S
+            for owner, fragment in list(self.rebuilder.undecided):
+                self.hint_mismatch(owner, fragment)
 
     async def _compare(self, name: RegisterName, fragment: FragmentId) -> None:
         value = (await self._context.registers.read(name)).value

@@ -219,7 +219,7 @@ class Maintenance:
         seen_now = self._seen == self._context.usable_disks()
         current = check.current and seen_now and self._informed >= self._nodes_seen()
         jobs = [job for job in (check.job, repair.job, self.scrub.job) if job.state != "waiting"]
-        reports = [job.report(self._context.node) for job in jobs] + self._collection()
+        reports = [job.report(self._context.node) for job in jobs] + self._collection() + self._undecided()
         return MaintainStatus(
             node=self._context.node,
             below_target=queue.below_target,
@@ -252,6 +252,17 @@ class Maintenance:
         total = waiting.total()
         detail = f"{total} data ids on garbage lists can't be deleted yet; {count} of them: {reason}"
         return [JobReport("collection", self._context.node, "waiting", 0, 0, "", None, detail)]
+
+    def _undecided(self) -> list[JobReport]:
+        """As a job, when sound fragments differ and repair can't tell which of them is false."""
+        undecided = self.repair.rebuilder.undecided
+        if not undecided:
+            return []
+        detail = (
+            f"{len(undecided)} fragments are not what the others of their block say, and stay, since either may be"
+            " right; they are compared again when fragments that are away come back"
+        )
+        return [JobReport("comparison", self._context.node, "waiting", 0, 0, "", None, detail)]
 
     def methods(self) -> Methods:
         async def status(_request: Ask, _call: Call) -> MaintainStatus:

@@ -28,12 +28,13 @@ from storaged.meta.proposer.moving import PartitionMoves
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.pages import RingPages
 from storaged.meta.proposer.queue import ChangeQueue
-from storaged.meta.proposer.read import CopyReader, RegisterReader, Settle
+from storaged.meta.proposer.read import CopyReader, IsCopy, RegisterReader, Settle
 from storaged.meta.proposer.ring import Deadlines, Ring
 from storaged.meta.proposer.survey import RingSurvey
 from storaged.meta.transport.calls import Calls, Fanout, TaskPool, UnresponsiveDisks
 from storaged.meta.transport.read_batching import RowReader
 from storaged.meta.views import Views
+from storaged.wire import Buffer
 
 DEADLINE_S = 10.0
 CALL_TIMEOUT_S = 5.0
@@ -94,6 +95,11 @@ async def no_gateway(_name: RegisterName, _timeout_s: float) -> Value | None:
     raise ServiceUnavailable("Replicas of this key differ, and this node can't ask a gateway to settle it. Retry.")
 
 
+def any_copy(_name: RegisterName, _value: Value, _header: bytes, _payload: Buffer) -> bool:
+    """An ``IsCopy`` of a client whose replicas are trusted."""
+    return True
+
+
 @dataclass(frozen=True)
 class RingHooks:
     """``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote. When one
@@ -103,6 +109,8 @@ class RingHooks:
     up. ``on_fenced`` gets the scope of a read or a change that met a fence: its bucket is, or was, being deleted.
 
     ``copy_at``: the fragment header of one replica's small copy, made to fit the replica of another index.
+    ``is_copy(name, value, header, payload)``: whether what a replica offers is the small copy that the value names: one
+    that lies must not have its own bytes carried to others.
 
     ``ask_to_settle(name, timeout_s)``, of a client that is no gateway's: has a gateway settle the register. Returns and
     raises as ``ports.Registers.settle``.
@@ -113,6 +121,7 @@ class RingHooks:
     on_fenced: Callable[[bytes], None] = lambda scope: None
     copy_at: Callable[[bytes, int], bytes] = lambda header, index: header
     ask_to_settle: AskToSettle = no_gateway
+    is_copy: IsCopy = any_copy
 
 
 NO_HOOKS = RingHooks()
@@ -145,7 +154,7 @@ class RingClient:
         unresponsive = UnresponsiveDisks(clock if clock is not None else SystemClock())
         limits = settings.deadline_s, settings.call_timeout_s, settings.hedge_s
         self._calls = Calls(replicas, self._pool, unresponsive, *limits)
-        copies = CopyReader(self._calls, hooks.copy_at)
+        copies = CopyReader(self._calls, hooks.copy_at, hooks.is_copy)
         self._ring = self._make_ring(hooks, jitter, entropy, copies)
         new_keys = settings.new_keys if settings.new_keys is not None else NewKeyRate()
         self._queue = ChangeQueue(self._ring, entropy, settings.deadline_s, new_keys)
@@ -267,9 +276,9 @@ class RingClient:
         """What each replica that answers has accepted: a snapshot (``consensus.looks``)."""
         return await self._survey.look(name)
 
-    async def small_copies(self, name: RegisterName, data_id: bytes) -> Fragments | None:
-        """The copy of a small object as the replica of each position keeps it; None when none gives it now."""
-        return await self._ring.carry(self._view(name), name, data_id, self._calls.deadline())
+    async def small_copies(self, name: RegisterName, value: Value) -> Fragments | None:
+        """The copy that the value names, as the replica of each position keeps it; None when none gives it now."""
+        return await self._ring.carry(self._view(name), name, value, self._calls.deadline())
 
     # --- pages and fences ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ import structlog
 
 from storaged import __version__, observe
 from storaged.clock import Clock
-from storaged.cluster.audit.format import actor_of_peer
 from storaged.cluster.identity import Identity, authority_of, load_identity
 from storaged.cluster.layout import Layout, confirmed_roles
 from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
@@ -32,7 +31,6 @@ from storaged.errors import (
     ConfigInvalid,
     JurisdictionRefused,
     LayoutRefused,
-    PeerRefused,
     PortInUse,
     StoragedError,
 )
@@ -58,7 +56,9 @@ from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
 from storaged.node.opener import Opener
+from storaged.node.refusals import Refusals
 from storaged.node.system import LAYOUT_FILE, SystemPaths, operator_layout
+from storaged.objects.code.small_copy import is_small_copy
 
 if TYPE_CHECKING:  # storage nodes have no further processes, and don't import what those need
     from storaged.node.leader import Leader
@@ -115,6 +115,7 @@ class NodePlanes:
         """What this node asks of gateways, where it has disks."""
         self._disk_statuses: Sequence[DiskStatus] = ()
         self._methods: dict[str, Method] = {}
+        self._refused = Refusals(clock, lambda: self.audit)
         self._server: RpcServer | None = None
         self.metrics.gauge("storaged_info").labels(config.node.name, __version__, ",".join(config.node.roles)).set(1)
 
@@ -280,7 +281,7 @@ class NodePlanes:
             self.layouts,
             directory,
             RingSettings(self.own.name, self.config.gateway),
-            RingHooks(self.belief, self._missed, self._fenced, header_at_position, self.asks.settle),
+            RingHooks(self.belief, self._missed, self._fenced, header_at_position, self.asks.settle, is_small_copy),
             clock=self.clock,
         )
         listing_cache_bytes_max = CACHE_BYTES_MAX // self.config.s3.workers
@@ -495,8 +496,3 @@ class NodePlanes:
             self.maintain.hint(name)
         elif self.maintenance is not None:
             self.maintenance.hint(name.pack())
-
-    def _refused(self, peer: str, error: StoragedError) -> None:
-        code = error.remote_code or error.code if isinstance(error, PeerRefused) else error.code
-        log.warning("a peer is refused", peer=peer, code=code, reason=error.message)
-        self.audit.refused("peer.refused", code, actor=actor_of_peer(peer), reason=error.message)

@@ -56,6 +56,10 @@ class PartEntry(Message, frozen=True):
     inline: bytes = b""
     small: bool = False
     """Copies beside the register (``Value.payload`` is this data id): one block, k = 1, on the register's replicas."""
+    copy_hash: bytes = b""
+    """The hash of these copies (``hashes.fragment_hash`` of the sealed bytes), by which nodes without keys tell a true
+    one. Empty in records of version 0.1.0.
+    """
 
 
 class Version(Message, frozen=True):

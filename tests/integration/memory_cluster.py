@@ -17,7 +17,7 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
-from storaged.fragments.payloads import Payloads
+from storaged.fragments.payloads import Payloads, header_at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.maintain.answers import Answers, settle_handler
@@ -37,6 +37,7 @@ from storaged.node.disks import load_of
 from storaged.node.keeper import SystemKeeper
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
 from storaged.objects.code.manifest import parts_of
+from storaged.objects.code.small_copy import is_small_copy
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object
 from storaged.objects.service import ObjectService
@@ -133,6 +134,8 @@ class StorageNode:
             directory,
             node=self.name,
             clock=cluster.clock,
+            copy_at=header_at_position,
+            is_copy=is_small_copy,
             jitter=lambda: 0.5,
             gateway=False,
             ask_to_settle=asks.settle,
@@ -496,6 +499,8 @@ class Gateway:
             directory,
             node=name,
             clock=cluster.clock,
+            copy_at=header_at_position,
+            is_copy=is_small_copy,
             jitter=lambda: 0.5,
             believes=lambda name, value: self.belief(name, value),
             on_missed=self._missed,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from storaged.errors import FragmentOther
+from storaged.errors import DataDamaged, FragmentOther, NoSuchKey
 from storaged.hashes import fragment_hash
 from storaged.maintain.answers import settle_handler
 from storaged.maintain.asks import SETTLED, Settle
@@ -16,10 +16,10 @@ from storaged.maintain.health import BlockPlace
 from storaged.maintain.moves import REFUSED, DiscardAsk, FragmentAsk
 from storaged.maintain.pull import Behind, BroughtUp
 from storaged.meta import messages
-from storaged.meta.consensus.register import digest_of
-from storaged.meta.names import SEQUENCE_MAX, Ballot, RegisterName, Value, Visibility, object_name
+from storaged.meta.consensus.register import NEVER, digest_of
+from storaged.meta.names import SEQUENCE_MAX, Ballot, Change, RegisterName, Value, Visibility, object_name
 from storaged.meta.store_ports import Slot, StoreBatch
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, encode_object
 from tests.integration.memory_cluster import Cluster, LocalCaller, run
 
 LARGE = 300_000
@@ -185,6 +185,138 @@ def test_no_node_writes_over_its_good_copy_because_a_lone_node_and_a_copy_of_its
             await cluster.nodes["na"].context.stores.store(disk).write(header, [false.payload], sync=True)
         await cluster.pass_s(120)
         assert cluster.store(disk).kept(fragment).payload == truth
+        assert false.payload != truth
+        assert cluster.store(where.disks[lost]).kept(where.fragment(lost)).payload == truth, "the record has its hash"
         assert await cluster.get(bucket, KEY) == data
 
     run(scenario)
+
+
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("told", ["hash of the lie", "true hash", "no hash"])
+def test_a_copy_that_is_not_what_the_record_says_is_carried_to_no_other_replica(position: int, told: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, KEY, os.urandom(3_000))
+        await cluster.pass_s(5)
+        name = name_of(bucket)
+        [where] = await cluster.places(bucket, KEY)
+        fragments = [cluster.store(disk).kept(fragment) for fragment, disk in where.fragments]
+        truth = bytes(fragments[position].payload)
+        cluster.forge(where.disks[position], where.fragment(position))
+        lie = fragments[position]
+        hashes = {"hash of the lie": (fragment_hash((lie.payload,)),), "no hash": ()}.get(told, lie.header.hashes)
+        lie.header = msgspec.structs.replace(lie.header, hashes=hashes)
+        value = held(cluster, where.disks[position], name).value
+        for ring in (cluster.gateway.ring, *(node.ring for node in cluster.nodes.values())):
+            copies = await ring.small_copies(name, value)
+            assert copies
+            assert {bytes(payload) for _header, (payload,) in copies} == {truth}
+
+    run(scenario)
+
+
+PHANTOM = b"a key that nobody wrote"
+
+
+async def make_up(cluster: Cluster, bucket: BucketRecord, position: int) -> tuple[RegisterName, str]:
+    """A disk shows, under a key that was never written, the record of another object. Its name and its disk."""
+    name = object_name(bucket.id, bucket.shard_numbers, PHANTOM)
+    true = name_of(bucket)
+    value = held(cluster, cluster.layouts.current.replicas_of(true.partition)[0], true).value
+    liar = cluster.layouts.current.replicas_of(name.partition)[position]
+    lie = Slot(name, ahead(cluster, Ballot(1, 1, "", b"")), msgspec.structs.replace(value, payload=b""))
+    await cluster.meta(liar).commit(StoreBatch((lie,)))
+    return name, liar
+
+
+async def settle(cluster: Cluster, name: RegisterName, liar: str) -> None:
+    handler = settle_handler(cluster.gateway.ring)
+    answer = await handler(cluster.layouts.current.node_of(liar), Settle((name.pack(),)))
+    assert answer.results == (SETTLED,)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_lone_replica_makes_up_no_key(position: int) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, KEY, os.urandom(LARGE))
+        await cluster.pass_s(5)
+        name, liar = await make_up(cluster, bucket, position)
+        await settle(cluster, name, liar)
+        for _ in range(3):
+            with pytest.raises(NoSuchKey):
+                await cluster.get(bucket, PHANTOM)
+            assert list((await cluster.objects.list_objects(bucket)).keys) == [KEY]
+        replicas = cluster.layouts.current.replicas_of(name.partition)
+        assert {held(cluster, disk, name).value for disk in replicas} == {NEVER}
+        data = os.urandom(LARGE)
+        await cluster.put(bucket, PHANTOM, data)
+        assert await cluster.get(bucket, PHANTOM) == data
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_key_made_up_while_another_replica_is_away_is_damage_and_no_object(position: int) -> None:
+    """Its record opens under no key of the bucket, and names no data. A delete ends it, a write replaces it."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, KEY, os.urandom(LARGE))
+        await cluster.pass_s(5)
+        name, liar = await make_up(cluster, bucket, position)
+        away = cluster.layouts.current.replicas_of(name.partition)[position - 1]
+        await cluster.kill(cluster.layouts.current.node_of(away))
+        await settle(cluster, name, liar)
+        with pytest.raises(DataDamaged):
+            await cluster.get(bucket, PHANTOM)
+        with pytest.raises(DataDamaged):
+            await cluster.objects.head(bucket, PHANTOM)
+        with pytest.raises(DataDamaged, match=PHANTOM.decode()):
+            await cluster.objects.list_objects(bucket)
+        await cluster.objects.delete(bucket, PHANTOM)
+        with pytest.raises(NoSuchKey):
+            await cluster.get(bucket, PHANTOM)
+        assert list((await cluster.objects.list_objects(bucket)).keys) == [KEY]
+
+    run(scenario)
+
+
+def test_copies_that_differ_where_no_record_decides_are_shown_in_status_and_compared_again() -> None:
+    """As version 0.1.0 wrote them."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, KEY, os.urandom(3_000))
+        await cluster.gateway.ring.change(name_of(bucket), without_hash)
+        [where] = await cluster.places(bucket, KEY)
+        assert not where.entry.copy_hash
+        cluster.maintain()
+        await cluster.pass_s(5)
+        fragment, disk = where.fragment(1), where.disks[1]
+        truth = bytes(cluster.store(disk).kept(fragment).payload)
+        cluster.forge(disk, fragment)
+        kept = cluster.store(disk).kept(fragment)
+        kept.header = msgspec.structs.replace(kept.header, hashes=(fragment_hash((kept.payload,)),))
+        other = cluster.nodes[cluster.layouts.current.node_of(where.disks[0])]
+        assert other.maintenance is not None
+        other.maintenance.fragment_contested(name_of(bucket).pack(), where.fragment(0))
+        await cluster.pass_s(60)
+        assert kept.payload != truth
+        jobs = [job for status in await cluster.statuses() for job in status.jobs if job.name == "comparison"]
+        assert [job.state for job in jobs] == ["waiting"]
+        assert jobs[0].detail.startswith("1 fragments are not what the others")
+        kept.payload, kept.header = truth, msgspec.structs.replace(kept.header, hashes=(fragment_hash((truth,)),))
+        await cluster.pass_s(1300)
+        assert not [job for status in await cluster.statuses() for job in status.jobs if job.name == "comparison"]
+
+    run(scenario)
+
+
+def without_hash(value: Value | None) -> Change:
+    assert value is not None
+    [version] = decode_object(value.body).versions
+    [entry] = version.parts
+    old = msgspec.structs.replace(version, parts=(msgspec.structs.replace(entry, copy_hash=b""),))
+    return Change(encode_object(ObjectRecord((old,))), value.visibility, value.payload)

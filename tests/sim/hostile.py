@@ -391,7 +391,7 @@ class Hostile(Scenario):
             return
         header, body = b"", list[Buffer]()
         if held.value.payload:
-            copies = await other.client.small_copies(name, held.value.payload)
+            copies = await other.client.small_copies(name, held.value)
             if copies is None:
                 return
             header, body = copies[look.quorum.disks.index(node.disk)][0], list(copies[0][1])

@@ -61,7 +61,7 @@ from storaged.meta.consensus.states import (
     SYNCING,
 )
 from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
-from storaged.meta.names import SEQUENCE_MAX, Ballot, Change, Table
+from storaged.meta.names import SEQUENCE_MAX, Ballot, Change, Table, Value
 from storaged.meta.ports import Outcome
 
 OK: Final = int(Verdict.OK)
@@ -82,7 +82,7 @@ class Proposer(Ending):
     __slots__ = (
         "_above", "_accepts", "_carries", "_change", "_copies", "_creates", "_falling_back", "_found", "_missing",
         "_needs_copy", "_now_us", "_prepares", "_seeking", "_syncing", "_third_replica_tries", "_wanted",
-        "ahead", "ballot", "by_create", "carry", "fragments", "gather_s", "name", "request", "view",
+        "ahead", "ballot", "by_create", "carried_by", "carry", "fragments", "gather_s", "name", "request", "view",
     )
     # fmt: on
 
@@ -104,6 +104,8 @@ class Proposer(Ending):
         """The create was chosen."""
         self.fragments: Fragments = ()
         self.carry = b""
+        self.carried_by: Value | None = None
+        """Names the copy ``carry``."""
         self.gather_s = 0.0
         self._syncing = wanted.barrier
         self._third_replica_tries = self._carries = 0
@@ -389,7 +391,7 @@ class Proposer(Ending):
         behind = self._wanted.commit and lagging(self.view.quorum, self._prepares.all_promised, ballot)
         if settled and not self._needs_copy and not behind:
             return self._accept(())
-        self.carry = found.payload
+        self.carry, self.carried_by = found.payload, found
         self.state = CARRYING
         return True
 

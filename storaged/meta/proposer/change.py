@@ -390,8 +390,9 @@ class ChangeShell:
 
     async def _carry(self) -> None:
         machine = self.machine
+        assert machine.carried_by is not None
         try:
-            fragments = await self._ring.carry(machine.view, machine.name, machine.carry, self._deadline)
+            fragments = await self._ring.carry(machine.view, machine.name, machine.carried_by, self._deadline)
         except Exception as mistake:
             self._work = None
             self._fail(mistake)

@@ -39,9 +39,13 @@ from storaged.meta.storage.rowvalue import accepted_whole, hash_of, value_of
 from storaged.meta.store_ports import Copy
 from storaged.meta.transport.calls import NO_BYTES, Answers, Calls, UnresponsiveDisks
 from storaged.meta.transport.read_batching import COPY, HASH, ROW, RowReader
+from storaged.wire import Buffer
 
 LAYOUT_PAUSE_S = 0.05
 """Between two tries of a read whose replicas follow a newer layout; drawn at random up to it."""
+
+IsCopy = Callable[[RegisterName, Value, bytes, Buffer], bool]
+"""``is_copy(name, value, header, payload)``: see ``client.RingHooks``."""
 
 CARRY_S = 1.0
 """How long a settling round looks for the copy of an unconfirmed small object; the replica that has it has just
@@ -138,17 +142,18 @@ class RowRead:
 class CopyReader:
     """Small copies, from any replica that has one."""
 
-    def __init__(self, calls: Calls, copy_at: Callable[[bytes, int], bytes]) -> None:
-        """``copy_at``: the fragment header of one replica's copy, made to fit the replica of another index."""
+    def __init__(self, calls: Calls, copy_at: Callable[[bytes, int], bytes], is_copy: IsCopy) -> None:
+        """See ``client.RingHooks``."""
         self._calls = calls
         self._copy_at = copy_at
+        self._is_copy = is_copy
 
-    async def carry(self, view: View, name: RegisterName, data_id: bytes, deadline: float) -> Fragments | None:
-        """The copy, for each position; None when no replica gives it in time, empty when each has said that it has
-        none.
+    async def carry(self, view: View, name: RegisterName, value: Value, deadline: float) -> Fragments | None:
+        """The copy that the value names, for each position; None when no replica gives it in time, empty when each has
+        said that it has none.
         """
         limit = min(deadline, self._calls.clock.monotonic() + CARRY_S)
-        copy, absent = await self._search(view, name, data_id, set(), limit)
+        copy, absent = await self._search(view, name, value.payload, set(), limit, value)
         if copy is None:
             return () if absent.issuperset(view.quorum.disks) else None
         return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(len(view.quorum.sets[0]))]
@@ -156,13 +161,23 @@ class CopyReader:
     async def fetch(
         self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float
     ) -> Copy | None:
-        """Asks the replicas one by one; those that were ``asked`` and had none come last."""
+        """Asks the replicas one by one; those that were ``asked`` and had none come last. The copy is not verified: its
+        reader opens it.
+        """
         return (await self._search(view, name, data_id, asked, deadline))[0]
 
     async def _search(
-        self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float
+        self,
+        view: View,
+        name: RegisterName,
+        data_id: bytes,
+        asked: set[str],
+        deadline: float,
+        named_by: Value | None = None,
     ) -> tuple[Copy | None, set[str]]:
-        """As ``fetch``, and the disks that have said that they have no whole copy."""
+        """As ``fetch``, and the disks that have said that they have no whole copy. ``named_by``: only the copy that
+        this value names counts.
+        """
         absent: set[str] = set()
         calls = self._calls
         order = calls.unresponsive.last(sorted(view.quorum.disks, key=asked.__contains__))
@@ -178,6 +193,9 @@ class CopyReader:
             if answer is None or isinstance(answer[1], StoragedError):
                 continue
             reply, payload = answer[1]
+            if reply.payload == data_id and named_by and not self._is_copy(name, named_by, reply.header, payload):
+                log.error("the copy of a replica is not what the record says", disk=answer[0], data_id=data_id.hex())
+                continue
             if reply.payload == data_id:
                 return Copy(reply.header, payload), absent
             if reply.copy_absent:

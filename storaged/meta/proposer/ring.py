@@ -10,7 +10,7 @@ from typing import Protocol
 from storaged.clock import Clock
 from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.quorums import View
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Value
 from storaged.meta.proposer.contention import Contention
 from storaged.meta.transport.calls import Fanout, TaskPool, UnresponsiveDisks
 
@@ -95,9 +95,9 @@ class Ring:
     contention: Contention
     call_timeout_s: float
     hedge_s: float
-    carry: Callable[[View, RegisterName, bytes, float], Awaitable[Fragments | None]]
-    """``await carry(view, name, data_id, deadline)``: the copy of a small object from any replica that has it, for all
-    of them; None when none gives it."""
+    carry: Callable[[View, RegisterName, Value, float], Awaitable[Fragments | None]]
+    """``await carry(view, name, value, deadline)``: the small copy that the value names, from any replica that has it,
+    for all of them; None when none gives it."""
     on_fenced: Callable[[bytes], None] = lambda scope: None
     """Gets the scope of a change that was refused by a fence."""
     on_missed: Callable[[RegisterName], None] = lambda name: None

@@ -131,16 +131,17 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     if inline:
         return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
+    copy_hash = fragment_hash((sealed,))
     copy = FragmentHeader(
         data_id + plan.id_tail,
         name.pack(),
         b"",
-        (fragment_hash((sealed,)),),
+        (copy_hash,),
         1 << header[5],
         len(sealed),
         plane.clock.wall_ms(),
     )
     payload = [sealed]
     fragments = [(encoded, payload) for encoded in encode_copies(copy, plan.copies)]
-    entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, small=True)
+    entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, b"", True, copy_hash)
     return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
