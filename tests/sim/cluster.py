@@ -128,6 +128,8 @@ class World:
     directories: int = 0
     gathering: float = 0.5
     """The part of the gateways that send no accept by itself while others may follow in the same turn."""
+    prepares_late: dict[str, float] = field(default_factory=dict)
+    """How many seconds longer prepares of a process take."""
     stopped: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
     """What waits for processes that are stopped."""
     _files: Any = None

@@ -242,6 +242,7 @@ class Collecting:
         try:
             await self.sleep(0.1)
             for attempt in range(3):
+                self._ask_late(gateway)
                 promised = asyncio.Event()
                 ready = self._made_durable(gateway, held, promised, again=attempt > 0)
                 update = _Once(lambda _value: Change(body_of(entry), Visibility.LIVE), promised).update
@@ -251,6 +252,13 @@ class Collecting:
         except BaseException:
             self.retire(gateway, owner, [entry], b"")
             raise
+
+    def _ask_late(self, gateway: Gateway) -> None:
+        """In some runs some prepares take hours, and what is sent beside them does not."""
+        if self._patience and not self._healed and self.aside.random() < 0.3:
+            self.found.faults.append("prepares came late")
+            self.world.prepares_late[gateway.name] = self.aside.uniform(0.2, 0.9) * HOUR_S
+            self.world.loop.call_later(0.01, self.world.prepares_late.pop, gateway.name, None)
 
     async def _made_durable(
         self, gateway: Gateway, held: dict[str, FragmentId], promised: asyncio.Event, *, again: bool

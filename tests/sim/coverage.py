@@ -30,8 +30,10 @@ PACKAGES = ("consensus", "transport", "listing")
 ALL_PACKAGES = (*PACKAGES, "acceptor", "proposer", "storage")
 
 SHARES = {
-    "ring": 0.36,
-    "hostile": 0.2,
+    "ring": 0.28,
+    "hostile": 0.16,
+    "object lies": 0.06,
+    "flicker": 0.06,
     "listing": 0.16,
     "buckets": 0.12,
     "small": 0.06,

@@ -211,7 +211,7 @@ def results(path: Path | None) -> dict[str, str]:
 
 
 class Log:
-    """What became of each mutant, in memory and in a file that several processes append to."""
+    """What noticed each mutant, in memory and in a file that several processes append to."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -225,13 +225,10 @@ class Log:
 
 
 def _try_all(mutants: Sequence[Mutant], log: Log, tests: Sequence[str], reach: Path | None) -> None:
-    inside, outside = [], []
-    for mutant in mutants:
-        (outside if changed_functions(mutant) is None else inside).append(mutant)
-    if inside:
-        outcome = in_child(lambda: resolve("tests.sim.trials:try_inside")(inside, log, tests, reach), limit_s=86_400)
-        assert not outcome.error, outcome.error
-        log.died |= outcome.value
+    outcome = in_child(lambda: resolve("tests.sim.trials:try_inside")(mutants, log, tests, reach), limit_s=86_400)
+    assert not outcome.error, outcome.error
+    died, outside = outcome.value
+    log.died |= died
     for mutant in outside:
         trial = in_child(lambda mutant=mutant: _try_outside(mutant, tests), limit_s=MUTANT_S_MAX)  # type: ignore[misc]
         log.add(mutant, trial.error or trial.value)
@@ -267,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     tried = [mutant for mutant in chosen if mutant.name not in before]
     reach = options.results and options.results.with_suffix(".reach")
-    _try_all(tried, log := Log(options.results), options.tests, None if options.tests else reach)
+    if tried:
+        _try_all(tried, log := Log(options.results), options.tests, None if options.tests else reach)
     after = {**before, **log.died}
     alive = [mutant.name for mutant in chosen if not after[mutant.name]]
     unlisted = [name for name in alive if name not in known]

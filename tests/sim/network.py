@@ -126,7 +126,8 @@ class NetworkCaller:
         copies = 2 if world.random.random() < world.weather.duplicate else 1
         for _ in range(copies):
             if world.random.random() >= world.weather.lose:
-                world.loop.call_later(world.delay_s(), self._arrive, source, target, method, content, arrive)
+                late_s = world.prepares_late.get(source, 0.0) if method == PREPARE else 0.0
+                world.loop.call_later(world.delay_s() + late_s, self._arrive, source, target, method, content, arrive)
 
     def _arrive(self, source: str, target: str, method: str, content: bytes | StoragedError, arrive: Any) -> None:
         world = self._world
@@ -138,6 +139,9 @@ class NetworkCaller:
         world.messages += 1
         world.note(source, target, method, world.digest(content))
         arrive()
+
+
+PREPARE = "meta.prepare"
 
 
 def _resolve(answered: asyncio.Future[Any], outcome: bytes | StoragedError, payload: bytes) -> None:

@@ -29,6 +29,7 @@ CONSENSUS = str(ROOT / "storaged/meta/consensus")
 
 TESTS = (
     "tests/unit/test_bounds.py",
+    "tests/unit/test_change_ends.py",
     "tests/unit/test_register.py",
     "tests/unit/test_quorums.py",
     "tests/unit/test_rounds.py",
@@ -44,7 +45,7 @@ TESTS = (
     "tests/property/test_proposer.py",
     "tests/sim/test_lost_copies.py",
 )
-FIRST_TESTS = TESTS[:10]
+FIRST_TESTS = TESTS[:11]
 """Of a mutant that is changed as it is imported."""
 
 SEEDS = {"ring": 30, "hostile": 16, "small": 10, "listing": 3, "buckets": 3, "bursts": 1, "object lies": 4}
@@ -52,6 +53,8 @@ SEEDS = {"ring": 30, "hostile": 16, "small": 10, "listing": 3, "buckets": 3, "bu
 
 LEFT_OUT = ("test_the_table_holds_what_the_machine_does_and_nothing_else",)
 """Takes half a minute for every mutant."""
+
+OUTSIDE = "outside of functions"
 
 CPU_S_MAX = 12.0
 """Of all that is tried on one mutant."""
@@ -102,6 +105,7 @@ class Trials:
         self._reach: dict[str, Reach] = {}
         self._killers: Counter[tuple[str, str]] = Counter()
         """How often something has noticed a mutant of a function."""
+        self.outside: list[Mutant] = []
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -119,6 +123,9 @@ class Trials:
         for mutant in self._mutants:
             outcome = in_child(lambda mutant=mutant: self._try(mutant), limit_s=MUTANT_S_MAX)  # type: ignore[misc]
             name, died = outcome.value or ("", outcome.error)
+            if name == OUTSIDE:
+                self.outside.append(mutant)
+                continue
             if name:
                 self._killers[_function_of(mutant), name] += 1
             self._log.add(mutant, died)
@@ -148,7 +155,8 @@ class Trials:
         """Which test or seed notices it, and what it says. In a child."""
         limit = int(time.process_time() + 4 * CPU_S_MAX)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-        replace_functions(mutant)
+        if not replaced_functions(mutant):
+            return OUTSIDE, ""
         first, last = mutant.lines
         lines = {(Path(mutant.path).name, line) for line in range(first, last + 1)}
         reaching = [name for name, reach in self._reach.items() if name in self._notices and reach.lines & lines]
@@ -204,9 +212,11 @@ def _silent() -> Iterator[None]:
     yield
 
 
-def replace_functions(mutant: Mutant) -> None:
+def replaced_functions(mutant: Mutant) -> bool:
+    """Changes them in memory. False: the mutant is outside of functions."""
     changed = changed_functions(mutant)
-    assert changed
+    if changed is None:
+        return False
     path = str(ROOT / mutant.path)
     replaced = set()
     for function in gc.get_objects():
@@ -216,6 +226,7 @@ def replace_functions(mutant: Mutant) -> None:
                 function.__code__ = changed[place]
                 replaced.add(place)
     assert replaced == set(changed), f"{mutant.name}: {set(changed) - replaced} is not in memory"
+    return True
 
 
 def _pytest(tests: Sequence[str], plugins: Sequence[object]) -> int:
@@ -224,11 +235,16 @@ def _pytest(tests: Sequence[str], plugins: Sequence[object]) -> int:
     return int(pytest.main([*options, *tests], plugins=list(plugins)))
 
 
-def try_inside(mutants: Sequence[Mutant], log: Log, tests: Sequence[str], reach: Path | None) -> dict[str, str]:
-    """What noticed each of them. ``tests``: files that are tried without seeds; otherwise all."""
-    failed = _pytest(tests or TESTS, [Trials(mutants, log, reach, seeds=not tests)])
+def try_inside(
+    mutants: Sequence[Mutant], log: Log, tests: Sequence[str], reach: Path | None
+) -> tuple[dict[str, str], list[Mutant]]:
+    """What noticed each of them, and those that are outside of functions. ``tests``: files that are tried without
+    seeds; otherwise all.
+    """
+    trials = Trials(mutants, log, reach, seeds=not tests)
+    failed = _pytest(tests or TESTS, [trials])
     assert not failed, f"pytest ended with {failed}"
-    return log.died
+    return log.died, trials.outside
 
 
 def try_imported(tests: Sequence[str]) -> str:

@@ -1,0 +1,156 @@
+"""How an attempt of a change ends, by the answers of its replicas alone: with an error at once, or with another attempt
+after a pause; and what is counted.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable
+from storaged.meta.consensus.change import BACKOFF_FIRST_S, BACKOFF_MAX_S, Shared, Wanted
+from storaged.meta.consensus.copies import highest_sequence, lagging
+from storaged.meta.consensus.proposer import Proposer
+from storaged.meta.consensus.quorums import Quorum, View
+from storaged.meta.consensus.register import CALL_BYTES, RULES, Ballots, Lineage, Verdict
+from storaged.meta.consensus.states import ACCEPTING, CREATING, FAILED, GATHERING, PREPARING, RETRYING
+from storaged.meta.messages import AcceptReply, PrepareReply
+from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
+
+NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
+VIEW = View.of(1, ("a", "b", "c"))
+NOW_US = 10**15
+ABOVE = Ballot(1, NOW_US + 1000, "other", b"87654321")
+COUNTS = ("preempted", "unknown", "unavailable", "identity_rounds")
+
+
+class Machine(Proposer):
+    """A change of this process's own. ``thorough``: not sparing."""
+
+    __slots__ = ("counts",)
+
+    def __init__(self, **wanted: bool) -> None:
+        self.counts = dict.fromkeys(COUNTS, 0)
+        shared = Shared(Ballots("gw", lambda: b"12345678"), RULES, self.counts)
+        super().__init__(shared, Wanted(NAME, lambda _: Change(b"new"), **wanted), Lineage(bytes(CALL_BYTES), RULES))
+
+    def prepares(self, *replies: PrepareReply | None) -> bool:
+        self.begin(VIEW, NOW_US)
+        entered = [self.promised(self.turn, disk, reply) for disk, reply in zip("abc", replies, strict=False)]
+        return any(entered)
+
+    def accepts(self, *replies: AcceptReply | None) -> bool:
+        turn = self.turn
+        entered = [self.accepted(turn, disk, reply) for disk, reply in zip("abc", replies, strict=False)]
+        return any(entered)
+
+
+PROMISE = PrepareReply(Verdict.OK)
+REFUSED = PrepareReply(Verdict.PREEMPTED, ABOVE)
+
+
+def test_a_new_change_is_nothing_yet() -> None:
+    machine = Machine()
+    assert (machine.turn, machine.pause_s, machine.fenced, machine.sparing) == (0, 0.0, False, False)
+    assert (machine.ahead, machine.by_create, machine.outcome, machine.error) == (False, False, None, None)
+
+
+def test_without_a_majority_a_change_that_proposed_nothing_fails_at_once() -> None:
+    machine = Machine(thorough=True)
+    assert machine.prepares(PROMISE, None, None)
+    assert machine.state is FAILED
+    assert isinstance(machine.error, ServiceUnavailable)
+    assert machine.counts == {**dict.fromkeys(COUNTS, 0), "unavailable": 1}
+
+
+def test_without_a_majority_a_change_that_may_be_applied_tries_again() -> None:
+    machine = Machine(thorough=True)
+    machine.prepares(PROMISE, PROMISE)
+    assert machine.state is ACCEPTING
+    assert machine.accepts(None, None)
+    assert machine.state is RETRYING
+    assert machine.prepares(PROMISE, None, None)
+    assert machine.state is RETRYING
+    assert machine.expire()
+    assert isinstance(machine.error, OutcomeUnknown)
+    assert machine.counts == {**dict.fromkeys(COUNTS, 0), "unknown": 1}
+
+
+def test_a_change_that_met_a_fence_says_so() -> None:
+    machine = Machine(thorough=True)
+    assert machine.prepares(PrepareReply(Verdict.FENCED), PrepareReply(Verdict.FENCED, final=True), None)
+    assert machine.fenced
+    assert isinstance(machine.error, NoSuchBucket)
+    assert not machine.error.details
+
+
+def test_a_sparing_attempt_is_followed_at_once_and_others_after_growing_pauses() -> None:
+    machine = Machine()
+    assert machine.prepares(None, None)
+    assert (machine.state, machine.pause_s) == (RETRYING, 0.0)
+    pauses = []
+    for _ in range(12):
+        machine.prepares(REFUSED, REFUSED)
+        assert machine.state is RETRYING
+        pauses.append(machine.pause_s)
+    assert pauses[:3] == [BACKOFF_FIRST_S, 2 * BACKOFF_FIRST_S, 4 * BACKOFF_FIRST_S]
+    assert pauses[-1] == BACKOFF_MAX_S
+
+
+def test_a_sparing_attempt_that_was_pre_empted_is_followed_after_a_pause() -> None:
+    machine = Machine()
+    assert machine.prepares(REFUSED)
+    assert (machine.state, machine.pause_s) == (RETRYING, BACKOFF_FIRST_S)
+    assert machine.counts["preempted"] == 1
+    machine.begin(VIEW, NOW_US)
+    assert machine.ballot > ABOVE
+
+
+@pytest.mark.parametrize("settling", [False, True])
+def test_a_round_waits_for_the_third_replica_and_goes_on_when_it_has_answered(settling: bool) -> None:
+    machine = Machine(settling=settling, commit=True, thorough=True)
+    assert machine.prepares(PROMISE, PROMISE)
+    assert machine.state is GATHERING
+    assert machine.promised(machine.turn, "c", PROMISE)
+    assert machine.state is ACCEPTING
+    assert not machine.promised(machine.turn - 1, "c", PROMISE)
+
+
+def test_an_answer_that_comes_after_the_wait_is_over_enters_no_state() -> None:
+    machine = Machine(commit=True, settling=True, thorough=True)
+    machine.prepares(PROMISE, PROMISE)
+    turn = machine.turn
+    assert machine.waited()
+    assert machine.state is ACCEPTING
+    assert not machine.promised(turn, "c", PROMISE)
+
+
+def test_a_create_is_a_state_of_its_own_and_counts_who_was_in_its_way_once() -> None:
+    machine = Machine()
+    assert machine.create(VIEW, Change(b"new"), NOW_US)
+    assert (machine.state, machine.turn) == (CREATING, 1)
+    assert not machine.created("a", AcceptReply(Verdict.HELD, ABOVE))
+    assert machine.counts["preempted"] == 0
+    assert machine.created("b", AcceptReply(Verdict.PREEMPTED, ABOVE))
+    assert machine.state is RETRYING
+    assert machine.counts["preempted"] == 1
+    assert not machine.created("c", AcceptReply(Verdict.PREEMPTED, ABOVE))
+    assert machine.counts["preempted"] == 1
+    assert machine.begin(VIEW, NOW_US)
+    assert machine.state is PREPARING
+
+
+def _promise(counter: int, sequence: int) -> PrepareReply:
+    value = Value(sequence, b"o" * 16, Visibility.LIVE, b"v")
+    return PrepareReply(Verdict.OK, accepted=Ballot(1, counter, "gw", b"12345678"), value=value)
+
+
+def test_replicas_lag_that_hold_another_ballot_or_have_not_promised() -> None:
+    quorum, ballot = Quorum(("a", "b", "c")), Ballot(1, 5, "gw", b"12345678")
+    assert lagging(quorum, {"a": _promise(5, 1), "b": _promise(4, 1)}, ballot) == ["b", "c"]
+    assert lagging(quorum, {disk: _promise(5, 1) for disk in "abc"}, ballot) == []
+
+
+def test_the_newest_record_goes_on_as_it_is_and_an_older_one_above_all_sequences() -> None:
+    promises = {"a": _promise(5, 3), "b": _promise(7, 2), "c": PrepareReply(Verdict.OK)}
+    assert highest_sequence(promises, Ballot(1, 7, "gw", b"12345678")) == 0
+    assert highest_sequence(promises, Ballot(1, 5, "gw", b"12345678")) == 3
