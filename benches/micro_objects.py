@@ -18,6 +18,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from benches.micro_world import BUCKET, OneKey, finished, three_racks
 from storaged.clock import SystemClock
 from storaged.cluster.layout import Layout
+from storaged.cluster.partition_map import PartitionMap
+from storaged.cluster.partitions import PartitionState
 from storaged.cluster.ports import Layouts
 from storaged.ids import system_entropy
 from storaged.meta.names import RegisterName, Value
@@ -33,11 +35,15 @@ class _Ports:
 
     def __init__(self) -> None:
         self.current = three_racks()
+        self.partitions = PartitionMap()
         self.values: dict[RegisterName, Value] = {}
         self.copies: dict[bytes, memoryview] = {}
 
     def at(self, epoch: int) -> Layout:
         return self.current
+
+    def partition(self, number: int) -> PartitionState:
+        return self.partitions.of(number, self.current, self.at)
 
     def disk_writable(self, disk_id: str) -> bool:
         return True
