@@ -18,7 +18,7 @@ from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.hashes import fragment_hash
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.health import BlockPlace
-from storaged.maintain.mover import REFUSED_PAUSE_S
+from storaged.maintain.mover import FRAGMENTS_BURST, REFUSED_PAUSE_S
 from storaged.maintain.moves import (
     CHANGED,
     LATER,
@@ -683,6 +683,28 @@ def test_an_asker_has_one_call_at_a_time_and_its_rate_is_bounded() -> None:
         assert world.cluster.loop.time() - began < 200
         assert await world.code(move, asker="nc") == MOVED
 
+    play(scenario)
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_who_has_long_records_read_waits_with_the_next_call(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    """Records of very many parts, and of one."""
+
+    async def scenario(world: World) -> None:
+        await world.begin()
+        move = await world.honest()
+        unknown = msgspec.structs.replace(move, data_id=bytes(16))
+        assert await world.code(unknown, asker="evil") == CHANGED
+        began = world.cluster.loop.time()
+        assert await world.code(unknown, asker="evil") == CHANGED
+        waited_s = world.cluster.loop.time() - began
+        assert (waited_s > 5) == long, waited_s
+        began = world.cluster.loop.time()
+        assert await world.code(move) == MOVED
+        assert world.cluster.loop.time() - began < 5, "others are answered at once"
+
+    if long:  # the one part of the test's record counts as very many
+        monkeypatch.setattr("storaged.maintain.mover.PARTS_A_FRAGMENT", 1 / (FRAGMENTS_BURST * 5))
     play(scenario)
 
 
