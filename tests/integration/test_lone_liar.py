@@ -12,6 +12,7 @@ from storaged.errors import DataDamaged, FragmentOther, NoSuchKey
 from storaged.hashes import fragment_hash
 from storaged.maintain.answers import settle_handler
 from storaged.maintain.asks import SETTLED, Settle
+from storaged.maintain.context import MaintainLimits
 from storaged.maintain.health import BlockPlace
 from storaged.maintain.moves import REFUSED, DiscardAsk, FragmentAsk
 from storaged.maintain.pull import Behind, BroughtUp
@@ -320,3 +321,27 @@ def without_hash(value: Value | None) -> Change:
     [entry] = version.parts
     old = msgspec.structs.replace(version, parts=(msgspec.structs.replace(entry, copy_hash=b""),))
     return Change(encode_object(ObjectRecord((old,))), value.visibility, value.payload)
+
+
+def test_a_fragment_whose_header_names_another_owner_is_an_orphan_and_is_rebuilt() -> None:
+    """No scrub has to compare headers: the sweep asks the register that the header names, which does not refer to the
+    data. Then the fragment is missing.
+    """
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        data = os.urandom(LARGE)
+        await cluster.put(bucket, KEY, data)
+        [where, *_] = await cluster.places(bucket, KEY)
+        fragment, disk = where.fragment(0), where.disks[0]
+        kept = cluster.store(disk).kept(fragment)
+        other = object_name(bucket.id, bucket.shard_numbers, b"another key")
+        kept.header = msgspec.structs.replace(kept.header, owner=other.pack())
+        cluster.maintain()
+        await cluster.leap(2 * MaintainLimits().orphan_age_ms / 1000)
+        await cluster.pass_s(3600)
+        assert cluster.store(disk).kept(fragment).header.owner == name_of(bucket).pack()
+        assert await cluster.get(bucket, KEY) == data
+        assert await cluster.is_whole(bucket, KEY)
+
+    run(scenario)
