@@ -13,6 +13,7 @@ from storaged.meta.consensus.acceptor import (
     floor_of,
     high_water_for,
     judge_accept,
+    judge_create,
     judge_prepare,
     judge_read,
     needs_high_water,
@@ -87,6 +88,15 @@ def test_an_accept_is_answered_by_the_table(
     acceptor: Acceptor, asked: Ballot, nonce: bytes, identity: bool, verdict: Verdict
 ) -> None:
     assert judge_accept(acceptor, asked, value(2), nonce, identity) is verdict
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_a_row_whose_copy_is_not_on_the_disk_is_not_written_whatever_the_round(identity: bool) -> None:
+    for acceptor in (FRESH, HOLDS, DAMAGED):
+        assert judge_accept(acceptor, ballot(60), value(2), b"", identity, copied=False) is Verdict.UNSTORED
+        assert judge_accept(acceptor, ballot(60), value(2), b"", identity, copied=True) is Verdict.OK
+    assert judge_create(FRESH, ballot(60), value(1), b"", False, copied=False) is Verdict.UNSTORED
+    assert judge_accept(HOLDS, ballot(5), value(1), b"", identity, copied=False) is Verdict.OK  # it is there already
 
 
 def test_the_accept_of_what_was_accepted_is_confirmed_and_another_value_under_its_ballot_is_a_conflict() -> None:
