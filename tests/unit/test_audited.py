@@ -169,6 +169,8 @@ async def test_who_is_refused_access_over_s3_is_counted_without_signatures(
         complete=True,
         bucket="photos",
         trace=None,
+        reply=SimpleNamespace(status=status),
+        request=SimpleNamespace(operation="GetObject"),
     )
     observe = RequestLog(Metrics(), LogSection(), rig.log)
     for _ in range(100):
