@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionRecord
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
@@ -28,6 +30,7 @@ from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.mover import Mover
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
 from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.authority import KnownSteps
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, object_name
 from storaged.meta.storage.small_copies import PlainCopies
@@ -47,7 +50,7 @@ from storaged.objects.system.users import UserService
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.keys import MemoryKeys, MemorySigners
-from tests.doubles.layouts import KnownLayouts
+from tests.doubles.layouts import KnownLayouts, Places
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.suites.meta_store import slots_in
@@ -58,6 +61,7 @@ M = TypeVar("M", bound=Message)
 
 WHO = Principal("f" * 64, "tester")
 CALL_S = 0.0005
+PASSED_ON_S = 0.02
 RACKS = {"a": "FR/par1/a", "b": "FR/par2/b", "c": "FR/lyo1/c"}
 
 
@@ -106,6 +110,7 @@ class StorageNode:
     def __init__(self, cluster: Cluster, name: str, disks: Iterable[str]) -> None:
         self._cluster = cluster
         self.name = name
+        self.layouts = ProcessLayouts(cluster.layouts)
         self.meta = {disk: MemoryMetaStore() for disk in disks}
         self.fragments = {disk: MemoryFragmentStore() for disk in disks}
         self.up = False
@@ -127,10 +132,10 @@ class StorageNode:
                 clock=cluster.clock,
             )
         caller = LocalCaller(cluster, self.name, "storage")
-        directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)
+        directory = ReplicaDirectory(self.layouts, caller, self.replicas)
         asks = Asks(cluster.clock, self.log.append)
         self.ring = ring_client(
-            cluster.layouts,
+            self.layouts,
             directory,
             node=self.name,
             clock=cluster.clock,
@@ -140,17 +145,17 @@ class StorageNode:
             gateway=False,
             ask_to_settle=asks.settle,
         )
-        scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
+        scanner = RingScanner(self.layouts, directory, self.ring, cluster.alive)
         context = MaintainContext(
             node=self.name,
             clock=cluster.clock,
-            layouts=cluster.layouts,
+            layouts=self.layouts,
             liveness=cluster.alive,
             registers=self.ring,
             look=self.ring.look,
             pages=self.ring,
             scanner=scanner,
-            stores=StoreDirectory(cluster.layouts, caller, self.stores),
+            stores=StoreDirectory(self.layouts, caller, self.stores),
             local_meta=self.meta,
             local_fragments=self.fragments,
             signers=MemorySigners(),
@@ -164,7 +169,7 @@ class StorageNode:
         self.context = context
         self.maintenance = Maintenance(context, scanner, caller)
         self.methods: dict[str, Method] = {
-            **ReplicaHost(self.replicas, lambda: cluster.layouts.current.epoch).methods(),
+            **ReplicaHost(self.replicas, lambda: self.layouts.current.epoch, steps=self.layouts.steps()).methods(),
             **FragmentHost(self.stores, self.maintenance.fragment_contested).methods(),
             **self.maintenance.methods(),
         }
@@ -208,6 +213,24 @@ class Alive:
 
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id) and disk_id not in self.read_only
+
+
+class ProcessLayouts(Places):
+    """What one process knows: the layouts of all, and the records of partitions that it has learnt."""
+
+    def __init__(self, shared: KnownLayouts) -> None:
+        self._shared = shared
+        self.partitions.complete = True
+
+    @property
+    def current(self) -> Layout:
+        return self._shared.current
+
+    def at(self, epoch: int) -> Layout:
+        return self._shared.at(epoch)
+
+    def steps(self) -> KnownSteps:
+        return KnownSteps(lambda partition: self.partitions.step_of(partition, self.current))
 
 
 class LocalCaller:
@@ -323,6 +346,15 @@ class Cluster:
     def maintain(self) -> None:
         for node in self.nodes.values():
             node.maintain()
+
+    async def learn(self, record: PartitionRecord, chance: random.Random | None = None) -> None:
+        """All processes get to know where a partition is: one after the other, in any order."""
+        self.layouts.partitions.learn(record)
+        known = [process.layouts for process in (*self.nodes.values(), *self.gateways)]
+        (chance or random.Random(0)).shuffle(known)
+        for layouts in known:
+            await self.pass_s(PASSED_ON_S)
+            layouts.partitions.learn(record)
 
     async def kill(self, *nodes: str) -> None:
         for name in nodes:
@@ -443,7 +475,7 @@ class Cluster:
             name
             for name in names
             if len(
-                {rows[disk].get(name) for disk in self.layouts.current.replicas_of(RegisterName.unpack(name).partition)}
+                {rows[disk].get(name) for disk in self.layouts.partition(RegisterName.unpack(name).partition).present}
             )
             > 1
         )
@@ -491,11 +523,12 @@ def _is_whole_page(store: MemoryMetaStore, page: bytes) -> bool:
 class Gateway:
     def __init__(self, cluster: Cluster, name: str, limits: ObjectLimits) -> None:
         self.name = name
+        self.layouts = ProcessLayouts(cluster.layouts)
         caller = LocalCaller(cluster, name, "gateway")
-        self.maintain = MaintainClient(caller, cluster.layouts, cluster.alive)
-        directory = ReplicaDirectory(cluster.layouts, caller)
+        self.maintain = MaintainClient(caller, self.layouts, cluster.alive)
+        directory = ReplicaDirectory(self.layouts, caller)
         self.ring = ring_client(
-            cluster.layouts,
+            self.layouts,
             directory,
             node=name,
             clock=cluster.clock,
@@ -507,17 +540,17 @@ class Gateway:
             on_fenced=lambda scope: self.buckets.fenced(scope),
         )
         self.scanner = RingScanner(
-            cluster.layouts, directory, self.ring, cluster.alive, on_fenced=lambda scope: self.buckets.fenced(scope)
+            self.layouts, directory, self.ring, cluster.alive, on_fenced=lambda scope: self.buckets.fenced(scope)
         )
-        self.keeper = SystemKeeper(self.scanner, self.ring, cluster.layouts, cluster.alive, jitter=lambda: 0.5)
+        self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, cluster.alive, jitter=lambda: 0.5)
         self.plane = ObjectPlane(
             registers=self.ring,
             pages=self.ring,
             scanner=self.scanner,
             fences=self.ring,
-            stores=StoreDirectory(cluster.layouts, caller, {}),
+            stores=StoreDirectory(self.layouts, caller, {}),
             liveness=cluster.alive,
-            layouts=cluster.layouts,
+            layouts=self.layouts,
             keys=cluster.keys,
             clock=cluster.clock,
             entropy=os.urandom,
@@ -535,7 +568,7 @@ class Gateway:
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
         handlers = {"settle": settle_handler(self.ring), "move": self.mover.answer, "discard": self.discarder.answer}
-        self.answers = Answers(caller, cluster.layouts, handlers, cluster.log.append)
+        self.answers = Answers(caller, self.layouts, handlers, cluster.log.append)
         work = (self.maintain.run(), self.keeper.run(), self.answers.run())
         self._tasks = [loop.create_task(task) for task in work]
 
@@ -549,7 +582,7 @@ class Gateway:
         return MaintainContext(
             node=self.name,
             clock=cluster.clock,
-            layouts=cluster.layouts,
+            layouts=self.layouts,
             liveness=cluster.alive,
             registers=self.ring,
             look=self.ring.look,

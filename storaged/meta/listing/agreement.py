@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
 
+from storaged.cluster.partitions import step_of
 from storaged.errors import ServiceUnavailable
+from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
 from storaged.meta.messages import ScanRow, ShardSlice
 from storaged.meta.names import Value
 from storaged.meta.storage.row_head import head_of
+from storaged.meta.storage.rowvalue import unpack_ballot
 from storaged.meta.storage.scan import common_prefix, decode_rows
 
 
@@ -35,8 +39,7 @@ def agreeing(read: PieceRead, answers: Answers) -> list[str]:
         # Without a hash: nothing was sent, or a node of 0.1.0 computes none.
         answer_hash = answer.hash if sent and answer.hash and disk != read.supplier else sent
         same.setdefault((answer.digest, answer.through, answer.done, answer_hash), []).append(disk)
-    largest = max(same.values(), key=len)
-    return largest if quorum.met(largest) else []
+    return next((disks for disks in same.values() if quorum.met(disks)), [])
 
 
 def common_end(answers: Iterable[ShardSlice]) -> tuple[bytes, bool]:
@@ -75,6 +78,26 @@ class Settlement(NamedTuple):
     done: bool
 
 
+def _agreed(view: View, rows: Mapping[str, ScanRow]) -> tuple[bytes, Value | None] | None:
+    """The ballot and the value of a row that is settled; None where that is not known. ``rows``: of some replicas that
+    are a quorum with those that have none.
+
+    While a partition moves, the disk that comes lacks most rows. What a majority of the present set holds is chosen all
+    the same if its ballot is of an earlier step, and no replica reports a later one: its quorum was the present set.
+    """
+    held = {disk: (row.ballot, row.value) for disk, row in rows.items() if row.ballot}
+    settled = view.quorum.agreed(held)
+    if settled is not None or view.quorum.single or not held:
+        return settled
+    try:
+        newest = max(((unpack_ballot(its[0]), its) for its in held.values()), key=itemgetter(0))
+    except ValueError:
+        return None
+    alike = [disk for disk, its in held.items() if its == newest[1]]
+    earlier = step_of(newest[0].epoch) < step_of(view.epoch)
+    return newest[1] if earlier and Quorum(view.quorum.sets[0]).met(alike) else None
+
+
 def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement:
     """Settles keys by majority: one value at one ballot, or absent. Raises ServiceUnavailable for rows that can't be
     decoded.
@@ -87,7 +110,7 @@ def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement
     for key, rows in reported(decoded, through, done).items():
         if key > horizons.get(common_prefix(key, query.prefix, query.delimiter), key):
             continue  # not all of the answers have looked this far into the common prefix
-        settled = feed.quorum.agreed({disk: (row.ballot, row.value) for disk, row in rows.items() if row.ballot})
+        settled = _agreed(feed.view, rows)
         if settled is not None:
             values[key] = settled[1]
             continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.listing.cache import CachedPiece, ListedShard
 from storaged.meta.messages import ShardSlice
 from storaged.meta.names import Value
@@ -48,15 +48,19 @@ class Feed:
     """
 
     shard: int
-    quorum: Quorum
+    view: View
     supplier: str
     through: bytes
     first: Sequence[str] = ()
     done: bool = False
 
     @property
+    def quorum(self) -> Quorum:
+        return self.view.quorum
+
+    @property
     def disks(self) -> tuple[str, ...]:
-        return self.quorum.disks
+        return self.view.quorum.disks
 
 
 class Piece(NamedTuple):

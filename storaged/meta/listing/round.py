@@ -110,7 +110,8 @@ class ScanRounds:
             for disk in read.feed.disks:
                 wanted = want(read, disk)
                 if wanted is not None:
-                    asks[disk].append(ShardAsk(shard, read.after, read.limit, wanted, *read.bounds, known))
+                    epoch = read.feed.view.epoch
+                    asks[disk].append(ShardAsk(shard, read.after, read.limit, wanted, *read.bounds, known, epoch))
                     reads_of[disk].append(number)
         epoch = self._layouts.current.epoch
         requests = [

@@ -74,12 +74,15 @@ class ShardReader:
         self._usual_s = 0.0
 
     def feed(self, query: Query, shard: int, after: bytes) -> Feed:
-        quorum = self._view(RegisterName(query.table, query.scope, shard, b"")).quorum
-        disks = quorum.disks
+        view = self._view(RegisterName(query.table, query.scope, shard, b""))
+        quorum = view.quorum
+        disks = quorum.sets[0]
         alive = [disk for disk in disks if self._liveness.disk_readable(disk)] or list(disks)
         first = shard % len(alive)
         order = alive[first:] + alive[:first]
-        return Feed(shard, quorum, order[0], after, quorum.prefix(order))
+        if not quorum.single:  # the disk that comes lags
+            order += [disk for disk in quorum.disks if disk not in disks]
+        return Feed(shard, view, order[0], after, quorum.prefix(order))
 
     async def pieces(self, query: Query, feeds: Sequence[Feed], limit: int) -> list[Piece]:
         """The next piece of each feed, about ``limit`` entries long. Raises ServiceUnavailable when a shard has no

@@ -49,6 +49,7 @@ STAMP_BYTES = 10
 """Format version, check and visibility of a row: replicas compare digests of stamps instead of rows."""
 
 _HEAD = struct.Struct(">BQQBB")
+_BALLOT = struct.Struct(">QQBB")
 _CHECK_AT = 1
 _BODY_AT = _CHECK_AT + CHECK_BYTES
 _BALLOT_AT = _BODY_AT + 1
@@ -213,7 +214,9 @@ def _head_of_row(row: bytes) -> bytes:
 
 
 class RowParts(NamedTuple):
-    """The parts of an intact row; the value is not decoded. ``ballot`` is comparable for equality only."""
+    """The parts of an intact row; the value is not decoded. ``ballot`` is comparable for
+    equality; ``unpack_ballot`` gives its order.
+    """
 
     visibility: int
     ballot: bytes
@@ -224,6 +227,18 @@ def row_parts(row: bytes) -> RowParts:
     """Of an intact row."""
     end = ROW_BYTES_MIN + row[26] + row[27]
     return RowParts(row[_BODY_AT], row[_BALLOT_AT:end], row[end:])
+
+
+def unpack_ballot(packed: bytes) -> Ballot:
+    """The ``ballot`` of ``RowParts``. Raises ValueError for what is none: a replica that lies may have sent it."""
+    try:
+        epoch, counter, node_bytes, incarnation_bytes = _BALLOT.unpack_from(packed)
+    except struct.error as error:
+        raise ValueError(str(error)) from None
+    end = _BALLOT.size + node_bytes
+    if len(packed) != end + incarnation_bytes:
+        raise ValueError(f"a ballot of {len(packed)} bytes")
+    return Ballot(epoch, counter, packed[_BALLOT.size : end].decode(), packed[end:])
 
 
 def unpack_row(name: RegisterName, row: bytes) -> Slot:

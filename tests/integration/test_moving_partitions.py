@@ -1,0 +1,263 @@
+"""Partitions exchange replicas while clients work: nothing is lost, and in the end the new replicas have everything.
+
+The records of partitions are passed on by hand here, to one process after the other. Everything else is the cluster's
+own: rounds, small copies, pages, fences, listings, background work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from storaged.cluster.layout import partition_of
+from storaged.cluster.partitions import PartitionRecord
+from storaged.errors import BucketNotEmpty, NoSuchBucket, NoSuchKey, OutcomeUnknown, ServiceUnavailable, StoragedError
+from storaged.fragments.ports import FragmentId
+from storaged.maintain.manifest_repair import pages_in
+from storaged.maintain.partition_mover import MoverPorts, PartitionMover
+from storaged.meta.names import RegisterName, Visibility
+from storaged.objects.api import CompletedPart, NewMeta
+from storaged.objects.records import BucketRecord
+from tests.integration.memory_cluster import WHO, Cluster, run
+
+T = TypeVar("T")
+SIZES = (10, 900, 5_000, 15_000, 600_000)
+TRIES = 20
+MOVES = 9
+LONG = 40
+"""Parts of an upload whose manifest is on a page."""
+
+
+async def retried(call: Callable[..., Awaitable[T]], *args: Any, **named: Any) -> T:
+    """What a client's SDK does."""
+    for _ in range(TRIES):
+        try:
+            return await call(*args, **named)
+        except (ServiceUnavailable, OutcomeUnknown):
+            await asyncio.sleep(0.2)
+    return await call(*args, **named)
+
+
+class Clients:
+    """Each changes keys of its own, so that it knows what they hold."""
+
+    def __init__(self, cluster: Cluster, bucket: BucketRecord, chance: random.Random) -> None:
+        self.cluster = cluster
+        self.bucket = bucket
+        self.chance = chance
+        self.held: dict[bytes, bytes] = {}
+        self.changes: dict[bytes, int] = {}
+        self.done = 0
+        self.stopping = False
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def begin(self) -> None:
+        work = [self.change(number) for number in range(4)]
+        work += [self.list(), self.upload(), self.other_bucket()]
+        self.tasks = [asyncio.get_running_loop().create_task(one) for one in work]
+
+    async def end(self) -> None:
+        self.stopping = True
+        await asyncio.gather(*self.tasks)
+
+    def noting(self, key: bytes) -> None:
+        """It may be listed or not from now on, until this is called again."""
+        self.changes[key] = self.changes.get(key, 0) + 1
+
+    async def put(self, key: bytes, data: bytes) -> None:
+        self.noting(key)
+        await retried(self.cluster.put, self.bucket, key, data)
+        self.held[key] = data
+        self.noting(key)
+
+    async def check(self, key: bytes) -> None:
+        try:
+            found = await retried(self.cluster.get, self.bucket, key)
+        except NoSuchKey:
+            assert key not in self.held, key
+        else:
+            assert found == self.held[key], key
+
+    async def change(self, number: int) -> None:
+        while not self.stopping:
+            key = b"%d-%d" % (number, self.chance.randrange(12))
+            choice = self.chance.random()
+            if choice < 0.5:
+                await self.put(key, self.chance.randbytes(self.chance.choice(SIZES)))
+            elif choice < 0.65:
+                self.noting(key)
+                await retried(self.cluster.objects.delete, self.bucket, key)
+                self.held.pop(key, None)
+                self.noting(key)
+            await self.check(key)
+            self.done += 1
+            await asyncio.sleep(0.05)
+
+    async def list(self) -> None:
+        while not self.stopping:
+            before, held = dict(self.changes), set(self.held)
+            listing = await retried(self.cluster.objects.list_objects, self.bucket, limit=1000)
+            listed = set(listing.keys)
+            still = {key for key, count in before.items() if count == self.changes[key] and count % 2 == 0}
+            assert listed & still == held & still
+            self.done += 1
+            await asyncio.sleep(0.1)
+
+    async def upload(self) -> None:
+        objects = self.cluster.objects
+        for number in range(1_000_000):
+            if self.stopping:
+                break
+            key, parts = b"upload-%d" % (number % 5), (LONG if number % 3 == 0 else 2)
+            whole, named = b"", []
+            made = await retried(objects.create_upload, self.bucket, key, NewMeta(), owner=WHO.user_id)
+            for part in range(1, parts + 1):
+                data = self.chance.randbytes(20 + part)
+                result = await retried(self.cluster.put_part, self.bucket, key, made.upload_id, part, data)
+                named.append(CompletedPart(part, result.etag))
+                whole += data
+            self.noting(key)
+            await retried(objects.complete, self.bucket, key, made.upload_id, named, owner=WHO.user_id)
+            self.held[key] = whole
+            self.noting(key)
+            await self.check(key)
+            self.done += 1
+
+    async def other_bucket(self) -> None:
+        """Is deleted in vain, then emptied and deleted, again and again."""
+        buckets, put = self.cluster.buckets, self.cluster.put
+        while not self.stopping:
+            self.other = other = await retried(buckets.create, WHO, "other", region="eu-fr-1")
+            for turn in range(2):
+                await retried(put, other, b"kept", b"x" * 2_000)
+                with pytest.raises(BucketNotEmpty):
+                    await retried(buckets.delete, other)
+                assert await retried(self.cluster.get, other, b"kept") == b"x" * 2_000
+                await retried(put, other, b"%d" % turn, b"y")
+                await asyncio.sleep(0.2)
+            for key in (b"kept", b"0", b"1"):
+                await retried(self.cluster.objects.delete, other, key)
+            await retried(buckets.delete, other)
+            self.done += 1
+
+
+class Moves:
+    """Moves partitions by the gateway's own calls."""
+
+    def __init__(self, cluster: Cluster, chance: random.Random) -> None:
+        self.cluster = cluster
+        self.chance = chance
+        self.layouts = cluster.gateway.layouts
+        self.moved: dict[int, str] = {}
+        """Which disk came last."""
+        gateway = cluster.gateway
+
+        async def refresh(_partition: int) -> None: ...
+
+        self.mover = PartitionMover(
+            MoverPorts(
+                self.layouts,
+                gateway.ring,
+                gateway.scanner,
+                gateway.ring,
+                gateway.ring.moves,
+                cluster.alive,
+                cluster.clock,
+                lambda record: record,
+                refresh,
+            )
+        )
+
+    async def joint(self, partition: int) -> PartitionRecord:
+        """A disk of the same rack takes the place of a replica."""
+        state, layout = self.layouts.partition(partition), self.layouts.current
+        goes = self.chance.choice(state.present)
+        comes = next(disk.id for disk in layout.disks if disk.id != goes and disk.node == layout.node_of(goes))
+        coming = tuple(comes if disk == goes else disk for disk in state.present)
+        record = PartitionRecord(partition, state.step + 1, state.present, coming, layout.epoch)
+        await self.cluster.learn(record, self.chance)
+        return record
+
+    async def bring_up(self, partition: int) -> None:
+        state = self.layouts.partition(partition)
+        for _ in range(200):
+            try:
+                if await self.mover._bring_up(state):
+                    return
+            except StoragedError:  # clients were in the way
+                pass
+            await self.cluster.pass_s(0.1)
+        raise AssertionError(f"partition {partition} is never whole")
+
+    async def settle(self, joint: PartitionRecord) -> None:
+        partition = joint.partition
+        settled = PartitionRecord(partition, joint.step + 1, joint.coming, (), joint.layout)
+        await self.cluster.learn(settled, self.chance)
+        await self.cluster.gateway.ring.moves.fence(self.layouts.partition(partition))
+        self.moved[partition] = next(iter(set(joint.coming) - set(joint.present)))
+
+    async def move(self, partition: int) -> None:
+        record = await self.joint(partition)
+        await self.cluster.pass_s(self.chance.random())
+        await self.bring_up(partition)
+        await self.settle(record)
+
+
+async def assert_complete(cluster: Cluster, moves: Moves) -> None:
+    """The disks that came have the rows, copies and pages that the others of their partition have."""
+    rows = {disk.id: cluster.rows(disk.id) for disk in cluster.layouts.current.disks}
+    checked = 0
+    for partition, disk in moves.moved.items():
+        state = cluster.layouts.partition(partition)
+        names = {name for its in rows.values() for name in its if RegisterName.unpack(name).partition == partition}
+        for packed in names:
+            name = RegisterName.unpack(packed)
+            try:
+                value = await cluster.gateway.ring.settle(name)
+            except NoSuchBucket:
+                continue
+            held = {replica: cluster.meta(replica).get(name) for replica in state.present}
+            assert len({slot and (slot.ballot, slot.value) for slot in held.values()}) == 1, (partition, name, held)
+            if value is None or value.visibility == Visibility.TOMBSTONE:
+                continue
+            checked += 1
+            for page in pages_in(name, value):
+                assert page in cluster.pages(disk)
+            if value.payload:
+                copy = FragmentId(value.payload, 0, 1, len(state.present) - 1, state.position_of(disk))
+                assert cluster.holds(disk, copy), (partition, name)
+    assert checked > 10
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_nothing_is_lost_while_partitions_move_under_load(seed: int) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        chance = random.Random(seed)
+        bucket = await cluster.bucket()
+        clients, moves = Clients(cluster, bucket, chance), Moves(cluster, chance)
+        cluster.maintain()
+        clients.begin()
+        await cluster.pass_s(1)
+        for turn in range(MOVES):
+            of = bucket.id if turn % 3 else clients.other.id
+            await moves.move(partition_of(of, chance.randrange(16)))
+            for task in clients.tasks:
+                assert not task.done() or task.exception() is None, task.exception()
+        await clients.end()
+        assert clients.done > 100
+        for key in clients.changes:
+            await clients.check(key)
+        await assert_complete(cluster, moves)
+        assert not any("can't" in line for node in cluster.nodes.values() for line in node.log if "sweep" in line)
+        for rack in ("na", "nb", "nc"):  # what the disks of two racks have is enough
+            await cluster.kill(rack)
+            for key in clients.changes:
+                await clients.check(key)
+            cluster.start(rack)
+            await cluster.pass_s(10)
+
+    run(scenario)
