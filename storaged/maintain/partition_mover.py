@@ -176,18 +176,23 @@ class PartitionMover:
         for table, scope, shard in await moves.ranges(state):
             if scope in deleted:
                 continue
-            if not await self._bring_up_range(state, table, scope, shard):
+            if not await self._bring_up_range(state, fenced, table, scope, shard):
                 return False
         # Nothing has changed the state meanwhile, or the comparisons were of another one.
         return self._ports.layouts.partition(state.partition).step == state.step
 
-    async def _bring_up_range(self, state: PartitionState, table: int, scope: bytes, shard: int) -> bool:
+    async def _bring_up_range(
+        self, state: PartitionState, fenced: frozenset[str], table: int, scope: bytes, shard: int
+    ) -> bool:
+        """What a disk says counts only if it refuses earlier steps. Any other may accept a late value of the step
+        before after it has answered: with a disk that has not answered it may then be a majority of the present set.
+        """
         try:
             found = await self._ports.scanner.catch_up(table, scope, shard)
         except NoSuchBucket:
             return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
         self.progress.brought_up += found.settled
-        answered = [disk for disk in state.disks if disk not in found.away]
+        answered = fenced - found.away
         if state.comes not in answered or not Quorum(*state.sets).met(answered):
             return False
         if table != Table.PART:

@@ -143,7 +143,6 @@ class StorageNode:
             is_copy=is_small_copy,
             jitter=lambda: 0.5,
             gateway=False,
-            copy_at=header_at_position,
             ask_to_settle=asks.settle,
         )
         scanner = RingScanner(self.layouts, directory, self.ring, cluster.alive)
@@ -536,7 +535,6 @@ class Gateway:
             copy_at=header_at_position,
             is_copy=is_small_copy,
             jitter=lambda: 0.5,
-            copy_at=header_at_position,
             believes=lambda name, value: self.belief(name, value),
             on_missed=self._missed,
             on_fenced=lambda scope: self.buckets.fenced(scope),
