@@ -32,6 +32,8 @@ assert json.loads(lines.readline())["pid"] == os.getppid() == int(options["--par
 say = lambda **message: talk.sendall(json.dumps(message).encode() + b"\\n")
 if behaviour == "fails":
     sys.exit(3)
+if behaviour == "is late":
+    assert json.loads(lines.readline())["do"] == "reload"
 say(tell="ready")
 if behaviour == "audits":
     for number, kind in enumerate(("fine", "refused", "broken")):
@@ -256,6 +258,18 @@ async def test_a_gateway_whose_worker_does_not_come_up_does_not_start() -> None:
     async with gateway("fails") as (workers, _, _port):
         with pytest.raises(OperatorError, match="worker 2 did not start"):
             await workers.start()
+
+
+async def test_a_gateway_serves_without_a_worker_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storaged.node.workers.START_S", 0.05)
+    async with gateway("is late") as (workers, _, port):
+        await workers.start()
+        assert workers.serving == 1
+        assert [await answer(port) for _ in range(3)] == [b"first"] * 3
+        await until(lambda: workers._others[0].process is not None)
+        workers.reload()  # it waits for this
+        await until(lambda: workers.serving == 2)
+        assert sorted([await answer(port) for _ in range(2)]) == [b"first", b"worker"]
 
 
 async def test_nothing_is_left_of_workers_that_do_not_end_in_time() -> None:
