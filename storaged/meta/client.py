@@ -29,7 +29,7 @@ from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.pages import RingPages
 from storaged.meta.proposer.queue import ChangeQueue
 from storaged.meta.proposer.read import CopyReader, IsCopy, RegisterReader, Settle
-from storaged.meta.proposer.ring import Deadlines, Ring
+from storaged.meta.proposer.ring import Deadlines, Refresher, Ring
 from storaged.meta.proposer.survey import RingSurvey
 from storaged.meta.transport.calls import Calls, Fanout, TaskPool, UnresponsiveDisks
 from storaged.meta.transport.read_batching import RowReader
@@ -100,6 +100,10 @@ def any_copy(_name: RegisterName, _value: Value, _header: bytes, _payload: Buffe
     return True
 
 
+async def nothing_newer(_partition: int) -> None:
+    """The ``refresh`` of a client whose partitions do not move."""
+
+
 @dataclass(frozen=True)
 class RingHooks:
     """``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote. When one
@@ -114,6 +118,10 @@ class RingHooks:
 
     ``ask_to_settle(name, timeout_s)``, of a client that is no gateway's: has a gateway settle the register. Returns and
     raises as ``ports.Registers.settle``.
+
+    ``refresh(partition)``: learns where the partition is now, from its record in the system partition, or where the
+    system partition is, from other nodes. It may raise StoragedError. The client calls it when a replica knows a later
+    step, or no quorum answers.
     """
 
     believes: Callable[[RegisterName, Value], bool] = lambda name, value: True
@@ -122,6 +130,7 @@ class RingHooks:
     copy_at: Callable[[bytes, int], bytes] = lambda header, index: header
     ask_to_settle: AskToSettle = no_gateway
     is_copy: IsCopy = any_copy
+    refresh: Callable[[int], Awaitable[None]] = nothing_newer
 
 
 NO_HOOKS = RingHooks()
@@ -174,6 +183,7 @@ class RingClient:
         return Ring(
             shared=Shared(ballots, settings.rules, self._counts, self._doubts),
             view=self._view,
+            refresher=Refresher(self._view, hooks.refresh, self._pool, calls.clock),
             clock=calls.clock,
             jitter=jitter,
             pool=self._pool,

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storaged.cluster.partitions import epoch_of, step_of
 from storaged.errors import OutcomeUnknown, StoragedError
 from storaged.meta.consensus.acceptor import Acceptor, judge_accept, judge_create, judge_prepare
 from storaged.meta.consensus.change import THIRD_REPLICA_TRIES, Fragments, Shared, Wanted
@@ -31,6 +32,7 @@ from storaged.meta.consensus.states import (
     GATHERING,
     NEW,
     PREPARING,
+    REFRESHING,
     RETRYING,
     SYNCING,
     TRANSITIONS,
@@ -61,6 +63,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.promised = self.accepted = ZERO_BALLOT
+        self.epoch = 1
         self.value: Value | None = None
         self.fence: Fence | None = None
         self.damaged = False
@@ -73,7 +76,7 @@ class Disk:
         """Copies that can't be read any more."""
 
     def _acceptor(self) -> Acceptor:
-        return Acceptor(self.promised, self.accepted, self.value, 1, self.fence, self.damaged)
+        return Acceptor(self.promised, self.accepted, self.value, self.epoch, self.fence, self.damaged)
 
     def answer(self, request: Any, copies: bool) -> PrepareReply | AcceptReply:
         acceptor = self._acceptor()
@@ -84,6 +87,7 @@ class Disk:
             if verdict is not Verdict.OK:
                 return PrepareReply(verdict, acceptor.lowest)
             self.promised = request.ballot
+            self.raise_step(request.ballot.epoch)
             return PrepareReply(Verdict.OK, request.ballot, self.accepted, self.value, copied=self.copied)
         payload = request.value.payload
         copied = copies or not payload or payload in self.copies
@@ -91,11 +95,15 @@ class Disk:
         verdict = judge(acceptor, request.ballot, request.value, request.nonce, request.identity, copied=copied)
         if verdict is not Verdict.OK:
             return AcceptReply(verdict, acceptor.lowest)
+        self.raise_step(request.ballot.epoch)
         self.accepted, self.value, self.damaged = request.ballot, request.value, False
         if copies:
             self.copies.add(payload)
             self.rotten.discard(payload)
         return AcceptReply(Verdict.OK, request.ballot, copy_synced=copied and bool(payload))
+
+    def raise_step(self, epoch: int) -> None:
+        self.epoch = max(self.epoch, epoch_of(step_of(epoch), 1))
 
 
 class Driver:
@@ -153,7 +161,7 @@ class Driver:
         chance, machine, state = self.world.random.random(), self.machine, self.machine.state
         if chance < (0.1 if state is CARRYING else 0.01) * self.world.trouble:
             self.do(Event.EXPIRE, machine.expire)
-        elif state in (GATHERING, SYNCING, CARRYING, RETRYING) and (chance < 0.3 or not self.wire):
+        elif state in (GATHERING, SYNCING, CARRYING, RETRYING, REFRESHING) and (chance < 0.3 or not self.wire):
             self.wait(chance)
         elif chance < (0.1 if state is CREATING else 0.02 if state in (PREPARING, ACCEPTING) else 0.0):
             self.do(Event.ON_SLOW, machine.on_slow)
@@ -169,6 +177,9 @@ class Driver:
             self.do(Event.WAITED, machine.waited)
         elif state is SYNCING and not lost:
             self.do(Event.SYNCED, machine.synced)
+        elif state is REFRESHING:
+            newer = self.world.view != machine.view or self.world.random.random() < 0.5
+            self.do(Event.REFRESHED, lambda: machine.refreshed(newer))
         elif state is CARRYING:
             self.do(Event.CARRIED, lambda: machine.carried(self.world.copy_of(machine.carry, chance)))
         elif lost:
@@ -187,6 +198,8 @@ class World:
         self.seen: set[tuple[State, Event, State]] = set()
         self.counts = dict.fromkeys(("preempted", "unknown", "unavailable", "identity_rounds"), 0)
         self.drivers: list[Driver] = []
+        self.steps = 0
+        """How many steps its partition goes at most while it is played."""
         self.rots = 0.0
         """How often a copy is lost."""
 
@@ -225,6 +238,22 @@ class World:
                 if not lost:
                     disk.copies.add(payload)
 
+    def move(self) -> None:
+        """The register's partition moves one step, from the first set of ``JOINT`` to the second one."""
+        first, second = JOINT.sets
+        step = step_of(self.view.epoch)
+        if step == 0:
+            self.view = View.of(epoch_of(1, 1), first, second)
+            return
+        for disks in JOINT.sets:
+            for disk in self.random.sample(disks, self.random.choice((2, 3))):
+                self.disks[disk].raise_step(self.view.epoch)
+        settling = Driver(self, self.proposer(lambda _value: None, "mover", settling=True, commit=True, thorough=True))
+        while not settling.over:
+            settling.step()
+        if settling.machine.state is DONE:
+            self.view = View.of(epoch_of(2, 1), second)
+
     def appender(self, mark: bytes, often: float = 0.3) -> Driver:
         """``often``: how often it writes a small object."""
         chance = self.random.random
@@ -255,6 +284,8 @@ class World:
         for _ in range(steps):
             if self.rots and self.random.random() < self.rots:
                 self.rot()
+            if step_of(self.view.epoch) < self.steps and self.random.random() < 0.02:
+                self.move()
             alive = [driver for driver in self.drivers if driver.wire or not driver.over]
             if not alive:
                 return
@@ -301,6 +332,22 @@ def play_appends(draw: random.Random, quorum: Quorum | None = None, table: Table
     return world
 
 
+def play_moves(draw: random.Random) -> World:
+    """The register moves from one set to another, with changes, creates and lost copies under way."""
+    world = World(draw, JOINT, draw.choice((Table.OBJECT, Table.OBJECT, Table.SYSTEM)), draw.choice((0.0, 1.0, 3.0)))
+    world.view, world.steps = View.of(1, JOINT.sets[0]), draw.choice((1, 2, 2))
+    world.rots = draw.choice((0.0, 0.05, 0.2))
+    if draw.random() < 0.4:
+        draw.choice(list(world.disks.values())).verdict = Verdict.EPOCH
+    world.drivers = [world.appender(bytes([ord("A") + number])) for number in range(draw.randrange(2, 7))]
+    if draw.random() < 0.3:
+        world.drivers.append(
+            Driver(world, world.proposer(lambda _value: None, "s", settling=True, commit=True, thorough=True))
+        )
+    world.play()
+    return world
+
+
 def play_copies(draw: random.Random) -> World:
     """Small objects, whose copies are lost or can't be read."""
     world = World(draw, draw.choice((ONE_SET, FIVE, JOINT)), Table.OBJECT, trouble=draw.choice((0.0, 1.0, 3.0)))
@@ -316,7 +363,7 @@ def play_copies(draw: random.Random) -> World:
     return world
 
 
-@pytest.mark.parametrize("play", [play_appends, play_copies])
+@pytest.mark.parametrize("play", [play_appends, play_copies, play_moves])
 @settings(max_examples=400, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_whatever_the_order_of_events_each_change_is_made_once_or_not_at_all(
@@ -351,7 +398,12 @@ def test_whatever_the_order_of_events_each_change_is_made_once_or_not_at_all(
 
 
 def play_creates(draw: random.Random) -> World:
-    world = World(draw, draw.choice((ONE_SET, FIVE, JOINT)), Table.OBJECT)
+    quorum = draw.choice((ONE_SET, FIVE, JOINT, JOINT))
+    world = World(draw, quorum, Table.OBJECT)
+    if quorum is JOINT and draw.random() < 0.7:
+        world.view, world.steps = View.of(1, JOINT.sets[0]), draw.choice((1, 2))
+        if draw.random() < 0.5:
+            draw.choice(list(world.disks.values())).verdict = Verdict.EPOCH
     for number in range(draw.randrange(1, 5)):
         change = Change(bytes([ord("A") + number]))
         machine = world.proposer(lambda _value, change=change: change, f"n{number}")
@@ -377,7 +429,7 @@ def test_the_table_holds_what_the_machine_does_and_nothing_else() -> None:
     seen: set[tuple[State, Event, State]] = set()
     for seed in range(10_000):
         draw = random.Random(seed)
-        world = (play_creates, play_appends, play_five_of_the_system, play_copies)[seed % 4](draw)
+        world = (play_creates, play_appends, play_five_of_the_system, play_copies, play_moves)[seed % 5](draw)
         if seed % 2:
             world.settled()
         seen |= world.seen

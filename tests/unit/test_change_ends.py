@@ -12,7 +12,7 @@ from storaged.meta.consensus.copies import highest_sequence, lagging
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import CALL_BYTES, RULES, Ballots, Lineage, Verdict
-from storaged.meta.consensus.states import ACCEPTING, CREATING, FAILED, GATHERING, PREPARING, RETRYING
+from storaged.meta.consensus.states import ACCEPTING, CREATING, FAILED, GATHERING, PREPARING, REFRESHING, RETRYING
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
 
@@ -54,9 +54,17 @@ def test_a_new_change_is_nothing_yet() -> None:
     assert (machine.ahead, machine.by_create, machine.outcome, machine.error) == (False, False, None, None)
 
 
-def test_without_a_majority_a_change_that_proposed_nothing_fails_at_once() -> None:
+def test_without_a_majority_a_change_that_proposed_nothing_fails_unless_the_replicas_are_others_by_now() -> None:
     machine = Machine(thorough=True)
     assert machine.prepares(PROMISE, None, None)
+    assert machine.state is REFRESHING
+    assert machine.refreshed(newer=True)
+    assert (machine.state, machine.pause_s) == (RETRYING, 0.0)
+    assert machine.prepares(PROMISE, None, None)
+    assert machine.state is FAILED, "it has looked once"
+    machine = Machine(thorough=True)
+    assert machine.prepares(PROMISE, None, None)
+    assert machine.refreshed(newer=False)
     assert machine.state is FAILED
     assert isinstance(machine.error, ServiceUnavailable)
     assert machine.counts == {**dict.fromkeys(COUNTS, 0), "unavailable": 1}
@@ -69,10 +77,28 @@ def test_without_a_majority_a_change_that_may_be_applied_tries_again() -> None:
     assert machine.accepts(None, None)
     assert machine.state is RETRYING
     assert machine.prepares(PROMISE, None, None)
+    assert machine.state is REFRESHING
+    assert machine.refreshed(newer=False)
+    assert machine.state is RETRYING
+    assert machine.prepares(PROMISE, None, None)
     assert machine.state is RETRYING
     assert machine.expire()
     assert isinstance(machine.error, OutcomeUnknown)
     assert machine.counts == {**dict.fromkeys(COUNTS, 0), "unknown": 1}
+
+
+def test_a_change_that_is_told_of_a_later_step_learns_it_and_tries_again() -> None:
+    machine = Machine()
+    assert machine.prepares(PrepareReply(Verdict.EPOCH))
+    assert machine.state is REFRESHING
+    assert machine.refreshed(newer=False)
+    assert machine.state is RETRYING
+    assert machine.pause_s > 0
+    machine.prepares(PROMISE, PROMISE)
+    assert machine.accepts(AcceptReply(Verdict.EPOCH), AcceptReply(Verdict.EPOCH))
+    assert machine.state is REFRESHING
+    assert machine.expire()
+    assert isinstance(machine.error, OutcomeUnknown)
 
 
 def test_a_change_that_met_a_fence_says_so() -> None:

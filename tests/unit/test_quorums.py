@@ -57,7 +57,8 @@ def test_a_number_is_vouched_for_by_a_quorum_that_reports_it_or_more() -> None:
     assert GROUP.vouched({"a": 9}) == 0
     assert GROUP.vouched({"a": 9, "b": 7}) == 7
     assert GROUP.vouched({"a": 9, "b": 7, "c": 8}) == 8
-    assert JOINT.vouched({"a": 9, "c": 8, "d": 7}) == 7
+    assert JOINT.vouched({"a": 9, "c": 8, "d": 7}) == 8
+    assert JOINT.vouched({"a": 9}) == 0
 
 
 @pytest.mark.parametrize("sets", [(), ((),), (("a",), ()), (("a", "a", "b"),)])

@@ -10,9 +10,10 @@ Theory of operation
     can be read. (A record without a copy can be read, and so can "never written".) That must not undo what was chosen.
     Let S be the replicas that have not promised, those whose row is damaged, and those that hold something newer than C
     which was accepted with its copy. Anything newer than C that was chosen, or can still be, was accepted by a quorum
-    of replicas that all belong to S. So C is proposed again only if S contains no quorum (``may_replace``). This holds
-    for two sets, where a quorum needs a majority of both. S is judged by what was accepted with its copy, never by what
-    can be read now: a copy that can't be read now may be that of an acknowledged object.
+    of replicas that all belong to S. So C is proposed again only if S contains no quorum (``may_replace``). While there
+    are two sets, S must not even contain a majority of the first one: before the second one came, that was a quorum. S
+    is judged by what was accepted with its copy, never by what can be read now: a copy that can't be read now may be
+    that of an acknowledged object.
 
     All that is newer than C counts, not only what is one step above it: C lies below each of them.
 
@@ -80,7 +81,8 @@ def may_replace(quorum: Quorum, promises: Promises, candidate: Ballot, rules: Ru
         next_above = min(newer.values(), default=candidate)
         newer = {disk: accepted for disk, accepted in newer.items() if accepted == next_above}
     may_hold = [disk for disk in quorum.disks if disk not in promises or (disk in newer and promises[disk].copied)]
-    return not quorum.met(may_hold) or not rules.older_needs_minority
+    chosen = quorum.may_have_chosen(may_hold) if rules.first_set_may_have_chosen else quorum.met(may_hold)
+    return not chosen or not rules.older_needs_minority
 
 
 def highest_sequence(promises: Promises, candidate: Ballot) -> int:

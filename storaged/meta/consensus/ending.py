@@ -6,7 +6,7 @@ from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable
 from storaged.meta.consensus.change import BACKOFF_FIRST_S, BACKOFF_MAX_S, Shared
 from storaged.meta.consensus.register import Lineage
 from storaged.meta.consensus.rounds import Rivals
-from storaged.meta.consensus.states import DONE, FAILED, NEW, RETRYING, State
+from storaged.meta.consensus.states import DONE, FAILED, NEW, REFRESHING, RETRYING, State
 from storaged.meta.ports import Outcome
 
 
@@ -15,7 +15,7 @@ class Ending:
 
     # fmt: off
     __slots__ = (
-        "_attempts", "_conclusion", "_rivals", "_shared", "_tries",
+        "_attempts", "_conclusion", "_looked", "_rivals", "_shared", "_stale", "_tries", "_unreached",
         "error", "fenced", "lineage", "outcome", "pause_s", "sparing", "state", "turn",
     )
     # fmt: on
@@ -35,6 +35,9 @@ class Ending:
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
         self._attempts = self._tries = 0
+        self._stale = self._unreached = self._looked = False
+        """``_stale``: a replica knows a later step, or no quorum answers (``_unreached``). ``_looked``: it was
+        refreshed."""
 
     def take_error(self) -> Exception | None:
         """``error``, once. The exception may refer to frames that refer to this machine: without the cycle, what they
@@ -51,6 +54,29 @@ class Ending:
             self.pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._tries, 16))
             self._tries += 1
         self.turn += 1
+        self.state = REFRESHING if self._stale else RETRYING
+        return True
+
+    def _not_reached(self) -> bool:
+        """No quorum answers. The replicas may be others by now."""
+        if self._looked:
+            return self._give_up("no majority of its replicas answers")
+        self._stale = self._unreached = True
+        return self._retry()
+
+    def refreshed(self, newer: bool) -> bool:
+        """``newer``: the view is another one now. Otherwise a replica may lie, or this process can't learn it yet."""
+        if self.state is not REFRESHING:
+            return False
+        unreached = self._unreached
+        self._stale = self._unreached = False
+        self._looked = True
+        if newer:
+            self.pause_s = 0.0
+        elif unreached and not self.lineage.open:
+            return self._give_up("no majority of its replicas answers")
+        else:
+            self.pause_s = max(self.pause_s, BACKOFF_FIRST_S)
         self.state = RETRYING
         return True
 

@@ -57,6 +57,7 @@ from storaged.meta.consensus.states import (
     FAILED,
     GATHERING,
     PREPARING,
+    REFRESHING,
     RETRYING,
     SYNCING,
 )
@@ -68,6 +69,7 @@ OK: Final = int(Verdict.OK)
 PREEMPTED: Final = int(Verdict.PREEMPTED)
 DAMAGED: Final = int(Verdict.DAMAGED)
 AHEAD: Final = int(Verdict.AHEAD)
+EPOCH: Final = int(Verdict.EPOCH)
 HONEST_SEQUENCE_MAX: Final = SEQUENCE_MAX // 2
 """A replica that lies must not use up the sequences of a register. No number of writes comes near this."""
 
@@ -136,6 +138,7 @@ class Proposer(Ending):
         if not creates.add(disk, reply) and reply is not None:
             self._rivals.note("", reply.promised.counter, self._now_us)
             self.ahead = self.ahead or reply.verdict == AHEAD
+            self._stale = self._stale or reply.verdict == EPOCH
             if reply.verdict == PREEMPTED and self.state is CREATING:
                 self._shared.counts["preempted"] += 1
         if self.state is not CREATING:
@@ -210,6 +213,7 @@ class Proposer(Ending):
     def _note(self, disk: str, reply: PrepareReply) -> None:
         """What a refusal says about the ballots of others."""
         counter = reply.promised.counter
+        self._stale = self._stale or reply.verdict == EPOCH
         if reply.verdict == PREEMPTED:
             self._rivals.note(disk, counter, self._now_us)
         elif reply.verdict == DAMAGED and self._rivals.note(disk, counter, self._now_us):
@@ -234,9 +238,7 @@ class Proposer(Ending):
                 "its replicas refuse ballots more than an hour ahead of their clocks: this node's clock is more "
                 "than an hour fast, or theirs are slow"
             )
-        if not self.lineage.open:
-            return self._give_up("no majority of its replicas answers")
-        return self._retry()
+        return self._retry() if self.lineage.open and self._looked else self._not_reached()
 
     # --- gather -------------------------------------------------------------------------------------------------------
 
@@ -465,6 +467,7 @@ class Proposer(Ending):
         accepts = self._accepts
         if accepts.add(disk, reply):
             return self._conclude()
+        self._stale = self._stale or (reply is not None and reply.verdict == EPOCH)
         if reply is not None and reply.verdict == PREEMPTED:
             self._shared.counts["preempted"] += 1
             self._rivals.note(disk, reply.promised.counter, self._now_us)
@@ -491,6 +494,6 @@ class Proposer(Ending):
             return self._too_few_copies()
         if state is PREPARING or state is GATHERING:
             return self._give_up("no majority of its replicas answered in time")
-        if state is RETRYING or state is CARRYING:
+        if state in (RETRYING, REFRESHING, CARRYING):
             return self._give_up("other proposers or a layout change were in the way until the deadline")
         return self._give_up("no majority of its replicas confirmed the write in time")

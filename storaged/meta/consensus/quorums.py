@@ -63,6 +63,12 @@ class Quorum:
             return True
         return all(2 * len(members.intersection(disks)) > len(members) for members in self._others)
 
+    def may_have_chosen(self, disks: Collection[str]) -> bool:
+        """Whether these disks alone may have chosen something: a majority of the first set is among them. What was
+        chosen before the second set came, the first one has chosen alone.
+        """
+        return 2 * len(self._set.intersection(disks)) > len(self._set)
+
     def lost(self, failed: Collection[str]) -> bool:
         """Whether no quorum is left without the failed disks."""
         if 2 * len(self._set.intersection(failed)) >= len(self._set):
@@ -97,9 +103,12 @@ class Quorum:
         return None
 
     def vouched(self, counters: Mapping[str, int]) -> int:
-        """The highest number that a quorum reports or exceeds; 0 when there is none."""
+        """The highest number that a majority of some set reports or exceeds; 0 when there is none. One set suffices to
+        be in the way of a proposer, and a single replica never does.
+        """
         for candidate in sorted(set(counters.values()), reverse=True):
-            if self.met([disk for disk, counter in counters.items() if counter >= candidate]):
+            named = [disk for disk, counter in counters.items() if counter >= candidate]
+            if any(2 * len(members.intersection(named)) > len(members) for members in (self._set, *self._others)):
                 return candidate
         return 0
 

@@ -71,7 +71,7 @@ class ReadState(IntEnum):
     SETTLING = 3
     """Make an identity round (``proposer``, settling), or have a gateway make one: its outcome is the value."""
     STALE = 4
-    """The replicas follow a newer layout: pause, then ``begin`` again."""
+    """The replicas know a later step of the partition, or a newer layout: learn it or pause, then ``begin`` again."""
     DONE = 5
     """``value``."""
     FAILED = 6

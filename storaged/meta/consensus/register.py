@@ -139,6 +139,12 @@ class Rules:
     """27. A copy that can't be read now counts as lost nowhere: the replica says that it can't tell."""
     steps_durable: bool = True
     """28. The step of a partition is durable at an acceptor before it promises or accepts anything in that step."""
+    first_set_may_have_chosen: bool = True
+    """29. While there are two sets, what a majority of the first one holds counts as possibly chosen."""
+    no_create_while_joint: bool = True
+    """30. Nothing is created unasked while there are two sets. Two looks at the first set alone (``looks``), by a
+    process that does not know of the second one yet, would miss a create that the new disk alone has taken.
+    """
 
 
 RULES = Rules()
@@ -196,24 +202,30 @@ def credible(
 ) -> tuple[Ballot, Value | None, bool] | None:
     """What a change of a register of the system table goes on from when replicas differ: ballot, value, and whether the
     value is settled. ``reported``: what each replica that promised has accepted. None when not all replicas have
-    promised, or while the layout changes. So a replica that lies, or was put back, leads to no older record (rule 16).
+    promised. So a replica that lies, or was put back, leads to no older record (rule 16).
 
     Why it is safe: all replicas have promised, so what may have been chosen below the new ballot was accepted by a
-    majority of them already. Its ballot is no higher than the one that a majority reports or exceeds, the *reach*:
-    above that nothing was chosen, nor can be any more. Whatever was proposed at the reach or above it descends from
-    everything that was chosen (that is Paxos), so a change may be based on each value there.
+    majority of the first set already, whether that was chosen before there was a second set or later. Its ballot is no
+    higher than the one that a majority of that set reports or exceeds, the *reach*: above that nothing was chosen, nor
+    can be any more. Whatever was proposed at the reach or above it descends from everything that was chosen (that is
+    Paxos), so a change may be based on each value there.
 
     A ballot that a majority reports is the reach itself, and was chosen. Else the value with the highest sequence among
     those at the reach and above it is taken, and of two with the same sequence the one with the higher ballot. A lone
     liar chooses its ballot, but has no authenticator of a sequence that no gateway has reached.
     """
-    if len(quorum.sets) != 1 or not all(disk in reported for disk in quorum.disks):
+    if not all(disk in reported for disk in quorum.disks):
         return None
     settled = quorum.agreed(reported)
     if settled is not None:
         return *settled, True
-    ranked = sorted(reported.values(), key=lambda pair: pair[0], reverse=True)
-    ballot, value = max(ranked[: quorum.fewest], key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
+    present = quorum.sets[0]
+    ranked = sorted((reported[disk] for disk in present), key=lambda pair: pair[0], reverse=True)
+    likely = ranked[: len(present) // 2 + 1]
+    reach = likely[-1][0]
+    likely += [reported[disk] for disk in quorum.disks[len(present) :] if reported[disk][0] >= reach]
+    likely.sort(key=lambda pair: pair[0], reverse=True)
+    ballot, value = max(likely, key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
     return ballot, value, False
 
 

@@ -36,6 +36,9 @@ class State(IntEnum):
     """``outcome``."""
     FAILED = 9
     """``error``."""
+    REFRESHING = 10
+    """A replica knows a later step of the register's partition, or no quorum answers. Learn where the partition is now,
+    then ``refreshed``."""
 
 
 class Event(IntEnum):
@@ -52,29 +55,32 @@ class Event(IntEnum):
     CARRIED = 8
     DATA_FAILED = 9
     EXPIRE = 10
+    REFRESHED = 11
 
 
-NEW, CREATING, PREPARING, GATHERING, SYNCING, CARRYING, ACCEPTING, RETRYING, DONE, FAILED = State
+NEW, CREATING, PREPARING, GATHERING, SYNCING, CARRYING, ACCEPTING, RETRYING, DONE, FAILED, REFRESHING = State
 """Globals: a member is found through its enum's class at twice the price."""
 
-_DECIDED: Final = (SYNCING, CARRYING, ACCEPTING, RETRYING, DONE, FAILED)
+_AGAIN: Final = (RETRYING, REFRESHING)
+_DECIDED: Final = (SYNCING, CARRYING, ACCEPTING, *_AGAIN, DONE, FAILED)
 
 TRANSITIONS: Final[Mapping[State, Mapping[Event, Sequence[State]]]] = {
     NEW: {Event.CREATE: (CREATING,), Event.BEGIN: (PREPARING,)},
-    CREATING: {Event.CREATED: (RETRYING, DONE), Event.ON_SLOW: (RETRYING,), Event.EXPIRE: (FAILED,)},
+    CREATING: {Event.CREATED: (*_AGAIN, DONE), Event.ON_SLOW: _AGAIN, Event.EXPIRE: (FAILED,)},
     PREPARING: {
         Event.PROMISED: (GATHERING, *_DECIDED),
-        Event.ON_SLOW: (RETRYING,),
+        Event.ON_SLOW: _AGAIN,
         Event.EXPIRE: (FAILED,),
     },
     GATHERING: {Event.PROMISED: _DECIDED, Event.WAITED: (GATHERING, *_DECIDED), Event.EXPIRE: (FAILED,)},
     SYNCING: {Event.SYNCED: (CARRYING, ACCEPTING, FAILED), Event.DATA_FAILED: (FAILED,)},
     CARRYING: {
-        Event.CARRIED: (GATHERING, SYNCING, CARRYING, ACCEPTING, RETRYING, FAILED),
+        Event.CARRIED: (GATHERING, SYNCING, CARRYING, ACCEPTING, *_AGAIN, FAILED),
         Event.EXPIRE: (FAILED,),
     },
-    ACCEPTING: {Event.ACCEPTED: (RETRYING, DONE, FAILED), Event.ON_SLOW: (RETRYING,), Event.EXPIRE: (FAILED,)},
+    ACCEPTING: {Event.ACCEPTED: (*_AGAIN, DONE, FAILED), Event.ON_SLOW: _AGAIN, Event.EXPIRE: (FAILED,)},
     RETRYING: {Event.BEGIN: (PREPARING,), Event.DATA_FAILED: (FAILED,), Event.EXPIRE: (FAILED,)},
+    REFRESHING: {Event.REFRESHED: (RETRYING, FAILED), Event.EXPIRE: (FAILED,)},
     DONE: {},
     FAILED: {},
 }

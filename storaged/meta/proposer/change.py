@@ -35,6 +35,7 @@ from storaged.meta.consensus.states import (
     FAILED,
     GATHERING,
     PREPARING,
+    REFRESHING,
     RETRYING,
     SYNCING,
 )
@@ -106,7 +107,7 @@ class ChangeShell:
             self._mark("")
         now_us = self._ring.clock.wall_ms() * 1000
         try:
-            if create is None:
+            if create is None or (not view.quorum.single and self._ring.shared.rules.no_create_while_joint):
                 self.machine.begin(view, now_us)
             else:
                 self.machine.create(view, create, now_us)
@@ -190,6 +191,8 @@ class ChangeShell:
             self._sync()
         elif state is CARRYING:
             self._start(self._carry())
+        elif state is REFRESHING:
+            self._start(self._refresh())
         elif state is RETRYING:
             contention = self._ring.contention
             if machine.pause_s and not contention.preempted(machine.name) and contention.enabled:
@@ -401,6 +404,11 @@ class ChangeShell:
             if not fragments:
                 self._ring.on_missed(machine.name)
             self._did(partial(machine.carried, fragments))
+
+    async def _refresh(self) -> None:
+        newer = await self._ring.refresher.refresh(self.machine.name, self.machine.view, self._remaining_s())
+        self._work = None
+        self._did(partial(self.machine.refreshed, newer))
 
     def _paused(self) -> bool:
         if self._renew is not None and (self._ready is None or self._ready.done()):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
-from storaged.errors import StoragedError
+from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.hashes import ANSWER_HASH_BYTES
 from storaged.meta.consensus.change import Fragments
 from storaged.meta.consensus.quorums import View
@@ -233,7 +233,7 @@ class ReadShell:
             elif state is WAITING:
                 await self._wait(state, min(ring.hedge_s, self._remaining_s()), machine.waited)
             elif state is STALE:
-                await self._pause_for_layout()
+                await self._refresh()
             elif state is SETTLING:
                 value = await self._settle(machine.name, self._nonce, self._deadline, commit=False)
                 return shown(value)
@@ -241,14 +241,15 @@ class ReadShell:
             raise machine.take_error()
         return machine.value
 
-    async def _pause_for_layout(self) -> None:
-        """The replicas follow a newer layout than this node has heard of; it will."""
+    async def _refresh(self) -> None:
+        """The replicas know a later step of the partition, or a newer layout, than this node has heard of."""
         machine, ring = self.machine, self._ring
         if self._remaining_s() <= LAYOUT_PAUSE_S:
             machine.expire()
-        else:
+            return
+        if not await ring.refresher.refresh(machine.name, machine.view, self._remaining_s()):
             await asyncio.sleep(ring.jitter() * LAYOUT_PAUSE_S)
-            machine.begin(ring.view(machine.name))
+        machine.begin(ring.view(machine.name))
 
     def _ask_values(self) -> None:
         machine = self.machine
@@ -313,7 +314,8 @@ class RegisterReader:
             return reading
         machine = Reader(ring.shared, self._gateway, name, want_payload=want_payload)
         try:
-            value = await ReadShell(ring, machine, settling_nonce, deadline, self._settle).run()
+            shell = ReadShell(ring, machine, settling_nonce, deadline, self._settle)
+            value = await self._unless_it_moved(shell, deadline)
         finally:
             if machine.fenced:
                 ring.on_fenced(name.scope)
@@ -329,6 +331,17 @@ class RegisterReader:
             copy = await self._copies.fetch(machine.view, name, value.payload, asked, deadline)
             payload = None if copy is None else copy.payload
         return Reading(value, payload)
+
+    async def _unless_it_moved(self, shell: ReadShell, deadline: float) -> Value | None:
+        """The value. Where no quorum answers the replicas may be others by now."""
+        try:
+            return await shell.run()
+        except ServiceUnavailable:
+            machine, ring = shell.machine, self._ring
+            left_s = deadline - ring.clock.monotonic()
+            if left_s <= 0 or not await ring.refresher.refresh(machine.name, machine.view, left_s):
+                raise
+            return await shell.run()
 
     async def _read_rows(self, name: RegisterName, want_payload: bool) -> Reading | None:
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -1,0 +1,42 @@
+"""What may be concluded while a register has two sets of replicas. The first one may have chosen alone, before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from storaged.meta.consensus.copies import may_replace
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.register import RULES, credible
+from storaged.meta.messages import PrepareReply
+from storaged.meta.names import ZERO_BALLOT, Ballot, Value, Visibility
+
+JOINT = Quorum(("a", "b", "c"), ("a", "b", "d"))
+
+
+def made(counter: int, sequence: int, body: bytes = b"v") -> tuple[Ballot, Value]:
+    return Ballot(1, counter, "n", b"incarnat"), Value(sequence, body.ljust(16), Visibility.LIVE, body, b"copy of it")
+
+
+def test_an_older_record_does_not_take_the_place_of_what_the_first_set_may_have_chosen() -> None:
+    older, newer = made(1, 1), made(2, 2)
+    held = {"a": newer, "b": older, "c": newer, "d": (ZERO_BALLOT, None)}
+    promises = {disk: PrepareReply(0, ballot, ballot, value) for disk, (ballot, value) in held.items()}
+    assert not JOINT.met(("a", "c"))
+    assert not may_replace(JOINT, promises, older[0], RULES)
+    assert may_replace(JOINT, promises, older[0], replace(RULES, first_set_may_have_chosen=False))
+    one_of_them = {disk: promises[disk] for disk in ("a", "b", "d")}
+    assert not may_replace(JOINT, one_of_them, older[0], RULES), "the one that has not promised may hold it too"
+    lone = {**promises, "c": promises["b"]}
+    assert may_replace(JOINT, lone, older[0], RULES)
+
+
+def test_what_the_first_set_chose_goes_on_before_what_lost_against_it() -> None:
+    """``lost`` has the higher sequence and the lower ballot: no quorum ever took it."""
+    lost, chosen = made(3, 6, b"lost"), made(4, 5, b"chosen")
+    reported = {"a": chosen, "b": lost, "c": chosen, "d": (ZERO_BALLOT, None)}
+    assert credible(JOINT, reported) == (*chosen, False)
+    assert credible(JOINT, {disk: reported[disk] for disk in ("a", "b", "c")}) is None
+    settled = {**reported, "b": chosen}
+    assert credible(JOINT, settled) == (*chosen, True)
+    after = made(5, 6, b"after it")
+    assert credible(JOINT, {**reported, "d": after}) == (*after, False)
