@@ -139,7 +139,9 @@ _STORES = (
         OPENING,
         "        _refuse_failed(directory)\n",
         "",
-        open=True,
+        tests="tests/unit/test_meta_store.py::test_a_store_whose_write_failed_stays_readable_and_is_never_opened_again",
+        why="What was acknowledged is in the files of a run whatever failed. A drive that drops pages after a failed"
+        " sync, and says that a later sync succeeded, is what the rule is for.",
     ),
     Planted(
         "heap_numbers_again",
@@ -199,6 +201,8 @@ _LISTS = (
         "        if held is None or held.digest != answer.digest or held.done != answer.done:\n",
         "        if held is None or held.digest != answer.digest:\n",
         open=True,
+        why="A page ends where the answer that it got ends, not where the remembered list ended. What is remembered"
+        " only says which rows need not be sent, and how many pieces are asked for at once.",
     ),
     Planted(
         "remembered_with_prefix",
@@ -216,8 +220,7 @@ _LISTS = (
         300,
         "listing",
         AGREEMENT,
-        "        settled = feed.quorum.agreed({disk: (row.ballot, row.value) for disk, row in"
-        " rows.items() if row.ballot})\n",
+        "        settled = _agreed(feed.view, rows)\n",
         "        held = [(row.ballot, row.value) for row in rows.values() if row.ballot]\n"
         "        settled = max(held, key=lambda pair: pair[0], default=None)\n",
     ),

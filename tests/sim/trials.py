@@ -20,6 +20,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import Phase, settings
 
 from tests.sim.changing import ROOT, in_child, resolve
 from tests.sim.mutants import MUTANT_S_MAX, Log, Mutant, changed_functions
@@ -114,6 +115,7 @@ class Trials:
         for item in session.items:
             if item.name in LEFT_OUT:
                 continue
+            _without_shrinking(item)
             self._notices[item.nodeid] = lambda item=item: _run(item, failures)  # type: ignore[misc]
         if self._seeds:
             self._notices |= dict(_seed_notices())
@@ -174,6 +176,14 @@ class Trials:
 
 def _function_of(mutant: Mutant) -> str:
     return f"{mutant.path} {mutant.text.partition(':')[0]}"
+
+
+def _without_shrinking(item: pytest.Item) -> None:
+    """That a property fails is enough: to find a small example takes minutes."""
+    test = getattr(item, "obj", None)
+    its = getattr(test, "_hypothesis_internal_use_settings", None)
+    if its is not None:
+        test._hypothesis_internal_use_settings = settings(its, phases=(Phase.explicit, Phase.generate))  # type: ignore[union-attr]
 
 
 def _run(item: pytest.Item, failures: _Failures) -> str:

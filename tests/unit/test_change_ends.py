@@ -7,12 +7,28 @@ from __future__ import annotations
 import pytest
 
 from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable
-from storaged.meta.consensus.change import BACKOFF_FIRST_S, BACKOFF_MAX_S, Shared, Wanted
+from storaged.meta.consensus.change import (
+    BACKOFF_FIRST_S,
+    BACKOFF_MAX_S,
+    STRAGGLERS_S,
+    SYSTEM_STRAGGLERS_S,
+    Shared,
+    Wanted,
+)
 from storaged.meta.consensus.copies import highest_sequence, lagging
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import CALL_BYTES, RULES, Ballots, Lineage, Verdict
-from storaged.meta.consensus.states import ACCEPTING, CREATING, FAILED, GATHERING, PREPARING, REFRESHING, RETRYING
+from storaged.meta.consensus.states import (
+    ACCEPTING,
+    CARRYING,
+    CREATING,
+    FAILED,
+    GATHERING,
+    PREPARING,
+    REFRESHING,
+    RETRYING,
+)
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
 
@@ -28,10 +44,10 @@ class Machine(Proposer):
 
     __slots__ = ("counts",)
 
-    def __init__(self, **wanted: bool) -> None:
+    def __init__(self, name: RegisterName = NAME, change: Change = Change(b"new"), **wanted: bool) -> None:  # noqa: B008
         self.counts = dict.fromkeys(COUNTS, 0)
         shared = Shared(Ballots("gw", lambda: b"12345678"), RULES, self.counts)
-        super().__init__(shared, Wanted(NAME, lambda _: Change(b"new"), **wanted), Lineage(bytes(CALL_BYTES), RULES))
+        super().__init__(shared, Wanted(name, lambda _: change, **wanted), Lineage(bytes(CALL_BYTES), RULES))
 
     def prepares(self, *replies: PrepareReply | None) -> bool:
         self.begin(VIEW, NOW_US)
@@ -148,6 +164,51 @@ def test_an_answer_that_comes_after_the_wait_is_over_enters_no_state() -> None:
     assert machine.waited()
     assert machine.state is ACCEPTING
     assert not machine.promised(turn, "c", PROMISE)
+
+
+def test_when_answers_take_long_a_round_that_was_refused_begins_again() -> None:
+    machine = Machine(thorough=True)
+    machine.prepares(REFUSED)
+    assert machine.state is PREPARING
+    assert machine.on_slow()
+    assert machine.state is RETRYING
+    assert not machine.on_slow()
+    machine.prepares(PROMISE, PROMISE)
+    assert not machine.on_slow()
+    machine.accepts(AcceptReply(Verdict.PREEMPTED, ABOVE))
+    assert machine.state is ACCEPTING
+    assert machine.on_slow()
+    assert machine.state is RETRYING
+
+
+@pytest.mark.parametrize(("verdict", "goes_above"), [(Verdict.DAMAGED, True), (Verdict.FENCED, False)])
+def test_a_ballot_goes_above_what_a_damaged_row_may_have_held_and_not_above_every_refusal(
+    verdict: Verdict, goes_above: bool
+) -> None:
+    machine = Machine(thorough=True)
+    assert not machine.prepares(PrepareReply(verdict, ABOVE), PROMISE)
+    machine.begin(VIEW, NOW_US)
+    assert (machine.ballot > ABOVE) == goes_above
+
+
+@pytest.mark.parametrize("table", [Table.OBJECT, Table.SYSTEM])
+def test_where_replicas_differ_a_system_register_waits_longer_for_the_third(table: Table) -> None:
+    machine = Machine(NAME._replace(table=table), thorough=True)
+    assert machine.prepares(_promise(5, 1), _promise(6, 2))
+    assert machine.state is GATHERING
+    assert machine.gather_s == (SYSTEM_STRAGGLERS_S if table == Table.SYSTEM else STRAGGLERS_S)
+
+
+def test_a_change_that_keeps_the_copy_of_a_settled_record_sends_none() -> None:
+    value = Value(1, b"o" * 16, Visibility.LIVE, b"v", b"d" * 16)
+    promise = PrepareReply(Verdict.OK, accepted=Ballot(1, 5, "gw", b"12345678"), value=value)
+    machine = Machine(change=Change(b"new", Visibility.LIVE, b"d" * 16), thorough=True)
+    machine.prepares(promise, promise)
+    assert machine.state is ACCEPTING
+    assert machine.fragments == ()
+    machine.accepts(AcceptReply(Verdict.UNSTORED), AcceptReply(Verdict.UNSTORED))
+    machine.prepares(promise, promise)
+    assert machine.state is CARRYING
 
 
 def test_a_create_is_a_state_of_its_own_and_counts_who_was_in_its_way_once() -> None:
