@@ -8,7 +8,8 @@ something that it may have acknowledged.
 
 A node signs the claims of its disks, all in one *statement*, with the key of its certificate. A ledger believes a
 statement only if the certificate is that of the node that the layout in force names as the owner of every disk in it.
-So a node can at worst make its own disks look older than they are claimed, and no other's.
+Of a disk that it does not name, an earlier layout may: what was claimed of a disk outlives the disk. So a node can at
+worst make its own disks look older than they are claimed, and no other's.
 
 ``ClaimBook`` keeps the statements of a ledger. Statements can't be merged, as they are signed. A book keeps each one
 that is the newest for some disk: mostly one for each node.
@@ -99,9 +100,11 @@ def state_claims(signer: NodeSigner, cluster: str, node: str, disks: Iterable[Di
     return SignedClaims(payload, signer.certificate, signer.sign(CLAIMS_LABEL + payload))
 
 
-def verify_claims(signed: SignedClaims, authority: x509.Certificate, layout: Layout) -> NodeClaims:
-    """Returns what a statement claims. Raises ClaimRefused, with the reason, for one that is not by the owner of all
-    its disks, or that holds what no node writes.
+def verify_claims(
+    signed: SignedClaims, authority: x509.Certificate, layout: Layout, earlier: Iterable[Layout] = ()
+) -> NodeClaims:
+    """Returns what a statement claims. ``layout``: the one in force; ``earlier``: layouts before it. Raises
+    ClaimRefused, with the reason, for one that is not by the owner of all its disks, or that holds what no node writes.
     """
     if len(signed.payload) + len(signed.certificate) + len(signed.signature) > STATEMENT_BYTES_MAX:
         raise ClaimRefused(f"A statement about disks has more than {STATEMENT_BYTES_MAX} bytes.")
@@ -111,7 +114,7 @@ def verify_claims(signed: SignedClaims, authority: x509.Certificate, layout: Lay
         raise ClaimRefused(f"A statement about disks cannot be read: {error}") from None
     if claims.cluster != layout.cluster:
         raise ClaimRefused(f"A statement about disks is of cluster {claims.cluster[:64]!r}, not {layout.cluster!r}.")
-    if problem := _problem_of(claims, layout):
+    if problem := _problem_of(claims, layout, earlier):
         raise ClaimRefused(f"A statement of {claims.node[:64]!r} about disks is refused: {problem}.")
     try:
         peer = signed_by_node(authority, signed.certificate, CLAIMS_LABEL + signed.payload, signed.signature)
@@ -125,13 +128,15 @@ def verify_claims(signed: SignedClaims, authority: x509.Certificate, layout: Lay
     return claims
 
 
-def _problem_of(claims: NodeClaims, layout: Layout) -> str:
+def _problem_of(claims: NodeClaims, layout: Layout, earlier: Iterable[Layout]) -> str:
     if not 0 < len(claims.disks) <= DISKS_A_STATEMENT_MAX:
         return f"it is about {len(claims.disks)} disks"
     if len({claim.disk for claim in claims.disks}) != len(claims.disks):
         return "it names a disk twice"
     for claim in claims.disks:
         entry = layout.disk_by_id.get(claim.disk)
+        if entry is None:
+            entry = next((old.disk_by_id[claim.disk] for old in earlier if claim.disk in old.disk_by_id), None)
         if entry is None or entry.node != claims.node:
             return f"the layout in force does not give it disk {claim.disk[:64]!r}"
         if len(claim.store) != STORE_ID_BYTES:

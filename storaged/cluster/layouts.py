@@ -146,6 +146,10 @@ class LayoutBook:
         """Whether this node has used exactly this layout, or keeps it in its history."""
         return self._by_hash.get(signed.hash) is not None
 
+    def earlier(self) -> list[Layout]:
+        """The layouts that this node knows but the one in force, newest first."""
+        return [self._layouts[epoch] for epoch in sorted(self._layouts, reverse=True) if epoch != self.epoch]
+
     def by_hash(self, hash_: bytes) -> Layout | None:
         """The layout with this ``SignedLayout.hash``; None when this node does not know it."""
         epoch = self._by_hash.get(hash_)

@@ -11,7 +11,14 @@ its new start is claimed at a majority.
     a store is claimed                              it is opened, if it has this store and is not older
     none is claimed, the node's ledger lets it      it is opened
     none is claimed, and it has a store             foreign; waiting while a new ledger has not heard all others
-    none is claimed, and it is blank                as ``node.forming`` says: it begins, waiting, or blank
+    none is claimed, and it is blank
+        a later layout added it to the cluster      it begins
+        the layout in force does not name it        waiting
+        otherwise                                   as ``node.forming`` says: it begins, waiting, or blank
+
+A disk that a layout added to a running cluster (``joins``) may begin without all other nodes. A disk that took part is
+claimed at a majority of the ledgers, and a majority was read before. A new disk has an id that no disk had before: a
+replacement must not have that of the disk which it replaces.
 
 No command overrules this: a disk that lost its promises takes no part under its old name.
 """
@@ -41,6 +48,8 @@ class DiskFacts(NamedTuple):
     listed: bool
     claimed: Claimed
     failure: str = ""
+    named: bool = True
+    joins: bool = False
 
 
 class OwnLedger(NamedTuple):
@@ -57,12 +66,13 @@ class Admitted(NamedTuple):
     """Whether a disk may be opened (``opens``): with the store ``expected``, or with any for None. Else the ``state``
     and ``reason`` in which it is left out, until other nodes change that (``waits``) or for good.
 
-    ``form``: the node begins with this disk.
+    ``form``: the node begins with this disk, and its other ones. ``joins``: it begins with this disk alone.
     """
 
     opens: bool
     expected: DiskClaim | None = None
     form: bool = False
+    joins: bool = False
     state: str = ""
     reason: str = ""
 
@@ -95,7 +105,7 @@ def admission(disk: DiskFacts, own: OwnLedger, ledgers: Ledgers) -> Admitted:
         return _left_out(WAITING, "DISK_WAITS", waits)
     if claim is not None or disk.listed:
         return Admitted(True, claim)
-    return _begin_blank(own, ledgers) if disk.blank else _begin_unclaimed(own, ledgers)
+    return _begin_blank(disk, own, ledgers) if disk.blank else _begin_unclaimed(own, ledgers)
 
 
 def _begin_unclaimed(own: OwnLedger, ledgers: Ledgers) -> Admitted:
@@ -109,7 +119,11 @@ def _begin_unclaimed(own: OwnLedger, ledgers: Ledgers) -> Admitted:
     return _left_out("foreign", "DISK_FOREIGN", reason)
 
 
-def _begin_blank(own: OwnLedger, ledgers: Ledgers) -> Admitted:
+def _begin_blank(disk: DiskFacts, own: OwnLedger, ledgers: Ledgers) -> Admitted:
+    if disk.joins:
+        return Admitted(True, joins=True)
+    if not disk.named:
+        return _left_out(WAITING, "DISK_WAITS", "blank: no layout in force gives it to this node yet")
     if own.formed:
         return _left_out("blank", "DISK_BLANK", "blank: this node has been in use, and has no record of the disk")
     if own.formed is None:

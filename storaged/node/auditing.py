@@ -20,12 +20,13 @@ from storaged.cluster.audit.witness import WitnessBook, WitnessedReply, Witnesse
 from storaged.cluster.audit.witness_client import CALL_TIMEOUT_S, WitnessClient
 from storaged.cluster.audit.witness_record import plain
 from storaged.cluster.identity import Identity, NodeSigner
-from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.layouts import PEER, LayoutBook
 from storaged.cluster.membership import Membership
+from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Methods
 from storaged.cluster.rpc import RpcPool
 from storaged.config import Config
-from storaged.errors import PeerError
+from storaged.errors import LayoutRefused, PeerError
 from storaged.observe import Metrics
 from storaged.units import MIB
 
@@ -172,3 +173,21 @@ def merged(alarms: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         if (text := plain(reason)) not in reasons:
             reasons.append(text)
     return [(node, "; ".join(reasons)) for node, reasons in sorted(found.items())]
+
+
+def audit_refused_layouts(layouts: LayoutBook, audit: AuditLog | Leader) -> None:
+    """Records the layouts that were refused, and those that will be."""
+
+    def note(refused: RefusedLayout) -> None:
+        audit.refused(
+            "layout.refused",
+            LayoutRefused.code,
+            actor=f"node:{refused.source.removeprefix(PEER)}" if refused.source.startswith(PEER) else "",
+            target=f"layout:{refused.epoch}",
+            source=refused.source,
+            reason=refused.reason,
+        )
+
+    layouts.on_refusal = note
+    for refused in layouts.refusals():
+        note(refused)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import base64
 import binascii
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -188,13 +188,22 @@ class Ledger:
 
     # --- writing
 
-    def goes_by(self, places: bytes) -> bool:
-        """Whether this node has used a layout with this digest. The first digest is recorded."""
-        if not self._known.places:
-            with self._lock:
-                self._known.places = places.hex()
-            self._save()
-        return self._known.places == places.hex()
+    def goes_by(self, places: bytes, earlier: Container[bytes] = ()) -> bool:
+        """Whether this node has used a layout with this digest, or one with an ``earlier`` digest, which the node
+        followed. The digest is recorded.
+        """
+        known = self._known.places
+        if known and known != places.hex() and bytes.fromhex(known) not in earlier:
+            return False
+        if known != places.hex():
+            self.move_to(places)
+        return True
+
+    def move_to(self, places: bytes) -> None:
+        """Records the digest of a layout that this node uses from now on."""
+        with self._lock:
+            self._known.places = places.hex()
+        self._save()
 
     def form(self, nodes: Mapping[str, bytes], may_begin: Iterable[str]) -> None:
         """Records that this node takes part from now on, and that the disks ``may_begin`` with what they have.

@@ -14,6 +14,9 @@ An answer may show that a disk of this node was put back, although its own ledge
 put back, and the majority that was asked first did not know better. Such a disk falls silent (``on_outdated``). The
 proof is a statement under this node's own signature, so no other node can silence a sound disk.
 
+A layout that moves data may name other storage nodes. They count from then on, and those that are gone no more
+(``follow``). Statements about disks that are gone are kept.
+
 A node of version 0.1.0 has no such method. It counts like a ledger that agrees, so that nodes can be restarted into
 this version one after the other; it gets the statements when it has the method.
 """
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -94,6 +97,13 @@ class ExchangePorts(Protocol):
         """A disk that is in use is older than was claimed for it, or another one. Called once for a disk."""
 
 
+class LayoutHistory(Layouts, Protocol):
+    """``Layouts`` that can be enumerated."""
+
+    def earlier(self) -> Sequence[Layout]:
+        """All but the one in force, newest first."""
+
+
 def outdated_error(known: DiskClaim, shown: DiskClaim) -> DiskForeign:
     """Why a disk that shows a store takes no part, from a claim that outdates it."""
     if known.store != shown.store:
@@ -156,6 +166,8 @@ class _Peer:
     poke: asyncio.Event = field(default_factory=asyncio.Event)
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a statement of it is written: a node that sends many takes one thread."""
+    task: asyncio.Task[None] | None = None
+    """Talks to it, once ``run`` has begun."""
 
 
 class Statement(NamedTuple):
@@ -171,7 +183,7 @@ class LedgerExchange(LoneLedger):
         ledger: Ledger,
         own: Identity,
         authority: x509.Certificate,
-        layouts: Layouts,
+        layouts: LayoutHistory,
         ports: ExchangePorts,
         on_refusal: OnRefusal = lambda _peer, _error: None,
     ) -> None:
@@ -182,14 +194,29 @@ class LedgerExchange(LoneLedger):
         self._ports = ports
         self._on_refusal = on_refusal
         self._signer = NodeSigner(own)
-        names = {disk.node for disk in layouts.current.disks} - {own.name}
-        self._peers = {name: _Peer() for name in sorted(names)}
+        self._peers: dict[str, _Peer] = {}
+        self._begin: Callable[[str, _Peer], asyncio.Task[None]] | None = None
+        """Begins to talk to a node, while ``run`` runs."""
         self._offer: Statement | None = None
         self._opened: dict[str, DiskClaim] = {}
         """The disks that this process has opened, as they were then."""
         self._outdated: dict[str, DiskForeign] = {}
         self._stating = asyncio.Lock()
         self._news = asyncio.Event()
+        self.follow(layouts.current)
+
+    def follow(self, layout: Layout) -> None:
+        """The ledgers that count are those of this layout's storage nodes from now on."""
+        names = {disk.node for disk in layout.disks} - {self._own.name}
+        for name in sorted(self._peers.keys() - names):
+            task = self._peers.pop(name).task
+            if task is not None:
+                task.cancel()
+        for name in sorted(names - self._peers.keys()):
+            peer = self._peers[name] = _Peer()
+            if self._begin is not None:
+                peer.task = self._begin(name, peer)
+        self._tell()
 
     def methods(self) -> Methods:
         return grant({"cluster.claims": Method(ClaimsOffer, self._on_claims)})
@@ -302,9 +329,13 @@ class LedgerExchange(LoneLedger):
     async def run(self, caller: Caller) -> None:
         """Talks to the other nodes until it is cancelled."""
         async with asyncio.TaskGroup() as group:
-            for name, peer in self._peers.items():
-                group.create_task(self._talk(caller, name, peer))
-            group.create_task(self._publish_positions())
+            self._begin = lambda name, peer: group.create_task(self._talk(caller, name, peer))
+            try:
+                for name, peer in self._peers.items():
+                    peer.task = self._begin(name, peer)
+                await self._publish_positions()
+            finally:
+                self._begin = None
 
     def on_node(self, name: str, up: bool, incarnation: bytes) -> None:
         """A node has come back, or has gone."""
@@ -363,7 +394,8 @@ class LedgerExchange(LoneLedger):
             peer.report = None
             return
         if body:
-            found = await asyncio.to_thread(self._verified, name, bytes(body), self._layouts.current)
+            layouts = (self._layouts.current, *self._layouts.earlier())
+            found = await asyncio.to_thread(self._verified, name, bytes(body), layouts)
             if self.ledger.merge(found):
                 self._check_opened()
                 await self._restate()
@@ -372,8 +404,8 @@ class LedgerExchange(LoneLedger):
             peer.stored = {claim.disk: claim for claim in offer.claims.disks}
         await self.rebuild()
 
-    def _verified(self, name: str, body: bytes, layout: Layout) -> list[Statement]:
-        """The statements of an answer that are new here and can be believed. In a thread."""
+    def _verified(self, name: str, body: bytes, layouts: Sequence[Layout]) -> list[Statement]:
+        """The statements of an answer that are new here and can be believed. ``layouts``: newest first. In a thread."""
         try:
             held = decode(body, list[SignedClaims])
         except MsgspecError as error:
@@ -381,12 +413,12 @@ class LedgerExchange(LoneLedger):
             return []
         found: list[Statement] = []
         refused = 0
-        held_max = STATEMENTS_A_NODE_MAX * len({disk.node for disk in layout.disks})
+        held_max = STATEMENTS_A_NODE_MAX * len({disk.node for layout in layouts for disk in layout.disks})
         for signed in held[:held_max]:
             if self.ledger.has(signed):
                 continue
             try:
-                found.append(Statement(signed, verify_claims(signed, self._authority, layout)))
+                found.append(Statement(signed, verify_claims(signed, self._authority, layouts[0], layouts[1:])))
             except ClaimRefused as error:
                 refused += 1
                 log.warning("a statement about disks is refused", peer=name, reason=faults.plain(error.message))
@@ -448,7 +480,7 @@ class LedgerExchange(LoneLedger):
 
     def _verified_offer(self, statement: SignedClaims, name: str) -> NodeClaims:
         try:
-            claims = verify_claims(statement, self._authority, self._layouts.current)
+            claims = verify_claims(statement, self._authority, self._layouts.current, self._layouts.earlier())
             if claims.node != name:
                 raise ClaimRefused(f"{name} offers a statement of {claims.node} about disks.")
         except ClaimRefused as error:

@@ -16,11 +16,12 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import structlog
 
 from storaged.clock import Clock
+from storaged.cluster import moves
 from storaged.cluster.claims import DiskClaim
 from storaged.config import Config, DiskSection
 from storaged.disk_health import DiskHealth
@@ -37,7 +38,7 @@ from storaged.node.admission import WAITING, Admitted, DiskFacts, OwnLedger, adm
 from storaged.node.disks import DiskCopies, Disks, LocalDisk, restore_copies
 from storaged.node.forming import ids_of
 from storaged.node.ledger import Ledger
-from storaged.node.ledger_exchange import LoneLedger
+from storaged.node.ledger_exchange import LayoutHistory, LoneLedger
 
 log = structlog.get_logger("disks")
 
@@ -52,6 +53,27 @@ CLAIM_S = 1.0
 """How long the start of a disk may take to reach a majority of the ledgers, before the disk is said to wait."""
 
 LOOK_AGAIN_S = 1.0
+
+
+class Place(NamedTuple):
+    """What the layout in force says of a disk of this node (``DiskFacts``)."""
+
+    named: bool
+    joins: bool
+
+
+IN_PLACE = Place(named=True, joins=False)
+
+
+def place_in(layouts: LayoutHistory, node: str, disk: str) -> Place:
+    """Of a disk in the configuration of ``node``."""
+    layout = layouts.current
+    entry = layout.disk_by_id.get(disk)
+    if entry is None or entry.node != node:
+        return Place(not moves.MOVING_SUPPORTED, joins=False)
+    first = next((old for old in layouts.earlier() if old.epoch == layout.base), None)
+    return Place(True, joins=first is not None and disk not in first.disk_by_id)
+
 
 OnCell = Callable[[str, FragmentId, int], None]
 """``on_cell(disk, fragment, cell)``: a cell does not match its checksum."""
@@ -69,8 +91,11 @@ class Opener:
         *,
         cluster: str = "",
         open_s: float = OPEN_S,
+        place_of: Callable[[str], Place] = lambda _disk: IN_PLACE,
     ) -> None:
-        """``cluster``: its id, which a store notes; empty: stores note nothing."""
+        """``cluster``: its id, which a store notes; empty: stores note nothing. ``place_of(disk)``: what the layout in
+        force says of a disk.
+        """
         self.disks = Disks()
         self.ledger = ledger
         self.ledgers = LoneLedger(ledger)
@@ -80,6 +105,7 @@ class Opener:
         self._clock = clock
         self._on_cell = on_cell
         self._open_s = open_s
+        self._place_of = place_of
         self._blank: dict[str, bool] = {}
         """Whether a disk was blank when this process looked."""
         self._settling = asyncio.Lock()
@@ -158,6 +184,8 @@ class Opener:
             if admitted.opens:
                 if admitted.form:
                     await self._form()
+                if admitted.joins:
+                    await self._join(section.id)
                 return admitted
             self.disks.refuse(section, admitted.state, f"{section.directory}: {admitted.reason}")
             settled.set()
@@ -170,8 +198,15 @@ class Opener:
     def _facts(self, section: DiskSection) -> DiskFacts:
         """Of a disk that was looked at."""
         ledger, disk = self.ledger, section.id
+        place = self._place_of(disk)
         return DiskFacts(
-            disk, self._blank[disk], ledger.knows(disk), ledger.claimed(disk), ledger.failure(disk, "meta")
+            disk,
+            self._blank[disk],
+            ledger.knows(disk),
+            ledger.claimed(disk),
+            ledger.failure(disk, "meta"),
+            place.named,
+            place.joins,
         )
 
     def _own_ledger(self) -> OwnLedger:
@@ -197,6 +232,12 @@ class Opener:
         """Records that this node begins with all its disks, unless they have a store."""
         new = [section.id for section in self._config.disks if self._blank.get(section.id, True)]
         await asyncio.to_thread(self.ledger.form, ids_of(self.ledgers.view().others), new)
+
+    async def _join(self, disk: str) -> None:
+        """Records that this node begins with one disk more. A new node also records the other nodes' ledgers."""
+        log.info("a disk joins the cluster", disk=disk)
+        others = {} if self.ledger.formed else ids_of(self.ledgers.view().others)
+        await asyncio.to_thread(self.ledger.form, others, [disk])
 
     async def _open(self, section: DiskSection, expected: DiskClaim | None, settled: asyncio.Event) -> LocalDisk:
         directory, ledger = Path(section.directory), self.ledger

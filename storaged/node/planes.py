@@ -18,12 +18,13 @@ from storaged import __version__, observe
 from storaged.clock import Clock
 from storaged.cluster.identity import Identity, authority_of, load_identity
 from storaged.cluster.layout import Layout, confirmed_roles
-from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
+from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership, OwnNode
-from storaged.cluster.moves import RefusedLayout, places_digest
+from storaged.cluster.moves import places_digest
 from storaged.cluster.policy import Policy, policy_of
 from storaged.cluster.ports import DiskStatus, Method, PeerChecks, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits, authority
+from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
 from storaged.errors import (
@@ -49,16 +50,17 @@ from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.accepting import LayoutAcceptor
-from storaged.node.auditing import Auditing
+from storaged.node.auditing import Auditing, audit_refused_layouts
 from storaged.node.belief import NodeBelief
 from storaged.node.disks import Disks, Snapshot
 from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
-from storaged.node.opener import Opener
+from storaged.node.opener import Opener, place_in
 from storaged.node.refusals import Refusals
-from storaged.node.system import LAYOUT_FILE, SystemPaths, operator_layout
+from storaged.node.system import SystemPaths, digests_of, learn_operators
 from storaged.objects.code.small_copy import is_small_copy
+from storaged.wire import decode
 
 if TYPE_CHECKING:  # storage nodes have no further processes, and don't import what those need
     from storaged.node.leader import Leader
@@ -141,24 +143,32 @@ class NodePlanes:
                 "layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes)
             )
         )
-        self._audit_refused_layouts()
+        audit_refused_layouts(self.layouts, self.audit)
         stack.push_async_callback(self.auditing.close)
 
     async def _build_disks(self, stack: contextlib.AsyncExitStack) -> None:
         if not self.config.storage:
             return
         ledger = await asyncio.to_thread(Ledger, self.directory)
-        if not await asyncio.to_thread(ledger.goes_by, places_digest(self.layouts.current)):
+        if not await asyncio.to_thread(ledger.goes_by, *digests_of(self.layouts)):
             raise LayoutRefused(
                 f"By layout {self.layouts.epoch} replicas or disks lie elsewhere than by the one that this node has"
                 f" used, and which is gone from {self.directory / 'layouts'}. Put that directory back, or the cluster's"
                 " own layout beside the certificate."
             )
-        self._opener = opener = Opener(self.config, self.clock, self._cell_damaged, ledger, cluster=self.own.cluster)
+        self._opener = opener = Opener(
+            self.config,
+            self.clock,
+            self._cell_damaged,
+            ledger,
+            cluster=self.own.cluster,
+            place_of=lambda disk: place_in(self.layouts, self.own.name, disk),
+        )
         self.disks = opener.disks
         self.ledgers = opener.ledgers = LedgerExchange(
             ledger, self.own, self.authority, self.layouts, opener, self._refused
         )
+        self.layouts.watch(self.ledgers.follow)
         self._methods.update(self.ledgers.methods())
         stack.push_async_callback(opener.close)
 
@@ -173,7 +183,8 @@ class NodePlanes:
 
     async def _open_layouts(self) -> None:
         files = LayoutFiles(self.directory / "layouts")
-        persist = files.save if self.leader is None else None
+        self._files = files
+        persist = self._persist if self.leader is None else None
         self.layouts = LayoutBook(
             self.own.administration,
             self.own.cluster,
@@ -182,9 +193,16 @@ class NodePlanes:
             clock=self.clock,
             authority=self.authority,
         )
-        await self._learn_operators()
+        await learn_operators(self.own, self.layouts)
         self._follow_policy(self.layouts.current)
         self.layouts.watch(self._follow_policy)
+
+    async def _persist(self, epoch: int, signed: SignedLayout) -> None:
+        """A ``Persist``. The ledger then knows which layout this node has used, whatever becomes of the files."""
+        await self._files.save(epoch, signed)
+        layout = decode(signed.payload, Layout)
+        if self.ledgers is not None and epoch > self.layouts.epoch and layout.base:
+            await asyncio.to_thread(self.ledgers.ledger.move_to, places_digest(layout))
 
     def _follow_policy(self, layout: Layout) -> None:
         """Takes over the policy of the layout in force: whom it admits, and who gets keys.
@@ -226,22 +244,6 @@ class NodePlanes:
                 f"{peer.name} is certified as {', '.join(peer.roles)} in {where}; the layout in force says otherwise."
             )
 
-    async def _learn_operators(self) -> None:
-        """Learns the layout beside the certificate. A refused one is noted and the layout in use stays; without any
-        layout the node does not start.
-        """
-        signed = operator_layout(self.own)
-        if signed is not None:
-            try:
-                await self.layouts.learn(signed, str(self.own.directory / LAYOUT_FILE))
-            except LayoutRefused:
-                if not self.layouts.epoch:
-                    raise
-        if not self.layouts.epoch:
-            raise LayoutRefused(
-                f"there is no layout: put the signed one into {self.own.directory} (storaged cluster layout)"
-            )
-
     # --- building
 
     def _build_network(self) -> None:
@@ -265,7 +267,7 @@ class NodePlanes:
         self._methods.update(self.membership.methods())
 
     def _address(self, node: str) -> str | None:
-        entry = self.layouts.current.node_by_name.get(node)
+        entry = self.layouts.contact(node)
         return entry.address if entry is not None and entry.address else None
 
     def _build_ring(self) -> None:
@@ -303,21 +305,6 @@ class NodePlanes:
         self.auditing = Auditing(self)
         self.audit = self.auditing.log
         self._methods.update(self.auditing.methods())
-
-    def _audit_refused_layouts(self) -> None:
-        def note(refused: RefusedLayout) -> None:
-            self.audit.refused(
-                "layout.refused",
-                LayoutRefused.code,
-                actor=f"node:{refused.source.removeprefix(PEER)}" if refused.source.startswith(PEER) else "",
-                target=f"layout:{refused.epoch}",
-                source=refused.source,
-                reason=refused.reason,
-            )
-
-        self.layouts.on_refusal = note
-        for refused in self.layouts.refusals():
-            note(refused)
 
     def maintain_context(self) -> MaintainContext:
         """What background work uses, of this node's disks and as a gateway."""
@@ -413,7 +400,7 @@ class NodePlanes:
             log.info("this node presents a new certificate", expires=own.expires.isoformat())
         if self.gateway is not None:
             self.gateway.judge_keys()
-        await self._learn_operators()
+        await learn_operators(self.own, self.layouts)
 
     async def _close_network(self) -> None:
         if self._exchanging is not None:

@@ -19,6 +19,8 @@ from storaged.meta.ports import Registers
 from storaged.wire import decode, encode
 
 LAYOUT_FILE = "layout.signed"
+BASE_FILE = "base.signed"
+"""Beside it, for a new node: the layout that placed the keys which never moved."""
 LAYOUT_REGISTER = "the register layout"
 
 log = structlog.get_logger("node")
@@ -100,11 +102,20 @@ def is_pending(held: SignedLayout, layouts: LayoutBook) -> bool:
     return not held.certificate and not layouts.has(held) and is_numbered_as_moving(decode(held.payload, Layout))
 
 
-def operator_layout(own: Identity) -> SignedLayout | None:
+def digests_of(layouts: LayoutBook) -> tuple[bytes, set[bytes]]:
+    """The digest of the places of the layout in force, and those of the layouts from which it was reached by moving
+    data.
+    """
+    current = layouts.current
+    before = [old for old in layouts.earlier() if current.base and old.epoch >= current.base]
+    return moves.places_digest(current), {moves.places_digest(old) for old in before}
+
+
+def operator_layout(own: Identity, name: str = LAYOUT_FILE) -> SignedLayout | None:
     """The layout beside the certificate, where the operator put it; None when there is none or it does not decode
     (which is logged).
     """
-    path = own.directory / LAYOUT_FILE
+    path = own.directory / name
     try:
         return decode(path.read_bytes(), SignedLayout)
     except FileNotFoundError:
@@ -112,3 +123,35 @@ def operator_layout(own: Identity) -> SignedLayout | None:
     except msgspec.MsgspecError as error:
         log.warning("a layout file is passed over", file=str(path), reason=str(error))
         return None
+
+
+async def learn_operators(own: Identity, layouts: LayoutBook) -> None:
+    """Learns the layout beside the certificate. A refused one is noted and the layout in use stays. A node without any
+    begins with the one that placed the keys which never moved, and asks its peers for those that followed.
+
+    Raises LayoutRefused without any layout.
+    """
+    signed, first = operator_layout(own), None if layouts.epoch else operator_layout(own, BASE_FILE)
+    try:
+        if first is not None:
+            await layouts.learn(first, str(own.directory / BASE_FILE))
+        if signed is not None and moves.MOVING_SUPPORTED and _comes_later(signed, layouts):
+            await layouts.propose(signed)
+        elif signed is not None:
+            await layouts.learn(signed, str(own.directory / LAYOUT_FILE))
+    except LayoutRefused:
+        if not layouts.epoch:
+            raise
+    if not layouts.epoch:
+        raise LayoutRefused(f"there is no layout: put the signed one into {own.directory} (storaged cluster layout)")
+
+
+def _comes_later(signed: SignedLayout, layouts: LayoutBook) -> bool:
+    """Whether the cluster has to decide this layout, or this node to learn one before it."""
+    if not layouts.epoch or layouts.has(signed):
+        return False
+    try:
+        layout = decode(signed.payload, Layout)
+    except msgspec.MsgspecError:
+        return False
+    return bool(layout.base) and (is_pending(signed, layouts) or layouts.by_hash(layout.predecessor) is None)

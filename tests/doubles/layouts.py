@@ -47,3 +47,6 @@ class KnownLayouts(Places):
 
     def at(self, epoch: int) -> Layout:
         return self._known[epoch]
+
+    def earlier(self) -> list[Layout]:
+        return [self._known[epoch] for epoch in sorted(self._known, reverse=True) if epoch != self.current.epoch]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.cluster.claims import ClaimsAnswer, ClaimsOffer, DiskClaim, NodeClaims, SignedClaims, state_claims
 from storaged.cluster.identity import NodeSigner
@@ -360,3 +361,73 @@ async def test_nodes_are_restarted_one_after_the_other_from_a_version_without_cl
         machines.up["n1"].on_node("n2", True, b"a new process")
         await until(lambda: machines.known("n2") == claim(starts=8))
         assert machines.known("n3") is None
+
+
+# --- layouts that name other nodes and disks
+
+
+def grown(machines: Machines, *more: str) -> Layout:
+    """The layout with further nodes, each with a disk; ``machines`` must have made their ledgers."""
+    nodes = tuple(NodeEntry(name, "FR/par1/a", "", ("storage",)) for name in more)
+    disks = tuple(DiskEntry("d" + name[1:], name, 1) for name in more)
+    layout = machines.layout
+    return replace(layout, epoch=100, base=1, nodes=layout.nodes + nodes, disks=layout.disks + disks)
+
+
+def use(machines: Machines, layout: Layout, *names: str) -> None:
+    for name in names:
+        exchange = machines.up[name]
+        assert isinstance(exchange._layouts, KnownLayouts)
+        exchange._layouts.learn(layout)
+        exchange.follow(layout)
+
+
+async def test_a_node_that_a_layout_adds_rebuilds_its_ledger_and_counts(tmp_path: Path) -> None:
+    machines = Machines(tmp_path, 4)
+    three = replace(machines.layout, nodes=machines.layout.nodes[:3], disks=machines.layout.disks[:3])
+    for name in ("n1", "n2", "n3", "n4"):
+        machines.up[name]._layouts = KnownLayouts(three)
+        machines.up[name].follow(three)
+        if name != "n4":
+            machines.up[name].ledger.count_again(fresh=False)
+    machines.layout = three
+    async with machines.talking("n1", "n2", "n3"):
+        await machines.up["n1"].publish(claim())
+        await until(lambda: machines.known("n3") is not None)
+        four = grown(machines, "n4")
+        use(machines, four, "n1", "n2", "n3", "n4")
+        assert machines.up["n1"].view().majority == 3
+        async with machines.talking("n4"):
+            await until(lambda: machines.up["n4"].ledger.whole and machines.known("n4") == claim())
+            await machines.up["n4"].publish(claim(disk="d4", store=OTHER_STORE))
+            await until(lambda: all(machines.known(name, "d4") is not None for name in ("n1", "n2", "n3")))
+    assert not machines.refusals
+
+
+async def test_a_node_that_a_layout_removes_counts_no_more_and_its_disks_stay_claimed(tmp_path: Path) -> None:
+    machines = Machines(tmp_path, 4)
+    machines.formed()
+    async with machines.talking("n1", "n2", "n3", "n4"):
+        await machines.up["n4"].publish(claim(disk="d4"))
+        await until(lambda: all(machines.known(name, "d4") is not None for name in ("n1", "n2", "n3")))
+        layout = machines.layout
+        three = replace(layout, epoch=100, base=1, nodes=layout.nodes[:3], disks=layout.disks[:3])
+        use(machines, three, "n1", "n2", "n3")
+        assert set(machines.up["n1"].view().others) == {"n2", "n3"}
+        machines.away.add("n4")
+        (machines.directory("n3") / LEDGER_FILE).unlink()
+    machines.boot("n3")
+    use(machines, three, "n3")
+    async with machines.talking("n1", "n2", "n3"):
+        await until(lambda: machines.known("n3", "d4") == claim(disk="d4"))
+    assert not machines.refusals
+
+
+async def test_what_an_earlier_owner_says_of_a_disk_that_another_node_has_now_is_refused(tmp_path: Path) -> None:
+    machines = Machines(tmp_path, 3)
+    machines.formed()
+    moved = tuple(replace(disk, node="n2") if disk.id == "d1" else disk for disk in machines.layout.disks)
+    use(machines, replace(machines.layout, epoch=100, base=1, disks=moved), "n2", "n3")
+    signed = state_claims(NodeSigner(machines.own["n1"]), "c1", "n1", [claim()])
+    with pytest.raises(StoragedError, match="does not give it disk 'd1'"):
+        await machines.ask("n1", "n2", ClaimsOffer(signed))

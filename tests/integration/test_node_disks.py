@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from storaged import config
 from storaged.clock import SystemClock
+from storaged.cluster import moves
 from storaged.cluster.claims import DiskClaim, Ledgers
 from storaged.cluster.ports import LedgerReport
 from storaged.errors import DiskRolledBack, DiskUnusable, OperatorError
@@ -25,10 +27,15 @@ from storaged.node import opener as node_opener
 from storaged.node.disks import Disks, Snapshot
 from storaged.node.ledger import LEDGER_FILE, Ledger
 from storaged.node.ledger_exchange import LoneLedger
-from storaged.node.opener import Opener
+from storaged.node.opener import Opener, Place, place_in
+from tests.doubles.layouts import KnownLayouts
 from tests.integration.test_node import storage_config
 from tests.patience import GUARD_S
 from tests.worlds.authority import until
+from tests.worlds.layouts import first as first_layout
+from tests.worlds.layouts import moving, with_nodes
+
+__all__ = ["moving"]
 
 
 def opener(loaded: config.Config, others: OtherLedgers | None = None, **settings: Any) -> Opener:
@@ -462,3 +469,85 @@ async def test_a_fragment_store_that_failed_takes_nothing_also_where_the_disk_co
     assert await states(again) == ["read-only", "ok"]
     assert "fdatasync" in await reason_of(again, "d1")
     await again.close()
+
+
+# --- disks that a layout adds
+
+
+async def test_a_disk_that_a_layout_adds_joins_without_all_nodes_once_and_never_again_blank(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    old, new = ids(loaded)
+    places = {old: Place(True, joins=False), new: Place(False, joins=False)}
+    others = OtherLedgers(n2=USED, n3=None)
+    first = opener(loaded, others, place_of=places.__getitem__, open_s=GUARD_S)
+    first.ledger.form({"n2": b"2" * 16, "n3": b"3" * 16}, [old])
+    first.ledger.count_again(fresh=False)
+    disks = await first.open()
+    assert await states(disks) == ["ok", "waiting"]
+    assert "no layout in force gives it to this node yet" in await reason_of(disks, "d2")
+    places[new] = Place(True, joins=True)
+    others.tell()
+    await until(lambda: set(disks.used) == {old, new})
+    assert {claim.disk for claim in others.published} == {old, new}
+    assert first.ledger.node("n3") == b"3" * 16, "it remembers the ledgers that were there when it was formed"
+    await first.close()
+    shutil.rmtree(tmp_path / "d2")
+    others = OtherLedgers(n2=USED, n3=USED)
+    second = opener(loaded, others, place_of=places.__getitem__)
+    disks = await second.open()
+    assert await states(disks) == ["ok", "blank"], "it took part, and has forgotten what it promised"
+    await second.close()
+
+
+async def test_a_disk_that_a_layout_adds_waits_for_a_majority_of_the_ledgers(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    others = OtherLedgers()
+    found = opener(loaded, others, place_of=lambda _disk: Place(True, joins=True), open_s=GUARD_S)
+    disks = await found.open()
+    assert await states(disks) == ["waiting", "waiting"]
+    others.tell(n2=USED)
+    await asyncio.sleep(0)
+    assert not disks.used, "its own ledger is blank, and one of two others is not enough to rebuild it"
+    others.tell(n3=USED)
+    await until(lambda: len(disks.used) == 2)
+    assert found.ledger.node("n2") == USED.id, "a new node remembers the others"
+    await found.close()
+
+
+async def test_a_disk_that_a_layout_adds_with_a_store_of_its_own_is_foreign(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    first = opener(loaded)
+    await first.open()
+    await first.close()
+    (tmp_path / LEDGER_FILE).unlink()
+    second = opener(loaded, OtherLedgers(n2=USED, n3=USED), place_of=lambda _disk: Place(True, joins=True))
+    second.ledger.count_again(fresh=False)
+    assert await states(await second.open()) == ["foreign", "foreign"]
+    await second.close()
+
+
+def test_what_a_layout_says_of_a_disk(moving: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = first_layout()
+    layouts = KnownLayouts(before)
+    assert place_in(layouts, "n1", "d1a") == Place(True, joins=False)
+    assert place_in(layouts, "n2", "d1a") == place_in(layouts, "n4", "d4a") == Place(False, joins=False)
+    layouts.learn(replace(with_nodes(before, "n4"), epoch=100, base=1))
+    assert place_in(layouts, "n1", "d1a") == Place(True, joins=False)
+    assert place_in(layouts, "n4", "d4a") == Place(True, joins=True)
+    layouts.learn(replace(with_nodes(before, "n4"), epoch=200, base=1))
+    assert place_in(layouts, "n4", "d4a") == Place(True, joins=True)
+    unknown = KnownLayouts(replace(with_nodes(before, "n4"), epoch=200, base=1))
+    assert place_in(unknown, "n4", "d4a") == Place(True, joins=False), "what was placed first is not known"
+    monkeypatch.setattr(moves, "MOVING_SUPPORTED", False)
+    assert place_in(KnownLayouts(before), "n4", "d4a") == Place(True, joins=False), "as before"
+
+
+def test_the_ledger_follows_the_layouts_that_its_node_used(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert ledger.goes_by(b"one")
+    assert not ledger.goes_by(b"two")
+    assert ledger.goes_by(b"two", {b"one"})
+    assert not Ledger(tmp_path).goes_by(b"one"), "the files of layouts were put back"
+    ledger.move_to(b"three")
+    assert Ledger(tmp_path).goes_by(b"three")
+    assert not ledger.goes_by(b"two", {b"one", b"two"})

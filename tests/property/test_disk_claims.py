@@ -80,14 +80,16 @@ def test_whatever_majority_had_a_claim_a_rebuilt_ledger_reads_it(count: int, los
             assert not had_it_all or len(read) == len(others)
 
 
+places = st.sampled_from([(True, False), (True, True), (False, False)])
 facts = st.builds(
-    DiskFacts,
+    lambda *seen: DiskFacts(*seen[:-1], *seen[-1]),
     st.just("d1"),
     st.booleans(),
     st.booleans(),
     st.lists(st.builds(DiskClaim, st.just("d1"), st.binary(min_size=16, max_size=16), st.just(2), st.just(3)),
              max_size=2, unique_by=lambda claim: claim.store).map(lambda found: Claimed(tuple(found))),
     st.sampled_from(["", "", "EIO"]),
+    places,
 )  # fmt: skip
 owns = st.builds(OwnLedger, st.just(b"own"), st.sampled_from([True, False, None]), st.booleans())
 reports = st.one_of(
@@ -113,7 +115,10 @@ def test_no_disk_is_opened_without_a_majority_nor_a_blank_or_failed_one_that_was
         assert found.expected == disk.claimed.only
         if not disk.claimed.stores and not disk.listed:
             assert disk.blank, "a store that nothing knows"
-            assert own.formed is False
+            assert disk.joins or own.formed is False
+            assert disk.named, "a disk that the layout in force gives to no node, or to another one"
+            assert found.joins == disk.joins
+            assert found.form != disk.joins
     else:
         assert found.reason
     begin = may_begin_unclaimed(own, ledgers, [disk])
