@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+import msgspec
+
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.partitions import PartitionRecord
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
@@ -32,7 +34,7 @@ from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenanc
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.authority import KnownSteps
 from storaged.meta.listing.merge import RingScanner
-from storaged.meta.names import RegisterName, Table, object_name
+from storaged.meta.names import Change, RegisterName, Table, Value, object_name
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.store_ports import RowDamaged
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
@@ -42,7 +44,7 @@ from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
 from storaged.objects.code.manifest import parts_of
 from storaged.objects.code.small_copy import is_small_copy
 from storaged.objects.plane import ObjectLimits, ObjectPlane
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
 from storaged.objects.system.buckets import BucketService
@@ -611,3 +613,12 @@ class Gateway:
 async def body_of(data: bytes) -> AsyncIterator[Buffer]:
     for at in range(0, len(data), 200_000):
         yield data[at : at + 200_000]
+
+
+def without_hash(value: Value | None) -> Change:
+    """The record of a small object as version 0.1.0 wrote it: an update function."""
+    assert value is not None
+    [version] = decode_object(value.body).versions
+    [entry] = version.parts
+    old = msgspec.structs.replace(version, parts=(msgspec.structs.replace(entry, copy_hash=b""),))
+    return Change(encode_object(ObjectRecord((old,))), value.visibility, value.payload)

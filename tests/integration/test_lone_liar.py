@@ -18,10 +18,10 @@ from storaged.maintain.moves import REFUSED, DiscardAsk, FragmentAsk
 from storaged.maintain.pull import Behind, BroughtUp
 from storaged.meta import messages
 from storaged.meta.consensus.register import NEVER, digest_of
-from storaged.meta.names import SEQUENCE_MAX, Ballot, Change, RegisterName, Value, Visibility, object_name
+from storaged.meta.names import SEQUENCE_MAX, Ballot, RegisterName, Value, Visibility, object_name
 from storaged.meta.store_ports import Slot, StoreBatch
-from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, encode_object
-from tests.integration.memory_cluster import Cluster, LocalCaller, run
+from storaged.objects.records import BucketRecord
+from tests.integration.memory_cluster import Cluster, LocalCaller, run, without_hash
 
 LARGE = 300_000
 KEY = b"key"
@@ -313,14 +313,6 @@ def test_copies_that_differ_where_no_record_decides_are_shown_in_status_and_comp
         assert not [job for status in await cluster.statuses() for job in status.jobs if job.name == "comparison"]
 
     run(scenario)
-
-
-def without_hash(value: Value | None) -> Change:
-    assert value is not None
-    [version] = decode_object(value.body).versions
-    [entry] = version.parts
-    old = msgspec.structs.replace(version, parts=(msgspec.structs.replace(entry, copy_hash=b""),))
-    return Change(encode_object(ObjectRecord((old,))), value.visibility, value.payload)
 
 
 def test_a_fragment_whose_header_names_another_owner_is_an_orphan_and_is_rebuilt() -> None:
