@@ -171,7 +171,7 @@ class Collecting:
         self.found = Verdicts(seed)
         self.gateways: list[Gateway] = []
         self.aside = random.Random(f"collecting aside {seed}")
-        self.false_rounds = self.aside.choice((0.0, 0.0, 0.3, 0.9))
+        self.false_rounds = self.aside.choice((0.0, 0.0, 0.3, 1.0))
         """How often a gateway says that it made rounds, and made none."""
         self._pause_s = self.aside.choice((0.0, 0.0, 3.0, HOUR_S))
         """How long a collector may stand still between its looks."""

@@ -84,12 +84,13 @@ COLLECTOR_BUGS = (
     Planted(
         "synced_before_the_promise",
         "a writer sees its fragments beside the prepare, not after the promise",
-        200,
+        0,
         _PLAY,
-        "tests/sim/collecting.py",
-        "        await promised.wait()\n        durable: set",
-        "        durable: set",
-        open=True,
+        "storaged/objects/write/writer.py",
+        "        await promised.wait()\n        if self._synced:\n",
+        "        if self._synced:\n",
+        tests="tests/unit/test_objects_writer.py::test_fragments_are_seen_after_each_promise",
+        why="The play imitates the writer (``Collecting._made_durable``), and this is the program's.",
     ),
     Planted(
         "orphans_stay",
