@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable
+from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.meta.consensus.change import (
+    ALL_REPLICAS_TRIES,
     BACKOFF_FIRST_S,
     BACKOFF_MAX_S,
     STRAGGLERS_S,
     SYSTEM_STRAGGLERS_S,
+    THIRD_REPLICA_TRIES,
     Shared,
     Wanted,
 )
@@ -28,6 +30,7 @@ from storaged.meta.consensus.states import (
     PREPARING,
     REFRESHING,
     RETRYING,
+    SYNCING,
 )
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
@@ -44,7 +47,7 @@ class Machine(Proposer):
 
     __slots__ = ("counts",)
 
-    def __init__(self, name: RegisterName = NAME, change: Change = Change(b"new"), **wanted: bool) -> None:  # noqa: B008
+    def __init__(self, name: RegisterName = NAME, change: Change | None = Change(b"new"), **wanted: bool) -> None:  # noqa: B008
         self.counts = dict.fromkeys(COUNTS, 0)
         shared = Shared(Ballots("gw", lambda: b"12345678"), RULES, self.counts)
         super().__init__(shared, Wanted(name, lambda _: change, **wanted), Lineage(bytes(CALL_BYTES), RULES))
@@ -241,3 +244,105 @@ def test_the_newest_record_goes_on_as_it_is_and_an_older_one_above_all_sequences
     promises = {"a": _promise(5, 3), "b": _promise(7, 2), "c": PrepareReply(Verdict.OK)}
     assert highest_sequence(promises, Ballot(1, 7, "gw", b"12345678")) == 0
     assert highest_sequence(promises, Ballot(1, 5, "gw", b"12345678")) == 3
+
+
+# --- fragments and copies ---------------------------------------------------------------------------------------------
+
+
+class FragmentsGone(StoragedError):
+    pass
+
+
+def test_a_change_whose_fragments_cannot_be_made_durable_fails_with_that_and_others_with_unknown() -> None:
+    machine = Machine(barrier=True, thorough=True)
+    machine.prepares(PROMISE, PROMISE)
+    assert machine.state is SYNCING
+    assert machine.data_failed(FragmentsGone())
+    assert isinstance(machine.error, FragmentsGone)
+    assert not machine.data_failed(FragmentsGone())
+    machine = Machine(barrier=True, thorough=True)
+    machine.prepares(PROMISE, PROMISE)
+    assert machine.synced()
+    assert not machine.data_failed(FragmentsGone())
+    machine.accepts(None, None)
+    assert machine.state is RETRYING
+    assert machine.data_failed(FragmentsGone())
+    assert isinstance(machine.error, OutcomeUnknown)
+
+
+def test_fragments_are_waited_for_once() -> None:
+    machine = Machine(barrier=True, thorough=True)
+    machine.prepares(PROMISE, PROMISE)
+    assert machine.state is SYNCING
+    assert machine.synced()
+    assert machine.state is ACCEPTING
+    assert not machine.synced()
+    machine.accepts(
+        AcceptReply(Verdict.PREEMPTED, ABOVE, final=True), AcceptReply(Verdict.PREEMPTED, ABOVE, final=True)
+    )
+    assert machine.accepted(machine.turn - 1, "c", None) is False
+    machine.prepares(PROMISE, PROMISE)
+    assert machine.state is ACCEPTING
+
+
+def _carrying(**wanted: bool) -> tuple[Machine, PrepareReply, PrepareReply]:
+    """It has found a record of one replica that names a copy, and nothing at another."""
+    value = Value(2, b"o" * 16, Visibility.LIVE, b"v", b"d" * 16)
+    held = PrepareReply(Verdict.OK, accepted=Ballot(1, 5, "gw", b"12345678"), value=value)
+    machine = Machine(settling=True, thorough=True, commit=True, change=None, **wanted)
+    machine.prepares(held, PROMISE)
+    while machine.state is GATHERING:
+        machine.waited()
+    return machine, held, PROMISE
+
+
+def test_a_copy_is_looked_for_twice_and_then_an_older_record_takes_its_place() -> None:
+    machine, held, nothing = _carrying()
+    assert machine.state is CARRYING
+    assert machine.carried(None)
+    assert machine.state is RETRYING
+    machine.prepares(held, nothing)
+    while machine.state is GATHERING:
+        machine.waited()
+    assert machine.state is CARRYING
+    assert machine.carried(None)
+    assert machine.state is GATHERING  # for the third replica, before it decides
+    machine.promised(machine.turn, "c", nothing)
+    assert machine.state is ACCEPTING
+    assert machine.request.value.sequence == 3  # type: ignore[union-attr]
+    assert not machine.carried(None)
+
+
+def test_the_third_replica_is_asked_again_before_an_older_record_takes_the_place_of_a_newer_one() -> None:
+    machine, held, nothing = _carrying()
+    above = Ballot(1, NOW_US + 10**7, "other", b"87654321")
+    for attempt in range(THIRD_REPLICA_TRIES + 1):
+        assert machine.state is CARRYING
+        machine.carried(())  # each has said that it has none
+        assert machine.state is GATHERING
+        refusal = PrepareReply(Verdict.PREEMPTED, above._replace(counter=above.counter + attempt * 10**7))
+        assert machine.promised(machine.turn, "c", refusal)
+        if attempt < THIRD_REPLICA_TRIES:
+            assert machine.state is RETRYING
+            machine.prepares(held, nothing)
+            while machine.state is GATHERING:
+                machine.waited()
+    assert machine.state is FAILED
+
+
+@pytest.mark.parametrize("commit", [False, True])
+def test_a_settling_round_begins_again_for_a_third_replica_that_refuses_and_not_for_ever(commit: bool) -> None:
+    machine = Machine(settling=True, commit=commit, thorough=True, change=None)
+    found = (_promise(5, 1), _promise(6, 2)) if not commit else (_promise(5, 1), _promise(5, 1))
+    above = Ballot(1, NOW_US + 10**7, "other", b"87654321")
+    tries = 0
+    machine.prepares(*found)
+    while machine.state is GATHERING:
+        refusal = PrepareReply(Verdict.PREEMPTED, above._replace(counter=above.counter + tries * 10**7))
+        machine.promised(machine.turn, "c", refusal)
+        if machine.state is RETRYING:
+            tries += 1
+            machine.prepares(*found)
+    assert machine.state is ACCEPTING
+    assert tries == (ALL_REPLICAS_TRIES if commit else THIRD_REPLICA_TRIES)
+    assert not machine.waited()
