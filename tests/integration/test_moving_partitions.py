@@ -30,6 +30,7 @@ from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.names import RegisterName, Visibility, object_name
 from storaged.objects.api import CompletedPart, NewMeta
 from storaged.objects.records import BucketRecord
+from storaged.objects.where import where
 from tests.integration.memory_cluster import WHO, Cluster, run
 
 T = TypeVar("T")
@@ -244,6 +245,88 @@ async def assert_complete(cluster: Cluster, moves: Moves) -> None:
     assert checked > 2
 
 
+async def small_object(cluster: Cluster, key: bytes = b"key") -> tuple[BucketRecord, RegisterName]:
+    bucket = await cluster.bucket()
+    await cluster.put(bucket, key, b"x" * 5_000)
+    return bucket, object_name(bucket.id, bucket.shard_numbers, key)
+
+
+def test_where_shows_the_replicas_of_both_sets() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, name = await small_object(cluster)
+        moves = Moves(cluster, random.Random(1))
+        before = await where(cluster.objects.plane, bucket, b"key")
+        assert (len(before.replicas), before.replicas_may_fail, before.disks_may_fail) == (3, 1, 2)
+        await moves.joint(name.partition)
+        state = moves.layouts.partition(name.partition)
+        found = await where(cluster.objects.plane, bucket, b"key")
+        assert {replica.disk: replica.state for replica in found.replicas} == {
+            **dict.fromkeys(state.present, "ok"),
+            state.comes: "empty",
+        }
+        assert [(copy.disk, copy.position, copy.state) for run in found.runs for copy in run.fragments] == [
+            *((disk, position, "ok") for position, disk in enumerate(state.present)),
+            (state.comes, state.position_of(state.comes), "missing"),
+        ]
+        assert (found.replicas_may_fail, found.disks_may_fail) == (1, 2)
+        cluster.lose_disk(state.comes)
+        found = await where(cluster.objects.plane, bucket, b"key")
+        assert found.replicas_may_fail == 0, "each of the others is needed for a majority of the coming set"
+        await cluster.put(bucket, b"key", b"y" * 5_000)
+        found = await where(cluster.objects.plane, bucket, b"key")
+        assert {replica.state for replica in found.replicas if replica.disk != state.comes} == {"ok"}
+
+    run(scenario)
+
+
+def test_a_write_while_a_partition_moves_leaves_copies_at_both_sets_and_needs_a_majority_of_each() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, name = await small_object(cluster)
+        moves = Moves(cluster, random.Random(1))
+        await moves.joint(name.partition)
+        state = moves.layouts.partition(name.partition)
+        await cluster.put(bucket, b"key", b"y" * 5_000)
+        await cluster.pass_s(1)
+        value = (await cluster.gateway.ring.read(name)).value
+        assert value is not None
+        copies = {(disk, copy.position) for disk, copy in await cluster.fragments(value.payload)}
+        assert copies == {(disk, state.position_of(disk)) for disk in state.disks}
+        both = next(disk for disk in state.present if disk != state.goes)
+        cluster.lose_disk(state.comes)
+        cluster.lose_disk(both)  # two of three are left of the set that it has, one of the set that comes
+        with pytest.raises(ServiceUnavailable):
+            await cluster.put(bucket, b"key", b"z" * 5_000)
+        with pytest.raises(ServiceUnavailable):
+            await cluster.get(bucket, b"key")
+
+    run(scenario)
+
+
+def test_a_listing_settles_nothing_for_the_disk_that_comes() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, name = await small_object(cluster)
+        keys = [b"%d" % number for number in range(200)]
+        keys = [key for key in keys if object_name(bucket.id, bucket.shard_numbers, key).shard == name.shard]
+        for key in keys:
+            await cluster.put(bucket, key, b"x")
+        moves = Moves(cluster, random.Random(1))
+        await moves.joint(name.partition)
+        state = moves.layouts.partition(name.partition)
+        cluster.lose_disk(next(disk for disk in state.present if disk != state.goes))
+        rounds = cluster.gateway.ring.statistics().identity_rounds
+        listing = await cluster.objects.list_objects(bucket)
+        assert list(listing.keys) == sorted([*keys, b"key"])
+        assert cluster.gateway.ring.statistics().identity_rounds == rounds
+        # What was written meanwhile, and has no majority of the coming set, is settled before it is listed.
+        await cluster.put(bucket, b"key", b"new")
+        del cluster.meta(state.comes)._shards[name[:3]]
+        listing = await cluster.objects.list_objects(bucket)
+        assert list(listing.keys) == sorted([*keys, b"key"])
+        assert cluster.gateway.ring.statistics().identity_rounds == rounds + 1
+
+    run(scenario)
+
+
 async def collect(cluster: Cluster) -> None:
     """Days pass, and everything is swept."""
     limits = cluster.limits
@@ -271,10 +354,8 @@ def test_a_disk_that_takes_earlier_steps_does_not_count_as_brought_up() -> None:
     """It may accept a late value after it was compared. With a disk that was not compared this may be chosen."""
 
     async def scenario(cluster: Cluster) -> None:
-        bucket = await cluster.bucket()
-        await cluster.put(bucket, b"key", b"x" * 5_000)
+        _bucket, name = await small_object(cluster)
         moves = Moves(cluster, random.Random(1))
-        name = object_name(bucket.id, bucket.shard_numbers, b"key")
         await moves.joint(name.partition)
         state = moves.layouts.partition(name.partition)
         unfenced = next(disk for disk in state.coming if disk in state.present)

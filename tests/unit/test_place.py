@@ -10,12 +10,14 @@ import msgspec
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry, Profile
+from storaged.cluster.partitions import PartitionState, epoch_of
 from storaged.errors import ServiceUnavailable
 from storaged.objects.code.place import (
     Placement,
     acceptable,
     choose,
     copies_rule,
+    copy_plan,
     disks_of,
     enough_copies,
     first_choice,
@@ -286,3 +288,14 @@ def test_nothing_is_placed_outside_the_countries_of_the_layout_whatever_a_bucket
     assert {
         mixed.country_of(disk) for disk in choose(mixed, data_ids(1)[0], Profile(4, 2), lambda disk: True).disks
     } == {"FR", "DE"}
+
+
+def test_while_a_partition_moves_the_copies_must_be_enough_in_both_sets():
+    layout = layout_of((2, 2, 2))
+    state = PartitionState(5, 1, epoch_of(1, 1), ("r0d0", "r1d0", "r2d0"), ("r0d0", "r1d0", "r1d1"))
+    plan = copy_plan(layout, state, lambda disk: True)
+    assert (plan.copies, [(run.k, run.m) for run in plan.runs]) == (3, [(1, 2)])
+    assert plan.enough(frozenset({"r0d0", "r1d0"}))
+    assert not plan.enough(frozenset({"r0d0", "r2d0"})), "only one is in the set that comes"
+    assert not plan.enough(frozenset({"r1d0", "r1d1", "r2d0"})), "the set that comes has two in one rack"
+    assert plan.enough(frozenset({"r0d0", "r1d1", "r2d0"}))
