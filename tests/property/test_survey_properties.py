@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
+from storaged.cluster.partitions import PartitionRecord
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.health import BlockPlace, Presence, Tally, blocks_of, claims, judge_block
 from storaged.maintain.moves import replace_blocks
@@ -119,3 +120,23 @@ def by_block(runs: tuple[Run, ...]) -> dict[int, tuple[int, int, int, dict[int, 
     return {
         block: (run.k, run.m, run.epoch, run.moved) for run in runs for block in range(run.first, run.first + run.count)
     }
+
+
+def test_small_copies_belong_to_the_replicas_of_both_sets_by_position() -> None:
+    layouts = KnownLayouts(LAYOUT)
+    layouts.partitions.learn(PartitionRecord(7, 1, ("a0", "b0", "c0"), ("a0", "b1", "c0"), LAYOUT.epoch))
+    entry = PartEntry(1, b"d" * 16, 5_000, HEADER, 1, "4+2", (Run(0, 1, 1, 2, LAYOUT.epoch),), small=True)
+    copies = [FragmentId(entry.data_id, 0, 1, 2, position) for position in range(3)]
+    claimed = {
+        (copy.position, disk.id)
+        for copy in copies
+        for disk in LAYOUT.disks
+        if claims(entry, copy, disk.id, 7, layouts, ())
+    }
+    assert claimed == {(0, "a0"), (1, "b0"), (1, "b1"), (2, "c0")}
+    [place] = blocks_of(entry, 7, layouts, ())
+    assert place.disks == ("a0", "b0", "c0")
+    layouts.partitions.learn(PartitionRecord(7, 2, ("a0", "b1", "c0"), (), LAYOUT.epoch))
+    assert not claims(entry, copies[1], "b0", 7, layouts, ())
+    [place] = blocks_of(entry, 7, layouts, ())
+    assert place.disks == ("a0", "b1", "c0")
