@@ -397,7 +397,7 @@ class Gateway:
         self._options = options
         self.name = name
         self._node = node
-        self.layouts = Layouts(layout)
+        self.layouts: Any = Layouts(layout)
         self.clock = VirtualClock(world.loop, world.skew_ms() if skew_ms is None else skew_ms)
         self.life = 0
         self.start()

@@ -27,6 +27,7 @@ PLAYS = {
     "small": "tests.sim.small:run_small",
     "bursts": "tests.sim.bursts:run_bursts",
     "flicker": "tests.sim.flicker:run_flicker",
+    "moving": "tests.sim.partitions:run_moving",
     "object lies": "tests.sim.object_lies:run_object_lies",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""

@@ -124,7 +124,7 @@ class Scenario(Workload):
         await asyncio.gather(*(task for part, task in tasks.items() if part.finishes))
         for gateway in self.gateways:
             gateway.layouts.current = self.layout
-        reader = Gateway(self.world, "reader", self.layout, deadline_s=DEADLINE_S)
+        reader = await self.make_reader()
         await self.look_at_the_end(reader)
         for part in self.parts:
             await part.judge(reader)
@@ -132,6 +132,10 @@ class Scenario(Workload):
             if gateway.client.chosen_falls[0]:
                 self.complain(f"what was chosen fell back: {gateway.client.chosen_falls[1]}")
             await gateway.client.close()
+
+    async def make_reader(self) -> Gateway:
+        """Who looks at the end."""
+        return Gateway(self.world, "reader", self.layout, deadline_s=DEADLINE_S)
 
     async def look_at_the_end(self, reader: Gateway) -> None:
         """Healed, every key can be read and written, and the small copies are still there."""

@@ -1,0 +1,387 @@
+"""Partitions move from disks to disks while gateways write, read and list in them.
+
+The mover is the program's own (``maintain.partition_mover``): two of its processes run, die and begin again anywhere.
+Each process learns of layouts and of steps at another time, and a process that begins again knows no step. Nodes die
+and lose what was not synced, disks hang or are lost for good, and one bucket is closed meanwhile. At the end every
+partition is where the last layout wants it, and everything can be read, listed and written there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import Any
+
+import msgspec
+
+from storaged.cluster.layout import Layout
+from storaged.cluster.partitions import PartitionRecord, is_settled, path_of
+from storaged.errors import LayoutRefused, NoSuchBucket, StoragedError
+from storaged.maintain.partition_mover import MoverPorts, PartitionMover
+from storaged.meta.authority import KnownSteps
+from storaged.meta.client import DEADLINE_S
+from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
+from storaged.meta.names import Change, Visibility, object_name, system_name
+from storaged.meta.ports import Update
+from storaged.meta.transport.replicas import ReplicaHost
+from storaged.wire import decode
+from tests.doubles.layouts import KnownLayouts
+from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, World, make_layout
+from tests.sim.listing import BUCKET, LISTED_KEYS, SHARDS, Listing
+from tests.sim.parts import BitFlips, ClockJumps, HungDisks, Part, Suspensions, Trouble
+from tests.sim.scenario import play_out
+from tests.sim.virtual import VirtualLoop
+from tests.sim.workload import Verdicts
+
+MOVERS = 2
+PATIENCE_S = 60.0
+"""Of a sound cluster, until all partitions are where they belong."""
+CLOSED = object_name(b"a closed bucket.", range(1), b"key")
+REOPENED = object_name(b"a fenced bucket.", range(1), b"key")
+NAMES = {key: object_name(BUCKET, range(SHARDS), key.encode()) for key in LISTED_KEYS}
+NUMBERS = sorted({name.partition for name in (*NAMES.values(), CLOSED, REOPENED)})
+
+
+def layouts_of(chance: random.Random) -> list[Layout]:
+    """The first one places the partitions; each of the others moves some."""
+    found: list[Layout] = []
+    count = chance.choice((2, 2, 3))
+    while len(found) < count:
+        disks = frozenset(chance.sample(DISKS, chance.choice((3, 4, 4))))
+        whole = make_layout(len(found) + 1, FIRST_SEEDS)
+        places = tuple(
+            disk if disk.id in disks else msgspec.structs.replace(disk, state="draining") for disk in whole.disks
+        )
+        layout = msgspec.structs.replace(whole, disks=places, base=1 if found else 0)
+        if not found or any(
+            set(layout.replicas_of(number)) != set(found[-1].replicas_of(number)) for number in NUMBERS
+        ):
+            found.append(layout)
+    return found
+
+
+class Places(KnownLayouts):
+    """What one process knows: all layouts as soon as they are in force for it, and the steps that it was told."""
+
+    def __init__(self, layouts: list[Layout], current: Layout) -> None:
+        super().__init__(current)
+        self._known = {layout.epoch: layout for layout in layouts}
+        self.partitions.complete = True  # as if it had read all records before the first partition moved
+
+    def learn_record(self, body: bytes) -> None:
+        with contextlib.suppress(LayoutRefused, msgspec.MsgspecError):
+            self.partitions.learn(decode(body, PartitionRecord))
+
+
+class Process(Gateway):
+    """A gateway whose partitions move."""
+
+    def __init__(self, scenario: Moving, name: str, **options: Any) -> None:
+        self._scenario = scenario
+        super().__init__(scenario.world, name, scenario.layout, refresh=self.refresh, **options)
+
+    def start(self) -> None:
+        """A new process knows no step yet."""
+        self.layouts: Any = Places(
+            self._scenario.layouts, self._scenario.known.get(self.name, self._scenario.layouts[0])
+        )
+        super().start()
+
+    async def refresh(self, partition: int) -> None:
+        value = (await self.client.read(system_name(path_of(partition)))).value
+        if value is not None and value.body:
+            self.layouts.learn_record(value.body)
+
+
+class Node(StorageNode):
+    """A storage node that learns steps when another process names them."""
+
+    scenario: Moving
+
+    def start(self) -> None:
+        super().start()
+        if not self.up:
+            return
+        world, life = self.world, self.life
+        self.places = Places(self.scenario.layouts, self.scenario.layouts[-1])
+        self.learning: set[int] = set()
+
+        def on_newer(partition: int) -> None:
+            if partition not in self.learning:
+                self.learning.add(partition)
+                world.loop.create_task(self.learn(partition, life))
+
+        steps = KnownSteps(lambda number: self.places.partitions.step_of(number, self.places.current), on_newer)
+        host = ReplicaHost(
+            {self.disk: self.replica}, lambda: self.scenario.layouts[-1].epoch, world.rules, world.on_refusal, steps
+        )
+        self.methods = host.methods()
+
+    async def learn(self, partition: int, life: int) -> None:
+        asker = Process(self.scenario, self.name, gateway=False, skew_ms=0)
+        try:
+            with contextlib.suppress(StoragedError):
+                await asker.refresh(partition)
+            record = asker.layouts.partitions.record(partition)
+            if record is not None and self.life == life:
+                self.places.partitions.learn(record)
+        finally:
+            self.learning.discard(partition)
+            await asker.client.close()
+
+
+class Seen:
+    """Liveness: a disk whose node is down is away; now and then a sound one seems to be."""
+
+    def __init__(self, world: World, chance: random.Random) -> None:
+        self._world = world
+        self._chance = chance
+
+    def disk_readable(self, disk_id: str) -> bool:
+        return self._world.nodes["n" + disk_id[1:]].up and self._chance.random() > 0.02
+
+    def disk_writable(self, disk_id: str) -> bool:
+        return self.disk_readable(disk_id)
+
+
+class Mover(PartitionMover):
+    """Values of this play are no records, and have no pages."""
+
+    async def _copy_pages(self, disk: str, table: int, scope: bytes, shard: int) -> None:
+        pass
+
+
+class Movers(Part):
+    """Two processes move partitions, die, and begin again."""
+
+    def __init__(self, scenario: Moving, chance: random.Random) -> None:
+        super().__init__(scenario, chance)
+        self.of: Moving = scenario
+        self.sound = False
+        self.steps = 0
+        self.reason = ""
+
+    async def run(self) -> None:
+        await asyncio.gather(*(self._live(f"m{number}") for number in range(MOVERS)))
+
+    async def heal(self) -> None:
+        """They finish what is left, and die no more."""
+        self.sound = True
+        self.of.known = dict.fromkeys(self.of.known, self.of.layouts[-1])
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not await self._finished():
+                    await self._live("m0")
+        except TimeoutError:
+            self.of.complain(f"partitions do not reach their places: {self.reason}")
+
+    async def _finished(self) -> bool:
+        process = Process(self.of, "m9", skew_ms=0)
+        self.world.note("look")
+        process.layouts.learn(self.of.layouts[-1])
+        try:
+            for number in NUMBERS:
+                await process.refresh(number)
+        except StoragedError:
+            return False
+        finally:
+            await process.client.close()
+        states = [process.layouts.partition(number) for number in NUMBERS]
+        return all(is_settled(state, self.of.layouts[-1]) for state in states)
+
+    async def _live(self, name: str) -> None:
+        """One life of a mover after the other. When the cluster is sound: a few rounds of one."""
+        chance = self.chance
+        while True:
+            process = Process(self.of, name)
+            settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
+            scanner = RingScanner(
+                process.layouts, process.directory, process.client, Seen(self.world, chance), settings
+            )
+            ports = MoverPorts(
+                process.layouts,
+                process.client,
+                scanner,
+                process.client,
+                process.client.moves,
+                Seen(self.world, chance),
+                process.clock,
+                lambda record: record,
+                process.refresh,
+            )
+            mover = Mover(ports, lost_s=chance.choice((0.3, 5.0)))
+            try:
+                async with asyncio.timeout(None if self.sound else chance.uniform(0.05, 1.5)):
+                    for _ in range(3 if self.sound else 1_000):
+                        await self._round(process, mover)
+            except TimeoutError:
+                self.fault(f"{name} died")
+            finally:
+                self.steps += mover.progress.steps
+                self.reason = mover.progress.reason
+                await process.crash()
+            if self.sound:
+                return
+            await asyncio.sleep(chance.uniform(0, 0.1))
+
+    async def _round(self, process: Process, mover: PartitionMover) -> None:
+        process.layouts.learn(self.of.known.get(process.name, self.of.layouts[0]))
+        layout = process.layouts.current
+        lost = mover._lost(layout)
+        for number in NUMBERS:
+            if self.sound or self.chance.random() < 0.3:
+                with contextlib.suppress(StoragedError):
+                    await process.refresh(number)
+            if not is_settled(process.layouts.partition(number), layout):
+                await mover._try_step(number, layout, lost)
+        await asyncio.sleep(self.chance.uniform(0.001, 0.02))
+
+
+class Announcements(Part):
+    """Each process learns of each layout at another time."""
+
+    def __init__(self, scenario: Moving, chance: random.Random) -> None:
+        super().__init__(scenario, chance)
+        self.of: Moving = scenario
+
+    async def run(self) -> None:
+        chance, of = self.chance, self.of
+        for layout in of.layouts[1:]:
+            await asyncio.sleep(chance.uniform(0, 0.2))
+            self.fault(f"layout {layout.epoch}")
+            for name in of.known:
+                self.world.loop.call_later(chance.uniform(0, 0.2), self._learn, name, layout)
+
+    def _learn(self, name: str, layout: Layout) -> None:
+        if self.of.known[name].epoch < layout.epoch:
+            self.of.known[name] = layout
+        for gateway in self.of.gateways:
+            if gateway.name == name:
+                gateway.layouts.learn(self.of.known[name])  # type: ignore[attr-defined]
+
+
+class Closing(Part):
+    """One bucket is closed for good; another is fenced, and opened again."""
+
+    finishes = True
+
+    def __init__(self, scenario: Moving, chance: random.Random) -> None:
+        super().__init__(scenario, chance)
+        self.of: Moving = scenario
+        self.closed_at = -1
+        self.lifted: list[bytes] = []
+
+    async def run(self) -> None:
+        await asyncio.gather(self._close(), self._fence_and_open(), *(self._use() for _ in range(3)))
+
+    async def _close(self) -> None:
+        await asyncio.sleep(self.chance.uniform(0, 0.5))
+        await self._until_done("closer", lambda process: process.client.fence(CLOSED.scope, [0], b"last", final=True))
+        self.closed_at = self.of.moment()
+
+    async def _fence_and_open(self) -> None:
+        for nonce in (b"first", b"second"):
+            await asyncio.sleep(self.chance.uniform(0, 0.3))
+            await self._until_done(
+                "fencer", lambda process, nonce=nonce: process.client.fence(REOPENED.scope, [0], nonce)
+            )
+            await asyncio.sleep(self.chance.uniform(0, 0.2))
+            await self._until_done(
+                "fencer", lambda process, nonce=nonce: process.client.unfence(REOPENED.scope, [0], nonce)
+            )
+
+    async def _until_done(self, name: str, call: Any) -> None:
+        process = Process(self.of, name, skew_ms=0)
+        while True:
+            try:
+                await call(process)
+                break
+            except StoragedError:
+                await asyncio.sleep(0.02)
+                await self._refresh(process)
+        await process.client.close()
+
+    async def _refresh(self, process: Process) -> None:
+        for name in (CLOSED, REOPENED):
+            with contextlib.suppress(StoragedError):
+                await process.refresh(name.partition)
+
+    async def _use(self) -> None:
+        for _ in range(10):
+            await asyncio.sleep(self.chance.uniform(0, 0.15))
+            await self.write(self.chance.choice(self.of.gateways))
+
+    async def write(self, gateway: Gateway) -> None:
+        put: Update = lambda value: Change(b"late", Visibility.LIVE)  # noqa: E731
+        closed = self.closed_at >= 0
+        try:
+            await gateway.client.change(CLOSED, put, regardless=self.chance.random() < 0.5)
+        except (NoSuchBucket, StoragedError):
+            return
+        if closed:
+            self.of.complain("something was written in a bucket that was closed before")
+
+    async def judge(self, reader: Gateway) -> None:
+        await self.write(reader)
+        try:
+            await reader.client.change(REOPENED, lambda value: Change(b"again", Visibility.LIVE))
+        except StoragedError as error:
+            self.of.complain(f"a bucket that was opened again can't be written: {error!r}")
+        for disk in reader.layouts.partition(REOPENED.partition).present:
+            if self.world.nodes["n" + disk[1:]].store.get_fence(REOPENED.scope) is not None:
+                self.of.stale_fences += 1
+
+
+class Moving(Listing):
+    node_kind = Node
+
+    def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
+        super().__init__(seed, loop, rules)
+        self.world.on_files = self.aside.random() < 0.15
+        self.layouts = layouts_of(random.Random(f"layouts {seed}"))
+        self.layout = self.layouts[-1]
+        self.world.epochs = self.layouts[-1].epoch
+        self.known: dict[str, Layout] = dict.fromkeys(
+            ("g0", "g1", "g2", "m0", "m1", "closer", "fencer"), self.layouts[0]
+        )
+        self.stale_fences = 0
+        Node.scenario = self
+
+    def join_parts(self) -> None:
+        chances = {kind: random.Random(f"{kind.__name__} {self.found.seed}") for kind in PARTS}
+        self.movers = Movers(self, chances[Movers])
+        self.parts = [kind(self, chances[kind]) for kind in (Announcements, Closing)]
+        self.parts.append(self.movers)
+        for kind in (Trouble, HungDisks, Suspensions, ClockJumps, BitFlips):
+            if kind is Trouble or kind.joins(self, chances[kind]):
+                self.parts.insert(0, kind(self, chances[kind]))
+
+    def begin_gateways(self) -> None:
+        self.gateways = [Process(self, f"g{index}") for index in range(3)]
+
+    async def look_at_the_end(self, reader: Gateway) -> None:
+        """With what is known at the end."""
+        await super().look_at_the_end(reader)
+        for key, name in self.names.items():
+            try:
+                await reader.client.change(name, lambda value: Change(b"the last", Visibility.LIVE))
+            except StoragedError as error:
+                self.complain(f"{key} cannot be written after everything healed: {error!r}")
+
+    async def make_reader(self) -> Gateway:
+        found = Process(self, "reader", deadline_s=DEADLINE_S)
+        found.layouts.learn(self.layouts[-1])
+        for number in NUMBERS:
+            await found.refresh(number)
+        return found
+
+
+PARTS = (Announcements, Closing, Movers, Trouble, HungDisks, Suspensions, ClockJumps, BitFlips)
+
+
+def run_moving(seed: int, rules: Rules = RULES) -> Verdicts:
+    """As ``scenario.run_seed``, of these."""
+    return play_out(lambda loop: Moving(seed, loop, rules))
