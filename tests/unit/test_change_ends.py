@@ -328,6 +328,23 @@ def test_the_third_replica_is_asked_again_before_an_older_record_takes_the_place
             while machine.state is GATHERING:
                 machine.waited()
     assert machine.state is FAILED
+    assert isinstance(machine.error, ServiceUnavailable)  # no quorum has accepted it with its copy, so it is no damage
+
+
+def test_a_settled_record_goes_to_a_replica_that_lags_with_its_copy_or_not_at_all() -> None:
+    value = Value(2, b"o" * 16, Visibility.LIVE, b"v", b"d" * 16)
+    held = PrepareReply(Verdict.OK, accepted=Ballot(1, 5, "gw", b"12345678"), value=value)
+    machine = Machine(settling=True, thorough=True, commit=True, change=None)
+    machine.prepares(held, held, PROMISE)
+    assert machine.state is CARRYING
+    assert machine.carried(None)
+    assert machine.state is ACCEPTING
+    assert machine.fragments == ()
+    machine.accepts(AcceptReply(Verdict.UNSTORED), AcceptReply(Verdict.UNSTORED))
+    machine.prepares(held, held, PROMISE)
+    assert machine.state is CARRYING
+    assert machine.carried(None)
+    assert machine.state is RETRYING  # now a quorum needs the copy
 
 
 @pytest.mark.parametrize("commit", [False, True])
