@@ -38,7 +38,7 @@ from storaged.cluster.partitions import (
     path_of,
 )
 from storaged.cluster.ports import Layouts, Liveness
-from storaged.errors import LayoutRefused, NoSuchBucket, ServiceUnavailable, StoragedError
+from storaged.errors import DataDamaged, LayoutRefused, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.maintain.context import concurrently
 from storaged.maintain.manifest_repair import pages_in
 from storaged.meta.consensus.quorums import Quorum
@@ -109,6 +109,8 @@ class PartitionMover:
         """Takes every partition that waits one step further, where that is possible now. Returns how many wait."""
         layouts, progress = self._ports.layouts, self.progress
         layout = layouts.current
+        if not layout.base:  # data never moved in this cluster
+            return 0
         try:
             waiting = [number for number in range(PARTITIONS) if not is_settled(layouts.partition(number), layout)]
         except ServiceUnavailable as error:  # an earlier layout is still to be learnt
@@ -204,7 +206,11 @@ class PartitionMover:
         near: dict[bytes, RegisterName] = {}
         async for row in every_row(self._ports.scanner, PageQuery(table, scope, (shard,), hidden=True)):
             name = RegisterName(table, scope, shard, row.key)
-            for page in pages_in(name, row.value):
+            try:
+                wanted = pages_in(name, row.value)
+            except DataDamaged:
+                continue  # which pages it has cannot be known; repair reports it
+            for page in wanted:
                 near.setdefault(page, name)
                 if len(near) >= PAGES_A_CHECK:
                     await self._copy_missing(disk, near)

@@ -42,6 +42,7 @@ from storaged.node.audited import NOT_AUDITED, AuditedBuckets
 from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
+from storaged.node.partition_duty import PartitionDuty
 from storaged.node.planes import NodePlanes
 from storaged.node.requestlog import RequestLog
 from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
@@ -119,6 +120,7 @@ class Gateway:
         context = node.maintain_context()
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
+        self.partitions = PartitionDuty(node, self._late)
         self._answers = Answers(
             node.pool,
             node.layouts,
@@ -215,6 +217,7 @@ class Gateway:
             found.append(look_at_records(self.buckets, self.users))
             found.append(self._keep_signer())
             found.append(self._answers.run())
+            found.append(self.partitions.run())
         if self.workers is not None:
             found.append(self.workers.run())
         return found
@@ -251,7 +254,7 @@ class Gateway:
 
     def believes(self, name: RegisterName, value: Value) -> bool:
         """Whether a gateway wrote this value of the system table, as far as this process can know now."""
-        return self._belief is None or self._belief(name, value)
+        return self._belief is None or (self._belief(name, value) and self.partitions.believes(name, value))
 
     async def usable(self, wait_s: float) -> None:
         """Waits until S3 does not answer 503 any more, ``wait_s`` at most."""

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
 
+from storaged.cluster.layout import SYSTEM_PARTITION
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, path_of, signed_bytes
+from storaged.cluster.ports import Layouts
 from storaged.cluster.signers import is_signed
 from storaged.errors import CertificateRefused, LayoutRefused, StoragedError
 from storaged.meta.listing.merge import every_row
@@ -34,13 +37,21 @@ KeyOf = Callable[[bytes], Awaitable[Ed25519PublicKey]]
 """``await key_of(signer)``: as ``cluster.signers.Signers.key``."""
 
 
+class FollowedLayouts(Layouts, Protocol):
+    """The layouts of a node, and its map of partitions."""
+
+    @property
+    def partitions(self) -> PartitionMap: ...
+
+
 class PartitionFollower:
     """``run`` is its task."""
 
     def __init__(
-        self, partitions: PartitionMap, registers: Registers, scanner: Scanner, key_of: KeyOf, cluster: str
+        self, layouts: FollowedLayouts, registers: Registers, scanner: Scanner, key_of: KeyOf, cluster: str
     ) -> None:
-        self._partitions = partitions
+        self._layouts = layouts
+        self._partitions = layouts.partitions
         self._registers = registers
         self._scanner = scanner
         self._key_of = key_of
@@ -50,15 +61,16 @@ class PartitionFollower:
         """By partition; one reading serves all who ask while it has not begun its round."""
         self.refused = 0
         """Records that no gateway has signed, or that do not decode."""
-        partitions.on_behind = lambda _node: self._behind.set()
+        self._partitions.on_behind = lambda _node: self._behind.set()
 
     async def run(self) -> None:
-        """Runs for ever."""
+        """Runs for ever. In a cluster whose data never moved, nothing is read."""
         while True:
             self._behind.clear()
             rest_s = EVERY_S
             try:
-                await self.read_all()
+                if self._layouts.current.base:
+                    await self.read_all()
             except (StoragedError, TimeoutError) as error:
                 rest_s = RETRY_S
                 log.info("the records of partitions are read later", reason=str(error))
@@ -77,7 +89,9 @@ class PartitionFollower:
         self._partitions.complete = True
 
     async def refresh(self, partition: int) -> None:
-        """Reads the record of one partition. Raises as ``read_all``."""
+        """Reads the record of one partition. Raises as ``read_all``. Where the system partition is, the layout says."""
+        if partition == SYSTEM_PARTITION or not self._layouts.current.base:
+            return
         reading = self._reading.get(partition)
         if reading is None:
             reading = asyncio.get_running_loop().create_task(self._read(partition))

@@ -57,6 +57,7 @@ from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
 from storaged.node.opener import Opener, place_in
+from storaged.node.partition_follower import PartitionFollower
 from storaged.node.refusals import Refusals
 from storaged.node.system import SystemPaths, digests_of, learn_operators
 from storaged.objects.code.small_copy import is_small_copy
@@ -283,7 +284,15 @@ class NodePlanes:
             self.layouts,
             directory,
             RingSettings(self.own.name, self.config.gateway),
-            RingHooks(self.belief, self._missed, self._fenced, header_at_position, self.asks.settle, is_small_copy),
+            RingHooks(
+                believes=self.belief,
+                on_missed=self._missed,
+                on_fenced=self._fenced,
+                copy_at=header_at_position,
+                ask_to_settle=self.asks.settle,
+                is_copy=is_small_copy,
+                refresh=lambda partition: self.follower.refresh(partition),
+            ),
             clock=self.clock,
         )
         listing_cache_bytes_max = CACHE_BYTES_MAX // self.config.s3.workers
@@ -298,6 +307,8 @@ class NodePlanes:
         self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, self.membership, walks=self.leader is None)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
+        self.signers = Signers(self.paths.read, self.authority, self.own.cluster)
+        self.follower = PartitionFollower(self.layouts, self.ring, self.scanner, self.signers.key, self.own.cluster)
         if self.config.storage:
             self.acceptor = LayoutAcceptor(self.own, self.layouts, self.paths, self.directory / "layouts")
             self._methods.update(self.acceptor.methods())
@@ -320,10 +331,11 @@ class NodePlanes:
             stores=self.stores,
             local_meta=Snapshot(self.disks.metas),
             local_fragments=Snapshot(self.disks.fragments),
-            signers=Signers(self.paths.read, self.authority, self.own.cluster),
+            signers=self.signers,
             asks=self.asks,
             adopt=lambda disk, request, copy: self.disks.used[disk].replica.accept(request, copy),
             small_copies=self.ring.small_copies,
+            steps=lambda: self.layouts.partitions.steps,
             audit_alarms=self.auditing.alarms,
             on_refusal=self._refused,
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),
@@ -356,7 +368,8 @@ class NodePlanes:
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """The tasks that run until the node stops."""
-        found = [self._keep_telling_disks(), *self.auditing.work()]
+        found = [self._keep_telling_disks(), self.follower.run()]
+        found += self.auditing.work()
         if self.maintenance is not None:
             found.append(self.maintenance.run())
         return found

@@ -1,0 +1,57 @@
+"""What a gateway does for partitions that move: it moves them, and signs and believes their records."""
+
+from __future__ import annotations
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, signed_bytes
+from storaged.cluster.signers import is_signed, signer_id
+from storaged.maintain.partition_mover import MoverPorts, PartitionMover
+from storaged.meta.names import RegisterName, Value
+from storaged.node.planes import NodePlanes
+from storaged.node.unlock import LateKeys
+from storaged.wire import decode
+
+
+class PartitionDuty:
+    """``run`` is its task, in a gateway's first process. ``keys`` open when the keyring is there."""
+
+    def __init__(self, node: NodePlanes, keys: LateKeys) -> None:
+        self._keys = keys
+        self._cluster = node.own.cluster
+        self.mover = PartitionMover(
+            MoverPorts(
+                node.layouts,
+                node.ring,
+                node.scanner,
+                node.ring,
+                node.ring.moves,
+                node.membership,
+                node.clock,
+                self._sign,
+                node.follower.refresh,
+            )
+        )
+
+    async def run(self) -> None:
+        """Runs for ever."""
+        await self._keys.opened.wait()
+        await self.mover.run()
+
+    def _sign(self, record: PartitionRecord) -> PartitionRecord:
+        signature = self._keys.sign_public(signed_bytes(self._cluster, record))
+        return msgspec.structs.replace(record, signer=signer_id(self._keys.public_signer()), signature=signature)
+
+    def believes(self, name: RegisterName, value: Value) -> bool:
+        """False for the record of a partition that no gateway of this cluster signed. True for other registers, and
+        while the keyring is not open, since nothing can be verified then.
+        """
+        if not name.key.startswith(PATH_PREFIX.encode()) or value.sequence == 0 or self._keys.keyring is None:
+            return True
+        try:
+            record = decode(value.body, PartitionRecord)
+        except msgspec.MsgspecError:
+            return False
+        key = Ed25519PublicKey.from_public_bytes(self._keys.public_signer())
+        return is_signed(key, signed_bytes(self._cluster, record), record.signature)
