@@ -174,8 +174,8 @@ class PartitionMover:
         fenced = await moves.fence(state)
         if state.comes not in fenced:
             return False
-        deleted = await moves.copy_fences(state)
-        for table, scope, shard in await moves.ranges(state):
+        deleted = await moves.copy_fences(state, fenced)
+        for table, scope, shard in await moves.ranges(state, fenced):
             if scope in deleted:
                 continue
             if not await self._bring_up_range(state, fenced, table, scope, shard):

@@ -174,7 +174,7 @@ class RingClient:
         )
         self._survey = RingSurvey(self._calls, self._view)
         self._pages = RingPages(self._calls, self._view, hooks.on_missed)
-        self._fences = RingFences(self._calls, self._view)
+        self._fences = RingFences(self._calls, self._view, self._ring.refresher)
         self.moves = PartitionMoves(self._calls)
 
     def _make_ring(self, hooks: RingHooks, jitter: Callable[[], float], entropy: Entropy, copies: CopyReader) -> Ring:

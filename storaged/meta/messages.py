@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from storaged.cluster.rpc.framing import ErrorHead
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.wire import Message
@@ -219,22 +221,33 @@ class TurnReply(Message, frozen=True):
 
 
 class FenceSet(Message, frozen=True):
+    """``epochs``: by partition of the scope's shards, the epoch of the state in which the disk counts for the caller. A
+    disk that knows a later step does nothing (EPOCH): the fence would count where the partition is no more.
+    """
+
     disk: str
     scope: bytes
     nonce: bytes
     final: bool = False
+    epochs: dict[int, int] = msgspec.field(default_factory=dict)
 
 
 class FenceLift(Message, frozen=True):
+    """``epochs``: as of FenceSet."""
+
     disk: str
     scope: bytes
     nonce: bytes
+    epochs: dict[int, int] = msgspec.field(default_factory=dict)
 
 
 class FenceReply(Message, frozen=True):
-    """``done``: the disk is now as asked, durably. Not done: it has a final fence with another nonce."""
+    """``done``: the disk is now as asked, durably. Not done: it has a final fence with another nonce, or the verdict is
+    EPOCH.
+    """
 
     done: bool
+    verdict: int = 0
 
 
 WHOLE_DISK = -1

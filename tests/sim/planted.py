@@ -74,6 +74,7 @@ PLANTED = (
     "tests.sim.planted_consensus:CONSENSUS_BUGS",
     "tests.sim.planted_stores:STORE_BUGS",
     "tests.sim.planted_claims:CLAIM_BUGS",
+    "tests.sim.planted_moving:MOVING_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

@@ -66,7 +66,7 @@ async def test_the_replica_that_comes_gets_fences_and_lifts_of_a_majority(world:
     await ring.lift(["a0", "c0"], OTHER, b"n1")
     await ring.fence(["a0", "c0"], THIRD, b"n1", final=True)
     ring.away = {"b0"}
-    assert await moves.copy_fences(JOINT) == {THIRD}
+    assert await moves.copy_fences(JOINT, JOINT.disks) == {THIRD}
     comes = ring.replicas["d0"]
     held = await comes.handover.fences(messages.FencesAsk("d0", b""))
     assert held == FencesReply(
@@ -87,7 +87,7 @@ async def test_more_fences_than_one_reply_has_are_all_copied(world: World, monke
     scopes = [bytes([number]) * 16 for number in range(1, 12)]
     for number, scope in enumerate(scopes):
         await world.ring.fence([disk for disk in ("a0", "b0", "c0") if number % 3 != "abc".index(disk[0])], scope, b"n")
-    assert await world.client.moves.copy_fences(JOINT) == frozenset()
+    assert await world.client.moves.copy_fences(JOINT, JOINT.disks) == frozenset()
     for scope in scopes:
         assert not (await world.ring.replicas["d0"].fence(FenceSet("d0", scope, b"m", False))).done
 
@@ -98,16 +98,28 @@ async def test_what_is_newer_at_the_replica_that_comes_stays(world: World) -> No
     await ring.fence(["d0"], SCOPE, b"n3")
     await ring.fence(["a0", "b0", "c0", "d0"], OTHER, b"n1")
     await ring.lift(["d0"], OTHER, b"n1")
-    await world.client.moves.copy_fences(JOINT)
+    await world.client.moves.copy_fences(JOINT, JOINT.disks)
     held = await ring.replicas["d0"].handover.fences(messages.FencesAsk("d0", b""))
     assert held.scopes == (ScopeFence(SCOPE, b"n3", False, b""), ScopeFence(OTHER, b"", False, b"n1"))
 
 
 async def test_without_a_majority_nothing_is_concluded(world: World) -> None:
     world.ring.away = {"a0", "b0"}
-    for call in (world.client.moves.copy_fences, world.client.moves.ranges, world.client.moves.fence):
+    moves, all_of_them = world.client.moves, JOINT.disks
+    for call in (
+        lambda: moves.copy_fences(JOINT, all_of_them),
+        lambda: moves.ranges(JOINT, all_of_them),
+        lambda: moves.fence(JOINT),
+    ):
         with pytest.raises(ServiceUnavailable, match="Partition 7"):
-            await call(JOINT)
+            await call()
+
+
+async def test_a_disk_that_does_not_refuse_earlier_steps_is_not_asked(world: World) -> None:
+    few = JOINT.present[:1]
+    for call in (world.client.moves.copy_fences, world.client.moves.ranges):
+        with pytest.raises(ServiceUnavailable, match="Partition 7"):
+            await call(JOINT, few)
 
 
 async def test_a_majority_of_each_set_refuses_the_steps_before(world: World) -> None:
@@ -128,8 +140,8 @@ async def test_ranges_are_those_of_a_majority(world: World) -> None:
         if partition_of(name.scope, 0) == JOINT.partition:
             found.add((name.table, name.scope, name.shard))
     wide = JOINT._replace(partition=partition_of((5).to_bytes(16, "big"), 0))
-    assert (Table.OBJECT, (5).to_bytes(16, "big"), 0) in await world.client.moves.ranges(wide)
-    assert set(await world.client.moves.ranges(JOINT)) == found
+    assert (Table.OBJECT, (5).to_bytes(16, "big"), 0) in await world.client.moves.ranges(wide, wide.disks)
+    assert set(await world.client.moves.ranges(JOINT, JOINT.disks)) == found
 
 
 def test_a_merged_scope_keeps_the_newest_of_each_kind() -> None:

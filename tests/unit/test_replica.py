@@ -25,7 +25,7 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value,
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.store_ports import Copy, Done, StoreBatch
+from storaged.meta.store_ports import Copy, Done, Fence, StoreBatch
 from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import Buffer
 from tests.doubles.meta_store import MemoryMetaStore
@@ -337,6 +337,37 @@ async def test_a_fence_of_a_step_is_answered_when_what_was_accepted_before_can_b
     await fenced
     assert store.get(NAME) is not None
     assert (await accepted).verdict == Verdict.OK
+
+
+async def test_a_bucket_is_not_fenced_for_a_caller_that_does_not_know_a_step() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    old, new = {PARTITION: 1, elsewhere().partition: 1}, {PARTITION: STEP_1}
+    assert (await replica.fence(messages.FenceSet("d", SCOPE, b"1", epochs=old))).done
+    await replica.fence_epoch(messages.EpochFence("d", STEP_1, PARTITION))
+    refused = messages.FenceReply(False, Verdict.EPOCH)
+    assert await replica.unfence(messages.FenceLift("d", SCOPE, b"1", old)) == refused
+    assert await replica.fence(messages.FenceSet("d", SCOPE, b"2", epochs=old)) == refused
+    assert store.get_fence(SCOPE) == Fence(SCOPE, b"1", final=False)
+    assert (await replica.unfence(messages.FenceLift("d", SCOPE, b"1", new))).done
+    assert (await replica.fence(messages.FenceSet("d", SCOPE, b"2", epochs=new))).done
+
+
+async def test_a_fence_of_a_step_is_answered_when_a_bucket_fence_from_before_is_on_disk() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = LocalReplica("d", store)
+    disk.open.clear()
+    before = asyncio.ensure_future(replica.fence(messages.FenceSet("d", SCOPE, b"1", epochs={PARTITION: 1})))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    fenced = asyncio.ensure_future(replica.fence_epoch(messages.EpochFence("d", STEP_1, PARTITION)))
+    await asyncio.sleep(0)
+    assert not fenced.done()
+    disk.open.set()
+    await fenced
+    assert store.get_fence(SCOPE) is not None
+    assert (await before).done
 
 
 # --- bucket fences

@@ -69,6 +69,11 @@ class DiskWrites:
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
         return task
 
+    async def all_ended(self) -> None:
+        """All that was on its way when this was called has arrived, or failed."""
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
     async def commit(self, batch: StoreBatch) -> StoragedError | None:
         try:
             await self._store.commit(batch)

@@ -5,11 +5,13 @@ A fence is in force from the moment that it was asked for, and until its lifting
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from storaged.errors import DiskUnusable
-from storaged.meta.messages import FenceLift, FenceSet
+from storaged.meta.consensus.acceptor import AcceptorState
+from storaged.meta.consensus.register import RULES, Rules, Verdict
+from storaged.meta.messages import FenceLift, FenceReply, FenceSet
 from storaged.meta.store_ports import Fence, MetaStore, NotInMemory, RowDamaged, StoreBatch
 
 T = TypeVar("T")
@@ -32,9 +34,11 @@ class Fences:
     lifted under it.
     """
 
-    def __init__(self, disk: str, store: MetaStore) -> None:
+    def __init__(self, disk: str, store: MetaStore, state: AcceptorState, rules: Rules = RULES) -> None:
         self._disk = disk
         self._store = store
+        self._state = state
+        self._rules = rules
         self._unsynced: dict[bytes, Fence] = {}
         self._lifted_unsynced: dict[bytes, bytes] = {}
         self._known: dict[bytes, Fence | None] = {}
@@ -66,9 +70,22 @@ class Fences:
             except NotInMemory as missing:
                 await self._store.load(missing)
 
+    def is_old(self, epochs: Mapping[int, int]) -> bool:
+        """Whether one of these partitions is in a later step here. ``epochs``: as the caller knows them."""
+        state = self._state
+        if not state.epochs or not self._rules.fences_by_step:
+            return False
+        return any(epoch < state.epochs.get(partition, state.epoch) for partition, epoch in epochs.items())
+
+    def reply(self, request: FenceSet | FenceLift, *, done: bool) -> FenceReply:
+        """To a request for which nothing is to be written."""
+        return FenceReply(done, Verdict.EPOCH if self.is_old(request.epochs) else Verdict.OK)
+
     def set(self, request: FenceSet) -> Write | None:
         """In force from now on; None: refused."""
         scope, nonce = request.scope, request.nonce
+        if self.is_old(request.epochs):
+            return None
         present = self.of(scope)
         if present is not None and present.final and present.nonce != nonce:
             return None
@@ -85,11 +102,14 @@ class Fences:
 
         return StoreBatch(fences=[fence]), synced
 
-    def lift(self, request: FenceLift) -> Write | bool:
+    def lift(self, request: FenceLift) -> Write | bool | None:
         """Returns the batch to write, which also says that this nonce was lifted; True if the lifting is on disk
-        already; False if refused because a fence with a higher nonce, or a final one, stays.
+        already; False if refused because a fence with a higher nonce, or a final one, stays; None if the caller does
+        not know a step of a partition.
         """
         scope, nonce = request.scope, request.nonce
+        if self.is_old(request.epochs):
+            return None
         present = self.of(scope)
         if present is not None and (present.final or nonce < present.nonce):
             return False

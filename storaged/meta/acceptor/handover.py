@@ -78,7 +78,7 @@ class Handover:
     async def _lift(self, request: FenceLift) -> None:
         check_fence(request)
         write = await self._fences.when_in_memory(partial(self._fences.lift, request))
-        if not isinstance(write, bool):
+        if write is not None and not isinstance(write, bool):
             await self._writes.durably(*write)
 
     async def _set(self, request: FenceSet) -> None:

@@ -96,7 +96,7 @@ class LocalReplica:
         self._writes.silent = "retired from the ring" if retired and rules.foreign_refused else ""
         self._high_water = HighWater(self.state, self._writes)
         self._epochs = Epochs(self.state, self._writes, rules, of_disk)
-        self._fences = Fences(disk, store)
+        self._fences = Fences(disk, store, self.state, rules)
         self.handover = Handover(disk, store, self._fences, self._writes)
         self._rows = DiskRows(store, self.state, self._fences, self.pending, self._writes, copies, rules)
         self._pages = DiskPages(store, self._writes, self._clock)
@@ -473,7 +473,7 @@ class LocalReplica:
         check_fence(request)
         write = await self._fences.when_in_memory(partial(self._fences.set, request))
         if write is None:
-            return messages.FenceReply(False)
+            return self._fences.reply(request, done=False)
         await self._writes.durably(*write)
         await self.pending.all_arrived()
         return messages.FenceReply(True)
@@ -483,15 +483,16 @@ class LocalReplica:
         self._writes.check_answers()
         check_fence(request)
         write = await self._fences.when_in_memory(partial(self._fences.lift, request))
-        if isinstance(write, bool):
-            return messages.FenceReply(write)
+        if not isinstance(write, tuple):
+            return self._fences.reply(request, done=bool(write))
         await self._writes.durably(*write)
         return messages.FenceReply(True)
 
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
-        """In force at once; answered when it is on disk, and with it everything accepted before."""
+        """In force at once; answered when it is on disk, and with it everything accepted and fenced before."""
         self._writes.check_answers()
         check_epoch(request.epoch, request.partition)
         durable = await self._epochs.fence(request)
+        await self._writes.all_ended()
         await self.pending.all_arrived()
         return messages.EpochReply(durable)

@@ -139,6 +139,8 @@ class Rules:
     """27. A copy that can't be read now counts as lost nowhere: the replica says that it can't tell."""
     steps_durable: bool = True
     """28. The step of a partition is durable at an acceptor before it promises or accepts anything in that step."""
+    fences_by_step: bool = True
+    """31. A disk sets and lifts no fence of a bucket for a caller that does not know the step of its partitions."""
     first_set_may_have_chosen: bool = True
     """29. While there are two sets, what a majority of the first one holds counts as possibly chosen."""
     no_create_while_joint: bool = True

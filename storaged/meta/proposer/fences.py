@@ -2,55 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 
 from storaged.errors import ServiceUnavailable
 from storaged.meta.consensus.quorums import View, met_by_all
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import FenceLift, FenceReply, FenceSet
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Replica
+from storaged.meta.proposer.ring import Refresher
 from storaged.meta.transport.calls import Calls
+
+FenceCall = Callable[[dict[int, int], str, float], Callable[[Replica], Awaitable[FenceReply]]]
+"""``call(epochs, disk, timeout_s)``: the call of a replica; ``epochs`` as in ``messages.FenceSet``."""
 
 
 class RingFences:
     """Implements ``ports.Fences``."""
 
-    def __init__(self, calls: Calls, view: Callable[[RegisterName], View]) -> None:
+    def __init__(self, calls: Calls, view: Callable[[RegisterName], View], refresher: Refresher) -> None:
         self._calls = calls
         self._view = view
+        self._refresher = refresher
 
     async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         """See ``ports.Fences``."""
 
-        def fence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[FenceReply]]:
-            return lambda replica: replica.fence(FenceSet(disk, scope, nonce, final), timeout_s=timeout_s)
+        def fence(epochs: dict[int, int], disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[FenceReply]]:
+            return lambda replica: replica.fence(FenceSet(disk, scope, nonce, final, epochs), timeout_s=timeout_s)
 
         await self._fence_all(scope, shards, fence)
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         """See ``ports.Fences``."""
 
-        def unfence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[FenceReply]]:
-            return lambda replica: replica.unfence(FenceLift(disk, scope, nonce), timeout_s=timeout_s)
+        def unfence(epochs: dict[int, int], disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[FenceReply]]:
+            return lambda replica: replica.unfence(FenceLift(disk, scope, nonce, epochs), timeout_s=timeout_s)
 
         return await self._fence_all(scope, shards, unfence, linger=True)
 
-    async def _fence_all(
-        self,
-        scope: bytes,
-        shards: Sequence[int],
-        call: Callable[[str, float], Callable[[Replica], Awaitable[FenceReply]]],
-        *,
-        linger: bool = False,
-    ) -> bool:
+    async def _fence_all(self, scope: bytes, shards: Sequence[int], call: FenceCall, *, linger: bool = False) -> bool:
         """A fence holds for a disk, for all rows of the scope: each disk is asked once, and every shard needs its
         quorum. With ``linger`` the others are waited for too (those known to be away answer at once); the result says
         whether all disks did it.
+
+        All of it is for the states that this process knows. Where a disk knows a later one it begins again.
         """
-        quorums = [self._view(RegisterName(Table.OBJECT, scope, shard, b"")).quorum for shard in shards]
-        done = await self._calls.gather(quorums, call, lambda reply: reply.done, self._calls.deadline(), linger=linger)
-        if not met_by_all(quorums, done):
-            raise ServiceUnavailable(
-                "The bucket's fence could not be changed on a majority of every shard's replicas. Retry."
+        names = [RegisterName(Table.OBJECT, scope, shard, b"") for shard in shards]
+        deadline = self._calls.deadline()
+        while True:
+            views = [self._view(name) for name in names]
+            quorums = [view.quorum for view in views]
+            epochs: dict[str, dict[int, int]] = defaultdict(dict)
+            for name, view in zip(names, views, strict=True):
+                for disk in view.quorum.disks:
+                    epochs[disk][name.partition] = view.epoch
+            verdicts: set[int] = set()
+            done = await self._calls.gather(
+                quorums, partial(_call_at, call, epochs), partial(_is_done, verdicts), deadline, linger=linger
             )
-        return len(done) == len({disk for quorum in quorums for disk in quorum.disks})
+            if met_by_all(quorums, done):
+                return len(done) == len(epochs)
+            if Verdict.EPOCH not in verdicts or not await self._refresh(names, views, deadline):
+                raise ServiceUnavailable(
+                    "The bucket's fence could not be changed on a majority of every shard's replicas. Retry."
+                )
+
+    async def _refresh(self, names: Sequence[RegisterName], views: Sequence[View], deadline: float) -> bool:
+        """Whether one of the views is another one now."""
+        newer = [
+            await self._refresher.refresh(name, view, self._calls.remaining_s(deadline))
+            for name, view in zip(names, views, strict=True)
+        ]
+        return any(newer)
+
+
+def _call_at(
+    call: FenceCall, epochs: Mapping[str, dict[int, int]], disk: str, timeout_s: float
+) -> Callable[[Replica], Awaitable[FenceReply]]:
+    return call(epochs[disk], disk, timeout_s)
+
+
+def _is_done(verdicts: set[int], reply: FenceReply) -> bool:
+    verdicts.add(reply.verdict)
+    return reply.done

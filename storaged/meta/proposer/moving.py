@@ -6,7 +6,7 @@ replica.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from functools import partial
 from typing import TypeVar, cast
 
@@ -57,12 +57,15 @@ class PartitionMoves:
         _check(quorum, done, state, "refuse the steps before")
         return frozenset(done)
 
-    async def copy_fences(self, state: PartitionState) -> frozenset[bytes]:
+    async def copy_fences(self, state: PartitionState, fenced: Container[str]) -> frozenset[bytes]:
         """Gives the replica that comes the bucket fences of a majority of the present set, and the nonces that were
         lifted. Returns the scopes of buckets that are deleted for good.
+
+        ``fenced``: as ``fence`` returned it. Only these disks are asked: another one may still take a fence, or a
+        value, of the step before, after it has answered.
         """
         deleted: set[bytes] = set()
-        async for scopes in self._scopes(state):
+        async for scopes in self._scopes(state, [disk for disk in state.present if disk in fenced]):
             for first in range(0, len(scopes), FENCES_A_CALL):
                 request = FencesTake(state.comes, tuple(scopes[first : first + FENCES_A_CALL]))
                 replica = self._handover(state.comes)
@@ -70,11 +73,11 @@ class PartitionMoves:
             deleted.update(scope.scope for scope in scopes if scope.final)
         return frozenset(deleted)
 
-    async def _scopes(self, state: PartitionState) -> AsyncIterator[list[ScopeFence]]:
+    async def _scopes(self, state: PartitionState, disks: Sequence[str]) -> AsyncIterator[list[ScopeFence]]:
         """Page by page: a reply that has more counts only up to its last scope."""
         quorum, after = Quorum(state.present), NO_SCOPE
         while True:
-            found = await self._ask(state.present, partial(_fences_after, after))
+            found = await self._ask(disks, partial(_fences_after, after))
             _check(quorum, found, state, "say which buckets are fenced")
             ends = [reply.scopes[-1].scope for reply in found.values() if reply.more]
             through = min(ends) if ends else None
@@ -83,9 +86,12 @@ class PartitionMoves:
                 return
             after = through
 
-    async def ranges(self, state: PartitionState) -> list[tuple[int, bytes, int]]:
-        """(table, scope, shard) of the rows that a majority of the present set has; of chosen ones at least."""
-        found = await self._ask(state.present, partial(_ranges_of, state.partition))
+    async def ranges(self, state: PartitionState, fenced: Container[str]) -> list[tuple[int, bytes, int]]:
+        """(table, scope, shard) of the rows that a majority of the present set has; of chosen ones at least.
+        ``fenced``: as for ``copy_fences``.
+        """
+        disks = [disk for disk in state.present if disk in fenced]
+        found = await self._ask(disks, partial(_ranges_of, state.partition))
         _check(Quorum(state.present), found, state, "say which shards they have")
         prefixes = {prefix for reply in found.values() for prefix in reply.prefixes}
         return [(prefix[0], prefix[1:17], prefix[17]) for prefix in sorted(prefixes)]

@@ -1,0 +1,95 @@
+"""Bugs in what moves partitions, and in what counts two sets. Plain data: imports nothing of the program."""
+
+from __future__ import annotations
+
+from tests.sim.planted import Planted
+
+_EPOCHS = "storaged/meta/acceptor/epochs.py"
+_STATE = "storaged/meta/consensus/acceptor.py"
+_MOVER = "storaged/maintain/partition_mover.py"
+_MOVES = "storaged/meta/proposer/moving.py"
+_VIEWS = "storaged/meta/views.py"
+_HANDOVER = "storaged/meta/acceptor/handover.py"
+
+MOVING_BUGS = (
+    Planted(
+        "one_set_counted",
+        "while there are two sets a quorum of the coming one alone decides",
+        200,
+        "moving",
+        _VIEWS,
+        "View.of(state.epoch, *state.sets)",
+        "View.of(state.epoch, state.coming or state.present)",
+    ),
+    Planted(
+        "present_set_counted",
+        "while there are two sets a quorum of the present one alone decides",
+        200,
+        "moving",
+        _VIEWS,
+        "View.of(state.epoch, *state.sets)",
+        "View.of(state.epoch, state.present)",
+    ),
+    Planted(
+        "settled_before_whole",
+        "a joint state ends in the coming set before that has everything",
+        200,
+        "moving",
+        _MOVER,
+        "            whole = await self._bring_up(state)\n",
+        "            whole = True\n",
+    ),
+    Planted(
+        "no_fence_at_the_old",
+        "nobody refuses the steps before while a partition moves",
+        300,
+        "moving",
+        _MOVES,
+        "            request = EpochFence(disk, state.epoch, state.partition)\n",
+        "            request = EpochFence(disk, 0, state.partition)\n",
+    ),
+    Planted(
+        "fences_not_copied",
+        "the replica that comes gets no fence of a bucket",
+        300,
+        "moving",
+        _HANDOVER,
+        "            if scope.nonce:\n",
+        "            if False:\n",
+    ),
+    Planted(
+        "fences_by_step",
+        "without fences_by_step",
+        600,
+        "moving",
+        rule="fences_by_step",
+        first=100,
+    ),
+    Planted(
+        "steps_durable",
+        "without steps_durable",
+        600,
+        "moving",
+        rule="steps_durable",
+    ),
+    Planted(
+        "epoch_not_durable",
+        "the step of a partition is forgotten with the process",
+        600,
+        "moving",
+        _EPOCHS,
+        "        written = state.epochs[partition]  # never lower than one that is already on its way\n",
+        "        durable[partition] = fence\n        return\n        written = 0\n",
+    ),
+    Planted(
+        "floors_shared",
+        "what is promised in one step is promised in all steps",
+        200,
+        "moving",
+        _STATE,
+        "        if epoch < FIRST_STEP:\n            return self.floor\n"
+        "        found = self._steps.get(epoch >> STEP_SHIFT)\n"
+        "        return ZERO_BALLOT if found is None else found.floor\n",
+        "        return max(step.floor for step in self._steps.values())\n",
+    ),
+)
