@@ -17,6 +17,7 @@ next start; then it verifies them again. It keeps what it refused, and who offer
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
@@ -202,7 +203,7 @@ class LayoutBook:
         replica or a disk and lacks a certificate. Then the node keeps its layout, and ``refusals`` names the refused
         one.
         """
-        digest = _digest_of(signed)
+        digest = _offered(signed)
         if (known := self._refused.get(source)) is not None and known[1] == digest and known[2].epoch > self.epoch:
             self._refused[source] = (self._clock.monotonic(), digest, known[2])
             raise LayoutRefused(known[2].reason)
@@ -310,10 +311,15 @@ class LayoutBook:
         """What was refused may follow the layout that is known now. This very layout is refused no more."""
         digest = _digest_of(signed)
         for source, (offered, known, refused) in list(self._refused.items()):
-            if known == digest:
+            if known[:DIGEST_BYTES] == digest:
                 del self._refused[source]
             else:
                 self._refused[source] = (offered, b"", refused)
+
+
+def _offered(signed: SignedLayout) -> bytes:
+    """The digest of a layout and of its certificate: with another certificate it is judged again."""
+    return _digest_of(signed) + hashlib.sha256(encode(signed.certificate)).digest()[:DIGEST_BYTES]
 
 
 def _digest_of(signed: SignedLayout) -> bytes:

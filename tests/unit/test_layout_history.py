@@ -303,7 +303,9 @@ async def test_a_layout_without_its_certificate_changes_nothing_and_is_taken_onc
         await book.learn(replace(signed, certificate=()), "a file")
     assert [refused.epoch for refused in book.refusals()] == [100]
     assert (book.epoch, book.knows(100)) == (1, False)
-    assert await book.learn(signed, "node n2")
+    with pytest.raises(LayoutRefused, match="accepted by n1 alone"):
+        await book.learn(replace(signed, certificate=signed.certificate[:1]), "node n2")
+    assert await book.learn(signed, "node n2"), "the same sender, with the certificate"
     assert book.refusals() == ()
 
 
