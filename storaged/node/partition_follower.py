@@ -81,6 +81,10 @@ class PartitionFollower:
             except TimeoutError:
                 pass
 
+    def wake(self) -> None:
+        """Reads the records soon: another layout is in force, and may be the first one that moves data."""
+        self._behind.set()
+
     async def read_all(self) -> None:
         """Raises ServiceUnavailable without a majority of the system partition."""
         wanted = PageQuery(Table.SYSTEM, SYSTEM_SCOPE, (0,), prefix=PATH_PREFIX.encode())

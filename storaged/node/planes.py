@@ -309,6 +309,7 @@ class NodePlanes:
         self.paths = SystemPaths(self.ring)
         self.signers = Signers(self.paths.read, self.authority, self.own.cluster)
         self.follower = PartitionFollower(self.layouts, self.ring, self.scanner, self.signers.key, self.own.cluster)
+        self.layouts.watch(lambda _layout: self.follower.wake())
         if self.config.storage:
             self.acceptor = LayoutAcceptor(self.own, self.layouts, self.paths, self.directory / "layouts")
             self._methods.update(self.acceptor.methods())
