@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.partitions import PartitionRecord, epoch_of
 from storaged.cluster.ports import Call, EncodedCall, OnReply, PeerIdentity, Reply
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
 from storaged.meta import messages
@@ -159,6 +160,19 @@ async def test_what_is_read_in_one_turn_of_the_loop_travels_in_one_message_a_nod
     assert sorted(node for node, _, _ in world.messages) == list(NODES)
     asks = [ask for _, _, request in world.messages for asks in request.asks for ask in asks]
     assert sorted(ask[:1] for ask in asks) == [ROW] * 40 + [HASH] * 40
+
+
+async def test_partitions_that_have_moved_equally_often_are_read_in_one_message(world: World) -> None:
+    slots = [slot_of(name_of(number)._replace(shard=number % 8)) for number in range(40)]
+    await world.write(*slots)
+    for shard in range(4):
+        name = name_of(0)._replace(shard=shard)
+        world.partitions.learn(PartitionRecord(name.partition, 2, of(world, name), (), 1))
+    found = await asyncio.gather(*(world.client.read(slot.name) for slot in slots))
+    assert [reading.value for reading in found] == [slot.value for slot in slots]
+    sent = [(node, request.epoch) for node, _, request in world.messages]
+    assert len(set(sent)) == len(sent) <= 2 * len(NODES)
+    assert {epoch for _, epoch in sent} == {1, epoch_of(2, 1)}
 
 
 async def test_what_was_never_written_is_read_in_one_round_trip(world: World) -> None:

@@ -132,37 +132,53 @@ async def _read_row(replica: Replica, disk: str, epoch: int, ask: bytes) -> tupl
     return (hash_of(row) if ask[0] == _HASH else check_of(row) if ask[0] == _CHECK else row), copy
 
 
+class _Gathered:
+    """Requests of one epoch for the disks of one node, while they are gathered."""
+
+    __slots__ = ("by_disk", "count", "epoch", "timeout_s")
+
+    def __init__(self, epoch: int, timeout_s: float) -> None:
+        self.epoch = epoch
+        self.timeout_s = timeout_s
+        self.count = 0
+        self.by_disk: dict[str, tuple[list[bytes], list[OnRow]]] = {}
+
+
 class ReadBatcher:
-    """Reads at the disks of one other node."""
+    """Reads at the disks of one other node. Partitions that have moved equally often are read in one message."""
 
     def __init__(self, caller: TryCaller, node: str) -> None:
         self._caller = caller
         self._node = node
-        self._gathered: dict[str, tuple[list[bytes], list[OnRow]]] = {}
-        self._count = 0
-        self._epoch = 0
-        self._timeout_s = 0.0
+        self._gathered: dict[int, _Gathered] = {}
+        """By epoch."""
 
     def ask(self, disk: str, ask: bytes, epoch: int, on_row: OnRow, timeout_s: float) -> None:
         """``on_row`` is called later."""
-        if self._count and (epoch != self._epoch or self._count >= READS_MAX):
-            self._send()
-        if not self._count:
-            self._epoch, self._timeout_s = epoch, timeout_s
-            asyncio.get_running_loop().call_soon(self._send)
-        self._count += 1
-        of_disk = self._gathered.get(disk)
+        gathered = self._gathered.get(epoch)
+        if gathered is None or gathered.count >= READS_MAX:
+            full, alone = gathered, not self._gathered
+            gathered = self._gathered[epoch] = _Gathered(epoch, timeout_s)
+            if full is not None:
+                self._send(full)
+            elif alone:
+                asyncio.get_running_loop().call_soon(self._send_all)
+        gathered.count += 1
+        of_disk = gathered.by_disk.get(disk)
         if of_disk is None:
-            of_disk = self._gathered[disk] = ([], [])
+            of_disk = gathered.by_disk[disk] = ([], [])
         of_disk[0].append(ask)
         of_disk[1].append(on_row)
 
-    def _send(self) -> None:
-        if not self._count:
-            return  # a full message has left already
-        gathered, self._gathered, self._count = self._gathered, {}, 0
-        request = messages.Reads(self._epoch, list(gathered), [asks for asks, _ in gathered.values()])
-        self._call(request, partial(self._on_reply, self._epoch, self._timeout_s, gathered), self._timeout_s)
+    def _send_all(self) -> None:
+        all_gathered, self._gathered = self._gathered, {}
+        for gathered in all_gathered.values():
+            self._send(gathered)
+
+    def _send(self, gathered: _Gathered) -> None:
+        epoch, timeout_s, by_disk = gathered.epoch, gathered.timeout_s, gathered.by_disk
+        request = messages.Reads(epoch, list(by_disk), [asks for asks, _ in by_disk.values()])
+        self._call(request, partial(self._on_reply, epoch, timeout_s, by_disk), timeout_s)
 
     def _call(self, request: messages.Reads, on_reply: Callable[[Any, memoryview], None], timeout_s: float) -> None:
         if not self._caller.try_call(
