@@ -274,7 +274,11 @@ class NodePlanes:
     def _build_ring(self) -> None:
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
-            steps = KnownSteps(lambda number: self.layouts.partitions.step_of(number, self.layouts.current))
+            partitions = self.layouts.partitions
+            steps = KnownSteps(
+                lambda number: partitions.step_of(number, self.layouts.current),
+                lambda _number: partitions.on_behind(self.own.name),
+            )
             host = ReplicaHost(replicas, lambda: self.layouts.epoch, on_refusal=self._refused, steps=steps)
             self._methods.update(host.methods())
             self._methods.update(FragmentHost(fragments, self._fragment_contested).methods())
@@ -303,6 +307,7 @@ class NodePlanes:
             self.membership,
             ScanSettings(cache_bytes_max=listing_cache_bytes_max),
             on_fenced=self._fenced,
+            refresh=lambda partition: self.follower.refresh(partition),
         )
         self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, self.membership, walks=self.leader is None)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)

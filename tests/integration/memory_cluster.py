@@ -143,6 +143,7 @@ class StorageNode:
             clock=cluster.clock,
             copy_at=header_at_position,
             is_copy=is_small_copy,
+            refresh=self.layouts.refresh,
             jitter=lambda: 0.5,
             gateway=False,
             ask_to_settle=asks.settle,
@@ -230,6 +231,11 @@ class ProcessLayouts(Places):
 
     def at(self, epoch: int) -> Layout:
         return self._shared.at(epoch)
+
+    async def refresh(self, partition: int) -> None:
+        record = self._shared.partitions.record(partition)
+        if record is not None:
+            self.partitions.learn(record)
 
     def steps(self) -> KnownSteps:
         return KnownSteps(lambda partition: self.partitions.step_of(partition, self.current))
@@ -536,13 +542,19 @@ class Gateway:
             clock=cluster.clock,
             copy_at=header_at_position,
             is_copy=is_small_copy,
+            refresh=self.layouts.refresh,
             jitter=lambda: 0.5,
             believes=lambda name, value: self.belief(name, value),
             on_missed=self._missed,
             on_fenced=lambda scope: self.buckets.fenced(scope),
         )
         self.scanner = RingScanner(
-            self.layouts, directory, self.ring, cluster.alive, on_fenced=lambda scope: self.buckets.fenced(scope)
+            self.layouts,
+            directory,
+            self.ring,
+            cluster.alive,
+            on_fenced=lambda scope: self.buckets.fenced(scope),
+            refresh=self.layouts.refresh,
         )
         self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, cluster.alive, jitter=lambda: 0.5)
         self.plane = ObjectPlane(

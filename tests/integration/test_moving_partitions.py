@@ -327,6 +327,24 @@ def test_a_listing_settles_nothing_for_the_disk_that_comes() -> None:
     run(scenario)
 
 
+def test_a_gateway_that_has_not_heard_of_a_move_learns_of_it() -> None:
+    """Requests that it refused once would be refused for long: its map is read again every minute."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, name = await small_object(cluster)
+        moves, late = Moves(cluster, random.Random(1)), cluster.new_gateway("late")
+        await late.objects.get(bucket, b"key")
+        cluster.gateways.remove(late)  # nobody tells it
+        await moves.move(name.partition)
+        assert late.layouts.partition(name.partition).step == 0
+        listing = await late.objects.list_objects(bucket)
+        assert list(listing.keys) == [b"key"]
+        assert late.layouts.partition(name.partition).step == 2
+        await late.close()
+
+    run(scenario)
+
+
 async def collect(cluster: Cluster) -> None:
     """Days pass, and everything is swept."""
     limits = cluster.limits

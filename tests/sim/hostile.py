@@ -25,6 +25,7 @@ from storaged.errors import NoSuchBucket, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import AskToSettle, RingClient
 from storaged.meta.consensus.looks import chosen
+from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import NEVER, RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -392,9 +393,10 @@ class Hostile(Scenario):
         header, body = b"", list[Buffer]()
         if held.value.payload:
             copies = await other.client.small_copies(name, held.value)
-            if copies is None:
+            if not copies:
                 return
-            header, body = copies[look.quorum.disks.index(node.disk)][0], list(copies[0][1])
+            position = View.of(0, *look.quorum.sets).position_of(node.disk)
+            header, body = copies[position][0], list(copies[0][1])
         request = messages.Accept(node.disk, name, held.ballot, held.value, b"", True, header)
         await node.replica.accept(request, body)
 

@@ -133,7 +133,7 @@ class View(Struct, frozen=True):
     def of(cls, epoch: int, *sets: Sequence[str]) -> View:
         """Raises ValueError as ``Quorum``."""
         quorum = Quorum(*sets)
-        place = {disk: position for disks in quorum.sets for position, disk in enumerate(disks)}
+        place = {disk: position for disks in reversed(quorum.sets) for position, disk in enumerate(disks)}
         return cls(epoch, quorum, tuple(place[disk] for disk in quorum.disks))
 
     def position_of(self, disk: str) -> int:

@@ -11,6 +11,8 @@ Theory of operation
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from storaged.cluster.ports import Layouts, Liveness
-from storaged.errors import ServiceUnavailable
+from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.listing.agreement import common_end, reported
 from storaged.meta.listing.cache import CachedPiece, PieceCache
 from storaged.meta.listing.query import Feed, Piece, PieceRead, Query
@@ -42,6 +44,15 @@ UNSETTLED_MAX = 32
 time-out.
 """
 ROWS_A_PAGE = 1_000
+REFRESH_S = 3.0
+"""How long a page waits to learn where partitions are now."""
+
+Refresh = Callable[[int], Awaitable[None]]
+"""``await refresh(partition)`` learns where it is now. It may raise StoragedError."""
+
+
+async def nothing_newer(_partition: int) -> None:
+    """A ``Refresh`` where partitions do not move."""
 
 
 @dataclass
@@ -66,9 +77,11 @@ class RingScanner:
         liveness: Liveness,
         settings: ScanSettings | None = None,
         on_fenced: OnFenced = lambda scope: None,
+        refresh: Refresh = nothing_newer,
     ) -> None:
         settings = settings or ScanSettings()
         self._registers = registers
+        self._refresh = refresh
         self._share = settings.share
         self._cache = PieceCache(settings.cache_bytes_max)
         rounds = ScanRounds(layouts, replicas, settings, on_fenced)
@@ -101,7 +114,28 @@ class RingScanner:
             raise ValueError(f"a page has 0 to {PAGE_ROWS_MAX} entries, not {limit}")
         if limit == 0:
             return ([], [], (), None), False
-        page = _Page(query, [self._reader.feed(query, shard, after) for shard in shards], limit)
+        feeds = [self._reader.feed(query, shard, after) for shard in shards]
+        try:
+            return await self._filled_from(query, feeds, limit)
+        except ServiceUnavailable:
+            if not await self._have_moved(query, feeds):
+                raise
+            return await self._filled_from(query, [self._reader.feed(query, shard, after) for shard in shards], limit)
+
+    async def _have_moved(self, query: Query, feeds: Sequence[Feed]) -> bool:
+        """Whether some shard's replicas are others by now. Learns where those are that a replica says have moved."""
+        places = {feed.shard: RegisterName(query.table, query.scope, feed.shard, b"").partition for feed in feeds}
+        partitions = {places[feed.shard] for feed in feeds if feed.moved}
+        with contextlib.suppress(StoragedError, TimeoutError):
+            async with asyncio.timeout(REFRESH_S):
+                await gather_bounded([self._refreshed(partition) for partition in partitions], SETTLING_MAX)
+        return any(self._reader.feed(query, feed.shard, b"").view != feed.view for feed in feeds)
+
+    async def _refreshed(self, partition: int) -> None:
+        await self._refresh(partition)
+
+    async def _filled_from(self, query: Query, feeds: list[Feed], limit: int) -> tuple[Filled, bool]:
+        page = _Page(query, feeds, limit)
         for turn in range(ROUNDS_MAX):
             asked = page.incomplete()
             if not asked:

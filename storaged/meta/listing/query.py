@@ -44,7 +44,8 @@ class Query:
 @dataclass
 class Feed:
     """One shard while it is read: known up to ``through``, or to its end. ``supplier``: the disk that sends the rows.
-    ``first``: the disks of one quorum, the supplier among them, to be asked first.
+    ``first``: the disks of one quorum, the supplier among them, to be asked first. ``moved``: a replica knows a later
+    step of its partition than the view is of.
     """
 
     shard: int
@@ -53,6 +54,7 @@ class Feed:
     through: bytes
     first: Sequence[str] = ()
     done: bool = False
+    moved: bool = False
 
     @property
     def quorum(self) -> Quorum:

@@ -12,6 +12,7 @@ from typing import Any
 
 from storaged.cluster.ports import Layouts
 from storaged.errors import StoragedError
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.listing.cache import CACHE_BYTES_MAX
 from storaged.meta.listing.query import Answers, PieceRead, Query
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
@@ -29,6 +30,8 @@ bare majority.
 """
 
 SHARE_ROWS_MIN = 8
+
+_MOVED = (Verdict.EPOCH, Verdict.NEWER)
 
 
 def share_of(entries: int, feeds: int, turn: int) -> int:
@@ -180,6 +183,9 @@ class _Round:
             for at, piece in zip(self._reads_of[request.disk], answer.slices, strict=True):
                 if not piece.unreadable:
                     self.answers[at][request.disk] = piece
+        elif isinstance(answer, ScanReply) and answer.verdict in _MOVED:
+            for at in self._reads_of[request.disk]:
+                self._reads[at].feed.moved = True
         if not self._left or self._enough(self.answers):
             self.end()
         elif self._timer is None and all(
