@@ -313,10 +313,6 @@ class AcceptorState:
         found = self._steps.get(epoch >> STEP_SHIFT)
         return ZERO_BALLOT if found is None else found.floor
 
-    @property
-    def high_water(self) -> Ballot:
-        return self._steps[0].high_water
-
     def high_water_at(self, epoch: int) -> Ballot:
         """As it is on disk, of the step of this epoch."""
         found = self._steps.get(epoch >> STEP_SHIFT)
