@@ -25,6 +25,7 @@ from storaged.meta.consensus.states import (
     ACCEPTING,
     CARRYING,
     CREATING,
+    DONE,
     FAILED,
     GATHERING,
     PREPARING,
@@ -363,3 +364,33 @@ def test_a_settling_round_begins_again_for_a_third_replica_that_refuses_and_not_
     assert machine.state is ACCEPTING
     assert tries == (ALL_REPLICAS_TRIES if commit else THIRD_REPLICA_TRIES)
     assert not machine.waited()
+
+
+# --- accepts ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_accept_says_whether_its_value_is_new_and_what_refuses_it_counts() -> None:
+    machine = Machine(thorough=True)
+    machine.prepares(PROMISE, PROMISE)
+    assert not machine.request.identity  # type: ignore[union-attr]
+    refusal = AcceptReply(Verdict.PREEMPTED, ABOVE)
+    assert machine.accepts(refusal, refusal)
+    machine.begin(VIEW, NOW_US)
+    assert machine.ballot > ABOVE
+    settling = Machine(settling=True, commit=True, thorough=True, change=None)
+    settling.prepares(_promise(5, 1), _promise(5, 1), _promise(5, 1))
+    assert settling.request.identity  # type: ignore[union-attr]
+    assert settling.accepts(AcceptReply(Verdict.FENCED), AcceptReply(Verdict.FENCED))
+    assert isinstance(settling.error, NoSuchBucket)
+    assert not settling.error.details
+
+
+def test_a_change_that_finds_its_own_value_settled_is_done_without_another_accept() -> None:
+    machine = Machine(thorough=True)
+    machine.prepares(PROMISE, PROMISE)
+    value, ballot = machine.request.value, machine.ballot  # type: ignore[union-attr]
+    machine.accepts(None, None)
+    found = PrepareReply(Verdict.OK, accepted=ballot, value=value)
+    assert machine.prepares(found, found)
+    assert machine.state is DONE
+    assert machine.outcome == (None, value)
