@@ -307,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reason = reasons.get(branch.name)
             unnamed += reason is None
             print(f"    {branch.line} {branch.name} | {reason or 'NOT REACHED'}")
+    names = {branch.name for some in branches_of(modules(PACKAGES)).values() for branch in some}
+    print(*(f"{name}: listed in {ACCEPTED.name}, and gone" for name in reasons if name not in names), sep="\n")
     print(*violations, sep="\n")
     cost = f"{sum(portion.seeds for portion in done)} seeds, {sum(portion.cpu_s for portion in done):.0f} s of CPU"
     print(f"{cost}, {len(violations)} violations, {unnamed} branches unreached")

@@ -18,7 +18,6 @@ import pytest
 from tests.sim.buckets import run_buckets
 from tests.sim.bursts import run_bursts
 from tests.sim.collecting import run_collecting
-from tests.sim.coverage import PACKAGES, accepted, branches_of, modules
 from tests.sim.flicker import run_flicker
 from tests.sim.forgetful import run_forgetful
 from tests.sim.hostile import run_hostile
@@ -123,12 +122,6 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
     assert [name for name, _ in changed_functions(inside) or ()] == ["Quorum.met"]
     outside = next(mutant for mutant in all_mutants(["change"]) if "CARRY_TRIES" in mutant.text)
     assert changed_functions(outside) is None
-
-
-def test_every_branch_that_seeds_need_not_reach_is_one_and_has_a_reason() -> None:
-    branches = {branch.name for some in branches_of(modules(PACKAGES)).values() for branch in some}
-    assert sorted(accepted().keys() - branches) == []
-    assert [name for name, reason in accepted().items() if not reason] == []
 
 
 def test_a_seed_plays_the_same_in_every_process() -> None:
