@@ -17,6 +17,32 @@ settled states. The epoch of a ballot has the step in its upper half and the lay
 ballot of a later step is higher than all ballots of earlier ones, and ballots from before partitions could move are
 those of step 0.
 
+Theory of operation: no operation of one step misses what another step has done
+    Operations of neighbouring steps share a set, and so a replica; their ballots say which is later. Operations two
+    steps apart may share none. So before a joint state (S, T) ends, a majority of S and a majority of T refuse earlier
+    steps, durably: an operation of a step before needs one of these majorities, and is told EPOCH. That is one fence
+    for each exchange. A fence of the settled step, after its record, is not needed for this.
+
+    The majority of S that refuses earlier steps (Q) is also the one that is asked what there is:
+
+    * Q is fenced first, and asked then. Each disk of Q answers the fence when all values and bucket fences that it has
+      taken before can be read. So whatever was chosen or fenced with S alone, some disk of Q says it. A disk that is
+      not fenced is not asked: it may still take a value or a bucket fence of the step before, which then has a majority
+      of S together with a disk that has not answered.
+    * Rows: what Q has is settled by rounds of both sets. They are new ballots of the joint step; rows are not copied
+      under their own ballots, which the new disk refuses. What is chosen in the joint step has a majority of T anyway.
+    * Bucket fences, and the highest nonces that were lifted: the new disk gets what Q has, at any time before the joint
+      state ends. Until then every operation meets a fence at its majority of S. For each bucket the lifted nonce comes
+      first, then a fence with a higher one, or a final one. A disk sets and lifts fences only for a caller that knows
+      the step; else a fence of the step before could be set at a disk of Q after that was asked.
+    * Lifted nonces matter for a disk that comes back: it may have a fence that was lifted while it was away.
+
+    While there are two sets, what a majority of S alone holds may be chosen, since it was a quorum before. Where the
+    consensus concludes that something was *not* chosen it asks for that (``Quorum.may_have_chosen``).
+
+    An acceptor raises its step with the first ballot of a later step, too, before it promises. Without this a promise
+    would be lost with its process: after a restart the floors of a step say nothing about earlier steps.
+
 A replica has a *position*: its index in the set. The replica that comes takes the position of the one that goes. The
 copies of a small object are numbered by position.
 """
