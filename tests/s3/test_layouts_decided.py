@@ -1,6 +1,6 @@
 """Layouts that move data, on real processes that accept them: decided once, certified, followed by those who come late.
 
-Nothing moves here, and nothing is read or written: the tests of movers do that.
+Whatever the movers do meanwhile, what was written stays readable.
 """
 
 from __future__ import annotations
@@ -104,6 +104,16 @@ def test_a_layout_without_a_majority_is_refused_and_named(cluster: MovingCluster
     assert cluster.status()["epoch"] == 1
 
 
+def objects() -> dict[str, bytes]:
+    return {f"key-{number}": f"body {number}".encode() * (1 + 400 * (number % 3)) for number in range(30)}
+
+
+def check_all(cluster: MovingCluster) -> None:
+    s3 = cluster.boto3(attempts=5)
+    for key, body in objects().items():
+        assert s3.get_object(Bucket="demo", Key=key)["Body"].read() == body, key
+
+
 def apply(cluster: MovingCluster, file: Path) -> subprocess.CompletedProcess[str]:
     return cluster.run("cluster", "apply", str(file), check=False, timeout_s=120)
 
@@ -111,6 +121,8 @@ def apply(cluster: MovingCluster, file: Path) -> subprocess.CompletedProcess[str
 @pytest.fixture(scope="module")
 def rivals(cluster: MovingCluster) -> list[subprocess.CompletedProcess[str]]:
     """Two administrators add n4 at once, one of them with a gateway more, while n3 is away."""
+    for key, body in objects().items():
+        cluster.boto3().put_object(Bucket="demo", Key=key, Body=body)
     authority, place = cluster.authority, cluster.directory / "n4"
     cluster.run(
         *("cluster", "issue", str(authority.directory), "n4", "--rack", "DE/fra1/d", "--roles", "storage"),
@@ -144,6 +156,7 @@ def test_of_two_administrators_one_wins_and_the_other_is_told(
     signed, layout = create.read_layout(cluster.authority, fetched)
     first = create.read_layout(cluster.authority, create.layout_path(cluster.authority, 1))[1]
     verify_certificate(signed, layout, first, cluster.authority.certificate)
+    check_all(cluster)
 
 
 def test_who_was_away_and_who_is_new_learn_the_layout_with_its_certificate(
@@ -166,6 +179,7 @@ def test_who_was_away_and_who_is_new_learn_the_layout_with_its_certificate(
             return [disk["state"] for disk in nodes["n4"]["disks"]]
 
         cluster.wait_until(lambda: disks() == ["ok", "ok"], 60, "the disks of n4")
+        check_all(cluster)
         cluster.run("dev", "kill", "n1")
         cluster.run("dev", "start", "n1")
         cluster.wait_until(lambda: cluster.status()["epoch"] == 100 and not cluster.refused("n1"), 60, "n1 again")
