@@ -11,6 +11,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from storaged.cluster.layout import partition_of
@@ -341,6 +342,38 @@ def test_a_gateway_that_has_not_heard_of_a_move_learns_of_it() -> None:
         assert list(listing.keys) == [b"key"]
         assert late.layouts.partition(name.partition).step == 2
         await late.close()
+
+    run(scenario)
+
+
+def test_a_process_that_does_not_know_where_keys_are_refuses_and_guesses_nothing() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _name = await small_object(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        layout = cluster.layouts.current
+        cluster.layouts.learn(msgspec.structs.replace(layout, epoch=2, base=1))
+        processes = (cluster.gateway, *cluster.nodes.values())
+        for process in processes:
+            process.layouts.partitions.complete = False
+        with pytest.raises(ServiceUnavailable):
+            await cluster.put(bucket, b"key", b"y" * 5_000)
+        with pytest.raises(ServiceUnavailable):
+            await cluster.get(bucket, b"key")
+        with pytest.raises(ServiceUnavailable):
+            await cluster.objects.delete(bucket, b"key")
+        with pytest.raises(ServiceUnavailable):
+            await cluster.objects.list_objects(bucket)
+        with pytest.raises(ServiceUnavailable):
+            await cluster.buckets.delete(bucket)
+        for node in cluster.nodes.values():
+            await node.maintenance.collector.sweep()
+        await collect(cluster)
+        for process in processes:
+            process.layouts.partitions.complete = True
+        await cluster.pass_s(30)  # background work has gone on
+        assert await cluster.get(await cluster.buckets.resume(bucket) or bucket, b"key") == b"x" * 5_000
+        assert len(await cluster.fragments()) == 3
 
     run(scenario)
 
