@@ -123,7 +123,11 @@ class MaintainContext:
             replicas = self.layouts.partition(partition).present
         except ServiceUnavailable:
             return ""
-        return next((disk for disk in replicas if self.liveness.disk_readable(disk)), "")
+        return self.leader_among(replicas)
+
+    def leader_among(self, replicas: Iterable[str]) -> str:
+        """The first that can be read now; empty when none can."""
+        return next(filter(self.liveness.disk_readable, replicas), "")
 
     def leads(self, partition: int) -> bool:
         return self.leader_of(partition) in self.local_meta

@@ -159,12 +159,14 @@ class Walker:
 
     def led_ranges(self) -> list[Range]:
         """The ranges that this node is responsible for, by the directory as it was read last. The system partition is
-        not among them: only gateways write there (``node.keeper``).
+        not among them: only gateways write there (``node.keeper``). Raises ServiceUnavailable while this node does not
+        know where partitions are.
         """
         found = []
         for bucket in self.buckets.by_id.values():
             for shard in bucket.shard_numbers:
-                disk = self._context.leader_of(partition_of(bucket.id, shard))
+                replicas = self._context.layouts.partition(partition_of(bucket.id, shard)).present
+                disk = self._context.leader_among(replicas)
                 if disk in self._context.local_meta:
                     found += [
                         Range(disk, table, bucket.id, shard) for table in (Table.OBJECT, Table.UPLOAD, Table.PART)

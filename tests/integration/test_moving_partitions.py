@@ -356,6 +356,10 @@ def test_a_process_that_does_not_know_where_keys_are_refuses_and_guesses_nothing
         processes = (cluster.gateway, *cluster.nodes.values())
         for process in processes:
             process.layouts.partitions.complete = False
+        for node in cluster.nodes.values():
+            node.maintenance.check.request_walk()
+        await cluster.pass_s(10)
+        assert not any(node.maintenance.check.current for node in cluster.nodes.values()), "nothing was counted"
         with pytest.raises(ServiceUnavailable):
             await cluster.put(bucket, b"key", b"y" * 5_000)
         with pytest.raises(ServiceUnavailable):
