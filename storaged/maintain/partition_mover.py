@@ -21,7 +21,7 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -92,8 +92,17 @@ class MoverProgress:
 class PartitionMover:
     """``run`` is its task."""
 
-    def __init__(self, ports: MoverPorts, *, at_once: int = AT_ONCE, lost_s: float = LOST_S) -> None:
+    def __init__(
+        self,
+        ports: MoverPorts,
+        *,
+        at_once: int = AT_ONCE,
+        lost_s: float = LOST_S,
+        partitions: Sequence[int] = range(PARTITIONS),
+    ) -> None:
+        """``partitions``: those that it moves."""
         self._ports = ports
+        self._partitions = partitions
         self._at_once = at_once
         self._lost_s = lost_s
         self._unread_since: dict[str, float] = {}
@@ -112,7 +121,7 @@ class PartitionMover:
         if not layout.base:  # data never moved in this cluster
             return 0
         try:
-            waiting = [number for number in range(PARTITIONS) if not is_settled(layouts.partition(number), layout)]
+            waiting = [number for number in self._partitions if not is_settled(layouts.partition(number), layout)]
         except ServiceUnavailable as error:  # an earlier layout is still to be learnt
             progress.reason = error.message
             return 1

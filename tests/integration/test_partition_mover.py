@@ -1,0 +1,308 @@
+"""The mover takes partitions to the places of a new layout, with the ring of the product on replicas in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from msgspec.structs import replace
+
+from storaged.clock import SystemClock
+from storaged.cluster.layout import Layout
+from storaged.cluster.partitions import PartitionRecord, is_settled, path_of, signed_bytes
+from storaged.errors import PeerUnreachable, ServiceUnavailable
+from storaged.maintain.partition_mover import MoverPorts, PartitionMover
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.listing.merge import RingScanner, every_row
+from storaged.meta.messages import FenceSet
+from storaged.meta.names import Change, RegisterName, Table, Visibility, system_name
+from storaged.meta.ports import PageQuery, Replica
+from storaged.node.partition_follower import PartitionFollower
+from storaged.wire import encode
+from tests.doubles.layouts import KnownLayouts, layout_of
+from tests.doubles.meta_store import MemoryMetaStore
+from tests.worlds.ring_client import ring_client
+
+KEY = Ed25519PrivateKey.generate()
+SIGNER = bytes(16)
+BUCKETS = [number.to_bytes(16, "big") for number in range(1, 9)]
+
+
+def signed(record: PartitionRecord) -> PartitionRecord:
+    return replace(record, signer=SIGNER, signature=KEY.sign(signed_bytes("test", record)))
+
+
+async def key_of(_signer: bytes) -> Ed25519PublicKey:
+    return KEY.public_key()
+
+
+def names() -> list[RegisterName]:
+    return [RegisterName(Table.OBJECT, scope, shard, b"key %d" % shard) for scope in BUCKETS for shard in range(3)]
+
+
+MOVED = sorted({name.partition for name in names()})
+"""The partitions of the tests' registers: moving all of them takes long."""
+
+
+class Disks:
+    """Replicas in memory: some may be away."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.stores = {name: MemoryMetaStore() for name in names}
+        self.replicas = {name: LocalReplica(name, store) for name, store in self.stores.items()}
+        self.away: set[str] = set()
+
+    def replica(self, disk_id: str) -> Replica:
+        if disk_id in self.away:
+            raise PeerUnreachable(f"{disk_id} is away")
+        return self.replicas[disk_id]
+
+    def disk_readable(self, disk_id: str) -> bool:
+        return disk_id in self.replicas and disk_id not in self.away
+
+    disk_writable = disk_readable
+
+
+class Gateway:
+    """A process: what it believes of the layout and of partitions is its own."""
+
+    def __init__(self, name: str, disks: Disks, before: Layout) -> None:
+        self.layouts = KnownLayouts(before)
+        self.client = ring_client(self.layouts, disks, node=name, refresh=self._refresh, jitter=lambda: 0.5)
+        self.scanner = RingScanner(self.layouts, disks, self.client, disks)  # type: ignore[arg-type]
+        self.follower = PartitionFollower(self.layouts, self.client, self.scanner, key_of, "test")
+        ports = MoverPorts(
+            self.layouts,
+            self.client,
+            self.scanner,
+            self.client,
+            self.client.moves,
+            disks,  # type: ignore[arg-type]
+            SystemClock(),
+            signed,
+            self.follower.refresh,
+        )
+        self.mover = PartitionMover(ports, at_once=16, lost_s=0, partitions=MOVED)
+
+    async def _refresh(self, partition: int) -> None:
+        await self.follower.refresh(partition)
+
+    async def put(self, name: RegisterName, body: bytes) -> None:
+        outcome = await self.client.change(name, lambda _before: Change(body))
+        assert outcome.after is not None
+
+    async def get(self, name: RegisterName) -> bytes | None:
+        value = (await self.client.read(name)).value
+        return value.body if value is not None and value.visibility == Visibility.LIVE else None
+
+    async def listed(self, scope: bytes) -> list[bytes]:
+        return [row.key async for row in every_row(self.scanner, PageQuery(Table.OBJECT, scope, (0, 1, 2)))]
+
+
+@dataclass
+class World:
+    before: Layout
+    after: Layout
+    disks: Disks
+    gateway: Gateway
+    other: Gateway
+    """It hears of partitions that move only when a replica refuses it."""
+
+    async def learn(self) -> None:
+        """Both know the new layout, and that no partition has moved yet. What moves then, the other is not told."""
+        for gateway in (self.gateway, self.other):
+            gateway.layouts.learn(self.after)
+            await gateway.follower.read_all()
+
+    async def move(self) -> None:
+        """Until everything is where the layout wants it."""
+        async with asyncio.timeout(120):
+            while await self.gateway.mover.round():
+                pass
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    before = layout_of((1, 1, 1))
+    after = replace(layout_of((1, 1, 1, 1), epoch=2), seeds=before.seeds, base=1)
+    disks = Disks(disk.id for disk in after.disks)
+    gateways = Gateway("g1", disks, before), Gateway("g2", disks, before)
+    yield World(before, after, disks, *gateways)
+    for gateway in gateways:
+        await gateway.client.close()
+
+
+def moved(layout: Layout, name: RegisterName) -> bool:
+    return "d0" in layout.replicas_of(name.partition)
+
+
+async def test_every_partition_moves_and_nothing_is_lost(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, name.pack())
+    await world.learn()
+    await world.move()
+    layouts = world.gateway.layouts
+    assert all(is_settled(layouts.partition(number), world.after) for number in MOVED)
+    assert any(moved(world.after, name) for name in names())
+    for name in names():
+        assert await world.gateway.get(name) == name.pack()
+        for disk in world.after.replicas_of(name.partition):
+            assert world.disks.stores[disk].get(name) is not None, "a replica of the new set lacks a row"
+
+
+async def test_a_gateway_that_knows_nothing_of_it_finds_its_way(world: World) -> None:
+    for name in names():
+        await world.other.put(name, b"before")
+    await world.learn()
+    await world.move()
+    for name in names():
+        assert await world.other.get(name) == b"before"
+        await world.other.put(name, b"after")
+        assert await world.gateway.get(name) == b"after"
+    for scope in BUCKETS:
+        assert len(await world.other.listed(scope)) == 3
+
+
+async def test_the_disk_that_went_can_be_lost_and_others_after_it(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    await world.learn()
+    await world.move()
+    for away in ("a0", "b0", "c0", "d0"):
+        world.disks.away = {away}
+        for name in names():
+            if away not in world.after.replicas_of(name.partition) or away not in world.before.seeds:
+                assert await world.other.get(name) == b"body"
+
+
+async def test_deleted_keys_stay_deleted(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    for name in names():
+        await world.gateway.client.change(name, lambda _before: Change(b"", Visibility.TOMBSTONE))
+    await world.learn()
+    await world.move()
+    for name in names():
+        assert await world.other.get(name) is None
+        rows = [world.disks.stores[disk].get(name) for disk in world.after.replicas_of(name.partition)]
+        assert sum(row is not None for row in rows) >= 2
+
+
+async def test_a_row_that_only_two_replicas_have_is_whole_at_the_new_set(world: World) -> None:
+    for number, name in enumerate(names()):
+        world.disks.away = {world.before.replicas_of(name.partition)[number % 3]}
+        await world.gateway.put(name, b"two of three")
+    world.disks.away = set()
+    await world.learn()
+    await world.move()
+    for name in names():
+        assert await world.other.get(name) == b"two of three"
+        values = [world.disks.stores[disk].get(name) for disk in world.after.replicas_of(name.partition)]
+        assert sum(value is not None for value in values) >= 2
+
+
+async def test_writes_go_on_while_partitions_move(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"0")
+    await world.learn()
+    acknowledged: dict[RegisterName, bytes] = {}
+    done = asyncio.Event()
+
+    async def write(gateway: Gateway, mine: list[RegisterName]) -> None:
+        number = 0
+        while not done.is_set():
+            for name in mine:
+                number += 1
+                body = b"%d" % number
+                await gateway.put(name, body)
+                acknowledged[name] = body
+                assert await gateway.get(name) == body
+            await asyncio.sleep(0)
+
+    tasks = [
+        asyncio.create_task(write(world.gateway, names()[::2])),
+        asyncio.create_task(write(world.other, names()[1::2])),
+    ]
+    await world.move()
+    done.set()
+    await asyncio.gather(*tasks)
+    for name, body in acknowledged.items():
+        assert await world.gateway.get(name) == body
+        assert await world.other.get(name) == body
+
+
+async def test_a_fence_of_a_deleted_bucket_moves_along(world: World) -> None:
+    name = next(name for name in names() if moved(world.after, name))
+    await world.gateway.client.fence(name.scope, range(3), b"nonce", final=True)
+    await world.learn()
+    await world.move()
+    reply = await world.disks.replicas["d0"].fence(FenceSet("d0", name.scope, b"zzz", False))
+    assert not reply.done, "a final fence with another nonce is in force"
+
+
+async def test_without_a_majority_nothing_moves_and_it_goes_on_later(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    await world.learn()
+    world.disks.away = {"a0", "b0"}
+    assert await world.gateway.mover.round()
+    assert world.gateway.mover.progress.steps == 0
+    assert world.gateway.mover.progress.reason
+    world.disks.away = set()
+    await world.move()
+    for name in names():
+        assert await world.other.get(name) == b"body"
+
+
+async def test_the_disk_that_comes_is_lost_and_the_partition_goes_back(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    await world.learn()
+    await world.gateway.mover.round()  # all joint
+    assert world.gateway.mover.progress.steps > 0
+    world.disks.away = {"d0"}
+    for _ in range(3):
+        await world.gateway.mover.round()
+    layouts = world.gateway.layouts
+    assert not any(layouts.partition(number).coming for number in MOVED)
+    assert not any("d0" in layouts.partition(number).present for number in MOVED)
+    for name in names():
+        assert await world.other.get(name) == b"body"
+    world.disks.away = set()
+    await world.move()
+    for name in names():
+        assert await world.other.get(name) == b"body"
+
+
+async def test_two_movers_at_once_end_where_one_does(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    await world.learn()
+    async with asyncio.timeout(120):
+        while any(await asyncio.gather(world.gateway.mover.round(), world.other.mover.round())):
+            pass
+    for name in names():
+        assert await world.other.get(name) == b"body"
+
+
+async def test_a_record_that_no_gateway_signed_is_not_believed(world: World) -> None:
+    forged = PartitionRecord(5, 1, ("a0", "b0", "c0"), ("a0", "b0", "d0"), 2, SIGNER, bytes(64))
+    name = system_name(path_of(5))
+    await world.gateway.put(name, encode(forged))
+    await world.other.follower.read_all()
+    assert world.other.follower.refused == 1
+    assert world.other.layouts.partition(5).step == 0
+    elsewhere = encode(signed(PartitionRecord(6, 1, ("a0", "b0", "c0"), ("a0", "b0", "d0"), 2)))
+    await world.gateway.put(name, elsewhere)
+    await world.other.follower.read_all()
+    assert world.other.layouts.partition(5).step == 0
+
+
+async def test_a_stale_map_that_reaches_no_majority_says_so(world: World) -> None:
+    await world.gateway.put(names()[0], b"body")
+    world.disks.away = {"a0", "b0"}
+    with pytest.raises(ServiceUnavailable):
+        await world.other.get(names()[0])
