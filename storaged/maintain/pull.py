@@ -72,10 +72,12 @@ class Pull:
     async def _bring_up_at(self, disk: str, name: RegisterName, look: Look, held: Held) -> bool:
         if disk in self._context.local_meta:
             return await self._adopt(disk, name, look, held)
-        node, timeout_s = self._context.layouts.current.node_of(disk), self._context.limits.call_timeout_s
+        entry, timeout_s = self._context.layouts.current.disk_by_id.get(disk), self._context.limits.call_timeout_s
+        if entry is None:  # a gateway settles it
+            return False
         try:
             found, _ = await self._caller.call(
-                node, "maintain.behind", Behind((name.pack(),)), BroughtUp, timeout_s=timeout_s
+                entry.node, "maintain.behind", Behind((name.pack(),)), BroughtUp, timeout_s=timeout_s
             )
         except PeerError:
             return False

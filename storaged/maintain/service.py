@@ -374,8 +374,8 @@ class MaintainClient:
             replicas = self._layouts.partition(RegisterName.unpack(owner).partition).present
         except ServiceUnavailable:
             return ""
-        node_of = self._layouts.current.node_of
-        return next((node_of(disk) for disk in replicas if self._liveness.disk_readable(disk)), "")
+        known = self._layouts.current.disk_by_id
+        return next((known[disk].node for disk in replicas if disk in known and self._liveness.disk_readable(disk)), "")
 
     async def _send(self, node: str, names: Sequence[bytes], mismatches: Sequence[tuple[bytes, bytes]]) -> None:
         for start in range(0, max(len(names), len(mismatches)), HINTS_A_CALL):

@@ -211,7 +211,7 @@ class Alive:
         self.read_only: set[str] = set()
 
     def disk_readable(self, disk_id: str) -> bool:
-        node = self._cluster.nodes.get(self._cluster.layouts.current.node_of(disk_id))
+        node = next((node for node in self._cluster.nodes.values() if disk_id in node.meta), None)
         return node is not None and node.up and disk_id not in self.disks_down
 
     def disk_writable(self, disk_id: str) -> bool:

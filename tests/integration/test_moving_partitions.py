@@ -382,6 +382,23 @@ def test_a_process_that_does_not_know_where_keys_are_refuses_and_guesses_nothing
     run(scenario)
 
 
+def test_a_disk_that_the_layout_names_no_more_serves_until_its_partitions_have_moved() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, name = await small_object(cluster)
+        layout = cluster.layouts.current
+        gone, other, _ = cluster.gateway.layouts.partition(name.partition).present
+        disks = tuple(disk for disk in layout.disks if disk.id != gone)
+        cluster.layouts.learn(msgspec.structs.replace(layout, epoch=2, base=1, disks=disks))
+        cluster.lose_disk(other)
+        assert await cluster.get(bucket, b"key") == b"x" * 5_000
+        await cluster.put(bucket, b"key", b"y" * 5_000)
+        slot = cluster.nodes[layout.node_of(gone)].meta[gone].get(name)
+        assert slot is not None
+        assert slot.value.sequence == 2
+
+    run(scenario)
+
+
 async def collect(cluster: Cluster) -> None:
     """Days pass, and everything is swept."""
     limits = cluster.limits
