@@ -175,6 +175,7 @@ DRIVERS: dict[str, Driver] = {
     "cluster.layout": lambda thief: _of(LayoutAfter(0)),
     "cluster.offer": lambda thief: _of(LayoutAfter(99)),
     "cluster.claims": lambda thief: _of(LayoutAfter(99)),
+    "cluster.accept": lambda thief: _of(LayoutAfter(99)),
     "audit.witness": lambda thief: _of(LayoutAfter(0)),
     "audit.witnessed": lambda thief: _of(LayoutAfter(0)),
     "meta.prepare": lambda thief: _of(messages.Prepare("", thief.slot().name, thief.ballot())),
@@ -225,6 +226,7 @@ SERVED_ELSEWHERE = {
     "cluster.layout",
     "cluster.offer",
     "cluster.claims",
+    "cluster.accept",
     "audit.witness",
     "audit.witnessed",
 }
