@@ -282,6 +282,8 @@ async def test_the_first_ballot_of_a_later_step_is_answered_when_the_step_is_on_
     disk = SlowDisk()
     store = MemoryMetaStore(sync=disk.sync)
     replica = LocalReplica("d", store)
+    for epoch, name in ((1, NAME), (STEP_1, elsewhere())):  # high-water ballots are on disk
+        await replica.prepare(prepare(ballot(9, epoch=epoch), name))
     disk.open.clear()
     later = ballot(10, epoch=STEP_1)
     requests = {
