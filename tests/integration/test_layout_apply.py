@@ -4,6 +4,8 @@ one register."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 from msgspec.structs import replace
 
-from storaged.cluster.certificates import accept, verify_certificate
+from storaged.cluster.certificates import accept, is_enough, verify_certificate
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutFiles
@@ -315,3 +317,37 @@ async def test_the_exchange_of_a_seed_ends_when_the_new_replica_has_everything(c
         acceptor.may_settle = whole
     await cluster.gateway().apply(second)
     assert cluster.books["gw"].current.seeds == ("d1a", "d2a", "d3b")
+
+
+async def certified(cluster: Cluster, seed: int) -> set[bytes]:
+    """Which rivals get a certificate while a lying gateway writes the register as it likes, and nodes restart."""
+    draw = random.Random(seed)
+    rivals = [cluster.moving(name)[1] for name in ("n4", "n5")]
+    given: dict[bytes, set[str]] = {rival.payload: set() for rival in rivals}
+    for _ in range(24):
+        node = draw.choice(NODES)
+        match draw.randrange(5):
+            case 0:
+                cluster.boot(node)
+            case 1 | 2:
+                await cluster.paths.write("layout", encode(draw.choice(rivals)))
+            case _:
+                rival = draw.choice(rivals)
+                with contextlib.suppress(StoragedError):
+                    await cluster.call(node, "cluster.accept", rival, AcceptAnswer)
+                    given[rival.payload].add(node)
+    return {payload for payload, nodes in given.items() if is_enough(cluster.history.layouts[0], nodes)}
+
+
+async def test_no_two_layouts_get_a_certificate_whatever_the_register_holds(tmp_path: Path, moving: None) -> None:
+    found = [await certified(Cluster(tmp_path / str(seed)), seed) for seed in range(12)]
+    assert all(len(each) <= 1 for each in found)
+    assert any(found)
+
+
+async def test_nodes_that_forget_what_they_accepted_would_certify_two(
+    tmp_path: Path, moving: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted bug: so the test above can find it."""
+    monkeypatch.setattr(LayoutAcceptor, "_load", lambda _self: None)
+    assert any([len(await certified(Cluster(tmp_path / str(seed)), seed)) > 1 for seed in range(12)])
