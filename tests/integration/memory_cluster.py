@@ -20,6 +20,7 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.partitions import PartitionRecord
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
+from storaged.cluster.rpc.authority import METHODS
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
 from storaged.fragments.payloads import Payloads, header_at_position
 from storaged.fragments.ports import FragmentId
@@ -269,9 +270,9 @@ class LocalCaller:
         if not target.up:
             raise PeerUnreachable(f"{node} is away")
         lives = target.lives
-        found = target.methods[method]
-        if found.roles.isdisjoint(self._peer.roles):
+        if METHODS[method].callers.isdisjoint(self._peer.roles):  # also of methods that these nodes lack
             raise faults.refused(faults.ROLE_REFUSED, f"{method} is not for {self._peer.roles}")
+        found = target.methods[method]
         call = Call(self._peer, memoryview(b"".join(body)), 0.0)
         asked = decode(encode(request), found.request)
         try:
