@@ -132,9 +132,21 @@ def render(found: dict[str, Any], command: str = "") -> str:
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
         if steps[index + 1 : index + 2] != [step]:  # once for neighbours with the same step
             lines.append(f"  Next: {step}")
+    lines.extend(_moving(found.get("moving")))
     shown = [job for job in found["jobs"] if job["state"] != "done" and (job["state"] != "waiting" or job["detail"])]
     lines.extend(f"  {render_job(job)}" for job in shown)
     return "\n".join(map(_plain, lines))
+
+
+def _moving(found: dict[str, Any] | None) -> list[str]:
+    """``found``: as ``status`` has it; None while the gateway does not answer."""
+    if found is None or not (found["partitions"] or found["objects"]):
+        return []
+    waits = f"; {found['reason']}" if found["reason"] else ""
+    return [
+        f"  moving to where the layout wants them: {found['partitions']} of {found['of']} partitions ({found['joint']}"
+        f" under way), {_count(found['objects'])}{waits}"
+    ]
 
 
 def _plain(line: str) -> str:

@@ -11,7 +11,8 @@ Theory of operation
        is settled by rounds that a majority of both sets takes. Rows of deleted keys and empty rows count too. Then come
        manifest pages. The partition is *whole* when a majority of both sets and the disk that comes have answered for
        all shards: then a majority of the coming set has whatever was chosen. What is chosen meanwhile, it gets anyway.
-    5. *settled*: the record is changed again. The disk that goes keeps rows that count no more.
+    5. *settled*: the record is changed again. The disk that goes keeps rows that count no more. A process that still
+       knows the joint state alone needs a majority of the coming set too, so nothing has to be fenced here.
 
     The records alone say how far a partition is, so a mover that dies is continued by any other. Two movers at once do
     the same work twice; the compare-and-set lets one of them pass. When the disk that comes is lost for a while, the
@@ -53,6 +54,7 @@ AT_ONCE = 4
 """Partitions that move at the same time."""
 LOST_S = 600.0
 """A disk that could not be read for so long counts as lost: it goes first, and does not come."""
+FENCE_PAUSES_S = (0.1, 0.3, 1.0)
 REST_S = 1.0
 IDLE_S = 10.0
 
@@ -157,10 +159,7 @@ class PartitionMover:
         if record is None and state.coming:
             whole = await self._bring_up(state)
             record = next_step(state, layout, whole=whole, lost=lost)
-        if record is None or not await self._take(state, record):
-            return False
-        await self._ports.moves.fence(self._ports.layouts.partition(state.partition))
-        return True
+        return record is not None and await self._take(state, record)
 
     async def _take(self, state: PartitionState, record: PartitionRecord) -> bool:
         """Writes the record of the next step. False when another mover was first."""
@@ -180,7 +179,7 @@ class PartitionMover:
     async def _bring_up(self, state: PartitionState) -> bool:
         """Whether the partition is whole. Raises ServiceUnavailable where a majority is missing."""
         moves = self._ports.moves
-        fenced = await moves.fence(state)
+        fenced = await self._fence(state)
         if state.comes not in fenced:
             return False
         deleted = await moves.copy_fences(state, fenced)
@@ -191,6 +190,17 @@ class PartitionMover:
                 return False
         # Nothing has changed the state meanwhile, or the comparisons were of another one.
         return self._ports.layouts.partition(state.partition).step == state.step
+
+    async def _fence(self, state: PartitionState) -> frozenset[str]:
+        """The disks that refuse earlier steps now. Their nodes have to learn of this step first: they are asked a few
+        times. Raises ServiceUnavailable when no majority of both sets does.
+        """
+        for pause_s in FENCE_PAUSES_S:
+            try:
+                return await self._ports.moves.fence(state)
+            except ServiceUnavailable:
+                await asyncio.sleep(pause_s)
+        return await self._ports.moves.fence(state)
 
     async def _bring_up_range(
         self, state: PartitionState, fenced: frozenset[str], table: int, scope: bytes, shard: int

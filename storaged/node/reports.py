@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from storaged.admin.ports import Services
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
-from storaged.cluster.layout import SYSTEM_PARTITION, Profile
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
+from storaged.cluster.partitions import is_settled
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
@@ -101,7 +102,25 @@ class Reports:
                 {name: reason for status in statuses for name, reason in status.records_refused}.items()
             ),
         )
-        return self._seen.date(judge(facts, node.clock.wall_ms()))
+        return {**self._seen.date(judge(facts, node.clock.wall_ms())), "moving": self._moving(statuses)}
+
+    def _moving(self, statuses: Sequence[MaintainStatus]) -> dict[str, Any]:
+        """What is not yet where the layout in force wants it, as far as this node knows."""
+        layouts = self._node.layouts
+        layout, partitions, joint = layouts.current, 0, 0
+        if layout.base:
+            with contextlib.suppress(ServiceUnavailable):
+                states = [layouts.partition(number) for number in range(PARTITIONS)]
+                partitions = sum(not is_settled(state, layout) for state in states)
+                joint = sum(bool(state.coming) for state in states)
+        mover = self._gateway.partitions.mover.progress if self._gateway is not None else None
+        return {
+            "partitions": partitions,
+            "joint": joint,
+            "of": PARTITIONS,
+            "objects": sum(status.misplaced for status in statuses),
+            "reason": mover.reason if mover is not None else "",
+        }
 
     def _sets_of(self, partition: int) -> tuple[tuple[str, ...], ...]:
         try:
