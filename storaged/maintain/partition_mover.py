@@ -54,7 +54,10 @@ AT_ONCE = 4
 """Partitions that move at the same time."""
 LOST_S = 600.0
 """A disk that could not be read for so long counts as lost: it goes first, and does not come."""
-FENCE_PAUSES_S = (0.1, 0.3, 1.0)
+FAILURES_SHOWN = 5
+"""A partition that could not make a step so often in turn is mentioned. The nodes of its disks have to learn of each
+step first, so the first attempt fails mostly.
+"""
 REST_S = 1.0
 IDLE_S = 10.0
 
@@ -108,6 +111,8 @@ class PartitionMover:
         self._at_once = at_once
         self._lost_s = lost_s
         self._unread_since: dict[str, float] = {}
+        self._failures: dict[int, int] = {}
+        """How often in turn a partition could not make a step."""
         self.progress = MoverProgress()
 
     async def run(self) -> None:
@@ -146,11 +151,14 @@ class PartitionMover:
     async def _try_step(self, number: int, layout: Layout, lost: frozenset[str]) -> None:
         state = self._ports.layouts.partition(number)
         try:
-            if await self._step(state, layout, lost):
-                self.progress.steps += 1
+            self.progress.steps += await self._step(state, layout, lost)
+            self._failures.pop(number, None)
         except (StoragedError, TimeoutError) as error:
-            self.progress.reason = f"partition {number}: {error}"
-            log.info("a partition moves later", partition=number, step=state.step, reason=str(error))
+            failures = self._failures[number] = self._failures.get(number, 0) + 1
+            if failures >= FAILURES_SHOWN:
+                self.progress.reason = f"partition {number}: {error}"
+            if failures == FAILURES_SHOWN:
+                log.info("a partition moves later", partition=number, step=state.step, reason=str(error))
 
     async def _step(self, state: PartitionState, layout: Layout, lost: frozenset[str]) -> bool:
         """Returns whether the partition is one step further."""
@@ -179,7 +187,7 @@ class PartitionMover:
     async def _bring_up(self, state: PartitionState) -> bool:
         """Whether the partition is whole. Raises ServiceUnavailable where a majority is missing."""
         moves = self._ports.moves
-        fenced = await self._fence(state)
+        fenced = await moves.fence(state)
         if state.comes not in fenced:
             return False
         deleted = await moves.copy_fences(state, fenced)
@@ -190,17 +198,6 @@ class PartitionMover:
                 return False
         # Nothing has changed the state meanwhile, or the comparisons were of another one.
         return self._ports.layouts.partition(state.partition).step == state.step
-
-    async def _fence(self, state: PartitionState) -> frozenset[str]:
-        """The disks that refuse earlier steps now. Their nodes have to learn of this step first: they are asked a few
-        times. Raises ServiceUnavailable when no majority of both sets does.
-        """
-        for pause_s in FENCE_PAUSES_S:
-            try:
-                return await self._ports.moves.fence(state)
-            except ServiceUnavailable:
-                await asyncio.sleep(pause_s)
-        return await self._ports.moves.fence(state)
 
     async def _bring_up_range(
         self, state: PartitionState, fenced: frozenset[str], table: int, scope: bytes, shard: int
