@@ -57,6 +57,8 @@ def plan(directory: Path, as_json: bool) -> None:
         click.echo(f"fragments that move   {found.fragments}")
     for when, survives in found.survives.items():
         click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")
+    if not found.survives["meanwhile"] and found.survives["before"]:
+        click.echo("Disks that still answer are better drained (storaged cluster disk drain), and removed afterwards.")
     if found.moves and not moves.MOVING_SUPPORTED:
         click.echo("This release can't move data: `storaged cluster layout` does not sign this layout.")
 

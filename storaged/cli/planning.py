@@ -7,7 +7,7 @@ does not know how far a running cluster has come.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, Profile, problems_of
@@ -96,9 +96,13 @@ def _choices(layout: Layout) -> list[Sequence[str]]:
     return found
 
 
-def _survives(sets: Iterable[Sequence[str]], domains: Mapping[str, str]) -> bool:
-    """Whether each set keeps a majority while any one domain is away."""
-    return all(2 * max(Counter(domains.get(disk, disk) for disk in one).values()) < len(one) for one in sets)
+def _survives(sets: Iterable[Sequence[str]], domains: Mapping[str, str], away: Container[str] = ()) -> bool:
+    """Whether each set keeps a majority while any one domain is away, besides the disks ``away``."""
+    for one in sets:
+        there = Counter(domains[disk] for disk in one if disk not in away)
+        if 2 * (there.total() - max(there.values(), default=0)) <= len(one):
+            return False
+    return True
 
 
 def _settled_survives(layout: Layout) -> bool:
@@ -107,8 +111,9 @@ def _settled_survives(layout: Layout) -> bool:
 
 
 def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
-    """Follows every partition through its joint states (``partitions.next_step``), and the seeds through the
-    layouts.
+    """Follows every partition through its joint states (``partitions.next_step``), and the seeds through the layouts.
+
+    A disk that the layouts do not name answers no more: it is better drained before.
     """
     after = layouts[-1]
     domains = {
@@ -117,12 +122,14 @@ def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
     sets: set[tuple[str, ...]] = set()
     for number in range(PARTITIONS):
         state = PartitionState(number, 0, 0, before.replicas_of(number))
+        sets.update(state.sets)
         while (record := next_step(state, after, whole=True)) is not None:
             state = PartitionState(number, record.step, 0, record.present, record.coming)
             sets.update(state.sets)
     for layout in layouts:
         sets.update(seeds for seeds in (layout.seeds, layout.seeds_next) if seeds)
-    return _survives(sets, domains)
+    gone = {disk.id for disk in before.disks if disk.id not in layouts[0].disk_by_id}
+    return _survives(sets, domains, gone)
 
 
 def _domain(layout: Layout, node: str, disk: str, after: Layout) -> str:

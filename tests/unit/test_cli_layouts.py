@@ -136,13 +136,29 @@ def test_a_server_with_a_seed_is_replaced_by_another(
     call("cluster", "remove", str(authority), "n3")
     found = plan_of(authority, capsys)
     assert found["layouts"] == [100, 200]
-    assert found["survives"] == {"before": True, "meanwhile": True, "after": True}
+    assert found["survives"] == {"before": True, "meanwhile": False, "after": True}, "n3 answers no more at once"
     call("cluster", "layout", str(authority))
     _, joint, settled = history_of(authority)
     assert {node.name for node in joint.nodes} == {"n1", "n2", "n3", "n4", "gateway"}
     assert "n3" not in settled.node_by_name
     assert settled.node_of(settled.seeds[2]) == "n4"
     assert not any(joint.disk_by_id[disk].node == "n3" for disk in joint.replicas_of(7))
+
+
+def test_a_server_that_is_drained_before_it_goes_leaves_no_gap(
+    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2:4000")
+    for disk in ("/srv/disk1", "/srv/disk2"):
+        call("cluster", "disk", "drain", str(authority), "n3", disk)
+    assert plan_of(authority, capsys)["survives"] == {"before": True, "meanwhile": True, "after": True}
+    call("cluster", "layout", str(authority))
+    call("cluster", "remove", str(authority), "n3")
+    found = plan_of(authority, capsys)
+    assert (found["partitions"], found["replicas"]["moved"], found["fragments"]["moved"]) == (0, 0, 0)
+    assert found["survives"] == {"before": True, "meanwhile": True, "after": True}
+    call("cluster", "layout", str(authority))
+    assert [layout.epoch for layout in history_of(authority)] == [1, 100, 200, 300]
 
 
 def test_two_seeds_are_exchanged_one_after_the_other(authority: Path, moving: None) -> None:
