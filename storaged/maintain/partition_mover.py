@@ -22,7 +22,7 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -64,10 +64,16 @@ IDLE_S = 10.0
 log = structlog.get_logger("partitions")
 
 
+async def anywhere() -> Mapping[int, Collection[str]]:
+    """No bucket has countries."""
+    return {}
+
+
 @dataclass(frozen=True)
 class MoverPorts:
     """``sign(record)``: with the signing key of the cluster's gateways. ``refresh(partition)``: reads the record of a
-    partition into the map of ``layouts``.
+    partition into the map of ``layouts``. ``allowed()``: for each partition with keys of buckets with countries, the
+    countries of all of them together.
     """
 
     layouts: Layouts
@@ -79,6 +85,7 @@ class MoverPorts:
     clock: Clock
     sign: Callable[[PartitionRecord], PartitionRecord]
     refresh: Callable[[int], Awaitable[None]]
+    allowed: Callable[[], Awaitable[Mapping[int, Collection[str]]]] = anywhere
 
 
 @dataclass
@@ -111,6 +118,7 @@ class PartitionMover:
         self._at_once = at_once
         self._lost_s = lost_s
         self._unread_since: dict[str, float] = {}
+        self._allowed: Mapping[int, Collection[str]] = {}
         self._failures: dict[int, int] = {}
         """How often in turn a partition could not make a step."""
         self.progress = MoverProgress()
@@ -136,6 +144,11 @@ class PartitionMover:
         progress.waiting = len(waiting)
         progress.joint = sum(bool(layouts.partition(number).coming) for number in waiting)
         progress.reason = ""
+        try:
+            self._allowed = await self._ports.allowed() if waiting else {}
+        except (StoragedError, TimeoutError) as error:
+            progress.reason = f"the countries of buckets are not known: {error}"
+            return len(waiting)
         # Those that are under way end before others begin: few partitions are joint at any time.
         waiting.sort(key=lambda number: not layouts.partition(number).coming)
         await concurrently((self._try_step(number, layout, lost) for number in waiting), self._at_once)
@@ -167,7 +180,19 @@ class PartitionMover:
         if record is None and state.coming:
             whole = await self._bring_up(state)
             record = next_step(state, layout, whole=whole, lost=lost)
+        if record is not None and record.coming:
+            self._check_countries(record, layout)
         return record is not None and await self._take(state, record)
+
+    def _check_countries(self, record: PartitionRecord, layout: Layout) -> None:
+        """Raises LayoutRefused where a disk would come that lies outside of the countries of a bucket."""
+        allowed = self._allowed.get(record.partition)
+        outside = [disk for disk in record.coming if disk not in record.present]
+        if allowed is not None and any(layout.country_of(disk) not in allowed for disk in outside):
+            raise LayoutRefused(
+                f"keys of a bucket that may lie in {', '.join(sorted(allowed)) or 'no common country'} only would move"
+                f" to disk {outside[0]} in {layout.country_of(outside[0])}; they stay where they are"
+            )
 
     async def _take(self, state: PartitionState, record: PartitionRecord) -> bool:
         """Writes the record of the next step. False when another mover was first."""

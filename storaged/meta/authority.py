@@ -15,7 +15,7 @@ gateway in every respect.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 from storaged.cluster.partitions import layout_epoch_of, step_of
@@ -79,13 +79,19 @@ def document() -> list[str]:
     return lines + [f"| {row.what} | `{row.code or 'NEWER'}` | {row.why} |" for row in CONTENTS]
 
 
+async def nothing_newer(_partition: int) -> None:
+    """A ``refresh`` where partitions do not move."""
+
+
 class KnownSteps(NamedTuple):
     """``of(partition)``: the step that this node knows for it, 0 while it never moved. ``on_newer(partition)``: another
-    node names a later one, so that this node should refresh what it knows. It may lie.
+    node names a later one, so that this node should refresh what it knows. It may lie. ``refresh(partition)``: the
+    same; it returns when that is done, or has failed.
     """
 
     of: Callable[[int], int] = lambda partition: 0
     on_newer: Callable[[int], None] = lambda partition: None
+    refresh: Callable[[int], Awaitable[None]] = nothing_newer
 
 
 class Gate:

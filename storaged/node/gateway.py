@@ -120,7 +120,7 @@ class Gateway:
         context = node.maintain_context()
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
-        self.partitions = PartitionDuty(node, self._late)
+        self.partitions = PartitionDuty(node, self._late, self.buckets)
         self._answers = Answers(
             node.pool,
             node.layouts,

@@ -5,20 +5,23 @@ from __future__ import annotations
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from storaged.cluster.layout import partition_of
 from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, signed_bytes
 from storaged.cluster.signers import is_signed, signer_id
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.names import RegisterName, Value
 from storaged.node.planes import NodePlanes
 from storaged.node.unlock import LateKeys
+from storaged.objects.system.buckets import BucketService
 from storaged.wire import decode
 
 
 class PartitionDuty:
     """``run`` is its task, in a gateway's first process. ``keys`` open when the keyring is there."""
 
-    def __init__(self, node: NodePlanes, keys: LateKeys) -> None:
+    def __init__(self, node: NodePlanes, keys: LateKeys, buckets: BucketService) -> None:
         self._keys = keys
+        self._buckets = buckets
         self._cluster = node.own.cluster
         self.mover = PartitionMover(
             MoverPorts(
@@ -31,6 +34,7 @@ class PartitionDuty:
                 node.clock,
                 self._sign,
                 node.follower.refresh,
+                self._allowed,
             )
         )
 
@@ -38,6 +42,16 @@ class PartitionDuty:
         """Runs for ever."""
         await self._keys.opened.wait()
         await self.mover.run()
+
+    async def _allowed(self) -> dict[int, frozenset[str]]:
+        """See ``MoverPorts``."""
+        found: dict[int, frozenset[str]] = {}
+        for bucket in await self._buckets.every_bucket():
+            if bucket.countries:
+                for shard in bucket.shard_numbers:
+                    partition = partition_of(bucket.id, shard)
+                    found[partition] = found.get(partition, frozenset(bucket.countries)) & frozenset(bucket.countries)
+        return found
 
     def _sign(self, record: PartitionRecord) -> PartitionRecord:
         signature = self._keys.sign_public(signed_bytes(self._cluster, record))

@@ -8,6 +8,7 @@ the partition has moved, reads the record of that partition (``refresh``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, path_of, s
 from storaged.cluster.ports import Layouts
 from storaged.cluster.signers import is_signed
 from storaged.errors import CertificateRefused, LayoutRefused, StoragedError
+from storaged.meta.authority import KnownSteps
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import SYSTEM_SCOPE, Table, Value, system_name
 from storaged.meta.ports import PageQuery, Registers, Scanner
@@ -42,6 +44,21 @@ class FollowedLayouts(Layouts, Protocol):
 
     @property
     def partitions(self) -> PartitionMap: ...
+
+
+def known_steps(layouts: FollowedLayouts, node: str, follower: Callable[[], PartitionFollower]) -> KnownSteps:
+    """Which steps the replicas of this node know."""
+
+    async def refresh(partition: int) -> None:
+        with contextlib.suppress(StoragedError, TimeoutError):
+            await follower().refresh(partition)
+
+    partitions = layouts.partitions
+    return KnownSteps(
+        lambda number: partitions.step_of(number, layouts.current),
+        lambda _number: partitions.on_behind(node),
+        refresh,
+    )
 
 
 class PartitionFollower:

@@ -42,7 +42,6 @@ from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
-from storaged.meta.authority import KnownSteps
 from storaged.meta.client import RingClient, RingHooks, RingSettings
 from storaged.meta.listing.cache import CACHE_BYTES_MAX
 from storaged.meta.listing.merge import RingScanner
@@ -57,7 +56,7 @@ from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
 from storaged.node.opener import Opener, place_in
-from storaged.node.partition_follower import PartitionFollower
+from storaged.node.partition_follower import PartitionFollower, known_steps
 from storaged.node.refusals import Refusals
 from storaged.node.system import SystemPaths, digests_of, learn_operators
 from storaged.objects.code.small_copy import is_small_copy
@@ -274,11 +273,7 @@ class NodePlanes:
     def _build_ring(self) -> None:
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
-            partitions = self.layouts.partitions
-            steps = KnownSteps(
-                lambda number: partitions.step_of(number, self.layouts.current),
-                lambda _number: partitions.on_behind(self.own.name),
-            )
+            steps = known_steps(self.layouts, self.own.name, lambda: self.follower)
             host = ReplicaHost(replicas, lambda: self.layouts.epoch, on_refusal=self._refused, steps=steps)
             self._methods.update(host.methods())
             self._methods.update(FragmentHost(fragments, self._fragment_contested).methods())

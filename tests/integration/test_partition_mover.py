@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from dataclasses import replace as replace_ports
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -74,7 +75,7 @@ class Gateway:
         self.client = ring_client(self.layouts, disks, node=name, refresh=self._refresh, jitter=lambda: 0.5)
         self.scanner = RingScanner(self.layouts, disks, self.client, disks)  # type: ignore[arg-type]
         self.follower = PartitionFollower(self.layouts, self.client, self.scanner, key_of, "test")
-        ports = MoverPorts(
+        self.ports = ports = MoverPorts(
             self.layouts,
             self.client,
             self.scanner,
@@ -286,6 +287,28 @@ async def test_two_movers_at_once_end_where_one_does(world: World) -> None:
     async with asyncio.timeout(120):
         while any(await asyncio.gather(world.gateway.mover.round(), world.other.mover.round())):
             pass
+    for name in names():
+        assert await world.other.get(name) == b"body"
+
+
+async def test_a_partition_of_a_bucket_with_countries_does_not_leave_them(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    nodes = tuple(replace(node, location="DE/fra1/d") if node.name == "nd" else node for node in world.after.nodes)
+    world.after = replace(world.after, nodes=nodes)
+    french = {number for number in MOVED[::2] if "d0" in world.after.replicas_of(number)}
+    assert french
+
+    async def allowed() -> dict[int, frozenset[str]]:
+        return dict.fromkeys(french, frozenset({"FR"}))
+
+    await world.learn()
+    mover = PartitionMover(replace_ports(world.gateway.ports, allowed=allowed), at_once=16, partitions=MOVED)
+    for _ in range(3 * FAILURES_SHOWN):
+        left = await mover.round()
+    assert left == len(french)
+    assert "that may lie in FR only" in mover.progress.reason
+    assert not any("d0" in world.gateway.layouts.partition(number).disks for number in french)
     for name in names():
         assert await world.other.get(name) == b"body"
 

@@ -274,6 +274,7 @@ class ReplicaHost:
     ) -> None:
         """All but ``replicas``: see ``authority.Gate``."""
         self.replicas = replicas
+        self._steps = steps
         self._gate = Gate(newest_epoch, rules, on_refusal, steps)
 
     def _of(self, disk: str) -> LocalReplica:
@@ -380,6 +381,8 @@ class ReplicaHost:
     async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
         if request.partition == messages.WHOLE_DISK:
             raise InvalidRequest("No node fences a whole disk of another one: name a partition.")
+        if not self._gate.knows(request.partition, request.epoch):
+            await self._steps.refresh(request.partition)
         if not self._gate.knows(request.partition, request.epoch):
             return messages.EpochReply(0)  # a step that nobody has recorded would stop the partition for ever
         return await self._of(request.disk).fence_epoch(request)
