@@ -140,12 +140,16 @@ def render(found: dict[str, Any], command: str = "") -> str:
 
 def _moving(found: dict[str, Any] | None) -> list[str]:
     """``found``: as ``status`` has it; None while the gateway does not answer."""
+    lines = []
+    if found is not None and found["system"]:
+        lines.append("  the system partition gets another seed disk: apply the layout that follows")
     if found is None or not (found["partitions"] or found["objects"]):
-        return []
+        return lines
     waits = f"; {found['reason']}" if found["reason"] else ""
     return [
+        *lines,
         f"  moving to where the layout wants them: {found['partitions']} of {found['of']} partitions ({found['joint']}"
-        f" under way), {_count(found['objects'])}{waits}"
+        f" under way), {_count(found['objects'])}{waits}",
     ]
 
 

@@ -59,6 +59,7 @@ from storaged.node.opener import Opener, place_in
 from storaged.node.partition_follower import PartitionFollower, known_steps
 from storaged.node.refusals import Refusals
 from storaged.node.system import SystemPaths, digests_of, learn_operators
+from storaged.node.system_move import SystemMove
 from storaged.objects.code.small_copy import is_small_copy
 from storaged.wire import decode
 
@@ -107,9 +108,8 @@ class NodePlanes:
         self.directory = Path(config.node.directory)
         self.disks = Disks()
         self.ledgers: LedgerExchange | None = None
-        """Of a storage node."""
         self.acceptor: LayoutAcceptor | None = None
-        """Of a storage node."""
+        """Both of a storage node."""
         self._opener: Opener | None = None
         self._exchanging: asyncio.Task[None] | None = None
         self.maintenance: Maintenance | None = None
@@ -312,6 +312,7 @@ class NodePlanes:
         self.layouts.watch(lambda _layout: self.follower.wake())
         if self.config.storage:
             self.acceptor = LayoutAcceptor(self.own, self.layouts, self.paths, self.directory / "layouts")
+            self.acceptor.may_settle = SystemMove(self.layouts, replicas, self.scanner).may_settle
             self._methods.update(self.acceptor.methods())
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
         self.auditing = Auditing(self)

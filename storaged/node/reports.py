@@ -118,6 +118,7 @@ class Reports:
             "partitions": partitions,
             "joint": joint,
             "of": PARTITIONS,
+            "system": bool(layout.seeds_next),
             "objects": sum(status.misplaced for status in statuses),
             "reason": mover.reason if mover is not None else "",
         }

@@ -1,0 +1,52 @@
+"""When the system partition may settle on its new seed disk: each node with a seed disk finds out for itself.
+
+Before it accepts the layout that ends the exchange, the node has its own disks refuse operations of the set that the
+system partition had before, durably. Then it compares the rows of all seed disks. The acceptances come from a majority
+of both sets; the last of these nodes compares when a majority refuses such operations. So nothing that was chosen can
+be missing at a majority of the set that comes. Gateways settle rows that differ (``node.keeper``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from storaged.cluster.layout import SYSTEM_PARTITION, Layout
+from storaged.cluster.ports import Layouts
+from storaged.errors import ServiceUnavailable, StoragedError
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.listing.merge import RingScanner
+from storaged.meta.messages import EpochFence
+from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table
+
+
+class SystemMove:
+    """``may_settle`` is the check of ``accepting.LayoutAcceptor``. ``replicas``: of this node's disks."""
+
+    def __init__(self, layouts: Layouts, replicas: Mapping[str, LocalReplica], scanner: RingScanner) -> None:
+        self._layouts = layouts
+        self._replicas = replicas
+        self._scanner = scanner
+
+    async def may_settle(self, _layout: Layout) -> str:
+        """Why it can't settle yet; empty when it can."""
+        state = self._layouts.partition(SYSTEM_PARTITION)
+        if not state.coming:
+            return "the system partition does not move"
+        try:
+            for disk, replica in list(self._replicas.items()):
+                if disk in state.disks:
+                    await replica.fence_epoch(EpochFence(disk, state.epoch, SYSTEM_PARTITION))
+            found = await self._scanner.catch_up(Table.SYSTEM, SYSTEM_SCOPE, 0, bring_up=_differs)
+        except (StoragedError, TimeoutError) as error:
+            return str(error)
+        answered = [disk for disk in state.disks if disk not in found.away]
+        if state.comes not in answered:
+            return f"disk {state.comes}, which comes, does not answer"
+        if not Quorum(*state.sets).met(answered):
+            return f"only {len(answered)} of {len(state.disks)} seed disks answer"
+        return ""
+
+
+async def _differs(name: RegisterName) -> None:
+    raise ServiceUnavailable(f"the seed disks differ in {name.key.decode('utf-8', 'replace')[:80]!r}; gateways copy")
