@@ -32,16 +32,18 @@ from tests.doubles.layouts import KnownLayouts
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, World, make_layout
 from tests.sim.listing import BUCKET, LISTED_KEYS, SHARDS, Listing
 from tests.sim.parts import BitFlips, ClockJumps, HungDisks, Part, Suspensions, Trouble
-from tests.sim.scenario import play_out
+from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import VirtualLoop
-from tests.sim.workload import Verdicts
+from tests.sim.workload import Verdicts, Workload
 
 MOVERS = 2
 PATIENCE_S = 60.0
 """Of a sound cluster, until all partitions are where they belong."""
 CLOSED = object_name(b"a closed bucket.", range(1), b"key")
 REOPENED = object_name(b"a fenced bucket.", range(1), b"key")
-NAMES = {key: object_name(BUCKET, range(SHARDS), key.encode()) for key in LISTED_KEYS}
+OTHER_KEYS = ("x", "y", "z")
+"""Of objects that are read and changed one by one, small ones too."""
+NAMES = {key: object_name(BUCKET, range(SHARDS), key.encode()) for key in (*LISTED_KEYS, *OTHER_KEYS)}
 NUMBERS = sorted({name.partition for name in (*NAMES.values(), CLOSED, REOPENED)})
 
 
@@ -283,8 +285,8 @@ class Closing(Part):
         self.closed_at = self.of.moment()
 
     async def _fence_and_open(self) -> None:
-        for nonce in (b"first", b"second"):
-            await asyncio.sleep(self.chance.uniform(0, 0.3))
+        for nonce in (b"1", b"2", b"3", b"4", b"5"):
+            await asyncio.sleep(self.chance.uniform(0, 0.15))
             await self._until_done(
                 "fencer", lambda process, nonce=nonce: process.client.fence(REOPENED.scope, [0], nonce)
             )
@@ -335,6 +337,28 @@ class Closing(Part):
                 self.of.stale_fences += 1
 
 
+class Wiped(Part):
+    """A disk that no layout wants any more is lost for good, in the middle of it."""
+
+    finishes = True
+
+    @classmethod
+    def joins(cls, scenario: Scenario, chance: random.Random) -> bool:
+        flips = any(isinstance(part, BitFlips) for part in scenario.parts)  # both together may lose a majority
+        return chance.random() < 0.3 and not flips
+
+    async def run(self) -> None:
+        layout = self.scenario.layout
+        await asyncio.sleep(self.chance.uniform(0, 0.8))
+        gone = [disk.id for disk in layout.disks if disk.state != "active" and disk.id not in layout.seeds]
+        for disk in gone[:1]:
+            node = self.world.nodes["n" + disk[1:]]
+            if node.up:
+                node.crash()
+            node.blank_disk()
+            self.fault(f"the disk of {node.name} is lost")
+
+
 class Moving(Listing):
     node_kind = Node
 
@@ -343,6 +367,8 @@ class Moving(Listing):
         self.world.on_files = self.aside.random() < 0.15
         self.layouts = layouts_of(random.Random(f"layouts {seed}"))
         self.layout = self.layouts[-1]
+        self.names = dict(NAMES)
+        self.last_seen = dict.fromkeys(self.names)
         self.world.epochs = self.layouts[-1].epoch
         self.known: dict[str, Layout] = dict.fromkeys(
             ("g0", "g1", "g2", "m0", "m1", "closer", "fencer"), self.layouts[0]
@@ -355,9 +381,19 @@ class Moving(Listing):
         self.movers = Movers(self, chances[Movers])
         self.parts = [kind(self, chances[kind]) for kind in (Announcements, Closing)]
         self.parts.append(self.movers)
-        for kind in (Trouble, HungDisks, Suspensions, ClockJumps, BitFlips):
+        for kind in (Trouble, HungDisks, Suspensions, ClockJumps, BitFlips, Wiped):
             if kind is Trouble or kind.joins(self, chances[kind]):
                 self.parts.insert(0, kind(self, chances[kind]))
+
+    def _choose_key(self) -> str:
+        return self.random.choice(OTHER_KEYS)
+
+    async def worker(self, gateway: Gateway) -> None:
+        """Half of them list, and write what is listed."""
+        if self.random.random() < 0.5:
+            await super().worker(gateway)
+        else:
+            await Workload.worker(self, gateway)
 
     def begin_gateways(self) -> None:
         self.gateways = [Process(self, f"g{index}") for index in range(3)]
@@ -379,7 +415,7 @@ class Moving(Listing):
         return found
 
 
-PARTS = (Announcements, Closing, Movers, Trouble, HungDisks, Suspensions, ClockJumps, BitFlips)
+PARTS = (Announcements, Closing, Movers, Trouble, HungDisks, Suspensions, ClockJumps, BitFlips, Wiped)
 
 
 def run_moving(seed: int, rules: Rules = RULES) -> Verdicts:

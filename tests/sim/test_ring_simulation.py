@@ -25,6 +25,7 @@ from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
 from tests.sim.mutants import all_mutants, changed_functions, survivors
 from tests.sim.object_lies import run_object_lies
+from tests.sim.partitions import run_moving
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
 from tests.sim.workload import Verdicts
@@ -35,6 +36,7 @@ FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
 HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "20"))
 LISTING_SEEDS = int(os.environ.get("STORAGED_SIM_LISTING_SEEDS", "15"))
 BUCKET_SEEDS = int(os.environ.get("STORAGED_SIM_BUCKET_SEEDS", "8"))
+MOVING_SEEDS = int(os.environ.get("STORAGED_SIM_MOVING_SEEDS", "25"))
 BURST_SEEDS = int(os.environ.get("STORAGED_SIM_BURST_SEEDS", "6"))
 SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "15"))
 COLLECTING_SEEDS = int(os.environ.get("STORAGED_SIM_COLLECTING_SEEDS", "3"))
@@ -94,6 +96,11 @@ def test_many_keys_that_change_in_one_turn_do_not_get_each_others_answers() -> N
         sizes.update(found.accepts_a_message)
     together = sum(size * count for size, count in sizes.items() if size > 1)
     assert together > sum(size * count for size, count in sizes.items()) // 5, sorted(sizes.items())
+
+
+@pytest.mark.timeout(0)
+def test_partitions_move_while_gateways_work_whatever_fails() -> None:
+    assert list(sound(run_moving, MOVING_SEEDS))
 
 
 @pytest.mark.timeout(0)
