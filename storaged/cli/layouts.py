@@ -32,11 +32,11 @@ def plan(directory: Path, as_json: bool) -> None:
     from storaged.cli import create as files
     from storaged.cli import planning
     from storaged.cli.succeeding import layouts_after
-    from storaged.cluster import issuing, moves
+    from storaged.cluster import issuing
 
     listed = files.load_plan(directory)
     last = files.last_signed(issuing.load_authority(directory), listed)
-    layouts = layouts_after(listed, last, whatever_moves=True)
+    layouts = layouts_after(listed, last)
     before = last[1] if last is not None else layouts[0]
     found = planning.outlook(before, layouts)
     if as_json:
@@ -59,8 +59,6 @@ def plan(directory: Path, as_json: bool) -> None:
         click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")
     if not found.survives["meanwhile"] and found.survives["before"]:
         click.echo("Disks that still answer are better drained (storaged cluster disk drain), and removed afterwards.")
-    if found.moves and not moves.MOVING_SUPPORTED:
-        click.echo("This release can't move data: `storaged cluster layout` does not sign this layout.")
 
 
 @click.group("disk")

@@ -13,22 +13,19 @@ from collections.abc import Collection
 from msgspec.structs import replace
 
 from storaged.cli.create import ClusterPlan, layout_of, planned
-from storaged.cluster import moves as moving
 from storaged.cluster.layout import Layout, problems_of
 from storaged.cluster.moves import moves_between
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.succession import base_after, check_successor, exchanged_seeds, next_epoch
-from storaged.errors import LayoutMovesData, LayoutRefused, OperatorError
+from storaged.errors import LayoutRefused, OperatorError
 from storaged.wire import encode
 
 
-def layouts_after(
-    plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None, *, whatever_moves: bool = False
-) -> list[Layout]:
+def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None) -> list[Layout]:
     """The layouts that bring the cluster from ``last`` to the nodes and disks of the plan, in their order.
 
     Raises OperatorError with every reason why one cannot work, JurisdictionRefused for a node that the policy does not
-    admit, LayoutMovesData when data would move and this release can't move it (unless ``whatever_moves``).
+    admit.
     """
     if last is None:
         return [layout_of(plan)]
@@ -44,10 +41,6 @@ def layouts_after(
         predecessor=signed.hash,
     )
     moves = moves_between(before, bare)
-    if moves and not (moving.MOVING_SUPPORTED or whatever_moves):
-        raise LayoutMovesData(
-            f"this layout would move data against layout {before.epoch}, and nothing is signed: {moves}"
-        )
     if not moves:
         _check_works(bare)
         return [bare]

@@ -6,8 +6,7 @@ two was not meant to exist.
 
 A newer layout that moves a replica or a disk (``cluster.moves``) needs more than its signature: it follows a known
 layout by the rules of ``cluster.succession``, and has that layout's certificate (``cluster.certificates``). Otherwise
-the node continues with its present layout. While ``moves.MOVING_SUPPORTED`` is off, every such layout is refused,
-because nothing would copy the data. The first layout of a node must be one that no other layout had to place
+the node continues with its present layout. The first layout of a node must be one that no other layout had to place
 (``Layout.base`` is 0): from there the node follows the history, and verifies each step.
 
 A node keeps the layouts that it used in its directory, with their certificates, so that it knows the present one at its
@@ -27,7 +26,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster import moves as moving
 from storaged.cluster.certificates import ACCEPTANCE_BYTES_MAX, ACCEPTANCES_MAX, verify_certificate
 from storaged.cluster.layout import Layout, NodeEntry
 from storaged.cluster.moves import RefusedLayout, moves_between
@@ -99,7 +97,7 @@ class LayoutBook:
         for signed in known:
             layout = verify_layout(signed, administration, cluster)
             if layout.base:  # those that were used before layouts could move data are believed as they were then
-                self._check(layout, signed, before_start=True)
+                self._check(layout, signed)
             self._adopt(layout, signed)
 
     @property
@@ -253,14 +251,10 @@ class LayoutBook:
                 watcher(layout)
         return True
 
-    def _check(self, layout: Layout, signed: SignedLayout, *, before_start: bool = False) -> None:
-        """Raises LayoutRefused for a layout that this node must not use, or keep in its history. ``before_start``: it
-        was used by this node before.
-        """
+    def _check(self, layout: Layout, signed: SignedLayout) -> None:
+        """Raises LayoutRefused for a layout that this node must not use, or keep in its history."""
         newer = self._current is not None and layout.epoch > self.epoch
         moves = moves_between(self.current, layout) if newer else None
-        if moves and not moving.MOVING_SUPPORTED and not before_start:
-            raise LayoutRefused(f"Layout {layout.epoch} would move data against layout {self.epoch}: {moves}.")
         if not moves and not layout.base:
             return
         if newer:

@@ -1,9 +1,8 @@
 """Compares a new layout with the one in force: what would move? Pure.
 
-This release can't yet copy registers or fragments from their places under one layout to those under another
-(``MOVING_SUPPORTED``). So a layout loses acknowledged data if it gives even one partition other replicas, or one disk
-another rank in placement. ``storaged cluster layout`` does not sign such a layout, and a node does not learn it.
-Addresses, roles and nodes without disks may change.
+A layout moves data if it gives even one partition other replicas, or one disk another rank in placement. Nodes use such
+a layout only with a certificate (``cluster.certificates``), and move the data afterwards (``maintain.partition_mover``,
+repair). Addresses, roles and nodes without disks may change with the signature alone.
 
 Places follow from the set of disks with their ids, weights, states, nodes and these nodes' locations, from the seed
 disks, from the number of replicas (``Layout._ranked``), and from what a layout says of partitions that have moved or
@@ -18,11 +17,6 @@ from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.wire import Message, encode
-
-MOVING_SUPPORTED: bool = False
-"""Whether nodes accept layouts that move data (``cluster.succession``). Off until all that moves is moved. Tests set
-it.
-"""
 
 NAMED_MAX = 8
 """Differences that a message names before it counts the others."""

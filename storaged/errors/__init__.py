@@ -58,7 +58,6 @@ from storaged.errors.operator import (
     JurisdictionRefused,
     KeyringDamaged,
     KeyringMismatch,
-    LayoutMovesData,
     LayoutNotAccepted,
     LayoutOvertaken,
     LayoutRefused,

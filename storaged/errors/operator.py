@@ -127,11 +127,10 @@ class DiskBlank(OperatorError):
     code = "DISK_BLANK"
     hint = (
         "Put back the disk, or the mount, that was there, and restart the node. A copy of the old disk is as good if it"
-        " is complete (ddrescue without errors) and was made after the disk was used last. If the disk is gone, leave"
-        " it out: this release can't replace a disk in a running cluster. Nothing is lost. Repair rebuilds its"
-        " fragments on other disks, but its replicas of records stay one short, and keys that lose another replica stop"
-        " until that one returns. To be without this risk, copy all objects to a new cluster with an S3 client. No"
-        " command makes a blank disk take part."
+        " is complete (ddrescue without errors) and was made after the disk was used last. If the disk is gone, replace"
+        " it by a new one with a new id: `storaged cluster disk replace` where the authority's keys are, then `cluster"
+        " layout` and, on a gateway, `cluster apply`. Nothing is lost meanwhile. No command makes a blank disk take"
+        " part under the old id."
     )
 
 
@@ -221,28 +220,16 @@ class JurisdictionRefused(OperatorError):
 class LayoutRefused(OperatorError):
     """The node was offered a layout that it refuses. It keeps the layout that it has, and nothing is lost.
 
-    The refused layout is not signed by this cluster's administration key, is a second one under a known epoch, or would
-    move replicas or disks, which this release can't do.
+    The refused layout is not signed by this cluster's administration key, is a second one under a known epoch, or moves
+    replicas or disks and does not follow the layout in force, or the nodes with seed disks have not accepted it.
     """
 
     code = "LAYOUT_REFUSED"
     status = 409
     hint = (
         "Put the cluster's layout back where the wrong one was offered from (`layout.signed` beside the node's"
-        " certificate), and reload. Only addresses, roles and nodes without disks may change."
-    )
-
-
-class LayoutMovesData(OperatorError):
-    """The new layout would move replicas or disks of a cluster that is in use. This release can't copy their data,
-    which would be lost.
-    """
-
-    code = "LAYOUT_MOVES_DATA"
-    hint = (
-        "Disks, storage nodes, racks and weights must stay as they are in the last layout. Undo what differs (for a"
-        " node that should not have been issued: `storaged cluster remove DIRECTORY NODE`). Addresses, certificates and"
-        " gateways may change."
+        " certificate), and reload. A layout that moves data comes into force by `storaged cluster apply FILE` on a"
+        " gateway."
     )
 
 

@@ -36,7 +36,7 @@ class Presence(IntEnum):
 class BlockPlace(NamedTuple):
     """One block of a part and the disks of its fragments, in position order. ``spread``: no failure domain holds more
     of them than it may, and all are inside ``countries``, those of the bucket (none named: any). ``placed``: the layout
-    in force wants them on these disks.
+    in force wants them on these disks. ``gone``: it does not name one of them, so nothing waits for that.
     """
 
     entry: PartEntry
@@ -46,6 +46,7 @@ class BlockPlace(NamedTuple):
     spread: bool = True
     countries: tuple[str, ...] = ()
     placed: bool = True
+    gone: bool = False
 
     @property
     def profile(self) -> Profile:
@@ -97,8 +98,9 @@ def blocks_of(entry: PartEntry, partition: int, layouts: Layouts, countries: Seq
                 is_allowed(layout, disk, countries) for disk in run.moved.values()
             )
         placed = entry.small or _is_placed(layouts.current, entry, run, disks, countries)
+        gone = not entry.small and any(disk not in layouts.current.disk_by_id for disk in disks)
         for block in range(run.first, run.first + run.count):
-            yield BlockPlace(entry, block, run, disks, spread, tuple(countries), placed)
+            yield BlockPlace(entry, block, run, disks, spread, tuple(countries), placed, gone)
 
 
 def _is_placed(current: Layout, entry: PartEntry, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
@@ -250,6 +252,7 @@ class Tally:
         elif health.missing or (can_hold_target and not health.on_target):
             self._repairable = True
         elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):
+            self._repairable = self._repairable or health.place.gone
             self._recodable = True
 
     def add_page(self, have: int, lacking: int) -> None:

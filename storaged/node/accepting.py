@@ -20,7 +20,6 @@ from pathlib import Path
 import structlog
 from msgspec import MsgspecError
 
-from storaged.cluster import moves
 from storaged.cluster.certificates import accept, seed_nodes
 from storaged.cluster.identity import Identity, NodeSigner
 from storaged.cluster.layout import Layout
@@ -86,8 +85,6 @@ class LayoutAcceptor:
 
     async def _judge(self, signed: SignedLayout, layout: Layout) -> None:
         """Returns when this node may accept a layout, and has promised to accept no other."""
-        if not moves.MOVING_SUPPORTED:
-            raise LayoutRefused(f"Layout {layout.epoch} is not accepted: this release can't move data.")
         before = await asyncio.to_thread(self._layouts.judge, layout)
         if self._own.name not in seed_nodes(before):
             raise LayoutRefused(f"{self._own.name} has no seed disk by layout {before.epoch}.")

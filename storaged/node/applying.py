@@ -24,7 +24,6 @@ from cryptography import x509
 from msgspec import MsgspecError
 from msgspec.structs import replace
 
-from storaged.cluster import moves as moving
 from storaged.cluster.certificates import accepted_by, is_enough, seed_nodes
 from storaged.cluster.identity import Identity
 from storaged.cluster.layout import Layout
@@ -100,11 +99,6 @@ class LayoutApplication:
                 self._check_first(layout)
             await self._take(signed)
             return self._document(layout, moves.disks, ())
-        if not moving.MOVING_SUPPORTED:
-            raise LayoutRefused(
-                f"Layout {layout.epoch} would move data against layout {self._layouts.epoch}: {moves}. This release"
-                " can't move it."
-            )
         try:
             await exchange_layout(self._paths, self._layouts)
             before = await self._decide(signed, layout)

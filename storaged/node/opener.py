@@ -21,7 +21,6 @@ from typing import NamedTuple, TypeVar
 import structlog
 
 from storaged.clock import Clock
-from storaged.cluster import moves
 from storaged.cluster.claims import DiskClaim
 from storaged.config import Config, DiskSection
 from storaged.disk_health import DiskHealth
@@ -70,7 +69,7 @@ def place_in(layouts: LayoutHistory, node: str, disk: str) -> Place:
     layout = layouts.current
     entry = layout.disk_by_id.get(disk)
     if entry is None or entry.node != node:
-        return Place(not moves.MOVING_SUPPORTED, joins=False)
+        return Place(named=False, joins=False)
     first = next((old for old in layouts.earlier() if old.epoch == layout.base), None)
     return Place(True, joins=first is not None and disk not in first.disk_by_id)
 

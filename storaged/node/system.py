@@ -91,7 +91,7 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
     try:
         body = await paths.replace("layout", choose)
         held = decode(body, SignedLayout) if body is not None else None
-        if held is not None and not (moves.MOVING_SUPPORTED and is_pending(held, layouts)):
+        if held is not None and not is_pending(held, layouts):
             await layouts.learn(held, LAYOUT_REGISTER)
     except msgspec.MsgspecError as error:
         raise LayoutRefused(f"the register of the layout does not decode: {error}") from None
@@ -135,7 +135,7 @@ async def learn_operators(own: Identity, layouts: LayoutBook) -> None:
     try:
         if first is not None:
             await layouts.learn(first, str(own.directory / BASE_FILE))
-        if signed is not None and moves.MOVING_SUPPORTED and _comes_later(signed, layouts):
+        if signed is not None and _comes_later(signed, layouts):
             await layouts.propose(signed)
         elif signed is not None:
             await layouts.learn(signed, str(own.directory / LAYOUT_FILE))

@@ -83,6 +83,28 @@ def test_a_server_that_is_added_gets_its_share_and_no_more_than_that_moves() -> 
     run(scenario, racks=FOUR, limits=LIMITS)
 
 
+def test_what_lay_on_a_disk_that_is_gone_is_rebuilt_elsewhere_at_once() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await store(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        cluster.lose_disk("d1")
+        layout = layout_of(2, epoch=2, racks=FOUR)
+        some = tuple(disk for disk in layout.disks if disk.id != "d1")
+        cluster.layouts.partitions.complete = True
+        cluster.layouts.learn(replace(layout, disks=some, base=1))
+        for _ in range(120):
+            await cluster.pass_s(1)
+            places = [place for key in DATA for place in await cluster.places(bucket, key)]
+            if not any("d1" in place.disks for place in places):
+                break
+        assert not any("d1" in place.disks for place in places), [node.log[-3:] for node in cluster.nodes.values()]
+        for key, data in DATA.items():
+            assert await cluster.get(bucket, key) == data
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
 def test_a_drained_disk_is_empty_in_the_end() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await store(cluster)

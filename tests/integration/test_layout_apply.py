@@ -37,10 +37,9 @@ from storaged.wire import Buffer, Message, decode, encode
 from tests.integration.test_node import Registers
 from tests.patience import GUARD_S
 from tests.worlds.authority import World, until
-from tests.worlds.layouts import NODES, History, moving, with_nodes
+from tests.worlds.layouts import NODES, History, with_nodes
 
 T = TypeVar("T", bound=Message)
-__all__ = ["moving"]
 
 
 class Cluster:
@@ -119,26 +118,7 @@ async def test_a_layout_that_moves_nothing_needs_no_acceptances(cluster: Cluster
         await cluster.gateway().apply(cluster.history.signed[0])
 
 
-async def test_no_layout_that_moves_data_is_applied_while_nothing_moves_it(cluster: Cluster) -> None:
-    _, signed = cluster.moving()
-    with pytest.raises(LayoutRefused, match="would move data against layout 1: disk d4a of n4 is new"):
-        await cluster.gateway().apply(signed)
-    await exchange_layout(cluster.paths, cluster.books["gw"])
-    assert cluster.register == cluster.history.signed[0]
-    await cluster.paths.write("layout", encode(signed))
-    with pytest.raises(LayoutRefused, match="would move data"):
-        await exchange_layout(cluster.paths, cluster.books["gw"])
-    for name in NODES:
-        with pytest.raises(StoragedError, match="signature is not by this cluster's administration key"):
-            await cluster.call(name, "cluster.accept", replace(signed, signature=bytes(64)), AcceptAnswer)
-        with pytest.raises(StoragedError, match="this release can't move data"):
-            await cluster.call(name, "cluster.accept", signed, AcceptAnswer)
-    assert cluster.books["gw"].epoch == 1
-
-
-async def test_a_layout_is_decided_accepted_by_a_majority_and_passed_on_with_its_certificate(
-    cluster: Cluster, moving: None
-) -> None:
+async def test_a_layout_is_decided_accepted_by_a_majority_and_passed_on_with_its_certificate(cluster: Cluster) -> None:
     layout, signed = cluster.moving()
     cluster.away.add("n3")
     done = await cluster.gateway().apply(signed)
@@ -157,9 +137,7 @@ async def test_a_layout_is_decided_accepted_by_a_majority_and_passed_on_with_its
     assert (await cluster.gateway("gw2").newest()) == (held, True)
 
 
-async def test_a_decided_layout_waits_for_the_nodes_that_are_missing_and_any_gateway_goes_on(
-    cluster: Cluster, moving: None
-) -> None:
+async def test_a_decided_layout_waits_for_the_nodes_that_are_missing_and_any_gateway_goes_on(cluster: Cluster) -> None:
     _, signed = cluster.moving()
     cluster.away.update(("n2", "n3"))
     with pytest.raises(LayoutNotAccepted, match=r"Missing: n2 \(n2 is away\); n3 \(n3 is away\)\. Accepted: n1"):
@@ -174,9 +152,7 @@ async def test_a_decided_layout_waits_for_the_nodes_that_are_missing_and_any_gat
     assert (await cluster.gateway("gw2").apply(signed))["epoch"] == 100
 
 
-async def test_of_two_administrators_at_once_one_wins_and_the_other_is_told_what_changed(
-    cluster: Cluster, moving: None
-) -> None:
+async def test_of_two_administrators_at_once_one_wins_and_the_other_is_told_what_changed(cluster: Cluster) -> None:
     one, other = cluster.moving("n4")[1], cluster.moving("n5", "n6")[1]
     done = await asyncio.gather(
         cluster.gateway("gw").apply(one), cluster.gateway("gw2").apply(other), return_exceptions=True
@@ -193,7 +169,7 @@ async def test_of_two_administrators_at_once_one_wins_and_the_other_is_told_what
             await cluster.gateway(name).apply(loser)
 
 
-async def test_a_layout_that_was_decided_and_not_accepted_overtakes_another(cluster: Cluster, moving: None) -> None:
+async def test_a_layout_that_was_decided_and_not_accepted_overtakes_another(cluster: Cluster) -> None:
     decided, late = cluster.moving("n4")[1], cluster.moving("n5")[1]
     cluster.away.update(NODES)
     with pytest.raises(LayoutNotAccepted):
@@ -206,7 +182,7 @@ async def test_a_layout_that_was_decided_and_not_accepted_overtakes_another(clus
             await cluster.call(name, "cluster.accept", late, AcceptAnswer)
 
 
-async def test_without_a_majority_of_the_system_partition_nothing_is_decided(cluster: Cluster, moving: None) -> None:
+async def test_without_a_majority_of_the_system_partition_nothing_is_decided(cluster: Cluster) -> None:
     cluster.registers.away = 1000
     with pytest.raises(NoQuorum, match="no majority"):
         await cluster.gateway().apply(cluster.moving()[1])
@@ -215,7 +191,7 @@ async def test_without_a_majority_of_the_system_partition_nothing_is_decided(clu
     assert (await cluster.gateway().newest())[1]
 
 
-async def test_a_layout_that_breaks_a_rule_is_refused_before_it_is_decided(cluster: Cluster, moving: None) -> None:
+async def test_a_layout_that_breaks_a_rule_is_refused_before_it_is_decided(cluster: Cluster) -> None:
     for facts, said in (
         ({"base": 0}, "placed them"),
         ({"epoch": 150}, "multiples"),
@@ -228,7 +204,7 @@ async def test_a_layout_that_breaks_a_rule_is_refused_before_it_is_decided(clust
     assert cluster.register == cluster.history.signed[0]
 
 
-async def test_a_node_that_is_behind_accepts_once_it_has_caught_up(cluster: Cluster, moving: None) -> None:
+async def test_a_node_that_is_behind_accepts_once_it_has_caught_up(cluster: Cluster) -> None:
     await cluster.gateway().apply(cluster.moving()[1])
     cluster.history.add(cluster.books["gw"].current, cluster.register)
     for name in ("n1", "gw2"):
@@ -242,9 +218,7 @@ async def test_a_node_that_is_behind_accepts_once_it_has_caught_up(cluster: Clus
     assert (await applying)["accepted"] == ["n1", "n2"]
 
 
-async def test_a_node_that_accepted_one_layout_accepts_no_other_whatever_the_register_holds(
-    cluster: Cluster, moving: None
-) -> None:
+async def test_a_node_that_accepted_one_layout_accepts_no_other_whatever_the_register_holds(cluster: Cluster) -> None:
     """A gateway that lies changes the register."""
     first, second = cluster.moving("n4")[1], cluster.moving("n5")[1]
     await cluster.paths.write("layout", encode(first))
@@ -262,7 +236,7 @@ async def test_a_node_that_accepted_one_layout_accepts_no_other_whatever_the_reg
 
 
 async def test_an_acceptance_that_can_not_be_noted_is_not_given(
-    cluster: Cluster, moving: None, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, signed = cluster.moving()
     await cluster.paths.write("layout", encode(signed))
@@ -275,7 +249,7 @@ async def test_an_acceptance_that_can_not_be_noted_is_not_given(
         await cluster.call("n1", "cluster.accept", signed, AcceptAnswer)
 
 
-async def test_a_node_accepts_nothing_that_was_not_decided(cluster: Cluster, moving: None) -> None:
+async def test_a_node_accepts_nothing_that_was_not_decided(cluster: Cluster) -> None:
     _, signed = cluster.moving()
     for name in NODES:
         with pytest.raises(StoragedError, match="has decided another layout"):
@@ -285,9 +259,7 @@ async def test_a_node_accepts_nothing_that_was_not_decided(cluster: Cluster, mov
         await cluster.call("n4", "cluster.accept", signed, AcceptAnswer)
 
 
-async def test_acceptances_of_others_do_not_count(
-    cluster: Cluster, moving: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_acceptances_of_others_do_not_count(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, signed = cluster.moving()
     answer = AcceptAnswer(accept(NodeSigner(cluster.history.identity("n1")), signed, layout))
 
@@ -299,7 +271,7 @@ async def test_acceptances_of_others_do_not_count(
         await cluster.gateway(collect_s=0.2).apply(signed)
 
 
-async def test_the_exchange_of_a_seed_ends_when_the_new_replica_has_everything(cluster: Cluster, moving: None) -> None:
+async def test_the_exchange_of_a_seed_ends_when_the_new_replica_has_everything(cluster: Cluster) -> None:
     before = cluster.history.layouts[0]
     wanted = replace(before, disks=tuple(disk for disk in before.disks if disk.id != "d3a"))
     joint, settled = cluster.history.exchange("d3a", wanted)
@@ -339,14 +311,14 @@ async def certified(cluster: Cluster, seed: int) -> set[bytes]:
     return {payload for payload, nodes in given.items() if is_enough(cluster.history.layouts[0], nodes)}
 
 
-async def test_no_two_layouts_get_a_certificate_whatever_the_register_holds(tmp_path: Path, moving: None) -> None:
+async def test_no_two_layouts_get_a_certificate_whatever_the_register_holds(tmp_path: Path) -> None:
     found = [await certified(Cluster(tmp_path / str(seed)), seed) for seed in range(12)]
     assert all(len(each) <= 1 for each in found)
     assert any(found)
 
 
 async def test_nodes_that_forget_what_they_accepted_would_certify_two(
-    tmp_path: Path, moving: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted bug: so the test above can find it."""
     monkeypatch.setattr(LayoutAcceptor, "_load", lambda _self: None)

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from storaged import config
 from storaged.clock import SystemClock
-from storaged.cluster import moves
 from storaged.cluster.claims import DiskClaim, Ledgers
 from storaged.cluster.ports import LedgerReport
 from storaged.errors import DiskRolledBack, DiskUnusable, OperatorError
@@ -33,9 +32,7 @@ from tests.integration.test_node import storage_config
 from tests.patience import GUARD_S
 from tests.worlds.authority import until
 from tests.worlds.layouts import first as first_layout
-from tests.worlds.layouts import moving, with_nodes
-
-__all__ = ["moving"]
+from tests.worlds.layouts import with_nodes
 
 
 def opener(loaded: config.Config, others: OtherLedgers | None = None, **settings: Any) -> Opener:
@@ -526,7 +523,7 @@ async def test_a_disk_that_a_layout_adds_with_a_store_of_its_own_is_foreign(tmp_
     await second.close()
 
 
-def test_what_a_layout_says_of_a_disk(moving: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_layout_says_of_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     before = first_layout()
     layouts = KnownLayouts(before)
     assert place_in(layouts, "n1", "d1a") == Place(True, joins=False)
@@ -538,8 +535,6 @@ def test_what_a_layout_says_of_a_disk(moving: None, monkeypatch: pytest.MonkeyPa
     assert place_in(layouts, "n4", "d4a") == Place(True, joins=True)
     unknown = KnownLayouts(replace(with_nodes(before, "n4"), epoch=200, base=1))
     assert place_in(unknown, "n4", "d4a") == Place(True, joins=False), "what was placed first is not known"
-    monkeypatch.setattr(moves, "MOVING_SUPPORTED", False)
-    assert place_in(KnownLayouts(before), "n4", "d4a") == Place(True, joins=False), "as before"
 
 
 def test_the_ledger_follows_the_layouts_that_its_node_used(tmp_path: Path) -> None:

@@ -26,13 +26,8 @@ from storaged.wire import decode, encode
 from tests.cluster import RACKS, STORAGED, Cluster, free_port
 from tests.patience import SLOWNESS
 
-SWITCH = Path(__file__).resolve().parents[1] / "worlds" / "moving"
-
 
 class MovingCluster(Cluster):
-    def environment(self) -> dict[str, str]:
-        return {**super().environment(), "PYTHONPATH": str(SWITCH)}
-
     @property
     def authority(self) -> Authority:
         return load_authority(self.directory / "authority")
@@ -74,7 +69,7 @@ def wanted(cluster: MovingCluster, *names: str) -> tuple[Layout, SignedLayout]:
     for number, name in enumerate(names):
         disks = create.new_disks(["/nowhere"])
         plan.nodes.append(create.NodePlan(name, f"DE/fra{number}/{name}", ("storage",), "127.0.0.1:9", disks=disks))
-    (layout,) = layouts_after(plan, last, whatever_moves=True)
+    (layout,) = layouts_after(plan, last)
     return layout, sign_layout(layout, authority.administration)
 
 

@@ -20,7 +20,6 @@ from storaged.errors import (
     FileExists,
     JurisdictionRefused,
     KeyringMismatch,
-    LayoutMovesData,
     OperatorError,
     WrongPassphrase,
     every_error,
@@ -293,35 +292,6 @@ def signed_in(place: Path, node: str) -> Layout:
     )
 
 
-def test_a_layout_that_would_move_data_is_not_signed_and_says_what_would_move(authority: Path) -> None:
-    issue_three(authority)
-    call("cluster", "layout", str(authority))
-    plan = (authority / "cluster.json").read_bytes()
-    for arguments, what in (
-        (ADDED, "of n4 is new"),
-        (
-            ("n1", "--rack", "FR/par1/z", "--roles", "storage", "--address", "10.0.1.1:7400"),
-            "location FR/par1/a to FR/par1/z",
-        ),
-        (("n1", "--rack", "FR/par1/a", "--roles", "gateway"), "n1 is no longer a storage node"),
-    ):
-        with pytest.raises(LayoutMovesData, match=what):
-            call("cluster", "issue", str(authority), *arguments)
-        assert (authority / "cluster.json").read_bytes() == plan
-        assert not (authority / "nodes" / "n4").exists()
-    with pytest.raises(LayoutMovesData, match="of n3 is gone"):
-        call("cluster", "remove", str(authority), "n3")
-    changed = create.load_plan(authority)
-    changed.nodes[0].disks[0].weight = 4000
-    changed.nodes[1].disks.append(create.DiskPlan("0123456789abcdef", "/srv/disk3"))
-    create.save_plan(authority, changed)
-    with pytest.raises(
-        LayoutMovesData, match=r"0123456789abcdef of n2 is new.*weight 1000 to 4000.*of 1025 replica sets"
-    ):
-        call("cluster", "layout", str(authority))
-    assert signed_in(authority, "n1").epoch == 1
-
-
 def test_addresses_renewals_and_gateways_change_and_nothing_moves(authority: Path) -> None:
     issue_three(authority)
     call("cluster", "layout", str(authority))
@@ -350,18 +320,6 @@ def test_addresses_renewals_and_gateways_change_and_nothing_moves(authority: Pat
     assert (after.seeds, after.disks) == (before.seeds, before.disks)
     with pytest.raises(OperatorError, match="no node of this cluster"):
         call("cluster", "remove", str(authority), "gateway")
-
-
-def test_a_node_issued_by_an_older_release_that_no_layout_can_name_is_taken_out_again(authority: Path) -> None:
-    issue_three(authority)
-    call("cluster", "layout", str(authority))
-    plan = create.load_plan(authority)
-    plan.nodes.append(create.NodePlan("n4", "DE/fra1/a", ("storage",), "h:1", disks=create.new_disks(["/d"])))
-    create.save_plan(authority, plan)
-    with pytest.raises(LayoutMovesData):
-        call("cluster", "layout", str(authority))
-    call("cluster", "remove", str(authority), "n4")
-    call("cluster", "layout", str(authority))
 
 
 def test_a_plan_put_back_from_a_backup_signs_no_epoch_twice_and_no_layout_blindly(authority: Path) -> None:

@@ -17,12 +17,10 @@ from storaged.cluster import issuing
 from storaged.cluster.layout import Layout
 from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.succession import check_successor
-from storaged.errors import LayoutMovesData, OperatorError
+from storaged.errors import OperatorError
 from storaged.wire import encode
 from tests.unit.test_cli_cluster import call, issue_three
-from tests.worlds.layouts import first, moving, with_nodes
-
-__all__ = ["moving"]
+from tests.worlds.layouts import first, with_nodes
 
 
 @pytest.fixture
@@ -63,32 +61,6 @@ def disk_of(place: Path, node: str, number: int) -> str:
     return next(one for one in create.load_plan(place).nodes if one.name == node).disks[number].id
 
 
-def test_while_nothing_moves_data_no_command_leads_to_a_layout_that_does(
-    authority: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = (authority / "cluster.json").read_bytes()
-    for command in (
-        ("disk", "add", str(authority), "n1", "/srv/disk3"),
-        ("disk", "drain", str(authority), "n1", "/srv/disk1"),
-        ("disk", "remove", str(authority), "n1", "/srv/disk2"),
-        ("disk", "replace", str(authority), "n1", "/srv/disk2"),
-        ("remove", str(authority), "n1"),
-    ):
-        with pytest.raises(LayoutMovesData):
-            call("cluster", *command)
-    with pytest.raises(LayoutMovesData):
-        issue(authority, "n4", "DE/fra/d", "/d")
-    assert (authority / "cluster.json").read_bytes() == before
-    found = plan_of(authority, capsys)
-    assert (found["changes"], found["moves_data"], found["partitions"]) == ([], False, 0)
-    plan = create.load_plan(authority)
-    plan.nodes.append(create.NodePlan("n4", "DE/fra/d", ("storage",), "h:1", disks=create.new_disks(["/d"])))
-    create.save_plan(authority, plan)
-    assert plan_of(authority, capsys)["moves_data"]
-    call("cluster", "plan", str(authority))
-    assert "does not sign this layout" in capsys.readouterr().out
-
-
 def test_a_layout_that_moves_nothing_names_the_one_before(authority: Path) -> None:
     call("cluster", "issue", str(authority), "gateway2", "--rack", "FR/par2/b", "--roles", "gateway")
     call("cluster", "layout", str(authority))
@@ -96,7 +68,7 @@ def test_a_layout_that_moves_nothing_names_the_one_before(authority: Path) -> No
 
 
 def test_servers_are_added_and_what_moves_is_near_the_ideal(
-    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
+    authority: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
     issue(authority, "n5", "DE/ber/e", "/srv/disk1")
@@ -115,7 +87,7 @@ def test_servers_are_added_and_what_moves_is_near_the_ideal(
     assert (folder / create.LAYOUT_NAME).read_bytes() == (authority / "layouts" / "layout-100.signed").read_bytes()
 
 
-def test_a_seed_that_goes_is_exchanged_through_a_joint_layout(authority: Path, moving: None) -> None:
+def test_a_seed_that_goes_is_exchanged_through_a_joint_layout(authority: Path) -> None:
     seed = history_of(authority)[0].seeds[2]
     assert seed == disk_of(authority, "n3", 0)
     call("cluster", "disk", "remove", str(authority), "n3", seed)
@@ -129,9 +101,7 @@ def test_a_seed_that_goes_is_exchanged_through_a_joint_layout(authority: Path, m
     assert create.load_plan(authority).epoch == 200
 
 
-def test_a_server_with_a_seed_is_replaced_by_another(
-    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_with_a_seed_is_replaced_by_another(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2:4000")
     call("cluster", "remove", str(authority), "n3")
     found = plan_of(authority, capsys)
@@ -146,7 +116,7 @@ def test_a_server_with_a_seed_is_replaced_by_another(
 
 
 def test_a_server_that_is_drained_before_it_goes_leaves_no_gap(
-    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
+    authority: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2:4000")
     for disk in ("/srv/disk1", "/srv/disk2"):
@@ -161,7 +131,7 @@ def test_a_server_that_is_drained_before_it_goes_leaves_no_gap(
     assert [layout.epoch for layout in history_of(authority)] == [1, 100, 200, 300]
 
 
-def test_two_seeds_are_exchanged_one_after_the_other(authority: Path, moving: None) -> None:
+def test_two_seeds_are_exchanged_one_after_the_other(authority: Path) -> None:
     seeds = history_of(authority)[0].seeds
     for seed, node in zip(seeds[:2], ("n1", "n2"), strict=True):
         call("cluster", "disk", "drain", str(authority), node, seed)
@@ -172,9 +142,7 @@ def test_two_seeds_are_exchanged_one_after_the_other(authority: Path, moving: No
     assert not set(seeds[:2]) & set(layouts[-1].seeds)
 
 
-def test_a_disk_is_replaced_under_an_id_of_its_own(
-    authority: Path, moving: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_is_replaced_under_an_id_of_its_own(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = disk_of(authority, "n2", 1)
     call("cluster", "disk", "replace", str(authority), "n2", "/srv/disk2")
     after = disk_of(authority, "n2", 1)
@@ -195,7 +163,7 @@ def test_a_disk_is_replaced_under_an_id_of_its_own(
     ],
 )
 def test_a_command_about_a_disk_that_is_not_there_changes_nothing(
-    authority: Path, moving: None, command: tuple[str, ...], said: str
+    authority: Path, command: tuple[str, ...], said: str
 ) -> None:
     before = (authority / "cluster.json").read_bytes()
     with pytest.raises(OperatorError, match=said):
@@ -203,7 +171,7 @@ def test_a_command_about_a_disk_that_is_not_there_changes_nothing(
     assert (authority / "cluster.json").read_bytes() == before
 
 
-def test_what_would_leave_too_few_racks_is_refused(authority: Path, moving: None) -> None:
+def test_what_would_leave_too_few_racks_is_refused(authority: Path) -> None:
     call("cluster", "disk", "drain", str(authority), "n3", "/srv/disk2")
     before = (authority / "cluster.json").read_bytes()
     for command in (("disk", "drain", str(authority), "n3", "/srv/disk1"), ("remove", str(authority), "n3")):
@@ -213,7 +181,7 @@ def test_what_would_leave_too_few_racks_is_refused(authority: Path, moving: None
 
 
 def test_a_folder_whose_layout_was_overtaken_adopts_the_one_that_was_decided(
-    authority: Path, moving: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    authority: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = issuing.load_authority(authority)
     last = create.last_signed(loaded, create.load_plan(authority))
@@ -236,7 +204,7 @@ def test_a_folder_whose_layout_was_overtaken_adopts_the_one_that_was_decided(
         call("cluster", "adopt", str(authority), str(authority / "cluster.json"))
 
 
-def test_a_layout_without_the_one_that_placed_everything_is_not_signed(authority: Path, moving: None) -> None:
+def test_a_layout_without_the_one_that_placed_everything_is_not_signed(authority: Path) -> None:
     issue(authority, "n4", "DE/fra/d", "/d")
     call("cluster", "layout", str(authority))
     (authority / "layouts" / "layout-1.signed").unlink()
@@ -244,7 +212,7 @@ def test_a_layout_without_the_one_that_placed_everything_is_not_signed(authority
         call("cluster", "layout", str(authority))
 
 
-def test_a_joint_layout_that_was_signed_last_is_settled_first(moving: None) -> None:
+def test_a_joint_layout_that_was_signed_last_is_settled_first() -> None:
     before = first()
     plan = create.ClusterPlan("c1", "2+1", 100)
     joint = replace(before, epoch=100, base=1, seeds_next=("d1a", "d2a", "d3b"), seeds_step=1, predecessor=bytes(32))

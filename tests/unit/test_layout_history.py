@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from storaged.cluster import moves
 from storaged.cluster.certificates import ACCEPTANCES_MAX, is_enough, verify_certificate
 from storaged.cluster.layout import DiskEntry, Layout
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
@@ -24,9 +23,7 @@ from storaged.cluster.succession import (
 from storaged.errors import LayoutRefused
 from storaged.wire import Message, decode, encode
 from tests.worlds.authority import World
-from tests.worlds.layouts import History, first, moving, with_nodes
-
-__all__ = ["moving"]
+from tests.worlds.layouts import History, first, with_nodes
 
 
 @pytest.fixture
@@ -258,7 +255,7 @@ def chain(history: History) -> None:
     history.move(settled)
 
 
-async def test_a_node_follows_the_history_step_by_step(history: History, moving: None, tmp_path: Path) -> None:
+async def test_a_node_follows_the_history_step_by_step(history: History, tmp_path: Path) -> None:
     chain(history)
     files = LayoutFiles(tmp_path / "layouts")
     book = history.book(persist=files.save)
@@ -275,7 +272,7 @@ async def test_a_node_follows_the_history_step_by_step(history: History, moving:
 
 
 async def test_the_certificate_is_verified_again_at_the_next_start(
-    history: History, moving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain(history)
     stripped = [*history.signed[:3], replace(history.signed[3], certificate=()), *history.signed[4:]]
@@ -283,20 +280,9 @@ async def test_the_certificate_is_verified_again_at_the_next_start(
         history.book(*stripped)
     with pytest.raises(LayoutRefused, match="Layout 100 follows layouts that this node does not know"):
         history.book(*history.signed[1:])
-    monkeypatch.setattr(moves, "MOVING_SUPPORTED", False)
-    assert history.book(*history.signed).epoch == 300, "what was used before is used again"
 
 
-async def test_no_layout_that_moves_data_is_learnt_while_nothing_moves_it(history: History) -> None:
-    book = history.book()
-    signed = history.move(with_nodes(history.layouts[0], "n4"))
-    with pytest.raises(LayoutRefused, match="Layout 100 would move data against layout 1: disk d4a of n4 is new"):
-        await book.learn(signed, "a test")
-
-
-async def test_a_layout_without_its_certificate_changes_nothing_and_is_taken_once_it_has_it(
-    history: History, moving: None
-) -> None:
+async def test_a_layout_without_its_certificate_changes_nothing_and_is_taken_once_it_has_it(history: History) -> None:
     book = history.book()
     signed = history.move(with_nodes(history.layouts[0], "n4"))
     with pytest.raises(LayoutRefused, match="has no certificate"):
@@ -309,7 +295,7 @@ async def test_a_layout_without_its_certificate_changes_nothing_and_is_taken_onc
     assert book.refusals() == ()
 
 
-async def test_of_two_layouts_after_one_the_other_is_never_used(history: History, moving: None) -> None:
+async def test_of_two_layouts_after_one_the_other_is_never_used(history: History) -> None:
     before = history.layouts[0]
     other = history.after(with_nodes(before, "n5"))
     later = replace(other, epoch=200)
@@ -321,7 +307,7 @@ async def test_of_two_layouts_after_one_the_other_is_never_used(history: History
         await book.learn(history.accepted(later), "a test")
 
 
-async def test_a_decided_layout_outranks_one_that_moved_nothing(history: History, moving: None) -> None:
+async def test_a_decided_layout_outranks_one_that_moved_nothing(history: History) -> None:
     """Two administrators: one changed an address, the other one's layout with another node was decided."""
     before = history.layouts[0]
     elsewhere = replace(before, nodes=tuple(replace(node, address=f"{node.name}:2") for node in before.nodes))
@@ -335,7 +321,7 @@ async def test_a_decided_layout_outranks_one_that_moved_nothing(history: History
         assert history.book(history.signed[0], renamed, signed).epoch == 100
 
 
-async def test_a_later_layout_is_taken_once_the_one_before_it_is_known(history: History, moving: None) -> None:
+async def test_a_later_layout_is_taken_once_the_one_before_it_is_known(history: History) -> None:
     chain(history)
     book = history.book()
     for signed in history.signed[2:]:
@@ -345,7 +331,7 @@ async def test_a_later_layout_is_taken_once_the_one_before_it_is_known(history: 
     assert await book.learn(history.signed[2], "node n2"), "a refusal is not remembered for ever"
 
 
-async def test_a_new_node_begins_with_a_layout_that_no_other_had_to_place(history: History, moving: None) -> None:
+async def test_a_new_node_begins_with_a_layout_that_no_other_had_to_place(history: History) -> None:
     chain(history)
     empty = LayoutBook(
         history.world.authority.administration.public_key(), "c1", authority=history.world.authority.certificate
@@ -360,7 +346,7 @@ async def test_a_new_node_begins_with_a_layout_that_no_other_had_to_place(histor
     assert empty.epoch == 300
 
 
-async def test_a_proposed_layout_says_where_nodes_are_and_nothing_else(history: History, moving: None) -> None:
+async def test_a_proposed_layout_says_where_nodes_are_and_nothing_else(history: History) -> None:
     chain(history)
     book = history.book()
     await book.propose(history.signed[-1])
@@ -374,7 +360,7 @@ async def test_a_proposed_layout_says_where_nodes_are_and_nothing_else(history: 
     assert book.contact("n3") is not None, "n3 has no disks any more, and is still a member"
 
 
-async def test_a_certificate_needs_the_authority_that_this_node_trusts(history: History, moving: None) -> None:
+async def test_a_certificate_needs_the_authority_that_this_node_trusts(history: History) -> None:
     blind = LayoutBook(history.world.authority.administration.public_key(), "c1", known=history.signed)
     with pytest.raises(LayoutRefused, match="nothing here verifies"):
         await blind.learn(history.move(with_nodes(history.layouts[0], "n4")), "a test")

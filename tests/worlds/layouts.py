@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import pytest
 from msgspec.structs import replace
 
-from storaged.cluster import moves
 from storaged.cluster.certificates import accept
 from storaged.cluster.identity import Identity, NodeSigner
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
@@ -18,12 +16,6 @@ from storaged.cluster.succession import base_after, exchanged_seeds, next_epoch
 from tests.worlds.authority import World
 
 NODES = ("n1", "n2", "n3")
-
-
-@pytest.fixture
-def moving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nodes accept layouts that move data."""
-    monkeypatch.setattr(moves, "MOVING_SUPPORTED", True)
 
 
 def place_of(name: str) -> str:
