@@ -251,9 +251,9 @@ def _copy(folder: Path, name: str) -> str:
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("name")
 def remove(directory: Path, name: str) -> None:
-    """Take a node without disks out of the list that layouts are made from: the next layout shuts it out.
+    """Take a node out of the list that layouts are made from: the next layout shuts it out.
 
-    A storage node that the last layout names can't be taken out: its disks' data would be lost.
+    What its disks have moves to others, or is rebuilt there when the node is gone. Drain its disks first if it runs.
     """
     from storaged.cli import create as files
     from storaged.cli.succeeding import layouts_after
@@ -277,8 +277,8 @@ def remove(directory: Path, name: str) -> None:
 def layout(directory: Path) -> None:
     """Sign a layout of all issued nodes and put it into each node's folder.
 
-    Once a cluster has a layout, later layouts may change addresses and nodes without disks only. A layout that would
-    move data is refused.
+    A layout that moves data of a cluster in use comes into force by `storaged cluster apply` on a gateway. `storaged
+    cluster plan` shows what it moves.
     """
     from storaged.cli import create as files
     from storaged.cli.succeeding import layouts_after
