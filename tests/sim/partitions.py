@@ -385,6 +385,10 @@ class Moving(Listing):
             if kind is Trouble or kind.joins(self, chances[kind]):
                 self.parts.insert(0, kind(self, chances[kind]))
 
+    async def play(self) -> None:
+        await super().play()
+        await asyncio.sleep(5.0)  # nodes end what they read of steps: tasks that are left end in no order
+
     def _choose_key(self) -> str:
         return self.random.choice(OTHER_KEYS)
 
