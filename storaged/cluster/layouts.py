@@ -258,7 +258,10 @@ class LayoutBook:
         if not moves and not layout.base:
             return
         if newer:
-            before = self.judge(layout)
+            try:
+                before = self.judge(layout)
+            except LayoutRefused as error:
+                raise LayoutRefused(f"{error.message} It would move data: {moves}.") if moves else error from None
         elif (known := self.by_hash(layout.predecessor)) is not None:
             before = known
         else:
