@@ -14,6 +14,9 @@ from typing import Any, cast
 
 from benches.micro_world import BUCKET, REGION, OneKey, finished, list_request, three_racks
 from storaged.clock import SystemClock
+from storaged.cluster.layout import Layout
+from storaged.cluster.partition_map import PartitionMap
+from storaged.cluster.partitions import PartitionState
 from storaged.keys.bucketkey import UnwrappedBucketKey
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.messages import ScanReply, ScanRequest
@@ -61,10 +64,17 @@ class Ring:
         self.store = store
         self.asked: list[ScanRequest] = []
         self.current = three_racks()
+        self.partitions = PartitionMap()
         self.keys = OneKey()
         self.scanner = RingScanner(cast(Any, self), cast(Any, self), cast(Any, self), cast(Any, self))
         self.listed_rows = ListedRowCache(ObjectLimits().listed_bytes_max)
         self._known: dict[bytes, bytes] = {}
+
+    def at(self, epoch: int) -> Layout:
+        return self.current
+
+    def partition(self, number: int) -> PartitionState:
+        return self.partitions.of(number, self.current, self.at)
 
     def disk_readable(self, disk: str) -> bool:
         return True
