@@ -59,7 +59,6 @@ CLAIM_BUGS = (
         CLAIMS,
         "return (len(self.others) + 1) // 2 + 1",
         "return 1",
-        fast=True,
     ),
     Planted(
         "blank_ledgers_count",
@@ -69,7 +68,6 @@ CLAIM_BUGS = (
         CLAIMS,
         "return not self.silent or whole >= len(self.others) // 2 + 1",
         "return True",
-        fast=True,
     ),
     Planted(
         "answers_before_it_is_claimed",

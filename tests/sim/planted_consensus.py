@@ -60,7 +60,6 @@ _ACCEPTORS = (
         path=REPLICA,
         old='int.from_bytes(epoch or b"", "big")',
         new="0",
-        fast=True,
     ),
     Planted(
         "high_water_not_awaited",

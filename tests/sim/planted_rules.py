@@ -46,6 +46,9 @@ _SMALL = {
 """As ``_RING``, of the rules that ``small`` shows."""
 
 _SLOW = {
+    "chosen_by_bit",
+    "older_needs_minority",
+    "own_ballots",
     "ballots_unique",
     "copies_travel",
     "failed_condition_settles",

@@ -56,7 +56,6 @@ _STORES = (
         OPENING,
         "            state.restorable.extend(batch.copy for batch in batches if batch.copy is not None)\n",
         "",
-        fast=True,
     ),
     Planted(
         "half_overwritten_early",
