@@ -124,10 +124,13 @@ class PartitionMover:
         self.progress = MoverProgress()
 
     async def run(self) -> None:
-        """Runs for ever. What fails is tried again."""
+        """Runs for ever. What fails is tried again, after longer and longer pauses while nothing moves."""
+        rest_s = REST_S
         while True:
+            steps = self.progress.steps
             waiting = await self.round()
-            await asyncio.sleep(REST_S if waiting else IDLE_S)
+            rest_s = REST_S if self.progress.steps > steps else min(1.5 * rest_s, IDLE_S)
+            await asyncio.sleep(rest_s if waiting else IDLE_S)
 
     async def round(self) -> int:
         """Takes every partition that waits one step further, where that is possible now. Returns how many wait."""
