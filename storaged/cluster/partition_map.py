@@ -18,7 +18,6 @@ class PartitionMap:
         self._states: dict[int, PartitionState] = {}
         self._layout: Layout | None = None
         """That the states are of."""
-        self._watchers: list[Callable[[int], None]] = []
         self.complete = False
         """Whether all records were read once. Before that nothing is said of partitions that may have moved."""
         self.steps = 0
@@ -28,10 +27,6 @@ class PartitionMap:
         """Another node says the sum of the steps that it knows. It may lie: nothing else is concluded from it."""
         if steps > self.steps:
             self.on_behind(node)
-
-    def watch(self, watcher: Callable[[int], None]) -> None:
-        """``watcher(partition)`` is called for each partition whose state has become newer."""
-        self._watchers.append(watcher)
 
     def of(self, number: int, current: Layout, at: Callable[[int], Layout]) -> PartitionState:
         """``at(epoch)``: an earlier layout; raises KeyError when it is not known. The same object until the layout or
@@ -83,6 +78,4 @@ class PartitionMap:
         self.steps += record.step - (known.step if known is not None else 0)
         self._records[record.partition] = record
         self._states.pop(record.partition, None)
-        for watcher in self._watchers:
-            watcher(record.partition)
         return True

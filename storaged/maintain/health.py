@@ -274,5 +274,9 @@ class Tally:
     def finding(self) -> Finding | None:
         """None when everything is on target."""
         if not self._below_target:
-            return Finding(self.name, self._worst, True, False, False, 0, True) if self._misplaced else None
+            if not self._misplaced:
+                return None
+            return Finding(
+                self.name, self._worst, True, recodable=False, lost=False, damaged_fragments=0, misplaced=True
+            )
         return Finding(self.name, self._worst, self._repairable, self._recodable, self._lost, self._damaged)

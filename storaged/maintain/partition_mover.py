@@ -90,14 +90,9 @@ class MoverPorts:
 
 @dataclass
 class MoverProgress:
-    """``waiting``: partitions that are not where the layout wants them. ``steps``: that this process has made.
-    ``reason``: why the last attempt of some partition failed; empty when none did.
-    """
+    """``steps``: that this process has made. ``reason``: why some partition can't make a step; empty when all can."""
 
-    waiting: int = 0
-    joint: int = 0
     steps: int = 0
-    brought_up: int = 0
     reason: str = ""
 
 
@@ -144,8 +139,6 @@ class PartitionMover:
             progress.reason = error.message
             return 1
         lost = self._lost(layout)
-        progress.waiting = len(waiting)
-        progress.joint = sum(bool(layouts.partition(number).coming) for number in waiting)
         progress.reason = ""
         try:
             self._allowed = await self._ports.allowed() if waiting else {}
@@ -158,7 +151,7 @@ class PartitionMover:
         return len(waiting)
 
     def _lost(self, layout: Layout) -> frozenset[str]:
-        """Disks that could not be read for long, and those that the layout does not name."""
+        """Disks of the layout that could not be read for long."""
         now, liveness = self._ports.clock.monotonic(), self._ports.liveness
         away = {disk.id for disk in layout.disks if not liveness.disk_readable(disk.id)}
         self._unread_since = {disk: self._unread_since.get(disk, now) for disk in away}
@@ -237,7 +230,6 @@ class PartitionMover:
             found = await self._ports.scanner.catch_up(table, scope, shard)
         except NoSuchBucket:
             return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
-        self.progress.brought_up += found.settled
         answered = fenced - found.away
         if state.comes not in answered or not Quorum(*state.sets).met(answered):
             return False

@@ -75,7 +75,9 @@ class PartitionFollower:
         self._cluster = cluster
         self._behind = asyncio.Event()
         self._reading: dict[int, asyncio.Task[None]] = {}
-        """By partition; one reading serves all who ask while it has not begun its round."""
+        """By partition: one reading serves all who ask meanwhile. It may have begun too early for the last of them, who
+        is then refused, and asks once more.
+        """
         self.refused = 0
         """Records that no gateway has signed, or that do not decode."""
         self._partitions.on_behind = lambda _node: self._behind.set()

@@ -83,6 +83,30 @@ def test_a_server_that_is_added_gets_its_share_and_no_more_than_that_moves() -> 
     run(scenario, racks=FOUR, limits=LIMITS)
 
 
+def test_nothing_moves_before_the_server_that_is_added_is_up() -> None:
+    """Else what it should get would count as moved, and lie elsewhere for good."""
+
+    async def scenario(cluster: Cluster) -> None:
+        layouts_of(cluster)
+        await cluster.kill("nd")
+        bucket = await store(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        before = await fragments_by_disk(cluster)
+        cluster.layouts.partitions.complete = True
+        cluster.layouts.learn(replace(layout_of(2, epoch=2, racks=FOUR), base=1))
+        await cluster.pass_s(90)
+        assert await fragments_by_disk(cluster) == before
+        cluster.start("nd")
+        await until_placed(cluster, bucket)
+        await cluster.pass_s(120)
+        after = await fragments_by_disk(cluster)
+        assert after["d0"] + after["d1"] > sum(before.values()) / 8
+        await check(cluster, bucket)
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
 def test_what_lay_on_a_disk_that_is_gone_is_rebuilt_elsewhere_at_once() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await store(cluster)

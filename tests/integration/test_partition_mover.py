@@ -291,6 +291,18 @@ async def test_two_movers_at_once_end_where_one_does(world: World) -> None:
         assert await world.other.get(name) == b"body"
 
 
+async def test_a_mover_with_an_older_layout_undoes_nothing(world: World) -> None:
+    """Its ballots are lower than those of the records."""
+    await world.learn()
+    await world.move()
+    world.gateway.layouts.learn(replace(world.before, epoch=3, base=1))
+    await world.move()
+    await world.other.follower.read_all()
+    assert await world.other.mover.round(), "by its layout, partitions are elsewhere"
+    assert world.other.mover.progress.steps == 0
+    assert all(is_settled(world.gateway.layouts.partition(number), world.before) for number in MOVED)
+
+
 async def test_a_partition_of_a_bucket_with_countries_does_not_leave_them(world: World) -> None:
     for name in names():
         await world.gateway.put(name, b"body")

@@ -1,8 +1,8 @@
 """What the mover of a partition asks of one disk: its fences, its ranges, and to take over the fences of others.
 
-A replica that comes to a partition is blank. Its rows may come later, while it already answers, since a quorum of the
-replicas from before counts too. Fences may not: nothing else keeps a late PUT out of a deleted bucket. So it takes them
-over before it answers for the partition.
+A replica that comes to a partition is blank, and answers at once: a majority of the replicas from before has to agree
+as long as there are two sets. It needs their bucket fences before the new set counts alone: then nothing else keeps a
+late PUT out of a deleted bucket (``cluster.partitions`` has the proof).
 """
 
 from __future__ import annotations
