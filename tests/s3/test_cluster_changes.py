@@ -111,6 +111,12 @@ class Changed:
 
         self.cluster.wait_until(moved, 240, "everything where the layout wants it")
 
+    def nodes_of(self, key: str) -> list[str]:
+        """Of its fragments. All can be read."""
+        rows = self.cluster.where("demo", key)["fragments"]
+        assert {row["state"] for row in rows} <= {"ok"}, key
+        return [row["node"] for row in rows]
+
     def check(self, clients: list[Client]) -> None:
         s3 = self.cluster.boto3(attempts=3)
         everything: dict[str, bytes | None] = dict(self.bodies)
@@ -167,6 +173,9 @@ def test_a_server_is_added_and_another_one_is_gone_for_good(changed: Changed) ->
     assert [client.failed for client in clients] == [[], []]
     assert all(client.done for client in clients)
     changed.check(clients)
+    large = [key for key, body in changed.bodies.items() if len(body) > 100_000]
+    nodes = [node for key in large for node in changed.nodes_of(key)]
+    assert nodes.count("n4") > len(nodes) / 8, "its share is a quarter"
 
     cluster.run("dev", "kill", "n1")
     changed.admin("remove", folder, "n1")
@@ -174,6 +183,7 @@ def test_a_server_is_added_and_another_one_is_gone_for_good(changed: Changed) ->
         changed.apply(file)
     changed.wait_moved()
     assert not any(node["name"] == "n1" for node in cluster.status()["nodes"])
+    assert not any("n1" in changed.nodes_of(key) for key in changed.bodies)
     changed.check(clients)
     cluster.run("dev", "kill", "n2")
     changed.check(clients)
