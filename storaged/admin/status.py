@@ -231,7 +231,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
 
     ring = ring_health(facts.layout, alive, facts.sets_of or (lambda number: (facts.layout.replicas_of(number),)))
     headless = ring.stopped
-    problems = list(_problems(facts, headless, disk_by_id, now_ms))
+    problems = list(_problems(facts, headless, now_ms))
     durability = facts.durability
     if facts.keyring_problem or facts.key_refusal or headless:
         verdict = "DOWN"
@@ -274,7 +274,7 @@ def _reads(facts: Facts, headless: int) -> str:
     return "stopped for some objects" if facts.durability.objects_unreadable or facts.durability.objects_lost else "OK"
 
 
-def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], now_ms: int) -> Iterable[dict[str, Any]]:
+def _problems(facts: Facts, headless: int, now_ms: int) -> Iterable[dict[str, Any]]:
     if facts.keyring_problem:
         yield problem(KeyringMismatch, "keyring", now_ms, facts.keyring_problem)
     if facts.audit_problem:

@@ -173,12 +173,6 @@ def read_layout(authority: issuing.Authority, path: Path) -> tuple[signed_layout
         raise OperatorError(f"{path} is no layout of this cluster: {error}. Move it away.") from None
 
 
-def last_layout(authority: issuing.Authority, plan: ClusterPlan) -> Layout | None:
-    """As ``last_signed``, the layout alone."""
-    last = last_signed(authority, plan)
-    return last[1] if last is not None else None
-
-
 def planned(plan: ClusterPlan, epoch: int) -> Layout:
     """The layout of all nodes in the plan, without seeds. Raises JurisdictionRefused for a node that its policy does
     not admit.

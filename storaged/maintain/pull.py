@@ -60,7 +60,7 @@ class Pull:
             await self._context.registers.settle(name)
             return
         behind = [disk for disk, its in look.held.items() if its.ballot < held.ballot]
-        done = await asyncio.gather(*(self._bring_up_at(disk, name, look, held) for disk in behind))
+        done = await asyncio.gather(*(self._bring_up_at(disk, name, held) for disk in behind))
         if not all(done):
             await self._context.registers.settle(name)
 
@@ -69,9 +69,9 @@ class Pull:
         missing = [disk for disk in look.quorum.disks if disk not in look.held]
         return any(map(self._context.liveness.disk_readable, missing))
 
-    async def _bring_up_at(self, disk: str, name: RegisterName, look: Look, held: Held) -> bool:
+    async def _bring_up_at(self, disk: str, name: RegisterName, held: Held) -> bool:
         if disk in self._context.local_meta:
-            return await self._adopt(disk, name, look, held)
+            return await self._adopt(disk, name, held)
         entry, timeout_s = self._context.layouts.current.disk_by_id.get(disk), self._context.limits.call_timeout_s
         if entry is None:  # a gateway settles it
             return False
@@ -83,7 +83,7 @@ class Pull:
             return False
         return name.pack() in found.names
 
-    async def _adopt(self, disk: str, name: RegisterName, look: Look, held: Held) -> bool:
+    async def _adopt(self, disk: str, name: RegisterName, held: Held) -> bool:
         """Has a disk of this node accept what a quorum has, with its copy."""
         value = held.value
         header, body = b"", NO_COPY
@@ -113,7 +113,7 @@ class Pull:
         if held is None or look.fenced or not own:
             return False
         lagging = [disk for disk in own if look.held[disk].ballot < held.ballot]
-        return all([await self._adopt(disk, name, look, held) for disk in lagging])
+        return all([await self._adopt(disk, name, held) for disk in lagging])
 
     def methods(self) -> Methods:
         async def behind(request: Behind, _call: Call) -> BroughtUp:

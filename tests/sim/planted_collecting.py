@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from tests.sim.planted import Planted
 
-_DISUSE = "storaged/maintain/disuse.py"
 _GC = "storaged/maintain/gc.py"
 _LOOKS = "storaged/meta/consensus/looks.py"
 _CONDEMNED = "tests/doubles/fragments.py"

@@ -13,11 +13,9 @@ CHECKPOINT = "storaged/meta/storage/checkpoint.py"
 OVERLAY = "storaged/meta/storage/overlay.py"
 HEAP = "storaged/meta/storage/heap.py"
 QUEUE = "storaged/meta/storage/write_queue.py"
-STATE = "storaged/meta/storage/state.py"
 AGREEMENT = "storaged/meta/listing/agreement.py"
 SHARDS = "storaged/meta/listing/shards.py"
 CACHE = "storaged/meta/listing/cache.py"
-SCAN = "storaged/meta/storage/scan.py"
 RANGES = "storaged/meta/storage/dirty_ranges.py"
 
 _STORES = (

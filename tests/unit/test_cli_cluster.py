@@ -282,9 +282,6 @@ def test_a_node_that_could_not_run_gets_no_certificate(authority: Path, argument
     assert create.load_plan(authority).nodes == []
 
 
-ADDED = ("n4", "--rack", "DE/fra1/a", "--roles", "storage", "--address", "10.0.4.1:7400", "--disk", "/srv/disk1")
-
-
 def signed_in(place: Path, node: str) -> Layout:
     content = (place / "nodes" / node / "identity" / create.LAYOUT_NAME).read_bytes()
     return signed_layout.verify_layout(
