@@ -191,8 +191,8 @@ def disk_replace(directory: Path, node: str, named: str, place: str) -> None:
 def apply(named: str | None, file: Path, as_json: bool) -> None:
     """Bring the signed layout FILE into force. Run on a gateway; it may be repeated.
 
-    A layout that moves data is decided by the system partition, and needs the acceptance of a majority of the nodes
-    with seed disks. Of two administrators one succeeds (LAYOUT_OVERTAKEN).
+    The system partition decides which layout that moves data is next, and nodes with a majority of the seed disks must
+    accept it. Of two administrators one succeeds, the other gets LAYOUT_OVERTAKEN.
     """
     from storaged.cli.client import gateway
     from storaged.cli.target import find_directory

@@ -2,10 +2,10 @@
 
 Theory of operation. The register ``layout`` of the system partition decides by compare-and-set which layout follows the
 one in force. A storage node that reads this decision signs an *acceptance*: the cluster, the hash of the layout, that
-of its predecessor, the epoch. It accepts one successor only. The acceptances of nodes with a
-majority of the predecessor's seed disks (of both sets while the system partition moves) are the *certificate*. Two
-majorities share a node, so a predecessor has one successor at most that is used anywhere, although nodes learn layouts
-from each other and not from the register. A certificate can be verified by everybody who knows the predecessor.
+of its predecessor, the epoch. It accepts one successor only. The acceptances of nodes with a majority of the
+predecessor's seed disks (of both sets while the system partition moves) are the *certificate*. Two majorities share a
+node, so at most one successor of a layout is used anywhere, although nodes learn layouts from each other and not from
+the register. Everybody who knows the predecessor can verify a certificate.
 
 The node certificates of acceptances may have expired: what counts is that the authority certified the node, and that
 the predecessor names it.

@@ -20,15 +20,15 @@ those of step 0.
 Theory of operation: no operation of one step misses what another step has done
     Operations of neighbouring steps share a set, and so a replica; their ballots say which is later. Operations two
     steps apart may share none. So before a joint state (S, T) ends, a majority of S and a majority of T refuse earlier
-    steps, durably: an operation of a step before needs one of these majorities, and is told EPOCH. That is one fence
-    for each exchange. A fence of the settled step, after its record, is not needed for this.
+    steps, durably: an operation of a step before needs one of these majorities, and gets the verdict EPOCH. That is one
+    fence for each exchange. A fence of the settled step, after its record, is not needed for this.
 
     The majority of S that refuses earlier steps (Q) is also the one that is asked what there is:
 
     * Q is fenced first, and asked then. Each disk of Q answers the fence when all values and bucket fences that it has
-      taken before can be read. So whatever was chosen or fenced with S alone, some disk of Q says it. A disk that is
-      not fenced is not asked: it may still take a value or a bucket fence of the step before, which then has a majority
-      of S together with a disk that has not answered.
+      taken before can be read. So some disk of Q reports everything that was chosen or fenced with S alone. A disk that
+      is not fenced is not asked: it may still take a value or a bucket fence of the step before, which then has a
+      majority of S together with a disk that has not answered.
     * Rows: what Q has is settled by rounds of both sets. They are new ballots of the joint step; rows are not copied
       under their own ballots, which the new disk refuses. What is chosen in the joint step has a majority of T anyway.
     * Bucket fences, and the highest nonces that were lifted: the new disk gets what Q has, at any time before the joint

@@ -1,4 +1,4 @@
-"""Log lines about refused peers and calls. Nobody who is refused again and again may fill the log.
+"""Log lines about refused peers and calls, limited: a peer that is refused again and again can't fill the log.
 
 The first refusal of a kind is logged at once. Those of the following minute are counted; the first one after it is
 logged with their number. The audit log has its own limit (``audit.refusals``).

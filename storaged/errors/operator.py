@@ -220,8 +220,9 @@ class JurisdictionRefused(OperatorError):
 class LayoutRefused(OperatorError):
     """The node was offered a layout that it refuses. It keeps the layout that it has, and nothing is lost.
 
-    The refused layout is not signed by this cluster's administration key, is a second one under a known epoch, or moves
-    replicas or disks and does not follow the layout in force, or the nodes with seed disks have not accepted it.
+    The refused layout is not signed by this cluster's administration key, or it is a second one under a known epoch. Or
+    it moves replicas or disks, and either does not follow the layout in force, or the nodes with seed disks have not
+    accepted it.
     """
 
     code = "LAYOUT_REFUSED"
@@ -249,7 +250,7 @@ class LayoutOvertaken(OperatorError):
 
 
 class LayoutNotAccepted(OperatorError):
-    """The layout was decided, and too few nodes have accepted it yet. All nodes continue with the layout that they
+    """The layout was decided, but too few nodes have accepted it. All nodes continue with the layout that they
     have. Nothing is lost.
     """
 

@@ -10,13 +10,13 @@ Theory of operation
     4. Everything is brought up: of each shard that a majority has rows of, all replicas are compared, and what differs
        is settled by rounds that a majority of both sets takes. Rows of deleted keys and empty rows count too. Then come
        manifest pages. The partition is *whole* when a majority of both sets and the disk that comes have answered for
-       all shards: then a majority of the coming set has whatever was chosen. What is chosen meanwhile, it gets anyway.
+       all shards: then a majority of the coming set has all that was chosen. It gets what is chosen meanwhile anyway.
     5. *settled*: the record is changed again. The disk that goes keeps rows that count no more. A process that still
        knows the joint state alone needs a majority of the coming set too, so nothing has to be fenced here.
 
     The records alone say how far a partition is, so a mover that dies is continued by any other. Two movers at once do
     the same work twice; the compare-and-set lets one of them pass. When the disk that comes is lost for a while, the
-    partition goes back to the set that it had, and takes another way.
+    partition goes back to the set that it had. It exchanges other replicas first, or waits for the disk.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LOST_S = 600.0
 """A disk that could not be read for so long counts as lost: it goes first, and does not come."""
 FAILURES_SHOWN = 5
 """A partition that could not make a step so often in turn is mentioned. The nodes of its disks have to learn of each
-step first, so the first attempt fails mostly.
+step first, so the first attempt mostly fails.
 """
 REST_S = 1.0
 IDLE_S = 10.0
@@ -151,7 +151,7 @@ class PartitionMover:
         return len(waiting)
 
     def _lost(self, layout: Layout) -> frozenset[str]:
-        """Disks of the layout that could not be read for long."""
+        """Disks of the layout that could not be read for long. ``next_step`` knows those that it does not name."""
         now, liveness = self._ports.clock.monotonic(), self._ports.liveness
         away = {disk.id for disk in layout.disks if not liveness.disk_readable(disk.id)}
         self._unread_since = {disk: self._unread_since.get(disk, now) for disk in away}
@@ -181,7 +181,7 @@ class PartitionMover:
         return record is not None and await self._take(state, record)
 
     def _check_countries(self, record: PartitionRecord, layout: Layout) -> None:
-        """Raises LayoutRefused where a disk would come that lies outside of the countries of a bucket."""
+        """Raises LayoutRefused where a disk outside of the countries of a bucket would come."""
         allowed = self._allowed.get(record.partition)
         outside = [disk for disk in record.coming if disk not in record.present]
         if allowed is not None and any(layout.country_of(disk) not in allowed for disk in outside):
@@ -223,8 +223,8 @@ class PartitionMover:
     async def _bring_up_range(
         self, state: PartitionState, fenced: frozenset[str], table: int, scope: bytes, shard: int
     ) -> bool:
-        """What a disk says counts only if it refuses earlier steps. Any other may accept a late value of the step
-        before after it has answered: with a disk that has not answered it may then be a majority of the present set.
+        """What a disk says counts only if it refuses earlier steps. Another one may still accept a late value of
+        the step before. Together with a disk that has not answered it may then be a majority of the present set.
         """
         try:
             found = await self._ports.scanner.catch_up(table, scope, shard)

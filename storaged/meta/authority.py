@@ -128,7 +128,7 @@ class Gate:
         return OK
 
     def knows(self, partition: int, epoch: int) -> bool:
-        """Whether this node knows the layout and the step of an epoch. Else it is told to refresh what it knows."""
+        """Whether this node knows the layout and the step of an epoch. If not, it is asked to refresh them."""
         if self._knows_all:
             return True
         if layout_epoch_of(epoch) > self._newest_epoch():

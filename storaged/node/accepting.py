@@ -4,7 +4,7 @@ Theory of operation. A node with a seed disk signs an acceptance (``cluster.cert
 the one in force here by the rules, and if the register ``layout`` holds exactly this layout, read with a majority. So
 the compare-and-set of that register decides between two administrators. Before it signs, the node durably notes the
 layout as the one that it accepts after its present *generation* (the newest layout in force that moved data). It never
-signs a second one for the same generation, whatever the register holds then. So two layouts can't both get a majority,
+signs a second one for the same generation, even if the register changes. So two layouts can't both get a majority,
 even where a gateway lies.
 
 A layout that ends the exchange of a seed disk is accepted only when the system partition's new replica has everything

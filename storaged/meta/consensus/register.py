@@ -105,7 +105,7 @@ class Rules:
     lone_ballot_does_not_lead: bool = True
     """16. A lone replica does not lead against the others, whatever ballot it reports: where a quorum agrees, its value
     goes on (``PrepareRound.chosen``), or that the register was never written: a record that a single one of three
-    replicas has was acknowledged to nobody. In the system table an older value does not lead either (``credible``).
+    replicas has was never acknowledged. In the system table an older value does not lead either (``credible``).
     """
     unproved_set_aside: bool = True
     """17. A value of the system table that no gateway wrote counts only where a majority holds it."""

@@ -231,8 +231,8 @@ class PrepareRound:
     def chosen(self) -> Found | None:
         """What a quorum of all that have promised reports, although a lone replica reports a higher ballot, or another
         value under the same one. Nothing above it is chosen, nor can be: the quorum refuses all that is below this
-        round's ballot. That holds for "never written" too. A record that only one replica has was acknowledged to
-        nobody: it is a first write that was cut short, or one that the replica has made up.
+        round's ballot. That holds for "never written" too. A record that only one replica has was never acknowledged:
+        it is a first write that was cut short, or one that the replica has made up.
         """
         return self._agreed(self.all_promised)
 

@@ -384,7 +384,7 @@ class ReplicaHost:
         if not self._gate.knows(request.partition, request.epoch):
             await self._steps.refresh(request.partition)
         if not self._gate.knows(request.partition, request.epoch):
-            return messages.EpochReply(0)  # a step that nobody has recorded would stop the partition for ever
+            return messages.EpochReply(0)  # a step without a record would stop the partition for ever
         return await self._of(request.disk).fence_epoch(request)
 
     async def _fences(self, request: messages.FencesAsk, _call: Call) -> messages.FencesReply:
