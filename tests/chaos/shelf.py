@@ -130,23 +130,20 @@ class Shelf:
 
     def put_back(self, copy: Copy, *, name: str) -> Alteration:
         """An earlier copy takes the place of the disk, or of the node's directory. Uses the copy up."""
-        here, aside = self.directory(copy.node, copy.disk), self._place()
+        here = self.directory(copy.node, copy.disk)
         disks = (copy.disk,) if copy.disk else DISKS
-
-        def do() -> None:
-            here.rename(aside)
-            copy.path.rename(here)
-
-        def undo() -> None:
-            _remove(here)
-            aside.rename(here)
-
         codes = {self.disk_id(copy.node, disk): ROLLED_BACK for disk in disks}
-        return Alteration(name, copy.node, codes, do, undo, (here,) if copy.disk else ())
+        return Alteration(name, copy.node, codes, *self._exchange(here, copy), (here,) if copy.disk else ())
 
     def of_another(self, node: str, disk: str, copy: Copy) -> Alteration:
         """A copy of another disk is in the place of this one. Uses the copy up."""
-        here, aside = self.directory(node, disk), self._place()
+        here = self.directory(node, disk)
+        codes = {self.disk_id(node, disk): FOREIGN}
+        return Alteration("disk of another node", node, codes, *self._exchange(here, copy), (here,))
+
+    def _exchange(self, here: Path, copy: Copy) -> tuple[Callable[[], None], Callable[[], None]]:
+        """What puts a copy into the place of a directory, and what puts the directory back."""
+        aside = self._place()
 
         def do() -> None:
             here.rename(aside)
@@ -156,7 +153,7 @@ class Shelf:
             _remove(here)
             aside.rename(here)
 
-        return Alteration("disk of another node", node, {self.disk_id(node, disk): FOREIGN}, do, undo, (here,))
+        return do, undo
 
     def swapped(self, node: str) -> Alteration:
         """The two disks of a node have each other's place."""

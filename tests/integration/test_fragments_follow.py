@@ -107,7 +107,7 @@ def test_nothing_moves_before_the_server_that_is_added_is_up() -> None:
     run(scenario, racks=FOUR, limits=LIMITS)
 
 
-def test_what_lay_on_a_disk_that_is_gone_is_rebuilt_elsewhere_at_once() -> None:
+def test_fragments_of_a_disk_that_the_layout_lost_are_rebuilt_elsewhere_at_once() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await store(cluster)
         cluster.maintain()

@@ -152,7 +152,7 @@ async def test_a_decided_layout_waits_for_the_nodes_that_are_missing_and_any_gat
     assert (await cluster.gateway("gw2").apply(signed))["epoch"] == 100
 
 
-async def test_of_two_administrators_at_once_one_wins_and_the_other_is_told_what_changed(cluster: Cluster) -> None:
+async def test_of_two_administrators_at_once_one_wins_and_the_other_learns_what_changed(cluster: Cluster) -> None:
     one, other = cluster.moving("n4")[1], cluster.moving("n5", "n6")[1]
     done = await asyncio.gather(
         cluster.gateway("gw").apply(one), cluster.gateway("gw2").apply(other), return_exceptions=True

@@ -687,7 +687,9 @@ def test_an_asker_has_one_call_at_a_time_and_its_rate_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("long", [True, False])
-def test_who_has_long_records_read_waits_with_the_next_call(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+def test_a_node_that_had_long_records_read_waits_before_its_next_call(
+    monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
     """Records of very many parts, and of one."""
 
     async def scenario(world: World) -> None:

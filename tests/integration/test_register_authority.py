@@ -518,7 +518,7 @@ def record(sequence: int) -> Value:
     return Value(sequence, bytes(16), Visibility.LIVE, b"")
 
 
-def test_a_step_that_this_node_does_not_know_is_newer_and_the_node_is_told() -> None:
+def test_a_request_with_an_unknown_step_gets_newer_and_the_node_refreshes() -> None:
     told: list[int] = []
     moved, other = OBJECT.partition, next(name for name in NAMES if name.partition != OBJECT.partition)
     known = KnownSteps(lambda partition: 3 if partition == moved else 0, told.append)

@@ -106,7 +106,7 @@ def test_a_disk_that_is_gone_goes_first() -> None:
         PartitionRecord(5, 1, ("a", "b", "d"), (), 2),
     ],
 )
-def test_what_is_no_next_step_is_refused(record: PartitionRecord) -> None:
+def test_a_record_that_is_not_the_next_step_is_refused(record: PartitionRecord) -> None:
     with pytest.raises(LayoutRefused):
         check_step(PartitionState(5, 0, 1, ("a", "b", "c")), record)
 

@@ -18,7 +18,7 @@ PROFILES = [Profile(4, 2), Profile(2, 1), Profile(1, 2)]
 DATA = st.binary(min_size=16, max_size=16)
 
 
-def moved_between(before: Layout, after: Layout, data_id: bytes, profile: Profile) -> int:
+def check_and_count_moved(before: Layout, after: Layout, data_id: bytes, profile: Profile) -> int:
     """Checks one part, and returns how many of its fragments move."""
     old = first_choice(before, data_id, profile)
     placement = choose(after, data_id, profile, lambda _disk: True)
@@ -37,8 +37,8 @@ def test_a_disk_that_stays_keeps_the_position_of_its_fragment(data: bytes, profi
     before = layout_of(racks)
     more = list(racks)
     more[0] += 1
-    moved_between(before, layout_of(more, epoch=2), data, profile)
-    moved_between(layout_of(more), layout_of(racks, epoch=2), data, profile)
+    check_and_count_moved(before, layout_of(more, epoch=2), data, profile)
+    check_and_count_moved(layout_of(more), layout_of(racks, epoch=2), data, profile)
 
 
 @pytest.mark.parametrize("profile", [Profile(4, 2), Profile(2, 1)])
@@ -49,7 +49,7 @@ def test_a_disk_more_moves_about_its_share_of_the_fragments(profile: Profile) ->
     moved = gained = 0
     for _ in range(4_000):
         data_id = rng.randbytes(16)
-        moved += moved_between(before, after, data_id, profile)
+        moved += check_and_count_moved(before, after, data_id, profile)
         gained += sum(disk.startswith("d") for disk in first_choice(after, data_id, profile))
     assert gained <= moved <= 1.1 * gained
 
@@ -63,5 +63,5 @@ def test_fragments_leave_a_draining_disk_and_no_other() -> None:
     for _ in range(2_000):
         data_id = rng.randbytes(16)
         held += "b1" in first_choice(before, data_id, Profile(4, 2))
-        moved += moved_between(before, after, data_id, Profile(4, 2))
+        moved += check_and_count_moved(before, after, data_id, Profile(4, 2))
     assert held <= moved <= 1.1 * held

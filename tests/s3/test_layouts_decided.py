@@ -137,7 +137,7 @@ def rivals(cluster: MovingCluster) -> list[subprocess.CompletedProcess[str]]:
     return done
 
 
-def test_of_two_administrators_one_wins_and_the_other_is_told(
+def test_of_two_administrators_one_wins_and_the_other_is_refused_by_name(
     cluster: MovingCluster, rivals: list[subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     won = [done for done in rivals if done.returncode == 0]
@@ -154,7 +154,7 @@ def test_of_two_administrators_one_wins_and_the_other_is_told(
     check_all(cluster)
 
 
-def test_who_was_away_and_who_is_new_learn_the_layout_with_its_certificate(
+def test_nodes_that_were_away_and_new_nodes_learn_the_layout_with_its_certificate(
     cluster: MovingCluster, rivals: list[subprocess.CompletedProcess[str]]
 ) -> None:
     cluster.wait_held(100, *RACKS, "gateway")

@@ -107,7 +107,7 @@ def test_without_a_majority_a_change_that_may_be_applied_tries_again() -> None:
     assert machine.counts == {**dict.fromkeys(COUNTS, 0), "unknown": 1}
 
 
-def test_a_change_that_is_told_of_a_later_step_learns_it_and_tries_again() -> None:
+def test_a_change_that_is_refused_by_a_later_step_learns_it_and_tries_again() -> None:
     machine = Machine()
     assert machine.prepares(PrepareReply(Verdict.EPOCH))
     assert machine.state is REFRESHING

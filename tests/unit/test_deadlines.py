@@ -36,7 +36,7 @@ def run(late_s: float, answered_at: float | None) -> int:
     return waiter.rung
 
 
-def test_it_rings_for_what_is_not_answered_in_time() -> None:
+def test_a_deadline_rings_when_no_answer_came_in_time() -> None:
     assert run(0.0, None) == 1
     assert run(0.0, 2 * LIMIT_S) == 1
     assert run(0.0, LIMIT_S / 2) == 0

@@ -182,7 +182,7 @@ class Case:
         self.layout = history.after(with_nodes(self.before, "n4"))
         self.signed = history.sign(self.layout)
 
-    def refused(self, signed: SignedLayout, said: str) -> None:
+    def check_refused(self, signed: SignedLayout, said: str) -> None:
         with pytest.raises(LayoutRefused, match=said):
             verify_certificate(signed, self.layout, self.before, self.history.world.authority.certificate)
 
@@ -197,20 +197,20 @@ def test_a_certificate_of_a_majority_holds(history: History) -> None:
 
 def test_no_other_certificate_holds(history: History, tmp_path: Path) -> None:
     case = Case(history)
-    case.refused(case.signed, "has no certificate: the nodes of layout 1")
-    case.refused(history.accepted(case.layout, ("n2",)), "accepted by n2 alone")
-    case.refused(history.accepted(case.layout, ("n1", "n1")), "two acceptances of one node")
-    case.refused(history.accepted(case.layout, ("n1", "n4")), "n4 is no storage node of layout 1")
-    case.refused(history.accepted(case.layout, ("n1", "gw")), "gw is no storage node")
+    case.check_refused(case.signed, "has no certificate: the nodes of layout 1")
+    case.check_refused(history.accepted(case.layout, ("n2",)), "accepted by n2 alone")
+    case.check_refused(history.accepted(case.layout, ("n1", "n1")), "two acceptances of one node")
+    case.check_refused(history.accepted(case.layout, ("n1", "n4")), "n4 is no storage node of layout 1")
+    case.check_refused(history.accepted(case.layout, ("n1", "gw")), "gw is no storage node")
     other = replace(case.layout, profile="1+1")
-    case.refused(history.accepted(case.layout, signed=history.sign(other)), "signature does not hold")
+    case.check_refused(history.accepted(case.layout, signed=history.sign(other)), "signature does not hold")
     strangers = History(World(tmp_path / "strangers"))
     stolen = replace(case.signed, certificate=strangers.accepted(case.layout, signed=case.signed).certificate)
-    case.refused(stolen, "an acceptance does not count")
+    case.check_refused(stolen, "an acceptance does not count")
     acceptance = history.accepted(case.layout).certificate[0]
-    case.refused(replace(case.signed, certificate=(acceptance,) * (ACCEPTANCES_MAX + 1)), "more than 32")
-    case.refused(replace(case.signed, certificate=(Acceptance(bytes(9000), b""),)), "more than 8192 bytes")
-    case.refused(replace(case.signed, certificate=(Acceptance(b"x", b"y"),)), "is not of this cluster")
+    case.check_refused(replace(case.signed, certificate=(acceptance,) * (ACCEPTANCES_MAX + 1)), "more than 32")
+    case.check_refused(replace(case.signed, certificate=(Acceptance(bytes(9000), b""),)), "more than 8192 bytes")
+    case.check_refused(replace(case.signed, certificate=(Acceptance(b"x", b"y"),)), "is not of this cluster")
 
 
 def test_a_node_that_was_moved_or_removed_by_the_predecessor_has_no_vote(history: History) -> None:
@@ -220,12 +220,12 @@ def test_a_node_that_was_moved_or_removed_by_the_predecessor_has_no_vote(history
     )
     history = History(history.world, moved)
     case = Case(history)
-    case.refused(history.accepted(case.layout), "n2 is no storage node of layout 1")
+    case.check_refused(history.accepted(case.layout), "n2 is no storage node of layout 1")
     removed = History(history.world, first(("n1", "n3", "n4")))
     case = Case(removed)
     case.layout = removed.after(with_nodes(case.before, "n5"))
-    case.refused(removed.accepted(case.layout), "n2 is no storage node of layout 1")
-    case.refused(removed.accepted(case.layout, ("n1", "n3", "n2")), "n2 is no storage node of layout 1")
+    case.check_refused(removed.accepted(case.layout), "n2 is no storage node of layout 1")
+    case.check_refused(removed.accepted(case.layout, ("n1", "n3", "n2")), "n2 is no storage node of layout 1")
 
 
 def test_while_seeds_move_both_sets_certify(history: History) -> None:

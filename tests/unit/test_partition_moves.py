@@ -92,7 +92,7 @@ async def test_more_fences_than_one_reply_has_are_all_copied(world: World, monke
         assert not (await world.ring.replicas["d0"].fence(FenceSet("d0", scope, b"m", False))).done
 
 
-async def test_what_is_newer_at_the_replica_that_comes_stays(world: World) -> None:
+async def test_the_replica_that_comes_keeps_newer_fences_of_its_own(world: World) -> None:
     ring = world.ring
     await ring.fence(["a0", "b0", "c0"], SCOPE, b"n1")
     await ring.fence(["d0"], SCOPE, b"n3")
