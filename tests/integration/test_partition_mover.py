@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from dataclasses import replace as replace_ports
 
@@ -14,18 +14,16 @@ from msgspec.structs import replace
 from storaged.clock import SystemClock
 from storaged.cluster.layout import Layout
 from storaged.cluster.partitions import PartitionRecord, is_settled, path_of, signed_bytes
-from storaged.errors import PeerUnreachable, ServiceUnavailable
+from storaged.errors import ServiceUnavailable
 from storaged.maintain.partition_mover import FAILURES_SHOWN, MoverPorts, PartitionMover
-from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.messages import FenceSet
 from storaged.meta.names import Change, RegisterName, Table, Visibility, system_name
-from storaged.meta.ports import PageQuery, Replica
+from storaged.meta.ports import PageQuery
 from storaged.node.partition_follower import PartitionFollower
 from storaged.wire import encode
 from tests.doubles.layouts import KnownLayouts, layout_of
-from tests.doubles.meta_store import MemoryMetaStore
-from tests.worlds.ring_client import ring_client
+from tests.worlds.ring_client import MemoryReplicas, ring_client
 
 KEY = Ed25519PrivateKey.generate()
 SIGNER = bytes(16)
@@ -48,18 +46,8 @@ MOVED = sorted({name.partition for name in names()})
 """The partitions of the tests' registers: moving all of them takes long."""
 
 
-class Disks:
-    """Replicas in memory: some may be away."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.stores = {name: MemoryMetaStore() for name in names}
-        self.replicas = {name: LocalReplica(name, store) for name, store in self.stores.items()}
-        self.away: set[str] = set()
-
-    def replica(self, disk_id: str) -> Replica:
-        if disk_id in self.away:
-            raise PeerUnreachable(f"{disk_id} is away")
-        return self.replicas[disk_id]
+class Disks(MemoryReplicas):
+    """And what the mover asks of ``Liveness``."""
 
     def disk_readable(self, disk_id: str) -> bool:
         return disk_id in self.replicas and disk_id not in self.away

@@ -7,34 +7,22 @@ from dataclasses import dataclass
 
 import pytest
 
-from storaged.cluster.layout import Layout, partition_of
+from storaged.cluster.layout import partition_of
 from storaged.cluster.partitions import PartitionState, epoch_of
-from storaged.errors import InvalidRequest, PeerUnreachable, ServiceUnavailable
+from storaged.errors import InvalidRequest, ServiceUnavailable
 from storaged.meta import messages
-from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.messages import Create, FenceLift, FenceSet, FencesReply, FencesTake, ScopeFence
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Replica
 from storaged.meta.proposer.moving import merged
 from tests.doubles.layouts import KnownLayouts, layout_of
-from tests.doubles.meta_store import MemoryMetaStore
-from tests.worlds.ring_client import ring_client
+from tests.worlds.ring_client import MemoryReplicas, ring_client
 
 SCOPE, OTHER, THIRD = (bytes([number]) * 16 for number in (1, 2, 3))
 JOINT = PartitionState(7, 1, epoch_of(1, 1), ("a0", "b0", "c0"), ("a0", "b0", "d0"))
 
 
-class Ring:
-    def __init__(self, layout: Layout) -> None:
-        self.replicas = {disk.id: LocalReplica(disk.id, MemoryMetaStore()) for disk in layout.disks}
-        self.away: set[str] = set()
-
-    def replica(self, disk_id: str) -> Replica:
-        if disk_id in self.away:
-            raise PeerUnreachable(f"{disk_id} is away")
-        return self.replicas[disk_id]
-
+class Ring(MemoryReplicas):
     async def fence(self, disks: Sequence[str], scope: bytes, nonce: bytes, *, final: bool = False) -> None:
         for disk in disks:
             assert (await self.replicas[disk].fence(FenceSet(disk, scope, nonce, final))).done
@@ -53,7 +41,7 @@ class World:
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     layout = layout_of((1, 1, 1, 1))
-    ring = Ring(layout)
+    ring = Ring(disk.id for disk in layout.disks)
     client = ring_client(KnownLayouts(layout), ring, node="gateway", jitter=lambda: 0.5)
     yield World(ring, client)
     await client.close()

@@ -1,18 +1,36 @@
-"""A client of the ring for tests, from keywords."""
+"""A client of the ring for tests, from keywords, and replicas in memory for it."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.ports import Layouts
+from storaged.errors import PeerUnreachable
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient, RingHooks, RingSettings
-from storaged.meta.ports import Replicas
+from storaged.meta.ports import Replica, Replicas
+from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.virtual import EPOCH_MS, OneThreadLoop, VirtualClock
 
 _SETTINGS = frozenset(RingSettings.__dataclass_fields__)
 _HOOKS = frozenset(RingHooks.__dataclass_fields__)
+
+
+class MemoryReplicas:
+    """``Replicas`` in memory, by disk. Those in ``away`` can't be reached."""
+
+    def __init__(self, disks: Iterable[str]) -> None:
+        self.stores = {disk: MemoryMetaStore() for disk in disks}
+        self.replicas = {disk: LocalReplica(disk, store) for disk, store in self.stores.items()}
+        self.away: set[str] = set()
+
+    def replica(self, disk_id: str) -> Replica:
+        if disk_id in self.away:
+            raise PeerUnreachable(f"{disk_id} is away")
+        return self.replicas[disk_id]
 
 
 def clock_of(loop: asyncio.AbstractEventLoop) -> Clock:
