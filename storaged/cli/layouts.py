@@ -58,7 +58,7 @@ def plan(directory: Path, as_json: bool) -> None:
     for when, survives in found.survives.items():
         click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")
     if not found.survives["meanwhile"] and found.survives["before"]:
-        click.echo("Disks that still answer are better drained (storaged cluster disk drain), and removed afterwards.")
+        click.echo("Drain disks that still answer (storaged cluster disk drain), and remove them afterwards.")
 
 
 @click.group("disk")

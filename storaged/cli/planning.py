@@ -113,7 +113,7 @@ def _settled_survives(layout: Layout) -> bool:
 def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
     """Follows every partition through its joint states (``partitions.next_step``), and the seeds through the layouts.
 
-    A disk that the layouts do not name answers no more: it is better drained before.
+    A disk that the layouts do not name counts as away.
     """
     after = layouts[-1]
     domains = {

@@ -101,7 +101,7 @@ class DiskForeign(OperatorError):
     code = "DISK_FOREIGN"
     hint = (
         "Put the disk, or the mount, that was there back in its place, and restart its node; exchange two disks that"
-        " were swapped. Do not copy files between disks. If the disk is gone, or its store failed: leave it out, as"
+        " were swapped. Do not copy files between disks. If the disk is gone, or its store failed: replace it, as"
         " `storaged explain DISK_BLANK` describes."
     )
 
@@ -114,8 +114,8 @@ class DiskRolledBack(DiskForeign):
     code = "DISK_ROLLED_BACK"
     hint = (
         "Put back the disk as it was last, if it still exists, and restart its node. A snapshot of a disk can't be used"
-        " in its place, however new it is: what the disk acknowledged after it would be forgotten. Otherwise leave the"
-        " disk out, as `storaged explain DISK_BLANK` describes."
+        " in its place, however new it is: what the disk acknowledged after it would be forgotten. Otherwise replace"
+        " the disk, as `storaged explain DISK_BLANK` describes."
     )
 
 

@@ -478,6 +478,13 @@ def test_an_explanation_says_more_than_its_code() -> None:
         assert len(said - set(words)) >= 2, f"{kind.code}: {explained(kind.code)}"
 
 
+@pytest.mark.parametrize("code", ["DISK_FOREIGN", "DISK_ROLLED_BACK", "DISK_BLANK"])
+def test_every_explanation_of_a_lost_disk_says_to_replace_it(code: str) -> None:
+    shown = explained(code)
+    assert "replace" in shown.split("Otherwise")[-1].split("If the disk is gone")[-1]
+    assert "leave" not in shown
+
+
 def test_every_code_can_be_explained_and_a_misspelt_one_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys, "explain", "node-down")
     assert (code, out.splitlines()[0]) == (0, "NODE_DOWN")
