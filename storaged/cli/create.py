@@ -106,7 +106,7 @@ def parse_location(text: str) -> str:
 
 
 def new_disks(directories: list[str]) -> list[DiskPlan]:
-    """The disks of ``DIRECTORY`` or ``DIRECTORY:WEIGHT`` each, with random ids."""
+    """The disks of ``DIRECTORY`` or ``DIRECTORY:WEIGHT`` each, with random ids. Raises OperatorError."""
     found = []
     for text in directories:
         directory, colon, weight = text.rpartition(":")
@@ -114,6 +114,8 @@ def new_disks(directories: list[str]) -> list[DiskPlan]:
             found.append(DiskPlan(new_disk_id(), directory, int(weight)))
         else:
             found.append(DiskPlan(new_disk_id(), text))
+        if not found[-1].directory:
+            raise OperatorError(f"{text!r} names no directory of a disk")
     return found
 
 

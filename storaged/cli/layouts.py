@@ -107,12 +107,13 @@ def _section(one: files.DiskPlan) -> str:
     return f'[[disks]]\nid = "{one.id}"\ndirectory = {files.quoted(one.directory)}'
 
 
-def _new(node: files.NodePlan, directory: str) -> files.DiskPlan:
+def _new(node: files.NodePlan, place: str, goes: files.DiskPlan | None = None) -> files.DiskPlan:
+    """A disk in ``place`` (``DIRECTORY`` or ``DIRECTORY:WEIGHT``), where only ``goes`` may be. Raises OperatorError."""
     from storaged.cli import create as files
 
-    (found,) = files.new_disks([directory])
-    if any(one.directory == found.directory for one in node.disks):
-        raise OperatorError(f"{node.name} has a disk in {found.directory}")
+    (found,) = files.new_disks([place])
+    if any(Path(one.directory) == Path(found.directory) for one in node.disks if one is not goes):
+        raise OperatorError(f"{node.name} has {'a' if goes is None else 'another'} disk in {found.directory}")
     return found
 
 
@@ -161,21 +162,18 @@ def disk_remove(directory: Path, node: str, named: str) -> None:
 @click.argument("directory", type=FOLDER)
 @click.argument("node")
 @click.argument("named", metavar="DISK")
-@click.argument("place", metavar="[NEW-DIRECTORY]", default="")
+@click.argument("place", metavar="[NEW-DIRECTORY[:WEIGHT]]", default="")
 def disk_replace(directory: Path, node: str, named: str, place: str) -> None:
     """Put a new, empty disk in the place of one of NODE. DISK is the old one's id or directory.
 
-    The new disk has an id of its own, also in the same directory: what the old one promised is forgotten with it.
+    Without NEW-DIRECTORY and WEIGHT the new disk has those of the old one. Its id is its own, also in the same
+    directory: what the old one promised is forgotten with it.
     """
-    from storaged.cli import create as files
-
     listed, found = _edit(directory, node)
     one = _find(found, named)
-    others = [other for other in found.disks if other is not one]
-    if any(other.directory == (place or one.directory) for other in others):
-        raise OperatorError(f"{node} has another disk in {place or one.directory}")
-    (new,) = files.new_disks([place or one.directory])
-    new.weight = one.weight
+    new = _new(found, place or one.directory, one)
+    if new.directory == (place or one.directory):  # without a weight
+        new.weight = one.weight
     found.disks[found.disks.index(one)] = new
     said = (
         f"{node}: disk {new.id} is in the list for {one.id}. Exchange them in the configuration of {node}:"

@@ -150,16 +150,24 @@ def test_a_disk_is_replaced_under_an_id_of_its_own(authority: Path, capsys: pyte
     assert f'id = "{after}"\ndirectory = "/srv/disk2"' in capsys.readouterr().out
     call("cluster", "layout", str(authority))
     assert history_of(authority)[1].disk_by_id[after].weight == 4000
+    call("cluster", "disk", "replace", str(authority), "n2", "/srv/disk2", "/srv/disk7:8000")
+    (new,) = [one for one in create.load_plan(authority).nodes[1].disks if one.directory == "/srv/disk7"]
+    assert (new.weight, new.id != after) == (8000, True)
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
         (("add", "n1", "/srv/disk1"), "has a disk in /srv/disk1"),
+        (("add", "n1", "/srv/disk1/:500"), "has a disk in /srv/disk1/"),
+        (("add", "n1", ""), "'' names no directory"),
+        (("add", "n1", ":500"), "':500' names no directory"),
         (("add", "n9", "/srv/disk1"), "n9 is no node"),
         (("add", "gateway", "/srv/disk1"), "gateway is no storage node"),
         (("drain", "n1", "/srv/disk9"), "has no disk '/srv/disk9'; there are: /srv/disk1"),
         (("replace", "n1", "/srv/disk1", "/srv/disk2"), "has another disk in /srv/disk2"),
+        (("replace", "n1", "/srv/disk1", "/srv/disk2/"), "has another disk in /srv/disk2/"),
+        (("replace", "n1", "/srv/disk1", "/srv/disk2:500"), "has another disk in /srv/disk2"),
     ],
 )
 def test_a_command_about_a_disk_that_is_not_there_changes_nothing(
