@@ -39,7 +39,6 @@ class MaintainLimits:
     walk_retry_max_s: float = 60.0
     collect_interval_s: float = 20.0
     collect_batch: int = 256
-    collects_concurrent_max: int = 16
     recode_delay_s: float = 600.0
     """How long disks may be away before blocks without a spare are recoded for the other disks."""
     drop_delay_s: float = 3600.0

@@ -101,7 +101,7 @@ class World:
     """It hears of partitions that move only when a replica refuses it."""
 
     async def learn(self) -> None:
-        """Both know the new layout, and that no partition has moved yet. What moves then, the other is not told."""
+        """Both know the new layout, and that no partition has moved yet. The other does not hear of what moves then."""
         for gateway in (self.gateway, self.other):
             gateway.layouts.learn(self.after)
             await gateway.follower.read_all()
