@@ -9,7 +9,7 @@ from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import BlockPlace
-from storaged.objects.code.place import Placement, choose, is_placed, near
+from storaged.objects.code.place import Placement, choose, near
 from storaged.objects.records import PartEntry
 
 
@@ -45,16 +45,6 @@ class Placements:
         if present is None or present.profile != target:
             return placement
         return near(self._context.layouts.current, placement, entry.data_id, present.disks, countries)
-
-    def wanted(self, entry: PartEntry, countries: tuple[str, ...], present: BlockPlace) -> Placement | None:
-        """Where the layout in force wants a part that is on its target; None while one of these disks takes no writes.
-        Elsewhere it would be moved for nothing, and stay there.
-        """
-        found = self.at_target(entry, countries, present)
-        layout = self._context.layouts.current
-        if found is None or not is_placed(layout, entry.data_id, found.profile, found.disks, countries):
-            return None
-        return found
 
     def can_hold_target(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
         """Whether ``at_target`` finds a place, remembered until ``forget``. What one placement group can, all can: only

@@ -46,8 +46,8 @@ from storaged.meta.names import RegisterName, Table, Value
 from storaged.objects.code.place import Placement
 from storaged.wire import Message
 
-COMPARE_AGAIN_S = 600.0
 BLOCKS_A_SLICE = 64
+COMPARE_AGAIN_S = 600.0
 """Blocks of one run that are looked at, and recoded, together. It bounds what is in memory of a large object, and what
 is repeated after an interruption.
 """
@@ -308,9 +308,9 @@ class Repair:
     def _better_placement(self, name: RegisterName, blocks: list[BlockHealth]) -> Placement | None:
         """Where the blocks should go; None: they stay, and what is missing is rebuilt in place.
 
-        They go to their target when they are not on it, or without the disks that have been away for long. They go to
-        what the living disks can hold when a block has had no spare for long. When nothing is wrong, and the layout in
-        force wants them elsewhere, they go there, once all of these disks take writes.
+        They go to their target when they are not on it, when the layout in force wants them elsewhere, or without the
+        disks that have been away for long. They go to
+        what the living disks can hold when a block has had no spare for long.
         """
         entry = blocks[0].place.entry
         if entry.small or not all(block.readable for block in blocks):
@@ -318,12 +318,10 @@ class Repair:
         countries = self._walker.buckets.countries_of(name.scope)
         away = any(block.away for block in blocks)
         away_long = away and self._away_long_enough(blocks)
-        if not blocks[0].on_target or away_long:
+        if not blocks[0].on_target or away_long or not blocks[0].place.placed:
             placement = self._placements.at_target(entry, countries, blocks[0].place)
             if placement is not None:
                 return placement
-        if not blocks[0].place.placed and not away:
-            return self._placements.wanted(entry, countries, blocks[0].place)
         if away_long and any(block.spare == 0 for block in blocks):
             return self._placements.choose(entry, blocks[0].place.profile, countries)
         return None
