@@ -47,10 +47,11 @@ from storaged.objects.code.place import Placement
 from storaged.wire import Message
 
 BLOCKS_A_SLICE = 64
-COMPARE_AGAIN_S = 600.0
 """Blocks of one run that are looked at, and recoded, together. It bounds what is in memory of a large object, and what
 is repeated after an interruption.
 """
+COMPARE_AGAIN_S = 600.0
+"""The pause between comparisons of fragments that differ while none is known to be the false one."""
 
 NO_RECODING_S = -1.0
 """Of ``Waits.recode_in_s``: nothing will be recoded."""
@@ -309,8 +310,8 @@ class Repair:
         """Where the blocks should go; None: they stay, and what is missing is rebuilt in place.
 
         They go to their target when they are not on it, when the layout in force wants them elsewhere, or without the
-        disks that have been away for long. They go to
-        what the living disks can hold when a block has had no spare for long.
+        disks that have been away for long. They go to what the living disks can hold when a block has had no spare for
+        long.
         """
         entry = blocks[0].place.entry
         if entry.small or not all(block.readable for block in blocks):

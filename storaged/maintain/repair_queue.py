@@ -1,5 +1,6 @@
 """The findings of a node that wait for repair, by range, and what repair has tried in vain. Bounded: findings beyond
-the bound are counted, not listed.
+the bound are counted, not listed. After a new layout a large part of all objects may have to move; they get half of the
+room at most, so that what is endangered is listed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,23 @@ class _BackOff(NamedTuple):
     failures: int
 
 
+class _Overflow(NamedTuple):
+    """How many findings of a range are not listed."""
+
+    below_target: int = 0
+    misplaced: int = 0
+
+    def plus(self, finding: Finding) -> _Overflow:
+        return _Overflow(self.below_target + (not finding.misplaced), self.misplaced + finding.misplaced)
+
+
 class RepairQueue:
     """Packed register name -> Finding, grouped by range."""
 
     def __init__(self, limits: MaintainLimits) -> None:
         self._limits = limits
         self._ranges: dict[bytes, dict[bytes, Finding]] = {}
-        self._overflow: dict[bytes, int] = {}
+        self._overflow: dict[bytes, _Overflow] = {}
         self._back_offs: dict[bytes, _BackOff] = {}
         self._count = 0
         self.fresh = True
@@ -52,17 +63,21 @@ class RepairQueue:
         """Takes over everything that a walk found in a range. What backed off is tried again."""
         self.forget(prefix)
         kept: dict[bytes, Finding] = {}
-        overflow = 0
+        overflow = _Overflow()
         for finding in found:
-            if self._count + len(kept) < self._limits.findings_max:
+            if self._has_room(finding):
                 kept[finding.name] = finding
+                self._count += 1
             else:
-                overflow += 1
+                overflow = overflow.plus(finding)
         if kept:
             self._ranges[prefix] = kept
-            self._count += len(kept)
-        if overflow:
+        if any(overflow):
             self._overflow[prefix] = overflow
+
+    def _has_room(self, finding: Finding) -> bool:
+        room = self._limits.findings_max
+        return self._count < (-(-room // 2) if finding.misplaced else room)
 
     def set(self, name: bytes, finding: Finding | None) -> None:
         """Takes over what is known of one register now; None: it is on target."""
@@ -71,12 +86,12 @@ class RepairQueue:
         self._count -= known.pop(name, None) is not None
         if finding is None:
             self._back_offs.pop(name, None)
-        elif self._count < self._limits.findings_max:
+        elif self._has_room(finding):
             known[name] = finding
             self._count += 1
             self._ranges[prefix] = known
         else:
-            self._overflow[prefix] = self._overflow.get(prefix, 0) + 1
+            self._overflow[prefix] = self._overflow.get(prefix, _Overflow()).plus(finding)
         if not known:
             self._ranges.pop(prefix, None)
 
@@ -112,7 +127,7 @@ class RepairQueue:
     @property
     def misplaced(self) -> int:
         """Objects and parts that are whole, and that the layout in force wants elsewhere."""
-        return sum(finding.misplaced for finding in self)
+        return sum(finding.misplaced for finding in self) + sum(some.misplaced for some in self._overflow.values())
 
     def _count_of(self, *, objects: bool) -> int:
         listed = sum(
@@ -120,7 +135,9 @@ class RepairQueue:
             for prefix, found in self._ranges.items()
             if (prefix[0] == Table.OBJECT) == objects
         )
-        return listed + sum(count for prefix, count in self._overflow.items() if (prefix[0] == Table.OBJECT) == objects)
+        return listed + sum(
+            some.below_target for prefix, some in self._overflow.items() if (prefix[0] == Table.OBJECT) == objects
+        )
 
     @property
     def lost(self) -> int:
