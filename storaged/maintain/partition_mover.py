@@ -15,7 +15,8 @@ Theory of operation
        knows the joint state alone needs a majority of the coming set too, so nothing has to be fenced here.
 
     The records alone say how far a partition is, so a mover that dies is continued by any other. Two movers at once do
-    the same work twice; the compare-and-set lets one of them pass. When the disk that comes is lost for a while, the
+    the same work twice; the compare-and-set lets one of them pass. While a partition is joint it can spare fewer disks,
+    so no exchange begins for a disk that takes no writes now. When the disk that comes takes none for a while, the
     partition goes back to the set that it had. It exchanges other replicas first, or waits for the disk.
 """
 
@@ -53,7 +54,7 @@ from storaged.wire import decode, encode
 AT_ONCE = 4
 """Partitions that move at the same time."""
 LOST_S = 600.0
-"""A disk that could not be read for so long counts as lost: it goes first, and does not come."""
+"""A disk that took no writes for so long counts as lost: it goes first, and does not come."""
 FAILURES_SHOWN = 5
 """A partition that could not make a step so often in turn is mentioned. The nodes of its disks have to learn of each
 step first, so the first attempt mostly fails.
@@ -112,7 +113,8 @@ class PartitionMover:
         self._partitions = partitions
         self._at_once = at_once
         self._lost_s = lost_s
-        self._unread_since: dict[str, float] = {}
+        self._away_since: dict[str, float] = {}
+        """Disks of the layout that take no writes: away, full, read-only or broken."""
         self._allowed: Mapping[int, Collection[str]] = {}
         self._failures: dict[int, int] = {}
         """How often in turn a partition could not make a step."""
@@ -134,51 +136,53 @@ class PartitionMover:
         if not layout.base:  # data never moved in this cluster
             return 0
         try:
-            waiting = [number for number in self._partitions if not is_settled(layouts.partition(number), layout)]
+            states = [state for state in map(layouts.partition, self._partitions) if not is_settled(state, layout)]
         except ServiceUnavailable as error:  # an earlier layout is still to be learnt
             progress.reason = error.message
             return 1
         lost = self._lost(layout)
         progress.reason = ""
         try:
-            self._allowed = await self._ports.allowed() if waiting else {}
+            self._allowed = await self._ports.allowed() if states else {}
         except (StoragedError, TimeoutError) as error:
             progress.reason = f"the countries of buckets are not known: {error}"
-            return len(waiting)
+            return len(states)
         # Those that are under way end before others begin: few partitions are joint at any time.
-        waiting.sort(key=lambda number: not layouts.partition(number).coming)
+        waiting = [state.partition for state in sorted(states, key=lambda state: not state.coming)]
         await concurrently((self._try_step(number, layout, lost) for number in waiting), self._at_once)
         return len(waiting)
 
     def _lost(self, layout: Layout) -> frozenset[str]:
-        """Disks of the layout that could not be read for long. ``next_step`` knows those that it does not name."""
+        """Disks of the layout that took no writes for long. ``next_step`` knows those that it does not name."""
         now, liveness = self._ports.clock.monotonic(), self._ports.liveness
-        away = {disk.id for disk in layout.disks if not liveness.disk_readable(disk.id)}
-        self._unread_since = {disk: self._unread_since.get(disk, now) for disk in away}
-        return frozenset(disk for disk, since in self._unread_since.items() if now - since >= self._lost_s)
+        usable = {disk.id for disk in layout.disks if liveness.disk_readable(disk.id)}
+        usable = {disk for disk in usable if liveness.disk_writable(disk)}
+        self._away_since = {disk: self._away_since.get(disk, now) for disk in layout.disk_by_id if disk not in usable}
+        return frozenset(disk for disk, since in self._away_since.items() if now - since >= self._lost_s)
 
     async def _try_step(self, number: int, layout: Layout, lost: frozenset[str]) -> None:
-        state = self._ports.layouts.partition(number)
         try:
-            self.progress.steps += await self._step(state, layout, lost)
+            made = await self._step(self._ports.layouts.partition(number), layout, lost)
+            self.progress.steps += made  # not in one line: others count while this one waits
             self._failures.pop(number, None)
         except (StoragedError, TimeoutError) as error:
             failures = self._failures[number] = self._failures.get(number, 0) + 1
             if failures >= FAILURES_SHOWN:
                 self.progress.reason = f"partition {number}: {error}"
             if failures == FAILURES_SHOWN:
-                log.info("a partition moves later", partition=number, step=state.step, reason=str(error))
+                log.info("a partition moves later", partition=number, reason=str(error))
 
     async def _step(self, state: PartitionState, layout: Layout, lost: frozenset[str]) -> bool:
-        """Returns whether the partition is one step further."""
-        whole = False
-        record = next_step(state, layout, lost=lost)
+        """Returns whether the partition is one step further. Raises StoragedError where it can't be now."""
+        record = next_step(state, layout, lost=lost if state.coming else self._away_since)
         if record is None and state.coming:
             whole = await self._bring_up(state)
             record = next_step(state, layout, whole=whole, lost=lost)
-        if record is not None and record.coming:
+        if record is None:
+            raise ServiceUnavailable(_why_not(state, layout))
+        if record.coming:
             self._check_countries(record, layout)
-        return record is not None and await self._take(state, record)
+        return await self._take(state, record)
 
     def _check_countries(self, record: PartitionRecord, layout: Layout) -> None:
         """Raises LayoutRefused where a disk outside of the countries of a bucket would come."""
@@ -257,6 +261,16 @@ class PartitionMover:
     async def _copy_missing(self, disk: str, near: dict[bytes, RegisterName]) -> None:
         for page in await self._ports.pages.pages_missing(disk, list(near)):
             await self._ports.pages.copy_page(near[page], page, disk)
+
+
+def _why_not(state: PartitionState, layout: Layout) -> str:
+    if state.coming:
+        return (
+            f"disk {state.comes} does not have everything yet: it or a majority of the replicas did not answer, or one"
+            " of its buckets is being deleted"
+        )
+    coming = [disk for disk in layout.replicas_of(state.partition) if disk not in state.present]
+    return f"it waits until disk {' or '.join(coming)} takes writes"
 
 
 def _step_in(value: Value | None) -> int:
