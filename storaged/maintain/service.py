@@ -33,6 +33,8 @@ HINTS_A_CALL = 1000
 HINTS_WAITING_MAX = 10 * HINTS_A_CALL
 DAMAGED_MAX = 1000
 REASONS_MAX = 8
+RESTS_A_WALK = 4
+"""While partitions move, the pause after a walk is so many times as long as the walk."""
 
 
 class Ask(Message, frozen=True):
@@ -189,14 +191,21 @@ class Maintenance:
 
     def _watch_disks(self) -> None:
         """A layout changes what has to move, and for a partition that moved another node may be responsible. While
-        partitions move one after the other, the walk waits.
+        partitions move one after the other, the walk waits; and where they move for hours, walks leave most of the time
+        to repair.
         """
         seen = self._context.usable_disks()
         places = self._context.layouts.current.epoch, self._context.steps()
         moving, self._places = places != self._places, places
-        if seen != self._seen or (places != self._walked_places and not moving):
+        if seen != self._seen or (places != self._walked_places and not moving and self._has_rested()):
             self._seen, self._walked_places = seen, places
             self.check.request_walk()
+
+    def _has_rested(self) -> bool:
+        """Whether the last walk ended, some time ago."""
+        walk = self.check.job
+        rested_s = self._context.clock.monotonic() - walk.ended
+        return walk.state != "running" and rested_s >= RESTS_A_WALK * (walk.ended - walk.started)
 
     def _nodes_seen(self) -> set[str]:
         return {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 
 from msgspec.structs import replace
@@ -145,3 +146,25 @@ def test_a_drained_disk_is_empty_in_the_end() -> None:
         await check(cluster, bucket)
 
     run(scenario, racks=FOUR, limits=LIMITS)
+
+
+def test_partitions_that_move_for_long_leave_time_for_repair() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        maintenance = cluster.nodes["na"].maintenance
+        began: list[float] = []
+        moving_until = cluster.loop.time() + 600
+
+        async def walk(_failures: list[str]) -> None:
+            began.append(cluster.loop.time())
+            await asyncio.sleep(10)
+
+        maintenance.check._walk_ranges = walk  # type: ignore[method-assign]
+        maintenance._context.steps = lambda: int(min(cluster.loop.time(), moving_until) / 5)
+        cluster.maintain()
+        await cluster.pass_s(600)
+        assert 2 < len(began) <= 600 / 10 / 4, "each walk looks at everything, and repair does one thing after it"
+        await cluster.pass_s(100)
+        assert began[-1] > moving_until, "the places as they are in the end are looked at"
+        assert maintenance.check.current
+
+    run(scenario, limits=LIMITS)
