@@ -368,6 +368,7 @@ class Repair:
                 self.hint_mismatch(owner, fragment)
 
     async def _compare(self, name: RegisterName, fragment: FragmentId) -> None:
+        found = False
         value = (await self._context.registers.read(name)).value
         rows = [(name, value)] if value is not None else []
         rows += [row async for row in upload_rows(self._context, name)] if name.table == Table.OBJECT else []
@@ -375,6 +376,7 @@ class Repair:
             async for entry in entries_of(self._context, row, held):
                 if entry.data_id == fragment.data_id:
                     places = [place for place in self._walker.places(row, entry) if place.block == fragment.block]
+                    found = found or any(fragment == its for place in places for its, _ in place.fragments)
                     for health in await self._walker.health(places):
                         try:
                             wrong = await self.rebuilder.verify_block(health)
@@ -386,3 +388,5 @@ class Repair:
                             f"block {fragment.block} of {row.key[:80]!r}: {wrong} fragments were not what the others"
                             " say, rebuilt"
                         )
+        if not found:  # deleted, replaced or recoded meanwhile
+            self.rebuilder.undecided.pop((name.pack(), fragment), None)
