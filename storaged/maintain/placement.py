@@ -9,7 +9,7 @@ from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import BlockPlace
-from storaged.objects.code.place import Placement, choose, near
+from storaged.objects.code.place import Placement, choose, is_eligible, near
 from storaged.objects.records import PartEntry
 
 
@@ -29,14 +29,20 @@ class Placements:
             return None
 
     def at_target(
-        self, entry: PartEntry, countries: tuple[str, ...], present: BlockPlace | None = None
+        self,
+        entry: PartEntry,
+        countries: tuple[str, ...],
+        present: BlockPlace | None = None,
+        *,
+        first_choice: bool = False,
     ) -> Placement | None:
         """Where the part can lie under its target profile, within the limits of the failure domains; None when it
-        can't now. ``present``: where it is; disks that keep a fragment keep its position.
+        can't now. ``present``: where it is; disks that keep a fragment keep its position. ``first_choice``: nowhere but
+        on the disks that the layout prefers.
         """
         target = Profile.parse(entry.target)
         placement = self.choose(entry, target, countries)
-        if placement is None or placement.profile != target:
+        if placement is None or placement.profile != target or (first_choice and placement.moved):
             return None
         domain_of = self._context.layouts.current.domain_by_disk
         shares = Counter(domain_of[disk] for disk in placement.disks)
@@ -45,6 +51,12 @@ class Placements:
         if present is None or present.profile != target:
             return placement
         return near(self._context.layouts.current, placement, entry.data_id, present.disks, countries)
+
+    def may_stay(self, place: BlockPlace) -> bool:
+        """Whether new fragments might go to all disks of a block, so that nothing urges it away."""
+        layout = self._context.layouts.current
+        known = layout.disk_by_id
+        return all(disk in known and is_eligible(layout, disk, place.countries) for disk in place.disks)
 
     def can_hold_target(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
         """Whether ``at_target`` finds a place, remembered until ``forget``. What one placement group can, all can: only

@@ -14,8 +14,8 @@ How repair decides, in the order of this file:
 4. ``_repair_slice`` recodes a slice when ``_better_placement`` finds a better place for all of it. Else it rebuilds the
    MISSING fragments where they were. AWAY fragments wait for their disk.
 5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the part's
-   target, if the disks that take writes can hold it: without delay for a slice that is not on target, after the delay
-   for one with AWAY fragments. If they can't hold the target, it chooses what they can hold, for a slice that has AWAY
+   target, if the disks that take writes can hold it: without delay for a slice that is not on target, or that the
+   layout in force wants elsewhere, after the delay for one with AWAY fragments. If they can't hold the target, it chooses what they can hold, for a slice that has AWAY
    fragments, after the delay, when a block has no spare left.
 6. Only gateways change records: ``relocate`` asks one to make the record name the new places, many moves at a time,
    while repair goes on. The gateway puts the old fragments on garbage lists. While no gateway answers, nothing is
@@ -310,8 +310,8 @@ class Repair:
         """Where the blocks should go; None: they stay, and what is missing is rebuilt in place.
 
         They go to their target when they are not on it, when the layout in force wants them elsewhere, or without the
-        disks that have been away for long. They go to what the living disks can hold when a block has had no spare for
-        long.
+        disks that have been away for long. What could stay, but for the layout, waits until the disks that the layout
+        wants take writes. They go to what the living disks can hold when a block has had no spare for long.
         """
         entry = blocks[0].place.entry
         if entry.small or not all(block.readable for block in blocks):
@@ -319,8 +319,11 @@ class Repair:
         countries = self._walker.buckets.countries_of(name.scope)
         away = any(block.away for block in blocks)
         away_long = away and self._away_long_enough(blocks)
-        if not blocks[0].on_target or away_long or not blocks[0].place.placed:
-            placement = self._placements.at_target(entry, countries, blocks[0].place)
+        place, urgent = blocks[0].place, not blocks[0].on_target or away_long
+        if urgent or not place.placed:
+            # Elsewhere it would count as placed, and never come to the disk that is away now.
+            waits = not urgent and self._placements.may_stay(place)
+            placement = self._placements.at_target(entry, countries, place, first_choice=waits)
             if placement is not None:
                 return placement
         if away_long and any(block.spare == 0 for block in blocks):
