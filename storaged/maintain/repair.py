@@ -15,8 +15,8 @@ How repair decides, in the order of this file:
    MISSING fragments where they were. AWAY fragments wait for their disk.
 5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the part's
    target, if the disks that take writes can hold it: without delay for a slice that is not on target, or that the
-   layout in force wants elsewhere, after the delay for one with AWAY fragments. If they can't hold the target, it chooses what they can hold, for a slice that has AWAY
-   fragments, after the delay, when a block has no spare left.
+   layout in force wants elsewhere, after the delay for one with AWAY fragments. If they can't hold the target, it
+   chooses what they can hold, for a slice that has AWAY fragments, after the delay, when a block has no spare left.
 6. Only gateways change records: ``relocate`` asks one to make the record name the new places, many moves at a time,
    while repair goes on. The gateway puts the old fragments on garbage lists. While no gateway answers, nothing is
    recoded (step 4 rebuilds in place, for which no record changes), and ``waits`` says so.
