@@ -195,13 +195,18 @@ class Layout(Message, frozen=True, dict=True):
         """The cache of ``objects.code.place``, which bounds it: (group, profile, countries) -> disks."""
         return {}
 
-    def _ranked(self, salt: bytes) -> list[str]:
-        def score(disk: DiskEntry) -> tuple[float, str]:
-            draw = (xxhash.xxh3_64_intdigest(disk.id.encode() + salt) + 1) / (2**64 + 2)
-            # The id breaks ties, so that the order of the layout's list never decides.
-            return -max(disk.weight, 1) / math.log(draw), disk.id
+    @cached_property
+    def _candidates(self) -> list[tuple[bytes, int, str]]:
+        return [(disk.id.encode(), -max(disk.weight, 1), disk.id) for disk in self.disks]
 
-        return [disk.id for disk in sorted(self.disks, key=score, reverse=True)]
+    def _ranked(self, salt: bytes) -> list[str]:
+        digest, log = xxhash.xxh3_64_intdigest, math.log
+        # The id breaks ties, so that the order of the layout's list never decides.
+        scores = [
+            (weight / log((digest(encoded + salt) + 1) / (2**64 + 2)), disk_id)
+            for encoded, weight, disk_id in self._candidates
+        ]
+        return [disk_id for _, disk_id in sorted(scores, reverse=True)]
 
 
 def confirmed_roles(layout: Layout, name: str, location: str, roles: Iterable[str]) -> frozenset[str]:

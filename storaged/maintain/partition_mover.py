@@ -53,6 +53,7 @@ from storaged.wire import decode, encode
 
 AT_ONCE = 4
 """Partitions that move at the same time."""
+PARTITIONS_A_TURN = 32
 LOST_S = 600.0
 """A disk that took no writes for so long counts as lost: it goes first, and does not come."""
 FAILURES_SHOWN = 5
@@ -136,7 +137,7 @@ class PartitionMover:
         if not layout.base:  # data never moved in this cluster
             return 0
         try:
-            states = [state for state in map(layouts.partition, self._partitions) if not is_settled(state, layout)]
+            states = await self._unsettled(layout)
         except ServiceUnavailable as error:  # an earlier layout is still to be learnt
             progress.reason = error.message
             return 1
@@ -151,6 +152,15 @@ class PartitionMover:
         waiting = [state.partition for state in sorted(states, key=lambda state: not state.coming)]
         await concurrently((self._try_step(number, layout, lost) for number in waiting), self._at_once)
         return len(waiting)
+
+    async def _unsettled(self, layout: Layout) -> list[PartitionState]:
+        """Where a layout wants a partition is computed once, from all disks: requests have their turn meanwhile."""
+        found: list[PartitionState] = []
+        for start in range(0, len(self._partitions), PARTITIONS_A_TURN):
+            states = map(self._ports.layouts.partition, self._partitions[start:][:PARTITIONS_A_TURN])
+            found += [state for state in states if not is_settled(state, layout)]
+            await asyncio.sleep(0)
+        return found
 
     def _lost(self, layout: Layout) -> frozenset[str]:
         """Disks of the layout that took no writes for long. ``next_step`` knows those that it does not name."""
