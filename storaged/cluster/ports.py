@@ -215,6 +215,9 @@ class Layouts(Protocol):
     def at(self, epoch: int) -> Layout:
         """Raises KeyError when this node does not know that epoch."""
 
+    def earlier(self) -> Sequence[Layout]:
+        """The layouts that this node knows but the one in force, newest first."""
+
 
 Admission = Callable[[PeerIdentity], None]
 """Raises JurisdictionRefused or CertificateRefused for a peer that this node must not talk to."""

@@ -49,8 +49,6 @@ T = TypeVar("T", bound=Message)
 
 SCAN_PAGE_MAX = 1000
 RETIRED_PAGE_MAX = 10_000
-EPOCHS_BACK_MAX = 64
-"""In so many earlier layouts a disk is looked up that the current one no longer names."""
 
 
 def _pack(ids: Sequence[FragmentId]) -> tuple[bytes, ...]:
@@ -330,15 +328,12 @@ class StoreDirectory:
         return found
 
     def _node_of(self, disk_id: str) -> str:
-        current = self._layouts.current
-        disk = current.disk_by_id.get(disk_id)
-        epoch = current.epoch
-        while disk is None and epoch > max(0, current.epoch - EPOCHS_BACK_MAX):
-            epoch -= 1
-            try:
-                disk = self._layouts.at(epoch).disk_by_id.get(disk_id)
-            except KeyError:
-                continue
+        """By the newest layout that names the disk: it may still be read."""
+        disk = self._layouts.current.disk_by_id.get(disk_id)
+        if disk is None:
+            disk = next(
+                (known.disk_by_id[disk_id] for known in self._layouts.earlier() if disk_id in known.disk_by_id), None
+            )
         if disk is None:
             raise DiskUnusable(f"no known layout names disk {disk_id}", state="unknown")
         return disk.node

@@ -30,6 +30,9 @@ class Places:
     def partitions(self) -> PartitionMap:
         return PartitionMap()
 
+    def earlier(self) -> list[Layout]:
+        return []
+
     def partition(self: Any, number: int) -> PartitionState:
         return self.partitions.of(number, self.current, self.at)  # type: ignore[no-any-return]
 

@@ -233,6 +233,9 @@ class ProcessLayouts(Places):
     def at(self, epoch: int) -> Layout:
         return self._shared.at(epoch)
 
+    def earlier(self) -> list[Layout]:
+        return self._shared.earlier()
+
     async def refresh(self, partition: int) -> None:
         record = self._shared.partitions.record(partition)
         if record is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+import pytest
 from msgspec.structs import replace
 
 from storaged.maintain.context import MaintainLimits
@@ -107,12 +108,14 @@ def test_a_server_that_is_added_and_comes_up_late_gets_its_share() -> None:
     run(scenario, racks=FOUR, limits=LIMITS)
 
 
-def test_what_lay_on_a_disk_that_is_gone_is_rebuilt_elsewhere_at_once() -> None:
+@pytest.mark.parametrize("lost", [True, False])
+def test_what_lay_on_a_disk_that_is_gone_is_rebuilt_elsewhere_at_once(lost: bool) -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await store(cluster)
         cluster.maintain()
         await cluster.settled()
-        cluster.lose_disk("d1")
+        if lost:
+            cluster.lose_disk("d1")
         layout = layout_of(2, epoch=2, racks=FOUR)
         some = tuple(disk for disk in layout.disks if disk.id != "d1")
         cluster.layouts.partitions.complete = True

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Methods
@@ -15,6 +16,7 @@ from storaged.fragments.messages import ReadReply
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.fragments.store import LocalFragmentStore
+from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.wire import decode, encode
 from tests.doubles.caller import Loopback
 from tests.doubles.fragments import MemoryFragmentStore
@@ -38,8 +40,13 @@ class FakeLayouts(Places):
     def at(self, epoch: int) -> Layout:
         return self._known[epoch]
 
+    def earlier(self) -> list[Layout]:
+        return [self._known[epoch] for epoch in sorted(self._known, reverse=True)[1:]]
 
-async def test_stores_are_found_by_disk_local_or_remote_and_by_earlier_layouts() -> None:
+
+@pytest.mark.parametrize("epochs", [(3, 5), (100, 200)])
+async def test_stores_are_found_by_disk_local_or_remote_and_by_earlier_layouts(epochs: tuple[int, int]) -> None:
+    """Layouts that move data have numbers far apart."""
     rng = random.Random(2)
     disks = {"d1": MemoryFragmentStore(), "d2": MemoryFragmentStore(), "d3": MemoryFragmentStore()}
     asked: list[str] = []
@@ -48,7 +55,7 @@ async def test_stores_are_found_by_disk_local_or_remote_and_by_earlier_layouts()
         asked.append(node)
         return FragmentHost(disks).methods()
 
-    layouts = FakeLayouts(layout(3, d1="n1", d2="n2", d3="n9"), layout(5, d1="n1", d2="n2"))
+    layouts = FakeLayouts(layout(epochs[0], d1="n1", d2="n2", d3="n9"), layout(epochs[1], d1="n1", d2="n2"))
     directory = StoreDirectory(layouts, Loopback(methods), {"d1": disks["d1"]})
     made = make(rng)
     for disk_id in ("d1", "d2", "d3"):
@@ -59,6 +66,16 @@ async def test_stores_are_found_by_disk_local_or_remote_and_by_earlier_layouts()
     assert directory.store("d2") is directory.store("d2")
     with pytest.raises(DiskUnusable):
         directory.store("d4")
+
+
+def test_replicas_are_found_by_the_newest_layout_that_names_their_disk() -> None:
+    """A disk that came after the base may leave again before its partitions have moved."""
+    between = replace(layout(100, d1="n1", d2="n2", d3="n9"), base=1)
+    layouts = FakeLayouts(layout(1, d1="n1", d2="n2"), between, replace(layout(200, d1="n1", d2="n2"), base=1))
+    directory = ReplicaDirectory(layouts, Loopback(lambda _node: {}))
+    directory.replica("d3")
+    with pytest.raises(DiskUnusable):
+        directory.replica("d4")
 
 
 async def test_a_host_refuses_disks_it_has_not_and_ids_that_are_none() -> None:

@@ -233,7 +233,7 @@ class ReplicaDirectory:
             self._remote = {
                 disk_id: known for disk_id, known in self._remote.items() if nodes.get(disk_id) == known.node
             }
-        entry = layout.disk_by_id.get(disk_id) or self._removed(layout, disk_id)
+        entry = layout.disk_by_id.get(disk_id) or self._removed(disk_id)
         if entry is None:
             raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {layout.epoch}.")
         if entry.node == self._node:
@@ -241,12 +241,10 @@ class ReplicaDirectory:
         found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, *self._batchers_of(entry.node))
         return found
 
-    def _removed(self, layout: Layout, disk_id: str) -> DiskEntry | None:
+    def _removed(self, disk_id: str) -> DiskEntry | None:
         """A disk that the layout does not name any more serves partitions until they have moved away from it."""
-        try:
-            return self._layouts.at(layout.base).disk_by_id.get(disk_id) if layout.base else None
-        except KeyError:
-            return None
+        earlier = self._layouts.earlier()
+        return next((known.disk_by_id[disk_id] for known in earlier if disk_id in known.disk_by_id), None)
 
     def _batchers_of(self, node: str) -> tuple[ReadBatcher, AcceptBatcher] | tuple[()]:
         """Those of all disks of one node."""
