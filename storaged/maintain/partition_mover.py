@@ -184,25 +184,29 @@ class PartitionMover:
 
     async def _step(self, state: PartitionState, layout: Layout, lost: frozenset[str]) -> bool:
         """Returns whether the partition is one step further. Raises StoragedError where it can't be now."""
-        record = next_step(state, layout, lost=lost if state.coming else self._away_since)
+        record = next_step(state, layout, lost=lost) if state.coming else self._begin(state, layout)
         if record is None and state.coming:
             whole = await self._bring_up(state)
             record = next_step(state, layout, whole=whole, lost=lost)
         if record is None:
             raise ServiceUnavailable(_why_not(state, layout))
-        if record.coming:
-            self._check_countries(record, layout)
         return await self._take(state, record)
 
-    def _check_countries(self, record: PartitionRecord, layout: Layout) -> None:
-        """Raises LayoutRefused where a disk outside of the countries of a bucket would come."""
-        allowed = self._allowed.get(record.partition)
-        outside = [disk for disk in record.coming if disk not in record.present]
-        if allowed is not None and any(layout.country_of(disk) not in allowed for disk in outside):
+    def _begin(self, state: PartitionState, layout: Layout) -> PartitionRecord | None:
+        """The next exchange. Raises LayoutRefused where only disks could come that lie outside of the countries of a
+        bucket.
+        """
+        allowed = self._allowed.get(state.partition)
+        wanted = layout.replicas_of(state.partition)
+        outside = {disk for disk in wanted if allowed is not None and layout.country_of(disk) not in allowed}
+        record = next_step(state, layout, lost={*self._away_since, *outside})
+        if record is None and allowed is not None and next_step(state, layout, lost=self._away_since) is not None:
+            disk = next(disk for disk in wanted if disk in outside and disk not in state.present)
             raise LayoutRefused(
                 f"keys of a bucket that may lie in {', '.join(sorted(allowed)) or 'no common country'} only would move"
-                f" to disk {outside[0]} in {layout.country_of(outside[0])}; they stay where they are"
+                f" to disk {disk} in {layout.country_of(disk)}; they stay where they are"
             )
+        return record
 
     async def _take(self, state: PartitionState, record: PartitionRecord) -> bool:
         """Writes the record of the next step. False when another mover was first."""

@@ -386,6 +386,31 @@ async def test_a_partition_of_a_bucket_with_countries_does_not_leave_them(world:
         assert await world.other.get(name) == b"body"
 
 
+async def test_a_disk_outside_of_the_countries_is_not_in_the_way_of_one_inside(world: World) -> None:
+    five = layout_of((1, 1, 1, 1, 1), epoch=2)
+    nodes = tuple(replace(node, location="DE/fra1/d") if node.name == "nd" else node for node in five.nodes)
+    disks = tuple(disk for disk in five.disks if disk.id not in ("a0", "b0"))
+    after = replace(five, nodes=nodes, disks=disks, seeds=world.before.seeds, base=1)
+    for disk in after.disk_by_id:
+        world.disks.replicas.setdefault(disk, LocalReplica(disk, MemoryMetaStore()))
+    for name in names():
+        await world.gateway.put(name, b"body")
+    world.gateway.layouts.learn(after)
+    await world.gateway.follower.read_all()
+
+    async def allowed() -> dict[int, frozenset[str]]:
+        return dict.fromkeys(MOVED, frozenset({"FR"}))
+
+    mover = PartitionMover(replace_ports(world.gateway.ports, allowed=allowed), at_once=16, partitions=MOVED)
+    for _ in range(3 * FAILURES_SHOWN):
+        await mover.round()
+    for number in MOVED:
+        present = set(world.gateway.layouts.partition(number).present)
+        assert {"c0", "e0"} <= present, "the other exchange was possible"
+        assert "d0" not in present
+    assert "that may lie in FR only" in mover.progress.reason
+
+
 async def test_a_record_that_no_gateway_signed_is_not_believed(world: World) -> None:
     forged = PartitionRecord(5, 1, ("a0", "b0", "c0"), ("a0", "b0", "d0"), 2, SIGNER, bytes(64))
     name = system_name(path_of(5))
