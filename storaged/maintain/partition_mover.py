@@ -184,6 +184,8 @@ class PartitionMover:
 
     async def _step(self, state: PartitionState, layout: Layout, lost: frozenset[str]) -> bool:
         """Returns whether the partition is one step further. Raises StoragedError where it can't be now."""
+        if is_settled(state, layout):
+            return False  # another mover was first
         record = next_step(state, layout, lost=lost) if state.coming else self._begin(state, layout)
         if record is None and state.coming:
             whole = await self._bring_up(state)

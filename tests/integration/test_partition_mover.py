@@ -364,6 +364,20 @@ async def test_a_mover_with_an_older_layout_undoes_nothing(world: World) -> None
     assert all(is_settled(world.gateway.layouts.partition(number), world.before) for number in MOVED)
 
 
+async def test_what_another_mover_has_moved_meanwhile_is_no_failure(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    await world.learn()
+
+    async def allowed() -> dict[int, frozenset[str]]:
+        await world.move()
+        return {}
+
+    mover = PartitionMover(replace_ports(world.gateway.ports, allowed=allowed), at_once=16, partitions=MOVED)
+    assert await mover.round()
+    assert not mover._failures
+
+
 async def test_a_partition_of_a_bucket_with_countries_does_not_leave_them(world: World) -> None:
     for name in names():
         await world.gateway.put(name, b"body")
