@@ -16,8 +16,9 @@ Theory of operation
 
     The records alone say how far a partition is, so a mover that dies is continued by any other. Two movers at once do
     the same work twice; the compare-and-set lets one of them pass. While a partition is joint it can spare fewer disks,
-    so no exchange begins for a disk that takes no writes now. When the disk that comes takes none for a while, the
-    partition goes back to the set that it had. It exchanges other replicas first, or waits for the disk.
+    so no exchange begins for a disk that takes no writes now, and only some partitions are joint at the same time. When
+    the disk that comes takes no writes for a while, the partition goes back to the set that it had. It exchanges other
+    replicas first, or waits for the disk.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ from storaged.wire import decode, encode
 AT_ONCE = 4
 """Partitions that move at the same time."""
 PARTITIONS_A_TURN = 32
+JOINT_MAX = 128
+"""Partitions that are joint at the same time. While the disk that comes to a joint partition is away, the loss of one
+more replica stops the partition. One that has not begun does not need that disk.
+"""
 LOST_S = 600.0
 """A disk that took no writes for so long counts as lost: it goes first, and does not come."""
 FAILURES_SHOWN = 5
@@ -106,6 +111,7 @@ class PartitionMover:
         ports: MoverPorts,
         *,
         at_once: int = AT_ONCE,
+        joint_max: int = JOINT_MAX,
         lost_s: float = LOST_S,
         partitions: Sequence[int] = range(PARTITIONS),
     ) -> None:
@@ -113,6 +119,7 @@ class PartitionMover:
         self._ports = ports
         self._partitions = partitions
         self._at_once = at_once
+        self._may_begin = self._joint_max = joint_max
         self._lost_s = lost_s
         self._away_since: dict[str, float] = {}
         """Disks of the layout that take no writes: away, full, read-only or broken."""
@@ -150,6 +157,7 @@ class PartitionMover:
             return len(states)
         # Those that are under way end before others begin: few partitions are joint at any time.
         waiting = [state.partition for state in sorted(states, key=lambda state: not state.coming)]
+        self._may_begin = self._joint_max - sum(bool(state.coming) for state in states)
         await concurrently((self._try_step(number, layout, lost) for number in waiting), self._at_once)
         return len(waiting)
 
@@ -192,7 +200,13 @@ class PartitionMover:
             record = next_step(state, layout, whole=whole, lost=lost)
         if record is None:
             raise ServiceUnavailable(_why_not(state, layout))
-        return await self._take(state, record)
+        if record.coming:
+            if self._may_begin <= 0:
+                return False  # its turn comes
+            self._may_begin -= 1
+        made = await self._take(state, record)
+        self._may_begin += made and not record.coming
+        return made
 
     def _begin(self, state: PartitionState, layout: Layout) -> PartitionRecord | None:
         """The next exchange. Raises LayoutRefused where only disks could come that lie outside of the countries of a
@@ -230,7 +244,7 @@ class PartitionMover:
         moves = self._ports.moves
         fenced = await moves.fence(state)
         if state.comes not in fenced:
-            return False
+            raise ServiceUnavailable(f"disk {state.comes}, which comes to it, does not answer")
         deleted = await moves.copy_fences(state, fenced)
         for table, scope, shard in await moves.ranges(state, fenced):
             if scope in deleted:

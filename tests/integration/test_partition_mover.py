@@ -341,6 +341,30 @@ async def test_a_layout_with_a_base_that_is_not_known_yet_does_not_end_the_mover
         world.gateway.layouts.partition(MOVED[0])
 
 
+async def test_a_disk_that_comes_and_is_away_is_named(world: World) -> None:
+    await world.learn()
+    mover = PartitionMover(world.gateway.ports, at_once=16, partitions=MOVED)
+    await mover.round()  # all joint
+    world.disks.away = {"d0"}
+    for _ in range(FAILURES_SHOWN):
+        await mover.round()
+    assert "disk d0, which comes to it, does not answer" in mover.progress.reason
+
+
+async def test_only_some_partitions_are_joint_at_the_same_time(world: World) -> None:
+    await world.learn()
+    mover = PartitionMover(world.gateway.ports, at_once=16, joint_max=3, partitions=MOVED)
+    layouts, most = world.gateway.layouts, 0
+    await mover.round()
+    assert mover.progress.steps == 3
+    async with asyncio.timeout(120):
+        while await mover.round():
+            joint = sum(bool(layouts.partition(number).coming) for number in MOVED)
+            most = max(most, joint)
+    assert most == 3
+    assert all(is_settled(layouts.partition(number), world.after) for number in MOVED)
+
+
 async def test_two_movers_at_once_end_where_one_does(world: World) -> None:
     for name in names():
         await world.gateway.put(name, b"body")
@@ -406,7 +430,7 @@ async def test_a_disk_outside_of_the_countries_is_not_in_the_way_of_one_inside(w
     disks = tuple(disk for disk in five.disks if disk.id not in ("a0", "b0"))
     after = replace(five, nodes=nodes, disks=disks, seeds=world.before.seeds, base=1)
     for disk in after.disk_by_id:
-        world.disks.replicas.setdefault(disk, LocalReplica(disk, MemoryMetaStore()))
+        world.disks.add(disk)
     for name in names():
         await world.gateway.put(name, b"body")
     world.gateway.layouts.learn(after)

@@ -23,9 +23,17 @@ class MemoryReplicas:
     """``Replicas`` in memory, by disk. Those in ``away`` can't be reached."""
 
     def __init__(self, disks: Iterable[str]) -> None:
-        self.stores = {disk: MemoryMetaStore() for disk in disks}
-        self.replicas = {disk: LocalReplica(disk, store) for disk, store in self.stores.items()}
+        self.stores: dict[str, MemoryMetaStore] = {}
+        self.replicas: dict[str, Replica] = {}
         self.away: set[str] = set()
+        for disk in disks:
+            self.add(disk)
+
+    def add(self, disk: str) -> None:
+        """Blank; nothing is done where it is there."""
+        if disk not in self.stores:
+            self.stores[disk] = MemoryMetaStore()
+            self.replicas[disk] = LocalReplica(disk, self.stores[disk])
 
     def replica(self, disk_id: str) -> Replica:
         if disk_id in self.away:
