@@ -113,7 +113,8 @@ def _settled_survives(layout: Layout) -> bool:
 def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
     """Follows every partition through its joint states (``partitions.next_step``), and the seeds through the layouts.
 
-    A disk that the layouts do not name counts as away.
+    A disk that the last layout does not name counts as away, so it is better drained before. That is true for a seed
+    disk too, which the joint layout still names.
     """
     after = layouts[-1]
     domains = {
@@ -128,7 +129,7 @@ def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
             sets.update(state.sets)
     for layout in layouts:
         sets.update(seeds for seeds in (layout.seeds, layout.seeds_next) if seeds)
-    gone = {disk.id for disk in before.disks if disk.id not in layouts[0].disk_by_id}
+    gone = {disk.id for disk in before.disks if disk.id not in after.disk_by_id}
     return _survives(sets, domains, gone)
 
 

@@ -101,6 +101,15 @@ def test_a_seed_that_goes_is_exchanged_through_a_joint_layout(authority: Path) -
     assert create.load_plan(authority).epoch == 200
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_disk_that_is_replaced_answers_no_more(
+    authority: Path, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it is a seed disk, which the joint layout still names, or another one."""
+    call("cluster", "disk", "replace", str(authority), "n3", disk_of(authority, "n3", number))
+    assert plan_of(authority, capsys)["survives"] == {"before": True, "meanwhile": False, "after": True}
+
+
 def test_a_server_with_a_seed_is_replaced_by_another(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2:4000")
     call("cluster", "remove", str(authority), "n3")
