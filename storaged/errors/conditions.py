@@ -42,7 +42,11 @@ class DiskDown(Condition):
     """The disk does not take part: its node refuses it or it failed."""
 
     code = "DISK_DOWN"
-    hint = "See the node's log for the reason. Remove the cause (mount, permissions, cable), then restart the node."
+    hint = (
+        "See the node's log for the reason. Remove the cause (mount, permissions, cable), then restart the node. If the"
+        " node does not have the disk because another one takes its place, apply the layout that exchanges them"
+        " (`storaged cluster apply` on a gateway)."
+    )
 
 
 class ObjectsBelowTarget(Condition):

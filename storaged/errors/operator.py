@@ -136,13 +136,14 @@ class DiskBlank(OperatorError):
 
 class DiskWaits(OperatorError):
     """The disk waits for other nodes: it takes part when a majority of the storage nodes confirms what they remember of
-    it. A new cluster begins when all its storage nodes are up.
+    it. A new cluster begins when all its storage nodes are up. A new disk also waits for the layout that names it.
     """
 
     code = "DISK_WAITS"
     hint = (
-        "Start the storage nodes that are named, or mend the network to them. The disk joins by itself, and needs no"
-        " restart."
+        "Start the storage nodes that are named, or mend the network to them. If no layout in force gives the disk to"
+        " its node, bring one into force that does: `storaged cluster layout` where the authority's keys are, then"
+        " `storaged cluster apply` on a gateway. The disk joins by itself, and needs no restart."
     )
 
 

@@ -130,7 +130,7 @@ class LayoutApplication:
         if before is None:
             raise LayoutRefused(
                 f"Layout {layout.epoch} follows a layout that was never in force here. In force is layout"
-                f" {current.epoch}."
+                f" {current.epoch}. If other layouts were signed between them, apply those first, in their order."
             )
         raise LayoutOvertaken(
             f"Layout {layout.epoch} follows layout {before.epoch}. Layout {current.epoch} came first."
