@@ -312,7 +312,7 @@ class NodePlanes:
         self.layouts.watch(lambda _layout: self.follower.wake())
         if self.config.storage:
             self.acceptor = LayoutAcceptor(self.own, self.layouts, self.paths, self.directory / "layouts")
-            self.acceptor.may_settle = SystemMove(self.layouts, replicas, self.scanner).may_settle
+            self.acceptor.may_settle = SystemMove(self.layouts, self.own.name, replicas, self.scanner).may_settle
             self._methods.update(self.acceptor.methods())
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
         self.auditing = Auditing(self)

@@ -21,10 +21,11 @@ from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table
 
 
 class SystemMove:
-    """``may_settle`` is the check of ``accepting.LayoutAcceptor``. ``replicas``: of this node's disks."""
+    """``may_settle`` is the check of ``accepting.LayoutAcceptor``. ``replicas``: of the disks of ``node``, this one."""
 
-    def __init__(self, layouts: Layouts, replicas: Mapping[str, LocalReplica], scanner: RingScanner) -> None:
+    def __init__(self, layouts: Layouts, node: str, replicas: Mapping[str, LocalReplica], scanner: RingScanner) -> None:
         self._layouts = layouts
+        self._node = node
         self._replicas = replicas
         self._scanner = scanner
 
@@ -33,16 +34,20 @@ class SystemMove:
         state = self._layouts.partition(SYSTEM_PARTITION)
         if not state.coming:
             return "the system partition does not move"
+        own = [disk for disk in state.disks if self._layouts.current.node_of(disk) == self._node]
         try:
-            for disk, replica in list(self._replicas.items()):
-                if disk in state.disks:
-                    await replica.fence_epoch(EpochFence(disk, state.epoch, SYSTEM_PARTITION))
+            for disk in own:
+                if (replica := self._replicas.get(disk)) is None:
+                    return f"disk {disk} of {self._node} is not in use"
+                await replica.fence_epoch(EpochFence(disk, state.epoch, SYSTEM_PARTITION))
             found = await self._scanner.catch_up(Table.SYSTEM, SYSTEM_SCOPE, 0, bring_up=_differs)
         except (StoragedError, TimeoutError) as error:
             return str(error)
         answered = [disk for disk in state.disks if disk not in found.away]
         if state.comes not in answered:
             return f"disk {state.comes}, which comes, does not answer"
+        if silent := [disk for disk in own if disk not in answered]:
+            return f"disk {silent[0]} of {self._node} does not answer"
         if not Quorum(*state.sets).met(answered):
             return f"only {len(answered)} of {len(state.disks)} seed disks answer"
         return ""
