@@ -107,6 +107,10 @@ class LayoutApplication:
             await self._paths.replace("layout", lambda body: _with_certificate(body, certified))
         except ServiceUnavailable as error:
             raise NoQuorum(f"The system partition does not answer: {error.message}") from None
+        except LayoutRefused:
+            if self._layouts.epoch != layout.epoch or not self._layouts.has(signed):
+                raise
+            return self._document(layout, moves.disks, ())  # another gateway did it, and this node learnt it meanwhile
         await self._layouts.learn(certified, SOURCE)
         return self._document(layout, moves.disks, tuple(sorted(accepted)))
 

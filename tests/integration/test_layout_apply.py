@@ -152,6 +152,26 @@ async def test_a_decided_layout_waits_for_the_nodes_that_are_missing_and_any_gat
     assert (await cluster.gateway("gw2").apply(signed))["epoch"] == 100
 
 
+async def test_another_gateway_ends_what_one_did_that_was_killed_before_it_used_the_layout(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, signed = cluster.moving()
+
+    async def killed(learnt: SignedLayout, _source: str) -> bool:
+        if learnt.certificate:
+            raise asyncio.CancelledError
+        return False
+
+    monkeypatch.setattr(cluster.books["gw"], "learn", killed)
+    with pytest.raises(asyncio.CancelledError):
+        await cluster.gateway().apply(signed)
+    assert cluster.register.certificate, "the certificate is in the register, and no node uses the layout yet"
+    done = await cluster.gateway("gw2").apply(signed)
+    assert (done["epoch"], done["accepted"]) == (100, [])
+    assert "disk d4a of n4 is new" in done["moves"]
+    assert cluster.books["gw2"].epoch == 100
+
+
 async def test_of_two_administrators_at_once_one_wins_and_the_other_learns_what_changed(cluster: Cluster) -> None:
     one, other = cluster.moving("n4")[1], cluster.moving("n5", "n6")[1]
     done = await asyncio.gather(
