@@ -257,8 +257,7 @@ class LedgerExchange(LoneLedger):
         self._news = asyncio.Event()
 
     async def publish(self, claim: DiskClaim) -> None:
-        entry = self._layouts.current.disk_by_id.get(claim.disk)
-        if entry is None or entry.node != self._own.name:  # the ring has no replica there, and no ledger believes it
+        if not self._answers_for(claim.disk):  # the ring has no replica there, and no ledger believes it
             await super().publish(claim)
             return
         async with self._stating:
@@ -273,6 +272,18 @@ class LedgerExchange(LoneLedger):
             if self._stored(claim) >= self.view().majority:
                 return
             await self.changed()
+
+    def _answers_for(self, disk: str) -> bool:
+        """Whether a disk may have replicas, and is this node's: by the layout in force or, for one that it does not
+        name any more, by the last that did. Partitions move away from such a disk, and ask it meanwhile. Those of a
+        node that was removed are not asked, and the others don't listen to it.
+        """
+        current, own = self._layouts.current, self._own.name
+        if own not in current.node_by_name:
+            return False
+        named = (layout.disk_by_id.get(disk) for layout in (current, *self._layouts.earlier()))
+        entry = next((entry for entry in named if entry is not None), None)
+        return entry is not None and entry.node == own
 
     def stored_by(self, claim: DiskClaim) -> list[str]:
         """The other nodes whose ledgers have a start of a disk of this node."""
@@ -293,17 +304,16 @@ class LedgerExchange(LoneLedger):
         return self.ledger.whole + len(self.stored_by(claim))
 
     def _state(self, opened: Mapping[str, DiskClaim]) -> Statement | None:
-        """A new statement of all that is known of the disks that the layout gives to this node, or that they
-        ``opened`` as. None when this is what the last one says, or nothing.
+        """A new statement of all that is known of the disks that the layout gives to this node, and of those that are
+        in use, or that they ``opened`` as. None when this is what the last one says, or nothing.
         """
         claims: dict[str, DiskClaim] = {}
-        for disk in self._layouts.current.disks:
-            if disk.node == self._own.name:
-                known = self.ledger.claimed(disk.id).only
-                if (claim := opened.get(disk.id, known)) is not None:
-                    claims[disk.id] = claim
+        named = [disk.id for disk in self._layouts.current.disks if disk.node == self._own.name]
+        for disk in dict.fromkeys((*named, *filter(self._answers_for, (*self._opened, *opened)))):
+            if (claim := opened.get(disk, self.ledger.claimed(disk).only)) is not None:
+                claims[disk] = claim
         stated = {claim.disk: claim for claim in self._offer.claims.disks} if self._offer is not None else {}
-        if claims == stated:
+        if not claims or claims == stated:
             return None
         signed = state_claims(self._signer, self._own.cluster, self._own.name, claims.values())
         return Statement(signed, decode(signed.payload, NodeClaims))

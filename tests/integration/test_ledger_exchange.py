@@ -431,3 +431,33 @@ async def test_what_an_earlier_owner_says_of_a_disk_that_another_node_has_now_is
     signed = state_claims(NodeSigner(machines.own["n1"]), "c1", "n1", [claim()])
     with pytest.raises(StoragedError, match="does not give it disk 'd1'"):
         await machines.ask("n1", "n2", ClaimsOffer(signed))
+
+
+async def test_a_disk_that_a_layout_drops_is_claimed_while_it_answers_for_partitions_that_move(
+    machines: Machines,
+) -> None:
+    """Without this nobody remembers what it promised since then, and one that was put back would answer."""
+    layout = machines.layout
+    disks = tuple(disk if disk.id != "d1" else DiskEntry("d9", "n1", 1) for disk in layout.disks)
+    dropped = replace(layout, epoch=100, base=1, disks=disks, seeds=("d9", "d2", "d3"))
+    async with machines.talking("n1", "n2", "n3"):
+        await machines.up["n1"].publish(claim())
+        use(machines, dropped, "n1", "n2", "n3")
+        machines.disks["n1"].now = {"d1": 7}
+        await machines.up["n1"].publish_positions()
+        await until(lambda: all(machines.known(name) == claim(position=7) for name in ("n2", "n3")))
+    machines.boot("n1")
+    use(machines, dropped, "n1")
+    async with machines.talking("n1", "n2", "n3"):
+        await machines.up["n1"].publish(claim(starts=2, position=7))
+        await until(lambda: all(machines.known(name) == claim(starts=2, position=7) for name in ("n2", "n3")))
+        with pytest.raises(DiskRolledBack):
+            await machines.up["n1"].publish(claim(position=3))
+    assert not machines.refusals
+
+
+async def test_a_node_that_was_removed_opens_its_disks_without_the_others(machines: Machines) -> None:
+    layout = machines.layout
+    use(machines, replace(layout, epoch=100, base=1, nodes=layout.nodes[1:], disks=layout.disks[1:]), "n1")
+    await machines.up["n1"].publish(claim())
+    assert machines.known("n1") == claim()
