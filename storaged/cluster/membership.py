@@ -348,7 +348,8 @@ class Membership:
             peer.certificate_until_ms = ping.certificate_until_ms
             self._set_up(peer, ping.incarnation, ping.pid, ping.epoch)
         self._exchange.compare(call.peer.name, ping.epoch, ping.digest)
-        self._layouts.partitions.hear(call.peer.name, ping.steps)
+        if peer is not None:  # a node that was removed may ping, and makes this one read nothing
+            self._layouts.partitions.hear(call.peer.name, ping.steps)
         return Pong(
             node=self._own.name,
             incarnation=self._own.incarnation,

@@ -30,8 +30,10 @@ from storaged.wire import decode
 
 EVERY_S = 60.0
 RETRY_S = 2.0
-PAUSE_S = 1.0
-"""Between two readings of all records: a node that lies about what it knows must not keep this one reading."""
+PAUSE_S, PAUSE_S_MAX = 1.0, 10.0
+"""Between two readings of all records. It doubles while other nodes say that they know more, and reading brings
+nothing: a node that lies about what it knows must not keep this one reading.
+"""
 
 log = structlog.get_logger("partitions")
 
@@ -84,21 +86,25 @@ class PartitionFollower:
 
     async def run(self) -> None:
         """Runs for ever. In a cluster whose data never moved, nothing is read."""
+        pause_s, hinted = PAUSE_S, False
         while True:
             self._behind.clear()
-            rest_s = EVERY_S
+            rest_s, steps = EVERY_S, self._partitions.steps
             try:
                 if self._layouts.current.base:
                     await self.read_all()
             except (StoragedError, TimeoutError) as error:
                 rest_s = RETRY_S
                 log.info("the records of partitions are read later", reason=str(error))
-            await asyncio.sleep(PAUSE_S)
+            in_vain = hinted and self._partitions.steps == steps
+            pause_s = min(2 * pause_s, PAUSE_S_MAX) if in_vain else PAUSE_S
+            await asyncio.sleep(pause_s)
+            hinted = True
             try:
                 async with asyncio.timeout(rest_s):
                     await self._behind.wait()
             except TimeoutError:
-                pass
+                hinted = False
 
     def wake(self) -> None:
         """Reads the records soon: another layout is in force, and may be the first one that moves data."""

@@ -13,6 +13,7 @@ import pytest
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership, OwnNode
+from storaged.cluster.messages import Ping
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, DiskStatus, PeerIdentity, Reply
 from storaged.cluster.signed_layout import SignedLayout, sign_layout
@@ -276,6 +277,18 @@ async def test_a_gateway_without_an_address_is_known_by_its_pings(world: World) 
         assert ("n1", "gw", "cluster.ping") not in network.calls
         await until(lambda: not is_up(first, "gw"))
         assert "stopped sending pings" in first.status("gw").reason
+
+
+async def test_a_node_that_the_layout_does_not_name_is_not_heard_about_steps(world: World) -> None:
+    network, layouts = Network(), book(world, layout())
+    behind: list[str] = []
+    layouts.partitions.on_behind = behind.append
+    async with member(network, world, "n1", layouts) as first:
+        for name in ("removed", "n2"):
+            peer = PeerIdentity(name, "FR", "par1", name, ("storage",), "FR", "c1")
+            ping = Ping(node=name, incarnation=b"12345678", pid=1, wall_ms=0, epoch=1, steps=99)
+            await first.methods()["cluster.ping"].handler(ping, Call(peer, memoryview(b""), 0.0))
+    assert behind == ["n2"]
 
 
 async def test_a_node_does_not_speak_for_disks_that_the_layout_gives_to_another(world: World) -> None:

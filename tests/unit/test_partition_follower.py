@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from storaged.cluster.partitions import PartitionRecord
 from storaged.node.partition_follower import PartitionFollower
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.worlds.authority import until
@@ -34,3 +35,38 @@ async def test_the_records_are_read_as_soon_as_a_layout_moves_data(monkeypatch: 
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.virtual_time
+async def test_a_node_that_lies_about_what_it_knows_has_the_records_read_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layouts, nothing = KnownLayouts(replace(layout_of(), epoch=100, base=1)), Any
+    follower = PartitionFollower(layouts, nothing, nothing, nothing, "c1")  # type: ignore[arg-type]  # nothing is called
+    read: list[float] = []
+    brings = False
+
+    async def read_all() -> None:
+        read.append(asyncio.get_running_loop().time())
+        if brings:
+            layouts.partitions.learn(PartitionRecord(0, len(read), ("a0", "b0", "c0"), (), 100))
+
+    async def lie() -> None:
+        while True:
+            layouts.partitions.hear("nb", layouts.partitions.steps + 1)
+            await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(follower, "read_all", read_all)
+    tasks = [asyncio.create_task(follower.run()), asyncio.create_task(lie())]
+    try:
+        await asyncio.sleep(100)
+        assert len(read) < 20
+        brings = True
+        await asyncio.sleep(20)
+        so_far = len(read)
+        await asyncio.sleep(10)
+        assert len(read) - so_far >= 5, "what is true is read as soon as before"
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
