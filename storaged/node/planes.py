@@ -30,6 +30,7 @@ from storaged.config import Config, split_address
 from storaged.errors import (
     CertificateRefused,
     ConfigInvalid,
+    DiskUnusable,
     JurisdictionRefused,
     LayoutRefused,
     PortInUse,
@@ -198,11 +199,16 @@ class NodePlanes:
         self.layouts.watch(self._follow_policy)
 
     async def _persist(self, epoch: int, signed: SignedLayout) -> None:
-        """A ``Persist``. The ledger then knows which layout this node has used, whatever becomes of the files."""
-        await self._files.save(epoch, signed)
+        """A ``Persist``. The ledger then knows which layout this node has used, whatever becomes of the files. Raises
+        DiskUnusable, and the layout is offered again.
+        """
         layout = decode(signed.payload, Layout)
-        if self.ledgers is not None and epoch > self.layouts.epoch and layout.base:
-            await asyncio.to_thread(self.ledgers.ledger.move_to, places_digest(layout))
+        try:
+            await self._files.save(epoch, signed)
+            if self.ledgers is not None and epoch > self.layouts.epoch and layout.base:
+                await asyncio.to_thread(self.ledgers.ledger.move_to, places_digest(layout))
+        except OSError as error:
+            raise DiskUnusable(f"{self.own.name} can't keep layout {epoch} in {self.directory}: {error}") from None
 
     def _follow_policy(self, layout: Layout) -> None:
         """Takes over the policy of the layout in force: whom it admits, and who gets keys.
