@@ -27,7 +27,7 @@ from msgspec import MsgspecError
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.certificates import ACCEPTANCE_BYTES_MAX, ACCEPTANCES_MAX, verify_certificate
-from storaged.cluster.layout import Layout, NodeEntry
+from storaged.cluster.layout import PARTITIONS, Layout, NodeEntry
 from storaged.cluster.moves import RefusedLayout, moves_between
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
@@ -242,6 +242,8 @@ class LayoutBook:
                 return False
             in_force = layout.epoch > self.epoch
             await asyncio.to_thread(self._check, layout, signed)
+            if in_force and layout.base:  # the mover and ``status`` ask the event loop for all of them
+                await asyncio.to_thread(lambda: [layout.replicas_of(number) for number in range(PARTITIONS)])
             if self._persist is not None:
                 await self._persist(layout.epoch, signed)
             self._adopt(layout, signed)

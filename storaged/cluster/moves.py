@@ -13,6 +13,8 @@ be computed.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
@@ -30,15 +32,30 @@ class RefusedLayout(Message, frozen=True):
     reason: str
 
 
-class Moves(NamedTuple):
-    """What would move. False when nothing would.
+@dataclass(frozen=True)
+class Moves:
+    """What would move from ``before`` to ``after``. False when nothing would.
 
-    ``disks``: how disks and their nodes differ, one phrase each. ``partitions``: those whose replicas would differ, the
-    system partition included.
+    ``disks``: how disks and their nodes differ, one phrase each.
     """
 
+    before: Layout
+    after: Layout
     disks: tuple[str, ...] = ()
-    partitions: tuple[int, ...] = ()
+
+    @cached_property
+    def partitions(self) -> tuple[int, ...]:
+        """Those whose replicas would differ, the system partition included. It ranks all disks for each: 0.2 s with
+        100 disks.
+        """
+        if not self.disks:
+            return ()
+        return tuple(
+            number
+            for number in (*range(PARTITIONS), SYSTEM_PARTITION)
+            if self.before.replicas_of(number) != self.after.replicas_of(number)
+            or (number == SYSTEM_PARTITION and self.before.seeds_next != self.after.seeds_next)
+        )
 
     def __bool__(self) -> bool:
         return bool(self.disks)
@@ -52,19 +69,7 @@ class Moves(NamedTuple):
 
 def moves_between(before: Layout, after: Layout) -> Moves:
     """What ``after`` would move of the data written under ``before``."""
-    differences = tuple(_differences(before, after))
-    if not differences:
-        return Moves()
-    partitions = (*range(PARTITIONS), SYSTEM_PARTITION)
-    return Moves(
-        differences,
-        tuple(
-            number
-            for number in partitions
-            if before.replicas_of(number) != after.replicas_of(number)
-            or (number == SYSTEM_PARTITION and before.seeds_next != after.seeds_next)
-        ),
-    )
+    return Moves(before, after, tuple(_differences(before, after)))
 
 
 def changes_between(before: Layout, after: Layout) -> tuple[str, ...]:
