@@ -350,7 +350,8 @@ class LayoutFiles:
             return decode(path.read_bytes(), SignedLayout)
         except MsgspecError as error:
             raise LayoutRefused(
-                f"{path} does not decode: {error}. Remove it: this node learns that layout again from its peers."
+                f"{path} does not decode: {error}. Replace it by the file of this name that another node has in its"
+                " directory `layouts`: it is as good."
             ) from error
 
     def _path(self, epoch: int) -> Path:

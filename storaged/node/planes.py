@@ -154,8 +154,8 @@ class NodePlanes:
         if not await asyncio.to_thread(ledger.goes_by, *digests_of(self.layouts)):
             raise LayoutRefused(
                 f"By layout {self.layouts.epoch} replicas or disks lie elsewhere than by the one that this node has"
-                f" used, and which is gone from {self.directory / 'layouts'}. Put that directory back, or the cluster's"
-                " own layout beside the certificate."
+                f" used, and which is gone from {self.directory / 'layouts'}. Put its files layout-*.signed back, or"
+                " copy those of another node: they are as good."
             )
         self._opener = opener = Opener(
             self.config,

@@ -398,3 +398,22 @@ async def test_a_history_is_verified_without_ranking_disks_for_each_of_its_layou
     assert history.book(*history.signed).epoch == 200
     with pytest.raises(LayoutRefused, match="has no certificate"):
         await history.book(*history.signed[:2]).learn(replace(history.signed[2], certificate=()), "a peer")
+
+
+async def test_a_damaged_layout_is_replaced_by_the_file_of_another_node(history: History, tmp_path: Path) -> None:
+    """Removed, it would stop the node: those after it follow a layout that the node does not know then."""
+    for name in ("n4", "n5"):
+        history.move(with_nodes(history.layouts[-1], name), ("n1", "n2"))
+    own, others = LayoutFiles(tmp_path / "own"), LayoutFiles(tmp_path / "others")
+    for files in (own, others):
+        for layout, signed in zip(history.layouts, history.signed, strict=True):
+            await files.save(layout.epoch, signed)
+    damaged = own.directory / "layout-000000000100.signed"
+    damaged.write_bytes(b"\xc1")
+    with pytest.raises(LayoutRefused, match=r"layout-000000000100.* another node has"):
+        own.load()
+    damaged.unlink()
+    with pytest.raises(LayoutRefused, match="does not know"):
+        history.book(*own.load())
+    damaged.write_bytes((others.directory / damaged.name).read_bytes())
+    assert history.book(*own.load()).epoch == 200
