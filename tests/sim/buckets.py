@@ -4,7 +4,8 @@ The program's own ``BucketService`` and fences, over the simulated ring. What mu
 
 * When the deletion of a bucket is acknowledged, each of its keys is gone: the histories of keys are linearizable.
 * After a bucket was deleted nothing is acknowledged in it any more.
-* Once all is well, and someone has taken the steps that records owe, each bucket that is there takes writes.
+* Once all is well, and someone has taken the steps that records owe, each bucket that is there takes writes, and no
+  disk that takes part fences it. A disk that can't write any more keeps its fence, and then the record keeps its nonce.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from storaged.errors import NoSuchBucket, OutcomeUnknown, S3Error
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
+from storaged.meta.messages import FencesAsk
 from storaged.meta.names import Change, RegisterName, object_name, system_name
 from storaged.objects.api import Principal
 from storaged.objects.plane import ObjectLimits, ObjectPlane
@@ -161,11 +163,13 @@ class Buckets(Scenario):
         service = self._service(reader)
         for _ in range(3):
             await self._housekeep(reader)
-        away = any(node.foreign for node in self.world.nodes.values())  # a fence is lifted on all replicas, or is owed
+        # A fence is lifted on all replicas, or its lifting is owed to those that are away or take no writes.
+        away = any(node.foreign or node.silent for node in self.world.nodes.values())
         for record in await service.every_bucket():
             if record.state != "active" or (record.nonce and not away):
                 self.complain(f"the bucket {record.name} stays closed")
                 continue
+            await self._look_at_fences(record)
             for key in BUCKET_KEYS:
                 register = object_name(record.id, record.shard_numbers, key)
                 with contextlib.suppress(OutcomeUnknown):
@@ -176,6 +180,15 @@ class Buckets(Scenario):
         present = {record.id for record in await service.every_bucket()}
         for bucket_id in self._records.keys() - present:
             await self._look_into(reader, self._records[bucket_id])
+
+    async def _look_at_fences(self, record: BucketRecord) -> None:
+        """Each disk that takes part has lifted its fence, whichever others could not."""
+        for node in self.world.nodes.values():
+            if node.foreign or node.silent:
+                continue
+            held = (await node.replica.handover.fences(FencesAsk(node.disk, b""))).scopes
+            if any(fence.scope == record.id and fence.nonce for fence in held):
+                self.complain(f"{node.name} keeps the bucket {record.name} closed")
 
     async def _look_into(self, reader: Gateway, record: BucketRecord) -> None:
         """A bucket that is gone takes no write, for ever."""

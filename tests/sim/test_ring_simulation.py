@@ -108,6 +108,12 @@ def test_buckets_are_deleted_whatever_fails() -> None:
     assert list(sound(run_buckets, BUCKET_SEEDS))
 
 
+@pytest.mark.parametrize("seed", [9004011, 9006017])
+def test_a_bucket_opens_although_one_disk_takes_no_writes_any_more(seed: int) -> None:
+    """Its fence is lifted at all other disks, and the record keeps its nonce for the one."""
+    assert not run_buckets(seed).violation
+
+
 @pytest.mark.timeout(0)
 def test_a_disk_that_forgot_what_it_promised_answers_nothing_and_all_others_take_part() -> None:
     assert list(sound(run_forgetful, FORGETFUL_SEEDS))
