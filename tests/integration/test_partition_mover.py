@@ -17,7 +17,7 @@ from storaged.cluster.partitions import PartitionRecord, is_settled, path_of, si
 from storaged.errors import ServiceUnavailable
 from storaged.maintain.partition_mover import FAILURES_SHOWN, MoverPorts, PartitionMover
 from storaged.meta.listing.merge import RingScanner, every_row
-from storaged.meta.messages import FenceSet
+from storaged.meta.messages import FencesAsk, FenceSet, FencesReply, ScopeFence
 from storaged.meta.names import Change, RegisterName, Table, Visibility, system_name
 from storaged.meta.ports import PageQuery
 from storaged.node.partition_follower import PartitionFollower
@@ -240,6 +240,27 @@ async def test_a_fence_of_a_deleted_bucket_moves_along(world: World) -> None:
     await world.move()
     reply = await world.disks.replicas["d0"].fence(FenceSet("d0", name.scope, b"zzz", False))
     assert not reply.done, "a final fence with another nonce is in force"
+
+
+async def test_a_disk_that_calls_a_bucket_deleted_leaves_no_row_behind(world: World) -> None:
+    """The row is at the disk that lies and at the one that goes. Left out of the move, it would be nowhere else."""
+    name = next(name for name in names() if moved(world.after, name))
+    liar, lags = (disk for disk in world.after.replicas_of(name.partition) if disk != "d0")
+    world.disks.away = {lags}
+    await world.gateway.put(name, b"body")
+    world.disks.away = set()
+    handover = world.disks.replicas[liar].handover
+
+    async def lie(request: FencesAsk, *, timeout_s: float = 10.0) -> FencesReply:
+        return FencesReply((ScopeFence(name.scope, b"nonce", True, b""),) if not request.after else (), False)
+
+    handover.fences = lie  # type: ignore[method-assign]
+    await world.learn()
+    await world.move()
+    world.disks.away = {liar}
+    await world.gateway.follower.read_all()
+    assert await world.gateway.get(name) == b"body"
+    await world.gateway.put(name, b"later")
 
 
 async def test_without_a_majority_nothing_moves_and_it_goes_on_later(world: World) -> None:

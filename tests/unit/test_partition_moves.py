@@ -69,6 +69,21 @@ async def test_the_replica_that_comes_gets_fences_and_lifts_of_a_majority(world:
     assert not (await comes.unfence(FenceLift("d0", THIRD, b"n9"))).done, "it stays for ever"
 
 
+async def test_one_replica_alone_closes_no_bucket_and_says_of_none_that_it_is_deleted(world: World) -> None:
+    ring, moves, top = world.ring, world.client.moves, b"\xff" * 16
+    await ring.fence(["a0"], SCOPE, top, final=True)
+    await ring.fence(["a0"], OTHER, top)
+    await ring.lift(["a0"], THIRD, top)
+    assert await moves.copy_fences(JOINT, JOINT.disks) == frozenset()
+    comes = ring.replicas["d0"]
+    held = await comes.handover.fences(messages.FencesAsk("d0", b""))
+    assert held == FencesReply((), False)
+    ring.away = {"b0"}  # it may have said the same
+    assert await moves.copy_fences(JOINT, JOINT.disks) == frozenset(), "rows are left out where a majority says so"
+    held = await comes.handover.fences(messages.FencesAsk("d0", b""))
+    assert [scope.nonce for scope in held.scopes] == [top, top, b""]
+
+
 async def test_more_fences_than_one_reply_has_are_all_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("acceptor.handover", "proposer.moving"):
         monkeypatch.setattr(f"storaged.meta.{module}.FENCES_A_CALL", 3)

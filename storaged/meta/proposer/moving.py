@@ -59,29 +59,36 @@ class PartitionMoves:
 
     async def copy_fences(self, state: PartitionState, fenced: Container[str]) -> frozenset[bytes]:
         """Gives the replica that comes the bucket fences of a majority of the present set, and the nonces that were
-        lifted. Returns the scopes of buckets that are deleted for good.
+        lifted. Returns the scopes of buckets that are deleted for good: a majority of the present set says so. One
+        replica alone may lie, and then the rows of its bucket would stay behind.
 
         ``fenced``: as ``fence`` returned it. Only these disks are asked: another one may still take a fence, or a
         value, of the step before, after it has answered.
         """
         deleted: set[bytes] = set()
-        async for scopes in self._scopes(state, [disk for disk in state.present if disk in fenced]):
+        async for scopes, final in self._scopes(state, [disk for disk in state.present if disk in fenced]):
             for first in range(0, len(scopes), FENCES_A_CALL):
                 request = FencesTake(state.comes, tuple(scopes[first : first + FENCES_A_CALL]))
                 replica = self._handover(state.comes)
                 await replica.take_fences(request, timeout_s=self._calls.call_timeout_s)
-            deleted.update(scope.scope for scope in scopes if scope.final)
+            deleted |= final
         return frozenset(deleted)
 
-    async def _scopes(self, state: PartitionState, disks: Sequence[str]) -> AsyncIterator[list[ScopeFence]]:
-        """Page by page: a reply that has more counts only up to its last scope."""
+    async def _scopes(
+        self, state: PartitionState, disks: Sequence[str]
+    ) -> AsyncIterator[tuple[list[ScopeFence], set[bytes]]]:
+        """Page by page, and those of it that a majority says are final. A reply that has more counts only up to its
+        last scope.
+        """
         quorum, after = Quorum(state.present), NO_SCOPE
         while True:
             found = await self._ask(disks, partial(_fences_after, after))
             _check(quorum, found, state, "say which buckets are fenced")
             ends = [reply.scopes[-1].scope for reply in found.values() if reply.more]
             through = min(ends) if ends else None
-            yield merged(list(found.values()), through)
+            replies = list(found.values())
+            final = [its.scope for its in merged(replies, through, quorum.fewest) if its.final]
+            yield merged(replies, through, quorum.fewest - len(quorum.disks) + len(found)), set(final)
             if through is None:
                 return
             after = through
@@ -127,25 +134,33 @@ async def _ranges_of(partition: int, replica: Handover, disk: str) -> RangesRepl
     return await replica.ranges(RangesAsk(disk, partition), timeout_s=RANGES_TIMEOUT_S)
 
 
-def merged(replies: Sequence[FencesReply], through: bytes | None) -> list[ScopeFence]:
-    """Of the scopes up to ``through`` (None: all) what holds at a quorum that these replies come from. A final fence
-    wins; else the highest nonce that was lifted, and a fence with a higher one.
+def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int = 1) -> list[ScopeFence]:
+    """Of the scopes up to ``through`` (None: all) what ``at_least`` of the replies say. A final fence wins; else the
+    highest nonce that was lifted, and a fence with a higher one.
+
+    What a majority of the present set has, so many of its members say as a majority and the replies must have in
+    common. Fewer may lie, or have a fence of which nobody was told yet: who sets it learns the step, and begins again.
     """
     by_scope: dict[bytes, list[ScopeFence]] = {}
     for reply in replies:
         for scope in reply.scopes:
             if through is None or scope.scope <= through:
                 by_scope.setdefault(scope.scope, []).append(scope)
-    return [_merged_one(by_scope[scope]) for scope in sorted(by_scope)]
+    return [_merged_one(by_scope[scope], at_least) for scope in sorted(by_scope)]
 
 
-def _merged_one(held: Sequence[ScopeFence]) -> ScopeFence:
-    lifted = max(its.lifted for its in held)
-    final = next((its for its in held if its.final), None)
-    if final is not None:
-        return ScopeFence(final.scope, final.nonce, True, lifted)
-    nonce = max(its.nonce for its in held)
-    return ScopeFence(held[0].scope, nonce if nonce > lifted else b"", False, lifted)
+def _merged_one(held: Sequence[ScopeFence], at_least: int) -> ScopeFence:
+    scope, lifted = held[0].scope, _said([its.lifted for its in held], at_least)
+    final = _said([its.nonce for its in held if its.final], at_least)
+    if final:
+        return ScopeFence(scope, final, True, lifted)
+    nonce = _said([its.nonce for its in held], at_least)
+    return ScopeFence(scope, nonce if nonce > lifted else b"", False, lifted)
+
+
+def _said(nonces: Sequence[bytes], at_least: int) -> bytes:
+    """The highest nonce that so many name or exceed; empty when there is none."""
+    return sorted(nonces, reverse=True)[at_least - 1] if len(nonces) >= at_least else b""
 
 
 def _check(quorum: Quorum, disks: Sequence[str] | set[str] | dict[str, T], state: PartitionState, what: str) -> None:
