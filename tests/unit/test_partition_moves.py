@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from storaged.cluster.partitions import PartitionState, epoch_of
 from storaged.errors import InvalidRequest, ServiceUnavailable
 from storaged.meta import messages
 from storaged.meta.client import RingClient
-from storaged.meta.messages import Create, FenceLift, FenceSet, FencesReply, FencesTake, ScopeFence
+from storaged.meta.messages import Create, FenceLift, FenceSet, FencesReply, FencesTake, RangesReply, ScopeFence
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.proposer.moving import merged
 from tests.doubles.layouts import KnownLayouts, layout_of
@@ -145,6 +146,42 @@ async def test_ranges_are_those_of_a_majority(world: World) -> None:
     wide = JOINT._replace(partition=partition_of((5).to_bytes(16, "big"), 0))
     assert (Table.OBJECT, (5).to_bytes(16, "big"), 0) in await world.client.moves.ranges(wide, wide.disks)
     assert set(await world.client.moves.ranges(JOINT, JOINT.disks)) == found
+
+
+LATER, EARLIER = ScopeFence(OTHER, b"n", False, b""), ScopeFence(SCOPE, b"n", False, b"")
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        FencesReply((), True),
+        FencesReply((LATER, EARLIER), True),
+        FencesReply((EARLIER, EARLIER), True),
+        FencesReply((ScopeFence(b"short", b"n", False, b""),), False),
+        FencesReply((ScopeFence(SCOPE, bytes(65), False, b""),), False),
+        RangesReply((b"",)),
+        RangesReply((RegisterName(Table.OBJECT, SCOPE, 0, b"").prefix,)),
+        RangesReply((b"\x09" + bytes(17),)),
+    ],
+    ids=repr,
+)
+async def test_an_answer_that_is_none_counts_as_none(world: World, lie: FencesReply | RangesReply) -> None:
+    """The mover goes on with the two others, and asks no one for the same again and again."""
+    assert partition_of(SCOPE, 0) != JOINT.partition
+    handover = world.ring.replicas["a0"].handover
+
+    async def answer(_request: object, *, timeout_s: float = 10.0) -> FencesReply | RangesReply:
+        return lie
+
+    handover.fences = handover.ranges = answer  # type: ignore[assignment, method-assign]
+    moves = world.client.moves
+    call = moves.copy_fences if isinstance(lie, FencesReply) else moves.ranges
+    await world.ring.fence(["b0"], SCOPE, b"n")
+    async with asyncio.timeout(20):
+        assert not await call(JOINT, JOINT.disks)
+        world.ring.away = {"b0"}
+        with pytest.raises(ServiceUnavailable):
+            await call(JOINT, JOINT.disks)
 
 
 def test_a_merged_scope_keeps_the_newest_of_each_kind() -> None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar, cast
+
+import structlog
 
 from storaged.cluster.partitions import PartitionState
 from storaged.errors import ServiceUnavailable, StoragedError
+from storaged.meta.consensus.bounds import NONCE_BYTES_MAX
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.messages import (
     FENCES_A_CALL,
@@ -24,12 +28,17 @@ from storaged.meta.messages import (
     RangesReply,
     ScopeFence,
 )
+from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Handover, HandoverReplica, Replica
+from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES
 from storaged.meta.transport.calls import Answers, Calls
 
 T = TypeVar("T")
 
+log = structlog.get_logger(__name__)
+
 NO_SCOPE = b""
+_TABLES = frozenset(map(int, Table))
 FENCES_TIMEOUT_S = 5.0
 RANGES_TIMEOUT_S = 30.0
 """A disk reads the names of all its shards: a few hundred thousand in a second, from memory."""
@@ -82,7 +91,7 @@ class PartitionMoves:
         """
         quorum, after = Quorum(state.present), NO_SCOPE
         while True:
-            found = await self._ask(disks, partial(_fences_after, after))
+            found = await self._ask(disks, partial(_fences_after, after), partial(_goes_on, after))
             _check(quorum, found, state, "say which buckets are fenced")
             ends = [reply.scopes[-1].scope for reply in found.values() if reply.more]
             through = min(ends) if ends else None
@@ -98,7 +107,7 @@ class PartitionMoves:
         ``fenced``: as for ``copy_fences``.
         """
         disks = [disk for disk in state.present if disk in fenced]
-        found = await self._ask(disks, partial(_ranges_of, state.partition))
+        found = await self._ask(disks, partial(_ranges_of, state.partition), partial(_are_ranges, state.partition))
         _check(Quorum(state.present), found, state, "say which shards they have")
         prefixes = {prefix for reply in found.values() for prefix in reply.prefixes}
         return [(prefix[0], prefix[1:17], prefix[17]) for prefix in sorted(prefixes)]
@@ -108,8 +117,10 @@ class PartitionMoves:
         assert isinstance(replica, HandoverReplica)
         return replica.handover
 
-    async def _ask(self, disks: Sequence[str], call: Callable[[Handover, str], Awaitable[T]]) -> dict[str, T]:
-        """The answers of those that give one, in time."""
+    async def _ask(
+        self, disks: Sequence[str], call: Callable[[Handover, str], Awaitable[T]], is_sound: Callable[[T], bool]
+    ) -> dict[str, T]:
+        """The answers of those that give a sound one, in time."""
         answers: Answers[T] = self._calls.answers()
         deadline = self._calls.clock.monotonic() + self._calls.deadline_s * 3
         for disk in disks:
@@ -121,8 +132,12 @@ class PartitionMoves:
         found: dict[str, T] = {}
         while (answer := await answers.next(self._calls.remaining_s(deadline))) is not None:
             disk, reply = answer
-            if not isinstance(reply, StoragedError):
+            if isinstance(reply, StoragedError):
+                continue
+            if is_sound(reply):
                 found[disk] = reply
+            else:
+                log.error("what a disk says of a partition that moves is none", disk=disk)
         return found
 
 
@@ -132,6 +147,26 @@ async def _fences_after(after: bytes, replica: Handover, disk: str) -> FencesRep
 
 async def _ranges_of(partition: int, replica: Handover, disk: str) -> RangesReply:
     return await replica.ranges(RangesAsk(disk, partition), timeout_s=RANGES_TIMEOUT_S)
+
+
+def _goes_on(after: bytes, reply: FencesReply) -> bool:
+    """Whether these are fences of scopes that follow ``after``."""
+    scopes = [after, *(its.scope for its in reply.scopes)]
+    return (
+        all(earlier < later and len(later) == 16 for earlier, later in pairwise(scopes))
+        and all(max(len(its.nonce), len(its.lifted)) <= NONCE_BYTES_MAX for its in reply.scopes)
+        and not (reply.more and not reply.scopes)
+    )
+
+
+def _are_ranges(partition: int, reply: RangesReply) -> bool:
+    """Whether these are shards of this partition."""
+    return all(
+        len(prefix) == NAME_PREFIX_BYTES
+        and prefix[0] in _TABLES
+        and RegisterName(prefix[0], prefix[1:17], prefix[17], b"").partition == partition
+        for prefix in reply.prefixes
+    )
 
 
 def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int = 1) -> list[ScopeFence]:
