@@ -26,7 +26,8 @@ from storaged.wire import Message
 
 KEY_BYTES_MAX = 1024 + 1 + UPLOAD_ID_BYTES
 SYSTEM_SCOPE = bytes(16)
-_PACKED_HEAD = 18
+PACKED_HEAD_BYTES = 18
+"""Of a packed name: all but the key."""
 
 
 class Table(IntEnum):
@@ -58,7 +59,7 @@ class RegisterName(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> RegisterName:
         """Raises ValueError for what is no register's name."""
-        if not _PACKED_HEAD < len(data) <= _PACKED_HEAD + KEY_BYTES_MAX:
+        if not PACKED_HEAD_BYTES < len(data) <= PACKED_HEAD_BYTES + KEY_BYTES_MAX:
             raise ValueError(f"{len(data)} bytes are no register's name")
         return cls(data[0], data[1:17], data[17], data[18:])
 

@@ -12,16 +12,17 @@ import pytest
 import structlog.testing
 import xxhash
 
+from storaged.cluster.layout import SYSTEM_PARTITION
 from storaged.cluster.partitions import epoch_of
 from storaged.cluster.ports import Call, PeerIdentity, Reply
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown
 from storaged.meta import messages
 from storaged.meta.acceptor import disk_writes
 from storaged.meta.acceptor.replica import LocalReplica
-from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US
+from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US, AcceptorState
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
 from storaged.meta.messages import ScanRequest, ShardAsk
-from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.storage.small_copies import PlainCopies
@@ -261,6 +262,14 @@ async def is_refused(replica: LocalReplica, epoch: int, name: RegisterName = NAM
 def elsewhere() -> RegisterName:
     """A register of another partition."""
     return next(name for shard in range(256) if (name := NAME._replace(shard=shard)).partition != PARTITION)
+
+
+def test_a_packed_name_has_the_epoch_of_its_partition() -> None:
+    state = AcceptorState(ZERO_BALLOT, 1, epochs={PARTITION: STEP_2, SYSTEM_PARTITION: STEP_1})
+    for name in (NAME, NAME._replace(key=b"another"), elsewhere(), system_name("bucket/b"), NAME, elsewhere()):
+        assert state.epoch_at_packed(name.pack()) == state.epoch_at(name)
+    assert state.epoch_at_packed(NAME.pack()) == epoch_of(2, 0)
+    assert state.epoch_at_packed(elsewhere().pack()) == 1
 
 
 async def test_a_partition_that_moves_refuses_its_earlier_steps_for_good_and_others_go_on() -> None:

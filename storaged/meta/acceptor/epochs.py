@@ -47,10 +47,6 @@ class Epochs:
         durable = self.durable.get(self._state.partition_of(name), 0)
         return step_of(epoch) > step_of(durable) and self._rules.steps_durable
 
-    def in_force(self, partition: int, epoch: int) -> bool:
-        """Whether requests below this epoch are refused for good, also after a restart."""
-        return max(self.durable.get(partition, 0), self._of_disk) >= epoch
-
     async def raise_at(self, partition: int, epoch: int) -> None:
         """Returns when it is on disk. Raises what the store raises."""
         if epoch < FIRST_STEP:

@@ -127,7 +127,7 @@ class DiskRows:
         found = self._store.rows(names)
         if self._state.epochs and self._rules.fence_by_epoch:
             for index, name in enumerate(names):
-                if epoch < self._state.epoch_at(RegisterName.unpack(name)):
+                if epoch < self._state.epoch_at_packed(name):
                     found[index] = None
         last, fenced = b"", False
         for index, name in enumerate(names):
@@ -147,11 +147,7 @@ class DiskRows:
         """As ``try_rows``, of one name."""
         if self._writes.silent or (epoch < self._state.epoch and self._rules.fence_by_epoch):
             return None
-        if (
-            self._state.epochs
-            and epoch < self._state.epoch_at(RegisterName.unpack(name))
-            and self._rules.fence_by_epoch
-        ):
+        if self._state.epochs and epoch < self._state.epoch_at_packed(name) and self._rules.fence_by_epoch:
             return None
         self.reads += 1
         pending = self._pending.by_name

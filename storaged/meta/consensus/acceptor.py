@@ -30,7 +30,7 @@ from typing import Final, NamedTuple
 
 from storaged.cluster.partitions import STEP_SHIFT, step_of
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, NEVER, RULES, Rules, Verdict
-from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Value
+from storaged.meta.names import PACKED_HEAD_BYTES, ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.meta.store_ports import Fence, Slot
 
 HIGH_WATER_BLOCK_US = 10_000_000
@@ -217,7 +217,8 @@ class AcceptorState:
         """Promises that the floor has replaced."""
         self._rules = rules
         self._promises_max = promises_max
-        self._partitions: dict[tuple[bytes, int], int] = {}
+        self._partitions: dict[tuple[bytes, int] | bytes, int] = {}
+        """By scope and shard, or by the beginning of a packed name."""
         self._steps = {0: StepFloor(high_water, promised=rules.promises_survive_restart)}
         for step, ballot in (high_waters or {}).items():
             self._steps[step] = StepFloor(ballot, promised=rules.promises_survive_restart)
@@ -240,10 +241,20 @@ class AcceptorState:
         if not table:
             return name.partition
         found = self._partitions.get((scope, shard))
+        return self._remember((scope, shard), name) if found is None else found
+
+    def epoch_at_packed(self, packed: bytes) -> int:
+        """``epoch_at``, of a packed name: nothing is unpacked for each row that is read."""
+        where = packed[:PACKED_HEAD_BYTES]
+        found = self._partitions.get(where)
         if found is None:
-            if len(self._partitions) >= PARTITIONS_KNOWN_MAX:
-                self._partitions.clear()
-            found = self._partitions[scope, shard] = name.partition
+            found = self._remember(where, RegisterName(packed[0], packed[1:17], packed[17], b""))
+        return self.epochs.get(found, self.epoch)
+
+    def _remember(self, where: tuple[bytes, int] | bytes, name: RegisterName) -> int:
+        if len(self._partitions) >= PARTITIONS_KNOWN_MAX:
+            self._partitions.clear()
+        found = self._partitions[where] = name.partition
         return found
 
     def raise_epoch(self, epoch: int) -> None:
