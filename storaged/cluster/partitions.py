@@ -37,8 +37,9 @@ Theory of operation: no operation of one step misses what another step has done
       the step; else a fence of the step before could be set at a disk of Q after that was asked.
     * Lifted nonces matter for a disk that comes back: it may have a fence that was lifted while it was away.
 
-    While there are two sets, what a majority of S alone holds may be chosen, since it was a quorum before. Where the
-    consensus concludes that something was *not* chosen it asks for that (``Quorum.may_have_chosen``).
+    While there are two sets, what a majority of S alone holds may be chosen, since it was a quorum before. What a
+    majority of T alone holds counts for readers that know the settled state already. Where the consensus concludes that
+    something was *not* chosen it asks for both (``Quorum.may_have_chosen``).
 
     An acceptor raises its step with the first ballot of a later step, too, before it promises. Without this a promise
     would be lost with its process: after a restart the floors of a step say nothing about earlier steps.

@@ -30,6 +30,20 @@ def test_an_older_record_does_not_take_the_place_of_what_the_first_set_may_have_
     assert may_replace(JOINT, lone, older[0], RULES)
 
 
+def test_an_older_record_does_not_take_the_place_of_what_the_second_set_shows_when_it_is_alone() -> None:
+    """The copy at ``a`` is lost, and ``d`` has not promised. Who knows the state after the joint one reads the newer
+    record at both, and takes it for settled: a reader fences nothing, so that this round may still end after it.
+    """
+    older, newer = made(1, 1), made(2, 2)
+    assert Quorum(("a", "b", "d")).agreed({"a": newer[0], "d": newer[0]}) == newer[0]
+    held = {"a": newer, "b": older, "c": older}
+    promises = {disk: PrepareReply(0, ballot, ballot, value) for disk, (ballot, value) in held.items()}
+    assert JOINT.met(promises)
+    assert not may_replace(JOINT, promises, older[0], RULES)
+    everyone = {**promises, "d": PrepareReply(0, older[0], older[0], older[1])}
+    assert may_replace(JOINT, everyone, older[0], RULES)
+
+
 def test_what_the_first_set_chose_goes_on_before_what_lost_against_it() -> None:
     """``lost`` has the higher sequence and the lower ballot: no quorum ever took it."""
     lost, chosen = made(3, 6, b"lost"), made(4, 5, b"chosen")

@@ -11,8 +11,9 @@ Theory of operation
     Let S be the replicas that have not promised, those whose row is damaged, and those that hold something newer than C
     which was accepted with its copy. Anything newer than C that was chosen, or can still be, was accepted by a quorum
     of replicas that all belong to S. So C is proposed again only if S contains no quorum (``may_replace``). While there
-    are two sets, S must not even contain a majority of the first one: before the second one came, that was a quorum. S
-    is judged by what was accepted with its copy, never by what can be read now: a copy that can't be read now may be
+    are two sets, S must not even contain a majority of one of them: before the second one came, that of the first was a
+    quorum; when the joint state has ended, that of the second is one, and readers that know it show its value at once.
+    S is judged by what was accepted with its copy, never by what can be read now: a copy that can't be read now may be
     that of an acknowledged object.
 
     All that is newer than C counts, not only what is one step above it: C lies below each of them.

@@ -64,10 +64,11 @@ class Quorum:
         return all(2 * len(members.intersection(disks)) > len(members) for members in self._others)
 
     def may_have_chosen(self, disks: Collection[str]) -> bool:
-        """Whether these disks alone may have chosen something: a majority of the first set is among them. What was
-        chosen before the second set came, the first one has chosen alone.
+        """Whether these disks alone may have chosen something for a process of some state: a majority of one set is
+        among them. What was chosen before the second set came, the first one has chosen alone. And who knows already
+        that the second one is alone now, takes for settled what its majority has.
         """
-        return 2 * len(self._set.intersection(disks)) > len(self._set)
+        return any(2 * len(members.intersection(disks)) > len(members) for members in (self._set, *self._others))
 
     def lost(self, failed: Collection[str]) -> bool:
         """Whether no quorum is left without the failed disks."""

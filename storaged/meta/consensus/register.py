@@ -142,7 +142,7 @@ class Rules:
     fences_by_step: bool = True
     """31. A disk sets and lifts no fence of a bucket for a caller that does not know the step of its partitions."""
     first_set_may_have_chosen: bool = True
-    """29. While there are two sets, what a majority of the first one holds counts as possibly chosen."""
+    """29. While there are two sets, what a majority of one of them holds counts as possibly chosen."""
     no_create_while_joint: bool = True
     """30. Nothing is created unasked while there are two sets. Two looks at the first set alone (``looks``), by a
     process that does not know of the second one yet, would miss a create that the new disk alone has taken.
