@@ -54,3 +54,10 @@ def test_what_the_first_set_chose_goes_on_before_what_lost_against_it() -> None:
     assert credible(JOINT, settled) == (*chosen, True)
     after = made(5, 6, b"after it")
     assert credible(JOINT, {**reported, "d": after}) == (*after, False)
+
+
+def test_what_the_second_set_shows_when_it_is_alone_goes_on_before_what_lost_against_it() -> None:
+    lost, shown, before = made(3, 6, b"lost"), made(4, 5, b"shown"), made(2, 4, b"before")
+    reported = {"a": shown, "b": lost, "c": before, "d": shown}
+    assert Quorum(("a", "b", "d")).agreed({disk: reported[disk][0] for disk in "abd"}) == shown[0]
+    assert credible(JOINT, reported) == (*shown, False)

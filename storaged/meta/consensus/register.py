@@ -36,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from operator import itemgetter
 
 import xxhash
 from msgspec import Struct
@@ -210,7 +211,8 @@ def credible(
     majority of the first set already, whether that was chosen before there was a second set or later. Its ballot is no
     higher than the one that a majority of that set reports or exceeds, the *reach*: above that nothing was chosen, nor
     can be any more. Whatever was proposed at the reach or above it descends from everything that was chosen (that is
-    Paxos), so a change may be based on each value there.
+    Paxos), so a change may be based on each value there. The reach of the second set counts too, where it is higher:
+    who knows already that this set is alone now takes for settled what its majority has.
 
     A ballot that a majority reports is the reach itself, and was chosen. Else the value with the highest sequence among
     those at the reach and above it is taken, and of two with the same sequence the one with the higher ballot. A lone
@@ -221,11 +223,11 @@ def credible(
     settled = quorum.agreed(reported)
     if settled is not None:
         return *settled, True
-    present = quorum.sets[0]
-    ranked = sorted((reported[disk] for disk in present), key=lambda pair: pair[0], reverse=True)
-    likely = ranked[: len(present) // 2 + 1]
-    reach = likely[-1][0]
-    likely += [reported[disk] for disk in quorum.disks[len(present) :] if reported[disk][0] >= reach]
+    ranked = [sorted((reported[disk] for disk in disks), key=itemgetter(0), reverse=True) for disks in quorum.sets]
+    likely = ranked[0][: len(ranked[0]) // 2 + 1]
+    reach = max(reports[len(reports) // 2][0] for reports in ranked)
+    likely += [reported[disk] for disk in quorum.disks[len(ranked[0]) :]]
+    likely = [pair for pair in likely if pair[0] >= reach]
     likely.sort(key=lambda pair: pair[0], reverse=True)
     ballot, value = max(likely, key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
     return ballot, value, False
