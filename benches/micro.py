@@ -37,6 +37,7 @@ from storaged.cluster.layout import Profile
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Call, Method, PeerChecks
 from storaged.cluster.rpc import RpcPool, RpcServer
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import LocalFragmentStore
 from storaged.ids import system_entropy
@@ -411,7 +412,9 @@ async def pages() -> list[Measured]:
 async def segments() -> list[Measured]:
     with tempfile.TemporaryDirectory(prefix="storaged-micro-") as place:
         (Path(place) / "disk").mkdir()
-        store = await LocalFragmentStore.open(Path(place) / "disk", "0123456789abcdef")
+        store = await LocalFragmentStore.open(
+            Path(place) / "disk", "0123456789abcdef", limits=StoreLimits(reserve_bytes=1)
+        )
         payload = os.urandom(4 * KIB)
 
         async def append() -> None:

@@ -32,6 +32,10 @@ SEEN_POLL_S = 0.05
 RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
 GATEWAY = ("gateway", "FR/par1/a")
 DISKS_EACH = 2
+LIMITS = """[limits]
+reserve_bytes = "1 GiB"
+"""
+"""The nodes share one disk, which other things fill: a twentieth of it may be more than is free."""
 CREATING = ".creating"
 MISSPELT = 0.75
 """A word this similar to an action (difflib's ratio) is a misspelt action and no directory: ``strat``, ``sotp``."""
@@ -215,9 +219,8 @@ def _create(place: Path, s3: int, admin: int, workers: int) -> None:
         plan.nodes.append(files.NodePlan(name, rack, ("storage",), f"127.0.0.1:{port}", disks=disks))
     plan.nodes.append(files.NodePlan(GATEWAY[0], GATEWAY[1], ("gateway",)))
     for node in plan.nodes:
-        files.issue_node(
-            authority, node, place / node.name, files.storage_config(node, ".", node.address) if node.disks else ""
-        )
+        config = files.storage_config(node, ".", node.address, LIMITS) if node.disks else ""
+        files.issue_node(authority, node, place / node.name, config)
     _write_gateway(place, s3, admin, workers)
     layout = files.layout_of(plan)
     files.sign_layout(authority, layout, [place / node.name for node in plan.nodes])

@@ -143,14 +143,13 @@ def _moving(found: dict[str, Any] | None) -> list[str]:
     lines = []
     if found is not None and found["system"]:
         lines.append("  the system partition gets another seed disk: apply the layout that follows")
-    if found is None or not (found["partitions"] or found["objects"]):
+    if found is None or (found["partitions"] == 0 and not found["objects"]):
         return lines
+    partitions = f"{found['partitions']} of {found['of']} partitions ({found['joint']} under way)"
+    if found["partitions"] is None:
+        partitions = "a number of partitions that is not known yet"
     waits = f"; {found['reason']}" if found["reason"] else ""
-    return [
-        *lines,
-        f"  moving to where the layout wants them: {found['partitions']} of {found['of']} partitions ({found['joint']}"
-        f" under way), {_count(found['objects'])}{waits}",
-    ]
+    return [*lines, f"  moving to where the layout wants them: {partitions}, {_count(found['objects'])}{waits}"]
 
 
 def _plain(line: str) -> str:

@@ -20,6 +20,7 @@ from storaged.cluster.audit.witness import WitnessBook, WitnessedReply, Witnesse
 from storaged.cluster.audit.witness_client import CALL_TIMEOUT_S, WitnessClient
 from storaged.cluster.audit.witness_record import plain
 from storaged.cluster.identity import Identity, NodeSigner
+from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import PEER, LayoutBook
 from storaged.cluster.membership import Membership
 from storaged.cluster.moves import RefusedLayout
@@ -175,8 +176,11 @@ def merged(alarms: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(node, "; ".join(reasons)) for node, reasons in sorted(found.items())]
 
 
-def audit_refused_layouts(layouts: LayoutBook, audit: AuditLog | Leader) -> None:
-    """Records the layouts that were refused, and those that will be."""
+def audit_layouts(layouts: LayoutBook, audit: AuditLog | Leader) -> None:
+    """Records the layouts that were refused, and those that will be taken or refused."""
+
+    def taken(layout: Layout) -> None:
+        audit.note("layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes))
 
     def note(refused: RefusedLayout) -> None:
         audit.refused(
@@ -188,6 +192,7 @@ def audit_refused_layouts(layouts: LayoutBook, audit: AuditLog | Leader) -> None
             reason=refused.reason,
         )
 
+    layouts.watch(taken)
     layouts.on_refusal = note
     for refused in layouts.refusals():
         note(refused)

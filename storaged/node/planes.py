@@ -50,7 +50,7 @@ from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.accepting import LayoutAcceptor
-from storaged.node.auditing import Auditing, audit_refused_layouts
+from storaged.node.auditing import Auditing, audit_layouts
 from storaged.node.belief import NodeBelief
 from storaged.node.disks import Disks, Snapshot
 from storaged.node.keeper import SystemKeeper
@@ -123,9 +123,7 @@ class NodePlanes:
         self.metrics.gauge("storaged_info").labels(config.node.name, __version__, ",".join(config.node.roles)).set(1)
 
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
-        """Raises PortInUse, DirectoryInUse, LayoutRefused, ConfigInvalid, CertificateRefused:
-        nothing stays open then.
-        """
+        """Nothing is open after PortInUse, DirectoryInUse, LayoutRefused, ConfigInvalid or CertificateRefused."""
         await self._open_layouts()
         await self._build_disks(stack)
         self._build_network()
@@ -139,12 +137,7 @@ class NodePlanes:
         await self.membership.start()
         await self._open_disks()
         await self.audit.start()
-        self.layouts.watch(
-            lambda layout: self.audit.note(
-                "layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes)
-            )
-        )
-        audit_refused_layouts(self.layouts, self.audit)
+        audit_layouts(self.layouts, self.audit)
         stack.push_async_callback(self.auditing.close)
 
     async def _build_disks(self, stack: contextlib.AsyncExitStack) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from storaged.admin.ports import Services
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
-from storaged.cluster.partitions import is_settled
+from storaged.cluster.partitions import PartitionState, is_settled
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
@@ -105,18 +105,21 @@ class Reports:
         return {**self._seen.date(judge(facts, node.clock.wall_ms())), "moving": self._moving(statuses)}
 
     def _moving(self, statuses: Sequence[MaintainStatus]) -> dict[str, Any]:
-        """What is not yet where the layout in force wants it, as far as this node knows."""
+        """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has
+        not read where partitions are.
+        """
         layouts = self._node.layouts
-        layout, partitions, joint = layouts.current, 0, 0
+        layout = layouts.current
+        states: list[PartitionState] | None = []
         if layout.base:
-            with contextlib.suppress(ServiceUnavailable):
+            try:
                 states = [layouts.partition(number) for number in range(PARTITIONS)]
-                partitions = sum(not is_settled(state, layout) for state in states)
-                joint = sum(bool(state.coming) for state in states)
+            except ServiceUnavailable:
+                states = None
         mover = self._gateway.partitions.mover.progress if self._gateway is not None else None
         return {
-            "partitions": partitions,
-            "joint": joint,
+            "partitions": None if states is None else sum(not is_settled(state, layout) for state in states),
+            "joint": None if states is None else sum(bool(state.coming) for state in states),
             "of": PARTITIONS,
             "system": bool(layout.seeds_next),
             "objects": sum(status.misplaced for status in statuses),

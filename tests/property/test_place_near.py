@@ -65,3 +65,12 @@ def test_fragments_leave_a_draining_disk_and_no_other() -> None:
         held += "b1" in first_choice(before, data_id, Profile(4, 2))
         moved += check_and_count_moved(before, after, data_id, Profile(4, 2))
     assert held <= moved <= 1.1 * held
+
+
+def test_what_is_on_a_draining_disk_is_not_placed_where_too_few_disks_are_left() -> None:
+    """Else status says that nothing waits, and the disk is removed with what is on it."""
+    before = layout_of((1, 1, 1))
+    disks = tuple(replace(disk, state="draining") if disk.id == "b0" else disk for disk in before.disks)
+    after = replace(before, epoch=2, disks=disks)
+    assert not is_placed(after, bytes(16), Profile(1, 2), ("a0", "b0", "c0"), ())
+    assert is_placed(after, bytes(16), Profile(1, 2), ("a0", "c0"), ())

@@ -106,7 +106,7 @@ class Changed:
         def moved() -> bool:
             status: dict[str, Any] = self.cluster.status()
             moving = status["moving"]
-            waits = moving["partitions"] or moving["objects"] or moving["system"] or status["objects_below_target"]
+            waits = moving["partitions"] != 0 or moving["objects"] or moving["system"] or status["objects_below_target"]
             return status["objects_counted"] and not waits
 
         self.cluster.wait_until(moved, 240, "everything where the layout wants it")

@@ -290,3 +290,10 @@ def test_what_several_problems_want_alike_is_said_once() -> None:
     text = render(found)
     assert text.count("DISK_FULL") == 3, "two subjects, one hint"
     assert text.count("Next:") == 1
+
+
+def test_status_does_not_say_that_nothing_moves_while_nobody_knows_where_partitions_are() -> None:
+    nothing = {"partitions": 0, "joint": 0, "of": 1025, "system": False, "objects": 0, "reason": ""}
+    found = judge(facts(), NOW)
+    assert "moving" not in render({**found, "moving": nothing})
+    assert "not known yet" in render({**found, "moving": {**nothing, "partitions": None, "joint": None}})

@@ -21,13 +21,13 @@ from tests.doubles.fragments import MemoryFragmentStore
 from tests.second_preimage import second_preimage
 from tests.suites.fragment_store import Damage, FragmentStoreSuite
 from tests.suites.near_store import NearStoreSuite
-from tests.worlds.fragments import DISK, Made, flip_on_disk, make
+from tests.worlds.fragments import ANY_SPACE, DISK, Made, flip_on_disk, make
 
 
 class TestLocal(FragmentStoreSuite):
     @pytest.fixture
     async def store(self, tmp_path: Path) -> AsyncIterator[LocalFragmentStore]:
-        store = await LocalFragmentStore.open(tmp_path, DISK)
+        store = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
         yield store
         await store.close()
 
@@ -42,7 +42,7 @@ class TestLocal(FragmentStoreSuite):
 class TestLocalNear(NearStoreSuite):
     @pytest.fixture
     async def near(self, tmp_path: Path) -> AsyncIterator[LocalFragmentStore]:
-        store = await LocalFragmentStore.open(tmp_path, DISK)
+        store = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
         yield store
         await store.close()
 
@@ -55,12 +55,12 @@ class TestMemoryNear(NearStoreSuite):
 
 async def test_garbage_keeps_its_origin_over_rpc_and_a_restart(tmp_path: Path) -> None:
     entries = [Retirement(bytes([n]) * 16, b"owner", n, (REPLACED, b"")[n % 2]) for n in range(4)]
-    local = await LocalFragmentStore.open(tmp_path, DISK)
+    local = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
     host = FragmentHost({DISK: local})
     await RemoteFragmentStore(Loopback(lambda _node: host.methods()), "n1", DISK).retire(entries)
     assert await local.due(9, (0, b""), 9) == entries
     await local.close()
-    local = await LocalFragmentStore.open(tmp_path, DISK)
+    local = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
     assert await local.due(9, (0, b""), 9) == entries
     await local.close()
 
@@ -68,7 +68,7 @@ async def test_garbage_keeps_its_origin_over_rpc_and_a_restart(tmp_path: Path) -
 class TestRemote(TestLocal):
     @pytest.fixture
     async def store(self, tmp_path: Path) -> AsyncIterator[RemoteFragmentStore]:  # type: ignore[override]
-        local = await LocalFragmentStore.open(tmp_path, DISK)
+        local = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
         host = FragmentHost({DISK: local})
         yield RemoteFragmentStore(Loopback(lambda _node: host.methods()), "n1", DISK)
         await local.close()
@@ -99,7 +99,7 @@ async def body(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     if request.param == "memory":
         yield MemoryFragmentStore()
         return
-    store = await LocalFragmentStore.open(tmp_path, DISK)
+    store = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
     yield store
     await store.close()
 

@@ -33,7 +33,7 @@ from storaged.fragments.store import DiskOwner, LocalFragmentStore
 from storaged.units import KIB, MIB
 from tests.doubles.files import SimulatedFiles
 from tests.patience import GUARD_S
-from tests.worlds.fragments import DISK, Made, flip_on_disk, make
+from tests.worlds.fragments import ANY_SPACE, DISK, Made, flip_on_disk, make
 
 RNG = random.Random(11)
 
@@ -42,7 +42,7 @@ RNG = random.Random(11)
 async def opened(
     directory: Path, *, files: SimulatedFiles | None = None, limits: StoreLimits | None = None, disk: str = DISK
 ) -> AsyncIterator[LocalFragmentStore]:
-    store = await LocalFragmentStore.open(directory, disk, files=files, limits=limits)
+    store = await LocalFragmentStore.open(directory, disk, files=files, limits=limits or ANY_SPACE)
     try:
         yield store
     finally:

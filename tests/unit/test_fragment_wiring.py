@@ -21,7 +21,7 @@ from storaged.wire import decode, encode
 from tests.doubles.caller import Loopback
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.layouts import Places
-from tests.worlds.fragments import DISK, make
+from tests.worlds.fragments import ANY_SPACE, DISK, make
 
 
 def layout(epoch: int, **disks: str) -> Layout:
@@ -123,7 +123,7 @@ def test_an_answer_of_a_node_that_does_not_say_whether_it_could_read_is_taken() 
 class TestPayloads:
     @pytest.fixture
     async def store(self, tmp_path: Path) -> AsyncIterator[LocalFragmentStore]:
-        store = await LocalFragmentStore.open(tmp_path, DISK)
+        store = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
         yield store
         await store.close()
 
@@ -140,10 +140,10 @@ class TestPayloads:
 
     async def test_a_copy_is_found_after_a_restart_and_gone_after_its_deletion(self, tmp_path: Path) -> None:
         made = make(random.Random(5), k=1, m=2, position=1)
-        store = await LocalFragmentStore.open(tmp_path / "d", DISK)
+        store = await LocalFragmentStore.open(tmp_path / "d", DISK, limits=ANY_SPACE)
         await Payloads(store).store_payload(encode(made.header), made.payload)
         await store.close()
-        store = await LocalFragmentStore.open(tmp_path / "d", DISK)
+        store = await LocalFragmentStore.open(tmp_path / "d", DISK, limits=ANY_SPACE)
         found = await Payloads(store).load_payload(made.id.data_id)
         assert found is not None
         assert bytes(found.payload) == made.payload
@@ -156,7 +156,7 @@ class TestPayloads:
     async def test_a_copy_in_memory_is_told_at_once_while_it_is_whole_and_there(self, tmp_path: Path) -> None:
         rng = random.Random(11)
         kept = [make(rng, size, k=1, m=2, position=2) for size in (1, 4112, 9000)]
-        store = await LocalFragmentStore.open(tmp_path / "d", DISK)
+        store = await LocalFragmentStore.open(tmp_path / "d", DISK, limits=ANY_SPACE)
         for _ in range(2):  # from the overlay, then from the index
             for made in kept:
                 await Payloads(store).store_payload(encode(made.header), made.payload)
@@ -165,7 +165,7 @@ class TestPayloads:
                 assert found is not None
                 assert bytes(found) == made.payload
             await store.close()
-            store = await LocalFragmentStore.open(tmp_path / "d", DISK)
+            store = await LocalFragmentStore.open(tmp_path / "d", DISK, limits=ANY_SPACE)
             assert [bytes(Payloads(store).try_load_payload(made.id.data_id) or b"") for made in kept] == [
                 made.payload for made in kept
             ]

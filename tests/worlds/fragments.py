@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.hashes import HASH_BYTES, fragment_hash
 from storaged.wire import Message
@@ -17,6 +18,8 @@ from storaged.wire import Message
 T = TypeVar("T", bound=Message)
 
 DISK = "00112233445566aa"
+ANY_SPACE = StoreLimits(reserve_bytes=1)
+"""For stores on the machine's disk: how much of it is free must not matter."""
 
 
 @contextlib.contextmanager

@@ -213,9 +213,11 @@ def _assign(
 
 
 def is_placed(layout: Layout, data_id: bytes, profile: Profile, disks: Sequence[str], countries: Sequence[str]) -> bool:
-    """Whether the layout wants the fragments on these disks, in whatever order. True where it has no place for them."""
+    """Whether the layout wants the fragments on these disks, in whatever order. Where it has fewer disks than the
+    profile needs, it wants them on none but those.
+    """
     wanted = _ranked_choice(layout, placement_group(data_id), profile, tuple(countries))
-    return len(wanted) < profile.n or set(wanted) == set(disks)
+    return set(disks) <= set(wanted) if len(wanted) < profile.n else set(wanted) == set(disks)
 
 
 def near(
