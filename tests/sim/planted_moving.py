@@ -67,9 +67,11 @@ MOVING_BUGS = (
         1500,
         "moving",
         _MOVES,
-        "        found = await self._ask(disks, partial(_ranges_of, state.partition))\n"
+        "        found = await self._ask(disks, partial(_ranges_of, state.partition),"
+        " partial(_are_ranges, state.partition))\n"
         '        _check(Quorum(state.present), found, state, "say which shards they have")\n',
-        "        found = await self._ask(disks[:1], partial(_ranges_of, state.partition))\n",
+        "        found = await self._ask(disks[:1], partial(_ranges_of, state.partition),"
+        " partial(_are_ranges, state.partition))\n",
     ),
     Planted(
         "retired_rows_rejoin",

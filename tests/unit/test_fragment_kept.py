@@ -75,7 +75,9 @@ def much_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def opened(directory: Path, files: SimulatedFiles | None = None, **limits: int) -> LocalFragmentStore:
     await asyncio.to_thread(directory.mkdir, exist_ok=True)
-    return await LocalFragmentStore.open(directory, DISK, files=files, limits=StoreLimits(**limits))
+    return await LocalFragmentStore.open(
+        directory, DISK, files=files, limits=StoreLimits(**{"reserve_bytes": 1, **limits})
+    )
 
 
 def small(length: int = 500, *, created_ms: int = 1000, fragment: FragmentId | None = None) -> Made:

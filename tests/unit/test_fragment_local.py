@@ -155,7 +155,7 @@ async def test_an_index_that_was_cut_off_ends_no_process_and_is_made_anew(tmp_pa
 
 
 async def test_a_lost_index_is_rebuilt_equal_from_the_segments(tmp_path: Path) -> None:
-    limits = StoreLimits(segment_bytes=128 * KIB, overlay_entries_max=16)
+    limits = StoreLimits(reserve_bytes=1, segment_bytes=128 * KIB, overlay_entries_max=16)
     async with opened(tmp_path, limits=limits) as store:
         made = [await put(store, RNG.choice([50, 4112, 70_000])) for _ in range(60)]
         await store.delete([one.id for one in made[::3]])
@@ -208,7 +208,7 @@ async def test_an_index_entry_that_was_flipped_is_damage_and_never_another_fragm
 
 
 async def test_a_segment_that_vanished_makes_its_fragments_missing(tmp_path: Path) -> None:
-    limits = StoreLimits(segment_bytes=64 * KIB)
+    limits = StoreLimits(reserve_bytes=1, segment_bytes=64 * KIB)
     async with opened(tmp_path, limits=limits) as store:
         made = [await put(store, 20_000) for _ in range(9)]
     segment_paths(tmp_path)[1].unlink()
@@ -250,7 +250,7 @@ async def _eventually(condition: object) -> None:
 
 
 async def test_compaction_keeps_what_is_live_and_removes_the_segment(tmp_path: Path) -> None:
-    limits = StoreLimits(segment_bytes=256 * KIB, compact_rest_s=0.02)
+    limits = StoreLimits(reserve_bytes=1, segment_bytes=256 * KIB, compact_rest_s=0.02)
     async with opened(tmp_path, limits=limits) as store:
         made = [await put(store, 4112) for _ in range(200)]
         gone = [one for i, one in enumerate(made) if i % 5]
@@ -266,7 +266,7 @@ async def test_compaction_keeps_what_is_live_and_removes_the_segment(tmp_path: P
 
 
 async def test_compaction_carries_damage_along_as_damage(tmp_path: Path) -> None:
-    limits = StoreLimits(segment_bytes=64 * KIB, compact_rest_s=0.02)
+    limits = StoreLimits(reserve_bytes=1, segment_bytes=64 * KIB, compact_rest_s=0.02)
     files = SimulatedFiles()
     async with opened(tmp_path, files=files, limits=limits) as store:
         made = [await put(store, 3 * 4096) for _ in range(10)]
@@ -498,7 +498,7 @@ async def test_a_caller_that_gives_up_gets_its_buffers_back_untouched(tmp_path: 
 
 
 async def test_writes_beyond_the_queues_bound_wait_their_turn(tmp_path: Path) -> None:
-    async with opened(tmp_path, limits=StoreLimits(queue_bytes_max=150_000)) as store:
+    async with opened(tmp_path, limits=StoreLimits(reserve_bytes=1, queue_bytes_max=150_000)) as store:
         made = [make(RNG, 100_000) for _ in range(12)]
         await asyncio.gather(*(store.write(one.header, [one.payload]) for one in made))
         assert [await content(store, one) for one in made] == [one.payload for one in made]
@@ -571,7 +571,7 @@ async def test_a_fragment_of_a_block_is_read_without_waiting_while_it_is_cached_
 
 
 async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp_path: Path) -> None:
-    store = await LocalFragmentStore.open(tmp_path, DISK, limits=StoreLimits(queue_bytes_max=10_000))
+    store = await LocalFragmentStore.open(tmp_path, DISK, limits=StoreLimits(reserve_bytes=1, queue_bytes_max=10_000))
     writes = [asyncio.create_task(put(store, 9_000)) for _ in range(5)]
     await asyncio.sleep(0)
     await store.close()
