@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, weaknesses
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
@@ -252,6 +252,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
         "time_ms": now_ms,
         "metadata": "quorum" if not headless else f"{headless} of {PARTITIONS + 1} partitions without quorum",
         "next_failure": _next_failure(facts.layout, ring),
+        "weaknesses": weaknesses(facts.layout),
         "reads": _reads(facts, headless),
         "writes": facts.write_profile if not headless and not facts.keyring_problem and not facts.key_refusal else None,
         "writes_reason": facts.write_reason,

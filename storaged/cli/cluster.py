@@ -283,6 +283,7 @@ def layout(directory: Path) -> None:
     from storaged.cli import create as files
     from storaged.cli.succeeding import layouts_after
     from storaged.cluster import issuing
+    from storaged.cluster.layout import weaknesses
     from storaged.cluster.succession import is_numbered_as_moving
 
     plan = files.load_plan(directory)
@@ -299,6 +300,8 @@ def layout(directory: Path) -> None:
             f"layout {each.epoch}: {len(each.nodes)} nodes, {len(each.disks)} disks, {each.profile}, a failure"
             f" domain is a {each.domain_kind}"
         )
+    for text in weaknesses(made[-1]):
+        click.echo(f"  LAYOUT_WEAK: {text}")
     named = {node.name for node in last[1].nodes} if last is not None else set()
     moving = last is not None and is_numbered_as_moving(made[-1])
     if moving:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
 from storaged.errors import OperatorError
+from storaged.units import format_size
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
     from storaged.cli import create as files
+    from storaged.cli import planning
+    from storaged.cli.forecast import ClusterFacts, Forecast, Label
+    from storaged.cluster.layout import Layout
 
 CHANGES_MAX = 40
 """Lines of changes that are printed; ``--json`` has all."""
@@ -26,22 +32,75 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 @click.command("plan")
 @click.argument("directory", type=FOLDER)
+@click.option(
+    "--status",
+    "status_file",
+    type=click.File("rb"),
+    default=None,
+    metavar="FILE",
+    help="What `storaged status --json` printed on a gateway (- for standard input): says how many bytes move.",
+)
+@click.option(
+    "--ask",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=None,
+    metavar="DIRECTORY",
+    help="Instead of --status, where a node runs on this machine: its directory, or the trial cluster's.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def plan(directory: Path, as_json: bool) -> None:
-    """Show what the next layout of DIRECTORY would change and move, and what the cluster survives. Changes nothing."""
+def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_json: bool) -> None:
+    """Show what the next layout of DIRECTORY would change and move, and what the cluster survives. Changes nothing.
+
+    With --status or --ask it also says how many bytes move, and refuses what can't work. Exit code: 1 for a plan that
+    is refused.
+    """
     from storaged.cli import create as files
-    from storaged.cli import planning
+    from storaged.cli import forecast, planning
     from storaged.cli.succeeding import layouts_after
     from storaged.cluster import issuing
 
+    facts = _facts(status_file, ask)
     listed = files.load_plan(directory)
     last = files.last_signed(issuing.load_authority(directory), listed)
+    if facts is not None and last is not None:
+        forecast.check_last(facts, last[1])
     layouts = layouts_after(listed, last)
     before = last[1] if last is not None else layouts[0]
     found = planning.outlook(before, layouts)
+    data = None
+    if facts is not None:
+        samples = planning.choices(before), planning.choices(layouts[-1])
+        data = forecast.forecast(facts, *samples, [disk.id for disk in layouts[-1].disks])
+    labels = forecast.labels_of(before, layouts, facts, data)
     if as_json:
-        click.echo(json.dumps(planning.document(before, layouts, found), indent=2))
-        return
+        click.echo(json.dumps(planning.document(before, layouts, found, labels, data), indent=2))
+    else:
+        _print_plan(layouts, found, first=last is None)
+        _print_data(labels, data)
+        if not found.survives["meanwhile"] and found.survives["before"]:
+            click.echo("Drain disks that still answer (storaged cluster disk drain), and remove them afterwards.")
+    if any(label.refused for label in labels):
+        sys.exit(1)
+
+
+def _facts(status_file: IO[bytes] | None, ask: Path | None) -> ClusterFacts | None:
+    """What the cluster says of itself; None when it was not asked. Raises OperatorError."""
+    from storaged.cli import forecast
+    from storaged.cli.client import gateway
+
+    if status_file is not None and ask is not None:
+        raise OperatorError("--status and --ask are two ways to say the same; use one of them")
+    if ask is not None:
+        return forecast.facts_of(gateway(ask, "GET", "/v1/status"))
+    if status_file is None:
+        return None
+    try:
+        return forecast.facts_of(json.load(status_file))
+    except ValueError:
+        raise OperatorError("the file of --status is not what storaged status --json printed") from None
+
+
+def _print_plan(layouts: Sequence[Layout], found: planning.Outlook, *, first: bool) -> None:
     after = layouts[-1]
     names = ", ".join(str(layout.epoch) for layout in layouts)
     click.echo(f"layout {names}: {len(after.nodes)} nodes, {len(after.disks)} disks, {after.profile}")
@@ -50,15 +109,22 @@ def plan(directory: Path, as_json: bool) -> None:
     if len(found.changes) > CHANGES_MAX:
         click.echo(f"  and {len(found.changes) - CHANGES_MAX} more changes")
     if not found.changes:
-        click.echo("  nothing changes" if last is not None else "  the first layout: nothing moves")
+        click.echo("  the first layout: nothing moves" if first else "  nothing changes")
     if found.moves:
         click.echo(f"partitions that move  {found.partitions} of 1025")
         click.echo(f"replicas that move    {found.replicas}")
         click.echo(f"fragments that move   {found.fragments}")
     for when, survives in found.survives.items():
         click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")
-    if not found.survives["meanwhile"] and found.survives["before"]:
-        click.echo("Drain disks that still answer (storaged cluster disk drain), and remove them afterwards.")
+
+
+def _print_data(labels: Sequence[Label], data: Forecast | None) -> None:
+    if data is not None:
+        click.echo(f"bytes that move       about {format_size(data.moved)} of {format_size(data.total)}")
+        if data.unknown:
+            click.echo(f"  whether {len(data.unknown)} disks that are not in use yet have the room is not known")
+    for label in labels:
+        click.echo(f"{'REFUSED  ' if label.refused else ''}{label.code}: {label.text}")
 
 
 @click.group("disk")

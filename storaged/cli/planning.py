@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from storaged.cli.forecast import Forecast, Label
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, Profile, problems_of
 from storaged.cluster.moves import changes_between, moves_between
 from storaged.cluster.partitions import PartitionState, next_step
@@ -63,7 +64,7 @@ def outlook(before: Layout, layouts: Sequence[Layout]) -> Outlook:
         bool(moves),
         sum(set(old[number]) != set(new[number]) for number in old) + (before.seeds != after.seeds),
         movement(old.values(), new.values()),
-        movement(_choices(before), _choices(after)),
+        movement(choices(before), choices(after)),
         after.domain_kind,
         {
             "before": _settled_survives(before),
@@ -85,7 +86,8 @@ def movement(before: Iterable[Sequence[str]], after: Iterable[Sequence[str]]) ->
     return Movement(moved, total, sum(count for count in shares.values() if count > 0))
 
 
-def _choices(layout: Layout) -> list[Sequence[str]]:
+def choices(layout: Layout) -> list[Sequence[str]]:
+    """The disks of a block in each of ``GROUPS``."""
     profile = Profile.parse(layout.profile)
     found: list[Sequence[str]] = []
     for group in GROUPS:
@@ -140,8 +142,10 @@ def _domain(layout: Layout, node: str, disk: str, after: Layout) -> str:
     return node if after.domain_kind == "node" else disk
 
 
-def document(before: Layout, layouts: Sequence[Layout], found: Outlook) -> dict[str, object]:
-    """The document of ``storaged cluster plan --json``."""
+def document(
+    before: Layout, layouts: Sequence[Layout], found: Outlook, labels: Sequence[Label], data: Forecast | None
+) -> dict[str, object]:
+    """The document of ``storaged cluster plan --json``. ``bytes`` is null where no cluster was asked."""
     return {
         "last": before.epoch,
         "layouts": [layout.epoch for layout in layouts],
@@ -154,4 +158,6 @@ def document(before: Layout, layouts: Sequence[Layout], found: Outlook) -> dict[
         "fragments": {**found.fragments._asdict(), "share": found.fragments.share},
         "domain": found.domain,
         "survives": dict(found.survives),
+        "bytes": None if data is None else {**data._asdict(), "comes": dict(data.comes), "unknown": list(data.unknown)},
+        "labels": [label._asdict() for label in labels],
     }

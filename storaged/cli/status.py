@@ -124,6 +124,7 @@ def render(found: dict[str, Any], command: str = "") -> str:
         f" {format_size(used)}"
     )
     lines.extend(_next_failure(found))
+    lines.extend(f"  LAYOUT_WEAK: {text}" for text in found.get("weaknesses", ()))
     steps = [_next_step(entry, command if answered else "") for entry in found["problems"]]
     for index, (entry, step) in enumerate(zip(found["problems"], steps, strict=True)):
         age = format_duration(max(0.0, (found["time_ms"] - entry["since"]) / 1000))

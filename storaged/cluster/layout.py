@@ -263,3 +263,23 @@ def problems_of(layout: Layout) -> list[str]:
         if not layout.allows(Location.parse(node.location).country)
     )
     return found
+
+
+def weaknesses(layout: Layout) -> list[str]:
+    """What a layout that works can't survive, a sentence each; empty when it survives the loss of any one rack."""
+    found: list[str] = []
+    kind = layout.domain_kind
+    if kind != "rack":
+        larger = "rack" if kind == "node" else "node or rack"
+        fewer = "racks with disks" if kind == "node" else "nodes with disks"
+        found.append(f"there are fewer than three {fewer}: the loss of a whole {larger} may stop keys or lose data")
+    seeds: dict[str, list[str]] = {}
+    for seed in layout.seeds:
+        seeds.setdefault(layout.domain_by_disk.get(seed, seed), []).append(seed)
+    for domain, some in seeds.items():
+        if 2 * len(some) > len(layout.seeds):
+            found.append(
+                f"{len(some)} of {len(layout.seeds)} seed disks are in one {kind}, {domain}: its loss stops the system"
+                " partition"
+            )
+    return found

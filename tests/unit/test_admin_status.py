@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.admin.status import (
     Durability,
@@ -205,6 +206,14 @@ def stopped_without(disks: set[str]) -> int:
     """Counted one by one, as the definition says."""
     partitions = (*range(PARTITIONS), SYSTEM_PARTITION)
     return sum(2 * len(set(LAYOUT.replicas_of(one)) - disks) <= len(LAYOUT.replicas_of(one)) for one in partitions)
+
+
+def test_status_repeats_that_the_layout_does_not_survive_a_rack() -> None:
+    assert judge(facts(), NOW)["weaknesses"] == []
+    two = replace(LAYOUT, nodes=tuple(replace(entry, location=RACKS["n1"]) for entry in LAYOUT.nodes))
+    found = judge(Facts(two, [node(name) for name in RACKS], "4+2"), NOW)
+    assert found["verdict"] == "HEALTHY", "it works"
+    assert "  LAYOUT_WEAK: there are fewer than three racks with disks" in render(found)
 
 
 def test_status_says_what_the_next_lost_disk_would_stop() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from storaged.cli import create, planning
+from storaged.cli import create, forecast, planning
 from storaged.cli.main import cli
 from storaged.cli.succeeding import layouts_after
 from storaged.cluster import issuing
-from storaged.cluster.layout import Layout
+from storaged.cluster.layout import Layout, weaknesses
 from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.succession import check_successor
-from storaged.errors import OperatorError
+from storaged.errors import LayoutOvertaken, OperatorError
 from storaged.wire import encode
 from tests.unit.test_cli_cluster import call, issue_three
 from tests.worlds.layouts import first, with_nodes
@@ -272,6 +272,125 @@ def test_movement_is_compared_with_the_shares() -> None:
     swapped = planning.movement([("a",), ("b",)], [("b",), ("a",)])
     assert (swapped.moved, swapped.ideal) == (2, 0)
     assert "the ideal is none" in str(swapped)
+
+
+# --- what the cluster adds
+
+
+def status_of(layout: Layout, used: int = 8 << 30, free: int = 64 << 30, **changes: Any) -> dict[str, Any]:
+    """As ``storaged status --json`` prints it, as far as ``plan`` reads it."""
+    nodes = [
+        {
+            "name": node.name,
+            "disks": [
+                {"id": disk.id, "bytes_used": used, "bytes_free": free, "state": "ok"}
+                for disk in layout.disks
+                if disk.node == node.name
+            ],
+        }
+        for node in layout.nodes
+    ]
+    moving = {"partitions": 0, "objects": 0, "system": False}
+    return {"cluster": layout.cluster, "epoch": layout.epoch, "nodes": nodes, "moving": moving, **changes}
+
+
+def planned_with(
+    place: Path, status: dict[str, Any], capsys: pytest.CaptureFixture[str], code: int = 0
+) -> tuple[dict[str, Any], str]:
+    """The document and the text of ``plan --status``."""
+    file = place / "status.json"
+    file.write_text(json.dumps(status))
+    said = []
+    for options in (("--json",), ()):
+        capsys.readouterr()
+        try:
+            call("cluster", "plan", str(place), "--status", str(file), *options)
+            found = 0
+        except SystemExit as ended:
+            found = int(ended.code or 0)
+        assert found == code
+        said.append(capsys.readouterr().out)
+    return json.loads(said[0]), said[1]
+
+
+def test_a_plan_says_how_many_bytes_move(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (last,) = history_of(authority)
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
+    found, text = planned_with(authority, status_of(last), capsys)
+    new = {disk.id for disk in create.load_plan(authority).nodes[-1].disks}
+    assert found["bytes"]["total"] == len(last.disks) * (8 << 30)
+    share = found["fragments"]["share"]
+    assert abs(found["bytes"]["moved"] / found["bytes"]["total"] - share) < 0.02
+    assert sum(found["bytes"]["comes"].values()) == pytest.approx(found["bytes"]["moved"], rel=0.01)
+    assert set(found["bytes"]["unknown"]) == new, "they are not in use yet"
+    assert found["labels"] == []
+    assert "bytes that move       about" in text
+    assert "whether 2 disks that are not in use yet have the room is not known" in text
+    assert plan_of(authority, capsys)["bytes"] is None, "no cluster was asked"
+
+
+def test_a_plan_for_which_disks_are_too_small_is_refused(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (last,) = history_of(authority)
+    call("cluster", "disk", "drain", str(authority), "n3", disk_of(authority, "n3", 1))
+    found, text = planned_with(authority, status_of(last, free=1 << 30), capsys, code=1)
+    (label,) = found["labels"]
+    assert (label["code"], label["refused"]) == ("PLAN_TOO_LITTLE_SPACE", True)
+    assert f"disk {disk_of(authority, 'n3', 0)} gets about 8.0 GiB and has 1.0 GiB free" in label["text"]
+    assert "REFUSED  PLAN_TOO_LITTLE_SPACE" in text
+    planned_with(authority, status_of(last, free=9 << 30), capsys)
+
+
+def test_a_plan_on_an_older_layout_is_refused(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (last,) = history_of(authority)
+    with pytest.raises(LayoutOvertaken, match="Layout 100 is in force, and the last one in this folder is 1"):
+        planned_with(authority, status_of(last, epoch=100), capsys)
+    with pytest.raises(OperatorError, match="this is the status of cluster other, and the folder is of eu-1"):
+        planned_with(authority, status_of(last, cluster="other"), capsys)
+    with pytest.raises(OperatorError, match="this is no status of a running cluster"):
+        planned_with(authority, {"cluster": "eu-1"}, capsys)
+    (authority / "none.json").write_text("{")
+    with pytest.raises(OperatorError, match="is not what storaged status --json printed"):
+        call("cluster", "plan", str(authority), "--status", str(authority / "none.json"))
+    with pytest.raises(OperatorError, match="use one of them"):
+        call("cluster", "plan", str(authority), "--status", str(authority / "none.json"), "--ask", str(authority))
+
+
+def test_a_plan_names_disks_that_were_not_drained_and_moves_that_have_not_ended(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (last,) = history_of(authority)
+    gone = disk_of(authority, "n3", 1)
+    call("cluster", "disk", "remove", str(authority), "n3", gone)
+    status = status_of(last)
+    found, text = planned_with(authority, status, capsys)
+    assert [(label["code"], label["refused"]) for label in found["labels"]] == [("DISK_NOT_DRAINED", False)]
+    assert f"DISK_NOT_DRAINED: disk {gone} of n3 answers" in text
+    for node in status["nodes"]:
+        for disk in node["disks"]:
+            disk["state"] = "down" if disk["id"] == gone else "ok"
+    status["moving"] = {"partitions": 12, "objects": 3, "system": True}
+    found, text = planned_with(authority, status, capsys)
+    assert [label["code"] for label in found["labels"]] == ["MOVE_UNFINISHED"]
+    assert "12 partitions, 3 objects, the system partition" in text
+    call("cluster", "layout", str(authority))
+    found, _ = planned_with(authority, status_of(last), capsys)
+    assert [label["code"] for label in found["labels"]] == ["MOVE_UNFINISHED"]
+    assert "was signed and is not in force yet: 1 is" in found["labels"][0]["text"]
+
+
+def test_a_layout_that_a_rack_stops_has_a_label() -> None:
+    three = first()
+    assert weaknesses(three) == []
+    together = replace(
+        three, nodes=tuple(replace(n, location="FR/par1/n1") if n.name in ("n1", "n2") else n for n in three.nodes)
+    )
+    (label,) = forecast.labels_of(three, [together], None, None)
+    assert (label.code, label.refused) == ("LAYOUT_WEAK", False)
+    assert "fewer than three racks with disks" in label.text
+    (label,) = forecast.labels_of(three, [replace(with_nodes(together, "n4", "n5"), epoch=100, base=1)], None, None)
+    assert label.text.startswith("2 of 3 seed disks are in one rack, FR/par1/n1")
+    one = replace(three, nodes=three.nodes[:1], disks=tuple(replace(disk, node="n1") for disk in three.disks))
+    assert "fewer than three nodes" in weaknesses(one)[0]
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,168 @@
+"""What a running cluster adds to a plan: how many bytes move, how long that takes, and what can't work. Pure.
+
+The folder with the authority's keys knows layouts only. The document of ``storaged status --json`` says which layout is
+in force, how full the disks are, what still moves, and at which pace. Numbers of bytes are estimates: they assume that
+the fragments of a disk have one size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from storaged.cluster.layout import Layout, weaknesses
+from storaged.errors import (
+    DiskNotDrained,
+    LayoutOvertaken,
+    LayoutWeak,
+    MoveUnfinished,
+    OperatorError,
+    PlanTooLittleSpace,
+    StoragedError,
+)
+from storaged.units import format_size
+
+DISKS_NAMED = 5
+
+
+class DiskSpace(NamedTuple):
+    """A disk as the cluster sees it. ``state``: as in ``status``; only one that is ``ok`` or ``full`` answers."""
+
+    used: int
+    free: int
+    state: str
+
+    @property
+    def answers(self) -> bool:
+        return self.state in ("ok", "full")
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """``unfinished``: what still moves by the layout in force, as a phrase; empty when nothing does."""
+
+    cluster: str
+    epoch: int
+    disks: Mapping[str, DiskSpace]
+    unfinished: str = ""
+
+
+class Label(NamedTuple):
+    """Something about a plan that its operator has to know. ``refused``: the plan can't work."""
+
+    code: str
+    text: str
+    refused: bool = False
+
+
+class Forecast(NamedTuple):
+    """``moved``: bytes that leave their disks, of ``total``; ``comes``: bytes that each disk gets, about. ``unknown``:
+    disks whose space is not known, because they are not in use yet.
+    """
+
+    moved: int
+    total: int
+    comes: Mapping[str, int]
+    unknown: tuple[str, ...]
+
+
+def facts_of(document: Any) -> ClusterFacts:
+    """From the document of ``storaged status --json``. Raises OperatorError for one that says too little."""
+    try:
+        disks = {
+            disk["id"]: DiskSpace(int(disk["bytes_used"]), int(disk["bytes_free"]), str(disk["state"]))
+            for node in document["nodes"]
+            for disk in node["disks"]
+        }
+        return ClusterFacts(str(document["cluster"]), int(document["epoch"]), disks, _unfinished(document["moving"]))
+    except (KeyError, TypeError, ValueError):
+        raise OperatorError(
+            "this is no status of a running cluster: on a gateway, storaged status --json > FILE"
+        ) from None
+
+
+def _unfinished(moving: Mapping[str, Any]) -> str:
+    found = []
+    if moving["partitions"] is None:
+        found.append("a number of partitions that is not known yet")
+    elif moving["partitions"]:
+        found.append(f"{moving['partitions']} partitions")
+    if moving["objects"]:
+        found.append(f"{moving['objects']} objects")
+    if moving["system"]:
+        found.append("the system partition")
+    return ", ".join(found)
+
+
+def check_last(facts: ClusterFacts, last: Layout) -> None:
+    """Raises LayoutOvertaken when a newer layout is in force than the last one that is known here, OperatorError for
+    another cluster.
+    """
+    if facts.cluster != last.cluster:
+        raise OperatorError(f"this is the status of cluster {facts.cluster}, and the folder is of {last.cluster}")
+    if facts.epoch > last.epoch:
+        raise LayoutOvertaken(
+            f"Layout {facts.epoch} is in force, and the last one in this folder is {last.epoch}. What was signed now"
+            " would be refused."
+        )
+
+
+def forecast(
+    facts: ClusterFacts, before: Iterable[Sequence[str]], after: Iterable[Sequence[str]], disks: Iterable[str]
+) -> Forecast:
+    """``before`` and ``after``: the disks of samples of blocks that belong together. ``disks``: of the last layout."""
+    had, leaves, comes = Counter[str](), Counter[str](), Counter[str]()
+    for old, new in zip(before, after, strict=True):
+        had.update(old)
+        leaves.update(set(old) - set(new))
+        comes.update(set(new) - set(old))
+    space = facts.disks
+    moved = {disk: space[disk].used * leaves[disk] / had[disk] for disk in leaves if disk in space}
+    each = sum(moved.values()) / max(1, comes.total())
+    return Forecast(
+        int(sum(moved.values())),
+        sum(space[disk].used for disk in had if disk in space),
+        {disk: int(count * each) for disk, count in comes.items()},
+        tuple(disk for disk in disks if disk not in space or not space[disk].answers),
+    )
+
+
+def labels_of(
+    last: Layout, layouts: Sequence[Layout], facts: ClusterFacts | None, found: Forecast | None
+) -> list[Label]:
+    """What is wrong, or bad to have, about the change from ``last`` through ``layouts``."""
+    after = layouts[-1]
+    labels = [_label(LayoutWeak, text) for text in weaknesses(after)]
+    if facts is None or found is None:
+        return labels
+    if facts.epoch < last.epoch:
+        labels.append(
+            _label(MoveUnfinished, f"layout {last.epoch} was signed and is not in force yet: {facts.epoch} is")
+        )
+    if facts.unfinished:
+        labels.append(_label(MoveUnfinished, f"what layout {facts.epoch} moves is not there yet: {facts.unfinished}"))
+    going = [disk for disk in last.disks if disk.id not in after.disk_by_id and disk.state == "active"]
+    labels += [
+        _label(DiskNotDrained, f"disk {disk.id} of {disk.node} answers, and was not drained before it is removed")
+        for disk in going
+        if disk.id in facts.disks and facts.disks[disk.id].answers
+    ]
+    if short := _short(facts, found):
+        labels.append(Label(PlanTooLittleSpace.code, "; ".join(short), refused=True))
+    return labels
+
+
+def _short(facts: ClusterFacts, found: Forecast) -> list[str]:
+    """Disks that can't hold what comes, even when all that leaves them has left."""
+    said = []
+    for disk, comes in sorted(found.comes.items()):
+        space = facts.disks.get(disk)
+        if space is not None and space.answers and comes > space.free:
+            said.append(f"disk {disk} gets about {format_size(comes)} and has {format_size(space.free)} free")
+    return said[:DISKS_NAMED] + ([f"and {len(said) - DISKS_NAMED} more"] if len(said) > DISKS_NAMED else [])
+
+
+def _label(kind: type[StoragedError], text: str) -> Label:
+    return Label(kind.code, text)
