@@ -9,6 +9,7 @@ Only root and the node's own user may use the socket (``listener``).
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
     ...  /v1/buckets                        see ``buckets``
     GET  /v1/layout  POST /v1/layout        the layout that was decided last; brings one into force
+    POST /v1/moves                          pauses and resumes moves, and sets their pace
     POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/witnessed?node=
 
 A refusal is {"code", "message", "hint"} with the error's status.
@@ -32,6 +33,7 @@ from storaged.admin.buckets import BucketAdministration
 from storaged.admin.hosts import local_hosts
 from storaged.admin.layouts import LAYOUT_BODY_BYTES_MAX, LayoutAdministration
 from storaged.admin.listener import AdminListener, SocketPeer
+from storaged.admin.moves import MoveAdministration
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
 from storaged.config import split_address
@@ -67,6 +69,7 @@ class AdminServer:
                 web.delete("/v1/users/{name}", self._remove_user),
                 *BucketAdministration(self._services).routes(),
                 *LayoutAdministration(self._services).routes(),
+                *MoveAdministration(self._services).routes(),
                 web.post("/v1/scrub", self._scrub),
                 web.post("/v1/keys/backup", self._backup),
                 web.get("/v1/audit/witnessed", self._witnessed),

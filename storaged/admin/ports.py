@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from storaged.cluster.audit.trail import Trail
+from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.objects.api import Buckets, Users
 from storaged.objects.records import BucketRecord
@@ -36,6 +37,13 @@ class LayoutDesk(Protocol):
         """The layout that was decided last, and whether it is in force."""
 
 
+class SetMoves(Protocol):
+    async def __call__(self, job: str, *, paused: bool | None, pace: int | None) -> MoveSettings:
+        """In the whole cluster, for good. None leaves it as it is. Raises InvalidArgument, ServiceUnavailable, and
+        KeyringUnavailable.
+        """
+
+
 @dataclass
 class Services:
     """``status`` returns the document of ``storaged status``; a storage node reports on itself.
@@ -60,6 +68,8 @@ class Services:
     where: Callable[[str, bytes], Awaitable[dict[str, Any]]] | None = None
     jobs: Jobs | None = None
     layouts: LayoutDesk | None = None
+    set_moves: SetMoves | None = None
+    """Pauses or resumes a job of moves, or sets its pace."""
     key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
     """passphrase -> the keyring's id and its backup, sealed under the passphrase."""
     trail: Trail | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from storaged.cluster.layout import Layout, weaknesses
@@ -22,7 +22,7 @@ from storaged.errors import (
     PlanTooLittleSpace,
     StoragedError,
 )
-from storaged.units import format_size
+from storaged.units import format_duration, format_size
 
 DISKS_NAMED = 5
 
@@ -47,6 +47,8 @@ class ClusterFacts:
     epoch: int
     disks: Mapping[str, DiskSpace]
     unfinished: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of moves, as in the document of status."""
 
 
 class Label(NamedTuple):
@@ -55,6 +57,20 @@ class Label(NamedTuple):
     code: str
     text: str
     refused: bool = False
+
+
+class Duration(NamedTuple):
+    """``seconds``: at the pace that is set; None when none is set, and while the job is ``paused``."""
+
+    seconds: float | None
+    paused: bool
+
+    def __str__(self) -> str:
+        if self.paused:
+            return "is paused"
+        if self.seconds is None:
+            return "as fast as disks and network allow: no pace is set"
+        return f"{format_duration(self.seconds)} at the pace that is set"
 
 
 class Forecast(NamedTuple):
@@ -66,6 +82,8 @@ class Forecast(NamedTuple):
     total: int
     comes: Mapping[str, int]
     unknown: tuple[str, ...]
+    durations: Mapping[str, Duration]
+    """By job."""
 
 
 def facts_of(document: Any) -> ClusterFacts:
@@ -76,7 +94,10 @@ def facts_of(document: Any) -> ClusterFacts:
             for node in document["nodes"]
             for disk in node["disks"]
         }
-        return ClusterFacts(str(document["cluster"]), int(document["epoch"]), disks, _unfinished(document["moving"]))
+        moving = document["moving"]
+        settings = moving["settings"]
+        _paces(settings)
+        return ClusterFacts(document["cluster"], int(document["epoch"]), disks, _unfinished(moving), settings)
     except (KeyError, TypeError, ValueError):
         raise OperatorError(
             "this is no status of a running cluster: on a gateway, storaged status --json > FILE"
@@ -96,6 +117,26 @@ def _unfinished(moving: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+def _paces(settings: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
+    """For each job its pace (0: none) and whether it is paused."""
+    partitions, fragments = settings["partitions"], settings["fragments"]
+    return {
+        "partitions": (int(partitions["per_min"]) / 60, bool(partitions["paused"])),
+        "fragments": (float(int(fragments["bytes_per_s"])), bool(fragments["paused"])),
+    }
+
+
+def durations(facts: ClusterFacts, replicas: int, moved: int, nodes: int) -> dict[str, Duration]:
+    """Of both jobs. ``replicas``: how many are exchanged; ``moved``: bytes of fragments; ``nodes``: how many storage
+    nodes move them, each within its pace.
+    """
+    found = {}
+    for job, (pace, paused) in _paces(facts.settings).items():
+        work = replicas if job == "partitions" else moved / max(1, nodes)
+        found[job] = Duration(work / pace if pace and not paused else None, paused)
+    return found
+
+
 def check_last(facts: ClusterFacts, last: Layout) -> None:
     """Raises LayoutOvertaken when a newer layout is in force than the last one that is known here, OperatorError for
     another cluster.
@@ -110,9 +151,11 @@ def check_last(facts: ClusterFacts, last: Layout) -> None:
 
 
 def forecast(
-    facts: ClusterFacts, before: Iterable[Sequence[str]], after: Iterable[Sequence[str]], disks: Iterable[str]
+    facts: ClusterFacts, before: Iterable[Sequence[str]], after: Iterable[Sequence[str]], last: Layout, replicas: int
 ) -> Forecast:
-    """``before`` and ``after``: the disks of samples of blocks that belong together. ``disks``: of the last layout."""
+    """``before`` and ``after``: the disks of samples of blocks that belong together. ``last``: the layout that is
+    planned; ``replicas``: how many are exchanged.
+    """
     had, leaves, comes = Counter[str](), Counter[str](), Counter[str]()
     for old, new in zip(before, after, strict=True):
         had.update(old)
@@ -121,11 +164,13 @@ def forecast(
     space = facts.disks
     moved = {disk: space[disk].used * leaves[disk] / had[disk] for disk in leaves if disk in space}
     each = sum(moved.values()) / max(1, comes.total())
+    nodes = len({disk.node for disk in last.disks})
     return Forecast(
         int(sum(moved.values())),
         sum(space[disk].used for disk in had if disk in space),
         {disk: int(count * each) for disk, count in comes.items()},
-        tuple(disk for disk in disks if disk not in space or not space[disk].answers),
+        tuple(disk.id for disk in last.disks if disk.id not in space or not space[disk.id].answers),
+        durations(facts, replicas, int(sum(moved.values())), nodes),
     )
 
 

@@ -70,7 +70,7 @@ def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_js
     data = None
     if facts is not None:
         samples = planning.choices(before), planning.choices(layouts[-1])
-        data = forecast.forecast(facts, *samples, [disk.id for disk in layouts[-1].disks])
+        data = forecast.forecast(facts, *samples, layouts[-1], found.replicas.moved)
     labels = forecast.labels_of(before, layouts, facts, data)
     if as_json:
         click.echo(json.dumps(planning.document(before, layouts, found, labels, data), indent=2))
@@ -121,6 +121,8 @@ def _print_plan(layouts: Sequence[Layout], found: planning.Outlook, *, first: bo
 def _print_data(labels: Sequence[Label], data: Forecast | None) -> None:
     if data is not None:
         click.echo(f"bytes that move       about {format_size(data.moved)} of {format_size(data.total)}")
+        for job, duration in data.durations.items():
+            click.echo(f"  {job:<19} {duration}")
         if data.unknown:
             click.echo(f"  whether {len(data.unknown)} disks that are not in use yet have the room is not known")
     for label in labels:

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "env": ("storaged.cli.env:env", "Print the settings S3 clients need."),
     "explain": ("storaged.cli.operate:explain", "What a named error or state means, and what to do."),
     "fsck": ("storaged.cli.operate:fsck", "Check or rebuild a disk's index, while its node is stopped."),
+    "job": ("storaged.cli.jobs:job", "Long work; pause, resume and pace what moves data."),
     "keys": ("storaged.cli.keys:keys", "Make, back up and restore the keyring."),
     "repair": ("storaged.cli.operate:repair", "How repair gets on."),
     "run": ("storaged.cli.run:run", "Run a node: the daemon."),

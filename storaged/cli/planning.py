@@ -158,6 +158,12 @@ def document(
         "fragments": {**found.fragments._asdict(), "share": found.fragments.share},
         "domain": found.domain,
         "survives": dict(found.survives),
-        "bytes": None if data is None else {**data._asdict(), "comes": dict(data.comes), "unknown": list(data.unknown)},
+        "bytes": None if data is None else _of_data(data),
         "labels": [label._asdict() for label in labels],
     }
+
+
+def _of_data(data: Forecast) -> dict[str, object]:
+    durations = {job: found._asdict() for job, found in data.durations.items()}
+    comes, unknown = dict(data.comes), list(data.unknown)
+    return {"moved": data.moved, "total": data.total, "comes": comes, "unknown": unknown, "durations": durations}

@@ -140,17 +140,17 @@ def render(found: dict[str, Any], command: str = "") -> str:
 
 
 def _moving(found: dict[str, Any] | None) -> list[str]:
-    """``found``: as ``status`` has it; None while the gateway does not answer."""
+    """What the jobs do not say. ``found``: as ``status`` has it; None while the gateway does not answer."""
     lines = []
     if found is not None and found["system"]:
         lines.append("  the system partition gets another seed disk: apply the layout that follows")
-    if found is None or (found["partitions"] == 0 and not found["objects"]):
-        return lines
-    partitions = f"{found['partitions']} of {found['of']} partitions ({found['joint']} under way)"
-    if found["partitions"] is None:
-        partitions = "a number of partitions that is not known yet"
-    waits = f"; {found['reason']}" if found["reason"] else ""
-    return [*lines, f"  moving to where the layout wants them: {partitions}, {_count(found['objects'])}{waits}"]
+    if found is not None and found["partitions"] is None:
+        lines.append("  how many partitions have to move is not known yet")
+    settings = found.get("settings") if found is not None else None
+    if settings is not None and settings["known"]:
+        paused = [name for name in ("partitions", "fragments") if settings[name]["paused"]]
+        lines.extend(f"  moves of {name} are paused; let them go on: storaged job resume {name}" for name in paused)
+    return lines
 
 
 def _plain(line: str) -> str:

@@ -39,6 +39,8 @@ class Check:
         self.walker = Walker(context, scanner)
         self.queue = RepairQueue(context.limits)
         self.job = Job("check", context.clock)
+        self.judged = 0
+        """Objects and parts with fragments that the last complete walk judged."""
         self.wake = asyncio.Event()
         self._hints: dict[bytes, None] = {}
         self._wanted, self._walked = 1, 0
@@ -100,6 +102,7 @@ class Check:
         or a disk does not answer about it. Hints are dropped: the walk looks at their registers too.
         """
         wanted, unanswered, settled = self._wanted, self.walker.unanswered, self.walker.settled
+        judged = self.walker.judged
         self._hints.clear()
         self.queue.begin_walk()
         self.job.start()
@@ -112,6 +115,7 @@ class Check:
             failures.append("a disk did not answer")
         if not failures:
             self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, NOW
+            self.judged = self.walker.judged - judged
             self.job.finish("done", f"{self.walker.settled - settled} registers settled")
             return
         limits = self._context.limits

@@ -13,6 +13,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.clock import Clock
+from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.ports import Layouts, Liveness, OnRefusal
 from storaged.errors import DiskUnusable, ServiceUnavailable
 from storaged.fragments.ports import FragmentStores, NearStore
@@ -112,6 +113,9 @@ class MaintainContext:
     small_copies: Callable[[RegisterName, Value], Awaitable[Copies | None]] = no_copies
     steps: Callable[[], int] = lambda: 0
     """The sum of the steps of all partitions (``cluster.partition_map``): it grows when one has moved."""
+
+    settings: Callable[[], MoveSettings] = MoveSettings
+    """Whether what is whole moves to where the layout wants it, and how fast."""
 
     def leader_of(self, partition: int) -> str:
         """The disk whose node is responsible for a partition: the first of its replicas that can be read now; empty

@@ -19,6 +19,10 @@ Theory of operation
     so no exchange begins for a disk that takes no writes now, and only some partitions are joint at the same time. When
     the disk that comes takes no writes for a while, the partition goes back to the set that it had. It exchanges other
     replicas first, or waits for the disk.
+
+    While the job is paused (``cluster.move_settings``), no exchange begins. Those that are under way end: a joint
+    partition can spare fewer disks than a settled one. A pace bounds how many exchanges begin; each gateway takes its
+    share of it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from msgspec import MsgspecError
 
 from storaged.clock import Clock
 from storaged.cluster.layout import PARTITIONS, Layout
+from storaged.cluster.move_settings import UNKNOWN, MoveSettings
 from storaged.cluster.partitions import (
     PartitionRecord,
     PartitionState,
@@ -67,6 +72,8 @@ step first, so the first attempt mostly fails.
 """
 REST_S = 1.0
 IDLE_S = 10.0
+BURST_S = 10.0
+"""What a mover did not begin for so long it may begin at once, within the pace."""
 
 log = structlog.get_logger("partitions")
 
@@ -80,7 +87,8 @@ async def anywhere() -> Mapping[int, Collection[str]]:
 class MoverPorts:
     """``sign(record)``: with the signing key of the cluster's gateways. ``refresh(partition)``: reads the record of a
     partition into the map of ``layouts``. ``allowed()``: for each partition with keys of buckets with countries, the
-    countries of all of them together.
+    countries of all of them together. ``settings()``: whether and how fast it moves; ``gateways()``: how many share the
+    pace.
     """
 
     layouts: Layouts
@@ -93,6 +101,8 @@ class MoverPorts:
     sign: Callable[[PartitionRecord], PartitionRecord]
     refresh: Callable[[int], Awaitable[None]]
     allowed: Callable[[], Awaitable[Mapping[int, Collection[str]]]] = anywhere
+    settings: Callable[[], MoveSettings] = MoveSettings
+    gateways: Callable[[], int] = lambda: 1
 
 
 @dataclass
@@ -126,6 +136,10 @@ class PartitionMover:
         self._allowed: Mapping[int, Collection[str]] = {}
         self._failures: dict[int, int] = {}
         """How often in turn a partition could not make a step."""
+        self._late: dict[int, str] = {}
+        """Partitions that are to be mentioned, and why they could not make a step."""
+        self._begins_at = 0.0
+        """When the next exchange may begin, by the pace."""
         self.progress = MoverProgress()
 
     async def run(self) -> None:
@@ -150,6 +164,11 @@ class PartitionMover:
             return 1
         lost = self._lost(layout)
         progress.reason = ""
+        settings = self._ports.settings()
+        if settings.partitions_paused:
+            if settings is UNKNOWN and states:
+                progress.reason = "this gateway has not read yet whether moves are paused"
+            states = [state for state in states if state.coming]
         try:
             self._allowed = await self._ports.allowed() if states else {}
         except (StoragedError, TimeoutError) as error:
@@ -159,7 +178,15 @@ class PartitionMover:
         waiting = [state.partition for state in sorted(states, key=lambda state: not state.coming)]
         self._may_begin = self._joint_max - sum(bool(state.coming) for state in states)
         await concurrently((self._try_step(number, layout, lost) for number in waiting), self._at_once)
+        self._mention_late()
         return len(waiting)
+
+    def _mention_late(self) -> None:
+        """One line a round: all partitions may wait for one disk."""
+        if self._late:
+            number, reason = next(iter(self._late.items()))
+            log.info("partitions move later", partition=number, reason=reason, others=len(self._late) - 1)
+            self._late.clear()
 
     async def _unsettled(self, layout: Layout) -> list[PartitionState]:
         """Where a layout wants a partition is computed once, from all disks: requests have their turn meanwhile."""
@@ -188,7 +215,7 @@ class PartitionMover:
             if failures >= FAILURES_SHOWN:
                 self.progress.reason = f"partition {number}: {error}"
             if failures == FAILURES_SHOWN:
-                log.info("a partition moves later", partition=number, reason=str(error))
+                self._late[number] = str(error)
 
     async def _step(self, state: PartitionState, layout: Layout, lost: frozenset[str]) -> bool:
         """Returns whether the partition is one step further. Raises StoragedError where it can't be now."""
@@ -201,12 +228,26 @@ class PartitionMover:
         if record is None:
             raise ServiceUnavailable(_why_not(state, layout))
         if record.coming:
-            if self._may_begin <= 0:
+            if self._may_begin <= 0 or not self._within_pace():
                 return False  # its turn comes
             self._may_begin -= 1
         made = await self._take(state, record)
         self._may_begin += made and not record.coming
         return made
+
+    def _within_pace(self) -> bool:
+        """Whether one more exchange may begin now; counts it. False once the job is paused."""
+        settings = self._ports.settings()
+        if settings.partitions_paused:
+            return False
+        if not settings.partitions_per_min:
+            return True
+        now = self._ports.clock.monotonic()
+        begins_at = max(self._begins_at, now - BURST_S)
+        if begins_at > now:
+            return False
+        self._begins_at = begins_at + 60.0 * max(1, self._ports.gateways()) / settings.partitions_per_min
+        return True
 
     def _begin(self, state: PartitionState, layout: Layout) -> PartitionRecord | None:
         """The next exchange. Raises LayoutRefused where only disks could come that lie outside of the countries of a

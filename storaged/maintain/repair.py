@@ -21,6 +21,8 @@ How repair decides, in the order of this file:
    while repair goes on. The gateway puts the old fragments on garbage lists. While no gateway answers, nothing is
    recoded (step 4 rebuilds in place, for which no record changes), and ``waits`` says so.
 7. The register is judged again, and leaves the queue when it is on target.
+8. What is whole, and only has to move since the layout in force wants it elsewhere, comes last. It moves within the
+   pace of the job ``fragments``, and waits while that is paused (``cluster.move_settings``).
 
 Repair does not touch a block with fewer than k readable fragments. The block is lost when that would be so even if all
 disks that are away came back; ``status`` counts it.
@@ -52,6 +54,9 @@ is repeated after an interruption.
 """
 COMPARE_AGAIN_S = 600.0
 """The pause between comparisons of fragments that differ while none is known to be the false one."""
+
+BURST_S = 20.0
+"""What was not moved for so long may be moved at once, within the pace. Repair rests for less between looks."""
 
 NO_RECODING_S = -1.0
 """Of ``Waits.recode_in_s``: nothing will be recoded."""
@@ -91,6 +96,10 @@ class Repair:
         self._mismatches: dict[tuple[bytes, FragmentId], None] = {}
         self._away_since: dict[str, float] = {}
         self._compare_again_at = NOW
+        self._moves_at = NOW
+        """When something that is whole may move again, by the pace."""
+        self._paced_by = 0
+        """The revision of the settings of moves that were seen last."""
         self._next_look_at = NOW
         """When the queue is looked at again, unless it is fresh."""
 
@@ -112,7 +121,8 @@ class Repair:
         if self.job.state == "running" or self.relocator.busy or self._concluded:
             return True
         moves = not self.relocator.away
-        return self.check.busy or bool(self._mismatches) or self._queue.expects_progress(moves=moves)
+        expects = self._queue.expects_progress(moves=moves, misplaced=not self._context.settings().fragments_paused)
+        return self.check.busy or bool(self._mismatches) or expects
 
     def waits(self) -> Waits:
         """What keeps repair from doing more now: disks that are away, and when blocks are recoded without them."""
@@ -120,7 +130,8 @@ class Repair:
         later = [delay_s - (now - since) for since in self._away_since.values()]
         pending = [left for left in later if left > 0]
         recode_in_s = min(pending) if pending and self._queue.waits_for_delay() else NO_RECODING_S
-        gateway = self.relocator.away if self._queue.wants_moves() else ""
+        wants = self._queue.wants_moves(misplaced=not self._context.settings().fragments_paused)
+        gateway = self.relocator.away if wants else ""
         return Waits(tuple(sorted(self._away_since)), recode_in_s, delay_s, gateway)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -168,6 +179,8 @@ class Repair:
         failures: list[str] = []
         batch = self._context.limits.repair_batch
         for finding in heapq.nsmallest(batch, work, key=urgency):
+            if finding.misplaced and not self._may_move():
+                break  # those that follow only have to move, too
             await self.relocator.room()
             before = self.rebuilder.bytes_rebuilt
             try:
@@ -175,6 +188,8 @@ class Repair:
             except (*REFUSALS, KeyError, ValueError) as error:
                 failures.append(f"{finding.name[18:98]!r}: {error}")
             self.job.advance(0, self.rebuilder.bytes_rebuilt - before)
+            if finding.misplaced:
+                self._spend(self.rebuilder.bytes_rebuilt - before)
             if not self._is_moving(finding):
                 self._conclude(finding.name)
             await self._judge_concluded()
@@ -182,6 +197,20 @@ class Repair:
                 break  # the disks have changed: something else may be urgent now
         if failures:
             self._context.log(f"repair of {len(failures)} registers failed, the first: {failures[0]}")
+
+    def _may_move(self) -> bool:
+        """Whether what is whole may move now: the job is not paused, and within its pace."""
+        settings = self._context.settings()
+        if settings.revision != self._paced_by:  # what was moved before counts no more
+            self._moves_at, self._paced_by = NOW, settings.revision
+        return not settings.fragments_paused and self._moves_at <= self._context.clock.monotonic()
+
+    def _spend(self, moved_bytes: int) -> None:
+        """So many bytes were moved. An object moves at once; the pause after it makes up for that."""
+        pace = self._context.settings().bytes_per_s
+        if pace:
+            now = self._context.clock.monotonic()
+            self._moves_at = max(self._moves_at, now - BURST_S) + moved_bytes / pace
 
     def _on_concluded(self, name: bytes) -> None:
         self._concluded[name] = None
@@ -221,7 +250,7 @@ class Repair:
     def _due_findings(self) -> list[Finding]:
         now, delay_s = self._context.clock.monotonic(), self._context.limits.recode_delay_s
         recode = any(now - since >= delay_s for since in self._away_since.values())
-        due = self._queue.due(now, recode=recode, moves=not self.relocator.away)
+        due = self._queue.due(now, recode=recode, moves=not self.relocator.away, misplaced=self._may_move())
         return [finding for finding in due if not self._is_moving(finding)]
 
     def _is_moving(self, finding: Finding) -> bool:
@@ -231,7 +260,10 @@ class Repair:
     def _rest(self) -> None:
         if self.relocator.busy:
             return
-        self._next_look_at = self._context.clock.monotonic() + self._context.limits.retry_s
+        now = self._context.clock.monotonic()
+        self._next_look_at = now + self._context.limits.retry_s
+        if now < self._moves_at < self._next_look_at:
+            self._next_look_at = self._moves_at
         if self._queue.repaired and self._queue.overflowed:
             self.check.request_walk()  # it finds again what did not fit into the queue
         if self.job.state == "running":

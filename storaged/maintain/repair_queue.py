@@ -167,12 +167,15 @@ class RepairQueue:
 
     # --- work -------------------------------------------------------------------------------------------------------
 
-    def due(self, now: float, *, recode: bool, moves: bool) -> Iterator[Finding]:
+    def due(self, now: float, *, recode: bool, moves: bool, misplaced: bool = True) -> Iterator[Finding]:
         """What may be tried now. ``recode``: some disk has been away for so long that repair does not wait for it any
-        more. ``moves``: gateways change records; otherwise only what can be rebuilt in place is due.
+        more. ``moves``: gateways change records; otherwise only what can be rebuilt in place is due. ``misplaced``:
+        with what is whole, and only has to move.
         """
         for finding in self:
             if finding.damaged_fragments == 0 and not moves:
+                continue
+            if finding.misplaced and not misplaced:
                 continue
             if finding.repairable or (recode and finding.recodable):
                 back_off = self._back_offs.get(finding.name)
@@ -185,18 +188,24 @@ class RepairQueue:
         pause_s = min(self._limits.retry_s * 2 ** min(failures - 1, 20), self._limits.retry_max_s)
         self._back_offs[name] = _BackOff(now + pause_s, failures)
 
-    def expects_progress(self, *, moves: bool) -> bool:
-        """Something can be repaired that did not fail again and again. ``moves``: as for ``due``."""
+    def expects_progress(self, *, moves: bool, misplaced: bool = True) -> bool:
+        """Something can be repaired that did not fail again and again. ``moves``, ``misplaced``: as for ``due``."""
         return any(
             finding.repairable
+            and (misplaced or not finding.misplaced)
             and (moves or finding.damaged_fragments > 0)
             and self._failures(finding.name) < FAILURES_WAITED_FOR
             for finding in self
         )
 
-    def wants_moves(self) -> bool:
-        """Something can't be rebuilt in place, and has to move."""
-        return any(finding.damaged_fragments == 0 and (finding.repairable or finding.recodable) for finding in self)
+    def wants_moves(self, *, misplaced: bool = True) -> bool:
+        """Something can't be rebuilt in place, and has to move. ``misplaced``: as for ``due``."""
+        return any(
+            finding.damaged_fragments == 0
+            and (misplaced or not finding.misplaced)
+            and (finding.repairable or finding.recodable)
+            for finding in self
+        )
 
     def waits_for_delay(self) -> bool:
         """Something waits only until disks have been away for long enough."""

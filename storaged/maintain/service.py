@@ -82,6 +82,8 @@ class MaintainStatus(Message, frozen=True):
     garbage_waiting: tuple[tuple[str, int], ...] = ()
     misplaced: int = 0
     """Objects and parts that are whole, and that the layout in force wants elsewhere."""
+    judged: int = 0
+    """Objects and parts with fragments that the last complete walk looked at."""
 
 
 class Maintenance:
@@ -250,6 +252,7 @@ class Maintenance:
             records_refused=tuple(sorted(check.walker.buckets.refused.items())),
             garbage_waiting=tuple(self.collector.waiting().most_common(REASONS_MAX)),
             misplaced=queue.misplaced,
+            judged=check.judged,
         )
 
     def _collection(self) -> list[JobReport]:

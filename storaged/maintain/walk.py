@@ -110,7 +110,7 @@ async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIte
 
 class Walker:
     """Judges registers, a batch at a time. ``unanswered`` counts calls that failed although the disk is thought to
-    answer: what was found meanwhile may be incomplete. ``settled`` counts registers.
+    answer: what was found meanwhile may be incomplete. ``settled`` counts registers, ``judged`` those with fragments.
     """
 
     def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
@@ -120,7 +120,7 @@ class Walker:
         self.pages = PageRepair(context)
         self.buckets = Buckets()
         self._unanswered = 0
-        self.settled = 0
+        self.settled = self.judged = 0
         self.bring_up: Callable[[RegisterName], Awaitable[object]] = context.registers.settle
         """Brings the replicas of a register that differ to the same row (``pull``)."""
 
@@ -229,11 +229,12 @@ class Walker:
         batch: list[tuple[Tally, BlockPlace]] = []
         paged: list[PagesOf] = []
         for name, value in rows:
-            tally = Tally(name.pack())
+            tally, coded = Tally(name.pack()), False
             try:
                 if hashes := pages_in(name, value):
                     paged.append(PagesOf(tally, name.partition, hashes))
                 async for entry in entries_of(self._context, name, value):
+                    coded = coded or not entry.small
                     for place in self.places(name, entry):
                         batch.append((tally, place))
                         if len(batch) >= BLOCKS_A_BATCH:
@@ -245,6 +246,7 @@ class Walker:
             except (KeyError, ValueError, StoragedError) as error:
                 self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
             tallies.append(tally)
+            self.judged += coded
         await self._judge_blocks(batch)
         await self.pages.judge(paged)
         return [finding for tally in tallies if (finding := tally.finding()) is not None]

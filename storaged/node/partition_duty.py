@@ -5,7 +5,9 @@ from __future__ import annotations
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from storaged.cluster import move_settings
 from storaged.cluster.layout import partition_of
+from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, signed_bytes
 from storaged.cluster.signers import is_signed, signer_id
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
@@ -23,6 +25,7 @@ class PartitionDuty:
         self._keys = keys
         self._buckets = buckets
         self._cluster = node.own.cluster
+        self._node = node
         self.mover = PartitionMover(
             MoverPorts(
                 node.layouts,
@@ -35,6 +38,8 @@ class PartitionDuty:
                 self._sign,
                 node.follower.refresh,
                 self._allowed,
+                lambda: node.follower.settings.current,
+                self._gateways,
             )
         )
 
@@ -53,19 +58,47 @@ class PartitionDuty:
                     found[partition] = found.get(partition, frozenset(bucket.countries)) & frozenset(bucket.countries)
         return found
 
+    def _gateways(self) -> int:
+        """How many gateways move partitions: those that are up, and those without an address, of which this one hears
+        nothing.
+        """
+        node = self._node
+        entries = [entry for entry in node.layouts.current.nodes if "gateway" in entry.roles]
+        return sum(not entry.address or node.membership.status(entry.name).state == "up" for entry in entries)
+
+    async def set_moves(self, job: str, *, paused: bool | None, pace: int | None) -> MoveSettings:
+        """Pauses or resumes a job of moves, or sets its pace, in the whole cluster. Raises InvalidArgument,
+        ServiceUnavailable, and KeyringUnavailable while the keyring is not open.
+        """
+        node = self._node
+        return await node.follower.settings.change(
+            job, node.clock.wall_ms(), self._sign_settings, paused=paused, pace=pace
+        )
+
+    def _sign_settings(self, settings: MoveSettings) -> MoveSettings:
+        signature = self._keys.sign_public(move_settings.signed_bytes(self._cluster, settings))
+        return msgspec.structs.replace(settings, signer=signer_id(self._keys.public_signer()), signature=signature)
+
     def _sign(self, record: PartitionRecord) -> PartitionRecord:
         signature = self._keys.sign_public(signed_bytes(self._cluster, record))
         return msgspec.structs.replace(record, signer=signer_id(self._keys.public_signer()), signature=signature)
 
     def believes(self, name: RegisterName, value: Value) -> bool:
-        """False for the record of a partition that no gateway of this cluster signed. True for other registers, and
-        while the keyring is not open, since nothing can be verified then.
+        """False for the record of a partition, and for settings of moves, that no gateway of this cluster signed. True
+        for other registers, and while the keyring is not open, since nothing can be verified then.
         """
-        if not name.key.startswith(PATH_PREFIX.encode()) or value.sequence == 0 or self._keys.keyring is None:
+        of_partition = name.key.startswith(PATH_PREFIX.encode())
+        ours = of_partition or name.key == move_settings.PATH.encode()
+        if not ours or value.sequence == 0 or self._keys.keyring is None:
             return True
         try:
-            record = decode(value.body, PartitionRecord)
+            if of_partition:
+                record = decode(value.body, PartitionRecord)
+                signed, signature = signed_bytes(self._cluster, record), record.signature
+            else:
+                settings = decode(value.body, MoveSettings)
+                signed, signature = move_settings.signed_bytes(self._cluster, settings), settings.signature
         except msgspec.MsgspecError:
             return False
         key = Ed25519PublicKey.from_public_bytes(self._keys.public_signer())
-        return is_signed(key, signed_bytes(self._cluster, record), record.signature)
+        return is_signed(key, signed, signature)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
 
 from storaged.cluster.layout import SYSTEM_PARTITION
@@ -26,6 +25,7 @@ from storaged.meta.authority import KnownSteps
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import SYSTEM_SCOPE, Table, Value, system_name
 from storaged.meta.ports import PageQuery, Registers, Scanner
+from storaged.node.move_settings import FollowedSettings, KeyOf
 from storaged.wire import decode
 
 EVERY_S = 60.0
@@ -36,9 +36,6 @@ nothing: a node that lies about what it knows must not keep this one reading.
 """
 
 log = structlog.get_logger("partitions")
-
-KeyOf = Callable[[bytes], Awaitable[Ed25519PublicKey]]
-"""``await key_of(signer)``: as ``cluster.signers.Signers.key``."""
 
 
 class FollowedLayouts(Layouts, Protocol):
@@ -80,6 +77,8 @@ class PartitionFollower:
         """By partition: one reading serves all who ask meanwhile. It may have begun too early for the last of them, who
         is then refused, and asks once more.
         """
+        self.settings = FollowedSettings(registers, key_of, cluster)
+        """Of moves. They have a task of their own."""
         self.refused = 0
         """Records that no gateway has signed, or that do not decode."""
         self._partitions.on_behind = lambda _node: self._behind.set()

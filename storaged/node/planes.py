@@ -337,6 +337,7 @@ class NodePlanes:
             adopt=lambda disk, request, copy: self.disks.used[disk].replica.accept(request, copy),
             small_copies=self.ring.small_copies,
             steps=lambda: self.layouts.partitions.steps,
+            settings=lambda: self.follower.settings.current,
             audit_alarms=self.auditing.alarms,
             on_refusal=self._refused,
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),
@@ -369,7 +370,7 @@ class NodePlanes:
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """The tasks that run until the node stops."""
-        found = [self._keep_telling_disks(), self.follower.run()]
+        found = [self._keep_telling_disks(), self.follower.run(), self.follower.settings.run()]
         found += self.auditing.work()
         if self.maintenance is not None:
             found.append(self.maintenance.run())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from storaged.admin.ports import Services
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
-from storaged.cluster.partitions import PartitionState, is_settled
+from storaged.cluster.move_settings import document
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
@@ -24,6 +24,7 @@ from storaged.meta.ports import PageQuery
 from storaged.node.applying import LayoutApplication
 from storaged.node.auditing import merged
 from storaged.node.doctor import Doctor, silent
+from storaged.node.move_progress import MoveProgress, PartitionCounts, count_objects, count_partitions
 from storaged.node.planes import NodePlanes
 from storaged.objects.code.place import choose
 
@@ -42,6 +43,7 @@ class Reports:
         self._node, self._gateway = node, gateway
         self._doctor = Doctor(node, gateway)
         self._seen = FirstSeen()
+        self._progress = MoveProgress(node.clock)
 
     def services(self) -> Services:
         node = self._node
@@ -52,6 +54,7 @@ class Reports:
         found.authority = (node.own.directory / "authority.crt").read_text()
         if self._gateway is not None:
             self._gateway.offer(found)
+            found.set_moves = self._gateway.partitions.set_moves
             found.layouts = LayoutApplication(node.own, node.authority, node.layouts, node.paths, node.pool)
         return found
 
@@ -88,7 +91,7 @@ class Reports:
             reason,
             problem,
             self._durability(statuses),
-            jobs_of(statuses),
+            self._jobs(statuses),
             key_refusal=refusal,
             key_damage=self._gateway.key_damage() if self._gateway is not None else (),
             bad_records=self._gateway.bad_records() if self._gateway is not None else (),
@@ -108,23 +111,29 @@ class Reports:
         """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has
         not read where partitions are.
         """
-        layouts = self._node.layouts
-        layout = layouts.current
-        states: list[PartitionState] | None = []
-        if layout.base:
-            try:
-                states = [layouts.partition(number) for number in range(PARTITIONS)]
-            except ServiceUnavailable:
-                states = None
-        mover = self._gateway.partitions.mover.progress if self._gateway is not None else None
+        counts = self._partitions()
         return {
-            "partitions": None if states is None else sum(not is_settled(state, layout) for state in states),
-            "joint": None if states is None else sum(bool(state.coming) for state in states),
+            "partitions": None if counts is None else counts.counted.left,
+            "joint": None if counts is None else counts.joint,
             "of": PARTITIONS,
-            "system": bool(layout.seeds_next),
-            "objects": sum(status.misplaced for status in statuses),
-            "reason": mover.reason if mover is not None else "",
+            "system": bool(self._node.layouts.current.seeds_next),
+            "objects": count_objects(statuses).left,
+            "reason": self._reason(),
+            "settings": document(self._node.follower.settings.current),
         }
+
+    def _partitions(self) -> PartitionCounts | None:
+        return count_partitions(self._node.layouts, self._node.layouts.partitions)
+
+    def _reason(self) -> str:
+        """Why some partition can't move now, as this gateway's mover knows; empty when all can."""
+        return self._gateway.partitions.mover.progress.reason if self._gateway is not None else ""
+
+    def _jobs(self, statuses: Sequence[MaintainStatus]) -> list[dict[str, Any]]:
+        """The jobs of all nodes, and those of the whole cluster."""
+        settings = self._node.follower.settings.current
+        moves = self._progress.jobs(self._partitions(), count_objects(statuses), settings, self._reason())
+        return jobs_of(statuses) + [_job(job) for job in moves]
 
     def _sets_of(self, partition: int) -> tuple[tuple[str, ...], ...]:
         try:
@@ -213,7 +222,8 @@ class Reports:
             "fragments_rebuilt": sum(status.fragments_rebuilt for status in statuses),
             "bytes_rebuilt": sum(status.bytes_rebuilt for status in statuses),
             "waits": waits_document(durability.waits),
-            "jobs": jobs_of(statuses),
+            "jobs": self._jobs(statuses),
+            "settings": document(self._node.follower.settings.current),
         }
 
     async def start_scrub(self) -> list[str]:

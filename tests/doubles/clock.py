@@ -19,3 +19,19 @@ class LoopClock:
     def wall_ms(self) -> int:
         self.wall += 1
         return self.wall
+
+
+@dataclass
+class ManualClock:
+    """Moves only when a test says so."""
+
+    now_s: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def wall_ms(self) -> int:
+        return 1_760_000_000_000 + int(1000 * self.now_s)
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds

@@ -20,6 +20,7 @@ from storaged.admin.listener import owner_or_root
 from storaged.admin.place import bind_private
 from storaged.admin.ports import Services
 from storaged.cli.client import RemoteRefusal, request
+from storaged.cluster.move_settings import MoveSettings, changed
 from storaged.errors import (
     AuditUnwritable,
     BucketNotEmpty,
@@ -119,6 +120,7 @@ class Node:
     def __init__(self) -> None:
         self.reason = ""
         self.buckets = Buckets()
+        self.moves = MoveSettings()
         self.audited: list[tuple[str, str, str, str, dict[str, Any]]] = []
         self.audit_full = False
 
@@ -154,6 +156,10 @@ class Node:
     async def key_backup(self, passphrase: str) -> tuple[str, bytes]:
         return "id", passphrase.encode()
 
+    async def set_moves(self, job: str, *, paused: bool | None, pace: int | None) -> MoveSettings:
+        self.moves = changed(self.moves, job, 1, paused=paused, pace=pace)
+        return self.moves
+
     def services(self, *, gateway: bool) -> Services:
         found = Services(self.status, self.ready, self.doctor, region="eu-fr-1", trail=self)
         if gateway:
@@ -165,6 +171,7 @@ class Node:
                 self.buckets.usage,
             )
             found.where, found.key_backup = self.where, self.key_backup
+            found.set_moves = self.set_moves
         return found
 
 
@@ -346,6 +353,24 @@ async def test_an_operator_lists_counts_hands_over_and_deletes_buckets_of_any_us
         with pytest.raises(RemoteRefusal) as refused:
             await ask(tmp_path, method, path, body=body)
         assert refused.value.code == code
+
+
+async def test_moves_are_paused_and_paced_and_that_is_audited(node: Node, tmp_path: Path) -> None:
+    found = await ask(tmp_path, "POST", "/v1/moves", body={"job": "partitions", "paused": "true"})
+    assert found["settings"]["partitions"] == {"paused": True, "per_min": 0}
+    found = await ask(tmp_path, "POST", "/v1/moves", body={"job": "fragments", "pace": "1000"})
+    assert found["settings"]["fragments"] == {"paused": False, "bytes_per_s": 1000}
+    assert [(kind, target, outcome, fields) for kind, _, target, outcome, fields in node.audited] == [
+        ("moves.set", "job:partitions", "intent", {"paused": "true"}),
+        ("moves.set", "job:partitions", "done", {"revision": "1"}),
+        ("moves.set", "job:fragments", "intent", {"pace": "1000"}),
+        ("moves.set", "job:fragments", "done", {"revision": "2"}),
+    ]
+    for body in ({"job": "repair", "paused": "true"}, {"job": "partitions"}, {"job": "partitions", "paused": "yes"}):
+        with pytest.raises(RemoteRefusal) as refused:
+            await ask(tmp_path, "POST", "/v1/moves", body=body)
+        assert refused.value.code == "InvalidArgument"
+    assert node.moves.revision == 2
 
 
 async def test_a_key_goes_over_in_hex_and_what_is_missing_is_refused_with_its_code(node: Node, tmp_path: Path) -> None:

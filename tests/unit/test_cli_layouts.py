@@ -15,6 +15,7 @@ from storaged.cli.main import cli
 from storaged.cli.succeeding import layouts_after
 from storaged.cluster import issuing
 from storaged.cluster.layout import Layout, weaknesses
+from storaged.cluster.move_settings import MoveSettings, document
 from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.succession import check_successor
 from storaged.errors import LayoutOvertaken, OperatorError
@@ -290,7 +291,7 @@ def status_of(layout: Layout, used: int = 8 << 30, free: int = 64 << 30, **chang
         }
         for node in layout.nodes
     ]
-    moving = {"partitions": 0, "objects": 0, "system": False}
+    moving = {"partitions": 0, "objects": 0, "system": False, "settings": document(MoveSettings())}
     return {"cluster": layout.cluster, "epoch": layout.epoch, "nodes": nodes, "moving": moving, **changes}
 
 
@@ -327,6 +328,27 @@ def test_a_plan_says_how_many_bytes_move(authority: Path, capsys: pytest.Capture
     assert "bytes that move       about" in text
     assert "whether 2 disks that are not in use yet have the room is not known" in text
     assert plan_of(authority, capsys)["bytes"] is None, "no cluster was asked"
+
+
+def test_a_plan_says_how_long_it_takes_at_the_pace_that_is_set(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (last,) = history_of(authority)
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
+    status = status_of(last)
+    found, text = planned_with(authority, status, capsys)
+    assert found["bytes"]["durations"]["fragments"] == {"seconds": None, "paused": False}
+    assert text.count("as fast as disks and network allow: no pace is set") == 2
+    status["moving"]["settings"] = document(MoveSettings(partitions_per_min=30, bytes_per_s=1 << 20))
+    found, text = planned_with(authority, status, capsys)
+    seconds = {job: one["seconds"] for job, one in found["bytes"]["durations"].items()}
+    assert seconds["partitions"] == pytest.approx(2 * found["replicas"]["moved"])
+    assert seconds["fragments"] == pytest.approx(found["bytes"]["moved"] / (4 << 20), rel=0.001), "four storage nodes"
+    assert "at the pace that is set" in text
+    status["moving"]["settings"] = document(MoveSettings(partitions_paused=True, partitions_per_min=30))
+    found, text = planned_with(authority, status, capsys)
+    assert found["bytes"]["durations"]["partitions"] == {"seconds": None, "paused": True}
+    assert "is paused" in text
 
 
 def test_a_plan_for_which_disks_are_too_small_is_refused(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,7 +390,7 @@ def test_a_plan_names_disks_that_were_not_drained_and_moves_that_have_not_ended(
     for node in status["nodes"]:
         for disk in node["disks"]:
             disk["state"] = "down" if disk["id"] == gone else "ok"
-    status["moving"] = {"partitions": 12, "objects": 3, "system": True}
+    status["moving"] |= {"partitions": 12, "objects": 3, "system": True}
     found, text = planned_with(authority, status, capsys)
     assert [label["code"] for label in found["labels"]] == ["MOVE_UNFINISHED"]
     assert "12 partitions, 3 objects, the system partition" in text
