@@ -184,6 +184,7 @@ class Cluster:
 
         access_key, secret_key = options.pop("keys", (self.settings["access_key"], self.settings["secret_key"]))
         region = options.pop("region_name", self.settings["region"])
+        endpoint = options.pop("endpoint_url", self.settings["endpoint"])
         config = Config(
             retries={"max_attempts": options.pop("attempts", 1), "mode": "standard"},
             max_pool_connections=options.pop("connections", 16),
@@ -192,7 +193,7 @@ class Cluster:
         ).merge(Config(**options))
         return boto3.session.Session().client(
             "s3",
-            endpoint_url=self.settings["endpoint"],
+            endpoint_url=endpoint,
             region_name=region,
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,

@@ -1,5 +1,9 @@
-"""``python -m tests.chaos kill|rack|flips|forget``: the long runs, on a cluster of their own in a temporary folder.
-The folder stays when something went wrong.
+"""``python -m tests.chaos kill|rack|flips|forget|change|grow``: the long runs, on a cluster of their own in a temporary
+folder. The folder stays when something went wrong.
+
+``change`` plays steps of administrators and faults on up to six servers, ``grow`` goes from three servers to six and
+back under load and measures. These two have a cluster of servers (``tests.servers``), the others one of ``storaged
+dev``.
 
 Progress goes to standard output while it runs. ``--json FILE`` gets a summary; the exit code is 1 if anything was lost,
 stale or corrupt.
@@ -21,11 +25,14 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.changing import Change
 from tests.chaos.control import STARTS_MAX
 from tests.chaos.forgetful import forget_disks
+from tests.chaos.growing import grow, table
 from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
 from tests.chaos.shelf import clocks_beside
 from tests.cluster import Cluster
+from tests.servers import Servers
 from tests.worlds.frozen_disk import frozen_disk
 
 HANGING_BYTES = 8 << 30
@@ -35,12 +42,16 @@ def main() -> int:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cluster is stopped then, too
     folder = Path(tempfile.mkdtemp(prefix="storaged-chaos-"))
-    cluster = Cluster(folder / "s3", workers=2)
+    changes = arguments.scenario in ("change", "grow")
+    cluster = Servers(folder / "servers") if changes else Cluster(folder / "s3", workers=2)
     started = time.time()
     with contextlib.ExitStack() as stack:
         options = forgetful_options(cluster, stack) if arguments.scenario == "forget" else {}
         try:
-            violations, found = play(start(cluster), arguments, options)
+            if isinstance(cluster, Servers):
+                violations, found = play_changes(cluster.create(gateways=2), arguments)
+            else:
+                violations, found = play(start(cluster), arguments, options)
         except BaseException:
             say(f"the cluster's files stay in {folder}")
             raise
@@ -73,12 +84,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget"])
+    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget", "change", "grow"])
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=600)
     length.add_argument("--minutes", type=float, help="instead of --seconds")
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--waves", type=int, default=25)
+    parser.add_argument("--objects", type=int, help="of change (40) and grow (2000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file for a summary", metavar="FILE")
     arguments = parser.parse_args()
@@ -113,6 +125,25 @@ def play(cluster: Cluster, arguments: argparse.Namespace, options: dict[str, Any
     for line in tally.noted + tally.violations():
         say(f"  {line}")
     return len(tally.violations()), tally.document()
+
+
+def play_changes(servers: Servers, arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Returns the number of violations and the summary."""
+    nemeses = arguments.scenario == "change"
+    objects = arguments.objects or (40 if nemeses else 2000)
+    change = Change(servers, seed=arguments.seed, objects=objects, nemeses=nemeses, say=say)
+    with change.load():
+        if nemeses:
+            change.run(arguments.seconds)
+        else:
+            grow(change)
+    change.judge()
+    document = change.document()
+    for line in change.workload.tally.noted + change.violations():
+        say(f"  {line}")
+    for line in table(document):
+        print(line)
+    return len(change.violations()), document
 
 
 def say(line: str) -> None:

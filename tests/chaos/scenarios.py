@@ -20,9 +20,9 @@ from tests.cluster import Cluster, children_of
 Report = Callable[[str], None]
 
 
-def workload_on(cluster: Cluster, bucket: str, **options: int | bool) -> Workload:
+def workload_on(cluster: Cluster, bucket: str, **options: int) -> Workload:
     cluster.boto3(attempts=5).create_bucket(Bucket=bucket)
-    return Workload(lambda: cluster.boto3(read_timeout_s=30), bucket, **options)  # type: ignore[arg-type]
+    return Workload(lambda: cluster.boto3(read_timeout_s=30), bucket, **options)
 
 
 def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool = True, say: Report = print) -> Tally:
@@ -96,7 +96,7 @@ def lose_a_rack(
     """A rack is killed under load and comes back; every request is retried once. Samples objects below target until the
     cluster is healthy again.
     """
-    workload = workload_on(cluster, f"rack-{seed}", seed=seed, retry=True)
+    workload = workload_on(cluster, f"rack-{seed}", seed=seed, attempts=2)
     outcome = RackOutcome(workload.tally)
     workload.start()
     try:

@@ -24,7 +24,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,12 @@ def content_of(key: str, number: int) -> bytes:
     source = random.Random(f"{key}/{number}")
     size = _class_of(source)
     return f"{key} {number}\n".encode() + source.randbytes(size)
+
+
+def percentile(latencies: Iterable[float], share: float) -> float:
+    """In milliseconds; 0 of nothing."""
+    found = sorted(latencies)
+    return round(1000 * found[min(len(found) - 1, int(share * len(found)))], 1) if found else 0.0
 
 
 def _class_of(source: random.Random) -> int:
@@ -114,9 +120,9 @@ class KeyJournal:
 
 @dataclass
 class Tally:
-    """What happened. ``failed`` counts requests that answered an error, ``failed_twice`` those whose one retry failed
-    too, ``unclean`` those that no client should see; ``noted`` has the first of these. ``done``: what was done to the
-    cluster, by name. ``logged``: errors in the nodes' logs.
+    """What happened. ``failed`` counts requests that answered an error, ``failed_twice`` those whose first retry failed
+    too, ``given_up`` those of which every attempt failed, ``unclean`` those that no client should see; ``noted`` has
+    the first of these. ``done``: what was done to the cluster, by name. ``logged``: errors in the nodes' logs.
     """
 
     acknowledged: int = 0
@@ -128,6 +134,7 @@ class Tally:
     done: Counter[str] = field(default_factory=Counter)
     logged: Counter[str] = field(default_factory=Counter)
     failed_twice: int = 0
+    given_up: int = 0
     lost: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     corrupt: list[str] = field(default_factory=list)
@@ -151,8 +158,10 @@ class Tally:
 
 
 class Workload:
-    """Threads that put, overwrite, delete and read through clients made by ``client``; ``retry`` tries a failed request
-    once more.
+    """Threads that put, overwrite, delete and read through clients made by ``client``.
+
+    ``attempts``: how often a request is tried, 2 with one retry. ``think_s``: the pause of a worker between requests.
+    ``latencies``: (moment on the monotonic clock, seconds) of each request that worked at its first attempt.
     """
 
     def __init__(
@@ -163,19 +172,22 @@ class Workload:
         workers: int = 6,
         keys_each: int = 12,
         seed: int = 1,
-        retry: bool = False,
+        attempts: int = 1,
+        think_s: float = 0.0,
     ) -> None:
         self._client = client
         self._bucket = bucket
         self._workers = workers
         self._keys_each = keys_each
         self._seed = seed
-        self._retry = retry
+        self._attempts = attempts
+        self._think_s = think_s
         self.outages = Outages()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self.journals: dict[str, KeyJournal] = {}
+        self.latencies: list[tuple[float, float]] = []
         self.tally = Tally()
 
     def start(self) -> None:
@@ -196,7 +208,7 @@ class Workload:
         keys = [f"w{worker}/k{i:02d}" for i in range(self._keys_each)]
         for key in keys:
             self.journals[key] = KeyJournal()
-        while not self._stop.is_set():
+        while not self._stop.wait(self._think_s):
             key = source.choice(keys)
             draw = source.random()
             if draw < 0.5:
@@ -210,28 +222,31 @@ class Workload:
 
     def _attempt(self, what: str, action: Callable[[], Any]) -> tuple[bool, Any]:
         """(True, result), or (False, error) after the retry, when there is one, failed too. ``what``: for the notes."""
-        for attempt in (1, 2):
+        failure: Exception | None = None
+        for attempt in range(1, self._attempts + 1):
             started = time.monotonic()
             try:
-                return True, action()
+                done = action()
+                if attempt == 1:
+                    self.latencies.append((started, time.monotonic() - started))
+                return True, done
             except ClientError as error:
                 status = error.response["ResponseMetadata"]["HTTPStatusCode"]
                 name = error.response["Error"].get("Code", str(status))
                 if status == 404 and name in ("NoSuchKey", "404"):
                     return True, None
                 self._count_failure(what, name, error, started, clean=status == 503 and name in CLEAN)
-                failure: Exception = error
+                failure = error
             except (BotoCoreError, OSError) as error:
                 excused = isinstance(error, BROKEN) and self.outages.during(started, time.monotonic())
                 self._count_failure(what, type(error).__name__, error, started, clean=excused)
                 failure = error
-            if not self._retry or attempt == 2:
-                with self._lock:
-                    self.tally.failed_twice += self._retry
-                time.sleep(0.5)  # a gateway that is away refuses thousands of connections a second
-                return False, failure
-            time.sleep(0.2)
-        raise AssertionError("not reached")
+            with self._lock:
+                self.tally.failed_twice += attempt == 2
+                self.tally.given_up += attempt == self._attempts
+            # A gateway that is away refuses thousands of connections a second.
+            time.sleep(0.5 if attempt == self._attempts else 0.2 * attempt)
+        return False, failure
 
     def _count_failure(self, what: str, name: str, error: Exception, started: float, *, clean: bool) -> None:
         with self._lock:
