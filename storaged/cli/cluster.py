@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from storaged.cli import layouts
+from storaged.cli import inviting, layouts
+from storaged.cli.disks import AS_JSON, FOLDER, find_node
 from storaged.errors import OperatorError
-
-if TYPE_CHECKING:  # a command imports what it needs when it runs
-    from storaged.cli import create as files
-
-ADMIN_GATEWAY = "127.0.0.1:8334"
-ADMIN_STORAGE = "127.0.0.1:8335"
 
 
 @click.group()
@@ -28,7 +22,7 @@ def cluster() -> None:
     """
 
 
-for command in (layouts.plan, layouts.disk, layouts.apply, layouts.fetch, layouts.adopt):
+for command in (layouts.plan, layouts.apply, layouts.fetch, layouts.adopt):
     cluster.add_command(command)
 
 
@@ -103,7 +97,8 @@ def create(directory: Path, name: str | None, profile: str, countries: str, juri
     default=None,
     metavar="HOST:PORT",
     help=(
-        f"Loopback address of health and metrics (default {ADMIN_GATEWAY}, of a storage node {ADMIN_STORAGE}; 'none':"
+        f"Loopback address of health and metrics (default {inviting.ADMIN_GATEWAY}, of a storage node"
+        f" {inviting.ADMIN_STORAGE}; 'none':"
         " no such port)."
     ),
 )
@@ -124,9 +119,7 @@ def issue(
     configuration as it would be now, and no config.toml: so a copy of it keeps the configuration of the server.
     """
     from storaged.cli import create as files
-    from storaged.cli.succeeding import layouts_after
     from storaged.cluster import issuing
-    from storaged.config import parse
 
     plan = files.load_plan(directory)
     authority = issuing.load_authority(directory)
@@ -136,29 +129,14 @@ def issue(
             f"{name} is a member already: its disks stay those it has. Without --disk its certificate is renewed."
         )
     role_names = tuple(role.strip() for role in roles.split(","))
-    if admin is None:
-        admin = ADMIN_GATEWAY if "gateway" in role_names else ADMIN_STORAGE
-    if address or "storage" in role_names:
-        _check_address("--address", address)
-    if admin != "none":
-        _check_address("--admin", admin)
-    node = files.NodePlan(
-        name, files.parse_location(rack), role_names, address, jurisdiction, files.new_disks(list(disks))
-    )
+    place = files.parse_location(rack)
+    node = files.NodePlan(name, place, role_names, address, jurisdiction, files.new_disks(list(disks)))
     if known is not None:
         node.disks = known.disks
     plan.admit(node)
     folder = directory / "nodes" / name
-    text = _config_of(node, state or f"/var/lib/storaged/{name}", admin)
-    _, mistakes = parse(text, folder)
-    if mistakes:
-        raise OperatorError("this node could not run:\n" + "\n".join(f"  {mistake.message}" for mistake in mistakes))
-    if known is not None:
-        plan.nodes[plan.nodes.index(known)] = node
-    else:
-        plan.nodes.append(node)
-    if (last := files.last_signed(authority, plan)) is not None:
-        layouts_after(plan, last)  # raises before anything is made when no layout could name this node
+    text = inviting.config_for(node, folder, state, admin)
+    inviting.with_node(authority, plan, node, known)  # raises before anything is made when no layout could name it
     files.issue_node(authority, node, folder, text, member=known is not None)
     files.save_plan(directory, plan)
     if known is not None:
@@ -169,29 +147,6 @@ def issue(
         return
     click.echo(f"{name}: certificate and configuration are in {folder}")
     click.echo(f"  When all nodes are there: storaged cluster layout {directory}")
-
-
-def _check_address(option: str, value: str) -> None:
-    from storaged.config import split_address
-
-    try:
-        split_address(value)
-    except ValueError as error:
-        raise OperatorError(f"{option}: {error}") from None
-
-
-def _config_of(node: files.NodePlan, place: str, admin: str) -> str:
-    """The configuration of a new node. ``place``: its own directory. ``admin``: its health port, or none."""
-    from storaged.cli import create as files
-
-    health = f"\n[admin]\nlisten = {files.quoted(admin)}\n" if admin != "none" else ""
-    if "gateway" not in node.roles:
-        return files.storage_config(node, place, node.address, health)
-    keys = {"keyring": f"{place}/keys/keyring", "credential": "$CREDENTIALS_DIRECTORY/keyring"}
-    text = files.gateway_config(node, place, "127.0.0.1:8333", "eu-fr-1", keys, health)
-    if "storage" in node.roles:
-        return text + files.storage_config(node, place, node.address).split('identity = "identity"\n', 1)[1]
-    return text + (f"\n[rpc]\nlisten = {files.quoted(node.address)}\n" if node.address else "")
 
 
 @cluster.command("methods")
@@ -226,50 +181,30 @@ def methods(as_json: bool) -> None:
 
 
 @cluster.command("renew")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("name")
-def renew(directory: Path, name: str) -> None:
-    """Make a new certificate for the member NAME. Its configuration and disks stay as they are."""
-    from storaged.cli import create as files
-    from storaged.cluster import issuing
+@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@click.argument("name", metavar="NODE")
+@inviting.VALID
+@AS_JSON
+def renew(directory: Path, name: str, valid: str, as_json: bool) -> None:
+    """Print a ticket for a new certificate of the member NODE, which makes a new key on its own server.
 
-    node = next((node for node in files.load_plan(directory).nodes if node.name == name), None)
-    if node is None:
-        raise OperatorError(f"{name!r} is no member of this cluster; new ones are made with: storaged cluster issue")
-    folder = directory / "nodes" / name
-    files.issue_node(issuing.load_authority(directory), node, folder, None, member=True)
-    click.echo(f"{name}: a new certificate is in {folder / 'identity'}")
-    click.echo(f"  Next: {_copy(folder, name)}")
+    Its configuration and disks stay as they are. The old certificate stays valid until it expires, or is revoked.
+    """
+    from storaged.cli import create as files
+    from storaged.cluster import issuing, tickets
+
+    plan = files.load_plan(directory)
+    node = find_node(plan, name)
+    ticket = inviting.keep_ticket(
+        issuing.load_authority(directory), plan, node, tickets.RENEW, "", inviting.parse_valid(valid)
+    )
+    group = "node" if "storage" in node.roles else "gateway"
+    inviting.say_ticket(ticket, f"storaged {group} join", f"/etc/storaged/{name}", as_json=as_json)
 
 
 def _copy(folder: Path, name: str) -> str:
     """The next step for an operator. It copies signed files only: the server's configuration may have been edited."""
     return f"copy {folder / 'identity'}/ to /etc/storaged/{name}/identity/ on its server, and reload the node"
-
-
-@cluster.command("remove")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("name")
-def remove(directory: Path, name: str) -> None:
-    """Take a node out of the list that layouts are made from: the next layout shuts it out.
-
-    What its disks have moves to others, or is rebuilt there when the node is gone. Drain its disks first if it runs.
-    """
-    from storaged.cli import create as files
-    from storaged.cli.succeeding import layouts_after
-    from storaged.cluster import issuing
-
-    plan = files.load_plan(directory)
-    if name not in [node.name for node in plan.nodes]:
-        raise OperatorError(
-            f"{name} is no node of this cluster; there are: {', '.join(node.name for node in plan.nodes)}"
-        )
-    plan.nodes = [node for node in plan.nodes if node.name != name]
-    if (last := files.last_signed(issuing.load_authority(directory), plan)) is not None:
-        layouts_after(plan, last)
-    files.save_plan(directory, plan)
-    click.echo(f"{name} is no longer in the list; its certificate is still valid until it expires.")
-    click.echo(f"  Next, to shut it out: storaged cluster layout {directory}")
 
 
 @cluster.command("layout")
@@ -310,7 +245,7 @@ def layout(directory: Path) -> None:
             click.echo(f"  storaged cluster apply {files.layout_path(authority, each.epoch).name}")
         click.echo(f"  (they are in {directory / 'layouts'})")
     for node in plan.nodes:
-        if node.name in named:
+        if node.name in named or not (directory / "nodes" / node.name / "config.toml").exists():
             continue  # its server has a folder already, and perhaps an edited configuration
         click.echo(f"  copy {directory / 'nodes' / node.name}/ to /etc/storaged/{node.name}/ on its server")
     if named and not moving:

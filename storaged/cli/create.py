@@ -11,13 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
-from storaged.cluster import issuing, signed_layout
+from storaged.cluster import issuing, signed_layout, tickets
 from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import PeerIdentity
 from storaged.durable import replace_file
-from storaged.errors import LayoutRefused, OperatorError
+from storaged.errors import LayoutRefused, LayoutUnsafe, OperatorError
 from storaged.ids import new_disk_id
 from storaged.wire import decode, encode
 
@@ -67,11 +69,24 @@ class ClusterPlan(msgspec.Struct):
 
     def admit(self, node: NodePlan) -> None:
         """Raises JurisdictionRefused, with the reason, for a node that this cluster does not admit."""
-        place = Location.parse(node.location)
-        peer = PeerIdentity(
-            node.name, place.country, place.site, place.rack, node.roles, node.jurisdiction or place.country
-        )
-        self.policy.admit(peer)
+        self.policy.admit(peer_of(self, node))
+
+
+class TicketRecord(msgspec.Struct):
+    """``tickets/ID.ticket``: a ticket that was made here, what its node will be, and the node's configuration."""
+
+    ticket: str
+    node: NodePlan
+    config: str = ""
+
+
+def peer_of(plan: ClusterPlan, node: NodePlan) -> PeerIdentity:
+    """What the certificate of a node says."""
+    place = Location.parse(node.location)
+    roles = tuple(sorted(node.roles))
+    return PeerIdentity(
+        node.name, place.country, place.site, place.rack, roles, node.jurisdiction or place.country, plan.cluster
+    )
 
 
 def load_plan(authority_directory: Path) -> ClusterPlan:
@@ -135,10 +150,38 @@ def issue_node(
         roles=node.roles,
         jurisdiction=node.jurisdiction,
     )
+    keep_certificate(authority, x509.load_pem_x509_certificate((folder / "identity" / "node.crt").read_bytes()))
     if member:
         (folder / "config.toml").unlink(missing_ok=True)
     if config_text is not None:
         write_private(folder / ("config.issued.toml" if member else "config.toml"), config_text.encode())
+
+
+def keep_certificate(authority: issuing.Authority, certificate: x509.Certificate) -> None:
+    """Keeps a certificate that was signed here, under its fingerprint, so that it can be revoked."""
+    name = certificate.fingerprint(hashes.SHA256()).hex()
+    content = certificate.public_bytes(serialization.Encoding.PEM)
+    write_private(authority.directory / "issued" / f"{name}.crt", content)
+
+
+def answer_for(
+    authority: issuing.Authority,
+    ticket: bytes,
+    certificate: x509.Certificate,
+    config: str,
+    last: tuple[signed_layout.SignedLayout, Layout] | None,
+) -> tickets.JoinAnswer:
+    """The answer to a request. ``last``: the newest signed layout, from which the node finds the others."""
+    base = _base_of(authority, last[1]) if last is not None else None
+    return tickets.JoinAnswer(
+        tickets.VERSION,
+        ticket,
+        certificate.public_bytes(serialization.Encoding.DER),
+        authority.certificate.public_bytes(serialization.Encoding.DER),
+        config,
+        encode(last[0]) if last is not None else b"",
+        base or b"",
+    )
 
 
 def last_signed(authority: issuing.Authority, plan: ClusterPlan) -> tuple[signed_layout.SignedLayout, Layout] | None:
@@ -191,13 +234,13 @@ def planned(plan: ClusterPlan, epoch: int) -> Layout:
 def layout_of(plan: ClusterPlan) -> Layout:
     """The first layout of a cluster, of all nodes in the plan.
 
-    Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a node that its policy does not
+    Raises LayoutUnsafe with every reason why it cannot work, JurisdictionRefused for a node that its policy does not
     admit.
     """
     bare = planned(plan, plan.epoch + 1)
     layout = msgspec.structs.replace(bare, seeds=seeds_of(bare))
     if problems := problems_of(layout):
-        raise OperatorError("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise LayoutUnsafe("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
     return layout
 
 

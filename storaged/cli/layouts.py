@@ -1,7 +1,6 @@
-"""``storaged cluster plan``, ``disk``, ``apply``, ``fetch``, ``adopt``: what the next layout is, and how it comes into
-force.
+"""``storaged cluster plan``, ``apply``, ``fetch``, ``adopt``: what the next layout is, and how it comes into force.
 
-``plan``, ``disk`` and ``adopt`` work on the folder with the authority's keys, ``apply`` and ``fetch`` ask a gateway.
+``plan`` and ``adopt`` work on the folder with the authority's keys, ``apply`` and ``fetch`` ask a gateway.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from storaged.errors import OperatorError
 from storaged.units import format_size
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
-    from storaged.cli import create as files
     from storaged.cli import planning
     from storaged.cli.forecast import ClusterFacts, Forecast, Label
     from storaged.cluster.layout import Layout
@@ -78,7 +76,7 @@ def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_js
         _print_plan(layouts, found, first=last is None)
         _print_data(labels, data)
         if not found.survives["meanwhile"] and found.survives["before"]:
-            click.echo("Drain disks that still answer (storaged cluster disk drain), and remove them afterwards.")
+            click.echo("Drain disks that still answer (storaged disk drain), and remove them afterwards.")
     if any(label.refused for label in labels):
         sys.exit(1)
 
@@ -127,127 +125,6 @@ def _print_data(labels: Sequence[Label], data: Forecast | None) -> None:
             click.echo(f"  whether {len(data.unknown)} disks that are not in use yet have the room is not known")
     for label in labels:
         click.echo(f"{'REFUSED  ' if label.refused else ''}{label.code}: {label.text}")
-
-
-@click.group("disk")
-def disk() -> None:
-    """Add, drain, remove or replace disks in the list that layouts are made from."""
-
-
-def _edit(directory: Path, node: str) -> tuple[files.ClusterPlan, files.NodePlan]:
-    from storaged.cli import create as files
-
-    listed = files.load_plan(directory)
-    found = next((one for one in listed.nodes if one.name == node), None)
-    if found is None:
-        names = ", ".join(one.name for one in listed.nodes)
-        raise OperatorError(f"{node} is no node of this cluster; there are: {names}")
-    if "storage" not in found.roles:
-        raise OperatorError(f"{node} is no storage node")
-    return listed, found
-
-
-def _find(node: files.NodePlan, named: str) -> files.DiskPlan:
-    """The disk with this id or directory. Raises OperatorError."""
-    found = [one for one in node.disks if named in (one.id, one.directory)]
-    if len(found) != 1:
-        disks = ", ".join(f"{one.directory} ({one.id})" for one in node.disks)
-        raise OperatorError(f"{node.name} has no disk {named!r}; there are: {disks}")
-    return found[0]
-
-
-def _save(directory: Path, listed: files.ClusterPlan, said: str) -> None:
-    """Saves the list if a layout could be made from it."""
-    from storaged.cli import create as files
-    from storaged.cli.succeeding import layouts_after
-    from storaged.cluster import issuing
-
-    if (last := files.last_signed(issuing.load_authority(directory), listed)) is not None:
-        layouts_after(listed, last)
-    files.save_plan(directory, listed)
-    click.echo(said)
-    click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
-
-
-def _section(one: files.DiskPlan) -> str:
-    from storaged.cli import create as files
-
-    return f'[[disks]]\nid = "{one.id}"\ndirectory = {files.quoted(one.directory)}'
-
-
-def _new(node: files.NodePlan, place: str, goes: files.DiskPlan | None = None) -> files.DiskPlan:
-    """A disk in ``place`` (``DIRECTORY`` or ``DIRECTORY:WEIGHT``), where only ``goes`` may be. Raises OperatorError."""
-    from storaged.cli import create as files
-
-    (found,) = files.new_disks([place])
-    if any(Path(one.directory) == Path(found.directory) for one in node.disks if one is not goes):
-        raise OperatorError(f"{node.name} has {'a' if goes is None else 'another'} disk in {found.directory}")
-    return found
-
-
-@disk.command("add")
-@click.argument("directory", type=FOLDER)
-@click.argument("node")
-@click.argument("place", metavar="DISK[:WEIGHT]")
-def disk_add(directory: Path, node: str, place: str) -> None:
-    """Add a disk to NODE. DISK is its directory on that server, WEIGHT its share."""
-    listed, found = _edit(directory, node)
-    added = _new(found, place)
-    found.disks.append(added)
-    said = f"{node}: disk {added.id} is in the list. Add to the configuration of {node}:\n{_section(added)}"
-    _save(directory, listed, said)
-
-
-@disk.command("drain")
-@click.argument("directory", type=FOLDER)
-@click.argument("node")
-@click.argument("named", metavar="DISK")
-def disk_drain(directory: Path, node: str, named: str) -> None:
-    """Let a disk of NODE give up what it has. DISK is its id or directory."""
-    listed, found = _edit(directory, node)
-    one = _find(found, named)
-    one.state = "draining"
-    _save(directory, listed, f"{node}: disk {one.id} in {one.directory} gets nothing new, and gives up what it has")
-
-
-@disk.command("remove")
-@click.argument("directory", type=FOLDER)
-@click.argument("node")
-@click.argument("named", metavar="DISK")
-def disk_remove(directory: Path, node: str, named: str) -> None:
-    """Take a disk of NODE out of the list, because it is empty or dead. DISK is its id or directory."""
-    listed, found = _edit(directory, node)
-    one = _find(found, named)
-    found.disks.remove(one)
-    said = (
-        f"{node}: disk {one.id} in {one.directory} is no longer in the list. When the layout is in force, take it out"
-        f" of the configuration of {node}"
-    )
-    _save(directory, listed, said)
-
-
-@disk.command("replace")
-@click.argument("directory", type=FOLDER)
-@click.argument("node")
-@click.argument("named", metavar="DISK")
-@click.argument("place", metavar="[NEW-DIRECTORY[:WEIGHT]]", default="")
-def disk_replace(directory: Path, node: str, named: str, place: str) -> None:
-    """Put a new, empty disk in the place of one of NODE. DISK is the old one's id or directory.
-
-    Without NEW-DIRECTORY and WEIGHT the new disk has those of the old one. Its id is its own, also in the same
-    directory: what the old one promised is forgotten with it.
-    """
-    listed, found = _edit(directory, node)
-    one = _find(found, named)
-    new = _new(found, place or one.directory, one)
-    if new.directory == (place or one.directory):  # without a weight
-        new.weight = one.weight
-    found.disks[found.disks.index(one)] = new
-    said = (
-        f"{node}: disk {new.id} is in the list for {one.id}. Exchange them in the configuration of {node}:"
-        f"\n{_section(new)}"
-    )
-    _save(directory, listed, said)
 
 
 @click.command("apply")

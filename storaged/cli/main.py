@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cluster": ("storaged.cli.cluster:cluster", "Make a cluster's certificates, configuration and layout."),
     "config": ("storaged.cli.run:config_group", "Check a configuration file."),
     "dev": ("storaged.cli.dev:dev", "A whole cluster on this machine, for trying."),
+    "disk": ("storaged.cli.disks:disk", "Add, drain, remove and replace disks."),
     "doctor": (
         "storaged.cli.operate:doctor",
         "Look for what will hurt later: clocks, disks, certificates, key backup.",
@@ -31,8 +32,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "env": ("storaged.cli.env:env", "Print the settings S3 clients need."),
     "explain": ("storaged.cli.operate:explain", "What a named error or state means, and what to do."),
     "fsck": ("storaged.cli.operate:fsck", "Check or rebuild a disk's index, while its node is stopped."),
+    "gateway": ("storaged.cli.nodes:gateway", "Invite gateways, and let them join."),
     "job": ("storaged.cli.jobs:job", "Long work; pause, resume and pace what moves data."),
     "keys": ("storaged.cli.keys:keys", "Make, back up and restore the keyring."),
+    "node": ("storaged.cli.nodes:node", "Invite servers, let them join, drain, remove and replace them."),
     "repair": ("storaged.cli.operate:repair", "How repair gets on."),
     "run": ("storaged.cli.run:run", "Run a node: the daemon."),
     "scrub": ("storaged.cli.operate:scrub", "Read and verify everything on the disks."),

@@ -17,14 +17,14 @@ from storaged.cluster.layout import Layout, problems_of
 from storaged.cluster.moves import moves_between
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.succession import base_after, check_successor, exchanged_seeds, next_epoch
-from storaged.errors import LayoutRefused, OperatorError
+from storaged.errors import LayoutRefused, LayoutUnsafe
 from storaged.wire import encode
 
 
 def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None) -> list[Layout]:
     """The layouts that bring the cluster from ``last`` to the nodes and disks of the plan, in their order.
 
-    Raises OperatorError with every reason why one cannot work, JurisdictionRefused for a node that the policy does not
+    Raises LayoutUnsafe with every reason why one cannot work, JurisdictionRefused for a node that the policy does not
     admit.
     """
     if last is None:
@@ -47,12 +47,12 @@ def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None) -
     try:
         return _chained(signed.hash, before, _steps(before, bare), highest)
     except LayoutRefused as error:
-        raise OperatorError(f"this layout cannot work: {error.message}") from None
+        raise LayoutUnsafe(f"this layout cannot work: {error.message}") from None
 
 
 def _check_works(layout: Layout) -> None:
     if problems := problems_of(layout):
-        raise OperatorError("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise LayoutUnsafe("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _steps(before: Layout, wanted: Layout) -> list[Layout]:

@@ -43,6 +43,11 @@ class Authority:
     certificate: x509.Certificate
     administration: ed25519.Ed25519PrivateKey
 
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the authority's certificate."""
+        return self.certificate.fingerprint(hashes.SHA256())
+
 
 def create_authority(directory: Path, cluster: str, *, now: datetime | None = None) -> Authority:
     """Creates the authority and the administration key of a new cluster.
@@ -81,10 +86,10 @@ def create_authority(directory: Path, cluster: str, *, now: datetime | None = No
         .sign(key, hashes.SHA256())
     )
     administration = ed25519.Ed25519PrivateKey.generate()
-    replace_file(directory / "administration.key", _private_pem(administration), 0o600)
-    replace_file(directory / "administration.pub", _public_pem(administration.public_key()), 0o644)
+    replace_file(directory / "administration.key", private_pem(administration), 0o600)
+    replace_file(directory / "administration.pub", public_pem(administration.public_key()), 0o644)
     replace_file(directory / "authority.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-    replace_file(directory / "authority.key", _private_pem(key), 0o600)
+    replace_file(directory / "authority.key", private_pem(key), 0o600)
     return Authority(directory, cluster, key, certificate, administration)
 
 
@@ -138,19 +143,28 @@ def issue(
         jurisdiction or place.country,
         authority.cluster,
     )
-    if problem := problem_of(peer):
-        raise OperatorError(f"No certificate for {name!r}: {problem}.")
-    for country in (peer.country, peer.jurisdiction):
-        if reason := outside_eu_law(country):
-            raise JurisdictionRefused(f"No certificate for {name!r}: {reason}.")
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = certify(authority, peer, key.public_key(), days=days, now=datetime.now(UTC))
+    certificate = certify_node(authority, peer, key.public_key(), days=days)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    replace_file(directory / "administration.pub", _public_pem(authority.administration.public_key()), 0o644)
+    replace_file(directory / "administration.pub", public_pem(authority.administration.public_key()), 0o644)
     replace_file(directory / "authority.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-    replace_file(directory / "node.key", _private_pem(key), 0o600)
+    replace_file(directory / "node.key", private_pem(key), 0o600)
     replace_file(directory / "node.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
     return identity_from(directory, certificate, authority.administration.public_key())
+
+
+def certify_node(
+    authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePublicKey, *, days: float = NODE_DAYS
+) -> x509.Certificate:
+    """Signs a certificate for ``key``. Raises JurisdictionRefused for a place or operator that no policy admits,
+    OperatorError for a bad name, place or role.
+    """
+    if problem := problem_of(peer):
+        raise OperatorError(f"No certificate for {peer.name!r}: {problem}.")
+    for country in (peer.country, peer.jurisdiction):
+        if reason := outside_eu_law(country):
+            raise JurisdictionRefused(f"No certificate for {peer.name!r}: {reason}.")
+    return certify(authority, peer, key, days=days, now=datetime.now(UTC))
 
 
 def certify(
@@ -204,11 +218,11 @@ def _usage(*, certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _private_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
+def private_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def _public_pem(key: ed25519.Ed25519PublicKey) -> bytes:
+def public_pem(key: ed25519.Ed25519PublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

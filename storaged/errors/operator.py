@@ -128,7 +128,7 @@ class DiskBlank(OperatorError):
     hint = (
         "Put back the disk, or the mount, that was there, and restart the node. A copy of the old disk is as good if it"
         " is complete (ddrescue without errors) and was made after the disk was used last. If the disk is gone, replace"
-        " it by a new one with a new id: `storaged cluster disk replace` where the authority's keys are, then `cluster"
+        " it by a new one with a new id: `storaged disk replace` where the authority's keys are, then `cluster"
         " layout` and, on a gateway, `cluster apply`. Nothing is lost meanwhile. No command makes a blank disk take"
         " part under the old id."
     )
@@ -208,6 +208,53 @@ class CertificateRefused(OperatorError):
     )
 
 
+class TicketInvalid(OperatorError):
+    """The ticket can't be read, or was altered."""
+
+    code = "TICKET_INVALID"
+    hint = "Copy the whole line that `storaged node invite` printed, or invite the node again. Nothing was changed."
+
+
+class TicketExpired(OperatorError):
+    """The ticket is too old."""
+
+    code = "TICKET_EXPIRED"
+    hint = (
+        "Compare the clocks of both machines. Then invite the node again; `--valid 24h` makes a ticket that lasts"
+        " longer. Nothing was changed."
+    )
+
+
+class TicketUsed(OperatorError):
+    """The ticket was used already: each signs one certificate."""
+
+    code = "TICKET_USED"
+    hint = (
+        "If that certificate is on its server, all is well. If you did not make that request, somebody else has read"
+        " the ticket: `storaged cluster revoke AUTHORITY NODE`. For another certificate make a new ticket: `storaged"
+        " node invite`, or `storaged cluster renew` for a member. Nothing was changed."
+    )
+
+
+class TicketForeign(OperatorError):
+    """The ticket, or the request, is of another cluster or another authority."""
+
+    code = "TICKET_FOREIGN"
+    hint = (
+        "Use the folder of the authority that made the ticket, or invite the node with this one. Nothing was changed."
+    )
+
+
+class JoinRefused(OperatorError):
+    """A request or an answer does not belong to the ticket, or to this node."""
+
+    code = "JOIN_REFUSED"
+    hint = (
+        "Copy the files again, and check that ticket, directory and files belong to one node. If they do, somebody may"
+        " have exchanged a file on its way. Nothing was changed."
+    )
+
+
 class JurisdictionRefused(OperatorError):
     """The node is not certified inside the jurisdiction that the policy allows."""
 
@@ -232,6 +279,19 @@ class LayoutRefused(OperatorError):
         "Put the cluster's layout back where the wrong one was offered from (`layout.signed` beside the node's"
         " certificate), and reload. A layout that moves data comes into force by `storaged cluster apply FILE` on a"
         " gateway."
+    )
+
+
+class LayoutUnsafe(OperatorError):
+    """No layout can be made from the list of nodes and disks: it would have too few racks, nodes or disks for the
+    profile or for the replicas of metadata, or a drain would end what the cluster survives today.
+    """
+
+    code = "LAYOUT_UNSAFE"
+    hint = (
+        "Nothing was changed. First add a server or a disk in another rack (`storaged node invite`, `storaged disk"
+        " add`), or let disks that drain take part again (`storaged node undrain`). `storaged cluster plan` shows what"
+        " a layout survives."
     )
 
 

@@ -22,7 +22,7 @@ class DiskNotDrained(Condition):
 
     code = "DISK_NOT_DRAINED"
     hint = (
-        "Drain it first (`storaged cluster disk drain`), apply that layout, and remove the disk when `storaged status`"
+        "Drain it first (`storaged disk drain`), apply that layout, and remove the disk when `storaged status`"
         " shows nothing that moves. Remove it at once only if it can't be read."
     )
 

@@ -91,7 +91,7 @@ def test_servers_are_added_and_what_moves_is_near_the_ideal(
 def test_a_seed_that_goes_is_exchanged_through_a_joint_layout(authority: Path) -> None:
     seed = history_of(authority)[0].seeds[2]
     assert seed == disk_of(authority, "n3", 0)
-    call("cluster", "disk", "remove", str(authority), "n3", seed)
+    call("disk", "remove", str(authority), "n3", seed)
     call("cluster", "layout", str(authority))
     _, joint, settled = history_of(authority)
     other = disk_of(authority, "n3", 0)
@@ -107,13 +107,13 @@ def test_a_disk_that_is_replaced_answers_no_more(
     authority: Path, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether it is a seed disk, which the joint layout still names, or another one."""
-    call("cluster", "disk", "replace", str(authority), "n3", disk_of(authority, "n3", number))
+    call("disk", "replace", str(authority), "n3", disk_of(authority, "n3", number))
     assert plan_of(authority, capsys)["survives"] == {"before": True, "meanwhile": False, "after": True}
 
 
 def test_a_server_with_a_seed_is_replaced_by_another(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2:4000")
-    call("cluster", "remove", str(authority), "n3")
+    call("node", "remove", str(authority), "n3")
     found = plan_of(authority, capsys)
     assert found["layouts"] == [100, 200]
     assert found["survives"] == {"before": True, "meanwhile": False, "after": True}, "n3 answers no more at once"
@@ -130,10 +130,10 @@ def test_a_server_that_is_drained_before_it_goes_leaves_no_gap(
 ) -> None:
     issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2:4000")
     for disk in ("/srv/disk1", "/srv/disk2"):
-        call("cluster", "disk", "drain", str(authority), "n3", disk)
+        call("disk", "drain", str(authority), "n3", disk)
     assert plan_of(authority, capsys)["survives"] == {"before": True, "meanwhile": True, "after": True}
     call("cluster", "layout", str(authority))
-    call("cluster", "remove", str(authority), "n3")
+    call("node", "remove", str(authority), "n3")
     found = plan_of(authority, capsys)
     assert (found["partitions"], found["replicas"]["moved"], found["fragments"]["moved"]) == (0, 0, 0)
     assert found["survives"] == {"before": True, "meanwhile": True, "after": True}
@@ -144,7 +144,7 @@ def test_a_server_that_is_drained_before_it_goes_leaves_no_gap(
 def test_two_seeds_are_exchanged_one_after_the_other(authority: Path) -> None:
     seeds = history_of(authority)[0].seeds
     for seed, node in zip(seeds[:2], ("n1", "n2"), strict=True):
-        call("cluster", "disk", "drain", str(authority), node, seed)
+        call("disk", "drain", str(authority), node, seed)
     call("cluster", "layout", str(authority))
     layouts = history_of(authority)
     assert [layout.seeds_step for layout in layouts] == [0, 1, 2, 3, 4]
@@ -154,13 +154,13 @@ def test_two_seeds_are_exchanged_one_after_the_other(authority: Path) -> None:
 
 def test_a_disk_is_replaced_under_an_id_of_its_own(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = disk_of(authority, "n2", 1)
-    call("cluster", "disk", "replace", str(authority), "n2", "/srv/disk2")
+    call("disk", "replace", str(authority), "n2", "/srv/disk2")
     after = disk_of(authority, "n2", 1)
     assert before != after
     assert f'id = "{after}"\ndirectory = "/srv/disk2"' in capsys.readouterr().out
     call("cluster", "layout", str(authority))
     assert history_of(authority)[1].disk_by_id[after].weight == 4000
-    call("cluster", "disk", "replace", str(authority), "n2", "/srv/disk2", "/srv/disk7:8000")
+    call("disk", "replace", str(authority), "n2", "/srv/disk2", "/srv/disk7:8000")
     (new,) = [one for one in create.load_plan(authority).nodes[1].disks if one.directory == "/srv/disk7"]
     assert (new.weight, new.id != after) == (8000, True)
 
@@ -185,16 +185,16 @@ def test_a_command_about_a_disk_that_is_not_there_changes_nothing(
 ) -> None:
     before = (authority / "cluster.json").read_bytes()
     with pytest.raises(OperatorError, match=said):
-        call("cluster", "disk", command[0], str(authority), *command[1:])
+        call("disk", command[0], str(authority), *command[1:])
     assert (authority / "cluster.json").read_bytes() == before
 
 
 def test_what_would_leave_too_few_racks_is_refused(authority: Path) -> None:
-    call("cluster", "disk", "drain", str(authority), "n3", "/srv/disk2")
+    call("disk", "drain", str(authority), "n3", "/srv/disk2")
     before = (authority / "cluster.json").read_bytes()
-    for command in (("disk", "drain", str(authority), "n3", "/srv/disk1"), ("remove", str(authority), "n3")):
+    for command in (("disk", "drain", str(authority), "n3", "/srv/disk1"), ("node", "remove", str(authority), "n3")):
         with pytest.raises(OperatorError, match="cannot work"):
-            call("cluster", *command)
+            call(*command)
     assert (authority / "cluster.json").read_bytes() == before
 
 
@@ -210,7 +210,7 @@ def test_a_folder_whose_layout_was_overtaken_adopts_the_one_that_was_decided(
     file = tmp_path / "fetched"
     file.write_bytes(encode(sign_layout(decided, loaded.administration)))
 
-    call("cluster", "disk", "remove", str(authority), "n3", "/srv/disk1")
+    call("disk", "remove", str(authority), "n3", "/srv/disk1")
     call("cluster", "layout", str(authority))
     assert create.load_plan(authority).epoch == 200
     call("cluster", "adopt", str(authority), str(file))
@@ -353,7 +353,7 @@ def test_a_plan_says_how_long_it_takes_at_the_pace_that_is_set(
 
 def test_a_plan_for_which_disks_are_too_small_is_refused(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (last,) = history_of(authority)
-    call("cluster", "disk", "drain", str(authority), "n3", disk_of(authority, "n3", 1))
+    call("disk", "drain", str(authority), "n3", disk_of(authority, "n3", 1))
     found, text = planned_with(authority, status_of(last, free=1 << 30), capsys, code=1)
     (label,) = found["labels"]
     assert (label["code"], label["refused"]) == ("PLAN_TOO_LITTLE_SPACE", True)
@@ -382,7 +382,7 @@ def test_a_plan_names_disks_that_were_not_drained_and_moves_that_have_not_ended(
 ) -> None:
     (last,) = history_of(authority)
     gone = disk_of(authority, "n3", 1)
-    call("cluster", "disk", "remove", str(authority), "n3", gone)
+    call("disk", "remove", str(authority), "n3", gone)
     status = status_of(last)
     found, text = planned_with(authority, status, capsys)
     assert [(label["code"], label["refused"]) for label in found["labels"]] == [("DISK_NOT_DRAINED", False)]
@@ -418,5 +418,5 @@ def test_a_layout_that_a_rack_stops_has_a_label() -> None:
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(args=["cluster", "--help"], prog_name="storaged", standalone_mode=False)
     out = capsys.readouterr().out
-    for name in ("plan", "apply", "fetch", "adopt", "disk", "layout"):
+    for name in ("plan", "apply", "fetch", "adopt", "renew", "layout"):
         assert name in out

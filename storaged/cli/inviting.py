@@ -1,0 +1,258 @@
+"""``storaged node invite`` and ``storaged gateway invite``: tickets for servers that will join.
+
+A ticket is kept in ``tickets/ID.ticket`` of the authority's folder, with all that its node will be. The list of nodes
+does not change before a request under the ticket was signed (``cli.joining``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from storaged.cli.disks import AS_JSON, FOLDER
+from storaged.errors import OperatorError
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from storaged.cli import create as files
+    from storaged.cluster import issuing, tickets
+
+ADMIN_GATEWAY = "127.0.0.1:8334"
+ADMIN_STORAGE = "127.0.0.1:8335"
+VALID_MAX_S = 30 * 86400.0
+
+
+def parse_valid(text: str) -> float:
+    """Seconds of ``15m``, ``24h``, ``2d``. Raises OperatorError."""
+    match = re.fullmatch(r"(\d{1,6})(s|m|h|d)", text.strip())
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else 0.0
+    if not 0 < seconds <= VALID_MAX_S:
+        raise OperatorError(f"--valid: {text!r} is no time up to 30 days; write it like 15m, 24h or 2d")
+    return seconds
+
+
+def check_address(option: str, value: str) -> None:
+    """Raises OperatorError for what is not HOST:PORT."""
+    from storaged.config import split_address
+
+    try:
+        split_address(value)
+    except ValueError as error:
+        raise OperatorError(f"{option}: {error}") from None
+
+
+def config_for(node: files.NodePlan, folder: Path, state: str, admin: str | None) -> str:
+    """The configuration of a new node, checked. ``state``: its own directory, empty for the usual one. ``admin``: its
+    health port, ``none``, or None for the usual one. Raises OperatorError.
+    """
+    from storaged.config import parse
+
+    if admin is None:
+        admin = ADMIN_GATEWAY if "gateway" in node.roles else ADMIN_STORAGE
+    if node.address or "storage" in node.roles:
+        check_address("--address", node.address)
+    if admin != "none":
+        check_address("--admin", admin)
+    text = _config_of(node, state or f"/var/lib/storaged/{node.name}", admin)
+    _, mistakes = parse(text, folder)
+    if mistakes:
+        raise OperatorError("this node could not run:\n" + "\n".join(f"  {mistake.message}" for mistake in mistakes))
+    return text
+
+
+def _config_of(node: files.NodePlan, place: str, admin: str) -> str:
+    from storaged.cli import create as files
+
+    health = f"\n[admin]\nlisten = {files.quoted(admin)}\n" if admin != "none" else ""
+    if "gateway" not in node.roles:
+        return files.storage_config(node, place, node.address, health)
+    keys = {"keyring": f"{place}/keys/keyring", "credential": "$CREDENTIALS_DIRECTORY/keyring"}
+    text = files.gateway_config(node, place, "127.0.0.1:8333", "eu-fr-1", keys, health)
+    if "storage" in node.roles:
+        return text + files.storage_config(node, place, node.address).split('identity = "identity"\n', 1)[1]
+    return text + (f"\n[rpc]\nlisten = {files.quoted(node.address)}\n" if node.address else "")
+
+
+def with_node(
+    authority: issuing.Authority, plan: files.ClusterPlan, node: files.NodePlan, instead_of: files.NodePlan | None
+) -> None:
+    """Puts a node into the list, in memory. Raises before that when the policy does not admit it, or when no layout
+    could name it.
+    """
+    from storaged.cli import create as files
+    from storaged.cli.succeeding import layouts_after
+    from storaged.cluster.identity import problem_of
+
+    peer = files.peer_of(plan, node)
+    if problem := problem_of(peer):
+        raise OperatorError(f"No certificate for {node.name!r}: {problem}.")
+    plan.admit(node)
+    if instead_of is not None:
+        plan.nodes[plan.nodes.index(instead_of)] = node
+    else:
+        plan.nodes.append(node)
+    if (last := files.last_signed(authority, plan)) is not None:
+        layouts_after(plan, last)
+
+
+ADDRESS = click.option("--address", required=True, metavar="HOST:PORT", help="Where other nodes call it.")
+RACK = click.option("--rack", required=True, help="COUNTRY/SITE/RACK, such as FR/par1/a.")
+JURISDICTION = click.option(
+    "--jurisdiction", default="", help="Country whose law the operator is under (default: the rack's)."
+)
+STATE = click.option("--state", default="", help="The node's own directory (default: /var/lib/storaged/NODE).")
+ADMIN = click.option(
+    "--admin",
+    default=None,
+    metavar="HOST:PORT",
+    help=(
+        f"Loopback address of health and metrics (default {ADMIN_GATEWAY}, of a storage node {ADMIN_STORAGE}; 'none':"
+        " no such port)."
+    ),
+)
+VALID = click.option("--valid", default="15m", show_default=True, help="How long the ticket is valid: 15m, 24h, 2d.")
+
+
+@click.command("invite")
+@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@click.argument("name", metavar="NODE")
+@RACK
+@click.option("--roles", default="storage", show_default=True, help="storage, or storage,gateway.")
+@ADDRESS
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="DIRECTORY[:WEIGHT]",
+    help="A disk's directory on that server; once a disk.",
+)
+@JURISDICTION
+@STATE
+@ADMIN
+@VALID
+@AS_JSON
+def invite_node(
+    directory: Path,
+    name: str,
+    rack: str,
+    roles: str,
+    address: str,
+    disks: tuple[str, ...],
+    jurisdiction: str,
+    state: str,
+    admin: str | None,
+    valid: str,
+    as_json: bool,
+) -> None:
+    """Print a ticket for the new storage node NODE. It is used once, by `storaged node join` on the server.
+
+    Who has the ticket can become this node: give it to the server's administrator only.
+    """
+    from storaged.cli import create as files
+
+    role_names = tuple(role.strip() for role in roles.split(","))
+    if "storage" not in role_names:
+        raise OperatorError("a node without disks is a gateway: storaged gateway invite")
+    place = files.parse_location(rack)
+    node = files.NodePlan(name, place, role_names, address, jurisdiction, files.new_disks(list(disks)))
+    _invite(directory, node, state, admin, valid, as_json=as_json)
+
+
+@click.command("invite")
+@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@click.argument("name", metavar="NODE")
+@RACK
+@ADDRESS
+@JURISDICTION
+@STATE
+@ADMIN
+@VALID
+@AS_JSON
+def invite_gateway(
+    directory: Path,
+    name: str,
+    rack: str,
+    address: str,
+    jurisdiction: str,
+    state: str,
+    admin: str | None,
+    valid: str,
+    as_json: bool,
+) -> None:
+    """Print a ticket for the new gateway NODE. It is used once, by `storaged gateway join` on the server.
+
+    At its address the other nodes call it, so that `status` knows whether it is up. Who has the ticket can become this
+    gateway, which has the keys: give it to the server's administrator only.
+    """
+    from storaged.cli import create as files
+
+    node = files.NodePlan(name, files.parse_location(rack), ("gateway",), address, jurisdiction)
+    _invite(directory, node, state, admin, valid, as_json=as_json)
+
+
+def _invite(directory: Path, node: files.NodePlan, state: str, admin: str | None, valid: str, *, as_json: bool) -> None:
+    from storaged.cli import create as files
+    from storaged.cluster import issuing, tickets
+
+    plan, authority = files.load_plan(directory), issuing.load_authority(directory)
+    if any(known.name == node.name for known in plan.nodes):
+        raise OperatorError(
+            f"{node.name} is a member already. For a new certificate: storaged cluster renew {directory} {node.name}"
+        )
+    text = config_for(node, directory / "nodes" / node.name, state, admin)
+    with_node(authority, plan, node, None)
+    ticket = keep_ticket(authority, plan, node, tickets.JOIN, text, parse_valid(valid))
+    group = "node" if "storage" in node.roles else "gateway"
+    say_ticket(ticket, f"storaged {group} join", f"/etc/storaged/{node.name}", as_json=as_json)
+
+
+def keep_ticket(
+    authority: issuing.Authority, plan: files.ClusterPlan, node: files.NodePlan, kind: str, config: str, valid_s: float
+) -> tickets.Ticket:
+    """Makes a ticket, and keeps it in the authority's folder."""
+    import msgspec
+
+    from storaged.cli import create as files
+    from storaged.cluster import tickets
+
+    peer = files.peer_of(plan, node)
+    ticket = tickets.Ticket(
+        tickets.VERSION,
+        kind,
+        authority.cluster,
+        authority.fingerprint,
+        authority.administration.public_key().public_bytes_raw(),
+        node.name,
+        f"{peer.country}/{peer.site}/{peer.rack}",
+        peer.roles,
+        int((time.time() + valid_s) * 1000),
+        secrets.token_bytes(tickets.ID_BYTES),
+        secrets.token_bytes(tickets.SECRET_BYTES),
+    )
+    record = files.TicketRecord(tickets.write_ticket(ticket), node, config)
+    files.write_private(ticket_path(authority.directory, ticket.id), msgspec.json.encode(record))
+    return ticket
+
+
+def say_ticket(ticket: tickets.Ticket, command: str, place: str, *, as_json: bool) -> None:
+    """Prints a ticket, and what to do with it."""
+    from storaged.cluster.tickets import write_ticket
+
+    text = write_ticket(ticket)
+    if as_json:
+        document = {"node": ticket.name, "kind": ticket.kind, "ticket": text, "until_ms": ticket.until_ms}
+        click.echo(json.dumps(document, indent=2))
+        return
+    until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ticket.until_ms / 1000))
+    click.echo(f"{ticket.name}: a ticket, to be used once, until {until}. Keep it secret.")
+    click.echo(f"  Next, on the server of {ticket.name}:  {command} TICKET {place}")
+    click.echo(text)
+
+
+def ticket_path(directory: Path, ticket: bytes) -> Path:
+    return directory / "tickets" / f"{ticket.hex()}.ticket"
