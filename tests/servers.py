@@ -43,6 +43,7 @@ class Server:
     folder: Path
     port: int = field(default_factory=free_port)
     s3_port: int = 0
+    ticket: str = ""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -76,6 +77,9 @@ class Servers(Cluster):
         self.authority = root / "authority"
         self.servers: dict[str, Server] = {}
         self.gateways: list[str] = []
+        self._epoch = 0
+        """Of the layout that was applied last."""
+        self._refusal = ""
 
     # --- what an administrator types
 
@@ -95,11 +99,11 @@ class Servers(Cluster):
             if name in racks:
                 self.begin(name)
         self.run("keys", "create", str(self.servers["gateway"].config))
-        self._start_gateway("gateway")
+        self.start_gateway("gateway")
         user = self._first_user()
         for name in names[1:]:
-            self._give_keyring(name)
-            self._start_gateway(name)
+            self.give_keyring(name)
+            self.start_gateway(name)
         self.wait_healthy(120)
         self.settings = {
             "endpoint": self.endpoint_of("gateway"),
@@ -111,7 +115,7 @@ class Servers(Cluster):
         self.boto3(attempts=5).create_bucket(Bucket="demo")
         return self
 
-    def _start_gateway(self, name: str) -> None:
+    def start_gateway(self, name: str) -> None:
         self.start_node(name)
         self.gateways.append(name)
 
@@ -127,7 +131,7 @@ class Servers(Cluster):
         self.wait_until(made, 60, "a first user")
         return found
 
-    def _give_keyring(self, name: str) -> None:
+    def give_keyring(self, name: str) -> None:
         """As for every further gateway: a backup of the first one's."""
         saved, passphrase = self.root / "keyring.backup", self.root / "passphrase"
         passphrase.write_text(PASSPHRASE + "\n")
@@ -155,6 +159,11 @@ class Servers(Cluster):
         """Copies the issued folder to its server. A gateway gets a port of its own."""
         server = self.server(name)
         shutil.copytree(self.authority / "nodes" / name, server.folder / "etc")
+        self.give_s3_port(name)
+
+    def give_s3_port(self, name: str) -> None:
+        """All gateways are on one machine here."""
+        server = self.servers[name]
         text = server.config.read_text()
         if "[s3]" in text:
             server.s3_port = free_port()
@@ -176,20 +185,17 @@ class Servers(Cluster):
 
     def apply(self, file: Path) -> None:
         """It may have to be repeated while rows of the system partition are copied, or a gateway is away."""
-        last: list[str] = []
+        self.wait_until(lambda: self.on_any("cluster", "apply", str(file)), 180, f"{file.name} in force")
+        self._epoch = int(file.stem.rpartition("-")[2])
 
-        def done() -> bool:
-            for gateway in self.gateways:
-                found = self.on(gateway, "cluster", "apply", str(file), check=False, timeout_s=120)
-                last[:] = [found.stderr]
-                if found.returncode == 0:
-                    return True
-            return False
-
-        try:
-            self.wait_until(done, 180, f"{file.name} in force")
-        except AssertionError as error:
-            raise AssertionError(f"{last}: {error}") from None
+    def on_any(self, *command: str) -> bool:
+        """Whether a command succeeds on one of the gateways."""
+        for name in self.gateways:
+            done = self.on(name, *command, check=False, timeout_s=120)
+            if done.returncode == 0:
+                return True
+            self._refusal = done.stderr
+        return False
 
     def change(self) -> dict[str, Any]:
         """``plan``, ``layout`` and ``apply`` of all layouts that this makes. Returns what ``plan`` said."""
@@ -200,24 +206,47 @@ class Servers(Cluster):
 
     def add(self, name: str, rack: str) -> dict[str, Any]:
         """A server more, as the guide says: it waits until the layout is in force. Returns what ``plan`` said."""
-        self.issue(name, rack)
+        self.invite(name, rack)
         planned = self.plan()
         files = self.layouts()
-        self.install(name)
+        self.join(name)
         self.begin(name)
         for file in files:
             self.apply(file)
         return planned
 
+    def invite(self, name: str, rack: str) -> None:
+        """A ticket, the key on the new server, and the certificate for it."""
+        server = self.server(name)
+        invited = self.run(
+            *("node", "invite", str(self.authority), name, "--rack", rack, "--admin", "none", "--json"),
+            *("--address", f"127.0.0.1:{server.port}", "--state", str(server.state)),
+            *(f"--disk={server.folder / disk}" for disk in DISKS),
+        )
+        server.ticket = json.loads(invited.stdout)["ticket"]
+        self.run("node", "join", server.ticket, str(server.config.parent))
+        self.run("node", "sign", str(self.authority), str(server.config.parent / "request"))
+
+    def join(self, name: str) -> None:
+        """With the answer, and so with the layout that was signed last."""
+        server, answer = self.servers[name], self.authority / "nodes" / name / "answer"
+        self.run("node", "join", server.ticket, str(server.config.parent), str(answer))
+
     def on(self, name: str, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """A command on one node's server."""
         return self.run("--dir", str(self.servers[name].state), *command, **options)
+
+    def drain(self, name: str) -> None:
+        self.run("node", "drain", str(self.authority), name)
+
+    def remove(self, name: str) -> None:
+        self.run("node", "remove", str(self.authority), name)
 
     def replace_disk(self, name: str, disk: str) -> tuple[str, str]:
         """``disk replace``, and what it says: the new id in the configuration. Returns the ids (old, new)."""
         server = self.servers[name]
         place = str(server.folder / disk)
-        said = self.run("cluster", "disk", "replace", str(self.authority), name, place).stdout
+        said = self.run("disk", "replace", str(self.authority), name, place).stdout
         found = re.search(r"disk (\w+) is in the list for (\w+)", said)
         assert found, said
         new, old = found.groups()
@@ -232,9 +261,14 @@ class Servers(Cluster):
         assert server.process is None or server.process.poll() is not None, f"{name} runs"
         command = [STORAGED, "run", str(server.config), "--parent", str(os.getpid())]
         with server.log.open("ab") as log:
-            # All in one session: between sessions Linux divides the machine regardless of what they do.
+            # A session for each, as units have: Linux divides a busy machine between sessions, so none starves.
             server.process = subprocess.Popen(
-                command, env=self.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, process_group=0
+                command,
+                env=self.environment(),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def start_node(self, name: str) -> None:
@@ -262,6 +296,9 @@ class Servers(Cluster):
 
     def stop_node(self, name: str) -> int:
         return self._end(name, signal.SIGTERM)
+
+    def reload(self, name: str) -> None:
+        os.kill(self.pid_of(name), signal.SIGHUP)
 
     def kill_node(self, name: str) -> int:
         return self._end(name, signal.SIGKILL)
@@ -326,7 +363,7 @@ class Servers(Cluster):
         """What is not yet where the layout wants it; empty when everything is."""
         status = self.status()
         moving = status["moving"]
-        if not moving or not status["objects_counted"]:
+        if not moving or not status["objects_counted"] or status["epoch"] < self._epoch:
             return "not counted yet"
         left = {name: moving[name] for name in ("partitions", "system", "objects") if moving[name] not in (0, False)}
         if status["objects_below_target"]:
@@ -345,7 +382,8 @@ class Servers(Cluster):
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
     def log_tail(self, lines: int = 40) -> str:
-        return "\n".join(f"{name}: {self.log_of(name, max(2, lines // 8))}" for name in self.servers)
+        logs = [f"{name}: {self.log_of(name, max(2, lines // 8))}" for name in self.servers]
+        return "\n".join([self._refusal, *logs])
 
     @contextlib.contextmanager
     def stands_still(self, name: str, seconds: float) -> Iterator[None]:

@@ -210,6 +210,9 @@ class Change:
 
     def nemesis(self) -> None:
         """One fault and its end. Gateways first of all: one of them moves the partitions."""
+        if self.source.random() < 0.1:
+            self.pause_moves()
+            return
         storage = [name for name in self.members if self.servers.runs(name)]
         gateway = self.source.random() < 0.5
         victim = self.source.choice(self.servers.gateways if gateway else storage)
@@ -231,6 +234,18 @@ class Change:
         if not gateway:
             self.wait_whole(victim)
         self.away.back(victim)
+
+    def pause_moves(self) -> None:
+        """An administrator stops the moves for a while."""
+        job = self.source.choice(("partitions", "fragments"))
+        for action in ("pause", "resume"):
+            self.servers.wait_until(
+                lambda: self.servers.on_any("job", action, job),  # noqa: B023
+                60,
+                f"job {action} {job}",
+            )
+            time.sleep(self.source.uniform(1, 5))
+        self.away.played[f"pause and resume {job}"] += 1
 
     def come_back(self, gone: Left) -> None:
         """The folder of a server that was removed is started again. It must not take part."""
@@ -264,12 +279,10 @@ def add(run: Change) -> None:
 def drain(run: Change) -> None:
     """Its disks give up what they have; then it is removed and stopped."""
     name = run.source.choice(list(run.members))
-    server, authority = run.servers.servers[name], str(run.servers.authority)
     run.remember_folder()
-    for disk in DISKS:
-        run.servers.run("cluster", "disk", "drain", authority, name, str(server.folder / disk))
+    run.servers.drain(name)
     run.change("drain a server")
-    run.servers.run("cluster", "remove", authority, name)
+    run.servers.remove(name)
     del run.members[name]
     run.change("remove a drained server")
     run.servers.stop_node(name)
@@ -283,7 +296,7 @@ def lose(run: Change) -> None:
     run.servers.kill_node(name)
     run.away.take(name, run.disks_of(name))
     time.sleep(run.source.uniform(0, 5))
-    run.servers.run("cluster", "remove", str(run.servers.authority), name)
+    run.servers.remove(name)
     del run.members[name]
     run.change("remove a lost server")
     run.away.back(name)
@@ -353,7 +366,7 @@ def two_administrators(run: Change) -> None:
     for folder in (mine, other):
         servers.authority = folder
         name, rack = run.new_server()
-        servers.issue(name, rack)
+        servers.invite(name, rack)
         (file,) = servers.layouts()
         wanted.append((folder, name, rack, file))
     with ThreadPoolExecutor(2) as pool:
@@ -370,7 +383,7 @@ def two_administrators(run: Change) -> None:
     loser, lost_name, _, _ = wanted[1 - won[0]]
     shutil.rmtree(loser)
     shutil.rmtree(servers.servers.pop(lost_name).folder)
-    servers.install(name)
+    servers.join(name)
     servers.begin(name)
     with run.moving("two administrators add a server") as move:
         run.members[name] = rack
@@ -385,7 +398,7 @@ def plan_on_an_older_layout(run: Change) -> None:
     kept, servers.authority = servers.authority, run.older
     try:
         name, rack = run.new_server()
-        servers.issue(name, rack)
+        servers.invite(name, rack)
         file = servers.layouts()[0]
         done = servers.on(servers.gateways[-1], "cluster", "apply", str(file), check=False, timeout_s=120)
     finally:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.chaos.changing import RACKS, Change
-from tests.servers import DISKS
 
 REST_S = 20.0
 """So long the cluster is measured at rest, before and after."""
@@ -19,14 +18,14 @@ def grow(run: Change) -> None:
     """One layout brings the three servers, one takes what they have from the three first ones, one ends these."""
     time.sleep(REST_S)
     first, more = list(run.members), dict(zip(("n4", "n5", "n6"), RACKS[3:], strict=True))
-    servers, authority = run.servers, str(run.servers.authority)
+    servers = run.servers
     for name, rack in more.items():
-        servers.issue(name, rack)
+        servers.invite(name, rack)
     with run.moving("3 to 6 servers") as move:
         move.update(servers.plan())
         files = servers.layouts()
         for name in more:
-            servers.install(name)
+            servers.join(name)
             servers.begin(name)
         for file in files:
             servers.apply(file)
@@ -35,11 +34,10 @@ def grow(run: Change) -> None:
         run.wait_whole(name)
     time.sleep(REST_S)
     for name in first:
-        for disk in DISKS:
-            servers.run("cluster", "disk", "drain", authority, name, str(servers.servers[name].folder / disk))
+        servers.drain(name)
     run.change("6 to 3 servers: drain")
     for name in first:
-        servers.run("cluster", "remove", authority, name)
+        servers.remove(name)
         del run.members[name]
     run.change("6 to 3 servers: remove")
     for name in first:

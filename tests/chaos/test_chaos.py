@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.changing import ADD, COME_BACK, LOSE, OLDER, Change
 from tests.chaos.forgetful import forget_disks
 from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
 from tests.cluster import Cluster
+from tests.servers import Servers
 
 SECONDS = float(os.environ.get("STORAGED_CHAOS_SECONDS", "20"))
 
@@ -53,3 +55,19 @@ def test_disks_that_forget_under_load_are_refused_by_name_and_lose_nothing(chaos
     assert [error for error in tally.noted if "Timeout" not in error] == []
     assert tally.acknowledged > 20
     assert tally.reads > 20
+
+
+def test_a_server_comes_and_another_is_lost_for_good_under_load_and_faults(tmp_path: Path) -> None:
+    servers = Servers(tmp_path / "servers")
+    try:
+        run = Change(servers.create(gateways=2), objects=30)
+        with run.load():
+            for step in (ADD, OLDER, LOSE, COME_BACK):
+                run.step(step)
+        run.judge()
+    finally:
+        servers.stop()
+    assert run.violations() == []
+    assert run.away.played.total() > 0
+    assert run.counters.acknowledged.total() > 20
+    assert run.workload.tally.acknowledged > 20
