@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from storaged.cli import inviting, layouts
+from storaged.cli.abort import abort
 from storaged.cli.disks import AS_JSON, FOLDER, find_node
 from storaged.errors import OperatorError
 
@@ -22,7 +23,7 @@ def cluster() -> None:
     """
 
 
-for command in (layouts.plan, layouts.apply, layouts.fetch, layouts.adopt):
+for command in (layouts.plan, layouts.apply, layouts.fetch, layouts.adopt, abort):
     cluster.add_command(command)
 
 
@@ -216,41 +217,13 @@ def layout(directory: Path) -> None:
     cluster plan` shows what it moves.
     """
     from storaged.cli import create as files
+    from storaged.cli.signing import say_signed, sign_all
     from storaged.cli.succeeding import layouts_after
     from storaged.cluster import issuing
-    from storaged.cluster.layout import weaknesses
-    from storaged.cluster.succession import is_numbered_as_moving
 
     plan = files.load_plan(directory)
     authority = issuing.load_authority(directory)
     last = files.last_signed(authority, plan)
     made = layouts_after(plan, last)
-    if last is not None:
-        files.keep_layout(authority, *last)
-    for each in made:
-        files.sign_layout(authority, each, [directory / "nodes" / node.name for node in plan.nodes])
-        plan.epoch = each.epoch
-        files.save_plan(directory, plan)
-        click.echo(
-            f"layout {each.epoch}: {len(each.nodes)} nodes, {len(each.disks)} disks, {each.profile}, a failure"
-            f" domain is a {each.domain_kind}"
-        )
-    for text in weaknesses(made[-1]):
-        click.echo(f"  LAYOUT_WEAK: {text}")
-    named = {node.name for node in last[1].nodes} if last is not None else set()
-    moving = last is not None and is_numbered_as_moving(made[-1])
-    if moving:
-        click.echo("  These layouts move data. On a gateway, one after the other:")
-        for each in made:
-            click.echo(f"  storaged cluster apply {files.layout_path(authority, each.epoch).name}")
-        click.echo(f"  (they are in {directory / 'layouts'})")
-    for node in plan.nodes:
-        if node.name in named or not (directory / "nodes" / node.name / "config.toml").exists():
-            continue  # its server has a folder already, and perhaps an edited configuration
-        click.echo(f"  copy {directory / 'nodes' / node.name}/ to /etc/storaged/{node.name}/ on its server")
-    if named and not moving:
-        signed_file = directory / files.LAYOUT_NAME
-        click.echo(
-            f"  copy {signed_file} to /etc/storaged/NODE/identity/ on one server that runs, and reload that node:"
-        )
-        click.echo("  the others learn the layout from it")
+    sign_all(directory, authority, plan, last, made)
+    say_signed(directory, authority, plan, last, made)

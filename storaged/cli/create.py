@@ -53,7 +53,11 @@ class NodePlan(msgspec.Struct):
 
 
 class ClusterPlan(msgspec.Struct):
-    """The nodes of the next layout. ``epoch`` is the newest signed layout's, 0 when there is none."""
+    """The nodes of the next layout. ``epoch`` is that of the newest layout here, 0 when there is none.
+
+    ``signed`` is the highest epoch that was ever signed here, also of a layout that was overtaken: two layouts never
+    get one epoch. ``before``: the epoch of the layout from which the last signed change went out; 0 when unknown.
+    """
 
     cluster: str
     profile: str = "4+2"
@@ -61,6 +65,8 @@ class ClusterPlan(msgspec.Struct):
     nodes: list[NodePlan] = []
     countries: tuple[str, ...] = ()
     jurisdictions: tuple[str, ...] = ()
+    signed: int = 0
+    before: int = 0
 
     @property
     def policy(self) -> Policy:

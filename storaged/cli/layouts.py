@@ -185,7 +185,8 @@ def adopt(directory: Path, file: Path) -> None:
             files.write_private(path, encode(signed))
     files.keep_layout(authority, signed, layout)
     files.write_private(directory / files.LAYOUT_NAME, encode(signed))
-    listed.epoch = layout.epoch
+    listed.signed = max(listed.signed, listed.epoch)
+    listed.epoch, listed.before = layout.epoch, 0
     files.save_plan(directory, listed)
     click.echo(f"layout {layout.epoch} is the last one of {directory}")
     click.echo(f"  Next: storaged cluster plan {directory}, which shows how the list of nodes differs from it")

@@ -30,7 +30,7 @@ def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None) -
     if last is None:
         return [layout_of(plan)]
     signed, before = last
-    highest = max(plan.epoch, before.epoch)
+    highest = max(plan.epoch, plan.signed, before.epoch)
     bare = replace(
         planned(plan, next_epoch(highest, moving=False)),
         replicas=before.replicas,

@@ -115,6 +115,32 @@ async def test_a_paused_move_begins_nothing_and_leaves_nothing_joint(world: Worl
         assert await world.gateway.get(name) == name.pack()
 
 
+async def test_a_change_that_is_taken_back_midway_ends_where_it_began(world: World) -> None:
+    for name in names():
+        await world.gateway.put(name, b"before")
+    world.gateway.mover = mover = PartitionMover(
+        world.gateway.ports, at_once=2, joint_max=4, lost_s=1e9, partitions=MOVED
+    )
+    await world.learn()
+    layouts = world.gateway.layouts
+    while not sum(layouts.partition(number).step == 2 for number in MOVED) > 4:
+        assert await mover.round()
+    assert any(layouts.partition(number).coming for number in MOVED)
+    assert any(layouts.partition(number).step == 0 for number in MOVED)
+    draining = tuple(replace(disk, state="draining") if disk.node == "nd" else disk for disk in world.after.disks)
+    world.after = replace(world.after, epoch=3, disks=draining)
+    for gateway in (world.gateway, world.other):
+        gateway.layouts.learn(world.after)
+    for name in names()[::3]:
+        await world.other.put(name, b"meanwhile")
+    await world.move()
+    for number in MOVED:
+        assert set(layouts.partition(number).present) == set(world.before.replicas_of(number))
+    world.disks.away = {"d0"}
+    for index, name in enumerate(names()):
+        assert await world.other.get(name) == (b"before" if index % 3 else b"meanwhile")
+
+
 async def test_exchanges_begin_within_the_pace(world: World) -> None:
     settings, clock = MoveSettings(partitions_per_min=6), ManualClock()
     ports = replace_ports(world.gateway.ports, settings=lambda: settings, clock=clock, gateways=lambda: 2)

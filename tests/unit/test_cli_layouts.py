@@ -215,7 +215,7 @@ def test_a_folder_whose_layout_was_overtaken_adopts_the_one_that_was_decided(
     assert create.load_plan(authority).epoch == 200
     call("cluster", "adopt", str(authority), str(file))
     found = plan_of(authority, capsys)
-    assert (found["last"], found["layouts"]) == (100, [200, 300])
+    assert (found["last"], found["layouts"]) == (100, [300, 400]), "200 was signed here already, for another layout"
     assert any("of n5 is gone" in change for change in found["changes"])
     call("cluster", "layout", str(authority))
     with pytest.raises(OperatorError, match="no layout of this cluster"):
@@ -415,8 +415,79 @@ def test_a_layout_that_a_rack_stops_has_a_label() -> None:
     assert "fewer than three nodes" in weaknesses(one)[0]
 
 
+# --- taking back
+
+
+def places_of(layout: Layout) -> list[tuple[str, ...]]:
+    return [tuple(sorted(layout.replicas_of(number))) for number in range(1024)]
+
+
+def test_a_change_is_taken_back_and_what_it_added_drains(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
+    drained = disk_of(authority, "n2", 1)
+    call("disk", "drain", str(authority), "n2", drained)
+    call("cluster", "layout", str(authority))
+    first, changed = history_of(authority)
+    assert places_of(first) != places_of(changed)
+    capsys.readouterr()
+    call("cluster", "abort", str(authority), "--dry-run", "--json")
+    found = json.loads(capsys.readouterr().out)
+    new = [disk.id for disk in changed.disks if disk.node == "n4"]
+    assert (found["to"], found["signed"], found["layouts"]) == (1, False, [200])
+    assert (found["back"], found["going"], found["nodes"]) == ([drained], new, [])
+    assert len(history_of(authority)) == 2, "a dry run signs nothing"
+    call("cluster", "abort", str(authority))
+    said = capsys.readouterr().out
+    assert f"disk {new[0]} gives up what it has" in said
+    assert "storaged cluster apply layout-200.signed" in said
+    taken_back = history_of(authority)[-1]
+    assert places_of(taken_back) == places_of(first)
+    assert {disk: taken_back.disk_by_id[disk].state for disk in new} == dict.fromkeys(new, "draining")
+    call("node", "remove", str(authority), "n4")
+    call("cluster", "layout", str(authority))
+    assert places_of(history_of(authority)[-1]) == places_of(first)
+
+
+def test_a_server_that_was_removed_is_named_again_with_its_seed(authority: Path) -> None:
+    (first,) = history_of(authority)
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
+    call("node", "remove", str(authority), "n3")
+    call("cluster", "layout", str(authority))
+    assert [layout.epoch for layout in history_of(authority)] == [1, 100, 200]
+    call("cluster", "abort", str(authority))
+    layouts = history_of(authority)
+    assert [layout.epoch for layout in layouts] == [1, 100, 200, 300, 400], "the seed disk is exchanged, too"
+    assert places_of(layouts[-1]) == places_of(first)
+    assert [layouts[-1].node_of(seed) for seed in layouts[-1].seeds] == [first.node_of(seed) for seed in first.seeds]
+    plan = create.load_plan(authority)
+    (n3,) = (node for node in plan.nodes if node.name == "n3")
+    assert [disk.directory for disk in n3.disks] == ["/srv/disk1", "/srv/disk2"], "as its configuration has them"
+    call("cluster", "abort", str(authority))  # and this is taken back, too
+    again = history_of(authority)[-1]
+    assert places_of(again) == places_of(layouts[2])
+
+
+def test_what_can_not_be_taken_back_is_named(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(said: str, *options: str) -> None:
+        before = (authority / "cluster.json").read_bytes()
+        with pytest.raises(OperatorError, match=said):
+            call("cluster", "abort", str(authority), *options)
+        assert (authority / "cluster.json").read_bytes() == before
+        assert len(history_of(authority)) == layouts
+
+    layouts = 1
+    refused("does not know from which layout")
+    refused("layout 1 is not earlier than the last one, 1", "--to", "1")
+    call("disk", "replace", str(authority), "n3", "/srv/disk2")
+    refused("has changes that were not signed", "--to", "1")
+    call("cluster", "layout", str(authority))
+    layouts = 2
+    refused("was replaced by .* in the same directory, /srv/disk2: what it had is gone")
+    refused("layout 7 is not in this folder", "--to", "7")
+
+
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(args=["cluster", "--help"], prog_name="storaged", standalone_mode=False)
     out = capsys.readouterr().out
-    for name in ("plan", "apply", "fetch", "adopt", "renew", "layout"):
+    for name in ("plan", "apply", "fetch", "adopt", "renew", "layout", "abort"):
         assert name in out
