@@ -223,7 +223,10 @@ class Servers(Cluster):
             *("--address", f"127.0.0.1:{server.port}", "--state", str(server.state)),
             *(f"--disk={server.folder / disk}" for disk in DISKS),
         )
-        server.ticket = json.loads(invited.stdout)["ticket"]
+        self._ask_certificate(server, invited.stdout)
+
+    def _ask_certificate(self, server: Server, invited: str) -> None:
+        server.ticket = json.loads(invited)["ticket"]
         self.run("node", "join", server.ticket, str(server.config.parent))
         self.run("node", "sign", str(self.authority), str(server.config.parent / "request"))
 
@@ -232,12 +235,21 @@ class Servers(Cluster):
         server, answer = self.servers[name], self.authority / "nodes" / name / "answer"
         self.run("node", "join", server.ticket, str(server.config.parent), str(answer))
 
+    def renew(self, name: str) -> None:
+        """A new certificate for a new key. The node is not reloaded."""
+        invited = self.run("cluster", "renew", str(self.authority), name, "--json")
+        self._ask_certificate(self.servers[name], invited.stdout)
+        self.join(name)
+
     def on(self, name: str, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """A command on one node's server."""
         return self.run("--dir", str(self.servers[name].state), *command, **options)
 
     def drain(self, name: str) -> None:
         self.run("node", "drain", str(self.authority), name)
+
+    def undrain(self, name: str) -> None:
+        self.run("node", "undrain", str(self.authority), name)
 
     def remove(self, name: str) -> None:
         self.run("node", "remove", str(self.authority), name)

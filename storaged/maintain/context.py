@@ -23,7 +23,6 @@ from storaged.meta.messages import Accept, AcceptReply
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import PageCopies, Registers, Scanner
 from storaged.meta.store_ports import MetaStore
-from storaged.tasks import TaskGroup
 from storaged.units import MIB
 from storaged.wire import Buffer
 
@@ -152,7 +151,7 @@ async def concurrently(work: Iterable[Awaitable[None]], workers: int) -> None:
         for some in queue:
             await some
 
-    async with TaskGroup() as group:
+    async with asyncio.TaskGroup() as group:
         for first in islice(queue, workers):
             group.create_task(worker(first))
 

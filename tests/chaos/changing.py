@@ -27,6 +27,7 @@ from storaged.cli import create
 from storaged.cluster.issuing import load_authority
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from tests.chaos.away import Away
+from tests.chaos.beside import Beside
 from tests.chaos.counters import Counters
 from tests.chaos.objects import Objects, movement
 from tests.chaos.workload import Workload, percentile
@@ -37,6 +38,7 @@ RACKS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c", "FR/lyo2/d", "DE/fra1/e", "DE/be
 NODES_MIN, NODES_MAX = 3, 6
 MOVED_S = 120.0
 """A guard (times ``SLOWNESS``): so long a change may move, whatever else happens."""
+ATTEMPTS = 10
 SAMPLE = 12
 """Objects whose blocks are looked at before a fault."""
 
@@ -172,11 +174,16 @@ class Change:
     def moving(self, what: str) -> Iterator[dict[str, Any]]:
         """The block brings a change into force, and puts into the value what ``plan`` said of it."""
         before, started = self.objects.places(self.servers), time.monotonic()
+        beside = Beside(self.servers.in_turns(attempts=ATTEMPTS), len(self.moves))
+        beside.begin()
         self.phases.append((started, MOVING))
         move: dict[str, Any] = {"what": what}
         yield move
         self.away.begin_move(replicas(self.layout()))
+        beside.middle()
         self.settle()
+        beside.end()
+        self.wrong.extend(beside.wrong)
         self.away.end_move()
         self.phases.append((time.monotonic(), REST))
         seconds = time.monotonic() - started
@@ -287,6 +294,29 @@ def drain(run: Change) -> None:
     run.change("remove a drained server")
     run.servers.stop_node(name)
     run.left.append(Left(name, "was drained and removed"))
+
+
+def undrain(run: Change) -> None:
+    """An administrator thinks again, in the middle of a drain."""
+    name = run.source.choice(list(run.members))
+    run.remember_folder()
+    with run.moving("drain a server and undrain it") as move:
+        run.servers.drain(name)
+        move.update(run.servers.change())
+        run.away.begin_move(replicas(run.layout()))
+        time.sleep(run.source.uniform(0, 8))
+        run.servers.undrain(name)
+        run.servers.change()
+
+
+def renew(run: Change) -> None:
+    """A node gets a new certificate for a new key, and presents it after a reload."""
+    name = run.source.choice([*run.members, *run.servers.gateways])
+    run.servers.renew(name)
+    run.servers.reload(name)
+    run.servers.wait_until(
+        lambda: "this node presents a new certificate" in run.servers.log_of(name, 200), 60, f"{name} is renewed"
+    )
 
 
 def lose(run: Change) -> None:
@@ -412,9 +442,11 @@ def plan_on_an_older_layout(run: Change) -> None:
 
 ADD = Step("add a server", lambda run: len(run.members) < NODES_MAX, add)
 DRAIN = Step("drain and remove a server", lambda run: len(run.members) > NODES_MIN, drain)
+UNDRAIN = Step("drain and undrain a server", lambda run: len(run.members) > NODES_MIN, undrain)
+RENEW = Step("renew a certificate", lambda run: True, renew)
 LOSE = Step("lose a server for good", lambda run: len(run.members) > NODES_MIN, lose)
 COME_BACK = Step("a removed server comes back", lambda run: bool(run.left), come_back)
 REPLACE = Step("replace a disk", lambda run: True, replace_disk)
 RIVALS = Step("two administrators", lambda run: len(run.members) < NODES_MAX - 1, two_administrators)
 OLDER = Step("a plan on an older layout", lambda run: run.older is not None, plan_on_an_older_layout)
-STEPS = (ADD, DRAIN, LOSE, COME_BACK, REPLACE, RIVALS, OLDER)
+STEPS = (ADD, DRAIN, UNDRAIN, LOSE, COME_BACK, REPLACE, RIVALS, OLDER, RENEW)
