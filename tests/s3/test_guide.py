@@ -176,6 +176,14 @@ def go_on(reader: Reader) -> None:
         reader.run(reader.localized(f"storaged --dir /var/lib/storaged/gateway job {command}", GATEWAY), GATEWAY)
 
 
+def take_back_twice(reader: Reader) -> None:
+    """The server is needed afterwards: what takes it back is taken back, while partitions are under way."""
+    reader.apply_layouts()
+    reader.run("storaged cluster abort authority", ADMIN)
+    reader.apply_layouts()
+    has_joined(reader)
+
+
 ADD_A_SERVER = (
     Line("storaged node invite authority n4 ", ADMIN, Reader.keep_ticket),
     Line("storaged node join TICKET /etc/storaged/n4", "n4", copy_request("n4")),
@@ -190,6 +198,8 @@ ADD_A_SERVER = (
     Line("storaged job pace fragments 20MiB", GATEWAY),
     Line("storaged job pause partitions", GATEWAY),
     Line("storaged job list", GATEWAY, go_on),
+    Line("storaged cluster abort authority --dry-run", ADMIN),
+    Line("storaged cluster abort authority", ADMIN, take_back_twice),
     Line("storaged gateway invite authority gateway2 ", ADMIN, Reader.keep_ticket),
     Line("storaged gateway join TICKET /etc/storaged/gateway2", "gateway2", copy_request("gateway2")),
     Line("storaged node sign authority request", ADMIN, copy_answer("gateway2")),
