@@ -139,5 +139,4 @@ def bucket_document(record: BucketRecord, names: dict[str, list[str]]) -> dict[s
         "state": record.state,
         "region": record.region,
         "countries": list(record.countries),
-        "profile": record.profile,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from storaged.cli import inviting, layouts
+from storaged.cli import inviting, layouts, profiles
 from storaged.cli.abort import abort
 from storaged.cli.disks import AS_JSON, FOLDER, find_node
 from storaged.errors import OperatorError
@@ -23,7 +23,7 @@ def cluster() -> None:
     """
 
 
-for command in (layouts.plan, layouts.apply, layouts.fetch, layouts.adopt, abort):
+for command in (layouts.plan, layouts.apply, layouts.fetch, layouts.adopt, abort, profiles.profile):
     cluster.add_command(command)
 
 
@@ -53,14 +53,8 @@ def create(directory: Path, name: str | None, profile: str, countries: str, juri
     """
     from storaged.cli import create as files
     from storaged.cluster import issuing
-    from storaged.cluster.layout import Profile
 
-    try:
-        k, m = Profile.parse(profile)
-    except ValueError:
-        raise OperatorError(f"{profile!r} is not a profile such as 4+2") from None
-    if k < 1 or m < 1:
-        raise OperatorError(f"{profile!r}: a profile has at least one data and one parity fragment")
+    profile = files.parse_profile(profile)
     where, whose = files.parse_countries(countries), files.parse_countries(jurisdictions)
     authority = issuing.create_authority(directory, name or f"c-{secrets.token_hex(6)}")
     files.save_plan(directory, files.ClusterPlan(authority.cluster, profile, countries=where, jurisdictions=whose))

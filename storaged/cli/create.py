@@ -15,12 +15,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from storaged.cluster import issuing, signed_layout, tickets
-from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
+from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, Profile, problems_of
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import PeerIdentity
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused, LayoutUnsafe, OperatorError
 from storaged.ids import new_disk_id
+from storaged.objects.code.geometry import FRAGMENTS_MAX
 from storaged.wire import decode, encode
 
 REGISTER_NAME = "cluster.json"
@@ -109,6 +110,19 @@ def load_plan(authority_directory: Path) -> ClusterPlan:
 
 def save_plan(authority_directory: Path, plan: ClusterPlan) -> None:
     write_private(authority_directory / REGISTER_NAME, msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
+
+
+def parse_profile(text: str) -> str:
+    """``4+2``, checked, without leading zeros. Raises OperatorError."""
+    try:
+        found = Profile.parse(text)
+    except ValueError:
+        raise OperatorError(f"{text!r} is not a profile such as 4+2") from None
+    if found.k < 1 or found.m < 1:
+        raise OperatorError(f"{text!r}: a profile has at least one data and one parity fragment")
+    if found.n > FRAGMENTS_MAX:
+        raise OperatorError(f"{text!r}: a block has at most {FRAGMENTS_MAX} fragments")
+    return str(found)
 
 
 def parse_countries(text: str) -> tuple[str, ...]:

@@ -74,8 +74,9 @@ class Duration(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """``moved``: bytes that leave their disks, of ``total``; ``comes``: bytes that each disk gets, about. ``unknown``:
-    disks whose space is not known, because they are not in use yet.
+    """``moved``: bytes that leave their disks, or are written anew, of ``total``; ``comes``: bytes that each disk gets,
+    about, beyond those that it has and that go from it when the profile changes. ``unknown``: disks whose space is not
+    known, because they are not in use yet.
     """
 
     moved: int
@@ -151,27 +152,52 @@ def check_last(facts: ClusterFacts, last: Layout) -> None:
 
 
 def forecast(
-    facts: ClusterFacts, before: Iterable[Sequence[str]], after: Iterable[Sequence[str]], last: Layout, replicas: int
+    facts: ClusterFacts,
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
+    last: Layout,
+    replicas: int,
+    growth: float | None,
 ) -> Forecast:
     """``before`` and ``after``: the disks of samples of blocks that belong together. ``last``: the layout that is
-    planned; ``replicas``: how many are exchanged.
+    planned; ``replicas``: how many are exchanged. ``growth``: where the profile changes, so that everything is written
+    anew, the bytes on disks for each of now.
     """
+    space = facts.disks
+    total = sum(space[disk].used for disk in {disk for block in before for disk in block} if disk in space)
+    moved, comes = _moved(space, before, after) if growth is None else _recoded(space, int(total * growth), after)
+    nodes = len({disk.node for disk in last.disks})
+    return Forecast(
+        moved,
+        total,
+        comes,
+        tuple(disk.id for disk in last.disks if disk.id not in space or not space[disk.id].answers),
+        durations(facts, replicas, moved, nodes),
+    )
+
+
+def _moved(
+    space: Mapping[str, DiskSpace], before: Iterable[Sequence[str]], after: Iterable[Sequence[str]]
+) -> tuple[int, dict[str, int]]:
     had, leaves, comes = Counter[str](), Counter[str](), Counter[str]()
     for old, new in zip(before, after, strict=True):
         had.update(old)
         leaves.update(set(old) - set(new))
         comes.update(set(new) - set(old))
-    space = facts.disks
-    moved = {disk: space[disk].used * leaves[disk] / had[disk] for disk in leaves if disk in space}
-    each = sum(moved.values()) / max(1, comes.total())
-    nodes = len({disk.node for disk in last.disks})
-    return Forecast(
-        int(sum(moved.values())),
-        sum(space[disk].used for disk in had if disk in space),
-        {disk: int(count * each) for disk, count in comes.items()},
-        tuple(disk.id for disk in last.disks if disk.id not in space or not space[disk.id].answers),
-        durations(facts, replicas, int(sum(moved.values())), nodes),
-    )
+    moved = sum(space[disk].used * leaves[disk] / had[disk] for disk in leaves if disk in space)
+    return int(moved), {disk: int(count * moved / comes.total()) for disk, count in comes.items()}
+
+
+def _recoded(
+    space: Mapping[str, DiskSpace], written: int, after: Iterable[Sequence[str]]
+) -> tuple[int, dict[str, int]]:
+    """Small objects stay, and count here like the others."""
+    gets = Counter(disk for block in after for disk in block)
+    comes = {
+        disk: int(written * count / gets.total()) - (space[disk].used if disk in space else 0)
+        for disk, count in gets.items()
+    }
+    return written, {disk: more for disk, more in comes.items() if more > 0}
 
 
 def labels_of(

@@ -68,12 +68,13 @@ def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_js
     data = None
     if facts is not None:
         samples = planning.choices(before), planning.choices(layouts[-1])
-        data = forecast.forecast(facts, *samples, layouts[-1], found.replicas.moved)
+        growth = planning.growth(before, layouts[-1])
+        data = forecast.forecast(facts, *samples, layouts[-1], found.replicas.moved, growth)
     labels = forecast.labels_of(before, layouts, facts, data)
     if as_json:
         click.echo(json.dumps(planning.document(before, layouts, found, labels, data), indent=2))
     else:
-        _print_plan(layouts, found, first=last is None)
+        _print_plan(before, layouts, found, first=last is None)
         _print_data(labels, data)
         if not found.survives["meanwhile"] and found.survives["before"]:
             click.echo("Drain disks that still answer (storaged disk drain), and remove them afterwards.")
@@ -98,7 +99,9 @@ def _facts(status_file: IO[bytes] | None, ask: Path | None) -> ClusterFacts | No
         raise OperatorError("the file of --status is not what storaged status --json printed") from None
 
 
-def _print_plan(layouts: Sequence[Layout], found: planning.Outlook, *, first: bool) -> None:
+def _print_plan(before: Layout, layouts: Sequence[Layout], found: planning.Outlook, *, first: bool) -> None:
+    from storaged.cli import planning
+
     after = layouts[-1]
     names = ", ".join(str(layout.epoch) for layout in layouts)
     click.echo(f"layout {names}: {len(after.nodes)} nodes, {len(after.disks)} disks, {after.profile}")
@@ -108,6 +111,8 @@ def _print_plan(layouts: Sequence[Layout], found: planning.Outlook, *, first: bo
         click.echo(f"  and {len(found.changes) - CHANGES_MAX} more changes")
     if not found.changes:
         click.echo("  the first layout: nothing moves" if first else "  nothing changes")
+    if not first and before.target != after.target:
+        click.echo(f"all objects over 16 KiB are coded again: {planning.stored_bytes(before.profile, after.profile)}")
     if found.moves:
         click.echo(f"partitions that move  {found.partitions} of 1025")
         click.echo(f"replicas that move    {found.replicas}")

@@ -217,8 +217,10 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
             click.echo(render_job(job))
         counting = "" if found["objects_counted"] else " (still counting)"
         click.echo(f"{found['objects_below_target']} objects below target, {found['objects_lost']} lost{counting}")
-        if found["objects_misplaced"]:
-            click.echo(f"{found['objects_misplaced']} objects and parts move to where the layout wants them")
+        if outdated := found.get("objects_outdated", 0):
+            click.echo(f"{outdated} objects and parts get the new profile")
+        if moved := found["objects_misplaced"] - outdated:
+            click.echo(f"{moved} objects and parts move to where the layout wants them")
         if found["objects_below_target"] and found["waits"]["reason"]:
             setting = "" if found["waits"]["gateway"] else " (limits.recode_delay_s)"
             click.echo(f"{found['waits']['reason']}{setting}")

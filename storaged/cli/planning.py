@@ -39,6 +39,24 @@ class Movement(NamedTuple):
         return f"{self.moved} of {self.total} ({100 * self.share:.1f}%), {ideal}"
 
 
+def stored_factor(profile: Profile) -> float:
+    """Bytes on disks for each byte of an object that is not small."""
+    return profile.n / profile.k
+
+
+def stored_bytes(before: str, after: str) -> str:
+    """What a change of the profile does to the space that objects take."""
+    old, new = stored_factor(Profile.parse(before)), stored_factor(Profile.parse(after))
+    return f"{old:.2f} to {new:.2f} bytes are stored for each byte ({100 * (new / old - 1):+.0f}%)"
+
+
+def growth(before: Layout, after: Layout) -> float | None:
+    """How many bytes a change of the profile makes of each byte on disks; None when the profile stays."""
+    if before.target == after.target:
+        return None
+    return stored_factor(after.target) / stored_factor(before.target)
+
+
 class Outlook(NamedTuple):
     """What a list of layouts does. ``survives``: whether the cluster serves everything while any one failure domain is
     away, ``before``, ``meanwhile`` and ``after``.
@@ -88,7 +106,7 @@ def movement(before: Iterable[Sequence[str]], after: Iterable[Sequence[str]]) ->
 
 def choices(layout: Layout) -> list[Sequence[str]]:
     """The disks of a block in each of ``GROUPS``."""
-    profile = Profile.parse(layout.profile)
+    profile = layout.target
     found: list[Sequence[str]] = []
     for group in GROUPS:
         try:
@@ -150,6 +168,8 @@ def document(
         "last": before.epoch,
         "layouts": [layout.epoch for layout in layouts],
         "changes": list(found.changes),
+        "profile": {"before": before.profile, "after": layouts[-1].profile},
+        "stored_factor": {"before": stored_factor(before.target), "after": stored_factor(layouts[-1].target)},
         "nodes": len(layouts[-1].nodes),
         "disks": len(layouts[-1].disks),
         "moves_data": found.moves,

@@ -62,4 +62,5 @@ def say_signed(
         click.echo(
             f"  copy {signed_file} to /etc/storaged/NODE/identity/ on one server that runs, and reload that node:"
         )
-        click.echo("  the others learn the layout from it")
+        click.echo("  the others learn the layout from it. Or, on a gateway that runs:")
+        click.echo(f"  storaged cluster apply {files.layout_path(authority, made[-1].epoch).name}")

@@ -89,7 +89,7 @@ class DiskEntry(Message, frozen=True):
 
 
 class Layout(Message, frozen=True, dict=True):
-    """``profile`` is the default target, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd).
+    """``profile`` is the target of all data, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd).
 
     ``countries``: where nodes may be and data may be stored; ``jurisdictions``: under whose law their operators may be.
     Empty: everywhere where EU law applies. See ``cluster.policy``.
@@ -114,6 +114,16 @@ class Layout(Message, frozen=True, dict=True):
     """The seeds that the system partition is moving to; empty while it does not move."""
     seeds_step: int = 0
     """How often the seeds have changed (``cluster.partitions``)."""
+
+    @cached_property
+    def target(self) -> Profile:
+        """The profile that all data should have, whatever it was written with."""
+        return Profile.parse(self.profile)
+
+    @cached_property
+    def target_text(self) -> str:
+        """``target`` as a PartEntry names it."""
+        return str(self.target)
 
     @cached_property
     def node_by_name(self) -> dict[str, NodeEntry]:
@@ -234,7 +244,7 @@ def partition_of(scope: bytes, shard: int) -> int:
 def problems_of(layout: Layout) -> list[str]:
     """The reasons why this layout cannot work, with the numbers; empty when it can."""
     found: list[str] = []
-    profile = Profile.parse(layout.profile)
+    profile = layout.target
     per_domain: dict[str, int] = {}
     active = [disk.id for disk in layout.disks if disk.state == "active"]
     for disk_id in active:

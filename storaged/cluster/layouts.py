@@ -32,7 +32,7 @@ from storaged.cluster.moves import RefusedLayout, moves_between
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
 from storaged.cluster.signed_layout import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
-from storaged.cluster.succession import check_successor, is_numbered_as_moving
+from storaged.cluster.succession import check_profile, check_successor, is_numbered_as_moving
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.wire import decode, encode
@@ -258,6 +258,8 @@ class LayoutBook:
         newer = self._current is not None and layout.epoch > self.epoch
         moves = moves_between(self.current, layout) if newer else None
         if not moves and not layout.base:
+            if newer:
+                check_profile(self.current, layout)
             return
         if newer:
             try:

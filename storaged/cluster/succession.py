@@ -42,6 +42,14 @@ def base_after(before: Layout) -> int:
     return before.base or before.epoch
 
 
+def check_profile(before: Layout, after: Layout) -> None:
+    """Raises LayoutRefused, with the numbers, for a change of the target profile to one that the layout can't hold. The
+    signature alone is enough for such a layout: nothing moves, since records name the profile of what they refer to.
+    """
+    if after.profile != before.profile and (problems := problems_of(after)):
+        raise LayoutRefused(f"Layout {after.epoch} can't work: {'; '.join(problems)}.")
+
+
 def check_successor(before: Layout, before_hash: bytes, after: Layout) -> Moves:
     """Checks a layout against the one that it follows. Returns what it moves. Raises LayoutRefused, with the rule that
     it breaks.
@@ -55,6 +63,7 @@ def check_successor(before: Layout, before_hash: bytes, after: Layout) -> Moves:
     if not moves:
         if is_numbered_as_moving(after):
             raise LayoutRefused(f"{name} is numbered like a layout that moves data, and moves none.")
+        check_profile(before, after)
         return moves
     if after.epoch % GENERATION:
         raise LayoutRefused(f"{name} moves data. The epochs of such layouts are multiples of {GENERATION}.")

@@ -131,6 +131,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "segment_bytes"): _size_between(8 * MIB, 4 * GIB),
     ("limits", "drain_s"): _between(0, 600),
     ("limits", "recode_delay_s"): _between(10, 30 * 86_400),
+    ("limits", "drop_delay_s"): _between(10, 30 * 86_400),
     ("limits", "small_object_bytes_max"): _size_between(0, 64 * KIB),
     ("log", "level"): _one_of(*LOG_LEVELS),
     ("log", "format"): _one_of(*LOG_FORMATS),

@@ -34,7 +34,8 @@ class Presence(IntEnum):
 
 
 class BlockPlace(NamedTuple):
-    """One block of a part and the disks of its fragments, in position order. ``spread``: no failure domain holds more
+    """One block of a part and the disks of its fragments, in position order. ``target``: the profile that the layout in
+    force wants it to have. ``spread``: no failure domain holds more
     of them than it may, and all are inside ``countries``, those of the bucket (none named: any). ``placed``: the layout
     in force wants them on these disks. ``gone``: it does not name one of them, so nothing waits for that.
     """
@@ -43,6 +44,7 @@ class BlockPlace(NamedTuple):
     block: int
     run: Run
     disks: tuple[str, ...]
+    target: Profile
     spread: bool = True
     countries: tuple[str, ...] = ()
     placed: bool = True
@@ -100,7 +102,7 @@ def blocks_of(entry: PartEntry, partition: int, layouts: Layouts, countries: Seq
         placed = entry.small or _is_placed(layouts.current, entry, run, disks, countries)
         gone = not entry.small and any(disk not in layouts.current.disk_by_id for disk in disks)
         for block in range(run.first, run.first + run.count):
-            yield BlockPlace(entry, block, run, disks, spread, tuple(countries), placed, gone)
+            yield BlockPlace(entry, block, run, disks, layouts.current.target, spread, tuple(countries), placed, gone)
 
 
 def _is_placed(current: Layout, entry: PartEntry, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
@@ -159,16 +161,29 @@ class BlockHealth(NamedTuple):
     @property
     def on_target(self) -> bool:
         place = self.place
-        return place.entry.small or (place.spread and place.profile == Profile.parse(place.entry.target))
+        return place.entry.small or (place.spread and place.profile == place.target)
+
+    @property
+    def as_written(self) -> bool:
+        """It has the target of the time when it was written: if that is another one now, only space or safety beyond
+        the old target is to be gained.
+        """
+        place = self.place
+        return self.on_target or (place.spread and place.profile == Profile.parse(place.entry.target))
 
     @property
     def whole(self) -> bool:
-        return not self.missing and not self.away and self.on_target
+        return not self.missing and not self.away and self.as_written
+
+    @property
+    def outdated(self) -> bool:
+        """Nothing is wrong with it, but the target has changed since it was written."""
+        return self.whole and not self.on_target
 
     @property
     def misplaced(self) -> bool:
-        """Nothing is wrong with it, but the layout in force wants it elsewhere."""
-        return self.whole and not self.place.placed
+        """Nothing is wrong with it, but the layout in force wants it elsewhere, or under another profile."""
+        return self.whole and not (self.place.placed and self.on_target)
 
     @property
     def readable(self) -> bool:
@@ -212,7 +227,8 @@ class Finding:
 
     ``repairable``: the disks that answer suffice to do something. ``recodable``: they do once the others have been away
     for long. Otherwise repair waits for disks to return. ``lost``: it can't be read even if all of them do.
-    ``misplaced``: nothing is wrong, but the layout in force wants some of it elsewhere.
+    ``misplaced``: nothing is wrong, but the layout in force wants some of it elsewhere, or under another profile;
+    ``outdated``: the latter.
     """
 
     name: bytes
@@ -222,25 +238,39 @@ class Finding:
     lost: bool
     damaged_fragments: int
     misplaced: bool = False
+    outdated: bool = False
 
 
 class Tally:
     """Adds up the blocks of one register, and makes the finding."""
 
-    __slots__ = ("_below_target", "_damaged", "_lost", "_misplaced", "_recodable", "_repairable", "_worst", "name")
+    __slots__ = (
+        "_below_target",
+        "_damaged",
+        "_lost",
+        "_misplaced",
+        "_movable",
+        "_outdated",
+        "_recodable",
+        "_repairable",
+        "_worst",
+        "name",
+    )
 
     def __init__(self, name: bytes) -> None:
         self.name = name
         self._worst = 1 << 30
         self._below_target = self._repairable = self._recodable = self._lost = False
         self._damaged = 0
-        self._misplaced = False
+        self._misplaced = self._movable = self._outdated = False
 
     def add(self, health: BlockHealth, can_hold_target: bool) -> None:
         """``can_hold_target``: whether the disks that take writes can hold the block at its target."""
         if health.whole:
             if health.misplaced:
                 self._misplaced = True
+                self._outdated = self._outdated or health.outdated
+                self._movable = self._movable or can_hold_target or not health.outdated
                 self._worst = min(self._worst, health.spare)
             return
         self._below_target = True
@@ -249,7 +279,7 @@ class Tally:
         self._damaged += len(health.missing)
         if spare < 0:
             self._lost = self._lost or health.spare_at_best < 0
-        elif health.missing or (can_hold_target and not health.on_target):
+        elif health.missing or (can_hold_target and not health.as_written):
             self._repairable = True
         elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):
             self._repairable = self._repairable or health.place.gone
@@ -277,6 +307,13 @@ class Tally:
             if not self._misplaced:
                 return None
             return Finding(
-                self.name, self._worst, True, recodable=False, lost=False, damaged_fragments=0, misplaced=True
+                self.name,
+                self._worst,
+                self._movable,
+                recodable=False,
+                lost=False,
+                damaged_fragments=0,
+                misplaced=True,
+                outdated=self._outdated,
             )
         return Finding(self.name, self._worst, self._repairable, self._recodable, self._lost, self._damaged)

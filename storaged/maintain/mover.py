@@ -54,6 +54,7 @@ from storaged.maintain.moves import (
     MovesAnswer,
     MovesAsk,
     agreed,
+    apply_move,
     cost_of,
     is_moved,
     is_whole,
@@ -61,7 +62,6 @@ from storaged.maintain.moves import (
     judge_block,
     must_read,
     problem_of_call,
-    replace_blocks,
 )
 from storaged.maintain.pace import Pace
 from storaged.maintain.rebuild import CannotRepair, Rebuilder
@@ -437,17 +437,17 @@ class Mover:
             row = decode(value.body, PartRecord)
             entry: PartEntry | None = row.entry
             for one in moves:
-                entry = apply_move(entry, one.ask) if entry is not None else None
+                entry = apply_move(entry, one.ask, one.new[0].target) if entry is not None else None
             return encode(msgspec.structs.replace(row, entry=entry)) if entry is not None else None
         versions, left = [], len(moves)
-        by_data: dict[bytes, list[MoveAsk]] = {}
+        by_data: dict[bytes, list[_Planned]] = {}
         for one in moves:
-            by_data.setdefault(one.ask.data_id, []).append(one.ask)
+            by_data.setdefault(one.ask.data_id, []).append(one)
         for version in decode_object(value.body).versions:
             parts, before = [], left
             async for part in parts_of(self.context.pages, name, version):
-                for move in by_data.get(part.data_id, ()):
-                    moved = apply_move(part, move)
+                for one in by_data.get(part.data_id, ()):
+                    moved = apply_move(part, one.ask, one.new[0].target)
                     if moved is not None:
                         part, left = moved, left - 1
                 parts.append(part)
@@ -486,12 +486,6 @@ class Mover:
                     by_disk.setdefault(disk, {})[one.ask.data_id] = entry
         lists = {disk: list(entries.values()) for disk, entries in by_disk.items()}
         await retire_all(self.context.stores, lists, self.context.limits.call_timeout_s)
-
-
-def apply_move(part: PartEntry, move: MoveAsk) -> PartEntry | None:
-    """The part with the moved blocks in their new places; None when it does not have them in the old ones."""
-    runs = replace_blocks(part.runs, move.old, move.new)
-    return msgspec.structs.replace(part, runs=runs) if runs is not None and part.data_id == move.data_id else None
 
 
 def headers_of(where: BlockPlace, headers: Headers) -> dict[int, FragmentHeader]:

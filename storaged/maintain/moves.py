@@ -6,8 +6,8 @@ it reads itself, the signed record of the bucket, the layout and the headers of 
 
 1. *Is it the record's?* The run is in the record as the asker saw it, and the blocks are in it (``judge_ask``).
 2. *May the blocks be there?* Every disk is active and inside the countries, holds one fragment of a block, and no
-   failure domain holds more of them than it may. The profile is the target, or the one that a write would get now
-   (``judge_ask``).
+   failure domain holds more of them than it may. The profile is the target of the layout in force, or the one that a
+   write would get now (``judge_ask``).
 3. *Are they there?* The disks have every fragment of the new places, undamaged and durable, with a header that fits the
    part (``judge_block``).
 4. *Are they right?* The survivors in the old places agree on the hashes of the block: at least as many as are needed to
@@ -214,6 +214,17 @@ def is_moved(runs: Sequence[Run], new: Run) -> bool:
     return any(_covers(run, new) and _alike(run, new) for run in runs)
 
 
+def apply_move(part: PartEntry, move: MoveAsk, target: Profile) -> PartEntry | None:
+    """The part with the moved blocks in their new places; None when it does not have them in the old ones. Once all its
+    blocks have the ``target`` of the layout in force, it names this one.
+    """
+    runs = replace_blocks(part.runs, move.old, move.new)
+    if runs is None or part.data_id != move.data_id:
+        return None
+    reached = all(run.profile == target for run in runs)
+    return msgspec.structs.replace(part, runs=runs, target=str(target) if reached else part.target)
+
+
 def _covers(run: Run, new: Run) -> bool:
     return run.first <= new.first and new.first + new.count <= run.first + run.count
 
@@ -266,11 +277,11 @@ def _judge_disks(
         if not place.is_eligible(layout, disk, countries):
             return Judged(REFUSED, f"disk {disk} is not active, or outside of the countries")
     try:
-        now = place.choose(layout, entry.data_id, Profile.parse(entry.target), writable, countries)
+        now = place.choose(layout, entry.data_id, layout.target, writable, countries)
     except StoragedError as error:
         return Judged(LATER, error.message)
-    if profile not in (Profile.parse(entry.target), now.profile):
-        return Judged(LATER, f"a write would be {now.profile} now, the target is {entry.target}, not {profile}")
+    if profile not in (layout.target, now.profile):
+        return Judged(LATER, f"a write would be {now.profile} now, the target is {layout.target}, not {profile}")
     first = place.first_choice(layout, entry.data_id, profile, countries)
     least = [place.largest_share(layout, first), profile.m]
     if profile == now.profile:
@@ -348,7 +359,7 @@ def judge_block(
             return Judged(REFUSED, f"the fragments of block {new.block} do not name the same hashes")
     if new.profile == old.profile and found[0].hashes != survivors.hashes:
         return Judged(REFUSED, f"the fragments of block {new.block} are not what those in the old places say")
-    if new.profile != Profile.parse(new.entry.target):
+    if new.profile != new.target:
         before = _may_fail(layout, old, survivors.positions)
         after = _may_fail(layout, new, range(new.profile.n))
         if after[0] < before[0] or after[1] < before[1]:
@@ -358,7 +369,7 @@ def judge_block(
 
 def is_whole(old: BlockPlace, survivors: Agreed) -> bool:
     """Whether the block is on its target, with all fragments, where it is: then there is nothing to repair."""
-    on_target = old.spread and old.placed and old.profile == Profile.parse(old.entry.target)
+    on_target = old.spread and old.placed and old.profile == old.target
     return on_target and len(survivors.positions) == old.profile.n
 
 

@@ -18,7 +18,8 @@ class Placements:
 
     def __init__(self, context: MaintainContext) -> None:
         self._context = context
-        self._can_hold: dict[tuple[str, tuple[str, ...]], bool] = {}
+        self._can_hold: dict[tuple[str, ...], bool] = {}
+        """By the countries of a bucket."""
 
     def choose(self, entry: PartEntry, profile: Profile, countries: tuple[str, ...]) -> Placement | None:
         """Where a write of this profile would go now; None when it would be refused."""
@@ -36,11 +37,11 @@ class Placements:
         *,
         first_choice: bool = False,
     ) -> Placement | None:
-        """Where the part can lie under its target profile, within the limits of the failure domains; None when it
-        can't now. ``present``: where it is; disks that keep a fragment keep its position. ``first_choice``: nowhere but
-        on the disks that the layout prefers.
+        """Where the part can lie under the target profile of the layout in force, within the limits of the failure
+        domains; None when it can't now. ``present``: where it is; disks that keep a fragment keep its position.
+        ``first_choice``: nowhere but on the disks that the layout prefers.
         """
-        target = Profile.parse(entry.target)
+        target = self._context.layouts.current.target
         placement = self.choose(entry, target, countries)
         if placement is None or placement.profile != target or (first_choice and placement.moved):
             return None
@@ -62,9 +63,9 @@ class Placements:
         """Whether ``at_target`` finds a place, remembered until ``forget``. What one placement group can, all can: only
         the number of disks in each domain matters.
         """
-        known = self._can_hold.get((entry.target, countries))
+        known = self._can_hold.get(countries)
         if known is None:
-            known = self._can_hold[entry.target, countries] = self.at_target(entry, countries) is not None
+            known = self._can_hold[countries] = self.at_target(entry, countries) is not None
         return known
 
     def forget(self) -> None:

@@ -13,10 +13,11 @@ How repair decides, in the order of this file:
    blocks again, in slices of one run.
 4. ``_repair_slice`` recodes a slice when ``_better_placement`` finds a better place for all of it. Else it rebuilds the
    MISSING fragments where they were. AWAY fragments wait for their disk.
-5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the part's
-   target, if the disks that take writes can hold it: without delay for a slice that is not on target, or that the
-   layout in force wants elsewhere, after the delay for one with AWAY fragments. If they can't hold the target, it
-   chooses what they can hold, for a slice that has AWAY fragments, after the delay, when a block has no spare left.
+5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the target
+   of the layout in force, if the disks that take writes can hold it: without delay for a slice that was not written
+   with its target, or that the layout in force wants elsewhere or under another profile, after the delay for one with
+   AWAY fragments. If they can't hold the target, it chooses what they can hold, for a slice that has AWAY fragments,
+   after the delay, when a block has no spare left.
 6. Only gateways change records: ``relocate`` asks one to make the record name the new places, many moves at a time,
    while repair goes on. The gateway puts the old fragments on garbage lists. While no gateway answers, nothing is
    recoded (step 4 rebuilds in place, for which no record changes), and ``waits`` says so.
@@ -248,9 +249,9 @@ class Repair:
                     self._queue.set(name, None)
 
     def _due_findings(self) -> list[Finding]:
-        now, delay_s = self._context.clock.monotonic(), self._context.limits.recode_delay_s
-        recode = any(now - since >= delay_s for since in self._away_since.values())
-        due = self._queue.due(now, recode=recode, moves=not self.relocator.away, misplaced=self._may_move())
+        now = self._context.clock.monotonic()
+        moves = not self.relocator.away
+        due = self._queue.due(now, recode=self._some_away_long(), moves=moves, misplaced=self._may_move())
         return [finding for finding in due if not self._is_moving(finding)]
 
     def _is_moving(self, finding: Finding) -> bool:
@@ -343,7 +344,8 @@ class Repair:
 
         They go to their target when they are not on it, when the layout in force wants them elsewhere, or without the
         disks that have been away for long. What could stay, but for the layout, waits until the disks that the layout
-        wants take writes. They go to what the living disks can hold when a block has had no spare for long.
+        wants take writes; where only the target has changed, it does not wait for disks that have been away for long.
+        They go to what the living disks can hold when a block has had no spare for long.
         """
         entry = blocks[0].place.entry
         if entry.small or not all(block.readable for block in blocks):
@@ -351,16 +353,22 @@ class Repair:
         countries = self._walker.buckets.countries_of(name.scope)
         away = any(block.away for block in blocks)
         away_long = away and self._away_long_enough(blocks)
-        place, urgent = blocks[0].place, not blocks[0].on_target or away_long
-        if urgent or not place.placed:
+        place, urgent = blocks[0].place, not blocks[0].as_written or away_long
+        on_target = blocks[0].on_target
+        if urgent or not (place.placed and on_target):
             # Elsewhere it would count as placed, and never come to the disk that is away now.
-            waits = not urgent and self._placements.may_stay(place)
+            waits = not urgent and self._placements.may_stay(place) and (on_target or not self._some_away_long())
             placement = self._placements.at_target(entry, countries, place, first_choice=waits)
             if placement is not None:
                 return placement
         if away_long and any(block.spare == 0 for block in blocks):
             return self._placements.choose(entry, blocks[0].place.profile, countries)
         return None
+
+    def _some_away_long(self) -> bool:
+        """Some disk has taken no writes for longer than repair waits for it."""
+        now, delay_s = self._context.clock.monotonic(), self._context.limits.recode_delay_s
+        return any(now - since >= delay_s for since in self._away_since.values())
 
     def _away_long_enough(self, blocks: Iterable[BlockHealth]) -> bool:
         """A disk that no layout names any more is away for good."""

@@ -29,9 +29,14 @@ class _Overflow(NamedTuple):
 
     below_target: int = 0
     misplaced: int = 0
+    outdated: int = 0
 
     def plus(self, finding: Finding) -> _Overflow:
-        return _Overflow(self.below_target + (not finding.misplaced), self.misplaced + finding.misplaced)
+        return _Overflow(
+            self.below_target + (not finding.misplaced),
+            self.misplaced + finding.misplaced,
+            self.outdated + finding.outdated,
+        )
 
 
 class RepairQueue:
@@ -126,8 +131,13 @@ class RepairQueue:
 
     @property
     def misplaced(self) -> int:
-        """Objects and parts that are whole, and that the layout in force wants elsewhere."""
+        """Objects and parts that are whole, and that the layout in force wants elsewhere, or under another profile."""
         return sum(finding.misplaced for finding in self) + sum(some.misplaced for some in self._overflow.values())
+
+    @property
+    def outdated(self) -> int:
+        """Those of them that it wants under another profile."""
+        return sum(finding.outdated for finding in self) + sum(some.outdated for some in self._overflow.values())
 
     def _count_of(self, *, objects: bool) -> int:
         listed = sum(

@@ -81,9 +81,11 @@ class MaintainStatus(Message, frozen=True):
     records_refused: tuple[tuple[str, str], ...] = ()
     garbage_waiting: tuple[tuple[str, int], ...] = ()
     misplaced: int = 0
-    """Objects and parts that are whole, and that the layout in force wants elsewhere."""
+    """Objects and parts that are whole, and that the layout in force wants elsewhere, or under another profile."""
     judged: int = 0
     """Objects and parts with fragments that the last complete walk looked at."""
+    outdated: int = 0
+    """Of those that are misplaced: the layout in force wants them under another profile."""
 
 
 class Maintenance:
@@ -253,6 +255,7 @@ class Maintenance:
             garbage_waiting=tuple(self.collector.waiting().most_common(REASONS_MAX)),
             misplaced=queue.misplaced,
             judged=check.judged,
+            outdated=queue.outdated,
         )
 
     def _collection(self) -> list[JobReport]:

@@ -86,17 +86,22 @@ class MoveProgress:
         self._looks: dict[str, deque[tuple[float, int]]] = {job: deque() for job in JOBS}
 
     def jobs(
-        self, partitions: PartitionCounts | None, objects: Counted, settings: MoveSettings, reason: str
+        self,
+        partitions: PartitionCounts | None,
+        objects: Counted,
+        settings: MoveSettings,
+        reason: str,
+        recoded: str = "",
     ) -> list[JobReport]:
         """The jobs that have something left. ``partitions``: None while it is not known. ``reason``: why some partition
-        can't move now.
+        can't move now. ``recoded``: which objects get another profile.
         """
         found: list[JobReport] = []
         if partitions is not None:
             under_way = f"; {partitions.joint} are under way" if partitions.joint else ""
             waits = f"; {reason}" if reason else ""
             found = self._job(PARTITIONS_JOB, partitions.counted, settings, "partitions", under_way + waits)
-        return found + self._job(FRAGMENTS, objects, settings, "objects", "")
+        return found + self._job(FRAGMENTS, objects, settings, "objects", f"; {recoded}" if recoded else "")
 
     def _job(self, job: str, counted: Counted, settings: MoveSettings, unit: str, more: str) -> list[JobReport]:
         """Empty when nothing is left. ``unit`` and ``more`` are for its detail."""

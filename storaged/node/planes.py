@@ -340,7 +340,9 @@ class NodePlanes:
             settings=lambda: self.follower.settings.current,
             audit_alarms=self.auditing.alarms,
             on_refusal=self._refused,
-            limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),
+            limits=MaintainLimits(
+                recode_delay_s=self.config.limits.recode_delay_s, drop_delay_s=self.config.limits.drop_delay_s
+            ),
             log=structlog.get_logger("maintain").info,
         )
 

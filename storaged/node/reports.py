@@ -118,6 +118,8 @@ class Reports:
             "of": PARTITIONS,
             "system": bool(self._node.layouts.current.seeds_next),
             "objects": count_objects(statuses).left,
+            "recoding": sum(status.outdated for status in statuses),
+            "profile": self._node.layouts.current.profile,
             "reason": self._reason(),
             "settings": document(self._node.follower.settings.current),
         }
@@ -132,7 +134,9 @@ class Reports:
     def _jobs(self, statuses: Sequence[MaintainStatus]) -> list[dict[str, Any]]:
         """The jobs of all nodes, and those of the whole cluster."""
         settings = self._node.follower.settings.current
-        moves = self._progress.jobs(self._partitions(), count_objects(statuses), settings, self._reason())
+        outdated = sum(status.outdated for status in statuses)
+        recoded = f"{outdated} others get profile {self._node.layouts.current.profile}" if outdated else ""
+        moves = self._progress.jobs(self._partitions(), count_objects(statuses), settings, self._reason(), recoded)
         return jobs_of(statuses) + [_job(job) for job in moves]
 
     def _sets_of(self, partition: int) -> tuple[tuple[str, ...], ...]:
@@ -195,7 +199,7 @@ class Reports:
         refused.
         """
         layout = self._node.layouts.current
-        target = Profile.parse(layout.profile)
+        target = layout.target
         found: set[Profile] = set()
         for group in range(SAMPLE_GROUPS):
             data_id = (group * 0x10000 // SAMPLE_GROUPS).to_bytes(2, "big") + bytes(14)
@@ -219,6 +223,7 @@ class Reports:
             "objects_lost": durability.objects_lost,
             "objects_unreadable": durability.objects_unreadable,
             "objects_misplaced": sum(status.misplaced for status in statuses),
+            "objects_outdated": sum(status.outdated for status in statuses),
             "fragments_rebuilt": sum(status.fragments_rebuilt for status in statuses),
             "bytes_rebuilt": sum(status.bytes_rebuilt for status in statuses),
             "waits": waits_document(durability.waits),

@@ -11,11 +11,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from storaged.clock import Clock
-from storaged.cluster.layout import Layout, Profile
+from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.fragments.ports import FragmentId, FragmentStores
 from storaged.ids import Entropy
@@ -31,7 +30,6 @@ from storaged.objects.code import place
 from storaged.objects.garbage import Garbage
 from storaged.objects.hedge_delay import HedgeDelay
 from storaged.objects.ports import KeyService
-from storaged.objects.records import BucketRecord
 from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 
@@ -111,11 +109,6 @@ class Damage(NamedTuple):
 OnDamage = Callable[[Damage], None]
 
 
-@lru_cache(maxsize=256)
-def _canonical(profile: str) -> str:
-    return str(Profile.parse(profile))
-
-
 async def _no_other_process(_kind: str, _key: str) -> None:
     """``on_changed`` of a gateway with one process."""
 
@@ -179,13 +172,6 @@ class ObjectPlane:
         except asyncio.CancelledError:
             await asyncio.wait([future])
             raise
-
-    def target_of(self, bucket: BucketRecord) -> Profile:
-        return Profile.parse(bucket.profile or self.layouts.current.profile)
-
-    def target_text(self, bucket: BucketRecord) -> str:
-        """``target_of`` as text, for a PartEntry."""
-        return _canonical(bucket.profile or self.layouts.current.profile)
 
     def copy_plan(self, name: RegisterName) -> place.CopyPlan:
         """The plan for the register's partition, where it is now. Raises ServiceUnavailable."""

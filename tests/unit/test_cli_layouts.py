@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,62 @@ def test_a_joint_layout_that_was_signed_last_is_settled_first() -> None:
     plan.nodes[2].disks = [one for one in plan.nodes[2].disks if one.id != "d3a"]
     (settled,) = layouts_after(plan, (signed, joint))
     assert (settled.seeds, settled.seeds_next, settled.seeds_step, settled.epoch) == (joint.seeds_next, (), 2, 200)
+
+
+# --- the profile
+
+
+def test_the_profile_changes_by_a_layout_that_moves_nothing(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = create.load_plan(authority)
+    call("cluster", "profile", str(authority), "4+2", "--dry-run")
+    assert "2+1 to 4+2, on 6 disks: 1.50 to 1.50 bytes" in capsys.readouterr().out
+    assert create.load_plan(authority) == before
+    call("cluster", "profile", str(authority), "03+2")
+    assert create.load_plan(authority).profile == "3+2"
+    found = plan_of(authority, capsys)
+    assert (found["layouts"], found["moves_data"], found["partitions"]) == ([2], False, 0)
+    assert found["profile"] == {"before": "2+1", "after": "3+2"}
+    assert found["stored_factor"] == {"before": 1.5, "after": pytest.approx(5 / 3)}
+    call("cluster", "plan", str(authority))
+    assert "coded again: 1.50 to 1.67 bytes are stored for each byte (+11%)" in capsys.readouterr().out
+    call("cluster", "layout", str(authority))
+    assert [(layout.epoch, layout.profile) for layout in history_of(authority)] == [(1, "2+1"), (2, "3+2")]
+
+
+@pytest.mark.parametrize(("free", "code"), [(20 << 30, 0), (7 << 30, 1)], ids=["enough space", "too little space"])
+def test_a_plan_says_how_many_bytes_another_profile_takes(
+    authority: Path, capsys: pytest.CaptureFixture[str], free: int, code: int
+) -> None:
+    """From 1.5 to 3 bytes for each. Some disks get twice as much as others."""
+    last = history_of(authority)[-1]
+    call("cluster", "profile", str(authority), "1+2")
+    found, text = planned_with(authority, status_of(last, used=8 << 30, free=free), capsys, code=code)
+    assert "about 96.0 GiB of 48.0 GiB" in text
+    assert ("REFUSED" in text) == bool(code)
+    assert found["profile"] == {"before": "2+1", "after": "1+2"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("8+3", "needs 11 disks with at most 3 in one rack: 6 disks in 3 racks give 6"),
+        ("5+1", "needs 6 disks with at most 1 in one rack: 6 disks in 3 racks give 3"),
+        ("4+0", "at least one data and one parity fragment"),
+        ("0+2", "at least one data"),
+        ("4", "is not a profile"),
+        ("four+two", "is not a profile"),
+        ("254+2", "at most 255 fragments"),
+    ],
+)
+def test_a_profile_that_the_disks_cannot_hold_is_refused_with_the_numbers(
+    authority: Path, profile: str, said: str
+) -> None:
+    before = create.load_plan(authority)
+    with pytest.raises(OperatorError, match=re.escape(said)):
+        call("cluster", "profile", str(authority), profile)
+    assert create.load_plan(authority) == before
 
 
 # --- the outlook

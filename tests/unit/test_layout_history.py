@@ -83,6 +83,20 @@ def test_a_layout_that_breaks_a_rule_is_refused_and_the_rule_is_named(
         check_successor(before, history.signed[0].hash, replace(good, **facts))
 
 
+@pytest.mark.parametrize("moved", [False, True])
+async def test_a_profile_that_the_disks_cannot_hold_is_refused_by_every_node(history: History, moved: bool) -> None:
+    if moved:
+        history.move(with_nodes(history.layouts[0], "n4"))
+    book = history.book(*history.signed)
+    before = history.layouts[-1]
+    wide = history.sign(history.after(replace(before, profile="9+3"), moving=False))
+    with pytest.raises(LayoutRefused, match=r"profile 9\+3 needs 12 disks"):
+        await book.learn(wide, "a file")
+    other = history.sign(history.after(replace(before, profile="1+1"), moving=False, epoch=before.epoch + 2))
+    assert await book.learn(other, "a file"), "it needs no certificate: nothing moves"
+    assert str(book.current.target) == book.current.target_text == "1+1"
+
+
 def test_a_disk_named_twice_is_refused(history: History) -> None:
     before = history.layouts[0]
     twice = replace(before, disks=(*before.disks, DiskEntry("d1a", "n2", 1000)))

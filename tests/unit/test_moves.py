@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry, Profile
 from storaged.fragments.ports import FragmentHeader
 from storaged.maintain.health import BlockPlace
 from storaged.maintain.mover import (
@@ -24,6 +24,7 @@ from storaged.maintain.moves import (
     MoveAsk,
     MovesAsk,
     agreed,
+    apply_move,
     cost_of,
     is_moved,
     is_whole,
@@ -56,8 +57,8 @@ def entry(size: int = 1_000_000, target: str = "4+2") -> PartEntry:
     return PartEntry(1, b"D" * 16, size, HEADER, 12, target, ())
 
 
-def block(disks: tuple[str, ...], k: int = 4, part: PartEntry | None = None) -> BlockPlace:
-    return BlockPlace(part or entry(), 0, Run(0, 1, k, len(disks) - k, 1), disks)
+def block(disks: tuple[str, ...], k: int = 4, part: PartEntry | None = None, target: str = "4+2") -> BlockPlace:
+    return BlockPlace(part or entry(), 0, Run(0, 1, k, len(disks) - k, 1), disks, Profile.parse(target))
 
 
 def header(where: BlockPlace, position: int, hash_: bytes = TRUE, owner: bytes = NAME) -> FragmentHeader:
@@ -168,7 +169,26 @@ def test_a_block_with_all_fragments_on_target_is_whole() -> None:
     assert is_whole(OLD, whole)
     assert not is_whole(OLD, SURVIVORS)
     assert not is_whole(OLD._replace(spread=False), whole)
-    assert not is_whole(block(OLD_DISKS, part=entry(target="2+2")), whole)
+    assert not is_whole(block(OLD_DISKS, target="2+2"), whole), "the layout in force wants another profile"
+
+
+def test_a_block_may_survive_less_under_the_profile_that_the_layout_in_force_wants() -> None:
+    whole = SURVIVORS._replace(positions=tuple(range(6)))
+    wanted = block(("a0", "b0", "c0"), k=2, target="2+1")
+    assert judge_block(LAYOUT, block(OLD_DISKS, target="2+1"), wanted, whole, headers(wanted, "012", FALSE)) == OK
+
+
+def test_a_part_names_the_new_target_once_all_its_blocks_have_it() -> None:
+    part = msgspec.structs.replace(entry(), runs=(Run(0, 5, 4, 2, 1),))
+    first = MoveAsk(NAME, part.data_id, part.runs[0], Run(0, 3, 2, 1, 2))
+    half = apply_move(part, first, Profile(2, 1))
+    assert half is not None
+    assert (half.target, [run.count for run in half.runs]) == ("4+2", [3, 2])
+    last = msgspec.structs.replace(first, new=Run(3, 2, 2, 1, 2))
+    done = apply_move(half, last, Profile(2, 1))
+    assert done is not None
+    assert (done.target, [run.count for run in done.runs]) == ("2+1", [5])
+    assert apply_move(done, last, Profile(2, 1)) is None
 
 
 def ask(count: int = 1, k: int = 4, m: int = 2, new_k: int = 4, new_m: int = 2) -> MoveAsk:

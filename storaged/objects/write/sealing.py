@@ -121,9 +121,9 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     """Seals a body that is one chunk, for the record or for copies beside the register. None, with nothing done: too
     few of the register's disks can take copies now.
     """
-    bucket, name, dek, data_id, _ = part
+    _, name, dek, data_id, _ = part
     number = part.sealed_number
-    target, inline = plane.target_text(bucket), len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
+    target, inline = plane.layouts.current.target_text, len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
     if not inline:
         plan = plane.copy_plan(name)
         if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.state.disks))):

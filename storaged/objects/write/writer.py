@@ -63,7 +63,7 @@ class PartWriter:
         self._owner = part.name.pack()
         self._data_id = data_id = part.data_id
         self._number = number = part.sealed_number
-        self._target = target = plane.target_of(part.bucket)
+        self._target = target = plane.layouts.current.target
         self._countries = part.bucket.countries
         chunk, self._block_cells = block_size_for(target.k, size, plane.fill_buffers.left, plane.limits.block_cells_max)
         self._sealer = PartSealer(part.dek, data_id, number, chunk, plane.entropy(SALT_BYTES))
@@ -433,8 +433,10 @@ class PartWriter:
 
     @property
     def degraded(self) -> bool:
-        """Some block has fewer durable fragments than its profile, or another profile than the target."""
-        return any(
+        """Some block has fewer durable fragments than its profile, or another profile than the target, which may have
+        changed since the body began.
+        """
+        return self._target != self._plane.layouts.current.target or any(
             state.placement.profile != self._target or len(state.durable) < state.placement.profile.n
             for state in self._blocks
         )
