@@ -175,8 +175,11 @@ class Servers(Cluster):
 
     def layouts(self) -> list[Path]:
         """Signs what follows, and returns the files to apply, in their order."""
+        return self._signs("layout")
+
+    def _signs(self, command: str) -> list[Path]:
         known = set(self._signed())
-        self.run("cluster", "layout", str(self.authority))
+        self.run("cluster", command, str(self.authority))
         return [path for path in self._signed() if path not in known]
 
     def _signed(self) -> list[Path]:
@@ -187,6 +190,11 @@ class Servers(Cluster):
         """It may have to be repeated while rows of the system partition are copied, or a gateway is away."""
         self.wait_until(lambda: self.on_any("cluster", "apply", str(file)), 180, f"{file.name} in force")
         self._epoch = int(file.stem.rpartition("-")[2])
+
+    def abort(self) -> None:
+        """Takes the last change back."""
+        for file in self._signs("abort"):
+            self.apply(file)
 
     def on_any(self, *command: str) -> bool:
         """Whether a command succeeds on one of the gateways."""
@@ -250,6 +258,9 @@ class Servers(Cluster):
 
     def undrain(self, name: str) -> None:
         self.run("node", "undrain", str(self.authority), name)
+
+    def profile(self, wanted: str) -> None:
+        self.run("cluster", "profile", str(self.authority), wanted)
 
     def remove(self, name: str) -> None:
         self.run("node", "remove", str(self.authority), name)

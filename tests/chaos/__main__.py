@@ -31,6 +31,7 @@ from tests.chaos.forgetful import forget_disks
 from tests.chaos.growing import grow, table
 from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
 from tests.chaos.shelf import clocks_beside
+from tests.chaos.steps import STEPS
 from tests.cluster import Cluster
 from tests.servers import Servers
 from tests.worlds.frozen_disk import frozen_disk
@@ -134,7 +135,7 @@ def play_changes(servers: Servers, arguments: argparse.Namespace) -> tuple[int, 
     change = Change(servers, seed=arguments.seed, objects=objects, nemeses=nemeses, say=say)
     with change.load():
         if nemeses:
-            change.run(arguments.seconds)
+            change.run(arguments.seconds, STEPS)
         else:
             grow(change)
     change.judge()

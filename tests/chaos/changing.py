@@ -17,8 +17,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from tests.chaos.counters import Counters
 from tests.chaos.objects import Objects, movement
 from tests.chaos.workload import Workload, percentile
 from tests.patience import SLOWNESS
-from tests.servers import DISKS, Servers
+from tests.servers import Servers
 
 RACKS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c", "FR/lyo2/d", "DE/fra1/e", "DE/ber1/f")
 NODES_MIN, NODES_MAX = 3, 6
@@ -98,10 +97,10 @@ class Change:
             self.workload.stop()
             self.counters.stop()
 
-    def run(self, seconds: float) -> None:
+    def run(self, seconds: float, steps: Sequence[Step]) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            self.step(self.source.choice([step for step in STEPS if step.possible(self)]))
+            self.step(self.source.choice([step for step in steps if step.possible(self)]))
 
     def step(self, step: Step) -> None:
         started = time.monotonic()
@@ -269,184 +268,3 @@ class Change:
 def replicas(layout: Layout) -> list[tuple[str, ...]]:
     """Of all partitions, the system's last."""
     return [layout.replicas_of(number) for number in (*range(PARTITIONS), SYSTEM_PARTITION)]
-
-
-# --- steps
-
-
-def add(run: Change) -> None:
-    name, rack = run.new_server()
-    run.remember_folder()
-    with run.moving("add a server") as move:
-        move.update(run.servers.add(name, rack))
-        run.members[name] = rack
-    run.wait_whole(name)
-
-
-def drain(run: Change) -> None:
-    """Its disks give up what they have; then it is removed and stopped."""
-    name = run.source.choice(list(run.members))
-    run.remember_folder()
-    run.servers.drain(name)
-    run.change("drain a server")
-    run.servers.remove(name)
-    del run.members[name]
-    run.change("remove a drained server")
-    run.servers.stop_node(name)
-    run.left.append(Left(name, "was drained and removed"))
-
-
-def undrain(run: Change) -> None:
-    """An administrator thinks again, in the middle of a drain."""
-    name = run.source.choice(list(run.members))
-    run.remember_folder()
-    with run.moving("drain a server and undrain it") as move:
-        run.servers.drain(name)
-        move.update(run.servers.change())
-        run.away.begin_move(replicas(run.layout()))
-        time.sleep(run.source.uniform(0, 8))
-        run.servers.undrain(name)
-        run.servers.change()
-
-
-def renew(run: Change) -> None:
-    """A node gets a new certificate for a new key, and presents it after a reload."""
-    name = run.source.choice([*run.members, *run.servers.gateways])
-    run.servers.renew(name)
-    run.servers.reload(name)
-    run.servers.wait_until(
-        lambda: "this node presents a new certificate" in run.servers.log_of(name, 200), 60, f"{name} is renewed"
-    )
-
-
-def lose(run: Change) -> None:
-    """A server is gone for good, and is removed."""
-    name = run.source.choice(list(run.members))
-    run.remember_folder()
-    run.servers.kill_node(name)
-    run.away.take(name, run.disks_of(name))
-    time.sleep(run.source.uniform(0, 5))
-    run.servers.remove(name)
-    del run.members[name]
-    run.change("remove a lost server")
-    run.away.back(name)
-    run.left.append(Left(name, "was lost and removed"))
-
-
-def come_back(run: Change) -> None:
-    run.come_back(run.left.pop(0))
-
-
-def replace_disk(run: Change) -> None:
-    """A disk is gone; an empty one takes its place under its own id. The old one put back later is refused."""
-    name, disk = run.source.choice(list(run.members)), run.source.choice(DISKS)
-    server = run.servers.servers[name]
-    here, aside, new = server.folder / disk, server.folder / f"{disk}.old", server.folder / f"{disk}.new"
-    run.remember_folder()
-    run.away.take(name, run.disks_of(name))
-    run.servers.kill_node(name)
-    here.rename(aside)
-    here.mkdir(mode=0o700)
-    old, _ = run.servers.replace_disk(name, disk)
-    planned = run.servers.plan()
-    files = run.servers.layouts()
-    run.servers.start_node(name)
-    run.away.take(name, [old])
-    with run.moving("replace a disk") as move:
-        move.update(planned)
-        for file in files:
-            run.servers.apply(file)
-    run.away.back(name)
-    run.wait_whole(name)
-    if not run.away.may("the old disk is put back", run.disks_of(name), []):
-        return
-    with exchanged(run, name, here, aside, new):
-        run.servers.wait_until(lambda: refuses(run, name), 60, f"the old disk in {here} is refused")
-    shutil.rmtree(aside)
-    run.wait_whole(name)
-
-
-@contextlib.contextmanager
-def exchanged(run: Change, name: str, here: Path, aside: Path, new: Path) -> Iterator[None]:
-    """The old disk is in the place of the new one, inside the block."""
-    run.servers.stop_node(name)
-    here.rename(new)
-    aside.rename(here)
-    run.servers.start_node(name)
-    yield
-    run.servers.stop_node(name)
-    here.rename(aside)
-    new.rename(here)
-    run.servers.start_node(name)
-
-
-def refuses(run: Change, name: str) -> bool:
-    return any(
-        problem["code"] == "DISK_FOREIGN" and f"/{name}" in f"/{problem['subject']}"
-        for problem in run.servers.status()["problems"]
-    )
-
-
-def two_administrators(run: Change) -> None:
-    """Each adds another server, from a folder of his own, at the same time. One succeeds."""
-    servers = run.servers
-    mine, other = servers.authority, servers.root / f"authority-{run.count}"
-    shutil.copytree(mine, other)
-    wanted: list[tuple[Path, str, str, Path]] = []
-    for folder in (mine, other):
-        servers.authority = folder
-        name, rack = run.new_server()
-        servers.invite(name, rack)
-        (file,) = servers.layouts()
-        wanted.append((folder, name, rack, file))
-    with ThreadPoolExecutor(2) as pool:
-        asked = [
-            pool.submit(servers.on, gateway, "cluster", "apply", str(file), check=False, timeout_s=120)
-            for gateway, (_, _, _, file) in zip((servers.gateways[0], servers.gateways[-1]), wanted, strict=True)
-        ]
-    done = [future.result() for future in asked]
-    won = [number for number, one in enumerate(done) if one.returncode == 0]
-    if len(won) != 1 or "LAYOUT_OVERTAKEN" not in done[1 - won[0]].stderr:
-        run.wrong.append(f"two administrators: {[(one.returncode, one.stdout, one.stderr) for one in done]}")
-        raise AssertionError(run.wrong[-1])
-    servers.authority, name, rack, _ = wanted[won[0]]
-    loser, lost_name, _, _ = wanted[1 - won[0]]
-    shutil.rmtree(loser)
-    shutil.rmtree(servers.servers.pop(lost_name).folder)
-    servers.join(name)
-    servers.begin(name)
-    with run.moving("two administrators add a server") as move:
-        run.members[name] = rack
-        move["partitions"] = None
-    run.wait_whole(name)
-
-
-def plan_on_an_older_layout(run: Change) -> None:
-    """From a folder that does not know the last change. Refused by name, and nothing changes."""
-    assert run.older is not None
-    servers, epoch = run.servers, run.servers.status()["epoch"]
-    kept, servers.authority = servers.authority, run.older
-    try:
-        name, rack = run.new_server()
-        servers.invite(name, rack)
-        file = servers.layouts()[0]
-        done = servers.on(servers.gateways[-1], "cluster", "apply", str(file), check=False, timeout_s=120)
-    finally:
-        servers.authority = kept
-    shutil.rmtree(run.older)
-    shutil.rmtree(servers.servers.pop(name).folder)
-    run.older = None
-    if done.returncode == 0 or "LAYOUT_OVERTAKEN" not in done.stderr or servers.status()["epoch"] != epoch:
-        run.wrong.append(f"a plan on an older layout: {done.returncode} {done.stdout} {done.stderr}")
-
-
-ADD = Step("add a server", lambda run: len(run.members) < NODES_MAX, add)
-DRAIN = Step("drain and remove a server", lambda run: len(run.members) > NODES_MIN, drain)
-UNDRAIN = Step("drain and undrain a server", lambda run: len(run.members) > NODES_MIN, undrain)
-RENEW = Step("renew a certificate", lambda run: True, renew)
-LOSE = Step("lose a server for good", lambda run: len(run.members) > NODES_MIN, lose)
-COME_BACK = Step("a removed server comes back", lambda run: bool(run.left), come_back)
-REPLACE = Step("replace a disk", lambda run: True, replace_disk)
-RIVALS = Step("two administrators", lambda run: len(run.members) < NODES_MAX - 1, two_administrators)
-OLDER = Step("a plan on an older layout", lambda run: run.older is not None, plan_on_an_older_layout)
-STEPS = (ADD, DRAIN, UNDRAIN, LOSE, COME_BACK, REPLACE, RIVALS, OLDER, RENEW)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.changing import ADD, COME_BACK, LOSE, OLDER, Change
+from tests.chaos.changing import Change
 from tests.chaos.forgetful import forget_disks
 from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
+from tests.chaos.steps import ADD, COME_BACK, LOSE, OLDER
 from tests.cluster import Cluster
 from tests.servers import Servers
 

@@ -25,6 +25,10 @@ GUIDE = Path(__file__).resolve().parents[2] / "deploy" / "README.md"
 ADMIN, GATEWAY, NOWHERE = "the authority's machine", "gateway", ""
 
 
+SMALL_PROFILE = "2+2"
+"""Instead of the guide's 8+3: a test has six disks."""
+
+
 class Line(NamedTuple):
     """``begins``: the start of a command in the guide. ``machine``: where it runs; NOWHERE: it is not run, since a test
     has no such users. ``then``: what the text says to do afterwards.
@@ -82,7 +86,7 @@ class Reader:
         """Folders of servers, addresses and the ticket replaced."""
         named = re.search(r"\b(n\d|gateway\d)\b", command)
         server = self.servers.server(named[1] if named else machine) if named or machine != ADMIN else None
-        text = command.replace("TICKET", self.ticket)
+        text = command.replace("TICKET", self.ticket).replace("8+3", SMALL_PROFILE)
         if server is not None:
             text = re.sub(r"\b10(\.\d+){3}:7400\b", f"127.0.0.1:{server.port}", text)
             text = re.sub(r"/srv/disk(\d)", rf"{server.folder}/d\1", text)
@@ -216,6 +220,12 @@ A_SERVER_DIED = (
     Line("storaged cluster plan authority", ADMIN),
     Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
 )
+CHANGE_THE_PROFILE = (
+    Line("storaged cluster profile authority 8+3 --dry-run", ADMIN),
+    Line("storaged cluster profile authority 8+3", ADMIN),
+    Line("storaged cluster plan authority", ADMIN),
+    Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
+)
 RENEW = (
     Line("storaged cluster renew authority n1", ADMIN, Reader.keep_ticket),
     Line("storaged node join TICKET /etc/storaged/n1", "n1", copy_request("n1")),
@@ -227,6 +237,7 @@ CHAPTERS = {
     "A disk died": A_DISK_DIED,
     "A server died": A_SERVER_DIED,
     "Renew a certificate": RENEW,
+    "Change the profile": CHANGE_THE_PROFILE,
 }
 
 
@@ -288,6 +299,13 @@ def test_a_server_that_is_gone_for_good_is_removed_as_the_guide_says(reader: Rea
     reader.check()
     assert servers.node("n1") is None
     assert reader.nodes_with_fragments() == {"n2", "n3", "n4"}
+
+
+def test_the_profile_is_changed_as_the_guide_says(reader: Reader) -> None:
+    reader.follow("Change the profile", CHANGE_THE_PROFILE)
+    reader.check()
+    rows = [row for key in reader.objects.coded for row in reader.servers.where("demo", key)["fragments"]]
+    assert {row["profile"] for row in rows} == {SMALL_PROFILE}
 
 
 def has_problem(servers: Servers, code: str, node: str) -> bool:
