@@ -23,6 +23,7 @@ from storaged.errors import (
     AuditUnwritable,
     BucketKeyDamaged,
     BucketNotVerified,
+    CertificateRevoked,
     ChosenFellBack,
     ClockSkewed,
     DiskBlank,
@@ -165,6 +166,8 @@ class Facts:
     """Names of bucket records that storage nodes can't verify, each with the reason."""
     key_refusal: str = ""
     """Why the policy allows this gateway no keys now."""
+    revoked: str = ""
+    """Why this node's own certificate is of no use."""
     audit_problem: str = ""
     """Why this node can't write its audit log."""
     chosen_fall: str = ""
@@ -278,6 +281,8 @@ def _reads(facts: Facts, headless: int) -> str:
 def _problems(facts: Facts, headless: int, now_ms: int) -> Iterable[dict[str, Any]]:
     if facts.keyring_problem:
         yield problem(KeyringMismatch, "keyring", now_ms, facts.keyring_problem)
+    if facts.revoked:
+        yield problem(CertificateRevoked, "certificate", now_ms, facts.revoked)
     if facts.audit_problem:
         yield problem(AuditUnwritable, "audit log", now_ms, facts.audit_problem)
     for node_name, reason in facts.audit_alarms:

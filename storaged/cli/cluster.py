@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from pathlib import Path
 
 import click
 
-from storaged.cli import inviting, layouts, profiles
+from storaged.cli import inviting, layouts, profiles, revoking
 from storaged.cli.abort import abort
 from storaged.cli.disks import AS_JSON, FOLDER, find_node
 from storaged.errors import OperatorError
@@ -24,6 +25,8 @@ def cluster() -> None:
 
 
 for command in (layouts.plan, layouts.apply, layouts.fetch, layouts.adopt, abort, profiles.profile):
+    cluster.add_command(command)
+for command in (revoking.certificates, revoking.revoke):
     cluster.add_command(command)
 
 
@@ -218,6 +221,6 @@ def layout(directory: Path) -> None:
     plan = files.load_plan(directory)
     authority = issuing.load_authority(directory)
     last = files.last_signed(authority, plan)
-    made = layouts_after(plan, last)
+    made = layouts_after(plan, last, int(time.time() * 1000))
     sign_all(directory, authority, plan, last, made)
     say_signed(directory, authority, plan, last, made)

@@ -15,7 +15,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from storaged.cluster import issuing, signed_layout, tickets
-from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, Profile, problems_of
+from storaged.cluster.layout import (
+    DiskEntry,
+    Layout,
+    Location,
+    NodeEntry,
+    Profile,
+    RevokedCertificate,
+    problems_of,
+)
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import PeerIdentity
 from storaged.durable import replace_file
@@ -53,6 +61,14 @@ class NodePlan(msgspec.Struct):
     disks: list[DiskPlan] = []
 
 
+class RevokedPlan(msgspec.Struct):
+    """A certificate that the next layout revokes. ``fingerprint`` is hex; ``node`` is empty when it is not known."""
+
+    fingerprint: str
+    node: str
+    until_ms: int
+
+
 class ClusterPlan(msgspec.Struct):
     """The nodes of the next layout. ``epoch`` is that of the newest layout here, 0 when there is none.
 
@@ -68,6 +84,7 @@ class ClusterPlan(msgspec.Struct):
     jurisdictions: tuple[str, ...] = ()
     signed: int = 0
     before: int = 0
+    revoked: list[RevokedPlan] = []
 
     @property
     def policy(self) -> Policy:
@@ -246,8 +263,17 @@ def planned(plan: ClusterPlan, epoch: int) -> Layout:
         plan.admit(node)
     nodes = tuple(NodeEntry(node.name, node.location, node.address, tuple(node.roles)) for node in plan.nodes)
     disks = tuple(DiskEntry(disk.id, node.name, disk.weight, disk.state) for node in plan.nodes for disk in node.disks)
+    revoked = tuple(RevokedCertificate(bytes.fromhex(one.fingerprint), one.node, one.until_ms) for one in plan.revoked)
     return Layout(
-        plan.cluster, epoch, nodes, disks, (), plan.profile, countries=plan.countries, jurisdictions=plan.jurisdictions
+        plan.cluster,
+        epoch,
+        nodes,
+        disks,
+        (),
+        plan.profile,
+        countries=plan.countries,
+        jurisdictions=plan.jurisdictions,
+        revoked=revoked,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -62,7 +63,7 @@ def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_js
     last = files.last_signed(issuing.load_authority(directory), listed)
     if facts is not None and last is not None:
         forecast.check_last(facts, last[1])
-    layouts = layouts_after(listed, last)
+    layouts = layouts_after(listed, last, int(time.time() * 1000))
     before = last[1] if last is not None else layouts[0]
     found = planning.outlook(before, layouts)
     data = None

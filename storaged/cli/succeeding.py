@@ -13,16 +13,22 @@ from collections.abc import Collection
 from msgspec.structs import replace
 
 from storaged.cli.create import ClusterPlan, layout_of, planned
-from storaged.cluster.layout import Layout, problems_of
+from storaged.cluster.layout import Layout, RevokedCertificate, problems_of
 from storaged.cluster.moves import moves_between
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.succession import base_after, check_successor, exchanged_seeds, next_epoch
 from storaged.errors import LayoutRefused, LayoutUnsafe
 from storaged.wire import encode
 
+REVOKED_LONGER_MS = 7 * 86_400_000
+"""A revocation outlasts its certificate by so much, for nodes whose clock is slow."""
 
-def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None) -> list[Layout]:
+
+def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None, now_ms: int = 0) -> list[Layout]:
     """The layouts that bring the cluster from ``last`` to the nodes and disks of the plan, in their order.
+
+    They name all that ``last`` revokes but certificates that have expired ``REVOKED_LONGER_MS`` before ``now_ms`` (wall
+    clock, in milliseconds since 1970).
 
     Raises LayoutUnsafe with every reason why one cannot work, JurisdictionRefused for a node that the policy does not
     admit.
@@ -40,6 +46,7 @@ def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None) -
         seeds_step=before.seeds_step,
         predecessor=signed.hash,
     )
+    bare = replace(bare, revoked=_still_revoked(before, bare, now_ms))
     moves = moves_between(before, bare)
     if not moves:
         _check_works(bare)
@@ -48,6 +55,11 @@ def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None) -
         return _chained(signed.hash, before, _steps(before, bare), highest)
     except LayoutRefused as error:
         raise LayoutUnsafe(f"this layout cannot work: {error.message}") from None
+
+
+def _still_revoked(before: Layout, after: Layout, now_ms: int) -> tuple[RevokedCertificate, ...]:
+    found = {revoked.fingerprint: revoked for revoked in (*before.revoked, *after.revoked)}
+    return tuple(revoked for revoked in found.values() if revoked.until_ms + REVOKED_LONGER_MS > now_ms)
 
 
 def _check_works(layout: Layout) -> None:

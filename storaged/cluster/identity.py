@@ -134,7 +134,14 @@ def identity_of(certificate: x509.Certificate | bytes) -> PeerIdentity:
     if found.version != 1:
         raise CertificateRefused(f"The certificate's extension has version {found.version}; this daemon reads 1.")
     peer = PeerIdentity(
-        found.name, found.country, found.site, found.rack, tuple(found.roles), found.jurisdiction, found.cluster
+        found.name,
+        found.country,
+        found.site,
+        found.rack,
+        tuple(found.roles),
+        found.jurisdiction,
+        found.cluster,
+        certificate.fingerprint(hashes.SHA256()),
     )
     if common_names != [peer.name]:
         raise CertificateRefused(

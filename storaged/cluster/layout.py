@@ -88,6 +88,16 @@ class DiskEntry(Message, frozen=True):
     state: str = "active"
 
 
+class RevokedCertificate(Message, frozen=True):
+    """A certificate that no node accepts any more. ``fingerprint``: SHA-256 of its DER. ``until_ms``: when it expires
+    (ms since 1970); later layouts need not name it.
+    """
+
+    fingerprint: bytes
+    node: str
+    until_ms: int
+
+
 class Layout(Message, frozen=True, dict=True):
     """``profile`` is the target of all data, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd).
 
@@ -114,6 +124,10 @@ class Layout(Message, frozen=True, dict=True):
     """The seeds that the system partition is moving to; empty while it does not move."""
     seeds_step: int = 0
     """How often the seeds have changed (``cluster.partitions``)."""
+    revoked: tuple[RevokedCertificate, ...] = ()
+    """Certificates that no node accepts any more. What one layout revokes stays revoked, also if a later one does not
+    name it (``LayoutBook.is_revoked``).
+    """
 
     @cached_property
     def target(self) -> Profile:

@@ -92,8 +92,10 @@ class LayoutBook:
         self._layouts: dict[int, Layout] = {}
         self._by_hash: dict[bytes, int] = {}
         self._current: Layout | None = None
+        self._revoked: set[bytes] = set()
         self._learning = asyncio.Lock()
         self._watchers: list[Callable[[Layout], None]] = []
+        self._revocation_watchers: list[Callable[[], None]] = []
         for signed in known:
             layout = verify_layout(signed, administration, cluster)
             if layout.base:  # those that were used before layouts could move data are believed as they were then
@@ -192,6 +194,18 @@ class LayoutBook:
         """``watcher(layout)`` is called for each layout that comes into force."""
         self._watchers.append(watcher)
 
+    def is_revoked(self, fingerprint: bytes) -> bool:
+        """Whether any layout that this node knows revokes the certificate, be it in force or not.
+
+        So a revocation can't be undone by a later layout that does not name it, nor lost where two administrators sign
+        at once. It may go when the certificate has expired, which ends it anyway.
+        """
+        return fingerprint in self._revoked
+
+    def watch_revocations(self, watcher: Callable[[], None]) -> None:
+        """``watcher()`` is called when further certificates are revoked."""
+        self._revocation_watchers.append(watcher)
+
     async def learn(self, signed: SignedLayout, source: str) -> bool:
         """Verifies a layout, persists it, then uses it. Returns whether it is new to this node.
 
@@ -246,7 +260,11 @@ class LayoutBook:
                 await asyncio.to_thread(lambda: [layout.replicas_of(number) for number in range(PARTITIONS)])
             if self._persist is not None:
                 await self._persist(layout.epoch, signed)
+            revoked = len(self._revoked)
             self._adopt(layout, signed)
+        if len(self._revoked) > revoked:
+            for watch_revoked in self._revocation_watchers:
+                watch_revoked()
         if in_force:
             log.info("layout in force", epoch=layout.epoch, nodes=len(layout.nodes), disks=len(layout.disks))
             for watcher in self._watchers:
@@ -301,6 +319,7 @@ class LayoutBook:
         self._signed[layout.epoch] = signed
         self._layouts[layout.epoch] = layout
         self._by_hash[signed.hash] = layout.epoch
+        self._revoked.update(revoked.fingerprint for revoked in layout.revoked)
         if layout.epoch > self.epoch:
             self._current = layout
         self._judge_again(signed)

@@ -92,6 +92,12 @@ def _harmless(before: Layout, after: Layout) -> list[str]:
         if was != is_now:
             texts = [value if isinstance(value, str) else ", ".join(value) or "all" for value in (was, is_now)]
             found.append(f"{field} {texts[0]} to {texts[1]}")
+    known = {each.fingerprint for each in before.revoked}
+    found += [
+        f"certificate {each.fingerprint.hex()} of {each.node or 'an unknown node'} is revoked"
+        for each in after.revoked
+        if each.fingerprint not in known
+    ]
     return sorted(found)
 
 

@@ -149,6 +149,7 @@ class KeyHolder(NamedTuple):
     jurisdiction: str
     valid_from_ms: int
     valid_until_ms: int
+    revoked: bool = False
 
     def valid_at(self, now_ms: int) -> bool:
         return self.valid_from_ms <= now_ms < self.valid_until_ms
@@ -196,6 +197,8 @@ def release_refusal(
         return ReleaseRefusal(POLICY_RULE, "the cluster's policy is not known")
     if holder is None:
         return ReleaseRefusal(CERTIFICATE_RULE, "this gateway's certificate is not known")
+    if holder.revoked:
+        return ReleaseRefusal(VALIDITY_RULE, "this gateway's certificate is revoked")
     if not holder.valid_at(now_ms):
         when = "is not valid yet" if now_ms < holder.valid_from_ms else "has expired"
         return ReleaseRefusal(VALIDITY_RULE, f"this gateway's certificate {when}")

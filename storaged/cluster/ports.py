@@ -22,7 +22,7 @@ class PeerIdentity(NamedTuple):
     """What a peer's certificate says, verified against the cluster's own authority and the jurisdiction policy.
 
     ``jurisdiction`` is the country whose law the operating entity is under. ``cluster`` is the id of the cluster that
-    issued the certificate.
+    issued the certificate, ``fingerprint`` the SHA-256 of the certificate (DER).
     """
 
     name: str
@@ -32,6 +32,7 @@ class PeerIdentity(NamedTuple):
     roles: tuple[str, ...]
     jurisdiction: str = ""
     cluster: str = ""
+    fingerprint: bytes = b""
 
 
 class LedgerReport(Message, frozen=True):
@@ -235,8 +236,12 @@ thousand attempts of one stranger are recorded as one thing."""
 
 @dataclass(frozen=True)
 class PeerChecks:
-    """How a node judges its peers. ``roles_of`` None: a peer has the roles of its certificate."""
+    """How a node judges its peers. ``roles_of`` None: a peer has the roles of its certificate.
+
+    ``on_revoked(peer)``: a dialled peer refuses this node, because its certificate is revoked.
+    """
 
     admission: Admission
     roles_of: RolesOf | None = None
     on_refusal: OnRefusal | None = None
+    on_revoked: Callable[[str], None] | None = None

@@ -43,6 +43,7 @@ from storaged.errors.operator import (
     AuditNotCompared,
     AuditUnwritable,
     CertificateRefused,
+    CertificateRevoked,
     ClaimRefused,
     ConfigInvalid,
     DirectoryInUse,

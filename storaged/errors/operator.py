@@ -208,6 +208,17 @@ class CertificateRefused(OperatorError):
     )
 
 
+class CertificateRevoked(CertificateRefused):
+    """The certificate is revoked: a signed layout says that its key may be in other hands."""
+
+    code = "CERTIFICATE_REVOKED"
+    hint = (
+        "If the node is still a member, give it a new certificate for a new key: `storaged cluster renew` where the"
+        " authority's keys are, `storaged node join` on its server, then reload it. A revocation ends only with the"
+        " certificate."
+    )
+
+
 class TicketInvalid(OperatorError):
     """The ticket can't be read, or was altered."""
 

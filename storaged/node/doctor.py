@@ -190,7 +190,7 @@ def certificate_check(node: str, until_ms: int, now_ms: int) -> dict[str, str]:
         return _check(f"certificate of {node}", "ok", "not known: the node does not say when it expires", "")
     days = (until_ms - now_ms) // 86_400_000
     state = "ok" if days >= CERTIFICATE_DAYS_MIN else "warn" if days > 0 else "fail"
-    hint = f"Renew it: `storaged cluster renew AUTHORITY {node}`, copy its identity folder, reload the node."
+    hint = f"Renew it: `storaged cluster renew AUTHORITY {node}`, which prints a ticket for `storaged node join` there."
     return _check(f"certificate of {node}", state, f"expires in {days} days", hint)
 
 

@@ -299,7 +299,8 @@ class Gateway:
             keyring.forget_expired()
 
     def _judged_by(self) -> tuple[Policy, KeyHolder]:
-        return self._node.policy, self._node.own.key_holder
+        revoked = self._node.peers.is_own_revoked
+        return self._node.peers.policy, self._node.own.key_holder._replace(revoked=revoked)
 
     def judge_keys(self) -> None:
         """Asks the policy again for every key: the layout in force or this node's certificate changed."""

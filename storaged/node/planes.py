@@ -17,21 +17,18 @@ import structlog
 from storaged import __version__, observe
 from storaged.clock import Clock
 from storaged.cluster.identity import Identity, authority_of, load_identity
-from storaged.cluster.layout import Layout, confirmed_roles
+from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.moves import places_digest
-from storaged.cluster.policy import Policy, policy_of
-from storaged.cluster.ports import DiskStatus, Method, PeerChecks, PeerIdentity
+from storaged.cluster.ports import DiskStatus, Method, PeerChecks
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits, authority
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
 from storaged.errors import (
-    CertificateRefused,
     ConfigInvalid,
     DiskUnusable,
-    JurisdictionRefused,
     LayoutRefused,
     PortInUse,
     StoragedError,
@@ -58,6 +55,7 @@ from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
 from storaged.node.opener import Opener, place_in
 from storaged.node.partition_follower import PartitionFollower, known_steps
+from storaged.node.peers import PeerRules
 from storaged.node.refusals import Refusals
 from storaged.node.system import SystemPaths, digests_of, learn_operators
 from storaged.node.system_move import SystemMove
@@ -188,8 +186,9 @@ class NodePlanes:
             authority=self.authority,
         )
         await learn_operators(self.own, self.layouts)
-        self._follow_policy(self.layouts.current)
+        self.peers = PeerRules(lambda: self.own.peer, self.layouts)
         self.layouts.watch(self._follow_policy)
+        self.layouts.watch_revocations(self._recheck_peers)
 
     async def _persist(self, epoch: int, signed: SignedLayout) -> None:
         """A ``Persist``. The ledger then knows which layout this node has used, whatever becomes of the files. Raises
@@ -209,39 +208,20 @@ class NodePlanes:
         Raises JurisdictionRefused for a policy that names a country outside EU law; then nobody is admitted.
         """
         try:
-            self._policy = policy_of(layout)
-        except JurisdictionRefused:
-            self._policy = Policy(())
-            raise
+            self.peers.follow(layout)
         finally:
             if self.gateway is not None:
                 self.gateway.judge_keys()
         if self._server is not None:
             self._server.recheck_peers()
 
-    @property
-    def policy(self) -> Policy:
-        """The policy of the layout in force."""
-        return self._policy
-
-    def _admit(self, peer: PeerIdentity) -> None:
-        """An ``Admission``."""
-        self._policy.admit(peer)
-
-    def _roles_of(self, peer: PeerIdentity) -> frozenset[str]:
-        """A ``cluster.ports.RolesOf``."""
-        return confirmed_roles(self.layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
-
-    def _admit_dialled(self, peer: PeerIdentity) -> None:
-        """An ``Admission`` of nodes that this one calls by name: their certificate must agree with
-        the layout in force.
-        """
-        self._admit(peer)
-        if not self._roles_of(peer):
-            where = f"{peer.country}/{peer.site}/{peer.rack}"
-            raise CertificateRefused(
-                f"{peer.name} is certified as {', '.join(peer.roles)} in {where}; the layout in force says otherwise."
-            )
+    def _recheck_peers(self) -> None:
+        """Ends connections with certificates that are revoked now; a gateway with such a one gets no more keys."""
+        if self._server is not None:
+            self._server.recheck_peers()
+        self.pool.recheck_peers(self.peers.check_revoked)
+        if self.gateway is not None:
+            self.gateway.judge_keys()
 
     # --- building
 
@@ -249,7 +229,7 @@ class NodePlanes:
         self.pool = RpcPool(
             self.own,
             addresses=self._address,
-            checks=PeerChecks(self._admit_dialled, on_refusal=self._refused),
+            checks=PeerChecks(self.peers.admit_dialled, on_refusal=self._refused, on_revoked=self.peers.on_revoked),
             local_methods=self._methods,
             incarnation=self.incarnation,
             clock=self.clock,
@@ -356,7 +336,7 @@ class NodePlanes:
         self._server = RpcServer(
             self.own,
             self._methods,
-            checks=PeerChecks(self._admit, self._roles_of, self._refused),
+            checks=PeerChecks(self.peers.admit, self.peers.roles_of, self._refused),
             incarnation=self.incarnation,
             limits=ServerLimits(inflight_bytes_max=self.config.limits.rpc_inflight_bytes_max),
             clock=self.clock,

@@ -95,6 +95,7 @@ class Reports:
             key_refusal=refusal,
             key_damage=self._gateway.key_damage() if self._gateway is not None else (),
             bad_records=self._gateway.bad_records() if self._gateway is not None else (),
+            revoked=node.peers.own_revocation(),
             audit_problem=node.auditing.problem,
             chosen_fall=node.ring.chosen_falls[1],
             sets_of=self._sets_of,

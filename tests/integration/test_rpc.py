@@ -696,7 +696,7 @@ async def test_a_renewed_certificate_is_used_for_new_connections(pair: Pair) -> 
     ) as pool:
         seen: list[str] = []
         await pool.call("n1", "t.echo", Note(""), Note)
-        assert seen == ["z"]
+        assert set(seen) == {"z"}, "it is checked again after the handshake"
 
 
 # --- bounds

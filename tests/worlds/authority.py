@@ -47,7 +47,7 @@ class World:
         key = ec.generate_private_key(ec.SECP256R1())
         peer: PeerIdentity = own.peer._replace(**changes)
         certificate = issuing.certify(self.authority, peer, key.public_key(), days=1, now=datetime.now(UTC))
-        (own.directory / "node.key").write_bytes(issuing._private_pem(key))
+        (own.directory / "node.key").write_bytes(issuing.private_pem(key))
         (own.directory / "node.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         return identity.Identity(own.directory, peer, own.expires, own.administration, own.valid_from)
 
@@ -137,7 +137,11 @@ async def serving(
 
 @asynccontextmanager
 async def pooled(own: identity.Identity, addresses: Any, **options: Any) -> AsyncIterator[RpcPool]:
-    checks = PeerChecks(options.pop("admission", EU), on_refusal=options.pop("on_refusal", None))
+    checks = PeerChecks(
+        options.pop("admission", EU),
+        on_refusal=options.pop("on_refusal", None),
+        on_revoked=options.pop("on_revoked", None),
+    )
     options.setdefault("limits", PoolLimits(connect_timeout_s=5, backoff_first_s=0.01, backoff_max_s=0.05))
     pool = RpcPool(own, addresses=addresses, checks=checks, **options)
     await pool.start()

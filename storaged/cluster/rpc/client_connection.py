@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 from msgspec import MsgspecError
 
-from storaged.cluster.ports import OnReply
+from storaged.cluster.ports import OnReply, PeerIdentity
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.connection import SMALL_BODY_BYTES, Connection, measure
 from storaged.cluster.rpc.framing import (
@@ -99,6 +99,8 @@ class ClientConnection(Connection):
         self.node = node
         self.limits = limits
         self.counts = counts
+        self.peer: PeerIdentity | None = None
+        """What its certificate says, once that was checked."""
         self.expires_s = float("inf")
         """When the peer's certificate or our own expires, whichever is first, in seconds since 1970."""
         self.redial_at_s = float("inf")

@@ -24,7 +24,13 @@ from storaged.cluster.rpc.client_connection import CallCounts, ClientConnection,
 from storaged.cluster.rpc.connection import describe
 from storaged.cluster.rpc.expiry import REDIAL_BEFORE_S, REDIAL_INTERVAL_S, expired, expiry_of
 from storaged.cluster.rpc.framing import PROTOCOL_VERSION, Hello, Kind
-from storaged.errors import CertificateRefused, JurisdictionRefused, PeerUnreachable, StoragedError
+from storaged.errors import (
+    CertificateRefused,
+    CertificateRevoked,
+    JurisdictionRefused,
+    PeerUnreachable,
+    StoragedError,
+)
 from storaged.wire import encode
 
 log = structlog.get_logger(__name__)
@@ -86,8 +92,10 @@ class Dialler:
         try:
             async with asyncio.timeout(self.limits.connect_timeout_s):
                 await self.loop.create_connection(lambda: connection, host, port, ssl=self.tls, server_hostname=node)
-                self._check_certificate(connection)
-                return connection, await self._handshake(connection)
+                peer = self._check_certificate(connection)
+                hello = await self._handshake(connection)
+                self.checks.admission(peer)  # a layout may have come meanwhile
+                return connection, hello
         except ssl.SSLCertVerificationError as error:
             connection.abort(describe(error))
             raise CertificateRefused(f"{node} at {host}:{port} is not of this cluster: {describe(error)}.") from error
@@ -95,10 +103,11 @@ class Dialler:
             connection.abort(describe(error))
             raise
 
-    def _check_certificate(self, connection: ClientConnection) -> None:
-        """Raises CertificateRefused or JurisdictionRefused; sets when the connection expires."""
+    def _check_certificate(self, connection: ClientConnection) -> PeerIdentity:
+        """Raises CertificateRefused or JurisdictionRefused; sets the connection's peer, and when it expires."""
         certificate, node = connection.peer_certificate(), connection.node
         peer, peer_expires_s = identity.identity_of(certificate), expiry_of(certificate)
+        connection.peer = peer
         connection.expires_s = min(peer_expires_s, self.own.expires.timestamp())
         connection.redial_at_s = connection.expires_s - REDIAL_BEFORE_S
         if peer_expires_s <= self.clock.wall_ms() / 1000:
@@ -107,6 +116,7 @@ class Dialler:
             raise CertificateRefused(f"The certificate at {node}'s address is {peer.name}'s.")
         self._check_cluster(peer)
         self.checks.admission(peer)
+        return peer
 
     def _check_cluster(self, peer: PeerIdentity) -> None:
         own = self.own
@@ -190,6 +200,15 @@ class Link:
             self.connection = connection = fresh
         return connection
 
+    def recheck(self, admission: Callable[[PeerIdentity], None]) -> None:
+        """Ends the connections to a peer that is not admitted any more."""
+        for connection in (*self.retired, *([self.connection] if self.connection is not None else [])):
+            try:
+                assert connection.peer is not None
+                admission(connection.peer)
+            except StoragedError as error:
+                connection.abort(error.message)
+
     def check_expiry(self, wall_s: float) -> None:
         """Closes expired and drained connections, and asks for a successor in time."""
         for connection in list(self.retired):
@@ -231,6 +250,10 @@ class Link:
             and reason != self.reason
         ):
             on_refusal(self.node, error)
+        on_revoked = self.dialler.checks.on_revoked
+        said = error.details.get("refused_with") if isinstance(error, CertificateRefused) else None
+        if said == CertificateRevoked.code and on_revoked is not None:
+            on_revoked(self.node)
         if reason != self.reason:
             log.warning("node is away", peer=self.node, reason=reason)
         self._fail_waiting_calls(reason)

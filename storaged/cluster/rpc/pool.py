@@ -110,6 +110,11 @@ class RpcPool:
         for link in self._links.values():
             link.redial.set()
 
+    def recheck_peers(self, admission: Callable[[PeerIdentity], None]) -> None:
+        """Ends the connections to peers that ``admission`` does not admit any more; calls under way on them fail."""
+        for link in list(self._links.values()):
+            link.recheck(admission)
+
     # The state of peers.
 
     def watch(self, watcher: Callable[[str, bool], None]) -> None:

@@ -5,7 +5,7 @@ now), the certificate's extension and the admission policy (jurisdiction), and t
 protocol version, the name that was certified). The server sends a refusal if it can, logs it, and hands it to
 ``on_refusal`` for the audit log. A certificate outlives a membership. So what a peer may call follows from the layout
 in force (``PeerChecks.roles_of``), and the server checks it again, for existing connections too, whenever that changes
-(``recheck_peers``). An expired certificate ends its connection (``expiry``).
+(``recheck_peers``). A certificate that is revoked, or has expired (``expiry``), ends its connections.
 
 A stopping server waits for tasks, and then for the calls that ``try_start`` accepted, each for ``drain_s``.
 """
@@ -210,6 +210,7 @@ class RpcServer:
                     raise expired(peer.name, connection.expires_s)
                 self._checks.admission(peer)
                 self._check_hello(await connection.hello, peer)
+                self._checks.admission(peer)  # a layout may have come meanwhile
         except StoragedError as error:
             self._refuse(connection, who, error)
         except ssl.SSLError as error:
