@@ -31,6 +31,7 @@ from storaged.errors import (
     DiskForeign,
     DiskFull,
     DiskHung,
+    DiskOut,
     DiskReadOnly,
     DiskRolledBack,
     DiskWaits,
@@ -176,6 +177,8 @@ class Facts:
     """(node, what its witnesses report about its audit log)."""
     sets_of: SetsOf | None = None
     """None: partitions are where the layout wants them."""
+    disks_out: Sequence[tuple[str, int, str]] = ()
+    """(subject, since, detail) of each disk that others replace."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,8 @@ def _problems(facts: Facts, headless: int, now_ms: int) -> Iterable[dict[str, An
         yield problem(QuorumLost, f"{headless} partitions", now_ms)
     for node in facts.nodes:
         yield from _node_problems(node, facts.layout, now_ms)
+    for subject, since_ms, detail in facts.disks_out:
+        yield problem(DiskOut, subject, since_ms, detail)
     yield from _object_problems(facts.durability, now_ms)
     for kind, records in ((SystemRecordDamaged, facts.bad_records), (BucketNotVerified, facts.unverified_records)):
         for name, reason in records[:RECORDS_NAMED_MAX]:

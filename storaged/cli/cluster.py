@@ -24,7 +24,15 @@ def cluster() -> None:
     """
 
 
-for command in (layouts.plan, layouts.apply, layouts.fetch, layouts.adopt, abort, profiles.profile):
+for command in (
+    layouts.plan,
+    layouts.apply,
+    layouts.fetch,
+    layouts.adopt,
+    abort,
+    profiles.profile,
+    profiles.sparing,
+):
     cluster.add_command(command)
 for command in (revoking.certificates, revoking.revoke):
     cluster.add_command(command)

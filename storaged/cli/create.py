@@ -22,6 +22,7 @@ from storaged.cluster.layout import (
     NodeEntry,
     Profile,
     RevokedCertificate,
+    Sparing,
     problems_of,
 )
 from storaged.cluster.policy import Policy
@@ -85,6 +86,8 @@ class ClusterPlan(msgspec.Struct):
     signed: int = 0
     before: int = 0
     revoked: list[RevokedPlan] = []
+    sparing: tuple[int, int, int] = (600, 3600, 1)
+    """As ``cluster.layout.Sparing``."""
 
     @property
     def policy(self) -> Policy:
@@ -274,6 +277,7 @@ def planned(plan: ClusterPlan, epoch: int) -> Layout:
         countries=plan.countries,
         jurisdictions=plan.jurisdictions,
         revoked=revoked,
+        sparing=Sparing(*plan.sparing),
     )
 
 

@@ -1,4 +1,4 @@
-"""``storaged cluster profile``: the target profile that the next layout has."""
+"""``storaged cluster profile`` and ``sparing``: the target profile and the policy that the next layout has."""
 
 from __future__ import annotations
 
@@ -39,3 +39,39 @@ def profile(directory: Path, profile: str, dry_run: bool) -> None:
         return
     files.save_plan(directory, listed)
     click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
+
+
+@click.command("sparing")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--fragments", default="", metavar="TIME", help="Rebuild fragments after so long, such as 10m.")
+@click.option("--registers", default="", metavar="TIME", help="Move registers after so long, such as 1h.")
+@click.option("--domains", type=click.IntRange(0), help="Replace so many racks at the same time; 0: none.")
+def sparing(directory: Path, fragments: str, registers: str, domains: int | None) -> None:
+    """Show or set when the cluster replaces a disk that is away by the others, by itself."""
+    from storaged.cli import create as files
+    from storaged.cli.disks import save
+    from storaged.cluster.layout import Sparing
+    from storaged.cluster.moves import sparing_text
+
+    listed = files.load_plan(directory)
+    known = Sparing(*listed.sparing)
+    wanted = Sparing(
+        _seconds("--fragments", fragments) if fragments else known.fragments_s,
+        _seconds("--registers", registers) if registers else known.registers_s,
+        known.domains_max if domains is None else domains,
+    )
+    if wanted != known:
+        listed.sparing = (wanted.fragments_s, wanted.registers_s, wanted.domains_max)
+        save(directory, listed)
+    click.echo(f"Disks that are away are replaced {sparing_text(wanted)}.")
+    if wanted != known:
+        click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
+
+
+def _seconds(option: str, text: str) -> int:
+    """Raises OperatorError."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    if not number.isdigit() or not 10 <= int(number) * units[unit] <= 365 * 86400:
+        raise OperatorError(f"{option}: {text!r} is not a time from 10s to 365d, such as 90s, 10m or 2h")
+    return int(number) * units[unit]

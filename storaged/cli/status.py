@@ -134,6 +134,7 @@ def render(found: dict[str, Any], command: str = "") -> str:
         if steps[index + 1 : index + 2] != [step]:  # once for neighbours with the same step
             lines.append(f"  Next: {step}")
     lines.extend(_moving(found.get("moving")))
+    lines.extend(_sparing(found.get("sparing")))
     shown = [job for job in found["jobs"] if job["state"] != "done" and (job["state"] != "waiting" or job["detail"])]
     lines.extend(f"  {render_job(job)}" for job in shown)
     return "\n".join(map(_plain, lines))
@@ -150,6 +151,23 @@ def _moving(found: dict[str, Any] | None) -> list[str]:
     if settings is not None and settings["known"]:
         paused = [name for name in ("partitions", "fragments") if settings[name]["paused"]]
         lines.extend(f"  moves of {name} are paused; let them go on: storaged job resume {name}" for name in paused)
+    return lines
+
+
+def _sparing(found: dict[str, Any] | None) -> list[str]:
+    """``found``: as ``status`` has it; None while the gateway does not answer."""
+    if found is None:
+        return []
+    lines = []
+    if found["waiting"]:
+        first = min(found["waiting"], key=lambda one: one["out_in_s"])
+        others = f" and {len(found['waiting']) - 1} more" if len(found["waiting"]) > 1 else ""
+        lines.append(
+            f"  disk {first['disk']}{others} away: the registers move to other disks in"
+            f" {format_duration(first['out_in_s'])}, if racks allow"
+        )
+    if found["reason"]:
+        lines.append(f"  disks are not replaced: {found['reason']}")
     return lines
 
 

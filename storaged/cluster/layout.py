@@ -98,6 +98,20 @@ class RevokedCertificate(Message, frozen=True):
     until_ms: int
 
 
+class Sparing(Message, frozen=True):
+    """When the cluster replaces a disk by the others, by itself (``cluster.sparing``).
+
+    ``fragments_s``: after so many seconds without a disk its fragments are rebuilt on others. A disk that was replaced
+    comes back when it has answered for so long. ``registers_s``: after so many seconds its registers move to others.
+    ``domains_max``: so many failure domains with disks whose node does not answer are replaced at the same time; 0:
+    none.
+    """
+
+    fragments_s: int = 600
+    registers_s: int = 3600
+    domains_max: int = 1
+
+
 class Layout(Message, frozen=True, dict=True):
     """``profile`` is the target of all data, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd).
 
@@ -128,6 +142,7 @@ class Layout(Message, frozen=True, dict=True):
     """Certificates that no node accepts any more. What one layout revokes stays revoked, also if a later one does not
     name it (``LayoutBook.is_revoked``).
     """
+    sparing: Sparing = Sparing()
 
     @cached_property
     def target(self) -> Profile:
@@ -281,6 +296,8 @@ def problems_of(layout: Layout) -> list[str]:
         for seed in dict.fromkeys((*layout.seeds, *layout.seeds_next))
         if seed not in layout.disk_by_id
     )
+    if layout.sparing.fragments_s < 1 or layout.sparing.registers_s < 1 or layout.sparing.domains_max < 0:
+        found.append("a disk is replaced after one second at the soonest, and no fewer than 0 failure domains")
     found.extend(
         f"node {node.name} is in {node.location}; the cluster's countries are {', '.join(layout.countries)}"
         for node in layout.nodes

@@ -45,6 +45,7 @@ from storaged.cluster.ports import Call, Caller, DiskStatus, Method, Methods
 from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.faults import plain
 from storaged.cluster.signed_layout import SignedLayout
+from storaged.cluster.sparing import ABSENT, UNREACHABLE
 from storaged.errors import PeerError, PeerTimeout, PeerUnreachable
 
 log = structlog.get_logger(__name__)
@@ -243,6 +244,14 @@ class Membership:
 
     def disk_readable(self, disk_id: str) -> bool:
         return self._disk_state(disk_id) in READABLE
+
+    def why_away(self, disk_id: str) -> str:
+        """Why a disk of the layout can't be read now (``sparing.Opinion``); empty when it can."""
+        state = self._disk_state(disk_id)
+        if state:
+            return "" if state in READABLE else state
+        node = self._layouts.current.node_of(disk_id)
+        return ABSENT if node == self._own.name or self.status(node).state == "up" else UNREACHABLE
 
     def _disk_state(self, disk_id: str) -> str:
         """The state that a disk's node reports; empty when the node is away or never named the disk."""

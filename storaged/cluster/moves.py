@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, Sparing
 from storaged.wire import Message, encode
 
 NAMED_MAX = 8
@@ -98,7 +98,16 @@ def _harmless(before: Layout, after: Layout) -> list[str]:
         for each in after.revoked
         if each.fingerprint not in known
     ]
+    if before.sparing != after.sparing:
+        found.append(f"disks that are away are replaced {sparing_text(after.sparing)}")
     return sorted(found)
+
+
+def sparing_text(sparing: Sparing) -> str:
+    if not sparing.domains_max:
+        return "never by themselves"
+    after = f"after {sparing.fragments_s} s (fragments) and {sparing.registers_s} s (registers)"
+    return f"{after}, in {sparing.domains_max} failure domain{'s' if sparing.domains_max > 1 else ''} at a time"
 
 
 def places_digest(layout: Layout) -> bytes:

@@ -1,4 +1,6 @@
-"""What one process knows about where partitions are: the newest record of each, and the states that follow."""
+"""What one process knows about where partitions are: the newest record of each, and the states that follow. Also which
+disks are out, and where partitions should be therefore.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from collections.abc import Callable
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.cluster.partitions import PartitionRecord, PartitionState, state_of
+from storaged.cluster.sparing import NONE_OUT, DisksOut, target
 from storaged.errors import LayoutRefused, ServiceUnavailable
 
 
@@ -22,6 +25,9 @@ class PartitionMap:
         """Whether all records were read once. Before that nothing is said of partitions that may have moved."""
         self.steps = 0
         """The sum of all steps known: the higher of two is newer in at least one partition. It only grows."""
+        self.out = NONE_OUT
+        """The newest record of the disks that are out."""
+        self._target: tuple[Layout, DisksOut, Layout] | None = None
 
     def hear(self, node: str, steps: int) -> None:
         """Another node says the sum of the steps that it knows. It may lie: nothing else is concluded from it."""
@@ -54,6 +60,20 @@ class PartitionMap:
                     ) from None
             state = self._states[number] = state_of(number, record, current, base)
         return state
+
+    def target(self, current: Layout) -> Layout:
+        """Where partitions should be: ``current`` without the disks that are out; ``current`` itself while none is."""
+        known = self._target
+        if known is None or known[0] is not current or known[1] is not self.out:
+            known = self._target = current, self.out, target(current, self.out.disks)
+        return known[2]
+
+    def note_out(self, record: DisksOut) -> bool:
+        """Takes a record that was verified. Returns whether it is newer than the one known."""
+        if record.number <= self.out.number:
+            return False
+        self.out = record
+        return True
 
     def step_of(self, number: int, current: Layout) -> int:
         """0 for one that is not known to have moved."""

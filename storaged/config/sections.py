@@ -96,10 +96,11 @@ class AuditSection(msgspec.Struct, frozen=True):
 class LimitsSection(msgspec.Struct, frozen=True):
     """Bounds of one node; a gateway's workers share those of S3.
 
-    ``recode_delay_s``: how long a disk may be away before repair recodes blocks for the other disks. ``drop_delay_s``:
-    how long fragments that moved, or were coded again, stay in their old places for readers. ``meta_map_bytes`` is
-    address space for a disk's LMDB; disk space is used only as rows are written. ``reserve_bytes`` stays free on every
-    disk for deletes, repair and the ring; 0: a twentieth of the file system.
+    ``recode_delay_s``: how long a disk may be away before repair recodes blocks for the other disks; 0: as the layout
+    says, which all nodes should do. ``drop_delay_s``: how long fragments that moved, or were coded again, stay in their
+    old places for readers. ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used only as rows are
+    written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the file
+    system.
     """
 
     s3_requests_max: int = 1024
@@ -109,7 +110,7 @@ class LimitsSection(msgspec.Struct, frozen=True):
     reserve_bytes: int = 0
     drain_s: float = 25.0
     small_object_bytes_max: int = 16 * KIB
-    recode_delay_s: float = 600.0
+    recode_delay_s: float = 0.0
     drop_delay_s: float = 3600.0
 
 

@@ -130,7 +130,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "meta_map_bytes"): _size_between(16 * MIB, 64 * 1024 * GIB),
     ("limits", "segment_bytes"): _size_between(8 * MIB, 4 * GIB),
     ("limits", "drain_s"): _between(0, 600),
-    ("limits", "recode_delay_s"): _between(10, 30 * 86_400),
+    ("limits", "recode_delay_s"): _zero_or_between(10, 30 * 86_400),
     ("limits", "drop_delay_s"): _between(10, 30 * 86_400),
     ("limits", "small_object_bytes_max"): _size_between(0, 64 * KIB),
     ("log", "level"): _one_of(*LOG_LEVELS),

@@ -25,6 +25,7 @@ from storaged.errors.conditions import (
     ChosenFellBack,
     ClockSkewed,
     DiskDown,
+    DiskOut,
     KeyReleasesRefused,
     KeysNotBackedUp,
     NodeDown,
@@ -74,6 +75,7 @@ from storaged.errors.operator import (
     TicketForeign,
     TicketInvalid,
     TicketUsed,
+    VoteRefused,
     WrongPassphrase,
 )
 from storaged.errors.peers import (

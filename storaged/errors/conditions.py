@@ -49,6 +49,21 @@ class DiskDown(Condition):
     )
 
 
+class DiskOut(Condition):
+    """The disk has been away for so long that the cluster replaces it: a majority of the storage nodes voted it out,
+    and the partitions that it held move to other disks. Nothing is lost by this, even if the disk is sound.
+    """
+
+    code = "DISK_OUT"
+    hint = (
+        "If the disk or its server is gone for good: storaged cluster disk remove, or storaged cluster remove, and sign"
+        " a layout. If it returns, do nothing: when it has answered for a while, it gets its share back. The delays are"
+        " in the layout (storaged cluster sparing). `status` says what still waits. Where too few racks are left to"
+        " replace it, keys and objects stay readable and writable, and the failure of one more rack stops some of them:"
+        " bring the rack back, or add a server in another rack."
+    )
+
+
 class ObjectsBelowTarget(Condition):
     """Some objects have fewer fragments than their bucket's profile asks for."""
 

@@ -293,6 +293,18 @@ class LayoutRefused(OperatorError):
     )
 
 
+class VoteRefused(OperatorError):
+    """A vote on disks that are away, or a record of disks that are out, does not count: it is not signed by a storage
+    node of the layout, or no majority agrees. It changes nothing.
+    """
+
+    code = "VOTE_REFUSED"
+    hint = (
+        "While a new layout spreads this passes. Otherwise no honest node of this cluster sends one: look in the log of"
+        " the gateway for the node that did; its certificate or its machine may be in other hands."
+    )
+
+
 class LayoutUnsafe(OperatorError):
     """No layout can be made from the list of nodes and disks: it would have too few racks, nodes or disks for the
     profile or for the replicas of metadata, or a drain would end what the cluster survives today.

@@ -41,7 +41,9 @@ class MaintainLimits:
     collect_interval_s: float = 20.0
     collect_batch: int = 256
     recode_delay_s: float = 600.0
-    """How long disks may be away before blocks without a spare are recoded for the other disks."""
+    """How long disks may be away before blocks are recoded for the other disks; 0: as the layout says
+    (``Layout.sparing``).
+    """
     drop_delay_s: float = 3600.0
     """Fragments that recoded blocks left on their old disks stay so long, for readers that have begun with them."""
     orphan_age_ms: int = 86_400_000
@@ -134,6 +136,10 @@ class MaintainContext:
 
     def leads(self, partition: int) -> bool:
         return self.leader_of(partition) in self.local_meta
+
+    @property
+    def recode_delay_s(self) -> float:
+        return self.limits.recode_delay_s or float(self.layouts.current.sparing.fragments_s)
 
     def usable_disks(self) -> tuple[frozenset[str], frozenset[str]]:
         """(disks that can be read, disks that take writes too)."""

@@ -154,9 +154,9 @@ class PartitionMover:
     async def round(self) -> int:
         """Takes every partition that waits one step further, where that is possible now. Returns how many wait."""
         layouts, progress = self._ports.layouts, self.progress
-        layout = layouts.current
-        if not layout.base:  # data never moved in this cluster
-            return 0
+        layout = layouts.partitions.target(layouts.current)
+        if not layout.base and layout is layouts.current and not layouts.partitions.steps:
+            return 0  # data never moved in this cluster
         try:
             states = await self._unsettled(layout)
         except ServiceUnavailable as error:  # an earlier layout is still to be learnt

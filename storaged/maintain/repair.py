@@ -7,7 +7,7 @@ How repair decides, in the order of this file:
    not OK, or when it is not coded and spread as its part's target asks. A register with such a block is a finding in
    the queue.
 2. ``_repair_most_urgent`` takes the finding whose worst block has the fewest spare fragments. It tries a finding when
-   the disks that answer suffice to do something, or when disks have been away for longer than ``recode_delay_s``. A
+   the disks that answer suffice to do something, or when disks have been away for longer than the delay. A
    finding whose repair failed backs off.
 3. ``_repair`` reads the record again from a majority. It copies missing pages of the manifest. Then it looks at the
    blocks again, in slices of one run.
@@ -16,8 +16,9 @@ How repair decides, in the order of this file:
 5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the target
    of the layout in force, if the disks that take writes can hold it: without delay for a slice that was not written
    with its target, or that the layout in force wants elsewhere or under another profile, after the delay for one with
-   AWAY fragments. If they can't hold the target, it chooses what they can hold, for a slice that has AWAY fragments,
-   after the delay, when a block has no spare left.
+   AWAY fragments, unless more failure domains are silent than the layout's policy replaces (``cluster.sparing``). If
+   they can't hold the target, it chooses what they can hold, for a slice that has AWAY fragments, after the delay, when
+   a block has no spare left.
 6. Only gateways change records: ``relocate`` asks one to make the record name the new places, many moves at a time,
    while repair goes on. The gateway puts the old fragments on garbage lists. While no gateway answers, nothing is
    recoded (step 4 rebuilds in place, for which no record changes), and ``waits`` says so.
@@ -127,10 +128,11 @@ class Repair:
 
     def waits(self) -> Waits:
         """What keeps repair from doing more now: disks that are away, and when blocks are recoded without them."""
-        now, delay_s = self._context.clock.monotonic(), self._context.limits.recode_delay_s
+        now, delay_s = self._context.clock.monotonic(), self._context.recode_delay_s
         later = [delay_s - (now - since) for since in self._away_since.values()]
         pending = [left for left in later if left > 0]
-        recode_in_s = min(pending) if pending and self._queue.waits_for_delay() else NO_RECODING_S
+        will_recode = pending and self._queue.waits_for_delay() and not self._is_cut_off(0.0)
+        recode_in_s = min(pending) if will_recode else NO_RECODING_S
         wants = self._queue.wants_moves(misplaced=not self._context.settings().fragments_paused)
         gateway = self.relocator.away if wants else ""
         return Waits(tuple(sorted(self._away_since)), recode_in_s, delay_s, gateway)
@@ -351,9 +353,10 @@ class Repair:
         if entry.small or not all(block.readable for block in blocks):
             return None
         countries = self._walker.buckets.countries_of(name.scope)
-        away = any(block.away for block in blocks)
+        away, delay_s = any(block.away for block in blocks), self._context.recode_delay_s
         away_long = away and self._away_long_enough(blocks)
-        place, urgent = blocks[0].place, not blocks[0].as_written or away_long
+        place = blocks[0].place
+        urgent = not blocks[0].as_written or (away_long and not self._is_cut_off(delay_s))
         on_target = blocks[0].on_target
         if urgent or not (place.placed and on_target):
             # Elsewhere it would count as placed, and never come to the disk that is away now.
@@ -374,8 +377,21 @@ class Repair:
         """A disk that no layout names any more is away for good."""
         now, known = self._context.clock.monotonic(), self._context.layouts.current.disk_by_id
         disks = {block.place.disks[position] for block in blocks for position in block.away}
-        delay_s = self._context.limits.recode_delay_s
+        delay_s = self._context.recode_delay_s
         return all(disk not in known or now - self._away_since.get(disk, now) >= delay_s for disk in disks)
+
+    def _is_cut_off(self, for_s: float) -> bool:
+        """Whether the nodes of more failure domains than the layout's policy replaces have not answered for so long.
+        Then it may be the network, and it would be in vain to rebuild all that they have.
+        """
+        layout, now = self._context.layouts.current, self._context.clock.monotonic()
+        readable = {layout.node_of(disk) for disk in self._context.usable_disks()[0]}
+        domains = {
+            layout.domain_by_disk[disk]
+            for disk, since in self._away_since.items()
+            if disk in layout.disk_by_id and layout.node_of(disk) not in readable and now - since >= for_s
+        }
+        return len(domains) > layout.sparing.domains_max
 
     def _note_away(self) -> None:
         """Remembers since when each disk takes no new fragments."""

@@ -53,8 +53,8 @@ def count_partitions(layouts: Layouts, records: PartitionMap) -> PartitionCounts
 
     A layout that moves nothing may follow meanwhile. So a record counts from the last one on that moved data.
     """
-    layout = layouts.current
-    if not layout.base:
+    layout = records.target(layouts.current)
+    if not layout.base and layout is layouts.current and not records.steps:
         return PartitionCounts(Counted(0, 0), 0)
     since = layout.epoch // GENERATION * GENERATION
     done = left = joint = 0

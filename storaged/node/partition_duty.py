@@ -1,18 +1,27 @@
-"""What a gateway does for partitions that move: it moves them, and signs and believes their records."""
+"""What a gateway does for partitions that move: it moves them, and signs and believes their records. It decides which
+disks are out.
+"""
 
 from __future__ import annotations
+
+import asyncio
+from functools import partial
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from storaged.cluster import move_settings
+from storaged.cluster import move_settings, sparing
 from storaged.cluster.layout import partition_of
 from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, signed_bytes
 from storaged.cluster.signers import is_signed, signer_id
+from storaged.cluster.sparing import DisksOut, Vote
+from storaged.cluster.votes import verify_vote
+from storaged.ids import system_entropy
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.names import RegisterName, Value
 from storaged.node.planes import NodePlanes
+from storaged.node.sparing_duty import SparingDuty, SparingPorts
 from storaged.node.unlock import LateKeys
 from storaged.objects.system.buckets import BucketService
 from storaged.wire import decode
@@ -26,6 +35,20 @@ class PartitionDuty:
         self._buckets = buckets
         self._cluster = node.own.cluster
         self._node = node
+        self.sparing = SparingDuty(
+            SparingPorts(
+                node.layouts,
+                node.pool,
+                node.paths,
+                node.clock,
+                lambda signed: verify_vote(signed, node.layouts.at, node.authority, node.own.cluster),
+                node.sparing.times.seen,
+                node.sparing.read,
+                self._sign_out,
+                system_entropy,
+                partial(_note, node),
+            )
+        )
         self.mover = PartitionMover(
             MoverPorts(
                 node.layouts,
@@ -46,7 +69,7 @@ class PartitionDuty:
     async def run(self) -> None:
         """Runs for ever."""
         await self._keys.opened.wait()
-        await self.mover.run()
+        await asyncio.gather(self.mover.run(), self.sparing.run())
 
     async def _allowed(self) -> dict[int, frozenset[str]]:
         """See ``MoverPorts``."""
@@ -83,18 +106,26 @@ class PartitionDuty:
         signature = self._keys.sign_public(signed_bytes(self._cluster, record))
         return msgspec.structs.replace(record, signer=signer_id(self._keys.public_signer()), signature=signature)
 
+    def _sign_out(self, record: DisksOut) -> DisksOut:
+        signature = self._keys.sign_public(sparing.signed_bytes(self._cluster, record))
+        return msgspec.structs.replace(record, signer=signer_id(self._keys.public_signer()), signature=signature)
+
     def believes(self, name: RegisterName, value: Value) -> bool:
-        """False for the record of a partition, and for settings of moves, that no gateway of this cluster signed. True
-        for other registers, and while the keyring is not open, since nothing can be verified then.
+        """False for the record of a partition, for settings of moves, and for the record of disks that are out, if no
+        gateway of this cluster signed them. True for other registers, and while the keyring is not open, since nothing
+        can be verified then.
         """
-        of_partition = name.key.startswith(PATH_PREFIX.encode())
-        ours = of_partition or name.key == move_settings.PATH.encode()
+        of_partition, of_disks = name.key.startswith(PATH_PREFIX.encode()), name.key == sparing.PATH.encode()
+        ours = of_partition or of_disks or name.key == move_settings.PATH.encode()
         if not ours or value.sequence == 0 or self._keys.keyring is None:
             return True
         try:
             if of_partition:
                 record = decode(value.body, PartitionRecord)
                 signed, signature = signed_bytes(self._cluster, record), record.signature
+            elif of_disks:
+                out = decode(value.body, DisksOut)
+                signed, signature = sparing.signed_bytes(self._cluster, out), out.signature
             else:
                 settings = decode(value.body, MoveSettings)
                 signed, signature = move_settings.signed_bytes(self._cluster, settings), settings.signature
@@ -102,3 +133,11 @@ class PartitionDuty:
             return False
         key = Ed25519PublicKey.from_public_bytes(self._keys.public_signer())
         return is_signed(key, signed, signature)
+
+
+def _note(node: NodePlanes, before: DisksOut, after: DisksOut) -> None:
+    """For the audit log: each disk that is out now, or no more."""
+    voters = ",".join(sorted({decode(signed.payload, Vote).node for signed in after.votes}))
+    for disk in sorted(before.disks ^ after.disks):
+        outcome = "out" if disk in after.disks else "back"
+        node.audit.note("disk.out", target=f"disk:{disk}", outcome=outcome, number=after.number, voters=voters)

@@ -90,7 +90,7 @@ class PartitionFollower:
             self._behind.clear()
             rest_s, steps = EVERY_S, self._partitions.steps
             try:
-                if self._layouts.current.base:
+                if self._layouts.current.base or hinted or steps:
                     await self.read_all()
             except (StoragedError, TimeoutError) as error:
                 rest_s = RETRY_S
@@ -118,7 +118,7 @@ class PartitionFollower:
 
     async def refresh(self, partition: int) -> None:
         """Reads the record of one partition. Raises as ``read_all``. Where the system partition is, the layout says."""
-        if partition == SYSTEM_PARTITION or not self._layouts.current.base:
+        if partition == SYSTEM_PARTITION:
             return
         reading = self._reading.get(partition)
         if reading is None:

@@ -57,6 +57,7 @@ from storaged.node.opener import Opener, place_in
 from storaged.node.partition_follower import PartitionFollower, known_steps
 from storaged.node.peers import PeerRules
 from storaged.node.refusals import Refusals
+from storaged.node.sparing import NodeSparing
 from storaged.node.system import SystemPaths, digests_of, learn_operators
 from storaged.node.system_move import SystemMove
 from storaged.objects.code.small_copy import is_small_copy
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # storage nodes have no further processes, and don't import w
     from storaged.node.leader import Leader
 
 DISK_STATUS_EVERY_S = 0.5
+FIXED = ("node", "disks", "rpc", "admin", "limits")
 
 log = structlog.get_logger("node")
 
@@ -273,13 +275,12 @@ class NodePlanes:
             ),
             clock=self.clock,
         )
-        listing_cache_bytes_max = CACHE_BYTES_MAX // self.config.s3.workers
         self.scanner = RingScanner(
             self.layouts,
             directory,
             self.ring,
             self.membership,
-            ScanSettings(cache_bytes_max=listing_cache_bytes_max),
+            ScanSettings(cache_bytes_max=CACHE_BYTES_MAX // self.config.s3.workers),
             on_fenced=self._fenced,
             refresh=lambda partition: self.follower.refresh(partition),
         )
@@ -296,7 +297,8 @@ class NodePlanes:
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
         self.auditing = Auditing(self)
         self.audit = self.auditing.log
-        self._methods.update(self.auditing.methods())
+        self.sparing = NodeSparing(self)
+        self._methods.update(dict(self.auditing.methods()) | dict(self.sparing.methods()))
 
     def maintain_context(self) -> MaintainContext:
         """What background work uses, of this node's disks and as a gateway."""
@@ -353,7 +355,7 @@ class NodePlanes:
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """The tasks that run until the node stops."""
         found = [self._keep_telling_disks(), self.follower.run(), self.follower.settings.run()]
-        found += self.auditing.work()
+        found += [*self.auditing.work(), *self.sparing.work()]
         if self.maintenance is not None:
             found.append(self.maintenance.run())
         return found
@@ -381,14 +383,9 @@ class NodePlanes:
             self._server.renew(own)
         worker = {"worker": str(self.leader.number)} if self.leader is not None else {}
         observe.setup_logging(config.log.level, config.log.format, stream=None, node=config.node.name, **worker)
-        fixed = [
-            name
-            for name in ("node", "disks", "rpc", "admin", "limits")
-            if getattr(config, name) != getattr(self.config, name)
-        ]
-        fixed += (
-            ["s3"] if (config.s3.listen, config.s3.workers) != (self.config.s3.listen, self.config.s3.workers) else []
-        )
+        fixed = [name for name in FIXED if getattr(config, name) != getattr(self.config, name)]
+        if (config.s3.listen, config.s3.workers) != (self.config.s3.listen, self.config.s3.workers):
+            fixed.append("s3")
         if fixed:
             log.warning("some changes need a restart", sections=",".join(fixed))
         renewed = own.expires != self.own.expires

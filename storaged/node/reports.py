@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from storaged.admin import sparing
 from storaged.admin.ports import Services
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
 from storaged.cluster.move_settings import document
+from storaged.cluster.partitions import PartitionState
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
@@ -84,6 +86,8 @@ class Reports:
         profile, reason = self._write_profile()
         problem = self._gateway.problem if self._gateway is not None else ""
         refusal = self._gateway.key_refusal if self._gateway is not None else ""
+        spared = self._sparing()
+        spares = sparing.document(spared)
         facts = Facts(
             node.layouts.current,
             self._nodes(),
@@ -99,6 +103,7 @@ class Reports:
             audit_problem=node.auditing.problem,
             chosen_fall=node.ring.chosen_falls[1],
             sets_of=self._sets_of,
+            disks_out=sparing.details(spared, spares),
             audit_alarms=merged(
                 [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),
@@ -106,7 +111,24 @@ class Reports:
                 {name: reason for status in statuses for name, reason in status.records_refused}.items()
             ),
         )
-        return {**self._seen.date(judge(facts, node.clock.wall_ms())), "moving": self._moving(statuses)}
+        found = self._seen.date(judge(facts, node.clock.wall_ms()))
+        return {**found, "moving": self._moving(statuses), "sparing": spares}
+
+    def _states(self) -> list[PartitionState] | None:
+        """None while this node has not read where partitions are."""
+        try:
+            return [self._node.layouts.partition(number) for number in range(PARTITIONS)]
+        except ServiceUnavailable:
+            return None
+
+    def _sparing(self) -> sparing.SparingFacts:
+        layouts = self._node.layouts
+        layout, record = layouts.current, layouts.partitions.out
+        states = self._states() if record.out else []
+        reason = self._gateway.partitions.sparing.reason if self._gateway is not None else ""
+        reason = reason or self._node.sparing.refused
+        target = layouts.partitions.target(layout)
+        return sparing.SparingFacts(layout, target, record, self._node.sparing.times.seen(), states, reason)
 
     def _moving(self, statuses: Sequence[MaintainStatus]) -> dict[str, Any]:
         """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has

@@ -23,6 +23,7 @@ from storaged.meta.transport.replicas import ReplicaHost
 from storaged.node.accepting import LayoutAcceptor
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
+from storaged.node.sparing import Voter
 from tests.doubles.layouts import KnownLayouts
 from tests.integration.memory_cluster import Cluster, run
 from tests.worlds.authority import Note, Service, World, pooled, serving
@@ -45,6 +46,7 @@ def of_a_storage_node(world: World) -> Methods:
         found.update(membership.methods())
         found.update(ledger_exchange(world, own).methods())
         found.update(LayoutAcceptor(own, None, None, world.directory).methods())  # type: ignore[arg-type]  # not called
+        found.update(Voter(lambda: own, membership._layouts, None).methods())  # type: ignore[arg-type]  # not called
         found.update(cluster.nodes["na"].maintenance.methods())
 
     run(build)

@@ -176,6 +176,7 @@ DRIVERS: dict[str, Driver] = {
     "cluster.offer": lambda thief: _of(LayoutAfter(99)),
     "cluster.claims": lambda thief: _of(LayoutAfter(99)),
     "cluster.accept": lambda thief: _of(LayoutAfter(99)),
+    "cluster.vote": lambda thief: _of(LayoutAfter(99)),
     "audit.witness": lambda thief: _of(LayoutAfter(0)),
     "audit.witnessed": lambda thief: _of(LayoutAfter(0)),
     "meta.prepare": lambda thief: _of(messages.Prepare("", thief.slot().name, thief.ballot())),
@@ -227,6 +228,7 @@ SERVED_ELSEWHERE = {
     "cluster.offer",
     "cluster.claims",
     "cluster.accept",
+    "cluster.vote",
     "audit.witness",
     "audit.witnessed",
 }

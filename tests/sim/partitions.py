@@ -17,6 +17,7 @@ import msgspec
 
 from storaged.cluster.layout import Layout
 from storaged.cluster.partitions import PartitionRecord, is_settled, path_of
+from storaged.cluster.ports import Method
 from storaged.errors import LayoutRefused, NoSuchBucket, StoragedError
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.authority import KnownSteps
@@ -33,6 +34,7 @@ from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, World, m
 from tests.sim.listing import BUCKET, LISTED_KEYS, SHARDS, Listing
 from tests.sim.parts import BitFlips, ClockJumps, HungDisks, Part, Suspensions, Trouble
 from tests.sim.scenario import Scenario, play_out
+from tests.sim.sparing import POLICY, Sparing
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts, Workload
 
@@ -57,7 +59,7 @@ def layouts_of(chance: random.Random) -> list[Layout]:
         places = tuple(
             disk if disk.id in disks else msgspec.structs.replace(disk, state="draining") for disk in whole.disks
         )
-        layout = msgspec.structs.replace(whole, disks=places, base=1 if found else 0)
+        layout = msgspec.structs.replace(whole, disks=places, base=1 if found else 0, sparing=POLICY)
         if not found or any(
             set(layout.replicas_of(number)) != set(found[-1].replicas_of(number)) for number in NUMBERS
         ):
@@ -120,7 +122,7 @@ class Node(StorageNode):
         host = ReplicaHost(
             {self.disk: self.replica}, lambda: self.scenario.layouts[-1].epoch, world.rules, world.on_refusal, steps
         )
-        self.methods = host.methods()
+        self.methods = {**host.methods(), **self.scenario.methods_of(self.name)}
 
     async def learn(self, partition: int, life: int) -> None:
         asker = Process(self.scenario, self.name, gateway=False, skew_ms=0)
@@ -187,12 +189,15 @@ class Movers(Part):
         try:
             for number in NUMBERS:
                 await process.refresh(number)
+            if self.of.sparing is not None and not await self.of.sparing.ended(process):
+                return False
         except StoragedError:
             return False
         finally:
             await process.client.close()
         states = [process.layouts.partition(number) for number in NUMBERS]
-        return all(is_settled(state, self.of.layouts[-1]) for state in states)
+        wanted = process.layouts.partitions.target(self.of.layouts[-1])
+        return all(is_settled(state, wanted) for state in states)
 
     async def _live(self, name: str) -> None:
         """One life of a mover after the other. When the cluster is sound: a few rounds of one."""
@@ -231,7 +236,9 @@ class Movers(Part):
 
     async def _round(self, process: Process, mover: PartitionMover) -> None:
         process.layouts.learn(self.of.known.get(process.name, self.of.layouts[0]))
-        layout = process.layouts.current
+        if self.of.sparing is not None:
+            await self.of.sparing.turn(process)
+        layout = process.layouts.partitions.target(process.layouts.current)
         lost = mover._lost(layout)
         for number in NUMBERS:
             if self.sound or self.chance.random() < 0.3:
@@ -374,7 +381,16 @@ class Moving(Listing):
             ("g0", "g1", "g2", "m0", "m1", "closer", "fencer"), self.layouts[0]
         )
         self.stale_fences = 0
+        self.sparing: Sparing | None = None
         Node.scenario = self
+
+    @property
+    def current(self) -> Layout:
+        """For what nodes see of its disks."""
+        return self.layout
+
+    def methods_of(self, node: str) -> dict[str, Method]:
+        return self.sparing.methods_of(node) if self.sparing is not None else {}
 
     def join_parts(self) -> None:
         chances = {kind: random.Random(f"{kind.__name__} {self.found.seed}") for kind in PARTS}
@@ -384,6 +400,11 @@ class Moving(Listing):
         for kind in (Trouble, HungDisks, Suspensions, ClockJumps, BitFlips, Wiped):
             if kind is Trouble or kind.joins(self, chances[kind]):
                 self.parts.insert(0, kind(self, chances[kind]))
+        if Sparing.joins(self, chances[Sparing]):
+            self.sparing = Sparing(self, chances[Sparing])
+            self.parts.insert(0, self.sparing)
+            for node in self.world.nodes.values():
+                node.methods = {**node.methods, **self.methods_of(node.name)}
 
     async def play(self) -> None:
         await super().play()
@@ -419,7 +440,7 @@ class Moving(Listing):
         return found
 
 
-PARTS = (Announcements, Closing, Movers, Trouble, HungDisks, Suspensions, ClockJumps, BitFlips, Wiped)
+PARTS = (Announcements, Closing, Movers, Trouble, HungDisks, Suspensions, ClockJumps, BitFlips, Wiped, Sparing)
 
 
 def run_moving(seed: int, rules: Rules = RULES) -> Verdicts:

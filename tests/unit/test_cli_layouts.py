@@ -15,7 +15,7 @@ from storaged.cli import create, forecast, planning
 from storaged.cli.main import cli
 from storaged.cli.succeeding import layouts_after
 from storaged.cluster import issuing
-from storaged.cluster.layout import Layout, weaknesses
+from storaged.cluster.layout import Layout, Sparing, weaknesses
 from storaged.cluster.move_settings import MoveSettings, document
 from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.succession import check_successor
@@ -548,3 +548,20 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in ("plan", "apply", "fetch", "adopt", "renew", "layout", "abort"):
         assert name in out
+
+
+def test_when_disks_that_are_away_are_replaced_is_signed_and_moves_nothing(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("cluster", "sparing", str(authority))
+    assert "after 600 s (fragments) and 3600 s (registers), in 1 failure domain at a time" in capsys.readouterr().out
+    call("cluster", "sparing", str(authority), "--fragments", "20s", "--registers", "5m", "--domains", "2")
+    found = plan_of(authority, capsys)
+    assert not found["partitions"]
+    assert any("20 s (fragments) and 300 s" in change for change in found["changes"])
+    call("cluster", "layout", str(authority))
+    before, after = history_of(authority)
+    assert (before.sparing, after.sparing) == (Sparing(), Sparing(20, 300, 2))
+    for mistake in (("--fragments", "soon"), ("--registers", "1s"), ("--domains", "-1")):
+        with pytest.raises(OperatorError):
+            call("cluster", "sparing", str(authority), *mistake)

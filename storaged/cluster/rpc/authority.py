@@ -48,6 +48,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "cluster.layout": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
     "cluster.offer": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
     "cluster.accept": Grant(GATEWAY, STORAGE, "a gateway collects the acceptances of a layout that moves data"),
+    "cluster.vote": Grant(GATEWAY, STORAGE, "a gateway collects signed votes on disks that are away, or are back"),
     "cluster.claims": Grant(
         STORAGE,
         STORAGE,

@@ -1,0 +1,94 @@
+"""What ``status`` says of disks that are away: which are out, what others have taken over, what is waited for. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from storaged.cluster.layout import Layout
+from storaged.cluster.partitions import PartitionState
+from storaged.cluster.sparing import OUT, DisksOut, Opinion
+from storaged.units import format_duration
+
+
+class SparingFacts(NamedTuple):
+    """``layout``: in force. ``target``: where data should be (``cluster.sparing``). ``record``: the disks out.
+    ``seen``: what this node has seen of each disk. ``states``: of all partitions; None while they are not known.
+    ``reason``: why a disk that is due does not go out, or come back.
+    """
+
+    layout: Layout
+    target: Layout
+    record: DisksOut
+    seen: Mapping[str, Opinion]
+    states: Sequence[PartitionState] | None
+    reason: str = ""
+
+
+def document(facts: SparingFacts) -> dict[str, Any]:
+    """``partitions``: how many still have the disk as a replica, None while that is not known. ``replaced``: whether
+    there is another one for it. ``back_in_s``: None while it does not answer.
+    """
+    layout, policy = facts.layout, facts.layout.sparing
+    held = Counter(disk for state in facts.states or () for disk in state.present)
+    out = []
+    for entry in facts.record.out:
+        if entry.disk not in layout.disk_by_id:
+            continue
+        opinion = facts.seen.get(entry.disk)
+        back = opinion is not None and not opinion.state
+        out.append(
+            {
+                "disk": entry.disk,
+                "node": layout.node_of(entry.disk),
+                "rack": layout.node_by_name[layout.node_of(entry.disk)].location,
+                "since": entry.since_ms,
+                "state": entry.state,
+                "replaced": facts.target.disk_by_id[entry.disk].state == OUT,
+                "partitions": None if facts.states is None else held[entry.disk],
+                "back_in_s": max(0, policy.fragments_s - opinion.for_s) if back and opinion is not None else None,
+            }
+        )
+    known = facts.record.disks
+    waiting = [
+        {"disk": disk, "state": opinion.state, "away_s": opinion.for_s, "out_in_s": policy.registers_s - opinion.for_s}
+        for disk, opinion in facts.seen.items()
+        if opinion.state and disk not in known and policy.domains_max
+    ]
+    return {
+        "fragments_s": policy.fragments_s,
+        "registers_s": policy.registers_s,
+        "domains_max": policy.domains_max,
+        "out": out,
+        "waiting": [{**one, "out_in_s": max(0, int(str(one["out_in_s"])))} for one in waiting],
+        "reason": facts.reason,
+    }
+
+
+def details(facts: SparingFacts, found: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """(subject, since, detail) of each DISK_OUT. ``found``: the document."""
+    return [
+        (f"{entry['rack']}/{entry['node']}/{entry['disk']}", entry["since"], _detail(facts, entry))
+        for entry in found["out"]
+    ]
+
+
+def _detail(facts: SparingFacts, entry: Mapping[str, Any]) -> str:
+    layout = facts.layout
+    if entry["back_in_s"] is not None:
+        return f"it answers again, and gets its share back in {format_duration(entry['back_in_s'])}"
+    if not entry["replaced"]:
+        kind = layout.domain_kind
+        gone = facts.record.disks
+        left = {layout.domain_by_disk[disk.id] for disk in layout.disks if disk.id not in gone}
+        return (
+            f"{entry['state']}; not replaced: a partition needs {layout.replicas} {kind}s, {len(left)} are left. Its"
+            f" partitions have {layout.replicas - 1} of {layout.replicas} replicas: keys are read and written, and stop"
+            f" when one more {kind} fails. Objects are held as the living {kind}s can (see writes)"
+        )
+    if entry["partitions"] is None:
+        return f"{entry['state']}; how much others have taken over is not known yet"
+    if entry["partitions"]:
+        return f"{entry['state']}; {entry['partitions']} partitions still have to move to other disks"
+    return f"{entry['state']}; other disks have taken over its partitions"

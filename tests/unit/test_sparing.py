@@ -1,0 +1,422 @@
+"""Which disks are out, by whose votes, and where partitions should be then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
+
+from storaged.cluster.identity import NodeSigner
+from storaged.cluster.layout import PARTITIONS, Layout, Sparing
+from storaged.cluster.ports import Call, PeerIdentity
+from storaged.cluster.sparing import (
+    ABSENT,
+    NONE_OUT,
+    OUT,
+    UNREACHABLE,
+    DisksOut,
+    Opinion,
+    OutDisk,
+    SignedVote,
+    Vote,
+    VoteAsk,
+    decide,
+    due,
+    target,
+)
+from storaged.cluster.votes import check_votes, sign_vote, verify_vote
+from storaged.errors import PeerUnreachable, VoteRefused
+from storaged.node.sparing import PAUSE_MAX_S, DiskTimes, Voter
+from storaged.node.sparing_duty import SparingDuty, SparingPorts
+from storaged.wire import decode, encode
+from tests.doubles.layouts import KnownLayouts
+from tests.worlds.authority import World
+from tests.worlds.layouts import History, first
+
+
+class FakeClock:
+    """Time passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall_ms(self) -> int:
+        return 10**12 + int(self.now * 1000)
+
+
+FOUR = ("n1", "n2", "n3", "n4")
+HOUR = 3600
+
+
+def four(**facts: Any) -> Layout:
+    return first(FOUR, **facts)
+
+
+# --- where partitions should be
+
+
+def test_an_out_disk_costs_each_partition_one_replica_at_most_and_others_nothing() -> None:
+    layout = four()
+    for out in (("d4a",), ("d4a", "d4b")):
+        wanted = target(layout, out)
+        assert wanted.epoch == layout.epoch
+        assert wanted.domain_by_disk == layout.domain_by_disk
+        for number in range(PARTITIONS):
+            before, after = set(layout.replicas_of(number)), set(wanted.replicas_of(number))
+            assert not after & set(out)
+            assert len({layout.domain_by_disk[disk] for disk in after}) == 3
+            assert len(before - after) == (1 if before & set(out) else 0)
+
+
+def test_with_three_racks_and_one_gone_nothing_moves_but_a_lone_disk_is_replaced_in_its_rack() -> None:
+    layout = first()
+    assert target(layout, ("d3a", "d3b")) is layout
+    assert target(layout, ()) is layout
+    assert target(layout, ("gone",)) is layout
+    wanted = target(layout, ("d1a", "d3a", "d3b"))
+    states = {disk.id: disk.state for disk in wanted.disks}
+    assert [disk for disk, state in states.items() if state == OUT] == ["d1a"]
+    assert all(len(wanted.replicas_of(number)) == 3 for number in range(PARTITIONS))
+
+
+# --- decisions
+
+
+def votes_of(
+    world: World, layout: Layout, said: dict[str, Iterable[Opinion]], nonce: bytes = bytes(16)
+) -> dict[str, tuple[Vote, SignedVote]]:
+    found = {}
+    for node, opinions in said.items():
+        vote = Vote("c1", node, layout.epoch, nonce, tuple(opinions))
+        found[node] = vote, sign_vote(NodeSigner(History(world).identity(node)), vote)
+    return found
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def away(disk: str, for_s: int = HOUR, state: str = UNREACHABLE) -> Opinion:
+    return Opinion(disk, state, for_s)
+
+
+def test_a_majority_of_all_storage_nodes_puts_a_disk_out_and_fewer_do_not(world: World) -> None:
+    layout = four()
+    assert due(layout, NONE_OUT, {"d4a": away("d4a", HOUR - 1)}) == ()
+    assert due(layout, NONE_OUT, {"d4a": away("d4a"), "d4b": away("d4b", 5)}) == ("d4a",)
+    two = votes_of(world, layout, {"n1": [away("d4a")], "n2": [away("d4a")]})
+    assert decide(layout, NONE_OUT, two, 10**9) is None
+    hasty = votes_of(world, layout, {name: [away("d4a", HOUR - 1)] for name in ("n1", "n2", "n3")})
+    assert decide(layout, NONE_OUT, hasty, 10**9) is None
+    said = {"n1": [away("d4a", 2 * HOUR)], "n2": [away("d4a", HOUR + 7)], "n3": [away("d4a", 3 * HOUR)]}
+    record = decide(layout, NONE_OUT, votes_of(world, layout, said), 10**9)
+    assert record is not None
+    assert record.out == (OutDisk("d4a", 10**9 - 1000 * (HOUR + 7), UNREACHABLE),)
+    assert (record.number, len(record.votes)) == (1, 3)
+
+
+def test_an_out_disk_comes_back_after_it_has_answered_for_a_while(world: World) -> None:
+    layout = four()
+    known = DisksOut(4, (OutDisk("d4a", 5, UNREACHABLE), OutDisk("d4b", 5, UNREACHABLE)), ())
+    assert due(layout, known, {"d4a": Opinion("d4a", "", 599)}) == ()
+    assert due(layout, known, {"d4a": Opinion("d4a", "", 600)}) == ("d4a",)
+    back = {name: [Opinion("d4a", "", 600)] for name in ("n1", "n2", "n4")}
+    record = decide(layout, known, votes_of(world, layout, back), 10**9)
+    assert record is not None
+    assert (record.number, record.disks) == (5, {"d4b"})
+    del back["n4"]
+    assert decide(layout, known, votes_of(world, layout, back), 10**9) is None
+    # Nobody has to vote for a disk that the layout names no more, or when the policy ends.
+    assert decide(first(), known, {}, 10**9) == DisksOut(5, (), ())
+    assert decide(replace(layout, sparing=Sparing(domains_max=0)), known, {}, 10**9) == DisksOut(5, (), ())
+
+
+def test_only_so_many_silent_racks_are_replaced_but_every_broken_disk_of_a_node_that_answers(world: World) -> None:
+    layout = first(("n1", "n2", "n3", "n4", "n5"))
+    opinions = [
+        away("d1a"),
+        away("d1b"),
+        away("d2a", 2 * HOUR),
+        away("d2b"),
+        away("d3a", state="failed"),
+        away("d4a", state="foreign"),
+        away("d4b", state=ABSENT),
+    ]
+    votes = votes_of(world, layout, dict.fromkeys(("n3", "n4", "n5"), opinions))
+    record = decide(layout, NONE_OUT, votes, 10**9)
+    assert record is not None
+    assert record.disks == {"d2a", "d2b", "d3a", "d4a", "d4b"}, "rack n2 was away first"
+    assert decide(layout, record, votes, 10**9) is None
+    wider = replace(layout, sparing=Sparing(domains_max=2))
+    later = decide(wider, record, votes, 10**9)
+    assert later is not None
+    assert {"d1a", "d1b"} <= later.disks
+
+
+# --- signed votes
+
+
+def test_votes_count_if_a_storage_node_of_their_layout_signed_them(world: World) -> None:
+    layout, history = four(), History(world)
+    known = KnownLayouts(layout)
+    vote = Vote("c1", "n1", 1, bytes(16), (away("d4a"),))
+
+    def verify(signed: SignedVote) -> Vote:
+        return verify_vote(signed, known.at, world.authority.certificate, "c1")
+
+    mine = NodeSigner(history.identity("n1"))
+    assert verify(sign_vote(mine, vote)) == vote
+    wrong: list[tuple[str, SignedVote]] = [
+        ("signed by n1", sign_vote(mine, replace(vote, node="n2"))),
+        ("no vote by layout", sign_vote(NodeSigner(history.identity("gw")), replace(vote, node="gw"))),
+        ("no vote by layout", sign_vote(NodeSigner(world.node("n9")), replace(vote, node="n9"))),
+        ("no vote by layout", sign_vote(NodeSigner(world.node("n2", location="FR/par1/x")), replace(vote, node="n2"))),
+        ("not known here", sign_vote(mine, replace(vote, epoch=7))),
+        ("signed by n1 of c1", sign_vote(mine, replace(vote, cluster="c2"))),
+        ("twice", sign_vote(mine, replace(vote, opinions=(away("d4a"), away("d4a"))))),
+        ("does not hold", replace(sign_vote(mine, vote), signature=sign_vote(mine, replace(vote, epoch=2)).signature)),
+        ("does not count", replace(sign_vote(mine, vote), payload=b"\xc1")),
+        ("bytes", replace(sign_vote(mine, vote), payload=bytes(70_000))),
+    ]
+    for reason, signed in wrong:
+        with pytest.raises(VoteRefused, match=reason):
+            verify(signed)
+
+
+def test_a_record_has_the_votes_of_a_majority_for_each_disk(world: World) -> None:
+    layout = four()
+    known = KnownLayouts(layout)
+
+    def check(record: DisksOut) -> None:
+        check_votes(record, known.at, world.authority.certificate, "c1")
+
+    votes = votes_of(world, layout, {name: [away("d4a")] for name in ("n1", "n2", "n3")})
+    record = decide(layout, NONE_OUT, votes, 10**9)
+    assert record is not None
+    check(record)
+    later = votes_of(world, layout, {name: [away("d4b")] for name in ("n1", "n2", "n3")}, b"another nonce..!")
+    both = decide(layout, record, later, 10**9)
+    assert both is not None
+    assert both.disks == {"d4a", "d4b"}
+    check(both)
+    known.learn(replace(layout, epoch=2, sparing=Sparing(registers_s=9 * HOUR)))
+    check(both)  # as the layout of the votes said
+    stay = decide(layout, both, votes_of(world, layout, {n: [Opinion("d4a", "", 600)] for n in FOUR[1:]}), 10**9)
+    assert stay is not None
+    check(stay)
+    for forged in (
+        replace(record, votes=record.votes[:2]),
+        replace(record, votes=(*record.votes[:2], record.votes[0])),
+        replace(record, out=(OutDisk("d3a", 5, UNREACHABLE),)),
+        # What nodes said at different times is not added up.
+        replace(record, votes=(*record.votes[:2], votes_of(world, layout, {"n3": [away("d4a")]}, b"x" * 16)["n3"][1])),
+        replace(record, votes=tuple(signed for _, signed in short(world, layout).values())),
+    ):
+        with pytest.raises(VoteRefused, match="No majority"):
+            check(forged)
+
+
+def short(world: World, layout: Layout) -> dict[str, tuple[Vote, SignedVote]]:
+    """Of three nodes that have not waited long enough."""
+    return votes_of(world, layout, {name: [away("d4a", HOUR - 1)] for name in ("n1", "n2", "n3")})
+
+
+# --- what a node has seen
+
+
+def test_times_begin_anew_with_each_change_and_after_a_pause_of_the_process() -> None:
+    clock, states = FakeClock(), {"d4a": ""}
+    times = DiskTimes(KnownLayouts(four()), lambda disk: states.get(disk, ""), clock)
+
+    def after(seconds: float) -> Opinion:
+        clock.advance(seconds)
+        return times.seen()["d4a"]
+
+    assert after(0) == Opinion("d4a", "", 0)
+    assert after(20) == Opinion("d4a", "", 20)
+    states["d4a"] = UNREACHABLE
+    assert after(1) == Opinion("d4a", UNREACHABLE, 0)
+    states["d4a"] = "failed"
+    assert after(20) == Opinion("d4a", "failed", 20), "it has been away all the time"
+    assert after(PAUSE_MAX_S + 1) == Opinion("d4a", "failed", 0)
+    states["d4a"] = ""
+    assert after(1) == Opinion("d4a", "", 0)
+
+
+# --- the gateway
+
+
+class Cluster:
+    """Four storage nodes that vote, and the register."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.clock = FakeClock()
+        self.layouts = KnownLayouts(four())
+        self.states: dict[str, str] = {}
+        self.down: set[str] = set()
+        self.body: bytes | None = None
+        self.before_write: Callable[[], None] = lambda: None
+        self.asked = 0
+        self.key = Ed25519PrivateKey.generate()
+        self.noted: list[frozenset[str]] = []
+        history = History(world)
+        self.times = {name: DiskTimes(self.layouts, self.why_away, self.clock) for name in (*FOUR, "gw")}
+        self.voters = {
+            name: Voter(lambda name=name: history.identity(name), self.layouts, self.times[name])  # type: ignore[misc]
+            for name in FOUR
+        }
+        self.duty = SparingDuty(self.ports())
+
+    def ports(self) -> SparingPorts:
+        return SparingPorts(
+            self.layouts,
+            self,
+            self,
+            self.clock,
+            lambda signed: verify_vote(signed, self.layouts.at, self.world.authority.certificate, "c1"),
+            self.times["gw"].seen,
+            self.read,
+            lambda record: record,
+            lambda count: self.asked.to_bytes(count, "big"),
+            lambda before, after: self.noted.append(before.disks ^ after.disks),
+        )
+
+    def why_away(self, disk: str) -> str:
+        return UNREACHABLE if f"n{disk[1]}" in self.down else self.states.get(disk, "")
+
+    def pass_s(self, seconds: float) -> None:
+        for _ in range(int(seconds / 20)):
+            for times in self.times.values():
+                times.seen()
+            self.clock.advance(20)
+
+    async def call(self, node: str, method: str, request: VoteAsk, _reply: Any, **_options: Any) -> Any:
+        assert method == "cluster.vote"
+        self.asked += 1
+        if node in self.down:
+            raise PeerUnreachable(node)
+        peer = PeerIdentity("gw", "FR", "par1", "n1", ("gateway",))
+        handler = self.voters[node].methods()[method].handler
+        return await handler(request, Call(peer, memoryview(b""), 0.0)), memoryview(b"")
+
+    async def replace(self, _path: str, choose: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        self.before_write()
+        body = choose(self.body)
+        self.body = self.body if body is None else body
+        return self.body
+
+    async def read(self) -> None:
+        if self.body is not None:
+            self.layouts.partitions.note_out(decode(self.body, DisksOut))
+
+    @property
+    def out(self) -> frozenset[str]:
+        return self.layouts.partitions.out.disks
+
+
+@pytest.fixture
+def cluster(world: World) -> Cluster:
+    return Cluster(world)
+
+
+async def test_a_server_that_is_away_for_an_hour_is_out_and_back_ten_minutes_after_its_return(cluster: Cluster) -> None:
+    cluster.pass_s(60)
+    await cluster.duty.once()
+    assert not cluster.asked, "nothing is away"
+    cluster.down = {"n4"}
+    cluster.pass_s(HOUR - 60)
+    await cluster.duty.once()
+    assert (cluster.out, cluster.asked) == (frozenset(), 0)
+    cluster.pass_s(100)
+    await cluster.duty.once()
+    assert cluster.out == {"d4a", "d4b"}
+    assert cluster.duty.reason == ""
+    assert cluster.layouts.partitions.target(cluster.layouts.current) is not cluster.layouts.current
+    check_votes(cluster.layouts.partitions.out, cluster.layouts.at, cluster.world.authority.certificate, "c1")
+    cluster.down = set()
+    cluster.pass_s(500)
+    await cluster.duty.once()
+    assert cluster.out
+    cluster.down = {"n4"}  # it comes and goes: it is out all the time
+    cluster.pass_s(100)
+    cluster.down = set()
+    cluster.pass_s(500)
+    await cluster.duty.once()
+    assert cluster.out
+    cluster.pass_s(200)
+    await cluster.duty.once()
+    assert cluster.out == frozenset()
+    assert cluster.layouts.partitions.target(cluster.layouts.current) is cluster.layouts.current
+    assert cluster.noted == [{"d4a", "d4b"}, {"d4a", "d4b"}]
+
+
+async def test_without_a_majority_of_votes_nothing_is_out(cluster: Cluster) -> None:
+    cluster.down = {"n3", "n4"}
+    cluster.pass_s(2 * HOUR)
+    await cluster.duty.once()
+    assert cluster.out == frozenset()
+    assert "2 of 4 storage nodes vote, 3 have to" in cluster.duty.reason
+    cluster.down = {"n4"}  # the others have seen n3 for a moment only, and its own times began with its return
+    cluster.pass_s(40)
+    await cluster.duty.once()
+    assert cluster.out == {"d4a", "d4b"}
+
+
+async def test_a_gateway_that_alone_sees_a_node_away_puts_nothing_out(cluster: Cluster) -> None:
+    cluster.times["gw"] = DiskTimes(cluster.layouts, lambda disk: UNREACHABLE if disk[1] == "4" else "", cluster.clock)
+    cluster.duty = SparingDuty(cluster.ports())
+    cluster.pass_s(2 * HOUR)
+    await cluster.duty.once()
+    assert cluster.asked
+    assert cluster.out == frozenset()
+    assert "no majority has seen it away" in cluster.duty.reason
+
+
+async def test_two_gateways_decide_once(cluster: Cluster) -> None:
+    other = SparingDuty(cluster.ports())
+    cluster.down = {"n4"}
+    cluster.pass_s(2 * HOUR)
+
+    def first_the_other() -> None:
+        cluster.before_write = lambda: None
+        record = DisksOut(1, (OutDisk("d4b", 5, UNREACHABLE),), ())
+        cluster.body = encode(record)
+
+    cluster.before_write = first_the_other
+    await cluster.duty.once()
+    assert cluster.out == {"d4b"}
+    assert cluster.noted == []
+    await other.once()
+    assert cluster.out == {"d4a", "d4b"}
+
+
+async def test_a_vote_of_another_question_does_not_count(cluster: Cluster) -> None:
+    cluster.down = {"n4"}
+    cluster.pass_s(2 * HOUR)
+    call = cluster.call
+
+    async def old(node: str, method: str, request: VoteAsk, reply: Any, **options: Any) -> Any:
+        return await call(node, method, replace(request, nonce=b"x" * 16), reply, **options)
+
+    cluster.call = old  # type: ignore[method-assign]
+    await cluster.duty.once()
+    assert cluster.out == frozenset()
+    assert "0 of 4 storage nodes vote" in cluster.duty.reason
+
+
+@pytest.mark.parametrize("ask", [VoteAsk(b"", ("d1a",)), VoteAsk(bytes(16), ()), VoteAsk(bytes(16), ("d1a", "d1a"))])
+async def test_a_node_answers_no_malformed_question(cluster: Cluster, ask: VoteAsk) -> None:
+    with pytest.raises(VoteRefused):
+        await cluster.call("n1", "cluster.vote", ask, SignedVote)
