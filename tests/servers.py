@@ -23,6 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
 from storaged.cli.client import request
 from storaged.cli.create import layout_path
 from storaged.cluster.issuing import load_authority
@@ -248,6 +251,11 @@ class Servers(Cluster):
         invited = self.run("cluster", "renew", str(self.authority), name, "--json")
         self._ask_certificate(self.servers[name], invited.stdout)
         self.join(name)
+
+    def revoke(self, certificate: Path) -> None:
+        """The next layout revokes it."""
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        self.run("cluster", "revoke", str(self.authority), found.fingerprint(hashes.SHA256()).hex())
 
     def on(self, name: str, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """A command on one node's server."""

@@ -91,9 +91,11 @@ class Change:
         self.objects.write()
         self.counters.start()
         self.workload.start()
+        self.objects.start()
         try:
             yield
         finally:
+            self.objects.stop()
             self.workload.stop()
             self.counters.stop()
 
@@ -130,6 +132,13 @@ class Change:
             "moves": self.moves,
             "latency_ms": {name: self.latency(name) for name in (REST, MOVING)},
             "counters": self.counters.document(),
+            "objects": {
+                "count": len(self.objects.keys),
+                "bytes": sum(map(self.objects.size, self.objects.keys)),
+                "reads": self.objects.reads,
+                "failed_twice": self.objects.failed_twice,
+                "wrong": self.objects.wrong,
+            },
             "tally": self.workload.tally.document(),
             "violations": self.violations(),
         }
@@ -260,6 +269,7 @@ class Change:
         time.sleep(self.source.uniform(2, 6))
         if self.servers.node(gone.name) is not None:
             self.wrong.append(f"{gone.name} was removed, and status names it again")
+        self.say(f"  {gone.name}: {self.servers.log_of(gone.name, 2)}")
         self.servers.stop_node(gone.name)
         self.steps[f"a server comes back that {gone.how}"] += 1
         shutil.rmtree(server.folder)

@@ -59,7 +59,10 @@ def table(document: Mapping[str, Any]) -> Iterator[str]:
             f"{move['what']:<32} {move['seconds']:>8} {move['partitions'] or '':>10} {_of(move['replicas']):>16} "
             f"{_of(move['fragments']):>16} {bytes_:>32}"
         )
-    yield f"requests {requests}, failed {tally['failed']}, failed after one retry {tally['failed_twice']}"
+    objects = document["objects"]
+    twice = tally["failed_twice"] + objects["failed_twice"]
+    yield f"objects {objects['count']}, {objects['bytes']} bytes, read meanwhile {objects['reads']}"
+    yield f"requests {requests + objects['reads']}, failed {tally['failed']}, failed after one retry {twice}"
     yield f"lost {len(tally['lost'])}, stale {len(tally['stale'])}, corrupt {len(tally['corrupt'])}"
     counters = document["counters"]
     increments = f"{counters['increments']} increments, {counters['conflicts']} conflicts"

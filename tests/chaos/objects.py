@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,39 @@ class Objects:
         self._seed = seed
         self.keys = [f"object/{number:05d}" for number in range(count)]
         self.wrong: list[str] = []
+        self.reads = 0
+        self.failed_twice = 0
+        self._stopped = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def start(self) -> None:
+        """Objects are read and compared all the time, until ``stop``."""
+        self._reader.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._reader.join(120)
+        assert not self._reader.is_alive(), "a client request did not end within its own time-outs"
+
+    def _read(self) -> None:
+        client, source = self._make_client(), random.Random(self._seed)
+        while not self._stopped.wait(0.05):
+            key = source.choice(self.keys)
+            for attempt in (1, 2):
+                try:
+                    self._compare(client, key)
+                    self.reads += 1
+                    break
+                except (BotoCoreError, ClientError, OSError) as error:
+                    if isinstance(error, ClientError) and error.response["Error"]["Code"] == "NoSuchKey":
+                        self.wrong.append(f"{key}: gone")
+                    self.failed_twice += attempt == 2
+                    self._stopped.wait(0.3)
+
+    def _compare(self, client: Any, key: str) -> None:
+        got = client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
+        if got != self.body(key):
+            self.wrong.append(f"{key}: {len(got)} other bytes")
 
     def size(self, key: str) -> int:
         number = int(key.rpartition("/")[2])
@@ -64,13 +98,7 @@ class Objects:
 
     def compare(self) -> None:
         """Reads and lists all. What is not as it was written is in ``wrong``."""
-
-        def check(client: Any, key: str) -> None:
-            got = client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
-            if got != self.body(key):
-                self.wrong.append(f"{key}: {len(got)} other bytes")
-
-        self._for_each(check)
+        self._for_each(self._compare)
         pages = self._make_client().get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix="object/")
         listed = {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
         if listed != {key: self.size(key) for key in self.keys}:

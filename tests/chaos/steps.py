@@ -88,6 +88,36 @@ def undrain(run: Change) -> None:
         run.servers.change()
 
 
+def revoke(run: Change) -> None:
+    """The old certificate of a node has leaked: it is renewed, and the old one is revoked, which ends what uses it."""
+    name = run.source.choice(list(run.members))
+    server = run.servers.servers[name]
+    here, leaked, own = (server.config.parent / folder for folder in ("identity", "leaked", "own"))
+    shutil.copytree(here, leaked)
+    run.remember_folder()
+    run.servers.renew(name)
+    run.servers.reload(name)
+    run.servers.revoke(leaked / "node.crt")
+    run.servers.change()
+    run.wait_whole(name)
+    if run.away.may("a revoked certificate is used", run.disks_of(name), []):
+        run.away.take(name, run.disks_of(name))
+        run.servers.stop_node(name)
+        here.rename(own)
+        leaked.rename(here)
+        run.servers.begin(name)
+        run.servers.wait_until(
+            lambda: "CERTIFICATE_REVOKED" in run.servers.log_of(name, 100), 60, f"{name} is refused by name"
+        )
+        run.servers.stop_node(name)
+        here.rename(leaked)
+        own.rename(here)
+        run.servers.start_node(name)
+        run.wait_whole(name)
+        run.away.back(name)
+    shutil.rmtree(leaked)
+
+
 def reprofile(run: Change) -> None:
     """Everything is coded again."""
     before = run.layout().profile
@@ -238,10 +268,11 @@ BAD_INPUT = Step("bad input", lambda run: len(run.members) < NODES_MAX, bad_inpu
 DRAIN = Step("drain and remove a server", lambda run: len(run.members) > NODES_MIN, drain)
 UNDRAIN = Step("drain and undrain a server", lambda run: len(run.members) > NODES_MIN, undrain)
 REPROFILE = Step("change the profile", lambda run: True, reprofile)
+REVOKE = Step("revoke a certificate", lambda run: True, revoke)
 RENEW = Step("renew a certificate", lambda run: True, renew)
 LOSE = Step("lose a server for good", lambda run: len(run.members) > NODES_MIN, lose)
 COME_BACK = Step("a removed server comes back", lambda run: bool(run.left), come_back)
 REPLACE = Step("replace a disk", lambda run: True, replace_disk)
 RIVALS = Step("two administrators", lambda run: len(run.members) < NODES_MAX - 1, two_administrators)
 OLDER = Step("a plan on an older layout", lambda run: run.older is not None, plan_on_an_older_layout)
-STEPS = (ADD, ABORT, BAD_INPUT, DRAIN, UNDRAIN, LOSE, COME_BACK, REPLACE, RIVALS, OLDER, RENEW, REPROFILE)
+STEPS = (ADD, ABORT, BAD_INPUT, DRAIN, UNDRAIN, LOSE, COME_BACK, REPLACE, RIVALS, OLDER, RENEW, REVOKE, REPROFILE)

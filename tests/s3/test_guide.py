@@ -29,6 +29,10 @@ SMALL_PROFILE = "2+2"
 """Instead of the guide's 8+3: a test has six disks."""
 
 
+LAYOUT = "layout.signed"
+"""Instead of a name with a number."""
+
+
 class Line(NamedTuple):
     """``begins``: the start of a command in the guide. ``machine``: where it runs; NOWHERE: it is not run, since a test
     has no such users. ``then``: what the text says to do afterwards.
@@ -56,7 +60,9 @@ class Reader:
         self.servers = servers
         self.objects = Objects(servers.boto3, "demo", 60)
         self.ticket = ""
+        self.leaked = servers.root / "leaked"
         self.printed = ""
+        self.fingerprint = ""
         self.known = set(self.layouts())
 
     def layouts(self) -> list[Path]:
@@ -87,6 +93,8 @@ class Reader:
         named = re.search(r"\b(n\d|gateway\d)\b", command)
         server = self.servers.server(named[1] if named else machine) if named or machine != ADMIN else None
         text = command.replace("TICKET", self.ticket).replace("8+3", SMALL_PROFILE)
+        text = text.replace("FINGERPRINT", self.fingerprint)
+        text = re.sub(r"layout-\d+\.signed", LAYOUT, text)
         if server is not None:
             text = re.sub(r"\b10(\.\d+){3}:7400\b", f"127.0.0.1:{server.port}", text)
             text = re.sub(r"/srv/disk(\d)", rf"{server.folder}/d\1", text)
@@ -116,9 +124,9 @@ class Reader:
             self.servers.apply(file)
 
     def copy_layout(self) -> None:
-        """The guide names the first layout that moves data; here it is the newest."""
+        """The one that was signed last, whatever its number."""
         (file,) = (file for file in self.layouts() if file not in self.known)
-        shutil.copy(file, self.servers.servers[GATEWAY].folder / "layout-100.signed")
+        shutil.copy(file, self.servers.servers[GATEWAY].folder / LAYOUT)
         self.known.add(file)
 
     def exchange_ids(self, name: str) -> None:
@@ -220,6 +228,15 @@ A_SERVER_DIED = (
     Line("storaged cluster plan authority", ADMIN),
     Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
 )
+
+
+def keep_fingerprint(reader: Reader) -> None:
+    """The older one of n1: the list is in the order of their making."""
+    mine = [line for line in reader.printed.splitlines() if line.startswith("n1 ")]
+    assert len(mine) == 2, reader.printed
+    reader.fingerprint = mine[0].split()[-1]
+
+
 CHANGE_THE_PROFILE = (
     Line("storaged cluster profile authority 8+3 --dry-run", ADMIN),
     Line("storaged cluster profile authority 8+3", ADMIN),
@@ -232,11 +249,18 @@ RENEW = (
     Line("storaged node sign authority request", ADMIN, copy_answer("n1")),
     Line("storaged node join TICKET /etc/storaged/n1 answer", "n1"),
 )
+A_CERTIFICATE_LEAKED = (
+    Line("storaged cluster certificates authority", ADMIN, keep_fingerprint),
+    Line("storaged cluster revoke authority FINGERPRINT", ADMIN),
+    Line("storaged cluster layout authority", ADMIN, Reader.copy_layout),
+    Line("storaged --dir /var/lib/storaged/gateway cluster apply ", GATEWAY),
+)
 CHAPTERS = {
     "Add a server": ADD_A_SERVER,
     "A disk died": A_DISK_DIED,
     "A server died": A_SERVER_DIED,
     "Renew a certificate": RENEW,
+    "A certificate leaked": A_CERTIFICATE_LEAKED,
     "Change the profile": CHANGE_THE_PROFILE,
 }
 
@@ -268,11 +292,30 @@ def test_a_server_and_a_gateway_are_added_as_the_guide_says(reader: Reader) -> N
 
 def test_a_certificate_is_renewed_as_the_guide_says(reader: Reader) -> None:
     servers = reader.servers
+    shutil.copytree(servers.servers["n1"].config.parent / "identity", reader.leaked)
     reader.follow("Renew a certificate", RENEW)
     servers.reload("n1")
     servers.wait_until(
         lambda: "this node presents a new certificate" in servers.log_of("n1", 50), 60, "the new certificate"
     )
+    reader.check()
+
+
+def test_a_certificate_that_leaked_is_revoked_as_the_guide_says(reader: Reader) -> None:
+    """The test before has renewed it. A thief has the old one."""
+    servers = reader.servers
+    here, own = servers.servers["n1"].config.parent / "identity", servers.root / "own"
+    reader.follow("A certificate leaked", A_CERTIFICATE_LEAKED)
+    reader.check()
+    servers.stop_node("n1")
+    here.rename(own)
+    shutil.copytree(reader.leaked, here)
+    servers.begin("n1")
+    servers.wait_until(lambda: "CERTIFICATE_REVOKED" in servers.log_of("n1", 50), 60, "CERTIFICATE_REVOKED of n1")
+    servers.stop_node("n1")
+    shutil.rmtree(here)
+    own.rename(here)
+    servers.start_node("n1")
     reader.check()
 
 
