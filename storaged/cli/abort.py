@@ -144,7 +144,9 @@ def take_back(listed: files.ClusterPlan, last: Layout, wanted: Layout, directory
     named = []
     for entry in wanted.nodes:
         if entry.name not in nodes:
-            node = files.NodePlan(entry.name, entry.location, tuple(entry.roles), entry.address)
+            node = files.NodePlan(
+                entry.name, entry.location, tuple(entry.roles), entry.address, certified=entry.certified
+            )
             listed.nodes.append(node)
             nodes[entry.name] = node
             named.append(entry.name)

@@ -52,7 +52,10 @@ class DiskPlan(msgspec.Struct):
 
 
 class NodePlan(msgspec.Struct):
-    """A node of the next layout. ``address`` is the HOST:PORT where other nodes call it, empty for a gateway."""
+    """A node of the next layout. ``address`` is the HOST:PORT where other nodes call it, empty for a gateway.
+
+    ``certified``: as in ``NodeEntry``.
+    """
 
     name: str
     location: str
@@ -60,6 +63,7 @@ class NodePlan(msgspec.Struct):
     address: str = ""
     jurisdiction: str = ""
     disks: list[DiskPlan] = []
+    certified: str = ""
 
 
 class RevokedPlan(msgspec.Struct):
@@ -109,7 +113,7 @@ class TicketRecord(msgspec.Struct):
 
 def peer_of(plan: ClusterPlan, node: NodePlan) -> PeerIdentity:
     """What the certificate of a node says."""
-    place = Location.parse(node.location)
+    place = Location.parse(node.certified or node.location)
     roles = tuple(sorted(node.roles))
     return PeerIdentity(
         node.name, place.country, place.site, place.rack, roles, node.jurisdiction or place.country, plan.cluster
@@ -186,7 +190,7 @@ def issue_node(
         authority,
         folder / "identity",
         name=node.name,
-        location=node.location,
+        location=node.certified or node.location,
         roles=node.roles,
         jurisdiction=node.jurisdiction,
     )
@@ -264,7 +268,9 @@ def planned(plan: ClusterPlan, epoch: int) -> Layout:
     """
     for node in plan.nodes:
         plan.admit(node)
-    nodes = tuple(NodeEntry(node.name, node.location, node.address, tuple(node.roles)) for node in plan.nodes)
+    nodes = tuple(
+        NodeEntry(node.name, node.location, node.address, tuple(node.roles), node.certified) for node in plan.nodes
+    )
     disks = tuple(DiskEntry(disk.id, node.name, disk.weight, disk.state) for node in plan.nodes for disk in node.disks)
     revoked = tuple(RevokedCertificate(bytes.fromhex(one.fingerprint), one.node, one.until_ms) for one in plan.revoked)
     return Layout(

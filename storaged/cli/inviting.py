@@ -88,6 +88,7 @@ def with_node(
     from storaged.cli.succeeding import layouts_after
     from storaged.cluster.identity import problem_of
 
+    node.certified = _certified_in(plan, node, instead_of)
     peer = files.peer_of(plan, node)
     if problem := problem_of(peer):
         raise OperatorError(f"No certificate for {node.name!r}: {problem}.")
@@ -98,6 +99,21 @@ def with_node(
         plan.nodes.append(node)
     if (last := files.last_signed(authority, plan)) is not None:
         layouts_after(plan, last)
+
+
+def _certified_in(plan: files.ClusterPlan, node: files.NodePlan, instead_of: files.NodePlan | None) -> str:
+    """What certificates call the rack of a node (``NodePlan.certified``). Raises OperatorError for a rack with the
+    former name of another one.
+    """
+    for known in plan.nodes:
+        if known.location == node.location and (known is not instead_of or known.certified):
+            return known.certified
+    former = next((known.location for known in plan.nodes if known.certified == node.location), None)
+    if former is not None:
+        raise OperatorError(
+            f"{node.location} is what the certificates of rack {former} say, which was renamed. Choose another name."
+        )
+    return ""
 
 
 ADDRESS = click.option("--address", required=True, metavar="HOST:PORT", help="Where other nodes call it.")

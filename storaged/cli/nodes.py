@@ -107,3 +107,21 @@ def replace(directory: Path, name: str, as_json: bool) -> None:
     sections = "\n".join(each["config"] for each in exchanged)
     said = f"{name}: its disks have new ids. Put them into the configuration of {name} for the old ones:\n{sections}"
     say(directory, {"node": name, "disks": exchanged}, said, as_json=as_json)
+
+
+@node.command("address")
+@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@click.argument("name", metavar="NODE")
+@click.argument("address", metavar="HOST:PORT")
+@AS_JSON
+def set_address(directory: Path, name: str, address: str, as_json: bool) -> None:
+    """Say where the other nodes call NODE from the next layout on. It moves no data. It works for gateways too."""
+    from storaged.cli import create as files
+
+    inviting.check_address("HOST:PORT", address)
+    listed = files.load_plan(directory)
+    found = find_node(listed, name)
+    found.address = address
+    save(directory, listed)
+    said = f"{name} is called at {address} from the next layout on. [rpc] listen in its configuration has to agree"
+    say(directory, {"node": name, "address": address}, said, as_json=as_json)

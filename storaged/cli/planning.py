@@ -156,7 +156,7 @@ def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
 def _domain(layout: Layout, node: str, disk: str, after: Layout) -> str:
     """The failure domain of a disk, of the kind that ``after`` has."""
     if after.domain_kind == "rack":
-        return layout.node_by_name[node].location
+        return layout.node_by_name[node].certified_location
     return node if after.domain_kind == "node" else disk
 
 

@@ -15,6 +15,7 @@ share.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -71,12 +72,19 @@ class Location(NamedTuple):
 class NodeEntry(Message, frozen=True):
     """A member: ``name``, ``location`` as text, and ``address``, host:port of its RPC server (empty for a gateway
     without one).
+
+    ``certified``: the location that the node's certificates say, where its rack was renamed since; empty: ``location``.
     """
 
     name: str
     location: str
     address: str
     roles: tuple[str, ...]
+    certified: str = ""
+
+    @property
+    def certified_location(self) -> str:
+        return self.certified or self.location
 
 
 class DiskEntry(Message, frozen=True):
@@ -252,12 +260,35 @@ def confirmed_roles(layout: Layout, name: str, location: str, roles: Iterable[st
     """The roles that both a node's certificate and the layout give it.
 
     Empty for a node that the layout does not name, or names at another location: what is placed by racks and countries
-    must be stored where the node is certified to be.
+    must be stored where the node is certified to be. A rack that was renamed is the same place in the same country.
     """
     entry = layout.node_by_name.get(name)
-    return (
-        frozenset(roles).intersection(entry.roles) if entry is not None and entry.location == location else frozenset()
-    )
+    if entry is None or entry.certified_location != location:
+        return frozenset()
+    if Location.parse(entry.location).country != Location.parse(location).country:
+        return frozenset()
+    return frozenset(roles).intersection(entry.roles)
+
+
+def rack_labels(layout: Layout) -> dict[str, str]:
+    """Location of each rack with disks -> a name that stays when the rack is renamed: what its certificates say.
+
+    Two layouts whose disks agree in these have the same disks in the same racks, whatever the racks are called. A rack
+    that was divided has other labels, and so have two racks that were put together, or one in another country.
+    """
+    firsts: dict[str, str] = {}
+    for name in {disk.node for disk in layout.disks}:
+        entry = layout.node_by_name.get(name)
+        if entry is not None:
+            first = entry.certified_location
+            firsts[entry.location] = min(firsts.get(entry.location, first), first)
+    shared = Counter(firsts.values())
+    return {
+        location: first
+        if shared[first] == 1 and location.split("/")[0] == first.split("/")[0]
+        else f"{first} as {location}"
+        for location, first in firsts.items()
+    }
 
 
 def placement_group(data_id: bytes) -> int:

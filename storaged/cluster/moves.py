@@ -4,7 +4,7 @@ A layout moves data if it gives even one partition other replicas, or one disk a
 a layout only with a certificate (``cluster.certificates``), and move the data afterwards (``maintain.partition_mover``,
 repair). Addresses, roles and nodes without disks may change with the signature alone.
 
-Places follow from the set of disks with their ids, weights, states, nodes and these nodes' locations, from the seed
+Places follow from the set of disks with their ids, weights, states, nodes and these nodes' racks, from the seed
 disks, from the number of replicas (``Layout._ranked``), and from what a layout says of partitions that have moved or
 have not (``cluster.partitions``). So two layouts that agree in all of these agree in every rank, and the ranks need not
 be computed.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, Sparing
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, Sparing, rack_labels
 from storaged.wire import Message, encode
 
 NAMED_MAX = 8
@@ -129,10 +129,10 @@ class _Place(NamedTuple):
 
 
 def _places(layout: Layout) -> dict[str, _Place]:
-    found = {}
+    found, racks = {}, rack_labels(layout)
     for disk in layout.disks:
         node = layout.node_by_name.get(disk.node)
-        location, roles = (node.location, node.roles) if node is not None else ("nowhere", ())
+        location, roles = (racks[node.location], node.roles) if node is not None else ("nowhere", ())
         found[disk.id] = _Place(disk.node, location, disk.weight, disk.state, "storage" in roles)
     return found
 

@@ -75,7 +75,7 @@ class Doctor:
             _disk(name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free) for disk in known.disks
         )
         if known.rtt_min_ms is not None and name != node.own.name:
-            checks.append(self._round_trip(name, entry.location, known.rtt_min_ms))
+            checks.append(self._round_trip(name, entry.certified_location, known.rtt_min_ms))
         return checks
 
     def _gateway_checks(self, gateway: Gateway) -> list[dict[str, str]]:

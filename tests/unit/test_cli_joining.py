@@ -429,6 +429,17 @@ def test_a_node_that_was_built_again_gets_disks_with_new_ids(authority: Path, ca
     assert not {disk.id for disk in old} & {disk.id for disk in new}
 
 
+def test_the_address_of_a_node_or_gateway_changes_and_nothing_moves(authority: Path, capsys: SAID) -> None:
+    for name in ("n1", "gateway"):
+        answered(capsys, "node", "address", str(authority), name, "10.9.9.9:7400")
+    planned = answered(capsys, "cluster", "plan", str(authority))
+    assert (planned["moves_data"], len(planned["changes"])) == (False, 2)
+    before = state_of(authority)
+    with pytest.raises(OperatorError, match="HOST:PORT"):
+        call("node", "address", str(authority), "n1", "nowhere")
+    assert state_of(authority) == before
+
+
 @pytest.mark.parametrize("command", ["drain", "undrain", "remove", "replace"])
 def test_a_command_about_a_node_that_is_not_there_changes_nothing(authority: Path, command: str) -> None:
     before = state_of(authority)
