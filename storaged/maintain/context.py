@@ -23,6 +23,7 @@ from storaged.meta.messages import Accept, AcceptReply
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import PageCopies, Registers, Scanner
 from storaged.meta.store_ports import MetaStore
+from storaged.tasks import TaskGroup
 from storaged.units import MIB
 from storaged.wire import Buffer
 
@@ -157,7 +158,7 @@ async def concurrently(work: Iterable[Awaitable[None]], workers: int) -> None:
         for some in queue:
             await some
 
-    async with asyncio.TaskGroup() as group:
+    async with TaskGroup() as group:
         for first in islice(queue, workers):
             group.create_task(worker(first))
 

@@ -32,6 +32,7 @@ from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Registers
 from storaged.meta.storage.scan import SHARDS_MAX, Want
 from storaged.meta.views import Views
+from storaged.tasks import TaskGroup
 
 T = TypeVar("T")
 
@@ -233,7 +234,7 @@ async def gather_bounded(work: Sequence[Coroutine[Any, Any, T]], limit: int) -> 
             return await coroutine
 
     try:
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             tasks = [group.create_task(one(coroutine)) for coroutine in work]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None

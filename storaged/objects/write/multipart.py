@@ -74,6 +74,7 @@ from storaged.objects.write.uploads import (
     upload_text,
 )
 from storaged.sov1 import SALT_BYTES, seal_message
+from storaged.tasks import TaskGroup
 from storaged.wire import decode, encode
 
 FORGETS_IN_FLIGHT_MAX = 32
@@ -250,7 +251,7 @@ async def _forget_parts(
             )
 
     try:
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             async for row in part_rows(plane.scanner, bucket.id, upload_id):
                 group.create_task(forget(row.entry))
     except* StoragedError as failed:

@@ -1,0 +1,79 @@
+"""Groups of tasks that fail leave the task that waits for them as it was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from storaged.errors import ServiceUnavailable
+from storaged.maintain.context import concurrently, wait_for
+from storaged.meta.listing.shards import gather_bounded
+from storaged.tasks import TaskGroup
+from tests.patience import GUARD_S
+
+
+async def _fails() -> None:
+    await asyncio.sleep(0)
+    raise ServiceUnavailable("no majority")
+
+
+async def _bounded() -> None:
+    await gather_bounded([_fails(), asyncio.sleep(GUARD_S)], 2)
+
+
+async def _workers() -> None:
+    await concurrently(iter([_fails(), asyncio.sleep(GUARD_S)]), 2)
+
+
+async def _group() -> None:
+    async with TaskGroup() as group:
+        group.create_task(_fails())
+
+
+async def _group_in_its_body() -> None:
+    async with TaskGroup() as group:
+        group.create_task(_fails())
+        await asyncio.sleep(GUARD_S)
+
+
+@pytest.mark.parametrize("work", [_bounded, _workers, _group, _group_in_its_body])
+async def test_a_task_can_wait_with_a_limit_after_a_group_of_it_has_failed(work: Callable[[], Awaitable[None]]) -> None:
+    for _ in range(2):
+        with pytest.raises((ServiceUnavailable, ExceptionGroup)):
+            await work()
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        assert not await wait_for(asyncio.Event(), 0.001)
+
+
+async def test_a_task_that_is_cancelled_while_its_group_fails_stays_cancelled() -> None:
+    began = asyncio.Event()
+
+    async def slow_to_end() -> None:
+        try:
+            began.set()
+            await asyncio.sleep(GUARD_S)
+        finally:
+            await asyncio.sleep(0.01)
+
+    async def waiting() -> int:
+        try:
+            async with TaskGroup() as group:
+                group.create_task(slow_to_end())
+                group.create_task(_fails())
+        except ExceptionGroup:
+            task = asyncio.current_task()
+            assert task is not None
+            return task.cancelling()
+        return -1
+
+    task = asyncio.create_task(waiting())
+    await began.wait()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    assert await task == 1
