@@ -286,37 +286,38 @@ class PartitionMover:
         fenced = await moves.fence(state)
         if state.comes not in fenced:
             raise ServiceUnavailable(f"disk {state.comes}, which comes to it, does not answer")
-        deleted = await moves.copy_fences(state, fenced)
+        closed = await moves.copy_fences(state, fenced)
         for table, scope, shard in await moves.ranges(state, fenced):
-            if scope in deleted:
+            if scope in closed.surely:
                 continue
-            if not await self._bring_up_range(state, fenced, table, scope, shard):
+            wanted = PageQuery(table, scope, (shard,), hidden=True, settling_nonce=closed.perhaps.get(scope, b""))
+            if not await self._bring_up_range(state, fenced, wanted):
                 return False
         # Nothing has changed the state meanwhile, or the comparisons were of another one.
         return self._ports.layouts.partition(state.partition).step == state.step
 
-    async def _bring_up_range(
-        self, state: PartitionState, fenced: frozenset[str], table: int, scope: bytes, shard: int
-    ) -> bool:
+    async def _bring_up_range(self, state: PartitionState, fenced: frozenset[str], wanted: PageQuery) -> bool:
         """What a disk says counts only if it refuses earlier steps. Another one may still accept a late value of
         the step before. Together with a disk that has not answered it may then be a majority of the present set.
         """
         try:
-            found = await self._ports.scanner.catch_up(table, scope, shard)
+            found = await self._ports.scanner.catch_up(
+                wanted.table, wanted.scope, wanted.shards[0], settling_nonce=wanted.settling_nonce
+            )
         except NoSuchBucket:
             return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
         answered = fenced - found.away
         if state.comes not in answered or not Quorum(*state.sets).met(answered):
             return False
-        if table != Table.PART:
-            await self._copy_pages(state.comes, table, scope, shard)
+        if wanted.table != Table.PART:
+            await self._copy_pages(state.comes, wanted)
         return True
 
-    async def _copy_pages(self, disk: str, table: int, scope: bytes, shard: int) -> None:
+    async def _copy_pages(self, disk: str, rows: PageQuery) -> None:
         """Gives a disk the manifest pages that one shard's records name. Raises StoragedError where it can't."""
         near: dict[bytes, RegisterName] = {}
-        async for row in every_row(self._ports.scanner, PageQuery(table, scope, (shard,), hidden=True)):
-            name = RegisterName(table, scope, shard, row.key)
+        async for row in every_row(self._ports.scanner, rows):
+            name = RegisterName(rows.table, rows.scope, rows.shards[0], row.key)
             try:
                 wanted = pages_in(name, row.value)
             except DataDamaged:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from storaged.clock import SystemClock
 from storaged.cluster.layout import Layout
 from storaged.cluster.partitions import PartitionRecord, is_settled, path_of, signed_bytes
-from storaged.errors import ServiceUnavailable
+from storaged.errors import NoSuchBucket, ServiceUnavailable
 from storaged.maintain.partition_mover import FAILURES_SHOWN, MoverPorts, PartitionMover
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.messages import FencesAsk, FenceSet, FencesReply, ScopeFence
@@ -261,6 +261,22 @@ async def test_a_disk_that_calls_a_bucket_deleted_leaves_no_row_behind(world: Wo
     await world.gateway.follower.read_all()
     assert await world.gateway.get(name) == b"body"
     await world.gateway.put(name, b"later")
+
+
+async def test_a_deleted_bucket_whose_fence_one_replica_of_two_has_holds_up_no_partition(world: World) -> None:
+    """The third one is lost. It and one of the others were the majority that has the fence."""
+    name = next(name for name in names() if moved(world.after, name))
+    await world.gateway.put(name, b"body")
+    before = world.before.replicas_of(name.partition)
+    lost = next(disk for disk in before if disk not in world.after.replicas_of(name.partition))
+    missed = next(disk for disk in before if disk != lost)
+    world.disks.away = {missed}
+    await world.gateway.client.fence(name.scope, range(3), b"nonce", final=True)
+    world.disks.away = {lost}
+    await world.learn()
+    await world.move()
+    with pytest.raises(NoSuchBucket):
+        await world.gateway.put(name, b"late")
 
 
 async def test_without_a_majority_nothing_moves_and_it_goes_on_later(world: World) -> None:

@@ -26,7 +26,7 @@ from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import Change, Visibility, object_name, system_name
-from storaged.meta.ports import Update
+from storaged.meta.ports import PageQuery, Update
 from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import decode
 from tests.doubles.layouts import KnownLayouts
@@ -154,7 +154,7 @@ class Seen:
 class Mover(PartitionMover):
     """Values of this play are no records, and have no pages."""
 
-    async def _copy_pages(self, disk: str, table: int, scope: bytes, shard: int) -> None:
+    async def _copy_pages(self, disk: str, rows: PageQuery) -> None:
         pass
 
 

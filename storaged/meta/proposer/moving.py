@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import structlog
 
@@ -44,6 +44,15 @@ RANGES_TIMEOUT_S = 30.0
 """A disk reads the names of all its shards: a few hundred thousand in a second, from memory."""
 
 
+class Closed(NamedTuple):
+    """Buckets that are deleted: ``surely``, since a majority of the present set says so; ``perhaps``, with the nonce of
+    the fence, where only some disks do. Settling rounds with that nonce pass the fence, and change no value.
+    """
+
+    surely: frozenset[bytes]
+    perhaps: dict[bytes, bytes]
+
+
 class PartitionMoves:
     """Each call raises ServiceUnavailable where no quorum answers."""
 
@@ -66,27 +75,29 @@ class PartitionMoves:
         _check(quorum, done, state, "refuse the steps before")
         return frozenset(done)
 
-    async def copy_fences(self, state: PartitionState, fenced: Container[str]) -> frozenset[bytes]:
+    async def copy_fences(self, state: PartitionState, fenced: Container[str]) -> Closed:
         """Gives the replica that comes the bucket fences of a majority of the present set, and the nonces that were
-        lifted. Returns the scopes of buckets that are deleted for good: a majority of the present set says so. One
-        replica alone may lie, and then the rows of its bucket would stay behind.
+        lifted. Returns the scopes of buckets that are deleted for good. One replica alone may lie, and then the rows of
+        its bucket would stay behind. But when a disk of the present set is lost, it may be one of two that had the
+        fence, and the other one refuses settling rounds for ever.
 
         ``fenced``: as ``fence`` returned it. Only these disks are asked: another one may still take a fence, or a
         value, of the step before, after it has answered.
         """
-        deleted: set[bytes] = set()
+        closed = Closed(frozenset(), {})
         async for scopes, final in self._scopes(state, [disk for disk in state.present if disk in fenced]):
             for first in range(0, len(scopes), FENCES_A_CALL):
                 request = FencesTake(state.comes, tuple(scopes[first : first + FENCES_A_CALL]))
                 replica = self._handover(state.comes)
                 await replica.take_fences(request, timeout_s=self._calls.call_timeout_s)
-            deleted |= final
-        return frozenset(deleted)
+            closed.perhaps.update(final.perhaps)
+            closed = Closed(closed.surely | final.surely, closed.perhaps)
+        return closed
 
     async def _scopes(
         self, state: PartitionState, disks: Sequence[str]
-    ) -> AsyncIterator[tuple[list[ScopeFence], set[bytes]]]:
-        """Page by page, and those of it that a majority says are final. A reply that has more counts only up to its
+    ) -> AsyncIterator[tuple[list[ScopeFence], Closed]]:
+        """Page by page, and those of it that are final. A reply that has more counts only up to its
         last scope.
         """
         quorum, after = Quorum(state.present), NO_SCOPE
@@ -96,8 +107,11 @@ class PartitionMoves:
             ends = [reply.scopes[-1].scope for reply in found.values() if reply.more]
             through = min(ends) if ends else None
             replies = list(found.values())
-            final = [its.scope for its in merged(replies, through, quorum.fewest) if its.final]
-            yield merged(replies, through, quorum.fewest - len(quorum.disks) + len(found)), set(final)
+            surely = frozenset(its.scope for its in merged(replies, through, quorum.fewest) if its.final)
+            perhaps = {
+                its.scope: its.nonce for its in merged(replies, through) if its.final and its.scope not in surely
+            }
+            yield merged(replies, through, quorum.fewest - len(quorum.disks) + len(found)), Closed(surely, perhaps)
             if through is None:
                 return
             after = through
