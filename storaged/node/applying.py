@@ -38,7 +38,7 @@ from storaged.errors import (
     LayoutRefused,
     NoQuorum,
     PeerError,
-    ServiceUnavailable,
+    S3Error,
 )
 from storaged.node.system import SystemPaths, exchange_layout, is_pending
 from storaged.wire import decode, encode
@@ -76,7 +76,7 @@ class LayoutApplication:
         """The layout that was decided last, and whether it is in force. Without a majority of the system partition: the
         one in force here.
         """
-        with contextlib.suppress(ServiceUnavailable, LayoutRefused):
+        with contextlib.suppress(S3Error, LayoutRefused):
             decided = await self._decided()
             if decided is not None and not self._layouts.has(decided):
                 return decided, False
@@ -105,7 +105,9 @@ class LayoutApplication:
             accepted = await self._collect(signed, layout, before)
             certified = replace(signed, certificate=tuple(accepted[name] for name in sorted(accepted)))
             await self._paths.replace("layout", lambda body: _with_certificate(body, certified))
-        except ServiceUnavailable as error:
+        except (
+            S3Error
+        ) as error:  # no majority, or one too slow; a change of unknown outcome is found when it is repeated
             raise NoQuorum(f"The system partition does not answer: {error.message}") from None
         except LayoutRefused:
             if self._layouts.epoch != layout.epoch or not self._layouts.has(signed):
@@ -120,7 +122,7 @@ class LayoutApplication:
     async def _take(self, signed: SignedLayout) -> None:
         """Uses a layout that needs no acceptances any more."""
         await self._layouts.learn(signed, SOURCE)
-        with contextlib.suppress(ServiceUnavailable):  # it spreads by pings, too, and goes into the register later
+        with contextlib.suppress(S3Error):  # it spreads by pings, too, and goes into the register later
             await exchange_layout(self._paths, self._layouts)
 
     def _check_first(self, layout: Layout) -> None:

@@ -28,6 +28,7 @@ from storaged.errors import (
     LayoutRefused,
     NoQuorum,
     PeerUnreachable,
+    SlowDown,
     StoragedError,
 )
 from storaged.node.accepting import PROMISE_FILE, LayoutAcceptor
@@ -209,6 +210,17 @@ async def test_without_a_majority_of_the_system_partition_nothing_is_decided(clu
     cluster.registers.away = 0
     assert not cluster.registers.values
     assert (await cluster.gateway().newest())[1]
+
+
+async def test_a_register_that_others_change_all_the_time_is_no_majority_either(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*_more: Any) -> None:
+        raise SlowDown("Other changes of this key took too long.")
+
+    monkeypatch.setattr(cluster.paths, "replace", slow)
+    with pytest.raises(NoQuorum, match="took too long"):
+        await cluster.gateway().apply(cluster.moving()[1])
 
 
 async def test_a_layout_that_breaks_a_rule_is_refused_before_it_is_decided(cluster: Cluster) -> None:

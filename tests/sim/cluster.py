@@ -126,6 +126,8 @@ class World:
     on_files: bool = False
     """Disks have the program's own store, on files that fail."""
     directories: int = 0
+    contents: bool = True
+    """Contents of messages are a part of the trace. Not where they have signatures, which are others in each run."""
     gathering: float = 0.5
     """The part of the gateways that send no accept by itself while others may follow in the same turn."""
     prepares_late: dict[str, float] = field(default_factory=dict)
@@ -140,6 +142,8 @@ class World:
 
     def digest(self, content: bytes | StoragedError) -> str:
         """Of a message. Errors name this run's directory, which is another one in every process."""
+        if not self.contents:
+            return ""
         if isinstance(content, StoragedError):
             return type(content).__name__
         if self._files is not None:

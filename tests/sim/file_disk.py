@@ -159,7 +159,7 @@ class FileStore(LmdbMetaStore):
     """The program's store on virtual time."""
 
     def __init__(self, disk: FileDisk) -> None:
-        with _set_aside(redo_module, "HALF_BYTES", disk.half_pages * PAGE_BYTES):
+        with set_aside(redo_module, "HALF_BYTES", disk.half_pages * PAGE_BYTES):
             state = open_state(disk.directory, map_bytes=MAP_BYTES, entropy=disk.world.random.randbytes, direct=False)
         state.lmdb_lock = LockstepLock(disk.threads)  # type: ignore[assignment]
         self.real_environment = state.environment
@@ -169,7 +169,7 @@ class FileStore(LmdbMetaStore):
         self._disk = disk
         state.redo.try_write = self._try_write  # type: ignore[method-assign]
         virtual = lambda _name, state, call_on_loop: _VirtualWriter(disk, state.fail, call_on_loop)  # noqa: E731
-        with _set_aside(write_queue_module, "_WriterThread", virtual):
+        with set_aside(write_queue_module, "_WriterThread", virtual):
             self._queue = WriteQueue(state)
         self._checkpointer = _VirtualCheckpointer(state, disk)
 
@@ -398,7 +398,7 @@ class FileDisk:
 
 
 @contextmanager
-def _set_aside(module: Any, name: str, value: Any) -> Iterator[None]:
+def set_aside(module: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, value)
     try:

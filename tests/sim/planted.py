@@ -28,6 +28,7 @@ PLAYS = {
     "bursts": "tests.sim.bursts:run_bursts",
     "flicker": "tests.sim.flicker:run_flicker",
     "moving": "tests.sim.partitions:run_moving",
+    "layouts": "tests.sim.layouts:run_layouts",
     "object lies": "tests.sim.object_lies:run_object_lies",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
@@ -75,6 +76,7 @@ PLANTED = (
     "tests.sim.planted_stores:STORE_BUGS",
     "tests.sim.planted_claims:CLAIM_BUGS",
     "tests.sim.planted_moving:MOVING_BUGS",
+    "tests.sim.planted_layouts:LAYOUT_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

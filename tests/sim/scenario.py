@@ -122,8 +122,7 @@ class Scenario(Workload):
         for part in self.parts:
             await part.heal()
         await asyncio.gather(*(task for part, task in tasks.items() if part.finishes))
-        for gateway in self.gateways:
-            gateway.layouts.current = self.layout
+        self.tell_gateways()
         reader = await self.make_reader()
         await self.look_at_the_end(reader)
         for part in self.parts:
@@ -132,6 +131,11 @@ class Scenario(Workload):
             if gateway.client.chosen_falls[0]:
                 self.complain(f"what was chosen fell back: {gateway.client.chosen_falls[1]}")
             await gateway.client.close()
+
+    def tell_gateways(self) -> None:
+        """All of them know the last layout."""
+        for gateway in self.gateways:
+            gateway.layouts.current = self.layout
 
     async def make_reader(self) -> Gateway:
         """Who looks at the end."""

@@ -59,23 +59,22 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         pass
 
-
-class OneThreadLoop(VirtualLoop):
-    """For tests that are marked ``virtual_time``. What is meant for a thread of a pool is done at once, by this thread;
-    other threads are refused, because virtual time goes on while they work.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.began_ms = time.time_ns() // 1_000_000
-
     def run_in_executor(self, _executor: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What is meant for a thread of a pool is done at once, by this thread."""
         done = self.create_future()
         try:
             done.set_result(work(*arguments))
         except Exception as error:
             done.set_exception(error)
         return done
+
+
+class OneThreadLoop(VirtualLoop):
+    """For tests that are marked ``virtual_time``. Threads are refused, because virtual time goes on while they work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began_ms = time.time_ns() // 1_000_000
 
     def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:
         if threading.current_thread() is not threading.main_thread():

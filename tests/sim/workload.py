@@ -37,6 +37,8 @@ class Verdicts:
     messages: int = 0
     trace: str = ""
     faults: list[str] = field(default_factory=list)
+    done: dict[str, int] = field(default_factory=dict)
+    """What a play has done besides operations."""
     accepts_a_message: dict[int, int] = field(default_factory=dict)
     """How many messages had so many accepts, where a run counts them."""
 
