@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -124,8 +125,13 @@ class PartitionFollower:
         if reading is None:
             reading = asyncio.get_running_loop().create_task(self._read(partition))
             self._reading[partition] = reading
-            reading.add_done_callback(lambda _done: self._reading.pop(partition, None))
+            reading.add_done_callback(partial(self._is_read, partition))
         await asyncio.shield(reading)
+
+    def _is_read(self, partition: int, reading: asyncio.Task[None]) -> None:
+        self._reading.pop(partition, None)
+        if not reading.cancelled():
+            reading.exception()  # known to those who wait; asyncio would report it when all of them were cancelled
 
     async def _read(self, partition: int) -> None:
         path = path_of(partition)

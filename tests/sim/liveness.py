@@ -1,8 +1,8 @@
 """How many operations get through, and how long the slowest waits, with at most one fault at a time.
 
-``python -m tests.sim --liveness`` prints a table. Each row is one kind of fault, which comes and goes while gateways
-with the program's own patience read and write a few keys. Time is virtual, so the figures are the same on every
-machine, and ``BOUNDS`` can be tight.
+``python -m tests.sim --liveness`` prints a table, and one of ``liveness_moving``. Each row is one kind of fault,
+which comes and goes while gateways with the program's own patience read and write a few keys. Time is virtual, so the
+figures are the same on every machine, and ``BOUNDS`` can be tight.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from storaged.errors import OutcomeUnknown, StoragedError
 from storaged.meta.client import CALL_TIMEOUT_S, DEADLINE_S, HEDGE_S
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName, Table
+from tests.sim.changing import resolve
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
 from tests.sim.virtual import VirtualLoop, run
 from tests.sim.workload import ObjectName, put
@@ -279,4 +280,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong = broken(fault, found) if fault in BOUNDS else ""
         missed += bool(wrong)
         print(f"{fault} | {found.a_minute} | {found.longest_s:.3f} | {found.unknown} | {found.refused} | {wrong}")
+    missed += resolve("tests.sim.liveness_moving:show")(options.first)
     return 1 if missed else 0

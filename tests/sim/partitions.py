@@ -165,7 +165,6 @@ class Movers(Part):
         super().__init__(scenario, chance)
         self.of: Moving = scenario
         self.sound = False
-        self.steps = 0
         self.reason = ""
 
     async def run(self) -> None:
@@ -227,7 +226,8 @@ class Movers(Part):
             except TimeoutError:
                 self.fault(f"{name} died")
             finally:
-                self.steps += mover.progress.steps
+                done = self.of.found.done
+                done["steps"] = done.get("steps", 0) + mover.progress.steps
                 self.reason = mover.progress.reason
                 await process.crash()
             if self.sound:

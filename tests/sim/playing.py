@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 from storaged.meta.consensus.register import RULES, Rules
 from tests.sim.changing import resolve
+from tests.sim.happened import Happened
 from tests.sim.planted import PLAYS
 
 
@@ -33,10 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     rules = replace(RULES, **{options.broken: False}) if options.broken else RULES
     play = resolve(PLAYS[options.play])
     began = time.perf_counter()
+    happened = Happened()
     played = operations = violations = messages = unknown = refused = 0
     for seed in range(options.first, options.first + options.seeds):
         found = play(seed, rules)
         played += 1
+        happened.add(found)
         operations += found.operations
         messages += found.messages
         unknown += found.unknown
@@ -53,7 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         f"{played} seeds in {seconds:.1f} s ({played / seconds:.1f}/s), {operations} operations "
         f"({unknown} of unknown outcome, {refused} refused), {messages} messages: {violations} violations"
     )
+    also = "".join(f", {count} {what}" for what, count in sorted(happened.done.items()))
+    print(f"{happened.acknowledged} operations acknowledged, {happened.a_minute:.0f} a virtual minute{also}")
     if options.broken:
         print(f"rule {options.broken} broken: " + (f"caught after {played} seeds" if violations else "NOT caught"))
         return 0 if violations else 1
-    return 1 if violations else 0
+    if too_little := happened.too_little(options.play):
+        print(f"too little happened: {too_little}")
+    return 1 if violations or too_little else 0

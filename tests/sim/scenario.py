@@ -113,6 +113,7 @@ class Scenario(Workload):
         self.join_parts()
         tasks = {part: self.world.loop.create_task(part.run()) for part in self.parts}
         await asyncio.gather(*(self.gateway_life(gateway) for gateway in self.gateways))
+        self.found.seconds = self.world.loop.time()
         endless = [task for part, task in tasks.items() if not part.finishes]
         for task in endless:
             task.cancel()

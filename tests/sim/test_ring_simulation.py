@@ -15,17 +15,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.sim import liveness_moving
 from tests.sim.buckets import run_buckets
 from tests.sim.bursts import run_bursts
 from tests.sim.collecting import run_collecting
 from tests.sim.flicker import run_flicker
 from tests.sim.forgetful import run_forgetful
+from tests.sim.happened import LEAST, SEEDS_MIN, Happened
 from tests.sim.hostile import run_hostile
+from tests.sim.layouts import run_layouts
 from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
+from tests.sim.liveness_moving import MOVING_FAULTS, run_moving_liveness
 from tests.sim.mutants import all_mutants, changed_functions, survivors
 from tests.sim.object_lies import run_object_lies
 from tests.sim.partitions import run_moving
+from tests.sim.planted import PLAYS
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
 from tests.sim.workload import Verdicts
@@ -42,6 +47,7 @@ SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "15"))
 COLLECTING_SEEDS = int(os.environ.get("STORAGED_SIM_COLLECTING_SEEDS", "3"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "20"))
 FLICKER_SEEDS = int(os.environ.get("STORAGED_SIM_FLICKER_SEEDS", "20"))
+LAYOUT_SEEDS = int(os.environ.get("STORAGED_SIM_LAYOUT_SEEDS", "10"))
 OBJECT_LIES_SEEDS = int(os.environ.get("STORAGED_SIM_OBJECT_LIES_SEEDS", "10"))
 
 
@@ -104,6 +110,22 @@ def test_partitions_move_while_gateways_work_whatever_fails() -> None:
 
 
 @pytest.mark.timeout(0)
+def test_layouts_have_one_history_and_the_system_partition_moves_whatever_fails() -> None:
+    assert sum(found.done["layouts"] for found in sound(run_layouts, LAYOUT_SEEDS)) >= LAYOUT_SEEDS
+
+
+def test_a_play_in_which_nothing_happens_fails() -> None:
+    idle, busy = Happened(), Happened()
+    for seed in range(SEEDS_MIN):
+        idle.add(Verdicts(seed, operations=40, refused=39, seconds=4.0, done={"steps": 10}))
+        busy.add(Verdicts(seed, operations=40, refused=2, seconds=4.0))
+    assert "operations were acknowledged a virtual minute, fewer than 300" in idle.too_little("moving")
+    assert busy.too_little("moving") == "0 steps in 20 seeds, fewer than 6 a seed"
+    assert not busy.too_little("ring")
+    assert {"moving", "layouts"} <= LEAST.keys() <= PLAYS.keys()
+
+
+@pytest.mark.timeout(0)
 def test_buckets_are_deleted_whatever_fails() -> None:
     assert list(sound(run_buckets, BUCKET_SEEDS))
 
@@ -154,6 +176,12 @@ def test_a_seed_plays_the_same_in_every_process() -> None:
 def test_with_one_fault_at_a_time_operations_go_on(fault: str) -> None:
     found = run_liveness(fault)
     assert not broken(fault, found), broken(fault, found)
+
+
+@pytest.mark.parametrize("fault", MOVING_FAULTS)
+def test_with_one_fault_at_a_time_partitions_reach_their_places_and_operations_go_on(fault: str) -> None:
+    found = run_moving_liveness(fault)
+    assert not liveness_moving.broken(fault, found), liveness_moving.broken(fault, found)
 
 
 def test_the_liveness_of_a_seed_is_the_same_in_every_run() -> None:

@@ -37,6 +37,8 @@ class Verdicts:
     messages: int = 0
     trace: str = ""
     faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """Of virtual time, until the workload had ended; 0 where a play does not say."""
     done: dict[str, int] = field(default_factory=dict)
     """What a play has done besides operations."""
     accepts_a_message: dict[int, int] = field(default_factory=dict)

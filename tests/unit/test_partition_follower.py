@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from storaged.cluster.partitions import PartitionRecord
+from storaged.errors import ServiceUnavailable
 from storaged.node.partition_follower import PartitionFollower
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.worlds.authority import until
@@ -35,6 +37,31 @@ async def test_the_records_are_read_as_soon_as_a_layout_moves_data(monkeypatch: 
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_reading_that_fails_when_its_asker_has_gone_is_no_unhandled_error() -> None:
+    layouts, nothing, fails = KnownLayouts(replace(layout_of(), epoch=100, base=1)), Any, asyncio.Event()
+
+    class Registers:
+        async def read(self, _name: object) -> None:
+            await fails.wait()
+            raise ServiceUnavailable("no majority")
+
+    follower = PartitionFollower(layouts, Registers(), nothing, nothing, "c1")  # type: ignore[arg-type]
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+    asker = asyncio.create_task(follower.refresh(1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asker.cancel()
+    await asyncio.wait((asker,))
+    fails.set()
+    await asyncio.sleep(0.01)
+    del asker
+    gc.collect()
+    assert not told
+    with pytest.raises(ServiceUnavailable):
+        await follower.refresh(1)
 
 
 @pytest.mark.virtual_time

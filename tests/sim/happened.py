@@ -1,0 +1,74 @@
+"""Whether plays did anything: a run in which hardly an operation gets through, or nothing moves, shows nothing.
+
+The bounds are about a half of what is measured. They hold for the sum of some seeds: single ones may be unlucky.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from tests.sim.workload import Verdicts
+
+SEEDS_MIN = 20
+"""Fewer seeds are not judged."""
+
+
+class Least(NamedTuple):
+    """``a_minute``: operations that were acknowledged, a virtual minute; ``a_seed``: where a play does not say how long
+    its workload was. ``done``: of what else, a seed.
+    """
+
+    a_minute: int = 0
+    a_seed: float = 0.0
+    done: tuple[tuple[str, float], ...] = ()
+
+
+LEAST = {
+    "ring": Least(350),
+    "files": Least(250),
+    "hostile": Least(a_seed=20),
+    "listing": Least(350),
+    "buckets": Least(300),
+    "forgetful": Least(150),
+    "small": Least(200),
+    "bursts": Least(500),
+    "flicker": Least(200),
+    "moving": Least(300, done=(("steps", 6),)),
+    "layouts": Least(120, done=(("layouts", 1.5), ("steps", 0.1))),
+    "object lies": Least(a_seed=20),
+}
+"""Not of ``collecting``, which counts other operations, and judges its liveness by itself."""
+
+
+class Happened:
+    """The sum of seeds of one play."""
+
+    def __init__(self) -> None:
+        self.seeds = self.acknowledged = 0
+        self.seconds = 0.0
+        self.done: Counter[str] = Counter()
+
+    def add(self, found: Verdicts) -> None:
+        self.seeds += 1
+        self.acknowledged += found.operations - found.unknown - found.refused
+        self.seconds += found.seconds
+        self.done.update(found.done)
+
+    @property
+    def a_minute(self) -> float:
+        return self.acknowledged * 60 / self.seconds if self.seconds else 0.0
+
+    def too_little(self, play: str) -> str:
+        """Of what there was too little; empty: of nothing."""
+        least = LEAST.get(play, Least())
+        if self.seeds < SEEDS_MIN:
+            return ""
+        if self.a_minute < least.a_minute:
+            return f"{self.a_minute:.0f} operations were acknowledged a virtual minute, fewer than {least.a_minute}"
+        if self.acknowledged < least.a_seed * self.seeds:
+            return f"{self.acknowledged} operations were acknowledged, fewer than {least.a_seed} a seed"
+        for what, few in least.done:
+            if self.done[what] < few * self.seeds:
+                return f"{self.done[what]} {what} in {self.seeds} seeds, fewer than {few} a seed"
+        return ""
