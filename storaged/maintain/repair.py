@@ -370,7 +370,7 @@ class Repair:
 
     def _some_away_long(self) -> bool:
         """Some disk has taken no writes for longer than repair waits for it."""
-        now, delay_s = self._context.clock.monotonic(), self._context.limits.recode_delay_s
+        now, delay_s = self._context.clock.monotonic(), self._context.recode_delay_s
         return any(now - since >= delay_s for since in self._away_since.values())
 
     def _away_long_enough(self, blocks: Iterable[BlockHealth]) -> bool:

@@ -85,13 +85,15 @@ class PartitionFollower:
         self._partitions.on_behind = lambda _node: self._behind.set()
 
     async def run(self) -> None:
-        """Runs for ever. In a cluster whose data never moved, nothing is read."""
+        """Runs for ever. In a cluster whose data never moved, the records are read once: partitions may have moved
+        without another layout, away from disks that are out.
+        """
         pause_s, hinted = PAUSE_S, False
         while True:
             self._behind.clear()
             rest_s, steps = EVERY_S, self._partitions.steps
             try:
-                if self._layouts.current.base or hinted or steps:
+                if self._layouts.current.base or hinted or steps or not self._partitions.complete:
                     await self.read_all()
             except (StoragedError, TimeoutError) as error:
                 rest_s = RETRY_S

@@ -10,6 +10,8 @@ _MOVER = "storaged/maintain/partition_mover.py"
 _MOVES = "storaged/meta/proposer/moving.py"
 _VIEWS = "storaged/meta/views.py"
 _HANDOVER = "storaged/meta/acceptor/handover.py"
+_SPARING = "storaged/cluster/sparing.py"
+_MAP = "storaged/cluster/partition_map.py"
 
 MOVING_BUGS = (
     Planted(
@@ -173,5 +175,51 @@ MOVING_BUGS = (
         "        return ZERO_BALLOT if found is None else found.floor\n",
         "        return max(step.floor for step in self._steps.values())\n",
         fast=True,
+    ),
+    Planted(
+        "out_without_a_majority",
+        "the vote of one node puts a disk out",
+        100,
+        "moving",
+        _SPARING,
+        "    if len(said) < majority:\n        return None\n",
+        "    if not said:\n        return None\n    majority = 1\n",
+        fast=True,
+    ),
+    Planted(
+        "returned_rows_rejoin",
+        "a disk that was out and comes back counts as whole: its rows of before count again",
+        300,
+        "moving",
+        _MOVER,
+        "            whole = await self._bring_up(state)\n",
+        "            whole = self._ports.layouts.partitions.out.number > 1 or await self._bring_up(state)\n",
+    ),
+    Planted(
+        "rows_are_where_they_should_be",
+        "partitions that never moved are where the layout without the disks that are out would have them",
+        300,
+        "moving",
+        _MAP,
+        "            base = current\n",
+        "            base = self.target(current)\n",
+    ),
+    Planted(
+        "out_without_a_vote_on_time",
+        "a disk is out as soon as a majority sees it away",
+        1,
+        path=_SPARING,
+        old="return bool(self.state) and self.for_s >= for_s",
+        new="return bool(self.state)",
+        tests="tests/unit/test_sparing.py",
+    ),
+    Planted(
+        "votes_not_verified",
+        "votes count whoever signed them",
+        1,
+        path="storaged/cluster/votes.py",
+        old='    if "storage" not in confirmed_roles',
+        new='    if False and "storage" not in confirmed_roles',
+        tests="tests/unit/test_sparing.py",
     ),
 )
