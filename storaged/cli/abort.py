@@ -169,9 +169,9 @@ def take_back(listed: files.ClusterPlan, last: Layout, wanted: Layout, directory
                 )
             node.disks.append(known)
             back.append(want.id)
-        elif (known.weight, known.state) != (want.weight, want.state):
+        elif (known.weight, known.state, known.rank) != (want.weight, want.state, want.rank):
             back.append(want.id)
-        known.weight, known.state = want.weight, want.state
+        known.weight, known.state, known.rank = want.weight, want.state, want.rank
     return TakenBack(wanted.epoch, tuple(back), tuple(going), tuple(named))
 
 

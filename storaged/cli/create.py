@@ -42,13 +42,18 @@ SEEDS_MAX = 5
 
 class DiskPlan(msgspec.Struct):
     """A disk of a node. ``directory`` is as in the node's configuration; ``weight`` is relative (GB is a good unit).
-    ``state``: as in ``DiskEntry``.
+    ``state`` and ``rank``: as in ``DiskEntry``.
     """
 
     id: str
     directory: str
     weight: int = 1000
     state: str = "active"
+    rank: str = ""
+
+    def replaces(self, old: DiskPlan) -> None:
+        """Gives it what makes it hold what the other disk held."""
+        self.weight, self.rank = old.weight, old.rank or old.id
 
 
 class NodePlan(msgspec.Struct):
@@ -271,7 +276,9 @@ def planned(plan: ClusterPlan, epoch: int) -> Layout:
     nodes = tuple(
         NodeEntry(node.name, node.location, node.address, tuple(node.roles), node.certified) for node in plan.nodes
     )
-    disks = tuple(DiskEntry(disk.id, node.name, disk.weight, disk.state) for node in plan.nodes for disk in node.disks)
+    disks = tuple(
+        DiskEntry(disk.id, node.name, disk.weight, disk.state, disk.rank) for node in plan.nodes for disk in node.disks
+    )
     revoked = tuple(RevokedCertificate(bytes.fromhex(one.fingerprint), one.node, one.until_ms) for one in plan.revoked)
     return Layout(
         plan.cluster,

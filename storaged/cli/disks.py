@@ -189,8 +189,10 @@ def disk_replace(directory: Path, node: str, named: str, place: str, as_json: bo
     listed, found = edit(directory, node)
     one = _find(found, named)
     new = _new(found, place or one.directory, one)
-    if new.directory == (place or one.directory):  # without a weight
-        new.weight = one.weight
+    weight = new.weight
+    new.replaces(one)
+    if new.directory != (place or one.directory):  # a weight is named
+        new.weight = weight
     found.disks[found.disks.index(one)] = new
     save(directory, listed)
     said = (

@@ -14,6 +14,7 @@ import click
 from storaged.cli import inviting, joining
 from storaged.cli.disks import AS_JSON, FOLDER, edit, find_node, save, say, section
 from storaged.errors import OperatorError
+from storaged.ids import new_disk_id
 
 
 @click.group("node")
@@ -100,7 +101,8 @@ def replace(directory: Path, name: str, as_json: bool) -> None:
     listed, found = edit(directory, name)
     exchanged: list[dict[str, Any]] = []
     for number, old in enumerate(found.disks):
-        (new,) = files.new_disks([f"{old.directory}:{old.weight}"])
+        new = files.DiskPlan(new_disk_id(), old.directory)
+        new.replaces(old)
         found.disks[number] = new
         exchanged.append({"disk": new.id, "directory": new.directory, "replaces": old.id, "config": section(new)})
     save(directory, listed)

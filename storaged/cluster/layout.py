@@ -88,12 +88,17 @@ class NodeEntry(Message, frozen=True):
 
 
 class DiskEntry(Message, frozen=True):
-    """A disk and its node. ``state``: ``active``, or ``draining`` (gets nothing new, and gives up what it has)."""
+    """A disk and its node. ``state``: ``active``, or ``draining`` (gets nothing new, and gives up what it has).
+
+    ``rank``: what is hashed for its place in the rankings, if that is not its id. A disk that replaces another has the
+    rank of that one: it gets what the other one had, and nothing else moves.
+    """
 
     id: str
     node: str
     weight: int
     state: str = "active"
+    rank: str = ""
 
 
 class RevokedCertificate(Message, frozen=True):
@@ -244,7 +249,7 @@ class Layout(Message, frozen=True, dict=True):
 
     @cached_property
     def _candidates(self) -> list[tuple[bytes, int, str]]:
-        return [(disk.id.encode(), -max(disk.weight, 1), disk.id) for disk in self.disks]
+        return [((disk.rank or disk.id).encode(), -max(disk.weight, 1), disk.id) for disk in self.disks]
 
     def _ranked(self, salt: bytes) -> list[str]:
         digest, log = xxhash.xxh3_64_intdigest, math.log
@@ -322,6 +327,8 @@ def problems_of(layout: Layout) -> list[str]:
         )
     if len(layout.seeds) < 3 or len(layout.seeds) % 2 == 0 or len(layout.seeds) > 7:
         found.append(f"the system partition wants 3, 5 or 7 seed disks; {len(layout.seeds)} are named")
+    ranks = Counter(disk.rank or disk.id for disk in layout.disks if disk.state == "active")
+    found.extend(f"two disks have the rank of disk {rank}" for rank, count in ranks.items() if count > 1)
     found.extend(
         f"seed disk {seed} is not in the layout"
         for seed in dict.fromkeys((*layout.seeds, *layout.seeds_next))

@@ -112,7 +112,8 @@ def sparing_text(sparing: Sparing) -> str:
 
 def places_digest(layout: Layout) -> bytes:
     """SHA-256 of all that decides placement: equal for two layouts exactly when nothing moves between them."""
-    places = sorted((disk, *place) for disk, place in _places(layout).items())
+    # Disks have ranks only since they can be replaced: layouts without keep their digest.
+    places = sorted((disk, *(place if place.rank else place[:-1])) for disk, place in _places(layout).items())
     facts = (places, layout.seeds, layout.replicas, len(layout.disks))
     moved = (layout.base, layout.seeds_next, layout.seeds_step)
     return hashlib.sha256(encode((*facts, *moved) if any(moved) else facts)).digest()
@@ -126,6 +127,7 @@ class _Place(NamedTuple):
     weight: int
     state: str
     storage: bool
+    rank: str
 
 
 def _places(layout: Layout) -> dict[str, _Place]:
@@ -133,7 +135,7 @@ def _places(layout: Layout) -> dict[str, _Place]:
     for disk in layout.disks:
         node = layout.node_by_name.get(disk.node)
         location, roles = (racks[node.location], node.roles) if node is not None else ("nowhere", ())
-        found[disk.id] = _Place(disk.node, location, disk.weight, disk.state, "storage" in roles)
+        found[disk.id] = _Place(disk.node, location, disk.weight, disk.state, "storage" in roles, disk.rank)
     return found
 
 

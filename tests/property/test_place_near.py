@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from storaged.cluster.layout import Layout, Profile
+from storaged.cluster.layout import PARTITIONS, Layout, Profile
 from storaged.objects.code.place import choose, disks_of, first_choice, is_placed, near
 from storaged.objects.records import Run
 from tests.doubles.layouts import layout_of
@@ -52,6 +52,19 @@ def test_a_disk_more_moves_about_its_share_of_the_fragments(profile: Profile) ->
         moved += check_and_count_moved(before, after, data_id, profile)
         gained += sum(disk.startswith("d") for disk in first_choice(after, data_id, profile))
     assert gained <= moved <= 1.1 * gained
+
+
+def test_a_disk_that_replaces_another_gets_what_that_one_had_and_nothing_else_moves() -> None:
+    before = layout_of((2, 2, 2))
+    disks = tuple(replace(disk, id="new", rank="b1") if disk.id == "b1" else disk for disk in before.disks)
+    after = replace(before, epoch=2, disks=disks)
+    for number in range(PARTITIONS):
+        old, new = before.replicas_of(number), after.replicas_of(number)
+        assert tuple("new" if disk == "b1" else disk for disk in old) == new
+    rng = random.Random(8)
+    for _ in range(500):
+        data_id = rng.randbytes(16)
+        assert check_and_count_moved(before, after, data_id, Profile(4, 2)) == 1
 
 
 def test_fragments_leave_a_draining_disk_and_no_other() -> None:

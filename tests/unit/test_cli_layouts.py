@@ -161,9 +161,10 @@ def test_a_disk_is_replaced_under_an_id_of_its_own(authority: Path, capsys: pyte
     assert f'id = "{after}"\ndirectory = "/srv/disk2"' in capsys.readouterr().out
     call("cluster", "layout", str(authority))
     assert history_of(authority)[1].disk_by_id[after].weight == 4000
+    assert history_of(authority)[1].disk_by_id[after].rank == before, "it gets what the other disk had, and no more"
     call("disk", "replace", str(authority), "n2", "/srv/disk2", "/srv/disk7:8000")
     (new,) = [one for one in create.load_plan(authority).nodes[1].disks if one.directory == "/srv/disk7"]
-    assert (new.weight, new.id != after) == (8000, True)
+    assert (new.weight, new.id != after, new.rank) == (8000, True, before)
 
 
 @pytest.mark.parametrize(

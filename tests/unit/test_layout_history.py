@@ -9,9 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from storaged.cluster.certificates import ACCEPTANCES_MAX, is_enough, verify_certificate
-from storaged.cluster.layout import DiskEntry, Layout
+from storaged.cluster.layout import DiskEntry, Layout, problems_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
-from storaged.cluster.moves import moves_between
+from storaged.cluster.moves import moves_between, places_digest
 from storaged.cluster.signed_layout import Acceptance, SignedLayout, verify_layout
 from storaged.cluster.succession import (
     GENERATION,
@@ -22,6 +22,7 @@ from storaged.cluster.succession import (
 )
 from storaged.errors import LayoutRefused
 from storaged.wire import Message, decode, encode
+from tests.doubles.layouts import layout_of
 from tests.worlds.authority import World
 from tests.worlds.layouts import History, first, with_nodes
 
@@ -431,3 +432,15 @@ async def test_a_damaged_layout_is_replaced_by_the_file_of_another_node(history:
         history.book(*own.load())
     damaged.write_bytes((others.directory / damaged.name).read_bytes())
     assert history.book(*own.load()).epoch == 200
+
+
+def test_layouts_without_ranks_keep_the_digest_that_ledgers_have_and_a_rank_changes_it() -> None:
+    layout = layout_of((1, 1, 1))
+    digest = places_digest(layout)
+    assert digest.hex() == "1d6be0893b58ec67d90ca61bbb8234717d5b03f682362d1db7150f1c859b315e"
+    first, *others = layout.disks
+    ranked = replace(layout, disks=(replace(first, rank="old"), *others))
+    assert places_digest(ranked) != digest
+    assert moves_between(layout, ranked)
+    twice = replace(layout, disks=(first, replace(others[0], rank=first.id), *others[1:]))
+    assert "two disks have the rank of disk a0" in problems_of(twice)
