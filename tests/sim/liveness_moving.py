@@ -15,6 +15,7 @@ import msgspec
 import structlog.testing
 
 from storaged.cluster.partitions import is_settled
+from storaged.cluster.ports import Method
 from storaged.errors import StoragedError
 from storaged.maintain.partition_mover import MoverPorts
 from storaged.meta.client import CALL_TIMEOUT_S, DEADLINE_S, HEDGE_S
@@ -86,6 +87,10 @@ class LivenessOfMoves(Liveness):
 
     def replica_node(self) -> StorageNode:
         return self.world.nodes["n" + self.random.choice(DISKS)[1:]]
+
+    def methods_of(self, _node: str) -> dict[str, Method]:
+        """As ``partitions.Moving``."""
+        return {}
 
     def begin_mover(self) -> None:
         process = self.mover = Process(self, MOVER, skew_ms=0)  # type: ignore[arg-type]
