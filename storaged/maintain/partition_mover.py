@@ -11,6 +11,7 @@ Theory of operation
        is settled by rounds that a majority of both sets takes. Rows of deleted keys and empty rows count too. Then come
        manifest pages. The partition is *whole* when a majority of both sets and the disk that comes have answered for
        all shards: then a majority of the coming set has all that was chosen. It gets what is chosen meanwhile anyway.
+       Last the disk that comes gets the floors of the present set (``consensus.floors``).
     5. *settled*: the record is changed again. The disk that goes keeps rows that count no more. A process that still
        knows the joint state alone needs a majority of the coming set too, so nothing has to be fenced here.
 
@@ -293,6 +294,7 @@ class PartitionMover:
             wanted = PageQuery(table, scope, (shard,), hidden=True, settling_nonce=closed.perhaps.get(scope, b""))
             if not await self._bring_up_range(state, fenced, wanted):
                 return False
+        await moves.copy_floors(state, fenced)
         # Nothing has changed the state meanwhile, or the comparisons were of another one.
         return self._ports.layouts.partition(state.partition).step == state.step
 

@@ -24,6 +24,7 @@ from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
 from storaged.meta.proposer.contention import Contention
 from storaged.meta.proposer.fences import RingFences
+from storaged.meta.proposer.floors import PartitionFloors
 from storaged.meta.proposer.moving import PartitionMoves
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.pages import RingPages
@@ -176,6 +177,7 @@ class RingClient:
         self._pages = RingPages(self._calls, self._view, hooks.on_missed)
         self._fences = RingFences(self._calls, self._view, self._ring.refresher)
         self.moves = PartitionMoves(self._calls)
+        self.floors = PartitionFloors(self._calls)
 
     def _make_ring(self, hooks: RingHooks, jitter: Callable[[], float], entropy: Entropy, copies: CopyReader) -> Ring:
         settings, calls = self._settings, self._calls

@@ -81,7 +81,8 @@ class Accepts(Message, frozen=True):
 class AcceptReply(Message, frozen=True):
     """OK: the value is durable here under the ballot. ``copy_synced``: the copy that it names is durable too;
     ``copy_error``: why it is not. ``final``: the scope's fence stays for ever; when PREEMPTED: nothing was accepted
-    here under this ballot, nor will be.
+    here under this ballot, nor will be. ``floor``: of a refusal where the floor of the range stands for a missing row,
+    the sequence that a create has to exceed.
     """
 
     verdict: int
@@ -89,6 +90,7 @@ class AcceptReply(Message, frozen=True):
     final: bool = False
     copy_synced: bool = False
     copy_error: str = ""
+    floor: int = 0
 
 
 class AcceptsReply(Message, frozen=True):
@@ -301,6 +303,86 @@ class FencesTake(Message, frozen=True):
 
     disk: str
     scopes: tuple[ScopeFence, ...]
+
+
+class FloorSet(Message, frozen=True):
+    """A floor of the range ``prefix`` (table || scope || shard) of a settled partition (``consensus.floors``).
+
+    Not ``active``: refuse ballots below ``ballot``. ``active``: from now on a missing row of the range reports it. A
+    gateway asks the latter when all replicas have done the former, and were compared since.
+    """
+
+    disk: str
+    prefix: bytes
+    ballot: Ballot
+    active: bool = False
+
+
+class FloorReply(Message, frozen=True):
+    """OK: the disk is as asked, durably. ``floor``: the one that is active in the range, ZERO_BALLOT without one.
+    ``final``: the scope is fenced for ever, its bucket is deleted.
+    """
+
+    verdict: int
+    floor: Ballot = ZERO_BALLOT
+    final: bool = False
+
+
+EXPUNGED_A_CALL = 256
+"""Rows that are looked at in one turn of the event loop: less than a millisecond."""
+
+
+class Expunge(Message, frozen=True):
+    """Delete, of the next ``limit`` rows with a key > ``after``, those that may go below the active floor ``ballot``.
+    ``count``: only count those that would go, without a floor.
+    """
+
+    disk: str
+    prefix: bytes
+    ballot: Ballot
+    after: bytes = b""
+    limit: int = EXPUNGED_A_CALL
+    count: bool = False
+
+
+class ExpungeReply(Message, frozen=True):
+    """OK: ``gone`` rows are deleted, durably, of those up to ``through``. ``done``: there are no rows after these."""
+
+    verdict: int
+    gone: int = 0
+    through: bytes = b""
+    done: bool = False
+
+
+class FloorsAsk(Message, frozen=True):
+    """The floors of a partition at a disk, by prefix > ``after``."""
+
+    disk: str
+    partition: int
+    after: bytes = b""
+
+
+class RangeFloor(Message, frozen=True):
+    prefix: bytes
+    ballot: Ballot
+
+
+class FloorsReply(Message, frozen=True):
+    """Up to ``FENCES_A_CALL`` floors in order; ``more``: there are more."""
+
+    floors: tuple[RangeFloor, ...]
+    more: bool = False
+
+
+class FloorsTake(Message, frozen=True):
+    """Floors that other replicas of a partition have, for the disk that comes to it and has all rows. ``epoch`` of the
+    joint state; floors are of earlier steps.
+    """
+
+    disk: str
+    partition: int
+    epoch: int
+    floors: tuple[RangeFloor, ...]
 
 
 class RangesAsk(Message, frozen=True):

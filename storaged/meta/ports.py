@@ -332,12 +332,28 @@ class Handover(Protocol):
     async def ranges(self, request: messages.RangesAsk, *, timeout_s: float = 10.0) -> messages.RangesReply: ...
 
 
+class Floors(Protocol):
+    """The floors of one disk (``consensus.floors``). Raises as ``Replica``."""
+
+    async def set_floor(self, request: messages.FloorSet, *, timeout_s: float = 10.0) -> messages.FloorReply: ...
+
+    async def expunge(self, request: messages.Expunge, *, timeout_s: float = 10.0) -> messages.ExpungeReply: ...
+
+    async def floors(self, request: messages.FloorsAsk, *, timeout_s: float = 10.0) -> messages.FloorsReply: ...
+
+    async def take_floors(self, request: messages.FloorsTake, *, timeout_s: float = 10.0) -> messages.FloorReply:
+        """Durable when it returns. A range keeps a higher floor that is there."""
+
+
 @runtime_checkable
 class HandoverReplica(Protocol):
-    """A replica of a partition that may move."""
+    """A replica of a partition that may move, and whose deleted keys may be expunged."""
 
     @property
     def handover(self) -> Handover: ...
+
+    @property
+    def floors(self) -> Floors: ...
 
 
 OnAnswer = Callable[[str, Any, memoryview], None]

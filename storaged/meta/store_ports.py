@@ -55,7 +55,8 @@ class StoredPage(NamedTuple):
 class StoreBatch(Struct):
     """What one group commit writes. A page that is there already gets the new age, and the owner if the
     batch has one; else it keeps its own. ``meta`` are small named values
-    (high-water ballot, epoch fence, store id).
+    (high-water ballot, epoch fence, store id). ``gone``: registers whose rows are
+    deleted; none of ``slots``.
     """
 
     slots: Sequence[Slot] = ()
@@ -63,6 +64,7 @@ class StoreBatch(Struct):
     unfence: Sequence[bytes] = ()
     pages: Sequence[StoredPage] = ()
     meta: dict[str, bytes] = {}
+    gone: Sequence[RegisterName] = ()
 
 
 Done = Callable[[StoragedError | None], None]

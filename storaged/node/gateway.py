@@ -217,7 +217,7 @@ class Gateway:
             found.append(look_at_records(self.buckets, self.users))
             found.append(self._keep_signer())
             found.append(self._answers.run())
-            found.append(self.partitions.run())
+            found += [self.partitions.run(), self.partitions.expunge()]
         if self.workers is not None:
             found.append(self.workers.run())
         return found

@@ -1,5 +1,5 @@
-"""What a gateway does for partitions that move: it moves them, and signs and believes their records. It decides which
-disks are out.
+"""What a gateway does for partitions: it moves them, signs and believes their records, and expunges deleted keys. It
+decides which disks are out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from storaged.cluster.signers import is_signed, signer_id
 from storaged.cluster.sparing import DisksOut, Vote
 from storaged.cluster.votes import verify_vote
 from storaged.ids import system_entropy
+from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.names import RegisterName, Value
 from storaged.node.planes import NodePlanes
@@ -28,7 +29,7 @@ from storaged.wire import decode
 
 
 class PartitionDuty:
-    """``run`` is its task, in a gateway's first process. ``keys`` open when the keyring is there."""
+    """``run`` and ``expunge`` are its tasks, in a gateway's first process. ``keys`` open when the keyring is there."""
 
     def __init__(self, node: NodePlanes, keys: LateKeys, buckets: BucketService) -> None:
         self._keys = keys
@@ -65,11 +66,36 @@ class PartitionDuty:
                 self._gateways,
             )
         )
+        self.expunger = Expunger(
+            ExpungerPorts(
+                node.layouts,
+                node.scanner,
+                node.ring.moves,
+                node.ring.floors,
+                node.membership,
+                node.clock,
+                self._first,
+            ),
+            delay_s=node.config.limits.expunge_delay_s,
+        )
 
     async def run(self) -> None:
         """Runs for ever."""
         await self._keys.opened.wait()
         await asyncio.gather(self.mover.run(), self.sparing.run())
+
+    async def expunge(self) -> None:
+        """Runs for ever."""
+        await self.expunger.run()
+
+    def _first(self) -> bool:
+        """Whether this gateway is the one that expunges: the first by name of those that are up. Two of them harm
+        nobody.
+        """
+        node = self._node
+        entries = [entry for entry in node.layouts.current.nodes if "gateway" in entry.roles]
+        up = [entry.name for entry in entries if node.membership.status(entry.name).state == "up"]
+        return node.own.name == min([*up, node.own.name])
 
     async def _allowed(self) -> dict[int, frozenset[str]]:
         """See ``MoverPorts``."""

@@ -160,7 +160,8 @@ class Reports:
         outdated = sum(status.outdated for status in statuses)
         recoded = f"{outdated} others get profile {self._node.layouts.current.profile}" if outdated else ""
         moves = self._progress.jobs(self._partitions(), count_objects(statuses), settings, self._reason(), recoded)
-        return jobs_of(statuses) + [_job(job) for job in moves]
+        own = self._gateway.partitions.expunger.report(self._node.own.name) if self._gateway is not None else []
+        return jobs_of(statuses) + [_job(job) for job in [*moves, *own]]
 
     def _sets_of(self, partition: int) -> tuple[tuple[str, ...], ...]:
         try:

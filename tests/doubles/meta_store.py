@@ -165,7 +165,8 @@ class MemoryMetaStore:
         its batch for the next sync.
         """
         self._refuse_when_unusable()
-        entry = _Pending(batch, [(slot.name, pack_row(slot)) for slot in batch.slots])
+        rows = [(slot.name, pack_row(slot)) for slot in batch.slots]
+        entry = _Pending(batch, rows + [(name, b"") for name in batch.gone])
         for page in batch.pages:
             if not is_page(page.body, page.page_hash):
                 raise ValueError("a page must be stored under its own hash")
@@ -218,6 +219,10 @@ class MemoryMetaStore:
             with self.dirty_ranges.changing([(name.prefix, name.key) for name, _ in entry.rows]):
                 for name, row in entry.rows:
                     shard = self._shards.setdefault(name[:3], _Shard())
+                    if not row:
+                        if shard.rows.pop(name.key, None) is not None:
+                            shard.keys.remove(name.key)
+                        continue
                     if name.key not in shard.rows:
                         insort(shard.keys, name.key)
                     shard.rows[name.key] = row

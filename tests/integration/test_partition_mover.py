@@ -15,9 +15,11 @@ from storaged.clock import SystemClock
 from storaged.cluster.layout import Layout
 from storaged.cluster.partitions import PartitionRecord, is_settled, path_of, signed_bytes
 from storaged.errors import NoSuchBucket, ServiceUnavailable
+from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import FAILURES_SHOWN, MoverPorts, PartitionMover
+from storaged.meta.consensus.register import FLOOR_SEQUENCES
 from storaged.meta.listing.merge import RingScanner, every_row
-from storaged.meta.messages import FencesAsk, FenceSet, FencesReply, ScopeFence
+from storaged.meta.messages import FencesAsk, FenceSet, FencesReply, FloorsAsk, ScopeFence
 from storaged.meta.names import Change, RegisterName, Table, Visibility, system_name
 from storaged.meta.ports import PageQuery
 from storaged.node.partition_follower import PartitionFollower
@@ -136,6 +138,32 @@ def by_partition() -> list[RegisterName]:
 
 def moved(layout: Layout, name: RegisterName) -> bool:
     return "d0" in layout.replicas_of(name.partition)
+
+
+async def test_the_disk_that_comes_gets_the_floors_of_deleted_keys(world: World) -> None:
+    """A key that was deleted and expunged begins above the floor at every replica, also at the new one."""
+    gateway, disks = world.gateway, world.disks
+    [*some] = [name for name in by_partition() if moved(world.after, name)][:3]
+    for name in some:
+        await gateway.put(name, b"gone")
+        await gateway.client.change(name, lambda _before: Change(b"", Visibility.TOMBSTONE))
+    await asyncio.sleep(0.01)
+    ports = ExpungerPorts(
+        gateway.layouts, gateway.scanner, gateway.client.moves, gateway.client.floors, disks, SystemClock()
+    )
+    partitions = [name.partition for name in some]
+    assert await Expunger(ports, delay_s=0, worthwhile=1, partitions=partitions).once() == len(some)
+    await world.learn()
+    await world.move()
+    for name in some:
+        assert gateway.layouts.partition(name.partition).step
+        for disk in gateway.layouts.partition(name.partition).present:
+            found = await disks.replicas[disk].floors.floors(FloorsAsk(disk, name.partition))  # type: ignore[attr-defined]
+            assert [floor.prefix for floor in found.floors] == [name.prefix], disk
+        outcome = await gateway.client.change(name, lambda _before: Change(b"again"))
+        assert outcome.after is not None
+        assert outcome.after.sequence > FLOOR_SEQUENCES
+        assert await world.other.get(name) == b"again"
 
 
 async def test_every_partition_moves_and_nothing_is_lost(world: World) -> None:

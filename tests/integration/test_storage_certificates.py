@@ -170,6 +170,9 @@ async def _of(request: Message) -> Message:
     return request
 
 
+FAR = Ballot(1, 1 << 55, "", b"")
+"""A floor above all ballots."""
+
 DRIVERS: dict[str, Driver] = {
     "cluster.ping": lambda thief: _of(Ping("na", b"12345678", 1, 99)),
     "cluster.layout": lambda thief: _of(LayoutAfter(0)),
@@ -199,6 +202,14 @@ DRIVERS: dict[str, Driver] = {
         messages.FencesTake("", (messages.ScopeFence(thief.bucket_id, b"\xff" * 16, True, b""),))
     ),
     "meta.ranges": lambda thief: _of(messages.RangesAsk("", 0)),
+    "meta.floor": lambda thief: _of(messages.FloorSet("", thief.slot().name.prefix, FAR, True)),
+    "meta.expunge": lambda thief: _of(messages.Expunge("", thief.slot().name.prefix, FAR)),
+    "meta.floors": lambda thief: _of(messages.FloorsAsk("", 0)),
+    "meta.take_floors": lambda thief: _of(
+        messages.FloorsTake(
+            "", thief.slot().name.partition, 1 << 33, (messages.RangeFloor(thief.slot().name.prefix, FAR),)
+        )
+    ),
     "meta.fence_epoch": lambda thief: _of(messages.EpochFence("", 99)),
     "fragment.write": write,
     "fragment.sync": ids,

@@ -11,7 +11,7 @@ import asyncio
 from typing import NamedTuple
 
 from storaged.errors import OutcomeUnknown, S3Error
-from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.consensus.register import FLOOR_SEQUENCES, RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import Change, Table, Value, object_name
@@ -106,7 +106,9 @@ class Listing(Scenario):
             self.history.remove(operation)
             return
         operation.observed = _listed_as(outcome.before)
-        operation.blind = outcome.before is None and outcome.after is not None and outcome.after.sequence > 1
+        operation.blind = (
+            outcome.before is None and outcome.after is not None and outcome.after.sequence % FLOOR_SEQUENCES > 1
+        )
         operation.returned = self.moment()
 
     async def _list(self, gateway: Gateway) -> None:

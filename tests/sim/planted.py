@@ -29,6 +29,7 @@ PLAYS = {
     "flicker": "tests.sim.flicker:run_flicker",
     "moving": "tests.sim.partitions:run_moving",
     "layouts": "tests.sim.layouts:run_layouts",
+    "expunging": "tests.sim.expunging:run_expunging",
     "object lies": "tests.sim.object_lies:run_object_lies",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
@@ -77,6 +78,7 @@ PLANTED = (
     "tests.sim.planted_claims:CLAIM_BUGS",
     "tests.sim.planted_moving:MOVING_BUGS",
     "tests.sim.planted_layouts:LAYOUT_BUGS",
+    "tests.sim.planted_floors:FLOOR_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

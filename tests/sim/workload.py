@@ -13,6 +13,7 @@ from typing import Any
 from storaged.cluster.layout import SYSTEM_PARTITION, Layout
 from storaged.errors import DataDamaged, OutcomeUnknown, S3Error
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.register import FLOOR_SEQUENCES
 from storaged.meta.names import Change, RegisterName, Value, Visibility
 from storaged.meta.ports import Outcome, SmallCopies, Update
 from tests.sim.cluster import Gateway, World
@@ -208,7 +209,8 @@ class Workload:
             outcome = await self._change(
                 client, name, written(operation.new or b"", data_id), small, regardless=self.of_objects
             )
-            operation.blind = outcome.before is None and outcome.after is not None and outcome.after.sequence > 1
+            sequence = outcome.after.sequence if outcome.after is not None else 0
+            operation.blind = outcome.before is None and sequence % FLOOR_SEQUENCES > 1
         self.look_for_copies(data_id)
         return content_of(outcome.before)
 

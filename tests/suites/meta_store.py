@@ -168,6 +168,39 @@ async def test_a_scan_shows_tombstones(store: MetaStore) -> None:
     assert slots_in(store, Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10) == [tombstone]
 
 
+@pytest.mark.parametrize("body", [b"short", b"long" * 100])
+async def test_a_row_that_is_gone_is_absent_for_every_read(store: MetaStore, body: bytes) -> None:
+    keys = [b"key %02d" % number for number in range(20)] + [b"long " * 120 + b"%d" % number for number in range(3)]
+    for key in keys:
+        await store.commit(StoreBatch([slot_of(name_of(key), body=body)]))
+    await put_into_the_tree(store)
+    gone, left = keys[1::2], keys[0::2]
+    await store.commit(StoreBatch(gone=[name_of(key) for key in gone[:5]]))
+    await store.commit(StoreBatch(gone=[name_of(key) for key in gone[5:]]))
+    check_gone(store, gone, left)
+    await store.commit(StoreBatch([slot_of(name_of(gone[0]), body=b"again")]))
+    check_gone(store, gone[1:], sorted([*left, gone[0]]))
+    await store.commit(StoreBatch(gone=[name_of(gone[0])]))
+    await put_into_the_tree(store)
+    check_gone(store, gone, left)
+
+
+def check_gone(store: MetaStore, gone: list[bytes], left: list[bytes]) -> None:
+    left = sorted(left)
+    for key in gone:
+        assert store.get(name_of(key)) is None
+        assert store.row(name_of(key).pack()) == b""
+    assert store.rows([name_of(key).pack() for key in gone]) == [b""] * len(gone)
+    for limit in (1, 2, 5, 100):
+        found: list[bytes] = []
+        while page := store.slice(RowRange(Table.OBJECT, BUCKET, 0, found[-1] if found else b"", b"", limit)):
+            assert len(page) == limit or [key for key, _ in page] == left[len(found) :]
+            found += [key for key, _ in page]
+        assert found == left
+    assert store.columns(RowRange(Table.OBJECT, BUCKET, 0, b"", b"", 100))[0] == left
+    assert store.stamps(RowRange(Table.OBJECT, BUCKET, 0, b"", b"", 100)).rows == len(left)
+
+
 async def test_a_slice_gives_rows_that_carry_their_own_check(store: MetaStore) -> None:
     slot = slot_of(name_of(b"k" * 500), visibility=Visibility.HIDDEN)
     await store.commit(StoreBatch(slots=[slot]))

@@ -540,27 +540,34 @@ async def test_a_batch_that_no_group_takes_is_refused_before_anything_is_stored(
 @given(
     stored=st.sets(st.binary(min_size=1, max_size=2)),
     added=st.lists(
-        st.lists(st.tuples(st.integers(0, 1), st.binary(min_size=1, max_size=2)), max_size=5), min_size=1, max_size=5
+        st.lists(st.tuples(st.integers(0, 1), st.binary(min_size=1, max_size=2), st.booleans()), max_size=5),
+        min_size=1,
+        max_size=5,
     ),
     after=st.binary(max_size=2),
     prefix=st.binary(max_size=1),
-    limit=st.integers(0, 5),
+    limit=st.integers(1, 5),
 )
 def test_tables_that_grow_between_looks_are_merged_in_the_order_of_their_keys(
-    stored: set[bytes], added: list[list[tuple[int, bytes]]], after: bytes, prefix: bytes, limit: int
+    stored: set[bytes], added: list[list[tuple[int, bytes, bool]]], after: bytes, prefix: bytes, limit: int
 ) -> None:
     below = {key: b"stored" for key in stored if key > after and key.startswith(prefix)}
     tables = [overlay.Table(), overlay.Table()]
     for step, rows in enumerate(added):
-        for which, key in rows:
-            tables[which][key] = b"%d of %d" % (step, which)
+        for which, key, gone in rows:
+            tables[which][key] = b"" if gone else b"%d of %d" % (step, which)
         everything = {**below, **tables[0], **tables[1]}
-        expected = [(key, everything[key]) for key in sorted(everything) if key > after and key.startswith(prefix)][
-            :limit
+        expected = [
+            (key, row) for key, row in sorted(everything.items()) if row and key > after and key.startswith(prefix)
         ]
-        assert (
-            overlay.merge(sorted(below.items())[:limit], tables, RowRange(0, b"", 0, after, prefix, limit)) == expected
-        )
+        found: list[tuple[bytes, bytes]] = []
+        through: bytes | None = after
+        while through is not None:
+            entries = [entry for entry in sorted(below.items()) if entry[0] > through][:limit]
+            some, through = overlay.merge(entries, tables, RowRange(0, b"", 0, through, prefix, limit))
+            assert len(some) <= limit
+            found += some
+        assert found == expected
 
 
 KEYS = [b"a", b"a/1", b"a/2", b"b" * 480, b"b" * 481, b"b" * 700, b"b" * 961, b"c", b"c/1", b"\xff" * 500]

@@ -78,6 +78,10 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.fences": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes gets the fences of the others"),
     "meta.take_fences": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes takes them"),
     "meta.ranges": Grant(GATEWAY, STORAGE, "a partition moves: which shards have rows"),
+    "meta.floor": Grant(GATEWAY, STORAGE, "deleted keys are expunged: all replicas of a range get a floor first"),
+    "meta.expunge": Grant(GATEWAY, STORAGE, "deleted keys are expunged below a floor"),
+    "meta.floors": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes gets the floors of the others"),
+    "meta.take_floors": Grant(GATEWAY, STORAGE, "a partition moves: the replica that comes takes them"),
     "meta.fence_epoch": Grant(GATEWAY, STORAGE, "a partition moves: its replicas refuse its earlier steps"),
     "fragment.write": Grant(
         BOTH,

@@ -31,6 +31,7 @@ from storaged.meta.acceptor.counts import AcceptorCounts, ReplicaStatistics
 from storaged.meta.acceptor.disk_writes import DiskWrites
 from storaged.meta.acceptor.epochs import META_EPOCH, Epochs, stored_epochs
 from storaged.meta.acceptor.fences import Fences
+from storaged.meta.acceptor.floors import Floors, stored_floors
 from storaged.meta.acceptor.handover import Handover
 from storaged.meta.acceptor.high_water import HighWater, stored_high_waters
 from storaged.meta.acceptor.pages import DiskPages
@@ -86,11 +87,12 @@ class LocalReplica:
         self._health = store.health
         try:
             epoch, retired = (store.get_meta(name) for name in (META_EPOCH, META_RETIRED))
-            epochs, high_waters = stored_epochs(store), stored_high_waters(store)
+            epochs, high_waters, floors = stored_epochs(store), stored_high_waters(store), stored_floors(store)
         except RowDamaged as error:
             raise DiskForeign(f"The metadata store of disk {disk} has lost its record of promises: {error}") from None
         of_disk, high_water = int.from_bytes(epoch or b"", "big"), high_waters.pop(0, ZERO_BALLOT)
-        self.state = AcceptorState(high_water, of_disk, rules, promises_max, high_waters=high_waters, epochs=epochs)
+        known: Any = {"high_waters": high_waters, "epochs": epochs, "floors": floors}
+        self.state = AcceptorState(high_water, of_disk, rules, promises_max, **known)
         self.pending = PendingAccepts()
         self._writes = DiskWrites(disk, store)
         self._writes.silent = "retired from the ring" if retired and rules.foreign_refused else ""
@@ -98,6 +100,7 @@ class LocalReplica:
         self._epochs = Epochs(self.state, self._writes, rules, of_disk)
         self._fences = Fences(disk, store, self.state, rules)
         self.handover = Handover(disk, store, self._fences, self._writes)
+        self.floors = Floors(store, self.state, self.pending, self._high_water, self._epochs, self._writes, self._clock)
         self._rows = DiskRows(store, self.state, self._fences, self.pending, self._writes, copies, rules)
         self._pages = DiskPages(store, self._writes, self._clock)
 
@@ -157,9 +160,7 @@ class LocalReplica:
         It costs proposals that are under way a retry, at most.
         """
         self._writes.check_answers()
-        self.state.end_promises(Ballot(epoch, self._clock.wall_ms() * 1000, "", b""))
-        await self._high_water.raise_above(self.state.floor_at(epoch))
-        await self.pending.all_arrived()
+        await self.floors.end_promises(Ballot(epoch, self._clock.wall_ms() * 1000, "", b""))
 
     # --- prepare ------------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class LocalReplica:
         if ballot != acceptor.accepted:  # otherwise the accepted ballot already forbids lower ones
             state.promise(name, ballot, slot)
         if slot is None:
-            return messages.PrepareReply(Verdict.OK, acceptor.lowest)
+            return messages.PrepareReply(Verdict.OK, acceptor.lowest, acceptor.accepted, acceptor.value)
         copied = slot.copied or not slot.value.payload
         return messages.PrepareReply(Verdict.OK, acceptor.lowest, slot.ballot, slot.value, copied=copied)
 
@@ -298,7 +299,7 @@ class LocalReplica:
         if ballot == acceptor.accepted and not header:
             on_answer(messages.AcceptReply(Verdict.OK, ballot, copy_synced=copied))
             return
-        held = acceptor.value.sequence if acceptor.value is not None else self.state.sequences.get(name, 0)
+        held = acceptor.value.sequence if acceptor.value and not acceptor.floored else self.state.sequences.get(name, 0)
         if value.sequence < held:
             self._counts.note_fall(name, ballot, held, value.sequence)
         size = len(value.body) + sum(map(len, body))
@@ -358,7 +359,8 @@ class LocalReplica:
         self._counts.refused += 1
         if verdict is Verdict.CONFLICT:
             self._counts.note_conflict(name, ballot)
-        return messages.AcceptReply(verdict, acceptor.lowest, acceptor.refuses_for_good(ballot, verdict))
+        floor = acceptor.value.sequence if acceptor.floored and acceptor.value else 0
+        return messages.AcceptReply(verdict, acceptor.lowest, acceptor.refuses_for_good(ballot, verdict), floor=floor)
 
     def on_stored(self, pending: PendingAccept, error: Exception | None) -> None:
         """See ``pending_accept.Owner``. SlowDown: the store had no room for the row, and has not begun."""

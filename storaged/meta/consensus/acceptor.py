@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from storaged.cluster.partitions import STEP_SHIFT, step_of
+from storaged.meta.consensus.floors import Range, value_of
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, NEVER, RULES, Rules, Verdict
 from storaged.meta.names import PACKED_HEAD_BYTES, ZERO_BALLOT, Ballot, RegisterName, Value
 from storaged.meta.store_ports import Fence, Slot
@@ -45,7 +46,8 @@ PROMISES_MAX = 65_536
 class Acceptor(NamedTuple):
     """What an acceptor knows of one register when a request comes. ``promised`` is the highest ballot promised for it
     or for every register; when ``damaged`` it includes the high-water ballot, above anything that the lost row may have
-    held. ``value`` is what was accepted at ``accepted``.
+    held. ``value`` is what was accepted at ``accepted``. ``floored``: there is no row, and the range's floor stands for
+    it (``floors``).
     """
 
     promised: Ballot
@@ -54,6 +56,7 @@ class Acceptor(NamedTuple):
     epoch: int
     fence: Fence | None = None
     damaged: bool = False
+    floored: bool = False
 
     @property
     def lowest(self) -> Ballot:
@@ -135,8 +138,14 @@ def judge_create(
     if acceptor.damaged:
         return Verdict.DAMAGED
     if acceptor.accepted not in (ZERO_BALLOT, ballot) and rules.create_into_nothing:
-        return Verdict.HELD
+        return Verdict.OK if acceptor.floored and _begins_above(acceptor, value, rules) else Verdict.HELD
     return Verdict.OK
+
+
+def _begins_above(acceptor: Acceptor, value: Value, rules: Rules) -> bool:
+    """Whether a create comes from a proposer that knew the floor."""
+    assert acceptor.value is not None
+    return value.sequence > acceptor.value.sequence or not rules.creates_above_floors
 
 
 def judge_read(acceptor: Acceptor, epoch: int, rules: Rules = RULES) -> Verdict:
@@ -201,10 +210,14 @@ class AcceptorState:
         *,
         high_waters: Mapping[int, Ballot] | None = None,
         epochs: Mapping[int, int] | None = None,
+        floors: Mapping[Range, Ballot] | None = None,
     ) -> None:
         """As the disk has them: ``high_water`` and ``epoch``; ``high_waters`` by step, and ``epochs`` by partition, of
-        partitions that have moved.
+        partitions that have moved; ``floors`` by range.
         """
+        self.rules = rules
+        self.floors: dict[Range, Ballot] = {**(floors or {})}
+        """Of ranges whose deleted keys were expunged: what a missing row reports."""
         self.promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
         self.sequences: dict[RegisterName, int] = {}
         """Of what was accepted here for registers that are promised."""
@@ -215,7 +228,6 @@ class AcceptorState:
         unless the disk's own epoch is higher."""
         self.evicted = 0
         """Promises that the floor has replaced."""
-        self._rules = rules
         self._promises_max = promises_max
         self._partitions: dict[tuple[bytes, int] | bytes, int] = {}
         """By scope and shard, or by the beginning of a packed name."""
@@ -275,6 +287,9 @@ class AcceptorState:
         """``slot`` as the disk has it. ``epoch`` of the request."""
         promised = max(self.promises.get(name, ZERO_BALLOT), self.floor_at(epoch))
         if slot is None:
+            floor = self.floors.get(name[:3]) if self.floors else None
+            if floor is not None and self.rules.floors_reported:
+                return Acceptor(promised, floor, value_of(floor), self.epoch_at(name), fence, floored=True)
             return Acceptor(promised, ZERO_BALLOT, None, self.epoch_at(name), fence)
         return Acceptor(promised, slot.ballot, slot.value, self.epoch_at(name), fence)
 
@@ -353,7 +368,7 @@ class AcceptorState:
     def too_far(self, ballot: Ballot, now_us: int) -> bool:
         """Rule 15. Asked for ballots near the high-water ballot or above it, so that others cost nothing."""
         counter = max(floor.high_water.counter for floor in self._steps.values())
-        return ballot.counter > max(now_us, counter) + COUNTER_AHEAD_MAX_US and self._rules.counters_bounded
+        return ballot.counter > max(now_us, counter) + COUNTER_AHEAD_MAX_US and self.rules.counters_bounded
 
     def _step(self, epoch: int) -> StepFloor:
         found = self._steps.get(epoch >> STEP_SHIFT)

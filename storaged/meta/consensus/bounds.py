@@ -11,8 +11,9 @@ from storaged.errors import InvalidRequest
 from storaged.hashes import is_page
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
+from storaged.meta.consensus.floors import FLOORED_TABLES
 from storaged.meta.consensus.register import COUNTER_MAX, created, may_create
-from storaged.meta.names import KEY_BYTES_MAX, Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.names import KEY_BYTES_MAX, PACKED_HEAD_BYTES, Ballot, RegisterName, Table, Value, Visibility
 from storaged.units import MIB
 
 VALUE_BYTES_MAX = 4 * MIB
@@ -76,6 +77,15 @@ def check_pages(request: messages.PageCheck) -> None:
 def check_fence(request: messages.FenceSet | messages.FenceLift) -> None:
     if len(request.scope) != 16 or not 0 < len(request.nonce) <= NONCE_BYTES_MAX:
         raise InvalidRequest("Not a fence of a bucket.")
+
+
+def check_floor(prefix: bytes, floor: Ballot) -> None:
+    """``prefix`` of a range: table || scope || shard."""
+    if len(prefix) != PACKED_HEAD_BYTES or prefix[0] not in FLOORED_TABLES:
+        raise InvalidRequest("Not a range of registers that may have a floor.")
+    epoch, counter, node, incarnation = floor
+    if node or incarnation or not 0 < counter <= COUNTER_MAX or not 0 <= epoch <= COUNTER_MAX:
+        raise InvalidRequest(f"A floor is a ballot without a name, not {floor}.")
 
 
 def check_epoch(epoch: int, partition: int) -> None:

@@ -16,10 +16,11 @@ Small copies
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec import Struct
 
+from storaged.meta.consensus.floors import KnownFloors
 from storaged.meta.consensus.register import Ballots, Rules
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import SmallCopies, Update
@@ -65,6 +66,7 @@ class Shared:
     rules: Rules
     counts: dict[str, int]
     doubts: Callable[[RegisterName, str, Value | None], bool] = lambda name, disk, value: False
+    floors: KnownFloors = field(default_factory=KnownFloors)
 
 
 class Wanted(Struct, frozen=True):

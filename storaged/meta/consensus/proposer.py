@@ -122,7 +122,7 @@ class Proposer(Ending):
         small = self._wanted.small
         ballot = self.ballot = self._shared.ballots.next(view.epoch, self._rivals.above, now_us)
         self._creates = CreateRound(view.quorum, small)
-        value = self.lineage.create(change, ballot)
+        value = self.lineage.create(change, ballot, self._shared.floors.of(self.name))
         self.outcome = Outcome(None, value)
         self.request = Create("", self.name, ballot, value)
         if small is not None:
@@ -138,6 +138,7 @@ class Proposer(Ending):
         if not creates.add(disk, reply) and reply is not None:
             self._rivals.note("", reply.promised.counter, self._now_us)
             self.ahead = self.ahead or reply.verdict == AHEAD
+            self._shared.floors.note(self.name, reply.floor, self._now_us)
             self._stale = self._stale or reply.verdict == EPOCH
             if reply.verdict == PREEMPTED and self.state is CREATING:
                 self._shared.counts["preempted"] += 1

@@ -55,6 +55,9 @@ number 0.
 
 _CREATE = bytes(2)
 
+FLOOR_SEQUENCES = 1 << 16
+"""Sequences of floors (``floors``) are multiples of this."""
+
 ATTEMPTS_MAX = 0xFFFF
 
 COUNTER_AHEAD_MAX_US = 3_600_000_000
@@ -148,6 +151,16 @@ class Rules:
     """30. Nothing is created unasked while there are two sets. Two looks at the first set alone (``looks``), by a
     process that does not know of the second one yet, would miss a create that the new disk alone has taken.
     """
+    floors_reported: bool = True
+    """32. Where rows of deleted keys were expunged, a missing row reports the floor of its range (``floors``)."""
+    creates_above_floors: bool = True
+    """33. A create is taken into a missing row only with a sequence above that of the floor."""
+    floors_durable: bool = True
+    """34. A floor is on disk before it is reported, and before a row goes."""
+    floors_when_settled: bool = True
+    """35. While a partition has two sets, no floor is set in it, and no row goes."""
+    floors_everywhere: bool = True
+    """36. All replicas of the settled set are compared, and have the floor, before a row goes anywhere."""
 
 
 RULES = Rules()
@@ -258,8 +271,8 @@ be so.
 
 
 def created(value: Value) -> bool:
-    """Whether it may have been accepted by a create."""
-    return value.sequence == 1 and value.operation[CALL_BYTES:] == _CREATE
+    """Whether it may have been accepted by a create. Creates begin one above a floor, or at 1."""
+    return value.sequence % FLOOR_SEQUENCES == 1 and value.operation[CALL_BYTES:] == _CREATE
 
 
 def may_create(name: RegisterName) -> bool:
@@ -376,13 +389,13 @@ class Lineage(Struct):
         self._count += 1
         return self.call + self._count.to_bytes(2, "big")
 
-    def create(self, change: Change, ballot: Ballot) -> Value:
-        """The value to be created: ``change`` on nothing."""
+    def create(self, change: Change, ballot: Ballot, floor: int = 0) -> Value:
+        """The value to be created: ``change`` on nothing. ``floor``: the sequence of the range's floor."""
         operation = self.call + _CREATE
         self._created = operation, ballot
         self._bases[operation] = None
-        self._sequences[operation] = 1
-        return Value(1, operation, change.visibility, change.body, change.payload)
+        self._sequences[operation] = floor + 1
+        return Value(floor + 1, operation, change.visibility, change.body, change.payload)
 
     def create_held(self, everywhere: bool) -> None:
         """A majority has refused the create for good. Where it was taken nevertheless it is not chosen, unless a

@@ -13,10 +13,11 @@ from typing import NamedTuple, TypeVar, cast
 
 import structlog
 
-from storaged.cluster.partitions import PartitionState
-from storaged.errors import ServiceUnavailable, StoragedError
-from storaged.meta.consensus.bounds import NONCE_BYTES_MAX
+from storaged.cluster.partitions import PartitionState, step_of
+from storaged.errors import InvalidRequest, ServiceUnavailable, StoragedError
+from storaged.meta.consensus.bounds import NONCE_BYTES_MAX, check_floor
 from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import (
     FENCES_A_CALL,
     EpochFence,
@@ -24,11 +25,15 @@ from storaged.meta.messages import (
     FencesAsk,
     FencesReply,
     FencesTake,
+    FloorsAsk,
+    FloorsReply,
+    FloorsTake,
+    RangeFloor,
     RangesAsk,
     RangesReply,
     ScopeFence,
 )
-from storaged.meta.names import RegisterName, Table
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table
 from storaged.meta.ports import Handover, HandoverReplica, Replica
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES
 from storaged.meta.transport.calls import Answers, Calls
@@ -126,13 +131,45 @@ class PartitionMoves:
         prefixes = {prefix for reply in found.values() for prefix in reply.prefixes}
         return [(prefix[0], prefix[1:17], prefix[17]) for prefix in sorted(prefixes)]
 
+    async def copy_floors(self, state: PartitionState, fenced: Container[str]) -> None:
+        """Gives the replica that comes the floors of the present set, when it has all rows (``consensus.floors``).
+        ``fenced``: as for ``copy_fences``. Each of these disks counts alone: a floor was active at all of them before a
+        row went, and one too many harms nobody.
+        """
+        disks, after = [disk for disk in state.present if disk in fenced], b""
+        while True:
+            found = await self._ask(disks, partial(_floors_after, state.partition, after), partial(_are_floors, after))
+            _check(Quorum(state.present), found, state, "say which floors they have")
+            ends = [reply.floors[-1].prefix for reply in found.values() if reply.more]
+            through = min(ends) if ends else None
+            highest: dict[bytes, Ballot] = {}
+            for floor in (floor for reply in found.values() for floor in reply.floors):
+                if (through is None or floor.prefix <= through) and step_of(floor.ballot.epoch) < state.step:
+                    highest[floor.prefix] = max(floor.ballot, highest.get(floor.prefix, ZERO_BALLOT))
+            await self._give_floors(state, [RangeFloor(*one) for one in sorted(highest.items())])
+            if through is None:
+                return
+            after = through
+
+    async def _give_floors(self, state: PartitionState, floors: Sequence[RangeFloor]) -> None:
+        replica = self._replica(state.comes).floors
+        for first in range(0, len(floors), FENCES_A_CALL):
+            some = tuple(floors[first : first + FENCES_A_CALL])
+            request = FloorsTake(state.comes, state.partition, state.epoch, some)
+            reply = await replica.take_floors(request, timeout_s=self._calls.call_timeout_s)
+            if reply.verdict != Verdict.OK:
+                raise ServiceUnavailable(f"Partition {state.partition}: disk {state.comes} knows a later step.")
+
     def _handover(self, disk: str) -> Handover:
+        return self._replica(disk).handover
+
+    def _replica(self, disk: str) -> HandoverReplica:
         replica = self._calls.replicas.replica(disk)
         assert isinstance(replica, HandoverReplica)
-        return replica.handover
+        return replica
 
     async def _ask(
-        self, disks: Sequence[str], call: Callable[[Handover, str], Awaitable[T]], is_sound: Callable[[T], bool]
+        self, disks: Sequence[str], call: Callable[[HandoverReplica, str], Awaitable[T]], is_sound: Callable[[T], bool]
     ) -> dict[str, T]:
         """The answers of those that give a sound one, in time."""
         answers: Answers[T] = self._calls.answers()
@@ -140,7 +177,7 @@ class PartitionMoves:
         for disk in disks:
 
             async def ask(replica: Replica, disk: str = disk) -> T:
-                return await call(cast(HandoverReplica, replica).handover, disk)
+                return await call(cast(HandoverReplica, replica), disk)
 
             answers.ask(disk, ask)
         found: dict[str, T] = {}
@@ -155,12 +192,29 @@ class PartitionMoves:
         return found
 
 
-async def _fences_after(after: bytes, replica: Handover, disk: str) -> FencesReply:
-    return await replica.fences(FencesAsk(disk, after), timeout_s=FENCES_TIMEOUT_S)
+async def _fences_after(after: bytes, replica: HandoverReplica, disk: str) -> FencesReply:
+    return await replica.handover.fences(FencesAsk(disk, after), timeout_s=FENCES_TIMEOUT_S)
 
 
-async def _ranges_of(partition: int, replica: Handover, disk: str) -> RangesReply:
-    return await replica.ranges(RangesAsk(disk, partition), timeout_s=RANGES_TIMEOUT_S)
+async def _ranges_of(partition: int, replica: HandoverReplica, disk: str) -> RangesReply:
+    return await replica.handover.ranges(RangesAsk(disk, partition), timeout_s=RANGES_TIMEOUT_S)
+
+
+async def _floors_after(partition: int, after: bytes, replica: HandoverReplica, disk: str) -> FloorsReply:
+    return await replica.floors.floors(FloorsAsk(disk, partition, after), timeout_s=FENCES_TIMEOUT_S)
+
+
+def _are_floors(after: bytes, reply: FloorsReply) -> bool:
+    """Whether these are floors of ranges that follow ``after``."""
+    prefixes = [after, *(its.prefix for its in reply.floors)]
+    if any(earlier >= later for earlier, later in pairwise(prefixes)) or (reply.more and not reply.floors):
+        return False
+    try:
+        for floor in reply.floors:
+            check_floor(floor.prefix, floor.ballot)
+    except InvalidRequest:
+        return False
+    return True
 
 
 def _goes_on(after: bytes, reply: FencesReply) -> bool:

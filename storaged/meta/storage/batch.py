@@ -29,8 +29,8 @@ ENTRY_OVERHEAD = 32
 
 
 class PackedBatch(Struct):
-    """One batch in the form that the disk takes. ``rows``: (table || scope || shard, key, row). ``others``:
-    (sub-database, key, value; None deletes).
+    """One batch in the form that the disk takes. ``rows``: (table || scope || shard, key, row; an empty row deletes).
+    ``others``: (sub-database, key, value; None deletes).
 
     Pages are not logged, since they are written to LMDB directly. ``deleted`` counts the ``stale_pages`` that were
     deleted.
@@ -72,6 +72,8 @@ _decoder = msgspec.msgpack.Decoder(list[LoggedBatch])
 def pack_batch(batch: StoreBatch, on_done: Done) -> PackedBatch:
     """Raises ValueError for what can't be stored."""
     rows = [_packed(slot) for slot in batch.slots]
+    if batch.gone:
+        rows += [(name.prefix, name.key, b"") for name in batch.gone]
     if len(rows) == 1 and not (batch.meta or batch.fences or batch.unfence or batch.pages):  # a change of a register
         _, key, row = rows[0]
         if (size := len(key) + len(row) + ENTRY_OVERHEAD) <= BATCH_BYTES_MAX:

@@ -108,8 +108,8 @@ class Heap:
         self._next = 0
 
     def put(self, transaction: Transaction, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> None:
-        """``rows``: (key in ``rows``, table || scope || shard, key, row), no key twice. Raises lmdb.Error,
-        RowDamaged.
+        """``rows``: (key in ``rows``, table || scope || shard, key, row), no key twice; an empty row deletes. Raises
+        lmdb.Error, RowDamaged.
         """
         fresh: list[tuple[bytes, bytes]] = []
         changed: list[tuple[bytes, bytes]] = []
@@ -120,7 +120,10 @@ class Heap:
             for at, _, _, row in rows:
                 number = numbers.get(at)
                 if len(row) <= INLINE_ROW_BYTES_MAX:
-                    entries.append((at, row))
+                    if row:
+                        entries.append((at, row))
+                    else:
+                        transaction.delete(at, db=self._rows)
                     if number is not None:
                         transaction.delete(number, db=self._heap)
                     continue

@@ -1,5 +1,7 @@
 """Rows and small values that are durable in the redo log and not yet in LMDB, and how reads merge them. Pure.
 
+An empty row stands for one that was deleted.
+
 The event loop adds to an overlay; at a start one thread does. A checkpoint's thread may read it meanwhile: each access
 to one of its tables is a single step of the interpreter, and a table never shrinks.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from storaged.meta.storage.batch import LoggedBatch, PackedBatch
 from storaged.meta.store_ports import RowRange
@@ -56,8 +59,9 @@ class Overlay:
 
 
 def overlay_row(overlays: tuple[Overlay, Overlay], prefix: bytes, key: bytes) -> bytes | None:
-    """The row of a register that has not reached LMDB. ``overlays``: the fresh one, then the frozen one. In this order
-    no row is missed: what leaves the fresh one is in the frozen one by then, and what leaves that one is in LMDB.
+    """What has not reached LMDB of a register: its row, or empty when the row was deleted. ``overlays``: the fresh one,
+    then the frozen one. In this order no row is missed: what leaves the fresh one is in the frozen one by then, and
+    what leaves that one is in LMDB.
     """
     for overlay in overlays:
         table = overlay.rows.get(prefix)
@@ -75,18 +79,36 @@ def has_rows(tables: Sequence[Table], wanted: RowRange, *, through: bytes | None
     return False
 
 
-def merge(stored: list[tuple[bytes, bytes]], tables: Sequence[Table], wanted: RowRange) -> list[tuple[bytes, bytes]]:
-    """The range's rows from LMDB (``stored``), with the rows of ``tables``, oldest first, added or put in their
-    place.
+def merge(
+    stored: list[tuple[bytes, bytes]], tables: Sequence[Table], wanted: RowRange
+) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
+    """The range's rows from LMDB (``stored``, up to the range's limit), with the rows of ``tables``, oldest first,
+    added or put in their place, and without those that were deleted. Then the last key that was looked at, where there
+    may be more rows after it; None where there are none.
     """
     limit = wanted.limit
     # LMDB may have more rows after its last one here, which were not read.
-    bound = stored[-1][0] if stored and len(stored) >= limit else None
+    through = stored[-1][0] if stored and len(stored) >= limit else None
     found = dict(stored)
+    gone = False
     for table in tables:
         keys, first = table.range_of(wanted)
-        for key in keys[first : first + limit]:
-            if not key.startswith(wanted.prefix) or (bound is not None and key > bound):
+        room = limit
+        for key in islice(keys, first, None):
+            if not key.startswith(wanted.prefix) or (through is not None and key > through):
                 break
-            found[key] = table[key]
-    return sorted(found.items())[:limit]
+            row = found[key] = table[key]
+            if not row:
+                gone = True
+                continue
+            room -= 1
+            if not room:
+                through = key
+                break
+    rows = sorted(found.items())
+    if gone or through is not None:
+        rows = [entry for entry in rows if entry[1] and (through is None or entry[0] <= through)]
+    if len(rows) > limit:
+        rows = rows[:limit]
+        through = rows[-1][0]
+    return rows, through

@@ -129,8 +129,6 @@ class StoreReader:
         row = overlay_row((self._state.fresh, self._state.frozen), prefix, key)
         if row is None and not self.in_memory and self._waits():
             row = self._state.remembered.get((prefix, key))
-            if not row:
-                return None
         if row is None:
             root = self._root(prefix)
             if root is None:
@@ -143,8 +141,8 @@ class StoreReader:
             except RowDamaged:
                 self.damaged_rows += 1
                 raise
-            if not row:
-                return None
+        if not row:
+            return None
         try:
             return unpack_row(name, row)
         except RowDamaged:
@@ -228,6 +226,15 @@ class StoreReader:
             raise ValueError(
                 f"a slice has at most {SLICE_ROWS_MAX} rows, not {wanted.limit}: a long reader keeps the file growing"
             )
+        rows: list[tuple[bytes, bytes]] = []
+        through: bytes | None = wanted.after
+        while through is not None and len(rows) < wanted.limit:  # deleted rows may have taken the place of others
+            found, through = self._rows_after(wanted._replace(after=through))
+            rows = rows + found if rows else found
+        return rows[: wanted.limit]
+
+    def _rows_after(self, wanted: RowRange) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
+        """Some of the rows, perhaps none; and where to go on, if there may be more."""
         with self._snapshot(wanted.name_prefix) as (transaction, root, tables):
             found: list[tuple[bytes, bytes]] = []
             if root is not None:
@@ -236,7 +243,9 @@ class StoreReader:
                 )
             rows = rows_of(transaction, self._heap, [value for _, value in found])
             entries = list(zip([key for key, _ in found], rows, strict=True))
-        return merge(entries, tables, wanted) if tables else entries
+        if tables:
+            return merge(entries, tables, wanted)
+        return entries, entries[-1][0] if entries and len(entries) >= wanted.limit else None
 
     def columns(self, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool]:
         with self._snapshot(wanted.name_prefix) as (transaction, root, tables):

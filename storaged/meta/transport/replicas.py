@@ -29,8 +29,10 @@ from storaged.errors import DiskUnusable, InvalidRequest
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.authority import Gate, KnownSteps, OnRefusal
-from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.consensus.bounds import check_floor
+from storaged.meta.consensus.register import RULES, Rules, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
+from storaged.meta.names import Ballot, RegisterName
 from storaged.meta.ports import Replica
 from storaged.meta.transport.accept_batching import ALONE_MAX, AcceptBatcher, try_accepts
 from storaged.meta.transport.read_batching import OnRow, ReadBatcher, answer_read, answer_reads
@@ -164,6 +166,10 @@ class RemoteReplica:
     def handover(self) -> RemoteHandover:
         return RemoteHandover(self._caller, self.node)
 
+    @property
+    def floors(self) -> RemoteFloors:
+        return RemoteFloors(self._caller, self.node)
+
 
 class RemoteHandover:
     """``ports.Handover`` over RPC."""
@@ -187,6 +193,36 @@ class RemoteHandover:
     async def ranges(self, request: messages.RangesAsk, *, timeout_s: float = 10.0) -> messages.RangesReply:
         reply, _ = await self._caller.call(
             self._node, "meta.ranges", request, messages.RangesReply, timeout_s=timeout_s
+        )
+        return reply
+
+
+class RemoteFloors:
+    """``ports.Floors`` over RPC."""
+
+    def __init__(self, caller: Caller, node: str) -> None:
+        self._caller = caller
+        self._node = node
+
+    async def set_floor(self, request: messages.FloorSet, *, timeout_s: float = 10.0) -> messages.FloorReply:
+        reply, _ = await self._caller.call(self._node, "meta.floor", request, messages.FloorReply, timeout_s=timeout_s)
+        return reply
+
+    async def expunge(self, request: messages.Expunge, *, timeout_s: float = 10.0) -> messages.ExpungeReply:
+        reply, _ = await self._caller.call(
+            self._node, "meta.expunge", request, messages.ExpungeReply, timeout_s=timeout_s
+        )
+        return reply
+
+    async def floors(self, request: messages.FloorsAsk, *, timeout_s: float = 10.0) -> messages.FloorsReply:
+        reply, _ = await self._caller.call(
+            self._node, "meta.floors", request, messages.FloorsReply, timeout_s=timeout_s
+        )
+        return reply
+
+    async def take_floors(self, request: messages.FloorsTake, *, timeout_s: float = 10.0) -> messages.FloorReply:
+        reply, _ = await self._caller.call(
+            self._node, "meta.take_floors", request, messages.FloorReply, timeout_s=timeout_s
         )
         return reply
 
@@ -301,6 +337,10 @@ class ReplicaHost:
             "meta.fences": Method(messages.FencesAsk, self._fences),
             "meta.take_fences": Method(messages.FencesTake, self._take_fences),
             "meta.ranges": Method(messages.RangesAsk, self._ranges),
+            "meta.floor": Method(messages.FloorSet, self._floor),
+            "meta.expunge": Method(messages.Expunge, self._expunge),
+            "meta.floors": Method(messages.FloorsAsk, self._floors),
+            "meta.take_floors": Method(messages.FloorsTake, self._take_floors),
             "meta.scan": Method(ScanRequest, self._scan, try_answer=self._try_scan),
             "meta.turn": Method(messages.Turn, self._turn, try_start=self._try_turn),
         }
@@ -393,6 +433,26 @@ class ReplicaHost:
 
     async def _ranges(self, request: messages.RangesAsk, _call: Call) -> messages.RangesReply:
         return await self._of(request.disk).handover.ranges(request)
+
+    async def _floor(self, request: messages.FloorSet, _call: Call) -> messages.FloorReply:
+        if not self._knows_step(request.prefix, request.ballot):
+            return messages.FloorReply(Verdict.NEWER)
+        return await self._of(request.disk).floors.set_floor(request)
+
+    async def _expunge(self, request: messages.Expunge, _call: Call) -> messages.ExpungeReply:
+        if not self._knows_step(request.prefix, request.ballot):
+            return messages.ExpungeReply(Verdict.NEWER)
+        return await self._of(request.disk).floors.expunge(request)
+
+    def _knows_step(self, prefix: bytes, floor: Ballot) -> bool:
+        check_floor(prefix, floor)
+        return self._gate.knows(RegisterName(prefix[0], prefix[1:17], prefix[17], b"").partition, floor.epoch)
+
+    async def _floors(self, request: messages.FloorsAsk, _call: Call) -> messages.FloorsReply:
+        return await self._of(request.disk).floors.floors(request)
+
+    async def _take_floors(self, request: messages.FloorsTake, _call: Call) -> messages.FloorReply:
+        return await self._of(request.disk).floors.take_floors(request)
 
     def _try_turn(self, request: messages.Turn, call: Call, answer: OnAnswer) -> bool:
         self._of(request.disk).turns.ask(call.peer.name, request, answer)

@@ -1,0 +1,116 @@
+"""Floors: what stands for the rows of deleted keys when these are gone. Pure.
+
+A deleted key leaves a row, its *tombstone*, and so does a key that was settled and never written (``register.NEVER``).
+A row has a ballot and a sequence: with them a retry learns that its change is over. Rows can go only when something
+else says the same. That is a floor, one for all keys of a *range*: the (table, scope, shard) of a partition.
+
+Theory of operation. A floor is a ballot B that no proposer draws (it names no node), some time in the past. The
+sequence of a floor, S, follows from B (``sequence_of``), and is above that of every row that goes. To expunge the rows
+of a range below B is, for each of its keys, a change of CASPaxos under the ballot B::
+
+    prepare(B)     all replicas of the settled set refuse ballots below B, durably, and what they have accepted before
+                   can be read
+    read           all of them are compared. A key in which two of them differ is settled by a committed round, which
+                   has a ballot above B
+    accept(B, v)   v is a tombstone with the sequence S. No replica writes it for each key: from now on a missing row
+                   reports (B, v). A row that is there stays in force, until it is deleted
+    delete         each replica deletes its own tombstones below B
+
+Why nothing is lost and nothing comes back
+    After the comparison every key belongs to one of three groups.
+
+    * All replicas have the same row, with a ballot below B. When it is a tombstone, v is what an honest proposer would
+      propose under B: still deleted, with a higher sequence. When it is not, nothing happens: the row is in force.
+    * No replica has a row. Then v says "deleted", and nobody can tell that from "never written".
+    * A quorum has rows above B. What a replica reports under B counts for nothing beside them, and no ballot below B is
+      taken any more.
+
+    One replica left out breaks this. A key whose chosen row a replica lacks is not settled, when nobody compares that
+    replica; there the floor would report "deleted" above the ballot of a live row. And while a partition is joint, its
+    two sets have no comparison of all in common. So floors are set in a settled state, by all of its replicas.
+
+    A replica that has promised a ballot above B for a key reports v all the same. It has reported that key's tombstone
+    with its promise, or "nothing"; a proposer that bases a change on these bases it on what v says too. Only the
+    sequence of that change lies below S. It lies above those of all changes before it, which is what ``Lineage`` needs.
+
+Why no retry re-applies
+    An attempt that was applied and deleted again had a sequence below S: a proposer that tries again finds S, and says
+    UNKNOWN (``Lineage.judge``). A create asks nothing. So a replica takes a create into a missing row only if its
+    sequence is above S. It then comes from a proposer that knew the floor, so it is none from before. A proposer that
+    does not know the floor yet is refused (HELD), and told S.
+
+    ``looks`` concludes that a replica with a row refuses every create for ever. So it does with the floor that has
+    taken the row's place: creates from before do not know S.
+
+A replica that comes to a partition gets the floors of the others when it has all rows, and before the new set counts
+alone. Before that it must not report them: v would lie above the rows that it does not have yet. Its promises and rows
+are of later steps, so a floor there can be in nobody's way.
+
+A range of the system table has no floor: bodies of its records are bound to their sequences.
+"""
+
+from __future__ import annotations
+
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, FLOOR_SEQUENCES
+from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.store_ports import Slot
+
+FLOORED_TABLES = frozenset((int(Table.OBJECT), int(Table.UPLOAD), int(Table.PART)))
+
+_US_A_FLOOR = 1 << 20
+"""Floors of one range that lie so many microseconds apart have other sequences."""
+
+RANGES_KNOWN_MAX = 65_536
+
+Range = tuple[int, bytes, int]
+"""Table, scope, shard."""
+
+
+def sequence_of(floor: Ballot) -> int:
+    """The sequence of a floor. Creates begin one above it, so that they can be told from other values
+    (``register.created``).
+    """
+    return floor.counter // _US_A_FLOOR * FLOOR_SEQUENCES
+
+
+def value_of(floor: Ballot) -> Value:
+    """What a missing row of the range reports, under the ballot ``floor``."""
+    return Value(sequence_of(floor), b"", Visibility.TOMBSTONE, b"")
+
+
+def may_go(slot: Slot, floor: Ballot) -> bool:
+    """Whether a row may be deleted where this floor is in force. A row that was written later than the floor's counter
+    stays, also where a newer layout has put the floor's ballot above it.
+    """
+    return (
+        slot.value.visibility == Visibility.TOMBSTONE
+        and not slot.value.payload
+        and slot.ballot < floor
+        and slot.ballot.counter < floor.counter
+        and slot.value.sequence < sequence_of(floor)
+    )
+
+
+class KnownFloors:
+    """The sequences of floors as the proposers of one process were told them. A hint: with a lower one than a replica
+    has, a create is refused.
+    """
+
+    __slots__ = ("_sequences",)
+
+    def __init__(self) -> None:
+        self._sequences: dict[Range, int] = {}
+
+    def of(self, name: RegisterName) -> int:
+        """The sequence that a create has to exceed; 0 where no floor is known."""
+        return self._sequences.get(name[:3], 0) if self._sequences else 0
+
+    def note(self, name: RegisterName, sequence: int, now_us: int) -> None:
+        """A replica has refused a create with it; 0: not for a floor. One that lies uses up no sequences: no floor lies
+        far ahead.
+        """
+        if not sequence or sequence > sequence_of(Ballot(0, now_us + COUNTER_AHEAD_MAX_US, "", b"")):
+            return
+        if len(self._sequences) >= RANGES_KNOWN_MAX:
+            self._sequences.clear()
+        self._sequences[name[:3]] = max(sequence, self._sequences.get(name[:3], 0))

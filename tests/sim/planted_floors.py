@@ -1,0 +1,170 @@
+"""Bugs in what expunges the rows of deleted keys. Plain data: imports nothing of the program."""
+
+from __future__ import annotations
+
+from tests.sim.planted import Planted
+
+_RULES = "storaged/meta/consensus/floors.py"
+_ACCEPTOR = "storaged/meta/acceptor/floors.py"
+_STATE = "storaged/meta/consensus/acceptor.py"
+_CALLS = "storaged/meta/proposer/floors.py"
+_EXPUNGER = "storaged/maintain/expunger.py"
+_MOVER = "storaged/maintain/partition_mover.py"
+_TESTS = "tests/unit/test_floors.py"
+
+FLOOR_BUGS = (
+    Planted(
+        "expunged_without_comparison",
+        "replicas are not compared before a floor is active",
+        300,
+        "expunging",
+        _EXPUNGER,
+        "            await self._compare(state, prefix)\n",
+        "            pass\n",
+        fast=True,
+    ),
+    Planted(
+        "promise_of_a_floor_not_durable",
+        "replicas forget with their process that they refuse ballots below a floor",
+        1,
+        path=_ACCEPTOR,
+        old="        await self._high_water.raise_above(self._state.floor_at(ballot.epoch))\n",
+        new="",
+        tests=_TESTS,
+    ),
+    Planted(
+        "promised_before_all_arrived",
+        "replicas are compared while accepts from below the floor are on their way to the disk",
+        1,
+        path=_ACCEPTOR,
+        old="        await self._pending.all_arrived()\n",
+        new="",
+        tests=_TESTS,
+    ),
+    Planted(
+        "rows_with_accepts_go",
+        "a row goes while an accept of it is on its way to the disk",
+        1,
+        path=_ACCEPTOR,
+        old=" and name not in self._pending.by_name:",
+        new=":",
+        tests=_TESTS,
+    ),
+    Planted(
+        "deletion_begins_late",
+        "a deletion reaches the store after accepts that were judged later",
+        1,
+        path=_ACCEPTOR,
+        old="        self._store.post(StoreBatch(gone=names), done)\n",
+        new="        await asyncio.sleep(0.001)\n        self._store.post(StoreBatch(gone=names), done)\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "expunged_where_a_replica_is_away",
+        "a floor is set, and rows go, at the replicas that answer",
+        1,
+        path=_CALLS,
+        old="        if away:\n",
+        new="        if len(away) > 1:\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "expunged_where_some_were_compared",
+        "a replica that does not answer is not compared",
+        1,
+        path=_EXPUNGER,
+        old="        if found.away:\n",
+        new="        if False:\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "expunged_while_joint",
+        "the expunger sets floors while a partition has two sets, or has moved",
+        1,
+        path=_EXPUNGER,
+        old="        if state.coming or self._ports.layouts.partition(state.partition).step != state.step:\n",
+        new="        if False:\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "floor_while_joint",
+        "replicas take floors and delete rows while their partition has two sets",
+        1,
+        path=_ACCEPTOR,
+        old="        if step_of(ballot.epoch) % 2 and state.rules.floors_when_settled:\n",
+        new="        if False:\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "rows_go_without_a_floor",
+        "a replica deletes rows though it has no floor",
+        1,
+        path=_ACCEPTOR,
+        old=" or self._floor_of(range_) < request.ballot:\n",
+        new=":\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "living_rows_go",
+        "rows of living keys go below a floor",
+        1,
+        path=_RULES,
+        old="        slot.value.visibility == Visibility.TOMBSTONE\n        and not",
+        new="        not",
+        tests=_TESTS,
+    ),
+    Planted(
+        "newer_rows_go",
+        "rows from after the floor go",
+        1,
+        path=_RULES,
+        old="        and slot.ballot < floor\n        and slot.ballot.counter < floor.counter\n",
+        new="",
+        tests=_TESTS,
+    ),
+    Planted(
+        "retry_reapplies",
+        "a missing row reports no floor, so that a retry applies a deleted PUT again",
+        1,
+        path=_STATE,
+        old="            if floor is not None and self.rules.floors_reported:\n",
+        new="            if False:\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "create_below_the_floor",
+        "a create from before the floor is taken into a missing row",
+        1,
+        path=_STATE,
+        old="    return value.sequence > acceptor.value.sequence or not rules.creates_above_floors\n",
+        new="    return True\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "floor_not_durable",
+        "a floor is forgotten with the process",
+        1,
+        path=_ACCEPTOR,
+        old="            if not self._state.rules.floors_durable:\n",
+        new="            if True:\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "floor_reported_before_it_is_durable",
+        "a floor is reported while it is on its way to the disk",
+        1,
+        path=_ACCEPTOR,
+        old="            elif higher:\n",
+        new="            elif higher:\n                self._state.floors.update(higher)\n",
+        tests=_TESTS,
+    ),
+    Planted(
+        "floors_not_copied",
+        "the replica that comes to a partition gets no floors",
+        1,
+        path=_MOVER,
+        old="        await moves.copy_floors(state, fenced)\n",
+        new="",
+        tests="tests/integration/test_partition_mover.py",
+    ),
+)

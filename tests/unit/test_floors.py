@@ -1,0 +1,530 @@
+"""Floors: what stands for the rows of deleted keys when these are gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from storaged.cluster.partitions import PartitionRecord, PartitionState, epoch_of
+from storaged.errors import InvalidRequest, NoSuchBucket, OutcomeUnknown, ServiceUnavailable
+from storaged.maintain.expunger import Expunger, ExpungerPorts
+from storaged.meta import messages
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.client import RingClient
+from storaged.meta.consensus.floors import KnownFloors, may_go, sequence_of, value_of
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, FLOOR_SEQUENCES, NEVER, Rules, Verdict, created
+from storaged.meta.listing.merge import CatchUp, RingScanner
+from storaged.meta.messages import Expunge, ExpungeReply, FenceSet, FloorSet, RangeFloor
+from storaged.meta.names import ZERO_BALLOT, Ballot, Change, Table, Value, Visibility, system_name
+from storaged.meta.ports import PageQuery
+from storaged.meta.store_ports import Slot
+from tests.doubles.layouts import KnownLayouts, layout_of
+from tests.doubles.meta_store import MemoryMetaStore
+from tests.unit.test_replica import (
+    NAME,
+    OTHER,
+    FixedClock,
+    SlowDisk,
+    accept,
+    ballot,
+    prepare,
+    read,
+    settle_tasks,
+    value,
+)
+from tests.worlds.ring_client import MemoryReplicas, clock_of, ring_client
+
+NOW_US = 1_750_000_000_000_000
+FLOOR = Ballot(1, NOW_US, "", b"")
+S = sequence_of(FLOOR)
+PREFIX = NAME.prefix
+DISKS = ("a0", "b0", "c0", "d0")
+GONE = Value(7, b"o" * 16, Visibility.TOMBSTONE, b"")
+
+
+def now_us(after: int) -> Ballot:
+    return ballot(NOW_US + after)
+
+
+def replica_on(store: MemoryMetaStore, **options: Any) -> LocalReplica:
+    return LocalReplica("d", store, clock=FixedClock(NOW_US // 1000 + 1_000), **options)
+
+
+async def set_floor(replica: LocalReplica, floor: Ballot = FLOOR) -> None:
+    for active in (False, True):
+        reply = await replica.floors.set_floor(FloorSet("d", PREFIX, floor, active))
+        assert reply.verdict == Verdict.OK
+
+
+async def create(replica: LocalReplica, at: Ballot, sequence: int) -> messages.AcceptReply:
+    new = Value(sequence, bytes(16), Visibility.LIVE, b"new")
+    return await replica.accept(messages.Create("d", NAME, at, new))
+
+
+# --- pure
+
+
+def test_a_row_goes_only_if_it_is_a_tombstone_from_before_the_floor() -> None:
+    old = Slot(NAME, now_us(-1), GONE)
+    assert may_go(old, FLOOR)
+    assert may_go(old._replace(value=NEVER), FLOOR)
+    assert not may_go(old._replace(value=value()), FLOOR)
+    assert not may_go(old._replace(value=Value(7, b"", Visibility.HIDDEN, b"")), FLOOR)
+    assert not may_go(old._replace(ballot=now_us(0)), FLOOR)
+    assert not may_go(old._replace(ballot=ballot(NOW_US + 1, epoch=0)), FLOOR), "a newer layout makes no row older"
+    assert not may_go(old._replace(value=Value(S, b"", Visibility.TOMBSTONE, b"")), FLOOR)
+
+
+def test_sequences_of_floors_grow_and_what_is_created_on_them_is_known() -> None:
+    later = FLOOR._replace(counter=NOW_US + (1 << 20))
+    assert sequence_of(later) == S + FLOOR_SEQUENCES
+    assert S % FLOOR_SEQUENCES == 0
+    assert created(Value(S + 1, b"c" * 14 + bytes(2), Visibility.LIVE, b""))
+    assert not created(Value(S + 2, b"c" * 14 + bytes(2), Visibility.LIVE, b""))
+    assert not created(Value(S + 1, b"c" * 16, Visibility.LIVE, b""))
+
+
+def test_a_proposer_believes_no_floor_that_lies_in_the_future() -> None:
+    known = KnownFloors()
+    known.note(NAME, sequence_of(FLOOR._replace(counter=NOW_US + 2 * COUNTER_AHEAD_MAX_US)), NOW_US)
+    known.note(NAME, 0, NOW_US)
+    assert known.of(NAME) == 0
+    known.note(NAME, S, NOW_US)
+    known.note(NAME, 5, NOW_US)
+    assert (known.of(NAME), known.of(OTHER), known.of(system_name("x"))) == (S, S, 0)
+
+
+# --- one acceptor
+
+
+async def test_a_missing_row_reports_the_floor_to_prepares_and_reads_and_after_a_restart() -> None:
+    store = MemoryMetaStore()
+    replica = replica_on(store)
+    assert (await read(replica)).accepted == ZERO_BALLOT
+    await set_floor(replica)
+    for one in (replica, replica_on(store)):
+        found = await one.prepare(prepare(now_us(20_000_000)))  # above the high-water ballot
+        assert (found.verdict, found.accepted, found.value) == (Verdict.OK, FLOOR, value_of(FLOOR))
+        told = await read(one)
+        assert (told.accepted, told.value) == (FLOOR, value_of(FLOOR))
+    elsewhere = await replica.prepare(prepare(now_us(1), NAME._replace(shard=4)))
+    assert elsewhere.accepted == ZERO_BALLOT
+
+
+async def test_a_row_counts_and_not_the_floor() -> None:
+    replica = replica_on(MemoryMetaStore())
+    await replica.accept(accept(now_us(-9), value()))
+    await set_floor(replica)
+    assert (await read(replica)).accepted == now_us(-9)
+    assert (await replica.floors.expunge(Expunge("d", PREFIX, FLOOR))).gone == 0
+    assert (await read(replica)).value == value()
+
+
+async def test_a_floor_that_is_promised_refuses_lower_ballots_and_reports_nothing() -> None:
+    store = MemoryMetaStore()
+    replica = replica_on(store)
+    late = now_us(-1)
+    await replica.prepare(prepare(late))
+    reply = await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))
+    assert (reply.verdict, reply.floor, reply.final) == (Verdict.OK, ZERO_BALLOT, False)
+    assert (await read(replica)).accepted == ZERO_BALLOT
+    for one in (replica, replica_on(store)):
+        assert (await one.accept(accept(late, value()))).verdict == Verdict.PREEMPTED
+        assert (await create(one, late, 1)).verdict == Verdict.PREEMPTED
+
+
+async def test_a_promise_is_answered_when_what_was_accepted_before_can_be_read() -> None:
+    disk = SlowDisk()
+    replica = replica_on(MemoryMetaStore(sync=disk.sync))
+    await replica.prepare(prepare(now_us(-3)))
+    disk.open.clear()
+    writing = asyncio.ensure_future(replica.accept(accept(now_us(-3), value())))
+    await settle_tasks()
+    promising = asyncio.ensure_future(replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR)))
+    await settle_tasks()
+    assert not promising.done()
+    disk.open.set()
+    await promising
+    assert writing.done()
+    assert (await read(replica)).value == value()
+
+
+async def test_a_floor_counts_from_when_it_is_on_disk() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = replica_on(store)
+    await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))
+    disk.open.clear()
+    setting = asyncio.ensure_future(replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR, True)))
+    await settle_tasks()
+    assert not setting.done()
+    assert (await read(replica)).accepted == ZERO_BALLOT
+    disk.open.set()
+    await setting
+    assert (await read(replica_on(store))).accepted == FLOOR
+
+
+async def test_a_lower_floor_does_not_replace_a_higher_one() -> None:
+    store = MemoryMetaStore()
+    replica = replica_on(store)
+    await set_floor(replica)
+    await set_floor(replica, FLOOR._replace(counter=NOW_US - 50_000_000))
+    assert (await read(replica)).accepted == (await read(replica_on(store))).accepted == FLOOR
+
+
+async def test_creates_are_taken_above_the_floor_alone() -> None:
+    replica = replica_on(MemoryMetaStore())
+    await set_floor(replica)
+    for sequence in (1, S):
+        held = await create(replica, now_us(9), sequence)
+        assert (held.verdict, held.floor) == (Verdict.HELD, S)
+    assert (await create(replica, now_us(9), S + 1)).verdict == Verdict.OK
+    held = await create(replica, now_us(10), S + 1)
+    assert (held.verdict, held.floor) == (Verdict.HELD, 0), "there is a row"
+
+
+async def test_tombstones_go_below_an_active_floor_and_the_floor_takes_their_place() -> None:
+    store = MemoryMetaStore()
+    replica = replica_on(store)
+    await replica.accept(accept(now_us(-9), GONE))
+    await replica.accept(accept(now_us(-8), value(), OTHER))
+    counted = await replica.floors.expunge(Expunge("d", PREFIX, FLOOR, count=True))
+    assert counted == ExpungeReply(Verdict.OK, 1, OTHER.key, True)
+    with pytest.raises(InvalidRequest, match="below a floor that is active"):
+        await replica.floors.expunge(Expunge("d", PREFIX, FLOOR))
+    await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))
+    with pytest.raises(InvalidRequest, match="below a floor that is active"):
+        await replica.floors.expunge(Expunge("d", PREFIX, FLOOR))
+    await set_floor(replica)
+    first = await replica.floors.expunge(Expunge("d", PREFIX, FLOOR, limit=1))
+    assert first == ExpungeReply(Verdict.OK, 1, NAME.key, False)
+    assert await replica.floors.expunge(Expunge("d", PREFIX, FLOOR, NAME.key)) == ExpungeReply(
+        Verdict.OK, 0, OTHER.key, True
+    )
+    assert store.get(NAME) is None
+    assert store.get(OTHER) is not None
+    for one in (replica, replica_on(store)):
+        assert (await read(one)).value == value_of(FLOOR)
+        assert (await one.accept(accept(now_us(-9), GONE))).verdict == Verdict.PREEMPTED
+
+
+async def test_a_row_with_an_accept_on_its_way_stays() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = replica_on(store)
+    await replica.accept(accept(now_us(-9), GONE))
+    await set_floor(replica)
+    await replica.prepare(prepare(now_us(9)))
+    disk.open.clear()
+    writing = asyncio.ensure_future(replica.accept(accept(now_us(9), value(sequence=8))))
+    await settle_tasks()
+    assert (await replica.floors.expunge(Expunge("d", PREFIX, FLOOR))).gone == 0
+    disk.open.set()
+    assert (await writing).verdict == Verdict.OK
+    assert (await read(replica)).value == value(sequence=8)
+
+
+async def test_an_accept_that_is_judged_while_a_row_goes_stays() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = replica_on(store)
+    await replica.accept(accept(now_us(-9), GONE))
+    await set_floor(replica)
+    await replica.prepare(prepare(now_us(9)))
+    disk.open.clear()
+    going = asyncio.ensure_future(replica.floors.expunge(Expunge("d", PREFIX, FLOOR)))
+    await settle_tasks()
+    writing = asyncio.ensure_future(replica.accept(accept(now_us(9), value(sequence=8))))
+    await settle_tasks()
+    disk.open.set()
+    assert (await going).gone == 1
+    assert (await writing).verdict == Verdict.OK
+    assert (await read(replica)).value == value(sequence=8)
+
+
+async def test_a_partition_with_two_sets_or_in_a_later_step_takes_no_floor_and_loses_no_row() -> None:
+    replica = replica_on(MemoryMetaStore())
+    joint, settled = FLOOR._replace(epoch=epoch_of(1, 1)), FLOOR._replace(epoch=epoch_of(2, 1))
+    for active in (False, True):
+        assert (await replica.floors.set_floor(FloorSet("d", PREFIX, joint, active))).verdict == Verdict.EPOCH
+    await set_floor(replica, settled)
+    assert (await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))).verdict == Verdict.EPOCH
+    assert (await replica.floors.expunge(Expunge("d", PREFIX, FLOOR))).verdict == Verdict.EPOCH
+    assert (await replica.floors.expunge(Expunge("d", PREFIX, joint))).verdict == Verdict.EPOCH
+    assert (await replica.prepare(prepare(now_us(9)))).verdict == Verdict.EPOCH, "the step is durable"
+
+
+async def test_requests_that_no_gateway_makes_are_refused() -> None:
+    replica = replica_on(MemoryMetaStore())
+    system = system_name("x").prefix
+    for prefix, floor in (
+        (PREFIX[:-1], FLOOR),
+        (system, FLOOR),
+        (PREFIX, now_us(0)),
+        (PREFIX, FLOOR._replace(counter=0)),
+    ):
+        with pytest.raises(InvalidRequest):
+            await replica.floors.set_floor(FloorSet("d", prefix, floor))
+        with pytest.raises(InvalidRequest):
+            await replica.floors.expunge(Expunge("d", prefix, floor))
+    with pytest.raises(InvalidRequest, match="promised before"):
+        await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR, True))
+    with pytest.raises(InvalidRequest, match="limit is"):
+        await replica.floors.expunge(Expunge("d", PREFIX, FLOOR, limit=messages.EXPUNGED_A_CALL + 1))
+    ahead = FLOOR._replace(counter=NOW_US + 2 * COUNTER_AHEAD_MAX_US)
+    assert (await replica.floors.set_floor(FloorSet("d", PREFIX, ahead))).verdict == Verdict.AHEAD
+
+
+async def test_a_replica_says_that_the_bucket_is_deleted() -> None:
+    replica = replica_on(MemoryMetaStore())
+    await replica.fence(FenceSet("d", NAME.scope, b"nonce", True))
+    assert (await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))).final
+
+
+async def test_without_its_rule_each_of_these_is_otherwise() -> None:
+    replica = replica_on(MemoryMetaStore(), rules=Rules(floors_reported=False))
+    await set_floor(replica)
+    assert (await read(replica)).accepted == ZERO_BALLOT
+    replica = replica_on(MemoryMetaStore(), rules=Rules(creates_above_floors=False))
+    await set_floor(replica)
+    assert (await create(replica, now_us(9), 1)).verdict == Verdict.OK
+    store = MemoryMetaStore()
+    await set_floor(replica_on(store, rules=Rules(floors_durable=False)))
+    assert (await read(replica_on(store))).accepted == ZERO_BALLOT
+
+
+# --- a partition moves
+
+
+async def test_the_disk_that_comes_takes_floors_of_earlier_steps() -> None:
+    replica = replica_on(MemoryMetaStore())
+    partition, joint = NAME.partition, epoch_of(1, 1)
+    take = messages.FloorsTake("d", partition, joint, (RangeFloor(PREFIX, FLOOR),))
+    await replica.prepare(prepare(ballot(NOW_US, epoch=joint)))
+    assert (await replica.floors.take_floors(take)).verdict == Verdict.OK
+    told = await replica.floors.floors(messages.FloorsAsk("d", partition))
+    assert told == messages.FloorsReply((RangeFloor(PREFIX, FLOOR),))
+    assert await replica.floors.floors(messages.FloorsAsk("d", partition, PREFIX)) == messages.FloorsReply(())
+    assert await replica.floors.floors(messages.FloorsAsk("d", partition + 1)) == messages.FloorsReply(())
+    for wrong in (
+        messages.FloorsTake("d", partition + 1, joint, take.floors),
+        messages.FloorsTake("d", partition, joint, (RangeFloor(PREFIX, FLOOR._replace(epoch=joint)),)),
+        messages.FloorsTake("d", partition, joint, take.floors * (messages.FENCES_A_CALL + 1)),
+    ):
+        with pytest.raises(InvalidRequest):
+            await replica.floors.take_floors(wrong)
+    await replica.prepare(prepare(ballot(NOW_US, epoch=epoch_of(2, 1))))
+    assert (await replica.floors.take_floors(take)).verdict == Verdict.EPOCH
+
+
+# --- the ring
+
+
+@dataclass
+class World:
+    ring: MemoryReplicas
+    layouts: KnownLayouts
+    client: RingClient
+    state: PartitionState
+    expunger: Expunger
+    scanner: RingScanner
+
+
+class Everybody:
+    away: frozenset[str] = frozenset()
+
+    def disk_readable(self, disk_id: str) -> bool:
+        return disk_id not in self.away
+
+    disk_writable = disk_readable
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    layout = layout_of((1, 1, 1, 1))
+    layouts = KnownLayouts(layout)
+    ring = MemoryReplicas(disk.id for disk in layout.disks)
+    client = ring_client(layouts, ring, node="gateway", jitter=lambda: 0.5)
+    scanner = RingScanner(layouts, ring, client, Everybody())
+    clock = clock_of(asyncio.get_running_loop())
+    ports = ExpungerPorts(layouts, scanner, client.moves, client.floors, Everybody(), clock)
+    expunger = Expunger(ports, delay_s=0, worthwhile=1, partitions=[NAME.partition])
+    yield World(ring, layouts, client, layouts.partition(NAME.partition), expunger, scanner)
+    await client.close()
+
+
+async def expunge(world: World) -> int:
+    """What was written before is older than the floor."""
+    await asyncio.sleep(0.01)
+    return await world.expunger.once()
+
+
+def put(body: bytes) -> Any:
+    return lambda _value: Change(body, Visibility.LIVE)
+
+
+def delete(_value: Value | None) -> Change:
+    return Change(b"", Visibility.TOMBSTONE)
+
+
+async def rows_at(world: World, disk: str) -> int:
+    reply = await world.ring.replicas[disk].scan(
+        messages.ScanRequest(disk, 1, Table.OBJECT, NAME.scope, (messages.ShardAsk(3, b"", 100, 0, 100, 1 << 20),))
+    )
+    return reply.slices[0].looked_at
+
+
+async def test_a_pass_removes_the_rows_of_deleted_keys_at_all_replicas(world: World) -> None:
+    for number in range(20):
+        name = NAME._replace(key=b"key %d" % number)
+        await world.client.change(name, put(b"v"))
+        if number % 2:
+            await world.client.change(name, delete)
+    assert await expunge(world) == 10
+    assert [await rows_at(world, disk) for disk in world.state.present] == [10, 10, 10]
+    [job] = world.expunger.report("gw")
+    assert (job.name, job.state, job.detail) == ("expunging", "done", "10 rows of deleted keys are gone")
+    page = await world.scanner.list_page(PageQuery(Table.OBJECT, NAME.scope, (3,), limit=100))
+    assert [row.key for row in page.rows] == sorted(b"key %d" % number for number in range(0, 20, 2))
+    assert (await world.client.read(NAME._replace(key=b"key 1"))).value is None
+    assert await expunge(world) == 0
+
+
+async def test_a_key_is_created_and_changed_above_the_floor(world: World) -> None:
+    await world.client.change(NAME, put(b"v"))
+    await world.client.change(NAME, delete)
+    await expunge(world)
+    outcome = await world.client.change(NAME, put(b"again"), regardless=True)
+    assert outcome.after is not None
+    assert outcome.after.sequence > FLOOR_SEQUENCES
+    fresh = await world.client.change(OTHER, put(b"first"), regardless=True)
+    assert fresh.after is not None
+    assert created(fresh.after), "it knows the floor by now"
+    assert (await world.client.read(NAME)).value == outcome.after
+    assert (await world.client.read(OTHER)).value == fresh.after
+
+
+async def test_nothing_goes_while_a_replica_is_away(world: World) -> None:
+    await world.client.change(NAME, put(b"v"))
+    await world.client.change(NAME, delete)
+    await settle_tasks()
+    world.ring.away = {world.state.present[2]}
+    assert await expunge(world) == 0
+    assert "stay" in world.expunger.done.waiting or "answer" in world.expunger.done.waiting
+    assert [await rows_at(world, disk) for disk in world.state.present] == [1, 1, 1]
+    for call in (world.client.floors.promise, world.client.floors.activate):
+        with pytest.raises(ServiceUnavailable, match="deleted keys stay while disk"):
+            await call(world.state, PREFIX, FLOOR)
+
+
+async def test_nothing_goes_when_a_replica_is_away_while_all_are_compared(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.client.change(NAME, put(b"v"))
+    await world.client.change(NAME, delete)
+    await settle_tasks()
+    compare = world.scanner.catch_up
+
+    async def away_meanwhile(*range_: Any) -> CatchUp:
+        world.ring.away = {world.state.present[2]}
+        try:
+            return await compare(*range_)
+        finally:
+            world.ring.away = set()
+
+    monkeypatch.setattr(world.scanner, "catch_up", away_meanwhile)
+    assert await expunge(world) == 0
+    assert "does not answer" in world.expunger.done.waiting
+    assert [await rows_at(world, disk) for disk in world.state.present] == [1, 1, 1]
+    told = [await world.ring.replicas[disk].floors.floors(messages.FloorsAsk(disk, NAME.partition)) for disk in DISKS]  # type: ignore[attr-defined]
+    assert not any(reply.floors for reply in told), "no floor is active"
+
+
+async def test_nothing_goes_while_a_partition_has_two_sets_or_moved_meanwhile(world: World) -> None:
+    await world.client.change(NAME, put(b"v"))
+    await world.client.change(NAME, delete)
+    state, layouts = world.state, world.layouts
+    layouts.partitions.learn(PartitionRecord(NAME.partition, 1, state.present, (*state.present[:2], "c0"), 1))
+    assert await expunge(world) == 0
+    assert "moves" in world.expunger.done.waiting
+    with pytest.raises(ServiceUnavailable, match="moves"):
+        await world.expunger.expunge(state, PREFIX, FLOOR._replace(counter=1))
+
+
+async def test_the_bucket_that_is_deleted_is_not_compared(world: World) -> None:
+    await world.client.change(NAME, put(b"v"))
+    await world.client.change(NAME, delete)
+    await settle_tasks()
+    await world.client.fence(NAME.scope, (3,), b"nonce", final=True)
+    assert await expunge(world) == 1
+    with pytest.raises(NoSuchBucket):
+        await world.client.change(NAME, put(b"late"))
+
+
+async def test_a_bucket_that_is_being_deleted_waits(world: World) -> None:
+    await world.client.change(NAME, put(b"v"))
+    await world.client.change(NAME, delete)
+    await settle_tasks()
+    await world.client.change(OTHER, put(b"v"))
+    await world.client.fence(NAME.scope, (3,), b"nonce")
+    world.ring.stores[world.state.present[0]].damage(OTHER)
+    assert await expunge(world) == 0
+    assert "being deleted" in world.expunger.done.waiting
+
+
+async def test_a_range_with_few_tombstones_is_left_alone(world: World) -> None:
+    world.expunger._worthwhile = 3
+    for number in range(3):
+        name = NAME._replace(key=b"key %d" % number)
+        await world.client.change(name, put(b"v"))
+        await world.client.change(name, delete)
+        assert await expunge(world) == (3 if number == 2 else 0)
+
+
+async def test_a_replica_that_lacks_a_live_row_gets_it_before_the_floor_counts(world: World) -> None:
+    lagging = world.state.present[2]
+    await world.client.change(OTHER, put(b"gone"))
+    await world.client.change(OTHER, delete)
+    await settle_tasks()
+    world.ring.away = {lagging}
+    await world.client.change(NAME, put(b"live"))
+    world.ring.away = set()
+    assert await expunge(world) == 1
+    for first in world.state.present:
+        world.ring.away = {first}
+        reading = await world.client.read(NAME)
+        assert reading.value is not None
+        assert reading.value.body == b"live"
+
+
+async def test_a_retry_of_a_change_that_was_deleted_and_expunged_is_of_unknown_outcome(world: World) -> None:
+    """Its first attempt was applied, and no answer to it has arrived."""
+    other = ring_client(KnownLayouts(layout_of((1, 1, 1, 1))), world.ring, node="other", jitter=lambda: 0.5)
+    replicas = {disk: world.ring.replicas[disk] for disk in world.state.present}
+    held = {disk: replica.try_accept for disk, replica in replicas.items()}
+
+    def swallow(disk: str) -> Any:
+        def try_accept(request: Any, body: Any, _on_answer: Any, header: bytes = b"", *, create: bool = False) -> bool:
+            return held[disk](request, body, lambda _answer: None, header, create=create)
+
+        return try_accept
+
+    for disk, replica in replicas.items():
+        replica.try_accept = swallow(disk)  # type: ignore[method-assign]
+    changing = asyncio.ensure_future(world.client.change(NAME, put(b"mine")))
+    await asyncio.sleep(0.05)
+    for disk, replica in replicas.items():
+        replica.try_accept = held[disk]  # type: ignore[method-assign]
+    reading = await other.read(NAME)
+    assert reading.value is not None
+    assert reading.value.body == b"mine"
+    await other.change(NAME, delete)
+    assert await expunge(world) == 1
+    with pytest.raises(OutcomeUnknown):
+        await changing
+    assert (await other.read(NAME)).value is None
+    await other.close()
