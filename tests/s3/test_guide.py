@@ -255,12 +255,22 @@ A_CERTIFICATE_LEAKED = (
     Line("storaged cluster layout authority", ADMIN, Reader.copy_layout),
     Line("storaged --dir /var/lib/storaged/gateway cluster apply ", GATEWAY),
 )
+A_RACK_MOVES = (
+    Line("storaged rack rename authority FR/par1/a FR/par3/k", ADMIN),
+    Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
+)
+BY_ITSELF = (
+    Line("storaged cluster sparing authority --fragments 10m --registers 1h --domains 1", ADMIN),
+    Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
+)
 CHAPTERS = {
     "Add a server": ADD_A_SERVER,
     "A disk died": A_DISK_DIED,
     "A server died": A_SERVER_DIED,
     "Renew a certificate": RENEW,
     "A certificate leaked": A_CERTIFICATE_LEAKED,
+    "A rack moves": A_RACK_MOVES,
+    "What the cluster does by itself": BY_ITSELF,
     "Change the profile": CHANGE_THE_PROFILE,
 }
 
@@ -316,6 +326,22 @@ def test_a_certificate_that_leaked_is_revoked_as_the_guide_says(reader: Reader) 
     shutil.rmtree(here)
     own.rename(here)
     servers.start_node("n1")
+    reader.check()
+
+
+def test_a_rack_is_renamed_as_the_guide_says(reader: Reader) -> None:
+    """It moves nothing."""
+    places = reader.objects.places(reader.servers)
+    reader.follow("A rack moves", A_RACK_MOVES)
+    node = reader.servers.node("n1")
+    assert node is not None
+    assert node["rack"] == "FR/par3/k"
+    reader.check()
+    assert reader.objects.places(reader.servers) == places
+
+
+def test_delays_of_sparing_are_set_as_the_guide_says(reader: Reader) -> None:
+    reader.follow("What the cluster does by itself", BY_ITSELF)
     reader.check()
 
 
