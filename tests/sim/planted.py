@@ -79,6 +79,7 @@ PLANTED = (
     "tests.sim.planted_moving:MOVING_BUGS",
     "tests.sim.planted_layouts:LAYOUT_BUGS",
     "tests.sim.planted_floors:FLOOR_BUGS",
+    "tests.sim.planted_membership:MEMBERSHIP_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 
