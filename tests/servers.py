@@ -305,19 +305,22 @@ class Servers(Cluster):
     def start_node(self, name: str) -> None:
         """Starts a node and waits until it serves."""
         self.begin(name)
+
+        def ready() -> bool:
+            assert self.runs(name), f"{name} ended: {self.log_of(name)}"
+            return self.serves(name)
+
+        self.wait_until(ready, 60, f"{name} serves")
+
+    def serves(self, name: str) -> bool:
+        """Whether its admin socket answers, and a gateway listens."""
         server = self.servers[name]
-
-        def serves() -> bool:
-            assert server.process is not None
-            assert server.process.poll() is None, f"{name} ended with {server.process.returncode}: {self.log_of(name)}"
-            if server.s3_port and not _listens(server.s3_port):
-                return False
-            with contextlib.suppress(StoragedError, OSError, ValueError):
-                request(server.state, "GET", "/v1/status", timeout_s=30)
-                return True
+        if server.s3_port and not _listens(server.s3_port):
             return False
-
-        self.wait_until(serves, 60, f"{name} serves")
+        with contextlib.suppress(StoragedError, OSError, ValueError):
+            request(server.state, "GET", "/v1/status", timeout_s=30)
+            return True
+        return False
 
     def begin_again(self, *names: str) -> None:
         """Stops nodes in order and starts them again, to read an edited configuration."""

@@ -71,7 +71,9 @@ class PeerRules:
         """A peer refuses this node, because its certificate is revoked."""
         own = self._own().fingerprint
         if self._refused_by[0] != own:
-            log.error("this node's certificate is revoked", peer=peer, fingerprint=own.hex())
+            log.error(
+                "this node's certificate is revoked", peer=peer, fingerprint=own.hex(), code=CertificateRevoked.code
+            )
         self._refused_by = own, peer
 
     def own_revocation(self) -> str:

@@ -266,6 +266,11 @@ class Change:
         """The folder of a server that was removed is started again. It must not take part."""
         server = self.servers.servers[gone.name]
         self.servers.begin(gone.name)
+        self.servers.wait_until(
+            lambda: self.servers.serves(gone.name) or not self.servers.runs(gone.name),
+            60,
+            f"{gone.name} serves or ends",
+        )
         time.sleep(self.source.uniform(2, 6))
         if self.servers.node(gone.name) is not None:
             self.wrong.append(f"{gone.name} was removed, and status names it again")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from storaged.cluster.sparing import target
 from tests.chaos.changing import NODES_MAX, NODES_MIN, Change, Left, Step, replicas
 from tests.servers import DISKS
 
@@ -107,7 +108,7 @@ def revoke(run: Change) -> None:
         leaked.rename(here)
         run.servers.begin(name)
         run.servers.wait_until(
-            lambda: "CERTIFICATE_REVOKED" in run.servers.log_of(name, 100), 60, f"{name} is refused by name"
+            lambda: "code=CERTIFICATE_REVOKED" in run.servers.log_of(name, 5000), 60, f"{name} is refused by name"
         )
         run.servers.stop_node(name)
         here.rename(leaked)
@@ -129,6 +130,54 @@ def reprofile(run: Change) -> None:
         found = {row["profile"] for row in run.servers.where("demo", key)["fragments"]}
         if found != {wanted}:
             run.wrong.append(f"{key} has {found} after the profile was changed to {wanted}")
+
+
+def rename(run: Change) -> None:
+    """A rack gets another name. Nothing moves."""
+    name = run.source.choice(list(run.members))
+    old = run.members[name]
+    new = f"{old.partition('/')[0]}/moved/{name}-{run.steps[RENAME.name]}"
+    run.remember_folder()
+    run.servers.run("rack", "rename", str(run.servers.authority), old, new)
+    if run.servers.change()["moves_data"]:
+        run.wrong.append(f"{old} became {new}, and data moves")
+    run.members[name] = new
+    node = run.servers.node(name)
+    if node is None or node["rack"] != new:
+        run.wrong.append(f"{old} became {new}, and status says {node and node['rack']}")
+
+
+def spare(run: Change) -> None:
+    """A server is away, and nobody types anything: the others take over what it had. Then it returns."""
+    servers, name = run.servers, run.source.choice(list(run.members))
+    run.remember_folder()
+    sparing(run, "20s", "40s")
+    layout, disks = run.layout(), run.disks_of(name)
+    run.away.take(name, disks)
+    servers.kill_node(name)
+    servers.wait_until(lambda: out(run) >= set(disks), 240, f"the disks of {name} out")
+    run.away.begin_move(replicas(target(layout, disks)))
+    run.settle()
+    run.away.end_move()
+    servers.start_node(name)
+    run.away.begin_move(replicas(layout))
+    servers.wait_until(lambda: not out(run) & set(disks), 240, f"the disks of {name} are back")
+    run.away.back(name)
+    run.settle()
+    run.away.end_move()
+    sparing(run, "10m", "1h")
+    run.wait_whole(name)
+
+
+def sparing(run: Change, fragments: str, registers: str) -> None:
+    authority = str(run.servers.authority)
+    run.servers.run("cluster", "sparing", authority, "--fragments", fragments, "--registers", registers)
+    run.servers.change()
+
+
+def out(run: Change) -> set[str]:
+    """The disks that are out."""
+    return {entry["disk"] for entry in run.servers.status().get("sparing", {"out": ()})["out"]}
 
 
 def renew(run: Change) -> None:
@@ -268,6 +317,8 @@ BAD_INPUT = Step("bad input", lambda run: len(run.members) < NODES_MAX, bad_inpu
 DRAIN = Step("drain and remove a server", lambda run: len(run.members) > NODES_MIN, drain)
 UNDRAIN = Step("drain and undrain a server", lambda run: len(run.members) > NODES_MIN, undrain)
 REPROFILE = Step("change the profile", lambda run: True, reprofile)
+RENAME = Step("rename a rack", lambda run: True, rename)
+SPARE = Step("a server is away and replaced by itself", lambda run: len(run.members) > NODES_MIN, spare)
 REVOKE = Step("revoke a certificate", lambda run: True, revoke)
 RENEW = Step("renew a certificate", lambda run: True, renew)
 LOSE = Step("lose a server for good", lambda run: len(run.members) > NODES_MIN, lose)
@@ -275,4 +326,20 @@ COME_BACK = Step("a removed server comes back", lambda run: bool(run.left), come
 REPLACE = Step("replace a disk", lambda run: True, replace_disk)
 RIVALS = Step("two administrators", lambda run: len(run.members) < NODES_MAX - 1, two_administrators)
 OLDER = Step("a plan on an older layout", lambda run: run.older is not None, plan_on_an_older_layout)
-STEPS = (ADD, ABORT, BAD_INPUT, DRAIN, UNDRAIN, LOSE, COME_BACK, REPLACE, RIVALS, OLDER, RENEW, REVOKE, REPROFILE)
+STEPS = (
+    ADD,
+    ABORT,
+    BAD_INPUT,
+    DRAIN,
+    UNDRAIN,
+    LOSE,
+    COME_BACK,
+    REPLACE,
+    RIVALS,
+    OLDER,
+    RENEW,
+    REVOKE,
+    REPROFILE,
+    RENAME,
+    SPARE,
+)

@@ -58,6 +58,7 @@ def test_disks_that_forget_under_load_are_refused_by_name_and_lose_nothing(chaos
     assert tally.reads > 20
 
 
+@pytest.mark.timeout(3600)
 def test_a_server_comes_and_another_is_lost_for_good_under_load_and_faults(tmp_path: Path) -> None:
     servers = Servers(tmp_path / "servers")
     try:
