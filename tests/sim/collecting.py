@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from storaged.errors import DiskUnusable, PeerError, ServiceUnavailable, StoragedError
@@ -163,6 +163,8 @@ def entries_in(value: Value | None) -> list[PartEntry]:
 class Collecting:
     """One run."""
 
+    node_kind = CollectingNode
+
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         self.random = random.Random(f"collecting {seed}")
         self.world = World(loop, self.random, rules, epochs=1)
@@ -190,7 +192,7 @@ class Collecting:
     def name(self, key: bytes) -> RegisterName:
         return RegisterName(Table.OBJECT, SCOPE, 3, key)
 
-    def _complain(self, violation: str) -> None:
+    def complain(self, violation: str) -> None:
         self.found.violation = self.found.violation or violation
 
     # --- gateways
@@ -311,7 +313,8 @@ class Collecting:
         for entry in parts:
             if self.random.random() < 0.2:
                 continue
-            disks = self.layout.replicas_of(name.partition) if entry.small else entry.runs[0].moved.values()
+            placed = gateway.layouts.partition(name.partition).disks
+            disks = placed if entry.small else entry.runs[0].moved.values()
             for disk in disks:
                 self._start(self._retire_on(gateway, disk, [Retirement(entry.data_id, name.pack(), 0, origin)]))
 
@@ -325,10 +328,8 @@ class Collecting:
     # --- collectors
 
     def _collector(self, node: CollectingNode, asks: GatewayAsks) -> tuple[Collector, Gateway]:
-        client = Gateway(
-            self.world,
+        client = self.process(
             node.name,
-            self.layout,
             skew_ms=0,
             gateway=False,
             local={node.disk: node.replica},
@@ -457,22 +458,16 @@ class Collecting:
 
     async def play(self) -> None:
         self._tasks: list[asyncio.Task[Any]] = []
-        nodes = [CollectingNode(self.world, "n" + disk[1:], disk, self._skew_ms(-3, 2)) for disk in DISKS]
+        nodes = [self.node_kind(self.world, "n" + disk[1:], disk, self._skew_ms(-3, 2)) for disk in DISKS]
         for node in nodes:
             _remember(node)
         self.gateways = [
-            Gateway(
-                self.world,
-                f"g{index}",
-                self.layout,
-                skew_ms=self._skew_ms(-3),
-                copy_at=header_at_position,
-                **self._patience,
-            )
+            self.process(f"g{index}", skew_ms=self._skew_ms(-3), copy_at=header_at_position, **self._patience)
             for index in range(GATEWAYS)
         ]
         self.world.weather = self._weather()
-        background = [self.world.loop.create_task(work) for work in (self.nemesis(), *map(self.collect, nodes))]
+        works = (self.nemesis(), *self.more(), *map(self.collect, nodes))
+        background = [self.world.loop.create_task(work) for work in works]
         await asyncio.gather(*(self.worker(gateway) for gateway in self.gateways for _ in range(2)))
         for task in background:
             task.cancel()
@@ -480,13 +475,24 @@ class Collecting:
             if isinstance(outcome, Exception):
                 raise outcome
         await self._heal(nodes)
-        reader = Gateway(self.world, "reader", self.layout, skew_ms=0, copy_at=header_at_position)
+        reader = await self.make_reader()
         await self.uploads.end(reader)
         live = await self._look_at_the_end(reader)
         await self._nothing_else_stays(nodes, live)
         for gateway in (*self.gateways, reader):
             await gateway.client.close()
         self.found.messages = self.world.messages
+
+    def process(self, name: str, **options: Any) -> Gateway:
+        return Gateway(self.world, name, self.layout, **options)
+
+    def more(self) -> Sequence[Coroutine[Any, Any, None]]:
+        """What else goes on until the workload has ended."""
+        return ()
+
+    async def make_reader(self) -> Gateway:
+        """Who looks at the end. All is well by now."""
+        return self.process("reader", skew_ms=0, copy_at=header_at_position)
 
     async def _heal(self, nodes: Sequence[CollectingNode]) -> None:
         self.world.cut, self.world.weather, self._healed = frozenset(), Weather(), True
@@ -505,16 +511,16 @@ class Collecting:
                 await reader.client.settle(name)  # as catch-up does: a row that lags claims what it names
                 reading = await reader.client.read(name, want_payload=True)
             except StoragedError as error:
-                self._complain(f"{key!r} cannot be read in the end: {error}")
+                self.complain(f"{key!r} cannot be read in the end: {error}")
                 continue
             for entry in entries_in(reading.value):
                 live.add(entry.data_id)
                 if entry.small and reading.payload is None:
-                    self._complain(f"the copies of {entry.data_id.hex()} are gone")
+                    self.complain(f"the copies of {entry.data_id.hex()} are gone")
                 for position, disk in self.durable[entry.data_id].intersection(entry.runs[0].moved.items()):
                     medium: Any = self.world.nodes["n" + disk[1:]].medium
                     if FragmentId(entry.data_id, 0, 2, 1, position) not in medium.fragments.fragments:
-                        self._complain(f"a fragment of {entry.data_id.hex()} is gone from {disk}")
+                        self.complain(f"a fragment of {entry.data_id.hex()} is gone from {disk}")
         return live
 
     async def _nothing_else_stays(self, nodes: Sequence[CollectingNode], live: set[bytes]) -> None:
@@ -528,7 +534,7 @@ class Collecting:
                 return
             await asyncio.sleep(1.0)
         if not self.found.violation:
-            self._complain(f"orphans stay although every replica is there: {sorted(left)[0].hex()}")
+            self.complain(f"orphans stay although every replica is there: {sorted(left)[0].hex()}")
 
     def judge(self) -> Verdicts:
         if self.world.loop.troubles:

@@ -24,6 +24,7 @@ PLAYS = {
     "buckets": "tests.sim.buckets:run_buckets",
     "forgetful": "tests.sim.forgetful:run_forgetful",
     "collecting": "tests.sim.collecting:run_collecting",
+    "collecting moves": "tests.sim.collecting_moves:run_collecting_moves",
     "small": "tests.sim.small:run_small",
     "bursts": "tests.sim.bursts:run_bursts",
     "flicker": "tests.sim.flicker:run_flicker",
