@@ -170,6 +170,7 @@ class Workload:
         if self.random.random() >= 0.06:
             return await work
         task = self.world.loop.create_task(work)
+        task.add_done_callback(_is_known)
         try:
             done, _ = await asyncio.wait((task,), timeout=self.random.uniform(0, 0.02))
         finally:
@@ -281,6 +282,12 @@ class Workload:
             gateway.start()
             work = [self.world.loop.create_task(self.worker(gateway)) for _ in range(WORKERS)]
         await asyncio.gather(*work)
+
+
+def _is_known(task: asyncio.Task[Any]) -> None:
+    """Its error is nobody's when the gateway dies at the same time."""
+    if not task.cancelled():
+        task.exception()
 
 
 def delete(value: Value | None) -> Change | None:
