@@ -9,6 +9,7 @@ Only root and the node's own user may use the socket (``listener``).
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
     ...  /v1/buckets                        see ``buckets``
     GET  /v1/layout  POST /v1/layout        the layout that was decided last; brings one into force
+    GET  /v1/losses?disks=                  what the loss of disks would lose
     POST /v1/moves                          pauses and resumes moves, and sets their pace
     POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/witnessed?node=
 

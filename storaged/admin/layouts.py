@@ -2,6 +2,7 @@
 
 GET  /v1/layout                         {layout, epoch, in_force}: the layout that was decided last
 POST /v1/layout                         {layout}: brings it into force
+GET  /v1/losses?disks=A,B               what would be lost if these disks were lost for good
 
 A layout is an encoded SignedLayout, in base64.
 """
@@ -31,7 +32,11 @@ class LayoutAdministration:
         self._services = services
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.get("/v1/layout", self._newest), web.post("/v1/layout", self._apply)]
+        return [
+            web.get("/v1/layout", self._newest),
+            web.post("/v1/layout", self._apply),
+            web.get("/v1/losses", self._losses),
+        ]
 
     @property
     def _desk(self) -> LayoutDesk:
@@ -57,3 +62,11 @@ class LayoutAdministration:
             done = await desk.apply(signed)
             found |= {"accepted": ",".join(done["accepted"])}
         return web.json_response(done)
+
+    async def _losses(self, request: web.Request) -> web.Response:
+        if self._services.losses is None:
+            raise NotHere
+        disks = [disk for disk in request.query.get("disks", "").split(",") if disk]
+        if not disks:
+            raise InvalidArgument("no disk is named")
+        return web.json_response(await self._services.losses(disks))

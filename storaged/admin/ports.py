@@ -70,6 +70,8 @@ class Services:
     layouts: LayoutDesk | None = None
     set_moves: SetMoves | None = None
     """Pauses or resumes a job of moves, or sets its pace."""
+    losses: Callable[[Sequence[str]], Awaitable[dict[str, Any]]] | None = None
+    """(disks): what would be lost if they were lost for good."""
     key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
     """passphrase -> the keyring's id and its backup, sealed under the passphrase."""
     trail: Trail | None = None

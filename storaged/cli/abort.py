@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,7 +63,7 @@ def abort(directory: Path, to: int | None, dry_run: bool, as_json: bool) -> None
     _check_unchanged(listed, last[1])
     wanted = _wanted(authority, listed, last[1], to)
     found = take_back(listed, last[1], wanted, directory)
-    layouts = layouts_after(listed, last)
+    layouts = layouts_after(listed, last, int(time.time() * 1000))
     moves = planning.outlook(last[1], layouts)
     if not moves.moves:
         raise OperatorError(f"layout {last[1].epoch} has the places of layout {wanted.epoch} already")

@@ -12,6 +12,7 @@ import click
 from storaged.cli import inviting, layouts, profiles, revoking
 from storaged.cli.abort import abort
 from storaged.cli.disks import AS_JSON, FOLDER, find_node
+from storaged.cli.recovering import losses, recover
 from storaged.errors import OperatorError
 
 
@@ -32,6 +33,8 @@ for command in (
     abort,
     profiles.profile,
     profiles.sparing,
+    losses,
+    recover,
 ):
     cluster.add_command(command)
 for command in (revoking.certificates, revoking.revoke):

@@ -145,7 +145,7 @@ def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
         state = PartitionState(number, 0, 0, before.replicas_of(number))
         sets.update(state.sets)
         while (record := next_step(state, after, whole=True)) is not None:
-            state = PartitionState(number, record.step, 0, record.present, record.coming)
+            state = PartitionState(number, record.step, 0, record.present, record.coming, record.lost)
             sets.update(state.sets)
     for layout in layouts:
         sets.update(seeds for seeds in (layout.seeds, layout.seeds_next) if seeds)

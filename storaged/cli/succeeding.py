@@ -8,7 +8,7 @@ goes: a joint layout, in which the seed is exchanged and its disk only gives up 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
@@ -24,8 +24,11 @@ REVOKED_LONGER_MS = 7 * 86_400_000
 """A revocation outlasts its certificate by so much, for nodes whose clock is slow."""
 
 
-def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None, now_ms: int = 0) -> list[Layout]:
-    """The layouts that bring the cluster from ``last`` to the nodes and disks of the plan, in their order.
+def layouts_after(
+    plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None, now_ms: int = 0, lost: Sequence[str] = ()
+) -> list[Layout]:
+    """The layouts that bring the cluster from ``last`` to the nodes and disks of the plan, in their order. ``lost``:
+    disks that are lost for good besides those that the last layout calls lost.
 
     They name all that ``last`` revokes but certificates that have expired ``REVOKED_LONGER_MS`` before ``now_ms`` (wall
     clock, in milliseconds since 1970).
@@ -45,6 +48,7 @@ def layouts_after(plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None, n
         seeds_next=before.seeds_next,
         seeds_step=before.seeds_step,
         predecessor=signed.hash,
+        lost=(*before.lost, *(disk for disk in lost if disk not in before.lost)),
     )
     bare = replace(bare, revoked=_still_revoked(before, bare, now_ms))
     moves = moves_between(before, bare)

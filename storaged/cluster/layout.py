@@ -156,6 +156,10 @@ class Layout(Message, frozen=True, dict=True):
     name it (``LayoutBook.is_revoked``).
     """
     sparing: Sparing = Sparing()
+    lost: tuple[str, ...] = ()
+    """Disks that are lost for good: the administrator has said so (``storaged cluster recover``), and they are powered
+    off. Partitions that lost a majority go on from those that are left (``cluster.partitions``).
+    """
 
     @cached_property
     def target(self) -> Profile:

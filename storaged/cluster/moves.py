@@ -115,7 +115,8 @@ def places_digest(layout: Layout) -> bytes:
     # Disks have ranks only since they can be replaced: layouts without keep their digest.
     places = sorted((disk, *(place if place.rank else place[:-1])) for disk, place in _places(layout).items())
     facts = (places, layout.seeds, layout.replicas, len(layout.disks))
-    moved = (layout.base, layout.seeds_next, layout.seeds_step)
+    moved: tuple[object, ...] = (layout.base, layout.seeds_next, layout.seeds_step)
+    moved = (*moved, layout.lost) if layout.lost else moved
     return hashlib.sha256(encode((*facts, *moved) if any(moved) else facts)).digest()
 
 
@@ -165,6 +166,8 @@ def _differences(before: Layout, after: Layout) -> list[str]:
             if now == (before.base or before.epoch)
             else f"keys that never moved are placed by layout {now}, not {before.base or before.epoch}"
         )
+    found += [f"disk {disk} is lost for good" for disk in after.lost if disk not in before.lost]
+    found += [f"disk {disk} is not lost any more" for disk in before.lost if disk not in after.lost]
     if before.replicas != after.replicas:
         found.append(f"the replicas of a partition change from {before.replicas} to {after.replicas}")
     return found

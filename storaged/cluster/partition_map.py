@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
-from storaged.cluster.partitions import PartitionRecord, PartitionState, state_of
+from storaged.cluster.partitions import PartitionRecord, PartitionState, has_voters, state_of
 from storaged.cluster.sparing import NONE_OUT, DisksOut, target
 from storaged.errors import LayoutRefused, ServiceUnavailable
 
@@ -90,7 +90,8 @@ class PartitionMap:
 
         Raises LayoutRefused for a record that is none.
         """
-        if not 0 <= record.partition < PARTITIONS or record.step < 1 or not record.present:
+        sound = 0 <= record.partition < PARTITIONS and record.step >= 1 and record.present
+        if not sound or not has_voters(record):
             raise LayoutRefused(f"A record of partition {record.partition}, step {record.step} is none.")
         known = self._records.get(record.partition)
         if known is not None and known.step >= record.step:

@@ -44,6 +44,24 @@ Theory of operation: no operation of one step misses what another step has done
     An acceptor raises its step with the first ballot of a later step, too, before it promises. Without this a promise
     would be lost with its process: after a restart the floors of a step say nothing about earlier steps.
 
+Recovery: a majority of a set is lost for good
+    A layout, which the administration key has signed, names disks that are lost for good; they are powered off for
+    ever. A partition of which no quorum is left then goes on from the disks of one set that are left: the *voters* of
+    a settled state whose other disks are ``lost``, and count in no quorum. From there it exchanges one replica at a
+    time as ever, until the set is whole again. This step is the only one in which no quorum of the step before takes
+    part:
+
+    * What was chosen at lost disks alone is lost. What a surviving disk has counts, also where it was not chosen: it
+      may have been acknowledged, and no disk is left that could say that it was not.
+    * The new state begins with the disks that are left, not with a set that has blank disks beside them. A majority of
+      such a set could be blank, and would say that nothing was ever written.
+    * No operation of an earlier step ends any more: each needs a disk that is off. What such a disk has accepted
+      before, and a surviving disk accepts late, is a value like another; the survivors refuse it from their first
+      ballot of the new step on. A lost disk may never return: with another one, and a gateway that knows the old step
+      alone, it would be a quorum of that.
+    * A process believes a record with lost disks only if it knows a layout that calls all of them lost. Gateways sign
+      records, but not layouts: no gateway recovers a partition by itself.
+
 A replica has a *position*: its index in the set. The replica that comes takes the position of the one that goes. The
 copies of a small object are numbered by position.
 """
@@ -80,6 +98,8 @@ class PartitionRecord(Message, frozen=True):
     layout: int
     signer: bytes = b""
     signature: bytes = b""
+    lost: tuple[str, ...] = ()
+    """Disks of the sets that count in no quorum any more."""
 
 
 class SignedPartition(Message, frozen=True):
@@ -93,11 +113,17 @@ class SignedPartition(Message, frozen=True):
     layout: int
 
 
+class SignedRecovery(SignedPartition, frozen=True):
+    """The same of a record with lost disks."""
+
+    lost: tuple[str, ...]
+
+
 def signed_bytes(cluster: str, record: PartitionRecord) -> bytes:
     """The bytes that a record's signature covers."""
-    return PARTITION_LABEL + encode(
-        SignedPartition(cluster, record.partition, record.step, record.present, record.coming, record.layout)
-    )
+    facts = cluster, record.partition, record.step, record.present, record.coming, record.layout
+    signed = SignedRecovery(*facts, record.lost) if record.lost else SignedPartition(*facts)
+    return PARTITION_LABEL + encode(signed)
 
 
 class PartitionState(NamedTuple):
@@ -109,10 +135,20 @@ class PartitionState(NamedTuple):
     """Of the ballots of this state."""
     present: tuple[str, ...]
     coming: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Disks of the sets that count in no quorum, since they are lost for good."""
 
     @property
     def sets(self) -> tuple[tuple[str, ...], ...]:
+        """By position, with lost disks."""
         return (self.present, self.coming) if self.coming else (self.present,)
+
+    @property
+    def voters(self) -> tuple[tuple[str, ...], ...]:
+        """The sets without lost disks: quorums are majorities of these."""
+        if not self.lost:
+            return self.sets
+        return tuple(tuple(disk for disk in disks if disk not in self.lost) for disks in self.sets)
 
     @property
     def disks(self) -> tuple[str, ...]:
@@ -161,7 +197,29 @@ def state_of(partition: int, record: PartitionRecord | None, current: Layout, ba
         return PartitionState(partition, current.seeds_step, epoch, current.seeds, current.seeds_next)
     if record is None:
         return PartitionState(partition, 0, epoch_of(0, current.epoch), base.replicas_of(partition))
-    return PartitionState(partition, record.step, epoch_of(record.step, current.epoch), record.present, record.coming)
+    epoch = epoch_of(record.step, current.epoch)
+    return PartitionState(partition, record.step, epoch, record.present, record.coming, record.lost)
+
+
+def recovery_of(state: PartitionState, layout: Layout) -> PartitionRecord | None:
+    """The step that a partition takes when so many disks of its present set are lost for good that it has no quorum;
+    None while it has one, and where no disk of it is left: then there is nothing to go on from. A coming set that lost
+    its quorum is given up as ever: the disk that comes is among the lost ones then.
+
+    It goes on from the set of which most disks are left; of two alike from the present one, since the disk that comes
+    may not have everything.
+    """
+    gone = set(layout.lost)
+    left = [[disk for disk in disks if disk not in gone] for disks in state.voters]
+    if 2 * len(left[0]) > len(state.voters[0]):
+        return None
+    number = max(range(len(left)), key=lambda index: len(left[index]))
+    if not left[number]:
+        return None
+    chosen = state.sets[number]
+    lost = tuple(disk for disk in chosen if disk in gone or disk in state.lost)
+    step = state.step + (1 if state.coming else 2)
+    return PartitionRecord(state.partition, step, chosen, (), layout.epoch, lost=lost)
 
 
 def next_step(
@@ -172,14 +230,17 @@ def next_step(
 
     ``whole``: the coming set has all that was chosen; only then a joint state ends in it. ``lost``: disks that do not
     answer: they go first, and none of them comes. A joint state whose new disk is lost, or wanted no more, ends in the
-    set that it had.
+    set that it had. A partition that has no quorum any more is recovered (``recovery_of``).
     """
+    if layout.lost and (recovered := recovery_of(state, layout)) is not None:
+        return recovered
     if state.coming:
-        if state.comes in lost or state.comes not in layout.replicas_of(state.partition):
-            return PartitionRecord(state.partition, state.step + 1, state.present, (), layout.epoch)
-        if not whole:
-            return None
-        return PartitionRecord(state.partition, state.step + 1, state.coming, (), layout.epoch)
+        ends = state.present
+        if state.comes not in lost and state.comes in layout.replicas_of(state.partition):
+            if not whole:
+                return None
+            ends = state.coming
+        return PartitionRecord(state.partition, state.step + 1, ends, (), layout.epoch, lost=_among(state.lost, ends))
     target = layout.replicas_of(state.partition)
     going = [disk for disk in state.present if disk not in target]
     free = [disk for disk in target if disk not in state.present and disk not in lost]
@@ -190,7 +251,11 @@ def next_step(
         key=lambda pair: _badness(state, layout, lost, *pair),
     )
     coming = tuple(new if disk == old else disk for disk in state.present)
-    return PartitionRecord(state.partition, state.step + 1, state.present, coming, layout.epoch)
+    return PartitionRecord(state.partition, state.step + 1, state.present, coming, layout.epoch, lost=state.lost)
+
+
+def _among(lost: tuple[str, ...], disks: Container[str]) -> tuple[str, ...]:
+    return tuple(disk for disk in lost if disk in disks)
 
 
 def _badness(
@@ -200,8 +265,8 @@ def _badness(
     lost or not in the layout go before others; then it is best to stay in the domain.
     """
     domains = layout.domain_by_disk
-    others = [domains.get(disk, disk) for disk in state.present if disk != old]
-    gone = old in lost or old not in layout.disk_by_id
+    others = [domains.get(disk, disk) for disk in state.present if disk not in (old, *state.lost)]
+    gone = old in lost or old in state.lost or old not in layout.disk_by_id
     return domains[new] in others, not gone, domains.get(old) != domains[new], state.present.index(old)
 
 
@@ -210,13 +275,23 @@ def is_settled(state: PartitionState, layout: Layout) -> bool:
     return not state.coming and set(state.present) == set(layout.replicas_of(state.partition))
 
 
-def check_step(before: PartitionState, after: PartitionRecord) -> None:
-    """Raises LayoutRefused, with the reason, for a record that does not follow the state ``before``."""
+def check_step(before: PartitionState, after: PartitionRecord, layout: Layout | None = None) -> None:
+    """Raises LayoutRefused, with the reason, for a record that does not follow the state ``before``. ``layout``: the
+    one in force, which names lost disks.
+    """
     name = f"Partition {after.partition}, step {after.step}"
     if after.partition != before.partition or not 0 <= after.partition < PARTITIONS:
         raise LayoutRefused(f"{name}: there is no such partition, or it is another one.")
+    if layout is not None and set(after.lost) - set(before.lost):
+        wanted = recovery_of(before, layout)
+        if wanted is None or (after.step, *_facts(after)) != (wanted.step, *_facts(wanted)):
+            raise LayoutRefused(f"{name}: the partition has a quorum, or it is not recovered like this.")
+        return
     if after.step != before.step + 1 or after.step > STEP_MAX:
         raise LayoutRefused(f"{name}: the partition is at step {before.step}; the next one is {before.step + 1}.")
+    kept = (*after.present, *after.coming)
+    if after.lost != tuple(disk for disk in before.lost if disk in kept):
+        raise LayoutRefused(f"{name}: lost disks of the partition are those of the step before.")
     if before.coming:
         if after.present not in before.sets or after.coming:
             raise LayoutRefused(f"{name}: a joint state ends in one of its two sets.")
@@ -226,3 +301,14 @@ def check_step(before: PartitionState, after: PartitionRecord) -> None:
         raise LayoutRefused(f"{name}: exactly one replica is exchanged at a time.")
     if len(set(after.coming)) != len(after.coming):
         raise LayoutRefused(f"{name}: a disk is named twice.")
+    if exchanged[0][1] in before.lost:
+        raise LayoutRefused(f"{name}: a lost disk does not come back.")
+
+
+def _facts(record: PartitionRecord) -> tuple[tuple[str, ...], ...]:
+    return record.present, record.coming, record.lost
+
+
+def has_voters(record: PartitionRecord) -> bool:
+    """Whether each set of a record has disks that count."""
+    return all(set(disks) - set(record.lost) for disks in (record.present, record.coming) if disks)

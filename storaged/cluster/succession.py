@@ -79,10 +79,23 @@ def check_successor(before: Layout, before_hash: bytes, after: Layout) -> Moves:
         )
     if len(after.disk_by_id) != len(after.disks) or len(after.node_by_name) != len(after.nodes):
         raise LayoutRefused(f"{name} names a disk or a node twice.")
+    _check_lost(name, before, after)
     _check_seeds(name, before, after)
     if problems := problems_of(after):
         raise LayoutRefused(f"{name} can't work: {'; '.join(problems)}.")
     return moves
+
+
+def _check_lost(name: str, before: Layout, after: Layout) -> None:
+    """Lost disks stay lost: partitions have gone on without them. Raises LayoutRefused."""
+    if not set(before.lost) <= set(after.lost):
+        raise LayoutRefused(f"{name} no longer says that disks are lost which layout {before.epoch} calls lost.")
+    active = [disk.id for disk in after.disks if disk.id in after.lost and disk.state == "active"]
+    if active:
+        raise LayoutRefused(f"{name} gives data to disk {active[0]}, which it calls lost for good.")
+    known = {disk.id for disk in before.disks} | set(before.lost)
+    if unknown := [disk for disk in after.lost if disk not in known]:
+        raise LayoutRefused(f"{name} calls disk {unknown[0]} lost, which layout {before.epoch} does not have.")
 
 
 def _check_seeds(name: str, before: Layout, after: Layout) -> None:

@@ -87,7 +87,7 @@ from storaged.errors.peers import (
     PeerTimeout,
     PeerUnreachable,
 )
-from storaged.errors.plans import DiskNotDrained, LayoutWeak, MoveUnfinished, PlanTooLittleSpace
+from storaged.errors.plans import DiskNotDrained, LayoutWeak, MoveUnfinished, PlanTooLittleSpace, RecoverRefused
 from storaged.errors.s3 import (
     AccessDenied,
     AccessForbidden,

@@ -43,3 +43,15 @@ class LayoutWeak(Condition):
 
     code = "LAYOUT_WEAK"
     hint = "Add servers in other racks, so that there are three racks or more, each with disks of its own."
+
+
+class RecoverRefused(OperatorError):
+    """A recovery from the loss of disks is refused: it is not needed, it can't be done, or the disks still answer."""
+
+    code = "RECOVER_REFUSED"
+    status = 409
+    hint = (
+        "Recovery gives up what only the lost disks had. Where a majority is left, remove the disks by the ordinary"
+        " commands instead (`storaged disk remove`, `storaged node remove`): nothing is lost then. A disk that can"
+        " still be read in full is better copied (deploy/README.md, «A disk died»)."
+    )

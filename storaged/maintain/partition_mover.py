@@ -268,7 +268,7 @@ class PartitionMover:
 
     async def _take(self, state: PartitionState, record: PartitionRecord) -> bool:
         """Writes the record of the next step. False when another mover was first."""
-        check_step(state, record)
+        check_step(state, record, self._ports.layouts.current)
         body = encode(self._ports.sign(record))
 
         def update(value: Value | None) -> Change | None:
@@ -309,7 +309,7 @@ class PartitionMover:
         except NoSuchBucket:
             return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
         answered = fenced - found.away
-        if state.comes not in answered or not Quorum(*state.sets).met(answered):
+        if state.comes not in answered or not Quorum(*state.voters).met(answered):
             return False
         if wanted.table != Table.PART:
             await self._copy_pages(state.comes, wanted)

@@ -29,5 +29,5 @@ class Views:
         view = self._views.get(where)
         if view is None:
             state = self._layouts.partition(name.partition)
-            view = self._views[where] = View.of(state.epoch, *state.sets)
+            view = self._views[where] = View.of(state.epoch, *state.sets, lost=state.lost)
         return view

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -38,6 +39,7 @@ from storaged.errors import (
     LayoutRefused,
     NoQuorum,
     PeerError,
+    RecoverRefused,
     S3Error,
 )
 from storaged.node.system import SystemPaths, exchange_layout, is_pending
@@ -53,7 +55,9 @@ log = structlog.get_logger("node")
 
 
 class LayoutApplication:
-    """Of one gateway. ``collect_s``: how long acceptances are collected."""
+    """Of one gateway. ``collect_s``: how long acceptances are collected. ``answers(disk)``: whether a disk can be read
+    now.
+    """
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class LayoutApplication:
         caller: Caller,
         *,
         collect_s: float = COLLECT_S,
+        answers: Callable[[str], bool] = lambda _disk: False,
     ) -> None:
         self._own = own
         self._authority = authority
@@ -71,6 +76,7 @@ class LayoutApplication:
         self._paths = paths
         self._caller = caller
         self._collect_s = collect_s
+        self._answers = answers
 
     async def newest(self) -> tuple[SignedLayout, bool]:
         """The layout that was decided last, and whether it is in force. Without a majority of the system partition: the
@@ -93,6 +99,7 @@ class LayoutApplication:
             if layout.epoch < self._layouts.epoch:
                 raise LayoutOvertaken(f"Layout {layout.epoch} was in force. Layout {self._layouts.epoch} followed it.")
             return self._document(layout, (), ())
+        self._check_lost(layout)
         moves = await asyncio.to_thread(moves_between, self._layouts.current, layout)
         if not moves or signed.certificate:
             if not signed.certificate:
@@ -115,6 +122,17 @@ class LayoutApplication:
             return self._document(layout, moves.disks, ())  # another gateway did it, and this node learnt it meanwhile
         await self._layouts.learn(certified, SOURCE)
         return self._document(layout, moves.disks, tuple(sorted(accepted)))
+
+    def _check_lost(self, layout: Layout) -> None:
+        """Raises RecoverRefused for a layout that calls a disk lost which answers: it could still be of a quorum that
+        the others do not know.
+        """
+        new = set(layout.lost) - set(self._layouts.current.lost)
+        if answering := sorted(disk for disk in new if self._answers(disk)):
+            raise RecoverRefused(
+                f"Layout {layout.epoch} calls disk {', '.join(answering)} lost for good, and it answers. Power its node"
+                " off for ever, or take the disk out of it."
+            )
 
     def _document(self, layout: Layout, moves: tuple[str, ...], accepted: tuple[str, ...]) -> dict[str, Any]:
         return {"epoch": layout.epoch, "moves": list(moves), "accepted": list(accepted)}

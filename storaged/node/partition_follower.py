@@ -149,6 +149,9 @@ class PartitionFollower:
             known = self._partitions.record(record.partition)
             if known is not None and known.step >= record.step:
                 return
+            if not set(record.lost) <= set(self._layouts.current.lost):
+                log.info("a partition that was recovered is followed later", record=path, layout=record.layout)
+                return  # it is read again when the layout is known that calls these disks lost
             key = await self._key_of(record.signer)
             if not is_signed(key, signed_bytes(self._cluster, record), record.signature):
                 raise LayoutRefused("its signature does not hold")

@@ -26,6 +26,7 @@ from storaged.meta.ports import PageQuery
 from storaged.node.applying import LayoutApplication
 from storaged.node.auditing import merged
 from storaged.node.doctor import Doctor, silent
+from storaged.node.losses import Losses
 from storaged.node.move_progress import MoveProgress, PartitionCounts, count_objects, count_partitions
 from storaged.node.planes import NodePlanes
 from storaged.objects.code.place import choose
@@ -57,7 +58,11 @@ class Reports:
         if self._gateway is not None:
             self._gateway.offer(found)
             found.set_moves = self._gateway.partitions.set_moves
-            found.layouts = LayoutApplication(node.own, node.authority, node.layouts, node.paths, node.pool)
+            answers = node.membership.disk_readable
+            found.layouts = LayoutApplication(
+                node.own, node.authority, node.layouts, node.paths, node.pool, answers=answers
+            )
+            found.losses = Losses(node.layouts, node.ring.moves, answers).of
         return found
 
     # --- ready, status
@@ -68,7 +73,7 @@ class Reports:
         A gateway needs an open keyring and a majority of the system partition; a storage node needs one disk.
         """
         node = self._node
-        system = Quorum(*node.layouts.partition(SYSTEM_PARTITION).sets)
+        system = Quorum(*node.layouts.partition(SYSTEM_PARTITION).voters)
         alive = [disk for disk in system.disks if node.membership.disk_readable(disk)]
         if node.config.storage and not node.disks.used:
             return False, "no disk takes part"
@@ -165,7 +170,7 @@ class Reports:
 
     def _sets_of(self, partition: int) -> tuple[tuple[str, ...], ...]:
         try:
-            return self._node.layouts.partition(partition).sets
+            return self._node.layouts.partition(partition).voters
         except ServiceUnavailable:
             return ()
 

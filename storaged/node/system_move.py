@@ -48,7 +48,7 @@ class SystemMove:
             return f"disk {state.comes}, which comes, does not answer"
         if silent := [disk for disk in own if disk not in answered]:
             return f"disk {silent[0]} of {self._node} does not answer"
-        if not Quorum(*state.sets).met(answered):
+        if not Quorum(*state.voters).met(answered):
             return f"only {len(answered)} of {len(state.disks)} seed disks answer"
         return ""
 

@@ -28,6 +28,7 @@ from storaged.errors import (
     LayoutRefused,
     NoQuorum,
     PeerUnreachable,
+    RecoverRefused,
     SlowDown,
     StoragedError,
 )
@@ -355,3 +356,21 @@ async def test_nodes_that_forget_what_they_accepted_would_certify_two(
     """The planted bug: so the test above can find it."""
     monkeypatch.setattr(LayoutAcceptor, "_load", lambda _self: None)
     assert any([len(await certified(Cluster(tmp_path / str(seed)), seed)) > 1 for seed in range(12)])
+
+
+async def test_a_disk_that_answers_is_not_called_lost(cluster: Cluster) -> None:
+    """It could be of a quorum that nobody else knows."""
+    wider = with_nodes(cluster.history.layouts[0], "n4")
+    without = tuple(disk for disk in wider.disks if disk.id != "d3b")
+    layout = cluster.history.after(replace(wider, disks=without), lost=("d3b",))
+    signed, up = cluster.history.sign(layout), {"d3b"}
+    authority, own = cluster.history.world.authority, cluster.history.identity("gw")
+    gateway = LayoutApplication(
+        own, authority.certificate, cluster.books["gw"], cluster.paths, cluster, answers=up.__contains__
+    )
+    with pytest.raises(RecoverRefused, match="calls disk d3b lost for good, and it answers"):
+        await gateway.apply(signed)
+    assert b"layout" not in cluster.registers.values
+    up.clear()
+    assert (await gateway.apply(signed))["epoch"] == 100
+    assert cluster.books["gw"].current.lost == ("d3b",)

@@ -20,7 +20,7 @@ MOVING_BUGS = (
         200,
         "moving",
         _VIEWS,
-        "View.of(state.epoch, *state.sets)",
+        "View.of(state.epoch, *state.sets, lost=state.lost)",
         "View.of(state.epoch, state.coming or state.present)",
         fast=True,
     ),
@@ -30,7 +30,7 @@ MOVING_BUGS = (
         300,
         "moving",
         _VIEWS,
-        "View.of(state.epoch, *state.sets)",
+        "View.of(state.epoch, *state.sets, lost=state.lost)",
         "View.of(state.epoch, state.present)",
     ),
     Planted(
@@ -71,7 +71,7 @@ MOVING_BUGS = (
         _MOVES,
         "        found = await self._ask(disks, partial(_ranges_of, state.partition),"
         " partial(_are_ranges, state.partition))\n"
-        '        _check(Quorum(state.present), found, state, "say which shards they have")\n',
+        '        _check(Quorum(state.voters[0]), found, state, "say which shards they have")\n',
         "        found = await self._ask(disks[:1], partial(_ranges_of, state.partition),"
         " partial(_are_ranges, state.partition))\n",
     ),

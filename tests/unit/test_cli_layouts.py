@@ -19,7 +19,7 @@ from storaged.cluster.layout import Layout, Sparing, weaknesses
 from storaged.cluster.move_settings import MoveSettings, document
 from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.succession import check_successor
-from storaged.errors import LayoutOvertaken, OperatorError
+from storaged.errors import LayoutOvertaken, OperatorError, RecoverRefused
 from storaged.wire import encode
 from tests.unit.test_cli_cluster import call, issue_three
 from tests.worlds.layouts import first, with_nodes
@@ -542,6 +542,68 @@ def test_what_can_not_be_taken_back_is_named(authority: Path, capsys: pytest.Cap
     layouts = 2
     refused("was replaced by .* in the same directory, /srv/disk2: what it had is gone")
     refused("layout 7 is not in this folder", "--to", "7")
+
+
+# --- after a loss for good
+
+
+def losses_of(layout: Layout, *disks: str, **changes: Any) -> dict[str, Any]:
+    """As ``storaged cluster losses --json`` prints it."""
+    rows = [{"partition": 7, "left": ["x"], "keys": 3}, {"partition": 9, "left": ["x"], "keys": None}]
+    found = {"cluster": layout.cluster, "epoch": layout.epoch, "disks": list(disks), "partitions": rows}
+    return {**found, "answering": [], "system_lost": False, "nothing_left": [], "keys_max": 100_000, **changes}
+
+
+def recovered(place: Path, losses: dict[str, Any], *options: str) -> None:
+    (place / "losses.json").write_text(json.dumps(losses))
+    call("cluster", "recover", str(place), "--losses", str(place / "losses.json"), *options)
+
+
+def test_recovery_signs_only_what_was_typed(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (last,) = history_of(authority)
+    lost = [disk_of(authority, "n2", 1), disk_of(authority, "n3", 1)]
+    losses = losses_of(last, *lost)
+    before = (authority / "cluster.json").read_bytes()
+    recovered(authority, losses)
+    said = capsys.readouterr().out
+    assert "2 of 1024 partitions have no majority" in said
+    assert "partition 7: x is left; 3 keys are there" in said
+    assert "Nothing was signed. To do it: --unsafe" in said
+    words = f"lose 2 partitions; {lost[0]} {lost[1]} are powered off for ever"
+    for typed in ("", "yes", words.upper(), words + " "):
+        with pytest.raises(RecoverRefused, match="these are not the words"):
+            recovered(authority, losses, "--unsafe", "--words", typed)
+    assert (authority / "cluster.json").read_bytes() == before
+    assert len(history_of(authority)) == 1
+    recovered(authority, losses, "--unsafe", "--words", words)
+    layouts = history_of(authority)
+    assert layouts[-1].lost == tuple(lost)
+    assert not set(lost) & layouts[-1].disk_by_id.keys()
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1")
+    call("cluster", "layout", str(authority))
+    assert history_of(authority)[-1].lost == tuple(lost), "they stay lost"
+    with pytest.raises(OperatorError, match=r"gives data to disk .*, which it calls lost for good"):
+        call("cluster", "abort", str(authority), "--to", "1")
+
+
+def test_a_recovery_that_is_not_needed_or_can_not_be_is_refused(authority: Path) -> None:
+    (last,) = history_of(authority)
+    lost = disk_of(authority, "n2", 1)
+    words = ("--unsafe", "--words", "lose 2 partitions")
+    for changes, said in (
+        ({"partitions": []}, "Every partition has a majority"),
+        ({"system_lost": True}, "The system partition has lost its majority"),
+        ({"answering": [lost]}, "still answers. Power its node off for ever"),
+    ):
+        with pytest.raises(RecoverRefused, match=said):
+            recovered(authority, losses_of(last, lost, **changes), *words)
+    with pytest.raises(LayoutOvertaken):
+        recovered(authority, losses_of(last, lost, epoch=100), *words)
+    with pytest.raises(OperatorError, match="losses of cluster other"):
+        recovered(authority, losses_of(last, lost, cluster="other"), *words)
+    with pytest.raises(OperatorError, match="is not what storaged cluster losses --json printed"):
+        recovered(authority, {"cluster": "eu-1"}, *words)
+    assert len(history_of(authority)) == 1
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

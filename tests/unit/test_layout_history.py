@@ -72,6 +72,8 @@ def test_a_node_is_added_and_taken_away_again(history: History) -> None:
         ({"seeds_next": ("d1a", "d2a", "d4a")}, "has step 0 of the seed disks"),
         ({"seeds_next": ("d1a", "d1a", "d3a"), "seeds_step": 1}, "names a seed disk twice"),
         ({"seeds_next": ("d1a", "d2a", "d9a"), "seeds_step": 1}, "seed disk d9a is not in the layout"),
+        ({"lost": ("d3b",)}, "gives data to disk d3b, which it calls lost for good"),
+        ({"lost": ("d9a",)}, "calls disk d9a lost, which layout 1 does not have"),
     ],
 )
 def test_a_layout_that_breaks_a_rule_is_refused_and_the_rule_is_named(
@@ -82,6 +84,22 @@ def test_a_layout_that_breaks_a_rule_is_refused_and_the_rule_is_named(
     check_successor(before, history.signed[0].hash, good)
     with pytest.raises(LayoutRefused, match=said):
         check_successor(before, history.signed[0].hash, replace(good, **facts))
+
+
+def test_disks_that_are_lost_for_good_stay_lost(history: History) -> None:
+    before = history.layouts[0]
+    wider = with_nodes(before, "n4")
+    without = tuple(disk for disk in wider.disks if disk.id != "d3b")
+    lost = history.after(replace(wider, disks=without), lost=("d3b",))
+    moves = check_successor(before, history.signed[0].hash, lost)
+    assert "disk d3b is lost for good" in moves.disks
+    history.add(lost, history.sign(lost))
+    alone = replace(lost, epoch=200, predecessor=history.signed[1].hash)
+    with pytest.raises(LayoutRefused, match="moves data, and moves none"):
+        check_successor(lost, history.signed[1].hash, alone)
+    with pytest.raises(LayoutRefused, match="no longer says that disks are lost"):
+        check_successor(lost, history.signed[1].hash, replace(alone, lost=()))
+    assert places_digest(lost) != places_digest(replace(lost, lost=()))
 
 
 @pytest.mark.parametrize("moved", [False, True])

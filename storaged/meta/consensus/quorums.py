@@ -123,7 +123,8 @@ class View(Struct, frozen=True):
     """Where the replicas of a register are, in one state of its partition (``cluster.partitions``).
 
     ``epoch`` of the ballots. ``positions``: of each of ``quorum.disks``, its place in the set that has it. So while
-    there are two sets, the disk that comes has the position of the one that goes.
+    there are two sets, the disk that comes has the position of the one that goes. A lost disk has a position, and is
+    not in the quorum.
     """
 
     epoch: int
@@ -131,10 +132,11 @@ class View(Struct, frozen=True):
     positions: tuple[int, ...]
 
     @classmethod
-    def of(cls, epoch: int, *sets: Sequence[str]) -> View:
-        """Raises ValueError as ``Quorum``."""
-        quorum = Quorum(*sets)
-        place = {disk: position for disks in reversed(quorum.sets) for position, disk in enumerate(disks)}
+    def of(cls, epoch: int, *sets: Sequence[str], lost: Collection[str] = ()) -> View:
+        """Raises ValueError as ``Quorum``. ``lost``: disks that count in no quorum."""
+        voters = [[disk for disk in disks if disk not in lost] for disks in sets] if lost else sets
+        quorum = Quorum(*voters)
+        place = {disk: position for disks in reversed(sets) for position, disk in enumerate(disks)}
         return cls(epoch, quorum, tuple(place[disk] for disk in quorum.disks))
 
     def position_of(self, disk: str) -> int:
@@ -143,4 +145,6 @@ class View(Struct, frozen=True):
 
     def by_disk(self, by_position: Sequence[V]) -> Sequence[V]:
         """What belongs to each of ``quorum.disks``, of what is given for each position."""
-        return by_position if self.quorum.single or not by_position else [by_position[at] for at in self.positions]
+        if not by_position or (self.quorum.single and len(by_position) == len(self.positions)):
+            return by_position
+        return [by_position[at] for at in self.positions]

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import structlog
 
-from storaged.cluster.partitions import PartitionState, step_of
+from storaged.cluster.partitions import PartitionState, layout_epoch_of, step_of
 from storaged.errors import InvalidRequest, ServiceUnavailable, StoragedError
 from storaged.meta.consensus.bounds import NONCE_BYTES_MAX, check_floor
 from storaged.meta.consensus.quorums import Quorum
@@ -31,14 +31,22 @@ from storaged.meta.messages import (
     RangeFloor,
     RangesAsk,
     RangesReply,
+    ScanRequest,
+    ScanRow,
     ScopeFence,
+    ShardAsk,
 )
-from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Visibility
 from storaged.meta.ports import Handover, HandoverReplica, Replica
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES
+from storaged.meta.storage.scan import Want
 from storaged.meta.transport.calls import Answers, Calls
+from storaged.units import MIB
+from storaged.wire import decode
 
 T = TypeVar("T")
+
+COUNTED_A_CALL, EXAMINED_A_CALL = 500, 5_000
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +76,7 @@ class PartitionMoves:
         """Has the replicas of all sets refuse earlier steps of this partition, durably: a quorum of each set, and all
         others that answer. Returns which do.
         """
-        quorum = Quorum(*state.sets)
+        quorum = Quorum(*state.voters)
 
         def call(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[EpochReply]]:
             request = EpochFence(disk, state.epoch, state.partition)
@@ -105,7 +113,7 @@ class PartitionMoves:
         """Page by page, and those of it that are final. A reply that has more counts only up to its
         last scope.
         """
-        quorum, after = Quorum(state.present), NO_SCOPE
+        quorum, after = Quorum(state.voters[0]), NO_SCOPE
         while True:
             found = await self._ask(disks, partial(_fences_after, after), partial(_goes_on, after))
             _check(quorum, found, state, "say which buckets are fenced")
@@ -127,7 +135,7 @@ class PartitionMoves:
         """
         disks = [disk for disk in state.present if disk in fenced]
         found = await self._ask(disks, partial(_ranges_of, state.partition), partial(_are_ranges, state.partition))
-        _check(Quorum(state.present), found, state, "say which shards they have")
+        _check(Quorum(state.voters[0]), found, state, "say which shards they have")
         prefixes = {prefix for reply in found.values() for prefix in reply.prefixes}
         return [(prefix[0], prefix[1:17], prefix[17]) for prefix in sorted(prefixes)]
 
@@ -139,7 +147,7 @@ class PartitionMoves:
         disks, after = [disk for disk in state.present if disk in fenced], b""
         while True:
             found = await self._ask(disks, partial(_floors_after, state.partition, after), partial(_are_floors, after))
-            _check(Quorum(state.present), found, state, "say which floors they have")
+            _check(Quorum(state.voters[0]), found, state, "say which floors they have")
             ends = [reply.floors[-1].prefix for reply in found.values() if reply.more]
             through = min(ends) if ends else None
             highest: dict[bytes, Ballot] = {}
@@ -159,6 +167,36 @@ class PartitionMoves:
             reply = await replica.take_floors(request, timeout_s=self._calls.call_timeout_s)
             if reply.verdict != Verdict.OK:
                 raise ServiceUnavailable(f"Partition {state.partition}: disk {state.comes} knows a later step.")
+
+    async def count_keys(self, state: PartitionState, disk: str, at_most: int) -> int:
+        """How many keys of objects one disk has of this partition; ``at_most`` are counted. For people: nothing may be
+        decided by what a single disk says.
+        """
+        replies = await self._ask([disk], partial(_ranges_of, state.partition), partial(_are_ranges, state.partition))
+        if disk not in replies:
+            raise ServiceUnavailable(f"disk {disk} does not say what it has of partition {state.partition}")
+        found = 0
+        for prefix in replies[disk].prefixes:
+            if prefix[0] == Table.OBJECT and found < at_most:
+                found += await self._count_shard(state, disk, prefix[1:17], prefix[17], at_most - found)
+        return found
+
+    async def _count_shard(self, state: PartitionState, disk: str, scope: bytes, shard: int, at_most: int) -> int:
+        found, after = 0, b""
+        while found < at_most:
+            limit = min(COUNTED_A_CALL, at_most - found)
+            ask = ShardAsk(shard, after, limit, Want.VISIBLE, EXAMINED_A_CALL, MIB, 0, state.epoch)
+            epoch = layout_epoch_of(state.epoch)
+            request = ScanRequest(disk, epoch, Table.OBJECT, scope, (ask,), visible=Visibility.LIVE)
+            reply = await self._calls.replicas.replica(disk).scan(request, timeout_s=FENCES_TIMEOUT_S)
+            if reply.verdict or not reply.slices or reply.slices[0].unreadable:
+                raise ServiceUnavailable(f"disk {disk} does not say which keys it has of partition {state.partition}")
+            part = reply.slices[0]
+            found += len(decode(part.rows, list[ScanRow])) if part.rows else 0
+            if part.done or part.through <= after:
+                break
+            after = part.through
+        return found
 
     def _handover(self, disk: str) -> Handover:
         return self._replica(disk).handover

@@ -156,7 +156,7 @@ class CopyReader:
         copy, absent = await self._search(view, name, value.payload, set(), limit, value)
         if copy is None:
             return () if absent.issuperset(view.quorum.disks) else None
-        return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(len(view.quorum.sets[0]))]
+        return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(1 + max(view.positions))]
 
     async def fetch(
         self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float

@@ -286,12 +286,13 @@ def enough_copies(layout: Layout, replicas: Sequence[str], synced: frozenset[str
 
 def copies_rule(layout: Layout, replicas: Sequence[str], writable: Writable) -> Callable[[frozenset[str]], bool]:
     """``enough_copies`` as a function of the synced disks. Replicas in distinct domains, as those of a ring partition
-    are, need any two copies, whatever is away.
+    are, need any two copies, whatever is away. Of a partition that lost all others for good one replica is left, until
+    another one comes: its copy is enough, else nothing could ever be copied from it.
     """
     if len({layout.domain_by_disk.get(disk_id, disk_id) for disk_id in replicas}) < len(replicas):
         return lambda synced: enough_copies(layout, replicas, synced, writable)
-    counted = frozenset(replicas)
-    return lambda synced: len(counted & synced) > COPIES.k
+    counted, fewest = frozenset(replicas), min(len(replicas), COPIES.k + 1)
+    return lambda synced: len(counted & synced) >= fewest
 
 
 class CopyPlan(NamedTuple):
@@ -310,7 +311,7 @@ class CopyPlan(NamedTuple):
 def copy_plan(layout: Layout, state: PartitionState, writable: Writable) -> CopyPlan:
     count = len(state.present)
     first = FragmentId(bytes(DATA_ID_BYTES), 0, 1, count - 1, 0)
-    rules = [copies_rule(layout, replicas, writable) for replicas in state.sets]
+    rules = [copies_rule(layout, replicas, writable) for replicas in state.voters]
     return CopyPlan(
         state,
         count,

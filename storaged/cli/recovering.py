@@ -1,0 +1,139 @@
+"""``storaged cluster losses`` and ``cluster recover --unsafe``: for partitions that lost their majority for good.
+
+``losses`` asks a gateway what the loss of disks would lose. ``recover`` works on the folder with the authority's keys:
+it signs layouts that call the disks lost, so that these partitions go on from the replicas that are left
+(``cluster.partitions``). They come into force as any layout does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from storaged.errors import LayoutOvertaken, OperatorError, RecoverRefused
+
+SHOWN_MAX = 20
+
+
+@click.command("losses")
+@click.argument("disks", metavar="DISK...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="The document that `cluster recover` wants.")
+@click.pass_obj
+def losses(named: str | None, disks: tuple[str, ...], as_json: bool) -> None:
+    """What would be lost if these disks (their ids) were lost for good. Run on a gateway. Changes nothing."""
+    from storaged.cli.client import gateway
+    from storaged.cli.target import find_directory
+
+    found = gateway(find_directory(named), "GET", "/v1/losses", query={"disks": ",".join(disks)}, timeout_s=600.0)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        for line in describe(found):
+            click.echo(line)
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """Of the document of ``losses``."""
+    rows, lines = found["partitions"], []
+    if not rows and not found["nothing_left"]:
+        return ["every partition has a majority without these disks: nothing is lost. Remove them as usual."]
+    lines.append(f"{len(rows)} of 1024 partitions have no majority without disk {', '.join(found['disks'])}")
+    for row in rows[:SHOWN_MAX]:
+        keys = "the keys that it has are not known"
+        if row["keys"] is not None:
+            keys = f"{'at least ' if row['keys'] >= found['keys_max'] else ''}{row['keys']} keys are there"
+        lines.append(f"  partition {row['partition']}: {', '.join(row['left'])} is left; {keys}")
+    if len(rows) > SHOWN_MAX:
+        lines.append(f"  and {len(rows) - SHOWN_MAX} more (--json has all)")
+    known = sum(row["keys"] or 0 for row in rows)
+    lines.append(f"  {known} keys are known to the disks that are left. What only the others had is lost: writes,")
+    lines.append("  overwritings and deletions that were acknowledged by a majority without the disk that is left.")
+    if found["nothing_left"]:
+        lines.append(f"{len(found['nothing_left'])} partitions have no disk left at all. They stay stopped, for ever.")
+    if found["system_lost"]:
+        lines.append("the system partition has no majority either")
+    if found["answering"]:
+        lines.append(f"disk {', '.join(found['answering'])} answers; it has to be powered off for ever")
+    return lines
+
+
+def words_for(found: dict[str, Any]) -> str:
+    """What has to be typed."""
+    return f"lose {len(found['partitions'])} partitions; {' '.join(found['disks'])} are powered off for ever"
+
+
+@click.command("recover")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--losses",
+    "losses_file",
+    type=click.File("rb"),
+    required=True,
+    metavar="FILE",
+    help="What `storaged cluster losses DISK... --json` printed on a gateway.",
+)
+@click.option("--unsafe", is_flag=True, help="Do it. Without this, only say what would be lost.")
+@click.option("--words", default=None, help="The words that it asks for, for scripts.")
+def recover(directory: Path, losses_file: Any, unsafe: bool, words: str | None) -> None:
+    """Go on without disks that are lost for good, although some partitions have no majority without them.
+
+    Acknowledged data is lost: all that only the lost disks had. The lost disks must be powered off for ever: with a
+    gateway that has not heard of this, they could go on as if nothing had happened, and what they then accept is lost
+    too. It signs layouts of DIRECTORY; apply them on a gateway.
+    """
+    from storaged.cli import create as files
+    from storaged.cli.signing import say_signed, sign_all
+    from storaged.cli.succeeding import layouts_after
+    from storaged.cluster import issuing
+
+    found = _read(losses_file)
+    listed, authority = files.load_plan(directory), issuing.load_authority(directory)
+    last = files.last_signed(authority, listed)
+    if last is None or found["cluster"] != listed.cluster:
+        raise OperatorError(f"these are losses of cluster {found['cluster']}, and the folder is of {listed.cluster}")
+    if found["epoch"] != last[1].epoch:
+        raise LayoutOvertaken(f"Layout {found['epoch']} is in force, and the last one here is {last[1].epoch}.")
+    _check(found)
+    for node in listed.nodes:
+        node.disks = [disk for disk in node.disks if disk.id not in found["disks"]]
+    made = layouts_after(listed, last, int(time.time() * 1000), lost=found["disks"])
+    for line in describe(found):
+        click.echo(line)
+    if not unsafe:
+        click.echo("  Nothing was signed. To do it: --unsafe")
+        return
+    wanted = words_for(found)
+    if words is None:
+        words = click.prompt(f"Type exactly: {wanted}\n", default="", show_default=False, prompt_suffix="> ")
+    if words != wanted:
+        raise RecoverRefused(f"Nothing was signed: these are not the words {wanted!r}.")
+    sign_all(directory, authority, listed, last, made)
+    say_signed(directory, authority, listed, last, made)
+
+
+def _read(file: Any) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.load(file)
+        describe(found), found["cluster"], found["epoch"]
+    except (ValueError, KeyError, TypeError):
+        raise OperatorError("the file of --losses is not what storaged cluster losses --json printed") from None
+    return found
+
+
+def _check(found: dict[str, Any]) -> None:
+    """Raises RecoverRefused."""
+    if not found["partitions"]:
+        raise RecoverRefused("Every partition has a majority without these disks, or has no disk left at all.")
+    if found["system_lost"]:
+        raise RecoverRefused(
+            "The system partition has lost its majority of seed disks, too. This release can't recover that."
+        )
+    if found["answering"]:
+        raise RecoverRefused(
+            f"Disk {', '.join(found['answering'])} still answers. Power its node off for ever, and ask for the losses"
+            " again."
+        )

@@ -1,0 +1,80 @@
+"""What would be lost if disks were lost for good: for ``storaged cluster losses``, on a gateway.
+
+It reads the map of partitions, and counts keys at the disks that are left. Nothing is decided by these counts: what
+only the lost disks had, no other disk knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec.structs import replace
+
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION
+from storaged.cluster.partitions import PartitionState, recovery_of
+from storaged.cluster.ports import Layouts
+from storaged.errors import InvalidArgument, StoragedError
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.proposer.moving import PartitionMoves
+
+AT_ONCE = 8
+KEYS_MAX = 100_000
+"""Keys of a partition that are counted."""
+
+
+class Losses:
+    """``answers(disk)``: whether a disk can be read now."""
+
+    def __init__(self, layouts: Layouts, moves: PartitionMoves, answers: Callable[[str], bool]) -> None:
+        self._layouts = layouts
+        self._moves = moves
+        self._answers = answers
+
+    async def of(self, disks: Sequence[str]) -> dict[str, Any]:
+        """The document of ``storaged cluster losses``. Raises InvalidArgument for a disk that the layout does not have,
+        ServiceUnavailable while it is not known where partitions are.
+        """
+        layout = self._layouts.current
+        if unknown := [disk for disk in disks if disk not in layout.disk_by_id and disk not in layout.lost]:
+            raise InvalidArgument(f"the layout in force has no disk {unknown[0]}")
+        assumed = replace(layout, lost=tuple(dict.fromkeys((*layout.lost, *disks))))
+        stopped: list[tuple[PartitionState, tuple[str, ...]]] = []
+        nothing: list[int] = []
+        for number in range(PARTITIONS):
+            state = self._layouts.partition(number)
+            record = recovery_of(state, assumed)
+            if record is not None:
+                stopped.append((state, tuple(disk for disk in record.present if disk not in record.lost)))
+            elif set(state.disks) <= set(assumed.lost):
+                nothing.append(number)
+            if number % 32 == 0:
+                await asyncio.sleep(0)
+        limit = asyncio.Semaphore(AT_ONCE)
+
+        async def counted(state: PartitionState, left: tuple[str, ...]) -> dict[str, Any]:
+            async with limit:
+                keys = [await self._count(state, disk) for disk in left]
+            known = max((one for one in keys if one is not None), default=None)
+            return {"partition": state.partition, "left": list(left), "keys": known}
+
+        rows = await asyncio.gather(*(counted(state, left) for state, left in stopped))
+        system = self._layouts.partition(SYSTEM_PARTITION)
+        return {
+            "cluster": layout.cluster,
+            "epoch": layout.epoch,
+            "disks": list(disks),
+            "answering": [disk for disk in disks if self._answers(disk)],
+            "system_lost": Quorum(*system.voters).lost(assumed.lost),
+            "nothing_left": nothing,
+            "partitions": rows,
+            "keys_max": KEYS_MAX,
+        }
+
+    async def _count(self, state: PartitionState, disk: str) -> int | None:
+        """None where the disk does not say."""
+        try:
+            return await self._moves.count_keys(state, disk, KEYS_MAX)
+        except (StoragedError, TimeoutError):
+            return None
