@@ -253,7 +253,8 @@ class Repair:
     def _due_findings(self) -> list[Finding]:
         now = self._context.clock.monotonic()
         moves = not self.relocator.away
-        due = self._queue.due(now, recode=self._some_away_long(), moves=moves, misplaced=self._may_move())
+        recode, cut_off = self._some_away_long(), self._is_cut_off(self._context.recode_delay_s)
+        due = self._queue.due(now, recode=recode, moves=moves, misplaced=self._may_move(), bare_only=cut_off)
         return [finding for finding in due if not self._is_moving(finding)]
 
     def _is_moving(self, finding: Finding) -> bool:

@@ -177,17 +177,20 @@ class RepairQueue:
 
     # --- work -------------------------------------------------------------------------------------------------------
 
-    def due(self, now: float, *, recode: bool, moves: bool, misplaced: bool = True) -> Iterator[Finding]:
+    def due(
+        self, now: float, *, recode: bool, moves: bool, misplaced: bool = True, bare_only: bool = False
+    ) -> Iterator[Finding]:
         """What may be tried now. ``recode``: some disk has been away for so long that repair does not wait for it any
-        more. ``moves``: gateways change records; otherwise only what can be rebuilt in place is due. ``misplaced``:
-        with what is whole, and only has to move.
+        more; ``bare_only``: this is for what has no spare left. ``moves``: gateways change records; otherwise only what
+        can be rebuilt in place is due. ``misplaced``: with what is whole, and only has to move.
         """
         for finding in self:
             if finding.damaged_fragments == 0 and not moves:
                 continue
             if finding.misplaced and not misplaced:
                 continue
-            if finding.repairable or (recode and finding.recodable):
+            recodable = recode and finding.recodable and (finding.spare <= 0 or not bare_only)
+            if finding.repairable or recodable:
                 back_off = self._back_offs.get(finding.name)
                 if back_off is None or back_off.until <= now:
                     yield finding

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import xxhash
 
-from storaged.cluster.layout import partition_of
+from storaged.cluster.layout import Sparing, partition_of
 from storaged.cluster.ports import Call, PeerIdentity
 from storaged.errors import PeerUnreachable, StoragedError
 from storaged.fragments.ports import FragmentId
@@ -655,3 +655,41 @@ def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
 
 NAME = (b"B" * 16, range(16), b"key")
 NO_CALL = Call(PeerIdentity("n", "FR", "s", "r", ("storage",)), memoryview(b""), 0.0)
+
+
+SIX_RACKS = {name: f"FR/par1/{name}" for name in "abcdef"}
+
+
+def test_while_more_racks_are_silent_than_are_replaced_only_what_has_no_spare_is_recoded() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        layout = cluster.layouts.current
+        silent = {disk.id for disk in layout.disks if disk.node in ("nd", "ne")}
+        spared, bare = [], []
+
+        async def waiting(keys: list[bytes]) -> list[bytes]:
+            """Those with fragments at silent disks."""
+            found = [(key, place) for key in keys for place in await cluster.places(bucket, key)]
+            return sorted({key for key, place in found if silent & set(place.disks)})
+
+        for number in range(24):
+            key = b"%d" % number
+            replicas = set(layout.replicas_of(object_name(bucket.id, bucket.shard_numbers, key).partition))
+            if len(replicas & silent) < 2:  # else its record can't be read meanwhile
+                await cluster.put(bucket, key, os.urandom(300_000))
+                lost = {len(silent & set(place.disks)) for place in await cluster.places(bucket, key)}
+                (spared if lost == {1} else bare if lost == {2} else []).append(key)
+        assert spared
+        assert bare
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nd", "ne")
+        await cluster.pass_s(DELAY_S + 300)
+        assert await waiting(spared) == sorted(spared)
+        assert await waiting(bare) == []
+        assert all(status.waits.recode_in_s == NO_RECODING_S for status in await cluster.statuses())
+        cluster.layouts.learn(msgspec.structs.replace(layout, sparing=Sparing(domains_max=2)))
+        await cluster.pass_s(300)
+        assert await waiting(spared) == []
+
+    run(scenario, racks=SIX_RACKS)

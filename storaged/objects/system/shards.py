@@ -79,10 +79,11 @@ def shards_inside(layouts: Layouts, bucket_id: bytes, countries: Sequence[str]) 
 
 def is_inside(layouts: Layouts, partition: int, countries: Sequence[str]) -> bool:
     """Whether all replicas of a partition are in ``countries``: those that it has, the one that comes while it moves,
-    and those that it is moving to. False for one without replicas.
+    and those that it is moving to, also while disks are out. False for one without replicas.
     """
     layout = layouts.current
-    replicas = {*layouts.partition(partition).disks, *layout.replicas_of(partition)}
+    wanted = layouts.partitions.target(layout)
+    replicas = {*layouts.partition(partition).disks, *layout.replicas_of(partition), *wanted.replicas_of(partition)}
     return bool(replicas) and all(layout.country_by_disk.get(disk) in countries for disk in replicas)
 
 
