@@ -44,6 +44,28 @@ SHARES = {
 }
 """Of the seeds."""
 
+MOVES = (
+    "storaged/cluster/certificates.py",
+    "storaged/cluster/layout_exchange.py",
+    "storaged/cluster/layouts.py",
+    "storaged/cluster/partition_map.py",
+    "storaged/cluster/partitions.py",
+    "storaged/cluster/succession.py",
+    "storaged/maintain/partition_mover.py",
+    "storaged/meta/acceptor/epochs.py",
+    "storaged/meta/acceptor/handover.py",
+    "storaged/meta/proposer/fences.py",
+    "storaged/meta/proposer/moving.py",
+    "storaged/meta/views.py",
+    "storaged/node/accepting.py",
+    "storaged/node/applying.py",
+    "storaged/node/partition_follower.py",
+    "storaged/node/system_move.py",
+)
+"""What moves partitions, the system partition among them, and decides layouts."""
+
+MOVES_SHARES = {"moving": 0.55, "layouts": 0.35, "collecting moves": 0.1}
+
 PORTION = 20
 """Seeds of one play that are counted together."""
 
@@ -233,9 +255,9 @@ def digest_of(paths: Sequence[str]) -> str:
     return sha256(b"".join((ROOT / path).read_bytes() for path in paths)).hexdigest()[:16]
 
 
-def portions(seeds: int, first: int) -> list[tuple[str, int, int]]:
+def portions(seeds: int, first: int, shares: dict[str, float]) -> list[tuple[str, int, int]]:
     """(play, first seed, how many), shortest plays and long ones mixed."""
-    counts = {name: max(1, round(share * seeds)) for name, share in SHARES.items()}
+    counts = {name: max(1, round(share * seeds)) for name, share in shares.items()}
     found = [
         (start / count, name, first + start, min(PORTION, count - start))
         for name, count in counts.items()
@@ -287,13 +309,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=10_000, metavar="N", help="of all plays together")
     parser.add_argument("--first", type=int, default=1, metavar="SEED")
     parser.add_argument("--all", action="store_true", help="the acceptor, the proposer and the store, too")
+    parser.add_argument("--moves", action="store_true", help="what moves partitions and decides layouts, instead")
     parser.add_argument("--strict", action="store_true", help="fail when a branch is neither reached nor accepted")
     parser.add_argument("--results", type=Path, metavar="FILE", help="leave out what is in it, and append to it")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every Nth portion, from the Ith on")
     options = parser.parse_args(arguments)
-    paths = modules(ALL_PACKAGES if options.all else PACKAGES)
+    paths = list(MOVES) if options.moves else modules(ALL_PACKAGES if options.all else PACKAGES)
+    shares = MOVES_SHARES if options.moves else SHARES
     part, parts = (int(number) for number in options.part.split("/"))
-    done, error = play_portions(paths, portions(options.seeds, options.first)[part - 1 :: parts], options.results)
+    wanted = portions(options.seeds, options.first, shares)[part - 1 :: parts]
+    done, error = play_portions(paths, wanted, options.results)
     if error:
         print(error)
         return 1
@@ -307,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reason = reasons.get(branch.name)
             unnamed += reason is None
             print(f"    {branch.line} {branch.name} | {reason or 'NOT REACHED'}")
-    names = {branch.name for some in branches_of(modules(PACKAGES)).values() for branch in some}
+    names = {branch.name for some in branches_of([*modules(PACKAGES), *MOVES]).values() for branch in some}
     print(*(f"{name}: listed in {ACCEPTED.name}, and gone" for name in reasons if name not in names), sep="\n")
     print(*violations, sep="\n")
     cost = f"{sum(portion.seeds for portion in done)} seeds, {sum(portion.cpu_s for portion in done):.0f} s of CPU"
