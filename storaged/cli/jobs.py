@@ -76,7 +76,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The settings.")
 def pause(named: str | None, name: str, as_json: bool) -> None:
     """Begin no more moves of JOB: partitions or fragments. What has begun ends.
 
-    Nothing is left in between, and lost fragments are rebuilt all the same.
+    Nothing is left in between, and lost fragments are rebuilt all the same. A pause of partitions also holds up those
+    that leave a disk that is out, and those that `cluster recover` lets go on.
     """
     _set(named, name, as_json, paused="true")
 

@@ -7,6 +7,7 @@ is left, is read afterwards, and what only the lost disks had is lost.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -176,6 +177,31 @@ async def test_a_recovery_that_begins_with_blank_disks_loses_what_is_left(
         world.disks.away = {*LOST, next(disk for disk in SIX.replicas_of(name.partition) if disk not in LOST)}
         found.append(await world.gateway.get(name))
     assert None in found, "the planted form did no harm, so this test shows nothing"
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_last_write_that_a_survivor_has_is_read(world: World, seed: int) -> None:
+    """Whichever replica each write misses, and whether the disks were removed before they are called lost."""
+    rng = random.Random(seed)
+    expected: dict[RegisterName, bytes | None] = dict.fromkeys(filter(stopped, NAMES))
+    for number in range(3):
+        for name in expected:
+            (survivor,) = set(SIX.replicas_of(name.partition)) - set(LOST)
+            world.disks.away = {rng.choice(SIX.replicas_of(name.partition))}
+            body = b"write %d" % number
+            await world.gateway.put(name, body)
+            if survivor not in world.disks.away:
+                expected[name] = body
+    if seed:
+        await world.lose(replace(LEFT, lost=()))
+        for _ in range(2):
+            await world.gateway.mover.round()
+    await world.lose(replace(LEFT, epoch=200))
+    await world.move()
+    for name, body in expected.items():
+        assert await world.other.get(name) == body
+        await world.gateway.put(name, b"after")
+        assert await world.other.get(name) == b"after"
 
 
 async def test_a_record_with_lost_disks_needs_a_layout_that_says_so(world: World) -> None:
