@@ -198,11 +198,11 @@ MOVING_BUGS = (
     Planted(
         "rows_are_where_they_should_be",
         "partitions that never moved are where the layout without the disks that are out would have them",
-        300,
-        "moving",
-        _MAP,
-        "            base = current\n",
-        "            base = self.target(current)\n",
+        1,
+        path=_MAP,
+        old="            base = current\n",
+        new="            base = self.target(current)\n",
+        tests="tests/unit/test_sparing.py",
     ),
     Planted(
         "out_without_a_vote_on_time",

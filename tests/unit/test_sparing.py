@@ -10,8 +10,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
+from storaged.admin.sparing import SparingFacts, details, document
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.layout import PARTITIONS, Layout, Sparing
+from storaged.cluster.partitions import is_settled
 from storaged.cluster.ports import Call, PeerIdentity
 from storaged.cluster.sparing import (
     ABSENT,
@@ -87,6 +89,54 @@ def test_with_three_racks_and_one_gone_nothing_moves_but_a_lone_disk_is_replaced
     states = {disk.id: disk.state for disk in wanted.disks}
     assert [disk for disk, state in states.items() if state == OUT] == ["d1a"]
     assert all(len(wanted.replicas_of(number)) == 3 for number in range(PARTITIONS))
+
+
+def test_where_partitions_are_does_not_depend_on_what_is_out() -> None:
+    known = KnownLayouts(four())
+    before = [known.partition(number) for number in range(PARTITIONS)]
+    fresh = KnownLayouts(four())
+    for layouts in (known, fresh):
+        layouts.partitions.note_out(DisksOut(1, (OutDisk("d4a", 5, UNREACHABLE),), ()))
+        assert [layouts.partition(number) for number in range(PARTITIONS)] == before
+        wanted = layouts.partitions.target(layouts.current)
+        assert layouts.partitions.target(layouts.current) is wanted
+        assert not all(is_settled(state, wanted) for state in before)
+        assert not layouts.partitions.note_out(DisksOut(1, (), ())), "an older record changes nothing"
+        assert layouts.partitions.note_out(DisksOut(2, (), ()))
+        assert layouts.partitions.target(layouts.current) is layouts.current
+
+
+# --- what status says
+
+
+def test_status_says_what_is_out_what_others_have_taken_over_and_what_is_waited_for() -> None:
+    layout = four()
+    states = [KnownLayouts(layout).partition(number) for number in range(PARTITIONS)]
+    held = sum("d4a" in state.present for state in states)
+    record = DisksOut(1, (OutDisk("d4a", 5, UNREACHABLE),), ())
+    seen = {"d4a": away("d4a"), "d4b": away("d4b", 600)}
+
+    def said(**facts: Any) -> tuple[dict[str, Any], str]:
+        usual: dict[str, Any] = {"layout": layout, "record": record, "seen": seen, "states": states}
+        usual |= facts
+        found = SparingFacts(target=target(usual["layout"], usual["record"].disks), **usual)
+        shown = document(found)
+        ((subject, since, detail),) = details(found, shown)
+        assert (subject, since) == ("FR/par1/n4/n4/d4a", 5)
+        return shown, detail
+
+    shown, detail = said()
+    assert f"{held} partitions still have to move" in detail
+    assert shown["waiting"] == [{"disk": "d4b", "state": UNREACHABLE, "away_s": 600, "out_in_s": 3000}]
+    assert "is not known yet" in said(states=None)[1]
+    assert "have taken over" in said(states=[])[1]
+    assert "gets its share back in 9 min" in said(seen={"d4a": Opinion("d4a", "", 60)})[1]
+    three = first(("n1", "n2", "n4"))
+    rack = DisksOut(1, (OutDisk("d4a", 5, UNREACHABLE), OutDisk("d4b", 5, UNREACHABLE)), ())
+    found = SparingFacts(three, target(three, rack.disks), rack, seen, states)
+    for _, _, detail in details(found, document(found)):
+        assert "a partition needs 3 racks, 2 are left" in detail
+        assert "stop when one more rack fails" in detail
 
 
 # --- decisions
