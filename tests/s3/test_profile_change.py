@@ -4,10 +4,10 @@ and write all the time, and a rack that goes meanwhile.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,110 +17,129 @@ from storaged.fragments.index import Index
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.offline import disk_id_of
 from storaged.fragments.ports import FragmentId
-from tests.cluster import Cluster
-from tests.s3.test_cluster_changes import Changed, Client
+from tests.chaos.workload import Workload
+from tests.servers import Servers
 
+SIZES = (1, 900, 9_000, 50_000, 300_000, 3_000_000)
+OBJECTS = 36
+ATTEMPTS = 5
 DROP_DELAY_S = 10
-CHECKS_MAX = 12
+COLLECTED_S = 45
+"""After the delay a disk's collector looks at its list every 20 s. A check stops the nodes, and it begins again."""
+CHECKS_MAX = 8
+
+
+class Reprofiled:
+    """A cluster, and the objects in it."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        rng = random.Random(1)
+        self.bodies = {f"object {number}": rng.randbytes(SIZES[number % len(SIZES)]) for number in range(OBJECTS)}
+        s3 = servers.boto3(attempts=ATTEMPTS)
+        for key, body in self.bodies.items():
+            s3.put_object(Bucket="demo", Key=key, Body=body)
+
+    def set_profile(self, profile: str) -> None:
+        authority = str(self.servers.authority)
+        assert "for each byte" in self.servers.run("cluster", "profile", authority, profile, "--dry-run").stdout
+        self.servers.run("cluster", "profile", authority, profile)
+        assert self.servers.change()["profile"]["after"] == profile
+
+    def profiles(self, key: str) -> set[str]:
+        rows = self.servers.where("demo", key)["fragments"]
+        assert {row["state"] for row in rows} <= {"ok"}, key
+        return {row["profile"] for row in rows if row["kind"] == "coded"}
+
+    def have(self, profile: str) -> bool:
+        """All that is coded."""
+        return set().union(*(self.profiles(key) for key in self.bodies)) == {profile}
+
+    def wait_recoded(self) -> None:
+        def recoded() -> bool:
+            status = self.servers.status()
+            moving = status["moving"]
+            if not moving or not status["objects_counted"] or status["objects_below_target"]:
+                return False
+            return not moving["recoding"] and not moving["objects"]
+
+        self.servers.wait_until(recoded, 240, "everything under the new profile")
+
+    def check(self, workload: Workload) -> None:
+        s3 = self.servers.boto3(attempts=ATTEMPTS)
+        for key, body in self.bodies.items():
+            assert s3.get_object(Bucket="demo", Key=key)["Body"].read() == body, key
+        workload.read_everything()
+        assert workload.tally.violations() == []
 
 
 @pytest.fixture
-def changed(tmp_path: Path) -> Iterator[Changed]:
-    cluster = Cluster(tmp_path / "s3")
+def reprofiled(tmp_path: Path) -> Iterator[Reprofiled]:
+    servers = Servers(tmp_path / "servers")
     try:
-        cluster.start()
-        yield Changed(cluster)
+        servers.create()
+        config = servers.servers["gateway"].config
+        config.write_text(config.read_text() + f"\n[limits]\ndrop_delay_s = {DROP_DELAY_S}\n")
+        servers.begin_again("gateway")
+        yield Reprofiled(servers)
     finally:
-        cluster.stop()
+        servers.stop()
 
 
-def set_profile(changed: Changed, profile: str) -> None:
-    folder = str(changed.authority.directory)
-    before = changed.admin("profile", folder, profile, "--dry-run")
-    assert "bytes are stored for each byte" in before
-    changed.admin("profile", folder, profile)
-    assert f"to {profile}" in changed.admin("plan", folder)
-    (file,) = changed.layouts()
-    changed.apply(file)
-
-
-def profiles(cluster: Cluster, key: str) -> set[str]:
-    return {row["profile"] for row in cluster.where("demo", key)["fragments"]}
-
-
-def wait_recoded(cluster: Cluster) -> None:
-    def recoded() -> bool:
-        status: dict[str, Any] = cluster.status()
-        moving = status.get("moving")
-        if not moving or not status["objects_counted"]:
-            return False
-        return not (moving["recoding"] or moving["objects"] or status["objects_below_target"])
-
-    cluster.wait_until(recoded, 240, "everything under the new profile")
-
-
-def profiles_on_disks(cluster: Cluster) -> dict[bytes, set[str]]:
-    """Data id -> the profiles of its fragments, by what lies on the disks. The cluster is stopped."""
+def profiles_on_disks(servers: Servers) -> dict[bytes, set[str]]:
+    """Data id -> the profiles of its fragments, by what lies on the disks. The storage nodes are stopped."""
     found: dict[bytes, set[str]] = {}
-    for directory in cluster.directory.glob("n*/d*/fragments"):
+    for directory in servers.root.glob("n*/d*/fragments"):
         files = PosixFiles(directory)
         index = Index(directory / "index", disk_id_of(files))
         try:
-            Engine(files, index, StoreLimits(), now_ms=lambda: 0, on_damage=lambda _key, _cell: None).recover(
-                read_only=True
-            )
+            engine = Engine(files, index, StoreLimits(), now_ms=lambda: 0, on_damage=lambda _key, _cell: None)
+            engine.recover(read_only=True)
             for key, _ in index.entries():
                 fragment = FragmentId.unpack(key)
                 found.setdefault(fragment.data_id, set()).add(f"{fragment.k}+{fragment.m}")
         finally:
             index.close()
             files.close()
+    assert found
     return found
 
 
-def test_the_profile_of_a_cluster_in_use_changes_twice(changed: Changed) -> None:
-    cluster = changed.cluster
-    config = cluster.directory / "gateway" / "config.toml"
-    config.write_text(config.read_text() + f"\n[limits]\ndrop_delay_s = {DROP_DELAY_S}\n")
-    cluster.run("dev", "kill", "gateway")
-    cluster.run("dev", "start", "gateway")
-    s3 = cluster.boto3(attempts=5)
-    for key, body in changed.bodies.items():
-        s3.put_object(Bucket="demo", Key=key, Body=body)
-    large = [key for key, body in changed.bodies.items() if len(body) > 16 * 1024]
-    assert all(profiles(cluster, key) == {"4+2"} for key in large)
-    clients = [Client(cluster, number) for number in range(2)]
-    for client in clients:
-        client.start()
+def test_the_profile_of_a_cluster_in_use_changes_twice(reprofiled: Reprofiled) -> None:
+    servers = reprofiled.servers
+    assert reprofiled.have("4+2")
+    workload = Workload(servers.boto3, "demo", workers=2, attempts=ATTEMPTS, think_s=0.05)
+    workload.start()
+    reprofiled.set_profile("2+1")
+    reprofiled.bodies["new"] = b"n" * 100_000
+    servers.boto3(attempts=ATTEMPTS).put_object(Bucket="demo", Key="new", Body=reprofiled.bodies["new"])
+    assert reprofiled.profiles("new") == {"2+1"}
+    reprofiled.wait_recoded()
+    workload.stop()
+    assert workload.tally.given_up == 0, workload.tally.summary()
+    assert workload.tally.acknowledged
+    assert reprofiled.have("2+1")
+    reprofiled.check(workload)
 
-    set_profile(changed, "2+1")
-    changed.bodies["new"] = b"n" * 100_000
-    s3.put_object(Bucket="demo", Key="new", Body=changed.bodies["new"])
-    assert profiles(cluster, "new") == {"2+1"}
-    wait_recoded(cluster)
-    for client in clients:
-        client.stop()
-    assert [client.failed for client in clients] == [[], []]
-    assert all(client.done for client in clients)
-    assert all(profiles(cluster, key) == {"2+1"} for key in large)
-    changed.check(clients)
+    reprofiled.set_profile("4+2")
+    servers.kill_node("n3")  # whatever has been coded again, any rack may fail
+    reprofiled.check(workload)
+    servers.start_node("n3")
+    servers.wait_healthy(120)
+    reprofiled.wait_recoded()
+    assert reprofiled.have("4+2")
 
-    set_profile(changed, "4+2")
-    cluster.run("dev", "kill", "n3")  # whatever has been coded again, any rack may fail
-    changed.check(clients)
-    cluster.run("dev", "start", "n3")
-    cluster.wait_until(lambda: cluster.status()["verdict"] == "HEALTHY", 60, "all nodes")
-    wait_recoded(cluster)
-    assert all(profiles(cluster, key) == {"4+2"} for key in large)
-    assert {row["state"] for key in large for row in cluster.where("demo", key)["fragments"]} == {"ok"}
-
+    nodes = ("n1", "n2", "n3")
     for _ in range(CHECKS_MAX):  # the old fragments go a while after the record has changed
-        cluster.stop()
-        mixed = [found for found in profiles_on_disks(cluster).values() if len(found) > 1]
-        cluster.start()
+        time.sleep(COLLECTED_S)
+        for name in nodes:
+            servers.stop_node(name)
+        mixed = [found for found in profiles_on_disks(servers).values() if len(found) > 1]
+        for name in nodes:
+            servers.begin(name)
+        servers.wait_healthy(120)
         if not mixed:
             break
-        time.sleep(DROP_DELAY_S)
     assert not mixed
-    cluster.run("dev", "kill", "n1")
-    changed.check(clients)
+    servers.kill_node("n1")
+    reprofiled.check(workload)
