@@ -105,6 +105,8 @@ def _check_unchanged(listed: files.ClusterPlan, last: Layout) -> None:
         profile=now.profile,
         countries=now.countries,
         jurisdictions=now.jurisdictions,
+        operators=now.operators,
+        spread=now.spread,
     )
     if changes := changes_between(last, now):
         raise OperatorError(
@@ -141,6 +143,8 @@ def take_back(listed: files.ClusterPlan, last: Layout, wanted: Layout, directory
     """
     from storaged.cli import create as files
 
+    listed.spread = wanted.spread
+    listed.operators.update(wanted.operators if wanted.spread else ())
     nodes = {node.name: node for node in listed.nodes}
     named = []
     for entry in wanted.nodes:

@@ -27,6 +27,7 @@ from storaged.cluster.layout import (
 )
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import PeerIdentity
+from storaged.cluster.spread import minority_of
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused, LayoutUnsafe, OperatorError
 from storaged.ids import new_disk_id
@@ -97,6 +98,10 @@ class ClusterPlan(msgspec.Struct):
     revoked: list[RevokedPlan] = []
     sparing: tuple[int, int, int] = (600, 3600, 1)
     """As ``cluster.layout.Sparing``."""
+    operators: dict[str, str] = {}
+    """Rack -> who operates it."""
+    spread: str = ""
+    """As in ``Layout``."""
 
     @property
     def policy(self) -> Policy:
@@ -291,6 +296,8 @@ def planned(plan: ClusterPlan, epoch: int) -> Layout:
         jurisdictions=plan.jurisdictions,
         revoked=revoked,
         sparing=Sparing(*plan.sparing),
+        operators=tuple(sorted(plan.operators.items())),
+        spread=plan.spread,
     )
 
 
@@ -308,10 +315,19 @@ def layout_of(plan: ClusterPlan) -> Layout:
 
 
 def seeds_of(layout: Layout) -> tuple[str, ...]:
-    """The first disk of each failure domain, an odd number of them: the replicas of the system partition."""
+    """The first disk of each failure domain, an odd number of them: the replicas of the system partition. Where no
+    operator is trusted alone, none has a majority of them.
+    """
     first: dict[str, str] = {}
     for disk_id, domain in layout.domain_by_disk.items():
         first.setdefault(domain, disk_id)
+    for count in range(SEEDS_MAX, 1, -2):
+        found: list[str] = []
+        for disk_id in first.values():
+            if not layout.spreads or layout.operator_share((*found, disk_id)) <= minority_of(count):
+                found.append(disk_id)
+        if len(found) >= count:
+            return tuple(found[:count])
     count = min(len(first), SEEDS_MAX)
     return tuple(first.values())[: count - 1 if count % 2 == 0 else count]
 

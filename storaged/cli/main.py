@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "job": ("storaged.cli.jobs:job", "Long work; pause, resume and pace what moves data."),
     "keys": ("storaged.cli.keys:keys", "Make, back up and restore the keyring."),
     "node": ("storaged.cli.nodes:node", "Invite servers, let them join, drain, remove and replace them."),
-    "rack": ("storaged.cli.racks:rack", "Rename racks."),
+    "rack": ("storaged.cli.racks:rack", "Rename racks, and say who operates them."),
     "repair": ("storaged.cli.operate:repair", "How repair gets on."),
     "run": ("storaged.cli.run:run", "Run a node: the daemon."),
     "scrub": ("storaged.cli.operate:scrub", "Read and verify everything on the disks."),

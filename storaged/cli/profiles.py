@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from storaged.cluster.spread import OPERATORS
 from storaged.errors import OperatorError
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from storaged.cli import create as files
+
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what it changes.")
 
 
 @click.command("profile")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("directory", type=FOLDER)
 @click.argument("profile", metavar="K+M")
-@click.option("--dry-run", is_flag=True, help="Only show what it changes.")
-def profile(directory: Path, profile: str, dry_run: bool) -> None:
+@click.option(
+    "--spread",
+    type=click.Choice(["operators", "racks"]),
+    default=None,
+    help="operators: trust no operator alone. None may hold K fragments of a block, nor so many that the others can't"
+    " read it, nor a majority of the replicas of a key; all objects are coded, the smallest too; nothing degrades."
+    " racks: as usual.",
+)
+@DRY_RUN
+def profile(directory: Path, profile: str, spread: str | None, dry_run: bool) -> None:
     """Let the next layout of DIRECTORY ask for K data and M parity fragments, such as 4+2.
 
     When it is in force, new writes use it at once. Repair codes everything else again, after all other work, and keeps
@@ -27,6 +43,8 @@ def profile(directory: Path, profile: str, dry_run: bool) -> None:
 
     listed = files.load_plan(directory)
     before, listed.profile = listed.profile, files.parse_profile(profile)
+    if spread is not None:
+        listed.spread = OPERATORS if spread == "operators" else ""
     last = files.last_signed(issuing.load_authority(directory), listed)
     if last is None and not listed.nodes:
         raise OperatorError(f"{directory} has no node yet: {listed.profile} can't be compared with the disks")
@@ -34,6 +52,16 @@ def profile(directory: Path, profile: str, dry_run: bool) -> None:
     before = last[1].profile if last is not None else before
     stored = planning.stored_bytes(before, after.profile)
     click.echo(f"profile {before} to {after.profile}, on {len(after.disks)} disks: {stored}")
+    if after.spreads:
+        click.echo(f"  at most {after.target.operator_max} fragments of a block at one operator, and nothing degrades")
+    if after.spreads and last is not None and not last[1].spreads:
+        click.echo("  Objects of up to 16 KiB that are there stay whole copies until they are written again.")
+    _save(directory, listed, dry_run)
+
+
+def _save(directory: Path, listed: files.ClusterPlan, dry_run: bool) -> None:
+    from storaged.cli import create as files
+
     if dry_run:
         click.echo("  Nothing was changed.")
         return

@@ -1,6 +1,7 @@
-"""``storaged rack rename``: a rack gets another name, and nothing else changes.
+"""``storaged rack rename``: a rack gets another name, and nothing else changes. ``storaged rack operator``: who
+operates it.
 
-How it moves nothing, and why nodes never refuse each other meanwhile:
+How a rename moves nothing, and why nodes never refuse each other meanwhile:
 
 * Placement depends on which disks are in one rack, not on what the rack is called (``Layout.domain_by_disk``). Nodes
   compare layouts by names that a rename does not change (``layout.rack_labels``). So the layout that renames moves
@@ -23,10 +24,12 @@ import click
 from storaged.cli.disks import AS_JSON, FOLDER, save
 from storaged.errors import OperatorError
 
+NAME_MAX = 64
+
 
 @click.group("rack")
 def rack() -> None:
-    """Rename racks."""
+    """Rename racks, and say who operates them."""
 
 
 @rack.command("rename")
@@ -53,6 +56,8 @@ def rename(directory: Path, old: str, new: str, as_json: bool) -> None:
     others = [node for node in listed.nodes if node.location != old]
     if taken := next((node for node in others if new in (node.location, node.certified)), None):
         raise OperatorError(f"{new} is the name of another rack, or was it before: {taken.name} is in {taken.location}")
+    if old in listed.operators:
+        listed.operators[new] = listed.operators.pop(old)
     for node in renamed:
         node.certified = "" if node.certified == new else node.certified or node.location
         node.location = new
@@ -63,3 +68,36 @@ def rename(directory: Path, old: str, new: str, as_json: bool) -> None:
         return
     click.echo(f"rack {old} is called {new} in the list, with {', '.join(names)}")
     click.echo(f"  Next: storaged cluster layout {directory}, and apply the layout on a gateway")
+
+
+@rack.command("operator")
+@click.argument("directory", type=FOLDER)
+@click.argument("rack", metavar="RACK")
+@click.argument("name", metavar="[NAME]", default="")
+@click.option("--dry-run", is_flag=True, help="Only show what it changes.")
+def rack_operator(directory: Path, rack: str, name: str, dry_run: bool) -> None:
+    """Let the next layout of DIRECTORY name who operates RACK, such as FR/par1/a. Without NAME it names nobody.
+
+    The rack may have no server yet. Operators decide something only if the profile is spread over them (`storaged
+    cluster profile --spread operators`).
+    """
+    from storaged.cli import create as files
+    from storaged.cli.succeeding import layouts_after
+    from storaged.cluster import issuing
+
+    listed, rack = files.load_plan(directory), files.parse_location(rack)
+    if len(name) > NAME_MAX or not name.isprintable() or name != name.strip():
+        raise OperatorError(f"the name of an operator has up to {NAME_MAX} printable characters")
+    before = listed.operators.pop(rack, "nobody")
+    if name:
+        listed.operators[rack] = name
+    last = files.last_signed(issuing.load_authority(directory), listed)
+    if last is not None or listed.spread:
+        layouts_after(listed, last)
+    servers = sum(node.location == rack for node in listed.nodes)
+    click.echo(f"rack {rack}, {servers} servers: operated by {name or 'nobody'} (before: {before})")
+    if dry_run:
+        click.echo("  Nothing was changed.")
+        return
+    files.save_plan(directory, listed)
+    click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")

@@ -252,25 +252,15 @@ def print_where(found: dict[str, Any], url: str) -> None:
     """Prints what may fail, then a table of fragments and replicas. Blocks with the same disks share their lines."""
     click.echo(f"{url}  {format_size(found['size'])}")
     click.echo(f"  {_may_fail(found)}")
-    rows = [("part", "blocks", "profile", "fragment", "disk", "node", "rack", "state")]
+    columns = ["disk", "node", "rack", "state"]
+    if any(row.get("operator") for row in (*found["fragments"], *found["replicas"])):
+        columns.insert(3, "operator")
+    rows = [["part", "blocks", "profile", "fragment", *columns]]
     for row in found["fragments"]:
         last = row["block"] + row["blocks"] - 1
         blocks = str(row["block"]) if row["blocks"] == 1 else f"{row['block']}-{last}"
-        rows.append(
-            (
-                str(row["part"]),
-                blocks,
-                row["profile"],
-                str(row["position"]),
-                row["disk"],
-                row["node"],
-                row["rack"],
-                row["state"],
-            )
-        )
-    rows.extend(
-        ("", "", "", "record", row["disk"], row["node"], row["rack"], row["state"]) for row in found["replicas"]
-    )
+        rows.append([str(row["part"]), blocks, row["profile"], str(row["position"]), *(row[name] for name in columns)])
+    rows.extend(["", "", "", "record", *(row[name] for name in columns)] for row in found["replicas"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for line in rows:
         click.echo("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

@@ -16,6 +16,7 @@ from storaged.cli.create import ClusterPlan, layout_of, planned
 from storaged.cluster.layout import Layout, RevokedCertificate, problems_of
 from storaged.cluster.moves import moves_between
 from storaged.cluster.signed_layout import SignedLayout
+from storaged.cluster.spread import minority_of
 from storaged.cluster.succession import base_after, check_successor, exchanged_seeds, next_epoch
 from storaged.errors import LayoutRefused, LayoutUnsafe
 from storaged.wire import encode
@@ -80,14 +81,30 @@ def _steps(before: Layout, wanted: Layout) -> list[Layout]:
         found.append(replace(_with_disks(wanted, before, kept), seeds=seeds, seeds_next=(), seeds_step=step))
     active = {disk.id for disk in wanted.disks if disk.state == "active"}
     going = [seed for seed in seeds if seed not in active]
+    going += _surplus(wanted, [seed for seed in seeds if seed in active])
     for number, old in enumerate(going):
-        target = _with_disks(wanted, before, [seed for seed in going[number + 1 :] if seed not in wanted.disk_by_id])
+        if number < len(going) - 1:  # limits for operators begin with the last exchange
+            wanted_now = replace(wanted, spread=before.spread, operators=before.operators)
+        else:
+            wanted_now = wanted
+        target = _with_disks(
+            wanted_now, before, [seed for seed in going[number + 1 :] if seed not in wanted.disk_by_id]
+        )
         joint = target if old in wanted.disk_by_id else _with_disks(target, before, [old])
         following = exchanged_seeds(replace(before, seeds=seeds), old, wanted)
         found.append(replace(joint, seeds=seeds, seeds_next=following, seeds_step=step + 1))
         seeds, step = following, step + 2
         found.append(replace(target, seeds=seeds, seeds_next=(), seeds_step=step))
     return found or [wanted]
+
+
+def _surplus(wanted: Layout, seeds: Sequence[str]) -> list[str]:
+    """Seed disks of an operator that has a majority of them, where none may; as many as are too many."""
+    found, kept = list[str](), list[str]()
+    for seed in seeds:
+        fits = not wanted.spreads or wanted.operator_share((*kept, seed)) <= minority_of(len(seeds))
+        (kept if fits else found).append(seed)
+    return found
 
 
 def _with_disks(layout: Layout, before: Layout, disks: Collection[str]) -> Layout:

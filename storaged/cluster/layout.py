@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from storaged.cluster import spread as spreading
+from storaged.cluster.spread import OPERATORS, SpreadFacts, minority_of, share_of
 from storaged.wire import Message
 
 PARTITIONS = 1024
@@ -51,6 +53,13 @@ class Profile(NamedTuple):
     def parse(cls, text: str) -> Profile:
         k, _, m = text.partition("+")
         return cls(int(k), int(m))
+
+    @property
+    def operator_max(self) -> int:
+        """How many fragments of a block one operator may hold where no operator is trusted alone: fewer than suffice to
+        read the block, and no more than it can do without.
+        """
+        return min(self.k - 1, self.m)
 
 
 class Location(NamedTuple):
@@ -160,6 +169,13 @@ class Layout(Message, frozen=True, dict=True):
     """Disks that are lost for good: the administrator has said so (``storaged cluster recover``), and they are powered
     off. Partitions that lost a majority go on from those that are left (``cluster.partitions``).
     """
+    operators: tuple[tuple[str, str], ...] = ()
+    """(location of a rack, who operates it), sorted. Racks of one operator may fail, or lie, together."""
+    spread: str = ""
+    """OPERATORS: no operator is trusted alone. None may hold as many fragments of a block as it can be read from, nor
+    so many that the others can't read it, nor a majority of a partition's replicas; and nothing is written as whole
+    copies. Empty: operators decide nothing.
+    """
 
     @cached_property
     def target(self) -> Profile:
@@ -200,6 +216,47 @@ class Layout(Message, frozen=True, dict=True):
             for disk in self.disks
         }
 
+    @cached_property
+    def operator_by_rack(self) -> dict[str, str]:
+        return dict(self.operators)
+
+    @cached_property
+    def operator_by_disk(self) -> dict[str, str]:
+        """Disk id -> the operator of its rack. Without a named one the rack is an operator of its own."""
+        named = self.operator_by_rack
+        locations = ((disk.id, self.node_by_name[disk.node].location) for disk in self.disks)
+        return {disk: named.get(location, location) for disk, location in locations}
+
+    @property
+    def spreads(self) -> bool:
+        """No operator is trusted alone."""
+        return self.spread == OPERATORS
+
+    def operator_share(self, disks: Iterable[str]) -> int:
+        """How many of the disks the operator has that has the most. A disk that the layout does not have counts for
+        itself.
+        """
+        return share_of(self.operator_by_disk.get(disk, disk) for disk in disks)
+
+    @property
+    def spread_facts(self) -> SpreadFacts:
+        profile, named = self.target, self.operator_by_rack
+        racks = {self.node_by_name[disk.node].location for disk in self.disks}
+        return SpreadFacts(
+            tuple(sorted(rack for rack in racks if rack not in named)),
+            tuple(
+                (self.operator_by_disk[disk.id], self.domain_by_disk[disk.id])
+                for disk in self.disks
+                if disk.state == "active"
+            ),
+            self.profile,
+            profile.n,
+            profile.m,
+            profile.operator_max,
+            self.replicas,
+            tuple(self.operator_by_disk.get(seed, seed) for seed in self.seeds_next or self.seeds),
+        )
+
     def node_of(self, disk_id: str) -> str:
         return self.disk_by_id[disk_id].node
 
@@ -219,7 +276,9 @@ class Layout(Message, frozen=True, dict=True):
         return {}
 
     def replicas_of(self, partition: int) -> tuple[str, ...]:
-        """The disks that hold a partition's registers, first choice first: active ones in distinct failure domains."""
+        """The disks that hold a partition's registers, first choice first: active ones in distinct failure domains, and
+        no majority of them at one operator where ``spread`` asks for that.
+        """
         if partition == SYSTEM_PARTITION:
             return self.seeds
         found = self._rings.get(partition)
@@ -227,9 +286,12 @@ class Layout(Message, frozen=True, dict=True):
             chosen: list[str] = []
             domains: set[str] = set()
             for disk_id in self._ranked(b"ring" + partition.to_bytes(2, "big")):
-                if self.domain_by_disk[disk_id] not in domains and self.disk_by_id[disk_id].state == "active":
-                    domains.add(self.domain_by_disk[disk_id])
-                    chosen.append(disk_id)
+                if self.domain_by_disk[disk_id] in domains or self.disk_by_id[disk_id].state != "active":
+                    continue
+                if self.spreads and self.operator_share((*chosen, disk_id)) > minority_of(self.replicas):
+                    continue
+                domains.add(self.domain_by_disk[disk_id])
+                chosen.append(disk_id)
                 if len(chosen) == self.replicas:
                     break
             found = self._rings[partition] = tuple(chosen)
@@ -329,6 +391,10 @@ def problems_of(layout: Layout) -> list[str]:
         found.append(
             f"metadata wants {layout.replicas} replicas in distinct {layout.domain_kind}s; there are {len(per_domain)}"
         )
+    if layout.spreads:
+        found += spreading.problems(layout.spread_facts)
+    elif layout.spread:
+        found.append(f"this version can't spread data over {layout.spread!r}")
     if len(layout.seeds) < 3 or len(layout.seeds) % 2 == 0 or len(layout.seeds) > 7:
         found.append(f"the system partition wants 3, 5 or 7 seed disks; {len(layout.seeds)} are named")
     ranks = Counter(disk.rank or disk.id for disk in layout.disks if disk.state == "active")
@@ -365,4 +431,4 @@ def weaknesses(layout: Layout) -> list[str]:
                 f"{len(some)} of {len(layout.seeds)} seed disks are in one {kind}, {domain}: its loss stops the system"
                 " partition"
             )
-    return found
+    return found + (spreading.weaknesses(layout.spread_facts) if layout.spreads else [])

@@ -4,10 +4,10 @@ A layout moves data if it gives even one partition other replicas, or one disk a
 a layout only with a certificate (``cluster.certificates``), and move the data afterwards (``maintain.partition_mover``,
 repair). Addresses, roles and nodes without disks may change with the signature alone.
 
-Places follow from the set of disks with their ids, weights, states, nodes and these nodes' racks, from the seed
-disks, from the number of replicas (``Layout._ranked``), and from what a layout says of partitions that have moved or
-have not (``cluster.partitions``). So two layouts that agree in all of these agree in every rank, and the ranks need not
-be computed.
+Places follow from the set of disks with their ids, weights, states, nodes and these nodes' racks, from the seed disks,
+from the number of replicas (``Layout._ranked``), from the operators where data is spread over them, and from what a
+layout says of partitions that have moved or have not (``cluster.partitions``). So two layouts that agree in all of
+these agree in every rank, and the ranks need not be computed.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def _harmless(before: Layout, after: Layout) -> list[str]:
             if was != is_now:
                 texts = [value if isinstance(value, str) else ", ".join(value) for value in (was, is_now)]
                 found.append(f"node {name} changes: {field} {texts[0] or 'none'} to {texts[1] or 'none'}")
+    found += _operator_changes(before, after) if not before.spread and not after.spread else []
     for field in ("profile", "countries", "jurisdictions"):
         was, is_now = getattr(before, field), getattr(after, field)
         if was != is_now:
@@ -117,7 +118,8 @@ def places_digest(layout: Layout) -> bytes:
     facts = (places, layout.seeds, layout.replicas, len(layout.disks))
     moved: tuple[object, ...] = (layout.base, layout.seeds_next, layout.seeds_step)
     moved = (*moved, layout.lost) if layout.lost else moved
-    return hashlib.sha256(encode((*facts, *moved) if any(moved) else facts)).digest()
+    over = (layout.spread, sorted(_operators(layout).items())) if layout.spread else ()
+    return hashlib.sha256(encode((*facts, *moved, *over) if any(moved) or over else facts)).digest()
 
 
 class _Place(NamedTuple):
@@ -168,9 +170,29 @@ def _differences(before: Layout, after: Layout) -> list[str]:
         )
     found += [f"disk {disk} is lost for good" for disk in after.lost if disk not in before.lost]
     found += [f"disk {disk} is not lost any more" for disk in before.lost if disk not in after.lost]
+    if before.spread != after.spread:
+        names = [layout.spread or "failure domains alone" for layout in (before, after)]
+        found.append(f"data was spread over {names[0]}, and is spread over {names[1]}")
+    if before.spread or after.spread:
+        found += _operator_changes(before, after)
     if before.replicas != after.replicas:
         found.append(f"the replicas of a partition change from {before.replicas} to {after.replicas}")
     return found
+
+
+def _operators(layout: Layout) -> dict[str, str]:
+    """Of the racks with disks, by names that a rename does not change."""
+    named = layout.operator_by_rack
+    return {label: named[rack] for rack, label in rack_labels(layout).items() if rack in named}
+
+
+def _operator_changes(before: Layout, after: Layout) -> list[str]:
+    old, new = _operators(before), _operators(after)
+    return [
+        f"the operator of rack {rack} changes from {old.get(rack, 'nobody')} to {new.get(rack, 'nobody')}"
+        for rack in sorted(old.keys() | new.keys())
+        if old.get(rack) != new.get(rack)
+    ]
 
 
 def _change(old: _Place, new: _Place) -> str:

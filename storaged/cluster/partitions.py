@@ -72,6 +72,7 @@ from collections.abc import Container
 from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.cluster.spread import minority_of
 from storaged.errors import LayoutRefused
 from storaged.wire import Message, encode
 
@@ -246,16 +247,27 @@ def next_step(
     free = [disk for disk in target if disk not in state.present and disk not in lost]
     if not going or not free:
         return None
-    old, new = min(
-        ((old, new) for old in going for new in free),
-        key=lambda pair: _badness(state, layout, lost, *pair),
-    )
+    pairs = [(old, new) for old in going for new in free if _keeps_operators(state, layout, old, new)]
+    if not pairs:
+        return None
+    old, new = min(pairs, key=lambda pair: _badness(state, layout, lost, *pair))
     coming = tuple(new if disk == old else disk for disk in state.present)
     return PartitionRecord(state.partition, state.step + 1, state.present, coming, layout.epoch, lost=state.lost)
 
 
 def _among(lost: tuple[str, ...], disks: Container[str]) -> tuple[str, ...]:
     return tuple(disk for disk in lost if disk in disks)
+
+
+def _keeps_operators(state: PartitionState, layout: Layout, old: str, new: str) -> bool:
+    """Whether an exchange leaves every operator with a minority, where the layout trusts none alone. Where one has more
+    already, since the layout was another one, it may not get more still. Disks that the layout does not have answer
+    nobody, so they give no operator a vote.
+    """
+    if not layout.spreads:
+        return True
+    share = layout.operator_share(new if disk == old else disk for disk in state.present)
+    return share <= max(minority_of(len(state.present)), layout.operator_share(state.present))
 
 
 def _badness(

@@ -138,7 +138,8 @@ def target(layout: Layout, out: Collection[str]) -> Layout:
     placed from now on. It has the same epoch and the same failure domains.
 
     Where too few domains would be left for the replicas of a partition, domains of which nothing is left keep their
-    disks: then nothing moves away from these.
+    disks: then nothing moves away from these. Where no operator is trusted alone, and too few would be left for that,
+    all disks stay where they are.
     """
     domain_of = layout.domain_by_disk
     active = [disk.id for disk in layout.disks if disk.state == "active"]
@@ -146,7 +147,9 @@ def target(layout: Layout, out: Collection[str]) -> Layout:
     gone = {disk for disk in active if disk in out and (len(left) >= layout.replicas or domain_of[disk] in left)}
     if not gone:
         return layout
-    return replace(layout, disks=tuple(replace(disk, state=OUT) if disk.id in gone else disk for disk in layout.disks))
+    disks = tuple(replace(disk, state=OUT) if disk.id in gone else disk for disk in layout.disks)
+    found = replace(layout, disks=disks)
+    return layout if layout.spreads and found.spread_facts.replicas_room < layout.replicas else found
 
 
 def voters_of(layout: Layout) -> frozenset[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from storaged.cluster.layout import Layout, problems_of
 from storaged.cluster.moves import Moves, moves_between
+from storaged.cluster.spread import minority_of
 from storaged.errors import LayoutRefused
 
 GENERATION = 100
@@ -130,10 +131,15 @@ def exchanged_seeds(before: Layout, old: str, after: Layout) -> tuple[str, ...]:
     taken = {domains[seed] for seed in seeds if seed != old and seed in domains}
     free = [disk for disk in after.disks if disk.state == "active" and disk.id not in seeds]
     free = [disk for disk in free if domains[disk.id] not in taken]
+    if after.spreads:  # no operator gets a majority, or more of one than it has
+        stay = [seed for seed in seeds if seed != old]
+        at_most = max(minority_of(len(seeds)), after.operator_share(seeds))
+        free = [disk for disk in free if after.operator_share([*stay, disk.id]) <= at_most]
+        free = [disk for disk in free if after.operator_share([*stay, disk.id]) <= after.operator_share(stay)] or free
     if not free:
         raise LayoutRefused(
             f"No disk can take the place of seed disk {old}: each {after.domain_kind} with another disk has a seed"
-            " already."
+            f" already{', or its operator would have a majority of them' if after.spreads else ''}."
         )
     rank = {disk: place for place, disk in enumerate(after.preference(0))}
     new = min(free, key=lambda disk: (domains[disk.id] != home, rank[disk.id])).id

@@ -21,7 +21,7 @@ from storaged.cluster.layout import Layout, Profile
 from storaged.cluster.ports import Layouts
 from storaged.fragments.ports import FragmentId
 from storaged.objects.code.geometry import BlockShape, PartShape
-from storaged.objects.code.place import disks_of, first_choice, is_placed, largest_share
+from storaged.objects.code.place import disks_of, first_choice, is_placed, keeps_operators, largest_share
 from storaged.objects.records import PartEntry, Run
 
 
@@ -126,6 +126,8 @@ def _is_spread(layout: Layout, data_id: bytes, run: Run, disks: Sequence[str], c
     """Whether at most m fragments are in one domain, or, in a layout with too few domains for that, no more than in the
     first choice.
     """
+    if not keeps_operators(layout, run.profile, disks):
+        return False
     share = largest_share(layout, disks)
     return share <= run.m or share <= largest_share(layout, first_choice(layout, data_id, run.profile, countries))
 

@@ -276,6 +276,8 @@ def _judge_disks(
             return Judged(REFUSED, f"the layout has no disk {disk[:40]!r}")
         if not place.is_eligible(layout, disk, countries):
             return Judged(REFUSED, f"disk {disk} is not active, or outside of the countries")
+    if not place.keeps_operators(layout, profile, disks):
+        return Judged(REFUSED, f"one operator would hold {layout.operator_share(disks)} of {profile.n} fragments")
     try:
         now = place.choose(layout, entry.data_id, layout.target, writable, countries)
     except StoragedError as error:

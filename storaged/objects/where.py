@@ -39,6 +39,7 @@ class FragmentPlace:
     rack: str
     state: str
     blocks_bad: int = 0
+    operator: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ReplicaPlace:
     node: str
     rack: str
     state: str
+    operator: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ async def _replicas(plane: ObjectPlane, name: RegisterName, layout: Layout) -> t
             _node_of(layout, replica.disk),
             _rack_of(layout, replica.disk),
             states.get(replica.state, replica.state),
+            _operator_of(layout, replica.disk),
         )
         for replica in await plane.registers.agreement(name)
     )
@@ -158,7 +161,8 @@ async def _run(
 def _fragment_place(layout: Layout, position: int, disk: str, health: list[str]) -> FragmentPlace:
     worst = max(health, key=("ok", "damaged", "missing", "unreachable").index)
     bad = sum(state != "ok" for state in health)
-    return FragmentPlace(position, disk, _node_of(layout, disk), _rack_of(layout, disk), worst, bad)
+    operator = _operator_of(layout, disk)
+    return FragmentPlace(position, disk, _node_of(layout, disk), _rack_of(layout, disk), worst, bad, operator)
 
 
 def _places(
@@ -184,6 +188,11 @@ async def _health(plane: ObjectPlane, part: PartEntry, run: Run, position: int, 
 
 def _node_of(layout: Layout, disk: str) -> str:
     return layout.node_of(disk) if disk in layout.disk_by_id else ""
+
+
+def _operator_of(layout: Layout, disk: str) -> str:
+    """Empty when its rack names none."""
+    return layout.operator_by_rack.get(_rack_of(layout, disk), "")
 
 
 def _rack_of(layout: Layout, disk: str) -> str:

@@ -19,7 +19,7 @@ from storaged.cluster.layout import Layout, Sparing, weaknesses
 from storaged.cluster.move_settings import MoveSettings, document
 from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.succession import check_successor
-from storaged.errors import LayoutOvertaken, OperatorError, RecoverRefused
+from storaged.errors import LayoutOvertaken, LayoutUnsafe, OperatorError, RecoverRefused
 from storaged.wire import encode
 from tests.unit.test_cli_cluster import call, issue_three
 from tests.worlds.layouts import first, with_nodes
@@ -299,6 +299,110 @@ def test_a_profile_that_the_disks_cannot_hold_is_refused_with_the_numbers(
     with pytest.raises(OperatorError, match=re.escape(said)):
         call("cluster", "profile", str(authority), profile)
     assert create.load_plan(authority) == before
+
+
+# --- operators
+
+
+OPERATORS = {"FR/par1/a": "anne", "FR/par2/b": "bert", "FR/lyo1/c": "carl", "DE/fra/d": "dora"}
+
+
+def name_operators(place: Path, named: dict[str, str]) -> None:
+    for rack, name in named.items():
+        call("rack", "operator", str(place), rack, name)
+
+
+def test_a_profile_is_spread_over_operators(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
+    call("cluster", "layout", str(authority))
+    with pytest.raises(LayoutUnsafe, match="rack DE/fra/d names no operator"):
+        call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
+    name_operators(authority, OPERATORS)
+    call("rack", "operator", str(authority), "DE/fra/d", "somebody else", "--dry-run")
+    assert create.load_plan(authority).operators == OPERATORS
+    found = plan_of(authority, capsys)
+    assert not found["moves_data"], "operators alone move nothing"
+    assert "the operator of rack DE/fra/d changes from nobody to dora" in found["changes"]
+    call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
+    said = capsys.readouterr().out
+    assert "at most 2 fragments of a block at one operator" in said
+    assert "stay whole copies" in said
+    found = plan_of(authority, capsys)
+    assert found["moves_data"]
+    assert found["labels"] == []
+    call("cluster", "layout", str(authority))
+    assert history_of(authority)[-1].spread == "operators"
+    call("cluster", "abort", str(authority))
+    assert history_of(authority)[-1].spread == "", "the places that were before are wanted again"
+    call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
+    call("cluster", "layout", str(authority))
+    call("rack", "rename", str(authority), "DE/fra/d", "DE/fra/dd")
+    call("rack", "operator", str(authority), "DE/ber/e", "emma")
+    found = plan_of(authority, capsys)
+    assert not found["moves_data"], "a rack that is renamed keeps its operator, and one without disks has no data"
+    call("cluster", "layout", str(authority))
+    issue(authority, "n5", "DE/ber/e", "/srv/disk1", "/srv/disk2")
+    call("cluster", "layout", str(authority))
+    last = history_of(authority)[-1]
+    assert {last.operator_by_disk[disk.id] for disk in last.disks} == {"anne", "bert", "carl", "dora", "emma"}
+    assert "DE/fra/d" not in last.operator_by_rack
+    call("cluster", "profile", str(authority), "4+2", "--spread", "racks")
+    call("cluster", "layout", str(authority))
+    assert history_of(authority)[-1].spread == ""
+
+
+def test_operators_that_cannot_hold_a_profile_are_refused_with_the_numbers(authority: Path) -> None:
+    name_operators(authority, {"FR/par1/a": "anne", "FR/par2/b": "bert", "FR/lyo1/c": "carl"})
+    for profile, said in (
+        ("2+1", None),
+        ("4+2", None),
+        ("1+2", "needs two data fragments, or one could read alone"),
+        ("5+3", "needs 8 disks with at most 3 at one operator: 3 operators give 6"),
+    ):
+        if said is None:
+            call("cluster", "profile", str(authority), profile, "--spread", "operators")
+            continue
+        with pytest.raises(LayoutUnsafe, match=re.escape(said)):
+            call("cluster", "profile", str(authority), profile)
+    before = create.load_plan(authority)
+    with pytest.raises(LayoutUnsafe, match="2 operators give 2"):
+        call("rack", "operator", str(authority), "FR/lyo1/c", "anne")
+    with pytest.raises(LayoutUnsafe, match="rack FR/lyo1/c names no operator"):
+        call("rack", "operator", str(authority), "FR/lyo1/c")
+    with pytest.raises(OperatorError, match="is not COUNTRY/SITE/RACK"):
+        call("rack", "operator", str(authority), "par9", "anne")
+    with pytest.raises(OperatorError, match="printable"):
+        call("rack", "operator", str(authority), "FR/par1/a", "a\tb")
+    assert create.load_plan(authority) == before
+
+
+def test_three_operators_hold_it_and_the_plan_says_what_the_outage_of_one_stops(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name_operators(authority, {"FR/par1/a": "anne", "FR/par2/b": "bert", "FR/lyo1/c": "carl"})
+    call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
+    (label,) = plan_of(authority, capsys)["labels"]
+    assert label["code"] == "LAYOUT_WEAK"
+    assert "while one operator is away nothing is written" in label["text"]
+
+
+def test_a_majority_of_seed_disks_at_one_operator_is_exchanged_before(authority: Path) -> None:
+    """The racks of the first three servers have one operator; three more come."""
+    for number, rack in enumerate(("DE/fra/d", "DE/ber/e", "DE/ham/f"), 4):
+        issue(authority, f"n{number}", rack, "/srv/disk1", "/srv/disk2")
+    call("cluster", "layout", str(authority))
+    racks = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c")
+    name_operators(authority, dict.fromkeys(racks, "anne"))
+    name_operators(authority, {"DE/fra/d": "dora", "DE/ber/e": "emma", "DE/ham/f": "fred"})
+    call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
+    call("cluster", "layout", str(authority))
+    layouts = history_of(authority)[2:]
+    assert [(layout.spread, layout.seeds_step) for layout in layouts] == [
+        *(("", 1), ("", 2)),
+        *(("operators", 3), ("operators", 4)),
+    ]
+    last = layouts[-1]
+    assert last.operator_share(last.seeds) == 1
 
 
 # --- the outlook

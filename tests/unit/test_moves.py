@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry, Profile
+from storaged.cluster.spread import OPERATORS
 from storaged.fragments.ports import FragmentHeader
-from storaged.maintain.health import BlockPlace
+from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.mover import (
     FRAGMENTS_BURST,
     FRAGMENTS_PER_S,
@@ -28,6 +29,7 @@ from storaged.maintain.moves import (
     cost_of,
     is_moved,
     is_whole,
+    judge_ask,
     judge_block,
     must_read,
     problem_of_call,
@@ -36,6 +38,7 @@ from storaged.maintain.relocate import split
 from storaged.meta.names import object_name
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import HEADER_BYTES, MAGIC, SUITE
+from tests.doubles.layouts import KnownLayouts
 
 RACKS = {"a": "FR/par1/a", "b": "FR/par2/b", "c": "FR/lyo1/c"}
 LAYOUT = Layout(
@@ -235,3 +238,35 @@ def test_an_asker_of_what_is_refused_rests_longer_each_time() -> None:
     allowance.note("n", refused=False, now=now)
     allowance.note("n", refused=True, now=now)
     assert not allowance.problem("n", now + REFUSED_PAUSE_S)
+
+
+FOUR = {**RACKS, "d": "FR/lyo2/d"}
+SPREAD = Layout(
+    "test",
+    1,
+    tuple(NodeEntry(f"n{rack}", where, "", ("storage",)) for rack, where in FOUR.items()),
+    tuple(DiskEntry(f"{rack}{index}", f"n{rack}", 1) for rack in FOUR for index in range(3)),
+    ("a0", "b0", "c0"),
+    operators=tuple(sorted((where, "x" if rack in "ad" else rack) for rack, where in FOUR.items())),
+    spread=OPERATORS,
+)
+"""Racks a and d have one operator."""
+
+
+@pytest.mark.parametrize(
+    ("disks", "said"),
+    [
+        (("a0", "d0", "b0", "b1", "c0", "c1"), ""),
+        (("a0", "a1", "d0", "b0", "b1", "c0"), "one operator would hold 3 of 6 fragments"),
+    ],
+)
+def test_no_operator_gets_more_fragments_than_the_layout_allows(disks: tuple[str, ...], said: str) -> None:
+    old = Run(0, 1, 4, 2, 1, dict(enumerate(OLD_DISKS)))
+    new = msgspec.structs.replace(old, moved=dict(enumerate(disks)))
+    part = msgspec.structs.replace(entry(), runs=(old,))
+    ask = MoveAsk(NAME, part.data_id, old, new)
+    assert judge_ask(SPREAD, part, ask, (), lambda _disk: True).reason == said
+    plain = msgspec.structs.replace(SPREAD, spread="")
+    assert judge_ask(plain, part, ask, (), lambda _disk: True) == OK
+    (where,) = blocks_of(msgspec.structs.replace(part, runs=(new,)), 0, KnownLayouts(SPREAD), ())
+    assert where.spread == (not said)

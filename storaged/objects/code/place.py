@@ -6,6 +6,10 @@ Theory of operation
     with at most m fragments in one failure domain and one on a disk. It is the same for every node that knows the
     epoch, so a record names only the exceptions (``Run.moved``).
 
+    Where the layout trusts no operator alone (``Layout.spread``), an operator gets fewer fragments than suffice to read
+    a block, and no more than it can do without. Then nothing degrades: there are no fallbacks, and a layout or a
+    country with too few operators takes no write.
+
     A write that finds disks away keeps the living first choices and gives the positions of the others to the next
     living disks under the same limits. When the living disks can't hold the profile that way, it uses the cheapest
     *fallback* profile that they can hold, and repair recodes the part later. The rule that counts (``acceptable``): the
@@ -58,21 +62,20 @@ def is_eligible(layout: Layout, disk_id: str, countries: Sequence[str]) -> bool:
 
 
 def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tuple[str, ...]) -> tuple[str, ...]:
-    """Up to n disks: by preference under the domain limit, then, when the layout has too few domains, by preference
-    alone.
+    """Up to n disks: by preference under the limits of domains and operators, then, when the layout has too few domains
+    and operators decide nothing, by preference alone.
     """
     memo = layout.first_choices
     found = memo.get((group, profile, countries))
     if found is None:
         ranked = [disk_id for disk_id in layout.preference(group) if is_eligible(layout, disk_id, countries)]
-        shares: Counter[str] = Counter()
+        shares = _Shares(layout, profile, profile.m)
         chosen: list[str] = []
         for disk_id in ranked:
-            domain = layout.domain_by_disk[disk_id]
-            if len(chosen) < profile.n and shares[domain] < profile.m:
-                shares[domain] += 1
+            if len(chosen) < profile.n and shares.has_room(disk_id):
+                shares.add(disk_id)
                 chosen.append(disk_id)
-        if len(chosen) < profile.n:
+        if len(chosen) < profile.n and not layout.spreads:
             taken = set(chosen)
             chosen += [disk_id for disk_id in ranked if disk_id not in taken][: profile.n - len(chosen)]
         if len(memo) >= FIRST_CHOICES_MAX:
@@ -138,6 +141,8 @@ def choose(
     placement = hold(target, target.m)
     if placement is not None:
         return placement
+    if layout.spreads:
+        raise ServiceUnavailable(_no_operators(layout, target, countries, takes))
     living = [disk_id for disk_id in layout.preference(group) if takes(disk_id)]
     shares = Counter(layout.domain_by_disk[disk_id] for disk_id in living)
     for profile in _fallbacks(target):
@@ -151,6 +156,44 @@ def choose(
         f" writes{_inside(countries)}, in {len(shares)} {layout.domain_kind}s; the target {target} needs {target.n},"
         " the smallest fallback 2"
     )
+
+
+def _no_operators(layout: Layout, target: Profile, countries: Iterable[str], takes: Writable) -> str:
+    living = [disk.id for disk in layout.disks if takes(disk.id)]
+    operators = {layout.operator_by_disk[disk_id] for disk_id in living}
+    return (
+        f"profile {target} is spread over operators, at most {target.operator_max} fragments at one, and never weaker:"
+        f" {len(living)} of {len(layout.disks)} disks take writes{_inside(countries)}, of {len(operators)} operators"
+    )
+
+
+class _Shares:
+    """Counts fragments of a block in failure domains, and at operators where no one of them is trusted alone."""
+
+    def __init__(self, layout: Layout, profile: Profile, domain_max: int) -> None:
+        self._domains, self._domain_max = layout.domain_by_disk, domain_max
+        self._operators = layout.operator_by_disk if layout.spreads else None
+        self._operator_max = profile.operator_max
+        self._counts: dict[str, int] = {}
+        self._by_operator: dict[str, int] = {}
+
+    def has_room(self, disk_id: str) -> bool:
+        """Whether one more fragment may go to the disk's domain, and to its operator."""
+        if self._counts.get(self._domains[disk_id], 0) >= self._domain_max:
+            return False
+        return self._operators is None or self._by_operator.get(self._operators[disk_id], 0) < self._operator_max
+
+    def add(self, disk_id: str) -> None:
+        domain = self._domains[disk_id]
+        self._counts[domain] = self._counts.get(domain, 0) + 1
+        if self._operators is not None:
+            operator = self._operators[disk_id]
+            self._by_operator[operator] = self._by_operator.get(operator, 0) + 1
+
+
+def keeps_operators(layout: Layout, profile: Profile, disks: Iterable[str]) -> bool:
+    """Whether no operator has more of these fragments of a block than the layout allows."""
+    return not layout.spreads or layout.operator_share(disks) <= profile.operator_max
 
 
 def _inside(countries: Iterable[str]) -> str:
@@ -188,21 +231,20 @@ def _assign(
     """Living first choices keep their positions; the others go to the next living candidates, at most ``domain_limit``
     in a domain. None: too few.
     """
-    domain = layout.domain_by_disk
     disks: dict[int, str] = {}
-    shares: Counter[str] = Counter()
+    shares = _Shares(layout, profile, domain_limit)
     for position, disk_id in enumerate(first):
-        if shares[domain[disk_id]] < domain_limit and takes(disk_id):
+        if shares.has_room(disk_id) and takes(disk_id):
             disks[position] = disk_id
-            shares[domain[disk_id]] += 1
+            shares.add(disk_id)
     moved: dict[int, str] = {}
     if len(disks) < profile.n:
         taken = set(disks.values())
         empty = [position for position in range(profile.n) if position not in disks]
         for disk_id in candidates:
-            if disk_id in taken or shares[domain[disk_id]] >= domain_limit or not takes(disk_id):
+            if disk_id in taken or not shares.has_room(disk_id) or not takes(disk_id):
                 continue
-            shares[domain[disk_id]] += 1
+            shares.add(disk_id)
             moved[empty[len(moved)]] = disk_id
             if len(moved) == len(empty):
                 break
@@ -238,10 +280,14 @@ def acceptable(
 ) -> bool:
     """Whether a block may be acknowledged. ``durable``: position -> disk of the fragments that are synced.
 
-    The loss of any one disk must always leave k of them. The loss of any one domain must, too, whenever some profile on
-    the living disks (of the bucket's ``countries``) could survive that: when they span two domains. The caller leaves
-    out disks that were lost after their sync.
+    Where no operator is trusted alone, none may have k of them, and the others must have k. Otherwise the loss of any
+    one disk must always leave k of them. The loss of any one domain must, too, whenever some profile on the living
+    disks (of the bucket's ``countries``) could survive that: when they span two domains. The caller leaves out disks
+    that were lost after their sync.
     """
+    if layout.spreads:
+        share = layout.operator_share(durable.values())
+        return share < profile.k <= len(durable) - share
     if _left(durable.values()) < profile.k:
         return False
     if not _spans_domains(

@@ -119,11 +119,15 @@ async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
 
 def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest) -> Sealed | None:
     """Seals a body that is one chunk, for the record or for copies beside the register. None, with nothing done: too
-    few of the register's disks can take copies now.
+    few of the register's disks can take copies now, or the layout trusts no operator alone, so that none may have a
+    whole copy.
     """
+    layout = plane.layouts.current
+    if layout.spreads:
+        return None
     _, name, dek, data_id, _ = part
     number = part.sealed_number
-    target, inline = plane.layouts.current.target_text, len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
+    target, inline = layout.target_text, len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
     if not inline:
         plan = plane.copy_plan(name)
         if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.state.disks))):
