@@ -35,9 +35,7 @@ LAYOUT = "layout.signed"
 
 
 class Line(NamedTuple):
-    """``begins``: the start of a command in the guide. ``machine``: where it runs; NOWHERE: it is not run, since a test
-    has no such users. ``then``: what the text says to do afterwards.
-    """
+    """``begins``: the start of a command in the guide. ``machine``: where it runs; NOWHERE: it is not run here. ``then``: what the text says to do afterwards."""
 
     begins: str
     machine: str
@@ -228,6 +226,11 @@ A_SERVER_DIED = (
     Line("storaged node remove authority n1", ADMIN),
     Line("storaged cluster plan authority", ADMIN),
     Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
+    # The rest loses data, and is for a cluster that has lost a majority of some replicas: another one than this.
+    Line("storaged --dir /var/lib/storaged/gateway cluster losses DISK1 DISK2", NOWHERE),
+    Line("storaged --dir /var/lib/storaged/gateway cluster losses DISK1 DISK2 --json > LOSSES", NOWHERE),
+    Line("storaged cluster recover authority --losses LOSSES", NOWHERE),
+    Line("storaged cluster recover authority --losses LOSSES --unsafe", NOWHERE),
 )
 
 
