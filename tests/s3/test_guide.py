@@ -35,7 +35,9 @@ LAYOUT = "layout.signed"
 
 
 class Line(NamedTuple):
-    """``begins``: the start of a command in the guide. ``machine``: where it runs; NOWHERE: it is not run here. ``then``: what the text says to do afterwards."""
+    """``begins``: the start of a command in the guide. ``machine``: where it runs; NOWHERE: it is not run here.
+    ``then``: what the text says to do afterwards.
+    """
 
     begins: str
     machine: str
