@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -367,6 +368,27 @@ async def test_catching_up_settles_exactly_what_a_returned_replica_missed_and_na
     ring.down = set(disks[1:])
     with pytest.raises(ServiceUnavailable):
         await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+
+
+async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ring = Ring()
+    await ring.fill([b"k1"], shards=1)
+    disks = ring.replicas_of(name_of(b"k1"))
+    for disk in disks[1:]:
+        await ring.put(disk, name_of(b"missed"), value_of(2), 2)
+    ask_all, asked = ring.scanner._reader.ask_all, 0
+
+    async def away_meanwhile(*wanted: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        ring.down = {disks[0]} if asked == 2 else set()
+        return await ask_all(*wanted)
+
+    monkeypatch.setattr(ring.scanner._reader, "ask_all", away_meanwhile)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    assert (found.settled, found.away) == (0, {disks[0]})
 
 
 def test_a_share_is_a_little_more_than_the_mean_and_doubles_with_every_turn() -> None:

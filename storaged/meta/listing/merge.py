@@ -171,6 +171,7 @@ class RingScanner:
             found.away |= set(feed.disks) - set(answers)
             if len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) > 1:
                 [answers] = await self._reader.ask_all(query, [read], Want.ALL)
+                found.away |= set(feed.disks) - set(answers)  # one that answers no more may be the one that differs
                 through, done = common_end(answers.values())
                 rows = reported({disk: decode_rows(its.rows) for disk, its in answers.items()}, through, done)
                 alike = _identical if table == Table.SYSTEM else _unanimous
