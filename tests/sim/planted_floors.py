@@ -24,6 +24,17 @@ FLOOR_BUGS = (
         fast=True,
     ),
     Planted(
+        "differing_replica_not_compared",
+        "a replica that says that it differs, and then does not answer with its rows, counts as compared",
+        400,
+        "expunging",
+        "storaged/meta/listing/merge.py",
+        "                found.away |= set(feed.disks) - set(answers)  # one that answers no more may be the one that"
+        " differs\n",
+        "",
+        first=1_000,
+    ),
+    Planted(
         "promise_of_a_floor_not_durable",
         "replicas forget with their process that they refuse ballots below a floor",
         1,

@@ -127,8 +127,7 @@ async def test_a_row_counts_and_not_the_floor() -> None:
 async def test_a_floor_that_is_promised_refuses_lower_ballots_and_reports_nothing() -> None:
     store = MemoryMetaStore()
     replica = replica_on(store)
-    late = now_us(-1)
-    await replica.prepare(prepare(late))
+    late = now_us(-1)  # never promised: no high-water ballot lies above it
     reply = await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))
     assert (reply.verdict, reply.floor, reply.final) == (Verdict.OK, ZERO_BALLOT, False)
     assert (await read(replica)).accepted == ZERO_BALLOT
@@ -222,7 +221,10 @@ async def test_a_row_with_an_accept_on_its_way_stays() -> None:
     disk.open.clear()
     writing = asyncio.ensure_future(replica.accept(accept(now_us(9), value(sequence=8))))
     await settle_tasks()
-    assert (await replica.floors.expunge(Expunge("d", PREFIX, FLOOR))).gone == 0
+    going = asyncio.ensure_future(replica.floors.expunge(Expunge("d", PREFIX, FLOOR)))
+    await settle_tasks()
+    assert going.done()
+    assert going.result().gone == 0
     disk.open.set()
     assert (await writing).verdict == Verdict.OK
     assert (await read(replica)).value == value(sequence=8)
