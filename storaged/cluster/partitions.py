@@ -35,6 +35,8 @@ Theory of operation: no operation of one step misses what another step has done
       state ends. Until then every operation meets a fence at its majority of S. For each bucket the lifted nonce comes
       first, then a fence with a higher one, or a final one. A disk sets and lifts fences only for a caller that knows
       the step; else a fence of the step before could be set at a disk of Q after that was asked.
+    * Floors of expunged keys (``meta.consensus.floors``): the new disk gets them when it has all rows, before the joint
+      state ends. No floor is set while there are two sets.
     * Lifted nonces matter for a disk that comes back: it may have a fence that was lifted while it was away.
 
     While there are two sets, what a majority of S alone holds may be chosen, since it was a quorum before. What a

@@ -159,8 +159,6 @@ class Rules:
     """34. A floor is on disk before it is reported, and before a row goes."""
     floors_when_settled: bool = True
     """35. While a partition has two sets, no floor is set in it, and no row goes."""
-    floors_everywhere: bool = True
-    """36. All replicas of the settled set are compared, and have the floor, before a row goes anywhere."""
 
 
 RULES = Rules()
