@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from storaged.errors import InvalidRequest, PeerUnreachable
+from storaged.errors import InvalidRequest, PeerUnreachable, ServiceUnavailable
 from storaged.meta.acceptor import turns
 from storaged.meta.acceptor.turns import TurnKeeper
 from storaged.meta.consensus.quorums import View
@@ -281,7 +281,15 @@ class Process:
         self.replicas = dict(zip(("d0", "d1", "d2"), [*replicas, granting(), granting(), granting()], strict=False))
         clock = VirtualClock(asyncio.get_running_loop())  # type: ignore[arg-type]
         view = View.of(1, ("d0", "d1", "d2"))
-        self.contention = Contention(self, lambda name: view, TaskPool(), clock, lambda count: bytes(count))
+        self.lost = False
+        """A layout came, and where registers are now is still to be learnt."""
+
+        def view_of(_name: RegisterName) -> View:
+            if self.lost:
+                raise ServiceUnavailable("This node has not read yet which partitions have moved.")
+            return view
+
+        self.contention = Contention(self, view_of, TaskPool(), clock, lambda count: bytes(count))
 
     def replica(self, disk: str) -> Replica:
         return self.replicas[disk]
@@ -326,6 +334,23 @@ def test_a_turn_is_not_used_for_longer_than_it_lasts() -> None:
         await asyncio.sleep(0.06)
         assert await process.contention.take(NAME, 9, 5.0)
         assert process.asked("d0") == 2
+
+    on_virtual_time(play)
+
+
+def test_no_turn_is_taken_where_it_is_not_known_who_gives_it() -> None:
+    """The task of a change that asks for a turn would end with an error that nobody handles."""
+
+    async def play() -> None:
+        process = Process(granting(hold_ms=50))
+        process.lost = True
+        assert not await process.contention.take(NAME, 1, 5.0)
+        process.lost = False
+        assert await process.contention.take(NAME, 1, 5.0)
+        process.lost = True
+        await asyncio.sleep(0.06)
+        assert not await process.contention.take(NAME, 1, 5.0)
+        assert await process.ended("d0")
 
     on_virtual_time(play)
 

@@ -37,9 +37,9 @@ from typing import Final
 from msgspec import Struct
 
 from storaged.clock import Clock
-from storaged.errors import StoragedError
+from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.ids import Entropy
-from storaged.meta.consensus.quorums import View
+from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.messages import TURN_GRANTED, TURN_QUEUED, Turn, TurnReply
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Replicas, TurnReplica
@@ -162,7 +162,8 @@ class Contention:
                 held.left -= 1
                 return True
             self._give_back(name, held)
-            order = self._order(self._view(name).quorum.disks)
+            quorum = self._quorum(name)
+            order = self._order(quorum.disks) if quorum is not None else []
             if held.disks != order[:1] or now > held.ends_at + LATE_S:  # else the next request ends it
                 self._send_ends(name, held)
         turn = await self._take(name, changes, now + limit_s)
@@ -214,10 +215,19 @@ class Contention:
 
     # --- replicas -----------------------------------------------------------------------------------------------------
 
+    def _quorum(self, name: RegisterName) -> Quorum | None:
+        """None: a layout came, and where the register is now is still to be learnt. The change finds that out itself."""
+        try:
+            return self._view(name).quorum
+        except ServiceUnavailable:
+            return None
+
     async def _take(self, name: RegisterName, changes: int, until: float) -> _Held | None:
         """The turn of one replica, or of a quorum. None: no replica gives one."""
         self._number += 1
-        quorum = self._view(name).quorum
+        quorum = self._quorum(name)
+        if quorum is None:
+            return None
         careful = self._lasts(self._careful, name)
         turn, hold_ms, taken = _Held([], self._number, 0.0, changes - 1), HOLD_MAX_MS, False
         turn.timer = asyncio.get_running_loop().call_later(RENEW_S, self._renew, name, turn)
