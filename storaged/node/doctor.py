@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 from storaged.admin.status import SKEW_MS_MAX
 from storaged.cluster.layout import NodeEntry
-from storaged.errors import BucketKeyDamaged, ClockSkewed, KeyReleasesRefused, KeyringMismatch, KeysNotBackedUp
+from storaged.errors import (
+    BucketKeyDamaged,
+    CertificateRevoked,
+    ClockSkewed,
+    KeyReleasesRefused,
+    KeyringMismatch,
+    KeysNotBackedUp,
+)
 from storaged.node.opener import in_own_thread
 from storaged.node.planes import NodePlanes
 from storaged.units import format_duration, format_size
@@ -44,6 +51,8 @@ class Doctor:
         checks = [_private(self._secret_files())]
         for entry in node.layouts.current.nodes:
             checks.extend(self._other_node(entry))
+        if revoked := node.peers.own_revocation():
+            checks.append(_check("own certificate", "fail", revoked, CertificateRevoked.hint))
         state, detail = node.auditing.check()
         checks.append(_check("audit log", state, detail, WITNESSES_HINT))
         if self._gateway is not None:

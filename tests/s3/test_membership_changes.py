@@ -81,6 +81,7 @@ def test_a_running_node_is_revoked_and_comes_back_with_another_certificate(serve
     servers.wait_until(is_out, 60, "n2 away")
     servers.wait_until(lambda: "CERTIFICATE_REVOKED" in codes_of(servers, "n2"), 60, "n2 says that it is revoked")
     assert servers.runs("n2")
+    assert "own certificate" in servers.on("n2", "doctor", check=False).stdout
     check_all(servers)
     servers.boto3(attempts=5).put_object(Bucket="demo", Key="meanwhile", Body=b"m")
     servers.begin_again("n2")
