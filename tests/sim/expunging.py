@@ -92,6 +92,7 @@ class Expungers(Part):
             self.of.complain(f"rows of deleted keys stay for ever: {self.waiting}")
         finally:
             await process.client.close()
+            self.of.found.done["expunged"] = self.rows
 
 
 class Calm(Trouble):

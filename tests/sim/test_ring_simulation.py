@@ -19,6 +19,7 @@ from tests.sim import liveness_moving
 from tests.sim.buckets import run_buckets
 from tests.sim.bursts import run_bursts
 from tests.sim.collecting import run_collecting
+from tests.sim.expunging import run_expunging
 from tests.sim.flicker import run_flicker
 from tests.sim.forgetful import run_forgetful
 from tests.sim.happened import LEAST, SEEDS_MIN, Happened
@@ -47,6 +48,7 @@ SMALL_SEEDS = int(os.environ.get("STORAGED_SIM_SMALL_SEEDS", "15"))
 COLLECTING_SEEDS = int(os.environ.get("STORAGED_SIM_COLLECTING_SEEDS", "3"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "20"))
 FLICKER_SEEDS = int(os.environ.get("STORAGED_SIM_FLICKER_SEEDS", "20"))
+EXPUNGING_SEEDS = int(os.environ.get("STORAGED_SIM_EXPUNGING_SEEDS", "12"))
 LAYOUT_SEEDS = int(os.environ.get("STORAGED_SIM_LAYOUT_SEEDS", "10"))
 OBJECT_LIES_SEEDS = int(os.environ.get("STORAGED_SIM_OBJECT_LIES_SEEDS", "10"))
 
@@ -112,6 +114,11 @@ def test_partitions_move_while_gateways_work_whatever_fails() -> None:
 @pytest.mark.timeout(0)
 def test_layouts_have_one_history_and_the_system_partition_moves_whatever_fails() -> None:
     assert sum(found.done["layouts"] for found in sound(run_layouts, LAYOUT_SEEDS)) >= LAYOUT_SEEDS
+
+
+@pytest.mark.timeout(0)
+def test_rows_of_deleted_keys_go_while_gateways_work_whatever_fails() -> None:
+    assert sum(found.done["expunged"] for found in sound(run_expunging, EXPUNGING_SEEDS)) >= EXPUNGING_SEEDS
 
 
 def test_a_play_in_which_nothing_happens_fails() -> None:
