@@ -216,7 +216,7 @@ class Contention:
     # --- replicas -----------------------------------------------------------------------------------------------------
 
     def _quorum(self, name: RegisterName) -> Quorum | None:
-        """None: a layout came, and where the register is now is still to be learnt. The change finds that out itself."""
+        """None: a layout came, and where the register is now is still to be learnt. The change finds that out."""
         try:
             return self._view(name).quorum
         except ServiceUnavailable:
