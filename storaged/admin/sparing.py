@@ -87,8 +87,9 @@ def _detail(facts: SparingFacts, entry: Mapping[str, Any]) -> str:
             f" partitions have {layout.replicas - 1} of {layout.replicas} replicas: keys are read and written, and stop"
             f" when one more {kind} fails. Objects are held as the living {kind}s can (see writes)"
         )
+    seed = "; it is a seed disk, which only a signed layout replaces" if entry["disk"] in layout.seeds else ""
     if entry["partitions"] is None:
         return f"{entry['state']}; how much others have taken over is not known yet"
     if entry["partitions"]:
-        return f"{entry['state']}; {entry['partitions']} partitions still have to move to other disks"
-    return f"{entry['state']}; other disks have taken over its partitions"
+        return f"{entry['state']}; {entry['partitions']} partitions still have to move to other disks{seed}"
+    return f"{entry['state']}; other disks have taken over its partitions{seed}"

@@ -128,7 +128,9 @@ def test_status_says_what_is_out_what_others_have_taken_over_and_what_is_waited_
     shown, detail = said()
     assert f"{held} partitions still have to move" in detail
     assert shown["waiting"] == [{"disk": "d4b", "state": UNREACHABLE, "away_s": 600, "out_in_s": 3000}]
+    assert "seed disk" not in detail
     assert "is not known yet" in said(states=None)[1]
+    assert "only a signed layout replaces" in said(layout=replace(layout, seeds=("d1a", "d2a", "d4a")))[1]
     assert "have taken over" in said(states=[])[1]
     assert "gets its share back in 9 min" in said(seen={"d4a": Opinion("d4a", "", 60)})[1]
     three = first(("n1", "n2", "n4"))
