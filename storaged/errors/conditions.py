@@ -56,12 +56,12 @@ class DiskOut(Condition):
 
     code = "DISK_OUT"
     hint = (
-        "If the disk or its server is gone for good: `storaged disk remove` or `storaged node remove`, and sign a"
-        " layout. If it returns, do nothing: when it has answered for a while, it gets its share back. The delays are"
-        " in the layout (`storaged cluster sparing`). `status` says what still waits. A seed disk that is gone for good has"
-        " to be removed before another one fails: only signed layouts replace it. Where too few racks are left to"
-        " replace a disk, keys and objects stay readable and writable, and the failure of one more rack stops some of"
-        " them: bring the rack back, or add a server in another rack."
+        "If the disk or its server is gone for good: `storaged disk remove` or `storaged node remove`, and sign a "
+        "layout. If it returns, do nothing: when it has answered for a while, it gets its share back. The delays "
+        "are in the layout (`storaged cluster sparing`). `status` says what still waits. A seed disk that is gone "
+        "for good has to be removed before another one fails: only signed layouts replace it. Where too few racks "
+        "are left to replace a disk, keys and objects stay readable and writable, and the failure of one more rack"
+        " stops some of them: bring the rack back, or add a server in another rack."
     )
 
 
