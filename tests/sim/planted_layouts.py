@@ -31,6 +31,7 @@ LAYOUT_BUGS = (
         _CERTIFICATES,
         "2 * sum(disk in before.disk_by_id and before.node_of(disk) in nodes for disk in seeds) > len(seeds)",
         "any(disk in before.disk_by_id and before.node_of(disk) in nodes for disk in seeds)",
+        open=True,
     ),
     Planted(
         "certificate_of_the_coming_set",
@@ -40,6 +41,7 @@ LAYOUT_BUGS = (
         _CERTIFICATES,
         "        for seeds in (before.seeds, before.seeds_next)\n",
         "        for seeds in (before.seeds_next or before.seeds,)\n",
+        open=True,
     ),
     Planted(
         "accepted_undecided",
@@ -58,6 +60,7 @@ LAYOUT_BUGS = (
         _ACCEPTING,
         "promise.generation >= generation and promise.layout != signed.hash",
         "promise.generation > generation and promise.layout != signed.hash",
+        open=True,
     ),
     Planted(
         "decided_is_replaced",
@@ -76,6 +79,7 @@ LAYOUT_BUGS = (
         _ACCEPTING,
         "(reason := await self.may_settle(layout))",
         "(reason := '')",
+        open=True,
     ),
     Planted(
         "seeds_differ",
@@ -86,6 +90,7 @@ LAYOUT_BUGS = (
         "    raise ServiceUnavailable(f\"the seed disks differ in {name.key.decode('utf-8', 'replace')[:80]!r};"
         ' gateways copy")\n',
         "    return\n",
+        open=True,
     ),
     Planted(
         "new_seed_unasked",
@@ -95,6 +100,7 @@ LAYOUT_BUGS = (
         _SYSTEM_MOVE,
         "        if state.comes not in answered:\n",
         "        if False:\n",
+        open=True,
     ),
     Planted(
         "no_fence_at_the_old_seeds",
@@ -104,6 +110,7 @@ LAYOUT_BUGS = (
         _SYSTEM_MOVE,
         "                await replica.fence_epoch(EpochFence(disk, state.epoch, SYSTEM_PARTITION))\n",
         "                pass\n",
+        open=True,
     ),
     Planted(
         "seeds_without_step",
@@ -113,6 +120,7 @@ LAYOUT_BUGS = (
         _PARTITIONS,
         "        epoch = epoch_of(current.seeds_step, current.epoch)\n",
         "        epoch = epoch_of(0, current.epoch)\n",
+        open=True,
     ),
     Planted(
         "three_sets",

@@ -159,10 +159,9 @@ MOVING_BUGS = (
         "no_create_while_joint",
         "without no_create_while_joint",
         600,
-        "collecting",
+        "collecting moves",
         rule="no_create_while_joint",
         open=True,
-        why="no play has a collector in partitions that move",
     ),
     Planted(
         "floors_shared",
