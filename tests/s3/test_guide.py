@@ -22,6 +22,8 @@ from tests.chaos.objects import Objects
 from tests.patience import GUARD_S
 from tests.servers import DISKS, STORAGED, Servers
 
+pytestmark = pytest.mark.timeout(3600)
+
 GUIDE = Path(__file__).resolve().parents[2] / "deploy" / "README.md"
 ADMIN, GATEWAY, NOWHERE = "the authority's machine", "gateway", ""
 
