@@ -16,6 +16,7 @@ from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Lay
 from storaged.cluster.layout import weaknesses as weaknesses_of
 from storaged.cluster.moves import moves_between, places_digest
 from storaged.cluster.partitions import PartitionState, check_step, is_settled, next_step, state_of
+from storaged.cluster.sparing import target
 from storaged.cluster.spread import OPERATORS, minority_of
 from storaged.errors import ServiceUnavailable
 from storaged.objects.code.place import acceptable, choose, first_choice, is_placed, keeps_operators
@@ -174,6 +175,17 @@ def test_four_operators_write_through_the_outage_of_one() -> None:
             assert Counter(map(operator_of, placement.disks)) == {other: 2 for other in "abcd" if other != away}
         with pytest.raises(ServiceUnavailable, match="4 of 6 disks take writes, of 2 operators"):
             choose(three, data_id, three.target, lambda disk: operator_of(disk) != "a")
+
+
+def test_an_operator_that_is_out_is_replaced_by_the_others_only_where_none_gets_a_majority() -> None:
+    two_racks_each = layout_of([("a", 2), ("a", 2), ("b", 2), ("b", 2), ("c", 2)])
+    assert target(two_racks_each, {"c-4-0", "c-4-1"}) is two_racks_each, "four racks are left, and two operators"
+    assert target(two_racks_each, {"a-0-0", "a-0-1"}) is not two_racks_each, "a has another rack"
+    four = layout_of(FOUR)
+    left = target(four, {"c-2-0", "c-2-1"})
+    for number in range(0, PARTITIONS, 16):
+        found = left.replicas_of(number)
+        assert set(map(operator_of, found)) == {"a", "b", "d"}
 
 
 @pytest.mark.parametrize(
