@@ -181,11 +181,10 @@ FLOOR_BUGS = (
     Planted(
         "floors_reported",
         "without floors_reported",
-        600,
+        60,
         "expunging",
         rule="floors_reported",
-        open=True,
-        why="a retry has to come after a key was deleted and expunged; retry_reapplies",
+        first=3_000,
     ),
     Planted(
         "creates_above_floors",
