@@ -399,7 +399,8 @@ class Servers(Cluster):
         moving = status["moving"]
         if not moving or not status["objects_counted"] or status["epoch"] < self._epoch:
             return "not counted yet"
-        left = {name: moving[name] for name in ("partitions", "system", "objects") if moving[name] not in (0, False)}
+        names = ("partitions", "system", "objects", "recoding")
+        left = {name: moving[name] for name in names if moving[name] not in (0, False)}
         if status["objects_below_target"]:
             left["below target"] = status["objects_below_target"]
         return f"{left} {moving['reason']}" if left else ""
