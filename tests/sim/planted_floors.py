@@ -197,11 +197,10 @@ FLOOR_BUGS = (
     Planted(
         "floors_durable",
         "without floors_durable",
-        600,
+        150,
         "expunging",
         rule="floors_durable",
-        open=True,
-        why="a node has to die between a floor and a retry from before it; floor_not_durable",
+        first=7_000,
     ),
     Planted(
         "floors_when_settled",
