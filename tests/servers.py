@@ -82,6 +82,7 @@ class Servers(Cluster):
         self.gateways: list[str] = []
         self._epoch = 0
         """Of the layout that was applied last."""
+        self._known = 0
         self._refusal = ""
 
     # --- what an administrator types
@@ -395,6 +396,9 @@ class Servers(Cluster):
 
     def still_moves(self) -> str:
         """What is not yet where the layout wants it; empty when everything is."""
+        if self._known < self._epoch and not self._all_know():
+            return "a node has not heard of the layout"
+        self._known = self._epoch
         status = self.status()
         moving = status["moving"]
         if not moving or not status["objects_counted"] or status["epoch"] < self._epoch:
@@ -404,6 +408,18 @@ class Servers(Cluster):
         if status["objects_below_target"]:
             left["below target"] = status["objects_below_target"]
         return f"{left} {moving['reason']}" if left else ""
+
+    def _all_know(self) -> bool:
+        """Whether all nodes that run use the last layout. What a node has counted before is of the layout before."""
+        for node in self.status()["nodes"]:
+            if self.runs(node["name"]):
+                try:
+                    known = request(self.servers[node["name"]].state, "GET", "/v1/status")["epoch"]
+                except (StoragedError, OSError, ValueError):
+                    return False
+                if known < self._epoch:
+                    return False
+        return True
 
     def wait_moved(self, timeout_s: float = 240.0) -> None:
         self.wait_until(lambda: not self.still_moves(), timeout_s, "everything where the layout wants it")
