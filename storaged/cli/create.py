@@ -14,6 +14,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
+from storaged.cli.folder_lock import lock_folder
 from storaged.cluster import issuing, signed_layout, tickets
 from storaged.cluster.layout import (
     DiskEntry,
@@ -131,7 +132,11 @@ def peer_of(plan: ClusterPlan, node: NodePlan) -> PeerIdentity:
 
 
 def load_plan(authority_directory: Path) -> ClusterPlan:
-    """Raises OperatorError when the directory is not one that ``storaged cluster create`` made."""
+    """The list, which no other command changes until the running one ends (``cli.folder_lock``).
+
+    Raises OperatorError when the directory is not one that ``storaged cluster create`` made, FolderInUse.
+    """
+    lock_folder(authority_directory)
     try:
         return msgspec.json.decode((authority_directory / REGISTER_NAME).read_bytes(), type=ClusterPlan)
     except FileNotFoundError:

@@ -56,6 +56,7 @@ from storaged.errors.operator import (
     DiskRolledBack,
     DiskWaits,
     FileExists,
+    FolderInUse,
     IndexDamaged,
     JoinRefused,
     JurisdictionRefused,

@@ -22,6 +22,13 @@ class DirectoryInUse(OperatorError):
     hint = "Stop it first (`storaged dev stop`, or systemctl stop), or give this one another directory."
 
 
+class FolderInUse(OperatorError):
+    """Another command works on the folder with the authority's keys."""
+
+    code = "FOLDER_IN_USE"
+    hint = "Wait until it has ended (`cluster recover` waits for its words), and repeat yours. Nothing was changed."
+
+
 class PortInUse(OperatorError):
     """The address is already in use by another program."""
 
