@@ -62,6 +62,8 @@ DISK_BYTES_MAX = 2**60
 
 WRITABLE = frozenset({"ok"})
 READABLE = frozenset({"ok", "full", "read-only"})
+FAILED = "failed"
+UNREADABLE = frozenset({FAILED, "foreign", "rolled-back", "blank", "waiting", "hung", "index-damaged"})
 
 
 @dataclass(frozen=True)
@@ -246,10 +248,13 @@ class Membership:
         return self._disk_state(disk_id) in READABLE
 
     def why_away(self, disk_id: str) -> str:
-        """Why a disk of the layout can't be read now (``sparing.Opinion``); empty when it can."""
+        """Why a disk of the layout can't be read now (``sparing.Opinion``); empty when it can.
+
+        A state that no node of this version reports is FAILED: votes repeat what is returned here, and have a bound.
+        """
         state = self._disk_state(disk_id)
         if state:
-            return "" if state in READABLE else state
+            return "" if state in READABLE else state if state in UNREADABLE else FAILED
         node = self._layouts.current.node_of(disk_id)
         return ABSENT if node == self._own.name or self.status(node).state == "up" else UNREACHABLE
 

@@ -40,6 +40,9 @@ NONCE_BYTES = 16
 DISKS_MAX = 256
 """Of one question, and out at the same time."""
 
+VOTES_MAX = 512
+"""Of a record."""
+
 UNREACHABLE = "unreachable"
 """The state of a disk whose node does not answer. Other states are as in ``ports.DiskStatus``."""
 ABSENT = "absent"
@@ -201,10 +204,15 @@ def decide(
     layout: Layout, known: DisksOut, votes: Mapping[str, tuple[Vote, SignedVote]], now_ms: int
 ) -> DisksOut | None:
     """The next record, without a signature; None where nothing changes. ``votes``: by node, verified, all under
-    ``layout``. Disks that stay keep the votes that put them out.
+    ``layout``. Disks that stay keep the votes that put them out, unless a majority votes so again: without that the
+    record would grow with each disk, up to what nobody believes any more.
     """
     policy = layout.sparing
     heard = [vote for vote, _ in votes.values()]
+
+    def says_away(opinion: Opinion) -> bool:
+        return opinion.says_away(policy.registers_s)
+
     back = {
         disk
         for disk in known.disks
@@ -216,16 +224,17 @@ def decide(
     come = []
     for disk in sorted({opinion.disk for vote in heard for opinion in vote.opinions} - known.disks):
         if disk in layout.disk_by_id and policy.domains_max:
-            verdict = verdict_on(disk, heard, layout, lambda opinion: opinion.says_away(policy.registers_s))
+            verdict = verdict_on(disk, heard, layout, says_away)
             if verdict is not None:
                 come.append(OutDisk(disk, now_ms - 1000 * verdict.for_s, verdict.state))
     new = _within(layout, stay, come)
     if not new and not back:
         return None
-    kept = _votes_for(stay, known.votes)
-    return DisksOut(
-        known.number + 1, (*stay, *new), (*kept, *(signed for _, signed in votes.values())) if new else tuple(kept)
-    )
+    again = {entry.disk for entry in stay if verdict_on(entry.disk, heard, layout, says_away)}
+    kept = _votes_for([entry for entry in stay if entry.disk not in again], known.votes)
+    fresh = [signed for _, signed in votes.values()] if new or again else []
+    record = DisksOut(known.number + 1, (*stay, *new), (*kept, *fresh))
+    return record if len(record.votes) <= VOTES_MAX else None
 
 
 def _within(layout: Layout, stay: Sequence[OutDisk], come: Sequence[OutDisk]) -> list[OutDisk]:

@@ -15,13 +15,13 @@ from msgspec import MsgspecError
 
 from storaged.cluster.identity import NodeSigner, signed_by_node
 from storaged.cluster.layout import Layout, confirmed_roles
-from storaged.cluster.sparing import DISKS_MAX, DisksOut, SignedVote, Vote, verdict_on, voters_of
+from storaged.cluster.sparing import DISKS_MAX, VOTES_MAX, DisksOut, SignedVote, Vote, verdict_on, voters_of
 from storaged.errors import CertificateRefused, JurisdictionRefused, VoteRefused
 from storaged.wire import decode, encode
 
 VOTE_LABEL = b"sov.vote.v1\0"
-VOTES_MAX = 512
 VOTE_BYTES_MAX = 64 * 1024
+STATE_CHARS_MAX = 32
 
 LayoutAt = Callable[[int], Layout]
 """``layout_at(epoch)``: a layout that this node knows; raises KeyError."""
@@ -51,6 +51,8 @@ def verify_vote(signed: SignedVote, layout_at: LayoutAt, authority: x509.Certifi
         raise VoteRefused(f"{peer.name} has no vote by layout {layout.epoch}.")
     if len({opinion.disk for opinion in vote.opinions}) != len(vote.opinions):
         raise VoteRefused(f"The vote of {vote.node} names a disk twice.")
+    if any(len(opinion.state) > STATE_CHARS_MAX for opinion in vote.opinions):
+        raise VoteRefused(f"The vote of {vote.node} has a state of more than {STATE_CHARS_MAX} characters.")
     return vote
 
 

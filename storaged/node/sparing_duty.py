@@ -1,9 +1,10 @@
 """Decides which disks are out, in gateways: asks the storage nodes for their votes, and changes the register
 ``disks-out`` (``cluster.sparing``).
 
-A gateway asks when it has itself seen a disk away for as long as the policy says, or back for so long. It verifies the
-votes of all storage nodes that answer, and writes by compare-and-set what a majority of them decides. Where it lacks a
-majority nothing changes, and ``reason`` says so. All gateways do this; the second one finds that the first has.
+A gateway asks when it has itself seen a disk away for as long as the policy says, or back for so long. It asks for the
+disks that are out, too: with new votes on them the record needs the old ones no more. It verifies the votes of all
+storage nodes that answer, and writes by compare-and-set what a majority of them decides. Where it lacks a majority
+nothing changes, and ``reason`` says so. All gateways do this; the second one finds that the first has.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from storaged.clock import Clock
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Caller, Layouts
 from storaged.cluster.sparing import (
+    DISKS_MAX,
     NONCE_BYTES,
     NONE_OUT,
     PATH,
@@ -99,7 +101,8 @@ class SparingDuty:
         disks = due(layout, known, seen)
         if not disks:
             return
-        votes = await self._ask(layout, disks)
+        asked = (*disks, *sorted(known.disks.difference(disks)))[:DISKS_MAX]
+        votes = await self._ask(layout, asked)
         record = decide(layout, known, votes, self._ports.clock.wall_ms())
         self.reason = _why_not(layout, known, record, disks, len(votes))
         if record is not None and await self._write(known, self._ports.sign(record)):
@@ -113,6 +116,8 @@ class SparingDuty:
             try:
                 signed, _ = await self._ports.caller.call(node, "cluster.vote", ask, SignedVote, timeout_s=CALL_S)
                 vote = self._ports.verify(signed)
+                if {opinion.disk for opinion in vote.opinions}.difference(disks):
+                    raise VoteRefused("It names disks that were not asked for.")
             except VoteRefused as error:
                 log.error("a vote does not count", node=node, reason=str(error))
             except (StoragedError, TimeoutError):

@@ -189,6 +189,18 @@ async def test_nodes_that_answer_are_up_and_their_disks_are_known(world: World) 
         assert not first.disk_writable("disk-of-nobody")
 
 
+async def test_votes_repeat_no_text_that_another_node_made_up(world: World) -> None:
+    """A node that calls its 36 disks long names would make the vote of every other node longer than any believes."""
+    network = Network()
+    async with (
+        member(network, world, "n1", book(world, layout())) as first,
+        member(network, world, "n2", book(world, layout()), state="hung"),
+        member(network, world, "n3", book(world, layout()), state="\U0001f512" * 500),
+    ):
+        await until(lambda: [status.state for status in first.statuses()] == ["up"] * 3)
+        assert [first.why_away(f"disk-n{n}") for n in (1, 2, 3)] == ["", "hung", "failed"]
+
+
 async def test_a_node_never_reached_counts_as_away(world: World) -> None:
     network = Network()
     network.errors["n2"] = PeerTimeout("slow")

@@ -237,6 +237,7 @@ def test_votes_count_if_a_storage_node_of_their_layout_signed_them(world: World)
         ("not known here", sign_vote(mine, replace(vote, epoch=7))),
         ("signed by n1 of c1", sign_vote(mine, replace(vote, cluster="c2"))),
         ("twice", sign_vote(mine, replace(vote, opinions=(away("d4a"), away("d4a"))))),
+        ("characters", sign_vote(mine, replace(vote, opinions=(away("d4a", state="x" * 33),)))),
         ("does not hold", replace(sign_vote(mine, vote), signature=sign_vote(mine, replace(vote, epoch=2)).signature)),
         ("does not count", replace(sign_vote(mine, vote), payload=b"\xc1")),
         ("bytes", replace(sign_vote(mine, vote), payload=bytes(70_000))),
@@ -466,6 +467,45 @@ async def test_a_vote_of_another_question_does_not_count(cluster: Cluster) -> No
     await cluster.duty.once()
     assert cluster.out == frozenset()
     assert "0 of 4 storage nodes vote" in cluster.duty.reason
+
+
+async def test_a_record_does_not_grow_beyond_what_is_believed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disks that go out one after the other need the votes of one question, not of as many as there are disks."""
+    for module in ("storaged.cluster.sparing", "storaged.cluster.votes"):
+        monkeypatch.setattr(f"{module}.VOTES_MAX", 9)
+    out = set()
+    for disk in ("d1a", "d2a", "d3a", "d4a", "d4b"):
+        cluster.states[disk] = "failed"
+        out.add(disk)
+        cluster.pass_s(HOUR + 60)
+        await cluster.duty.once()
+        assert cluster.out == out
+        record = cluster.layouts.partitions.out
+        check_votes(record, cluster.layouts.at, cluster.world.authority.certificate, "c1")
+        assert len(record.votes) == 4
+    cluster.states["d2a"] = ""
+    cluster.pass_s(660)
+    await cluster.duty.once()
+    assert cluster.out == out - {"d2a"}
+    check_votes(cluster.layouts.partitions.out, cluster.layouts.at, cluster.world.authority.certificate, "c1")
+
+
+async def test_a_node_puts_nothing_into_the_record_that_it_was_not_asked_for(cluster: Cluster) -> None:
+    cluster.down = {"n4"}
+    cluster.pass_s(2 * HOUR)
+    call = cluster.call
+
+    async def chatty(node: str, method: str, request: VoteAsk, reply: Any, **options: Any) -> Any:
+        if node == "n1":
+            request = replace(request, disks=(*request.disks, "d2a", "d3a"))
+        return await call(node, method, request, reply, **options)
+
+    cluster.call = chatty  # type: ignore[method-assign]
+    await cluster.duty.once()
+    assert cluster.out == frozenset()
+    assert "2 of 4 storage nodes vote" in cluster.duty.reason
 
 
 @pytest.mark.parametrize("ask", [VoteAsk(b"", ("d1a",)), VoteAsk(bytes(16), ()), VoteAsk(bytes(16), ("d1a", "d1a"))])
