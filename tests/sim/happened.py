@@ -51,7 +51,7 @@ class Happened:
 
     def add(self, found: Verdicts) -> None:
         self.seeds += 1
-        self.acknowledged += found.operations - found.unknown - found.refused
+        self.acknowledged += max(0, found.operations - found.unknown - found.refused)  # ``collecting`` counts others
         self.seconds += found.seconds
         self.done.update(found.done)
 

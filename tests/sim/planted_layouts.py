@@ -31,7 +31,6 @@ LAYOUT_BUGS = (
         _CERTIFICATES,
         "2 * sum(disk in before.disk_by_id and before.node_of(disk) in nodes for disk in seeds) > len(seeds)",
         "any(disk in before.disk_by_id and before.node_of(disk) in nodes for disk in seeds)",
-        open=True,
     ),
     Planted(
         "certificate_of_the_coming_set",
