@@ -37,6 +37,8 @@ Theory of operation: no operation of one step misses what another step has done
       the step; else a fence of the step before could be set at a disk of Q after that was asked.
     * Floors of expunged keys (``meta.consensus.floors``): the new disk gets them when it has all rows, before the joint
       state ends. No floor is set while there are two sets.
+    * A disk that comes back has rows from before. They are compared too, also where the others have no row left: the
+      rows of a key that was deleted meanwhile may be gone, and two disks that come back could be a quorum for it.
     * Lifted nonces matter for a disk that comes back: it may have a fence that was lifted while it was away.
 
     While there are two sets, what a majority of S alone holds may be chosen, since it was a quorum before. What a

@@ -7,11 +7,12 @@ Theory of operation
        set it has and of the set it gets.
     2. A majority of both sets refuses earlier steps, durably. So no operation that knows one set alone can end.
     3. The disk that comes takes over the bucket fences of a majority that refuses earlier steps.
-    4. Everything is brought up: of each shard that a majority has rows of, all replicas are compared, and what differs
-       is settled by rounds that a majority of both sets takes. Rows of deleted keys and empty rows count too. Then come
-       manifest pages. The partition is *whole* when a majority of both sets and the disk that comes have answered for
-       all shards: then a majority of the coming set has all that was chosen. It gets what is chosen meanwhile anyway.
-       Last the disk that comes gets the floors of the present set (``consensus.floors``).
+    4. Everything is brought up: of each shard that a majority or the disk that comes has rows of, all replicas are
+       compared, and what differs is settled by rounds that a majority of both sets takes. Rows of deleted keys and
+       empty rows count too. Then come manifest pages. The partition is *whole* when a majority of both sets and the
+       disk that comes have answered for all shards: then a majority of the coming set has all that was chosen. It gets
+       what is chosen meanwhile anyway. Last the disk that comes gets the floors of the present set
+       (``consensus.floors``).
     5. *settled*: the record is changed again. The disk that goes keeps rows that count no more. A process that still
        knows the joint state alone needs a majority of the coming set too, so nothing has to be fenced here.
 

@@ -532,3 +532,45 @@ async def test_a_stale_map_that_reaches_no_majority_says_so(world: World) -> Non
     world.disks.away = {"a0", "b0"}
     with pytest.raises(ServiceUnavailable):
         await world.other.get(names()[0])
+
+
+async def test_an_expunged_key_stays_deleted_when_disks_that_had_it_return_to_a_set_that_knows_nothing_of_it() -> None:
+    """Two disks keep the same row of it. None of the others ever had a row in the range; they have its floor."""
+    eight = layout_of((1,) * 8)
+    disks = Disks(disk.id for disk in eight.disks)
+
+    def layout(epoch: int, active: str) -> Layout:
+        wanted = [replace(disk, state="active" if disk.id[0] in active else "draining") for disk in eight.disks]
+        return replace(eight, epoch=epoch, disks=tuple(wanted), base=min(epoch - 1, 1))
+
+    gateway, name = Gateway("g1", disks, layout(1, "abc")), names()[0]
+    mover = PartitionMover(gateway.ports, lost_s=3600, partitions=[name.partition])
+
+    async def move(wanted: Layout, steps: int = 100) -> set[str]:
+        gateway.layouts.learn(wanted)
+        await gateway.follower.read_all()
+        until = mover.progress.steps + steps
+        async with asyncio.timeout(60):
+            while mover.progress.steps < until and await mover.round():
+                pass
+        return {*gateway.layouts.partition(name.partition).disks}
+
+    await gateway.put(name, b"body")
+    disks.away = await move(layout(2, "cde"), steps=2) & {"a0", "b0"}
+    assert await move(layout(2, "cde")) == {"c0", "d0", "e0"}
+    disks.away = set()
+    assert disks.stores["a0"].get(name) == disks.stores["b0"].get(name) is not None
+    await gateway.client.change(name, lambda _before: Change(b"", Visibility.TOMBSTONE))
+    await asyncio.sleep(0.01)
+    ports = ExpungerPorts(
+        gateway.layouts, gateway.scanner, gateway.client.moves, gateway.client.floors, disks, SystemClock()
+    )
+    assert await Expunger(ports, delay_s=0, worthwhile=1, partitions=[name.partition]).once() == 1
+    assert await move(layout(3, "fgh")) == {"f0", "g0", "h0"}
+    [back] = await move(layout(4, "abh"), steps=2) & {"a0", "b0"}
+    disks.away = {back}
+    assert await move(layout(4, "abh")) == {"a0", "b0", "h0"}
+    for away in ("", "a0", "b0", "h0"):
+        disks.away = {away}
+        assert await gateway.get(name) is None, away
+    await gateway.client.close()

@@ -130,12 +130,15 @@ class PartitionMoves:
             after = through
 
     async def ranges(self, state: PartitionState, fenced: Container[str]) -> list[tuple[int, bytes, int]]:
-        """(table, scope, shard) of the rows that a majority of the present set has; of chosen ones at least.
-        ``fenced``: as for ``copy_fences``.
+        """(table, scope, shard) of the rows that a majority of the present set has; of chosen ones at least. And of
+        those that the disk that comes has from an earlier time: where the others' rows were expunged since, these would
+        count again when a second such disk comes. ``fenced``: as for ``copy_fences``.
         """
-        disks = [disk for disk in state.present if disk in fenced]
+        disks = [disk for disk in (*state.present, state.comes) if disk in fenced]
         found = await self._ask(disks, partial(_ranges_of, state.partition), partial(_are_ranges, state.partition))
         _check(Quorum(state.voters[0]), found, state, "say which shards they have")
+        if state.comes in fenced and state.comes not in found:
+            raise ServiceUnavailable(f"disk {state.comes}, which comes to it, does not say which shards it has")
         prefixes = {prefix for reply in found.values() for prefix in reply.prefixes}
         return [(prefix[0], prefix[1:17], prefix[17]) for prefix in sorted(prefixes)]
 
