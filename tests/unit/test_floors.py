@@ -16,6 +16,7 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.floors import KnownFloors, may_go, sequence_of, value_of
+from storaged.meta.consensus.looks import moved_on
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, FLOOR_SEQUENCES, NEVER, Rules, Verdict, created
 from storaged.meta.listing.merge import CatchUp, RingScanner
 from storaged.meta.messages import Expunge, ExpungeReply, FenceSet, FloorSet, RangeFloor
@@ -357,6 +358,25 @@ async def world() -> AsyncIterator[World]:
     expunger = Expunger(ports, delay_s=0, worthwhile=1, partitions=[NAME.partition])
     yield World(ring, layouts, client, layouts.partition(NAME.partition), expunger, scanner)
     await client.close()
+
+
+async def test_a_floor_between_two_looks_is_no_round_that_ends_what_was_promised_before(world: World) -> None:
+    """The collector would delete the data of a write that sleeps between its promise and its accept."""
+    await world.client.change(NAME, lambda _before: Change(b"old"))
+    await world.client.change(NAME, lambda _before: Change(b"", Visibility.TOMBSTONE))
+    at = Ballot(world.state.epoch, 1000 * clock_of(asyncio.get_running_loop()).wall_ms() + 1_000_000, "sleeps", b"")
+    for disk in world.state.present:
+        promise = await world.ring.replicas[disk].prepare(messages.Prepare(disk, NAME, at))
+        assert promise.verdict == Verdict.OK
+    first = await world.client.look(NAME)
+    assert await expunge(world) == 1
+    second = await world.client.look(NAME)
+    assert set(second.held) == set(world.state.present)
+    assert moved_on(first, second) is None
+    new = Value(3, b"o" * 16, Visibility.LIVE, b"body")
+    for disk in world.state.present:
+        accepted = await world.ring.replicas[disk].accept(messages.Accept(disk, NAME, at, new))
+        assert accepted.verdict == Verdict.OK
 
 
 async def expunge(world: World) -> int:

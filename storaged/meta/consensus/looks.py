@@ -19,6 +19,9 @@ ballot above b, or it would have refused b. After t it refuses every ballot belo
 * each replica holds something, so it refuses every create for ever, whatever its ballot. For a create is promised by no
   replica: no ballot of another proposer, and no clock, ends one that is under way.
 
+A floor (``consensus.floors``) is no such round, though missing rows report it as one: it lies in the past, and replicas
+take it whatever they have promised since. So a proposal above it may have been promised before the first look.
+
 What this leaves are proposers that were promised after the first look. What they name must be seen to exist after their
 promise: that is asked of everybody who refers to data that is stored apart from the record.
 """
@@ -66,7 +69,7 @@ def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | N
     if first.quorum != second.quorum:
         return None
     for found in dict.fromkeys(second.held.values()):
-        if found.ballot == ZERO_BALLOT:
+        if not found.ballot.node:  # nothing was accepted; the ballot is zero, or that of a floor
             continue
         alike = [disk for disk, held in second.held.items() if held == found]
         moved = [disk for disk in alike if disk in first.held and first.held[disk].ballot < found.ballot]
