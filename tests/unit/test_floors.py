@@ -17,7 +17,16 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.floors import KnownFloors, may_go, sequence_of, value_of
 from storaged.meta.consensus.looks import moved_on
-from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, FLOOR_SEQUENCES, NEVER, Rules, Verdict, created
+from storaged.meta.consensus.register import (
+    COUNTER_AHEAD_MAX_US,
+    FLOOR_SEQUENCES,
+    NEVER,
+    Lineage,
+    Rules,
+    Standing,
+    Verdict,
+    created,
+)
 from storaged.meta.listing.merge import CatchUp, RingScanner
 from storaged.meta.messages import Expunge, ExpungeReply, FenceSet, FloorSet, RangeFloor
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, Table, Value, Visibility, system_name
@@ -377,6 +386,34 @@ async def test_a_floor_between_two_looks_is_no_round_that_ends_what_was_promised
     for disk in world.state.present:
         accepted = await world.ring.replicas[disk].accept(messages.Accept(disk, NAME, at, new))
         assert accepted.verdict == Verdict.OK
+
+
+async def test_a_create_above_a_floor_that_overtakes_a_lower_sequence_is_not_applied_twice(world: World) -> None:
+    """One replica has the floor, the others were to get it when they took a first write. A create that knows the floor
+    gets to that replica alone, and is carried on. Its proposer must see that what followed may descend from it.
+    """
+    x, _, z = world.state.present
+    floor = world.expunger._floor(world.state)
+    for active in (False, True):
+        for disk in (x,) if active else world.state.present:
+            set_ = FloorSet(disk, PREFIX, floor, active)
+            assert (await world.ring.replicas[disk].floors.set_floor(set_)).verdict == Verdict.OK  # type: ignore[attr-defined]
+    world.ring.away = {x}
+    outcome = await world.client.change(NAME, lambda _before: Change(b"first"))
+    assert outcome.after is not None
+    assert outcome.after.sequence == 1
+    lineage = Lineage(b"c" * 14)
+    at = Ballot(world.state.epoch, 1000 * clock_of(asyncio.get_running_loop()).wall_ms(), "other", b"")
+    value_ = lineage.create(Change(b"created"), at, sequence_of(floor))
+    taken = await world.ring.replicas[x].accept(messages.Create(x, NAME, at, value_))
+    assert taken.verdict == Verdict.OK
+    world.ring.away = {z}
+    await asyncio.sleep(0.01)
+    found = await world.client.settle(NAME)
+    assert found is not None
+    assert found.body == b"created"
+    outcome = await world.client.change(NAME, lambda _before: Change(b"on it"))
+    assert lineage.judge(outcome.after, at._replace(counter=at.counter + 9), True) is Standing.UNKNOWN
 
 
 async def expunge(world: World) -> int:

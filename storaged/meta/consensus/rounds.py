@@ -249,8 +249,9 @@ class PrepareRound:
         return None if found is None else Found(*found)
 
     def placed(self, found: Found, lost_at: Ballot | None, rules: Rules) -> Found:
-        """A created value with the sequence after what it has overtaken (rule 14). ``lost_at``: the ballot of a create
-        that is not chosen.
+        """A created value with the sequence after what it has overtaken (rule 14), and never with a lower one than it
+        has: above a floor a create begins higher than a write that did not know the floor. ``lost_at``: the ballot of
+        a create that is not chosen.
         """
         ballot, value, settled = found
         if value is None or not created(value):
@@ -259,7 +260,8 @@ class PrepareRound:
         below = overtaken(reported, ballot, value, rules)
         if below is None:
             return found
-        return Found(ballot, msgspec.structs.replace(value, sequence=below.sequence + 1), settled)
+        sequence = max(value.sequence, below.sequence + 1)
+        return Found(ballot, msgspec.structs.replace(value, sequence=sequence), settled)
 
     def _agreed(self, promises: Mapping[str, PrepareReply]) -> Found | None:
         """What a quorum accepted with its copy. Ballot and value both have to agree: a replica that lies may report
