@@ -266,7 +266,7 @@ def say_ticket(ticket: tickets.Ticket, command: str, place: str, *, as_json: boo
         return
     until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ticket.until_ms / 1000))
     click.echo(f"{ticket.name}: a ticket, to be used once, until {until}. Keep it secret.")
-    click.echo(f"  Next, on the server of {ticket.name}:  {command} TICKET {place}")
+    click.echo(f"  Next, on the server of {ticket.name}:  {command} - {place}, which asks for this line:")
     click.echo(text)
 
 

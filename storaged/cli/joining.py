@@ -85,7 +85,7 @@ def sign(directory: Path, request_file: Path, as_json: bool) -> None:
         return
     click.echo(f"{node.name}: its certificate is signed; the answer is in {place}")
     group = "node" if "storage" in node.roles else "gateway"
-    click.echo(f"  Next: copy the answer to the server, and there:  storaged {group} join TICKET DIRECTORY answer")
+    click.echo(f"  Next: copy the answer to the server, and there:  storaged {group} join - DIRECTORY answer")
     if ticket.kind == tickets.JOIN:
         click.echo(f"  Then, here: storaged cluster plan {directory}, and storaged cluster layout {directory}")
 
@@ -164,13 +164,16 @@ def join(text: str, directory: Path, answer_file: Path | None, as_json: bool) ->
     """Run on the new server: make this node's key in DIRECTORY, and a request for a certificate.
 
     DIRECTORY is where the node's configuration will be, such as /etc/storaged/n4. TICKET is the line that `invite` or
-    `renew` printed; `-` reads it from standard input. Carry DIRECTORY/request to the authority, where `storaged node
+    `renew` printed. With `-` the command asks for it, or reads it from a pipe: so no other user of this server sees it
+    in the list of processes. Carry DIRECTORY/request to the authority, where `storaged node
     sign` makes the answer. Then run this command again with the answer: it puts certificate and configuration in their
     place. The private key stays here.
     """
     from storaged.cluster import tickets
 
-    ticket = tickets.read_ticket(sys.stdin.read() if text == "-" else text)
+    if text == "-":
+        text = click.prompt("Ticket", hide_input=True) if sys.stdin.isatty() else sys.stdin.read()
+    ticket = tickets.read_ticket(text)
     _check_place(ticket, directory / "identity", finishing=answer_file is not None)
     if answer_file is not None:
         _finish(ticket, directory, answer_file, as_json=as_json)
@@ -183,7 +186,7 @@ def join(text: str, directory: Path, answer_file: Path | None, as_json: bool) ->
         return
     click.echo(f"{ticket.name}: the key is in {directory / 'identity'}, and stays there; the request is in {request}")
     click.echo("  Next: copy the request to the authority's machine, and there:  storaged node sign AUTHORITY request")
-    click.echo(f"  Then, with the answer from there:  storaged node join TICKET {directory} ANSWER")
+    click.echo(f"  Then, with the answer from there:  storaged node join - {directory} ANSWER")
 
 
 def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
@@ -211,11 +214,30 @@ def _check_place(ticket: tickets.Ticket, identity: Path, *, finishing: bool) -> 
             f"{identity} is the identity of {own.name} of cluster {own.cluster}; the ticket is for {ticket.name} of"
             f" cluster {ticket.cluster}."
         )
+    _check_authority(ticket, identity)
     if ticket.kind == JOIN and not (finishing and (identity / PENDING_KEY).exists()):
         raise JoinRefused(
             f"{own.name} has its certificate already, in {identity}. Another one: `storaged cluster renew` where the"
             " authority's keys are."
         )
+
+
+def _check_authority(ticket: tickets.Ticket, identity: Path) -> None:
+    """A member keeps the authority and the administration key that it trusts, whatever a ticket names. Raises
+    TicketForeign.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    try:
+        authority = x509.load_pem_x509_certificate((identity / "authority.crt").read_bytes())
+        administration = serialization.load_pem_public_key((identity / "administration.pub").read_bytes())
+    except (OSError, ValueError) as error:
+        raise JoinRefused(f"{identity} can't be read: {error}. Restore it, or move the directory away.") from None
+    known = administration.public_bytes_raw() if isinstance(administration, ed25519.Ed25519PublicKey) else b""
+    if (authority.fingerprint(hashes.SHA256()), known) != (ticket.authority, ticket.administration):
+        raise TicketForeign(f"The ticket names another authority, or administration key, than {identity} has.")
 
 
 def _pending_key(identity: Path) -> ec.EllipticCurvePrivateKey:

@@ -197,8 +197,9 @@ class LayoutBook:
     def is_revoked(self, fingerprint: bytes) -> bool:
         """Whether any layout that this node knows revokes the certificate, be it in force or not.
 
-        So a revocation can't be undone by a later layout that does not name it, nor lost where two administrators sign
-        at once. It may go when the certificate has expired, which ends it anyway.
+        So a revocation can't be undone by a later layout that does not name it. It may go when the certificate has
+        expired, which ends it anyway. Of two layouts with one epoch a node takes the first, with its revocations, and
+        ``refusals`` names the other: then the administrator who revoked signs again.
         """
         return fingerprint in self._revoked
 

@@ -2,8 +2,9 @@
 
 A chapter's shell blocks are read from the guide, and its commands run one after the other, each on its machine. The
 tables below say which machine that is, and what the text around the commands says to do by hand: to copy a file, to
-start a node, to edit its configuration. Only names of folders, addresses and the ticket are replaced (``Machine``). A
-command in these chapters that a table does not know fails ``test_all_commands_of_the_chapters_are_known``.
+start a node, to edit its configuration. Only names of folders and addresses are replaced (``Machine``), and the ticket
+comes from a pipe. A command in these chapters that a table does not know fails
+``test_all_commands_of_the_chapters_are_known``.
 """
 
 from __future__ import annotations
@@ -86,16 +87,22 @@ class Reader:
         environment = self.servers.environment()
         environment["PATH"] = f"{Path(STORAGED).parent}:{environment['PATH']}"
         done = subprocess.run(
-            ["bash", "-c", command], env=environment, cwd=folder, capture_output=True, text=True, timeout=GUARD_S
+            ["bash", "-c", command],
+            env=environment,
+            cwd=folder,
+            input=self.ticket,
+            capture_output=True,
+            text=True,
+            timeout=GUARD_S,
         )
         assert done.returncode == 0, f"{command} on {machine}: {done.returncode}\n{done.stdout}{done.stderr}"
         self.printed = done.stdout
 
     def localized(self, command: str, machine: str) -> str:
-        """Folders of servers, addresses and the ticket replaced."""
+        """Folders of servers and addresses replaced."""
         named = re.search(r"\b(n\d|gateway\d)\b", command)
         server = self.servers.server(named[1] if named else machine) if named or machine != ADMIN else None
-        text = command.replace("TICKET", self.ticket).replace("8+3", SMALL_PROFILE)
+        text = command.replace("8+3", SMALL_PROFILE)
         text = text.replace("FINGERPRINT", self.fingerprint)
         text = re.sub(r"layout-\d+\.signed", LAYOUT, text)
         if server is not None:
@@ -201,11 +208,11 @@ def take_back_twice(reader: Reader) -> None:
 
 ADD_A_SERVER = (
     Line("storaged node invite authority n4 ", ADMIN, Reader.keep_ticket),
-    Line("storaged node join TICKET /etc/storaged/n4", "n4", copy_request("n4")),
+    Line("storaged node join - /etc/storaged/n4", "n4", copy_request("n4")),
     Line("storaged node sign authority request", ADMIN, copy_answer("n4")),
     Line("storaged cluster plan authority", ADMIN),
     Line("storaged cluster layout authority", ADMIN),
-    Line("storaged node join TICKET /etc/storaged/n4 answer", "n4", lambda reader: reader.localize("n4")),
+    Line("storaged node join - /etc/storaged/n4 answer", "n4", lambda reader: reader.localize("n4")),
     Line("chown -R storaged:storaged /etc/storaged/n4 ", NOWHERE),
     Line("storaged config check /etc/storaged/n4/config.toml", "n4", start_server),
     Line("storaged --dir /var/lib/storaged/gateway cluster apply ", GATEWAY, has_joined),
@@ -216,10 +223,10 @@ ADD_A_SERVER = (
     Line("storaged cluster abort authority --dry-run", ADMIN),
     Line("storaged cluster abort authority", ADMIN, take_back_twice),
     Line("storaged gateway invite authority gateway2 ", ADMIN, Reader.keep_ticket),
-    Line("storaged gateway join TICKET /etc/storaged/gateway2", "gateway2", copy_request("gateway2")),
+    Line("storaged gateway join - /etc/storaged/gateway2", "gateway2", copy_request("gateway2")),
     Line("storaged node sign authority request", ADMIN, copy_answer("gateway2")),
     Line("storaged cluster layout authority", ADMIN),
-    Line("storaged gateway join TICKET /etc/storaged/gateway2 answer", "gateway2", start_gateway),
+    Line("storaged gateway join - /etc/storaged/gateway2 answer", "gateway2", start_gateway),
 )
 A_DISK_DIED = (
     Line("storaged disk replace authority n1 /srv/disk1", ADMIN, lambda reader: reader.exchange_ids("n1")),
@@ -253,9 +260,9 @@ CHANGE_THE_PROFILE = (
 )
 RENEW = (
     Line("storaged cluster renew authority n1", ADMIN, Reader.keep_ticket),
-    Line("storaged node join TICKET /etc/storaged/n1", "n1", copy_request("n1")),
+    Line("storaged node join - /etc/storaged/n1", "n1", copy_request("n1")),
     Line("storaged node sign authority request", ADMIN, copy_answer("n1")),
-    Line("storaged node join TICKET /etc/storaged/n1 answer", "n1"),
+    Line("storaged node join - /etc/storaged/n1 answer", "n1"),
 )
 A_CERTIFICATE_LEAKED = (
     Line("storaged cluster certificates authority", ADMIN, keep_fingerprint),

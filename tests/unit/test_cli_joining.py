@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,38 @@ def test_a_member_gets_a_new_certificate_for_a_key_that_it_makes(authority: Path
         call("node", "sign", str(authority), str(ask(ticket, server)))
     with pytest.raises(OperatorError, match="n9 is no node"):
         call("cluster", "renew", str(authority), "n9")
+
+
+def test_a_member_changes_no_authority_for_a_ticket(authority: Path, tmp_path: Path, capsys: SAID) -> None:
+    """Who has read a ticket, and stands between both machines, could otherwise make a member believe false layouts."""
+    server = tmp_path / "n1"
+    (authority / "nodes" / "n1").rename(server)
+    ticket = tickets.read_ticket(answered(capsys, "cluster", "renew", str(authority), "n1")["ticket"])
+    before = state_of(server)
+    for forged in (replace(ticket, administration=bytes(32)), replace(ticket, authority=bytes(32))):
+        with pytest.raises(TicketForeign, match="another authority"):
+            ask(tickets.write_ticket(forged), server)
+    assert state_of(server) == before
+
+
+def test_a_ticket_comes_from_a_pipe_or_a_terminal(
+    authority: Path, tmp_path: Path, capsys: SAID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is in no list of processes."""
+    ticket = invite(capsys, authority)
+    monkeypatch.setattr("sys.stdin", io.StringIO(ticket + "\n"))
+    assert ask("-", tmp_path / "piped").exists()
+    asked: list[bool] = []
+
+    def prompt(_text: str, *, hide_input: bool) -> str:
+        asked.append(hide_input)
+        return ticket
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("click.prompt", prompt)
+    assert ask("-", tmp_path / "typed").exists()
+    assert asked == [True]
 
 
 def test_a_ticket_is_used_once(authority: Path, tmp_path: Path, capsys: SAID) -> None:
