@@ -111,7 +111,9 @@ def _unfinished(moving: Mapping[str, Any]) -> str:
         found.append("a number of partitions that is not known yet")
     elif moving["partitions"]:
         found.append(f"{moving['partitions']} partitions")
-    if moving["objects"]:
+    if moving["objects"] is None:
+        found.append("a number of objects that is not known yet")
+    elif moving["objects"]:
         found.append(f"{moving['objects']} objects")
     if moving["system"]:
         found.append("the system partition")

@@ -133,20 +133,26 @@ def render(found: dict[str, Any], command: str = "") -> str:
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
         if steps[index + 1 : index + 2] != [step]:  # once for neighbours with the same step
             lines.append(f"  Next: {step}")
-    lines.extend(_moving(found.get("moving")))
+    lines.extend(_moving(found.get("moving"), counted=bool(found.get("objects_counted"))))
     lines.extend(_sparing(found.get("sparing")))
     shown = [job for job in found["jobs"] if job["state"] != "done" and (job["state"] != "waiting" or job["detail"])]
     lines.extend(f"  {render_job(job)}" for job in shown)
     return "\n".join(map(_plain, lines))
 
 
-def _moving(found: dict[str, Any] | None) -> list[str]:
-    """What the jobs do not say. ``found``: as ``status`` has it; None while the gateway does not answer."""
+def _moving(found: dict[str, Any] | None, *, counted: bool) -> list[str]:
+    """What the jobs do not say. ``found``: as ``status`` has it; None while the gateway does not answer. ``counted``:
+    all nodes have looked at all objects, perhaps by a layout before.
+    """
     lines = []
     if found is not None and found["system"]:
         lines.append("  the system partition gets another seed disk: apply the layout that follows")
     if found is not None and found["partitions"] is None:
         lines.append("  how many partitions have to move is not known yet")
+    if found is not None and found["objects"] is None and counted:
+        lines.append(
+            "  how many objects have to move is not known yet: not all nodes have looked since the last layout"
+        )
     settings = found.get("settings") if found is not None else None
     if settings is not None and settings["known"]:
         paused = [name for name in ("partitions", "fragments") if settings[name]["paused"]]

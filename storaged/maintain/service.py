@@ -86,6 +86,8 @@ class MaintainStatus(Message, frozen=True):
     """Objects and parts with fragments that the last complete walk looked at."""
     outdated: int = 0
     """Of those that are misplaced: the layout in force wants them under another profile."""
+    layout: int = 0
+    """The epoch of the layout by which the last walk judged, or by which the one under way does."""
 
 
 class Maintenance:
@@ -256,6 +258,7 @@ class Maintenance:
             misplaced=queue.misplaced,
             judged=check.judged,
             outdated=queue.outdated,
+            layout=self._walked_places[0],
         )
 
     def _collection(self) -> list[JobReport]:

@@ -137,17 +137,19 @@ class Reports:
 
     def _moving(self, statuses: Sequence[MaintainStatus]) -> dict[str, Any]:
         """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has
-        not read where partitions are.
+        not read where partitions are, ``objects`` and ``recoding`` while a node has not looked at all objects since it
+        learnt the layout.
         """
-        counts = self._partitions()
+        counts, layout = self._partitions(), self._node.layouts.current
+        counted = self._are_counted(statuses) and all(status.layout >= layout.epoch for status in statuses)
         return {
             "partitions": None if counts is None else counts.counted.left,
             "joint": None if counts is None else counts.joint,
             "of": PARTITIONS,
-            "system": bool(self._node.layouts.current.seeds_next),
-            "objects": count_objects(statuses).left,
-            "recoding": sum(status.outdated for status in statuses),
-            "profile": self._node.layouts.current.profile,
+            "system": bool(layout.seeds_next),
+            "objects": count_objects(statuses).left if counted else None,
+            "recoding": sum(status.outdated for status in statuses) if counted else None,
+            "profile": layout.profile,
             "reason": self._reason(),
             "settings": document(self._node.follower.settings.current),
         }
@@ -207,14 +209,18 @@ class Reports:
             )
         return facts
 
+    def _are_counted(self, statuses: Sequence[MaintainStatus]) -> bool:
+        """Whether each storage node that can be read has looked at the disks as they are now."""
+        disks, membership = self._node.layouts.current.disks, self._node.membership
+        wanted = {disk.node for disk in disks if membership.disk_readable(disk.id)}
+        answered = {status.node for status in statuses}
+        return bool(statuses) and answered >= wanted and all(status.current for status in statuses)
+
     def _durability(self, statuses: Sequence[MaintainStatus]) -> Durability:
         """Sums over all storage nodes that answer. It is ``counted`` when each has looked at the
         disks as they are now.
         """
-        layout = self._node.layouts.current
-        wanted = {disk.node for disk in layout.disks if self._node.membership.disk_readable(disk.id)}
-        counted = bool(statuses) and {status.node for status in statuses} >= wanted
-        counted = counted and all(status.current for status in statuses)
+        counted = self._are_counted(statuses)
         if self._gateway is not None:  # only gateways bring the system partition together
             counted = counted and self._node.keeper.current
         below, risk, lost, unreadable = (

@@ -85,6 +85,23 @@ def test_a_server_that_is_added_gets_its_share_and_no_more_than_that_moves() -> 
     run(scenario, racks=FOUR, limits=LIMITS)
 
 
+def test_a_node_says_by_which_layout_it_has_judged_what_moves() -> None:
+    """Else nothing seems to move just after a layout is in force."""
+
+    async def scenario(cluster: Cluster) -> None:
+        layouts_of(cluster)
+        await store(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        cluster.layouts.partitions.complete = True
+        cluster.layouts.learn(replace(layout_of(2, epoch=2, racks=FOUR), base=1))
+        assert {status.layout for status in await cluster.statuses()} == {1}
+        await cluster.pass_s(60)
+        assert {status.layout for status in await cluster.statuses()} == {2}
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
 def test_a_server_that_is_added_and_comes_up_late_gets_its_share() -> None:
     async def scenario(cluster: Cluster) -> None:
         layouts_of(cluster)

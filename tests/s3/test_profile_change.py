@@ -61,7 +61,7 @@ class Reprofiled:
             moving = status["moving"]
             if not moving or not status["objects_counted"] or status["objects_below_target"]:
                 return False
-            return not moving["recoding"] and not moving["objects"]
+            return moving["recoding"] == 0 and moving["objects"] == 0
 
         self.servers.wait_until(recoded, 240, "everything under the new profile")
 

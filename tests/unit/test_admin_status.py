@@ -306,3 +306,6 @@ def test_status_does_not_say_that_nothing_moves_while_nobody_knows_where_partiti
     found = judge(facts(), NOW)
     assert "moving" not in render({**found, "moving": nothing})
     assert "not known yet" in render({**found, "moving": {**nothing, "partitions": None, "joint": None}})
+    stale = {**found, "moving": {**nothing, "objects": None}}
+    assert "how many objects have to move is not known yet" in render({**stale, "objects_counted": True})
+    assert "how many objects" not in render({**stale, "objects_counted": False}), "it says that they are counted"
