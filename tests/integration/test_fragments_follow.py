@@ -90,6 +90,7 @@ def test_a_node_says_by_which_layout_it_has_judged_what_moves() -> None:
 
     async def scenario(cluster: Cluster) -> None:
         layouts_of(cluster)
+        await cluster.kill("nd")
         await store(cluster)
         cluster.maintain()
         await cluster.settled()
