@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 from msgspec.structs import replace
 
+from storaged.cli.revoking import jurisdiction_of
 from storaged.errors import OperatorError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -138,19 +139,24 @@ def _wanted(authority: issuing.Authority, listed: files.ClusterPlan, last: Layou
 
 
 def take_back(listed: files.ClusterPlan, last: Layout, wanted: Layout, directory: Path) -> TakenBack:
-    """Changes the list, so that the next layout has the places of ``wanted``. Raises OperatorError for disks that can't
-    get theirs back.
+    """Changes the list, so that the next layout has the places of ``wanted``; racks keep the names that they have now.
+    Raises OperatorError for disks that can't get theirs back.
     """
     from storaged.cli import create as files
 
+    renamed = {node.certified or node.location: (node.location, node.certified) for node in listed.nodes}
+    now = {entry.location: renamed.get(entry.certified_location, (entry.location, "")) for entry in wanted.nodes}
     listed.spread = wanted.spread
-    listed.operators.update(wanted.operators if wanted.spread else ())
+    if wanted.spread:
+        listed.operators.update((now[rack][0] if rack in now else rack, name) for rack, name in wanted.operators)
     nodes = {node.name: node for node in listed.nodes}
     named = []
     for entry in wanted.nodes:
         if entry.name not in nodes:
+            location, certified = renamed.get(entry.certified_location, (entry.location, entry.certified))
+            jurisdiction = jurisdiction_of(directory, entry.name)
             node = files.NodePlan(
-                entry.name, entry.location, tuple(entry.roles), entry.address, certified=entry.certified
+                entry.name, location, tuple(entry.roles), entry.address, jurisdiction, certified=certified
             )
             listed.nodes.append(node)
             nodes[entry.name] = node

@@ -20,7 +20,12 @@ from storaged.cli.disks import AS_JSON, FOLDER
 from storaged.errors import CertificateRefused, JurisdictionRefused, OperatorError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from collections.abc import Iterator
+
+    from cryptography import x509
+
     from storaged.cli import create as files
+    from storaged.cluster.ports import PeerIdentity
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
@@ -37,25 +42,37 @@ class Issued(NamedTuple):
         return {**self._asdict(), "revoked": revoked}
 
 
-def issued(directory: Path) -> list[Issued]:
-    """All certificates that this folder knows of, oldest first."""
+def _certificates(directory: Path) -> Iterator[tuple[x509.Certificate, PeerIdentity]]:
+    """All that this folder has, some of them twice, with what they say. Raises OperatorError."""
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
 
     from storaged.cluster.identity import identity_of
 
-    found = {}
     for path in (*directory.glob("issued/*.crt"), *directory.glob("nodes/*/identity/node.crt")):
         try:
             certificate = x509.load_pem_x509_certificate(path.read_bytes())
-            node = identity_of(certificate).name
+            yield certificate, identity_of(certificate)
         except (ValueError, CertificateRefused, JurisdictionRefused) as error:
             raise OperatorError(f"{path} is no certificate of a node: {error}. Move it away.") from None
+
+
+def jurisdiction_of(directory: Path, node: str) -> str:
+    """Under whose law a node's operator is, as its newest certificate says; empty when there is none."""
+    found = [(one.not_valid_before_utc, peer) for one, peer in _certificates(directory) if peer.name == node]
+    return max(found, key=lambda one: one[0])[1].jurisdiction if found else ""
+
+
+def issued(directory: Path) -> list[Issued]:
+    """All certificates that this folder knows of, oldest first."""
+    from cryptography.hazmat.primitives import hashes
+
+    found = {}
+    for certificate, peer in _certificates(directory):
         times = [
             int(when.timestamp() * 1000) for when in (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
         ]
         fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
-        found[fingerprint] = Issued(fingerprint, node, times[0], times[1])
+        found[fingerprint] = Issued(fingerprint, peer.name, times[0], times[1])
     return sorted(found.values(), key=lambda one: (one.node, one.from_ms))
 
 

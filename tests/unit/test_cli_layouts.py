@@ -732,3 +732,24 @@ def test_when_disks_that_are_away_are_replaced_is_signed_and_moves_nothing(
     for mistake in (("--fragments", "soon"), ("--registers", "1s")):
         with pytest.raises(OperatorError):
             call("cluster", "sparing", str(authority), *mistake)
+
+
+def test_a_server_comes_back_to_its_rack_under_the_name_that_the_rack_has_now(authority: Path) -> None:
+    """Under its former name the rack would count as two, and two of three replicas could be in it. What its certificate
+    says of its operator stays, too: a renewed one says the same.
+    """
+    call("cluster", "issue", str(authority), "n4", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1",
+         "--disk", "/srv/disk1", "--jurisdiction", "DE")  # fmt: skip
+    call("cluster", "layout", str(authority))
+    before = history_of(authority)[-1]
+    call("node", "remove", str(authority), "n4")
+    call("cluster", "layout", str(authority))
+    call("rack", "rename", str(authority), "FR/par1/a", "FR/par1/hall-2")
+    call("cluster", "layout", str(authority))
+    call("cluster", "abort", str(authority))
+    after = history_of(authority)[-1]
+    racks = {name: entry.location for name, entry in after.node_by_name.items()}
+    assert racks["n4"] == racks["n1"] == "FR/par1/hall-2"
+    assert places_of(before) == places_of(after)
+    assert {node.name: node.jurisdiction for node in create.load_plan(authority).nodes}["n4"] == "DE"
+    assert {entry.certified_location for entry in after.nodes if entry.location == "FR/par1/hall-2"} == {"FR/par1/a"}
