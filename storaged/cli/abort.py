@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 from msgspec.structs import replace
 
+from storaged.cli.options import AS_JSON, AUTHORITY
 from storaged.cli.revoking import jurisdiction_of
 from storaged.errors import OperatorError
 
@@ -41,12 +42,12 @@ class TakenBack(NamedTuple):
 
 
 @click.command("abort")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@AUTHORITY
 @click.option("--to", type=int, default=None, metavar="EPOCH", help="The layout whose places are wanted again.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be taken back, and what would move.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@AS_JSON
 def abort(directory: Path, to: int | None, dry_run: bool, as_json: bool) -> None:
-    """Take back the last change of DIRECTORY that moves data: sign layouts with the places that were before.
+    """Take back the last change of the layout that moves data: sign layouts with the places that were before.
 
     Apply them as those of any other change. For a layout that was never applied there is nothing to take back: do not
     apply it, and change the list of nodes again.

@@ -11,7 +11,8 @@ import click
 
 from storaged.cli import inviting, layouts, profiles, revoking
 from storaged.cli.abort import abort
-from storaged.cli.disks import AS_JSON, FOLDER, find_node
+from storaged.cli.disks import find_node
+from storaged.cli.options import ADMIN, AS_JSON, AUTHORITY, DISKS, JURISDICTION, NODE, RACK, STATE
 from storaged.cli.recovering import losses, recover
 from storaged.errors import OperatorError
 
@@ -42,7 +43,7 @@ for command in (revoking.certificates, revoking.revoke):
 
 
 @cluster.command("create")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="AUTHORITY", type=click.Path(path_type=Path))
 @click.option(
     "--cluster", "name", default=None, help="The cluster's id (default: a random one). It is in every certificate."
 )
@@ -60,7 +61,7 @@ for command in (revoking.certificates, revoking.revoke):
     help="Admit nodes only where their operator is under the law of these (default: the EU).",
 )
 def create(directory: Path, name: str | None, profile: str, countries: str, jurisdictions: str) -> None:
-    """Make the authority and the administration key of a new cluster in DIRECTORY.
+    """Make the authority and the administration key of a new cluster, in the folder AUTHORITY.
 
     --countries and --jurisdictions are the cluster's policy: every layout is signed with them, and nodes, placement and
     the release of keys follow it.
@@ -83,34 +84,20 @@ def create(directory: Path, name: str | None, profile: str, countries: str, juri
 
 
 @cluster.command("issue")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("name")
-@click.option("--rack", required=True, help="COUNTRY/SITE/RACK, such as FR/par1/a.")
-@click.option("--roles", required=True, help="storage, gateway, or both with a comma.")
+@AUTHORITY
+@NODE
+@RACK
+@click.option("--roles", required=True, metavar="ROLES", help="storage, gateway, or both with a comma.")
 @click.option(
     "--address",
     default="",
-    help="HOST:PORT where other nodes call it. Storage nodes need one; with one, gateways see each other in `status`.",
-)
-@click.option(
-    "--disk",
-    "disks",
-    multiple=True,
-    metavar="DIRECTORY[:WEIGHT]",
-    help="A disk's directory on that server; once a disk.",
-)
-@click.option("--jurisdiction", default="", help="Country whose law the operator is under (default: the rack's).")
-@click.option("--state", default="", help="The node's own directory (default: /var/lib/storaged/NODE).")
-@click.option(
-    "--admin",
-    default=None,
     metavar="HOST:PORT",
-    help=(
-        f"Loopback address of health and metrics (default {inviting.ADMIN_GATEWAY}, of a storage node"
-        f" {inviting.ADMIN_STORAGE}; 'none':"
-        " no such port)."
-    ),
+    help="Where other nodes call it. Storage nodes need one; with one, gateways see each other in `status`.",
 )
+@DISKS
+@JURISDICTION
+@STATE
+@ADMIN
 def issue(
     directory: Path,
     name: str,
@@ -122,7 +109,7 @@ def issue(
     state: str,
     admin: str | None,
 ) -> None:
-    """Make a node's folder, DIRECTORY/nodes/NAME: certificate and configuration, to be copied to /etc/storaged/NAME.
+    """Make a node's folder, AUTHORITY/nodes/NODE: certificate and configuration, to be copied to /etc/storaged/NODE.
 
     For a node that is a member already this makes a new certificate. The folder then has config.issued.toml, the
     configuration as it would be now, and no config.toml: so a copy of it keeps the configuration of the server.
@@ -159,7 +146,7 @@ def issue(
 
 
 @cluster.command("methods")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@AS_JSON
 def methods(as_json: bool) -> None:
     """Print which role may call which RPC method, why, and what a hostile storage node can do with it."""
     from storaged.cluster.rpc import authority
@@ -190,8 +177,8 @@ def methods(as_json: bool) -> None:
 
 
 @cluster.command("renew")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @inviting.VALID
 @AS_JSON
 def renew(directory: Path, name: str, valid: str, as_json: bool) -> None:
@@ -217,9 +204,9 @@ def _copy(folder: Path, name: str) -> str:
 
 
 @cluster.command("layout")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@AUTHORITY
 def layout(directory: Path) -> None:
-    """Sign a layout of all issued nodes and put it into each node's folder.
+    """Sign a layout of all nodes and disks in the list, and put it into each node's folder.
 
     A layout that moves data of a cluster in use comes into force by `storaged cluster apply` on a gateway. `storaged
     cluster plan` shows what it moves.

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from storaged.cli.options import AS_JSON, AUTHORITY
 from storaged.errors import LayoutUnsafe, OperatorError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
     from storaged.cli import create as files
-
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
 @click.group("disk")
@@ -79,12 +77,15 @@ def save(directory: Path, listed: files.ClusterPlan, *, drains: bool = False) ->
     files.save_plan(directory, listed)
 
 
-def say(directory: Path, document: dict[str, Any], said: str, *, as_json: bool) -> None:
-    """Prints what was done, and the next commands."""
+def say(directory: Path, document: dict[str, Any], said: str, *, as_json: bool, saved: bool = True) -> None:
+    """Prints what was done, and the next commands. ``saved``: whether the list was changed."""
     if as_json:
         click.echo(json.dumps(document, indent=2))
         return
     click.echo(said)
+    if not saved:
+        click.echo("  Nothing was changed.")
+        return
     click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
 
 
@@ -110,7 +111,7 @@ def _new(node: files.NodePlan, place: str, goes: files.DiskPlan | None = None) -
 
 
 @disk.command("add")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("node")
 @click.argument("place", metavar="DISK[:WEIGHT]")
 @AS_JSON
@@ -124,40 +125,39 @@ def disk_add(directory: Path, node: str, place: str, as_json: bool) -> None:
     say(directory, _document(node, added, config=section(added)), said, as_json=as_json)
 
 
+def _set_state(directory: Path, node: str, named: str, state: str, said: str, *, as_json: bool) -> None:
+    listed, found = edit(directory, node)
+    one = _find(found, named)
+    if one.state == state:
+        raise OperatorError(f"{node}: disk {one.id} in {one.directory} is {state} already")
+    one.state = state
+    save(directory, listed, drains=state == "draining")
+    said = f"{node}: disk {one.id} in {one.directory} {said}"
+    say(directory, _document(node, one), said, as_json=as_json)
+
+
 @disk.command("drain")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("node")
 @click.argument("named", metavar="DISK")
 @AS_JSON
 def disk_drain(directory: Path, node: str, named: str, as_json: bool) -> None:
     """Let a disk of NODE give up what it has. DISK is its id or directory."""
-    listed, found = edit(directory, node)
-    one = _find(found, named)
-    one.state = "draining"
-    save(directory, listed, drains=True)
-    said = f"{node}: disk {one.id} in {one.directory} gets nothing new, and gives up what it has"
-    say(directory, _document(node, one), said, as_json=as_json)
+    _set_state(directory, node, named, "draining", "gets nothing new, and gives up what it has", as_json=as_json)
 
 
 @disk.command("undrain")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("node")
 @click.argument("named", metavar="DISK")
 @AS_JSON
 def disk_undrain(directory: Path, node: str, named: str, as_json: bool) -> None:
     """Let a disk of NODE that drains take part again. DISK is its id or directory."""
-    listed, found = edit(directory, node)
-    one = _find(found, named)
-    if one.state != "draining":
-        raise OperatorError(f"{node}: disk {one.id} in {one.directory} does not drain")
-    one.state = "active"
-    save(directory, listed)
-    said = f"{node}: disk {one.id} in {one.directory} takes part again"
-    say(directory, _document(node, one), said, as_json=as_json)
+    _set_state(directory, node, named, "active", "takes part again", as_json=as_json)
 
 
 @disk.command("remove")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("node")
 @click.argument("named", metavar="DISK")
 @AS_JSON
@@ -175,7 +175,7 @@ def disk_remove(directory: Path, node: str, named: str, as_json: bool) -> None:
 
 
 @disk.command("replace")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("node")
 @click.argument("named", metavar="DISK")
 @click.argument("place", metavar="[NEW-DIRECTORY[:WEIGHT]]", default="")

@@ -7,7 +7,6 @@ does not change before a request under the ticket was signed (``cli.joining``).
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import time
 from pathlib import Path
@@ -15,25 +14,31 @@ from typing import TYPE_CHECKING
 
 import click
 
-from storaged.cli.disks import AS_JSON, FOLDER
+from storaged.cli.options import (
+    ADMIN,
+    ADMIN_GATEWAY,
+    ADMIN_STORAGE,
+    AS_JSON,
+    AUTHORITY,
+    DISKS,
+    JURISDICTION,
+    NODE,
+    RACK,
+    STATE,
+    parse_time,
+)
 from storaged.errors import OperatorError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
     from storaged.cli import create as files
     from storaged.cluster import issuing, tickets
 
-ADMIN_GATEWAY = "127.0.0.1:8334"
-ADMIN_STORAGE = "127.0.0.1:8335"
-VALID_MAX_S = 30 * 86400.0
+VALID_MAX_S = 30 * 86400
 
 
 def parse_valid(text: str) -> float:
-    """Seconds of ``15m``, ``24h``, ``2d``. Raises OperatorError."""
-    match = re.fullmatch(r"(\d{1,6})(s|m|h|d)", text.strip())
-    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else 0.0
-    if not 0 < seconds <= VALID_MAX_S:
-        raise OperatorError(f"--valid: {text!r} is no time up to 30 days; write it like 15m, 24h or 2d")
-    return seconds
+    """Raises OperatorError."""
+    return parse_time("--valid", text, 1, VALID_MAX_S)
 
 
 def check_address(option: str, value: str) -> None:
@@ -117,36 +122,18 @@ def _certified_in(plan: files.ClusterPlan, node: files.NodePlan, instead_of: fil
 
 
 ADDRESS = click.option("--address", required=True, metavar="HOST:PORT", help="Where other nodes call it.")
-RACK = click.option("--rack", required=True, help="COUNTRY/SITE/RACK, such as FR/par1/a.")
-JURISDICTION = click.option(
-    "--jurisdiction", default="", help="Country whose law the operator is under (default: the rack's)."
+VALID = click.option(
+    "--valid", default="15m", show_default=True, metavar="TIME", help="How long the ticket is valid: 15m, 24h, 2d."
 )
-STATE = click.option("--state", default="", help="The node's own directory (default: /var/lib/storaged/NODE).")
-ADMIN = click.option(
-    "--admin",
-    default=None,
-    metavar="HOST:PORT",
-    help=(
-        f"Loopback address of health and metrics (default {ADMIN_GATEWAY}, of a storage node {ADMIN_STORAGE}; 'none':"
-        " no such port)."
-    ),
-)
-VALID = click.option("--valid", default="15m", show_default=True, help="How long the ticket is valid: 15m, 24h, 2d.")
 
 
 @click.command("invite")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @RACK
-@click.option("--roles", default="storage", show_default=True, help="storage, or storage,gateway.")
+@click.option("--roles", default="storage", show_default=True, metavar="ROLES", help="storage, or storage,gateway.")
 @ADDRESS
-@click.option(
-    "--disk",
-    "disks",
-    multiple=True,
-    metavar="DIRECTORY[:WEIGHT]",
-    help="A disk's directory on that server; once a disk.",
-)
+@DISKS
 @JURISDICTION
 @STATE
 @ADMIN
@@ -180,8 +167,8 @@ def invite_node(
 
 
 @click.command("invite")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @RACK
 @ADDRESS
 @JURISDICTION

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import click
 
 from storaged.cli import inviting
-from storaged.cli.disks import AS_JSON, FOLDER
+from storaged.cli.options import AS_JSON, AUTHORITY
 from storaged.errors import JoinRefused, OperatorError, TicketForeign, TicketUsed
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -42,7 +42,7 @@ PENDING_KEY = "node.key.pending"
 
 
 @click.command("sign")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("request_file", metavar="REQUEST", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @AS_JSON
 def sign(directory: Path, request_file: Path, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
+from storaged.cli.options import AS_JSON, AUTHORITY, FOLDER
 from storaged.errors import OperatorError
 from storaged.units import format_size
 
@@ -26,11 +27,9 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs
 CHANGES_MAX = 40
 """Lines of changes that are printed; ``--json`` has all."""
 
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-
 
 @click.command("plan")
-@click.argument("directory", type=FOLDER)
+@AUTHORITY
 @click.option(
     "--status",
     "status_file",
@@ -41,14 +40,14 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 )
 @click.option(
     "--ask",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FOLDER,
     default=None,
     metavar="DIRECTORY",
     help="Instead of --status, where a node runs on this machine: its directory, or the trial cluster's.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@AS_JSON
 def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_json: bool) -> None:
-    """Show what the next layout of DIRECTORY would change and move, and what the cluster survives. Changes nothing.
+    """Show what the next layout would change and move, and what the cluster survives. Changes nothing.
 
     With --status or --ask it also says how many bytes move, and refuses what can't work. Exit code: 1 for a plan that
     is refused.
@@ -77,7 +76,7 @@ def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_js
     else:
         _print_plan(before, layouts, found, first=last is None)
         _print_data(labels, data)
-        if not found.survives["meanwhile"] and found.survives["before"]:
+        if facts is None and not found.survives["meanwhile"] and found.survives["before"]:
             click.echo("Drain disks that still answer (storaged disk drain), and remove them afterwards.")
     if any(label.refused for label in labels):
         sys.exit(1)
@@ -172,10 +171,10 @@ def fetch(named: str | None, file: Path) -> None:
 
 
 @click.command("adopt")
-@click.argument("directory", type=FOLDER)
+@AUTHORITY
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 def adopt(directory: Path, file: Path) -> None:
-    """Take the layout FILE, which was fetched from the cluster, as the last one of DIRECTORY.
+    """Take the layout FILE, which was fetched from the cluster, as the last one of the folder AUTHORITY.
 
     For a folder whose own layout was overtaken by another administrator's. The list of nodes stays as it is.
     """

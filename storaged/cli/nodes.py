@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from storaged.cli import inviting, joining
-from storaged.cli.disks import AS_JSON, FOLDER, edit, find_node, save, say, section
+from storaged.cli.disks import edit, find_node, save, say, section
+from storaged.cli.options import AS_JSON, AUTHORITY, NODE
 from storaged.errors import OperatorError
 from storaged.ids import new_disk_id
 
@@ -47,8 +48,8 @@ def _set_states(directory: Path, name: str, state: str, said: str, *, as_json: b
 
 
 @node.command("drain")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @AS_JSON
 def drain(directory: Path, name: str, as_json: bool) -> None:
     """Let all disks of NODE give up what they have. It stays readable meanwhile."""
@@ -56,8 +57,8 @@ def drain(directory: Path, name: str, as_json: bool) -> None:
 
 
 @node.command("undrain")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @AS_JSON
 def undrain(directory: Path, name: str, as_json: bool) -> None:
     """Let all disks of NODE that drain take part again."""
@@ -65,8 +66,8 @@ def undrain(directory: Path, name: str, as_json: bool) -> None:
 
 
 @node.command("remove")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @AS_JSON
 def remove(directory: Path, name: str, as_json: bool) -> None:
     """Take NODE out of the list that layouts are made from: the next layout shuts it out.
@@ -88,8 +89,8 @@ def remove(directory: Path, name: str, as_json: bool) -> None:
 
 
 @node.command("replace")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @AS_JSON
 def replace(directory: Path, name: str, as_json: bool) -> None:
     """Put new, empty disks in the place of all disks of NODE, which was built again.
@@ -112,8 +113,8 @@ def replace(directory: Path, name: str, as_json: bool) -> None:
 
 
 @node.command("address")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
-@click.argument("name", metavar="NODE")
+@AUTHORITY
+@NODE
 @click.argument("address", metavar="HOST:PORT")
 @AS_JSON
 def set_address(directory: Path, name: str, address: str, as_json: bool) -> None:

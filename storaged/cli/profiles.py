@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import asdict
 
+from storaged.cli.disks import save, say
+from storaged.cli.options import AS_JSON, AUTHORITY, DRY_RUN, parse_time
 from storaged.cluster.spread import OPERATORS
 from storaged.errors import OperatorError
 
-if TYPE_CHECKING:  # a command imports what it needs when it runs
-    from storaged.cli import create as files
-
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what it changes.")
-
 
 @click.command("profile")
-@click.argument("directory", type=FOLDER)
+@AUTHORITY
 @click.argument("profile", metavar="K+M")
 @click.option(
     "--spread",
@@ -29,8 +25,9 @@ DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what it change
     " racks: as usual.",
 )
 @DRY_RUN
-def profile(directory: Path, profile: str, spread: str | None, dry_run: bool) -> None:
-    """Let the next layout of DIRECTORY ask for K data and M parity fragments, such as 4+2.
+@AS_JSON
+def profile(directory: Path, profile: str, spread: str | None, dry_run: bool, as_json: bool) -> None:
+    """Let the next layout ask for K data and M parity fragments, such as 4+2.
 
     When it is in force, new writes use it at once. Repair codes everything else again, after all other work, and keeps
     the old fragments until the new ones are durable and the record names them. Objects up to 16 KiB are whole copies
@@ -51,55 +48,43 @@ def profile(directory: Path, profile: str, spread: str | None, dry_run: bool) ->
     after = layouts_after(listed, last)[-1]
     before = last[1].profile if last is not None else before
     stored = planning.stored_bytes(before, after.profile)
-    click.echo(f"profile {before} to {after.profile}, on {len(after.disks)} disks: {stored}")
+    said = f"profile {before} to {after.profile}, on {len(after.disks)} disks: {stored}"
     if after.spreads:
-        click.echo(f"  at most {after.target.operator_max} fragments of a block at one operator, and nothing degrades")
+        said += f"\n  at most {after.target.operator_max} fragments of a block at one operator, and nothing degrades"
     if after.spreads and last is not None and not last[1].spreads:
-        click.echo("  Objects of up to 16 KiB that are there stay whole copies until they are written again.")
-    _save(directory, listed, dry_run)
-
-
-def _save(directory: Path, listed: files.ClusterPlan, dry_run: bool) -> None:
-    from storaged.cli import create as files
-
-    if dry_run:
-        click.echo("  Nothing was changed.")
-        return
-    files.save_plan(directory, listed)
-    click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
+        said += "\n  Objects of up to 16 KiB that are there stay whole copies until they are written again."
+    if not dry_run:
+        files.save_plan(directory, listed)
+    document = {"before": before, "profile": after.profile, "spread": after.spread or "racks", "saved": not dry_run}
+    say(directory, document, said, as_json=as_json, saved=not dry_run)
 
 
 @click.command("sparing")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@AUTHORITY
 @click.option("--fragments", default="", metavar="TIME", help="Rebuild fragments after so long, such as 10m.")
 @click.option("--registers", default="", metavar="TIME", help="Move registers after so long, such as 1h.")
 @click.option("--domains", type=click.IntRange(0), help="Replace so many racks at the same time; 0: none.")
-def sparing(directory: Path, fragments: str, registers: str, domains: int | None) -> None:
+@AS_JSON
+def sparing(directory: Path, fragments: str, registers: str, domains: int | None, as_json: bool) -> None:
     """Show or set when the cluster replaces a disk that is away by the others, by itself."""
     from storaged.cli import create as files
-    from storaged.cli.disks import save
     from storaged.cluster.layout import Sparing
     from storaged.cluster.moves import sparing_text
 
     listed = files.load_plan(directory)
     known = Sparing(*listed.sparing)
     wanted = Sparing(
-        _seconds("--fragments", fragments) if fragments else known.fragments_s,
-        _seconds("--registers", registers) if registers else known.registers_s,
+        _delay("--fragments", fragments) if fragments else known.fragments_s,
+        _delay("--registers", registers) if registers else known.registers_s,
         known.domains_max if domains is None else domains,
     )
     if wanted != known:
         listed.sparing = (wanted.fragments_s, wanted.registers_s, wanted.domains_max)
         save(directory, listed)
-    click.echo(f"Disks that are away are replaced {sparing_text(wanted)}.")
-    if wanted != known:
-        click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
+    document = {**asdict(wanted), "saved": wanted != known}
+    said = f"Disks that are away are replaced {sparing_text(wanted)}."
+    say(directory, document, said, as_json=as_json, saved=wanted != known)
 
 
-def _seconds(option: str, text: str) -> int:
-    """Raises OperatorError."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-    if not number.isdigit() or not 10 <= int(number) * units[unit] <= 365 * 86400:
-        raise OperatorError(f"{option}: {text!r} is not a time from 10s to 365d, such as 90s, 10m or 2h")
-    return int(number) * units[unit]
+def _delay(option: str, text: str) -> int:
+    return parse_time(option, text, 10, 365 * 86400)

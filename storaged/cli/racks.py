@@ -21,7 +21,8 @@ from pathlib import Path
 
 import click
 
-from storaged.cli.disks import AS_JSON, FOLDER, save
+from storaged.cli.disks import save, say
+from storaged.cli.options import AS_JSON, AUTHORITY, DRY_RUN
 from storaged.errors import OperatorError
 
 NAME_MAX = 64
@@ -33,7 +34,7 @@ def rack() -> None:
 
 
 @rack.command("rename")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("old", metavar="OLD")
 @click.argument("new", metavar="NEW")
 @AS_JSON
@@ -71,12 +72,13 @@ def rename(directory: Path, old: str, new: str, as_json: bool) -> None:
 
 
 @rack.command("operator")
-@click.argument("directory", type=FOLDER)
+@AUTHORITY
 @click.argument("rack", metavar="RACK")
 @click.argument("name", metavar="[NAME]", default="")
-@click.option("--dry-run", is_flag=True, help="Only show what it changes.")
-def rack_operator(directory: Path, rack: str, name: str, dry_run: bool) -> None:
-    """Let the next layout of DIRECTORY name who operates RACK, such as FR/par1/a. Without NAME it names nobody.
+@DRY_RUN
+@AS_JSON
+def rack_operator(directory: Path, rack: str, name: str, dry_run: bool, as_json: bool) -> None:
+    """Let the next layout name who operates RACK, such as FR/par1/a. Without NAME it names nobody.
 
     The rack may have no server yet. Operators decide something only if the profile is spread over them (`storaged
     cluster profile --spread operators`).
@@ -88,16 +90,15 @@ def rack_operator(directory: Path, rack: str, name: str, dry_run: bool) -> None:
     listed, rack = files.load_plan(directory), files.parse_location(rack)
     if len(name) > NAME_MAX or not name.isprintable() or name != name.strip():
         raise OperatorError(f"the name of an operator has up to {NAME_MAX} printable characters")
-    before = listed.operators.pop(rack, "nobody")
+    before = listed.operators.pop(rack, "")
     if name:
         listed.operators[rack] = name
     last = files.last_signed(issuing.load_authority(directory), listed)
     if last is not None or listed.spread:
         layouts_after(listed, last)
     servers = sum(node.location == rack for node in listed.nodes)
-    click.echo(f"rack {rack}, {servers} servers: operated by {name or 'nobody'} (before: {before})")
-    if dry_run:
-        click.echo("  Nothing was changed.")
-        return
-    files.save_plan(directory, listed)
-    click.echo(f"  Next: storaged cluster plan {directory}, and storaged cluster layout {directory}")
+    if not dry_run:
+        files.save_plan(directory, listed)
+    document = {"rack": rack, "operator": name, "before": before, "servers": servers, "saved": not dry_run}
+    said = f"rack {rack}, {servers} servers: operated by {name or 'nobody'} (before: {before or 'nobody'})"
+    say(directory, document, said, as_json=as_json, saved=not dry_run)

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from storaged.cli.options import AUTHORITY
 from storaged.errors import LayoutOvertaken, OperatorError, RecoverRefused
 
 SHOWN_MAX = 20
@@ -67,7 +68,7 @@ def words_for(found: dict[str, Any]) -> str:
 
 
 @click.command("recover")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@AUTHORITY
 @click.option(
     "--losses",
     "losses_file",
@@ -83,7 +84,7 @@ def recover(directory: Path, losses_file: Any, unsafe: bool, words: str | None) 
 
     Acknowledged data is lost: all that only the lost disks had. The lost disks must be powered off for ever: with a
     gateway that has not heard of this, they could go on as if nothing had happened, and what they then accept is lost
-    too. It signs layouts of DIRECTORY; apply them on a gateway.
+    too. It signs layouts; apply them on a gateway.
     """
     from storaged.cli import create as files
     from storaged.cli.signing import say_signed, sign_all

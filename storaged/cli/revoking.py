@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from storaged.cli.disks import AS_JSON, FOLDER
+from storaged.cli.options import AS_JSON, AUTHORITY
 from storaged.errors import CertificateRefused, JurisdictionRefused, OperatorError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -87,10 +87,13 @@ def revoked_here(directory: Path, listed: files.ClusterPlan) -> set[str]:
 
 
 @click.command("certificates")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @AS_JSON
 def certificates(directory: Path, as_json: bool) -> None:
-    """List the certificates that were signed with AUTHORITY, with their fingerprints (SHA-256)."""
+    """List the certificates that were signed with AUTHORITY, with their fingerprints (SHA-256).
+
+    Those of one node are in the order in which they were signed.
+    """
     from storaged.cli import create as files
 
     revoked = revoked_here(directory, files.load_plan(directory))
@@ -100,13 +103,14 @@ def certificates(directory: Path, as_json: bool) -> None:
         return
     now_ms = int(time.time() * 1000)
     for one in found:
+        since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.from_ms / 1000))
         until = time.strftime("%Y-%m-%d", time.gmtime(one.until_ms / 1000))
         state = "revoked" if one.fingerprint in revoked else "expired" if one.until_ms <= now_ms else "valid"
-        click.echo(f"{one.node:<20} {state:<8} until {until}  {one.fingerprint}")
+        click.echo(f"{one.node:<20} {state:<8} from {since} until {until}  {one.fingerprint}")
 
 
 @click.command("revoke")
-@click.argument("directory", metavar="AUTHORITY", type=FOLDER)
+@AUTHORITY
 @click.argument("named", metavar="NODE|FINGERPRINT")
 @AS_JSON
 def revoke(directory: Path, named: str, as_json: bool) -> None:

@@ -51,7 +51,7 @@ def say_signed(
     if moving:
         click.echo("  These layouts move data. On a gateway, one after the other:")
         for each in made:
-            click.echo(f"  storaged cluster apply {files.layout_path(authority, each.epoch).name}")
+            click.echo(_apply(authority, each))
         click.echo(f"  (they are in {directory / 'layouts'})")
     for node in plan.nodes:
         if node.name in named or not (directory / "nodes" / node.name / "config.toml").exists():
@@ -63,4 +63,9 @@ def say_signed(
             f"  copy {signed_file} to /etc/storaged/NODE/identity/ on one server that runs, and reload that node:"
         )
         click.echo("  the others learn the layout from it. Or, on a gateway that runs:")
-        click.echo(f"  storaged cluster apply {files.layout_path(authority, made[-1].epoch).name}")
+        click.echo(_apply(authority, made[-1]))
+
+
+def _apply(authority: issuing.Authority, layout: Layout) -> str:
+    name = files.layout_path(authority, layout.epoch).name
+    return f"  storaged --dir /var/lib/storaged/GATEWAY cluster apply {name}"

@@ -66,7 +66,7 @@ class DiskOut(Condition):
 
 
 class ObjectsBelowTarget(Condition):
-    """Some objects have fewer fragments than their bucket's profile asks for."""
+    """Some objects have fewer fragments than the profile asks for."""
 
     code = "OBJECTS_BELOW_TARGET"
     hint = "Repair rebuilds them as soon as enough disks are available: `storaged repair status --wait`."
@@ -160,9 +160,9 @@ class KeyReleasesRefused(Condition):
     code = "KEY_RELEASE_REFUSED"
     hint = (
         "The rule and its reason are in `storaged doctor`, in the answer to the client (503) and in the audit log"
-        " (key.refused). certificate validity: check the clock, or issue a new certificate (`storaged cluster issue`)"
-        " and reload. cluster countries, cluster jurisdictions: this gateway is not certified inside the policy of the"
-        " layout in force. bucket countries: use a gateway in one of the bucket's countries."
+        " (key.refused). certificate validity: check the clock, or give the gateway a new certificate (`storaged"
+        " cluster renew`) and reload. cluster countries, cluster jurisdictions: this gateway is not certified inside"
+        " the policy of the layout in force. bucket countries: use a gateway in one of the bucket's countries."
     )
 
 

@@ -41,7 +41,10 @@ class NotRunning(OperatorError):
 
     code = "NOT_RUNNING"
     exit_code = 2
-    hint = "Start it with `storaged dev DIR`, or name another with --dir or STORAGED_DIR."
+    hint = (
+        "On a server, name the node's directory: `storaged --dir /var/lib/storaged/NODE ...`, and start the node if it"
+        " does not run. A trial cluster: `storaged dev DIR` starts it; --dir or STORAGED_DIR names another one."
+    )
 
 
 class NotATrialCluster(OperatorError):
@@ -294,9 +297,9 @@ class LayoutRefused(OperatorError):
     code = "LAYOUT_REFUSED"
     status = 409
     hint = (
-        "Put the cluster's layout back where the wrong one was offered from (`layout.signed` beside the node's"
-        " certificate), and reload. A layout that moves data comes into force by `storaged cluster apply FILE` on a"
-        " gateway."
+        "A layout that moves data comes into force by `storaged cluster apply FILE` on a gateway, after those that were"
+        " signed before it. If another cluster's or administrator's `layout.signed` is beside the node's certificate,"
+        " put this cluster's layout back there, and reload the node."
     )
 
 
@@ -334,9 +337,9 @@ class LayoutOvertaken(OperatorError):
     status = 409
     hint = (
         "Fetch the layout that was decided (on a gateway: `storaged cluster fetch FILE`), and take it as the last one"
-        " of the folder with the authority's keys (`storaged cluster adopt DIRECTORY FILE`). `storaged cluster plan"
-        " DIRECTORY` then shows how that folder's list differs: nodes and disks that the other administrator added or"
-        " removed belong into both. Then sign again: `storaged cluster layout DIRECTORY`."
+        " of the folder with the authority's keys (`storaged cluster adopt AUTHORITY FILE`). `storaged cluster plan"
+        " AUTHORITY` then shows how that folder's list differs: nodes and disks that the other administrator added or"
+        " removed belong into both. Then sign again: `storaged cluster layout AUTHORITY`."
     )
 
 

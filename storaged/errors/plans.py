@@ -37,16 +37,22 @@ class MoveUnfinished(Condition):
 
 
 class LayoutWeak(Condition):
-    """The layout works, and can't survive the loss of one rack, or of one server: it has too few of them, or too many
-    seed disks in one place. `storaged status` repeats this while the layout is in force.
+    """The layout works, and can't survive that one rack, one server or, with a profile that is spread over operators,
+    one operator is away: it has too few of them, or too many seed disks in one place. `storaged status` repeats this
+    while the layout is in force.
     """
 
     code = "LAYOUT_WEAK"
-    hint = "Add servers in other racks, so that there are three racks or more, each with disks of its own."
+    hint = (
+        "Add servers in other racks, so that there are three racks or more, each with disks of its own; or in racks of"
+        " another operator, where the text names operators."
+    )
 
 
 class RecoverRefused(OperatorError):
-    """A recovery from the loss of disks is refused: it is not needed, it can't be done, or the disks still answer."""
+    """A recovery from the loss of disks is refused: it is not needed, it can't be done, the disks still answer, or the
+    words were not those that it asks for.
+    """
 
     code = "RECOVER_REFUSED"
     status = 409

@@ -46,7 +46,7 @@ STORAGE_CLASSES = frozenset(
     }
 )  # fmt: skip
 """The classes that a general purpose bucket takes on AWS. They are labels that are stored and returned: where data is
-placed depends on the bucket's profile."""
+placed depends on the cluster's profile."""
 
 TAGS_PER_OBJECT_MAX = 10
 TAGS_PER_BUCKET_MAX = 50

@@ -81,7 +81,7 @@ def test_servers_are_added_and_what_moves_is_near_the_ideal(
         assert 0 < found[what]["ideal"] <= found[what]["moved"] <= 1.25 * found[what]["ideal"], found[what]
     assert any("n4 is new" in change for change in found["changes"])
     call("cluster", "layout", str(authority))
-    assert "storaged cluster apply layout-100.signed" in capsys.readouterr().out
+    assert "cluster apply layout-100.signed" in capsys.readouterr().out
     layouts = history_of(authority)
     assert [(layout.epoch, layout.base, layout.seeds_step) for layout in layouts] == [(1, 0, 0), (100, 1, 0)]
     folder = authority / "nodes" / "n4" / "identity"
@@ -601,7 +601,7 @@ def test_a_change_is_taken_back_and_what_it_added_drains(authority: Path, capsys
     call("cluster", "abort", str(authority))
     said = capsys.readouterr().out
     assert f"disk {new[0]} gives up what it has" in said
-    assert "storaged cluster apply layout-200.signed" in said
+    assert "cluster apply layout-200.signed" in said
     taken_back = history_of(authority)[-1]
     assert places_of(taken_back) == places_of(first)
     assert {disk: taken_back.disk_by_id[disk].state for disk in new} == dict.fromkeys(new, "draining")
