@@ -166,8 +166,9 @@ def forecast(
     anew, the bytes on disks for each of now.
     """
     space = facts.disks
-    total = sum(space[disk].used for disk in {disk for block in before for disk in block} if disk in space)
-    moved, comes = _moved(space, before, after) if growth is None else _recoded(space, int(total * growth), after)
+    used = _used(space, before)
+    total = sum(used.values())
+    moved, comes = _moved(used, before, after) if growth is None else _recoded(space, int(total * growth), after)
     nodes = len({disk.node for disk in last.disks})
     return Forecast(
         moved,
@@ -178,15 +179,23 @@ def forecast(
     )
 
 
+def _used(space: Mapping[str, DiskSpace], before: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Bytes on each disk. One that does not answer is known by its share: what it had is written anew elsewhere."""
+    had = Counter(disk for block in before for disk in block if disk in space)
+    answering = [disk for disk in had if space[disk].answers]
+    each = sum(space[disk].used for disk in answering) / max(1, sum(had[disk] for disk in answering))
+    return {disk: space[disk].used if space[disk].answers else int(count * each) for disk, count in had.items()}
+
+
 def _moved(
-    space: Mapping[str, DiskSpace], before: Iterable[Sequence[str]], after: Iterable[Sequence[str]]
+    used: Mapping[str, int], before: Iterable[Sequence[str]], after: Iterable[Sequence[str]]
 ) -> tuple[int, dict[str, int]]:
     had, leaves, comes = Counter[str](), Counter[str](), Counter[str]()
     for old, new in zip(before, after, strict=True):
         had.update(old)
         leaves.update(set(old) - set(new))
         comes.update(set(new) - set(old))
-    moved = sum(space[disk].used * leaves[disk] / had[disk] for disk in leaves if disk in space)
+    moved = sum(used[disk] * leaves[disk] / had[disk] for disk in leaves if disk in used)
     return int(moved), {disk: int(count * moved / comes.total()) for disk, count in comes.items()}
 
 

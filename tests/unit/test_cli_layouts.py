@@ -539,6 +539,20 @@ def test_a_plan_on_an_older_layout_is_refused(authority: Path, capsys: pytest.Ca
         call("cluster", "plan", str(authority), "--status", str(authority / "none.json"), "--ask", str(authority))
 
 
+def test_a_plan_counts_what_a_dead_disk_had(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (last,) = history_of(authority)
+    gone = disk_of(authority, "n1", 0)
+    call("disk", "replace", str(authority), "n1", gone)
+    status = status_of(last)
+    alive, _ = planned_with(authority, status, capsys)
+    for disk in (disk for node in status["nodes"] for disk in node["disks"] if disk["id"] == gone):
+        disk |= {"state": "blank", "bytes_used": 0, "bytes_free": 0}
+    dead, _ = planned_with(authority, status, capsys)
+    assert alive["bytes"]["moved"] > 0
+    assert dead["bytes"]["moved"] == pytest.approx(alive["bytes"]["moved"], rel=0.3)
+    assert dead["bytes"]["total"] == pytest.approx(alive["bytes"]["total"], rel=0.3)
+
+
 def test_a_plan_names_disks_that_were_not_drained_and_moves_that_have_not_ended(
     authority: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
