@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +14,16 @@ from storaged.cluster.partitions import PartitionState, epoch_of
 from storaged.errors import InvalidRequest, ServiceUnavailable
 from storaged.meta import messages
 from storaged.meta.client import RingClient
-from storaged.meta.messages import Create, FenceLift, FenceSet, FencesReply, FencesTake, RangesReply, ScopeFence
+from storaged.meta.messages import (
+    Create,
+    FenceLift,
+    FenceSet,
+    FencesReply,
+    FencesTake,
+    RangeFloor,
+    RangesReply,
+    ScopeFence,
+)
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.proposer.moving import Closed, merged
 from tests.doubles.layouts import KnownLayouts, layout_of
@@ -184,6 +194,59 @@ async def test_an_answer_that_is_none_counts_as_none(world: World, lie: FencesRe
         world.ring.away = {"b0"}
         with pytest.raises(ServiceUnavailable):
             await call(JOINT, JOINT.disks)
+
+
+def ranges_of_it() -> Iterator[bytes]:
+    """Prefixes of ranges of the partition of JOINT, in their order, without end."""
+    for number in itertools.count(1):
+        name = RegisterName(Table.OBJECT, number.to_bytes(16, "big"), 0, b"")
+        if name.partition == JOINT.partition:
+            yield name.prefix
+
+
+def floor(counter: int) -> Ballot:
+    return Ballot(epoch_of(0, 1), counter, "", b"")
+
+
+async def floors_at(world: World, disk: str) -> dict[bytes, Ballot]:
+    held = await world.ring.replicas[disk].floors.floors(messages.FloorsAsk(disk, JOINT.partition, b""))
+    return {its.prefix: its.ballot for its in held.floors}
+
+
+async def set_floors(world: World, disks: str, prefix: bytes, counter: int) -> None:
+    for disk in disks.split():
+        take = messages.FloorsTake(disk, JOINT.partition, JOINT.epoch, (RangeFloor(prefix, floor(counter)),))
+        assert not (await world.ring.replicas[disk].floors.take_floors(take)).verdict
+
+
+async def test_the_replica_that_comes_gets_no_floor_that_one_disk_makes_up(world: World) -> None:
+    """Neither ranges without end, nor one far in the future, nor one that stops the move since it is of another."""
+    some = ranges_of_it()
+    shared, cut_short, other = next(some), next(some), RegisterName(Table.OBJECT, SCOPE, 0, b"").prefix
+    await set_floors(world, "b0 c0", shared, 10)
+    await set_floors(world, "c0", cut_short, 10)
+    lies = [(shared, floor(1 << 61))]
+
+    async def liar(request: messages.FloorsAsk, *, timeout_s: float = 10.0) -> messages.FloorsReply:
+        if not lies:
+            lies.append((next(some), floor(5)))
+        return messages.FloorsReply((RangeFloor(*lies.pop()),), True)
+
+    world.ring.replicas["a0"].floors.floors = liar  # type: ignore[method-assign]
+    async with asyncio.timeout(20):
+        await world.client.moves.copy_floors(JOINT, JOINT.disks)
+    assert await floors_at(world, "d0") == {shared: floor(10)}
+    lies[:] = [(other, floor(5))]
+    await set_floors(world, "b0 c0", shared, 20)
+    await world.client.moves.copy_floors(JOINT, JOINT.disks)
+    assert await floors_at(world, "d0") == {shared: floor(20), cut_short: floor(10)}, "two answer, and each counts"
+
+
+async def test_after_a_recovery_each_disk_that_is_left_counts_for_floors(world: World) -> None:
+    prefix = next(ranges_of_it())
+    await set_floors(world, "b0", prefix, 10)
+    await world.client.moves.copy_floors(JOINT._replace(lost=("a0",)), ("b0", "c0"))
+    assert await floors_at(world, "d0") == {prefix: floor(10)}
 
 
 def test_a_merged_scope_keeps_the_newest_of_each_kind() -> None:

@@ -36,7 +36,7 @@ from storaged.meta.messages import (
     ScopeFence,
     ShardAsk,
 )
-from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Visibility
+from storaged.meta.names import Ballot, RegisterName, Table, Visibility
 from storaged.meta.ports import Handover, HandoverReplica, Replica
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES
 from storaged.meta.storage.scan import Want
@@ -144,21 +144,23 @@ class PartitionMoves:
 
     async def copy_floors(self, state: PartitionState, fenced: Container[str]) -> None:
         """Gives the replica that comes the floors of the present set, when it has all rows (``consensus.floors``).
-        ``fenced``: as for ``copy_fences``. Each of these disks counts alone: a floor was active at all of them before a
-        row went, and one too many harms nobody.
+        ``fenced``: as for ``copy_fences``. A floor was active at all of these disks before a row went, so those of them
+        count that so many have as a majority and the replies must have in common (``merged``). One disk may lie: it
+        could name ranges without end. After a recovery each disk counts alone: one of those left may have come just
+        before, and not have the floors yet.
         """
-        disks, after = [disk for disk in state.present if disk in fenced], b""
+        quorum, after = Quorum(state.voters[0]), b""
+        disks = [disk for disk in state.present if disk in fenced]
         while True:
-            found = await self._ask(disks, partial(_floors_after, state.partition, after), partial(_are_floors, after))
-            _check(Quorum(state.voters[0]), found, state, "say which floors they have")
-            ends = [reply.floors[-1].prefix for reply in found.values() if reply.more]
+            ask, sound = partial(_floors_after, state.partition, after), partial(_are_floors, state.partition, after)
+            found = await self._ask(disks, ask, sound)
+            _check(quorum, found, state, "say which floors they have")
+            at_least = 1 if state.lost else max(1, quorum.fewest - len(quorum.disks) + len(found))
+            replies = list(found.values())
+            ends = [reply.floors[-1].prefix for reply in replies if reply.more]
             through = min(ends) if ends else None
-            highest: dict[bytes, Ballot] = {}
-            for floor in (floor for reply in found.values() for floor in reply.floors):
-                if (through is None or floor.prefix <= through) and step_of(floor.ballot.epoch) < state.step:
-                    highest[floor.prefix] = max(floor.ballot, highest.get(floor.prefix, ZERO_BALLOT))
-            await self._give_floors(state, [RangeFloor(*one) for one in sorted(highest.items())])
-            if through is None:
+            await self._give_floors(state, merged_floors(replies, through, state.step, at_least))
+            if through is None or _that_go_on(replies, through) < at_least:
                 return
             after = through
 
@@ -245,8 +247,8 @@ async def _floors_after(partition: int, after: bytes, replica: HandoverReplica, 
     return await replica.floors.floors(FloorsAsk(disk, partition, after), timeout_s=FENCES_TIMEOUT_S)
 
 
-def _are_floors(after: bytes, reply: FloorsReply) -> bool:
-    """Whether these are floors of ranges that follow ``after``."""
+def _are_floors(partition: int, after: bytes, reply: FloorsReply) -> bool:
+    """Whether these are floors of ranges of the partition that follow ``after``."""
     prefixes = [after, *(its.prefix for its in reply.floors)]
     if any(earlier >= later for earlier, later in pairwise(prefixes)) or (reply.more and not reply.floors):
         return False
@@ -255,7 +257,8 @@ def _are_floors(after: bytes, reply: FloorsReply) -> bool:
             check_floor(floor.prefix, floor.ballot)
     except InvalidRequest:
         return False
-    return True
+    names = (RegisterName(its.prefix[0], its.prefix[1:17], its.prefix[17], b"") for its in reply.floors)
+    return all(name.partition == partition for name in names)
 
 
 def _goes_on(after: bytes, reply: FencesReply) -> bool:
@@ -276,6 +279,22 @@ def _are_ranges(partition: int, reply: RangesReply) -> bool:
         and RegisterName(prefix[0], prefix[1:17], prefix[17], b"").partition == partition
         for prefix in reply.prefixes
     )
+
+
+def merged_floors(replies: Sequence[FloorsReply], through: bytes | None, step: int, at_least: int) -> list[RangeFloor]:
+    """Of the ranges up to ``through`` (None: all) the highest floor of an earlier step that ``at_least`` of the replies
+    name or exceed.
+    """
+    by_range: dict[bytes, list[Ballot]] = {}
+    for floor in (floor for reply in replies for floor in reply.floors):
+        if (through is None or floor.prefix <= through) and step_of(floor.ballot.epoch) < step:
+            by_range.setdefault(floor.prefix, []).append(floor.ballot)
+    found = sorted((prefix, ballots) for prefix, ballots in by_range.items() if len(ballots) >= at_least)
+    return [RangeFloor(prefix, sorted(ballots)[-at_least]) for prefix, ballots in found]
+
+
+def _that_go_on(replies: Sequence[FloorsReply], after: bytes) -> int:
+    return sum(reply.more or bool(reply.floors and reply.floors[-1].prefix > after) for reply in replies)
 
 
 def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int = 1) -> list[ScopeFence]:
