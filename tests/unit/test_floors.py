@@ -29,7 +29,7 @@ from storaged.meta.consensus.register import (
 )
 from storaged.meta.listing.merge import CatchUp, RingScanner
 from storaged.meta.messages import Expunge, ExpungeReply, FenceSet, FloorSet, RangeFloor
-from storaged.meta.names import ZERO_BALLOT, Ballot, Change, Table, Value, Visibility, system_name
+from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import PageQuery
 from storaged.meta.store_ports import Slot
 from tests.doubles.layouts import KnownLayouts, layout_of
@@ -414,6 +414,29 @@ async def test_a_create_above_a_floor_that_overtakes_a_lower_sequence_is_not_app
     assert found.body == b"created"
     outcome = await world.client.change(NAME, lambda _before: Change(b"on it"))
     assert lineage.judge(outcome.after, at._replace(counter=at.counter + 9), True) is Standing.UNKNOWN
+
+
+async def test_a_replica_that_lies_about_ranges_and_rows_holds_up_no_pass(world: World) -> None:
+    """It is asked first, names a range of another partition, and comes to no end: the next one is asked instead."""
+    first = world.ring.replicas[world.state.present[0]]
+    other = RegisterName(Table.OBJECT, b"o" * 16, 0, b"")
+    assert other.partition != world.state.partition
+
+    async def no_end(_request: messages.Expunge, *, timeout_s: float = 10.0) -> messages.ExpungeReply:
+        return messages.ExpungeReply(Verdict.OK, 0, b"", False)
+
+    async def ranges(_request: messages.RangesAsk, *, timeout_s: float = 10.0) -> messages.RangesReply:
+        return messages.RangesReply((other.prefix, PREFIX))
+
+    first.handover.ranges = ranges  # type: ignore[attr-defined]
+    first.floors.expunge = no_end  # type: ignore[attr-defined]
+    assert await world.client.floors.ranges(world.state) == [PREFIX]
+    floor = world.expunger._floor(world.state)
+    async with asyncio.timeout(20):
+        assert await world.client.floors.count(world.state, PREFIX, floor, b"") == (0, None)
+        with pytest.raises(ServiceUnavailable, match="how far"):
+            await world.client.floors.expunge(world.state, PREFIX, floor, b"")
+        assert await world.expunger.once() == 0
 
 
 async def expunge(world: World) -> int:

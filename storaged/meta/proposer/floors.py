@@ -13,7 +13,7 @@ from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.consensus.floors import FLOORED_TABLES
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import EXPUNGED_A_CALL, Expunge, ExpungeReply, FloorReply, FloorSet, RangesAsk, RangesReply
-from storaged.meta.names import PACKED_HEAD_BYTES, Ballot
+from storaged.meta.names import PACKED_HEAD_BYTES, Ballot, RegisterName
 from storaged.meta.ports import Floors, HandoverReplica, Replica
 from storaged.meta.transport.calls import Answers, Calls
 
@@ -62,16 +62,20 @@ class PartitionFloors:
 
         found = (await self._ask_all(state, ask)).values()
         ends = [reply.through for reply in found if not reply.done]
+        if ends and min(ends) <= after:
+            raise ServiceUnavailable(f"A disk of partition {state.partition} does not say how far it has come.")
         return max(reply.gone for reply in found), min(ends) if ends else None
 
     async def ranges(self, state: PartitionState) -> list[bytes]:
-        """The prefixes of the ranges that may have a floor, as one replica has them."""
+        """The prefixes of the ranges that may have a floor, as one replica has them. It may lie: those of other
+        partitions do not count.
+        """
 
         async def ask(replica: HandoverReplica, disk: str) -> RangesReply:
             return await replica.handover.ranges(RangesAsk(disk, state.partition), timeout_s=self._timeout_s)
 
         found = await self._ask_one(state, ask)
-        return [prefix for prefix in found.prefixes if len(prefix) == PACKED_HEAD_BYTES and prefix[0] in FLOORED_TABLES]
+        return [prefix for prefix in found.prefixes if _is_range_of(state.partition, prefix)]
 
     async def count(
         self, state: PartitionState, prefix: bytes, floor: Ballot, after: bytes
@@ -83,6 +87,8 @@ class PartitionFloors:
             reply = await replica.floors.expunge(request, timeout_s=self._timeout_s)
             if reply.verdict != Verdict.OK:
                 raise ServiceUnavailable(f"Disk {disk} knows another step of partition {state.partition}.")
+            if not reply.done and reply.through <= after:
+                raise ServiceUnavailable(f"Disk {disk} does not say how far it has come.")
             return reply
 
         found = await self._ask_one(state, ask)
@@ -119,6 +125,12 @@ class PartitionFloors:
                 f"Partition {state.partition}: deleted keys stay while disk {away[0]} does not take part ({reason})."
             )
         return found
+
+
+def _is_range_of(partition: int, prefix: bytes) -> bool:
+    if len(prefix) != PACKED_HEAD_BYTES or prefix[0] not in FLOORED_TABLES:
+        return False
+    return RegisterName(prefix[0], prefix[1:17], prefix[17], b"").partition == partition
 
 
 def _at(disk: str, call: Callable[[Floors, str], Awaitable[T]]) -> Callable[[Replica], Awaitable[T]]:
