@@ -46,7 +46,7 @@ Theory of operation: no operation of one step misses what another step has done
     something was *not* chosen it asks for both (``Quorum.may_have_chosen``).
 
     An acceptor raises its step with the first ballot of a later step, too, before it promises. Without this a promise
-    would be lost with its process: after a restart the floors of a step say nothing about earlier steps.
+    would be lost with its process: after a restart the common promise of a step says nothing about earlier steps.
 
 Recovery: a majority of a set is lost for good
     A layout, which the administration key has signed, names disks that are lost for good; they are powered off for

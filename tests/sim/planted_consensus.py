@@ -33,7 +33,7 @@ _ACCEPTORS = (
         "a promise that is evicted raises no floor",
         200,
         path=ACCEPTOR,
-        old="            self._raise_floor(evicted)\n",
+        old="            self._raise_common(evicted)\n",
         new="",
     ),
     Planted(
@@ -93,7 +93,7 @@ _ACCEPTORS = (
         "a replica with a damaged row promises what it may have promised to others",
         1500,
         path=ACCEPTOR,
-        old="        above_all = max(self.promises.get(name, ZERO_BALLOT), self.floor_at(epoch), high_water)\n",
+        old="        above_all = max(self.promises.get(name, ZERO_BALLOT), self.common_at(epoch), high_water)\n",
         new="        above_all = ZERO_BALLOT\n",
         tests="tests/unit/test_replica.py::test_a_damaged_row_counts_for_nothing_until_a_ballot_above_all_it_may_have_held",
         why=(

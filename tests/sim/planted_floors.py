@@ -39,7 +39,7 @@ FLOOR_BUGS = (
         "replicas forget with their process that they refuse ballots below a floor",
         1,
         path=_ACCEPTOR,
-        old="        await self._high_water.raise_above(self._state.floor_at(ballot.epoch))\n",
+        old="        await self._high_water.raise_above(self._state.common_at(ballot.epoch))\n",
         new="",
         tests=_TESTS,
     ),

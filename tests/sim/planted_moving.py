@@ -164,15 +164,15 @@ MOVING_BUGS = (
         open=True,
     ),
     Planted(
-        "floors_shared",
+        "common_promises_shared",
         "what is promised in one step is promised in all steps",
         200,
         "moving",
         _STATE,
-        "        if epoch < FIRST_STEP:\n            return self.floor\n"
+        "        if epoch < FIRST_STEP:\n            return self.common\n"
         "        found = self._steps.get(epoch >> STEP_SHIFT)\n"
-        "        return ZERO_BALLOT if found is None else found.floor\n",
-        "        return max(step.floor for step in self._steps.values())\n",
+        "        return ZERO_BALLOT if found is None else found.common\n",
+        "        return max(step.common for step in self._steps.values())\n",
         fast=True,
     ),
     Planted(

@@ -10,12 +10,12 @@ import pytest
 from storaged.meta.consensus.acceptor import (
     HIGH_WATER_BLOCK_US,
     Acceptor,
-    floor_of,
     high_water_for,
     judge_accept,
     judge_create,
     judge_prepare,
     judge_read,
+    lowest_of,
     needs_high_water,
 )
 from storaged.meta.consensus.quorums import Quorum
@@ -129,7 +129,7 @@ def test_the_high_water_ballot_lies_above_everything_promised_while_it_is_in_for
     assert not needs_high_water(ballot(100 + HIGH_WATER_BLOCK_US - 1), high_water)
     assert needs_high_water(ballot(100 + HIGH_WATER_BLOCK_US), high_water)
     assert needs_high_water(ballot(1, epoch=2), high_water)
-    assert ballot(100 + HIGH_WATER_BLOCK_US - 1, "zzz") < floor_of(high_water)
+    assert ballot(100 + HIGH_WATER_BLOCK_US - 1, "zzz") < lowest_of(high_water)
 
 
 GROUP = Quorum(("a", "b", "c"))

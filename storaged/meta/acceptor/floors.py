@@ -93,7 +93,7 @@ class Floors:
         what was accepted before can be read from the store.
         """
         self._state.end_promises(ballot)
-        await self._high_water.raise_above(self._state.floor_at(ballot.epoch))
+        await self._high_water.raise_above(self._state.common_at(ballot.epoch))
         await self._pending.all_arrived()
 
     # --- floors -------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Floors:
         if verdict is not Verdict.OK:
             return FloorReply(verdict, self._floor_of(range_), final)
         if request.active:
-            if self._state.floor_at(ballot.epoch) < ballot:
+            if self._state.common_at(ballot.epoch) < ballot:
                 raise InvalidRequest("A floor is promised before it is active.")
             await self._activate({range_: ballot})
         else:

@@ -3,23 +3,23 @@
 ``judge_prepare``, ``judge_accept``, ``judge_create`` and ``judge_read`` try their rows from top to bottom; the first
 that matches answers. They judge an ``Acceptor``: what is known of one register when a request comes.
 
-``AcceptorState`` is what one disk's acceptor knows of all registers: promises, the floors under them, the high-water
-ballots, the epochs. Accepted values and fences are on disk; the shell (``meta.acceptor``) brings them along.
+``AcceptorState`` is what one disk's acceptor knows of all registers: promises, the *common promise* of each step, the
+high-water ballots, the epochs. Accepted values and fences are on disk; the shell (``meta.acceptor``) brings them along.
 
 Theory of operation
     Promises are kept in memory alone. They change with every prepare, and a sync costs a thousand times more than a
     promise. Instead a *high-water ballot* above all of them is on disk, written in blocks ahead. After a restart it
-    counts as promised for every register (rule 2): it becomes the floor.
+    counts as promised for every register (rule 2): it becomes the common promise.
 
-    The table of promises is bounded. What is evicted raises the floor under all registers, which costs some proposer a
-    retry and nothing else.
+    The table of promises is bounded. What is evicted raises the common promise, which costs some proposer a retry and
+    nothing else.
 
     When a partition moves (``cluster.partitions``) each of its steps has higher ballots than all earlier ones. An
     acceptor keeps an epoch for each partition that has moved, and refuses lower steps (EPOCH). The epoch is durable
-    before anything is promised or accepted in its step. Therefore floors and high-water ballots are kept for each step:
-    a ballot is compared with those of its own step alone. What was promised in a later step of its partition refuses it
-    by the epoch, and what was promised in another step of another partition does not concern it. With one floor for all
-    steps a partition that has moved would stop all others when the disk's node starts again.
+    before anything is promised or accepted in its step. Therefore common promises and high-water ballots are kept for
+    each step: a ballot is compared with those of its own step alone. What was promised in a later step of its partition
+    refuses it by the epoch, and what was promised in another step of another partition does not concern it. With one
+    common promise for all steps a partition that has moved would stop all others when the disk's node starts again.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def judge_read(acceptor: Acceptor, epoch: int, rules: Rules = RULES) -> Verdict:
     return Verdict.OK
 
 
-def floor_of(high_water: Ballot) -> Ballot:
+def lowest_of(high_water: Ballot) -> Ballot:
     """The lowest ballot with the epoch and counter of ``high_water``: everything promised while that was in force lies
     below it.
     """
@@ -179,14 +179,14 @@ PARTITIONS_KNOWN_MAX = 4_096
 """Scopes and shards whose partition is remembered, in a cluster where partitions have moved."""
 
 
-class StepFloor:
-    """The floor and the high-water ballot of one step, for all partitions of a disk. See ``AcceptorState``."""
+class StepPromise:
+    """The common promise and the high-water ballot of one step, for all partitions of a disk. See ``AcceptorState``."""
 
-    __slots__ = ("floor", "high_water", "issued", "near")
+    __slots__ = ("common", "high_water", "issued", "near")
 
     def __init__(self, high_water: Ballot, *, promised: bool) -> None:
         """``promised``: everything below the high-water ballot counts as promised."""
-        self.floor = floor_of(high_water) if promised else ZERO_BALLOT
+        self.common = lowest_of(high_water) if promised else ZERO_BALLOT
         self.issued = high_water
         self.set_high_water(high_water)
 
@@ -227,14 +227,14 @@ class AcceptorState:
         """By partition: requests with a lower epoch are refused. Of partitions that have moved; the layout's part is 0,
         unless the disk's own epoch is higher."""
         self.evicted = 0
-        """Promises that the floor has replaced."""
+        """Promises that the common one has replaced."""
         self._promises_max = promises_max
         self._partitions: dict[tuple[bytes, int] | bytes, int] = {}
         """By scope and shard, or by the beginning of a packed name."""
-        self._steps = {0: StepFloor(high_water, promised=rules.promises_survive_restart)}
+        self._steps = {0: StepPromise(high_water, promised=rules.promises_survive_restart)}
         for step, ballot in (high_waters or {}).items():
-            self._steps[step] = StepFloor(ballot, promised=rules.promises_survive_restart)
-        self.floor = self._steps[0].floor
+            self._steps[step] = StepPromise(ballot, promised=rules.promises_survive_restart)
+        self.common = self._steps[0].common
         """Promised for every register."""
         self.near_high_water = self._steps[0].near
         """From this epoch and counter on it is time to write a higher one."""
@@ -285,7 +285,7 @@ class AcceptorState:
 
     def of(self, name: RegisterName, slot: Slot | None, fence: Fence | None, epoch: int) -> Acceptor:
         """``slot`` as the disk has it. ``epoch`` of the request."""
-        promised = max(self.promises.get(name, ZERO_BALLOT), self.floor_at(epoch))
+        promised = max(self.promises.get(name, ZERO_BALLOT), self.common_at(epoch))
         if slot is None:
             floor = self.floors.get(name[:3]) if self.floors else None
             if floor is not None and self.rules.floors_reported:
@@ -297,15 +297,15 @@ class AcceptorState:
         """Of a register whose row can't be read: it may have accepted anything below the high-water ballot of the
         request's step. Had it accepted anything in a later step, the epoch would refuse the request.
         """
-        high_water = floor_of(self.high_water_at(epoch))
-        above_all = max(self.promises.get(name, ZERO_BALLOT), self.floor_at(epoch), high_water)
+        high_water = lowest_of(self.high_water_at(epoch))
+        above_all = max(self.promises.get(name, ZERO_BALLOT), self.common_at(epoch), high_water)
         return Acceptor(above_all, ZERO_BALLOT, None, self.epoch_at(name), fence, damaged=True)
 
     def of_promised(self, name: RegisterName, ballot: Ballot, fence: Fence | None) -> Acceptor:
         """Of a register that is promised to this very ballot: it has accepted nothing since, and before that something
         lower, so that its row need not be read again.
         """
-        return Acceptor(max(ballot, self.floor_at(ballot.epoch)), ZERO_BALLOT, None, self.epoch_at(name), fence)
+        return Acceptor(max(ballot, self.common_at(ballot.epoch)), ZERO_BALLOT, None, self.epoch_at(name), fence)
 
     def promise(self, name: RegisterName, ballot: Ballot, slot: Slot | None = None) -> None:
         """``slot``: what the register holds."""
@@ -315,7 +315,7 @@ class AcceptorState:
         if len(promises) > self._promises_max:
             evicted_name, evicted = promises.popitem(last=False)
             self.sequences.pop(evicted_name, None)
-            self._raise_floor(evicted)
+            self._raise_common(evicted)
             self.evicted += 1
         if slot is not None:
             self.sequences[name] = slot.value.sequence
@@ -328,16 +328,16 @@ class AcceptorState:
 
     def end_promises(self, ballot: Ballot) -> None:
         """Lower ballots of its step are refused from now on, for every register."""
-        self._raise_floor(ballot)
+        self._raise_common(ballot)
 
-    # --- floors, and ballots ahead ------------------------------------------------------------------------------------
+    # --- the common promise, and ballots ahead ------------------------------------------------------------------------
 
-    def floor_at(self, epoch: int) -> Ballot:
+    def common_at(self, epoch: int) -> Ballot:
         """What is promised for every register in the step of this epoch."""
         if epoch < FIRST_STEP:
-            return self.floor
+            return self.common
         found = self._steps.get(epoch >> STEP_SHIFT)
-        return ZERO_BALLOT if found is None else found.floor
+        return ZERO_BALLOT if found is None else found.common
 
     def high_water_at(self, epoch: int) -> Ballot:
         """As it is on disk, of the step of this epoch."""
@@ -351,33 +351,33 @@ class AcceptorState:
 
     def set_high_water(self, ballot: Ballot) -> None:
         """It is on disk. Lower ones than the one known change nothing."""
-        floor = self._step(ballot.epoch)
-        if ballot > floor.high_water:
-            floor.set_high_water(ballot)
+        step = self._step(ballot.epoch)
+        if ballot > step.high_water:
+            step.set_high_water(ballot)
             if ballot.epoch < FIRST_STEP:
-                self.near_high_water = floor.near
+                self.near_high_water = step.near
 
     def next_high_water(self, ballot: Ballot) -> Ballot:
         """A high-water ballot above this one, to be written. Never lower than one that is already on its way: what is
         posted to the store keeps its order, and the last one stays.
         """
-        floor = self._step(ballot.epoch)
-        floor.issued = max(floor.issued, high_water_for(ballot))
-        return floor.issued
+        step = self._step(ballot.epoch)
+        step.issued = max(step.issued, high_water_for(ballot))
+        return step.issued
 
     def too_far(self, ballot: Ballot, now_us: int) -> bool:
         """Rule 15. Asked for ballots near the high-water ballot or above it, so that others cost nothing."""
-        counter = max(floor.high_water.counter for floor in self._steps.values())
+        counter = max(step.high_water.counter for step in self._steps.values())
         return ballot.counter > max(now_us, counter) + COUNTER_AHEAD_MAX_US and self.rules.counters_bounded
 
-    def _step(self, epoch: int) -> StepFloor:
+    def _step(self, epoch: int) -> StepPromise:
         found = self._steps.get(epoch >> STEP_SHIFT)
         if found is None:
-            found = self._steps[epoch >> STEP_SHIFT] = StepFloor(ZERO_BALLOT, promised=False)
+            found = self._steps[epoch >> STEP_SHIFT] = StepPromise(ZERO_BALLOT, promised=False)
         return found
 
-    def _raise_floor(self, ballot: Ballot) -> None:
-        floor = self._step(ballot.epoch)
-        floor.floor = max(floor.floor, ballot)
+    def _raise_common(self, ballot: Ballot) -> None:
+        step = self._step(ballot.epoch)
+        step.common = max(step.common, ballot)
         if ballot.epoch < FIRST_STEP:
-            self.floor = floor.floor
+            self.common = step.common
