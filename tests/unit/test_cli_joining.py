@@ -147,6 +147,19 @@ def test_a_member_changes_no_authority_for_a_ticket(authority: Path, tmp_path: P
     assert state_of(server) == before
 
 
+def test_a_request_for_a_key_on_a_curve_that_nobody_knows_is_refused_by_name(
+    authority: Path, tmp_path: Path, capsys: SAID
+) -> None:
+    ticket = tickets.read_ticket(invite(capsys, authority))
+    request = decode(tickets.make_request(ticket, ec.generate_private_key(ec.SECP256R1())), tickets.JoinRequest)
+    curve = bytes.fromhex("06082a8648ce3d030107")
+    assert request.csr.count(curve) == 1
+    forged = replace(request, csr=request.csr.replace(curve, curve[:-1] + b"\x06"), mac=b"")
+    forged = replace(forged, mac=tickets._mac(ticket, tickets._REQUEST_LABEL, forged))
+    with pytest.raises(JoinRefused, match="can't be read"):
+        tickets.check_request(ticket, forged)
+
+
 def test_a_ticket_comes_from_a_pipe_or_a_terminal(
     authority: Path, tmp_path: Path, capsys: SAID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
