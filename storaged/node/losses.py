@@ -22,6 +22,8 @@ from storaged.meta.proposer.moving import PartitionMoves
 AT_ONCE = 8
 KEYS_MAX = 100_000
 """Keys of a partition that are counted."""
+COUNT_S = 60.0
+"""So long one disk may count those of one partition."""
 
 
 class Losses:
@@ -73,8 +75,9 @@ class Losses:
         }
 
     async def _count(self, state: PartitionState, disk: str) -> int | None:
-        """None where the disk does not say."""
+        """None where the disk does not say. One that lies could go on for ever."""
         try:
-            return await self._moves.count_keys(state, disk, KEYS_MAX)
+            async with asyncio.timeout(COUNT_S):
+                return await self._moves.count_keys(state, disk, KEYS_MAX)
         except (StoragedError, TimeoutError):
             return None
