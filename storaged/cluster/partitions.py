@@ -51,9 +51,10 @@ Theory of operation: no operation of one step misses what another step has done
 Recovery: a majority of a set is lost for good
     A layout, which the administration key has signed, names disks that are lost for good; they are powered off for
     ever. A partition of which no quorum is left then goes on from the disks of one set that are left: the *voters* of
-    a settled state whose other disks are ``lost``, and count in no quorum. From there it exchanges one replica at a
-    time as ever, until the set is whole again. This step is the only one in which no quorum of the step before takes
-    part:
+    a settled state whose other disks are ``lost``, and count in no quorum. Where the disk that comes and the one that
+    goes are both left it stays joint: either may have what the other one missed. From there it exchanges one replica
+    at a time as ever, until the set is whole again. This step is the only one in which no quorum of the step before
+    takes part:
 
     * What was chosen at lost disks alone is lost. What a surviving disk has counts, also where it was not chosen: it
       may have been acknowledged, and no disk is left that could say that it was not.
@@ -211,8 +212,8 @@ def recovery_of(state: PartitionState, layout: Layout) -> PartitionRecord | None
     None while it has one, and where no disk of it is left: then there is nothing to go on from. A coming set that lost
     its quorum is given up as ever: the disk that comes is among the lost ones then.
 
-    It goes on from the set of which most disks are left; of two alike from the present one, since the disk that comes
-    may not have everything.
+    It goes on from the set that has all disks that are left. Where each of the two has one that the other lacks, it
+    stays joint: either may have what the other one missed.
     """
     gone = set(layout.lost)
     left = [[disk for disk in disks if disk not in gone] for disks in state.voters]
@@ -221,10 +222,11 @@ def recovery_of(state: PartitionState, layout: Layout) -> PartitionRecord | None
     number = max(range(len(left)), key=lambda index: len(left[index]))
     if not left[number]:
         return None
-    chosen = state.sets[number]
-    lost = tuple(disk for disk in chosen if disk in gone or disk in state.lost)
-    step = state.step + (1 if state.coming else 2)
-    return PartitionRecord(state.partition, step, chosen, (), layout.epoch, lost=lost)
+    stays = any(set(disks) - set(left[number]) for disks in left)
+    present, coming = (state.present, state.coming) if stays else (state.sets[number], tuple[str, ...]())
+    step = state.step + (1 if state.coming and not stays else 2)
+    lost = tuple(disk for disk in dict.fromkeys(present + coming) if disk in gone or disk in state.lost)
+    return PartitionRecord(state.partition, step, present, coming, layout.epoch, lost=lost)
 
 
 def next_step(

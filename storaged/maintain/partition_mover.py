@@ -229,7 +229,7 @@ class PartitionMover:
             record = next_step(state, layout, whole=whole, lost=lost)
         if record is None:
             raise ServiceUnavailable(_why_not(state, layout))
-        if record.coming:
+        if record.coming and not state.coming:
             if self._may_begin <= 0 or not self._within_pace():
                 return False  # its turn comes
             self._may_begin -= 1

@@ -48,7 +48,8 @@ class Losses:
             state = self._layouts.partition(number)
             record = recovery_of(state, assumed)
             if record is not None:
-                stopped.append((state, tuple(disk for disk in record.present if disk not in record.lost)))
+                disks_after = dict.fromkeys(record.present + record.coming)
+                stopped.append((state, tuple(disk for disk in disks_after if disk not in record.lost)))
             elif set(state.disks) <= set(assumed.lost):
                 nothing.append(number)
             if number % 32 == 0:

@@ -268,6 +268,35 @@ async def test_disks_that_were_removed_first_are_recovered_all_the_same(world: W
         assert set(world.gateway.layouts.partition(name.partition).present) == set(LEFT.replicas_of(name.partition))
 
 
+async def test_what_only_the_disk_that_comes_has_counts_like_what_only_the_one_that_goes_has(world: World) -> None:
+    """A joint partition loses the two replicas that both of its sets have. Each of the others missed a write."""
+    name = next(filter(stopped, NAMES))
+    late = replace_key(name, b"late")
+    (goes,) = set(SIX.replicas_of(name.partition)) - set(LOST)
+    before = replace(SIX, epoch=50, base=1, disks=tuple(disk for disk in SIX.disks if disk.id != goes))
+    for gateway in (world.gateway, world.other):
+        gateway.layouts.learn(before)
+        await gateway.follower.read_all()
+    mover = world.gateway.mover = PartitionMover(world.gateway.ports, lost_s=1e9, partitions=[name.partition])
+    await mover.round()
+    state = world.gateway.layouts.partition(name.partition)
+    assert state.goes == goes
+    world.disks.away = {goes}
+    await world.gateway.put(name, b"missed by the one that goes")
+    world.disks.away = {state.comes}
+    await world.gateway.put(late, b"missed by the one that comes")
+    gone = tuple(disk for disk in before.disks if disk.id not in LOST)
+    await world.lose(replace(LEFT, disks=gone, seeds=before.seeds))
+    await mover.round()
+    assert await world.gateway.get(name) == b"missed by the one that goes"
+    assert await world.gateway.get(late) == b"missed by the one that comes"
+    await world.move()
+    state = world.gateway.layouts.partition(name.partition)
+    assert (state.lost, state.coming) == ((), ())
+    assert await world.other.get(name) == b"missed by the one that goes"
+    assert await world.other.get(late) == b"missed by the one that comes"
+
+
 # --- the step itself
 
 
@@ -282,6 +311,7 @@ def state_of(
     [
         (state_of(("d0", "a0", "e0")), 2, ("d0", "a0", "e0"), ("d0", "e0")),
         (state_of(("d0", "a0", "e0"), ("d0", "a0", "b0"), 3), 4, ("d0", "a0", "b0"), ("d0",)),
+        (state_of(("d0", "a0", "e0"), ("b0", "a0", "e0"), 3), 4, ("b0", "a0", "e0"), ("e0",)),
         (state_of(("d0", "a0", "b0"), ("d0", "a0", "e0"), 3), None, (), ()),
         (state_of(("e0", "a0", "b0"), step=4, lost=("e0",)), None, (), ()),
         (state_of(("e0", "d0", "b0"), step=4, lost=("e0",)), 6, ("e0", "d0", "b0"), ("e0", "d0")),
@@ -306,6 +336,17 @@ def test_which_step_recovers(
                 check_step(state, wrong, LEFT)
         with pytest.raises(LayoutRefused):
             check_step(state, found, replace(LEFT, lost=()))
+
+
+def test_a_partition_of_which_each_set_has_a_disk_left_that_the_other_lacks_stays_joint() -> None:
+    state = state_of(("d0", "e0", "a0"), ("d0", "e0", "b0"), 3)
+    found = recovery_of(state, LEFT)
+    assert found is not None
+    assert (found.step, found.present, found.coming, found.lost) == (5, state.present, state.coming, LOST)
+    check_step(state, found, LEFT)
+    after = state_of(found.present, found.coming, found.step, found.lost)
+    assert after.voters == (("a0",), ("b0",))
+    assert recovery_of(after, LEFT) is None
 
 
 def test_a_coming_set_that_is_lost_is_given_up_as_ever() -> None:
