@@ -49,7 +49,8 @@ class TakenBack(NamedTuple):
 def abort(directory: Path, to: int | None, dry_run: bool, as_json: bool) -> None:
     """Take back the last change of the layout that moves data: sign layouts with the places that were before.
 
-    Apply them as those of any other change. For a layout that was never applied there is nothing to take back: do not
+    Apply them as those of any other change. A change of the profile is taken back by `storaged cluster profile`. For a
+    layout that was never applied there is nothing to take back: do not
     apply it, and change the list of nodes again.
     """
     from storaged.cli import create as files
@@ -63,6 +64,8 @@ def abort(directory: Path, to: int | None, dry_run: bool, as_json: bool) -> None
     if last is None:
         raise OperatorError("no layout was signed yet, so there is nothing to take back")
     _check_unchanged(listed, last[1])
+    if to is None:
+        _check_profile(authority, last[1])
     wanted = _wanted(authority, listed, last[1], to)
     found = take_back(listed, last[1], wanted, directory)
     layouts = layouts_after(listed, last, int(time.time() * 1000))
@@ -114,6 +117,23 @@ def _check_unchanged(listed: files.ClusterPlan, last: Layout) -> None:
         raise OperatorError(
             f"the list of nodes has changes that were not signed: {'; '.join(changes[:5])}. Undo them first, or sign"
             " them."
+        )
+
+
+def _check_profile(authority: issuing.Authority, last: Layout) -> None:
+    """Raises OperatorError when the profile has changed since data was moved: that is the last change, and it is not
+    one of places.
+    """
+    from storaged.cli import create as files
+    from storaged.cluster.succession import GENERATION
+
+    known = [files.read_layout(authority, path)[1] for path in (authority.directory / "layouts").glob("*.signed")]
+    same = [layout for layout in known if layout.epoch // GENERATION == last.epoch // GENERATION]
+    before = min(same, key=lambda layout: layout.epoch, default=last)
+    if before.profile != last.profile:
+        raise OperatorError(
+            f"the last change is the profile, {before.profile} to {last.profile}. To take that back: storaged cluster"
+            f" profile {authority.directory} {before.profile}. To take back an earlier change of places: --to EPOCH"
         )
 
 

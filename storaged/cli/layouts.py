@@ -75,7 +75,7 @@ def plan(directory: Path, status_file: IO[bytes] | None, ask: Path | None, as_js
         click.echo(json.dumps(planning.document(before, layouts, found, labels, data), indent=2))
     else:
         _print_plan(before, layouts, found, first=last is None)
-        _print_data(labels, data)
+        _print_data(labels, data, recoded=before.target != layouts[-1].target)
         if facts is None and not found.survives["meanwhile"] and found.survives["before"]:
             click.echo("Drain disks that still answer (storaged disk drain), and remove them afterwards.")
     if any(label.refused for label in labels):
@@ -121,9 +121,10 @@ def _print_plan(before: Layout, layouts: Sequence[Layout], found: planning.Outlo
         click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")
 
 
-def _print_data(labels: Sequence[Label], data: Forecast | None) -> None:
+def _print_data(labels: Sequence[Label], data: Forecast | None, *, recoded: bool) -> None:
     if data is not None:
-        click.echo(f"bytes that move       about {format_size(data.moved)} of {format_size(data.total)}")
+        what = "bytes written anew   " if recoded else "bytes that move      "
+        click.echo(f"{what} about {format_size(data.moved)}; stored now: {format_size(data.total)}")
         for job, duration in data.durations.items():
             click.echo(f"  {job:<19} {duration}")
         if data.unknown:

@@ -59,7 +59,7 @@ def layouts_after(
     try:
         return _chained(signed.hash, before, _steps(before, bare), highest)
     except LayoutRefused as error:
-        raise LayoutUnsafe(f"this layout cannot work: {error.message}") from None
+        raise LayoutUnsafe(f"the list of nodes and disks can't be brought into force: {error.message}") from None
 
 
 def _still_revoked(before: Layout, after: Layout, now_ms: int) -> tuple[RevokedCertificate, ...]:

@@ -323,7 +323,8 @@ class LayoutUnsafe(OperatorError):
     code = "LAYOUT_UNSAFE"
     hint = (
         "Nothing was changed. First add a server or a disk in another rack (`storaged node invite`, `storaged disk"
-        " add`), or let disks that drain take part again (`storaged node undrain`). `storaged cluster plan` shows what"
+        " add`), let disks that drain take part again (`storaged node undrain`), or name the operator of each rack"
+        " (`storaged rack operator`) where that is what the text asks for. `storaged cluster plan` shows what"
         " a layout survives."
     )
 
