@@ -60,7 +60,7 @@ from storaged.meta.proposer.moving import PartitionMoves
 from storaged.wire import decode, encode
 
 AT_ONCE = 4
-"""Partitions that move at the same time."""
+"""Partitions whose rows are copied at the same time."""
 PARTITIONS_A_TURN = 32
 JOINT_MAX = 128
 """Partitions that are joint at the same time. While the disk that comes to a joint partition is away, the loss of one
