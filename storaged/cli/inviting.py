@@ -66,7 +66,10 @@ def config_for(node: files.NodePlan, folder: Path, state: str, admin: str | None
     text = _config_of(node, state or f"/var/lib/storaged/{node.name}", admin)
     _, mistakes = parse(text, folder)
     if mistakes:
-        raise OperatorError("this node could not run:\n" + "\n".join(f"  {mistake.message}" for mistake in mistakes))
+        lines = [f"  {mistake.message}" for mistake in mistakes]
+        if "storage" in node.roles and not node.disks:
+            lines.append("  Name its disks: --disk DIRECTORY, once for each")
+        raise OperatorError("\n".join(("this node could not run:", *lines)))
     return text
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from storaged import config
 from storaged.cli import create
-from storaged.cli.main import cli, main
+from storaged.cli.main import main
 from storaged.cli.operate import explained
 from storaged.cluster import identity, issuing, signed_layout
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
@@ -26,10 +26,7 @@ from storaged.errors import (
 )
 from storaged.keys import open_keyring
 from storaged.wire import decode, encode
-
-
-def call(*arguments: str) -> None:
-    cli.main(args=list(arguments), prog_name="storaged", standalone_mode=False)
+from tests.worlds.authority_folder import call, issue_three
 
 
 @pytest.fixture
@@ -37,13 +34,6 @@ def authority(tmp_path: Path) -> Path:
     place = tmp_path / "authority"
     call("cluster", "create", str(place), "--cluster", "eu-1")
     return place
-
-
-def issue_three(place: Path) -> None:
-    for number, rack in enumerate(("FR/par1/a", "FR/par2/b", "FR/lyo1/c"), 1):
-        call("cluster", "issue", str(place), f"n{number}", "--rack", rack, "--roles", "storage",
-             "--address", f"10.0.{number}.1:7400", "--disk", "/srv/disk1", "--disk", "/srv/disk2:4000")  # fmt: skip
-    call("cluster", "issue", str(place), "gateway", "--rack", "FR/par1/a", "--roles", "gateway")
 
 
 def test_folders_hold_a_certificate_a_checked_configuration_and_the_signed_layout(authority: Path) -> None:

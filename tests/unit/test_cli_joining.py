@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,12 @@ from storaged.errors import (
     TicketUsed,
 )
 from storaged.wire import decode, encode
-from tests.unit.test_cli_cluster import call, issue_three
-
-SAID = pytest.CaptureFixture[str]
+from tests.worlds.authority_folder import SAID, answered, call, three_signed
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
-    place = tmp_path / "authority"
-    call("cluster", "create", str(place), "--cluster", "eu-1", "--profile", "2+1")
-    issue_three(place)
-    call("cluster", "layout", str(place))
-    return place
-
-
-def answered(capsys: SAID, *arguments: str) -> dict[str, Any]:
-    """The document of a command that has ``--json``."""
-    capsys.readouterr()
-    call(*arguments, "--json")
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    return three_signed(tmp_path / "authority")
 
 
 def invite(capsys: SAID, place: Path, name: str = "n4", *more: str) -> str:

@@ -23,17 +23,13 @@ from storaged.cluster.succession import check_successor
 from storaged.errors import LayoutOvertaken, LayoutUnsafe, OperatorError, RecoverRefused
 from storaged.objects.code.place import first_choice
 from storaged.wire import encode
-from tests.unit.test_cli_cluster import call, issue_three
+from tests.worlds.authority_folder import call, three_signed
 from tests.worlds.layouts import first, with_nodes
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
-    place = tmp_path / "authority"
-    call("cluster", "create", str(place), "--cluster", "eu-1", "--profile", "2+1")
-    issue_three(place)
-    call("cluster", "layout", str(place))
-    return place
+    return three_signed(tmp_path / "authority")
 
 
 def issue(place: Path, name: str, rack: str, *disks: str) -> None:

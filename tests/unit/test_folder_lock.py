@@ -10,16 +10,12 @@ import pytest
 
 from storaged.cli import create, folder_lock, succeeding
 from storaged.errors import FolderInUse
-from tests.unit.test_cli_cluster import call, issue_three
+from tests.worlds.authority_folder import call, three_signed
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
-    place = tmp_path / "authority"
-    call("cluster", "create", str(place), "--cluster", "eu-1", "--profile", "2+1")
-    issue_three(place)
-    call("cluster", "layout", str(place))
-    return place
+    return three_signed(tmp_path / "authority")
 
 
 def test_two_changes_at_once_are_both_in_the_list(authority: Path, monkeypatch: pytest.MonkeyPatch) -> None:

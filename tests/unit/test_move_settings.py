@@ -25,7 +25,7 @@ from storaged.maintain.service import MaintainStatus
 from storaged.node.move_progress import Counted, MoveProgress, PartitionCounts, count_objects, count_partitions
 from tests.doubles.clock import ManualClock
 from tests.doubles.layouts import KnownLayouts, layout_of
-from tests.unit.test_cli_cluster import call
+from tests.worlds.authority_folder import call
 
 RUNNING = MoveSettings()
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -17,29 +15,17 @@ from storaged.cluster.moves import moves_between, places_digest
 from storaged.cluster.succession import is_numbered_as_moving
 from storaged.errors import OperatorError
 from storaged.objects.code.place import first_choice
-from tests.unit.test_cli_cluster import call, issue_three
+from tests.worlds.authority_folder import SAID, answered, call, three_signed
 from tests.worlds.layouts import first
-
-SAID = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
-    place = tmp_path / "authority"
-    call("cluster", "create", str(place), "--cluster", "eu-1", "--profile", "2+1")
-    issue_three(place)
-    call("cluster", "layout", str(place))
-    return place
+    return three_signed(tmp_path / "authority")
 
 
 def newest(place: Path) -> Layout:
     return create.read_layout(load_authority(place), place / create.LAYOUT_NAME)[1]
-
-
-def answered(capsys: SAID, *arguments: str) -> Any:
-    capsys.readouterr()
-    call(*arguments, "--json")
-    return json.loads(capsys.readouterr().out)
 
 
 def moved(layout: Layout, **places: tuple[str, str]) -> Layout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ from storaged.cluster.moves import changes_between, moves_between, places_digest
 from storaged.cluster.policy import KeyHolder, Policy, release_refusal
 from storaged.errors import CertificateRevoked, LayoutRefused, OperatorError
 from storaged.node.peers import PeerRules
-from tests.unit.test_cli_cluster import call, issue_three
 from tests.worlds.authority import World
+from tests.worlds.authority_folder import SAID, answered, call, three_signed
 from tests.worlds.layouts import History, first
-
-SAID = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -113,17 +110,7 @@ def test_a_gateway_with_a_revoked_certificate_gets_no_key() -> None:
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
-    place = tmp_path / "authority"
-    call("cluster", "create", str(place), "--cluster", "eu-1", "--profile", "2+1")
-    issue_three(place)
-    call("cluster", "layout", str(place))
-    return place
-
-
-def answered(capsys: SAID, *arguments: str) -> Any:
-    capsys.readouterr()
-    call(*arguments, "--json")
-    return json.loads(capsys.readouterr().out)
+    return three_signed(tmp_path / "authority")
 
 
 def newest(place: Path) -> Layout:
