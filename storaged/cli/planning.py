@@ -172,6 +172,7 @@ def document(
         "stored_factor": {"before": stored_factor(before.target), "after": stored_factor(layouts[-1].target)},
         "nodes": len(layouts[-1].nodes),
         "disks": len(layouts[-1].disks),
+        "seeds": {"before": list(before.seeds), "after": list(layouts[-1].seeds)},
         "moves_data": found.moves,
         "partitions": found.partitions,
         "replicas": {**found.replicas._asdict(), "share": found.replicas.share},

@@ -487,7 +487,10 @@ def test_a_plan_says_how_many_bytes_move(authority: Path, capsys: pytest.Capture
     assert found["labels"] == []
     assert "bytes that move       about" in text
     assert "whether 2 disks that are not in use yet have the room is not known" in text
-    assert plan_of(authority, capsys)["bytes"] is None, "no cluster was asked"
+    plan = plan_of(authority, capsys)
+    assert plan["bytes"] is None, "no cluster was asked"
+    assert plan["seeds"] == {"before": list(last.seeds), "after": list(last.seeds)}
+    assert all(f"{seed} of {last.node_of(seed)}" in text for seed in last.seeds), "an operator has to know them"
 
 
 def test_a_plan_says_how_long_it_takes_at_the_pace_that_is_set(
