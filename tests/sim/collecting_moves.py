@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from storaged.cluster.layout import Layout
-from storaged.cluster.partitions import is_settled
+from storaged.cluster.partitions import PartitionRecord, is_settled
 from storaged.cluster.ports import Method
 from storaged.errors import StoragedError
 from storaged.fragments.payloads import header_at_position
@@ -64,6 +64,8 @@ class CollectingMoves(Collecting):
         self.world.epochs = self.layout.epoch
         self.known: dict[str, Layout] = {}
         """Of processes that know more than the first layout."""
+        self.newest: PartitionRecord | None = None
+        """The record of the partition when all is well: every process has read it by then."""
         Node.scenario = self  # type: ignore[assignment]  # it asks for the layouts alone
 
     def methods_of(self, _node: str) -> dict[str, Method]:
@@ -71,7 +73,10 @@ class CollectingMoves(Collecting):
         return {}
 
     def process(self, name: str, **options: Any) -> Gateway:
-        return Process(self, name, **options)  # type: ignore[arg-type]
+        process = Process(self, name, **options)  # type: ignore[arg-type]
+        if self.newest is not None:
+            process.layouts.partitions.learn(self.newest)
+        return process
 
     def more(self) -> Sequence[Coroutine[Any, Any, None]]:
         return self._announce(), self._move()
@@ -147,6 +152,7 @@ class CollectingMoves(Collecting):
         await reader.refresh(self.number)
         for gateway in self.gateways:
             await gateway.refresh(self.number)  # type: ignore[attr-defined]
+        self.newest = reader.layouts.partitions.record(self.number)
         return reader
 
     def _ended(self, process: Process, gone: set[str]) -> bool:
