@@ -124,7 +124,7 @@ class Play:
         for node in NODES:
             control.stop(self.cluster, node)
             with (self.shelf.directory(node) / "config.toml").open("a") as config:
-                config.write(f"\n[limits]\nrecode_delay_s = {RECODE_DELAY_S}\n")
+                config.write(f"recode_delay_s = {RECODE_DELAY_S}\n")  # its last section is [limits]
             if node == NODES[-1]:
                 self.shelf.move_to(node, DISKS[-1], self._hanging.directory)
             control.start(self.cluster, node)

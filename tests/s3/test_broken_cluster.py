@@ -72,7 +72,7 @@ def test_a_full_disk_is_named_and_the_others_take_the_writes(cluster: Cluster) -
     path = cluster.directory / "n2" / "config.toml"
     good = path.read_text()
     with stopped(cluster, "n2"):
-        path.write_text(good + '\n[limits]\nreserve_bytes = "900 TiB"\n')
+        path.write_text(good.replace('reserve_bytes = "1 GiB"', 'reserve_bytes = "900 TiB"'))
     try:
         cluster.wait_until(lambda: "DISK_FULL" in problem_codes(cluster.status()), 15, "the full disks to be named")
         assert {disk["state"] for disk in node_of(cluster.status(), "n2")["disks"]} == {"full"}
