@@ -108,6 +108,7 @@ class Opener:
         self._blank: dict[str, bool] = {}
         """Whether a disk was blank when this process looked."""
         self._settling = asyncio.Lock()
+        self._all_seen = asyncio.Event()
         self._copy_cache = SmallCopyCache(min(COPY_CACHE_BYTES_A_DISK * len(config.disks), COPY_CACHE_BYTES_MAX))
         self._failure: BaseException | None = None
 
@@ -160,6 +161,7 @@ class Opener:
         """Brings one disk into use, or refuses it for good."""
         try:
             self._blank[section.id] = await in_own_thread(partial(is_blank, Path(section.directory)))
+            await self._look_at_others()
             await self.ledgers.heard_first()
             admitted = await self._admitted(section, settled)
             if admitted.opens:
@@ -174,6 +176,15 @@ class Opener:
                 log.exception("a disk could not be opened", disk=section.id)
             self._failure = self._failure or mistake
         settled.set()
+
+    async def _look_at_others(self) -> None:
+        """The first start of a node is one of all its disks. One that hangs holds up the others for a moment only."""
+        if len(self._blank) == len(self._config.disks):
+            self._all_seen.set()
+        if not self.ledger.formed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN_S):
+                    await self._all_seen.wait()
 
     async def _admitted(self, section: DiskSection, settled: asyncio.Event) -> Admitted:
         """Returns when it is decided whether the disk may be opened; meanwhile the disk waits for other nodes."""

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from storaged.meta.names import system_name
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.store_ports import StoreBatch
 from storaged.node import opener as node_opener
+from storaged.node.admission import is_blank
 from storaged.node.disks import Disks, Snapshot
 from storaged.node.ledger import LEDGER_FILE, Ledger
 from storaged.node.ledger_exchange import LoneLedger
@@ -213,7 +215,8 @@ async def test_a_disk_without_an_entry_waits_until_the_other_disks_of_its_new_no
     loaded = storage_config(tmp_path)
     answers = threading.Event()
     monkeypatch.setattr(node_opener, "is_blank", lambda directory: directory.name == "d2" or answers.wait())
-    opening = opener(loaded, open_s=0.2)
+    monkeypatch.setattr(node_opener, "LOOK_AGAIN_S", 0.05)
+    opening = opener(loaded, open_s=1.0)
     disks = await opening.open()
     assert opening.formed() is None
     assert await states(disks) == ["hung", "waiting"]
@@ -466,6 +469,27 @@ async def test_a_fragment_store_that_failed_takes_nothing_also_where_the_disk_co
     assert await states(again) == ["read-only", "ok"]
     assert "fdatasync" in await reason_of(again, "d1")
     await again.close()
+
+
+async def test_a_disk_of_a_new_node_that_is_slower_than_the_other_holds_up_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the faster one waits, and is not in use yet when the node is open."""
+    loaded = storage_config(tmp_path)
+    looked = threading.Event()
+
+    def slow(directory: Path) -> bool:
+        if directory.name == "d1":
+            looked.set()
+        else:
+            looked.wait(GUARD_S)
+            time.sleep(0.1)
+        return is_blank(directory)
+
+    monkeypatch.setattr("storaged.node.opener.is_blank", slow)
+    disks = await opener(loaded).open()
+    assert set(disks.used) == set(ids(loaded))
+    await disks.close()
 
 
 # --- disks that a layout adds
