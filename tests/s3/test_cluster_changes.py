@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,10 +29,16 @@ class Changed:
         self.bodies = {f"object {number}": rng.randbytes(SIZES[number % len(SIZES)]) for number in range(OBJECTS)}
 
     def nodes_of(self, key: str) -> list[str]:
-        """Of its fragments. All can be read."""
-        rows = self.servers.where("demo", key)["fragments"]
-        assert {row["state"] for row in rows} <= {"ok"}, key
-        return [row["node"] for row in rows]
+        """Of its fragments. All can be read, though a small copy may come a moment after its partition has moved: the
+        walk that counts it begins then.
+        """
+
+        def rows() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = self.servers.where("demo", key)["fragments"]
+            return found
+
+        self.servers.wait_until(lambda: {row["state"] for row in rows()} <= {"ok"}, 120, f"all fragments of {key}")
+        return [row["node"] for row in rows()]
 
     def check(self, workload: Workload) -> None:
         s3 = self.servers.boto3(attempts=3)
