@@ -9,10 +9,10 @@ Theory of operation
     3. The disk that comes takes over the bucket fences of a majority that refuses earlier steps.
     4. Everything is brought up: of each shard that a majority or the disk that comes has rows of, all replicas are
        compared, and what differs is settled by rounds that a majority of both sets takes. Rows of deleted keys and
-       empty rows count too. Then come manifest pages. The partition is *whole* when a majority of both sets and the
-       disk that comes have answered for all shards: then a majority of the coming set has all that was chosen. It gets
-       what is chosen meanwhile anyway. Last the disk that comes gets the floors of the present set
-       (``consensus.floors``).
+       empty rows count too. What the disk that comes was too busy for is settled again. Then come manifest pages. The
+       partition is *whole* when a majority of both sets and the disk that comes have answered for all shards: then a
+       majority of the coming set has all that was chosen. It gets what is chosen meanwhile anyway. Last the disk that
+       comes gets the floors of the present set (``consensus.floors``).
     5. *settled*: the record is changed again. The disk that goes keeps rows that count no more. A process that still
        knows the joint state alone needs a majority of the coming set too, so nothing has to be fenced here.
 
@@ -68,6 +68,10 @@ more replica stops the partition. One that has not begun does not need that disk
 """
 LOST_S = 600.0
 """A disk that took no writes for so long counts as lost: it goes first, and does not come."""
+COMPARISONS = 3
+"""Of one shard, until no row differs. A round that a majority of both sets takes may miss the disk that comes, which is
+busy then; the second comparison finds that. Rows that are written all the time may differ in each.
+"""
 FAILURES_SHOWN = 5
 """A partition that could not make a step so often in turn is mentioned. The nodes of its disks have to learn of each
 step first, so the first attempt mostly fails.
@@ -303,15 +307,18 @@ class PartitionMover:
         """What a disk says counts only if it refuses earlier steps. Another one may still accept a late value of
         the step before. Together with a disk that has not answered it may then be a majority of the present set.
         """
-        try:
-            found = await self._ports.scanner.catch_up(
-                wanted.table, wanted.scope, wanted.shards[0], settling_nonce=wanted.settling_nonce
-            )
-        except NoSuchBucket:
-            return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
-        answered = fenced - found.away
-        if state.comes not in answered or not Quorum(*state.voters).met(answered):
-            return False
+        for _ in range(COMPARISONS):
+            try:
+                found = await self._ports.scanner.catch_up(
+                    wanted.table, wanted.scope, wanted.shards[0], settling_nonce=wanted.settling_nonce
+                )
+            except NoSuchBucket:
+                return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
+            answered = fenced - found.away
+            if state.comes not in answered or not Quorum(*state.voters).met(answered):
+                return False
+            if not found.settled:
+                break
         if wanted.table != Table.PART:
             await self._copy_pages(state.comes, wanted)
         return True

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from dataclasses import replace as replace_ports
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -14,12 +15,13 @@ from msgspec.structs import replace
 from storaged.clock import SystemClock
 from storaged.cluster.layout import Layout
 from storaged.cluster.partitions import PartitionRecord, is_settled, path_of, signed_bytes
-from storaged.errors import NoSuchBucket, ServiceUnavailable
+from storaged.errors import NoSuchBucket, ServiceUnavailable, SlowDown
 from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import FAILURES_SHOWN, MoverPorts, PartitionMover
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import FLOOR_SEQUENCES
 from storaged.meta.listing.merge import RingScanner, every_row
-from storaged.meta.messages import FencesAsk, FenceSet, FencesReply, FloorsAsk, ScopeFence
+from storaged.meta.messages import Accept, FencesAsk, FenceSet, FencesReply, FloorsAsk, ScopeFence
 from storaged.meta.names import Change, RegisterName, Table, Visibility, system_name
 from storaged.meta.ports import PageQuery
 from storaged.node.partition_follower import PartitionFollower
@@ -229,6 +231,28 @@ async def test_a_row_that_only_two_replicas_have_is_whole_at_the_new_set(world: 
         assert await world.other.get(name) == b"two of three"
         values = [world.disks.stores[disk].get(name) for disk in world.after.replicas_of(name.partition)]
         assert sum(value is not None for value in values) >= 2
+
+
+async def test_the_disk_that_comes_gets_rows_that_it_was_too_busy_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in names():
+        await world.gateway.put(name, b"body")
+    await world.learn()
+    busy: set[RegisterName] = set()
+    accept = LocalReplica.try_accept
+
+    def busy_once(self: LocalReplica, request: Accept, *more: Any, **options: Any) -> bool:
+        if self is world.disks.replicas["d0"] and request.name.table == Table.OBJECT and request.name not in busy:
+            busy.add(request.name)
+            raise SlowDown("Too much is on its way to this disk.")
+        return accept(self, request, *more, **options)
+
+    monkeypatch.setattr(LocalReplica, "try_accept", busy_once)
+    await world.move()
+    coming = [name for name in names() if moved(world.after, name)]
+    assert busy == set(coming)
+    assert [name for name in coming if world.disks.stores["d0"].get(name) is None] == []
 
 
 async def test_writes_go_on_while_partitions_move(world: World) -> None:
