@@ -9,8 +9,9 @@ Theory of operation. A batch of moves goes through these steps; a move that fail
 3. Every disk is asked once for the headers of all fragments in the old and new places of the batch.
 4. Each block is judged. Where headers don't show that the new fragments are right, survivors are read and the new
    hashes computed.
-5. Each register is changed once, by a compare-and-set: only if it still is at the sequence that was read in step 2.
-6. The old fragments go to the garbage lists of their disks.
+5. The old places go to the garbage lists of their disks. They become garbage by the next step, but after it this call
+   may be cut off, or not learn what became of the change.
+6. Each register is changed once, by a compare-and-set: only if it still is at the sequence that was read in step 2.
 
 Old and new fragments are both there until long after; the record alone decides which count. So a gateway that stops
 between any two steps loses nothing, two gateways may answer the same call, and the asker may ask again.
@@ -18,7 +19,7 @@ between any two steps loses nothing, two gateways may answer the same call, and 
 Every deletion of fragments first commits a round that ends all earlier promises, and then spares what was touched since
 it looked. So the new fragments are touched *after* the promise and before the accept (``_touch_new``): either the touch
 finds that they are gone, and the record is not changed, or it spares them. The disks that get an old fragment's entry
-on their garbage list compare it with the record before they delete (``gc``).
+on their garbage list compare it with the record before they delete (``gc``), and keep what the record still names.
 
 The work rests as long as it holds the event loop, and computes in threads: in a gateway clients use the same loop.
 """
@@ -371,8 +372,6 @@ class Mover:
             self._blocks_moved += sum(len(one.new) for one in passed)
         for one in passed:
             one.end(judged)
-        if judged.code == MOVED:
-            await self._retire_old(name, passed)
 
     async def _change(self, name: RegisterName, moves: Sequence[_Planned]) -> None:
         """Raises CannotRepair when the record is not the one that the moves were judged by, or the new fragments are
@@ -382,6 +381,7 @@ class Mover:
         body = await self._body_after(name, seen, moves)
         if seen is None or body is None:
             raise CannotRepair("the moves of this register do not go together")
+        await self._retire_old(name, moves)
         promised = asyncio.Event()
 
         def update(value: Value | None) -> Change | None:
@@ -470,9 +470,9 @@ class Mover:
         )
 
     async def _retire_old(self, name: RegisterName, moves: Sequence[_Planned]) -> None:
-        """Puts the data on the garbage lists of disks from which fragments have moved; it stays ``drop_delay_s`` for
-        readers. Best effort. Not for the row of a part, which may be copied into the object just now: the sweep of
-        orphans finds what that left.
+        """Puts the data on the garbage lists of disks from which fragments move; it stays ``drop_delay_s`` for readers.
+        Best effort. Not for the row of a part, which may be copied into the object just now: the sweep of orphans finds
+        what that left.
         """
         if name.table != Table.OBJECT:
             return

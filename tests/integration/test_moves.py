@@ -159,6 +159,40 @@ def test_an_honest_move_is_made_once_and_leaves_the_old_fragments_to_the_garbage
     play(scenario)
 
 
+@pytest.mark.parametrize("end", ["the asker dies", "no answer in time"])
+def test_old_fragments_are_listed_also_when_the_gateway_does_not_learn_that_the_record_changed(end: str) -> None:
+    async def scenario(world: World) -> None:
+        await world.begin(lose=False)
+        await world.cluster.kill("nc")
+        entry = await world.cluster.entry(world.bucket, KEY)
+        placement = world.node.maintenance.check.walker.placements.choose(entry, Profile.parse(entry.target), ())
+        assert placement is not None
+        move = await world.write(placement)
+        old = {disk for where in await world.places() for disk in where.disks if disk[0] != "c"}
+        accepting, delivered = asyncio.Event(), asyncio.Event()
+
+        async def hold(source: str, node: str, method: str, request: object) -> None:
+            if source == "g" and method == "meta.accept":
+                accepting.set()
+                await delivered.wait()
+
+        world.cluster.intercept = hold
+        task = asyncio.get_running_loop().create_task(world.code(move))
+        await accepting.wait()
+        if end == "the asker dies":
+            task.cancel()  # as the server does when the connection is gone
+        else:
+            await world.cluster.pass_s(60)
+        delivered.set()
+        assert await asyncio.gather(task, return_exceptions=True) != [MOVED]
+        await world.cluster.pass_s(1)
+        await world.assert_moved()
+        assert {str(where.profile) for where in await world.places()} == {str(placement.profile)}
+        assert all(entry.data_id in world.cluster.store(disk).garbage for disk in old)
+
+    play(scenario)
+
+
 def test_fragments_that_moved_away_are_deleted_by_their_own_disks_and_no_others() -> None:
     async def scenario(world: World) -> None:
         await world.begin()
