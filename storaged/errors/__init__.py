@@ -134,6 +134,7 @@ from storaged.errors.s3 import (
     MetadataTooLarge,
     MethodNotAllowed,
     MissingContentLength,
+    MissingRequestBodyError,
     MissingSecurityHeader,
     NoSuchBucket,
     NoSuchBucketPolicy,

@@ -231,6 +231,10 @@ class MissingContentLength(S3Error):
     status = 411
 
 
+class MissingRequestBodyError(S3Error):
+    """Request body is empty."""
+
+
 class MissingSecurityHeader(S3Error):
     """Your request is missing a required header."""
 

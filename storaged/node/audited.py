@@ -1,4 +1,4 @@
-"""Audits the creation and deletion of buckets over S3: a wrapper around ``objects.api.Buckets``.
+"""Audits the creation, configuration and deletion of buckets over S3: a wrapper around ``objects.api.Buckets``.
 
 The intent is on disk before a bucket is made or deleted, and the outcome before the client gets its answer. A user
 whose request was refused less than a minute ago writes no further intents; its further refusals are counted
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from storaged.clock import Clock
 from storaged.cluster.audit.format import DONE
 from storaged.cluster.audit.trail import Trail, audited
 from storaged.errors import AuditUnwritable, NoSuchBucket, ServiceUnavailable, StoragedError
-from storaged.objects.api import Buckets, Principal
+from storaged.objects.api import Buckets, ConfigurationChange, Principal
+from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.records import BucketRecord
+from storaged.wire import Message
+
+T = TypeVar("T", bound=Message)
 
 NOT_AUDITED: Final = "the gateway's audit log cannot be written (AUDIT_UNWRITABLE)."
 """The message to a client; the log of the gateway says more."""
@@ -26,7 +30,7 @@ REFUSED_LATELY_MAX: Final = 4096
 
 
 class AuditedBuckets:
-    """A ``Buckets`` with audited ``create`` and ``delete``; it passes all other calls on."""
+    """A ``Buckets`` with audited ``create``, ``configure`` and ``delete``; it passes all other calls on."""
 
     def __init__(self, buckets: Buckets, trail: Trail, clock: Clock) -> None:
         self._buckets = buckets
@@ -40,15 +44,29 @@ class AuditedBuckets:
         self.gone = buckets.gone
         self.renewed = buckets.renewed
         self.list_buckets = buckets.list_buckets
-        self.set_tags = buckets.set_tags
-        self.get_tags = buckets.get_tags
+        self.configuration_of = buckets.configuration_of
+        self.configuration = buckets.configuration
 
     async def create(
-        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+        self,
+        who: Principal,
+        name: str,
+        *,
+        region: str,
+        countries: tuple[str, ...] = (),
+        object_lock: bool = False,
+        configuration: Configuration = NOTHING,
     ) -> BucketRecord:
         facts = {"countries": ",".join(countries)} if countries else {}
         async with self._audited("bucket.create", who, f"bucket:{name}", await self._exists(name), facts) as found:
-            made = await self._buckets.create(who, name, region=region, countries=countries, object_lock=object_lock)
+            made = await self._buckets.create(
+                who,
+                name,
+                region=region,
+                countries=countries,
+                object_lock=object_lock,
+                configuration=configuration,
+            )
             found["bucket"] = made.id.hex()
         return made
 
@@ -56,6 +74,16 @@ class AuditedBuckets:
         facts = {"bucket": bucket.id.hex()}
         async with self._audited("bucket.delete", who, f"bucket:{bucket.name}", False, facts):
             await self._buckets.delete(bucket, who=who)
+
+    async def configure(
+        self, bucket: BucketRecord, kind: Kind[T], change: ConfigurationChange[T], *, who: Principal | None = None
+    ) -> None:
+        if not kind.audited:
+            await self._buckets.configure(bucket, kind, change, who=who)
+            return
+        facts = {"bucket": bucket.id.hex(), "configuration": kind.name}
+        async with self._audited("bucket.configure", who, f"bucket:{bucket.name}", False, facts):
+            await self._buckets.configure(bucket, kind, change, who=who)
 
     async def _exists(self, name: str) -> bool:
         """Whether the bucket exists: ``create`` refuses then, and needs no intent."""

@@ -9,16 +9,19 @@ headers.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from msgspec import Struct, field
 
 from storaged.errors import StoragedError
 from storaged.meta.ports import Reading as Reading
+from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.etags import Condition
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
-from storaged.wire import Buffer
+from storaged.wire import Buffer, Message
+
+T = TypeVar("T", bound=Message)
 
 CHECKSUM_ALGORITHMS = (
     "CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256", "SHA512", "MD5", "XXHASH64", "XXHASH3", "XXHASH128",
@@ -225,9 +228,21 @@ class DeleteResult(Struct, frozen=True):
     existed: bool = False
 
 
+ConfigurationChange = Callable[[Configuration], "T | None"]
+"""From the bucket's whole configuration to the new value of one kind; None: it is removed. Raises S3 errors for a value
+that the other kinds do not allow."""
+
+
 class Buckets(Protocol):
     async def create(
-        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+        self,
+        who: Principal,
+        name: str,
+        *,
+        region: str,
+        countries: tuple[str, ...] = (),
+        object_lock: bool = False,
+        configuration: Configuration = NOTHING,
     ) -> BucketRecord:
         """Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable (the countries can't
         hold it).
@@ -258,9 +273,19 @@ class Buckets(Protocol):
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         """Fences, settles and scans it. Raises BucketNotEmpty, after lifting the fence. ``who``: for the audit log."""
 
-    async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None: ...
+    def configuration_of(self, record: BucketRecord) -> Configuration:
+        """The configuration in a record, from memory. Raises DataDamaged, ServiceUnavailable."""
 
-    async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None: ...
+    async def configuration(self, bucket: BucketRecord) -> Configuration:
+        """The bucket's configuration as of now. Raises NoSuchBucket, DataDamaged, ServiceUnavailable."""
+
+    async def configure(
+        self, bucket: BucketRecord, kind: Kind[T], change: ConfigurationChange[T], *, who: Principal | None = None
+    ) -> None:
+        """Changes one kind of configuration by compare-and-set; ``change`` may run several times. ``who``: for the
+        audit log. This gateway obeys the new configuration at once, others within ``bucket_cache_s``. Raises
+        NoSuchBucket, InvalidRequest (too much), and what ``change`` raises; then nothing was changed.
+        """
 
 
 class Users(Protocol):

@@ -24,6 +24,7 @@ from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MI
 from storaged.objects.background import Background, Counters
 from storaged.objects.bad_rows import BadRows
 from storaged.objects.cache.buffers import BufferPool
+from storaged.objects.cache.configurations import Configurations
 from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.cache.opened_records import OpenedRecordCache
 from storaged.objects.code import place
@@ -85,6 +86,8 @@ class ObjectLimits:
     """The cache of listed rows: some 25,000, with keys of 30 bytes. Their heads and keys are in the scanner's cache
     too.
     """
+    configuration_bytes_max: int = 32 * MIB
+    """The cache of opened configurations of buckets: sealed bytes."""
     upload_keep_ms: int = 86_400_000
     """The rows of a finished upload stay so long, so that a repeated Complete gets its answer."""
 
@@ -148,6 +151,7 @@ class ObjectPlane:
         self.counters = Counters()
         self.small_bytes_max = self.limits.small_bytes_max
         self.bad_rows = BadRows()
+        self.configurations = Configurations(self.keys, self.limits.configuration_bytes_max)
         self.background = Background(self.limits.background_tasks_max, self.counters)
         self.fill_buffers = BufferPool(self.limits.fill_buffer_bytes_max, self.limits.buffer_wait_s)
         self.garbage = Garbage(self.stores, self.background, self.limits.write_timeout_s)

@@ -306,6 +306,9 @@ class BucketRecord(Message, frozen=True):
     ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields); a record that does not
     verify is refused. ``signature``: over the public part (``objects.system.public``), by the key that ``signer``
     names; nodes without keys verify it.
+
+    ``configuration``: the sealed entries of ``objects.configuration``; empty: there are none. ``plain``: none of them
+    matters when the owner reads or writes an object. ``tags``: sealed, of a record that version 0.1.0 wrote.
     """
 
     name: str
@@ -324,6 +327,8 @@ class BucketRecord(Message, frozen=True):
     shard_list: bytes = b""
     signer: bytes = b""
     signature: bytes = b""
+    configuration: bytes = b""
+    plain: bool = True
 
     @property
     def shard_numbers(self) -> bytes:

@@ -11,12 +11,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from storaged import errors
 from storaged.s3 import aws_names, xml
 from storaged.s3.context import Front, Handler
 from storaged.s3.operation import NO_BODY, STREAM, Attempt, Body, Document, Operation
-from storaged.s3.ops import acl, attributes, buckets, copy, delete, get, listing, multipart, post, put
+from storaged.s3.ops import (
+    acl,
+    attributes,
+    buckets,
+    configuration,
+    copy,
+    delete,
+    get,
+    listing,
+    multipart,
+    post,
+    put,
+    tags,
+)
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
 from storaged.units import KIB, MIB
@@ -117,6 +131,15 @@ def _configuration(name: str, error: type[errors.S3Error], *, put: str = "") -> 
     }
 
 
+def _configured(name: str, row: configuration.Row[Any], document: Document, *, put: str = "") -> Methods:
+    """A configuration that is stored and honoured."""
+    return {
+        "GET": Operation(f"Get{put or name}", configuration.getter(row)),
+        "PUT": _change(f"Put{put or name}", configuration.putter(row), document),
+        "DELETE": _change(f"Delete{name}", configuration.deleter(row)),
+    }
+
+
 def _named(name: str) -> Methods:
     """Configurations of which a bucket may have many."""
     return _none_implemented(
@@ -158,11 +181,7 @@ BUCKET: dict[str, Methods] = {
         "GET": Operation("GetBucketVersioning", buckets.get_versioning),
         "PUT": _not_implemented("PutBucketVersioning"),
     },
-    "tagging": {
-        "GET": Operation("GetBucketTagging", buckets.get_tagging),
-        "PUT": _change("PutBucketTagging", buckets.put_tagging, TAGS),
-        "DELETE": _change("DeleteBucketTagging", buckets.delete_tagging),
-    },
+    "tagging": _configured("BucketTagging", tags.BUCKET_TAGS, TAGS),
     "acl": {"GET": Operation("GetBucketAcl", buckets.get_acl), "PUT": _change("PutBucketAcl", acl.put_acl, ACL)},
     "policy": _configuration("BucketPolicy", errors.NoSuchBucketPolicy),
     "policyStatus": {"GET": _get_fixed("GetBucketPolicyStatus", "PolicyStatus", "<IsPublic>false</IsPublic>")},

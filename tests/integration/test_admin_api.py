@@ -74,7 +74,7 @@ class Buckets:
         self.known: dict[str, BucketRecord] = {}
 
     async def create(
-        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), **_: Any
     ) -> BucketRecord:
         self.made.append((who.display_name, name, region))
         self.known[name] = BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region, countries)
@@ -107,10 +107,13 @@ class Buckets:
             raise BucketNotEmpty
         del self.known[bucket.name]
 
-    async def set_tags(self, bucket: BucketRecord, tags: Any) -> None:
+    def configuration_of(self, record: BucketRecord) -> Any:
         raise NotImplementedError
 
-    async def get_tags(self, bucket: BucketRecord) -> Any:
+    async def configuration(self, bucket: BucketRecord) -> Any:
+        raise NotImplementedError
+
+    async def configure(self, bucket: BucketRecord, kind: Any, change: Any, *, who: Principal | None = None) -> None:
         raise NotImplementedError
 
 

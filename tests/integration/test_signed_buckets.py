@@ -32,6 +32,7 @@ from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import Ballot, Change, RegisterName, Value, object_name, system_name
 from storaged.meta.store_ports import Slot, StoreBatch
 from storaged.node.housekeeping import check_records
+from storaged.objects.configuration.kinds import TAGGING, Tags
 from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, encode_object
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.public import public_bytes
@@ -214,7 +215,7 @@ def test_neither_an_older_record_of_the_bucket_nor_anothers_takes_its_place() ->
         bucket, _ = await french(cluster)
         other = await cluster.bucket("other")
         first = {disk: cluster.meta(disk).get(NAME) for disk in cluster.layouts.current.seeds}
-        await cluster.buckets.set_tags(bucket, {"a": "b"})
+        await cluster.buckets.configure(bucket, TAGGING, lambda _: Tags({"a": "b"}))
         cluster.maintain()
         await cluster.settled()
         node = cluster.nodes["na"]
@@ -401,7 +402,7 @@ async def test_every_record_that_a_gateway_writes_is_signed() -> None:
         record = decode(value.body, BucketRecord)
         assert record.signer == SIGNER
         assert is_signed(SIGNING_KEY.public_key(), public_bytes("test", value.sequence, record), record.signature)
-        await buckets.set_tags(made, {"a": "b"})
+        await buckets.configure(made, TAGGING, lambda _: Tags({"a": "b"}))
 
 
 def test_the_signing_key_follows_from_the_keyring_and_signs_as_the_format_says() -> None:

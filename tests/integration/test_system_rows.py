@@ -25,6 +25,7 @@ from storaged.meta.store_ports import StoreBatch
 from storaged.node.housekeeping import check_records, tidy
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.bad_rows import BAD_ROWS_MAX, BadRows
+from storaged.objects.configuration.kinds import TAGGING, Tags
 from storaged.objects.records import BucketRecord, UploadRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
@@ -265,7 +266,7 @@ def test_what_one_replica_forges_above_all_ballots_is_carried_to_no_other(liar: 
         await gateway.scanner.catch_up(Table.SYSTEM, SYSTEM_SCOPE, 0)
         assert (await gateway.buckets.get("bucket")).id == bucket.id
         assert [found.name for found in (await gateway.buckets.list_buckets(WHO))[0]] == ["bucket", "other"]
-        await gateway.buckets.set_tags(bucket, {"a": "b"})
+        await gateway.buckets.configure(bucket, TAGGING, lambda _: Tags({"a": "b"}))
         await cluster.pass_s(400)
         held = [cluster.meta(disk).get(name) for disk in disks]
         assert len({slot.value for slot in held if slot is not None}) == 1

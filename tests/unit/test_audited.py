@@ -17,6 +17,7 @@ from storaged.config import LogSection
 from storaged.errors import (
     BucketAlreadyOwnedByYou,
     BucketNotEmpty,
+    InvalidArgument,
     KeyringUnavailable,
     NoSuchBucket,
     ServiceUnavailable,
@@ -25,6 +26,8 @@ from storaged.node.audited import AuditedBuckets
 from storaged.node.gateway import Gateway
 from storaged.node.requestlog import RequestLog
 from storaged.objects.api import Principal
+from storaged.objects.configuration.document import Kind
+from storaged.objects.configuration.kinds import TAGGING, Tags
 from storaged.objects.records import BucketRecord
 from storaged.observe import Metrics
 from tests.unit.test_audit import Clock
@@ -49,12 +52,18 @@ class Buckets:
         return self.known[name]
 
     async def create(
-        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), **_: Any
     ) -> BucketRecord:
         if name in self.known:
             raise BucketAlreadyOwnedByYou
         self.known[name] = BucketRecord(name, b"\x07" * 16, who.user_id, 0, "active", 16, region, countries)
         return self.known[name]
+
+    async def configure(
+        self, bucket: BucketRecord, kind: Kind[Any], change: Any, *, who: Principal | None = None
+    ) -> None:
+        if self.full:
+            raise InvalidArgument
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         if self.full:
@@ -208,3 +217,15 @@ async def test_a_key_whose_release_cannot_be_audited_is_answered_with_503_and_re
         ("key.refused", "node:gw", "bucket-id:00", "refused KEY_RELEASE_REFUSED", None),
         ("key.refused", "node:gw", "bucket-id:00", "refused KEY_RELEASE_REFUSED", 49),
     ]
+
+
+async def test_a_change_of_configuration_is_in_the_log_with_its_kind_and_a_change_of_tags_is_not(rig: Rig) -> None:
+    bucket = await rig.buckets.create(ALICE, "b", region="eu")
+    await rig.buckets.configure(bucket, TAGGING, lambda _: None, who=ALICE)
+    await rig.buckets.configure(bucket, Kind("policy", Tags), lambda _: None, who=ALICE)
+    rig.behind.full = True
+    with pytest.raises(InvalidArgument):
+        await rig.buckets.configure(bucket, Kind("policy", Tags), lambda _: None, who=ALICE)
+    told = [entry for entry in await rig.entries() if entry.kind == "bucket.configure"]
+    assert [entry.outcome for entry in told] == ["intent", "done", "intent", "refused InvalidArgument"]
+    assert told[0].fields["configuration"] == "policy"

@@ -18,6 +18,7 @@ from storaged.errors import (
     DataDamaged,
     InvalidAccessKeyId,
     InvalidArgument,
+    InvalidRequest,
     NoSuchBucket,
     ServiceUnavailable,
     TooManyBuckets,
@@ -26,11 +27,14 @@ from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, 
 from storaged.objects import usage
 from storaged.objects.api import BodyChecks, NewMeta, Principal
 from storaged.objects.cache.ttl import REFRESHES_MAX, TtlCache
+from storaged.objects.configuration import kinds
+from storaged.objects.configuration.document import NOTHING, Configuration, Kind
+from storaged.objects.configuration.kinds import TAGGING, Tags
 from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import CLAIM_STALE_MS, NameClaim, UserService
-from storaged.wire import decode, encode
+from storaged.wire import Message, decode, encode
 from tests.doubles.clock import LoopClock
 from tests.doubles.layouts import layout_of
 from tests.unit.test_objects_put_get import got, put
@@ -76,8 +80,8 @@ async def test_a_record_from_before_it_had_a_list_of_shards_is_authentic_and_kee
     assert old.shard_numbers == bytes(range(16))
     await put(objects, old, b"data")
     assert {row.shard for row in world.ring.values if row.table == Table.OBJECT} <= set(range(16))
-    await buckets.set_tags(old, {"a": "b"})
-    assert await buckets.get_tags(await buckets.get("old")) == {"a": "b"}
+    await buckets.configure(old, TAGGING, lambda _: Tags({"a": "b"}))
+    assert (await buckets.configuration(await buckets.get("old"))).get(TAGGING) == Tags({"a": "b"})
     await objects.close()
 
 
@@ -257,15 +261,98 @@ async def test_a_record_that_no_gateway_made_is_refused() -> None:
 async def test_bucket_tags_are_sealed_and_kept_apart_from_deletion() -> None:
     world, _, buckets = world_of()
     bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
-    assert await buckets.get_tags(bucket) is None
-    await buckets.set_tags(bucket, {"team": "storage"})
-    assert await buckets.get_tags(bucket) == {"team": "storage"}
+    assert (await buckets.configuration(bucket)).get(TAGGING) is None
+    await buckets.configure(bucket, TAGGING, lambda _: Tags({"team": "storage"}))
+    assert (await buckets.configuration(bucket)).get(TAGGING) == Tags({"team": "storage"})
     assert b"storage" not in world.ring.values[system_name("bucket/b")].body
-    await buckets.set_tags(bucket, None)
-    assert await buckets.get_tags(bucket) is None
+    await buckets.configure(bucket, TAGGING, lambda _: None)
+    assert (await buckets.configuration(bucket)).get(TAGGING) is None
     await buckets.delete(bucket)
     with pytest.raises(NoSuchBucket):
-        await buckets.set_tags(bucket, {})
+        await buckets.configure(bucket, TAGGING, lambda _: Tags({}))
+
+
+class Other(Message, frozen=True):
+    text: str
+
+
+OTHER = Kind("other", Other)
+
+
+async def test_the_configuration_is_one_sealed_value_that_is_changed_by_compare_and_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kinds, "KINDS", (TAGGING, OTHER))
+    world, _, buckets = world_of()
+    elsewhere = BucketService(world.plane())
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    assert buckets.configuration_of(bucket) == NOTHING
+    await asyncio.gather(
+        buckets.configure(bucket, TAGGING, lambda _: Tags({"team": "storage"})),
+        elsewhere.configure(bucket, OTHER, lambda _: Other("secret")),
+    )
+    found = await buckets.renewed("b")
+    assert not found.plain
+    configuration = buckets.configuration_of(found)
+    assert configuration.get(TAGGING) == Tags({"team": "storage"})
+    assert configuration.get(OTHER) == Other("secret")
+    assert buckets.configuration_of(found) is configuration, "it is opened once"
+    assert b"secret" not in world.ring.values[system_name("bucket/b")].body
+
+    def refuse(before: Configuration) -> Other:
+        assert before.get(OTHER) == Other("secret"), "it sees what there is"
+        raise InvalidArgument
+
+    with pytest.raises(InvalidArgument):
+        await buckets.configure(bucket, OTHER, refuse)
+    assert await buckets.configuration(bucket) == configuration
+    await buckets.configure(bucket, OTHER, lambda _: None)
+    assert (await buckets.renewed("b")).plain
+    with pytest.raises(InvalidRequest, match="256 KiB"):
+        await buckets.configure(bucket, OTHER, lambda _: Other("x" * 262_144))
+
+
+async def test_a_gateway_refuses_a_bucket_that_a_newer_one_has_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not honour it. A configuration that was moved to another bucket does not open."""
+    _, _, buckets = world_of()
+    first = await buckets.create(ANNE, "b", region="eu-fr-1")
+    other = await buckets.create(ANNE, "c", region="eu-fr-1")
+    with monkeypatch.context() as newer:
+        newer.setattr(kinds, "KINDS", (TAGGING, OTHER))
+        await buckets.configure(first, OTHER, lambda _: Other("x"))
+    _, _, older = world_of()
+    with pytest.raises(ServiceUnavailable, match="other"):
+        older._plane.configurations.of(await buckets.renewed("b"))
+    moved = msgspec.structs.replace(other, configuration=(await buckets.renewed("b")).configuration)
+    with pytest.raises(DataDamaged):
+        buckets.configuration_of(moved)
+
+
+async def test_a_bucket_that_stays_keeps_its_configuration_and_a_deleted_one_leaves_none() -> None:
+    world, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    await put(objects, bucket, b"data")
+    await buckets.configure(bucket, TAGGING, lambda _: Tags({"a": "b"}))
+    with pytest.raises(BucketNotEmpty):
+        await buckets.delete(bucket)  # of a record from before the change
+    assert (await buckets.configuration(bucket)).get(TAGGING) == Tags({"a": "b"})
+    await objects.delete(bucket, b"key")
+    await buckets.delete(bucket)
+    assert decode(world.ring.values[system_name("bucket/b")].body, BucketRecord).configuration == b""
+
+
+async def test_tags_of_a_record_from_before_there_were_configurations_are_read_and_move_there() -> None:
+    world, _, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    sealed = world.keys.seal_secret(encode({"a": "b"}), (b"bucket tags", bucket.id))
+    await buckets._amend(bucket, lambda found: msgspec.structs.replace(found, tags=sealed))
+    old = await buckets.renewed("b")
+    assert buckets.configuration_of(old).get(TAGGING) == Tags({"a": "b"})
+    await buckets.set_owner(old, BEN.user_id)
+    assert (await buckets.configuration(bucket)).get(TAGGING) == Tags({"a": "b"})
+    await buckets.configure(bucket, TAGGING, lambda before: before.get(TAGGING))
+    new = await buckets.renewed("b")
+    assert (new.tags, buckets.configuration_of(new).get(TAGGING)) == (b"", Tags({"a": "b"}))
 
 
 async def test_a_bucket_of_three_french_racks_beside_a_german_one_works_and_none_of_its_registers_leaves_france() -> (
@@ -544,11 +631,11 @@ async def test_all_who_wait_for_a_load_end_when_they_are_cancelled_together_and_
 async def test_a_bucket_is_handed_over_and_keeps_all_else() -> None:
     _, objects, buckets = world_of()
     made = await buckets.create(ANNE, "photos", region="eu-fr-1", countries=("FR",))
-    await buckets.set_tags(made, {"a": "b"})
+    await buckets.configure(made, TAGGING, lambda _: Tags({"a": "b"}))
     await buckets.set_owner(made, BEN.user_id)
     found = await buckets.get("photos")
     assert (found.owner, found.countries, found.id) == (BEN.user_id, ("FR",), made.id)
-    assert await buckets.get_tags(found) == {"a": "b"}
+    assert (await buckets.configuration(found)).get(TAGGING) == Tags({"a": "b"})
     assert (await buckets.list_buckets(ANNE))[0] == []
     assert [bucket.name for bucket in (await buckets.list_buckets(BEN))[0]] == ["photos"]
     await buckets.delete(found)

@@ -13,7 +13,8 @@ fence that arrives late.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -25,7 +26,6 @@ from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
     BucketNotEmpty,
-    DataDamaged,
     InvalidArgument,
     NoSuchBucket,
     NoSuchUpload,
@@ -35,10 +35,10 @@ from storaged.errors import (
 from storaged.ids import BUCKET_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Table, Value, system_name
 from storaged.meta.ports import PageQuery
-from storaged.objects.api import Principal
+from storaged.objects.api import ConfigurationChange, Principal
 from storaged.objects.cache.ttl import TtlCache
+from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.ports import SealBroken
 from storaged.objects.records import BucketRecord
 from storaged.objects.system import rows
 from storaged.objects.system.bucket_records import (
@@ -53,14 +53,19 @@ from storaged.objects.system.bucket_records import (
 from storaged.objects.system.fenced import FencedBuckets
 from storaged.objects.system.shards import draw
 from storaged.objects.write.multipart import abort, list_uploads
-from storaged.wire import decode, encode
+from storaged.wire import Message
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T", bound=Message)
 
 NONCE_SEQUENCE_BYTES = 8
 NONCE_BYTES = 8
 """Random, after the sequence number."""
 EMPTYING_ROUNDS_MAX = 8
+
+BARE = BucketRecord("", b"", "", 0, "", 0, "")
+"""What a deleted bucket keeps of its configuration."""
 
 OWNED_S = 10.0
 OWNERS_MAX = 1024
@@ -99,7 +104,11 @@ class BucketService:
                 after = msgspec.structs.replace(
                     after, nonce=value.sequence.to_bytes(NONCE_SEQUENCE_BYTES, "big") + draw
                 )
-            return self._records.change(name, value, msgspec.structs.replace(after, tags=found.tags))
+            kept = found if after.state != DELETED else BARE
+            after = msgspec.structs.replace(
+                after, tags=kept.tags, configuration=kept.configuration, plain=kept.plain, object_lock=found.object_lock
+            )
+            return self._records.change(name, value, after)
 
         self._cache.forget(record.name)
         try:
@@ -117,7 +126,14 @@ class BucketService:
         self._cache.forget(name)
 
     async def create(
-        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+        self,
+        who: Principal,
+        name: str,
+        *,
+        region: str,
+        countries: tuple[str, ...] = (),
+        object_lock: bool = False,
+        configuration: Configuration = NOTHING,
     ) -> BucketRecord:
         """Creates and commits the bucket's key before it takes the name. Raises InvalidArgument for a country that the
         cluster's policy does not allow, BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, and
@@ -145,6 +161,7 @@ class BucketService:
             object_lock=object_lock,
             shard_list=drawn.shard_list,
         )
+        record = self._plane.configurations.put(record, configuration)
         await self._plane.keys.create_bucket_key(record.id, record.countries)
 
         def update(value: Value | None) -> Change:
@@ -396,22 +413,30 @@ class BucketService:
         finally:
             await self._changed(bucket.name)
 
-    async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None:
-        """None: no tag set. Raises NoSuchBucket."""
-        sealed = b"" if tags is None else self._plane.keys.seal_secret(encode(dict(tags)), _tags_context(bucket))
-        await self._amend(bucket, lambda found: msgspec.structs.replace(found, tags=sealed))
+    def configuration_of(self, record: BucketRecord) -> Configuration:
+        """The configuration in this record. Raises DataDamaged, ServiceUnavailable."""
+        return self._plane.configurations.of(record)
 
-    async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None:
-        """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged."""
+    async def configuration(self, bucket: BucketRecord) -> Configuration:
+        """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged, ServiceUnavailable."""
         found = await self._records.read(bucket.name)
         if found is None or found.id != bucket.id:
             raise NoSuchBucket(BucketName=bucket.name)
-        if not found.tags:
-            return None
-        try:
-            return decode(self._plane.keys.open_secret(found.tags, _tags_context(found)), dict[str, str])
-        except (SealBroken, msgspec.MsgspecError) as error:
-            raise DataDamaged(f"The tags of this bucket do not open: {error}") from None
+        return self._plane.configurations.of(found)
+
+    async def configure(
+        self, bucket: BucketRecord, kind: Kind[T], change: ConfigurationChange[T], *, who: Principal | None = None
+    ) -> None:
+        """Changes one kind of configuration by compare-and-set. ``who``: for the audit log. Raises NoSuchBucket,
+        InvalidRequest (too much), and what ``change`` raises.
+        """
+        configurations = self._plane.configurations
+
+        def amended(found: BucketRecord) -> BucketRecord:
+            before = configurations.of(found)
+            return configurations.put(found, before.having(kind, change(before)))
+
+        await self._amend(bucket, amended)
 
 
 def _require_allowed(layout: Layout, countries: tuple[str, ...]) -> None:
@@ -420,7 +445,3 @@ def _require_allowed(layout: Layout, countries: tuple[str, ...]) -> None:
     for country in countries:
         if reason := policy.refusal(country):
             raise InvalidArgument(f"A bucket's countries are some of those that the cluster allows: {reason}.")
-
-
-def _tags_context(bucket: BucketRecord) -> tuple[bytes, ...]:
-    return (b"bucket tags", bucket.id)

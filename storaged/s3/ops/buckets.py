@@ -14,7 +14,6 @@ from storaged.s3.auth.regions import location_constraint, region_name, region_of
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
 from storaged.s3.ops.acl import own_acl
-from storaged.s3.ops.tags import read_tagging, write_tagging
 from storaged.s3.reply import XML_TYPE, Reply, xml_reply
 from storaged.s3.request import Request
 
@@ -146,24 +145,6 @@ async def get_location(front: Front, request: Request) -> Reply:
 async def get_versioning(front: Front, request: Request) -> Reply:
     """Versioning was never enabled: an empty configuration."""
     return xml_reply(xml.document("VersioningConfiguration"))
-
-
-async def get_tagging(front: Front, request: Request) -> Reply:
-    tags = await front.buckets.get_tags(request.bucket_record)
-    if not tags:
-        raise errors.NoSuchTagSet(BucketName=request.bucket)
-    return xml_reply(write_tagging(tags))
-
-
-async def put_tagging(front: Front, request: Request) -> Reply:
-    tags = await read_tagging(request, h.TAGS_PER_BUCKET_MAX)
-    await front.buckets.set_tags(request.bucket_record, tags)
-    return Reply(204)
-
-
-async def delete_tagging(front: Front, request: Request) -> Reply:
-    await front.buckets.set_tags(request.bucket_record, None)
-    return Reply(204)
 
 
 async def get_acl(front: Front, request: Request) -> Reply:

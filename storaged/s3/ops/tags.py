@@ -1,14 +1,16 @@
-"""Tagging documents of buckets and objects."""
+"""Tagging documents of buckets and objects, and the tags of a bucket."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
 
-from storaged.errors import InvalidRequest, MalformedXML
+from storaged.errors import InvalidRequest, MalformedXML, NoSuchTagSet
+from storaged.objects.configuration import kinds
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.documents import parse_document
+from storaged.s3.ops.configuration import Row
 from storaged.s3.request import Request
 
 
@@ -38,3 +40,11 @@ def write_tagging(tags: Mapping[str, str]) -> bytes:
         f"<Tag>{xml.element('Key', name)}{xml.element('Value', value)}</Tag>" for name, value in sorted(tags.items())
     )
     return xml.document("Tagging", f"<TagSet>{rows}</TagSet>")
+
+
+def _bucket_tags(document: bytes) -> kinds.Tags | None:
+    tags = tags_from(document, h.TAGS_PER_BUCKET_MAX)
+    return kinds.Tags(tags) if tags else None
+
+
+BUCKET_TAGS = Row(kinds.TAGGING, _bucket_tags, lambda value: write_tagging(value.tags), NoSuchTagSet, put_status=204)

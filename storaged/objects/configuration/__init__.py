@@ -1,0 +1,1 @@
+"""What a bucket is configured to do: the value (``document``), and each kind of configuration (``kinds``)."""

@@ -1,0 +1,83 @@
+"""One get, put and delete for every kind of configuration of a bucket, over rows of {parse, check, print}.
+
+A row says what a document of its kind means, and what is wrong with it; the value is stored in the bucket's record
+(``objects.configuration``). ``check`` runs inside of the compare-and-set: it sees the other kinds as they are when the
+new value is written, so that two requests at once can't make a configuration that contradicts itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from storaged import errors
+from storaged.objects.configuration.document import Configuration, Kind
+from storaged.s3.context import Front, Handler
+from storaged.s3.documents import parse_document
+from storaged.s3.reply import Reply, xml_reply
+from storaged.s3.request import Request
+from storaged.wire import Message
+
+T = TypeVar("T", bound=Message)
+
+
+def _nothing(*_: Any) -> None:
+    """Nothing to check."""
+
+
+@dataclass(frozen=True)
+class Row(Generic[T]):
+    """``parse``: document to value, or None when it asks for what nothing set means; large documents in a thread.
+    Raises S3 errors. ``show``: value to the answer's body. ``missing``: the error of a read when nothing is set.
+    ``check_put(request, value, configuration)`` and ``check_delete(request, configuration)`` raise S3 errors when the
+    other kinds do not allow it. ``put_status``: of the answer to a change.
+    """
+
+    kind: Kind[T]
+    parse: Callable[[bytes], T | None]
+    show: Callable[[T], bytes]
+    missing: type[errors.S3Error]
+    check_put: Callable[[Request, T, Configuration], None] = _nothing
+    check_delete: Callable[[Request, Configuration], None] = _nothing
+    put_status: int = 200
+
+
+def getter(row: Row[T]) -> Handler:
+    async def get(front: Front, request: Request) -> Reply:
+        configuration = await front.buckets.configuration(request.bucket_record)
+        value = configuration.get(row.kind)
+        if value is None:
+            raise row.missing(BucketName=request.bucket)
+        return xml_reply(row.show(value))
+
+    return get
+
+
+def putter(row: Row[T]) -> Handler:
+    async def put(front: Front, request: Request) -> Reply:
+        if not request.document.strip():
+            raise errors.MissingRequestBodyError()
+        value = await parse_document(row.parse, request.document)
+
+        def change(configuration: Configuration) -> T | None:
+            if value is not None:
+                row.check_put(request, value, configuration)
+            return value
+
+        await front.buckets.configure(request.bucket_record, row.kind, change, who=request.who)
+        return Reply(row.put_status)
+
+    return put
+
+
+def deleter(row: Row[T]) -> Handler:
+    async def delete(front: Front, request: Request) -> Reply:
+        def change(configuration: Configuration) -> T | None:
+            row.check_delete(request, configuration)
+            return None
+
+        await front.buckets.configure(request.bucket_record, row.kind, change, who=request.who)
+        return Reply(204)
+
+    return delete
