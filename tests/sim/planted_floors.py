@@ -29,9 +29,8 @@ FLOOR_BUGS = (
         400,
         "expunging",
         "storaged/meta/listing/merge.py",
-        "                found.away |= set(feed.disks) - set(answers)  # one that answers no more may be the one that"
-        " differs\n",
-        "",
+        "        found.away |= set(feed.disks) - set(rows)\n",
+        "        if want == Want.DIGEST:\n            found.away |= set(feed.disks) - set(rows)\n",
         first=1_000,
     ),
     Planted(

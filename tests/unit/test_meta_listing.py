@@ -6,13 +6,16 @@ import asyncio
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.errors import ServiceUnavailable
 from storaged.meta.listing.merge import ROUNDS_MAX, every_row
 from storaged.meta.listing.round import share_of
-from storaged.meta.names import RegisterName, Table, Visibility
+from storaged.meta.messages import ScanRow
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Visibility
 from storaged.meta.ports import ListPage, PageQuery
 from storaged.meta.storage.scan import Want, list_after_prefix
+from storaged.wire import encode
 from tests.patience import GUARD_S
 from tests.sim.virtual import VirtualLoop, run
 from tests.worlds.listing import BUCKET, Ring, value_of
@@ -389,6 +392,31 @@ async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_
     monkeypatch.setattr(ring.scanner._reader, "ask_all", away_meanwhile)
     found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
     assert (found.settled, found.away) == (0, {disks[0]})
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"rows": b"\xc1"},
+        {"rows": encode([ScanRow(b"", b"", 0, None)])},
+        {"rows": encode([ScanRow(b"k" * (KEY_BYTES_MAX + 1), b"", 0, None)])},
+        {"through": b"", "done": False},
+    ],
+    ids=["not readable", "no key", "too long", "no end"],
+)
+async def test_a_replica_that_answers_what_can_not_be_compared_counts_as_away_and_ends_nothing(lie: Any) -> None:
+    ring = Ring()
+    await ring.fill([b"k1", b"k2"], shards=1)
+    disks = ring.replicas_of(name_of(b"k1"))
+    for disk in disks[1:]:
+        await ring.put(disk, name_of(b"missed"), value_of(2), 2)
+    ring.lies[disks[0]] = lambda reply: replace(reply, slices=tuple(replace(each, **lie) for each in reply.slices))
+    async with asyncio.timeout(GUARD_S):
+        found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    assert (found.settled, found.away) == (0, {disks[0]})
+    ring.down = {disks[1]}
+    with pytest.raises(ServiceUnavailable):
+        await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
 
 
 def test_a_share_is_a_little_more_than_the_mean_and_doubles_with_every_turn() -> None:

@@ -19,7 +19,7 @@ from storaged.errors import ServiceUnavailable
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
 from storaged.meta.messages import ScanRow, ShardSlice
-from storaged.meta.names import Value
+from storaged.meta.names import KEY_BYTES_MAX, Value
 from storaged.meta.storage.row_head import head_of
 from storaged.meta.storage.rowvalue import unpack_ballot
 from storaged.meta.storage.scan import common_prefix, decode_rows
@@ -54,6 +54,18 @@ def decoded_rows(answer: ShardSlice) -> list[ScanRow]:
         return decode_rows(answer.rows)
     except msgspec.MsgspecError as error:
         raise ServiceUnavailable(f"A replica's answer to a scan cannot be read: {error}") from None
+
+
+def rows_after(after: bytes, answer: ShardSlice) -> list[ScanRow]:
+    """The rows of an answer about what comes after a key. Raises ServiceUnavailable for an answer that can't be read,
+    names other keys, or comes no further.
+    """
+    rows = decoded_rows(answer)
+    if not (answer.done or answer.through > after) or any(
+        row.key <= after or len(row.key) > KEY_BYTES_MAX for row in rows
+    ):
+        raise ServiceUnavailable("A replica's answer to a scan is about something else.")
+    return rows
 
 
 def reported(answers: Mapping[str, Sequence[ScanRow]], through: bytes, done: bool) -> dict[bytes, dict[str, ScanRow]]:

@@ -19,21 +19,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import structlog
+
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
-from storaged.meta.listing.agreement import common_end, reported
+from storaged.meta.listing.agreement import common_end, reported, rows_after
 from storaged.meta.listing.cache import CachedPiece, PieceCache
-from storaged.meta.listing.query import Feed, Piece, PieceRead, Query
+from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
 from storaged.meta.listing.round import OnFenced, ScanRounds, ScanSettings
 from storaged.meta.listing.shards import SETTLING_MAX, ShardReader, gather_bounded
 from storaged.meta.messages import ScanRow
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import HeadPage, ListPage, PageQuery, Registers, Replicas, Row, Scanner
-from storaged.meta.storage.scan import LIMIT_MAX, Want, common_prefix, decode_rows, list_after_prefix
+from storaged.meta.storage.scan import LIMIT_MAX, Want, common_prefix, list_after_prefix
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1
 ROUNDS_MAX = 64
 """A page that is not full after this many rounds is returned as it is: 64 rounds are half a million deleted keys."""
+
+log = structlog.get_logger(__name__)
 
 Filled = tuple[list[bytes], list[Any], tuple[bytes, ...], bytes | None]
 """Keys, their values or heads, common prefixes, where the next page begins."""
@@ -166,14 +170,11 @@ class RingScanner:
         feed = self._reader.feed(query, shard, b"")
         found = CatchUp()
         while not feed.done:
-            read = PieceRead(feed, feed.through, WALK_ROWS)
-            [answers] = await self._reader.ask_all(query, [read], Want.DIGEST)
-            found.away |= set(feed.disks) - set(answers)
+            answers, _ = await self._compared(query, feed, Want.DIGEST, found)
             if len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) > 1:
-                [answers] = await self._reader.ask_all(query, [read], Want.ALL)
-                found.away |= set(feed.disks) - set(answers)  # one that answers no more may be the one that differs
+                answers, decoded = await self._compared(query, feed, Want.ALL, found)
                 through, done = common_end(answers.values())
-                rows = reported({disk: decode_rows(its.rows) for disk, its in answers.items()}, through, done)
+                rows = reported(decoded, through, done)
                 alike = _identical if table == Table.SYSTEM else _unanimous
                 differing = [
                     RegisterName(table, scope, shard, key)
@@ -192,6 +193,27 @@ class RingScanner:
         if unsettled:
             raise unsettled[0]
         return found
+
+    async def _compared(
+        self, query: Query, feed: Feed, want: Want, found: CatchUp
+    ) -> tuple[Answers, dict[str, list[ScanRow]]]:
+        """What the replicas answer of the next rows, and these rows. One that says nothing that can be compared counts
+        as away, also if it differed and answers no more: a single disk must not stop the callers, or keep them for
+        ever.
+        """
+        [answers] = await self._reader.ask_all(query, [PieceRead(feed, feed.through, WALK_ROWS)], want)
+        rows: dict[str, list[ScanRow]] = {}
+        for disk, answer in answers.items():
+            try:
+                rows[disk] = rows_after(feed.through, answer)
+            except ServiceUnavailable as error:
+                log.error("what a disk answers to a scan is none", disk=disk, reason=error.message)
+        found.away |= set(feed.disks) - set(rows)
+        if not feed.quorum.met(rows):
+            raise ServiceUnavailable(
+                f"Only {len(rows)} of {len(feed.disks)} replicas of an index shard can be compared."
+            )
+        return {disk: answers[disk] for disk in rows}, rows
 
     async def _try_settle(
         self, settle: Callable[[RegisterName], Awaitable[object]], name: RegisterName
