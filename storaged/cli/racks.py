@@ -54,6 +54,8 @@ def rename(directory: Path, old: str, new: str, as_json: bool) -> None:
             f"{old} and {new} are in two countries: that is no other name of the same place. Invite servers there, and"
             " drain those here."
         )
+    if old == new:
+        raise OperatorError(f"rack {old} has that name already")
     others = [node for node in listed.nodes if node.location != old]
     if taken := next((node for node in others if new in (node.location, node.certified)), None):
         raise OperatorError(f"{new} is the name of another rack, or was it before: {taken.name} is in {taken.location}")
@@ -78,7 +80,7 @@ def rename(directory: Path, old: str, new: str, as_json: bool) -> None:
 @DRY_RUN
 @AS_JSON
 def rack_operator(directory: Path, rack: str, name: str, dry_run: bool, as_json: bool) -> None:
-    """Let the next layout name who operates RACK, such as FR/par1/a. Without NAME it names nobody.
+    """Let the next layout name who operates RACK, such as FR/par1/a. Without NAME the rack has no operator.
 
     The rack may have no server yet. Operators decide something only if the profile is spread over them (`storaged
     cluster profile --spread operators`).

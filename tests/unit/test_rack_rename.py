@@ -116,6 +116,7 @@ def test_a_node_that_joins_a_renamed_rack_is_in_it(authority: Path, tmp_path: Pa
         ("FR/par1/a", "FR/par2/b", "the name of another rack"),
         ("FR/par1/a", "DE/par1/a", "two countries"),
         ("FR/par1/a", "FR/par1", "is not COUNTRY"),
+        ("FR/par1/a", "FR/par1/a", "has that name already"),
         ("FR/par2/b", "FR/old/o", "the name of another rack, or was it before: n3 is in FR/lyo1/c"),
     ],
 )
