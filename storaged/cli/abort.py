@@ -50,8 +50,7 @@ def abort(directory: Path, to: int | None, dry_run: bool, as_json: bool) -> None
     """Take back the last change of the layout that moves data: sign layouts with the places that were before.
 
     Apply them as those of any other change. A change of the profile is taken back by `storaged cluster profile`. For a
-    layout that was never applied there is nothing to take back: do not
-    apply it, and change the list of nodes again.
+    layout that was never applied there is nothing to take back: do not apply it, and change the list of nodes again.
     """
     from storaged.cli import create as files
     from storaged.cli import planning

@@ -124,12 +124,9 @@ def issue(
         raise OperatorError(
             f"{name} is a member already: its disks stay those it has. Without --disk its certificate is renewed."
         )
-    role_names = tuple(role.strip() for role in roles.split(","))
-    place = files.parse_location(rack)
-    node = files.NodePlan(name, place, role_names, address, jurisdiction, files.new_disks(list(disks)))
+    node = inviting.new_node(name, rack, roles, address, jurisdiction, disks)
     if known is not None:
         node.disks = known.disks
-    plan.admit(node)
     folder = directory / "nodes" / name
     text = inviting.config_for(node, folder, state, admin)
     inviting.with_node(authority, plan, node, known)  # raises before anything is made when no layout could name it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,17 @@ def check_address(option: str, value: str) -> None:
         split_address(value)
     except ValueError as error:
         raise OperatorError(f"{option}: {error}") from None
+
+
+def new_node(
+    name: str, rack: str, roles: str, address: str, jurisdiction: str, disks: Sequence[str] = ()
+) -> files.NodePlan:
+    """The node that the options of a command describe. Raises OperatorError."""
+    from storaged.cli import create as files
+
+    role_names = tuple(role.strip() for role in roles.split(","))
+    place = files.parse_location(rack)
+    return files.NodePlan(name, place, role_names, address, jurisdiction, files.new_disks(list(disks)))
 
 
 def config_for(node: files.NodePlan, folder: Path, state: str, admin: str | None) -> str:
@@ -159,13 +171,9 @@ def invite_node(
 
     Who has the ticket can become this node: give it to the server's administrator only.
     """
-    from storaged.cli import create as files
-
-    role_names = tuple(role.strip() for role in roles.split(","))
-    if "storage" not in role_names:
+    node = new_node(name, rack, roles, address, jurisdiction, disks)
+    if "storage" not in node.roles:
         raise OperatorError("a node without disks is a gateway: storaged gateway invite")
-    place = files.parse_location(rack)
-    node = files.NodePlan(name, place, role_names, address, jurisdiction, files.new_disks(list(disks)))
     _invite(directory, node, state, admin, valid, as_json=as_json)
 
 
@@ -195,9 +203,7 @@ def invite_gateway(
     At its address the other nodes call it, so that `status` knows whether it is up. Who has the ticket can become this
     gateway, which has the keys: give it to the server's administrator only.
     """
-    from storaged.cli import create as files
-
-    node = files.NodePlan(name, files.parse_location(rack), ("gateway",), address, jurisdiction)
+    node = new_node(name, rack, "gateway", address, jurisdiction)
     _invite(directory, node, state, admin, valid, as_json=as_json)
 
 

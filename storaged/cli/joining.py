@@ -165,9 +165,9 @@ def join(text: str, directory: Path, answer_file: Path | None, as_json: bool) ->
 
     DIRECTORY is where the node's configuration will be, such as /etc/storaged/n4. TICKET is the line that `invite` or
     `renew` printed. With `-` the command asks for it, or reads it from a pipe: so no other user of this server sees it
-    in the list of processes. Carry DIRECTORY/request to the authority, where `storaged node
-    sign` makes the answer. Then run this command again with the answer: it puts certificate and configuration in their
-    place. The private key stays here.
+    in the list of processes. Carry DIRECTORY/request to the authority, where `storaged node sign` makes the answer.
+    Then run this command again with the answer: it puts certificate and configuration in their place. The private key
+    stays here.
     """
     from storaged.cluster import tickets
 

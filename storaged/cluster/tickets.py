@@ -40,9 +40,6 @@ ID_BYTES = 16
 SECRET_BYTES = 32
 CHECK_BYTES = 4
 PREFIX = "storaged-ticket-"
-VALID_S = 15 * 60.0
-"""How long a ticket is valid, unless the administrator says otherwise."""
-
 FILE_BYTES_MAX = 16 * 2**20
 """Of a request and of an answer."""
 

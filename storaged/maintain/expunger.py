@@ -1,4 +1,4 @@
-"""Has the rows of deleted keys go, behind floors. Runs in gateways.
+"""Deletes the rows of deleted keys, below floors. Runs in gateways.
 
 A deleted key leaves a row at each of its replicas, its tombstone. ``consensus.floors`` says when these rows may go, and
 why nothing comes back. The expunger takes the steps for one range of keys after the other:

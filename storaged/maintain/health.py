@@ -35,9 +35,9 @@ class Presence(IntEnum):
 
 class BlockPlace(NamedTuple):
     """One block of a part and the disks of its fragments, in position order. ``target``: the profile that the layout in
-    force wants it to have. ``spread``: no failure domain holds more
-    of them than it may, and all are inside ``countries``, those of the bucket (none named: any). ``placed``: the layout
-    in force wants them on these disks. ``gone``: it does not name one of them, so nothing waits for that.
+    force wants it to have. ``spread``: no failure domain holds more of them than it may, and all are inside
+    ``countries``, those of the bucket (none named: any). ``placed``: the layout in force wants them on these disks.
+    ``gone``: it does not name one of them, so nothing waits for that.
     """
 
     entry: PartEntry
