@@ -89,7 +89,7 @@ def reprofiled(tmp_path: Path) -> Iterator[Reprofiled]:
 def profiles_on_disks(servers: Servers) -> dict[bytes, set[str]]:
     """Data id -> the profiles of its fragments, by what lies on the disks. The storage nodes are stopped.
 
-    Without what clients have overwritten: it stays an hour for readers, also where repair was coding it again just then.
+    Without what clients have overwritten. It stays an hour for readers, also where repair was just coding it again.
     """
     found: dict[bytes, set[str]] = {}
     overwritten: set[bytes] = set()
