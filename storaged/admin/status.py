@@ -201,6 +201,8 @@ def ring_health(layout: Layout, alive: Callable[[str], bool], sets_of: SetsOf) -
     domain_of = layout.domain_by_disk
     for partition in (*range(PARTITIONS), SYSTEM_PARTITION):
         sets = sets_of(partition)
+        if len(sets) == 1 and _spares_any(sets[0], alive, domain_of):
+            continue
         quorum = Quorum(*sets) if sets else None
         living = {disk for disk in quorum.disks if alive(disk)} if quorum is not None else set()
         if quorum is None or not quorum.met(living):
@@ -210,6 +212,14 @@ def ring_health(layout: Layout, alive: Callable[[str], bool], sets_of: SetsOf) -
         for domain in {domain_of.get(disk, disk) for disk in living}:
             by_domain[domain] += not quorum.met({disk for disk in living if domain_of.get(disk, disk) != domain})
     return RingHealth(stopped, +by_disk, +by_domain)
+
+
+def _spares_any(disks: Sequence[str], alive: Callable[[str], bool], domain_of: Mapping[str, str]) -> bool:
+    """Whether the loss of any one disk or failure domain leaves a majority, as it mostly does: ``status`` judges all
+    partitions at once.
+    """
+    domains = {domain_of.get(disk, disk) for disk in disks}
+    return len(domains) == len(disks) > 2 and all(map(alive, disks))
 
 
 def _next_failure(layout: Layout, ring: RingHealth) -> dict[str, Any]:

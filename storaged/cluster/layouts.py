@@ -27,7 +27,7 @@ from msgspec import MsgspecError
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.certificates import ACCEPTANCE_BYTES_MAX, ACCEPTANCES_MAX, verify_certificate
-from storaged.cluster.layout import PARTITIONS, Layout, NodeEntry
+from storaged.cluster.layout import Layout, NodeEntry
 from storaged.cluster.moves import RefusedLayout, moves_between
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
@@ -231,6 +231,14 @@ class LayoutBook:
         self._refused.pop(source, None)
         return new
 
+    def prepare(self, layout: Layout) -> None:
+        """In a thread, before a layout is used: computes what the event loop would have to compute of all partitions at
+        once (``PartitionMap.prepare``).
+        """
+        self.partitions.prepare(layout, self.partitions.out)
+        if (base := self._layouts.get(layout.base)) is not None:
+            base.rank_all()
+
     def refuse(self, epoch: int, source: str, reason: str, digest: bytes = b"") -> None:
         """Notes, logs and reports a refused layout; a repetition only renews the note."""
         refused = RefusedLayout(epoch, source, reason[:REASON_CHARS_MAX])
@@ -257,8 +265,8 @@ class LayoutBook:
                 return False
             in_force = layout.epoch > self.epoch
             await asyncio.to_thread(self._check, layout, signed)
-            if in_force and layout.base:  # the mover and ``status`` ask the event loop for all of them
-                await asyncio.to_thread(lambda: [layout.replicas_of(number) for number in range(PARTITIONS)])
+            if in_force:
+                await asyncio.to_thread(self.prepare, layout)
             if self._persist is not None:
                 await self._persist(layout.epoch, signed)
             revoked = len(self._revoked)

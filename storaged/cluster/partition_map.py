@@ -27,7 +27,8 @@ class PartitionMap:
         """The sum of all steps known: the higher of two is newer in at least one partition. It only grows."""
         self.out = NONE_OUT
         """The newest record of the disks that are out."""
-        self._target: tuple[Layout, DisksOut, Layout] | None = None
+        self._targets: tuple[tuple[Layout, DisksOut, Layout], ...] = ()
+        """(layout, disks out, target): those in use, and those that come."""
 
     def hear(self, node: str, steps: int) -> None:
         """Another node says the sum of the steps that it knows. It may lie: nothing else is concluded from it."""
@@ -63,10 +64,22 @@ class PartitionMap:
 
     def target(self, current: Layout) -> Layout:
         """Where partitions should be: ``current`` without the disks that are out; ``current`` itself while none is."""
-        known = self._target
-        if known is None or known[0] is not current or known[1] is not self.out:
-            known = self._target = current, self.out, target(current, self.out.disks)
-        return known[2]
+        for layout, out, wanted in self._targets:
+            if layout is current and out is self.out:
+                return wanted
+        return self._note_target(current, self.out)
+
+    def prepare(self, layout: Layout, out: DisksOut) -> None:
+        """In a thread, before a layout or a record comes into use: ranks the disks for its target. The mover and
+        ``status`` ask the event loop for all partitions.
+        """
+        layout.rank_all()
+        self._note_target(layout, out).rank_all()
+
+    def _note_target(self, layout: Layout, out: DisksOut) -> Layout:
+        wanted = target(layout, out.disks)
+        self._targets = ((layout, out, wanted), *self._targets[:1])
+        return wanted
 
     def note_out(self, record: DisksOut) -> bool:
         """Takes a record that was verified. Returns whether it is newer than the one known."""

@@ -99,7 +99,8 @@ def problems(facts: SpreadFacts) -> list[str]:
 
 def weaknesses(facts: SpreadFacts) -> list[str]:
     """What stops while one operator is away, a sentence each; empty when nothing does."""
-    left = min((facts.fragments_room(operator) for operator, _ in facts.holders), default=0)
+    operators = {operator for operator, _ in facts.holders}
+    left = min(map(facts.fragments_room, operators), default=0)
     if left >= facts.width:
         return []
     return [

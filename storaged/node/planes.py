@@ -188,6 +188,7 @@ class NodePlanes:
             authority=self.authority,
         )
         await learn_operators(self.own, self.layouts)
+        await asyncio.to_thread(self.layouts.prepare, self.layouts.current)
         self.peers = PeerRules(lambda: self.own.peer, self.layouts)
         self.layouts.watch(self._follow_policy)
         self.layouts.watch_revocations(self._recheck_peers)

@@ -91,7 +91,7 @@ class Reports:
         profile, reason = self._write_profile()
         problem = self._gateway.problem if self._gateway is not None else ""
         refusal = self._gateway.key_refusal if self._gateway is not None else ""
-        spared = self._sparing()
+        spared, counts = self._sparing(), self._partitions()
         spares = sparing.document(spared)
         facts = Facts(
             node.layouts.current,
@@ -100,7 +100,7 @@ class Reports:
             reason,
             problem,
             self._durability(statuses),
-            self._jobs(statuses),
+            self._jobs(statuses, counts),
             key_refusal=refusal,
             key_damage=self._gateway.key_damage() if self._gateway is not None else (),
             bad_records=self._gateway.bad_records() if self._gateway is not None else (),
@@ -117,7 +117,7 @@ class Reports:
             ),
         )
         found = self._seen.date(judge(facts, node.clock.wall_ms()))
-        return {**found, "moving": self._moving(statuses), "sparing": spares}
+        return {**found, "moving": self._moving(statuses, counts), "sparing": spares}
 
     def _states(self) -> list[PartitionState] | None:
         """None while this node has not read where partitions are."""
@@ -135,12 +135,12 @@ class Reports:
         target = layouts.partitions.target(layout)
         return sparing.SparingFacts(layout, target, record, self._node.sparing.times.seen(), states, reason)
 
-    def _moving(self, statuses: Sequence[MaintainStatus]) -> dict[str, Any]:
+    def _moving(self, statuses: Sequence[MaintainStatus], counts: PartitionCounts | None) -> dict[str, Any]:
         """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has
         not read where partitions are, ``objects`` and ``recoding`` while a node has not looked at all objects since it
         learnt the layout.
         """
-        counts, layout = self._partitions(), self._node.layouts.current
+        layout = self._node.layouts.current
         counted = self._are_counted(statuses) and all(status.layout >= layout.epoch for status in statuses)
         return {
             "partitions": None if counts is None else counts.counted.left,
@@ -161,12 +161,12 @@ class Reports:
         """Why some partition can't move now, as this gateway's mover knows; empty when all can."""
         return self._gateway.partitions.mover.progress.reason if self._gateway is not None else ""
 
-    def _jobs(self, statuses: Sequence[MaintainStatus]) -> list[dict[str, Any]]:
+    def _jobs(self, statuses: Sequence[MaintainStatus], counts: PartitionCounts | None) -> list[dict[str, Any]]:
         """The jobs of all nodes, and those of the whole cluster."""
         settings = self._node.follower.settings.current
         outdated = sum(status.outdated for status in statuses)
         recoded = f"{outdated} others get profile {self._node.layouts.current.profile}" if outdated else ""
-        moves = self._progress.jobs(self._partitions(), count_objects(statuses), settings, self._reason(), recoded)
+        moves = self._progress.jobs(counts, count_objects(statuses), settings, self._reason(), recoded)
         own = self._gateway.partitions.expunger.report(self._node.own.name) if self._gateway is not None else []
         return jobs_of(statuses) + [_job(job) for job in [*moves, *own]]
 
@@ -262,7 +262,7 @@ class Reports:
             "fragments_rebuilt": sum(status.fragments_rebuilt for status in statuses),
             "bytes_rebuilt": sum(status.bytes_rebuilt for status in statuses),
             "waits": waits_document(durability.waits),
-            "jobs": self._jobs(statuses),
+            "jobs": self._jobs(statuses, self._partitions()),
             "settings": document(self._node.follower.settings.current),
         }
 

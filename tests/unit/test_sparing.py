@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,11 +31,13 @@ from storaged.cluster.sparing import (
     VoteAsk,
     decide,
     due,
+    signed_bytes,
     target,
 )
 from storaged.cluster.votes import check_votes, sign_vote, verify_vote
 from storaged.errors import PeerUnreachable, VoteRefused
-from storaged.node.sparing import PAUSE_MAX_S, DiskTimes, Voter
+from storaged.node.move_progress import count_partitions
+from storaged.node.sparing import PAUSE_MAX_S, DiskTimes, NodeSparing, Voter
 from storaged.node.sparing_duty import SparingDuty, SparingPorts
 from storaged.wire import decode, encode
 from tests.doubles.layouts import KnownLayouts
@@ -512,3 +517,48 @@ async def test_a_node_puts_nothing_into_the_record_that_it_was_not_asked_for(clu
 async def test_a_node_answers_no_malformed_question(cluster: Cluster, ask: VoteAsk) -> None:
     with pytest.raises(VoteRefused):
         await cluster.call("n1", "cluster.vote", ask, SignedVote)
+
+
+async def test_the_event_loop_ranks_no_disks_when_a_layout_comes_or_a_disk_goes_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would rank all disks for all partitions at once: 70 ms with 100 disks."""
+    layout, history, key = four(), History(world, four()), Ed25519PrivateKey.generate()
+    votes = votes_of(world, layout, {name: [away("d4a")] for name in ("n1", "n2", "n3")})
+    record = decide(layout, NONE_OUT, votes, 10**9)
+    assert record is not None
+    record = replace(record, signature=key.sign(signed_bytes("c1", record)))
+
+    async def answer(found: Any) -> Any:
+        return found
+
+    book = history.book()
+    await asyncio.to_thread(book.prepare, book.current)
+    node: Any = SimpleNamespace(
+        layouts=book,
+        membership=SimpleNamespace(why_away=lambda _disk: ""),
+        clock=FakeClock(),
+        paths=SimpleNamespace(read=lambda _path: answer(encode(record))),
+        signers=SimpleNamespace(key=lambda _signer: answer(key.public_key())),
+        own=SimpleNamespace(cluster="c1"),
+        authority=world.authority.certificate,
+    )
+    ranked: list[int] = []
+    rank = Layout._ranked
+
+    def noted(layout: Layout, salt: bytes) -> list[str]:
+        ranked.append(threading.get_ident())
+        return rank(layout, salt)
+
+    monkeypatch.setattr(Layout, "_ranked", noted)
+    sparing = NodeSparing(node)
+    await sparing.read()
+    assert (sparing.refused, book.partitions.out.disks) == ("", {"d4a"})
+    counts = count_partitions(book, book.partitions)
+    assert counts is not None
+    assert counts.counted.left > 0
+    await book.learn(history.sign(replace(layout, epoch=2, predecessor=history.signed[0].hash)), "test")
+    assert book.epoch == 2
+    assert count_partitions(book, book.partitions) == counts
+    assert ranked
+    assert threading.get_ident() not in ranked
