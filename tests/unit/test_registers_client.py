@@ -29,6 +29,7 @@ from storaged.meta import messages
 from storaged.meta.acceptor.high_water import META_HIGH_WATER
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Ballot, Change, RegisterName, Table, Value, Visibility
@@ -1028,6 +1029,17 @@ async def test_where_a_majority_is_beyond_the_hour_a_proposer_follows(ring: Ring
     after = (await client.change(NAME, put(b"one"))).after
     assert (await client.read(NAME)).value == after
     assert client._ring.shared.ballots.next(1, 0, SystemClock().wall_ms() * 1000).counter > far
+
+
+async def test_beyond_the_hour_a_proposer_follows_a_replica_that_was_restarted_too(ring: Ring) -> None:
+    """What it has promised is a block above the others' promises then. The third one is away."""
+    far = SystemClock().wall_ms() * 1000 + 24 * COUNTER_AHEAD_MAX_US
+    for number, disk in enumerate(ring.order[:2]):
+        high_water = Ballot(1, far + number * HIGH_WATER_BLOCK_US, "", b"")
+        await ring.stores[disk].commit(StoreBatch(meta={META_HIGH_WATER: encode(high_water)}))
+        ring.replicas[disk].inner = ring._replica(disk)
+    ring.third.away = True
+    assert (await ring.client().change(NAME, put(b"one"))).after is not None
 
 
 async def test_a_node_whose_clock_is_hours_ahead_is_told_so_and_goes_on_when_it_is_set_right(ring: Ring) -> None:

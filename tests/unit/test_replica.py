@@ -26,7 +26,7 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value,
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.store_ports import Copy, Done, Fence, StoreBatch
+from storaged.meta.store_ports import Copy, Done, Fence, NotInMemory, Slot, StoreBatch
 from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import Buffer
 from tests.doubles.meta_store import MemoryMetaStore
@@ -653,10 +653,9 @@ class Copies:
         held = self.held.get(data_id)
         return None if held is None else Copy(data_id, memoryview(held))
 
-    def over(self, store: MemoryMetaStore) -> LocalReplica:
-        return LocalReplica(
-            "d", store, copies=PlainCopies(store, self.store, self.load, holds=lambda data_id, _: data_id in self.held)
-        )
+    def over(self, store: MemoryMetaStore, **options: Any) -> LocalReplica:
+        copies = PlainCopies(store, self.store, self.load, holds=lambda data_id, _: data_id in self.held)
+        return LocalReplica("d", store, copies=copies, **options)
 
 
 def with_copy(at: Ballot, header: bytes) -> messages.Accept:
@@ -822,6 +821,44 @@ async def test_what_was_refused_as_too_far_ahead_leaves_no_promise_and_no_high_w
         await replica.accept(accept(ballot(COUNTER_MAX), value()))
     assert (await replica.prepare(prepare(ballot(NOW_US)))).verdict == Verdict.OK
     assert (await replica.accept(accept(ballot(NOW_US), value()))).verdict == Verdict.OK
+
+
+FAR = ballot(NOW_US + 2 * COUNTER_AHEAD_MAX_US)
+
+
+async def test_a_ballot_too_far_ahead_that_waits_for_another_accept_leaves_no_high_water_ballot() -> None:
+    disk = SlowDisk()
+    replica = Copies().over(MemoryMetaStore(sync=disk.sync), clock=FixedClock(NOW_US // 1000))
+    await replica.prepare(prepare(ballot(NOW_US)))
+    disk.open.clear()
+    before = asyncio.create_task(replica.accept(accept(ballot(NOW_US), value())))
+    await settle_tasks()
+    late = asyncio.create_task(replica.accept(with_copy(FAR, b"D"), [b"payload"]))
+    await settle_tasks()
+    assert not late.done()
+    disk.open.set()
+    assert (await before).verdict == Verdict.OK
+    assert (await late).verdict == Verdict.AHEAD
+    assert replica.state.high_water_at(FAR.epoch) < FAR
+
+
+async def test_a_ballot_too_far_ahead_whose_row_is_not_in_memory_leaves_no_high_water_ballot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store, clock=FixedClock(NOW_US // 1000))
+    get, asked = store.get, list[RegisterName]()
+
+    def elsewhere(name: RegisterName) -> Slot | None:
+        asked.append(name)
+        if len(asked) == 1:
+            raise NotInMemory((name.prefix, name.key))
+        return get(name)
+
+    monkeypatch.setattr(store, "get", elsewhere)
+    assert (await replica.prepare(prepare(FAR))).verdict == Verdict.AHEAD
+    assert len(asked) > 1
+    assert replica.state.high_water_at(FAR.epoch) < FAR
 
 
 async def test_a_replica_whose_clock_was_set_back_goes_on_from_its_high_water_ballot() -> None:

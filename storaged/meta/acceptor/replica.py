@@ -174,10 +174,13 @@ class LocalReplica:
                 await self._rows.bring(request.name)
                 await self._raise_for(request.name, request.ballot)
 
-    async def _raise_for(self, name: RegisterName, ballot: Ballot) -> None:
-        """What must be on disk before this ballot is promised."""
+    async def _raise_for(self, name: RegisterName, ballot: Ballot, *, high_water: bool = True) -> None:
+        """What must be on disk before this ballot is promised. One too far ahead raises no high-water ballot: it had to
+        wait before it was judged, and will be refused.
+        """
         await self._epochs.raise_at(name.partition, ballot.epoch)
-        await self._high_water.raise_above(ballot)
+        if high_water and not self.state.too_far(ballot, self._clock.wall_ms() * 1000):
+            await self._high_water.raise_above(ballot)
 
     def try_prepare(self, request: messages.Prepare) -> messages.PrepareReply | None:
         """None: it has to wait: for the disk, an accept on its way there, a higher high-water ballot or epoch."""
@@ -225,9 +228,7 @@ class LocalReplica:
         while not self.try_accept(request, body, partial(resolve, answered)):
             await self._quiet(request.name)
             await self._rows.bring(request.name)
-            await self._epochs.raise_at(request.name.partition, request.ballot.epoch)
-            if request.header:
-                await self._high_water.raise_above(request.ballot)
+            await self._raise_for(request.name, request.ballot, high_water=bool(request.header))
         return await answered
 
     def try_accept(

@@ -62,7 +62,8 @@ ATTEMPTS_MAX = 0xFFFF
 
 COUNTER_AHEAD_MAX_US = 3_600_000_000
 """How far a counter may lie ahead of an acceptor's clock, or of its high-water ballot where that is higher. A proposer
-believes one replica so far; what is further ahead it believes only of a majority.
+believes one replica so far; what is further ahead it believes only of a majority, or not far above that
+(``rounds.RESTARTS_US``).
 """
 
 

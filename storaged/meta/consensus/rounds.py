@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.consensus.register import (
     COUNTER_AHEAD_MAX_US,
@@ -32,6 +33,8 @@ AHEAD: Final = int(Verdict.AHEAD)
 UNSTORED: Final = int(Verdict.UNSTORED)
 _OVERTAKEN: Final = frozenset((int(Verdict.PREEMPTED), int(Verdict.EPOCH), int(Verdict.NEWER)))
 """Where another ballot, or another layout, may help."""
+RESTARTS_US = 60 * HIGH_WATER_BLOCK_US
+"""So far above the others' promises sixty restarts can take what a replica has promised."""
 NO_ANSWER: Final = -1
 """In place of a verdict: the call failed."""
 
@@ -69,11 +72,14 @@ class Rivals:
         return True
 
     def above_for(self, quorum: Quorum) -> tuple[int, bool]:
-        """The counter that the next ballot has to exceed, and whether a quorum vouches for one that is far off."""
+        """The counter that the next ballot has to exceed, and whether a quorum vouches for one that is far off. A
+        replica that was restarted is somewhat above what the quorum vouches for.
+        """
         if not self._far:
             return self.above, False
         far = quorum.vouched(self._far)
-        return max(self.above, far), far > 0
+        restarted = [counter for counter in self._far.values() if counter <= far + RESTARTS_US]
+        return max(self.above, far, *(restarted if far else ())), far > 0
 
 
 class CreateRound:
