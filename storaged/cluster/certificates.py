@@ -64,7 +64,7 @@ def accepted_by(
     place = f"{peer.country}/{peer.site}/{peer.rack}"
     if peer.cluster != layout.cluster or "storage" not in confirmed_roles(before, peer.name, place, peer.roles):
         raise LayoutRefused(f"{name}: {peer.name} is no storage node of layout {before.epoch}.")
-    if any(peer.fingerprint == revoked.fingerprint for revoked in before.revoked):
+    if before.revokes(peer.fingerprint):
         raise LayoutRefused(f"{name}: layout {before.epoch} revokes the certificate of {peer.name}.")
     if peer.name not in seed_nodes(before):
         raise LayoutRefused(f"{name}: {peer.name} has no seed disk by layout {before.epoch}.")

@@ -227,6 +227,10 @@ class Layout(Message, frozen=True, dict=True):
         locations = ((disk.id, self.node_by_name[disk.node].location) for disk in self.disks)
         return {disk: named.get(location, location) for disk, location in locations}
 
+    def revokes(self, fingerprint: bytes) -> bool:
+        """Whether it names the certificate as revoked. ``LayoutBook.is_revoked`` knows all layouts."""
+        return any(fingerprint == each.fingerprint for each in self.revoked)
+
     @property
     def spreads(self) -> bool:
         """No operator is trusted alone."""

@@ -1,9 +1,9 @@
 """Signs and verifies the votes by which a disk is out (``cluster.sparing``). Pure.
 
 A node signs a vote with the key of its certificate. The certificate may have expired: what counts is that the authority
-certified the node, and that the layout of the vote names it as a storage node with a disk. The votes of one question
-share its nonce. A disk is out by the votes of one question alone, so what nodes said at different times is not added
-up.
+certified the node, and that the layout of the vote names it as a storage node with a disk, and does not revoke the
+certificate. The votes of one question share its nonce. A disk is out by the votes of one question alone, so what nodes
+said at different times is not added up.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def verify_vote(signed: SignedVote, layout_at: LayoutAt, authority: x509.Certifi
         raise VoteRefused(f"The vote of {vote.node} is signed by {peer.name} of {peer.cluster}.")
     if "storage" not in confirmed_roles(layout, peer.name, place, peer.roles) or peer.name not in voters_of(layout):
         raise VoteRefused(f"{peer.name} has no vote by layout {layout.epoch}.")
+    if layout.revokes(peer.fingerprint):
+        raise VoteRefused(f"Layout {layout.epoch} revokes the certificate of {peer.name}.")
     if len({opinion.disk for opinion in vote.opinions}) != len(vote.opinions):
         raise VoteRefused(f"The vote of {vote.node} names a disk twice.")
     if any(len(opinion.state) > STATE_CHARS_MAX for opinion in vote.opinions):

@@ -91,7 +91,7 @@ MEMBERSHIP_BUGS = (
         "an acceptance with a revoked certificate counts",
         1,
         path=_CERTIFICATES,
-        old="    if any(peer.fingerprint == revoked.fingerprint for revoked in before.revoked):\n",
+        old="    if before.revokes(peer.fingerprint):\n",
         new="    if False:\n",
         tests=_REVOCATION_TESTS,
     ),

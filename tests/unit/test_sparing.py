@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from storaged.admin.sparing import SparingFacts, details, document
 from storaged.cluster.identity import NodeSigner
-from storaged.cluster.layout import PARTITIONS, Layout, Sparing
+from storaged.cluster.layout import PARTITIONS, Layout, RevokedCertificate, Sparing
 from storaged.cluster.partitions import is_settled
 from storaged.cluster.ports import Call, PeerIdentity
 from storaged.cluster.sparing import (
@@ -250,6 +250,21 @@ def test_votes_count_if_a_storage_node_of_their_layout_signed_them(world: World)
     for reason, signed in wrong:
         with pytest.raises(VoteRefused, match=reason):
             verify(signed)
+
+
+def test_a_certificate_has_no_vote_under_a_layout_that_revokes_it(world: World) -> None:
+    stolen = History(world).identity("n1")
+    revoking = replace(four(), epoch=2, revoked=(RevokedCertificate(stolen.peer.fingerprint, "n1", 10**13),))
+    known = KnownLayouts(four())
+    known.learn(revoking)
+
+    def verify(epoch: int) -> Vote:
+        vote = Vote("c1", "n1", epoch, bytes(16), (away("d4a"),))
+        return verify_vote(sign_vote(NodeSigner(stolen), vote), known.at, world.authority.certificate, "c1")
+
+    assert verify(1).node == "n1", "what is out stays out: it was voted before"
+    with pytest.raises(VoteRefused, match="revokes the certificate of n1"):
+        verify(2)
 
 
 def test_a_record_has_the_votes_of_a_majority_for_each_disk(world: World) -> None:
