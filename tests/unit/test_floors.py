@@ -312,6 +312,27 @@ async def test_without_its_rule_each_of_these_is_otherwise() -> None:
 # --- a partition moves
 
 
+async def test_a_disk_is_asked_for_the_floors_of_one_partition_and_looks_at_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk with 48,000 floors took 90 ms of the event loop for each partition that moved."""
+    store = MemoryMetaStore()
+    replica = replica_on(store)
+    prefixes = [RegisterName(Table.OBJECT, bytes(15) + bytes([scope]), 0, b"k").prefix for scope in range(20)]
+    for prefix in prefixes:
+        for active in (False, True):
+            await replica.floors.set_floor(FloorSet("d", prefix, FLOOR, active))
+    named: dict[int, list[bytes]] = {}
+    for prefix in prefixes:
+        named.setdefault(RegisterName(prefix[0], prefix[1:17], prefix[17], b"").partition, []).append(prefix)
+    for again in (replica, replica_on(store)):
+        with monkeypatch.context() as patched:
+            patched.setattr(RegisterName, "partition", property(lambda _name: pytest.fail("another range")))
+            for partition, wanted in named.items():
+                told = await again.floors.floors(messages.FloorsAsk("d", partition))
+                assert [its.prefix for its in told.floors] == sorted(wanted)
+
+
 async def test_the_disk_that_comes_takes_floors_of_earlier_steps() -> None:
     replica = replica_on(MemoryMetaStore())
     partition, joint = NAME.partition, epoch_of(1, 1)

@@ -11,7 +11,7 @@ to the disk stays; an accept that is judged later reaches the store later.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from storaged.clock import Clock
@@ -87,6 +87,13 @@ class Floors:
         self._writes = writes
         self._clock = clock
         self._writing = asyncio.Lock()
+        self._by_partition: dict[int, set[Range]] = {}
+        """The ranges that have a floor: a partition that moves is asked for its own, and a disk may have 100,000."""
+        self._list(state.floors)
+
+    def _list(self, ranges: Iterable[Range]) -> None:
+        for range_ in ranges:
+            self._by_partition.setdefault(RegisterName(*range_, b"").partition, set()).add(range_)
 
     async def end_promises(self, ballot: Ballot) -> None:
         """Lower ballots of its step are refused from now on, for every register, and after a restart too. Returns when
@@ -137,9 +144,13 @@ class Floors:
             higher = {range_: ballot for range_, ballot in floors.items() if ballot > self._floor_of(range_)}
             meta = {META_FLOOR + prefix_of(range_).hex(): encode(ballot) for range_, ballot in higher.items()}
             if not self._state.rules.floors_durable:
-                self._state.floors.update(higher)
+                self._take(higher)
             elif higher:
-                await self._writes.durably(StoreBatch(meta=meta), lambda: self._state.floors.update(higher))
+                await self._writes.durably(StoreBatch(meta=meta), lambda: self._take(higher))
+
+    def _take(self, floors: dict[Range, Ballot]) -> None:
+        self._state.floors.update(floors)
+        self._list(floors)
 
     # --- rows that go -------------------------------------------------------------------------------------------------
 
@@ -207,12 +218,8 @@ class Floors:
 
     async def floors(self, request: FloorsAsk, *, timeout_s: float = 10.0) -> FloorsReply:
         self._writes.check_answers()
-        found = sorted(
-            (prefix, ballot)
-            for range_, ballot in self._state.floors.items()
-            if (prefix := prefix_of(range_)) > request.after
-            and RegisterName(*range_, b"").partition == request.partition
-        )
+        known, ranges = self._state.floors, self._by_partition.get(request.partition, ())
+        found = sorted((prefix, known[range_]) for range_ in ranges if (prefix := prefix_of(range_)) > request.after)
         some = tuple(RangeFloor(*one) for one in found[:FENCES_A_CALL])
         return FloorsReply(some, len(found) > FENCES_A_CALL)
 
