@@ -126,8 +126,11 @@ class Pull:
             done: list[bytes] = []
 
             async def one(name: RegisterName) -> None:
-                if await self._look_and_adopt(name):
-                    done.append(name.pack())
+                try:
+                    if await self._look_and_adopt(name):
+                        done.append(name.pack())
+                except (StoragedError, TimeoutError) as error:
+                    self._context.log(f"a register can't be looked at now: {error}")
 
             await concurrently(map(one, names), AT_ONCE_MAX)
             return BroughtUp(tuple(done))

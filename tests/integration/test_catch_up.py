@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from storaged.errors import PeerRefused
+from storaged.errors import PeerRefused, ServiceUnavailable
 from storaged.maintain.pull import NAMES_A_CALL, Behind, BroughtUp
 from storaged.meta import messages
 from storaged.meta.names import Ballot, RegisterName, Value, Visibility, object_name
@@ -80,6 +80,36 @@ def test_one_replica_is_not_believed_and_what_is_not_settled_goes_to_a_gateway()
         await cluster.nodes["nb"].maintenance.pull.bring_up(name)
         assert len(set(held(cluster, name).values())) == 1
         assert at not in held(cluster, name).values(), "a gateway made a round of its own"
+
+    run(scenario)
+
+
+def test_a_register_that_cannot_be_looked_at_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that has just started does not know yet which partitions have moved."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        names = names_of(bucket, [b"first", b"second"])
+        at = Ballot(1, cluster.clock.wall_ms() * 1000, "g", b"incarnat")
+        value = Value(1, b"o" * 16, Visibility.LIVE, b"")
+        for name in names:
+            for node in ("na", "nc"):
+                disk = on(cluster, name, node)
+                await cluster.nodes[node].replicas[disk].accept(messages.Accept(disk, name, at, value))
+        pull = cluster.nodes["nb"].maintenance.pull
+        look_and_adopt = pull._look_and_adopt
+
+        async def first_is_not_known(name: RegisterName) -> bool:
+            if name == names[0]:
+                raise ServiceUnavailable("This node has not read yet which partitions have moved.")
+            return await look_and_adopt(name)
+
+        monkeypatch.setattr(pull, "_look_and_adopt", first_is_not_known)
+        caller = LocalCaller(cluster, "na", "storage")
+        asked = Behind(tuple(name.pack() for name in names))
+        reply, _ = await caller.call("nb", "maintain.behind", asked, BroughtUp)
+        assert reply.names == (names[1].pack(),)
+        assert [held(cluster, name)[on(cluster, name, "nb")] for name in names] == [None, at]
 
     run(scenario)
 
