@@ -114,7 +114,7 @@ class RepairWaits:
         then = (
             f"; what other disks can hold is recoded for them in {format_duration(self.recode_in_s)}"
             if self.recode_in_s is not None
-            else "; no other disks can hold more than they do"
+            else "; nothing is recoded for other disks while they are away"
         )
         return f"repair waits for disk{'s' if len(self.disks) > 1 else ''} {some}{then}"
 

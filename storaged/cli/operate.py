@@ -222,7 +222,7 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
         if moved := found["objects_misplaced"] - outdated:
             click.echo(f"{moved} objects and parts move to where the layout wants them")
         if found["objects_below_target"] and found["waits"]["reason"]:
-            setting = "" if found["waits"]["gateway"] else " (limits.recode_delay_s)"
+            setting = "" if found["waits"]["gateway"] else " (set by: storaged cluster sparing)"
             click.echo(f"{found['waits']['reason']}{setting}")
     sys.exit(int(bool(found["objects_below_target"]) or not found["objects_counted"]))
 

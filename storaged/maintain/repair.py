@@ -66,8 +66,9 @@ NO_RECODING_S = -1.0
 
 class Waits(Message, frozen=True):
     """Why repair does nothing more now. ``disks_away``: take no new fragments. ``recode_in_s``: seconds until blocks
-    are recoded for the other disks, NO_RECODING_S when that would not help. ``recode_delay_s``: the setting.
-    ``gateway``: why no gateway changes records for repair; empty while one does, or nothing has to be changed.
+    are recoded for the other disks, NO_RECODING_S when none will be. ``recode_delay_s``: the delay of the layout's
+    policy, or the setting in its place. ``gateway``: why no gateway changes records for repair; empty while one does,
+    or nothing has to be changed.
     """
 
     disks_away: tuple[str, ...] = ()
@@ -131,7 +132,7 @@ class Repair:
         now, delay_s = self._context.clock.monotonic(), self._context.recode_delay_s
         later = [delay_s - (now - since) for since in self._away_since.values()]
         pending = [left for left in later if left > 0]
-        will_recode = pending and self._queue.waits_for_delay() and not self._is_cut_off(0.0)
+        will_recode = pending and self._queue.waits_for_delay(bare_only=self._is_cut_off(0.0))
         recode_in_s = min(pending) if will_recode else NO_RECODING_S
         wants = self._queue.wants_moves(misplaced=not self._context.settings().fragments_paused)
         gateway = self.relocator.away if wants else ""

@@ -189,8 +189,7 @@ class RepairQueue:
                 continue
             if finding.misplaced and not misplaced:
                 continue
-            recodable = recode and finding.recodable and (finding.spare <= 0 or not bare_only)
-            if finding.repairable or recodable:
+            if finding.repairable or (recode and _is_recodable(finding, bare_only=bare_only)):
                 back_off = self._back_offs.get(finding.name)
                 if back_off is None or back_off.until <= now:
                     yield finding
@@ -220,10 +219,14 @@ class RepairQueue:
             for finding in self
         )
 
-    def waits_for_delay(self) -> bool:
-        """Something waits only until disks have been away for long enough."""
-        return any(finding.recodable and not finding.repairable for finding in self)
+    def waits_for_delay(self, *, bare_only: bool = False) -> bool:
+        """Something waits only until disks have been away for long enough. ``bare_only``: as for ``due``."""
+        return any(_is_recodable(finding, bare_only=bare_only) and not finding.repairable for finding in self)
 
     def _failures(self, name: bytes) -> int:
         back_off = self._back_offs.get(name)
         return back_off.failures if back_off is not None else 0
+
+
+def _is_recodable(finding: Finding, *, bare_only: bool) -> bool:
+    return finding.recodable and (finding.spare <= 0 or not bare_only)

@@ -684,7 +684,9 @@ def test_while_more_racks_are_silent_than_are_replaced_only_what_has_no_spare_is
         cluster.maintain()
         await cluster.settled()
         await cluster.kill("nd", "ne")
-        await cluster.pass_s(DELAY_S + 300)
+        await cluster.pass_s(DELAY_S / 2)
+        assert any(0 < status.waits.recode_in_s < DELAY_S for status in await cluster.statuses()), "what has no spare"
+        await cluster.pass_s(DELAY_S / 2 + 300)
         assert await waiting(spared) == sorted(spared)
         assert await waiting(bare) == []
         assert all(status.waits.recode_in_s == NO_RECODING_S for status in await cluster.statuses())

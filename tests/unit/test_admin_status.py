@@ -267,7 +267,7 @@ def test_a_partition_that_moves_stops_without_a_majority_of_either_set() -> None
         ),
         (
             RepairWaits(("a", "b", "c", "d"), None, 600.0),
-            "repair waits for disks a, b, c and 1 more; no other disks can hold",
+            "repair waits for disks a, b, c and 1 more; nothing is recoded for other disks while",
         ),
     ],
 )
