@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.cluster.layout import partition_of
 from storaged.cluster.partitions import PartitionState, epoch_of
@@ -247,6 +248,25 @@ async def test_after_a_recovery_each_disk_that_is_left_counts_for_floors(world: 
     await set_floors(world, "b0", prefix, 10)
     await world.client.moves.copy_floors(JOINT._replace(lost=("a0",)), ("b0", "c0"))
     assert await floors_at(world, "d0") == {prefix: floor(10)}
+
+
+async def test_a_disk_whose_rows_can_not_be_read_does_not_say_how_many_it_has(world: World) -> None:
+    shard, replica = next(ranges_of_it()), world.ring.replicas["a0"]
+    name = RegisterName(shard[0], shard[1:17], shard[17], b"k")
+    accepted = await replica.accept(
+        Create("a0", name, Ballot(1, 1, "g", bytes(8)), Value(1, bytes(16), Visibility.LIVE, b""))
+    )
+    assert not accepted.verdict
+    assert await world.client.moves.count_keys(JOINT, "a0", 100) == 1
+    scan = replica.scan
+
+    async def liar(request: messages.ScanRequest, *, timeout_s: float = 10.0) -> messages.ScanReply:
+        (found,) = (await scan(request, timeout_s=timeout_s)).slices
+        return messages.ScanReply(slices=(replace(found, rows=b"\xc1"),))
+
+    replica.scan = liar  # type: ignore[method-assign]
+    with pytest.raises(ServiceUnavailable):
+        await world.client.moves.count_keys(JOINT, "a0", 100)
 
 
 def test_a_merged_scope_keeps_the_newest_of_each_kind() -> None:

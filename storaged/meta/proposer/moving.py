@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar, cast
 
 import structlog
+from msgspec import MsgspecError
 
 from storaged.cluster.partitions import PartitionState, layout_epoch_of, step_of
 from storaged.errors import InvalidRequest, ServiceUnavailable, StoragedError
@@ -32,17 +33,15 @@ from storaged.meta.messages import (
     RangesAsk,
     RangesReply,
     ScanRequest,
-    ScanRow,
     ScopeFence,
     ShardAsk,
 )
 from storaged.meta.names import Ballot, RegisterName, Table, Visibility
 from storaged.meta.ports import Handover, HandoverReplica, Replica
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES
-from storaged.meta.storage.scan import Want
+from storaged.meta.storage.scan import Want, decode_rows
 from storaged.meta.transport.calls import Answers, Calls
 from storaged.units import MIB
-from storaged.wire import decode
 
 T = TypeVar("T")
 
@@ -197,7 +196,10 @@ class PartitionMoves:
             if reply.verdict or not reply.slices or reply.slices[0].unreadable:
                 raise ServiceUnavailable(f"disk {disk} does not say which keys it has of partition {state.partition}")
             part = reply.slices[0]
-            found += len(decode(part.rows, list[ScanRow])) if part.rows else 0
+            try:
+                found += len(decode_rows(part.rows))
+            except MsgspecError:
+                raise ServiceUnavailable(f"disk {disk} sends rows that can't be read") from None
             if part.done or part.through <= after:
                 break
             after = part.through
