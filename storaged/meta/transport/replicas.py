@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -37,6 +37,8 @@ from storaged.meta.ports import Replica
 from storaged.meta.transport.accept_batching import ALONE_MAX, AcceptBatcher, try_accepts
 from storaged.meta.transport.read_batching import OnRow, ReadBatcher, answer_read, answer_reads
 from storaged.wire import Buffer, Message, encode
+
+M = TypeVar("M", bound=Message)
 
 _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
     messages.Prepare: ("meta.prepare", messages.PrepareReply),
@@ -171,60 +173,45 @@ class RemoteReplica:
         return RemoteFloors(self._caller, self.node)
 
 
-class RemoteHandover:
+class _Remote:
+    """What the ports of one node have in common."""
+
+    def __init__(self, caller: Caller, node: str) -> None:
+        self._caller = caller
+        self._node = node
+
+    async def _ask(self, method: str, request: Message, kind: type[M], timeout_s: float) -> M:
+        reply, _ = await self._caller.call(self._node, method, request, kind, timeout_s=timeout_s)
+        return reply
+
+
+class RemoteHandover(_Remote):
     """``ports.Handover`` over RPC."""
 
-    def __init__(self, caller: Caller, node: str) -> None:
-        self._caller = caller
-        self._node = node
-
     async def fences(self, request: messages.FencesAsk, *, timeout_s: float = 10.0) -> messages.FencesReply:
-        reply, _ = await self._caller.call(
-            self._node, "meta.fences", request, messages.FencesReply, timeout_s=timeout_s
-        )
-        return reply
+        return await self._ask("meta.fences", request, messages.FencesReply, timeout_s)
 
     async def take_fences(self, request: messages.FencesTake, *, timeout_s: float = 10.0) -> messages.FenceReply:
-        reply, _ = await self._caller.call(
-            self._node, "meta.take_fences", request, messages.FenceReply, timeout_s=timeout_s
-        )
-        return reply
+        return await self._ask("meta.take_fences", request, messages.FenceReply, timeout_s)
 
     async def ranges(self, request: messages.RangesAsk, *, timeout_s: float = 10.0) -> messages.RangesReply:
-        reply, _ = await self._caller.call(
-            self._node, "meta.ranges", request, messages.RangesReply, timeout_s=timeout_s
-        )
-        return reply
+        return await self._ask("meta.ranges", request, messages.RangesReply, timeout_s)
 
 
-class RemoteFloors:
+class RemoteFloors(_Remote):
     """``ports.Floors`` over RPC."""
 
-    def __init__(self, caller: Caller, node: str) -> None:
-        self._caller = caller
-        self._node = node
-
     async def set_floor(self, request: messages.FloorSet, *, timeout_s: float = 10.0) -> messages.FloorReply:
-        reply, _ = await self._caller.call(self._node, "meta.floor", request, messages.FloorReply, timeout_s=timeout_s)
-        return reply
+        return await self._ask("meta.floor", request, messages.FloorReply, timeout_s)
 
     async def expunge(self, request: messages.Expunge, *, timeout_s: float = 10.0) -> messages.ExpungeReply:
-        reply, _ = await self._caller.call(
-            self._node, "meta.expunge", request, messages.ExpungeReply, timeout_s=timeout_s
-        )
-        return reply
+        return await self._ask("meta.expunge", request, messages.ExpungeReply, timeout_s)
 
     async def floors(self, request: messages.FloorsAsk, *, timeout_s: float = 10.0) -> messages.FloorsReply:
-        reply, _ = await self._caller.call(
-            self._node, "meta.floors", request, messages.FloorsReply, timeout_s=timeout_s
-        )
-        return reply
+        return await self._ask("meta.floors", request, messages.FloorsReply, timeout_s)
 
     async def take_floors(self, request: messages.FloorsTake, *, timeout_s: float = 10.0) -> messages.FloorReply:
-        reply, _ = await self._caller.call(
-            self._node, "meta.take_floors", request, messages.FloorReply, timeout_s=timeout_s
-        )
-        return reply
+        return await self._ask("meta.take_floors", request, messages.FloorReply, timeout_s)
 
 
 class ReplicaDirectory:
