@@ -189,7 +189,7 @@ def _operators(layout: Layout) -> dict[str, str]:
 def _operator_changes(before: Layout, after: Layout) -> list[str]:
     old, new = _operators(before), _operators(after)
     return [
-        f"the operator of rack {rack} changes from {old.get(rack, 'nobody')} to {new.get(rack, 'nobody')}"
+        f"the operator of rack {rack} changes from {old.get(rack, 'none')} to {new.get(rack, 'none')}"
         for rack in sorted(old.keys() | new.keys())
         if old.get(rack) != new.get(rack)
     ]

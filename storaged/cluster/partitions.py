@@ -268,7 +268,7 @@ def _among(lost: tuple[str, ...], disks: Container[str]) -> tuple[str, ...]:
 def _keeps_operators(state: PartitionState, layout: Layout, old: str, new: str) -> bool:
     """Whether an exchange leaves every operator with a minority, where the layout trusts none alone. Where one has more
     already, since the layout was another one, it may not get more still. Disks that the layout does not have answer
-    nobody, so they give no operator a vote.
+    no call, so they give no operator a vote.
     """
     if not layout.spreads:
         return True

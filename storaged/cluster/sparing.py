@@ -1,6 +1,6 @@
 """Replaces disks that are away by the others: which disks are *out*, and what follows for placement. Pure.
 
-The administration key is offline, so nobody signs a layout when a disk dies. The signed layout holds the policy
+The administration key is offline, so no layout is signed when a disk dies. The signed layout holds the policy
 (``layout.Sparing``), and the register ``disks-out`` of the system partition names the disks that are out. A gateway
 changes it by compare-and-set, and only with the signed votes of a majority of the storage nodes: each says how long it
 has seen a disk away, or answering. So a node or a minority that is cut off declares nothing.
@@ -205,7 +205,7 @@ def decide(
 ) -> DisksOut | None:
     """The next record, without a signature; None where nothing changes. ``votes``: by node, verified, all under
     ``layout``. Disks that stay keep the votes that put them out, unless a majority votes so again: without that the
-    record would grow with each disk, up to what nobody believes any more.
+    record would grow with each disk, until it had more votes than a node believes.
     """
     policy = layout.sparing
     heard = [vote for vote, _ in votes.values()]

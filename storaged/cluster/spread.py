@@ -1,7 +1,7 @@
 """What a layout lacks to trust no operator alone (``Layout.spread``). Pure.
 
-Theory of operation. Racks name their operator: whoever runs them may read, withhold or forge all that lies there. Rival
-operators host one cloud together when no one of them can do any of that alone:
+Theory of operation. Racks name their operator, who may read, withhold or forge all that lies there. Rival operators
+host one cloud together when no one of them can do any of that alone:
 
 * of a block coded k+m an operator holds at most k-1 fragments, too few to read it, and at most m, so that the others
   can read it without that operator (``Profile.operator_max``);

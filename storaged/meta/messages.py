@@ -81,7 +81,7 @@ class Accepts(Message, frozen=True):
 class AcceptReply(Message, frozen=True):
     """OK: the value is durable here under the ballot. ``copy_synced``: the copy that it names is durable too;
     ``copy_error``: why it is not. ``final``: the scope's fence stays for ever; when PREEMPTED: nothing was accepted
-    here under this ballot, nor will be. ``floor``: of a refusal where the floor of the range stands for a missing row,
+    here under this ballot, nor will be. ``floor``: of a refusal where the floor of the range counts in place of a row,
     the sequence that a create has to exceed.
     """
 

@@ -112,14 +112,14 @@ class LayoutApplication:
             accepted = await self._collect(signed, layout, before)
             certified = replace(signed, certificate=tuple(accepted[name] for name in sorted(accepted)))
             await self._paths.replace("layout", lambda body: _with_certificate(body, certified))
-        except (
-            S3Error
-        ) as error:  # no majority, or one too slow; a change of unknown outcome is found when it is repeated
+        except S3Error as error:
+            # No majority, or one too slow. A change of unknown outcome is found when the command is repeated.
             raise NoQuorum(f"The system partition does not answer: {error.message}") from None
         except LayoutRefused:
             if self._layouts.epoch != layout.epoch or not self._layouts.has(signed):
                 raise
-            return self._document(layout, moves.disks, ())  # another gateway did it, and this node learnt it meanwhile
+            # Another gateway brought it into force, and this node has learnt it meanwhile.
+            return self._document(layout, moves.disks, ())
         await self._layouts.learn(certified, SOURCE)
         return self._document(layout, moves.disks, tuple(sorted(accepted)))
 

@@ -89,8 +89,8 @@ class PartitionDuty:
         await self.expunger.run()
 
     def _first(self) -> bool:
-        """Whether this gateway is the one that expunges: the first by name of those that are up. Two of them harm
-        nobody.
+        """Whether this gateway is the one that expunges: the first by name of those that are up. Two at once do
+        no harm.
         """
         node = self._node
         entries = [entry for entry in node.layouts.current.nodes if "gateway" in entry.roles]

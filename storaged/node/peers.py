@@ -34,7 +34,7 @@ class PeerRules:
     def follow(self, layout: Layout) -> None:
         """Takes over the policy of a layout.
 
-        Raises JurisdictionRefused for a policy that names a country outside EU law; then nobody is admitted.
+        Raises JurisdictionRefused for a policy that names a country outside EU law; then no peer is admitted.
         """
         self.policy = Policy(())
         self.policy = policy_of(layout)

@@ -208,7 +208,7 @@ class NodePlanes:
     def _follow_policy(self, layout: Layout) -> None:
         """Takes over the policy of the layout in force: whom it admits, and who gets keys.
 
-        Raises JurisdictionRefused for a policy that names a country outside EU law; then nobody is admitted.
+        Raises JurisdictionRefused for a policy that names a country outside EU law; then no peer is admitted.
         """
         try:
             self.peers.follow(layout)

@@ -320,7 +320,7 @@ def test_a_profile_is_spread_over_operators(authority: Path, capsys: pytest.Capt
     assert create.load_plan(authority).operators == OPERATORS
     found = plan_of(authority, capsys)
     assert not found["moves_data"], "operators alone move nothing"
-    assert "the operator of rack DE/fra/d changes from nobody to dora" in found["changes"]
+    assert "the operator of rack DE/fra/d changes from none to dora" in found["changes"]
     call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
     said = capsys.readouterr().out
     assert "at most 2 fragments of a block at one operator" in said

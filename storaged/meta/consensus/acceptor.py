@@ -46,8 +46,8 @@ PROMISES_MAX = 65_536
 class Acceptor(NamedTuple):
     """What an acceptor knows of one register when a request comes. ``promised`` is the highest ballot promised for it
     or for every register; when ``damaged`` it includes the high-water ballot, above anything that the lost row may have
-    held. ``value`` is what was accepted at ``accepted``. ``floored``: there is no row, and the range's floor stands for
-    it (``floors``).
+    held. ``value`` is what was accepted at ``accepted``. ``floored``: there is no row, and the range's floor counts
+    in its place (``floors``).
     """
 
     promised: Ballot

@@ -1,4 +1,4 @@
-"""Floors: what stands for the rows of deleted keys when these are gone. Pure.
+"""Floors: what counts in place of the rows of deleted keys when these are gone. Pure.
 
 A deleted key leaves a row, its *tombstone*, and so does a key that was settled and never written (``register.NEVER``).
 A row has a ballot and a sequence: with them a retry learns that its change is over. Rows can go only when something
@@ -21,13 +21,13 @@ Why nothing is lost and nothing comes back
 
     * All replicas have the same row, with a ballot below B. When it is a tombstone, v is what an honest proposer would
       propose under B: still deleted, with a higher sequence. When it is not, nothing happens: the row is in force.
-    * No replica has a row. Then v says "deleted", and nobody can tell that from "never written".
+    * No replica has a row. Then v says "deleted", and no caller sees a difference to "never written".
     * A quorum has rows above B. What a replica reports under B counts for nothing beside them, and no ballot below B is
       taken any more.
 
-    One replica left out breaks this. A key whose chosen row a replica lacks is not settled, when nobody compares that
-    replica; there the floor would report "deleted" above the ballot of a live row. And while a partition is joint, its
-    two sets have no comparison of all in common. So floors are set in a settled state, by all of its replicas.
+    One replica left out breaks this. If it lacks a chosen row and is not compared, the key is not settled. Then the
+    floor would report "deleted" there, above the ballot of a live row. And while a partition is joint, its two sets
+    have no comparison of all in common. So floors are set in a settled state, by all of its replicas.
 
     A replica that has promised a ballot above B for a key reports v all the same. It has reported that key's tombstone
     with its promise, or "nothing"; a proposer that bases a change on these bases it on what v says too. Only the
@@ -37,14 +37,14 @@ Why no retry re-applies
     An attempt that was applied and deleted again had a sequence below S: a proposer that tries again finds S, and says
     UNKNOWN (``Lineage.judge``). A create asks nothing. So a replica takes a create into a missing row only if its
     sequence is above S. It then comes from a proposer that knew the floor, so it is none from before. A proposer that
-    does not know the floor yet is refused (HELD), and told S.
+    does not know the floor yet is refused (HELD), and learns S.
 
     ``looks`` concludes that a replica with a row refuses every create for ever. So it does with the floor that has
     taken the row's place: creates from before do not know S.
 
 A replica that comes to a partition gets the floors of the others when it has all rows, and before the new set counts
 alone. Before that it must not report them: v would lie above the rows that it does not have yet. Its promises and rows
-are of later steps, so a floor there can be in nobody's way.
+are of later steps, so a floor there is in the way of no other operation.
 
 A range of the system table has no floor: bodies of its records are bound to their sequences.
 """
@@ -67,9 +67,7 @@ Range = tuple[int, bytes, int]
 
 
 def sequence_of(floor: Ballot) -> int:
-    """The sequence of a floor. Creates begin one above it, so that they can be told from other values
-    (``register.created``).
-    """
+    """The sequence of a floor. Creates begin one above it, and are recognised by that (``register.created``)."""
     return floor.counter // _US_A_FLOOR * FLOOR_SEQUENCES
 
 
@@ -92,8 +90,8 @@ def may_go(slot: Slot, floor: Ballot) -> bool:
 
 
 class KnownFloors:
-    """The sequences of floors as the proposers of one process were told them. A hint: with a lower one than a replica
-    has, a create is refused.
+    """The sequences of floors that the proposers of one process know. A hint: with a lower one than a replica has, a
+    create is refused.
     """
 
     __slots__ = ("_sequences",)

@@ -65,8 +65,8 @@ class Quorum:
 
     def may_have_chosen(self, disks: Collection[str]) -> bool:
         """Whether these disks alone may have chosen something for a process of some state: a majority of one set is
-        among them. What was chosen before the second set came, the first one has chosen alone. And who knows already
-        that the second one is alone now, takes for settled what its majority has.
+        among them. Before the second set came the first one has chosen alone. A process that knows already that the
+        second one is alone now takes for settled what its majority has.
         """
         return any(2 * len(members.intersection(disks)) > len(members) for members in (self._set, *self._others))
 

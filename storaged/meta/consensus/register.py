@@ -224,7 +224,7 @@ def credible(
     higher than the one that a majority of that set reports or exceeds, the *reach*: above that nothing was chosen, nor
     can be any more. Whatever was proposed at the reach or above it descends from everything that was chosen (that is
     Paxos), so a change may be based on each value there. The reach of the second set counts too, where it is higher:
-    who knows already that this set is alone now takes for settled what its majority has.
+    a process that knows already that this set is alone now takes for settled what its majority has.
 
     A ballot that a majority reports is the reach itself, and was chosen. Else the value with the highest sequence among
     those at the reach and above it is taken, and of two with the same sequence the one with the higher ballot. A lone

@@ -304,7 +304,7 @@ def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int 
     highest nonce that was lifted, and a fence with a higher one.
 
     What a majority of the present set has, so many of its members say as a majority and the replies must have in
-    common. Fewer may lie, or have a fence of which nobody was told yet: who sets it learns the step, and begins again.
+    common. Fewer may lie, or have a fence that is not confirmed yet: its setter learns of the step, and begins again.
     """
     by_scope: dict[bytes, list[ScopeFence]] = {}
     for reply in replies:

@@ -1,6 +1,6 @@
 """Rows and small values that are durable in the redo log and not yet in LMDB, and how reads merge them. Pure.
 
-An empty row stands for one that was deleted.
+An empty row means that the row was deleted.
 
 The event loop adds to an overlay; at a start one thread does. A checkpoint's thread may read it meanwhile: each access
 to one of its tables is a single step of the interpreter, and a table never shrinks.
