@@ -2,7 +2,7 @@
 
 GET    /v1/buckets                      all buckets of the cluster, without counts
 POST   /v1/buckets                      {name, user, countries}
-GET    /v1/buckets/NAME/usage?after=    counts a piece, from a key (hex) on; ask again with ``next_after``
+GET    /v1/buckets/NAME/usage?after=    counts a piece, from a mark on; ask again with ``next_after``
 POST   /v1/buckets/NAME/owner           {user}
 DELETE /v1/buckets/NAME                 an empty bucket
 """
@@ -80,14 +80,15 @@ class BucketAdministration:
         buckets, _ = self._planes()
         if self._services.usage is None:
             raise NotHere
-        try:
-            after = bytes.fromhex(request.query.get("after", ""))
-        except ValueError:
-            raise InvalidArgument("the key is written in hex") from None
+        after = request.query.get("after", "")
         found = await self._services.usage(await buckets.get(request.match_info["name"]), after)
-        following = None if found.next_after is None else found.next_after.hex()
         return web.json_response(
-            {"objects": found.objects, "versions": found.versions, "bytes": found.size_bytes, "next_after": following}
+            {
+                "objects": found.objects,
+                "versions": found.versions,
+                "bytes": found.size_bytes,
+                "next_after": found.next_after,
+            }
         )
 
     async def _set_owner(self, request: web.Request) -> web.Response:

@@ -60,7 +60,7 @@ class Services:
     """All buckets of the cluster that are not deleted."""
     set_owner: Callable[[BucketRecord, str], Awaitable[None]] | None = None
     """(bucket, user id): hands a bucket over."""
-    usage: Callable[[BucketRecord, bytes], Awaitable[Usage]] | None = None
+    usage: Callable[[BucketRecord, str], Awaitable[Usage]] | None = None
     """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
     racks: Callable[[tuple[str, ...]], list[str]] | None = None
     """The failure domains with disks in these countries (empty: in all), by the layout in force."""

@@ -1,4 +1,4 @@
-"""Garbage collection of manifest pages that no record names any more. It asks no clock.
+"""Garbage collection of pages, of manifests and of older versions, that no record needs any more. It asks no clock.
 
 Theory of operation. A page is immutable and its hash is its name. Each disk sweeps its own pages. With a page it keeps
 the page's *owner*: the register of the object whose record names it, or will (gateways tell it). A page is *condemned*
@@ -7,12 +7,16 @@ After the time that readers get, the owner's register is judged (``maintain.disu
 another look. The page is deleted when the value of that round does not name it, no upload of the key is open, and no
 put has changed it since it was condemned; the deletion compares that in its own transaction.
 
-Two kinds of requests propose records with new pages, never by a create. Both put these pages again, on a majority,
-after their promise and before their accept:
+A record needs the pages that it names, and those that its pages name. A disk that lacks one of them can't tell which
+others the record needs: then it condemns none of that owner.
+
+Three kinds of requests propose records with new pages, never by a create. All put these pages, or put them again, on a
+majority, after their promise and before their accept:
 
 * A Complete. While its upload is open nothing is deleted. It looks at the upload after its promise and goes no further
   when that has ended.
 * A move. It changes a record that exists.
+* A change of a key's versions (``objects.write.versioned``).
 
 So the pages of a record that is chosen later were put on a majority after the record's promise. At each of these
 disks: the put came after the condemnation, so the page stays, or is written anew. Or it came before: then the promise
@@ -38,10 +42,11 @@ from storaged.maintain.asks import NAMES_A_SETTLE
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.disuse import Judge, Proof
 from storaged.maintain.walk import row_slices
-from storaged.meta.names import RegisterName, Table, Value, Visibility, object_of_upload
+from storaged.meta.names import RegisterName, Table, Value, object_of_upload
+from storaged.meta.ports import Pages
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch, StoredPage
-from storaged.objects.write.references import versions_in
+from storaged.objects.write.references import pages_in
 
 PAGES_A_SLICE = 1000
 CONDEMNED_MAX = 100_000
@@ -113,6 +118,8 @@ class PageSweep:
             old = {page: created_ms for page, created_ms in pages if created_ms < oldest}
             for owner, its in (await self._by_owner(store, old)).items():
                 named = frozenset() if owner is None else await self._named(store, owner)
+                if named is None:
+                    continue
                 if unnamed := {page: created_ms for page, created_ms in its.items() if page not in named}:
                     condemned.setdefault(owner, {}).update(unnamed)
                     count += len(unnamed)
@@ -127,9 +134,15 @@ class PageSweep:
             found.setdefault(RegisterName.unpack(packed) if packed else None, {})[page] = pages[page]
         return found
 
-    async def _named(self, store: MetaStore, owner: RegisterName) -> frozenset[bytes]:
+    async def _named(self, store: MetaStore, owner: RegisterName) -> frozenset[bytes] | None:
+        """None: the disk lacks a page, so it can't tell. Repair brings it."""
         slot = await store.read(partial(store.get, owner))
-        return frozenset() if slot is None else _pages_of(slot.value, owner)
+        if slot is None:
+            return frozenset()
+        try:
+            return await _pages_of(_OfDisk(store), slot.value, owner)
+        except DataDamaged:
+            return None
 
     async def _find_owners(self, store: MetaStore, pages: _Pages) -> None:
         """Gives those of the pages an owner that a row of the disk names, rows of former layouts included, and takes
@@ -144,9 +157,17 @@ class PageSweep:
                 for key, row in rows:
                     name = RegisterName(table, scope, shard, key)
                     owner = object_of_upload(name) if table == Table.UPLOAD else name
-                    for page in _pages_of(unpack_row(name, row).value, name):
+                    for page in await self._pages_of_row(store, name, row):
                         if page in pages:
                             await _set_owner(store, page, pages.pop(page), owner)
+
+    async def _pages_of_row(self, store: MetaStore, name: RegisterName, row: bytes) -> frozenset[bytes]:
+        """With those that the disk lacks itself. Raises RowDamaged, DataDamaged."""
+        value = unpack_row(name, row).value
+        try:
+            return await _pages_of(_OfDisk(store), value, name)
+        except DataDamaged:
+            return await _pages_of(self._context.pages, value, name)
 
     # --- deleting -----------------------------------------------------------------------------------------------------
 
@@ -161,7 +182,7 @@ class PageSweep:
             doomed: list[tuple[bytes, int]] = []
             for owner, proof in (await self._judge.prove(owners[start : start + NAMES_A_SETTLE])).items():
                 pages = condemned[owner]
-                reason = proof if isinstance(proof, str) else _why_kept(proof, owner, pages)
+                reason = proof if isinstance(proof, str) else await self._why_kept(proof, owner, pages)
                 if reason:
                     waiting[reason] = waiting.get(reason, 0) + len(pages)
                 else:
@@ -176,6 +197,20 @@ class PageSweep:
             some = pages[start : start + PAGES_A_SLICE]
             self.deleted += await store.health.unless_hung(store.delete_pages(some))
 
+    async def _why_kept(self, proof: Proof, owner: RegisterName, pages: _Pages) -> str:
+        """Takes out of ``pages`` what the record needs. Returns why the others have to wait; empty: they need not."""
+        if proof.gone:
+            return ""
+        if proof.uploads:
+            return "an upload of the key is open"
+        try:
+            named = await _pages_of(self._context.pages, proof.value, owner)
+        except DataDamaged as error:
+            return error.message
+        for page in named:
+            pages.pop(page, None)
+        return ""
+
 
 async def _set_owner(store: MetaStore, page: bytes, created_ms: int, owner: RegisterName) -> None:
     try:
@@ -186,28 +221,25 @@ async def _set_owner(store: MetaStore, page: bytes, created_ms: int, owner: Regi
         await store.commit(StoreBatch(pages=[StoredPage(page, body, created_ms, owner.pack())]))
 
 
-def _why_kept(proof: Proof, owner: RegisterName, pages: _Pages) -> str:
-    """Takes out of ``pages`` what the record names. Returns why the others have to wait; empty: they need not."""
-    if proof.gone:
-        return ""
-    if proof.uploads:
-        return "an upload of the key is open"
-    try:
-        named = _pages_of(proof.value, owner)
-    except DataDamaged as error:
-        return error.message
-    for page in named:
-        pages.pop(page, None)
-    return ""
+async def _pages_of(pages: Pages, value: Value | None, name: RegisterName) -> frozenset[bytes]:
+    """All pages that a record needs. Raises DataDamaged, also where it does not list them."""
+    return frozenset([page async for page in pages_in(pages, name, value, complete=True)])
 
 
-def _pages_of(value: Value | None, name: RegisterName) -> frozenset[bytes]:
-    """All pages that a record names. Raises DataDamaged, also where it does not list them."""
-    if value is None or value.visibility == Visibility.TOMBSTONE:
-        return frozenset()
-    found: set[bytes] = set()
-    for version in versions_in(value.body, name.table):
-        if version.manifest and version.manifest not in version.pages:
-            raise DataDamaged(f"the record of {name.key[:80]!r} does not list its pages")
-        found.update(version.pages)
-    return frozenset(found)
+class _OfDisk:
+    """The pages of one disk, as ``meta.ports.Pages``."""
+
+    def __init__(self, store: MetaStore) -> None:
+        self._store = store
+
+    async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
+        raise NotImplementedError
+
+    async def get_page(self, near: RegisterName, name: bytes) -> bytes:
+        try:
+            body = await self._store.read(partial(self._store.get_page, name))
+        except RowDamaged:
+            body = None
+        if body is None:
+            raise DataDamaged("This disk lacks a page.")
+        return body

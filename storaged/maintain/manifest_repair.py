@@ -1,4 +1,5 @@
-"""Repair of manifest pages: every replica of the register whose record names a page should have it.
+"""Repair of pages, of manifests and of older versions: every replica of the register whose record needs one should have
+it.
 
 A replica may lack a page because it was away when the page was written, because its copy is damaged, or because its
 disk was replaced. It gets the page from another replica.
@@ -14,9 +15,8 @@ from storaged.errors import PeerError, StoragedError
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import Tally
 from storaged.meta.messages import PAGES_A_CHECK
-from storaged.meta.names import RegisterName, Value, Visibility
-from storaged.objects.code.manifest import PAGES_MAX
-from storaged.objects.write.references import versions_in
+from storaged.meta.names import RegisterName, Value
+from storaged.objects.write.references import pages_in
 
 
 class PagesOf(NamedTuple):
@@ -34,21 +34,9 @@ class Holders(NamedTuple):
     lacking: tuple[str, ...]
 
 
-def pages_in(name: RegisterName, value: Value | None) -> tuple[bytes, ...]:
-    """All pages that an object, or an upload that is being completed, needs; of each version at most as many as one can
-    have. Raises DataDamaged.
-    """
-    if value is None or value.visibility == Visibility.TOMBSTONE:
-        return ()
-    return tuple(
-        dict.fromkeys(page for version in versions_in(value.body, name.table) for page in version.pages[:PAGES_MAX])
-    )
-
-
-def new_pages(name: RegisterName, before: Value, body: bytes) -> list[bytes]:
-    """The pages that a record names which its predecessor does not. Raises DataDamaged."""
-    known = frozenset(pages_in(name, before))
-    return [page for version in versions_in(body, name.table) for page in version.pages if page not in known]
+async def pages_of(context: MaintainContext, name: RegisterName, value: Value | None) -> tuple[bytes, ...]:
+    """All pages that an object, or an upload that is being completed, needs. Raises DataDamaged."""
+    return tuple(dict.fromkeys([page async for page in pages_in(context.pages, name, value)]))
 
 
 class PageRepair:
@@ -79,7 +67,7 @@ class PageRepair:
         """Copies every page that a replica lacks and another one has. Tries all; then raises the first failure
         (StoragedError, TimeoutError).
         """
-        hashes = pages_in(name, value)
+        hashes = await pages_of(self._context, name, value)
         failure: Exception | None = None
         replicas = self._context.layouts.partition(name.partition).disks
         for page, holders in (await self._holders(replicas, hashes)).items():

@@ -40,7 +40,7 @@ from storaged.hashes import is_old
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets, BucketUnverified
 from storaged.maintain.health import BlockPlace, blocks_of
-from storaged.maintain.manifest_repair import new_pages
+from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import (
     CHANGED,
     LATER,
@@ -55,7 +55,6 @@ from storaged.maintain.moves import (
     MovesAnswer,
     MovesAsk,
     agreed,
-    apply_move,
     cost_of,
     is_moved,
     is_whole,
@@ -67,11 +66,10 @@ from storaged.maintain.moves import (
 from storaged.maintain.pace import Pace
 from storaged.maintain.rebuild import CannotRepair, Rebuilder
 from storaged.maintain.walk import entries_of
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.objects.code.manifest import manifest_pages, parts_of, renew_pages, write_manifest
+from storaged.meta.names import Change, RegisterName, Table, Value
+from storaged.objects.code.manifest import renew_pages
 from storaged.objects.garbage import retire_all
-from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Version, decode_object, encode_object
-from storaged.wire import decode, encode
+from storaged.objects.records import PartEntry
 
 TOUCHES_A_CALL = 4000
 REGISTERS_AT_ONCE = 16
@@ -378,10 +376,11 @@ class Mover:
         gone; StoragedError. Only after OutcomeUnknown the record may have changed.
         """
         seen = moves[0].seen
-        body = await self._body_after(name, seen, moves)
-        if seen is None or body is None:
+        after = await body_after(self.context.pages, name, seen, [(one.ask, one.new[0].target) for one in moves])
+        if seen is None or after is None:
             raise CannotRepair("the moves of this register do not go together")
         await self._retire_old(name, moves)
+        body, new_pages = after
         promised = asyncio.Event()
 
         def update(value: Value | None) -> Change | None:
@@ -394,7 +393,7 @@ class Mover:
 
         async def hold() -> None:
             await self._touch_new(moves, promised)
-            await renew_pages(self.context.pages, name, new_pages(name, seen, body))
+            await renew_pages(self.context.pages, name, new_pages)
 
         guard = asyncio.ensure_future(hold())
         try:
@@ -426,48 +425,6 @@ class Mover:
         for result in results:
             if result is not None:
                 raise result
-
-    async def _body_after(self, name: RegisterName, value: Value | None, moves: Sequence[_Planned]) -> bytes | None:
-        """The record after all moves; None when one of them does not apply. New manifest pages are durable when this
-        returns.
-        """
-        if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-            return None
-        if name.table == Table.PART:
-            row = decode(value.body, PartRecord)
-            entry: PartEntry | None = row.entry
-            for one in moves:
-                entry = apply_move(entry, one.ask, one.new[0].target) if entry is not None else None
-            return encode(msgspec.structs.replace(row, entry=entry)) if entry is not None else None
-        versions, left = [], len(moves)
-        by_data: dict[bytes, list[_Planned]] = {}
-        for one in moves:
-            by_data.setdefault(one.ask.data_id, []).append(one)
-        for version in decode_object(value.body).versions:
-            parts, before = [], left
-            async for part in parts_of(self.context.pages, name, version):
-                for one in by_data.get(part.data_id, ()):
-                    moved = apply_move(part, one.ask, one.new[0].target)
-                    if moved is not None:
-                        part, left = moved, left - 1
-                parts.append(part)
-            versions.append(version if left == before else await self._with_parts(name, version, parts))
-        return encode_object(ObjectRecord(tuple(versions))) if left == 0 else None
-
-    async def _with_parts(self, name: RegisterName, version: Version, parts: Sequence[PartEntry]) -> Version:
-        """The version with a manifest of these parts. Its other pages, which have what is sealed about the parts, stay:
-        they are those of the version that its present manifest does not have.
-        """
-        pages = self.context.pages
-        before = {page_hash async for page_hash, _ in manifest_pages(pages, name, version)}
-        manifest = await write_manifest(pages, name, parts)
-        others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
-        return msgspec.structs.replace(
-            version,
-            parts=manifest.parts,
-            manifest=manifest.first,
-            pages=manifest.pages + others if version.pages else (),
-        )
 
     async def _retire_old(self, name: RegisterName, moves: Sequence[_Planned]) -> None:
         """Puts the data on the garbage lists of disks from which fragments move; it stays ``drop_delay_s`` for readers.

@@ -48,15 +48,15 @@ from storaged.cluster.partitions import (
     path_of,
 )
 from storaged.cluster.ports import Layouts, Liveness
-from storaged.errors import DataDamaged, LayoutRefused, NoSuchBucket, ServiceUnavailable, StoragedError
+from storaged.errors import LayoutRefused, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.maintain.context import concurrently
-from storaged.maintain.manifest_repair import pages_in
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.messages import PAGES_A_CHECK
 from storaged.meta.names import Change, RegisterName, Table, Value, system_name
 from storaged.meta.ports import PageCopies, PageQuery, Registers
 from storaged.meta.proposer.moving import PartitionMoves
+from storaged.objects.write.references import is_readable, pages_in
 from storaged.wire import decode, encode
 
 AT_ONCE = 4
@@ -328,11 +328,9 @@ class PartitionMover:
         near: dict[bytes, RegisterName] = {}
         async for row in every_row(self._ports.scanner, rows):
             name = RegisterName(rows.table, rows.scope, rows.shards[0], row.key)
-            try:
-                wanted = pages_in(name, row.value)
-            except DataDamaged:
+            if not is_readable(row.value.body, rows.table):
                 continue  # which pages it has cannot be known; repair reports it
-            for page in wanted:
+            async for page in pages_in(self._ports.pages, name, row.value):
                 near.setdefault(page, name)
                 if len(near) >= PAGES_A_CHECK:
                     await self._copy_missing(disk, near)

@@ -21,7 +21,7 @@ from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.directory import Buckets
 from storaged.maintain.health import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, claims, judge_block
-from storaged.maintain.manifest_repair import PageRepair, PagesOf, pages_in
+from storaged.maintain.manifest_repair import PageRepair, PagesOf, pages_of
 from storaged.maintain.placement import Placements
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility
@@ -231,7 +231,7 @@ class Walker:
         for name, value in rows:
             tally, coded = Tally(name.pack()), False
             try:
-                if hashes := pages_in(name, value):
+                if hashes := await pages_of(self._context, name, value):
                     paged.append(PagesOf(tally, name.partition, hashes))
                 async for entry in entries_of(self._context, name, value):
                     coded = coded or not entry.small

@@ -18,7 +18,7 @@ from storaged.meta.ports import Reading as Reading
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.etags import Condition
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
+from storaged.objects.records import BucketRecord, SealedPart
 from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
@@ -146,8 +146,10 @@ class ObjectInfo(NamedTuple):
 
 
 class PutResult(Struct, frozen=True):
+    """``version_id``: empty in a bucket that never had versioning, and of a part."""
+
     etag: str
-    version_id: str = NULL_VERSION
+    version_id: str = ""
     size: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
     checksum_type: str = ""
@@ -221,7 +223,10 @@ class CompletedPart(Struct, frozen=True):
 
 
 class DeleteResult(Struct, frozen=True):
-    """``existed``: an object was deleted. To delete one that does not exist succeeds, as on AWS."""
+    """``version_id``: of the version that was deleted, or of the delete marker that was made; empty in a bucket that
+    never had versioning. ``delete_marker``: that version is one. ``existed``: something was deleted. To delete what
+    does not exist succeeds, as on AWS.
+    """
 
     version_id: str = ""
     delete_marker: bool = False

@@ -1,18 +1,18 @@
-"""A bucket's keys for update functions, which can't wait for one."""
+"""What update functions need and can't wait for: a bucket's keys, and pages of older versions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from storaged.errors import NoSuchKey, NoSuchVersion
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Outcome, Registers, SmallCopies
-from storaged.objects.code.versions import Place, find_version, open_listing
+from storaged.objects.code.history import PageNeeded, Shelf, read_page
+from storaged.objects.code.versions import Place, open_listing
 from storaged.objects.conditions import Current
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import BucketRecord, ObjectRecord
+from storaged.objects.records import BucketRecord, ObjectRecord, Version
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ class BucketKeys:
         self._plane = plane
         self._bucket = bucket
         self._known: dict[int, BucketKey] = {}
+        self.shelf = Shelf()
+        """Pages with older versions of the key that is written."""
 
     async def newest(self) -> BucketKey:
         key = await self._plane.keys.bucket_key(self._bucket.id, self._bucket.countries)
@@ -53,6 +55,13 @@ class BucketKeys:
             raise KeyNeeded(version)
         return key
 
+    async def supply(self, name: RegisterName, needed: KeyNeeded | PageNeeded) -> None:
+        """Loads what an update of the register ``name`` needs. Raises DataDamaged, and as ``load``."""
+        if isinstance(needed, KeyNeeded):
+            await self.load(needed.version)
+        else:
+            self.shelf.put(needed.ref.hash, await read_page(self._plane.pages, name, needed.ref))
+
 
 async def with_keys(keys: BucketKeys, attempt: Callable[[], T]) -> T:
     """Runs ``attempt`` until all keys are loaded for which it raises KeyNeeded."""
@@ -72,23 +81,24 @@ async def change_with_keys(
     small: SmallCopies | None = None,
     regardless: bool = False,
 ) -> Outcome:
-    """``registers.change`` for an update that may raise KeyNeeded."""
+    """``registers.change`` for an update that may raise KeyNeeded or PageNeeded."""
     while True:
         try:
             return await registers.change(name, update, small=small, regardless=regardless)
-        except KeyNeeded as needed:
-            await keys.load(needed.version)
+        except (KeyNeeded, PageNeeded) as needed:
+            await keys.supply(name, needed)
 
 
-def current_of(
-    place: Place, record: ObjectRecord, keys: BucketKeys, *, with_etag: bool, version_id: str = ""
-) -> Current | None:
-    """The version that a conditional write is judged against; None: no such object. The ETag is opened only
+def current_of(place: Place, record: ObjectRecord, keys: BucketKeys, *, with_etag: bool) -> Current | None:
+    """The current version, against which a conditional write is judged; None: no such object. The ETag is opened only
     ``with_etag``. Raises KeyNeeded.
     """
-    try:
-        version = find_version(record, version_id)
-    except (NoSuchKey, NoSuchVersion):
+    return judged(place, record.versions[0] if record.versions else None, keys, with_etag=with_etag)
+
+
+def judged(place: Place, version: Version | None, keys: BucketKeys, *, with_etag: bool) -> Current | None:
+    """A version as conditions judge it. None: there is none, or it is a delete marker. Raises KeyNeeded."""
+    if version is None or version.delete_marker:
         return None
     etag = open_listing(place, version, keys.known(version.bucket_key)).etag if with_etag else ""
     return Current(etag, version.size, version.modified_ms)

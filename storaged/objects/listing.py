@@ -14,9 +14,11 @@ from typing import Any
 import msgspec
 
 from storaged.errors import DataDamaged, KeyringUnavailable
-from storaged.meta.names import Table, object_name
-from storaged.meta.ports import HeadPage, PageQuery
+from storaged.meta.names import RegisterName, Table, object_name
+from storaged.meta.ports import HeadPage, ListPage, PageQuery
+from storaged.meta.storage.scan import list_after_prefix
 from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.history import NULL_NAME, Entry, every_entry, find_entry, newest_in, required_name
 from storaged.objects.code.versions import Place, decode_record, open_listing
 from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
@@ -26,7 +28,6 @@ from storaged.objects.records import (
     ListedFields,
     ObjectRecord,
     SealedList,
-    Version,
     decode_heads,
     listed_checksum,
 )
@@ -182,55 +183,121 @@ async def list_versions(
     limit: int = 1000,
 ) -> VersionListing:
     """Every version after (``after``, ``after_version``), newest first within a key. With ``after_version``, the older
-    versions of the key ``after`` come first. Raises as ``list_objects``.
+    versions of the key ``after`` come first. A page reads as many versions as it has, and of other pages of a key only
+    those on the way to them. Raises InvalidArgument for an ``after_version`` that no version id can be, and as
+    ``list_objects``.
     """
-    keys = BucketKeys(plane, bucket)
-    found: list[ListedVersion] = []
+    page = _VersionsPage(plane, bucket, limit)
     if after_version and limit:
         name = object_name(bucket.id, bucket.shard_numbers, after)
         record = decode_record((await plane.registers.read(name)).value)
-        ids = [version.version_id for version in record.versions]
-        if after_version in ids:
-            found += await _listed_versions(keys, bucket, after, record, skip=ids.index(after_version) + 1)
-    page = await plane.scanner.list_page(
-        PageQuery(
+        await page.add_versions(after, record, await _ordinal_of(plane, name, record, after_version))
+    start: bytes | None = after
+    while start is not None and not page.full:
+        wanted = PageQuery(
             Table.OBJECT,
             bucket.id,
             bucket.shard_numbers,
             prefix=prefix,
-            after=after,
+            after=start,
             delimiter=delimiter,
-            limit=max(0, limit - len(found)),
+            limit=min(page.left, ROWS_A_READ if plane.versioning(bucket) else page.left),
             hidden=True,
         )
-    )
-    for row in page.rows:
-        with _named(row.key):
-            found += await _listed_versions(keys, bucket, row.key, decode_record(row.value))
-    return VersionListing(found, page.prefixes, page.next_after)
+        start = await page.add_rows(await plane.scanner.list_page(wanted))
+    return page.listing(start)
 
 
-async def _listed_versions(
-    keys: BucketKeys, bucket: BucketRecord, key: bytes, record: ObjectRecord, *, skip: int = 0
-) -> list[ListedVersion]:
-    return [
-        await _listed(keys, bucket, key, version, latest=index == 0)
-        for index, version in enumerate(record.versions)
-        if index >= skip
-    ]
+ROWS_A_READ = 100
+"""Rows that a listing of versions reads at once: each has the newest versions of its key, up to some 20 KiB."""
 
 
-async def _listed(
-    keys: BucketKeys, bucket: BucketRecord, key: bytes, version: Version, *, latest: bool
-) -> ListedVersion:
+async def _ordinal_of(plane: ObjectPlane, name: RegisterName, record: ObjectRecord, version_id: str) -> int:
+    """Of the version after which a page begins. That version may have been deleted meanwhile; so may the null version,
+    whose id does not tell its ordinal: then the page begins with the next key.
+    """
+    wanted = required_name(version_id)
+    if wanted != NULL_NAME:
+        return wanted.ordinal
+    entry = await find_entry(plane.pages, name, record, wanted)
+    return entry.ordinal if entry is not None else 0
+
+
+class _VersionsPage:
+    """A page of versions while it is filled."""
+
+    def __init__(self, plane: ObjectPlane, bucket: BucketRecord, limit: int) -> None:
+        self._plane = plane
+        self._bucket = bucket
+        self._limit = limit
+        self._keys = BucketKeys(plane, bucket)
+        self._versions: list[ListedVersion] = []
+        self._prefixes: list[bytes] = []
+        self._cut = False
+        """The last key has more versions."""
+
+    @property
+    def left(self) -> int:
+        return self._limit - len(self._versions) - len(self._prefixes)
+
+    @property
+    def full(self) -> bool:
+        return self.left <= 0 or self._cut
+
+    async def add_rows(self, page: ListPage) -> bytes | None:
+        """Adds what fits. Returns after which key the next one begins; None at the end."""
+        prefixes = list(page.prefixes)
+        for row in page.rows:
+            while prefixes and prefixes[0] < row.key and not self.full:
+                self._prefixes.append(prefixes.pop(0))
+            if self.full:
+                return self._last(row.key)
+            with _named(row.key):
+                await self.add_versions(row.key, decode_record(row.value))
+        while prefixes and not self.full:
+            self._prefixes.append(prefixes.pop(0))
+        return self._last(prefixes[0]) if prefixes else page.next_after
+
+    def _last(self, _not_added: bytes) -> bytes:
+        """The end of what the page has."""
+        key = self._versions[-1].key if self._versions else b""
+        prefix = self._prefixes[-1] if self._prefixes else b""
+        return key if key > prefix else list_after_prefix(prefix)
+
+    async def add_versions(self, key: bytes, record: ObjectRecord, below: int | None = None) -> None:
+        """The versions of a key, those with an ordinal less than ``below``."""
+        if not record.versions:
+            return
+        newest = newest_in(record)
+        name = object_name(self._bucket.id, self._bucket.shard_numbers, key)
+        async for entry in every_entry(self._plane.pages, name, record, below=below):
+            if self.left <= 0:
+                self._cut = True
+                return
+            latest = entry.ordinal == newest.ordinal
+            self._versions.append(await _listed(self._keys, self._bucket, key, entry, latest=latest))
+
+    def listing(self, start: bytes | None) -> VersionListing:
+        """``start``: after which key the next page begins; None: there is nothing more."""
+        if self._cut:
+            last = self._versions[-1] if self._versions else None
+            return VersionListing(
+                self._versions,
+                self._prefixes,
+                last.key if last is not None else start,
+                last.version_id if last is not None else "",
+            )
+        return VersionListing(self._versions, self._prefixes, start)
+
+
+async def _listed(keys: BucketKeys, bucket: BucketRecord, key: bytes, entry: Entry, *, latest: bool) -> ListedVersion:
+    version = entry.version
     if version.delete_marker:
-        return ListedVersion(
-            key, version.version_id, 0, version.modified_ms, "", "", "", "", version.owner, latest, True
-        )
+        return ListedVersion(key, entry.name, 0, version.modified_ms, "", "", "", "", version.owner, latest, True)
     printed = open_listing(Place(bucket.id, key), version, await keys.load(version.bucket_key))
     return ListedVersion(
         key,
-        version.version_id,
+        entry.name,
         version.size,
         version.modified_ms,
         printed.etag,

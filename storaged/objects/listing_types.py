@@ -52,6 +52,11 @@ class Listing(Struct, frozen=True):
 
 
 class VersionListing(Struct, frozen=True):
+    """``next_after``, ``next_version``: as ``after`` and ``after_version`` of the next page; ``next_version`` is empty
+    where that begins with another key. ``next_after`` is None at the end.
+    """
+
     versions: Sequence[ListedVersion] = ()
     prefixes: Sequence[bytes] = ()
     next_after: bytes | None = None
+    next_version: str = ""

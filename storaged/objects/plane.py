@@ -28,9 +28,11 @@ from storaged.objects.cache.configurations import Configurations
 from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.cache.opened_records import OpenedRecordCache
 from storaged.objects.code import place
+from storaged.objects.configuration.kinds import VERSIONING
 from storaged.objects.garbage import Garbage
 from storaged.objects.hedge_delay import HedgeDelay
 from storaged.objects.ports import KeyService
+from storaged.objects.records import BucketRecord
 from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 
@@ -176,6 +178,13 @@ class ObjectPlane:
         except asyncio.CancelledError:
             await asyncio.wait([future])
             raise
+
+    def versioning(self, bucket: BucketRecord) -> str:
+        """ENABLED or SUSPENDED; empty: the bucket never had versioning. Raises DataDamaged, ServiceUnavailable."""
+        if bucket.plain:
+            return ""
+        found = self.configurations.of(bucket).get(VERSIONING)
+        return found.status if found is not None else ""
 
     def copy_plan(self, name: RegisterName) -> place.CopyPlan:
         """The plan for the register's partition, where it is now. Raises ServiceUnavailable."""

@@ -16,6 +16,10 @@ from storaged.meta.storage.row_head import message_of, with_head
 from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
+NAMED_VERSION = "v"
+"""``Version.version_id`` of every version that is not the null version. The id that a client sees is made of its
+ordinal and its context id (``code.history.version_name``).
+"""
 PARTS_INLINE_MAX = 32
 
 
@@ -91,12 +95,59 @@ class Version(Message, frozen=True):
     pages: tuple[bytes, ...] = ()
 
 
+class Kept(Message, frozen=True):
+    """What a record keeps beside a version of a bucket with versioning.
+
+    ``ordinal``: the register's sequence when the version was added. It orders the versions of a key, and no clock does.
+    """
+
+    ordinal: int
+
+
+class PageRef(Message, frozen=True):
+    """A page of older versions. ``newest``, ``oldest``: the ordinals of its first and last version. ``count``: how many
+    versions it has, those on pages under it included.
+    """
+
+    hash: bytes
+    newest: int
+    oldest: int
+    count: int
+
+
+class VersionsPage(Message, frozen=True):
+    """An immutable page of older versions, newest first: a leaf with ``versions`` and, in the same order, ``kept``; or
+    a branch with ``refs`` to such pages.
+    """
+
+    versions: tuple[Version, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    refs: tuple[PageRef, ...] = ()
+
+
+class History(Message, frozen=True):
+    """What a record has besides the versions in it, in a bucket with versioning.
+
+    ``kept``: of each version in the record, in the same order. ``levels``: the pages with older versions, by level
+    (``code.history``). ``null_at``: the ordinal of the null version, if it lies on a page; else -1. ``copied``: the
+    part whose small copies ``Value.payload`` names, if its version lies on a page: nodes verify copies by it.
+    """
+
+    kept: tuple[Kept, ...]
+    levels: tuple[tuple[PageRef, ...], ...] = ()
+    null_at: int = -1
+    copied: PartEntry | None = None
+
+
 class ObjectRecord(Message, frozen=True):
-    """The versions of one key, newest first. Without versions the key is deleted, and its register a tombstone.
+    """The newest versions of one key, newest first. Without versions the key is deleted, and its register a tombstone.
     ``encode_object`` makes the register's body.
+
+    ``history``: None in a bucket that never had versioning; such a record has one version, the null version.
     """
 
     versions: tuple[Version, ...]
+    history: History | None = None
 
 
 class ListedFields(Message, frozen=True, gc=False):
@@ -153,7 +204,10 @@ def decode_object(body: bytes) -> ObjectRecord:
     """Raises msgspec.MsgspecError."""
     message = message_of(body)
     if message is not None:
-        return decode(message, ObjectRecord)
+        record = decode(message, ObjectRecord)
+        if record.history is not None and len(record.history.kept) != len(record.versions):
+            raise msgspec.ValidationError("a record keeps other versions than it has")
+        return record
     return ObjectRecord(tuple(version.renewed() for version in decode(body, _ObjectRecordOfOld).versions))
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct, field
 
-from storaged.errors import InvalidArgument
+from storaged.errors import InvalidArgument, S3Error
 from storaged.objects.api import ObjectInfo, ObjectStream, PutResult
-from storaged.objects.records import NULL_VERSION
 from storaged.s3.headers import http_time
 
 Headers = dict[str, str]
@@ -60,9 +59,23 @@ def checked_header(name: str, value: str) -> str:
 
 
 def version_header(version_id: str, headers: Headers) -> None:
-    """A bucket that never had versioning names no version, as on AWS."""
-    if version_id and version_id != NULL_VERSION:
+    """``version_id`` is empty in a bucket that never had versioning: it names no version, as on AWS."""
+    if version_id:
         headers["x-amz-version-id"] = version_id
+
+
+MARKER_DETAILS = frozenset({"DeleteMarker", "MarkerVersionId", "ModifiedMs"})
+"""Details of an error that its answer has as headers."""
+
+
+def marker_headers(error: S3Error, headers: Headers) -> None:
+    """What the answer says of a delete marker that was in the way."""
+    details = error.details
+    if "DeleteMarker" in details:
+        headers["x-amz-delete-marker"] = details["DeleteMarker"]
+        version_header(details.get("MarkerVersionId", ""), headers)
+    if "ModifiedMs" in details:
+        headers["Last-Modified"] = http_time(int(details["ModifiedMs"]) // 1000)
 
 
 def checksum_headers(checksums: Mapping[str, str], checksum_type: str, headers: Headers) -> None:

@@ -35,7 +35,7 @@ from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.grammar import parse_head
 from storaged.s3.operation import Attempt, Operation, read_body
-from storaged.s3.reply import Reply, xml_reply
+from storaged.s3.reply import MARKER_DETAILS, Reply, marker_headers, xml_reply
 from storaged.s3.request import Request, RequestDone
 from storaged.s3.send import Sender, Sent
 
@@ -358,13 +358,13 @@ class Responder:
             return Reply(304, {"ETag": f'"{etag}"'} if etag else {}, code=error.code)
         body = b""
         if request.method != "HEAD":
-            body = xml.error_document(
-                error.code, error.message, error.details, request.resource, request.id, self._host_id
-            )
+            facts = {name: value for name, value in error.details.items() if name not in MARKER_DETAILS}
+            body = xml.error_document(error.code, error.message, facts, request.resource, request.id, self._host_id)
         reply = xml_reply(body, error.status)
         reply.code = error.code
         if request.method == "HEAD":
             reply.length = -1
+        marker_headers(error, reply.headers)
         if "Region" in error.details:
             reply.headers["x-amz-bucket-region"] = error.details["Region"]
         if error.status == 503:

@@ -94,8 +94,8 @@ class Buckets:
     async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
         self.known[bucket.name] = msgspec.structs.replace(bucket, owner=owner)
 
-    async def usage(self, bucket: BucketRecord, after: bytes) -> Usage:
-        return Usage(2, 3, 100, b"k") if not after else Usage(1, 1, 7)
+    async def usage(self, bucket: BucketRecord, after: str) -> Usage:
+        return Usage(2, 3, 100, "6b") if not after else Usage(1, 1, 7)
 
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000

@@ -26,12 +26,12 @@ from storaged.errors import (
     StoragedError,
 )
 from storaged.fragments.ports import FragmentId
-from storaged.maintain.manifest_repair import pages_in
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.names import RegisterName, Visibility, object_name
 from storaged.objects.api import CompletedPart, NewMeta
 from storaged.objects.records import BucketRecord
 from storaged.objects.where import where
+from storaged.objects.write.references import pages_in
 from tests.integration.memory_cluster import WHO, Cluster, run
 
 T = TypeVar("T")
@@ -237,7 +237,7 @@ async def assert_complete(cluster: Cluster, moves: Moves) -> None:
             if value is None or value.visibility == Visibility.TOMBSTONE:
                 continue
             checked += 1
-            for page in pages_in(name, value):
+            async for page in pages_in(cluster.gateway.ring, name, value):
                 assert page in cluster.pages(disk)
             if value.payload:
                 moves.copied.append(name)

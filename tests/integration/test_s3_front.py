@@ -495,7 +495,8 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
             400,
             "InvalidDigest",
         )
-        assert refused(client.get_object, Bucket="bucket", Key="k", VersionId="other") == (404, "NoSuchVersion")
+        assert refused(client.get_object, Bucket="bucket", Key="k", VersionId="other") == (400, "InvalidArgument")
+        assert refused(client.get_object, Bucket="bucket", Key="k", VersionId="A" * 32) == (404, "NoSuchVersion")
         tags = [{"Key": str(number), "Value": ""} for number in range(11)]
         assert refused(client.put_object_tagging, Bucket="bucket", Key="k", Tagging={"TagSet": tags}) == (
             400,

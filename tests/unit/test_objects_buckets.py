@@ -652,7 +652,7 @@ async def test_usage_counts_every_object_in_pieces(monkeypatch: pytest.MonkeyPat
     sizes = [0, 1, 10, 100, 3000, 20_000, 5, 7, 9, 11]
     for number, size in enumerate(sizes):
         await put(objects, bucket, bytes(size), key=b"k%02d" % number)
-    pieces_found, after = [], b""
+    pieces_found, after = [], ""
     while True:
         piece = await usage.usage_after(objects, bucket, after)
         pieces_found.append(piece)

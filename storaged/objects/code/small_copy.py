@@ -35,5 +35,8 @@ def is_small_copy(name: RegisterName, value: Value, header: bytes, payload: Buff
 
 def _entry(value: Value) -> PartEntry | None:
     """Of the copy. Raises msgspec.MsgspecError."""
-    parts = (part for version in decode_object(value.body).versions for part in version.parts)
+    record = decode_object(value.body)
+    parts = [part for version in record.versions for part in version.parts]
+    if record.history is not None and record.history.copied is not None:
+        parts.append(record.history.copied)
     return next((part for part in parts if part.small and part.data_id == value.payload and len(part.header) > 5), None)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 
-from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion
+from storaged.errors import DataDamaged
 from storaged.ids import Entropy
 from storaged.meta.names import Change, Value, Visibility
 from storaged.objects.api import NewMeta, ObjectInfo
@@ -67,20 +67,6 @@ def record_change(record: ObjectRecord, payload: bytes = b"") -> Change:
         return Change(b"", Visibility.TOMBSTONE)
     hidden = record.versions[0].delete_marker
     return Change(encode_object(record), Visibility.HIDDEN if hidden else Visibility.LIVE, payload)
-
-
-def find_version(record: ObjectRecord, version_id: str) -> Version:
-    """The newest when ``version_id`` is empty. Raises NoSuchKey, NoSuchVersion."""
-    if version_id:
-        for version in record.versions:
-            if version.version_id == version_id:
-                return version
-        raise NoSuchVersion(VersionId=version_id)
-    if not record.versions:
-        raise NoSuchKey
-    if record.versions[0].delete_marker:
-        raise NoSuchKey(DeleteMarker="true", VersionId=record.versions[0].version_id)
-    return record.versions[0]
 
 
 def meta_of(new: NewMeta, etag: str, checksums: dict[str, str], checksum_type: str, size: int) -> SealedMeta:
@@ -169,11 +155,12 @@ def open_listing(place: Place, version: Version, key: BucketKey) -> SealedList:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
 
 
-def info_of(key: bytes, opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> ObjectInfo:
+def info_of(key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[SealedPart, ...]) -> ObjectInfo:
+    """``version_id``: as clients name it."""
     version, meta = opened.version, opened.meta
     return ObjectInfo(
         key=key,
-        version_id=version.version_id,
+        version_id=version_id,
         size=version.size,
         modified_ms=version.modified_ms,
         etag=meta.etag,

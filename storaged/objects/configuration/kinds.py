@@ -20,7 +20,17 @@ class Tags(Message, frozen=True):
     tags: dict[str, str]
 
 
-TAGGING = Kind("tagging", Tags, plain=_always, audited=False)
+class Versioning(Message, frozen=True):
+    """``status``: ENABLED or SUSPENDED. A bucket without an entry never had versioning."""
 
-KINDS: tuple[Kind[Any], ...] = (TAGGING,)
+    status: str
+
+
+ENABLED = "Enabled"
+SUSPENDED = "Suspended"
+
+TAGGING = Kind("tagging", Tags, plain=_always, audited=False)
+VERSIONING = Kind("versioning", Versioning)
+
+KINDS: tuple[Kind[Any], ...] = (TAGGING, VERSIONING)
 """All of them. A gateway refuses to serve a bucket that has another one."""

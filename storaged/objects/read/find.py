@@ -10,23 +10,28 @@ import msgspec
 from msgspec import Struct
 
 from storaged import trace
+from storaged.errors import MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import Reading
 from storaged.objects.cache.opened_records import OpenedRecord
-from storaged.objects.code.versions import OpenedVersion, Place, decode_record, find_version, open_version
+from storaged.objects.code.history import Entry, find_entry, newest_in, required_name
+from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import BucketRecord, Version
+from storaged.objects.records import BucketRecord, ObjectRecord
 from storaged.wire import Buffer
 
 
 class Found(Struct, frozen=True):
-    """A version that a read found. ``copy``: a small object's sealed bytes, when a replica sent them along. ``cached``:
-    its entry in ``ObjectPlane.opened_records``, which keeps what follows from the record.
+    """A version that a read found. ``version_id``: as clients name it; empty in a bucket that
+    never had versioning. ``copy``: a small object's sealed bytes, when a
+    replica sent them along. ``cached``: its entry in ``ObjectPlane.opened_records``, which keeps what follows from the
+    record.
     """
 
     name: RegisterName
     opened: OpenedVersion
+    version_id: str
     copy: Buffer | None
     cached: OpenedRecord | None
 
@@ -41,7 +46,8 @@ async def find(
     reading: Reading | None = None,
 ) -> Found:
     """The version of a key, the newest when ``version_id`` is empty. ``reading``: of the key's register, when it was
-    just read. Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable.
+    just read. Raises NoSuchKey, NoSuchVersion, MethodNotAllowed (it is a delete marker), InvalidArgument,
+    DataDamaged, ServiceUnavailable.
     """
     name = object_name(bucket.id, bucket.shard_numbers, key)
     if reading is None:
@@ -50,11 +56,36 @@ async def find(
     found = _try_cached(plane, name, bucket, key, version_id, reading)
     if found is not None:
         return found
-    version = find_version(decode_record(reading.value), version_id)
-    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, version.bucket_key)
+    record = decode_record(reading.value)
+    entry = await named_entry(plane, name, record, version_id) if version_id else current_entry(record)
+    numbered = entry.version.bucket_key
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, numbered)
     if bucket_key is None:
-        bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries, version.bucket_key)
-    return _open(plane, name, Place(bucket.id, key), version, bucket_key, reading, version_id)
+        bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries, numbered)
+    return _open(plane, name, bucket, key, entry, bucket_key, reading, version_id)
+
+
+def current_entry(record: ObjectRecord) -> Entry:
+    """The current version. Raises NoSuchKey."""
+    if not record.versions:
+        raise NoSuchKey
+    entry = newest_in(record)
+    if entry.version.delete_marker:
+        raise NoSuchKey(DeleteMarker="true", MarkerVersionId=entry.name)
+    return entry
+
+
+async def named_entry(plane: ObjectPlane, name: RegisterName, record: ObjectRecord, version_id: str) -> Entry:
+    """A version by its id. Raises NoSuchVersion, MethodNotAllowed, InvalidArgument, DataDamaged."""
+    wanted = required_name(version_id)
+    entry = await find_entry(plane.pages, name, record, wanted)
+    if entry is None:
+        raise NoSuchVersion(VersionId=version_id)
+    if entry.version.delete_marker:
+        raise MethodNotAllowed(
+            DeleteMarker="true", MarkerVersionId=version_id, ModifiedMs=str(entry.version.modified_ms)
+        )
+    return entry
 
 
 def try_find(
@@ -64,9 +95,9 @@ def try_find(
     found = _try_cached(plane, name, bucket, key, "", reading)
     if found is not None:
         return found
-    version = find_version(decode_record(reading.value), "")
-    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, version.bucket_key)
-    return None if bucket_key is None else _open(plane, name, Place(bucket.id, key), version, bucket_key, reading)
+    entry = current_entry(decode_record(reading.value))
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, entry.version.bucket_key)
+    return None if bucket_key is None else _open(plane, name, bucket, key, entry, bucket_key, reading)
 
 
 def _try_cached(
@@ -82,27 +113,33 @@ def _try_cached(
         return None
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, cached.opened.version.bucket_key)
     if bucket_key is not None and bucket_key is cached.bucket_key():
-        return Found(name, cached.opened, payload, cached)
+        return Found(name, cached.opened, _shown(plane, bucket, cached.version_id), payload, cached)
     plane.opened_records.drop(place)
     return None
+
+
+def _shown(plane: ObjectPlane, bucket: BucketRecord, version_id: str) -> str:
+    return version_id if not bucket.plain and plane.versioning(bucket) else ""
 
 
 def _open(
     plane: ObjectPlane,
     name: RegisterName,
-    place: Place,
-    version: Version,
+    bucket: BucketRecord,
+    key: bytes,
+    entry: Entry,
     bucket_key: BucketKey,
     reading: Reading,
     version_id: str = "",
 ) -> Found:
     """Opens a version with the key that it names, and caches it when it is the newest. Raises DataDamaged."""
-    value, payload = reading
+    (value, payload), version, place = reading, entry.version, Place(bucket.id, key)
     opened = open_version(place, version, bucket_key)
+    shown = _shown(plane, bucket, entry.name)
     # the sealed fields were read, and are of no further use
     opened = opened._replace(version=msgspec.structs.replace(version, listing=b"", wrapped_key=b"", meta=b""))
     if value is None or version_id:
-        return Found(name, opened, payload, None)
-    cached = OpenedRecord(value, bucket_key, opened)
+        return Found(name, opened, shown, payload, None)
+    cached = OpenedRecord(value, bucket_key, opened, entry.name)
     plane.opened_records.put(place, cached)
-    return Found(name, opened, payload, cached)
+    return Found(name, opened, shown, payload, cached)

@@ -46,9 +46,9 @@ def _try_info(key: bytes, found: Found) -> ObjectInfo | None:
     if opened.meta.parts_page:
         return None
     if cached is None:
-        return info_of(key, opened, opened.meta.parts)
-    if cached.info is None:
-        cached.info = info_of(key, opened, opened.meta.parts)
+        return info_of(key, opened, found.version_id, opened.meta.parts)
+    if cached.info is None or cached.info.version_id != found.version_id:
+        cached.info = info_of(key, opened, found.version_id, opened.meta.parts)
     return cached.info
 
 
@@ -58,7 +58,8 @@ async def _info(plane: ObjectPlane, bucket: BucketRecord, key: bytes, found: Fou
         return info
     opened = found.opened
     context = Place(bucket.id, key).context_of(opened.version)
-    return info_of(key, opened, await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta))
+    parts = await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta)
+    return info_of(key, opened, found.version_id, parts)
 
 
 def _sealed_here(found: Found) -> Buffer | None:

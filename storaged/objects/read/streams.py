@@ -196,7 +196,7 @@ class VerifiedStream:
         """A ``part_reader.Moved``. The version that is being read may have been replaced meanwhile: then None."""
         version = self._found.opened.version
         try:
-            again = await find(self._plane, self._bucket, self.info.key, version.version_id)
+            again = await find(self._plane, self._bucket, self.info.key, self._found.version_id)
             if again.opened.version.context_id != version.context_id:
                 return None
             async for other in parts_of(self._plane.pages, again.name, again.opened.version):

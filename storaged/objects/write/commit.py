@@ -18,14 +18,15 @@ asks for it again (``ProposedAgain``), another change begins, with a promise and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from storaged.errors import SlowDown
 from storaged.meta.names import Change, RegisterName, Value
-from storaged.meta.ports import Outcome
+from storaged.meta.ports import Outcome, SmallCopies
 from storaged.objects.background import cancel_all
 from storaged.objects.bucket_keys import BucketKeys, KeyNeeded, change_with_keys
+from storaged.objects.code.history import PageNeeded
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry
 from storaged.objects.write.sealing import Sealed
@@ -41,6 +42,12 @@ the clear, so nothing is sealed anew when its blocks moved.
 """
 
 
+AfterPromise = Callable[[], Awaitable[None]]
+"""Awaited between the promise and the accept, after the update has run: it makes durable what the change refers to.
+What it raises ends the change, and nothing is accepted.
+"""
+
+
 class ProposedAgain(Exception):
     """The register asked for the update a second time: its accept was refused, or another proposer came first."""
 
@@ -53,23 +60,28 @@ async def commit(
     sealed: Sealed,
     *,
     regardless: bool = False,
+    after_promise: AfterPromise | None = None,
 ) -> tuple[Outcome, PartEntry]:
     """Commits what refers to a sealed body once that is durable. ``regardless``: see ``ports.Registers.change``; it
-    counts only for a body that is not coded.
+    counts only for a body that is not coded, and without ``after_promise``.
 
     Raises what ``update`` raises; ServiceUnavailable when the data can't be made durable; SlowDown, which clients try
     again, when others change the key all the time.
     """
     writer, entry = sealed.writer, sealed.entry
     if writer is None:  # the accept writes the body as well: there is no barrier, and no fragment that could be judged
-        outcome = await change_with_keys(
-            plane.registers, keys, name, partial(_with_entry, update, entry), small=sealed.small, regardless=regardless
-        )
+        bound = partial(_with_entry, update, entry)
+        if after_promise is not None:
+            outcome = await change_once(plane, keys, name, bound, after_promise, small=sealed.small)
+        else:
+            outcome = await change_with_keys(
+                plane.registers, keys, name, bound, small=sealed.small, regardless=regardless
+            )
         count_put(plane, sealed)
         return outcome, entry
     while True:
         try:
-            outcome = await _commit_coded(plane, keys, name, partial(_with_entry, update, entry), writer)
+            outcome = await _commit_coded(plane, keys, name, partial(_with_entry, update, entry), writer, after_promise)
         except RunsChanged:
             entry = writer.entry()
         else:
@@ -99,30 +111,70 @@ async def _commit_coded(
     name: RegisterName,
     update: Callable[[Value | None], Change],
     writer: PartWriter,
+    after_promise: AfterPromise | None,
 ) -> Outcome:
     """Makes the data durable between promise and accept, and raises what that raises."""
-    for attempt in range(ATTEMPTS_MAX):
+
+    async def durable(promised: asyncio.Event) -> None:
+        await writer.durable(promised)
+        if after_promise is not None:
+            await after_promise()
+
+    return await _with_ready(plane, keys, name, update, durable)
+
+
+async def change_once(
+    plane: ObjectPlane,
+    keys: BucketKeys,
+    name: RegisterName,
+    update: Callable[[Value | None], Change | None],
+    after_promise: AfterPromise,
+    *,
+    small: SmallCopies | None = None,
+) -> Outcome:
+    """``registers.change`` with a promise of its own for each run of ``update``, after which ``after_promise`` runs.
+    Raises as ``commit``.
+    """
+
+    async def ready(promised: asyncio.Event) -> None:
+        await promised.wait()
+        await after_promise()
+
+    return await _with_ready(plane, keys, name, update, ready, small)
+
+
+async def _with_ready(
+    plane: ObjectPlane,
+    keys: BucketKeys,
+    name: RegisterName,
+    update: Callable[[Value | None], Change | None],
+    ready: Callable[[asyncio.Event], Awaitable[None]],
+    small: SmallCopies | None = None,
+) -> Outcome:
+    attempt = 0
+    while attempt < ATTEMPTS_MAX:
         promised = asyncio.Event()
-        durable = asyncio.ensure_future(writer.durable(promised))
+        waiting = asyncio.ensure_future(ready(promised))
         try:
-            return await plane.registers.change(name, _Once(update, promised).update, ready=durable)
-        except KeyNeeded as needed:
-            await keys.load(needed.version)
+            return await plane.registers.change(name, _Once(update, promised).update, small=small, ready=waiting)
+        except (KeyNeeded, PageNeeded) as needed:
+            await keys.supply(name, needed)
         except ProposedAgain:
             await asyncio.sleep(_backoff_s(plane, attempt))
+            attempt += 1
         finally:
-            await cancel_all([durable])
+            await cancel_all([waiting])
     raise SlowDown("Others change this key all the time; it was not written. Please reduce your request rate.")
 
 
 class _Once:
     """An update that may run once. It runs with a promise, and says so."""
 
-    def __init__(self, update: Callable[[Value | None], Change], promised: asyncio.Event) -> None:
+    def __init__(self, update: Callable[[Value | None], Change | None], promised: asyncio.Event) -> None:
         self._update = update
         self._promised = promised
 
-    def update(self, value: Value | None) -> Change:
+    def update(self, value: Value | None) -> Change | None:
         if self._promised.is_set():
             raise ProposedAgain
         change = self._update(value)

@@ -43,20 +43,21 @@ from storaged.errors import (
 )
 from storaged.fragments.ports import OF_UPLOAD
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
-from storaged.meta.ports import Outcome
 from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
-from storaged.objects.background import cancel_all
-from storaged.objects.bucket_keys import BucketKeys, KeyNeeded, current_of
+from storaged.objects.bucket_keys import BucketKeys, judged
+from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
 from storaged.objects.code.manifest import renew_pages, write_manifest, write_sealed_parts
-from storaged.objects.code.versions import UnsealedVersion, decode_record, open_version, record_change, seal_version
+from storaged.objects.code.versions import UnsealedVersion, decode_record, open_version, seal_version
 from storaged.objects.conditions import check_write, needs_etag
+from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import (
+    NAMED_VERSION,
     NULL_VERSION,
     PARTS_INLINE_MAX,
     BucketRecord,
     CompleteResult,
-    ObjectRecord,
+    Kept,
     PartRecord,
     SealedMeta,
     SealedPart,
@@ -65,9 +66,9 @@ from storaged.objects.records import (
     decode_version,
 )
 from storaged.objects.write.checksums import FULL_OBJECT, multipart_checksum, multipart_etag, same_checksums
-from storaged.objects.write.commit import ProposedAgain
+from storaged.objects.write.commit import change_once
 from storaged.objects.write.put import check_early
-from storaged.objects.write.retire import retire_parts, retire_replaced
+from storaged.objects.write.retire import retire_parts, retire_removed
 from storaged.objects.write.uploads import (
     COMPLETING,
     DONE,
@@ -79,6 +80,7 @@ from storaged.objects.write.uploads import (
     renew_digest,
     upload_text,
 )
+from storaged.objects.write.versioned import VersionsUpdate
 from storaged.wire import encode
 
 ATTEMPTS_MAX = 12
@@ -123,7 +125,7 @@ async def complete(
         equal = hmac.compare_digest(upload.renewed(record).request_digest, digest)
         if record.state == DONE and equal:
             await renew_digest(plane, upload)
-            return _answer(upload.open_result())
+            return _answer(plane, bucket, upload.open_result())
         if record.state not in (OPEN, COMPLETING):
             raise NoSuchUpload(UploadId=upload_id)
         if record.state == COMPLETING and waits < WAITS_MAX:
@@ -165,11 +167,11 @@ async def _complete_once(
         await check_early(plane, name, upload.place, keys, request.conditions)
         algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
         chosen = await plane.in_thread(_chosen, plane, rows, request.parts, algorithm)
-        version = await _make_version(plane, name, upload, chosen, request)
+        version = await _make_version(plane, bucket, name, upload, chosen, request)
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest))
     version = decode_version(upload.record.pinned)
     try:
-        outcome = await _commit(plane, name, keys, upload, version, request.conditions, resumed=resumed)
+        committed = await _commit(plane, bucket, name, keys, upload, version, request.conditions, resumed=resumed)
     except (PreconditionFailed, NoSuchKey):
         await _reopen(plane, upload)
         raise
@@ -180,20 +182,19 @@ async def _complete_once(
         raise ConditionalRequestConflict(
             "The object changed while this upload was being completed. Read it, then retry or abort."
         ) from None
-    retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
-    result = await _done(plane, bucket, upload, version)
+    retire_removed(plane, bucket, name, committed.removed)
+    result = await _done(plane, bucket, upload, version, committed.version_id)
     named = {part.number for part in request.parts}
     unused = [row.entry for number, (row, _) in rows.items() if number not in named]
     if unused:
         origin = OF_UPLOAD + upload.record.upload_id
         plane.background.spawn(retire_parts(plane, bucket, name, unused, origin))
-    return _answer(result)
+    return _answer(plane, bucket, result)
 
 
-def _answer(result: CompleteResult) -> PutResult:
-    return PutResult(
-        result.etag, result.version_id, result.size, result.checksums, result.checksum_type, result.modified_ms
-    )
+def _answer(plane: ObjectPlane, bucket: BucketRecord, result: CompleteResult) -> PutResult:
+    shown = result.version_id if plane.versioning(bucket) else ""
+    return PutResult(result.etag, shown, result.size, result.checksums, result.checksum_type, result.modified_ms)
 
 
 def _request_digest(request: _Request) -> bytes:
@@ -245,6 +246,7 @@ def _chosen(
 
 async def _make_version(
     plane: ObjectPlane,
+    bucket: BucketRecord,
     name: RegisterName,
     upload: OpenedUpload,
     chosen: Sequence[tuple[PartRecord, SealedPart]],
@@ -264,9 +266,10 @@ async def _make_version(
     manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
     etag = multipart_etag([part.etag for part in parts])
     meta = msgspec.structs.replace(upload.meta, etag=etag, checksums=found, checksum_type=kind, size=size)
-    meta, sealed_pages = await _with_parts(plane, name, upload, meta, parts)
+    version_id = NAMED_VERSION if plane.versioning(bucket) == ENABLED else NULL_VERSION
+    meta, sealed_pages = await _with_parts(plane, name, upload, version_id, meta, parts)
     new = UnsealedVersion(
-        NULL_VERSION,
+        version_id,
         upload.record.upload_id,
         request.owner,
         plane.clock.wall_ms(),
@@ -280,12 +283,17 @@ async def _make_version(
 
 
 async def _with_parts(
-    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, meta: SealedMeta, parts: Sequence[SealedPart]
+    plane: ObjectPlane,
+    name: RegisterName,
+    upload: OpenedUpload,
+    version_id: str,
+    meta: SealedMeta,
+    parts: Sequence[SealedPart],
 ) -> tuple[SealedMeta, tuple[bytes, ...]]:
     """Metadata with the list of parts, which is sealed in pages of its own when it is long; and the hashes of these."""
     if len(parts) <= PARTS_INLINE_MAX:
         return msgspec.structs.replace(meta, parts=tuple(parts)), ()
-    context = upload.place.context(NULL_VERSION, upload.record.upload_id)
+    context = upload.place.context(version_id, upload.record.upload_id)
     pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
     return msgspec.structs.replace(meta, parts_page=pages[0]), pages
 
@@ -358,8 +366,68 @@ async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> str:
     return found
 
 
+class _Committed(NamedTuple):
+    """``version_id``: as clients name it. ``removed``: what the version replaced."""
+
+    version_id: str
+    removed: Sequence[Version]
+
+
+class _Placing:
+    """Puts the pinned version into the object's record: the only one, or the newest in a bucket with versioning."""
+
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        bucket: BucketRecord,
+        keys: BucketKeys,
+        upload: OpenedUpload,
+        version: Version,
+        conditions: WriteConditions,
+        *,
+        resumed: bool,
+    ) -> None:
+        self._versioning = plane.versioning(bucket)
+        self._keys = keys
+        self._upload = upload
+        self._version = version
+        self._conditions = conditions
+        self._resumed = resumed
+        self.change = VersionsUpdate(keys.shelf, self._edit)
+        self.version_id = NULL_VERSION
+        self._value: Value | None = None
+
+    def update(self, value: Value | None) -> Change | None:
+        """Raises _Moved, KeyNeeded, PageNeeded, DataDamaged, and as the conditions do."""
+        self._value = value
+        return self.change.update(value)
+
+    def _edit(self, draft: Draft, ordinal: int) -> bool:
+        upload, value, version = self._upload, self._value, self._version
+        pinned = upload.record.pinned_sequence
+        there = draft.made_of(version.context_id, pinned)
+        if there is not None:
+            self.version_id = there.name
+            return False
+        if self._resumed and (value.sequence if value is not None else 0) != pinned:
+            raise _Moved
+        newest = draft.newest.version if draft.newest is not None else None
+        conditions = self._conditions
+        check_write(conditions, judged(upload.place, newest, self._keys, with_etag=needs_etag(conditions)))
+        if self._versioning or draft.has_history:
+            entry = Entry(Kept(ordinal), version)
+        else:
+            for before in draft.inline:
+                draft.remove(before)
+            entry = unversioned(version)
+        draft.add(entry)
+        self.version_id = entry.name
+        return True
+
+
 async def _commit(
     plane: ObjectPlane,
+    bucket: BucketRecord,
     name: RegisterName,
     keys: BucketKeys,
     upload: OpenedUpload,
@@ -367,47 +435,21 @@ async def _commit(
     conditions: WriteConditions,
     *,
     resumed: bool,
-) -> Outcome:
+) -> _Committed:
     """Puts the version into the object's record, once, however often this is tried. ``upload``: with the pin as its
     record. ``resumed``: an earlier attempt pinned the version. Raises _Moved, _Overtaken, and as ``complete``.
     """
-    for attempt in range(ATTEMPTS_MAX):
-        promised = asyncio.Event()
-        ran = False
+    placing = _Placing(plane, bucket, keys, upload, version, conditions, resumed=resumed)
 
-        def update(value: Value | None, promised: asyncio.Event = promised) -> Change | None:
-            nonlocal ran
-            if ran:
-                raise ProposedAgain
-            record = decode_record(value)
-            if any(version.context_id == other.context_id for other in record.versions):
-                change = None
-            elif resumed and (value.sequence if value is not None else 0) != upload.record.pinned_sequence:
-                raise _Moved
-            else:
-                check_write(conditions, current_of(upload.place, record, keys, with_etag=needs_etag(conditions)))
-                change = record_change(ObjectRecord((version,)))
-            ran = True
-            promised.set()
-            return change
+    async def after_promise() -> None:
+        await _still_completing(plane, name, upload, version)
+        await placing.change.put_pages(plane.pages, name)
 
-        guard = asyncio.ensure_future(_still_completing(plane, name, upload, version, promised))
-        try:
-            return await plane.registers.change(name, update, ready=guard)
-        except KeyNeeded as needed:
-            await keys.load(needed.version)
-        except ProposedAgain:
-            await asyncio.sleep(0.01 * 2 ** min(attempt, 6) * plane.entropy(1)[0] / 255)
-        finally:
-            await cancel_all([guard])
-    raise SlowDown(
-        "Others change this key all the time; the upload was not completed. Please reduce your request rate."
-    )
+    await change_once(plane, keys, name, placing.update, after_promise)
+    return _Committed(placing.version_id, placing.change.removed)
 
 
-async def _still_completing(
-    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, promised: asyncio.Event
-) -> None:
+async def _still_completing(plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version) -> None:
     """Looks at the upload after the object's replicas have promised: see the theory of operation. Then it renews the
     pages of the manifest, so that the sweep of pages spares them, or finds out that one is gone.
 
@@ -415,7 +457,6 @@ async def _still_completing(
     overwritten since: it must not come back. Raises NoSuchUpload, _Overtaken,
     DataDamaged, ServiceUnavailable.
     """
-    await promised.wait()
     record = decode_upload((await plane.registers.read(upload.name)).value)
     if record is None or record.state not in (OPEN, COMPLETING, DONE):
         raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
@@ -424,13 +465,15 @@ async def _still_completing(
     await renew_pages(plane.pages, name, version.pages)
 
 
-async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, version: Version) -> CompleteResult:
+async def _done(
+    plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, version: Version, version_id: str
+) -> CompleteResult:
     """Completing (or Aborted, when the abort came too late) -> Done."""
     meta = open_version(
         upload.place, version, await plane.keys.bucket_key(bucket.id, bucket.countries, version.bucket_key)
     ).meta
     result = CompleteResult(
-        meta.etag, version.version_id, version.size, meta.checksums, meta.checksum_type, version.modified_ms
+        meta.etag, version_id, version.size, meta.checksums, meta.checksum_type, version.modified_ms
     )
     sealed = upload.seal_result(plane, result)
 
@@ -452,7 +495,10 @@ async def finish(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload)
     name = object_name(bucket.id, bucket.shard_numbers, upload.place.key)
     record = decode_record(await plane.registers.settle(name))
     version = decode_version(upload.record.pinned)
-    if all(version.context_id != other.context_id for other in record.versions):
-        return False
-    await _done(plane, bucket, upload, version)
-    return True
+    async for entry in every_entry(plane.pages, name, record):
+        if entry.version.context_id == version.context_id:
+            await _done(plane, bucket, upload, version, entry.name)
+            return True
+        if entry.ordinal and entry.ordinal <= upload.record.pinned_sequence:
+            break
+    return False

@@ -1,4 +1,4 @@
-"""Deleting objects and changing their tags: compare-and-set on the record."""
+"""Deleting objects and versions, and changing their tags: compare-and-set on the record."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from storaged.errors import NoSuchVersion
-from storaged.meta.names import Change, Value, object_name
+from storaged.errors import MethodNotAllowed, NoSuchKey, NoSuchVersion
+from storaged.ids import DATA_ID_BYTES
+from storaged.meta.names import object_name
 from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, WriteConditions
-from storaged.objects.bucket_keys import BucketKeys, change_with_keys, current_of
-from storaged.objects.code.versions import (
-    Place,
-    decode_record,
-    find_version,
-    open_version,
-    record_change,
-    seal_listing,
-    seal_meta,
-)
+from storaged.objects.bucket_keys import BucketKeys, judged
+from storaged.objects.code.history import Draft, Entry, required_name
+from storaged.objects.code.versions import Place, open_version, seal_listing, seal_meta
 from storaged.objects.conditions import check_write, needs_etag
+from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, SealedMeta
-from storaged.objects.write.retire import retire_replaced
+from storaged.objects.records import NAMED_VERSION, NULL_VERSION, BucketRecord, Kept, SealedMeta, Version
+from storaged.objects.write.retire import retire_removed
+from storaged.objects.write.versioned import change_versions
 
 
 async def delete(
@@ -33,45 +29,107 @@ async def delete(
     version_id: str = "",
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> DeleteResult:
-    """Deletes an object; to delete one that does not exist succeeds. Its data goes to the garbage lists. Raises
-    PreconditionFailed, and NoSuchKey for a condition on an object that does not exist.
+    """Deletes an object or a version; to delete one that does not exist succeeds. Data of a version that goes is put on
+    the garbage lists. In a bucket with versioning a delete without ``version_id`` adds a delete marker. Raises
+    PreconditionFailed, InvalidArgument, and NoSuchKey for a condition on an object that does not exist.
     """
-    name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
-    keys = BucketKeys(plane, bucket)
-    if version_id not in ("", NULL_VERSION):
-        raise NoSuchVersion(VersionId=version_id)
+    name = object_name(bucket.id, bucket.shard_numbers, key)
+    deletion = _Deletion(plane, bucket, Place(bucket.id, key), version_id, conditions)
+    _, removed = await change_versions(plane, deletion.keys, name, deletion.edit)
+    retire_removed(plane, bucket, name, removed)
+    return deletion.result
 
-    def update(value: Value | None) -> Change | None:
-        record = decode_record(value)
-        check_write(conditions, current_of(where, record, keys, with_etag=needs_etag(conditions)))
-        return record_change(ObjectRecord(())) if record.versions else None
 
-    outcome = await change_with_keys(plane.registers, keys, name, update)
-    before = decode_record(outcome.before)
-    retire_replaced(plane, bucket, name, before, ObjectRecord(()))
-    return DeleteResult(version_id=version_id, existed=bool(before.versions))
+class _Deletion:
+    """``result``: of the last run of ``edit``."""
+
+    def __init__(
+        self, plane: ObjectPlane, bucket: BucketRecord, place: Place, version_id: str, conditions: WriteConditions
+    ) -> None:
+        self._bucket = bucket
+        self._versioning = plane.versioning(bucket)
+        self._place = place
+        self._version_id = version_id
+        self._name = required_name(version_id) if version_id else None
+        self._conditions = conditions
+        self.keys = BucketKeys(plane, bucket)
+        self._marker_id = plane.entropy(DATA_ID_BYTES)
+        self._now_ms = plane.clock.wall_ms()
+        self.result = DeleteResult()
+
+    def edit(self, draft: Draft, ordinal: int) -> bool:
+        target = draft.find(self._name) if self._name is not None else draft.newest
+        self._judge(target)
+        if self._name is not None:
+            return self._remove(draft, target)
+        if not self._versioning and not draft.has_history:
+            self.result = DeleteResult(existed=target is not None)
+            if target is not None:
+                draft.remove(target)
+            return target is not None
+        return self._mark(draft, target, ordinal)
+
+    def _judge(self, target: Entry | None) -> None:
+        conditions, version = self._conditions, target.version if target is not None else None
+        if conditions != NO_WRITE_CONDITIONS:
+            check_write(conditions, judged(self._place, version, self.keys, with_etag=needs_etag(conditions)))
+
+    def _remove(self, draft: Draft, target: Entry | None) -> bool:
+        """Deletes a version for good."""
+        shown = self._version_id if self._versioning else ""
+        if target is None:
+            self.result = DeleteResult(shown)
+            return False
+        draft.remove(target)
+        self.result = DeleteResult(shown, target.version.delete_marker, existed=True)
+        return True
+
+    def _mark(self, draft: Draft, target: Entry | None, ordinal: int) -> bool:
+        version_id = NAMED_VERSION if self._versioning == ENABLED else NULL_VERSION
+        marker = Version(
+            version_id, self._now_ms, 0, self._bucket.owner, 0, self._marker_id, b"", True, b"", b"", part_count=0
+        )
+        entry = Entry(Kept(ordinal), marker)
+        draft.add(entry)
+        existed = target is not None and not target.version.delete_marker
+        self.result = DeleteResult(entry.name, True, existed)
+        return True
 
 
 async def change_meta(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, alter: Callable[[SealedMeta], SealedMeta]
 ) -> str:
-    """Seals altered metadata into a version; its data stays. Returns the version id. Raises as ``find_version``."""
+    """Seals altered metadata into a version, the current one when ``version_id`` is empty; its data stays. Returns the
+    version id. Raises NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument.
+    """
     name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
+    wanted = required_name(version_id) if version_id else None
+    changed = ""
 
-    def update(value: Value | None) -> Change:
-        record = decode_record(value)
-        version = find_version(record, version_id)
+    def edit(draft: Draft, _ordinal: int) -> bool:
+        nonlocal changed
+        entry = draft.find(wanted) if wanted is not None else draft.newest
+        if entry is None:
+            raise NoSuchVersion(VersionId=version_id) if version_id else NoSuchKey
+        version = entry.version
+        if version.delete_marker:
+            raise (
+                MethodNotAllowed(DeleteMarker="true", MarkerVersionId=entry.name, ModifiedMs=str(version.modified_ms))
+                if version_id
+                else NoSuchKey(DeleteMarker="true", MarkerVersionId=entry.name)
+            )
         bucket_key = keys.known(version.bucket_key)
         opened = open_version(where, version, bucket_key)
         meta, context = alter(opened.meta), where.context_of(version)
         sealed = seal_meta(opened.dek, context, meta, plane.entropy)
-        changed = msgspec.structs.replace(version, meta=sealed, listing=seal_listing(bucket_key, context, meta))
-        versions = tuple(changed if other is version else other for other in record.versions)
-        return record_change(ObjectRecord(versions), value.payload if value is not None else b"")
+        after = msgspec.structs.replace(version, meta=sealed, listing=seal_listing(bucket_key, context, meta))
+        draft.replace(entry, entry._replace(version=after))
+        changed = entry.name
+        return True
 
-    outcome = await change_with_keys(plane.registers, keys, name, update)
-    return find_version(decode_record(outcome.after), version_id).version_id
+    await change_versions(plane, keys, name, edit)
+    return changed
 
 
 async def set_tags(

@@ -4,6 +4,10 @@ Two shells call these steps in the same order. ``put`` runs in a task: ``admit``
 ``Replacement.conclude``. ``try_put`` costs no task. It takes a small body that has arrived whole, calls the same
 functions but for those that would wait, and lets the register call back (``Registers.try_change``). Where one of them
 would have to wait, it begins nothing.
+
+In a bucket with versioning a PUT adds a version (``AddedVersion``), in a task. A gateway may learn a moment late that a
+bucket got versioning. So a PUT never replaces a record with a history: it adds the null version to it, as where
+versioning is suspended. ``try_put`` can't, and asks the client to retry.
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from functools import partial
 import msgspec
 from msgspec import Struct
 
+from storaged.errors import SlowDown
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome
 from storaged.objects.api import NO_WRITE_CONDITIONS, Body, BodyChecks, NewMeta, PutResult, WriteConditions
-from storaged.objects.bucket_keys import BucketKeys, current_of, with_keys
+from storaged.objects.bucket_keys import BucketKeys, current_of, judged, with_keys
+from storaged.objects.code.history import Draft, Entry
 from storaged.objects.code.versions import (
     EMPTY,
     Place,
@@ -29,14 +35,24 @@ from storaged.objects.code.versions import (
     seal_version,
 )
 from storaged.objects.conditions import check_write, needs_etag
+from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry
+from storaged.objects.records import (
+    NAMED_VERSION,
+    NULL_VERSION,
+    BucketRecord,
+    Kept,
+    ObjectRecord,
+    PartEntry,
+    Version,
+)
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import FULL_OBJECT, digest_of
 from storaged.objects.write.commit import commit, count_put
-from storaged.objects.write.retire import retire_replaced
+from storaged.objects.write.retire import retire_removed
 from storaged.objects.write.sealing import Sealed, seal_small, sealed_body
+from storaged.objects.write.versioned import VersionsUpdate
 from storaged.wire import Buffer
 
 DEK_BYTES = 32
@@ -65,9 +81,25 @@ async def put(
     write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
     await check_early(plane, write.part.name, write.place, BucketKeys(plane, bucket), conditions)
     async with sealed_body(plane, write.part, body, checks) as sealed:
-        new = Replacement(write, sealed)
-        outcome, _ = await commit(plane, new.keys, write.part.name, new.update, sealed, regardless=new.regardless)
-        return new.conclude(outcome)
+        if not plane.versioning(bucket):
+            new = Replacement(write, sealed)
+            try:
+                outcome, _ = await commit(
+                    plane, new.keys, write.part.name, new.update, sealed, regardless=new.regardless
+                )
+            except HasHistory:
+                return await _add_version(write, sealed)
+            return new.conclude(outcome)
+        return await _add_version(write, sealed)
+
+
+async def _add_version(write: Write, sealed: Sealed) -> PutResult:
+    added, plane, name = AddedVersion(write, sealed), write.plane, write.part.name
+    await commit(
+        plane, added.keys, name, added.update, sealed, after_promise=lambda: added.change.put_pages(plane.pages, name)
+    )
+    retire_removed(plane, write.part.bucket, name, added.change.removed)
+    return added.result
 
 
 def try_put(
@@ -84,6 +116,8 @@ def try_put(
 ) -> bool:
     """See ``api.Objects``. Conditions are judged by the commit alone. An early check would save nothing: the body is
     here already."""
+    if plane.versioning(bucket):
+        return False
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
         bucket_key is None
@@ -106,7 +140,7 @@ def _on_outcome(
     new: Replacement, on_done: Callable[[PutResult | Exception], None], outcome: Outcome | Exception
 ) -> None:
     if isinstance(outcome, Exception):
-        on_done(outcome)
+        on_done(SlowDown(BECAME_VERSIONED) if isinstance(outcome, HasHistory) else outcome)
         return
     count_put(new.plane, new.sealed)
     try:
@@ -115,6 +149,13 @@ def _on_outcome(
         on_done(error)
         return
     on_done(result)
+
+
+BECAME_VERSIONED = "Versioning of this bucket was changed a moment ago. Nothing was written. Please retry."
+
+
+class HasHistory(Exception):
+    """The key has versions that a replacement must not touch."""
 
 
 class NewObject(Struct, frozen=True):
@@ -155,39 +196,46 @@ async def check_early(
     )
 
 
+def _new_version(write: Write, sealed: Sealed, version_id: str) -> tuple[Version, PutResult]:
+    """A version of a sealed body, and what its PUT answers."""
+    part, new, digest, modified_ms = write.part, write.new, sealed.digest, write.plane.clock.wall_ms()
+    kind = FULL_OBJECT if digest.checksums else ""
+    unsealed = UnsealedVersion(version_id, part.data_id, new.owner, modified_ms, (sealed.entry,))
+    meta = meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size)
+    version = seal_version(write.place, unsealed, write.bucket_key, part.dek, meta, write.plane.entropy)
+    return version, PutResult(digest.etag, "", digest.size, digest.checksums, kind, modified_ms)
+
+
 class Replacement:
     """A version that becomes the object's only one (versions are not kept), when the conditions hold for what it
     replaces, once its data is durable.
     """
 
     __slots__ = (
-        "_change", "_found", "_judged", "_record", "_result", "_version", "_write", "keys", "plane",
-        "regardless", "sealed",
+        "_change", "_found", "_judged", "_result", "_version", "_write", "keys", "plane", "regardless",
+        "sealed",
     )  # fmt: skip
 
     def __init__(self, write: Write, sealed: Sealed) -> None:
         self.plane = plane = write.plane
-        part, new, digest, modified_ms = write.part, write.new, sealed.digest, plane.clock.wall_ms()
-        kind = FULL_OBJECT if digest.checksums else ""
-        self.keys = BucketKeys(plane, part.bucket)
+        self.keys = BucketKeys(plane, write.part.bucket)
         self.sealed = sealed
-        self.regardless = new.conditions == NO_WRITE_CONDITIONS
+        self.regardless = write.new.conditions == NO_WRITE_CONDITIONS
         """It replaces whatever is there. A create does not read the old record, so it does not notice a damaged one."""
         self._write = write
-        unsealed = UnsealedVersion(NULL_VERSION, part.data_id, new.owner, modified_ms, (sealed.entry,))
-        meta = meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size)
-        self._version = seal_version(write.place, unsealed, write.bucket_key, part.dek, meta, plane.entropy)
-        self._result = PutResult(digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms)
-        self._record = ObjectRecord((self._version,))
-        self._change = record_change(self._record, sealed.small.data_id if sealed.small is not None else b"")
+        self._version, self._result = _new_version(write, sealed, NULL_VERSION)
+        record = ObjectRecord((self._version,))
+        self._change = record_change(record, sealed.small.data_id if sealed.small is not None else b"")
         self._judged: Value | None = None
         self._found = EMPTY
 
     def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
         """``entry``: of the body, when it is no longer where it was when it was sealed. Raises PreconditionFailed,
-        DataDamaged, KeyNeeded, ServiceUnavailable."""
+        DataDamaged, KeyNeeded, HasHistory, ServiceUnavailable."""
         write, sealed = self._write, self.sealed
         self._judged, self._found = value, decode_record(value)  # what can't be read must not be replaced
+        if self._found.history is not None:
+            raise HasHistory
         conditions = write.new.conditions
         if conditions != NO_WRITE_CONDITIONS:
             check_write(conditions, current_of(write.place, self._found, self.keys, with_etag=needs_etag(conditions)))
@@ -201,5 +249,37 @@ class Replacement:
         part = self._write.part
         before = self._found if outcome.before is self._judged else decode_record(outcome.before)
         if before.versions:
-            retire_replaced(self.plane, part.bucket, part.name, before, self._record)
+            retire_removed(self.plane, part.bucket, part.name, before.versions)
         return self._result
+
+
+class AddedVersion:
+    """A version that becomes the newest one, when the conditions hold for the one that is there. The null version,
+    where versioning is suspended, takes the place of the former null version.
+    """
+
+    def __init__(self, write: Write, sealed: Sealed) -> None:
+        self._write = write
+        self._small = sealed.small.data_id if sealed.small is not None else b""
+        version_id = NAMED_VERSION if write.plane.versioning(write.part.bucket) == ENABLED else NULL_VERSION
+        self._version, self.result = _new_version(write, sealed, version_id)
+        self.keys = BucketKeys(write.plane, write.part.bucket)
+        self._entry = sealed.entry
+        self.change = VersionsUpdate(self.keys.shelf, self._add)
+
+    def update(self, value: Value | None, entry: PartEntry) -> Change:
+        """Raises PreconditionFailed, DataDamaged, KeyNeeded, PageNeeded."""
+        self._entry = entry
+        change = self.change.update(value, self._small)
+        assert change is not None
+        return change
+
+    def _add(self, draft: Draft, ordinal: int) -> bool:
+        write, conditions = self._write, self._write.new.conditions
+        if conditions != NO_WRITE_CONDITIONS:
+            newest = draft.newest.version if draft.newest is not None else None
+            check_write(conditions, judged(write.place, newest, self.keys, with_etag=needs_etag(conditions)))
+        added = Entry(Kept(ordinal), msgspec.structs.replace(self._version, parts=(self._entry,)))
+        draft.add(added)
+        self.result = msgspec.structs.replace(self.result, version_id=added.name)
+        return True

@@ -3,9 +3,15 @@
 Each fragment names one owner: the register of the *object* that it belongs to, or will belong to. That is so for a part
 of an open upload too. A data id is referred to by
 
-* the object's record, in a part of a version or on a page of its manifest; or
+* the object's record, in a part of any version, current or older, or on a page of that version's manifest; or
 * the row of a part of an open or completing upload for that key; or
 * the version that a completing upload has pinned.
+
+**This module alone enumerates what a record refers to**: ``versions_in``, ``parts_in`` (data), ``pages_in`` (pages).
+Older versions are on pages (``code.history``), so whoever looks only at ``ObjectRecord.versions`` loses the others. All
+of these ask here: garbage collection (``maintain.disuse``, ``sweep``), the collection of pages (``manifest_gc``), the
+walk, repair and rebuild (``walk.entries_of``), moves of blocks (``mover``), the copy of a partition
+(``partition_mover``), aborts (``live_references``).
 
 A part moves from the second place to the third and to the first, never back, and each place is written before the
 previous one is cleared. So ``live_references`` looks at the uploads first and at the object last, after a round that
@@ -20,42 +26,74 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from storaged.errors import DataDamaged, NoSuchBucket
-from storaged.meta.names import RegisterName, Table
+from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Pages, Registers, Scanner
-from storaged.objects.code.manifest import checked, parts_of
+from storaged.objects.code.history import every_entry, every_page
+from storaged.objects.code.manifest import PAGES_MAX, checked, parts_of
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import PartEntry, PartRecord, UploadRecord, Version, decode_object, decode_version
 from storaged.objects.write.uploads import COMPLETING, living_uploads, part_rows
 from storaged.wire import decode
 
 
-def versions_in(record: bytes, table: int) -> tuple[Version, ...]:
-    """The versions in a record of the OBJECT or UPLOAD table; they may have a manifest of pages. Raises DataDamaged."""
+def is_readable(record: bytes, table: int) -> bool:
+    """Whether a record of the OBJECT or UPLOAD table is one. What it says of its pages may still be damaged."""
+    try:
+        decode_object(record) if table == Table.OBJECT else decode(record, UploadRecord)
+    except msgspec.MsgspecError:
+        return False
+    return True
+
+
+async def versions_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[Version]:
+    """All versions in a record of the OBJECT or UPLOAD table, those on pages of older versions included. Each may have
+    a manifest of pages. ``near``: the object's register. Raises DataDamaged.
+    """
     if not record:
-        return ()
+        return
     try:
         if table == Table.OBJECT:
-            return decode_object(record).versions
-        if table == Table.UPLOAD:
+            async for entry in every_entry(pages, near, decode_object(record)):
+                yield entry.version
+        elif table == Table.UPLOAD:
             upload = decode(record, UploadRecord)
-            return (decode_version(upload.pinned),) if upload.state == COMPLETING and upload.pinned else ()
+            if upload.state == COMPLETING and upload.pinned:
+                yield decode_version(upload.pinned)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"A record cannot be read: {error}") from None
-    return ()
 
 
 async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[PartEntry]:
-    """All parts that a record refers to, including those on pages of manifests. ``near``: the object's register. Raises
-    DataDamaged.
+    """All parts that a record refers to, including those on pages of manifests and of older versions. ``near``: the
+    object's register. Raises DataDamaged.
     """
     if table == Table.PART and record:
         try:
             yield checked(decode(record, PartRecord).entry)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"A record cannot be read: {error}") from None
-    for version in versions_in(record, table):
+    async for version in versions_in(pages, near, record, table):
         async for part in parts_of(pages, near, version):
             yield part
+
+
+async def pages_in(
+    pages: Pages, name: RegisterName, value: Value | None, *, complete: bool = False
+) -> AsyncIterator[bytes]:
+    """The hashes of all pages that a register of objects or uploads needs: those of older versions, and those of the
+    manifests of all versions; of each manifest at most as many as one can have. Raises DataDamaged, if ``complete``
+    also when a version does not list its pages.
+    """
+    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        return
+    if name.table == Table.OBJECT:
+        async for page_hash, _ in every_page(pages, name, decode_record(value)):
+            yield page_hash
+    async for version in versions_in(pages, name, value.body, name.table):
+        if complete and version.manifest and version.manifest not in version.pages:
+            raise DataDamaged(f"The record of {name.key[:80]!r} does not list its pages.")
+        for page_hash in version.pages[:PAGES_MAX]:
+            yield page_hash
 
 
 async def live_references(
@@ -80,8 +118,7 @@ async def live_references(
         if error.details.get("final"):
             return set()
         raise
-    record = decode_record(value)
-    for version in record.versions:
-        async for part in parts_of(pages, owner, version):
+    if value is not None and value.visibility != Visibility.TOMBSTONE:
+        async for part in parts_in(pages, owner, value.body, Table.OBJECT):
             found.add(part.data_id)
     return found

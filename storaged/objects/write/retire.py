@@ -18,13 +18,7 @@ from storaged.objects.code.geometry import problem_of
 from storaged.objects.code.manifest import parts_of
 from storaged.objects.garbage import retire_all
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Version
-
-
-def replaced_versions(before: ObjectRecord, after: ObjectRecord) -> list[Version]:
-    """Versions whose data ``after`` does not have. A change of tags keeps the data."""
-    kept = {version.context_id for version in after.versions}
-    return [version for version in before.versions if version.context_id not in kept]
+from storaged.objects.records import BucketRecord, PartEntry, Version
 
 
 def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry) -> set[str]:
@@ -92,12 +86,10 @@ async def retire_versions(
             await retire_parts(plane, bucket, name, batch, origin)
 
 
-def retire_replaced(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, before: ObjectRecord, after: ObjectRecord
-) -> None:
-    """Retires in the background what a committed change replaced."""
+def retire_removed(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, removed: Iterable[Version]) -> None:
+    """Retires in the background the versions that a committed change removed."""
     paged = []
-    for version in replaced_versions(before, after):
+    for version in removed:
         if version.manifest:
             paged.append(version)
         else:

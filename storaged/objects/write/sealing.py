@@ -125,10 +125,12 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     layout = plane.layouts.current
     if layout.spreads:
         return None
-    _, name, dek, data_id, _ = part
+    bucket, name, dek, data_id, _ = part
     number = part.sealed_number
     target, inline = layout.target_text, len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
     if not inline:
+        if plane.versioning(bucket):
+            return None  # only the null version of a bucket without versioning has copies (``code.history``)
         plan = plane.copy_plan(name)
         if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.state.disks))):
             return None

@@ -106,7 +106,7 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
 
 def _copied_headers(source_version: str) -> Headers:
     headers = {"x-amz-server-side-encryption": "AES256"}
-    if source_version and source_version != "null":
+    if source_version:
         headers["x-amz-copy-source-version-id"] = source_version
     return headers
 

@@ -81,5 +81,6 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
         return ""
     marker = ""
     if result.delete_marker:
-        marker = f"<DeleteMarker>true</DeleteMarker>{xml.optional('DeleteMarkerVersionId', result.version_id)}"
+        shown = result.version_id or version
+        marker = f"<DeleteMarker>true</DeleteMarker>{xml.optional('DeleteMarkerVersionId', shown)}"
     return f"<Deleted>{named}{marker}</Deleted>"

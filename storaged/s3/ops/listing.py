@@ -202,7 +202,9 @@ def _from_token(token: str) -> bytes:
 
 
 async def list_versions(front: Front, request: Request) -> Reply:
-    """An object in a bucket that never had versioning is listed as its own version ``null``."""
+    """Versions and delete markers, newest first within a key. An object in a bucket that never had versioning is listed
+    as its own version ``null``.
+    """
     params = _params_of(request)
     key_marker = request.query.get("key-marker", "").encode()
     version_marker = request.query.get("version-id-marker", "")
@@ -223,7 +225,8 @@ async def list_versions(front: Front, request: Request) -> Reply:
     following = _following(page)
     next_markers = ""
     if following is not None:
-        version = page.versions[-1].version_id if page.versions and page.versions[-1].key == following else ""
+        last = page.versions[-1] if page.versions else None
+        version = page.next_version or (last.version_id if last is not None and last.key == following else "")
         next_markers = (
             f"<NextKeyMarker>{params.key(following)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
         )

@@ -1,0 +1,89 @@
+"""The record of a register after moves of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from storaged.cluster.layout import Profile
+from storaged.maintain.moves import MoveAsk, apply_move
+from storaged.meta.names import RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Pages
+from storaged.objects.code.history import Draft, Entry, every_entry, with_draft
+from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
+from storaged.objects.code.versions import decode_record
+from storaged.objects.records import PartEntry, PartRecord, Version, encode_object
+from storaged.wire import decode, encode
+
+Move = tuple[MoveAsk, Profile]
+"""With the profile that its blocks should have."""
+
+
+async def body_after(
+    pages: Pages, name: RegisterName, value: Value | None, moves: Sequence[Move]
+) -> tuple[bytes, list[bytes]] | None:
+    """The record after all moves, and the pages that it needs and the one before did not, which are durable when this
+    returns. None when one of the moves does not apply.
+    """
+    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        return None
+    if name.table != Table.PART:
+        return await _versions_after(pages, name, value, moves)
+    row = decode(value.body, PartRecord)
+    entry: PartEntry | None = row.entry
+    for ask, target in moves:
+        entry = apply_move(entry, ask, target) if entry is not None else None
+    return (encode(msgspec.structs.replace(row, entry=entry)), []) if entry is not None else None
+
+
+async def _versions_after(
+    pages: Pages, name: RegisterName, value: Value, moves: Sequence[Move]
+) -> tuple[bytes, list[bytes]] | None:
+    """As ``body_after``, of an object. Blocks of older versions move, too."""
+    record, left = decode_record(value), len(moves)
+    by_data: dict[bytes, list[Move]] = {}
+    for one in moves:
+        by_data.setdefault(one[0].data_id, []).append(one)
+    changed: list[tuple[Entry, Entry]] = []
+    new_pages: list[bytes] = []
+    async for entry in every_entry(pages, name, record):
+        version, before = entry.version, left
+        parts = []
+        async for part in parts_of(pages, name, version):
+            for ask, target in by_data.get(part.data_id, ()):
+                moved = apply_move(part, ask, target)
+                if moved is not None:
+                    part, left = moved, left - 1
+            parts.append(part)
+        if left != before:
+            after = await _with_parts(pages, name, version, parts)
+            changed.append((entry, entry._replace(version=after)))
+            new_pages += [page for page in after.pages if page not in version.pages]
+    if left:
+        return None
+
+    def replace_all(draft: Draft) -> Draft:
+        for entry, after in changed:
+            draft.replace(entry, after)
+        return draft
+
+    draft = await with_draft(pages, name, record, replace_all)
+    for page_hash, page in draft.fresh.items():
+        await pages.put_page(name, page, page_hash)
+    return encode_object(draft.record()), [*new_pages, *draft.fresh]
+
+
+async def _with_parts(pages: Pages, name: RegisterName, version: Version, parts: Sequence[PartEntry]) -> Version:
+    """The version with a manifest of these parts. Its other pages, which have what is sealed about the parts, stay:
+    they are those of the version that its present manifest does not have.
+    """
+    before = {page_hash async for page_hash, _ in manifest_pages(pages, name, version)}
+    manifest = await write_manifest(pages, name, parts)
+    others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
+    return msgspec.structs.replace(
+        version,
+        parts=manifest.parts,
+        manifest=manifest.first,
+        pages=manifest.pages + others if version.pages else (),
+    )

@@ -1,0 +1,497 @@
+"""The versions of a key: the newest in its record, older ones on pages. Pure.
+
+Theory of operation. Every version has an *ordinal*: the sequence of the register when it was added, which grows with
+every change. So ordinals order the versions of a key, newest first, and no clock does. A record has the newest
+versions. When it has more than ``VERSIONS_MAX``, or too many bytes, the oldest of them go to a *leaf*: an immutable
+page, named by its hash, on the replicas of the register. The record refers to leaves (level 0). When it refers to more
+than ``REFS_MAX`` pages of a level, the oldest ``BRANCH_REFS`` of them go to a *branch*, a page of references, to which
+it refers at the next level. All versions of a level are older than those of the level below:
+
+    record    versions | level 0: leaf, leaf, ... | level 1: branch, branch, ... | level 2: ...
+               newest                                                                    oldest
+
+So to add a version needs no page but those that it makes: most often none, and at most one a level. To find, change or
+remove a version by its ordinal reads one page a level, and writes those pages anew. A page never changes, so whoever
+holds the record can read all of it.
+
+New pages are durable on a majority between the promise and the accept of the record that names them
+(``objects.write.versioned``). ``objects.write.references`` enumerates what a record refers to: nothing else may.
+
+The null version is the only one that may have small copies (``Value.payload``): versions with ids are kept in the
+record or coded. So a key has at most one version with copies, and what is true of the copies of a record without
+versioning is true here.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from storaged.errors import DataDamaged, InvalidArgument
+from storaged.hashes import page_hash
+from storaged.ids import DATA_ID_BYTES
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Pages
+from storaged.objects.records import (
+    NULL_VERSION,
+    History,
+    Kept,
+    ObjectRecord,
+    PageRef,
+    PartEntry,
+    Version,
+    VersionsPage,
+)
+from storaged.units import KIB
+from storaged.wire import decode, encode
+
+T = TypeVar("T")
+
+ORDINAL_BYTES = 8
+_NAME = re.compile(f"[A-Za-z0-9_-]{{{(ORDINAL_BYTES + DATA_ID_BYTES) * 4 // 3}}}")
+LEVELS_MAX = 8
+"""More is damage: with the bounds below, eight levels hold more versions than a register has sequences."""
+
+
+class Bounds(NamedTuple):
+    """Of a record. A PUT writes the versions in it anew, so they are few."""
+
+    versions_max: int = 16
+    versions_bytes_max: int = 16 * KIB
+    leaf_versions: int = 12
+    refs_max: int = 40
+    branch_refs: int = 32
+
+
+BOUNDS = Bounds()
+
+
+class Entry(NamedTuple):
+    """A version, and what the record keeps beside it."""
+
+    kept: Kept
+    version: Version
+
+    @property
+    def ordinal(self) -> int:
+        return self.kept.ordinal
+
+    @property
+    def is_null(self) -> bool:
+        return self.version.version_id == NULL_VERSION
+
+    @property
+    def name(self) -> str:
+        """The version id that clients see."""
+        return version_name(self.kept, self.version)
+
+
+_UNVERSIONED = Kept(0)
+"""Of the null version of a record without history."""
+
+
+def version_name(kept: Kept, version: Version) -> str:
+    """``null``, or 32 characters: URL-safe base64 of the ordinal (u64) and the context id."""
+    if version.version_id == NULL_VERSION:
+        return NULL_VERSION
+    return base64.urlsafe_b64encode(kept.ordinal.to_bytes(ORDINAL_BYTES, "big") + version.context_id).decode()
+
+
+class VersionName(NamedTuple):
+    """A version id, parsed. Both are empty for the null version."""
+
+    ordinal: int
+    context_id: bytes
+
+
+NULL_NAME = VersionName(-1, b"")
+
+
+def required_name(text: str) -> VersionName:
+    """Raises InvalidArgument for what no version id can be."""
+    name = parse_name(text)
+    if name is None:
+        raise InvalidArgument("Invalid version id specified", ArgumentName="versionId", ArgumentValue=text)
+    return name
+
+
+def parse_name(text: str) -> VersionName | None:
+    """None for what no version id can be."""
+    if text == NULL_VERSION:
+        return NULL_NAME
+    if not _NAME.fullmatch(text):
+        return None
+    raw = base64.urlsafe_b64decode(text)
+    return VersionName(int.from_bytes(raw[:ORDINAL_BYTES], "big"), raw[ORDINAL_BYTES:])
+
+
+def entries_in(record: ObjectRecord) -> list[Entry]:
+    """The versions in the record itself, newest first."""
+    kept = record.history.kept if record.history is not None else (_UNVERSIONED,) * len(record.versions)
+    return list(map(Entry, kept, record.versions))
+
+
+def unversioned(version: Version) -> Entry:
+    """The only version of a record without history."""
+    return Entry(_UNVERSIONED, version)
+
+
+def newest_in(record: ObjectRecord) -> Entry:
+    """Of a record that has a version."""
+    kept = record.history.kept[0] if record.history is not None else _UNVERSIONED
+    return Entry(kept, record.versions[0])
+
+
+def entries_on(page: VersionsPage) -> list[Entry]:
+    return list(map(Entry, page.kept, page.versions))
+
+
+def decode_page(body: bytes, ref: PageRef) -> VersionsPage:
+    """Raises DataDamaged for what is not the page that ``ref`` describes. So a walk over pages ends: pages of one key
+    have ordinals that no other page has.
+    """
+    try:
+        page = decode(body, VersionsPage)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"A page of older versions cannot be read: {error}") from None
+    ordinals = [kept.ordinal for kept in page.kept]
+    for one in page.refs:
+        ordinals += [one.newest, one.oldest] if one.newest != one.oldest else [one.newest]
+    falling = all(first > second for first, second in itertools.pairwise(ordinals))
+    if (
+        len(page.kept) != len(page.versions)
+        or bool(page.versions) == bool(page.refs)
+        or not falling
+        or (ordinals[0], ordinals[-1]) != (ref.newest, ref.oldest)
+    ):
+        raise DataDamaged("A page of older versions is not what its record says.")
+    return page
+
+
+# --- all of it, in order
+
+
+async def read_page(pages: Pages, near: RegisterName, ref: PageRef) -> VersionsPage:
+    """Raises DataDamaged."""
+    return decode_page(await pages.get_page(near, ref.hash), ref)
+
+
+async def every_entry(
+    pages: Pages, near: RegisterName, record: ObjectRecord, *, below: int | None = None
+) -> AsyncIterator[Entry]:
+    """All versions of a key, newest first; those with an ordinal less than ``below``. Raises DataDamaged."""
+    for entry in entries_in(record):
+        if below is None or entry.ordinal < below:
+            yield entry
+    async for _, page in every_page(pages, near, record, below=below):
+        for entry in entries_on(page):
+            if below is None or entry.ordinal < below:
+                yield entry
+
+
+async def every_page(
+    pages: Pages, near: RegisterName, record: ObjectRecord, *, below: int | None = None
+) -> AsyncIterator[tuple[bytes, VersionsPage]]:
+    """(hash, page) of all pages with older versions, branches before what they refer to. ``below``: only those that
+    have versions with ordinals less than this. Raises DataDamaged.
+    """
+    waiting = [ref for level in reversed(levels_of(record)) for ref in reversed(level)]
+    lowest: int | None = None
+    while waiting:
+        ref = waiting.pop()
+        if lowest is not None and ref.newest >= lowest:
+            raise DataDamaged("The pages of older versions of this key are not in order.")
+        if below is not None and ref.oldest >= below:
+            lowest = ref.oldest
+            continue
+        page = await read_page(pages, near, ref)
+        yield ref.hash, page
+        if page.refs:
+            waiting += reversed(page.refs)
+        else:
+            lowest = ref.oldest
+
+
+def levels_of(record: ObjectRecord) -> tuple[tuple[PageRef, ...], ...]:
+    return record.history.levels if record.history is not None else ()
+
+
+async def find_entry(pages: Pages, near: RegisterName, record: ObjectRecord, name: VersionName) -> Entry | None:
+    """The version of this name; None: there is none. Reads a page a level. Raises DataDamaged."""
+    return await with_draft(pages, near, record, lambda draft: draft.find(name))
+
+
+async def with_draft(pages: Pages, near: RegisterName, record: ObjectRecord, work: Callable[[Draft], T]) -> T:
+    """What ``work`` returns for a draft of the record; it runs again, on a new one, for each page that must be read.
+    Raises DataDamaged, and what it raises.
+    """
+    shelf = Shelf()
+    while True:
+        try:
+            return work(Draft(record, shelf))
+        except PageNeeded as needed:
+            shelf.put(needed.ref.hash, await read_page(pages, near, needed.ref))
+
+
+# --- changes
+
+
+class PageNeeded(Exception):
+    """A change needs a page that is not on its shelf. It runs again when the page is there."""
+
+    def __init__(self, ref: PageRef) -> None:
+        super().__init__(ref.hash)
+        self.ref = ref
+
+
+class Shelf:
+    """Pages that were read, by hash. They never change."""
+
+    def __init__(self) -> None:
+        self._pages: dict[bytes, VersionsPage] = {}
+
+    def page(self, ref: PageRef) -> VersionsPage:
+        """Raises PageNeeded."""
+        page = self._pages.get(ref.hash)
+        if page is None:
+            raise PageNeeded(ref)
+        return page
+
+    def put(self, page_hash: bytes, page: VersionsPage) -> None:
+        self._pages[page_hash] = page
+
+
+Edit = Callable[[Entry], "Entry | None"]
+"""What a version becomes; None: it goes."""
+
+
+class Draft:
+    """The versions of a key while a change is made.
+
+    ``has_history``: the record had one. ``fresh``: the new pages that the changed record refers to, by hash, each after
+    those that it refers to. ``removed``: the versions that went, with their data.
+
+    Methods that look at older versions raise PageNeeded, and DataDamaged.
+    """
+
+    def __init__(self, record: ObjectRecord, shelf: Shelf, bounds: Bounds = BOUNDS) -> None:
+        history = record.history
+        self._entries = entries_in(record)
+        self._levels = [list(level) for level in levels_of(record)]
+        self._null_at = history.null_at if history is not None else -1
+        self._copied: PartEntry | None = history.copied if history is not None else None
+        self._shelf = shelf
+        self._bounds = bounds
+        self.has_history = history is not None
+        self.fresh: dict[bytes, bytes] = {}
+        self.removed: list[Version] = []
+
+    # --- reading
+
+    @property
+    def inline(self) -> list[Entry]:
+        """The versions in the record itself: all, in a record without history."""
+        return list(self._entries)
+
+    @property
+    def newest(self) -> Entry | None:
+        return self._entries[0] if self._entries else None
+
+    def find(self, name: VersionName) -> Entry | None:
+        """None: there is no such version."""
+        if name == NULL_NAME:
+            return self.null()
+        found = self._at(name.ordinal)
+        return (
+            found if found is not None and not found.is_null and found.version.context_id == name.context_id else None
+        )
+
+    def null(self) -> Entry | None:
+        """The null version."""
+        for entry in self._entries:
+            if entry.is_null:
+                return entry
+        return self._at(self._null_at) if self._null_at >= 0 else None
+
+    def made_of(self, context_id: bytes, above: int) -> Entry | None:
+        """The version with this context id, if its ordinal is more than ``above``."""
+        for entry in self._entries:
+            if entry.version.context_id == context_id:
+                return entry
+        waiting = [ref for level in reversed(self._levels) for ref in reversed(level)]
+        while waiting:
+            ref = waiting.pop()
+            if ref.newest <= above:
+                return None
+            page = self._shelf.page(ref)
+            waiting += reversed(page.refs)
+            for entry in entries_on(page):
+                if entry.version.context_id == context_id:
+                    return entry
+        return None
+
+    def _at(self, ordinal: int) -> Entry | None:
+        for entry in self._entries:
+            if entry.ordinal == ordinal:
+                return entry
+        refs: Sequence[PageRef] = [ref for level in self._levels for ref in level]
+        while refs:
+            ref = next((one for one in refs if one.oldest <= ordinal <= one.newest), None)
+            if ref is None:
+                return None
+            page = self._shelf.page(ref)
+            for entry in entries_on(page):
+                if entry.ordinal == ordinal:
+                    return entry
+            refs = page.refs
+        return None
+
+    # --- changing
+
+    def add(self, entry: Entry) -> None:
+        """Adds the newest version. A new null version takes the place of the one that is there."""
+        if entry.is_null:
+            before = self.null()
+            if before is not None:
+                self.remove(before)
+        self._entries.insert(0, entry)
+        self._spill()
+
+    def remove(self, entry: Entry) -> None:
+        self._edit(entry, lambda _entry: None)
+        self.removed.append(entry.version)
+        if entry.is_null:
+            self._null_at, self._copied = -1, None
+        self._refill()
+
+    def replace(self, entry: Entry, by: Entry) -> None:
+        """``by`` has the same ordinal and the same data."""
+        self._edit(entry, lambda _entry: by)
+        if self._copied is not None and entry.is_null:
+            self._copied = _small_part(by.version)
+
+    def _edit(self, entry: Entry, edit: Edit) -> None:
+        for index, one in enumerate(self._entries):
+            if one.ordinal == entry.ordinal:
+                after = edit(one)
+                self._entries[index : index + 1] = [after] if after is not None else []
+                return
+        for level in self._levels:
+            if self._edit_under(level, entry.ordinal, edit):
+                return
+        raise DataDamaged("A version of this key is not where its record has it.")
+
+    def _edit_under(self, refs: list[PageRef], ordinal: int, edit: Edit) -> bool:
+        """Edits a version on a page that ``refs`` refer to, and makes them refer to what is new. False: it is on none
+        of them.
+        """
+        for index, ref in enumerate(refs):
+            if not ref.oldest <= ordinal <= ref.newest:
+                continue
+            page = self._shelf.page(ref)
+            entries, under = entries_on(page), list(page.refs)
+            if under:
+                if not self._edit_under(under, ordinal, edit):
+                    return False
+            else:
+                at = next((at for at, entry in enumerate(entries) if entry.ordinal == ordinal), None)
+                if at is None:
+                    return False
+                after = edit(entries[at])
+                entries[at : at + 1] = [after] if after is not None else []
+            self.fresh.pop(ref.hash, None)
+            refs[index : index + 1] = [self._new_page(entries, under)] if entries or under else []
+            return True
+        return False
+
+    def _new_page(self, entries: Sequence[Entry], refs: Sequence[PageRef]) -> PageRef:
+        page = VersionsPage(
+            tuple(entry.version for entry in entries), tuple(entry.kept for entry in entries), tuple(refs)
+        )
+        body = encode(page)
+        name = page_hash(body)
+        self._shelf.put(name, page)
+        self.fresh[name] = body
+        if refs:
+            return PageRef(name, refs[0].newest, refs[-1].oldest, sum(ref.count for ref in refs))
+        return PageRef(name, entries[0].ordinal, entries[-1].ordinal, len(entries))
+
+    def _spill(self) -> None:
+        bounds = self._bounds
+        while len(self._entries) > 1 and (
+            len(self._entries) > bounds.versions_max or sum(map(_weight, self._entries)) > bounds.versions_bytes_max
+        ):
+            count = min(bounds.leaf_versions, len(self._entries) - 1)
+            going = self._entries[-count:]
+            del self._entries[-count:]
+            self._note_spilled(going)
+            self._refer(0, self._new_page(going, ()))
+
+    def _note_spilled(self, going: Sequence[Entry]) -> None:
+        for entry in going:
+            if entry.is_null:
+                self._null_at, self._copied = entry.ordinal, _small_part(entry.version)
+
+    def _refer(self, level: int, ref: PageRef) -> None:
+        """Puts the newest reference on a level, and the oldest ones of a full level on a branch."""
+        if level == len(self._levels):
+            self._levels.append([])
+        refs = self._levels[level]
+        refs.insert(0, ref)
+        if len(refs) > self._bounds.refs_max:
+            going = refs[-self._bounds.branch_refs :]
+            del refs[-self._bounds.branch_refs :]
+            self._refer(level + 1, self._new_page((), going))
+
+    def _refill(self) -> None:
+        """A record has its newest version. Takes the newest leaf into the record, when nothing else is in it."""
+        while not self._entries:
+            level = next((level for level in self._levels if level), None)
+            if level is None:
+                return
+            self._take_newest(level)
+
+    def _take_newest(self, refs: list[PageRef]) -> None:
+        ref = refs[0]
+        page = self._shelf.page(ref)
+        self.fresh.pop(ref.hash, None)
+        if not page.refs:
+            self._entries = entries_on(page)
+            if any(entry.is_null for entry in self._entries):
+                self._null_at, self._copied = -1, None
+            del refs[0]
+            return
+        under = list(page.refs)
+        self._take_newest(under)
+        refs[0:1] = [self._new_page((), under)] if under else []
+
+    # --- the end
+
+    def record(self) -> ObjectRecord:
+        entries = self._entries
+        while self._levels and not self._levels[-1]:
+            self._levels.pop()
+        if not entries:
+            return ObjectRecord(())
+        if not self._levels and [entry.kept for entry in entries] == [_UNVERSIONED] and entries[0].is_null:
+            return ObjectRecord((entries[0].version,))
+        history = History(
+            tuple(entry.kept for entry in entries), tuple(map(tuple, self._levels)), self._null_at, self._copied
+        )
+        return ObjectRecord(tuple(entry.version for entry in entries), history)
+
+
+def _small_part(version: Version) -> PartEntry | None:
+    return next((part for part in version.parts if part.small), None)
+
+
+def _weight(entry: Entry) -> int:
+    """About the bytes that a version takes in a record."""
+    version = entry.version
+    parts = sum(len(part.inline) + 160 for part in version.parts)
+    return 96 + len(version.wrapped_key) + len(version.meta) + len(version.listing) + parts + 21 * len(version.pages)

@@ -1,0 +1,99 @@
+"""Changes of a key's versions: what ``code.history`` decides becomes the register's value.
+
+Theory of operation. An update makes a draft of the versions from the value that its promise brought, and changes it. A
+page that the draft has to read is loaded, and the update runs again, under another promise (``PageNeeded``). The pages
+that the changed record refers to and the one before it did not are written after the promise and before the accept, on
+a majority, leaves before branches. So
+
+* a record that is chosen refers only to pages that a majority has;
+* no sweep deletes them: it deletes a page only after a round of the register that began after the page was last put,
+  and that round ends the promise, or finds the record (``maintain.manifest_gc``).
+
+Pages that both records refer to were never without a record that names them, so nothing deletes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storaged.meta.names import Change, RegisterName, Value, Visibility
+from storaged.meta.ports import Outcome, Pages
+from storaged.objects.bucket_keys import BucketKeys, change_with_keys
+from storaged.objects.code.history import BOUNDS, Bounds, Draft, Shelf
+from storaged.objects.code.versions import decode_record, record_change
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import Version
+from storaged.objects.write.commit import change_once
+
+Edit = Callable[[Draft, int], bool]
+"""``edit(draft, ordinal)`` changes the versions of a key; False: it left them as they are. ``ordinal``: of the version
+that the change may add. It may run several times, and raises what the change is to raise: KeyNeeded, PageNeeded, too.
+"""
+
+
+def next_ordinal(value: Value | None) -> int:
+    """Greater than that of every version which the register holds: it had each when its sequence was one less."""
+    return value.sequence + 1 if value is not None else 1
+
+
+class PagesToPut(Exception):
+    """A change has new pages."""
+
+
+class VersionsUpdate:
+    """The update function of one change, as ``Registers.change`` wants it, and what became of its last run."""
+
+    def __init__(self, shelf: Shelf, edit: Edit, bounds: Bounds | None = None) -> None:
+        self._shelf = shelf
+        self._edit = edit
+        self._bounds = bounds or BOUNDS
+        self._fresh: dict[bytes, bytes] = {}
+        self.removed: list[Version] = []
+        """The versions that the change removes: their data is garbage once it is committed."""
+
+    def update(self, value: Value | None, payload: bytes = b"") -> Change | None:
+        """``payload``: the data id of small copies that come along with the new null version. Raises DataDamaged, and
+        what the edit raises.
+        """
+        self._fresh, self.removed = {}, []
+        draft = Draft(decode_record(value), self._shelf, self._bounds)
+        if not self._edit(draft, next_ordinal(value)):
+            return None
+        change = record_change(draft.record(), payload or _payload_of(value, draft.removed))
+        self._fresh, self.removed = draft.fresh, draft.removed
+        return change
+
+    def update_without_pages(self, value: Value | None) -> Change | None:
+        """Raises PagesToPut when the change has new pages: it must not be accepted before they are durable."""
+        change = self.update(value)
+        if self._fresh:
+            raise PagesToPut
+        return change
+
+    async def put_pages(self, pages: Pages, name: RegisterName) -> None:
+        """Makes the pages durable that the changed record needs. Raises ServiceUnavailable."""
+        for page_hash, body in self._fresh.items():
+            await pages.put_page(name, body, page_hash)
+
+
+def _payload_of(value: Value | None, removed: list[Version]) -> bytes:
+    """The small copies that the register names go with the version that has them."""
+    if value is None or value.visibility == Visibility.TOMBSTONE:
+        return b""
+    if any(part.data_id == value.payload for version in removed for part in version.parts):
+        return b""
+    return value.payload
+
+
+async def change_versions(
+    plane: ObjectPlane, keys: BucketKeys, name: RegisterName, edit: Edit
+) -> tuple[Outcome, list[Version]]:
+    """Changes the versions of a key; returns the versions that went, too. Raises what ``edit`` raises, SlowDown,
+    ServiceUnavailable, DataDamaged.
+    """
+    change = VersionsUpdate(keys.shelf, edit)
+    try:
+        outcome = await change_with_keys(plane.registers, keys, name, change.update_without_pages)
+    except PagesToPut:
+        outcome = await change_once(plane, keys, name, change.update, lambda: change.put_pages(plane.pages, name))
+    return outcome, change.removed
