@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from storaged.clock import Clock
 from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.ports import Layouts, Liveness, OnRefusal
+from storaged.cluster.sparing import UNREACHABLE
 from storaged.errors import DiskUnusable, ServiceUnavailable
 from storaged.fragments.ports import FragmentStores, NearStore
 from storaged.maintain.asks import Asks
@@ -116,6 +117,9 @@ class MaintainContext:
     small_copies: Callable[[RegisterName, Value], Awaitable[Copies | None]] = no_copies
     steps: Callable[[], int] = lambda: 0
     """The sum of the steps of all partitions (``cluster.partition_map``): it grows when one has moved."""
+
+    why_away: Callable[[str], str] = lambda _disk: UNREACHABLE
+    """Why a disk can't be read (``cluster.sparing.Opinion``): UNREACHABLE when its node does not answer."""
 
     settings: Callable[[], MoveSettings] = MoveSettings
     """Whether what is whole moves to where the layout wants it, and how fast."""

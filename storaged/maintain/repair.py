@@ -35,6 +35,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import AsyncIterator, Iterable
 
+from storaged.cluster.sparing import UNREACHABLE
 from storaged.fragments.ports import FragmentId
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.check import NOW, REFUSALS, Check
@@ -383,15 +384,16 @@ class Repair:
         return all(disk not in known or now - self._away_since.get(disk, now) >= delay_s for disk in disks)
 
     def _is_cut_off(self, for_s: float) -> bool:
-        """Whether the nodes of more failure domains than the layout's policy replaces have not answered for so long.
-        Then it may be the network, and it would be in vain to rebuild all that they have.
+        """Whether the nodes of more failure domains than the layout's policy replaces do not answer, and disks there
+        have been away for so long. Then it may be the network, and it would be in vain to rebuild all that they have.
+        A node that answers does not count, whatever its disks do.
         """
-        layout, now = self._context.layouts.current, self._context.clock.monotonic()
-        readable = {layout.node_of(disk) for disk in self._context.usable_disks()[0]}
+        context, now = self._context, self._context.clock.monotonic()
+        layout = context.layouts.current
         domains = {
             layout.domain_by_disk[disk]
             for disk, since in self._away_since.items()
-            if disk in layout.disk_by_id and layout.node_of(disk) not in readable and now - since >= for_s
+            if disk in layout.disk_by_id and now - since >= for_s and context.why_away(disk) == UNREACHABLE
         }
         return len(domains) > layout.sparing.domains_max
 

@@ -320,6 +320,7 @@ class NodePlanes:
             adopt=lambda disk, request, copy: self.disks.used[disk].replica.accept(request, copy),
             small_copies=self.ring.small_copies,
             steps=lambda: self.layouts.partitions.steps,
+            why_away=self.membership.why_away,
             settings=lambda: self.follower.settings.current,
             audit_alarms=self.auditing.alarms,
             on_refusal=self._refused,

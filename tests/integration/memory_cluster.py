@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.membership import FAILED
 from storaged.cluster.partitions import PartitionRecord
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.authority import METHODS
+from storaged.cluster.sparing import UNREACHABLE
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
 from storaged.fragments.payloads import Payloads, header_at_position
 from storaged.fragments.ports import FragmentId
@@ -166,6 +168,7 @@ class StorageNode:
             asks=asks,
             adopt=lambda disk, request, copy: self.replicas[disk].accept(request, copy),
             small_copies=self.ring.small_copies,
+            why_away=cluster.alive.why_away,
             limits=cluster.limits,
             log=self.log.append,
         )
@@ -217,6 +220,11 @@ class Alive:
 
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id) and disk_id not in self.read_only
+
+    def why_away(self, disk_id: str) -> str:
+        if self.disk_readable(disk_id):
+            return ""
+        return FAILED if any(node.up and disk_id in node.meta for node in self._cluster.nodes.values()) else UNREACHABLE
 
 
 class ProcessLayouts(Places):

@@ -695,3 +695,28 @@ def test_while_more_racks_are_silent_than_are_replaced_only_what_has_no_spare_is
         assert await waiting(spared) == []
 
     run(scenario, racks=SIX_RACKS)
+
+
+def test_broken_disks_of_nodes_that_answer_are_no_silent_racks() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        layout = cluster.layouts.current
+        broken = {disk.id for disk in layout.disks if disk.node in ("nd", "ne")}
+        spared = []
+        for number in range(24):
+            key = b"%d" % number
+            replicas = layout.replicas_of(object_name(bucket.id, bucket.shard_numbers, key).partition)
+            if len(broken.intersection(replicas)) < 2:
+                await cluster.put(bucket, key, os.urandom(300_000))
+                lost = {len(broken.intersection(place.disks)) for place in await cluster.places(bucket, key)}
+                spared += [key] if lost == {1} else []
+        assert spared
+        cluster.maintain()
+        await cluster.settled()
+        for disk in broken:
+            cluster.lose_disk(disk)
+        await cluster.pass_s(DELAY_S + 300)
+        places = [place for key in spared for place in await cluster.places(bucket, key)]
+        assert not any(broken.intersection(place.disks) for place in places)
+
+    run(scenario, racks=SIX_RACKS)
