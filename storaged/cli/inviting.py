@@ -169,7 +169,7 @@ def invite_node(
 ) -> None:
     """Print a ticket for the new storage node NODE. It is used once, by `storaged node join` on the server.
 
-    Who has the ticket can become this node: give it to the server's administrator only.
+    Anyone who has the ticket can become this node: give it to the server's administrator only.
     """
     node = new_node(name, rack, roles, address, jurisdiction, disks)
     if "storage" not in node.roles:
@@ -200,8 +200,8 @@ def invite_gateway(
 ) -> None:
     """Print a ticket for the new gateway NODE. It is used once, by `storaged gateway join` on the server.
 
-    At its address the other nodes call it, so that `status` knows whether it is up. Who has the ticket can become this
-    gateway, which has the keys: give it to the server's administrator only.
+    The other nodes call it at its address, so that `status` knows whether it is up. Anyone who has the ticket can
+    become this gateway, which has the keys: give it to the server's administrator only.
     """
     node = new_node(name, rack, "gateway", address, jurisdiction)
     _invite(directory, node, state, admin, valid, as_json=as_json)
