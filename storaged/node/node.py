@@ -13,7 +13,7 @@ from storaged.admin.api import AdminServer
 from storaged.clock import Clock
 from storaged.cluster.identity import Identity
 from storaged.config import Config
-from storaged.errors import DiskUnusable, LayoutRefused, ServiceUnavailable
+from storaged.errors import DiskUnusable, LayoutRefused, S3Error
 from storaged.node.planes import NodePlanes
 from storaged.node.reports import Reports
 from storaged.node.system import exchange_layout
@@ -76,7 +76,9 @@ class Node(NodePlanes):
                 await exchange_layout(self.paths, self.layouts)
             except LayoutRefused as error:
                 log.error("the register of the layout is not believed", reason=error.message)
-            except (ServiceUnavailable, DiskUnusable):  # the disk is full: a gateway goes on with the layout it has
+            except (S3Error, DiskUnusable):
+                # No majority, another change of the register that takes too long, or a full disk: the gateway goes on
+                # with the layout that it has.
                 await asyncio.sleep(LAYOUT_RETRY_S)
                 continue
             exchanged = self.layouts.epoch

@@ -1,4 +1,4 @@
-"""A node whose directory is full when it learns a layout."""
+"""A node whose directory is full when it learns a layout, and a gateway that can't write the register of the layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
-from storaged.errors import DiskUnusable
+from storaged.errors import DiskUnusable, ServiceUnavailable, SlowDown, StoragedError
 from storaged.node import node
 from storaged.node.planes import NodePlanes
 from tests.worlds.authority import World, until
@@ -41,15 +41,25 @@ async def test_a_layout_that_cannot_be_kept_is_not_used_and_taken_when_it_is_off
     assert await layouts.learn(second, "a peer")
 
 
-async def test_a_gateway_whose_disk_is_full_goes_on_with_the_layout_that_it_has(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "error",
+    [
+        DiskUnusable("gw can't keep layout 2: No space left on device"),
+        ServiceUnavailable("No majority of the replicas answered in time."),
+        # `cluster apply` changes the register at the same time, and the system partition has no majority.
+        SlowDown("Other changes of this key took too long."),
+    ],
+    ids=lambda error: error.code,
+)
+async def test_a_gateway_that_can_not_exchange_layouts_now_goes_on_with_the_one_that_it_has(
+    error: StoragedError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
 
     async def exchange(*_arguments: object) -> None:
         nonlocal asked
         asked += 1
-        raise DiskUnusable("gw can't keep layout 2: No space left on device")
+        raise error
 
     monkeypatch.setattr(node, "exchange_layout", exchange)
     monkeypatch.setattr(node, "LAYOUT_RETRY_S", 0.0)
