@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from storaged.cluster.layout import Layout
 from storaged.cluster.partitions import PartitionState
 from storaged.cluster.sparing import OUT, DisksOut, Opinion
+from storaged.cluster.spread import minority_of
 from storaged.units import format_duration
 
 
@@ -74,16 +75,25 @@ def details(facts: SparingFacts, found: Mapping[str, Any]) -> list[tuple[str, in
     ]
 
 
+def _why_not_replaced(layout: Layout, out: frozenset[str]) -> str:
+    """As ``cluster.sparing.target`` decides."""
+    left = {layout.domain_by_disk[disk.id] for disk in layout.disks if disk.state == "active" and disk.id not in out}
+    if len(left) < layout.replicas:
+        return f"a partition needs {layout.replicas} {layout.domain_kind}s, {len(left)} are left"
+    return (
+        f"an operator may have {minority_of(layout.replicas)} of a partition's {layout.replicas} replicas, and too few"
+        " operators are left"
+    )
+
+
 def _detail(facts: SparingFacts, entry: Mapping[str, Any]) -> str:
     layout = facts.layout
     if entry["back_in_s"] is not None:
         return f"it answers again, and gets its share back in {format_duration(entry['back_in_s'])}"
     if not entry["replaced"]:
         kind = layout.domain_kind
-        gone = facts.record.disks
-        left = {layout.domain_by_disk[disk.id] for disk in layout.disks if disk.id not in gone}
         return (
-            f"{entry['state']}; not replaced: a partition needs {layout.replicas} {kind}s, {len(left)} are left. Its"
+            f"{entry['state']}; not replaced: {_why_not_replaced(layout, facts.record.disks)}. Its"
             f" partitions have {layout.replicas - 1} of {layout.replicas} replicas: keys are read and written, and stop"
             f" when one more {kind} fails. Objects are held as the living {kind}s can (see writes)"
         )

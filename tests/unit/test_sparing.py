@@ -146,6 +146,23 @@ def test_status_says_what_is_out_what_others_have_taken_over_and_what_is_waited_
         assert "stop when one more rack fails" in detail
 
 
+def test_status_says_that_too_few_operators_or_racks_that_are_not_drained_are_left() -> None:
+    def said(layout: Layout, disks: Iterable[str]) -> str:
+        record = DisksOut(1, tuple(OutDisk(disk, 5, UNREACHABLE) for disk in disks), ())
+        facts = SparingFacts(layout, target(layout, record.disks), record, {}, [])
+        (detail,) = {detail for _, _, detail in details(facts, document(facts))}
+        return detail
+
+    five = first(("n1", "n2", "n3", "n4", "n5"))
+    operators = zip((node.location for node in five.nodes if "storage" in node.roles), "abbcc", strict=True)
+    spread = replace(five, spread="operators", operators=tuple(operators))
+    assert "not replaced: an operator may have 1 of a partition's 3 replicas, and too few" in said(
+        spread, ("d1a", "d1b")
+    )
+    drained = tuple(replace(disk, state="draining") if disk.node == "n3" else disk for disk in four().disks)
+    assert "a partition needs 3 racks, 2 are left" in said(replace(four(), disks=drained), ("d4a", "d4b"))
+
+
 # --- decisions
 
 
