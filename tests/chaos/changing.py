@@ -161,9 +161,10 @@ class Change:
         return found[1]
 
     def new_server(self) -> tuple[str, str]:
-        """A name that was never used, and a rack that has no server now."""
+        """A name that was never used, and a rack that has no server now, under another name neither."""
         self.count += 1
-        free = [rack for rack in RACKS if rack not in self.members.values()]
+        former = {node.certified for node in create.load_plan(self.servers.authority).nodes}
+        free = [rack for rack in RACKS if rack not in {*former, *self.members.values()}]
         return f"n{self.count}", self.source.choice(free)
 
     def remember_folder(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-TIME_MAX_S = 300.0
+TIME_MAX_S = 600.0
 """A run is over in a few virtual seconds; one that is not waits for what never comes."""
 
 EPOCH_MS = 1_750_000_000_000
