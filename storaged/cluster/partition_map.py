@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
-from storaged.cluster.partitions import PartitionRecord, PartitionState, has_voters, state_of
+from storaged.cluster.layout import SYSTEM_PARTITION, Layout
+from storaged.cluster.partitions import PartitionRecord, PartitionState, is_sound, state_of
 from storaged.cluster.sparing import NONE_OUT, DisksOut, target
 from storaged.errors import LayoutRefused, ServiceUnavailable
 
@@ -103,8 +103,7 @@ class PartitionMap:
 
         Raises LayoutRefused for a record that is none.
         """
-        sound = 0 <= record.partition < PARTITIONS and record.step >= 1 and record.present
-        if not sound or not has_voters(record):
+        if not is_sound(record):
             raise LayoutRefused(f"A record of partition {record.partition}, step {record.step} is none.")
         known = self._records.get(record.partition)
         if known is not None and known.step >= record.step:

@@ -327,6 +327,10 @@ def _facts(record: PartitionRecord) -> tuple[tuple[str, ...], ...]:
     return record.present, record.coming, record.lost
 
 
-def has_voters(record: PartitionRecord) -> bool:
-    """Whether each set of a record has disks that count."""
-    return all(set(disks) - set(record.lost) for disks in (record.present, record.coming) if disks)
+def is_sound(record: PartitionRecord) -> bool:
+    """Whether a state can be made of it: it names a partition and a step, no disk of a set twice, and in each set disks
+    that count.
+    """
+    sets = (record.present, record.coming) if record.coming else (record.present,)
+    numbered = 0 <= record.partition < PARTITIONS and 1 <= record.step <= STEP_MAX
+    return numbered and all(len(set(disks)) == len(disks) and set(disks) - set(record.lost) for disks in sets)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from storaged.cluster.partitions import PartitionRecord, epoch_of
+from storaged.cluster.layout import PARTITIONS
+from storaged.cluster.partitions import STEP_MAX, PartitionRecord, epoch_of
+from storaged.errors import LayoutRefused
 from storaged.meta import views
 from storaged.meta.names import RegisterName, Table, system_name
 from storaged.meta.views import Views
@@ -41,6 +43,28 @@ def test_another_layout_makes_other_views() -> None:
     layouts.learn(msgspec.structs.replace(layout_of(epoch=2), seeds=("a1", "b0", "c0"), base=1))
     assert known.of(system_name("user/x")).quorum.disks == ("a1", "b0", "c0")
     assert known.of(NAME).epoch == 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        PartitionRecord(NAME.partition, 2, ("a0", "a0", "b0"), (), 1),
+        PartitionRecord(NAME.partition, 1, ("a0", "b0", "c0"), ("a0", "b0", "a0"), 1),
+        PartitionRecord(NAME.partition, 2, (), (), 1),
+        PartitionRecord(NAME.partition, 2, ("a0",), (), 1, lost=("a0",)),
+        PartitionRecord(NAME.partition, 0, ("a0", "b0", "c0"), (), 1),
+        PartitionRecord(NAME.partition, STEP_MAX + 1, ("a0", "b0", "c0"), (), 1),
+        PartitionRecord(PARTITIONS, 2, ("a0", "b0", "c0"), (), 1),
+    ],
+)
+def test_a_record_of_which_no_state_can_be_made_changes_no_view(record: PartitionRecord) -> None:
+    """A gateway may lie: all nodes would fail at each request of the partition, and after each restart."""
+    layouts = KnownLayouts(layout_of())
+    known = Views(layouts)
+    before = known.of(NAME)
+    with pytest.raises(LayoutRefused):
+        layouts.partitions.learn(record)
+    assert known.of(NAME) is before
 
 
 def test_views_of_few_places_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
