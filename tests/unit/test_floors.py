@@ -460,6 +460,21 @@ async def test_a_replica_that_lies_about_ranges_and_rows_holds_up_no_pass(world:
         assert await world.expunger.once() == 0
 
 
+async def test_a_replica_that_answers_an_unknown_verdict_ends_no_pass(world: World) -> None:
+    for number in range(3):
+        name = NAME._replace(key=b"%d" % number)
+        await world.client.change(name, put(b"x"))
+        await world.client.change(name, delete)
+    first = world.ring.replicas[world.state.present[0]]
+
+    async def unknown(_request: FloorSet, *, timeout_s: float = 10.0) -> messages.FloorReply:
+        return messages.FloorReply(99)
+
+    first.floors.set_floor = unknown  # type: ignore[attr-defined]
+    assert await expunge(world) == 0
+    assert "(verdict 99)" in world.expunger.done.waiting
+
+
 async def expunge(world: World) -> int:
     """What was written before is older than the floor."""
     await asyncio.sleep(0.01)

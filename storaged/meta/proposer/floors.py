@@ -118,7 +118,7 @@ class PartitionFloors:
             elif reply.verdict == Verdict.OK:
                 found[disk] = reply
             else:
-                reason = Verdict(reply.verdict).name
+                reason = next((its.name for its in Verdict if its == reply.verdict), f"verdict {reply.verdict}")
         away = [disk for disk in state.present if disk not in found]
         if away:
             raise ServiceUnavailable(
