@@ -126,6 +126,7 @@ from storaged.errors.s3 import (
     KeyReleaseRefused,
     KeyringUnavailable,
     KeyTooLongError,
+    KMSNotFound,
     MalformedACLError,
     MalformedPOSTRequest,
     MalformedTrailerError,

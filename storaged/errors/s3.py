@@ -191,6 +191,15 @@ class InvalidURI(S3Error):
     """The specified URI couldn't be parsed."""
 
 
+class KMSNotFound(S3Error):
+    """The key of AWS KMS that you named does not exist.
+
+    The only such key is the cluster's keyring, under the ARN that the message names.
+    """
+
+    code = "KMS.NotFoundException"
+
+
 class KeyTooLongError(S3Error):
     """Your key is too long: the limit is 1024 bytes."""
 

@@ -132,6 +132,9 @@ class Keyring:
         self.material  # noqa: B018
         return self._homes
 
+    def keyring_id(self) -> bytes:
+        return self._keyring_id
+
     def set_policy(self, policy: Policy | None, holder: KeyHolder | None) -> None:
         """Call it when a layout came into force or a certificate was exchanged. Cached keys that the new ones refuse
         are dropped.

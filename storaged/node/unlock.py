@@ -67,6 +67,9 @@ class LateKeys:
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
         return self._open().verify(context, message, tag)
 
+    def keyring_id(self) -> bytes:
+        return self._open().keyring_id()
+
     def sign_public(self, message: bytes) -> bytes:
         return self._open().sign_public(message)
 

@@ -15,10 +15,18 @@ from msgspec import Struct, field
 
 from storaged.errors import StoragedError
 from storaged.meta.ports import Reading as Reading
+from storaged.objects.body_types import Body as Body
+from storaged.objects.body_types import BodyChecks as BodyChecks
+from storaged.objects.body_types import FillingBody as FillingBody
+from storaged.objects.body_types import WholeBody as WholeBody
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
+from storaged.objects.encryption import NO_KEY, Encryption
 from storaged.objects.etags import Condition
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
 from storaged.objects.records import BucketRecord, SealedPart
+from storaged.objects.upload_types import CompletedPart as CompletedPart
+from storaged.objects.upload_types import PartInfo as PartInfo
+from storaged.objects.upload_types import UploadInfo as UploadInfo
 from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
@@ -77,51 +85,8 @@ class NewMeta(Struct, frozen=True):
     user: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     storage_class: str = "STANDARD"
-
-
-class BodyChecks(Struct, frozen=True):
-    """What a body must match, and which checksums of it are kept.
-
-    ``size``: None when it is not known before the end (chunked without a decoded length). ``md5``: 16 raw bytes.
-    ``checksums``: algorithm -> base64, declared in headers. ``algorithms``: computed and kept even without a declared
-    value; DEFAULT_ALGORITHM when none is named. ``trailing``: called once the body was read, returns algorithm ->
-    base64 from the trailer; may raise. ``sha256``: hex of the signed payload hash; empty when it need not be checked.
-    """
-
-    size: int | None = None
-    md5: bytes | None = None
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    algorithms: tuple[str, ...] = ()
-    trailing: Callable[[], Mapping[str, str]] | None = None
-    sha256: str = ""
-
-
-Body = AsyncIterator[Buffer]
-"""Pieces of a body as they arrive. A piece stays valid until the consumer asks for the next. Raises IncompleteBody (the
-client is gone), XAmzContentSHA256Mismatch, ...
-"""
-
-
-class WholeBody(Protocol):
-    """A Body that can also be read whole. ``put`` does so when the declared size is at most
-    ``ObjectLimits.small_bytes_max``, and then asks for no piece: such an object needs no generator and no copy, and one
-    pass.
-    """
-
-    async def whole(self) -> Buffer:
-        """All bytes of the body, after every check that the pieces would pass. The caller compares their number with
-        the declared size. The memory does not change before the call that was given this body returns. Raises what the
-        pieces would raise.
-        """
-
-
-class FillingBody(Protocol):
-    """A Body that can also fill its reader's memory directly, without a buffer in between."""
-
-    async def fill(self, view: memoryview) -> int:
-        """Fills ``view`` and returns the number of bytes; fewer than fit only at the end of the body. ``view`` belongs
-        to the body until this returns or raises. Raises what the pieces would raise.
-        """
+    encryption: Encryption | None = None
+    """None: SSE-S3."""
 
 
 class ObjectInfo(NamedTuple):
@@ -143,6 +108,8 @@ class ObjectInfo(NamedTuple):
     parts: Sequence[SealedPart] = ()
     owner: str = ""
     delete_marker: bool = False
+    encryption: Encryption | None = None
+    """None: SSE-S3."""
 
 
 class PutResult(Struct, frozen=True):
@@ -154,6 +121,8 @@ class PutResult(Struct, frozen=True):
     checksums: Mapping[str, str] = field(default_factory=dict)
     checksum_type: str = ""
     modified_ms: int = 0
+    encryption: Encryption | None = None
+    """As in ``ObjectInfo``."""
 
 
 class RangeSpec(Struct, frozen=True):
@@ -171,6 +140,7 @@ class CopySource(NamedTuple):
     version_id: str = ""
     conditions: ReadConditions = NO_READ_CONDITIONS
     span: RangeSpec | None = None
+    customer_key: bytes = NO_KEY
 
 
 class ObjectStream(Protocol):
@@ -193,33 +163,6 @@ class ObjectStream(Protocol):
 
     async def close(self) -> None:
         """Releases buffers. Needed when ``chunks`` was not exhausted; safe to call twice."""
-
-
-class UploadInfo(Struct, frozen=True):
-    key: bytes
-    upload_id: str
-    created_ms: int
-    owner: str
-    storage_class: str
-    algorithm: str = ""
-    checksum_type: str = ""
-
-
-class PartInfo(Struct, frozen=True):
-    number: int
-    size: int
-    etag: str
-    modified_ms: int
-    checksum_algorithm: str = ""
-    checksum: str = ""
-
-
-class CompletedPart(Struct, frozen=True):
-    """One line of a Complete request. ``checksums``: algorithm -> base64, when the client gave any."""
-
-    number: int
-    etag: str
-    checksums: Mapping[str, str] = field(default_factory=dict)
 
 
 class DeleteResult(Struct, frozen=True):
@@ -365,9 +308,11 @@ class Objects(Protocol):
         conditions: ReadConditions = NO_READ_CONDITIONS,
         part_number: int | None = None,
         reading: Reading | None = None,
+        customer_key: bytes | None = NO_KEY,
     ) -> ObjectInfo:
-        """``reading``: from ``try_read``. The result has ``parts``. Raises NoSuchKey, NoSuchVersion, NotModified,
-        PreconditionFailed, InvalidPartNumber.
+        """``reading``: from ``try_read``. The result has ``parts``. ``customer_key``: of SSE-C; None for a caller who
+        needs no more than is known without one (no checksums). Raises NoSuchKey, NoSuchVersion, NotModified,
+        PreconditionFailed, InvalidPartNumber, InvalidRequest (the customer's key is missing, wrong or not applicable).
         """
 
     async def get(
@@ -380,6 +325,7 @@ class Objects(Protocol):
         span: RangeSpec | None = None,
         part_number: int | None = None,
         reading: Reading | None = None,
+        customer_key: bytes = NO_KEY,
     ) -> ObjectStream:
         """Raises as ``head``, and InvalidRange, DataDamaged, ServiceUnavailable."""
 
@@ -409,10 +355,11 @@ class Objects(Protocol):
         meta: NewMeta | None,
         tags: Mapping[str, str] | None = None,
         algorithm: str = "",
+        encryption: Encryption | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
-        """``meta`` None keeps the source's; so does ``tags`` None. The data is opened and sealed anew: it belongs to
-        one register.
+        """``meta`` None keeps the source's; so does ``tags`` None. ``encryption`` is of the copy. The data is opened
+        and sealed anew: it belongs to one register.
         """
 
     async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
@@ -454,17 +401,40 @@ class Objects(Protocol):
         """The upload id is text: URL-safe base64 of its 16 bytes."""
 
     async def put_part(
-        self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        upload_id: str,
+        number: int,
+        body: Body,
+        checks: BodyChecks,
+        *,
+        customer_key: bytes = NO_KEY,
     ) -> PutResult:
-        """Raises NoSuchUpload."""
+        """Raises NoSuchUpload, InvalidRequest (``customer_key`` is not the one that the upload was created with)."""
 
     async def copy_part(
-        self, source: CopySource, bucket: BucketRecord, key: bytes, upload_id: str, number: int
+        self,
+        source: CopySource,
+        bucket: BucketRecord,
+        key: bytes,
+        upload_id: str,
+        number: int,
+        *,
+        customer_key: bytes = NO_KEY,
     ) -> PutResult: ...
 
     async def list_parts(
-        self, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
-    ) -> tuple[UploadInfo, list[PartInfo], int | None]: ...
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        upload_id: str,
+        *,
+        after: int = 0,
+        limit: int = 1000,
+        customer_key: bytes = NO_KEY,
+    ) -> tuple[UploadInfo, list[PartInfo], int | None]:
+        """Without the customer's key the parts of an upload with SSE-C have no checksums."""
 
     async def list_uploads(
         self,
@@ -490,9 +460,15 @@ class Objects(Protocol):
         checksum_type: str = "",
         declared_size: int | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
+        customer_key: bytes = NO_KEY,
     ) -> PutResult:
         """Idempotent: a second, equal Complete answers what the first did. Raises NoSuchUpload, InvalidPart,
-        InvalidPartOrder, EntityTooSmall, BadDigest.
+        InvalidPartOrder, EntityTooSmall, BadDigest. An upload with SSE-C and a checksum algorithm needs the key.
+        """
+
+    def kms_key(self) -> str:
+        """The id of the keyring, which wraps the keys of all buckets, in the form of a key's id in AWS KMS. Raises
+        KeyringUnavailable.
         """
 
     async def abort(self, bucket: BucketRecord, key: bytes, upload_id: str) -> None: ...

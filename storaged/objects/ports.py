@@ -112,6 +112,9 @@ class KeyService(Protocol):
     def public_signer(self) -> bytes:
         """The public half of the signing key, 32 bytes."""
 
+    def keyring_id(self) -> bytes:
+        """16 bytes, random, the same for all gateways of the cluster."""
+
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
         """For what is kept in system registers: S3 secrets. nonce(12) || AES-256-GCM, context as AAD."""
 

@@ -7,7 +7,7 @@ In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -305,6 +305,27 @@ class SealedMeta(Message, frozen=True):
     parts: tuple[SealedPart, ...] = ()
     parts_page: bytes = b""
     size: int = -1
+
+
+class SealedEncryption(Message, frozen=True):
+    """How a version is encrypted, sealed in the record with its metadata; absent with SSE-S3.
+
+    ``kind``, ``key_id``, ``bucket_key``, ``context``: as in ``encryption.Encryption``. ``wrapped``: with SSE-C, the
+    data key of the body under the customer's key (``code.customer``); then the metadata is under a key of its own.
+    """
+
+    kind: str
+    key_id: str = ""
+    bucket_key: bool = False
+    context: str = ""
+    wrapped: bytes = b""
+
+
+class EncryptedMeta(NamedTuple):
+    """What is sealed as the metadata of a version with a SealedEncryption."""
+
+    meta: SealedMeta
+    encryption: SealedEncryption
 
 
 class SealedList(Message, frozen=True, gc=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from uuid import UUID
 
 from storaged.objects import listing
 from storaged.objects.background import Counters
@@ -37,6 +38,10 @@ class ObjectService:
         self.list_uploads = partial(multipart.list_uploads, plane)
         self.complete = partial(complete.complete, plane)
         self.abort = partial(multipart.abort, plane)
+
+    def kms_key(self) -> str:
+        """See ``api.Objects``."""
+        return str(UUID(bytes=self.plane.keys.keyring_id()))
 
     def statistics(self) -> Counters:
         """A copy of the counters."""

@@ -80,8 +80,6 @@ _BODIES = (*DOCUMENTS, "PutObject", "PostObject", "UploadPart", "PutObjectAnnota
 # --- why something is refused -----------------------------------------------------------------------------------------
 
 _NO_LISTS = "Access control lists are not implemented: only a bucket's owner has access to it."
-_NO_KMS = "SSE-KMS is not implemented: every object is encrypted under its bucket's own key."
-_NO_CUSTOMER_KEY = "SSE-C is not implemented: every object is encrypted under its bucket's own key."
 _NO_LOCK = "Bucket is missing Object Lock Configuration"
 _NO_WEBSITE = "Static websites are not implemented."
 _NO_APPEND = "Appending to objects is not implemented."
@@ -124,11 +122,11 @@ HEADERS: dict[str, Name] = {
     "x-amz-website-redirect-location": _of(*_CREATING, refusal=_NO_WEBSITE),
     "x-amz-write-offset-bytes": _of("PutObject", refusal=_NO_APPEND),
     **{
-        f"x-amz-server-side-encryption-{name}": _of(*_CREATING, "CreateSession", refusal=_NO_KMS)
+        f"x-amz-server-side-encryption-{name}": _of(*_CREATING, "CreateSession")
         for name in ("aws-kms-key-id", "context", "bucket-key-enabled")
     },
-    **{CUSTOMER_KEY + name: _of(*_CUSTOMER_KEY, refusal=_NO_CUSTOMER_KEY) for name in _CUSTOMER_KEY_PARTS},
-    **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING, refusal=_NO_CUSTOMER_KEY) for name in _CUSTOMER_KEY_PARTS},
+    **{CUSTOMER_KEY + name: _of(*_CUSTOMER_KEY) for name in _CUSTOMER_KEY_PARTS},
+    **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING) for name in _CUSTOMER_KEY_PARTS},
     **{
         LOCK + name: _of(*_CREATING, refusal=_NO_LOCK)
         for name in (

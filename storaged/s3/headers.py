@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Mapping
 from email.utils import formatdate
@@ -80,10 +79,6 @@ ORDINARY = INCIDENTAL | {
     "expires", "range",
 }  # fmt: skip
 """Headers that most requests have, and that every operation honours or may ignore."""
-
-KMS_KEY = "x-amz-server-side-encryption-aws-kms-key-id"
-_SSE_C = "x-amz-server-side-encryption-customer-"
-_SSE_C_SOURCE = "x-amz-copy-source-server-side-encryption-customer-"
 
 
 def integer(name: str, text: str, low: int, high: int) -> int:
@@ -330,47 +325,7 @@ def body_checks(
     )
 
 
-# --- encryption and access --------------------------------------------------------------------------------------------
-
-
-def check_customer_key(headers: Mapping[str, str]) -> None:
-    """SSE-C is not implemented. Headers that are wrong in themselves get AWS's error here; the caller refuses right
-    ones. Raises InvalidArgument."""
-    if "x-amz-server-side-encryption" in headers:
-        raise InvalidArgument(
-            "Server Side Encryption with Customer provided key is incompatible with the encryption method specified"
-        )
-    prefix = _SSE_C if any(name.startswith(_SSE_C) for name in headers) else _SSE_C_SOURCE
-    for part in ("algorithm", "key", "key-md5"):
-        if not headers.get(prefix + part):
-            raise InvalidArgument(
-                f"Requests specifying Server Side Encryption with Customer provided keys must provide {prefix}{part}."
-            )
-    if headers[prefix + "algorithm"] != "AES256":
-        raise InvalidArgument(
-            "Requests specifying Server Side Encryption with Customer provided keys must provide a valid encryption"
-            " algorithm."
-        )
-    try:
-        key = base64.b64decode(headers[prefix + "key"], validate=True)
-        digest = base64.b64decode(headers[prefix + "key-md5"], validate=True)
-    except (binascii.Error, ValueError):
-        key = digest = b""
-    if len(key) != 32 or hashlib.md5(key).digest() != digest:
-        raise InvalidArgument("The calculated MD5 hash of the key did not match the hash that was provided.")
-
-
-def check_encryption(headers: Mapping[str, str]) -> None:
-    value = headers.get("x-amz-server-side-encryption", "AES256")
-    if value == "AES256":
-        return
-    if value in ("aws:kms", "aws:kms:dsse"):
-        raise errors.NotImplemented("SSE-KMS is not implemented: every object is encrypted under its bucket's own key.")
-    raise InvalidArgument(
-        "The encryption method specified is not supported",
-        ArgumentName="x-amz-server-side-encryption",
-        ArgumentValue=value,
-    )
+# --- access ----------------------------------------------------------------------------------------------------------
 
 
 def check_acl(headers: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from storaged.errors import InvalidArgument, InvalidRequest, NotImplemented, S3Error
-from storaged.s3 import aws_names
+from storaged.s3 import aws_names, encryption
 from storaged.s3 import headers as h
 from storaged.s3.conditions import unsupported
 from storaged.s3.context import Front, Handler
@@ -39,6 +39,8 @@ _INERT = h.INCIDENTAL | {"expect"}
 """Headers that every operation accepts, and whose values need no check."""
 _NOT_ACCEPTED = {"versionId": "a version-id", "partNumber": "partNumber without uploadId"}
 """AWS's words."""
+_OF_UPLOAD = frozenset({"UploadPart", "UploadPartCopy", "CompleteMultipartUpload"})
+"""Operations whose object has the encryption that its upload was created with. AWS ignores what they say of it."""
 _WATCHED = ("x-amz-", aws_names.OWN)
 
 
@@ -155,18 +157,11 @@ class Operation:
             return None if self.name in aws_names.METADATA else unsupported(name)
         if row is None:
             return unsupported(name) if name.startswith(aws_names.FAMILIES) else None
-        if name.startswith((aws_names.CUSTOMER_KEY, aws_names.CUSTOMER_KEY_SOURCE)) or (
-            name == h.KMS_KEY and any(other.startswith(aws_names.CUSTOMER_KEY) for other in headers)
-        ):
-            h.check_customer_key(headers)  # a client's key together with one of the server's is wrong in itself
-        elif name == "x-amz-server-side-encryption":
+        if name in encryption.OF_UPLOAD and self.name in _OF_UPLOAD:
+            return None
+        if name == encryption.SSE:
             return InvalidArgument(
                 f"{name} header is not supported for this operation.", ArgumentName=name, ArgumentValue=headers[name]
-            )
-        if name == h.KMS_KEY and headers.get("x-amz-server-side-encryption") != "aws:kms":
-            return InvalidArgument(
-                "Server Side Encryption with AWS KMS managed key requires HTTP header x-amz-server-side-encryption :"
-                " aws:kms"
             )
         if self.name not in row.operations or not row.refusal:
             return unsupported(name)
@@ -176,18 +171,15 @@ class Operation:
 
     def _refusal_of_read(self, name: str, row: aws_names.Name | None, headers: Mapping[str, str]) -> S3Error | None:
         if row is not None and row.refusal and self.name in row.operations:
-            if name.startswith(aws_names.CUSTOMER_KEY):
-                h.check_customer_key(headers)
-                return InvalidRequest("The encryption parameters are not applicable to this object.")
             return NotImplemented(row.refusal, Header=name)
-        if self.name in ("GetObject", "HeadObject") and name.startswith("x-amz-server-side-encryption"):
+        if self.name in ("GetObject", "HeadObject") and name.startswith(encryption.SSE):
             return InvalidRequest(f"{name} header is not supported for this operation.")
         return None
 
 
 def _check_values(headers: Mapping[str, str]) -> None:
     """Checks the values of headers that are accepted by name. Raises InvalidArgument, NotImplemented."""
-    h.check_encryption(headers)
+    encryption.check(headers)
     h.check_acl(headers)
     if headers.get("x-amz-request-payer", "requester") != "requester":
         raise InvalidArgument(ArgumentName="x-amz-request-payer", ArgumentValue=headers["x-amz-request-payer"])

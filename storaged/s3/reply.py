@@ -86,8 +86,8 @@ def checksum_headers(checksums: Mapping[str, str], checksum_type: str, headers: 
 
 
 def stored_headers(result: PutResult) -> Headers:
-    """Headers of PutObject's and UploadPart's answers. Every object is encrypted under its bucket's key with
-    AES-256-GCM: the answer says so, as AWS's does."""
+    """Headers of PutObject's and UploadPart's answers. They name SSE-S3; for another encryption
+    ``encryption.written_headers`` changes them."""
     headers = {"ETag": f'"{result.etag}"', "x-amz-server-side-encryption": "AES256"}
     version_header(result.version_id, headers)
     checksum_headers(result.checksums, result.checksum_type, headers)
@@ -106,7 +106,7 @@ _HEADER_NAMES = {
 
 def object_headers(info: ObjectInfo, *, checksums: bool) -> Headers:
     """Headers of GetObject's and HeadObject's answers. ``checksums``: the client asked for them, and the answer is the
-    whole object."""
+    whole object. They name SSE-S3, as those of ``stored_headers``."""
     headers = {
         "Last-Modified": http_time(info.modified_ms // 1000),
         "ETag": f'"{info.etag}"',

@@ -113,6 +113,9 @@ class MemoryKeys:
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
         return hmac.compare_digest(self.authenticate(context, message), tag)
 
+    def keyring_id(self) -> bytes:
+        return b"a keyring's id.."
+
     def sign_public(self, message: bytes) -> bytes:
         return SIGNING_KEY.sign(message)
 

@@ -283,8 +283,8 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-write-offset-bytes": "3"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-write-offset-bytes": "3", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-website-redirect-location": "/a", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),  # noqa: E501
-    ("PUT", "/bucket/k", {"x-amz-server-side-encryption-context": "e30=", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),  # noqa: E501
-    ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:kms"}, NOT_THERE),
+    ("PUT", "/bucket/k", {"x-amz-server-side-encryption-context": "e30=", "x-amz-server-side-encryption": "AES256"}, CONFLICT),  # noqa: E501
+    ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:kms:dsse"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:fsx"}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": ""}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption-aws-kms-key-id": "k"}, CONFLICT),

@@ -478,7 +478,7 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
         assert client.get_bucket_tagging(Bucket="bucket")["TagSet"] == [{"Key": "a", "Value": "b"}]
         client.put_object(Bucket="bucket", Key="k", Body=b"")
         assert refused(client.delete_bucket, Bucket="bucket") == (409, "BucketNotEmpty")
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", ServerSideEncryption="aws:kms") == (
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", ServerSideEncryption="aws:kms:dsse") == (
             501,
             "NotImplemented",
         )

@@ -149,6 +149,10 @@ def test_what_is_honoured_is_what_the_front_acts_on() -> None:
     built = {
         f"x-amz-copy-source-{name}"
         for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")
+    } | {
+        prefix + name
+        for prefix in (aws_names.CUSTOMER_KEY, aws_names.CUSTOMER_KEY_SOURCE)
+        for name in ("algorithm", "key", "key-md5")
     }
     for header, row in aws_names.HEADERS.items():
         assert row.refusal or header in code or header in without_effect | built, header

@@ -13,6 +13,8 @@ from storaged.wire import Buffer
 
 PART_LABEL = "sov.part.v1"
 META_LABEL = "sov.meta.v1"
+ENCRYPTED_META_LABEL = "sov.meta.v2"
+"""Metadata of a version that names its encryption."""
 
 
 def _part_context(data_id: bytes, part_number: int) -> bytes:

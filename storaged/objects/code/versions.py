@@ -11,15 +11,19 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 
-from storaged.errors import DataDamaged
+from storaged.errors import DataDamaged, InvalidRequest
 from storaged.ids import Entropy
 from storaged.meta.names import Change, Value, Visibility
 from storaged.objects.api import NewMeta, ObjectInfo
-from storaged.objects.code.seal import META_LABEL
+from storaged.objects.code.customer import ContentKey, unwrap_key, without_checksums, wrap_key
+from storaged.objects.code.seal import ENCRYPTED_META_LABEL, META_LABEL
+from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
+    EncryptedMeta,
     ObjectRecord,
     PartEntry,
+    SealedEncryption,
     SealedList,
     SealedMeta,
     SealedPart,
@@ -75,8 +79,48 @@ def meta_of(new: NewMeta, etag: str, checksums: dict[str, str], checksum_type: s
     )
 
 
-def seal_meta(dek: bytes, context: bytes, meta: SealedMeta, entropy: Entropy) -> bytes:
-    return seal_message(dek, META_LABEL, context, encode(brief_meta(meta)), entropy(SALT_BYTES))
+def seal_meta(
+    dek: bytes, context: bytes, meta: SealedMeta, encryption: SealedEncryption | None, entropy: Entropy
+) -> bytes:
+    """``encryption``: of the version; None with SSE-S3. With one the label is another, so that a gateway of an earlier
+    version, which would lose it, can't open and change such metadata.
+    """
+    meta = brief_meta(meta)
+    if encryption is None:
+        return seal_message(dek, META_LABEL, context, encode(meta), entropy(SALT_BYTES))
+    return seal_message(
+        dek, ENCRYPTED_META_LABEL, context, encode(EncryptedMeta(meta, encryption)), entropy(SALT_BYTES)
+    )
+
+
+def open_meta(dek: bytes, context: bytes, sealed: bytes) -> tuple[SealedMeta, SealedEncryption | None]:
+    """Raises SealBroken, msgspec.MsgspecError."""
+    try:
+        return full_meta(decode(open_message(dek, META_LABEL, context, sealed), SealedMeta)), None
+    except SealBroken:
+        plain = open_message(dek, ENCRYPTED_META_LABEL, context, sealed)
+    meta, encryption = decode(plain, EncryptedMeta)
+    return full_meta(meta), encryption
+
+
+class RecordKey(NamedTuple):
+    """The key that seals the metadata of a new version, and how the version is encrypted. ``content``: with SSE-C, the
+    data key of its body; of other versions both are one key.
+    """
+
+    key: bytes
+    encryption: SealedEncryption | None = None
+    content: ContentKey | None = None
+
+
+def record_key(place: Place, context_id: bytes, dek: bytes, asked: Encryption | None, entropy: Entropy) -> RecordKey:
+    """``dek``: the data key of the body."""
+    if asked is None:
+        return RecordKey(dek)
+    if asked.kind != CUSTOMER:
+        return RecordKey(dek, SealedEncryption(asked.kind, asked.key_id, asked.bucket_key, asked.context))
+    wrapped = wrap_key(asked.customer_key, place, context_id, dek, entropy)
+    return RecordKey(entropy(len(dek)), SealedEncryption(CUSTOMER, wrapped=wrapped), ContentKey(dek))
 
 
 def seal_listing(key: BucketKey, context: bytes, meta: SealedMeta) -> bytes:
@@ -101,9 +145,15 @@ class UnsealedVersion(Struct, frozen=True):
 
 
 def seal_version(
-    place: Place, new: UnsealedVersion, key: BucketKey, dek: bytes, meta: SealedMeta, entropy: Entropy
+    place: Place,
+    new: UnsealedVersion,
+    key: BucketKey,
+    dek: bytes,
+    meta: SealedMeta,
+    entropy: Entropy,
+    encryption: SealedEncryption | None = None,
 ) -> Version:
-    """The version with its fields sealed under its data key ``dek`` and its context."""
+    """The version with its fields sealed under its data key ``dek`` (its record key with SSE-C) and its context."""
     context, meta = place.context(new.version_id, new.context_id), brief_meta(meta)
     return Version(
         new.version_id,
@@ -115,7 +165,7 @@ def seal_version(
         seal_listing(key, context, meta),
         False,
         key.wrap(dek, context),
-        seal_meta(dek, context, meta, entropy),
+        seal_meta(dek, context, meta, encryption, entropy),
         new.parts,
         new.manifest,
         new.multipart,
@@ -125,11 +175,30 @@ def seal_version(
 
 
 class OpenedVersion(NamedTuple):
-    """A version with its secrets: the data key and the metadata."""
+    """A version with its secrets: the key of its record, and the metadata. ``content``: the key of a body with SSE-C,
+    once the customer's key was given (``unlock``); until then the checksums in ``meta`` are sealed.
+    """
 
     version: Version
     dek: bytes
     meta: SealedMeta
+    encryption: SealedEncryption | None = None
+    content: ContentKey | None = None
+
+    @property
+    def has_customer_key(self) -> bool:
+        return self.encryption is not None and self.encryption.kind == CUSTOMER
+
+    @property
+    def locked(self) -> bool:
+        """The customer's key is missing."""
+        return self.content is None and self.has_customer_key
+
+    @property
+    def body_dek(self) -> bytes:
+        """The data key of the body. ``locked`` must be false."""
+        assert not self.locked
+        return self.dek if self.content is None else self.content.dek
 
 
 def open_version(place: Place, version: Version, key: BucketKey) -> OpenedVersion:
@@ -139,12 +208,56 @@ def open_version(place: Place, version: Version, key: BucketKey) -> OpenedVersio
     context = place.context_of(version)
     try:
         dek = key.unwrap(version.wrapped_key, context)
-        meta = full_meta(decode(open_message(dek, META_LABEL, context, version.meta), SealedMeta))
+        meta, encryption = open_meta(dek, context, version.meta)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The record of this key does not open: {error}") from None
     if meta.size != version.size:
         raise DataDamaged(f"The record of this key says {version.size} bytes, what is sealed in it {meta.size}.")
-    return OpenedVersion(version, dek, meta)
+    return OpenedVersion(version, dek, meta, encryption)
+
+
+KEY_MISSING = (
+    "The object was stored using a form of Server Side Encryption. The correct parameters must be provided to retrieve"
+    " the object."
+)
+KEY_WRONG = "The provided encryption parameters did not match the ones used originally."
+KEY_UNWANTED = "The encryption parameters are not applicable to this object."
+
+
+def unlock(place: Place, opened: OpenedVersion, customer_key: bytes) -> OpenedVersion:
+    """The version with the key of its body, and its checksums in the clear; what this returns must not be cached.
+    ``customer_key``: NO_KEY when the request has none. Raises InvalidRequest when it needs a key, this one is wrong,
+    or it has no use for one.
+    """
+    if not opened.has_customer_key:
+        if customer_key != NO_KEY:
+            raise InvalidRequest(KEY_UNWANTED)
+        return opened
+    content = content_key(place, opened.version.context_id, opened.encryption, customer_key)
+    try:
+        checksums = content.open(opened.meta.checksums, opened.version.context_id)
+    except SealBroken as error:
+        raise DataDamaged(f"The checksums of this key do not open: {error}") from None
+    return opened._replace(meta=msgspec.structs.replace(opened.meta, checksums=checksums), content=content)
+
+
+def content_key(
+    place: Place, context_id: bytes, encryption: SealedEncryption | None, customer_key: bytes
+) -> ContentKey:
+    """The data key that a customer's key wraps. Raises InvalidRequest when it is missing or wrong."""
+    if customer_key == NO_KEY or encryption is None:
+        raise InvalidRequest(KEY_MISSING)
+    try:
+        return ContentKey(unwrap_key(customer_key, place, context_id, encryption.wrapped))
+    except SealBroken:
+        raise InvalidRequest(KEY_WRONG) from None
+
+
+def shown(encryption: SealedEncryption | None) -> Encryption | None:
+    """The encryption of a version, as answers name it."""
+    if encryption is None:
+        return None
+    return Encryption(encryption.kind, encryption.key_id, encryption.bucket_key, encryption.context)
 
 
 def open_listing(place: Place, version: Version, key: BucketKey) -> SealedList:
@@ -155,8 +268,20 @@ def open_listing(place: Place, version: Version, key: BucketKey) -> SealedList:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
 
 
+def parts_shown(opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> tuple[SealedPart, ...]:
+    """The parts with their checksums, as far as these are open. Raises DataDamaged."""
+    if not opened.has_customer_key:
+        return parts
+    if opened.content is None:
+        return without_checksums(parts)
+    try:
+        return opened.content.open_parts(parts, next(iter(opened.meta.checksums), ""))
+    except SealBroken as error:
+        raise DataDamaged(f"The checksums of a part do not open: {error}") from None
+
+
 def info_of(key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[SealedPart, ...]) -> ObjectInfo:
-    """``version_id``: as clients name it."""
+    """``version_id``: as clients name it. ``parts``: as ``parts_shown`` returned them."""
     version, meta = opened.version, opened.meta
     return ObjectInfo(
         key=key,
@@ -167,11 +292,12 @@ def info_of(key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[Sea
         headers=meta.headers,
         user=meta.user,
         tags=meta.tags,
-        checksums=meta.checksums,
+        checksums={} if opened.locked else meta.checksums,
         checksum_type=meta.checksum_type,
         storage_class=meta.storage_class,
         part_count=len(parts),
         parts=parts,
         owner=version.owner,
         delete_marker=version.delete_marker,
+        encryption=shown(opened.encryption),
     )

@@ -21,8 +21,9 @@ from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions, Reading, ReadResult
 from storaged.objects.code.manifest import sealed_parts_of
 from storaged.objects.code.seal import part_key
-from storaged.objects.code.versions import Place, info_of
+from storaged.objects.code.versions import Place, info_of, parts_shown, unlock
 from storaged.objects.conditions import check_copy_source, check_read
+from storaged.objects.encryption import NO_KEY
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.read.find import Found, find, try_find
@@ -46,7 +47,7 @@ def _try_info(key: bytes, found: Found) -> ObjectInfo | None:
     if opened.meta.parts_page:
         return None
     if cached is None:
-        return info_of(key, opened, found.version_id, opened.meta.parts)
+        return info_of(key, opened, found.version_id, parts_shown(opened, opened.meta.parts))
     if cached.info is None or cached.info.version_id != found.version_id:
         cached.info = info_of(key, opened, found.version_id, opened.meta.parts)
     return cached.info
@@ -59,7 +60,22 @@ async def _info(plane: ObjectPlane, bucket: BucketRecord, key: bytes, found: Fou
     opened = found.opened
     context = Place(bucket.id, key).context_of(opened.version)
     parts = await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta)
+    if opened.has_customer_key:  # 20 ms for 10,000 parts
+        parts = await plane.in_thread(parts_shown, opened, parts)
     return info_of(key, opened, found.version_id, parts)
+
+
+def _unlocked(bucket: BucketRecord, key: bytes, found: Found, customer_key: bytes | None) -> Found:
+    """What was found, with the secrets that a customer's key opens. These are never cached: an entry would answer
+    requests without the key. ``customer_key``: as of ``head``. Raises InvalidRequest.
+    """
+    opened = found.opened
+    if customer_key is None:
+        return Found(found.name, opened, found.version_id, found.copy, None) if opened.has_customer_key else found
+    if opened.encryption is None and customer_key == NO_KEY:
+        return found
+    opened = unlock(Place(bucket.id, key), opened, customer_key)
+    return Found(found.name, opened, found.version_id, found.copy, None) if opened.has_customer_key else found
 
 
 def _sealed_here(found: Found) -> Buffer | None:
@@ -73,12 +89,11 @@ def _sealed_here(found: Found) -> Buffer | None:
 
 def _try_open(plane: ObjectPlane, info: ObjectInfo, wanted: Span, found: Found, sealed: Buffer) -> HeldStream | None:
     """The object as a stream. None: a copy does not open. Its replica may lie, and ``VerifiedStream`` asks others."""
-    (version, dek, _), cached = found.opened, found.cached
-    part = version.parts[0]
+    cached, part = found.cached, found.opened.version.parts[0]
     try:
         stream_key = cached.key if cached is not None else None
         if stream_key is None:
-            stream_key = part_key(dek, part.header, part.data_id, part.number)
+            stream_key = part_key(found.opened.body_dek, part.header, part.data_id, part.number)
             if cached is not None:
                 cached.key = stream_key
         plain = stream_key.open_only(sealed)
@@ -127,11 +142,15 @@ def _from_reading(
     plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, want_plain: bool, reading: Reading
 ) -> HeldStream | ObjectInfo | Reading:
     """The whole newest version, or what is known of it; the reading when something must be awaited first. Raises
-    NoSuchKey, DataDamaged.
+    NoSuchKey, DataDamaged, InvalidRequest.
     """
     found = try_find(plane, name, bucket, key, reading)
-    info = None if found is None else _try_info(key, found)
-    if found is None or info is None:
+    if found is None:
+        return reading
+    if found.opened.encryption is not None:
+        found = _unlocked(bucket, key, found, NO_KEY)
+    info = _try_info(key, found)
+    if info is None:
         return reading
     if not want_plain:
         return info
@@ -153,9 +172,11 @@ async def head(
     conditions: ReadConditions = NO_READ_CONDITIONS,
     part_number: int | None = None,
     reading: Reading | None = None,
+    customer_key: bytes | None = NO_KEY,
 ) -> ObjectInfo:
-    """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber."""
+    """See ``api.Objects``."""
     found = await find(plane, bucket, key, version_id, reading=reading)
+    found = _unlocked(bucket, key, found, customer_key)
     if conditions != NO_READ_CONDITIONS:
         check_read(conditions, found.opened.meta.etag, found.opened.version.modified_ms)
     info = await _info(plane, bucket, key, found)
@@ -175,10 +196,12 @@ async def get(
     part_number: int | None = None,
     as_copy_source: bool = False,
     reading: Reading | None = None,
+    customer_key: bytes = NO_KEY,
 ) -> HeldStream | VerifiedStream:
     """Opens an object for reading. Raises as head, and InvalidRange, DataDamaged, ServiceUnavailable."""
     found = await find(plane, bucket, key, version_id, want_payload=True, reading=reading)
     for attempt in range(READ_AGAIN_MAX):
+        found = _unlocked(bucket, key, found, customer_key)
         meta, version = found.opened.meta, found.opened.version
         if conditions != NO_READ_CONDITIONS:
             (check_copy_source if as_copy_source else check_read)(conditions, meta.etag, version.modified_ms)

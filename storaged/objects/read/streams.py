@@ -184,7 +184,9 @@ class VerifiedStream:
             start, stop = max(self.first, offset), min(end, offset + part.size)
             if stop > start or not version.size:
                 copy = found.copy if part.small else None
-                reader = PartReader(self._plane, self._bucket, found.name, part, found.opened.dek, copy, self._moved)
+                reader = PartReader(
+                    self._plane, self._bucket, found.name, part, found.opened.body_dek, copy, self._moved
+                )
                 for window in reader.windows(start - offset, stop - start, self._window_bytes):
                     base = offset + window.plain_start
                     yield _Job(reader, window, max(start - base, 0), min(stop - base, window.plain_bytes))

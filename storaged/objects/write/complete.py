@@ -21,21 +21,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from storaged.errors import (
-    BadDigest,
     ConditionalRequestConflict,
+    DataDamaged,
     EntityTooLarge,
-    EntityTooSmall,
-    InvalidPart,
-    InvalidPartOrder,
     InvalidRequest,
-    MalformedXML,
     NoSuchKey,
     NoSuchUpload,
     PreconditionFailed,
@@ -45,12 +40,15 @@ from storaged.fragments.ports import OF_UPLOAD
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
 from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
+from storaged.objects.code.customer import ContentKey
 from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
 from storaged.objects.code.manifest import renew_pages, write_manifest, write_sealed_parts
-from storaged.objects.code.versions import UnsealedVersion, decode_record, open_version, seal_version
+from storaged.objects.code.versions import UnsealedVersion, decode_record, open_version, seal_version, shown
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.kinds import ENABLED
+from storaged.objects.encryption import NO_KEY
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import SealBroken
 from storaged.objects.records import (
     NAMED_VERSION,
     NULL_VERSION,
@@ -65,7 +63,8 @@ from storaged.objects.records import (
     Version,
     decode_version,
 )
-from storaged.objects.write.checksums import FULL_OBJECT, multipart_checksum, multipart_etag, same_checksums
+from storaged.objects.write.checksums import multipart_etag
+from storaged.objects.write.chosen_parts import Rows, checksums_of, chosen_parts
 from storaged.objects.write.commit import change_once
 from storaged.objects.write.put import check_early
 from storaged.objects.write.retire import retire_parts, retire_removed
@@ -77,6 +76,7 @@ from storaged.objects.write.uploads import (
     decode_upload,
     open_upload,
     part_rows,
+    parts_opener,
     renew_digest,
     upload_text,
 )
@@ -86,8 +86,6 @@ from storaged.wire import encode
 ATTEMPTS_MAX = 12
 WAITS_MAX = 6
 """Waits of 0.01 to 0.02 s, doubled each time: up to 1.3 s for another request that completes the same upload."""
-
-Rows = dict[int, tuple[PartRecord, SealedPart]]
 
 
 class _Moved(Exception):
@@ -110,13 +108,14 @@ async def complete(
     checksum_type: str = "",
     declared_size: int | None = None,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    customer_key: bytes = NO_KEY,
 ) -> PutResult:
     """Makes an object of an upload's parts. A repeat of a Complete that succeeded returns the same result.
 
     Raises NoSuchUpload, MalformedXML (no parts), InvalidPart, InvalidPartOrder, EntityTooSmall, EntityTooLarge,
     BadDigest, InvalidRequest, ConditionalRequestConflict, SlowDown, and as the conditions do.
     """
-    request = _Request(parts, owner, checksums or {}, checksum_type, declared_size, conditions)
+    request = _Request(parts, owner, checksums or {}, checksum_type, declared_size, conditions, customer_key)
     bare = _request_digest(request)
     waits = 0
     for _ in range(ATTEMPTS_MAX):
@@ -125,7 +124,7 @@ async def complete(
         equal = hmac.compare_digest(upload.renewed(record).request_digest, digest)
         if record.state == DONE and equal:
             await renew_digest(plane, upload)
-            return _answer(plane, bucket, upload.open_result())
+            return _answer(plane, bucket, upload, upload.open_result(), _content_of(upload, request))
         if record.state not in (OPEN, COMPLETING):
             raise NoSuchUpload(UploadId=upload_id)
         if record.state == COMPLETING and waits < WAITS_MAX:
@@ -152,6 +151,21 @@ class _Request(NamedTuple):
     checksum_type: str
     declared_size: int | None
     conditions: WriteConditions
+    customer_key: bytes
+
+
+def _content_of(upload: OpenedUpload, request: _Request) -> ContentKey | None:
+    """The data key of the parts' bodies with SSE-C; None: it is the upload's, or no key was sent. That is enough as
+    long as no checksum is asked for. Raises InvalidRequest.
+    """
+    if request.customer_key != NO_KEY or not upload.has_customer_key:
+        return upload.content_key(request.customer_key)
+    if upload.record.checksum_algorithm or request.checksums or any(part.checksums for part in request.parts):
+        raise InvalidRequest(
+            "An upload with a checksum algorithm and a customer's key is completed with this key: the checksums are"
+            " encrypted too."
+        )
+    return None
 
 
 async def _complete_once(
@@ -162,12 +176,13 @@ async def _complete_once(
     """
     name, keys = object_name(bucket.id, bucket.shard_numbers, upload.place.key), BucketKeys(plane, bucket)
     resumed = upload.record.state == COMPLETING
-    rows = await _rows(plane, bucket, upload)
+    content = _content_of(upload, request)
+    rows = await _rows(plane, bucket, upload, request.customer_key)
     if not resumed:
         await check_early(plane, name, upload.place, keys, request.conditions)
         algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
-        chosen = await plane.in_thread(_chosen, plane, rows, request.parts, algorithm)
-        version = await _make_version(plane, bucket, name, upload, chosen, request)
+        chosen = await plane.in_thread(chosen_parts, plane.limits, rows, request.parts, algorithm)
+        version = await _make_version(plane, bucket, name, upload, chosen, request, content)
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest))
     version = decode_version(upload.record.pinned)
     try:
@@ -189,12 +204,32 @@ async def _complete_once(
     if unused:
         origin = OF_UPLOAD + upload.record.upload_id
         plane.background.spawn(retire_parts(plane, bucket, name, unused, origin))
-    return _answer(plane, bucket, result)
+    return _answer(plane, bucket, upload, result, content)
 
 
-def _answer(plane: ObjectPlane, bucket: BucketRecord, result: CompleteResult) -> PutResult:
-    shown = result.version_id if plane.versioning(bucket) else ""
-    return PutResult(result.etag, shown, result.size, result.checksums, result.checksum_type, result.modified_ms)
+def _answer(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    upload: OpenedUpload,
+    result: CompleteResult,
+    content: ContentKey | None,
+) -> PutResult:
+    """Raises DataDamaged."""
+    checksums = {} if upload.has_customer_key else result.checksums
+    if content is not None:
+        try:
+            checksums = content.open(result.checksums, upload.record.context_id)
+        except SealBroken as error:
+            raise DataDamaged(f"The checksums of this upload do not open: {error}") from None
+    return PutResult(
+        result.etag,
+        result.version_id if plane.versioning(bucket) else "",
+        result.size,
+        checksums,
+        result.checksum_type,
+        result.modified_ms,
+        shown(upload.encryption),
+    )
 
 
 def _request_digest(request: _Request) -> bytes:
@@ -206,42 +241,11 @@ def _request_digest(request: _Request) -> bytes:
     return hashlib.sha256(msgspec.msgpack.encode(content)).digest()
 
 
-async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> Rows:
+async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, customer_key: bytes) -> Rows:
     rows = [row async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id)]
-    opened = await plane.in_thread(lambda: [upload.open_part(row) for row in rows])
+    open_checksums = parts_opener(upload, customer_key)
+    opened = await plane.in_thread(lambda: open_checksums([upload.open_part(row) for row in rows]))
     return {row.entry.number: (row, part) for row, part in zip(rows, opened, strict=True)}
-
-
-def _chosen(
-    plane: ObjectPlane, rows: Rows, parts: Sequence[CompletedPart], algorithm: str
-) -> list[tuple[PartRecord, SealedPart]]:
-    """The parts that the client names, checked against the uploaded ones. Raises MalformedXML, InvalidPartOrder,
-    InvalidPart, EntityTooSmall.
-    """
-    if not parts or len(parts) > plane.limits.parts_max:
-        raise MalformedXML
-    numbers = [part.number for part in parts]
-    if any(first >= second for first, second in itertools.pairwise(numbers)):
-        raise InvalidPartOrder
-    chosen = []
-    for part in parts:
-        found = rows.get(part.number)
-        if (
-            found is None
-            or found[1].etag != part.etag
-            or not same_checksums(part.checksums, {algorithm: found[1].checksum})
-        ):
-            raise InvalidPart(PartNumber=str(part.number), ETag=part.etag)
-        chosen.append(found)
-    for row, sealed in chosen[:-1]:
-        if sealed.size < plane.limits.part_bytes_min:
-            raise EntityTooSmall(
-                ProposedSize=str(sealed.size),
-                MinSizeAllowed=str(plane.limits.part_bytes_min),
-                PartNumber=str(row.entry.number),
-                ETag=sealed.etag,
-            )
-    return chosen
 
 
 async def _make_version(
@@ -251,6 +255,7 @@ async def _make_version(
     upload: OpenedUpload,
     chosen: Sequence[tuple[PartRecord, SealedPart]],
     request: _Request,
+    content: ContentKey | None,
 ) -> Version:
     """The version of these parts. Its pages are durable when this returns. Raises EntityTooLarge, InvalidRequest,
     BadDigest.
@@ -262,7 +267,11 @@ async def _make_version(
     if request.declared_size is not None and request.declared_size != size:
         raise InvalidRequest(f"The parts have {size} bytes; x-amz-mp-object-size says {request.declared_size}.")
     # 50 ms for 10,000 parts
-    found, kind = await plane.in_thread(_checksums, upload.record, parts, request.checksums, request.checksum_type)
+    found, kind = await plane.in_thread(checksums_of, upload.record, parts, request.checksums, request.checksum_type)
+    if content is not None:
+        algorithm, entropy = next(iter(found), ""), plane.entropy
+        found = content.seal(found, upload.record.context_id, entropy)
+        parts = await plane.in_thread(lambda: [content.seal_part(part, algorithm, entropy) for part in parts])
     manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
     etag = multipart_etag([part.etag for part in parts])
     meta = msgspec.structs.replace(upload.meta, etag=etag, checksums=found, checksum_type=kind, size=size)
@@ -279,7 +288,7 @@ async def _make_version(
         part_count=len(parts),
         pages=manifest.pages + sealed_pages,
     )
-    return seal_version(upload.place, new, upload.key, upload.dek, meta, plane.entropy)
+    return seal_version(upload.place, new, upload.key, upload.dek, meta, plane.entropy, upload.encryption)
 
 
 async def _with_parts(
@@ -296,25 +305,6 @@ async def _with_parts(
     context = upload.place.context(version_id, upload.record.upload_id)
     pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
     return msgspec.structs.replace(meta, parts_page=pages[0]), pages
-
-
-def _checksums(
-    record: UploadRecord, parts: Sequence[SealedPart], declared: Mapping[str, str], checksum_type: str
-) -> tuple[dict[str, str], str]:
-    """(algorithm -> value, type) of the whole object, for the algorithm that the upload was created for, or CRC64NVME.
-    Raises InvalidRequest, BadDigest.
-    """
-    algorithm, kind = record.checksum_algorithm or DEFAULT_ALGORITHM, record.checksum_type or FULL_OBJECT
-    if checksum_type and checksum_type != kind:
-        raise BadDigest(f"The upload was created for checksums of type {kind}, not {checksum_type}.")
-    if any(name != algorithm for name in declared):
-        raise InvalidRequest(f"The upload was created for {algorithm} checksums, not {', '.join(declared)}.")
-    if not record.checksum_algorithm and not declared and not all(part.checksum for part in parts):
-        return {}, ""  # old parts, of a version that kept no checksum without being asked
-    value = multipart_checksum(algorithm, kind, [(part.checksum, part.size) for part in parts])
-    if declared and declared[algorithm] not in (value, value.partition("-")[0]):
-        raise BadDigest(f"The {algorithm} you specified did not match the calculated checksum.")
-    return {algorithm: value}, kind
 
 
 async def _pin(

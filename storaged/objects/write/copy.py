@@ -13,6 +13,7 @@ from storaged.objects.api import (
     PutResult,
     WriteConditions,
 )
+from storaged.objects.encryption import Encryption
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
 from storaged.objects.records import BucketRecord
@@ -30,16 +31,20 @@ async def copy(
     meta: NewMeta | None,
     tags: Mapping[str, str] | None = None,
     algorithm: str = "",
+    encryption: Encryption | None = None,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
     """Copies a version. ``meta`` None keeps the source's metadata; so does ``tags`` None with its tags. Without an
-    ``algorithm``, the source's checksums are computed anew. Raises as ``get`` and ``put``.
+    ``algorithm``, the source's checksums are computed anew. ``encryption``: of the copy, whatever the source's is; that
+    in ``meta`` does not count. Raises as ``get`` and ``put``.
     """
     stream = await open_source(plane, source)
     try:
         info = stream.info
         given = meta if meta is not None else NewMeta(info.headers, info.user, info.tags, info.storage_class)
-        kept = NewMeta(given.headers, given.user, tags if tags is not None else info.tags, given.storage_class)
+        kept = NewMeta(
+            given.headers, given.user, tags if tags is not None else info.tags, given.storage_class, encryption
+        )
         checks = BodyChecks(size=info.size, algorithms=(algorithm,) if algorithm else tuple(info.checksums))
         return await put(plane, bucket, key, body_of(stream), kept, checks, owner=owner, conditions=conditions)
     finally:
@@ -48,8 +53,16 @@ async def copy(
 
 async def open_source(plane: ObjectPlane, source: CopySource) -> ObjectStream:
     """The source of a copy, opened. Raises as ``get``."""
-    bucket, key, version_id, conditions, span = source
-    return await get(plane, bucket, key, version_id=version_id, conditions=conditions, span=span, as_copy_source=True)
+    return await get(
+        plane,
+        source.bucket,
+        source.key,
+        version_id=source.version_id,
+        conditions=source.conditions,
+        span=source.span,
+        as_copy_source=True,
+        customer_key=source.customer_key,
+    )
 
 
 async def body_of(stream: ObjectStream) -> AsyncIterator[Buffer]:

@@ -122,7 +122,7 @@ async def change_meta(
         bucket_key = keys.known(version.bucket_key)
         opened = open_version(where, version, bucket_key)
         meta, context = alter(opened.meta), where.context_of(version)
-        sealed = seal_meta(opened.dek, context, meta, plane.entropy)
+        sealed = seal_meta(opened.dek, context, meta, opened.encryption, plane.entropy)
         after = msgspec.structs.replace(version, meta=sealed, listing=seal_listing(bucket_key, context, meta))
         draft.replace(entry, entry._replace(version=after))
         changed = entry.name

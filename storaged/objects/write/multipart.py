@@ -44,8 +44,8 @@ from storaged.objects.api import (
     UploadInfo,
 )
 from storaged.objects.bucket_keys import BucketKeys
-from storaged.objects.code.seal import META_LABEL
-from storaged.objects.code.versions import Place, meta_of
+from storaged.objects.code.versions import Place, meta_of, record_key, seal_meta, shown
+from storaged.objects.encryption import NO_KEY
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
 from storaged.objects.write.blocks import NewPart
@@ -68,12 +68,12 @@ from storaged.objects.write.uploads import (
     open_upload,
     parse_upload_id,
     part_rows,
+    parts_opener,
     renew_digest,
     unseal_upload,
     upload_of_row,
     upload_text,
 )
-from storaged.sov1 import SALT_BYTES, seal_message
 from storaged.tasks import TaskGroup
 from storaged.wire import decode, encode
 
@@ -97,7 +97,10 @@ async def create_upload(
     upload_id = new_upload_id(shard_of(key, bucket.shard_numbers), plane.entropy)
     bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
     dek = plane.entropy(DEK_BYTES)
-    context = Place(bucket.id, key).context(UPLOAD_VERSION, upload_id)
+    place = Place(bucket.id, key)
+    context = place.context(UPLOAD_VERSION, upload_id)
+    dek, encryption, _ = record_key(place, upload_id, dek, meta.encryption, plane.entropy)
+    sealed = seal_meta(dek, context, meta_of(meta, "", {}, "", 0), encryption, plane.entropy)
     now_ms = plane.clock.wall_ms()
     record = UploadRecord(
         upload_id,
@@ -107,13 +110,15 @@ async def create_upload(
         bucket_key.version,
         upload_id,
         bucket_key.wrap(dek, context),
-        seal_message(dek, META_LABEL, context, encode(meta_of(meta, "", {}, "", 0)), plane.entropy(SALT_BYTES)),
+        sealed,
         algorithm,
         kind,
         changed_ms=now_ms,
     )
     await plane.registers.change(upload_name(bucket.id, key, upload_id), lambda value: Change(encode(record)))
-    return UploadInfo(key, upload_text(upload_id), now_ms, owner, meta.storage_class, algorithm, kind)
+    return UploadInfo(
+        key, upload_text(upload_id), now_ms, owner, meta.storage_class, algorithm, kind, shown(encryption)
+    )
 
 
 def _checked_type(algorithm: str, checksum_type: str) -> str:
@@ -134,7 +139,15 @@ def _checked_type(algorithm: str, checksum_type: str) -> str:
 
 
 async def put_part(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    upload_id: str,
+    number: int,
+    body: Body,
+    checks: BodyChecks,
+    *,
+    customer_key: bytes = NO_KEY,
 ) -> PutResult:
     """Stores one part; it replaces an earlier one of the same number. It keeps the checksum that the upload was created
     for, or CRC64NVME.
@@ -156,10 +169,14 @@ async def put_part(
         )
     if algorithm not in declared:
         checks = msgspec.structs.replace(checks, algorithms=(*checks.algorithms, algorithm))
-    data_id = plane.entropy(DATA_ID_BYTES)
-    async with sealed_body(plane, NewPart(bucket, owner, upload.dek, data_id, number), body, checks) as sealed:
+    data_id, content = plane.entropy(DATA_ID_BYTES), upload.content_key(customer_key)
+    dek = upload.dek if content is None else content.dek
+    async with sealed_body(plane, NewPart(bucket, owner, dek, data_id, number), body, checks) as sealed:
         digest, now_ms = sealed.digest, plane.clock.wall_ms()
-        part = SealedPart(number, digest.size, digest.etag, digest.checksums.get(algorithm, ""), data_id)
+        etag = digest.etag if content is None else content.etag(digest.etag)
+        part = SealedPart(number, digest.size, etag, digest.checksums.get(algorithm, ""), data_id)
+        if content is not None:
+            part = content.seal_part(part, algorithm, plane.entropy)
         secret = upload.seal_part(plane, data_id, part)
 
         def update(value: Value | None, entry: PartEntry) -> Change:
@@ -176,8 +193,8 @@ async def put_part(
         if replaced.data_id != entry.data_id:
             origin = OF_UPLOAD + upload.record.upload_id
             plane.background.spawn(retire_parts(plane, bucket, owner, [replaced], origin))
-    shown = {name: value for name, value in digest.checksums.items() if name in (declared or {algorithm})}
-    return PutResult(digest.etag, size=digest.size, checksums=shown, modified_ms=now_ms)
+    kept = {name: value for name, value in digest.checksums.items() if name in (declared or {algorithm})}
+    return PutResult(etag, size=digest.size, checksums=kept, modified_ms=now_ms, encryption=shown(upload.encryption))
 
 
 async def copy_part(
@@ -187,13 +204,16 @@ async def copy_part(
     key: bytes,
     upload_id: str,
     number: int,
+    *,
+    customer_key: bytes = NO_KEY,
 ) -> PutResult:
     """A part from an object, or from a range of one: opened here and sealed anew."""
     stream, span = await open_source(plane, source), source.span
     try:
         if span is not None and span.last is not None and span.last >= stream.info.size:
             raise InvalidRange(f"The range is not within the source, which has {stream.info.size} bytes.")
-        return await put_part(plane, bucket, key, upload_id, number, body_of(stream), BodyChecks(size=stream.length))
+        checks = BodyChecks(size=stream.length)
+        return await put_part(plane, bucket, key, upload_id, number, body_of(stream), checks, customer_key=customer_key)
     finally:
         await stream.close()
 
@@ -259,7 +279,14 @@ async def _forget_parts(
 
 
 async def list_parts(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    upload_id: str,
+    *,
+    after: int = 0,
+    limit: int = 1000,
+    customer_key: bytes = NO_KEY,
 ) -> tuple[UploadInfo, list[PartInfo], int | None]:
     """The upload, its parts with a number > ``after``, and the last number when there are more. Raises NoSuchUpload."""
     upload = await open_upload(plane, bucket, key, upload_id)
@@ -267,10 +294,11 @@ async def list_parts(
         raise NoSuchUpload(UploadId=upload_id)
     found: list[PartInfo] = []
     algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
+    open_checksums = parts_opener(upload, customer_key)
     async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id, after=min(after, 0xFFFF)):
         if len(found) >= limit:
             return upload.info, found, found[-1].number if found else after
-        part = upload.open_part(row)
+        (part,) = open_checksums([upload.open_part(row)])
         found.append(
             PartInfo(
                 part.number, part.size, part.etag, row.modified_ms, algorithm if part.checksum else "", part.checksum

@@ -32,7 +32,9 @@ from storaged.objects.code.versions import (
     decode_record,
     meta_of,
     record_change,
+    record_key,
     seal_version,
+    shown,
 )
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.kinds import ENABLED
@@ -201,9 +203,14 @@ def _new_version(write: Write, sealed: Sealed, version_id: str) -> tuple[Version
     part, new, digest, modified_ms = write.part, write.new, sealed.digest, write.plane.clock.wall_ms()
     kind = FULL_OBJECT if digest.checksums else ""
     unsealed = UnsealedVersion(version_id, part.data_id, new.owner, modified_ms, (sealed.entry,))
-    meta = meta_of(new.meta, digest.etag, digest.checksums, kind, digest.size)
-    version = seal_version(write.place, unsealed, write.bucket_key, part.dek, meta, write.plane.entropy)
-    return version, PutResult(digest.etag, "", digest.size, digest.checksums, kind, modified_ms)
+    etag, checksums, dek, encryption, entropy = digest.etag, digest.checksums, part.dek, None, write.plane.entropy
+    if new.meta.encryption is not None:
+        dek, encryption, content = record_key(write.place, part.data_id, dek, new.meta.encryption, entropy)
+        if content is not None:
+            etag, checksums = content.etag(etag), content.seal(checksums, part.data_id, entropy)
+    meta = meta_of(new.meta, etag, checksums, kind, digest.size)
+    version = seal_version(write.place, unsealed, write.bucket_key, dek, meta, entropy, encryption)
+    return version, PutResult(etag, "", digest.size, digest.checksums, kind, modified_ms, shown(encryption))
 
 
 class Replacement:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from storaged.errors import DataDamaged, NoSuchUpload
+from storaged.errors import DataDamaged, InvalidRequest, NoSuchUpload
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, upload_name
 from storaged.meta.ports import PageQuery, Row, Scanner
-from storaged.objects.api import UploadInfo
+from storaged.objects.api import DEFAULT_ALGORITHM, UploadInfo
+from storaged.objects.code.customer import ContentKey, without_checksums
 from storaged.objects.code.manifest import checked
-from storaged.objects.code.seal import META_LABEL
-from storaged.objects.code.versions import Place
+from storaged.objects.code.versions import KEY_UNWANTED, Place, content_key, open_meta, shown
+from storaged.objects.encryption import CUSTOMER, NO_KEY
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
-from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord
+from storaged.objects.records import (
+    BucketRecord,
+    CompleteResult,
+    PartRecord,
+    SealedEncryption,
+    SealedMeta,
+    SealedPart,
+    UploadRecord,
+)
 from storaged.sov1 import SALT_BYTES, derive_key, open_message, seal_message
 from storaged.wire import decode, encode
 
@@ -49,6 +58,21 @@ class OpenedUpload(NamedTuple):
     key: BucketKey
     dek: bytes
     meta: SealedMeta
+    encryption: SealedEncryption | None = None
+
+    @property
+    def has_customer_key(self) -> bool:
+        return self.encryption is not None and self.encryption.kind == CUSTOMER
+
+    def content_key(self, customer_key: bytes) -> ContentKey | None:
+        """The data key of the parts' bodies with SSE-C; None: it is ``dek``. Raises InvalidRequest when the customer's
+        key is not the one that the upload was created with.
+        """
+        if self.has_customer_key:
+            return content_key(self.place, self.record.context_id, self.encryption, customer_key)
+        if customer_key != NO_KEY:
+            raise InvalidRequest(KEY_UNWANTED)
+        return None
 
     @property
     def info(self) -> UploadInfo:
@@ -61,6 +85,7 @@ class OpenedUpload(NamedTuple):
             self.meta.storage_class,
             record.checksum_algorithm,
             record.checksum_type,
+            shown(self.encryption),
         )
 
     def part_context(self, data_id: bytes) -> bytes:
@@ -105,6 +130,25 @@ def _opened(dek: bytes, label: str, context: bytes, sealed: bytes, kind: type[T]
         return decode(open_message(dek, label, context, sealed), kind)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"What is sealed in an upload's record does not open: {error}") from None
+
+
+def parts_opener(upload: OpenedUpload, customer_key: bytes) -> Callable[[Sequence[SealedPart]], Sequence[SealedPart]]:
+    """A function that opens the checksums of parts. Of an upload with SSE-C parts have none without the customer's key.
+    Raises InvalidRequest for a wrong key; the function raises DataDamaged.
+    """
+    if upload.has_customer_key and customer_key == NO_KEY:
+        return without_checksums
+    content, algorithm = upload.content_key(customer_key), upload.record.checksum_algorithm or DEFAULT_ALGORITHM
+    if content is None:
+        return lambda parts: parts
+
+    def opened(parts: Sequence[SealedPart]) -> Sequence[SealedPart]:
+        try:
+            return content.open_parts(parts, algorithm)
+        except SealBroken as error:
+            raise DataDamaged(f"The checksum of a part does not open: {error}") from None
+
+    return opened
 
 
 def upload_text(upload_id: bytes) -> str:
@@ -197,11 +241,10 @@ async def unseal_upload(
     context = place.context(UPLOAD_VERSION, record.upload_id)
     try:
         dek = bucket_key.unwrap(record.wrapped_key, context)
-    except SealBroken as error:
+        meta, encryption = open_meta(dek, context, record.meta)
+    except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The record of this upload does not open: {error}") from None
-    return OpenedUpload(
-        name, place, record, bucket_key, dek, _opened(dek, META_LABEL, context, record.meta, SealedMeta)
-    )
+    return OpenedUpload(name, place, record, bucket_key, dek, meta, encryption)
 
 
 def has_bare_digest(record: UploadRecord) -> bool:

@@ -29,7 +29,7 @@ async def put_acl(front: Front, request: Request) -> Reply:
     """Accepts a list that changes nothing: the canned ``private`` and ``bucket-owner-full-control``, and a document
     that grants access to the owner alone. Raises NotImplemented for others."""
     if request.key:
-        await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
+        await front.objects.head(request.bucket_record, request.key, version_id=version_of(request), customer_key=None)
     body = request.document
     if "x-amz-acl" in request.headers:
         if body.strip():

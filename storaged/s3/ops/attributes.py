@@ -9,6 +9,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
+from storaged.s3.encryption import customer_key
 from storaged.s3.ops.acl import own_acl
 from storaged.s3.ops.tags import read_tagging, write_tagging
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
@@ -31,7 +32,11 @@ async def get_attributes(front: Front, request: Request) -> Reply:
     marker_text = headers.get("x-amz-part-number-marker", "")
     marker = h.integer("x-amz-part-number-marker", marker_text, 0, 2**31 - 1) if marker_text else 0
     info = await front.objects.head(
-        request.bucket_record, request.key, version_id=version_of(request), conditions=c.read_conditions(headers)
+        request.bucket_record,
+        request.key,
+        version_id=version_of(request),
+        conditions=c.read_conditions(headers),
+        customer_key=customer_key(front, request),
     )
     content = []
     if "ETag" in wanted:
@@ -70,7 +75,9 @@ def _object_parts(info: ObjectInfo, marker: int, limit: int) -> str:
 
 
 async def get_tagging(front: Front, request: Request) -> Reply:
-    info = await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
+    info = await front.objects.head(
+        request.bucket_record, request.key, version_id=version_of(request), customer_key=None
+    )
     headers: Headers = {}
     version_header(info.version_id, headers)
     return xml_reply(write_tagging(info.tags), headers=headers)
@@ -92,7 +99,9 @@ async def delete_tagging(front: Front, request: Request) -> Reply:
 
 
 async def get_acl(front: Front, request: Request) -> Reply:
-    info = await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
+    info = await front.objects.head(
+        request.bucket_record, request.key, version_id=version_of(request), customer_key=None
+    )
     return xml_reply(own_acl(info.owner or request.bucket_record.owner, request.who))
 
 

@@ -11,6 +11,7 @@ from storaged.objects.api import CopySource, NewMeta, PutResult
 from storaged.objects.etags import tag
 from storaged.objects.records import BucketRecord
 from storaged.s3 import conditions as c
+from storaged.s3 import encryption as enc
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front, owned_bucket
@@ -65,29 +66,31 @@ async def copy_object(front: Front, request: Request) -> Reply:
         and not version
         and not replace_meta
         and "x-amz-storage-class" not in headers
-        and "x-amz-server-side-encryption" not in headers
+        and not any(name.startswith(enc.SSE) for name in headers)
     ):
         raise errors.InvalidRequest(
             "This copy request is illegal because it is trying to copy an object to itself without changing the"
             " object's metadata, storage class, website redirect location or encryption attributes."
         )
     meta: NewMeta | None = given if replace_meta else None
+    source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
     if meta is None and "x-amz-storage-class" in headers:
-        info = await front.objects.head(bucket, key, version_id=version, conditions=conditions)
+        info = await front.objects.head(bucket, key, version_id=version, conditions=conditions, customer_key=source_key)
         # the copied object must be the one whose metadata was read
         conditions = replace(conditions, if_match=tag(info.etag))
         meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
     result = await front.objects.copy(
-        CopySource(bucket, key, version, conditions),
+        CopySource(bucket, key, version, conditions, customer_key=source_key),
         request.bucket_record,
         request.key,
         owner=request.who.user_id,
         meta=meta,
         tags=given.tags if replace_tags else None,
         algorithm=h.algorithm_named(headers, "x-amz-checksum-algorithm"),
+        encryption=enc.asked(front, request, headers),
         conditions=c.write_conditions(headers),
     )
-    answer = _copied_headers(version)
+    answer = _copied_headers(request, version, result)
     version_header(result.version_id, answer)
     return xml_reply(_result("CopyObjectResult", result), headers=answer)
 
@@ -97,15 +100,21 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
     number = part_number(request)
     span = h.parse_copy_range(headers[_RANGE]) if _RANGE in headers else None
     bucket, key, version = await _source(front, request)
-    source = CopySource(bucket, key, version, c.source_conditions(headers), span)
+    source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
+    source = CopySource(bucket, key, version, c.source_conditions(headers), span, source_key)
     result = await front.objects.copy_part(
-        source, request.bucket_record, request.key, request.query["uploadId"], number
+        source,
+        request.bucket_record,
+        request.key,
+        request.query["uploadId"],
+        number,
+        customer_key=enc.customer_key(front, request),
     )
-    return xml_reply(_result("CopyPartResult", result), headers=_copied_headers(version))
+    return xml_reply(_result("CopyPartResult", result), headers=_copied_headers(request, version, result))
 
 
-def _copied_headers(source_version: str) -> Headers:
-    headers = {"x-amz-server-side-encryption": "AES256"}
+def _copied_headers(request: Request, source_version: str, result: PutResult) -> Headers:
+    headers = enc.written_headers(result.encryption, request.headers, {enc.SSE: enc.S3})
     if source_version:
         headers["x-amz-copy-source-version-id"] = source_version
     return headers

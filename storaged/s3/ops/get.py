@@ -13,6 +13,7 @@ from storaged.objects.read.span import Span, span_of
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
+from storaged.s3.encryption import customer_key, encryption_headers
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.reply import Headers, Reply, checked_header, checksum_headers, object_headers
 from storaged.s3.request import Request, has_no_parameters, version_of
@@ -79,6 +80,8 @@ def _describe(
     """Status and headers of an answer with the bytes ``wanted`` of an object: a range, a part, or all (None too)."""
     partial = wanted is not None and wanted.partial
     answer = object_headers(info, checksums=not partial and h.wants_checksums(request.headers))
+    if info.encryption is not None:
+        encryption_headers(info.encryption, request.headers, answer)
     if part_number is not None:
         _describe_part(request, info, part_number, answer)
     if wanted is None or not partial or not wanted.length:  # a part may be empty, a range that HTTP can name is not
@@ -114,6 +117,7 @@ async def _open(
         span=span,
         part_number=part_number,
         reading=request.reading,
+        customer_key=customer_key(front, request),
     )
 
 
@@ -137,6 +141,7 @@ async def head_object(front: Front, request: Request) -> Reply:
         conditions=c.read_conditions(headers),
         part_number=part_number,
         reading=request.reading,
+        customer_key=customer_key(front, request),
     )
     span = h.parse_range(headers["range"]) if "range" in headers else None
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], info):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PARTS_MAX, CompletedPart
 from storaged.objects.write.checksums import can_be_composite, can_be_full_object, default_type
 from storaged.s3 import conditions as c
+from storaged.s3 import encryption as enc
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
 from storaged.s3.ops.put import upload_checks
-from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
+from storaged.s3.reply import Reply, stored_headers, version_header, xml_reply
 from storaged.s3.request import Request, origin
 
 PARTS_PAGE_MAX = 1000
@@ -21,12 +24,12 @@ PART_NUMBER_CHARS_MAX = 32
 
 async def create(front: Front, request: Request) -> Reply:
     headers = request.headers
-    meta = h.new_meta(headers)
+    meta = replace(h.new_meta(headers), encryption=enc.asked(front, request, headers))
     algorithm, kind = _checksum_kind(headers)
     upload = await front.objects.create_upload(
         request.bucket_record, request.key, meta, owner=request.who.user_id, algorithm=algorithm, checksum_type=kind
     )
-    answer: Headers = {"x-amz-server-side-encryption": "AES256"}
+    answer = enc.written_headers(upload.encryption, request.headers, {enc.SSE: enc.S3})
     if algorithm:
         answer["x-amz-checksum-algorithm"] = algorithm
         answer["x-amz-checksum-type"] = kind
@@ -68,9 +71,15 @@ async def put_part(front: Front, request: Request) -> Reply:
     number = part_number(request)
     checks = upload_checks(request, PART_BYTES_MAX)
     result = await front.objects.put_part(
-        request.bucket_record, request.key, request.query["uploadId"], number, request.body, checks
+        request.bucket_record,
+        request.key,
+        request.query["uploadId"],
+        number,
+        request.body,
+        checks,
+        customer_key=enc.customer_key(front, request),
     )
-    answer = stored_headers(result)
+    answer = enc.written_headers(result.encryption, request.headers, stored_headers(result))
     answer.pop("x-amz-checksum-type", None)
     return Reply(headers=answer)
 
@@ -88,7 +97,12 @@ async def list_parts(front: Front, request: Request) -> Reply:
         else 0
     )
     upload, parts, following = await front.objects.list_parts(
-        request.bucket_record, request.key, query["uploadId"], after=min(marker, PARTS_MAX), limit=max(limit, 1)
+        request.bucket_record,
+        request.key,
+        query["uploadId"],
+        after=min(marker, PARTS_MAX),
+        limit=max(limit, 1),
+        customer_key=enc.customer_key(front, request),
     )
     if limit == 0:
         parts, following = [], None
@@ -141,8 +155,9 @@ async def complete(front: Front, request: Request) -> Reply:
         checksum_type=h.checksum_type(headers),
         declared_size=h.integer("x-amz-mp-object-size", size, 0, 2**63) if size is not None else None,
         conditions=conditions,
+        customer_key=enc.customer_key(front, request),
     )
-    answer: Headers = {"x-amz-server-side-encryption": "AES256"}
+    answer = enc.written_headers(result.encryption, request.headers, {enc.SSE: enc.S3})
     version_header(result.version_id, answer)
     body = xml.document(
         "CompleteMultipartUploadResult",

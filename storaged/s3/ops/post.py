@@ -19,6 +19,7 @@ from storaged.s3.auth import sigv4
 from storaged.s3.auth.form_policy import Policy, check_policy, parse_policy
 from storaged.s3.context import Front, owned_bucket
 from storaged.s3.documents import parse_document
+from storaged.s3.encryption import asked, written_headers
 from storaged.s3.http.form_data import FormReader, boundary_of
 from storaged.s3.operation import check_fields, check_form
 from storaged.s3.ops.tags import tags_from
@@ -57,11 +58,14 @@ async def post_object(front: Front, request: Request) -> Reply:
         parse = partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX)
         document = fields["tagging"].encode("utf-8", "surrogateescape")
         meta = replace(meta, tags=await parse_document(parse, document))
+    meta = replace(meta, encryption=asked(front, request, headers))
     checks = h.body_checks(headers, None, (), None)
     result = await front.objects.put(
         request.bucket_record, request.key, _bounded(form, policy), meta, checks, owner=request.who.user_id
     )
-    return _answer(request, fields, result)
+    reply = _answer(request, fields, result)
+    written_headers(result.encryption, headers, reply.headers)
+    return reply
 
 
 async def _authorise(front: Front, request: Request, fields: Mapping[str, str]) -> Policy | None:

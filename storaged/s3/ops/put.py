@@ -14,6 +14,7 @@ from storaged.objects.api import NO_WRITE_CONDITIONS, PART_BYTES_MAX, BodyChecks
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
+from storaged.s3.encryption import asked, written_headers
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.reply import Reply, stored_headers
 from storaged.s3.request import Request, has_no_parameters
@@ -47,7 +48,7 @@ PLAIN_HEADERS = h.INCIDENTAL | {"expect"}
 PutArguments = tuple[NewMeta, BodyChecks, WriteConditions]
 
 
-def parse_put(request: Request) -> PutArguments:
+def parse_put(front: Front, request: Request) -> PutArguments:
     """What PutObject asks for, of a request whose headers have been checked. Raises as ``upload_checks``, and S3 errors
     for values that are wrong."""
     headers, body = request.headers, request.body
@@ -63,15 +64,19 @@ def parse_put(request: Request) -> PutArguments:
             BodyChecks(body.length, sha256=body.sha256),
             NO_WRITE_CONDITIONS,
         )
-    return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
+    meta = h.new_meta(headers)
+    encryption = asked(front, request, headers)
+    if encryption is not None:
+        meta = replace(meta, encryption=encryption)
+    return meta, upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
 
 
 async def put_object(front: Front, request: Request) -> Reply:
-    meta, checks, conditions = request.put_arguments or parse_put(request)
+    meta, checks, conditions = request.put_arguments or parse_put(front, request)
     result = await front.objects.put(
         request.bucket_record, request.key, request.body, meta, checks, owner=request.who.user_id, conditions=conditions
     )
-    return Reply(headers=stored_headers(result))
+    return Reply(headers=written_headers(result.encryption, request.headers, stored_headers(result)))
 
 
 # --- without a task ---------------------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def _may_be_small(front: Front, request: Request) -> bool:
 
 
 def _prepare_put(front: Front, request: Request) -> bool:
-    request.put_arguments = parse_put(request)
+    request.put_arguments = parse_put(front, request)
     size = request.put_arguments[1].size
     return size is not None and size <= front.objects.small_bytes_max
 
@@ -110,7 +115,10 @@ def _try_put(front: Front, request: Request, on_reply: OnReply) -> bool:
 
 def _on_stored(front: Front, request: Request, on_reply: OnReply, result: PutResult | Exception) -> None:
     if isinstance(result, PutResult):
-        on_reply(Reply(headers=stored_headers(result)))
+        headers = stored_headers(result)
+        if result.encryption is not None:
+            written_headers(result.encryption, request.headers, headers)
+        on_reply(Reply(headers=headers))
     elif isinstance(result, errors.NoSuchBucket) and front.buckets.gone(request.bucket_record):
         on_reply(None)  # nothing was stored; another bucket may have the name now
     else:
