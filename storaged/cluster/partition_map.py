@@ -28,7 +28,7 @@ class PartitionMap:
         self.out = NONE_OUT
         """The newest record of the disks that are out."""
         self._targets: tuple[tuple[Layout, DisksOut, Layout], ...] = ()
-        """(layout, disks out, target): those in use, and those that come."""
+        """(layout, disks out, target): of those in use, and of those that were prepared last."""
 
     def hear(self, node: str, steps: int) -> None:
         """Another node says the sum of the steps that it knows. It may lie: nothing else is concluded from it."""
@@ -78,7 +78,8 @@ class PartitionMap:
 
     def _note_target(self, layout: Layout, out: DisksOut) -> Layout:
         wanted = target(layout, out.disks)
-        self._targets = ((layout, out, wanted), *self._targets[:1])
+        in_use = [known for known in self._targets if known[0] is self._layout and known[1] is self.out]
+        self._targets = ((layout, out, wanted), *in_use)
         return wanted
 
     def note_out(self, record: DisksOut) -> bool:
