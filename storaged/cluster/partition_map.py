@@ -1,5 +1,5 @@
 """What one process knows about where partitions are: the newest record of each, and the states that follow. Also which
-disks are out, and where partitions should be therefore.
+disks are out, and where partitions should be while they are.
 """
 
 from __future__ import annotations

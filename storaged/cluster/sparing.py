@@ -137,8 +137,8 @@ def signed_bytes(cluster: str, record: DisksOut) -> bytes:
 
 
 def target(layout: Layout, out: Collection[str]) -> Layout:
-    """Where data should be while these disks are out: ``layout`` as if it had them no more, for everything that is
-    placed from now on. It has the same epoch and the same failure domains.
+    """Where data should be while these disks are out: ``layout`` without them, for everything that is placed from now
+    on. It has the same epoch and the same failure domains.
 
     Where too few domains would be left for the replicas of a partition, domains of which nothing is left keep their
     disks: then nothing moves away from these. Where no operator is trusted alone, and too few would be left for that,

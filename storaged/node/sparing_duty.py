@@ -2,9 +2,9 @@
 ``disks-out`` (``cluster.sparing``).
 
 A gateway asks when it has itself seen a disk away for as long as the policy says, or back for so long. It asks for the
-disks that are out, too: with new votes on them the record needs the old ones no more. It verifies the votes of all
-storage nodes that answer, and writes by compare-and-set what a majority of them decides. Where it lacks a majority
-nothing changes, and ``reason`` says so. All gateways do this; the second one finds that the first has.
+disks that are out, too: new votes on them replace the old ones in the record. It verifies the votes of all storage
+nodes that answer, and writes by compare-and-set what a majority of them decides. Where it lacks a majority nothing
+changes, and ``reason`` says so. All gateways do this; the second one finds that the first has.
 """
 
 from __future__ import annotations
