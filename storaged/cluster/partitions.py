@@ -58,6 +58,8 @@ Recovery: a majority of a set is lost for good
 
     * What was chosen at lost disks alone is lost. What a surviving disk has counts, also where it was not chosen: it
       may have been acknowledged, and no disk is left that could say that it was not.
+    * A disk that left the set before may have what the disks of the set have lost. When it comes back its rows count
+      again: so a write that was lost may be read later.
     * The new state begins with the disks that are left, not with a set that has blank disks beside them. A majority of
       such a set could be blank, and would say that nothing was ever written.
     * No operation of an earlier step ends any more: each needs a disk that is off. What such a disk has accepted

@@ -35,6 +35,7 @@ LEAST = {
     "bursts": Least(500),
     "flicker": Least(200),
     "moving": Least(300, done=(("steps", 6),)),
+    "recovering": Least(200, done=(("recovered", 1.5), ("recovered joint", 0.5), ("steps", 10))),
     "layouts": Least(120, done=(("layouts", 1.5), ("steps", 0.1))),
     "object lies": Least(a_seed=20),
 }

@@ -105,7 +105,7 @@ class Listing(Scenario):
             self.found.refused += 1
             self.history.remove(operation)
             return
-        operation.observed = _listed_as(outcome.before)
+        operation.observed = listed_as(outcome.before)
         operation.blind = (
             outcome.before is None and outcome.after is not None and outcome.after.sequence % FLOOR_SEQUENCES > 1
         )
@@ -178,7 +178,7 @@ class Listing(Scenario):
             self.complain("the bucket cannot be listed after everything healed")
 
 
-def _listed_as(value: Value | None) -> Content:
+def listed_as(value: Value | None) -> Content:
     return None if content_of(value) is None or value is None else head_of(value.body)
 
 

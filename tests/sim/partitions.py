@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from storaged.cluster.layout import Layout
+from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionRecord, is_settled, path_of
 from storaged.cluster.ports import Method
 from storaged.errors import LayoutRefused, NoSuchBucket, StoragedError
@@ -32,6 +34,7 @@ from storaged.wire import decode
 from tests.doubles.layouts import KnownLayouts
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, World, make_layout
 from tests.sim.listing import BUCKET, LISTED_KEYS, SHARDS, Listing
+from tests.sim.operators import Spread, spread_layout, suffice
 from tests.sim.parts import BitFlips, ClockJumps, HungDisks, Part, Suspensions, Trouble
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.sparing import POLICY, Sparing
@@ -49,17 +52,24 @@ NAMES = {key: object_name(BUCKET, range(SHARDS), key.encode()) for key in (*LIST
 NUMBERS = sorted({name.partition for name in (*NAMES.values(), CLOSED, REOPENED)})
 
 
-def layouts_of(chance: random.Random) -> list[Layout]:
-    """The first one places the partitions; each of the others moves some."""
+SPREAD_SHARE = 0.3
+"""Of the runs."""
+
+
+def layouts_of(chance: random.Random, *, spreads: bool = False) -> list[Layout]:
+    """The first one places the partitions; each of the others moves some. ``spreads``: no operator is trusted alone."""
     found: list[Layout] = []
     count = chance.choice((2, 2, 3))
     while len(found) < count:
         disks = frozenset(chance.sample(DISKS, chance.choice((3, 4, 4))))
+        if spreads and not suffice(disks):
+            continue
         whole = make_layout(len(found) + 1, FIRST_SEEDS)
         places = tuple(
             disk if disk.id in disks else msgspec.structs.replace(disk, state="draining") for disk in whole.disks
         )
         layout = msgspec.structs.replace(whole, disks=places, base=1 if found else 0, sparing=POLICY)
+        layout = spread_layout(layout) if spreads else layout
         if not found or any(
             set(layout.replicas_of(number)) != set(found[-1].replicas_of(number)) for number in NUMBERS
         ):
@@ -67,17 +77,35 @@ def layouts_of(chance: random.Random) -> list[Layout]:
     return found
 
 
+OnRecord = Callable[[PartitionRecord], None]
+
+
+class _Map(PartitionMap):
+    """``on_record``: told of each record that a process learns or makes."""
+
+    def __init__(self, on_record: OnRecord) -> None:
+        super().__init__()
+        self._on_record = on_record
+
+    def learn(self, record: PartitionRecord) -> bool:
+        self._on_record(record)
+        return super().learn(record)
+
+
 class Places(KnownLayouts):
     """What one process knows: all layouts as soon as they are in force for it, and the steps that it was told."""
 
-    def __init__(self, layouts: list[Layout], current: Layout) -> None:
+    def __init__(self, layouts: list[Layout], current: Layout, on_record: OnRecord) -> None:
         super().__init__(current)
         self._known = {layout.epoch: layout for layout in layouts}
+        self.partitions = _Map(on_record)
         self.partitions.complete = True  # as if it had read all records before the first partition moved
 
-    def learn_record(self, body: bytes) -> None:
-        with contextlib.suppress(LayoutRefused, msgspec.MsgspecError):
-            self.partitions.learn(decode(body, PartitionRecord))
+    def learn_record(self, record: PartitionRecord) -> None:
+        """As a node does: a gateway could have written one with lost disks that no layout names."""
+        if set(record.lost) <= set(self.current.lost):
+            with contextlib.suppress(LayoutRefused):
+                self.partitions.learn(record)
 
 
 class Process(Gateway):
@@ -90,14 +118,16 @@ class Process(Gateway):
     def start(self) -> None:
         """A new process knows no step yet."""
         self.layouts: Any = Places(
-            self._scenario.layouts, self._scenario.known.get(self.name, self._scenario.layouts[0])
+            self._scenario.layouts,
+            self._scenario.known.get(self.name, self._scenario.layouts[0]),
+            self._scenario.note_record,
         )
         super().start()
 
     async def refresh(self, partition: int) -> None:
         value = (await self.client.read(system_name(path_of(partition)))).value
         if value is not None and value.body:
-            self.layouts.learn_record(value.body)
+            self.layouts.learn_record(decode(value.body, PartitionRecord))
 
 
 class Node(StorageNode):
@@ -110,7 +140,7 @@ class Node(StorageNode):
         if not self.up:
             return
         world, life = self.world, self.life
-        self.places = Places(self.scenario.layouts, self.scenario.layouts[-1])
+        self.places = Places(self.scenario.layouts, self.scenario.layouts[-1], self.scenario.note_record)
         self.learning: set[int] = set()
 
         def on_newer(partition: int) -> None:
@@ -239,6 +269,7 @@ class Movers(Part):
         if self.of.sparing is not None:
             await self.of.sparing.turn(process)
         layout = process.layouts.partitions.target(process.layouts.current)
+        self.of.spread.judge_block(layout)
         lost = mover._lost(layout)
         for number in NUMBERS:
             if self.sound or self.chance.random() < 0.3:
@@ -372,7 +403,8 @@ class Moving(Listing):
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
         self.world.on_files = self.aside.random() < 0.15
-        self.layouts = layouts_of(random.Random(f"layouts {seed}"))
+        self.spread = Spread(seed, SPREAD_SHARE, self.complain)
+        self.layouts = layouts_of(random.Random(f"layouts {seed}"), spreads=self.spread.joins)
         self.layout = self.layouts[-1]
         self.names = dict(NAMES)
         self.last_seen = dict.fromkeys(self.names)
@@ -383,6 +415,10 @@ class Moving(Listing):
         self.stale_fences = 0
         self.sparing: Sparing | None = None
         Node.scenario = self
+
+    def note_record(self, record: PartitionRecord) -> None:
+        """A process learns it, or has written it."""
+        self.spread.judge_record(record)
 
     @property
     def current(self) -> Layout:
@@ -408,6 +444,7 @@ class Moving(Listing):
 
     async def play(self) -> None:
         await super().play()
+        self.found.done["blocks spread"] = self.spread.blocks
         await asyncio.sleep(5.0)  # nodes end what they read of steps: tasks that are left end in no order
 
     def _choose_key(self) -> str:

@@ -31,6 +31,7 @@ PLAYS = {
     "moving": "tests.sim.partitions:run_moving",
     "layouts": "tests.sim.layouts:run_layouts",
     "expunging": "tests.sim.expunging:run_expunging",
+    "recovering": "tests.sim.recovering:run_recovering",
     "object lies": "tests.sim.object_lies:run_object_lies",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
@@ -81,6 +82,7 @@ PLANTED = (
     "tests.sim.planted_layouts:LAYOUT_BUGS",
     "tests.sim.planted_floors:FLOOR_BUGS",
     "tests.sim.planted_membership:MEMBERSHIP_BUGS",
+    "tests.sim.planted_recovery:RECOVERY_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

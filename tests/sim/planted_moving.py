@@ -221,4 +221,22 @@ MOVING_BUGS = (
         new='    if False and "storage" not in confirmed_roles',
         tests="tests/unit/test_sparing.py",
     ),
+    Planted(
+        "exchange_forgets_operators",
+        "the mover exchanges a replica so that one operator has two of three",
+        20,
+        "moving",
+        "storaged/cluster/partitions.py",
+        "    if not layout.spreads:\n        return True\n",
+        "    if layout:\n        return True\n",
+    ),
+    Planted(
+        "block_forgets_operators",
+        "a block gets two of three fragments at one operator while disks are away",
+        20,
+        "moving",
+        "storaged/objects/code/place.py",
+        "        self._operators = layout.operator_by_disk if layout.spreads else None\n",
+        "        self._operators: dict[str, str] | None = None\n",
+    ),
 )

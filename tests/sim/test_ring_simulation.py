@@ -32,6 +32,7 @@ from tests.sim.mutants import all_mutants, changed_functions, survivors
 from tests.sim.object_lies import run_object_lies
 from tests.sim.partitions import run_moving
 from tests.sim.planted import PLAYS
+from tests.sim.recovering import run_recovering
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
 from tests.sim.workload import Verdicts
@@ -49,6 +50,7 @@ COLLECTING_SEEDS = int(os.environ.get("STORAGED_SIM_COLLECTING_SEEDS", "3"))
 FORGETFUL_SEEDS = int(os.environ.get("STORAGED_SIM_FORGETFUL_SEEDS", "20"))
 FLICKER_SEEDS = int(os.environ.get("STORAGED_SIM_FLICKER_SEEDS", "20"))
 EXPUNGING_SEEDS = int(os.environ.get("STORAGED_SIM_EXPUNGING_SEEDS", "12"))
+RECOVERING_SEEDS = int(os.environ.get("STORAGED_SIM_RECOVERING_SEEDS", "8"))
 LAYOUT_SEEDS = int(os.environ.get("STORAGED_SIM_LAYOUT_SEEDS", "10"))
 OBJECT_LIES_SEEDS = int(os.environ.get("STORAGED_SIM_OBJECT_LIES_SEEDS", "10"))
 
@@ -119,6 +121,15 @@ def test_layouts_have_one_history_and_the_system_partition_moves_whatever_fails(
 @pytest.mark.timeout(0)
 def test_rows_of_deleted_keys_go_while_gateways_work_whatever_fails() -> None:
     assert sum(found.done["expunged"] for found in sound(run_expunging, EXPUNGING_SEEDS)) >= EXPUNGING_SEEDS
+
+
+@pytest.mark.timeout(0)
+def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
+    recovered: Counter[str] = Counter()
+    for found in sound(run_recovering, RECOVERING_SEEDS):
+        recovered.update(found.done)
+    assert recovered["recovered"] >= RECOVERING_SEEDS
+    assert recovered["recovered joint"]
 
 
 def test_a_play_in_which_nothing_happens_fails() -> None:
