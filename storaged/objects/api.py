@@ -365,6 +365,11 @@ class Objects(Protocol):
     async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
         """Returns the version id."""
 
+    async def set_encryption(
+        self, bucket: BucketRecord, key: bytes, encryption: Encryption, *, version_id: str = ""
+    ) -> str:
+        """SSE-KMS for a version; its data stays. Returns the version id. Raises InvalidRequest (it has SSE-C)."""
+
     async def list_objects(
         self,
         bucket: BucketRecord,

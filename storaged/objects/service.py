@@ -29,6 +29,7 @@ class ObjectService:
         self.delete = partial(delete.delete, plane)
         self.copy = partial(copy.copy, plane)
         self.set_tags = partial(delete.set_tags, plane)
+        self.set_encryption = partial(delete.set_encryption, plane)
         self.list_objects = partial(listing.list_objects, plane)
         self.list_versions = partial(listing.list_versions, plane)
         self.create_upload = partial(multipart.create_upload, plane)

@@ -17,9 +17,11 @@ import hmac
 import ipaddress
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from storaged import errors
-from storaged.errors import InvalidArgument, InvalidRequest, KMSNotFound
+from storaged.errors import AccessDenied, InvalidArgument, InvalidRequest, KMSNotFound
+from storaged.objects.configuration.kinds import ENCRYPTION, SSE_C, DefaultEncryption
 from storaged.objects.encryption import CUSTOMER, CUSTOMER_KEY_BYTES, KMS, NO_KEY, Encryption
 from storaged.objects.encryption import S3 as S3
 from storaged.s3.context import Front
@@ -178,17 +180,48 @@ def _require_secure(front: Front, request: Request) -> None:
 
 
 def asked(front: Front, request: Request, headers: Mapping[str, str]) -> Encryption | None:
-    """The encryption of a new object; None: SSE-S3. ``headers``: of the request, or the fields of a form; checked by
-    ``check``. Raises InvalidArgument, InvalidRequest, KMSNotFound."""
+    """The encryption of a new object: what the request says, or else its bucket's default; None: SSE-S3. ``headers``:
+    of the request, or the fields of a form; checked by ``check``.
+
+    Raises AccessDenied (the bucket blocks SSE-C), InvalidArgument, InvalidRequest, KMSNotFound, and as
+    ``Buckets.configuration_of``."""
     kind = headers.get(SSE)
+    if kind == S3:
+        return None
     if kind == KMS:
-        key_id = kms_arn(front, headers.get(KMS_KEY, ""))
-        return Encryption(KMS, key_id, parse_bucket_key(headers), headers.get(CONTEXT, ""))
-    key = parse_customer_key(headers, CUSTOMER_KEY) if kind is None else NO_KEY
-    if key != NO_KEY:
-        _require_secure(front, request)
-        return Encryption(CUSTOMER, customer_key=key)
-    return None
+        return _kms(front, headers, _default_of(front, request))
+    key = parse_customer_key(headers, CUSTOMER_KEY)
+    if key == NO_KEY:
+        return default_encryption(front, request, headers)
+    _require_secure(front, request)
+    default = _default_of(front, request)
+    if default is not None and SSE_C in default.blocked:
+        raise AccessDenied("The bucket's encryption configuration blocks SSE-C.")
+    return Encryption(CUSTOMER, customer_key=key)
+
+
+def default_encryption(
+    front: Front, request: Request, headers: Mapping[str, str] = MappingProxyType({})
+) -> Encryption | None:
+    """The encryption of a new object for which the request names none; None: SSE-S3. ``headers`` may ask for a Bucket
+    Key. Raises KMSNotFound, and as ``Buckets.configuration_of``."""
+    if request.bucket_record.plain:
+        return None
+    default = _default_of(front, request)
+    return None if default is None or default.algorithm != KMS else _kms(front, headers, default)
+
+
+def _default_of(front: Front, request: Request) -> DefaultEncryption | None:
+    return front.buckets.configuration_of(request.bucket_record).get(ENCRYPTION)
+
+
+def _kms(front: Front, headers: Mapping[str, str], default: DefaultEncryption | None) -> Encryption:
+    """SSE-KMS as the request asks for it; what it leaves open is as the bucket has it."""
+    if default is None or default.algorithm != KMS:
+        default = DefaultEncryption(KMS)
+    key_id = kms_arn(front, headers.get(KMS_KEY, default.key_id))
+    bucket_key = parse_bucket_key(headers) if BUCKET_KEY in headers else default.bucket_key
+    return Encryption(KMS, key_id, bucket_key, headers.get(CONTEXT, ""))
 
 
 def kms_arn(front: Front, key_id: str) -> str:

@@ -24,6 +24,7 @@ from storaged.s3.ops import (
     configuration,
     copy,
     delete,
+    encryption_settings,
     get,
     listing,
     multipart,
@@ -41,6 +42,7 @@ SOURCE = "x-amz-copy-source"
 
 TAGS = Document(256 * KIB)
 """50 tags of 128 and 256 characters, each character escaped, are 190 KiB."""
+ENCRYPTION = Document(16 * KIB)
 ACL = Document(256 * KIB)
 """100 grants with names of at most 1 KiB each."""
 CREATION = Document(256 * KIB)
@@ -191,7 +193,10 @@ BUCKET: dict[str, Methods] = {
     ),
     "website": _configuration("BucketWebsite", errors.NoSuchWebsiteConfiguration),
     "replication": _configuration("BucketReplication", errors.ReplicationConfigurationNotFoundError),
-    "encryption": _configuration("BucketEncryption", errors.ServerSideEncryptionConfigurationNotFoundError),
+    "encryption": {
+        **_configured("BucketEncryption", encryption_settings.ROW, ENCRYPTION),
+        "PUT": _change("PutBucketEncryption", encryption_settings.put_encryption, ENCRYPTION),
+    },
     "publicAccessBlock": _configuration("PublicAccessBlock", errors.NoSuchPublicAccessBlockConfiguration),
     "ownershipControls": _configuration("BucketOwnershipControls", errors.OwnershipControlsNotFoundError),
     "object-lock": {
@@ -269,7 +274,7 @@ OBJECT: dict[str, Methods] = {
     "restore": _none_implemented(POST="RestoreObject"),
     "select": _none_implemented(POST="SelectObjectContent"),
     "renameObject": _none_implemented(PUT="RenameObject"),
-    "encryption": _none_implemented(PUT="UpdateObjectEncryption"),
+    "encryption": {"PUT": _change("UpdateObjectEncryption", encryption_settings.update_object_encryption, ENCRYPTION)},
     "annotation": _none_implemented(
         GET="GetObjectAnnotation", PUT="PutObjectAnnotation", DELETE="DeleteObjectAnnotation"
     ),

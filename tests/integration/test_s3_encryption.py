@@ -14,6 +14,7 @@ import pytest_asyncio
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from storaged import errors
+from storaged.objects.encryption import CUSTOMER, Encryption
 from storaged.s3 import encryption as enc
 from storaged.s3.context import Endpoint, Front
 from storaged.s3.request import Request
@@ -171,6 +172,160 @@ async def test_a_wrong_encryption_stores_nothing(
         assert base64.b64encode(KEY) not in text, "an error must not print a key"
 
 
+# --- the default of a bucket
+
+
+def rule(algorithm: str = "", key_id: str = "", *, bucket_key: str = "", blocked: tuple[str, ...] = ()) -> bytes:
+    """A document with one rule."""
+    default = f"<SSEAlgorithm>{algorithm}</SSEAlgorithm>" if algorithm else ""
+    default += f"<KMSMasterKeyID>{key_id}</KMSMasterKeyID>" if key_id else ""
+    parts = f"<ApplyServerSideEncryptionByDefault>{default}</ApplyServerSideEncryptionByDefault>" if default else ""
+    parts += f"<BucketKeyEnabled>{bucket_key}</BucketKeyEnabled>" if bucket_key else ""
+    kinds = "".join(f"<EncryptionType>{kind}</EncryptionType>" for kind in blocked)
+    parts += f"<BlockedEncryptionTypes>{kinds}</BlockedEncryptionTypes>" if blocked else ""
+    root = "ServerSideEncryptionConfiguration"
+    return f"<{root}><Rule>{parts}</Rule></{root}>".encode()
+
+
+async def test_a_buckets_default_encrypts_what_asks_for_nothing(world: World) -> None:
+    client = world.client()
+    await run(lambda: client.put_object(Bucket="bucket", Key="before", Body=b"data"))
+    found = await refusal(lambda: client.get_bucket_encryption(Bucket="bucket"))
+    assert found == (404, "ServerSideEncryptionConfigurationNotFoundError")
+    by_default = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": KMS_KEY}
+    asked = {"Rules": [{"ApplyServerSideEncryptionByDefault": by_default, "BucketKeyEnabled": True}]}
+    await run(lambda: client.put_bucket_encryption(Bucket="bucket", ServerSideEncryptionConfiguration=asked))
+    got = await run(lambda: client.get_bucket_encryption(Bucket="bucket"))
+    assert got["ServerSideEncryptionConfiguration"] == asked
+    made = [
+        await run(lambda: client.put_object(Bucket="bucket", Key="small", Body=b"data")),
+        await run(lambda: client.put_object(Bucket="bucket", Key="large", Body=b"x" * 300_000)),
+        await run(lambda: client.copy_object(Bucket="bucket", Key="copy", CopySource="bucket/before")),
+        await run(lambda: client.create_multipart_upload(Bucket="bucket", Key="parts")),
+        await run(lambda: client.put_object(Bucket="bucket", Key="kms", Body=b"x", ServerSideEncryption="aws:kms")),
+    ]
+    for answer in made:
+        found = answer["ServerSideEncryption"], answer["SSEKMSKeyId"], answer["BucketKeyEnabled"]
+        assert found == ("aws:kms", ARN, True)
+    document = policy(["starts-with", "$key", ""])
+    status, _, headers = await post(world, signed_form(document, {"key": "form"}))
+    assert (status, headers[SSE]) == (204, "aws:kms")
+    plain = await run(lambda: client.put_object(Bucket="bucket", Key="s3", Body=b"x", ServerSideEncryption="AES256"))
+    assert plain["ServerSideEncryption"] == "AES256"
+    assert (await run(lambda: client.head_object(Bucket="bucket", Key="before")))["ServerSideEncryption"] == "AES256"
+    keyed = await run(lambda: client.put_object(Bucket="bucket", Key="c", Body=b"x", **parameters(KEY)))
+    assert "ServerSideEncryption" not in keyed
+    await run(lambda: client.delete_bucket_encryption(Bucket="bucket"))
+    found = await refusal(lambda: client.get_bucket_encryption(Bucket="bucket"))
+    assert found == (404, "ServerSideEncryptionConfigurationNotFoundError")
+    answer = await run(lambda: client.put_object(Bucket="bucket", Key="small", Body=b"data"))
+    assert answer["ServerSideEncryption"] == "AES256"
+
+
+async def test_a_bucket_that_blocks_sse_c_refuses_writes_and_lets_old_objects_be_read(world: World) -> None:
+    await call(world, "PUT", "/bucket/old", customer(KEY), b"data")
+    blocking = rule("AES256", blocked=("SSE-C",))
+    assert (await call(world, "PUT", "/bucket?encryption", body=blocking))[0] == 200
+    assert b"<EncryptionType>SSE-C</EncryptionType>" in (await call(world, "GET", "/bucket?encryption"))[2]
+    source = {"x-amz-copy-source": "bucket/old", **customer(KEY, prefix=SOURCE)}
+    before = state(world)
+    for method, target, headers in (
+        ("PUT", "/bucket/new", customer(KEY)),
+        ("POST", "/bucket/new?uploads", customer(KEY)),
+        ("PUT", "/bucket/new", {**source, **customer(OTHER)}),
+    ):
+        body = b"data" if method == "PUT" and "x-amz-copy-source" not in headers else b""
+        assert (await call(world, method, target, headers, body))[:2] == (403, "AccessDenied")
+        assert state(world) == before
+    assert (await call(world, "GET", "/bucket/old", customer(KEY)))[2].endswith(b"data")
+    assert (await call(world, "PUT", "/bucket/new", source))[0] == 200
+    # a document that does not say what is blocked leaves it
+    assert (await call(world, "PUT", "/bucket?encryption", body=rule("aws:kms")))[0] == 200
+    assert (await call(world, "PUT", "/bucket/new", customer(KEY), b"data"))[:2] == (403, "AccessDenied")
+    assert (await call(world, "PUT", "/bucket?encryption", body=rule("AES256", blocked=("NONE",))))[0] == 200
+    assert (await call(world, "PUT", "/bucket/new", customer(KEY), b"data"))[0] == 200
+
+
+MALFORMED = (400, "MalformedXML")
+ROOT = b"ServerSideEncryptionConfiguration"
+
+
+@pytest.mark.parametrize(
+    ("document", "answer"),
+    [
+        (b"", (400, "MissingRequestBodyError")),
+        (b"<Other/>", MALFORMED),
+        (b"<%b/>" % ROOT, MALFORMED),
+        (b"<%b><Rule/></%b>" % (ROOT, ROOT), MALFORMED),
+        (rule("AES256").replace(b"</Rule>", b"</Rule><Rule/>"), MALFORMED),
+        (rule("AES256", bucket_key="true").replace(b"</Rule>", b"<Filter/></Rule>"), MALFORMED),
+        (rule("AES256", bucket_key="yes"), MALFORMED),
+        (rule("AES512"), MALFORMED),
+        (rule("aws:fsx"), MALFORMED),
+        (rule("aws:kms:dsse"), (501, "NotImplemented")),
+        (rule("AES256", KMS_KEY), (400, "InvalidArgument")),
+        (rule("aws:kms", "another key"), (400, "KMS")),
+        (rule("AES256", blocked=("SSE-S3",)), MALFORMED),
+        (rule("AES256", blocked=("NONE", "SSE-C")), MALFORMED),
+        (rule("AES256", bucket_key="true").replace(b"<BucketKey", b"<BlockedEncryptionTypes/><BucketKey"), MALFORMED),
+        (b"<!DOCTYPE x []>" + rule("AES256"), MALFORMED),
+    ],
+)
+async def test_a_wrong_default_changes_nothing(world: World, document: bytes, answer: tuple[int, str]) -> None:
+    before = state(world)
+    status, code, text = await call(world, "PUT", "/bucket?encryption", body=document)
+    assert (status, "KMS" if b"<Code>KMS.NotFoundException</Code>" in text else code) == answer
+    assert state(world) == before
+
+
+# --- UpdateObjectEncryption
+
+
+def to_kms(arn: str = ARN, bucket_key: str = "") -> bytes:
+    inner = f"<KMSKeyArn>{arn}</KMSKeyArn>" + (
+        f"<BucketKeyEnabled>{bucket_key}</BucketKeyEnabled>" if bucket_key else ""
+    )
+    return f"<ObjectEncryption><SSE-KMS>{inner}</SSE-KMS></ObjectEncryption>".encode()
+
+
+async def test_the_encryption_of_an_object_is_updated_in_place(world: World) -> None:
+    client = world.client()
+    made = await run(lambda: client.put_object(Bucket="bucket", Key="k", Body=b"data"))
+    before = await run(lambda: client.head_object(Bucket="bucket", Key="k"))
+    asked = {"SSEKMS": {"KMSKeyArn": ARN, "BucketKeyEnabled": True}}
+    await run(lambda: client.update_object_encryption(Bucket="bucket", Key="k", ObjectEncryption=asked))
+    got = await run(lambda: client.get_object(Bucket="bucket", Key="k"))
+    assert (got["ServerSideEncryption"], got["SSEKMSKeyId"], got["BucketKeyEnabled"]) == ("aws:kms", ARN, True)
+    assert (got["ETag"], got["LastModified"]) == (made["ETag"], before["LastModified"])
+    assert await run(got["Body"].read) == b"data"
+
+
+@pytest.mark.parametrize(
+    ("target", "document", "answer"),
+    [
+        ("/bucket/k", b"<ObjectEncryption><SSE-S3/></ObjectEncryption>", (400, "InvalidRequest")),
+        ("/bucket/k", b"<ObjectEncryption/>", (400, "InvalidRequest")),
+        ("/bucket/k", b"<Other/>", MALFORMED),
+        ("/bucket/k", b"", MALFORMED),
+        ("/bucket/k", to_kms(KMS_KEY), (400, "InvalidRequest")),
+        ("/bucket/k", to_kms(""), (400, "InvalidRequest")),
+        ("/bucket/k", to_kms(ARN.replace(REGION, "eu-de-1")), (400, "KMS")),
+        ("/bucket/k", to_kms(bucket_key="yes"), (400, "InvalidRequest")),
+        ("/bucket/c", to_kms(), (400, "InvalidRequest")),
+        ("/bucket/other", to_kms(), (404, "NoSuchKey")),
+    ],
+)
+async def test_an_update_that_can_not_be_done_changes_nothing(
+    world: World, target: str, document: bytes, answer: tuple[int, str]
+) -> None:
+    await call(world, "PUT", "/bucket/k", body=b"data")
+    await call(world, "PUT", "/bucket/c", customer(KEY), body=b"data")
+    before = state(world)
+    status, code, text = await call(world, "PUT", f"{target}?encryption", body=document)
+    assert (status, "KMS" if b"<Code>KMS.NotFoundException</Code>" in text else code) == answer
+    assert state(world) == before
+
+
 # --- SSE-C
 
 
@@ -314,9 +469,7 @@ def test_a_customers_key_comes_over_tls_or_from_this_machine(
     request = Request("", "PUT", b"/", remote, secure, {**customer(KEY), **headers})
     if taken:
         assert enc.customer_key(front, request) == KEY
-        made = enc.asked(front, request, request.headers)
-        assert made is not None
-        assert (made.customer_key, base64.b64encode(KEY).decode() in repr(made)) == (KEY, False)
+        assert base64.b64encode(KEY).decode() not in repr(Encryption(CUSTOMER, customer_key=KEY))
         return
     for ask in (lambda: enc.customer_key(front, request), lambda: enc.asked(front, request, request.headers)):
         with pytest.raises(errors.InvalidRequest, match="secure connection"):

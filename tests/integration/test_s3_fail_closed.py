@@ -180,7 +180,7 @@ REFUSED_TARGETS: list[tuple[str, str, tuple[int, str]]] = [
     *[("DELETE", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "acl", "uploads", "retention", "versions")],  # noqa: E501
     *[("DELETE", f"/bucket/k?{name}", NOT_THERE) for name in ("ACL", "Policy", "TAGGING", "uploadID=x", "versionid=null", "%20acl")],  # noqa: E501
     *[("PUT", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "versions", "uploads", "delete", "cors", "restore")],  # noqa: E501
-    *[("PUT", f"/bucket/k?{name}", NOT_THERE) for name in ("Tagging", "annotation=a", "annotation", "encryption", "renameObject", "append")],  # noqa: E501
+    *[("PUT", f"/bucket/k?{name}", NOT_THERE) for name in ("Tagging", "annotation=a", "annotation", "renameObject", "append")],  # noqa: E501
     *[("PUT", f"/bucket/k?{name}", CONFLICT) for name in ("partNumber=1", "versionId=abc", "prefix=a", "max-keys=1", "id=1")],  # noqa: E501
     ("PUT", "/bucket/k?partnumber=1&uploadId=x", NOT_THERE),
     ("PUT", "/bucket/k?uploadId=x", NOT_ALLOWED),
@@ -237,7 +237,7 @@ MUTATIONS = {
     ("PUT", "bucket", ""), ("DELETE", "bucket", ""), ("PUT", "object", ""), ("DELETE", "object", ""),
     ("PUT", "bucket", "tagging"), ("DELETE", "bucket", "tagging"), ("PUT", "object", "tagging"), ("DELETE", "object", "tagging"),  # noqa: E501
     ("POST", "object", "uploads"), ("PUT", "object", "uploadId"), ("POST", "object", "uploadId"), ("DELETE", "object", "uploadId"),  # noqa: E501
-    ("POST", "bucket", "delete"),
+    ("POST", "bucket", "delete"), ("DELETE", "bucket", "encryption"),
 }  # fmt: skip
 """The rows that may change objects, buckets, tags or uploads; PUT ?acl takes what changes nothing."""
 

@@ -21,6 +21,7 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
 from storaged.objects.plane import ObjectLimits
+from storaged.objects.records import BucketRecord
 from storaged.s3 import responder
 from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.headers import INCIDENTAL
@@ -435,8 +436,9 @@ def test_headers_that_say_little_are_understood_as_among_others(
         body = RequestBody(None, length, None, Limits(), declared=declared)  # type: ignore[arg-type]
         body.sha256 = sha256
         try:
-            front: Any = None  # no header asks for encryption
-            return parse_put(front, Request("", "PUT", b"/", "", False, headers, _body=body))
+            front: Any = None  # no header, and no configuration, asks for encryption
+            bucket = BucketRecord("b", b"B" * 16, "owner", 1, "active", 16, "eu-fr-1")
+            return parse_put(front, Request("", "PUT", b"/", "", False, headers, _body=body, _bucket_record=bucket))
         except errors.S3Error as error:
             return type(error), error.details
 

@@ -222,6 +222,41 @@ async def test_an_object_keeps_the_name_of_its_encryption(size: int) -> None:
     assert read.encryption == asked
 
 
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+async def test_another_encryption_wraps_the_data_key_anew_and_moves_no_data(size: int) -> None:
+    world, objects, bucket = world_of()
+    data, name = os.urandom(size), object_name(bucket.id, bucket.shard_numbers, b"key")
+    made = await put(objects, bucket, data, NewMeta(user={"x": "y"}))
+    (before,) = decode_record(world.ring.values[name]).versions
+    fragments = {disk: store.fragments for disk, store in world.disks.disks.items()}
+    world.keys.newest[bucket.id] = 2
+    world.keys.key(2)
+    for asked in (Encryption(KMS, "arn:of:key"), Encryption(KMS, "arn:of:key", True)):
+        await objects.set_encryption(bucket, b"key", asked)
+        (after,) = decode_record(world.ring.values[name]).versions
+        assert (after.bucket_key, after.wrapped_key == before.wrapped_key) == (2, False)
+        assert (after.parts, after.context_id, after.modified_ms) == (before.parts, before.context_id, made.modified_ms)
+        assert {disk: store.fragments for disk, store in world.disks.disks.items()} == fragments
+        for gateway in (objects, ObjectService(world.plane())):
+            info = await gateway.head(bucket, b"key")
+            assert (info.encryption, info.etag, info.checksums) == (asked, made.etag, made.checksums)
+            assert info.user == {"x": "y"}
+            assert await got(gateway, bucket) == data
+    (listed,) = (await objects.list_objects(bucket)).shown
+    assert listed.printed.etag == made.etag
+
+
+async def test_an_object_with_a_customers_key_keeps_its_encryption() -> None:
+    world, objects, bucket = world_of()
+    await put(objects, bucket, b"data")
+    before = dict(world.ring.values)
+    with pytest.raises(InvalidRequest):
+        await objects.set_encryption(bucket, b"key", Encryption(KMS, "arn:of:key"))
+    assert world.ring.values == before
+    with pytest.raises(NoSuchKey):
+        await objects.set_encryption(bucket, b"other", Encryption(KMS, "arn:of:key"))
+
+
 # --- uploads
 
 

@@ -29,8 +29,30 @@ class Versioning(Message, frozen=True):
 ENABLED = "Enabled"
 SUSPENDED = "Suspended"
 
+
+class DefaultEncryption(Message, frozen=True):
+    """The encryption of new objects whose requests name none. ``algorithm``: AES256 or aws:kms. ``key_id``: of aws:kms,
+    as the client named it; empty: the default key. ``bucket_key``: S3 Bucket Keys are asked for. ``blocked``: kinds of
+    encryption that requests must not ask for; SSE-C is the only one.
+    """
+
+    algorithm: str
+    key_id: str = ""
+    bucket_key: bool = False
+    blocked: tuple[str, ...] = ()
+
+
+SSE_C = "SSE-C"
+
+
+def _is_sse_s3(value: DefaultEncryption) -> bool:
+    """What is blocked matters only for requests that ask for it; these look."""
+    return value.algorithm == "AES256"
+
+
 TAGGING = Kind("tagging", Tags, plain=_always, audited=False)
 VERSIONING = Kind("versioning", Versioning)
+ENCRYPTION = Kind("encryption", DefaultEncryption, plain=_is_sse_s3)
 
-KINDS: tuple[Kind[Any], ...] = (TAGGING, VERSIONING)
+KINDS: tuple[Kind[Any], ...] = (TAGGING, VERSIONING, ENCRYPTION)
 """All of them. A gateway refuses to serve a bucket that has another one."""

@@ -1,4 +1,4 @@
-"""Deleting objects and versions, and changing their tags: compare-and-set on the record."""
+"""Deleting objects and versions, changing their tags and their encryption: compare-and-set on the record."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from storaged.errors import MethodNotAllowed, NoSuchKey, NoSuchVersion
+from storaged.errors import InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import object_name
 from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.history import Draft, Entry, required_name
-from storaged.objects.code.versions import Place, open_version, seal_listing, seal_meta
+from storaged.objects.code.versions import OpenedVersion, Place, open_version, seal_listing, seal_meta
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.kinds import ENABLED
+from storaged.objects.encryption import Encryption
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import NAMED_VERSION, NULL_VERSION, BucketRecord, Kept, SealedMeta, Version
+from storaged.objects.ports import BucketKey
+from storaged.objects.records import NAMED_VERSION, NULL_VERSION, BucketRecord, Kept, SealedEncryption, Version
 from storaged.objects.write.retire import retire_removed
 from storaged.objects.write.versioned import change_versions
 
@@ -97,10 +99,17 @@ class _Deletion:
 
 
 async def change_meta(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, alter: Callable[[SealedMeta], SealedMeta]
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    version_id: str,
+    alter: Callable[[OpenedVersion], OpenedVersion],
+    *,
+    wrap_under: BucketKey | None = None,
 ) -> str:
-    """Seals altered metadata into a version, the current one when ``version_id`` is empty; its data stays. Returns the
-    version id. Raises NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument.
+    """Seals altered metadata, or another encryption, into a version, the current one when ``version_id`` is empty; its
+    data stays. ``wrap_under``: the key under which its data key is wrapped anew. Returns the version id. Raises
+    NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument, and what ``alter`` raises.
     """
     name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
@@ -120,10 +129,13 @@ async def change_meta(
                 else NoSuchKey(DeleteMarker="true", MarkerVersionId=entry.name)
             )
         bucket_key = keys.known(version.bucket_key)
-        opened = open_version(where, version, bucket_key)
-        meta, context = alter(opened.meta), where.context_of(version)
-        sealed = seal_meta(opened.dek, context, meta, opened.encryption, plane.entropy)
-        after = msgspec.structs.replace(version, meta=sealed, listing=seal_listing(bucket_key, context, meta))
+        opened, context = alter(open_version(where, version, bucket_key)), where.context_of(version)
+        sealed = seal_meta(opened.dek, context, opened.meta, opened.encryption, plane.entropy)
+        if wrap_under is not None:
+            bucket_key, wrapped = wrap_under, wrap_under.wrap(opened.dek, context)
+            version = msgspec.structs.replace(version, bucket_key=bucket_key.version, wrapped_key=wrapped)
+        listing = seal_listing(bucket_key, context, opened.meta)
+        after = msgspec.structs.replace(version, meta=sealed, listing=listing)
         draft.replace(entry, entry._replace(version=after))
         changed = entry.name
         return True
@@ -136,6 +148,28 @@ async def set_tags(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = ""
 ) -> str:
     """Replaces the tags of a version."""
-    return await change_meta(
-        plane, bucket, key, version_id, lambda meta: msgspec.structs.replace(meta, tags=dict(tags))
-    )
+
+    def alter(opened: OpenedVersion) -> OpenedVersion:
+        return opened._replace(meta=msgspec.structs.replace(opened.meta, tags=dict(tags)))
+
+    return await change_meta(plane, bucket, key, version_id, alter)
+
+
+async def set_encryption(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, encryption: Encryption, *, version_id: str = ""
+) -> str:
+    """Gives a version SSE-KMS, and wraps its data key anew under the newest key of the bucket. Raises as
+    ``change_meta``, and InvalidRequest for a version with SSE-C.
+    """
+    sealed = SealedEncryption(encryption.kind, encryption.key_id, encryption.bucket_key, encryption.context)
+    newest = await plane.keys.bucket_key(bucket.id, bucket.countries)
+
+    def alter(opened: OpenedVersion) -> OpenedVersion:
+        if opened.has_customer_key:
+            raise InvalidRequest(
+                "The UpdateObjectEncryption operation doesn't support source objects with the encryption type DSSE-KMS"
+                " or SSE-C. Only source objects encrypted with SSE-S3 or SSE-KMS are supported."
+            )
+        return opened._replace(encryption=sealed)
+
+    return await change_meta(plane, bucket, key, version_id, alter, wrap_under=newest)

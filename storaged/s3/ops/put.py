@@ -14,7 +14,7 @@ from storaged.objects.api import NO_WRITE_CONDITIONS, PART_BYTES_MAX, BodyChecks
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
-from storaged.s3.encryption import asked, written_headers
+from storaged.s3.encryption import asked, default_encryption, written_headers
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.reply import Reply, stored_headers
 from storaged.s3.request import Request, has_no_parameters
@@ -59,8 +59,9 @@ def parse_put(front: Front, request: Request) -> PutArguments:
         and (body.length or 0) <= PART_BYTES_MAX
     ):
         kind = headers.get("content-type")
+        kept = {"content-type": h.readable("content-type", kind)} if kind else {}
         return (
-            NewMeta({"content-type": h.readable("content-type", kind)} if kind else {}),
+            NewMeta(kept, encryption=default_encryption(front, request)),
             BodyChecks(body.length, sha256=body.sha256),
             NO_WRITE_CONDITIONS,
         )
