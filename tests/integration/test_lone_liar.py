@@ -79,6 +79,30 @@ def test_a_lone_replica_neither_deletes_an_object_nor_hides_it(
 
 
 @pytest.mark.parametrize("position", range(3))
+def test_a_lone_replica_hides_no_object_that_one_of_the_others_holds_under_the_ballot_of_a_later_round(
+    position: int,
+) -> None:
+    """The round proposed the value again. The liar took part, the third replica missed it."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        data = os.urandom(LARGE)
+        await cluster.put(bucket, KEY, data)
+        await cluster.pass_s(5)
+        name = name_of(bucket)
+        replicas = cluster.layouts.current.replicas_of(name.partition)
+        liar, later = replicas[position], replicas[position - 1]
+        true = held(cluster, liar, name)
+        ballot = true.ballot._replace(counter=true.ballot.counter + 1)
+        await cluster.meta(liar).commit(StoreBatch((Slot(name, ballot, deleted(true.value)),)))
+        await cluster.meta(later).commit(StoreBatch((Slot(name, ballot, true.value),)))
+        assert await cluster.get(bucket, KEY) == data
+        assert {held(cluster, disk, name).value for disk in replicas} == {true.value}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("position", range(3))
 def test_a_lone_replica_does_not_use_up_the_sequences_of_a_register(position: int) -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

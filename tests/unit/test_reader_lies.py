@@ -5,7 +5,7 @@ from __future__ import annotations
 from storaged.errors import DataDamaged
 from storaged.meta.consensus.change import Shared
 from storaged.meta.consensus.quorums import View
-from storaged.meta.consensus.reader import DONE, FAILED, WAITING, Reader
+from storaged.meta.consensus.reader import DONE, FAILED, SETTLING, WAITING, Reader
 from storaged.meta.consensus.register import RULES, Ballots, Verdict, digest_of
 from storaged.meta.messages import ReadReply
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
@@ -35,3 +35,10 @@ def test_the_third_replica_says_which_of_two_values_is_right() -> None:
     assert reader.state is DONE
     assert reader.value == truth
     assert reader.differing is not None
+
+
+def test_two_replicas_that_hold_one_value_under_two_ballots_outvote_a_third_one() -> None:
+    """A value that was proposed again has reached only one of them under the later ballot."""
+    reader, truth = two_values()
+    reader.replied(reader.turn, "c", ReadReply(Verdict.OK, Ballot(1, 0, "g", b""), digest_of(truth), truth))
+    assert reader.state is SETTLING

@@ -294,14 +294,14 @@ class Proposer(Ending):
         return self._judge() if chosen is not None else self._judge_unsettled()
 
     def _judge_unsettled(self) -> bool:
-        if self._prepares.contradicted(self._found):
+        if (found := self._prepares.undisputed(self._found)) is None:
             return self._give_up("two of its replicas hold different values under one ballot, and no third one decides")
+        self._found = found
         return self._judge()
 
     def _judge_credible(self) -> bool:
         found = self._prepares.credible()
-        refused = self._prepares.preempted
-        if found is None and refused and self._third_replica_tries < THIRD_REPLICA_TRIES:
+        if found is None and self._prepares.preempted and self._third_replica_tries < THIRD_REPLICA_TRIES:
             self._third_replica_tries += 1
             return self._retry()
         self._found = found or self._prepares.newest()

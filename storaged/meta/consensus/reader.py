@@ -200,6 +200,9 @@ class Reader:
             chosen = self.view.quorum.agreed({disk: (held,) for disk, held in values.items()})
             if chosen is None and self._answered < len(self.view.quorum.disks):
                 return self._await_others()
+            held = self.view.quorum.agreed({disk: (reply.value,) for disk, reply in self.replies.items()})
+            if chosen is None and held is not None:
+                return self._bring_together()
             if chosen is None:
                 damaged = "Two replicas of this key hold different values under one ballot; neither is believed."
                 return self._fail(DataDamaged(damaged))

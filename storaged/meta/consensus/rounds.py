@@ -242,11 +242,20 @@ class PrepareRound:
         """
         return self._agreed(self.all_promised)
 
-    def contradicted(self, found: Found) -> bool:
-        """Whether a replica reports another value under the same ballot: one of them lies."""
-        return any(
-            reply.accepted == found.ballot and reply.value != found.value for reply in self.all_promised.values()
-        )
+    def undisputed(self, found: Found) -> Found | None:
+        """``found``, unless another replica reports another value under the same ballot: one of them lies. Then the
+        value that a quorum of all that have promised holds, under whatever ballots: a value that was proposed again may
+        have reached one of the quorum alone under the later ballot. What was chosen before it is in its past, and
+        nothing above it is chosen, nor can be, as in ``chosen``. None: there is no such value.
+        """
+        promises = self.all_promised
+        if all(reply.accepted != found.ballot or reply.value == found.value for reply in promises.values()):
+            return found
+        agreed = self._quorum.agreed({disk: (reply.value,) for disk, reply in promises.items()})
+        if agreed is None:
+            return None
+        (value,) = agreed
+        return Found(max(reply.accepted for reply in promises.values() if reply.value == value), value, False)
 
     def credible(self) -> Found | None:
         """See ``register.credible``."""
