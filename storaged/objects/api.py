@@ -38,10 +38,11 @@ CHECKSUM_ALGORITHMS = (
 DEFAULT_ALGORITHM = "CRC64NVME"
 """Computed and kept for a body that came without a checksum, as on AWS."""
 
-OBJECT_BYTES_MAX = 5 * 1024**4
 PART_BYTES_MAX = 5 * 1024**3
 PART_BYTES_MIN = 5 * 1024**2
 PARTS_MAX = 10_000
+OBJECT_BYTES_MAX = PARTS_MAX * PART_BYTES_MAX
+"""48.8 TiB."""
 
 
 class Principal(Struct, frozen=True):

@@ -208,14 +208,24 @@ async def copy_part(
     customer_key: bytes = NO_KEY,
 ) -> PutResult:
     """A part from an object, or from a range of one: opened here and sealed anew."""
-    stream, span = await open_source(plane, source), source.span
+    try:
+        stream, span = await open_source(plane, source), source.span
+    except InvalidRange as error:
+        raise _beyond(error.details["ActualObjectSize"]) from None
     try:
         if span is not None and span.last is not None and span.last >= stream.info.size:
-            raise InvalidRange(f"The range is not within the source, which has {stream.info.size} bytes.")
+            raise _beyond(str(stream.info.size))
         checks = BodyChecks(size=stream.length)
         return await put_part(plane, bucket, key, upload_id, number, body_of(stream), checks, customer_key=customer_key)
     finally:
         await stream.close()
+
+
+def _beyond(size: str) -> InvalidArgument:
+    """AWS does not answer 416, as it does to a GET of the range."""
+    return InvalidArgument(
+        f"Range specified is not valid for source object of size: {size}", ArgumentName="x-amz-copy-source-range"
+    )
 
 
 async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> None:

@@ -7,6 +7,8 @@ import binascii
 from functools import partial
 
 from storaged import errors
+from storaged.objects.configuration.document import NOTHING
+from storaged.objects.configuration.kinds import TAGGING, Tags
 from storaged.objects.names import bucket_name_possible, bucket_name_valid
 from storaged.s3 import headers as h
 from storaged.s3 import xml
@@ -14,6 +16,7 @@ from storaged.s3.auth.regions import location_constraint, region_name, region_of
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
 from storaged.s3.ops.acl import own_acl
+from storaged.s3.ops.tags import tags_in
 from storaged.s3.reply import XML_TYPE, Reply, xml_reply
 from storaged.s3.request import Request
 
@@ -68,7 +71,7 @@ async def create_bucket(front: Front, request: Request) -> Reply:
     """Creating one's own bucket again succeeds, as in AWS's first region and as most tools expect.
 
     ``x-storaged-countries`` (``FR,DE``) narrows where the bucket's data may be. If the bucket exists with other
-    countries, the request is refused (BucketAlreadyOwnedByYou).
+    countries, or the request has tags, it is refused (BucketAlreadyOwnedByYou).
     """
     name = request.bucket
     if not bucket_name_valid(name):
@@ -87,13 +90,14 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         raise errors.NotImplemented(
             "Access control lists are not implemented: a bucket's owner owns every object in it."
         )
-    region = await parse_document(partial(_region_asked, front), request.document)
+    region, tags = await parse_document(partial(_asked, front), request.document)
+    configuration = NOTHING.having(TAGGING, Tags(tags)) if tags else NOTHING
     countries = _countries(request.headers.get("x-storaged-countries"))
     try:
-        await front.buckets.create(request.who, name, region=region, countries=countries)
+        await front.buckets.create(request.who, name, region=region, countries=countries, configuration=configuration)
     except errors.BucketAlreadyOwnedByYou:
-        if countries and (await front.buckets.get(name)).countries != countries:
-            raise  # the client must not believe that the countries it asked for are in force
+        if tags or (countries and (await front.buckets.get(name)).countries != countries):
+            raise  # the client must not believe that what it asked for is in force
     return Reply(headers={"Location": f"/{name}"})
 
 
@@ -110,17 +114,23 @@ def _countries(text: str | None) -> tuple[str, ...]:
     return tuple(sorted(codes))
 
 
-def _region_asked(front: Front, body: bytes) -> str:
-    """The region that a CreateBucketConfiguration asks for. Raises InvalidLocationConstraint, MalformedXML,
-    NotImplemented."""
+def _asked(front: Front, body: bytes) -> tuple[str, dict[str, str]]:
+    """The region and the tags that a CreateBucketConfiguration asks for. Raises InvalidLocationConstraint, InvalidTag,
+    MalformedXML, NotImplemented."""
     if not body.strip():
-        return front.endpoint.region
+        return front.endpoint.region, {}
     root = xml.parse(body, "CreateBucketConfiguration")
-    for child in root.children:
-        if child.name in ("Location", "Bucket", "Tags"):
-            raise errors.NotImplemented(f"{child.name} in CreateBucketConfiguration is not implemented.")
-    location = root.fields({"LocationConstraint"}).get("LocationConstraint", "")
-    return region_of_new_bucket(location, front.endpoint.region, strict=front.endpoint.strict_region)
+    parts = {child.name: child for child in root.children}
+    for name in ("Location", "Bucket"):
+        if name in parts:
+            raise errors.NotImplemented(f"{name} in CreateBucketConfiguration is not implemented.")
+    if set(parts) - {"LocationConstraint", "Tags"} or len(parts) != len(root.children):
+        raise errors.MalformedXML()
+    if "LocationConstraint" in parts and parts["LocationConstraint"].children:
+        raise errors.MalformedXML()
+    location = parts["LocationConstraint"].text if "LocationConstraint" in parts else ""
+    region = region_of_new_bucket(location, front.endpoint.region, strict=front.endpoint.strict_region)
+    return region, tags_in(parts["Tags"], h.TAGS_PER_BUCKET_MAX) if "Tags" in parts else {}
 
 
 async def head_bucket(front: Front, request: Request) -> Reply:

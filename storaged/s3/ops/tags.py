@@ -26,8 +26,13 @@ def tags_from(document: bytes, count_max: int) -> dict[str, str]:
     root = xml.parse(document, "Tagging")
     if len(root.children) != 1 or root.children[0].name != "TagSet":
         raise MalformedXML()
+    return tags_in(root.children[0], count_max)
+
+
+def tags_in(tag_set: xml.Node, count_max: int) -> dict[str, str]:
+    """Raises MalformedXML, InvalidTag."""
     pairs = []
-    for tag in root.children[0].children:
+    for tag in tag_set.children:
         found = tag.fields({"Key", "Value"})
         if tag.name != "Tag" or len(found) != 2:
             raise MalformedXML()

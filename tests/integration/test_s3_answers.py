@@ -1,0 +1,243 @@
+"""What AWS answers where its clients depend on it, each with its source.
+
+B: the documentation strings of botocore 1.44.8. U: AWS's user guide, or a page of its API reference. O: somebody's
+observation of AWS. T: a conformance suite, here Ceph's s3-tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.integration.s3_front import ACCESS, REGION, World, s3_world
+from tests.integration.test_s3_fail_closed import call, state
+
+OLD = b"old bytes"
+ETAG = hashlib.md5(OLD).hexdigest()
+PAST, FUTURE = "Mon, 01 Jan 1994 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    async with s3_world() as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        for key, body in (("k", OLD), ("empty", b"")):
+            assert (await call(world, "PUT", f"/bucket/{key}", body=body))[0] == 200
+        yield world
+
+
+def field(answer: bytes, name: str) -> str | None:
+    """A header of an answer."""
+    found = re.search(rb"(?i)\r\n" + name.encode() + rb": ([^\r]*)\r\n", answer)
+    return found[1].decode() if found else None
+
+
+def body_of(answer: bytes) -> bytes:
+    return answer.partition(b"\r\n\r\n")[2]
+
+
+# --- listings
+
+
+@pytest.mark.parametrize("delimiter", ["", "/"])
+async def test_a_page_of_list_objects_names_the_next_marker_only_with_a_delimiter(world: World, delimiter: str) -> None:
+    """B, ListObjectsOutput: "This element is returned only if you have the delimiter request parameter specified"."""
+    await call(world, "PUT", "/bucket/a/b", body=b"x")
+    _, _, answer = await call(world, "GET", f"/bucket?max-keys=1{'&delimiter=%2F' if delimiter else ''}")
+    assert b"<IsTruncated>true</IsTruncated>" in answer
+    assert (b"<NextMarker>" in answer) == bool(delimiter)
+
+
+async def test_keys_are_encoded_as_in_urls_and_brackets_too(world: World) -> None:
+    """B, EncodingType: "test_file(3).png" appears as "test_file%283%29.png"."""
+    assert (await call(world, "PUT", "/bucket/test_file%283%29.png", body=b"x"))[0] == 200
+    for target in (
+        "/bucket?encoding-type=url",
+        "/bucket?list-type=2&encoding-type=url",
+        "/bucket?versions&encoding-type=url",
+    ):
+        assert b"<Key>test_file%283%29.png</Key>" in (await call(world, "GET", target))[2], target
+
+
+# --- conditions of reads
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("conditions", "status"),
+    [
+        ({"if-match": ETAG, "if-unmodified-since": PAST}, 200),
+        ({"if-match": "other", "if-unmodified-since": FUTURE}, 412),
+        ({"if-none-match": ETAG, "if-modified-since": PAST}, 304),
+        ({"if-none-match": "other", "if-modified-since": FUTURE}, 200),
+    ],
+)
+async def test_entity_tags_decide_beside_dates(
+    world: World, method: str, conditions: dict[str, str], status: int
+) -> None:
+    """B, GetObject: "If-Match evaluates to true, and If-Unmodified-Since to false: 200"; "If-None-Match evaluates to
+    false, and If-Modified-Since to true: 304"."""
+    assert (await call(world, method, "/bucket/k", conditions))[0] == status
+
+
+@pytest.mark.parametrize(
+    ("conditions", "status"),
+    [
+        ({"if-match": ETAG, "if-unmodified-since": PAST}, 200),
+        ({"if-none-match": ETAG, "if-modified-since": PAST}, 412),
+    ],
+)
+async def test_entity_tags_decide_beside_dates_of_a_copys_source(
+    world: World, conditions: dict[str, str], status: int
+) -> None:
+    """B, CopyObject: the first pair copies, the second answers 412."""
+    headers = {f"x-amz-copy-source-{name}": value for name, value in conditions.items()}
+    assert (await call(world, "PUT", "/bucket/copy", {"x-amz-copy-source": "bucket/k", **headers}))[0] == status
+
+
+# --- ranges and parts
+
+
+@pytest.mark.parametrize(
+    ("span", "status", "length"), [("bytes=0-", 416, None), ("bytes=0-0", 416, None), ("bytes=-1", 200, "0")]
+)
+async def test_ranges_of_an_empty_object(world: World, span: str, status: int, length: str | None) -> None:
+    """O."""
+    for method in ("GET", "HEAD"):
+        found, _, answer = await call(world, method, "/bucket/empty", {"range": span})
+        assert found == status
+        assert length is None or (field(answer, "content-length"), field(answer, "content-range")) == (length, None)
+
+
+async def test_a_range_that_ends_before_it_begins_is_ignored(world: World) -> None:
+    """O. RFC 9110, section 14.1.1, calls it invalid."""
+    status, _, answer = await call(world, "GET", "/bucket/k", {"range": "bytes=1-0"})
+    assert (status, body_of(answer), field(answer, "content-range")) == (200, OLD, None)
+
+
+async def test_the_number_of_parts_is_named_with_a_part_number_and_of_multipart_objects_alone(world: World) -> None:
+    """B, PartsCount: "returned if you specify partNumber in your request and the object was uploaded as a multipart
+    upload". T: no Content-Range of an empty object."""
+    client = world.client()
+
+    def upload() -> None:
+        made = client.create_multipart_upload(Bucket="bucket", Key="parts")
+        part = client.upload_part(Bucket="bucket", Key="parts", UploadId=made["UploadId"], PartNumber=1, Body=OLD)
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        client.complete_multipart_upload(Bucket="bucket", Key="parts", UploadId=made["UploadId"], MultipartUpload=parts)
+
+    await asyncio.to_thread(upload)
+    for method in ("GET", "HEAD"):
+        for target, count in (("parts", None), ("parts?partNumber=1", "1"), ("k?partNumber=1", None)):
+            status, _, answer = await call(world, method, f"/bucket/{target}")
+            assert field(answer, "x-amz-mp-parts-count") == count, target
+            assert status == (206 if "?" in target else 200)
+        _, _, answer = await call(world, method, "/bucket/empty?partNumber=1")
+        assert field(answer, "content-range") is None
+
+
+@pytest.mark.parametrize("span", ["bytes=0-9", "bytes=8-9", "bytes=9-9", "bytes=100-200"])
+async def test_a_part_beyond_the_source_of_its_copy_is_an_invalid_argument(world: World, span: str) -> None:
+    """O: not 416, as a GET of this range."""
+    _, _, answer = await call(world, "POST", "/bucket/parts?uploads")
+    upload = re.search(rb"<UploadId>([^<]*)<", answer)
+    assert upload is not None
+    before = state(world)
+    target = f"/bucket/parts?uploadId={upload[1].decode()}&partNumber=1"
+    headers = {"x-amz-copy-source": "bucket/k", "x-amz-copy-source-range": span}
+    assert (await call(world, "PUT", target, headers))[:2] == (400, "InvalidArgument")
+    assert state(world) == before
+
+
+# --- completing an upload
+
+
+@pytest.mark.parametrize(
+    ("headers", "answer"),
+    [
+        ({"x-amz-mp-object-size": "8"}, (400, "InvalidRequest")),
+        ({"x-amz-checksum-type": "FULL_OBJECT"}, (400, "BadDigest")),
+        ({"x-amz-checksum-type": "COMPOSITE", "x-amz-mp-object-size": "9"}, (200, "")),
+    ],
+)
+async def test_a_complete_that_says_another_size_or_checksum_type_is_refused(
+    world: World, headers: dict[str, str], answer: tuple[int, str]
+) -> None:
+    """B, MpuObjectSize: "If there's a mismatch [...] the request fails with an HTTP 400 InvalidRequest error";
+    ChecksumType: "an HTTP 400 BadDigest error"."""
+    _, _, made = await call(world, "POST", "/bucket/parts?uploads", {"x-amz-checksum-algorithm": "CRC32"})
+    found = re.search(rb"<UploadId>([^<]*)<", made)
+    assert found is not None
+    target = f"/bucket/parts?uploadId={found[1].decode()}"
+    _, _, part = await call(world, "PUT", f"{target}&partNumber=1", body=OLD)
+    document = f"<Part><PartNumber>1</PartNumber><ETag>{field(part, 'etag')}</ETag></Part>"
+    body = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>".encode()
+    assert (await call(world, "POST", target, headers, body))[:2] == answer
+
+
+# --- bounds
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "PUT"])
+@pytest.mark.parametrize(("length", "key"), [(1024, "k"), (1025, "k"), (1026, "é")])
+async def test_a_key_of_more_than_1024_bytes_is_too_long_for_every_method(
+    world: World, method: str, length: int, key: str
+) -> None:
+    """U, "Naming Amazon S3 objects": at most 1,024 bytes of UTF-8."""
+    text = "k" * length if key == "k" else "%C3%A9" * (length // 2)
+    status, code, _ = await call(world, method, f"/bucket/{text}", body=b"x" if method == "PUT" else b"")
+    too_long = (400, "" if method == "HEAD" else "KeyTooLongError")
+    found = {"GET": (404, "NoSuchKey"), "HEAD": (404, ""), "DELETE": (204, ""), "PUT": (200, "")}[method]
+    assert (status, code) == (too_long if length > 1024 else found)
+
+
+def test_the_largest_object_has_all_the_parts_that_an_upload_may_have() -> None:
+    """U, "Amazon S3 multipart upload limits": 48.8 TiB, 10,000 parts of 5 GiB."""
+    from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PARTS_MAX
+
+    assert OBJECT_BYTES_MAX == PARTS_MAX * PART_BYTES_MAX == 10_000 * 5 * 1024**3
+
+
+# --- tags
+
+
+def tagged(count: int, root: str = "Tagging") -> bytes:
+    tags = "".join(f"<Tag><Key>k{number}</Key><Value>v</Value></Tag>" for number in range(count))
+    inner = f"<TagSet>{tags}</TagSet>" if root == "Tagging" else f"<Tags>{tags}</Tags>"
+    return f"<{root}>{inner}</{root}>".encode()
+
+
+@pytest.mark.parametrize(
+    ("target", "count", "answer"),
+    [
+        ("/bucket?tagging", 50, (204, "")),
+        ("/bucket?tagging", 51, (400, "InvalidTag")),
+        ("/bucket/k?tagging", 10, (200, "")),
+        ("/bucket/k?tagging", 11, (400, "InvalidTag")),
+    ],
+)
+async def test_a_bucket_has_at_most_50_tags_and_an_object_10(
+    world: World, target: str, count: int, answer: tuple[int, str]
+) -> None:
+    """U, "Using cost allocation tags": 50; "Object tagging": 10. T: InvalidTag for both."""
+    assert (await call(world, "PUT", target, body=tagged(count)))[:2] == answer
+
+
+async def test_a_bucket_is_created_with_tags(world: World) -> None:
+    """B, CreateBucketConfiguration: Tags."""
+    client, tags = world.client(), [{"Key": "k0", "Value": "v"}]
+    made: dict[str, Any] = {"Bucket": "tagged", "CreateBucketConfiguration": {"Tags": tags}}
+    await asyncio.to_thread(lambda: client.create_bucket(**made))
+    assert (await asyncio.to_thread(lambda: client.get_bucket_tagging(Bucket="tagged")))["TagSet"] == tags
+    for count, answer in ((50, (200, "")), (51, (400, "InvalidTag"))):
+        document = tagged(count, "CreateBucketConfiguration")
+        assert (await call(world, "PUT", f"/made-{count}", body=document))[:2] == answer
+    assert (await call(world, "HEAD", "/made-51"))[0] == 404
+    status, code, _ = await call(world, "PUT", "/tagged", body=tagged(2, "CreateBucketConfiguration"))
+    assert (status, code) == (409, "BucketAlreadyOwnedByYou"), "tags that are not stored are not ignored"
