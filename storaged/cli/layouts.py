@@ -117,7 +117,7 @@ def _print_plan(before: Layout, layouts: Sequence[Layout], found: planning.Outlo
         click.echo(f"partitions that move  {found.partitions} of 1025")
         click.echo(f"replicas that move    {found.replicas}")
         click.echo(f"fragments that move   {found.fragments}")
-    nodes = {disk: after.disk_by_id[disk].node for disk in after.seeds}
+    nodes = {disk: after.node_of(disk) if disk in after.disk_by_id else "nobody" for disk in after.seeds}
     click.echo(f"seed disks            {', '.join(f'{disk} of {node}' for disk, node in nodes.items())}")
     for when, survives in found.survives.items():
         click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")

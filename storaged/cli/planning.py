@@ -11,9 +11,10 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from storaged.cli.forecast import Forecast, Label
-from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, Profile, problems_of
+from storaged.cluster.layout import PARTITIONS, Layout, Profile, problems_of
 from storaged.cluster.moves import changes_between, moves_between
 from storaged.cluster.partitions import PartitionState, next_step
+from storaged.cluster.voters import voting_sets
 from storaged.errors import ServiceUnavailable
 from storaged.objects.code.place import first_choice
 
@@ -125,8 +126,13 @@ def _survives(sets: Iterable[Sequence[str]], domains: Mapping[str, str], away: C
     return True
 
 
+def _seed_sets(layout: Layout) -> set[tuple[str, ...]]:
+    sets = [seeds for seeds in (layout.seeds, layout.seeds_next) if seeds]
+    return set(voting_sets(sets, layout.seeds_lost))
+
+
 def _settled_survives(layout: Layout) -> bool:
-    sets = {layout.replicas_of(number) for number in (*range(PARTITIONS), SYSTEM_PARTITION)}
+    sets = {layout.replicas_of(number) for number in range(PARTITIONS)} | _seed_sets(layout)
     return not problems_of(layout) and _survives(sets, layout.domain_by_disk)
 
 
@@ -148,7 +154,7 @@ def _moving_survives(before: Layout, layouts: Sequence[Layout]) -> bool:
             state = PartitionState(number, record.step, 0, record.present, record.coming, record.lost)
             sets.update(state.sets)
     for layout in layouts:
-        sets.update(seeds for seeds in (layout.seeds, layout.seeds_next) if seeds)
+        sets |= _seed_sets(layout)
     gone = {disk.id for disk in before.disks if disk.id not in after.disk_by_id}
     return _survives(sets, domains, gone)
 

@@ -1,4 +1,5 @@
-"""``storaged cluster losses`` and ``cluster recover --unsafe``: for partitions that lost their majority for good.
+"""``storaged cluster losses`` and ``cluster recover --unsafe``: for partitions that lost their majority for good,
+that of the system too.
 
 ``losses`` asks a gateway what the loss of disks would lose. ``recover`` works on the folder with the authority's keys:
 it signs layouts that call the disks lost, so that these partitions go on from the replicas that are left
@@ -40,8 +41,12 @@ def losses(named: str | None, disks: tuple[str, ...], as_json: bool) -> None:
 def describe(found: dict[str, Any]) -> list[str]:
     """Of the document of ``losses``."""
     rows, lines = found["partitions"], []
-    if not rows and not found["nothing_left"]:
+    if not rows and not found["nothing_left"] and not found["system_lost"]:
         return ["every partition has a majority without these disks: nothing is lost. Remove them as usual."]
+    if found["system_lost"]:
+        lines += describe_system(found["system"])
+    if found["unknown"]:
+        lines.append(f"where {len(found['unknown'])} of 1024 partitions are is not known, so nor is what they lose")
     lines.append(f"{len(rows)} of 1024 partitions have no majority without disk {', '.join(found['disks'])}")
     for row in rows[:SHOWN_MAX]:
         keys = "the keys that it has are not known"
@@ -55,16 +60,40 @@ def describe(found: dict[str, Any]) -> list[str]:
     lines.append("  overwritings and deletions that were acknowledged by a majority without the disk that is left.")
     if found["nothing_left"]:
         lines.append(f"{len(found['nothing_left'])} partitions have no disk left at all. They stay stopped, for ever.")
-    if found["system_lost"]:
-        lines.append("the system partition has no majority either")
     if found["answering"]:
         lines.append(f"disk {', '.join(found['answering'])} answers; it has to be powered off for ever")
+    if found["silent"]:
+        lines.append(f"no disk of {', '.join(found['silent'])} answers. Start these servers first: they may know more")
     return lines
+
+
+def describe_system(found: dict[str, Any]) -> list[str]:
+    """Of ``system`` in the document of ``losses``."""
+    if not found["left"]:
+        return [f"no seed disk is left of {', '.join(found['seeds'])}: the cluster can't be recovered"]
+    registers = found["registers"]
+    known = "it does not say what they have"
+    if registers is not None:
+        known = ", ".join(f"{count} {kind}" for kind, count in registers.items()) or "they have no register"
+    return [
+        f"the system partition has no majority without seed disk {', '.join(found['lost'])}",
+        f"  seed disk {', '.join(found['left'])} is left, with {known}",
+        "  What only the lost seed disks had is lost, though it was acknowledged: users, buckets and their keys, as",
+        "  they were made, changed or deleted last (what was deleted may be back, an older policy or password may hold",
+        "  again); the keyring's id and signing keys; where partitions that moved are; which disks are out; pauses and",
+        "  paces of moves; a layout that was decided, and that no server uses yet. What the lost servers alone knew of",
+        "  other disks is forgotten, too: a disk or server that is put back to an older state may not be noticed.",
+    ]
 
 
 def words_for(found: dict[str, Any]) -> str:
     """What has to be typed."""
-    return f"lose {len(found['partitions'])} partitions; {' '.join(found['disks'])} are powered off for ever"
+    lost = [f"{len(found['partitions'])} partitions"]
+    if found["system_lost"]:
+        lost.insert(0, "the system partition")
+    if found["unknown"]:
+        lost.append(f"what {len(found['unknown'])} unknown partitions lose")
+    return f"lose {' and '.join(lost)}; {' '.join(found['disks'])} are powered off for ever"
 
 
 @click.command("recover")
@@ -127,12 +156,10 @@ def _read(file: Any) -> dict[str, Any]:
 
 def _check(found: dict[str, Any]) -> None:
     """Raises RecoverRefused."""
-    if not found["partitions"]:
+    if not found["partitions"] and not found["system_lost"]:
         raise RecoverRefused("Every partition has a majority without these disks, or has no disk left at all.")
-    if found["system_lost"]:
-        raise RecoverRefused(
-            "The system partition has lost its majority of seed disks, too. This release can't recover that."
-        )
+    if found["system_lost"] and not found["system"]["left"]:
+        raise RecoverRefused("No seed disk is left: nothing says which users, buckets and keys there were.")
     if found["answering"]:
         raise RecoverRefused(
             f"Disk {', '.join(found['answering'])} still answers. Power its node off for ever, and ask for the losses"

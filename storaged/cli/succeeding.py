@@ -2,7 +2,8 @@
 
 A change that moves nothing makes one layout. A change that moves data makes one, and two more for each seed disk that
 goes: a joint layout, in which the seed is exchanged and its disk only gives up what it has, and one that settles
-(``cluster.succession``). They are applied one after the other.
+(``cluster.succession``). Where a majority of the seed disks is lost for good, one that goes on without them comes
+first. They are applied one after the other.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from storaged.cluster.layout import Layout, RevokedCertificate, problems_of
 from storaged.cluster.moves import moves_between
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.spread import minority_of
-from storaged.cluster.succession import base_after, check_successor, exchanged_seeds, next_epoch
+from storaged.cluster.succession import base_after, check_successor, exchanged_seeds, next_epoch, recovered_seeds
 from storaged.errors import LayoutRefused, LayoutUnsafe
 from storaged.wire import encode
+
+NUMBERED_LATER = -1
+"""``Layout.seeds_recovered`` of a layout that recovers the system partition, before it has its number."""
 
 REVOKED_LONGER_MS = 7 * 86_400_000
 """A revocation outlasts its certificate by so much, for nodes whose clock is slow."""
@@ -48,6 +52,8 @@ def layouts_after(
         seeds=before.seeds,
         seeds_next=before.seeds_next,
         seeds_step=before.seeds_step,
+        seeds_lost=before.seeds_lost,
+        seeds_recovered=before.seeds_recovered,
         predecessor=signed.hash,
         lost=(*before.lost, *(disk for disk in lost if disk not in before.lost)),
     )
@@ -74,9 +80,14 @@ def _check_works(layout: Layout) -> None:
 
 def _steps(before: Layout, wanted: Layout) -> list[Layout]:
     """Layouts without numbers. ``wanted``: the last of them, but for its seeds. Raises LayoutRefused."""
-    seeds, step, found = before.seeds, before.seeds_step, list[Layout]()
-    if before.seeds_next:  # the last one that was signed is joint: it settles first
-        seeds, step = before.seeds_next, step + 1
+    seeds, coming, step, found = before.seeds, before.seeds_next, before.seeds_step, list[Layout]()
+    if (recovered := recovered_seeds(before, wanted.lost)) is not None:
+        seeds, coming, step = recovered.present, recovered.coming, recovered.step
+        named = replace(wanted, seeds=seeds, seeds_next=coming, seeds_step=step, seeds_lost=recovered.lost)
+        found.append(replace(named, seeds_recovered=NUMBERED_LATER))
+        before = replace(before, seeds_lost=recovered.lost)
+    if coming:  # the last one that was signed is joint: it settles first
+        seeds, step = coming, step + 1
         kept = [seed for seed in seeds if seed not in wanted.disk_by_id]
         found.append(replace(_with_disks(wanted, before, kept), seeds=seeds, seeds_next=(), seeds_step=step))
     active = {disk.id for disk in wanted.disks if disk.state == "active"}
@@ -108,7 +119,10 @@ def _surplus(wanted: Layout, seeds: Sequence[str]) -> list[str]:
 
 
 def _with_disks(layout: Layout, before: Layout, disks: Collection[str]) -> Layout:
-    """``layout`` and disks of ``before`` that only give up what they have, with their nodes."""
+    """``layout`` and disks of ``before`` that only give up what they have, with their nodes. Disks that count in no
+    quorum any more give up nothing.
+    """
+    disks = [disk for disk in disks if disk not in before.seeds_lost]
     kept = [replace(before.disk_by_id[disk], state="draining") for disk in disks]
     nodes = [before.node_by_name[name] for name in dict.fromkeys(disk.node for disk in kept)]
     nodes = [node for node in nodes if node.name not in layout.node_by_name]
@@ -120,7 +134,11 @@ def _chained(hash_: bytes, before: Layout, steps: list[Layout], highest: int) ->
     found = []
     for step in steps:
         highest = next_epoch(highest, moving=True)
-        layout = replace(step, epoch=highest, predecessor=hash_, base=base_after(before))
+        recovered = highest if step.seeds_recovered == NUMBERED_LATER else before.seeds_recovered
+        kept = {*step.seeds, *step.seeds_next}
+        lost = step.seeds_lost if recovered == highest else tuple(filter(kept.__contains__, before.seeds_lost))
+        layout = replace(step, seeds_lost=lost, seeds_recovered=recovered)
+        layout = replace(layout, epoch=highest, predecessor=hash_, base=base_after(before))
         check_successor(before, hash_, layout)
         before, hash_ = layout, hashlib.sha256(encode(layout)).digest()
         found.append(layout)

@@ -7,6 +7,9 @@ predecessor's seed disks (of both sets while the system partition moves) are the
 node, so at most one successor of a layout is used anywhere, although nodes learn layouts from each other and not from
 the register. Everybody who knows the predecessor can verify a certificate.
 
+A layout that recovers the system partition needs the acceptances of all seed disks that are left, by what it says
+itself (``cluster.succession``). A lost seed disk counts for nothing.
+
 The node certificates of acceptances may have expired: what counts is that the authority certified the node, and that
 the predecessor names it.
 """
@@ -20,6 +23,8 @@ from cryptography import x509
 from storaged.cluster.identity import NodeSigner, signed_by_node
 from storaged.cluster.layout import Layout, confirmed_roles
 from storaged.cluster.signed_layout import Acceptance, SignedLayout
+from storaged.cluster.succession import recovers
+from storaged.cluster.voters import is_quorum
 from storaged.errors import CertificateRefused, JurisdictionRefused, LayoutRefused
 from storaged.wire import Message, encode
 
@@ -66,23 +71,30 @@ def accepted_by(
         raise LayoutRefused(f"{name}: {peer.name} is no storage node of layout {before.epoch}.")
     if before.revokes(peer.fingerprint):
         raise LayoutRefused(f"{name}: layout {before.epoch} revokes the certificate of {peer.name}.")
-    if peer.name not in seed_nodes(before):
+    if peer.name not in seed_nodes(before, layout):
         raise LayoutRefused(f"{name}: {peer.name} has no seed disk by layout {before.epoch}.")
     return peer.name
 
 
-def seed_nodes(layout: Layout) -> frozenset[str]:
-    """The nodes that have a seed disk, of both sets while the system partition moves."""
-    return frozenset(layout.node_of(disk) for disk in (*layout.seeds, *layout.seeds_next) if disk in layout.disk_by_id)
+def seed_nodes(before: Layout, after: Layout) -> frozenset[str]:
+    """The nodes with a seed disk of ``before`` that may accept ``after``: of both sets while the system partition
+    moves. A lost seed disk does not count.
+    """
+    lost = {*before.seeds_lost, *after.lost}
+    seeds = (disk for disk in (*before.seeds, *before.seeds_next) if disk not in lost)
+    return frozenset(before.node_of(disk) for disk in seeds if disk in before.disk_by_id)
 
 
-def is_enough(before: Layout, nodes: Collection[str]) -> bool:
-    """Whether these nodes have a majority of the seed disks of ``before``, of each set."""
-    return all(
-        2 * sum(disk in before.disk_by_id and before.node_of(disk) in nodes for disk in seeds) > len(seeds)
-        for seeds in (before.seeds, before.seeds_next)
-        if seeds or seeds is before.seeds
-    )
+def is_enough(before: Layout, after: Layout, nodes: Collection[str]) -> bool:
+    """Whether the acceptances of these nodes bring ``after`` into force: they have a quorum of the seed disks of
+    ``before``; for a recovery, all that are left of them.
+    """
+    accepted = {disk.id for disk in before.disks if disk.node in nodes}
+    if recovers(after):
+        left = {*before.seeds, *before.seeds_next}.difference(before.seeds_lost, after.lost)
+        return bool(left) and left <= accepted
+    sets = tuple(seeds for seeds in (before.seeds, before.seeds_next) if seeds or seeds is before.seeds)
+    return is_quorum(sets, before.seeds_lost, accepted)
 
 
 def verify_certificate(signed: SignedLayout, layout: Layout, before: Layout, authority: x509.Certificate) -> None:
@@ -99,8 +111,11 @@ def verify_certificate(signed: SignedLayout, layout: Layout, before: Layout, aut
     nodes = [accepted_by(acceptance, signed, layout, before, authority) for acceptance in signed.certificate]
     if len(set(nodes)) != len(nodes):
         raise LayoutRefused(f"Layout {layout.epoch} has two acceptances of one node.")
-    if not is_enough(before, nodes):
+    if not is_enough(before, layout, nodes):
+        wanted = (
+            "do not have all seed disks that are left" if recovers(layout) else "have no majority of the seed disks"
+        )
         raise LayoutRefused(
-            f"Layout {layout.epoch} was accepted by {', '.join(sorted(nodes))} alone, which have no majority of the"
-            f" seed disks of layout {before.epoch}."
+            f"Layout {layout.epoch} was accepted by {', '.join(sorted(nodes))} alone, which {wanted} of layout"
+            f" {before.epoch}."
         )

@@ -128,6 +128,14 @@ def verify_claims(
     return claims
 
 
+def check_not_lost(claims: NodeClaims, layout: Layout) -> None:
+    """Raises ClaimRefused for a statement about a disk that the layout in force calls lost for good: its node does not
+    know that layout yet, or lies. Without a majority of the ledgers such a disk takes no part.
+    """
+    if lost := [claim.disk for claim in claims.disks if claim.disk in layout.lost]:
+        raise ClaimRefused(f"A statement of {claims.node} claims disk {lost[0]}, which is lost for good.")
+
+
 def _problem_of(claims: NodeClaims, layout: Layout, earlier: Iterable[Layout]) -> str:
     if not 0 < len(claims.disks) <= DISKS_A_STATEMENT_MAX:
         return f"it is about {len(claims.disks)} disks"

@@ -176,6 +176,12 @@ class Layout(Message, frozen=True, dict=True):
     so many that the others can't read it, nor a majority of a partition's replicas; and nothing is written as whole
     copies. Empty: operators decide nothing.
     """
+    seeds_lost: tuple[str, ...] = ()
+    """Those of the seed disks that are lost for good and count in no quorum of the system partition, until they are
+    exchanged. ``disks`` need not have them.
+    """
+    seeds_recovered: int = 0
+    """The epoch of the newest layout by which the system partition went on without a quorum; 0: it never did."""
 
     @cached_property
     def target(self) -> Profile:
@@ -413,7 +419,7 @@ def problems_of(layout: Layout) -> list[str]:
     found.extend(
         f"seed disk {seed} is not in the layout"
         for seed in dict.fromkeys((*layout.seeds, *layout.seeds_next))
-        if seed not in layout.disk_by_id
+        if seed not in layout.disk_by_id and seed not in layout.seeds_lost
     )
     if layout.sparing.fragments_s < 1 or layout.sparing.registers_s < 1 or layout.sparing.domains_max < 0:
         found.append("a disk is replaced after one second at the soonest, and no fewer than 0 failure domains")

@@ -32,7 +32,7 @@ from storaged.cluster.moves import RefusedLayout, moves_between
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
 from storaged.cluster.signed_layout import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
-from storaged.cluster.succession import check_profile, check_successor, is_numbered_as_moving
+from storaged.cluster.succession import check_profile, check_successor, follows_instead, is_numbered_as_moving
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.wire import decode, encode
@@ -304,6 +304,15 @@ class LayoutBook:
                 raise LayoutRefused(f"Layout {layout.epoch} moves data, and nothing here verifies its certificate.")
             verify_certificate(signed, layout, before, self._authority)
 
+    def is_overtaken(self, layout: Layout) -> bool:
+        """Whether a layout that follows an earlier one can't come into force any more: another one came first. One that
+        was decided is overtaken by a recovery of the system partition alone.
+        """
+        before = self.by_hash(layout.predecessor)
+        if before is None or before is self._current or follows_instead(self.current, layout):
+            return False
+        return bool(moves_between(before, self.current))
+
     def judge(self, layout: Layout) -> Layout:
         """Returns the predecessor of a layout that may come into force. Raises LayoutRefused, with the reason, for one
         that may not. It does not look at certificates.
@@ -314,7 +323,8 @@ class LayoutBook:
                 f"Layout {layout.epoch} follows a layout that this node does not know, or none. This node is at layout"
                 f" {self.epoch}."
             )
-        if before is not self._current and (between := moves_between(before, self.current)):
+        between = moves_between(before, self.current) if before is not self._current else None
+        if between and not follows_instead(self.current, layout):
             raise LayoutRefused(
                 f"Layout {layout.epoch} follows layout {before.epoch}. Layout {self.epoch} came first, and moved data:"
                 f" {between}."

@@ -63,7 +63,7 @@ DISK_BYTES_MAX = 2**60
 WRITABLE = frozenset({"ok"})
 READABLE = frozenset({"ok", "full", "read-only"})
 FAILED = "failed"
-UNREADABLE = frozenset({FAILED, "foreign", "rolled-back", "blank", "waiting", "hung", "index-damaged"})
+UNREADABLE = frozenset({FAILED, "foreign", "rolled-back", "lost", "blank", "waiting", "hung", "index-damaged"})
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def places_digest(layout: Layout) -> bytes:
     facts = (places, layout.seeds, layout.replicas, len(layout.disks))
     moved: tuple[object, ...] = (layout.base, layout.seeds_next, layout.seeds_step)
     moved = (*moved, layout.lost) if layout.lost else moved
+    moved = (*moved, layout.seeds_lost, layout.seeds_recovered) if layout.seeds_recovered else moved
     over = (layout.spread, sorted(_operators(layout).items())) if layout.spread else ()
     return hashlib.sha256(encode((*facts, *moved, *over) if any(moved) or over else facts)).digest()
 
@@ -161,6 +162,14 @@ def _differences(before: Layout, after: Layout) -> list[str]:
         )
     elif before.seeds_step != after.seeds_step:
         found.append(f"the step of the seed disks changes from {before.seeds_step} to {after.seeds_step}")
+    if before.seeds_lost != after.seeds_lost:
+        found.append(
+            f"the system partition goes on without seed disks {', '.join(after.seeds_lost)}"
+            if after.seeds_lost
+            else "no seed disk is a lost one any more"
+        )
+    if before.seeds_recovered != after.seeds_recovered:
+        found.append(f"the system partition was recovered by layout {after.seeds_recovered or 'none'}")
     if before.base != after.base:
         now = after.base or after.epoch
         found.append(

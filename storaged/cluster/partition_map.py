@@ -4,7 +4,7 @@ disks are out, and where partitions should be while they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from storaged.cluster.layout import SYSTEM_PARTITION, Layout
 from storaged.cluster.partitions import PartitionRecord, PartitionState, is_sound, state_of
@@ -98,6 +98,10 @@ class PartitionMap:
 
     def record(self, number: int) -> PartitionRecord | None:
         return self._records.get(number)
+
+    def fallen(self, held: Mapping[int, int]) -> list[PartitionRecord]:
+        """The records that are newer than those which the system partition has. ``held``: of those, the steps."""
+        return [record for number, record in self._records.items() if record.step > held.get(number, 0)]
 
     def learn(self, record: PartitionRecord) -> bool:
         """Takes a record that a quorum of the system partition holds. Returns whether it is newer than the one known.

@@ -69,6 +69,10 @@ Recovery: a majority of a set is lost for good
     * A process believes a record with lost disks only if it knows a layout that calls all of them lost. Gateways sign
       records, but not layouts: no gateway recovers a partition by itself.
 
+Recovery of the system partition
+    The layouts have its state, so a layout takes this step: it names the lost seed disks (``Layout.seeds_lost``), and
+    its certificate has the acceptances of all seed disks that are left (``cluster.succession``).
+
 A replica has a *position*: its index in the set. The replica that comes takes the position of the one that goes. The
 copies of a small object are numbered by position.
 """
@@ -80,6 +84,7 @@ from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.cluster.spread import minority_of
+from storaged.cluster.voters import lacks_quorum, left_of, voting_sets
 from storaged.errors import LayoutRefused
 from storaged.wire import Message, encode
 
@@ -153,10 +158,13 @@ class PartitionState(NamedTuple):
 
     @property
     def voters(self) -> tuple[tuple[str, ...], ...]:
-        """The sets without lost disks: quorums are majorities of these."""
-        if not self.lost:
-            return self.sets
-        return tuple(tuple(disk for disk in disks if disk not in self.lost) for disks in self.sets)
+        """The sets without lost disks: their disks alone can be of a quorum."""
+        return left_of(self.sets, self.lost) if self.lost else self.sets
+
+    @property
+    def voting(self) -> tuple[tuple[str, ...], ...]:
+        """The sets of which a quorum has a majority each (``cluster.voters``)."""
+        return voting_sets(self.sets, self.lost)
 
     @property
     def disks(self) -> tuple[str, ...]:
@@ -202,7 +210,8 @@ def state_of(partition: int, record: PartitionRecord | None, current: Layout, ba
     """
     if partition == SYSTEM_PARTITION:
         epoch = epoch_of(current.seeds_step, current.epoch)
-        return PartitionState(partition, current.seeds_step, epoch, current.seeds, current.seeds_next)
+        seeds, coming, lost = current.seeds, current.seeds_next, current.seeds_lost
+        return PartitionState(partition, current.seeds_step, epoch, seeds, coming, lost)
     if record is None:
         return PartitionState(partition, 0, epoch_of(0, current.epoch), base.replicas_of(partition))
     epoch = epoch_of(record.step, current.epoch)
@@ -212,14 +221,16 @@ def state_of(partition: int, record: PartitionRecord | None, current: Layout, ba
 def recovery_of(state: PartitionState, layout: Layout) -> PartitionRecord | None:
     """The step that a partition takes when so many disks of its present set are lost for good that it has no quorum;
     None while it has one, and where no disk of it is left: then there is nothing to go on from. A coming set that lost
-    its quorum is given up as ever: the disk that comes is among the lost ones then.
+    its quorum is given up as ever: the disk that comes is among the lost ones then. Not so in the system partition: it
+    needs quorums of both sets to give one up.
 
     It goes on from the set that has all disks that are left. Where each of the two has one that the other lacks, it
     stays joint: either may have what the other one missed.
     """
     gone = set(layout.lost)
     left = [[disk for disk in disks if disk not in gone] for disks in state.voters]
-    if 2 * len(left[0]) > len(state.voters[0]):
+    needed = state.sets if state.partition == SYSTEM_PARTITION else state.sets[:1]
+    if not lacks_quorum(needed, state.lost, gone):
         return None
     number = max(range(len(left)), key=lambda index: len(left[index]))
     if not left[number]:

@@ -176,8 +176,8 @@ class TryCaller(Protocol):
 
 @dataclass(frozen=True)
 class DiskStatus:
-    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, rolled-back, blank,
-    waiting, hung, index-damaged.
+    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, rolled-back, lost,
+    blank, waiting, hung, index-damaged.
     """
 
     id: str

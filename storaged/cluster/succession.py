@@ -12,12 +12,45 @@ moved nothing, and it outranks that one. This matters because records name the e
 The system partition can't keep its state in itself, so the layouts carry it: ``seeds``, ``seeds_next`` while it moves,
 and ``seeds_step``. One seed is exchanged at a time, through a joint layout, as for every partition
 (``cluster.partitions``).
+
+Recovery of the system partition: the majority of the seed disks is lost for good
+    Nothing can be decided then: the register ``layout`` has no quorum, nor has a layout a majority of acceptances. The
+    administrator says which disks are lost (``Layout.lost``), and signs a layout by which the system partition goes on
+    from the seed disks that are left, at a later step (``cluster.partitions``: "Recovery"). It names the lost seed
+    disks (``seeds_lost``), which count in no quorum any more. The next layouts exchange them one by one, as ever.
+
+    1. *Its certificate* has the acceptances of all seed disks that are left. Each node signs one successor only, so no
+       two such layouts have one. The register is not asked: it can't answer, and a node refuses to accept while it
+       does (``node.recovering``). A gateway asks the nodes in the order of their names, one after the other. So two
+       administrators do not each get a part of the acceptances: the first node decides.
+    2. *A layout that was decided before*, and that lacks its certificate, is dead: a node that promised it may accept
+       the recovery instead. If the lost nodes alone had given it a certificate, and a process uses it that nobody sees
+       now, this process goes a way of its own, and can't come back: it refuses the recovery, and the others refuse what
+       it has. It changes nothing: every quorum of that layout has a lost disk. What was decided and not seen is lost.
+    3. *A node dies while it recovers*: a node accepts another recovery instead only if that calls all disks lost that
+       the first one does, and one of its seed disks more. If the first one has a certificate, its quorums have this
+       disk, and it is off: nothing more happens by that layout. A process that uses it follows the other one.
+    4. *No quorum of an earlier step is left*: it has a lost disk. So the lost disks are powered off for ever. If one
+       comes back, no node that knows the recovery helps it: its ledger refuses what the lost disk claims, and a disk
+       takes part only with a majority of the ledgers (``cluster.claims``). Its own node refuses it when it learns the
+       layout, and its acceptances count no more.
+    5. *Ledgers* of nodes whose disks are all lost do not count any more, or no disk could be opened again. What such
+       ledgers alone knew of a disk is forgotten. So a disk that a layout before the recovery named does not begin
+       blank (``node.opener``): the claims on it may be lost.
+    6. *What is lost*: values of system registers that the lost seed disks alone had. For each register the newest value
+       of the disks that are left counts, also where it was never chosen. Records of where partitions are fall back,
+       too; a gateway that knows a later one writes it again (``node.partition_follower``).
 """
 
 from __future__ import annotations
 
-from storaged.cluster.layout import Layout, problems_of
+from collections.abc import Collection
+
+from msgspec.structs import replace
+
+from storaged.cluster.layout import SYSTEM_PARTITION, Layout, problems_of
 from storaged.cluster.moves import Moves, moves_between
+from storaged.cluster.partitions import PartitionRecord, recovery_of, state_of
 from storaged.cluster.spread import minority_of
 from storaged.errors import LayoutRefused
 
@@ -99,7 +132,64 @@ def _check_lost(name: str, before: Layout, after: Layout) -> None:
         raise LayoutRefused(f"{name} calls disk {unknown[0]} lost, which layout {before.epoch} does not have.")
 
 
+def recovers(layout: Layout) -> bool:
+    """Whether by this layout the system partition goes on without a quorum."""
+    return bool(layout.epoch) and layout.seeds_recovered == layout.epoch
+
+
+def recovered_seeds(before: Layout, lost: Collection[str]) -> PartitionRecord | None:
+    """Where the system partition goes on when these disks are lost, too; None while it has a quorum, and where no seed
+    disk is left.
+    """
+    assumed = replace(before, lost=tuple(dict.fromkeys((*before.lost, *lost))))
+    return recovery_of(state_of(SYSTEM_PARTITION, None, before, before), assumed)
+
+
+def outranks(after: Layout, seeds_lost: Collection[str]) -> bool:
+    """Whether a node accepts the recovery ``after`` although it has promised another layout after the same predecessor:
+    one that recovers nothing (no ``seeds_lost``), or a recovery that calls fewer seed disks lost.
+    """
+    return recovers(after) and set(seeds_lost) < set(after.seeds_lost)
+
+
+def follows_instead(current: Layout, after: Layout) -> bool:
+    """Whether a process that uses ``current`` uses ``after`` in its place: both recover the same predecessor."""
+    same = recovers(current) and current.predecessor == after.predecessor and after.epoch > current.epoch
+    return same and outranks(after, current.seeds_lost)
+
+
+def _check_recovered(name: str, before: Layout, after: Layout) -> None:
+    wanted = recovered_seeds(before, after.lost)
+    if wanted is None:
+        raise LayoutRefused(
+            f"{name} recovers the system partition, and layout {before.epoch} has a quorum of its seed disks, or none"
+            " of them is left. Exchange seed disks one at a time while there is a quorum."
+        )
+    found = PartitionRecord(
+        SYSTEM_PARTITION, after.seeds_step, after.seeds, after.seeds_next, wanted.layout, lost=after.seeds_lost
+    )
+    if found != wanted:
+        raise LayoutRefused(f"{name} does not recover the system partition as the rules say: {_said(wanted)}.")
+    if after.seeds_recovered != after.epoch:
+        raise LayoutRefused(f"{name} does not say that it recovers the system partition.")
+    if named := [disk for disk in after.seeds_lost if disk in after.disk_by_id]:
+        raise LayoutRefused(f"{name} still has disk {named[0]}, which it calls lost.")
+
+
+def _said(wanted: PartitionRecord) -> str:
+    sets = " and ".join(", ".join(disks) for disks in (wanted.present, wanted.coming) if disks)
+    return f"step {wanted.step}, of {sets}, without {', '.join(wanted.lost)}"
+
+
 def _check_seeds(name: str, before: Layout, after: Layout) -> None:
+    if set(after.seeds_lost) - set(before.seeds_lost) or recovers(after):
+        _check_recovered(name, before, after)
+        return
+    if after.seeds_recovered != before.seeds_recovered:
+        raise LayoutRefused(f"{name} does not recover the system partition, and says that a layout did.")
+    kept = tuple(disk for disk in before.seeds_lost if disk in (*after.seeds, *after.seeds_next))
+    if after.seeds_lost != kept:
+        raise LayoutRefused(f"{name}: lost seed disks are those of layout {before.epoch} that were not exchanged.")
     now = (after.seeds, after.seeds_next, after.seeds_step)
     if now == (before.seeds, before.seeds_next, before.seeds_step):
         return
@@ -120,6 +210,8 @@ def _check_seeds(name: str, before: Layout, after: Layout) -> None:
         )
     if len(set(after.seeds_next)) != len(after.seeds_next):
         raise LayoutRefused(f"{name} names a seed disk twice.")
+    if exchanged[0][1] in after.lost:
+        raise LayoutRefused(f"{name} makes disk {exchanged[0][1]} a seed disk, which it calls lost.")
 
 
 def exchanged_seeds(before: Layout, old: str, after: Layout) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ from storaged.errors.operator import (
     DiskForeign,
     DiskFull,
     DiskHung,
+    DiskLost,
     DiskReadOnly,
     DiskRolledBack,
     DiskWaits,

@@ -22,8 +22,9 @@ class ChosenFellBack(Condition):
 
     code = "CHOSEN_FELL_BACK"
     hint = (
-        "Disks were put back from copies, or nodes are hostile: two of the register's three replicas. Keep the log of"
-        " the gateway, which names the register, and find out which nodes hold it (storaged where)."
+        "After `storaged cluster recover --unsafe` this is what was lost. Otherwise disks were put back from copies, or"
+        " nodes are hostile: two of the register's three replicas. Keep the log of the gateway, which names the"
+        " register, and find out which nodes hold it (storaged where)."
     )
 
 

@@ -129,6 +129,19 @@ class DiskRolledBack(DiskForeign):
     )
 
 
+class DiskLost(OperatorError):
+    """The disk is back, and a layout calls it lost for good: an administrator has said that it is powered off for ever,
+    and the cluster has gone on without what it has. It answers nothing any more, and never will again.
+    """
+
+    code = "DISK_LOST"
+    hint = (
+        "Take the disk out of its node's config.toml, and restart the node. To use the hardware again, wipe the disk"
+        " and give it to a node under a new id (`storaged disk add`). If it has objects that were lost, keep it as it"
+        " is, powered off: nothing of the program reads it, but its files are not gone."
+    )
+
+
 class DiskBlank(OperatorError):
     """The disk is blank, although the cluster is in use. The disk was replaced or wiped, or is not mounted. A blank
     disk would answer "never written" for what the disk before it had acknowledged, so it answers nothing.

@@ -315,7 +315,7 @@ class PartitionMover:
             except NoSuchBucket:
                 return False  # the bucket is being deleted; when that has ended it is gone, or can be settled
             answered = fenced - found.away
-            if state.comes not in answered or not Quorum(*state.voters).met(answered):
+            if state.comes not in answered or not Quorum(*state.voting).met(answered):
                 return False
             if not found.settled:
                 break

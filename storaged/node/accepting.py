@@ -9,6 +9,10 @@ even where a gateway lies.
 
 A layout that ends the exchange of a seed disk is accepted only when the system partition's new replica has everything
 (``may_settle``).
+
+A layout that recovers the system partition is accepted without the register, which can't be read then. The node refuses
+while the register can be read, or a disk answers that the layout calls lost, or its own seed disk is not in use
+(``may_recover``). Why such a layout may take the place of one that was promised: ``cluster.succession``.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ from storaged.cluster.messages import AcceptAnswer
 from storaged.cluster.ports import Call, Method, Methods
 from storaged.cluster.rpc.authority import grant
 from storaged.cluster.signed_layout import SignedLayout, verify_layout
+from storaged.cluster.succession import outranks, recovers
 from storaged.durable import replace_file
-from storaged.errors import DiskUnusable, LayoutOvertaken, LayoutRefused
+from storaged.errors import DiskUnusable, LayoutOvertaken, LayoutRefused, RecoverRefused
 from storaged.node.system import SystemPaths
 from storaged.wire import Message, decode, encode
 
@@ -46,6 +51,8 @@ class Promise(Message, frozen=True):
     generation: int
     epoch: int
     layout: bytes
+    seeds_lost: tuple[str, ...] = ()
+    """Of a layout that recovers the system partition."""
 
 
 async def not_whole(_layout: Layout) -> str:
@@ -53,15 +60,21 @@ async def not_whole(_layout: Layout) -> str:
     return "this node can't tell whether the new replica of the system partition has everything"
 
 
+async def not_lost(_layout: Layout) -> str:
+    """The ``may_recover`` of a node that can't tell."""
+    return "this node can't tell whether the majority of the seed disks is lost"
+
+
 class LayoutAcceptor:
     """Serves ``cluster.accept``. ``directory``: with the layouts that this node has used.
 
-    ``may_settle``: may be replaced. ``await may_settle(layout)`` returns why the system partition can't settle yet,
-    empty when it can.
+    ``may_settle`` and ``may_recover``: may be replaced. ``await may_settle(layout)`` returns why the system partition
+    can't settle yet, ``await may_recover(layout)`` why it may not be recovered; empty when it can.
     """
 
     def __init__(self, own: Identity, layouts: LayoutBook, paths: SystemPaths, directory: Path) -> None:
         self.may_settle: Callable[[Layout], Awaitable[str]] = not_whole
+        self.may_recover: Callable[[Layout], Awaitable[str]] = not_lost
         self._own = own
         self._signer = NodeSigner(own)
         self._layouts = layouts
@@ -86,12 +99,27 @@ class LayoutAcceptor:
     async def _judge(self, signed: SignedLayout, layout: Layout) -> None:
         """Returns when this node may accept a layout, and has promised to accept no other."""
         before = await asyncio.to_thread(self._layouts.judge, layout)
-        if self._own.name not in seed_nodes(before):
+        if self._own.name not in seed_nodes(before, layout):
             raise LayoutRefused(f"{self._own.name} has no seed disk by layout {before.epoch}.")
         generation = self._layouts.generation
         promise = await asyncio.to_thread(self._load)
-        if promise is not None and promise.generation >= generation and promise.layout != signed.hash:
+        other = promise is not None and promise.generation >= generation and promise.layout != signed.hash
+        if promise is not None and other and not outranks(layout, promise.seeds_lost):
             raise LayoutOvertaken(f"{self._own.name} has accepted another layout {promise.epoch}.")
+        if not recovers(layout):
+            await self._judge_decided(signed, layout, before)
+        elif reason := await self.may_recover(layout):
+            raise RecoverRefused(f"{self._own.name} does not accept layout {layout.epoch}: {reason}.")
+        lost = layout.seeds_lost if recovers(layout) else ()
+        try:
+            await asyncio.to_thread(self._save, Promise(generation, layout.epoch, signed.hash, lost))
+        except OSError as error:
+            log.error("an acceptance can't be noted", file=str(self._file), reason=str(error))
+            raise DiskUnusable(f"{self._own.name} can't note what it accepts.") from None
+        log.info("a layout is accepted", epoch=layout.epoch, follows=before.epoch)
+
+    async def _judge_decided(self, signed: SignedLayout, layout: Layout, before: Layout) -> None:
+        """Returns when the register holds exactly this layout, and what it settles is whole."""
         body = await self._paths.read("layout")
         try:
             decided = decode(body, SignedLayout) if body is not None else None
@@ -101,12 +129,6 @@ class LayoutAcceptor:
             raise LayoutOvertaken(f"The system partition has decided another layout than this layout {layout.epoch}.")
         if before.seeds_next and layout.seeds == before.seeds_next and (reason := await self.may_settle(layout)):
             raise LayoutRefused(f"Layout {layout.epoch} ends the exchange of a seed disk too early: {reason}.")
-        try:
-            await asyncio.to_thread(self._save, Promise(generation, layout.epoch, signed.hash))
-        except OSError as error:
-            log.error("an acceptance can't be noted", file=str(self._file), reason=str(error))
-            raise DiskUnusable(f"{self._own.name} can't note what it accepts.") from None
-        log.info("a layout is accepted", epoch=layout.epoch, follows=before.epoch)
 
     def _load(self) -> Promise | None:
         try:

@@ -5,6 +5,7 @@ that is claimed for it, and only if that store is no older than claimed; ``LmdbM
 is claimed is known when a majority of the ledgers was read. After the opening, and before the disk answers anything,
 its new start is claimed at a majority.
 
+    a layout calls it lost for good                 lost
     two stores are claimed, or its store failed     foreign
     a store is claimed, and the disk is blank       blank
     too few ledgers have been read                  waiting
@@ -18,7 +19,8 @@ its new start is claimed at a majority.
 
 A disk that a layout added to a running cluster (``joins``) may begin without all other nodes. A disk that took part is
 claimed at a majority of the ledgers, and a majority was read before. A new disk has an id that no disk had before: a
-replacement must not have that of the disk which it replaces.
+replacement must not have that of the disk which it replaces. When the system partition was recovered, ledgers were
+lost, and claims with them: then a disk that was named before may have taken part (``node.opener.place_in``).
 
 No command overrules this: a disk that lost its promises takes no part under its old name.
 """
@@ -30,10 +32,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storaged.cluster.claims import Claimed, DiskClaim, Ledgers
+from storaged.errors import DiskForeign, DiskRolledBack
 from storaged.node.forming import judge_forming, strangers_of
 
 WAITING = "waiting"
 """The state of a disk that waits for other nodes."""
+
+LOST = "lost"
+"""The state of a disk that came back though a layout calls it lost for good."""
+LOST_REASON = "a layout calls it lost for good, and the cluster has gone on without what it has"
 
 HINT = "`storaged explain {}` says what to do"
 
@@ -50,6 +57,7 @@ class DiskFacts(NamedTuple):
     failure: str = ""
     named: bool = True
     joins: bool = False
+    lost: bool = False
 
 
 class OwnLedger(NamedTuple):
@@ -87,6 +95,8 @@ def _left_out(state: str, code: str, reason: str) -> Admitted:
 
 def admission(disk: DiskFacts, own: OwnLedger, ledgers: Ledgers) -> Admitted:
     """Decides how a disk is opened, by the table above."""
+    if disk.lost:
+        return _left_out(LOST, "DISK_LOST", LOST_REASON)
     if len(disk.claimed.stores) > 1:
         stores = ", ".join(claim.store.hex() for claim in disk.claimed.stores)
         return _left_out("foreign", "DISK_FOREIGN", f"two metadata stores are claimed for it ({stores})")
@@ -134,6 +144,20 @@ def _begin_blank(disk: DiskFacts, own: OwnLedger, ledgers: Ledgers) -> Admitted:
     if verdict.waits:
         return _left_out(WAITING, "DISK_WAITS", f"blank: {verdict.reason}")
     return _left_out("blank", "DISK_BLANK", f"blank: {verdict.reason}")
+
+
+def outdated_error(known: DiskClaim, shown: DiskClaim) -> DiskForeign:
+    """Why a disk that shows a store takes no part, from a claim that outdates it."""
+    if known.store != shown.store:
+        return DiskForeign(
+            f"disk {shown.disk} has metadata store {shown.store.hex()}; the ledgers know {known.store.hex()} there"
+        )
+    if known.failed and not shown.failed:
+        return DiskForeign(f"the metadata store of disk {shown.disk} failed before, as the ledgers know")
+    return DiskRolledBack(
+        f"disk {shown.disk} was put back to an older state: it shows start {shown.starts} and position"
+        f" {shown.position}; the ledgers know start {known.starts} and position {known.position}"
+    )
 
 
 def may_begin_unclaimed(own: OwnLedger, ledgers: Ledgers, disks: Iterable[DiskFacts]) -> list[str] | None:

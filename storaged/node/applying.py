@@ -11,6 +11,10 @@ which may be repeated on any gateway:
 4. This gateway uses the layout, and passes it on with its certificate.
 
 After step 1 the layout is decided: it can't be withdrawn. What it moves can be moved back by the next layout.
+
+A layout that recovers the system partition takes the steps 2 and 4 alone: the register can't be changed then. It is
+refused while the register can be read. All nodes with a seed disk that is left are asked, one after the other in the
+order of their names, so that of two administrators one gets all acceptances.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from storaged.cluster.messages import AcceptAnswer
 from storaged.cluster.moves import changes_between, moves_between
 from storaged.cluster.ports import Caller
 from storaged.cluster.signed_layout import Acceptance, SignedLayout, verify_layout
+from storaged.cluster.succession import recovers
 from storaged.errors import (
     LayoutNotAccepted,
     LayoutOvertaken,
@@ -42,6 +47,7 @@ from storaged.errors import (
     RecoverRefused,
     S3Error,
 )
+from storaged.node.recovering import READ_S
 from storaged.node.system import SystemPaths, exchange_layout, is_pending
 from storaged.wire import decode, encode
 
@@ -84,7 +90,8 @@ class LayoutApplication:
         """
         with contextlib.suppress(S3Error, LayoutRefused):
             decided = await self._decided()
-            if decided is not None and not self._layouts.has(decided):
+            known = decided is None or self._layouts.has(decided)
+            if not known and decided is not None and not self._layouts.is_overtaken(decode(decided.payload, Layout)):
                 return decided, False
         return self._layouts.signed(self._layouts.epoch), True
 
@@ -106,6 +113,8 @@ class LayoutApplication:
                 self._check_first(layout)
             await self._take(signed)
             return self._document(layout, moves.disks, ())
+        if recovers(layout):
+            return await self._recover(signed, layout, moves.disks)
         try:
             await exchange_layout(self._paths, self._layouts)
             before = await self._decide(signed, layout)
@@ -122,6 +131,40 @@ class LayoutApplication:
             return self._document(layout, moves.disks, ())
         await self._layouts.learn(certified, SOURCE)
         return self._document(layout, moves.disks, tuple(sorted(accepted)))
+
+    async def _recover(self, signed: SignedLayout, layout: Layout, moves: tuple[str, ...]) -> dict[str, Any]:
+        """Brings a layout into force by which the system partition goes on without a quorum. Raises RecoverRefused,
+        LayoutRefused, LayoutOvertaken, LayoutNotAccepted.
+        """
+        before = await asyncio.to_thread(self._layouts.judge, layout)
+        with contextlib.suppress(S3Error, TimeoutError, LayoutRefused):
+            async with asyncio.timeout(READ_S):
+                await self._decided()
+            raise RecoverRefused(
+                f"Layout {layout.epoch} goes on without a quorum of the seed disks, and the system partition has one."
+            )
+        accepted = {node: await self._accepted(node, signed, before) for node in sorted(seed_nodes(before, layout))}
+        await self._take(replace(signed, certificate=tuple(accepted.values())))
+        log.warning("the system partition goes on without its majority", epoch=layout.epoch, accepted=list(accepted))
+        return self._document(layout, moves, tuple(accepted))
+
+    async def _accepted(self, node: str, signed: SignedLayout, before: Layout) -> Acceptance:
+        """The acceptance of one node, which is asked until it gives one. Raises LayoutNotAccepted."""
+        layout, ends = decode(signed.payload, Layout), asyncio.get_running_loop().time() + self._collect_s
+        while True:
+            try:
+                answer, _ = await self._caller.call(node, "cluster.accept", signed, AcceptAnswer, timeout_s=CALL_S)
+                if accepted_by(answer.acceptance, signed, layout, before, self._authority) == node:
+                    return answer.acceptance
+                reason = "it sent another node's acceptance"
+            except (PeerError, LayoutRefused) as error:
+                reason = error.message
+            if asyncio.get_running_loop().time() >= ends:
+                raise LayoutNotAccepted(
+                    f"Layout {layout.epoch} goes on without a quorum of the seed disks. All nodes with a seed disk that"
+                    f" is left have to accept it, and {node} does not ({reason})."
+                )
+            await asyncio.sleep(AGAIN_S)
 
     def _check_lost(self, layout: Layout) -> None:
         """Raises RecoverRefused for a layout that calls a disk lost which answers: it could still be of a quorum that
@@ -202,7 +245,7 @@ class LayoutApplication:
         """The acceptances of nodes that are enough. Raises LayoutNotAccepted."""
         found: dict[str, Acceptance] = {}
         reasons: dict[str, str] = {}
-        wanted = sorted(seed_nodes(before))
+        wanted = sorted(seed_nodes(before, layout))
         enough, once = asyncio.Event(), {node: asyncio.Event() for node in wanted}
 
         async def ask(node: str) -> None:
@@ -211,7 +254,7 @@ class LayoutApplication:
                     answer, _ = await self._caller.call(node, "cluster.accept", signed, AcceptAnswer, timeout_s=CALL_S)
                     if accepted_by(answer.acceptance, signed, layout, before, self._authority) == node:
                         found[node] = answer.acceptance
-                        if is_enough(before, found):
+                        if is_enough(before, layout, found):
                             enough.set()
                         once[node].set()
                         return

@@ -15,7 +15,8 @@ put back, and the majority that was asked first did not know better. Such a disk
 proof is a statement under this node's own signature, so no other node can silence a sound disk.
 
 A layout that moves data may name other storage nodes. They count from then on, and those that are gone no more
-(``follow``). Statements about disks that are gone are kept.
+(``follow``), nor those whose disks are all lost for good (``cluster.succession``). Statements about disks that are gone
+are kept. A node that claims a lost disk anew is refused, so that such a disk never gets the majority that it needs.
 
 A node of version 0.1.0 has no such method. It counts like a ledger that agrees, so that nodes can be restarted into
 this version one after the other; it gets the statements when it has the method.
@@ -41,6 +42,7 @@ from storaged.cluster.claims import (
     Ledgers,
     NodeClaims,
     SignedClaims,
+    check_not_lost,
     outdates,
     state_claims,
     verify_claims,
@@ -50,7 +52,8 @@ from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Call, Caller, Layouts, LedgerReport, Method, Methods, OnRefusal, Reply
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.authority import grant
-from storaged.errors import ClaimRefused, DiskForeign, DiskRolledBack, DiskUnusable, PeerError, PeerRefused
+from storaged.errors import ClaimRefused, DiskForeign, DiskUnusable, PeerError, PeerRefused
+from storaged.node.admission import outdated_error
 from storaged.node.ledger import LEDGER_ID_BYTES, Ledger
 from storaged.wire import Buffer, decode, encode
 
@@ -102,20 +105,6 @@ class LayoutHistory(Layouts, Protocol):
 
     def earlier(self) -> Sequence[Layout]:
         """All but the one in force, newest first."""
-
-
-def outdated_error(known: DiskClaim, shown: DiskClaim) -> DiskForeign:
-    """Why a disk that shows a store takes no part, from a claim that outdates it."""
-    if known.store != shown.store:
-        return DiskForeign(
-            f"disk {shown.disk} has metadata store {shown.store.hex()}; the ledgers know {known.store.hex()} there"
-        )
-    if known.failed and not shown.failed:
-        return DiskForeign(f"the metadata store of disk {shown.disk} failed before, as the ledgers know")
-    return DiskRolledBack(
-        f"disk {shown.disk} was put back to an older state: it shows start {shown.starts} and position"
-        f" {shown.position}; the ledgers know start {known.starts} and position {known.position}"
-    )
 
 
 class LoneLedger:
@@ -207,7 +196,7 @@ class LedgerExchange(LoneLedger):
 
     def follow(self, layout: Layout) -> None:
         """The ledgers that count are those of this layout's storage nodes from now on."""
-        names = {disk.node for disk in layout.disks} - {self._own.name}
+        names = {disk.node for disk in layout.disks if disk.id not in layout.lost} - {self._own.name}
         for name in sorted(self._peers.keys() - names):
             task = self._peers.pop(name).task
             if task is not None:
@@ -283,7 +272,7 @@ class LedgerExchange(LoneLedger):
             return False
         named = (layout.disk_by_id.get(disk) for layout in (current, *self._layouts.earlier()))
         entry = next((entry for entry in named if entry is not None), None)
-        return entry is not None and entry.node == own
+        return entry is not None and entry.node == own and disk not in current.lost
 
     def stored_by(self, claim: DiskClaim) -> list[str]:
         """The other nodes whose ledgers have a start of a disk of this node."""
@@ -493,6 +482,7 @@ class LedgerExchange(LoneLedger):
             claims = verify_claims(statement, self._authority, self._layouts.current, self._layouts.earlier())
             if claims.node != name:
                 raise ClaimRefused(f"{name} offers a statement of {claims.node} about disks.")
+            check_not_lost(claims, self._layouts.current)
         except ClaimRefused as error:
             self._on_refusal(name, error)
             raise

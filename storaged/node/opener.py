@@ -33,7 +33,18 @@ from storaged.meta.storage.identity import owner_of
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.opening import Known
 from storaged.meta.storage.small_copies import COPY_CACHE_BYTES_A_DISK, COPY_CACHE_BYTES_MAX, SmallCopyCache
-from storaged.node.admission import WAITING, Admitted, DiskFacts, OwnLedger, admission, is_blank, may_begin_unclaimed
+from storaged.node.admission import (
+    HINT,
+    LOST,
+    LOST_REASON,
+    WAITING,
+    Admitted,
+    DiskFacts,
+    OwnLedger,
+    admission,
+    is_blank,
+    may_begin_unclaimed,
+)
 from storaged.node.disks import DiskCopies, Disks, LocalDisk, restore_copies
 from storaged.node.forming import ids_of
 from storaged.node.ledger import Ledger
@@ -59,6 +70,7 @@ class Place(NamedTuple):
 
     named: bool
     joins: bool
+    lost: bool = False
 
 
 IN_PLACE = Place(named=True, joins=False)
@@ -67,11 +79,16 @@ IN_PLACE = Place(named=True, joins=False)
 def place_in(layouts: LayoutHistory, node: str, disk: str) -> Place:
     """Of a disk in the configuration of ``node``."""
     layout = layouts.current
+    if disk in layout.lost:
+        return Place(named=False, joins=False, lost=True)
     entry = layout.disk_by_id.get(disk)
     if entry is None or entry.node != node:
         return Place(named=False, joins=False)
     first = next((old for old in layouts.earlier() if old.epoch == layout.base), None)
-    return Place(True, joins=first is not None and disk not in first.disk_by_id)
+    # The claims on a disk that took part before ledgers were lost may be lost, too.
+    older = [old for old in layouts.earlier() if old.epoch < layout.seeds_recovered]
+    joins = first is not None and not any(disk in old.disk_by_id for old in (first, *older))
+    return Place(True, joins)
 
 
 OnCell = Callable[[str, FragmentId, int], None]
@@ -155,6 +172,12 @@ class Opener:
         if disk_id in self.disks.used:
             self.disks.silence(disk_id, _state_of(error), error.message)
 
+    def follow(self) -> None:
+        """Another layout is in force: ends the part of disks that it calls lost for good."""
+        for disk in list(self.disks.used):
+            if disk not in self.disks.refused and self._place_of(disk).lost:
+                self.disks.silence(disk, LOST, f"{LOST_REASON}; {HINT.format('DISK_LOST')}")
+
     # --- one disk
 
     async def _bring_up(self, section: DiskSection, settled: asyncio.Event) -> None:
@@ -166,6 +189,7 @@ class Opener:
             admitted = await self._admitted(section, settled)
             if admitted.opens:
                 self.disks.join(await self._open(section, admitted.expected, settled))
+                self.follow()
         except (DirectoryInUse, StoragedError, OSError) as error:
             if isinstance(error, DirectoryInUse):
                 self._failure = self._failure or error
@@ -217,6 +241,7 @@ class Opener:
             ledger.failure(disk, "meta"),
             place.named,
             place.joins,
+            place.lost,
         )
 
     def _own_ledger(self) -> OwnLedger:

@@ -23,6 +23,7 @@ from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.names import RegisterName, Value
 from storaged.node.planes import NodePlanes
 from storaged.node.sparing_duty import SparingDuty, SparingPorts
+from storaged.node.system import write_again
 from storaged.node.unlock import LateKeys
 from storaged.objects.system.buckets import BucketService
 from storaged.wire import decode
@@ -81,6 +82,7 @@ class PartitionDuty:
 
     async def run(self) -> None:
         """Runs for ever."""
+        self._node.follower.on_fallen = partial(write_again, self._node.paths)
         await self._keys.opened.wait()
         await asyncio.gather(self.mover.run(), self.sparing.run())
 

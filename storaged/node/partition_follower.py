@@ -3,13 +3,16 @@
 A record is believed when a quorum of the system partition holds it and a gateway signed it. The node reads all records
 at its start, every ``EVERY_S``, and when another node says that it knows more. A request that a replica refuses, since
 the partition has moved, reads the record of that partition (``refresh``).
+
+When the system partition was recovered without its majority, records of it may have fallen back to earlier steps. What
+a node knows stays. A gateway writes it again (``on_fallen``), for those that begin later.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
 
@@ -80,6 +83,8 @@ class PartitionFollower:
         """
         self.settings = FollowedSettings(registers, key_of, cluster)
         """Of moves. They have a task of their own."""
+        self.on_fallen: Callable[[PartitionRecord], Awaitable[None]] | None = None
+        """Of a gateway: ``await on_fallen(record)`` writes a record that the system partition has lost."""
         self.refused = 0
         """Records that no gateway has signed, or that do not decode."""
         self._partitions.on_behind = lambda _node: self._behind.set()
@@ -114,10 +119,15 @@ class PartitionFollower:
 
     async def read_all(self) -> None:
         """Raises ServiceUnavailable without a majority of the system partition."""
-        wanted = PageQuery(Table.SYSTEM, SYSTEM_SCOPE, (0,), prefix=PATH_PREFIX.encode())
+        wanted, held = PageQuery(Table.SYSTEM, SYSTEM_SCOPE, (0,), prefix=PATH_PREFIX.encode()), dict[int, int]()
         async for row in every_row(self._scanner, wanted):
-            await self._learn(row.key.decode("utf-8", "replace"), row.value)
+            record = await self._learn(row.key.decode("utf-8", "replace"), row.value)
+            if record is not None:
+                held[record.partition] = record.step
         self._partitions.complete = True
+        if self._layouts.current.seeds_recovered and self.on_fallen is not None:
+            for record in self._partitions.fallen(held):
+                await self.on_fallen(record)
 
     async def refresh(self, partition: int) -> None:
         """Reads the record of one partition. Raises as ``read_all``. Where the system partition is, the layout says."""
@@ -141,21 +151,24 @@ class PartitionFollower:
         if value is not None and value.body:
             await self._learn(path, value)
 
-    async def _learn(self, path: str, value: Value) -> None:
+    async def _learn(self, path: str, value: Value) -> PartitionRecord | None:
+        """Returns the record; None for one that is not believed, or not yet."""
         try:
             record = decode(value.body, PartitionRecord)
             if path != path_of(record.partition):
                 raise LayoutRefused(f"it is about partition {record.partition}")
             known = self._partitions.record(record.partition)
             if known is not None and known.step >= record.step:
-                return
+                return record
             if not set(record.lost) <= set(self._layouts.current.lost):
                 log.info("a partition that was recovered is followed later", record=path, layout=record.layout)
-                return  # it is read again when the layout is known that calls these disks lost
+                return None  # it is read again when the layout is known that calls these disks lost
             key = await self._key_of(record.signer)
             if not is_signed(key, signed_bytes(self._cluster, record), record.signature):
                 raise LayoutRefused("its signature does not hold")
             self._partitions.learn(record)
+            return record
         except (MsgspecError, LayoutRefused, CertificateRefused) as error:
             self.refused += 1
             log.error("the record of a partition is not believed", record=path, reason=str(error))
+        return None

@@ -56,6 +56,7 @@ from storaged.node.ledger_exchange import LedgerExchange
 from storaged.node.opener import Opener, place_in
 from storaged.node.partition_follower import PartitionFollower, known_steps
 from storaged.node.peers import PeerRules
+from storaged.node.recovering import SystemRecovery
 from storaged.node.refusals import Refusals
 from storaged.node.sparing import NodeSparing
 from storaged.node.system import SystemPaths, digests_of, learn_operators
@@ -163,6 +164,7 @@ class NodePlanes:
             ledger, self.own, self.authority, self.layouts, opener, self._refused
         )
         self.layouts.watch(self.ledgers.follow)
+        self.layouts.watch(lambda _layout: opener.follow())
         self._methods.update(self.ledgers.methods())
         stack.push_async_callback(opener.close)
 
@@ -294,6 +296,8 @@ class NodePlanes:
         if self.config.storage:
             self.acceptor = LayoutAcceptor(self.own, self.layouts, self.paths, self.directory / "layouts")
             self.acceptor.may_settle = SystemMove(self.layouts, self.own.name, replicas, self.scanner).may_settle
+            recovery = SystemRecovery(self.layouts, self.own.name, replicas, self.membership, self.paths.read)
+            self.acceptor.may_recover = recovery.may_recover
             self._methods.update(self.acceptor.methods())
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
         self.auditing = Auditing(self)

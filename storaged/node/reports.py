@@ -73,7 +73,7 @@ class Reports:
         A gateway needs an open keyring and a majority of the system partition; a storage node needs one disk.
         """
         node = self._node
-        system = Quorum(*node.layouts.partition(SYSTEM_PARTITION).voters)
+        system = Quorum(*node.layouts.partition(SYSTEM_PARTITION).voting)
         alive = [disk for disk in system.disks if node.membership.disk_readable(disk)]
         if node.config.storage and not node.disks.used:
             return False, "no disk takes part"

@@ -11,6 +11,7 @@ from storaged.cluster import moves
 from storaged.cluster.identity import Identity
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.partitions import PartitionRecord, path_of
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.succession import is_numbered_as_moving
 from storaged.errors import LayoutRefused
@@ -85,8 +86,9 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
         held = decode(body, SignedLayout)
         if held.payload == mine.payload:
             return encode(mine) if mine.certificate and not held.certificate else None
-        older = decode(held.payload, Layout).epoch < layouts.epoch and not is_pending(held, layouts)
-        return encode(mine) if older else None
+        layout = decode(held.payload, Layout)
+        older = layout.epoch < layouts.epoch or layouts.is_overtaken(layout)
+        return encode(mine) if older and not is_pending(held, layouts) else None
 
     try:
         body = await paths.replace("layout", choose)
@@ -97,9 +99,27 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
         raise LayoutRefused(f"the register of the layout does not decode: {error}") from None
 
 
+async def write_again(paths: SystemPaths, known: PartitionRecord) -> None:
+    """Writes the record of a partition, with its signature, that the system partition has lost: it has an earlier step
+    (``PartitionFollower.on_fallen``).
+    """
+
+    def choose(body: bytes | None) -> bytes | None:
+        held = decode(body, PartitionRecord).step if body is not None else 0
+        return encode(known) if held < known.step else None
+
+    try:
+        await paths.replace(path_of(known.partition), choose)
+    except msgspec.MsgspecError as error:
+        raise LayoutRefused(f"The record of partition {known.partition} does not decode: {error}") from None
+
+
 def is_pending(held: SignedLayout, layouts: LayoutBook) -> bool:
-    """Whether this layout of the register was decided, and is not in force yet. Raises MsgspecError."""
-    return not held.certificate and not layouts.has(held) and is_numbered_as_moving(decode(held.payload, Layout))
+    """Whether this layout of the register was decided, and may still come into force. Raises MsgspecError."""
+    if held.certificate or layouts.has(held):
+        return False
+    layout = decode(held.payload, Layout)
+    return is_numbered_as_moving(layout) and not layouts.is_overtaken(layout)
 
 
 def digests_of(layouts: LayoutBook) -> tuple[bytes, set[bytes]]:

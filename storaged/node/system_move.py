@@ -34,7 +34,8 @@ class SystemMove:
         state = self._layouts.partition(SYSTEM_PARTITION)
         if not state.coming:
             return "the system partition does not move"
-        own = [disk for disk in state.disks if self._layouts.current.node_of(disk) == self._node]
+        voters = dict.fromkeys(disk for disks in state.voters for disk in disks)
+        own = [disk for disk in voters if self._layouts.current.node_of(disk) == self._node]
         try:
             for disk in own:
                 if (replica := self._replicas.get(disk)) is None:
@@ -43,13 +44,13 @@ class SystemMove:
             found = await self._scanner.catch_up(Table.SYSTEM, SYSTEM_SCOPE, 0, bring_up=_differs)
         except (StoragedError, TimeoutError) as error:
             return str(error)
-        answered = [disk for disk in state.disks if disk not in found.away]
+        answered = [disk for disk in voters if disk not in found.away]
         if state.comes not in answered:
             return f"disk {state.comes}, which comes, does not answer"
         if silent := [disk for disk in own if disk not in answered]:
             return f"disk {silent[0]} of {self._node} does not answer"
-        if not Quorum(*state.voters).met(answered):
-            return f"only {len(answered)} of {len(state.disks)} seed disks answer"
+        if not Quorum(*state.voting).met(answered):
+            return f"only {len(answered)} of {len(voters)} seed disks answer"
         return ""
 
 

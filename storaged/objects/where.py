@@ -96,7 +96,7 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
     runs = [await _run(plane, bucket, found.name, part, run, layout) for part in parts for run in part.runs]
     holders = {index: replica.disk for index, replica in enumerate(replicas) if replica.state == "ok"}
     record_disks, record_domains = place.spare(layout, Profile(1, len(replicas) - 1), holders)
-    quorum = Quorum(*plane.layouts.partition(found.name.partition).voters)
+    quorum = Quorum(*plane.layouts.partition(found.name.partition).voting)
     answering = [replica.disk for replica in replicas if replica.state != "unreachable"]
     return Whereabouts(
         key,

@@ -341,7 +341,11 @@ async def certified(cluster: Cluster, seed: int) -> set[bytes]:
                 with contextlib.suppress(StoragedError):
                     await cluster.call(node, "cluster.accept", rival, AcceptAnswer)
                     given[rival.payload].add(node)
-    return {payload for payload, nodes in given.items() if is_enough(cluster.history.layouts[0], nodes)}
+    return {
+        payload
+        for payload, nodes in given.items()
+        if is_enough(cluster.history.layouts[0], decode(payload, Layout), nodes)
+    }
 
 
 async def test_no_two_layouts_get_a_certificate_whatever_the_register_holds(tmp_path: Path) -> None:

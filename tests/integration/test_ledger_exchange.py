@@ -461,3 +461,28 @@ async def test_a_node_that_was_removed_opens_its_disks_without_the_others(machin
     use(machines, replace(layout, epoch=100, base=1, nodes=layout.nodes[1:], disks=layout.disks[1:]), "n1")
     await machines.up["n1"].publish(claim())
     assert machines.known("n1") == claim()
+
+
+async def test_ledgers_of_nodes_whose_disks_are_all_lost_do_not_count(tmp_path: Path) -> None:
+    machines = Machines(tmp_path, 4)
+    machines.formed()
+    lost = replace(machines.layout, epoch=100, base=1, lost=("d1", "d2"))
+    use(machines, lost, "n3", "n4")
+    assert machines.up["n3"].view().majority == 2, "n1 and n2 are named still, with disks that give up what they have"
+    machines.away.update(("n1", "n2"))
+    async with machines.talking("n3", "n4"):
+        await machines.up["n3"].publish(claim(disk="d3"))
+        assert machines.known("n4", "d3") == claim(disk="d3")
+
+
+async def test_no_ledger_helps_a_lost_disk_to_take_part_again(machines: Machines) -> None:
+    """Its node does not know yet that it is lost."""
+    use(machines, replace(machines.layout, epoch=100, base=1, lost=("d1",)), "n2", "n3")
+    async with machines.talking("n1", "n2", "n3"):
+        publishing = asyncio.create_task(machines.up["n1"].publish(claim()))
+        await until(lambda: len(machines.refusals) >= 2)
+        assert not publishing.done()
+        publishing.cancel()
+    assert all("claims disk d1, which is lost for good" in error.message for _, error in machines.refusals)
+    use(machines, replace(machines.layout, epoch=100, base=1, lost=("d1",)), "n1")
+    assert machines.up["n1"]._state({}) is None, "its node claims it no more"

@@ -495,6 +495,22 @@ async def test_a_disk_of_a_new_node_that_is_slower_than_the_other_holds_up_both(
 # --- disks that a layout adds
 
 
+async def test_a_disk_that_is_lost_for_good_is_refused_and_falls_silent_when_it_is_in_use(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    one, other = ids(loaded)
+    places = {one: Place(False, joins=False, lost=True), other: Place(True, joins=False)}
+    found = opener(loaded, place_of=places.__getitem__)
+    disks = await found.open()
+    assert await states(disks) == ["lost", "ok"]
+    assert "explain DISK_LOST" in await reason_of(disks, "d1")
+    places[other] = Place(False, joins=False, lost=True)
+    for _ in range(2):
+        found.follow()
+    assert await states(disks) == ["lost", "lost"]
+    assert disks.used[other].replica.statistics().state != "ok"
+    await found.close()
+
+
 async def test_a_disk_that_a_layout_adds_joins_without_all_nodes_once_and_never_again_blank(tmp_path: Path) -> None:
     loaded = storage_config(tmp_path)
     old, new = ids(loaded)
@@ -570,3 +586,18 @@ def test_the_ledger_follows_the_layouts_that_its_node_used(tmp_path: Path) -> No
     ledger.move_to(b"three")
     assert Ledger(tmp_path).goes_by(b"three")
     assert not ledger.goes_by(b"two", {b"one", b"two"})
+
+
+def test_a_disk_of_before_the_recovery_does_not_begin_blank(tmp_path: Path) -> None:
+    """Its claims may be lost with the ledgers of the lost nodes."""
+    before = with_nodes(first_layout(), "n4", "n5")
+    layouts = KnownLayouts(first_layout())
+    layouts.learn(replace(before, epoch=100, base=1))
+    assert place_in(layouts, "n4", "d4a") == Place(True, joins=True)
+    after = with_nodes(before, "n6")
+    layouts.learn(replace(after, epoch=200, base=1, lost=("d1a",), seeds_recovered=200))
+    assert place_in(layouts, "n4", "d4a") == Place(True, joins=False)
+    assert place_in(layouts, "n6", "d6a") == Place(True, joins=True)
+    assert place_in(layouts, "n1", "d1a").lost
+    layouts.learn(replace(with_nodes(after, "n7"), epoch=300, base=1, seeds_recovered=200))
+    assert place_in(layouts, "n6", "d6a") == place_in(layouts, "n7", "d7a") == Place(True, joins=True)

@@ -44,7 +44,7 @@ class LayoutPart(Part):
         """What an administrator signs there. ``sound``: only what has to be done; None: nothing has."""
         chance, before = self.chance, process.book.current
         moving = True
-        lost = [disk for disk in before.seeds if self.world.nodes["n" + disk[1:]].foreign]
+        lost = [d for d in before.seeds if d in before.seeds_lost or self.world.nodes["n" + d[1:]].foreign]
         if before.seeds_next:
             comes = next(disk for disk in before.seeds_next if disk not in before.seeds)
             back = self.world.nodes["n" + comes[1:]].foreign or (not sound and chance.random() < 0.2)
@@ -70,9 +70,11 @@ class LayoutPart(Part):
             state = "active" if draining else "draining"
             disks = tuple(replace(other, state=state) if other is disk else other for other in before.disks)
             wanted = replace(before, disks=disks)
+        kept = {*wanted.seeds, *wanted.seeds_next}
         return self.of.sign(
             replace(
                 wanted,
+                seeds_lost=tuple(disk for disk in before.seeds_lost if disk in kept),
                 epoch=next_epoch(before.epoch, moving=moving),
                 predecessor=process.book.signed(before.epoch).hash,
                 base=base_after(before) if moving else before.base,
@@ -223,7 +225,8 @@ class Movers(LayoutPart):
 
     def _settled(self, process: Process, numbers: list[int]) -> bool:
         book = process.book
-        if not book.partitions.complete and book.current.base:
+        behind = book.epoch < max(other.book.epoch for other in self.of.everybody())
+        if behind or (not book.partitions.complete and book.current.base):
             return False
         gone = {disk for disk in book.current.disk_by_id if self.world.nodes["n" + disk[1:]].foreign}
         states = [book.partition(number) for number in numbers]
@@ -264,7 +267,7 @@ class Forger(LayoutPart):
         if self.chance.random() < 0.5:
             answer, _ = await process.caller.call(node, "cluster.accept", signed, AcceptAnswer, timeout_s=0.5)
             found[node] = answer.acceptance
-        elif found and before is not None and is_enough(before, found):
+        elif found and before is not None and is_enough(before, layout, found):
             certified = replace(signed, certificate=tuple(found[name] for name in sorted(found)))
             await process.caller.call(node, "cluster.offer", certified, OfferAnswer, timeout_s=0.5)
         else:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from storaged.cluster.rpc.authority import grant
 from storaged.cluster.signed_layout import SignedLayout, sign_layout, verify_layout
 from storaged.cluster.succession import is_numbered_as_moving
 from storaged.errors import DiskUnusable, StoragedError
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import DEADLINE_S
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
@@ -50,7 +52,7 @@ from storaged.node.applying import LayoutApplication
 from storaged.node.belief import NodeBelief
 from storaged.node.keeper import SystemKeeper
 from storaged.node.partition_follower import PartitionFollower, known_steps
-from storaged.node.system import SystemPaths
+from storaged.node.system import SystemPaths, write_again
 from storaged.node.system_move import SystemMove
 from storaged.wire import encode
 from tests.sim import layout_parts
@@ -126,6 +128,7 @@ class Process(Gateway):
         self.begin(self.follower.run())
         self.begin(self._ping())
         if self._options.get("gateway", True):
+            self.follower.on_fallen = partial(write_again, self.paths)
             self.begin(self._keep())
 
     def begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -182,12 +185,17 @@ class Node(StorageNode):
         super().start()
         if not self.up:
             return
+        self.serve({self.disk: self.replica})
+
+    def serve(self, local: dict[str, LocalReplica]) -> None:
+        """Answers for these disks, as far as they are in use."""
         world, play = self.world, self.play
-        local = {self.disk: self.replica}
         self.asker = asker = Process(play, self.name, gateway=False, skew_ms=0, local=local)
         steps = known_steps(asker.book, self.name, lambda: asker.follower)
         host = ReplicaHost(local, lambda: asker.book.epoch, world.rules, world.on_refusal, steps)
-        acceptor = LayoutAcceptor(play.identity(self.name), asker.book, asker.paths, play.directory(self.name))
+        self.acceptor = acceptor = LayoutAcceptor(
+            play.identity(self.name), asker.book, asker.paths, play.directory(self.name)
+        )
         acceptor.may_settle = SystemMove(asker.book, self.name, local, asker.scanner).may_settle
         exchange = {
             "cluster.layout": Method(LayoutAfter, asker.exchange.on_layout),
@@ -350,6 +358,10 @@ class LayoutPlay(Scenario):
 
 def run_layouts(seed: int, rules: Rules = RULES) -> Verdicts:
     """As ``scenario.run_seed``, of these."""
+    return play_layouts(lambda loop: LayoutPlay(seed, loop, rules))
+
+
+def play_layouts(begin: Callable[[VirtualLoop], Scenario]) -> Verdicts:
     verified: dict[tuple[bytes, bytes], Layout] = {}
 
     def verify(signed: SignedLayout, administration: Ed25519PublicKey, cluster: str) -> Layout:
@@ -360,7 +372,7 @@ def run_layouts(seed: int, rules: Rules = RULES) -> Verdicts:
         return verified[content]
 
     with set_aside(layouts_module, "verify_layout", verify):
-        return play_out(lambda loop: LayoutPlay(seed, loop, rules))
+        return play_out(begin)
 
 
 __all__ = ["LayoutPlay", "Process", "StoragedError", "run_layouts"]

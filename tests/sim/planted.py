@@ -32,6 +32,7 @@ PLAYS = {
     "layouts": "tests.sim.layouts:run_layouts",
     "expunging": "tests.sim.expunging:run_expunging",
     "recovering": "tests.sim.recovering:run_recovering",
+    "recovering system": "tests.sim.recovering_system:run_recovering_system",
     "object lies": "tests.sim.object_lies:run_object_lies",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
@@ -83,6 +84,7 @@ PLANTED = (
     "tests.sim.planted_floors:FLOOR_BUGS",
     "tests.sim.planted_membership:MEMBERSHIP_BUGS",
     "tests.sim.planted_recovery:RECOVERY_BUGS",
+    "tests.sim.planted_system_recovery:SYSTEM_RECOVERY_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

@@ -29,8 +29,8 @@ LAYOUT_BUGS = (
         200,
         "layouts",
         _CERTIFICATES,
-        "2 * sum(disk in before.disk_by_id and before.node_of(disk) in nodes for disk in seeds) > len(seeds)",
-        "any(disk in before.disk_by_id and before.node_of(disk) in nodes for disk in seeds)",
+        "    return is_quorum(sets, before.seeds_lost, accepted)\n",
+        "    return any(seed in accepted for seed in before.seeds)\n",
     ),
     Planted(
         "certificate_of_the_coming_set",
@@ -38,8 +38,8 @@ LAYOUT_BUGS = (
         400,
         "layouts",
         _CERTIFICATES,
-        "        for seeds in (before.seeds, before.seeds_next)\n",
-        "        for seeds in (before.seeds_next or before.seeds,)\n",
+        "    sets = tuple(seeds for seeds in (before.seeds, before.seeds_next) if seeds or seeds is before.seeds)\n",
+        "    sets = (before.seeds_next or before.seeds,)\n",
         open=True,
     ),
     Planted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.sim.planted import Planted
 
 _PARTITIONS = "storaged/cluster/partitions.py"
+_QUORUMS = "storaged/meta/consensus/quorums.py"
 
 RECOVERY_BUGS = (
     Planted(
@@ -21,8 +22,8 @@ RECOVERY_BUGS = (
         "lost disks count in the quorums of a recovered partition",
         5,
         "recovering",
-        _PARTITIONS,
-        "        if not self.lost:\n            return self.sets\n",
-        "        if self.sets:\n            return self.sets\n",
+        _QUORUMS,
+        "        quorum = Quorum(*(voting_sets(sets, lost) if lost else sets))\n",
+        "        quorum = Quorum(*sets)\n",
     ),
 )

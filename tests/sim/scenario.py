@@ -107,9 +107,13 @@ class Scenario(Workload):
         self.gateways = [Gateway(self.world, name, self.layout, shared if name == "g0" else None) for name in names]
         self.dies_with_its_gateway = shared
 
+    async def nodes_begin(self) -> None:
+        """Returns when gateways may begin."""
+
     async def play(self) -> None:
         for disk in DISKS:
             self.node_kind(self.world, "n" + disk[1:], disk)
+        await self.nodes_begin()
         self.begin_gateways()
         self.world.weather = self.weather()
         self.join_parts()

@@ -691,7 +691,8 @@ def losses_of(layout: Layout, *disks: str, **changes: Any) -> dict[str, Any]:
     """As ``storaged cluster losses --json`` prints it."""
     rows = [{"partition": 7, "left": ["x"], "keys": 3}, {"partition": 9, "left": ["x"], "keys": None}]
     found = {"cluster": layout.cluster, "epoch": layout.epoch, "disks": list(disks), "partitions": rows}
-    return {**found, "answering": [], "system_lost": False, "nothing_left": [], "keys_max": 100_000, **changes}
+    more = {"answering": [], "system_lost": False, "system": None, "unknown": [], "silent": [], "nothing_left": []}
+    return {**found, **more, "keys_max": 100_000, **changes}
 
 
 def recovered(place: Path, losses: dict[str, Any], *options: str) -> None:
@@ -726,13 +727,46 @@ def test_recovery_signs_only_what_was_typed(authority: Path, capsys: pytest.Capt
         call("cluster", "abort", str(authority), "--to", "1")
 
 
+def test_recovery_of_the_system_partition_signs_one_that_goes_on_and_two_for_each_seed_disk(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (last,) = history_of(authority)
+    lost = [disk_of(authority, name, number) for name in ("n2", "n3") for number in (0, 1)]
+    left = last.seeds[0]
+    system = {"seeds": list(last.seeds), "lost": list(last.seeds[1:]), "left": [left], "registers": {"users": 3}}
+    losses = losses_of(last, *lost, system_lost=True, system=system, unknown=[1, 2, 3], silent=["n4"])
+    with pytest.raises(OperatorError, match="can't be brought into force: No disk can take the place of seed disk"):
+        recovered(authority, losses)
+    for name in ("n4", "n5"):
+        issue(authority, name, f"DE/fra/{name}", "/srv/disk1", "/srv/disk2")
+    capsys.readouterr()
+    recovered(authority, losses)
+    said = capsys.readouterr().out
+    for words in (f"seed disk {left} is left, with 3 users", "an older policy", "where 3 of 1024", "no disk of n4"):
+        assert words in said
+    assert len(history_of(authority)) == 1
+    typed = f"lose the system partition and 2 partitions and what 3 unknown partitions lose; {' '.join(lost)} are"
+    recovered(authority, losses, "--unsafe", "--words", f"{typed} powered off for ever")
+    made = history_of(authority)[1:]
+    assert [layout.seeds_step for layout in made] == [2, 3, 4, 5, 6]
+    assert [len(layout.seeds_lost) for layout in made] == [2, 2, 1, 1, 0]
+    assert {layout.seeds_recovered for layout in made} == {made[0].epoch}
+    assert set(made[-1].seeds).isdisjoint(lost)
+    assert left in made[-1].seeds
+    assert not set(lost) & {disk.id for layout in made for disk in layout.disks}
+    issue(authority, "n6", "DE/fra/n6", "/srv/disk1")
+    call("cluster", "layout", str(authority))
+    assert history_of(authority)[-1].seeds == made[-1].seeds
+    call("cluster", "plan", str(authority))
+
+
 def test_a_recovery_that_is_not_needed_or_can_not_be_is_refused(authority: Path) -> None:
     (last,) = history_of(authority)
     lost = disk_of(authority, "n2", 1)
     words = ("--unsafe", "--words", "lose 2 partitions")
     for changes, said in (
         ({"partitions": []}, "Every partition has a majority"),
-        ({"system_lost": True}, "The system partition has lost its majority"),
+        ({"system_lost": True, "system": {"seeds": [lost], "lost": [lost], "left": []}}, "No seed disk is left"),
         ({"answering": [lost]}, "still answers. Power its node off for ever"),
     ):
         with pytest.raises(RecoverRefused, match=said):

@@ -195,15 +195,15 @@ def test_a_seed_without_a_rack_for_its_place_is_named() -> None:
 
 def test_a_majority_is_of_the_seed_disks_of_both_sets() -> None:
     layout = first()
-    assert is_enough(layout, {"n1", "n2"})
-    assert not is_enough(layout, {"n1"})
-    assert not is_enough(layout, {"n1", "n4", "n5"})
+    assert is_enough(layout, layout, {"n1", "n2"})
+    assert not is_enough(layout, layout, {"n1"})
+    assert not is_enough(layout, layout, {"n1", "n4", "n5"})
     joint = replace(first(("n1", "n2", "n3", "n4")), seeds_next=("d1a", "d2a", "d4a"), seeds_step=1)
-    assert is_enough(joint, {"n1", "n2"})
-    assert not is_enough(joint, {"n1", "n3"})
-    assert not is_enough(joint, {"n1", "n4"})
-    assert is_enough(joint, {"n1", "n3", "n4"})
-    assert not is_enough(replace(layout, seeds=()), {"n1", "n2", "n3"})
+    assert is_enough(joint, joint, {"n1", "n2"})
+    assert not is_enough(joint, joint, {"n1", "n3"})
+    assert not is_enough(joint, joint, {"n1", "n4"})
+    assert is_enough(joint, joint, {"n1", "n3", "n4"})
+    assert not is_enough(replace(layout, seeds=()), layout, {"n1", "n2", "n3"})
 
 
 class Case:

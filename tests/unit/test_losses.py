@@ -19,6 +19,10 @@ class NoEnd:
         await asyncio.Event().wait()
         raise AssertionError
 
+    async def system_keys(self, _state: PartitionState, _disk: str, _at_most: int) -> list[bytes]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
 
 async def test_a_disk_that_never_ends_counting_counts_as_one_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "COUNT_S", 0.001)
@@ -29,3 +33,4 @@ async def test_a_disk_that_never_ends_counting_counts_as_one_that_does_not_say(m
         found = await counting.of(lost)
     assert len(found["partitions"]) == 1024
     assert {row["keys"] for row in found["partitions"]} == {None}
+    assert found["system"]["registers"] is None

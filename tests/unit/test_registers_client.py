@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from storaged.clock import SystemClock
@@ -249,6 +250,13 @@ async def test_one_replica_away_is_not_noticed_and_two_are_refused_without_a_cha
     found = (await client.read(NAME)).value
     assert found is not None
     assert found.body == b"one"
+
+
+async def test_a_read_is_refused_while_it_is_not_known_where_the_replicas_are(ring: Ring) -> None:
+    """The node has not read yet which partitions have moved."""
+    ring.layouts.current = msgspec.structs.replace(ring.layouts.current, base=1)
+    with pytest.raises(ServiceUnavailable, match="has not read yet which partitions have moved"):
+        await ring.client().read(NAME, want_payload=True)
 
 
 async def test_a_slow_replica_is_replaced_by_the_next_one_for_a_read(ring: Ring) -> None:

@@ -16,6 +16,8 @@ from typing import TypeVar
 
 from msgspec import Struct
 
+from storaged.cluster.voters import voting_sets
+
 T = TypeVar("T", bound=Hashable)
 V = TypeVar("V")
 
@@ -134,8 +136,7 @@ class View(Struct, frozen=True):
     @classmethod
     def of(cls, epoch: int, *sets: Sequence[str], lost: Collection[str] = ()) -> View:
         """Raises ValueError as ``Quorum``. ``lost``: disks that count in no quorum."""
-        voters = [[disk for disk in disks if disk not in lost] for disks in sets] if lost else sets
-        quorum = Quorum(*voters)
+        quorum = Quorum(*(voting_sets(sets, lost) if lost else sets))
         place = {disk: position for disks in reversed(sets) for position, disk in enumerate(disks)}
         return cls(epoch, quorum, tuple(place[disk] for disk in quorum.disks))
 

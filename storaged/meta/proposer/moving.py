@@ -36,7 +36,7 @@ from storaged.meta.messages import (
     ScopeFence,
     ShardAsk,
 )
-from storaged.meta.names import Ballot, RegisterName, Table, Visibility
+from storaged.meta.names import SYSTEM_SCOPE, Ballot, RegisterName, Table, Visibility
 from storaged.meta.ports import Handover, HandoverReplica, Replica
 from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES
 from storaged.meta.storage.scan import Want, decode_rows
@@ -75,7 +75,7 @@ class PartitionMoves:
         """Has the replicas of all sets refuse earlier steps of this partition, durably: a quorum of each set, and all
         others that answer. Returns which do.
         """
-        quorum = Quorum(*state.voters)
+        quorum = Quorum(*state.voting)
 
         def call(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[EpochReply]]:
             request = EpochFence(disk, state.epoch, state.partition)
@@ -182,22 +182,29 @@ class PartitionMoves:
         found = 0
         for prefix in replies[disk].prefixes:
             if prefix[0] == Table.OBJECT and found < at_most:
-                found += await self._count_shard(state, disk, prefix[1:17], prefix[17], at_most - found)
+                shard = Table.OBJECT, prefix[1:17], prefix[17]
+                found += len(await self._keys_of_shard(state, disk, shard, at_most - found))
         return found
 
-    async def _count_shard(self, state: PartitionState, disk: str, scope: bytes, shard: int, at_most: int) -> int:
-        found, after = 0, b""
-        while found < at_most:
-            limit = min(COUNTED_A_CALL, at_most - found)
+    async def system_keys(self, state: PartitionState, disk: str, at_most: int) -> list[bytes]:
+        """The keys of system registers that one disk has. For people, as ``count_keys``."""
+        return await self._keys_of_shard(state, disk, (Table.SYSTEM, SYSTEM_SCOPE, 0), at_most)
+
+    async def _keys_of_shard(
+        self, state: PartitionState, disk: str, its: tuple[Table, bytes, int], at_most: int
+    ) -> list[bytes]:
+        (table, scope, shard), found, after = its, list[bytes](), b""
+        while len(found) < at_most:
+            limit = min(COUNTED_A_CALL, at_most - len(found))
             ask = ShardAsk(shard, after, limit, Want.VISIBLE, EXAMINED_A_CALL, MIB, 0, state.epoch)
             epoch = layout_epoch_of(state.epoch)
-            request = ScanRequest(disk, epoch, Table.OBJECT, scope, (ask,), visible=Visibility.LIVE)
+            request = ScanRequest(disk, epoch, table, scope, (ask,), visible=Visibility.LIVE)
             reply = await self._calls.replicas.replica(disk).scan(request, timeout_s=FENCES_TIMEOUT_S)
             if reply.verdict or not reply.slices or reply.slices[0].unreadable:
                 raise ServiceUnavailable(f"disk {disk} does not say which keys it has of partition {state.partition}")
             part = reply.slices[0]
             try:
-                found += len(decode_rows(part.rows))
+                found += [row.key for row in decode_rows(part.rows)]
             except MsgspecError:
                 raise ServiceUnavailable(f"disk {disk} sends rows that can't be read") from None
             if part.done or part.through <= after:

@@ -339,7 +339,9 @@ class RegisterReader:
         except ServiceUnavailable:
             machine, ring = shell.machine, self._ring
             left_s = deadline - ring.clock.monotonic()
-            if left_s <= 0 or not await ring.refresher.refresh(machine.name, machine.view, left_s):
+            if left_s <= 0 or not hasattr(machine, "view"):  # without a view it is not known where the replicas are
+                raise
+            if not await ring.refresher.refresh(machine.name, machine.view, left_s):
                 raise
             return await shell.run()
 
