@@ -23,6 +23,7 @@ import ast
 import copy
 import json
 import os
+import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,14 @@ from tests.sim.coverage import modules
 SURVIVORS = Path(__file__).with_name("survivors.txt")
 """Lines ``mutant | reason``."""
 
-MUTANT_S_MAX = 300
+MUTANT_S_MAX = 1_800
+"""A child's CPU is limited much closer; this is for one that sleeps, on a machine that has other things to do."""
+
+CPU_S_MAX = 12.0
+"""Of all that is tried on one mutant of a function."""
+
+OUTSIDE_CPU_S_MAX = 120
+"""Of one outside of functions, with the import of the program."""
 
 RULES_CLASS = "Rules"
 
@@ -236,6 +244,7 @@ def _try_all(mutants: Sequence[Mutant], log: Log, tests: Sequence[str], reach: P
 
 def _try_outside(mutant: Mutant, tests: Sequence[str]) -> str:
     """What notices it. In a process that has not imported the program."""
+    resource.setrlimit(resource.RLIMIT_CPU, (OUTSIDE_CPU_S_MAX, OUTSIDE_CPU_S_MAX))
     source = (ROOT / mutant.path).read_text()
     change_imports({mutant.path: lambda _: mutate(mutant, source)})
     return str(resolve("tests.sim.trials:try_imported")(tests))

@@ -10,7 +10,9 @@ _STATE = "storaged/meta/consensus/acceptor.py"
 _CALLS = "storaged/meta/proposer/floors.py"
 _EXPUNGER = "storaged/maintain/expunger.py"
 _MOVER = "storaged/maintain/partition_mover.py"
+_MOVES = "storaged/meta/proposer/moving.py"
 _TESTS = "tests/unit/test_floors.py"
+_MOVES_TESTS = "tests/unit/test_partition_moves.py"
 
 FLOOR_BUGS = (
     Planted(
@@ -209,5 +211,95 @@ FLOOR_BUGS = (
         rule="floors_when_settled",
         open=True,
         why="the expunger asks no partition with two sets; floor_while_joint",
+    ),
+    Planted(
+        "floor_ends_promises",
+        "the collector takes a floor between two looks for a round that ends what was promised before",
+        1,
+        path="storaged/meta/consensus/looks.py",
+        old="        if not found.ballot.node:  # nothing",
+        new="        if not found.ballot.counter:  # nothing",
+        tests=_TESTS,
+        why="no play has the collector and floors together",
+    ),
+    Planted(
+        "create_carried_below_its_sequence",
+        "a create that began above a floor is carried on with the sequence after what it has overtaken",
+        1,
+        path="storaged/meta/consensus/rounds.py",
+        old="        sequence = max(value.sequence, below.sequence + 1)\n",
+        new="        sequence = below.sequence + 1\n",
+        tests=_TESTS,
+        why="two creates of a new key, of which one knows a floor that came between, and the other one does not",
+    ),
+    Planted(
+        "floors_without_end",
+        "a replica that lies keeps the expunger at one partition by never getting further",
+        1,
+        path=_CALLS,
+        old="        if ends and min(ends) <= after:\n",
+        new="        if False:\n",
+        tests=_TESTS,
+        why="no play has a replica that lies about floors",
+    ),
+    Planted(
+        "count_without_end",
+        "a replica that lies keeps the expunger at one range by never getting further",
+        1,
+        path=_CALLS,
+        old="            if not reply.done and reply.through <= after:\n",
+        new="            if False:\n",
+        tests=_TESTS,
+        why="no play has a replica that lies about floors",
+    ),
+    Planted(
+        "ranges_of_others",
+        "a replica that lies has the expunger work on ranges of other partitions",
+        1,
+        path=_CALLS,
+        old='    return RegisterName(prefix[0], prefix[1:17], prefix[17], b"").partition == partition\n',
+        new='    return RegisterName(prefix[0], prefix[1:17], prefix[17], b"").partition >= 0\n',
+        tests=_TESTS,
+        why="no play has a replica that lies about floors",
+    ),
+    Planted(
+        "floor_of_one_disk_is_copied",
+        "a replica that comes gets a floor that one disk alone names",
+        1,
+        path=_MOVES,
+        old="            at_least = 1 if state.lost else max(1, quorum.fewest - len(quorum.disks) + len(found))\n",
+        new="            at_least = 1\n",
+        tests=_MOVES_TESTS,
+        why="no play has a replica that lies about floors",
+    ),
+    Planted(
+        "floors_after_a_recovery_need_two",
+        "after a recovery a replica that comes does not get the floors that one of the disks that are left has",
+        1,
+        path=_MOVES,
+        old="            at_least = 1 if state.lost else max(",
+        new="            at_least = max(",
+        tests=_MOVES_TESTS,
+        why="the recovery's play has no floors",
+    ),
+    Planted(
+        "floors_of_other_partitions_are_copied",
+        "a floor of another partition stops the move",
+        1,
+        path=_MOVES,
+        old="    return all(name.partition == partition for name in names)\n",
+        new="    return all(name.partition >= 0 for name in names)\n",
+        tests=_MOVES_TESTS,
+        why="no play has a replica that lies about floors",
+    ),
+    Planted(
+        "returning_rows_not_compared",
+        "rows of a disk that comes back are not compared where no other replica has rows of their range any more",
+        1,
+        path=_MOVES,
+        old="        disks = [disk for disk in (*state.present, state.comes) if disk in fenced]\n",
+        new="        disks = [disk for disk in state.present if disk in fenced]\n",
+        tests="tests/integration/test_partition_mover.py",
+        why="all replicas have to be exchanged twice, and a run has five disks",
     ),
 )

@@ -1,4 +1,6 @@
-"""Bugs in how servers join, certificates are revoked and racks renamed. Plain data: imports nothing of the program."""
+"""Bugs in how servers join, certificates are revoked, racks renamed and disks put out. Plain data: imports nothing of
+the program.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,9 @@ _CERTIFICATES = "storaged/cluster/certificates.py"
 _LAYOUT = "storaged/cluster/layout.py"
 _SERVER = "storaged/cluster/rpc/server.py"
 _LINK = "storaged/cluster/rpc/link.py"
+_DUTY = "storaged/node/sparing_duty.py"
+_SPARING = "storaged/cluster/sparing.py"
+_SPARING_TESTS = "tests/unit/test_sparing.py"
 _JOIN_TESTS = "tests/unit/test_cli_joining.py"
 _REVOCATION_TESTS = "tests/unit/test_revocation.py"
 _CONNECTION_TESTS = "tests/integration/test_revocation_served.py"
@@ -127,5 +132,55 @@ MEMBERSHIP_BUGS = (
         old="        if shared[first] == 1 and location",
         new="        if location",
         tests="tests/unit/test_rack_rename.py",
+    ),
+    Planted(
+        "votes_pile_up",
+        "the record of the disks that are out keeps all votes, until nobody believes it",
+        1,
+        path=_DUTY,
+        old="        asked = (*disks, *sorted(known.disks.difference(disks)))[:DISKS_MAX]\n",
+        new="        asked = disks\n",
+        tests=_SPARING_TESTS,
+        why="a run has too few disks for a record that is too long",
+    ),
+    Planted(
+        "record_longer_than_believed",
+        "a gateway writes more votes than a record may have",
+        1,
+        path=_SPARING,
+        old="    return record if len(record.votes) <= VOTES_MAX else None\n",
+        new="    return record if record.votes is not None else None\n",
+        tests=_SPARING_TESTS,
+        why="a run has too few disks for a record that is too long",
+    ),
+    Planted(
+        "vote_with_disks_not_asked_for",
+        "a node adds disks to its vote, and the other nodes repeat them",
+        1,
+        path=_DUTY,
+        old="                if {opinion.disk for opinion in vote.opinions}.difference(disks):\n",
+        new="                if False:\n",
+        tests=_SPARING_TESTS,
+        why="no play has a node that lies in its vote",
+    ),
+    Planted(
+        "vote_of_any_length",
+        "a state in a vote may be as long as its node likes",
+        1,
+        path="storaged/cluster/votes.py",
+        old="    if any(len(opinion.state) > STATE_CHARS_MAX for opinion in vote.opinions):\n",
+        new="    if False:\n",
+        tests=_SPARING_TESTS,
+        why="no play has a node that lies in its vote",
+    ),
+    Planted(
+        "votes_repeat_any_text",
+        "a node makes the votes of all others too long by what it says of its own disks",
+        1,
+        path="storaged/cluster/membership.py",
+        old='            return "" if state in READABLE else state if state in UNREADABLE else FAILED\n',
+        new='            return "" if state in READABLE else state\n',
+        tests="tests/unit/test_cluster_membership.py",
+        why="no play has a node that lies about its disks",
     ),
 )

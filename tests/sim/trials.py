@@ -23,7 +23,7 @@ import pytest
 from hypothesis import Phase, settings
 
 from tests.sim.changing import ROOT, in_child, resolve
-from tests.sim.mutants import MUTANT_S_MAX, Log, Mutant, changed_functions
+from tests.sim.mutants import CPU_S_MAX, MUTANT_S_MAX, Log, Mutant, changed_functions
 from tests.sim.planted import PLAYS
 
 CONSENSUS = str(ROOT / "storaged/meta/consensus")
@@ -32,6 +32,7 @@ TESTS = (
     "tests/unit/test_bounds.py",
     "tests/unit/test_change_ends.py",
     "tests/unit/test_register.py",
+    "tests/unit/test_register_edges.py",
     "tests/unit/test_quorums.py",
     "tests/unit/test_rounds.py",
     "tests/unit/test_looks.py",
@@ -50,7 +51,7 @@ TESTS = (
     "tests/property/test_proposer.py",
     "tests/sim/test_lost_copies.py",
 )
-FIRST_TESTS = TESTS[:11]
+FIRST_TESTS = TESTS[:12]
 """Of a mutant that is changed as it is imported."""
 
 SEEDS = {
@@ -70,9 +71,6 @@ LEFT_OUT = ("test_the_table_holds_what_the_machine_does_and_nothing_else",)
 """Takes half a minute for every mutant."""
 
 OUTSIDE = "outside of functions"
-
-CPU_S_MAX = 12.0
-"""Of all that is tried on one mutant."""
 
 
 class Reach(NamedTuple):

@@ -15,6 +15,7 @@ from storaged.meta.consensus.bounds import (
     check_created,
     check_epoch,
     check_fence,
+    check_floor,
     check_name,
     check_page,
     check_pages,
@@ -52,6 +53,10 @@ def _fence(scope: bytes, nonce: bytes) -> Callable[[], None]:
     return lambda: check_fence(messages.FenceSet("d", scope, nonce))
 
 
+def _floor(**fields: object) -> Callable[[], None]:
+    return lambda: check_floor(NAME.prefix, Ballot(1, 1, "", b"")._replace(**fields))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "check",
     [
@@ -75,6 +80,10 @@ def _fence(scope: bytes, nonce: bytes) -> Callable[[], None]:
         lambda: check_pages(messages.PageCheck("d", (bytes(16),) * 256)),
         _fence(b"s" * 16, b"n"),
         _fence(b"s" * 16, b"n" * 64),
+        _floor(counter=1),
+        _floor(counter=1 << 62),
+        _floor(epoch=0),
+        _floor(epoch=1 << 62),
         lambda: check_epoch(0, 0),
         lambda: check_epoch(1 << 62, SYSTEM_PARTITION),
         lambda: check_epoch(1, messages.WHOLE_DISK),
@@ -115,6 +124,14 @@ def test_the_last_value_within_a_bound_is_taken(check: Callable[[], None]) -> No
         _fence(b"s" * 17, b"n"),
         _fence(b"s" * 16, b""),
         _fence(b"s" * 16, b"n" * 65),
+        _floor(counter=0),
+        _floor(counter=(1 << 62) + 1),
+        _floor(epoch=-1),
+        _floor(epoch=(1 << 62) + 1),
+        _floor(node="n"),
+        _floor(incarnation=b"i"),
+        lambda: check_floor(NAME.prefix + b"k", Ballot(1, 1, "", b"")),
+        lambda: check_floor(bytes([Table.SYSTEM]) + NAME.prefix[1:], Ballot(1, 1, "", b"")),
         lambda: check_epoch(-1, 0),
         lambda: check_epoch((1 << 62) + 1, 0),
         lambda: check_epoch(1, SYSTEM_PARTITION + 1),

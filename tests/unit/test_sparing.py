@@ -532,6 +532,20 @@ async def test_a_record_does_not_grow_beyond_what_is_believed(
     check_votes(cluster.layouts.partitions.out, cluster.layouts.at, cluster.world.authority.certificate, "c1")
 
 
+async def test_a_record_with_more_votes_than_are_believed_is_not_written(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody could write over it."""
+    cluster.states["d1a"] = "failed"
+    cluster.pass_s(HOUR + 60)
+    monkeypatch.setattr("storaged.cluster.sparing.VOTES_MAX", 3)
+    await cluster.duty.once()
+    assert cluster.out == frozenset()
+    monkeypatch.setattr("storaged.cluster.sparing.VOTES_MAX", 4)
+    await cluster.duty.once()
+    assert cluster.out == {"d1a"}
+
+
 async def test_a_node_puts_nothing_into_the_record_that_it_was_not_asked_for(cluster: Cluster) -> None:
     cluster.down = {"n4"}
     cluster.pass_s(2 * HOUR)
