@@ -8,8 +8,8 @@ Paths are relative to the folder of the file, so that a node's folder can be mov
     [cluster]  identity (the folder with this node's certificate, the cluster's authority and the layout)
     [[disks]]  id, directory            (role storage; one table per disk)
     [rpc]      listen
-    [s3]       listen, workers, region, strict_region, domains, tls_certificate, tls_key, unauthenticated_*_max, proxies
-    (role gateway)
+    [s3]       listen, workers, region, strict_region, new_buckets, domains, tls_certificate, tls_key,
+               unauthenticated_*_max, proxies                          (role gateway)
     [admin]    listen
     [keys]     keyring, credential or passphrase                       (role gateway)
     [audit]    directory

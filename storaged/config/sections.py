@@ -9,6 +9,7 @@ from storaged.units import GIB, KIB, MIB
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "journal", "json", "console", "logfmt")
 ROLES = ("storage", "gateway")
+NEW_BUCKETS = ("aws", "legacy")
 KEEP_DAYS_MIN = 180
 """Days that files of the audit log are kept at least: six months."""
 
@@ -45,7 +46,9 @@ class S3Section(msgspec.Struct, frozen=True):
 
     ``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``:
     processes that share the port. ``region``: the region that this endpoint reports. ``strict_region``: refuse
-    signatures and new buckets of any other region; without it, every region is accepted. ``unauthenticated_*_max``: how
+    signatures and new buckets of any other region; without it, every region is accepted. ``new_buckets``: ``aws`` (the
+    bucket's owner owns all objects, and public access is blocked, as on AWS) or ``legacy`` (access control lists, and
+    nothing blocked, as on AWS before 2023). ``unauthenticated_*_max``: how
     many connections, requests and bytes one address (a /64 of IPv6) may have before they have authenticated; beyond
     that, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come through
     them.
@@ -55,6 +58,7 @@ class S3Section(msgspec.Struct, frozen=True):
     workers: int = 1
     region: str = "eu-fr-1"
     strict_region: bool = False
+    new_buckets: str = "aws"
     domains: list[str] = []
     tls_certificate: str = ""
     tls_key: str = ""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from storaged.config.sections import KEEP_DAYS_MIN, LOG_FORMATS, LOG_LEVELS, ROLES
+from storaged.config.sections import KEEP_DAYS_MIN, LOG_FORMATS, LOG_LEVELS, NEW_BUCKETS, ROLES
 from storaged.units import GIB, KIB, MIB, format_size, parse_size
 
 
@@ -135,6 +135,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "expunge_delay_s"): _between(3_600, 365 * 86_400),
     ("limits", "small_object_bytes_max"): _size_between(0, 64 * KIB),
     ("log", "level"): _one_of(*LOG_LEVELS),
+    ("s3", "new_buckets"): _one_of(*NEW_BUCKETS),
     ("log", "format"): _one_of(*LOG_FORMATS),
 }
 

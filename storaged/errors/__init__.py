@@ -91,6 +91,7 @@ from storaged.errors.peers import (
 )
 from storaged.errors.plans import DiskNotDrained, LayoutWeak, MoveUnfinished, PlanTooLittleSpace, RecoverRefused
 from storaged.errors.s3 import (
+    AccessControlListNotSupported,
     AccessDenied,
     AccessForbidden,
     AuthorizationHeaderMalformed,
@@ -109,6 +110,7 @@ from storaged.errors.s3 import (
     InvalidAccessKeyId,
     InvalidAction,
     InvalidArgument,
+    InvalidBucketAclWithObjectOwnership,
     InvalidBucketName,
     InvalidBucketState,
     InvalidChunkSizeError,
@@ -129,6 +131,7 @@ from storaged.errors.s3 import (
     KeyTooLongError,
     KMSNotFound,
     MalformedACLError,
+    MalformedPolicy,
     MalformedPOSTRequest,
     MalformedTrailerError,
     MalformedXML,
@@ -163,5 +166,6 @@ from storaged.errors.s3 import (
     SignatureDoesNotMatch,
     SlowDown,
     TooManyBuckets,
+    UnresolvableGrantByEmailAddress,
     XAmzContentSHA256Mismatch,
 )

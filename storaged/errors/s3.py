@@ -32,6 +32,10 @@ class AccessDenied(S3Error):
     status = 403
 
 
+class AccessControlListNotSupported(S3Error):
+    """The bucket does not allow ACLs"""
+
+
 class AccessForbidden(S3Error):
     """CORSResponse: CORS is not enabled for this bucket."""
 
@@ -110,6 +114,10 @@ class InvalidArgument(S3Error):
     """
 
     hint = "Read the message of the answer: it names the value, and what is allowed."
+
+
+class InvalidBucketAclWithObjectOwnership(S3Error):
+    """Bucket cannot have ACLs set with ObjectOwnership's BucketOwnerEnforced setting"""
 
 
 class InvalidBucketName(S3Error):
@@ -210,6 +218,12 @@ class MalformedACLError(S3Error):
 
 class MalformedPOSTRequest(S3Error):
     """The body of your POST request is not well-formed multipart/form-data."""
+
+
+class MalformedPolicy(S3Error):
+    """The policy is not well formed, or says something that this server does not understand. Nothing was changed."""
+
+    hint = "The message names what is wrong: an element, an action, a resource, a principal or a condition."
 
 
 class MalformedTrailerError(S3Error):
@@ -369,6 +383,10 @@ class SignatureDoesNotMatch(S3Error):
 
 class TooManyBuckets(S3Error):
     """You have attempted to create more buckets than are allowed."""
+
+
+class UnresolvableGrantByEmailAddress(S3Error):
+    """The email address you provided does not match any account on record."""
 
 
 class XAmzContentSHA256Mismatch(S3Error):

@@ -133,6 +133,7 @@ class Gateway:
             self.users,
             Endpoint(
                 config.s3.region,
+                legacy_buckets=config.s3.new_buckets == "legacy",
                 strict_region=config.s3.strict_region,
                 domains=config.s3.domains,
                 proxies=config.s3.proxies,

@@ -9,7 +9,7 @@ headers.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from msgspec import Struct, field
 
@@ -19,6 +19,7 @@ from storaged.objects.body_types import Body as Body
 from storaged.objects.body_types import BodyChecks as BodyChecks
 from storaged.objects.body_types import FillingBody as FillingBody
 from storaged.objects.body_types import WholeBody as WholeBody
+from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.encryption import NO_KEY, Encryption
 from storaged.objects.etags import Condition
@@ -46,11 +47,46 @@ OBJECT_BYTES_MAX = PARTS_MAX * PART_BYTES_MAX
 
 
 class Principal(Struct, frozen=True):
-    """The authenticated sender of a request. ``user_id``: the canonical id. ``access_key``: empty when anonymous."""
+    """The authenticated sender of a request. ``user_id``: the canonical id. ``access_key``: empty when anonymous.
+    ``email``: only of users that were listed.
+    """
 
     user_id: str
     display_name: str
     access_key: str = ""
+    email: str = ""
+
+
+READ: Final = 1
+WRITE: Final = 2
+DELETE: Final = 4
+LIST: Final = 8
+AMEND: Final = 16
+"""The calls that a Grant allows: bits. READ: get, head. WRITE: put, copies to the key, uploads. LIST: all lists. AMEND:
+tags and access of an object."""
+
+
+class ObjectAccess(NamedTuple):
+    """What decides about access to an existing object."""
+
+    owner: str
+    acl: Acl | None
+    tags: Mapping[str, str]
+    etag: str = ""
+
+
+class Grant(Struct, frozen=True):
+    """Permission for calls of the object plane (``objects.granted``): what one principal may do to one key, or to a
+    bucket as a whole. ``s3.auth.authorize`` makes it, and nothing else does.
+
+    ``key``: None for the bucket. ``access``: bits. ``found``: the decision depended on the object as it was; calls
+    refuse when it is another one by then.
+    """
+
+    bucket: BucketRecord
+    key: bytes | None
+    access: int
+    found: ObjectAccess | None = None
 
 
 class ReadConditions(Struct, frozen=True):
@@ -88,6 +124,7 @@ class NewMeta(Struct, frozen=True):
     storage_class: str = "STANDARD"
     encryption: Encryption | None = None
     """None: SSE-S3."""
+    acl: Acl | None = None
 
 
 class ObjectInfo(NamedTuple):
@@ -111,6 +148,8 @@ class ObjectInfo(NamedTuple):
     delete_marker: bool = False
     encryption: Encryption | None = None
     """None: SSE-S3."""
+    acl: Acl | None = None
+    """None: the owner alone has access."""
 
 
 class PutResult(Struct, frozen=True):
@@ -253,6 +292,9 @@ class Users(Protocol):
 
     async def list_users(self) -> list[Principal]: ...
 
+    async def directory(self) -> Mapping[str, Principal]:
+        """All users by canonical id, cached for ``user_cache_s``."""
+
     async def remove(self, name_or_access_key: str) -> Principal:
         """Returns the removed user. Its buckets stay; a user added with this user id owns them. Raises
         InvalidArgument."""
@@ -355,6 +397,7 @@ class Objects(Protocol):
         owner: str,
         meta: NewMeta | None,
         tags: Mapping[str, str] | None = None,
+        acl: Acl | None = None,
         algorithm: str = "",
         encryption: Encryption | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
@@ -370,6 +413,9 @@ class Objects(Protocol):
         self, bucket: BucketRecord, key: bytes, encryption: Encryption, *, version_id: str = ""
     ) -> str:
         """SSE-KMS for a version; its data stays. Returns the version id. Raises InvalidRequest (it has SSE-C)."""
+
+    async def set_acl(self, bucket: BucketRecord, key: bytes, acl: Acl | None, *, version_id: str = "") -> str:
+        """Returns the version id. None: the owner alone has access."""
 
     async def list_objects(
         self,

@@ -13,6 +13,7 @@ import msgspec
 
 from storaged.cluster.layout import Profile
 from storaged.meta.storage.row_head import message_of, with_head
+from storaged.objects.configuration.access import AclEntry
 from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
@@ -292,7 +293,7 @@ class SealedMeta(Message, frozen=True):
     case, as the client sent them. ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm
     (``api.CHECKSUM_ALGORITHMS``) -> base64, with ``-N`` when composite. ``checksum_type``: FULL_OBJECT or COMPOSITE.
     ``parts``: of multipart objects only; more than 32 are sealed in pages of their own, from ``parts_page``. ``size``:
-    the object's. The record also has it in the clear, and the two must agree.
+    the object's. The record also has it in the clear, and the two must agree. ``acl``: None for the owner's alone.
     """
 
     etag: str
@@ -305,6 +306,7 @@ class SealedMeta(Message, frozen=True):
     parts: tuple[SealedPart, ...] = ()
     parts_page: bytes = b""
     size: int = -1
+    acl: tuple[AclEntry, ...] | None = None
 
 
 class SealedEncryption(Message, frozen=True):

@@ -30,6 +30,7 @@ class ObjectService:
         self.copy = partial(copy.copy, plane)
         self.set_tags = partial(delete.set_tags, plane)
         self.set_encryption = partial(delete.set_encryption, plane)
+        self.set_acl = partial(delete.set_acl, plane)
         self.list_objects = partial(listing.list_objects, plane)
         self.list_versions = partial(listing.list_versions, plane)
         self.create_upload = partial(multipart.create_upload, plane)

@@ -1,4 +1,5 @@
-"""Admission of a request: its operation, who sends it, its bucket, and whether all that is allowed.
+"""Admission of a request: its operation, who sends it, its bucket, and whether all that is allowed
+(``authorization``).
 
 A request is admitted in three steps, always in this order: ``locate``, the records of its user and its bucket,
 ``admit_request``. Only the records may have to be read. ``try_records`` takes them from memory, or returns
@@ -17,8 +18,10 @@ from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
 from storaged.s3 import routes
 from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
+from storaged.s3.auth.authorize import ObjectWanted
 from storaged.s3.auth.sigv4 import Claim
-from storaged.s3.context import Front, check_owner, existing_bucket
+from storaged.s3.authorization import ask_of, check_expected_owner, decide, permit
+from storaged.s3.context import Front, existing_bucket
 from storaged.s3.operation import Operation, adopt_query_headers
 from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
 
@@ -73,9 +76,10 @@ async def _or_error(work: Awaitable[T]) -> T | Exception:
 
 
 def admit_request(front: Front, request: Request, operation: Operation, claim: Claim | None, records: Records) -> None:
-    """Sets who sends the request, and its bucket, when it may go on; prepares its body.
+    """Sets who sends the request, its bucket, and its grant, when it may go on; prepares its body. The grant is missing
+    when the decision depends on the object: ``complete_grant`` then reads it.
 
-    Raises the error that stands in place of a record, and as ``admit``, ``adopt_query_headers``, ``check_owner`` and
+    Raises the error that stands in place of a record, and as ``admit``, ``adopt_query_headers``, ``decide`` and
     ``Operation.check_headers``.
     """
     user, bucket = records
@@ -92,11 +96,24 @@ def admit_request(front: Front, request: Request, operation: Operation, claim: C
         if not isinstance(bucket, BucketRecord):
             raise _missing(bucket)
         request._bucket_record = bucket
-        check_owner(bucket, request.who, request.headers.get("x-amz-expected-bucket-owner"))
+        check_expected_owner(bucket, request.headers.get("x-amz-expected-bucket-owner"))
+        try:
+            request._grant = decide(front, request, ask_of(request, operation.name))
+        except ObjectWanted:
+            pass
+        except AccessDenied:
+            if bucket.plain:
+                raise  # nothing of the bucket can say that the sender may know more
     if operation.signed:
-        if operation.changes and not request.who.access_key:
+        if operation.changes and not operation.needs_bucket and not request.who.access_key:
             raise AccessDenied()
         operation.check_headers(request.headers)
+
+
+async def complete_grant(front: Front, request: Request, operation: Operation) -> None:
+    """Decides what ``admit_request`` could not. Raises as ``permit``."""
+    if operation.needs_bucket and request._grant is None:
+        request._grant = await permit(front, request, ask_of(request, operation.name))
 
 
 def _missing(record: BaseException | None) -> BaseException:

@@ -1,6 +1,6 @@
 """The S3 front of a gateway: it listens, takes connections, and closes in order. ``responder`` answers the requests.
 
-parse -> locate -> user and bucket -> admit -> the operation -> send -> report to the observer
+parse -> locate -> user and bucket -> authenticate -> authorize -> the operation -> send -> report to the observer
 
 Every answer carries x-amz-request-id. Errors are S3's documents. An error that was not expected becomes an
 InternalError, which says nothing about the inside.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.objects.api import Buckets, Objects, Users
+from storaged.objects.granted import GrantedObjects
 from storaged.s3.context import Endpoint, Front
 from storaged.s3.http.connections import Connections
 from storaged.s3.http.listen import BACKLOG, listen
@@ -61,7 +62,9 @@ class S3App:
         on_request: Callable[[RequestDone], None] | None = None,
     ) -> None:
         self._endpoint = endpoint
-        self._responder = Responder(Front(objects, buckets, users, endpoint, clock), entropy, on_request)
+        self._responder = Responder(
+            Front(GrantedObjects(objects), buckets, users, endpoint, clock), entropy, on_request
+        )
         self._servers: list[asyncio.Server] = []
         self._acceptor: TlsAcceptor | None = None
         self._connections: Connections | None = None

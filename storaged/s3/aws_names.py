@@ -79,7 +79,6 @@ _BODIES = (*DOCUMENTS, "PutObject", "PostObject", "UploadPart", "PutObjectAnnota
 
 # --- why something is refused -----------------------------------------------------------------------------------------
 
-_NO_LISTS = "Access control lists are not implemented: only a bucket's owner has access to it."
 _NO_LOCK = "Bucket is missing Object Lock Configuration"
 _NO_WEBSITE = "Static websites are not implemented."
 _NO_APPEND = "Appending to objects is not implemented."
@@ -135,10 +134,10 @@ HEADERS: dict[str, Name] = {
         )
     },
     **{
-        f"x-amz-grant-{name}": _of(*_CREATING, *_ACL, "CreateBucket", refusal=_NO_LISTS)
+        f"x-amz-grant-{name}": _of(*_CREATING, *_ACL, "CreateBucket")
         for name in ("full-control", "read", "read-acp", "write-acp")
     },
-    "x-amz-grant-write": _of(*_ACL, "CreateBucket", refusal=_NO_LISTS),
+    "x-amz-grant-write": _of("PutObject", *_ACL, "CreateBucket"),
     # copies
     "x-amz-copy-source": _of(*_COPYING),
     "x-amz-copy-source-range": _of("UploadPartCopy"),
@@ -183,7 +182,7 @@ HEADERS: dict[str, Name] = {
     "x-amz-bucket-object-lock-token": _of(
         "PutObjectLockConfiguration", "PutBucketReplication", refusal=_NO_CONFIGURATION
     ),
-    "x-amz-confirm-remove-self-bucket-access": _of("PutBucketPolicy", refusal=_NO_CONFIGURATION),
+    "x-amz-confirm-remove-self-bucket-access": _of("PutBucketPolicy"),  # a policy never locks the owner out
     "x-amz-skip-destination-validation": _of("PutBucketNotificationConfiguration", refusal=_NO_CONFIGURATION),
     "x-amz-transition-default-minimum-object-size": _of("PutBucketLifecycleConfiguration", refusal=_NO_CONFIGURATION),
     # directory buckets

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Final
 
 from storaged.errors import S3Error, ServiceUnavailable
-from storaged.s3.context import Front, check_owner
+from storaged.s3.authorization import ask_of, check_expected_owner, permit
+from storaged.s3.context import Front
 from storaged.s3.operation import Operation
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
@@ -30,7 +31,7 @@ async def handle(front: Front, request: Request, operation: Operation) -> Reply:
         and front.buckets.gone(request._bucket_record)
         and operation.name not in BUCKET_OPERATIONS
     ):
-        await _renew(front, request)
+        await _renew(front, request, operation)
     try:
         reply = await operation.handler(front, request)
     except S3Error:
@@ -50,7 +51,7 @@ async def _replaced(front: Front, request: Request, operation: Operation) -> boo
     """Whether to run the handler again. Raises NoSuchBucket, AccessDenied, ServiceUnavailable."""
     if request._bucket_record is None or operation.name in BUCKET_OPERATIONS:
         return False
-    renewed = front.buckets.gone(request._bucket_record) and await _renew(front, request)
+    renewed = front.buckets.gone(request._bucket_record) and await _renew(front, request, operation)
     if renewed and operation.name in BODY_CONSUMED:
         raise ServiceUnavailable(
             "The bucket was deleted and made again while the request was under way. Nothing was stored. Retry."
@@ -58,11 +59,12 @@ async def _replaced(front: Front, request: Request, operation: Operation) -> boo
     return renewed or operation.name in COPIES  # the source's bucket may be the replaced one
 
 
-async def _renew(front: Front, request: Request) -> bool:
+async def _renew(front: Front, request: Request, operation: Operation) -> bool:
     """Looks up the request's bucket again by its name. Returns whether it is another one now. Raises NoSuchBucket,
     AccessDenied."""
     before = request.bucket_record
     request.reading = None  # it was read from the old bucket
     request._bucket_record = await front.buckets.renewed(before.name)
-    check_owner(request._bucket_record, request.who, request.headers.get("x-amz-expected-bucket-owner"))
+    check_expected_owner(request._bucket_record, request.headers.get("x-amz-expected-bucket-owner"))
+    request._grant = await permit(front, request, ask_of(request, operation.name))
     return request._bucket_record.id != before.id

@@ -1,4 +1,4 @@
-"""What every handler works with: the planes, the settings of the endpoint, and the check of a bucket's owner."""
+"""What every handler works with: the planes and the settings of the endpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from storaged.clock import Clock
-from storaged.errors import AccessDenied, InvalidBucketName
-from storaged.objects.api import Buckets, Objects, Principal, Users
+from storaged.errors import InvalidBucketName
+from storaged.objects.api import Buckets, Users
+from storaged.objects.granted import GrantedObjects
 from storaged.objects.names import bucket_name_possible
 from storaged.objects.records import BucketRecord
 from storaged.s3.auth.regions import ANY_REGION
@@ -21,6 +22,8 @@ class Endpoint:
     """The settings of one S3 endpoint."""
 
     region: str
+    legacy_buckets: bool = False
+    """New buckets have access control lists and no public access block, as on AWS before 2023."""
     strict_region: bool = False
     """Signatures and new buckets must be of ``region``."""
     domains: Sequence[str] = ()
@@ -39,7 +42,7 @@ class Endpoint:
 class Front:
     """What handlers work on: the planes, and the settings of the endpoint."""
 
-    objects: Objects
+    objects: GrantedObjects
     buckets: Buckets
     users: Users
     endpoint: Endpoint
@@ -49,26 +52,8 @@ class Front:
 Handler = Callable[[Front, Request], Awaitable[Reply]]
 
 
-async def owned_bucket(front: Front, who: Principal, name: str, expected_owner: str | None = None) -> BucketRecord:
-    """The bucket, if ``who`` owns it. Raises NoSuchBucket, InvalidBucketName, AccessDenied."""
-    bucket = await existing_bucket(front, name)
-    check_owner(bucket, who, expected_owner)
-    return bucket
-
-
 async def existing_bucket(front: Front, name: str) -> BucketRecord:
     """Raises NoSuchBucket, InvalidBucketName."""
     if not bucket_name_possible(name):
         raise InvalidBucketName(BucketName=name)
     return front.buckets.try_get(name) or await front.buckets.get(name)
-
-
-def check_owner(bucket: BucketRecord, who: Principal, expected_owner: str | None = None) -> None:
-    """Raises AccessDenied unless ``who`` owns the bucket. ``expected_owner``: the value of x-amz-expected-bucket-owner,
-    which must be the owner too."""
-    if (
-        not who.access_key
-        or who.user_id != bucket.owner
-        or (expected_owner is not None and expected_owner != bucket.owner)
-    ):
-        raise AccessDenied()

@@ -10,7 +10,6 @@ from email.utils import formatdate
 from functools import lru_cache
 from urllib.parse import parse_qsl
 
-from storaged import errors
 from storaged.errors import (
     BadDigest,
     InvalidArgument,
@@ -62,7 +61,6 @@ CANNED_ACLS = frozenset(
         "bucket-owner-full-control", "log-delivery-write",
     }
 )  # fmt: skip
-OWNER_ONLY_ACLS = frozenset({"private", "bucket-owner-full-control"})
 
 _TAG_TEXT = re.compile(r"[\w\s+\-=.:/@]*")
 _RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
@@ -330,10 +328,5 @@ def body_checks(
 
 def check_acl(headers: Mapping[str, str]) -> None:
     value = headers.get("x-amz-acl", "private")
-    if value in OWNER_ONLY_ACLS:
-        return
-    if value in CANNED_ACLS:
-        raise errors.NotImplemented(
-            f"The canned ACL {value} is not implemented: only a bucket's owner has access to it."
-        )
-    raise InvalidArgument(ArgumentName="x-amz-acl", ArgumentValue=value)
+    if value not in CANNED_ACLS:
+        raise InvalidArgument(ArgumentName="x-amz-acl", ArgumentValue=value)

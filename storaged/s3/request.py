@@ -13,7 +13,7 @@ from msgspec import Struct, field
 
 from storaged import trace
 from storaged.errors import InvalidArgument, InvalidURI, KeyTooLongError
-from storaged.objects.api import BodyChecks, NewMeta, Principal, Reading, WriteConditions
+from storaged.objects.api import BodyChecks, Grant, NewMeta, Principal, Reading, WriteConditions
 from storaged.objects.records import BucketRecord
 from storaged.s3.http.body import RequestBody
 from storaged.s3.reply import Reply
@@ -123,7 +123,8 @@ NO_TARGET = Target(b"/", (), {})
 
 
 class Request(Struct):
-    """What handlers get. ``bucket_record`` is set, and belongs to ``who``, if the operation needs a bucket."""
+    """What handlers get. ``bucket_record`` is set if the operation needs a bucket, and then ``grant`` says what ``who``
+    may do."""
 
     id: str
     method: str
@@ -142,8 +143,11 @@ class Request(Struct):
     """The body, for an operation that takes a document."""
     _body: RequestBody | None = None
     _bucket_record: BucketRecord | None = None
+    _grant: Grant | None = None
     put_arguments: tuple[NewMeta, BodyChecks, WriteConditions] | None = None
     """What a PutObject asks for, once its headers were parsed."""
+    new_owner: str = ""
+    """Of the object that a PutObject makes, once its headers were parsed."""
     reading: Reading | None = None
     """The object's record, if it was read before the handler began."""
 
@@ -160,6 +164,11 @@ class Request(Struct):
     def bucket_record(self) -> BucketRecord:
         assert self._bucket_record is not None
         return self._bucket_record
+
+    @property
+    def grant(self) -> Grant:
+        assert self._grant is not None
+        return self._grant
 
     @property
     def resource(self) -> str:

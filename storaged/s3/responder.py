@@ -28,8 +28,9 @@ from storaged import errors, trace
 from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.s3 import bucket_retry, xml
-from storaged.s3.admission import admit_request, load_records, locate, try_records
+from storaged.s3.admission import admit_request, complete_grant, load_records, locate, try_records
 from storaged.s3.auth.sigv4 import Claim
+from storaged.s3.authorization import hides_missing
 from storaged.s3.context import Front
 from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
@@ -206,6 +207,8 @@ class Responder:
                 return None
             admit_request(front, request, operation, claim, records)
             exchange.admitted = True
+            if request._grant is None:
+                return None
             return attempt if attempt.prepare is None or attempt.prepare(front, request) else None
         except Exception as error:
             exchange.reply = self._failure(request, error)
@@ -336,8 +339,12 @@ class Responder:
                 if spans is not None:
                     spans.note("bucket", began_ns, read_ns)
                     spans.note("sign", read_ns, time.perf_counter_ns())
+                if request._grant is None:
+                    await complete_grant(front, request, operation)
                 if operation.signed:
                     await read_body(front, request, operation)
+            elif request._grant is None:
+                await complete_grant(front, request, operation)
             return await bucket_retry.handle(front, request, operation)
         except Exception as error:
             return self._failure(request, error)
@@ -346,6 +353,8 @@ class Responder:
 
     def _failure(self, request: Request, error: Exception) -> Reply:
         """The answer to an error. One that was not expected is described in the log alone."""
+        if isinstance(error, errors.NoSuchKey) and hides_missing(self._front, request):
+            error = errors.AccessDenied()
         if isinstance(error, errors.S3Error):
             return self._error_reply(request, error)
         log.error("%s failed, request %s", request.operation, request.id, exc_info=error)

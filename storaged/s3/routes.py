@@ -18,6 +18,7 @@ from storaged.s3 import aws_names, xml
 from storaged.s3.context import Front, Handler
 from storaged.s3.operation import NO_BODY, STREAM, Attempt, Body, Document, Operation
 from storaged.s3.ops import (
+    access,
     acl,
     attributes,
     buckets,
@@ -45,6 +46,10 @@ TAGS = Document(256 * KIB)
 ENCRYPTION = Document(16 * KIB)
 ACL = Document(256 * KIB)
 """100 grants with names of at most 1 KiB each."""
+POLICY = Document(64 * KIB)
+"""A policy has at most 20 KiB; what is larger gets the error for that."""
+SMALL = Document(16 * KIB)
+"""A few settings."""
 CREATION = Document(256 * KIB)
 """A bucket's location and tags."""
 KEYS = Document(2 * MIB, digest_required=True)
@@ -184,9 +189,12 @@ BUCKET: dict[str, Methods] = {
         "PUT": _not_implemented("PutBucketVersioning"),
     },
     "tagging": _configured("BucketTagging", tags.BUCKET_TAGS, TAGS),
-    "acl": {"GET": Operation("GetBucketAcl", buckets.get_acl), "PUT": _change("PutBucketAcl", acl.put_acl, ACL)},
-    "policy": _configuration("BucketPolicy", errors.NoSuchBucketPolicy),
-    "policyStatus": {"GET": _get_fixed("GetBucketPolicyStatus", "PolicyStatus", "<IsPublic>false</IsPublic>")},
+    "acl": {
+        "GET": Operation("GetBucketAcl", acl.get_bucket_acl),
+        "PUT": _change("PutBucketAcl", acl.put_bucket_acl, ACL),
+    },
+    "policy": _configured("BucketPolicy", access.BUCKET_POLICY, POLICY),
+    "policyStatus": {"GET": Operation("GetBucketPolicyStatus", access.get_policy_status)},
     "cors": _configuration("BucketCors", errors.NoSuchCORSConfiguration),
     "lifecycle": _configuration(
         "BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"
@@ -197,8 +205,8 @@ BUCKET: dict[str, Methods] = {
         **_configured("BucketEncryption", encryption_settings.ROW, ENCRYPTION),
         "PUT": _change("PutBucketEncryption", encryption_settings.put_encryption, ENCRYPTION),
     },
-    "publicAccessBlock": _configuration("PublicAccessBlock", errors.NoSuchPublicAccessBlockConfiguration),
-    "ownershipControls": _configuration("BucketOwnershipControls", errors.OwnershipControlsNotFoundError),
+    "publicAccessBlock": _configured("PublicAccessBlock", access.BLOCK, SMALL),
+    "ownershipControls": _configured("BucketOwnershipControls", access.CONTROLS, SMALL),
     "object-lock": {
         "GET": _get_never_set("GetObjectLockConfiguration", errors.ObjectLockConfigurationNotFoundError),
         "PUT": Operation("PutObjectLockConfiguration", _no_lock_on_bucket),
@@ -267,7 +275,10 @@ OBJECT: dict[str, Methods] = {
         "PUT": _change("PutObjectTagging", attributes.put_tagging, TAGS),
         "DELETE": _change("DeleteObjectTagging", attributes.delete_tagging),
     },
-    "acl": {"GET": Operation("GetObjectAcl", attributes.get_acl), "PUT": _change("PutObjectAcl", acl.put_acl, ACL)},
+    "acl": {
+        "GET": Operation("GetObjectAcl", acl.get_object_acl),
+        "PUT": _change("PutObjectAcl", acl.put_object_acl, ACL),
+    },
     "retention": {"GET": Operation("GetObjectRetention", _no_lock), "PUT": Operation("PutObjectRetention", _no_lock)},
     "legal-hold": {"GET": Operation("GetObjectLegalHold", _no_lock), "PUT": Operation("PutObjectLegalHold", _no_lock)},
     "torrent": {"GET": Operation("GetObjectTorrent", attributes.get_torrent)},

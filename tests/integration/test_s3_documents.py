@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import time
 from collections.abc import AsyncIterator
 
@@ -14,9 +15,8 @@ import pytest_asyncio
 from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
-from storaged.objects.api import Principal
+from storaged.objects.configuration.access import POLICY, PolicyText
 from storaged.s3.auth import sigv4
-from storaged.s3.ops.acl import own_acl
 from storaged.s3.request import parse_target
 from tests.integration.s3_front import ACCESS, REGION, SECRET, World
 from tests.integration.test_s3_fail_closed import call, filled, md5_of, state
@@ -206,7 +206,18 @@ async def test_a_document_beyond_its_bound_is_refused(world: World, target: str)
     assert state(world) == before
 
 
-def test_the_owner_on_record_is_printed_and_not_the_requester() -> None:
-    who = Principal("a" * 64, "requester", "AK")
-    assert b"<Owner><ID>owner</ID><DisplayName></DisplayName></Owner>" in own_acl("owner", who)
-    assert own_acl(who.user_id, who).count(b"<DisplayName>requester</DisplayName>") == 2
+async def test_the_owner_on_record_is_printed_and_not_the_requester(world: World) -> None:
+    record = await world.buckets.get("bucket")
+    await world.buckets.set_owner(record, "f" * 64)
+    await world.buckets.configure(
+        record, POLICY, lambda _: PolicyText(everybody("s3:GetBucketAcl", "arn:aws:s3:::bucket"))
+    )
+    status, _, body = await call(world, "GET", "/bucket?acl")
+    assert status == 200
+    assert body.count(b"<ID>" + b"f" * 64 + b"</ID><DisplayName></DisplayName>") == 2
+
+
+def everybody(action: str, resource: str) -> str:
+    """A policy that allows everybody."""
+    statement = {"Effect": "Allow", "Principal": "*", "Action": action, "Resource": resource}
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})

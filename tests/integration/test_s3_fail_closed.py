@@ -66,6 +66,9 @@ def md5_of(body: bytes) -> dict[str, str]:
     return {"content-md5": base64.b64encode(hashlib.md5(body).digest()).decode()}
 
 
+NO_LISTS = (400, "AccessControlListNotSupported")
+NO_LISTS_OWNED = (400, "InvalidBucketAclWithObjectOwnership")
+
 REFUSED_CONDITIONS: list[tuple[str, dict[str, str], tuple[int, str]]] = [
     *[("PUT", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'W/"{ETAG}"', f'"{ETAG}')],  # noqa: E501
     *[("DELETE", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'"{ETAG}" x', '*,"x"')],  # noqa: E501
@@ -294,9 +297,9 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption-of-tomorrow": "1"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-object-lock-mode": "GOVERNANCE"}, (400, "InvalidRequest")),
     ("PUT", "/bucket/k", {"x-amz-object-lock-event-hold": "ON"}, (400, "InvalidRequest")),
-    ("PUT", "/bucket/k", {"x-amz-grant-read": "id=1"}, NOT_THERE),
+    ("PUT", "/bucket/k", {"x-amz-grant-read": "id=1"}, NO_LISTS),
     ("PUT", "/bucket/k", {"x-amz-acl": ""}, CONFLICT),
-    ("PUT", "/bucket/k", {"x-amz-acl": "public-read"}, NOT_THERE),
+    ("PUT", "/bucket/k", {"x-amz-acl": "public-read"}, NO_LISTS),
     ("PUT", "/bucket/k", {"x-amz-storage-class": ""}, (400, "InvalidStorageClass")),
     ("PUT", "/bucket/k", {"x-amz-storage-class": "EXPRESS_ONEZONE"}, (400, "InvalidStorageClass")),
     ("PUT", "/bucket/k", {"x-amz-storage-class": "standard"}, (400, "InvalidStorageClass")),
@@ -324,7 +327,8 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/new", {"x-amz-bucket-namespace": "account-regional"}, NOT_THERE),
     ("PUT", "/new", {"x-amz-bucket-object-lock-enabled": "yes"}, CONFLICT),
     ("PUT", "/new", {"x-amz-bucket-object-lock-enabled": "true"}, NOT_THERE),
-    ("PUT", "/new", {"x-amz-grant-write": "id=1"}, NOT_THERE),
+    ("PUT", "/new", {"x-amz-grant-write": "id=1"}, CONFLICT),
+    ("PUT", "/new", {"x-amz-acl": "public-read"}, NO_LISTS_OWNED),
     ("PUT", "/new", {"x-storaged-country": "FR"}, NOT_THERE),
     ("PUT", "/new", {"x-storaged-countries": ""}, CONFLICT),
     ("PUT", "/new", {"x-storaged-countries": "FR,"}, CONFLICT),
@@ -333,7 +337,7 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("POST", "/bucket/k?uploads", {"x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-type": ""}, (400, "InvalidRequest")),  # noqa: E501
     ("PUT", "/new", {"x-amz-expected-bucket-owner": "me"}, NOT_THERE),
     ("PUT", "/bucket/k?x-amz-write-offset-bytes=3", {}, NOT_THERE),
-    ("PUT", "/bucket/k?X-Amz-Acl=public-read", {}, NOT_THERE),
+    ("PUT", "/bucket/k?X-Amz-Acl=public-read", {}, NO_LISTS),
     ("PUT", "/bucket/k?x-amz-storage-class=GLACIER", {"x-amz-storage-class": "STANDARD"}, CONFLICT),
     ("GET", "/bucket?list-type=2", {"x-amz-optional-object-attributes": "Everything"}, CONFLICT),
     ("GET", "/bucket/k", {"x-amz-server-side-encryption": "AES256"}, (400, "InvalidRequest")),

@@ -469,9 +469,12 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
             404,
             "ServerSideEncryptionConfigurationNotFoundError",
         )
-        assert refused(client.put_bucket_policy, Bucket="bucket", Policy="{}") == (501, "NotImplemented")
-        assert refused(client.put_bucket_acl, Bucket="bucket", ACL="public-read") == (501, "NotImplemented")
-        client.put_bucket_acl(Bucket="bucket", ACL="private")
+        assert refused(client.put_bucket_policy, Bucket="bucket", Policy="{}") == (400, "MalformedPolicy")
+        assert refused(client.put_bucket_acl, Bucket="bucket", ACL="public-read") == (
+            400,
+            "AccessControlListNotSupported",
+        )
+        client.put_bucket_acl(Bucket="bucket", ACL="bucket-owner-full-control")
         assert client.get_bucket_acl(Bucket="bucket")["Grants"][0]["Permission"] == "FULL_CONTROL"
         assert refused(client.get_bucket_tagging, Bucket="bucket") == (404, "NoSuchTagSet")
         client.put_bucket_tagging(Bucket="bucket", Tagging={"TagSet": [{"Key": "a", "Value": "b"}]})

@@ -140,7 +140,7 @@ async def test_the_answer_is_the_one_that_the_task_gives(
         ({"If-None-Match": "*"}, b"PreconditionFailed"),
         ({"If-Match": '"' + "0" * 32 + '"'}, b"PreconditionFailed"),
         ({"x-amz-expected-bucket-owner": "somebody"}, b"AccessDenied"),
-        ({"x-amz-acl": "public-read"}, b"NotImplemented"),
+        ({"x-amz-acl": "public-read"}, b"AccessControlListNotSupported"),
         ({"x-amz-copy-source": "/bucket/none"}, b"InvalidRequest"),
         ({"x-amz-tagging": "a=b&a=b"}, b"InvalidTag"),
     ],

@@ -350,9 +350,9 @@ async def test_tags_of_a_record_from_before_there_were_configurations_are_read_a
     assert buckets.configuration_of(old).get(TAGGING) == Tags({"a": "b"})
     await buckets.set_owner(old, BEN.user_id)
     assert (await buckets.configuration(bucket)).get(TAGGING) == Tags({"a": "b"})
-    await buckets.configure(bucket, TAGGING, lambda before: before.get(TAGGING))
+    await buckets.configure(bucket, TAGGING, lambda _: Tags({"a": "c"}))
     new = await buckets.renewed("b")
-    assert (new.tags, buckets.configuration_of(new).get(TAGGING)) == (b"", Tags({"a": "b"}))
+    assert (new.tags, buckets.configuration_of(new).get(TAGGING)) == (b"", Tags({"a": "c"}))
 
 
 async def test_a_bucket_of_three_french_racks_beside_a_german_one_works_and_none_of_its_registers_leaves_france() -> (

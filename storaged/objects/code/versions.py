@@ -17,6 +17,7 @@ from storaged.meta.names import Change, Value, Visibility
 from storaged.objects.api import NewMeta, ObjectInfo
 from storaged.objects.code.customer import ContentKey, unwrap_key, without_checksums, wrap_key
 from storaged.objects.code.seal import ENCRYPTED_META_LABEL, META_LABEL
+from storaged.objects.configuration.access import Acl
 from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
@@ -75,7 +76,15 @@ def record_change(record: ObjectRecord, payload: bytes = b"") -> Change:
 
 def meta_of(new: NewMeta, etag: str, checksums: dict[str, str], checksum_type: str, size: int) -> SealedMeta:
     return SealedMeta(
-        etag, dict(new.headers), dict(new.user), dict(new.tags), checksums, checksum_type, new.storage_class, size=size
+        etag,
+        dict(new.headers),
+        dict(new.user),
+        dict(new.tags),
+        checksums,
+        checksum_type,
+        new.storage_class,
+        size=size,
+        acl=new.acl.entries if new.acl is not None else None,
     )
 
 
@@ -300,4 +309,5 @@ def info_of(key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[Sea
         owner=version.owner,
         delete_marker=version.delete_marker,
         encryption=shown(opened.encryption),
+        acl=Acl(meta.acl) if meta.acl is not None else None,
     )

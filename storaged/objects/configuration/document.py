@@ -22,6 +22,7 @@ from storaged.units import KIB
 from storaged.wire import Message, decode, encode
 
 T = TypeVar("T", bound=Message)
+D = TypeVar("D")
 
 BYTES_MAX = 256 * KIB
 """All entries of a bucket together. The record is read again every second while the bucket is in use."""
@@ -56,11 +57,12 @@ class Kind(Generic[T]):
 class Configuration:
     """The entries of one bucket. Immutable: ``having`` and ``lacking`` return another one."""
 
-    __slots__ = ("_values", "entries")
+    __slots__ = ("_derived", "_values", "entries")
 
     def __init__(self, entries: Mapping[str, bytes]) -> None:
         self.entries = entries
         self._values: dict[str, Any] = {}
+        self._derived: dict[Any, Any] = {}
 
     def get(self, kind: Kind[T]) -> T | None:
         """What was set; None: nothing was. Raises DataDamaged."""
@@ -70,6 +72,13 @@ class Configuration:
                 found = self._values[kind.name] = decode(self.entries[kind.name], kind.message)
             except msgspec.MsgspecError as error:
                 raise DataDamaged(f"The configuration «{kind.name}» of this bucket cannot be read: {error}") from None
+        return found
+
+    def derive(self, make: Callable[[Configuration], D]) -> D:
+        """``make`` of this configuration, made once."""
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        found: D = self._derived[make]
         return found
 
     def having(self, kind: Kind[T], value: T | None) -> Configuration:

@@ -397,16 +397,17 @@ class BucketService:
         await self._amend(bucket, lambda found: msgspec.structs.replace(found, owner=owner))
 
     async def _amend(self, bucket: BucketRecord, amended: Callable[[BucketRecord], BucketRecord]) -> None:
-        """Changes the record of an active bucket. Raises NoSuchBucket when the name now belongs to another bucket, or
-        the bucket is being deleted.
+        """Changes the record of an active bucket; not when ``amended`` returns what it got. Raises NoSuchBucket when
+        the name now belongs to another bucket, or the bucket is being deleted.
         """
         name = system_name(PREFIX + bucket.name)
 
-        def update(value: Value | None) -> Change:
+        def update(value: Value | None) -> Change | None:
             found = self._records.decode(name, value)
             if found is None or found.id != bucket.id or found.state != ACTIVE:
                 raise NoSuchBucket(BucketName=bucket.name)
-            return self._records.change(name, value, amended(found))
+            after = amended(found)
+            return None if after is found else self._records.change(name, value, after)
 
         try:
             await self._plane.registers.change(name, update)
@@ -434,7 +435,8 @@ class BucketService:
 
         def amended(found: BucketRecord) -> BucketRecord:
             before = configurations.of(found)
-            return configurations.put(found, before.having(kind, change(before)))
+            after = before.having(kind, change(before))
+            return found if after == before else configurations.put(found, after)
 
         await self._amend(bucket, amended)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Mapping
 from functools import partial
 
 import msgspec
@@ -17,6 +18,7 @@ from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
 from storaged.objects.api import Principal
 from storaged.objects.cache.ttl import TtlCache
+from storaged.objects.identity import account_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import UserRecord
@@ -47,6 +49,9 @@ class UserService:
             plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
         )
         self.try_get = self._cache.try_get
+        self._directory: TtlCache[str, dict[str, Principal]] = TtlCache(
+            plane.clock, limits.user_cache_s, 1, self._load_directory, plane.background.spawn
+        )
 
     def _decode(self, name: RegisterName, value: Value | None) -> UserRecord | None:
         """Raises DataDamaged for a record that no gateway of this cluster wrote."""
@@ -123,7 +128,7 @@ class UserService:
         register = system_name(PREFIX + access_key)
         plain = UserRecord(
             access_key,
-            user_id or self._plane.entropy(32).hex(),
+            user_id or await self._new_id(),
             name,
             self._plane.clock.wall_ms(),
             self._plane.keys.seal_secret(encode(UserSecret(secret_key)), (register.pack(), b"secret")),
@@ -139,6 +144,15 @@ class UserService:
         await self._changed(access_key)
         return Principal(plain.user_id, name, access_key), secret_key
 
+    async def _new_id(self) -> str:
+        """A canonical id of which no user has the account. The number of an account is a hash, so that two users could
+        have one: a policy that names one of them would name both.
+        """
+        taken = {account_of(user.user_id) for user in await self.list_users()}
+        while account_of(drawn := self._plane.entropy(32).hex()) in taken:
+            pass
+        return drawn
+
     def _removed(self, register: RegisterName, access_key: str, before: Value | None) -> Change:
         """A record without a user, so that a removal is as authentic as the record it removes."""
         return self._change(register, before, UserRecord(access_key, "", "", 0, b""))._replace(
@@ -146,12 +160,13 @@ class UserService:
         )
 
     async def _changed(self, access_key: str) -> None:
-        self._cache.forget(access_key)
+        self.forget(access_key)
         await self._plane.on_changed("user", access_key)
 
     def forget(self, access_key: str) -> None:
         """Drops the cached user: another process of this gateway has changed it."""
         self._cache.forget(access_key)
+        self._directory.forget("")
 
     async def _claim(self, name: str, access_key: str) -> None:
         register, now_ms = claims.register_of(name), self._plane.clock.wall_ms()
@@ -176,9 +191,16 @@ class UserService:
         plane = self._plane
         users = await rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
         return [
-            Principal(user.user_id, user.name, user.access_key)
+            Principal(user.user_id, user.name, user.access_key, user.email)
             for user in sorted(users, key=lambda user: user.access_key)
         ]
+
+    async def directory(self) -> Mapping[str, Principal]:
+        """All users by canonical id; of users that share one, the first by access key."""
+        return await self._directory.get("")
+
+    async def _load_directory(self, _: str) -> dict[str, Principal]:
+        return {user.user_id: user for user in reversed(await self.list_users())}
 
     async def check_names(self) -> None:
         """Names the claims that can't be used in ``plane.bad_rows``."""

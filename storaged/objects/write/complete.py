@@ -280,7 +280,7 @@ async def _make_version(
     new = UnsealedVersion(
         version_id,
         upload.record.upload_id,
-        request.owner,
+        upload.record.owner or request.owner,
         plane.clock.wall_ms(),
         manifest.parts,
         manifest.first,

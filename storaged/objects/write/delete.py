@@ -1,4 +1,4 @@
-"""Deleting objects and versions, changing their tags and their encryption: compare-and-set on the record."""
+"""Deleting objects and versions, changing their tags, access and encryption: compare-and-set on the record."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.history import Draft, Entry, required_name
 from storaged.objects.code.versions import OpenedVersion, Place, open_version, seal_listing, seal_meta
 from storaged.objects.conditions import check_write, needs_etag
+from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.encryption import Encryption
 from storaged.objects.plane import ObjectPlane
@@ -173,3 +174,15 @@ async def set_encryption(
         return opened._replace(encryption=sealed)
 
     return await change_meta(plane, bucket, key, version_id, alter, wrap_under=newest)
+
+
+async def set_acl(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, acl: Acl | None, *, version_id: str = ""
+) -> str:
+    """Replaces the access control list of a version. None: its owner alone has access."""
+    entries = acl.entries if acl is not None else None
+
+    def alter(opened: OpenedVersion) -> OpenedVersion:
+        return opened._replace(meta=msgspec.structs.replace(opened.meta, acl=entries))
+
+    return await change_meta(plane, bucket, key, version_id, alter)

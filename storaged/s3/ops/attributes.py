@@ -1,4 +1,4 @@
-"""The small properties of an object: GetObjectAttributes, tags, access, torrent."""
+"""The small properties of an object: GetObjectAttributes, tags, torrent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.encryption import customer_key
-from storaged.s3.ops.acl import own_acl
 from storaged.s3.ops.tags import read_tagging, write_tagging
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, version_of
@@ -32,7 +31,7 @@ async def get_attributes(front: Front, request: Request) -> Reply:
     marker_text = headers.get("x-amz-part-number-marker", "")
     marker = h.integer("x-amz-part-number-marker", marker_text, 0, 2**31 - 1) if marker_text else 0
     info = await front.objects.head(
-        request.bucket_record,
+        request.grant,
         request.key,
         version_id=version_of(request),
         conditions=c.read_conditions(headers),
@@ -75,9 +74,7 @@ def _object_parts(info: ObjectInfo, marker: int, limit: int) -> str:
 
 
 async def get_tagging(front: Front, request: Request) -> Reply:
-    info = await front.objects.head(
-        request.bucket_record, request.key, version_id=version_of(request), customer_key=None
-    )
+    info = await front.objects.head(request.grant, request.key, version_id=version_of(request), customer_key=None)
     headers: Headers = {}
     version_header(info.version_id, headers)
     return xml_reply(write_tagging(info.tags), headers=headers)
@@ -85,24 +82,17 @@ async def get_tagging(front: Front, request: Request) -> Reply:
 
 async def put_tagging(front: Front, request: Request) -> Reply:
     tags = await read_tagging(request, h.TAGS_PER_OBJECT_MAX)
-    version = await front.objects.set_tags(request.bucket_record, request.key, tags, version_id=version_of(request))
+    version = await front.objects.set_tags(request.grant, request.key, tags, version_id=version_of(request))
     headers: Headers = {}
     version_header(version, headers)
     return Reply(headers=headers)
 
 
 async def delete_tagging(front: Front, request: Request) -> Reply:
-    version = await front.objects.set_tags(request.bucket_record, request.key, {}, version_id=version_of(request))
+    version = await front.objects.set_tags(request.grant, request.key, {}, version_id=version_of(request))
     headers: Headers = {}
     version_header(version, headers)
     return Reply(204, headers)
-
-
-async def get_acl(front: Front, request: Request) -> Reply:
-    info = await front.objects.head(
-        request.bucket_record, request.key, version_id=version_of(request), customer_key=None
-    )
-    return xml_reply(own_acl(info.owner or request.bucket_record.owner, request.who))
 
 
 async def get_torrent(front: Front, request: Request) -> Reply:

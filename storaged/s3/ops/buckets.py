@@ -1,4 +1,4 @@
-"""Operations on buckets: create, head, list, delete, location, versioning, tags, access."""
+"""Operations on buckets: create, head, list, delete, location, versioning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import binascii
 from functools import partial
 
 from storaged import errors
-from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import TAGGING, Tags
 from storaged.objects.names import bucket_name_possible, bucket_name_valid
 from storaged.s3 import headers as h
@@ -15,7 +14,8 @@ from storaged.s3 import xml
 from storaged.s3.auth.regions import location_constraint, region_name, region_of_new_bucket
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
-from storaged.s3.ops.acl import own_acl
+from storaged.s3.ops.access import RULES, configuration_of_new
+from storaged.s3.ops.acl import acl_of_new_bucket
 from storaged.s3.ops.tags import tags_in
 from storaged.s3.reply import XML_TYPE, Reply, xml_reply
 from storaged.s3.request import Request
@@ -81,17 +81,16 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         raise errors.InvalidArgument(ArgumentName="x-amz-bucket-object-lock-enabled", ArgumentValue=lock)
     if lock.lower() == "true":
         raise errors.NotImplemented("Object Lock is not implemented.")
-    ownership = request.headers.get("x-amz-object-ownership", "BucketOwnerEnforced")
-    if ownership not in ("BucketOwnerEnforced", "BucketOwnerPreferred", "ObjectWriter"):
+    rule = request.headers.get("x-amz-object-ownership", "")
+    if rule and rule not in RULES:
         raise errors.InvalidArgument(
-            "Invalid x-amz-object-ownership header", ArgumentName="x-amz-object-ownership", ArgumentValue=ownership
+            "Invalid x-amz-object-ownership header", ArgumentName="x-amz-object-ownership", ArgumentValue=rule
         )
-    if ownership != "BucketOwnerEnforced":
-        raise errors.NotImplemented(
-            "Access control lists are not implemented: a bucket's owner owns every object in it."
-        )
+    acl = await acl_of_new_bucket(front, request)
     region, tags = await parse_document(partial(_asked, front), request.document)
-    configuration = NOTHING.having(TAGGING, Tags(tags)) if tags else NOTHING
+    configuration = configuration_of_new(legacy=front.endpoint.legacy_buckets, rule=rule, acl=acl)
+    if tags:
+        configuration = configuration.having(TAGGING, Tags(tags))
     countries = _countries(request.headers.get("x-storaged-countries"))
     try:
         await front.buckets.create(request.who, name, region=region, countries=countries, configuration=configuration)
@@ -155,10 +154,6 @@ async def get_location(front: Front, request: Request) -> Reply:
 async def get_versioning(front: Front, request: Request) -> Reply:
     """Versioning was never enabled: an empty configuration."""
     return xml_reply(xml.document("VersioningConfiguration"))
-
-
-async def get_acl(front: Front, request: Request) -> Reply:
-    return xml_reply(own_acl(request.bucket_record.owner, request.who))
 
 
 async def preflight(front: Front, request: Request) -> Reply:

@@ -15,7 +15,7 @@ from storaged import errors
 from storaged.objects.configuration.document import Configuration, Kind
 from storaged.s3.context import Front, Handler
 from storaged.s3.documents import parse_document
-from storaged.s3.reply import Reply, xml_reply
+from storaged.s3.reply import XML_TYPE, Reply
 from storaged.s3.request import Request
 from storaged.wire import Message
 
@@ -26,12 +26,17 @@ def _nothing(*_: Any) -> None:
     """Nothing to check."""
 
 
+def _always(*_: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Row(Generic[T]):
     """``parse``: document to value, or None when it asks for what nothing set means; large documents in a thread.
     Raises S3 errors. ``show``: value to the answer's body. ``missing``: the error of a read when nothing is set.
     ``check_put(request, value, configuration)`` and ``check_delete(request, configuration)`` raise S3 errors when the
-    other kinds do not allow it. ``put_status``: of the answer to a change.
+    other kinds do not allow it. ``put_status``: of the answer to a change. ``shown``: whether a read returns a value.
+    ``removed``: what a bucket has after a removal, when that is not the same as what old buckets have.
     """
 
     kind: Kind[T]
@@ -41,15 +46,18 @@ class Row(Generic[T]):
     check_put: Callable[[Request, T, Configuration], None] = _nothing
     check_delete: Callable[[Request, Configuration], None] = _nothing
     put_status: int = 200
+    content_type: str = XML_TYPE
+    shown: Callable[[T], bool] = _always
+    removed: T | None = None
 
 
 def getter(row: Row[T]) -> Handler:
     async def get(front: Front, request: Request) -> Reply:
         configuration = await front.buckets.configuration(request.bucket_record)
         value = configuration.get(row.kind)
-        if value is None:
+        if value is None or not row.shown(value):
             raise row.missing(BucketName=request.bucket)
-        return xml_reply(row.show(value))
+        return Reply(headers={"Content-Type": row.content_type}, body=row.show(value))
 
     return get
 
@@ -75,7 +83,7 @@ def deleter(row: Row[T]) -> Handler:
     async def delete(front: Front, request: Request) -> Reply:
         def change(configuration: Configuration) -> T | None:
             row.check_delete(request, configuration)
-            return None
+            return row.removed if configuration.get(row.kind) is not None else None
 
         await front.buckets.configure(request.bucket_record, row.kind, change, who=request.who)
         return Reply(204)

@@ -7,14 +7,16 @@ from urllib.parse import unquote_to_bytes
 from msgspec.structs import replace
 
 from storaged import errors
-from storaged.objects.api import CopySource, NewMeta, PutResult
+from storaged.objects.api import CopySource, Grant, NewMeta, PutResult
 from storaged.objects.etags import tag
-from storaged.objects.records import BucketRecord
 from storaged.s3 import conditions as c
 from storaged.s3 import encryption as enc
 from storaged.s3 import headers as h
 from storaged.s3 import xml
-from storaged.s3.context import Front, owned_bucket
+from storaged.s3.auth.actions import action_of
+from storaged.s3.authorization import Ask, check_expected_owner, permit
+from storaged.s3.context import Front, existing_bucket
+from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.multipart import part_number
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, check_key
@@ -23,8 +25,8 @@ _SOURCE = "x-amz-copy-source"
 _RANGE = "x-amz-copy-source-range"
 
 
-async def _source(front: Front, request: Request) -> tuple[BucketRecord, bytes, str]:
-    """(bucket, key, version id) of x-amz-copy-source: ``/bucket/key?versionId=...``, percent-encoded. Raises
+async def _source(front: Front, request: Request) -> tuple[Grant, bytes, str]:
+    """(grant to read it, key, version id) of x-amz-copy-source: ``/bucket/key?versionId=...``, percent-encoded. Raises
     InvalidArgument, AccessDenied, NoSuchBucket."""
     raw = request.headers[_SOURCE].encode("utf-8", "surrogateescape")
     path, mark, version = raw.partition(b"?versionId=")
@@ -36,13 +38,20 @@ async def _source(front: Front, request: Request) -> tuple[BucketRecord, bytes, 
             ArgumentValue=raw.decode("utf-8", "replace"),
         )
     check_key(key)
-    bucket = await owned_bucket(
-        front,
-        request.who,
-        bucket_bytes.decode("utf-8", "replace"),
-        request.headers.get("x-amz-source-expected-bucket-owner"),
-    )
-    return bucket, key, unquote_to_bytes(version).decode("utf-8", "replace")
+    bucket = await existing_bucket(front, bucket_bytes.decode("utf-8", "replace"))
+    check_expected_owner(bucket, request.headers.get("x-amz-source-expected-bucket-owner"))
+    named = unquote_to_bytes(version).decode("utf-8", "replace")
+    return await permit(front, request, Ask(action_of("GetObject"), bucket, key, named)), key, named
+
+
+async def _check_tags(front: Front, request: Request, grant: Grant, key: bytes, version: str) -> None:
+    """A copy keeps the tags of its source: who may not read them may not copy what has some. Raises AccessDenied."""
+    try:
+        await permit(front, request, Ask(action_of("GetObjectTagging"), grant.bucket, key, version))
+    except errors.AccessDenied:
+        found = await front.objects.look(grant.bucket, key, version)
+        if found is not None and found.tags:
+            raise
 
 
 def _directive(headers: dict[str, str], name: str) -> bool:
@@ -58,9 +67,11 @@ async def copy_object(front: Front, request: Request) -> Reply:
     replace_meta = _directive(headers, "x-amz-metadata-directive")
     replace_tags = _directive(headers, "x-amz-tagging-directive")
     given = h.new_meta(headers)
-    bucket, key, version = await _source(front, request)
+    source, key, version = await _source(front, request)
+    if not replace_tags:
+        await _check_tags(front, request, source, key, version)
     conditions = c.source_conditions(headers)
-    itself = bucket.id == request.bucket_record.id and key == request.key
+    itself = source.bucket.id == request.bucket_record.id and key == request.key
     if (
         itself
         and not version
@@ -75,17 +86,20 @@ async def copy_object(front: Front, request: Request) -> Reply:
     meta: NewMeta | None = given if replace_meta else None
     source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
     if meta is None and "x-amz-storage-class" in headers:
-        info = await front.objects.head(bucket, key, version_id=version, conditions=conditions, customer_key=source_key)
+        info = await front.objects.head(source, key, version_id=version, conditions=conditions, customer_key=source_key)
         # the copied object must be the one whose metadata was read
         conditions = replace(conditions, if_match=tag(info.etag))
         meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
+    owner, acl = await ownership(front, request, headers)
     result = await front.objects.copy(
-        CopySource(bucket, key, version, conditions, customer_key=source_key),
-        request.bucket_record,
+        source,
+        CopySource(source.bucket, key, version, conditions, customer_key=source_key),
+        request.grant,
         request.key,
-        owner=request.who.user_id,
+        owner=owner,
         meta=meta,
         tags=given.tags if replace_tags else None,
+        acl=acl,
         algorithm=h.algorithm_named(headers, "x-amz-checksum-algorithm"),
         encryption=enc.asked(front, request, headers),
         conditions=c.write_conditions(headers),
@@ -99,12 +113,13 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
     headers = request.headers
     number = part_number(request)
     span = h.parse_copy_range(headers[_RANGE]) if _RANGE in headers else None
-    bucket, key, version = await _source(front, request)
+    grant, key, version = await _source(front, request)
     source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
-    source = CopySource(bucket, key, version, c.source_conditions(headers), span, source_key)
+    source = CopySource(grant.bucket, key, version, c.source_conditions(headers), span, source_key)
     result = await front.objects.copy_part(
+        grant,
         source,
-        request.bucket_record,
+        request.grant,
         request.key,
         request.query["uploadId"],
         number,

@@ -9,6 +9,8 @@ from functools import partial
 from storaged import errors
 from storaged.s3 import conditions as c
 from storaged.s3 import xml
+from storaged.s3.auth.actions import DELETE_KEY
+from storaged.s3.authorization import Ask, permit
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
@@ -22,7 +24,7 @@ DELETE_KEYS_MAX = 1000
 async def delete_object(front: Front, request: Request) -> Reply:
     """It succeeds also when there is no such object."""
     result = await front.objects.delete(
-        request.bucket_record,
+        request.grant,
         request.key,
         version_id=version_of(request),
         conditions=c.delete_conditions(request.headers),
@@ -67,9 +69,8 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
         check_key(key)
         if "VersionId" in entry and not version:
             raise errors.InvalidArgument("Version id cannot be the empty string")
-        result = await front.objects.delete(
-            request.bucket_record, key, version_id=version, conditions=c.entry_conditions(entry)
-        )
+        grant = await permit(front, request, Ask(DELETE_KEY, request.bucket_record, key, version))
+        result = await front.objects.delete(grant, key, version_id=version, conditions=c.entry_conditions(entry))
     except errors.S3Error as error:
         return f"<Error>{named}{xml.element('Code', error.code)}{xml.element('Message', error.message)}</Error>"
     except Exception:

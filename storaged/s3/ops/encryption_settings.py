@@ -120,7 +120,7 @@ async def update_object_encryption(front: Front, request: Request) -> Reply:
             " Resource Name (ARN). Modify the request to specify a KMS key ARN, and then try again."
         )
     asked = replace(asked, key_id=encryption.kms_arn(front, asked.key_id))
-    await front.objects.set_encryption(request.bucket_record, request.key, asked, version_id=version_of(request))
+    await front.objects.set_encryption(request.grant, request.key, asked, version_id=version_of(request))
     return Reply()
 
 

@@ -110,7 +110,7 @@ async def _open(
     front: Front, request: Request, conditions: ReadConditions, span: RangeSpec | None, part_number: int | None
 ) -> ObjectStream:
     return await front.objects.get(
-        request.bucket_record,
+        request.grant,
         request.key,
         version_id=version_of(request),
         conditions=conditions,
@@ -135,7 +135,7 @@ async def head_object(front: Front, request: Request) -> Reply:
     overrides = _overrides(request)
     part_number = _part_number(request)
     info = await front.objects.head(
-        request.bucket_record,
+        request.grant,
         request.key,
         version_id=version_of(request),
         conditions=c.read_conditions(headers),
@@ -168,12 +168,12 @@ def _wants_whole(front: Front, request: Request) -> bool:
 
 
 def _try_get(front: Front, request: Request, on_reply: OnReply) -> bool:
-    front.objects.try_read(request.bucket_record, request.key, True, partial(_on_read, request, on_reply))
+    front.objects.try_read(request.grant, request.key, True, partial(_on_read, request, on_reply))
     return True
 
 
 def _try_head(front: Front, request: Request, on_reply: OnReply) -> bool:
-    front.objects.try_read(request.bucket_record, request.key, False, partial(_on_read, request, on_reply))
+    front.objects.try_read(request.grant, request.key, False, partial(_on_read, request, on_reply))
     return True
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from storaged import errors
-from storaged.objects.api import Principal, UploadInfo
+from storaged.objects.api import UploadInfo
 from storaged.objects.listing_types import ListedVersion, Listing, VersionListing
 from storaged.objects.records import SealedList, listed_checksum
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
+from storaged.s3.ops.acl import names_of
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
 
@@ -76,7 +77,7 @@ async def _page(front: Front, request: Request, params: _Params, after: bytes) -
     if params.limit == 0:
         return Listing()
     return await front.objects.list_objects(
-        request.bucket_record,
+        request.grant,
         prefix=params.prefix,
         after=params.after(after),
         delimiter=params.delimiter,
@@ -215,7 +216,7 @@ async def list_versions(front: Front, request: Request) -> Reply:
     page = VersionListing()
     if params.limit:
         page = await front.objects.list_versions(
-            request.bucket_record,
+            request.grant,
             prefix=params.prefix,
             after=params.after(key_marker),
             after_version=version_marker,
@@ -267,14 +268,15 @@ async def list_uploads(front: Front, request: Request) -> Reply:
     following: tuple[bytes, str] | None = None
     if params.limit:
         uploads, prefixes, following = await front.objects.list_uploads(
-            request.bucket_record,
+            request.grant,
             prefix=params.prefix,
             after_key=params.after(key_marker),
             after_upload=upload_marker,
             delimiter=params.delimiter,
             limit=params.limit,
         )
-    rows = "".join(_upload(params, upload, request.who) for upload in uploads)
+    names = await names_of(front, request.who, [upload.owner for upload in uploads])
+    rows = "".join(_upload(params, upload, names) for upload in uploads)
     next_markers = ""
     if following is not None:
         key, upload_id = following
@@ -294,10 +296,11 @@ async def list_uploads(front: Front, request: Request) -> Reply:
     )
 
 
-def _upload(params: _Params, upload: UploadInfo, who: Principal) -> str:
+def _upload(params: _Params, upload: UploadInfo, names: Mapping[str, str]) -> str:
+    name = names.get(upload.owner, "")
     return (
         f"<Upload><Key>{params.key(upload.key)}</Key>{xml.element('UploadId', upload.upload_id)}"
-        f"{xml.owner_on_record(upload.owner, who, 'Initiator')}{xml.owner_on_record(upload.owner, who)}"
+        f"{xml.owner(upload.owner, name, 'Initiator')}{xml.owner(upload.owner, name)}"
         f"<StorageClass>{upload.storage_class}</StorageClass><Initiated>{xml.iso_time(upload.created_ms)}</Initiated>"
         f"{xml.optional('ChecksumAlgorithm', upload.algorithm)}"
         f"{xml.optional('ChecksumType', upload.checksum_type)}</Upload>"

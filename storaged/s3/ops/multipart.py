@@ -13,6 +13,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
+from storaged.s3.ops.acl import names_of, ownership
 from storaged.s3.ops.put import upload_checks
 from storaged.s3.reply import Reply, stored_headers, version_header, xml_reply
 from storaged.s3.request import Request, origin
@@ -26,8 +27,14 @@ async def create(front: Front, request: Request) -> Reply:
     headers = request.headers
     meta = replace(h.new_meta(headers), encryption=enc.asked(front, request, headers))
     algorithm, kind = _checksum_kind(headers)
+    owner, acl = await ownership(front, request, headers)
     upload = await front.objects.create_upload(
-        request.bucket_record, request.key, meta, owner=request.who.user_id, algorithm=algorithm, checksum_type=kind
+        request.grant,
+        request.key,
+        replace(meta, acl=acl) if acl is not None else meta,
+        owner=owner,
+        algorithm=algorithm,
+        checksum_type=kind,
     )
     answer = enc.written_headers(upload.encryption, request.headers, {enc.SSE: enc.S3})
     if algorithm:
@@ -71,7 +78,7 @@ async def put_part(front: Front, request: Request) -> Reply:
     number = part_number(request)
     checks = upload_checks(request, PART_BYTES_MAX)
     result = await front.objects.put_part(
-        request.bucket_record,
+        request.grant,
         request.key,
         request.query["uploadId"],
         number,
@@ -97,7 +104,7 @@ async def list_parts(front: Front, request: Request) -> Reply:
         else 0
     )
     upload, parts, following = await front.objects.list_parts(
-        request.bucket_record,
+        request.grant,
         request.key,
         query["uploadId"],
         after=min(marker, PARTS_MAX),
@@ -106,7 +113,7 @@ async def list_parts(front: Front, request: Request) -> Reply:
     )
     if limit == 0:
         parts, following = [], None
-    who = request.who
+    names = await names_of(front, request.who, [upload.owner])
     rows = "".join(
         f"<Part><PartNumber>{part.number}</PartNumber><LastModified>{xml.iso_time(part.modified_ms)}</LastModified>"
         f"<ETag>&quot;{part.etag}&quot;</ETag><Size>{part.size}</Size>"
@@ -118,8 +125,8 @@ async def list_parts(front: Front, request: Request) -> Reply:
         xml.element("Bucket", request.bucket),
         f"<Key>{xml.escape_key(request.key, query.get('encoding-type') == 'url')}</Key>",
         xml.element("UploadId", upload.upload_id),
-        xml.owner_on_record(upload.owner, who, "Initiator"),
-        xml.owner_on_record(upload.owner, who),
+        xml.owner(upload.owner, names.get(upload.owner, ""), "Initiator"),
+        xml.owner(upload.owner, names.get(upload.owner, "")),
         f"<StorageClass>{upload.storage_class}</StorageClass><PartNumberMarker>{marker}</PartNumberMarker>",
         xml.element("NextPartNumberMarker", following if following is not None else parts[-1].number if parts else 0),
         f"<MaxParts>{limit}</MaxParts>{xml.boolean('IsTruncated', following is not None)}",
@@ -131,7 +138,7 @@ async def list_parts(front: Front, request: Request) -> Reply:
 
 
 async def abort(front: Front, request: Request) -> Reply:
-    await front.objects.abort(request.bucket_record, request.key, request.query["uploadId"])
+    await front.objects.abort(request.grant, request.key, request.query["uploadId"])
     return Reply(204)
 
 
@@ -145,7 +152,7 @@ async def complete(front: Front, request: Request) -> Reply:
     parts = await parse_document(_completed_parts, data)
     size = headers.get("x-amz-mp-object-size")
     result = await front.objects.complete(
-        request.bucket_record,
+        request.grant,
         request.key,
         request.query["uploadId"],
         parts,

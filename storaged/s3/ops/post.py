@@ -16,12 +16,15 @@ from storaged.objects.api import PART_BYTES_MAX, Principal, PutResult
 from storaged.s3 import aws_names, xml
 from storaged.s3 import headers as h
 from storaged.s3.auth import sigv4
+from storaged.s3.auth.actions import action_of
 from storaged.s3.auth.form_policy import Policy, check_policy, parse_policy
-from storaged.s3.context import Front, owned_bucket
+from storaged.s3.authorization import Ask, permit
+from storaged.s3.context import Front, existing_bucket
 from storaged.s3.documents import parse_document
 from storaged.s3.encryption import asked, written_headers
 from storaged.s3.http.form_data import FormReader, boundary_of
 from storaged.s3.operation import check_fields, check_form
+from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.tags import tags_from
 from storaged.s3.reply import CONTROL, TOKEN, Reply, stored_headers, xml_reply
 from storaged.s3.request import ANONYMOUS, Request, check_key, origin
@@ -41,7 +44,7 @@ async def post_object(front: Front, request: Request) -> Reply:
     if "key" in fields:
         fields["key"] = fields["key"].replace("${filename}", form.filename)
     policy = await _authorise(front, request, fields)
-    request._bucket_record = await owned_bucket(front, request.who, request.bucket)
+    request._bucket_record = await existing_bucket(front, request.bucket)
     if not fields.get("key"):
         raise errors.InvalidArgument(
             "Bucket POST must contain a field named 'key'. If it is specified, please check the order of the fields.",
@@ -53,16 +56,17 @@ async def post_object(front: Front, request: Request) -> Reply:
     if "x-amz-copy-source" in headers:
         raise errors.NotImplemented("A form stores its file: it can't copy.", Header="x-amz-copy-source")
     check_fields(headers)
-    meta = h.new_meta(headers)
+    ask = Ask(action_of("PostObject"), request.bucket_record, request.key, headers=fields | headers)
+    request._grant = await permit(front, request, ask)
+    owner, acl = await ownership(front, request, headers)
+    meta = replace(h.new_meta(headers), acl=acl)
     if "tagging" in fields:
         parse = partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX)
         document = fields["tagging"].encode("utf-8", "surrogateescape")
         meta = replace(meta, tags=await parse_document(parse, document))
     meta = replace(meta, encryption=asked(front, request, headers))
     checks = h.body_checks(headers, None, (), None)
-    result = await front.objects.put(
-        request.bucket_record, request.key, _bounded(form, policy), meta, checks, owner=request.who.user_id
-    )
+    result = await front.objects.put(request.grant, request.key, _bounded(form, policy), meta, checks, owner=owner)
     reply = _answer(request, fields, result)
     written_headers(result.encryption, headers, reply.headers)
     return reply

@@ -16,6 +16,7 @@ from storaged.s3 import headers as h
 from storaged.s3.context import Front
 from storaged.s3.encryption import asked, default_encryption, written_headers
 from storaged.s3.operation import Attempt, OnReply
+from storaged.s3.ops.acl import ownership, try_ownership
 from storaged.s3.reply import Reply, stored_headers
 from storaged.s3.request import Request, has_no_parameters
 
@@ -74,8 +75,11 @@ def parse_put(front: Front, request: Request) -> PutArguments:
 
 async def put_object(front: Front, request: Request) -> Reply:
     meta, checks, conditions = request.put_arguments or parse_put(front, request)
+    owner, acl = await ownership(front, request, request.headers)
+    if acl is not None:
+        meta = replace(meta, acl=acl)
     result = await front.objects.put(
-        request.bucket_record, request.key, request.body, meta, checks, owner=request.who.user_id, conditions=conditions
+        request.grant, request.key, request.body, meta, checks, owner=owner, conditions=conditions
     )
     return Reply(headers=written_headers(result.encryption, request.headers, stored_headers(result)))
 
@@ -92,6 +96,10 @@ def _may_be_small(front: Front, request: Request) -> bool:
 
 def _prepare_put(front: Front, request: Request) -> bool:
     request.put_arguments = parse_put(front, request)
+    found = try_ownership(front, request, request.headers)
+    if found is None or found[1] is not None:
+        return False
+    request.new_owner = found[0]
     size = request.put_arguments[1].size
     return size is not None and size <= front.objects.small_bytes_max
 
@@ -103,13 +111,13 @@ def _try_put(front: Front, request: Request, on_reply: OnReply) -> bool:
     meta, checks, conditions = request.put_arguments
     on_stored = partial(_on_stored, front, request, on_reply)
     return front.objects.try_put(
-        request.bucket_record,
+        request.grant,
         request.key,
         plain,
         meta,
         checks,
         on_stored,
-        owner=request.who.user_id,
+        owner=request.new_owner,
         conditions=conditions,
     )
 

@@ -1,0 +1,154 @@
+"""The one decision: may this principal do this to that resource? Pure; what nothing allows is denied.
+
+Theory of operation. A decision has three voices, asked in AWS's order:
+
+* The bucket policy. A statement that denies ends it; one that allows permits, unless the public access block cuts a
+  public policy off for all but the owner.
+* The owner of the bucket, who may do all to the bucket, and to its objects when the bucket's owner owns them.
+* Access control lists, while the bucket's ownership rule has them: of the bucket, or of the object.
+
+Some decisions depend on the object: its owner, its list, its tags. They raise ``ObjectWanted`` when the caller has not
+looked yet; it looks, and asks again. A request of the owner for a bucket whose configuration is plain needs none of
+this.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec import Struct
+
+from storaged.errors import AccessDenied, MethodNotAllowed
+from storaged.objects.api import Grant, ObjectAccess, Principal
+from storaged.objects.configuration.access import (
+    ACL,
+    ENFORCED,
+    OWNERSHIP,
+    POLICY,
+    PUBLIC_ACCESS_BLOCK,
+    Acl,
+    PublicAccessBlock,
+)
+from storaged.objects.configuration.document import Configuration
+from storaged.objects.records import BucketRecord
+from storaged.s3.auth import acl
+from storaged.s3.auth.actions import POLICY_ACTIONS, Action
+from storaged.s3.auth.conditions import Facts
+from storaged.s3.auth.policy import ARN_PREFIX, Policy, policy_of
+
+
+class ObjectWanted(Exception):
+    """The decision depends on the object, which was not looked at."""
+
+
+class Unknown:
+    """The object was not looked at."""
+
+
+UNKNOWN: Final = Unknown()
+
+NO_BLOCK: Final = PublicAccessBlock()
+
+
+class BucketAccess(Struct, frozen=True):
+    """What a bucket's configuration says about access."""
+
+    policy: Policy | None
+    block: PublicAccessBlock
+    rule: str
+    acl: Acl | None
+
+    @property
+    def enforced(self) -> bool:
+        """Access control lists mean nothing, and the bucket's owner owns all objects."""
+        return self.rule == ENFORCED
+
+
+def bucket_access(configuration: Configuration) -> BucketAccess:
+    policy, ownership = configuration.get(POLICY), configuration.get(OWNERSHIP)
+    return BucketAccess(
+        policy_of(policy.text) if policy is not None else None,
+        configuration.get(PUBLIC_ACCESS_BLOCK) or NO_BLOCK,
+        ownership.rule if ownership is not None else ENFORCED,
+        configuration.get(ACL),
+    )
+
+
+class Resource(Struct, frozen=True):
+    """``key``: None for the bucket itself. ``version``: the version id that the request names, or empty."""
+
+    bucket: BucketRecord
+    configuration: Configuration
+    key: bytes | None = None
+    version: str = ""
+
+    @property
+    def arn(self) -> str:
+        if self.key is None:
+            return ARN_PREFIX + self.bucket.name
+        return f"{ARN_PREFIX}{self.bucket.name}/{self.key.decode('utf-8', 'surrogateescape')}"
+
+
+class Context(Struct, frozen=True):
+    """``facts``: the values of condition keys. ``found``: the object, None when there is none, UNKNOWN when the caller
+    did not look."""
+
+    facts: Facts
+    found: ObjectAccess | Unknown | None = UNKNOWN
+
+
+def authorize(who: Principal, action: Action, resource: Resource, context: Context) -> Grant:
+    """Raises AccessDenied, MethodNotAllowed (the policy of another's bucket), ObjectWanted."""
+    bucket = resource.bucket
+    owns = who.user_id == bucket.owner and bool(who.access_key)
+    if owns and bucket.plain:
+        return Grant(bucket, resource.key, action.access)
+    access = resource.configuration.derive(bucket_access)
+    for name in action.needed(resource.version):
+        if not _permits(who, name, action, resource, context, access, owns):
+            raise AccessDenied()
+    if not owns and not POLICY_ACTIONS.isdisjoint(action.names):
+        raise MethodNotAllowed()
+    found = context.found if isinstance(context.found, ObjectAccess) else None
+    return Grant(bucket, resource.key, action.access, found)
+
+
+def _permits(
+    who: Principal,
+    name: str,
+    action: Action,
+    resource: Resource,
+    context: Context,
+    access: BucketAccess,
+    owns: bool,
+) -> bool:
+    policy = access.policy
+    verdict = policy.verdict(who, name, resource.arn, context.facts) if policy is not None else None
+    if verdict is False:
+        return owns and name in POLICY_ACTIONS
+    if verdict and policy is not None and (owns or not (access.block.restrict and policy.public)):
+        return True
+    if owns and (access.enforced or not action.of_object):
+        return True
+    if access.enforced or not action.acl:
+        return False
+    if action.of_object:
+        return _object_permits(who, action, resource, context, access, owns)
+    ignore = access.block.ignore_acls
+    return acl.allows(access.acl, resource.bucket.owner, who, action.acl, ignore_public=ignore)
+
+
+def _object_permits(
+    who: Principal, action: Action, resource: Resource, context: Context, access: BucketAccess, owns: bool
+) -> bool:
+    """What the object itself allows. Its owner always reads and writes its access control list."""
+    found = context.found
+    if isinstance(found, Unknown):
+        raise ObjectWanted
+    if found is None:
+        return owns  # there is nothing to be protected; the owner may know that
+    if owns and found.owner == resource.bucket.owner:
+        return True
+    if action.acl in ("READ_ACP", "WRITE_ACP") and who.access_key and found.owner == who.user_id:
+        return True
+    return acl.allows(found.acl, found.owner, who, action.acl, ignore_public=access.block.ignore_acls)

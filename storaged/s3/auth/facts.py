@@ -1,0 +1,153 @@
+"""The values of condition keys for a request. Pure: what the request and its sender say, and the object if it was
+looked at.
+
+https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazons3.html#amazons3-policy-keys
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Final
+from urllib.parse import parse_qsl
+
+from storaged.errors import AccessDenied
+from storaged.objects.api import ObjectAccess
+from storaged.objects.identity import account_of, arn_of
+from storaged.s3.auth.authorize import ObjectWanted, Unknown
+from storaged.s3.request import Request
+
+EXISTING_TAG: Final = "s3:existingobjecttag/"
+REQUEST_TAG: Final = "s3:requestobjecttag/"
+TAG_KEYS: Final = "s3:requestobjecttagkeys"
+
+_Fact = Callable[["Facts"], "str | None"]
+
+
+class Facts:
+    """A ``conditions.Facts``. ``headers``: of the request, or the fields of a form. ``owner``: of the bucket.
+    ``prefix``: in place of the parameter, when another permission is asked for than the request's."""
+
+    def __init__(
+        self,
+        request: Request,
+        owner: str,
+        now_ms: int,
+        *,
+        headers: Mapping[str, str],
+        found: ObjectAccess | Unknown | None,
+        version: str = "",
+        prefix: str | None = None,
+    ) -> None:
+        self.request = request
+        self.owner = owner
+        self.now_ms = now_ms
+        self.headers = headers
+        self.found = found
+        self.version = version
+        self.prefix = prefix
+
+    def __call__(self, name: str) -> Sequence[str] | None:
+        """Raises ObjectWanted, and AccessDenied for what can't be known at this time: it counts as denied."""
+        if name.startswith(EXISTING_TAG):
+            return self._existing_tag(name[len(EXISTING_TAG) :])
+        if name.startswith(REQUEST_TAG) or name == TAG_KEYS:
+            tags = self._request_tags()
+            if name == TAG_KEYS:
+                return tuple(tags) or None
+            value = tags.get(name[len(REQUEST_TAG) :])
+            return None if value is None else (value,)
+        fact = _FACTS.get(name)
+        value = fact(self) if fact is not None else self._header(name)
+        return None if value is None else (value,)
+
+    def _existing_tag(self, name: str) -> Sequence[str] | None:
+        if isinstance(self.found, Unknown):
+            raise ObjectWanted
+        value = self.found.tags.get(name) if self.found is not None else None
+        return None if value is None else (value,)
+
+    def _request_tags(self) -> dict[str, str]:
+        if self.request.operation == "PutObjectTagging" or "tagging" in self.headers:
+            raise AccessDenied("A policy asks for the tags in the document of this request, which is not read yet.")
+        return dict(parse_qsl(self.headers.get("x-amz-tagging", ""), keep_blank_values=True))
+
+    def _header(self, name: str) -> str | None:
+        """``s3:x-amz-acl``, ``s3:if-match``: the header of that name."""
+        family, _, header = name.partition(":")
+        return self.headers.get(header) if family == "s3" else None
+
+
+def _moment(facts: Facts) -> str:
+    return datetime.fromtimestamp(facts.now_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _signed(facts: Facts, value: str) -> str | None:
+    return value if facts.request.who.access_key else None
+
+
+def _auth_type(facts: Facts) -> str | None:
+    request = facts.request
+    if facts.headers is not request.headers:
+        return _signed(facts, "POST")
+    return _signed(facts, "REST-HEADER" if "authorization" in request.headers else "REST-QUERY-STRING")
+
+
+def _signature_age(facts: Facts) -> str | None:
+    """Milliseconds since the signature was made."""
+    text = facts.headers.get("x-amz-date") or facts.request.query.get("X-Amz-Date", "")
+    try:
+        made = datetime.strptime(text, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    return _signed(facts, str(max(0, facts.now_ms - int(made.timestamp() * 1000))))
+
+
+def _prefix(facts: Facts) -> str | None:
+    return facts.prefix if facts.prefix is not None else facts.request.query.get("prefix")
+
+
+def _parameter(name: str) -> _Fact:
+    return lambda facts: facts.request.query.get(name)
+
+
+def _lock(name: str) -> _Fact:
+    return lambda facts: facts.headers.get(f"x-amz-object-lock-{name}")
+
+
+def _who(make: Callable[[str, str], str]) -> _Fact:
+    return lambda facts: _signed(facts, make(facts.request.who.user_id, facts.request.who.display_name))
+
+
+_FACTS: Final[dict[str, _Fact]] = {
+    "aws:currenttime": _moment,
+    "aws:epochtime": lambda facts: str(facts.now_ms // 1000),
+    "aws:securetransport": lambda facts: "true" if facts.request.secure else "false",
+    "aws:sourceip": lambda facts: facts.request.remote or None,
+    "aws:useragent": lambda facts: facts.request.headers.get("user-agent"),
+    "aws:referer": lambda facts: facts.request.headers.get("referer"),
+    "aws:principaltype": lambda facts: "User" if facts.request.who.access_key else "Anonymous",
+    "aws:principalisawsservice": lambda facts: "false",
+    "aws:viaawsservice": lambda facts: "false",
+    "aws:principalarn": _who(arn_of),
+    "aws:principalaccount": _who(lambda user_id, name: account_of(user_id)),
+    "aws:userid": lambda facts: facts.request.who.user_id if facts.request.who.access_key else "anonymous",
+    "aws:username": _who(lambda user_id, name: name),
+    "aws:resourceaccount": lambda facts: account_of(facts.owner),
+    "s3:resourceaccount": lambda facts: account_of(facts.owner),
+    "s3:authtype": _auth_type,
+    "s3:signatureversion": lambda facts: _signed(facts, "AWS4-HMAC-SHA256"),
+    "s3:signatureage": _signature_age,
+    "s3:prefix": _prefix,
+    "s3:delimiter": _parameter("delimiter"),
+    "s3:max-keys": _parameter("max-keys"),
+    "s3:versionid": lambda facts: facts.version or None,
+    "s3:locationconstraint": lambda facts: None,
+    "s3:object-lock-mode": _lock("mode"),
+    "s3:object-lock-retain-until-date": _lock("retain-until-date"),
+    "s3:object-lock-legal-hold": _lock("legal-hold"),
+    "s3:dataaccesspointarn": lambda facts: None,
+    "s3:dataaccesspointaccount": lambda facts: None,
+    "s3:accesspointnetworkorigin": lambda facts: None,
+}
+"""Keys that no request can have here (VPCs, organisations, sessions) have no row: ``_header`` finds nothing."""

@@ -1,0 +1,121 @@
+"""Asks ``auth.authorize`` for a request: with the bucket's configuration and the facts of the request, and with the
+object when the decision depends on it.
+
+The pipeline asks once for each request (``admission``), and handlers ask again for everything else that a request
+touches: the source of a copy, each key of DeleteObjects, the key of a form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from storaged.errors import AccessDenied, NoSuchKey
+from storaged.objects.api import READ, Grant, ObjectAccess
+from storaged.objects.identity import account_of
+from storaged.objects.records import BucketRecord
+from storaged.s3.auth.actions import LIST_BUCKET, Action, action_of
+from storaged.s3.auth.authorize import UNKNOWN, Context, ObjectWanted, Resource, Unknown, authorize
+from storaged.s3.auth.facts import Facts
+from storaged.s3.context import Front
+from storaged.s3.request import Request
+
+EXTRA: Final[dict[str, Action]] = {
+    "x-amz-tagging": Action(("s3:PutObjectTagging",), acl="WRITE"),
+    "tagging": Action(("s3:PutObjectTagging",), acl="WRITE"),
+    "x-amz-object-lock-mode": Action(("s3:PutObjectRetention",)),
+    "x-amz-object-lock-retain-until-date": Action(("s3:PutObjectRetention",)),
+    "x-amz-object-lock-legal-hold": Action(("s3:PutObjectLegalHold",)),
+    "x-amz-bypass-governance-retention": Action(("s3:BypassGovernanceRetention",)),
+}
+"""What a header, or the field of a form, needs beside the operation's own permission."""
+
+
+class Ask(NamedTuple):
+    """A permission that a request needs: ``action`` on ``bucket`` or on ``key`` in it. ``headers``: the fields of a
+    form, in place of the request's headers. ``prefix``: see ``Facts``."""
+
+    action: Action
+    bucket: BucketRecord
+    key: bytes | None
+    version: str = ""
+    headers: Mapping[str, str] | None = None
+    prefix: str | None = None
+
+
+def ask_of(request: Request, operation: str) -> Ask:
+    """What the request itself needs."""
+    version = request.target.query.get("versionId", "") if request.target.query else ""
+    return Ask(action_of(operation), request.bucket_record, request.key or None, version)
+
+
+def decide(front: Front, request: Request, ask: Ask, found: ObjectAccess | Unknown | None = UNKNOWN) -> Grant:
+    """Raises AccessDenied, MethodNotAllowed, ObjectWanted."""
+    bucket, who = ask.bucket, request.who
+    if bucket.plain and who.user_id == bucket.owner and who.access_key:
+        return Grant(bucket, ask.key, ask.action.access)
+    headers = request.headers if ask.headers is None else ask.headers
+    facts = Facts(
+        request,
+        bucket.owner,
+        front.clock.wall_ms(),
+        headers=headers,
+        found=found,
+        version=ask.version,
+        prefix=ask.prefix,
+    )
+    resource = Resource(bucket, front.buckets.configuration_of(bucket), ask.key, ask.version)
+    context = Context(facts, found)
+    grant = authorize(who, ask.action, resource, context)
+    if ask.key is not None and not ask.action.of_object:
+        for name, extra in EXTRA.items():
+            if name in headers and headers[name].lower() != "false":
+                authorize(who, extra, resource, context)
+    return grant
+
+
+async def permit(front: Front, request: Request, ask: Ask) -> Grant:
+    """As ``decide``, and looks at the object when that is needed. Raises AccessDenied, MethodNotAllowed, and NoSuchKey
+    for a read of what does not exist, when the sender may list and so may know that."""
+    try:
+        return decide(front, request, ask)
+    except ObjectWanted:
+        pass
+    except AccessDenied:
+        if not (ask.action.access & READ and may_list(front, request, ask)):
+            raise
+    assert ask.key is not None
+    found = await front.objects.look(ask.bucket, ask.key, ask.version)
+    try:
+        return decide(front, request, ask, found)
+    except AccessDenied:
+        if found is None and may_list(front, request, ask):
+            raise NoSuchKey(Key=ask.key.decode("utf-8", "replace")) from None
+        raise
+
+
+def may_list(front: Front, request: Request, ask: Ask) -> bool:
+    """Whether the sender may list the key: then an answer may tell that it does not exist.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadObject.html, «Permissions»"""
+    if ask.key is None:
+        return False
+    prefix = ask.key.decode("utf-8", "replace")
+    try:
+        decide(front, request, Ask(LIST_BUCKET, ask.bucket, None, prefix=prefix))
+    except (AccessDenied, ObjectWanted):
+        return False
+    return True
+
+
+def hides_missing(front: Front, request: Request) -> bool:
+    """Whether a NoSuchKey would tell the sender of a request more than it may know."""
+    bucket, grant = request._bucket_record, request._grant
+    if bucket is None or grant is None or grant.key is None or (bucket.plain and request.who.user_id == bucket.owner):
+        return False
+    return not may_list(front, request, Ask(LIST_BUCKET, bucket, grant.key))
+
+
+def check_expected_owner(bucket: BucketRecord, expected: str | None) -> None:
+    """``expected``: the value of x-amz-expected-bucket-owner: an account, or a canonical id. Raises AccessDenied."""
+    if expected is not None and expected not in (account_of(bucket.owner), bucket.owner):
+        raise AccessDenied()
