@@ -30,17 +30,20 @@ PACKAGES = ("consensus", "transport", "listing")
 ALL_PACKAGES = (*PACKAGES, "acceptor", "proposer", "storage")
 
 SHARES = {
-    "ring": 0.28,
-    "hostile": 0.16,
+    "ring": 0.23,
+    "hostile": 0.13,
     "object lies": 0.06,
     "flicker": 0.06,
-    "listing": 0.16,
-    "buckets": 0.12,
-    "small": 0.06,
+    "listing": 0.12,
+    "buckets": 0.09,
+    "small": 0.08,
     "bursts": 0.03,
     "files": 0.04,
     "forgetful": 0.02,
     "collecting": 0.01,
+    "moving": 0.05,
+    "expunging": 0.06,
+    "recovering": 0.02,
 }
 """Of the seeds."""
 

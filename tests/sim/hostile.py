@@ -395,7 +395,8 @@ class Hostile(Scenario):
             copies = await other.client.small_copies(name, held.value)
             if not copies:
                 return
-            position = View.of(0, *look.quorum.sets).position_of(node.disk)
+            view = View.of(0, *look.quorum.sets)
+            position = view.positions[view.quorum.disks.index(node.disk)]
             header, body = copies[position][0], list(copies[0][1])
         request = messages.Accept(node.disk, name, held.ballot, held.value, b"", True, header)
         await node.replica.accept(request, body)

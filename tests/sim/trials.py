@@ -169,7 +169,7 @@ class Trials:
 
     def _try(self, mutant: Mutant) -> tuple[str, str]:
         """Which test or seed notices it, and what it says. In a child."""
-        limit = int(time.process_time() + 4 * CPU_S_MAX)
+        limit = int(time.process_time() + CPU_S_MAX + 8)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         if not replaced_functions(mutant):
             return OUTSIDE, ""

@@ -23,7 +23,7 @@ from storaged.meta.consensus.register import (
     credible,
     overtaken,
 )
-from storaged.meta.consensus.rounds import CreateRound, Found, PrepareRound, Rivals
+from storaged.meta.consensus.rounds import RESTARTS_US, CreateRound, Found, PrepareRound, Rivals
 from storaged.meta.consensus.states import REFRESHING
 from storaged.meta.messages import AcceptReply, PrepareReply, ReadReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
@@ -114,6 +114,15 @@ def test_a_counter_that_a_clock_explains_is_in_the_way_by_itself_and_another_one
     assert rivals.above_for(GROUP) == (NOW_US + HOUR_US, False)
     assert not rivals.note("c", far, NOW_US)
     assert rivals.above_for(GROUP) == (far, True)
+
+
+def test_a_replica_that_was_restarted_is_in_the_way_a_little_above_what_a_majority_names() -> None:
+    far = NOW_US + 9 * HOUR_US
+    for restarted, above in ((far + RESTARTS_US, far + RESTARTS_US), (far + RESTARTS_US + 1, far)):
+        rivals = Rivals(RULES)
+        for disk, counter in zip("abc", (far, far, restarted), strict=True):
+            rivals.note(disk, counter, NOW_US)
+        assert rivals.above_for(GROUP) == (above, True)
 
 
 # --- what becomes of earlier attempts

@@ -29,7 +29,7 @@ def test_a_view_is_the_same_until_its_partition_moves() -> None:
     joint = known.of(NAME)
     assert joint.quorum.sets == ((a, b, c), (a, new, c))
     assert joint.epoch == epoch_of(1, 1)
-    assert joint.position_of(new) == 1
+    assert joint.positions[joint.quorum.disks.index(new)] == 1
     layouts.partitions.learn(PartitionRecord(NAME.partition, 2, (a, new, c), (), 1))
     assert known.of(NAME).quorum.sets == ((a, new, c),)
     assert known.of(NAME).epoch == epoch_of(2, 1)

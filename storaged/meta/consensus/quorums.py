@@ -140,10 +140,6 @@ class View(Struct, frozen=True):
         place = {disk: position for disks in reversed(sets) for position, disk in enumerate(disks)}
         return cls(epoch, quorum, tuple(place[disk] for disk in quorum.disks))
 
-    def position_of(self, disk: str) -> int:
-        """Raises ValueError for a disk of no set."""
-        return self.positions[self.quorum.disks.index(disk)]
-
     def by_disk(self, by_position: Sequence[V]) -> Sequence[V]:
         """What belongs to each of ``quorum.disks``, of what is given for each position."""
         if not by_position or (self.quorum.single and len(by_position) == len(self.positions)):
