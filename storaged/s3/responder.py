@@ -32,6 +32,7 @@ from storaged.s3.admission import admit_request, complete_grant, load_records, l
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.authorization import hides_missing
 from storaged.s3.context import Front
+from storaged.s3.cors import finish
 from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.grammar import parse_head
@@ -231,6 +232,8 @@ class Responder:
             return
         if isinstance(reply, Exception):
             reply = self._failure(exchange.request, reply)
+        if "origin" in exchange.request.headers:
+            finish(self._front, exchange.request, reply)
         if self.in_flight <= ALONE_MAX:
             self._send(exchange, reply)
             return
@@ -314,6 +317,8 @@ class Responder:
         spans = trace.start(connection.first_byte_ns) if trace.on else None
         self._open_body(exchange)
         reply = exchange.reply or await self._answer(exchange, spans)
+        if "origin" in request.headers:
+            finish(self._front, request, reply)
         began_ns = time.perf_counter_ns() if spans is not None else 0
         sent = await self._sender.send(connection, request, reply, exchange.keep_alive and not self.draining)
         if spans is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from storaged import errors
 from storaged.s3 import aws_names, xml
 from storaged.s3.context import Front, Handler
+from storaged.s3.cors import preflight
 from storaged.s3.operation import NO_BODY, STREAM, Attempt, Body, Document, Operation
 from storaged.s3.ops import (
     access,
@@ -24,6 +25,7 @@ from storaged.s3.ops import (
     buckets,
     configuration,
     copy,
+    cors,
     delete,
     encryption_settings,
     get,
@@ -48,6 +50,8 @@ ACL = Document(256 * KIB)
 """100 grants with names of at most 1 KiB each."""
 POLICY = Document(64 * KIB)
 """A policy has at most 20 KiB; what is larger gets the error for that."""
+RULES = Document(64 * KIB)
+"""AWS's limit for CORS."""
 SMALL = Document(16 * KIB)
 """A few settings."""
 CREATION = Document(256 * KIB)
@@ -162,7 +166,7 @@ def _table(name: str) -> Methods:
 
 
 FOREIGN = Operation("ForeignAction", _foreign_action, needs_bucket=False, signed=False)
-PREFLIGHT = Operation("Preflight", buckets.preflight, needs_bucket=False, signed=False)
+PREFLIGHT = Operation("Preflight", preflight, needs_bucket=False, signed=False)
 FORM = _change("PostObject", post.post_object, STREAM, needs_bucket=False, signed=False)
 
 SERVICE: dict[str, Methods] = {
@@ -195,7 +199,7 @@ BUCKET: dict[str, Methods] = {
     },
     "policy": _configured("BucketPolicy", access.BUCKET_POLICY, POLICY),
     "policyStatus": {"GET": Operation("GetBucketPolicyStatus", access.get_policy_status)},
-    "cors": _configuration("BucketCors", errors.NoSuchCORSConfiguration),
+    "cors": _configured("BucketCors", cors.BUCKET_CORS, RULES),
     "lifecycle": _configuration(
         "BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"
     ),

@@ -222,7 +222,11 @@ class World:
 
 @asynccontextmanager
 async def s3_world(
-    limits: Limits | None = None, domains: tuple[str, ...] = (), tls: Any = None, strict_region: bool = False
+    limits: Limits | None = None,
+    domains: tuple[str, ...] = (),
+    tls: Any = None,
+    strict_region: bool = False,
+    legacy: bool = False,
 ) -> AsyncIterator[World]:
     clock = SystemClock()
     below = objects.World(limits=ObjectLimits(bucket_cache_s=3600, user_cache_s=3600))
@@ -237,7 +241,9 @@ async def s3_world(
         service,
         buckets,
         users,
-        Endpoint(REGION, strict_region=strict_region, domains=domains, limits=limits or Limits()),
+        Endpoint(
+            REGION, legacy_buckets=legacy, strict_region=strict_region, domains=domains, limits=limits or Limits()
+        ),
         clock=clock,
         entropy=os.urandom,
         on_request=done.append,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from storaged.objects.configuration.access import ACL, OWNERSHIP, POLICY, PUBLIC_ACCESS_BLOCK
+from storaged.objects.configuration.cors import CORS
 from storaged.objects.configuration.document import Kind
 from storaged.wire import Message
 
@@ -55,5 +56,5 @@ TAGGING = Kind("tagging", Tags, plain=_always, audited=False)
 VERSIONING = Kind("versioning", Versioning)
 ENCRYPTION = Kind("encryption", DefaultEncryption, plain=_is_sse_s3)
 
-KINDS: tuple[Kind[Any], ...] = (TAGGING, VERSIONING, ENCRYPTION, POLICY, ACL, PUBLIC_ACCESS_BLOCK, OWNERSHIP)
+KINDS: tuple[Kind[Any], ...] = (TAGGING, VERSIONING, ENCRYPTION, POLICY, ACL, PUBLIC_ACCESS_BLOCK, OWNERSHIP, CORS)
 """All of them. A gateway refuses to serve a bucket that has another one."""

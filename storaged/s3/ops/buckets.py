@@ -8,7 +8,7 @@ from functools import partial
 
 from storaged import errors
 from storaged.objects.configuration.kinds import TAGGING, Tags
-from storaged.objects.names import bucket_name_possible, bucket_name_valid
+from storaged.objects.names import bucket_name_valid
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.auth.regions import location_constraint, region_name, region_of_new_bucket
@@ -154,14 +154,3 @@ async def get_location(front: Front, request: Request) -> Reply:
 async def get_versioning(front: Front, request: Request) -> Reply:
     """Versioning was never enabled: an empty configuration."""
     return xml_reply(xml.document("VersioningConfiguration"))
-
-
-async def preflight(front: Front, request: Request) -> Reply:
-    """A browser asks whether another origin may use this bucket. No bucket has CORS rules. The request is not signed,
-    so the answer says nothing about the bucket."""
-    if "origin" not in request.headers or "access-control-request-method" not in request.headers:
-        raise errors.BadRequest("Insufficient information. Origin request header needed.")
-    if not bucket_name_possible(request.bucket):
-        raise errors.InvalidBucketName(BucketName=request.bucket)
-    await front.buckets.get(request.bucket)
-    raise errors.AccessForbidden(Method=request.headers["access-control-request-method"], ResourceType="BUCKET")

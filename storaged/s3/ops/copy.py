@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
 from msgspec.structs import replace
@@ -14,12 +16,14 @@ from storaged.s3 import encryption as enc
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.auth.actions import action_of
-from storaged.s3.authorization import Ask, check_expected_owner, permit
+from storaged.s3.authorization import Ask, check_expected_owner, may_list, permit
 from storaged.s3.context import Front, existing_bucket
 from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.multipart import part_number
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, check_key
+
+T = TypeVar("T")
 
 _SOURCE = "x-amz-copy-source"
 _RANGE = "x-amz-copy-source-range"
@@ -42,6 +46,17 @@ async def _source(front: Front, request: Request) -> tuple[Grant, bytes, str]:
     check_expected_owner(bucket, request.headers.get("x-amz-source-expected-bucket-owner"))
     named = unquote_to_bytes(version).decode("utf-8", "replace")
     return await permit(front, request, Ask(action_of("GetObject"), bucket, key, named)), key, named
+
+
+async def _read_from(front: Front, request: Request, grant: Grant, key: bytes, copying: Awaitable[T]) -> T:
+    """The result of ``copying``. Raises what it raises, and AccessDenied in place of NoSuchKey when the sender may not
+    know that the source does not exist."""
+    try:
+        return await copying
+    except errors.NoSuchKey:
+        if not may_list(front, request, Ask(action_of("GetObject"), grant.bucket, key)):
+            raise errors.AccessDenied() from None
+        raise
 
 
 async def _check_tags(front: Front, request: Request, grant: Grant, key: bytes, version: str) -> None:
@@ -86,12 +101,13 @@ async def copy_object(front: Front, request: Request) -> Reply:
     meta: NewMeta | None = given if replace_meta else None
     source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
     if meta is None and "x-amz-storage-class" in headers:
-        info = await front.objects.head(source, key, version_id=version, conditions=conditions, customer_key=source_key)
+        reading = front.objects.head(source, key, version_id=version, conditions=conditions, customer_key=source_key)
+        info = await _read_from(front, request, source, key, reading)
         # the copied object must be the one whose metadata was read
         conditions = replace(conditions, if_match=tag(info.etag))
         meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
     owner, acl = await ownership(front, request, headers)
-    result = await front.objects.copy(
+    copying = front.objects.copy(
         source,
         CopySource(source.bucket, key, version, conditions, customer_key=source_key),
         request.grant,
@@ -104,6 +120,8 @@ async def copy_object(front: Front, request: Request) -> Reply:
         encryption=enc.asked(front, request, headers),
         conditions=c.write_conditions(headers),
     )
+    result = await _read_from(front, request, source, key, copying)
+
     answer = _copied_headers(request, version, result)
     version_header(result.version_id, answer)
     return xml_reply(_result("CopyObjectResult", result), headers=answer)
@@ -116,7 +134,7 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
     grant, key, version = await _source(front, request)
     source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
     source = CopySource(grant.bucket, key, version, c.source_conditions(headers), span, source_key)
-    result = await front.objects.copy_part(
+    copying = front.objects.copy_part(
         grant,
         source,
         request.grant,
@@ -125,6 +143,8 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
         number,
         customer_key=enc.customer_key(front, request),
     )
+    result = await _read_from(front, request, grant, key, copying)
+
     return xml_reply(_result("CopyPartResult", result), headers=_copied_headers(request, version, result))
 
 
