@@ -105,6 +105,7 @@ from storaged.errors.s3 import (
     DataDamaged,
     EntityTooLarge,
     EntityTooSmall,
+    IllegalVersioningConfigurationException,
     IncompleteBody,
     InternalError,
     InvalidAccessKeyId,

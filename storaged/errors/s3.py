@@ -129,6 +129,10 @@ class InvalidBucketName(S3Error):
     )
 
 
+class IllegalVersioningConfigurationException(S3Error):
+    """The versioning configuration specified in the request is not valid."""
+
+
 class InvalidBucketState(S3Error):
     """The request is not valid for the current state of the bucket."""
 

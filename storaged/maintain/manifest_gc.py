@@ -7,8 +7,8 @@ After the time that readers get, the owner's register is judged (``maintain.disu
 another look. The page is deleted when the value of that round does not name it, no upload of the key is open, and no
 put has changed it since it was condemned; the deletion compares that in its own transaction.
 
-A record needs the pages that it names, and those that its pages name. A disk that lacks one of them can't tell which
-others the record needs: then it condemns none of that owner.
+A record needs the pages that it names, and those that its pages name. While one of them can't be read it is not known
+which others the record needs: then none of that owner is condemned.
 
 Three kinds of requests propose records with new pages, never by a create. All put these pages, or put them again, on a
 majority, after their promise and before their accept:
@@ -135,13 +135,14 @@ class PageSweep:
         return found
 
     async def _named(self, store: MetaStore, owner: RegisterName) -> frozenset[bytes] | None:
-        """None: the disk lacks a page, so it can't tell. Repair brings it."""
+        """None: a page that the record needs can't be read now, so it can't be told which others it needs."""
         slot = await store.read(partial(store.get, owner))
         if slot is None:
             return frozenset()
         try:
-            return await _pages_of(_OfDisk(store), slot.value, owner)
-        except DataDamaged:
+            return await self._pages_of_value(store, owner, slot.value)
+        except DataDamaged as error:
+            self._context.log(f"pages of {owner.key[:80]!r} are not looked at: {error}")
             return None
 
     async def _find_owners(self, store: MetaStore, pages: _Pages) -> None:
@@ -157,13 +158,12 @@ class PageSweep:
                 for key, row in rows:
                     name = RegisterName(table, scope, shard, key)
                     owner = object_of_upload(name) if table == Table.UPLOAD else name
-                    for page in await self._pages_of_row(store, name, row):
+                    for page in await self._pages_of_value(store, name, unpack_row(name, row).value):
                         if page in pages:
                             await _set_owner(store, page, pages.pop(page), owner)
 
-    async def _pages_of_row(self, store: MetaStore, name: RegisterName, row: bytes) -> frozenset[bytes]:
-        """With those that the disk lacks itself. Raises RowDamaged, DataDamaged."""
-        value = unpack_row(name, row).value
+    async def _pages_of_value(self, store: MetaStore, name: RegisterName, value: Value) -> frozenset[bytes]:
+        """All pages that a value needs; those that the disk lacks are read from others. Raises DataDamaged."""
         try:
             return await _pages_of(_OfDisk(store), value, name)
         except DataDamaged:

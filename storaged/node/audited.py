@@ -42,6 +42,7 @@ class AuditedBuckets:
         self.get = buckets.get
         self.fences_seen = buckets.fences_seen
         self.gone = buckets.gone
+        self.known_everywhere = buckets.known_everywhere
         self.renewed = buckets.renewed
         self.list_buckets = buckets.list_buckets
         self.configuration_of = buckets.configuration_of

@@ -153,7 +153,7 @@ class ObjectInfo(NamedTuple):
 
 
 class PutResult(Struct, frozen=True):
-    """``version_id``: empty in a bucket that never had versioning, and of a part."""
+    """``version_id``: empty for the null version (a PUT names none where versioning is suspended), and of a part."""
 
     etag: str
     version_id: str = ""
@@ -274,6 +274,9 @@ class Buckets(Protocol):
         audit log. This gateway obeys the new configuration at once, others within ``bucket_cache_s``. Raises
         NoSuchBucket, InvalidRequest (too much), and what ``change`` raises; then nothing was changed.
         """
+
+    async def known_everywhere(self) -> None:
+        """Returns when every gateway obeys what was configured before this call."""
 
 
 class Users(Protocol):

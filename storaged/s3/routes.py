@@ -34,6 +34,7 @@ from storaged.s3.ops import (
     post,
     put,
     tags,
+    versioning,
 )
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
@@ -56,6 +57,8 @@ SMALL = Document(16 * KIB)
 """A few settings."""
 CREATION = Document(256 * KIB)
 """A bucket's location and tags."""
+SETTING = Document(16 * KIB)
+"""A setting of a few words."""
 KEYS = Document(2 * MIB, digest_required=True)
 """1,000 keys of 1 KiB."""
 PARTS = Document(4 * MIB, of_object=True)
@@ -189,8 +192,8 @@ BUCKET: dict[str, Methods] = {
     "delete": {"POST": _change("DeleteObjects", delete.delete_objects, KEYS)},
     "location": {"GET": Operation("GetBucketLocation", buckets.get_location)},
     "versioning": {
-        "GET": Operation("GetBucketVersioning", buckets.get_versioning),
-        "PUT": _not_implemented("PutBucketVersioning"),
+        "GET": Operation("GetBucketVersioning", versioning.get_versioning),
+        "PUT": _change("PutBucketVersioning", versioning.put_versioning, SETTING),
     },
     "tagging": _configured("BucketTagging", tags.BUCKET_TAGS, TAGS),
     "acl": {

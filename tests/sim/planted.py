@@ -34,6 +34,7 @@ PLAYS = {
     "recovering": "tests.sim.recovering:run_recovering",
     "recovering system": "tests.sim.recovering_system:run_recovering_system",
     "object lies": "tests.sim.object_lies:run_object_lies",
+    "versions": "tests.sim.versions:run_versions",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 
@@ -85,6 +86,7 @@ PLANTED = (
     "tests.sim.planted_membership:MEMBERSHIP_BUGS",
     "tests.sim.planted_recovery:RECOVERY_BUGS",
     "tests.sim.planted_system_recovery:SYSTEM_RECOVERY_BUGS",
+    "tests.sim.planted_versions:VERSION_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

@@ -13,6 +13,7 @@ fence that arrives late.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -413,6 +414,10 @@ class BucketService:
             await self._plane.registers.change(name, update)
         finally:
             await self._changed(bucket.name)
+
+    async def known_everywhere(self) -> None:
+        """No gateway uses a record that it read longer ago. The rates of clocks may differ a little."""
+        await asyncio.sleep(self._plane.limits.bucket_cache_s * 1.1)
 
     def configuration_of(self, record: BucketRecord) -> Configuration:
         """The configuration in this record. Raises DataDamaged, ServiceUnavailable."""

@@ -223,7 +223,7 @@ def _answer(
             raise DataDamaged(f"The checksums of this upload do not open: {error}") from None
     return PutResult(
         result.etag,
-        result.version_id if plane.versioning(bucket) else "",
+        result.version_id if result.version_id != NULL_VERSION else "",
         result.size,
         checksums,
         result.checksum_type,

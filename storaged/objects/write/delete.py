@@ -109,8 +109,9 @@ async def change_meta(
     wrap_under: BucketKey | None = None,
 ) -> str:
     """Seals altered metadata, or another encryption, into a version, the current one when ``version_id`` is empty; its
-    data stays. ``wrap_under``: the key under which its data key is wrapped anew. Returns the version id. Raises
-    NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument, and what ``alter`` raises.
+    data stays. ``wrap_under``: the key under which its data key is wrapped anew. Returns the version id;
+    empty in a bucket that never had versioning. Raises NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument, and
+    what ``alter`` raises.
     """
     name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
@@ -142,7 +143,7 @@ async def change_meta(
         return True
 
     await change_versions(plane, keys, name, edit)
-    return changed
+    return changed if plane.versioning(bucket) else ""
 
 
 async def set_tags(

@@ -288,5 +288,5 @@ class AddedVersion:
             check_write(conditions, judged(write.place, newest, self.keys, with_etag=needs_etag(conditions)))
         added = Entry(Kept(ordinal), msgspec.structs.replace(self._version, parts=(self._entry,)))
         draft.add(added)
-        self.result = msgspec.structs.replace(self.result, version_id=added.name)
+        self.result = msgspec.structs.replace(self.result, version_id="" if added.is_null else added.name)
         return True

@@ -149,8 +149,3 @@ async def delete_bucket(front: Front, request: Request) -> Reply:
 
 async def get_location(front: Front, request: Request) -> Reply:
     return xml_reply(xml.document("LocationConstraint", xml.escape(location_constraint(request.bucket_record.region))))
-
-
-async def get_versioning(front: Front, request: Request) -> Reply:
-    """Versioning was never enabled: an empty configuration."""
-    return xml_reply(xml.document("VersioningConfiguration"))
