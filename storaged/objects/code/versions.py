@@ -205,8 +205,7 @@ class OpenedVersion(NamedTuple):
 
     @property
     def body_dek(self) -> bytes:
-        """The data key of the body. ``locked`` must be false."""
-        assert not self.locked
+        """The data key of the body, if it is not ``locked``; then what this returns opens nothing."""
         return self.dek if self.content is None else self.content.dek
 
 
@@ -279,7 +278,7 @@ def open_listing(place: Place, version: Version, key: BucketKey) -> SealedList:
 
 def parts_shown(opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> tuple[SealedPart, ...]:
     """The parts with their checksums, as far as these are open. Raises DataDamaged."""
-    if not opened.has_customer_key:
+    if opened.encryption is None or not opened.has_customer_key:
         return parts
     if opened.content is None:
         return without_checksums(parts)
@@ -301,13 +300,13 @@ def info_of(key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[Sea
         headers=meta.headers,
         user=meta.user,
         tags=meta.tags,
-        checksums={} if opened.locked else meta.checksums,
+        checksums=meta.checksums if opened.encryption is None or not opened.locked else {},
         checksum_type=meta.checksum_type,
         storage_class=meta.storage_class,
         part_count=len(parts),
         parts=parts,
         owner=version.owner,
         delete_marker=version.delete_marker,
-        encryption=shown(opened.encryption),
+        encryption=None if opened.encryption is None else shown(opened.encryption),
         acl=Acl(meta.acl) if meta.acl is not None else None,
     )
