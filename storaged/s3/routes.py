@@ -209,8 +209,9 @@ BUCKET: dict[str, Methods] = {
     "website": _configuration("BucketWebsite", errors.NoSuchWebsiteConfiguration),
     "replication": _configuration("BucketReplication", errors.ReplicationConfigurationNotFoundError),
     "encryption": {
-        **_configured("BucketEncryption", encryption_settings.ROW, ENCRYPTION),
+        "GET": Operation("GetBucketEncryption", encryption_settings.get_encryption),
         "PUT": _change("PutBucketEncryption", encryption_settings.put_encryption, ENCRYPTION),
+        "DELETE": _change("DeleteBucketEncryption", encryption_settings.delete_encryption),
     },
     "publicAccessBlock": _configured("PublicAccessBlock", access.BLOCK, SMALL),
     "ownershipControls": _configured("BucketOwnershipControls", access.CONTROLS, SMALL),

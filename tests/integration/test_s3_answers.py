@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
-from tests.integration.s3_front import ACCESS, REGION, World, s3_world
+from tests.integration.s3_front import ACCESS, ACCESS_ALT, REGION, SECRET_ALT, World, s3_world
 from tests.integration.test_s3_fail_closed import call, state
 
 OLD = b"old bytes"
@@ -179,6 +180,20 @@ async def test_a_complete_that_says_another_size_or_checksum_type_is_refused(
     document = f"<Part><PartNumber>1</PartNumber><ETag>{field(part, 'etag')}</ETag></Part>"
     body = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>".encode()
     assert (await call(world, "POST", target, headers, body))[:2] == answer
+
+
+# --- buckets
+
+
+async def test_head_bucket_names_the_region_without_access_too(world: World) -> None:
+    """B, HeadBucket: the region is in the answers with the codes 200, 301, 400 and 403."""
+    other = world.client(ACCESS_ALT, SECRET_ALT)
+    with pytest.raises(ClientError) as refused:
+        await asyncio.to_thread(lambda: other.head_bucket(Bucket="bucket"))
+    found = refused.value.response["ResponseMetadata"]
+    assert (found["HTTPStatusCode"], found["HTTPHeaders"]["x-amz-bucket-region"]) == (403, REGION)
+    answer = (await call(world, "HEAD", "/no-such-bucket"))[2]
+    assert field(answer, "x-amz-bucket-region") is None
 
 
 # --- bounds

@@ -190,8 +190,9 @@ def rule(algorithm: str = "", key_id: str = "", *, bucket_key: str = "", blocked
 async def test_a_buckets_default_encrypts_what_asks_for_nothing(world: World) -> None:
     client = world.client()
     await run(lambda: client.put_object(Bucket="bucket", Key="before", Body=b"data"))
-    found = await refusal(lambda: client.get_bucket_encryption(Bucket="bucket"))
-    assert found == (404, "ServerSideEncryptionConfigurationNotFoundError")
+    sse_s3 = {"Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}, "BucketKeyEnabled": False}]}
+    got = await run(lambda: client.get_bucket_encryption(Bucket="bucket"))
+    assert got["ServerSideEncryptionConfiguration"] == sse_s3
     by_default = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": KMS_KEY}
     asked = {"Rules": [{"ApplyServerSideEncryptionByDefault": by_default, "BucketKeyEnabled": True}]}
     await run(lambda: client.put_bucket_encryption(Bucket="bucket", ServerSideEncryptionConfiguration=asked))
@@ -216,8 +217,8 @@ async def test_a_buckets_default_encrypts_what_asks_for_nothing(world: World) ->
     keyed = await run(lambda: client.put_object(Bucket="bucket", Key="c", Body=b"x", **parameters(KEY)))
     assert "ServerSideEncryption" not in keyed
     await run(lambda: client.delete_bucket_encryption(Bucket="bucket"))
-    found = await refusal(lambda: client.get_bucket_encryption(Bucket="bucket"))
-    assert found == (404, "ServerSideEncryptionConfigurationNotFoundError")
+    got = await run(lambda: client.get_bucket_encryption(Bucket="bucket"))
+    assert got["ServerSideEncryptionConfiguration"] == sse_s3
     answer = await run(lambda: client.put_object(Bucket="bucket", Key="small", Body=b"data"))
     assert answer["ServerSideEncryption"] == "AES256"
 
@@ -239,11 +240,28 @@ async def test_a_bucket_that_blocks_sse_c_refuses_writes_and_lets_old_objects_be
         assert state(world) == before
     assert (await call(world, "GET", "/bucket/old", customer(KEY)))[2].endswith(b"data")
     assert (await call(world, "PUT", "/bucket/new", source))[0] == 200
-    # a document that does not say what is blocked leaves it
+    # what does not say what is blocked leaves it
+    assert (await call(world, "DELETE", "/bucket?encryption"))[0] == 204
+    assert b"<EncryptionType>SSE-C</EncryptionType>" in (await call(world, "GET", "/bucket?encryption"))[2]
     assert (await call(world, "PUT", "/bucket?encryption", body=rule("aws:kms")))[0] == 200
     assert (await call(world, "PUT", "/bucket/new", customer(KEY), b"data"))[:2] == (403, "AccessDenied")
     assert (await call(world, "PUT", "/bucket?encryption", body=rule("AES256", blocked=("NONE",))))[0] == 200
     assert (await call(world, "PUT", "/bucket/new", customer(KEY), b"data"))[0] == 200
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+async def test_new_buckets_block_sse_c_unless_they_are_as_they_were(legacy: bool) -> None:
+    """AWS has done so since April 2026."""
+    async with s3_world(legacy=legacy) as world:
+        assert (await call(world, "PUT", "/bucket"))[0] == 200
+        answer = await call(world, "GET", "/bucket?encryption")
+        not_found = (404, "ServerSideEncryptionConfigurationNotFoundError")
+        assert answer[:2] == (not_found if legacy else (200, ""))
+        assert (b"<EncryptionType>SSE-C</EncryptionType>" in answer[2]) == (not legacy)
+        status, _, _ = await call(world, "PUT", "/bucket/k", customer(KEY), b"data")
+        assert status == (200 if legacy else 403)
+        assert (await call(world, "PUT", "/bucket?encryption", body=rule("AES256", blocked=("NONE",))))[0] == 200
+        assert (await call(world, "PUT", "/bucket/k", customer(KEY), b"data"))[0] == 200
 
 
 MALFORMED = (400, "MalformedXML")

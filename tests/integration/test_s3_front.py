@@ -459,10 +459,8 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
             404,
             "NoSuchLifecycleConfiguration",
         )
-        assert refused(client.get_bucket_encryption, Bucket="bucket") == (
-            404,
-            "ServerSideEncryptionConfigurationNotFoundError",
-        )
+        [rule] = client.get_bucket_encryption(Bucket="bucket")["ServerSideEncryptionConfiguration"]["Rules"]
+        assert rule["ApplyServerSideEncryptionByDefault"] == {"SSEAlgorithm": "AES256"}
         assert refused(client.put_bucket_policy, Bucket="bucket", Policy="{}") == (400, "MalformedPolicy")
         assert refused(client.put_bucket_acl, Bucket="bucket", ACL="public-read") == (
             400,

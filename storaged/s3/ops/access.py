@@ -17,6 +17,8 @@ from storaged.objects.configuration.access import (
     PublicAccessBlock,
 )
 from storaged.objects.configuration.document import NOTHING, Configuration
+from storaged.objects.configuration.kinds import ENCRYPTION, SSE_C, DefaultEncryption
+from storaged.objects.encryption import S3
 from storaged.s3 import xml
 from storaged.s3.auth import policy as policies
 from storaged.s3.auth.acl import is_public
@@ -145,4 +147,5 @@ def configuration_of_new(*, legacy: bool, rule: str, acl: Acl | None) -> Configu
         if is_public(acl):
             raise errors.AccessDenied("A public access control list is prevented by the BlockPublicAcls setting.")
         found = found.having(PUBLIC_ACCESS_BLOCK, ALL_BLOCKED)
+        found = found.having(ENCRYPTION, DefaultEncryption(S3, blocked=(SSE_C,)))
     return found.having(ACL, acl)

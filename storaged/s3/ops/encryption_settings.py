@@ -15,8 +15,7 @@ from storaged.objects.encryption import KMS, S3, Encryption
 from storaged.s3 import encryption, xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
-from storaged.s3.ops.configuration import Row
-from storaged.s3.reply import Reply
+from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request, version_of
 
 NONE = "NONE"
@@ -83,12 +82,24 @@ def show_default(value: DefaultEncryption) -> bytes:
     )
 
 
-ROW = Row(
-    ENCRYPTION,
-    lambda document: parse_default(document)[0],
-    show_default,
-    errors.ServerSideEncryptionConfigurationNotFoundError,
-)
+async def get_encryption(front: Front, request: Request) -> Reply:
+    """AWS shows SSE-S3 where nothing is set, since it encrypts all new objects so. Before 2023 it answered an error,
+    which clients of that time expect."""
+    value = (await front.buckets.configuration(request.bucket_record)).get(ENCRYPTION)
+    if value is None and front.endpoint.legacy_buckets:
+        raise errors.ServerSideEncryptionConfigurationNotFoundError(BucketName=request.bucket)
+    return xml_reply(show_default(value or DefaultEncryption(S3)))
+
+
+async def delete_encryption(front: Front, request: Request) -> Reply:
+    """The default is SSE-S3 again. What is blocked stays so: the request does not speak of it."""
+
+    def change(before: Configuration) -> DefaultEncryption | None:
+        earlier = before.get(ENCRYPTION)
+        return DefaultEncryption(S3, blocked=earlier.blocked) if earlier is not None and earlier.blocked else None
+
+    await front.buckets.configure(request.bucket_record, ENCRYPTION, change, who=request.who)
+    return Reply(204)
 
 
 async def put_encryption(front: Front, request: Request) -> Reply:
