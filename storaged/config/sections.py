@@ -47,9 +47,10 @@ class S3Section(msgspec.Struct, frozen=True):
     ``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``:
     processes that share the port. ``region``: the region that this endpoint reports. ``strict_region``: refuse
     signatures and new buckets of any other region; without it, every region is accepted. ``new_buckets``: ``aws`` (the
-    bucket's owner owns all objects, public access and SSE-C are blocked, as on AWS) or ``legacy`` (access control lists,
-    and nothing blocked, as on AWS before 2023). ``unauthenticated_*_max``: how many connections, requests and bytes one address (a /64 of IPv6) may have before they have authenticated; beyond
-    that, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come through
+    bucket's owner owns all objects, public access and SSE-C are blocked, as on AWS) or ``legacy`` (access control
+    lists, and nothing blocked, as on AWS before 2023). ``unauthenticated_*_max``: how many connections, requests and
+    bytes one address (a /64 of IPv6) may have before they have authenticated; beyond that, the oldest is closed.
+    ``proxies``: addresses and networks without these limits, since all clients come through
     them.
     """
 
