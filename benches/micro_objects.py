@@ -48,6 +48,12 @@ class _Ports:
     def disk_writable(self, disk_id: str) -> bool:
         return True
 
+    def disks_full(self) -> frozenset[str]:
+        return frozenset()
+
+    def disk_takes_rows(self, disk_id: str) -> bool:
+        return True
+
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         value = self.values.get(name)
         return Reading(value, self.copies.get(value.payload) if want_payload and value is not None else None)

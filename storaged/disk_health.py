@@ -29,6 +29,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
+from storaged.disk_room import DiskRoom
 from storaged.errors import DiskUnusable, SlowDown
 
 T = TypeVar("T")
@@ -50,8 +51,12 @@ OK, SLOW, HUNG = "ok", "slow", "hung"
 class DiskHealth:
     """The health of one disk. ``begin`` and ``end`` are for any thread, the rest for one."""
 
-    def __init__(self, disk: str = "", *, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, disk: str = "", *, reserve_bytes: int | None = None, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``reserve_bytes``: as configured (``disk_room``)."""
         self.disk = disk
+        self.room = DiskRoom(reserve_bytes)
         self.state = OK
         self.hung = False
         """Whether ``state`` is hung."""

@@ -15,6 +15,10 @@ class RestartNeeded(Exception):
     """
 
 
+class NoRoom(RestartNeeded):
+    """As ``RestartNeeded``, for want of room: it can be moved as soon as there is some."""
+
+
 def sync_path(path: Path) -> None:
     """Syncs a file or a directory (fsync). Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import re
@@ -26,12 +27,18 @@ from typing import Any
 
 import lmdb
 
+from storaged.durable import NoRoom
 from storaged.units import GIB, MIB
 
 LOCK_FILE = "lock.mdb"
 DATA_FILE = "data.mdb"
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+FULL_BYTES = 16 * MIB
+"""A file system with less free space than this counts as full: a write that was cut short took the rest, except for
+what others gave back since.
+"""
 
 KEPT_BYTES_MAX = GIB
 """A file of up to this size, and of up to ``KEPT_PART`` of the machine's memory, is read whole, and again when the
@@ -178,3 +185,19 @@ class Residency:
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def lacks_space(directory: Path, error: BaseException) -> bool:
+    """Whether a write failed for lack of space. Also when the file system became full in the middle of a write: the
+    write is then cut short, which LMDB reports as EIO.
+    """
+    if isinstance(error, NoRoom):
+        return True
+    code = getattr(error, "errno", None) or getattr(error, "code", None)
+    if code != errno.EIO:
+        return isinstance(error, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT)
+    try:
+        space = os.statvfs(directory)
+    except OSError:
+        return False
+    return space.f_bavail * space.f_frsize < FULL_BYTES

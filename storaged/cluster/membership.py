@@ -66,6 +66,11 @@ FAILED = "failed"
 UNREADABLE = frozenset({FAILED, "foreign", "rolled-back", "lost", "blank", "waiting", "hung", "index-damaged"})
 
 
+def is_full(disk: DiskStatus) -> bool:
+    """See ``Liveness.disks_full``."""
+    return disk.state == "full" or (disk.few and disk.state in READABLE)
+
+
 @dataclass(frozen=True)
 class NodeStatus:
     """One node as this one sees it.
@@ -168,6 +173,11 @@ class Membership:
         """The states of other nodes' disks, as these report them; the empty string while a disk's node is away."""
         self._writable: frozenset[str] = frozenset()
         """Those among them that take new fragments."""
+        self._full: frozenset[str] = frozenset()
+        """Those among them that are full (``disks_full``)."""
+        self._without_rows: frozenset[str] = frozenset()
+        self._all_full: frozenset[str] = frozenset()
+        """``_full``, and those of this node."""
         self._watchers: list[Callable[[NodeStatus], None]] = []
         self._running = False
 
@@ -247,6 +257,20 @@ class Membership:
     def disk_readable(self, disk_id: str) -> bool:
         return self._disk_state(disk_id) in READABLE
 
+    def disks_full(self) -> frozenset[str]:
+        own = [disk.id for disk in self._own.disks() if is_full(disk)]
+        if not own:
+            return self._full
+        found = self._full.union(own)
+        if found != self._all_full:
+            self._all_full = found
+        return self._all_full
+
+    def disk_takes_rows(self, disk_id: str) -> bool:
+        return disk_id not in self._without_rows and not any(
+            disk.few for disk in self._own.disks() if disk.id == disk_id
+        )
+
     def why_away(self, disk_id: str) -> str:
         """Why a disk of the layout can't be read now (``sparing.Opinion``); empty when it can.
 
@@ -293,6 +317,16 @@ class Membership:
             if disk.id in homes and homes[disk.id].node == peer.name
         }
         self._writable = frozenset(disk_id for disk_id, state in self._disk_states.items() if state in WRITABLE)
+        full = [
+            disk
+            for peer in self._peers.values()
+            for disk in peer.disks
+            if self._disk_states.get(disk.id) and is_full(disk)
+        ]
+        self._without_rows = frozenset(disk.id for disk in full if disk.few)
+        known = frozenset(disk.id for disk in full)
+        if known != self._full:
+            self._full = known
 
     def _stop(self, peer: _Peer) -> None:
         if peer.task is not None:
@@ -371,7 +405,8 @@ class Membership:
             wall_ms=self._clock.wall_ms(),
             epoch=self._layouts.epoch,
             disks=tuple(
-                DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own.disks()
+                DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason, d.few)
+                for d in self._own.disks()
             ),
             digest=self._layouts.digest,
             refused=self._layouts.refusals(),
@@ -436,4 +471,4 @@ def _checked_status(disk: DiskReport) -> DiskStatus:
     identity, directory, state, reason = (
         plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason)
     )
-    return DiskStatus(identity, directory, state, used, free, reason)
+    return DiskStatus(identity, directory, state, used, free, reason, disk.few)

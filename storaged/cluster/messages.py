@@ -17,6 +17,7 @@ class DiskReport(Message, frozen=True):
     bytes_used: int = 0
     bytes_free: int = 0
     reason: str = ""
+    few: bool = False
 
 
 class Ping(Message, frozen=True):

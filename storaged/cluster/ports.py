@@ -177,7 +177,8 @@ class TryCaller(Protocol):
 @dataclass(frozen=True)
 class DiskStatus:
     """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, rolled-back, lost,
-    blank, waiting, hung, index-damaged.
+    blank, waiting, hung, index-damaged. ``bytes_free``: what clients' data may take. ``few``: there is little room for
+    rows, so that none that take room should be sent there (``disk_room``).
     """
 
     id: str
@@ -186,6 +187,7 @@ class DiskStatus:
     bytes_used: int = 0
     bytes_free: int = 0
     reason: str = ""
+    few: bool = False
 
 
 class Liveness(Protocol):
@@ -196,6 +198,14 @@ class Liveness(Protocol):
 
     def disk_readable(self, disk_id: str) -> bool:
         """Its node answers and the disk can be read."""
+
+    def disks_full(self) -> frozenset[str]:
+        """Those that are readable and take no more fragments, or no more rows. The same object as long as nothing has
+        changed; empty but for rare times.
+        """
+
+    def disk_takes_rows(self, disk_id: str) -> bool:
+        """Of a disk that is full: whether it still takes rows that take room."""
 
 
 class Layouts(Protocol):

@@ -107,6 +107,7 @@ from storaged.errors.s3 import (
     EntityTooSmall,
     IllegalVersioningConfigurationException,
     IncompleteBody,
+    InsufficientStorage,
     InternalError,
     InvalidAccessKeyId,
     InvalidAction,

@@ -212,12 +212,16 @@ class IndexDamaged(OperatorError):
 
 
 class DiskFull(OperatorError):
-    """The disk is full up to its reserve and refuses new fragments."""
+    """The disk is full up to its reserve: it refuses new fragments, or rows that take room.
+
+    Writes use the other disks as long as these can hold them. Then every write that takes room is refused with 507
+    InsufficientStorage; reads, listings and deletes go on. Half of the reserve is kept for deletes alone.
+    """
 
     code = "DISK_FULL"
     hint = (
-        "Delete data, or enlarge its file system; writes use the other disks meanwhile. The reserve"
-        " (limits.reserve_bytes) stays free for deletes and the ring."
+        "Delete data, add disks, or enlarge its file system: the disk takes writes again by itself. What was deleted is"
+        " given back after limits.retire_delay_s. The reserve is limits.reserve_bytes."
     )
 
 

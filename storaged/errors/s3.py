@@ -416,6 +416,20 @@ class ServiceUnavailable(S3Error):
     )
 
 
+class InsufficientStorage(S3Error):
+    """The disks are full: this would take more room than they have left. Nothing was changed. Reads, listings and
+    deletes go on.
+
+    A retry does not help before there is room, so this is no 503, which clients try again.
+    """
+
+    status = 507
+    hint = (
+        "`storaged status` names the full disks. Delete data (what was deleted is given back after"
+        " `limits.retire_delay_s`), end uploads that nobody completes, or add disks: writes go on by themselves then."
+    )
+
+
 class OutcomeUnknown(ServiceUnavailable):
     """The write may or may not have been applied: a replica stopped answering in the middle. Read, or retry."""
 

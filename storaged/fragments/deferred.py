@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from storaged.disk_health import OK, DiskHealth
 from storaged.disk_health import SLOW_S as UNANSWERED_S
-from storaged.durable import RestartNeeded
+from storaged.durable import NoRoom, RestartNeeded
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.engine import Engine
 from storaged.fragments.index import WHOLE_COPY
@@ -215,11 +215,12 @@ class DeferredCopies:
                 del self.copies[write.key[:16]]
 
     def unfinished(self, *, ended: bool) -> RestartNeeded | None:
-        """The error for a caller that waits until all is appended, when some can't be before a restart. From any
-        thread. ``ended``: nothing is appended any more.
+        """The error for a caller that waits until all is appended, when some can't be before a restart, or before
+        there is room (NoRoom). From any thread. ``ended``: nothing is appended any more.
         """
         left = len(self._unplaced) + (len(self._queue) if ended else 0)
         if not left or self._engine.state.lost:
             return None
-        reason = self._engine.state.failure or "there is no room"
-        return RestartNeeded(f"{left} copies that were acknowledged are in no segment yet: {reason}")
+        reason = self._engine.state.failure
+        error = RestartNeeded if reason or ended else NoRoom
+        return error(f"{left} copies that were acknowledged are in no segment yet: {reason or 'there is no room'}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from storaged.disk_room import Use, reserve_of, stays_free
 from storaged.errors import DiskUnusable
 from storaged.fragments.files import Files, Space
 from storaged.fragments.limits import StoreLimits
@@ -26,6 +27,8 @@ class DiskState:
         self._files = files
         self._limits = limits
         self.failure = ""
+        self.starved = ""
+        """Why the index can't take what is in memory now: there is no room. No fragments are taken until it can."""
         self.lost = False
         """The failure lasts: what the disk holds counts as lost, now and after a restart."""
         self.failure_noted = True
@@ -58,20 +61,22 @@ class DiskState:
         """The error for a write that the disk can't take."""
         if self.failure:
             return DiskUnusable(f"the disk is read-only: {self.failure}", state="read-only")
+        if self.starved:
+            return DiskUnusable(f"the disk is full: {self.starved}", state="full")
         space = space or self._space()
         return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
 
     def refusal(self, count: int, *, into_reserve: bool = False, on_loop: bool = False) -> DiskUnusable | None:
         """Why the disk refuses ``count`` more bytes of fragments now; None when it does not. In any thread.
-        ``into_reserve``: they may take half of the reserve. ``on_loop``: what ``look`` found will do, since the event
-        loop must not wait for the disk.
+        ``into_reserve``: as for a settling round (``disk_room``). ``on_loop``: what ``look`` found will do, since the
+        event loop must not wait for the disk.
         """
-        if self.failure:
+        if self.failure or self.starved:
             return self.unusable()
         space = (self._known_space if on_loop else None) or self._space()
         reserve = self._reserve_bytes(space)
         self.spare_bytes = space.free - reserve
-        if self.spare_bytes + (reserve // 2 if into_reserve else 0) < count:
+        if space.free - stays_free(Use.SETTLING if into_reserve else Use.DATA, reserve) < count:
             self._refused_bytes = min(count, REFUSED_BYTES_MAX)
             return self.unusable(space)
         return None
@@ -82,7 +87,8 @@ class DiskState:
         spare = space.free - self._reserve_bytes(space)
         if spare >= self._refused_bytes:
             self._refused_bytes = 0
-        state = "read-only" if self.failure else "full" if spare < self._refused_bytes else "ok"
+        full = bool(self.starved) or spare < self._refused_bytes
+        state = "read-only" if self.failure else "full" if full else "ok"
         return state, max(0, spare)
 
     def hold_note_reserve(self) -> None:
@@ -98,7 +104,7 @@ class DiskState:
         return held
 
     def _reserve_bytes(self, space: Space) -> int:
-        return space.total // 20 if self._limits.reserve_bytes is None else self._limits.reserve_bytes
+        return reserve_of(space.total, self._limits.reserve_bytes)
 
     def _space(self) -> Space:
         """What the file system says. One that does not answer any more fails this disk; the process and its other

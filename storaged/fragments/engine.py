@@ -131,7 +131,7 @@ class Engine:
         """Writes a last mark and a checkpoint, so that the next start replays nothing and knows that nothing is
         torn.
         """
-        if not self.state.failure and self.log.active:
+        if not self.state.failure and self.log.active and self.index.frozen is None:
             try:
                 self.log.mark()
                 checkpoint = self.freeze()

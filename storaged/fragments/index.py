@@ -56,6 +56,7 @@ class Index:
     def __init__(self, directory: Path, disk_id: str, *, map_bytes_max: int = 64 * GIB, durable: bool = True) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.disk_id = disk_id
+        self.directory = directory
         self.in_memory = True
         """Whether lookups need no disk, as far as ``look`` knows."""
         self.overlay = Overlay()

@@ -20,12 +20,17 @@ from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.compact import Compactor
 from storaged.fragments.deferred import DeferredCopies
 from storaged.fragments.engine import Engine
+from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.write_queue import Committed, Drain, Job, Stop, WriteQueue
+from storaged.lmdb_file import lacks_space
 
 OVERLAYS_MAX = 4
 """When the overlay has grown to so many times its size while a checkpoint is being written, writes wait for it."""
 
 PUNCHES_WHEN_IDLE = 16
+
+RETRY_S = 1.0
+"""How long after a checkpoint for which there was no room it is written again."""
 
 
 class WriterThread:
@@ -50,6 +55,9 @@ class WriterThread:
         self._health = health
         self._checkpoints = DiskThreads(health, 1, "fragment-index")
         self._checkpoint: Future[None] | None = None
+        self._unwritten: Checkpoint | None = None
+        """For which the disk had no room. It is written as soon as there is some, from ``_retry_at`` on."""
+        self._retry_at = 0.0
         self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s
         self.groups = self.writes = self.checkpoint_count = 0
         self._stopping = False
@@ -195,7 +203,10 @@ class WriterThread:
             return None
         if self._engine.can_punch:
             return 0
-        return None if self._compact_at is None else max(0.0, self._compact_at - self._clock.monotonic())
+        due = [
+            at for at in (self._compact_at, self._retry_at if self._unwritten is not None else None) if at is not None
+        ]
+        return max(0.0, min(due) - self._clock.monotonic()) if due else None
 
     def _do_background(self, *, busy: bool) -> None:
         """Checkpoints, holes and compaction: a slice of each, smaller when clients wait (``busy``)."""
@@ -224,8 +235,11 @@ class WriterThread:
         """Begins one in its own thread. Waits for one that takes too long."""
         engine = self._engine
         if self._checkpoint is None:
-            if engine.checkpoint_due():
-                checkpoint = engine.freeze()
+            checkpoint, self._unwritten = self._unwritten, None
+            if checkpoint is not None and self._clock.monotonic() < self._retry_at:
+                self._unwritten = checkpoint
+            elif checkpoint is not None or engine.checkpoint_due():
+                checkpoint = checkpoint or engine.freeze()
                 self._checkpoint = self._checkpoints.submit(engine.commit, checkpoint)
                 self._checkpoint.add_done_callback(
                     lambda done: self._queue.put(Committed(checkpoint, done.exception()))
@@ -236,6 +250,11 @@ class WriterThread:
     def _committed(self, done: Committed) -> None:
         self._checkpoint = None
         self.checkpoint_count += 1
+        if done.error is not None and lacks_space(self._engine.index.directory, done.error):
+            self._engine.state.starved = f"checkpoint of the fragment index: {done.error}"
+            self._unwritten, self._retry_at = done.checkpoint, self._clock.monotonic() + RETRY_S
+            return
+        self._engine.state.starved = ""
         if done.error is not None:
             self._engine.state.fail(f"checkpoint of the fragment index: {done.error}", lasting=False)
             return

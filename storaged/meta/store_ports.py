@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from msgspec import Struct
 
 from storaged.disk_health import DiskHealth
-from storaged.errors import StoragedError
+from storaged.errors import DiskUnusable, StoragedError
 from storaged.meta.names import Ballot, RegisterName, Value
 from storaged.wire import Buffer
 
@@ -65,6 +65,10 @@ class StoreBatch(Struct):
     pages: Sequence[StoredPage] = ()
     meta: dict[str, bytes] = {}
     gone: Sequence[RegisterName] = ()
+
+
+class StoreFull(DiskUnusable):
+    """The store has no room for now. The batch was not begun; the store goes on."""
 
 
 Done = Callable[[StoragedError | None], None]
@@ -262,13 +266,14 @@ class MetaStore(Protocol):
     async def commit(self, batch: StoreBatch) -> None:
         """Returns when the batch is durable. Batches are applied in the order of the calls, many to one disk commit.
 
-        Raises DiskUnusable when the disk refused; the store is then read-only for ever.
+        Raises DiskUnusable when the disk refused; the store is then read-only for ever. Raises StoreFull for a batch
+        that was not begun.
         """
 
     def post(self, batch: StoreBatch, done: Done) -> None:
         """As ``commit``, but returns at once and calls ``done`` on the event loop with None, or with what ``commit``
-        raises. Raises ValueError, DiskUnusable, or SlowDown (too many wait for this disk) for a batch that was not
-        begun.
+        raises. Raises ValueError, DiskUnusable, StoreFull, or SlowDown (too many wait for this disk) for a batch that
+        was not begun.
         """
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:

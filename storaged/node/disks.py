@@ -206,7 +206,12 @@ class Disks:
             reason = usage.reason if meta_state == "ok" else f"metadata: {meta_state}"
             if disk.health.hung and meta_state == "ok":
                 state, reason = "hung", disk.health.reason
-            found.append(DiskStatus(disk.id, disk.directory, state, usage.bytes_used, usage.bytes_free, reason))
+            few = disk.health.room.few
+            if disk.meta.refusal and meta_state == "ok":
+                state, reason = "read-only", f"metadata: {disk.meta.refusal}"
+            if few and state == "ok":
+                state, reason = "full", "its metadata has no room for more"
+            found.append(DiskStatus(disk.id, disk.directory, state, usage.bytes_used, usage.bytes_free, reason, few))
         return sorted(found, key=lambda status: status.id)
 
     async def close(self) -> None:

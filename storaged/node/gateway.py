@@ -152,7 +152,10 @@ class Gateway:
 
     def _build_plane(self, binding: Binding) -> ObjectPlane:
         node, config = self._node, self._config
-        limits = ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max)
+        limits = ObjectLimits(
+            small_sealed_bytes_max=config.limits.small_object_bytes_max,
+            retire_delay_ms=int(config.limits.retire_delay_s * 1000),
+        )
         return ObjectPlane(
             registers=node.ring,
             pages=node.ring,

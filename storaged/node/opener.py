@@ -320,7 +320,7 @@ class Opener:
             identity,
             map_bytes=self._config.limits.meta_map_bytes,
             known=Known(position, owner_of(self._cluster, section.id) if self._cluster else b""),
-            health=DiskHealth(section.id),
+            health=DiskHealth(section.id, reserve_bytes=self._config.limits.reserve_bytes or None),
         )
 
     async def _claim(self, section: DiskSection, meta: LmdbMetaStore, settled: asyncio.Event) -> None:

@@ -33,6 +33,7 @@ from storaged.objects.garbage import Garbage
 from storaged.objects.hedge_delay import HedgeDelay
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
+from storaged.objects.room import Room
 from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 
@@ -152,6 +153,7 @@ class ObjectPlane:
     def __post_init__(self) -> None:
         self.counters = Counters()
         self.small_bytes_max = self.limits.small_bytes_max
+        self.room = Room(self.layouts, self.liveness)
         self.bad_rows = BadRows()
         self.configurations = Configurations(self.keys, self.limits.configuration_bytes_max)
         self.background = Background(self.limits.background_tasks_max, self.counters)

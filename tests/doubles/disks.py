@@ -127,6 +127,8 @@ class Disks:
     def __init__(self, layout: Layout, *, near: bool = False) -> None:
         self.disks = {disk.id: FaultyDisk(disk.id, near=near, trusting=True) for disk in layout.disks}
         self.suspected: set[str] = set()
+        self.known_full: frozenset[str] = frozenset()
+        self.without_rows: frozenset[str] = frozenset()
 
     def store(self, disk_id: str) -> FaultyDisk:
         if disk_id not in self.disks:
@@ -135,6 +137,12 @@ class Disks:
 
     def disk_writable(self, disk_id: str) -> bool:
         return disk_id not in self.suspected and not self.disks[disk_id].full
+
+    def disks_full(self) -> frozenset[str]:
+        return self.known_full
+
+    def disk_takes_rows(self, disk_id: str) -> bool:
+        return disk_id not in self.without_rows
 
     def disk_readable(self, disk_id: str) -> bool:
         return disk_id not in self.suspected

@@ -213,13 +213,21 @@ class Alive:
         self._cluster = cluster
         self.disks_down: set[str] = set()
         self.read_only: set[str] = set()
+        self.full: frozenset[str] = frozenset()
+        self.without_rows: frozenset[str] = frozenset()
 
     def disk_readable(self, disk_id: str) -> bool:
         node = next((node for node in self._cluster.nodes.values() if disk_id in node.meta), None)
         return node is not None and node.up and disk_id not in self.disks_down
 
     def disk_writable(self, disk_id: str) -> bool:
-        return self.disk_readable(disk_id) and disk_id not in self.read_only
+        return self.disk_readable(disk_id) and disk_id not in self.read_only | self.full
+
+    def disks_full(self) -> frozenset[str]:
+        return self.full
+
+    def disk_takes_rows(self, disk_id: str) -> bool:
+        return disk_id not in self.without_rows
 
     def why_away(self, disk_id: str) -> str:
         if self.disk_readable(disk_id):

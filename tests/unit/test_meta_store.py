@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ from storaged.meta.names import Table
 from storaged.meta.storage import checkpoint, write_queue
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowvalue import pack_row
-from storaged.meta.store_ports import Fence, RowDamaged, StoreBatch
+from storaged.meta.store_ports import Fence, RowDamaged, StoreBatch, StoreFull
 from tests.patience import GUARD_S
 from tests.suites.meta_store import *  # noqa: F403
 from tests.suites.meta_store import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in
@@ -278,6 +279,45 @@ async def test_a_full_map_makes_it_read_only_but_readable_and_loses_nothing_that
     await store.commit(StoreBatch(slots=[slot_of(name_of(b"late"))]))
     assert [store.get(slot.name) for slot in slots] == slots
     await store.close()
+
+
+async def test_a_store_without_room_goes_on_by_itself_when_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_S", 60)
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.05)
+    store = LmdbMetaStore(tmp_path / "meta")
+    failed: list[str] = []
+    store.hooks.on_failed = failed.append
+    slots = [slot_of(name_of(b"%03d" % number), body=b"x" * 4000) for number in range(300)]
+    await store.commit(StoreBatch(slots=slots))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    lacking = True
+    apply = checkpoint.Applier.apply
+
+    def apply_when_there_is_room(applier: checkpoint.Applier, transaction: Any, overlay: Any) -> None:
+        apply(applier, transaction, overlay)
+        if lacking:
+            raise full
+
+    monkeypatch.setattr(checkpoint.Applier, "apply", apply_when_there_is_room)
+    await store.checkpoint()
+    late = slot_of(name_of(b"late"))
+    for _ in range(2):
+        with pytest.raises(StoreFull, match="no space is left"):
+            await store.commit(StoreBatch(slots=[late]))
+    assert store.statistics().state == "read-only"
+    assert [store.get(slot.name) for slot in slots] == slots
+    lacking = False
+    await store.checkpoint()
+    assert not store.refusal
+    await store.commit(StoreBatch(slots=[late]))
+    await store.checkpoint()
+    await store.close()
+    store = LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+    assert [store.get(slot.name) for slot in [*slots, late]] == [*slots, late]
+    await store.close()
+    assert failed == []
 
 
 async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_again(store: LmdbMetaStore) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from storaged.meta.consensus.acceptor import AcceptorState
 from storaged.meta.names import Ballot, RegisterName
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,25 @@ class AcceptorCounts:
     refused: int = 0
     conflicts: int = 0
     falls: int = 0
+
+    def statistics(
+        self, known: AcceptorState, state: str, in_flight: int, *, reads: int, refused: int, damaged: int
+    ) -> ReplicaStatistics:
+        """``refused`` and ``damaged``: of reads."""
+        return ReplicaStatistics(
+            disk=self.disk,
+            state=state,
+            promises=len(known.promises),
+            accepts_in_flight=in_flight,
+            prepares=self.prepares,
+            accepts=self.accepts,
+            reads=reads,
+            refused=self.refused + refused,
+            promises_evicted=known.evicted,
+            rows_damaged=damaged,
+            ballot_conflicts=self.conflicts,
+            sequence_falls=self.falls,
+        )
 
     def note_conflict(self, name: RegisterName, ballot: Ballot) -> None:
         """One ballot came with two values."""

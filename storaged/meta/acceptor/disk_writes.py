@@ -1,6 +1,7 @@
 """Writes of one acceptor to its store: bounded, and independent of the requests that began them.
 
 When the store refuses a commit, what reached the disk is unknown. The acceptor then answers nothing any more (rule 9).
+A store without room has not begun (``StoreFull``): the acceptor goes on, and its disk is read-only meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import structlog
 
 from storaged.errors import DiskUnusable, SlowDown, StoragedError
-from storaged.meta.store_ports import MetaStore, StoreBatch
+from storaged.meta.store_ports import MetaStore, StoreBatch, StoreFull
 from storaged.units import MIB
 
 log = structlog.get_logger(__name__)
@@ -77,6 +78,8 @@ class DiskWrites:
     async def commit(self, batch: StoreBatch) -> StoragedError | None:
         try:
             await self._store.commit(batch)
+        except StoreFull as error:
+            return error
         except StoragedError as error:
             self.fail(error)
             return error

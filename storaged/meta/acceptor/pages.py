@@ -6,7 +6,8 @@ import asyncio
 from functools import partial
 
 from storaged.clock import Clock
-from storaged.errors import InvalidRequest
+from storaged.disk_room import Use
+from storaged.errors import DiskUnusable, InvalidRequest
 from storaged.hashes import is_old
 from storaged.meta.acceptor.disk_writes import DiskWrites
 from storaged.meta.consensus.bounds import check_page, check_pages
@@ -37,6 +38,9 @@ class DiskPages:
             # an attacker can find other bytes with the same old hash
             raise InvalidRequest("Another page has this name here.")
         self._writes.check_room(len(request.body), accepts)
+        room = self._store.health.room
+        if not room.take(len(request.body)) and room.refuses(Use.SETTLING):
+            raise DiskUnusable(f"Disk {self._writes.disk} has no room for another page of a manifest.", state="full")
         page = StoredPage(request.page_hash, request.body, self._clock.wall_ms(), request.owner)
         await self._writes.durably(StoreBatch(pages=[page]), size=len(request.body))
         return PageReply()

@@ -36,6 +36,7 @@ from storaged.meta.acceptor.handover import Handover
 from storaged.meta.acceptor.high_water import HighWater, stored_high_waters
 from storaged.meta.acceptor.pages import DiskPages
 from storaged.meta.acceptor.pending_accept import OnAcceptReply, PendingAccept, PendingAccepts, resolve
+from storaged.meta.acceptor.room import use_of
 from storaged.meta.acceptor.rows import NO_BYTES, DiskRows
 from storaged.meta.acceptor.turns import TurnKeeper
 from storaged.meta.consensus.acceptor import (
@@ -53,7 +54,7 @@ from storaged.meta.consensus.register import RULES, Rules, Verdict
 from storaged.meta.messages import AcceptReply, ScanReply, ScanRequest
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table
 from storaged.meta.ports import OnAnswer
-from storaged.meta.store_ports import Copies, MetaStore, NotInMemory, RowDamaged, Slot, StoreBatch
+from storaged.meta.store_ports import Copies, MetaStore, NotInMemory, RowDamaged, Slot, StoreBatch, StoreFull
 from storaged.wire import Buffer, Message
 
 OBJECT = int(Table.OBJECT)
@@ -84,7 +85,7 @@ class LocalReplica:
         self._counts = AcceptorCounts(disk)
         self.turns = TurnKeeper()
         self.turn = self.turns.turn
-        self._health = store.health
+        self._health, self._room = store.health, store.health.room
         try:
             epoch, retired = (store.get_meta(name) for name in (META_EPOCH, META_RETIRED))
             epochs, high_waters, floors = stored_epochs(store), stored_high_waters(store), stored_floors(store)
@@ -116,20 +117,10 @@ class LocalReplica:
         return cls(disk, store, **options)
 
     def statistics(self) -> ReplicaStatistics:
-        count, rows = self._counts, self._rows
-        return ReplicaStatistics(
-            disk=self.disk,
-            state=self._writes.silent or "ok",
-            promises=len(self.state.promises),
-            accepts_in_flight=len(self.pending),
-            prepares=count.prepares,
-            accepts=count.accepts,
-            reads=rows.reads,
-            refused=count.refused + rows.refused,
-            promises_evicted=self.state.evicted,
-            rows_damaged=rows.damaged + self._pages.damaged,
-            ballot_conflicts=count.conflicts,
-            sequence_falls=count.falls,
+        rows, silent = self._rows, self._writes.silent
+        damaged = rows.damaged + self._pages.damaged
+        return self._counts.statistics(
+            self.state, silent or "ok", len(self.pending), reads=rows.reads, refused=rows.refused, damaged=damaged
         )
 
     async def close(self) -> None:
@@ -305,6 +296,9 @@ class LocalReplica:
             self._counts.note_fall(name, ballot, held, value.sequence)
         size = len(value.body) + sum(map(len, body))
         self._writes.check_room(size, len(self.pending))
+        if not self._room.take(len(value.body)) and self._room.refuses(use_of(request, self._rows.held(name))):
+            on_answer(self._refused(Verdict.FULL, acceptor, name, ballot))
+            return
         batch = StoreBatch((Slot(name, ballot, value, copied),))
         if near and header:
             self._high_water.begin_raise(ballot)
@@ -364,9 +358,9 @@ class LocalReplica:
         return messages.AcceptReply(verdict, acceptor.lowest, acceptor.refuses_for_good(ballot, verdict), floor=floor)
 
     def on_stored(self, pending: PendingAccept, error: Exception | None) -> None:
-        """See ``pending_accept.Owner``. SlowDown: the store had no room for the row, and has not begun."""
+        """See ``pending_accept.Owner``. SlowDown, StoreFull: the store has not begun."""
         if error is not None:
-            if not isinstance(error, SlowDown):
+            if not isinstance(error, SlowDown | StoreFull):
                 self._writes.fail(error)
             self._end(pending)
             failed = DiskUnusable(f"Disk {self.disk} failed unexpectedly.")

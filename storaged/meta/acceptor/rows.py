@@ -20,7 +20,7 @@ from storaged.meta.acceptor.pending_accept import PendingAccepts
 from storaged.meta.consensus.acceptor import Acceptor, AcceptorState, judge_read
 from storaged.meta.consensus.register import Rules, Verdict, digest_of
 from storaged.meta.messages import Accept, Read, ReadReply, ScanReply, ScanRequest, ShardAsk
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Value
 from storaged.meta.storage.scan import DigestCache, asks_to_read_ahead, read_ahead, scan_store
 from storaged.meta.store_ports import Copies, Copy, MetaStore, NotInMemory, RowDamaged, Slot
 
@@ -64,6 +64,14 @@ class DiskRows:
             self.damaged += 1
             return None, self._state.of_damaged(name, fence, epoch)
         return slot, self._state.of(name, slot, fence, epoch)
+
+    def held(self, name: RegisterName) -> Value | None:
+        """What the register holds here, when that is in memory and undamaged."""
+        try:
+            slot = self._store.get(name)
+        except (RowDamaged, NotInMemory):
+            return None
+        return None if slot is None else slot.value
 
     async def bring(self, name: RegisterName) -> None:
         """Returns when the row and the fence of a register are in memory. Raises DiskUnusable, SlowDown."""

@@ -475,6 +475,8 @@ class Proposer(Ending):
         if accepts.failed and accepts.fenced:
             return self._fenced(False)
         if accepts.failed and accepts.lost:
+            if accepts.full:
+                return self._give_up("disks of its replicas have no room for it")
             self._needs_copy = self._needs_copy or accepts.without_copy
             return self._retry()
         if not accepts.everyone:

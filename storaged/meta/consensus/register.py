@@ -192,6 +192,8 @@ class Verdict(IntEnum):
     NEWER = 9
     """The layout of the request is newer than any that this acceptor's node knows, or the step of its partition is: the
     node may be about to learn it."""
+    FULL = 10
+    """The disk has no room for a longer row (``disk_room``). Nothing was accepted."""
 
 
 def digest_of(value: Value | None) -> bytes:

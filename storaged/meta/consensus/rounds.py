@@ -31,6 +31,7 @@ HELD: Final = int(Verdict.HELD)
 PREEMPTED: Final = int(Verdict.PREEMPTED)
 AHEAD: Final = int(Verdict.AHEAD)
 UNSTORED: Final = int(Verdict.UNSTORED)
+FULL: Final = int(Verdict.FULL)
 _OVERTAKEN: Final = frozenset((int(Verdict.PREEMPTED), int(Verdict.EPOCH), int(Verdict.NEWER)))
 """Where another ballot, or another layout, may help."""
 RESTARTS_US = 60 * HIGH_WATER_BLOCK_US
@@ -349,6 +350,11 @@ class AcceptRound:
     def without_copy(self) -> bool:
         """Some replica does not have the small copy that the value names."""
         return UNSTORED in self.failed.values()
+
+    @property
+    def full(self) -> bool:
+        """So many replicas have no room for the value that no quorum is left."""
+        return self._quorum.lost([disk for disk, verdict in self.failed.items() if verdict == FULL])
 
     @property
     def lost(self) -> bool:

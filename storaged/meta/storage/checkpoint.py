@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from storaged.lmdb_file import lacks_space
 from storaged.meta.storage.batch import PackedBatch
 from storaged.meta.storage.cursor import pack_page, page_age, page_owner
 from storaged.meta.storage.heap import Heap
@@ -27,6 +28,9 @@ CHECKPOINT_S = 1.0
 the overlay and the time of a start.
 """
 
+RETRY_S = 1.0
+"""How long after a checkpoint that found no room it is made again."""
+
 
 class Checkpointer:
     """The checkpoint thread of one store."""
@@ -37,6 +41,9 @@ class Checkpointer:
         """Held while a checkpoint is made."""
         self.applier = Applier(state.databases)
         self._state = state
+        self._sequence = self._taken = 0
+        """Of what is frozen: its last group, and ``health.room.taken_bytes`` then."""
+        self._retry_at_s = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"meta-checkpoint {state.directory.name}", daemon=True)
         self._thread.start()
@@ -52,33 +59,51 @@ class Checkpointer:
         """Makes one now, unless the store has failed, or the fragment store does not have the copies of the log yet.
         ``last``: the mark says that the log is empty. Blocks.
         """
-        state = self._state
         with self.running:
-            with state.changed:
-                if state.reason or state.restorable or state.closed:
-                    return
-                state.frozen = state.fresh  # in this order, for readers meanwhile
-                state.fresh = Overlay()
-                state.fresh_bytes = 0
-                state.log_full = False
-                sequence = state.redo.sequence
-            token = state.health.begin("a checkpoint of the metadata store", long=True)
-            try:
-                state.hooks.sync_copies()
-                with state.lmdb_lock, state.environment.begin(write=True) as transaction:
-                    self.applier.apply(transaction, state.frozen)
-                    state.put_mark(transaction, sequence, closed=last)
-            except Exception as error:  # a bug, too, must leave no caller waiting for ever
+            if self._state.starved:
+                self._write_frozen(last=False)
+            if not self._state.starved and self._freeze():
+                self._write_frozen(last=last)
+
+    def _freeze(self) -> bool:
+        state = self._state
+        with state.changed:
+            if state.reason or state.restorable or state.closed:
+                return False
+            state.frozen = state.fresh  # in this order, for readers meanwhile
+            state.fresh = Overlay()
+            state.fresh_bytes = 0
+            state.log_full = False
+            self._sequence, self._taken = state.redo.sequence, state.health.room.taken_bytes
+        return True
+
+    def _write_frozen(self, *, last: bool) -> None:
+        """Where there is no room, what is frozen stays so, and this is called again."""
+        state = self._state
+        token = state.health.begin("a checkpoint of the metadata store", long=True)
+        try:
+            state.hooks.sync_copies()
+            with state.lmdb_lock, state.environment.begin(write=True) as transaction:
+                self.applier.apply(transaction, state.frozen)
+                state.put_mark(transaction, self._sequence, closed=last)
+        except Exception as error:  # a bug, too, must leave no caller waiting for ever
+            self.applier = Applier(state.databases)
+            self._retry_at_s = time.monotonic() + RETRY_S
+            if lacks_space(state.directory, error):
+                state.starve(error)
+            else:
                 state.fail(error)
-                return
-            finally:
-                state.health.end(token)
-            with state.changed:
-                state.redo.mark_applied(sequence)
-                state.frozen = Overlay()
-                self.count += 1
-                state.changed.notify_all()
-            state.on_progress()
+            return
+        finally:
+            state.health.end(token)
+        with state.changed:
+            state.redo.mark_applied(self._sequence)
+            state.taken_applied = self._taken
+            state.frozen = Overlay()
+            state.fed()
+            self.count += 1
+            state.changed.notify_all()
+        state.on_progress()
 
     def _run(self) -> None:
         while True:
@@ -93,7 +118,11 @@ class Checkpointer:
     def _due_s(self) -> float | None:
         """Seconds until the next checkpoint; None: not before something changes."""
         state = self._state
-        if state.reason or state.restorable or not (state.fresh_bytes or state.log_full):
+        if state.reason or state.restorable:
+            return None
+        if state.starved:
+            return max(0.0, self._retry_at_s - time.monotonic())
+        if not (state.fresh_bytes or state.log_full):
             return None
         if state.log_full or state.fresh_bytes >= state.redo.half_bytes // 2:
             return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import struct
@@ -16,7 +15,6 @@ from storaged.errors import DirectoryInUse, DiskForeign, DiskRolledBack, DiskUnu
 from storaged.lmdb_file import open_environment
 from storaged.meta.storage.rowvalue import open_small
 from storaged.meta.store_ports import RowDamaged
-from storaged.units import MIB
 
 STORE_ID_BYTES = 16
 IDENTITY = b"\0identity"
@@ -28,11 +26,6 @@ SUB_DATABASES = (b"rows", b"heap", b"nodes", b"fences", b"pages", b"meta")
 LAYOUT = 1
 """Layout of the rows. 0: no heap (the mark ends before this field); 1: as in ``meta.storage.heap``. A store of layout 0
 is a store of layout 1 with an empty heap.
-"""
-
-FULL_BYTES = 16 * MIB
-"""A file system with less free space than this counts as full: a write that was cut short took the rest, except for
-what others gave back since.
 """
 
 Transaction = Any
@@ -171,17 +164,3 @@ def open_error(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable
     if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
         return DiskForeign(f"what is in {directory} is no metadata store: {error}")
     return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")
-
-
-def lacks_space(directory: Path, error: Exception) -> bool:
-    """Whether a write failed for lack of space. Also when the file system became full in the middle of a write: the
-    write is then cut short, which LMDB reports as EIO.
-    """
-    code = getattr(error, "errno", None) or getattr(error, "code", None)
-    if code != errno.EIO:
-        return isinstance(error, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT)
-    try:
-        space = os.statvfs(directory)
-    except OSError:
-        return False
-    return space.f_bavail * space.f_frsize < FULL_BYTES

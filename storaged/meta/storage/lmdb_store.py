@@ -29,11 +29,15 @@ Theory of operation
                    NUL "heap"                        check || the next free number (u64 BE)
                    NUL "owner"                       check || cluster || NUL || disk
 
-    A write that fails ends the store's life as a writer: what the disk did with it is unknown, so the store stays
-    read-only until it is opened again. For any failure other than lack of space, the owner (``on_failed``) and a file
-    beside the store (``failed``) note it, both synced, and the store is never opened again: after a failed sync the
-    kernel forgets which pages are dirty (Rebello et al., ATC'20). A disk whose promises are in doubt joins only as a
-    new one.
+    A checkpoint that finds no room (on the disk, or in LMDB's map) is made again every second. Nothing is lost, since
+    the log has it, and everything can be read; no writes are taken until there is room. ``disk_room`` keeps a sound
+    disk from that.
+
+    Any other write that fails ends the store's life as a writer: what the disk did with it is unknown, so the store
+    stays read-only until it is opened again. For any failure other than lack of space, the owner (``on_failed``) and a
+    file beside the store (``failed``) note it, both synced, and the store is never opened again: after a failed sync
+    the kernel forgets which pages are dirty (Rebello et al., ATC'20). A disk whose promises are in doubt joins only as
+    a new one.
 
     The *identity* is the store's random id with the number of times it was opened. The *position* is the number of the
     last durable group of its log. The owner keeps both elsewhere and passes them at the next start: a store that is
@@ -56,6 +60,7 @@ from storaged.meta.storage.checkpoint import Checkpointer
 from storaged.meta.storage.identity import STORE_ID_BYTES, split_identity, verify_identity
 from storaged.meta.storage.opening import UNKNOWN, Known, open_state
 from storaged.meta.storage.reader import StoreReader
+from storaged.meta.storage.room import look_for_room
 from storaged.meta.storage.write_queue import WriteQueue
 from storaged.meta.store_ports import Done, MetaStoreStatistics, StoreBatch
 from storaged.units import GIB
@@ -128,13 +133,23 @@ class LmdbMetaStore(StoreReader):
         """The number of the last group of the redo log that is durable. It grows as long as the store lives."""
         return self._state.redo.sequence
 
+    def look(self) -> None:
+        """Finds out, too, what room rows have (``disk_room``)."""
+        super().look()
+        look_for_room(self._state)
+
+    @property
+    def refusal(self) -> str:
+        """Why the store takes no writes, now or for ever; empty while it does."""
+        return self._state.reason or self._state.starved
+
     def statistics(self) -> MetaStoreStatistics:
         with self._begin(self._rows) as transaction:
             rows = transaction.stat(self._rows)["entries"]
         information, page_bytes = self._environment.info(), self._environment.stat()["psize"]
         return MetaStoreStatistics(
-            state="read-only" if self._state.reason else "ok",
-            reason=self._state.reason,
+            state="read-only" if self.refusal else "ok",
+            reason=self.refusal,
             commits=self._queue.commits,
             checkpoints=self._checkpointer.count,
             operations=self._queue.operations,

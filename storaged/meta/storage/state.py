@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import structlog
 
 from storaged.disk_health import DiskHealth
 from storaged.durable import RestartNeeded, replace_file
 from storaged.errors import DiskUnusable
+from storaged.lmdb_file import lacks_space
 from storaged.meta.storage.batch import PackedBatch
 from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
-from storaged.meta.storage.identity import REDO, Database, Mark, Transaction, lacks_space, split_identity
+from storaged.meta.storage.identity import REDO, Database, Mark, Transaction, split_identity
 from storaged.meta.storage.overlay import Overlay
 from storaged.meta.storage.redo import RedoLog
 from storaged.meta.storage.remembered import Remembered
 from storaged.meta.storage.rowvalue import seal_small
+from storaged.meta.store_ports import StoreFull
 
 log = structlog.get_logger(__name__)
 
@@ -84,12 +87,16 @@ class StoreState:
         """What is durable and not yet in LMDB: the newest, over what a checkpoint is writing."""
         self.fresh_bytes = 0
         self.fresh_since = 0.0
+        self.taken_applied = 0
+        """``health.room.taken_bytes`` when that was frozen which LMDB has now; the rest is not there yet."""
         self.dirty_ranges = DirtyRangeTracker()
         self.log_full = False
         self.restorable: list[tuple[bytes, bytes]] = []
         """Copies that the start found in the log, until the fragment store has them."""
         self.reason = ""
         """Why the store takes no more writes; empty while it does."""
+        self.starved = ""
+        """Why LMDB can't take now what the log has: there is no room. No writes are taken until it can."""
         self.closing = self.closed = False
         self.on_progress: Callable[[], None] = lambda: None
         """Called in any thread when a checkpoint has ended or the store has failed."""
@@ -121,13 +128,34 @@ class StoreState:
             raise DiskUnusable(
                 f"the metadata store in {self.directory} takes no writes: {self.reason or 'it is being closed'}"
             )
+        if self.starved:
+            raise self.no_room()
+
+    def no_room(self) -> StoreFull:
+        return StoreFull(f"the metadata store in {self.directory} takes no writes: {self.starved}", state="full")
+
+    def starve(self, error: Exception) -> None:
+        """A checkpoint found no room. Nothing is lost: it is made again and again, until there is some."""
+        with self.changed:
+            if not self.starved:
+                log.error("a metadata store has no room", directory=str(self.directory), reason=str(error))
+            self.starved = f"{error} (no space is left)"
+            self.changed.notify_all()
+        self.on_progress()
+
+    def fed(self) -> None:
+        """There was room for a checkpoint. The caller holds ``changed``."""
+        if self.starved:
+            log.info("a metadata store has room again", directory=str(self.directory))
+        self.starved = ""
 
     def failure(self) -> DiskUnusable:
         return DiskUnusable(f"the metadata store in {self.directory} failed: {self.reason}")
 
     def fail(self, error: Exception) -> None:
         """Ends the store's life as a writer. Not on the event loop: it writes to a disk that may not answer."""
-        full = lacks_space(self.directory, error)
+        # LMDB gives up when it can't write its first pages, as may happen on a disk that is full.
+        full = lacks_space(self.directory, error) or (bool(self.starved) and isinstance(error, lmdb.PanicError))
         with self.changed:
             self.reason = (str(error) or type(error).__name__) + (" (no space is left)" if full else "")
             self.changed.notify_all()

@@ -20,11 +20,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import lmdb
+
 from storaged.aio import DirectWriteRefused
 from storaged.errors import SlowDown, StoragedError
+from storaged.lmdb_file import lacks_space
 from storaged.meta.storage.batch import PackedBatch, encode_group
 from storaged.meta.storage.checkpoint import apply_pages
 from storaged.meta.storage.state import StoreState
+from storaged.meta.store_ports import StoreFull
 from storaged.units import MIB
 
 GROUP_OPERATIONS_MAX = 128
@@ -137,6 +141,9 @@ class WriteQueue:
             self._arriving_pages, self._arriving = self._arriving_pages if self._paging else [], []
             self._deliver(left)
             return
+        if self._state.starved and self._arriving:
+            left, self._arriving = self._arriving, []
+            self._deliver(left, self._state.no_room())
         if self._arriving_pages and not self._paging:
             self._paging, self._arriving_pages = self._arriving_pages, []
             self._writer.call(partial(self._commit_pages, self._paging), self._on_pages_written)
@@ -227,29 +234,37 @@ class WriteQueue:
         now.
         """
         group, self._paging = self._paging, []
+        refusal = error if isinstance(error, StoreFull) else None
+        if refusal is not None:
+            self._rows_after_pages -= sum([batch.changes_rows for batch in group])
         if error is None:
             left = [batch for batch in group if batch.changes_rows or not batch.operations]
             self._rows_after_pages -= sum([batch.changes_rows for batch in left])
             self._arriving.extend(left)
             group = [batch for batch in group if batch.operations and not batch.changes_rows]
             self._count(group)
-        self._deliver(group)
+        self._deliver(group, refusal)
         if self._arriving or self._arriving_pages:
             self._schedule_next()
 
     def _commit_pages(self, group: Sequence[PackedBatch]) -> None:
-        """In the writer thread. Raises lmdb.Error."""
+        """In the writer thread. Raises lmdb.Error, and StoreFull where there is no room: then nothing was written."""
         state = self._state
-        with state.lmdb_lock, state.environment.begin(write=True, db=state.databases[b"pages"]) as transaction:
-            apply_pages(transaction, group)
+        try:
+            with state.lmdb_lock, state.environment.begin(write=True, db=state.databases[b"pages"]) as transaction:
+                apply_pages(transaction, group)
+        except lmdb.Error as error:
+            if not lacks_space(state.directory, error):
+                raise
+            raise StoreFull(f"the metadata store in {state.directory} has no room for pages: {error}") from None
 
-    def _deliver(self, group: Sequence[PackedBatch]) -> None:
-        """A store that has failed reports failure for every batch that it still has, also for those just written: a
-        disk in that state is not to be relied on.
+    def _deliver(self, group: Sequence[PackedBatch], refusal: StoreFull | None = None) -> None:
+        """``refusal``: the batches were not begun. A store that has failed reports failure for every batch that it
+        still has, also for those just written: a disk in that state is not to be relied on.
         """
         self.queued -= len(group)
         self._delivered_last = len(group)
-        error: StoragedError | None = self._state.failure() if self._state.reason else None
+        error: StoragedError | None = self._state.failure() if self._state.reason else refusal
         for batch in group:
             try:
                 batch.on_done(error)
@@ -288,6 +303,8 @@ class _WriterThread:
             token = self._state.health.begin("a write of the metadata store")
             try:
                 work()
+            except StoreFull as error:
+                failure = error
             except Exception as error:
                 self._state.fail(error)
                 failure = error

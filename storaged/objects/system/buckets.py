@@ -143,6 +143,7 @@ class BucketService:
         layout = self._plane.layouts.current
         _require_allowed(layout, countries)
         register = system_name(PREFIX + name)
+        self._plane.room.check(register, countries)
         existing = await self._records.read(name)
         if existing is not None and (existing.state == DELETING or existing.nonce):
             existing = await self.resume(existing)

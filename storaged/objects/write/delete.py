@@ -149,7 +149,9 @@ async def change_meta(
 async def set_tags(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = ""
 ) -> str:
-    """Replaces the tags of a version."""
+    """Replaces the tags of a version. Raises InsufficientStorage for tags that a full cluster can't take."""
+    if tags:
+        plane.room.check(object_name(bucket.id, bucket.shard_numbers, key), bucket.countries)
 
     def alter(opened: OpenedVersion) -> OpenedVersion:
         return opened._replace(meta=msgspec.structs.replace(opened.meta, tags=dict(tags)))
@@ -161,8 +163,9 @@ async def set_encryption(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, encryption: Encryption, *, version_id: str = ""
 ) -> str:
     """Gives a version SSE-KMS, and wraps its data key anew under the newest key of the bucket. Raises as
-    ``change_meta``, and InvalidRequest for a version with SSE-C.
+    ``change_meta``, InvalidRequest for a version with SSE-C, and InsufficientStorage.
     """
+    plane.room.check(object_name(bucket.id, bucket.shard_numbers, key), bucket.countries)
     sealed = SealedEncryption(encryption.kind, encryption.key_id, encryption.bucket_key, encryption.context)
     newest = await plane.keys.bucket_key(bucket.id, bucket.countries)
 
@@ -180,7 +183,9 @@ async def set_encryption(
 async def set_acl(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, acl: Acl | None, *, version_id: str = ""
 ) -> str:
-    """Replaces the access control list of a version. None: its owner alone has access."""
+    """Replaces the access control list of a version. None: its owner alone has access. Raises InsufficientStorage."""
+    if acl is not None:
+        plane.room.check(object_name(bucket.id, bucket.shard_numbers, key), bucket.countries)
     entries = acl.entries if acl is not None else None
 
     def alter(opened: OpenedVersion) -> OpenedVersion:

@@ -95,6 +95,7 @@ async def create_upload(
     """Opens an upload. Raises InvalidRequest for an unknown checksum algorithm or type, or a wrong pair of them."""
     kind = _checked_type(algorithm, checksum_type)
     upload_id = new_upload_id(shard_of(key, bucket.shard_numbers), plane.entropy)
+    plane.room.check(upload_name(bucket.id, key, upload_id), bucket.countries)
     bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
     dek = plane.entropy(DEK_BYTES)
     place = Place(bucket.id, key)
@@ -161,6 +162,7 @@ async def put_part(
         raise NoSuchUpload(UploadId=upload_id)
     owner = object_name(bucket.id, bucket.shard_numbers, key)
     row_name = part_name(bucket.id, upload.record.upload_id, number)
+    plane.room.check(row_name, bucket.countries)
     algorithm, declared = upload.record.checksum_algorithm or DEFAULT_ALGORITHM, {*checks.checksums, *checks.algorithms}
     if upload.record.checksum_algorithm and declared - {algorithm}:
         raise InvalidRequest(

@@ -179,9 +179,10 @@ class Write(Struct, frozen=True):
 
 
 def admit(plane: ObjectPlane, bucket: BucketRecord, key: bytes, bucket_key: BucketKey, new: NewObject) -> Write:
-    """Gives the object its register, its data key and its data id."""
-    fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
+    """Gives the object its register, its data key and its data id. Raises InsufficientStorage."""
     name = object_name(bucket.id, bucket.shard_numbers, key)
+    plane.room.check(name, bucket.countries)
+    fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
     part = NewPart(bucket, name, fresh[:DEK_BYTES], fresh[DEK_BYTES:])
     return Write(plane, Place(bucket.id, key), bucket_key, part, new)
 
