@@ -41,6 +41,10 @@ class Sweep:
         self._context = context
         self._buckets = buckets
         self.orphans = 0
+        self._wanted: frozenset[bytes] = frozenset()
+        """Data ids of the page that is looked at."""
+        self._read: dict[tuple[RegisterName, bytes], list[PartEntry]] = {}
+        """Register and body -> its parts among those. A key may have very many versions, and is read once a page."""
 
     async def once(self) -> int:
         """Returns how many fragments were found."""
@@ -58,6 +62,7 @@ class Sweep:
         failures: list[str] = []
         while page := [header async for header in store.scan(after, SWEEP_PAGE)]:
             after = page[-1].id
+            self._wanted, self._read = frozenset(header.id[:16] for header in page), {}
             oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
             found: dict[bytes, Retirement] = {}
             for header in page:
@@ -107,7 +112,12 @@ class Sweep:
         return False
 
     async def _entries(self, name: RegisterName, value: Value | None) -> list[PartEntry]:
-        return [entry async for entry in entries_of(self._context, name, value)]
+        """Those of data that is looked at."""
+        read = name, value.body if value is not None else b""
+        if read not in self._read:
+            entries = [entry async for entry in entries_of(self._context, name, value) if entry.data_id in self._wanted]
+            self._read[read] = entries
+        return self._read[read]
 
     def _names(self, owner: RegisterName, entries: list[PartEntry], header: FragmentHeader, disk: str) -> bool:
         countries = self._buckets.countries_of(owner.scope)
