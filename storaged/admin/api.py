@@ -39,6 +39,7 @@ from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
 from storaged.config import split_address
 from storaged.errors import InvalidArgument, PortInUse, ServiceUnavailable, StoragedError
+from storaged.objects.identity import names_of
 from storaged.observe import Metrics, exposition
 from storaged.passphrase import require_long
 
@@ -170,7 +171,13 @@ class AdminServer:
         return web.json_response(
             {
                 "users": [
-                    {"user_id": who.user_id, "name": who.display_name, "access_key": who.access_key} for who in found
+                    {
+                        **names_of(who.user_id, who.display_name),
+                        "name": who.display_name,
+                        "access_key": who.access_key,
+                        "email": who.email,
+                    }
+                    for who in found
                 ]
             }
         )
@@ -185,7 +192,8 @@ class AdminServer:
             who, secret = await self._services.users.add(name, **body)
             found |= {"access_key": who.access_key, "user_id": who.user_id}
         log.info("user added", user=who.display_name, access_key=who.access_key)
-        return web.json_response({"user_id": who.user_id, "access_key": who.access_key, "secret_key": secret})
+        names = names_of(who.user_id, who.display_name)
+        return web.json_response({**names, "access_key": who.access_key, "secret_key": secret})
 
     async def _remove_user(self, request: web.Request) -> web.Response:
         if self._services.users is None:

@@ -39,24 +39,28 @@ def user() -> None:
     metavar="ID",
     help="Share the buckets of this user, present or removed (default: a user with none).",
 )
-@click.option("--json", "as_json", is_flag=True, help="user_id, access_key, secret_key.")
+@click.option("--email", default="", metavar="ADDRESS", help="Access control lists may name the user by it.")
+@click.option("--json", "as_json", is_flag=True, help="user_id, account, arn, access_key, secret_key.")
 @click.pass_obj
-def user_add(named: str | None, name: str, user_id: str, as_json: bool) -> None:
+def user_add(named: str | None, name: str, user_id: str, email: str, as_json: bool) -> None:
     """Make a user with random keys. The secret key is shown this once.
+
+    Bucket policies name a user by its account or its ARN, access control lists by its user id.
 
     To exchange the keys of a user: add one with its id (--user-id), let clients change over, remove the old one.
     """
-    found = gateway(find_directory(named), "POST", "/v1/users", body={"name": name, "user_id": user_id})
+    found = gateway(find_directory(named), "POST", "/v1/users", body={"name": name, "user_id": user_id, "email": email})
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         click.echo(
-            f"user_id     {found['user_id']}\naccess_key  {found['access_key']}\nsecret_key  {found['secret_key']}"
+            f"user_id     {found['user_id']}\naccount     {found['account']}\narn         {found['arn']}\n"
+            f"access_key  {found['access_key']}\nsecret_key  {found['secret_key']}"
         )
 
 
 @user.command("list")
-@click.option("--json", "as_json", is_flag=True, help="A list of user_id, name, access_key.")
+@click.option("--json", "as_json", is_flag=True, help="A list of user_id, account, arn, name, access_key, email.")
 @click.pass_obj
 def user_list(named: str | None, as_json: bool) -> None:
     """All users, without their secrets."""
@@ -64,7 +68,7 @@ def user_list(named: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     for who in () if as_json else found:
-        click.echo(f"{who['name']:<24} {who['access_key']:<24} {who['user_id']}")
+        click.echo(f"{who['name']:<24} {who['access_key']:<24} {who['account']} {who['user_id']}")
 
 
 @user.command("remove")

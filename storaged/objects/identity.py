@@ -22,6 +22,11 @@ def account_of(user_id: str) -> str:
     return str(10 ** (ACCOUNT_DIGITS - 1) + number % (9 * 10 ** (ACCOUNT_DIGITS - 1)))
 
 
+def names_of(user_id: str, name: str) -> dict[str, str]:
+    """What commands and the admin API print of a user."""
+    return {"user_id": user_id, "account": account_of(user_id), "arn": arn_of(user_id, name)}
+
+
 def arn_of(user_id: str, name: str) -> str:
     """``arn:aws:iam::123456789012:user/anne``"""
     return f"arn:aws:iam::{account_of(user_id)}:user/{name}"

@@ -295,9 +295,10 @@ async def test_a_bucket_is_for_whose_access_key_is_given_not_for_who_took_that_f
 
 async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(node: Node, tmp_path: Path) -> None:
     made = await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
-    assert made == {"user_id": "0" * 64, "access_key": "AK1", "secret_key": "given"}
+    names = {"user_id": "0" * 64, "account": "778162544561", "arn": "arn:aws:iam::778162544561:user/alice"}
+    assert made == names | {"access_key": "AK1", "secret_key": "given"}
     listed = (await ask(tmp_path, "GET", "/v1/users"))["users"]
-    assert listed == [{"user_id": "0" * 64, "name": "alice", "access_key": "AK1"}]
+    assert listed == [names | {"name": "alice", "access_key": "AK1", "email": ""}]
     await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"})
     assert node.buckets.made == [("alice", "demo", "eu-fr-1")]
     narrow = await ask(tmp_path, "POST", "/v1/buckets", body={"name": "narrow", "user": "alice", "countries": "FR,DE"})
