@@ -19,6 +19,7 @@ from storaged.objects.records import BucketRecord
 from storaged.s3 import routes
 from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
 from storaged.s3.auth.authorize import ObjectWanted
+from storaged.s3.auth.regions import region_name
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.authorization import ask_of, check_expected_owner, decide, permit
 from storaged.s3.context import Front, existing_bucket
@@ -102,6 +103,8 @@ def admit_request(front: Front, request: Request, operation: Operation, claim: C
         except ObjectWanted:
             pass
         except AccessDenied:
+            if operation.name == "HeadBucket":
+                raise AccessDenied(Region=region_name(bucket.region)) from None  # as on AWS: clients look for it so
             if bucket.plain:
                 raise  # nothing of the bucket can say that the sender may know more
     if operation.signed:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from botocore import UNSIGNED  # type: ignore[import-untyped]
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from storaged.objects.identity import account_of, arn_of
 from tests.integration.s3_front import ACCESS, ACCESS_ALT, SECRET_ALT, World, s3_world
@@ -203,6 +204,43 @@ async def test_an_owner_on_the_short_way_gets_no_object_of_another_owner(legacy:
             assert refused(owner.head_object, Bucket="bucket", Key="theirs")[0] == 403
 
     await in_thread(run, legacy)
+
+
+async def test_a_policy_names_only_who_exists(world: World) -> None:
+    other_id = (await world.users.lookup(ACCESS_ALT))[0].user_id
+    account = account_of(other_id)
+
+    def run(world: World) -> None:
+        owner, _, _ = clients(world)
+        owner.create_bucket(Bucket="bucket")
+        for principal in (
+            {"AWS": "123456789012"},
+            {"AWS": "arn:aws:iam::123456789012:root"},
+            {"AWS": f"arn:aws:iam::{account}:user/nobody"},
+            {"CanonicalUser": "c" * 64},
+        ):
+            answer = refused(owner.put_bucket_policy, Bucket="bucket", Policy=policy(allow("s3:*", ALL, principal)))
+            assert answer == (400, "MalformedPolicy")
+        assert refused(owner.get_bucket_policy, Bucket="bucket")[0] == 404
+        for principal in ({"AWS": account}, {"AWS": f"arn:aws:iam::{account}:user/alt"}, {"CanonicalUser": other_id}):
+            owner.put_bucket_policy(Bucket="bucket", Policy=policy(allow("s3:*", ALL, principal)))
+
+    await in_thread(run, world)
+
+
+async def test_the_region_of_a_bucket_is_told_without_access(world: World) -> None:
+    """https://docs.aws.amazon.com/AmazonS3/latest/API/API_HeadBucket.html"""
+
+    def run(world: World) -> None:
+        owner, other, nobody = clients(world)
+        owner.create_bucket(Bucket="bucket")
+        for client in (other, nobody):
+            with pytest.raises(ClientError) as caught:
+                client.head_bucket(Bucket="bucket")
+            answer = caught.value.response["ResponseMetadata"]
+            assert (answer["HTTPStatusCode"], answer["HTTPHeaders"]["x-amz-bucket-region"]) == (403, "eu-fr-1")
+
+    await in_thread(run, world)
 
 
 async def test_the_expected_owner_is_an_account(world: World) -> None:

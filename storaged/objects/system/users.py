@@ -196,11 +196,14 @@ class UserService:
         ]
 
     async def directory(self) -> Mapping[str, Principal]:
-        """All users by canonical id; of users that share one, the first by access key."""
+        """All users by canonical id. Of users that share one: the first by access key, of those with an address if
+        there are any.
+        """
         return await self._directory.get("")
 
     async def _load_directory(self, _: str) -> dict[str, Principal]:
-        return {user.user_id: user for user in reversed(await self.list_users())}
+        users = reversed(await self.list_users())
+        return {user.user_id: user for user in sorted(users, key=lambda user: user.email != "")}
 
     async def check_names(self) -> None:
         """Names the claims that can't be used in ``plane.bad_rows``."""

@@ -247,5 +247,13 @@ def _is_public(statement: Statement) -> bool:
 
 
 def principals_of(statements: Sequence[Statement]) -> set[str]:
-    """The accounts and canonical ids that statements name."""
-    return {name for each in statements for name in each.principals or () if ":" not in name}
+    """The accounts, canonical ids and ARNs of users that statements name, as far as they have AWS's form."""
+    found: set[str] = set()
+    for name in {name for each in statements for name in each.principals or ()}:
+        arn = name.removeprefix("signed:")
+        match = _IAM_ARN.fullmatch(arn)
+        if _ACCOUNT.fullmatch(name) or _CANONICAL.fullmatch(name):
+            found.add(name)
+        elif match is not None and _ACCOUNT.fullmatch(match[1]):
+            found.add(arn)
+    return found

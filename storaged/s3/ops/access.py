@@ -19,6 +19,7 @@ from storaged.objects.configuration.access import (
 from storaged.objects.configuration.document import NOTHING, Configuration
 from storaged.objects.configuration.kinds import ENCRYPTION, SSE_C, DefaultEncryption
 from storaged.objects.encryption import S3
+from storaged.objects.identity import account_of, arn_of
 from storaged.s3 import xml
 from storaged.s3.auth import policy as policies
 from storaged.s3.auth.acl import is_public
@@ -44,12 +45,26 @@ def _check_policy(request: Request, value: PolicyText, configuration: Configurat
         raise errors.AccessDenied("A public policy is prevented by the BlockPublicPolicy setting.")
 
 
+async def _verify_principals(front: Front, value: PolicyText) -> None:
+    """Every account, canonical id and user that a policy names exists. Accounts of another form than AWS's name
+    nobody here, and pass. Raises MalformedPolicy."""
+    named = policies.principals_of(policies.policy_of(value.text).statements)
+    if not named:
+        return
+    known: set[str] = set()
+    for user in (await front.users.directory()).values():
+        known |= {user.user_id, account_of(user.user_id), arn_of(user.user_id, user.display_name)}
+    if unknown := sorted(named - known):
+        raise errors.MalformedPolicy("Invalid principal in policy", Detail=unknown[0][:200])
+
+
 BUCKET_POLICY = Row(
     POLICY,
     _policy,
     lambda value: value.text.encode(),
     errors.NoSuchBucketPolicy,
     _check_policy,
+    verify=_verify_principals,
     put_status=204,
     content_type="application/json",
 )

@@ -135,7 +135,7 @@ async def _resolved(front: Front, wanted: Wanted) -> Acl:
             break
     if len(found) > lists.GRANTS_MAX:
         raise errors.InvalidArgument(f"An access control list has at most {lists.GRANTS_MAX} grants.")
-    return Acl(tuple(found))
+    return Acl(tuple(sorted(found, key=lambda entry: entry.grantee not in GROUPS)))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ new value is written, so that two requests at once can't make a configuration th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -35,7 +35,8 @@ class Row(Generic[T]):
     """``parse``: document to value, or None when it asks for what nothing set means; large documents in a thread.
     Raises S3 errors. ``show``: value to the answer's body. ``missing``: the error of a read when nothing is set.
     ``check_put(request, value, configuration)`` and ``check_delete(request, configuration)`` raise S3 errors when the
-    other kinds do not allow it. ``put_status``: of the answer to a change. ``shown``: whether a read returns a value.
+    other kinds do not allow it. ``verify(front, value)``: what can't be checked there, because it must wait.
+    ``put_status``: of the answer to a change. ``shown``: whether a read returns a value.
     ``removed``: what a bucket has after a removal, when that is not the same as what old buckets have.
     """
 
@@ -45,6 +46,7 @@ class Row(Generic[T]):
     missing: type[errors.S3Error]
     check_put: Callable[[Request, T, Configuration], None] = _nothing
     check_delete: Callable[[Request, Configuration], None] = _nothing
+    verify: Callable[[Front, T], Awaitable[None]] | None = None
     put_status: int = 200
     content_type: str = XML_TYPE
     shown: Callable[[T], bool] = _always
@@ -67,6 +69,8 @@ def putter(row: Row[T]) -> Handler:
         if not request.document.strip():
             raise errors.MissingRequestBodyError()
         value = await parse_document(row.parse, request.document)
+        if row.verify is not None and value is not None:
+            await row.verify(front, value)
 
         def change(configuration: Configuration) -> T | None:
             if value is not None:
