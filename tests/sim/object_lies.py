@@ -37,6 +37,7 @@ class ObjectLies(Hostile):
         super().__init__(seed, loop, rules)
         self.random = self.world.random = random.Random(f"object lies {seed}")
         self._lies, self._blank, self.of_objects = True, False, True
+        self.world.promises_max = 1_000  # an honest replica that evicts a promise refuses the write of another key
         self._liar = self.random.choice(FIRST_SEEDS)
         self.names = {key: self.name(b"sim/" + key.encode()) for key in KEYS}
         self._turns = {key: asyncio.Lock() for key in KEYS}

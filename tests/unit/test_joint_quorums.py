@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from storaged.cluster.partitions import epoch_of
 from storaged.meta.consensus.copies import may_replace
-from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import RULES, credible
-from storaged.meta.messages import PrepareReply
-from storaged.meta.names import ZERO_BALLOT, Ballot, Value, Visibility
+from storaged.meta.listing.agreement import _agreed
+from storaged.meta.messages import PrepareReply, ScanRow
+from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
+from storaged.meta.storage.rowvalue import pack_row, row_parts
+from storaged.meta.store_ports import Slot
 
+NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
 JOINT = Quorum(("a", "b", "c"), ("a", "b", "d"))
 
 
@@ -61,3 +66,24 @@ def test_what_the_second_set_shows_when_it_is_alone_goes_on_before_what_lost_aga
     reported = {"a": shown, "b": lost, "c": before, "d": shown}
     assert Quorum(("a", "b", "d")).agreed({disk: reported[disk][0] for disk in "abd"}) == shown[0]
     assert credible(JOINT, reported) == (*shown, False)
+
+
+def row(epoch: int, body: bytes = b"v", ballot: bytes | None = None) -> ScanRow:
+    value = Value(2, b"o" * 16, Visibility.LIVE, body)
+    stored = row_parts(pack_row(Slot(NAME, Ballot(epoch, 5, "n", b"incarnat"), value)))
+    return ScanRow(b"key", stored.ballot if ballot is None else ballot, int(Visibility.LIVE), value)
+
+
+def test_a_row_of_an_earlier_step_that_the_first_set_has_is_settled_in_a_list() -> None:
+    view = View.of(epoch_of(1, 1), ("a", "b", "c"), ("a", "d", "c"))
+    before, now = row(epoch_of(0, 1)), row(epoch_of(1, 1))
+    assert _agreed(view, {"b": before, "c": before}) == (before.ballot, before.value)
+    assert _agreed(view, {"b": now, "c": now}) is None, "that needs both sets"
+    assert _agreed(view, {"b": before, "c": before, "d": now}) is None, "a later one was begun"
+    assert _agreed(view, {"a": now, "c": now}) == (now.ballot, now.value)
+
+
+def test_a_ballot_in_a_list_that_is_none_settles_nothing() -> None:
+    view = View.of(epoch_of(1, 1), ("a", "b", "c"), ("a", "d", "c"))
+    before = row(epoch_of(0, 1))
+    assert _agreed(view, {"b": before, "c": before, "d": row(0, ballot=b"no ballot")}) is None

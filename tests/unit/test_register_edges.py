@@ -44,6 +44,12 @@ def created(counter: int) -> tuple[Ballot, Value]:
     return Ballot(1, counter, "n", b"incarnat"), Value(1, b"c" * CALL_BYTES + bytes(2), Visibility.LIVE, b"new")
 
 
+def test_verdicts_are_numbers_on_the_wire() -> None:
+    """New ones come after them."""
+    names = ["OK", "PREEMPTED", "EPOCH", "FENCED", "CONFLICT", "DAMAGED", "UNSTORED", "HELD", "AHEAD", "NEWER"]
+    assert [Verdict[name] for name in names] == list(range(len(names)))
+
+
 # --- what a change of the system table goes on from
 
 
