@@ -28,6 +28,7 @@ from storaged.errors import (
     ClockSkewed,
     DiskBlank,
     DiskDown,
+    DiskFilling,
     DiskForeign,
     DiskFull,
     DiskHung,
@@ -181,6 +182,8 @@ class Facts:
     """None: partitions are where the layout wants them."""
     disks_out: Sequence[tuple[str, int, str]] = ()
     """(subject, since, detail) of each disk that others replace."""
+    filling: Mapping[str, str] = field(default_factory=dict)
+    """What to tell of each disk that is nearly full."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
         "objects_counted": durability.counted,
         "nodes": [_node_document(node, facts.layout) for node in facts.nodes],
         "problems": problems,
+        "warnings": list(_warnings(facts, now_ms)),
         "jobs": list(facts.jobs),
     }
 
@@ -351,6 +355,14 @@ def _node_problems(node: NodeFacts, layout: Layout, now_ms: int) -> Iterable[dic
             yield problem(DiskDown, f"{place}/{entry.id}", now_ms, "the node does not have it")
 
 
+def _warnings(facts: Facts, now_ms: int) -> Iterable[dict[str, Any]]:
+    """What will be a problem, and is none yet: entries as ``problem`` makes them."""
+    for node in facts.nodes:
+        for disk in node.disks if node.up else ():
+            if disk.id in facts.filling:
+                yield problem(DiskFilling, f"{node.rack}/{node.name}/{disk.id}", now_ms, facts.filling[disk.id])
+
+
 def _object_problems(durability: Durability, now_ms: int) -> Iterable[dict[str, Any]]:
     if durability.objects_lost:
         yield problem(ObjectsLost, _objects(durability.objects_lost), now_ms)
@@ -379,7 +391,7 @@ class FirstSeen:
         objects``) may change meanwhile.
         """
         known, self._since_ms = self._since_ms, {}
-        for entry in found["problems"]:
+        for entry in (*found["problems"], *found["warnings"]):
             name = entry["code"], "" if entry["subject"][0].isdigit() else entry["subject"]
             if entry["since"] == found["time_ms"]:
                 entry["since"] = known.get(name, entry["since"])

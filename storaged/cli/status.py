@@ -90,6 +90,7 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
         "objects_counted": False,
         "nodes": nodes,
         "problems": problems,
+        "warnings": [],
         "jobs": [],
     }
 
@@ -133,11 +134,16 @@ def render(found: dict[str, Any], command: str = "") -> str:
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
         if steps[index + 1 : index + 2] != [step]:  # once for neighbours with the same step
             lines.append(f"  Next: {step}")
+    lines.extend(_warning(entry) for entry in found.get("warnings", ()))
     lines.extend(_moving(found.get("moving"), counted=bool(found.get("objects_counted"))))
     lines.extend(_sparing(found.get("sparing")))
     shown = [job for job in found["jobs"] if job["state"] != "done" and (job["state"] != "waiting" or job["detail"])]
     lines.extend(f"  {render_job(job)}" for job in shown)
     return "\n".join(map(_plain, lines))
+
+
+def _warning(entry: dict[str, Any]) -> str:
+    return f"  {entry['subject']}  {entry['code']} (a warning): {entry['detail']}"
 
 
 def _moving(found: dict[str, Any] | None, *, counted: bool) -> list[str]:

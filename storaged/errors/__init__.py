@@ -25,6 +25,7 @@ from storaged.errors.conditions import (
     ChosenFellBack,
     ClockSkewed,
     DiskDown,
+    DiskFilling,
     DiskOut,
     KeyReleasesRefused,
     KeysNotBackedUp,

@@ -39,6 +39,19 @@ class NodeDown(Condition):
     )
 
 
+class DiskFilling(Condition):
+    """Less than a tenth of the disk is free for data. ``status`` says when it is full, at the pace of the last hour.
+
+    This is a warning: the verdict of ``status`` stays as it is.
+    """
+
+    code = "DISK_FILLING"
+    hint = (
+        "Add disks or servers, or delete data, before the disk is full: `storaged cluster plan` says how much a change"
+        " moves. Then writes that take room are refused."
+    )
+
+
 class DiskDown(Condition):
     """The disk does not take part: its node refuses it or it failed."""
 

@@ -26,6 +26,7 @@ from storaged.meta.ports import PageQuery
 from storaged.node.applying import LayoutApplication
 from storaged.node.auditing import merged
 from storaged.node.doctor import Doctor, silent
+from storaged.node.filling import Filling
 from storaged.node.losses import Losses
 from storaged.node.move_progress import MoveProgress, PartitionCounts, count_objects, count_partitions
 from storaged.node.planes import NodePlanes
@@ -47,6 +48,7 @@ class Reports:
         self._doctor = Doctor(node, gateway)
         self._seen = FirstSeen()
         self._progress = MoveProgress(node.clock)
+        self._filling = Filling()
 
     def services(self) -> Services:
         node = self._node
@@ -93,9 +95,11 @@ class Reports:
         refusal = self._gateway.key_refusal if self._gateway is not None else ""
         spared, counts = self._sparing(), self._partitions()
         spares = sparing.document(spared)
+        nodes = self._nodes()
+        disks = [disk for known in nodes if known.up for disk in known.disks]
         facts = Facts(
             node.layouts.current,
-            self._nodes(),
+            nodes,
             profile,
             reason,
             problem,
@@ -109,6 +113,7 @@ class Reports:
             chosen_fall=node.ring.chosen_falls[1],
             sets_of=self._sets_of,
             disks_out=sparing.details(spared, spares),
+            filling=self._filling.warnings(disks, node.clock.monotonic()),
             audit_alarms=merged(
                 [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),

@@ -12,6 +12,7 @@ import errno
 import random
 from typing import TYPE_CHECKING
 
+from storaged.disk_room import UNKNOWN_BYTES
 from storaged.errors import StoragedError
 from storaged.meta import messages
 from storaged.meta.consensus.register import COUNTER_MAX
@@ -210,6 +211,33 @@ class DiskFaults(Part):
                 faults.write = code
             else:
                 faults.checkpoint = abs(code) if code > 0 else errno.EIO
+
+
+class FullDisks(Part):
+    """Now and then a disk has no room for longer rows, sometimes not for those of settling rounds either. Rows that get
+    no longer, and deletes, it always takes.
+    """
+
+    @classmethod
+    def joins(cls, scenario: Scenario, chance: random.Random) -> bool:
+        return chance.random() < 0.25
+
+    async def run(self) -> None:
+        chance = self.chance
+        while True:
+            await asyncio.sleep(chance.expovariate(1 / 0.1))
+            node = self.replica_node()
+            room = node.store.health.room
+            if room.left_bytes < 0 and chance.random() < 0.7:
+                room.left_bytes = UNKNOWN_BYTES
+            else:
+                room.left_bytes, room.settling_bytes = -1, chance.choice((0, UNKNOWN_BYTES, UNKNOWN_BYTES))
+                self.fault(f"the disk of {node.name} is full")
+                self.world.note("full", node.name, room.settling_bytes)
+
+    async def heal(self) -> None:
+        for node in self.world.nodes.values():
+            node.store.health.room.left_bytes = UNKNOWN_BYTES
 
 
 class BitFlips(Part):

@@ -20,6 +20,22 @@ ROWS = "storaged/meta/acceptor/rows.py"
 
 _ACCEPTORS = (
     Planted(
+        "full_and_ok",
+        "a disk without room says that it has the row",
+        100,
+        path=REPLICA,
+        old="            on_answer(self._refused(Verdict.FULL, acceptor, name, ballot))\n",
+        new="            on_answer(messages.AcceptReply(Verdict.OK, ballot))\n",
+    ),
+    Planted(
+        "full_is_known",
+        "a change that full disks refused counts as not made, though another disk may have it",
+        400,
+        path=PROPOSER,
+        old='                return self._give_up("disks of its replicas have no room for it")\n',
+        new='                return self._fail(__import__("storaged.errors").errors.ServiceUnavailable("full"))\n',
+    ),
+    Planted(
         "prepare_beside_accept",
         "a prepare is answered while an accept of its register is on its way to the disk (rule 1)",
         200,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.sim.copies import LostCopies
 from tests.sim.moving import Moving
-from tests.sim.parts import BitFlips, ClockJumps, DiskFaults, HungDisks, Part, Stray, Suspensions, Trouble
+from tests.sim.parts import BitFlips, ClockJumps, DiskFaults, FullDisks, HungDisks, Part, Stray, Suspensions, Trouble
 
 PARTS: tuple[type[Part], ...] = (
     Trouble,
@@ -16,5 +16,6 @@ PARTS: tuple[type[Part], ...] = (
     DiskFaults,
     BitFlips,
     LostCopies,
+    FullDisks,
 )
 """In the order in which they decide whether they join a run, begin, heal and judge."""

@@ -310,3 +310,14 @@ def test_status_does_not_say_that_nothing_moves_while_nobody_knows_where_partiti
     stale = {**found, "moving": {**nothing, "objects": None}}
     assert "how many objects have to move is not known yet" in render({**stale, "objects_counted": True})
     assert "how many objects" not in render({**stale, "objects_counted": False}), "it says that they are counted"
+
+
+def test_a_disk_that_fills_up_is_a_warning_and_leaves_the_verdict_as_it_is() -> None:
+    found = judge(facts(filling={"n1-1": "1 GiB are free"}), NOW)
+    assert (found["verdict"], found["problems"]) == ("HEALTHY", [])
+    assert [(entry["code"], entry["subject"]) for entry in found["warnings"]] == [("DISK_FILLING", "FR/par1/a/n1/n1-1")]
+    assert "n1-1  DISK_FILLING (a warning): 1 GiB are free" in render(found)
+    seen = FirstSeen()
+    assert seen.date(found)["warnings"][0]["since"] == NOW
+    later = judge(facts(filling={"n1-1": "less"}), NOW + 5000)
+    assert seen.date(later)["warnings"][0]["since"] == NOW

@@ -26,7 +26,7 @@ from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value,
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.store_ports import Copy, Done, Fence, NotInMemory, Slot, StoreBatch
+from storaged.meta.store_ports import Copy, Done, Fence, NotInMemory, Slot, StoreBatch, StoreFull
 from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import Buffer
 from tests.doubles.meta_store import MemoryMetaStore
@@ -889,3 +889,60 @@ async def test_a_fall_of_the_sequence_is_taken_counted_and_told_promised_or_not(
         ("a register's sequence falls", 4, 3)
     ]
     assert not replica.state.sequences
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+
+
+def without_room(store: MemoryMetaStore, settling_bytes: int) -> None:
+    store.health.room.left_bytes, store.health.room.settling_bytes = -1, settling_bytes
+
+
+@pytest.mark.parametrize("settling_bytes", [0, 1 << 40])
+async def test_a_full_disk_refuses_longer_rows_and_goes_on(settling_bytes: int) -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.accept(accept(ballot(10), value(b"four")))
+    without_room(store, settling_bytes)
+
+    async def said(at: int, what: Value, name: RegisterName = NAME, *, identity: bool = False) -> int:
+        await replica.prepare(prepare(ballot(at), name))
+        return (await replica.accept(accept(ballot(at), what, name, identity=identity))).verdict
+
+    settled = Verdict.OK if settling_bytes else Verdict.FULL
+    assert await said(11, value(b"fives", 2)) == Verdict.FULL
+    assert await said(12, value(b"new"), OTHER) == Verdict.FULL
+    assert await said(13, value(b"as long, elsewhere"), OTHER, identity=True) == settled
+    assert await said(14, msgspec.structs.replace(value(b"marker", 2), visibility=Visibility.HIDDEN)) == settled
+    assert await said(15, value(b"rows", 3)) == Verdict.OK, "it gets no longer"
+    assert await said(16, msgspec.structs.replace(value(b"", 4), visibility=Visibility.TOMBSTONE)) == Verdict.OK
+    assert (await read(replica)).value == msgspec.structs.replace(value(b"", 4), visibility=Visibility.TOMBSTONE)
+    store.health.room.left_bytes = 1 << 40
+    assert await said(17, value(b"longer again", 5)) == Verdict.OK
+
+
+async def test_a_create_is_refused_by_a_full_disk_and_a_fence_is_not() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    without_room(store, 0)
+    create = messages.Create("d", OTHER, ballot(10), value())
+    assert (await replica.accept(create)).verdict == Verdict.FULL
+    assert (await replica.fence(messages.FenceSet("d", SCOPE, b"n" * 16))).done
+
+
+async def test_a_store_without_room_refuses_and_its_replica_is_not_silent() -> None:
+    class Starved(MemoryMetaStore):
+        starved = True
+
+        def post(self, batch: StoreBatch, on_done: Done) -> None:
+            if self.starved:
+                raise StoreFull("no room", state="full")
+            super().post(batch, on_done)
+
+    store = Starved()
+    replica = LocalReplica("d", store)
+    with pytest.raises(StoreFull):
+        await replica.accept(accept(ballot(10), value()))
+    assert (await read(replica)).value is None
+    store.starved = False
+    assert (await replica.accept(accept(ballot(10), value()))).verdict == Verdict.OK
