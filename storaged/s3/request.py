@@ -101,13 +101,15 @@ def virtual_bucket(host: str, domains: Sequence[str]) -> str:
 
 
 _SECRETS = re.compile(
-    r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE
+    r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId"
+    r"|X-Amz-(?:Copy-Source-)?Server-Side-Encryption-Customer-Key(?:-MD5)?)=[^&]*",
+    re.IGNORECASE,
 )
 
 
 def without_secrets(target: bytes) -> str:
-    """Path and query for logs, with a hyphen for each value that signs. Names of parameters are compared decoded,
-    because signatures are read so too."""
+    """Path and query for logs, with a hyphen for each value that signs, or is a customer's key. Names of parameters are
+    compared decoded, because signatures are read so too."""
     path, mark, query = _SECRETS.sub(r"\1=-", target.decode("utf-8", "replace")).partition("?")
     if "%" in query:
         query = "&".join(map(_without_secret, query.split("&")))

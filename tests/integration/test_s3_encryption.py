@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import pytest_asyncio
@@ -444,6 +445,36 @@ async def test_uploads_and_copies_with_keys(world: World) -> None:
     )
     got = await run(lambda: client.get_object(Bucket="bucket", Key="c", **parameters(KEY)))
     assert await run(got["Body"].read) == b"data"
+
+
+async def test_versions_have_keys_of_their_own(world: World) -> None:
+    client = world.client()
+    enabled = {"Status": "Enabled"}
+    await run(lambda: client.put_bucket_versioning(Bucket="bucket", VersioningConfiguration=enabled))
+    made = {}
+    for key, body in ((KEY, b"one"), (OTHER, b"two"), (None, b"three")):
+        new = {"Bucket": "bucket", "Key": "k", "Body": body, **(parameters(key) if key else {})}
+        answer = await run(lambda new=new: client.put_object(**new))
+        made[body] = (answer["VersionId"], key)
+    for body, (version, key) in made.items():
+        for tried in (KEY, OTHER, None):
+            extra = parameters(tried) if tried else {}
+            which = {"Bucket": "bucket", "Key": "k", "VersionId": version, **extra}
+            if tried == key:
+                got = await run(lambda which=which: client.get_object(**which))
+                assert await run(got["Body"].read) == body
+            else:
+                assert (await refusal(lambda which=which: client.get_object(**which)))[0] == 400
+
+
+async def test_a_customers_key_in_a_query_is_in_no_log(world: World) -> None:
+    query = "&".join(f"{name}={quote(value, safe='')}" for name, value in customer(KEY).items())
+    assert (await call(world, "PUT", f"/bucket/k?{query}", body=b"data"))[0] == 200
+    assert (await call(world, "GET", f"/bucket/k?{query}"))[2].endswith(b"data")
+    assert (await call(world, "GET", "/bucket/k"))[0] == 400
+    for done in world.done:
+        for secret in customer(KEY).values():
+            assert secret == "AES256" or quote(secret, safe="") not in done.target
 
 
 async def test_a_form_encrypts_as_its_fields_say(world: World) -> None:

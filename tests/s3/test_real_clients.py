@@ -58,6 +58,31 @@ def read_tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_aws_cli_encrypts_with_a_customers_key(cluster: Cluster, tmp_path: Path) -> None:
+    """A small file, and one that is uploaded and read in parts."""
+    rule = "ApplyServerSideEncryptionByDefault={SSEAlgorithm=AES256},BlockedEncryptionTypes={EncryptionType=[NONE]}"
+    run(cluster, AWS, "s3", "mb", "s3://aws-sse-c")
+    set_default = ("put-bucket-encryption", "--bucket", "aws-sse-c", "--server-side-encryption-configuration")
+    run(cluster, AWS, "s3api", *set_default, f"Rules=[{{{rule}}}]")
+    key, other = tmp_path / "key", tmp_path / "other"
+    key.write_bytes(bytes(range(32)))
+    other.write_bytes(bytes(range(1, 33)))
+    with_key = ("--sse-c", "AES256", "--sse-c-key", f"fileb://{key}")
+    for name, size in (("small", 5_000), ("parts", 21 * MIB + 11)):
+        (tmp_path / name).write_bytes(data := random.Random(size).randbytes(size))
+        run(cluster, AWS, "s3", "cp", str(tmp_path / name), f"s3://aws-sse-c/{name}", *with_key)
+        run(cluster, AWS, "s3", "cp", f"s3://aws-sse-c/{name}", str(tmp_path / "read"), *with_key)
+        assert (tmp_path / "read").read_bytes() == data
+        copied = ("--sse-c-copy-source", "AES256", "--sse-c-copy-source-key", f"fileb://{key}")
+        run(cluster, AWS, "s3", "cp", f"s3://aws-sse-c/{name}", f"s3://aws-sse-c/{name}-2", *copied)
+        run(cluster, AWS, "s3", "cp", f"s3://aws-sse-c/{name}-2", str(tmp_path / "read"))
+        assert (tmp_path / "read").read_bytes() == data
+        for wrong in ((), ("--sse-c", "AES256", "--sse-c-key", f"fileb://{other}")):
+            with pytest.raises(AssertionError, match="400"):
+                run(cluster, AWS, "s3", "cp", f"s3://aws-sse-c/{name}", str(tmp_path / "read"), *wrong)
+    run(cluster, AWS, "s3", "rb", "--force", "s3://aws-sse-c")
+
+
 def test_aws_cli_copies_syncs_lists_presigns_and_removes(cluster: Cluster, tmp_path: Path) -> None:
     files = make_tree(tmp_path / "up")
     run(cluster, AWS, "s3", "mb", "s3://aws-cli")
