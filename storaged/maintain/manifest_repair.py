@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from storaged.errors import PeerError, StoragedError
+from storaged.errors import DataDamaged, PeerError, StoragedError
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import Tally
 from storaged.meta.messages import PAGES_A_CHECK
 from storaged.meta.names import RegisterName, Value
+from storaged.objects.code.history import OnUnreadable
 from storaged.objects.write.references import pages_in
 
 
@@ -34,9 +35,14 @@ class Holders(NamedTuple):
     lacking: tuple[str, ...]
 
 
-async def pages_of(context: MaintainContext, name: RegisterName, value: Value | None) -> tuple[bytes, ...]:
-    """All pages that an object, or an upload that is being completed, needs. Raises DataDamaged."""
-    return tuple(dict.fromkeys([page async for page in pages_in(context.pages, name, value)]))
+async def pages_of(
+    context: MaintainContext, name: RegisterName, value: Value | None, *, on_unreadable: OnUnreadable
+) -> tuple[bytes, ...]:
+    """All pages that an object, or an upload that is being completed, needs, as far as they can be read. Raises
+    DataDamaged.
+    """
+    found = pages_in(context.pages, name, value, on_unreadable=on_unreadable)
+    return tuple(dict.fromkeys([page async for page in found]))
 
 
 class PageRepair:
@@ -67,8 +73,9 @@ class PageRepair:
         """Copies every page that a replica lacks and another one has. Tries all; then raises the first failure
         (StoragedError, TimeoutError).
         """
-        hashes = await pages_of(self._context, name, value)
-        failure: Exception | None = None
+        unreadable: list[DataDamaged] = []
+        hashes = await pages_of(self._context, name, value, on_unreadable=unreadable.append)
+        failure: Exception | None = unreadable[0] if unreadable else None
         replicas = self._context.layouts.partition(name.partition).disks
         for page, holders in (await self._holders(replicas, hashes)).items():
             for disk in holders.lacking if holders.have else ():

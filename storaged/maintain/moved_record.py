@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from storaged.cluster.layout import Profile
+from storaged.errors import DataDamaged
 from storaged.maintain.moves import MoveAsk, apply_move
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Pages
@@ -40,23 +41,29 @@ async def body_after(
 async def _versions_after(
     pages: Pages, name: RegisterName, value: Value, moves: Sequence[Move]
 ) -> tuple[bytes, list[bytes]] | None:
-    """As ``body_after``, of an object. Blocks of older versions move, too."""
+    """As ``body_after``, of an object. Blocks of older versions move, too. Versions that can't be read stay as they
+    are.
+    """
     record, left = decode_record(value), len(moves)
     by_data: dict[bytes, list[Move]] = {}
     for one in moves:
         by_data.setdefault(one[0].data_id, []).append(one)
     changed: list[tuple[Entry, Entry]] = []
     new_pages: list[bytes] = []
-    async for entry in every_entry(pages, name, record):
-        version, before = entry.version, left
+    async for entry in every_entry(pages, name, record, on_unreadable=lambda _error: None):
+        version, applied = entry.version, 0
         parts = []
-        async for part in parts_of(pages, name, version):
-            for ask, target in by_data.get(part.data_id, ()):
-                moved = apply_move(part, ask, target)
-                if moved is not None:
-                    part, left = moved, left - 1
-            parts.append(part)
-        if left != before:
+        try:
+            async for part in parts_of(pages, name, version):
+                for ask, target in by_data.get(part.data_id, ()):
+                    moved = apply_move(part, ask, target)
+                    if moved is not None:
+                        part, applied = moved, applied + 1
+                parts.append(part)
+        except DataDamaged:
+            continue
+        if applied:
+            left -= applied
             after = await _with_parts(pages, name, version, parts)
             changed.append((entry, entry._replace(version=after)))
             new_pages += [page for page in after.pages if page not in version.pages]

@@ -239,7 +239,8 @@ class Mover:
     async def _plan(self, name: RegisterName, some: Sequence[_Planned]) -> None:
         try:
             value = (await self.context.registers.read(name)).value
-            entries = [entry async for entry in entries_of(self.context, name, value)]
+            found = entries_of(self.context, name, value, on_unreadable=lambda _error: None)
+            entries = [entry async for entry in found]
             self._parts_read += len(entries)
             countries = self.buckets.countries_of(name.scope)
         except BucketUnverified as error:

@@ -323,8 +323,8 @@ class Repair:
                 self._context.log(f"{len(refused)} fragments in the way of repair stay, the first: {refused[0]}")
 
     async def _slices(self, name: RegisterName, value: Value | None) -> AsyncIterator[list[BlockHealth]]:
-        """Consecutive blocks of one run each, as they are now."""
-        async for entry in entries_of(self._context, name, value):
+        """Consecutive blocks of one run each, as they are now, of all versions that can be read."""
+        async for entry in entries_of(self._context, name, value, on_unreadable=lambda _error: None):
             some: list[BlockPlace] = []
             for place in self._walker.places(name, entry):
                 if some and (len(some) == BLOCKS_A_SLICE or place.run != some[0].run):
@@ -436,7 +436,7 @@ class Repair:
         rows = [(name, value)] if value is not None else []
         rows += [row async for row in upload_rows(self._context, name)] if name.table == Table.OBJECT else []
         for row, held in rows:
-            async for entry in entries_of(self._context, row, held):
+            async for entry in entries_of(self._context, row, held, on_unreadable=lambda _error: None):
                 if entry.data_id == fragment.data_id:
                     places = [place for place in self._walker.places(row, entry) if place.block == fragment.block]
                     found = found or any(fragment == its for place in places for its, _ in place.fragments)

@@ -28,6 +28,7 @@ from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import PageQuery
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.meta.store_ports import MetaStore, RowDamaged, RowRange
+from storaged.objects.code.history import OnUnreadable
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import living_upload, living_uploads
@@ -77,10 +78,14 @@ class Range(NamedTuple):
         return RegisterName(self.table, self.scope, self.shard, b"").pack()
 
 
-async def entries_of(context: MaintainContext, name: RegisterName, value: Value | None) -> AsyncIterator[PartEntry]:
-    """The parts that a register of objects or parts refers to, those in manifest pages included. Raises DataDamaged."""
+async def entries_of(
+    context: MaintainContext, name: RegisterName, value: Value | None, *, on_unreadable: OnUnreadable | None = None
+) -> AsyncIterator[PartEntry]:
+    """The parts that a register of objects or parts refers to, those in manifest pages included. ``on_unreadable``: as
+    in ``parts_in``. Raises DataDamaged.
+    """
     if value is not None and value.visibility != Visibility.TOMBSTONE and name.table in (Table.OBJECT, Table.PART):
-        async for entry in parts_in(context.pages, name, value.body, name.table):
+        async for entry in parts_in(context.pages, name, value.body, name.table, on_unreadable=on_unreadable):
             yield entry
 
 
@@ -231,9 +236,10 @@ class Walker:
         for name, value in rows:
             tally, coded = Tally(name.pack()), False
             try:
-                if hashes := await pages_of(self._context, name, value):
+                note = partial(self._note_unreadable, name, tally)
+                if hashes := await pages_of(self._context, name, value, on_unreadable=note):
                     paged.append(PagesOf(tally, name.partition, hashes))
-                async for entry in entries_of(self._context, name, value):
+                async for entry in entries_of(self._context, name, value, on_unreadable=note):
                     coded = coded or not entry.small
                     for place in self.places(name, entry):
                         batch.append((tally, place))
@@ -241,8 +247,7 @@ class Walker:
                             await self._judge_blocks(batch)
                             batch = []
             except DataDamaged as error:
-                self._context.log(f"the record of {name.key[:80]!r} cannot be read: {error}")
-                tally.add_unreadable_record()
+                self._note_unreadable(name, tally, error)
             except (KeyError, ValueError, StoragedError) as error:
                 self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
             tallies.append(tally)
@@ -250,6 +255,11 @@ class Walker:
         await self._judge_blocks(batch)
         await self.pages.judge(paged)
         return [finding for tally in tallies if (finding := tally.finding()) is not None]
+
+    def _note_unreadable(self, name: RegisterName, tally: Tally, error: DataDamaged) -> None:
+        """The record, or a page of it; its other versions are judged."""
+        self._context.log(f"the record of {name.key[:80]!r} cannot be read: {error}")
+        tally.add_unreadable_record()
 
     def places(self, name: RegisterName, entry: PartEntry) -> Iterable[BlockPlace]:
         """The blocks of a part and their disks. Raises KeyError for a bucket or an epoch that is not known here,

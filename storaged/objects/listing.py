@@ -18,7 +18,8 @@ from storaged.meta.names import RegisterName, Table, object_name
 from storaged.meta.ports import HeadPage, ListPage, PageQuery
 from storaged.meta.storage.scan import list_after_prefix
 from storaged.objects.bucket_keys import BucketKeys
-from storaged.objects.code.history import NULL_NAME, Entry, every_entry, find_entry, newest_in, required_name
+from storaged.objects.code.history import Entry, every_entry, find_entry, newest_in
+from storaged.objects.code.version_names import NULL_NAME, required_name
 from storaged.objects.code.versions import Place, decode_record, open_listing
 from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane

@@ -24,19 +24,17 @@ versioning is true here.
 
 from __future__ import annotations
 
-import base64
 import itertools
-import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from storaged.errors import DataDamaged, InvalidArgument
+from storaged.errors import DataDamaged
 from storaged.hashes import page_hash
-from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
+from storaged.objects.code.version_names import NULL_NAME, VersionName, version_name
 from storaged.objects.records import (
     NULL_VERSION,
     History,
@@ -52,8 +50,6 @@ from storaged.wire import decode, encode
 
 T = TypeVar("T")
 
-ORDINAL_BYTES = 8
-_NAME = re.compile(f"[A-Za-z0-9_-]{{{(ORDINAL_BYTES + DATA_ID_BYTES) * 4 // 3}}}")
 LEVELS_MAX = 8
 """More is damage: with the bounds below, eight levels hold more versions than a register has sequences."""
 
@@ -93,41 +89,6 @@ class Entry(NamedTuple):
 
 _UNVERSIONED = Kept(0)
 """Of the null version of a record without history."""
-
-
-def version_name(kept: Kept, version: Version) -> str:
-    """``null``, or 32 characters: URL-safe base64 of the ordinal (u64) and the context id."""
-    if version.version_id == NULL_VERSION:
-        return NULL_VERSION
-    return base64.urlsafe_b64encode(kept.ordinal.to_bytes(ORDINAL_BYTES, "big") + version.context_id).decode()
-
-
-class VersionName(NamedTuple):
-    """A version id, parsed. Both are empty for the null version."""
-
-    ordinal: int
-    context_id: bytes
-
-
-NULL_NAME = VersionName(-1, b"")
-
-
-def required_name(text: str) -> VersionName:
-    """Raises InvalidArgument for what no version id can be."""
-    name = parse_name(text)
-    if name is None:
-        raise InvalidArgument("Invalid version id specified", ArgumentName="versionId", ArgumentValue=text)
-    return name
-
-
-def parse_name(text: str) -> VersionName | None:
-    """None for what no version id can be."""
-    if text == NULL_VERSION:
-        return NULL_NAME
-    if not _NAME.fullmatch(text):
-        return None
-    raw = base64.urlsafe_b64decode(text)
-    return VersionName(int.from_bytes(raw[:ORDINAL_BYTES], "big"), raw[ORDINAL_BYTES:])
 
 
 def entries_in(record: ObjectRecord) -> list[Entry]:
@@ -181,21 +142,35 @@ async def read_page(pages: Pages, near: RegisterName, ref: PageRef) -> VersionsP
     return decode_page(await pages.get_page(near, ref.hash), ref)
 
 
+OnUnreadable = Callable[[DataDamaged], None]
+"""Called for a page that can't be read, which is left out. Where there is none, DataDamaged is raised."""
+
+
 async def every_entry(
-    pages: Pages, near: RegisterName, record: ObjectRecord, *, below: int | None = None
+    pages: Pages,
+    near: RegisterName,
+    record: ObjectRecord,
+    *,
+    below: int | None = None,
+    on_unreadable: OnUnreadable | None = None,
 ) -> AsyncIterator[Entry]:
     """All versions of a key, newest first; those with an ordinal less than ``below``. Raises DataDamaged."""
     for entry in entries_in(record):
         if below is None or entry.ordinal < below:
             yield entry
-    async for _, page in every_page(pages, near, record, below=below):
+    async for _, page in every_page(pages, near, record, below=below, on_unreadable=on_unreadable):
         for entry in entries_on(page):
             if below is None or entry.ordinal < below:
                 yield entry
 
 
 async def every_page(
-    pages: Pages, near: RegisterName, record: ObjectRecord, *, below: int | None = None
+    pages: Pages,
+    near: RegisterName,
+    record: ObjectRecord,
+    *,
+    below: int | None = None,
+    on_unreadable: OnUnreadable | None = None,
 ) -> AsyncIterator[tuple[bytes, VersionsPage]]:
     """(hash, page) of all pages with older versions, branches before what they refer to. ``below``: only those that
     have versions with ordinals less than this. Raises DataDamaged.
@@ -209,7 +184,14 @@ async def every_page(
         if below is not None and ref.oldest >= below:
             lowest = ref.oldest
             continue
-        page = await read_page(pages, near, ref)
+        try:
+            page = await read_page(pages, near, ref)
+        except DataDamaged as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(error)
+            lowest = ref.oldest
+            continue
         yield ref.hash, page
         if page.refs:
             waiting += reversed(page.refs)

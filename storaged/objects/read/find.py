@@ -14,7 +14,8 @@ from storaged.errors import MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import Reading
 from storaged.objects.cache.opened_records import OpenedRecord
-from storaged.objects.code.history import Entry, find_entry, newest_in, required_name
+from storaged.objects.code.history import Entry, find_entry, newest_in
+from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey

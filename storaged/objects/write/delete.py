@@ -11,7 +11,8 @@ from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import object_name
 from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
-from storaged.objects.code.history import Draft, Entry, required_name
+from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import OpenedVersion, Place, open_version, seal_listing, seal_meta
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.access import Acl

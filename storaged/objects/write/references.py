@@ -28,7 +28,7 @@ import msgspec
 from storaged.errors import DataDamaged, NoSuchBucket
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Pages, Registers, Scanner
-from storaged.objects.code.history import every_entry, every_page
+from storaged.objects.code.history import OnUnreadable, every_entry, every_page
 from storaged.objects.code.manifest import PAGES_MAX, checked, parts_of
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import PartEntry, PartRecord, UploadRecord, Version, decode_object, decode_version
@@ -45,7 +45,9 @@ def is_readable(record: bytes, table: int) -> bool:
     return True
 
 
-async def versions_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[Version]:
+async def versions_in(
+    pages: Pages, near: RegisterName, record: bytes, table: int, *, on_unreadable: OnUnreadable | None = None
+) -> AsyncIterator[Version]:
     """All versions in a record of the OBJECT or UPLOAD table, those on pages of older versions included. Each may have
     a manifest of pages. ``near``: the object's register. Raises DataDamaged.
     """
@@ -53,7 +55,7 @@ async def versions_in(pages: Pages, near: RegisterName, record: bytes, table: in
         return
     try:
         if table == Table.OBJECT:
-            async for entry in every_entry(pages, near, decode_object(record)):
+            async for entry in every_entry(pages, near, decode_object(record), on_unreadable=on_unreadable):
                 yield entry.version
         elif table == Table.UPLOAD:
             upload = decode(record, UploadRecord)
@@ -63,22 +65,37 @@ async def versions_in(pages: Pages, near: RegisterName, record: bytes, table: in
         raise DataDamaged(f"A record cannot be read: {error}") from None
 
 
-async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[PartEntry]:
+async def parts_in(
+    pages: Pages, near: RegisterName, record: bytes, table: int, *, on_unreadable: OnUnreadable | None = None
+) -> AsyncIterator[PartEntry]:
     """All parts that a record refers to, including those on pages of manifests and of older versions. ``near``: the
     object's register. Raises DataDamaged.
+
+    ``on_unreadable``: what can be read is enough. So repair keeps all other versions of a key that has lost a page.
+    Whoever deletes must not pass it: a page that can't be read now may refer to the data.
     """
     if table == Table.PART and record:
         try:
             yield checked(decode(record, PartRecord).entry)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"A record cannot be read: {error}") from None
-    async for version in versions_in(pages, near, record, table):
-        async for part in parts_of(pages, near, version):
-            yield part
+    async for version in versions_in(pages, near, record, table, on_unreadable=on_unreadable):
+        try:
+            async for part in parts_of(pages, near, version):
+                yield part
+        except DataDamaged as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(error)
 
 
 async def pages_in(
-    pages: Pages, name: RegisterName, value: Value | None, *, complete: bool = False
+    pages: Pages,
+    name: RegisterName,
+    value: Value | None,
+    *,
+    complete: bool = False,
+    on_unreadable: OnUnreadable | None = None,
 ) -> AsyncIterator[bytes]:
     """The hashes of all pages that a register of objects or uploads needs: those of older versions, and those of the
     manifests of all versions; of each manifest at most as many as one can have. Raises DataDamaged, if ``complete``
@@ -87,9 +104,9 @@ async def pages_in(
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return
     if name.table == Table.OBJECT:
-        async for page_hash, _ in every_page(pages, name, decode_record(value)):
+        async for page_hash, _ in every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):
             yield page_hash
-    async for version in versions_in(pages, name, value.body, name.table):
+    async for version in versions_in(pages, name, value.body, name.table, on_unreadable=on_unreadable):
         if complete and version.manifest and version.manifest not in version.pages:
             raise DataDamaged(f"The record of {name.key[:80]!r} does not list its pages.")
         for page_hash in version.pages[:PAGES_MAX]:

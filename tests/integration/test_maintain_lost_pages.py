@@ -1,0 +1,140 @@
+"""A page of older versions that no disk has any more costs the versions on it, and no others: these are repaired and
+moved as before, and so are their pages."""
+
+from __future__ import annotations
+
+import pytest
+
+from storaged.errors import DataDamaged
+from storaged.fragments.ports import REPLACED, Retirement
+from storaged.maintain.context import MaintainLimits
+from storaged.meta.names import Table
+from storaged.objects.code.history import entries_on, every_page
+from storaged.objects.code.versions import decode_record
+from storaged.objects.records import PartEntry
+from storaged.objects.write import versioned
+from storaged.objects.write.references import pages_in, parts_in
+from tests.integration.memory_cluster import Cluster, run
+from tests.integration.test_maintain_versions import FEW, ORPHAN_S, Kept, collect, on_disks, sweep, sweep_pages
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versioned, "BOUNDS", FEW)
+
+
+class WithLostPage(Kept):
+    """``left``: the parts of the versions that do not lie on the page that is lost."""
+
+    async def lose_page(self) -> None:
+        """The newest leaf goes, from all disks."""
+        pages = every_page(self.cluster.gateway.ring, self.name, decode_record(await self.value()))
+        page_hash, page = await anext(pages)
+        await pages.aclose()
+        gone = entries_on(page)
+        parts = {part.data_id for entry in gone for part in entry.version.parts}
+        self.left: list[PartEntry] = [part for part in await self.parts() if part.data_id not in parts]
+        for entry in gone:
+            del self.datas[entry.name]
+        for disk in self.cluster.layouts.current.disk_by_id:
+            if page_hash in self.cluster.pages(disk):
+                self.cluster.meta(disk).damage_page(page_hash)
+
+    async def check(self) -> None:
+        """Every version that is left reads as it was written."""
+        for version_id, data in self.datas.items():
+            stream = await self.cluster.objects.get(self.bucket, b"key", version_id=version_id)
+            assert b"".join([bytes(piece) async for piece in stream.chunks()]) == data, version_id
+
+
+async def made(cluster: Cluster) -> WithLostPage:
+    kept = WithLostPage(cluster)
+    await kept.make()
+    cluster.maintain()
+    await cluster.settled()
+    await kept.lose_page()
+    return kept
+
+
+def test_versions_on_other_pages_than_a_lost_one_are_rebuilt() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        lost = set()
+        for part in kept.left:
+            if not part.inline:
+                place = (await cluster.fragments(part.data_id))[0]
+                await cluster.store(place[0]).delete([place[1]])
+                lost.add(place)
+        assert len(lost) >= 5
+        for node in cluster.nodes.values():
+            node.maintenance.check.request_walk()
+        await cluster.settled()
+        assert lost <= set(await cluster.fragments())
+        await kept.check()
+
+    run(scenario)
+
+
+def test_versions_on_other_pages_than_a_lost_one_are_recoded_without_the_disks_that_are_away() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        await cluster.kill("nc")
+        await cluster.pass_s(MaintainLimits().recode_delay_s + 60)
+        await cluster.settled()
+        left = {part.data_id for part in kept.left if part.size > 50_000}
+        assert len(left) >= 5
+        found = await readable_parts(kept)
+        profiles = {(run.k, run.m) for part in found if part.data_id in left for run in part.runs}
+        assert (4, 2) not in profiles
+        await kept.check()
+
+    run(scenario)
+
+
+def test_pages_of_versions_on_other_pages_than_a_lost_one_are_copied() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        pages = [
+            page
+            async for page in pages_in(
+                cluster.gateway.ring, kept.name, await kept.value(), on_unreadable=lambda _error: None
+            )
+        ]
+        disks = cluster.layouts.partition(kept.name.partition).present
+        whole = [page for page in pages if all(page in cluster.pages(disk) for disk in disks)]
+        assert len(whole) >= 3
+        for number, page in enumerate(whole):
+            cluster.meta(disks[number % 3]).damage_page(page)
+        for node in cluster.nodes.values():
+            node.maintenance.check.request_walk()
+        await cluster.settled()
+        for disk in disks:
+            assert set(whole) <= set(cluster.pages(disk))
+        await kept.check()
+
+    run(scenario)
+
+
+def test_what_a_lost_page_may_refer_to_is_not_deleted() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        before = await cluster.fragments()
+        pages = on_disks(cluster)
+        await cluster.leap(ORPHAN_S + 60)
+        for disk, fragment in before:
+            await cluster.store(disk).retire([Retirement(fragment.data_id, kept.name.pack(), 0, REPLACED)])
+        await sweep(cluster)
+        assert await collect(cluster) == 0
+        await sweep_pages(cluster)
+        assert await cluster.fragments() == before
+        assert on_disks(cluster) == pages
+        with pytest.raises(DataDamaged):
+            await kept.parts()
+
+    run(scenario)
+
+
+async def readable_parts(kept: Kept) -> list[PartEntry]:
+    ring, value = kept.cluster.gateway.ring, await kept.value()
+    found = parts_in(ring, kept.name, value.body, Table.OBJECT, on_unreadable=lambda _error: None)
+    return [part async for part in found]
