@@ -19,7 +19,7 @@ from storaged.meta.ports import HeadPage, ListPage, PageQuery
 from storaged.meta.storage.scan import list_after_prefix
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Entry, every_entry, find_entry, newest_in
-from storaged.objects.code.version_names import NULL_NAME, required_name
+from storaged.objects.code.version_names import NULL_NAME, place_name, required_name
 from storaged.objects.code.versions import Place, decode_record, open_listing
 from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
@@ -214,8 +214,9 @@ ROWS_A_READ = 100
 
 
 async def _ordinal_of(plane: ObjectPlane, name: RegisterName, record: ObjectRecord, version_id: str) -> int:
-    """Of the version after which a page begins. That version may have been deleted meanwhile; so may the null version,
-    whose id does not tell its ordinal: then the page begins with the next key.
+    """Of the version after which a page begins. That version may have been deleted meanwhile. ``null``, which a page
+    has only when all of its key's versions are listed, does not tell an ordinal: without a null version the page begins
+    with the next key.
     """
     wanted = required_name(version_id)
     if wanted != NULL_NAME:
@@ -236,6 +237,7 @@ class _VersionsPage:
         self._prefixes: list[bytes] = []
         self._cut = False
         """The last key has more versions."""
+        self._cut_at = ""
 
     @property
     def left(self) -> int:
@@ -275,6 +277,7 @@ class _VersionsPage:
             if self.left <= 0:
                 self._cut = True
                 return
+            self._cut_at = place_name(entry.kept, entry.version)
             latest = entry.ordinal == newest.ordinal
             self._versions.append(await _listed(self._keys, self._bucket, key, entry, latest=latest))
 
@@ -286,7 +289,7 @@ class _VersionsPage:
                 self._versions,
                 self._prefixes,
                 last.key if last is not None else start,
-                last.version_id if last is not None else "",
+                self._cut_at,
             )
         return VersionListing(self._versions, self._prefixes, start)
 

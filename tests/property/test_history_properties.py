@@ -14,7 +14,6 @@ from storaged.errors import DataDamaged
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table
 from storaged.objects.code.history import (
-    NULL_NAME,
     Bounds,
     Draft,
     Entry,
@@ -22,10 +21,9 @@ from storaged.objects.code.history import (
     Shelf,
     every_entry,
     every_page,
-    parse_name,
     read_page,
-    version_name,
 )
+from storaged.objects.code.version_names import NULL_NAME, parse_name, version_name
 from storaged.objects.code.versions import EMPTY
 from storaged.objects.records import (
     NAMED_VERSION,

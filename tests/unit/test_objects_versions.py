@@ -367,3 +367,34 @@ async def test_versions_are_listed_with_prefixes_and_markers_anywhere() -> None:
     page = await made.objects.list_versions(made.bucket, after=key, after_version=version_id)
     assert [(one.key, one.version_id) for one in page.versions] == wanted[8:], "a marker that was deleted is a place"
     await made.objects.close()
+
+
+async def test_a_page_goes_on_after_the_null_version_that_was_deleted_meanwhile() -> None:
+    """A tool that empties a bucket lists a page, deletes what is on it, and asks for the next one."""
+    made = Made(ENABLED)
+    for _ in range(5):
+        await made.put(b"named")
+    made.set(SUSPENDED)
+    await made.put(b"null")
+    made.set(ENABLED)
+    await made.put(b"named")
+    for limit in (1, 2, 3):
+        deleted = []
+        after, version_id = b"", ""
+        while True:
+            page = await made.objects.list_versions(made.bucket, after=after, after_version=version_id, limit=limit)
+            for one in page.versions:
+                await made.objects.delete(made.bucket, one.key, version_id=one.version_id)
+                deleted.append(one.version_id)
+            if page.next_after is None:
+                break
+            after, version_id = page.next_after, page.next_version
+        assert await made.versions() == []
+        assert len(deleted) == 7
+        for _ in range(5):
+            await made.put(b"named")
+        made.set(SUSPENDED)
+        await made.put(b"null")
+        made.set(ENABLED)
+        await made.put(b"named")
+    await made.objects.close()

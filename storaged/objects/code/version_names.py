@@ -18,6 +18,13 @@ def version_name(kept: Kept, version: Version) -> str:
     """``null``, or 32 characters: URL-safe base64 of the ordinal (u64) and the context id."""
     if version.version_id == NULL_VERSION:
         return NULL_VERSION
+    return place_name(kept, version)
+
+
+def place_name(kept: Kept, version: Version) -> str:
+    """As the id of a version that is not the null version. As a marker it names the place of the null version, too:
+    ``null`` would name none once that is deleted.
+    """
     return base64.urlsafe_b64encode(kept.ordinal.to_bytes(ORDINAL_BYTES, "big") + version.context_id).decode()
 
 
