@@ -393,6 +393,7 @@ class Wiped(Part):
             node = self.world.nodes["n" + disk[1:]]
             if node.up:
                 node.crash()
+            self.scenario.lost_copies.update(node.payloads.synced)
             node.blank_disk()
             self.fault(f"the disk of {node.name} is lost")
 

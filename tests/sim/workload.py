@@ -97,6 +97,8 @@ class Workload:
         lone higher ballot.
         """
         self.disks_may_be_swapped = self.disks_may_be_full = False
+        self.lost_copies: set[bytes] = set()
+        """Data ids of the small copies on the disk that was lost."""
         self.copies_may_be_lost = False
         """Small copies of an object may be lost on all disks."""
         self.small_share = 0.3
@@ -242,10 +244,10 @@ class Workload:
         return await client.change(name, update, small=small)
 
     def look_for_copies(self, data_id: bytes) -> None:
-        """What was told or confirmed has its copy on two disks, unless disks were full or swapped."""
+        """What was told or confirmed has its copy on two disks, unless disks were full or swapped, or one was lost."""
         if data_id and not self.disks_may_be_swapped and not self.disks_may_be_full:
             holders = [node.name for node in self.world.nodes.values() if data_id in node.payloads.synced]
-            if len(holders) < 2:
+            if len(holders) + (data_id in self.lost_copies) < 2:
                 self.complain(f"a small object was told of with its copy on {holders} alone")
 
     def _small_copies(self, content: bytes) -> tuple[SmallCopies | None, bytes]:
