@@ -133,6 +133,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "recode_delay_s"): _zero_or_between(10, 30 * 86_400),
     ("limits", "drop_delay_s"): _between(10, 30 * 86_400),
     ("limits", "retire_delay_s"): _between(10, 30 * 86_400),
+    ("limits", "upload_expire_s"): _between(0, 3_650 * 86_400),
     ("limits", "expunge_delay_s"): _between(3_600, 365 * 86_400),
     ("limits", "small_object_bytes_max"): _size_between(0, 64 * KIB),
     ("log", "level"): _one_of(*LOG_LEVELS),

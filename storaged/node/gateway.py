@@ -155,6 +155,7 @@ class Gateway:
         limits = ObjectLimits(
             small_sealed_bytes_max=config.limits.small_object_bytes_max,
             retire_delay_ms=int(config.limits.retire_delay_s * 1000),
+            upload_expire_ms=int(config.limits.upload_expire_s * 1000),
         )
         return ObjectPlane(
             registers=node.ring,

@@ -30,6 +30,7 @@ class Counters:
     background_dropped: int = 0
     uploads_unreadable: int = 0
     """Times that the row of an upload could not be used, and was skipped."""
+    uploads_expired: int = 0
 
 
 class Background:

@@ -93,6 +93,8 @@ class ObjectLimits:
     """The cache of opened configurations of buckets: sealed bytes."""
     upload_keep_ms: int = 86_400_000
     """The rows of a finished upload stay so long, so that a repeated Complete gets its answer."""
+    upload_expire_ms: int = 30 * 86_400_000
+    """An open upload to which nothing was added for so long is aborted; 0: never."""
 
     @property
     def small_bytes_max(self) -> int:

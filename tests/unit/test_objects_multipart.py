@@ -624,6 +624,29 @@ async def test_finished_uploads_are_forgotten_after_a_day_and_take_no_data_with_
     await objects.close()
 
 
+async def test_an_upload_expires_when_nothing_was_added_for_long() -> None:
+    world, objects, bucket = world_of()
+    expire_ms = objects.plane.limits.upload_expire_ms
+    idle, _ = await uploaded(objects, bucket, [os.urandom(3000)])
+    used, parts = await uploaded(objects, bucket, [os.urandom(3000)])
+    world.clock.wall += expire_ms // 2
+    data = os.urandom(3000)
+    more = await objects.put_part(bucket, b"key", used, 2, pieces(data), BodyChecks(len(data)))
+    world.clock.wall += expire_ms // 2 - 3_600_000
+    assert await multipart.forget_finished_uploads(objects.plane, bucket) == 0
+    assert objects.plane.counters.uploads_expired == 0, "it is due after that"
+    world.clock.wall += 2 * 3_600_000
+    assert await multipart.forget_finished_uploads(objects.plane, bucket) == 0
+    assert objects.plane.counters.uploads_expired == 1
+    await objects.plane.background.settle()
+    with pytest.raises(NoSuchUpload):
+        await objects.list_parts(bucket, b"key", idle)
+    assert any(disk.garbage for disk in world.disks.disks.values()), "its parts are given back"
+    await complete(objects, bucket, used, [*parts, CompletedPart(2, more.etag)])
+    assert (await objects.head(bucket, b"key")).size == 6000
+    await objects.close()
+
+
 async def test_references_follow_a_part_from_its_row_to_the_object() -> None:
     world, objects, bucket = world_of()
     name = object_name(bucket.id, bucket.shard_numbers, b"key")

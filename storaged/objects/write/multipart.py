@@ -392,18 +392,49 @@ def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
 
 
 async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
-    """Turns the rows of uploads that ended more than a day ago into tombstones. Returns the number of uploads. Any node
-    may run this at any time.
+    """Aborts uploads that expired, and turns the rows of uploads that ended more than a day ago into tombstones.
+    Returns the number of the latter. Any node may run this at any time.
 
     Old records get their digest keyed (``renew_digest``). A record that can't be used is counted and skipped.
     """
     forgotten = 0
     async for row in every_row(plane.scanner, PageQuery(Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True)):
         try:
-            forgotten += await _forget_finished(plane, bucket, row)
+            if await _is_expired(plane, bucket, row):
+                await _expire(plane, bucket, row)
+            else:
+                forgotten += await _forget_finished(plane, bucket, row)
         except DataDamaged as error:
             _note_unreadable(plane, bucket, row, error)
     return forgotten
+
+
+async def _is_expired(plane: ObjectPlane, bucket: BucketRecord, row: Row) -> bool:
+    """Whether an upload is open that was not used for so long that nobody will complete it: neither it nor a part of it
+    was written. Raises DataDamaged, ServiceUnavailable.
+    """
+    record, since_ms = upload_of_row(row), plane.clock.wall_ms() - plane.limits.upload_expire_ms
+    if record is None or record.state not in (OPEN, COMPLETING) or not plane.limits.upload_expire_ms:
+        return False
+    if max(record.created_ms, record.changed_ms) >= since_ms:
+        return False
+    async for part in part_rows(plane.scanner, bucket.id, record.upload_id):
+        if part.modified_ms >= since_ms:
+            return False
+    return True
+
+
+async def _expire(plane: ObjectPlane, bucket: BucketRecord, row: Row) -> None:
+    """What it has is given back, and its key is collected as others are."""
+    record = upload_of_row(row)
+    assert record is not None
+    key = row.key[: -1 - len(record.upload_id)]
+    try:
+        await abort(plane, bucket, key, upload_text(record.upload_id))
+    except NoSuchUpload:
+        return  # meanwhile it has ended
+    plane.counters.uploads_expired += 1
+    log.info("an upload expired", bucket=bucket.name, upload=upload_text(record.upload_id))
 
 
 async def _forget_finished(plane: ObjectPlane, bucket: BucketRecord, row: Row) -> bool:
