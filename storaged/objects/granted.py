@@ -59,7 +59,6 @@ class GrantedObjects:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self.small_bytes_max = objects.small_bytes_max
-        self.kms_key = objects.kms_key
 
     async def look(self, bucket: BucketRecord, key: bytes, version_id: str) -> ObjectAccess | None:
         """What a decision about access needs; None when there is no such object. The only call without a grant."""
@@ -67,6 +66,10 @@ class GrantedObjects:
             return access_of(await self._objects.head(bucket, key, version_id=version_id, customer_key=None))
         except (NoSuchKey, NoSuchVersion, MethodNotAllowed):
             return None  # the last is a delete marker: it has no content
+
+    def kms_key(self) -> str:
+        """No grant: it says nothing about a bucket."""
+        return self._objects.kms_key()
 
     # --- reading
 

@@ -15,7 +15,7 @@ from storaged.objects.api import READ, Grant, ObjectAccess
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
 from storaged.s3.auth.actions import LIST_BUCKET, Action, action_of
-from storaged.s3.auth.authorize import UNKNOWN, Context, ObjectWanted, Resource, Unknown, authorize
+from storaged.s3.auth.authorize import UNKNOWN, Context, ObjectWanted, Resource, Unknown, authorize, owns_plain
 from storaged.s3.auth.facts import Facts
 from storaged.s3.context import Front
 from storaged.s3.request import Request
@@ -52,7 +52,7 @@ def ask_of(request: Request, operation: str) -> Ask:
 def decide(front: Front, request: Request, ask: Ask, found: ObjectAccess | Unknown | None = UNKNOWN) -> Grant:
     """Raises AccessDenied, MethodNotAllowed, ObjectWanted."""
     bucket, who = ask.bucket, request.who
-    if bucket.plain and who.user_id == bucket.owner and who.access_key:
+    if owns_plain(who, bucket):
         return Grant(bucket, ask.key, ask.action.access)
     headers = request.headers if ask.headers is None else ask.headers
     facts = Facts(
@@ -110,7 +110,7 @@ def may_list(front: Front, request: Request, ask: Ask) -> bool:
 def hides_missing(front: Front, request: Request) -> bool:
     """Whether a NoSuchKey would tell the sender of a request more than it may know."""
     bucket, grant = request._bucket_record, request._grant
-    if bucket is None or grant is None or grant.key is None or (bucket.plain and request.who.user_id == bucket.owner):
+    if bucket is None or grant is None or grant.key is None or owns_plain(request.who, bucket):
         return False
     return not may_list(front, request, Ask(LIST_BUCKET, bucket, grant.key))
 

@@ -23,6 +23,7 @@ from msgspec import Struct
 from storaged.errors import InvalidArgument, InvalidRequest, NotImplemented, S3Error
 from storaged.s3 import aws_names, encryption
 from storaged.s3 import headers as h
+from storaged.s3.auth.actions import action_of
 from storaged.s3.conditions import unsupported
 from storaged.s3.context import Front, Handler
 from storaged.s3.documents import read_document
@@ -112,6 +113,11 @@ class Operation:
         """The headers that this operation accepts, and those that mean nothing to any operation."""
         taken = aws_names.honoured(self.name) | h.ORDINARY
         return taken if self.needs_bucket else taken - {_EXPECTED_OWNER}
+
+    @cached_property
+    def access(self) -> int:
+        """The calls of the object plane that it makes: see ``Grant``."""
+        return action_of(self.name).access
 
     @cached_property
     def parameters(self) -> frozenset[str]:

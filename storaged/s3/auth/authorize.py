@@ -97,12 +97,17 @@ class Context(Struct, frozen=True):
     found: ObjectAccess | Unknown | None = UNKNOWN
 
 
+def owns_plain(who: Principal, bucket: BucketRecord) -> bool:
+    """Whether this is the owner of a bucket whose configuration is plain: then nothing else decides."""
+    return bucket.plain and who.user_id == bucket.owner and bool(who.access_key)
+
+
 def authorize(who: Principal, action: Action, resource: Resource, context: Context) -> Grant:
     """Raises AccessDenied, MethodNotAllowed (the policy of another's bucket), ObjectWanted."""
     bucket = resource.bucket
-    owns = who.user_id == bucket.owner and bool(who.access_key)
-    if owns and bucket.plain:
+    if owns_plain(who, bucket):
         return Grant(bucket, resource.key, action.access)
+    owns = who.user_id == bucket.owner and bool(who.access_key)
     access = resource.configuration.derive(bucket_access)
     for name in action.needed(resource.version):
         if not _permits(who, name, action, resource, context, access, owns):
