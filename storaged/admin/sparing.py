@@ -75,6 +75,26 @@ def details(facts: SparingFacts, found: Mapping[str, Any]) -> list[tuple[str, in
     ]
 
 
+def seed_details(facts: SparingFacts, found: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """(subject, since, detail) of each SEED_DISK_OUT. ``found``: the document."""
+    layout = facts.layout
+    seeds = [seed for seed in layout.seeds if seed not in layout.seeds_lost]
+    left = [seed for seed in seeds if seed not in facts.record.disks]
+    more = len(left) - len(seeds) // 2 - 1
+    then = f"{max(more, 0)} more may fail before nothing can be changed any more"
+    return [
+        (
+            f"{entry['rack']}/{entry['node']}/{entry['disk']}",
+            entry["since"],
+            f"{entry['state']}; {len(left)} of {len(seeds)} seed disks are left, {then}. Only a signed layout replaces"
+            f" it: `storaged disk remove AUTHORITY {entry['node']} {entry['disk']}`, `storaged cluster layout"
+            " AUTHORITY`, and `storaged cluster apply` for each file that this signs",
+        )
+        for entry in found["out"]
+        if entry["disk"] in seeds and entry["back_in_s"] is None
+    ]
+
+
 def _why_not_replaced(layout: Layout, out: frozenset[str]) -> str:
     """As ``cluster.sparing.target`` decides."""
     left = {layout.domain_by_disk[disk.id] for disk in layout.disks if disk.state == "active" and disk.id not in out}

@@ -48,6 +48,7 @@ from storaged.errors import (
     ObjectsUnreadable,
     QuorumLost,
     RepairWaitsForGateway,
+    SeedDiskOut,
     StoragedError,
     SystemRecordDamaged,
 )
@@ -184,6 +185,8 @@ class Facts:
     """(subject, since, detail) of each disk that others replace."""
     filling: Mapping[str, str] = field(default_factory=dict)
     """What to tell of each disk that is nearly full."""
+    seeds_out: Sequence[tuple[str, int, str]] = ()
+    """The same of those that are seed disks, which no other disk replaces by itself."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +327,8 @@ def _problems(facts: Facts, headless: int, now_ms: int) -> Iterable[dict[str, An
         yield from _node_problems(node, facts.layout, now_ms)
     for subject, since_ms, detail in facts.disks_out:
         yield problem(DiskOut, subject, since_ms, detail)
+    for subject, since_ms, detail in facts.seeds_out:
+        yield problem(SeedDiskOut, subject, since_ms, detail)
     yield from _object_problems(facts.durability, now_ms)
     for kind, records in ((SystemRecordDamaged, facts.bad_records), (BucketNotVerified, facts.unverified_records)):
         for name, reason in records[:RECORDS_NAMED_MAX]:

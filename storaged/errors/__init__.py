@@ -36,6 +36,7 @@ from storaged.errors.conditions import (
     ObjectsUnreadable,
     QuorumLost,
     RepairWaitsForGateway,
+    SeedDiskOut,
     SystemRecordDamaged,
 )
 from storaged.errors.operator import (

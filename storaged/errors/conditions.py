@@ -79,6 +79,23 @@ class DiskOut(Condition):
     )
 
 
+class SeedDiskOut(Condition):
+    """A seed disk is out. The others have taken over its partitions, but not its part of the system partition, which
+    has the users, the buckets and where everything is: only a signed layout gives that to another disk. When one seed
+    disk too many is away, nobody can log in, and nothing can be made or changed, until one is back.
+    """
+
+    code = "SEED_DISK_OUT"
+    hint = (
+        "If it will be back soon, do nothing. Otherwise, where the authority's keys are: `storaged disk remove"
+        " AUTHORITY NODE DISK` (`storaged node remove AUTHORITY NODE` for a server), and `storaged cluster layout"
+        " AUTHORITY`. It signs layouts that bring another seed disk. Apply them on a gateway, one after the other:"
+        " `storaged cluster apply FILE`. Each rack has one seed disk at most: where no rack is left without one, add a"
+        " server in another rack first, or a disk in the same one. If a majority of the seed disks is gone for good:"
+        " `storaged cluster losses` and `storaged cluster recover`."
+    )
+
+
 class ObjectsBelowTarget(Condition):
     """Some objects have fewer fragments than the profile asks for."""
 

@@ -114,6 +114,7 @@ class Reports:
             sets_of=self._sets_of,
             disks_out=sparing.details(spared, spares),
             filling=self._filling.warnings(disks, node.clock.monotonic()),
+            seeds_out=sparing.seed_details(spared, spares),
             audit_alarms=merged(
                 [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),

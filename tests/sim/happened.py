@@ -37,6 +37,7 @@ LEAST = {
     "moving": Least(300, done=(("steps", 6),)),
     "recovering": Least(200, done=(("recovered", 1.5), ("recovered joint", 0.5), ("steps", 10))),
     "layouts": Least(120, done=(("layouts", 1.5), ("steps", 0.1))),
+    "recovering system": Least(50, done=(("layouts", 2.5), ("recovered", 0.7))),
     "object lies": Least(a_seed=20),
 }
 """Not of ``collecting``, which counts other operations, and judges its liveness by itself."""

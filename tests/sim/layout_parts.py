@@ -53,7 +53,7 @@ class LayoutPart(Part):
         elif lost or (not sound and chance.random() < 0.5):
             old = lost[0] if lost else chance.choice(before.seeds)
             try:
-                seeds = exchanged_seeds(before, old, _active(self, before))
+                seeds = exchanged_seeds(before, old, active(self, before))
             except LayoutRefused:
                 return None
             wanted = replace(before, seeds_next=seeds, seeds_step=before.seeds_step + 1)
@@ -82,7 +82,7 @@ class LayoutPart(Part):
         )
 
 
-def _active(part: LayoutPart, layout: Layout) -> Layout:
+def active(part: LayoutPart, layout: Layout) -> Layout:
     """Without the disks that are lost."""
     nodes = part.world.nodes
     return replace(layout, disks=tuple(disk for disk in layout.disks if not nodes["n" + disk.id[1:]].foreign))
@@ -104,6 +104,8 @@ class Administrators(LayoutPart):
         process = self.of.process(name)
         while True:
             await asyncio.sleep(self.chance.uniform(0, 0.2))
+            if self.of.resting:
+                continue
             limit_s = self.chance.uniform(0.02, 1.0) if self.chance.random() < 0.3 else None
             try:
                 async with asyncio.timeout(limit_s):

@@ -4,7 +4,8 @@ The program's own books of layouts, acceptors of layouts, ``SystemMove``, ``Layo
 followers of partitions and keepers, over the virtual network. ``layout_parts`` has the nemeses: two administrators who
 exchange seed disks at the same time, on gateways that die; a mover that moves other partitions through the records in
 the system partition; someone who offers layouts that nobody accepted; nodes that lose what they promised, or a gateway
-that writes the register of the layout as it likes; a disk that is lost for good.
+that writes the register of the layout as it likes; a disk that is lost for good. ``layout_haste`` has two more: rival
+layouts in the register, and exchanges that are ended before anything was copied.
 
 What must hold:
 
@@ -29,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from msgspec.structs import replace
 
 from storaged.cluster import layouts as layouts_module
-from storaged.cluster.identity import Identity
+from storaged.cluster.identity import Identity, identity_of
 from storaged.cluster.layout import Layout
 from storaged.cluster.layout_exchange import LayoutExchange, PeerLayouts
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
@@ -59,7 +60,7 @@ from tests.sim import layout_parts
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, World, make_layout
 from tests.sim.file_disk import set_aside
 from tests.sim.linear import Kind
-from tests.sim.parts import ClockJumps, HungDisks, Suspensions, Trouble
+from tests.sim.parts import ClockJumps, HungDisks, Part, Suspensions, Trouble
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts, Workload
@@ -159,7 +160,8 @@ class Process(Gateway):
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(self.chance.uniform(0.05, 0.3))
-            await self.keeper.once()
+            if not self.play.resting:
+                await self.keeper.once()
 
     async def _ping(self) -> None:
         """As heartbeats do: the newer layouts are passed on, and who has read fewer records is told."""
@@ -226,6 +228,7 @@ class LayoutPlay(Scenario):
         self.authority_world = Authority(Path(world.files()) / "authority", CLUSTER)
         self.authority = self.authority_world.authority
         self._identities: dict[str, Identity] = {}
+        self._names: dict[bytes, str] = {}
         self.by_hash: dict[bytes, Layout] = {}
         """All that were ever signed."""
         self.layout = replace(make_layout(1, FIRST_SEEDS), profile="2+1")
@@ -237,6 +240,11 @@ class LayoutPlay(Scenario):
         not judged then.
         """
         self.processes: list[Process] = []
+        self.operations = OPERATIONS
+        self.calm = False
+        """No node, disk or gateway fails but by the parts of this play."""
+        self.resting = False
+        """No gateway copies, and no other administrator does anything."""
         Node.play = self
 
     # --- identities, layouts
@@ -286,11 +294,30 @@ class LayoutPlay(Scenario):
         signed = book.signed(layout.epoch)
         if is_numbered_as_moving(layout) and not signed.certificate:
             self.complain(f"{name} uses layout {layout.epoch} without a certificate")
+        if signed.certificate and not self.is_certified(signed, layout):
+            self.complain(f"{name} uses layout {layout.epoch}, which too few have accepted")
         line = self.line_of(signed.hash)
         shorter, longer = sorted((line, self.line), key=len)
         if longer[: len(shorter)] != shorter:
             self.complain(f"{name} uses layout {layout.epoch}, which is not of the history that others have")
         self.line = longer
+
+    def is_certified(self, signed: SignedLayout, layout: Layout) -> bool:
+        """Counted here again, apart from the program: a majority of each set of seed disks."""
+        before = self.by_hash[layout.predecessor]
+        names = {self.name_of(acceptance.certificate) for acceptance in signed.certificate}
+        if layout.seeds_recovered == layout.epoch:
+            return {"n" + disk[1:] for disk in (*before.seeds, *before.seeds_next) if disk not in layout.lost} <= names
+        for seeds in filter(None, (before.seeds, before.seeds_next)):
+            left = ["n" + disk[1:] for disk in seeds if disk not in before.seeds_lost]
+            if 2 * len(names.intersection(left)) <= len(left):
+                return False
+        return True
+
+    def name_of(self, certificate: bytes) -> str:
+        if certificate not in self._names:
+            self._names[certificate] = identity_of(certificate).name
+        return self._names[certificate]
 
     def line_of(self, hash_: bytes) -> list[bytes]:
         """The layouts that move data on the way to this one, which the first one begins."""
@@ -304,13 +331,20 @@ class LayoutPlay(Scenario):
 
     # --- the run
 
+    def part_kinds(self) -> tuple[type[Part], ...]:
+        from tests.sim.layout_haste import HASTY_PARTS
+
+        return (*layout_parts.PARTS, *HASTY_PARTS)
+
     def join_parts(self) -> None:
-        kinds = (*layout_parts.PARTS, Trouble, HungDisks, Suspensions, ClockJumps)
+        kinds = (*self.part_kinds(), Trouble, HungDisks, Suspensions, ClockJumps)
         for kind in kinds:
             chance = random.Random(f"{kind.__name__} {self.found.seed}")
+            if self.calm and kind not in self.part_kinds():
+                continue
             if kind is Trouble or kind.joins(self, chance):
                 part = kind(self, chance)
-                if kind in layout_parts.PARTS:
+                if kind in self.part_kinds():
                     self.parts.append(part)
                 else:
                     self.parts.insert(0, part)
@@ -332,7 +366,9 @@ class LayoutPlay(Scenario):
         """They have learnt it by themselves."""
 
     async def worker(self, gateway: Gateway) -> None:
-        for _ in range(OPERATIONS):
+        done = 0
+        while done < self.operations:
+            done += 1
             await asyncio.sleep(self.random.uniform(0, 0.12))
             await self.operate(gateway, self.random.choices(tuple(Kind), (35, 25, 25, 15))[0], self._choose_key())
 

@@ -13,7 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
-from storaged.admin.sparing import SparingFacts, details, document
+from storaged.admin.sparing import SparingFacts, details, document, seed_details
+from storaged.admin.status import Facts, judge
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.layout import PARTITIONS, Layout, RevokedCertificate, Sparing
 from storaged.cluster.partitions import is_settled
@@ -147,6 +148,24 @@ def test_status_says_what_is_out_what_others_have_taken_over_and_what_is_waited_
     for _, _, detail in details(found, document(found)):
         assert "a partition needs 3 racks, 2 are left" in detail
         assert "stop when one more rack fails" in detail
+
+
+def test_status_says_what_to_type_for_a_seed_disk_that_is_out() -> None:
+    record = DisksOut(1, (OutDisk("d1a", 5, UNREACHABLE), OutDisk("d4a", 6, UNREACHABLE)), ())
+
+    def said(layout: Layout, seen: dict[str, Opinion]) -> list[tuple[str, int, str]]:
+        facts = SparingFacts(layout, target(layout, record.disks), record, seen, [])
+        return seed_details(facts, document(facts))
+
+    ((subject, since, detail),) = said(four(), {})
+    assert (subject, since) == ("FR/par1/n1/n1/d1a", 5), "d4a is none"
+    assert "2 of 3 seed disks are left, 0 more may fail" in detail
+    assert "`storaged disk remove AUTHORITY n1 d1a`, `storaged cluster layout AUTHORITY`" in detail
+    assert said(four(), {"d1a": Opinion("d1a", "", 60)}) == [], "it is back"
+    lost = replace(four(), seeds_lost=("d1a",))
+    assert said(lost, {}) == [], "it is lost for good, and counts no more"
+    found = judge(Facts(four(), [], "2+1", seeds_out=said(four(), {})), 10)
+    assert [entry["detail"] for entry in found["problems"] if entry["code"] == "SEED_DISK_OUT"] == [detail]
 
 
 def test_status_says_that_too_few_operators_or_racks_that_are_not_drained_are_left() -> None:
