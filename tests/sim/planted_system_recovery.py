@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.sim.planted import Planted
 
 _ACCEPTING = "storaged/node/accepting.py"
-_ADMISSION = "storaged/node/admission.py"
+_OPENER = "storaged/node/opener.py"
 _CERTIFICATES = "storaged/cluster/certificates.py"
 _EXCHANGE = "storaged/node/ledger_exchange.py"
 _LAYOUTS = "storaged/cluster/layouts.py"
@@ -29,8 +29,8 @@ SYSTEM_RECOVERY_BUGS = (
         "a disk that is lost for good takes part when it comes back",
         10,
         "recovering system",
-        _ADMISSION,
-        "    if disk.lost:\n",
+        _OPENER,
+        "    if disk in layout.lost:\n",
         "    if False:\n",
     ),
     Planted(

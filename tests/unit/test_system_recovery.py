@@ -68,7 +68,7 @@ def test_what_a_majority_of_the_whole_set_had_is_found_by_every_quorum_that_is_l
     for disk in left:
         assert not view.quorum.met([other for other in left if other != disk])
     assert view.quorum.met(left)
-    assert [view.position_of(disk) for disk in left] == [SEVEN.index(disk) for disk in left]
+    assert dict(zip(view.quorum.disks, view.positions, strict=True)) == {disk: SEVEN.index(disk) for disk in left}
 
 
 # --- which layout recovers
