@@ -137,20 +137,23 @@ class PageSweep:
     async def _named(self, store: MetaStore, owner: RegisterName) -> frozenset[bytes] | None:
         """None: a page that the record needs can't be read now, so it can't be told which others it needs."""
         slot = await store.read(partial(store.get, owner))
-        if slot is None:
-            return frozenset()
+        return await self._named_by(store, owner, slot.value) if slot is not None else frozenset()
+
+    async def _named_by(self, store: MetaStore, name: RegisterName, value: Value) -> frozenset[bytes] | None:
+        """As ``_named``."""
         try:
-            return await self._pages_of_value(store, owner, slot.value)
+            return await self._pages_of_value(store, name, value)
         except DataDamaged as error:
-            self._context.log(f"pages of {owner.key[:80]!r} are not looked at: {error}")
+            self._context.log(f"pages of {name.key[:80]!r} are not looked at: {error}")
             return None
 
     async def _find_owners(self, store: MetaStore, pages: _Pages) -> None:
         """Gives those of the pages an owner that a row of the disk names, rows of former layouts included, and takes
-        them out of ``pages``.
+        them out of ``pages``; all of them, when it can't be told what some row names.
         """
         if not pages:
             return
+        unreadable = False
         for table, scope, shard in await store.read(store.scopes):
             if table not in (Table.OBJECT, Table.UPLOAD):
                 continue
@@ -158,9 +161,13 @@ class PageSweep:
                 for key, row in rows:
                     name = RegisterName(table, scope, shard, key)
                     owner = object_of_upload(name) if table == Table.UPLOAD else name
-                    for page in await self._pages_of_value(store, name, unpack_row(name, row).value):
+                    named = await self._named_by(store, name, unpack_row(name, row).value)
+                    unreadable = unreadable or named is None
+                    for page in named or ():
                         if page in pages:
                             await _set_owner(store, page, pages.pop(page), owner)
+        if unreadable:
+            pages.clear()
 
     async def _pages_of_value(self, store: MetaStore, name: RegisterName, value: Value) -> frozenset[bytes]:
         """All pages that a value needs; those that the disk lacks are read from others. Raises DataDamaged."""

@@ -289,6 +289,10 @@ class MemoryMetaStore:
         page = self._pages[page_hash]
         self._pages[page_hash] = page._replace(body=page.body[:-1] + bytes([page.body[-1] ^ 1]))
 
+    def forget_page_owner(self, page_hash: bytes) -> None:
+        """As of a page that a storage node copied here."""
+        self._pages[page_hash] = self._pages[page_hash]._replace(owner=b"")
+
     async def read(self, call: Callable[[], T]) -> T:
         return call()
 
