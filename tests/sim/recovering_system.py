@@ -218,6 +218,18 @@ class RecoveryPlay(LayoutPlay):
         """A new cluster begins when all its nodes are there."""
         while not all(cast(LedgerNode, node).takes_part for node in self.world.nodes.values()):  # noqa: ASYNC110
             await asyncio.sleep(LOOK_S)
+        await self.judge_rash(self.process("r0"))
+
+    async def judge_rash(self, process: Process) -> None:
+        """Somebody calls living seed disks lost, and his gateway asks the nodes in spite of that."""
+        before = process.book.current
+        for lost in combinations(before.seeds, 2):
+            signed = self.sign_recovery(process, lost)
+            assert signed is not None
+            (left,) = set(before.seeds) - set(lost)
+            with contextlib.suppress(StoragedError):
+                await process.caller.call(before.node_of(left), "cluster.accept", signed, AcceptAnswer, timeout_s=5.0)
+                self.complain(f"a node accepts that living disks {lost} are lost")
 
     def in_force(self, name: str, book: Any, layout: Layout) -> None:
         super().in_force(name, book, layout)
@@ -228,6 +240,32 @@ class RecoveryPlay(LayoutPlay):
         """A disk takes part from now on."""
         if node.disk in self.lost and self.recovered_at and node.takes_part:
             self.complain(f"lost disk {node.disk} takes part again")
+
+    def sign_recovery(self, process: Process, lost: tuple[str, ...]) -> SignedLayout | None:
+        """What an administrator signs there: nothing while the system partition has a quorum."""
+        before = process.book.current
+        step = recovered_seeds(before, lost)
+        if step is None:
+            return None
+        address = f"h:{process.name}"  # each signs another one
+        nodes = (replace(before.nodes[0], address=address), *before.nodes[1:])
+        epoch = next_epoch(before.epoch, moving=True)
+        return self.sign(
+            replace(
+                before,
+                epoch=epoch,
+                predecessor=process.book.signed(before.epoch).hash,
+                base=base_after(before),
+                nodes=nodes,
+                disks=tuple(replace(disk, state="active") for disk in before.disks if disk.id not in lost),
+                lost=(*before.lost, *(disk for disk in lost if disk not in before.lost)),
+                seeds=step.present,
+                seeds_next=step.coming,
+                seeds_step=step.step,
+                seeds_lost=step.lost,
+                seeds_recovered=epoch,
+            )
+        )
 
     # --- the history
 
@@ -347,38 +385,12 @@ class Disaster(layout_parts.LayoutPart):
 
     # --- the recovery
 
-    def _signed(self, process: Process, lost: tuple[str, ...]) -> SignedLayout | None:
-        """What an administrator signs there: nothing while the system partition has a quorum."""
-        before = process.book.current
-        step = recovered_seeds(before, lost)
-        if step is None:
-            return None
-        address = f"h:{process.name}"  # each signs another one
-        nodes = (replace(before.nodes[0], address=address), *before.nodes[1:])
-        epoch = next_epoch(before.epoch, moving=True)
-        return self.of.sign(
-            replace(
-                before,
-                epoch=epoch,
-                predecessor=process.book.signed(before.epoch).hash,
-                base=base_after(before),
-                nodes=nodes,
-                disks=tuple(replace(disk, state="active") for disk in before.disks if disk.id not in lost),
-                lost=(*before.lost, *(disk for disk in lost if disk not in before.lost)),
-                seeds=step.present,
-                seeds_next=step.coming,
-                seeds_step=step.step,
-                seeds_lost=step.lost,
-                seeds_recovered=epoch,
-            )
-        )
-
     async def _recover(self, process: Process) -> None:
         signed: SignedLayout | None = None
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not process.book.current.seeds_recovered:
-                    signed = signed or self._signed(process, self.play.lost)
+                    signed = signed or self.play.sign_recovery(process, self.play.lost)
                     if signed is None:
                         break
                     await asyncio.sleep(self.chance.uniform(0, 0.1))
@@ -433,28 +445,17 @@ class Disaster(layout_parts.LayoutPart):
     async def judge(self, reader: Gateway) -> None:
         if self.of.found.violation or not self.play.recovered_at:
             return
-        await self._judge_rash()
-        await self._judge_ledgers()
         for node in self.world.nodes.values():
             assert isinstance(node, LedgerNode)
             if node.disk in self.play.lost and node.takes_part:
                 self.of.complain(f"lost disk {node.disk} takes part at the end")
-
-    async def _judge_rash(self) -> None:
-        """Somebody calls living seed disks lost, and his gateway asks the nodes in spite of that."""
-        process = self._process("a9")
-        before = process.book.current
-        for lost in combinations(before.seeds, 2):
-            signed = self._signed(process, lost)
-            if signed is None:
-                continue
-            (left,) = set(before.seeds) - set(lost)
-            with contextlib.suppress(StoragedError):
-                await process.caller.call(before.node_of(left), "cluster.accept", signed, AcceptAnswer, timeout_s=5.0)
-                self.of.complain(f"a node accepts that living disks {lost} are lost")
+        await self._judge_ledgers()
 
     async def _judge_ledgers(self) -> None:
         """One server is away, and another one starts: as many ledgers are left as have to agree."""
+        for name in sorted(self.play.off):
+            if self.world.nodes[name].up:
+                self.world.nodes[name].crash()
         left = sorted(node.name for node in self.world.nodes.values() if node.name not in self.play.off)
         away, starts = (cast(LedgerNode, self.world.nodes[name]) for name in self.chance.sample(left, 2))
         for node in (away, starts):
