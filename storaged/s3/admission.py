@@ -113,13 +113,17 @@ def admit_request(front: Front, request: Request, operation: Operation, claim: C
     if operation.signed:
         if operation.changes and not operation.needs_bucket and not request.who.access_key:
             raise AccessDenied()
-        operation.check_headers(request.headers)
+        if request._grant is not None or not operation.needs_bucket:
+            operation.check_headers(request.headers)
 
 
 async def complete_grant(front: Front, request: Request, operation: Operation) -> None:
-    """Decides what ``admit_request`` could not. Raises as ``permit``."""
+    """Decides what ``admit_request`` could not, and only then says what is wrong with the headers. Raises as ``permit``
+    and ``Operation.check_headers``."""
     if operation.needs_bucket and request._grant is None:
         request._grant = await permit(front, request, ask_of(request, operation.name))
+        if operation.signed:
+            operation.check_headers(request.headers)
 
 
 def _missing(record: BaseException | None) -> BaseException:

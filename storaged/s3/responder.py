@@ -29,7 +29,6 @@ from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.s3 import bucket_retry, xml
 from storaged.s3.admission import admit_request, complete_grant, load_records, locate, try_records
-from storaged.s3.auth.regions import region_name
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.authorization import hides_missing
 from storaged.s3.context import Front
@@ -382,9 +381,6 @@ class Responder:
         marker_headers(error, reply.headers)
         if "Region" in error.details:
             reply.headers["x-amz-bucket-region"] = error.details["Region"]
-        elif request.operation == "HeadBucket" and request._bucket_record is not None:
-            # so that a client without access finds the region: it is what HeadBucket is asked for most often
-            reply.headers["x-amz-bucket-region"] = region_name(request._bucket_record.region)
         if error.status == 503:
             reply.headers["Retry-After"] = "1"
         return reply

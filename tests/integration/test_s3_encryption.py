@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -343,6 +344,23 @@ async def test_an_update_that_can_not_be_done_changes_nothing(
     status, code, text = await call(world, "PUT", f"{target}?encryption", body=document)
     assert (status, "KMS" if b"<Code>KMS.NotFoundException</Code>" in text else code) == answer
     assert state(world) == before
+
+
+@pytest.mark.parametrize("name", [SSE, f"{SSE}-customer-algorithm"])
+async def test_a_policy_that_wants_an_encryption_is_asked_before_the_values_are_judged(world: World, name: str) -> None:
+    """T, Ceph's s3-tests: AES192 answers 403 where a policy denies it, and 400 elsewhere."""
+    condition = {"StringNotEquals": {f"s3:{name}": "AES256"}}
+    statement = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::bucket/*"}
+    document = json.dumps({"Version": "2012-10-17", "Statement": [{**statement, "Condition": condition}]})
+    assert (await call(world, "PUT", "/bucket/k", {name: "AES192"}, b"data"))[:2] == (400, "InvalidArgument")
+    client = world.client()
+    await run(lambda: client.put_bucket_policy(Bucket="bucket", Policy=document))
+    before = state(world)
+    assert (await call(world, "PUT", "/bucket/k", {name: "AES192"}, b"data"))[:2] == (403, "AccessDenied")
+    assert (await call(world, "PUT", "/bucket/k", {}, b"data"))[:2] == (403, "AccessDenied")
+    assert state(world) == before
+    right = {SSE: "AES256"} if name == SSE else customer(KEY)
+    assert (await call(world, "PUT", "/bucket/k", right, b"data"))[0] == 200
 
 
 # --- SSE-C
