@@ -195,12 +195,17 @@ class DiskHung(OperatorError):
 
 
 class DiskReadOnly(OperatorError):
-    """The disk refused a write or a sync; it is read-only until its node is started again."""
+    """The disk refused a write or a sync, or has no room for its metadata.
+
+    After a failed write or sync it stays read-only: the kernel may have dropped what it could not write, so what the
+    disk holds counts for nothing, although it can be read. Without room it goes on by itself when there is some.
+    """
 
     code = "DISK_READ_ONLY"
     hint = (
-        "Look at the kernel log for I/O errors. Remove the cause, then restart the node; until then repair rebuilds"
-        " elsewhere what it should hold."
+        "Look at the kernel log for I/O errors, and replace the disk (`storaged disk replace`): meanwhile repair writes"
+        " elsewhere what it should hold. If the reason is want of room, free some, or raise limits.meta_map_bytes and"
+        " restart the node."
     )
 
 

@@ -91,7 +91,7 @@ class Health(IntEnum):
 
 class FragmentStat(Message, frozen=True):
     """``health``: as the index and the reads until now know it. A fragment with a cell that failed stays DAMAGED until
-    it is replaced.
+    it is replaced. So does everything on a disk whose failure lasts: it can be read, and counts for nothing.
     """
 
     id: bytes

@@ -294,7 +294,11 @@ class LocalFragmentStore:
         entry = self._engine.index.lookup(key)
         if entry is None:
             return FragmentStat(key, Health.MISSING)
-        damaged = key in self._engine.index.damage or entry.segment not in self._engine.log.segments
+        damaged = (
+            self._engine.state.lost  # a sync failed: what the page cache shows need not be on the drive
+            or key in self._engine.index.damage
+            or entry.segment not in self._engine.log.segments
+        )
         return FragmentStat(key, Health.DAMAGED if damaged else Health.OK, entry.payload_bytes, entry.created_ms)
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:

@@ -662,6 +662,44 @@ async def test_copies_without_room_end_the_records_store_until_it_is_opened_agai
     await disk.close()
 
 
+async def test_copies_without_room_are_appended_as_soon_as_there_is_some(place: Path, much_later: None) -> None:
+    disk = await LogDisk.opened(place)
+    assert disk.files is not None
+    made = [small(3000) for _ in range(4)]
+    for number, one in enumerate(made):
+        assert await accept(disk, number, one)
+    disk.files.limit = disk.files.used + 4000
+    await disk.meta.checkpoint()
+    assert disk.meta.statistics().state == "read-only"
+    disk.files.limit = 0
+    await disk.meta.checkpoint()
+    assert disk.meta.statistics().state == "ok"
+    assert await accept(disk, 4, small())
+    await all_there(disk, made)
+    disk = await reopened(disk, place)
+    await all_there(disk, made)
+    await disk.close()
+
+
+async def test_what_a_disk_holds_counts_for_nothing_once_a_sync_failed_and_can_be_read(
+    place: Path, much_later: None
+) -> None:
+    disk = await LogDisk.opened(place)
+    one = small(3000)
+    assert await accept(disk, 0, one)
+    await disk.meta.checkpoint()
+    (stat,) = await disk.fragments.stat([one.id])
+    assert stat.health == Health.OK
+    disk.fragments._engine.state.fail("fdatasync of segment 1: Input/output error")
+    (stat,) = await disk.fragments.stat([one.id])
+    assert stat.health == Health.DAMAGED
+    assert (await disk.fragments.read(one.id, 0, 10)).whole is not None
+    disk = await reopened(disk, place)
+    (stat,) = await disk.fragments.stat([one.id])
+    assert stat.health == Health.DAMAGED, "no restart ends that"
+    await disk.close()
+
+
 async def test_copies_that_a_disk_did_not_take_any_more_come_back_where_a_restart_ends_its_trouble(
     place: Path, much_later: None
 ) -> None:
