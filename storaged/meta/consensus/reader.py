@@ -15,7 +15,7 @@ replica that lies has no other row with the hash of an honest one. When all of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Final
 
 from storaged.errors import DataDamaged, ServiceUnavailable
@@ -59,6 +59,7 @@ class RowComparison:
         self.over = True
 
 
+@unique
 class ReadState(IntEnum):
     """Where a read is, and what the shell does when the state is entered."""
 
@@ -78,6 +79,7 @@ class ReadState(IntEnum):
     """``error``."""
 
 
+@unique
 class ReadEvent(IntEnum):
     """The calls that may change the state."""
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, unique
 from operator import itemgetter
 
 import xxhash
@@ -165,6 +165,7 @@ class Rules:
 RULES = Rules()
 
 
+@unique
 class Verdict(IntEnum):
     OK = 0
     PREEMPTED = 1
@@ -323,6 +324,7 @@ class Ballots:
         return Ballot(epoch, self._last, self._node, self._incarnation)
 
 
+@unique
 class Standing(IntEnum):
     """What became of the earlier attempts of a change, judged by the value that a new prepare found."""
 

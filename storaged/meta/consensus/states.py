@@ -4,10 +4,11 @@ machine."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Final
 
 
+@unique
 class State(IntEnum):
     """Where a change is, and what the shell does when the state is entered."""
 
@@ -41,6 +42,7 @@ class State(IntEnum):
     then ``refreshed``."""
 
 
+@unique
 class Event(IntEnum):
     """The calls that may change the state."""
 
