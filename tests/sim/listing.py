@@ -40,6 +40,9 @@ class Everybody:
     def disk_writable(self, disk_id: str) -> bool:
         return True
 
+    def disks_full(self) -> frozenset[str]:
+        return frozenset()
+
 
 class SeenPrefix(NamedTuple):
     """A page named it."""
