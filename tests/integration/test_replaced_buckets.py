@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from storaged.clock import SystemClock
 from storaged.errors import AccessDenied, BucketNotEmpty, NoSuchBucket, NoSuchKey, ServiceUnavailable
-from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, Principal
+from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, Grant, NewMeta, Principal
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.fenced import FENCED_MAX, FencedBuckets
 from storaged.s3 import bucket_retry
 from storaged.s3.operation import Operation
 from storaged.s3.reply import Reply
+from storaged.s3.request import NO_TARGET
 from tests.integration.memory_cluster import WHO, Cluster, Gateway, body_of, run
 
 OTHER = Principal("other", "other", "AKOTHER")
@@ -42,7 +44,7 @@ class Front:
     """What ``bucket_retry.handle`` and handlers use of the front."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self.buckets, self.objects = gateway.buckets, gateway.objects
+        self.buckets, self.objects, self.clock = gateway.buckets, gateway.objects, SystemClock()
 
 
 async def asked(gateway: Gateway, bucket: BucketRecord, name: str, work: Callable[[Any, BucketRecord], Any]) -> Any:
@@ -59,6 +61,8 @@ async def asked(gateway: Gateway, bucket: BucketRecord, name: str, work: Callabl
 class Request:
     def __init__(self, bucket: BucketRecord, who: Principal) -> None:
         self._bucket_record, self.who, self.headers = bucket, who, dict[str, str]()
+        self._grant: Grant | None = None
+        self.target, self.key, self.operation = NO_TARGET, b"k", ""
         self.reading: object = "what was read ahead"
 
     @property
