@@ -173,6 +173,10 @@ class InvalidRange(S3Error):
     status = 416
 
 
+class InvalidRetentionPeriod(S3Error):
+    """The retention period specified is invalid."""
+
+
 class InvalidRequest(S3Error):
     """Invalid Request
 
@@ -312,6 +316,12 @@ class NoSuchUpload(S3Error):
     """The specified multipart upload does not exist. The upload ID might be invalid, or the upload was aborted or
     completed.
     """
+
+    status = 404
+
+
+class NoSuchObjectLockConfiguration(S3Error):
+    """The specified object does not have a ObjectLock configuration"""
 
     status = 404
 

@@ -24,7 +24,7 @@ from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.encryption import NO_KEY, Encryption
 from storaged.objects.etags import Condition
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
-from storaged.objects.records import BucketRecord, SealedPart
+from storaged.objects.records import BucketRecord, Lock, SealedPart
 from storaged.objects.upload_types import CompletedPart as CompletedPart
 from storaged.objects.upload_types import PartInfo as PartInfo
 from storaged.objects.upload_types import UploadInfo as UploadInfo
@@ -125,6 +125,8 @@ class NewMeta(Struct, frozen=True):
     encryption: Encryption | None = None
     """None: SSE-S3."""
     acl: Acl | None = None
+    lock: Lock | None = None
+    """None: what the bucket's configuration says."""
 
 
 class ObjectInfo(NamedTuple):
@@ -150,6 +152,7 @@ class ObjectInfo(NamedTuple):
     """None: SSE-S3."""
     acl: Acl | None = None
     """None: the owner alone has access."""
+    lock: Lock | None = None
 
 
 class PutResult(Struct, frozen=True):
@@ -388,8 +391,22 @@ class Objects(Protocol):
         key: bytes,
         *,
         version_id: str = "",
+        bypass_governance: bool = False,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> DeleteResult: ...
+
+    async def set_retention(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        mode: str,
+        until_ms: int,
+        *,
+        version_id: str = "",
+        bypass_governance: bool = False,
+    ) -> None: ...
+
+    async def set_hold(self, bucket: BucketRecord, key: bytes, hold: bool, *, version_id: str = "") -> None: ...
 
     async def copy(
         self,
@@ -403,6 +420,7 @@ class Objects(Protocol):
         acl: Acl | None = None,
         algorithm: str = "",
         encryption: Encryption | None = None,
+        lock: Lock | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
         """``meta`` None keeps the source's; so does ``tags`` None. ``encryption`` is of the copy. The data is opened

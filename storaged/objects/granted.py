@@ -117,6 +117,12 @@ class GrantedObjects:
     async def set_encryption(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> str:
         return await self._objects.set_encryption(_bucket(grant, key, AMEND), key, *what, **named)
 
+    async def set_retention(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> None:
+        await self._objects.set_retention(_bucket(grant, key, AMEND), key, *what, **named)
+
+    async def set_hold(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> None:
+        await self._objects.set_hold(_bucket(grant, key, AMEND), key, *what, **named)
+
     # --- lists
 
     async def list_objects(self, grant: Grant, **named: Any) -> Listing:

@@ -96,13 +96,21 @@ class Version(Message, frozen=True):
     pages: tuple[bytes, ...] = ()
 
 
-class Kept(Message, frozen=True):
-    """What a record keeps beside a version of a bucket with versioning.
+class Lock(Message, frozen=True):
+    """What keeps a version (``code.lock``): a retention of ``mode`` (empty: none) until ``until_ms``, a legal hold."""
 
-    ``ordinal``: the register's sequence when the version was added. It orders the versions of a key, and no clock does.
+    mode: str = ""
+    until_ms: int = 0
+    hold: bool = False
+
+
+class Kept(Message, frozen=True):
+    """What a record keeps beside a version. ``ordinal``: the register's sequence when the version was added. It orders
+    the versions of a key, and no clock does.
     """
 
     ordinal: int
+    lock: Lock | None = None
 
 
 class PageRef(Message, frozen=True):
@@ -452,6 +460,7 @@ class UploadRecord(Message, frozen=True):
     replaced. ``pinned_sequence``: the object register's sequence at the pin, so that a resumed Complete can see that
     nothing happened since. ``request_digest``: of the Complete, keyed by the upload's DEK (33 bytes; 32 in old records,
     which are not keyed, and are rewritten when they are used). ``changed_ms``: when the state last changed.
+    ``lock``: that the client asked for.
     """
 
     upload_id: bytes
@@ -469,6 +478,7 @@ class UploadRecord(Message, frozen=True):
     pinned: bytes = b""
     pinned_sequence: int = 0
     changed_ms: int = 0
+    lock: Lock | None = None
 
 
 class CompleteResult(Message, frozen=True):

@@ -79,7 +79,7 @@ _BODIES = (*DOCUMENTS, "PutObject", "PostObject", "UploadPart", "PutObjectAnnota
 
 # --- why something is refused -----------------------------------------------------------------------------------------
 
-_NO_LOCK = "Bucket is missing Object Lock Configuration"
+_NO_EVENT_HOLD = "Event holds are not implemented."
 _NO_WEBSITE = "Static websites are not implemented."
 _NO_APPEND = "Appending to objects is not implemented."
 _NO_RENAME = "RenameObject is not implemented."
@@ -127,11 +127,11 @@ HEADERS: dict[str, Name] = {
     **{CUSTOMER_KEY + name: _of(*_CUSTOMER_KEY) for name in _CUSTOMER_KEY_PARTS},
     **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING) for name in _CUSTOMER_KEY_PARTS},
     **{
-        LOCK + name: _of(*_CREATING, refusal=_NO_LOCK)
-        for name in (
-            "mode", "retain-until-date", "legal-hold", "event-hold", "event-hold-duration-days",
-            "event-hold-duration-years",
-        )
+        LOCK + name: _of(*_CREATING) for name in ("mode", "retain-until-date", "legal-hold")
+    },
+    **{
+        LOCK + name: _of(*_CREATING, refusal=_NO_EVENT_HOLD)
+        for name in ("event-hold", "event-hold-duration-days", "event-hold-duration-years")
     },
     **{
         f"x-amz-grant-{name}": _of(*_CREATING, *_ACL, "CreateBucket")
@@ -167,7 +167,7 @@ HEADERS: dict[str, Name] = {
     "x-amz-object-if-match": _of("PutObjectAnnotation", "DeleteObjectAnnotation", refusal=_NO_ANNOTATIONS),
     # RFC 9110, section 14.5: a PUT of a part must not become a PUT of the whole
     "content-range": _of("PutObject", refusal=_NO_APPEND),
-    # deleting. No object is retained, so there is nothing to bypass.
+    # deleting
     "x-amz-bypass-governance-retention": _of(*_DELETING, "PutObjectRetention"),
     "x-amz-mfa": _of(*_DELETING, "PutBucketVersioning", refusal=_NO_MFA),
     # lists and attributes

@@ -30,6 +30,7 @@ from storaged.s3.ops import (
     encryption_settings,
     get,
     listing,
+    lock,
     multipart,
     post,
     put,
@@ -114,17 +115,6 @@ def _not_implemented(name: str, *, needs_bucket: bool = True) -> Operation:
         raise errors.NotImplemented(f"{name} is not implemented.")
 
     return Operation(name, handler, needs_bucket=needs_bucket)
-
-
-async def _no_lock(front: Front, request: Request) -> Reply:
-    """Retention and legal holds need a bucket with Object Lock, and no bucket has it."""
-    raise errors.InvalidRequest("Bucket is missing Object Lock Configuration")
-
-
-async def _no_lock_on_bucket(front: Front, request: Request) -> Reply:
-    raise errors.InvalidBucketState(
-        "Object Lock configuration cannot be enabled on existing buckets", BucketName=request.bucket
-    )
 
 
 async def _foreign_action(front: Front, request: Request) -> Reply:
@@ -216,8 +206,8 @@ BUCKET: dict[str, Methods] = {
     "publicAccessBlock": _configured("PublicAccessBlock", access.BLOCK, SMALL),
     "ownershipControls": _configured("BucketOwnershipControls", access.CONTROLS, SMALL),
     "object-lock": {
-        "GET": _get_never_set("GetObjectLockConfiguration", errors.ObjectLockConfigurationNotFoundError),
-        "PUT": Operation("PutObjectLockConfiguration", _no_lock_on_bucket),
+        "GET": Operation("GetObjectLockConfiguration", configuration.getter(lock.BUCKET_LOCK)),
+        "PUT": _change("PutObjectLockConfiguration", lock.put_configuration, SETTING),
     },
     "logging": {
         "GET": _get_fixed("GetBucketLogging", "BucketLoggingStatus"),
@@ -287,8 +277,14 @@ OBJECT: dict[str, Methods] = {
         "GET": Operation("GetObjectAcl", acl.get_object_acl),
         "PUT": _change("PutObjectAcl", acl.put_object_acl, ACL),
     },
-    "retention": {"GET": Operation("GetObjectRetention", _no_lock), "PUT": Operation("PutObjectRetention", _no_lock)},
-    "legal-hold": {"GET": Operation("GetObjectLegalHold", _no_lock), "PUT": Operation("PutObjectLegalHold", _no_lock)},
+    "retention": {
+        "GET": Operation("GetObjectRetention", lock.get_retention),
+        "PUT": _change("PutObjectRetention", lock.put_retention, SETTING),
+    },
+    "legal-hold": {
+        "GET": Operation("GetObjectLegalHold", lock.get_legal_hold),
+        "PUT": _change("PutObjectLegalHold", lock.put_legal_hold, SETTING),
+    },
     "torrent": {"GET": Operation("GetObjectTorrent", attributes.get_torrent)},
     "restore": _none_implemented(POST="RestoreObject"),
     "select": _none_implemented(POST="SelectObjectContent"),

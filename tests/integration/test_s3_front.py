@@ -449,10 +449,6 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
         assert client.get_bucket_location(Bucket="bucket")["LocationConstraint"] == REGION
         assert client.head_bucket(Bucket="bucket")["BucketRegion"] == REGION
         assert "Status" not in client.get_bucket_versioning(Bucket="bucket")
-        assert refused(client.create_bucket, Bucket="locked", ObjectLockEnabledForBucket=True) == (
-            501,
-            "NotImplemented",
-        )
         assert refused(client.get_bucket_cors, Bucket="bucket") == (404, "NoSuchCORSConfiguration")
         assert refused(client.get_bucket_policy, Bucket="bucket") == (404, "NoSuchBucketPolicy")
         assert refused(client.get_bucket_lifecycle_configuration, Bucket="bucket") == (

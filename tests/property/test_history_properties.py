@@ -13,16 +13,7 @@ from hypothesis import strategies as st
 from storaged.errors import DataDamaged
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table
-from storaged.objects.code.history import (
-    Bounds,
-    Draft,
-    Entry,
-    PageNeeded,
-    Shelf,
-    every_entry,
-    every_page,
-    read_page,
-)
+from storaged.objects.code.history import Bounds, Draft, Entry, PageNeeded, Shelf, every_entry, every_page, read_page
 from storaged.objects.code.version_names import NULL_NAME, parse_name, version_name
 from storaged.objects.code.versions import EMPTY
 from storaged.objects.records import (

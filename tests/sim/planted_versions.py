@@ -11,6 +11,9 @@ _HISTORY = "storaged/objects/code/history.py"
 _VERSIONED = "storaged/objects/write/versioned.py"
 _REFERENCES = "storaged/objects/write/references.py"
 _PLAY = "versions"
+_LOCK = "storaged/objects/code/lock.py"
+_LOCK_TESTS = "tests/unit/test_objects_lock.py"
+_LOCKS_NEED_NO_PLAY = "Locks are judged by one call in the compare-and-set, which the play has; its versions have none."
 _TESTS = "tests/integration/test_maintain_versions.py"
 
 VERSION_BUGS = (
@@ -144,5 +147,71 @@ VERSION_BUGS = (
         "",
         tests="tests/unit/test_objects_versions.py::test_a_put_that_thinks_the_bucket_has_no_versioning_keeps_all_versions",
         why="The play has the program's changes of records, and not its PUT.",
+    ),
+    Planted(
+        "locks_not_judged",
+        "a version is removed without a look at its lock",
+        0,
+        _PLAY,
+        _HISTORY,
+        "        self._check(entry)\n",
+        "",
+        tests=_LOCK_TESTS,
+        why=_LOCKS_NEED_NO_PLAY,
+    ),
+    Planted(
+        "compliance_bypassed",
+        "the bypass of governance bypasses compliance",
+        0,
+        _PLAY,
+        _LOCK,
+        "(bypass and lock.mode == GOVERNANCE)",
+        "bypass",
+        tests=_LOCK_TESTS,
+        why=_LOCKS_NEED_NO_PLAY,
+    ),
+    Planted(
+        "hold_ignored",
+        "a legal hold keeps nothing",
+        0,
+        _PLAY,
+        _LOCK,
+        "if lock.hold or (",
+        "if (",
+        tests=_LOCK_TESTS,
+        why=_LOCKS_NEED_NO_PLAY,
+    ),
+    Planted(
+        "retention_shortened",
+        "a retention is made shorter by all",
+        0,
+        _PLAY,
+        _LOCK,
+        "        longer = mode == before.mode and until_ms >= before.until_ms\n",
+        "        longer = mode == before.mode\n",
+        tests=_LOCK_TESTS,
+        why=_LOCKS_NEED_NO_PLAY,
+    ),
+    Planted(
+        "default_forgotten",
+        "uploads in parts do not get the default of the bucket",
+        0,
+        _PLAY,
+        "storaged/objects/write/complete.py",
+        "        self._lock = lock_of_new(plane, bucket, upload.record.lock)\n",
+        "        self._lock = upload.record.lock\n",
+        tests=_LOCK_TESTS,
+        why=_LOCKS_NEED_NO_PLAY,
+    ),
+    Planted(
+        "lock_lost_with_tags",
+        "a change of metadata forgets the lock",
+        0,
+        _PLAY,
+        "storaged/objects/write/delete.py",
+        "        draft.replace(entry, entry._replace(version=after))\n",
+        "        draft.replace(entry, Entry(Kept(entry.ordinal), after))\n",
+        tests=_LOCK_TESTS,
+        why=_LOCKS_NEED_NO_PLAY,
     ),
 )

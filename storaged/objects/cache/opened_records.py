@@ -21,6 +21,7 @@ from storaged.objects.api import ObjectInfo
 from storaged.objects.background import when_gone
 from storaged.objects.code.versions import OpenedVersion
 from storaged.objects.ports import BucketKey
+from storaged.objects.records import Lock
 from storaged.sov1 import StreamKey
 
 ENTRY_BYTES = 1536
@@ -37,14 +38,17 @@ class OpenedRecord:
     first use. ``key`` is not its cipher, which would take another 7 KiB and save 1 us.
     """
 
-    __slots__ = ("body", "bucket_key", "info", "key", "opened", "version_id", "visibility")
+    __slots__ = ("body", "bucket_key", "info", "key", "lock", "opened", "version_id", "visibility")
 
-    def __init__(self, value: Value, bucket_key: BucketKey, opened: OpenedVersion, version_id: str = "") -> None:
+    def __init__(
+        self, value: Value, bucket_key: BucketKey, opened: OpenedVersion, version_id: str = "", lock: Lock | None = None
+    ) -> None:
         self.body = value.body
         self.visibility = value.visibility
         self.bucket_key = weakref.ref(bucket_key)
         self.opened = opened
         self.version_id = version_id
+        self.lock = lock
         self.info: ObjectInfo | None = None
         self.key: StreamKey | None = None
 

@@ -34,6 +34,7 @@ from storaged.errors import DataDamaged
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
+from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import NULL_NAME, VersionName, version_name
 from storaged.objects.records import (
     NULL_VERSION,
@@ -252,6 +253,15 @@ Edit = Callable[[Entry], "Entry | None"]
 """What a version becomes; None: it goes."""
 
 
+CheckRemoval = Callable[[Entry], None]
+"""Raises AccessDenied for a version that must not be removed."""
+
+
+def never_locked(entry: Entry) -> None:
+    """For a change that knows no time: no lock ever ends."""
+    check_removal(entry.kept.lock, 0, bypass=False)
+
+
 class Draft:
     """The versions of a key while a change is made.
 
@@ -261,8 +271,12 @@ class Draft:
     Methods that look at older versions raise PageNeeded, and DataDamaged.
     """
 
-    def __init__(self, record: ObjectRecord, shelf: Shelf, bounds: Bounds = BOUNDS) -> None:
+    def __init__(
+        self, record: ObjectRecord, shelf: Shelf, bounds: Bounds = BOUNDS, check: CheckRemoval = never_locked
+    ) -> None:
+        """``check`` is called with each version that is to go."""
         history = record.history
+        self._check = check
         self._entries = entries_in(record)
         self._levels = [list(level) for level in levels_of(record)]
         self._null_at = history.null_at if history is not None else -1
@@ -345,6 +359,8 @@ class Draft:
         self._spill()
 
     def remove(self, entry: Entry) -> None:
+        """Raises AccessDenied for a version that is locked."""
+        self._check(entry)
         self._edit(entry, lambda _entry: None)
         self.removed.append(entry.version)
         if entry.is_null:

@@ -22,6 +22,7 @@ from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
     EncryptedMeta,
+    Lock,
     ObjectRecord,
     PartEntry,
     SealedEncryption,
@@ -288,7 +289,9 @@ def parts_shown(opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> tuple[S
         raise DataDamaged(f"The checksums of a part do not open: {error}") from None
 
 
-def info_of(key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[SealedPart, ...]) -> ObjectInfo:
+def info_of(
+    key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[SealedPart, ...], lock: Lock | None
+) -> ObjectInfo:
     """``version_id``: as clients name it. ``parts``: as ``parts_shown`` returned them."""
     version, meta = opened.version, opened.meta
     return ObjectInfo(
@@ -309,4 +312,5 @@ def info_of(key: bytes, opened: OpenedVersion, version_id: str, parts: tuple[Sea
         delete_marker=version.delete_marker,
         encryption=None if opened.encryption is None else shown(opened.encryption),
         acl=Acl(meta.acl) if meta.acl is not None else None,
+        lock=lock,
     )

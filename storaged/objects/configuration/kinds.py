@@ -28,6 +28,16 @@ class Versioning(Message, frozen=True):
     status: str
 
 
+class ObjectLock(Message, frozen=True):
+    """The bucket has Object Lock, for ever. ``mode``, ``days`` or ``years``: the retention of new versions; an empty
+    mode: they have none.
+    """
+
+    mode: str = ""
+    days: int = 0
+    years: int = 0
+
+
 ENABLED = "Enabled"
 SUSPENDED = "Suspended"
 
@@ -54,7 +64,18 @@ def _is_sse_s3(value: DefaultEncryption) -> bool:
 
 TAGGING = Kind("tagging", Tags, plain=_always, audited=False)
 VERSIONING = Kind("versioning", Versioning)
+LOCK = Kind("object-lock", ObjectLock)
 ENCRYPTION = Kind("encryption", DefaultEncryption, plain=_is_sse_s3)
 
-KINDS: tuple[Kind[Any], ...] = (TAGGING, VERSIONING, ENCRYPTION, POLICY, ACL, PUBLIC_ACCESS_BLOCK, OWNERSHIP, CORS)
+KINDS: tuple[Kind[Any], ...] = (
+    TAGGING,
+    VERSIONING,
+    LOCK,
+    ENCRYPTION,
+    POLICY,
+    ACL,
+    PUBLIC_ACCESS_BLOCK,
+    OWNERSHIP,
+    CORS,
+)
 """All of them. A gateway refuses to serve a bucket that has another one."""

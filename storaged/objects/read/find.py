@@ -19,7 +19,7 @@ from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import BucketRecord, ObjectRecord
+from storaged.objects.records import BucketRecord, Lock, ObjectRecord
 from storaged.wire import Buffer
 
 
@@ -35,6 +35,7 @@ class Found(Struct, frozen=True):
     version_id: str
     copy: Buffer | None
     cached: OpenedRecord | None
+    lock: Lock | None = None
 
 
 async def find(
@@ -114,7 +115,7 @@ def _try_cached(
         return None
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, cached.opened.version.bucket_key)
     if bucket_key is not None and bucket_key is cached.bucket_key():
-        return Found(name, cached.opened, _shown(plane, bucket, cached.version_id), payload, cached)
+        return Found(name, cached.opened, _shown(plane, bucket, cached.version_id), payload, cached, cached.lock)
     plane.opened_records.drop(place)
     return None
 
@@ -140,7 +141,7 @@ def _open(
     # the sealed fields were read, and are of no further use
     opened = opened._replace(version=msgspec.structs.replace(version, listing=b"", wrapped_key=b"", meta=b""))
     if value is None or version_id:
-        return Found(name, opened, shown, payload, None)
-    cached = OpenedRecord(value, bucket_key, opened, entry.name)
+        return Found(name, opened, shown, payload, None, entry.kept.lock)
+    cached = OpenedRecord(value, bucket_key, opened, entry.name, entry.kept.lock)
     plane.opened_records.put(place, cached)
-    return Found(name, opened, shown, payload, cached)
+    return Found(name, opened, shown, payload, cached, entry.kept.lock)

@@ -47,9 +47,9 @@ def _try_info(key: bytes, found: Found) -> ObjectInfo | None:
     if opened.meta.parts_page:
         return None
     if cached is None:
-        return info_of(key, opened, found.version_id, parts_shown(opened, opened.meta.parts))
+        return info_of(key, opened, found.version_id, parts_shown(opened, opened.meta.parts), found.lock)
     if cached.info is None or cached.info.version_id != found.version_id:
-        cached.info = info_of(key, opened, found.version_id, opened.meta.parts)
+        cached.info = info_of(key, opened, found.version_id, opened.meta.parts, found.lock)
     return cached.info
 
 
@@ -62,7 +62,7 @@ async def _info(plane: ObjectPlane, bucket: BucketRecord, key: bytes, found: Fou
     parts = await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta)
     if opened.has_customer_key:  # 20 ms for 10,000 parts
         parts = await plane.in_thread(parts_shown, opened, parts)
-    return info_of(key, opened, found.version_id, parts)
+    return info_of(key, opened, found.version_id, parts, found.lock)
 
 
 def _unlocked(bucket: BucketRecord, key: bytes, found: Found, customer_key: bytes | None) -> Found:

@@ -66,6 +66,7 @@ from storaged.objects.records import (
 from storaged.objects.write.checksums import multipart_etag
 from storaged.objects.write.chosen_parts import Rows, checksums_of, chosen_parts
 from storaged.objects.write.commit import change_once
+from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.put import check_early
 from storaged.objects.write.retire import retire_parts, retire_removed
 from storaged.objects.write.uploads import (
@@ -80,7 +81,7 @@ from storaged.objects.write.uploads import (
     renew_digest,
     upload_text,
 )
-from storaged.objects.write.versioned import VersionsUpdate
+from storaged.objects.write.versioned import VersionsUpdate, unlocked
 from storaged.wire import encode
 
 ATTEMPTS_MAX = 12
@@ -383,7 +384,8 @@ class _Placing:
         self._version = version
         self._conditions = conditions
         self._resumed = resumed
-        self.change = VersionsUpdate(keys.shelf, self._edit)
+        self._lock = lock_of_new(plane, bucket, upload.record.lock)
+        self.change = VersionsUpdate(keys.shelf, self._edit, check=unlocked(plane))
         self.version_id = NULL_VERSION
         self._value: Value | None = None
 
@@ -405,7 +407,7 @@ class _Placing:
         conditions = self._conditions
         check_write(conditions, judged(upload.place, newest, self._keys, with_etag=needs_etag(conditions)))
         if self._versioning or draft.has_history:
-            entry = Entry(Kept(ordinal), version)
+            entry = Entry(Kept(ordinal, self._lock), version)
         else:
             for before in draft.inline:
                 draft.remove(before)

@@ -17,7 +17,7 @@ from storaged.objects.configuration.access import Acl
 from storaged.objects.encryption import Encryption
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import BucketRecord, Lock
 from storaged.objects.write.put import put
 from storaged.wire import Buffer
 
@@ -34,18 +34,26 @@ async def copy(
     acl: Acl | None = None,
     algorithm: str = "",
     encryption: Encryption | None = None,
+    lock: Lock | None = None,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
     """Copies a version. ``meta`` None keeps the source's metadata; so does ``tags`` None with its tags. Without an
     ``algorithm``, the source's checksums are computed anew. ``encryption``: of the copy, whatever the source's is; that
-    in ``meta`` does not count. Access is never copied: ``acl`` is the new object's. Raises as ``get`` and ``put``.
+    in ``meta`` does not count. Access and locks are never copied: ``acl`` and ``lock`` are the new object's. Raises as
+    ``get`` and ``put``.
     """
     stream = await open_source(plane, source)
     try:
         info = stream.info
         given = meta if meta is not None else NewMeta(info.headers, info.user, info.tags, info.storage_class)
         kept = NewMeta(
-            given.headers, given.user, tags if tags is not None else info.tags, given.storage_class, encryption, acl
+            given.headers,
+            given.user,
+            tags if tags is not None else info.tags,
+            given.storage_class,
+            encryption,
+            acl,
+            lock,
         )
         checks = BodyChecks(size=info.size, algorithms=(algorithm,) if algorithm else tuple(info.checksums))
         return await put(plane, bucket, key, body_of(stream), kept, checks, owner=owner, conditions=conditions)

@@ -22,7 +22,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
 from storaged.objects.records import NAMED_VERSION, NULL_VERSION, BucketRecord, Kept, SealedEncryption, Version
 from storaged.objects.write.retire import retire_removed
-from storaged.objects.write.versioned import change_versions
+from storaged.objects.write.versioned import change_versions, unlocked
 
 
 async def delete(
@@ -31,15 +31,18 @@ async def delete(
     key: bytes,
     *,
     version_id: str = "",
+    bypass_governance: bool = False,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> DeleteResult:
     """Deletes an object or a version; to delete one that does not exist succeeds. Data of a version that goes is put on
-    the garbage lists. In a bucket with versioning a delete without ``version_id`` adds a delete marker. Raises
+    the garbage lists. In a bucket with versioning a delete without ``version_id`` adds a delete marker.
+    ``bypass_governance``: see ``code.lock``. Raises AccessDenied for a version that is locked,
     PreconditionFailed, InvalidArgument, and NoSuchKey for a condition on an object that does not exist.
     """
     name = object_name(bucket.id, bucket.shard_numbers, key)
     deletion = _Deletion(plane, bucket, Place(bucket.id, key), version_id, conditions)
-    _, removed = await change_versions(plane, deletion.keys, name, deletion.edit)
+    check = unlocked(plane, bypass=bypass_governance)
+    _, removed = await change_versions(plane, deletion.keys, name, deletion.edit, check)
     retire_removed(plane, bucket, name, removed)
     return deletion.result
 

@@ -53,6 +53,7 @@ from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, can_be_comp
 from storaged.objects.write.commit import commit
 from storaged.objects.write.complete import finish
 from storaged.objects.write.copy import body_of, open_source
+from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.put import DEK_BYTES
 from storaged.objects.write.references import live_references
 from storaged.objects.write.retire import retire_parts
@@ -94,6 +95,8 @@ async def create_upload(
 ) -> UploadInfo:
     """Opens an upload. Raises InvalidRequest for an unknown checksum algorithm or type, or a wrong pair of them."""
     kind = _checked_type(algorithm, checksum_type)
+    if meta.lock is not None:
+        lock_of_new(plane, bucket, meta.lock)
     upload_id = new_upload_id(shard_of(key, bucket.shard_numbers), plane.entropy)
     plane.room.check(upload_name(bucket.id, key, upload_id), bucket.countries)
     bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
@@ -115,6 +118,7 @@ async def create_upload(
         algorithm,
         kind,
         changed_ms=now_ms,
+        lock=meta.lock,
     )
     await plane.registers.change(upload_name(bucket.id, key, upload_id), lambda value: Change(encode(record)))
     return UploadInfo(

@@ -52,9 +52,10 @@ from storaged.objects.records import (
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import FULL_OBJECT, digest_of
 from storaged.objects.write.commit import commit, count_put
+from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.retire import retire_removed
 from storaged.objects.write.sealing import Sealed, seal_small, sealed_body
-from storaged.objects.write.versioned import VersionsUpdate
+from storaged.objects.write.versioned import VersionsUpdate, unlocked
 from storaged.wire import Buffer
 
 DEK_BYTES = 32
@@ -77,6 +78,8 @@ async def put(
     """Stores an object. When this returns the object is durable, and every later read sees it. When it raises, nothing
     was changed (OutcomeUnknown: it is not known whether something was).
     """
+    if meta.lock is not None:
+        lock_of_new(plane, bucket, meta.lock)  # refuses what can't be, before the body is read
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries) or await plane.keys.bucket_key(
         bucket.id, bucket.countries
     )
@@ -118,7 +121,7 @@ def try_put(
 ) -> bool:
     """See ``api.Objects``. Conditions are judged by the commit alone. An early check would save nothing: the body is
     here already."""
-    if plane.versioning(bucket):
+    if meta.lock is not None or plane.versioning(bucket):
         return False
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
@@ -273,7 +276,8 @@ class AddedVersion:
         self._version, self.result = _new_version(write, sealed, version_id)
         self.keys = BucketKeys(write.plane, write.part.bucket)
         self._entry = sealed.entry
-        self.change = VersionsUpdate(self.keys.shelf, self._add)
+        self._lock = lock_of_new(write.plane, write.part.bucket, write.new.meta.lock)
+        self.change = VersionsUpdate(self.keys.shelf, self._add, check=unlocked(write.plane))
 
     def update(self, value: Value | None, entry: PartEntry) -> Change:
         """Raises PreconditionFailed, DataDamaged, KeyNeeded, PageNeeded."""
@@ -287,7 +291,7 @@ class AddedVersion:
         if conditions != NO_WRITE_CONDITIONS:
             newest = draft.newest.version if draft.newest is not None else None
             check_write(conditions, judged(write.place, newest, self.keys, with_etag=needs_etag(conditions)))
-        added = Entry(Kept(ordinal), msgspec.structs.replace(self._version, parts=(self._entry,)))
+        added = Entry(Kept(ordinal, self._lock), msgspec.structs.replace(self._version, parts=(self._entry,)))
         draft.add(added)
         self.result = msgspec.structs.replace(self.result, version_id="" if added.is_null else added.name)
         return True

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from storaged.meta.names import Change, RegisterName, Value, Visibility
 from storaged.meta.ports import Outcome, Pages
 from storaged.objects.bucket_keys import BucketKeys, change_with_keys
-from storaged.objects.code.history import BOUNDS, Bounds, Draft, Shelf
+from storaged.objects.code.history import BOUNDS, Bounds, CheckRemoval, Draft, Entry, Shelf, never_locked
+from storaged.objects.code.lock import check_removal
 from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import Version
@@ -43,9 +44,13 @@ class PagesToPut(Exception):
 class VersionsUpdate:
     """The update function of one change, as ``Registers.change`` wants it, and what became of its last run."""
 
-    def __init__(self, shelf: Shelf, edit: Edit, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self, shelf: Shelf, edit: Edit, bounds: Bounds | None = None, check: CheckRemoval = never_locked
+    ) -> None:
+        """``check``: of each version that the edit removes."""
         self._shelf = shelf
         self._edit = edit
+        self._check = check
         self._bounds = bounds or BOUNDS
         self._fresh: dict[bytes, bytes] = {}
         self.removed: list[Version] = []
@@ -56,7 +61,7 @@ class VersionsUpdate:
         what the edit raises.
         """
         self._fresh, self.removed = {}, []
-        draft = Draft(decode_record(value), self._shelf, self._bounds)
+        draft = Draft(decode_record(value), self._shelf, self._bounds, self._check)
         if not self._edit(draft, next_ordinal(value)):
             return None
         change = record_change(draft.record(), payload or _payload_of(value, draft.removed))
@@ -85,13 +90,22 @@ def _payload_of(value: Value | None, removed: list[Version]) -> bytes:
     return value.payload
 
 
+def unlocked(plane: ObjectPlane, *, bypass: bool = False) -> CheckRemoval:
+    """Lets versions go that no lock keeps now. ``bypass``: see ``code.lock``."""
+
+    def check(entry: Entry) -> None:
+        check_removal(entry.kept.lock, plane.clock.wall_ms(), bypass=bypass)
+
+    return check
+
+
 async def change_versions(
-    plane: ObjectPlane, keys: BucketKeys, name: RegisterName, edit: Edit
+    plane: ObjectPlane, keys: BucketKeys, name: RegisterName, edit: Edit, check: CheckRemoval = never_locked
 ) -> tuple[Outcome, list[Version]]:
-    """Changes the versions of a key; returns the versions that went, too. Raises what ``edit`` raises, SlowDown,
-    ServiceUnavailable, DataDamaged.
+    """Changes the versions of a key; returns the versions that went, too. ``check``: see VersionsUpdate. Raises what
+    ``edit`` raises, AccessDenied (a locked version), SlowDown, ServiceUnavailable, DataDamaged.
     """
-    change = VersionsUpdate(keys.shelf, edit)
+    change = VersionsUpdate(keys.shelf, edit, check=check)
     try:
         outcome = await change_with_keys(plane.registers, keys, name, change.update_without_pages)
     except PagesToPut:

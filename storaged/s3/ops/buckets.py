@@ -7,7 +7,7 @@ import binascii
 from functools import partial
 
 from storaged import errors
-from storaged.objects.configuration.kinds import TAGGING, Tags
+from storaged.objects.configuration.kinds import ENABLED, LOCK, TAGGING, VERSIONING, ObjectLock, Tags, Versioning
 from storaged.objects.names import bucket_name_valid
 from storaged.s3 import headers as h
 from storaged.s3 import xml
@@ -79,8 +79,6 @@ async def create_bucket(front: Front, request: Request) -> Reply:
     lock = request.headers.get("x-amz-bucket-object-lock-enabled", "false")
     if lock.lower() not in ("true", "false"):
         raise errors.InvalidArgument(ArgumentName="x-amz-bucket-object-lock-enabled", ArgumentValue=lock)
-    if lock.lower() == "true":
-        raise errors.NotImplemented("Object Lock is not implemented.")
     rule = request.headers.get("x-amz-object-ownership", "")
     if rule and rule not in RULES:
         raise errors.InvalidArgument(
@@ -89,13 +87,17 @@ async def create_bucket(front: Front, request: Request) -> Reply:
     acl = await acl_of_new_bucket(front, request)
     region, tags = await parse_document(partial(_asked, front), request.document)
     configuration = configuration_of_new(legacy=front.endpoint.legacy_buckets, rule=rule, acl=acl)
+    if lock.lower() == "true":
+        configuration = configuration.having(VERSIONING, Versioning(ENABLED)).having(LOCK, ObjectLock())
     if tags:
         configuration = configuration.having(TAGGING, Tags(tags))
     countries = _countries(request.headers.get("x-storaged-countries"))
     try:
         await front.buckets.create(request.who, name, region=region, countries=countries, configuration=configuration)
     except errors.BucketAlreadyOwnedByYou:
-        if tags or (countries and (await front.buckets.get(name)).countries != countries):
+        existing = await front.buckets.get(name)
+        locked = front.buckets.configuration_of(existing).get(LOCK) is not None
+        if tags or (countries and existing.countries != countries) or (lock.lower() == "true" and not locked):
             raise  # the client must not believe that what it asked for is in force
     return Reply(headers={"Location": f"/{name}"})
 

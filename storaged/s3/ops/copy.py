@@ -18,6 +18,7 @@ from storaged.s3 import xml
 from storaged.s3.auth.actions import action_of
 from storaged.s3.authorization import Ask, check_expected_owner, may_list, permit
 from storaged.s3.context import Front, existing_bucket
+from storaged.s3.locks import asked_lock
 from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.multipart import part_number
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
@@ -118,6 +119,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
         acl=acl,
         algorithm=h.algorithm_named(headers, "x-amz-checksum-algorithm"),
         encryption=enc.asked(front, request, headers),
+        lock=asked_lock(headers),
         conditions=c.write_conditions(headers),
     )
     result = await _read_from(front, request, source, key, copying)

@@ -13,6 +13,7 @@ from storaged.s3.auth.actions import DELETE_KEY
 from storaged.s3.authorization import Ask, permit
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
+from storaged.s3.locks import bypasses
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, check_key, version_of
 
@@ -27,6 +28,7 @@ async def delete_object(front: Front, request: Request) -> Reply:
         request.grant,
         request.key,
         version_id=version_of(request),
+        bypass_governance=bypasses(request.headers),
         conditions=c.delete_conditions(request.headers),
     )
     headers: Headers = {}
@@ -70,7 +72,10 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
         if "VersionId" in entry and not version:
             raise errors.InvalidArgument("Version id cannot be the empty string")
         grant = await permit(front, request, Ask(DELETE_KEY, request.bucket_record, key, version))
-        result = await front.objects.delete(grant, key, version_id=version, conditions=c.entry_conditions(entry))
+        bypass = bypasses(request.headers)
+        result = await front.objects.delete(
+            grant, key, version_id=version, bypass_governance=bypass, conditions=c.entry_conditions(entry)
+        )
     except errors.S3Error as error:
         return f"<Error>{named}{xml.element('Code', error.code)}{xml.element('Message', error.message)}</Error>"
     except Exception:

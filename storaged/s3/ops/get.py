@@ -14,6 +14,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
 from storaged.s3.encryption import customer_key, encryption_headers
+from storaged.s3.locks import lock_headers
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.reply import Headers, Reply, checked_header, checksum_headers, object_headers
 from storaged.s3.request import Request, has_no_parameters, version_of
@@ -80,6 +81,7 @@ def _describe(
     """Status and headers of an answer with the bytes ``wanted`` of an object: a range, a part, or all (None too)."""
     partial = wanted is not None and wanted.partial
     answer = object_headers(info, checksums=not partial and h.wants_checksums(request.headers))
+    lock_headers(info.lock, answer)
     if info.encryption is not None:
         encryption_headers(info.encryption, request.headers, answer)
     if part_number is not None:

@@ -13,6 +13,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
+from storaged.s3.locks import asked_lock
 from storaged.s3.ops.acl import names_of, ownership
 from storaged.s3.ops.put import upload_checks
 from storaged.s3.reply import Reply, stored_headers, version_header, xml_reply
@@ -25,7 +26,7 @@ PART_NUMBER_CHARS_MAX = 32
 
 async def create(front: Front, request: Request) -> Reply:
     headers = request.headers
-    meta = replace(h.new_meta(headers), encryption=enc.asked(front, request, headers))
+    meta = replace(h.new_meta(headers), encryption=enc.asked(front, request, headers), lock=asked_lock(headers))
     algorithm, kind = _checksum_kind(headers)
     owner, acl = await ownership(front, request, headers)
     upload = await front.objects.create_upload(

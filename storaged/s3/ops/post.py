@@ -23,6 +23,7 @@ from storaged.s3.context import Front, existing_bucket
 from storaged.s3.documents import parse_document
 from storaged.s3.encryption import asked, written_headers
 from storaged.s3.http.form_data import FormReader, boundary_of
+from storaged.s3.locks import asked_lock
 from storaged.s3.operation import check_fields, check_form
 from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.tags import tags_from
@@ -59,7 +60,7 @@ async def post_object(front: Front, request: Request) -> Reply:
     ask = Ask(action_of("PostObject"), request.bucket_record, request.key, headers=fields | headers)
     request._grant = await permit(front, request, ask)
     owner, acl = await ownership(front, request, headers)
-    meta = replace(h.new_meta(headers), acl=acl)
+    meta = replace(h.new_meta(headers), acl=acl, lock=asked_lock(headers))
     if "tagging" in fields:
         parse = partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX)
         document = fields["tagging"].encode("utf-8", "surrogateescape")

@@ -15,6 +15,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
 from storaged.s3.encryption import asked, default_encryption, written_headers
+from storaged.s3.locks import asked_lock
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.ops.acl import ownership, try_ownership
 from storaged.s3.reply import Reply, stored_headers
@@ -66,7 +67,7 @@ def parse_put(front: Front, request: Request) -> PutArguments:
             BodyChecks(body.length, sha256=body.sha256),
             NO_WRITE_CONDITIONS,
         )
-    meta = h.new_meta(headers)
+    meta = replace(h.new_meta(headers), lock=asked_lock(headers))
     encryption = asked(front, request, headers)
     if encryption is not None:
         meta = replace(meta, encryption=encryption)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from storaged import errors
 from storaged.objects.configuration import kinds
 from storaged.objects.configuration.document import Configuration
-from storaged.objects.configuration.kinds import ENABLED, SUSPENDED, VERSIONING, Versioning
+from storaged.objects.configuration.kinds import ENABLED, LOCK, SUSPENDED, VERSIONING, Versioning
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
@@ -28,6 +28,11 @@ async def put_versioning(front: Front, request: Request) -> Reply:
 
     def change(configuration: Configuration) -> Versioning:
         nonlocal changed
+        if status != ENABLED and configuration.get(LOCK) is not None:
+            raise errors.InvalidBucketState(
+                "An Object Lock configuration is present on this bucket, so the versioning state cannot be changed.",
+                BucketName=request.bucket,
+            )
         changed = configuration.get(kinds.VERSIONING) != Versioning(status)
         return Versioning(status)
 

@@ -1,0 +1,99 @@
+"""Locks of versions: those of new versions, and changes of them by compare-and-set on the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from storaged.errors import InvalidArgument, InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion
+from storaged.meta.names import object_name
+from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.history import Draft
+from storaged.objects.code.lock import with_hold, with_retention
+from storaged.objects.code.version_names import required_name
+from storaged.objects.configuration.kinds import LOCK, ObjectLock
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord, Lock
+from storaged.objects.write.versioned import change_versions
+
+DAY_MS = 86_400_000
+NO_LOCK = "Bucket is missing Object Lock Configuration"
+
+
+def lock_in(plane: ObjectPlane, bucket: BucketRecord) -> ObjectLock | None:
+    """The bucket's configuration of Object Lock; None: it has no Object Lock."""
+    return None if bucket.plain else plane.configurations.of(bucket).get(LOCK)
+
+
+def lock_of_new(plane: ObjectPlane, bucket: BucketRecord, asked: Lock | None) -> Lock | None:
+    """The lock of a version that is written now. ``asked``: by the client; the bucket's default counts where that has
+    no retention. Raises InvalidRequest for a bucket without Object Lock, InvalidArgument for a retention that is over.
+    """
+    found, now_ms = lock_in(plane, bucket), plane.clock.wall_ms()
+    if asked is not None:
+        if found is None:
+            raise InvalidRequest(NO_LOCK)
+        if asked.mode and asked.until_ms <= now_ms:
+            raise InvalidArgument("The retain until date must be in the future!")
+    if found is None or not found.mode or (asked is not None and asked.mode):
+        return asked
+    lasts_ms = (found.days + 365 * found.years) * DAY_MS
+    return Lock(found.mode, now_ms + lasts_ms, asked is not None and asked.hold)
+
+
+async def set_retention(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    mode: str,
+    until_ms: int,
+    *,
+    version_id: str = "",
+    bypass_governance: bool = False,
+) -> None:
+    """Changes the retention of a version; an empty ``mode`` ends it. Raises AccessDenied when the present retention
+    does not allow it, InvalidArgument for one that is over, InvalidRequest, and as ``change_meta``.
+    """
+    now_ms = plane.clock.wall_ms()
+    if mode and until_ms <= now_ms:
+        raise InvalidArgument("The retain until date must be in the future!")
+    await _change(
+        plane,
+        bucket,
+        key,
+        version_id,
+        lambda lock: with_retention(lock, mode, until_ms, plane.clock.wall_ms(), bypass=bypass_governance),
+    )
+
+
+async def set_hold(plane: ObjectPlane, bucket: BucketRecord, key: bytes, hold: bool, *, version_id: str = "") -> None:
+    """Sets or ends the legal hold of a version. Raises InvalidRequest, and as ``change_meta``."""
+    await _change(plane, bucket, key, version_id, lambda lock: with_hold(lock, hold))
+
+
+async def _change(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    version_id: str,
+    alter: Callable[[Lock | None], Lock | None],
+) -> None:
+    if lock_in(plane, bucket) is None:
+        raise InvalidRequest(NO_LOCK)
+    name = object_name(bucket.id, bucket.shard_numbers, key)
+    wanted = required_name(version_id) if version_id else None
+
+    def edit(draft: Draft, _ordinal: int) -> bool:
+        entry = draft.find(wanted) if wanted is not None else draft.newest
+        if entry is None:
+            raise NoSuchVersion(VersionId=version_id) if version_id else NoSuchKey
+        if entry.version.delete_marker:
+            raise MethodNotAllowed(DeleteMarker="true", MarkerVersionId=entry.name)
+        lock = alter(entry.kept.lock)
+        if lock == entry.kept.lock:
+            return False
+        draft.replace(entry, entry._replace(kept=msgspec.structs.replace(entry.kept, lock=lock)))
+        return True
+
+    await change_versions(plane, BucketKeys(plane, bucket), name, edit)
