@@ -398,3 +398,15 @@ async def test_a_page_goes_on_after_the_null_version_that_was_deleted_meanwhile(
         made.set(ENABLED)
         await made.put(b"named")
     await made.objects.close()
+
+
+async def test_a_complete_that_a_gateway_resumes_which_thinks_the_bucket_has_no_versioning_replaces_nothing() -> None:
+    made = Made()
+    await made.put(b"from before")
+    made.set(ENABLED)
+    upload_id, parts = await uploaded(made.objects, made.bucket, [os.urandom(1000), b"b"])
+    await stopped_before_done(made.world, made.objects, made.bucket, upload_id, parts, Table.OBJECT)
+    done = await made.objects.complete(made.bare, b"key", upload_id, parts, owner=OWNER)
+    assert await made.got("null") == b"from before"
+    assert [one.version_id for one in await made.versions()] == [done.version_id, "null"]
+    await made.objects.close()

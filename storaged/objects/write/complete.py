@@ -406,7 +406,7 @@ class _Placing:
         newest = draft.newest.version if draft.newest is not None else None
         conditions = self._conditions
         check_write(conditions, judged(upload.place, newest, self._keys, with_etag=needs_etag(conditions)))
-        if self._versioning or draft.has_history:
+        if self._versioning or draft.has_history or version.version_id != NULL_VERSION:
             entry = Entry(Kept(ordinal, self._lock), version)
         else:
             for before in draft.inline:
