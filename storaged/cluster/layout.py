@@ -439,6 +439,10 @@ def weaknesses(layout: Layout) -> list[str]:
         larger = "rack" if kind == "node" else "node or rack"
         fewer = "racks with disks" if kind == "node" else "nodes with disks"
         found.append(f"there are fewer than three {fewer}: the loss of a whole {larger} may stop keys or lose data")
+    if layout.seeds_lost:
+        found.append(
+            f"seed disk {', '.join(layout.seeds_lost)} is lost, and not exchanged yet: apply the layouts that follow"
+        )
     seeds: dict[str, list[str]] = {}
     for seed in layout.seeds:
         seeds.setdefault(layout.domain_by_disk.get(seed, seed), []).append(seed)

@@ -24,9 +24,10 @@ Recovery of the system partition: the majority of the seed disks is lost for goo
        does (``node.recovering``). A gateway asks the nodes in the order of their names, one after the other. So two
        administrators do not each get a part of the acceptances: the first node decides.
     2. *A layout that was decided before*, and that lacks its certificate, is dead: a node that promised it may accept
-       the recovery instead. If the lost nodes alone had given it a certificate, and a process uses it that nobody sees
-       now, this process goes a way of its own, and can't come back: it refuses the recovery, and the others refuse what
-       it has. It changes nothing: every quorum of that layout has a lost disk. What was decided and not seen is lost.
+       the recovery instead. Perhaps the lost nodes alone gave it a certificate, and a process uses it that no other one
+       sees now. This process goes a way of its own, and can't come back: it refuses the recovery, and the others refuse
+       what it has. It does no harm: a quorum of that layout has a lost disk, or all disks that are left, which the
+       recovery asks, too. What was decided and not seen is lost.
     3. *A node dies while it recovers*: a node accepts another recovery instead only if that calls all disks lost that
        the first one does, and one of its seed disks more. If the first one has a certificate, its quorums have this
        disk, and it is off: nothing more happens by that layout. A process that uses it follows the other one.

@@ -82,7 +82,7 @@ class DiskOut(Condition):
 class SeedDiskOut(Condition):
     """A seed disk is out. The others have taken over its partitions, but not its part of the system partition, which
     has the users, the buckets and where everything is: only a signed layout gives that to another disk. When one seed
-    disk too many is away, nobody can log in, and nothing can be made or changed, until one is back.
+    disk too many is away, no user can log in, and nothing can be made or changed, until one is back.
     """
 
     code = "SEED_DISK_OUT"

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from storaged.cluster.certificates import is_enough, seed_nodes, verify_certificate
-from storaged.cluster.layout import SYSTEM_PARTITION, Layout, problems_of
+from storaged.cluster.layout import SYSTEM_PARTITION, Layout, problems_of, weaknesses
 from storaged.cluster.moves import changes_between, places_digest
 from storaged.cluster.partitions import state_of
 from storaged.cluster.succession import check_successor, follows_instead, outranks, recovered_seeds, recovers
@@ -79,6 +79,7 @@ def test_a_recovery_goes_on_from_the_seed_disks_that_are_left(history: History) 
     assert (after.seeds, after.seeds_step, after.seeds_lost) == (("d1a", "d2a", "d3a"), 2, ("d1a", "d2a"))
     assert recovers(after)
     assert not problems_of(after)
+    assert any("seed disk d1a, d2a is lost, and not exchanged yet" in text for text in weaknesses(after))
     check_successor(before, history.signed[0].hash, after)
     state = state_of(SYSTEM_PARTITION, None, after, before)
     assert state.voting == (("d3a",),)
