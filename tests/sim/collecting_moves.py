@@ -69,8 +69,11 @@ class CollectingMoves(Collecting):
         Node.scenario = self  # type: ignore[assignment]  # it asks for the layouts alone
 
     def methods_of(self, _node: str) -> dict[str, Method]:
-        """As ``partitions.Moving``."""
+        """As ``partitions.Moving``, and so is ``note_record``."""
         return {}
+
+    def note_record(self, record: PartitionRecord) -> None:
+        """It has no rule of operators."""
 
     def process(self, name: str, **options: Any) -> Gateway:
         process = Process(self, name, **options)  # type: ignore[arg-type]
