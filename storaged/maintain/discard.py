@@ -100,7 +100,7 @@ class Discarder:
         await self._mover.find_buckets({name.scope})
         countries = self._mover.buckets.countries_of(name.scope)
         entry = None
-        async for found in entries_of(self._context, name, value):
+        async for found in entries_of(self._context, name, value, on_unreadable=lambda _error: None):
             parts.append(1)
             if found.data_id == fragment.data_id:
                 entry = found

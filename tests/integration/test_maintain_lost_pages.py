@@ -3,11 +3,14 @@ moved as before, and so are their pages."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from storaged.errors import DataDamaged
 from storaged.fragments.ports import REPLACED, Retirement
+from storaged.hashes import fragment_hash
 from storaged.maintain.context import MaintainLimits
+from storaged.maintain.moves import MOVED, DiscardAsk, FragmentAsk
 from storaged.meta.names import Table
 from storaged.objects.code.history import entries_on, every_page
 from storaged.objects.code.versions import decode_record
@@ -138,3 +141,26 @@ async def readable_parts(kept: Kept) -> list[PartEntry]:
     ring, value = kept.cluster.gateway.ring, await kept.value()
     found = parts_in(ring, kept.name, value.body, Table.OBJECT, on_unreadable=lambda _error: None)
     return [part async for part in found]
+
+
+def test_a_false_fragment_of_a_version_on_another_page_than_a_lost_one_is_removed() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        part = next(part for part in kept.left if part.size > 50_000)
+        for disk, fragment in await cluster.fragments(part.data_id):
+            store = cluster.store(disk)
+            held = store.kept(fragment)
+            payload = bytes(byte ^ 0x55 for byte in held.payload)
+            hashes = list(held.header.hashes)
+            hashes[fragment.position] = fragment_hash((payload,))
+            header = msgspec.structs.replace(held.header, hashes=tuple(hashes))
+            await store.delete([fragment])
+            await store.write(header, [payload], sync=True)
+            break
+        ask = DiscardAsk((FragmentAsk(kept.name.pack(), fragment.pack(), disk),))
+        (answer,) = (await cluster.gateway.discarder.answer("na", ask)).answers
+        assert answer.code == MOVED, answer
+        assert (disk, fragment) not in await cluster.fragments(part.data_id)
+        await kept.check()
+
+    run(scenario)

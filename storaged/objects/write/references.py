@@ -72,7 +72,7 @@ async def parts_in(
     object's register. Raises DataDamaged.
 
     ``on_unreadable``: what can be read is enough. So repair keeps all other versions of a key that has lost a page.
-    Whoever deletes must not pass it: a page that can't be read now may refer to the data.
+    Whoever deletes data because nothing refers to it must not pass it: a page that can't be read may refer to it.
     """
     if table == Table.PART and record:
         try:
