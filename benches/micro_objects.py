@@ -51,7 +51,7 @@ class _Ports:
     def disks_full(self) -> frozenset[str]:
         return frozenset()
 
-    def disk_takes_rows(self, disk_id: str) -> bool:
+    def disk_takes_rows(self, disk_id: str, *, outside_reserve: bool = False) -> bool:
         return True
 
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:

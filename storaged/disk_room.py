@@ -47,6 +47,7 @@ class Use(IntEnum):
 
 _EIGHTHS = (8, 6, 4, 0)
 _FEW_EIGHTHS = 7
+_AMPLE_PART = 16
 
 
 class Bound(NamedTuple):
@@ -72,7 +73,7 @@ def stays_free(use: Use, reserve_bytes: int) -> int:
 class DiskRoom:
     """What rows may still take on one disk. ``take`` and ``refuses`` are for the event loop, ``look`` for a thread."""
 
-    __slots__ = ("few", "left_bytes", "reserve_bytes", "settling_bytes", "taken_bytes")
+    __slots__ = ("ample", "few", "left_bytes", "reserve_bytes", "settling_bytes", "taken_bytes")
 
     def __init__(self, reserve_bytes: int | None = None) -> None:
         self.reserve_bytes = reserve_bytes
@@ -85,6 +86,8 @@ class DiskRoom:
         """By rows since the start."""
         self.few = False
         """Gateways should send no more rows that take room."""
+        self.ample = False
+        """Rows have room outside of the reserve: free pages that deleted rows have left, which nothing else can use."""
 
     def take(self, value_bytes: int) -> bool:
         """A row is about to be written. False: ``refuses`` decides whether there is room for it."""
@@ -106,6 +109,9 @@ class DiskRoom:
         rows = min(bound.left_for(Use.ROWS) for bound in bounds) - pending_bytes
         self.settling_bytes = min(bound.left_for(Use.SETTLING) for bound in bounds) - pending_bytes - rows
         self.left_bytes = rows
+        self.ample = all(
+            bound.left_for(Use.DATA) - pending_bytes > bound.reserve_bytes // _AMPLE_PART for bound in bounds
+        )
         times = 2 if self.few else 1  # so that it does not come and go
         self.few = any(
             bound.left_for(Use.ROWS) - pending_bytes

@@ -176,6 +176,7 @@ class Membership:
         self._full: frozenset[str] = frozenset()
         """Those among them that are full (``disks_full``)."""
         self._without_rows: frozenset[str] = frozenset()
+        self._ample: frozenset[str] = frozenset()
         self._all_full: frozenset[str] = frozenset()
         """``_full``, and those of this node."""
         self._watchers: list[Callable[[NodeStatus], None]] = []
@@ -266,10 +267,11 @@ class Membership:
             self._all_full = found
         return self._all_full
 
-    def disk_takes_rows(self, disk_id: str) -> bool:
-        return disk_id not in self._without_rows and not any(
-            disk.few for disk in self._own.disks() if disk.id == disk_id
-        )
+    def disk_takes_rows(self, disk_id: str, *, outside_reserve: bool = False) -> bool:
+        own = next((disk for disk in self._own.disks() if disk.id == disk_id), None)
+        if own is not None:
+            return own.ample if outside_reserve else not own.few
+        return disk_id in self._ample if outside_reserve else disk_id not in self._without_rows
 
     def why_away(self, disk_id: str) -> str:
         """Why a disk of the layout can't be read now (``sparing.Opinion``); empty when it can.
@@ -324,6 +326,7 @@ class Membership:
             if self._disk_states.get(disk.id) and is_full(disk)
         ]
         self._without_rows = frozenset(disk.id for disk in full if disk.few)
+        self._ample = frozenset(disk.id for disk in full if disk.ample)
         known = frozenset(disk.id for disk in full)
         if known != self._full:
             self._full = known
@@ -405,7 +408,7 @@ class Membership:
             wall_ms=self._clock.wall_ms(),
             epoch=self._layouts.epoch,
             disks=tuple(
-                DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason, d.few)
+                DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason, d.few, d.ample)
                 for d in self._own.disks()
             ),
             digest=self._layouts.digest,
@@ -471,4 +474,4 @@ def _checked_status(disk: DiskReport) -> DiskStatus:
     identity, directory, state, reason = (
         plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason)
     )
-    return DiskStatus(identity, directory, state, used, free, reason, disk.few)
+    return DiskStatus(identity, directory, state, used, free, reason, disk.few, disk.ample)

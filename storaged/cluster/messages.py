@@ -18,6 +18,7 @@ class DiskReport(Message, frozen=True):
     bytes_free: int = 0
     reason: str = ""
     few: bool = False
+    ample: bool = False
 
 
 class Ping(Message, frozen=True):

@@ -178,7 +178,8 @@ class TryCaller(Protocol):
 class DiskStatus:
     """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, rolled-back, lost,
     blank, waiting, hung, index-damaged. ``bytes_free``: what clients' data may take. ``few``: there is little room for
-    rows, so that none that take room should be sent there (``disk_room``).
+    rows, so that none that take room should be sent there. ``ample``: rows have room outside of the reserve
+    (``disk_room``).
     """
 
     id: str
@@ -188,6 +189,7 @@ class DiskStatus:
     bytes_free: int = 0
     reason: str = ""
     few: bool = False
+    ample: bool = False
 
 
 class Liveness(Protocol):
@@ -204,8 +206,10 @@ class Liveness(Protocol):
         changed; empty but for rare times.
         """
 
-    def disk_takes_rows(self, disk_id: str) -> bool:
-        """Of a disk that is full: whether it still takes rows that take room."""
+    def disk_takes_rows(self, disk_id: str, *, outside_reserve: bool = False) -> bool:
+        """Of a disk that is full: whether it still takes rows that take room. ``outside_reserve``: it has room for them
+        outside of its reserve.
+        """
 
 
 class Layouts(Protocol):

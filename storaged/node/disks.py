@@ -211,7 +211,18 @@ class Disks:
                 state, reason = "read-only", f"metadata: {disk.meta.refusal}"
             if few and state == "ok":
                 state, reason = "full", "its metadata has no room for more"
-            found.append(DiskStatus(disk.id, disk.directory, state, usage.bytes_used, usage.bytes_free, reason, few))
+            found.append(
+                DiskStatus(
+                    disk.id,
+                    disk.directory,
+                    state,
+                    usage.bytes_used,
+                    usage.bytes_free,
+                    reason,
+                    few,
+                    disk.health.room.ample,
+                )
+            )
         return sorted(found, key=lambda status: status.id)
 
     async def close(self) -> None:

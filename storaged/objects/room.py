@@ -2,8 +2,9 @@
 the smallest too.
 
 A write is refused before its body is read, when fewer than a majority of its register's disks take another row, or when
-the disks that are not full can't hold a coded block: a full cluster takes no small objects either. What frees room or
-needs none is not asked here: deletes, aborts, and Complete, whose record takes the place of its parts' rows.
+the disks that are not full can't hold a coded block: a full cluster takes no small objects either, unless deleted rows
+have left room to new ones. What frees room or needs none is not asked here: deletes, aborts, and Complete, whose record
+takes the place of its parts' rows.
 
 While no disk is full this costs a look at an empty set. The disks themselves keep the last of their room
 (``disk_room``); heartbeats say that they are full before they have to refuse.
@@ -40,13 +41,26 @@ class Room:
             self._check(name, tuple(countries), full)
 
     def _check(self, name: RegisterName, countries: tuple[str, ...], full: frozenset[str]) -> None:
-        for disks in self._layouts.partition(name.partition).voters:
-            taking = sum(disk not in full or self._liveness.disk_takes_rows(disk) for disk in disks)
+        sets = self._layouts.partition(name.partition).voters
+        takes_rows = self._liveness.disk_takes_rows
+        for disks in sets:
+            taking = sum(disk not in full or takes_rows(disk) for disk in disks)
             if taking <= len(disks) // 2:
                 raise InsufficientStorage(
                     f"{len(disks) - taking} of the {len(disks)} disks for this key's metadata are full."
                     " Nothing was changed."
                 )
+        if all(takes_rows(disk, outside_reserve=True) for disks in sets for disk in disks if disk in full):
+            return  # rows have room that nothing else can use; an object that is too large for a row is refused later
+        self._check_blocks(countries, full)
+
+    def check_blocks(self, countries: Sequence[str]) -> None:
+        """Raises InsufficientStorage when a coded block has no place for want of room."""
+        full = self._liveness.disks_full()
+        if full:
+            self._check_blocks(tuple(countries), full)
+
+    def _check_blocks(self, countries: tuple[str, ...], full: frozenset[str]) -> None:
         if not self._holds_blocks(countries, full):
             raise InsufficientStorage(
                 f"{len(full)} of {len(self._layouts.current.disks)} disks are full, and the others can't hold an object"

@@ -129,6 +129,7 @@ class Disks:
         self.suspected: set[str] = set()
         self.known_full: frozenset[str] = frozenset()
         self.without_rows: frozenset[str] = frozenset()
+        self.ample: frozenset[str] = frozenset()
 
     def store(self, disk_id: str) -> FaultyDisk:
         if disk_id not in self.disks:
@@ -141,8 +142,8 @@ class Disks:
     def disks_full(self) -> frozenset[str]:
         return self.known_full
 
-    def disk_takes_rows(self, disk_id: str) -> bool:
-        return disk_id not in self.without_rows
+    def disk_takes_rows(self, disk_id: str, *, outside_reserve: bool = False) -> bool:
+        return disk_id in self.ample if outside_reserve else disk_id not in self.without_rows
 
     def disk_readable(self, disk_id: str) -> bool:
         return disk_id not in self.suspected

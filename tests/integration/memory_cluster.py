@@ -215,6 +215,7 @@ class Alive:
         self.read_only: set[str] = set()
         self.full: frozenset[str] = frozenset()
         self.without_rows: frozenset[str] = frozenset()
+        self.ample: frozenset[str] = frozenset()
 
     def disk_readable(self, disk_id: str) -> bool:
         node = next((node for node in self._cluster.nodes.values() if disk_id in node.meta), None)
@@ -226,8 +227,8 @@ class Alive:
     def disks_full(self) -> frozenset[str]:
         return self.full
 
-    def disk_takes_rows(self, disk_id: str) -> bool:
-        return disk_id not in self.without_rows
+    def disk_takes_rows(self, disk_id: str, *, outside_reserve: bool = False) -> bool:
+        return disk_id in self.ample if outside_reserve else disk_id not in self.without_rows
 
     def why_away(self, disk_id: str) -> str:
         if self.disk_readable(disk_id):

@@ -121,3 +121,10 @@ def held(body: int) -> Value:
 )
 def test_what_an_accept_is_for(request_: Accept, before: Value | None, use: Use) -> None:
     assert use_of(request_, before) is use
+
+
+def test_room_outside_of_the_reserve_is_ample() -> None:
+    assert not room_with(RESERVE).ample
+    assert not room_with(RESERVE + RESERVE // 16).ample
+    assert room_with(RESERVE + RESERVE // 16 + 1).ample
+    assert not room_with(RESERVE + RESERVE // 16 + 1, pending=2).ample

@@ -189,7 +189,11 @@ class PartWriter:
         return disk not in self._failed and self._plane.liveness.disk_writable(disk)
 
     def _choose(self, layout: Layout) -> place.Placement:
-        placement = place.choose(layout, self._data_id, self._target, self._writable, self._countries)
+        try:
+            placement = place.choose(layout, self._data_id, self._target, self._writable, self._countries)
+        except ServiceUnavailable:
+            self._plane.room.check_blocks(self._countries)
+            raise
         if placement.profile != self._target:
             self._plane.counters.blocks_fallback += 1
         return placement
