@@ -19,6 +19,7 @@ from tests.sim import liveness_moving
 from tests.sim.buckets import run_buckets
 from tests.sim.bursts import run_bursts
 from tests.sim.collecting import run_collecting
+from tests.sim.collecting_moves import run_collecting_moves
 from tests.sim.expunging import run_expunging
 from tests.sim.flicker import run_flicker
 from tests.sim.forgetful import run_forgetful
@@ -33,8 +34,10 @@ from tests.sim.object_lies import run_object_lies
 from tests.sim.partitions import run_moving
 from tests.sim.planted import PLAYS
 from tests.sim.recovering import run_recovering
+from tests.sim.recovering_system import run_recovering_system
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
+from tests.sim.versions import run_versions
 from tests.sim.workload import Verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +55,7 @@ FLICKER_SEEDS = int(os.environ.get("STORAGED_SIM_FLICKER_SEEDS", "20"))
 EXPUNGING_SEEDS = int(os.environ.get("STORAGED_SIM_EXPUNGING_SEEDS", "12"))
 RECOVERING_SEEDS = int(os.environ.get("STORAGED_SIM_RECOVERING_SEEDS", "8"))
 LAYOUT_SEEDS = int(os.environ.get("STORAGED_SIM_LAYOUT_SEEDS", "10"))
+LONG_SEEDS = int(os.environ.get("STORAGED_SIM_LONG_SEEDS", "2"))
 OBJECT_LIES_SEEDS = int(os.environ.get("STORAGED_SIM_OBJECT_LIES_SEEDS", "10"))
 
 
@@ -130,6 +134,12 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
         recovered.update(found.done)
     assert recovered["recovered"] >= RECOVERING_SEEDS
     assert recovered["recovered joint"]
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("play", [run_collecting_moves, run_recovering_system, run_versions])
+def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
+    assert list(sound(play, LONG_SEEDS))
 
 
 def test_a_play_in_which_nothing_happens_fails() -> None:
