@@ -8,10 +8,12 @@ from storaged.cluster.layout import SYSTEM_PARTITION
 from storaged.cluster.partitions import epoch_of
 from storaged.meta.consensus.acceptor import AcceptorState
 from storaged.meta.consensus.change import Shared, Wanted
+from storaged.meta.consensus.floors import sequence_of
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.reader import DONE, FAILED, HEARING, STALE, WAITING, Reader
 from storaged.meta.consensus.register import (
+    ATTEMPTS_MAX,
     CALL_BYTES,
     COUNTER_AHEAD_MAX_US,
     NEVER,
@@ -23,6 +25,7 @@ from storaged.meta.consensus.register import (
     credible,
     overtaken,
 )
+from storaged.meta.consensus.register import created as is_created
 from storaged.meta.consensus.rounds import RESTARTS_US, CreateRound, Found, PrepareRound, Rivals
 from storaged.meta.consensus.states import REFRESHING
 from storaged.meta.messages import AcceptReply, PrepareReply, ReadReply
@@ -48,6 +51,27 @@ def test_verdicts_are_numbers_on_the_wire() -> None:
     """New ones come after them."""
     names = ["OK", "PREEMPTED", "EPOCH", "FENCED", "CONFLICT", "DAMAGED", "UNSTORED", "HELD", "AHEAD", "NEWER"]
     assert [Verdict[name] for name in names] == list(range(len(names)))
+
+
+def test_sequences_of_floors_and_creates_are_the_same_in_all_versions() -> None:
+    """Replicas of one range work them out by themselves, and rows have them."""
+    assert sequence_of(Ballot(0, (5 << 20) + 7, "", b"")) == 5 << 16
+    operation = b"c" * CALL_BYTES + bytes(2)
+    made_of = {sequence: Value(sequence, operation, Visibility.LIVE, b"") for sequence in (1, 2, 1 << 15, 65_537)}
+    assert [sequence for sequence, value in made_of.items() if is_created(value)] == [1, 65_537]
+
+
+def test_the_last_attempt_of_a_change_has_an_operation_id_too() -> None:
+    own = Lineage(b"c" * CALL_BYTES, _count=ATTEMPTS_MAX - 1)
+    assert not own.exhausted
+    assert len(own.attempt(None, Change(b"x")).operation) == 16
+    assert own.exhausted
+
+
+def test_a_create_begins_at_one_where_no_floor_is_known() -> None:
+    own = Lineage(b"c" * CALL_BYTES)
+    assert own.create(Change(b"x"), Ballot(1, 5, "n", b"incarnat")).sequence == 1
+    assert own.lost_at() is None
 
 
 # --- what a change of the system table goes on from
