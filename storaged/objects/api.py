@@ -427,15 +427,38 @@ class Objects(Protocol):
         and sealed anew: it belongs to one register.
         """
 
-    async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
-        """Returns the version id."""
+    async def set_tags(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        tags: Mapping[str, str],
+        *,
+        version_id: str = "",
+        allowed: ObjectAccess | None = None,
+    ) -> str:
+        """Returns the version id. ``allowed``: the access by which the change was allowed. Raises SlowDown when it is
+        another one."""
 
     async def set_encryption(
-        self, bucket: BucketRecord, key: bytes, encryption: Encryption, *, version_id: str = ""
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        encryption: Encryption,
+        *,
+        version_id: str = "",
+        allowed: ObjectAccess | None = None,
     ) -> str:
         """SSE-KMS for a version; its data stays. Returns the version id. Raises InvalidRequest (it has SSE-C)."""
 
-    async def set_acl(self, bucket: BucketRecord, key: bytes, acl: Acl | None, *, version_id: str = "") -> str:
+    async def set_acl(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        acl: Acl | None,
+        *,
+        version_id: str = "",
+        allowed: ObjectAccess | None = None,
+    ) -> str:
         """Returns the version id. None: the owner alone has access."""
 
     async def list_objects(

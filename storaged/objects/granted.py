@@ -12,7 +12,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from storaged.errors import AccessDenied, MethodNotAllowed, NoSuchKey, NoSuchVersion, SlowDown
+from storaged.errors import AccessDenied, MethodNotAllowed, NoSuchKey, NoSuchVersion, PreconditionFailed, SlowDown
 from storaged.objects.api import (
     AMEND,
     DELETE,
@@ -31,7 +31,7 @@ from storaged.objects.api import (
     ReadResult,
     UploadInfo,
 )
-from storaged.objects.etags import tag
+from storaged.objects.etags import matches_strongly, tag
 from storaged.objects.listing_types import Listing, VersionListing
 from storaged.objects.records import BucketRecord
 
@@ -109,13 +109,13 @@ class GrantedObjects:
         return await self._objects.delete(_bucket(grant, key, DELETE), key, **named)
 
     async def set_tags(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> str:
-        return await self._objects.set_tags(_bucket(grant, key, AMEND), key, *what, **named)
+        return await self._objects.set_tags(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
 
     async def set_acl(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> str:
-        return await self._objects.set_acl(_bucket(grant, key, AMEND), key, *what, **named)
+        return await self._objects.set_acl(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
 
     async def set_encryption(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> str:
-        return await self._objects.set_encryption(_bucket(grant, key, AMEND), key, *what, **named)
+        return await self._objects.set_encryption(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
 
     async def set_retention(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> None:
         await self._objects.set_retention(_bucket(grant, key, AMEND), key, *what, **named)
@@ -167,6 +167,9 @@ def _same(grant: Grant, source: CopySource) -> CopySource:
     """The source of a copy, in the bucket of its grant, and as it was when access was decided."""
     if source.bucket is not grant.bucket:
         raise AccessDenied()
-    if grant.found is None or source.conditions.if_match is not None:
+    if grant.found is None:
         return source
-    return source._replace(conditions=replace(source.conditions, if_match=tag(grant.found.etag)))
+    wanted, etag = source.conditions.if_match, grant.found.etag
+    if wanted is not None and not matches_strongly(wanted, etag):
+        raise PreconditionFailed(Condition="x-amz-copy-source-If-Match")
+    return source._replace(conditions=replace(source.conditions, if_match=tag(etag)))

@@ -11,11 +11,21 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from storaged.errors import AccessDenied, NoSuchKey
-from storaged.objects.api import READ, Grant, ObjectAccess
+from storaged.objects.api import READ, WRITE, Grant, ObjectAccess
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
+from storaged.s3.auth.acl import has_grants
 from storaged.s3.auth.actions import LIST_BUCKET, Action, action_of
-from storaged.s3.auth.authorize import UNKNOWN, Context, ObjectWanted, Resource, Unknown, authorize, owns_plain
+from storaged.s3.auth.authorize import (
+    UNKNOWN,
+    Context,
+    ObjectWanted,
+    Resource,
+    Unknown,
+    authorize,
+    owns_plain,
+    refuse_denied,
+)
 from storaged.s3.auth.facts import Facts
 from storaged.s3.context import Front
 from storaged.s3.request import Request
@@ -55,6 +65,8 @@ def decide(front: Front, request: Request, ask: Ask, found: ObjectAccess | Unkno
     if owns_plain(who, bucket):
         return Grant(bucket, ask.key, ask.action.access)
     headers = request.headers if ask.headers is None else ask.headers
+    if ask.key is None:
+        found = None  # a bucket has no tags of an object
     facts = Facts(
         request,
         bucket.owner,
@@ -71,6 +83,9 @@ def decide(front: Front, request: Request, ask: Ask, found: ObjectAccess | Unkno
         for name, extra in EXTRA.items():
             if name in headers and headers[name].lower() != "false":
                 authorize(who, extra, resource, context)
+        if ask.action.access & WRITE and ("x-amz-acl" in headers or has_grants(headers)):
+            # who writes an object owns it, and so may change its list, unless a policy denies that
+            refuse_denied(who, "s3:PutObjectAcl", resource, context)
     return grant
 
 

@@ -5,6 +5,7 @@ and what holds for every policy.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -433,3 +434,45 @@ def test_a_policy_that_is_not_understood_is_refused(document: bytes) -> None:
 def test_public_means_what_aws_means_by_it(found: dict[str, Any], public: bool) -> None:
     """https://docs.aws.amazon.com/AmazonS3/latest/userguide/access-control-block-public-access.html"""
     assert parse(text(found).encode()).public is public
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value", "holds"),
+    [
+        ("*" + "a" * 8000 + "b", "a" * 16000, False),
+        ("*" + "a?" * 4000 + "b", "a" * 16000, False),
+        ("*a" * 9000 + "b", "a" * 16000, False),
+        ("*a?*" * 4000, "a" * 16000, True),
+        ("${aws:useragent}*" * 1000, "a" * 16000, False),
+    ],
+    ids=["run", "any", "stars", "both", "variables"],
+)
+def test_no_pattern_keeps_other_requests_waiting(pattern: str, value: str, holds: bool) -> None:
+    """The first of them took more than a minute, on the event loop."""
+    policy = parse(text(deny("s3:*", Condition={"StringLike": {"aws:Referer": pattern}})).encode())
+    facts = facts_of({"aws:referer": value, "aws:useragent": "a" * 1000})
+    began = time.process_time()
+    found = policy.verdict(ANONYMOUS, "s3:GetObject", "arn:aws:s3:::bucket/k", facts)
+    assert time.process_time() - began < 10
+    assert (found is False) is holds
+
+
+def test_the_tag_in_a_variable_keeps_its_case() -> None:
+    mine = deny("s3:*", Condition={"StringEquals": {"aws:username": "${s3:ExistingObjectTag/Owner}"}})
+    facts = facts_of({"aws:username": "b", "s3:existingobjecttag/Owner": "b"})
+    assert parse(text(mine).encode()).verdict(OTHER, "s3:GetObject", "arn:aws:s3:::bucket/k", facts) is False
+
+
+def test_a_principal_with_a_wildcard_which_would_name_nobody_is_refused() -> None:
+    """https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_elements_principal.html: a wildcard is no
+    part of a name there."""
+    for name in ("*", "a*", "a?"):
+        with pytest.raises(MalformedPolicy):
+            parse(text(deny("s3:*", principal=aws(f"arn:aws:iam::123456789012:user/{name}"))).encode())
+
+
+def test_a_list_lets_no_other_user_delete_a_version() -> None:
+    case = Case("", "", OTHER, "DeleteObject", True, rule=WRITER, acl=(AclEntry(EVERYBODY, "WRITE"),))
+    authorize(OTHER, action_of("DeleteObject"), resource_of(case), Context(facts_of({})))
+    with pytest.raises(AccessDenied):
+        authorize(OTHER, action_of("DeleteObject"), resource_of(case._replace(version="v")), Context(facts_of({})))

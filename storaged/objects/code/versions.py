@@ -14,7 +14,7 @@ from msgspec import Struct
 from storaged.errors import DataDamaged, InvalidRequest
 from storaged.ids import Entropy
 from storaged.meta.names import Change, Value, Visibility
-from storaged.objects.api import NewMeta, ObjectInfo
+from storaged.objects.api import NewMeta, ObjectAccess, ObjectInfo
 from storaged.objects.code.customer import ContentKey, unwrap_key, without_checksums, wrap_key
 from storaged.objects.code.seal import ENCRYPTED_META_LABEL, META_LABEL
 from storaged.objects.configuration.access import Acl
@@ -287,6 +287,11 @@ def parts_shown(opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> tuple[S
         return opened.content.open_parts(parts, next(iter(opened.meta.checksums), ""))
     except SealBroken as error:
         raise DataDamaged(f"The checksums of a part do not open: {error}") from None
+
+
+def access_to(opened: OpenedVersion) -> ObjectAccess:
+    meta = opened.meta
+    return ObjectAccess(opened.version.owner, Acl(meta.acl) if meta.acl is not None else None, meta.tags, meta.etag)
 
 
 def info_of(

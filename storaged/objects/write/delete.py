@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from storaged.errors import InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion
+from storaged.errors import InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion, SlowDown
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import object_name
-from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, WriteConditions
+from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, ObjectAccess, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.history import Draft, Entry
 from storaged.objects.code.version_names import required_name
-from storaged.objects.code.versions import OpenedVersion, Place, open_version, seal_listing, seal_meta
+from storaged.objects.code.versions import OpenedVersion, Place, access_to, open_version, seal_listing, seal_meta
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.kinds import ENABLED
@@ -111,10 +111,12 @@ async def change_meta(
     alter: Callable[[OpenedVersion], OpenedVersion],
     *,
     wrap_under: BucketKey | None = None,
+    allowed: ObjectAccess | None = None,
 ) -> str:
     """Seals altered metadata, or another encryption, into a version, the current one when ``version_id`` is empty; its
-    data stays. ``wrap_under``: the key under which its data key is wrapped anew. Returns the version id;
-    empty in a bucket that never had versioning. Raises NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument, and
+    data stays. ``wrap_under``: the key under which its data key is wrapped anew. ``allowed``: what the change
+    was allowed for; None: for anything. Returns the version id; empty in a bucket that never had versioning. Raises
+    NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument, SlowDown (it is not ``allowed``'s object any more), and
     what ``alter`` raises.
     """
     name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
@@ -135,7 +137,10 @@ async def change_meta(
                 else NoSuchKey(DeleteMarker="true", MarkerVersionId=entry.name)
             )
         bucket_key = keys.known(version.bucket_key)
-        opened, context = alter(open_version(where, version, bucket_key)), where.context_of(version)
+        before = open_version(where, version, bucket_key)
+        if allowed is not None and access_to(before) != allowed:
+            raise SlowDown("The object changed while access to it was decided. Retry.")
+        opened, context = alter(before), where.context_of(version)
         sealed = seal_meta(opened.dek, context, opened.meta, opened.encryption, plane.entropy)
         if wrap_under is not None:
             bucket_key, wrapped = wrap_under, wrap_under.wrap(opened.dek, context)
@@ -151,20 +156,34 @@ async def change_meta(
 
 
 async def set_tags(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = ""
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    tags: Mapping[str, str],
+    *,
+    version_id: str = "",
+    allowed: ObjectAccess | None = None,
 ) -> str:
-    """Replaces the tags of a version. Raises InsufficientStorage for tags that a full cluster can't take."""
+    """Replaces the tags of a version. ``allowed``: as of ``change_meta``. Raises InsufficientStorage for tags that a
+    full cluster can't take.
+    """
     if tags:
         plane.room.check(object_name(bucket.id, bucket.shard_numbers, key), bucket.countries)
 
     def alter(opened: OpenedVersion) -> OpenedVersion:
         return opened._replace(meta=msgspec.structs.replace(opened.meta, tags=dict(tags)))
 
-    return await change_meta(plane, bucket, key, version_id, alter)
+    return await change_meta(plane, bucket, key, version_id, alter, allowed=allowed)
 
 
 async def set_encryption(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, encryption: Encryption, *, version_id: str = ""
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    encryption: Encryption,
+    *,
+    version_id: str = "",
+    allowed: ObjectAccess | None = None,
 ) -> str:
     """Gives a version SSE-KMS, and wraps its data key anew under the newest key of the bucket. Raises as
     ``change_meta``, InvalidRequest for a version with SSE-C, and InsufficientStorage.
@@ -181,11 +200,17 @@ async def set_encryption(
             )
         return opened._replace(encryption=sealed)
 
-    return await change_meta(plane, bucket, key, version_id, alter, wrap_under=newest)
+    return await change_meta(plane, bucket, key, version_id, alter, wrap_under=newest, allowed=allowed)
 
 
 async def set_acl(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, acl: Acl | None, *, version_id: str = ""
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    acl: Acl | None,
+    *,
+    version_id: str = "",
+    allowed: ObjectAccess | None = None,
 ) -> str:
     """Replaces the access control list of a version. None: its owner alone has access. Raises InsufficientStorage."""
     if acl is not None:
@@ -195,4 +220,4 @@ async def set_acl(
     def alter(opened: OpenedVersion) -> OpenedVersion:
         return opened._replace(meta=msgspec.structs.replace(opened.meta, acl=entries))
 
-    return await change_meta(plane, bucket, key, version_id, alter)
+    return await change_meta(plane, bucket, key, version_id, alter, allowed=allowed)

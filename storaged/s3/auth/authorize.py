@@ -47,6 +47,10 @@ class Unknown:
 
 UNKNOWN: Final = Unknown()
 
+FOR_GOOD: Final = "s3:DeleteObjectVersion"
+"""WRITE in a bucket's list lets others than its owner hide an object, or overwrite it, but not delete a version.
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/acl-overview.html#permissions"""
+
 NO_BLOCK: Final = PublicAccessBlock()
 
 
@@ -118,6 +122,13 @@ def authorize(who: Principal, action: Action, resource: Resource, context: Conte
     return Grant(bucket, resource.key, action.access, found)
 
 
+def refuse_denied(who: Principal, name: str, resource: Resource, context: Context) -> None:
+    """Refuses what the bucket's policy denies; what nothing says anything about passes. Raises as ``authorize``."""
+    policy = resource.configuration.derive(bucket_access).policy
+    if policy is not None and policy.verdict(who, name, resource.arn, context.facts) is False:
+        raise AccessDenied()
+
+
 def _permits(
     who: Principal,
     name: str,
@@ -135,7 +146,7 @@ def _permits(
         return True
     if owns and (access.enforced or not action.of_object):
         return True
-    if access.enforced or not action.acl:
+    if access.enforced or not action.acl or name == FOR_GOOD:
         return False
     if action.of_object:
         return _object_permits(who, action, resource, context, access, owns)

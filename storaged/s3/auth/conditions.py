@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from storaged.errors import MalformedPolicy
+from storaged.units import KIB
 
 Facts = Callable[[str], "Sequence[str] | None"]
 """The values of a condition key (in lower case) for a request; None: the request does not have it. May raise, when the
@@ -55,70 +56,92 @@ _NETWORK_BITS_MIN = {4: 8, 6: 32}
 
 _VARIABLE = re.compile(r"\$\{([^{}]*)\}")
 _LITERALS = ("*", "?", "$")
+_EXPANDED_CHARS_MAX = 64 * KIB
+"""No value of a request is as long: nothing is equal to what is longer."""
 
-STAR: Final = "**"
-ANY: Final = "??"
-"""Tokens of a pattern; the others are single characters."""
+_STAR = "\ud801"
+_ANY = "\ud800"
+"""``*`` and ``?`` of a pattern whose variables were replaced. No value has these halves of surrogate pairs."""
 
 
-@lru_cache(maxsize=4096)
-def _tokens(text: str) -> tuple[str, ...]:
-    """A pattern without variables. A run of stars is one."""
-    found: list[str] = []
-    for letter in text:
-        if letter != "*":
-            found.append(ANY if letter == "?" else letter)
-        elif not found or found[-1] != STAR:
-            found.append(STAR)
-    return tuple(found)
+def _pattern(text: str) -> str:
+    return text.replace("*", _STAR).replace("?", _ANY)
 
 
 def like(text: str, value: str) -> bool:
     """Whether ``value`` matches ``text``, in which ``*`` is any text and ``?`` any character."""
-    return _matches(_tokens(text), value)
+    return _matches(_pattern(text), value)
 
 
-def _matches(tokens: Sequence[str], value: str) -> bool:
-    """In time of the product of the lengths: a regular expression would take exponential time for hostile patterns."""
-    at = at_value = resume = 0
-    star = -1
-    while at_value < len(value):
-        if at < len(tokens) and tokens[at] == STAR:
-            star, resume = at, at_value
-            at += 1
-        elif at < len(tokens) and tokens[at] in (ANY, value[at_value]):
-            at += 1
-            at_value += 1
-        elif star >= 0:
-            resume += 1
-            at, at_value = star + 1, resume
-        else:
-            return False
-    return all(token == STAR for token in tokens[at:])
+def _matches(pattern: str, value: str) -> bool:
+    """Looks for each piece between two stars once, from left to right: the first place is as good as any other.
+
+    The loops over characters are C code. One of Python takes seconds for hostile patterns, in which all other requests
+    wait; a regular expression with stars takes exponential time.
+    """
+    first, *middle = pattern.split(_STAR)
+    if not middle:
+        return len(first) == len(value) and _is_at(first, value, 0)
+    last = middle.pop()
+    at, end = len(first), len(value) - len(last)
+    if at > end or not _is_at(first, value, 0) or not _is_at(last, value, end):
+        return False
+    for piece in middle:
+        if piece:
+            at = _find(piece, value, at, end)
+            if at < 0:
+                return False
+            at += len(piece)
+    return True
+
+
+def _is_at(piece: str, value: str, at: int) -> bool:
+    if _ANY not in piece:
+        return value.startswith(piece, at)
+    return _compiled(piece).match(value, at) is not None
+
+
+def _find(piece: str, value: str, at: int, end: int) -> int:
+    """Where ``piece`` begins in ``value[at:end]``; -1: nowhere."""
+    if _ANY not in piece or len(piece) > end - at:
+        return value.find(piece, at, end)
+    found = _compiled(piece).search(value, at, end)
+    return found.start() if found is not None else -1
+
+
+@lru_cache(maxsize=256)
+def _compiled(piece: str) -> re.Pattern[str]:
+    """It has no repetitions: a match at one place takes the time of its length."""
+    return re.compile(".".join(map(re.escape, piece.split(_ANY))), re.DOTALL)
 
 
 def matches_text(text: str, value: str, facts: Facts, variables: bool) -> bool:
     """As ``like``, with policy variables; what they stand for is literal. False when one of them has no value."""
     if not variables or "${" not in text:
         return like(text, value)
-    tokens: list[str] = []
+    found = ""
     end = 0
-    for found in _VARIABLE.finditer(text):
-        stands_for = _value_of(found[1], facts)
-        if stands_for is None:
-            return False
-        tokens += _tokens(text[end : found.start()])
-        tokens += stands_for
-        end = found.end()
-    tokens += _tokens(text[end:])
-    return _matches(tokens, value)
+    for variable in _VARIABLE.finditer(text):
+        stands_for = _value_of(variable[1], facts)
+        if stands_for is None or len(found) > len(value) + len(text):
+            return False  # a pattern is at most as long as what it matches, but for its stars
+        found += _pattern(text[end : variable.start()]) + stands_for
+        end = variable.end()
+    return _matches(found + _pattern(text[end:]), value)
+
+
+def key_named(text: str) -> str:
+    """A condition key in the form in which facts are asked for: lower case, but for the name of a tag."""
+    lower = text.lower()
+    family = next((family for family in FAMILIES if lower.startswith(family)), "")
+    return family + text[len(family) :] if family else lower
 
 
 def _value_of(variable: str, facts: Facts) -> str | None:
     if variable in _LITERALS:
         return variable
     name, comma, default = variable.partition(",")
-    values = facts(name.strip().lower())
+    values = facts(key_named(name.strip()))
     if values is not None and len(values) == 1:
         return values[0]
     return default.strip().strip("'") if comma else None
@@ -128,11 +151,16 @@ def _expanded(text: str, facts: Facts, variables: bool) -> str | None:
     """A value that is compared as it is, with its policy variables replaced."""
     if not variables or "${" not in text:
         return text
-    values = [_value_of(found[1], facts) for found in _VARIABLE.finditer(text)]
-    if None in values:
-        return None
+    values: list[str] = []
+    size = len(text)
+    for found in _VARIABLE.finditer(text):
+        value = _value_of(found[1], facts)
+        if value is None or size > _EXPANDED_CHARS_MAX:
+            return None
+        values.append(value)
+        size += len(value)
     following = iter(values)
-    return _VARIABLE.sub(lambda _: next(following) or "", text)
+    return _VARIABLE.sub(lambda _: next(following), text)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -290,7 +318,6 @@ def _condition(operator: Operator, bare: str, key: str, values: Any, quantifier:
     lower = key.lower()
     if lower not in KEYS and not any(lower.startswith(family) and len(lower) > len(family) for family in FAMILIES):
         raise MalformedPolicy("Policy has an invalid condition key", Detail=key[:100])
-    family = next((family for family in FAMILIES if lower.startswith(family)), "")
     wanted = tuple(_text(value) for value in (values if isinstance(values, list) else [values]))
     if not wanted:
         raise MalformedPolicy("Policy has an invalid condition value")
@@ -300,8 +327,7 @@ def _condition(operator: Operator, bare: str, key: str, values: Any, quantifier:
                 operator.check(text)
             except (ValueError, OverflowError, binascii.Error):
                 raise MalformedPolicy(f"Invalid value for a condition of type {bare}", Detail=text[:100]) from None
-    name = family + key[len(family) :] if family else lower  # the names of tags keep their case
-    return Condition(operator, name, wanted, quantifier, if_exists, _narrows(bare, if_exists, lower, wanted))
+    return Condition(operator, key_named(key), wanted, quantifier, if_exists, _narrows(bare, if_exists, lower, wanted))
 
 
 def _text(value: Any) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 from storaged.errors import AccessDenied
 from storaged.objects.api import ObjectAccess
 from storaged.objects.identity import account_of, arn_of
 from storaged.s3.auth.authorize import ObjectWanted, Unknown
+from storaged.s3.conditions import parse_http_time
 from storaged.s3.request import Request
 
 EXISTING_TAG: Final = "s3:existingobjecttag/"
@@ -70,6 +71,8 @@ class Facts:
     def _request_tags(self) -> dict[str, str]:
         if self.request.operation == "PutObjectTagging" or "tagging" in self.headers:
             raise AccessDenied("A policy asks for the tags in the document of this request, which is not read yet.")
+        if self.request.operation == "CopyObject" and self.headers.get("x-amz-tagging-directive") != "REPLACE":
+            return {}  # the copy gets the tags of its source, whatever the header says
         return dict(parse_qsl(self.headers.get("x-amz-tagging", ""), keep_blank_values=True))
 
     def _header(self, name: str) -> str | None:
@@ -97,10 +100,26 @@ def _signature_age(facts: Facts) -> str | None:
     """Milliseconds since the signature was made."""
     text = facts.headers.get("x-amz-date") or facts.request.query.get("X-Amz-Date", "")
     try:
-        made = datetime.strptime(text, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        made_ms: int | None = int(datetime.strptime(text, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp() * 1000)
     except ValueError:
+        made_ms = parse_http_time(facts.headers.get("date", ""))
+    return None if made_ms is None else _signed(facts, str(max(0, facts.now_ms - made_ms)))
+
+
+def _signature_version(facts: Facts) -> str | None:
+    """A form may have the older signature."""
+    old = facts.headers is not facts.request.headers and "x-amz-algorithm" not in facts.headers
+    return _signed(facts, "AWS" if old else "AWS4-HMAC-SHA256")
+
+
+def _copy_source(facts: Facts) -> str | None:
+    """``bucket/key``, however the client has written it: a statement that denies a source denies it in each form."""
+    text = facts.headers.get("x-amz-copy-source")
+    if text is None:
         return None
-    return _signed(facts, str(max(0, facts.now_ms - int(made.timestamp() * 1000))))
+    path, mark, version = text.encode("utf-8", "surrogateescape").partition(b"?versionId=")
+    source = unquote_to_bytes(path).removeprefix(b"/") + mark + version
+    return source.decode("utf-8", "surrogateescape")
 
 
 def _prefix(facts: Facts) -> str | None:
@@ -136,7 +155,8 @@ _FACTS: Final[dict[str, _Fact]] = {
     "aws:resourceaccount": lambda facts: account_of(facts.owner),
     "s3:resourceaccount": lambda facts: account_of(facts.owner),
     "s3:authtype": _auth_type,
-    "s3:signatureversion": lambda facts: _signed(facts, "AWS4-HMAC-SHA256"),
+    "s3:signatureversion": _signature_version,
+    "s3:x-amz-copy-source": _copy_source,
     "s3:signatureage": _signature_age,
     "s3:prefix": _prefix,
     "s3:delimiter": _parameter("delimiter"),

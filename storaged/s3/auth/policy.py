@@ -31,7 +31,8 @@ _ELEMENTS = frozenset(
         "Sid", "Effect", "Principal", "NotPrincipal", "Action", "NotAction", "Resource", "NotResource", "Condition",
     }
 )  # fmt: skip
-_IAM_ARN = re.compile(r"arn:aws:(?:iam|sts)::([\w-]*):(root|(?:user|role|assumed-role|federated-user)/.+)")
+_IAM_ARN = re.compile(r"arn:aws:(?:iam|sts)::([\w-]*):(root|(?:user|role|assumed-role|federated-user)/[^*?]+)")
+"""AWS has no wildcards in a part of a principal: a statement that denies them would deny nobody."""
 _ACCOUNT = re.compile(r"\d{12}")
 _CANONICAL = re.compile(r"[0-9a-f]{64}")
 _ACTION = re.compile(r"s3:[\w*?]+|\*")
@@ -95,7 +96,7 @@ class Policy(NamedTuple):
         return allowed
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def policy_of(text: str) -> Policy:
     """A policy that was stored. Raises MalformedPolicy."""
     return parse(text.encode())
@@ -106,10 +107,11 @@ def parse(document: bytes, bucket: str = "") -> Policy:
     if len(document) > BYTES_MAX:
         raise MalformedPolicy("Policies must not be larger than 20 KB.")
     try:
-        found = json.loads(document, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        text = document.decode()
+        found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise MalformedPolicy("Policies must be valid JSON and the first byte must be '{'") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not _is_text(found):
         raise MalformedPolicy("Policies must be valid JSON and the first byte must be '{'")
     for name in found:
         if name not in ("Version", "Id", "Statement"):
@@ -127,6 +129,15 @@ def parse(document: bytes, bucket: str = "") -> Policy:
     if len(set(sids)) != len(sids):
         raise MalformedPolicy("Statement IDs (SID) in a single policy must be unique.")
     return Policy(parsed, any(_is_public(each) for each in parsed))
+
+
+def _is_text(found: Any) -> bool:
+    """Whether all of it can be encoded: the escapes of JSON can make halves of surrogate pairs."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
