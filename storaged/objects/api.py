@@ -9,7 +9,7 @@ headers.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from msgspec import Struct, field
 
@@ -19,10 +19,21 @@ from storaged.objects.body_types import Body as Body
 from storaged.objects.body_types import BodyChecks as BodyChecks
 from storaged.objects.body_types import FillingBody as FillingBody
 from storaged.objects.body_types import WholeBody as WholeBody
+from storaged.objects.condition_types import NO_READ_CONDITIONS as NO_READ_CONDITIONS
+from storaged.objects.condition_types import NO_WRITE_CONDITIONS as NO_WRITE_CONDITIONS
+from storaged.objects.condition_types import ReadConditions as ReadConditions
+from storaged.objects.condition_types import WriteConditions as WriteConditions
 from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.encryption import NO_KEY, Encryption
-from storaged.objects.etags import Condition
+from storaged.objects.grant_types import AMEND as AMEND
+from storaged.objects.grant_types import DELETE as DELETE
+from storaged.objects.grant_types import LIST as LIST
+from storaged.objects.grant_types import READ as READ
+from storaged.objects.grant_types import WRITE as WRITE
+from storaged.objects.grant_types import Grant as Grant
+from storaged.objects.grant_types import ObjectAccess as ObjectAccess
+from storaged.objects.grant_types import Principal as Principal
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
 from storaged.objects.records import BucketRecord, Lock, SealedPart
 from storaged.objects.upload_types import CompletedPart as CompletedPart
@@ -44,75 +55,6 @@ PART_BYTES_MIN = 5 * 1024**2
 PARTS_MAX = 10_000
 OBJECT_BYTES_MAX = PARTS_MAX * PART_BYTES_MAX
 """48.8 TiB."""
-
-
-class Principal(Struct, frozen=True):
-    """The authenticated sender of a request. ``user_id``: the canonical id. ``access_key``: empty when anonymous.
-    ``email``: only of users that were listed.
-    """
-
-    user_id: str
-    display_name: str
-    access_key: str = ""
-    email: str = ""
-
-
-READ: Final = 1
-WRITE: Final = 2
-DELETE: Final = 4
-LIST: Final = 8
-AMEND: Final = 16
-"""The calls that a Grant allows: bits. READ: get, head. WRITE: put, copies to the key, uploads. LIST: all lists. AMEND:
-tags and access of an object."""
-
-
-class ObjectAccess(NamedTuple):
-    """What decides about access to an existing object."""
-
-    owner: str
-    acl: Acl | None
-    tags: Mapping[str, str]
-    etag: str = ""
-
-
-class Grant(Struct, frozen=True):
-    """Permission for calls of the object plane (``objects.granted``): what one principal may do to one key, or to a
-    bucket as a whole. ``s3.auth.authorize`` makes it, and nothing else does.
-
-    ``key``: None for the bucket. ``access``: bits. ``found``: the decision depended on the object as it was; calls
-    refuse when it is another one by then.
-    """
-
-    bucket: BucketRecord
-    key: bytes | None
-    access: int
-    found: ObjectAccess | None = None
-
-
-class ReadConditions(Struct, frozen=True):
-    """If-Match, If-None-Match, If-(Un)Modified-Since in milliseconds. Evaluated as by RFC 9110 and AWS."""
-
-    if_match: Condition = None
-    if_none_match: Condition = None
-    if_modified_since_ms: int | None = None
-    if_unmodified_since_ms: int | None = None
-
-
-class WriteConditions(Struct, frozen=True):
-    """Conditions of PUT, Complete, Delete and the destination of a Copy.
-
-    If-Match: ``ANY`` wants the object to exist. If-None-Match: ``ANY`` wants it not to exist, tags want it to have
-    another. x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) are of Delete alone.
-    """
-
-    if_match: Condition = None
-    if_none_match: Condition = None
-    if_match_size: int | None = None
-    if_match_modified_ms: int | None = None
-
-
-NO_READ_CONDITIONS = ReadConditions()
-NO_WRITE_CONDITIONS = WriteConditions()
 
 
 class NewMeta(Struct, frozen=True):

@@ -18,9 +18,7 @@ from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
 NAMED_VERSION = "v"
-"""``Version.version_id`` of every version that is not the null version. The id that a client sees is made of its
-ordinal and its context id (``code.history.version_name``).
-"""
+"""``Version.version_id`` of all others. The id that a client sees is ``code.version_names.version_name``."""
 PARTS_INLINE_MAX = 32
 
 
@@ -105,9 +103,7 @@ class Lock(Message, frozen=True):
 
 
 class Kept(Message, frozen=True):
-    """What a record keeps beside a version. ``ordinal``: the register's sequence when the version was added. It orders
-    the versions of a key, and no clock does.
-    """
+    """What is kept beside a version. ``ordinal``: the register's sequence when it was added, by which it is ordered."""
 
     ordinal: int
     lock: Lock | None = None

@@ -1,0 +1,54 @@
+"""Who asks, and what a permission allows: part of the port of the object plane (``api``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from msgspec import Struct
+
+from storaged.objects.configuration.access import Acl
+from storaged.objects.records import BucketRecord
+
+
+class Principal(Struct, frozen=True):
+    """The authenticated sender of a request. ``user_id``: the canonical id. ``access_key``: empty when anonymous.
+    ``email``: only of users that were listed.
+    """
+
+    user_id: str
+    display_name: str
+    access_key: str = ""
+    email: str = ""
+
+
+READ: Final = 1
+WRITE: Final = 2
+DELETE: Final = 4
+LIST: Final = 8
+AMEND: Final = 16
+"""The calls that a Grant allows: bits. READ: get, head. WRITE: put, copies to the key, uploads. LIST: all lists. AMEND:
+tags and access of an object."""
+
+
+class ObjectAccess(NamedTuple):
+    """What decides about access to an existing object."""
+
+    owner: str
+    acl: Acl | None
+    tags: Mapping[str, str]
+    etag: str = ""
+
+
+class Grant(Struct, frozen=True):
+    """Permission for calls of the object plane (``objects.granted``): what one principal may do to one key, or to a
+    bucket as a whole. ``s3.auth.authorize`` makes it, and nothing else does.
+
+    ``key``: None for the bucket. ``access``: bits. ``found``: the decision depended on the object as it was; calls
+    refuse when it is another one by then.
+    """
+
+    bucket: BucketRecord
+    key: bytes | None
+    access: int
+    found: ObjectAccess | None = None
