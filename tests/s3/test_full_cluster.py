@@ -81,23 +81,42 @@ def fill(servers: Servers, s3: Any, size: int, names: str) -> list[str]:
     raise AssertionError(f"{OBJECTS_MAX} objects of {size} bytes fit: {servers.status()}")
 
 
+def everything(s3: Any) -> list[dict[str, Any]]:
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket="demo")
+    return [entry for page in pages for entry in page.get("Contents", ())]
+
+
+def refused(servers: Servers, call: Any, **arguments: Any) -> None:
+    """A write is refused, as soon as what failed writes give back is used up again. None gets another answer."""
+    seen: Counter[tuple[int, str]] = Counter()
+
+    def full() -> bool:
+        said = answer(call, **arguments)
+        seen[said] += 1
+        return said == FULL
+
+    servers.wait_until(full, 60, f"{arguments} refused")
+    assert seen.keys() <= {FULL, (200, ""), (503, "ServiceUnavailable")}, seen
+
+
 def test_a_full_cluster_reads_lists_and_deletes_and_comes_back_by_itself(servers: SmallServers) -> None:
     s3 = servers.boto3(attempts=1)
     upload = s3.create_multipart_upload(Bucket="demo", Key="open")["UploadId"]
-    s3.put_object(Bucket="demo", Key="kept", Body=b"kept")
+    for key in ("kept", "changed"):
+        s3.put_object(Bucket="demo", Key=key, Body=b"kept")
     taken = fill(servers, s3, MIB, "big")
     servers.wait_until(lambda: states(servers) == {"full"}, 60, "all disks full")
     assert {entry["code"] for entry in servers.status()["problems"]} >= {"DISK_FULL"}
 
     tagging = {"TagSet": [{"Key": "k", "Value": "v"}]}
-    assert answer(s3.put_object, Key="tiny", Body=b"x") == FULL
-    assert answer(s3.put_object, Key="kept", Body=b"else") == FULL, "a new version of what is there"
-    assert answer(s3.put_object, Key="small", Body=bytes(8_000)) == FULL
-    assert answer(s3.put_object, Key="large", Body=bytes(3 * MIB)) == FULL
-    assert answer(s3.copy_object, Key="copy", CopySource="demo/kept") == FULL
-    assert answer(s3.put_object_tagging, Key="kept", Tagging=tagging) == FULL
-    assert answer(s3.create_multipart_upload, Key="other") == FULL
-    assert answer(s3.upload_part, Key="open", UploadId=upload, PartNumber=1, Body=b"part") == FULL
+    refused(servers, s3.put_object, Key="tiny", Body=b"x")
+    refused(servers, s3.put_object, Key="changed", Body=b"else")
+    refused(servers, s3.put_object, Key="small", Body=bytes(8_000))
+    refused(servers, s3.put_object, Key="large", Body=bytes(3 * MIB))
+    refused(servers, s3.copy_object, Key="copy", CopySource="demo/kept")
+    refused(servers, s3.put_object_tagging, Key="kept", Tagging=tagging)
+    refused(servers, s3.create_multipart_upload, Key="other")
+    refused(servers, s3.upload_part, Key="open", UploadId=upload, PartNumber=1, Body=b"part")
 
     def put_many(worker: int) -> Counter[tuple[int, str]]:
         client = servers.boto3(attempts=1)
@@ -105,18 +124,17 @@ def test_a_full_cluster_reads_lists_and_deletes_and_comes_back_by_itself(servers
 
     with ThreadPoolExecutor(4) as pool:
         said = sum(pool.map(put_many, range(4)), Counter())
-    assert said.keys() == {FULL}, said
-    assert states(servers) == {"full"}
+    assert FULL in said, said
+    assert said.keys() <= {FULL, (200, "")}, said
+    assert states(servers) <= {"full", "ok"}
 
     for key in taken:
         assert len(s3.get_object(Bucket="demo", Key=key)["Body"].read()) == MIB, key
     assert s3.get_object(Bucket="demo", Key="kept")["Body"].read() == b"kept"
-    listed = [entry["Key"] for page in s3.get_paginator("list_objects_v2").paginate(Bucket="demo", Prefix="big/")
-              for entry in page["Contents"]]  # fmt: skip
-    assert set(taken) <= set(listed)
+    assert {*taken, "kept"} <= {entry["Key"] for entry in everything(s3)}
 
     pids = servers.pids()
-    for key in [*listed, "kept"]:
+    for key in (entry["Key"] for entry in everything(s3)):
         s3.delete_object(Bucket="demo", Key=key)
     s3.abort_multipart_upload(Bucket="demo", Key="open", UploadId=upload)
     assert "Contents" not in s3.list_objects_v2(Bucket="demo")
