@@ -13,6 +13,7 @@ from storaged.objects.code.history import Bounds
 from storaged.objects.code.lock import COMPLIANCE, GOVERNANCE
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, LOCK, SUSPENDED, VERSIONING, ObjectLock, Versioning
+from storaged.objects.encryption import KMS, Encryption
 from storaged.objects.records import Lock
 from storaged.objects.write import versioned
 from tests.doubles.clock import LoopClock
@@ -68,6 +69,19 @@ class Locked(Made):
 def about(lock: Lock | None, mode: str, until_ms: int) -> bool:
     """The clock goes on meanwhile."""
     return lock is not None and lock.mode == mode and abs(lock.until_ms - until_ms) < 10_000
+
+
+@pytest.mark.parametrize("lock", [Lock(GOVERNANCE, 1 << 50), Lock(COMPLIANCE, 1 << 50), Lock(hold=True)])
+async def test_the_encryption_of_a_locked_version_stays(lock: Lock) -> None:
+    """botocore 1.44.8, UpdateObjectEncryption: AccessDenied."""
+    made, asked = Locked(), Encryption(KMS, "arn:of:key")
+    kept, free = await made.kept(lock), await made.kept(None)
+    with pytest.raises(AccessDenied):
+        await made.objects.set_encryption(made.bucket, b"key", asked, version_id=kept)
+    assert (await made.objects.head(made.bucket, b"key", version_id=kept)).encryption is None
+    await made.objects.set_encryption(made.bucket, b"key", asked, version_id=free)
+    assert (await made.objects.head(made.bucket, b"key", version_id=free)).encryption == asked
+    await made.objects.close()
 
 
 async def test_governance_keeps_a_version_until_it_is_bypassed_or_over() -> None:

@@ -12,6 +12,7 @@ from storaged.meta.names import object_name
 from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, ObjectAccess, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import OpenedVersion, Place, access_to, open_version, seal_listing, seal_meta
 from storaged.objects.conditions import check_write, needs_etag
@@ -114,10 +115,10 @@ async def change_meta(
     allowed: ObjectAccess | None = None,
 ) -> str:
     """Seals altered metadata, or another encryption, into a version, the current one when ``version_id`` is empty; its
-    data stays. ``wrap_under``: the key under which its data key is wrapped anew. ``allowed``: what the change
-    was allowed for; None: for anything. Returns the version id; empty in a bucket that never had versioning. Raises
-    NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument, SlowDown (it is not ``allowed``'s object any more), and
-    what ``alter`` raises.
+    data stays. ``wrap_under``: the key under which its data key is wrapped anew, unless the version is locked
+    (AccessDenied). ``allowed``: what the change was allowed for; None: for anything. Returns the version id; empty in a
+    bucket that never had versioning. Raises NoSuchKey, NoSuchVersion, MethodNotAllowed, InvalidArgument, SlowDown (it
+    is not ``allowed``'s object any more), and what ``alter`` raises.
     """
     name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
@@ -136,6 +137,8 @@ async def change_meta(
                 if version_id
                 else NoSuchKey(DeleteMarker="true", MarkerVersionId=entry.name)
             )
+        if wrap_under is not None:
+            check_removal(entry.kept.lock, plane.clock.wall_ms(), bypass=False)
         bucket_key = keys.known(version.bucket_key)
         before = open_version(where, version, bucket_key)
         if allowed is not None and access_to(before) != allowed:
