@@ -234,6 +234,18 @@ def test_what_a_quorum_has_with_its_copy_is_settled_although_a_third_replica_lac
     assert found.newest() == Found(ballot, value, True)
 
 
+def test_of_two_values_under_one_ballot_the_one_that_a_quorum_holds_goes_on_unsettled_under_its_highest_ballot() -> (
+    None
+):
+    (low, value), (high, other) = made(1, 4), made(2, 4, b"a lie")
+    found = prepared(promise(low, value), promise(high, value), promise(high, other))
+    assert found.undisputed(Found(high, other, False)) == Found(high, value, False)
+    assert found.undisputed(Found(low, value, True)) == Found(low, value, True)
+    found = prepared(promise(low, older := made(1, 3, b"older")[1]), promise(high, value), promise(high, other))
+    assert older != value
+    assert found.undisputed(Found(high, other, False)) is None
+
+
 def test_replies_of_which_neither_kind_is_a_quorum_of_both_sets_are_the_end_of_a_round() -> None:
     """The doubted ones are a majority of the first set, and the others are one of the second set."""
     found = PrepareRound(Quorum(("a", "b", "c"), ("a", "b", "d")))
