@@ -244,6 +244,12 @@ def test_of_two_values_under_one_ballot_the_one_that_a_quorum_holds_goes_on_unse
     found = prepared(promise(low, older := made(1, 3, b"older")[1]), promise(high, value), promise(high, other))
     assert older != value
     assert found.undisputed(Found(high, other, False)) is None
+    five = PrepareRound(FIVE)
+    for disk, (ballot, held) in zip(
+        "abcde", ((low, value), (low, value), (high, value), (high, other), made(3, 5)), strict=True
+    ):
+        five.add_late(disk, promise(ballot, held), True)
+    assert five.undisputed(Found(high, other, False)) == Found(high, value, False)
 
 
 def test_replies_of_which_neither_kind_is_a_quorum_of_both_sets_are_the_end_of_a_round() -> None:
