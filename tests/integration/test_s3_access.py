@@ -133,9 +133,11 @@ async def test_new_buckets_block_what_is_public_until_their_owner_opens_them(wor
         public = policy(allow("s3:GetObject"))
         assert refused(owner.put_bucket_policy, Bucket="bucket", Policy=public) == DENIED
         assert refused(owner.get_bucket_policy_status, Bucket="bucket") == (404, "NoSuchBucketPolicy")
-        for name in ("private", "public-read"):
-            answer = refused(owner.put_object, Bucket="bucket", Key="k", Body=b"", ACL=name)
-            assert answer == (400, "AccessControlListNotSupported")
+        owner.put_object(Bucket="bucket", Key="k", Body=b"data", ACL="private")  # as rclone does
+        refusal = (400, "AccessControlListNotSupported")
+        assert refused(owner.put_object, Bucket="bucket", Key="k", Body=b"", ACL="public-read") == refusal
+        owner.create_bucket(Bucket="strict", ObjectOwnership="BucketOwnerEnforced")
+        assert refused(owner.put_object, Bucket="strict", Key="k", Body=b"", ACL="private") == refusal
         owner.delete_public_access_block(Bucket="bucket")
         assert refused(owner.get_public_access_block, Bucket="bucket")[0] == 404
         owner.put_bucket_policy(Bucket="bucket", Policy=public)

@@ -53,11 +53,13 @@ WRITER: Final = "ObjectWriter"
 
 class Ownership(Message, frozen=True):
     """``rule``: one of the above. ``shown``: GetBucketOwnershipControls returns it; else it is what a bucket without
-    controls has.
+    controls has. ``strict``: a client has asked for the rule, and so a request with the canned list ``private`` is
+    refused where lists mean nothing. Many clients send that list always.
     """
 
     rule: str
     shown: bool = True
+    strict: bool = False
 
 
 def _is_enforced(value: Ownership) -> bool:

@@ -123,7 +123,7 @@ def _ownership(document: bytes) -> Ownership:
     rule = rules[0].fields({"ObjectOwnership"}).get("ObjectOwnership", "")
     if rule not in RULES:
         raise errors.MalformedXML()
-    return Ownership(rule)
+    return Ownership(rule, strict=True)
 
 
 def check_ownership(rule: str, acl: Acl | None) -> None:
@@ -155,7 +155,9 @@ CONTROLS = Row(
 def configuration_of_new(*, legacy: bool, rule: str, acl: Acl | None) -> Configuration:
     """``rule``: that the client asks for, or empty. ``acl``: None for the owner's alone. Raises
     InvalidBucketAclWithObjectOwnership, AccessDenied (a public list, of a bucket that blocks them)."""
-    ownership = Ownership(rule) if rule else Ownership(WRITER, shown=False) if legacy else Ownership(ENFORCED)
+    ownership = (
+        Ownership(rule, strict=True) if rule else Ownership(WRITER, shown=False) if legacy else Ownership(ENFORCED)
+    )
     check_ownership(ownership.rule, acl)
     found = NOTHING.having(OWNERSHIP, ownership)
     if not legacy:

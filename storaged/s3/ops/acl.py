@@ -101,9 +101,11 @@ def _checked(configuration: Configuration, owner: str, acl: Acl) -> Acl | None:
 
 
 def _refuse_list(configuration: Configuration, canned: str, has_grants: bool) -> None:
-    """Of a bucket whose owner is enforced. Buckets from before there were ownership rules accept ``private`` too."""
+    """Of a bucket whose owner is enforced. Unless a client asked for that rule, ``private`` is accepted too: it says
+    what is so, and clients send it by themselves (rclone)."""
     allowed = {"", lists.BUCKET_OWNER_FULL}
-    if configuration.get(OWNERSHIP) is None:
+    found = configuration.get(OWNERSHIP)
+    if found is None or not found.strict:
         allowed.add(lists.PRIVATE)
     if has_grants or canned not in allowed:
         raise errors.AccessControlListNotSupported()
