@@ -72,8 +72,8 @@ _STORES = (
         200,
         "files",
         CHECKPOINT,
-        "                    state.put_mark(transaction, sequence, closed=last)\n",
-        "                    state.put_mark(transaction, state.redo.sequence, closed=last)\n",
+        "                state.put_mark(transaction, self._sequence, closed=last)\n",
+        "                state.put_mark(transaction, state.redo.sequence, closed=last)\n",
         tests="tests/unit/test_meta_redo.py::test_a_log_put_back_from_before_is_refused",
         why=(
             "A group has to be logged while a checkpoint is made, and the node has to die before the next checkpoint."
@@ -85,7 +85,7 @@ _STORES = (
         300,
         "files",
         CHECKPOINT,
-        "                state.hooks.sync_copies()\n",
+        "            state.hooks.sync_copies()\n",
         "",
         fast=True,
     ),
@@ -95,9 +95,9 @@ _STORES = (
         200,
         "files",
         CHECKPOINT,
-        "                    self.applier.apply(transaction, state.frozen)\n",
-        "                    taken, state.frozen = state.frozen, Overlay()\n"
-        "                    self.applier.apply(transaction, taken)\n",
+        "                self.applier.apply(transaction, state.frozen)\n",
+        "                taken, state.frozen = state.frozen, Overlay()\n"
+        "                self.applier.apply(transaction, taken)\n",
     ),
     Planted(
         "frozen_over_fresh",

@@ -82,7 +82,7 @@ VERSION_BUGS = (
         40,
         _PLAY,
         _REFERENCES,
-        "            async for entry in every_entry(pages, near, decode_object(record)):\n"
+        "            async for entry in every_entry(pages, near, decode_object(record), on_unreadable=on_unreadable):\n"
         "                yield entry.version\n",
         "            for version in decode_object(record).versions:\n                yield version\n",
     ),
@@ -92,7 +92,7 @@ VERSION_BUGS = (
         40,
         _PLAY,
         _REFERENCES,
-        "        async for page_hash, _ in every_page(pages, name, decode_record(value)):\n"
+        "        async for page_hash, _ in every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):\n"
         "            yield page_hash\n",
         "        pass\n",
     ),
