@@ -31,6 +31,7 @@ from storaged.objects.grant_types import DELETE as DELETE
 from storaged.objects.grant_types import LIST as LIST
 from storaged.objects.grant_types import READ as READ
 from storaged.objects.grant_types import WRITE as WRITE
+from storaged.objects.grant_types import Allowed
 from storaged.objects.grant_types import Grant as Grant
 from storaged.objects.grant_types import ObjectAccess as ObjectAccess
 from storaged.objects.grant_types import Principal as Principal
@@ -162,8 +163,7 @@ class DeleteResult(Struct, frozen=True):
 
 
 ConfigurationChange = Callable[[Configuration], "T | None"]
-"""From the bucket's whole configuration to the new value of one kind; None: it is removed. Raises S3 errors for a value
-that the other kinds do not allow."""
+"""From a configuration to the new value of one kind; None: it is removed. Raises S3 errors where it can't be."""
 
 
 class Buckets(Protocol):
@@ -346,9 +346,12 @@ class Objects(Protocol):
         *,
         version_id: str = "",
         bypass_governance: bool = False,
+        allowed: Allowed = None,
     ) -> None: ...
 
-    async def set_hold(self, bucket: BucketRecord, key: bytes, hold: bool, *, version_id: str = "") -> None: ...
+    async def set_hold(
+        self, bucket: BucketRecord, key: bytes, hold: bool, *, version_id: str = "", allowed: Allowed = None
+    ) -> None: ...
 
     async def copy(
         self,
@@ -365,9 +368,7 @@ class Objects(Protocol):
         lock: Lock | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
-        """``meta`` None keeps the source's; so does ``tags`` None. ``encryption`` is of the copy. The data is opened
-        and sealed anew: it belongs to one register.
-        """
+        """``meta``, ``tags`` None: the source's. ``encryption`` is of the copy. The data is opened and sealed anew."""
 
     async def set_tags(
         self,
@@ -376,30 +377,17 @@ class Objects(Protocol):
         tags: Mapping[str, str],
         *,
         version_id: str = "",
-        allowed: ObjectAccess | None = None,
+        allowed: Allowed = None,
     ) -> str:
-        """Returns the version id. ``allowed``: the access by which the change was allowed. Raises SlowDown when it is
-        another one."""
+        """Returns the version id."""
 
     async def set_encryption(
-        self,
-        bucket: BucketRecord,
-        key: bytes,
-        encryption: Encryption,
-        *,
-        version_id: str = "",
-        allowed: ObjectAccess | None = None,
+        self, bucket: BucketRecord, key: bytes, encryption: Encryption, *, version_id: str = "", allowed: Allowed = None
     ) -> str:
         """SSE-KMS for a version; its data stays. Returns the version id. Raises InvalidRequest (it has SSE-C)."""
 
     async def set_acl(
-        self,
-        bucket: BucketRecord,
-        key: bytes,
-        acl: Acl | None,
-        *,
-        version_id: str = "",
-        allowed: ObjectAccess | None = None,
+        self, bucket: BucketRecord, key: bytes, acl: Acl | None, *, version_id: str = "", allowed: Allowed = None
     ) -> str:
         """Returns the version id. None: the owner alone has access."""
 

@@ -40,6 +40,10 @@ class ObjectAccess(NamedTuple):
     etag: str = ""
 
 
+Allowed = ObjectAccess | None
+"""The object that a change was allowed for, as the decision saw it; None: any. Another one: SlowDown."""
+
+
 class Grant(Struct, frozen=True):
     """Permission for calls of the object plane (``objects.granted``): what one principal may do to one key, or to a
     bucket as a whole. ``s3.auth.authorize`` makes it, and nothing else does.

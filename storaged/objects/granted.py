@@ -118,10 +118,10 @@ class GrantedObjects:
         return await self._objects.set_encryption(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
 
     async def set_retention(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> None:
-        await self._objects.set_retention(_bucket(grant, key, AMEND), key, *what, **named)
+        await self._objects.set_retention(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
 
     async def set_hold(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> None:
-        await self._objects.set_hold(_bucket(grant, key, AMEND), key, *what, **named)
+        await self._objects.set_hold(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
 
     # --- lists
 

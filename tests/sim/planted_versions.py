@@ -92,9 +92,8 @@ VERSION_BUGS = (
         40,
         _PLAY,
         _REFERENCES,
-        "        async for page_hash, _ in every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):\n"
-        "            yield page_hash\n",
-        "        pass\n",
+        "every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):\n            yield page_hash\n",
+        "every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):\n            pass\n",
     ),
     Planted(
         "copies_let_go_of",

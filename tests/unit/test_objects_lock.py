@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from storaged.errors import AccessDenied, InvalidArgument, InvalidRequest
+from storaged.errors import AccessDenied, InvalidArgument, InvalidRequest, SlowDown
 from storaged.meta.names import RegisterName, Table
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.code.history import Bounds
@@ -14,6 +14,7 @@ from storaged.objects.code.lock import COMPLIANCE, GOVERNANCE
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, LOCK, SUSPENDED, VERSIONING, ObjectLock, Versioning
 from storaged.objects.encryption import KMS, Encryption
+from storaged.objects.granted import access_of
 from storaged.objects.records import Lock
 from storaged.objects.write import versioned
 from tests.doubles.clock import LoopClock
@@ -145,6 +146,20 @@ async def test_a_legal_hold_keeps_a_version_whoever_asks_and_whatever_its_retent
     await made.objects.set_hold(made.bucket, b"key", False, version_id=kept)
     await made.goes(kept, bypass=True)
     await made.objects.close()
+
+
+async def test_a_lock_is_for_the_object_that_the_decision_saw() -> None:
+    made = Locked()
+    await made.kept(None)
+    seen = access_of(await made.objects.head(made.bucket, b"key"))
+    until_ms = made.now_ms + DAY_MS
+    await made.objects.set_hold(made.bucket, b"key", False, allowed=seen)
+    other = await made.kept(None, b"another object")
+    with pytest.raises(SlowDown):
+        await made.objects.set_hold(made.bucket, b"key", True, allowed=seen)
+    with pytest.raises(SlowDown):
+        await made.objects.set_retention(made.bucket, b"key", GOVERNANCE, until_ms, allowed=seen)
+    assert await made.lock(other) is None
 
 
 async def test_new_versions_get_the_default_of_the_bucket_and_uploads_too() -> None:

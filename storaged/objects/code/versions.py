@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 
-from storaged.errors import DataDamaged, InvalidRequest
+from storaged.errors import DataDamaged, InvalidRequest, SlowDown
 from storaged.ids import Entropy
 from storaged.meta.names import Change, Value, Visibility
 from storaged.objects.api import NewMeta, ObjectAccess, ObjectInfo
@@ -292,6 +292,12 @@ def parts_shown(opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> tuple[S
 def access_to(opened: OpenedVersion) -> ObjectAccess:
     meta = opened.meta
     return ObjectAccess(opened.version.owner, Acl(meta.acl) if meta.acl is not None else None, meta.tags, meta.etag)
+
+
+def check_allowed(opened: OpenedVersion, allowed: ObjectAccess | None) -> None:
+    """``allowed``: the object that a change was allowed for; None: for any. Raises SlowDown for another one."""
+    if allowed is not None and access_to(opened) != allowed:
+        raise SlowDown("The object changed while access to it was decided. Retry.")
 
 
 def info_of(

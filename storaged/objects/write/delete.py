@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from storaged.errors import InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion, SlowDown
+from storaged.errors import InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import object_name
 from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, ObjectAccess, WriteConditions
@@ -14,7 +14,7 @@ from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.history import Draft, Entry
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import required_name
-from storaged.objects.code.versions import OpenedVersion, Place, access_to, open_version, seal_listing, seal_meta
+from storaged.objects.code.versions import OpenedVersion, Place, check_allowed, open_version, seal_listing, seal_meta
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.kinds import ENABLED
@@ -141,8 +141,7 @@ async def change_meta(
             check_removal(entry.kept.lock, plane.clock.wall_ms(), bypass=False)
         bucket_key = keys.known(version.bucket_key)
         before = open_version(where, version, bucket_key)
-        if allowed is not None and access_to(before) != allowed:
-            raise SlowDown("The object changed while access to it was decided. Retry.")
+        check_allowed(before, allowed)
         opened, context = alter(before), where.context_of(version)
         sealed = seal_meta(opened.dek, context, opened.meta, opened.encryption, plane.entropy)
         if wrap_under is not None:

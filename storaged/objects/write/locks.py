@@ -8,10 +8,12 @@ import msgspec
 
 from storaged.errors import InvalidArgument, InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.meta.names import object_name
+from storaged.objects.api import ObjectAccess
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Draft
 from storaged.objects.code.lock import with_hold, with_retention
 from storaged.objects.code.version_names import required_name
+from storaged.objects.code.versions import Place, check_allowed, open_version
 from storaged.objects.configuration.kinds import LOCK, ObjectLock
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, Lock
@@ -51,9 +53,11 @@ async def set_retention(
     *,
     version_id: str = "",
     bypass_governance: bool = False,
+    allowed: ObjectAccess | None = None,
 ) -> None:
-    """Changes the retention of a version; an empty ``mode`` ends it. Raises AccessDenied when the present retention
-    does not allow it, InvalidArgument for one that is over, InvalidRequest, and as ``change_meta``.
+    """Changes the retention of a version; an empty ``mode`` ends it. ``allowed``: as of ``change_meta``. Raises
+    AccessDenied when the present retention does not allow it, InvalidArgument for one that is over, InvalidRequest, and
+    as ``change_meta``.
     """
     now_ms = plane.clock.wall_ms()
     if mode and until_ms <= now_ms:
@@ -63,13 +67,24 @@ async def set_retention(
         bucket,
         key,
         version_id,
+        allowed,
         lambda lock: with_retention(lock, mode, until_ms, plane.clock.wall_ms(), bypass=bypass_governance),
     )
 
 
-async def set_hold(plane: ObjectPlane, bucket: BucketRecord, key: bytes, hold: bool, *, version_id: str = "") -> None:
-    """Sets or ends the legal hold of a version. Raises InvalidRequest, and as ``change_meta``."""
-    await _change(plane, bucket, key, version_id, lambda lock: with_hold(lock, hold))
+async def set_hold(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    hold: bool,
+    *,
+    version_id: str = "",
+    allowed: ObjectAccess | None = None,
+) -> None:
+    """Sets or ends the legal hold of a version. ``allowed``: as of ``change_meta``. Raises InvalidRequest, and as
+    ``change_meta``.
+    """
+    await _change(plane, bucket, key, version_id, allowed, lambda lock: with_hold(lock, hold))
 
 
 async def _change(
@@ -77,11 +92,13 @@ async def _change(
     bucket: BucketRecord,
     key: bytes,
     version_id: str,
+    allowed: ObjectAccess | None,
     alter: Callable[[Lock | None], Lock | None],
 ) -> None:
     if lock_in(plane, bucket) is None:
         raise InvalidRequest(NO_LOCK)
-    name = object_name(bucket.id, bucket.shard_numbers, key)
+    name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
+    keys = BucketKeys(plane, bucket)
     wanted = required_name(version_id) if version_id else None
 
     def edit(draft: Draft, _ordinal: int) -> bool:
@@ -90,10 +107,12 @@ async def _change(
             raise NoSuchVersion(VersionId=version_id) if version_id else NoSuchKey
         if entry.version.delete_marker:
             raise MethodNotAllowed(DeleteMarker="true", MarkerVersionId=entry.name)
+        if allowed is not None:
+            check_allowed(open_version(where, entry.version, keys.known(entry.version.bucket_key)), allowed)
         lock = alter(entry.kept.lock)
         if lock == entry.kept.lock:
             return False
         draft.replace(entry, entry._replace(kept=msgspec.structs.replace(entry.kept, lock=lock)))
         return True
 
-    await change_versions(plane, BucketKeys(plane, bucket), name, edit)
+    await change_versions(plane, keys, name, edit)
