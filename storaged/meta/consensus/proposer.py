@@ -402,10 +402,8 @@ class Proposer(Ending):
         """The copy that was asked for. None: no replica gives it now; empty: each has said that it has none."""
         if self.state is not CARRYING:
             return False
-        if fragments:
-            return self._accept(fragments)
-        if self._found.settled and not self._needs_copy:
-            return self._accept(())  # by those that have it
+        if fragments or (self._found.settled and not self._needs_copy):
+            return self._accept(fragments or ())  # without: by those that have it
         self._missing.add(self.carry, absent=fragments is not None)
         self._carries += 1
         if fragments is None and self._carries < CARRY_TRIES:
