@@ -24,11 +24,11 @@ from storaged.meta.names import Ballot, Value, Visibility, object_name
 from storaged.meta.storage.scan import DigestCache, scan_store
 from storaged.meta.store_ports import MetaStore, Slot
 from storaged.objects import listing as objects_listing
-from storaged.objects.api import Buckets, Objects, Users
+from storaged.objects.api import Buckets, Grant, Objects, Users
 from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.code.versions import Place, UnsealedVersion, seal_version
 from storaged.objects.plane import ObjectLimits, ObjectPlane
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Run, SealedMeta, encode_object
+from storaged.objects.records import ObjectRecord, PartEntry, Run, SealedMeta, encode_object
 from storaged.s3.context import Endpoint, Front
 from storaged.s3.ops import listing
 from storaged.wire import Buffer, decode, encode
@@ -97,8 +97,8 @@ class Ring:
         on_reply(decode(self._known[asked], ScanReply), memoryview(b""))
         return True
 
-    async def list_objects(self, bucket: BucketRecord, **options: Any) -> Any:
-        return await objects_listing.list_objects(cast(ObjectPlane, self), bucket, **options)
+    async def list_objects(self, grant: Grant, **options: Any) -> Any:
+        return await objects_listing.list_objects(cast(ObjectPlane, self), grant.bucket, **options)
 
 
 class Page:

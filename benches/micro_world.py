@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
 from storaged.keys.bucketkey import UnwrappedBucketKey
-from storaged.objects.api import ObjectInfo, Principal, PutResult, ReadResult
+from storaged.objects.api import LIST, Grant, ObjectInfo, Principal, PutResult, ReadResult
 from storaged.objects.read.span import Span
 from storaged.objects.read.streams import HeldStream
 from storaged.objects.records import BucketRecord
@@ -53,10 +53,11 @@ def three_racks() -> Layout:
 
 
 def list_request(query: str) -> Request:
-    """A GET of the bucket, in the state after the front has found the bucket."""
+    """A GET of the bucket by its owner, in the state after admission."""
     request = Request("0", "GET", b"/bench?" + query.encode(), "", False)
     request.target, request.bucket = parse_target(request.raw_target), BUCKET.name
     request._bucket_record = BUCKET
+    request._grant = Grant(BUCKET, None, LIST)
     return request
 
 

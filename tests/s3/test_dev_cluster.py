@@ -174,7 +174,7 @@ def test_where_names_every_fragment_and_what_may_fail(cluster: Cluster) -> None:
 
 def test_users_see_their_own_buckets_and_end_with_their_removal(cluster: Cluster) -> None:
     made = json.loads(cluster.run("user", "add", "alice", "--json").stdout)
-    assert set(made) == {"user_id", "access_key", "secret_key"}
+    assert set(made) == {"user_id", "account", "arn", "access_key", "secret_key"}
     client = client_of(cluster, made)
     assert client.list_buckets()["Buckets"] == []
     client.create_bucket(Bucket="alices")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog.testing
 
-from storaged.cluster.partitions import is_settled
+from storaged.cluster.partitions import PartitionRecord, is_settled
 from storaged.cluster.ports import Method
 from storaged.errors import StoragedError
 from storaged.maintain.partition_mover import MoverPorts
@@ -91,6 +91,9 @@ class LivenessOfMoves(Liveness):
     def methods_of(self, _node: str) -> dict[str, Method]:
         """As ``partitions.Moving``."""
         return {}
+
+    def note_record(self, record: PartitionRecord) -> None:
+        """It has no rule of operators."""
 
     def begin_mover(self) -> None:
         process = self.mover = Process(self, MOVER, skew_ms=0)  # type: ignore[arg-type]

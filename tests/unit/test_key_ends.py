@@ -124,7 +124,8 @@ async def test_a_bucket_record_that_does_not_prove_the_deletion_keeps_the_key(ri
     await rig.world.keys.end_bucket_key(bucket.id, "b", rig.world.ring.fences[bucket.id][0], bucket.shard_numbers)
     rig.world.clock.wall += rig.delay_ms
     if what == "forged":
-        rig.forge(lambda value: Value(value.sequence, value.operation, Visibility.TOMBSTONE, value.body[:-1] + b"x"))
+        record = msgspec.structs.replace(decode(rig.world.ring.values[NAME].body, BucketRecord), owner="another")
+        rig.forge(lambda value: Value(value.sequence, value.operation, Visibility.TOMBSTONE, encode(record)))
     elif what == "emptied":
         rig.forge(lambda value: Value(value.sequence + 1, value.operation, Visibility.TOMBSTONE, b""))
     elif what == "active again":

@@ -86,6 +86,8 @@ class Checkpointer:
             with state.lmdb_lock, state.environment.begin(write=True) as transaction:
                 self.applier.apply(transaction, state.frozen)
                 state.put_mark(transaction, self._sequence, closed=last)
+                used = state.used_pages(transaction)
+            pages = state.pages_of(used)
         except Exception as error:  # a bug, too, must leave no caller waiting for ever
             self.applier = Applier(state.databases)
             self._retry_at_s = time.monotonic() + RETRY_S
@@ -98,7 +100,7 @@ class Checkpointer:
             state.health.end(token)
         with state.changed:
             state.redo.mark_applied(self._sequence)
-            state.taken_applied = self._taken
+            state.taken_applied, state.pages = self._taken, pages
             state.frozen = Overlay()
             state.fed()
             self.count += 1

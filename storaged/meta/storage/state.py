@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
 import structlog
@@ -56,6 +56,14 @@ class StoreHooks:
     writes."""
 
 
+class Pages(NamedTuple):
+    """LMDB's file: bytes of pages that nothing uses, bytes by which it may grow, and the size of its map."""
+
+    unused_bytes: int
+    left_bytes: int
+    map_bytes: int
+
+
 class StoreState:
     """The shared state of one open store. ``changed`` guards the overlays, their sizes and the position of the redo
     log; it is notified when a checkpoint becomes due and when one has ended. The holder of ``lmdb_lock`` writes to
@@ -88,6 +96,9 @@ class StoreState:
         self.fresh_bytes = 0
         self.fresh_since = 0.0
         self.taken_applied = 0
+        with environment.begin() as transaction:
+            self.pages = self.pages_of(self.used_pages(transaction))
+        """As of the last checkpoint."""
         """``health.room.taken_bytes`` when that was frozen which LMDB has now; the rest is not there yet."""
         self.dirty_ranges = DirtyRangeTracker()
         self.log_full = False
@@ -100,6 +111,16 @@ class StoreState:
         self.closing = self.closed = False
         self.on_progress: Callable[[], None] = lambda: None
         """Called in any thread when a checkpoint has ended or the store has failed."""
+
+    def used_pages(self, transaction: Transaction) -> int:
+        """Of LMDB's file. In a transaction that has used the tables: it reads no other pages then."""
+        tables = [self.environment.stat(), *(transaction.stat(database) for database in self.databases.values())]
+        return sum(table["branch_pages"] + table["leaf_pages"] + table["overflow_pages"] for table in tables)
+
+    def pages_of(self, used: int) -> Pages:
+        information, page_bytes = self.environment.info(), self.environment.stat()["psize"]
+        pages, map_bytes = information["last_pgno"] + 1, information["map_size"]
+        return Pages(max(0, pages - used) * page_bytes, map_bytes - pages * page_bytes, map_bytes)
 
     def put_mark(self, transaction: Transaction, applied: int, *, closed: bool = False) -> None:
         mark = Mark(applied, self.redo.sequence, split_identity(self.identity)[1], closed)
