@@ -179,7 +179,8 @@ def test_users_see_their_own_buckets_and_end_with_their_removal(cluster: Cluster
     assert client.list_buckets()["Buckets"] == []
     client.create_bucket(Bucket="alices")
     listed = json.loads(cluster.run("user", "list", "--json").stdout)
-    assert {"user_id": made["user_id"], "name": "alice", "access_key": made["access_key"]} in listed
+    public = {name: made[name] for name in ("user_id", "account", "arn", "access_key")}
+    assert {**public, "name": "alice", "email": ""} in listed
     assert made["secret_key"] not in cluster.run("user", "list").stdout
     taken = cluster.run("user", "add", "alice", check=False)
     assert taken.returncode == 1
