@@ -18,8 +18,9 @@ from pathlib import Path
 import uvloop
 
 from benches.measure import BURDEN_S_MAX, flat, measure
+from benches.peers import garage, minio
 from benches.report import flat_markdown, line, markdown, summarize
-from benches.rows import DEFAULT_ROWS, ROWS, Result
+from benches.rows import GROUPS, ROWS, Result, rows_of
 from benches.s3client import SILENCE_S_MAX, WrongAnswer
 from benches.servers import (
     Server,
@@ -52,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="processes of the cluster's gateway (default: half the cores, 4 at most)",
     )
-    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"comma separated: {', '.join(ROWS)}")
+    parser.add_argument("--rows", default="default", help=f"comma separated: {', '.join((*GROUPS, *ROWS))}")
     parser.add_argument("--scale", type=float, default=1.0, help="how much work, relative to the default")
     parser.add_argument(
         "--runs",
@@ -80,6 +81,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=["seaweedfs"],
         help="measure this peer in the same run too, with its defaults and durable",
     )
+    parser.add_argument("--minio", type=Path, metavar="PATH", help="measure MinIO too: its binary")
+    parser.add_argument("--garage", type=Path, metavar="PATH", help="measure Garage too: its binary")
+    parser.add_argument("--https", action="store_true", help="storaged single speaks https; no other server does")
     parser.add_argument("--endpoint", help="measure this endpoint instead (http://127.0.0.1:8333)")
     parser.add_argument("--access")
     parser.add_argument("--secret")
@@ -94,15 +98,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, help="where the servers keep their data (default: the temporary folder)")
     parser.add_argument("--json", type=Path, help="write all results to this file too")
     found = parser.parse_args(arguments)
-    found.rows, found.shape = found.rows.split(","), found.shape.split(",")
-    if unknown := [name for name in found.rows if name not in ROWS]:
-        parser.error(f"unknown rows: {', '.join(unknown)}; choose from {', '.join(ROWS)}")
+    found.shape = found.shape.split(",")
+    try:
+        found.rows = rows_of(found.rows)
+    except ValueError as error:
+        parser.error(str(error))
     if unknown := [name for name in found.shape if name not in ("cluster", "single")]:
         parser.error(f"unknown shapes: {', '.join(unknown)}; there are cluster and single")
     if found.runs < 1 or found.scale <= 0 or (found.flat is not None and found.flat < 1):
         parser.error("--runs, --scale and --flat are above 0")
     if found.endpoint and not (found.access and found.secret):
         parser.error("--endpoint wants --access and --secret")
+    if found.https and (found.shape != ["single"] or found.endpoint):
+        parser.error("--https wants --shape single")
+    if missing := [
+        str(path) for path in (found.minio, found.garage) if path is not None and not os.access(path, os.X_OK)
+    ]:
+        parser.error(f"not an executable file: {', '.join(missing)}")
     if found.peer:
         seaweedfs_binary()
     return found
@@ -118,9 +130,12 @@ def servers_of(wanted: argparse.Namespace) -> list[Make]:
             if "cluster" in wanted.shape
             else []
         )
-        makes += [lambda: storaged_single(wanted.dir, tree=TREE)] if "single" in wanted.shape else []
+        single = functools.partial(storaged_single, wanted.dir, tree=TREE, https=wanted.https)
+        makes += [single] if "single" in wanted.shape else []
     if wanted.peer:
         makes += [lambda: seaweedfs_durable(wanted.dir), lambda: seaweedfs_default(wanted.dir)]
+    makes += [lambda: minio(wanted.minio.resolve(), wanted.dir)] if wanted.minio else []
+    makes += [lambda: garage(wanted.garage.resolve(), wanted.dir)] if wanted.garage else []
     return makes
 
 

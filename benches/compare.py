@@ -21,7 +21,7 @@ import uvloop
 
 from benches.measure import measure
 from benches.report import is_large, line, speed
-from benches.rows import ROWS, Result
+from benches.rows import GROUPS, ROWS, Result, rows_of
 from benches.s3client import WrongAnswer
 from benches.servers import Server, end_on_sigterm, storaged_cluster, storaged_single
 
@@ -94,15 +94,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="benches/compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("revisions", nargs=2, metavar="REV")
-    parser.add_argument("--rows", default=DEFAULT, help=f"comma separated: {', '.join(ROWS)}")
+    parser.add_argument("--rows", default=DEFAULT, help=f"comma separated: {', '.join((*GROUPS, *ROWS))}")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
     parser.add_argument("--scale", type=float, default=0.5)
     parser.add_argument("--shape", choices=["cluster", "single"], default="cluster")
     parser.add_argument("--dir", type=Path)
     wanted = parser.parse_args(arguments)
-    rows = list(dict.fromkeys(wanted.rows.split(",")))
-    if unknown := [name for name in rows if name not in ROWS]:
-        parser.error(f"unknown rows: {', '.join(unknown)}; choose from {', '.join(ROWS)}")
+    try:
+        rows = rows_of(wanted.rows)
+    except ValueError as error:
+        parser.error(str(error))
     end_on_sigterm()
     make = storaged_cluster if wanted.shape == "cluster" else storaged_single
     found: tuple[dict[str, list[Result]], dict[str, list[Result]]] = ({}, {})

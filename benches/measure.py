@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from secrets import token_hex
 
-from benches import rows
+from benches import mixed, rows
 from benches.rows import KIB, READ_BACK, ROWS, Bodies, Operation, Result, Row, drive
 from benches.s3client import SILENCE_S_MAX, connect
 from benches.servers import Server
@@ -62,10 +62,18 @@ class Stage:
             return rows.putting(target, bucket, self.prefix(row), self.bodies(row.size_bytes), row.size_bytes)
         if row.kind == "hot":
             return rows.overwriting(target, bucket, self.prefix(row), self.bodies(row.size_bytes), row.size_bytes)
+        if row.kind == "multipart":
+            return mixed.uploading(target, bucket, self.prefix(row), self.bodies(row.size_bytes), row.size_bytes)
         source = ROWS[row.reads]
         prefix, count = self.prefix(source), source.count(self.scale)
         if row.kind == "get":
             return rows.getting(target, bucket, prefix, self.bodies(row.size_bytes), count)
+        if row.kind == "range":
+            bodies = self.bodies(source.size_bytes)
+            return mixed.ranging(target, bucket, prefix, bodies, count, source.size_bytes, row.size_bytes)
+        if row.kind == "mix":
+            bodies = self.bodies(row.size_bytes)
+            return mixed.mixing(target, bucket, self.prefix(row), prefix, bodies, count, row.size_bytes)
         if row.kind == "head":
             return rows.heading(target, bucket, prefix, count, source.size_bytes)
         if row.kind == "list-written":
@@ -81,11 +89,12 @@ class Stage:
             self.operation(row),
             in_flight=row.in_flight,
             total=row.count(self.scale),
-            size=row.size_bytes,
+            size=0 if row.kind == "mix" else row.size_bytes,
             writes=row.writes,
             contended=row.kind == "hot",
+            pause_s=row.pause_s,
         )
-        if row.kind == "put" and not result.errors:
+        if row.kind in ("put", "multipart") and not result.errors:
             total = row.count(self.scale)
             read = rows.getting(self.server.target, self.bucket, self.prefix(row), self.bodies(row.size_bytes), total)
             again = await drive(
@@ -113,6 +122,7 @@ class Stage:
         seconds_max: float = 0.0,
         say: Callable[[str], None] | None = None,
         contended: bool = False,
+        pause_s: float = 0.0,
     ) -> Result:
         """Runs any operation as a row, and adds the cost for the server's processes. See ``drive``."""
         server = self.server
@@ -132,6 +142,7 @@ class Stage:
                 seconds_max=seconds_max,
                 say=say,
                 contended=contended,
+                pause_s=pause_s,
             )
             if writes:
                 await asyncio.sleep(LATE_S)

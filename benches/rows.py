@@ -39,6 +39,7 @@ Operation = Callable[[int], Ask]
 class Row:
     """``total`` operations at scale 1, at least ``least``, ``in_flight`` at a time, each with ``size_bytes`` of body.
     ``reads``: the row whose objects it reads. ``degraded``: runs after the loss of a rack (cluster) or a disk (single).
+    ``pause_s``: how long a connection rests between two operations.
     """
 
     name: str
@@ -49,13 +50,39 @@ class Row:
     size_bytes: int = 0
     reads: str = ""
     degraded: bool = False
+    pause_s: float = 0.0
 
     def count(self, scale: float) -> int:
         return max(int(self.total * scale), self.least)
 
     @property
     def writes(self) -> bool:
-        return self.kind in ("put", "list-written", "hot")
+        return self.kind in ("put", "list-written", "hot", "mix", "multipart")
+
+
+SIZES = (
+    ("1k", 1 * KIB, 6000, 12_000, 600),
+    ("16k", 16 * KIB, 2400, 9600, 240),
+    ("64k", 64 * KIB, 2400, 6400, 160),
+    ("256k", 256 * KIB, 1200, 3200, 80),
+    ("1m", 1 * MIB, 400, 1200, 32),
+    ("4m", 4 * MIB, 128, 400, 32),
+    ("16m", 16 * MIB, 32, 96, 16),
+    ("64m", 64 * MIB, 16, 32, 16),
+)
+"""(name, bytes, PUTs, GETs, the least of both) of the rows of each size, with 16 in flight."""
+
+
+def _sized() -> Iterator[Row]:
+    for name, size, puts, gets, least in SIZES:
+        yield Row(f"put-{name}-16", "put", 16, puts, least, size)
+        yield Row(f"get-{name}-16", "get", 16, gets, least, size, f"put-{name}-16")
+        if name in ("64k", "4m"):
+            yield Row(f"mix-{name}-16", "mix", 16, gets, 2 * least, size, f"put-{name}-16")
+    yield Row("range-64k-16", "range", 16, 4800, 160, 64 * KIB, "put-64m-16")
+    yield Row("multipart-64m-4", "multipart", 4, 8, 4, 64 * MIB)
+    yield Row("put-64k-idle", "put", 1, 12, 4, 64 * KIB, pause_s=3.0)
+    yield Row("get-64k-idle", "get", 1, 12, 4, 64 * KIB, "put-64k-idle", pause_s=3.0)
 
 
 ROWS = {
@@ -74,6 +101,7 @@ ROWS = {
         Row("get-64m-4", "get", 4, 24, 8, 64 * MIB, "put-64m-4"),
         Row("put-256m-64", "put", 64, 64, 64, 256 * MIB),
         Row("get-256m-64", "get", 64, 64, 64, 256 * MIB, "put-256m-64"),
+        *_sized(),
         Row("get-4k-64-degraded", "get", 64, 16000, 2200, 4 * KIB, "put-4k-64", degraded=True),
         Row("get-64m-4-degraded", "get", 4, 24, 8, 64 * MIB, "put-64m-4", degraded=True),
     )
@@ -83,7 +111,22 @@ HEAVY = ("put-256m-64", "get-256m-64", "list-written-4", "put-4k-many", "list-fi
 that were not listed before; one key that all write, which says most with several ``--workers``.
 """
 
-DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
+GROUPS = {
+    "sizes": tuple(row.name for row in _sized() if row.kind in ("put", "get", "mix") and not row.pause_s),
+    "idle": tuple(row.name for row in _sized() if row.pause_s),
+    "default": tuple(name for name in ROWS if name not in HEAVY and name not in {row.name for row in _sized()}),
+}
+"""What ``--rows`` takes in place of names."""
+
+DEFAULT_ROWS = GROUPS["default"]
+
+
+def rows_of(text: str) -> list[str]:
+    """The names of rows in a list with commas, each once. Raises ValueError for what is neither row nor group."""
+    names = [name for word in text.split(",") for name in GROUPS.get(word, (word,))]
+    if unknown := [name for name in names if name not in ROWS]:
+        raise ValueError(f"unknown rows: {', '.join(unknown)}; choose from {', '.join((*GROUPS, *ROWS))}")
+    return list(dict.fromkeys(names))
 
 
 @dataclass
@@ -151,9 +194,18 @@ class _Drive:
     """
 
     def __init__(
-        self, result: Result, target: Target, operation: Operation, total: int, bytes_each: int, *, contended: bool
+        self,
+        result: Result,
+        target: Target,
+        operation: Operation,
+        total: int,
+        bytes_each: int,
+        *,
+        contended: bool,
+        pause_s: float,
     ) -> None:
         self.result = result
+        self._pause_s = pause_s
         self.target = target
         self.operation = operation
         self.latencies: list[float] = []
@@ -192,12 +244,18 @@ class _Drive:
                 self._replacing.add(replacing)
                 replacing.add_done_callback(self._replacing.discard)
                 return
+            if (following := connection.following()) is not None:
+                connection.begin(following, done)
+                return
             self.latencies.append(time.perf_counter() - began)
             self.result.operations += 1
             self.result.bytes += self._bytes_each
             if self.done_by is not None:
                 self.done_by[connection] = self.done_by.get(connection, 0) + 1
-            self.go_on(connection)
+            if self._pause_s:
+                asyncio.get_running_loop().call_later(self._pause_s, self.go_on, connection)
+            else:
+                self.go_on(connection)
 
         connection.begin(ask, done)
 
@@ -255,15 +313,17 @@ async def drive(
     seconds_max: float = 0.0,
     say: Callable[[str], None] | None = None,
     contended: bool = False,
+    pause_s: float = 0.0,
 ) -> Result:
     """Runs ``total`` operations on ``in_flight`` connections; a free connection takes the next number.
 
     Latency is per operation, from the send to the verified answer. Errors are in the result; they are not raised. After
     ``seconds_max`` (0: never) no new operation begins, and the result has the ones that began. ``say`` gets a line of
     progress from time to time. ``contended``: answers 503 are counted apart, and so is what each connection did.
+    ``pause_s``: how long a connection rests between two operations.
     """
     result = Result(row)
-    work = _Drive(result, target, operation, total, bytes_each, contended=contended)
+    work = _Drive(result, target, operation, total, bytes_each, contended=contended, pause_s=pause_s)
     watcher: asyncio.Task[None] | None = None
     began, cpu = time.perf_counter(), time.process_time()
     try:

@@ -7,9 +7,11 @@ servers under test, so its cost reduces the result.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import re
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +36,9 @@ _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Target:
-    """An S3 endpoint and the keys to use. Raises ValueError for an endpoint that is not an http URL."""
+    """An S3 endpoint and the keys to use. Raises ValueError for an endpoint that is no URL of a server. The certificate
+    of an https server is not checked; the load generator's own decryption counts as client's CPU.
+    """
 
     endpoint: str
     access_key: str
@@ -42,15 +46,15 @@ class Target:
     region: str = "us-east-1"
     host: str = field(init=False)
     port: int = field(init=False)
+    secure: bool = field(init=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.endpoint)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(
-                f"{self.endpoint!r} is not http://HOST:PORT; TLS would measure this client's own decryption"
-            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{self.endpoint!r} is not http://HOST:PORT or https://HOST:PORT")
         object.__setattr__(self, "host", parts.hostname)
-        object.__setattr__(self, "port", parts.port or 80)
+        object.__setattr__(self, "secure", parts.scheme == "https")
+        object.__setattr__(self, "port", parts.port or (443 if self.secure else 80))
 
 
 class Signer:
@@ -79,8 +83,19 @@ class Signer:
             "SignedHeaders=host;x-amz-content-sha256;x-amz-date, Signature="
         )
 
-    def head(self, method: str, path: str, query: str = "", *, sha256: str = EMPTY_SHA256, length: int = 0) -> bytes:
-        """``path`` is already encoded, ``query`` already canonical. ``sha256`` and ``length`` are the body's."""
+    def head(
+        self,
+        method: str,
+        path: str,
+        query: str = "",
+        *,
+        sha256: str = EMPTY_SHA256,
+        length: int = 0,
+        unsigned: str = "",
+    ) -> bytes:
+        """``path`` is already encoded, ``query`` already canonical. ``sha256`` and ``length`` are the body's.
+        ``unsigned``: further header lines, which are not signed.
+        """
         second = int(time.time())
         if second != self._second:
             self._begin_second(second)
@@ -89,7 +104,7 @@ class Signer:
         signature = hmac.digest(self._key, text.encode(), "sha256").hex()
         asked = f"{path}?{query}" if query else path
         signed = f"{method} {asked}{self._before}{sha256}{self._between}{signature}"
-        return f"{signed}\r\nContent-Length: {length}\r\n\r\n".encode()
+        return f"{signed}\r\nContent-Length: {length}\r\n{unsigned}\r\n".encode()
 
 
 def signed_head(
@@ -114,6 +129,7 @@ class WrongAnswer(Exception):
 class Ask(NamedTuple):
     """One request, and what its answer must be. ``expect``: the body of the answer, compared while it arrives.
     ``check(connection)`` checks the rest of the answer (``kept``, ``announced``), and raises WrongAnswer.
+    ``then(kept)``: the next request of the same operation, from the body of this answer; None when it was the last.
     """
 
     head: bytes
@@ -121,6 +137,7 @@ class Ask(NamedTuple):
     expect: memoryview | None = None
     head_only: bool = False
     check: Callable[[Connection], None] | None = None
+    then: Callable[[bytes], Ask | None] | None = None
 
 
 Done = Callable[[WrongAnswer | None], None]
@@ -319,6 +336,11 @@ class Connection(asyncio.Protocol):
             self._unsent = memoryview(ask.body)
             self._send_on()
 
+    def following(self) -> Ask | None:
+        """The next request of the operation whose answer has just come."""
+        then = self._ask.then
+        return None if then is None else then(bytes(self.kept))
+
     async def request(self, head: bytes, *, head_only: bool = False) -> bytes:
         """Sends a request and waits for the whole answer. Returns its body. Raises WrongAnswer."""
         answered: asyncio.Future[WrongAnswer | None] = asyncio.get_running_loop().create_future()
@@ -337,8 +359,18 @@ _NOTHING = Ask(b"")
 
 async def connect(target: Target) -> Connection:
     """Raises OSError."""
-    _, connection = await asyncio.get_running_loop().create_connection(Connection, target.host, target.port)
+    context = _unchecked() if target.secure else None
+    loop = asyncio.get_running_loop()
+    _, connection = await loop.create_connection(Connection, target.host, target.port, ssl=context)
     return connection
+
+
+@functools.cache
+def _unchecked() -> ssl.SSLContext:
+    """For servers that this process has started, with a certificate that they have made themselves."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 async def watch_silence(connections: list[Connection], seconds_max: float = SILENCE_S_MAX) -> None:

@@ -5,6 +5,7 @@ its own processes and stops them.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -20,6 +21,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from benches.s3client import Target
 
@@ -301,18 +307,24 @@ def storaged_single(
     spans: Path | None = None,
     disks: int = 6,
     name: str = "storaged, single",
+    https: bool = False,
 ) -> Iterator[Server]:
-    """One process with both roles and six disks, made as in deploy/README.md. ``lose`` restarts it without one disk."""
+    """One process with both roles and six disks, made as in deploy/README.md. ``lose`` restarts it without one disk.
+    ``https``: S3 over TLS, with a certificate that is made here.
+    """
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
         storaged = _Storaged(home, home / "state", tree, spans)
         port = free_port()
         config = make_single(storaged.run, home, s3_port=port, disks=disks)
+        if https:
+            add_certificate(config)
         try:
             storaged.start("run", str(config))
             status = storaged.status("HEALTHY")
             user = json.loads(storaged.run("user", "add", "bench", "--json"))
-            target = Target(f"http://127.0.0.1:{port}", user["access_key"], user["secret_key"], "eu-fr-1")
+            scheme = "https" if https else "http"
+            target = Target(f"{scheme}://127.0.0.1:{port}", user["access_key"], user["secret_key"], "eu-fr-1")
             server = Server(name, target, _processes(status), home)
 
             def lose() -> None:
@@ -348,6 +360,22 @@ def make_single(run: Callable[..., str], home: Path, *, s3_port: int, disks: int
     (credentials / "keyring").chmod(0o600)
     run("keys", "create", str(config))
     return config
+
+
+def add_certificate(config: Path) -> None:
+    """Has S3 speak https, with a certificate of its own for a day."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(hours=1))
+    certificate = made.not_valid_after(now + datetime.timedelta(days=1)).sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    files = config.parent / "s3.crt", config.parent / "s3.key"
+    files[0].write_bytes(certificate.public_bytes(pem))
+    files[1].write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    files[1].chmod(0o600)
+    lines = f'[s3]\ntls_certificate = "{files[0]}"\ntls_key = "{files[1]}"\n'
+    config.write_text(config.read_text().replace("[s3]\n", lines, 1))
 
 
 def seaweedfs_binary() -> str:

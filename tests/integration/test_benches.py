@@ -19,8 +19,9 @@ import pytest
 from benches import compare, micro
 from benches.compare import ratios, spread, table
 from benches.measure import flat, measure
+from benches.mixed import mixing, ranging, uploading
 from benches.report import flat_markdown, markdown, summarize
-from benches.rows import Bodies, Result, drive, getting, putting
+from benches.rows import Bodies, Operation, Result, drive, getting, putting
 from benches.s3client import Ask, Connection, Target, WrongAnswer, connect, signed_head
 from benches.servers import Server, stop, storaged_cluster
 from tests.patience import GUARD_S
@@ -62,7 +63,10 @@ class SmallServer:
         if lie == "noise":
             writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
             return True
+        asked = re.search(r"range: bytes=(\d+)-(\d+)", head, re.IGNORECASE)
         status, answer = self.honest(method, path, body, keep=lie != "forgets")
+        if asked is not None:
+            status, answer = "206 Partial Content", answer[int(asked[1]) : int(asked[2]) + 1]
         if lie == "error":
             status, answer = "503 Slow Down", b"<Error><Code>SlowDown</Code></Error>"
         if lie == "flipped" and answer:
@@ -91,6 +95,16 @@ class SmallServer:
             if keep:
                 self.objects[path] = body
             return "200 OK", b""
+        if method == "DELETE":
+            self.objects.pop(path, None)
+            return "204 No Content", b""
+        if method == "POST":
+            if path.endswith("?uploads="):
+                return "200 OK", b"<UploadId>u-1</UploadId>"
+            key = path.partition("?")[0]
+            parts = [f"{key}?partNumber={part}&uploadId=u-1" for part in range(1, body.count(b"<Part>") + 1)]
+            self.objects[key] = b"".join(self.objects.pop(part) for part in parts)
+            return "200 OK", b"<CompleteMultipartUploadResult/>" if keep else b"<Error/>"
         if "?" in path:
             prefix, after = re.findall(r"(?:prefix|start-after)=([^&]*)", path)
             bucket = path.partition("?")[0] + "/"
@@ -156,6 +170,42 @@ async def test_pages_between_writes_and_pages_in_order_are_checked_as_the_others
             assert [
                 (result.row, result.operations < 80 and result.errors > 0) for result in await rows_of(target, (name,))
             ] == [(name, True)]
+
+
+async def test_mixes_ranges_and_uploads_are_checked_as_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benches.mixed.PART_BYTES", 4096)
+    bodies = Bodies(10_000)
+    async with serving() as (small, target):
+
+        async def errors_of(operation: Operation) -> tuple[int, bool]:
+            result = await drive("row", target, operation, in_flight=2, total=80, silence_s_max=GUARD_S)
+            return result.operations, result.errors > 0
+
+        assert await errors_of(putting(target, "b", "s-", bodies, 10_000)) == (80, False)
+        mix = mixing(target, "b", "m-", "s-", bodies, 80, 10_000)
+        assert await errors_of(mix) == (80, False)
+        left = {path for path in small.objects if path.startswith("/b/m-")}
+        assert len(left) == 12 - 2  # of the last of four cycles' deletes, each finds what the first cycle has put
+        ranges = ranging(target, "b", "s-", bodies, 80, 10_000, 1000)
+        assert await errors_of(ranges) == (80, False)
+        uploads = uploading(target, "b", "u-", bodies, 10_000)
+        assert await errors_of(uploads) == (80, False)
+        assert small.objects["/b/u-00000079"] == bodies.of(79)
+        for lie, about, operation in (
+            ("flipped", "GET /b/s-", mix),
+            ("flipped", "GET /b/s-", ranges),
+            ("forgets", "POST /b/u-.*uploadId", uploads),
+        ):
+            small.lie, small.about = lie, re.compile(about)
+            assert (await errors_of(operation))[1]
+
+
+async def test_a_connection_rests_between_operations() -> None:
+    async with serving() as (_, target):
+        put = putting(target, "b", "k-", Bodies(10), 10)
+        result = await drive("row", target, put, in_flight=1, total=3, pause_s=0.05, silence_s_max=GUARD_S)
+    assert result.operations == 3
+    assert result.seconds >= 0.1
 
 
 async def test_what_servers_write_late_is_waited_for_by_whatever_wrote_it(monkeypatch: pytest.MonkeyPatch) -> None:
