@@ -8,6 +8,7 @@ Only root and the node's own user may use the socket (``listener``).
     GET  /v1/where?bucket=&key=             key in hex
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
     ...  /v1/buckets                        see ``buckets``
+    POST /v1/iam                            see ``iam``
     GET  /v1/layout  POST /v1/layout        the layout that was decided last; brings one into force
     GET  /v1/losses?disks=                  what the loss of disks would lose
     POST /v1/moves                          pauses and resumes moves, and sets their pace
@@ -32,6 +33,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from storaged.admin.body import NotHere, recorded, texts_of
 from storaged.admin.buckets import BucketAdministration
 from storaged.admin.hosts import local_hosts
+from storaged.admin.iam import IamAdministration
 from storaged.admin.layouts import LAYOUT_BODY_BYTES_MAX, LayoutAdministration
 from storaged.admin.listener import AdminListener, SocketPeer
 from storaged.admin.moves import MoveAdministration
@@ -70,6 +72,7 @@ class AdminServer:
                 web.post("/v1/users", self._add_user),
                 web.delete("/v1/users/{name}", self._remove_user),
                 *BucketAdministration(self._services).routes(),
+                *IamAdministration(self._services).routes(),
                 *LayoutAdministration(self._services).routes(),
                 *MoveAdministration(self._services).routes(),
                 web.post("/v1/scrub", self._scrub),

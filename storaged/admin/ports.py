@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from storaged.cluster.audit.trail import Trail
 from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.signed_layout import SignedLayout
-from storaged.objects.api import Buckets, Users
+from storaged.objects.api import Buckets, Principal, Users
 from storaged.objects.records import BucketRecord
 from storaged.objects.usage import Usage
 from storaged.observe import Samples
@@ -55,6 +55,8 @@ class Services:
     ready: Callable[[], tuple[bool, str]]
     doctor: Callable[[], Awaitable[list[dict[str, str]]]]
     users: Users | None = None
+    iam: Callable[[Principal, str, dict[str, str]], Awaitable[dict[str, Any]]] | None = None
+    """(an account's own user, action, parameters): performs an action of IAM for the operator."""
     buckets: Buckets | None = None
     every_bucket: Callable[[], Awaitable[list[BucketRecord]]] | None = None
     """All buckets of the cluster that are not deleted."""

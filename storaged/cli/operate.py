@@ -1,4 +1,4 @@
-"""Commands of daily operation: users, explain, doctor, scrub, repair, audit, fsck."""
+"""Commands of daily operation: explain, doctor, scrub, repair, audit, fsck."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import sys
 import textwrap
 import time
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,63 +23,6 @@ POLL_S = 0.5
 QUIET_POLLS = 6
 FAMILIES = (S3Error, OperatorError, Condition, PeerError, RemoteRefusal)
 """Base classes: no answer carries their code."""
-
-
-@click.group()
-def user() -> None:
-    """Add, list and remove S3 users. Each sees its own buckets."""
-
-
-@user.command("add")
-@click.argument("name")
-@click.option(
-    "--user-id",
-    default="",
-    metavar="ID",
-    help="Share the buckets of this user, present or removed (default: a user with none).",
-)
-@click.option("--email", default="", metavar="ADDRESS", help="Access control lists may name the user by it.")
-@click.option("--json", "as_json", is_flag=True, help="user_id, account, arn, access_key, secret_key.")
-@click.pass_obj
-def user_add(named: str | None, name: str, user_id: str, email: str, as_json: bool) -> None:
-    """Make a user with random keys. The secret key is shown this once.
-
-    Bucket policies name a user by its account or its ARN, access control lists by its user id.
-
-    To exchange the keys of a user: add one with its id (--user-id), let clients change over, remove the old one.
-    """
-    found = gateway(find_directory(named), "POST", "/v1/users", body={"name": name, "user_id": user_id, "email": email})
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        click.echo(
-            f"user_id     {found['user_id']}\naccount     {found['account']}\narn         {found['arn']}\n"
-            f"access_key  {found['access_key']}\nsecret_key  {found['secret_key']}"
-        )
-
-
-@user.command("list")
-@click.option("--json", "as_json", is_flag=True, help="A list of user_id, account, arn, name, access_key, email.")
-@click.pass_obj
-def user_list(named: str | None, as_json: bool) -> None:
-    """All users, without their secrets."""
-    found = gateway(find_directory(named), "GET", "/v1/users")["users"]
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    for who in () if as_json else found:
-        click.echo(f"{who['name']:<24} {who['access_key']:<24} {who['account']} {who['user_id']}")
-
-
-@user.command("remove")
-@click.argument("name")
-@click.pass_obj
-def user_remove(named: str | None, name: str) -> None:
-    """Remove a user, by name or access key. Its buckets stay; a user that is added with its id gets them."""
-    found = gateway(find_directory(named), "DELETE", f"/v1/users/{urllib.parse.quote(name, safe='')}")
-    click.echo(
-        f"removed {name}; its buckets stay, and are reached again with: storaged user add NAME --user-id"
-        f" {found['user_id']}"
-    )
 
 
 def explained(code: str) -> str:

@@ -4,7 +4,8 @@ The S3 code, HTTP status, exit code and hint are attributes of one class. ``stor
 body are made from them; the first paragraph of a class's docstring is its default message.
 
     StoragedError
-      S3Error        ``s3``: answers of the S3 front; 503 asks the client to retry (SlowDown, ServiceUnavailable)
+      S3Error        ``s3``: answers of the S3 front; 503 asks the client to retry (SlowDown, ServiceUnavailable);
+                     ``iam``: those of IAM and STS
       OperatorError  ``operator``: shown by the command line and in the log
       Condition      ``conditions``: a state of the cluster that ``storaged status`` lists as a problem
       PeerError      ``peers``: trouble between nodes
@@ -38,6 +39,20 @@ from storaged.errors.conditions import (
     RepairWaitsForGateway,
     SeedDiskOut,
     SystemRecordDamaged,
+)
+from storaged.errors.iam import (
+    DeleteConflict,
+    EntityAlreadyExists,
+    ExpiredToken,
+    IncompleteSignature,
+    InvalidClientTokenId,
+    LimitExceeded,
+    MalformedPolicyDocument,
+    MissingAuthenticationToken,
+    NoSuchEntity,
+    PackedPolicyTooLarge,
+    UnmodifiableEntity,
+    ValidationError,
 )
 from storaged.errors.operator import (
     AdminNotAllowed,

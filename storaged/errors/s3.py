@@ -103,7 +103,7 @@ class InvalidAccessKeyId(S3Error):
 
 
 class InvalidAction(S3Error):
-    """The action or operation requested is not valid: this endpoint answers S3 requests only."""
+    """The action or operation requested is not valid: this endpoint does not have it."""
 
 
 class InvalidArgument(S3Error):

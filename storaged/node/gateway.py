@@ -38,7 +38,7 @@ from storaged.maintain.answers import Answers, settle_handler
 from storaged.maintain.discard import Discarder
 from storaged.maintain.mover import Mover, MoverStatistics
 from storaged.meta.names import RegisterName, Value
-from storaged.node.audited import NOT_AUDITED, AuditedBuckets
+from storaged.node.audited import NOT_AUDITED, AuditedBuckets, AuditedUsers
 from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
@@ -61,6 +61,7 @@ from storaged.objects.where import Whereabouts, where
 from storaged.s3.app import S3App
 from storaged.s3.context import Endpoint
 from storaged.s3.http.limits import Limits
+from storaged.s3.ops.iam.actions import perform_for_operator
 from storaged.units import MIB
 
 SIGNER_EVERY_S = 60.0
@@ -130,7 +131,7 @@ class Gateway:
         self._app = S3App(
             self.objects,
             AuditedBuckets(self.buckets, node.audit, node.clock),
-            self.users,
+            AuditedUsers(self.users, node.audit, node.clock),
             Endpoint(
                 config.s3.region,
                 legacy_buckets=config.s3.new_buckets == "legacy",
@@ -333,6 +334,7 @@ class Gateway:
         if self.workers is not None:
             services.other_samples = self.workers.gather
         services.users = self.users
+        services.iam = functools.partial(perform_for_operator, self.users, self._node.clock)
         services.buckets = self.buckets
         services.every_bucket = self.buckets.every_bucket
         services.racks = lambda countries: domains_inside(self._node.layouts.current, countries)
@@ -370,12 +372,13 @@ class Gateway:
         self.buckets.fenced(bucket_id)
 
     def forget(self, kind: str, key: str) -> None:
-        """Drops a bucket, user or key that another process of this gateway changed."""
+        """Drops a bucket, user, account or key that another process of this gateway changed."""
         if kind == "key":
             if self._late.keyring is not None:
                 self._late.keyring.forget(bytes.fromhex(key))
             return
-        (self.buckets if kind == "bucket" else self.users).forget(key)
+        dropped = {"bucket": self.buckets, "account": self.users.accounts}.get(kind, self.users)
+        dropped.forget(key)
 
     def _damaged(self, damage: Damage) -> None:
         """A read found a damaged or missing fragment; the node that looks after its register repairs it."""

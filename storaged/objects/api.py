@@ -33,6 +33,7 @@ from storaged.objects.grant_types import READ as READ
 from storaged.objects.grant_types import WRITE as WRITE
 from storaged.objects.grant_types import Allowed
 from storaged.objects.grant_types import Grant as Grant
+from storaged.objects.grant_types import Identity as Identity
 from storaged.objects.grant_types import ObjectAccess as ObjectAccess
 from storaged.objects.grant_types import Principal as Principal
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
@@ -40,6 +41,8 @@ from storaged.objects.records import BucketRecord, Lock, SealedPart
 from storaged.objects.upload_types import CompletedPart as CompletedPart
 from storaged.objects.upload_types import PartInfo as PartInfo
 from storaged.objects.upload_types import UploadInfo as UploadInfo
+from storaged.objects.user_types import Accounts as Accounts
+from storaged.objects.user_types import Users as Users
 from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
@@ -222,30 +225,6 @@ class Buckets(Protocol):
 
     async def known_everywhere(self) -> None:
         """Returns when every gateway obeys what was configured before this call."""
-
-
-class Users(Protocol):
-    async def lookup(self, access_key: str) -> tuple[Principal, str]:
-        """(principal, secret key), cached for ``user_cache_s``. Raises InvalidAccessKeyId."""
-
-    def try_get(self, access_key: str) -> tuple[Principal, str] | None:
-        """As ``lookup``, from memory; None when the record must be read."""
-
-    async def add(
-        self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
-    ) -> tuple[Principal, str]:
-        """Keys are random unless given. ``user_id``: the owner id whose buckets the user gets; empty: a new one. Raises
-        InvalidArgument when the name is taken.
-        """
-
-    async def list_users(self) -> list[Principal]: ...
-
-    async def directory(self) -> Mapping[str, Principal]:
-        """All users by canonical id, cached for ``user_cache_s``."""
-
-    async def remove(self, name_or_access_key: str) -> Principal:
-        """Returns the removed user. Its buckets stay; a user added with this user id owns them. Raises
-        InvalidArgument."""
 
 
 ReadResult = ObjectStream | ObjectInfo | Reading | StoragedError | None

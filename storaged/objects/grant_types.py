@@ -11,15 +11,45 @@ from storaged.objects.configuration.access import Acl
 from storaged.objects.records import BucketRecord
 
 
+class Identity(Struct, frozen=True):
+    """Who of an account sends a request, when it is not its root with a key of its own, and what policies say.
+
+    ``id``: of the user, ``ID:SESSION`` of a session of a role, the account's number of the root. ``arn``: of the user,
+    the session, or the root. ``name``: of the user; empty for others. ``role``: the ARN of the role that was assumed.
+    ``documents``: the texts of the policies of the user, its groups, or the role. ``session``: of those that narrow a
+    session. ``root``: a session of the root: no policies but the session's. ``issuer``: of a session, the key that it
+    was made with; empty: the key is a long-term one. ``issued_ms``, ``expires_ms``: of a session. ``tags``: of the user
+    or role.
+    """
+
+    id: str
+    arn: str
+    name: str = ""
+    role: str = ""
+    documents: tuple[str, ...] = ()
+    session: tuple[str, ...] = ()
+    root: bool = False
+    issuer: str = ""
+    issued_ms: int = 0
+    expires_ms: int = 0
+    tags: Mapping[str, str] = {}
+
+    @property
+    def temporary(self) -> bool:
+        return self.issuer != ""
+
+
 class Principal(Struct, frozen=True):
-    """The authenticated sender of a request. ``user_id``: the canonical id. ``access_key``: empty when anonymous.
-    ``email``: only of users that were listed.
+    """The authenticated sender of a request. ``user_id``: the canonical id, which is the account's. ``display_name``:
+    the account's. ``access_key``: empty when anonymous. ``email``: only of users that were listed. ``identity``: None
+    for the account's root, whom no policy of its own limits, and for nobody.
     """
 
     user_id: str
     display_name: str
     access_key: str = ""
     email: str = ""
+    identity: Identity | None = None
 
 
 READ: Final = 1

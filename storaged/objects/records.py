@@ -433,20 +433,6 @@ def authenticated_bytes(body: bytes) -> bytes:
     return encode(fields)
 
 
-class UserRecord(Message, frozen=True):
-    """``user/ACCESS_KEY``. ``sealed``: the secret key and the display name, sealed by the keyring and bound to the
-    register's name. ``authenticator``: as in BucketRecord.
-    """
-
-    access_key: str
-    user_id: str
-    name: str
-    created_ms: int
-    sealed: bytes
-    email: str = ""
-    authenticator: bytes = b""
-
-
 class UploadRecord(Message, frozen=True):
     """A multipart upload: Open -> Completing(pinned) -> Done(result), or Open | Completing -> Aborted. It has one DEK,
     wrapped for (bucket id, key, upload id).

@@ -22,7 +22,7 @@ from storaged.s3.auth.authorize import ObjectWanted, owns_plain
 from storaged.s3.auth.regions import region_name
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.authorization import ask_of, check_expected_owner, decide, permit
-from storaged.s3.context import Front, existing_bucket
+from storaged.s3.context import Front, existing_bucket, user_of
 from storaged.s3.operation import Operation, adopt_query_headers
 from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
 
@@ -52,7 +52,10 @@ def locate(request: Request, domains: Sequence[str], region: str) -> tuple[Opera
 
 def try_records(front: Front, request: Request, operation: Operation, claim: Claim | None) -> Records | None:
     """The records that are in memory. None: one of them must be read."""
-    user = front.users.try_get(claim.access_key) if claim is not None else None
+    user = None
+    if claim is not None:
+        key, token = claim.access_key, claim.token
+        user = front.users.try_session(key, token) if token else front.users.try_get(key)
     bucket = front.buckets.try_get(request.bucket) if operation.needs_bucket else None
     if (user is None and claim is not None) or (bucket is None and operation.needs_bucket):
         return None
@@ -61,7 +64,7 @@ def try_records(front: Front, request: Request, operation: Operation, claim: Cla
 
 async def load_records(front: Front, request: Request, operation: Operation, claim: Claim | None) -> Records:
     """The records, read where they are not in memory. Raises nothing but for cancellation."""
-    user = None if claim is None else front.users.lookup(claim.access_key)
+    user = None if claim is None else user_of(front, claim.access_key, claim.token)
     bucket = existing_bucket(front, request.bucket) if operation.needs_bucket else None
     if user is not None and bucket is not None:
         found_user, found_bucket = await asyncio.gather(user, bucket, return_exceptions=True)

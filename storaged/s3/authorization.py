@@ -27,6 +27,8 @@ from storaged.s3.auth.authorize import (
     refuse_denied,
 )
 from storaged.s3.auth.facts import Facts
+from storaged.s3.auth.identities import require
+from storaged.s3.auth.policy import ARN_PREFIX
 from storaged.s3.context import Front
 from storaged.s3.request import Request
 
@@ -87,6 +89,14 @@ def decide(front: Front, request: Request, ask: Ask, found: ObjectAccess | Unkno
             # who writes an object owns it, and so may change its list, unless a policy denies that
             refuse_denied(who, "s3:PutObjectAcl", resource, context)
     return grant
+
+
+def permit_on_account(front: Front, request: Request, action: str, arn: str = ARN_PREFIX + "*") -> None:
+    """Asks for what concerns no bucket that exists: the root of an account always may, others need a policy. Raises
+    AccessDenied."""
+    if request.who.identity is not None:
+        owner, now_ms = request.who.user_id, front.clock.wall_ms()
+        require(request.who, action, arn, Facts(request, owner, now_ms, headers=request.headers, found=None))
 
 
 async def permit(front: Front, request: Request, ask: Ask) -> Grant:

@@ -104,7 +104,7 @@ HEADERS: dict[str, Name] = {
     # transport, signature, payer, expected owner
     "x-amz-content-sha256": Name(EVERY),
     "x-amz-date": Name(EVERY),
-    "x-amz-security-token": Name(EVERY),  # refused where the signature is checked
+    "x-amz-security-token": Name(EVERY),
     "x-amz-user-agent": Name(EVERY),
     "x-amz-decoded-content-length": Name(EVERY),
     "x-amz-trailer": Name(EVERY),

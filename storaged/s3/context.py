@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from storaged.clock import Clock
 from storaged.errors import InvalidBucketName
-from storaged.objects.api import Buckets, Users
+from storaged.objects.api import Buckets, Principal, Users
 from storaged.objects.granted import GrantedObjects
 from storaged.objects.names import bucket_name_possible
 from storaged.objects.records import BucketRecord
@@ -50,6 +50,13 @@ class Front:
 
 
 Handler = Callable[[Front, Request], Awaitable[Reply]]
+
+
+async def user_of(front: Front, access_key: str, token: str) -> tuple[Principal, str]:
+    """The user of a key, or of temporary credentials. Raises InvalidAccessKeyId, InvalidToken."""
+    if token:
+        return await front.users.lookup_session(access_key, token)
+    return await front.users.lookup(access_key)
 
 
 async def existing_bucket(front: Front, name: str) -> BucketRecord:

@@ -37,6 +37,7 @@ from storaged.s3.ops import (
     tags,
     versioning,
 )
+from storaged.s3.ops.iam.query import query
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
 from storaged.units import KIB, MIB
@@ -118,7 +119,7 @@ def _not_implemented(name: str, *, needs_bucket: bool = True) -> Operation:
 
 
 async def _foreign_action(front: Front, request: Request) -> Reply:
-    """IAM, STS and other query-style calls. The answer is a 4xx, because clients retry 5xx."""
+    """Query-style calls by GET. The answer is a 4xx, because clients retry 5xx."""
     raise errors.InvalidAction()
 
 
@@ -158,13 +159,15 @@ def _table(name: str) -> Methods:
     return _none_implemented(PUT=f"UpdateBucketMetadata{name}TableConfiguration")
 
 
+QUERY = Operation("QueryApi", query, needs_bucket=False, signed=False)
+"""IAM and STS. Their signatures cover the body: the handler reads it first."""
 FOREIGN = Operation("ForeignAction", _foreign_action, needs_bucket=False, signed=False)
 PREFLIGHT = Operation("Preflight", preflight, needs_bucket=False, signed=False)
 FORM = _change("PostObject", post.post_object, STREAM, needs_bucket=False, signed=False)
 
 SERVICE: dict[str, Methods] = {
-    "": {"GET": Operation("ListBuckets", buckets.list_buckets, needs_bucket=False), "POST": FOREIGN},
-    "Action": {"GET": FOREIGN, "POST": FOREIGN},
+    "": {"GET": Operation("ListBuckets", buckets.list_buckets, needs_bucket=False), "POST": QUERY},
+    "Action": {"GET": FOREIGN, "POST": QUERY},
     "max-directory-buckets": {"GET": _not_implemented("ListDirectoryBuckets", needs_bucket=False)},
 }
 

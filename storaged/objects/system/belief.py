@@ -10,7 +10,7 @@ from __future__ import annotations
 from storaged.errors import DataDamaged, StoragedError
 from storaged.meta.names import RegisterName, Value
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.system import bucket_records, claims, users
+from storaged.objects.system import accounts, bucket_records, claims, users
 from storaged.objects.system.bucket_records import BucketRecords
 from storaged.objects.system.users import UserService
 
@@ -33,6 +33,8 @@ class Belief:
                 self._buckets.require_authentic(name, value)
             elif name.key.startswith(users.PREFIX.encode()):
                 self._users.require_authentic(name, value)
+            elif name.key.startswith(accounts.PREFIX.encode()):
+                self._users.accounts.require_authentic(name, value)
             elif name.key.startswith(claims.PREFIX.encode()):
                 claims.require_authentic(self._plane, name, value)
         except DataDamaged:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -48,16 +48,29 @@ def sequence_after(before: Value | None) -> int:
     return (before.sequence if before is not None else 0) + 1
 
 
-def authenticated_change(keys: KeyService, name: RegisterName, before: Value | None, record: Message) -> Change:
+def authenticated_change(
+    keys: KeyService,
+    name: RegisterName,
+    before: Value | None,
+    record: Message,
+    encoded: Callable[[Any], bytes] = encode,
+) -> Change:
     """The change that writes ``record`` over ``before``, with its authenticator."""
     plain = msgspec.structs.replace(record, authenticator=b"")
-    tag = keys.authenticate(context_of(name, sequence_after(before)), encode(plain))
-    return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
+    tag = keys.authenticate(context_of(name, sequence_after(before)), encoded(plain))
+    return Change(encoded(msgspec.structs.replace(plain, authenticator=tag)))
 
 
-def is_authentic(keys: KeyService, name: RegisterName, value: Value, record: Message, authenticator: bytes) -> bool:
+def is_authentic(
+    keys: KeyService,
+    name: RegisterName,
+    value: Value,
+    record: Message,
+    authenticator: bytes,
+    encoded: Callable[[Any], bytes] = encode,
+) -> bool:
     """Whether a gateway of this cluster wrote ``record``, decoded from ``value``."""
-    plain = encode(msgspec.structs.replace(record, authenticator=b""))
+    plain = encoded(msgspec.structs.replace(record, authenticator=b""))
     return keys.verify(context_of(name, value.sequence), plain, authenticator)
 
 

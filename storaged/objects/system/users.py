@@ -3,6 +3,9 @@
 
 A record grants access, so it carries an authenticator of the keyring over its register's name and sequence number: a
 storage node can neither read a secret nor create a user.
+
+Each user here is the root of an account. An account may have users of its own (``accounts``): a key of theirs has the
+same kind of record, which names the user, and grants only what the account says.
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ from functools import partial
 
 import msgspec
 
-from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument
+from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument, NoSuchEntity
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
-from storaged.objects.api import Principal
+from storaged.objects.accounts import NO_ACCOUNT, IamKey, StoredAccount
 from storaged.objects.cache.ttl import TtlCache
+from storaged.objects.grant_types import Principal
+from storaged.objects.identities import identity_of_user
 from storaged.objects.identity import account_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
-from storaged.objects.records import UserRecord
 from storaged.objects.system import claims, rows
+from storaged.objects.system.accounts import AccountService
 from storaged.objects.system.claims import NameClaim
+from storaged.objects.system.sessions import Sessions
+from storaged.objects.user_records import UserRecord, encode_user
 from storaged.wire import Message, decode, encode
 
 PREFIX = "user/"
@@ -52,6 +59,10 @@ class UserService:
         self._directory: TtlCache[str, dict[str, Principal]] = TtlCache(
             plane.clock, limits.user_cache_s, 1, self._load_directory, plane.background.spawn
         )
+        self.accounts = AccountService(plane, self._account_changed)
+        self._sessions = Sessions(plane, self.accounts, self.lookup)
+        self.lookup_session, self.try_session = self._sessions.get, self._sessions.try_get
+        self.seal_session = self._sessions.seal
 
     def _decode(self, name: RegisterName, value: Value | None) -> UserRecord | None:
         """Raises DataDamaged for a record that no gateway of this cluster wrote."""
@@ -64,7 +75,7 @@ class UserService:
             record = decode(value.body, UserRecord)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"The record of a user cannot be read: {error}") from None
-        if not rows.is_authentic(self._plane.keys, name, value, record, record.authenticator):
+        if not rows.is_authentic(self._plane.keys, name, value, record, record.authenticator, encode_user):
             raise DataDamaged("The record of a user is not authentic.")
         return record
 
@@ -76,12 +87,13 @@ class UserService:
         if (value.visibility == Visibility.TOMBSTONE) != (record.user_id == ""):
             raise DataDamaged("The record of a user says otherwise than its row.")
 
-    def _open(self, name: RegisterName, record: UserRecord) -> tuple[Principal, str]:
+    def _open(self, name: RegisterName, record: UserRecord) -> str:
+        """The secret of a key."""
         try:
             secret = decode(self._plane.keys.open_secret(record.sealed, (name.pack(), b"secret")), UserSecret)
         except (SealBroken, msgspec.MsgspecError) as error:
             raise DataDamaged(f"The secret of a user does not open: {error}") from None
-        return Principal(record.user_id, record.name, record.access_key), secret.secret_key
+        return secret.secret_key
 
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """Raises InvalidAccessKeyId."""
@@ -91,9 +103,23 @@ class UserService:
         if not _is_access_key(access_key):
             raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
         record = await self._read(access_key)
-        if record is None:
+        if record is None or record.inactive:
             raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
-        return self._open(system_name(PREFIX + access_key), record)
+        secret = self._open(system_name(PREFIX + access_key), record)
+        if not record.iam_user:
+            return Principal(record.user_id, record.name, access_key), secret
+        return await self._of_account(record), secret
+
+    async def _of_account(self, record: UserRecord) -> Principal:
+        """The user of an account that a key belongs to. Raises InvalidAccessKeyId when the account does not list it as
+        active."""
+        account = await self.accounts.get(record.user_id)
+        user = account.user_of(record.iam_user)
+        listed = user is not None and any(key.access_key == record.access_key and key.active for key in user.keys)
+        if user is None or account.closed or not listed:
+            raise InvalidAccessKeyId(AWSAccessKeyId=record.access_key)
+        identity = identity_of_user(record.user_id, account, user)
+        return Principal(record.user_id, account.name, record.access_key, identity=identity)
 
     async def _read(self, access_key: str) -> UserRecord | None:
         """The current record of an access key, healed if possible. Raises DataDamaged, ServiceUnavailable."""
@@ -105,7 +131,7 @@ class UserService:
         return await rows.read(plane.registers, plane.bad_rows, self._decode, rewrite, PREFIX + access_key)
 
     def _change(self, register: RegisterName, before: Value | None, record: UserRecord) -> Change:
-        return rows.authenticated_change(self._plane.keys, register, before, record)
+        return rows.authenticated_change(self._plane.keys, register, before, record, encode_user)
 
     async def add(
         self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
@@ -120,19 +146,30 @@ class UserService:
             )
         if user_id and not _USER_ID.fullmatch(user_id):
             raise InvalidArgument("A user id has 64 hexadecimal digits.")
+        if user_id:
+            await self._reopen(user_id, name)
         access_key = access_key or _random_text(self._plane.entropy(15))
-        secret_key = secret_key or base64.b64encode(self._plane.entropy(30)).decode()
         if not _is_access_key(access_key):
             raise InvalidArgument("An access key has 3 to 128 letters, digits, or characters of _-.")
         await self._claim(name, access_key)
+        user_id = user_id or await self._new_id()
+        secret_key = await self._write_key(access_key, user_id, name, secret_key, email=email)
+        return Principal(user_id, name, access_key), secret_key
+
+    async def _write_key(
+        self, access_key: str, user_id: str, name: str, secret_key: str = "", *, email: str = "", iam_user: str = ""
+    ) -> str:
+        """Returns the secret, which is random unless given. Raises InvalidArgument when the access key is taken."""
+        secret_key = secret_key or base64.b64encode(self._plane.entropy(30)).decode()
         register = system_name(PREFIX + access_key)
         plain = UserRecord(
             access_key,
-            user_id or await self._new_id(),
+            user_id,
             name,
             self._plane.clock.wall_ms(),
             self._plane.keys.seal_secret(encode(UserSecret(secret_key)), (register.pack(), b"secret")),
             email,
+            iam_user=iam_user,
         )
 
         def update(value: Value | None) -> Change:
@@ -142,7 +179,20 @@ class UserService:
 
         await self._plane.registers.change(register, update)
         await self._changed(access_key)
-        return Principal(plain.user_id, name, access_key), secret_key
+        return secret_key
+
+    async def _reopen(self, user_id: str, name: str) -> None:
+        """The account ``user_id`` gets (another) root. Raises InvalidArgument when one of its users has that name: the
+        ARN of the two would be the same."""
+        if await self.accounts.get(user_id) == NO_ACCOUNT:
+            return
+
+        def edit(account: StoredAccount) -> StoredAccount:
+            if name.lower() in account.users:
+                raise InvalidArgument(f"The account has a user named {name} already.")
+            return msgspec.structs.replace(account, name=account.name or name, closed=False)
+
+        await self.accounts.change(user_id, edit, action="Reopen", target=f"account:{user_id}")
 
     async def _new_id(self) -> str:
         """A canonical id of which no user has the account. The number of an account is a hash, so that two users could
@@ -167,6 +217,11 @@ class UserService:
         """Drops the cached user: another process of this gateway has changed it."""
         self._cache.forget(access_key)
         self._directory.forget("")
+        self._sessions.forget_all()
+
+    def _account_changed(self, user_id: str) -> None:
+        self._cache.forget_where(lambda found: found[0].user_id == user_id)
+        self._sessions.forget_account(user_id)
 
     async def _claim(self, name: str, access_key: str) -> None:
         register, now_ms = claims.register_of(name), self._plane.clock.wall_ms()
@@ -188,12 +243,56 @@ class UserService:
 
     async def list_users(self) -> list[Principal]:
         """By access key. Rows that can't be used are healed, or skipped and named in ``plane.bad_rows``."""
+        return [Principal(user.user_id, user.name, user.access_key, user.email) for user in await self._roots()]
+
+    async def _roots(self) -> list[UserRecord]:
+        """The keys of all accounts' own users, by access key."""
         plane = self._plane
         users = await rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
+        return sorted((user for user in users if not user.iam_user), key=lambda user: user.access_key)
+
+    async def root_keys(self, user_id: str) -> list[IamKey]:
+        """Implements ``api.Users``, as the next three."""
         return [
-            Principal(user.user_id, user.name, user.access_key, user.email)
-            for user in sorted(users, key=lambda user: user.access_key)
+            IamKey(key.access_key, key.created_ms, not key.inactive)
+            for key in await self._roots()
+            if key.user_id == user_id
         ]
+
+    async def add_key(self, user_id: str, name: str, iam_user: str, *, who: Principal | None = None) -> tuple[str, str]:
+        access_key = self.accounts.new_id("AKIA")
+        return access_key, await self._write_key(access_key, user_id, name, iam_user=iam_user)
+
+    async def set_key_active(
+        self, user_id: str, access_key: str, active: bool, *, who: Principal | None = None
+    ) -> None:
+        register = system_name(PREFIX + access_key)
+
+        def update(value: Value | None) -> Change | None:
+            found = self._own_key(register, value, user_id, "")
+            if found.inactive != active:
+                return None
+            return self._change(register, value, msgspec.structs.replace(found, inactive=not active))
+
+        await self._plane.registers.change(register, update)
+        await self._changed(access_key)
+
+    async def remove_key(self, user_id: str, access_key: str, iam_user: str, *, who: Principal | None = None) -> None:
+        register = system_name(PREFIX + access_key)
+
+        def update(value: Value | None) -> Change:
+            self._own_key(register, value, user_id, iam_user)
+            return self._removed(register, access_key, value)
+
+        await self._plane.registers.change(register, update)
+        await self._changed(access_key)
+
+    def _own_key(self, register: RegisterName, value: Value | None, user_id: str, iam_user: str) -> UserRecord:
+        """The record of a key, if it is this user's. Raises NoSuchEntity."""
+        found = self._decode(register, value)
+        if found is None or (found.user_id, found.iam_user) != (user_id, iam_user):
+            raise NoSuchEntity(f"The Access Key with id {register.key.decode().removeprefix(PREFIX)} cannot be found.")
+        return found
 
     async def directory(self) -> Mapping[str, Principal]:
         """All users by canonical id. Of users that share one: the first by access key, of those with an address if
@@ -237,15 +336,42 @@ class UserService:
         await self._plane.registers.change(user, partial(self._removed, user, access_key))
         await self._changed(access_key)
 
-        own = claims.register_of(found.name)
+        if await self._release(found):
+            await self._end_user(found)
+        return Principal(found.user_id, found.name, access_key)
+
+    async def _release(self, removed: UserRecord) -> bool:
+        """Frees the name of a user, if it belongs to this key. False: to another one, so only a further key was
+        removed."""
+        own = claims.register_of(removed.name)
+        mine = True
 
         def release(value: Value | None) -> Change | None:
+            nonlocal mine
             held = claims.claim_of(self._plane, own, value)
-            mine = held is not None and (held is claims.DAMAGED or held.access_key == access_key)
-            return claims.release_change(self._plane, own, value) if mine else None
+            free = held is not None and (held is claims.DAMAGED or held.access_key == removed.access_key)
+            mine = free or held is None
+            return claims.release_change(self._plane, own, value) if free else None
 
         await self._plane.registers.change(own, release)
-        return Principal(found.user_id, found.name, access_key)
+        return mine
+
+    async def _end_user(self, removed: UserRecord) -> None:
+        """The other keys of a root that was removed go with it. An account without a root is closed: its users' keys
+        stop working."""
+        if removed.iam_user:
+            return
+        left = [key for key in await self._roots() if key.user_id == removed.user_id]
+        for key in left:
+            if key.name == removed.name:
+                await self.remove_key(key.user_id, key.access_key, "")
+        if all(key.name == removed.name for key in left) and await self.accounts.get(removed.user_id) != NO_ACCOUNT:
+            await self.accounts.change(
+                removed.user_id,
+                lambda account: msgspec.structs.replace(account, closed=True),
+                action="Close",
+                target=f"account:{removed.user_id}",
+            )
 
 
 def _is_access_key(text: str) -> bool:

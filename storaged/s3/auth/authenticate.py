@@ -3,6 +3,10 @@ checked."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from msgspec import structs
+
 from storaged import errors
 from storaged.objects.api import Principal
 from storaged.s3.auth import sigv4
@@ -14,12 +18,12 @@ _WITH_TRAILERS = frozenset({sigv4.STREAMING_SIGNED_TRAILER, sigv4.STREAMING_UNSI
 """Only these forms of a body can have trailers: in any other one, an announced checksum could not be demanded."""
 
 
-def claim_of(request: Request, region: str) -> sigv4.Claim | None:
+def claim_of(request: Request, region: str, services: Collection[str] = (sigv4.SERVICE,)) -> sigv4.Claim | None:
     """The signature that a request carries, not yet verified; None: it is not signed. ``region``: of which it must be;
-    empty: of any.
+    empty: of any. ``services``: for one of which it must be.
 
-    Raises the S3 errors of ``sigv4``, InvalidRequest (Signature Version 2), InvalidArgument (two signatures),
-    InvalidToken.
+    Raises the S3 errors of ``sigv4``, InvalidRequest (Signature Version 2), InvalidArgument (two signatures, two
+    tokens).
     """
     headers, query = request.headers, request.target.query
     authorization = headers.get("authorization", "")
@@ -38,21 +42,40 @@ def claim_of(request: Request, region: str) -> sigv4.Claim | None:
     else:
         return None
     if "x-amz-security-token" in headers or "X-Amz-Security-Token" in query:
-        raise errors.InvalidToken()
-    sigv4.check_scope(claim, region)
+        claim = structs.replace(claim, token=_token_of(request))
+    sigv4.check_scope(claim, region, services)
     return claim
+
+
+def _token_of(request: Request) -> str:
+    """Raises InvalidArgument, InvalidToken."""
+    found = {request.headers.get("x-amz-security-token"), request.target.query.get("X-Amz-Security-Token")} - {None}
+    if len(found) > 1:
+        raise errors.InvalidArgument("Only one security token is allowed.", ArgumentName="x-amz-security-token")
+    token = found.pop()
+    if not token:
+        raise errors.InvalidToken()
+    return token
 
 
 def admit(request: Request, claim: sigv4.Claim, who: Principal, secret: str, now_ms: int) -> None:
     """Verifies the signature, sets ``request.who``, and prepares the body. Raises the S3 errors of ``sigv4``."""
     headers = request.headers
     sigv4.check_time(claim, now_ms)
+    if who.identity is not None:
+        check_expiry(who, now_ms)
     payload = sigv4.payload_hash(claim, headers, request.target.query)
     key = sigv4.verify(claim, secret, request.method, request.target.raw_path, request.target.pairs, headers, payload)
     sigv4.check_signed_headers(claim, headers)
     request.body.admit()
     request.who = who
     _prepare_body(request, payload, key)
+
+
+def check_expiry(who: Principal, now_ms: int) -> None:
+    """Raises ExpiredToken."""
+    if who.identity is not None and who.identity.temporary and now_ms >= who.identity.expires_ms:
+        raise errors.ExpiredToken()
 
 
 def admit_anonymous(request: Request) -> None:

@@ -1,7 +1,10 @@
 """The one decision: may this principal do this to that resource? Pure; what nothing allows is denied.
 
-Theory of operation. A decision has three voices, asked in AWS's order:
+Theory of operation. A decision has four voices, asked in AWS's order:
 
+* The policies of who asks (``identities``), when it is a user of an account or a session. A statement that denies ends
+  the decision, one that allows is needed. Then the three others say whether its account may; but within its account
+  the bucket policy may name it itself, which is enough. The root of an account has no such policies.
 * The bucket policy. A statement that denies ends it; one that allows permits, unless the public access block cuts a
   public policy off for all but the owner.
 * The owner of the bucket, who may do all to the bucket, and to its objects when the bucket's owner owns them.
@@ -30,11 +33,14 @@ from storaged.objects.configuration.access import (
     PublicAccessBlock,
 )
 from storaged.objects.configuration.document import Configuration
+from storaged.objects.grant_types import Identity
 from storaged.objects.records import BucketRecord
 from storaged.s3.auth import acl
 from storaged.s3.auth.actions import POLICY_ACTIONS, Action
 from storaged.s3.auth.conditions import Facts
+from storaged.s3.auth.identities import Voice, asked
 from storaged.s3.auth.policy import ARN_PREFIX, Policy, policy_of
+from storaged.s3.auth.principals import SIGNED, own_names
 
 
 class ObjectWanted(Exception):
@@ -103,7 +109,7 @@ class Context(Struct, frozen=True):
 
 def owns_plain(who: Principal, bucket: BucketRecord) -> bool:
     """Whether this is the owner of a bucket whose configuration is plain: then nothing else decides."""
-    return bucket.plain and who.user_id == bucket.owner and bool(who.access_key)
+    return bucket.plain and who.user_id == bucket.owner and who.identity is None and bool(who.access_key)
 
 
 def authorize(who: Principal, action: Action, resource: Resource, context: Context) -> Grant:
@@ -123,7 +129,11 @@ def authorize(who: Principal, action: Action, resource: Resource, context: Conte
 
 
 def refuse_denied(who: Principal, name: str, resource: Resource, context: Context) -> None:
-    """Refuses what the bucket's policy denies; what nothing says anything about passes. Raises as ``authorize``."""
+    """Refuses what the bucket's policy denies, and what the sender's own policies do not allow; what nothing says
+    anything about passes. Raises as ``authorize``."""
+    identity = who.identity
+    if identity is not None and not asked(who, identity, name, resource.arn, context.facts).permits:
+        raise AccessDenied()
     policy = resource.configuration.derive(bucket_access).policy
     if policy is not None and policy.verdict(who, name, resource.arn, context.facts) is False:
         raise AccessDenied()
@@ -138,10 +148,16 @@ def _permits(
     access: BucketAccess,
     owns: bool,
 ) -> bool:
-    policy = access.policy
+    policy, identity = access.policy, who.identity
+    voice = asked(who, identity, name, resource.arn, context.facts) if identity is not None else None
+    if voice is not None and voice.denied:
+        return False
     verdict = policy.verdict(who, name, resource.arn, context.facts) if policy is not None else None
     if verdict is False:
-        return owns and name in POLICY_ACTIONS
+        return owns and (identity is None or identity.root) and name in POLICY_ACTIONS
+    if voice is not None and identity is not None and not voice.permits:
+        named = owns and verdict is True and policy is not None
+        return named and _names_itself(policy, who, identity, voice, name, resource, context)
     if verdict and policy is not None and (owns or not (access.block.restrict and policy.public)):
         return True
     if owns and (access.enforced or not action.of_object):
@@ -152,6 +168,29 @@ def _permits(
         return _object_permits(who, action, resource, context, access, owns)
     ignore = access.block.ignore_acls
     return acl.allows(access.acl, resource.bucket.owner, who, action.acl, ignore_public=ignore)
+
+
+def _names_itself(
+    policy: Policy | None,
+    who: Principal,
+    identity: Identity,
+    voice: Voice,
+    name: str,
+    resource: Resource,
+    context: Context,
+) -> bool:
+    """Whether a bucket policy of the sender's own account allows it to the sender itself, not through the account: then
+    its own policies need not allow it. What is given to a role, or to everybody, a session's policies narrow; what is
+    given to the session they do not.
+    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_evaluation-logic_policy-eval-denyallow.html
+    """
+    assert policy is not None
+    arn, facts = resource.arn, context.facts
+    if policy.names_directly(frozenset((SIGNED + identity.arn,)), name, arn, facts):
+        return voice.unbounded or bool(identity.role)
+    if not voice.unbounded:
+        return False
+    return policy.names_directly(own_names(who), name, arn, facts) or policy.names_everybody(name, arn, facts)
 
 
 def _object_permits(

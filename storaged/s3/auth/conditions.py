@@ -294,8 +294,9 @@ class Condition(NamedTuple):
             return False
 
 
-def parse(block: Any) -> tuple[Condition, ...]:
-    """The Condition element of a statement. Raises MalformedPolicy."""
+def parse(block: Any, *, foreign: bool = False) -> tuple[Condition, ...]:
+    """The Condition element of a statement. ``foreign``: keys of services that are not here may be there; no request
+    has them. Raises MalformedPolicy."""
     if not isinstance(block, dict):
         raise MalformedPolicy("Conditions must be a map of operators")
     found = []
@@ -310,14 +311,24 @@ def parse(block: Any) -> tuple[Condition, ...]:
         if not isinstance(keys, dict) or not keys:
             raise MalformedPolicy("Conditions must be a map of operators")
         for key, values in keys.items():
+            if not (_is_known(key.lower()) or (foreign and _is_foreign(key.lower()))):
+                raise MalformedPolicy("Policy has an invalid condition key", Detail=key[:100])
             found.append(_condition(operator, bare, key, values, quantifier, if_exists))
     return tuple(found)
 
 
+def _is_known(key: str) -> bool:
+    return key in KEYS or any(key.startswith(family) and len(key) > len(family) for family in FAMILIES)
+
+
+def _is_foreign(key: str) -> bool:
+    """A key of another service, or of IAM or STS, whose requests have a few of them."""
+    service, colon, name = key.partition(":")
+    return bool(colon and name) and service not in ("aws", "s3")
+
+
 def _condition(operator: Operator, bare: str, key: str, values: Any, quantifier: str, if_exists: bool) -> Condition:
     lower = key.lower()
-    if lower not in KEYS and not any(lower.startswith(family) and len(lower) > len(family) for family in FAMILIES):
-        raise MalformedPolicy("Policy has an invalid condition key", Detail=key[:100])
     wanted = tuple(_text(value) for value in (values if isinstance(values, list) else [values]))
     if not wanted:
         raise MalformedPolicy("Policy has an invalid condition value")

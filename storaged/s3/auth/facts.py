@@ -12,22 +12,26 @@ from typing import Final
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from storaged.errors import AccessDenied
-from storaged.objects.api import ObjectAccess
-from storaged.objects.identity import account_of, arn_of
+from storaged.objects.api import ObjectAccess, Principal
+from storaged.objects.identity import account_of
 from storaged.s3.auth.authorize import ObjectWanted, Unknown
+from storaged.s3.auth.principals import caller_id, principal_arn
 from storaged.s3.conditions import parse_http_time
 from storaged.s3.request import Request
 
 EXISTING_TAG: Final = "s3:existingobjecttag/"
 REQUEST_TAG: Final = "s3:requestobjecttag/"
 TAG_KEYS: Final = "s3:requestobjecttagkeys"
+PRINCIPAL_TAG: Final = "aws:principaltag/"
+NOTHING: Final[Mapping[str, str]] = {}
 
 _Fact = Callable[["Facts"], "str | None"]
 
 
 class Facts:
     """A ``conditions.Facts``. ``headers``: of the request, or the fields of a form. ``owner``: of the bucket.
-    ``prefix``: in place of the parameter, when another permission is asked for than the request's."""
+    ``prefix``: in place of the parameter, when another permission is asked for than the request's. ``own``: keys of
+    IAM and STS, which only their requests have."""
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class Facts:
         found: ObjectAccess | Unknown | None,
         version: str = "",
         prefix: str | None = None,
+        own: Mapping[str, str] = NOTHING,
     ) -> None:
         self.request = request
         self.owner = owner
@@ -47,6 +52,7 @@ class Facts:
         self.found = found
         self.version = version
         self.prefix = prefix
+        self.own = own
 
     def __call__(self, name: str) -> Sequence[str] | None:
         """Raises ObjectWanted, and AccessDenied for what can't be known at this time: it counts as denied."""
@@ -58,8 +64,12 @@ class Facts:
                 return tuple(tags) or None
             value = tags.get(name[len(REQUEST_TAG) :])
             return None if value is None else (value,)
+        if name.startswith(PRINCIPAL_TAG):
+            identity = self.request.who.identity
+            value = identity.tags.get(name[len(PRINCIPAL_TAG) :]) if identity is not None else None
+            return None if value is None else (value,)
         fact = _FACTS.get(name)
-        value = fact(self) if fact is not None else self._header(name)
+        value = self.own.get(name) or (fact(self) if fact is not None else self._header(name))
         return None if value is None else (value,)
 
     def _existing_tag(self, name: str) -> Sequence[str] | None:
@@ -134,8 +144,38 @@ def _lock(name: str) -> _Fact:
     return lambda facts: facts.headers.get(f"x-amz-object-lock-{name}")
 
 
-def _who(make: Callable[[str, str], str]) -> _Fact:
-    return lambda facts: _signed(facts, make(facts.request.who.user_id, facts.request.who.display_name))
+def _who(make: Callable[[Principal], str | None]) -> _Fact:
+    def fact(facts: Facts) -> str | None:
+        who = facts.request.who
+        return make(who) if who.access_key else None
+
+    return fact
+
+
+def _type(who: Principal) -> str:
+    """The root of an account counts as a user, as it did before accounts had users of their own."""
+    return "AssumedRole" if who.identity is not None and who.identity.role else "User"
+
+
+def _user_id(who: Principal) -> str:
+    return who.user_id if who.identity is None or who.identity.root else caller_id(who)
+
+
+def _username(who: Principal) -> str | None:
+    if who.identity is None or who.identity.root:
+        return who.display_name
+    return who.identity.name or None
+
+
+def _issued(who: Principal) -> str | None:
+    if who.identity is None or not who.identity.temporary:
+        return None
+    return datetime.fromtimestamp(who.identity.issued_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _multi_factor(who: Principal) -> str | None:
+    """There is none here. As on AWS, only temporary credentials say so."""
+    return "false" if who.identity is not None and who.identity.temporary else None
 
 
 _FACTS: Final[dict[str, _Fact]] = {
@@ -145,13 +185,15 @@ _FACTS: Final[dict[str, _Fact]] = {
     "aws:sourceip": lambda facts: facts.request.remote or None,
     "aws:useragent": lambda facts: facts.request.headers.get("user-agent"),
     "aws:referer": lambda facts: facts.request.headers.get("referer"),
-    "aws:principaltype": lambda facts: "User" if facts.request.who.access_key else "Anonymous",
+    "aws:principaltype": lambda facts: _type(facts.request.who) if facts.request.who.access_key else "Anonymous",
     "aws:principalisawsservice": lambda facts: "false",
     "aws:viaawsservice": lambda facts: "false",
-    "aws:principalarn": _who(arn_of),
-    "aws:principalaccount": _who(lambda user_id, name: account_of(user_id)),
-    "aws:userid": lambda facts: facts.request.who.user_id if facts.request.who.access_key else "anonymous",
-    "aws:username": _who(lambda user_id, name: name),
+    "aws:principalarn": _who(principal_arn),
+    "aws:principalaccount": _who(lambda who: account_of(who.user_id)),
+    "aws:userid": lambda facts: _user_id(facts.request.who) if facts.request.who.access_key else "anonymous",
+    "aws:username": _who(_username),
+    "aws:tokenissuetime": _who(_issued),
+    "aws:multifactorauthpresent": _who(_multi_factor),
     "aws:resourceaccount": lambda facts: account_of(facts.owner),
     "s3:resourceaccount": lambda facts: account_of(facts.owner),
     "s3:authtype": _auth_type,

@@ -1,7 +1,9 @@
-"""Bucket policies: parsed with AWS's checks, and asked for a verdict. Pure.
+"""Policies of buckets, of identities, and of who may assume a role: parsed with AWS's checks, and asked for a verdict.
+Pure.
 
 Only what is understood is accepted: an unknown element, operator or condition key is refused when the policy is put, so
-no policy is stored whose condition would never hold, or always.
+no policy is stored whose condition would never hold, or always. Policies of identities speak of all of AWS's services:
+what they say of others passes, and matches no request here.
 https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_grammar.html
 """
 
@@ -13,11 +15,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from storaged.errors import MalformedPolicy
+from storaged.errors import LimitExceeded, MalformedPolicy, MalformedPolicyDocument
 from storaged.objects.api import Principal
-from storaged.objects.identity import account_of, arn_of
 from storaged.s3.auth import conditions
 from storaged.s3.auth.conditions import Condition, Facts
+from storaged.s3.auth.principals import account_names, own_names
 from storaged.units import KIB
 
 BYTES_MAX: Final = 20 * KIB
@@ -36,6 +38,26 @@ _IAM_ARN = re.compile(r"arn:aws:(?:iam|sts)::([\w-]*):(root|(?:user|role|assumed
 _ACCOUNT = re.compile(r"\d{12}")
 _CANONICAL = re.compile(r"[0-9a-f]{64}")
 _ACTION = re.compile(r"s3:[\w*?]+|\*")
+_ANY_ACTION = re.compile(r"[A-Za-z0-9*?-]+:[\w*?-]+|\*")
+_TRUST_ACTION = re.compile(r"sts:[\w*?]+|\*")
+_SID = re.compile(r"[A-Za-z0-9]*")
+
+
+class Grammar(NamedTuple):
+    """What differs between kinds of policies. ``principals``, ``resources``: a statement must have them, else it must
+    not. ``of_bucket``: resources are of S3, and may be of one bucket alone. ``foreign``: condition keys of other
+    services pass."""
+
+    action: re.Pattern[str]
+    principals: bool
+    resources: bool
+    of_bucket: bool = False
+    foreign: bool = False
+
+
+BUCKET: Final = Grammar(_ACTION, True, True, of_bucket=True)
+IDENTITY: Final = Grammar(_ANY_ACTION, False, True, foreign=True)
+TRUST: Final = Grammar(_TRUST_ACTION, True, False, foreign=True)
 
 
 class Statement(NamedTuple):
@@ -55,15 +77,16 @@ class Statement(NamedTuple):
     """The policy's version knows ``${aws:username}``."""
 
     def names(self, who: Principal) -> bool:
+        """Whether it speaks of this sender, or of its account."""
         if self.principals is None:
             named = True
         elif not who.access_key:
             named = False
+        elif self.other_principals and who.identity is not None:
+            # as AWS: all names of the sender must be there, for one of them is not exempt without the others
+            named = own_names(who) <= self.principals and not self.principals.isdisjoint(account_names(who))
         else:
-            account = account_of(who.user_id)
-            named = not self.principals.isdisjoint(
-                (account, who.user_id, f"signed:{arn_of(who.user_id, who.display_name)}")
-            )
+            named = not self.principals.isdisjoint(account_names(who) | own_names(who))
         return named != self.other_principals
 
     def covers(self, action: str, resource: str, facts: Facts) -> bool:
@@ -95,17 +118,71 @@ class Policy(NamedTuple):
                 allowed = True
         return allowed
 
+    def names_directly(self, names: frozenset[str], action: str, resource: str, facts: Facts) -> bool:
+        """Whether a statement allows it to one of ``names`` itself, not only to the account. Raises as ``verdict``."""
+        return any(
+            statement.allows
+            and not statement.other_principals
+            and statement.principals is not None
+            and not statement.principals.isdisjoint(names)
+            and statement.covers(action, resource, facts)
+            and statement.holds(facts)
+            for statement in self.statements
+        )
+
+    def names_everybody(self, action: str, resource: str, facts: Facts) -> bool:
+        """Whether a statement allows it to everybody. Raises as ``verdict``."""
+        return any(
+            statement.allows
+            and statement.principals is None
+            and statement.covers(action, resource, facts)
+            and statement.holds(facts)
+            for statement in self.statements
+        )
+
 
 @lru_cache(maxsize=64)
 def policy_of(text: str) -> Policy:
-    """A policy that was stored. Raises MalformedPolicy."""
+    """A policy of a bucket that was stored. Raises MalformedPolicy."""
     return parse(text.encode())
 
 
+@lru_cache(maxsize=1024)
+def identity_policy_of(text: str) -> Policy:
+    """A policy of an identity that was stored. Raises MalformedPolicy."""
+    return _parsed(text.encode(), "", IDENTITY)
+
+
+@lru_cache(maxsize=256)
+def trust_policy_of(text: str) -> Policy:
+    """A policy of a role that was stored. Raises MalformedPolicy."""
+    return _parsed(text.encode(), "", TRUST)
+
+
+def check_document(text: str, grammar: Grammar, chars_max: int, what: str) -> Policy:
+    """A policy that IAM is given: ``IDENTITY`` or ``TRUST``. White space does not count. ``what``: for the error.
+    Raises LimitExceeded, MalformedPolicyDocument.
+    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_iam-quotas.html
+    """
+    if len(text) - sum(map(text.count, " \t\r\n")) > chars_max:
+        raise LimitExceeded(f"Maximum policy size of {chars_max} bytes exceeded for {what}")
+    try:
+        return _parsed(text.encode(), "", grammar)
+    except MalformedPolicy as error:
+        detail = error.details.get("Detail", "")
+        raise MalformedPolicyDocument(error.message + (f" ({detail})" if detail else "")) from None
+    except UnicodeEncodeError:
+        raise MalformedPolicyDocument("The policy is not in the valid JSON format.") from None
+
+
 def parse(document: bytes, bucket: str = "") -> Policy:
-    """``bucket``: the bucket that the resources must be of; empty for any. Raises MalformedPolicy."""
+    """A policy of a bucket. ``bucket``: that the resources must be of; empty for any. Raises MalformedPolicy."""
     if len(document) > BYTES_MAX:
         raise MalformedPolicy("Policies must not be larger than 20 KB.")
+    return _parsed(document, bucket, BUCKET)
+
+
+def _parsed(document: bytes, bucket: str, grammar: Grammar) -> Policy:
     try:
         text = document.decode()
         found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
@@ -124,7 +201,7 @@ def parse(document: bytes, bucket: str = "") -> Policy:
         statements = [statements]
     if not isinstance(statements, list) or not statements:
         raise MalformedPolicy("Missing required field Statement")
-    parsed = tuple(_statement(each, version == VERSIONS[0], bucket) for each in statements)
+    parsed = tuple(_statement(each, version == VERSIONS[0], bucket, grammar) for each in statements)
     sids = [each["Sid"] for each in statements if each.get("Sid")]
     if len(set(sids)) != len(sids):
         raise MalformedPolicy("Statement IDs (SID) in a single policy must be unique.")
@@ -151,40 +228,66 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(text)
 
 
-def _statement(each: Any, variables: bool, bucket: str) -> Statement:
+def _statement(each: Any, variables: bool, bucket: str, grammar: Grammar) -> Statement:
     if not isinstance(each, dict):
         raise MalformedPolicy("Statement is not valid")
     for name in each:
         if name not in _ELEMENTS:
             raise MalformedPolicy(f"Unknown field {name[:100]}")
-    if not isinstance(each.get("Sid", ""), str):
+    sid = each.get("Sid", "")
+    if not isinstance(sid, str):
         raise MalformedPolicy("Sid is not a string")
+    if grammar is not BUCKET and not _SID.fullmatch(sid):
+        raise MalformedPolicy("Statement IDs (SID) must be alpha-numeric.")
     if each.get("Effect") not in ("Allow", "Deny"):
         raise MalformedPolicy("Invalid effect")
     allows = each["Effect"] == "Allow"
-    principal, other_principals = _one_of(each, "Principal", "NotPrincipal")
-    if other_principals and allows:
-        raise MalformedPolicy("Allow with NotPrincipal is not allowed.")
+    principals, other_principals = _named_in(each, allows, grammar)
     actions, other_actions = _one_of(each, "Action", "NotAction")
-    resources, other_resources = _one_of(each, "Resource", "NotResource")
     names = _texts(actions, "Action")
     for name in names:
-        if not _ACTION.fullmatch(name):
-            raise MalformedPolicy("Policy has invalid action")
-    wanted = _texts(resources, "Resource")
-    for text in wanted:
-        _check_resource(text, bucket)
+        if not grammar.action.fullmatch(name):
+            raise MalformedPolicy("Policy has invalid action", Detail=name[:100])
+    wanted, other_resources = _resources_in(each, bucket, grammar)
     return Statement(
         allows,
-        _principals(principal),
+        principals,
         other_principals,
         tuple(name.lower() for name in names),
         other_actions,
         wanted,
         other_resources,
-        conditions.parse(each.get("Condition", {})),
+        conditions.parse(each.get("Condition", {}), foreign=grammar.foreign),
         variables,
     )
+
+
+def _named_in(each: dict[str, Any], allows: bool, grammar: Grammar) -> tuple[frozenset[str] | None, bool]:
+    """The principals of a statement, and whether they are those that it does not speak of."""
+    if not grammar.principals:
+        if "Principal" in each or "NotPrincipal" in each:
+            raise MalformedPolicy("Policy document should not specify a principal.")
+        return None, False
+    principal, others = _one_of(each, "Principal", "NotPrincipal")
+    if others and allows:
+        raise MalformedPolicy("Allow with NotPrincipal is not allowed.")
+    return _principals(principal), others
+
+
+def _resources_in(each: dict[str, Any], bucket: str, grammar: Grammar) -> tuple[tuple[str, ...], bool]:
+    """The resources of a statement, and whether they are those that it does not speak of."""
+    if not grammar.resources:
+        if "Resource" in each or "NotResource" in each:
+            raise MalformedPolicy("Has prohibited field Resource")
+        return ("*",), False
+    resources, others = _one_of(each, "Resource", "NotResource")
+    wanted = _texts(resources, "Resource")
+    for text in wanted:
+        if grammar.of_bucket:
+            _check_resource(text, bucket)
+        elif text != "*" and (not text.startswith("arn:") or (text.count(":") < 5 and not text.endswith("*"))):
+            raise MalformedPolicy(f'Resource {text[:200]} must be in ARN format or "*".')
+    return wanted, others
 
 
 def _one_of(each: dict[str, Any], name: str, other: str) -> tuple[Any, bool]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -76,7 +76,7 @@ Pairs = Sequence[tuple[bytes, bytes]]
 
 class Claim(Struct, frozen=True):
     """A request's signature and what it says about it, not yet verified. ``timestamp`` is ``YYYYMMDDTHHMMSSZ``;
-    ``expires_s`` is set only in presigned URLs."""
+    ``expires_s`` is set only in presigned URLs; ``token`` with temporary credentials."""
 
     access_key: str
     date: str
@@ -87,6 +87,7 @@ class Claim(Struct, frozen=True):
     signature: str
     timestamp: str
     expires_s: int | None = None
+    token: str = ""
 
     @property
     def presigned(self) -> bool:
@@ -253,17 +254,18 @@ _timestamp_ms = lru_cache(maxsize=256)(timestamp_ms)
 # --- checks before any hashing ----------------------------------------------------------------------------------------
 
 
-def check_scope(claim: Claim, region: str) -> None:
+def check_scope(claim: Claim, region: str, services: Collection[str] = (SERVICE,)) -> None:
     """``region`` empty: any region is right, since the signature is verified with the one that it names. Raises
     AuthorizationHeaderMalformed, or its counterpart for presigned URLs, with the Region that would be right."""
-    if claim.service == SERVICE and region in ("", claim.region):
+    if claim.service in services and region in ("", claim.region):
         return
     malformed = AuthorizationQueryParametersError if claim.presigned else AuthorizationHeaderMalformed
     where = (
         "Error parsing the X-Amz-Credential parameter" if claim.presigned else "The authorization header is malformed"
     )
-    if claim.service != SERVICE:
-        raise malformed(f'{where}; incorrect service "{claim.service}". This endpoint belongs to "{SERVICE}".')
+    if claim.service not in services:
+        belongs = '" or "'.join(services)
+        raise malformed(f'{where}; incorrect service "{claim.service}". This endpoint belongs to "{belongs}".')
     raise malformed(f"{where}; the region '{claim.region}' is wrong; expecting '{region}'", Region=region)
 
 

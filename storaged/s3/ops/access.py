@@ -19,13 +19,13 @@ from storaged.objects.configuration.access import (
 from storaged.objects.configuration.document import NOTHING, Configuration
 from storaged.objects.configuration.kinds import ENCRYPTION, SSE_C, DefaultEncryption
 from storaged.objects.encryption import S3
-from storaged.objects.identity import account_of, arn_of
 from storaged.s3 import xml
 from storaged.s3.auth import policy as policies
 from storaged.s3.auth.acl import is_public
 from storaged.s3.auth.authorize import bucket_access
 from storaged.s3.context import Front
 from storaged.s3.ops.configuration import Row
+from storaged.s3.ops.iam.principals import unknown_of
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
 
@@ -51,10 +51,7 @@ async def _verify_principals(front: Front, value: PolicyText) -> None:
     named = policies.principals_of(policies.policy_of(value.text).statements)
     if not named:
         return
-    known: set[str] = set()
-    for user in (await front.users.directory()).values():
-        known |= {user.user_id, account_of(user.user_id), arn_of(user.user_id, user.display_name)}
-    if unknown := sorted(named - known):
+    if unknown := await unknown_of(front.users, named):
         raise errors.MalformedPolicy("Invalid principal in policy", Detail=unknown[0][:200])
 
 

@@ -11,7 +11,10 @@ from storaged.objects.configuration.kinds import ENABLED, LOCK, TAGGING, VERSION
 from storaged.objects.names import bucket_name_valid
 from storaged.s3 import headers as h
 from storaged.s3 import xml
+from storaged.s3.auth.acl import PRIVATE, has_grants
+from storaged.s3.auth.policy import ARN_PREFIX
 from storaged.s3.auth.regions import location_constraint, region_name, region_of_new_bucket
+from storaged.s3.authorization import permit_on_account
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
 from storaged.s3.ops.access import RULES, configuration_of_new
@@ -27,6 +30,7 @@ async def list_buckets(front: Front, request: Request) -> Reply:
     """The requester's buckets, by name; in pages when max-buckets is given."""
     if not request.who.access_key:
         raise errors.AccessDenied()
+    permit_on_account(front, request, "s3:ListAllMyBuckets")
     query = request.query
     limit = (
         h.integer("max-buckets", query["max-buckets"], 1, BUCKETS_PAGE_MAX)
@@ -86,6 +90,7 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         )
     acl = await acl_of_new_bucket(front, request)
     region, tags = await parse_document(partial(_asked, front), request.document)
+    _permit_creation(front, request, tagged=bool(tags))
     configuration = configuration_of_new(legacy=front.endpoint.legacy_buckets, rule=rule, acl=acl)
     if lock.lower() == "true":
         configuration = configuration.having(VERSIONING, Versioning(ENABLED)).having(LOCK, ObjectLock())
@@ -100,6 +105,23 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         if tags or (countries and existing.countries != countries) or (lock.lower() == "true" and not locked):
             raise  # the client must not believe that what it asked for is in force
     return Reply(headers={"Location": f"/{name}"})
+
+
+def _permit_creation(front: Front, request: Request, *, tagged: bool) -> None:
+    """Asks for what CreateBucket needs, by its headers. Raises AccessDenied.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_CreateBucket.html, «Permissions»"""
+    headers, arn = request.headers, ARN_PREFIX + request.bucket
+    needed = ["s3:CreateBucket"]
+    if headers.get("x-amz-acl", PRIVATE) != PRIVATE or has_grants(headers):
+        needed.append("s3:PutBucketAcl")
+    if headers.get("x-amz-object-ownership"):
+        needed.append("s3:PutBucketOwnershipControls")
+    if headers.get("x-amz-bucket-object-lock-enabled", "").lower() == "true":
+        needed += ["s3:PutBucketObjectLockConfiguration", "s3:PutBucketVersioning"]
+    if tagged:
+        needed.append("s3:TagResource")
+    for action in needed:
+        permit_on_account(front, request, action, arn)
 
 
 def _countries(text: str | None) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ from storaged.s3 import aws_names, xml
 from storaged.s3 import headers as h
 from storaged.s3.auth import sigv4
 from storaged.s3.auth.actions import action_of
+from storaged.s3.auth.authenticate import check_expiry
 from storaged.s3.auth.form_policy import Policy, check_policy, parse_policy
 from storaged.s3.authorization import Ask, permit
-from storaged.s3.context import Front, existing_bucket
+from storaged.s3.context import Front, existing_bucket, user_of
 from storaged.s3.documents import parse_document
 from storaged.s3.encryption import asked, written_headers
 from storaged.s3.http.form_data import FormReader, boundary_of
@@ -87,8 +88,9 @@ async def _authorise(front: Front, request: Request, fields: Mapping[str, str]) 
 
 async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
     """The user who signed the form. Raises InvalidArgument (a field is missing), InvalidAccessKeyId, InvalidToken,
-    SignatureDoesNotMatch."""
-    if "x-amz-security-token" in fields:
+    ExpiredToken, SignatureDoesNotMatch."""
+    token = fields.get("x-amz-security-token", "")
+    if "x-amz-security-token" in fields and not token:
         raise errors.InvalidToken()
     if "x-amz-algorithm" in fields:
         if fields["x-amz-algorithm"] != sigv4.ALGORITHM:
@@ -102,17 +104,18 @@ async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
                 f"The credential's scope is wrong; expecting {front.endpoint.region}/{sigv4.SERVICE}",
                 ArgumentName="x-amz-credential",
             )
-        who, secret = await front.users.lookup(access_key)
+        who, secret = await user_of(front, access_key, token)
         computed, given = sigv4.policy_signature(secret, date, region, fields["policy"]), fields["x-amz-signature"]
     else:
         _need(fields, "awsaccesskeyid", "signature")
-        who, secret = await front.users.lookup(fields["awsaccesskeyid"])
+        who, secret = await user_of(front, fields["awsaccesskeyid"], token)
         digest = hmac.digest(
             secret.encode("utf-8", "surrogateescape"), fields["policy"].encode("utf-8", "surrogateescape"), "sha1"
         )
         computed, given = base64.b64encode(digest).decode(), fields["signature"]
     if not sigv4.same(computed, given):
         raise errors.SignatureDoesNotMatch()
+    check_expiry(who, front.clock.wall_ms())
     return who
 
 

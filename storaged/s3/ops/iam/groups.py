@@ -1,0 +1,121 @@
+"""Groups of an account, and who is in them.
+
+https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateGroup.html and the pages of the other actions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import structs
+
+from storaged.errors import DeleteConflict, LimitExceeded
+from storaged.objects.accounts import GROUPS_PER_USER_MAX, IamGroup, StoredAccount
+from storaged.s3.ops.iam.call import GROUP, USER, Call, Result, find, having, lacking, moment, page, refuse_taken
+from storaged.s3.ops.iam.users import user_fields
+
+
+def group_fields(call: Call, group: IamGroup) -> dict[str, Any]:
+    return {
+        "Path": group.path,
+        "GroupName": group.name,
+        "GroupId": group.id,
+        "Arn": call.arn(GROUP, group),
+        "CreateDate": moment(group.created_ms),
+    }
+
+
+async def create_group(call: Call) -> Result:
+    name = call.name(GROUP)
+    group = IamGroup(name, call.users.accounts.new_id(GROUP.prefix), call.parameters.path(), call.now_ms)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        refuse_taken(account, GROUP, name)
+        if len(account.groups) >= GROUP.count_max:
+            raise LimitExceeded(f"Cannot exceed quota for GroupsPerAccount: {GROUP.count_max}")
+        return having(account, GROUP, group)
+
+    await call.change(call.arn(GROUP, group), edit)
+    return {"Group": group_fields(call, group)}
+
+
+async def get_group(call: Call) -> Result:
+    account = await call.account()
+    group = find(account, GROUP, call.name(GROUP))
+    members = [(name, user_fields(call, user)) for name, user in account.users.items() if group.id in user.groups]
+    return {"Group": group_fields(call, group)} | page(call, "Users", members)
+
+
+async def list_groups(call: Call) -> Result:
+    prefix = call.parameters.path_prefix()
+    groups = (await call.account()).groups.items()
+    return page(
+        call, "Groups", [(name, group_fields(call, each)) for name, each in groups if each.path.startswith(prefix)]
+    )
+
+
+async def update_group(call: Call) -> Result:
+    name = call.name(GROUP)
+    new_name = call.name(GROUP, "NewGroupName") if "NewGroupName" in call.parameters else ""
+    new_path = call.parameters.path("NewPath") if "NewPath" in call.parameters else ""
+    group = find(await call.account(), GROUP, name)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        found = find(account, GROUP, name)
+        if new_name:
+            refuse_taken(account, GROUP, new_name, name)
+        changed = structs.replace(found, name=new_name or found.name, path=new_path or found.path)
+        return having(account, GROUP, changed, name)
+
+    await call.change(call.arn(GROUP, group), edit)
+    return None
+
+
+async def delete_group(call: Call) -> Result:
+    name = call.name(GROUP)
+    group = find(await call.account(), GROUP, name)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        found = find(account, GROUP, name)
+        if any(found.id in user.groups for user in account.users.values()):
+            raise DeleteConflict("Cannot delete entity, must remove users from group first.")
+        if found.inline:
+            raise DeleteConflict("Cannot delete entity, must delete policies first.")
+        if found.attached:
+            raise DeleteConflict("Cannot delete entity, must detach all policies first.")
+        return lacking(account, GROUP, name)
+
+    await call.change(call.arn(GROUP, group), edit)
+    return None
+
+
+async def add_user_to_group(call: Call) -> Result:
+    return await _member(call, joins=True)
+
+
+async def remove_user_from_group(call: Call) -> Result:
+    return await _member(call, joins=False)
+
+
+async def _member(call: Call, *, joins: bool) -> Result:
+    name, user_name = call.name(GROUP), call.name(USER)
+    group = find(await call.account(), GROUP, name)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        found, user = find(account, GROUP, name), find(account, USER, user_name)
+        groups = tuple(each for each in user.groups if each != found.id)
+        if joins and len(groups) >= GROUPS_PER_USER_MAX:
+            raise LimitExceeded(f"Cannot exceed quota for GroupsPerUser: {GROUPS_PER_USER_MAX}")
+        if joins:
+            groups = user.groups if found.id in user.groups else (*groups, found.id)
+        return having(account, USER, structs.replace(user, groups=groups), user_name)
+
+    await call.change(call.arn(GROUP, group), edit)
+    return None
+
+
+async def list_groups_for_user(call: Call) -> Result:
+    account = await call.account()
+    user = find(account, USER, call.name(USER))
+    groups = [(group.name.lower(), group_fields(call, group)) for group in account.groups_of(user)]
+    return page(call, "Groups", groups)

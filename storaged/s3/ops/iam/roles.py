@@ -1,0 +1,153 @@
+"""Roles of an account.
+
+https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html and the pages of the other actions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from msgspec import structs
+
+from storaged.errors import DeleteConflict, LimitExceeded, MalformedPolicyDocument, ValidationError
+from storaged.objects.accounts import IamRole, StoredAccount
+from storaged.s3.auth.policy import TRUST, check_document, principals_of
+from storaged.s3.ops.iam.call import ROLE, Call, Result, find, having, lacking, moment, page, refuse_taken, tag_list
+from storaged.s3.ops.iam.principals import unknown_of
+from storaged.s3.ops.iam.users import tagged, untagged
+
+TRUST_CHARS_MAX = 2048
+DOCUMENT_CHARS_MAX = 131_072
+DESCRIPTION_CHARS_MAX = 1000
+
+
+def role_fields(call: Call, role: IamRole) -> dict[str, Any]:
+    return {
+        "Path": role.path,
+        "RoleName": role.name,
+        "RoleId": role.id,
+        "Arn": call.arn(ROLE, role),
+        "CreateDate": moment(role.created_ms),
+        "AssumeRolePolicyDocument": quote(role.trust, safe=""),
+    }
+
+
+def _all_fields(call: Call, role: IamRole) -> dict[str, Any]:
+    found = role_fields(call, role)
+    if role.description:
+        found["Description"] = role.description
+    found["MaxSessionDuration"] = role.session_s_max
+    if role.tags:
+        found["Tags"] = tag_list(role.tags)
+    return found
+
+
+async def _trust(call: Call, parameter: str) -> str:
+    """Raises LimitExceeded, MalformedPolicyDocument."""
+    text = call.parameters.text(parameter, chars_max=DOCUMENT_CHARS_MAX, chars_min=1)
+    policy = check_document(text, TRUST, TRUST_CHARS_MAX, "the role's trust policy")
+    if unknown := await unknown_of(call.users, principals_of(policy.statements)):
+        raise MalformedPolicyDocument(f'Invalid principal in policy: "AWS":"{unknown[0][:200]}"')
+    return text
+
+
+def _settings(call: Call, role: IamRole) -> IamRole:
+    parameters = call.parameters
+    return structs.replace(
+        role,
+        description=parameters.text("Description", role.description, chars_max=DESCRIPTION_CHARS_MAX),
+        session_s_max=parameters.integer("MaxSessionDuration", role.session_s_max, 3600, 43_200),
+    )
+
+
+async def create_role(call: Call) -> Result:
+    if "PermissionsBoundary" in call.parameters:
+        raise ValidationError("Permissions boundaries are not supported.")
+    name, path, tags = call.name(ROLE), call.parameters.path(), call.parameters.tags()
+    trust = await _trust(call, "AssumeRolePolicyDocument")
+    role = IamRole(name, call.users.accounts.new_id(ROLE.prefix), path, call.now_ms, trust, tags=tags)
+    role = _settings(call, role)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        refuse_taken(account, ROLE, name)
+        if len(account.roles) >= ROLE.count_max:
+            raise LimitExceeded(f"Cannot exceed quota for RolesPerAccount: {ROLE.count_max}")
+        return having(account, ROLE, role)
+
+    await call.change(call.arn(ROLE, role), edit)
+    return {"Role": role_fields(call, role) | ({"Tags": tag_list(tags)} if tags else {})}
+
+
+async def get_role(call: Call) -> Result:
+    return {"Role": _all_fields(call, find(await call.account(), ROLE, call.name(ROLE)))}
+
+
+async def list_roles(call: Call) -> Result:
+    prefix = call.parameters.path_prefix()
+    roles = (await call.account()).roles.items()
+    return page(
+        call, "Roles", [(name, role_fields(call, each)) for name, each in roles if each.path.startswith(prefix)]
+    )
+
+
+async def update_role(call: Call) -> Result:
+    name = call.name(ROLE)
+    role = find(await call.account(), ROLE, name)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        return having(account, ROLE, _settings(call, find(account, ROLE, name)), name)
+
+    await call.change(call.arn(ROLE, role), edit)
+    return {}
+
+
+async def update_assume_role_policy(call: Call) -> Result:
+    name = call.name(ROLE)
+    role = find(await call.account(), ROLE, name)
+    trust = await _trust(call, "PolicyDocument")
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        return having(account, ROLE, structs.replace(find(account, ROLE, name), trust=trust), name)
+
+    await call.change(call.arn(ROLE, role), edit)
+    return None
+
+
+async def delete_role(call: Call) -> Result:
+    name = call.name(ROLE)
+    role = find(await call.account(), ROLE, name)
+
+    def edit(account: StoredAccount) -> StoredAccount:
+        found = find(account, ROLE, name)
+        if found.inline:
+            raise DeleteConflict("Cannot delete entity, must delete policies first.")
+        if found.attached:
+            raise DeleteConflict("Cannot delete entity, must detach all policies first.")
+        return lacking(account, ROLE, name)
+
+    await call.change(call.arn(ROLE, role), edit)
+    return None
+
+
+async def tag_role(call: Call) -> Result:
+    name, tags = call.name(ROLE), call.parameters.tags()
+    role = find(await call.account(), ROLE, name)
+    await call.change(
+        call.arn(ROLE, role), lambda account: having(account, ROLE, tagged(find(account, ROLE, name), tags), name)
+    )
+    return None
+
+
+async def untag_role(call: Call) -> Result:
+    name, keys = call.name(ROLE), call.parameters.members("TagKeys")
+    role = find(await call.account(), ROLE, name)
+    await call.change(
+        call.arn(ROLE, role), lambda account: having(account, ROLE, untagged(find(account, ROLE, name), keys), name)
+    )
+    return None
+
+
+async def list_role_tags(call: Call) -> Result:
+    role = find(await call.account(), ROLE, call.name(ROLE))
+    return page(call, "Tags", [(tag["Key"], tag) for tag in tag_list(role.tags)])

@@ -1,0 +1,406 @@
+"""IAM and STS on the S3 port, with botocore's own clients: users, keys, groups, policies, roles, sessions, and what
+they may do with buckets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import boto3  # type: ignore[import-untyped]
+import pytest_asyncio
+from botocore.config import Config  # type: ignore[import-untyped]
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+
+from storaged.objects.accounts import SESSION_FORMAT, StoredSession
+from storaged.objects.identity import account_of
+from tests.integration.s3_front import ACCESS, ACCESS_ALT, SECRET, SECRET_ALT, World, s3_world
+
+DENIED = (403, "AccessDenied")
+READ_ONLY = "arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess"
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    async with s3_world() as world:
+        yield world
+
+
+def refused(call: Callable[..., Any], **parameters: Any) -> tuple[int, str]:
+    try:
+        call(**parameters)
+    except ClientError as error:
+        return error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"]["Code"]
+    raise AssertionError("it was not refused")
+
+
+def client(world: World, service: str, access: str = ACCESS, secret: str = SECRET, token: str | None = None) -> Any:
+    return boto3.client(
+        service,
+        endpoint_url=world.endpoint,
+        region_name="eu-fr-1",
+        aws_access_key_id=access,
+        aws_secret_access_key=secret,
+        aws_session_token=token,
+        config=Config(retries={"max_attempts": 1}, s3={"addressing_style": "path"}),
+    )
+
+
+def with_key(world: World, service: str, key: dict[str, str]) -> Any:
+    return client(world, service, key["AccessKeyId"], key["SecretAccessKey"], key.get("SessionToken"))
+
+
+def document(*statements: dict[str, Any]) -> str:
+    return json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+
+
+def may(action: Any, resource: Any = "*", **more: Any) -> dict[str, Any]:
+    return {"Effect": "Allow", "Action": action, "Resource": resource, **more}
+
+
+def trust(*arns: str, **more: Any) -> str:
+    return document({"Effect": "Allow", "Principal": {"AWS": list(arns)}, "Action": "sts:AssumeRole", **more})
+
+
+def made_user(iam: Any, name: str, *statements: dict[str, Any]) -> dict[str, str]:
+    """A user with a key, and these statements in a policy."""
+    iam.create_user(UserName=name)
+    if statements:
+        iam.put_user_policy(UserName=name, PolicyName="own", PolicyDocument=document(*statements))
+    key: dict[str, str] = iam.create_access_key(UserName=name)["AccessKey"]
+    return key
+
+
+async def run(work: Callable[[World], None], world: World) -> None:
+    await asyncio.to_thread(work, world)
+
+
+async def test_a_user_of_an_account_may_what_its_policies_and_groups_allow(world: World) -> None:
+    def work(world: World) -> None:
+        iam, root = client(world, "iam"), client(world, "s3")
+        root.create_bucket(Bucket="bucket")
+        root.put_object(Bucket="bucket", Key="k", Body=b"data")
+        bob = with_key(world, "s3", made_user(iam, "bob"))
+        assert refused(bob.list_buckets) == DENIED
+        assert refused(bob.get_object, Bucket="bucket", Key="k") == DENIED
+        assert refused(bob.put_object, Bucket="bucket", Key="k", Body=b"x") == DENIED
+        assert refused(bob.create_bucket, Bucket="other") == DENIED
+        iam.create_group(GroupName="readers")
+        iam.attach_group_policy(GroupName="readers", PolicyArn=READ_ONLY)
+        iam.add_user_to_group(GroupName="readers", UserName="bob")
+        assert [found["Name"] for found in bob.list_buckets()["Buckets"]] == ["bucket"]
+        assert bob.get_object(Bucket="bucket", Key="k")["Body"].read() == b"data"
+        assert refused(bob.put_object, Bucket="bucket", Key="k", Body=b"x") == DENIED
+        policy = document(may("s3:PutObject", "arn:aws:s3:::bucket/${aws:username}/*"))
+        iam.put_user_policy(UserName="bob", PolicyName="home", PolicyDocument=policy)
+        bob.put_object(Bucket="bucket", Key="bob/x", Body=b"x")
+        assert refused(bob.put_object, Bucket="bucket", Key="eve/x", Body=b"x") == DENIED
+        answer = bob.delete_objects(Bucket="bucket", Delete={"Objects": [{"Key": "k"}]})
+        assert [found["Code"] for found in answer["Errors"]] == ["AccessDenied"]
+        iam.remove_user_from_group(GroupName="readers", UserName="bob")
+        assert refused(bob.get_object, Bucket="bucket", Key="k") == DENIED
+        iam.put_user_policy(UserName="bob", PolicyName="all", PolicyDocument=document(may("s3:*")))
+        bob.create_bucket(Bucket="bobs")
+        assert [found["Name"] for found in root.list_buckets()["Buckets"]] == ["bobs", "bucket"], "the account owns it"
+
+    await run(work, world)
+
+
+async def test_keys_are_set_inactive_and_removed_and_there_are_two_at_most(world: World) -> None:
+    def work(world: World) -> None:
+        iam, root = client(world, "iam"), client(world, "s3")
+        first = made_user(iam, "bob", may("s3:*"))
+        second = iam.create_access_key(UserName="bob")["AccessKey"]
+        assert refused(iam.create_access_key, UserName="bob") == (409, "LimitExceeded")
+        bob = with_key(world, "s3", first)
+        bob.list_buckets()
+        iam.update_access_key(UserName="bob", AccessKeyId=first["AccessKeyId"], Status="Inactive")
+        assert refused(bob.list_buckets) == (403, "InvalidAccessKeyId")
+        with_key(world, "s3", second).list_buckets()
+        iam.update_access_key(UserName="bob", AccessKeyId=first["AccessKeyId"], Status="Active")
+        bob.list_buckets()
+        iam.delete_access_key(UserName="bob", AccessKeyId=first["AccessKeyId"])
+        assert refused(bob.list_buckets) == (403, "InvalidAccessKeyId")
+        gone = {"UserName": "bob", "AccessKeyId": first["AccessKeyId"]}
+        assert refused(iam.delete_access_key, **gone) == (404, "NoSuchEntity")
+        listed = iam.list_access_keys(UserName="bob")["AccessKeyMetadata"]
+        assert [(key["AccessKeyId"], key["Status"]) for key in listed] == [(second["AccessKeyId"], "Active")]
+        own = iam.create_access_key()["AccessKey"]
+        with_key(world, "s3", own).create_bucket(Bucket="roots")
+        assert [found["Name"] for found in root.list_buckets()["Buckets"]] == ["roots"]
+        iam.update_access_key(AccessKeyId=own["AccessKeyId"], Status="Inactive")
+        assert refused(with_key(world, "s3", own).list_buckets) == (403, "InvalidAccessKeyId")
+        iam.delete_access_key(AccessKeyId=own["AccessKeyId"])
+        other = client(world, "iam", ACCESS_ALT, SECRET_ALT)
+        assert refused(other.delete_access_key, AccessKeyId=second["AccessKeyId"]) == (404, "NoSuchEntity")
+        assert refused(other.delete_access_key, AccessKeyId=ACCESS) == (404, "NoSuchEntity")
+        assert refused(other.list_access_keys, UserName="bob") == (404, "NoSuchEntity")
+
+    await run(work, world)
+
+
+async def test_an_account_has_users_groups_roles_and_policies_with_aws_s_errors(world: World) -> None:
+    def work(world: World) -> None:
+        iam = client(world, "iam")
+        assert iam.get_user()["User"]["Arn"].endswith(":root")
+        made = iam.create_user(UserName="Bob", Path="/a/", Tags=[{"Key": "k", "Value": "v"}])["User"]
+        assert iam.get_user(UserName="bob")["User"] == made
+        assert refused(iam.create_user, UserName="bob") == (409, "EntityAlreadyExists")
+        assert refused(iam.create_user, UserName="main") == (409, "EntityAlreadyExists"), "that is the root's own name"
+        assert refused(iam.create_user, UserName="b b") == (400, "ValidationError")
+        assert refused(iam.create_user, UserName="ben", Path="a") == (400, "ValidationError")
+        assert refused(iam.get_user, UserName="nobody") == (404, "NoSuchEntity")
+        iam.update_user(UserName="bob", NewUserName="Zoe", NewPath="/z/")
+        assert iam.get_user(UserName="zoe")["User"]["UserId"] == made["UserId"]
+        policy = {"UserName": "zoe", "PolicyName": "p", "PolicyDocument": document(may("s3:*"))}
+        assert refused(iam.put_user_policy, **policy | {"PolicyDocument": "{}"}) == (400, "MalformedPolicyDocument")
+        too_long = document(may("s3:*", "arn:aws:s3:::" + "x" * 2100))
+        assert refused(iam.put_user_policy, **policy | {"PolicyDocument": too_long}) == (409, "LimitExceeded")
+        assert iam.list_user_policies(UserName="zoe")["PolicyNames"] == []
+        iam.put_user_policy(**policy)
+        assert json.dumps(iam.get_user_policy(UserName="zoe", PolicyName="p")["PolicyDocument"]) == document(
+            may("s3:*")
+        )
+        assert refused(iam.delete_user, UserName="zoe") == (409, "DeleteConflict")
+        iam.delete_user_policy(UserName="zoe", PolicyName="p")
+        assert refused(iam.delete_user_policy, UserName="zoe", PolicyName="p") == (404, "NoSuchEntity")
+        iam.create_group(GroupName="g")
+        iam.add_user_to_group(GroupName="g", UserName="zoe")
+        assert [found["UserName"] for found in iam.get_group(GroupName="g")["Users"]] == ["Zoe"]
+        assert refused(iam.delete_group, GroupName="g") == (409, "DeleteConflict")
+        assert refused(iam.delete_user, UserName="zoe") == (409, "DeleteConflict")
+        iam.remove_user_from_group(GroupName="g", UserName="zoe")
+        iam.delete_group(GroupName="g")
+        iam.delete_user(UserName="zoe")
+        assert refused(iam.simulate_principal_policy, PolicySourceArn=made["Arn"], ActionNames=["s3:GetObject"]) == (
+            400,
+            "InvalidAction",
+        )
+
+    await run(work, world)
+
+
+async def test_lists_come_in_pages_in_the_order_of_names_whatever_their_case(world: World) -> None:
+    def work(world: World) -> None:
+        iam = client(world, "iam")
+        for name in ("Ad", "ac", "Ab", "aa"):
+            iam.create_user(UserName=name, Path="/p/")
+        iam.create_user(UserName="elsewhere")
+        for size in (1, 2, 3, 100):
+            pages = iam.get_paginator("list_users").paginate(PathPrefix="/p", PaginationConfig={"PageSize": size})
+            assert [user["UserName"] for found in pages for user in found["Users"]] == ["aa", "Ab", "ac", "Ad"]
+        assert refused(iam.list_users, Marker="not one") == (400, "ValidationError")
+        assert client(world, "iam", ACCESS_ALT, SECRET_ALT).list_users()["Users"] == [], "another account's"
+
+    await run(work, world)
+
+
+async def test_a_managed_policy_has_versions_and_is_not_deleted_while_it_is_attached(world: World) -> None:
+    def work(world: World) -> None:
+        iam, root = client(world, "iam"), client(world, "s3")
+        root.create_bucket(Bucket="bucket")
+        key = made_user(iam, "bob")
+        read = document(may(["s3:ListBucket"]))
+        arn = iam.create_policy(PolicyName="lists", PolicyDocument=read)["Policy"]["Arn"]
+        assert refused(iam.create_policy, PolicyName="Lists", PolicyDocument=read) == (409, "EntityAlreadyExists")
+        iam.attach_user_policy(UserName="bob", PolicyArn=arn)
+        with_key(world, "s3", key).list_objects_v2(Bucket="bucket")
+        assert refused(iam.delete_policy, PolicyArn=arn) == (409, "DeleteConflict")
+        assert iam.get_policy(PolicyArn=arn)["Policy"]["AttachmentCount"] == 1
+        nothing = document(may("iam:*"))
+        iam.create_policy_version(PolicyArn=arn, PolicyDocument=nothing, SetAsDefault=True)
+        assert refused(with_key(world, "s3", key).list_objects_v2, Bucket="bucket") == DENIED
+        assert refused(iam.delete_policy_version, PolicyArn=arn, VersionId="v2") == (409, "DeleteConflict")
+        iam.set_default_policy_version(PolicyArn=arn, VersionId="v1")
+        iam.delete_policy_version(PolicyArn=arn, VersionId="v2")
+        with_key(world, "s3", key).list_objects_v2(Bucket="bucket")
+        users = iam.list_entities_for_policy(PolicyArn=arn)["PolicyUsers"]
+        assert [found["UserName"] for found in users] == ["bob"]
+        other = client(world, "iam", ACCESS_ALT, SECRET_ALT)
+        other.create_user(UserName="eve")
+        assert refused(other.attach_user_policy, UserName="eve", PolicyArn=arn) == (404, "NoSuchEntity")
+        assert refused(other.get_policy, PolicyArn=arn) == (404, "NoSuchEntity")
+        iam.detach_user_policy(UserName="bob", PolicyArn=arn)
+        assert refused(iam.detach_user_policy, UserName="bob", PolicyArn=arn) == (404, "NoSuchEntity")
+        iam.delete_policy(PolicyArn=arn)
+        assert refused(iam.delete_policy, PolicyArn=READ_ONLY) == (400, "UnmodifiableEntity")
+
+    await run(work, world)
+
+
+async def test_a_user_calls_iam_only_as_its_policies_allow(world: World) -> None:
+    def work(world: World) -> None:
+        iam = client(world, "iam")
+        key = made_user(iam, "bob")
+        bob = with_key(world, "iam", key)
+        for call, parameters in (
+            (bob.list_users, {}),
+            (bob.get_user, {}),
+            (bob.create_user, {"UserName": "eve"}),
+            (bob.put_user_policy, {"UserName": "bob", "PolicyName": "p", "PolicyDocument": document(may("*"))}),
+            (bob.attach_user_policy, {"UserName": "bob", "PolicyArn": "arn:aws:iam::aws:policy/AdministratorAccess"}),
+            (bob.create_access_key, {"UserName": "bob"}),
+        ):
+            assert refused(call, **parameters) == DENIED
+        own = "arn:aws:iam::*:user/${aws:username}"
+        iam.put_user_policy(UserName="bob", PolicyName="self", PolicyDocument=document(may("iam:*AccessKey*", own)))
+        assert [found["UserName"] for found in bob.list_access_keys()["AccessKeyMetadata"]] == ["bob"]
+        iam.create_user(UserName="eve")
+        assert refused(bob.create_access_key, UserName="eve") == DENIED
+        assert refused(bob.delete_user, UserName="bob") == DENIED
+
+    await run(work, world)
+
+
+async def test_calls_that_are_not_signed_or_signed_wrongly_are_refused(world: World) -> None:
+    def work(world: World) -> None:
+        assert refused(client(world, "iam", "AKNOBODY", "x").list_users) == (403, "InvalidClientTokenId")
+        assert refused(client(world, "iam", ACCESS, "wrong").list_users) == (403, "SignatureDoesNotMatch")
+        assert refused(client(world, "iam", token="bm90IG9uZQ==").list_users) == (403, "InvalidClientTokenId")
+        assert refused(client(world, "sts", token="%%%").get_caller_identity) == (403, "InvalidClientTokenId")
+
+    await run(work, world)
+    form = b"Action=ListUsers&Version=2010-05-08"
+    head = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Type: application/x-www-form-urlencoded\r\nConnection: close\r\n"
+    answer = await world.raw(head + b"Content-Length: %d\r\n\r\n" % len(form) + form)
+    assert b" 403 " in answer.split(b"\r\n")[0]
+    assert b"<Code>MissingAuthenticationToken</Code>" in answer
+    answer = await world.raw(head + b"Content-Length: 10000000\r\n\r\n" + b"x" * 300_000)
+    assert b" 400 " in answer.split(b"\r\n")[0]
+
+
+async def test_a_role_is_assumed_by_whom_its_trust_policy_names(world: World) -> None:
+    def work(world: World) -> None:
+        iam, root = client(world, "iam"), client(world, "s3")
+        root.create_bucket(Bucket="bucket")
+        root.put_object(Bucket="bucket", Key="k", Body=b"data")
+        key = made_user(iam, "bob")
+        user = iam.get_user(UserName="bob")["User"]
+        missing = trust("arn:aws:iam::123456789012:root")
+        create = {"RoleName": "reader", "AssumeRolePolicyDocument": trust(user["Arn"])}
+        assert refused(iam.create_role, **create | {"AssumeRolePolicyDocument": missing}) == (
+            400,
+            "MalformedPolicyDocument",
+        )
+        role = iam.create_role(**create)["Role"]
+        assert refused(iam.create_role, **create) == (409, "EntityAlreadyExists")
+        sts = with_key(world, "sts", key)
+        assert refused(client(world, "sts").assume_role, RoleArn=role["Arn"], RoleSessionName="now") == DENIED, "root"
+        assert refused(sts.assume_role, RoleArn=role["Arn"] + "x", RoleSessionName="now") == DENIED
+        assert refused(sts.assume_role, RoleArn=role["Arn"], RoleSessionName="now", DurationSeconds=43200) == (
+            400,
+            "ValidationError",
+        )
+        assumed = sts.assume_role(RoleArn=role["Arn"], RoleSessionName="now")
+        caller = with_key(world, "sts", assumed["Credentials"])
+        identity = caller.get_caller_identity()
+        assert (identity["UserId"], identity["Arn"]) == (
+            f"{role['RoleId']}:now",
+            assumed["AssumedRoleUser"]["Arn"],
+        )
+        assert refused(caller.get_session_token) == DENIED
+        session = with_key(world, "s3", assumed["Credentials"])
+        assert refused(session.get_object, Bucket="bucket", Key="k") == DENIED
+        iam.put_role_policy(RoleName="reader", PolicyName="p", PolicyDocument=document(may("s3:*")))
+        assert session.get_object(Bucket="bucket", Key="k")["Body"].read() == b"data"
+        session.put_object(Bucket="bucket", Key="k2", Body=b"more")
+        url = session.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "k"})
+        assert "X-Amz-Security-Token" in url
+        narrowed = sts.assume_role(RoleArn=role["Arn"], RoleSessionName="now", Policy=document(may("s3:GetObject")))
+        less = with_key(world, "s3", narrowed["Credentials"])
+        assert less.get_object(Bucket="bucket", Key="k")["Body"].read() == b"data"
+        assert refused(less.put_object, Bucket="bucket", Key="k2", Body=b"x") == DENIED
+        mixed = client(
+            world, "s3", narrowed["Credentials"]["AccessKeyId"], narrowed["Credentials"]["SecretAccessKey"],
+            assumed["Credentials"]["SessionToken"],
+        )  # fmt: skip
+        assert refused(mixed.list_buckets) == (400, "InvalidToken"), "a token of other credentials"
+        iam.delete_role_policy(RoleName="reader", PolicyName="p")
+        assert refused(session.get_object, Bucket="bucket", Key="k") == DENIED
+        iam.delete_role(RoleName="reader")
+        assert refused(session.get_object, Bucket="bucket", Key="k") == (400, "InvalidToken")
+
+    await run(work, world)
+
+
+async def test_across_accounts_a_role_needs_both_the_trust_and_the_caller_s_own_policy(world: World) -> None:
+    def work(world: World) -> None:
+        iam, other = client(world, "iam"), client(world, "iam", ACCESS_ALT, SECRET_ALT)
+        key = made_user(other, "eve")
+        eve = other.get_user(UserName="eve")["User"]["Arn"]
+        condition = {"Condition": {"StringEquals": {"sts:ExternalId": "42"}}}
+        arn = iam.create_role(RoleName="r", AssumeRolePolicyDocument=trust(eve, **condition))["Role"]["Arn"]
+        sts, ask = with_key(world, "sts", key), {"RoleArn": arn, "RoleSessionName": "now"}
+        assert refused(sts.assume_role, **ask, ExternalId="42") == DENIED
+        other.put_user_policy(UserName="eve", PolicyName="p", PolicyDocument=document(may("sts:AssumeRole", arn)))
+        assert refused(sts.assume_role, **ask) == DENIED
+        sts.assume_role(**ask, ExternalId="42")
+
+    await run(work, world)
+
+
+async def test_a_session_of_a_user_ends_with_the_key_that_made_it(world: World) -> None:
+    def work(world: World) -> None:
+        iam = client(world, "iam")
+        key = made_user(iam, "bob", may("s3:*"), may("iam:*"))
+        credentials = with_key(world, "sts", key).get_session_token(DurationSeconds=900)["Credentials"]
+        s3 = with_key(world, "s3", credentials)
+        s3.create_bucket(Bucket="bucket")
+        assert refused(with_key(world, "iam", credentials).list_users) == DENIED
+        assert with_key(world, "sts", credentials).get_caller_identity()["Arn"].endswith(":user/bob")
+        iam.update_access_key(UserName="bob", AccessKeyId=key["AccessKeyId"], Status="Inactive")
+        assert refused(s3.list_buckets) == (400, "InvalidToken")
+        root = client(world, "sts").get_session_token()["Credentials"]
+        assert [found["Name"] for found in with_key(world, "s3", root).list_buckets()["Buckets"]] == ["bucket"]
+        identity = client(world, "sts").get_caller_identity()
+        assert identity["Arn"] == f"arn:aws:iam::{identity['Account']}:root"
+
+    await run(work, world)
+
+
+async def test_credentials_expire_and_forged_ones_open_nothing(world: World) -> None:
+    who, _ = await world.users.lookup(ACCESS)
+    now_ms = world.below.clock.wall_ms()
+    made = StoredSession(SESSION_FORMAT, "ASIAOLD", "secret", ACCESS, who.user_id, now_ms - 2000, now_ms - 1000)
+    expired = world.users.seal_session(made)
+    stranger = world.users.seal_session(
+        StoredSession(SESSION_FORMAT, "ASIABAD", "secret", ACCESS_ALT, who.user_id, now_ms, now_ms + 60_000)
+    )
+
+    def work(world: World) -> None:
+        assert refused(client(world, "s3", "ASIAOLD", "secret", expired).list_buckets) == (400, "ExpiredToken")
+        assert refused(client(world, "iam", "ASIAOLD", "secret", expired).list_users) == (400, "ExpiredToken")
+        assert refused(client(world, "s3", "ASIABAD", "secret", stranger).list_buckets) == (400, "InvalidToken")
+        assert refused(client(world, "s3", "ASIAOLD", "wrong", expired).list_buckets) == (400, "ExpiredToken")
+        bad = expired[:-8] + "AAAAAAA="
+        assert refused(client(world, "s3", "ASIAOLD", "secret", bad).list_buckets) == (400, "InvalidToken")
+        assert refused(client(world, "s3", "ASIAOLD", "secret", "x" * 13_000).list_buckets) == (400, "InvalidToken")
+
+    await run(work, world)
+
+
+async def test_an_account_ends_with_its_root_and_comes_back_with_it(world: World) -> None:
+    who, _ = await world.users.lookup(ACCESS_ALT)
+    keys: dict[str, dict[str, str]] = {}
+
+    def work(world: World) -> None:
+        iam = client(world, "iam", ACCESS_ALT, SECRET_ALT)
+        keys["eve"] = made_user(iam, "eve", may("s3:*"))
+        keys["root"] = iam.create_access_key()["AccessKey"]
+        with_key(world, "s3", keys["eve"]).list_buckets()
+
+    def gone(world: World) -> None:
+        for key in keys.values():
+            assert refused(with_key(world, "s3", key).list_buckets) == (403, "InvalidAccessKeyId")
+
+    def back(world: World) -> None:
+        with_key(world, "s3", keys["eve"]).list_buckets()
+
+    await run(work, world)
+    await world.users.remove("alt")
+    await run(gone, world)
+    await world.users.add("new", user_id=who.user_id)
+    await run(back, world)
+    assert account_of(who.user_id) in {account_of(user.user_id) for user in await world.users.list_users()}
