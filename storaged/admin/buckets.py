@@ -4,6 +4,10 @@ GET    /v1/buckets                      all buckets of the cluster, without coun
 POST   /v1/buckets                      {name, user, countries}
 GET    /v1/buckets/NAME/usage?after=    counts a piece, from a mark on; ask again with ``next_after``
 POST   /v1/buckets/NAME/owner           {user}
+GET    /v1/buckets/NAME/quota           what it may have: bytes, objects; 0: no limit
+POST   /v1/buckets/NAME/quota           {bytes, objects}
+GET    /v1/users/NAME/quota             what the buckets of an account may have together
+POST   /v1/users/NAME/quota             {bytes, objects}
 DELETE /v1/buckets/NAME                 an empty bucket
 """
 
@@ -15,9 +19,11 @@ from typing import Any
 from aiohttp import web
 
 from storaged.admin.body import NotHere, recorded, texts_of
+from storaged.admin.iam import account_named
 from storaged.admin.ports import Services
 from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName
 from storaged.objects.api import Buckets, Principal, Users
+from storaged.objects.configuration.kinds import QUOTA, Quota
 from storaged.objects.names import bucket_name_valid
 from storaged.objects.records import BucketRecord
 
@@ -34,6 +40,10 @@ class BucketAdministration:
             web.post("/v1/buckets", self._create),
             web.get("/v1/buckets/{name}/usage", self._usage),
             web.post("/v1/buckets/{name}/owner", self._set_owner),
+            web.get("/v1/buckets/{name}/quota", self._bucket_quota),
+            web.post("/v1/buckets/{name}/quota", self._set_bucket_quota),
+            web.get("/v1/users/{name}/quota", self._account_quota),
+            web.post("/v1/users/{name}/quota", self._set_account_quota),
             web.delete("/v1/buckets/{name}", self._delete),
         ]
 
@@ -91,6 +101,43 @@ class BucketAdministration:
             }
         )
 
+    async def _bucket_quota(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        bucket = await buckets.get(request.match_info["name"])
+        found = buckets.configuration_of(bucket).get(QUOTA) or Quota()
+        return web.json_response({"bucket": bucket.name, "bytes": found.bytes, "objects": found.objects})
+
+    async def _set_bucket_quota(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        change = self._services.set_bucket_quota
+        if change is None:
+            raise NotHere
+        size, objects = await _limits_in(request)
+        bucket = await buckets.get(request.match_info["name"])
+        facts = {"bucket": bucket.id.hex(), "bytes": str(size), "objects": str(objects)}
+        async with recorded(self._services, request, "quota.set", f"bucket:{bucket.name}", **facts):
+            await change(bucket, size, objects)
+        return web.json_response({"bucket": bucket.name, "bytes": size, "objects": objects})
+
+    async def _account_quota(self, request: web.Request) -> web.Response:
+        _, users = self._planes()
+        root = await account_named(users, request.match_info["name"])
+        account = await users.accounts.get(root.user_id)
+        found = {"bytes": account.bytes_max, "objects": account.objects_max}
+        return web.json_response({"user": root.display_name, **found})
+
+    async def _set_account_quota(self, request: web.Request) -> web.Response:
+        _, users = self._planes()
+        change = self._services.set_account_quota
+        if change is None:
+            raise NotHere
+        size, objects = await _limits_in(request)
+        root = await account_named(users, request.match_info["name"])
+        facts = {"user_id": root.user_id, "bytes": str(size), "objects": str(objects)}
+        async with recorded(self._services, request, "quota.set", f"user:{root.display_name}", **facts):
+            await change(root.user_id, size, objects)
+        return web.json_response({"user": root.display_name, "bytes": size, "objects": objects})
+
     async def _set_owner(self, request: web.Request) -> web.Response:
         buckets, _ = self._planes()
         if self._services.set_owner is None:
@@ -119,6 +166,18 @@ class BucketAdministration:
         if not found:
             raise InvalidArgument(f"there is no user {named!r}")
         return found[0]
+
+
+async def _limits_in(request: web.Request) -> tuple[int, int]:
+    """Bytes and objects that a body asks for. Raises InvalidArgument."""
+    body = await texts_of(request, "bytes", "objects")
+    found = []
+    for name in ("bytes", "objects"):
+        text = body.get(name, "")
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise InvalidArgument(f"{name} is a number; 0: no limit")
+        found.append(int(text))
+    return found[0], found[1]
 
 
 def names_by_id(users: Iterable[Principal]) -> dict[str, list[str]]:

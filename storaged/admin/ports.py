@@ -64,6 +64,10 @@ class Services:
     """(bucket, user id): hands a bucket over."""
     usage: Callable[[BucketRecord, str], Awaitable[Usage]] | None = None
     """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
+    set_bucket_quota: Callable[[BucketRecord, int, int], Awaitable[None]] | None = None
+    """(bucket, bytes, objects); 0: no limit."""
+    set_account_quota: Callable[[str, int, int], Awaitable[None]] | None = None
+    """(user id, bytes, objects); 0: no limit."""
     racks: Callable[[tuple[str, ...]], list[str]] | None = None
     """The failure domains with disks in these countries (empty: in all), by the layout in force."""
     region: str = ""

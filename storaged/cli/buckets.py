@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import click
 
 from storaged.cli.client import gateway
+from storaged.cli.quotas import bucket_quota
 from storaged.cli.target import find_directory
 from storaged.units import format_size
 
@@ -70,6 +71,9 @@ def bucket_usage(named: str | None, name: str, as_json: bool) -> None:
     more = f" ({total['versions']} versions)" if total["versions"] != total["objects"] else ""
     count = f"{total['objects']} object{'' if total['objects'] == 1 else 's'}"
     click.echo(f"{name}: {count}{more}, {format_size(total['bytes'])}")
+
+
+bucket.add_command(bucket_quota)
 
 
 @bucket.command("owner")

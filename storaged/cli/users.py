@@ -10,6 +10,7 @@ import click
 
 from storaged.cli.accounts import call, every
 from storaged.cli.client import gateway
+from storaged.cli.quotas import user_quota
 from storaged.cli.target import find_directory
 from storaged.errors import OperatorError
 
@@ -117,6 +118,9 @@ def user_remove(named: str | None, name: str, account: str, as_json: bool) -> No
             f" {found['user_id']}"
         )
     click.echo(json.dumps(found, indent=2) if as_json else said)
+
+
+user.add_command(user_quota)
 
 
 def _remove_from(named: str | None, account: str, name: str) -> dict[str, Any]:

@@ -178,6 +178,7 @@ from storaged.errors.s3 import (
     OutcomeUnknown,
     OwnershipControlsNotFoundError,
     PreconditionFailed,
+    QuotaExceeded,
     ReplicationConfigurationNotFoundError,
     RequestHeaderSectionTooLarge,
     RequestTimeout,

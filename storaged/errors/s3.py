@@ -378,6 +378,16 @@ class RequestTimeTooSkewed(S3Error):
     status = 403
 
 
+class QuotaExceeded(S3Error):
+    """The bucket, or all buckets of its owner together, would have more than the operator allows."""
+
+    status = 403
+    hint = (
+        "`storaged bucket quota` and `storaged user quota` show and change it. What was deleted counts until the bucket"
+        " is counted again, after a minute or more."
+    )
+
+
 class RequestTimeout(S3Error):
     """Your socket connection to the server was not read from or written to within the timeout period."""
 

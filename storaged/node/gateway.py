@@ -19,6 +19,7 @@ import structlog
 from storaged import keys
 from storaged.admin.ports import Services
 from storaged.admin.status import KeyDamage
+from storaged.admin.where import where_document
 from storaged.cluster.audit.format import REFUSED
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.policy import KeyHolder, Policy
@@ -44,6 +45,7 @@ from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
 from storaged.node.partition_duty import PartitionDuty
 from storaged.node.planes import NodePlanes
+from storaged.node.quotas import quotas_of, set_account_quota, set_bucket_quota
 from storaged.node.requestlog import RequestLog
 from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
 from storaged.node.workers import FirstProcess, Workers
@@ -57,7 +59,7 @@ from storaged.objects.system.keyends import Ends
 from storaged.objects.system.shards import domains_inside
 from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after
-from storaged.objects.where import Whereabouts, where
+from storaged.objects.where import where
 from storaged.s3.app import S3App
 from storaged.s3.context import Endpoint
 from storaged.s3.http.limits import Limits
@@ -117,6 +119,7 @@ class Gateway:
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
+        self.quotas = quotas_of(self.objects, self.buckets, self.users, node.clock)
         self._belief = Belief(plane, self.users)
         context = node.maintain_context()
         self.mover = Mover(context)
@@ -143,6 +146,7 @@ class Gateway:
             clock=node.clock,
             entropy=system_entropy,
             on_request=self._requests,
+            quotas=self.quotas,
         )
         if config.s3.tls_certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -218,6 +222,7 @@ class Gateway:
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         found = [self._unlocker.run(), self._keep_keys(), self._node.maintain.run(), self._authenticate_records()]
+        found.append(self.quotas.run())
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets, on_ends=self._ends_seen))
             found.append(look_at_records(self.buckets, self.users))
@@ -340,6 +345,8 @@ class Gateway:
         services.racks = lambda countries: domains_inside(self._node.layouts.current, countries)
         services.set_owner = self.buckets.set_owner
         services.usage = functools.partial(usage_after, self.objects)
+        services.set_bucket_quota = functools.partial(set_bucket_quota, self.buckets)
+        services.set_account_quota = functools.partial(set_account_quota, self.users)
         services.where = self._where
         services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase, self._node.clock)
 
@@ -377,8 +384,8 @@ class Gateway:
             if self._late.keyring is not None:
                 self._late.keyring.forget(bytes.fromhex(key))
             return
-        dropped = {"bucket": self.buckets, "account": self.users.accounts}.get(kind, self.users)
-        dropped.forget(key)
+        forget = {"bucket": self.buckets.forget, "account": self.users.accounts.forget}.get(kind, self.users.forget)
+        forget(key)
 
     def _damaged(self, damage: Damage) -> None:
         """A read found a damaged or missing fragment; the node that looks after its register repairs it."""
@@ -453,36 +460,6 @@ def shared_limits(requests_max: int, s3: S3Section) -> Limits:
         unauthenticated_requests_max=part(s3.unauthenticated_requests_max),
         unauthenticated_bytes_max=part(s3.unauthenticated_bytes_max),
     )
-
-
-def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:
-    """The document of ``storaged where``: one row a fragment, for ``blocks`` blocks of the part from ``block`` on.
-
-    ``racks_may_fail`` counts failure domains, of whatever kind.
-    """
-    fragments = [
-        {
-            "part": run.part,
-            "block": run.first,
-            "blocks": run.count,
-            "profile": run.profile,
-            "kind": run.kind,
-            **dataclasses.asdict(fragment),
-        }
-        for run in found.runs
-        for fragment in run.fragments
-    ]
-    return {
-        "bucket": bucket,
-        "key": found.key.decode("utf-8", "replace"),
-        "size": found.size,
-        "domain": found.domain_kind,
-        "disks_may_fail": found.disks_may_fail,
-        "racks_may_fail": found.domains_may_fail,
-        "replicas_may_fail": found.replicas_may_fail,
-        "fragments": fragments,
-        "replicas": [dataclasses.asdict(replica) for replica in found.replicas],
-    }
 
 
 def load_certificate(context: ssl.SSLContext, config: Config) -> None:

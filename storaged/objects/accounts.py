@@ -113,7 +113,9 @@ class ManagedPolicy(Message, frozen=True):
 
 class StoredAccount(Message, frozen=True):
     """Sealed in ``AccountRecord.sealed``. The entries are by name in lower case, for IAM's names differ by more than
-    case. ``name``: of the account's own user. ``closed``: that user was removed, and no other one has its id."""
+    case. ``name``: of the account's own user. ``closed``: that user was removed, and no other one has its id.
+    ``bytes_max``, ``objects_max``: of all its buckets together; 0: no limit.
+    """
 
     format: int = FORMAT
     name: str = ""
@@ -122,6 +124,8 @@ class StoredAccount(Message, frozen=True):
     roles: dict[str, IamRole] = msgspec.field(default_factory=dict)
     policies: dict[str, ManagedPolicy] = msgspec.field(default_factory=dict)
     closed: bool = False
+    bytes_max: int = 0
+    objects_max: int = 0
 
     def user_of(self, user: str) -> IamUser | None:
         """By id."""

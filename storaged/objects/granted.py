@@ -19,9 +19,12 @@ from storaged.objects.api import (
     LIST,
     READ,
     WRITE,
+    Body,
+    BodyChecks,
     CopySource,
     DeleteResult,
     Grant,
+    NewMeta,
     ObjectAccess,
     ObjectInfo,
     Objects,
@@ -33,6 +36,7 @@ from storaged.objects.api import (
 )
 from storaged.objects.etags import matches_strongly, tag
 from storaged.objects.listing_types import Listing, VersionListing
+from storaged.objects.quotas import Quotas
 from storaged.objects.records import BucketRecord
 
 
@@ -56,8 +60,9 @@ def _check_same(grant: Grant, info: ObjectInfo) -> None:
 class GrantedObjects:
     """``Objects`` behind grants."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Objects, quotas: Quotas | None = None) -> None:
         self._objects = objects
+        self._quotas = quotas
         self.small_bytes_max = objects.small_bytes_max
 
     async def look(self, bucket: BucketRecord, key: bytes, version_id: str) -> ObjectAccess | None:
@@ -95,15 +100,29 @@ class GrantedObjects:
 
     # --- writing
 
-    async def put(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> PutResult:
-        return await self._objects.put(_bucket(grant, key, WRITE), key, *what, **named)
+    async def put(
+        self, grant: Grant, key: bytes, body: Body, meta: NewMeta, checks: BodyChecks, **named: Any
+    ) -> PutResult:
+        bucket = _bucket(grant, key, WRITE)
+        await self._admit(bucket, checks.size)
+        return await self._objects.put(bucket, key, body, meta, checks, **named)
 
     def try_put(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> bool:
-        return self._objects.try_put(_bucket(grant, key, WRITE), key, *what, **named)
+        bucket = _bucket(grant, key, WRITE)
+        if self._quotas is not None and self._quotas.limits(bucket):
+            return False
+        return self._objects.try_put(bucket, key, *what, **named)
+
+    async def _admit(self, bucket: BucketRecord, size: int | None, objects: int = 1) -> None:
+        """Raises QuotaExceeded."""
+        if self._quotas is not None and self._quotas.limits(bucket):
+            await self._quotas.admit(bucket, size, objects)
 
     async def copy(self, source_grant: Grant, source: CopySource, grant: Grant, key: bytes, **named: Any) -> PutResult:
         _bucket(source_grant, source.key, READ)
-        return await self._objects.copy(_same(source_grant, source), _bucket(grant, key, WRITE), key, **named)
+        bucket = _bucket(grant, key, WRITE)
+        await self._admit(bucket, None)
+        return await self._objects.copy(_same(source_grant, source), bucket, key, **named)
 
     async def delete(self, grant: Grant, key: bytes, **named: Any) -> DeleteResult:
         return await self._objects.delete(_bucket(grant, key, DELETE), key, **named)
@@ -139,16 +158,23 @@ class GrantedObjects:
     # --- uploads
 
     async def create_upload(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> UploadInfo:
-        return await self._objects.create_upload(_bucket(grant, key, WRITE), key, *what, **named)
+        bucket = _bucket(grant, key, WRITE)
+        await self._admit(bucket, None)
+        return await self._objects.create_upload(bucket, key, *what, **named)
 
-    async def put_part(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> PutResult:
-        return await self._objects.put_part(_bucket(grant, key, WRITE), key, *what, **named)
+    async def put_part(
+        self, grant: Grant, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks, **named: Any
+    ) -> PutResult:
+        bucket = _bucket(grant, key, WRITE)
+        await self._admit(bucket, checks.size, 0)
+        return await self._objects.put_part(bucket, key, upload_id, number, body, checks, **named)
 
     async def copy_part(
         self, source_grant: Grant, source: CopySource, grant: Grant, key: bytes, *what: Any, **named: Any
     ) -> PutResult:
         _bucket(source_grant, source.key, READ)
         bucket = _bucket(grant, key, WRITE)
+        await self._admit(bucket, None, 0)
         return await self._objects.copy_part(_same(source_grant, source), bucket, key, *what, **named)
 
     async def list_parts(

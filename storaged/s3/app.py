@@ -19,6 +19,7 @@ from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.objects.granted import GrantedObjects
+from storaged.objects.quotas import Quotas
 from storaged.s3.context import Endpoint, Front
 from storaged.s3.http.connections import Connections
 from storaged.s3.http.listen import BACKLOG, listen
@@ -60,10 +61,11 @@ class S3App:
         clock: Clock,
         entropy: Entropy,
         on_request: Callable[[RequestDone], None] | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._responder = Responder(
-            Front(GrantedObjects(objects), buckets, users, endpoint, clock), entropy, on_request
+            Front(GrantedObjects(objects, quotas), buckets, users, endpoint, clock), entropy, on_request
         )
         self._servers: list[asyncio.Server] = []
         self._acceptor: TlsAcceptor | None = None

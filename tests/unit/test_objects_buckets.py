@@ -30,10 +30,11 @@ from storaged.objects.cache.ttl import REFRESHES_MAX, TtlCache
 from storaged.objects.configuration import kinds
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.configuration.kinds import TAGGING, Tags
-from storaged.objects.records import BucketRecord, UserRecord
+from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import CLAIM_STALE_MS, NameClaim, UserService
+from storaged.objects.user_records import UserRecord
 from storaged.wire import Message, decode, encode
 from tests.doubles.clock import LoopClock
 from tests.doubles.layouts import layout_of

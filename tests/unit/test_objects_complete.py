@@ -23,10 +23,10 @@ from storaged.objects.records import (
     SealedMeta,
     SealedPart,
     UploadRecord,
-    UserRecord,
 )
 from storaged.objects.service import ObjectService
 from storaged.objects.system.users import UserSecret, UserService
+from storaged.objects.user_records import UserRecord
 from storaged.objects.write import multipart
 from storaged.sov1 import open_message
 from storaged.wire import decode, encode

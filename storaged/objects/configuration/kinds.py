@@ -62,16 +62,25 @@ def _is_sse_s3(value: DefaultEncryption) -> bool:
     return value.algorithm == "AES256"
 
 
+class Quota(Message, frozen=True):
+    """What the operator allows a bucket to have (``objects.quotas``). 0: no limit."""
+
+    bytes: int = 0
+    objects: int = 0
+
+
 TAGGING = Kind("tagging", Tags, plain=_always, audited=False)
 VERSIONING = Kind("versioning", Versioning)
 LOCK = Kind("object-lock", ObjectLock)
 ENCRYPTION = Kind("encryption", DefaultEncryption, plain=_is_sse_s3)
+QUOTA = Kind("quota", Quota, plain=_always)
 
 KINDS: tuple[Kind[Any], ...] = (
     TAGGING,
     VERSIONING,
     LOCK,
     ENCRYPTION,
+    QUOTA,
     POLICY,
     ACL,
     PUBLIC_ACCESS_BLOCK,

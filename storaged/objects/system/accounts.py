@@ -7,7 +7,7 @@ the records of users do: a storage node can neither read a policy nor write one.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
 
@@ -18,6 +18,7 @@ from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.grant_types import Principal
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
+from storaged.objects.quotas import Limit
 from storaged.objects.system import rows
 from storaged.objects.user_types import NO_FACTS, AccountChange
 from storaged.wire import decode
@@ -112,6 +113,19 @@ class AccountService:
         """Drops the cached account: it was changed, perhaps by another process of this gateway."""
         self._cache.forget(user_id)
         self._on_change(user_id)
+
+    async def with_quota(self) -> AsyncIterator[tuple[str, Limit]]:
+        """The canonical ids of the accounts that have a quota, and what it is. Raises as ``rows.scan``."""
+        plane = self._plane
+
+        def decode_row(name: RegisterName, value: Value | None) -> tuple[str, Limit] | None:
+            found = self._decode(name, value)
+            if found is None or not (found.bytes_max or found.objects_max):
+                return None
+            return name.key.decode().removeprefix(PREFIX), Limit(found.bytes_max, found.objects_max)
+
+        async for found in rows.scan(plane.scanner, plane.bad_rows, decode_row, PREFIX.encode()):
+            yield found
 
     def new_id(self, prefix: str) -> str:
         return prefix + base64.b32encode(self._plane.entropy(ID_RAW_BYTES)).decode()
