@@ -8,11 +8,13 @@ Paths are relative to the folder of the file, so that a node's folder can be mov
     [cluster]  identity (the folder with this node's certificate, the cluster's authority and the layout)
     [[disks]]  id, directory            (role storage; one table per disk)
     [rpc]      listen
-    [s3]       listen, workers, region, strict_region, new_buckets, domains, tls_certificate, tls_key,
-               unauthenticated_*_max, proxies                          (role gateway)
+    [s3]       listen, workers, region, strict_region, new_buckets, domains, website_domain,
+               tls_certificate, tls_key, unauthenticated_*_max, proxies, access_log_*
+                                                                       (role gateway)
     [admin]    listen
     [keys]     keyring, credential or passphrase                       (role gateway)
     [audit]    directory
+    [[notifications]]  name, url, secret, authority, timeout_s         (role gateway; one table per destination)
     [limits]   bounds with their unit in the name
     [log]      level, format, access, slow_ms
 """
@@ -31,6 +33,7 @@ from storaged.config.sections import (
     LimitsSection,
     LogSection,
     NodeSection,
+    NotificationSection,
     RpcSection,
     S3Section,
 )
@@ -50,6 +53,7 @@ __all__ = [
     "LogSection",
     "Mistake",
     "NodeSection",
+    "NotificationSection",
     "RpcSection",
     "S3Section",
     "load",

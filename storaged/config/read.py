@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from storaged.config.sections import SECTIONS, Config, DiskSection
+from storaged.config.sections import SECTIONS, Config
 from storaged.config.values import check_value, did_you_mean
 from storaged.errors import ConfigInvalid
 
@@ -24,7 +24,10 @@ _PATHS = {
     "s3": ("tls_certificate", "tls_key"),
     "keys": ("keyring", "credential", "passphrase"),
     "audit": ("directory",),
+    "notifications": ("secret", "authority"),
 }
+_LISTS = {"disks": "disk", "notifications": "destination"}
+"""Sections that are lists of tables, and what each table is."""
 
 
 class Mistake(NamedTuple):
@@ -65,8 +68,8 @@ def parse(text: str, base: Path) -> tuple[Config | None, list[Mistake]]:
             )
     values: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
-        if name == "disks":
-            values[name] = _check_disks(document.get(name, []), lines, mistakes)
+        if name in _LISTS:
+            values[name] = _check_list(name, kind, document.get(name, []), lines, mistakes)
         elif name in document or name in _REQUIRED_SECTIONS:
             if name not in document:
                 mistakes.append(Mistake(0, f"section [{name}] is missing"))
@@ -76,7 +79,7 @@ def parse(text: str, base: Path) -> tuple[Config | None, list[Mistake]]:
     if mistakes:
         return None, sorted(mistakes, key=lambda mistake: mistake.line or 1 << 30)
     for name, fields in _PATHS.items():
-        for table in values[name] if name == "disks" else [values.get(name, {})]:
+        for table in values[name] if name in _LISTS else [values.get(name, {})]:
             for field in fields:
                 if table.get(field):
                     table[field] = _absolute(table[field], base)
@@ -123,13 +126,15 @@ def _lines_of(text: str) -> dict[tuple[str, ...], int]:
     return found
 
 
-def _check_disks(tables: Any, lines: dict[tuple[str, ...], int], mistakes: list[Mistake]) -> list[dict[str, Any]]:
+def _check_list(
+    name: str, kind: type[msgspec.Struct], tables: Any, lines: dict[tuple[str, ...], int], mistakes: list[Mistake]
+) -> list[dict[str, Any]]:
     if not isinstance(tables, list):
-        mistakes.append(Mistake(lines.get(("disks",), 0), "disks is a list of tables: write [[disks]], once a disk"))
+        mistakes.append(
+            Mistake(lines.get((name,), 0), f"{name} is a list of tables: write [[{name}]], once a {_LISTS[name]}")
+        )
         return []
-    return [
-        _check_table(("disks", str(index)), DiskSection, table, lines, mistakes) for index, table in enumerate(tables)
-    ]
+    return [_check_table((name, str(index)), kind, table, lines, mistakes) for index, table in enumerate(tables)]
 
 
 def _check_table(
@@ -173,16 +178,18 @@ def _check_together(
         yield Mistake(lines.get(("disks",), 0), "[[disks]] are of use only to the role storage")
     if "storage" in roles and not document.get("rpc", {}).get("listen"):
         yield Mistake(lines.get(("rpc",), node_line), "the role storage wants rpc.listen, the address other nodes call")
-    for field in ("id", "directory"):
+    for section, field in (("disks", "id"), ("disks", "directory"), ("notifications", "name")):
         seen: dict[str, int] = {}
-        for index, disk in enumerate(disks):
-            value = disk.get(field)
+        for index, table in enumerate(values.get(section, [])):
+            value = table.get(field)
             if value in seen and value is not None:
                 yield Mistake(
-                    lines.get(("disks", str(index), field), 0),
-                    f"disks.{field}: {value!r} is also that of disk {seen[value] + 1}",
+                    lines.get((section, str(index), field), 0),
+                    f"{section}.{field}: {value!r} is also that of {_LISTS[section]} {seen[value] + 1}",
                 )
             seen.setdefault(value, index)
+    if roles and "gateway" not in roles and values.get("notifications"):
+        yield Mistake(lines.get(("notifications",), 0), "[[notifications]] are of use only to the role gateway")
     keys = values.get("keys", {})
     keys_line = lines.get(("keys",), node_line)
     if "gateway" in roles:
@@ -195,6 +202,11 @@ def _check_together(
     s3 = values.get("s3", {})
     if bool(s3.get("tls_certificate")) != bool(s3.get("tls_key")):
         yield Mistake(lines.get(("s3",), 0), "[s3] wants both tls_certificate and tls_key, or neither")
+    if s3.get("website_domain") in {domain.lower().strip(".") for domain in s3.get("domains", [])}:
+        yield Mistake(
+            lines.get(("s3", "website_domain"), 0),
+            "s3.website_domain: is also one of s3.domains; a host is of the S3 API or of a website",
+        )
     if "storage" in roles and s3.get("workers", 1) > 1:
         yield Mistake(
             lines.get(("s3", "workers"), 0),

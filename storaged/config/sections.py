@@ -44,14 +44,16 @@ class RpcSection(msgspec.Struct, frozen=True):
 class S3Section(msgspec.Struct, frozen=True):
     """The S3 front.
 
-    ``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``:
+    ``domains``: names under which buckets appear as the first label of the host (virtual-host style).
+    ``website_domain``: the name under which buckets appear as websites, in the same way; empty: none do. ``workers``:
     processes that share the port. ``region``: the region that this endpoint reports. ``strict_region``: refuse
     signatures and new buckets of any other region; without it, every region is accepted. ``new_buckets``: ``aws`` (the
     bucket's owner owns all objects, public access and SSE-C are blocked, as on AWS) or ``legacy`` (access control
     lists, and nothing blocked, as on AWS before 2023). ``unauthenticated_*_max``: how many connections, requests and
     bytes one address (a /64 of IPv6) may have before they have authenticated; beyond that, the oldest is closed.
     ``proxies``: addresses and networks without these limits, since all clients come through
-    them.
+    them. ``access_log_interval_s``: how often lines of access logs are put into their target buckets;
+    ``access_log_bytes_max``: so many bytes of lines are kept until then, by all workers together.
     """
 
     listen: str = "127.0.0.1:8333"
@@ -60,12 +62,30 @@ class S3Section(msgspec.Struct, frozen=True):
     strict_region: bool = False
     new_buckets: str = "aws"
     domains: list[str] = []
+    website_domain: str = ""
     tls_certificate: str = ""
     tls_key: str = ""
     unauthenticated_connections_max: int = 2048
     unauthenticated_requests_max: int = 256
     unauthenticated_bytes_max: int = 64 * MIB
     proxies: list[str] = []
+    access_log_interval_s: float = 300.0
+    access_log_bytes_max: int = 8 * MIB
+
+
+class NotificationSection(msgspec.Struct, frozen=True):
+    """A destination of notifications. ``name``: in its ARN, ``arn:storaged:sqs::NAME:webhook`` (or ``nats``). ``url``:
+    ``https://...`` or ``http://...`` of a webhook; ``nats://host:port/subject`` or ``tls://host:port/subject`` of NATS.
+    ``secret``: a file whose first line a webhook gets as ``Authorization: Bearer ...``, and NATS as its token.
+    ``authority``: a file with the certificates that the server's certificate is verified by; empty: the system's.
+    ``timeout_s``: of one attempt.
+    """
+
+    name: str
+    url: str
+    secret: str = ""
+    authority: str = ""
+    timeout_s: float = 10.0
 
 
 class AdminSection(msgspec.Struct, frozen=True):
@@ -148,6 +168,7 @@ class Config(msgspec.Struct, frozen=True):
     admin: AdminSection = AdminSection()
     keys: KeysSection = KeysSection()
     audit: AuditSection = AuditSection()
+    notifications: list[NotificationSection] = []
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
     path: str = ""
@@ -170,6 +191,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "admin": AdminSection,
     "keys": KeysSection,
     "audit": AuditSection,
+    "notifications": NotificationSection,
     "limits": LimitsSection,
     "log": LogSection,
 }

@@ -7,6 +7,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from storaged.config.sections import KEEP_DAYS_MIN, LOG_FORMATS, LOG_LEVELS, NEW_BUCKETS, ROLES
 from storaged.units import GIB, KIB, MIB, format_size, parse_size
@@ -78,6 +79,27 @@ def _check_region(value: str) -> None:
         raise ValueError(f"{value!r}: a region is 1 to 63 lower-case letters, digits and hyphens")
 
 
+def _check_domain(value: str) -> None:
+    if value and not re.fullmatch(r"[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*", value):
+        raise ValueError(f"{value!r} is not a domain name in lower case, as in web.example.eu")
+
+
+def _check_destination(value: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value):
+        raise ValueError(f"{value!r}: the name of a destination is 1 to 64 letters, digits, hyphens and underscores")
+
+
+def _check_destination_url(value: str) -> None:
+    found = urlsplit(value)
+    if found.scheme not in ("http", "https", "nats", "tls") or not found.hostname or found.username is not None:
+        raise ValueError(
+            f"{value!r} is not a destination: https://host/path, http://host/path, nats://host:port/subject or"
+            " tls://host:port/subject, without a user (see the option secret)"
+        )
+    if found.scheme in ("nats", "tls") and not re.fullmatch(r"/[^\s.*>/]+(\.[^\s.*>/]+)*", found.path):
+        raise ValueError(f"{value!r}: the path names the subject, as in nats://host:4222/storaged.events")
+
+
 def _check_networks(value: list[str]) -> None:
     for text in value:
         try:
@@ -121,6 +143,12 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("s3", "unauthenticated_connections_max"): _between(16, 1_000_000),
     ("s3", "unauthenticated_requests_max"): _between(16, 1_000_000),
     ("s3", "unauthenticated_bytes_max"): _size_between(MIB, 64 * GIB),
+    ("notifications", "name"): _check_destination,
+    ("notifications", "url"): _check_destination_url,
+    ("notifications", "timeout_s"): _between(1, 60),
+    ("s3", "website_domain"): _check_domain,
+    ("s3", "access_log_interval_s"): _between(1, 86_400),
+    ("s3", "access_log_bytes_max"): _size_between(64 * KIB, GIB),
     ("s3", "proxies"): _check_networks,
     ("admin", "listen"): _check_loopback,
     ("audit", "file_bytes_max"): _size_between(64 * KIB, GIB),

@@ -173,6 +173,10 @@ class InvalidRange(S3Error):
     status = 416
 
 
+class InvalidRedirectLocation(S3Error):
+    """The website redirect location must have a prefix of 'http://' or 'https://' or '/'."""
+
+
 class InvalidRetentionPeriod(S3Error):
     """The retention period specified is invalid."""
 
@@ -197,6 +201,17 @@ class InvalidStorageClass(S3Error):
 
 class InvalidTag(S3Error):
     """The tag provided was not a valid tag."""
+
+
+class InvalidTargetBucketForLogging(S3Error):
+    """The target bucket for logging does not exist, is not owned by you, or does not have the appropriate grants for
+    the log-delivery group.
+    """
+
+    hint = (
+        "The policy of the target bucket must allow the service logging.s3.amazonaws.com the action s3:PutObject for"
+        " keys with the prefix; where access control lists count, its list may give the group LogDelivery WRITE."
+    )
 
 
 class InvalidToken(S3Error):

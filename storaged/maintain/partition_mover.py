@@ -319,7 +319,7 @@ class PartitionMover:
                 return False
             if not found.settled:
                 break
-        if wanted.table != Table.PART:
+        if wanted.table in (Table.OBJECT, Table.UPLOAD):
             await self._copy_pages(state.comes, wanted)
         return True
 

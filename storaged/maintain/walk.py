@@ -64,6 +64,9 @@ async def row_slices(
         await asyncio.sleep(min(clock.monotonic() - began, REST_S_MAX))
 
 
+BUCKET_TABLES = (Table.OBJECT, Table.UPLOAD, Table.PART, Table.EVENT)
+
+
 class Range(NamedTuple):
     """Registers that this node is responsible for. Their rows are read from the local ``disk``."""
 
@@ -173,9 +176,7 @@ class Walker:
                 replicas = self._context.layouts.partition(partition_of(bucket.id, shard)).present
                 disk = self._context.leader_among(replicas)
                 if disk in self._context.local_meta:
-                    found += [
-                        Range(disk, table, bucket.id, shard) for table in (Table.OBJECT, Table.UPLOAD, Table.PART)
-                    ]
+                    found += [Range(disk, table, bucket.id, shard) for table in BUCKET_TABLES]
         return found
 
     async def settle_range(self, where: Range) -> bool:

@@ -8,6 +8,7 @@ order of ``key``.
     OBJECT   the S3 key, UTF-8, 1..1024 bytes     numbers[xxh3-64(key) mod their count]  ObjectRecord
     UPLOAD   S3 key || 0x00 || upload id (16)     the object's shard = upload id[0]      UploadRecord
     PART     upload id (16) || number (u16 BE)    upload id[0]                           PartRecord
+    EVENT    one byte of the hash of S3 keys      the objects' shard                     PendingKeys
     SYSTEM   a path: bucket/NAME, user/KEY, ...   0 (the system partition)               by prefix
 """
 
@@ -35,6 +36,8 @@ class Table(IntEnum):
     OBJECT = 1
     UPLOAD = 2
     PART = 3
+    EVENT = 4
+    """Which keys may have events that are not delivered yet (``objects.write.outbox``)."""
 
 
 class RegisterName(NamedTuple):
@@ -72,6 +75,12 @@ def shard_of(key: bytes, numbers: Sequence[int]) -> int:
 def object_name(bucket_id: bytes, numbers: Sequence[int], key: bytes) -> RegisterName:
     """``numbers``: the bucket's shard numbers, as for ``shard_of``."""
     return RegisterName(Table.OBJECT, bucket_id, shard_of(key, numbers), key)
+
+
+def event_name(name: RegisterName) -> RegisterName:
+    """The register that says whether the object of ``name`` may have events that are not delivered yet."""
+    slot = xxhash.xxh3_64_intdigest(name.key) >> 56
+    return RegisterName(Table.EVENT, name.scope, name.shard, bytes((slot,)))
 
 
 UPLOAD_SUFFIX_BYTES = 17

@@ -24,7 +24,7 @@ from storaged.cluster.audit.format import REFUSED
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.policy import KeyHolder, Policy
 from storaged.cluster.signers import publish, signer_id
-from storaged.config import Config, S3Section, split_address
+from storaged.config import Config, split_address
 from storaged.errors import (
     AuditUnwritable,
     CertificateRefused,
@@ -41,15 +41,18 @@ from storaged.maintain.mover import Mover, MoverStatistics
 from storaged.meta.names import RegisterName, Value
 from storaged.node.audited import NOT_AUDITED, AuditedBuckets, AuditedUsers
 from storaged.node.binding import REMEMBERED_FILE, Binding
+from storaged.node.destinations import ConfiguredDestinations
 from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
 from storaged.node.partition_duty import PartitionDuty
 from storaged.node.planes import NodePlanes
 from storaged.node.quotas import quotas_of, set_account_quota, set_bucket_quota
 from storaged.node.requestlog import RequestLog
+from storaged.node.shares import endpoint_of, shared_out
 from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
 from storaged.node.workers import FirstProcess, Workers
 from storaged.objects.bad_rows import BadRow
+from storaged.objects.event_delivery import EventDelivery
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
@@ -61,14 +64,9 @@ from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after
 from storaged.objects.where import where
 from storaged.s3.app import S3App
-from storaged.s3.context import Endpoint
-from storaged.s3.http.limits import Limits
 from storaged.s3.ops.iam.actions import perform_for_operator
-from storaged.units import MIB
 
 SIGNER_EVERY_S = 60.0
-BUFFER_BYTES_MIN = 8 * MIB
-"""The least size of each of a worker's three pools."""
 
 log = structlog.get_logger("gateway")
 
@@ -116,10 +114,13 @@ class Gateway:
         node.belief.is_binding = lambda value: binding.is_authentic(value, self._late)
         self._unlocker = Unlocker(config, binding, self._late, self._make_keyring)
         plane = self._build_plane(binding)
+        self._destinations = ConfiguredDestinations(config.notifications)
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
         self.quotas = quotas_of(self.objects, self.buckets, self.users, node.clock)
+        self.events = EventDelivery(plane, self.buckets, self._destinations, config.s3.region)
+        plane.on_events = self.events.soon
         self._belief = Belief(plane, self.users)
         context = node.maintain_context()
         self.mover = Mover(context)
@@ -135,18 +136,12 @@ class Gateway:
             self.objects,
             AuditedBuckets(self.buckets, node.audit, node.clock),
             AuditedUsers(self.users, node.audit, node.clock),
-            Endpoint(
-                config.s3.region,
-                legacy_buckets=config.s3.new_buckets == "legacy",
-                strict_region=config.s3.strict_region,
-                domains=config.s3.domains,
-                proxies=config.s3.proxies,
-                limits=shared_limits(config.limits.s3_requests_max, config.s3),
-            ),
+            endpoint_of(config),
             clock=node.clock,
             entropy=system_entropy,
             on_request=self._requests,
             quotas=self.quotas,
+            destinations=self._destinations,
         )
         if config.s3.tls_certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -193,6 +188,12 @@ class Gateway:
         node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
         node.metrics.gauge("storaged_s3_unauthenticated").set_function(lambda: app.statistics().unauthenticated)
         node.metrics.gauge("storaged_s3_unauthenticated_closed").set_function(lambda: app.statistics().evicted_total)
+        events = node.metrics.gauge("storaged_notifications")
+        for counted in dataclasses.fields(self.events.counts):
+            events.labels(counted.name).set_function(functools.partial(getattr, self.events.counts, counted.name))
+        lines = node.metrics.gauge("storaged_access_log_lines")
+        for counted in dataclasses.fields(app.access_logs.counts):
+            lines.labels(counted.name).set_function(functools.partial(getattr, app.access_logs.counts, counted.name))
 
     def _count_moves(self, outcome: str) -> int:
         return int(getattr(self.mover.statistics(), outcome))
@@ -223,12 +224,14 @@ class Gateway:
     def work(self) -> list[Coroutine[Any, Any, None]]:
         found = [self._unlocker.run(), self._keep_keys(), self._node.maintain.run(), self._authenticate_records()]
         found.append(self.quotas.run())
+        found.append(self.events.run())
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets, on_ends=self._ends_seen))
             found.append(look_at_records(self.buckets, self.users))
             found.append(self._keep_signer())
             found.append(self._answers.run())
             found += [self.partitions.run(), self.partitions.expunge()]
+            found.append(self.events.run_sweep(self.partitions.is_first))
         if self.workers is not None:
             found.append(self.workers.run())
         return found
@@ -429,37 +432,11 @@ class Gateway:
             await self.workers.close()
         if hasattr(self, "_app"):
             await self.objects.close()
+            await self._destinations.close()
         if self._late.keyring is not None:
             self._late.keyring.close()
         if self.copies is not None:
             self.copies.log.close()
-
-
-def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
-    """A worker's share of the memory that a whole gateway may use; of buffers at least what a few
-    large transfers need.
-    """
-    buffers = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max")
-    shares = {name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in buffers}
-    shares |= {name: getattr(limits, name) // workers for name in ("opened_bytes_max", "listed_bytes_max")}
-    return dataclasses.replace(limits, **shares)
-
-
-def shared_limits(requests_max: int, s3: S3Section) -> Limits:
-    """A worker's share of the limits of a whole gateway. Connections are handed out in turn, so the
-    shares are equal.
-    """
-
-    def part(whole: int) -> int:
-        return -(-whole // s3.workers)
-
-    return Limits(
-        requests_max=part(requests_max),
-        connections_max=part(Limits.connections_max),
-        unauthenticated_connections_max=part(s3.unauthenticated_connections_max),
-        unauthenticated_requests_max=part(s3.unauthenticated_requests_max),
-        unauthenticated_bytes_max=part(s3.unauthenticated_bytes_max),
-    )
 
 
 def load_certificate(context: ssl.SSLContext, config: Config) -> None:

@@ -75,7 +75,7 @@ class PartitionDuty:
                 node.ring.floors,
                 node.membership,
                 node.clock,
-                self._first,
+                self.is_first,
             ),
             delay_s=node.config.limits.expunge_delay_s,
         )
@@ -90,9 +90,9 @@ class PartitionDuty:
         """Runs for ever."""
         await self.expunger.run()
 
-    def _first(self) -> bool:
-        """Whether this gateway is the one that expunges: the first by name of those that are up. Two at once do
-        no harm.
+    def is_first(self) -> bool:
+        """Whether this gateway is the one that expunges, and looks after notifications that others left: the first by
+        name of those that are up. Two at once do no harm.
         """
         node = self._node
         entries = [entry for entry in node.layouts.current.nodes if "gateway" in entry.roles]

@@ -37,7 +37,10 @@ from storaged.objects.grant_types import Identity as Identity
 from storaged.objects.grant_types import ObjectAccess as ObjectAccess
 from storaged.objects.grant_types import Principal as Principal
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
+from storaged.objects.pending_events import Origin
 from storaged.objects.records import BucketRecord, Lock, SealedPart
+from storaged.objects.source_types import CopySource as CopySource
+from storaged.objects.source_types import RangeSpec as RangeSpec
 from storaged.objects.upload_types import CompletedPart as CompletedPart
 from storaged.objects.upload_types import PartInfo as PartInfo
 from storaged.objects.upload_types import UploadInfo as UploadInfo
@@ -73,6 +76,8 @@ class NewMeta(Struct, frozen=True):
     acl: Acl | None = None
     lock: Lock | None = None
     """None: what the bucket's configuration says."""
+    origin: Origin | None = None
+    """For the events of the change; None: it has none."""
 
 
 class ObjectInfo(NamedTuple):
@@ -112,24 +117,6 @@ class PutResult(Struct, frozen=True):
     modified_ms: int = 0
     encryption: Encryption | None = None
     """As in ``ObjectInfo``."""
-
-
-class RangeSpec(Struct, frozen=True):
-    """A parsed Range. ``bytes=first-last`` has both, ``bytes=first-`` no ``last``, ``bytes=-suffix`` no ``first``."""
-
-    first: int | None
-    last: int | None
-
-
-class CopySource(NamedTuple):
-    """The version that a copy reads, or a range of it."""
-
-    bucket: BucketRecord
-    key: bytes
-    version_id: str = ""
-    conditions: ReadConditions = NO_READ_CONDITIONS
-    span: RangeSpec | None = None
-    customer_key: bytes = NO_KEY
 
 
 class ObjectStream(Protocol):
@@ -314,6 +301,7 @@ class Objects(Protocol):
         version_id: str = "",
         bypass_governance: bool = False,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
+        origin: Origin | None = None,
     ) -> DeleteResult: ...
 
     async def set_retention(
@@ -346,6 +334,7 @@ class Objects(Protocol):
         encryption: Encryption | None = None,
         lock: Lock | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
+        origin: Origin | None = None,
     ) -> PutResult:
         """``meta``, ``tags`` None: the source's. ``encryption`` is of the copy. The data is opened and sealed anew."""
 
@@ -466,6 +455,7 @@ class Objects(Protocol):
         declared_size: int | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
         customer_key: bytes = NO_KEY,
+        origin: Origin | None = None,
     ) -> PutResult:
         """Idempotent: a second, equal Complete answers what the first did. Raises NoSuchUpload, InvalidPart,
         InvalidPartOrder, EntityTooSmall, BadDigest. An upload with SSE-C and a checksum algorithm needs the key.

@@ -42,7 +42,8 @@ class Identity(Struct, frozen=True):
 class Principal(Struct, frozen=True):
     """The authenticated sender of a request. ``user_id``: the canonical id, which is the account's. ``display_name``:
     the account's. ``access_key``: empty when anonymous. ``email``: only of users that were listed. ``identity``: None
-    for the account's root, whom no policy of its own limits, and for nobody.
+    for the account's root, whom no policy of its own limits, and for nobody. ``service``: the name of a
+    service, which is no user.
     """
 
     user_id: str
@@ -50,6 +51,7 @@ class Principal(Struct, frozen=True):
     access_key: str = ""
     email: str = ""
     identity: Identity | None = None
+    service: str = ""
 
 
 READ: Final = 1

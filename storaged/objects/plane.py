@@ -145,6 +145,8 @@ class ObjectPlane:
     Other processes that serve this gateway's port must drop it from their caches (``BucketService.forget``,
     ``UserService.forget``). The answer to the change waits for this.
     """
+    on_events: Callable[[BucketRecord, RegisterName], None] = lambda bucket, name: None
+    """Called with a key whose outbox has just got events (``write.outbox``)."""
     names_authenticated: Callable[[], bool] = lambda: True
     """Whether all claims of names are known to have an authenticator. Then one without is refused (``claims``)."""
     on_degraded: Callable[[RegisterName], None] = lambda name: None

@@ -7,13 +7,14 @@ In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from storaged.cluster.layout import Profile
 from storaged.meta.storage.row_head import message_of, with_head
 from storaged.objects.configuration.access import AclEntry
+from storaged.objects.pending_events import PendingEvent
 from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
@@ -136,12 +137,20 @@ class History(Message, frozen=True):
     ``kept``: of each version in the record, in the same order. ``levels``: the pages with older versions, by level
     (``code.history``). ``null_at``: the ordinal of the null version, if it lies on a page; else -1. ``copied``: the
     part whose small copies ``Value.payload`` names, if its version lies on a page: nodes verify copies by it.
+    ``outbox``: events that are not delivered yet, oldest first. With them alone, a key without versioning has a
+    history too.
     """
 
     kept: tuple[Kept, ...]
     levels: tuple[tuple[PageRef, ...], ...] = ()
     null_at: int = -1
     copied: PartEntry | None = None
+    outbox: tuple[PendingEvent, ...] = ()
+
+    @property
+    def is_outbox_alone(self) -> bool:
+        """Without its outbox, the record would have no history: the key has no versioning."""
+        return bool(self.outbox) and not self.levels and self.kept in ((), (Kept(0),))
 
 
 class ObjectRecord(Message, frozen=True):
@@ -200,6 +209,8 @@ assert len(Version.__struct_fields__) < 16, "the array of a version begins with 
 
 def encode_object(record: ObjectRecord) -> bytes:
     """The body of an object's register. Its head is the ListedFields of the newest version."""
+    if not record.versions:
+        return with_head(encode(record), 0, 0)
     listed = _listed(record.versions[0])
     start = 3 if len(record.versions) < 16 else 5  # the arrays of the record, of the versions, of the first one
     return with_head(encode(record), start, start + len(encode(listed)) - 1)
@@ -293,11 +304,12 @@ class SealedPartsPage(Message, frozen=True):
 class SealedMeta(Message, frozen=True):
     """The metadata of a version, sealed in the record.
 
-    ``headers``: content-type, cache-control, content-disposition, content-encoding, content-language, expires, in lower
-    case, as the client sent them. ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm
-    (``api.CHECKSUM_ALGORITHMS``) -> base64, with ``-N`` when composite. ``checksum_type``: FULL_OBJECT or COMPOSITE.
-    ``parts``: of multipart objects only; more than 32 are sealed in pages of their own, from ``parts_page``. ``size``:
-    the object's. The record also has it in the clear, and the two must agree. ``acl``: None for the owner's alone.
+    ``headers``: content-type, cache-control, content-disposition, content-encoding, content-language, expires,
+    x-amz-website-redirect-location, in lower case, as the client sent them. ``user``: x-amz-meta-*, names without the
+    prefix. ``checksums``: algorithm (``api.CHECKSUM_ALGORITHMS``) -> base64, with ``-N`` when composite.
+    ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts``: of multipart objects only; more than 32 are sealed in pages
+    of their own, from ``parts_page``. ``size``: the object's. The record also has it in the clear, and the two must
+    agree. ``acl``: None for the owner's alone.
     """
 
     etag: str
@@ -418,19 +430,6 @@ class BucketRecord(Message, frozen=True):
 
 
 _FIRST_SHARDS = bytes(range(256))
-_AUTHENTICATOR_AT = BucketRecord.__struct_fields__.index("authenticator")
-
-
-def authenticated_bytes(body: bytes) -> bytes:
-    """The bytes that the authenticator of a bucket's record covers: the record in ``body`` with an empty authenticator,
-    and with as many fields as when it was written (old records have fewer). Empty for a record that ends before its
-    authenticator.
-    """
-    fields = decode(body, list[Any])
-    if len(fields) <= _AUTHENTICATOR_AT:
-        return b""
-    fields[_AUTHENTICATOR_AT] = b""
-    return encode(fields)
 
 
 class UploadRecord(Message, frozen=True):

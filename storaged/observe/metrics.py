@@ -84,6 +84,20 @@ METRICS: dict[str, MetricDescription] = {
     ),
     "storaged_s3_received_bytes_total": MetricDescription("counter", "Bytes of request bodies."),
     "storaged_s3_sent_bytes_total": MetricDescription("counter", "Bytes of answer bodies."),
+    "storaged_access_log_lines": MetricDescription(
+        "gauge",
+        "Lines of access logs of buckets since the start: lines (all), delivered, dropped (no room in memory), refused"
+        " (by the target bucket); objects counts those that have the delivered lines.",
+        ("what",),
+        merge="count",
+    ),
+    "storaged_notifications": MetricDescription(
+        "gauge",
+        "Events since the start: delivered, failed (attempts), given_up (their bucket does not name the destination any"
+        " more); left counts keys with events that the last look at all buckets could not deliver.",
+        ("what",),
+        merge="count",
+    ),
     "storaged_repair_moves": MetricDescription(
         "gauge",
         "Moves of blocks that storage nodes asked this gateway for, by what came of them; blocks_moved counts blocks.",

@@ -16,7 +16,7 @@ from typing import TypeVar
 from storaged.errors import AccessDenied
 from storaged.objects.api import Grant, Principal
 from storaged.objects.records import BucketRecord
-from storaged.s3 import routes
+from storaged.s3 import routes, website
 from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
 from storaged.s3.auth.authorize import ObjectWanted, owns_plain
 from storaged.s3.auth.regions import region_name
@@ -33,13 +33,15 @@ Records = tuple[tuple[Principal, str] | BaseException | None, BucketRecord | Bas
 """Principal and secret of the user, and the bucket's record, or why there is none. None: the request needs none."""
 
 
-def locate(request: Request, domains: Sequence[str], region: str) -> tuple[Operation, Claim | None]:
+def locate(request: Request, domains: Sequence[str], region: str, websites: str = "") -> tuple[Operation, Claim | None]:
     """Sets the target, bucket and key of a request. Returns its operation, and what it says about its signature: None
-    when it is not signed, or its operation needs no signature. ``domains``: see ``S3App``. ``region``: that signatures
-    must be for, see ``Front.signed_region``.
+    when it is not signed, or its operation needs no signature. ``domains``, ``websites``: the domains of the endpoint.
+    ``region``: that signatures must be for, see ``Endpoint.signed_region``.
 
     Raises InvalidURI, KeyTooLongError, and as ``routes.find`` and ``claim_of``.
     """
+    if websites and (site := website.bucket_of(request, websites)) is not None:
+        return website.begin(request, site), None
     target = request.target = parse_target(request.raw_target)
     bucket = virtual_bucket(request.headers.get("host", ""), domains) if domains else ""
     request.bucket, request.key = split_path(target.raw_path, bucket)

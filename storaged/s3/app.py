@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.objects.api import Buckets, Objects, Users
+from storaged.objects.destinations import Destinations
 from storaged.objects.granted import GrantedObjects
 from storaged.objects.quotas import Quotas
-from storaged.s3.context import Endpoint, Front
+from storaged.s3.access_logs import AccessLogs
+from storaged.s3.context import NO_DESTINATIONS, Endpoint, Front
 from storaged.s3.http.connections import Connections
 from storaged.s3.http.listen import BACKLOG, listen
 from storaged.s3.http.tls import TlsAcceptor, accept_tls
@@ -62,11 +64,12 @@ class S3App:
         entropy: Entropy,
         on_request: Callable[[RequestDone], None] | None = None,
         quotas: Quotas | None = None,
+        destinations: Destinations | None = None,
     ) -> None:
         self._endpoint = endpoint
-        self._responder = Responder(
-            Front(GrantedObjects(objects, quotas), buckets, users, endpoint, clock), entropy, on_request
-        )
+        front = Front(GrantedObjects(objects, quotas), buckets, users, endpoint, clock, destinations or NO_DESTINATIONS)
+        self.access_logs = AccessLogs(front, entropy)
+        self._responder = Responder(front, entropy, on_request, self.access_logs)
         self._servers: list[asyncio.Server] = []
         self._acceptor: TlsAcceptor | None = None
         self._connections: Connections | None = None
@@ -90,6 +93,7 @@ class S3App:
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
         """Serves connections that are given to ``adopt``; does not listen."""
         self._ssl = ssl
+        self.access_logs.start()
         self._connections = Connections(
             self._responder.converse, self._endpoint.limits, self._responder.try_begin, self._endpoint.proxies
         )
@@ -139,6 +143,7 @@ class S3App:
         finally:
             ending.cancel()
         await self._connections.close()
+        await self.access_logs.close()
         self._connections = None
         self._servers.clear()
 

@@ -8,13 +8,14 @@ touches: the source of a copy, each key of DeleteObjects, the key of a form.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from storaged.errors import AccessDenied, NoSuchKey
-from storaged.objects.api import READ, WRITE, Grant, ObjectAccess
+from storaged.objects.api import READ, WRITE, Grant, ObjectAccess, Principal
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
-from storaged.s3.auth.acl import has_grants
+from storaged.s3.auth.acl import LOGGING_SERVICE, has_grants
 from storaged.s3.auth.actions import LIST_BUCKET, Action, action_of
 from storaged.s3.auth.authorize import (
     UNKNOWN,
@@ -138,6 +139,31 @@ def hides_missing(front: Front, request: Request) -> bool:
     if bucket is None or grant is None or grant.key is None or owns_plain(request.who, bucket):
         return False
     return not may_list(front, request, Ask(LIST_BUCKET, bucket, grant.key))
+
+
+# --- access logs ------------------------------------------------------------------------------------------------------
+
+LOG_DELIVERY: Final = Principal("", "log delivery", service=LOGGING_SERVICE)
+
+
+def log_grant(front: Front, source: BucketRecord, target: BucketRecord, key: bytes) -> Grant:
+    """Permission to put an access log of ``source`` into ``target``, for the service that AWS names so. Raises
+    AccessDenied.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/enable-server-access-logging.html"""
+    now = datetime.fromtimestamp(front.clock.wall_ms() / 1000, UTC)
+    facts = {
+        "aws:sourcearn": ARN_PREFIX + source.name,
+        "aws:sourceaccount": account_of(source.owner),
+        "aws:resourceaccount": account_of(target.owner),
+        "s3:resourceaccount": account_of(target.owner),
+        "aws:securetransport": "true",
+        "aws:principalisawsservice": "true",
+        "aws:currenttime": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "aws:epochtime": str(int(now.timestamp())),
+    }
+    context = Context(lambda name: (facts[name],) if name in facts else None, None)
+    resource = Resource(target, front.buckets.configuration_of(target), key)
+    return authorize(LOG_DELIVERY, action_of("PutObject"), resource, context)
 
 
 def check_expected_owner(bucket: BucketRecord, expected: str | None) -> None:

@@ -80,7 +80,6 @@ _BODIES = (*DOCUMENTS, "PutObject", "PostObject", "UploadPart", "PutObjectAnnota
 # --- why something is refused -----------------------------------------------------------------------------------------
 
 _NO_EVENT_HOLD = "Event holds are not implemented."
-_NO_WEBSITE = "Static websites are not implemented."
 _NO_APPEND = "Appending to objects is not implemented."
 _NO_RENAME = "RenameObject is not implemented."
 _NO_MFA = "MFA Delete is not implemented."
@@ -118,7 +117,7 @@ HEADERS: dict[str, Name] = {
     "x-amz-storage-class": _of(*_CREATING),
     "x-amz-tagging": _of(*_CREATING),
     "x-amz-server-side-encryption": _of(*_CREATING, "CreateSession"),
-    "x-amz-website-redirect-location": _of(*_CREATING, refusal=_NO_WEBSITE),
+    "x-amz-website-redirect-location": _of(*_CREATING),
     "x-amz-write-offset-bytes": _of("PutObject", refusal=_NO_APPEND),
     **{
         f"x-amz-server-side-encryption-{name}": _of(*_CREATING, "CreateSession")
@@ -183,7 +182,7 @@ HEADERS: dict[str, Name] = {
         "PutObjectLockConfiguration", "PutBucketReplication", refusal=_NO_CONFIGURATION
     ),
     "x-amz-confirm-remove-self-bucket-access": _of("PutBucketPolicy"),  # a policy never locks the owner out
-    "x-amz-skip-destination-validation": _of("PutBucketNotificationConfiguration", refusal=_NO_CONFIGURATION),
+    "x-amz-skip-destination-validation": _of("PutBucketNotificationConfiguration"),
     "x-amz-transition-default-minimum-object-size": _of("PutBucketLifecycleConfiguration", refusal=_NO_CONFIGURATION),
     # directory buckets
     "x-amz-create-session-mode": _of("CreateSession", refusal=_NO_SESSION),

@@ -17,7 +17,8 @@ SUCCEED_ON_NOTHING: Final = frozenset(
 )
 """Operations that succeed when there is nothing."""
 
-BUCKET_OPERATIONS: Final = frozenset({"CreateBucket", "DeleteBucket"})
+BUCKET_OPERATIONS: Final = frozenset({"CreateBucket", "DeleteBucket", "Website"})
+"""Operations that look the bucket up themselves."""
 COPIES: Final = frozenset({"CopyObject", "UploadPartCopy"})
 BODY_CONSUMED: Final = frozenset({"PutObject", "PostObject", "UploadPart"})
 """Their body has been read, and is not kept."""

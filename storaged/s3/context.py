@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from storaged.clock import Clock
 from storaged.errors import InvalidBucketName
 from storaged.objects.api import Buckets, Principal, Users
+from storaged.objects.destinations import DeliveryFailed, Destinations
 from storaged.objects.granted import GrantedObjects
 from storaged.objects.names import bucket_name_possible
 from storaged.objects.records import BucketRecord
@@ -15,6 +16,15 @@ from storaged.s3.auth.regions import ANY_REGION
 from storaged.s3.http.limits import Limits
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
+from storaged.units import MIB
+
+
+@dataclass(frozen=True, slots=True)
+class AccessLogSettings:
+    """``interval_s``: how often access logs are delivered. ``bytes_max``: of lines in the memory of a process."""
+
+    interval_s: float = 300.0
+    bytes_max: int = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +38,30 @@ class Endpoint:
     """Signatures and new buckets must be of ``region``."""
     domains: Sequence[str] = ()
     """Their subdomains are buckets (virtual-host style)."""
+    website_domain: str = ""
+    """Its subdomains are buckets as websites; empty: there are none."""
     proxies: Sequence[str] = ()
     """Networks whose clients have no limits before they authenticate."""
     limits: Limits = field(default_factory=Limits)
+    access_logs: AccessLogSettings = AccessLogSettings()
 
     @property
     def signed_region(self) -> str:
         """The region that signatures must name; ANY_REGION when they may name any."""
         return self.region if self.strict_region else ANY_REGION
+
+
+class NoDestinations:
+    """Of a gateway whose operator has configured none."""
+
+    def knows(self, arn: str) -> bool:
+        return False
+
+    async def send(self, arn: str, body: bytes) -> None:
+        raise DeliveryFailed("there is no such destination")
+
+
+NO_DESTINATIONS = NoDestinations()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +73,8 @@ class Front:
     users: Users
     endpoint: Endpoint
     clock: Clock
+    destinations: Destinations = NO_DESTINATIONS
+    """Of notifications."""
 
 
 Handler = Callable[[Front, Request], Awaitable[Reply]]

@@ -14,6 +14,7 @@ from storaged.errors import (
     BadDigest,
     InvalidArgument,
     InvalidDigest,
+    InvalidRedirectLocation,
     InvalidRequest,
     InvalidStorageClass,
     InvalidTag,
@@ -25,6 +26,7 @@ from storaged.objects.api import (
     NewMeta,
     RangeSpec,
 )
+from storaged.objects.configuration.website import REDIRECT_LOCATION
 from storaged.objects.write.checksums import CHECKSUM_BYTES
 
 USER_PREFIX = "x-amz-meta-"
@@ -37,6 +39,7 @@ KEPT_HEADERS = (
     "content-language",
     "expires",
 )
+REDIRECT_BYTES_MAX = 2048
 STORAGE_CLASSES = frozenset(
     {
         "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER", "DEEP_ARCHIVE",
@@ -156,7 +159,7 @@ def readable(name: str, value: str) -> str:
 
 def new_meta(headers: Mapping[str, str]) -> NewMeta:
     """The headers that are stored, x-amz-meta-*, tags, storage class. Raises MetadataTooLarge, InvalidTag,
-    InvalidStorageClass."""
+    InvalidStorageClass, InvalidRedirectLocation."""
     kept = {name: readable(name, headers[name]) for name in KEPT_HEADERS if headers.get(name)}
     if "content-encoding" in kept:
         codings = [coding.strip() for coding in kept["content-encoding"].split(",")]
@@ -165,6 +168,8 @@ def new_meta(headers: Mapping[str, str]) -> NewMeta:
             kept["content-encoding"] = ", ".join(codings)
         else:
             del kept["content-encoding"]
+    if REDIRECT_LOCATION in headers:
+        kept[REDIRECT_LOCATION] = redirect_location(headers[REDIRECT_LOCATION])
     user = {
         name[len(USER_PREFIX) :]: readable(name, value)
         for name, value in headers.items()
@@ -178,6 +183,16 @@ def new_meta(headers: Mapping[str, str]) -> NewMeta:
     return NewMeta(
         headers=kept, user=user, tags=parse_tag_header(tagging) if tagging else {}, storage_class=storage_class(headers)
     )
+
+
+def redirect_location(value: str) -> str:
+    """Where a website sends who asks for the object. Raises InvalidRedirectLocation, InvalidArgument."""
+    readable(REDIRECT_LOCATION, value)
+    if not value.startswith(("/", "http://", "https://")):
+        raise InvalidRedirectLocation()
+    if len(value.encode()) > REDIRECT_BYTES_MAX:
+        raise InvalidRedirectLocation(f"The length of website redirect location cannot exceed {REDIRECT_BYTES_MAX}.")
+    return value
 
 
 def storage_class(headers: Mapping[str, str]) -> str:

@@ -17,7 +17,8 @@ XML_TYPE = "application/xml"
 
 REASONS = {
     100: "Continue", 200: "OK", 201: "Created", 204: "No Content", 206: "Partial Content",
-    301: "Moved Permanently", 303: "See Other", 304: "Not Modified",
+    301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified", 307: "Temporary Redirect",
+    308: "Permanent Redirect",
     400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict",
     411: "Length Required", 412: "Precondition Failed", 416: "Requested Range Not Satisfiable",
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",

@@ -27,7 +27,8 @@ from msgspec import Struct
 from storaged import errors, trace
 from storaged.clock import Clock
 from storaged.ids import Entropy
-from storaged.s3 import bucket_retry, xml
+from storaged.s3 import bucket_retry, website, xml
+from storaged.s3.access_logs import AccessLogs
 from storaged.s3.admission import admit_request, complete_grant, load_records, locate, try_records
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.authorization import hides_missing
@@ -36,6 +37,7 @@ from storaged.s3.cors import finish
 from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.grammar import parse_head
+from storaged.s3.log_lines import Spoken
 from storaged.s3.operation import Attempt, Operation, read_body
 from storaged.s3.reply import MARKER_DETAILS, Reply, marker_headers, xml_reply
 from storaged.s3.request import Request, RequestDone
@@ -83,13 +85,16 @@ class Responder:
         front: Front,
         entropy: Entropy,
         on_request: Callable[[RequestDone], None] | None,
+        access_logs: AccessLogs,
     ) -> None:
         self._front = front
         self._clock: Clock = front.clock
         self._signed_region = front.endpoint.signed_region
         self._domains = tuple(domain.lower().strip(".") for domain in front.endpoint.domains)
+        self._websites = front.endpoint.website_domain.lower().strip(".")
         self._entropy = entropy
         self._on_request = on_request
+        self._access_logs = access_logs
         self._host_id = base64.b64encode(entropy(24)).decode()
         self._sender = Sender(front.endpoint.limits, front.clock, self._host_id)
         self._batch: list[tuple[Exchange, Reply]] = []
@@ -152,14 +157,21 @@ class Responder:
     def _observe(
         self, exchange: Exchange, reply: Reply, bytes_out: int, complete: bool, spans: trace.Trace | None = None
     ) -> None:
-        if self._on_request is None:
-            return
         request, duration_s = exchange.request, self._clock.monotonic() - exchange.started_s
         bytes_in = request._body.bytes_received if request._body is not None else 0
+        done = RequestDone(request, reply, bytes_in, bytes_out, duration_s, complete, spans)
+        bucket = request._bucket_record
         try:
-            self._on_request(RequestDone(request, reply, bytes_in, bytes_out, duration_s, complete, spans))
+            if bucket is not None and not bucket.plain and self._access_logs.wants(bucket):
+                self._access_logs.note(done, bucket, self._spoken(exchange.connection))
+            if self._on_request is not None:
+                self._on_request(done)
         except Exception:
-            log.exception("the observer of requests failed")
+            log.exception("an observer of requests failed")
+
+    def _spoken(self, connection: Connection) -> Spoken:
+        cipher = connection.transport.get_extra_info("cipher") if connection.secure else None
+        return Spoken(self._host_id) if cipher is None else Spoken(self._host_id, cipher[0], cipher[1])
 
     def _open_body(self, exchange: Exchange) -> None:
         body = exchange.body
@@ -197,7 +209,7 @@ class Responder:
         if body is None:
             return None
         try:
-            operation, claim = locate(request, self._domains, self._signed_region)
+            operation, claim = locate(request, self._domains, self._signed_region, self._websites)
             exchange.operation, exchange.claim, attempt = operation, claim, operation.attempt
             if attempt is None or claim is None or not exchange.keep_alive or exchange.connection.crowded:
                 return None
@@ -333,7 +345,7 @@ class Responder:
         try:
             operation, claim = exchange.operation, exchange.claim
             if operation is None:
-                operation, claim = locate(request, self._domains, self._signed_region)
+                operation, claim = locate(request, self._domains, self._signed_region, self._websites)
             if not exchange.admitted:
                 began_ns = time.perf_counter_ns() if spans is not None else 0
                 records = try_records(front, request, operation, claim)
@@ -370,6 +382,8 @@ class Responder:
         if isinstance(error, errors.NotModified):
             etag = error.details.get("ETag", "").strip('"')
             return Reply(304, {"ETag": f'"{etag}"'} if etag else {}, code=error.code)
+        if request.operation == website.NAME:
+            return website.error_page(request, error, self._host_id)
         body = b""
         if request.method != "HEAD":
             facts = {name: value for name, value in error.details.items() if name not in MARKER_DETAILS}

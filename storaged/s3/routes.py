@@ -22,6 +22,7 @@ from storaged.s3.ops import (
     access,
     acl,
     attributes,
+    bucket_logging,
     buckets,
     configuration,
     copy,
@@ -32,10 +33,12 @@ from storaged.s3.ops import (
     listing,
     lock,
     multipart,
+    notification,
     post,
     put,
     tags,
     versioning,
+    website,
 )
 from storaged.s3.ops.iam.query import query
 from storaged.s3.reply import Reply, xml_reply
@@ -55,6 +58,8 @@ POLICY = Document(64 * KIB)
 """A policy has at most 20 KiB; what is larger gets the error for that."""
 RULES = Document(64 * KIB)
 """AWS's limit for CORS."""
+WEBSITE = Document(128 * KIB)
+"""AWS's limit."""
 SMALL = Document(16 * KIB)
 """A few settings."""
 CREATION = Document(256 * KIB)
@@ -199,7 +204,7 @@ BUCKET: dict[str, Methods] = {
     "lifecycle": _configuration(
         "BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"
     ),
-    "website": _configuration("BucketWebsite", errors.NoSuchWebsiteConfiguration),
+    "website": _configured("BucketWebsite", website.BUCKET_WEBSITE, WEBSITE),
     "replication": _configuration("BucketReplication", errors.ReplicationConfigurationNotFoundError),
     "encryption": {
         "GET": Operation("GetBucketEncryption", encryption_settings.get_encryption),
@@ -213,12 +218,12 @@ BUCKET: dict[str, Methods] = {
         "PUT": _change("PutObjectLockConfiguration", lock.put_configuration, SETTING),
     },
     "logging": {
-        "GET": _get_fixed("GetBucketLogging", "BucketLoggingStatus"),
-        "PUT": _not_implemented("PutBucketLogging"),
+        "GET": Operation("GetBucketLogging", bucket_logging.get_logging),
+        "PUT": _change("PutBucketLogging", bucket_logging.put_logging, SMALL),
     },
     "notification": {
-        "GET": _get_fixed("GetBucketNotificationConfiguration", "NotificationConfiguration"),
-        "PUT": _not_implemented("PutBucketNotificationConfiguration"),
+        "GET": Operation("GetBucketNotificationConfiguration", notification.get_notification),
+        "PUT": _change("PutBucketNotificationConfiguration", notification.put_notification, RULES),
     },
     "accelerate": {
         "GET": _get_fixed("GetBucketAccelerateConfiguration", "AccelerateConfiguration"),

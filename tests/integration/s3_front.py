@@ -35,6 +35,7 @@ from storaged.objects.api import (
     Reading,
     ReadResult,
 )
+from storaged.objects.destinations import Destinations
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.read.streams import HeldStream
 from storaged.objects.records import BucketRecord
@@ -42,7 +43,7 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import UserService
 from storaged.s3.app import S3App
-from storaged.s3.context import Endpoint
+from storaged.s3.context import AccessLogSettings, Endpoint
 from storaged.s3.http.limits import Limits
 from storaged.s3.request import RequestDone
 from storaged.wire import Buffer
@@ -53,6 +54,8 @@ REGION = "eu-fr-1"
 ACCESS, SECRET = "AKMAIN", "main/secret+key"
 ACCESS_ALT, SECRET_ALT = "AKALT", "alt-secret"
 NO_META = NewMeta()
+NO_DELIVERY = AccessLogSettings(interval_s=3600)
+"""Tests deliver by themselves."""
 
 
 class WatchedStream:
@@ -227,6 +230,9 @@ async def s3_world(
     tls: Any = None,
     strict_region: bool = False,
     legacy: bool = False,
+    website_domain: str = "",
+    access_logs: AccessLogSettings = NO_DELIVERY,
+    destinations: Destinations | None = None,
 ) -> AsyncIterator[World]:
     clock = SystemClock()
     below = objects.World(limits=ObjectLimits(bucket_cache_s=3600, user_cache_s=3600))
@@ -242,11 +248,18 @@ async def s3_world(
         buckets,
         users,
         Endpoint(
-            REGION, legacy_buckets=legacy, strict_region=strict_region, domains=domains, limits=limits or Limits()
+            REGION,
+            legacy_buckets=legacy,
+            strict_region=strict_region,
+            domains=domains,
+            website_domain=website_domain,
+            limits=limits or Limits(),
+            access_logs=access_logs,
         ),
         clock=clock,
         entropy=os.urandom,
         on_request=done.append,
+        destinations=destinations,
     )
     port = await app.start("127.0.0.1", 0, ssl=tls)
     try:

@@ -285,7 +285,9 @@ async def test_no_subresource_changes_anything_but_by_its_own_row(world: World, 
 REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-write-offset-bytes": "3"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-write-offset-bytes": "3", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),
-    ("PUT", "/bucket/k", {"x-amz-website-redirect-location": "/a", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),  # noqa: E501
+    ("PUT", "/bucket/k", {"x-amz-website-redirect-location": "a"}, (400, "InvalidRedirectLocation")),
+    ("PUT", "/bucket/k", {"x-amz-website-redirect-location": "//" + "a" * 2048}, (400, "InvalidRedirectLocation")),
+    ("DELETE", "/bucket/k", {"x-amz-website-redirect-location": "/a"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption-context": "e30=", "x-amz-server-side-encryption": "AES256"}, CONFLICT),  # noqa: E501
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:kms:dsse"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:fsx"}, CONFLICT),
@@ -323,7 +325,7 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("DELETE", "/empty", {"if-match": "*"}, NOT_THERE),
     ("DELETE", "/empty", {"x-amz-expected-bucket-owner": "somebody"}, (403, "AccessDenied")),
     ("POST", "/bucket/k?uploads", {"if-none-match": "*"}, NOT_THERE),
-    ("POST", "/bucket/k?uploads", {"x-amz-website-redirect-location": "/"}, NOT_THERE),
+    ("POST", "/bucket/k?uploads", {"x-amz-website-redirect-location": ""}, (400, "InvalidRedirectLocation")),
     ("PUT", "/new", {"x-amz-bucket-namespace": "account-regional"}, NOT_THERE),
     ("PUT", "/new", {"x-amz-bucket-object-lock-enabled": "yes"}, CONFLICT),
     ("PUT", "/new", {"x-amz-grant-write": "id=1"}, CONFLICT),

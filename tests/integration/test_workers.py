@@ -15,7 +15,7 @@ import pytest
 
 from storaged.config import S3Section
 from storaged.errors import AuditUnwritable, OperatorError, PortInUse
-from storaged.node.gateway import BUFFER_BYTES_MIN, shared_limits, shared_out
+from storaged.node.shares import BUFFER_BYTES_MIN, shared_limits, shared_out
 from storaged.node.workers import FirstProcess, Workers
 from storaged.objects.plane import ObjectLimits
 from storaged.observe import Metrics

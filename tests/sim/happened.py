@@ -39,6 +39,7 @@ LEAST = {
     "layouts": Least(120, done=(("layouts", 1.5), ("steps", 0.1))),
     "recovering system": Least(50, done=(("layouts", 2.5), ("recovered", 0.7))),
     "object lies": Least(a_seed=20),
+    "events": Least(a_seed=15, done=(("events", 5),)),
 }
 """Not of ``collecting``, which counts other operations, and judges its liveness by itself."""
 

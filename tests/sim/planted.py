@@ -35,6 +35,7 @@ PLAYS = {
     "recovering system": "tests.sim.recovering_system:run_recovering_system",
     "object lies": "tests.sim.object_lies:run_object_lies",
     "versions": "tests.sim.versions:run_versions",
+    "events": "tests.sim.events:run_events",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 
@@ -87,6 +88,7 @@ PLANTED = (
     "tests.sim.planted_recovery:RECOVERY_BUGS",
     "tests.sim.planted_system_recovery:SYSTEM_RECOVERY_BUGS",
     "tests.sim.planted_versions:VERSION_BUGS",
+    "tests.sim.planted_events:EVENT_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

@@ -36,6 +36,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import NULL_NAME, VersionName, version_name
+from storaged.objects.pending_events import PendingEvent
 from storaged.objects.records import (
     NULL_VERSION,
     History,
@@ -265,8 +266,9 @@ def never_locked(entry: Entry) -> None:
 class Draft:
     """The versions of a key while a change is made.
 
-    ``has_history``: the record had one. ``fresh``: the new pages that the changed record refers to, by hash, each after
-    those that it refers to. ``removed``: the versions that went, with their data.
+    ``has_history``: the record had one, of versions. ``outbox``: that of the record, to be assigned anew. ``fresh``:
+    the new pages that the changed record refers to, by hash, each after those that it refers to. ``removed``: the
+    versions that went, with their data.
 
     Methods that look at older versions raise PageNeeded, and DataDamaged.
     """
@@ -283,7 +285,8 @@ class Draft:
         self._copied: PartEntry | None = history.copied if history is not None else None
         self._shelf = shelf
         self._bounds = bounds
-        self.has_history = history is not None
+        self.has_history = history is not None and not history.is_outbox_alone
+        self.outbox: tuple[PendingEvent, ...] = history.outbox if history is not None else ()
         self.fresh: dict[bytes, bytes] = {}
         self.removed: list[Version] = []
 
@@ -474,13 +477,13 @@ class Draft:
         entries = self._entries
         while self._levels and not self._levels[-1]:
             self._levels.pop()
-        if not entries:
-            return ObjectRecord(())
-        if not self._levels and [entry.kept for entry in entries] == [_UNVERSIONED] and entries[0].is_null:
-            return ObjectRecord((entries[0].version,))
-        history = History(
-            tuple(entry.kept for entry in entries), tuple(map(tuple, self._levels)), self._null_at, self._copied
-        )
+        if not self.outbox:
+            if not entries:
+                return ObjectRecord(())
+            if not self._levels and [entry.kept for entry in entries] == [_UNVERSIONED] and entries[0].is_null:
+                return ObjectRecord((entries[0].version,))
+        kept, levels = tuple(entry.kept for entry in entries), tuple(map(tuple, self._levels))
+        history = History(kept, levels, self._null_at, self._copied, self.outbox)
         return ObjectRecord(tuple(entry.version for entry in entries), history)
 
 

@@ -70,6 +70,8 @@ def decode_record(value: Value | None) -> ObjectRecord:
 def record_change(record: ObjectRecord, payload: bytes = b"") -> Change:
     """The change of the register that stores these versions."""
     if not record.versions:
+        if record.history is not None and record.history.outbox:
+            return Change(encode_object(record), Visibility.HIDDEN)  # no row of a deleted key may go with its events
         return Change(b"", Visibility.TOMBSTONE)
     hidden = record.versions[0].delete_marker
     return Change(encode_object(record), Visibility.HIDDEN if hidden else Visibility.LIVE, payload)

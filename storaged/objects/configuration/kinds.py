@@ -11,6 +11,9 @@ from typing import Any
 from storaged.objects.configuration.access import ACL, OWNERSHIP, POLICY, PUBLIC_ACCESS_BLOCK
 from storaged.objects.configuration.cors import CORS
 from storaged.objects.configuration.document import Kind
+from storaged.objects.configuration.logging import LOGGING
+from storaged.objects.configuration.notification import NOTIFICATION
+from storaged.objects.configuration.website import WEBSITE
 from storaged.wire import Message
 
 
@@ -86,5 +89,8 @@ KINDS: tuple[Kind[Any], ...] = (
     PUBLIC_ACCESS_BLOCK,
     OWNERSHIP,
     CORS,
+    WEBSITE,
+    LOGGING,
+    NOTIFICATION,
 )
 """All of them. A gateway refuses to serve a bucket that has another one."""

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from storaged.cluster.signers import signer_id
 from storaged.errors import DataDamaged
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, authenticated_bytes
+from storaged.objects.records import BucketRecord
 from storaged.objects.system import rows
 from storaged.objects.system.public import public_bytes
-from storaged.wire import decode
+from storaged.wire import decode, encode
 
 ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
 PREFIX = "bucket/"
+
+_AUTHENTICATOR_AT = BucketRecord.__struct_fields__.index("authenticator")
+
+
+def authenticated_bytes(body: bytes) -> bytes:
+    """The bytes that the authenticator of a bucket's record covers: the record in ``body`` with an empty authenticator,
+    and with as many fields as when it was written (old records have fewer). Empty for a record that ends before its
+    authenticator.
+    """
+    fields = decode(body, list[Any])
+    if len(fields) <= _AUTHENTICATOR_AT:
+        return b""
+    fields[_AUTHENTICATOR_AT] = b""
+    return encode(fields)
 
 
 class BucketRecords:

@@ -27,17 +27,21 @@ from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
     BucketNotEmpty,
+    DataDamaged,
     InvalidArgument,
     NoSuchBucket,
     NoSuchUpload,
     ServiceUnavailable,
+    SlowDown,
     TooManyBuckets,
 )
 from storaged.ids import BUCKET_ID_BYTES
+from storaged.meta.listing.merge import every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, system_name
-from storaged.meta.ports import PageQuery
+from storaged.meta.ports import PageQuery, Row
 from storaged.objects.api import ConfigurationChange, Principal
 from storaged.objects.cache.ttl import TtlCache
+from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
@@ -64,6 +68,11 @@ NONCE_SEQUENCE_BYTES = 8
 NONCE_BYTES = 8
 """Random, after the sequence number."""
 EMPTYING_ROUNDS_MAX = 8
+
+EVENTS_LEFT = (
+    "Events of deleted keys of this bucket are not delivered yet. Please retry. To give them up, put an empty"
+    " notification configuration first."
+)
 
 BARE = BucketRecord("", b"", "", 0, "", 0, "")
 """What a deleted bucket keeps of its configuration."""
@@ -305,11 +314,14 @@ class BucketService:
         return value.sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
-        """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable. Starts again when an upload is created just before
-        the fence.
+        """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable, and SlowDown when nothing but events that are not
+        delivered yet is left. Starts again when an upload is created just before the fence.
         """
         for _ in range(EMPTYING_ROUNDS_MAX):
-            if not await self._is_empty(bucket, b""):
+            row = await self._any_row(Table.OBJECT, bucket, b"", hidden=True)
+            if row is not None:
+                if not _has_versions(row):
+                    await self._refuse_events(bucket)
                 break
             deleting = await self._step(
                 bucket, msgspec.structs.replace(bucket, state=DELETING), draw=self._plane.entropy(NONCE_BYTES)
@@ -364,12 +376,20 @@ class BucketService:
         await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
         if not await self._is_empty(bucket, bucket.nonce):
             return False
-        return not await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False)
+        return await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False) is None
 
     async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
-        return not await self._any_row(Table.OBJECT, bucket, nonce, hidden=True)
+        return await self._any_row(Table.OBJECT, bucket, nonce, hidden=True) is None
 
-    async def _any_row(self, table: Table, bucket: BucketRecord, nonce: bytes, *, hidden: bool) -> bool:
+    async def _refuse_events(self, bucket: BucketRecord) -> None:
+        """Raises SlowDown when all rows are of deleted keys, with events that are not delivered yet."""
+        wanted = PageQuery(Table.OBJECT, bucket.id, bucket.shard_numbers, limit=100, hidden=True)
+        async for row in every_row(self._plane.scanner, wanted):
+            if _has_versions(row):
+                return
+        raise SlowDown(EVENTS_LEFT)
+
+    async def _any_row(self, table: Table, bucket: BucketRecord, nonce: bytes, *, hidden: bool) -> Row | None:
         """A page may be empty and not the last: the scan of very many tombstones continues in the next page."""
         start: bytes | None = b""
         while start is not None:
@@ -379,9 +399,9 @@ class BucketService:
                 )
             )
             if page.rows:
-                return True
+                return page.rows[0]
             start = page.next_after
-        return False
+        return None
 
     async def _abort_uploads(self, bucket: BucketRecord) -> None:
         while True:
@@ -445,6 +465,13 @@ class BucketService:
             return found if after == before else configurations.put(found, after)
 
         await self._amend(bucket, amended)
+
+
+def _has_versions(row: Row) -> bool:
+    try:
+        return bool(decode_record(row.value).versions)
+    except DataDamaged:
+        return True
 
 
 def _require_allowed(layout: Layout, countries: tuple[str, ...]) -> None:

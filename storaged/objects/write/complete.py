@@ -19,7 +19,6 @@ long, and is then refused.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -47,6 +46,7 @@ from storaged.objects.code.versions import UnsealedVersion, decode_record, open_
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.encryption import NO_KEY
+from storaged.objects.pending_events import Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import (
@@ -66,7 +66,10 @@ from storaged.objects.records import (
 from storaged.objects.write.checksums import multipart_etag
 from storaged.objects.write.chosen_parts import Rows, checksums_of, chosen_parts
 from storaged.objects.write.commit import change_once
+from storaged.objects.write.complete_request import CompleteRequest, content_of, request_digest
 from storaged.objects.write.locks import lock_of_new
+from storaged.objects.write.outbox import Outgoing
+from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.put import check_early
 from storaged.objects.write.retire import retire_parts, retire_removed
 from storaged.objects.write.uploads import (
@@ -110,14 +113,17 @@ async def complete(
     declared_size: int | None = None,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
     customer_key: bytes = NO_KEY,
+    origin: Origin | None = None,
 ) -> PutResult:
     """Makes an object of an upload's parts. A repeat of a Complete that succeeded returns the same result.
 
     Raises NoSuchUpload, MalformedXML (no parts), InvalidPart, InvalidPartOrder, EntityTooSmall, EntityTooLarge,
     BadDigest, InvalidRequest, ConditionalRequestConflict, SlowDown, and as the conditions do.
     """
-    request = _Request(parts, owner, checksums or {}, checksum_type, declared_size, conditions, customer_key)
-    bare = _request_digest(request)
+    request = CompleteRequest(
+        parts, owner, checksums or {}, checksum_type, declared_size, conditions, customer_key, origin
+    )
+    bare = request_digest(request)
     waits = 0
     for _ in range(ATTEMPTS_MAX):
         upload = await open_upload(plane, bucket, key, upload_id)
@@ -125,7 +131,7 @@ async def complete(
         equal = hmac.compare_digest(upload.renewed(record).request_digest, digest)
         if record.state == DONE and equal:
             await renew_digest(plane, upload)
-            return _answer(plane, bucket, upload, upload.open_result(), _content_of(upload, request))
+            return _answer(plane, bucket, upload, upload.open_result(), content_of(upload, request))
         if record.state not in (OPEN, COMPLETING):
             raise NoSuchUpload(UploadId=upload_id)
         if record.state == COMPLETING and waits < WAITS_MAX:
@@ -143,41 +149,15 @@ async def complete(
     raise SlowDown("Others complete this upload all the time. Please reduce your request rate.")
 
 
-class _Request(NamedTuple):
-    """A Complete, as the client sent it."""
-
-    parts: Sequence[CompletedPart]
-    owner: str
-    checksums: Mapping[str, str]
-    checksum_type: str
-    declared_size: int | None
-    conditions: WriteConditions
-    customer_key: bytes
-
-
-def _content_of(upload: OpenedUpload, request: _Request) -> ContentKey | None:
-    """The data key of the parts' bodies with SSE-C; None: it is the upload's, or no key was sent. That is enough as
-    long as no checksum is asked for. Raises InvalidRequest.
-    """
-    if request.customer_key != NO_KEY or not upload.has_customer_key:
-        return upload.content_key(request.customer_key)
-    if upload.record.checksum_algorithm or request.checksums or any(part.checksums for part in request.parts):
-        raise InvalidRequest(
-            "An upload with a checksum algorithm and a customer's key is completed with this key: the checksums are"
-            " encrypted too."
-        )
-    return None
-
-
 async def _complete_once(
-    plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, request: _Request, digest: bytes
+    plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, request: CompleteRequest, digest: bytes
 ) -> PutResult:
     """Pins, or resumes what is pinned, and commits. ``digest``: of the request, keyed. Raises _Overtaken, and as
     ``complete``.
     """
     name, keys = object_name(bucket.id, bucket.shard_numbers, upload.place.key), BucketKeys(plane, bucket)
     resumed = upload.record.state == COMPLETING
-    content = _content_of(upload, request)
+    content = content_of(upload, request)
     rows = await _rows(plane, bucket, upload, request.customer_key)
     if not resumed:
         await check_early(plane, name, upload.place, keys, request.conditions)
@@ -187,7 +167,7 @@ async def _complete_once(
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest))
     version = decode_version(upload.record.pinned)
     try:
-        committed = await _commit(plane, bucket, name, keys, upload, version, request.conditions, resumed=resumed)
+        committed = await _commit(plane, bucket, name, keys, upload, version, request, resumed=resumed)
     except (PreconditionFailed, NoSuchKey):
         await _reopen(plane, upload)
         raise
@@ -233,15 +213,6 @@ def _answer(
     )
 
 
-def _request_digest(request: _Request) -> bytes:
-    """SHA-256 of the parts and checksums. It can be computed from content, so it leaves the gateway only keyed
-    (``OpenedUpload.keyed``).
-    """
-    parts = [(part.number, part.etag, sorted(part.checksums.items())) for part in request.parts]
-    content = [parts, sorted(request.checksums.items()), request.checksum_type, request.declared_size]
-    return hashlib.sha256(msgspec.msgpack.encode(content)).digest()
-
-
 async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, customer_key: bytes) -> Rows:
     rows = [row async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id)]
     open_checksums = parts_opener(upload, customer_key)
@@ -255,7 +226,7 @@ async def _make_version(
     name: RegisterName,
     upload: OpenedUpload,
     chosen: Sequence[tuple[PartRecord, SealedPart]],
-    request: _Request,
+    request: CompleteRequest,
     content: ContentKey | None,
 ) -> Version:
     """The version of these parts. Its pages are durable when this returns. Raises EntityTooLarge, InvalidRequest,
@@ -375,9 +346,11 @@ class _Placing:
         upload: OpenedUpload,
         version: Version,
         conditions: WriteConditions,
+        outgoing: Outgoing | None,
         *,
         resumed: bool,
     ) -> None:
+        self._outgoing = outgoing
         self._versioning = plane.versioning(bucket)
         self._keys = keys
         self._upload = upload
@@ -396,6 +369,8 @@ class _Placing:
 
     def _edit(self, draft: Draft, ordinal: int) -> bool:
         upload, value, version = self._upload, self._value, self._version
+        if self._outgoing is not None:
+            self._outgoing.begin()
         pinned = upload.record.pinned_sequence
         there = draft.made_of(version.context_id, pinned)
         if there is not None:
@@ -414,6 +389,9 @@ class _Placing:
             entry = unversioned(version)
         draft.add(entry)
         self.version_id = entry.name
+        if self._outgoing is not None:
+            etag = open_version(upload.place, version, upload.key).meta.etag
+            self._outgoing.add(draft, ordinal, size=version.size, etag=etag, version=entry.name)
         return True
 
 
@@ -424,20 +402,25 @@ async def _commit(
     keys: BucketKeys,
     upload: OpenedUpload,
     version: Version,
-    conditions: WriteConditions,
+    request: CompleteRequest,
     *,
     resumed: bool,
 ) -> _Committed:
     """Puts the version into the object's record, once, however often this is tried. ``upload``: with the pin as its
     record. ``resumed``: an earlier attempt pinned the version. Raises _Moved, _Overtaken, and as ``complete``.
     """
-    placing = _Placing(plane, bucket, keys, upload, version, conditions, resumed=resumed)
+    outgoing = await outgoing_of(plane, bucket, name, request.origin)
+    placing = _Placing(plane, bucket, keys, upload, version, request.conditions, outgoing, resumed=resumed)
 
     async def after_promise() -> None:
         await _still_completing(plane, name, upload, version)
         await placing.change.put_pages(plane.pages, name)
+        if outgoing is not None:
+            await outgoing.note()
 
     await change_once(plane, keys, name, placing.update, after_promise)
+    if outgoing is not None:
+        outgoing.committed()
     return _Committed(placing.version_id, placing.change.removed)
 
 

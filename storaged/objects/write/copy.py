@@ -14,7 +14,9 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.configuration.access import Acl
+from storaged.objects.configuration.website import REDIRECT_LOCATION
 from storaged.objects.encryption import Encryption
+from storaged.objects.pending_events import Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
 from storaged.objects.records import BucketRecord, Lock
@@ -36,16 +38,18 @@ async def copy(
     encryption: Encryption | None = None,
     lock: Lock | None = None,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    origin: Origin | None = None,
 ) -> PutResult:
     """Copies a version. ``meta`` None keeps the source's metadata; so does ``tags`` None with its tags. Without an
     ``algorithm``, the source's checksums are computed anew. ``encryption``: of the copy, whatever the source's is; that
-    in ``meta`` does not count. Access and locks are never copied: ``acl`` and ``lock`` are the new object's. Raises as
-    ``get`` and ``put``.
+    in ``meta`` does not count. Access, locks and the redirection of a website are never copied: ``acl``, ``lock`` and
+    the one in ``meta`` are the new object's. Raises as ``get`` and ``put``.
     """
     stream = await open_source(plane, source)
     try:
         info = stream.info
-        given = meta if meta is not None else NewMeta(info.headers, info.user, info.tags, info.storage_class)
+        headers = {name: value for name, value in info.headers.items() if name != REDIRECT_LOCATION}
+        given = meta if meta is not None else NewMeta(headers, info.user, info.tags, info.storage_class)
         kept = NewMeta(
             given.headers,
             given.user,
@@ -54,6 +58,7 @@ async def copy(
             encryption,
             acl,
             lock,
+            origin,
         )
         checks = BodyChecks(size=info.size, algorithms=(algorithm,) if algorithm else tuple(info.checksums))
         return await put(plane, bucket, key, body_of(stream), kept, checks, owner=owner, conditions=conditions)

@@ -19,9 +19,12 @@ from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.encryption import Encryption
+from storaged.objects.pending_events import Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
 from storaged.objects.records import NAMED_VERSION, NULL_VERSION, BucketRecord, Kept, SealedEncryption, Version
+from storaged.objects.write.outbox import Outgoing
+from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.retire import retire_removed
 from storaged.objects.write.versioned import change_versions, unlocked
 
@@ -34,16 +37,21 @@ async def delete(
     version_id: str = "",
     bypass_governance: bool = False,
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    origin: Origin | None = None,
 ) -> DeleteResult:
     """Deletes an object or a version; to delete one that does not exist succeeds. Data of a version that goes is put on
     the garbage lists. In a bucket with versioning a delete without ``version_id`` adds a delete marker.
-    ``bypass_governance``: see ``code.lock``. Raises AccessDenied for a version that is locked,
-    PreconditionFailed, InvalidArgument, and NoSuchKey for a condition on an object that does not exist.
+    ``bypass_governance``: see ``code.lock``. ``origin``: for the events of the change. Raises AccessDenied for a
+    version that is locked, PreconditionFailed, InvalidArgument, and NoSuchKey for a condition on an object that does
+    not exist.
     """
     name = object_name(bucket.id, bucket.shard_numbers, key)
-    deletion = _Deletion(plane, bucket, Place(bucket.id, key), version_id, conditions)
-    check = unlocked(plane, bypass=bypass_governance)
-    _, removed = await change_versions(plane, deletion.keys, name, deletion.edit, check)
+    outgoing = await outgoing_of(plane, bucket, name, origin)
+    deletion = _Deletion(plane, bucket, Place(bucket.id, key), version_id, conditions, outgoing)
+    check, note = unlocked(plane, bypass=bypass_governance), outgoing.note if outgoing is not None else None
+    _, removed = await change_versions(plane, deletion.keys, name, deletion.edit, check, after_promise=note)
+    if outgoing is not None:
+        outgoing.committed()
     retire_removed(plane, bucket, name, removed)
     return deletion.result
 
@@ -52,9 +60,16 @@ class _Deletion:
     """``result``: of the last run of ``edit``."""
 
     def __init__(
-        self, plane: ObjectPlane, bucket: BucketRecord, place: Place, version_id: str, conditions: WriteConditions
+        self,
+        plane: ObjectPlane,
+        bucket: BucketRecord,
+        place: Place,
+        version_id: str,
+        conditions: WriteConditions,
+        outgoing: Outgoing | None = None,
     ) -> None:
         self._bucket = bucket
+        self._outgoing = outgoing
         self._versioning = plane.versioning(bucket)
         self._place = place
         self._version_id = version_id
@@ -66,6 +81,16 @@ class _Deletion:
         self.result = DeleteResult()
 
     def edit(self, draft: Draft, ordinal: int) -> bool:
+        if self._outgoing is not None:
+            self._outgoing.begin()
+        changed = self._edit(draft, ordinal)
+        if self._outgoing is not None and changed:
+            marked = self._name is None and self.result.delete_marker
+            what = "DeleteMarkerCreated" if marked else "Delete"
+            self._outgoing.add(draft, ordinal, what=what, version=self.result.version_id)
+        return changed
+
+    def _edit(self, draft: Draft, ordinal: int) -> bool:
         target = draft.find(self._name) if self._name is not None else draft.newest
         self._judge(target)
         if self._name is not None:

@@ -24,7 +24,7 @@ from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome
 from storaged.objects.api import NO_WRITE_CONDITIONS, Body, BodyChecks, NewMeta, PutResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, current_of, judged, with_keys
-from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.history import Draft, Entry, unversioned
 from storaged.objects.code.versions import (
     EMPTY,
     Place,
@@ -53,6 +53,8 @@ from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import FULL_OBJECT, digest_of
 from storaged.objects.write.commit import commit, count_put
 from storaged.objects.write.locks import lock_of_new
+from storaged.objects.write.outbox import Outgoing, rules_of
+from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.retire import retire_removed
 from storaged.objects.write.sealing import Sealed, seal_small, sealed_body
 from storaged.objects.write.versioned import VersionsUpdate, unlocked
@@ -85,24 +87,31 @@ async def put(
     )
     write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
     await check_early(plane, write.part.name, write.place, BucketKeys(plane, bucket), conditions)
+    outgoing = await outgoing_of(plane, bucket, write.part.name, meta.origin)
     async with sealed_body(plane, write.part, body, checks) as sealed:
-        if not plane.versioning(bucket):
+        if outgoing is None and not plane.versioning(bucket):
             new = Replacement(write, sealed)
             try:
                 outcome, _ = await commit(
                     plane, new.keys, write.part.name, new.update, sealed, regardless=new.regardless
                 )
             except HasHistory:
-                return await _add_version(write, sealed)
+                return await _add_version(write, sealed, None)
             return new.conclude(outcome)
-        return await _add_version(write, sealed)
+        return await _add_version(write, sealed, outgoing)
 
 
-async def _add_version(write: Write, sealed: Sealed) -> PutResult:
-    added, plane, name = AddedVersion(write, sealed), write.plane, write.part.name
-    await commit(
-        plane, added.keys, name, added.update, sealed, after_promise=lambda: added.change.put_pages(plane.pages, name)
-    )
+async def _add_version(write: Write, sealed: Sealed, outgoing: Outgoing | None) -> PutResult:
+    added, plane, name = AddedVersion(write, sealed, outgoing), write.plane, write.part.name
+
+    async def after_promise() -> None:
+        await added.change.put_pages(plane.pages, name)
+        if outgoing is not None:
+            await outgoing.note()
+
+    await commit(plane, added.keys, name, added.update, sealed, after_promise=after_promise)
+    if outgoing is not None:
+        outgoing.committed()
     retire_removed(plane, write.part.bucket, name, added.change.removed)
     return added.result
 
@@ -121,7 +130,7 @@ def try_put(
 ) -> bool:
     """See ``api.Objects``. Conditions are judged by the commit alone. An early check would save nothing: the body is
     here already."""
-    if meta.lock is not None or plane.versioning(bucket):
+    if meta.lock is not None or plane.versioning(bucket) or rules_of(plane, bucket) is not None:
         return False
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
@@ -266,13 +275,15 @@ class Replacement:
 
 class AddedVersion:
     """A version that becomes the newest one, when the conditions hold for the one that is there. The null version,
-    where versioning is suspended, takes the place of the former null version.
+    where versioning is suspended, takes the place of the former null version; where there never was any, that of all.
     """
 
-    def __init__(self, write: Write, sealed: Sealed) -> None:
+    def __init__(self, write: Write, sealed: Sealed, outgoing: Outgoing | None = None) -> None:
         self._write = write
+        self._outgoing = outgoing
+        self._versioning = write.plane.versioning(write.part.bucket)
         self._small = sealed.small.data_id if sealed.small is not None else b""
-        version_id = NAMED_VERSION if write.plane.versioning(write.part.bucket) == ENABLED else NULL_VERSION
+        version_id = NAMED_VERSION if self._versioning == ENABLED else NULL_VERSION
         self._version, self.result = _new_version(write, sealed, version_id)
         self.keys = BucketKeys(write.plane, write.part.bucket)
         self._entry = sealed.entry
@@ -291,7 +302,17 @@ class AddedVersion:
         if conditions != NO_WRITE_CONDITIONS:
             newest = draft.newest.version if draft.newest is not None else None
             check_write(conditions, judged(write.place, newest, self.keys, with_etag=needs_etag(conditions)))
-        added = Entry(Kept(ordinal, self._lock), msgspec.structs.replace(self._version, parts=(self._entry,)))
+        version = msgspec.structs.replace(self._version, parts=(self._entry,))
+        if self._versioning or draft.has_history:
+            added = Entry(Kept(ordinal, self._lock), version)
+        else:
+            for before in draft.inline:
+                draft.remove(before)
+            added = unversioned(version)
         draft.add(added)
-        self.result = msgspec.structs.replace(self.result, version_id="" if added.is_null else added.name)
+        shown = "" if added.is_null else added.name
+        if self._outgoing is not None:
+            self._outgoing.begin()
+            self._outgoing.add(draft, ordinal, size=self.result.size, etag=self.result.etag, version=shown)
+        self.result = msgspec.structs.replace(self.result, version_id=shown)
         return True

@@ -24,7 +24,7 @@ from storaged.objects.code.lock import check_removal
 from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import Version
-from storaged.objects.write.commit import change_once
+from storaged.objects.write.commit import AfterPromise, change_once
 
 Edit = Callable[[Draft, int], bool]
 """``edit(draft, ordinal)`` changes the versions of a key; False: it left them as they are. ``ordinal``: of the version
@@ -100,12 +100,26 @@ def unlocked(plane: ObjectPlane, *, bypass: bool = False) -> CheckRemoval:
 
 
 async def change_versions(
-    plane: ObjectPlane, keys: BucketKeys, name: RegisterName, edit: Edit, check: CheckRemoval = never_locked
+    plane: ObjectPlane,
+    keys: BucketKeys,
+    name: RegisterName,
+    edit: Edit,
+    check: CheckRemoval = never_locked,
+    *,
+    after_promise: AfterPromise | None = None,
 ) -> tuple[Outcome, list[Version]]:
-    """Changes the versions of a key; returns the versions that went, too. ``check``: see VersionsUpdate. Raises what
-    ``edit`` raises, AccessDenied (a locked version), SlowDown, ServiceUnavailable, DataDamaged.
+    """Changes the versions of a key; returns the versions that went, too. ``check``: see VersionsUpdate.
+    ``after_promise``: awaited before the accept. Raises what ``edit`` raises, AccessDenied (a locked version),
+    SlowDown, ServiceUnavailable, DataDamaged.
     """
     change = VersionsUpdate(keys.shelf, edit, check=check)
+    if after_promise is not None:
+
+        async def ready() -> None:
+            await change.put_pages(plane.pages, name)
+            await after_promise()
+
+        return await change_once(plane, keys, name, change.update, ready), change.removed
     try:
         outcome = await change_with_keys(plane.registers, keys, name, change.update_without_pages)
     except PagesToPut:

@@ -17,6 +17,9 @@ FULL: Final = "FULL_CONTROL"
 PERMISSIONS: Final = frozenset({"READ", "WRITE", "READ_ACP", "WRITE_ACP", FULL})
 GRANTS_MAX: Final = 100
 
+LOGGING_SERVICE: Final = "logging.s3.amazonaws.com"
+"""The only member of the group LogDelivery."""
+
 GROUP_URIS: Final = {
     EVERYBODY: "http://acs.amazonaws.com/groups/global/AllUsers",
     SIGNED: "http://acs.amazonaws.com/groups/global/AuthenticatedUsers",
@@ -95,6 +98,9 @@ def allows(acl: Acl | None, owner: str, who: Principal, permission: str, *, igno
             continue
         if entry.grantee == EVERYBODY or (entry.grantee == SIGNED and who.access_key):
             if not ignore_public:
+                return True
+        elif entry.grantee == LOG_DELIVERY:
+            if who.service == LOGGING_SERVICE:
                 return True
         elif who.access_key and entry.grantee == who.user_id:
             return True

@@ -80,6 +80,8 @@ class Statement(NamedTuple):
         """Whether it speaks of this sender, or of its account."""
         if self.principals is None:
             named = True
+        elif who.service:
+            named = f"Service:{who.service}" in self.principals
         elif not who.access_key:
             named = False
         elif self.other_principals and who.identity is not None:

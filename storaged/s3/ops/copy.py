@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from storaged import errors
 from storaged.objects.api import CopySource, Grant, NewMeta, PutResult
+from storaged.objects.configuration.website import REDIRECT_LOCATION
 from storaged.objects.etags import tag
 from storaged.s3 import conditions as c
 from storaged.s3 import encryption as enc
@@ -21,6 +22,7 @@ from storaged.s3.context import Front, existing_bucket
 from storaged.s3.locks import asked_lock
 from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.multipart import part_number
+from storaged.s3.origins import origin_of
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, check_key
 
@@ -93,6 +95,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
         and not version
         and not replace_meta
         and "x-amz-storage-class" not in headers
+        and REDIRECT_LOCATION not in headers
         and not any(name.startswith(enc.SSE) for name in headers)
     ):
         raise errors.InvalidRequest(
@@ -101,12 +104,13 @@ async def copy_object(front: Front, request: Request) -> Reply:
         )
     meta: NewMeta | None = given if replace_meta else None
     source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
-    if meta is None and "x-amz-storage-class" in headers:
+    if meta is None and ("x-amz-storage-class" in headers or REDIRECT_LOCATION in headers):
         reading = front.objects.head(source, key, version_id=version, conditions=conditions, customer_key=source_key)
         info = await _read_from(front, request, source, key, reading)
         # the copied object must be the one whose metadata was read
         conditions = replace(conditions, if_match=tag(info.etag))
-        meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
+        storage_class = given.storage_class if "x-amz-storage-class" in headers else info.storage_class
+        meta = NewMeta(_with_redirect(info.headers, given), info.user, storage_class=storage_class)
     owner, acl = await ownership(front, request, headers)
     copying = front.objects.copy(
         source,
@@ -121,12 +125,21 @@ async def copy_object(front: Front, request: Request) -> Reply:
         encryption=enc.asked(front, request, headers),
         lock=asked_lock(headers),
         conditions=c.write_conditions(headers),
+        origin=origin_of(request, "ObjectCreated:Copy"),
     )
     result = await _read_from(front, request, source, key, copying)
 
     answer = _copied_headers(request, version, result)
     version_header(result.version_id, answer)
     return xml_reply(_result("CopyObjectResult", result), headers=answer)
+
+
+def _with_redirect(kept: Mapping[str, str], given: NewMeta) -> dict[str, str]:
+    """The headers of a source with the redirection that the request asks for: that of the source is not copied."""
+    found = {name: value for name, value in kept.items() if name != REDIRECT_LOCATION}
+    if REDIRECT_LOCATION in given.headers:
+        found[REDIRECT_LOCATION] = given.headers[REDIRECT_LOCATION]
+    return found
 
 
 async def upload_part_copy(front: Front, request: Request) -> Reply:

@@ -7,6 +7,7 @@ import logging
 from functools import partial
 
 from storaged import errors
+from storaged.objects.pending_events import REMOVED
 from storaged.s3 import conditions as c
 from storaged.s3 import xml
 from storaged.s3.auth.actions import DELETE_KEY
@@ -14,6 +15,7 @@ from storaged.s3.authorization import Ask, permit
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
 from storaged.s3.locks import bypasses
+from storaged.s3.origins import origin_of
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, check_key, version_of
 
@@ -30,6 +32,7 @@ async def delete_object(front: Front, request: Request) -> Reply:
         version_id=version_of(request),
         bypass_governance=bypasses(request.headers),
         conditions=c.delete_conditions(request.headers),
+        origin=origin_of(request, REMOVED),
     )
     headers: Headers = {}
     version_header(result.version_id, headers)
@@ -74,7 +77,12 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
         grant = await permit(front, request, Ask(DELETE_KEY, request.bucket_record, key, version))
         bypass = bypasses(request.headers)
         result = await front.objects.delete(
-            grant, key, version_id=version, bypass_governance=bypass, conditions=c.entry_conditions(entry)
+            grant,
+            key,
+            version_id=version,
+            bypass_governance=bypass,
+            conditions=c.entry_conditions(entry),
+            origin=origin_of(request, REMOVED),
         )
     except errors.S3Error as error:
         return f"<Error>{named}{xml.element('Code', error.code)}{xml.element('Message', error.message)}</Error>"

@@ -16,6 +16,7 @@ from storaged.s3.documents import parse_document
 from storaged.s3.locks import asked_lock
 from storaged.s3.ops.acl import names_of, ownership
 from storaged.s3.ops.put import upload_checks
+from storaged.s3.origins import origin_of
 from storaged.s3.reply import Reply, stored_headers, version_header, xml_reply
 from storaged.s3.request import Request, origin
 
@@ -164,6 +165,7 @@ async def complete(front: Front, request: Request) -> Reply:
         declared_size=h.integer("x-amz-mp-object-size", size, 0, 2**63) if size is not None else None,
         conditions=conditions,
         customer_key=enc.customer_key(front, request),
+        origin=origin_of(request, "ObjectCreated:CompleteMultipartUpload"),
     )
     answer = enc.written_headers(result.encryption, request.headers, {enc.SSE: enc.S3})
     version_header(result.version_id, answer)

@@ -28,6 +28,7 @@ from storaged.s3.locks import asked_lock
 from storaged.s3.operation import check_fields, check_form
 from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.tags import tags_from
+from storaged.s3.origins import origin_of
 from storaged.s3.reply import CONTROL, TOKEN, Reply, stored_headers, xml_reply
 from storaged.s3.request import ANONYMOUS, Request, check_key, origin
 from storaged.wire import Buffer
@@ -66,7 +67,7 @@ async def post_object(front: Front, request: Request) -> Reply:
         parse = partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX)
         document = fields["tagging"].encode("utf-8", "surrogateescape")
         meta = replace(meta, tags=await parse_document(parse, document))
-    meta = replace(meta, encryption=asked(front, request, headers))
+    meta = replace(meta, encryption=asked(front, request, headers), origin=origin_of(request, "ObjectCreated:Post"))
     checks = h.body_checks(headers, None, (), None)
     result = await front.objects.put(request.grant, request.key, _bounded(form, policy), meta, checks, owner=owner)
     reply = _answer(request, fields, result)

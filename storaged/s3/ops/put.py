@@ -18,6 +18,7 @@ from storaged.s3.encryption import asked, default_encryption, written_headers
 from storaged.s3.locks import asked_lock
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.ops.acl import ownership, try_ownership
+from storaged.s3.origins import origin_of
 from storaged.s3.reply import Reply, stored_headers
 from storaged.s3.request import Request, has_no_parameters
 
@@ -79,6 +80,8 @@ async def put_object(front: Front, request: Request) -> Reply:
     owner, acl = await ownership(front, request, request.headers)
     if acl is not None:
         meta = replace(meta, acl=acl)
+    if not request.bucket_record.plain:
+        meta = replace(meta, origin=origin_of(request, "ObjectCreated:Put"))
     result = await front.objects.put(
         request.grant, request.key, request.body, meta, checks, owner=owner, conditions=conditions
     )
