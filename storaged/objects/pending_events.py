@@ -22,7 +22,7 @@ class PendingEvent(Message, frozen=True):
 class EventFacts(Message, frozen=True):
     """What an event says. ``name``: as in AWS's document, such as ``ObjectCreated:Put``. ``destination``: an ARN.
     ``rule``: the id of the configuration that asks for it. ``sequence``: of the register, at the change.
-    ``version_id``, ``etag``: empty where AWS leaves them out. ``requester``: a canonical id; empty for nobody.
+    ``version_id``, ``etag``: empty where AWS leaves them out. ``requester``: an id; empty for nobody.
     """
 
     name: str

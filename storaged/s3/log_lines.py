@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Final, NamedTuple
 from urllib.parse import quote, quote_from_bytes
 
+from storaged.objects.api import Principal
 from storaged.objects.configuration.logging import DELIVERY_TIME, EVENT_TIME, BucketLogging
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
@@ -65,7 +66,7 @@ def line_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spok
         bucket.name,
         _moment(began_ms),
         request.remote or "-",
-        request.who.user_id if signed else "-",
+        _requester(request.who),
         request.id,
         operation_of(request.operation, request.method),
         quote_from_bytes(request.key) or "-",
@@ -89,6 +90,13 @@ def line_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spok
         "-",
     )
     return " ".join(fields) + "\n"
+
+
+def _requester(who: Principal) -> str:
+    """The canonical id of an account's root, the ARN of another identity."""
+    if not who.access_key:
+        return "-"
+    return who.identity.arn if who.identity is not None else who.user_id
 
 
 def _moment(ms: int) -> str:

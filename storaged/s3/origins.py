@@ -11,4 +11,5 @@ def origin_of(request: Request, event: str) -> Origin | None:
     if request.bucket_record.plain:
         return None
     who = request.who
-    return Origin(event, who.user_id if who.access_key else "", request.remote, request.id)
+    principal = who.identity.id if who.identity is not None else who.user_id
+    return Origin(event, principal if who.access_key else "", request.remote, request.id)
