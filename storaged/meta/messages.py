@@ -415,7 +415,9 @@ class ShardAsk(Message, frozen=True):
 
 
 class ScanRequest(Message, frozen=True):
-    """``visible``: rows with at least this Visibility are entries. ``epoch`` of the asker's layout."""
+    """``visible``: rows with at least this Visibility are entries. ``epoch`` of the asker's layout. ``fence``: a nonce;
+    only a replica that holds this fence of the scope answers, once everything that it judged before is on disk.
+    """
 
     disk: str
     epoch: int
@@ -425,6 +427,7 @@ class ScanRequest(Message, frozen=True):
     prefix: bytes = b""
     delimiter: bytes = b""
     visible: int = 0
+    fence: bytes = b""
 
 
 class ScanRow(Message, frozen=True):

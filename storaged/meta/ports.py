@@ -219,8 +219,8 @@ class PageQuery(NamedTuple):
     """Asks for a page of the rows of these shards with key > ``after`` and the prefix, in key order. With a delimiter,
     keys with a common prefix after ``prefix`` are one entry. ``hidden``: HIDDEN rows too.
 
-    ``settling_nonce`` is the fence's, for the scan that decides whether a bucket being deleted is empty: rows of a
-    fenced scope settle only with it.
+    ``settling_nonce`` is the fence's: rows of a fenced scope settle only with it. ``after_fence``: only replicas that
+    hold this fence count, for the scan that decides whether a bucket being deleted is empty.
     """
 
     table: int
@@ -232,6 +232,7 @@ class PageQuery(NamedTuple):
     limit: int = 1000
     hidden: bool = False
     settling_nonce: bytes = b""
+    after_fence: bool = False
 
 
 class Scanner(Protocol):

@@ -190,7 +190,7 @@ class MemoryRing:
     # --- Scanner ------------------------------------------------------------------------------------------------------
 
     async def list_page(self, wanted: PageQuery) -> ListPage:
-        table, scope, shards, prefix, after, delimiter, limit, hidden, _ = wanted
+        table, scope, shards, prefix, after, delimiter, limit, hidden, *_ = wanted
         least = Visibility.HIDDEN if hidden else Visibility.LIVE
         found: dict[bytes, Value | None] = {}
         for name, value in self.values.items():

@@ -164,7 +164,7 @@ class Buckets(Scenario):
         for _ in range(3):
             await self._housekeep(reader)
         # A fence is lifted on all replicas, or its lifting is owed to those that are away or take no writes.
-        away = any(node.foreign or node.silent for node in self.world.nodes.values())
+        away = not all(node.takes_writes for node in self.world.nodes.values())
         for record in await service.every_bucket():
             if record.state != "active" or (record.nonce and not away):
                 self.complain(f"the bucket {record.name} stays closed")
@@ -184,7 +184,7 @@ class Buckets(Scenario):
     async def _look_at_fences(self, record: BucketRecord) -> None:
         """Each disk that takes part has lifted its fence, whichever others could not."""
         for node in self.world.nodes.values():
-            if node.foreign or node.silent:
+            if not node.takes_writes:
                 continue
             held = (await node.replica.handover.fences(FencesAsk(node.disk, b""))).scopes
             if any(fence.scope == record.id and fence.nonce for fence in held):

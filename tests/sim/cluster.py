@@ -200,6 +200,9 @@ class MemoryDisk:
     set. ``file_disk.FileDisk`` is the other kind.
     """
 
+    refusal = ""
+    """Why the store takes no writes."""
+
     def __init__(self, world: World, _name: str) -> None:
         self.world = world
         self.hung: asyncio.Event | None = None
@@ -277,6 +280,11 @@ class StorageNode:
     def silent(self) -> bool:
         """It is up, and takes no part in the ring."""
         return self.up and self.replica.statistics().state != "ok"
+
+    @property
+    def takes_writes(self) -> bool:
+        """Its disk is the right one, has room, and did not fail."""
+        return not (self.foreign or self.silent or self.medium.refusal)
 
     def start(self) -> None:
         self.life += 1

@@ -319,6 +319,11 @@ class FileDisk:
                 self._tear(fd, content, at)
             on_done(OSError(code, os.strerror(code)))
 
+    @property
+    def refusal(self) -> str:
+        """Why the store takes no writes."""
+        return self.store.refusal
+
     def _on_failure(self, code: int) -> None:
         self.failed = self.failed or code not in (0, errno.ENOSPC)
 

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from storaged.errors import ServiceUnavailable
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.listing.merge import ROUNDS_MAX, every_row
 from storaged.meta.listing.round import share_of
 from storaged.meta.messages import ScanRow
@@ -214,6 +215,21 @@ async def test_a_row_that_only_one_of_two_replicas_has_is_settled_before_it_is_s
     assert keys_of(await page_of(ring, shards=range(1))) == [b"a"]
     assert ring.reads == [name]
     assert ring.stores[disks[1]].get(name) is not None
+
+
+async def test_after_a_fence_only_replicas_that_hold_it_are_asked_and_a_doubtful_key_is_settled_and_not_read() -> None:
+    ring = Ring()
+    name = name_of(b"a")
+    disks = ring.replicas_of(name)
+    await ring.put(disks[0], name, value_of(1), 1)
+    ring.verdicts = {disks[2]: Verdict.FENCED}  # its fence is not on disk yet
+    wanted = PageQuery(Table.OBJECT, BUCKET, range(1), hidden=True, settling_nonce=b"nonce", after_fence=True)
+    assert keys_of(await ring.scanner.list_page(wanted)) == [b"a"]
+    assert (ring.settled, ring.reads) == ([name], [])
+    assert {request.fence for request in ring.scans} == {b"nonce"}
+    ring.verdicts[disks[1]] = Verdict.FENCED
+    with pytest.raises(ServiceUnavailable):
+        await ring.scanner.list_page(wanted)
 
 
 async def test_a_delete_that_only_one_of_two_replicas_has_is_settled_before_the_key_is_left_out() -> None:

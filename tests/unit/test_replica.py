@@ -721,6 +721,71 @@ async def test_a_fence_is_answered_after_an_accept_whose_copy_arrives_late() -> 
     assert (await before).verdict == Verdict.OK
 
 
+async def test_a_scan_that_counts_on_a_fence_is_answered_when_all_that_was_judged_before_it_has_arrived() -> None:
+    copies, gate = Copies(), asyncio.Event()
+    store = copies.store
+
+    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+        await gate.wait()
+        await store(header, body)
+
+    copies.store = late  # type: ignore[method-assign]
+    fenced = MemoryMetaStore()
+    replica = copies.over(fenced)
+    ask = (ShardAsk(3, b"", 10, Want.ALL, 100, 10_000),)
+
+    async def rows(of: LocalReplica, nonce: bytes) -> tuple[int, int]:
+        found = await of.scan(ScanRequest("d", 1, Table.OBJECT, SCOPE, ask, fence=nonce))
+        assert of.try_scan(ScanRequest("d", 1, Table.OBJECT, SCOPE, ask, fence=nonce)) == found
+        return found.verdict, found.slices[0].looked_at if found.slices else 0
+
+    await replica.prepare(prepare(ballot(10)))
+    assert await rows(replica, b"nonce") == (Verdict.FENCED, 0)
+    before = asyncio.create_task(replica.accept(with_copy(ballot(10), b"D"), [b"payload"]))
+    await settle_tasks()
+    fencing = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"nonce")))
+    await settle_tasks()
+    assert fenced.get_fence(SCOPE) is not None
+    assert await rows(replica, b"nonce") == (Verdict.FENCED, 0)
+    assert await rows(replica, b"") == (Verdict.OK, 0)
+    async with asyncio.timeout(GUARD_S):
+        gate.set()
+        assert (await fencing).done
+        assert (await before).verdict == Verdict.OK
+    assert await rows(replica, b"nonce") == (Verdict.OK, 1)
+    assert await rows(replica, b"other") == (Verdict.FENCED, 0)
+    assert (await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))).done
+    assert await rows(replica, b"nonce") == (Verdict.OK, 1)
+    assert await rows(copies.over(fenced), b"nonce") == (Verdict.OK, 1)
+
+
+async def test_a_fence_whose_caller_went_away_before_all_had_arrived_does_not_answer_scans() -> None:
+    copies, gate = Copies(), asyncio.Event()
+
+    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+        await gate.wait()
+
+    copies.store = late  # type: ignore[method-assign]
+    fenced = MemoryMetaStore()
+    replica = copies.over(fenced)
+    await replica.prepare(prepare(ballot(10)))
+    before = asyncio.create_task(replica.accept(with_copy(ballot(10), b"D"), [b"payload"]))
+    await settle_tasks()
+    fencing = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"nonce")))
+    await settle_tasks()
+    fencing.cancel()
+    await settle_tasks()
+    ask = (ShardAsk(3, b"", 10, Want.ALL, 100, 10_000),)
+    request = ScanRequest("d", 1, Table.OBJECT, SCOPE, ask, fence=b"nonce")
+    assert fenced.get_fence(SCOPE) is not None
+    assert (await replica.scan(request)).verdict == Verdict.FENCED
+    gate.set()
+    async with asyncio.timeout(GUARD_S):
+        await before
+        assert (await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))).done
+    assert (await replica.scan(request)).verdict == Verdict.OK
+
+
 async def test_pages_are_kept_under_their_own_hash_alone() -> None:
     replica = LocalReplica("d", MemoryMetaStore())
     page_hash = xxhash.xxh3_128_digest(b"page")

@@ -42,11 +42,23 @@ class Fences:
         self._unsynced: dict[bytes, Fence] = {}
         self._lifted_unsynced: dict[bytes, bytes] = {}
         self._known: dict[bytes, Fence | None] = {}
+        self._arriving: set[bytes] = set()
+        """Scopes whose fence was set while accepts that were judged before it may still be on their way."""
 
     def of(self, scope: bytes) -> Fence | None:
         unsynced = self._unsynced.get(scope)
-        if unsynced is not None:
-            return unsynced
+        return unsynced if unsynced is not None else self._on_disk(scope)
+
+    def holds(self, scope: bytes, nonce: bytes) -> bool:
+        """Whether the fence of this nonce is on disk, and everything that was judged before it."""
+        fence = self._on_disk(scope)
+        return fence is not None and fence.nonce == nonce and scope not in self._arriving
+
+    def arrived(self, scope: bytes) -> None:
+        """Everything that was judged before the fence of this scope is on disk, or failed."""
+        self._arriving.discard(scope)
+
+    def _on_disk(self, scope: bytes) -> Fence | None:
         try:
             return self._known[scope]
         except KeyError:
@@ -89,11 +101,14 @@ class Fences:
         present = self.of(scope)
         if present is not None and present.final and present.nonce != nonce:
             return None
+        arriving = not self.holds(scope, nonce)
         final = request.final or (present is not None and present.final)
         if not final and (nonce <= self._lifted(scope) or (present is not None and nonce < present.nonce)):
             return None
         fence = Fence(scope, nonce, final)
         self._unsynced[scope] = fence
+        if arriving:
+            self._arriving.add(scope)
 
         def synced() -> None:
             self._known.pop(scope, None)

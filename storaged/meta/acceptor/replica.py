@@ -473,6 +473,7 @@ class LocalReplica:
             return self._fences.reply(request, done=False)
         await self._writes.durably(*write)
         await self.pending.all_arrived()
+        self._fences.arrived(request.scope)
         return messages.FenceReply(True)
 
     async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:

@@ -261,6 +261,8 @@ class DiskRows:
     async def _scan_in_thread(self, request: ScanRequest) -> ScanReply:
         """One at a time. Without the cache, which belongs to the event loop."""
         await self.bring_fence(request.scope)
+        if self._lacks_fence(request):
+            return ScanReply(Verdict.FENCED)
         async with self._reading_ahead:
             found = await self._store.start(partial(self._scan, request, None))
         self._writes.check_answers()
@@ -271,6 +273,8 @@ class DiskRows:
         self._writes.check_answers()
         if self._is_old(request):
             return ScanReply(Verdict.EPOCH)
+        if self._lacks_fence(request):
+            return ScanReply(Verdict.FENCED)
         return self._with_fence(self._scan(request, self._digests), request)
 
     def _is_old(self, request: ScanRequest) -> bool:
@@ -284,6 +288,16 @@ class DiskRows:
             return request.epoch < state.epoch
         shards = [(ask, RegisterName(request.table, request.scope, ask.shard, b"")) for ask in request.shards]
         return any((ask.epoch or request.epoch) < state.epoch_at(name) for ask, name in shards)
+
+    def _lacks_fence(self, request: ScanRequest) -> bool:
+        """Whether the asker counts on a fence that is not in force here, or only in part: an accept that was judged
+        before it may still be on its way, and be acknowledged after the scan.
+        """
+        return (
+            bool(request.fence)
+            and self._rules.scans_after_fence
+            and not self._fences.holds(request.scope, request.fence)
+        )
 
     def _scan(self, request: ScanRequest, digests: DigestCache | None) -> ScanReply:
         try:

@@ -160,6 +160,10 @@ class Rules:
     """34. A floor is on disk before it is reported, and before a row goes."""
     floors_when_settled: bool = True
     """35. While a partition has two sets, no floor is set in it, and no row goes."""
+    scans_after_fence: bool = True
+    """36. Whether a fenced bucket is empty is asked only of replicas that hold its fence. Two of three replicas that
+    have no row prove nothing while one of them has no fence yet: it may take, and acknowledge, an accept after that.
+    """
 
 
 RULES = Rules()

@@ -97,7 +97,13 @@ class RingScanner:
         """
         visible = Visibility.HIDDEN if wanted.hidden else Visibility.LIVE
         query = Query(
-            wanted.table, wanted.scope, wanted.prefix, wanted.delimiter, visible, settling_nonce=wanted.settling_nonce
+            wanted.table,
+            wanted.scope,
+            wanted.prefix,
+            wanted.delimiter,
+            visible,
+            settling_nonce=wanted.settling_nonce,
+            after_fence=wanted.after_fence,
         )
         (keys, held, prefixes, next_after), _ = await self._filled(query, wanted.shards, wanted.after, wanted.limit)
         return ListPage(tuple(map(Row, keys, held)), prefixes, next_after)

@@ -15,8 +15,8 @@ from storaged.meta.storage.scan import Want, listing_hash
 
 @dataclass(frozen=True)
 class Query:
-    """``visible``: the least Visibility that counts. ``settling_nonce`` of the scope's fence, if it has one. ``heads``:
-    return only the heads of the bodies, not the values.
+    """``visible``: the least Visibility that counts. ``settling_nonce`` of the scope's fence, if it has one.
+    ``after_fence``: only replicas that hold it count. ``heads``: return only the heads of the bodies, not the values.
     """
 
     table: int
@@ -26,6 +26,7 @@ class Query:
     visible: int
     settling_nonce: bytes = b""
     heads: bool = False
+    after_fence: bool = False
 
     @property
     def rows(self) -> Want:

@@ -117,11 +117,9 @@ class ScanRounds:
                     asks[disk].append(ShardAsk(shard, read.after, read.limit, wanted, *read.bounds, known, epoch))
                     reads_of[disk].append(number)
         epoch = self._layouts.current.epoch
+        what = query.prefix, query.delimiter, query.visible, query.settling_nonce if query.after_fence else b""
         requests = [
-            ScanRequest(
-                disk, epoch, query.table, query.scope, tuple(shards), query.prefix, query.delimiter, query.visible
-            )
-            for disk, shards in asks.items()
+            ScanRequest(disk, epoch, query.table, query.scope, tuple(shards), *what) for disk, shards in asks.items()
         ]
         return requests, reads_of
 

@@ -184,7 +184,7 @@ class ShardReader:
         for read, found in zip(reads, answers, strict=True):
             settled = settle_by_majority(query, read.feed, found)
             settling = [
-                self._read(RegisterName(query.table, query.scope, read.feed.shard, key), query.settling_nonce)
+                self._read(query, RegisterName(query.table, query.scope, read.feed.shard, key))
                 for key in settled.doubtful
             ]
             settled.values.update(zip(settled.doubtful, await gather_bounded(settling, SETTLING_MAX), strict=True))
@@ -219,8 +219,11 @@ class ShardReader:
             read.known = held = new
         return Piece(held.keys, held.heads, answer.through, answer.done)
 
-    async def _read(self, name: RegisterName, settling_nonce: bytes) -> Value | None:
-        return (await self._registers.read(name, settling_nonce=settling_nonce)).value
+    async def _read(self, query: Query, name: RegisterName) -> Value | None:
+        """A read counts replicas without the fence, too; a settling round refuses what these have not judged yet."""
+        if query.after_fence:
+            return await self._registers.settle(name, settling_nonce=query.settling_nonce)
+        return (await self._registers.read(name, settling_nonce=query.settling_nonce)).value
 
 
 async def gather_bounded(work: Sequence[Coroutine[Any, Any, T]], limit: int) -> list[T]:

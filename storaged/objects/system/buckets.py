@@ -395,7 +395,14 @@ class BucketService:
         while start is not None:
             page = await self._plane.scanner.list_page(
                 PageQuery(
-                    table, bucket.id, bucket.shard_numbers, after=start, limit=1, hidden=hidden, settling_nonce=nonce
+                    table,
+                    bucket.id,
+                    bucket.shard_numbers,
+                    after=start,
+                    limit=1,
+                    hidden=hidden,
+                    settling_nonce=nonce,
+                    after_fence=bool(nonce),
                 )
             )
             if page.rows:
