@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from storaged.cluster.layout import Layout
 from storaged.cluster.partitions import PartitionState
+from storaged.cluster.presigned import spares_for
 from storaged.cluster.sparing import OUT, DisksOut, Opinion
 from storaged.cluster.spread import minority_of
 from storaged.units import format_duration
@@ -16,7 +18,8 @@ from storaged.units import format_duration
 class SparingFacts(NamedTuple):
     """``layout``: in force. ``target``: where data should be (``cluster.sparing``). ``record``: the disks out.
     ``seen``: what this node has seen of each disk. ``states``: of all partitions; None while they are not known.
-    ``reason``: why a disk that is due does not go out, or come back.
+    ``reason``: why a disk that is due does not go out, or come back. ``spares``: seed disk -> the disks that may take
+    its place by layouts that were signed beforehand. ``seed_reason``: why none does.
     """
 
     layout: Layout
@@ -25,6 +28,8 @@ class SparingFacts(NamedTuple):
     seen: Mapping[str, Opinion]
     states: Sequence[PartitionState] | None
     reason: str = ""
+    spares: Mapping[str, Sequence[str]] = MappingProxyType({})
+    seed_reason: str = ""
 
 
 def document(facts: SparingFacts) -> dict[str, Any]:
@@ -64,7 +69,33 @@ def document(facts: SparingFacts) -> dict[str, Any]:
         "out": out,
         "waiting": [{**one, "out_in_s": max(0, int(str(one["out_in_s"])))} for one in waiting],
         "reason": facts.reason,
+        "seeds": [
+            {"disk": seed, "node": _node_of(layout, seed), "spares": list(facts.spares.get(seed, ()))}
+            for seed in layout.seeds
+        ],
+        "seed_moves": bool(layout.seeds_next and layout.if_out),
+        "seed_reason": facts.seed_reason,
     }
+
+
+def _node_of(layout: Layout, disk: str) -> str:
+    """Empty for a disk that the layout does not have any more."""
+    return layout.node_of(disk) if disk in layout.disk_by_id else ""
+
+
+def unspared(facts: SparingFacts) -> list[tuple[str, str]]:
+    """(subject, detail) of each SEED_NOT_SPARED: a seed disk that another one could replace, and no layout was signed
+    for it.
+    """
+    layout = facts.layout
+    if layout.seeds_next or layout.seeds_lost or not layout.sparing.domains_max:
+        return []
+    found = []
+    for seed in layout.seeds:
+        if not facts.spares.get(seed) and (able := spares_for(layout, seed)):
+            place = f"{layout.node_by_name[layout.node_of(seed)].location}/{layout.node_of(seed)}/{seed}"
+            found.append((place, f"disk {able[0]} of {layout.node_of(able[0])} could take its place, and may not"))
+    return found
 
 
 def details(facts: SparingFacts, found: Mapping[str, Any]) -> list[tuple[str, int, str]]:
@@ -86,13 +117,33 @@ def seed_details(facts: SparingFacts, found: Mapping[str, Any]) -> list[tuple[st
         (
             f"{entry['rack']}/{entry['node']}/{entry['disk']}",
             entry["since"],
-            f"{entry['state']}; {len(left)} of {len(seeds)} seed disks are left, {then}. Only a signed layout replaces"
-            f" it: `storaged disk remove AUTHORITY {entry['node']} {entry['disk']}`, `storaged cluster layout"
-            " AUTHORITY`, and `storaged cluster apply` for each file that this signs",
+            f"{entry['state']}; {len(left)} of {len(seeds)} seed disks are left, {then}. {_seed_goes(facts, entry)}",
         )
         for entry in found["out"]
         if entry["disk"] in seeds and entry["back_in_s"] is None
     ]
+
+
+def _answers(facts: SparingFacts, disk: str) -> bool:
+    seen = facts.seen.get(disk)
+    return disk not in facts.record.disks and not (seen is not None and seen.state)
+
+
+def _seed_goes(facts: SparingFacts, entry: Mapping[str, Any]) -> str:
+    """What replaces a seed disk that is out."""
+    layout, seed = facts.layout, entry["disk"]
+    waits = f" ({facts.seed_reason})" if facts.seed_reason else ""
+    if layout.seeds_next and layout.if_out == seed:
+        comes = next(disk for disk in layout.seeds_next if disk not in layout.seeds)
+        return f"Disk {comes} of {_node_of(layout, comes)} takes its place: it gets what the others have{waits}"
+    if spares := [disk for disk in facts.spares.get(seed, ()) if _answers(facts, disk)]:
+        named = " or ".join(f"disk {disk} of {_node_of(layout, disk)}" for disk in spares)
+        return f"By itself {named} takes its place{waits}"
+    return (
+        f"Only a layout that an administrator signs replaces it{waits}: `storaged disk remove AUTHORITY"
+        f" {entry['node']} {seed}`, `storaged cluster layout AUTHORITY`, and `storaged cluster apply` for each file"
+        " that this signs"
+    )
 
 
 def _why_not_replaced(layout: Layout, out: frozenset[str]) -> str:
@@ -117,7 +168,7 @@ def _detail(facts: SparingFacts, entry: Mapping[str, Any]) -> str:
             f" partitions have {layout.replicas - 1} of {layout.replicas} replicas: keys are read and written, and stop"
             f" when one more {kind} fails. Objects are held as the living {kind}s can (see writes)"
         )
-    seed = "; it is a seed disk, which only a signed layout replaces" if entry["disk"] in layout.seeds else ""
+    seed = "; it is a seed disk (see SEED_DISK_OUT)" if entry["disk"] in layout.seeds else ""
     if entry["partitions"] is None:
         return f"{entry['state']}; how much others have taken over is not known yet"
     if entry["partitions"]:

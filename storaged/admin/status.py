@@ -49,6 +49,7 @@ from storaged.errors import (
     QuorumLost,
     RepairWaitsForGateway,
     SeedDiskOut,
+    SeedNotSpared,
     StoragedError,
     SystemRecordDamaged,
 )
@@ -186,7 +187,9 @@ class Facts:
     filling: Mapping[str, str] = field(default_factory=dict)
     """What to tell of each disk that is nearly full."""
     seeds_out: Sequence[tuple[str, int, str]] = ()
-    """The same of those that are seed disks, which no other disk replaces by itself."""
+    """The same of those that are seed disks."""
+    seeds_unspared: Sequence[tuple[str, str]] = ()
+    """(subject, detail) of each seed disk that another one could replace, if a layout were signed for this case."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +369,8 @@ def _warnings(facts: Facts, now_ms: int) -> Iterable[dict[str, Any]]:
         for disk in node.disks if node.up else ():
             if disk.id in facts.filling:
                 yield problem(DiskFilling, f"{node.rack}/{node.name}/{disk.id}", now_ms, facts.filling[disk.id])
+    for subject, detail in facts.seeds_unspared:
+        yield problem(SeedNotSpared, subject, now_ms, detail)
 
 
 def _object_problems(durability: Durability, now_ms: int) -> Iterable[dict[str, Any]]:

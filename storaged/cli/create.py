@@ -28,6 +28,7 @@ from storaged.cluster.layout import (
 )
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import PeerIdentity
+from storaged.cluster.presigned import presign
 from storaged.cluster.spread import minority_of
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused, LayoutUnsafe, OperatorError
@@ -338,11 +339,13 @@ def seeds_of(layout: Layout) -> tuple[str, ...]:
 
 
 def sign_layout(authority: issuing.Authority, layout: Layout, folders: list[Path]) -> None:
-    """Signs the layout and writes it beside the authority's keys, and into each node's identity.
+    """Signs the layout, and those that may follow it when a seed disk is lost (``cluster.presigned``). Writes it beside
+    the authority's keys, and into each node's identity.
 
     A node reads it there at its next start or reload.
     """
     signed = signed_layout.sign_layout(layout, authority.administration)
+    signed = msgspec.structs.replace(signed, following=presign(signed, authority.administration.sign))
     base = _base_of(authority, layout)
     keep_layout(authority, signed, layout)
     write_private(authority.directory / LAYOUT_NAME, encode(signed))

@@ -119,8 +119,22 @@ def _print_plan(before: Layout, layouts: Sequence[Layout], found: planning.Outlo
         click.echo(f"fragments that move   {found.fragments}")
     nodes = {disk: after.node_of(disk) if disk in after.disk_by_id else "nobody" for disk in after.seeds}
     click.echo(f"seed disks            {', '.join(f'{disk} of {node}' for disk, node in nodes.items())}")
+    for line in _spares(after):
+        click.echo(line)
     for when, survives in found.survives.items():
         click.echo(f"{when:<10} any one {found.domain} may fail: {'yes' if survives else 'NO'}")
+
+
+def _spares(layout: Layout) -> list[str]:
+    """What takes the place of each seed disk when it is lost."""
+    from storaged.cli import planning
+
+    found = []
+    for number, (seed, disks) in enumerate(planning.seed_spares(layout).items()):
+        named = " or ".join(f"{disk} of {layout.node_of(disk)}" for disk in disks)
+        head = "when one is lost" if not number else ""
+        found.append(f"{head:<21} {seed}: {f'{named} takes its place' if named else 'no other takes its place'}")
+    return found
 
 
 def _print_data(labels: Sequence[Label], data: Forecast | None, *, recoded: bool) -> None:

@@ -14,6 +14,7 @@ from storaged.cli.forecast import Forecast, Label
 from storaged.cluster.layout import PARTITIONS, Layout, Profile, problems_of
 from storaged.cluster.moves import changes_between, moves_between
 from storaged.cluster.partitions import PartitionState, next_step
+from storaged.cluster.presigned import WIDTHS, spares_for
 from storaged.cluster.voters import voting_sets
 from storaged.errors import ServiceUnavailable
 from storaged.objects.code.place import first_choice
@@ -56,6 +57,14 @@ def growth(before: Layout, after: Layout) -> float | None:
     if before.target == after.target:
         return None
     return stored_factor(after.target) / stored_factor(before.target)
+
+
+def seed_spares(layout: Layout) -> dict[str, list[str]]:
+    """Seed disk -> the disks that take its place by themselves when it is lost, best first (``cluster.presigned``)."""
+    if not layout.sparing.domains_max:
+        return {}
+    known = [seed for seed in layout.seeds if seed in layout.disk_by_id]
+    return {seed: list(spares_for(layout, seed)[: WIDTHS[0][0]]) for seed in known}
 
 
 class Outlook(NamedTuple):
@@ -179,6 +188,7 @@ def document(
         "nodes": len(layouts[-1].nodes),
         "disks": len(layouts[-1].disks),
         "seeds": {"before": list(before.seeds), "after": list(layouts[-1].seeds)},
+        "seed_spares": seed_spares(layouts[-1]),
         "moves_data": found.moves,
         "partitions": found.partitions,
         "replicas": {**found.replicas._asdict(), "share": found.replicas.share},

@@ -24,7 +24,7 @@ import xxhash
 
 from storaged.cluster import spread as spreading
 from storaged.cluster.spread import OPERATORS, SpreadFacts, minority_of, share_of
-from storaged.wire import Message
+from storaged.wire import Message, encode
 
 PARTITIONS = 1024
 """Ring partitions of user data: the top 10 bits of xxh3-64(bucket id || shard)."""
@@ -182,6 +182,10 @@ class Layout(Message, frozen=True, dict=True):
     """
     seeds_recovered: int = 0
     """The epoch of the newest layout by which the system partition went on without a quorum; 0: it never did."""
+    if_out: str = ""
+    """The layout was signed beforehand, for the case that this seed disk is out (``cluster.presigned``): it needs votes
+    that say so. Empty: an administrator has it applied when he wants.
+    """
 
     @cached_property
     def target(self) -> Profile:
@@ -280,6 +284,13 @@ class Layout(Message, frozen=True, dict=True):
     def allows(self, country: str) -> bool:
         """Whether this layout lets data be stored in a country."""
         return not self.countries or country in self.countries
+
+    @cached_property
+    def placing(self) -> bytes:
+        """A digest of what decides where fragments go: layouts with the same one place them alike."""
+        nodes = [(node.name, node.location, node.roles) for node in self.nodes]
+        operators = self.operators if self.spread else ()
+        return xxhash.xxh3_128_digest(encode((self.disks, nodes, self.countries, self.spread, operators)))
 
     @cached_property
     def _rings(self) -> dict[int, tuple[str, ...]]:

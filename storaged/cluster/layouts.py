@@ -24,6 +24,7 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
+from msgspec.structs import replace
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.certificates import ACCEPTANCE_BYTES_MAX, ACCEPTANCES_MAX, verify_certificate
@@ -31,6 +32,7 @@ from storaged.cluster.layout import Layout, NodeEntry
 from storaged.cluster.moves import RefusedLayout, moves_between
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState
+from storaged.cluster.presigned import FOLLOWING_BYTES_MAX, genuine
 from storaged.cluster.signed_layout import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
 from storaged.cluster.succession import check_profile, check_successor, follows_instead, is_numbered_as_moving
 from storaged.durable import replace_file
@@ -262,7 +264,9 @@ class LayoutBook:
             if known is not None:
                 if known.payload != signed.payload:
                     raise LayoutRefused(f"Another layout is known under epoch {layout.epoch}; this one is refused.")
+                await self._learn_following(layout.epoch, known, signed)
                 return False
+            signed = await asyncio.to_thread(self._kept_of, signed)
             in_force = layout.epoch > self.epoch
             await asyncio.to_thread(self._check, layout, signed)
             if in_force:
@@ -279,6 +283,20 @@ class LayoutBook:
             for watcher in self._watchers:
                 watcher(layout)
         return True
+
+    def _kept_of(self, signed: SignedLayout) -> SignedLayout:
+        """What a node keeps of a layout: of those that were signed beforehand to follow it, the genuine ones."""
+        return replace(signed, following=genuine(signed, self._administration), votes=())
+
+    async def _learn_following(self, epoch: int, known: SignedLayout, signed: SignedLayout) -> None:
+        """A process of an earlier version, or one that lies, may have passed a layout on without what follows it."""
+        if known.following or not signed.following or epoch != self.epoch:
+            return
+        found = await asyncio.to_thread(self._kept_of, replace(signed, certificate=known.certificate))
+        if found.following:
+            if self._persist is not None:
+                await self._persist(epoch, found)
+            self._signed[epoch] = found
 
     def _check(self, layout: Layout, signed: SignedLayout) -> None:
         """Raises LayoutRefused for a layout that this node must not use, or keep in its history."""
@@ -402,6 +420,7 @@ class LayoutFiles:
         await asyncio.to_thread(self._write, epoch, encode(signed))
 
     def _write(self, epoch: int, content: bytes) -> None:
-        assert len(content) <= LAYOUT_BYTES_MAX + ACCEPTANCES_MAX * (ACCEPTANCE_BYTES_MAX + 16) + 1024
+        most = LAYOUT_BYTES_MAX + ACCEPTANCES_MAX * (ACCEPTANCE_BYTES_MAX + 16) + FOLLOWING_BYTES_MAX
+        assert len(content) <= most + 1024
         self.directory.mkdir(parents=True, exist_ok=True)
         replace_file(self._path(epoch), content, 0o666)

@@ -1,7 +1,7 @@
 """Signs layouts with the cluster's administration key (Ed25519) and verifies them.
 
 A layout that moves data needs more than that signature: a certificate (``cluster.certificates``), which travels with
-it.
+it. So do the layouts that were signed beforehand to follow it (``cluster.presigned``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from msgspec import MsgspecError
 
 from storaged.cluster.layout import Layout
+from storaged.cluster.sparing import SignedVote
 from storaged.errors import LayoutRefused
 from storaged.wire import Message, decode, encode
 
@@ -29,6 +30,19 @@ class Acceptance(Message, frozen=True):
     signature: bytes
 
 
+class Presigned(Message, frozen=True):
+    """A layout that was signed beforehand. ``cluster.presigned`` makes its content from that of the layout before it.
+
+    ``out``: the seed disk that goes; empty for the layout that ends the exchange. ``comes``: the disk that takes its
+    place. ``following``: what was signed to follow it.
+    """
+
+    out: str
+    comes: str
+    signature: bytes
+    following: tuple[Presigned, ...] = ()
+
+
 class SignedLayout(Message, frozen=True):
     """``payload`` is the encoded layout; ``signature`` Ed25519 over ``sov.layout.v1\\0`` and the payload."""
 
@@ -36,6 +50,10 @@ class SignedLayout(Message, frozen=True):
     signature: bytes
     certificate: tuple[Acceptance, ...] = ()
     """Of a layout that moves data, once a majority accepted it; else empty."""
+    following: tuple[Presigned, ...] = ()
+    """Layouts that were signed beforehand to follow it."""
+    votes: tuple[SignedVote, ...] = ()
+    """That a disk is out, of a layout that was signed beforehand for this case: until it is in force."""
 
     @property
     def hash(self) -> bytes:

@@ -95,6 +95,8 @@ def check_successor(before: Layout, before_hash: bytes, after: Layout) -> Moves:
     moves = moves_between(before, after)
     if after.predecessor != before_hash and (moves or after.predecessor):
         raise LayoutRefused(f"{name} does not name layout {before.epoch} as the one that it follows.")
+    if after.if_out:
+        _check_beforehand(name, before, after)
     if not moves:
         if is_numbered_as_moving(after):
             raise LayoutRefused(f"{name} is numbered like a layout that moves data, and moves none.")
@@ -131,6 +133,18 @@ def _check_lost(name: str, before: Layout, after: Layout) -> None:
     known = {disk.id for disk in before.disks} | set(before.lost)
     if unknown := [disk for disk in after.lost if disk not in known]:
         raise LayoutRefused(f"{name} calls disk {unknown[0]} lost, which layout {before.epoch} does not have.")
+
+
+def _check_beforehand(name: str, before: Layout, after: Layout) -> None:
+    """A layout that was signed beforehand exchanges the disk that it names, and nothing else (``cluster.presigned``).
+    Raises LayoutRefused.
+    """
+    going = [old for old, new in zip(before.seeds, after.seeds_next, strict=False) if old != new]
+    if before.seeds_next or going != [after.if_out]:
+        raise LayoutRefused(f"{name} was signed for the loss of seed disk {after.if_out}, and does not exchange it.")
+    own = {field: getattr(after, field) for field in ("epoch", "predecessor", "base", "seeds_next", "seeds_step")}
+    if replace(before, **own, if_out=after.if_out) != after:
+        raise LayoutRefused(f"{name} was signed for the loss of seed disk {after.if_out}, and changes more than that.")
 
 
 def recovers(layout: Layout) -> bool:
@@ -215,9 +229,9 @@ def _check_seeds(name: str, before: Layout, after: Layout) -> None:
         raise LayoutRefused(f"{name} makes disk {exchanged[0][1]} a seed disk, which it calls lost.")
 
 
-def exchanged_seeds(before: Layout, old: str, after: Layout) -> tuple[str, ...]:
-    """The seeds of ``before`` with ``old`` exchanged for a disk of ``after``: of the same failure domain where there is
-    one, else of a domain without a seed. Raises LayoutRefused when there is none.
+def seed_candidates(before: Layout, old: str, after: Layout) -> list[str]:
+    """The disks of ``after`` that may take the place of seed ``old`` of ``before``, best first: those of the same
+    failure domain, then those of domains without a seed.
     """
     domains, seeds = after.domain_by_disk, before.seeds
     home = before.domain_by_disk.get(old)
@@ -229,11 +243,18 @@ def exchanged_seeds(before: Layout, old: str, after: Layout) -> tuple[str, ...]:
         at_most = max(minority_of(len(seeds)), after.operator_share(seeds))
         free = [disk for disk in free if after.operator_share([*stay, disk.id]) <= at_most]
         free = [disk for disk in free if after.operator_share([*stay, disk.id]) <= after.operator_share(stay)] or free
-    if not free:
+    rank = {disk: place for place, disk in enumerate(after.preference(0))}
+    return [disk.id for disk in sorted(free, key=lambda disk: (domains[disk.id] != home, rank[disk.id]))]
+
+
+def exchanged_seeds(before: Layout, old: str, after: Layout) -> tuple[str, ...]:
+    """The seeds of ``before`` with ``old`` exchanged for the best disk of ``after``. Raises LayoutRefused when there is
+    none.
+    """
+    found = seed_candidates(before, old, after)
+    if not found:
         raise LayoutRefused(
             f"No disk can take the place of seed disk {old}: each {after.domain_kind} with another disk has a seed"
             f" already{', or its operator would have a majority of them' if after.spreads else ''}."
         )
-    rank = {disk: place for place, disk in enumerate(after.preference(0))}
-    new = min(free, key=lambda disk: (domains[disk.id] != home, rank[disk.id])).id
-    return tuple(new if seed == old else seed for seed in seeds)
+    return tuple(found[0] if seed == old else seed for seed in before.seeds)

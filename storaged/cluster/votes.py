@@ -15,7 +15,7 @@ from msgspec import MsgspecError
 
 from storaged.cluster.identity import NodeSigner, signed_by_node
 from storaged.cluster.layout import Layout, confirmed_roles
-from storaged.cluster.sparing import DISKS_MAX, VOTES_MAX, DisksOut, SignedVote, Vote, verdict_on, voters_of
+from storaged.cluster.sparing import DISKS_MAX, VOTES_MAX, DisksOut, OutDisk, SignedVote, Vote, verdict_on, voters_of
 from storaged.errors import CertificateRefused, JurisdictionRefused, VoteRefused
 from storaged.wire import decode, encode
 
@@ -71,6 +71,16 @@ def check_votes(record: DisksOut, layout_at: LayoutAt, authority: x509.Certifica
     for entry in record.out:
         if not any(_is_out(entry.disk, votes.values(), layout_at(epoch)) for (epoch, _), votes in rounds.items()):
             raise VoteRefused(f"No majority voted disk {entry.disk} out.")
+
+
+def check_said_out(
+    disk: str, votes: tuple[SignedVote, ...], since: int, layout_at: LayoutAt, authority: x509.Certificate, cluster: str
+) -> None:
+    """Raises VoteRefused unless these votes say that a disk is out, under layouts from the epoch ``since`` on."""
+    check_votes(DisksOut(0, (OutDisk(disk, 0, ""),), votes), layout_at, authority, cluster)
+    oldest = min(decode(vote.payload, Vote).epoch for vote in votes)
+    if oldest < since:
+        raise VoteRefused(f"A vote is of layout {oldest}, from before the last layout that moved data.")
 
 
 def _is_out(disk: str, votes: Iterable[Vote], layout: Layout) -> bool:

@@ -38,6 +38,7 @@ from storaged.errors.conditions import (
     QuorumLost,
     RepairWaitsForGateway,
     SeedDiskOut,
+    SeedNotSpared,
     SystemRecordDamaged,
 )
 from storaged.errors.iam import (

@@ -80,19 +80,35 @@ class DiskOut(Condition):
 
 
 class SeedDiskOut(Condition):
-    """A seed disk is out. The others have taken over its partitions, but not its part of the system partition, which
-    has the users, the buckets and where everything is: only a signed layout gives that to another disk. When one seed
-    disk too many is away, no user can log in, and nothing can be made or changed, until one is back.
+    """A seed disk is out: one with a part of the system partition, which has the users, the buckets and where
+    everything is. Another disk takes its place by itself, by a layout that was signed beforehand for this case. When
+    one seed disk too many is away, no user can log in, and nothing can be made or changed, until one is back.
     """
 
     code = "SEED_DISK_OUT"
     hint = (
-        "If it will be back soon, do nothing. Otherwise, where the authority's keys are: `storaged disk remove"
+        "If the detail says that another disk takes its place, do nothing: that takes minutes. Otherwise, and if it "
+        "will not be back soon, where the authority's keys are: `storaged disk remove"
         " AUTHORITY NODE DISK` (`storaged node remove AUTHORITY NODE` for a server), and `storaged cluster layout"
         " AUTHORITY`. It signs layouts that bring another seed disk. Apply them on a gateway, one after the other:"
         " `storaged cluster apply FILE`. Each rack has one seed disk at most: where no rack is left without one, add a"
         " server in another rack first, or a disk in the same one. If a majority of the seed disks is gone for good:"
         " `storaged cluster losses` and `storaged cluster recover`."
+    )
+
+
+class SeedNotSpared(Condition):
+    """A warning: when this seed disk is lost, no other one takes its place by itself, though one could. The
+    administration key has signed no layout for this case: the layout in force was signed by an earlier version, or what
+    was signed has been used, since seed disks were lost.
+    """
+
+    code = "SEED_NOT_SPARED"
+    hint = (
+        "On a gateway: `storaged cluster fetch FILE`. Where the authority's keys are: `storaged cluster adopt AUTHORITY"
+        " FILE`, `storaged cluster plan AUTHORITY` (it shows what differs; remove what is gone for good), `storaged"
+        " cluster layout AUTHORITY`. Then `storaged cluster apply` on a gateway. Each layout comes with what may follow"
+        " it when a seed disk is lost."
     )
 
 

@@ -99,17 +99,19 @@ def blocks_of(entry: PartEntry, partition: int, layouts: Layouts, countries: Seq
             spread = _is_spread(layout, entry.data_id, run, disks, countries) and all(
                 is_allowed(layout, disk, countries) for disk in run.moved.values()
             )
-        placed = entry.small or _is_placed(layouts.current, entry, run, disks, countries)
+        placed = entry.small or _is_placed(layouts, entry, run, disks, countries)
         gone = not entry.small and any(disk not in layouts.current.disk_by_id for disk in disks)
         for block in range(run.first, run.first + run.count):
             yield BlockPlace(entry, block, run, disks, layouts.current.target, spread, tuple(countries), placed, gone)
 
 
-def _is_placed(current: Layout, entry: PartEntry, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
+def _is_placed(layouts: Layouts, entry: PartEntry, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
     """What was written under the layout in force stays where it is: a write takes other disks only where it must. The
-    same holds in a cluster whose data never moved.
+    same holds for layouts that place fragments alike (only the system partition moved between them), and in a cluster
+    whose data never moved.
     """
-    if run.epoch == current.epoch or not current.base:
+    current = layouts.current
+    if run.epoch == current.epoch or not current.base or layouts.at(run.epoch).placing == current.placing:
         return True
     return is_placed(current, entry.data_id, run.profile, disks, countries)
 

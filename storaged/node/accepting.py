@@ -8,7 +8,8 @@ signs a second one for the same generation, even if the register changes. So two
 even where a gateway lies.
 
 A layout that ends the exchange of a seed disk is accepted only when the system partition's new replica has everything
-(``may_settle``).
+(``may_settle``). One that was signed beforehand for the loss of a seed disk is accepted only with votes that this disk
+is out (``cluster.presigned``).
 
 A layout that recovers the system partition is accepted without the register, which can't be read then. The node refuses
 while the register can be read, or a disk answers that the layout calls lost, or its own seed disk is not in use
@@ -25,7 +26,7 @@ import structlog
 from msgspec import MsgspecError
 
 from storaged.cluster.certificates import accept, seed_nodes
-from storaged.cluster.identity import Identity, NodeSigner
+from storaged.cluster.identity import Identity, NodeSigner, authority_of
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.messages import AcceptAnswer
@@ -33,8 +34,9 @@ from storaged.cluster.ports import Call, Method, Methods
 from storaged.cluster.rpc.authority import grant
 from storaged.cluster.signed_layout import SignedLayout, verify_layout
 from storaged.cluster.succession import outranks, recovers
+from storaged.cluster.votes import check_said_out
 from storaged.durable import replace_file
-from storaged.errors import DiskUnusable, LayoutOvertaken, LayoutRefused, RecoverRefused
+from storaged.errors import DiskUnusable, LayoutOvertaken, LayoutRefused, RecoverRefused, VoteRefused
 from storaged.node.system import SystemPaths
 from storaged.wire import Message, decode, encode
 
@@ -127,8 +129,22 @@ class LayoutAcceptor:
             raise LayoutRefused(f"The register of the layout does not decode: {error}") from None
         if decided is None or decided.payload != signed.payload:
             raise LayoutOvertaken(f"The system partition has decided another layout than this layout {layout.epoch}.")
+        if layout.if_out:
+            await asyncio.to_thread(self._check_out, layout, signed)
         if before.seeds_next and layout.seeds == before.seeds_next and (reason := await self.may_settle(layout)):
             raise LayoutRefused(f"Layout {layout.epoch} ends the exchange of a seed disk too early: {reason}.")
+
+    def _check_out(self, layout: Layout, signed: SignedLayout) -> None:
+        """Returns when a majority of the storage nodes has voted, in this generation, that the disk is out for which
+        the layout was signed beforehand. Raises LayoutRefused.
+        """
+        layouts, own = self._layouts, self._own
+        try:
+            check_said_out(layout.if_out, signed.votes, layouts.generation, layouts.at, authority_of(own), own.cluster)
+        except VoteRefused as error:
+            raise LayoutRefused(
+                f"Layout {layout.epoch} was signed for the loss of seed disk {layout.if_out}. {error.message}"
+            ) from None
 
     def _load(self) -> Promise | None:
         try:

@@ -38,6 +38,7 @@ from storaged.cluster.moves import changes_between, moves_between
 from storaged.cluster.ports import Caller
 from storaged.cluster.signed_layout import Acceptance, SignedLayout, verify_layout
 from storaged.cluster.succession import recovers
+from storaged.cluster.votes import check_said_out
 from storaged.errors import (
     LayoutNotAccepted,
     LayoutOvertaken,
@@ -46,6 +47,7 @@ from storaged.errors import (
     PeerError,
     RecoverRefused,
     S3Error,
+    VoteRefused,
 )
 from storaged.node.recovering import READ_S
 from storaged.node.system import SystemPaths, exchange_layout, is_pending
@@ -119,7 +121,7 @@ class LayoutApplication:
             await exchange_layout(self._paths, self._layouts)
             before = await self._decide(signed, layout)
             accepted = await self._collect(signed, layout, before)
-            certified = replace(signed, certificate=tuple(accepted[name] for name in sorted(accepted)))
+            certified = replace(signed, certificate=tuple(accepted[name] for name in sorted(accepted)), votes=())
             await self._paths.replace("layout", lambda body: _with_certificate(body, certified))
         except S3Error as error:
             # No majority, or one too slow. A change of unknown outcome is found when the command is repeated.
@@ -219,6 +221,7 @@ class LayoutApplication:
         decided = await self._decided()
         if decided is None or decided.payload != signed.payload:
             self._check_first(layout)
+            await asyncio.to_thread(self._check_out, layout, signed)
         before = await asyncio.to_thread(self._layouts.judge, layout)
 
         def choose(body: bytes | None) -> bytes | None:
@@ -238,6 +241,18 @@ class LayoutApplication:
                 f"Layout {layout.epoch} is not used: another layout {winner.epoch} is {now}. {_changed(before, winner)}"
             )
         return before
+
+    def _check_out(self, layout: Layout, signed: SignedLayout) -> None:
+        """Raises LayoutRefused for a layout that was signed beforehand, without votes that its case is there: no node
+        would accept it, and once decided it would stand in the way of all others.
+        """
+        if not layout.if_out:
+            return
+        layouts, own = self._layouts, self._own
+        try:
+            check_said_out(layout.if_out, signed.votes, layouts.generation, layouts.at, self._authority, own.cluster)
+        except VoteRefused as error:
+            raise LayoutRefused(f"Layout {layout.epoch} is for the loss of {layout.if_out}. {error.message}") from None
 
     # --- acceptances
 

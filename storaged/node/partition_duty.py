@@ -1,5 +1,5 @@
 """What a gateway does for partitions: it moves them, signs and believes their records, and expunges deleted keys. It
-decides which disks are out.
+decides which disks are out, and replaces those with a seed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.cluster import move_settings, sparing
-from storaged.cluster.layout import partition_of
+from storaged.cluster.layout import Layout, partition_of
 from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, signed_bytes
+from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.signers import is_signed, signer_id
 from storaged.cluster.sparing import DisksOut, Vote
 from storaged.cluster.votes import verify_vote
@@ -21,9 +22,12 @@ from storaged.ids import system_entropy
 from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
 from storaged.meta.names import RegisterName, Value
+from storaged.node.applying import LayoutApplication
 from storaged.node.planes import NodePlanes
 from storaged.node.sparing_duty import SparingDuty, SparingPorts
 from storaged.node.system import write_again
+from storaged.node.system_move import SystemMove
+from storaged.node.system_sparing import SystemSparing, SystemSparingPorts
 from storaged.node.unlock import LateKeys
 from storaged.objects.system.buckets import BucketService
 from storaged.wire import decode
@@ -49,6 +53,16 @@ class PartitionDuty:
                 self._sign_out,
                 system_entropy,
                 partial(_note, node),
+            )
+        )
+        self.system_sparing = SystemSparing(
+            SystemSparingPorts(
+                node.layouts,
+                LayoutApplication(node.own, node.authority, node.layouts, node.paths, node.pool),
+                self.sparing.ask,
+                node.membership.disk_readable,
+                SystemMove(node.layouts, node.own.name, node.disks.replicas, node.scanner).may_settle,
+                partial(_note_layout, node),
             )
         )
         self.mover = PartitionMover(
@@ -84,7 +98,7 @@ class PartitionDuty:
         """Runs for ever."""
         self._node.follower.on_fallen = partial(write_again, self._node.paths)
         await self._keys.opened.wait()
-        await asyncio.gather(self.mover.run(), self.sparing.run())
+        await asyncio.gather(self.mover.run(), self.sparing.run(), self.system_sparing.run())
 
     async def expunge(self) -> None:
         """Runs for ever."""
@@ -161,6 +175,13 @@ class PartitionDuty:
             return False
         key = Ed25519PublicKey.from_public_bytes(self._keys.public_signer())
         return is_signed(key, signed, signature)
+
+
+def _note_layout(node: NodePlanes, signed: SignedLayout) -> None:
+    """For the audit log: a layout came into force that was signed beforehand."""
+    layout = decode(signed.payload, Layout)
+    voters = ",".join(sorted(decode(vote.payload, Vote).node for vote in signed.votes))
+    node.audit.note("layout.presigned", target=f"layout:{layout.epoch}", outcome="done", voters=voters)
 
 
 def _note(node: NodePlanes, before: DisksOut, after: DisksOut) -> None:

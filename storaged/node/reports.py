@@ -13,6 +13,7 @@ from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, Repai
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
 from storaged.cluster.move_settings import document
 from storaged.cluster.partitions import PartitionState
+from storaged.cluster.presigned import spares_of
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
@@ -115,6 +116,7 @@ class Reports:
             disks_out=sparing.details(spared, spares),
             filling=self._filling.warnings(disks, node.clock.monotonic()),
             seeds_out=sparing.seed_details(spared, spares),
+            seeds_unspared=sparing.unspared(spared),
             audit_alarms=merged(
                 [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),
@@ -136,10 +138,12 @@ class Reports:
         layouts = self._node.layouts
         layout, record = layouts.current, layouts.partitions.out
         states = self._states() if record.out else []
-        reason = self._gateway.partitions.sparing.reason if self._gateway is not None else ""
-        reason = reason or self._node.sparing.refused
-        target = layouts.partitions.target(layout)
-        return sparing.SparingFacts(layout, target, record, self._node.sparing.times.seen(), states, reason)
+        duty = self._gateway.partitions if self._gateway is not None else None
+        reason = (duty.sparing.reason if duty is not None else "") or self._node.sparing.refused
+        target, seen = layouts.partitions.target(layout), self._node.sparing.times.seen()
+        spares = spares_of(layouts.signed(layout.epoch))
+        seed_reason = duty.system_sparing.reason if duty is not None else ""
+        return sparing.SparingFacts(layout, target, record, seen, states, reason, spares, seed_reason)
 
     def _moving(self, statuses: Sequence[MaintainStatus], counts: PartitionCounts | None) -> dict[str, Any]:
         """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has

@@ -18,7 +18,7 @@ import structlog
 from msgspec import MsgspecError
 
 from storaged.clock import Clock
-from storaged.cluster.layout import Layout
+from storaged.cluster.layout import Layout, Sparing
 from storaged.cluster.ports import Caller, Layouts
 from storaged.cluster.sparing import (
     DISKS_MAX,
@@ -44,6 +44,11 @@ LOOKS_A_DELAY = 4
 CALL_S = 5.0
 
 log = structlog.get_logger("sparing")
+
+
+def pause_s(policy: Sparing) -> float:
+    """Between two looks of a gateway."""
+    return min(LOOK_S, max(1.0, policy.fragments_s / LOOKS_A_DELAY))
 
 
 class Paths(Protocol):
@@ -86,8 +91,7 @@ class SparingDuty:
                 await self.once()
             except (StoragedError, TimeoutError) as error:
                 self.reason = str(error)
-            policy = self._ports.layouts.current.sparing
-            await asyncio.sleep(min(LOOK_S, max(1.0, policy.fragments_s / LOOKS_A_DELAY)))
+            await asyncio.sleep(pause_s(self._ports.layouts.current.sparing))
 
     async def once(self) -> None:
         """Asks and writes when something is due. Raises StoragedError."""
@@ -102,13 +106,14 @@ class SparingDuty:
         if not disks:
             return
         asked = (*disks, *sorted(known.disks.difference(disks)))[:DISKS_MAX]
-        votes = await self._ask(layout, asked)
+        votes = await self.ask(layout, asked)
         record = decide(layout, known, votes, self._ports.clock.wall_ms())
         self.reason = _why_not(layout, known, record, disks, len(votes))
         if record is not None and await self._write(known, self._ports.sign(record)):
             self._ports.note(known, record)
 
-    async def _ask(self, layout: Layout, disks: tuple[str, ...]) -> dict[str, tuple[Vote, SignedVote]]:
+    async def ask(self, layout: Layout, disks: tuple[str, ...]) -> dict[str, tuple[Vote, SignedVote]]:
+        """The votes on these disks that count, by node."""
         ask = VoteAsk(self._ports.entropy(NONCE_BYTES), disks)
         found: dict[str, tuple[Vote, SignedVote]] = {}
 

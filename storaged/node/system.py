@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from storaged.cluster import moves
 from storaged.cluster.identity import Identity
@@ -85,7 +86,8 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
             return encode(mine)
         held = decode(body, SignedLayout)
         if held.payload == mine.payload:
-            return encode(mine) if mine.certificate and not held.certificate else None
+            more = (mine.certificate and not held.certificate) or (mine.following and not held.following)
+            return encode(_with_both(mine, held)) if more else None
         layout = decode(held.payload, Layout)
         older = layout.epoch < layouts.epoch or layouts.is_overtaken(layout)
         return encode(mine) if older and not is_pending(held, layouts) else None
@@ -97,6 +99,11 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
             await layouts.learn(held, LAYOUT_REGISTER)
     except msgspec.MsgspecError as error:
         raise LayoutRefused(f"the register of the layout does not decode: {error}") from None
+
+
+def _with_both(mine: SignedLayout, held: SignedLayout) -> SignedLayout:
+    """One layout, with what either copy of it has."""
+    return replace(mine, certificate=mine.certificate or held.certificate, following=mine.following or held.following)
 
 
 async def write_again(paths: SystemPaths, known: PartitionRecord) -> None:

@@ -4,6 +4,10 @@ Before it accepts the layout that ends the exchange, the node has its own disks 
 system partition had before, durably. Then it compares the rows of all seed disks. The acceptances come from a majority
 of both sets; the last of these nodes compares when a majority refuses such operations. So nothing that was chosen can
 be missing at a majority of the set that comes. Gateways settle rows that differ (``node.keeper``).
+
+The disk that comes has to answer: else the exchange would end with a replica too few. Where it is out itself
+(``cluster.sparing``) the exchange ends without it, so that the next one can replace it. That is as safe: a majority of
+the set that comes has everything without it.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ class SystemMove:
         except (StoragedError, TimeoutError) as error:
             return str(error)
         answered = [disk for disk in voters if disk not in found.away]
-        if state.comes not in answered:
+        if state.comes not in {*answered, *self._layouts.partitions.out.disks}:
             return f"disk {state.comes}, which comes, does not answer"
         if silent := [disk for disk in own if disk not in answered]:
             return f"disk {silent[0]} of {self._node} does not answer"

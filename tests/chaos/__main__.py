@@ -1,9 +1,9 @@
-"""``python -m tests.chaos kill|rack|flips|forget|change|grow``: the long runs, on a cluster of their own in a temporary
-folder. The folder stays when something went wrong.
+"""``python -m tests.chaos kill|rack|flips|forget|change|grow|lose``: the long runs, on a cluster of their own in a
+temporary folder. The folder stays when something went wrong.
 
 ``change`` plays steps of administrators and faults on up to six servers, ``grow`` goes from three servers to six and
-back under load and measures. These two have a cluster of servers (``tests.servers``), the others one of ``storaged
-dev``.
+back under load and measures, ``lose`` loses a disk, servers and a rack for good and measures. These three have a
+cluster of servers (``tests.servers``), the others one of ``storaged dev``.
 
 Progress goes to standard output while it runs. ``--json FILE`` gets a summary; the exit code is 1 if anything was lost,
 stale or corrupt.
@@ -29,6 +29,7 @@ from tests.chaos.changing import Change
 from tests.chaos.control import STARTS_MAX
 from tests.chaos.forgetful import forget_disks
 from tests.chaos.growing import grow, table
+from tests.chaos.losing import lose, rates
 from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
 from tests.chaos.shelf import clocks_beside
 from tests.chaos.steps import STEPS
@@ -43,7 +44,7 @@ def main() -> int:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cluster is stopped then, too
     folder = Path(tempfile.mkdtemp(prefix="storaged-chaos-"))
-    changes = arguments.scenario in ("change", "grow")
+    changes = arguments.scenario in ("change", "grow", "lose")
     cluster = Servers(folder / "servers") if changes else Cluster(folder / "s3", workers=2)
     started = time.time()
     with contextlib.ExitStack() as stack:
@@ -85,13 +86,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget", "change", "grow"])
+    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget", "change", "grow", "lose"])
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=600)
     length.add_argument("--minutes", type=float, help="instead of --seconds")
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--waves", type=int, default=25)
-    parser.add_argument("--objects", type=int, help="of change (40) and grow (2000)")
+    parser.add_argument("--objects", type=int, help="of change (40), grow and lose (2000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file for a summary", metavar="FILE")
     arguments = parser.parse_args()
@@ -136,13 +137,15 @@ def play_changes(servers: Servers, arguments: argparse.Namespace) -> tuple[int, 
     with change.load():
         if nemeses:
             change.run(arguments.seconds, STEPS)
-        else:
+        elif arguments.scenario == "grow":
             grow(change)
+        else:
+            lose(change)
     change.judge()
     document = change.document()
     for line in change.workload.tally.noted + change.violations():
         say(f"  {line}")
-    for line in table(document):
+    for line in (*table(document), *(rates(document) if arguments.scenario == "lose" else ())):
         print(line)
     return len(change.violations()), document
 

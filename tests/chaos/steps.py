@@ -157,8 +157,11 @@ def spare(run: Change) -> None:
     servers.kill_node(name)
     servers.wait_until(lambda: out(run) >= set(disks), 240, f"the disks of {name} out")
     run.away.begin_move(replicas(target(layout, disks)))
+    servers.wait_until(lambda: not has_seed(run, name), 240, f"no seed disk at {name}")
     run.settle()
     run.away.end_move()
+    servers.adopt()
+    layout = run.layout()
     servers.start_node(name)
     run.away.begin_move(replicas(layout))
     servers.wait_until(lambda: not out(run) & set(disks), 240, f"the disks of {name} are back")
@@ -178,6 +181,12 @@ def sparing(run: Change, fragments: str, registers: str) -> None:
 def out(run: Change) -> set[str]:
     """The disks that are out."""
     return {entry["disk"] for entry in run.servers.status().get("sparing", {"out": ()})["out"]}
+
+
+def has_seed(run: Change, name: str) -> bool:
+    """Whether the system partition has a disk of this server, or moves."""
+    found = run.servers.status().get("sparing", {"seed_moves": True})
+    return found["seed_moves"] or name in {seed["node"] for seed in found["seeds"]}
 
 
 def renew(run: Change) -> None:

@@ -76,6 +76,7 @@ class LayoutPart(Part):
                 wanted,
                 seeds_lost=tuple(disk for disk in before.seeds_lost if disk in kept),
                 epoch=next_epoch(before.epoch, moving=moving),
+                if_out="",
                 predecessor=process.book.signed(before.epoch).hash,
                 base=base_after(before) if moving else before.base,
             )

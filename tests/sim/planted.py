@@ -33,6 +33,7 @@ PLAYS = {
     "expunging": "tests.sim.expunging:run_expunging",
     "recovering": "tests.sim.recovering:run_recovering",
     "recovering system": "tests.sim.recovering_system:run_recovering_system",
+    "sparing system": "tests.sim.sparing_system:run_sparing_system",
     "object lies": "tests.sim.object_lies:run_object_lies",
     "versions": "tests.sim.versions:run_versions",
     "events": "tests.sim.events:run_events",
@@ -87,6 +88,7 @@ PLANTED = (
     "tests.sim.planted_membership:MEMBERSHIP_BUGS",
     "tests.sim.planted_recovery:RECOVERY_BUGS",
     "tests.sim.planted_system_recovery:SYSTEM_RECOVERY_BUGS",
+    "tests.sim.planted_sparing:SPARING_BUGS",
     "tests.sim.planted_versions:VERSION_BUGS",
     "tests.sim.planted_events:EVENT_BUGS",
 )

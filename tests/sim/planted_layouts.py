@@ -93,7 +93,7 @@ LAYOUT_BUGS = (
         "the exchange of a seed disk ends although the new one does not answer",
         1,
         path=_SYSTEM_MOVE,
-        old="        if state.comes not in answered:\n",
+        old="        if state.comes not in {*answered, *self._layouts.partitions.out.disks}:\n",
         new="        if False:\n",
         tests="tests/unit/test_system_move.py",
         why="a majority of the coming set without the new disk has everything then: no quorum misses it",

@@ -37,6 +37,7 @@ from tests.sim.recovering import run_recovering
 from tests.sim.recovering_system import run_recovering_system
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
+from tests.sim.sparing_system import run_sparing_system
 from tests.sim.versions import run_versions
 from tests.sim.workload import Verdicts
 
@@ -137,7 +138,7 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("play", [run_collecting_moves, run_recovering_system, run_versions])
+@pytest.mark.parametrize("play", [run_collecting_moves, run_recovering_system, run_sparing_system, run_versions])
 def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
     assert list(sound(play, LONG_SEEDS))
 

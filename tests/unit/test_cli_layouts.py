@@ -18,6 +18,7 @@ from storaged.cli.succeeding import layouts_after
 from storaged.cluster import issuing
 from storaged.cluster.layout import Layout, Profile, Sparing, weaknesses
 from storaged.cluster.move_settings import MoveSettings, document
+from storaged.cluster.presigned import layout_after, spares_of
 from storaged.cluster.signed_layout import sign_layout
 from storaged.cluster.succession import check_successor
 from storaged.errors import LayoutOvertaken, LayoutUnsafe, OperatorError, RecoverRefused
@@ -99,6 +100,39 @@ def test_a_seed_that_goes_is_exchanged_through_a_joint_layout(authority: Path) -
     assert (settled.epoch, settled.seeds, settled.seeds_next, settled.seeds_step) == (200, joint.seeds_next, (), 2)
     assert seed not in settled.disk_by_id
     assert create.load_plan(authority).epoch == 200
+
+
+def test_each_layout_comes_with_those_for_the_loss_of_a_seed_disk_and_what_was_used_is_taken_over(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = issuing.load_authority(authority)
+    signed, layout = create.read_layout(loaded, authority / create.LAYOUT_NAME)
+    spares = spares_of(signed)
+    assert spares == {seed: (disk_of(authority, layout.node_of(seed), 1),) for seed in layout.seeds}
+    assert (authority / "nodes" / "n1" / "identity" / create.LAYOUT_NAME).read_bytes() == encode(signed)
+    assert plan_of(authority, capsys)["seed_spares"] == {seed: list(disks) for seed, disks in spares.items()}
+    call("cluster", "plan", str(authority))
+    assert f"when one is lost      {layout.seeds[0]}: {spares[layout.seeds[0]][0]} of n1 takes its place" in (
+        capsys.readouterr().out
+    )
+    call("disk", "remove", str(authority), "n3", layout.seeds[2])
+    call("cluster", "layout", str(authority))
+    joint, settled = (
+        create.read_layout(loaded, authority / "layouts" / f"layout-{epoch}.signed")[0] for epoch in (100, 200)
+    )
+    assert not joint.following
+    assert spares_of(settled).keys() == set(layout.seeds[:2]), "n3 has no other disk"
+    step = settled.following[0]
+    moved = layout_after(settled, step)
+    used = layout_after(moved, moved.following[0])
+    file = authority / "now.signed"
+    file.write_bytes(encode(used))
+    call("cluster", "adopt", str(authority), str(file))
+    call("cluster", "layout", str(authority))
+    after, found = create.read_layout(loaded, authority / create.LAYOUT_NAME)
+    assert (found.epoch, found.predecessor, found.if_out) == (401, used.hash, "")
+    assert step.comes in found.seeds
+    assert after.following
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
-from storaged.admin.sparing import SparingFacts, details, document, seed_details
+from storaged.admin.sparing import SparingFacts, details, document, seed_details, unspared
 from storaged.admin.status import Facts, judge
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.layout import PARTITIONS, Layout, RevokedCertificate, Sparing
@@ -139,7 +139,7 @@ def test_status_says_what_is_out_what_others_have_taken_over_and_what_is_waited_
     assert shown["waiting"] == [{"disk": "d4b", "state": UNREACHABLE, "away_s": 600, "out_in_s": 3000}]
     assert "seed disk" not in detail
     assert "is not known yet" in said(states=None)[1]
-    assert "only a signed layout replaces" in said(layout=replace(layout, seeds=("d1a", "d2a", "d4a")))[1]
+    assert "it is a seed disk" in said(layout=replace(layout, seeds=("d1a", "d2a", "d4a")))[1]
     assert "have taken over" in said(states=[])[1]
     assert "gets its share back in 9 min" in said(seen={"d4a": Opinion("d4a", "", 60)})[1]
     three = first(("n1", "n2", "n4"))
@@ -166,6 +166,41 @@ def test_status_says_what_to_type_for_a_seed_disk_that_is_out() -> None:
     assert said(lost, {}) == [], "it is lost for good, and counts no more"
     found = judge(Facts(four(), [], "2+1", seeds_out=said(four(), {})), 10)
     assert [entry["detail"] for entry in found["problems"] if entry["code"] == "SEED_DISK_OUT"] == [detail]
+
+
+def test_status_says_which_disk_takes_the_place_of_a_seed_disk_and_where_none_may() -> None:
+    record = DisksOut(1, (OutDisk("d1a", 5, UNREACHABLE),), ())
+
+    def facts(layout: Layout, spares: dict[str, tuple[str, ...]], reason: str = "") -> SparingFacts:
+        return SparingFacts(layout, target(layout, record.disks), record, {}, [], "", spares, reason)
+
+    def said(found: SparingFacts) -> str:
+        ((_, _, detail),) = seed_details(found, document(found))
+        return detail
+
+    spares = {"d1a": ("d4a", "d1b"), "d2a": ("d4a",), "d3a": ("d4a",)}
+    ready = facts(four(), spares, "no majority of the storage nodes sees seed disk d1a away now")
+    assert "By itself disk d4a of n4 or disk d1b of n1 takes its place (no majority" in said(ready)
+    assert unspared(ready) == []
+    away_too = ready._replace(seen={"d4a": away("d4a", 60)})
+    assert "By itself disk d1b of n1 takes its place" in said(away_too)
+    none = ready._replace(seen={"d4a": away("d4a", 60), "d1b": away("d1b", 60)})
+    assert "Only a layout that an administrator signs replaces it (no majority" in said(none)
+    shown = document(ready)
+    assert shown["seeds"][0] == {"disk": "d1a", "node": "n1", "spares": ["d4a", "d1b"]}
+    assert not shown["seed_moves"]
+    joint = facts(replace(four(), seeds_next=("d4a", "d2a", "d3a"), if_out="d1a"), {}, "the seed disks differ")
+    assert "Disk d4a of n4 takes its place: it gets what the others have (the seed disks differ)" in said(joint)
+    assert document(joint)["seed_moves"]
+    assert unspared(joint) == [], "that is not the moment"
+    old = facts(four(), {"d1a": ("d4a",)})
+    place = "d4b of n4 could take its place, and may not"
+    assert unspared(old) == [("FR/par1/n2/n2/d2a", f"disk {place}"), ("FR/par1/n3/n3/d3a", f"disk {place}")]
+    assert unspared(facts(replace(four(), sparing=Sparing(domains_max=0)), {})) == []
+    alone = replace(four(), disks=tuple(disk for disk in four().disks if disk.id in four().seeds))
+    assert unspared(facts(alone, {})) == [], "there is none"
+    found = judge(Facts(four(), [], "2+1", seeds_unspared=unspared(old)), 10)
+    assert [entry["code"] for entry in found["warnings"]] == ["SEED_NOT_SPARED"] * 2
 
 
 def test_status_says_that_too_few_operators_or_racks_that_are_not_drained_are_left() -> None:

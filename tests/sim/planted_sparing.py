@@ -1,0 +1,90 @@
+"""Bugs in how the system partition leaves a seed disk that is out. Plain data: imports nothing of the program."""
+
+from __future__ import annotations
+
+from tests.sim.planted import Planted
+
+_ACCEPTING = "storaged/node/accepting.py"
+_DUTY = "storaged/node/system_sparing.py"
+_PRESIGNED = "storaged/cluster/presigned.py"
+_SUCCESSION = "storaged/cluster/succession.py"
+_SYSTEM_MOVE = "storaged/node/system_move.py"
+_VOTES = "storaged/cluster/votes.py"
+
+SPARING_BUGS = (
+    Planted(
+        "presigned_without_votes",
+        "a node accepts a layout that was signed beforehand though nobody voted",
+        60,
+        "sparing system",
+        _ACCEPTING,
+        "        if layout.if_out:\n",
+        "        if False:\n",
+    ),
+    Planted(
+        "presigned_by_old_votes",
+        "votes of an earlier loss of the disk count again",
+        300,
+        "sparing system",
+        _VOTES,
+        "    if oldest < since:\n",
+        "    if False:\n",
+    ),
+    Planted(
+        "presigned_end_is_missing",
+        "the exchange that was signed beforehand is not ended",
+        20,
+        "sparing system",
+        _DUTY,
+        "        return None if self.reason or step is None else layout_after(signed, step)\n",
+        "        return None\n",
+    ),
+    Planted(
+        "presigned_follows_anything",
+        "what was signed beforehand follows each layout, not one by its hash",
+        20,
+        "sparing system",
+        _PRESIGNED,
+        '        "predecessor": hashlib.sha256(payload).digest(),\n',
+        '        "predecessor": b"",\n',
+    ),
+    Planted(
+        "spare_that_is_out_is_waited_for",
+        "the exchange does not end while the disk that comes is out, too",
+        120,
+        "sparing system",
+        _SYSTEM_MOVE,
+        "        if state.comes not in {*answered, *self._layouts.partitions.out.disks}:\n",
+        "        if state.comes not in answered:\n",
+    ),
+    Planted(
+        "spare_that_is_away",
+        "a gateway gives the place of a seed disk to one that does not answer",
+        1,
+        path=_DUTY,
+        old="        usable = {disk.id for disk in layout.disks if disk.id not in out and ports.answers(disk.id)}\n",
+        new="        usable = {disk.id for disk in layout.disks}\n",
+        tests="tests/unit/test_presigned.py",
+        why="it comes back, or goes out, too, and is exchanged in its turn: that takes longer, and no run waits for it",
+    ),
+    Planted(
+        "presigned_changes_more",
+        "a layout that was signed beforehand changes more than a seed disk",
+        1,
+        path=_SUCCESSION,
+        old="    if replace(before, **own, if_out=after.if_out) != after:\n",
+        new="    if False:\n",
+        tests="tests/unit/test_presigned.py",
+        why="the program signs no such layout",
+    ),
+    Planted(
+        "presigned_is_not_verified",
+        "what follows a layout is taken from a peer without a look at the signatures",
+        1,
+        path="storaged/cluster/layouts.py",
+        old="        return replace(signed, following=genuine(signed, self._administration), votes=())\n",
+        new="        return replace(signed, votes=())\n",
+        tests="tests/unit/test_presigned.py",
+        why="a layout with a wrong signature is refused when it is used: what is lost is the one that was genuine",
+    ),
+)
