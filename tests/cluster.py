@@ -1,21 +1,33 @@
-"""A trial cluster in a folder of its own, driven only through the commands an operator has."""
+"""A trial cluster in a folder of its own, driven through the commands an operator has.
+
+What tests ask again and again until it comes true (``status``, ``where``) is asked in this process, by what the command
+calls.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from storaged.cli.client import gateway
+from storaged.cli.env import settings
+from storaged.cli.status import fetch
+from storaged.errors import StoragedError
+from tests.commands import commands
 from tests.patience import SLOWNESS
 
 STORAGED = str(Path(sys.executable).parent / "storaged")
+POLL_S = 0.1
 RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
 
 
@@ -73,7 +85,7 @@ class Cluster:
             self.directory / "dev.json"
         )  # at its very first start a cluster is healthy a moment before its user is there
         self.wait_until(lambda: json.loads(first.read_text())["prepared"], timeout_s, "its user and its bucket")
-        self.settings = json.loads(self.run("env", "--json").stdout)
+        self.settings = settings(self.directory)
         return self
 
     def stop(self) -> None:
@@ -97,33 +109,29 @@ class Cluster:
 
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """``storaged ARGUMENTS`` for this cluster."""
-        done = subprocess.run(
-            [STORAGED, *arguments],
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s * SLOWNESS,
-            check=False,
-        )
+        done = commands().run(arguments, self.environment(), timeout_s * SLOWNESS)
         if check and done.returncode:
             raise AssertionError(f"storaged {' '.join(arguments)} -> {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
     def status(self) -> dict[str, Any]:
-        done = self.run("status", "--json", check=False)
-        down = {
-            "verdict": "DOWN",
-            "nodes": [],
-            "problems": [],
-            "objects_below_target": 0,
-            "objects_lost": 0,
-            "error": done.stderr,
-        }
-        found: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
-        return found if "verdict" in found else {**down, **found}  # a document with an error: it has not begun to run
+        """What ``storaged status --json`` prints; DOWN as well before there is a cluster, and then with the error."""
+        try:
+            return fetch(self.directory)
+        except (StoragedError, OSError, ValueError) as error:
+            return {
+                "verdict": "DOWN",
+                "nodes": [],
+                "problems": [],
+                "objects_below_target": 0,
+                "objects_lost": 0,
+                "error": str(error),
+            }
 
     def where(self, bucket: str, key: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.run("where", f"s3://{bucket}/{key}", "--json").stdout)
+        """What ``storaged where --json`` prints."""
+        query = {"bucket": bucket, "key": key.encode().hex()}
+        found: dict[str, Any] = gateway(self.directory, "GET", "/v1/where", query=query, timeout_s=60.0)
         return found
 
     def wait_until(self, condition: Any, timeout_s: float, what: str) -> None:
@@ -138,7 +146,7 @@ class Cluster:
                 raise AssertionError(
                     f"storaged dev ended with {self._process.returncode} while waiting for {what}: {self.log_tail()}"
                 )
-            time.sleep(0.2)
+            time.sleep(POLL_S)
         raise AssertionError(
             f"waited {timeout_s * SLOWNESS:.0f} s for {what}; status: {json.dumps(self.status())[:2000]}"
             f" {self.log_tail()}"
@@ -179,7 +187,6 @@ class Cluster:
         """An S3 client of boto3 without its own retries, so that every failure shows. ``keys``: another user's than the
         cluster's own.
         """
-        import boto3
         from botocore.config import Config
 
         access_key, secret_key = options.pop("keys", (self.settings["access_key"], self.settings["secret_key"]))
@@ -191,11 +198,23 @@ class Cluster:
             connect_timeout=5,
             read_timeout=options.pop("read_timeout_s", 60),
         ).merge(Config(**options))
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name=region,
-            aws_access_key_id=access_key,
-            aws_secret_access_key=secret_key,
-            config=config,
-        )
+        with _making_clients:  # a session is not for several threads at once
+            return _session().client(
+                "s3",
+                endpoint_url=endpoint,
+                region_name=region,
+                aws_access_key_id=access_key,
+                aws_secret_access_key=secret_key,
+                config=config,
+            )
+
+
+_making_clients = threading.Lock()
+
+
+@functools.cache
+def _session() -> Any:
+    """Of all clients: each session reads and parses a megabyte of descriptions anew."""
+    import boto3
+
+    return boto3.session.Session()

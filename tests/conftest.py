@@ -1,4 +1,4 @@
-"""Which event loops run the tests, which tests run alone, and with how many examples properties are tried."""
+"""Which event loops run the tests, and with how many examples properties are tried."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from tests.sim.virtual import OneThreadLoop
 
 settings.register_profile("tests", max_examples=examples(100), deadline=None)  # a busy machine is slow, no test times
 settings.load_profile("tests")
-
-ALONE = frozenset({"chaos"})
-"""Folders whose tests need the whole machine."""
-
 
 HEARD = frozenset(
     {
@@ -54,13 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "virtual_time: on a loop whose time jumps to the next timer; (False): not this test of a module with the mark",
     )
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent.name in ALONE:
-            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture

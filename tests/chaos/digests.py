@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import sys
 import zlib
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -37,6 +39,9 @@ SIBLINGS_FOUND_MIN = 3
 CHANCE_BYTES_MAX = 4
 """Needles of so few bytes are found by chance."""
 NUMBER_BYTES_MAX = 8
+WORD_BYTES, LONG_WORD_BYTES = 4, 8
+CODES = {WORD_BYTES: "I", LONG_WORD_BYTES: "Q"}
+"""Of ``array``."""
 
 
 class Needle(NamedTuple):
@@ -98,17 +103,49 @@ def of_request(kind: str, sibling: int, bodies: Sequence[bytes]) -> list[Needle]
 
 
 class Search:
-    """Takes data piece by piece; says which needles count as found."""
+    """Takes data piece by piece; says which needles count as found.
+
+    Hundreds of needles are looked for in hundreds of MiB, so all are looked for at once. Wherever a needle lies, one of
+    its words lies whole at a multiple of the words' size: data that has none of its words has no such needle. The few
+    needles that are left are searched for byte by byte.
+    """
 
     def __init__(self, needles: Iterable[Needle]) -> None:
         self._needles = list(needles)
         self._found: dict[str, set[int]] = defaultdict(set)
         self._short = {needle.what for needle in self._needles if len(needle.data) <= CHANCE_BYTES_MAX}
+        self._words: dict[int, dict[int, list[int]]] = {
+            WORD_BYTES: defaultdict(list),
+            LONG_WORD_BYTES: defaultdict(list),
+        }
+        """The numbers of the needles by their words, for each size of words."""
+        self._shifts = {WORD_BYTES: 1, LONG_WORD_BYTES: 1}
+        """In how many alignments the data is looked at: needles with less than twice a word's bytes need more."""
+        for number, needle in enumerate(self._needles):
+            self._add(number, needle.data)
+        self._wanted = {size: frozenset(words) for size, words in self._words.items()}
         self.searched = 0
+
+    def _add(self, number: int, data: bytes) -> None:
+        assert len(data) >= WORD_BYTES
+        size = LONG_WORD_BYTES if len(data) >= 2 * LONG_WORD_BYTES - 1 else WORD_BYTES
+        starts = min(len(data) - size + 1, size)
+        self._shifts[size] = max(self._shifts[size], size - starts + 1)
+        for start in range(starts):
+            self._words[size][int.from_bytes(data[start : start + size], sys.byteorder)].append(number)
 
     def look(self, data: bytes) -> None:
         self.searched += len(data)
-        for what, sibling, needle in self._needles:
+        view, possible = memoryview(data), set[int]()
+        for size, words in self._words.items():
+            for shift in range(self._shifts[size] if words else 0):
+                end = shift + max(0, len(data) - shift) // size * size
+                there = array(CODES[size])
+                there.frombytes(view[shift:end])
+                for word in self._wanted[size].intersection(there):
+                    possible.update(words[word])
+        for number in possible:
+            what, sibling, needle = self._needles[number]
             if sibling not in self._found[what] and needle in data:
                 self._found[what].add(sibling)
 

@@ -17,7 +17,7 @@ from tests.servers import Servers
 
 SECONDS = float(os.environ.get("STORAGED_CHAOS_SECONDS", "20"))
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,11 @@ from benches.s3client import Ask, Connection, Target, WrongAnswer, connect, sign
 from benches.servers import Server, stop, storaged_cluster
 from tests.patience import GUARD_S
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[2]
+SILENT_S = 60.0
+"""How long a silent server says nothing."""
+SILENCE_S = 2.0
+"""Where silence is what is tested."""
 SMALL = ("put-4k-1", "put-4k-64", "get-4k-64", "head-64", "list-1000-4")
 
 
@@ -57,7 +59,7 @@ class SmallServer:
         self.requests += 1
         lie = self.lie if self.about.search(f"{method} {path}") else ""
         if lie == "silence":
-            await asyncio.sleep(60)
+            await asyncio.sleep(SILENT_S)
         if lie == "hang-up":
             return False
         if lie == "noise":
@@ -140,8 +142,8 @@ def _nothing_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benches.measure.LATE_S", 0.001)
 
 
-async def rows_of(target: Target, names: tuple[str, ...] = SMALL) -> list[Result]:
-    return await measure(Server("small", target), names, 0.0001, lambda _result: None, silence_s_max=0.4)
+async def rows_of(target: Target, names: tuple[str, ...] = SMALL, *, silence_s_max: float = GUARD_S) -> list[Result]:
+    return await measure(Server("small", target), names, 0.0001, lambda _result: None, silence_s_max=silence_s_max)
 
 
 async def test_an_honest_server_passes_every_row_and_every_operation_is_counted() -> None:
@@ -252,7 +254,7 @@ async def test_a_chunked_answer_is_as_good_as_one_with_a_length() -> None:
 )
 async def test_a_lie_is_an_error_of_its_row_and_ends_the_run(lie: str, about: str, row: str, said: str) -> None:
     async with serving(lie, about) as (_, target):
-        results = await rows_of(target)
+        results = await rows_of(target, silence_s_max=SILENCE_S if lie == "silence" else GUARD_S)
     failed = results[-1]
     assert (failed.row, failed.errors > 0) == (row, True)
     assert said in failed.first_error
@@ -281,8 +283,8 @@ async def test_a_server_that_answers_nothing_is_given_up_quickly() -> None:
     async with serving("silence", "") as (_, target):
         began = time.monotonic()
         with pytest.raises(WrongAnswer, match="no answer within"):
-            await rows_of(target)
-        assert time.monotonic() - began < 10
+            await rows_of(target, silence_s_max=0.4)
+        assert time.monotonic() - began < SILENT_S, "it has not waited for the answer"
         result = await drive(
             "row", target, getting(target, "b", "k", Bodies(9), 9), in_flight=64, total=1000, silence_s_max=0.2
         )
@@ -356,7 +358,7 @@ async def run_command(*arguments: str) -> tuple[int, str]:
 
 async def test_the_command_says_what_failed_and_exits_1(tmp_path: Path) -> None:
     written = tmp_path / "results.json"
-    common = ("--access", "a", "--secret", "s", "--scale", "0.0001", "--silence", "1", "--rows", "put-4k-64,get-4k-64")
+    common = ("--access", "a", "--secret", "s", "--scale", "0.0001", "--silence", "60", "--rows", "put-4k-64,get-4k-64")
     async with serving("flipped", "GET /") as (_, target):
         code, told = await run_command("--endpoint", target.endpoint, *common)
     assert (code, "ERRORS" in told, "not what was written" in told) == (1, True, True)

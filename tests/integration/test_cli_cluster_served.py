@@ -59,3 +59,16 @@ def test_help_imports_no_plane() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "dev" in done.stdout
+
+
+def test_a_node_starts_without_what_it_never_uses(tmp_path: Path) -> None:
+    """structlog would import rich and pygments, which may be installed for others."""
+    program = (
+        "import sys\nfrom storaged.cli.main import main\ntry:\n    main(['run', sys.argv[1]])\nexcept SystemExit:\n"
+        "    pass\nassert 'storaged.node.node' in sys.modules\nbad = [m for m in sys.modules if sys.modules[m] and"
+        " m.split('.')[0] in ('rich', 'pygments')]\nsys.exit(' '.join(bad) or 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "none")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

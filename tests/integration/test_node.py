@@ -316,7 +316,6 @@ async def test_a_keyring_that_is_not_the_clusters_opens_nothing_until_it_is_rest
     await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.mark.alone
 def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_given_a_policy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.alone
-
 SCRIPT = """
 import ctypes, os, sys
 from prometheus_client import CollectorRegistry

@@ -1,0 +1,192 @@
+"""Runs ``storaged COMMAND`` for the tests of whole clusters, each in a process of its own.
+
+Theory of operation. The tests give hundreds of commands, and most of these need far less of a processor than a Python
+that starts and imports them. So one process, ``python -m tests.commands``, imports the command line once, and forks
+for each command. The child takes the command's environment, directory and output, and calls ``main`` as the console
+script does. A second fork waits for it, and reports its pid and then its exit code.
+
+The console script itself is started by the tests of the guides (``test_readme``, ``test_guide``), and for each trial
+cluster and each server's node.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUEST_BYTES_MAX = 1 << 18
+IMPORTED_INSIDE_FUNCTIONS = (
+    "storaged.cli.create",
+    "storaged.cli.planning",
+    "storaged.cli.signing",
+    "storaged.cli.succeeding",
+    "storaged.cli.supervisor",
+    "storaged.cluster.issuing",
+    "storaged.cluster.tickets",
+    "storaged.keys",
+)
+"""Of modules that many commands need, those that importing all commands does not import."""
+
+
+# --- in the process of the tests
+
+
+class Commands:
+    """The process that forks. Threads may share one."""
+
+    def __init__(self) -> None:
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.commands", str(other.fileno())],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[other.fileno()],
+            )
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait()
+
+    def run(
+        self, arguments: Sequence[str], environment: Mapping[str, str], timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Waits for the end of ``storaged ARGUMENTS``. Kills it and raises TimeoutExpired after ``timeout_s``."""
+        end = time.monotonic() + timeout_s
+        request = {"arguments": list(arguments), "environment": dict(environment), "directory": os.getcwd()}
+        told, tells = os.pipe()
+        output, errors = os.memfd_create("stdout"), os.memfd_create("stderr")
+        try:
+            try:
+                socket.send_fds(self._socket, [json.dumps(request).encode()], [output, errors, tells])
+            finally:
+                os.close(tells)
+            pid = _number_from(told)
+            if not select_readable(told, end - time.monotonic()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(["storaged", *arguments], timeout_s, _text_of(output), _text_of(errors))
+            code = _number_from(told)
+            return subprocess.CompletedProcess(["storaged", *arguments], code, _text_of(output), _text_of(errors))
+        finally:
+            for descriptor in (told, output, errors):
+                os.close(descriptor)
+
+
+@functools.cache
+def commands() -> Commands:
+    """The one of this process. It ends with this process."""
+    found = Commands()
+    atexit.register(found.close)
+    return found
+
+
+def select_readable(descriptor: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def _number_from(pipe: int) -> int:
+    """The next line. The waiting process writes a line with one system call, and the second one after the first."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(pipe, 1)
+        assert piece, "the process of a command, or the one that forks, has ended by itself"
+        line += piece
+    return int(line)
+
+
+def _text_of(file: int) -> str:
+    return os.pread(file, os.fstat(file).st_size, 0).decode()
+
+
+# --- in the process that forks
+
+
+def main() -> None:
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    _import_all()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for commands
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the tests, which end this process
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 3)
+        if not data:
+            return
+        if os.fork() == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _wait_for_one(json.loads(data), *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _import_all() -> None:
+    from storaged.cli.main import COMMANDS
+
+    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # as the command line does it
+    for place, _ in COMMANDS.values():
+        importlib.import_module(place.partition(":")[0])
+    for name in IMPORTED_INSIDE_FUNCTIONS:
+        importlib.import_module(name)
+
+
+def _wait_for_one(request: dict[str, Any], output: int, errors: int, tells: int) -> NoReturn:
+    pid = os.fork()
+    if pid == 0:
+        os.close(tells)
+        _run(request, output, errors)
+    with suppress(BrokenPipeError):
+        os.write(tells, b"%d\n" % pid)
+        _, status = os.waitpid(pid, 0)
+        os.write(tells, b"%d\n" % os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def _run(request: dict[str, Any], output: int, errors: int) -> NoReturn:
+    """As the console script does it."""
+    from storaged.cli.main import main as storaged
+
+    code: Any = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", errors="backslashreplace")  # noqa: SIM115
+        os.chdir(request["directory"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv = ["storaged", *request["arguments"]]
+        try:
+            storaged()
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()
