@@ -9,10 +9,13 @@ from storaged.config import Config, S3Section
 from storaged.objects.plane import ObjectLimits
 from storaged.s3.context import AccessLogSettings, Endpoint
 from storaged.s3.http.limits import Limits
-from storaged.units import MIB
+from storaged.units import KIB, MIB
 
 BUFFER_BYTES_MIN = 8 * MIB
 """The least size of each of a worker's three pools."""
+
+LOG_BYTES_MIN = 64 * KIB
+"""The least room of a worker for lines of access logs."""
 
 
 def endpoint_of(config: Config) -> Endpoint:
@@ -25,7 +28,9 @@ def endpoint_of(config: Config) -> Endpoint:
         website_domain=s3.website_domain,
         proxies=s3.proxies,
         limits=shared_limits(config.limits.s3_requests_max, s3),
-        access_logs=AccessLogSettings(s3.access_log_interval_s, s3.access_log_bytes_max // s3.workers),
+        access_logs=AccessLogSettings(
+            s3.access_log_interval_s, max(s3.access_log_bytes_max // s3.workers, LOG_BYTES_MIN)
+        ),
     )
 
 

@@ -160,10 +160,11 @@ class EventDelivery:
         return _destinations_in(await self._buckets.configuration(bucket))
 
     async def _send(self, arn: str, body: bytes) -> bool:
-        now = self._plane.clock.monotonic()
-        if self._down.get(arn, 0.0) > now or not self._destinations.knows(arn):
+        if self._down.get(arn, 0.0) > self._plane.clock.monotonic():
             return False
         try:
+            if not self._destinations.knows(arn):
+                raise DeliveryFailed("[[notifications]] of this gateway does not have it")
             await self._destinations.send(arn, body)
         except DeliveryFailed as error:
             self._down[arn] = self._plane.clock.monotonic() + self.down_s

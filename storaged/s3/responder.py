@@ -162,10 +162,10 @@ class Responder:
         done = RequestDone(request, reply, bytes_in, bytes_out, duration_s, complete, spans)
         bucket = request._bucket_record
         try:
-            if bucket is not None and not bucket.plain and self._access_logs.wants(bucket):
-                self._access_logs.note(done, bucket, self._spoken(exchange.connection))
             if self._on_request is not None:
                 self._on_request(done)
+            if bucket is not None and not bucket.plain and self._access_logs.wants(bucket):
+                self._access_logs.note(done, bucket, self._spoken(exchange.connection))
         except Exception:
             log.exception("an observer of requests failed")
 

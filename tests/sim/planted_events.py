@@ -56,7 +56,7 @@ EVENT_BUGS = (
     Planted(
         "stamps_stand_still",
         "a pointer loses a key although another change has noted it since",
-        300,
+        600,
         _PLAY,
         _OUTBOX,
         "        if stamps.get(name.key) != stamp:\n            return None\n        del stamps[name.key]\n",

@@ -409,7 +409,7 @@ async def _commit(
     """Puts the version into the object's record, once, however often this is tried. ``upload``: with the pin as its
     record. ``resumed``: an earlier attempt pinned the version. Raises _Moved, _Overtaken, and as ``complete``.
     """
-    outgoing = await outgoing_of(plane, bucket, name, request.origin)
+    outgoing = await outgoing_of(plane, bucket, name, request.origin) if request.origin is not None else None
     placing = _Placing(plane, bucket, keys, upload, version, request.conditions, outgoing, resumed=resumed)
 
     async def after_promise() -> None:

@@ -46,7 +46,7 @@ async def delete(
     not exist.
     """
     name = object_name(bucket.id, bucket.shard_numbers, key)
-    outgoing = await outgoing_of(plane, bucket, name, origin)
+    outgoing = await outgoing_of(plane, bucket, name, origin) if origin is not None else None
     deletion = _Deletion(plane, bucket, Place(bucket.id, key), version_id, conditions, outgoing)
     check, note = unlocked(plane, bypass=bypass_governance), outgoing.note if outgoing is not None else None
     _, removed = await change_versions(plane, deletion.keys, name, deletion.edit, check, after_promise=note)

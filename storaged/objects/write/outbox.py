@@ -134,12 +134,10 @@ class Outgoing:
             self._plane.on_events(self._bucket, self._name)
 
 
-async def outgoing(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, origin: Origin | None
-) -> Outgoing | None:
+async def outgoing(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, origin: Origin) -> Outgoing | None:
     """None: no rule of the bucket can want the events of a change. Raises as ``KeyService.bucket_key``."""
-    rules = rules_of(plane, bucket) if origin is not None else None
-    if rules is None or origin is None:
+    rules = rules_of(plane, bucket)
+    if rules is None:
         return None
     return Outgoing(plane, bucket, name, rules, origin, await plane.keys.bucket_key(bucket.id, bucket.countries))
 

@@ -87,7 +87,7 @@ async def put(
     )
     write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
     await check_early(plane, write.part.name, write.place, BucketKeys(plane, bucket), conditions)
-    outgoing = await outgoing_of(plane, bucket, write.part.name, meta.origin)
+    outgoing = await outgoing_of(plane, bucket, write.part.name, meta.origin) if meta.origin is not None else None
     async with sealed_body(plane, write.part, body, checks) as sealed:
         if outgoing is None and not plane.versioning(bucket):
             new = Replacement(write, sealed)
@@ -130,7 +130,7 @@ def try_put(
 ) -> bool:
     """See ``api.Objects``. Conditions are judged by the commit alone. An early check would save nothing: the body is
     here already."""
-    if meta.lock is not None or plane.versioning(bucket) or rules_of(plane, bucket) is not None:
+    if meta.lock is not None or (not bucket.plain and (plane.versioning(bucket) or rules_of(plane, bucket))):
         return False
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
