@@ -4,7 +4,8 @@ Theory of operation. Nothing counts a bucket's objects as they come and go: a co
 (``usage``). So each process of a gateway walks the buckets that have a quota, or whose owner has one, now and then, and
 adds what it has admitted itself since. The slack is this:
 
-* A quota that was set or changed holds after ``LOOK_S`` at most.
+* A quota that was set or changed holds after ``LOOK_S``, or ``LOOK_REST`` times what it takes to read the records of
+  all buckets, if that is longer.
 * Writes that other processes and gateways admitted since the last walk are not counted. A bucket is walked again after
   ``COUNT_S``, or after ``REST`` times the time that the walk took, if that is longer. So while all gateways write, a
   quota is exceeded by what they write in that time.
@@ -34,6 +35,7 @@ from storaged.objects.usage import Usage
 
 LOOK_S: Final = 30.0
 COUNT_S: Final = 60.0
+LOOK_REST: Final = 100.0
 REST: Final = 20.0
 SOON_S: Final = 2.0
 
@@ -90,14 +92,22 @@ class Quotas:
     async def run(self) -> None:
         """Runs for ever: learns quotas, and walks what they are of."""
         while True:
+            began_s = self._clock.monotonic()
             try:
-                await self.look()
+                await self._learn()
             except StoragedError as error:
                 log.debug("quotas are looked at later", reason=error.message)
-            await asyncio.sleep(LOOK_S)
+            pause_s = max(LOOK_S, LOOK_REST * (self._clock.monotonic() - began_s))
+            await self._count()
+            await asyncio.sleep(pause_s)
 
     async def look(self) -> None:
         """One round. Raises ServiceUnavailable, KeyringUnavailable."""
+        await self._learn()
+        await self._count()
+
+    async def _learn(self) -> None:
+        """Reads all quotas."""
         accounts = {user_id: limit async for user_id, limit in self._sources.accounts()}
         buckets, counted = {}, {}
         for record in await self._sources.buckets():
@@ -110,7 +120,9 @@ class Quotas:
                 counted[record.id].record = record
         self._accounts, self._buckets, self._counted = accounts, buckets, counted
         self.watched = bool(counted)
-        for bucket in list(counted.values()):
+
+    async def _count(self) -> None:
+        for bucket in list(self._counted.values()):
             if self._is_due(bucket, COUNT_S):
                 await self._walk(bucket)
 

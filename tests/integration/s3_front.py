@@ -25,6 +25,7 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged.clock import SystemClock
 from storaged.errors import DataDamaged
+from storaged.node.quotas import quotas_of
 from storaged.objects.api import (
     BodyChecks,
     NewMeta,
@@ -37,6 +38,7 @@ from storaged.objects.api import (
 )
 from storaged.objects.destinations import Destinations
 from storaged.objects.plane import ObjectLimits, ObjectPlane
+from storaged.objects.quotas import Quotas
 from storaged.objects.read.streams import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
@@ -163,6 +165,7 @@ class World:
     objects: WatchedObjects
     buckets: BucketService
     users: UserService
+    quotas: Quotas
     below: objects.World
     """What the object plane is on."""
     done: list[RequestDone] = field(default_factory=list)
@@ -243,6 +246,7 @@ async def s3_world(
         await users.add(name, access_key=access, secret_key=secret)
         await users.lookup(access)
     done: list[RequestDone] = []
+    quotas = quotas_of(service, buckets, users, clock)
     app = S3App(
         service,
         buckets,
@@ -260,10 +264,11 @@ async def s3_world(
         entropy=os.urandom,
         on_request=done.append,
         destinations=destinations,
+        quotas=quotas,
     )
     port = await app.start("127.0.0.1", 0, ssl=tls)
     try:
-        yield World(app, port, service, buckets, users, below, done)
+        yield World(app, port, service, buckets, users, quotas, below, done)
     finally:
         await app.close(0.5)
         await service.close()

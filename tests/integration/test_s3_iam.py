@@ -7,15 +7,28 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import boto3  # type: ignore[import-untyped]
+import msgspec
+import pytest
 import pytest_asyncio
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
-from storaged.objects.accounts import SESSION_FORMAT, StoredSession
+from storaged.cluster.audit.format import parse_line
+from storaged.cluster.audit.log import AuditLog
+from storaged.errors import InvalidAction, NoSuchEntity
+from storaged.meta.names import system_name
+from storaged.node.audited import AuditedUsers
+from storaged.node.quotas import set_account_quota, set_bucket_quota
+from storaged.objects import accounts
+from storaged.objects.accounts import SESSION_FORMAT, AccountRecord, StoredSession
 from storaged.objects.identity import account_of
+from storaged.s3.ops.iam.actions import perform, perform_for_operator
+from storaged.s3.ops.iam.call import Call, Parameters
+from storaged.wire import decode, encode
 from tests.integration.s3_front import ACCESS, ACCESS_ALT, SECRET, SECRET_ALT, World, s3_world
 
 DENIED = (403, "AccessDenied")
@@ -403,3 +416,151 @@ async def test_an_account_ends_with_its_root_and_comes_back_with_it(world: World
     await world.users.add("new", user_id=who.user_id)
     await run(back, world)
     assert account_of(who.user_id) in {account_of(user.user_id) for user in await world.users.list_users()}
+
+
+async def test_a_write_beyond_a_quota_is_403_quotaexceeded_and_what_is_there_stays_readable(world: World) -> None:
+    def made(world: World) -> None:
+        s3 = client(world, "s3")
+        s3.create_bucket(Bucket="bucket")
+        s3.create_bucket(Bucket="other")
+        s3.put_object(Bucket="bucket", Key="k", Body=bytes(1000))
+
+    def full(world: World) -> None:
+        s3, beyond = client(world, "s3"), (403, "QuotaExceeded")
+        s3.put_object(Bucket="bucket", Key="small", Body=b"x")
+        assert refused(s3.put_object, Bucket="bucket", Key="k2", Body=bytes(1000)) == beyond
+        assert refused(s3.copy_object, Bucket="bucket", Key="k3", CopySource="bucket/k") == beyond, (
+            "three objects at most"
+        )
+        assert refused(s3.create_multipart_upload, Bucket="bucket", Key="k4") == beyond
+        s3.put_object(Bucket="other", Key="k", Body=bytes(5000))
+        assert len(s3.get_object(Bucket="bucket", Key="k")["Body"].read()) == 1000
+        assert [row["Key"] for row in s3.list_objects_v2(Bucket="bucket")["Contents"]] == ["k", "small"]
+        s3.delete_object(Bucket="bucket", Key="small")
+
+    def again(world: World) -> None:
+        client(world, "s3").put_object(Bucket="bucket", Key="k2", Body=b"x")
+
+    await run(made, world)
+    await set_bucket_quota(world.buckets, await world.buckets.get("bucket"), 1500, 2)
+    await world.quotas.look()
+    await run(full, world)
+    await set_bucket_quota(world.buckets, await world.buckets.get("bucket"), 0, 0)
+    await world.quotas.look()
+    assert not world.quotas.watched
+    await run(again, world)
+    who, _ = await world.users.lookup(ACCESS)
+    await set_account_quota(world.users, who.user_id, 5500, 0)
+    await world.quotas.look()
+
+    def shared(world: World) -> None:
+        s3 = client(world, "s3")
+        assert refused(s3.put_object, Bucket="other", Key="k5", Body=b"x") == (403, "QuotaExceeded")
+
+    await run(shared, world)
+
+
+def lines_in(directory: Path) -> list[bytes]:
+    return [line for path in sorted(directory.iterdir()) for line in path.read_bytes().splitlines()]
+
+
+async def test_every_change_over_iam_is_in_the_audit_log_with_who_made_it(world: World, tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, "gw", bytes(8), clock=world.below.clock)
+    await log.start()
+    users = AuditedUsers(world.users, log, world.below.clock)
+    who, _ = await world.users.lookup(ACCESS)
+
+    def call(action: str, **parameters: str) -> Call:
+        return Call(action, users, who.user_id, "main", Parameters(parameters), 1, lambda action, arn: None, who)
+
+    await perform(call("CreateUser", UserName="bob"))
+    key = await perform(call("CreateAccessKey", UserName="bob"))
+    text = document(may("s3:*"))
+    await perform(call("PutUserPolicy", UserName="bob", PolicyName="p", PolicyDocument=text))
+    with pytest.raises(NoSuchEntity):
+        await perform(call("DeleteUserPolicy", UserName="bob", PolicyName="q"))
+    await perform(call("ListUsers"))
+    own = await perform(call("CreateAccessKey"))
+    await log.close()
+    lines = lines_in(tmp_path)
+    entries = [parse_line(line) for line in lines][1:]
+    assert {entry.actor for entry in entries} == {f"s3:{ACCESS}"}
+    assert key is not None
+    assert own is not None
+    bob = f"arn:aws:iam::{account_of(who.user_id)}:user/bob"
+    told = [(entry.kind, entry.target, entry.outcome, entry.fields.get("action")) for entry in entries]
+    assert told == [
+        ("iam.change", bob, "intent", "CreateUser"),
+        ("iam.change", bob, "done", None),
+        ("iam.change", bob, "intent", "CreateAccessKey"),
+        ("iam.change", bob, "done", None),
+        ("iam.change", bob, "intent", "PutUserPolicy"),
+        ("iam.change", bob, "done", None),
+        ("iam.change", bob, "intent", "DeleteUserPolicy"),
+        ("iam.change", bob, "refused NoSuchEntity", None),
+        ("iam.key", "user:main", "intent", "CreateAccessKey"),
+        ("iam.key", "user:main", "done", None),
+    ]
+    assert entries[2].fields["AccessKeyId"] == key["AccessKey"]["AccessKeyId"]
+    assert entries[4].fields["PolicyName"] == "p"
+    secrets = (key["AccessKey"]["SecretAccessKey"], own["AccessKey"]["SecretAccessKey"], "s3:*")
+    assert not any(secret.encode() in line for secret in secrets for line in lines)
+
+
+async def test_the_operator_s_actions_need_no_permission_and_print_policies_as_documents(world: World) -> None:
+    who, _ = await world.users.lookup(ACCESS)
+
+    async def operator(action: str, **parameters: str) -> dict[str, Any]:
+        return await perform_for_operator(world.users, world.below.clock, who, action, parameters)
+
+    await operator("CreateRole", RoleName="r", AssumeRolePolicyDocument=trust(account_of(who.user_id)))
+    found = (await operator("GetRole", RoleName="r"))["Role"]
+    assert found["AssumeRolePolicyDocument"] == json.loads(trust(account_of(who.user_id)))
+    arn = (await operator("CreatePolicy", PolicyName="p", PolicyDocument=document(may("s3:*"))))["Policy"]["Arn"]
+    version = await operator("GetPolicyVersion", PolicyArn=arn, VersionId="v1")
+    assert version["PolicyVersion"]["Document"] == json.loads(document(may("s3:*")))
+    with pytest.raises(InvalidAction):
+        await operator("Nothing")
+
+
+async def test_an_account_that_would_be_too_large_is_refused_and_stays_as_it_was(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "BYTES_MAX", 1500)
+
+    def work(world: World) -> None:
+        iam = client(world, "iam")
+        for number in range(5):
+            iam.create_user(UserName=f"u{number}")
+        policy = document(may("s3:GetObject", "arn:aws:s3:::" + "b" * 1500))
+        iam.put_user_policy(UserName="u0", PolicyName="p", PolicyDocument=document(may("s3:*")))
+        assert refused(iam.put_user_policy, UserName="u0", PolicyName="q", PolicyDocument=policy) == (
+            409,
+            "LimitExceeded",
+        )
+        assert iam.list_user_policies(UserName="u0")["PolicyNames"] == ["p"]
+
+    await run(work, world)
+
+
+async def test_a_forged_record_of_an_account_opens_nothing(world: World) -> None:
+    who, _ = await world.users.lookup(ACCESS)
+    keys: dict[str, dict[str, str]] = {}
+
+    def work(world: World) -> None:
+        keys["bob"] = made_user(client(world, "iam"), "bob", may("s3:*"))
+        with_key(world, "s3", keys["bob"]).list_buckets()
+
+    await run(work, world)
+    name = system_name(f"account/{who.user_id}")
+    held = world.below.ring.values[name]
+    other = decode(held.body, AccountRecord)
+    forged = encode(msgspec.structs.replace(other, user_id="f" * 64))
+    world.below.ring.values[name] = msgspec.structs.replace(held, body=forged)
+    world.users.accounts.forget(who.user_id)
+
+    def refused_now(world: World) -> None:
+        assert refused(with_key(world, "s3", keys["bob"]).list_buckets) == (503, "ServiceUnavailable")
+        assert client(world, "s3").list_buckets()["Buckets"] == [], "the root needs no such record"
+
+    await run(refused_now, world)

@@ -228,6 +228,54 @@ def test_an_operator_lists_counts_hands_over_and_deletes_buckets(cluster: Cluste
     assert (wrong.returncode, "3 to 63 characters" in wrong.stderr) == (1, True)
 
 
+def test_the_operator_gives_an_account_users_groups_roles_policies_and_a_quota(cluster: Cluster) -> None:
+    def said(*arguments: str) -> Any:
+        return json.loads(cluster.run(*arguments, "--json").stdout)
+
+    made = said("user", "add", "owner")
+    root = client_of(cluster, made)
+    root.create_bucket(Bucket="owners-data")
+    robot = said("user", "add", "robot", "--account", "owner")
+    assert robot["arn"] == f"arn:aws:iam::{made['account']}:user/robot"
+    client = client_of(cluster, robot)
+    assert "AccessDenied" in refusal(client)
+    said("group", "add", "owner", "writers")
+    said("group", "join", "owner", "writers", "robot")
+    said("policy", "attach", "owner", "AmazonS3FullAccess", "--group", "writers")
+    cluster.wait_until(lambda: not refusal(client), 10, "the policy of the group")
+    assert [(row["GroupName"], row["Users"]) for row in said("group", "list", "owner")] == [("writers", ["robot"])]
+    document = cluster.directory.parent / "policy.json"
+    document.write_text(
+        '{"Version": "2012-10-17", "Statement": {"Effect": "Deny", "Action": "s3:Put*", "Resource": "*"}}'
+    )
+    said("policy", "add", "owner", "no-writes", str(document))
+    assert said("policy", "show", "owner", "no-writes") == json.loads(document.read_text())
+    said("policy", "attach", "owner", "no-writes", "--user", "robot")
+    refused = cluster.run("policy", "remove", "owner", "no-writes", check=False)
+    assert (refused.returncode, "attached" in refused.stderr) == (1, True)
+    document.write_text('{"Version": "2012-10-17", "Statement": {"Effect": "Allow"}}')
+    refused = cluster.run("role", "add", "owner", "reader", str(document), check=False)
+    assert (refused.returncode, "MalformedPolicyDocument" in refused.stderr) == (1, True)
+    keys = said("key", "list", "owner", "--user", "robot")
+    said("key", "set", "owner", keys[0]["AccessKeyId"], "--inactive", "--user", "robot")
+    cluster.wait_until(lambda: "InvalidAccessKeyId" in refusal(client), 10, "the end of the key")
+    assert said("user", "remove", "robot", "--account", "owner")["removed"] == "robot"
+    assert said("user", "list", "--account", "owner") == []
+    assert said("bucket", "quota", "owners-data", "--objects", "1") == {
+        "bucket": "owners-data", "bytes": 0, "objects": 1,
+    }  # fmt: skip
+    assert said("user", "quota", "owner", "--bytes", "1MiB")["bytes"] == 1 << 20
+    kinds = [line["kind"] for line in audit_entries(cluster)]
+    assert "iam.change" in kinds
+    assert "quota.set" in kinds
+
+
+def audit_entries(cluster: Cluster) -> list[dict[str, Any]]:
+    found = sorted((cluster.directory / "gateway" / "audit").glob("*"))
+    lines = [line for path in found if path.is_file() for line in path.read_text().splitlines()]
+    return [entry for line in lines if "kind" in (entry := json.loads(line))]
+
+
 def client_of(cluster: Cluster, user: dict[str, str]) -> Any:
     import boto3
 

@@ -23,7 +23,7 @@ from storaged.objects.accounts import (
     root_arn,
 )
 from storaged.objects.api import Principal, Users
-from storaged.s3.ops.iam import groups, policies, roles, users
+from storaged.s3.ops.iam import groups, policies, roles, tags, users
 from storaged.s3.ops.iam.call import (
     GROUP,
     POLICY,
@@ -115,6 +115,31 @@ def _of_each(kind: Kind) -> dict[str, Action]:
     return {name: Action(resource, partial(function, kind=kind)) for name, function in functions.items()}
 
 
+def _tags(kind: Kind) -> dict[str, Action]:
+    functions = {f"Tag{kind.word}": tags.tag, f"Untag{kind.word}": tags.untag, f"List{kind.word}Tags": tags.list_tags}
+    return {name: Action(_named(kind), partial(function, kind=kind)) for name, function in functions.items()}
+
+
+NOT_THERE: Final = {
+    "ListAccountAliases": "AccountAliases",
+    "ListInstanceProfiles": "InstanceProfiles",
+    "ListInstanceProfilesForRole": "InstanceProfiles",
+    "ListMFADevices": "MFADevices",
+    "ListOpenIDConnectProviders": "OpenIDConnectProviderList",
+    "ListSAMLProviders": "SAMLProviderList",
+    "ListServerCertificates": "ServerCertificateMetadataList",
+    "ListServiceSpecificCredentials": "ServiceSpecificCredentials",
+    "ListSigningCertificates": "Certificates",
+    "ListSSHPublicKeys": "SSHPublicKeys",
+    "ListVirtualMFADevices": "VirtualMFADevices",
+}
+"""Lists of what no account can have here: clients read them before they delete a user or a role. Name of the list."""
+
+
+async def nothing(call: Call, field: str) -> Result:
+    return {field: [], "IsTruncated": False}
+
+
 ACTIONS: Final[dict[str, Action]] = {
     "CreateUser": Action(_named(USER), users.create_user),
     "GetUser": Action(_user_or_caller, users.get_user),
@@ -139,9 +164,6 @@ ACTIONS: Final[dict[str, Action]] = {
     "UpdateRole": Action(_named(ROLE), roles.update_role),
     "UpdateAssumeRolePolicy": Action(_named(ROLE), roles.update_assume_role_policy),
     "DeleteRole": Action(_named(ROLE), roles.delete_role),
-    "TagRole": Action(_named(ROLE), roles.tag_role),
-    "UntagRole": Action(_named(ROLE), roles.untag_role),
-    "ListRoleTags": Action(_named(ROLE), roles.list_role_tags),
     "CreatePolicy": Action(_named(POLICY), policies.create_policy),
     "GetPolicy": Action(_policy, policies.get_policy),
     "ListPolicies": Action(_anything, policies.list_policies),
@@ -153,6 +175,9 @@ ACTIONS: Final[dict[str, Action]] = {
     "SetDefaultPolicyVersion": Action(_policy, policies.set_default_policy_version),
     "ListEntitiesForPolicy": Action(_policy, policies.list_entities_for_policy),
     "GetAccountSummary": Action(_anything, get_account_summary),
+    **{name: Action(_anything, partial(nothing, field=field)) for name, field in NOT_THERE.items()},
+    **_tags(USER),
+    **_tags(ROLE),
     **_of_each(USER),
     **_of_each(GROUP),
     **_of_each(ROLE),

@@ -59,6 +59,8 @@ async def update_group(call: Call) -> Result:
     new_name = call.name(GROUP, "NewGroupName") if "NewGroupName" in call.parameters else ""
     new_path = call.parameters.path("NewPath") if "NewPath" in call.parameters else ""
     group = find(await call.account(), GROUP, name)
+    renamed = structs.replace(group, name=new_name or group.name, path=new_path or group.path)
+    call.permit("iam:UpdateGroup", call.arn(GROUP, renamed))  # AWS wants it for both names
 
     def edit(account: StoredAccount) -> StoredAccount:
         found = find(account, GROUP, name)

@@ -15,7 +15,6 @@ from storaged.objects.accounts import IamRole, StoredAccount
 from storaged.s3.auth.policy import TRUST, check_document, principals_of
 from storaged.s3.ops.iam.call import ROLE, Call, Result, find, having, lacking, moment, page, refuse_taken, tag_list
 from storaged.s3.ops.iam.principals import unknown_of
-from storaged.s3.ops.iam.users import tagged, untagged
 
 TRUST_CHARS_MAX = 2048
 DOCUMENT_CHARS_MAX = 131_072
@@ -128,26 +127,3 @@ async def delete_role(call: Call) -> Result:
 
     await call.change(call.arn(ROLE, role), edit)
     return None
-
-
-async def tag_role(call: Call) -> Result:
-    name, tags = call.name(ROLE), call.parameters.tags()
-    role = find(await call.account(), ROLE, name)
-    await call.change(
-        call.arn(ROLE, role), lambda account: having(account, ROLE, tagged(find(account, ROLE, name), tags), name)
-    )
-    return None
-
-
-async def untag_role(call: Call) -> Result:
-    name, keys = call.name(ROLE), call.parameters.members("TagKeys")
-    role = find(await call.account(), ROLE, name)
-    await call.change(
-        call.arn(ROLE, role), lambda account: having(account, ROLE, untagged(find(account, ROLE, name), keys), name)
-    )
-    return None
-
-
-async def list_role_tags(call: Call) -> Result:
-    role = find(await call.account(), ROLE, call.name(ROLE))
-    return page(call, "Tags", [(tag["Key"], tag) for tag in tag_list(role.tags)])

@@ -21,7 +21,6 @@ from storaged.objects.accounts import KEYS_PER_USER_MAX, IamKey, IamUser, Stored
 from storaged.objects.api import Principal
 from storaged.objects.identity import account_of
 from storaged.s3.ops.iam.call import (
-    TAGS_MAX,
     USER,
     Call,
     Result,
@@ -110,6 +109,8 @@ async def update_user(call: Call) -> Result:
     user = find(await call.account(), USER, name)
     if new_name:
         await _refuse_root_name(call, new_name)
+    renamed = structs.replace(user, name=new_name or user.name, path=new_path or user.path)
+    call.permit("iam:UpdateUser", call.arn(USER, renamed))  # AWS wants it for both names
 
     def edit(account: StoredAccount) -> StoredAccount:
         found = find(account, USER, name)
@@ -140,21 +141,6 @@ async def delete_user(call: Call) -> Result:
 
     await call.change(call.arn(USER, user), edit)
     return None
-
-
-# --- tags of users and roles ------------------------------------------------------------------------------------------
-
-
-def tagged(entity: Any, tags: dict[str, str]) -> Any:
-    """The entity with these tags added. Raises LimitExceeded."""
-    found = entity.tags | tags
-    if len(found) > TAGS_MAX:
-        raise LimitExceeded(f"Cannot exceed quota for TagsPerEntity: {TAGS_MAX}")
-    return structs.replace(entity, tags=found)
-
-
-def untagged(entity: Any, keys: list[str]) -> Any:
-    return structs.replace(entity, tags={key: value for key, value in entity.tags.items() if key not in keys})
 
 
 # --- access keys ------------------------------------------------------------------------------------------------------
