@@ -79,6 +79,8 @@ class Ring:
     def disk_readable(self, disk: str) -> bool:
         return True
 
+    disk_prompt = disk_readable
+
     def replica(self, disk: str) -> Ring:
         return self
 

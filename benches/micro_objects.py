@@ -48,6 +48,9 @@ class _Ports:
     def disk_writable(self, disk_id: str) -> bool:
         return True
 
+    def disk_prompt(self, disk_id: str) -> bool:
+        return True
+
     def disks_full(self) -> frozenset[str]:
         return frozenset()
 

@@ -1,4 +1,4 @@
-"""The health of one disk: which of its operations have not ended yet, and since when; and the disk's own threads.
+"""The health of one disk: everything that is known of it in this process, and the disk's own threads.
 
 Theory of operation
     A disk that hangs answers nothing, and says nothing about it. So every operation that may have to wait for the disk
@@ -13,6 +13,12 @@ Theory of operation
 
     What was begun before the disk hung goes on: when it ends, the disk is well again. Its late answers go to the
     callers, which may have stopped waiting.
+
+    The disk's stores, its acceptor and its opener note here what they find wrong (``note``, ``clear``), each under its
+    own name. ``finding`` is the worst of all that: the state of ``disk_states`` that the node reports. ``latency_ms``
+    is how long operations take lately. Whether that is too slow, other disks' latencies decide, and so other modules
+    (``cluster.disk_view``). While it is long, or there is a finding, the disk's watch probes the disk: a disk that
+    nothing uses any more would never become well.
 
     A disk's work that blocks runs in threads of that disk (``DiskThreads``), never in a pool that disks share. They are
     daemons: a process ends although they wait.
@@ -30,6 +36,10 @@ from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
 from storaged.disk_room import DiskRoom
+from storaged.disk_states import HUNG as HUNG
+from storaged.disk_states import LATE_MS, Finding, worst
+from storaged.disk_states import OK as OK
+from storaged.disk_states import SLOW as SLOW
 from storaged.errors import DiskUnusable, SlowDown
 
 T = TypeVar("T")
@@ -45,7 +55,11 @@ HUNG_LONG_S = 60.0
 JOBS_MAX = 1024
 """That wait for the threads of a disk: beyond, callers get SlowDown."""
 
-OK, SLOW, HUNG = "ok", "slow", "hung"
+LATENCY_PART = 0.2
+"""How much of a disk's latency the newest operation decides: seven slow ones in a row make most of it."""
+
+PROBE_MS = 50
+"""A disk whose latency is at least this is probed."""
 
 
 class DiskHealth:
@@ -67,7 +81,15 @@ class DiskHealth:
         self.longest_s = 0.0
         """Of an operation, since the start."""
         self.on_change: Callable[[DiskHealth, str], None] = lambda _health, _before: None
-        """Called by ``look`` with the state before."""
+        """Called by ``look`` with the state before, when that changes or the disk begins to be late."""
+        self.given_up = ""
+        """The state in which the disk must not be used any more in this process; empty while it may."""
+        self.late = False
+        """An operation has not ended for LATE_MS: the disk is slower than any sound one."""
+        self._findings: dict[str, Finding] = {}
+        """By who found it."""
+        self._latency: dict[str, tuple[float, float]] = {}
+        """Of each kind of operation: the mean of the last ones in seconds, and when the last one ended."""
         self._waiting: dict[asyncio.Future[Any], Callable[[], bool] | None] = {}
         self._now_s = now_s
         self._begun: dict[object, tuple[str, float, bool]] = {}
@@ -87,11 +109,61 @@ class DiskHealth:
         began = self._begun.pop(token, None)
         if began is None:
             return
+        what, began_s, long = began
+        if long:
+            return
         now_s = self._now_s()
-        took_s = now_s - began[1]
-        if took_s >= SLOW_S and not began[2]:
+        took_s = now_s - began_s
+        mean_s, at_s = self._latency.get(what, _NO_LATENCY)
+        if at_s < now_s - WELL_S:
+            mean_s = 0.0
+        self._latency[what] = mean_s + LATENCY_PART * (took_s - mean_s), now_s
+        if took_s >= SLOW_S:
             self._slow_s = now_s
             self.longest_s = max(self.longest_s, took_s)
+
+    def latency_ms(self) -> int:
+        """How long short operations take: of the slowest kind, or the age of the oldest one that has not ended."""
+        since_s = self._now_s() - WELL_S
+        means = [mean_s for mean_s, at_s in list(self._latency.values()) if at_s >= since_s]
+        return int(1000 * max(self.oldest_s(), *means, 0.0))
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether the disk should be used only to see how it does."""
+        return not self.given_up and (self.state == HUNG or self.latency_ms() >= PROBE_MS)
+
+    # --- what others find
+
+    def note(self, source: str, state: str, reason: str) -> None:
+        """``source`` found this; it takes the place of what it found before. In any thread."""
+        self._findings[source] = Finding(state, reason)
+
+    def clear(self, source: str) -> None:
+        """``source`` finds nothing wrong any more."""
+        self._findings.pop(source, None)
+
+    def give_up(self, source: str, state: str, reason: str) -> None:
+        """As ``note``, of a disk that must not be used any more in this process: as if it hung for ever. In any
+        thread.
+        """
+        self.note(source, state, reason)
+        self.given_up = state
+        self.reason, self.hung = reason, True
+
+    def noted(self, source: str) -> Finding | None:
+        return self._findings.get(source)
+
+    def finding(self) -> Finding:
+        """The worst of all; OK where there is none."""
+        found = list(self._findings.values())
+        if self.hung and not self.given_up:
+            found.append(Finding(HUNG, self.reason))
+        if self.room.few:
+            found.append(Finding("full", "its metadata has no room for more"))
+        return worst(found)
+
+    # --- whether it answers
 
     def oldest_s(self) -> float:
         """The age of the oldest operation that has not ended, but for those that take long anyway."""
@@ -101,16 +173,25 @@ class DiskHealth:
 
     def look(self) -> None:
         """Judges the disk now."""
+        if self.given_up:
+            self._change(HUNG)
+            return
         now_s, oldest_s = self._now_s(), 0.0
         for what, began_s, long in list(self._begun.values()):
             age_s = now_s - began_s
             if age_s >= (HUNG_LONG_S if long else HUNG_S):
+                self.late = True
                 self.reason = f"{what} has not ended for {age_s:.0f} s"
                 self._change(HUNG)
                 return
             if not long:
                 oldest_s = max(oldest_s, age_s)
         self.reason = ""
+        late = oldest_s * 1000 >= LATE_MS
+        if late != self.late:
+            self.late = late
+            if late:
+                self.on_change(self, self.state)
         self._change(SLOW if oldest_s >= SLOW_S or now_s - self._slow_s < WELL_S else OK)
 
     def check(self) -> None:
@@ -143,7 +224,9 @@ class DiskHealth:
             hung.cancel()
 
     def _error(self) -> DiskUnusable:
-        return DiskUnusable(f"Disk {self.disk} hangs: {self.reason}.", state="hung")
+        if self.given_up:
+            return DiskUnusable(f"Disk {self.disk} is {self.given_up}: {self.reason}.", state=self.given_up)
+        return DiskUnusable(f"Disk {self.disk} hangs: {self.reason}.", state=HUNG)
 
     def _change(self, state: str) -> None:
         before = self.state
@@ -156,6 +239,9 @@ class DiskHealth:
                 if not future.done() and (may_fail is None or may_fail()):
                     future.set_exception(self._error())
         self.on_change(self, before)
+
+
+_NO_LATENCY = (0.0, 0.0)
 
 
 def _settle(outcome: asyncio.Future[Any], ended: Future[Any]) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import lmdb
 
 from storaged.durable import NoRoom
+from storaged.errors import DiskUnreadable
 from storaged.units import GIB, MIB
 
 LOCK_FILE = "lock.mdb"
@@ -39,6 +40,9 @@ FULL_BYTES = 16 * MIB
 """A file system with less free space than this counts as full: a write that was cut short took the rest, except for
 what others gave back since.
 """
+
+MEDIA_ERRORS = frozenset((errno.EIO, errno.EILSEQ, errno.EBADMSG, errno.ENODATA))
+"""What a drive reports for bytes that it can't read. Any other error of a read says nothing of the bytes."""
 
 KEPT_BYTES_MAX = GIB
 """A file of up to this size, and of up to ``KEPT_PART`` of the machine's memory, is read whole, and again when the
@@ -130,7 +134,9 @@ class Residency:
         self._closed = False
 
     def look(self) -> None:
-        """Looks when that is due. In a thread: it may read from the disk."""
+        """Looks when that is due. In a thread: it may read from the disk. Raises DiskUnreadable where the drive can't
+        read a page: whoever reads it through the map now dies.
+        """
         with self._lock:
             began_s = time.monotonic()
             if self._closed or began_s < self._look_at_s:
@@ -174,12 +180,17 @@ class Residency:
         """False for a file that is too large to be kept in memory."""
         if _bytes_used(self._environment) > self._kept_bytes_max:
             return False
-        with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
-            for offset, size in ranges:
-                for at in range(offset, offset + size, STEP_BYTES):
-                    if self._closed:
-                        return True
-                    os.pread(file.fileno(), min(STEP_BYTES, offset + size - at), at)
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                for offset, size in ranges:
+                    at, end = offset, offset + size
+                    while at < end and not self._closed:
+                        count = len(os.pread(file.fileno(), min(STEP_BYTES, end - at), at))
+                        at += count or end  # a page after those that were read may be a bad one
+        except OSError as error:
+            if error.errno in MEDIA_ERRORS:
+                self.resident = False
+                raise DiskUnreadable(f"{self._path} can't be read: {error.strerror or error}") from None
         return True
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, weaknesses
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
+from storaged.disk_states import OK, SLOW, of
 from storaged.errors import (
     AuditRefusedByWitness,
     AuditUnwritable,
@@ -27,6 +28,7 @@ from storaged.errors import (
     ChosenFellBack,
     ClockSkewed,
     DiskBlank,
+    DiskChecked,
     DiskDown,
     DiskFilling,
     DiskForeign,
@@ -36,6 +38,8 @@ from storaged.errors import (
     DiskOut,
     DiskReadOnly,
     DiskRolledBack,
+    DiskSlow,
+    DiskUnreadable,
     DiskWaits,
     IndexDamaged,
     KeyReleasesRefused,
@@ -60,16 +64,24 @@ SKEW_MS_MAX = 5_000
 KEY_DAMAGE_SHOWN_MAX = 10
 RECORDS_NAMED_MAX = 20
 _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
-    "full": DiskFull,
-    "read-only": DiskReadOnly,
-    "foreign": DiskForeign,
-    "rolled-back": DiskRolledBack,
-    "lost": DiskLost,
-    "blank": DiskBlank,
-    "waiting": DiskWaits,
-    "hung": DiskHung,
-    "index-damaged": IndexDamaged,
+    kind.code: kind
+    for kind in (
+        DiskBlank,
+        DiskChecked,
+        DiskDown,
+        DiskForeign,
+        DiskFull,
+        DiskHung,
+        DiskLost,
+        DiskReadOnly,
+        DiskRolledBack,
+        DiskSlow,
+        DiskUnreadable,
+        DiskWaits,
+        IndexDamaged,
+    )
 }
+"""By the codes of ``disk_states.STATES``."""
 
 
 @dataclass(frozen=True)
@@ -352,8 +364,8 @@ def _node_problems(node: NodeFacts, layout: Layout, now_ms: int) -> Iterable[dic
     if abs(node.skew_ms) > SKEW_MS_MAX:
         yield problem(ClockSkewed, place, now_ms, f"{node.skew_ms / 1000:+.1f} s from this gateway's clock")
     for disk in node.disks:
-        if disk.state != "ok":
-            yield problem(_DISK_PROBLEMS.get(disk.state, DiskDown), f"{place}/{disk.id}", now_ms, disk.reason)
+        if disk.state != OK and disk.state != SLOW:
+            yield _disk_problem(disk, place, now_ms)
     for refused in node.refused:
         detail = f"layout {refused.epoch}, offered by {refused.source}: {refused.reason}"
         yield problem(LayoutRefused, place, now_ms, detail)
@@ -369,8 +381,14 @@ def _warnings(facts: Facts, now_ms: int) -> Iterable[dict[str, Any]]:
         for disk in node.disks if node.up else ():
             if disk.id in facts.filling:
                 yield problem(DiskFilling, f"{node.rack}/{node.name}/{disk.id}", now_ms, facts.filling[disk.id])
+            if disk.state == SLOW:
+                yield _disk_problem(disk, f"{node.rack}/{node.name}", now_ms)
     for subject, detail in facts.seeds_unspared:
         yield problem(SeedNotSpared, subject, now_ms, detail)
+
+
+def _disk_problem(disk: DiskStatus, place: str, now_ms: int) -> dict[str, Any]:
+    return problem(_DISK_PROBLEMS[of(disk.state).problem or DiskDown.code], f"{place}/{disk.id}", now_ms, disk.reason)
 
 
 def _object_problems(durability: Durability, now_ms: int) -> Iterable[dict[str, Any]]:

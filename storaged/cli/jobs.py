@@ -1,4 +1,4 @@
-"""``storaged job``: long work of the cluster, and the pause and pace of what moves data after a layout."""
+"""``storaged job``: long work of the cluster; the pause and pace of scrubs and of what moves data after a layout."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from storaged.cli.target import find_directory
 from storaged.errors import OperatorError
 from storaged.units import format_size, parse_size
 
-JOBS = ("partitions", "fragments")
+JOBS = ("partitions", "fragments", "scrub")
 NO_PACE = "none"
 
 
 @click.group()
 def job() -> None:
-    """Show long work; pause, resume and pace the moves of partitions and fragments.
+    """Show long work; pause, resume and pace scrubs, and the moves of partitions and fragments.
 
     After a layout that moves data, gateways move the replicas of partitions (job `partitions`), and storage nodes move
-    fragments (job `fragments`). The settings are the cluster's: they hold on all nodes, and after restarts.
+    fragments (job `fragments`). Storage nodes also verify what they have (job `scrub`). The settings are the
+    cluster's: they hold on all nodes, and after restarts.
     """
 
 
@@ -29,7 +30,7 @@ def job() -> None:
 @click.option("--json", "as_json", is_flag=True, help="The jobs, and the settings of those that can be paused.")
 @click.pass_obj
 def job_list(named: str | None, as_json: bool) -> None:
-    """All jobs, and the settings of moves."""
+    """All jobs, and the settings of those that can be paused."""
     from storaged.cli.status import render_job
 
     found = gateway(find_directory(named), "GET", "/v1/jobs")
@@ -43,11 +44,12 @@ def job_list(named: str | None, as_json: bool) -> None:
 
 
 def describe(settings: dict[str, Any]) -> list[str]:
-    """A line for each job of moves. ``settings``: as in the document of status."""
-    partitions, fragments = settings["partitions"], settings["fragments"]
+    """A line for each job that can be paused. ``settings``: as in the document of status."""
+    partitions, fragments, scrub = settings["partitions"], settings["fragments"], settings["scrub"]
     paces = {
         "partitions": f"{partitions['per_min']} exchanges of a replica a minute" if partitions["per_min"] else "",
         "fragments": f"{format_size(fragments['bytes_per_s'])}/s a storage node" if fragments["bytes_per_s"] else "",
+        "scrub": f"{format_size(scrub['bytes_per_s'])}/s a storage node" if scrub["bytes_per_s"] else "",
     }
     return [
         f"{name}: {'paused' if settings[name]['paused'] else 'not paused'}; pace: {paces[name] or 'none is set'}"
@@ -74,9 +76,10 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The settings.")
 @_JSON
 @click.pass_obj
 def pause(named: str | None, name: str, as_json: bool) -> None:
-    """Begin no more moves of JOB: partitions or fragments. What has begun ends.
+    """Begin no more of JOB: partitions, fragments or scrub. What has begun ends.
 
-    Nothing is left in between, and lost fragments are rebuilt all the same. A pause of partitions also holds up those
+    Nothing is left in between, and lost fragments are rebuilt all the same. A scrub stops where it is, and goes on
+    there. A pause of partitions also holds up those
     that leave a disk that is out, and those that `cluster recover` lets go on.
     """
     _set(named, name, as_json, paused="true")
@@ -87,7 +90,7 @@ def pause(named: str | None, name: str, as_json: bool) -> None:
 @_JSON
 @click.pass_obj
 def resume(named: str | None, name: str, as_json: bool) -> None:
-    """Let JOB go on: partitions or fragments."""
+    """Let JOB go on: partitions, fragments or scrub."""
     _set(named, name, as_json, paused="false")
 
 
@@ -97,11 +100,11 @@ def resume(named: str | None, name: str, as_json: bool) -> None:
 @_JSON
 @click.pass_obj
 def set_pace(named: str | None, name: str, pace: str, as_json: bool) -> None:
-    """Set how fast JOB works: partitions or fragments.
+    """Set how fast JOB works: partitions, fragments or scrub.
 
     PACE is, for partitions, how many exchanges of a replica all gateways together begin in a minute, such as 30. For
-    fragments it is the bytes a second that each storage node moves, such as 20MiB. `none`: as fast as disks and network
-    allow.
+    fragments and scrub it is the bytes a second that each storage node moves or verifies, such as 20MiB. `none`: as
+    fast as disks and network allow; a scrub that starts by itself has a pace of its own then.
     """
     try:
         number = 0 if pace == NO_PACE else int(pace) if name == "partitions" else parse_size(pace)

@@ -36,6 +36,8 @@ from typing import Protocol
 import structlog
 
 from storaged.clock import Clock, SystemClock
+from storaged.cluster.disk_view import DiskView
+from storaged.cluster.disks_seen import DisksSeen
 from storaged.cluster.layout import Layout
 from storaged.cluster.layout_exchange import LayoutExchange, PeerLayouts
 from storaged.cluster.layouts import REASON_CHARS_MAX, REFUSALS_MAX, LayoutBook
@@ -45,7 +47,7 @@ from storaged.cluster.ports import Call, Caller, DiskStatus, Method, Methods
 from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.faults import plain
 from storaged.cluster.signed_layout import SignedLayout
-from storaged.cluster.sparing import ABSENT, UNREACHABLE
+from storaged.disk_states import SLOW_MS
 from storaged.errors import PeerError, PeerTimeout, PeerUnreachable
 
 log = structlog.get_logger(__name__)
@@ -59,16 +61,7 @@ DISKS_PER_NODE_MAX = 1024
 """Reports of further disks of one node are ignored."""
 
 DISK_BYTES_MAX = 2**60
-
-WRITABLE = frozenset({"ok"})
-READABLE = frozenset({"ok", "full", "read-only"})
-FAILED = "failed"
-UNREADABLE = frozenset({FAILED, "foreign", "rolled-back", "lost", "blank", "waiting", "hung", "index-damaged"})
-
-
-def is_full(disk: DiskStatus) -> bool:
-    """See ``Liveness.disks_full``."""
-    return disk.state == "full" or (disk.few and disk.state in READABLE)
+LATENCY_MS_MAX = 3_600_000
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,9 @@ class Membership:
         links: Links | None = None,
         clock: Clock | None = None,
         interval_s: float = PING_INTERVAL_S,
+        seen: DisksSeen | None = None,
     ) -> None:
+        """``seen``: what this process sees of disks; its ring client reports there too."""
         self._own = own
         self._caller = caller
         self._layouts = layouts
@@ -169,16 +164,14 @@ class Membership:
         self._began_ms = self._clock.wall_ms()
         self._peers: dict[str, _Peer] = {}
         self._stopping: set[asyncio.Task[None]] = set()
-        self._disk_states: dict[str, str] = {}
-        """The states of other nodes' disks, as these report them; the empty string while a disk's node is away."""
-        self._writable: frozenset[str] = frozenset()
-        """Those among them that take new fragments."""
-        self._full: frozenset[str] = frozenset()
-        """Those among them that are full (``disks_full``)."""
-        self._without_rows: frozenset[str] = frozenset()
-        self._ample: frozenset[str] = frozenset()
-        self._all_full: frozenset[str] = frozenset()
-        """``_full``, and those of this node."""
+        self.view = view = DiskView(own.name, own.disks, layouts, seen or DisksSeen(self._clock))
+        self.disk_writable, self.disk_readable, self.disk_prompt = (
+            view.disk_writable,
+            view.disk_readable,
+            view.disk_prompt,
+        )
+        self.disk_late, self.disk_answered = view.disk_late, view.disk_answered
+        self.disks_full, self.disk_takes_rows = view.disks_full, view.disk_takes_rows
         self._watchers: list[Callable[[NodeStatus], None]] = []
         self._running = False
 
@@ -232,7 +225,7 @@ class Membership:
             epoch=peer.epoch,
             rtt_min_ms=peer.rtt_min_ms,
             clock_skew_ms=min(peer.samples)[1] if peer.samples else None,
-            disks=peer.disks,
+            disks=self.view.shown(peer.disks),
             refused=peer.refused,
             certificate_until_ms=peer.certificate_until_ms,
         )
@@ -247,52 +240,21 @@ class Membership:
             epoch=self._layouts.epoch,
             rtt_min_ms=0.0,
             clock_skew_ms=0.0,
-            disks=tuple(self._own.disks()),
+            disks=self.view.shown(self._own.disks()),
             refused=self._layouts.refusals(),
             certificate_until_ms=self._own.certificate_until_ms(),
         )
 
-    def disk_writable(self, disk_id: str) -> bool:
-        return disk_id in self._writable or self._disk_state(disk_id) in WRITABLE
-
-    def disk_readable(self, disk_id: str) -> bool:
-        return self._disk_state(disk_id) in READABLE
-
-    def disks_full(self) -> frozenset[str]:
-        own = [disk.id for disk in self._own.disks() if is_full(disk)]
-        if not own:
-            return self._full
-        found = self._full.union(own)
-        if found != self._all_full:
-            self._all_full = found
-        return self._all_full
-
-    def disk_takes_rows(self, disk_id: str, *, outside_reserve: bool = False) -> bool:
-        own = next((disk for disk in self._own.disks() if disk.id == disk_id), None)
-        if own is not None:
-            return own.ample if outside_reserve else not own.few
-        return disk_id in self._ample if outside_reserve else disk_id not in self._without_rows
+    # Disks.
 
     def why_away(self, disk_id: str) -> str:
-        """Why a disk of the layout can't be read now (``sparing.Opinion``); empty when it can.
+        return self.view.why_away(disk_id, lambda node: self.status(node).state == "up")
 
-        A state that no node of this version reports is FAILED: votes repeat what is returned here, and have a bound.
-        """
-        state = self._disk_state(disk_id)
-        if state:
-            return "" if state in READABLE else state if state in UNREADABLE else FAILED
-        node = self._layouts.current.node_of(disk_id)
-        return ABSENT if node == self._own.name or self.status(node).state == "up" else UNREACHABLE
-
-    def _disk_state(self, disk_id: str) -> str:
-        """The state that a disk's node reports; empty when the node is away or never named the disk."""
-        known = self._disk_states.get(disk_id)
-        if known is not None:
-            return known
-        for disk in self._own.disks():
-            if disk.id == disk_id:
-                return disk.state
-        return ""
+    def look_at_disks(self) -> None:
+        """Compares the disks again; to be called twice a second."""
+        self.view.seen.expire()
+        if self._layouts.epoch:
+            self._index_disks()
 
     # Heartbeats.
 
@@ -310,26 +272,7 @@ class Membership:
         self._index_disks()
 
     def _index_disks(self) -> None:
-        """Believes a node about the disks that the layout gives it, and about no others."""
-        homes = self._layouts.current.disk_by_id
-        self._disk_states = {
-            disk.id: disk.state if peer.state == "up" else ""
-            for peer in self._peers.values()
-            for disk in peer.disks
-            if disk.id in homes and homes[disk.id].node == peer.name
-        }
-        self._writable = frozenset(disk_id for disk_id, state in self._disk_states.items() if state in WRITABLE)
-        full = [
-            disk
-            for peer in self._peers.values()
-            for disk in peer.disks
-            if self._disk_states.get(disk.id) and is_full(disk)
-        ]
-        self._without_rows = frozenset(disk.id for disk in full if disk.few)
-        self._ample = frozenset(disk.id for disk in full if disk.ample)
-        known = frozenset(disk.id for disk in full)
-        if known != self._full:
-            self._full = known
+        self.view.take((peer.name, peer.state == "up", peer.disks) for peer in self._peers.values())
 
     def _stop(self, peer: _Peer) -> None:
         if peer.task is not None:
@@ -379,8 +322,8 @@ class Membership:
         peer.rtt_min_ms = rtt_ms if peer.rtt_min_ms is None else min(peer.rtt_min_ms, rtt_ms)
         peer.samples.append((rtt_ms, pong.wall_ms - (wall_before + rtt_ms / 2)))
         disks = tuple(map(_checked_status, pong.disks[:DISKS_PER_NODE_MAX]))
-        if disks != peer.disks:
-            peer.disks = disks
+        known, peer.disks = peer.disks, disks
+        if list(map(_matters, disks)) != list(map(_matters, known)):
             self._index_disks()
         peer.refused = tuple(
             RefusedLayout(entry.epoch, plain(entry.source, REASON_CHARS_MAX), plain(entry.reason, REASON_CHARS_MAX))
@@ -408,7 +351,9 @@ class Membership:
             wall_ms=self._clock.wall_ms(),
             epoch=self._layouts.epoch,
             disks=tuple(
-                DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason, d.few, d.ample)
+                DiskReport(
+                    d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason, d.few, d.ample, d.latency_ms
+                )
                 for d in self._own.disks()
             ),
             digest=self._layouts.digest,
@@ -474,4 +419,10 @@ def _checked_status(disk: DiskReport) -> DiskStatus:
     identity, directory, state, reason = (
         plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason)
     )
-    return DiskStatus(identity, directory, state, used, free, reason, disk.few, disk.ample)
+    latency_ms = min(max(disk.latency_ms, 0), LATENCY_MS_MAX)
+    return DiskStatus(identity, directory, state, used, free, reason, disk.few, disk.ample, latency_ms)
+
+
+def _matters(disk: DiskStatus) -> tuple[str, str, bool, bool, bool]:
+    """What of a report can't wait for the next ``look_at_disks``."""
+    return disk.id, disk.state, disk.few, disk.ample, disk.latency_ms >= SLOW_MS

@@ -19,6 +19,7 @@ class DiskReport(Message, frozen=True):
     reason: str = ""
     few: bool = False
     ample: bool = False
+    latency_ms: int = 0
 
 
 class Ping(Message, frozen=True):

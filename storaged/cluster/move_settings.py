@@ -1,14 +1,16 @@
-"""Whether data moves to where the layout in force wants it, and how fast: settings of the whole cluster. Pure.
+"""Whether data moves to where the layout in force wants it, and how fast; the same of scrubs: settings of the whole
+cluster. Pure.
 
-There are two jobs. ``partitions`` moves the replicas of partitions (``maintain.partition_mover``, in gateways).
+There are three jobs. ``partitions`` moves the replicas of partitions (``maintain.partition_mover``, in gateways).
 ``fragments`` moves blocks that are whole, and lie elsewhere than the layout wants them (``maintain.repair``, on storage
-nodes). Rebuilding what is lost is no part of either, and has no pace.
+nodes). Rebuilding what is lost is no part of either, and has no pace. ``scrub`` reads and verifies everything
+(``maintain.scrub``, on storage nodes).
 
 A paused job begins nothing. What has begun ends: a partition that is joint reaches one of its two settled states, and
-an object's blocks come to their new places. So a pause leaves nothing in between.
+an object's blocks come to their new places. So a pause leaves nothing in between. A scrub stops where it is.
 
 The settings are the register ``moves`` of the system partition, signed by the cluster's gateways. A node that has not
-read it yet takes both jobs as paused: a restart must not end a pause.
+read it yet takes all jobs as paused: a restart must not end a pause.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ LABEL = b"sov.moves.v1\0"
 
 PARTITIONS = "partitions"
 FRAGMENTS = "fragments"
-JOBS = (PARTITIONS, FRAGMENTS)
+SCRUB = "scrub"
+JOBS = (PARTITIONS, FRAGMENTS, SCRUB)
 PARTITIONS_PER_MIN_MAX = 60_000
 BYTES_PER_S_MAX = 1 << 40
 
@@ -34,8 +37,8 @@ class MoveSettings(Message, frozen=True):
     """The register ``moves``. ``revision`` counts the changes.
 
     ``partitions_per_min``: exchanges of a replica that the gateways together begin in a minute. ``bytes_per_s``: of
-    fragments that each storage node moves. 0: no bound. ``signature`` (Ed25519) is by the signing key ``signer`` of the
-    cluster's gateways over ``signed_bytes``.
+    fragments that each storage node moves, ``scrub_bytes_per_s``: that it verifies. 0: no bound. ``signature``
+    (Ed25519) is by the signing key ``signer`` of the cluster's gateways over ``signed_bytes``.
     """
 
     revision: int = 0
@@ -46,9 +49,11 @@ class MoveSettings(Message, frozen=True):
     changed_ms: int = 0
     signer: bytes = b""
     signature: bytes = b""
+    scrub_paused: bool = False
+    scrub_bytes_per_s: int = 0
 
 
-UNKNOWN = MoveSettings(revision=-1, partitions_paused=True, fragments_paused=True)
+UNKNOWN = MoveSettings(revision=-1, partitions_paused=True, fragments_paused=True, scrub_paused=True)
 """Before the register was read."""
 
 
@@ -64,8 +69,20 @@ class SignedSettings(Message, frozen=True):
     changed_ms: int
 
 
+class SignedScrub(Message, frozen=True):
+    """What it covers besides, where one of these is set."""
+
+    paused: bool
+    bytes_per_s: int
+
+
 def signed_bytes(cluster: str, settings: MoveSettings) -> bytes:
-    return LABEL + encode(
+    scrub = SignedScrub(settings.scrub_paused, settings.scrub_bytes_per_s)
+    return LABEL + _signed_moves(cluster, settings) + (encode(scrub) if any((scrub.paused, scrub.bytes_per_s)) else b"")
+
+
+def _signed_moves(cluster: str, settings: MoveSettings) -> bytes:
+    return encode(
         SignedSettings(
             cluster,
             settings.revision,
@@ -79,7 +96,11 @@ def signed_bytes(cluster: str, settings: MoveSettings) -> bytes:
 
 
 def is_paused(settings: MoveSettings, job: str) -> bool:
-    return settings.partitions_paused if job == PARTITIONS else settings.fragments_paused
+    return {
+        PARTITIONS: settings.partitions_paused,
+        FRAGMENTS: settings.fragments_paused,
+        SCRUB: settings.scrub_paused,
+    }[job]
 
 
 def changed(settings: MoveSettings, job: str, now_ms: int, *, paused: bool | None, pace: int | None) -> MoveSettings:
@@ -96,6 +117,12 @@ def changed(settings: MoveSettings, job: str, now_ms: int, *, paused: bool | Non
             partitions_paused=settings.partitions_paused if paused is None else paused,
             partitions_per_min=settings.partitions_per_min if pace is None else pace,
         )
+    if job == SCRUB:
+        return replace(
+            found,
+            scrub_paused=settings.scrub_paused if paused is None else paused,
+            scrub_bytes_per_s=settings.scrub_bytes_per_s if pace is None else pace,
+        )
     return replace(
         found,
         fragments_paused=settings.fragments_paused if paused is None else paused,
@@ -109,4 +136,5 @@ def document(settings: MoveSettings) -> dict[str, Any]:
         "known": settings.revision >= 0,
         PARTITIONS: {"paused": settings.partitions_paused, "per_min": settings.partitions_per_min},
         FRAGMENTS: {"paused": settings.fragments_paused, "bytes_per_s": settings.bytes_per_s},
+        SCRUB: {"paused": settings.scrub_paused, "bytes_per_s": settings.scrub_bytes_per_s},
     }

@@ -176,10 +176,10 @@ class TryCaller(Protocol):
 
 @dataclass(frozen=True)
 class DiskStatus:
-    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, rolled-back, lost,
-    blank, waiting, hung, index-damaged. ``bytes_free``: what clients' data may take. ``few``: there is little room for
-    rows, so that none that take room should be sent there. ``ample``: rows have room outside of the reserve
-    (``disk_room``).
+    """What a node last said of one of its disks. ``state``: one of ``disk_states.STATES``. ``bytes_free``: what
+    clients' data may take. ``few``: there is little room for rows, so that none that take room should be sent there.
+    ``ample``: rows have room outside of the reserve (``disk_room``). ``latency_ms``: how long its operations take, or
+    the oldest one that has not ended.
     """
 
     id: str
@@ -190,16 +190,28 @@ class DiskStatus:
     reason: str = ""
     few: bool = False
     ample: bool = False
+    latency_ms: int = 0
 
 
 class Liveness(Protocol):
-    """Which disks are usable now. It comes from heartbeats, so it is a hint; safety never depends on it."""
+    """Which disks are usable now, and for what. It comes from heartbeats and from what this process sees, so it is a
+    hint; safety never depends on it. ``cluster.disk_view`` implements it.
+    """
 
     def disk_writable(self, disk_id: str) -> bool:
         """Its node answers and the disk takes new fragments."""
 
     def disk_readable(self, disk_id: str) -> bool:
         """Its node answers and the disk can be read."""
+
+    def disk_prompt(self, disk_id: str) -> bool:
+        """It can be read, and is not left out for being slow: it is asked, and written to, before those that are."""
+
+    def disk_late(self, disk_id: str, for_s: float) -> None:
+        """The caller gave up a call to this disk after so long, while others had answered."""
+
+    def disk_answered(self, disk_id: str) -> None:
+        """The disk answered a call in time. Needed only where ``disk_late`` may be called."""
 
     def disks_full(self) -> frozenset[str]:
         """Those that are readable and take no more fragments, or no more rows. The same object as long as nothing has

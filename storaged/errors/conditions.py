@@ -52,6 +52,21 @@ class DiskFilling(Condition):
     )
 
 
+class DiskSlow(Condition):
+    """The disk is much slower than the others: ten times as slow or more, or one of its operations has not ended for
+    half a second. It gets no new fragments and is asked last, and takes part as before when it is well again.
+
+    This is a warning: the verdict of ``status`` stays as it is. At most a third of the disks is left out like this.
+    """
+
+    code = "DISK_SLOW"
+    hint = (
+        "Look at the kernel log and at the disk's own report (smartctl) for errors: a drive that repeats its reads is"
+        " about to fail. Otherwise other programs use the disk, or its path is congested. Replace a disk that stays"
+        " slow (`storaged disk replace`). The metric storaged_disk_latency_seconds has the history of each disk."
+    )
+
+
 class DiskDown(Condition):
     """The disk does not take part: its node refuses it or it failed."""
 

@@ -194,6 +194,25 @@ class DiskHung(OperatorError):
     )
 
 
+class DiskUnreadable(OperatorError):
+    """The drive can't read a part of the disk's metadata or of its index. The node runs without the disk."""
+
+    code = "DISK_UNREADABLE"
+    hint = (
+        "Nothing is lost: other disks have what it held. Look at the kernel log for the sector, and replace the disk"
+        " (`storaged disk replace`). A complete copy of it (ddrescue without errors) in its place is as good."
+    )
+
+
+class DiskChecked(OperatorError):
+    """The process before this one died because a drive could not read a page of a disk's metadata (SIGBUS). So the
+    node reads the metadata of all its disks before it opens them. Each disk takes part as soon as it was read.
+    """
+
+    code = "DISK_CHECKED"
+    hint = "Wait: a disk takes a minute for each 10 GiB of metadata, or so. `status` then names the unreadable one."
+
+
 class DiskReadOnly(OperatorError):
     """The disk refused a write or a sync, or has no room for its metadata.
 

@@ -1,4 +1,5 @@
-"""Whether one disk takes writes: its failure, if it has one, and its free space.
+"""Whether one disk's fragment store takes writes: its failure, if it has one, and its free space. Both are noted in the
+disk's health.
 
 A failure makes the disk read-only. One that *lasts* is noted on the disk, and by the disk's owner on another one, so
 that the next start knows it: what such a disk holds counts as lost.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from storaged.disk_health import DiskHealth
 from storaged.disk_room import Use, reserve_of, stays_free
+from storaged.disk_states import FULL, OK, READ_ONLY
 from storaged.errors import DiskUnusable
 from storaged.fragments.files import Files, Space
 from storaged.fragments.limits import StoreLimits
@@ -20,15 +23,19 @@ that is less. Otherwise it would take some writes and refuse others, and the clu
 it."""
 
 
+FRAGMENTS, SPACE = "fragments", "space"
+"""Sources of findings."""
+
+
 class DiskState:
-    """``failure`` is the reason why the disk is read-only, empty while it is not."""
+    """``health``: of the disk. The owner puts its own there before anything else is called."""
 
     def __init__(self, files: Files, limits: StoreLimits) -> None:
+        self.health = DiskHealth()
         self._files = files
         self._limits = limits
-        self.failure = ""
-        self.starved = ""
-        """Why the index can't take what is in memory now: there is no room. No fragments are taken until it can."""
+        self._failure = ""
+        self._starved = ""
         self.lost = False
         """The failure lasts: what the disk holds counts as lost, now and after a restart."""
         self.failure_noted = True
@@ -42,6 +49,34 @@ class DiskState:
         """What ``look`` found last; None before the first."""
         self._reserve_held = False
         self._refused_bytes = 0
+
+    @property
+    def failure(self) -> str:
+        """Why the disk is read-only; empty while it is not."""
+        return self._failure
+
+    @failure.setter
+    def failure(self, reason: str) -> None:
+        self._failure = reason
+        self._note()
+
+    @property
+    def starved(self) -> str:
+        """Why the index can't take what is in memory now: there is no room. No fragments are taken until it can."""
+        return self._starved
+
+    @starved.setter
+    def starved(self, reason: str) -> None:
+        self._starved = reason
+        self._note()
+
+    def _note(self) -> None:
+        if self._failure:
+            self.health.note(FRAGMENTS, READ_ONLY, self._failure)
+        elif self._starved:
+            self.health.note(FRAGMENTS, FULL, self._starved)
+        else:
+            self.health.clear(FRAGMENTS)
 
     def fail(self, reason: str, *, lasting: bool = True) -> None:
         """The disk is read-only from now on. ``lasting``: after a restart too, because what it holds may not be on the
@@ -87,8 +122,13 @@ class DiskState:
         spare = space.free - self._reserve_bytes(space)
         if spare >= self._refused_bytes:
             self._refused_bytes = 0
-        full = bool(self.starved) or spare < self._refused_bytes
-        state = "read-only" if self.failure else "full" if full else "ok"
+        full = spare < self._refused_bytes
+        if full and self.health.noted(SPACE) is None:
+            self.health.note(SPACE, FULL, f"{format_size(max(0, spare))} are free outside of the reserve")
+        elif not full:
+            self.health.clear(SPACE)
+        full = full or bool(self.starved)
+        state = READ_ONLY if self.failure else FULL if full else OK
         return state, max(0, spare)
 
     def hold_note_reserve(self) -> None:

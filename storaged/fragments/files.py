@@ -29,6 +29,8 @@ IOV_MAX = 1024
 OPEN_FILES_MAX = 512
 """A disk of 16 TiB has 65,536 segments of 256 MiB; their descriptors are opened when they are needed."""
 
+PAGE_BYTES = 4096
+
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _SYNC_FILE_RANGE_WRITE = 2
@@ -72,8 +74,8 @@ class SegmentFile(Protocol):
         once. Raises FileNotFoundError when the file is gone.
         """
 
-    def drop_cache(self, offset: int) -> None:
-        """A hint: reads from ``offset`` on should come from the drive."""
+    def drop_cache(self, offset: int, length: int = 0) -> None:
+        """A hint: reads of these bytes should come from the drive. ``length`` 0: all from ``offset`` on."""
 
     def truncate(self, size: int) -> None: ...
 
@@ -228,9 +230,11 @@ class PosixSegmentFile:
         finally:
             os.close(fd)
 
-    def drop_cache(self, offset: int) -> None:
+    def drop_cache(self, offset: int, length: int = 0) -> None:
+        start = offset // PAGE_BYTES * PAGE_BYTES  # the kernel drops whole pages only
+        end = -(-(offset + length) // PAGE_BYTES) * PAGE_BYTES if length else start
         with self._lease() as fd, contextlib.suppress(OSError):
-            os.posix_fadvise(fd, offset, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, size: int) -> None:
         with self._lease() as fd:

@@ -238,6 +238,12 @@ class NearStore(FragmentStore, Protocol):
         data id.
         """
 
+    async def aged(self, after: bytes, limit: int, since_ms: int, before_ms: int) -> tuple[list[FragmentHeader], bytes]:
+        """Of the next ``limit`` fragments after the id ``after``: the headers of those whose ``created_ms`` is from
+        ``since_ms`` on and before ``before_ms``, and the last id of all; empty at the end. Of the others nothing is
+        read but the index. A damaged head: as ``scan``.
+        """
+
     async def fragments_of(self, data_ids: Sequence[bytes]) -> list[list[FragmentId]]:
         """The fragments of each data id on this disk, in order; up to 10,000 data ids. Their headers are not read."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -34,13 +34,9 @@ from storaged.fragments.format import (
 )
 from storaged.fragments.index import Index
 from storaged.fragments.ports import FragmentHeader
+from storaged.lmdb_file import MEDIA_ERRORS
 from storaged.units import MIB
 from storaged.wire import Buffer
-
-MEDIA_ERRORS = frozenset((errno.EIO, errno.EILSEQ, errno.EBADMSG, errno.ENODATA))
-"""What a drive reports for bytes that it can't read: the cells count as damaged, so that they are written anew. Any
-other error of a read says nothing of the bytes.
-"""
 
 MOVED_RETRIES_MAX = 8
 """How often compaction may move a fragment while it is read, before the fragment counts as damaged."""
@@ -139,9 +135,14 @@ class Reader:
         """Raises as ``read``."""
         return self.read(key, 0, 0).header
 
-    def verify(self, key: bytes) -> tuple[int, ...]:
-        """Reads all of it, about a MiB at a time. Returns the cells that failed. Raises as ``read``."""
+    def verify(self, key: bytes, *, on_drive: bool = False) -> tuple[int, ...]:
+        """Reads all of it, about a MiB at a time. Returns the cells that failed. Raises as ``read``. ``on_drive``: what
+        the page cache has is dropped first, for it would hide what became of the bytes since.
+        """
         entry = self._index.lookup(key)
+        if on_drive and entry is not None and (file := self._segments.get(entry.segment)) is not None:
+            with contextlib.suppress(OSError):  # the read finds out
+                file.drop_cache(entry.offset, entry.record_bytes)
         step = max(1, MIB // max(entry.cell_bytes, 1)) if entry is not None else 1
         bad: list[int] = []
         first, cells = 0, 1
@@ -185,7 +186,7 @@ class Reader:
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno not in MEDIA_ERRORS:
+            if error.errno not in MEDIA_ERRORS:  # it says nothing of the bytes
                 raise DiskUnusable(f"fragment {key.hex()} cannot be read now: {error.strerror or error}") from None
             return self._piecewise(key, entry, file, first, last)
         opened = self._open(key, entry, head_data)

@@ -135,6 +135,7 @@ class LocalFragmentStore:
                 index = Index(directory / "index", disk_id)
                 try:
                     engine = Engine(body, index, limits or StoreLimits(), now_ms=clock.wall_ms, on_damage=report_damage)
+                    engine.state.health = owner.health
                     engine.state.note_failed = owner.note_failed
                     return engine, engine.recover(failed_before=owner.failed_before)
                 except BaseException:
@@ -323,10 +324,28 @@ class LocalFragmentStore:
                     limit -= 1
                 after = key
 
+    async def aged(self, after: bytes, limit: int, since_ms: int, before_ms: int) -> tuple[list[FragmentHeader], bytes]:
+        self._refuse_when_closed()
+        await self._append_deferred()
+        return await self._in_reader(self._aged, after, limit, since_ms, before_ms)
+
+    def _aged(self, after: bytes, limit: int, since_ms: int, before_ms: int) -> tuple[list[FragmentHeader], bytes]:
+        keys = self._engine.index.keys(after, limit)
+        entries = self._engine.index.lookup_all(keys)
+        wanted = [
+            key
+            for key, entry in zip(keys, entries, strict=True)
+            if entry is not None and since_ms <= entry.created_ms < before_ms
+        ]
+        return [header for _, header in self._heads(wanted) if header is not None], keys[-1] if keys else b""
+
     def _headers(self, after: bytes, limit: int) -> list[tuple[bytes, FragmentHeader | None]]:
+        return self._heads(self._engine.index.keys(after, limit))
+
+    def _heads(self, keys: Sequence[bytes]) -> list[tuple[bytes, FragmentHeader | None]]:
         """None for a fragment that is gone by now."""
         page: list[tuple[bytes, FragmentHeader | None]] = []
-        for key in self._engine.index.keys(after, limit):
+        for key in keys:
             header = None
             try:
                 header = self._engine.reader.header(key)
@@ -343,7 +362,7 @@ class LocalFragmentStore:
         self._refuse_when_closed()
         await self._append_deferred([fragment])
         try:
-            await self._in_reader(self._engine.reader.verify, fragment.pack())
+            await self._in_reader(functools.partial(self._engine.reader.verify, fragment.pack(), on_drive=True))
         except (FragmentMissing, FragmentDamaged):
             pass  # the stat says which
         return await self._looked_up(functools.partial(self._stat_one, fragment.pack()))

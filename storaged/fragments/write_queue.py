@@ -106,7 +106,8 @@ class WriteQueue:
 
     async def _submit(self, job: Job) -> Any:
         """A caller that gives up gets its buffers back at once when the thread has not begun with the job, else when it
-        has finished. Raises DiskUnusable when the disk begins to hang, but for a write that the thread has begun with.
+        has finished; without buffers it does not wait. Raises DiskUnusable when the disk begins to hang, but for a
+        write that the thread has begun with.
         """
         self._health.fail_when_hung(job.future, job.claim if job.write is not None else None)
         self._arriving.append(job)
@@ -115,7 +116,7 @@ class WriteQueue:
         try:
             return await job.future
         except asyncio.CancelledError:
-            if job.future.cancelled() and not job.claim() and not job.finished:
+            if job.write is not None and job.future.cancelled() and not job.claim() and not job.finished:
                 job.on_finished = self._loop.create_future()
                 await job.on_finished
             raise

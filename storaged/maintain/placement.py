@@ -9,7 +9,7 @@ from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import BlockPlace
-from storaged.objects.code.place import Placement, choose, is_eligible, near
+from storaged.objects.code.place import Placement, choose_prompt, is_eligible, near
 from storaged.objects.records import PartEntry
 
 
@@ -23,9 +23,12 @@ class Placements:
 
     def choose(self, entry: PartEntry, profile: Profile, countries: tuple[str, ...]) -> Placement | None:
         """Where a write of this profile would go now; None when it would be refused."""
-        writable: Callable[[str], bool] = self._context.liveness.disk_writable
+        liveness = self._context.liveness
+        writable: Callable[[str], bool] = liveness.disk_writable
         try:
-            return choose(self._context.layouts.current, entry.data_id, profile, writable, countries)
+            return choose_prompt(
+                self._context.layouts.current, entry.data_id, profile, writable, liveness.disk_prompt, countries
+            )
         except StoragedError:
             return None
 

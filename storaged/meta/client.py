@@ -14,6 +14,7 @@ from functools import partial
 import structlog
 
 from storaged.clock import Clock, SystemClock
+from storaged.cluster.disks_seen import DisksSeen
 from storaged.cluster.ports import Layouts
 from storaged.errors import ServiceUnavailable
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
@@ -32,7 +33,7 @@ from storaged.meta.proposer.queue import ChangeQueue
 from storaged.meta.proposer.read import CopyReader, IsCopy, RegisterReader, Settle
 from storaged.meta.proposer.ring import Deadlines, Refresher, Ring
 from storaged.meta.proposer.survey import RingSurvey
-from storaged.meta.transport.calls import Calls, Fanout, TaskPool, UnresponsiveDisks
+from storaged.meta.transport.calls import Calls, Fanout, TaskPool
 from storaged.meta.transport.read_batching import RowReader
 from storaged.meta.views import Views
 from storaged.wire import Buffer
@@ -152,8 +153,11 @@ class RingClient:
         clock: Clock | None = None,
         entropy: Entropy = system_entropy,
         jitter: Callable[[], float] = random.random,
+        seen: DisksSeen | None = None,
     ) -> None:
-        """``jitter()`` draws a number from 0 to 1: the part of a pause that is taken."""
+        """``jitter()`` draws a number from 0 to 1: the part of a pause that is taken. ``seen``: what this process sees
+        of disks, where it does not concern the ring alone.
+        """
         self._settings = settings
         self._believes = hooks.believes
         self._doubted: dict[tuple[str, RegisterName], None] = {}
@@ -161,7 +165,7 @@ class RingClient:
         self._view = Views(layouts).of
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._pool = TaskPool()
-        unresponsive = UnresponsiveDisks(clock if clock is not None else SystemClock())
+        unresponsive = seen or DisksSeen(clock if clock is not None else SystemClock())
         limits = settings.deadline_s, settings.call_timeout_s, settings.hedge_s
         self._calls = Calls(replicas, self._pool, unresponsive, *limits)
         copies = CopyReader(self._calls, hooks.copy_at, hooks.is_copy)

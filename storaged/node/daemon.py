@@ -29,6 +29,7 @@ from storaged.cluster.identity import load_identity
 from storaged.config import Config
 from storaged.errors import CertificateRefused, StoragedError
 from storaged.node.disks import Disks
+from storaged.node.fault_note import note_faults
 from storaged.node.node import Node
 from storaged.node.notify import Notifier
 from storaged.node.process import (
@@ -65,6 +66,8 @@ def run_node(path: Path, *, parent: int = 0) -> int:
     directory = Path(config.node.directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = lock_directory(directory)
+    if config.storage:
+        note_faults(directory)
     try:
         return _run(_main(config, None))
     finally:

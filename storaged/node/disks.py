@@ -7,9 +7,10 @@ A disk's directory holds ``meta`` (its LMDB environment and its redo log) and ``
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
@@ -17,6 +18,7 @@ import structlog
 from storaged.cluster.ports import DiskStatus
 from storaged.config import DiskSection
 from storaged.disk_health import DiskHealth
+from storaged.disk_states import Finding
 from storaged.errors import StoragedError
 from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
 from storaged.fragments.ports import FragmentHeader
@@ -26,12 +28,15 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import LoadCopy, PlainCopies, SmallCopyCache
 from storaged.meta.store_ports import Copy, Kept, StoreBatch
 from storaged.node.admission import WAITING
-from storaged.node.disk_watch import DiskWatch, log_change, watch_health
+from storaged.node.disk_watch import DiskWatch, log_change, probe, watch_health
 from storaged.wire import Buffer, decode
 
 log = structlog.get_logger("disks")
 
 T = TypeVar("T")
+
+ADMISSION = "admission"
+"""The source of findings that keep a disk out of use (``opener``)."""
 
 CLOSE_LOOK_S = 0.1
 """How often a disk that is being closed is looked at: the end of a node waits for none that hangs."""
@@ -56,6 +61,8 @@ class LocalDisk:
         """Raises DiskUnusable when the disk hangs. Then it stays open: the process ends without it."""
         if self.watch is not None:
             self.watch.stop()
+        if self.health.given_up:
+            self.health.check()
         closing = asyncio.get_running_loop().create_task(self._close())
         while not closing.done():
             await asyncio.wait((closing,), timeout=CLOSE_LOOK_S)
@@ -140,54 +147,68 @@ def load_of(payloads: Payloads) -> LoadCopy:
 
 
 class Disks:
-    """The disks of this node. ``used`` take part; ``refused`` do not, with the reason (DiskStatus).
+    """The disks of this node. ``used`` take part; others are left out, with the reason (``refused``).
 
-    ``replicas``, ``fragments`` and ``metas`` are those of disks in use, by disk id. They grow when a disk joins late.
+    ``healths``: of every configured disk, from before it is opened, by disk id. ``replicas``, ``fragments`` and
+    ``metas`` are those of disks in use. They grow when a disk joins late.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sections: Sequence[DiskSection] = (), reserve_bytes: int | None = None) -> None:
         self.used: dict[str, LocalDisk] = {}
-        self.refused: dict[str, DiskStatus] = {}
         self.replicas: dict[str, LocalReplica] = {}
         self.fragments: dict[str, LocalFragmentStore] = {}
         self.metas: dict[str, LmdbMetaStore] = {}
-        self.healths: dict[str, DiskHealth] = {}
-        """Of the disks in use."""
+        self.healths = {section.id: DiskHealth(section.id, reserve_bytes=reserve_bytes) for section in sections}
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when a disk begins to hang or to be late, or is well again."""
+        self._directories = {section.id: section.directory for section in sections}
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
 
+    @property
+    def refused(self) -> dict[str, Finding]:
+        """Why disks take no part, by disk id."""
+        found = {disk: health.noted(ADMISSION) for disk, health in self.healths.items()}
+        return {disk: finding for disk, finding in found.items() if finding is not None}
+
     def refuse(self, section: DiskSection, state: str, reason: str) -> None:
         """Leaves a disk out for now, and logs a new reason. State ``waiting``: it waits for other nodes."""
-        known = self.refused.get(section.id)
-        if known is None or (known.state, known.reason) != (state, reason):
+        health = self.healths.setdefault(section.id, DiskHealth(section.id))
+        self._directories.setdefault(section.id, section.directory)
+        if health.noted(ADMISSION) != (state, reason):
             facts = {"disk": section.id, "directory": section.directory, "state": state, "reason": reason}
             if state == WAITING:
                 log.warning("a disk waits", **facts)
             else:
                 log.error("a disk is refused; the others go on", **facts)
-        self.refused[section.id] = DiskStatus(section.id, section.directory, state, reason=reason)
+        health.note(ADMISSION, state, reason)
 
     def join(self, disk: LocalDisk) -> None:
-        if self.refused.pop(disk.id, None) is not None:
+        health = disk.health
+        if health.noted(ADMISSION) is not None:
             log.info("a disk joins", disk=disk.id, directory=disk.directory)
+            health.clear(ADMISSION)
         self.used[disk.id] = disk
-        self.healths[disk.id] = disk.health
-        disk.health.on_change = log_change
-        disk.watch = DiskWatch(disk.health, (disk.meta.look, disk.fragments.look))
+        self.healths[disk.id] = health
+        health.on_change = self._changed
+        disk.watch = DiskWatch(health, (disk.meta.look, disk.fragments.look), partial(probe, Path(disk.directory)))
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(watch_health(self.healths))
         self.metas[disk.id], self.fragments[disk.id], self.replicas[disk.id] = disk.meta, disk.fragments, disk.replica
 
+    def _changed(self, health: DiskHealth, before: str) -> None:
+        log_change(health, before)
+        self.on_change()
+
     def silence(self, disk_id: str, state: str, reason: str) -> None:
         """Ends the part that a disk takes: it was in use, and must not have been. Its stores stay open."""
-        disk = self.used[disk_id]
-        disk.replica.silence(reason)
-        self.refused[disk_id] = DiskStatus(disk_id, disk.directory, state, reason=reason)
+        self.used[disk_id].replica.silence(reason)
+        self.healths[disk_id].note(ADMISSION, state, reason)
         log.error("a disk in use is refused; the others go on", disk=disk_id, state=state, reason=reason)
 
     def waits(self) -> str:
         """Which disks wait for other nodes, and for what; empty when none does."""
-        waiting = [status for status in self.refused.values() if status.state == WAITING]
+        waiting = [finding for finding in self.refused.values() if finding.state == WAITING]
         if not waiting:
             return ""
         return f"{len(waiting)} disk{'s wait' if len(waiting) > 1 else ' waits'}: {waiting[0].reason}"
@@ -197,33 +218,29 @@ class Disks:
         self._coming[disk_id] = coming
 
     async def statuses(self) -> list[DiskStatus]:
-        """The states of all disks, as heartbeats carry them."""
-        found = list(self.refused.values())
-        for disk in [disk for disk in self.used.values() if disk.id not in self.refused]:
-            usage = await disk.fragments.usage()
-            meta_state = disk.replica.statistics().state
-            state = usage.state if meta_state == "ok" else "failed"
-            reason = usage.reason if meta_state == "ok" else f"metadata: {meta_state}"
-            if disk.health.hung and meta_state == "ok":
-                state, reason = "hung", disk.health.reason
-            few = disk.health.room.few
-            if disk.meta.refusal and meta_state == "ok":
-                state, reason = "read-only", f"metadata: {disk.meta.refusal}"
-            if few and state == "ok":
-                state, reason = "full", "its metadata has no room for more"
-            found.append(
-                DiskStatus(
-                    disk.id,
-                    disk.directory,
-                    state,
-                    usage.bytes_used,
-                    usage.bytes_free,
-                    reason,
-                    few,
-                    disk.health.room.ample,
-                )
-            )
-        return sorted(found, key=lambda status: status.id)
+        """The states of all disks but those that are being opened, as heartbeats carry them."""
+        refused = self.refused
+        return [await self._status(disk_id) for disk_id in sorted(refused.keys() | self.used.keys())]
+
+    async def _status(self, disk_id: str) -> DiskStatus:
+        health = self.healths[disk_id]
+        if health.noted(ADMISSION) is not None:
+            state, reason = health.finding()
+            return DiskStatus(disk_id, self._directories[disk_id], state, reason=reason)
+        used = self.used[disk_id]
+        usage = await used.fragments.usage()
+        state, reason = health.finding()
+        return DiskStatus(
+            disk_id,
+            used.directory,
+            state,
+            usage.bytes_used,
+            usage.bytes_free,
+            reason,
+            health.room.few,
+            health.room.ample,
+            health.latency_ms(),
+        )
 
     async def close(self) -> None:
         for task in self._coming.values():

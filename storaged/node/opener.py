@@ -23,8 +23,15 @@ import structlog
 from storaged.clock import Clock
 from storaged.cluster.claims import DiskClaim
 from storaged.config import Config, DiskSection
-from storaged.disk_health import DiskHealth
-from storaged.errors import DirectoryInUse, DiskForeign, DiskRolledBack, IndexDamaged, StoragedError
+from storaged.disk_states import CHECKING, UNREADABLE
+from storaged.errors import (
+    DirectoryInUse,
+    DiskForeign,
+    DiskRolledBack,
+    DiskUnreadable,
+    IndexDamaged,
+    StoragedError,
+)
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.store import DiskOwner, LocalFragmentStore
@@ -46,6 +53,7 @@ from storaged.node.admission import (
     may_begin_unclaimed,
 )
 from storaged.node.disks import DiskCopies, Disks, LocalDisk, restore_copies
+from storaged.node.fault_note import died_by_bus_error, forget_faults, read_disk
 from storaged.node.forming import ids_of
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LayoutHistory, LoneLedger
@@ -112,7 +120,7 @@ class Opener:
         """``cluster``: its id, which a store notes; empty: stores note nothing. ``place_of(disk)``: what the layout in
         force says of a disk.
         """
-        self.disks = Disks()
+        self.disks = Disks(config.disks, config.limits.reserve_bytes or None)
         self.ledger = ledger
         self.ledgers = LoneLedger(ledger)
         """Of all nodes. Replaced before ``open`` where there are others."""
@@ -122,12 +130,17 @@ class Opener:
         self._on_cell = on_cell
         self._open_s = open_s
         self._place_of = place_of
+        self._unread = {section.id for section in config.disks} if self._bus_error() else set()
+        """Disks whose metadata must be read before they are opened (``fault_note``)."""
         self._blank: dict[str, bool] = {}
         """Whether a disk was blank when this process looked."""
         self._settling = asyncio.Lock()
         self._all_seen = asyncio.Event()
         self._copy_cache = SmallCopyCache(min(COPY_CACHE_BYTES_A_DISK * len(config.disks), COPY_CACHE_BYTES_MAX))
         self._failure: BaseException | None = None
+
+    def _bus_error(self) -> bool:
+        return died_by_bus_error(Path(self._config.node.directory))
 
     async def open(self) -> Disks:
         """Opens all disks; waits until each is in use, is refused, or has had OPEN_S. Raises DirectoryInUse when
@@ -183,6 +196,7 @@ class Opener:
     async def _bring_up(self, section: DiskSection, settled: asyncio.Event) -> None:
         """Brings one disk into use, or refuses it for good."""
         try:
+            await self._read_first(section)
             self._blank[section.id] = await in_own_thread(partial(is_blank, Path(section.directory)))
             await self._look_at_others()
             await self.ledgers.heard_first()
@@ -200,6 +214,16 @@ class Opener:
                 log.exception("a disk could not be opened", disk=section.id)
             self._failure = self._failure or mistake
         settled.set()
+
+    async def _read_first(self, section: DiskSection) -> None:
+        """After a death by SIGBUS: finds out whether the disk's metadata can be read. Raises DiskUnreadable."""
+        if section.id not in self._unread:
+            return
+        self.disks.refuse(section, CHECKING, "its metadata is read first: the process before died by SIGBUS")
+        await in_own_thread(partial(read_disk, Path(section.directory)))
+        self._unread.discard(section.id)
+        if not self._unread:
+            await asyncio.to_thread(forget_faults, Path(self._config.node.directory))
 
     async def _look_at_others(self) -> None:
         """The first start of a node is one of all its disks. One that hangs holds up the others for a moment only."""
@@ -320,7 +344,7 @@ class Opener:
             identity,
             map_bytes=self._config.limits.meta_map_bytes,
             known=Known(position, owner_of(self._cluster, section.id) if self._cluster else b""),
-            health=DiskHealth(section.id, reserve_bytes=self._config.limits.reserve_bytes or None),
+            health=self.disks.healths[section.id],
         )
 
     async def _claim(self, section: DiskSection, meta: LmdbMetaStore, settled: asyncio.Event) -> None:
@@ -354,6 +378,8 @@ def _state_of(error: Exception) -> str:
         return "rolled-back"
     if isinstance(error, DiskForeign):
         return "foreign"
+    if isinstance(error, DiskUnreadable):
+        return UNREADABLE
     return "index-damaged" if isinstance(error, IndexDamaged) else "failed"
 
 

@@ -26,6 +26,7 @@ from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits, authority
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
+from storaged.disk_states import OK
 from storaged.errors import (
     ConfigInvalid,
     DiskUnusable,
@@ -277,6 +278,7 @@ class NodePlanes:
                 refresh=lambda partition: self.follower.refresh(partition),
             ),
             clock=self.clock,
+            seen=self.membership.view.seen,
         )
         self.scanner = RingScanner(
             self.layouts,
@@ -413,8 +415,13 @@ class NodePlanes:
         await self.pool.close()
 
     async def _keep_telling_disks(self) -> None:
+        changed = asyncio.Event()
+        self.disks.on_change = changed.set
         while True:
-            await asyncio.sleep(DISK_STATUS_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DISK_STATUS_EVERY_S):
+                    await changed.wait()
+            changed.clear()
             await self._tell_disks()
 
     async def _tell_disks(self) -> None:
@@ -424,14 +431,17 @@ class NodePlanes:
         except StoragedError as error:
             log.warning("cannot read the state of the disks", reason=error.message)
             return
+        self.membership.look_at_disks()
         self.metrics.gauge("storaged_layout_epoch").set(self.layouts.epoch)
         if self._server is not None or self.gateway is not None:
             up = self.metrics.gauge("storaged_node_up")
             for known in self.membership.statuses():
                 up.labels(known.name).set(known.state == "up")
         ok, size = self.metrics.gauge("storaged_disk_ok"), self.metrics.gauge("storaged_disk_bytes")
+        latency = self.metrics.gauge("storaged_disk_latency_seconds")
         for disk in self._disk_statuses:
-            ok.labels(disk.id).set(disk.state == "ok")
+            ok.labels(disk.id).set(disk.state == OK)
+            latency.labels(disk.id).set(disk.latency_ms / 1000)
             size.labels(disk.id, "used").set(disk.bytes_used)
             size.labels(disk.id, "free").set(disk.bytes_free)
         hangs = self.metrics.gauge("storaged_disk_hangs")

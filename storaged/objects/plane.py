@@ -71,8 +71,9 @@ class ObjectLimits:
     write_timeout_s: float = 15.0
     sync_timeout_s: float = 60.0
     read_timeout_s: float = 15.0
-    late_grace_s: float = 1.0
-    """A write is cancelled when it is not done this long after the block became safe without it."""
+    late_grace_s: float = 0.5
+    """A write or a sync is given up when it is not done this long after all was safe without it, or after as long again
+    as the others took."""
     hedge_floor_s: float = 0.05
     """A read is not hedged sooner: below the ordinary latency of a busy disk a hedge only adds load."""
     retire_delay_ms: int = 3_600_000

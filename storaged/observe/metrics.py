@@ -49,6 +49,9 @@ METRICS: dict[str, MetricDescription] = {
     "storaged_disk_slowest_seconds": MetricDescription(
         "gauge", "The longest operation of the local disk since the start that took 0.1 s or more.", ("disk",)
     ),
+    "storaged_disk_latency_seconds": MetricDescription(
+        "gauge", "How long operations of the local disk take, or the age of the oldest that has not ended.", ("disk",)
+    ),
     "storaged_audit_alarms": MetricDescription(
         "gauge",
         "Nodes whose audit log is not what this node, or a witness of its own log, saw of it:"

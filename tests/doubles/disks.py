@@ -127,6 +127,10 @@ class Disks:
     def __init__(self, layout: Layout, *, near: bool = False) -> None:
         self.disks = {disk.id: FaultyDisk(disk.id, near=near, trusting=True) for disk in layout.disks}
         self.suspected: set[str] = set()
+        self.slow: set[str] = set()
+        """Disks that are left out for being slow."""
+        self.late: list[str] = []
+        """What ``disk_late`` was called with."""
         self.known_full: frozenset[str] = frozenset()
         self.without_rows: frozenset[str] = frozenset()
         self.ample: frozenset[str] = frozenset()
@@ -147,6 +151,15 @@ class Disks:
 
     def disk_readable(self, disk_id: str) -> bool:
         return disk_id not in self.suspected
+
+    def disk_prompt(self, disk_id: str) -> bool:
+        return self.disk_readable(disk_id) and disk_id not in self.slow
+
+    def disk_late(self, disk_id: str, for_s: float) -> None:
+        self.late.append(disk_id)
+
+    def disk_answered(self, disk_id: str) -> None:
+        pass
 
     def rack_down(self, rack: str, *, suspected: bool = True) -> None:
         """``rack``: the first letter of its disks' ids."""

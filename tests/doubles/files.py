@@ -83,7 +83,7 @@ class SimulatedFile:
     def sync_apart(self) -> None:
         self.sync()
 
-    def drop_cache(self, offset: int) -> None:
+    def drop_cache(self, offset: int, length: int = 0) -> None:
         return
 
     def truncate(self, size: int) -> None:

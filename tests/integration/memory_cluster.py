@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.membership import FAILED
 from storaged.cluster.partitions import PartitionRecord
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.authority import METHODS
 from storaged.cluster.sparing import UNREACHABLE
+from storaged.disk_states import FAILED
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
 from storaged.fragments.payloads import Payloads, header_at_position
 from storaged.fragments.ports import FragmentId
@@ -216,6 +216,8 @@ class Alive:
         self.full: frozenset[str] = frozenset()
         self.without_rows: frozenset[str] = frozenset()
         self.ample: frozenset[str] = frozenset()
+        self.slow: set[str] = set()
+        self.late: list[str] = []
 
     def disk_readable(self, disk_id: str) -> bool:
         node = next((node for node in self._cluster.nodes.values() if disk_id in node.meta), None)
@@ -223,6 +225,15 @@ class Alive:
 
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id) and disk_id not in self.read_only | self.full
+
+    def disk_prompt(self, disk_id: str) -> bool:
+        return self.disk_readable(disk_id) and disk_id not in self.slow
+
+    def disk_late(self, disk_id: str, for_s: float) -> None:
+        self.late.append(disk_id)
+
+    def disk_answered(self, disk_id: str) -> None:
+        pass
 
     def disks_full(self) -> frozenset[str]:
         return self.full

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from storaged.cluster.move_settings import MoveSettings
 from storaged.errors import DiskUnusable, NoSuchKey, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, Health, Retirement
 from storaged.maintain import disuse
@@ -918,6 +919,35 @@ def test_a_scrub_that_starts_by_itself_goes_on_where_it_was_interrupted() -> Non
         assert again.job.done == len(left) + (await cluster.store("a1").usage()).fragments
         assert node.meta["a0"].get_meta("scrub-finished-ms")
         assert node.meta["a0"].get_meta("scrub-position") == b""
+
+    run(scenario)
+
+
+def test_a_scrub_stops_while_it_is_paused_and_goes_on_there_at_the_pace_that_is_set() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(6):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(LARGE))
+        node = cluster.nodes["na"]
+        scrub, context = node.maintenance.scrub, node.maintenance.scrub._context
+        settings = MoveSettings(scrub_bytes_per_s=20_000)
+        context.settings = lambda: settings
+        scrub.pace.bytes_per_s = 0
+        task = asyncio.get_running_loop().create_task(scrub.once())
+        await cluster.pass_s(100)
+        done = scrub.job.done
+        assert 0 < scrub.job.bytes < 150 * 20_000
+        settings = MoveSettings(scrub_paused=True)
+        await cluster.pass_s(50)
+        stopped = scrub.job.done
+        assert stopped <= done + 2
+        await cluster.pass_s(1000)
+        assert (scrub.job.done, scrub.job.detail, scrub.job.state) == (stopped, "paused", "running")
+        settings = MoveSettings()
+        await cluster.pass_s(100)
+        assert task.done()
+        assert (scrub.job.state, scrub.job.detail) == ("done", "0 damaged")
+        assert scrub.job.done == sum([(await cluster.store(disk).usage()).fragments for disk in ("a0", "a1")])
 
     run(scenario)
 

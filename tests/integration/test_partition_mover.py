@@ -60,6 +60,8 @@ class Disks(MemoryReplicas):
     def disk_readable(self, disk_id: str) -> bool:
         return disk_id in self.replicas and disk_id not in self.away
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id) and disk_id not in self.full
 

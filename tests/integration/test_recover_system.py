@@ -154,6 +154,8 @@ class Sees:
     def disk_readable(self, disk: str) -> bool:
         return disk in self.answering
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk: str) -> bool:
         return disk in self.answering
 

@@ -19,7 +19,7 @@ import pytest
 from storaged.config import DiskSection
 from storaged.node.admission import WAITING
 from storaged.node.daemon import tell_waits
-from storaged.node.disks import Disks
+from storaged.node.disks import ADMISSION, Disks
 from storaged.node.notify import Notifier
 from tests.patience import GUARD_S
 from tests.unit.test_systemd import DEPLOY, UNITS
@@ -71,7 +71,7 @@ async def test_what_disks_wait_for_is_told_to_the_manager(manager: socket.socket
     telling = asyncio.create_task(tell_waits(disks, notifier, "storage of cluster c1"))
     await asyncio.sleep(0)
     assert manager.recv(4096) == b"STATUS=1 disk waits: no answer yet from n2"
-    disks.refused.clear()
+    disks.healths["d1"].clear(ADMISSION)
     assert (await asyncio.to_thread(manager.recv, 4096)) == b"STATUS=storage of cluster c1"
     telling.cancel()
     await asyncio.gather(telling, return_exceptions=True)

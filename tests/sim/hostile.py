@@ -85,6 +85,8 @@ class Reachable:
     def disk_readable(self, disk_id: str) -> bool:
         return self._world.nodes["n" + disk_id[1:]].up
 
+    disk_prompt = disk_readable
+
 
 class Hostile(Scenario):
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:

@@ -96,6 +96,8 @@ class Seen:
         node = self._world.nodes.get("n" + disk_id[1:])
         return node is not None and node.up and self._chance.random() > 0.02
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id)
 

@@ -37,6 +37,8 @@ class Everybody:
     def disk_readable(self, disk_id: str) -> bool:
         return True
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk_id: str) -> bool:
         return True
 

@@ -60,6 +60,8 @@ class Sound:
     def disk_readable(self, disk_id: str) -> bool:
         return self._world.nodes["n" + disk_id[1:]].up
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id)
 

@@ -177,6 +177,8 @@ class Seen:
     def disk_readable(self, disk_id: str) -> bool:
         return self._world.nodes["n" + disk_id[1:]].up and self._chance.random() > 0.02
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id)
 

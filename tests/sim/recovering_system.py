@@ -180,6 +180,8 @@ class Readable:
         node = self._play.world.nodes.get("n" + disk_id[1:])
         return isinstance(node, LedgerNode) and node.takes_part
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk_id: str) -> bool:
         return self.disk_readable(disk_id)
 

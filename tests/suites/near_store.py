@@ -51,6 +51,20 @@ class NearStoreSuite:
         assert await near.delete_condemned([made.id, second.id]) == 0
         assert [stat.health for stat in await near.stat([made.id, second.id])] == [Health.OK, Health.OK]
 
+    async def test_fragments_are_found_by_their_age_page_by_page(self, near: NearStore) -> None:
+        made = sorted([await self.put_near(near) for _ in range(7)], key=lambda one: one.id.pack())
+        await near.touch([made[1].id, made[5].id], 10**13)
+        found, after, pages = [], b"", 0
+        while True:
+            page, after = await near.aged(after, 3, 10**13, 10**13 + 1)
+            if not after:
+                break
+            found, pages = [*found, *page], pages + 1
+        assert [header.id for header in found] == [made[1].id.pack(), made[5].id.pack()]
+        assert {header.created_ms for header in found} == {10**13}
+        assert pages == 3
+        assert await near.aged(b"", 3, 10**13 + 1, 10**14) == ([], made[2].id.pack())
+
     async def test_who_only_looks_pardons_nothing(self, near: NearStore) -> None:
         made = await self.put_near(near)
         near.condemn([made.id.data_id])

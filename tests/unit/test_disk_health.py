@@ -150,3 +150,75 @@ async def test_short_work_shows_early_that_the_disk_hangs(health: DiskHealth, ti
         await reading
     may_end.set()
     threads.shutdown()
+
+
+# --- what is reported
+
+
+def test_the_worst_of_what_was_noted_is_reported(health: DiskHealth) -> None:
+    assert health.finding() == ("ok", "")
+    health.note("space", "full", "1 MiB is free")
+    health.note("fragments", "read-only", "EIO")
+    assert health.finding() == ("read-only", "EIO")
+    health.note("fragments", "full", "no room for the index")
+    assert health.finding().state == "full"
+    health.clear("fragments")
+    health.clear("fragments")
+    assert health.finding() == ("full", "1 MiB is free")
+    health.clear("space")
+    health.room.few = True
+    assert health.finding().state == "full"
+
+
+def test_a_disk_that_hangs_is_reported_so_and_one_that_is_foreign_as_that(health: DiskHealth, time: Time) -> None:
+    health.note("fragments", "read-only", "EIO")
+    health.begin("a sync")
+    time.now_s += HUNG_S
+    health.look()
+    assert health.finding() == ("hung", "a sync has not ended for 5 s")
+    health.note("admission", "foreign", "of another cluster")
+    assert health.finding() == ("foreign", "of another cluster")
+
+
+def test_latency_is_the_mean_of_the_slowest_kind_or_the_age_of_the_oldest_operation(
+    health: DiskHealth, time: Time
+) -> None:
+    def operate(what: str, took_s: float) -> None:
+        token = health.begin(what)
+        time.now_s += took_s
+        health.end(token)
+
+    assert (health.latency_ms(), health.wants_probe) == (0, False)
+    for _ in range(40):
+        operate("a read", 0.001)
+        operate("a sync", 0.2)
+    assert 195 <= health.latency_ms() <= 200
+    assert health.wants_probe
+    for _ in range(20):
+        operate("a sync", 0.001)
+    assert health.latency_ms() < 10
+    operate("a sync", 1.0)
+    assert 195 <= health.latency_ms() <= 210, "one slow operation weighs a fifth"
+    time.now_s += WELL_S * 1.01
+    assert health.latency_ms() == 0, "nobody has used it: nothing is known"
+    operate("a sync", 0.001)
+    assert health.latency_ms() < 5
+    health.begin("a checkpoint", long=True)
+    health.begin("a sync")
+    time.now_s += 0.7
+    assert health.latency_ms() == 700
+
+
+def test_the_owner_hears_at_once_that_a_disk_is_late(health: DiskHealth, time: Time) -> None:
+    changes: list[bool] = []
+    health.on_change = lambda found, _before: changes.append(found.late)
+    token = health.begin("a sync")
+    time.now_s += 0.45
+    health.look()
+    time.now_s += 0.1
+    health.look()
+    health.look()
+    assert changes == [False, True], "slow at first, then late"
+    health.end(token)
+    health.look()
+    assert not health.late

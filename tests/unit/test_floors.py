@@ -373,6 +373,8 @@ class Everybody:
     def disk_readable(self, disk_id: str) -> bool:
         return disk_id not in self.away
 
+    disk_prompt = disk_readable
+
     disk_writable = disk_readable
 
 

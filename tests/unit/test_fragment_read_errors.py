@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from storaged.fragments.reader import MEDIA_ERRORS
+from storaged.lmdb_file import MEDIA_ERRORS
 
 
 def test_a_lack_of_descriptors_memory_or_time_is_no_damage() -> None:

@@ -12,6 +12,7 @@ from storaged.cli import jobs
 from storaged.cluster.move_settings import (
     FRAGMENTS,
     PARTITIONS,
+    SCRUB,
     UNKNOWN,
     MoveSettings,
     changed,
@@ -37,6 +38,10 @@ def test_a_change_leaves_the_other_job_as_it_is() -> None:
     third = changed(second, PARTITIONS, 7, paused=False, pace=None)
     assert (is_paused(third, PARTITIONS), is_paused(third, FRAGMENTS), third.partitions_per_min) == (False, False, 30)
     assert document(third)["fragments"] == {"paused": False, "bytes_per_s": 1 << 20}
+    fourth = changed(third, SCRUB, 8, paused=True, pace=5 << 20)
+    assert document(fourth)["scrub"] == {"paused": True, "bytes_per_s": 5 << 20}
+    assert is_paused(fourth, SCRUB)
+    assert document(fourth)["fragments"] == document(third)["fragments"]
     with pytest.raises(InvalidArgument, match="there is no job 'repair' that can be paused"):
         changed(first, "repair", 5, paused=True, pace=None)
     for pace in (-1, 1 << 60):
@@ -57,12 +62,16 @@ def test_every_field_is_signed_for_one_cluster() -> None:
     ):
         signed.add(signed_bytes("c", replace(settings, **{field: value})))
     assert len(signed) == 8
+    for field, value in (("scrub_paused", True), ("scrub_bytes_per_s", 1)):
+        signed.add(signed_bytes("c", replace(settings, **{field: value})))
+    assert len(signed) == 10
     assert signed_bytes("c", replace(settings, signature=b"other")) in signed
 
 
 def test_what_was_not_read_yet_counts_as_paused() -> None:
     assert is_paused(UNKNOWN, PARTITIONS)
     assert is_paused(UNKNOWN, FRAGMENTS)
+    assert is_paused(UNKNOWN, SCRUB)
     assert not document(UNKNOWN)["known"]
     assert document(MoveSettings())["known"]
 

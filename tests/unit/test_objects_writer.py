@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from storaged.errors import ServiceUnavailable
-from storaged.fragments.ports import FragmentHeader
+from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Outcome, Update
 from storaged.objects.api import BodyChecks, NewMeta
@@ -136,6 +136,60 @@ async def test_a_hanging_disk_delays_a_write_by_no_more_than_the_grace() -> None
         await put(objects, bucket, data)
         assert await got(objects, bucket) == data
     hang.set()
+    await objects.close()
+
+
+async def test_a_disk_that_hangs_in_its_sync_is_left_out_of_the_barrier_and_reported() -> None:
+    world = World(sync_timeout_s=3600.0)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    hung = world.disks.disks["b1"]
+
+    async def sync(_ids: object) -> None:
+        await asyncio.Event().wait()
+
+    hung.sync = sync  # type: ignore[method-assign]
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await put(objects, bucket, data)
+    assert loop.time() - began < 1.0
+    assert world.disks.late == ["b1"]
+    assert entry_of(world).runs[0].profile == (3, 2), "without it 4+2 would not survive the loss of a rack"
+    for disk in world.disks.disks.values():
+        disk.down = disk.name.startswith("a") or disk is hung
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
+async def test_where_all_disks_are_slow_a_barrier_gives_none_up() -> None:
+    world = World(sync_timeout_s=3600.0)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    for number, disk in enumerate(world.disks.disks.values()):
+        sync = disk.sync
+
+        async def slowly(ids: Sequence[FragmentId], sync: Any = sync, slow_s: float = 1.0 + number / 10) -> None:
+            await asyncio.sleep(slow_s)
+            await sync(ids)
+
+        disk.sync = slowly  # type: ignore[method-assign]
+    await put(objects, bucket, data)
+    assert world.disks.late == []
+    assert not any(disk.unsynced for disk in world.disks.disks.values())
+    await objects.close()
+
+
+async def test_a_slow_disk_gets_no_fragments_while_the_others_can_hold_them() -> None:
+    world = World(layout_of((3, 3, 3)))
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    world.disks.slow = {"a0", "b0"}
+    for number in range(8):
+        await put(objects, bucket, data, key=b"%d" % number)
+    assert not world.disks.disks["a0"].fragments
+    assert not world.disks.disks["b0"].fragments
+    assert objects.plane.counters.blocks_fallback == 0
+    world.disks.slow = set(world.disks.disks) - {"c0", "c1", "c2"}
+    await put(objects, bucket, data)
+    assert [run.profile for run in entry_of(world).runs] == [(4, 2)], "one rack alone would not be safe"
+    assert await got(objects, bucket, key=b"3") == data
     await objects.close()
 
 

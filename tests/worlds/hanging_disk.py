@@ -83,6 +83,16 @@ class HangingDisk:
         """Requests of these kinds take so long from now on."""
         self._ask("slow", kinds or EVERYTHING, delay_s)
 
+    def unreadable(self, name: str, *, above: int = 0) -> None:
+        """Reads of files whose path contains ``name`` fail from now on (EIO), from byte ``above`` on: as those of a bad
+        sector. A page of a memory map that can't be read is SIGBUS.
+        """
+        self._ask("unreadable", name, above)
+
+    def refuse(self, error: str, *kinds: str) -> None:
+        """Requests of these kinds fail from now on, with this name of ``errno``."""
+        self._ask("refuse", kinds, error)
+
     def release(self) -> None:
         """The disk is well again: what waited is done now, in its order."""
         self._ask("release")
@@ -146,6 +156,9 @@ class _Server:
         self._slow: tuple[str, ...] = ()
         self._delay_s = 0.0
         self._hung_until_s = 0.0
+        self._unreadable, self._unreadable_above = "", 0
+        self._refused: tuple[str, ...] = ()
+        self._error = 0
         self._waiting: list[tuple[int, int, int, bytes]] = []
         self._late: list[tuple[float, int, int, int, bytes]] = []
         self._calls: dict[int, Callable[[int, bytes], bytes]] = {
@@ -207,8 +220,13 @@ class _Server:
             self._hung_until_s = time.monotonic() + HANG_S_MAX
         elif word == "slow":
             self._slow, self._delay_s = tuple(kinds), more
+        elif word == "refuse":
+            self._refused, self._error = tuple(kinds), getattr(errno, more)
+        elif word == "unreadable":
+            self._unreadable, self._unreadable_above = kinds, more
         elif word == "release":
-            self._hung = self._slow = ()
+            self._hung = self._slow = self._refused = ()
+            self._unreadable = ""
             waiting, self._waiting = self._waiting, []
             for request in waiting:
                 self._answer(*request)
@@ -235,6 +253,8 @@ class _Server:
             return
         failed, reply = 0, b""
         try:
+            if _KIND.get(code) in self._refused:
+                raise OSError(self._error, "")
             if code == _INIT:
                 reply = self._init(body)
             elif code != _DESTROY:
@@ -334,8 +354,14 @@ class _Server:
         opened = self._open(path, flags | os.O_CREAT, stat.S_IMODE(mode))
         return self._entry(path) + opened
 
-    def _read(self, _node: int, body: bytes) -> bytes:
+    def _read(self, node: int, body: bytes) -> bytes:
         handle, offset, size = struct.unpack_from("<QQI", body)
+        if (
+            self._unreadable
+            and self._unreadable in self._paths.get(node, "")
+            and offset + size > self._unreadable_above
+        ):
+            raise OSError(errno.EIO, "")  # the kernel reads page by page then
         return os.pread(handle, size, offset)
 
     def _write(self, _node: int, body: bytes) -> bytes:

@@ -63,6 +63,8 @@ class Ring(Places):
     def disk_readable(self, disk: str) -> bool:
         return disk not in self.thought_down
 
+    disk_prompt = disk_readable
+
     def disk_writable(self, disk: str) -> bool:
         return self.disk_readable(disk)
 

@@ -12,11 +12,15 @@ from typing import Any
 
 import structlog
 
+from storaged.disk_states import FAILED
 from storaged.errors import DiskUnusable, SlowDown, StoragedError
 from storaged.meta.store_ports import MetaStore, StoreBatch, StoreFull
 from storaged.units import MIB
 
 log = structlog.get_logger(__name__)
+
+ACCEPTOR = "acceptor"
+"""A source of findings in the disk's health."""
 
 WRITES_MAX = 4_096
 WRITE_BYTES_MAX = 64 * MIB
@@ -41,6 +45,11 @@ class DiskWrites:
         """The commits that are under way, but for accepts."""
         return tuple(self._tasks)
 
+    def fall_silent(self, reason: str) -> None:
+        """This acceptor answers nothing from now on."""
+        self.silent = reason
+        self._store.health.note(ACCEPTOR, FAILED, f"metadata: {reason}")
+
     def check_answers(self) -> None:
         """Raises DiskUnusable when this acceptor answers nothing any more, and while its disk hangs."""
         if self.silent:
@@ -60,7 +69,7 @@ class DiskWrites:
         if not self.silent:
             expected = isinstance(error, StoragedError)
             reason = error.message if isinstance(error, StoragedError) else f"{type(error).__name__}: {error}"
-            self.silent = f"its store refused a write, and what it acknowledged is uncertain ({reason})"
+            self.fall_silent(f"its store refused a write, and what it acknowledged is uncertain ({reason})")
             log.error("replica falls silent", disk=self.disk, reason=reason, exc_info=None if expected else error)
 
     def start(self, work: Coroutine[Any, Any, StoragedError | None]) -> asyncio.Task[StoragedError | None]:

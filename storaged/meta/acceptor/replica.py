@@ -96,7 +96,8 @@ class LocalReplica:
         self.state = AcceptorState(high_water, of_disk, rules, promises_max, **known)
         self.pending = PendingAccepts()
         self._writes = DiskWrites(disk, store)
-        self._writes.silent = "retired from the ring" if retired and rules.foreign_refused else ""
+        if retired and rules.foreign_refused:
+            self._writes.fall_silent("retired from the ring")
         self._high_water = HighWater(self.state, self._writes)
         self._epochs = Epochs(self.state, self._writes, rules, of_disk)
         self._fences = Fences(disk, store, self.state, rules)
@@ -127,7 +128,8 @@ class LocalReplica:
         """Answers nothing from now on; returns when what was on its way to the disk has arrived. The store stays
         open.
         """
-        self._writes.silent = self._writes.silent or "closed"
+        if not self._writes.silent:
+            self._writes.fall_silent("closed")
         while self._writes.tasks or self.pending.by_name:
             waiting: list[asyncio.Future[Any]] = [*self._writes.tasks, *self.pending.arrivals()]
             await asyncio.wait(waiting)
@@ -135,7 +137,7 @@ class LocalReplica:
     async def retire(self) -> None:
         """This disk left the ring for good: it answers nothing any more, also after a restart (rule 11)."""
         await self._writes.durably(StoreBatch(meta={META_RETIRED: b"1"}))
-        self._writes.silent = "retired from the ring"
+        self._writes.fall_silent("retired from the ring")
 
     def fail(self, error: Exception) -> None:
         """Falls silent for ever: what the disk holds is uncertain."""
@@ -143,7 +145,8 @@ class LocalReplica:
 
     def silence(self, reason: str) -> None:
         """Answers nothing any more in this process: the disk is not what it was."""
-        self._writes.silent = self._writes.silent or reason
+        if not self._writes.silent:
+            self._writes.fall_silent(reason)
 
     async def end_promises(self, epoch: int) -> None:
         """Refuses, now and after a restart, every ballot of up to this epoch, in its step, that was drawn before this

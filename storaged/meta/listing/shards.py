@@ -78,7 +78,7 @@ class ShardReader:
         view = self._view(RegisterName(query.table, query.scope, shard, b""))
         quorum = view.quorum
         disks = quorum.sets[0]
-        alive = [disk for disk in disks if self._liveness.disk_readable(disk)] or list(disks)
+        alive = [disk for disk in disks if self._liveness.disk_prompt(disk)] or list(disks)
         first = shard % len(alive)
         order = alive[first:] + alive[:first]
         if not quorum.single:  # the disk that comes lags
@@ -191,9 +191,9 @@ class ShardReader:
             read.piece = assemble(query, settled)
 
     def _worth_asking(self, feeds: Sequence[Feed]) -> set[str]:
-        """All disks but those that seem to be away, when every shard has a majority without these."""
+        """All disks but those that seem to be away or slow, when every shard has a majority without these."""
         everyone = {disk for feed in feeds for disk in feed.disks}
-        alive = {disk for disk in everyone if self._liveness.disk_readable(disk)}
+        alive = {disk for disk in everyone if self._liveness.disk_prompt(disk)}
         return alive if met_by_all((feed.quorum for feed in feeds), alive) else everyone
 
     def _piece(self, query: Query, read: PieceRead, answer: ShardSlice) -> Piece:

@@ -69,7 +69,7 @@ AVOID_MAX_S = 3600.0
 SLOW_S = 0.1
 SLOW_ANSWERS = 3
 """A replica is slow when so many answers in a row took longer than ``SLOW_S``. A single slow answer, as in
-``UnresponsiveDisks``, would divide the processes.
+``DisksSeen``, would divide the processes.
 """
 
 PREEMPTED_MAX = 1

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
+from storaged.cluster.disks_seen import DisksSeen
 from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.hashes import ANSWER_HASH_BYTES
 from storaged.meta.consensus.change import Fragments
@@ -37,7 +38,7 @@ from storaged.meta.ports import Reading
 from storaged.meta.proposer.ring import Deadlines, Ring
 from storaged.meta.storage.rowvalue import accepted_whole, hash_of, value_of
 from storaged.meta.store_ports import Copy
-from storaged.meta.transport.calls import NO_BYTES, Answers, Calls, UnresponsiveDisks
+from storaged.meta.transport.calls import NO_BYTES, Answers, Calls
 from storaged.meta.transport.read_batching import COPY, HASH, ROW, RowReader
 from storaged.wire import Buffer
 
@@ -66,9 +67,7 @@ class RowRead:
 
     comparison: RowComparison
 
-    def __init__(
-        self, on_done: Callable[[RowRead], None], unresponsive: UnresponsiveDisks, deadlines: Deadlines
-    ) -> None:
+    def __init__(self, on_done: Callable[[RowRead], None], unresponsive: DisksSeen, deadlines: Deadlines) -> None:
         """``on_done`` must not raise."""
         self._on_done = on_done
         self._suspects = unresponsive

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from storaged.clock import Clock
+from storaged.cluster.disks_seen import DisksSeen
 from storaged.errors import StoragedError
 from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.quorums import View
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.proposer.contention import Contention
-from storaged.meta.transport.calls import Fanout, TaskPool, UnresponsiveDisks
+from storaged.meta.transport.calls import Fanout, TaskPool
 
 FOREVER = float("inf")
 REFRESH_S = 3.0
@@ -144,7 +145,7 @@ class Ring:
     clock: Clock
     jitter: Callable[[], float]
     pool: TaskPool
-    unresponsive: UnresponsiveDisks
+    unresponsive: DisksSeen
     fanout: Fanout
     deadlines: Deadlines
     contention: Contention

@@ -13,6 +13,7 @@ import lmdb
 import structlog
 
 from storaged.disk_health import DiskHealth
+from storaged.disk_states import READ_ONLY
 from storaged.durable import RestartNeeded, replace_file
 from storaged.errors import DiskUnusable
 from storaged.lmdb_file import lacks_space
@@ -28,6 +29,8 @@ from storaged.meta.store_ports import StoreFull
 log = structlog.get_logger(__name__)
 
 FAILED_FILE = "failed"
+METADATA = "metadata"
+"""A source of findings in the disk's health."""
 
 
 def _no_copies() -> None:
@@ -161,6 +164,7 @@ class StoreState:
             if not self.starved:
                 log.error("a metadata store has no room", directory=str(self.directory), reason=str(error))
             self.starved = f"{error} (no space is left)"
+            self.health.note(METADATA, READ_ONLY, f"metadata: {self.starved}")
             self.changed.notify_all()
         self.on_progress()
 
@@ -168,6 +172,8 @@ class StoreState:
         """There was room for a checkpoint. The caller holds ``changed``."""
         if self.starved:
             log.info("a metadata store has room again", directory=str(self.directory))
+            if not self.reason:
+                self.health.clear(METADATA)
         self.starved = ""
 
     def failure(self) -> DiskUnusable:
@@ -179,6 +185,7 @@ class StoreState:
         full = lacks_space(self.directory, error) or (bool(self.starved) and isinstance(error, lmdb.PanicError))
         with self.changed:
             self.reason = (str(error) or type(error).__name__) + (" (no space is left)" if full else "")
+            self.health.note(METADATA, READ_ONLY, f"metadata: {self.reason}")
             self.changed.notify_all()
         if not full and not isinstance(error, RestartNeeded):
             self.hooks.on_failed(self.reason)

@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from storaged.clock import Clock
+from storaged.cluster.disks_seen import DisksSeen
 from storaged.cluster.ports import OnReply
-from storaged.errors import DiskUnusable, PeerUnreachable, StoragedError
+from storaged.errors import PeerUnreachable, StoragedError
 from storaged.meta.consensus.quorums import Quorum, met_by_all
 from storaged.meta.messages import Accept, Create, Prepare, Read, ScanRequest
 from storaged.meta.ports import OnAnswer, Replica, Replicas
@@ -31,9 +31,6 @@ NO_FRAGMENT: tuple[bytes, Sequence[Buffer]] = (b"", ())
 
 CALLS_MAX = 16_384
 """Calls to replicas in flight from one client; beyond it the oldest are cancelled."""
-
-UNRESPONSIVE_S = 5.0
-"""For how long a replica that did not answer, or whose disk is out of use, is asked last."""
 
 
 # ``Fanout`` puts requests together from encoded pieces.
@@ -71,36 +68,10 @@ class TaskPool:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class UnresponsiveDisks:
-    """Disks that could not answer lately: a hint for the order of asking."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self._until: dict[str, float] = {}
-
-    def add(self, disk: str) -> None:
-        self._until[disk] = self.clock.monotonic() + UNRESPONSIVE_S
-
-    def saw(self, disk: str, error: StoragedError) -> None:
-        """Adds a disk that did not answer, or that its node says is out of use. Other errors concern one request."""
-        if isinstance(error, PeerUnreachable | DiskUnusable):
-            self.add(disk)
-
-    def last(self, disks: Sequence[str]) -> list[str]:
-        """The disks in their order, unresponsive ones after the others. Among these the latest comes last: the others
-        may be back.
-        """
-        if self._until.keys().isdisjoint(disks):
-            return list(disks)
-        now = self.clock.monotonic()
-        still = self._until = {disk: until for disk, until in self._until.items() if until > now}
-        return sorted(disks, key=lambda disk: still.get(disk, 0.0))
-
-
 class Answers(Generic[T]):
     """The answers to one round, or the errors in their place, as they arrive."""
 
-    def __init__(self, replicas: Replicas, pool: TaskPool, unresponsive: UnresponsiveDisks) -> None:
+    def __init__(self, replicas: Replicas, pool: TaskPool, unresponsive: DisksSeen) -> None:
         self._replicas = replicas
         self._pool = pool
         self._unresponsive = unresponsive
@@ -170,7 +141,7 @@ class Calls:
         self,
         replicas: Replicas,
         pool: TaskPool,
-        unresponsive: UnresponsiveDisks,
+        unresponsive: DisksSeen,
         deadline_s: float,
         call_timeout_s: float,
         hedge_s: float,

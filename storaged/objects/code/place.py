@@ -158,6 +158,29 @@ def choose(
     )
 
 
+def choose_prompt(
+    layout: Layout,
+    data_id: bytes,
+    target: Profile,
+    writable: Writable,
+    prompt: Writable,
+    countries: Sequence[str] = (),
+) -> Placement:
+    """As ``choose``, without disks that are not ``prompt`` where the others can hold as many parity fragments as the
+    target has, and survive the loss of a domain if all writable disks could.
+    """
+    found = choose(layout, data_id, target, writable, countries)
+    if all(map(prompt, found.disks)):
+        return found
+    try:
+        other = choose(layout, data_id, target, lambda disk: writable(disk) and prompt(disk), countries)
+    except ServiceUnavailable:
+        return found
+    disks = dict(enumerate(other.disks))
+    safe = other.profile.m >= target.m and acceptable(layout, other.profile, disks, writable, countries)
+    return other if safe else found
+
+
 def _no_operators(layout: Layout, target: Profile, countries: Iterable[str], takes: Writable) -> str:
     living = [disk.id for disk in layout.disks if takes(disk.id)]
     operators = {layout.operator_by_disk[disk_id] for disk_id in living}

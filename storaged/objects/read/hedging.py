@@ -75,6 +75,13 @@ class Reads:
             self._given_up.append(task)
         return [position for _, position in late]
 
+    def overtaken(self) -> list[tuple[int, float]]:
+        """The reads that are not needed any more, since others took their place: (position, seconds that it had), of
+        those that had as long as a read is waited for.
+        """
+        now, hedge_s = self._loop.time(), self._hedge.seconds
+        return [(position, now - began) for began, position in self._pending.values() if now - began >= hedge_s]
+
     async def close(self) -> None:
         left = [*self._pending, *self._given_up]
         self._pending.clear()

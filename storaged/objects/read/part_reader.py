@@ -316,12 +316,12 @@ class _WindowJob:
         return solver
 
     def _order(self, positions: Iterator[int] | range) -> list[int]:
-        """Readable disks first; disks that failed in this request last."""
-        usable = self._plane.liveness.disk_readable
+        """Readable disks that are not slow first; disks that failed in this request last."""
+        usable = self._plane.liveness.disk_prompt
         return sorted(positions, key=lambda p: (self.disks[p] in self._bad, not usable(self.disks[p])))
 
     def _doubtful(self, position: int) -> bool:
-        return self.disks[position] in self._bad or not self._plane.liveness.disk_readable(self.disks[position])
+        return self.disks[position] in self._bad or not self._plane.liveness.disk_prompt(self.disks[position])
 
     async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int]) -> None:
         reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
@@ -357,6 +357,7 @@ class _WindowJob:
                 more = await reads.turn(limit_s, patience_s=self._plane.hedge.seconds if spares else math.inf)
                 for position in reads.give_up(limit_s):
                     self._bad.add(self.disks[position])
+                    self._plane.liveness.disk_late(self.disks[position], limit_s)
                     more += 1
                 if reads.stalled:
                     self._plane.counters.reads_hedged += 1
@@ -364,6 +365,8 @@ class _WindowJob:
                 if more:
                     reads.eager = True
                     ask_spares(more)
+            for position, for_s in reads.overtaken():
+                self._plane.liveness.disk_late(self.disks[position], for_s)
         finally:
             await reads.close()
 
@@ -417,6 +420,7 @@ class _WindowJob:
         except PeerError:
             self._bad.add(disk)
             return False
+        self._plane.liveness.disk_answered(disk)
         return self._take(position, row, count, found)
 
     def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:

@@ -9,8 +9,9 @@ A block counts as written when the fragments that reached their disks satisfy th
 (``place.acceptable``). A disk that refuses or is late is left out of the rest of the part, and the missing fragments of
 the block go to other disks, under another profile when the writable disks can't hold the target.
 
-``durable`` waits for the last block and for a promise, then syncs every disk. A disk that fails there, or failed after
-it took earlier blocks, may leave blocks short of the rule. They are read back from the surviving fragments, coded again
+``durable`` waits for the last block and for a promise, then syncs every disk. One that is late is left out when all
+blocks are safe without it (``patience``). A disk that fails there, or failed after it took earlier blocks, may leave
+blocks short of the rule. They are read back from the surviving fragments, coded again
 for the disks that are up, and synced too. Nothing is acknowledged before every block satisfies the rule with synced
 fragments.
 """
@@ -18,7 +19,8 @@ fragments.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 from storaged import trace
 from storaged.cluster.layout import Layout, Profile
@@ -36,6 +38,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry
 from storaged.objects.write.blocks import BlockState, Coded, NewPart, OnPlain, runs_of
 from storaged.objects.write.body import BodyReader
+from storaged.objects.write.patience import note_late, until_safe
 from storaged.sov1 import SALT_BYTES, chunk_count
 from storaged.wire import Buffer
 
@@ -190,7 +193,9 @@ class PartWriter:
 
     def _choose(self, layout: Layout) -> place.Placement:
         try:
-            placement = place.choose(layout, self._data_id, self._target, self._writable, self._countries)
+            placement = place.choose_prompt(
+                layout, self._data_id, self._target, self._writable, self._plane.liveness.disk_prompt, self._countries
+            )
         except ServiceUnavailable:
             self._plane.room.check_blocks(self._countries)
             raise
@@ -198,8 +203,12 @@ class PartWriter:
             self._plane.counters.blocks_fallback += 1
         return placement
 
-    def _acceptable(self, state: BlockState) -> bool:
-        return place.acceptable(state.layout, state.placement.profile, state.durable, self._writable, self._countries)
+    def _acceptable(self, state: BlockState, without: Collection[str] = ()) -> bool:
+        """``without``: as if these disks had nothing."""
+        durable = state.durable
+        if without:
+            durable = {position: disk for position, disk in durable.items() if disk not in without}
+        return place.acceptable(state.layout, state.placement.profile, durable, self._writable, self._countries)
 
     async def _send_and_release(self, state: BlockState, coded: Coded, lease: Lease) -> None:
         try:
@@ -260,36 +269,23 @@ class PartWriter:
     async def _write_missing(self, state: BlockState, coded: Coded) -> None:
         """Sends every fragment that is not in place. Cancels a write that is late when the block is safe without it."""
         profile, disks = state.placement.profile, state.placement.disks
-        tasks = {
-            asyncio.create_task(self._write_one(state, coded, position)): position
-            for position in range(profile.n)
-            if position not in state.durable
-        }
-        pending = set(tasks)
-        deadline = self._plane.clock.monotonic() + self._plane.limits.write_timeout_s
-        try:
-            while pending:
-                patience = deadline - self._plane.clock.monotonic()
-                if self._acceptable(state):
-                    patience = min(patience, self._plane.limits.late_grace_s)
-                done, pending = await asyncio.wait(
-                    pending, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    position = tasks[task]
-                    if task.result():
-                        state.durable[position] = disks[position]
-                        self._unsynced.setdefault(disks[position], []).append(self._fragment(state, position))
-                    else:
-                        self._failed.add(disks[position])
-                        self._plane.counters.writes_failed += 1
-                if not done:
-                    break
-        finally:
-            await cancel_all(pending)
-        for task in pending:
-            self._failed.add(disks[tasks[task]])
-            self._plane.counters.writes_late += 1
+
+        def on_done(position: int, written: bool) -> None:
+            if written:
+                state.durable[position] = disks[position]
+                self._unsynced.setdefault(disks[position], []).append(self._fragment(state, position))
+            else:
+                self._failed.add(disks[position])
+                self._plane.counters.writes_failed += 1
+
+        missing = [position for position in range(profile.n) if position not in state.durable]
+        calls = {position: self._write_one(state, coded, position) for position in missing}
+        limit_s = self._plane.limits.write_timeout_s
+        safe, curable = partial(self._acceptable, state), profile.m.__ge__  # it is still in memory
+        late = await until_safe(self._plane, calls, on_done, safe, curable, limit_s)
+        for position, for_s in late.items():
+            self._failed.add(disks[position])
+            note_late(self._plane, disks[position], for_s)
 
     async def _write_one(self, state: BlockState, coded: Coded, position: int) -> bool:
         chunk, profile = self._sealer.chunk_bytes, state.placement.profile
@@ -352,22 +348,38 @@ class PartWriter:
             raise RunsChanged
 
     async def _sync_all(self) -> None:
-        """Syncs fragments that are not synced yet. A disk that fails is removed from every block."""
+        """Syncs fragments that are not synced yet. A disk that fails, or is late, is removed from every block."""
         for disk in {disk for state in self._blocks for disk in state.durable.values()}:
             if not self._plane.liveness.disk_readable(disk):
                 self._lose(disk)
         waiting = {disk: ids for disk, ids in self._unsynced.items() if ids}
-        results = await asyncio.gather(*(self._sync_one(disk, ids) for disk, ids in waiting.items()))
         self._unsynced = {}
-        for disk, synced in zip(waiting, results, strict=True):
-            if not synced:
-                self._lose(disk)
+        missing = set(waiting)
+
+        def on_done(disk: str, synced: bool) -> None:
+            if synced:
+                missing.discard(disk)
+
+        def safe() -> bool:
+            return all(self._acceptable(state, missing) for state in self._blocks)
+
+        def curable(count: int) -> bool:
+            """Each block can be read back from disks that have synced it."""
+            return count <= self._target.m and all(
+                len(set(state.durable.values()) - missing) >= state.placement.profile.k for state in self._blocks
+            )
+
+        calls = {disk: self._sync_one(disk, ids) for disk, ids in waiting.items()}
+        late = await until_safe(self._plane, calls, on_done, safe, curable, self._plane.limits.sync_timeout_s)
+        for disk, for_s in late.items():
+            note_late(self._plane, disk, for_s)
+        for disk in missing:
+            self._lose(disk)
 
     async def _sync_one(self, disk: str, ids: list[FragmentId]) -> bool:
         try:
-            async with asyncio.timeout(self._plane.limits.sync_timeout_s):
-                await self._plane.stores.store(disk).sync(ids)
-        except (PeerError, TimeoutError):
+            await self._plane.stores.store(disk).sync(ids)
+        except PeerError:
             return False
         return True
 
