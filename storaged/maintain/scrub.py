@@ -2,7 +2,10 @@
 page. Repair gets what fails.
 
 A scrub that starts by itself continues where it was interrupted: the position is kept on the disk. A requested one
-begins at the beginning.
+begins at the beginning. Both read what is on the drive, not what memory has of it.
+
+Clients come first: a scrub that starts by itself rests while the disk's operations take long, and both obey the
+operator's pause and pace (``cluster.move_settings``).
 """
 
 from __future__ import annotations
@@ -21,6 +24,13 @@ from storaged.meta.storage.rowvalue import intact
 from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch
 
 PAGE = 200
+BUSY_MS = 40
+"""While the disk's operations take so long, a scrub that starts by itself rests after each fragment, ``RESTS`` times as
+long as they take and REST_S_MAX at most.
+"""
+RESTS = 3
+REST_S_MAX = 2.0
+PAUSED = "paused"
 NOTE_POSITION_S = 60.0
 
 _FINISHED = "scrub-finished-ms"
@@ -42,6 +52,8 @@ class Scrub:
         self._on_unowned_damage = on_unowned_damage
         self._requested = asyncio.Event()
         self.pace = Pace(context.clock, context.limits.scrub_bytes_per_s)
+        self._set_pace = Pace(context.clock, 0)
+        """The operator's."""
         self.job = Job("scrub", context.clock)
         self.damaged = 0
 
@@ -123,7 +135,7 @@ class Scrub:
                     else:
                         self._on_unowned_damage()
                 self.job.advance(1, header.length)
-                await self.pace.spend(header.length)
+                await self._rest(meta, header.length)
                 if (
                     meta is not None
                     and self.pace.bytes_per_s
@@ -131,6 +143,22 @@ class Scrub:
                 ):
                     noted = self._context.clock.monotonic()
                     await _note(meta, StoreBatch(meta={_POSITION: after}))
+
+    async def _rest(self, meta: MetaStore | None, count: int) -> None:
+        """After ``count`` bytes were verified: waits for the pace and for clients, and as long as scrubs are paused."""
+        settings = self._context.settings()
+        while settings.scrub_paused:
+            self.job.detail = PAUSED
+            await asyncio.sleep(self._context.limits.poll_s)
+            settings = self._context.settings()
+        if self.job.detail == PAUSED:
+            self.job.detail = ""
+        self._set_pace.bytes_per_s = settings.scrub_bytes_per_s
+        if settings.scrub_bytes_per_s:
+            await self._set_pace.spend(count)
+        if self.pace.bytes_per_s and meta is not None and (took_ms := meta.health.latency_ms()) >= BUSY_MS:
+            await asyncio.sleep(min(RESTS * took_ms / 1000, REST_S_MAX))
+        await self.pace.spend(count)
 
     async def _rows(self, disk: str, store: MetaStore) -> None:
         """Hints at rows whose checksum does not hold: they get settled, which writes them again."""

@@ -2,6 +2,10 @@
 
 A fragment of a PUT that is under way has no record yet. So only old fragments are looked at. That spares most requests
 a round of their register; nothing depends on the age being right.
+
+What a sweep has judged, the next ones leave alone for a week: only fragments that have become old since are judged, by
+the ages in the index, and no head of another one is read. Data that was in use at that time comes to the garbage lists
+when it is replaced. The full sweep of each week finds what a gateway that died has not put there.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from storaged.meta.store_ports import RowDamaged
 from storaged.objects.records import PartEntry
 
 SWEEP_PAGE = 500
+FULL_S = 7 * 86_400.0
+"""All fragments are judged again after so long."""
 
 _NAME_BYTES_MIN = 19
 """A packed register name with a key of one byte."""
@@ -43,6 +49,10 @@ class Sweep:
         self.orphans = 0
         self._wanted: frozenset[bytes] = frozenset()
         """Data ids of the page that is looked at."""
+        self._judged: dict[str, tuple[int, float]] = {}
+        """Disk -> all fragments that are older than this were judged (ms since 1970), and when the last full sweep
+        began (monotonic).
+        """
         self._read: dict[tuple[RegisterName, bytes], list[PartEntry]] = {}
         """Register and body -> its parts among those. A key may have very many versions, and is read once a page."""
 
@@ -58,16 +68,16 @@ class Sweep:
         return self.orphans - before
 
     async def _sweep_disk(self, disk: str, store: NearStore) -> None:
-        after = b""
-        failures: list[str] = []
-        while page := [header async for header in store.scan(after, SWEEP_PAGE)]:
-            after = page[-1].id
+        clock, failures = self._context.clock, list[str]()
+        oldest, now_s = clock.wall_ms() - self._context.limits.orphan_age_ms, clock.monotonic()
+        since, full_s = self._judged.get(disk, (0, now_s))
+        if now_s - full_s >= FULL_S or since > oldest:  # or the clock was set back
+            since, full_s = 0, now_s
+        page, after = await store.aged(b"", SWEEP_PAGE, since, oldest)
+        while after:
             self._wanted, self._read = frozenset(header.id[:16] for header in page), {}
-            oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
             found: dict[bytes, Retirement] = {}
             for header in page:
-                if header.created_ms >= oldest:
-                    continue
                 try:
                     claimed = await self._claimed(disk, owner_of(header.owner), header)
                 except (StoragedError, KeyError, ValueError, TimeoutError) as error:
@@ -81,7 +91,10 @@ class Sweep:
             for start in range(0, len(entries), RETIREMENTS_MAX):
                 await store.retire(entries[start : start + RETIREMENTS_MAX])
             await asyncio.sleep(0)
-        if failures:
+            page, after = await store.aged(after, SWEEP_PAGE, since, oldest)
+        if not failures:
+            self._judged[disk] = oldest, full_s
+        else:
             self._context.log(
                 f"the sweep of disk {disk} leaves {len(failures)} fragments alone that it can't judge; the first:"
                 f" {failures[0]}"
