@@ -23,6 +23,7 @@ from storaged.fragments.condemned import Condemned
 from storaged.fragments.deferred import DeferredCopies
 from storaged.fragments.engine import Engine
 from storaged.fragments.files import Files, PosixFiles
+from storaged.fragments.heads import aged, heads_after
 from storaged.fragments.index import Index
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import (
@@ -315,7 +316,7 @@ class LocalFragmentStore:
         while limit > 0:
             self._refuse_when_closed()
             await self._append_deferred()
-            page = await self._in_reader(self._headers, after, min(limit, 1000))
+            page = await self._in_reader(heads_after, self._engine, after, min(limit, 1000))
             if not page:
                 return
             for key, header in page:
@@ -327,36 +328,7 @@ class LocalFragmentStore:
     async def aged(self, after: bytes, limit: int, since_ms: int, before_ms: int) -> tuple[list[FragmentHeader], bytes]:
         self._refuse_when_closed()
         await self._append_deferred()
-        return await self._in_reader(self._aged, after, limit, since_ms, before_ms)
-
-    def _aged(self, after: bytes, limit: int, since_ms: int, before_ms: int) -> tuple[list[FragmentHeader], bytes]:
-        keys = self._engine.index.keys(after, limit)
-        entries = self._engine.index.lookup_all(keys)
-        wanted = [
-            key
-            for key, entry in zip(keys, entries, strict=True)
-            if entry is not None and since_ms <= entry.created_ms < before_ms
-        ]
-        return [header for _, header in self._heads(wanted) if header is not None], keys[-1] if keys else b""
-
-    def _headers(self, after: bytes, limit: int) -> list[tuple[bytes, FragmentHeader | None]]:
-        return self._heads(self._engine.index.keys(after, limit))
-
-    def _heads(self, keys: Sequence[bytes]) -> list[tuple[bytes, FragmentHeader | None]]:
-        """None for a fragment that is gone by now."""
-        page: list[tuple[bytes, FragmentHeader | None]] = []
-        for key in keys:
-            header = None
-            try:
-                header = self._engine.reader.header(key)
-            except FragmentMissing:
-                pass
-            except FragmentDamaged:
-                entry = self._engine.index.lookup(key)
-                if entry is not None:
-                    header = FragmentHeader(key, b"", b"", (), entry.cell_bytes, entry.payload_bytes, entry.created_ms)
-            page.append((key, header))
-        return page
+        return await self._in_reader(aged, self._engine, after, limit, since_ms, before_ms)
 
     async def verify(self, fragment: FragmentId) -> FragmentStat:
         self._refuse_when_closed()
