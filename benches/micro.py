@@ -165,7 +165,12 @@ class _Page:
 
     def __init__(self) -> None:
         self._keys = [b"photos/2026/%06d.jpg" % n for n in range(1000)]
-        self._columns = [4096] * 1000, [1_700_000_000_000 + 7 * n for n in range(1000)], [SealedList("0" * 32)] * 1000
+        self._columns = (
+            [4096] * 1000,
+            [1_700_000_000_000 + 7 * n for n in range(1000)],
+            [SealedList("0" * 32)] * 1000,
+            ["f" * 64] * 1000,
+        )
 
     async def list_objects(self, bucket: BucketRecord, *, show: Show, **options: object) -> Listing:
         return Listing(self._keys, show(*self._columns))

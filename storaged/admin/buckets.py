@@ -8,6 +8,9 @@ GET    /v1/buckets/NAME/quota           what it may have: bytes, objects; 0: no 
 POST   /v1/buckets/NAME/quota           {bytes, objects}
 GET    /v1/users/NAME/quota             what the buckets of an account may have together
 POST   /v1/users/NAME/quota             {bytes, objects}
+GET    /v1/buckets/NAME/lost?key=       how many versions of a key (hex) are lost with their pages
+POST   /v1/buckets/NAME/lost            {key, count}: lets go of them, see ``objects.write.lost``
+POST   /v1/buckets/NAME/unlock          {order}: ends the lock of a version, see ``cluster.unlock``
 DELETE /v1/buckets/NAME                 an empty bucket
 """
 
@@ -27,6 +30,9 @@ from storaged.objects.configuration.kinds import QUOTA, Quota
 from storaged.objects.names import bucket_name_valid
 from storaged.objects.records import BucketRecord
 
+REASON_CHARS_MAX = 2000
+COUNT_CHARS_MAX = 19
+
 
 class BucketAdministration:
     """Handlers over a gateway's services. A storage node answers NOT_HERE."""
@@ -44,6 +50,9 @@ class BucketAdministration:
             web.post("/v1/buckets/{name}/quota", self._set_bucket_quota),
             web.get("/v1/users/{name}/quota", self._account_quota),
             web.post("/v1/users/{name}/quota", self._set_account_quota),
+            web.post("/v1/buckets/{name}/unlock", self._unlock),
+            web.get("/v1/buckets/{name}/lost", self._lost),
+            web.post("/v1/buckets/{name}/lost", self._forget_lost),
             web.delete("/v1/buckets/{name}", self._delete),
         ]
 
@@ -149,6 +158,40 @@ class BucketAdministration:
             await self._services.set_owner(bucket, who.user_id)
         return web.json_response({"bucket": bucket.name, "owner": who.display_name})
 
+    async def _unlock(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        if self._services.verify_unlock is None or self._services.unlock is None:
+            raise NotHere
+        order = self._services.verify_unlock((await texts_of(request, "order")).get("order", ""))
+        bucket = await buckets.get(request.match_info["name"])
+        if order.bucket != bucket.name:
+            raise InvalidArgument(f"the order is for bucket {order.bucket!r}")
+        facts = {"bucket": bucket.id.hex(), "version": order.version, "reason": order.reason[:REASON_CHARS_MAX]}
+        async with recorded(self._services, request, "object.unlock", f"object:{order.bucket}/{order.key}", **facts):
+            await self._services.unlock(bucket, order.key.encode(), order.version)
+        return web.json_response({"bucket": order.bucket, "key": order.key, "version": order.version})
+
+    async def _lost(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        if self._services.lost_versions is None:
+            raise NotHere
+        bucket, key = await buckets.get(request.match_info["name"]), _key(request.query.get("key", ""))
+        return web.json_response({"versions": await self._services.lost_versions(bucket, key)})
+
+    async def _forget_lost(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        if self._services.forget_lost is None:
+            raise NotHere
+        body = await texts_of(request, "key", "count")
+        key, count = _key(body.get("key", "")), body.get("count", "")
+        if not (count.isascii() and count.isdigit() and len(count) < COUNT_CHARS_MAX):
+            raise InvalidArgument("count is a number")
+        bucket = await buckets.get(request.match_info["name"])
+        target, facts = f"object:{bucket.name}/{key.decode('utf-8', 'replace')}", {"bucket": bucket.id.hex()}
+        async with recorded(self._services, request, "object.forget", target, versions=count, **facts):
+            await self._services.forget_lost(bucket, key, int(count))
+        return web.json_response({"versions": int(count)})
+
     async def _delete(self, request: web.Request) -> web.Response:
         buckets, _ = self._planes()
         bucket = await buckets.get(request.match_info["name"])
@@ -178,6 +221,14 @@ async def _limits_in(request: web.Request) -> tuple[int, int]:
             raise InvalidArgument(f"{name} is a number; 0: no limit")
         found.append(int(text))
     return found[0], found[1]
+
+
+def _key(text: str) -> bytes:
+    """Raises InvalidArgument."""
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise InvalidArgument("key is the key in hex") from None
 
 
 def names_by_id(users: Iterable[Principal]) -> dict[str, list[str]]:

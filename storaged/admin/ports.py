@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from storaged.cluster.audit.trail import Trail
 from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.signed_layout import SignedLayout
+from storaged.cluster.unlock import UnlockOrder
 from storaged.objects.api import Buckets, Principal, Users
 from storaged.objects.records import BucketRecord
 from storaged.objects.usage import Usage
@@ -62,6 +63,14 @@ class Services:
     """All buckets of the cluster that are not deleted."""
     set_owner: Callable[[BucketRecord, str], Awaitable[None]] | None = None
     """(bucket, user id): hands a bucket over."""
+    verify_unlock: Callable[[str], UnlockOrder] | None = None
+    """Checks a signed order to end the lock of a version. Raises UnlockRefused."""
+    unlock: Callable[[BucketRecord, bytes, str], Awaitable[None]] | None = None
+    """(bucket, key, version id): ends the lock of a version."""
+    lost_versions: Callable[[BucketRecord, bytes], Awaitable[int]] | None = None
+    """(bucket, key): how many versions of a key are lost with their pages."""
+    forget_lost: Callable[[BucketRecord, bytes, int], Awaitable[None]] | None = None
+    """(bucket, key, count): lets go of these versions."""
     usage: Callable[[BucketRecord, str], Awaitable[Usage]] | None = None
     """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
     set_bucket_quota: Callable[[BucketRecord, int, int], Awaitable[None]] | None = None

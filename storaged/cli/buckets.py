@@ -12,6 +12,7 @@ import click
 from storaged.cli.client import gateway
 from storaged.cli.quotas import bucket_quota
 from storaged.cli.target import find_directory
+from storaged.cli.unlocking import forget_lost, sign_unlock, unlock
 from storaged.units import format_size
 
 
@@ -127,3 +128,8 @@ def bucket_create(named: str | None, name: str, owner: str, countries: str, as_j
         )
         if found["countries"]:
             click.echo(f"  its data lies in {', '.join(found['racks'])}")
+
+
+bucket.add_command(sign_unlock)
+bucket.add_command(unlock)
+bucket.add_command(forget_lost)

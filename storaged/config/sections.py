@@ -54,6 +54,7 @@ class S3Section(msgspec.Struct, frozen=True):
     ``proxies``: addresses and networks without these limits, since all clients come through
     them. ``access_log_interval_s``: how often lines of access logs are put into their target buckets;
     ``access_log_bytes_max``: so many bytes of lines are kept until then, by all workers together.
+    ``break_glass``: this gateway carries out signed orders to end the lock of a version.
     """
 
     listen: str = "127.0.0.1:8333"
@@ -71,6 +72,7 @@ class S3Section(msgspec.Struct, frozen=True):
     proxies: list[str] = []
     access_log_interval_s: float = 300.0
     access_log_bytes_max: int = 8 * MIB
+    break_glass: bool = False
 
 
 class NotificationSection(msgspec.Struct, frozen=True):

@@ -4,8 +4,8 @@ The S3 code, HTTP status, exit code and hint are attributes of one class. ``stor
 body are made from them; the first paragraph of a class's docstring is its default message.
 
     StoragedError
-      S3Error        ``s3``: answers of the S3 front; 503 asks the client to retry (SlowDown, ServiceUnavailable);
-                     ``iam``: those of IAM and STS
+      S3Error        ``s3``, ``store``: answers of the S3 front; 503 asks the client to retry (SlowDown,
+                     ServiceUnavailable); ``iam``: those of IAM and STS
       OperatorError  ``operator``: shown by the command line and in the log
       Condition      ``conditions``: a state of the cluster that ``storaged status`` lists as a problem
       PeerError      ``peers``: trouble between nodes
@@ -98,6 +98,7 @@ from storaged.errors.operator import (
     TicketForeign,
     TicketInvalid,
     TicketUsed,
+    UnlockRefused,
     VoteRefused,
     WrongPassphrase,
 )
@@ -123,13 +124,10 @@ from storaged.errors.s3 import (
     BucketAlreadyOwnedByYou,
     BucketNotEmpty,
     ConditionalRequestConflict,
-    DataDamaged,
     EntityTooLarge,
     EntityTooSmall,
     IllegalVersioningConfigurationException,
     IncompleteBody,
-    InsufficientStorage,
-    InternalError,
     InvalidAccessKeyId,
     InvalidAction,
     InvalidArgument,
@@ -152,8 +150,6 @@ from storaged.errors.s3 import (
     InvalidTargetBucketForLogging,
     InvalidToken,
     InvalidURI,
-    KeyReleaseRefused,
-    KeyringUnavailable,
     KeyTooLongError,
     KMSNotFound,
     MalformedACLError,
@@ -181,7 +177,6 @@ from storaged.errors.s3 import (
     NotImplemented,
     NotModified,
     ObjectLockConfigurationNotFoundError,
-    OutcomeUnknown,
     OwnershipControlsNotFoundError,
     PreconditionFailed,
     QuotaExceeded,
@@ -190,10 +185,19 @@ from storaged.errors.s3 import (
     RequestTimeout,
     RequestTimeTooSkewed,
     ServerSideEncryptionConfigurationNotFoundError,
-    ServiceUnavailable,
     SignatureDoesNotMatch,
-    SlowDown,
     TooManyBuckets,
     UnresolvableGrantByEmailAddress,
     XAmzContentSHA256Mismatch,
+)
+from storaged.errors.store import (
+    DataDamaged,
+    InsufficientStorage,
+    InternalError,
+    KeyReleaseRefused,
+    KeyringUnavailable,
+    OutcomeUnknown,
+    PageLost,
+    ServiceUnavailable,
+    SlowDown,
 )

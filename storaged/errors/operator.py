@@ -344,6 +344,21 @@ class LayoutRefused(OperatorError):
     )
 
 
+class UnlockRefused(OperatorError):
+    """The lock of a version is not ended. Nothing was changed.
+
+    Before its time a lock ends only by two people: the holder of the administration key signs an order for one version,
+    and the operator of a gateway whose configuration allows it carries it out while it counts.
+    """
+
+    code = "UNLOCK_REFUSED"
+    status = 403
+    hint = (
+        "`storaged bucket sign-unlock AUTHORITY ...` signs an order. `break_glass = true` in [s3] of a gateway's"
+        " configuration, and a restart, allow it there; take that out again afterwards."
+    )
+
+
 class VoteRefused(OperatorError):
     """A vote on disks that are away, or a record of disks that are out, does not count: it is not signed by a storage
     node of the layout, or no majority agrees. It changes nothing.

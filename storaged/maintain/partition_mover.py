@@ -48,7 +48,7 @@ from storaged.cluster.partitions import (
     path_of,
 )
 from storaged.cluster.ports import Layouts, Liveness
-from storaged.errors import LayoutRefused, NoSuchBucket, ServiceUnavailable, StoragedError
+from storaged.errors import DataDamaged, LayoutRefused, NoSuchBucket, PageLost, ServiceUnavailable, StoragedError
 from storaged.maintain.context import concurrently
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.listing.merge import RingScanner, every_row
@@ -324,13 +324,14 @@ class PartitionMover:
         return True
 
     async def _copy_pages(self, disk: str, rows: PageQuery) -> None:
-        """Gives a disk the manifest pages that one shard's records name. Raises StoragedError where it can't."""
+        """Gives a disk the pages that one shard's records name, but for those that no replica of either set has any
+        more: a disk that comes loses nothing by them. Raises StoragedError where it can't."""
         near: dict[bytes, RegisterName] = {}
         async for row in every_row(self._ports.scanner, rows):
             name = RegisterName(rows.table, rows.scope, rows.shards[0], row.key)
             if not is_readable(row.value.body, rows.table):
                 continue  # which pages it has cannot be known; repair reports it
-            async for page in pages_in(self._ports.pages, name, row.value):
+            async for page in pages_in(self._ports.pages, name, row.value, on_unreadable=_only_lost):
                 near.setdefault(page, name)
                 if len(near) >= PAGES_A_CHECK:
                     await self._copy_missing(disk, near)
@@ -340,7 +341,18 @@ class PartitionMover:
 
     async def _copy_missing(self, disk: str, near: dict[bytes, RegisterName]) -> None:
         for page in await self._ports.pages.pages_missing(disk, list(near)):
-            await self._ports.pages.copy_page(near[page], page, disk)
+            try:
+                await self._ports.pages.copy_page(near[page], page, disk)
+            except PageLost as error:
+                _only_lost(error)
+
+
+def _only_lost(error: DataDamaged) -> None:
+    """Goes on without a page that is lost. Raises the error of one that may be at a replica which did not answer: the
+    majority that has it must not become smaller."""
+    if not isinstance(error, PageLost):
+        raise error
+    log.warning("a partition moves without a page that is lost", reason=error.message)
 
 
 def _why_not(state: PartitionState, layout: Layout) -> str:

@@ -169,7 +169,9 @@ class Pages(Protocol):
         """
 
     async def get_page(self, near: RegisterName, name: bytes) -> bytes:
-        """From any replica; verified against the hash. Raises DataDamaged when none has it."""
+        """From any replica; verified against the hash. Raises DataDamaged when none has it that answers, and PageLost
+        when all of them say that they lack it: a page is on a majority before a record names it, so it is lost.
+        """
 
 
 class PageCopies(Pages, Protocol):
@@ -179,9 +181,7 @@ class PageCopies(Pages, Protocol):
         """Those of up to ``messages.PAGES_A_CHECK`` pages that the disk does not have whole. Raises PeerError."""
 
     async def copy_page(self, near: RegisterName, page_hash: bytes, disk: str) -> None:
-        """Puts a page that some replica of ``near`` has, verified, on one disk. Raises PeerError, DataDamaged when none
-        has it.
-        """
+        """Puts a page of ``near`` that a replica has, verified, on one disk. Raises PeerError, and as ``get_page``."""
 
 
 class Row(NamedTuple):

@@ -39,7 +39,7 @@ from storaged.maintain.answers import Answers, settle_handler
 from storaged.maintain.discard import Discarder
 from storaged.maintain.mover import Mover, MoverStatistics
 from storaged.meta.names import RegisterName, Value
-from storaged.node.audited import NOT_AUDITED, AuditedBuckets, AuditedUsers
+from storaged.node.audited import NOT_AUDITED, AuditedBuckets, AuditedUsers, Recorder
 from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.destinations import ConfiguredDestinations
 from storaged.node.housekeeping import housekeep, look_at_records
@@ -50,6 +50,7 @@ from storaged.node.quotas import quotas_of, set_account_quota, set_bucket_quota
 from storaged.node.requestlog import RequestLog
 from storaged.node.shares import endpoint_of, shared_out
 from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
+from storaged.node.version_services import offer_versions
 from storaged.node.workers import FirstProcess, Workers
 from storaged.objects.bad_rows import BadRow
 from storaged.objects.event_delivery import EventDelivery
@@ -142,6 +143,7 @@ class Gateway:
             on_request=self._requests,
             quotas=self.quotas,
             destinations=self._destinations,
+            lock_audit=Recorder(node.audit, node.clock).audited,
         )
         if config.s3.tls_certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -347,6 +349,7 @@ class Gateway:
         services.every_bucket = self.buckets.every_bucket
         services.racks = lambda countries: domains_inside(self._node.layouts.current, countries)
         services.set_owner = self.buckets.set_owner
+        offer_versions(services, self.objects.plane, self._node.own, allowed=self._config.s3.break_glass)
         services.usage = functools.partial(usage_after, self.objects)
         services.set_bucket_quota = functools.partial(set_bucket_quota, self.buckets)
         services.set_account_quota = functools.partial(set_account_quota, self.users)

@@ -26,12 +26,13 @@ from storaged.objects.condition_types import WriteConditions as WriteConditions
 from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.encryption import NO_KEY, Encryption
+from storaged.objects.grant_types import ABSENT as ABSENT
 from storaged.objects.grant_types import AMEND as AMEND
 from storaged.objects.grant_types import DELETE as DELETE
 from storaged.objects.grant_types import LIST as LIST
 from storaged.objects.grant_types import READ as READ
 from storaged.objects.grant_types import WRITE as WRITE
-from storaged.objects.grant_types import Allowed
+from storaged.objects.grant_types import Allowed as Allowed
 from storaged.objects.grant_types import Grant as Grant
 from storaged.objects.grant_types import Identity as Identity
 from storaged.objects.grant_types import ObjectAccess as ObjectAccess
@@ -389,10 +390,14 @@ class Objects(Protocol):
         meta: NewMeta,
         *,
         owner: str,
+        initiator: str = "",
         algorithm: str = "",
         checksum_type: str = "",
     ) -> UploadInfo:
-        """The upload id is text: URL-safe base64 of its 16 bytes."""
+        """``owner``: of the object to be. The upload id is text: URL-safe base64 of its 16 bytes."""
+
+    async def look_upload(self, bucket: BucketRecord, key: bytes, upload_id: str) -> UploadInfo | None:
+        """An upload that was not ended; None: there is none."""
 
     async def put_part(
         self,

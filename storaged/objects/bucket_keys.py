@@ -7,9 +7,11 @@ from typing import TypeVar
 
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Outcome, Registers, SmallCopies
-from storaged.objects.code.history import PageNeeded, Shelf, read_page
-from storaged.objects.code.versions import Place, open_listing
-from storaged.objects.conditions import Current
+from storaged.objects.api import WriteConditions
+from storaged.objects.code.history import PageNeeded, Shelf
+from storaged.objects.code.version_pages import read_page
+from storaged.objects.code.versions import Place, access_to, open_listing, open_version
+from storaged.objects.conditions import Current, needs_etag
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
 from storaged.objects.records import BucketRecord, ObjectRecord, Version
@@ -89,16 +91,19 @@ async def change_with_keys(
             await keys.supply(name, needed)
 
 
-def current_of(place: Place, record: ObjectRecord, keys: BucketKeys, *, with_etag: bool) -> Current | None:
-    """The current version, against which a conditional write is judged; None: no such object. The ETag is opened only
-    ``with_etag``. Raises KeyNeeded.
+def current_of(place: Place, record: ObjectRecord, keys: BucketKeys, conditions: WriteConditions) -> Current | None:
+    """The current version, against which a conditional write is judged; None: no such object. Raises KeyNeeded."""
+    return judged(place, record.versions[0] if record.versions else None, keys, conditions)
+
+
+def judged(place: Place, version: Version | None, keys: BucketKeys, conditions: WriteConditions) -> Current | None:
+    """A version as these conditions judge it: what is sealed is opened only when they need it. None: there is none, or
+    it is a delete marker. Raises KeyNeeded, DataDamaged.
     """
-    return judged(place, record.versions[0] if record.versions else None, keys, with_etag=with_etag)
-
-
-def judged(place: Place, version: Version | None, keys: BucketKeys, *, with_etag: bool) -> Current | None:
-    """A version as conditions judge it. None: there is none, or it is a delete marker. Raises KeyNeeded."""
     if version is None or version.delete_marker:
         return None
-    etag = open_listing(place, version, keys.known(version.bucket_key)).etag if with_etag else ""
+    if conditions.allowed is not None:
+        opened = open_version(place, version, keys.known(version.bucket_key))
+        return Current(opened.meta.etag, version.size, version.modified_ms, access_to(opened))
+    etag = open_listing(place, version, keys.known(version.bucket_key)).etag if needs_etag(conditions) else ""
     return Current(etag, version.size, version.modified_ms)

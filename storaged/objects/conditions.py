@@ -5,19 +5,31 @@ Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-reques
 
 from __future__ import annotations
 
+from typing import Final
+
 from msgspec import Struct
 
-from storaged.errors import NoSuchKey, NotModified, PreconditionFailed
-from storaged.objects.api import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS, ReadConditions, WriteConditions
+from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
+from storaged.objects.api import (
+    ABSENT,
+    NO_READ_CONDITIONS,
+    NO_WRITE_CONDITIONS,
+    ObjectAccess,
+    ReadConditions,
+    WriteConditions,
+)
 from storaged.objects.etags import Tags, matches_strongly, matches_weakly
+
+OBJECT_CHANGED: Final = "The object changed while access to it was decided. Retry."
 
 
 class Current(Struct, frozen=True):
-    """The version that a write would replace: ETag (hex), size, time."""
+    """The version that a write would replace: ETag (hex), size, time. ``access``: when conditions name it."""
 
     etag: str
     size: int
     modified_ms: int
+    access: ObjectAccess | None = None
 
 
 def check_read(conditions: ReadConditions, etag: str, modified_ms: int) -> None:
@@ -48,11 +60,13 @@ def check_copy_source(conditions: ReadConditions, etag: str, modified_ms: int) -
 
 
 def check_write(conditions: WriteConditions, current: Current | None) -> None:
-    """``current`` None: there is no such object. Raises PreconditionFailed, or NoSuchKey for If-Match on an object that
-    does not exist.
+    """``current`` None: there is no such object. Raises PreconditionFailed, NoSuchKey for If-Match on an object that
+    does not exist, and SlowDown for another object than the write was allowed for: its sender may know nothing of it.
     """
     if conditions == NO_WRITE_CONDITIONS:
         return
+    if conditions.allowed is not None and (current.access if current is not None else ABSENT) != conditions.allowed:
+        raise SlowDown(OBJECT_CHANGED)
     if current is None:
         if conditions.if_match is not None:
             raise NoSuchKey

@@ -72,19 +72,22 @@ class ObjectAccess(NamedTuple):
     etag: str = ""
 
 
+ABSENT: Final = ObjectAccess("", None, {})
+"""There is no such object, or it is a delete marker."""
+
 Allowed = ObjectAccess | None
-"""The object that a change was allowed for, as the decision saw it; None: any. Another one: SlowDown."""
+"""The object that a call was allowed for, as the decision saw it, or ABSENT; None: any. Another one: SlowDown."""
 
 
 class Grant(Struct, frozen=True):
     """Permission for calls of the object plane (``objects.granted``): what one principal may do to one key, or to a
     bucket as a whole. ``s3.auth.authorize`` makes it, and nothing else does.
 
-    ``key``: None for the bucket. ``access``: bits. ``found``: the decision depended on the object as it was; calls
-    refuse when it is another one by then.
+    ``key``: None for the bucket. ``access``: bits. ``found``: the decision depended on the object as it was, or on its
+    absence; calls refuse when it is another one by then.
     """
 
     bucket: BucketRecord
     key: bytes | None
     access: int
-    found: ObjectAccess | None = None
+    found: Allowed = None

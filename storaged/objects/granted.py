@@ -7,16 +7,18 @@ call, is refused. So no mistake in a handler can read or change what was not gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from msgspec.structs import replace
 
-from storaged.errors import AccessDenied, MethodNotAllowed, NoSuchKey, NoSuchVersion, PreconditionFailed, SlowDown
+from storaged.errors import AccessDenied, MethodNotAllowed, NoSuchKey, NoSuchVersion, SlowDown
 from storaged.objects.api import (
     AMEND,
     DELETE,
     LIST,
+    NO_WRITE_CONDITIONS,
     READ,
     WRITE,
     Body,
@@ -30,11 +32,12 @@ from storaged.objects.api import (
     Objects,
     ObjectStream,
     PartInfo,
+    Principal,
     PutResult,
     ReadResult,
     UploadInfo,
 )
-from storaged.objects.etags import matches_strongly, tag
+from storaged.objects.code.versions import access_of, check_allowed
 from storaged.objects.listing_types import Listing, VersionListing
 from storaged.objects.quotas import Quotas
 from storaged.objects.records import BucketRecord
@@ -47,30 +50,45 @@ def _bucket(grant: Grant, key: bytes | None, access: int) -> BucketRecord:
     return grant.bucket
 
 
-def access_of(info: ObjectInfo) -> ObjectAccess:
-    return ObjectAccess(info.owner, info.acl, info.tags, info.etag)
+def _judging(grant: Grant, named: dict[str, Any]) -> dict[str, Any]:
+    """The named arguments of a write, with the object that the grant is for: a grant that depended on the object is not
+    for one that replaced it meanwhile."""
+    if grant.found is None:
+        return named
+    return named | {"conditions": replace(named.get("conditions", NO_WRITE_CONDITIONS), allowed=grant.found)}
 
 
-def _check_same(grant: Grant, info: ObjectInfo) -> None:
-    """A grant that the object's own access gave is for that object, not for one that replaced it meanwhile."""
-    if grant.found is not None and access_of(info) != grant.found:
-        raise SlowDown("The object changed while access to it was decided. Retry.")
+LockAudit = Callable[[str, Principal, str, bool, Mapping[str, Any]], AbstractAsyncContextManager[Any]]
+"""Audits a change of what keeps a version: the kind of entry, who makes the change, of what, whether it is refused
+surely, and facts. It raises ServiceUnavailable, before anything is changed, when that can't be audited."""
+
+
+def not_audited(*_: Any) -> AbstractAsyncContextManager[Any]:
+    return nullcontext()
 
 
 class GrantedObjects:
-    """``Objects`` behind grants."""
+    """``Objects`` behind grants. Changes of retention and legal holds, and deletions that bypass governance, are
+    audited: there ``who`` is the sender."""
 
-    def __init__(self, objects: Objects, quotas: Quotas | None = None) -> None:
+    def __init__(self, objects: Objects, quotas: Quotas | None = None, audit: LockAudit = not_audited) -> None:
         self._objects = objects
         self._quotas = quotas
+        self._audit = audit
         self.small_bytes_max = objects.small_bytes_max
 
     async def look(self, bucket: BucketRecord, key: bytes, version_id: str) -> ObjectAccess | None:
-        """What a decision about access needs; None when there is no such object. The only call without a grant."""
+        """What a decision about access needs; None when there is no such object. ``look`` and ``look_upload`` need no
+        grant: they make one."""
         try:
             return access_of(await self._objects.head(bucket, key, version_id=version_id, customer_key=None))
         except (NoSuchKey, NoSuchVersion, MethodNotAllowed):
             return None  # the last is a delete marker: it has no content
+
+    async def look_upload(self, bucket: BucketRecord, key: bytes, upload_id: str) -> ObjectAccess | None:
+        """As ``look``: who initiated an upload, as its owner."""
+        found = await self._objects.look_upload(bucket, key, upload_id)
+        return ObjectAccess(found.initiator, None, {}) if found is not None else None
 
     def kms_key(self) -> str:
         """No grant: it says nothing about a bucket."""
@@ -80,13 +98,13 @@ class GrantedObjects:
 
     async def head(self, grant: Grant, key: bytes, **named: Any) -> ObjectInfo:
         info = await self._objects.head(_bucket(grant, key, READ), key, **named)
-        _check_same(grant, info)
+        check_allowed(access_of(info), grant.found)
         return info
 
     async def get(self, grant: Grant, key: bytes, **named: Any) -> ObjectStream:
         stream = await self._objects.get(_bucket(grant, key, READ), key, **named)
         try:
-            _check_same(grant, stream.info)
+            check_allowed(access_of(stream.info), grant.found)
         except SlowDown:
             await stream.close()
             raise
@@ -105,11 +123,11 @@ class GrantedObjects:
     ) -> PutResult:
         bucket = _bucket(grant, key, WRITE)
         await self._admit(bucket, checks.size)
-        return await self._objects.put(bucket, key, body, meta, checks, **named)
+        return await self._objects.put(bucket, key, body, meta, checks, **_judging(grant, named))
 
     def try_put(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> bool:
         bucket = _bucket(grant, key, WRITE)
-        if self._quotas is not None and self._quotas.limits(bucket):
+        if grant.found is not None or (self._quotas is not None and self._quotas.limits(bucket)):
             return False
         return self._objects.try_put(bucket, key, *what, **named)
 
@@ -122,10 +140,20 @@ class GrantedObjects:
         _bucket(source_grant, source.key, READ)
         bucket = _bucket(grant, key, WRITE)
         await self._admit(bucket, None)
-        return await self._objects.copy(_same(source_grant, source), bucket, key, **named)
+        return await self._objects.copy(_allowed(source_grant, source), bucket, key, **_judging(grant, named))
 
-    async def delete(self, grant: Grant, key: bytes, **named: Any) -> DeleteResult:
-        return await self._objects.delete(_bucket(grant, key, DELETE), key, **named)
+    async def delete(
+        self, grant: Grant, key: bytes, *, who: Principal, bypass_governance: bool = False, **named: Any
+    ) -> DeleteResult:
+        """Governance is bypassed only when a version does not go without that: such a deletion is audited."""
+        bucket, named = _bucket(grant, key, DELETE), _judging(grant, named)
+        try:
+            return await self._objects.delete(bucket, key, **named)
+        except AccessDenied:
+            if not bypass_governance:
+                raise
+        async with self._audited("object.bypass", who, bucket, key, named):
+            return await self._objects.delete(bucket, key, bypass_governance=True, **named)
 
     async def set_tags(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> str:
         return await self._objects.set_tags(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
@@ -136,11 +164,26 @@ class GrantedObjects:
     async def set_encryption(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> str:
         return await self._objects.set_encryption(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
 
-    async def set_retention(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> None:
-        await self._objects.set_retention(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
+    async def set_retention(
+        self, grant: Grant, key: bytes, mode: str, until_ms: int, *, who: Principal, **named: Any
+    ) -> None:
+        bucket, facts = _bucket(grant, key, AMEND), {"mode": mode, "until_ms": until_ms}
+        if named.get("bypass_governance"):
+            facts["bypass"] = True
+        async with self._audited("object.retention", who, bucket, key, named, **facts):
+            await self._objects.set_retention(bucket, key, mode, until_ms, allowed=grant.found, **named)
 
-    async def set_hold(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> None:
-        await self._objects.set_hold(_bucket(grant, key, AMEND), key, *what, allowed=grant.found, **named)
+    async def set_hold(self, grant: Grant, key: bytes, hold: bool, *, who: Principal, **named: Any) -> None:
+        bucket = _bucket(grant, key, AMEND)
+        async with self._audited("object.hold", who, bucket, key, named, hold=hold):
+            await self._objects.set_hold(bucket, key, hold, allowed=grant.found, **named)
+
+    def _audited(
+        self, kind: str, who: Principal, bucket: BucketRecord, key: bytes, named: Mapping[str, Any], **facts: Any
+    ) -> AbstractAsyncContextManager[Any]:
+        target = f"object:{bucket.name}/{key.decode('utf-8', 'replace')}"
+        facts |= {"bucket": bucket.id.hex(), "version": named.get("version_id", "")}
+        return self._audit(kind, who, target, False, facts)
 
     # --- lists
 
@@ -175,7 +218,7 @@ class GrantedObjects:
         _bucket(source_grant, source.key, READ)
         bucket = _bucket(grant, key, WRITE)
         await self._admit(bucket, None, 0)
-        return await self._objects.copy_part(_same(source_grant, source), bucket, key, *what, **named)
+        return await self._objects.copy_part(_allowed(source_grant, source), bucket, key, *what, **named)
 
     async def list_parts(
         self, grant: Grant, key: bytes, upload_id: str, **named: Any
@@ -183,19 +226,14 @@ class GrantedObjects:
         return await self._objects.list_parts(_bucket(grant, key, WRITE), key, upload_id, **named)
 
     async def complete(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> PutResult:
-        return await self._objects.complete(_bucket(grant, key, WRITE), key, *what, **named)
+        return await self._objects.complete(_bucket(grant, key, WRITE), key, *what, **_judging(grant, named))
 
     async def abort(self, grant: Grant, key: bytes, upload_id: str) -> None:
         await self._objects.abort(_bucket(grant, key, WRITE), key, upload_id)
 
 
-def _same(grant: Grant, source: CopySource) -> CopySource:
+def _allowed(grant: Grant, source: CopySource) -> CopySource:
     """The source of a copy, in the bucket of its grant, and as it was when access was decided."""
     if source.bucket is not grant.bucket:
         raise AccessDenied()
-    if grant.found is None:
-        return source
-    wanted, etag = source.conditions.if_match, grant.found.etag
-    if wanted is not None and not matches_strongly(wanted, etag):
-        raise PreconditionFailed(Condition="x-amz-copy-source-If-Match")
-    return source._replace(conditions=replace(source.conditions, if_match=tag(etag)))
+    return source._replace(allowed=grant.found)

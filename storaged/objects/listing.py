@@ -6,9 +6,10 @@ heads of all records, and one opens all list fields. Versions come from whole re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -105,8 +106,8 @@ def _forget_with_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
         plane.listed_rows.watch(held, forget)
 
 
-Columns = tuple[Sequence[int], Sequence[int], Sequence[SealedList]]
-"""Sizes, times in ms, list fields."""
+Columns = tuple[Sequence[int], Sequence[int], Sequence[SealedList], Iterable[str]]
+"""Sizes, times in ms, list fields, owners."""
 
 
 async def _columns(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> Columns:
@@ -130,7 +131,10 @@ async def _opened(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes]
         printed = decode_all(await _list_fields(keys, fields, _contexts(bucket, names, fields)), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
-    return [its.size for its in fields], [its.modified_ms for its in fields], printed
+    return [its.size for its in fields], [its.modified_ms for its in fields], printed, map(_OWNER, fields)
+
+
+_OWNER = attrgetter("owner")
 
 
 @contextmanager
@@ -139,7 +143,10 @@ def _named(key: bytes) -> Iterator[None]:
     try:
         yield
     except DataDamaged as error:
-        raise DataDamaged(f"{error} (key {key.decode(errors='replace')!r})", **error.details) from None
+        named = key.decode(errors="replace")
+        raise DataDamaged(
+            f"{error} (key {named!r}; a list that begins after this key goes on)", **error.details | {"Key": named}
+        ) from None
 
 
 def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields]) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from msgspec import Struct
@@ -30,13 +30,15 @@ class ListedObject(NamedTuple):
     printed: SealedList
 
 
-Show = Callable[[Sequence[int], Sequence[int], Sequence[SealedList]], Sequence[Any]]
-"""Turns sizes, times and list fields of objects into what the caller of a listing shows of each. A pure function: its
-results are cached and returned again (``objects.cache.listed_rows``).
+Show = Callable[[Sequence[int], Sequence[int], Sequence[SealedList], Iterable[str]], Sequence[Any]]
+"""Turns sizes, times, list fields and owners of objects into what the caller of a listing shows of each. A pure
+function: its results are cached and returned again (``objects.cache.listed_rows``).
 """
 
 
-def as_rows(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> Sequence[ListedObject]:
+def as_rows(
+    sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList], _owners: Iterable[str]
+) -> Sequence[ListedObject]:
     return list(map(ListedObject, sizes, times_ms, map(full_list, printed)))
 
 

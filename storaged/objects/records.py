@@ -441,7 +441,7 @@ class UploadRecord(Message, frozen=True):
     replaced. ``pinned_sequence``: the object register's sequence at the pin, so that a resumed Complete can see that
     nothing happened since. ``request_digest``: of the Complete, keyed by the upload's DEK (33 bytes; 32 in old records,
     which are not keyed, and are rewritten when they are used). ``changed_ms``: when the state last changed.
-    ``lock``: that the client asked for.
+    ``lock``: that the client asked for. ``initiator``: who created the upload; empty in older records: ``owner``.
     """
 
     upload_id: bytes
@@ -460,6 +460,7 @@ class UploadRecord(Message, frozen=True):
     pinned_sequence: int = 0
     changed_ms: int = 0
     lock: Lock | None = None
+    initiator: str = ""
 
 
 class CompleteResult(Message, frozen=True):

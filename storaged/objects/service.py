@@ -10,7 +10,7 @@ from storaged.objects import listing
 from storaged.objects.background import Counters
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read import get
-from storaged.objects.write import complete, copy, delete, locks, multipart, put
+from storaged.objects.write import complete, copy, delete, locks, multipart, put, uploads
 
 
 class ObjectService:
@@ -36,6 +36,7 @@ class ObjectService:
         self.list_objects = partial(listing.list_objects, plane)
         self.list_versions = partial(listing.list_versions, plane)
         self.create_upload = partial(multipart.create_upload, plane)
+        self.look_upload = partial(uploads.look_upload, plane)
         self.put_part = partial(multipart.put_part, plane)
         self.copy_part = partial(multipart.copy_part, plane)
         self.list_parts = partial(multipart.list_parts, plane)

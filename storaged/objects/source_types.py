@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from storaged.objects.condition_types import NO_READ_CONDITIONS, ReadConditions
 from storaged.objects.encryption import NO_KEY
+from storaged.objects.grant_types import Allowed
 from storaged.objects.records import BucketRecord
 
 
@@ -19,7 +20,7 @@ class RangeSpec(Struct, frozen=True):
 
 
 class CopySource(NamedTuple):
-    """The version that a copy reads, or a range of it."""
+    """The version that a copy reads, or a range of it. ``allowed``: the object that may be copied."""
 
     bucket: BucketRecord
     key: bytes
@@ -27,3 +28,4 @@ class CopySource(NamedTuple):
     conditions: ReadConditions = NO_READ_CONDITIONS
     span: RangeSpec | None = None
     customer_key: bytes = NO_KEY
+    allowed: Allowed = None

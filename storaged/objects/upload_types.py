@@ -10,6 +10,8 @@ from storaged.objects.encryption import Encryption
 
 
 class UploadInfo(Struct, frozen=True):
+    """``owner``: of the object to be. ``initiator``: who created the upload."""
+
     key: bytes
     upload_id: str
     created_ms: int
@@ -18,6 +20,7 @@ class UploadInfo(Struct, frozen=True):
     algorithm: str = ""
     checksum_type: str = ""
     encryption: Encryption | None = None
+    initiator: str = ""
 
 
 class PartInfo(Struct, frozen=True):

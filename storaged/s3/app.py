@@ -19,7 +19,7 @@ from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.objects.destinations import Destinations
-from storaged.objects.granted import GrantedObjects
+from storaged.objects.granted import GrantedObjects, LockAudit, not_audited
 from storaged.objects.quotas import Quotas
 from storaged.s3.access_logs import AccessLogs
 from storaged.s3.context import NO_DESTINATIONS, Endpoint, Front
@@ -65,9 +65,11 @@ class S3App:
         on_request: Callable[[RequestDone], None] | None = None,
         quotas: Quotas | None = None,
         destinations: Destinations | None = None,
+        lock_audit: LockAudit = not_audited,
     ) -> None:
         self._endpoint = endpoint
-        front = Front(GrantedObjects(objects, quotas), buckets, users, endpoint, clock, destinations or NO_DESTINATIONS)
+        granted = GrantedObjects(objects, quotas, lock_audit)
+        front = Front(granted, buckets, users, endpoint, clock, destinations or NO_DESTINATIONS)
         self.access_logs = AccessLogs(front, entropy)
         self._responder = Responder(front, entropy, on_request, self.access_logs)
         self._servers: list[asyncio.Server] = []

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
-from storaged.errors import AccessDenied, NoSuchKey
+from storaged.errors import AccessDenied, NoSuchKey, NoSuchUpload
 from storaged.objects.api import READ, WRITE, Grant, ObjectAccess, Principal
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
@@ -111,11 +111,16 @@ async def permit(front: Front, request: Request, ask: Ask) -> Grant:
         if not (ask.action.access & READ and may_list(front, request, ask)):
             raise
     assert ask.key is not None
-    found = await front.objects.look(ask.bucket, ask.key, ask.version)
+    if ask.action.by_initiator:
+        found = await front.objects.look_upload(ask.bucket, ask.key, request.query.get("uploadId", ""))
+    else:
+        found = await front.objects.look(ask.bucket, ask.key, ask.version)
     try:
         return decide(front, request, ask, found)
     except AccessDenied:
         if found is None and may_list(front, request, ask):
+            if ask.action.by_initiator:
+                raise NoSuchUpload() from None
             raise NoSuchKey(Key=ask.key.decode("utf-8", "replace")) from None
         raise
 

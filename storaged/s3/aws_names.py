@@ -21,14 +21,15 @@ EVERY = frozenset({"*"})
 
 class Name(NamedTuple):
     """A header or a parameter. ``operations``: AWS's names of those that take it, or ``EVERY``. ``refusal``: why this
-    server does not honour it; empty: it does."""
+    server does not honour it; empty: it does. ``note``: why it is taken without effect, or what else to know of it."""
 
     operations: frozenset[str]
     refusal: str = ""
+    note: str = ""
 
 
-def _of(*operations: str, refusal: str = "") -> Name:
-    return Name(frozenset(operations), refusal)
+def _of(*operations: str, refusal: str = "", note: str = "") -> Name:
+    return Name(frozenset(operations), refusal, note)
 
 
 # --- sets of operations -----------------------------------------------------------------------------------------------
@@ -104,12 +105,12 @@ HEADERS: dict[str, Name] = {
     "x-amz-content-sha256": Name(EVERY),
     "x-amz-date": Name(EVERY),
     "x-amz-security-token": Name(EVERY),
-    "x-amz-user-agent": Name(EVERY),
+    "x-amz-user-agent": Name(EVERY, note="no effect: it only names the client"),
     "x-amz-decoded-content-length": Name(EVERY),
     "x-amz-trailer": Name(EVERY),
     "x-amz-sdk-checksum-algorithm": Name(EVERY),
     "x-amz-checksum-mode": Name(EVERY),  # about the answer only
-    "x-amz-request-payer": Name(EVERY),  # no bucket makes its requesters pay
+    "x-amz-request-payer": Name(EVERY, note="no effect: no bucket makes its requesters pay"),
     "x-amz-expected-bucket-owner": Name(EVERY),
     "x-amz-source-expected-bucket-owner": _of(*_COPYING),
     # metadata of a new object
@@ -170,7 +171,7 @@ HEADERS: dict[str, Name] = {
     "x-amz-bypass-governance-retention": _of(*_DELETING, "PutObjectRetention"),
     "x-amz-mfa": _of(*_DELETING, "PutBucketVersioning", refusal=_NO_MFA),
     # lists and attributes
-    "x-amz-optional-object-attributes": _of(*_LISTING),
+    "x-amz-optional-object-attributes": _of(*_LISTING, note="no object is archived, so none has a RestoreStatus"),
     "x-amz-object-attributes": _of("GetObjectAttributes"),
     "x-amz-max-parts": _of("GetObjectAttributes"),
     "x-amz-part-number-marker": _of("GetObjectAttributes"),
@@ -181,7 +182,9 @@ HEADERS: dict[str, Name] = {
     "x-amz-bucket-object-lock-token": _of(
         "PutObjectLockConfiguration", "PutBucketReplication", refusal=_NO_CONFIGURATION
     ),
-    "x-amz-confirm-remove-self-bucket-access": _of("PutBucketPolicy"),  # a policy never locks the owner out
+    "x-amz-confirm-remove-self-bucket-access": _of(
+        "PutBucketPolicy", note="no effect: a policy never locks the bucket's owner out"
+    ),
     "x-amz-skip-destination-validation": _of("PutBucketNotificationConfiguration"),
     "x-amz-transition-default-minimum-object-size": _of("PutBucketLifecycleConfiguration", refusal=_NO_CONFIGURATION),
     # directory buckets

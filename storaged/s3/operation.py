@@ -97,6 +97,7 @@ class Operation:
     ``name``: AWS's, for logs and metrics. ``changes``: it is not a read. ``needs_bucket``: the bucket must exist and
     belong to the requester before the handler runs. ``signed``: the request is authenticated before the handler runs.
     ``copy``: the operation instead, when the request has x-amz-copy-source. ``attempt``: the operation without a task.
+    ``answer``: what an operation that is not there always answers, for deploy/S3.md; empty: it is done.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Operation:
     signed: bool = True
     copy: Operation | None = None
     attempt: Attempt | None = None
+    answer: str = ""
 
     @cached_property
     def headers(self) -> frozenset[str]:

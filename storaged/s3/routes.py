@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from storaged import errors
@@ -93,7 +94,7 @@ def _get_never_set(name: str, error: type[errors.S3Error]) -> Operation:
     async def handler(front: Front, request: Request) -> Reply:
         raise error(BucketName=request.bucket)
 
-    return Operation(name, handler)
+    return Operation(name, handler, answer=f"{error.status} {error.code}, since it can't have been set")
 
 
 def _delete_never_set(name: str) -> Operation:
@@ -102,7 +103,7 @@ def _delete_never_set(name: str) -> Operation:
     async def handler(front: Front, request: Request) -> Reply:
         return Reply(204)
 
-    return _change(name, handler)
+    return replace(_change(name, handler), answer="204, since it can't have been set")
 
 
 def _get_fixed(name: str, root: str, content: str = "") -> Operation:
@@ -111,7 +112,7 @@ def _get_fixed(name: str, root: str, content: str = "") -> Operation:
     async def handler(front: Front, request: Request) -> Reply:
         return xml_reply(xml.document(root, content))
 
-    return Operation(name, handler)
+    return Operation(name, handler, answer="200, what AWS answers where it was never set")
 
 
 def _not_implemented(name: str, *, needs_bucket: bool = True) -> Operation:
@@ -120,7 +121,7 @@ def _not_implemented(name: str, *, needs_bucket: bool = True) -> Operation:
     async def handler(front: Front, request: Request) -> Reply:
         raise errors.NotImplemented(f"{name} is not implemented.")
 
-    return Operation(name, handler, needs_bucket=needs_bucket)
+    return Operation(name, handler, needs_bucket=needs_bucket, answer="501 NotImplemented")
 
 
 async def _foreign_action(front: Front, request: Request) -> Reply:
@@ -293,7 +294,11 @@ OBJECT: dict[str, Methods] = {
         "GET": Operation("GetObjectLegalHold", lock.get_legal_hold),
         "PUT": _change("PutObjectLegalHold", lock.put_legal_hold, SETTING),
     },
-    "torrent": {"GET": Operation("GetObjectTorrent", attributes.get_torrent)},
+    "torrent": {
+        "GET": Operation(
+            "GetObjectTorrent", attributes.get_torrent, answer="404 NoSuchKey, since no object has a torrent"
+        )
+    },
     "restore": _none_implemented(POST="RestoreObject"),
     "select": _none_implemented(POST="SelectObjectContent"),
     "renameObject": _none_implemented(PUT="RenameObject"),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 
 from storaged.cluster.ports import Layouts
-from storaged.errors import DataDamaged, DiskUnusable, NoSuchBucket, OutcomeUnknown, PeerUnreachable, ServiceUnavailable
+from storaged.errors import DiskUnusable, NoSuchBucket, OutcomeUnknown, PageLost, PeerUnreachable, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table, Value, Visibility
@@ -171,7 +171,7 @@ class MemoryRing:
 
     async def get_page(self, near: RegisterName, name: bytes) -> bytes:
         if name not in self.pages:
-            raise DataDamaged
+            raise PageLost
         return self.pages[name]
 
     # --- Fences -------------------------------------------------------------------------------------------------------

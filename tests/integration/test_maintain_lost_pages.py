@@ -3,10 +3,12 @@ moved as before, and so are their pages."""
 
 from __future__ import annotations
 
+import random
+
 import msgspec
 import pytest
 
-from storaged.errors import DataDamaged
+from storaged.errors import DataDamaged, InvalidArgument, PageLost
 from storaged.fragments.ports import REPLACED, Retirement
 from storaged.hashes import fragment_hash
 from storaged.maintain.context import MaintainLimits
@@ -16,9 +18,11 @@ from storaged.objects.code.history import entries_on, every_page
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import PartEntry
 from storaged.objects.write import versioned
+from storaged.objects.write.lost import forget_lost, lost_versions
 from storaged.objects.write.references import pages_in, parts_in
 from tests.integration.memory_cluster import Cluster, run
 from tests.integration.test_maintain_versions import FEW, ORPHAN_S, Kept, collect, on_disks, sweep, sweep_pages
+from tests.integration.test_moving_partitions import Moves
 
 
 @pytest.fixture(autouse=True)
@@ -162,5 +166,55 @@ def test_a_false_fragment_of_a_version_on_another_page_than_a_lost_one_is_remove
         assert answer.code == MOVED, answer
         assert (disk, fragment) not in await cluster.fragments(part.data_id)
         await kept.check()
+
+    run(scenario)
+
+
+def test_a_partition_moves_although_a_page_is_lost() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        await Moves(cluster, random.Random(1)).move(kept.name.partition)
+        await kept.check()
+
+    run(scenario)
+
+
+def test_a_page_is_lost_only_when_each_replica_says_so() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        record = decode_record(await kept.value())
+        with pytest.raises(PageLost):
+            await anext(every_page(cluster.gateway.ring, kept.name, record))
+        await cluster.kill("nc")
+        with pytest.raises(DataDamaged) as away:
+            await anext(every_page(cluster.gateway.ring, kept.name, record))
+        assert type(away.value) is DataDamaged
+
+    run(scenario)
+
+
+def test_lost_versions_are_let_go_of_and_the_bucket_can_be_emptied() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        kept = await made(cluster)
+        objects, plane = cluster.objects, cluster.objects.plane
+        with pytest.raises(DataDamaged, match="key 'key'; a list that begins after this key goes on"):
+            await objects.list_versions(kept.bucket)
+        count = await lost_versions(plane, kept.bucket, b"key")
+        assert count
+        with pytest.raises(InvalidArgument, match=f"lost {count} versions"):
+            await forget_lost(plane, kept.bucket, b"key", count + 1)
+        await cluster.kill("nc")
+        with pytest.raises(DataDamaged):
+            await forget_lost(plane, kept.bucket, b"key", count)
+        cluster.start("nc")
+        await cluster.settled()
+        await forget_lost(plane, kept.bucket, b"key", count)
+        assert await lost_versions(plane, kept.bucket, b"key") == 0
+        await kept.check()
+        page = await objects.list_versions(kept.bucket)
+        assert {found.version_id for found in page.versions if not found.delete_marker} == set(kept.datas)
+        for found in page.versions:
+            await objects.delete(kept.bucket, b"key", version_id=found.version_id)
+        assert not (await objects.list_versions(kept.bucket)).versions
 
     run(scenario)

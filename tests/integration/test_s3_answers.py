@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,3 +258,109 @@ async def test_a_bucket_is_created_with_tags(world: World) -> None:
     assert (await call(world, "HEAD", "/made-51"))[0] == 404
     status, code, _ = await call(world, "PUT", "/tagged", body=tagged(2, "CreateBucketConfiguration"))
     assert (status, code) == (409, "BucketAlreadyOwnedByYou"), "tags that are not stored are not ignored"
+
+
+# --- conditions, ownership, and what the other answers are tested by
+
+
+async def test_a_complete_that_must_create_fails_on_an_object_that_exists_and_can_be_repeated(world: World) -> None:
+    """B, CompleteMultipartUpload, IfNoneMatch: 412 when the object exists. The upload stays."""
+
+    def run() -> None:
+        client = world.client()
+        where = {"Bucket": "bucket", "Key": "k"}
+        upload = client.create_multipart_upload(**where)["UploadId"]
+        part = client.upload_part(**where, UploadId=upload, PartNumber=1, Body=b"new")
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        with pytest.raises(ClientError) as refused:
+            client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload=parts, IfNoneMatch="*")
+        assert refused.value.response["Error"]["Code"] == "PreconditionFailed"
+        client.delete_object(**where)
+        for _ in range(2):
+            client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload=parts, IfNoneMatch="*")
+
+    await asyncio.to_thread(run)
+
+
+async def test_no_policy_locks_the_owner_out_of_the_policy(world: World) -> None:
+    """B, PutBucketPolicy: the owner always may get, put and delete the policy, even when it denies that."""
+
+    def run() -> None:
+        client = world.client()
+        everything = {"Effect": "Deny", "Principal": "*", "Action": "s3:*"}
+        both = ["arn:aws:s3:::bucket", "arn:aws:s3:::bucket/*"]
+        text = json.dumps({"Version": "2012-10-17", "Statement": [{**everything, "Resource": both}]})
+        client.put_bucket_policy(Bucket="bucket", Policy=text)
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.get_object(Bucket="bucket", Key="k")
+        assert json.loads(client.get_bucket_policy(Bucket="bucket")["Policy"])["Statement"][0]["Effect"] == "Deny"
+        client.put_bucket_policy(Bucket="bucket", Policy=text)
+        client.delete_bucket_policy(Bucket="bucket")
+        client.get_object(Bucket="bucket", Key="k")
+
+    await asyncio.to_thread(run)
+
+
+async def test_one_s_own_bucket_is_created_again(world: World) -> None:
+    """B, CreateBucket: in us-east-1 200; here in every region, as clients expect of other servers than AWS."""
+    assert (await call(world, "PUT", "/bucket"))[:2] == (200, "")
+    assert await world.stored() == {b"k": OLD, b"empty": b""}
+
+
+ANSWERS = {
+    1: ["integration/test_s3_answers.py::test_a_page_of_list_objects_names_the_next_marker_only_with_a_delimiter"],
+    2: ["integration/test_s3_answers.py::test_keys_are_encoded_as_in_urls_and_brackets_too"],
+    3: ["s3/test_versions.py::test_a_delete_marker_and_what_reads_of_it_answer"],
+    4: ["s3/test_versions.py::test_a_suspended_bucket_has_one_null_version"],
+    5: ["s3/test_versions.py::test_a_delete_marker_and_what_reads_of_it_answer"],
+    6: ["s3/test_versions.py::test_ids_that_are_none_and_ids_that_are_unknown"],
+    7: ["unit/test_s3_authorize.py::test_a_decision_is_as_aws_documents_it"],
+    8: ["unit/test_objects_multipart.py::test_a_repeated_complete_gets_the_same_answer_even_after_the_object_is_gone"],
+    9: [],  # it may answer early; this server answers when the outcome is known, so there is nothing to pin
+    10: [
+        "integration/test_s3_answers.py::test_a_complete_that_must_create_fails_on_an_object_that_exists_and_can_be_repeated"
+    ],
+    11: ["s3/test_versions.py::test_conditions_look_at_the_current_version"],
+    12: [
+        "integration/test_s3_answers.py::test_entity_tags_decide_beside_dates",
+        "integration/test_s3_answers.py::test_entity_tags_decide_beside_dates_of_a_copys_source",
+    ],
+    13: ["integration/test_s3_answers.py::test_ranges_of_an_empty_object"],
+    14: ["integration/test_s3_answers.py::test_a_range_that_ends_before_it_begins_is_ignored"],
+    15: [
+        "integration/test_s3_answers.py::test_the_number_of_parts_is_named_with_a_part_number_and_of_multipart_objects_alone"
+    ],
+    16: ["integration/test_s3_answers.py::test_a_part_beyond_the_source_of_its_copy_is_an_invalid_argument"],
+    17: ["integration/test_s3_answers.py::test_a_complete_that_says_another_size_or_checksum_type_is_refused"],
+    18: [
+        "integration/test_s3_encryption.py::test_a_bucket_that_blocks_sse_c_refuses_writes_and_lets_old_objects_be_read"
+    ],
+    19: ["integration/test_s3_fail_closed.py::test_a_header_that_asks_for_what_is_not_done_changes_nothing"],
+    20: [],  # of lifecycle: its tests are with lifecycle
+    21: [
+        "integration/test_s3_answers.py::test_no_policy_locks_the_owner_out_of_the_policy",
+        "unit/test_s3_authorize.py::test_the_policy_of_another_s_bucket_is_405_when_it_is_allowed_and_403_when_not",
+    ],
+    22: ["s3/test_object_lock.py::test_the_configuration_of_a_bucket"],
+    23: [
+        "integration/test_s3_answers.py::test_one_s_own_bucket_is_created_again",
+        "integration/test_s3_answers.py::test_head_bucket_names_the_region_without_access_too",
+    ],
+    24: [
+        "integration/test_s3_answers.py::test_a_key_of_more_than_1024_bytes_is_too_long_for_every_method",
+        "integration/test_s3_answers.py::test_the_largest_object_has_all_the_parts_that_an_upload_may_have",
+    ],
+    25: [
+        "integration/test_s3_answers.py::test_a_bucket_has_at_most_50_tags_and_an_object_10",
+        "integration/test_s3_answers.py::test_a_bucket_is_created_with_tags",
+    ],
+}
+"""The answers of AWS that were looked up for this server, by number, and the tests that pin them."""
+
+
+@pytest.mark.parametrize("number", ANSWERS)
+def test_each_answer_is_pinned_by_tests_that_exist(number: int) -> None:
+    for node in ANSWERS[number]:
+        file, _, name = node.partition("::")
+        text = (Path(__file__).resolve().parents[1] / file).read_text()
+        assert re.search(rf"^(async )?def {name}\(", text, re.MULTILINE), node

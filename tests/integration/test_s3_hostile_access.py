@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.integration.s3_front import World, signed
+from storaged.objects.api import ObjectAccess
+from storaged.objects.granted import GrantedObjects
+from storaged.objects.records import BucketRecord
+from tests.integration.s3_front import ACCESS_ALT, SECRET_ALT, World, signed
 from tests.integration.test_s3_access import (
     ALL,
     DENIED,
@@ -202,3 +205,108 @@ async def test_headers_of_pages_split_no_answer(world: World) -> None:
             assert b" 500 " not in answer.partition(b"\r\n")[0]
             assert b"\nSet-Cookie" not in answer
             assert b"\rSet-Cookie" not in answer
+
+
+async def test_a_policy_about_tags_holds_when_they_change_between_the_decision_and_the_change(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may delete an object without the tag does not delete the one that has it a moment later."""
+    look = GrantedObjects.look
+
+    async def late(self: GrantedObjects, bucket: BucketRecord, key: bytes, version: str) -> ObjectAccess | None:
+        found = await look(self, bucket, key, version)
+        await world.objects.set_tags(bucket, key, {"class": "kept"})
+        return found
+
+    def run(world: World) -> None:
+        owner = world.client()
+        other = world.client(ACCESS_ALT, SECRET_ALT, retries={"max_attempts": 0})
+        owner.create_bucket(Bucket="bucket")
+        owner.delete_public_access_block(Bucket="bucket")
+        kept = {"StringEquals": {"s3:ExistingObjectTag/class": "kept"}}
+        owner.put_bucket_policy(
+            Bucket="bucket",
+            Policy=policy(allow("s3:*", [ITSELF, ALL]), deny(["s3:DeleteObject", "s3:PutObject"], Condition=kept)),
+        )
+        owner.put_object(Bucket="bucket", Key="k", Body=b"data")
+        with monkeypatch.context() as patched:
+            patched.setattr(GrantedObjects, "look", late)
+            assert refused(other.delete_object, Bucket="bucket", Key="k") == (503, "SlowDown")
+            owner.put_object_tagging(Bucket="bucket", Key="k", Tagging={"TagSet": []})
+            answer = other.delete_objects(Bucket="bucket", Delete={"Objects": [{"Key": "k"}]})
+            assert [error["Code"] for error in answer["Errors"]] == ["SlowDown"]
+            owner.put_object_tagging(Bucket="bucket", Key="k", Tagging={"TagSet": []})
+            assert refused(other.put_object, Bucket="bucket", Key="k", Body=b"x") == (503, "SlowDown")
+        for change in (other.delete_object, other.put_object):
+            assert refused(change, Bucket="bucket", Key="k") == DENIED
+        assert owner.get_object(Bucket="bucket", Key="k")["Body"].read() == b"data"
+
+    await in_thread(run, world)
+
+
+async def test_an_upload_is_its_initiator_s_and_the_bucket_owner_s(legacy: World) -> None:
+    """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html#mpuAndPermissions"""
+    third = await legacy.users.add("third", access_key="AKTHIRD", secret_key="secret-of-third")
+    await legacy.users.lookup(third[0].access_key)
+
+    def run(world: World) -> None:
+        owner, other, nobody = clients(world)
+        stranger = world.client("AKTHIRD", "secret-of-third")
+        owner.create_bucket(Bucket="bucket", ACL="public-read-write")
+        where = {"Bucket": "bucket", "Key": "k"}
+        made = [other.create_multipart_upload(**where)["UploadId"] for _ in range(2)]
+        for upload in made:
+            for client in (stranger, nobody):
+                for call in (client.list_parts, client.abort_multipart_upload):
+                    assert refused(call, **where, UploadId=upload) == DENIED
+        mine, ids = owner.list_multipart_uploads(Bucket="bucket")["Uploads"], other.list_buckets()["Owner"]["ID"]
+        assert {found["Initiator"]["ID"] for found in mine} == {ids}
+        for client, upload in ((other, made[0]), (owner, made[1])):
+            assert client.list_parts(**where, UploadId=upload)["Initiator"]["ID"] == ids
+            client.abort_multipart_upload(**where, UploadId=upload)
+        assert refused(owner.list_parts, **where, UploadId=made[0]) == (404, "NoSuchUpload")
+        assert refused(nobody.create_multipart_upload, **where) == DENIED
+        # an owner who is enforced owns the object; who began the upload stays its initiator
+        owner.put_bucket_acl(Bucket="bucket", ACL="private")
+        owner.put_bucket_ownership_controls(
+            Bucket="bucket", OwnershipControls={"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]}
+        )
+        owner.delete_public_access_block(Bucket="bucket")
+        owner.put_bucket_policy(Bucket="bucket", Policy=policy(allow("s3:PutObject")))
+        upload = other.create_multipart_upload(**where)["UploadId"]
+        assert refused(stranger.list_parts, **where, UploadId=upload) == DENIED
+        found = other.list_parts(**where, UploadId=upload)
+        assert (found["Initiator"]["ID"], found["Owner"]["ID"]) == (ids, owner.list_buckets()["Owner"]["ID"])
+        owner.put_bucket_policy(Bucket="bucket", Policy=policy(allow("s3:PutObject"), deny("s3:AbortMultipartUpload")))
+        assert refused(other.abort_multipart_upload, **where, UploadId=upload) == DENIED
+        owner.delete_bucket_policy(Bucket="bucket")
+        other.abort_multipart_upload(**where, UploadId=upload)
+
+    await in_thread(run, legacy)
+
+
+async def test_lists_name_the_owner_of_each_object(legacy: World) -> None:
+    def run(world: World) -> None:
+        owner, other, _ = clients(world)
+        owner.create_bucket(Bucket="bucket", ACL="public-read-write")
+        owner.put_object(Bucket="bucket", Key="a", Body=b"data")
+        other.put_object(Bucket="bucket", Key="b", Body=b"data")
+        ids = [client.list_buckets()["Owner"]["ID"] for client in (owner, other)]
+
+        def listed() -> list[list[str]]:
+            pages = (
+                owner.list_objects(Bucket="bucket")["Contents"],
+                owner.list_objects_v2(Bucket="bucket", FetchOwner=True)["Contents"],
+                owner.list_object_versions(Bucket="bucket")["Versions"],
+            )
+            return [[row["Owner"]["ID"] for row in page] for page in pages]
+
+        assert listed() == [ids] * 3
+        assert "Owner" not in owner.list_objects_v2(Bucket="bucket")["Contents"][0]
+        owner.put_bucket_acl(Bucket="bucket", ACL="private")
+        owner.put_bucket_ownership_controls(
+            Bucket="bucket", OwnershipControls={"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]}
+        )
+        assert listed() == [[ids[0]] * 2] * 3
+
+    await in_thread(run, legacy)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from storaged.errors import DataDamaged
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table
-from storaged.objects.code.history import Bounds, Draft, Entry, PageNeeded, Shelf, every_entry, every_page, read_page
+from storaged.objects.code.history import Bounds, Draft, Entry, PageNeeded, Shelf, every_entry, every_page
 from storaged.objects.code.version_names import NULL_NAME, parse_name, version_name
+from storaged.objects.code.version_pages import read_page
 from storaged.objects.code.versions import EMPTY
 from storaged.objects.records import (
     NAMED_VERSION,
@@ -86,6 +87,18 @@ class Key:
         assert sorted(removed) == sorted(one for one in before if one not in left)
         self.record = decode_object(encode_object(draft.record())) if self.model else draft.record()
 
+    async def give_up(self, lost: set[bytes]) -> None:
+        shelf = Shelf()
+        while True:
+            draft = Draft(self.record, shelf, SMALL)
+            try:
+                draft.give_up(lost)
+                break
+            except PageNeeded as needed:
+                shelf.put(needed.ref.hash, await read_page(self.stored, NEAR, needed.ref))
+        self.stored.pages |= draft.fresh
+        self.record = decode_object(encode_object(draft.record())) if self.model else draft.record()
+
     async def _drafted(self, work: str, entry: Entry, at: Entry) -> Draft:
         shelf = Shelf()
         while True:
@@ -128,6 +141,32 @@ def test_versions_are_those_of_a_plain_list(works: list[tuple[str, int]]) -> Non
     async def play() -> None:
         key = Key()
         for work, index in works:
+            await key.change(work, index)
+            await key.check()
+
+    asyncio.run(play())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(WORK, min_size=20, max_size=60), st.sets(st.integers(0, 30)), st.lists(WORK, max_size=20))
+def test_what_is_left_when_pages_are_given_up_are_the_versions_on_other_pages(
+    works: list[tuple[str, int]], which: set[int], later: list[tuple[str, int]]
+) -> None:
+    async def play() -> None:
+        key = Key()
+        for work, index in works:
+            await key.change(work, index)
+            await key.check()
+        pages = [name async for name, _ in every_page(key.stored, NEAR, key.record)]
+        lost = {name for at, name in enumerate(pages) if at in which}
+        for name in lost:
+            del key.stored.pages[name]
+        key.model = [
+            entry async for entry in every_entry(key.stored, NEAR, key.record, on_unreadable=lambda _error: None)
+        ]
+        await key.give_up(lost)
+        await key.check()
+        for work, index in later:
             await key.change(work, index)
             await key.check()
 

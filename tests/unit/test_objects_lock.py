@@ -11,10 +11,10 @@ from storaged.meta.names import RegisterName, Table
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.code.history import Bounds
 from storaged.objects.code.lock import COMPLIANCE, GOVERNANCE
+from storaged.objects.code.versions import access_of
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, LOCK, SUSPENDED, VERSIONING, ObjectLock, Versioning
 from storaged.objects.encryption import KMS, Encryption
-from storaged.objects.granted import access_of
 from storaged.objects.records import Lock
 from storaged.objects.write import versioned
 from tests.doubles.clock import LoopClock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
+from storaged.errors import DataDamaged, PageLost, ServiceUnavailable, StoragedError
 from storaged.hashes import is_page, page_hash
 from storaged.meta.consensus.quorums import View
 from storaged.meta.messages import PageCheck, PageGet, PagePut, PageReply
@@ -54,7 +54,8 @@ class RingPages:
     async def get_page(self, near: RegisterName, name: bytes) -> bytes:
         """See ``ports.Pages``."""
         calls, deadline = self._calls, self._calls.deadline()
-        order = calls.unresponsive.last(self._view(near).quorum.disks)
+        disks = self._view(near).quorum.disks
+        order, lacking = calls.unresponsive.last(disks), 0
         answers: Answers[PageReply] = calls.answers()
         while order or answers.pending:
             if order:
@@ -68,6 +69,9 @@ class RingPages:
             body = answer[1].body
             if body is not None and is_page(body, name):
                 return body
+            lacking += 1
+        if lacking == len(disks):
+            raise PageLost("A page that the record of this key names is on none of its replicas, which all answered.")
         raise DataDamaged("A page of this object's manifest is on none of the replicas that answer.")
 
     def _ask(self, answers: Answers[PageReply], request: PageGet, timeout_s: float) -> None:

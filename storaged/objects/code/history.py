@@ -24,11 +24,8 @@ versioning is true here.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from typing import NamedTuple, TypeVar
-
-import msgspec
 
 from storaged.errors import DataDamaged
 from storaged.hashes import page_hash
@@ -36,6 +33,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import NULL_NAME, VersionName, version_name
+from storaged.objects.code.version_pages import read_page, without_lost
 from storaged.objects.pending_events import PendingEvent
 from storaged.objects.records import (
     NULL_VERSION,
@@ -48,7 +46,7 @@ from storaged.objects.records import (
     VersionsPage,
 )
 from storaged.units import KIB
-from storaged.wire import decode, encode
+from storaged.wire import encode
 
 T = TypeVar("T")
 
@@ -114,34 +112,7 @@ def entries_on(page: VersionsPage) -> list[Entry]:
     return list(map(Entry, page.kept, page.versions))
 
 
-def decode_page(body: bytes, ref: PageRef) -> VersionsPage:
-    """Raises DataDamaged for what is not the page that ``ref`` describes. So a walk over pages ends: pages of one key
-    have ordinals that no other page has.
-    """
-    try:
-        page = decode(body, VersionsPage)
-    except msgspec.MsgspecError as error:
-        raise DataDamaged(f"A page of older versions cannot be read: {error}") from None
-    ordinals = [kept.ordinal for kept in page.kept]
-    for one in page.refs:
-        ordinals += [one.newest, one.oldest] if one.newest != one.oldest else [one.newest]
-    falling = all(first > second for first, second in itertools.pairwise(ordinals))
-    if (
-        len(page.kept) != len(page.versions)
-        or bool(page.versions) == bool(page.refs)
-        or not falling
-        or (ordinals[0], ordinals[-1]) != (ref.newest, ref.oldest)
-    ):
-        raise DataDamaged("A page of older versions is not what its record says.")
-    return page
-
-
 # --- all of it, in order
-
-
-async def read_page(pages: Pages, near: RegisterName, ref: PageRef) -> VersionsPage:
-    """Raises DataDamaged."""
-    return decode_page(await pages.get_page(near, ref.hash), ref)
 
 
 OnUnreadable = Callable[[DataDamaged], None]
@@ -338,7 +309,7 @@ class Draft:
         for entry in self._entries:
             if entry.ordinal == ordinal:
                 return entry
-        refs: Sequence[PageRef] = [ref for level in self._levels for ref in level]
+        refs: Sequence[PageRef] = self._refs()
         while refs:
             ref = next((one for one in refs if one.oldest <= ordinal <= one.newest), None)
             if ref is None:
@@ -470,6 +441,19 @@ class Draft:
         under = list(page.refs)
         self._take_newest(under)
         refs[0:1] = [self._new_page((), under)] if under else []
+
+    def give_up(self, lost: Set[bytes]) -> None:
+        """Lets go of pages that are lost, with their versions."""
+        self._levels = [without_lost(level, lost, self._shelf.page, self._new_page) for level in self._levels]
+        if self._null_at >= 0 and self._at(self._null_at) is None:
+            if self._copied is not None:  # what is known of it, so that its small copies go with it
+                stub = Version(NULL_VERSION, 0, 0, "", 0, b"", b"", False, b"", b"", (self._copied,))
+                self.removed.append(stub)
+            self._null_at, self._copied = -1, None
+        self._refill()
+
+    def _refs(self) -> list[PageRef]:
+        return [ref for level in self._levels for ref in level]
 
     # --- the end
 

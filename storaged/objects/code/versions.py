@@ -14,9 +14,10 @@ from msgspec import Struct
 from storaged.errors import DataDamaged, InvalidRequest, SlowDown
 from storaged.ids import Entropy
 from storaged.meta.names import Change, Value, Visibility
-from storaged.objects.api import NewMeta, ObjectAccess, ObjectInfo
+from storaged.objects.api import Allowed, NewMeta, ObjectAccess, ObjectInfo
 from storaged.objects.code.customer import ContentKey, unwrap_key, without_checksums, wrap_key
 from storaged.objects.code.seal import ENCRYPTED_META_LABEL, META_LABEL
+from storaged.objects.conditions import OBJECT_CHANGED
 from storaged.objects.configuration.access import Acl
 from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
@@ -292,14 +293,20 @@ def parts_shown(opened: OpenedVersion, parts: tuple[SealedPart, ...]) -> tuple[S
 
 
 def access_to(opened: OpenedVersion) -> ObjectAccess:
+    """What a decision about access needs to know of a version."""
     meta = opened.meta
     return ObjectAccess(opened.version.owner, Acl(meta.acl) if meta.acl is not None else None, meta.tags, meta.etag)
 
 
-def check_allowed(opened: OpenedVersion, allowed: ObjectAccess | None) -> None:
-    """``allowed``: the object that a change was allowed for; None: for any. Raises SlowDown for another one."""
-    if allowed is not None and access_to(opened) != allowed:
-        raise SlowDown("The object changed while access to it was decided. Retry.")
+def access_of(info: ObjectInfo) -> ObjectAccess:
+    """As ``access_to``."""
+    return ObjectAccess(info.owner, info.acl, info.tags, info.etag)
+
+
+def check_allowed(found: ObjectAccess, allowed: Allowed) -> None:
+    """Raises SlowDown for another object than the call was allowed for."""
+    if allowed is not None and found != allowed:
+        raise SlowDown(OBJECT_CHANGED)
 
 
 def info_of(

@@ -43,7 +43,7 @@ from storaged.objects.code.customer import ContentKey
 from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
 from storaged.objects.code.manifest import renew_pages, write_manifest, write_sealed_parts
 from storaged.objects.code.versions import UnsealedVersion, decode_record, open_version, seal_version, shown
-from storaged.objects.conditions import check_write, needs_etag
+from storaged.objects.conditions import OBJECT_CHANGED, check_write
 from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.encryption import NO_KEY
 from storaged.objects.pending_events import Origin
@@ -168,8 +168,9 @@ async def _complete_once(
     version = decode_version(upload.record.pinned)
     try:
         committed = await _commit(plane, bucket, name, keys, upload, version, request, resumed=resumed)
-    except (PreconditionFailed, NoSuchKey):
-        await _reopen(plane, upload)
+    except (PreconditionFailed, NoSuchKey, SlowDown) as error:
+        if not isinstance(error, SlowDown) or error.message == OBJECT_CHANGED:  # else it may have taken effect
+            await _reopen(plane, upload)
         raise
     except _Moved:
         await plane.registers.settle(name)
@@ -380,7 +381,7 @@ class _Placing:
             raise _Moved
         newest = draft.newest.version if draft.newest is not None else None
         conditions = self._conditions
-        check_write(conditions, judged(upload.place, newest, self._keys, with_etag=needs_etag(conditions)))
+        check_write(conditions, judged(upload.place, newest, self._keys, conditions))
         if self._versioning or draft.has_history or version.version_id != NULL_VERSION:
             entry = Entry(Kept(ordinal, self._lock), version)
         else:

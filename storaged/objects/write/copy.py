@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 
+from storaged.errors import InvalidRequest, SlowDown
 from storaged.objects.api import (
     NO_WRITE_CONDITIONS,
+    PART_BYTES_MAX,
     BodyChecks,
     CopySource,
     NewMeta,
@@ -13,6 +15,7 @@ from storaged.objects.api import (
     PutResult,
     WriteConditions,
 )
+from storaged.objects.code.versions import access_of, check_allowed
 from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.website import REDIRECT_LOCATION
 from storaged.objects.encryption import Encryption
@@ -48,6 +51,7 @@ async def copy(
     stream = await open_source(plane, source)
     try:
         info = stream.info
+        check_size(info.size)
         headers = {name: value for name, value in info.headers.items() if name != REDIRECT_LOCATION}
         given = meta if meta is not None else NewMeta(headers, info.user, info.tags, info.storage_class)
         kept = NewMeta(
@@ -66,9 +70,17 @@ async def copy(
         await stream.close()
 
 
+def check_size(size: int) -> None:
+    """One copy reads at most what one PUT writes: larger objects are copied in parts. Raises InvalidRequest."""
+    if size > PART_BYTES_MAX:
+        raise InvalidRequest(
+            f"The specified copy source is larger than the maximum allowable size for a copy source: {PART_BYTES_MAX}"
+        )
+
+
 async def open_source(plane: ObjectPlane, source: CopySource) -> ObjectStream:
-    """The source of a copy, opened. Raises as ``get``."""
-    return await get(
+    """The source of a copy, opened. Raises as ``get``, and SlowDown for another object than may be copied."""
+    stream = await get(
         plane,
         source.bucket,
         source.key,
@@ -78,6 +90,12 @@ async def open_source(plane: ObjectPlane, source: CopySource) -> ObjectStream:
         as_copy_source=True,
         customer_key=source.customer_key,
     )
+    try:
+        check_allowed(access_of(stream.info), source.allowed)
+    except SlowDown:
+        await stream.close()
+        raise
+    return stream
 
 
 async def body_of(stream: ObjectStream) -> AsyncIterator[Buffer]:

@@ -9,13 +9,21 @@ import msgspec
 from storaged.errors import InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import object_name
-from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, ObjectAccess, WriteConditions
+from storaged.objects.api import NO_WRITE_CONDITIONS, Allowed, DeleteResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.history import Draft, Entry
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import required_name
-from storaged.objects.code.versions import OpenedVersion, Place, check_allowed, open_version, seal_listing, seal_meta
-from storaged.objects.conditions import check_write, needs_etag
+from storaged.objects.code.versions import (
+    OpenedVersion,
+    Place,
+    access_to,
+    check_allowed,
+    open_version,
+    seal_listing,
+    seal_meta,
+)
+from storaged.objects.conditions import check_write
 from storaged.objects.configuration.access import Acl
 from storaged.objects.configuration.kinds import ENABLED
 from storaged.objects.encryption import Encryption
@@ -42,8 +50,8 @@ async def delete(
     """Deletes an object or a version; to delete one that does not exist succeeds. Data of a version that goes is put on
     the garbage lists. In a bucket with versioning a delete without ``version_id`` adds a delete marker.
     ``bypass_governance``: see ``code.lock``. ``origin``: for the events of the change. Raises AccessDenied for a
-    version that is locked, PreconditionFailed, InvalidArgument, and NoSuchKey for a condition on an object that does
-    not exist.
+    version that is locked, PreconditionFailed, InvalidArgument, NoSuchKey for a condition on an object that does not
+    exist, and SlowDown.
     """
     name = object_name(bucket.id, bucket.shard_numbers, key)
     outgoing = await outgoing_of(plane, bucket, name, origin) if origin is not None else None
@@ -105,7 +113,7 @@ class _Deletion:
     def _judge(self, target: Entry | None) -> None:
         conditions, version = self._conditions, target.version if target is not None else None
         if conditions != NO_WRITE_CONDITIONS:
-            check_write(conditions, judged(self._place, version, self.keys, with_etag=needs_etag(conditions)))
+            check_write(conditions, judged(self._place, version, self.keys, conditions))
 
     def _remove(self, draft: Draft, target: Entry | None) -> bool:
         """Deletes a version for good."""
@@ -137,7 +145,7 @@ async def change_meta(
     alter: Callable[[OpenedVersion], OpenedVersion],
     *,
     wrap_under: BucketKey | None = None,
-    allowed: ObjectAccess | None = None,
+    allowed: Allowed = None,
 ) -> str:
     """Seals altered metadata, or another encryption, into a version, the current one when ``version_id`` is empty; its
     data stays. ``wrap_under``: the key under which its data key is wrapped anew, unless the version is locked
@@ -166,7 +174,7 @@ async def change_meta(
             check_removal(entry.kept.lock, plane.clock.wall_ms(), bypass=False)
         bucket_key = keys.known(version.bucket_key)
         before = open_version(where, version, bucket_key)
-        check_allowed(before, allowed)
+        check_allowed(access_to(before), allowed)
         opened, context = alter(before), where.context_of(version)
         sealed = seal_meta(opened.dek, context, opened.meta, opened.encryption, plane.entropy)
         if wrap_under is not None:
@@ -189,7 +197,7 @@ async def set_tags(
     tags: Mapping[str, str],
     *,
     version_id: str = "",
-    allowed: ObjectAccess | None = None,
+    allowed: Allowed = None,
 ) -> str:
     """Replaces the tags of a version. ``allowed``: as of ``change_meta``. Raises InsufficientStorage for tags that a
     full cluster can't take.
@@ -210,7 +218,7 @@ async def set_encryption(
     encryption: Encryption,
     *,
     version_id: str = "",
-    allowed: ObjectAccess | None = None,
+    allowed: Allowed = None,
 ) -> str:
     """Gives a version SSE-KMS, and wraps its data key anew under the newest key of the bucket. Raises as
     ``change_meta``, InvalidRequest for a version with SSE-C, and InsufficientStorage.
@@ -237,7 +245,7 @@ async def set_acl(
     acl: Acl | None,
     *,
     version_id: str = "",
-    allowed: ObjectAccess | None = None,
+    allowed: Allowed = None,
 ) -> str:
     """Replaces the access control list of a version. None: its owner alone has access. Raises InsufficientStorage."""
     if acl is not None:

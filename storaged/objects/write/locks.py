@@ -8,12 +8,12 @@ import msgspec
 
 from storaged.errors import InvalidArgument, InvalidRequest, MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.meta.names import object_name
-from storaged.objects.api import ObjectAccess
+from storaged.objects.api import Allowed
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Draft
 from storaged.objects.code.lock import with_hold, with_retention
 from storaged.objects.code.version_names import required_name
-from storaged.objects.code.versions import Place, check_allowed, open_version
+from storaged.objects.code.versions import Place, access_to, check_allowed, open_version
 from storaged.objects.configuration.kinds import LOCK, ObjectLock
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, Lock
@@ -53,7 +53,7 @@ async def set_retention(
     *,
     version_id: str = "",
     bypass_governance: bool = False,
-    allowed: ObjectAccess | None = None,
+    allowed: Allowed = None,
 ) -> None:
     """Changes the retention of a version; an empty ``mode`` ends it. ``allowed``: as of ``change_meta``. Raises
     AccessDenied when the present retention does not allow it, InvalidArgument for one that is over, InvalidRequest, and
@@ -79,7 +79,7 @@ async def set_hold(
     hold: bool,
     *,
     version_id: str = "",
-    allowed: ObjectAccess | None = None,
+    allowed: Allowed = None,
 ) -> None:
     """Sets or ends the legal hold of a version. ``allowed``: as of ``change_meta``. Raises InvalidRequest, and as
     ``change_meta``.
@@ -87,12 +87,19 @@ async def set_hold(
     await _change(plane, bucket, key, version_id, allowed, lambda lock: with_hold(lock, hold))
 
 
+async def unlock(plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str) -> None:
+    """Ends retention and legal hold of a version, whatever they are: the break-glass (``cluster.unlock``). Raises as
+    ``set_hold``.
+    """
+    await _change(plane, bucket, key, version_id, None, lambda _: None)
+
+
 async def _change(
     plane: ObjectPlane,
     bucket: BucketRecord,
     key: bytes,
     version_id: str,
-    allowed: ObjectAccess | None,
+    allowed: Allowed,
     alter: Callable[[Lock | None], Lock | None],
 ) -> None:
     if lock_in(plane, bucket) is None:
@@ -108,7 +115,8 @@ async def _change(
         if entry.version.delete_marker:
             raise MethodNotAllowed(DeleteMarker="true", MarkerVersionId=entry.name)
         if allowed is not None:
-            check_allowed(open_version(where, entry.version, keys.known(entry.version.bucket_key)), allowed)
+            opened = open_version(where, entry.version, keys.known(entry.version.bucket_key))
+            check_allowed(access_to(opened), allowed)
         lock = alter(entry.kept.lock)
         if lock == entry.kept.lock:
             return False

@@ -52,7 +52,7 @@ from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, can_be_composite, can_be_full_object, default_type
 from storaged.objects.write.commit import commit
 from storaged.objects.write.complete import finish
-from storaged.objects.write.copy import body_of, open_source
+from storaged.objects.write.copy import body_of, check_size, open_source
 from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.put import DEK_BYTES
 from storaged.objects.write.references import live_references
@@ -90,6 +90,7 @@ async def create_upload(
     meta: NewMeta,
     *,
     owner: str,
+    initiator: str = "",
     algorithm: str = "",
     checksum_type: str = "",
 ) -> UploadInfo:
@@ -119,6 +120,7 @@ async def create_upload(
         kind,
         changed_ms=now_ms,
         lock=meta.lock,
+        initiator=initiator if initiator != owner else "",
     )
     await plane.registers.change(upload_name(bucket.id, key, upload_id), lambda value: Change(encode(record)))
     return UploadInfo(
@@ -221,6 +223,7 @@ async def copy_part(
     try:
         if span is not None and span.last is not None and span.last >= stream.info.size:
             raise _beyond(str(stream.info.size))
+        check_size(stream.length)
         checks = BodyChecks(size=stream.length)
         return await put_part(plane, bucket, key, upload_id, number, body_of(stream), checks, customer_key=customer_key)
     finally:

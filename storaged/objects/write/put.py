@@ -136,7 +136,7 @@ def try_put(
     if (
         bucket_key is None
         or len(plain) > plane.small_bytes_max
-        or (conditions != NO_WRITE_CONDITIONS and needs_etag(conditions))
+        or (conditions != NO_WRITE_CONDITIONS and (needs_etag(conditions) or conditions.allowed is not None))
     ):
         return False
     write = admit(plane, bucket, key, bucket_key, NewObject(meta, owner, conditions))
@@ -206,9 +206,7 @@ async def check_early(
     if conditions == NO_WRITE_CONDITIONS:
         return
     record = decode_record((await plane.registers.read(name)).value)
-    check_write(
-        conditions, await with_keys(keys, lambda: current_of(place, record, keys, with_etag=needs_etag(conditions)))
-    )
+    check_write(conditions, await with_keys(keys, lambda: current_of(place, record, keys, conditions)))
 
 
 def _new_version(write: Write, sealed: Sealed, version_id: str) -> tuple[Version, PutResult]:
@@ -258,7 +256,7 @@ class Replacement:
             raise HasHistory
         conditions = write.new.conditions
         if conditions != NO_WRITE_CONDITIONS:
-            check_write(conditions, current_of(write.place, self._found, self.keys, with_etag=needs_etag(conditions)))
+            check_write(conditions, current_of(write.place, self._found, self.keys, conditions))
         if entry is None or entry is sealed.entry:
             return self._change
         return record_change(ObjectRecord((msgspec.structs.replace(self._version, parts=(entry,)),)))
@@ -301,7 +299,7 @@ class AddedVersion:
         write, conditions = self._write, self._write.new.conditions
         if conditions != NO_WRITE_CONDITIONS:
             newest = draft.newest.version if draft.newest is not None else None
-            check_write(conditions, judged(write.place, newest, self.keys, with_etag=needs_etag(conditions)))
+            check_write(conditions, judged(write.place, newest, self.keys, conditions))
         version = msgspec.structs.replace(self._version, parts=(self._entry,))
         if self._versioning or draft.has_history:
             added = Entry(Kept(ordinal, self._lock), version)

@@ -86,6 +86,7 @@ class OpenedUpload(NamedTuple):
             record.checksum_algorithm,
             record.checksum_type,
             shown(self.encryption),
+            record.initiator or record.owner,
         )
 
     def part_context(self, data_id: bytes) -> bytes:
@@ -230,6 +231,15 @@ async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, uplo
     if record is None:
         raise NoSuchUpload(UploadId=upload_id)
     return await unseal_upload(plane, bucket, key, name, record)
+
+
+async def look_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> UploadInfo | None:
+    """See ``api.Objects``."""
+    try:
+        upload = await open_upload(plane, bucket, key, upload_id)
+    except NoSuchUpload:
+        return None
+    return upload.info if upload.record.state in (OPEN, COMPLETING) else None
 
 
 async def unseal_upload(

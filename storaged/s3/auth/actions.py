@@ -16,7 +16,7 @@ class Action(NamedTuple):
     """``names``: the IAM actions, all of which are needed. ``versioned``: those for a request that names a version;
     empty: the same. ``access``: the calls of the object plane that the operation makes. ``acl``: the permission in an
     access control list that allows it too; empty: none does. ``of_object``: that list is the object's, not the
-    bucket's.
+    bucket's. ``by_initiator``: it is about an upload, and the one who initiated that may do it.
     """
 
     names: tuple[str, ...]
@@ -24,6 +24,7 @@ class Action(NamedTuple):
     acl: str = ""
     of_object: bool = False
     versioned: tuple[str, ...] = ()
+    by_initiator: bool = False
 
     def needed(self, version: str) -> tuple[str, ...]:
         return self.versioned if version and self.versioned else self.names
@@ -98,8 +99,8 @@ ACTIONS: Final[dict[str, Action]] = {
     "UploadPart": _PUT,
     "UploadPartCopy": _PUT,
     "CompleteMultipartUpload": _PUT,
-    "AbortMultipartUpload": Action(("s3:AbortMultipartUpload",), WRITE, "WRITE"),
-    "ListParts": Action(("s3:ListMultipartUploadParts",), WRITE, "WRITE"),
+    "AbortMultipartUpload": Action(("s3:AbortMultipartUpload",), WRITE, by_initiator=True),
+    "ListParts": Action(("s3:ListMultipartUploadParts",), WRITE, by_initiator=True),
     "DeleteObject": _DELETE,
 }
 """By the operation's name."""

@@ -22,7 +22,7 @@ from typing import Final
 from msgspec import Struct
 
 from storaged.errors import AccessDenied, MethodNotAllowed
-from storaged.objects.api import Grant, ObjectAccess, Principal
+from storaged.objects.api import ABSENT, Grant, ObjectAccess, Principal
 from storaged.objects.configuration.access import (
     ACL,
     ENFORCED,
@@ -124,8 +124,9 @@ def authorize(who: Principal, action: Action, resource: Resource, context: Conte
             raise AccessDenied()
     if not owns and not POLICY_ACTIONS.isdisjoint(action.names):
         raise MethodNotAllowed()
-    found = context.found if isinstance(context.found, ObjectAccess) else None
-    return Grant(bucket, resource.key, action.access, found)
+    if isinstance(context.found, Unknown) or resource.key is None:
+        return Grant(bucket, resource.key, action.access)
+    return Grant(bucket, resource.key, action.access, ABSENT if context.found is None else context.found)
 
 
 def refuse_denied(who: Principal, name: str, resource: Resource, context: Context) -> None:
@@ -162,6 +163,8 @@ def _permits(
         return True
     if owns and (access.enforced or not action.of_object):
         return True
+    if action.by_initiator:
+        return _initiated(who, context)
     if access.enforced or not action.acl or name == FOR_GOOD:
         return False
     if action.of_object:
@@ -191,6 +194,15 @@ def _names_itself(
     if not voice.unbounded:
         return False
     return policy.names_directly(own_names(who), name, arn, facts) or policy.names_everybody(name, arn, facts)
+
+
+def _initiated(who: Principal, context: Context) -> bool:
+    """Whether this is who initiated the upload. A bucket's list does not count: WRITE in it is for one's own uploads.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html#mpuAndPermissions"""
+    found = context.found
+    if isinstance(found, Unknown):
+        raise ObjectWanted
+    return found is not None and bool(who.access_key) and found.owner == who.user_id
 
 
 def _object_permits(

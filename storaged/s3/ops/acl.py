@@ -153,19 +153,20 @@ async def get_object_acl(front: Front, request: Request) -> Reply:
     bucket = request.bucket_record
     info = await front.objects.head(request.grant, request.key, version_id=version_of(request), customer_key=None)
     configuration = front.buckets.configuration_of(bucket)
-    owner = bucket.owner if _is_enforced(configuration) else info.owner or bucket.owner
+    owner = bucket.owner if is_enforced(configuration) else info.owner or bucket.owner
     headers: Headers = {}
     version_header(info.version_id, headers)
     return xml_reply(await _printed(front, request, owner, _effective(configuration, info.acl)), headers=headers)
 
 
-def _is_enforced(configuration: Configuration) -> bool:
+def is_enforced(configuration: Configuration) -> bool:
+    """Whether the bucket's owner owns all objects in it."""
     found = configuration.get(OWNERSHIP)
     return found is None or found.rule == ENFORCED
 
 
 def _effective(configuration: Configuration, acl: Acl | None) -> Acl | None:
-    return None if _is_enforced(configuration) else acl
+    return None if is_enforced(configuration) else acl
 
 
 async def _printed(front: Front, request: Request, owner: str, acl: Acl | None) -> bytes:
@@ -210,7 +211,7 @@ async def put_bucket_acl(front: Front, request: Request) -> Reply:
     acl = await _wanted(front, request, bucket.owner, "")
 
     def change(configuration: Configuration) -> Acl | None:
-        if _is_enforced(configuration):
+        if is_enforced(configuration):
             _refuse_change(configuration, request, bucket.owner, acl)
             return configuration.get(ACL)
         return _checked(configuration, bucket.owner, acl)
@@ -224,11 +225,11 @@ async def put_object_acl(front: Front, request: Request) -> Reply:
     info = await front.objects.head(request.grant, request.key, version_id=version, customer_key=None)
     configuration = front.buckets.configuration_of(bucket)
     owner = info.owner or bucket.owner
-    if _is_enforced(configuration):
+    if is_enforced(configuration):
         owner = bucket.owner
     acl = await _wanted(front, request, owner, bucket.owner)
     headers: Headers = {}
-    if _is_enforced(configuration):
+    if is_enforced(configuration):
         _refuse_change(configuration, request, owner, acl)
         version_header(info.version_id, headers)
         return Reply(headers=headers)

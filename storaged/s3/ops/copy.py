@@ -9,7 +9,8 @@ from urllib.parse import unquote_to_bytes
 from msgspec.structs import replace
 
 from storaged import errors
-from storaged.objects.api import CopySource, Grant, NewMeta, PutResult
+from storaged.objects.api import ABSENT, CopySource, Grant, NewMeta, PutResult
+from storaged.objects.code.versions import check_allowed
 from storaged.objects.configuration.website import REDIRECT_LOCATION
 from storaged.objects.etags import tag
 from storaged.s3 import conditions as c
@@ -62,14 +63,18 @@ async def _read_from(front: Front, request: Request, grant: Grant, key: bytes, c
         raise
 
 
-async def _check_tags(front: Front, request: Request, grant: Grant, key: bytes, version: str) -> None:
-    """A copy keeps the tags of its source: who may not read them may not copy what has some. Raises AccessDenied."""
+async def _with_tags(front: Front, request: Request, grant: Grant, key: bytes, version: str) -> Grant:
+    """The grant for a copy that keeps the tags of its source: who may not read them may not copy what has some. Raises
+    AccessDenied, SlowDown."""
     try:
-        await permit(front, request, Ask(action_of("GetObjectTagging"), grant.bucket, key, version))
+        found = (await permit(front, request, Ask(action_of("GetObjectTagging"), grant.bucket, key, version))).found
     except errors.AccessDenied:
-        found = await front.objects.look(grant.bucket, key, version)
-        if found is not None and found.tags:
+        found = await front.objects.look(grant.bucket, key, version) or ABSENT
+        if found.tags:
             raise
+    if found is not None and grant.found is not None:
+        check_allowed(found, grant.found)
+    return grant if found is None else replace(grant, found=found)
 
 
 def _directive(headers: dict[str, str], name: str) -> bool:
@@ -87,7 +92,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
     given = h.new_meta(headers)
     source, key, version = await _source(front, request)
     if not replace_tags:
-        await _check_tags(front, request, source, key, version)
+        source = await _with_tags(front, request, source, key, version)
     conditions = c.source_conditions(headers)
     itself = source.bucket.id == request.bucket_record.id and key == request.key
     if (

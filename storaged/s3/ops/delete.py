@@ -33,6 +33,7 @@ async def delete_object(front: Front, request: Request) -> Reply:
         bypass_governance=bypasses(request.headers),
         conditions=c.delete_conditions(request.headers),
         origin=origin_of(request, REMOVED),
+        who=request.who,
     )
     headers: Headers = {}
     version_header(result.version_id, headers)
@@ -75,13 +76,13 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
         if "VersionId" in entry and not version:
             raise errors.InvalidArgument("Version id cannot be the empty string")
         grant = await permit(front, request, Ask(DELETE_KEY, request.bucket_record, key, version))
-        bypass = bypasses(request.headers)
         result = await front.objects.delete(
             grant,
             key,
             version_id=version,
-            bypass_governance=bypass,
+            bypass_governance=bypasses(request.headers),
             conditions=c.entry_conditions(entry),
+            who=request.who,
             origin=origin_of(request, REMOVED),
         )
     except errors.S3Error as error:

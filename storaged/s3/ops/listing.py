@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from storaged import errors
 from storaged.objects.api import UploadInfo
-from storaged.objects.listing_types import ListedVersion, Listing, VersionListing
+from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing
 from storaged.objects.records import SealedList, listed_checksum
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
-from storaged.s3.ops.acl import names_of
+from storaged.s3.ops.acl import is_enforced, names_of
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
 
@@ -73,7 +73,7 @@ def _params_of(request: Request, limit_name: str = "max-keys") -> _Params:
     return _Params(query.get("prefix", "").encode(), query.get("delimiter", "").encode(), limit, encoding == "url")
 
 
-async def _page(front: Front, request: Request, params: _Params, after: bytes) -> Listing:
+async def _page(front: Front, request: Request, params: _Params, after: bytes, show: Show) -> Listing:
     if params.limit == 0:
         return Listing()
     return await front.objects.list_objects(
@@ -82,16 +82,47 @@ async def _page(front: Front, request: Request, params: _Params, after: bytes) -
         after=params.after(after),
         delimiter=params.delimiter,
         limit=params.limit,
-        show=_shown,
+        show=show,
     )
 
 
-def _rows(params: _Params, page: Listing, owner: str) -> list[str]:
+async def _owned_page(
+    front: Front, request: Request, params: _Params, after: bytes, *, owners: bool = True
+) -> tuple[Listing, list[str]]:
+    """A page, and its printed rows. ``owners``: with the owner of each: the bucket's, where its rule is that one."""
+    owner, bucket = "", request.bucket_record
+    if owners:
+        if not is_enforced(front.buckets.configuration_of(bucket)):
+            page = await _page(front, request, params, after, _shown_with_owner)
+            names = xml.escape_keys(page.keys, params.url)
+            printed = await _owners(front, request, {its for _, its in page.shown})
+            return page, [
+                f"<Contents><Key>{name}{shown}{printed[its]}</Contents>"
+                for name, (shown, its) in zip(names, page.shown, strict=True)
+            ]
+        owner = xml.owner_on_record(bucket.owner, request.who)
+    page = await _page(front, request, params, after, _shown)
     names = xml.escape_keys(page.keys, params.url)
-    return [f"<Contents><Key>{name}{shown}{owner}</Contents>" for name, shown in zip(names, page.shown, strict=True)]
+    return page, [
+        f"<Contents><Key>{name}{shown}{owner}</Contents>" for name, shown in zip(names, page.shown, strict=True)
+    ]
 
 
-def _shown(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> list[str]:
+async def _owners(front: Front, request: Request, ids: Set[str]) -> Mapping[str, str]:
+    """The printed owner of objects by the id on record. Rows of the first versions may have none: the bucket's."""
+    names, first = await names_of(front, request.who, ids), request.bucket_record.owner
+    return {id_: xml.owner(id_ or first, names.get(id_ or first, "")) for id_ in ids}
+
+
+def _shown_with_owner(
+    sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList], owners: Iterable[str]
+) -> list[tuple[str, str]]:
+    return list(zip(_shown(sizes, times_ms, printed, ()), owners, strict=True))
+
+
+def _shown(
+    sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList], _owners: Iterable[str]
+) -> list[str]:
     """What a list has for each object, from the end of its key to its storage class. A call formats a thousand objects:
     it formats each distinct time and kind of object once, before the one expression for each row."""
     times = xml.iso_times(times_ms)
@@ -136,7 +167,7 @@ async def list_objects_v1(front: Front, request: Request) -> Reply:
     """NextMarker is there only when it differs from the last key, as on AWS."""
     params = _params_of(request)
     marker = request.query.get("marker", "").encode()
-    page = await _page(front, request, params, marker)
+    page, rows = await _owned_page(front, request, params, marker)
     following = _following(page)
     last = page.keys[-1] if page.keys else b""
     next_marker = (
@@ -150,7 +181,7 @@ async def list_objects_v1(front: Front, request: Request) -> Reply:
             params.common(request.bucket, plain_prefix=True),
             f"<Marker>{params.key(marker)}</Marker>{next_marker}<MaxKeys>{params.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            *_rows(params, page, xml.owner_on_record(request.bucket_record.owner, request.who)),
+            *rows,
             params.prefixes(page.prefixes),
         )
     )
@@ -165,9 +196,9 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
     params = _params_of(request)
     start_after = query.get("start-after", "").encode()
     token = query.get("continuation-token")
-    page = await _page(front, request, params, _from_token(token) if token else start_after)
+    after = _from_token(token) if token else start_after
+    page, rows = await _owned_page(front, request, params, after, owners=query.get("fetch-owner") == "true")
     truncated = page.next_after is not None
-    owner = xml.owner_on_record(request.bucket_record.owner, request.who) if query.get("fetch-owner") == "true" else ""
     return xml_reply(
         xml.document(
             "ListBucketResult",
@@ -181,7 +212,7 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
                 else ""
             ),
             f"<StartAfter>{params.key(start_after)}</StartAfter>" if start_after else "",
-            *_rows(params, page, owner),
+            *rows,
             params.prefixes(page.prefixes),
         )
     )
@@ -223,6 +254,12 @@ async def list_versions(front: Front, request: Request) -> Reply:
             delimiter=params.delimiter,
             limit=params.limit,
         )
+    found = {item.owner for item in page.versions}
+    owners: Mapping[str, str]
+    if is_enforced(front.buckets.configuration_of(request.bucket_record)):
+        owners = dict.fromkeys(found, xml.owner_on_record(request.bucket_record.owner, request.who))
+    else:
+        owners = await _owners(front, request, found)
     following = _following(page)
     next_markers = ""
     if following is not None:
@@ -238,18 +275,17 @@ async def list_versions(front: Front, request: Request) -> Reply:
             f"<KeyMarker>{params.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}",
             f"{next_markers}<MaxKeys>{params.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            "".join(_version(params, item, request) for item in page.versions),
+            "".join(_version(params, item, owners[item.owner]) for item in page.versions),
             params.prefixes(page.prefixes),
         )
     )
 
 
-def _version(params: _Params, item: ListedVersion, request: Request) -> str:
+def _version(params: _Params, item: ListedVersion, owner: str) -> str:
     head = (
         f"<Key>{params.key(item.key)}</Key><VersionId>{xml.escape(item.version_id)}</VersionId>"
         f"{xml.boolean('IsLatest', item.latest)}<LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
     )
-    owner = xml.owner_on_record(request.bucket_record.owner, request.who)
     if item.delete_marker:
         return f"<DeleteMarker>{head}{owner}</DeleteMarker>"
     return (
@@ -275,7 +311,7 @@ async def list_uploads(front: Front, request: Request) -> Reply:
             delimiter=params.delimiter,
             limit=params.limit,
         )
-    names = await names_of(front, request.who, [upload.owner for upload in uploads])
+    names = await names_of(front, request.who, {id_ for its in uploads for id_ in (its.owner, its.initiator)})
     rows = "".join(_upload(params, upload, names) for upload in uploads)
     next_markers = ""
     if following is not None:
@@ -297,10 +333,10 @@ async def list_uploads(front: Front, request: Request) -> Reply:
 
 
 def _upload(params: _Params, upload: UploadInfo, names: Mapping[str, str]) -> str:
-    name = names.get(upload.owner, "")
     return (
         f"<Upload><Key>{params.key(upload.key)}</Key>{xml.element('UploadId', upload.upload_id)}"
-        f"{xml.owner(upload.owner, name, 'Initiator')}{xml.owner(upload.owner, name)}"
+        f"{xml.owner(upload.initiator, names.get(upload.initiator, ''), 'Initiator')}"
+        f"{xml.owner(upload.owner, names.get(upload.owner, ''))}"
         f"<StorageClass>{upload.storage_class}</StorageClass><Initiated>{xml.iso_time(upload.created_ms)}</Initiated>"
         f"{xml.optional('ChecksumAlgorithm', upload.algorithm)}"
         f"{xml.optional('ChecksumType', upload.checksum_type)}</Upload>"

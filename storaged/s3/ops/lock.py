@@ -114,6 +114,7 @@ async def put_retention(front: Front, request: Request) -> Reply:
         until_ms,
         version_id=version_of(request),
         bypass_governance=bypasses(request.headers),
+        who=request.who,
     )
     return Reply()
 
@@ -137,7 +138,7 @@ async def get_legal_hold(front: Front, request: Request) -> Reply:
 async def put_legal_hold(front: Front, request: Request) -> Reply:
     _require_lock(front, request)
     hold = await parse_document(_hold, request.document)
-    await front.objects.set_hold(request.grant, request.key, hold, version_id=version_of(request))
+    await front.objects.set_hold(request.grant, request.key, hold, version_id=version_of(request), who=request.who)
     return Reply()
 
 

@@ -26,6 +26,8 @@ PART_NUMBER_CHARS_MAX = 32
 
 
 async def create(front: Front, request: Request) -> Reply:
+    if not request.who.access_key:
+        raise errors.AccessDenied("Anonymous users cannot initiate multipart uploads. Please authenticate.")
     headers = request.headers
     meta = replace(h.new_meta(headers), encryption=enc.asked(front, request, headers), lock=asked_lock(headers))
     algorithm, kind = _checksum_kind(headers)
@@ -35,6 +37,7 @@ async def create(front: Front, request: Request) -> Reply:
         request.key,
         replace(meta, acl=acl) if acl is not None else meta,
         owner=owner,
+        initiator=request.who.user_id,
         algorithm=algorithm,
         checksum_type=kind,
     )
@@ -115,7 +118,7 @@ async def list_parts(front: Front, request: Request) -> Reply:
     )
     if limit == 0:
         parts, following = [], None
-    names = await names_of(front, request.who, [upload.owner])
+    names = await names_of(front, request.who, [upload.owner, upload.initiator])
     rows = "".join(
         f"<Part><PartNumber>{part.number}</PartNumber><LastModified>{xml.iso_time(part.modified_ms)}</LastModified>"
         f"<ETag>&quot;{part.etag}&quot;</ETag><Size>{part.size}</Size>"
@@ -127,7 +130,7 @@ async def list_parts(front: Front, request: Request) -> Reply:
         xml.element("Bucket", request.bucket),
         f"<Key>{xml.escape_key(request.key, query.get('encoding-type') == 'url')}</Key>",
         xml.element("UploadId", upload.upload_id),
-        xml.owner(upload.owner, names.get(upload.owner, ""), "Initiator"),
+        xml.owner(upload.initiator, names.get(upload.initiator, ""), "Initiator"),
         xml.owner(upload.owner, names.get(upload.owner, "")),
         f"<StorageClass>{upload.storage_class}</StorageClass><PartNumberMarker>{marker}</PartNumberMarker>",
         xml.element("NextPartNumberMarker", following if following is not None else parts[-1].number if parts else 0),
