@@ -3,6 +3,7 @@
 GET    /v1/buckets                      all buckets of the cluster, without counts
 POST   /v1/buckets                      {name, user, countries}
 GET    /v1/buckets/NAME/usage?after=    counts a piece, from a mark on; ask again with ``next_after``
+GET    /v1/buckets/NAME/lifecycle       its rules, and how far they are carried out
 POST   /v1/buckets/NAME/owner           {user}
 GET    /v1/buckets/NAME/quota           what it may have: bytes, objects; 0: no limit
 POST   /v1/buckets/NAME/quota           {bytes, objects}
@@ -45,6 +46,7 @@ class BucketAdministration:
             web.get("/v1/buckets", self._list),
             web.post("/v1/buckets", self._create),
             web.get("/v1/buckets/{name}/usage", self._usage),
+            web.get("/v1/buckets/{name}/lifecycle", self._lifecycle),
             web.post("/v1/buckets/{name}/owner", self._set_owner),
             web.get("/v1/buckets/{name}/quota", self._bucket_quota),
             web.post("/v1/buckets/{name}/quota", self._set_bucket_quota),
@@ -109,6 +111,12 @@ class BucketAdministration:
                 "next_after": found.next_after,
             }
         )
+
+    async def _lifecycle(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        if self._services.lifecycle is None:
+            raise NotHere
+        return web.json_response(await self._services.lifecycle(await buckets.get(request.match_info["name"])))
 
     async def _bucket_quota(self, request: web.Request) -> web.Response:
         buckets, _ = self._planes()

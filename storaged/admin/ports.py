@@ -77,6 +77,8 @@ class Services:
     """(bucket, bytes, objects); 0: no limit."""
     set_account_quota: Callable[[str, int, int], Awaitable[None]] | None = None
     """(user id, bytes, objects); 0: no limit."""
+    lifecycle: Callable[[BucketRecord], Awaitable[dict[str, Any]]] | None = None
+    """The lifecycle of a bucket: its rules, and how far they are carried out."""
     racks: Callable[[tuple[str, ...]], list[str]] | None = None
     """The failure domains with disks in these countries (empty: in all), by the layout in force."""
     region: str = ""

@@ -15,6 +15,8 @@ from storaged.cli.target import find_directory
 from storaged.cli.unlocking import forget_lost, sign_unlock, unlock
 from storaged.units import format_size
 
+WAITING_SHOWN_MAX = 10
+
 
 @click.group()
 def bucket() -> None:
@@ -75,6 +77,43 @@ def bucket_usage(named: str | None, name: str, as_json: bool) -> None:
 
 
 bucket.add_command(bucket_quota)
+
+
+@bucket.command("lifecycle")
+@click.argument("name")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="bucket, rules, walk_began_ms, walked_ms, objects_walked, expired, noncurrent, markers, early, locked,"
+    " waiting, all_counted.",
+)
+@click.pass_obj
+def bucket_lifecycle(named: str | None, name: str, as_json: bool) -> None:
+    """The lifecycle rules of a bucket, and how far they are carried out."""
+    path = f"/v1/buckets/{urllib.parse.quote(name, safe='')}/lifecycle"
+    found = gateway(find_directory(named), "GET", path, timeout_s=60.0)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    enabled = sum(rule["enabled"] for rule in found["rules"])
+    click.echo(f"{name}: {len(found['rules'])} rules, {enabled} of them enabled")
+    if found["walk_began_ms"] is None:
+        return
+    walked = found["walked_ms"]
+    when = f"ended {_moment(walked)}" if walked else f"under way since {_moment(found['walk_began_ms'])}"
+    click.echo(f"  walk over the bucket: {when}, {found['objects_walked']} keys")
+    click.echo(
+        f"  expired: {found['expired']} objects, {found['noncurrent']} noncurrent versions,"
+        f" {found['markers']} delete markers; kept by a lock: {found['locked']}"
+    )
+    more = "" if found["all_counted"] else ", and more"
+    for one in found["waiting"][:WAITING_SHOWN_MAX]:
+        click.echo(f"  to be looked at from {_moment(one['at_ms'])} on: {one['keys']} keys{more}")
+
+
+def _moment(ms: int) -> str:
+    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 @bucket.command("owner")

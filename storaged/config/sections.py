@@ -126,7 +126,9 @@ class LimitsSection(msgspec.Struct, frozen=True):
     says, which all nodes should do. ``drop_delay_s``: how long fragments that moved, or were coded again, stay in their
     old places for readers. ``retire_delay_s``: how long the data of what was deleted or replaced stays, for reads that
     are under way. ``upload_expire_s``: an open multipart upload to which nothing was added for so long is aborted; 0:
-    never. ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used only as rows are
+    never. ``lifecycle_day_s``: how long a day of lifecycle rules lasts, the same in all gateways; shorter ones are for
+    tests alone, since objects expire early. ``lifecycle_per_s``: how many keys lifecycle looks at in a second, at most.
+    ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used only as rows are
     written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the file
     system. ``expunge_delay_s``: how long the row of a deleted key stays at least; longer than any client's retry,
     and than a gateway may be suspended.
@@ -143,6 +145,8 @@ class LimitsSection(msgspec.Struct, frozen=True):
     drop_delay_s: float = 3600.0
     retire_delay_s: float = 3600.0
     upload_expire_s: float = 30 * 86_400.0
+    lifecycle_day_s: float = 86_400.0
+    lifecycle_per_s: int = 100
     expunge_delay_s: float = 86_400.0
 
 

@@ -64,7 +64,7 @@ async def row_slices(
         await asyncio.sleep(min(clock.monotonic() - began, REST_S_MAX))
 
 
-BUCKET_TABLES = (Table.OBJECT, Table.UPLOAD, Table.PART, Table.EVENT)
+BUCKET_TABLES = (Table.OBJECT, Table.UPLOAD, Table.PART, Table.EVENT, Table.LIFECYCLE)
 
 
 class Range(NamedTuple):

@@ -9,6 +9,8 @@ order of ``key``.
     UPLOAD   S3 key || 0x00 || upload id (16)     the object's shard = upload id[0]      UploadRecord
     PART     upload id (16) || number (u16 BE)    upload id[0]                           PartRecord
     EVENT    one byte of the hash of S3 keys      the objects' shard                     PendingKeys
+    LIFECYCLE  "d" || day (u32 BE) || id (16)     numbers[id[0] mod their count]         LifecycleKeys
+               "s"                                the first                              LifecycleState
     SYSTEM   a path: bucket/NAME, user/KEY, ...   0 (the system partition)               by prefix
 """
 
@@ -38,6 +40,8 @@ class Table(IntEnum):
     PART = 3
     EVENT = 4
     """Which keys may have events that are not delivered yet (``objects.write.outbox``)."""
+    LIFECYCLE = 5
+    """What ``objects.lifecycle`` has to look at, by day: derived from the objects."""
 
 
 class RegisterName(NamedTuple):

@@ -44,6 +44,7 @@ from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.destinations import ConfiguredDestinations
 from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
+from storaged.node.lifecycle_duty import LifecycleDuty, agreed_time
 from storaged.node.partition_duty import PartitionDuty
 from storaged.node.planes import NodePlanes
 from storaged.node.quotas import quotas_of, set_account_quota, set_bucket_quota
@@ -54,6 +55,7 @@ from storaged.node.version_services import offer_versions
 from storaged.node.workers import FirstProcess, Workers
 from storaged.objects.bad_rows import BadRow
 from storaged.objects.event_delivery import EventDelivery
+from storaged.objects.lifecycle.report import describe
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
@@ -127,6 +129,7 @@ class Gateway:
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
         self.partitions = PartitionDuty(node, self._late, self.buckets)
+        self.lifecycle = LifecycleDuty(self._late, plane, self.buckets, self.partitions.is_first)
         self._answers = Answers(
             node.pool,
             node.layouts,
@@ -158,6 +161,8 @@ class Gateway:
             small_sealed_bytes_max=config.limits.small_object_bytes_max,
             retire_delay_ms=int(config.limits.retire_delay_s * 1000),
             upload_expire_ms=int(config.limits.upload_expire_s * 1000),
+            lifecycle_day_ms=int(config.limits.lifecycle_day_s * 1000),
+            lifecycle_per_s=config.limits.lifecycle_per_s,
         )
         return ObjectPlane(
             registers=node.ring,
@@ -174,6 +179,7 @@ class Gateway:
             limits=shared_out(limits, config.s3.workers),
             on_damage=self._damaged,
             on_changed=self._changed,
+            agreed_ms=agreed_time(node),
             on_degraded=node.maintain.hint,
         )
 
@@ -227,12 +233,13 @@ class Gateway:
         found = [self._unlocker.run(), self._keep_keys(), self._node.maintain.run(), self._authenticate_records()]
         found.append(self.quotas.run())
         found.append(self.events.run())
+        found.append(self.lifecycle.keep_notes())
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets, on_ends=self._ends_seen))
             found.append(look_at_records(self.buckets, self.users))
             found.append(self._keep_signer())
             found.append(self._answers.run())
-            found += [self.partitions.run(), self.partitions.expunge()]
+            found += [self.partitions.run(), self.partitions.expunge(), self.lifecycle.run()]
             found.append(self.events.run_sweep(self.partitions.is_first))
         if self.workers is not None:
             found.append(self.workers.run())
@@ -353,6 +360,7 @@ class Gateway:
         services.usage = functools.partial(usage_after, self.objects)
         services.set_bucket_quota = functools.partial(set_bucket_quota, self.buckets)
         services.set_account_quota = functools.partial(set_account_quota, self.users)
+        services.lifecycle = functools.partial(describe, self.objects.plane)
         services.where = self._where
         services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase, self._node.clock)
 
@@ -434,6 +442,7 @@ class Gateway:
         if self.workers is not None:
             await self.workers.close()
         if hasattr(self, "_app"):
+            await self.lifecycle.close()
             await self.objects.close()
             await self._destinations.close()
         if self._late.keyring is not None:

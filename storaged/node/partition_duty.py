@@ -105,8 +105,8 @@ class PartitionDuty:
         await self.expunger.run()
 
     def is_first(self) -> bool:
-        """Whether this gateway is the one that expunges, and looks after notifications that others left: the first by
-        name of those that are up. Two at once do no harm.
+        """Whether this gateway is the one that does what one of them does for the whole cluster: the first by name of
+        those that are up. Two at once do no harm.
         """
         node = self._node
         entries = [entry for entry in node.layouts.current.nodes if "gateway" in entry.roles]

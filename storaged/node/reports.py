@@ -125,7 +125,8 @@ class Reports:
             ),
         )
         found = self._seen.date(judge(facts, node.clock.wall_ms()))
-        return {**found, "moving": self._moving(statuses, counts), "sparing": spares}
+        lifecycle = self._gateway.lifecycle.worker.document() if self._gateway is not None else []
+        return {**found, "moving": self._moving(statuses, counts), "sparing": spares, "lifecycle": lifecycle}
 
     def _states(self) -> list[PartitionState] | None:
         """None while this node has not read where partitions are."""
@@ -177,7 +178,12 @@ class Reports:
         outdated = sum(status.outdated for status in statuses)
         recoded = f"{outdated} others get profile {self._node.layouts.current.profile}" if outdated else ""
         moves = self._progress.jobs(counts, count_objects(statuses), settings, self._reason(), recoded)
-        own = self._gateway.partitions.expunger.report(self._node.own.name) if self._gateway is not None else []
+        name, gateway = self._node.own.name, self._gateway
+        own = (
+            gateway.partitions.expunger.report(name) + gateway.lifecycle.worker.report(name)
+            if gateway is not None
+            else []
+        )
         return jobs_of(statuses) + [_job(job) for job in [*moves, *own]]
 
     def _sets_of(self, partition: int) -> tuple[tuple[str, ...], ...]:

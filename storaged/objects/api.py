@@ -40,6 +40,8 @@ from storaged.objects.grant_types import Principal as Principal
 from storaged.objects.listing_types import Listing, Show, VersionListing, as_rows
 from storaged.objects.pending_events import Origin
 from storaged.objects.records import BucketRecord, Lock, SealedPart
+from storaged.objects.result_types import DeleteResult as DeleteResult
+from storaged.objects.result_types import PutResult as PutResult
 from storaged.objects.source_types import CopySource as CopySource
 from storaged.objects.source_types import RangeSpec as RangeSpec
 from storaged.objects.upload_types import CompletedPart as CompletedPart
@@ -107,19 +109,6 @@ class ObjectInfo(NamedTuple):
     lock: Lock | None = None
 
 
-class PutResult(Struct, frozen=True):
-    """``version_id``: empty for the null version (a PUT names none where versioning is suspended), and of a part."""
-
-    etag: str
-    version_id: str = ""
-    size: int = 0
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    checksum_type: str = ""
-    modified_ms: int = 0
-    encryption: Encryption | None = None
-    """As in ``ObjectInfo``."""
-
-
 class ObjectStream(Protocol):
     """An opened object. ``chunks`` yields its bytes ``first .. first + length - 1``.
 
@@ -140,17 +129,6 @@ class ObjectStream(Protocol):
 
     async def close(self) -> None:
         """Releases buffers. Needed when ``chunks`` was not exhausted; safe to call twice."""
-
-
-class DeleteResult(Struct, frozen=True):
-    """``version_id``: of the version that was deleted, or of the delete marker that was made; empty in a bucket that
-    never had versioning. ``delete_marker``: that version is one. ``existed``: something was deleted. To delete what
-    does not exist succeeds, as on AWS.
-    """
-
-    version_id: str = ""
-    delete_marker: bool = False
-    existed: bool = False
 
 
 ConfigurationChange = Callable[[Configuration], "T | None"]

@@ -31,6 +31,13 @@ class Counters:
     uploads_unreadable: int = 0
     """Times that the row of an upload could not be used, and was skipped."""
     uploads_expired: int = 0
+    lifecycle_rows: int = 0
+    """Rows of the index that were written."""
+    lifecycle_notes_lost: int = 0
+    lifecycle_looks: int = 0
+    lifecycle_expired: int = 0
+    lifecycle_noncurrent: int = 0
+    lifecycle_markers: int = 0
 
 
 class Background:

@@ -28,9 +28,11 @@ from storaged.objects.cache.configurations import Configurations
 from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.cache.opened_records import OpenedRecordCache
 from storaged.objects.code import place
+from storaged.objects.code.lifecycle import DAY_MS
 from storaged.objects.configuration.kinds import VERSIONING
 from storaged.objects.garbage import Garbage
 from storaged.objects.hedge_delay import HedgeDelay
+from storaged.objects.lifecycle.notes import Notes
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
 from storaged.objects.room import Room
@@ -96,6 +98,10 @@ class ObjectLimits:
     """The rows of a finished upload stay so long, so that a repeated Complete gets its answer."""
     upload_expire_ms: int = 30 * 86_400_000
     """An open upload to which nothing was added for so long is aborted; 0: never."""
+    lifecycle_day_ms: int = DAY_MS
+    """A day of lifecycle rules. Only tests have a shorter one."""
+    lifecycle_per_s: int = 100
+    """Keys that lifecycle looks at in a second, at most."""
 
     @property
     def small_bytes_max(self) -> int:
@@ -150,6 +156,10 @@ class ObjectPlane:
     """Called with a key whose outbox has just got events (``write.outbox``)."""
     names_authenticated: Callable[[], bool] = lambda: True
     """Whether all claims of names are known to have an authenticator. Then one without is refused (``claims``)."""
+    agreed_ms: Callable[[], int | None] | None = None
+    """The wall clock as far as a majority of the storage nodes agrees (``cluster.agreed_time``); it returns None while
+    that is not known. What only time allows to delete is judged by it. Without it this process's clock counts.
+    """
     on_degraded: Callable[[RegisterName], None] = lambda name: None
     """Called with a register whose data was just committed with fewer fragments, or under another profile, than it
     should have.
@@ -161,6 +171,8 @@ class ObjectPlane:
         self.room = Room(self.layouts, self.liveness)
         self.bad_rows = BadRows()
         self.configurations = Configurations(self.keys, self.limits.configuration_bytes_max)
+        self.notes = Notes(self.configurations, self.counters, self.limits.lifecycle_day_ms)
+        """Of changes in buckets with a lifecycle."""
         self.background = Background(self.limits.background_tasks_max, self.counters)
         self.fill_buffers = BufferPool(self.limits.fill_buffer_bytes_max, self.limits.buffer_wait_s)
         self.garbage = Garbage(self.stores, self.background, self.limits.write_timeout_s)
@@ -204,6 +216,10 @@ class ObjectPlane:
             state = self.layouts.partition(name.partition)
             plan = self._copy_plans[shard] = place.copy_plan(layout, state, self.liveness.disk_writable)
         return plan
+
+    def now_agreed_ms(self) -> int | None:
+        """See ``agreed_ms``."""
+        return self.agreed_ms() if self.agreed_ms is not None else self.clock.wall_ms()
 
     async def close(self) -> None:
         await self.background.close()

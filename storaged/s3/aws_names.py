@@ -186,7 +186,7 @@ HEADERS: dict[str, Name] = {
         "PutBucketPolicy", note="no effect: a policy never locks the bucket's owner out"
     ),
     "x-amz-skip-destination-validation": _of("PutBucketNotificationConfiguration"),
-    "x-amz-transition-default-minimum-object-size": _of("PutBucketLifecycleConfiguration", refusal=_NO_CONFIGURATION),
+    "x-amz-transition-default-minimum-object-size": _of("PutBucketLifecycleConfiguration"),
     # directory buckets
     "x-amz-create-session-mode": _of("CreateSession", refusal=_NO_SESSION),
     "x-amz-s3session-token": Name(EVERY, _NO_SESSION),

@@ -31,6 +31,7 @@ from storaged.s3.ops import (
     delete,
     encryption_settings,
     get,
+    lifecycle,
     listing,
     lock,
     multipart,
@@ -61,6 +62,8 @@ RULES = Document(64 * KIB)
 """AWS's limit for CORS."""
 WEBSITE = Document(128 * KIB)
 """AWS's limit."""
+LIFECYCLE = Document(MIB)
+"""1,000 rules with IDs and tags; what the bucket's record can't hold gets the error for that."""
 SMALL = Document(16 * KIB)
 """A few settings."""
 CREATION = Document(256 * KIB)
@@ -202,9 +205,11 @@ BUCKET: dict[str, Methods] = {
     "policy": _configured("BucketPolicy", access.BUCKET_POLICY, POLICY),
     "policyStatus": {"GET": Operation("GetBucketPolicyStatus", access.get_policy_status)},
     "cors": _configured("BucketCors", cors.BUCKET_CORS, RULES),
-    "lifecycle": _configuration(
-        "BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"
-    ),
+    "lifecycle": {
+        "GET": Operation("GetBucketLifecycleConfiguration", lifecycle.get_lifecycle),
+        "PUT": _change("PutBucketLifecycleConfiguration", lifecycle.put_lifecycle, LIFECYCLE),
+        "DELETE": _change("DeleteBucketLifecycle", lifecycle.delete_lifecycle),
+    },
     "website": _configured("BucketWebsite", website.BUCKET_WEBSITE, WEBSITE),
     "replication": _configuration("BucketReplication", errors.ReplicationConfigurationNotFoundError),
     "encryption": {

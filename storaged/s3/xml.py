@@ -31,6 +31,7 @@ DOCUMENT_ELEMENTS_MAX = {
     "Tagging": 2 + 3 * 64,  # a few more tags than allowed, so that a client that sends too many gets the error for that
     "AccessControlPolicy": 5 + 8 * 128,
     "CORSConfiguration": 1 + 100 * 32,
+    "LifecycleConfiguration": 1 + 1001 * 16,
     "CreateBucketConfiguration": 16 + 3 * 64,
     "Delete": 2 + 6 * 1024,
     "CompleteMultipartUpload": 1 + 5 * 10_000,

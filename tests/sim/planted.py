@@ -91,6 +91,7 @@ PLANTED = (
     "tests.sim.planted_sparing:SPARING_BUGS",
     "tests.sim.planted_versions:VERSION_BUGS",
     "tests.sim.planted_events:EVENT_BUGS",
+    "tests.sim.planted_lifecycle:LIFECYCLE_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

@@ -321,6 +321,10 @@ class Draft:
             refs = page.refs
         return None
 
+    def layers(self) -> tuple[list[Entry], list[PageRef], Shelf]:
+        """The versions in the record, then the pages with older ones, newest first; and the pages that were read."""
+        return self._entries, [ref for level in self._levels for ref in level], self._shelf
+
     # --- changing
 
     def add(self, entry: Entry) -> None:

@@ -14,6 +14,7 @@ fence that arrives late.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -43,6 +44,7 @@ from storaged.objects.api import ConfigurationChange, Principal
 from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
+from storaged.objects.lifecycle.index import drop_index
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
 from storaged.objects.system import rows
@@ -373,6 +375,8 @@ class BucketService:
         is fenced.
         """
         await self._abort_uploads(bucket)
+        with contextlib.suppress(NoSuchBucket):  # it is fenced already
+            await drop_index(self._plane, bucket)
         await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
         if not await self._is_empty(bucket, bucket.nonce):
             return False

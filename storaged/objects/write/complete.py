@@ -180,6 +180,8 @@ async def _complete_once(
             "The object changed while this upload was being completed. Read it, then retry or abort."
         ) from None
     retire_removed(plane, bucket, name, committed.removed)
+    if not bucket.plain:
+        plane.notes.changed(bucket, upload.place.key, version.size, version.modified_ms, upload.meta.tags)
     result = await _done(plane, bucket, upload, version, committed.version_id)
     named = {part.number for part in request.parts}
     unused = [row.entry for number, (row, _) in rows.items() if number not in named]
@@ -211,6 +213,7 @@ def _answer(
         result.checksum_type,
         result.modified_ms,
         shown(upload.encryption),
+        upload.meta.tags,
     )
 
 

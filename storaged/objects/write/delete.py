@@ -61,7 +61,18 @@ async def delete(
     if outgoing is not None:
         outgoing.committed()
     retire_removed(plane, bucket, name, removed)
+    if not bucket.plain:
+        plane.notes.look_soon(bucket, key, plane.clock.wall_ms())
     return deletion.result
+
+
+def new_marker(bucket: BucketRecord, versioning: str, marker_id: bytes, now_ms: int, ordinal: int) -> Entry:
+    """A delete marker, to be added to the versions of a key. ``versioning``: of the bucket."""
+    version_id = NAMED_VERSION if versioning == ENABLED else NULL_VERSION
+    return Entry(
+        Kept(ordinal),
+        Version(version_id, now_ms, 0, bucket.owner, 0, marker_id, b"", True, b"", b"", part_count=0),
+    )
 
 
 class _Deletion:
@@ -126,11 +137,7 @@ class _Deletion:
         return True
 
     def _mark(self, draft: Draft, target: Entry | None, ordinal: int) -> bool:
-        version_id = NAMED_VERSION if self._versioning == ENABLED else NULL_VERSION
-        marker = Version(
-            version_id, self._now_ms, 0, self._bucket.owner, 0, self._marker_id, b"", True, b"", b"", part_count=0
-        )
-        entry = Entry(Kept(ordinal), marker)
+        entry = new_marker(self._bucket, self._versioning, self._marker_id, self._now_ms, ordinal)
         draft.add(entry)
         existed = target is not None and not target.version.delete_marker
         self.result = DeleteResult(entry.name, True, existed)
@@ -208,7 +215,10 @@ async def set_tags(
     def alter(opened: OpenedVersion) -> OpenedVersion:
         return opened._replace(meta=msgspec.structs.replace(opened.meta, tags=dict(tags)))
 
-    return await change_meta(plane, bucket, key, version_id, alter, allowed=allowed)
+    changed = await change_meta(plane, bucket, key, version_id, alter, allowed=allowed)
+    if not bucket.plain:
+        plane.notes.look_soon(bucket, key, plane.clock.wall_ms())
+    return changed
 
 
 async def set_encryption(

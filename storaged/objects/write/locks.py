@@ -124,3 +124,4 @@ async def _change(
         return True
 
     await change_versions(plane, keys, name, edit)
+    plane.notes.look_soon(bucket, key, plane.clock.wall_ms())

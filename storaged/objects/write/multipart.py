@@ -44,6 +44,7 @@ from storaged.objects.api import (
     UploadInfo,
 )
 from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.lifecycle import rules_of, upload_due
 from storaged.objects.code.versions import Place, meta_of, record_key, seal_meta, shown
 from storaged.objects.encryption import NO_KEY
 from storaged.objects.plane import ObjectPlane
@@ -417,11 +418,19 @@ async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> i
 
 
 async def _is_expired(plane: ObjectPlane, bucket: BucketRecord, row: Row) -> bool:
-    """Whether an upload is open that was not used for so long that nobody will complete it: neither it nor a part of it
-    was written. Raises DataDamaged, ServiceUnavailable.
+    """Whether an open upload is due by a lifecycle rule, or was not used for so long that nobody will complete it:
+    neither it nor a part of it was written. Raises DataDamaged, ServiceUnavailable.
     """
-    record, since_ms = upload_of_row(row), plane.clock.wall_ms() - plane.limits.upload_expire_ms
-    if record is None or record.state not in (OPEN, COMPLETING) or not plane.limits.upload_expire_ms:
+    record, now_ms = upload_of_row(row), plane.now_agreed_ms()
+    if record is None or record.state not in (OPEN, COMPLETING) or now_ms is None:
+        return False
+    if not bucket.plain:
+        key, day_ms = row.key[: -1 - len(record.upload_id)], plane.limits.lifecycle_day_ms
+        due = upload_due(plane.configurations.of(bucket).derive(rules_of), key, record.created_ms, day_ms)
+        if due is not None and due.day <= now_ms // day_ms:
+            return True
+    since_ms = now_ms - plane.limits.upload_expire_ms
+    if not plane.limits.upload_expire_ms:
         return False
     if max(record.created_ms, record.changed_ms) >= since_ms:
         return False

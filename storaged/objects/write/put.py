@@ -113,6 +113,7 @@ async def _add_version(write: Write, sealed: Sealed, outgoing: Outgoing | None) 
     if outgoing is not None:
         outgoing.committed()
     retire_removed(plane, write.part.bucket, name, added.change.removed)
+    note_stored(write, added.result)
     return added.result
 
 
@@ -221,7 +222,14 @@ def _new_version(write: Write, sealed: Sealed, version_id: str) -> tuple[Version
             etag, checksums = content.etag(etag), content.seal(checksums, part.data_id, entropy)
     meta = meta_of(new.meta, etag, checksums, kind, digest.size)
     version = seal_version(write.place, unsealed, write.bucket_key, dek, meta, entropy, encryption)
-    return version, PutResult(etag, "", digest.size, digest.checksums, kind, modified_ms, shown(encryption))
+    return version, PutResult(
+        etag, "", digest.size, digest.checksums, kind, modified_ms, shown(encryption), new.meta.tags
+    )
+
+
+def note_stored(write: Write, result: PutResult) -> None:
+    """For the lifecycle of the bucket."""
+    write.plane.notes.changed(write.part.bucket, write.place.key, result.size, result.modified_ms, result.tags)
 
 
 class Replacement:
@@ -268,6 +276,8 @@ class Replacement:
         before = self._found if outcome.before is self._judged else decode_record(outcome.before)
         if before.versions:
             retire_removed(self.plane, part.bucket, part.name, before.versions)
+        if not part.bucket.plain:
+            note_stored(self._write, self._result)
         return self._result
 
 

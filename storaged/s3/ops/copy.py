@@ -20,6 +20,7 @@ from storaged.s3 import xml
 from storaged.s3.auth.actions import action_of
 from storaged.s3.authorization import Ask, check_expected_owner, may_list, permit
 from storaged.s3.context import Front, existing_bucket
+from storaged.s3.lifecycle import stored_expiration
 from storaged.s3.locks import asked_lock
 from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.multipart import part_number
@@ -136,6 +137,8 @@ async def copy_object(front: Front, request: Request) -> Reply:
 
     answer = _copied_headers(request, version, result)
     version_header(result.version_id, answer)
+    if not request.bucket_record.plain:
+        stored_expiration(front, request, result, answer)
     return xml_reply(_result("CopyObjectResult", result), headers=answer)
 
 

@@ -14,6 +14,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
 from storaged.s3.encryption import customer_key, encryption_headers
+from storaged.s3.lifecycle import read_expiration
 from storaged.s3.locks import lock_headers
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.reply import Headers, Reply, checked_header, checksum_headers, object_headers
@@ -65,7 +66,7 @@ async def get_object(front: Front, request: Request) -> Reply:
         stream = await _open(front, request, conditions, None, None)
     try:
         wanted = Span(stream.first, stream.length, stream.partial)
-        status, answer = _describe(request, stream.info, wanted, part_number)
+        status, answer = _describe(front, request, stream.info, wanted, part_number)
         answer.update(overrides)
         if stream.held is not None:
             return Reply(status, answer, stream.held)
@@ -76,12 +77,14 @@ async def get_object(front: Front, request: Request) -> Reply:
 
 
 def _describe(
-    request: Request, info: ObjectInfo, wanted: Span | None = None, part_number: int | None = None
+    front: Front, request: Request, info: ObjectInfo, wanted: Span | None = None, part_number: int | None = None
 ) -> tuple[int, Headers]:
     """Status and headers of an answer with the bytes ``wanted`` of an object: a range, a part, or all (None too)."""
     partial = wanted is not None and wanted.partial
     answer = object_headers(info, checksums=not partial and h.wants_checksums(request.headers))
     lock_headers(info.lock, answer)
+    if not request.bucket_record.plain:
+        read_expiration(front, request, info, answer)
     if info.encryption is not None:
         encryption_headers(info.encryption, request.headers, answer)
     if part_number is not None:
@@ -154,7 +157,7 @@ async def head_object(front: Front, request: Request) -> Reply:
         if info.part_count:
             first = sum(part.size for part in info.parts[: part_number - 1])
             wanted = Span(first, info.parts[part_number - 1].size, True)
-    status, answer = _describe(request, info, wanted, part_number)
+    status, answer = _describe(front, request, info, wanted, part_number)
     answer.update(overrides)
     return Reply(status, answer, length=wanted.length)
 
@@ -170,26 +173,26 @@ def _wants_whole(front: Front, request: Request) -> bool:
 
 
 def _try_get(front: Front, request: Request, on_reply: OnReply) -> bool:
-    front.objects.try_read(request.grant, request.key, True, partial(_on_read, request, on_reply))
+    front.objects.try_read(request.grant, request.key, True, partial(_on_read, front, request, on_reply))
     return True
 
 
 def _try_head(front: Front, request: Request, on_reply: OnReply) -> bool:
-    front.objects.try_read(request.grant, request.key, False, partial(_on_read, request, on_reply))
+    front.objects.try_read(request.grant, request.key, False, partial(_on_read, front, request, on_reply))
     return True
 
 
-def _on_read(request: Request, on_reply: OnReply, found: ReadResult) -> None:
+def _on_read(front: Front, request: Request, on_reply: OnReply, found: ReadResult) -> None:
     try:
         if isinstance(found, ObjectInfo):
-            status, answer = _describe(request, found)
+            status, answer = _describe(front, request, found)
             reply = Reply(status, answer, length=found.size)
         elif found is None or isinstance(found, Reading | errors.StoragedError):
             request.reading = found if isinstance(found, Reading) else None
             on_reply(found if isinstance(found, errors.NoSuchKey) else None)
             return
         else:
-            status, answer = _describe(request, found.info)
+            status, answer = _describe(front, request, found.info)
             reply = Reply(status, answer, found.held or b"")
     except Exception as error:
         on_reply(error)

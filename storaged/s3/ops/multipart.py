@@ -13,11 +13,12 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
+from storaged.s3.lifecycle import abort_headers, stored_expiration
 from storaged.s3.locks import asked_lock
 from storaged.s3.ops.acl import names_of, ownership
 from storaged.s3.ops.put import upload_checks
 from storaged.s3.origins import origin_of
-from storaged.s3.reply import Reply, stored_headers, version_header, xml_reply
+from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
 from storaged.s3.request import Request, origin
 
 PARTS_PAGE_MAX = 1000
@@ -45,6 +46,7 @@ async def create(front: Front, request: Request) -> Reply:
     if algorithm:
         answer["x-amz-checksum-algorithm"] = algorithm
         answer["x-amz-checksum-type"] = kind
+    abort_headers(front, request, upload, answer)
     body = xml.document(
         "InitiateMultipartUploadResult",
         xml.element("Bucket", request.bucket),
@@ -139,7 +141,9 @@ async def list_parts(front: Front, request: Request) -> Reply:
         xml.optional("ChecksumType", upload.checksum_type),
         rows,
     )
-    return xml_reply(body)
+    answer: Headers = {}
+    abort_headers(front, request, upload, answer)
+    return xml_reply(body, headers=answer)
 
 
 async def abort(front: Front, request: Request) -> Reply:
@@ -172,6 +176,8 @@ async def complete(front: Front, request: Request) -> Reply:
     )
     answer = enc.written_headers(result.encryption, request.headers, {enc.SSE: enc.S3})
     version_header(result.version_id, answer)
+    if not request.bucket_record.plain:
+        stored_expiration(front, request, result, answer)
     body = xml.document(
         "CompleteMultipartUploadResult",
         xml.element("Location", f"{origin(request)}{request.resource}"),

@@ -15,6 +15,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
 from storaged.s3.encryption import asked, default_encryption, written_headers
+from storaged.s3.lifecycle import stored_expiration
 from storaged.s3.locks import asked_lock
 from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.ops.acl import ownership, try_ownership
@@ -85,7 +86,10 @@ async def put_object(front: Front, request: Request) -> Reply:
     result = await front.objects.put(
         request.grant, request.key, request.body, meta, checks, owner=owner, conditions=conditions
     )
-    return Reply(headers=written_headers(result.encryption, request.headers, stored_headers(result)))
+    answer = written_headers(result.encryption, request.headers, stored_headers(result))
+    if not request.bucket_record.plain:
+        stored_expiration(front, request, result, answer)
+    return Reply(headers=answer)
 
 
 # --- without a task ---------------------------------------------------------------------------------------------------
@@ -131,6 +135,8 @@ def _on_stored(front: Front, request: Request, on_reply: OnReply, result: PutRes
         headers = stored_headers(result)
         if result.encryption is not None:
             written_headers(result.encryption, request.headers, headers)
+        if not request.bucket_record.plain:
+            stored_expiration(front, request, result, headers)
         on_reply(Reply(headers=headers))
     elif isinstance(result, errors.NoSuchBucket) and front.buckets.gone(request.bucket_record):
         on_reply(None)  # nothing was stored; another bucket may have the name now
