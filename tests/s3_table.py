@@ -47,7 +47,6 @@ LISTS = {
 } | {"ListObjectAnnotations": "GetObjectAnnotation"}
 """Operations whose requests differ from another's by an ``id`` that is missing, and the row that answers both."""
 
-_NO_LIFECYCLE = "lifecycle is not implemented"
 _NO_EVENT_HOLD = "event holds are not implemented"
 _NO_REPLICATION = "replication is not implemented"
 _DIRECTORY = "it is of directory buckets"
@@ -61,7 +60,7 @@ WHY = {
     "DirectoryBuckets": "directory buckets are not here",
     "IntelligentTiering": "there is one storage class",
     "Inventory": "it is not implemented",
-    "Lifecycle": "it is not implemented",
+    "Lifecycle": "AWS keeps it for old clients",
     "Logging": "it is not implemented",
     "Metadata": "the tables of S3 Metadata are a service of AWS of their own",
     "Metrics": "they are for CloudWatch; the metrics of this server are in deploy/README.md",
@@ -92,9 +91,6 @@ ELEMENTS = {
 
 UNSENT = {
     "x-amz-request-charged": "no bucket makes its requesters pay",
-    "x-amz-expiration": _NO_LIFECYCLE,
-    "x-amz-abort-date": _NO_LIFECYCLE,
-    "x-amz-abort-rule-id": _NO_LIFECYCLE,
     "DefaultEventHold": _NO_EVENT_HOLD,
     "EventHold": _NO_EVENT_HOLD,
     "EventHoldDuration": _NO_EVENT_HOLD,
