@@ -88,15 +88,15 @@ def replace_a_rack(run: Change) -> None:
 
 
 def lose_a_seed_disk(run: Change) -> None:
-    """Nobody types anything: the others notice it. The seconds begin when its disks are out."""
+    """Nobody types anything: the others notice it. The seconds begin with the loss: 20 of them are the delay."""
     servers = run.servers
     sparing(run, "10s", "20s")
     seeds = {seed["node"] for seed in servers.status()["sparing"]["seeds"]}
     name = min(seeds & run.members.keys())
     disks = set(run.disks_of(name))
-    servers.kill_node(name)
-    servers.wait_until(lambda: out(run) >= disks, SPARED_S, f"the disks of {name} out")
     with run.moving("a server with a seed disk is replaced by itself"):
+        servers.kill_node(name)
+        servers.wait_until(lambda: out(run) >= disks, SPARED_S, f"the disks of {name} out")
         servers.wait_until(lambda: not has_seed(run, name), SPARED_S, "another seed disk in its place")
     servers.adopt()
     servers.start_node(name)

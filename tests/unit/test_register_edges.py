@@ -49,8 +49,8 @@ def created(counter: int) -> tuple[Ballot, Value]:
 
 def test_verdicts_are_numbers_on_the_wire() -> None:
     """New ones come after them."""
-    names = ["OK", "PREEMPTED", "EPOCH", "FENCED", "CONFLICT", "DAMAGED", "UNSTORED", "HELD", "AHEAD", "NEWER"]
-    assert [Verdict[name] for name in names] == list(range(len(names)))
+    names = ["OK", "PREEMPTED", "EPOCH", "FENCED", "CONFLICT", "DAMAGED", "UNSTORED", "HELD", "AHEAD", "NEWER", "FULL"]
+    assert {verdict.name: verdict.value for verdict in Verdict} == dict(zip(names, range(len(names)), strict=True))
 
 
 def test_sequences_of_floors_and_creates_are_the_same_in_all_versions() -> None:
