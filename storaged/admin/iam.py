@@ -9,6 +9,7 @@ document.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import structlog
@@ -20,6 +21,7 @@ from storaged.errors import InvalidArgument
 from storaged.objects.api import Principal, Users
 
 READS = ("Get", "List")
+ACTION = re.compile(r"[A-Za-z]{1,64}")
 NAMES = (
     "UserName", "GroupName", "RoleName", "PolicyName", "PolicyArn", "AccessKeyId", "Status", "VersionId", "NewUserName",
     "NewGroupName", "NewPath", "Path",
@@ -47,7 +49,9 @@ class IamAdministration:
         root = await account_named(users, named)
         if action.startswith(READS):
             return web.json_response(await perform(root, action, body))
-        facts = {name: body[name] for name in NAMES if name in body}
+        if not ACTION.fullmatch(action):
+            raise InvalidArgument("action is the name of an action of IAM")
+        facts = {name: body[name][:512] for name in NAMES if name in body}
         target = f"account:{root.user_id}"
         async with recorded(self._services, request, "iam.change", target, action=action, **facts) as found:
             answer = await perform(root, action, body)

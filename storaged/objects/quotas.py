@@ -13,6 +13,8 @@ adds what it has admitted itself since. The slack is this:
   the walk, the bucket is walked again, if that takes less than ``SOON_S``; a larger one refuses until its next walk.
 * What was deleted gives room after the next walk, which a refusal asks for in the same way.
 
+* After the start of a process a bucket takes writes until it was walked once, and so does one that can't be listed.
+
 Sizes are those that clients see, of all versions. Parts of open uploads count while they are admitted, and are
 forgotten at the next walk until they are completed.
 """

@@ -89,4 +89,4 @@ class Users(Protocol):
         """Of a key of the root. Raises NoSuchEntity."""
 
     async def remove_key(self, user_id: str, access_key: str, iam_user: str, *, who: Principal | None = None) -> None:
-        """Removes a key of this account and user. Raises NoSuchEntity."""
+        """Removes a key of this account and user. Raises NoSuchEntity, DeleteConflict (the last key of a root)."""

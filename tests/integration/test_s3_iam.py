@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from storaged.cluster.audit.format import parse_line
 from storaged.cluster.audit.log import AuditLog
-from storaged.errors import InvalidAction, NoSuchEntity
+from storaged.errors import EntityAlreadyExists, InvalidAction, InvalidArgument, NoSuchEntity
 from storaged.meta.names import system_name
 from storaged.node.audited import AuditedUsers
 from storaged.node.quotas import set_account_quota, set_bucket_quota
@@ -84,6 +86,21 @@ def made_user(iam: Any, name: str, *statements: dict[str, Any]) -> dict[str, str
         iam.put_user_policy(UserName=name, PolicyName="own", PolicyDocument=document(*statements))
     key: dict[str, str] = iam.create_access_key(UserName=name)["AccessKey"]
     return key
+
+
+def posted(url: str, fields: dict[str, str], file: bytes) -> int:
+    """Sends a browser's form, and returns the status."""
+    parts = [
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()
+    ]
+    head = '--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    body = "".join(parts).encode() + head.encode() + file + b"\r\n--x--\r\n"
+    asked = urllib.request.Request(url, body, {"Content-Type": "multipart/form-data; boundary=x"})
+    try:
+        with urllib.request.urlopen(asked) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 async def run(work: Callable[[World], None], world: World) -> None:
@@ -320,6 +337,12 @@ async def test_a_role_is_assumed_by_whom_its_trust_policy_names(world: World) ->
         session.put_object(Bucket="bucket", Key="k2", Body=b"more")
         url = session.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "k"})
         assert "X-Amz-Security-Token" in url
+        with urllib.request.urlopen(url) as answer:
+            assert answer.read() == b"data"
+        form = session.generate_presigned_post("bucket", "posted")
+        assert posted(form["url"], form["fields"], b"file") == 204
+        assert posted(form["url"], form["fields"] | {"x-amz-security-token": "bm90IG9uZQ=="}, b"file") == 400
+        assert session.get_object(Bucket="bucket", Key="posted")["Body"].read() == b"file"
         narrowed = sts.assume_role(RoleArn=role["Arn"], RoleSessionName="now", Policy=document(may("s3:GetObject")))
         less = with_key(world, "s3", narrowed["Credentials"])
         assert less.get_object(Bucket="bucket", Key="k")["Body"].read() == b"data"
@@ -564,3 +587,61 @@ async def test_a_forged_record_of_an_account_opens_nothing(world: World) -> None
         assert client(world, "s3").list_buckets()["Buckets"] == [], "the root needs no such record"
 
     await run(refused_now, world)
+
+
+async def test_a_root_exchanges_its_keys_and_keeps_its_name_and_one_key_at_least(world: World) -> None:
+    keys: dict[str, dict[str, str]] = {}
+
+    def exchange(world: World) -> None:
+        iam = client(world, "iam", ACCESS_ALT, SECRET_ALT)
+        made_user(iam, "eve", may("s3:*"))
+        keys["new"] = iam.create_access_key()["AccessKey"]
+        (old,) = (key for key in iam.list_access_keys()["AccessKeyMetadata"] if key["AccessKeyId"] == ACCESS_ALT)
+        assert old["UserName"] == "alt"
+
+    def only_new(world: World) -> None:
+        iam = with_key(world, "iam", keys["new"])
+        assert refused(iam.delete_access_key, AccessKeyId=keys["new"]["AccessKeyId"]) == (409, "DeleteConflict")
+        iam.list_users()
+
+    await run(exchange, world)
+    who, _ = await world.users.lookup(ACCESS_ALT)
+    await world.users.remove_key(who.user_id, ACCESS_ALT, "")
+    await run(only_new, world)
+    with pytest.raises(InvalidArgument):
+        await world.users.add("alt")
+    removed = await world.users.remove("alt")
+    assert removed.access_key == keys["new"]["AccessKeyId"]
+    assert (await world.users.accounts.get(who.user_id)).closed
+    with pytest.raises(InvalidArgument):
+        await world.users.add("main", user_id=who.user_id)
+    assert (await world.users.accounts.get(who.user_id)).closed, "the name was taken: there is no root yet"
+    with pytest.raises(InvalidArgument):
+        await world.users.add("eve", user_id=who.user_id)
+    await world.users.add("alt", user_id=who.user_id)
+    assert not (await world.users.accounts.get(who.user_id)).closed
+
+
+async def test_a_user_who_may_rename_under_one_path_can_not_move_itself_to_another(world: World) -> None:
+    def work(world: World) -> None:
+        iam = client(world, "iam")
+        iam.create_user(UserName="bob", Path="/team/")
+        own = document(may("iam:UpdateUser", "arn:aws:iam::*:user/team/*"))
+        iam.put_user_policy(UserName="bob", PolicyName="own", PolicyDocument=own)
+        bob = with_key(world, "iam", iam.create_access_key(UserName="bob")["AccessKey"])
+        assert refused(bob.update_user, UserName="bob", NewPath="/admin/") == DENIED
+        bob.update_user(UserName="bob", NewPath="/team/a/")
+
+    await run(work, world)
+
+
+async def test_many_changes_of_an_account_at_once_all_hold(world: World) -> None:
+    who, _ = await world.users.lookup(ACCESS)
+
+    async def make(name: str) -> None:
+        await perform_for_operator(world.users, world.below.clock, who, "CreateUser", {"UserName": name})
+
+    await asyncio.gather(*(make(f"u{number}") for number in range(20)))
+    assert len((await world.users.accounts.get(who.user_id)).users) == 20
+    results = await asyncio.gather(*(make("same") for _ in range(5)), return_exceptions=True)
+    assert sum(isinstance(result, EntityAlreadyExists) for result in results) == 4

@@ -124,6 +124,10 @@ class TtlCache(Generic[K, V]):
         for key in [key for key, (_, value) in self._entries.items() if doubtful(value)]:
             del self._entries[key]
 
+    def forget_loads(self) -> None:
+        """No load that is under way is cached: it may be from before a change."""
+        self._loads.clear()
+
     def forget(self, key: K) -> None:
         """A load that is under way is not cached either, since it may be from before the change."""
         self._entries.pop(key, None)

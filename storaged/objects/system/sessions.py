@@ -102,7 +102,14 @@ class Sessions:
         return msgspec.structs.replace(issuer, identity=issuer.identity or identity_of_root(issuer.user_id))
 
     def forget_account(self, user_id: str) -> None:
-        self._cache.forget_where(lambda found: found[0].user_id == user_id)
+        """A session of a role has the rights of another account than its issuer's: both may have changed."""
+        self._cache.forget_loads()
+        self._cache.forget_where(lambda found: found[0].user_id == user_id or _has_role(found[0]))
 
     def forget_all(self) -> None:
+        self._cache.forget_loads()
         self._cache.forget_where(lambda _: True)
+
+
+def _has_role(who: Principal) -> bool:
+    return who.identity is not None and bool(who.identity.role)

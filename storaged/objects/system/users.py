@@ -11,15 +11,16 @@ same kind of record, which names the user, and grants only what the account says
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 from collections.abc import Mapping
 from functools import partial
 
 import msgspec
 
-from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument, NoSuchEntity
+from storaged.errors import DataDamaged, DeleteConflict, InvalidAccessKeyId, InvalidArgument, NoSuchEntity
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
-from storaged.objects.accounts import NO_ACCOUNT, IamKey, StoredAccount
+from storaged.objects.accounts import NO_ACCOUNT, IamKey
 from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.grant_types import Principal
 from storaged.objects.identities import identity_of_user
@@ -147,13 +148,15 @@ class UserService:
         if user_id and not _USER_ID.fullmatch(user_id):
             raise InvalidArgument("A user id has 64 hexadecimal digits.")
         if user_id:
-            await self._reopen(user_id, name)
+            await self._refuse_user_s_name(user_id, name)
         access_key = access_key or _random_text(self._plane.entropy(15))
         if not _is_access_key(access_key):
             raise InvalidArgument("An access key has 3 to 128 letters, digits, or characters of _-.")
         await self._claim(name, access_key)
-        user_id = user_id or await self._new_id()
+        shared, user_id = bool(user_id), user_id or await self._new_id()
         secret_key = await self._write_key(access_key, user_id, name, secret_key, email=email)
+        if shared:
+            await self._reopen(user_id, name)
         return Principal(user_id, name, access_key), secret_key
 
     async def _write_key(
@@ -181,18 +184,20 @@ class UserService:
         await self._changed(access_key)
         return secret_key
 
+    async def _refuse_user_s_name(self, user_id: str, name: str) -> None:
+        """Raises InvalidArgument when a user of the account has that name: the ARN of the two would be the same."""
+        if name.lower() in (await self.accounts.get(user_id)).users:
+            raise InvalidArgument(f"The account has a user named {name} already.")
+
     async def _reopen(self, user_id: str, name: str) -> None:
-        """The account ``user_id`` gets (another) root. Raises InvalidArgument when one of its users has that name: the
-        ARN of the two would be the same."""
-        if await self.accounts.get(user_id) == NO_ACCOUNT:
-            return
-
-        def edit(account: StoredAccount) -> StoredAccount:
-            if name.lower() in account.users:
-                raise InvalidArgument(f"The account has a user named {name} already.")
-            return msgspec.structs.replace(account, name=account.name or name, closed=False)
-
-        await self.accounts.change(user_id, edit, action="Reopen", target=f"account:{user_id}")
+        """The account ``user_id`` has a root (again)."""
+        if await self.accounts.get(user_id) != NO_ACCOUNT:
+            await self.accounts.change(
+                user_id,
+                lambda account: msgspec.structs.replace(account, name=account.name or name, closed=False),
+                action="Reopen",
+                target=f"account:{user_id}",
+            )
 
     async def _new_id(self) -> str:
         """A canonical id of which no user has the account. The number of an account is a hash, so that two users could
@@ -220,6 +225,7 @@ class UserService:
         self._sessions.forget_all()
 
     def _account_changed(self, user_id: str) -> None:
+        self._cache.forget_loads()
         self._cache.forget_where(lambda found: found[0].user_id == user_id)
         self._sessions.forget_account(user_id)
 
@@ -278,6 +284,11 @@ class UserService:
         await self._changed(access_key)
 
     async def remove_key(self, user_id: str, access_key: str, iam_user: str, *, who: Principal | None = None) -> None:
+        if not iam_user:
+            await self._leave_name(user_id, access_key)
+        await self._remove_record(user_id, access_key, iam_user)
+
+    async def _remove_record(self, user_id: str, access_key: str, iam_user: str) -> None:
         register = system_name(PREFIX + access_key)
 
         def update(value: Value | None) -> Change:
@@ -286,6 +297,29 @@ class UserService:
 
         await self._plane.registers.change(register, update)
         await self._changed(access_key)
+
+    async def _leave_name(self, user_id: str, access_key: str) -> None:
+        """Gives the name of a root to another of its keys, before this one goes. Raises NoSuchEntity, and
+        DeleteConflict for the last key: nothing would name the account any more.
+        """
+        register = system_name(PREFIX + access_key)
+        removed = self._own_key(register, (await self._plane.registers.read(register)).value, user_id, "")
+        left = [
+            key
+            for key in await self._roots()
+            if (key.user_id, key.name) == (user_id, removed.name) and key.access_key != access_key
+        ]
+        if not left:
+            raise DeleteConflict("Cannot delete the last access key of an account's root.")
+        own, now_ms = claims.register_of(removed.name), self._plane.clock.wall_ms()
+
+        def pass_on(value: Value | None) -> Change | None:
+            held = claims.claim_of(self._plane, own, value)
+            if held is None or held is claims.DAMAGED or held.access_key != access_key:
+                return None
+            return claims.claim_change(self._plane, own, value, NameClaim(left[0].access_key, now_ms))
+
+        await self._plane.registers.change(own, pass_on)
 
     def _own_key(self, register: RegisterName, value: Value | None, user_id: str, iam_user: str) -> UserRecord:
         """The record of a key, if it is this user's. Raises NoSuchEntity."""
@@ -333,44 +367,50 @@ class UserService:
             return Principal("", name_or_access_key, access_key)
         if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing
             raise InvalidArgument(f"There is no user {name_or_access_key}.")
+        whole = await self._is_whole(found)
+        if whole:
+            await self._close(found)
         await self._plane.registers.change(user, partial(self._removed, user, access_key))
         await self._changed(access_key)
-
-        if await self._release(found):
-            await self._end_user(found)
+        if whole:
+            await self._release(found)
         return Principal(found.user_id, found.name, access_key)
 
-    async def _release(self, removed: UserRecord) -> bool:
-        """Frees the name of a user, if it belongs to this key. False: to another one, so only a further key was
-        removed."""
+    async def _is_whole(self, removed: UserRecord) -> bool:
+        """Whether the name belongs to this key, so that the user is meant; else it is a further key of a user."""
         own = claims.register_of(removed.name)
-        mine = True
+        held = claims.claim_of(self._plane, own, (await self._plane.registers.read(own)).value)
+        mine = held is None or held is claims.DAMAGED or held.access_key == removed.access_key
+        return mine and not removed.iam_user
+
+    async def _release(self, removed: UserRecord) -> None:
+        """Frees the name of a user."""
+        own = claims.register_of(removed.name)
 
         def release(value: Value | None) -> Change | None:
-            nonlocal mine
             held = claims.claim_of(self._plane, own, value)
-            free = held is not None and (held is claims.DAMAGED or held.access_key == removed.access_key)
-            mine = free or held is None
-            return claims.release_change(self._plane, own, value) if free else None
+            mine = held is not None and (held is claims.DAMAGED or held.access_key == removed.access_key)
+            return claims.release_change(self._plane, own, value) if mine else None
 
         await self._plane.registers.change(own, release)
-        return mine
 
-    async def _end_user(self, removed: UserRecord) -> None:
-        """The other keys of a root that was removed go with it. An account without a root is closed: its users' keys
-        stop working."""
-        if removed.iam_user:
-            return
-        left = [key for key in await self._roots() if key.user_id == removed.user_id]
-        for key in left:
-            if key.name == removed.name:
-                await self.remove_key(key.user_id, key.access_key, "")
-        if all(key.name == removed.name for key in left) and await self.accounts.get(removed.user_id) != NO_ACCOUNT:
+    async def _close(self, removed: UserRecord) -> None:
+        """Ends the other keys of a root that is removed, and its account's users, unless another root has the id."""
+        others = [key for key in await self._roots() if key.user_id == removed.user_id]
+        with contextlib.suppress(DataDamaged):  # an account whose record can't be used lets nobody in
+            if all(key.name == removed.name for key in others):
+                await self._close_account(removed.user_id)
+        for key in others:
+            if key.name == removed.name and key.access_key != removed.access_key:
+                await self._remove_record(key.user_id, key.access_key, "")
+
+    async def _close_account(self, user_id: str) -> None:
+        if await self.accounts.get(user_id) != NO_ACCOUNT:
             await self.accounts.change(
-                removed.user_id,
+                user_id,
                 lambda account: msgspec.structs.replace(account, closed=True),
                 action="Close",
-                target=f"account:{removed.user_id}",
+                target=f"account:{user_id}",
             )
 
 

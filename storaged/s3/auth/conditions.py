@@ -70,6 +70,10 @@ def _pattern(text: str) -> str:
 
 def like(text: str, value: str) -> bool:
     """Whether ``value`` matches ``text``, in which ``*`` is any text and ``?`` any character."""
+    if "?" not in text:  # nearly all patterns end in their only star: a fifth of the time
+        head, star, tail = text.partition("*")
+        if not tail:
+            return value.startswith(head) if star else value == head
     return _matches(_pattern(text), value)
 
 

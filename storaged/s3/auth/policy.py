@@ -92,7 +92,8 @@ class Statement(NamedTuple):
         return named != self.other_principals
 
     def covers(self, action: str, resource: str, facts: Facts) -> bool:
-        if any(conditions.like(text, action.lower()) for text in self.actions) == self.other_actions:
+        lower = action.lower()
+        if any(conditions.like(text, lower) for text in self.actions) == self.other_actions:
             return False
         found = any(conditions.matches_text(text, resource, facts, self.variables) for text in self.resources)
         return found != self.other_resources

@@ -54,6 +54,10 @@ AUDITED: Final = (
 """Parameters that the audit log has. Policies are not among them: they are sealed."""
 
 
+AUDITED_CHARS_MAX: Final = 512
+"""Of each: an action that ignores a parameter has not looked at its length."""
+
+
 class Entries(dict[str, Any]):
     """A map, which AWS prints as a list of entries."""
 
@@ -195,7 +199,7 @@ class Call:
             return found if found.name or found == account else structs.replace(found, name=self.account_name)
 
         found = self.parameters.found
-        facts = {name: found[name] for name in AUDITED if name in found} | more
+        facts = {name: found[name][:AUDITED_CHARS_MAX] for name in AUDITED if name in found} | more
         return await self.users.accounts.change(
             self.user_id, named, action=self.action, target=target, who=self.who, facts=facts
         )
