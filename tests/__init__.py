@@ -5,7 +5,7 @@
 * ``property``: what holds of all inputs, with Hypothesis or with seeded histories.
 * ``integration``: several planes together in one process, real sockets, real processes of single commands.
 * ``sim``: the whole ring on a virtual clock, from a seed that a failure prints.
-* ``s3``: real clients against a cluster of real processes. They mostly wait: two files run at a time, beside
+* ``s3``: real clients against a cluster of real processes. They mostly wait: three files run at a time, beside
   the folders above. Commands are processes that ``commands`` forks.
 * ``chaos``: the same, whose processes are killed and whose disks are damaged.
 

@@ -27,7 +27,7 @@ from tests.commands import commands
 from tests.patience import SLOWNESS
 
 STORAGED = str(Path(sys.executable).parent / "storaged")
-POLL_S = 0.1
+POLL_S = 0.2
 RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
 
 

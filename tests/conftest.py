@@ -34,6 +34,29 @@ production, too.
 """
 
 
+LONG = (
+    "test_profile_change",
+    "test_guide",
+    "test_changes",
+    "test_sparing",
+    "test_forgetful_disks",
+    "test_chaos",
+    "test_recover_system",
+    "test_cluster_changes",
+    "test_recover",
+    "test_moves_paused",
+    "test_full_cluster",
+    "test_planted_bugs",
+    "test_ring_simulation",
+)
+"""Modules whose tests take minutes, and begin first. Otherwise the last one would run when all others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Leaves out a fifth of the work of importing a node.
+
+    What is imported stays, so the garbage collector need not look at it. aiohttp reads the certificate authorities of
+    the system (SSL_CERT_FILE) as it is imported, for clients, and a node has none of its clients.
+    """
+    authorities = os.environ.get("SSL_CERT_FILE")
+    os.environ["SSL_CERT_FILE"] = os.devnull
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        del os.environ["SSL_CERT_FILE"]
+        if authorities is not None:
+            os.environ["SSL_CERT_FILE"] = authorities
 
 
 @click.command()
@@ -30,11 +53,8 @@ def run(config: Path, parent: int, worker: int, door: int, talk: int) -> int:
     """Run the node that CONFIG.toml describes, in the foreground. SIGTERM drains and ends it, SIGHUP reloads the
     configuration.
     """
-    gc.disable()  # what is imported stays; to look at it again and again is a tenth of the start
-    from storaged.node.daemon import run_node, run_worker
-
-    gc.freeze()
-    gc.enable()
+    with _importing():
+        from storaged.node.daemon import run_node, run_worker
     if worker:
         return run_worker(config, parent, worker, door, talk)
     return run_node(config, parent=parent)

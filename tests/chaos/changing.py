@@ -61,10 +61,19 @@ class Step(NamedTuple):
 
 
 class Change:
-    """``servers`` are made, and run. ``nemeses``: whether faults are played while something moves."""
+    """``servers`` are made, and run. ``nemeses``: whether faults are played while something moves. ``think_s``: a
+    client's pause between requests.
+    """
 
     def __init__(
-        self, servers: Servers, *, seed: int = 1, objects: int = 40, nemeses: bool = True, say: Report = print
+        self,
+        servers: Servers,
+        *,
+        seed: int = 1,
+        objects: int = 40,
+        nemeses: bool = True,
+        think_s: float = 0.02,
+        say: Report = print,
     ) -> None:
         self.servers = servers
         self.source = random.Random(seed)
@@ -76,8 +85,8 @@ class Change:
         self.away = Away(replicas(self.layout()))
         self.objects = Objects(servers.in_turns, "demo", objects, seed=seed)
         client = lambda: servers.in_turns(read_timeout_s=60)  # noqa: E731
-        self.workload = Workload(client, "demo", workers=3, attempts=2, seed=seed, think_s=0.02)
-        self.counters = Counters(client, "demo", clients=3, seed=seed)
+        self.workload = Workload(client, "demo", workers=3, attempts=2, seed=seed, think_s=think_s)
+        self.counters = Counters(client, "demo", clients=3, seed=seed, think_s=think_s)
         self.steps: Counter[str] = Counter()
         self.moves: list[dict[str, Any]] = []
         self.wrong: list[str] = []

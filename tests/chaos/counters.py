@@ -23,13 +23,16 @@ REFUSED = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 
 
 class Counters:
-    """``clients`` threads; ``make_client`` makes the client of each of them."""
+    """``clients`` threads, with pauses of ``think_s``; ``make_client`` makes the client of each of them."""
 
-    def __init__(self, make_client: Callable[[], Any], bucket: str, *, clients: int = 3, seed: int = 1) -> None:
+    def __init__(
+        self, make_client: Callable[[], Any], bucket: str, *, clients: int = 3, seed: int = 1, think_s: float = 0.02
+    ) -> None:
         self._make_client = make_client
         self._bucket = bucket
         self._clients = clients
         self._seed = seed
+        self._think_s = think_s
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -60,7 +63,7 @@ class Counters:
         source = random.Random(f"{self._seed}/counter/{number}")
         client = self._make_client()
         for serial in itertools.count():
-            if self._stopped.wait(0.02):
+            if self._stopped.wait(self._think_s):
                 return
             self._increment(client, source.choice(self.keys), f"{number} {serial}")
 

@@ -292,13 +292,14 @@ def forget_disks(
     *,
     faults: Iterable[str] = (),
     seed: int = 4,
+    think_s: float = 0.0,
     say: Report = print,
     **options: Any,
 ) -> Tally:
     """Plays ``faults`` once, or all of them for so many seconds, in an order from the seed. At the end everything is
     read, listed and compared. ``options``: of ``Play``.
     """
-    workload = workload_on(cluster, f"forget-{seed}", seed=seed)
+    workload = workload_on(cluster, f"forget-{seed}", seed=seed, think_s=think_s)
     play = Play(cluster, workload, seed, say, **options)
     play.prepare()
     workload.start()

@@ -20,22 +20,33 @@ from tests.cluster import Cluster, children_of
 Report = Callable[[str], None]
 
 
-def workload_on(cluster: Cluster, bucket: str, **options: int) -> Workload:
+def workload_on(cluster: Cluster, bucket: str, *, seed: int = 1, attempts: int = 1, think_s: float = 0.0) -> Workload:
     cluster.boto3(attempts=5).create_bucket(Bucket=bucket)
-    return Workload(lambda: cluster.boto3(read_timeout_s=30), bucket, **options)
+    client = lambda: cluster.boto3(read_timeout_s=30)  # noqa: E731
+    return Workload(client, bucket, seed=seed, attempts=attempts, think_s=think_s)
 
 
-def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool = True, say: Report = print) -> Tally:
+def kill_nodes(
+    cluster: Cluster,
+    seconds: float,
+    *,
+    seed: int = 1,
+    gateway: bool = True,
+    think_s: float = 0.0,
+    least: int = 0,
+    say: Report = print,
+) -> Tally:
     """kill -9 of a random node (the gateway too, and one of its further workers) under load, again and again; at most
-    one is away at a time. Then everything is read
-    back."""
+    one is away at a time. It lasts longer where there are not yet ``least`` acknowledged writes, and as many reads.
+    Then everything is read back.
+    """
     source = random.Random(seed)
-    workload = workload_on(cluster, f"kill-{seed}", seed=seed)
+    workload = workload_on(cluster, f"kill-{seed}", seed=seed, think_s=think_s)
     workload.start()
     end = time.monotonic() + seconds
     done = workload.tally.done
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < end or min(workload.tally.acknowledged, workload.tally.reads) < least:
             time.sleep(source.uniform(0.5, 3))
             victim = source.choice(["n1", "n2", "n3", "gateway", "worker"] if gateway else ["n1", "n2", "n3"])
             kill_one(cluster, workload, source, victim)

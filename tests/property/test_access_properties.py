@@ -40,6 +40,7 @@ from storaged.s3.auth.authorize import Context, ObjectWanted, Resource, authoriz
 from storaged.s3.auth.conditions import like, matches_text
 from storaged.s3.auth.policy import parse, policy_of
 from storaged.s3.request import ANONYMOUS
+from tests.examples import examples
 
 OWNER, OTHER = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")
 WHO = st.sampled_from((OWNER, OTHER, ANONYMOUS))
@@ -116,7 +117,7 @@ def decided(
 
 
 @given(WHO, OPERATIONS, configurations(), OBJECTS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_without_what_allows_nobody_but_the_owner_gets_in(
     who: Principal, operation: str, configuration: Configuration, found: ObjectAccess | None
 ) -> None:
@@ -129,7 +130,7 @@ def test_without_what_allows_nobody_but_the_owner_gets_in(
 
 
 @given(WHO, OPERATIONS, configurations(), OBJECTS, st.sampled_from((None, b"abc")))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_a_deny_of_everything_ends_all_but_the_owner_s_hold_on_the_policy(
     who: Principal, operation: str, configuration: Configuration, found: ObjectAccess | None, key: bytes | None
 ) -> None:
@@ -150,7 +151,7 @@ def test_a_deny_of_everything_ends_all_but_the_owner_s_hold_on_the_policy(
 
 
 @given(OPERATIONS, configurations(), OBJECTS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_a_client_without_a_key_gets_no_more_than_any_user_does(
     operation: str, configuration: Configuration, found: ObjectAccess | None
 ) -> None:
@@ -163,7 +164,7 @@ def test_a_client_without_a_key_gets_no_more_than_any_user_does(
 
 
 @given(WHO, OPERATIONS, configurations(), OBJECTS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_blocking_and_enforcing_only_take_away(
     who: Principal, operation: str, configuration: Configuration, found: ObjectAccess | None
 ) -> None:
@@ -177,7 +178,7 @@ def test_blocking_and_enforcing_only_take_away(
 
 
 @given(OPERATIONS, configurations(), OBJECTS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_the_plain_bit_says_what_the_whole_decision_says(
     operation: str, configuration: Configuration, found: ObjectAccess | None
 ) -> None:
@@ -224,7 +225,7 @@ ELEMENTS = ("Effect", "Principal", "NotPrincipal", "Action", "NotAction", "Resou
         lambda value: json.dumps({"Version": "2012-10-17", "Statement": [value]}).encode()
     )
 )
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=examples(800), deadline=None)
 def test_no_document_gets_another_error_than_malformed_policy(document: bytes) -> None:
     try:
         found = parse(document, "bucket")

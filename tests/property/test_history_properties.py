@@ -26,6 +26,7 @@ from storaged.objects.records import (
     decode_object,
     encode_object,
 )
+from tests.examples import examples
 
 NEAR = RegisterName(Table.OBJECT, bytes(16), 0, b"key")
 SMALL = Bounds(versions_max=3, versions_bytes_max=10_000, leaf_versions=2, refs_max=3, branch_refs=2)
@@ -135,7 +136,7 @@ def _other(before: Version) -> Version:
 WORK = st.tuples(st.sampled_from(("add", "add", "add", "null", "remove", "replace")), st.integers(0, 50))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(WORK, max_size=60))
 def test_versions_are_those_of_a_plain_list(works: list[tuple[str, int]]) -> None:
     async def play() -> None:

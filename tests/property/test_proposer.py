@@ -43,6 +43,7 @@ from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, Prepare
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import SmallCopies
 from storaged.meta.store_ports import Fence
+from tests.examples import examples
 
 NOW_US = 1_700_000_000_000_000
 ONE_SET = Quorum(("a", "b", "c"))
@@ -364,7 +365,7 @@ def play_copies(draw: random.Random) -> World:
 
 
 @pytest.mark.parametrize("play", [play_appends, play_copies, play_moves])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_whatever_the_order_of_events_each_change_is_made_once_or_not_at_all(
     play: Callable[[random.Random], World], seed: int
@@ -412,7 +413,7 @@ def play_creates(draw: random.Random) -> World:
     return world
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_of_creates_and_overwritings_one_stays_and_what_failed_surely_does_not(seed: int) -> None:
     world = play_creates(random.Random(seed))

@@ -31,6 +31,7 @@ from storaged.meta.consensus.reader import (
 from storaged.meta.consensus.register import RULES, Ballots, Verdict, digest_of
 from storaged.meta.messages import ReadReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, RegisterName, Table, Value, Visibility
+from tests.examples import examples
 
 QUORUMS = (Quorum(("a", "b", "c")), Quorum(("a", "b", "c", "d", "e")), Quorum(("a", "b", "c"), ("b", "c", "d")))
 
@@ -100,7 +101,7 @@ class World:
                 self.do(ReadEvent.EXPIRE, machine.expire)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_what_is_reported_is_held_by_a_quorum_and_nothing_chosen_is_missed(seed: int) -> None:
     world = World(random.Random(seed))
