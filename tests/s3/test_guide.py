@@ -275,6 +275,10 @@ A_RACK_MOVES = (
     Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
 )
 BY_ITSELF = (
+    # For a cluster whose layout was signed by an older version: another one than this.
+    Line("storaged --dir /var/lib/storaged/GATEWAY cluster fetch now.signed", NOWHERE),
+    Line("storaged cluster adopt authority now.signed", NOWHERE),
+    Line("storaged cluster layout authority", NOWHERE),
     Line("storaged cluster sparing authority --fragments 10m --registers 1h --domains 1", ADMIN),
     Line("storaged cluster layout authority", ADMIN, Reader.apply_layouts),
 )
