@@ -36,9 +36,9 @@ FAULTS: dict[str, Callable[[HangingDisk], None]] = {
     "syncs": lambda disk: disk.hang(SYNCS),
     "slow": lambda disk: disk.slow(0.2),
     "unreadable": lambda disk: disk.unreadable(".seg"),
-    "full": lambda disk: disk.refuse("ENOSPC", WRITES),
+    "full": lambda disk: disk.refuse("ENOSPC", WRITES, name="segments"),
+    "quota": lambda disk: disk.refuse("EDQUOT", WRITES, name="segments"),
     "read-only": lambda disk: disk.refuse("EROFS", WRITES),
-    "quota": lambda disk: disk.refuse("EDQUOT", WRITES),
     "none": lambda disk: None,
 }
 """The disk for good after ``read-only``: the kernel may have dropped what it could not write. So it comes last."""
@@ -59,7 +59,7 @@ class FaultyServers(Servers):
 
 
 class Load:
-    """Clients that PUT and GET in turns, and how long each request took: (kind, when it ended, seconds, error)."""
+    """Clients that PUT and GET in turns, and how long each request took: (kind, when it began, seconds, error)."""
 
     def __init__(self, target: Target, bucket: str, size: int) -> None:
         self.done: list[tuple[str, float, float, str]] = []
@@ -86,7 +86,7 @@ class Load:
                 error, connection = str(wrong)[:200], None
                 await asyncio.sleep(0.05)
             del self.running[number]
-            self.done.append((kind, time.monotonic(), time.monotonic() - began, error))
+            self.done.append((kind, began, time.monotonic() - began, error))
 
     async def _request(self, connection: Connection, kind: str, chance: random.Random) -> None:
         answered: asyncio.Future[WrongAnswer | None] = asyncio.get_running_loop().create_future()
@@ -108,13 +108,13 @@ class Load:
             del self._written[:-2000]
 
     def table(self, since: float, until: float) -> str:
-        """Requests that ended then, and those that have not ended yet, with the time that they have taken."""
-        cells = []
+        """Requests that began then; those that have not ended yet count with the time that they have had."""
+        cells, now = [], time.monotonic()
         for kind in ("PUT", "GET"):
             ended = [entry for entry in self.done if entry[0] == kind and since <= entry[1] < until]
             found = sorted(
                 [entry[2] for entry in ended]
-                + [until - began for what, began in self.running.values() if what == kind and began < until]
+                + [now - began for what, began in self.running.values() if what == kind and since <= began < until]
             )
             parts = [found[min(len(found) - 1, int(part * len(found)))] for part in (0.5, 0.99, 1)] if found else []
             cells += [" / ".join(f"{took * 1000:.0f}" for took in parts), str(len(ended))]
@@ -122,7 +122,7 @@ class Load:
         return " | ".join(cells)
 
     def errors(self, since: float) -> set[str]:
-        return {error for _, ended, _, error in self.done if error and ended >= since}
+        return {error for _, began, _, error in self.done if error and began >= since}
 
 
 def said(status: dict[str, Any]) -> str:
@@ -144,21 +144,26 @@ async def measure(servers: Servers, bad: HangingDisk, given: argparse.Namespace)
     async def status() -> str:
         return said(await asyncio.to_thread(servers.status))
 
+    def show(name: str, since: float, until: float, line: str) -> None:
+        print(f"| {name} | {load.table(since, until)} | {line} |", flush=True)
+
     async def phase(name: str, for_s: float) -> None:
         since = time.monotonic()
         await asyncio.sleep(for_s)
-        row = load.table(since, since + for_s)
-        print(f"| {name} | {row} | {await status()} |", flush=True)
-        for error in sorted(load.errors(since))[:3]:
-            print(f"  {name}: {error}")
+        show(name, since, since + for_s, await status())
 
     await asyncio.sleep(WARM_S)
     for how in given.how:
         await phase("healthy", given.seconds)
         began = time.monotonic()
         FAULTS[how](bad)
-        await phase(f"{how}, first second", SETTLE_S)
-        await phase(how, given.seconds)
+        await asyncio.sleep(SETTLE_S)
+        first, line = time.monotonic(), await status()
+        await asyncio.sleep(max(0.0, first + given.seconds - time.monotonic()))
+        show(f"{how}, first second", began, first, line)
+        show(how, first, first + given.seconds, await status())
+        for error in sorted(load.errors(began))[:3]:
+            print(f"  {how}: {error}")
         bad.release()
         while time.monotonic() - began < given.seconds + SETTLE_S + WELL_S:
             if "DISK_" not in (line := await status()):

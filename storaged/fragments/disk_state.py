@@ -7,6 +7,8 @@ that the next start knows it: what such a disk holds counts as lost.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 
 from storaged.disk_health import DiskHealth
@@ -22,6 +24,11 @@ REFUSED_BYTES_MAX = MIB
 that is less. Otherwise it would take some writes and refuse others, and the cluster would not know whether to count on
 it."""
 
+
+REFUSED_S = 10.0
+"""For so long after a write that found no space a disk counts as full, whatever the file system says is free: a quota
+may bound it.
+"""
 
 FRAGMENTS, SPACE = "fragments", "space"
 """Sources of findings."""
@@ -49,6 +56,8 @@ class DiskState:
         """What ``look`` found last; None before the first."""
         self._reserve_held = False
         self._refused_bytes = 0
+        self._refused_until_s = 0.0
+        self._refusal = ""
 
     @property
     def failure(self) -> str:
@@ -92,12 +101,20 @@ class DiskState:
         """Asks the file system for its free space. In a thread, again and again: it may not answer."""
         self._known_space = self._space()
 
+    def found_no_space(self, error: OSError) -> None:
+        """A write was refused for want of space, or of quota, and taken back."""
+        self._refusal = os.strerror(error.errno or 0)
+        self._refused_until_s = time.monotonic() + REFUSED_S
+        self.health.note(SPACE, FULL, self._refusal)
+
     def unusable(self, space: Space | None = None) -> DiskUnusable:
         """The error for a write that the disk can't take."""
         if self.failure:
             return DiskUnusable(f"the disk is read-only: {self.failure}", state="read-only")
         if self.starved:
             return DiskUnusable(f"the disk is full: {self.starved}", state="full")
+        if time.monotonic() < self._refused_until_s:
+            return DiskUnusable(f"the disk refused a write: {self._refusal}", state="full")
         space = space or self._space()
         return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
 
@@ -122,7 +139,8 @@ class DiskState:
         spare = space.free - self._reserve_bytes(space)
         if spare >= self._refused_bytes:
             self._refused_bytes = 0
-        full = spare < self._refused_bytes
+        refused = time.monotonic() < self._refused_until_s
+        full = refused or spare < self._refused_bytes
         if full and self.health.noted(SPACE) is None:
             self.health.note(SPACE, FULL, f"{format_size(max(0, spare))} are free outside of the reserve")
         elif not full:

@@ -79,7 +79,9 @@ class SegmentLog:
         except DiskUnusable:
             return 0
         except OSError as error:
-            if error.errno not in NO_SPACE:
+            if error.errno in NO_SPACE:
+                self._state.found_no_space(error)
+            else:
                 self._state.fail(f"a new segment could not be made: {error.strerror or error}")
             return 0
         return max(self._limits.segment_bytes - self.end.offset, need)
@@ -114,6 +116,7 @@ class SegmentLog:
         except OSError as error:
             if error.errno in NO_SPACE:
                 self._cut_back(file, writer.start, error)
+                self._state.found_no_space(error)
             else:
                 self._state.fail(f"write to segment {self.active}: {error.strerror or error}")
             return self._state.unusable()

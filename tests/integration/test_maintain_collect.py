@@ -22,6 +22,7 @@ from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, Health, Re
 from storaged.maintain import disuse
 from storaged.maintain import gc as collect_module
 from storaged.maintain.context import MaintainLimits
+from storaged.maintain.sweep import FULL_S
 from storaged.meta.consensus.register import NEVER, Verdict
 from storaged.meta.messages import Create, FenceSet
 from storaged.meta.names import (
@@ -860,6 +861,39 @@ def test_recoding_says_nothing_when_its_fragments_are_gone_behind_its_back() -> 
         assert stolen
         assert await cluster.record(bucket, b"k") == before
         assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_a_sweep_judges_what_became_old_since_the_last_one_and_everything_once_a_week() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        await cluster.leap(ORPHAN_S + 60)
+        judged: list[bytes] = []
+        for node in cluster.nodes.values():
+            found = node.maintenance.collector._sweep
+            claimed = found._claimed
+
+            async def counted(disk: str, owner: RegisterName, header: Any, claimed: Any = claimed) -> bool:
+                judged.append(header.id)
+                return await claimed(disk, owner, header)
+
+            found._claimed = counted
+        assert await sweep(cluster) == 0
+        first = len(judged)
+        assert first
+        assert await sweep(cluster) == 0
+        assert len(judged) == first, "nothing has become old since"
+        await cluster.put(bucket, b"k2", os.urandom(LARGE))
+        await cluster.leap(ORPHAN_S + 60)
+        assert await sweep(cluster) == 0
+        second = len(judged)
+        assert second > first
+        assert not set(judged[:first]) & set(judged[first:])
+        await cluster.leap(FULL_S)
+        assert await sweep(cluster) == 0
+        assert set(judged[second:]) == set(judged[:second])
 
     run(scenario)
 

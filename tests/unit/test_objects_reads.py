@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from storaged.errors import DataDamaged, ServiceUnavailable
+from storaged.fragments.ports import FragmentId
 from storaged.objects.hedge_delay import HedgeDelay
 from storaged.objects.read.hedging import Reads
 from storaged.objects.service import ObjectService
-from tests.worlds.objects import World, bucket_of, got, put
+from tests.doubles.disks import FaultyDisk
+from tests.worlds.objects import World, bucket_of, entry_of, got, put
 
 pytestmark = pytest.mark.virtual_time
 
@@ -176,3 +178,31 @@ async def test_a_disk_that_hangs_while_a_liar_is_looked_for_is_given_up_after_th
     assert SLOW_S + LIMIT_S <= asyncio.get_running_loop().time() - started < SLOW_S + LIMIT_S + SLOW_S - 0.1
     assert {(damage.disk, damage.reason) for damage in world.damage} == {(liar.name, "lied")}
     await objects.close()
+
+
+async def test_a_disk_that_others_overtake_is_reported_and_one_that_is_slow_is_asked_last() -> None:
+    world = World(hedge_floor_s=0.05)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    await put(objects, bucket, data)
+    first, second = (disk for disk, fragment in places_of(world) if fragment.position < 2)
+    first.slow_s = 5.0
+    assert await got(objects, bucket) == data
+    assert world.disks.late == [first.name]
+    world.disks.slow = {first.name}
+    reads = first.reads
+    assert await got(objects, bucket) == data
+    assert first.reads == reads, "the parity is read in its place"
+    fragment = next(fragment for disk, fragment in places_of(world) if disk is second)
+    second.damage(fragment, 0, unread=True)
+    assert await got(objects, bucket) == data
+    assert set(world.disks.late) == {first.name, second.name}, "a drive that reports an error is slow, too"
+    await objects.close()
+
+
+def places_of(world: World) -> list[tuple[FaultyDisk, FragmentId]]:
+    """The fragments of the only part, by position."""
+    entry = entry_of(world)
+    return sorted(
+        ((world.disks.disks[name], fragment) for name, fragment in world.disks.of(entry.data_id)),
+        key=lambda place: place[1].position,
+    )

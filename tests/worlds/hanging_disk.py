@@ -89,9 +89,9 @@ class HangingDisk:
         """
         self._ask("unreadable", name, above)
 
-    def refuse(self, error: str, *kinds: str) -> None:
-        """Requests of these kinds fail from now on, with this name of ``errno``."""
-        self._ask("refuse", kinds, error)
+    def refuse(self, error: str, *kinds: str, name: str = "") -> None:
+        """Requests of these kinds fail from now on, with this name of ``errno``. ``name``: as in ``hang``."""
+        self._ask("refuse", kinds, [error, name])
 
     def release(self) -> None:
         """The disk is well again: what waited is done now, in its order."""
@@ -158,7 +158,7 @@ class _Server:
         self._hung_until_s = 0.0
         self._unreadable, self._unreadable_above = "", 0
         self._refused: tuple[str, ...] = ()
-        self._error = 0
+        self._error, self._refused_name = 0, ""
         self._waiting: list[tuple[int, int, int, bytes]] = []
         self._late: list[tuple[float, int, int, int, bytes]] = []
         self._calls: dict[int, Callable[[int, bytes], bytes]] = {
@@ -221,7 +221,7 @@ class _Server:
         elif word == "slow":
             self._slow, self._delay_s = tuple(kinds), more
         elif word == "refuse":
-            self._refused, self._error = tuple(kinds), getattr(errno, more)
+            self._refused, self._error, self._refused_name = tuple(kinds), getattr(errno, more[0]), more[1]
         elif word == "unreadable":
             self._unreadable, self._unreadable_above = kinds, more
         elif word == "release":
@@ -253,7 +253,9 @@ class _Server:
             return
         failed, reply = 0, b""
         try:
-            if _KIND.get(code) in self._refused:
+            full = self._error in (errno.ENOSPC, errno.EDQUOT)  # what gives room back goes on
+            frees = full and code in (_SETATTR, _UNLINK, _RMDIR)
+            if not frees and _KIND.get(code) in self._refused and self._refused_name in self._paths.get(node, ""):
                 raise OSError(self._error, "")
             if code == _INIT:
                 reply = self._init(body)

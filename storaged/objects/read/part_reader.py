@@ -413,14 +413,19 @@ class _WindowJob:
             self._report(position, -1, "missing")
             return False
         except FragmentDamaged as error:
-            if not error.unread:
+            if error.unread:
+                self._plane.liveness.disk_late(disk, 0.0)
+            else:
                 self._gone.add(position)
             self._report(position, -1, "checksum")
             return False
         except PeerError:
             self._bad.add(disk)
             return False
-        self._plane.liveness.disk_answered(disk)
+        if found.unread:  # a drive with bad sectors takes long to say so
+            self._plane.liveness.disk_late(disk, 0.0)
+        else:
+            self._plane.liveness.disk_answered(disk)
         return self._take(position, row, count, found)
 
     def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:
