@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import json
 import os
 import re
 import signal
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -244,3 +246,77 @@ def alive(pid: int) -> bool:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+
+
+class Receiver:
+    """A webhook on loopback, which takes nothing until it is ``well``."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, str, str]] = []
+        """(key, event, sequencer)."""
+        self.well = False
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                for record in json.loads(body).get("Records", ()) if receiver.well else ():
+                    thing = record["s3"]["object"]
+                    receiver.got.append((thing["key"], record["eventName"], thing["sequencer"]))
+                self.send_response(200 if receiver.well else 503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.slow
+def test_events_of_processes_that_were_killed_arrive_in_order(several: Cluster) -> None:
+    """Also a website, since the gateway has to be configured for both."""
+    receiver = Receiver()
+    file = several.directory / "gateway" / "config.toml"
+    several.run("dev", "stop", "gateway")
+    url = f"http://127.0.0.1:{receiver.server.server_address[1]}/"
+    text = file.read_text().replace("[s3]\n", '[s3]\nwebsite_domain = "web.example.eu"\n')
+    file.write_text(f'{text}\n[[notifications]]\nname = "hook"\nurl = "{url}"\n')
+    several.run("dev", "start", "gateway")
+    several.wait_healthy()
+    clients = [several.boto3(connections=1) for _ in range(WORKERS)]
+    client = clients[0]
+    client.create_bucket(Bucket="eventful")
+    rule = {"QueueArn": "arn:storaged:sqs::hook:webhook", "Events": ["s3:ObjectCreated:*", "s3:ObjectRemoved:*"]}
+    put = client.put_bucket_notification_configuration
+    with pytest.raises(ClientError):
+        put(Bucket="eventful", NotificationConfiguration={"QueueConfigurations": [rule]})
+    put(
+        Bucket="eventful",
+        NotificationConfiguration={"QueueConfigurations": [rule]},
+        SkipDestinationValidation=True,
+    )
+    time.sleep(1.5)  # every process knows it
+    for number in range(3):
+        for index, each in enumerate(clients):
+            each.put_object(Bucket="eventful", Key=f"key {index}", Body=b"%d" % number)
+    client.delete_object(Bucket="eventful", Key="key 0")
+    for pid in processes(several):
+        os.kill(pid, signal.SIGKILL)
+    receiver.well = True
+    several.run("dev", "start", "gateway")
+    several.wait_healthy()
+    wanted = {(f"key+{index}", "ObjectCreated:Put") for index in range(WORKERS)} | {("key+0", "ObjectRemoved:Delete")}
+    several.wait_until(
+        lambda: wanted <= {one[:2] for one in receiver.got} and len(set(receiver.got)) == 10, 120, "all events"
+    )
+    for index in range(WORKERS):
+        found = list(dict.fromkeys(one[2] for one in receiver.got if one[0] == f"key+{index}"))
+        assert found == sorted(found)
+    receiver.server.shutdown()
+    asked = http.client.HTTPConnection("127.0.0.1", several.s3_port, timeout=60)
+    asked.request("GET", "/", headers={"Host": "eventful.web.example.eu"})
+    answer = asked.getresponse()
+    assert answer.status == 404
+    assert b"<li>Code: NoSuchWebsiteConfiguration</li>" in answer.read()

@@ -13,6 +13,7 @@ What must hold once all is well and the pointers were swept:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import random
@@ -20,13 +21,14 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote_plus
 
 from storaged.errors import NoSuchKey, OutcomeUnknown, S3Error, StoragedError
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.listing.round import ScanSettings
-from storaged.meta.names import Table, object_name
-from storaged.meta.ports import PageQuery
+from storaged.meta.names import RegisterName, Table, Value, event_name, object_name
+from storaged.meta.ports import Outcome, PageQuery
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING
@@ -48,7 +50,7 @@ from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
 
 OWNER = "f" * 64
-EVENT_KEYS = (b"k", b"l", b"m")
+EVENT_KEYS = tuple(b"key %d" % number for number in range(8))
 CALLS = 8
 """Of each worker."""
 SWEEPS_MAX = 20
@@ -74,9 +76,35 @@ class Inbox:
             raise DeliveryFailed("it does not listen")
         (record,) = json.loads(body)["Records"]
         thing = record["s3"]["object"]
-        self.got[thing["key"].encode()].append((thing["sequencer"], record["eventName"], thing.get("eTag", "")))
+        self.got[unquote_plus(thing["key"]).encode()].append(
+            (thing["sequencer"], record["eventName"], thing.get("eTag", ""))
+        )
         if fate < 0.4:
             raise DeliveryFailed("its answer is lost")
+
+
+class Registers:
+    """Those of a gateway. When it has noted a key in a pointer, and not accepted yet, it sometimes stands still, and
+    another one delivers the events of that key; when it has settled a register, too.
+    """
+
+    def __init__(self, client: Any, play: Events) -> None:
+        self._client = client
+        self._play = play
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def change(self, name: RegisterName, *what: Any, **how: Any) -> Outcome:
+        outcome: Outcome = await self._client.change(name, *what, **how)
+        if name.table == Table.EVENT:
+            await self._play.meanwhile(name)
+        return outcome
+
+    async def settle(self, name: RegisterName, **how: Any) -> Value | None:
+        value: Value | None = await self._client.settle(name, **how)
+        await self._play.meanwhile(event_name(name))
+        return value
 
 
 class Directory:
@@ -119,6 +147,7 @@ class Events(Scenario):
         """How many deletions of a key were acknowledged that found something; and those of unknown outcome."""
         self._perhaps_deleted: dict[bytes, int] = defaultdict(int)
         self._refused: set[tuple[bytes, str]] = set()
+        self._within = 0
 
     def _gateway(self, gateway: Gateway) -> tuple[ObjectPlane, BucketRecord, EventDelivery]:
         """One for each life of a gateway."""
@@ -126,7 +155,7 @@ class Events(Scenario):
         if place not in self._made:
             settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
             plane = ObjectPlane(
-                registers=gateway.client,
+                registers=Registers(gateway.client, self),  # type: ignore[arg-type]
                 pages=gateway.client,
                 scanner=RingScanner(gateway.layouts, gateway.directory, gateway.client, Everybody(), settings),
                 fences=gateway.client,
@@ -145,6 +174,25 @@ class Events(Scenario):
         return self._made[place]
 
     # --- gateways
+
+    async def meanwhile(self, pointer: RegisterName) -> None:
+        """What happens while a gateway is between two steps."""
+        if self._within or self.inbox.well or self._chance.random() < 0.5:
+            return
+        self._within += 1
+        try:
+            await asyncio.sleep(self._chance.uniform(0, 0.1))
+            gateway = self._chance.choice(self.gateways)
+            _, bucket, delivery = self._gateway(gateway)
+            for key, name in self.names.items():
+                if event_name(name) == pointer:
+                    with contextlib.suppress(StoragedError):
+                        if self._chance.random() < 0.7:
+                            await delivery.deliver(bucket, name)
+                        else:
+                            await self._put(gateway, key.encode())
+        finally:
+            self._within -= 1
 
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(CALLS):

@@ -45,7 +45,7 @@ EVENT_BUGS = (
     Planted(
         "noted_after_the_change",
         "the key is noted in its pointer after the accept",
-        100,
+        40,
         _PLAY,
         _PUT,
         "        if outgoing is not None:\n            await outgoing.note()\n\n"
@@ -56,7 +56,7 @@ EVENT_BUGS = (
     Planted(
         "stamps_stand_still",
         "a pointer loses a key although another change has noted it since",
-        600,
+        40,
         _PLAY,
         _OUTBOX,
         "        if stamps.get(name.key) != stamp:\n            return None\n        del stamps[name.key]\n",
@@ -65,7 +65,7 @@ EVENT_BUGS = (
     Planted(
         "forgotten_without_a_round",
         "a pointer loses a key whose outbox a mere read found empty",
-        300,
+        20,
         _PLAY,
         _OUTBOX,
         "    record = decode_record(await plane.registers.settle(name))\n",
