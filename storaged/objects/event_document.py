@@ -15,13 +15,13 @@ from storaged.objects.records import BucketRecord
 
 
 def document(bucket: BucketRecord, key: bytes, facts: EventFacts, region: str) -> bytes:
-    """One event. Its sequencer grows with each change of the key; two deliveries of one event have the same."""
+    """One event. Its sequencer grows, as text, with each event of the key. Deliveries of one event have the same."""
     thing: dict[str, Any] = {"key": quote_plus(key)}
     if facts.name.startswith(CREATED):
         thing |= {"size": facts.size, "eTag": facts.etag}
     if facts.version_id:
         thing["versionId"] = facts.version_id
-    thing["sequencer"] = f"{facts.sequence:016X}"
+    thing["sequencer"] = f"{facts.sequence:016X}" + (f"{facts.number:04X}" if facts.number else "")
     record = {
         "eventVersion": "2.1",
         "eventSource": "aws:s3",

@@ -22,7 +22,8 @@ class PendingEvent(Message, frozen=True):
 class EventFacts(Message, frozen=True):
     """What an event says. ``name``: as in AWS's document, such as ``ObjectCreated:Put``. ``destination``: an ARN.
     ``rule``: the id of the configuration that asks for it. ``sequence``: of the register, at the change.
-    ``version_id``, ``etag``: empty where AWS leaves them out. ``requester``: an id; empty for nobody.
+    ``version_id``, ``etag``: empty where AWS leaves them out. ``requester``: an id; empty for nobody. ``number``: of
+    the event among those of its change.
     """
 
     name: str
@@ -36,6 +37,7 @@ class EventFacts(Message, frozen=True):
     requester: str = ""
     remote: str = ""
     request_id: str = ""
+    number: int = 0
 
 
 class PendingKeys(Message, frozen=True):

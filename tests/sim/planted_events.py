@@ -20,7 +20,7 @@ EVENT_BUGS = (
         _PLAY,
         _OUTBOX,
         "        draft.outbox = (*draft.outbox, *added)\n",
-        "        self.any = False\n",
+        "        self._count = 0\n",
         fast=True,
     ),
     Planted(

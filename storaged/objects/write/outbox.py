@@ -84,12 +84,12 @@ class Outgoing:
         self._rules = rules
         self._origin = origin
         self._key = key
-        self.any = False
-        """The last run of ``add`` has added events."""
+        self._count = 0
+        """Of the events of this run of the change."""
 
     def begin(self) -> None:
         """A run of the change begins: what an earlier one added counts no more."""
-        self.any = False
+        self._count = 0
 
     def add(
         self, draft: Draft, sequence: int, *, what: str = "", size: int = 0, etag: str = "", version: str = ""
@@ -97,7 +97,8 @@ class Outgoing:
         """Adds the events of a change to its draft. ``what``: the second half of the event's name, if the origin does
         not have it; ``version``: the id that clients see. Raises SlowDown when the outbox is full.
         """
-        plane, origin, added = self._plane, self._origin, []
+        plane, origin = self._plane, self._origin
+        added: list[PendingEvent] = []
         event = f"{origin.name}:{what}" if what else origin.name
         for rule in self._rules.wanting(event, self._place.key):
             facts = EventFacts(
@@ -112,11 +113,12 @@ class Outgoing:
                 origin.requester,
                 origin.remote,
                 origin.request_id,
+                self._count + len(added),
             )
             event_id = plane.entropy(ID_BYTES)
             sealed = self._key.seal_list(encode(facts), _context(self._place, event_id))
             added.append(PendingEvent(event_id, self._key.version, sealed))
-        self.any = bool(added)
+        self._count += len(added)
         if added and len(draft.outbox) + len(added) > PENDING_MAX:
             raise SlowDown(TOO_MANY)
         draft.outbox = (*draft.outbox, *added)
@@ -125,12 +127,12 @@ class Outgoing:
         """Notes the key in its pointer, if the change has events. To be awaited between promise and accept. Raises
         SlowDown, ServiceUnavailable.
         """
-        if self.any:
+        if self._count:
             await note(self._plane, self._name)
 
     def committed(self) -> None:
         """The change is committed: this process delivers its events soon, unless it dies."""
-        if self.any:
+        if self._count:
             self._plane.on_events(self._bucket, self._name)
 
 
