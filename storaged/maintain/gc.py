@@ -40,9 +40,15 @@ ENTRIES_A_ROUND = 50_000
 """Entries of one disk looked at before the other disks have their turn; the next round goes on from there."""
 RESTING_MAX = 10_000
 """Registers and origins whose garbage rests. Of further ones each round asks again."""
+RESTS_A_KEY = 64
+"""When so many origins of one register rest, all its garbage rests: a key with ten thousand open uploads leaves room to
+others.
+"""
 
-_Rest = tuple[bytes, bytes]
-"""Packed name of a register, and the origin of the data: what is known of both is the same for many data ids."""
+_Rest = tuple[bytes, bytes | None]
+"""Packed name of a register, and the origin of the data: what is known of both is the same for many data ids. None: of
+every origin.
+"""
 
 
 class Garbage(NamedTuple):
@@ -72,6 +78,8 @@ class Collector:
         self._sweep = Sweep(context, self._judge.buckets)
         self._resting: dict[_Rest, tuple[float, str]] = {}
         """What can't be judged now: until when, and why."""
+        self._rests_of: Counter[bytes] = Counter()
+        """How many of these each register has."""
         self._cursors: dict[str, tuple[int, bytes]] = {}
         """Where on each disk's list the next round goes on."""
         self._counting: dict[str, Counter[str]] = {}
@@ -108,6 +116,7 @@ class Collector:
         before = self.deleted_fragments
         now = self._context.clock.monotonic()
         self._resting = {owner: rest for owner, rest in self._resting.items() if rest[0] > now}
+        self._rests_of = Counter(owner for owner, _ in self._resting)
         for disk, store in self._context.local_fragments.items():
             counting = self._counting.setdefault(disk, Counter())
             resting_before = len(self._resting)
@@ -143,7 +152,7 @@ class Collector:
     ) -> None:
         awake = []
         for entry in page:
-            rest = self._resting.get((entry.owner, entry.origin))
+            rest = self._resting.get((entry.owner, entry.origin)) or self._resting.get((entry.owner, None))
             if rest is None:
                 awake.append(entry)
             else:
@@ -158,8 +167,15 @@ class Collector:
             until = self._context.clock.monotonic() + self._context.limits.retry_max_s / 10
             for waits, reason in judged.waiting:
                 counting[reason] += 1
-                if len(self._resting) < RESTING_MAX:
-                    self._resting[waits] = until, reason
+                self._let_rest(waits, until, reason)
+
+    def _let_rest(self, waits: _Rest, until: float, reason: str) -> None:
+        owner = waits[0]
+        if self._rests_of[owner] >= RESTS_A_KEY:
+            waits = owner, None
+        if waits in self._resting or len(self._resting) < RESTING_MAX:
+            self._rests_of[owner] += waits not in self._resting
+            self._resting[waits] = until, reason
 
 
 class _Page:

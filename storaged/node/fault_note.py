@@ -20,10 +20,12 @@ from typing import TypeVar
 
 from storaged.errors import DiskUnreadable
 from storaged.lmdb_file import DATA_FILE, MEDIA_ERRORS, STEP_BYTES
+from storaged.units import KIB
 
 T = TypeVar("T")
 
 FAULT_FILE = "fault"
+FAULT_BYTES_MAX = 64 * KIB
 BUS_ERROR = b"Bus error"
 
 TRANSIENT = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT))
@@ -36,7 +38,10 @@ LMDB_FILES = (Path("meta") / DATA_FILE, Path("fragments") / "index" / DATA_FILE)
 
 def note_faults(directory: Path) -> None:
     """From now on the death of this process by a fault is noted in the node's directory. Raises OSError."""
-    faulthandler.enable((directory / FAULT_FILE).open("ab", buffering=0), all_threads=False)
+    path = directory / FAULT_FILE
+    if path.exists() and path.stat().st_size > FAULT_BYTES_MAX:  # a node that dies again and again fills no disk
+        path.write_bytes(BUS_ERROR if died_by_bus_error(directory) else b"")
+    faulthandler.enable(path.open("ab", buffering=0), all_threads=False)
 
 
 def died_by_bus_error(directory: Path) -> bool:

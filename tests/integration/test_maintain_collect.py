@@ -11,6 +11,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, Health, Re
 from storaged.maintain import disuse
 from storaged.maintain import gc as collect_module
 from storaged.maintain.context import MaintainLimits
+from storaged.maintain.gc import RESTS_A_KEY, Collector
 from storaged.maintain.sweep import FULL_S
 from storaged.meta.consensus.register import NEVER, Verdict
 from storaged.meta.messages import Create, FenceSet
@@ -186,6 +188,18 @@ def test_a_hot_key_with_open_uploads_keeps_no_garbage(monkeypatch: pytest.Monkey
         assert {reason for reasons in waiting for reason, _ in reasons} == {"its upload is open"}
 
     run(scenario, limits=MaintainLimits(collect_batch=2))
+
+
+def test_a_key_with_very_many_open_uploads_takes_no_more_than_its_share_of_rests() -> None:
+    context: Any = SimpleNamespace()
+    judge: Any = SimpleNamespace(buckets=None)
+    collector = Collector(context, judge)
+    for number in range(10 * RESTS_A_KEY):
+        collector._let_rest((b"hot", b"u%d" % number), 5.0, "its upload is open")
+    assert len(collector._resting) == RESTS_A_KEY + 1
+    assert collector._resting[b"hot", None] == (5.0, "its upload is open")
+    collector._let_rest((b"other", b"u"), 6.0, "away")
+    assert collector._resting[b"other", b"u"] == (6.0, "away")
 
 
 async def write_orphan(cluster: Cluster, data_id: bytes, owner: RegisterName, disk: str) -> FragmentId:

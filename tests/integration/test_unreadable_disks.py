@@ -193,5 +193,17 @@ def test_bytes_that_the_drive_can_not_read_are_damage_and_other_lasting_errors_a
         read_disk(disk)
 
 
+def test_a_node_that_dies_again_and_again_fills_no_disk_with_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fault_note.faulthandler, "enable", lambda file, **_: file.close())
+    note = tmp_path / FAULT_FILE
+    for content, kept in ((BUS_ERROR * 10_000, BUS_ERROR), (b"Segmentation fault" * 10_000, b""), (b"short", b"short")):
+        note.write_bytes(content)
+        fault_note.note_faults(tmp_path)
+        assert note.read_bytes() == kept
+        assert died_by_bus_error(tmp_path) is (kept == BUS_ERROR)
+
+
 def test_a_disk_without_files_can_be_read(tmp_path: Path) -> None:
     read_disk(tmp_path)

@@ -822,3 +822,24 @@ async def test_a_listed_record_that_is_not_its_keys_is_refused_by_name_of_what_i
     with pytest.raises(DataDamaged, match=f"{wrong}.*'b'"):
         await objects.list_versions(bucket)
     await objects.close()
+
+
+async def test_a_read_whose_data_is_gone_because_the_object_was_replaced_says_so() -> None:
+    world = World(block_cells_max=12)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    data = os.urandom(12 * CELL * 4)
+    for replaced in (True, False):
+        await put(objects, bucket, data)
+        stream = await objects.get(bucket, b"key")
+        chunks = stream.chunks()
+        await anext(chunks)
+        if replaced:
+            await put(objects, bucket, b"else")
+        for disk in world.disks.disks.values():
+            disk.lose(*disk.fragments)
+        said = "replaced or deleted while it was read" if replaced else "too few readable fragments"
+        with pytest.raises(ServiceUnavailable, match=said):
+            async for _ in chunks:
+                pass
+        await stream.close()
+    await objects.close()

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import NamedTuple
 
-from storaged.errors import DataDamaged, StoragedError
+from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion, ServiceUnavailable, StoragedError
 from storaged.objects.api import ObjectInfo
 from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
@@ -126,7 +126,10 @@ class VerifiedStream:
                 if len(self._pieces) == 1 and not self._slow and self._plane.get_buffers.left >= AHEAD_LEFT_MIN:
                     await self._start_next(only_if_room=True)
                 piece = self._pieces[0]
-                await piece.done
+                try:
+                    await piece.done
+                except ServiceUnavailable as error:  # DataDamaged is one
+                    raise await self._cause(error) from None
                 self._pieces.pop(0)
                 plain = piece.lease.view[piece.first : piece.last]
                 left -= len(plain)
@@ -141,6 +144,22 @@ class VerifiedStream:
                 self._slow = took_s > SLOW_S_MIN and count < SLOW_BYTES_PER_S * took_s
         finally:
             await self.close()
+
+    async def _cause(self, error: ServiceUnavailable) -> ServiceUnavailable:
+        """The error, or that the object is another one by now: then its data is gone, and nothing is damaged."""
+        try:
+            again = await find(self._plane, self._bucket, self.info.key, self._found.version_id)
+            if again.opened.version.context_id == self._found.opened.version.context_id:
+                return error
+        except (NoSuchKey, NoSuchVersion):
+            pass
+        except StoragedError:
+            return error
+        kept_s = self._plane.limits.retire_delay_ms // 1000
+        return ServiceUnavailable(
+            f"The object was replaced or deleted while it was read. Its data stays for {kept_s} s after that"
+            " (limits.retire_delay_s)."
+        )
 
     async def close(self) -> None:
         """Safe to call twice."""
