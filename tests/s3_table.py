@@ -61,10 +61,9 @@ WHY = {
     "IntelligentTiering": "there is one storage class",
     "Inventory": "it is not implemented",
     "Lifecycle": "AWS keeps it for old clients",
-    "Logging": "it is not implemented",
     "Metadata": "the tables of S3 Metadata are a service of AWS of their own",
     "Metrics": "they are for CloudWatch; the metrics of this server are in deploy/README.md",
-    "Notification": "it is not implemented",
+    "Notification": "AWS keeps it for old clients",
     "RenameObject": "it is of directory buckets",
     "Replication": "it is not implemented: one cluster spans all sites",
     "RequestPayment": "nobody pays for requests",
@@ -72,7 +71,6 @@ WHY = {
     "SelectObjectContent": "AWS gives it to no new customer",
     "Session": "directory buckets are not here",
     "Torrent": "AWS gives it to no new bucket",
-    "Website": "it is not implemented",
     "WriteGetObjectResponse": "irrelevant: it is a call to the hosts of Object Lambda",
 }
 """Why an operation is not done: the first of these that is part of its name."""
@@ -85,6 +83,8 @@ ELEMENTS = {
     "MfaDelete": "501 NotImplemented when it is Enabled: MFA Delete is not implemented",
     "Location": f"400 MalformedXML: {_DIRECTORY}",
     "Bucket": f"400 MalformedXML: {_DIRECTORY}",
+    "TargetGrants": "501 NotImplemented when it names somebody: the policy of the target bucket gives access to logs",
+    "EventBridgeConfiguration": "501 NotImplemented: there is no EventBridge",
     "DataRedundancy": f"400 MalformedXML: {_DIRECTORY}",
 }
 """Elements of requests that the front's code does not name, and what becomes of them."""

@@ -130,9 +130,9 @@ VERSION_BUGS = (
         0,
         _PLAY,
         "storaged/maintain/partition_mover.py",
-        "            async for page in pages_in(self._ports.pages, name, row.value):\n"
+        "            async for page in pages_in(self._ports.pages, name, row.value, on_unreadable=_only_lost):\n"
         "                near.setdefault(page, name)\n",
-        "            async for page in pages_in(self._ports.pages, name, row.value):\n",
+        "            async for page in pages_in(self._ports.pages, name, row.value, on_unreadable=_only_lost):\n",
         tests=f"{_TESTS}::test_a_partition_moves_with_the_pages_and_copies_of_all_versions",
         why="The play does not move partitions.",
     ),
