@@ -1,14 +1,24 @@
-"""Heads of a disk's fragments in the order of their ids, for walks over the whole disk. In a thread: they are read from
-all over the disk.
+"""Heads of a disk's fragments, for walks over all of it: in the order of their ids, or as they lie in the log. In a
+thread: they are read from the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 
 from storaged.errors import FragmentDamaged, FragmentMissing
 from storaged.fragments.engine import Engine
+from storaged.fragments.entry import BROKEN
+from storaged.fragments.files import SegmentFile
+from storaged.fragments.format import FRAGMENT, SEGMENT_HEADER_BYTES, FormatError, parse_fragment, segment_seed
 from storaged.fragments.ports import FragmentHeader
+from storaged.fragments.scan import Found, Gap, scan
+
+_PLACE = struct.Struct(">IQ")
+"""Segment and offset, from which a walk in the order of the log goes on."""
+RECORDS_MAX = 2000
+"""Records looked at for one page: a segment may be mostly garbage."""
 
 
 def heads_after(engine: Engine, after: bytes, limit: int) -> list[tuple[bytes, FragmentHeader | None]]:
@@ -26,6 +36,59 @@ def aged(engine: Engine, after: bytes, limit: int, since_ms: int, before_ms: int
         if entry is not None and since_ms <= entry.created_ms < before_ms
     ]
     return [header for _, header in _heads(engine, wanted) if header is not None], keys[-1] if keys else b""
+
+
+def in_log_order(engine: Engine, after: bytes, limit: int) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
+    """As ``ports.NearStore.in_log_order``: a page lies in one segment. What compaction moves comes again, later in the
+    log. Where the log of a segment does not parse, the index names what should be there.
+    """
+    number, offset = _PLACE.unpack(after) if len(after) == _PLACE.size else (0, 0)
+    left = sorted(segment for segment in list(engine.log.segments) if segment >= number)
+    if not left:
+        return [], b""
+    segment, following = left[0], _PLACE.pack(left[0] + 1, 0)
+    file = engine.log.segments.get(segment)
+    if file is None:
+        return [], following
+    start = offset if segment == number and offset else SEGMENT_HEADER_BYTES
+    page: list[tuple[FragmentHeader, bytes]] = []
+    try:
+        for count, item in enumerate(_records(engine, segment, file, start)):
+            if isinstance(item, Gap) or item.message is None:
+                return [(header, following) for header in _indexed(engine, segment)], following
+            if (header := _live(engine, segment, item)) is not None:
+                page.append((header, _PLACE.pack(segment, item.end)))
+            if len(page) == limit or count == RECORDS_MAX:
+                return page, _PLACE.pack(segment, item.end)
+    except FileNotFoundError:
+        pass  # it was compacted meanwhile
+    return page, following
+
+
+def _records(engine: Engine, segment: int, file: SegmentFile, start: int) -> Iterator[Found | Gap]:
+    end = engine.log.end.offset if segment == engine.log.active else file.size()
+    return scan(file, segment_seed(engine.index.disk_id, segment), start, end)
+
+
+def _live(engine: Engine, segment: int, found: Found) -> FragmentHeader | None:
+    """The head of a record that the index names; None for notes and garbage."""
+    if found.head.kind != FRAGMENT or found.message is None:
+        return None
+    try:
+        header = parse_fragment(found.message)
+    except FormatError:
+        return None
+    entry = engine.index.lookup(header.id)
+    if entry is BROKEN:  # which one of its records counts is not known: all are looked at
+        return header
+    counts = entry is not None and (entry.segment, entry.offset) == (segment, found.offset)
+    return header if counts else None
+
+
+def _indexed(engine: Engine, segment: int) -> list[FragmentHeader]:
+    """Of all fragments that lie in the segment by the index."""
+    keys = [key for key, entry in engine.index.entries() if entry.segment == segment]
+    return [header for _, header in _heads(engine, keys) if header is not None]
 
 
 def _heads(engine: Engine, keys: Sequence[bytes]) -> list[tuple[bytes, FragmentHeader | None]]:

@@ -244,6 +244,13 @@ class NearStore(FragmentStore, Protocol):
         read but the index. A damaged head: as ``scan``.
         """
 
+    async def in_log_order(self, after: bytes, limit: int) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
+        """The next fragments, up to about ``limit``, in the order in which the drive reads them best, each with the
+        place after it; and the place from which to go on, empty at the end. ``after``: a place, or empty for the
+        beginning; one that is not of this store begins anew. A damaged head: as ``scan``. One that is moved meanwhile
+        may come twice.
+        """
+
     async def fragments_of(self, data_ids: Sequence[bytes]) -> list[list[FragmentId]]:
         """The fragments of each data id on this disk, in order; up to 10,000 data ids. Their headers are not read."""
 

@@ -23,7 +23,7 @@ from storaged.fragments.condemned import Condemned
 from storaged.fragments.deferred import DeferredCopies
 from storaged.fragments.engine import Engine
 from storaged.fragments.files import Files, PosixFiles
-from storaged.fragments.heads import aged, heads_after
+from storaged.fragments.heads import aged, heads_after, in_log_order
 from storaged.fragments.index import Index
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import (
@@ -329,6 +329,11 @@ class LocalFragmentStore:
         self._refuse_when_closed()
         await self._append_deferred()
         return await self._in_reader(aged, self._engine, after, limit, since_ms, before_ms)
+
+    async def in_log_order(self, after: bytes, limit: int) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
+        self._refuse_when_closed()
+        await self._append_deferred()
+        return await self._in_reader(in_log_order, self._engine, after, limit)
 
     async def verify(self, fragment: FragmentId) -> FragmentStat:
         self._refuse_when_closed()

@@ -2,7 +2,7 @@
 page. Repair gets what fails.
 
 A scrub that starts by itself continues where it was interrupted: the position is kept on the disk. A requested one
-begins at the beginning. Both read what is on the drive, not what memory has of it.
+begins at the beginning. Both read what is on the drive, not what memory has of it, in the order of the log.
 
 Clients come first: a scrub that starts by itself rests while the disk's operations take long, and both obey the
 operator's pause and pace (``cluster.move_settings``).
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 from storaged.errors import StoragedError
-from storaged.fragments.ports import FragmentId, FragmentStore, Health
+from storaged.fragments.ports import FragmentId, Health, NearStore
 from storaged.maintain.context import MaintainContext, wait_for
 from storaged.maintain.job import Job, Pace
 from storaged.maintain.walk import row_slices
@@ -112,7 +112,7 @@ class Scrub:
             self._context.log(f"scrub: {failure}")
         return found
 
-    async def _disk(self, disk: str, store: FragmentStore, meta: MetaStore | None, resume: bool) -> None:
+    async def _disk(self, disk: str, store: NearStore, meta: MetaStore | None, resume: bool) -> None:
         start = await _noted(meta, _POSITION) if meta is not None and resume else b""
         await self._fragments(disk, store, meta, start)
         if meta is not None:
@@ -121,11 +121,12 @@ class Scrub:
             finished = str(self._context.clock.wall_ms()).encode()
             await _note(meta, StoreBatch(meta={_FINISHED: finished, _POSITION: b""}))
 
-    async def _fragments(self, disk: str, store: FragmentStore, meta: MetaStore | None, after: bytes) -> None:
+    async def _fragments(self, disk: str, store: NearStore, meta: MetaStore | None, after: bytes) -> None:
+        """``after``: a place (``NearStore.in_log_order``)."""
         noted = self._context.clock.monotonic()
-        while page := [header async for header in store.scan(after, PAGE)]:
-            for header in page:
-                after = header.id
+        page, following = await store.in_log_order(after, PAGE)
+        while following:
+            for header, after in page:
                 stat = await store.verify(FragmentId.unpack(header.id))
                 if stat.health == Health.DAMAGED:
                     self.damaged += 1
@@ -143,6 +144,7 @@ class Scrub:
                 ):
                     noted = self._context.clock.monotonic()
                     await _note(meta, StoreBatch(meta={_POSITION: after}))
+            page, following = await store.in_log_order(following, PAGE)
 
     async def _rest(self, meta: MetaStore | None, count: int) -> None:
         """After ``count`` bytes were verified: waits for the pace and for clients, and as long as scrubs are paused."""

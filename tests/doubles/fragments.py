@@ -261,6 +261,10 @@ class MemoryFragmentStore:
         for key in sorted(key for key in self._fragments if key > after)[:limit]:
             yield self._fragments[key].header
 
+    async def in_log_order(self, after: bytes, limit: int) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
+        page = [(header, header.id) async for header in self.scan(after, limit)]
+        return page, page[-1][1] if page else b""
+
     async def aged(self, after: bytes, limit: int, since_ms: int, before_ms: int) -> tuple[list[FragmentHeader], bytes]:
         page = [header async for header in self.scan(after, limit)]
         return [header for header in page if since_ms <= header.created_ms < before_ms], page[-1].id if page else b""

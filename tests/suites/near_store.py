@@ -65,6 +65,29 @@ class NearStoreSuite:
         assert pages == 3
         assert await near.aged(b"", 3, 10**13 + 1, 10**14) == ([], made[2].id.pack())
 
+    async def test_the_log_is_gone_through_page_by_page_and_from_any_place_on(self, near: NearStore) -> None:
+        made = {(one := await self.put_near(near)).id.pack(): one for _ in range(9)}
+        gone = list(made)[3]
+        await near.delete([made.pop(gone).id])
+        found, after, places = [], b"", []
+        while True:
+            page, after = await near.in_log_order(after, 2)
+            if not after:
+                break
+            assert len(page) <= 2
+            found += [header for header, _ in page]
+            places += [place for _, place in page]
+        assert {header.id: header for header in found} == {key: one.header for key, one in made.items()}
+        assert len(found) == len(made)
+        for number, place in enumerate(places):
+            rest, after = [], place
+            while after:
+                page, after = await near.in_log_order(after, 100)
+                rest += [header.id for header, _ in page]
+            assert rest == [header.id for header in found[number + 1 :]]
+        page, _ = await near.in_log_order(b"a place of another version", 1000)
+        assert not page or page[0][0].id in made
+
     async def test_who_only_looks_pardons_nothing(self, near: NearStore) -> None:
         made = await self.put_near(near)
         near.condemn([made.id.data_id])

@@ -665,3 +665,29 @@ async def test_a_segment_that_is_gone_from_under_the_disk_was_not_synced(tmp_pat
         (tmp_path / "segments").rename(tmp_path / "elsewhere")
         store.sync_apart()
         assert (await store.usage()).state == "read-only"
+
+
+async def test_a_walk_through_the_log_misses_no_fragment_whose_head_or_entry_is_damaged(tmp_path: Path) -> None:
+    limits = StoreLimits(reserve_bytes=1, segment_bytes=64 * KIB)
+    async with opened(tmp_path, limits=limits) as store:
+        made = [await put(store, 20_000) for _ in range(9)]
+        place = store._engine.index.lookup(made[1].id.pack())
+        assert place is not None
+    path = segment_paths(tmp_path)[place.segment - 1]
+    data = bytearray(path.read_bytes())
+    data[place.offset + 1] ^= 1
+    path.write_bytes(data)
+    index = tmp_path / "index" / "data.mdb"
+    rows = bytearray(index.read_bytes())
+    rows[rows.rfind(made[4].id.pack()) + 23 + 7] ^= 1
+    index.write_bytes(rows)
+    async with opened(tmp_path, limits=limits) as store:
+        found, after = set[bytes](), b""
+        while True:
+            page, after = await store.in_log_order(after, 2)
+            if not after:
+                break
+            found |= {header.id for header, _ in page}
+        assert found == {one.id.pack() for one in made}
+        healths = [(await store.verify(one.id)).health for one in made]
+        assert [number for number, health in enumerate(healths) if health != Health.OK] == [1, 4]
