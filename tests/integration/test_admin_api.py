@@ -21,6 +21,7 @@ from storaged.admin.place import bind_private
 from storaged.admin.ports import Services
 from storaged.cli.client import RemoteRefusal, request
 from storaged.cluster.move_settings import MoveSettings, changed
+from storaged.cluster.unlock import UnlockOrder
 from storaged.errors import (
     AuditUnwritable,
     BucketNotEmpty,
@@ -30,6 +31,7 @@ from storaged.errors import (
     NotRunning,
     OperatorError,
     PortInUse,
+    UnlockRefused,
 )
 from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
@@ -126,6 +128,7 @@ class Node:
         self.moves = MoveSettings()
         self.audited: list[tuple[str, str, str, str, dict[str, Any]]] = []
         self.audit_full = False
+        self.versions_changed: list[tuple[Any, ...]] = []
 
     async def status(self) -> dict[str, Any]:
         return {"verdict": "HEALTHY"}
@@ -163,10 +166,26 @@ class Node:
         self.moves = changed(self.moves, job, 1, paused=paused, pace=pace)
         return self.moves
 
+    def verify_unlock(self, document: str) -> UnlockOrder:
+        if document != "signed":
+            raise UnlockRefused
+        return UnlockOrder("c1", "demo", "a/b", "v1", "court", 5)
+
+    async def unlock(self, bucket: BucketRecord, key: bytes, version: str) -> None:
+        self.versions_changed.append((bucket.name, key, version))
+
+    async def lost_versions(self, _bucket: BucketRecord, key: bytes) -> int:
+        return 3 if key == b"a/b" else 0
+
+    async def forget_lost(self, bucket: BucketRecord, key: bytes, count: int) -> None:
+        self.versions_changed.append((bucket.name, key, count))
+
     def services(self, *, gateway: bool) -> Services:
         found = Services(self.status, self.ready, self.doctor, region="eu-fr-1", trail=self)
         if gateway:
             found.users, found.buckets = Users(), self.buckets
+            found.verify_unlock, found.unlock = self.verify_unlock, self.unlock
+            found.lost_versions, found.forget_lost = self.lost_versions, self.forget_lost
             found.racks = lambda countries: [f"rack of {country}" for country in countries]
             found.every_bucket, found.set_owner, found.usage = (
                 self.buckets.every_bucket,
@@ -470,3 +489,26 @@ async def test_a_node_that_does_not_run_is_said_to(tmp_path: Path) -> None:
     (tmp_path / "admin.sock").touch()
     with pytest.raises((NotRunning, OperatorError)):
         await ask(tmp_path, "GET", "/healthz")
+
+
+async def test_versions_are_unlocked_by_order_and_let_go_of_by_count(tmp_path: Path, node: Node) -> None:
+    await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
+    for name in ("demo", "other"):
+        await ask(tmp_path, "POST", "/v1/buckets", body={"name": name, "user": "AK1"})
+    node.audited.clear()
+    assert (await ask(tmp_path, "POST", "/v1/buckets/demo/unlock", body={"order": "signed"}))["version"] == "v1"
+    assert [(kind, target, outcome) for kind, _, target, outcome, _ in node.audited] == [
+        ("object.unlock", "object:demo/a/b", "intent"),
+        ("object.unlock", "object:demo/a/b", "done"),
+    ]
+    assert node.audited[0][4]["reason"] == "court"
+    for name, document in (("demo", "other"), ("other", "signed")):
+        with pytest.raises(RemoteRefusal):
+            await ask(tmp_path, "POST", f"/v1/buckets/{name}/unlock", body={"order": document})
+    key = b"a/b".hex()
+    assert (await ask(tmp_path, "GET", "/v1/buckets/demo/lost", query={"key": key}))["versions"] == 3
+    await ask(tmp_path, "POST", "/v1/buckets/demo/lost", body={"key": key, "count": "3"})
+    for body in ({"key": "x", "count": "3"}, {"key": key, "count": "-1"}, {"key": key}):
+        with pytest.raises(RemoteRefusal):
+            await ask(tmp_path, "POST", "/v1/buckets/demo/lost", body=body)
+    assert node.versions_changed == [("demo", b"a/b", "v1"), ("demo", b"a/b", 3)]
