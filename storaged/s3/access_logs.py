@@ -28,7 +28,7 @@ from storaged.objects.records import BucketRecord
 from storaged.s3.authorization import log_grant
 from storaged.s3.context import Front, existing_bucket
 from storaged.s3.encryption import default_encryption
-from storaged.s3.log_lines import Spoken, day_of, key_of, line_of
+from storaged.s3.log_lines import Spoken, day_of, key_of, lines_of
 from storaged.s3.origins import origin_of
 from storaged.s3.request import Request, RequestDone
 from storaged.units import MIB
@@ -112,22 +112,25 @@ class AccessLogs:
             return False
 
     def note(self, done: RequestDone, bucket: BucketRecord, spoken: Spoken) -> None:
-        """Adds the line of a request."""
+        """Adds the lines of a request."""
         now_ms = self._front.clock.wall_ms()
         began_ms = now_ms - int(done.duration_s * 1000)
-        line = line_of(done, bucket, began_ms, spoken).encode("utf-8", "replace")
-        held, whole = self._held.get(bucket.id, 0), self.held_bytes
+        stream = Stream(bucket.name, bucket.id, day_of(began_ms))
+        for line in lines_of(done, bucket, began_ms, spoken):
+            self._add(stream, line.encode("utf-8", "replace"), now_ms)
+
+    def _add(self, stream: Stream, line: bytes, now_ms: int) -> None:
+        held, whole = self._held.get(stream.bucket_id, 0), self.held_bytes
         self.counts.lines += 1
         if whole + len(line) > self._settings.bytes_max or held + len(line) > self._settings.bytes_max // 4:
             self.counts.dropped += 1
             return
-        stream = Stream(bucket.name, bucket.id, day_of(began_ms))
         lines = self._streams.get(stream)
         if lines is None:
             lines = self._streams[stream] = Lines(now_ms)
         lines.lines.append(line)
         lines.size += len(line)
-        self._held[bucket.id] = held + len(line)
+        self._held[stream.bucket_id] = held + len(line)
         self.held_bytes += len(line)
         if held + len(line) > self._settings.bytes_max // 8 or whole + len(line) > self._settings.bytes_max // 2:
             self._full.set()

@@ -6,6 +6,7 @@ https://docs.aws.amazon.com/AmazonS3/latest/userguide/LogFormat.html
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 from urllib.parse import quote, quote_from_bytes
@@ -14,7 +15,7 @@ from storaged.objects.api import Principal
 from storaged.objects.configuration.logging import DELIVERY_TIME, EVENT_TIME, BucketLogging
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
-from storaged.s3.request import RequestDone
+from storaged.s3.request import BatchKey, RequestDone
 
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _QUOTED_SAFE: Final = " !#$%&'()*+,-./:;<=>?@[]^_`{|}~"
@@ -56,8 +57,16 @@ def operation_of(name: str, method: str) -> str:
     return f"{'WEBSITE' if name == 'Website' else 'REST'}.{method or 'UNKNOWN'}.{resource}"
 
 
-def line_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken) -> str:
-    """The line of a request to a bucket, with its end. ``began_ms``: when the request came."""
+def lines_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken) -> Iterator[str]:
+    """The line of a request to a bucket, with its end, and one for each key that it deletes. ``began_ms``: when the
+    request came."""
+    yield _line(done, bucket, began_ms, spoken, None)
+    for one in done.request.batch or ():
+        yield _line(done, bucket, began_ms, spoken, one)
+
+
+def _line(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken, of: BatchKey | None) -> str:
+    """``of``: the key of DeleteObjects that the line is about; None: it is about the request."""
     request, reply, headers = done.request, done.reply, done.request.headers
     signed = bool(request.who.access_key)
     by_header = "authorization" in headers
@@ -68,18 +77,18 @@ def line_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spok
         request.remote or "-",
         _requester(request.who),
         request.id,
-        operation_of(request.operation, request.method),
-        quote_from_bytes(request.key) or "-",
+        operation_of(request.operation, request.method) if of is None else "BATCH.DELETE.OBJECT",
+        quote_from_bytes(request.key if of is None else of.key) or "-",
         _quoted(f"{request.method} {done.target} HTTP/1.{1 if request.http11 else 0}"),
-        str(reply.status),
-        reply.code or "-",
-        str(done.bytes_out or "-"),
+        str(reply.status if of is None else of.status),
+        (reply.code if of is None else of.code) or "-",
+        str(done.bytes_out or "-") if of is None else "-",
         _size(done),
         str(int(done.duration_s * 1000)),
         "-",
         _quoted(headers.get("referer", "-")),
         _quoted(headers.get("user-agent", "-")),
-        quote(request.query.get("versionId", "") or reply.headers.get("x-amz-version-id", "")) or "-",
+        quote(_version(done) if of is None else of.version) or "-",
         spoken.host_id or "-",
         "SigV4" if signed else "-",
         spoken.cipher or "-",
@@ -90,6 +99,10 @@ def line_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spok
         "-",
     )
     return " ".join(fields) + "\n"
+
+
+def _version(done: RequestDone) -> str:
+    return done.request.query.get("versionId", "") or done.reply.headers.get("x-amz-version-id", "")
 
 
 def _requester(who: Principal) -> str:

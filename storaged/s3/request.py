@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote, unquote_to_bytes
 
 from msgspec import Struct, field
@@ -124,6 +125,15 @@ def _without_secret(parameter: str) -> str:
 NO_TARGET = Target(b"/", (), {})
 
 
+class BatchKey(NamedTuple):
+    """``version``: that the request names, or that was made; empty: none. ``code``: of an error, or empty."""
+
+    key: bytes
+    version: str
+    status: int
+    code: str = ""
+
+
 class Request(Struct):
     """What handlers get. ``bucket_record`` is set if the operation needs a bucket, and then ``grant`` says what ``who``
     may do."""
@@ -152,6 +162,8 @@ class Request(Struct):
     """Of the object that a PutObject makes, once its headers were parsed."""
     reading: Reading | None = None
     """The object's record, if it was read before the handler began."""
+    batch: list[BatchKey] | None = None
+    """What became of the keys of DeleteObjects, for the access log; only of a bucket that is not plain."""
 
     @property
     def query(self) -> dict[str, str]:

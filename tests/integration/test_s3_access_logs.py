@@ -160,6 +160,7 @@ async def test_lines_say_who_asked_for_what_and_what_came_of_it(world: World) ->
     def read(world: World) -> None:
         owner = world.client()
         lines = lines_in(owner)
+        assert [line["key"] for line in lines if line["operation"].startswith("BATCH")] == ["copy"]
         assert [(line["operation"], line["status"]) for line in lines] == [
             ("REST.PUT.OBJECT", "200"),
             ("REST.GET.OBJECT", "206"),
@@ -168,6 +169,7 @@ async def test_lines_say_who_asked_for_what_and_what_came_of_it(world: World) ->
             ("REST.GET.OBJECT", "403"),
             ("REST.GET.OBJECT", "404"),
             ("REST.POST.MULTI_OBJECT_DELETE", "200"),
+            ("BATCH.DELETE.OBJECT", "204"),
             ("REST.POST.UPLOADS", "200"),
             ("REST.PUT.PART", "200"),
             ("REST.DELETE.UPLOAD", "204"),

@@ -17,7 +17,7 @@ from storaged.s3.documents import parse_document
 from storaged.s3.locks import bypasses
 from storaged.s3.origins import origin_of
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
-from storaged.s3.request import Request, check_key, version_of
+from storaged.s3.request import BatchKey, Request, check_key, version_of
 
 log = logging.getLogger("storaged.s3")
 
@@ -55,6 +55,7 @@ async def delete_objects(front: Front, request: Request) -> Reply:
     if any(not entry.get("Key") for entry in entries):
         raise errors.MalformedXML()
     lines = [""] * len(entries)
+    request.batch = None if request.bucket_record.plain else []
     following = iter(range(len(entries)))
 
     async def worker() -> None:
@@ -86,12 +87,15 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
             origin=origin_of(request, REMOVED),
         )
     except errors.S3Error as error:
+        _note(request, BatchKey(key, version, error.status, error.code))
         return f"<Error>{named}{xml.element('Code', error.code)}{xml.element('Message', error.message)}</Error>"
     except Exception:
         log.exception("DeleteObjects failed for one key, request %s", request.id)
+        _note(request, BatchKey(key, version, 500, "InternalError"))
         return (
             f"<Error>{named}<Code>InternalError</Code><Message>An internal error occurred. Try again.</Message></Error>"
         )
+    _note(request, BatchKey(key, version or result.version_id, 204))
     if quiet:
         return ""
     marker = ""
@@ -99,3 +103,8 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
         shown = result.version_id or version
         marker = f"<DeleteMarker>true</DeleteMarker>{xml.optional('DeleteMarkerVersionId', shown)}"
     return f"<Deleted>{named}{marker}</Deleted>"
+
+
+def _note(request: Request, key: BatchKey) -> None:
+    if request.batch is not None:
+        request.batch.append(key)
