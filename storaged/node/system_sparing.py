@@ -6,7 +6,8 @@ the storage nodes for their votes again, and brings the layout into force as ``s
 (``node.applying``). Votes that are asked now end the matter where the disk is back. While the system partition is joint
 by such a layout, the gateway looks whether the disk that comes has everything, and applies the one that ends the
 exchange. All gateways do this; the register of the layout decides which one is first. A layout that another gateway has
-decided, and not brought into force, is finished.
+decided, and not brought into force, is finished, also when the disk is back meanwhile: it would stand in the way of all
+others. So each gateway looks into the register now and then.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from storaged.cluster.sparing import Opinion, SignedVote, Vote, verdict_on
 from storaged.errors import StoragedError
 from storaged.node.applying import LayoutApplication
 from storaged.node.sparing_duty import pause_s
+from storaged.wire import decode
 
 log = structlog.get_logger("sparing")
+
+REGISTER_LOOKS = 12
+"""Every so many looks the register is read, though nothing is due."""
 
 Votes = Mapping[str, tuple[Vote, SignedVote]]
 
@@ -54,6 +59,7 @@ class SystemSparing:
         self._ports = ports
         self.reason = ""
         """Why the system partition does not leave a seed disk that is out; empty while there is no reason."""
+        self._looks = 0
 
     async def run(self) -> None:
         """Runs for ever."""
@@ -67,12 +73,16 @@ class SystemSparing:
     async def once(self) -> None:
         """Takes the next step when one is due. Raises StoragedError."""
         ports, layout = self._ports, self._ports.layouts.current
-        lost = self._lost(layout)
-        if not lost and not (layout.seeds_next and layout.if_out):
+        lost, joint = self._lost(layout), bool(layout.seeds_next and layout.if_out)
+        self._looks += 1
+        if not lost and not joint:
             self.reason = ""
-            return
+            if self._looks % REGISTER_LOOKS:
+                return
         wanted: SignedLayout | None
         wanted, in_force = await ports.application.newest()
+        if not lost and not joint and (in_force or not decode(wanted.payload, Layout).if_out):
+            return
         if in_force:
             wanted = await (self._end(layout) if layout.seeds_next else self._exchange(layout, lost))
         if wanted is None:

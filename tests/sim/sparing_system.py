@@ -68,6 +68,7 @@ class SpareProcess(Process):
         super().start()
         self.times = DiskTimes(self.book, self.play.why_away(self.name), self.play.haste)
         self.begin(self._follow_out())
+        self.sparing, self.system = self._duties()
 
     async def _follow_out(self) -> None:
         while True:
@@ -86,7 +87,7 @@ class SpareProcess(Process):
     def verify(self, signed: SignedVote) -> Vote:
         return verify_vote(signed, self.book.at, self.play.authority.certificate, CLUSTER)
 
-    def duties(self) -> tuple[SparingDuty, SystemSparing]:
+    def _duties(self) -> tuple[SparingDuty, SystemSparing]:
         play, seen = self.play, self.times.seen
         clock: Any = self.clock
 
@@ -330,8 +331,7 @@ class Outages(LayoutPart):
                 process.start()
 
     async def _once(self, process: SpareProcess) -> None:
-        sparing, system = process.duties()
-        for duty in (sparing, system):
+        for duty in (process.sparing, process.system):
             try:
                 await duty.once()
             except (StoragedError, TimeoutError) as error:
@@ -347,7 +347,7 @@ class Outages(LayoutPart):
         self.healing = [self.world.loop.create_task(work) for work in (self._look(), self._go_on(process))]
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while not self._finished():
+                while not self._finished() or not await self._nothing_pending(process):
                     await self._help(process)
                     await asyncio.sleep(0.05)
         except TimeoutError:
@@ -375,6 +375,11 @@ class Outages(LayoutPart):
         if begun or used or undecided:
             self.helped += 1
             await self.administrators.once(process, sound=True)
+
+    async def _nothing_pending(self, process: Process) -> bool:
+        """No layout that was signed beforehand is decided and not in force: nobody could decide another one."""
+        newest, in_force = await process.application().newest()
+        return in_force or self.of.register_lies or not self.of.by_hash[newest.hash].if_out
 
     def _finished(self) -> bool:
         everybody = self.of.everybody()
@@ -426,7 +431,7 @@ class Presigner(LayoutPart):
         if not signed.following:
             return
         step = self.chance.choice(signed.following)
-        votes = await process.duties()[0].ask(current, (step.out,)) if step.out else {}
+        votes = await process.sparing.ask(current, (step.out,)) if step.out else {}
         found = [each for _, each in votes.values()]
         known += found
         some = self.chance.choice(((), tuple(found), tuple(found[: MAJORITY - 1]), tuple(known[-12:])))

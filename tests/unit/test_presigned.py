@@ -30,7 +30,7 @@ from storaged.cluster.sparing import UNREACHABLE, DisksOut, Opinion, OutDisk, Si
 from storaged.cluster.succession import check_successor
 from storaged.errors import LayoutRefused
 from storaged.maintain.health import blocks_of
-from storaged.node.system_sparing import SystemSparing, SystemSparingPorts
+from storaged.node.system_sparing import REGISTER_LOOKS, SystemSparing, SystemSparingPorts
 from storaged.objects.code.place import first_choice
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import HEADER_BYTES, MAGIC, SUITE
@@ -342,6 +342,16 @@ async def test_a_gateway_finishes_what_another_one_has_decided(history: History)
     duty.decided = joint
     await duty.once()
     assert duty.applied == [joint]
+    duty = Duty(signed, set())
+    duty.decided = joint
+    for _ in range(REGISTER_LOOKS):
+        await duty.once()
+    assert duty.applied == [joint], "the disk is back, and the layout would stand in the way of others"
+    duty = Duty(signed, set())
+    duty.decided = history.sign(history.after(replace(layout_of(signed), seeds_next=("d4a", "d2a", "d3a"))))
+    for _ in range(REGISTER_LOOKS):
+        await duty.once()
+    assert duty.applied == [], "an administrator's is finished by him"
     duty = Duty(replace(joint, following=()), {"d1a"})
     assert "an administrator has to sign it" in await duty.once()
 

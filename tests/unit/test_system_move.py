@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from storaged.cluster.layout import SYSTEM_PARTITION, Layout
+from storaged.cluster.sparing import UNREACHABLE, DisksOut, OutDisk
 from storaged.errors import ServiceUnavailable
 from storaged.meta.listing.merge import CatchUp
 from storaged.meta.messages import EpochFence
@@ -25,8 +26,9 @@ class Seeds:
         self.fenced: list[EpochFence] = []
         self._away = set(away)
         self.differs = False
+        self.layouts = KnownLayouts(layout)
         self.move = SystemMove(
-            KnownLayouts(layout),
+            self.layouts,
             "na",
             dict.fromkeys(used, self),  # type: ignore[arg-type]  # only ``fence_epoch`` is asked for
             self,  # type: ignore[arg-type]  # only ``catch_up`` is asked for
@@ -62,6 +64,16 @@ async def test_a_majority_of_both_sets_and_the_disk_that_comes_answer(away: set[
     found = await Seeds(JOINT, away=away).reason()
     assert said in found
     assert bool(said) == bool(found)
+
+
+async def test_the_exchange_ends_without_the_disk_that_comes_where_that_is_out_itself() -> None:
+    """Then the next one replaces it. A majority of the set that comes has everything without it."""
+    for away, said in (({"c1"}, ""), ({"c0", "c1"}, ""), ({"b0", "c1"}, "only 2 of 4")):
+        seeds = Seeds(JOINT, away=away)
+        assert "c1, which comes" in await seeds.reason()
+        seeds.layouts.partitions.note_out(DisksOut(1, (OutDisk("c1", 1, UNREACHABLE),), ()))
+        assert said in await seeds.reason()
+        assert bool(said) == bool(await seeds.reason())
 
 
 async def test_a_disk_of_this_node_that_does_not_answer_is_not_counted_as_compared() -> None:
