@@ -45,7 +45,7 @@ from storaged.objects.records import BucketRecord
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.write.multipart import forget_finished_uploads
 
-TICK_S = 60.0
+TICK_S = 20.0
 TICKS_A_DAY = 20
 """With short days the worker looks more often."""
 NOTES_S = 30.0

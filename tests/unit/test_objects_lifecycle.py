@@ -18,11 +18,13 @@ from storaged.objects.code.lifecycle import DAY_MS, due_day
 from storaged.objects.code.lock import COMPLIANCE
 from storaged.objects.configuration.kinds import ENABLED, LOCK, SUSPENDED, VERSIONING, ObjectLock, Versioning
 from storaged.objects.configuration.lifecycle import LIFECYCLE, Lifecycle, LifecycleFilter, LifecycleRule
+from storaged.objects.configuration.notification import NOTIFICATION, Notification, NotificationRule
 from storaged.objects.lifecycle import walk
 from storaged.objects.lifecycle.index import every_due, write_notes
 from storaged.objects.listing_types import ListedVersion
+from storaged.objects.pending_events import EXPIRED
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, Lock
+from storaged.objects.records import BucketRecord, Lock, decode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.write import versioned
@@ -668,6 +670,50 @@ async def test_an_index_that_is_gone_is_made_again() -> None:
     await world.works()
     with pytest.raises(NoSuchKey):
         await world.objects.head(await world.bucket(), b"key")
+
+
+# --- events
+
+
+def outbox_of(world: Living) -> int:
+    """How many events the records of all keys have."""
+    return sum(
+        len(record.history.outbox)
+        for name, value in world.world.ring.values.items()
+        if name.table == Table.OBJECT and value.body and (record := decode_object(value.body)).history is not None
+    )
+
+
+@pytest.mark.parametrize("status", ["", ENABLED])
+async def test_what_expires_makes_events(status: str) -> None:
+    world = Living()
+    await world.made(rule(days=1), status=status)
+    asked = NotificationRule("n", "arn:storaged:sqs::hook:webhook", (f"{EXPIRED}:*",))
+    await world.buckets.configure(await world.bucket(), NOTIFICATION, lambda _: Notification((asked,)))
+    await world.put()
+    await world.written()
+    world.until(due_day(world.now_ms, 1))
+    await world.works()
+    assert await world.keys() == []
+    assert outbox_of(world) == 1
+
+
+async def test_many_versions_with_events_go_as_the_outbox_has_room() -> None:
+    world = Living()
+    await world.made(rule(noncurrent_days=1), status=ENABLED)
+    asked = NotificationRule("n", "arn:storaged:sqs::hook:webhook", (f"{EXPIRED}:*",))
+    await world.buckets.configure(await world.bucket(), NOTIFICATION, lambda _: Notification((asked,)))
+    for number in range(45):
+        await world.put(data=b"%d" % number)
+    await world.written()
+    world.until(due_day(world.now_ms, 1))
+    await world.works()
+    assert outbox_of(world) == 32
+    assert len(await world.versions()) == 45 - 32
+    await world.buckets.configure(await world.bucket(), NOTIFICATION, lambda _: None)
+    world.until(world.now_ms // DAY_MS + 1)
+    await world.works()
+    assert len(await world.versions()) == 1
 
 
 # --- at random
