@@ -60,8 +60,11 @@ log = structlog.get_logger("lifecycle")
 
 
 async def keep_notes(plane: ObjectPlane) -> None:
-    """Runs for ever, in each process of a gateway: writes its notes."""
+    """Runs for ever, in each process of a gateway: writes its notes. It also asks for the agreed time, which is known
+    only some time after it was first asked for.
+    """
     while True:
+        plane.now_agreed_ms()
         await asyncio.sleep(min(NOTES_S, plane.limits.lifecycle_day_ms / 1000 / TICKS_A_DAY))
         try:
             await write_notes(plane, plane.notes)
