@@ -18,6 +18,8 @@ SIZES = (1, 900, 4_096, 9_000, 16_000, 50_000, 300_000, 3_000_000)
 OBJECTS = 48
 ATTEMPTS = 5
 """On a machine that does much else, too."""
+THINK_S = 0.2
+"""A client's pause between requests. ``python -m tests.chaos change`` makes shorter ones, and the simulation none."""
 
 
 class Changed:
@@ -64,7 +66,7 @@ def test_a_server_is_added_and_another_one_is_gone_for_good(changed: Changed) ->
     s3 = servers.boto3()
     for key, body in changed.bodies.items():
         s3.put_object(Bucket="demo", Key=key, Body=body)
-    workload = Workload(servers.boto3, "demo", workers=2, attempts=ATTEMPTS, think_s=0.05)
+    workload = Workload(servers.boto3, "demo", workers=2, attempts=ATTEMPTS, think_s=THINK_S)
     workload.start()
 
     replicas = servers.add("n4", "FR/lyo2/d")["replicas"]

@@ -23,6 +23,8 @@ from tests.servers import Servers
 SIZES = (1, 900, 9_000, 50_000, 300_000, 3_000_000)
 OBJECTS = 36
 ATTEMPTS = 5
+THINK_S = 0.2
+"""A client's pause between requests."""
 DROP_DELAY_S = 10
 COLLECTED_S = 45
 """After the delay a disk's collector looks at its list every 20 s. A check stops the nodes, and it begins again."""
@@ -116,7 +118,7 @@ def profiles_on_disks(servers: Servers) -> dict[bytes, set[str]]:
 def test_the_profile_of_a_cluster_in_use_changes_twice(reprofiled: Reprofiled) -> None:
     servers = reprofiled.servers
     assert reprofiled.have("4+2")
-    workload = Workload(servers.boto3, "demo", workers=2, attempts=ATTEMPTS, think_s=0.05)
+    workload = Workload(servers.boto3, "demo", workers=2, attempts=ATTEMPTS, think_s=THINK_S)
     workload.start()
     reprofiled.set_profile("2+1")
     reprofiled.bodies["new"] = b"n" * 100_000

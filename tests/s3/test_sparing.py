@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.workload import Workload
 from tests.cluster import RACKS
-from tests.s3.test_cluster_changes import ATTEMPTS, Changed
+from tests.s3.test_cluster_changes import ATTEMPTS, THINK_S, Changed
 from tests.servers import Servers
 
 
@@ -33,7 +33,7 @@ def out(servers: Servers) -> set[str]:
 
 def work(servers: Servers, bucket: str) -> Workload:
     """It has the keys of the bucket for itself."""
-    found = Workload(servers.boto3, bucket, workers=2, attempts=ATTEMPTS, think_s=0.05)
+    found = Workload(servers.boto3, bucket, workers=2, attempts=ATTEMPTS, think_s=THINK_S)
     found.start()
     return found
 
