@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from storaged.objects.api import Identity, ObjectAccess, Principal
 from storaged.objects.configuration.document import Configuration
 from storaged.s3.auth.actions import POLICY_ACTIONS, action_of
+from tests.examples import examples
 from tests.property.test_access_properties import OBJECTS, OPERATIONS, OTHER, OWNER, configurations, decided
 
 ACCOUNTS = st.sampled_from((OWNER, OTHER))
@@ -47,7 +48,7 @@ def narrowed(who: Principal, statements: list[dict[str, Any]]) -> Principal:
 
 
 @given(ACCOUNTS, POLICIES, OPERATIONS, configurations(), OBJECTS, KEYS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(150))
 def test_a_user_never_has_more_than_its_account(
     account: Principal,
     own: list[dict[str, Any]],
@@ -61,7 +62,7 @@ def test_a_user_never_has_more_than_its_account(
 
 
 @given(ACCOUNTS, OPERATIONS, configurations(), OBJECTS, KEYS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(150))
 def test_a_user_who_may_everything_has_what_its_account_has_but_for_a_policy_that_locks_it_out(
     account: Principal, operation: str, configuration: Configuration, found: ObjectAccess | None, key: bytes | None
 ) -> None:
@@ -72,7 +73,7 @@ def test_a_user_who_may_everything_has_what_its_account_has_but_for_a_policy_tha
 
 
 @given(ACCOUNTS, POLICIES, OPERATIONS, configurations(), OBJECTS, KEYS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(150))
 def test_a_deny_of_its_own_ends_every_decision(
     account: Principal,
     own: list[dict[str, Any]],
@@ -89,7 +90,7 @@ def test_a_deny_of_its_own_ends_every_decision(
 
 
 @given(ACCOUNTS, POLICIES, POLICIES, OPERATIONS, configurations(), OBJECTS, KEYS)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(150))
 def test_a_session_s_policies_only_take_away_and_an_allow_only_adds(
     account: Principal,
     own: list[dict[str, Any]],
