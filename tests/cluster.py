@@ -6,10 +6,13 @@ calls.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,16 +31,17 @@ from tests.patience import SLOWNESS
 
 STORAGED = str(Path(sys.executable).parent / "storaged")
 POLL_S = 0.2
+PORTS = range(12_000, 32_000)
 RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
 
 
 def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below the ports that Linux gives to clients, so that it stays free until a node listens, or listens again."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", PORTS[secrets.randbelow(len(PORTS))]))
+            port: int = probe.getsockname()[1]
+            return port
 
 
 def children_of(pid: int) -> list[int]:
