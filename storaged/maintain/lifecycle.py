@@ -163,6 +163,11 @@ class LifecycleWorker:
                 log.warning("the lifecycle of a bucket goes on later", bucket=bucket.name, reason=str(error))
                 known.problem = str(error)
             return False
+        except Exception:  # a fault here must not end the gateway, nor keep the other buckets waiting
+            log.exception("the lifecycle of a bucket has failed", bucket=bucket.name)
+            if known is not None:
+                known.problem = "an internal error: the gateway's log has it"
+            return False
         known.problem = ""
         return more
 
@@ -261,6 +266,9 @@ class LifecycleWorker:
                 except (StoragedError, TimeoutError) as error:
                     failed.append(key)
                     log.info("lifecycle looks at a key later", bucket=bucket.name, reason=str(error))
+                except Exception:  # as above
+                    failed.append(key)
+                    log.exception("a look of lifecycle has failed", bucket=bucket.name)
                 self.job.advance()
 
         await asyncio.gather(*(one(key) for key in keys))

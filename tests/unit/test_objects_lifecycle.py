@@ -21,6 +21,7 @@ from storaged.objects.configuration.lifecycle import LIFECYCLE, Lifecycle, Lifec
 from storaged.objects.configuration.notification import NOTIFICATION, Notification, NotificationRule
 from storaged.objects.lifecycle import walk
 from storaged.objects.lifecycle.index import every_due, write_notes
+from storaged.objects.lifecycle.look import Judge, Looked, look_at
 from storaged.objects.listing_types import ListedVersion
 from storaged.objects.pending_events import EXPIRED
 from storaged.objects.plane import ObjectPlane
@@ -630,6 +631,28 @@ async def test_keys_without_a_majority_are_looked_at_on_the_next_day() -> None:
     await world.works()
     world.world.ring.read = read  # type: ignore[method-assign]
     assert await world.keys() == [b"key"]
+    world.until(world.now_ms // DAY_MS + 1)
+    await world.works()
+    assert await world.keys() == []
+
+
+async def test_a_fault_of_a_look_ends_neither_the_worker_nor_other_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Living()
+    await world.made(rule(days=1))
+    for key in (b"a", b"b"):
+        await world.put(key)
+    await world.written()
+    world.until(due_day(world.now_ms, 1))
+
+    async def faulty(plane: ObjectPlane, judge: Judge, bucket: BucketRecord, key: bytes) -> Looked:
+        if key == b"a":
+            raise RuntimeError("a fault")
+        return await look_at(plane, judge, bucket, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("storaged.maintain.lifecycle.look_at", faulty)
+        await world.works()
+    assert await world.keys() == [b"a"]
     world.until(world.now_ms // DAY_MS + 1)
     await world.works()
     assert await world.keys() == []
