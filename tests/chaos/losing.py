@@ -112,5 +112,5 @@ def rates(document: Mapping[str, Any]) -> Iterator[str]:
         if "disk_mb_s" in move:
             mb = move["bytes"]["bytes"] / 1e6
             rate = mb / move["seconds"]
-            share = f"{100 * rate / move['disk_mb_s']:.0f}%"
+            share = f"{100 * rate / move['disk_mb_s']:.1f}%"
             yield f"{move['what']:<50} {move['seconds']:>8} {mb:>16.1f} {rate:>7.2f} {move['disk_mb_s']:>10} {share:>6}"

@@ -38,6 +38,7 @@ LEAST = {
     "recovering": Least(200, done=(("recovered", 1.5), ("recovered joint", 0.5), ("steps", 10))),
     "layouts": Least(120, done=(("layouts", 1.5), ("steps", 0.1))),
     "recovering system": Least(50, done=(("layouts", 2.5), ("recovered", 0.7))),
+    "sparing system": Least(100, done=(("layouts", 1), ("spared", 2))),
     "object lies": Least(a_seed=20),
     "events": Least(a_seed=15, done=(("events", 5),)),
 }
