@@ -159,6 +159,22 @@ async def test_events_enter_the_record_with_their_change_and_leave_it_when_they_
     await stream.close()
 
 
+async def test_small_copies_stay_while_events_come_and_go() -> None:
+    made = Made()
+    for number in range(3):
+        await made.put(data=b"%d" % number * 4000)
+        value = made.value(made.name())
+        assert value is not None
+        assert value.payload
+    await made.sweep()
+    stream = await made.objects.get(made.bucket, b"key")
+    assert b"".join([bytes(piece) async for piece in stream.chunks()]) == b"2" * 4000
+    await made.put(data=b"x" * 40_000)
+    value = made.value(made.name())
+    assert value is not None
+    assert value.payload == b"", "the copies went with their version"
+
+
 async def test_a_deleted_key_keeps_its_events_and_is_gone_after_them(made: Made) -> None:
     await made.put()
     await made.delete()
