@@ -159,6 +159,10 @@ def test_problems_are_dated_from_when_they_were_first_seen_and_anew_when_they_re
         ("index-damaged", "INDEX_DAMAGED"),
         ("lost", "DISK_LOST"),
         ("failed", "DISK_DOWN"),
+        ("hung", "DISK_HUNG"),
+        ("unreadable", "DISK_UNREADABLE"),
+        ("checking", "DISK_CHECKED"),
+        ("a state of another version", "DISK_DOWN"),
     ],
 )
 def test_a_disk_that_does_not_take_part_fully_is_named(state: str, code: str) -> None:
@@ -310,6 +314,12 @@ def test_status_does_not_say_that_nothing_moves_while_nobody_knows_where_partiti
     stale = {**found, "moving": {**nothing, "objects": None}}
     assert "how many objects have to move is not known yet" in render({**stale, "objects_counted": True})
     assert "how many objects" not in render({**stale, "objects_counted": False}), "it says that they are counted"
+
+
+def test_a_slow_disk_is_a_warning_and_leaves_the_verdict_as_it_is() -> None:
+    found = judge(facts(node("n1", disk_state="slow")), NOW)
+    assert (found["verdict"], found["problems"]) == ("HEALTHY", [])
+    assert [(entry["code"], entry["subject"]) for entry in found["warnings"]] == [("DISK_SLOW", "FR/par1/a/n1/n1-1")]
 
 
 def test_a_disk_that_fills_up_is_a_warning_and_leaves_the_verdict_as_it_is() -> None:
