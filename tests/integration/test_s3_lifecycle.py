@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import urllib3
 
 from tests.integration.s3_front import World, s3_world
 from tests.integration.test_s3_front import refused
@@ -118,6 +119,10 @@ async def test_answers_name_the_day_and_the_rule(world: World) -> None:
         assert expiry_of(client.head_object(Bucket="bucket", Key="t")) == ""
         copied = client.copy_object(Bucket="bucket", Key="tmp/c", CopySource="bucket/other")
         assert expiry_of(copied) in wanted
+        form = client.generate_presigned_post("bucket", "tmp/form")
+        fields = {**form["fields"], "file": ("name", b"x")}
+        posted = urllib3.PoolManager().request("POST", form["url"], fields=fields)
+        assert posted.headers["x-amz-expiration"] in wanted
         client.delete_bucket_lifecycle(Bucket="bucket")
         assert expiry_of(client.head_object(Bucket="bucket", Key="tmp/a")) == ""
 

@@ -24,6 +24,7 @@ from storaged.s3.context import Front, existing_bucket, user_of
 from storaged.s3.documents import parse_document
 from storaged.s3.encryption import asked, written_headers
 from storaged.s3.http.form_data import FormReader, boundary_of
+from storaged.s3.lifecycle import stored_expiration
 from storaged.s3.locks import asked_lock
 from storaged.s3.operation import check_fields, check_form
 from storaged.s3.ops.acl import ownership
@@ -72,6 +73,8 @@ async def post_object(front: Front, request: Request) -> Reply:
     result = await front.objects.put(request.grant, request.key, _bounded(form, policy), meta, checks, owner=owner)
     reply = _answer(request, fields, result)
     written_headers(result.encryption, headers, reply.headers)
+    if not request.bucket_record.plain:
+        stored_expiration(front, request, result, reply.headers)
     return reply
 
 
