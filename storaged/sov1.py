@@ -181,6 +181,24 @@ class StreamKey(NamedTuple):
         except InvalidTag:
             raise SealBroken("chunk 0 does not open", index=0) from None
 
+    def open_whole(self, sealed: Buffer) -> bytes:
+        """The plaintext of a whole stream, of its chunks one after the other. Raises SealBroken, also for one that is
+        cut short.
+        """
+        chunk_bytes = self.chunk_bytes
+        if len(sealed) < chunk_bytes:
+            return self.open_only(sealed)
+        if len(sealed) % chunk_bytes < TAG_BYTES:
+            raise SealBroken(f"{len(sealed)} bytes are not a whole stream", index=len(sealed) // chunk_bytes)
+        cipher, nonce, view, plain = AESGCM(self.key), int.from_bytes(self.nonce, "big"), memoryview(sealed), []
+        for index, at in enumerate(range(0, len(sealed), chunk_bytes)):
+            try:
+                chunk = view[at : at + chunk_bytes]
+                plain.append(cipher.decrypt((nonce ^ index).to_bytes(_NONCE_BYTES, "big"), chunk, None))
+            except InvalidTag:
+                raise SealBroken(f"chunk {index} does not open", index=index) from None
+        return b"".join(plain)
+
 
 def stream_key(key: bytes, label: str, context: bytes, header: bytes) -> StreamKey:
     """Derives a stream's key. Raises SealBroken for a wrong key, context or header; compares the commitment in constant

@@ -112,7 +112,7 @@ def _print_plan(before: Layout, layouts: Sequence[Layout], found: planning.Outlo
     if not found.changes:
         click.echo("  the first layout: nothing moves" if first else "  nothing changes")
     if not first and before.target != after.target:
-        click.echo(f"all objects over 16 KiB are coded again: {planning.stored_bytes(before.profile, after.profile)}")
+        click.echo(f"all but small objects are coded again: {planning.stored_bytes(before.profile, after.profile)}")
     if found.moves:
         click.echo(f"partitions that move  {found.partitions} of 1025")
         click.echo(f"replicas that move    {found.replicas}")

@@ -30,8 +30,8 @@ def profile(directory: Path, profile: str, spread: str | None, dry_run: bool, as
     """Let the next layout ask for K data and M parity fragments, such as 4+2.
 
     When it is in force, new writes use it at once. Repair codes everything else again, after all other work, and keeps
-    the old fragments until the new ones are durable and the record names them. Objects up to 16 KiB are whole copies
-    and stay as they are.
+    the old fragments until the new ones are durable and the record names them. Small objects (up to 64 KiB) are whole
+    copies and stay as they are.
     """
     from storaged.cli import create as files
     from storaged.cli import planning
@@ -52,7 +52,7 @@ def profile(directory: Path, profile: str, spread: str | None, dry_run: bool, as
     if after.spreads:
         said += f"\n  at most {after.target.operator_max} fragments of a block at one operator, and nothing degrades"
     if after.spreads and last is not None and not last[1].spreads:
-        said += "\n  Objects of up to 16 KiB that are there stay whole copies until they are written again."
+        said += "\n  Small objects (up to 64 KiB) that are there stay whole copies until they are written again."
     if not dry_run:
         files.save_plan(directory, listed)
     document = {"before": before, "profile": after.profile, "spread": after.spread or "racks", "saved": not dry_run}

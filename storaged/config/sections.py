@@ -122,16 +122,17 @@ class AuditSection(msgspec.Struct, frozen=True):
 class LimitsSection(msgspec.Struct, frozen=True):
     """Bounds of one node; a gateway's workers share those of S3.
 
-    ``recode_delay_s``: how long a disk may be away before repair recodes blocks for the other disks; 0: as the layout
-    says, which all nodes should do. ``drop_delay_s``: how long fragments that moved, or were coded again, stay in their
-    old places for readers. ``retire_delay_s``: how long the data of what was deleted or replaced stays, for reads that
-    are under way. ``upload_expire_s``: an open multipart upload to which nothing was added for so long is aborted; 0:
-    never. ``lifecycle_day_s``: how long a day of lifecycle rules lasts, the same in all gateways; shorter ones are for
-    tests alone, since objects expire early. ``lifecycle_per_s``: how many keys lifecycle looks at in a second, at most.
-    ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used only as rows are
-    written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the file
-    system. ``expunge_delay_s``: how long the row of a deleted key stays at least; longer than any client's retry,
-    and than a gateway may be suspended.
+    ``small_object_bytes_max``: objects of up to this size are kept as three whole copies, larger ones are coded: copies
+    need less work, and more space. ``recode_delay_s``: how long a disk may be away before repair recodes blocks for the
+    other disks; 0: as the layout says, which all nodes should do. ``drop_delay_s``: how long fragments that moved, or
+    were coded again, stay in their old places for readers. ``retire_delay_s``: how long the data of what was deleted or
+    replaced stays, for reads that are under way. ``upload_expire_s``: an open multipart upload to which nothing was
+    added for so long is aborted; 0: never. ``lifecycle_day_s``: how long a day of lifecycle rules lasts, the same in
+    all gateways; shorter ones are for tests alone, since objects expire early. ``lifecycle_per_s``: how many keys
+    lifecycle looks at in a second, at most. ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used
+    only as rows are written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a
+    twentieth of the file system. ``expunge_delay_s``: how long the row of a deleted key stays at least; longer than any
+    client's retry, and than a gateway may be suspended.
     """
 
     s3_requests_max: int = 1024
@@ -140,7 +141,7 @@ class LimitsSection(msgspec.Struct, frozen=True):
     segment_bytes: int = 256 * MIB
     reserve_bytes: int = 0
     drain_s: float = 25.0
-    small_object_bytes_max: int = 16 * KIB
+    small_object_bytes_max: int = 64 * KIB
     recode_delay_s: float = 0.0
     drop_delay_s: float = 3600.0
     retire_delay_s: float = 3600.0

@@ -165,7 +165,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "expunge_delay_s"): _between(3_600, 365 * 86_400),
     ("limits", "lifecycle_day_s"): _between(1, 86_400),
     ("limits", "lifecycle_per_s"): _between(1, 100_000),
-    ("limits", "small_object_bytes_max"): _size_between(0, 64 * KIB),
+    ("limits", "small_object_bytes_max"): _size_between(0, 256 * KIB),
     ("log", "level"): _one_of(*LOG_LEVELS),
     ("s3", "new_buckets"): _one_of(*NEW_BUCKETS),
     ("log", "format"): _one_of(*LOG_FORMATS),

@@ -5,11 +5,12 @@ directory of all disks.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Reply
 from storaged.cluster.rpc.authority import grant
-from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerRefused
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerError, PeerRefused
 from storaged.fragments.format import KEY_BYTES
 from storaged.fragments.messages import (
     MISSING_CELL,
@@ -97,6 +98,35 @@ class RemoteFragmentStore:
         reply, body = await self._ask(
             "fragment.read", ReadRequest(self._disk, fragment.pack(), first_cell, count), ReadReply
         )
+        return self._cells_in(fragment, reply, body)
+
+    def try_ask_cells(
+        self, fragment: FragmentId, first_cell: int, count: int, on_found: Callable[[CellRead | PeerError], None]
+    ) -> bool:
+        """As ``read``, without a task: ``on_found`` gets the cells, or the error. False: nothing was asked."""
+        try_call = getattr(self._caller, "try_call", None)  # of a TryCaller
+        request = ReadRequest(self._disk, fragment.pack(), first_cell, count)
+        on_reply = partial(self._on_cells, fragment, on_found)
+        return try_call is not None and try_call(
+            self._node, "fragment.read", request, ReadReply, on_reply, timeout_s=self._timeout_s
+        )
+
+    def _on_cells(
+        self,
+        fragment: FragmentId,
+        on_found: Callable[[CellRead | PeerError], None],
+        answer: ReadReply | PeerError,
+        body: memoryview,
+    ) -> None:
+        found: CellRead | PeerError
+        try:
+            found = answer if isinstance(answer, PeerError) else self._cells_in(fragment, answer, body)
+        except PeerError as error:
+            found = error
+        on_found(found)
+
+    def _cells_in(self, fragment: FragmentId, reply: ReadReply, body: memoryview) -> CellRead:
+        """Raises FragmentDamaged for an answer to another question."""
         if reply.header.id != fragment.pack() or sum(length for length in reply.lengths if length > 0) != len(body):
             raise FragmentDamaged(
                 f"disk {self._disk} answered with something other than fragment {fragment.pack().hex()}"

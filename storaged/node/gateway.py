@@ -158,7 +158,7 @@ class Gateway:
     def _build_plane(self, binding: Binding) -> ObjectPlane:
         node, config = self._node, self._config
         limits = ObjectLimits(
-            small_sealed_bytes_max=config.limits.small_object_bytes_max,
+            small_bytes_max=config.limits.small_object_bytes_max,
             retire_delay_ms=int(config.limits.retire_delay_s * 1000),
             upload_expire_ms=int(config.limits.upload_expire_s * 1000),
             lifecycle_day_ms=int(config.limits.lifecycle_day_s * 1000),

@@ -36,7 +36,6 @@ from storaged.objects.lifecycle.notes import Notes
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
 from storaged.objects.room import Room
-from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 
 P = ParamSpec("P")
@@ -49,9 +48,9 @@ class ObjectLimits:
 
     inline_sealed_bytes_max: int = 1 * KIB
     """Sealed bytes that stay in the record. Under about 2 KiB a record keeps out of LMDB's overflow pages."""
-    small_sealed_bytes_max: int = 16 * KIB
-    """Sealed bytes kept as whole copies beside the register. At 4 KiB, copies reach 0.89 of the PUT rate of data in the
-    record, in half the space.
+    small_bytes_max: int = 16 * KIB
+    """Bodies kept as whole copies beside the register (``small_object_bytes_max`` of a node's configuration). At 4 KiB,
+    copies reach 0.89 of the PUT rate of data in the record, in half the space.
     """
     put_bytes_max: int = PART_BYTES_MAX
     part_bytes_max: int = PART_BYTES_MAX
@@ -102,11 +101,6 @@ class ObjectLimits:
     """A day of lifecycle rules. Only tests have a shorter one."""
     lifecycle_per_s: int = 100
     """Keys that lifecycle looks at in a second, at most."""
-
-    @property
-    def small_bytes_max(self) -> int:
-        """The largest body that is kept whole: bounded by the setting, and by what one chunk holds."""
-        return min(self.small_sealed_bytes_max, CHUNK_BYTES_MAX - 1) - TAG_BYTES
 
 
 class Damage(NamedTuple):

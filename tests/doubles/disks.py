@@ -37,7 +37,7 @@ class FaultyDisk(MemoryFragmentStore):
         """Its cells do not lie one after the other in memory."""
         self.on_write: Callable[[int], None] | None = None
         """Called before each write with its number."""
-        self.writes = self.reads = self.peeks = 0
+        self.writes = self.syncs = self.reads = self.peeks = 0
         self.retirements: list[list[Retirement]] = []
         """What each call of ``retire`` brought, also those that failed."""
 
@@ -63,14 +63,18 @@ class FaultyDisk(MemoryFragmentStore):
         await self._enter()
         if self.full:
             raise DiskUnusable(f"{self.name} is full", state="full")
+        synced = sync and not self.fail_sync
         try:
-            await super().write(header, payload, sync=sync, check=check, spare_other=spare_other)
+            await super().write(header, payload, sync=synced, check=check, spare_other=spare_other)
         except (FragmentDamaged, PeerRefused) as error:
             if self.trusting:
                 raise AssertionError(f"{self.name} was sent what is no fragment: {error}") from error
             raise
+        if sync and not synced:
+            raise DiskUnusable(f"{self.name}: fsync failed")
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
+        self.syncs += 1
         await self._enter()
         if self.fail_sync:
             raise DiskUnusable(f"{self.name}: fsync failed")

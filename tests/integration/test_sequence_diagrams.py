@@ -30,9 +30,9 @@ from tests.integration.memory_cluster import WHO, Cluster, run
 
 README = Path(storaged.__file__).parent / "README.md"
 ACCESS, SECRET, REGION = "ACCESS", "secret/key", "eu-fr-1"
-SMALL, LARGE = os.urandom(4096), os.urandom(3 << 20)
+SMALL, ONE_BLOCK, LARGE = os.urandom(4096), os.urandom(300_000), os.urandom(3 << 20)
 
-DIAGRAMS = ("PUT small", "PUT large", "GET", "repair", "move")
+DIAGRAMS = ("PUT small", "PUT one block", "PUT large", "GET", "repair", "move")
 """In the order of the README."""
 
 _ARROW = re.compile(r"(\w+)->>(\w+): (\w+)")
@@ -139,7 +139,7 @@ def with_client(steps: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
     run(scenario)
 
 
-@pytest.mark.parametrize(("name", "body"), [("PUT small", SMALL), ("PUT large", LARGE)])
+@pytest.mark.parametrize(("name", "body"), [("PUT small", SMALL), ("PUT one block", ONE_BLOCK), ("PUT large", LARGE)])
 def test_a_put_is_as_drawn(name: str, body: bytes) -> None:
     async def steps(client: Client) -> None:
         with CallTrace() as trace:

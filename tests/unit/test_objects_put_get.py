@@ -39,6 +39,7 @@ from storaged.objects.api import (
     ReadConditions,
     WriteConditions,
 )
+from storaged.objects.code.geometry import problem_of
 from storaged.objects.etags import ANY, Tags, tag
 from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
@@ -60,8 +61,8 @@ BORDERS = [
     1008,
     1009,
     4080,
-    16 * KIB - 16,
-    16 * KIB - 15,
+    16 * KIB,
+    16 * KIB + 1,
     50_000,
     CELL * 4 - 1,
     CELL * 4,
@@ -102,15 +103,19 @@ async def test_an_object_of_any_size_class_comes_back_whole(size: int, sized: bo
     await objects.close()
 
 
-@pytest.mark.parametrize("size", [CELL - 1, CELL, CELL + 1])
+@pytest.mark.parametrize("size", [CELL - 1, CELL, CELL + 1, 2 * CELL, 200 * KIB, 200 * KIB + 1])
 @pytest.mark.parametrize("sized", [True, False])
-async def test_a_body_that_fills_a_chunk_is_no_small_one_whatever_the_limit_is(size: int, sized: bool) -> None:
-    world = World(small_sealed_bytes_max=64 * KIB)
+async def test_a_small_body_may_have_several_chunks(size: int, sized: bool) -> None:
+    world = World(small_bytes_max=200 * KIB)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     data = os.urandom(size)
     await put(objects, bucket, data, sized=sized)
-    assert entry_of(world).small == (size < CELL)
+    entry = entry_of(world)
+    assert entry.small == (size <= 200 * KIB)
+    if entry.small:
+        assert entry.block_cells == size // CELL + 1
+        assert not problem_of(entry)
     assert await got(objects, bucket) == data
     await objects.close()
 
@@ -143,7 +148,7 @@ async def test_a_body_that_can_be_had_whole_is_asked_for_that_when_it_is_small(s
     body = Whole(os.urandom(size))
     result = await objects.put(bucket, b"key", body, NewMeta(), BodyChecks(size=size), owner=OWNER)
     assert (result.etag, result.size) == (hashlib.md5(body.data).hexdigest(), size)
-    assert body.asked == (size <= 16 * KIB - 16)
+    assert body.asked == (size <= 16 * KIB)
     assert await got(objects, bucket) == body.data
     await objects.close()
 
@@ -523,20 +528,22 @@ async def test_what_disks_of_this_node_have_in_memory_is_taken_without_a_wait() 
     await objects.close()
 
 
-async def test_a_lying_copy_of_a_small_object_is_replaced_by_its_neighbour() -> None:
-    world = World()
+@pytest.mark.parametrize(("size", "cell"), [(5000, 0), (150_000, 0), (150_000, 2)])
+async def test_a_lying_copy_of_a_small_object_is_replaced_by_its_neighbour(size: int, cell: int) -> None:
+    world = World(small_bytes_max=200 * KIB)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
-    data = os.urandom(5000)
+    data = os.urandom(size)
     await put(objects, bucket, data)
     held = world.disks.of(entry_of(world).data_id)
     for disk, fragment in held[:2]:
-        world.disks.disks[disk].flip(fragment, 0, lie=True)
+        world.disks.disks[disk].flip(fragment, cell, lie=True)
     assert await got(objects, bucket) == data
     assert {d.disk for d in world.damage} == {disk for disk, _ in held[:2]}
-    world.disks.disks[held[2][0]].flip(held[2][1], 0, lie=True)
+    assert await got(objects, bucket, span=RangeSpec(size - 100, None)) == data[-100:]
+    world.disks.disks[held[2][0]].flip(held[2][1], cell, lie=True)
     with pytest.raises(DataDamaged):
-        await objects.get(bucket, b"key")
+        await got(objects, bucket)
     await objects.close()
 
 

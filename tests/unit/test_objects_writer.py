@@ -107,6 +107,73 @@ async def test_a_disk_whose_sync_fails_at_the_barrier_has_its_blocks_rebuilt_els
     await objects.close()
 
 
+@pytest.mark.parametrize("fault", ["full", "down", "sync fails", "hangs", "slow"])
+@pytest.mark.parametrize("size", [50_000, 1 * MIB])
+async def test_a_disk_that_fails_at_the_only_call_of_a_part_of_one_block_is_left_out(fault: str, size: int) -> None:
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(size)
+    victim = world.disks.disks["b1"]
+
+    def fail(_number: int) -> None:
+        if fault == "full":
+            victim.full = True
+        elif fault == "down":
+            victim.down = True
+        elif fault == "sync fails":
+            victim.fail_sync = True
+        elif fault == "hangs":
+            victim.hang = asyncio.Event()
+        else:
+            victim.slow_s = 0.01
+
+    victim.on_write = fail
+    async with asyncio.timeout(GUARD_S):
+        await put(objects, bucket, data)
+    assert not any(disk.unsynced for disk in world.disks.disks.values() if disk is not victim)
+    assert (objects.plane.put_buffers.bytes_leased, objects.plane.fill_buffers.bytes_leased) == (0, 0)
+    victim.down, victim.hang = fault != "slow", None
+    for disk in world.disks.disks.values():  # whichever disk dies next
+        if disk is not victim:
+            disk.down = True
+            assert await got(objects, bucket) == data
+            disk.down = False
+    await objects.close()
+
+
+async def test_a_part_of_one_block_costs_each_disk_one_call_after_the_promise() -> None:
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    disks, real = world.disks.disks.values(), world.ring.change
+
+    async def watched(name: RegisterName, update: Update, **more: Any) -> Outcome:
+        await asyncio.sleep(0.05)
+        assert not any(disk.writes for disk in disks)
+        return await real(name, update, **more)
+
+    world.ring.change = watched  # type: ignore[method-assign]
+    await put(objects, bucket, data)
+    assert [(disk.writes, disk.syncs) for disk in disks] == [(1, 0)] * 6
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
+async def test_a_part_of_one_block_does_not_wait_for_its_promise_while_memory_is_short() -> None:
+    world = World(put_buffer_bytes_max=MIB)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    disks, real = world.disks.disks.values(), world.ring.change
+
+    async def watched(name: RegisterName, update: Update, **more: Any) -> Outcome:
+        await asyncio.sleep(0.05)
+        assert objects.plane.put_buffers.bytes_leased == 0
+        return await real(name, update, **more)
+
+    world.ring.change = watched  # type: ignore[method-assign]
+    await put(objects, bucket, data)
+    assert [(disk.writes, disk.syncs) for disk in disks] == [(1, 1)] * 6
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
 async def test_a_node_that_restarts_and_forgets_before_the_barrier_is_noticed() -> None:
     world = World(block_cells_max=12)
     objects = ObjectService(world.plane())
@@ -140,7 +207,7 @@ async def test_a_hanging_disk_delays_a_write_by_no_more_than_the_grace() -> None
 
 
 async def test_a_disk_that_hangs_in_its_sync_is_left_out_of_the_barrier_and_reported() -> None:
-    world = World(sync_timeout_s=3600.0)
+    world = World(sync_timeout_s=3600.0, put_buffer_bytes_max=MIB)  # too little for the block to wait for its promise
     objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
     hung = world.disks.disks["b1"]
 
@@ -161,7 +228,7 @@ async def test_a_disk_that_hangs_in_its_sync_is_left_out_of_the_barrier_and_repo
 
 
 async def test_where_all_disks_are_slow_a_barrier_gives_none_up() -> None:
-    world = World(sync_timeout_s=3600.0)
+    world = World(sync_timeout_s=3600.0, put_buffer_bytes_max=MIB)  # too little for the block to wait for its promise
     objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
     for number, disk in enumerate(world.disks.disks.values()):
         sync = disk.sync
@@ -278,7 +345,7 @@ async def test_a_request_may_take_days() -> None:
 async def test_fragments_are_seen_after_each_promise(deleted: str) -> None:
     """A collector that condemned them before the promise either has deleted them when they are synced, or spares them
     from then on."""
-    world = World()
+    world = World(put_buffer_bytes_max=100_000)  # else the only block is sent after the promise
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     real = world.ring.change

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -272,9 +273,30 @@ def test_a_part_of_one_chunk_is_sealed_and_opened_in_one_step_as_by_a_sealer_and
             key.open_only(bytes(length))
 
 
+@pytest.mark.parametrize("size", [65_519, 65_520, 65_521, 131_039, 131_040, 200_000])
+def test_a_part_that_is_kept_whole_may_have_several_chunks(size):
+    plain = os.urandom(size)
+    header, sealed = seal_part(DEK, DATA_ID, 1, plain, SALT)
+    assert len(sealed) == size + 16 * (size // 65_520 + 1)
+    key = part_key(DEK, header, DATA_ID, 1)
+    assert key.open_whole(sealed) == key.open_whole(memoryview(sealed)) == plain
+    opener = PartOpener(DEK, header, DATA_ID, 1, size)
+    assert (
+        b"".join(opener.open(at // 65_536, sealed[at : at + 65_536]) for at in range(0, len(sealed), 65_536)) == plain
+    )
+    with pytest.raises(SealBroken, match="does not open"):
+        key.open_whole(sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    for cut in {*range(0, len(sealed), 65_536), 10, len(sealed) - 16}:  # between chunks, and in them
+        if cut < len(sealed):
+            with pytest.raises(SealBroken):
+                key.open_whole(sealed[:cut])
+    swapped = sealed[65_536:131_072] + sealed[:65_536] + sealed[131_072:]
+    if swapped != sealed:
+        with pytest.raises(SealBroken):
+            key.open_whole(swapped)
+
+
 def test_what_fills_a_chunk_is_no_part_of_one_chunk():
-    with pytest.raises(ValueError, match="another"):
-        seal_part(DEK, DATA_ID, 1, bytes(65_520), SALT)
     header, sealed = sealed_part(bytes(4080))
     with pytest.raises(SealBroken, match="only chunk"):
         part_key(DEK, header, DATA_ID, 1).open_only(sealed[:4096])

@@ -12,7 +12,7 @@ import structlog
 
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.meta.store_ports import Copy, Kept, MetaStore, StoreBatch
-from storaged.units import MIB
+from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
 log = structlog.get_logger(__name__)
@@ -25,6 +25,11 @@ refused.
 COPY_CACHE_BYTES_A_DISK, COPY_CACHE_BYTES_MAX = 8 * MIB, 64 * MIB
 """About 1,900 copies of 4 KiB for each disk of a node, up to 15,000. Reading one from the page cache and verifying it
 costs a storage node as much as the rest of a read.
+"""
+
+CACHED_BYTES_MAX = 16 * KIB
+"""Larger copies are read from the page cache each time: verifying costs less of their read, and they would displace
+many others.
 """
 
 ENTRY_BYTES = 512
@@ -107,7 +112,7 @@ class PlainCopies:
         found = self._cache.get(data_id)
         if found is None:
             found = self._peek(data_id)
-            if found is not None:
+            if found is not None and len(found) <= CACHED_BYTES_MAX:
                 self._cache.put(data_id, found)
         return found
 

@@ -181,6 +181,10 @@ class Transfer:
 
 
 FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
+WHOLE_CELLS, WHOLE_LEFT_MIN = 24, 1 / 2
+"""A part of at most so many cells is one block while so much is free: with every block the disks get another round of
+messages.
+"""
 WINDOW_SHARES = ((1 / 6, 48), (1 / 10, 4), (0, 1))
 """The share of a transfer, in cells of 64 KiB, while at least this part of the pool is free."""
 
@@ -198,11 +202,14 @@ def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> Blo
 
     The number of cells is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) has whole stripes, and
     not more than the part needs. In the default pool four uploads get ``cells_max`` (two in each half of it, when two
-    workers share it) and others 12. When memory gets short cells become smaller: a block takes 768 KiB, in the end 96.
-    75 uploads find room in the default pool, and each keeps its share as long as its client needs it.
+    workers share it) and others 12, or 24 where that is the whole part. When memory gets short cells become smaller: a
+    block takes 768 KiB, in the end 96. 75 uploads of unknown size find room in the default pool, and each keeps its
+    share as long as its client needs it.
     """
     cell_bytes, unit = chunk_bytes_for(size, k), math.lcm(12, k)
     share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
+    if size is not None and left >= WHOLE_LEFT_MIN and chunk_count(size, cell_bytes) <= WHOLE_CELLS:
+        share = max(share, min(WHOLE_CELLS, cells_max))
     share_bytes = int(share * CHUNK_BYTES_MAX)
     while (
         left < 4 / 5

@@ -8,7 +8,7 @@ they become a version.
 from __future__ import annotations
 
 from storaged.ids import DATA_ID_BYTES
-from storaged.sov1 import Opener, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
+from storaged.sov1 import TAG_BYTES, Opener, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
 from storaged.wire import Buffer
 
 PART_LABEL = "sov.part.v1"
@@ -24,17 +24,21 @@ def _part_context(data_id: bytes, part_number: int) -> bytes:
 
 
 def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
-    """(header, chunk) of a part that fits one chunk (less than 64 KiB - 16), of the smallest chunk size that holds it.
-    ``salt``: 24 fresh random bytes for every attempt.
+    """(header, chunks one after the other) of a part that is kept whole. It is one chunk, of the smallest size that
+    holds it, or several of 64 KiB. ``salt``: 24 fresh random bytes for every attempt.
     """
-    return seal_one(
-        dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes_for(len(plaintext), 1), plaintext, salt
-    )
+    chunk_bytes, size = chunk_bytes_for(len(plaintext), 1), len(plaintext)
+    if size < chunk_bytes - TAG_BYTES:
+        return seal_one(dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes, plaintext, salt)
+    sealer, view = PartSealer(dek, data_id, part_number, chunk_bytes, salt), memoryview(plaintext)
+    starts = range(0, size + 1, sealer.plain_bytes)  # after chunks that are all full, an empty one ends the stream
+    chunks = [sealer.seal(index, view[start : start + sealer.plain_bytes]) for index, start in enumerate(starts)]
+    return sealer.header, b"".join(chunks)
 
 
 def part_key(dek: bytes, header: bytes, data_id: bytes, part_number: int) -> StreamKey:
-    """The key that opens a part of one chunk. Raises SealBroken when the header does not commit to this key, data id
-    and part number.
+    """The key that opens a part that is kept whole. Raises SealBroken when the header does not commit to this key, data
+    id and part number.
     """
     return stream_key(dek, PART_LABEL, _part_context(data_id, part_number), header)
 

@@ -79,7 +79,7 @@ def _unlocked(bucket: BucketRecord, key: bytes, found: Found, customer_key: byte
 
 
 def _sealed_here(found: Found) -> Buffer | None:
-    """The sealed bytes of the whole object, when they came with its record, in one chunk."""
+    """The sealed bytes of the whole object, when they came with its record."""
     version = found.opened.version
     if len(version.parts) != 1 or version.manifest:
         return None
@@ -96,7 +96,7 @@ def _try_open(plane: ObjectPlane, info: ObjectInfo, wanted: Span, found: Found, 
             stream_key = part_key(found.opened.body_dek, part.header, part.data_id, part.number)
             if cached is not None:
                 cached.key = stream_key
-        plain = stream_key.open_only(sealed)
+        plain = stream_key.open_whole(sealed)
     except SealBroken:
         return None
     if len(plain) != part.size:

@@ -4,6 +4,9 @@ Theory of operation. The waiter is woken when there is something to decide: a re
 for a while, or the oldest has taken as long as a read may. So a window whose disks all answer costs one wake-up and one
 timer, however many fragments it has. The waiter gives up a read that takes too long; reads have no timers of their own.
 A read's time runs from its beginning, whatever happens to other reads.
+
+A read is a task (``begin``), or a call whose answer comes by a callback (``expect``, ``ended``), which costs no task.
+Nothing ends such a call; its answer is not wanted any more when the reads are closed, or it was given up.
 """
 
 from __future__ import annotations
@@ -17,13 +20,19 @@ from storaged.objects.background import cancel_all
 from storaged.objects.hedge_delay import HedgeDelay
 
 
+class Expected:
+    """A read whose answer comes by a callback."""
+
+    __slots__ = ()
+
+
 class Reads:
     """Reads of fragments by position: coroutines that return whether every cell arrived. ``close`` ends the rest."""
 
     def __init__(self, hedge: HedgeDelay) -> None:
         self._loop = asyncio.get_running_loop()
         self._hedge = hedge
-        self._pending: dict[asyncio.Task[bool], tuple[float, int]] = {}
+        self._pending: dict[asyncio.Task[bool] | Expected, tuple[float, int]] = {}
         self._given_up: list[asyncio.Task[bool]] = []
         self._error: BaseException | None = None
         self._failed = 0
@@ -43,6 +52,26 @@ class Reads:
         task = self._loop.create_task(reading)
         self._pending[task] = (self._loop.time(), position)
         task.add_done_callback(self._done)
+
+    def expect(self, position: int) -> Expected:
+        """A read is about to be asked for whose end will be reported."""
+        expected = Expected()
+        self._pending[expected] = (self._loop.time(), position)
+        return expected
+
+    def expects(self, expected: Expected) -> bool:
+        """Whether its answer is still wanted."""
+        return expected in self._pending
+
+    def forget(self, expected: Expected) -> None:
+        """It was not asked for."""
+        self._pending.pop(expected, None)
+
+    def ended(self, expected: Expected, whole: bool | Exception) -> None:
+        """Whether every cell arrived; an exception is a mistake of ours, which the waiter gets."""
+        asked = self._pending.pop(expected, None)
+        if asked is not None:
+            self._over(asked, whole)
 
     async def turn(self, limit_s: float, *, patience_s: float = math.inf) -> int:
         """Waits until a read failed, none is left, or one is done while ``eager``; until none was done for
@@ -71,8 +100,9 @@ class Reads:
         late = [(task, position) for task, (began, position) in self._pending.items() if began + limit_s <= now]
         for task, _ in late:
             del self._pending[task]
-            task.cancel()
-            self._given_up.append(task)
+            if isinstance(task, asyncio.Task):
+                task.cancel()
+                self._given_up.append(task)
         return [position for _, position in late]
 
     def overtaken(self) -> list[tuple[int, float]]:
@@ -83,19 +113,21 @@ class Reads:
         return [(position, now - began) for began, position in self._pending.values() if now - began >= hedge_s]
 
     async def close(self) -> None:
-        left = [*self._pending, *self._given_up]
+        left = [*[task for task in self._pending if isinstance(task, asyncio.Task)], *self._given_up]
         self._pending.clear()
         if left:
             await cancel_all(left)
 
     def _done(self, task: asyncio.Task[bool]) -> None:
         asked = self._pending.pop(task, None)
-        if asked is None:
-            return
+        if asked is not None:
+            self._over(asked, False if task.cancelled() else task.exception() or task.result())
+
+    def _over(self, asked: tuple[float, int], whole: bool | BaseException) -> None:
         self._heard_at = self._loop.time()
-        if not task.cancelled() and task.exception() is not None:
-            self._error = task.exception()
-        elif task.cancelled() or not task.result():
+        if isinstance(whole, BaseException):
+            self._error = whole
+        elif not whole:
             self._failed += 1
         else:
             self._hedge.saw(self._heard_at - asked[0])

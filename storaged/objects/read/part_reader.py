@@ -18,42 +18,24 @@ reported.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 from storaged import trace
-from storaged.cluster.layout import Profile
-from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerError, ServiceUnavailable
-from storaged.fragments.ports import CellRead, FragmentId
+from storaged.errors import DataDamaged, ServiceUnavailable
 from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure, place
-from storaged.objects.code.geometry import BlockShape, PartShape
+from storaged.objects.code.geometry import PartShape
 from storaged.objects.code.seal import PartOpener
-from storaged.objects.plane import Damage, ObjectPlane
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
-from storaged.objects.read.hedging import Reads
+from storaged.objects.read.window import Window, WindowJob
 from storaged.objects.records import BucketRecord, PartEntry, Run
 from storaged.wire import Buffer
 
 COMBINATIONS_MAX = 1000
 """Sets of k fragments tried to open one chunk; C(12, 8) is 495."""
 
-Cells = dict[int, dict[int, Buffer]]
-"""stripe -> position -> cell."""
-
-
-class Window(NamedTuple):
-    """``cells`` data cells of block ``block``, from cell ``first`` of the block. Their plaintext begins at byte
-    ``plain_start`` of the part.
-    """
-
-    block: int
-    first: int
-    cells: int
-    plain_start: int
-    plain_bytes: int
-
+WIDE_CELLS = 8
 
 Moved = Callable[[PartEntry], Awaitable[PartEntry | None]]
 """Reads the part's entry again. None: its blocks were not moved, or the record no longer has the part."""
@@ -92,7 +74,8 @@ class PartReader:
 
     def windows(self, start: int, length: int, bytes_max: Callable[[], int]) -> Iterator[Window]:
         """The windows that hold the plaintext bytes ``start .. start + length - 1``, in order. A window lies in one
-        block and has at most ``bytes_max()`` sealed bytes, called for each window, but at least one cell.
+        block and has at most ``bytes_max()`` sealed bytes, called for each window, but at least one cell. A wide one
+        has up to a quarter more where that ends the block: an object of 1 MiB has 17 cells.
         """
         shape = self.shape
         if not shape.size:
@@ -100,7 +83,9 @@ class PartReader:
         for block, first, cells in shape.locate(start, length):
             at, end = first, first + cells
             while at < end:
-                count = min(max(1, bytes_max() // shape.cell_bytes), end - at)
+                count = max(1, bytes_max() // shape.cell_bytes)
+                if end - at <= (count + count // 4 if count >= WIDE_CELLS else count):
+                    count = end - at
                 plain = shape.plain_start(block * shape.block_cells + at)
                 yield Window(block, at, count, plain, min(count * shape.plain_bytes, shape.size - plain))
                 at += count
@@ -117,7 +102,7 @@ class PartReader:
         if self._entry.small and self._copy is not None:
             try:
                 with trace.span("open"):
-                    self._open(window, [{0: self._copy}], 1, out)
+                    self._open(window, self._cells_of(self._copy, window), 1, out)
                 return
             except SealBroken:
                 self._copy = None  # that replica lies; others are asked below
@@ -131,9 +116,15 @@ class PartReader:
             job = await self._fetched(window)
         await self._open_or_rebuild(window, job, out)
 
-    async def _fetched(self, window: Window) -> _WindowJob:
+    def _cells_of(self, copy: Buffer, window: Window) -> Iterator[Mapping[int, Buffer]]:
+        """The window's cells of a whole copy, each as a stripe."""
+        view, size = memoryview(copy), self.shape.cell_bytes
+        for cell in range(window.first, window.first + window.cells):
+            yield {0: view[cell * size : (cell + 1) * size]}
+
+    async def _fetched(self, window: Window) -> WindowJob:
         run = self._run_of(window.block)
-        job = _WindowJob(
+        job = WindowJob(
             self._plane,
             self._owner,
             self._entry,
@@ -163,7 +154,7 @@ class PartReader:
                 f"The layout of epoch {run.epoch}, which says where this object is, is not known here: {error}"
             ) from None
 
-    async def _open_or_rebuild(self, window: Window, job: _WindowJob, out: memoryview) -> None:
+    async def _open_or_rebuild(self, window: Window, job: WindowJob, out: memoryview) -> None:
         while True:
             try:
                 with trace.span("open"):
@@ -192,7 +183,7 @@ class PartReader:
         if left:  # the rest of ``out`` was not written, and holds another request's bytes
             raise SealBroken(f"{left} of its chunks are not there")
 
-    async def _expose_liars(self, window: Window, job: _WindowJob, cell: int) -> None:
+    async def _expose_liars(self, window: Window, job: WindowJob, cell: int) -> None:
         """A chunk does not open: finds cells with which the whole stripe opens, and the disks that lied. Raises
         DataDamaged.
         """
@@ -204,7 +195,7 @@ class PartReader:
         for liar in job.adopt(stripe, honest):
             self._bad.add(job.disks[liar])
 
-    def _search(self, block: int, job: _WindowJob, stripe: int) -> dict[int, Buffer] | None:
+    def _search(self, block: int, job: WindowJob, stripe: int) -> dict[int, Buffer] | None:
         """k cells of a stripe from which all its chunks open; None when there are none."""
         known = job.known(stripe)
         for chosen in itertools.islice(itertools.combinations(sorted(known), job.k), COMBINATIONS_MAX):
@@ -217,7 +208,7 @@ class PartReader:
                 return cells
         return None
 
-    def _opens(self, block: int, job: _WindowJob, stripe: int, data: dict[int, Buffer]) -> bool:
+    def _opens(self, block: int, job: WindowJob, stripe: int, data: dict[int, Buffer]) -> bool:
         for cell in range(stripe * job.k, min((stripe + 1) * job.k, job.shape.cells)):
             sealed = memoryview(data[cell % job.k])[: job.shape.cell_length(cell)]
             try:
@@ -225,260 +216,3 @@ class PartReader:
             except SealBroken:
                 return False
         return True
-
-
-class _WindowJob:
-    """The cells of one window as they arrive."""
-
-    def __init__(
-        self,
-        plane: ObjectPlane,
-        owner: RegisterName,
-        entry: PartEntry,
-        window: Window,
-        shape: BlockShape,
-        run: Run,
-        disks: tuple[str, ...],
-        bad: set[str],
-    ) -> None:
-        self._plane = plane
-        self._owner = owner
-        self._data_id = entry.data_id
-        self.shape = shape
-        self.profile: Profile = run.profile
-        self.k = run.k
-        self.disks = disks
-        self._bad = bad
-        self._gone: set[int] = set()
-        """Positions whose disks have said that they do not have the fragment, or not whole."""
-        self._window = window
-        self.cells: Cells = {
-            stripe: {} for stripe in range(window.first // run.k, (window.first + window.cells - 1) // run.k + 1)
-        }
-        self._asked: dict[int, tuple[int, int]] = {}
-        self._runs: dict[int, erasure.CellRun] = {}
-        """The last read of each fragment, by position, where it lies in one piece."""
-        self._solver: tuple[tuple[int, ...], list[int], erasure.StripeSolver] | None = None
-
-    async def fetch(self) -> None:
-        """Returns when every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged."""
-        window = self._window
-        if self.k == 1:
-            spares = self._order(range(self.profile.n))
-            start = {spares[0]: (window.first, window.cells)}
-        else:
-            start = {
-                position: (row, count)
-                for position, row, count in self.shape.holders(self.k, window.first, window.cells)
-            }
-            spares = self._order(p for p in range(self.profile.n) if self.shape.fragment_cells(self.profile, p))
-        await self._gather(start, spares)
-
-    def stripes(self) -> Iterator[Mapping[int, Buffer]]:
-        """The data cells of each stripe of the window, by position. Missing ones are rebuilt from k others, in memory
-        that the next stripe overwrites. A stripe has at most k + m cells, so that takes microseconds.
-        """
-        for stripe, cells in self.cells.items():
-            missing = self._missing(stripe)
-            yield self._rebuild(stripe, missing) if missing else cells
-
-    def _missing(self, stripe: int) -> list[int]:
-        """Positions of the window's data cells that are not there."""
-        window, k, cells = self._window, self.k, self.cells[stripe]
-        start = window.first - stripe * k
-        return [position for position in range(max(start, 0), min(start + window.cells, k)) if position not in cells]
-
-    def _rebuild(self, stripe: int, missing: list[int]) -> Mapping[int, Buffer]:
-        found = self.known(stripe)
-        if self.k == 1:
-            return {0: next(iter(found.values()))}
-        self._plane.counters.cells_reconstructed += len(missing)
-        solver = self._solver_of(tuple(sorted(found)[: self.k]), missing)
-        rebuilt: Mapping[int, Buffer]
-        if solver is not None and solver.first <= stripe < solver.end:
-            rebuilt = solver.solve(stripe)
-        else:
-            rebuilt = erasure.reconstruct(self.profile, found, missing, self.shape.stripe_length(self.k, stripe))
-        for position, cell in rebuilt.items():
-            found[position] = memoryview(cell)[: self._length(stripe, position)]
-        return found
-
-    def _solver_of(self, survivors: tuple[int, ...], missing: list[int]) -> erasure.StripeSolver | None:
-        known = self._solver
-        if known is not None and known[0] == survivors and known[1] == missing:
-            return known[2]
-        if not all(map(self._runs.__contains__, survivors)):
-            return None
-        solver = erasure.StripeSolver(
-            self.profile, self.shape.cell_bytes, {position: self._runs[position] for position in survivors}, missing
-        )
-        self._solver = survivors, missing, solver
-        return solver
-
-    def _order(self, positions: Iterator[int] | range) -> list[int]:
-        """Readable disks that are not slow first; disks that failed in this request last."""
-        usable = self._plane.liveness.disk_prompt
-        return sorted(positions, key=lambda p: (self.disks[p] in self._bad, not usable(self.disks[p])))
-
-    def _doubtful(self, position: int) -> bool:
-        return self.disks[position] in self._bad or not self._plane.liveness.disk_prompt(self.disks[position])
-
-    async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int]) -> None:
-        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
-        every = min(self.cells), len(self.cells)
-
-        def ask(position: int, row: int, count: int) -> None:
-            self._asked[position] = (row, count)
-            count = min(count, self.shape.fragment_cells(self.profile, position) - row)
-            if count > 0 and not self._try_read(position, row, count):
-                reads.begin(position, self._read(position, row, count))
-
-        def ask_spares(count: int) -> None:
-            """Asks for further fragments, over all stripes of the window. A data fragment that was asked for some
-            stripes only is asked again, for all.
-            """
-            while spares and count:
-                position = spares.pop(0)
-                if self._asked.get(position) != every:
-                    ask(position, *every)
-                    count -= 1
-
-        try:
-            for position, (row, count) in start.items():
-                if not self._doubtful(position):
-                    ask(position, row, count)
-            ask_spares(len(start) - len(self._asked))
-            while not self._complete():
-                if not reads:
-                    if not spares:
-                        raise self._too_few()
-                    ask_spares(1)
-                    continue
-                more = await reads.turn(limit_s, patience_s=self._plane.hedge.seconds if spares else math.inf)
-                for position in reads.give_up(limit_s):
-                    self._bad.add(self.disks[position])
-                    self._plane.liveness.disk_late(self.disks[position], limit_s)
-                    more += 1
-                if reads.stalled:
-                    self._plane.counters.reads_hedged += 1
-                    more += len(reads)
-                if more:
-                    reads.eager = True
-                    ask_spares(more)
-            for position, for_s in reads.overtaken():
-                self._plane.liveness.disk_late(self.disks[position], for_s)
-        finally:
-            await reads.close()
-
-    def _too_few(self) -> ServiceUnavailable:
-        """Damaged, unless disks that did not answer, or could not read, may have what is missing."""
-        if self.profile.n - len(self._gone) >= self.k:
-            return ServiceUnavailable("Disks that have this object's data do not answer now. Retry.")
-        return DataDamaged(f"Block {self._window.block} of this object has too few readable fragments.")
-
-    def _complete(self) -> bool:
-        k = self.k
-        return all(
-            len(cells) >= k or not self._missing(stripe) or len(self.known(stripe)) >= k
-            for stripe, cells in self.cells.items()
-        )
-
-    def known(self, stripe: int) -> dict[int, Buffer]:
-        """The stripe's cells that are there. Data cells after the end of the block are zeros."""
-        found = dict(self.cells[stripe])
-        for position in range(self.k):
-            if stripe * self.k + position >= self.shape.cells:
-                found[position] = b""
-        return found
-
-    def _try_read(self, position: int, row: int, count: int) -> bool:
-        """Takes the cells from a disk of this process that has them in memory. False: ``_read`` must be awaited, which
-        also meets any error again.
-        """
-        try:
-            store = self._plane.stores.store(self.disks[position])
-            try_read = getattr(store, "try_read", None)  # of a NearStore
-            found = try_read(self._fragment(position), row, count) if try_read is not None else None
-        except PeerError:
-            return False
-        return found is not None and self._take(position, row, count, found)
-
-    async def _read(self, position: int, row: int, count: int) -> bool:
-        """Whether every requested cell arrived whole."""
-        disk = self.disks[position]
-        try:
-            found = await self._plane.stores.store(disk).read(self._fragment(position), row, count)
-        except FragmentMissing:
-            self._gone.add(position)
-            self._report(position, -1, "missing")
-            return False
-        except FragmentDamaged as error:
-            if error.unread:
-                self._plane.liveness.disk_late(disk, 0.0)
-            else:
-                self._gone.add(position)
-            self._report(position, -1, "checksum")
-            return False
-        except PeerError:
-            self._bad.add(disk)
-            return False
-        if found.unread:  # a drive with bad sectors takes long to say so
-            self._plane.liveness.disk_late(disk, 0.0)
-        else:
-            self._plane.liveness.disk_answered(disk)
-        return self._take(position, row, count, found)
-
-    def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:
-        """Keeps the cells. Whether every requested one arrived whole."""
-        whole = len(found.cells) == count
-        for offset, cell in enumerate(found.cells[:count]):
-            if cell is not None and len(cell) == self._length(row + offset, position):
-                self.cells[row + offset][position] = cell
-            else:
-                if not found.unread:
-                    self._gone.add(position)
-                self._report(position, row + offset, "checksum")
-                whole = False
-        if whole and found.whole is not None:
-            self._runs[position] = erasure.CellRun(row, found.whole)
-        return whole
-
-    def _length(self, stripe: int, position: int) -> int:
-        if position < self.k:
-            return self.shape.cell_length(stripe * self.k + position)
-        return self.shape.stripe_length(self.k, stripe) if self.k > 1 else self.shape.cell_length(stripe)
-
-    def _fragment(self, position: int) -> FragmentId:
-        return FragmentId(self._data_id, self._window.block, self.k, self.profile.m, position)
-
-    def _report(self, position: int, cell: int, reason: str) -> None:
-        self._plane.on_damage(Damage(self._owner, self._fragment(position), self.disks[position], cell, reason))
-
-    async def fetch_all(self, stripe: int) -> None:
-        """Reads every available cell of a stripe again: a rebuilt cell may come from the disk that lies."""
-        self.cells[stripe] = {}
-        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
-        try:
-            for position in range(self.profile.n):
-                if stripe < self.shape.fragment_cells(self.profile, position):
-                    reads.begin(position, self._read(position, stripe, 1))
-            while reads:
-                await reads.turn(limit_s)
-                self._bad.update(self.disks[position] for position in reads.give_up(limit_s))
-        finally:
-            await reads.close()
-
-    def adopt(self, stripe: int, honest: dict[int, Buffer]) -> list[int]:
-        """Rebuilds the stripe from these k cells. Reports the positions whose cells differ, and returns them."""
-        length = self.shape.stripe_length(self.k, stripe)
-        others = [position for position in range(self.profile.n) if position not in honest]
-        truth: dict[int, Buffer] = dict(honest)
-        for position, cell in erasure.reconstruct(self.profile, honest, others, length).items():
-            inside = position >= self.k or stripe * self.k + position < self.shape.cells
-            truth[position] = memoryview(cell)[: self._length(stripe, position)] if inside else b""
-        liars = [position for position, cell in self.cells[stripe].items() if cell != truth[position]]
-        for position in liars:
-            self._plane.counters.cells_lied += 1
-            self._report(position, stripe, "lied")
-        self.cells[stripe] = {position: cell for position, cell in truth.items() if len(cell)}
-        return liars

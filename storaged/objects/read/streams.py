@@ -17,8 +17,9 @@ from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
 from storaged.objects.code.manifest import bound_parts_of, parts_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.find import Found, find
-from storaged.objects.read.part_reader import PartReader, Window
+from storaged.objects.read.part_reader import PartReader
 from storaged.objects.read.span import Span
+from storaged.objects.read.window import Window
 from storaged.objects.records import BucketRecord, PartEntry, SealedPart
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
@@ -44,7 +45,8 @@ class _Job(NamedTuple):
 class _Piece(NamedTuple):
     """A window that is being read. ``plain[first:last]`` is sent once ``done``."""
 
-    done: asyncio.Task[None]
+    done: asyncio.Task[None] | None
+    """None for the first window, which ``open`` reads."""
     lease: Lease
     first: int
     last: int
@@ -105,9 +107,12 @@ class VerifiedStream:
     async def open(self) -> None:
         """Reads and verifies the first window. Closes the stream when that fails."""
         try:
-            await self._start_next()
-            if self._pieces:
-                await self._pieces[0].done
+            job = await anext(self._jobs, None)
+            if job is not None:
+                reader, window, first, last = job
+                lease = await self._plane.get_buffers.lease(window.cells * reader.shape.plain_bytes)
+                self._pieces.append(_Piece(None, lease, first, last))
+                await reader.read(window, lease.view)
             elif self.length:
                 raise DataDamaged("The record names no part with these bytes.")
         except BaseException:
@@ -127,7 +132,8 @@ class VerifiedStream:
                     await self._start_next(only_if_room=True)
                 piece = self._pieces[0]
                 try:
-                    await piece.done
+                    if piece.done is not None:
+                        await piece.done
                 except ServiceUnavailable as error:  # DataDamaged is one
                     raise await self._cause(error) from None
                 self._pieces.pop(0)
@@ -168,7 +174,7 @@ class VerifiedStream:
         self._closed = True
         self._transfer.__exit__()
         pieces, self._pieces = self._pieces, []
-        await cancel_all([piece.done for piece in pieces])
+        await cancel_all([piece.done for piece in pieces if piece.done is not None])
         for piece in pieces:
             piece.lease.release()
         await self._jobs.aclose()

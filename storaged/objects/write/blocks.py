@@ -6,12 +6,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from storaged.cluster.layout import Layout
-from storaged.hashes import is_fragment
+from storaged.cluster.layout import Layout, Profile
+from storaged.hashes import fragment_hash, is_fragment, transfer_checksum
 from storaged.meta.names import RegisterName
-from storaged.objects.code import place
+from storaged.objects.code import erasure, place
 from storaged.objects.code.geometry import BlockShape
 from storaged.objects.records import BucketRecord, Run
+from storaged.units import KIB
+
+HELD_LEFT_MIN = 0.5
+"""The only block of a part is sent at once when a smaller share of the memory is free: a promise may have to wait for
+others that change the key.
+"""
+
+INLINE_BYTES_MAX = 64 * KIB
+"""Up to so much plaintext is hashed, sealed and coded on the event loop, in 0.2 ms. A thread would have to get the
+interpreter back after each of the native calls (40 to 100 us).
+"""
 
 OnPlain = Callable[[memoryview], None]
 """Gets the plaintext of each block in order, in the thread that seals it: the digests."""
@@ -45,6 +56,19 @@ class Coded(NamedTuple):
     parity: tuple[memoryview, ...]
     hashes: tuple[bytes, ...]
     checks: tuple[bytes, ...] = ()
+
+
+def code_block(profile: Profile, chunk_bytes: int, sealed: memoryview, room: memoryview) -> Coded:
+    """Codes a sealed block. Parity goes to ``room`` if it fits; that of the target profile does."""
+    length = erasure.parity_length(profile, chunk_bytes, len(sealed))
+    count = profile.m if profile.k > 1 else 0
+    if length * count > len(room):
+        room = memoryview(bytearray(length * count))
+    parity = tuple(room[index * length : (index + 1) * length] for index in range(count))
+    if count:
+        erasure.encode_block(profile, chunk_bytes, sealed, parity)
+    fragments = erasure.fragments_of(profile, chunk_bytes, sealed, parity)
+    return Coded(sealed, parity, tuple(map(fragment_hash, fragments)), tuple(map(transfer_checksum, fragments)))
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Seal and place: a body becomes sealed bytes, in the form that its size asks for.
 
 * Up to ``inline_sealed_bytes_max`` sealed, it stays in the record.
-* Up to ``small_sealed_bytes_max`` sealed, it is kept as whole copies beside the register. They are written along with
-  the accept. A part of an upload is never kept so.
+* Up to ``small_bytes_max``, it is kept as whole copies beside the register. They are written along with the accept. A
+  part of an upload is never kept so.
 * A larger one, or one whose register has too few writable disks for copies, is coded and spread block by block
   (``writer``).
 
@@ -30,7 +30,7 @@ from storaged.objects.write.blocks import NewPart, OnPlain
 from storaged.objects.write.body import BodyReader, whole_of
 from storaged.objects.write.checksums import BodyDigest, Digest, digest_of
 from storaged.objects.write.writer import PartWriter
-from storaged.sov1 import SALT_BYTES, TAG_BYTES
+from storaged.sov1 import SALT_BYTES, TAG_BYTES, chunk_count
 from storaged.wire import Buffer
 
 
@@ -118,7 +118,7 @@ async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
 
 
 def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest) -> Sealed | None:
-    """Seals a body that is one chunk, for the record or for copies beside the register. None, with nothing done: too
+    """Seals a small body, for the record or for copies beside the register. None, with nothing done: too
     few of the register's disks can take copies now, or the layout trusts no operator alone, so that none may have a
     whole copy.
     """
@@ -149,5 +149,6 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     )
     payload = [sealed]
     fragments = [(encoded, payload) for encoded in encode_copies(copy, plan.copies)]
-    entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, b"", True, copy_hash)
+    cells = chunk_count(digest.size, 1 << header[5])
+    entry = PartEntry(number, data_id, digest.size, header, cells, target, plan.runs, b"", True, copy_hash)
     return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))

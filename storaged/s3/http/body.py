@@ -21,8 +21,8 @@ from storaged.wire import Buffer
 HASH_INLINE_BYTES_MAX = 64 * KIB
 """SHA-256 of this takes 32 us: less than going to a thread and back."""
 
-WHOLE_BYTES_MAX = 64 * KIB
-"""More than any body has that is read by ``whole``."""
+WHOLE_BYTES_MAX = 256 * KIB
+"""As much as any body has that is read by ``whole``."""
 
 DIRECT_BYTES_MIN = 16 * KIB
 """Less room than this in a reader's memory is filled by copying."""

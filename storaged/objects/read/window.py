@@ -1,0 +1,328 @@
+"""The cells of one window of a part: which disks are asked for them, what came, what was rebuilt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from storaged.cluster.layout import Profile
+from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerError, ServiceUnavailable
+from storaged.fragments.ports import CellRead, FragmentId
+from storaged.meta.names import RegisterName
+from storaged.objects.code import erasure
+from storaged.objects.code.geometry import BlockShape
+from storaged.objects.plane import Damage, ObjectPlane
+from storaged.objects.read.hedging import Expected, Reads
+from storaged.objects.records import PartEntry, Run
+from storaged.wire import Buffer
+
+Cells = dict[int, dict[int, Buffer]]
+"""stripe -> position -> cell."""
+
+
+class Window(NamedTuple):
+    """``cells`` data cells of block ``block``, from cell ``first`` of the block. Their plaintext begins at byte
+    ``plain_start`` of the part.
+    """
+
+    block: int
+    first: int
+    cells: int
+    plain_start: int
+    plain_bytes: int
+
+
+class WindowJob:
+    """The cells of one window as they arrive."""
+
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        owner: RegisterName,
+        entry: PartEntry,
+        window: Window,
+        shape: BlockShape,
+        run: Run,
+        disks: tuple[str, ...],
+        bad: set[str],
+    ) -> None:
+        self._plane = plane
+        self._owner = owner
+        self._data_id = entry.data_id
+        self.shape = shape
+        self.profile: Profile = run.profile
+        self.k = run.k
+        self.disks = disks
+        self._bad = bad
+        self._gone: set[int] = set()
+        """Positions whose disks have said that they do not have the fragment, or not whole."""
+        self._window = window
+        self.cells: Cells = {
+            stripe: {} for stripe in range(window.first // run.k, (window.first + window.cells - 1) // run.k + 1)
+        }
+        self._asked: dict[int, tuple[int, int]] = {}
+        self._runs: dict[int, erasure.CellRun] = {}
+        """The last read of each fragment, by position, where it lies in one piece."""
+        self._solver: tuple[tuple[int, ...], list[int], erasure.StripeSolver] | None = None
+
+    async def fetch(self) -> None:
+        """Returns when every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged."""
+        window = self._window
+        if self.k == 1:
+            spares = self._order(range(self.profile.n))
+            start = {spares[0]: (window.first, window.cells)}
+        else:
+            start = {
+                position: (row, count)
+                for position, row, count in self.shape.holders(self.k, window.first, window.cells)
+            }
+            spares = self._order(p for p in range(self.profile.n) if self.shape.fragment_cells(self.profile, p))
+        await self._gather(start, spares)
+
+    def stripes(self) -> Iterator[Mapping[int, Buffer]]:
+        """The data cells of each stripe of the window, by position. Missing ones are rebuilt from k others, in memory
+        that the next stripe overwrites. A stripe has at most k + m cells, so that takes microseconds.
+        """
+        for stripe, cells in self.cells.items():
+            missing = self._missing(stripe)
+            yield self._rebuild(stripe, missing) if missing else cells
+
+    def _missing(self, stripe: int) -> list[int]:
+        """Positions of the window's data cells that are not there."""
+        window, k, cells = self._window, self.k, self.cells[stripe]
+        start = window.first - stripe * k
+        return [position for position in range(max(start, 0), min(start + window.cells, k)) if position not in cells]
+
+    def _rebuild(self, stripe: int, missing: list[int]) -> Mapping[int, Buffer]:
+        found = self.known(stripe)
+        if self.k == 1:
+            return {0: next(iter(found.values()))}
+        self._plane.counters.cells_reconstructed += len(missing)
+        solver = self._solver_of(tuple(sorted(found)[: self.k]), missing)
+        rebuilt: Mapping[int, Buffer]
+        if solver is not None and solver.first <= stripe < solver.end:
+            rebuilt = solver.solve(stripe)
+        else:
+            rebuilt = erasure.reconstruct(self.profile, found, missing, self.shape.stripe_length(self.k, stripe))
+        for position, cell in rebuilt.items():
+            found[position] = memoryview(cell)[: self._length(stripe, position)]
+        return found
+
+    def _solver_of(self, survivors: tuple[int, ...], missing: list[int]) -> erasure.StripeSolver | None:
+        known = self._solver
+        if known is not None and known[0] == survivors and known[1] == missing:
+            return known[2]
+        if not all(map(self._runs.__contains__, survivors)):
+            return None
+        solver = erasure.StripeSolver(
+            self.profile, self.shape.cell_bytes, {position: self._runs[position] for position in survivors}, missing
+        )
+        self._solver = survivors, missing, solver
+        return solver
+
+    def _order(self, positions: Iterator[int] | range) -> list[int]:
+        """Readable disks that are not slow first; disks that failed in this request last."""
+        usable = self._plane.liveness.disk_prompt
+        return sorted(positions, key=lambda p: (self.disks[p] in self._bad, not usable(self.disks[p])))
+
+    def _doubtful(self, position: int) -> bool:
+        return self.disks[position] in self._bad or not self._plane.liveness.disk_prompt(self.disks[position])
+
+    async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int]) -> None:
+        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
+        every = min(self.cells), len(self.cells)
+
+        def ask(position: int, row: int, count: int) -> None:
+            self._asked[position] = (row, count)
+            count = min(count, self.shape.fragment_cells(self.profile, position) - row)
+            if count > 0 and not (self._try_read(position, row, count) or self._try_ask(reads, position, row, count)):
+                reads.begin(position, self._read(position, row, count))
+
+        def ask_spares(count: int) -> None:
+            """Asks for further fragments, over all stripes of the window. A data fragment that was asked for some
+            stripes only is asked again, for all.
+            """
+            while spares and count:
+                position = spares.pop(0)
+                if self._asked.get(position) != every:
+                    ask(position, *every)
+                    count -= 1
+
+        try:
+            for position, (row, count) in start.items():
+                if not self._doubtful(position):
+                    ask(position, row, count)
+            ask_spares(len(start) - len(self._asked))
+            while not self._complete():
+                if not reads:
+                    if not spares:
+                        raise self._too_few()
+                    ask_spares(1)
+                    continue
+                more = await reads.turn(limit_s, patience_s=self._plane.hedge.seconds if spares else math.inf)
+                for position in reads.give_up(limit_s):
+                    self._bad.add(self.disks[position])
+                    self._plane.liveness.disk_late(self.disks[position], limit_s)
+                    more += 1
+                if reads.stalled:
+                    self._plane.counters.reads_hedged += 1
+                    more += len(reads)
+                if more:
+                    reads.eager = True
+                    ask_spares(more)
+            for position, for_s in reads.overtaken():
+                self._plane.liveness.disk_late(self.disks[position], for_s)
+        finally:
+            await reads.close()
+
+    def _too_few(self) -> ServiceUnavailable:
+        """Damaged, unless disks that did not answer, or could not read, may have what is missing."""
+        if self.profile.n - len(self._gone) >= self.k:
+            return ServiceUnavailable("Disks that have this object's data do not answer now. Retry.")
+        return DataDamaged(f"Block {self._window.block} of this object has too few readable fragments.")
+
+    def _complete(self) -> bool:
+        k = self.k
+        return all(
+            len(cells) >= k or not self._missing(stripe) or len(self.known(stripe)) >= k
+            for stripe, cells in self.cells.items()
+        )
+
+    def known(self, stripe: int) -> dict[int, Buffer]:
+        """The stripe's cells that are there. Data cells after the end of the block are zeros."""
+        found = dict(self.cells[stripe])
+        for position in range(self.k):
+            if stripe * self.k + position >= self.shape.cells:
+                found[position] = b""
+        return found
+
+    def _try_read(self, position: int, row: int, count: int) -> bool:
+        """Takes the cells from a disk of this process that has them in memory. False: ``_read`` must be awaited, which
+        also meets any error again.
+        """
+        try:
+            store = self._plane.stores.store(self.disks[position])
+            try_read = getattr(store, "try_read", None)  # of a NearStore
+            found = try_read(self._fragment(position), row, count) if try_read is not None else None
+        except PeerError:
+            return False
+        return found is not None and self._take(position, row, count, found)
+
+    def _try_ask(self, reads: Reads, position: int, row: int, count: int) -> bool:
+        """Asks a disk of another node without a task. False: nothing was asked, and ``_read`` must be awaited."""
+        try:
+            store = self._plane.stores.store(self.disks[position])
+        except PeerError:
+            return False
+        try_ask = getattr(store, "try_ask_cells", None)  # of a RemoteFragmentStore
+        if try_ask is None:
+            return False
+        expected = reads.expect(position)
+        if try_ask(
+            self._fragment(position), row, count, partial(self._on_found, reads, expected, position, row, count)
+        ):
+            return True
+        reads.forget(expected)
+        return False
+
+    def _on_found(
+        self, reads: Reads, expected: Expected, position: int, row: int, count: int, found: CellRead | PeerError
+    ) -> None:
+        if not reads.expects(expected):
+            return
+        try:
+            if isinstance(found, PeerError):
+                whole: bool | Exception = self._failed(position, found)
+            else:
+                whole = self._answered(position, row, count, found)
+        except Exception as mistake:
+            whole = mistake
+        reads.ended(expected, whole)
+
+    async def _read(self, position: int, row: int, count: int) -> bool:
+        """Whether every requested cell arrived whole."""
+        try:
+            found = await self._plane.stores.store(self.disks[position]).read(self._fragment(position), row, count)
+        except PeerError as error:
+            return self._failed(position, error)
+        return self._answered(position, row, count, found)
+
+    def _answered(self, position: int, row: int, count: int, found: CellRead) -> bool:
+        """Whether every requested cell arrived whole."""
+        if found.unread:  # a drive with bad sectors takes long to say so
+            self._plane.liveness.disk_late(self.disks[position], 0.0)
+        else:
+            self._plane.liveness.disk_answered(self.disks[position])
+        return self._take(position, row, count, found)
+
+    def _failed(self, position: int, error: PeerError) -> bool:
+        """Notes why a disk gave no cell; returns False."""
+        if isinstance(error, FragmentMissing):
+            self._gone.add(position)
+            self._report(position, -1, "missing")
+        elif isinstance(error, FragmentDamaged):
+            if error.unread:
+                self._plane.liveness.disk_late(self.disks[position], 0.0)
+            else:
+                self._gone.add(position)
+            self._report(position, -1, "checksum")
+        else:
+            self._bad.add(self.disks[position])
+        return False
+
+    def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:
+        """Keeps the cells. Whether every requested one arrived whole."""
+        whole = len(found.cells) == count
+        for offset, cell in enumerate(found.cells[:count]):
+            if cell is not None and len(cell) == self._length(row + offset, position):
+                self.cells[row + offset][position] = cell
+            else:
+                if not found.unread:
+                    self._gone.add(position)
+                self._report(position, row + offset, "checksum")
+                whole = False
+        if whole and found.whole is not None:
+            self._runs[position] = erasure.CellRun(row, found.whole)
+        return whole
+
+    def _length(self, stripe: int, position: int) -> int:
+        if position < self.k:
+            return self.shape.cell_length(stripe * self.k + position)
+        return self.shape.stripe_length(self.k, stripe) if self.k > 1 else self.shape.cell_length(stripe)
+
+    def _fragment(self, position: int) -> FragmentId:
+        return FragmentId(self._data_id, self._window.block, self.k, self.profile.m, position)
+
+    def _report(self, position: int, cell: int, reason: str) -> None:
+        self._plane.on_damage(Damage(self._owner, self._fragment(position), self.disks[position], cell, reason))
+
+    async def fetch_all(self, stripe: int) -> None:
+        """Reads every available cell of a stripe again: a rebuilt cell may come from the disk that lies."""
+        self.cells[stripe] = {}
+        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
+        try:
+            for position in range(self.profile.n):
+                if stripe < self.shape.fragment_cells(self.profile, position):
+                    reads.begin(position, self._read(position, stripe, 1))
+            while reads:
+                await reads.turn(limit_s)
+                self._bad.update(self.disks[position] for position in reads.give_up(limit_s))
+        finally:
+            await reads.close()
+
+    def adopt(self, stripe: int, honest: dict[int, Buffer]) -> list[int]:
+        """Rebuilds the stripe from these k cells. Reports the positions whose cells differ, and returns them."""
+        length = self.shape.stripe_length(self.k, stripe)
+        others = [position for position in range(self.profile.n) if position not in honest]
+        truth: dict[int, Buffer] = dict(honest)
+        for position, cell in erasure.reconstruct(self.profile, honest, others, length).items():
+            inside = position >= self.k or stripe * self.k + position < self.shape.cells
+            truth[position] = memoryview(cell)[: self._length(stripe, position)] if inside else b""
+        liars = [position for position, cell in self.cells[stripe].items() if cell != truth[position]]
+        for position in liars:
+            self._plane.counters.cells_lied += 1
+            self._report(position, stripe, "lied")
+        self.cells[stripe] = {position: cell for position, cell in truth.items() if len(cell)}
+        return liars
