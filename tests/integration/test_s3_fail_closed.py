@@ -240,9 +240,10 @@ MUTATIONS = {
     ("PUT", "bucket", ""), ("DELETE", "bucket", ""), ("PUT", "object", ""), ("DELETE", "object", ""),
     ("PUT", "bucket", "tagging"), ("DELETE", "bucket", "tagging"), ("PUT", "object", "tagging"), ("DELETE", "object", "tagging"),  # noqa: E501
     ("POST", "object", "uploads"), ("PUT", "object", "uploadId"), ("POST", "object", "uploadId"), ("DELETE", "object", "uploadId"),  # noqa: E501
-    ("POST", "bucket", "delete"), ("DELETE", "bucket", "encryption"),
+    ("POST", "bucket", "delete"), ("DELETE", "bucket", "encryption"), ("DELETE", "bucket", "lifecycle"),
 }  # fmt: skip
-"""The rows that may change objects, buckets, tags or uploads; PUT ?acl takes what changes nothing."""
+"""The rows that may change objects, buckets, tags or uploads, or that wait until all gateways know of it; PUT ?acl takes
+what changes nothing."""
 
 
 def variants(name: str) -> set[str]:
