@@ -242,8 +242,8 @@ MUTATIONS = {
     ("POST", "object", "uploads"), ("PUT", "object", "uploadId"), ("POST", "object", "uploadId"), ("DELETE", "object", "uploadId"),  # noqa: E501
     ("POST", "bucket", "delete"), ("DELETE", "bucket", "encryption"), ("DELETE", "bucket", "lifecycle"),
 }  # fmt: skip
-"""The rows that may change objects, buckets, tags or uploads, or that wait until all gateways know of it; PUT ?acl takes
-what changes nothing."""
+"""The rows that may change objects, buckets, tags or uploads, or that wait until all gateways know of it. PUT ?acl
+takes what changes nothing."""
 
 
 def variants(name: str) -> set[str]:
