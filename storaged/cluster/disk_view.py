@@ -89,7 +89,8 @@ class DiskView:
             log.info("a disk is not slow any more", disk=disk)
         self._slow = slow
         self._left_out = left_out((slow | self.seen.doubted.keys()) & readable, len(readable))
-        self.seen.ask_last(self._left_out)
+        silent = {disk for disk, allowed in rights.items() if allowed.votes is NO}
+        self.seen.ask_last(self._left_out | silent)
         self._readable = frozenset(readable)
         self._writable = frozenset(disk for disk, allowed in rights.items() if allowed.writes is YES)
         full = frozenset(disk.id for disk in known.values() if is_full(disk))

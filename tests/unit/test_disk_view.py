@@ -102,6 +102,14 @@ def test_a_slow_disk_is_left_out_until_it_is_as_quick_as_the_others(world: World
     assert seen.last(("c1", "a0")) == ["c1", "a0"]
 
 
+def test_replicas_of_disks_that_do_not_vote_are_asked_last(world: World, seen: DisksSeen) -> None:
+    world.tell("a0", "hung")
+    world.tell("a1", "full")
+    assert seen.last(("a0", "a1", "b0")) == ["a1", "b0", "a0"]
+    world.tell("a0")
+    assert seen.last(("a0", "a1", "b0")) == ["a0", "a1", "b0"]
+
+
 def test_when_more_than_a_third_seems_slow_none_is_left_out(world: World, seen: DisksSeen) -> None:
     for disk in ("a0", "b0"):
         seen.late(disk, 1.0)
