@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from storaged import errors
+from storaged.objects.configuration.document import Configuration
 from storaged.objects.configuration.lifecycle import AND, LIFECYCLE, OLD, ONE, Lifecycle, LifecycleFilter, LifecycleRule
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.conditions import parse_time
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
-from storaged.s3.ops.configuration import Row, deleter
 from storaged.s3.reply import Headers, Reply, xml_reply
 from storaged.s3.request import Request
 from storaged.wire import encode
@@ -307,9 +307,6 @@ def _shown_filter(wanted: LifecycleFilter) -> str:
 # --- operations
 
 
-BUCKET_LIFECYCLE = Row(LIFECYCLE, lambda document: parse(document)[0], show, errors.NoSuchLifecycleConfiguration)
-
-
 async def put_lifecycle(front: Front, request: Request) -> Reply:
     """Answers when all gateways know the rules: no version expires by others that begins to after that."""
     if not request.document.strip():
@@ -320,10 +317,21 @@ async def put_lifecycle(front: Front, request: Request) -> Reply:
     value, strict = await parse_document(parse, request.document)
     if not strict and not front.endpoint.legacy_buckets:
         raise errors.MalformedXML("A Filter has exactly one condition, or And.")
-    stored = replace(value, transition_minimum=minimum)
-    await front.buckets.configure(request.bucket_record, LIFECYCLE, lambda _before: stored, who=request.who)
-    await front.buckets.known_everywhere()
+    await _configure(front, request, replace(value, transition_minimum=minimum))
     return Reply(headers={MINIMUM: minimum})
+
+
+async def _configure(front: Front, request: Request, value: Lifecycle | None) -> None:
+    changed = False
+
+    def change(before: Configuration) -> Lifecycle | None:
+        nonlocal changed
+        changed = before.get(LIFECYCLE) != value
+        return value
+
+    await front.buckets.configure(request.bucket_record, LIFECYCLE, change, who=request.who)
+    if changed:
+        await front.buckets.known_everywhere()
 
 
 async def get_lifecycle(front: Front, request: Request) -> Reply:
@@ -336,6 +344,5 @@ async def get_lifecycle(front: Front, request: Request) -> Reply:
 
 async def delete_lifecycle(front: Front, request: Request) -> Reply:
     """As ``put_lifecycle``: afterwards nothing begins to expire."""
-    reply = await deleter(BUCKET_LIFECYCLE)(front, request)
-    await front.buckets.known_everywhere()
-    return reply
+    await _configure(front, request, None)
+    return Reply(204)
