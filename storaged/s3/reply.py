@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
 
 from msgspec import Struct, field
 
 from storaged.errors import InvalidArgument, S3Error
-from storaged.objects.api import ObjectInfo, ObjectStream, PutResult
+from storaged.objects.api import ObjectInfo, PutResult
 from storaged.s3.headers import http_time
+from storaged.wire import Buffer
 
 Headers = dict[str, str]
 
@@ -31,6 +33,17 @@ TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 break the answer."""
 
 
+class Pieces(Protocol):
+    """A body that is sent piece by piece: an opened object (``ObjectStream``), or an answer that begins early."""
+
+    @property
+    def length(self) -> int: ...
+
+    def chunks(self) -> AsyncIterator[Buffer]: ...
+
+    async def close(self) -> None: ...
+
+
 class Reply(Struct):
     """An answer. ``stream`` has an object's bytes, instead of ``body``. ``length``: Content-Length if it is not that of
     ``body`` (HEAD)."""
@@ -39,7 +52,7 @@ class Reply(Struct):
     headers: Headers = field(default_factory=dict)
     body: bytes = b""
     length: int | None = None
-    stream: ObjectStream | None = None
+    stream: Pieces | None = None
     code: str = ""
     """The S3 error's, for the access log."""
 

@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 from storaged.clock import Clock
 from storaged.errors import DataDamaged, S3Error
-from storaged.objects.api import ObjectStream
 from storaged.s3 import xml
 from storaged.s3.headers import http_time
 from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
-from storaged.s3.reply import CONTROL, REASONS, XML_TYPE, Reply
+from storaged.s3.reply import CONTROL, REASONS, XML_TYPE, Pieces, Reply
 from storaged.s3.request import Request
 from storaged.units import KIB
 
@@ -129,7 +128,7 @@ class Sender:
     # --- bodies -------------------------------------------------------------------------------------------------------
 
     async def _send_stream(
-        self, connection: Connection, request: Request, reply: Reply, stream: ObjectStream, keep: bool
+        self, connection: Connection, request: Request, reply: Reply, stream: Pieces, keep: bool
     ) -> tuple[Reply, int, bool]:
         """(the answer, bytes sent, whether all was sent). A failure before the first byte becomes an error answer. A
         later one breaks the connection, so that no client takes a part for the whole."""

@@ -14,9 +14,9 @@ from storaged.objects.code.versions import check_allowed
 from storaged.objects.configuration.website import REDIRECT_LOCATION
 from storaged.objects.etags import tag
 from storaged.s3 import conditions as c
+from storaged.s3 import early, xml
 from storaged.s3 import encryption as enc
 from storaged.s3 import headers as h
-from storaged.s3 import xml
 from storaged.s3.auth.actions import action_of
 from storaged.s3.authorization import Ask, check_expected_owner, may_list, permit
 from storaged.s3.context import Front, existing_bucket
@@ -25,7 +25,7 @@ from storaged.s3.locks import asked_lock
 from storaged.s3.ops.acl import ownership
 from storaged.s3.ops.multipart import part_number
 from storaged.s3.origins import origin_of
-from storaged.s3.reply import Headers, Reply, version_header, xml_reply
+from storaged.s3.reply import Headers, Reply, version_header
 from storaged.s3.request import Request, check_key
 
 T = TypeVar("T")
@@ -133,13 +133,17 @@ async def copy_object(front: Front, request: Request) -> Reply:
         conditions=c.write_conditions(headers),
         origin=origin_of(request, "ObjectCreated:Copy"),
     )
-    result = await _read_from(front, request, source, key, copying)
 
-    answer = _copied_headers(request, version, result)
-    version_header(result.version_id, answer)
-    if not request.bucket_record.plain:
-        stored_expiration(front, request, result, answer)
-    return xml_reply(_result("CopyObjectResult", result), headers=answer)
+    async def copied() -> tuple[bytes, Headers]:
+        result = await _read_from(front, request, source, key, copying)
+        answer = _copied_headers(request, version, result)
+        version_header(result.version_id, answer)
+        if not request.bucket_record.plain:
+            stored_expiration(front, request, result, answer)
+        return _result("CopyObjectResult", result), answer
+
+    # another bucket's answer names the version that was made, or when it expires
+    return await early.answer(request, copied(), _of_source(version) if request.bucket_record.plain else None)
 
 
 def _with_redirect(kept: Mapping[str, str], given: NewMeta) -> dict[str, str]:
@@ -166,16 +170,20 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
         number,
         customer_key=enc.customer_key(front, request),
     )
-    result = await _read_from(front, request, grant, key, copying)
 
-    return xml_reply(_result("CopyPartResult", result), headers=_copied_headers(request, version, result))
+    async def copied() -> tuple[bytes, Headers]:
+        result = await _read_from(front, request, grant, key, copying)
+        return _result("CopyPartResult", result), _copied_headers(request, version, result)
+
+    return await early.answer(request, copied(), _of_source(version))
 
 
 def _copied_headers(request: Request, source_version: str, result: PutResult) -> Headers:
-    headers = enc.written_headers(result.encryption, request.headers, {enc.SSE: enc.S3})
-    if source_version:
-        headers["x-amz-copy-source-version-id"] = source_version
-    return headers
+    return enc.written_headers(result.encryption, request.headers, {enc.SSE: enc.S3}) | _of_source(source_version)
+
+
+def _of_source(version: str) -> Headers:
+    return {"x-amz-copy-source-version-id": version} if version else {}
 
 
 def _result(root: str, result: PutResult) -> bytes:

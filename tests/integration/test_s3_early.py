@@ -1,0 +1,101 @@
+"""A copy that takes long is answered early: white space keeps its client waiting, and the end says how it went."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+
+from storaged.errors import DataDamaged
+from storaged.s3 import early
+from tests.integration.s3_front import World, s3_world, signed
+
+BODY = b"data" * 1000
+
+
+@pytest_asyncio.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """Every copy is long."""
+    monkeypatch.setattr(early, "SILENT_S", 0.0)
+    monkeypatch.setattr(early, "EVERY_S", 0.01)
+    async with s3_world() as world:
+        for name in ("copy", "copy_part"):
+            monkeypatch.setattr(world.objects, name, slow(getattr(world.objects, name)))
+        client = world.client()
+        await asyncio.to_thread(client.create_bucket, Bucket="bucket")
+        await asyncio.to_thread(client.put_object, Bucket="bucket", Key="k", Body=BODY)
+        yield world
+
+
+def slow(work: Any) -> Any:
+    async def slowly(*which: Any, **how: Any) -> Any:
+        await asyncio.sleep(0.2)
+        return await work(*which, **how)
+
+    return slowly
+
+
+async def test_a_long_copy_is_answered_early_and_the_connection_goes_on(world: World) -> None:
+    raw = signed(world, "PUT", "/bucket/copy", headers={"x-amz-copy-source": "/bucket/k"})
+    head, _, body = (await world.raw(raw.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))).partition(
+        b"\r\n\r\n"
+    )
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert b"\r\nTransfer-Encoding: chunked" in head
+    assert b"Content-Length" not in head
+    assert body.count(b"1\r\n \r\n") > 2
+    assert body.endswith(b"\r\n0\r\n\r\n")
+    assert await world.stored() == {b"k": BODY, b"copy": BODY}
+
+    def run() -> None:
+        client = world.client(max_pool_connections=1)
+        for _ in range(3):
+            found = client.copy_object(Bucket="bucket", Key="other", CopySource="/bucket/k")
+            assert found["CopyObjectResult"]["ETag"] == client.head_object(Bucket="bucket", Key="k")["ETag"]
+        upload = client.create_multipart_upload(Bucket="bucket", Key="parts")["UploadId"]
+        where = {"Bucket": "bucket", "Key": "parts", "UploadId": upload}
+        part = client.upload_part_copy(**where, PartNumber=1, CopySource="/bucket/k")["CopyPartResult"]["ETag"]
+        client.complete_multipart_upload(**where, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part}]})
+        assert client.get_object(Bucket="bucket", Key="parts")["Body"].read() == BODY
+
+    await asyncio.to_thread(run)
+
+
+async def test_an_error_of_a_long_copy_comes_in_its_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def damaged(*_: Any, **__: Any) -> None:
+        raise DataDamaged
+
+    monkeypatch.setattr(world.objects, "copy", slow(damaged))
+    client = world.client(retries={"max_attempts": 0})
+
+    def run() -> str:
+        with pytest.raises(ClientError) as failed:
+            client.copy_object(Bucket="bucket", Key="copy", CopySource="/bucket/k")
+        return str(failed.value.response["Error"]["Code"])
+
+    assert await asyncio.to_thread(run) == "ServiceUnavailable"
+    assert world.done[-1].reply.code == "ServiceUnavailable"
+    assert await world.stored() == {b"k": BODY}
+
+
+async def test_in_a_bucket_with_versions_the_answer_waits_for_the_version(world: World) -> None:
+    def run() -> None:
+        client = world.client()
+        client.put_bucket_versioning(Bucket="bucket", VersioningConfiguration={"Status": "Enabled"})
+        assert client.copy_object(Bucket="bucket", Key="copy", CopySource="/bucket/k")["VersionId"]
+
+    await asyncio.to_thread(run)
+
+
+async def test_a_client_that_leaves_ends_its_copy(world: World) -> None:
+    raw = signed(world, "PUT", "/bucket/copy", headers={"x-amz-copy-source": "/bucket/k"})
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(raw)
+    await reader.readuntil(b"\r\n\r\n")
+    writer.transport.abort()
+    client = world.client()
+    await asyncio.to_thread(client.head_bucket, Bucket="bucket")
