@@ -27,6 +27,7 @@ START_TIMEOUT_S = 180.0
 """More than the supervisor's guard, so that its reason is shown."""
 COUNT_TIMEOUT_S = 2.0
 COUNT_POLL_S = 0.1
+NEW_TIMEOUT_S = 60.0
 SEEN_TIMEOUT_S = 10.0
 SEEN_POLL_S = 0.05
 RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
@@ -275,7 +276,8 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 async def _first_things(place: Path) -> None:
     """Waits until the cluster accepts writes; at the first start makes the bucket and the user of credentials.json.
 
-    Then waits up to COUNT_TIMEOUT_S until repair has counted the objects, so that the first ``status`` has the counts.
+    Then waits up to COUNT_TIMEOUT_S until repair has counted the objects, so that the first ``status`` has the counts,
+    and in a new cluster until all disks are up.
     """
     import asyncio
 
@@ -297,6 +299,23 @@ async def _first_things(place: Path) -> None:
     for _ in range(int(COUNT_TIMEOUT_S / COUNT_POLL_S)):
         if (await asyncio.to_thread(gateway, place, "GET", "/v1/jobs"))["objects_counted"]:
             break
+        await asyncio.sleep(COUNT_POLL_S)
+    if not known["prepared"]:
+        await _all_up(place)
+
+
+async def _all_up(place: Path) -> None:
+    """Waits up to NEW_TIMEOUT_S until all nodes and disks of a new cluster are up: on a busy machine they come late."""
+    import asyncio
+
+    from storaged.cli.client import gateway
+
+    deadline = time.monotonic() + NEW_TIMEOUT_S
+    while time.monotonic() < deadline:
+        nodes = (await asyncio.to_thread(gateway, place, "GET", "/v1/status"))["nodes"]
+        disks = [disk for node in nodes for disk in node["disks"]]
+        if all(node["state"] == "up" for node in nodes) and all(disk["state"] in ("ok", "full") for disk in disks):
+            return
         await asyncio.sleep(COUNT_POLL_S)
 
 
