@@ -197,8 +197,8 @@ class Hostile(Scenario):
             )
         else:
             _, value = self.random.choice(seen[-6:])
-            slot = node.store.get(name)
-            if not self._others_agree(name) and slot is not None and value.sequence >= slot.value.sequence:
+            held = node.store.get(name) is not None
+            if held and not self._others_agree(name) and value.sequence >= self._others_sequence(name):
                 return
         await self._overwrite(node, name, ballot, value)
 
@@ -207,6 +207,11 @@ class Hostile(Scenario):
         ballots no rule can tell apart without the liar.
         """
         return len(self._held(name, [disk for disk in FIRST_SEEDS if disk != self._liar])) == 1
+
+    def _others_sequence(self, name: RegisterName) -> int:
+        """The highest that an honest replica holds. What the liar holds itself may be forged."""
+        slots = [self.world.nodes["n" + disk[1:]].store.get(name) for disk in FIRST_SEEDS if disk != self._liar]
+        return max((slot.value.sequence for slot in slots if slot is not None), default=0)
 
     def _held(self, name: RegisterName, disks: Sequence[str]) -> set[Ballot]:
         stores = [self.world.nodes["n" + disk[1:]].store for disk in disks]
