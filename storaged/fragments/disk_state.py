@@ -114,7 +114,7 @@ class DiskState:
         if self.starved:
             return DiskUnusable(f"the disk is full: {self.starved}", state="full")
         if time.monotonic() < self._refused_until_s:
-            return DiskUnusable(f"the disk refused a write: {self._refusal}", state="full")
+            return DiskUnusable(f"the disk, or a quota, is full: it refused a write ({self._refusal})", state="full")
         space = space or self._space()
         return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
 

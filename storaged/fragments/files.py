@@ -234,7 +234,8 @@ class PosixSegmentFile:
         start = offset // PAGE_BYTES * PAGE_BYTES  # the kernel drops whole pages only
         end = -(-(offset + length) // PAGE_BYTES) * PAGE_BYTES if length else start
         with self._lease() as fd, contextlib.suppress(OSError):
-            os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+            if offset < os.fstat(fd).st_size:  # else its page has only what comes before
+                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, size: int) -> None:
         with self._lease() as fd:
