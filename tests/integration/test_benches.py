@@ -369,7 +369,7 @@ async def test_the_command_says_what_failed_and_exits_1(tmp_path: Path) -> None:
     assert '"runs": 2' in written.read_text()
     code, told = await run_command("--endpoint", "http://127.0.0.1:1", *common)
     assert (code, "refused" in told.lower() or "connect" in told.lower()) == (1, True)
-    code, told = await run_command("--endpoint", "https://example.org", *common)
+    code, told = await run_command("--endpoint", "ftp://127.0.0.1:1", *common)
     assert (code, "http://HOST:PORT" in told) == (1, True)
     code, told = await run_command("--rows", "put-5k")
     assert (code, "unknown rows" in told) == (2, True)

@@ -183,8 +183,8 @@ async def test_requests_of_other_services_and_old_signatures_get_a_quick_4xx(wor
     answer = await world.raw(
         b"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     )
-    assert b"400 Bad Request" in answer
-    assert b"<Code>InvalidAction</Code>" in answer
+    assert b"403 Forbidden" in answer
+    assert b"<Code>MissingAuthenticationToken</Code>" in answer
     answer = await world.raw(
         b"GET /bucket HTTP/1.1\r\nHost: h\r\nAuthorization: AWS AK:c2ln\r\nConnection: close\r\n\r\n"
     )
