@@ -21,6 +21,7 @@ from storaged.units import format_size
 
 POLL_S = 0.5
 QUIET_POLLS = 6
+LOOK_POLLS_MAX = 120
 FAMILIES = (S3Error, OperatorError, Condition, PeerError, RemoteRefusal)
 """Base classes: no answer carries their code."""
 
@@ -103,7 +104,7 @@ def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str, *, 
 
 
 @click.command()
-@click.option("--wait", is_flag=True, help="Return when it is done.")
+@click.option("--wait", is_flag=True, help="Return when it is done, and repair has looked at what it found.")
 @click.option("--json", "as_json", is_flag=True, help="nodes; with --wait also the jobs as they ended.")
 @click.pass_obj
 def scrub(named: str | None, wait: bool, as_json: bool) -> None:
@@ -116,17 +117,26 @@ def scrub(named: str | None, wait: bool, as_json: bool) -> None:
     if not as_json:
         click.echo(f"scrub of {', '.join(nodes)} started")
     if wait:
-        found = _wait(
-            place,
-            lambda answer: any(job["name"] == "scrub" and job["state"] == "running" for job in answer["jobs"]),
-            "scrub",
-            quiet=as_json,
-        )
+        polls = 0
+
+        def goes_on(answer: dict[str, Any]) -> bool:
+            """Repair is waited for a while only: where disks are away it may be busy for long."""
+            nonlocal polls
+            if any(_scrubs(job) for job in answer["jobs"]):
+                return True
+            polls += 1
+            return bool(answer["busy"]) and polls < LOOK_POLLS_MAX
+
+        found = _wait(place, goes_on, "scrub", quiet=as_json)
         if any(job["name"] == "scrub" and job["state"] == "failed" for job in found["jobs"]):
             raise OperatorError("scrub could not finish; see `storaged status`")
         answer["jobs"] = [job for job in found["jobs"] if job["name"] == "scrub"]
     if as_json:
         click.echo(json.dumps(answer, indent=2))
+
+
+def _scrubs(job: dict[str, Any]) -> bool:
+    return bool(job["name"] == "scrub" and job["state"] == "running")
 
 
 @click.group()

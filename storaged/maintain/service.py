@@ -241,7 +241,7 @@ class Maintenance:
             at_risk=queue.at_risk,
             lost=queue.lost,
             current=current,
-            busy=not current or repair.busy or self.scrub.busy,
+            busy=not current or repair.busy or self.scrub.busy or self._others.busy,
             jobs=tuple(reports),
             fragments_rebuilt=repair.rebuilder.fragments_rebuilt,
             bytes_rebuilt=repair.rebuilder.bytes_rebuilt,
@@ -328,6 +328,7 @@ class MaintainClient:
         self._timeout_s = timeout_s
         self._hints: dict[bytes, None] = {}
         self._mismatches: dict[tuple[bytes, bytes], None] = {}
+        self._sending = False
 
     def _nodes(self) -> list[str]:
         layout = self._layouts.current
@@ -367,12 +368,21 @@ class MaintainClient:
         if mismatched is not None and len(self._mismatches) < HINTS_WAITING_MAX:
             self._mismatches[owner.pack(), mismatched.pack()] = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a node does not know yet of something that this one has found."""
+        return bool(self._hints or self._mismatches) or self._sending
+
     async def run(self, interval_s: float = 0.5) -> None:
         """Sends hints to the nodes that are responsible for their partitions."""
         while True:
             await asyncio.sleep(interval_s)
-            if self._hints or self._mismatches:
-                await self._send_all()
+            if self.busy:
+                self._sending = True
+                try:
+                    await self._send_all()
+                finally:
+                    self._sending = False
 
     async def _send_all(self) -> None:
         hints, self._hints = self._hints, {}
