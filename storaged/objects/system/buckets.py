@@ -4,7 +4,8 @@
                               -> Active(nonce) -> Active      not empty: the fence is lifted, then the nonce cleared
 
 Deleting a bucket closes it first: a durable fence on every index shard refuses all changes to its rows. Only then can
-the check whether it is empty be trusted. Every step is a compare-and-set with the nonce of the attempt, so any gateway
+the check whether it is empty be trusted, and only what replicas with the fence answer counts: one that has no fence yet
+may take a change after its answer. Every step is a compare-and-set with the nonce of the attempt, so any gateway
 can continue where another stopped (``resume``): a record that is Deleting, or Active with a nonce, owes a step. A fence
 is lifted only after its record left Deleting, so a gateway that checks a fenced bucket can rely on the fence until its
 own step. A nonce begins with the record's sequence number, so that the nonces of a bucket grow, and replicas refuse a
