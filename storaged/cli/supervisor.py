@@ -41,6 +41,10 @@ whole cluster as one program (autogroup). On a server ``CPUWeight`` of the gatew
 """
 
 
+ENDING_S = 0.2
+"""A process that was killed just before is known to have ended so much later at most."""
+
+
 class NodeProcess:
     """One node's process. ``state``: stopped, starting, ready, dead (it ended by itself)."""
 
@@ -184,6 +188,8 @@ class Supervisor:
         """
         for name in names:
             node = self.nodes[name]
+            if node.process is not None and name in self._watchers:
+                await asyncio.wait((self._watchers[name],), timeout=ENDING_S)
             if node.process is None:
                 if watcher := self._watchers.pop(name, None):
                     await watcher
