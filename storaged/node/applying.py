@@ -235,12 +235,27 @@ class LayoutApplication:
         if held is None:
             raise LayoutRefused("The register of the layout has no value.")
         if held.payload != signed.payload:
-            winner = decode(held.payload, Layout)
-            now = "decided, and not in force yet: apply it first" if is_pending(held, self._layouts) else "decided"
-            raise LayoutOvertaken(
-                f"Layout {layout.epoch} is not used: another layout {winner.epoch} is {now}. {_changed(before, winner)}"
-            )
+            raise self._overtaken(signed, layout, before, held)
         return before
+
+    def _overtaken(self, signed: SignedLayout, layout: Layout, before: Layout, held: SignedLayout) -> LayoutOvertaken:
+        """The error for a layout that the register does not hold. One that another process has decided meanwhile may
+        have been in force, and have a successor by now; only of two with one predecessor it is certain which is not
+        used.
+        """
+        winner = decode(held.payload, Layout)
+        if winner.predecessor == signed.hash:
+            return LayoutOvertaken(
+                f"Layout {layout.epoch} was in force. Layout {winner.epoch} followed it. {_changed(layout, winner)}"
+            )
+        now = "decided, and not in force yet: apply it first" if is_pending(held, self._layouts) else "decided"
+        if winner.predecessor != layout.predecessor:
+            return LayoutOvertaken(
+                f"Layout {layout.epoch} is not decided now, and may have been before: layout {winner.epoch} is {now}."
+            )
+        return LayoutOvertaken(
+            f"Layout {layout.epoch} is not used: another layout {winner.epoch} is {now}. {_changed(before, winner)}"
+        )
 
     def _check_out(self, layout: Layout, signed: SignedLayout) -> None:
         """Raises LayoutRefused for a layout that was signed beforehand, without votes that its case is there: no node

@@ -191,6 +191,34 @@ async def test_of_two_administrators_at_once_one_wins_and_the_other_learns_what_
             await cluster.gateway(name).apply(loser)
 
 
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [(2, r"Layout 100 was in force\. Layout 101 followed it"), (3, "may have been before: layout 102")],
+)
+async def test_a_layout_that_another_gateway_has_brought_into_force_meanwhile_is_not_called_unused(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, last: int, said: str
+) -> None:
+    moved, signed = cluster.moving()
+    steps, before = [cluster.history.add(moved, signed)], moved
+    for number in (2, 3):
+        elsewhere = replace(before, nodes=tuple(replace(node, address=f"h:{number}") for node in before.nodes))
+        before = cluster.history.after(elsewhere, moving=False)
+        steps.append(cluster.history.add(before, cluster.history.sign(before)))
+    late = cluster.gateway("gw2")
+    judge = cluster.books["gw2"].judge
+
+    def while_others_go_on(layout: Layout) -> Layout:
+        found = judge(layout)
+        for signed in steps[:last]:
+            asyncio.run_coroutine_threadsafe(cluster.gateway().apply(signed), loop).result(GUARD_S)
+        return found
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(cluster.books["gw2"], "judge", while_others_go_on)
+    with pytest.raises(LayoutOvertaken, match=said):
+        await late.apply(steps[0])
+
+
 async def test_a_layout_that_was_decided_and_not_accepted_overtakes_another(cluster: Cluster) -> None:
     decided, late = cluster.moving("n4")[1], cluster.moving("n5")[1]
     cluster.away.update(NODES)
