@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from storaged.errors import ServiceUnavailable
+from storaged.errors import BadDigest, PreconditionFailed, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Outcome, Update
@@ -155,6 +155,24 @@ async def test_a_part_of_one_block_costs_each_disk_one_call_after_the_promise() 
     assert [(disk.writes, disk.syncs) for disk in disks] == [(1, 0)] * 6
     assert await got(objects, bucket) == data
     await objects.close()
+
+
+@pytest.mark.parametrize("refused", ["digest", "commit"])
+async def test_a_part_of_one_block_that_is_refused_before_it_was_sent_costs_no_disk_a_call(refused: str) -> None:
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+
+    async def refuse(_name: RegisterName, _update: Update, **_more: Any) -> Outcome:
+        raise PreconditionFailed
+
+    if refused == "commit":
+        world.ring.change = refuse  # type: ignore[method-assign]
+    checks = BodyChecks(size=len(data), md5=hashlib.md5(data[1:]).digest() if refused == "digest" else None)
+    with pytest.raises(BadDigest if refused == "digest" else PreconditionFailed):
+        await objects.put(bucket, b"key", pieces(data), NewMeta(), checks, owner=OWNER)
+    assert (objects.plane.put_buffers.bytes_leased, objects.plane.fill_buffers.bytes_leased) == (0, 0)
+    await objects.close()
+    assert not any(disk.writes or disk.retirements for disk in world.disks.disks.values())
 
 
 async def test_a_part_of_one_block_does_not_wait_for_its_promise_while_memory_is_short() -> None:

@@ -463,6 +463,9 @@ class PartWriter:
         """After a failure: puts the fragments on the disks' garbage lists. Those on disks that don't answer are left to
         the sweep of orphans.
         """
+        held, self._held = self._held, None
+        if held is not None:
+            return  # the only block was not sent
         disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}
         due_ms = self._plane.clock.wall_ms() + self._plane.limits.retire_delay_ms
         entry = Retirement(self._data_id, self._owner, due_ms)
