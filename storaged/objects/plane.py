@@ -36,6 +36,7 @@ from storaged.objects.lifecycle.notes import Notes
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
 from storaged.objects.room import Room
+from storaged.sov1 import TAG_BYTES
 from storaged.units import KIB, MIB
 
 P = ParamSpec("P")
@@ -161,7 +162,8 @@ class ObjectPlane:
 
     def __post_init__(self) -> None:
         self.counters = Counters()
-        self.small_bytes_max = self.limits.small_bytes_max
+        self.small_bytes_max = max(self.limits.small_bytes_max, self.limits.inline_sealed_bytes_max - TAG_BYTES)
+        """Bodies that are not coded: they are in the record, or kept as copies."""
         self.room = Room(self.layouts, self.liveness)
         self.bad_rows = BadRows()
         self.configurations = Configurations(self.keys, self.limits.configuration_bytes_max)

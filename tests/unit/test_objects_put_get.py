@@ -103,6 +103,18 @@ async def test_an_object_of_any_size_class_comes_back_whole(size: int, sized: bo
     await objects.close()
 
 
+@pytest.mark.parametrize("size", [0, 1, 1008, 1009])
+@pytest.mark.parametrize("sized", [True, False])
+async def test_where_no_copies_are_kept_tiny_bodies_are_in_the_record_all_the_same(size: int, sized: bool) -> None:
+    world = World(small_bytes_max=0)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(size)
+    await put(objects, bucket, data, sized=sized)
+    entry = entry_of(world)
+    assert (bool(entry.inline), entry.small) == (size <= 1008, False)
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
 @pytest.mark.parametrize("size", [CELL - 1, CELL, CELL + 1, 2 * CELL, 200 * KIB, 200 * KIB + 1])
 @pytest.mark.parametrize("sized", [True, False])
 async def test_a_small_body_may_have_several_chunks(size: int, sized: bool) -> None:

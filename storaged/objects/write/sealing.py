@@ -64,7 +64,7 @@ async def sealed_body(plane: ObjectPlane, part: NewPart, body: Body, checks: Bod
     bytes_max = limits.part_bytes_max if part.number else limits.put_bytes_max
     if checks.size is not None and checks.size > bytes_max:
         raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
-    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if part.number else limits.small_bytes_max
+    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if part.number else plane.small_bytes_max
     plain: Buffer | None = None
     source: Source | None = None
     if checks.size is not None and checks.size <= small_max:
