@@ -5,6 +5,7 @@ expire, so that no request waits for them.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
@@ -39,11 +40,16 @@ class TtlCache(Generic[K, V]):
         entries_max: int,
         load: Callable[[K], Coroutine[Any, Any, V]],
         spawn: Callable[[Coroutine[Any, Any, None]], bool],
+        made_s: Callable[[V], float] | None = None,
     ) -> None:
-        """``spawn`` runs a coroutine in the background, or returns False when it does not."""
+        """``spawn`` runs a coroutine in the background, or returns False when it does not. ``made_s``: of a value that
+        was made of values in other caches, when the oldest of these was loaded (their ``loaded_s``): it expires with
+        that one. Else a change would be seen late by the lifetimes of all these caches together.
+        """
         self._clock = clock
         self._load_of = load
         self._spawn = spawn
+        self._made_s = made_s
         self._seconds = seconds
         self._fresh_s = seconds * REFRESH_AFTER
         self._entries_max = entries_max
@@ -67,6 +73,11 @@ class TtlCache(Generic[K, V]):
             if not self._spawn(self._refresh(key)):
                 self._refreshing.discard(key)
         return cached[1]
+
+    def loaded_s(self, key: K) -> float:
+        """When the cached value was loaded; long ago when there is none."""
+        cached = self._entries.get(key)
+        return -math.inf if cached is None else cached[0]
 
     async def get(self, key: K) -> V:
         """Raises the errors of ``load``."""
@@ -114,7 +125,8 @@ class TtlCache(Generic[K, V]):
                 del self._loads[key]
 
     def _put(self, key: K, value: V) -> None:
-        self._entries[key] = (self._clock.monotonic(), value)
+        now_s = self._clock.monotonic()
+        self._entries[key] = (now_s if self._made_s is None else min(now_s, self._made_s(value)), value)
         self._entries.move_to_end(key)
         while len(self._entries) > self._entries_max:
             self._entries.popitem(last=False)

@@ -41,6 +41,10 @@ class AccountService:
     async def get(self, user_id: str) -> StoredAccount:
         return await self._cache.get(user_id)
 
+    def loaded_s(self, user_id: str) -> float:
+        """When the account that ``get`` returns was read."""
+        return self._cache.loaded_s(user_id)
+
     async def _load(self, user_id: str) -> StoredAccount:
         plane, register = self._plane, system_name(PREFIX + user_id)
 

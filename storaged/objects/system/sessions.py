@@ -34,14 +34,22 @@ Lookup = Callable[[str], Awaitable[tuple[Principal, str]]]
 
 
 class Sessions:
-    """The sessions of all accounts. ``lookup``: of long-term keys."""
+    """The sessions of all accounts. ``lookup``: of long-term keys; ``loaded_s``: when what it returns was read."""
 
-    def __init__(self, plane: ObjectPlane, accounts: AccountService, lookup: Lookup) -> None:
+    def __init__(
+        self, plane: ObjectPlane, accounts: AccountService, lookup: Lookup, loaded_s: Callable[[str], float]
+    ) -> None:
         self._plane = plane
         self._accounts = accounts
         self._lookup = lookup
+        self._loaded_s = loaded_s
         self._cache: TtlCache[tuple[str, str], tuple[Principal, str]] = TtlCache(
-            plane.clock, plane.limits.user_cache_s, SESSIONS_CACHED, self._load, plane.background.spawn
+            plane.clock,
+            plane.limits.user_cache_s,
+            SESSIONS_CACHED,
+            self._load,
+            plane.background.spawn,
+            self._made_s,
         )
 
     def seal(self, session: StoredSession) -> str:
@@ -67,6 +75,12 @@ class Sessions:
 
     def try_get(self, access_key: str, token: str) -> tuple[Principal, str] | None:
         return self._cache.try_get((access_key, token))
+
+    def _made_s(self, found: tuple[Principal, str]) -> float:
+        who, identity = found[0], found[0].identity
+        assert identity is not None
+        issuer_s = self._loaded_s(identity.issuer)
+        return min(issuer_s, self._accounts.loaded_s(who.user_id)) if identity.role else issuer_s
 
     async def _load(self, key: tuple[str, str]) -> tuple[Principal, str]:
         access_key, token = key

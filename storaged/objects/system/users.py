@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -54,14 +55,14 @@ class UserService:
         self._plane = plane
         limits = plane.limits
         self._cache: TtlCache[str, tuple[Principal, str]] = TtlCache(
-            plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
+            plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn, self._made_s
         )
         self.try_get = self._cache.try_get
         self._directory: TtlCache[str, dict[str, Principal]] = TtlCache(
             plane.clock, limits.user_cache_s, 1, self._load_directory, plane.background.spawn
         )
         self.accounts = AccountService(plane, self._account_changed)
-        self._sessions = Sessions(plane, self.accounts, self.lookup)
+        self._sessions = Sessions(plane, self.accounts, self.lookup, self._cache.loaded_s)
         self.lookup_session, self.try_session = self._sessions.get, self._sessions.try_get
         self.seal_session = self._sessions.seal
 
@@ -99,6 +100,11 @@ class UserService:
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """Raises InvalidAccessKeyId."""
         return await self._cache.get(access_key)
+
+    def _made_s(self, found: tuple[Principal, str]) -> float:
+        """A key of a user of an account says what the cached account said."""
+        who = found[0]
+        return math.inf if who.identity is None else self.accounts.loaded_s(who.user_id)
 
     async def _load(self, access_key: str) -> tuple[Principal, str]:
         if not _is_access_key(access_key):
