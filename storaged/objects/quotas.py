@@ -63,6 +63,8 @@ class _Counted:
     bytes: int = 0
     counted_s: float = -1.0
     """When the last walk began; negative: there was none."""
+    walks: int = 0
+    """How many have begun, those that failed as well."""
     took_s: float = 0.0
     more_objects: int = 0
     more_bytes: int = 0
@@ -142,8 +144,13 @@ class Quotas:
         return bucket.counted_s < 0 or age_s >= max(seconds, REST * bucket.took_s)
 
     async def _walk(self, bucket: _Counted) -> None:
-        """Counts a bucket. One that fails is counted in a later round."""
+        """Counts a bucket. One that fails is counted in a later round. All that ask for a walk while one is under
+        way share the next one: else each of many refused writes would list the whole bucket."""
+        walks = bucket.walks
         async with bucket.lock:
+            if bucket.walks != walks:
+                return  # one has begun since
+            bucket.walks += 1
             began_s = self._clock.monotonic()
             before = (bucket.more_objects, bucket.more_bytes)
             objects = size = 0

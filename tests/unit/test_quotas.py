@@ -4,6 +4,7 @@ nothing is asked of buckets without one.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -135,3 +136,27 @@ async def test_what_can_not_be_counted_now_keeps_its_last_count() -> None:
     await cluster.quotas.look()
     with pytest.raises(QuotaExceeded):
         await cluster.quotas.admit(ONE, 1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_many_writes_that_are_refused_at_once_walk_a_bucket_twice_at_most(fails: bool) -> None:
+    cluster = Cluster()
+    cluster.limits[ONE.id] = Quota(100)
+    cluster.found[ONE.id] = Usage(1, 1, 100)
+    await cluster.quotas.look()
+    cluster.clock.advance(quotas.SOON_S)
+    walks = 0
+
+    async def usage(record: BucketRecord, after: str) -> Usage:
+        nonlocal walks
+        walks += 1
+        await asyncio.sleep(0)
+        cluster.clock.advance(0.5)
+        if fails:
+            raise ServiceUnavailable
+        return cluster.found[record.id]
+
+    cluster.quotas._sources = cluster.quotas._sources._replace(usage=usage)
+    refused = await asyncio.gather(*(cluster.quotas.admit(ONE, 1) for _ in range(50)), return_exceptions=True)
+    assert {type(each) for each in refused} == {QuotaExceeded}
+    assert walks <= 2
