@@ -123,7 +123,10 @@ class GrantedObjects:
     ) -> PutResult:
         bucket = _bucket(grant, key, WRITE)
         await self._admit(bucket, checks.size)
-        return await self._objects.put(bucket, key, body, meta, checks, **_judging(grant, named))
+        result = await self._objects.put(bucket, key, body, meta, checks, **_judging(grant, named))
+        if checks.size is None:
+            self._add(bucket, result)
+        return result
 
     def try_put(self, grant: Grant, key: bytes, *what: Any, **named: Any) -> bool:
         bucket = _bucket(grant, key, WRITE)
@@ -136,11 +139,18 @@ class GrantedObjects:
         if self._quotas is not None and self._quotas.limits(bucket):
             await self._quotas.admit(bucket, size, objects)
 
+    def _add(self, bucket: BucketRecord, result: PutResult) -> None:
+        """Counts a write that was admitted before its size was known."""
+        if self._quotas is not None and self._quotas.limits(bucket):
+            self._quotas.add(bucket, result.size)
+
     async def copy(self, source_grant: Grant, source: CopySource, grant: Grant, key: bytes, **named: Any) -> PutResult:
         _bucket(source_grant, source.key, READ)
         bucket = _bucket(grant, key, WRITE)
         await self._admit(bucket, None)
-        return await self._objects.copy(_allowed(source_grant, source), bucket, key, **_judging(grant, named))
+        result = await self._objects.copy(_allowed(source_grant, source), bucket, key, **_judging(grant, named))
+        self._add(bucket, result)
+        return result
 
     async def delete(
         self, grant: Grant, key: bytes, *, who: Principal, bypass_governance: bool = False, **named: Any
@@ -218,7 +228,9 @@ class GrantedObjects:
         _bucket(source_grant, source.key, READ)
         bucket = _bucket(grant, key, WRITE)
         await self._admit(bucket, None, 0)
-        return await self._objects.copy_part(_allowed(source_grant, source), bucket, key, *what, **named)
+        result = await self._objects.copy_part(_allowed(source_grant, source), bucket, key, *what, **named)
+        self._add(bucket, result)
+        return result
 
     async def list_parts(
         self, grant: Grant, key: bytes, upload_id: str, **named: Any

@@ -12,7 +12,8 @@ adds what it has admitted itself since. The slack is this:
 * An overwrite counts as one more object until the next walk. Before a write is refused for what was only added since
   the walk, the bucket is walked again, if that takes less than ``SOON_S``; a larger one refuses until its next walk.
 * What was deleted gives room after the next walk, which a refusal asks for in the same way.
-
+* A write whose size is not known before it ends, a copy for example, counts its bytes when it has ended. Writes under
+  way when a walk begins are not counted until the next one.
 * After the start of a process a bucket takes writes until it was walked once, and so does one that can't be listed.
 
 Sizes are those that clients see, of all versions. Parts of open uploads count while they are admitted, and are
@@ -185,6 +186,12 @@ class Quotas:
                 raise QuotaExceeded(BucketName=bucket.name)
         counted.more_objects += objects
         counted.more_bytes += size or 0
+
+    def add(self, bucket: BucketRecord, size: int) -> None:
+        """Counts the bytes of a write that was admitted without its size."""
+        counted = self._counted.get(bucket.id)
+        if counted is not None:
+            counted.more_bytes += size
 
     def _of_same(self, counted: _Counted) -> list[_Counted]:
         """The buckets that share a quota with this one."""

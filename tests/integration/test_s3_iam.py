@@ -472,6 +472,17 @@ async def test_a_write_beyond_a_quota_is_403_quotaexceeded_and_what_is_there_sta
     await world.quotas.look()
     assert not world.quotas.watched
     await run(again, world)
+
+    def copied(world: World) -> None:
+        s3 = client(world, "s3")
+        for key in ("c1", "c2"):
+            s3.copy_object(Bucket="bucket", Key=key, CopySource="bucket/k")
+        assert refused(s3.copy_object, Bucket="bucket", Key="c3", CopySource="bucket/k") == (403, "QuotaExceeded")
+
+    await set_bucket_quota(world.buckets, await world.buckets.get("bucket"), 2500, 0)
+    await world.quotas.look()
+    await run(copied, world)
+    await set_bucket_quota(world.buckets, await world.buckets.get("bucket"), 0, 0)
     who, _ = await world.users.lookup(ACCESS)
     await set_account_quota(world.users, who.user_id, 5500, 0)
     await world.quotas.look()
