@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
@@ -27,6 +27,7 @@ from storaged.objects.accounts import (
     StoredAccount,
     iam_arn,
     with_entry,
+    without_entry,
 )
 from storaged.objects.api import Principal, Users
 
@@ -238,8 +239,12 @@ def having(account: StoredAccount, kind: Kind, entity: Any, before: str = "") ->
 
 
 def lacking(account: StoredAccount, kind: Kind, name: str) -> StoredAccount:
-    entries = {each: entity for each, entity in entries_of(account, kind).items() if each != name.lower()}
-    return structs.replace(account, **{kind.field: entries})
+    return structs.replace(account, **{kind.field: without_entry(entries_of(account, kind), name)})
+
+
+def with_prefix(entries: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    """The rows of a list: what has a path that begins so, by name."""
+    return [(name, each) for name, each in entries.items() if each.path.startswith(prefix)]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -253,12 +258,19 @@ def tag_list(tags: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"Key": key, "Value": value} for key, value in tags.items()]
 
 
-def page(call: Call, name: str, rows: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The part of ``rows`` (sort key, row) that Marker and MaxItems ask for. Raises ValidationError."""
+def _itself(row: Any) -> Any:
+    return row
+
+
+def page(
+    call: Call, name: str, rows: Iterable[tuple[str, Any]], shown: Callable[[Any], Any] = _itself
+) -> dict[str, Any]:
+    """The part of ``rows`` (sort key, row) that Marker and MaxItems ask for, each as ``shown``: an account has
+    thousands. Raises ValidationError."""
     limit = call.parameters.integer("MaxItems", PAGE, 1, PAGE_MAX)
     after = _from_marker(call.parameters.text("Marker", "", chars_max=2000))
     left = sorted((row for row in rows if row[0] > after), key=lambda row: row[0])
-    found: dict[str, Any] = {name: [row for _, row in left[:limit]], "IsTruncated": len(left) > limit}
+    found: dict[str, Any] = {name: [shown(row) for _, row in left[:limit]], "IsTruncated": len(left) > limit}
     if len(left) > limit:
         found["Marker"] = base64.urlsafe_b64encode(left[limit - 1][0].encode()).decode()
     return found

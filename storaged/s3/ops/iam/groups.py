@@ -5,13 +5,26 @@ https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateGroup.html and the
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from msgspec import structs
 
 from storaged.errors import DeleteConflict, LimitExceeded
 from storaged.objects.accounts import GROUPS_PER_USER_MAX, IamGroup, StoredAccount
-from storaged.s3.ops.iam.call import GROUP, USER, Call, Result, find, having, lacking, moment, page, refuse_taken
+from storaged.s3.ops.iam.call import (
+    GROUP,
+    USER,
+    Call,
+    Result,
+    find,
+    having,
+    lacking,
+    moment,
+    page,
+    refuse_taken,
+    with_prefix,
+)
 from storaged.s3.ops.iam.users import user_fields
 
 
@@ -42,16 +55,13 @@ async def create_group(call: Call) -> Result:
 async def get_group(call: Call) -> Result:
     account = await call.account()
     group = find(account, GROUP, call.name(GROUP))
-    members = [(name, user_fields(call, user)) for name, user in account.users.items() if group.id in user.groups]
-    return {"Group": group_fields(call, group)} | page(call, "Users", members)
+    members = [(name, user) for name, user in account.users.items() if group.id in user.groups]
+    return {"Group": group_fields(call, group)} | page(call, "Users", members, partial(user_fields, call))
 
 
 async def list_groups(call: Call) -> Result:
     prefix = call.parameters.path_prefix()
-    groups = (await call.account()).groups.items()
-    return page(
-        call, "Groups", [(name, group_fields(call, each)) for name, each in groups if each.path.startswith(prefix)]
-    )
+    return page(call, "Groups", with_prefix((await call.account()).groups, prefix), partial(group_fields, call))
 
 
 async def update_group(call: Call) -> Result:

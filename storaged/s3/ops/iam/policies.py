@@ -6,7 +6,8 @@ API_CreatePolicy.html, and the pages of the other actions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -164,7 +165,14 @@ def _attachments(account: StoredAccount, arn: str) -> list[tuple[Kind, Any]]:
     ]
 
 
-def _policy_fields(call: Call, account: StoredAccount, policy: ManagedPolicy) -> dict[str, Any]:
+def _attachment_counts(account: StoredAccount) -> Counter[str]:
+    """By ARN. One look at all entities: there may be thousands of them, and of policies."""
+    return Counter(
+        arn for kind in (USER, GROUP, ROLE) for entity in entries_of(account, kind).values() for arn in entity.attached
+    )
+
+
+def _policy_fields(call: Call, counts: Mapping[str, int], policy: ManagedPolicy) -> dict[str, Any]:
     arn = call.arn(POLICY, policy)
     return {
         "PolicyName": policy.name,
@@ -172,7 +180,7 @@ def _policy_fields(call: Call, account: StoredAccount, policy: ManagedPolicy) ->
         "Arn": arn,
         "Path": policy.path,
         "DefaultVersionId": policy.default,
-        "AttachmentCount": len(_attachments(account, arn)),
+        "AttachmentCount": counts.get(arn, 0),
         "PermissionsBoundaryUsageCount": 0,
         "IsAttachable": True,
         "CreateDate": moment(policy.created_ms),
@@ -180,13 +188,13 @@ def _policy_fields(call: Call, account: StoredAccount, policy: ManagedPolicy) ->
     }
 
 
-def _aws_fields(account: StoredAccount, arn: str) -> dict[str, Any]:
+def _aws_fields(counts: Mapping[str, int], arn: str) -> dict[str, Any]:
     return {
         "PolicyName": name_of(arn),
         "Arn": arn,
         "Path": "/",
         "DefaultVersionId": "v1",
-        "AttachmentCount": len(_attachments(account, arn)),
+        "AttachmentCount": counts.get(arn, 0),
         "PermissionsBoundaryUsageCount": 0,
         "IsAttachable": True,
     }
@@ -226,33 +234,39 @@ async def create_policy(call: Call) -> Result:
         return having(account, POLICY, policy)
 
     account = await call.change(call.arn(POLICY, policy), edit)
-    return {"Policy": _policy_fields(call, account, policy)}
+    return {"Policy": _policy_fields(call, _attachment_counts(account), policy)}
 
 
 async def get_policy(call: Call) -> Result:
     account, arn = await call.account(), _arn(call)
     if arn in AWS_POLICIES:
-        return {"Policy": _aws_fields(account, arn)}
+        return {"Policy": _aws_fields(_attachment_counts(account), arn)}
     policy = _managed(call, account, arn)
     more = {"Description": policy.description} if policy.description else {}
-    return {"Policy": _policy_fields(call, account, policy) | more}
+    return {"Policy": _policy_fields(call, _attachment_counts(account), policy) | more}
 
 
 async def list_policies(call: Call) -> Result:
     account, prefix = await call.account(), call.parameters.path_prefix()
     scope = call.parameters.choice("Scope", ("All", "AWS", "Local"), "All")
-    found = []
+    attached, counts = call.parameters.truth("OnlyAttached"), _attachment_counts(account)
+    found: list[tuple[str, str, str | ManagedPolicy]] = []
     if scope != "AWS":
-        found += [_policy_fields(call, account, policy) for policy in account.policies.values()]
+        found += [(call.arn(POLICY, policy), policy.path, policy) for policy in account.policies.values()]
     if scope != "Local":
-        found += [_aws_fields(account, arn) for arn in AWS_POLICIES]
-    attached = call.parameters.truth("OnlyAttached")
+        found += [(arn, "/", arn) for arn in AWS_POLICIES]
     rows = [
-        (f"{row['PolicyName'].lower()} {row['Arn']}", row)
-        for row in found
-        if row["Path"].startswith(prefix) and (row["AttachmentCount"] or not attached)
+        (f"{name_of(arn).lower()} {arn}", policy)
+        for arn, path, policy in found
+        if path.startswith(prefix) and (not attached or arn in counts)
     ]
-    return page(call, "Policies", rows)
+
+    def shown(policy: str | ManagedPolicy) -> dict[str, Any]:
+        if isinstance(policy, str):
+            return _aws_fields(counts, policy)
+        return _policy_fields(call, counts, policy)
+
+    return page(call, "Policies", rows, shown)
 
 
 async def delete_policy(call: Call) -> Result:

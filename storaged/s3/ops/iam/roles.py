@@ -5,6 +5,7 @@ https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateRole.html and the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +14,19 @@ from msgspec import structs
 from storaged.errors import DeleteConflict, LimitExceeded, MalformedPolicyDocument, ValidationError
 from storaged.objects.accounts import IamRole, StoredAccount
 from storaged.s3.auth.policy import TRUST, check_document, principals_of
-from storaged.s3.ops.iam.call import ROLE, Call, Result, find, having, lacking, moment, page, refuse_taken, tag_list
+from storaged.s3.ops.iam.call import (
+    ROLE,
+    Call,
+    Result,
+    find,
+    having,
+    lacking,
+    moment,
+    page,
+    refuse_taken,
+    tag_list,
+    with_prefix,
+)
 from storaged.s3.ops.iam.principals import unknown_of
 
 TRUST_CHARS_MAX = 2048
@@ -84,10 +97,7 @@ async def get_role(call: Call) -> Result:
 
 async def list_roles(call: Call) -> Result:
     prefix = call.parameters.path_prefix()
-    roles = (await call.account()).roles.items()
-    return page(
-        call, "Roles", [(name, role_fields(call, each)) for name, each in roles if each.path.startswith(prefix)]
-    )
+    return page(call, "Roles", with_prefix((await call.account()).roles, prefix), partial(role_fields, call))
 
 
 async def update_role(call: Call) -> Result:

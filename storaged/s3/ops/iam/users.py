@@ -5,6 +5,7 @@ https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateUser.html and the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from msgspec import structs
@@ -31,6 +32,7 @@ from storaged.s3.ops.iam.call import (
     page,
     refuse_taken,
     tag_list,
+    with_prefix,
 )
 
 
@@ -96,10 +98,7 @@ async def get_user(call: Call) -> Result:
 
 async def list_users(call: Call) -> Result:
     prefix = call.parameters.path_prefix()
-    users = (await call.account()).users
-    return page(
-        call, "Users", [(name, user_fields(call, user)) for name, user in users.items() if user.path.startswith(prefix)]
-    )
+    return page(call, "Users", with_prefix((await call.account()).users, prefix), partial(user_fields, call))
 
 
 async def update_user(call: Call) -> Result:
