@@ -362,6 +362,16 @@ _FENCES = (
         "",
     ),
     Planted(
+        "older_fence_counts",
+        "a fence counts when all that was judged before an older one has arrived",
+        1,
+        path=FENCES,
+        old="        if self._arriving.get(scope) == nonce:\n",
+        new="        if scope in self._arriving:\n",
+        tests="tests/unit/test_replica.py",
+        why="An accept must wait for its copy for longer than a deletion that finds an object, and the next one, take.",
+    ),
+    Planted(
         "any_change_passes_fence",
         "whoever has the nonce may change values of a fenced bucket",
         2000,

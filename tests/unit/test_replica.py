@@ -786,6 +786,67 @@ async def test_a_fence_whose_caller_went_away_before_all_had_arrived_does_not_an
     assert (await replica.scan(request)).verdict == Verdict.OK
 
 
+async def test_an_older_fence_that_is_answered_does_not_stand_for_a_newer_one() -> None:
+    """It was lifted meanwhile, and an accept was judged without a fence."""
+    copies = Copies()
+    gates = {b"D1": asyncio.Event(), b"D2": asyncio.Event()}
+
+    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+        await gates[header].wait()
+
+    copies.store = late  # type: ignore[method-assign]
+    replica = copies.over(MemoryMetaStore())
+    ask = (ShardAsk(3, b"", 10, Want.ALL, 100, 10_000),)
+    request = ScanRequest("d", 1, Table.OBJECT, SCOPE, ask, fence=b"n2")
+    work: list[asyncio.Task[Any]] = []
+
+    async def begin(coroutine: Coroutine[Any, Any, Any]) -> None:
+        work.append(asyncio.create_task(coroutine))
+        await settle_tasks()
+
+    async with asyncio.timeout(GUARD_S):
+        for name in (NAME, OTHER):
+            await replica.prepare(prepare(ballot(10), name))
+        await begin(replica.accept(with_copy(ballot(10), b"D1"), [b"payload"]))
+        await begin(replica.fence(messages.FenceSet("d", SCOPE, b"n1")))
+        assert (await replica.unfence(messages.FenceLift("d", SCOPE, b"n1"))).done
+        unfenced = msgspec.structs.replace(with_copy(ballot(10), b"D2"), name=OTHER)
+        await begin(replica.accept(unfenced, [b"payload"]))
+        await begin(replica.fence(messages.FenceSet("d", SCOPE, b"n2")))
+        gates[b"D1"].set()
+        assert (await work[1]).done
+        assert (await replica.scan(request)).verdict == Verdict.FENCED
+        gates[b"D2"].set()
+        assert (await work[3]).done
+        assert (await work[2]).verdict == Verdict.OK
+        found = await replica.scan(request)
+    assert (found.verdict, found.slices[0].looked_at) == (Verdict.OK, 2)
+
+
+async def test_a_fence_that_comes_with_a_partition_answers_scans_when_all_before_it_has_arrived() -> None:
+    copies, gate = Copies(), asyncio.Event()
+
+    async def late(header: bytes, body: Sequence[Buffer]) -> None:
+        await gate.wait()
+
+    copies.store = late  # type: ignore[method-assign]
+    replica = copies.over(MemoryMetaStore())
+    ask = (ShardAsk(3, b"", 10, Want.ALL, 100, 10_000),)
+    request = ScanRequest("d", 1, Table.OBJECT, SCOPE, ask, fence=b"nonce")
+    taken = messages.FencesTake("d", (messages.ScopeFence(SCOPE, b"nonce", False, b""),))
+    async with asyncio.timeout(GUARD_S):
+        await replica.prepare(prepare(ballot(10)))
+        before = asyncio.create_task(replica.accept(with_copy(ballot(10), b"D"), [b"payload"]))
+        await settle_tasks()
+        taking = asyncio.create_task(replica.handover.take_fences(taken))
+        await settle_tasks()
+        assert (await replica.scan(request)).verdict == Verdict.FENCED
+        gate.set()
+        assert (await taking).done
+        assert (await before).verdict == Verdict.OK
+        assert (await replica.scan(request)).verdict == Verdict.OK
+
+
 async def test_pages_are_kept_under_their_own_hash_alone() -> None:
     replica = LocalReplica("d", MemoryMetaStore())
     page_hash = xxhash.xxh3_128_digest(b"page")

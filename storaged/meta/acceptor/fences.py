@@ -42,8 +42,8 @@ class Fences:
         self._unsynced: dict[bytes, Fence] = {}
         self._lifted_unsynced: dict[bytes, bytes] = {}
         self._known: dict[bytes, Fence | None] = {}
-        self._arriving: set[bytes] = set()
-        """Scopes whose fence was set while accepts that were judged before it may still be on their way."""
+        self._arriving: dict[bytes, bytes] = {}
+        """Scope -> nonce of its fence: accepts that were judged before this one was set may still be on their way."""
 
     def of(self, scope: bytes) -> Fence | None:
         unsynced = self._unsynced.get(scope)
@@ -54,9 +54,12 @@ class Fences:
         fence = self._on_disk(scope)
         return fence is not None and fence.nonce == nonce and scope not in self._arriving
 
-    def arrived(self, scope: bytes) -> None:
-        """Everything that was judged before the fence of this scope is on disk, or failed."""
-        self._arriving.discard(scope)
+    def arrived(self, scope: bytes, nonce: bytes) -> None:
+        """Everything that was judged before the fence of this nonce is on disk, or failed. It says nothing of a later
+        fence: when this one was lifted, accepts were judged without any.
+        """
+        if self._arriving.get(scope) == nonce:
+            del self._arriving[scope]
 
     def _on_disk(self, scope: bytes) -> Fence | None:
         try:
@@ -108,7 +111,7 @@ class Fences:
         fence = Fence(scope, nonce, final)
         self._unsynced[scope] = fence
         if arriving:
-            self._arriving.add(scope)
+            self._arriving[scope] = nonce
 
         def synced() -> None:
             self._known.pop(scope, None)

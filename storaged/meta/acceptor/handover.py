@@ -12,6 +12,7 @@ from functools import partial
 from storaged.errors import DiskUnusable, InvalidRequest
 from storaged.meta.acceptor.disk_writes import DiskWrites
 from storaged.meta.acceptor.fences import META_LIFTED, Fences
+from storaged.meta.acceptor.pending_accept import PendingAccepts
 from storaged.meta.consensus.bounds import check_fence
 from storaged.meta.messages import (
     FENCES_A_CALL,
@@ -32,11 +33,14 @@ from storaged.meta.store_ports import MetaStore, RowDamaged
 class Handover:
     """Of one disk. Implements ``ports.Handover``."""
 
-    def __init__(self, disk: str, store: MetaStore, fences: Fences, writes: DiskWrites) -> None:
+    def __init__(
+        self, disk: str, store: MetaStore, fences: Fences, writes: DiskWrites, pending: PendingAccepts
+    ) -> None:
         self._disk = disk
         self._store = store
         self._fences = fences
         self._writes = writes
+        self._pending = pending
 
     async def fences(self, request: FencesAsk, *, timeout_s: float = 10.0) -> FencesReply:
         self._writes.check_answers()
@@ -64,7 +68,7 @@ class Handover:
         return ScopeFence(scope, fence.nonce, fence.final, lifted)
 
     async def take_fences(self, request: FencesTake, *, timeout_s: float = 10.0) -> FenceReply:
-        """Durable when it returns. A scope keeps what is newer here."""
+        """Durable when it returns, and with it everything accepted before. A scope keeps what is newer here."""
         self._writes.check_answers()
         if len(request.scopes) > FENCES_A_CALL:
             raise InvalidRequest(f"{len(request.scopes)} fences at once; the limit is {FENCES_A_CALL}.")
@@ -73,6 +77,9 @@ class Handover:
                 await self._lift(FenceLift(self._disk, scope.scope, scope.lifted))
             if scope.nonce:
                 await self._set(FenceSet(self._disk, scope.scope, scope.nonce, scope.final))
+        await self._pending.all_arrived()
+        for scope in request.scopes:
+            self._fences.arrived(scope.scope, scope.nonce)
         return FenceReply(True)
 
     async def _lift(self, request: FenceLift) -> None:

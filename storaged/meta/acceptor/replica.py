@@ -101,7 +101,7 @@ class LocalReplica:
         self._high_water = HighWater(self.state, self._writes)
         self._epochs = Epochs(self.state, self._writes, rules, of_disk)
         self._fences = Fences(disk, store, self.state, rules)
-        self.handover = Handover(disk, store, self._fences, self._writes)
+        self.handover = Handover(disk, store, self._fences, self._writes, self.pending)
         self.floors = Floors(store, self.state, self.pending, self._high_water, self._epochs, self._writes, self._clock)
         self._rows = DiskRows(store, self.state, self._fences, self.pending, self._writes, copies, rules)
         self._pages = DiskPages(store, self._writes, self._clock)
@@ -476,7 +476,7 @@ class LocalReplica:
             return self._fences.reply(request, done=False)
         await self._writes.durably(*write)
         await self.pending.all_arrived()
-        self._fences.arrived(request.scope)
+        self._fences.arrived(request.scope, request.nonce)
         return messages.FenceReply(True)
 
     async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
