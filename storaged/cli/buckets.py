@@ -113,7 +113,9 @@ def bucket_lifecycle(named: str | None, name: str, as_json: bool) -> None:
 
 
 def _moment(ms: int) -> str:
-    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
+    """A rule's days may lead beyond the calendar: then its last moment."""
+    seconds = min(ms / 1000, datetime.max.replace(microsecond=0, tzinfo=UTC).timestamp())
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 @bucket.command("owner")

@@ -7,6 +7,7 @@ of expiration last seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from urllib.parse import quote
 
 from storaged.objects.api import ObjectInfo, PutResult, UploadInfo
@@ -16,13 +17,16 @@ from storaged.s3.headers import http_time
 from storaged.s3.reply import Headers
 from storaged.s3.request import Request
 
+LAST_DAY = (date.max - date(1970, 1, 1)).days
+"""No later one can be written as a date: rules may have up to 2^31 days."""
+
 
 def _rules(front: Front, request: Request) -> Rules:
     return front.buckets.configuration_of(request.bucket_record).derive(rules_of)
 
 
 def _date(due: Due) -> str:
-    return http_time(due.day * DAY_MS // 1000)
+    return http_time(min(due.day, LAST_DAY) * DAY_MS // 1000)
 
 
 def _expiration(

@@ -149,3 +149,17 @@ async def test_answers_about_uploads_name_the_day_of_the_abort(world: World) -> 
         assert 'rule-id="one%20day"' in done["Expiration"]
 
     await asyncio.to_thread(play)
+
+
+async def test_a_day_beyond_the_calendar_is_its_last_one(world: World) -> None:
+    def play() -> None:
+        client = world.client()
+        client.create_bucket(Bucket="bucket")
+        days = 2**31 - 1
+        abort = {"AbortIncompleteMultipartUpload": {"DaysAfterInitiation": days}}
+        set_rules(client, {**RULE, "Filter": {}, "Expiration": {"Days": days}, **abort})
+        assert "Fri, 31 Dec 9999" in expiry_of(client.put_object(Bucket="bucket", Key="k", Body=b"x"))
+        assert "Fri, 31 Dec 9999" in expiry_of(client.get_object(Bucket="bucket", Key="k"))
+        assert client.create_multipart_upload(Bucket="bucket", Key="k")["AbortDate"].year == 9999
+
+    await asyncio.to_thread(play)
