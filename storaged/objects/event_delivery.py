@@ -32,7 +32,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.bucket_records import ACTIVE
 from storaged.objects.system.buckets import BucketService
-from storaged.objects.write.outbox import decode_keys, forget, open_event
+from storaged.objects.write.outbox import decode_keys, forget, open_event, stamped_ms
 from storaged.objects.write.versioned import change_versions
 
 WAITING_MAX = 8192
@@ -41,7 +41,7 @@ AT_ONCE = 16
 DOWN_S = 10.0
 SWEEP_S = 30.0
 FRESH_MS = 10_000
-"""A pointer that was changed so lately is left to the process that changed it."""
+"""A key that was noted so lately is left to the process that noted it."""
 
 log = structlog.get_logger("notifications")
 
@@ -211,10 +211,9 @@ class EventDelivery:
         left, now_ms = 0, self._plane.clock.wall_ms()
         for shard in bucket.shard_numbers:
             async for row in every_row(self._plane.scanner, PageQuery(Table.EVENT, bucket.id, [shard])):
-                found = decode_keys(row.value)
-                if 0 <= now_ms - found.since_ms < fresh_ms:
-                    continue
-                for key in found.stamps:
+                for key, stamp in decode_keys(row.value).stamps.items():
+                    if 0 <= now_ms - stamped_ms(stamp) < fresh_ms:
+                        continue
                     name = object_name(bucket.id, bucket.shard_numbers, key)
                     if name not in self._active and not await self._try_deliver(bucket, name):
                         left += 1

@@ -42,11 +42,10 @@ class EventFacts(Message, frozen=True):
 
 class PendingKeys(Message, frozen=True):
     """The register of ``meta.names.event_name``. ``stamps``: of each key that may have events in its outbox, what the
-    last change of that key drew. ``since_ms``: when a key was added, by the clock of its gateway.
+    last change of that key drew: the time of its gateway's clock (ms, 6 bytes), and random bytes.
     """
 
     stamps: dict[bytes, bytes]
-    since_ms: int = 0
 
 
 class Origin(Struct, frozen=True):

@@ -19,12 +19,13 @@ from storaged.objects.configuration.kinds import ENABLED, SUSPENDED, VERSIONING,
 from storaged.objects.configuration.notification import NOTIFICATION, Notification, NotificationRule
 from storaged.objects.destinations import DeliveryFailed
 from storaged.objects.etags import ANY
-from storaged.objects.event_delivery import DOWN_S, EventDelivery
+from storaged.objects.event_delivery import DOWN_S, FRESH_MS, EventDelivery
 from storaged.objects.pending_events import CREATED, EXPIRED, REMOVED, Origin
 from storaged.objects.records import BucketRecord, decode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.write import outbox
+from tests.doubles.clock import LoopClock
 from tests.worlds.objects import OWNER, World, bucket_of, pieces
 
 pytestmark = pytest.mark.virtual_time
@@ -381,3 +382,19 @@ async def test_an_event_is_bound_to_its_key() -> None:
     values[one] = msgspec.structs.replace(values[one], body=forged.body)
     assert await made.sweep() == 1
     assert made.hooks.names() == [("ObjectCreated:Put", "b")]
+
+
+async def test_changes_of_other_keys_of_a_pointer_do_not_keep_a_sweep_away() -> None:
+    made = Made()
+    clock = made.world.clock
+    assert isinstance(clock, LoopClock)
+    await made.put(b"left")  # by a process that ends
+    pointer = event_name(made.name(b"left"))
+    others = (b"other %d" % number for number in range(100_000))
+    other = next(key for key in others if event_name(made.name(key)) == pointer)
+    for _ in range(2):
+        assert made.pending(b"left") == 1
+        clock.wall += FRESH_MS // 2
+        await made.put(other)
+        await made.another().sweep()
+    assert (made.pending(b"left"), made.pending(other)) == (0, 2), "what was noted lately is left to its process"

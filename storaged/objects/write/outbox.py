@@ -47,6 +47,7 @@ KEYS_MAX = 64
 KEYS_BYTES_MAX = 32 * 1024
 """Of one pointer."""
 STAMP_BYTES = 8
+_TIME_BYTES = 6
 ID_BYTES = 16
 _LABEL = b"event"
 
@@ -169,17 +170,22 @@ def decode_keys(value: Value | None) -> PendingKeys:
         raise DataDamaged(f"The register of keys with events cannot be read: {error}") from None
 
 
-def _pointer_change(stamps: Mapping[bytes, bytes], since_ms: int) -> Change:
+def _pointer_change(stamps: Mapping[bytes, bytes]) -> Change:
     if not stamps:
         return Change(b"", Visibility.TOMBSTONE)
-    return Change(encode(PendingKeys(dict(stamps), since_ms)))
+    return Change(encode(PendingKeys(dict(stamps))))
+
+
+def stamped_ms(stamp: bytes) -> int:
+    """When a key was noted last."""
+    return int.from_bytes(stamp[:_TIME_BYTES], "big")
 
 
 async def note(plane: ObjectPlane, name: RegisterName) -> None:
     """Notes a key in its pointer, under a new stamp. Raises SlowDown when too many keys have events, and
     ServiceUnavailable.
     """
-    stamp, now_ms = plane.entropy(STAMP_BYTES), plane.clock.wall_ms()
+    stamp = plane.clock.wall_ms().to_bytes(_TIME_BYTES, "big") + plane.entropy(STAMP_BYTES)
 
     def update(value: Value | None) -> Change:
         found = decode_keys(value)
@@ -189,7 +195,7 @@ async def note(plane: ObjectPlane, name: RegisterName) -> None:
         ):
             raise SlowDown(TOO_MANY)
         stamps[name.key] = stamp
-        return _pointer_change(stamps, now_ms)
+        return _pointer_change(stamps)
 
     await plane.registers.change(event_name(name), update)
 
@@ -207,7 +213,7 @@ async def forget(plane: ObjectPlane, name: RegisterName, stamp: bytes) -> bool:
         if stamps.get(name.key) != stamp:
             return None
         del stamps[name.key]
-        return _pointer_change(stamps, decode_keys(value).since_ms)
+        return _pointer_change(stamps)
 
     await plane.registers.change(event_name(name), update)
     return True
