@@ -15,8 +15,8 @@ blocks short of the rule. They are read back from the surviving fragments, coded
 for the disks that are up, and synced too. Nothing is acknowledged before every block satisfies the rule with synced
 fragments.
 
-While memory is not short, a part of one block is sent after the promise. Then each disk writes and syncs its fragment in
-one call: half as many messages and turns of its writer thread. The collector sees the write as it would see the sync.
+While memory is not short, a part of one block is sent after the promise. Each disk writes and syncs its fragment in one
+call: half as many messages and turns of its writer thread. The collector sees the write as it would see the sync.
 """
 
 from __future__ import annotations
