@@ -87,10 +87,10 @@ class LayoutApplication:
         self._answers = answers
 
     async def newest(self) -> tuple[SignedLayout, bool]:
-        """The layout that was decided last, and whether it is in force. Without a majority of the system partition: the
-        one in force here.
+        """The layout that was decided last, and whether it is in force. Without a majority of the system partition, or
+        where the register has no layout: the one in force here.
         """
-        with contextlib.suppress(S3Error, LayoutRefused):
+        with contextlib.suppress(S3Error, LayoutRefused, MsgspecError):
             decided = await self._decided()
             known = decided is None or self._layouts.has(decided)
             if not known and decided is not None and not self._layouts.is_overtaken(decode(decided.payload, Layout)):

@@ -219,6 +219,14 @@ async def test_a_layout_that_another_gateway_has_brought_into_force_meanwhile_is
         await late.apply(steps[0])
 
 
+async def test_what_is_no_layout_in_the_register_ends_no_gateway(cluster: Cluster) -> None:
+    """Gateways look there by themselves, and one of them may lie."""
+    used = cluster.history.signed[0]
+    for body in (b"", b"\xc1", encode(SignedLayout(b"\xc1", b"")), encode(SignedLayout(encode(["c1"]), b""))):
+        await cluster.paths.write("layout", body)
+        assert await cluster.gateway().newest() == (used, True)
+
+
 async def test_a_layout_that_was_decided_and_not_accepted_overtakes_another(cluster: Cluster) -> None:
     decided, late = cluster.moving("n4")[1], cluster.moving("n5")[1]
     cluster.away.update(NODES)
