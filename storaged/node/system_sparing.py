@@ -103,20 +103,21 @@ class SystemSparing:
         ports, signed = self._ports, self._ports.layouts.signed(layout.epoch)
         out = ports.layouts.partitions.out.disks
         usable = {disk.id for disk in layout.disks if disk.id not in out and ports.answers(disk.id)}
-        found = [step for seed in lost if (step := step_for(signed, seed, usable)) is not None]
-        if not found:
+        steps = [step for seed in lost if (step := step_for(signed, seed, usable)) is not None]
+        if not steps:
             self.reason = f"no layout was signed beforehand that gives the place of {lost[0]} to a disk that answers"
             return None
-        seed = found[0].out
-        votes = await ports.ask(layout, (seed,))
+        votes = await ports.ask(layout, tuple(step.out for step in steps))
+        heard = [vote for vote, _ in votes.values()]
 
         def says_away(opinion: Opinion) -> bool:
             return opinion.says_away(layout.sparing.registers_s)
 
-        if verdict_on(seed, (vote for vote, _ in votes.values()), layout, says_away) is None:
-            self.reason = f"no majority of the storage nodes sees seed disk {seed} away now"
-            return None
-        return replace(layout_after(signed, found[0]), votes=tuple(each for _, each in votes.values()))
+        for step in steps:
+            if verdict_on(step.out, heard, layout, says_away) is not None:
+                return replace(layout_after(signed, step), votes=tuple(each for _, each in votes.values()))
+        self.reason = f"no majority of the storage nodes sees seed disk {steps[0].out} away now"
+        return None
 
     async def _end(self, layout: Layout) -> SignedLayout | None:
         """The layout that ends the exchange; None, with ``reason``, while it can't end."""

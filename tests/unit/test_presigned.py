@@ -249,6 +249,8 @@ class Duty:
         self.book = Book(signed)
         self.away = away
         self.votes_say = UNREACHABLE
+        self.reached: set[str] = set()
+        """Disks that the storage nodes reach, and this gateway does not."""
         self.settles = ""
         self.decided: SignedLayout | None = None
         self.applied: list[SignedLayout] = []
@@ -274,7 +276,8 @@ class Duty:
     async def ask(self, layout: Layout, disks: tuple[str, ...]) -> dict[str, tuple[Vote, SignedVote]]:
         found = {}
         for name in ("n2", "n3", "n4"):
-            opinions = tuple(Opinion(disk, self.votes_say, 3600) for disk in disks)
+            said = {disk: "" if disk in self.reached else self.votes_say for disk in disks}
+            opinions = tuple(Opinion(disk, state, 3600) for disk, state in said.items())
             vote = Vote("c1", name, layout.epoch, bytes(16), opinions)
             found[name] = vote, SignedVote(encode(vote), b"", b"")
         return found
@@ -315,6 +318,16 @@ async def test_a_gateway_exchanges_a_seed_disk_that_is_out_and_ends_it_when_all_
     assert "d1a" not in duty.current.seeds
     assert await duty.once() == ""
     assert len(duty.applied) == 2, "the disk that is out is no seed disk any more"
+
+
+async def test_a_seed_disk_that_this_gateway_alone_does_not_reach_keeps_no_other_one_from_being_replaced(
+    history: History,
+) -> None:
+    duty = Duty(following(history), {"d1a", "d2a"})
+    duty.out("d1a", "d2a")
+    duty.reached.add("d1a")
+    assert await duty.once() == ""
+    assert duty.current.if_out == "d2a"
 
 
 async def test_a_gateway_takes_a_disk_that_answers_and_is_not_out(history: History) -> None:
