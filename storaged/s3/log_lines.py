@@ -125,7 +125,9 @@ def _size(done: RequestDone) -> str:
     """The size of the object, as far as request or answer say it."""
     request, reply = done.request, done.reply
     if request.operation in ("PutObject", "UploadPart") and reply.status == 200:
-        return request.headers.get("x-amz-decoded-content-length") or request.headers.get("content-length") or "-"
+        # the first counts, and was checked, only of a body in aws-chunked
+        name = "content-length" if request.body.decoder is None else "x-amz-decoded-content-length"
+        return request.headers.get(name) or "-"
     if request.operation not in ("GetObject", "HeadObject", "Website") or reply.code:
         return "-"
     whole = reply.headers.get("Content-Range", "").rpartition("/")[2]

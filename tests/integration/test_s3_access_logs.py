@@ -19,7 +19,7 @@ from storaged.errors import MalformedXML, ServiceUnavailable
 from storaged.objects.identity import account_of
 from storaged.s3.context import AccessLogSettings
 from storaged.s3.ops.bucket_logging import parse
-from tests.integration.s3_front import ACCESS_ALT, SECRET_ALT, World, s3_world
+from tests.integration.s3_front import ACCESS_ALT, SECRET_ALT, World, s3_world, signed
 from tests.integration.test_s3_access import allow, policy
 from tests.integration.test_s3_front import refused
 
@@ -209,10 +209,13 @@ async def test_what_a_client_sends_cannot_break_a_line_or_be_a_secret(world: Wor
             urllib.request.urlopen(url, timeout=60)
 
     await run(ask, world)
+    said = {"x-amz-decoded-content-length": '9 1 1 "forged" "agent"', "Connection": "close"}
+    assert (await world.raw(signed(world, "PUT", "/bucket/k", body=b"data", headers=said))).startswith(b"HTTP/1.1 200")
     await world.app.access_logs.deliver()
 
     def read(world: World) -> None:
-        head, get = lines_in(world.client())
+        head, get, put = lines_in(world.client())
+        assert (put["size"], put["referer"]) == ("4", "-"), "the body is not in aws-chunked"
         assert head["referer"] == "x%22 200 %5C"
         assert get["key"] == "a%22b%0Ac"
         assert "X-Amz-Signature=-" in get["uri"]
