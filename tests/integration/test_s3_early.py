@@ -13,6 +13,7 @@ from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 from storaged.errors import DataDamaged
 from storaged.s3 import early
 from tests.integration.s3_front import World, s3_world, signed
+from tests.patience import GUARD_S
 
 BODY = b"data" * 1000
 
@@ -91,11 +92,21 @@ async def test_in_a_bucket_with_versions_the_answer_waits_for_the_version(world:
     await asyncio.to_thread(run)
 
 
-async def test_a_client_that_leaves_ends_its_copy(world: World) -> None:
+async def test_a_client_that_leaves_ends_its_copy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = asyncio.Event()
+
+    async def endless(*_: Any, **__: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(world.objects, "copy", endless)
     raw = signed(world, "PUT", "/bucket/copy", headers={"x-amz-copy-source": "/bucket/k"})
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(raw)
     await reader.readuntil(b"\r\n\r\n")
+    assert not ended.is_set()
     writer.transport.abort()
-    client = world.client()
-    await asyncio.to_thread(client.head_bucket, Bucket="bucket")
+    await asyncio.wait_for(ended.wait(), GUARD_S)
+    assert await world.stored() == {b"k": BODY}

@@ -39,6 +39,20 @@ async def test_a_form_that_asks_for_what_a_form_can_not_do_is_refused(world: Wor
     assert await stored(world, b"k") is None
 
 
+async def test_a_form_may_name_where_a_website_redirects(world: World) -> None:
+    name = "x-amz-website-redirect-location"
+
+    async def send(where: str) -> tuple[int, bytes]:
+        form = signed_form(policy(["starts-with", f"${name}", ""], {"key": "k"}), {"key": "k", name: where})
+        return (await post(world, form))[:2]
+
+    status, answer = await send("elsewhere")
+    assert (status, b"<Code>InvalidRedirectLocation</Code>" in answer) == (400, True), answer
+    assert await stored(world, b"k") is None
+    assert (await send("/a/b?c#d"))[0] == 204
+    assert (await world.head("k")).headers[name] == "/a/b?c#d"
+
+
 @pytest.mark.parametrize(
     "name",
     ["if-match", "If-None-Match", "if-modified-since", "if-unmodified-since", "content-range", "x-storaged-countries"],
