@@ -215,6 +215,10 @@ class GrantedObjects:
         await self._admit(bucket, None)
         return await self._objects.create_upload(bucket, key, *what, **named)
 
+    async def find_upload(self, grant: Grant, key: bytes, upload_id: str) -> UploadInfo | None:
+        """None: there is none, or it is over."""
+        return await self._objects.look_upload(_bucket(grant, key, WRITE), key, upload_id)
+
     async def put_part(
         self, grant: Grant, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks, **named: Any
     ) -> PutResult:

@@ -233,6 +233,18 @@ def kms_arn(front: Front, key_id: str) -> str:
     return f"{prefix}key/{key}"
 
 
+async def check_of_upload(front: Front, request: Request) -> None:
+    """Checks that a part or a Complete names no other encryption than its upload was created with. AWS refuses to have
+    it named at all. Raises InvalidArgument, KMSNotFound."""
+    kind = request.headers.get(SSE)
+    if kind is None:
+        return
+    upload = await front.objects.find_upload(request.grant, request.key, request.query["uploadId"])
+    if upload is not None and kind != (S3 if upload.encryption is None else upload.encryption.kind):
+        raise InvalidArgument(f"The upload was created with another {SSE}.", ArgumentName=SSE, ArgumentValue=kind)
+    kms_arn(front, request.headers.get(KMS_KEY, ""))
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 

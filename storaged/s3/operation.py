@@ -41,7 +41,8 @@ _INERT = h.INCIDENTAL | {"expect"}
 _NOT_ACCEPTED = {"versionId": "a version-id", "partNumber": "partNumber without uploadId"}
 """AWS's words."""
 _OF_UPLOAD = frozenset({"UploadPart", "UploadPartCopy", "CompleteMultipartUpload"})
-"""Operations whose object has the encryption that its upload was created with. AWS ignores what they say of it."""
+"""Operations that may name the encryption of their upload once more, as Ceph's conformance tests do
+(``encryption.check_of_upload``)."""
 _WATCHED = ("x-amz-", aws_names.OWN)
 
 

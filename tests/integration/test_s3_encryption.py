@@ -118,6 +118,33 @@ async def test_an_upload_says_its_encryption_at_every_step(world: World) -> None
         assert (answer["ServerSideEncryption"], answer["SSEKMSKeyId"]) == ("aws:kms", ARN)
 
 
+@pytest.mark.parametrize(("kind", "other"), [("aws:kms", "AES256"), ("AES256", "aws:kms")])
+async def test_a_part_and_a_complete_may_name_the_encryption_of_their_upload_and_no_other(
+    world: World, kind: str, other: str
+) -> None:
+    client = world.client()
+    which = {"Bucket": "bucket", "Key": "k"}
+    await run(lambda: client.put_object(Bucket="bucket", Key="source", Body=b"data"))
+    made = await run(lambda: client.create_multipart_upload(**which, ServerSideEncryption=kind))
+    target = f"/bucket/k?uploadId={made['UploadId']}"
+    part = await run(lambda: client.upload_part(**which, UploadId=made["UploadId"], PartNumber=1, Body=b"data"))
+    document = f"<Part><PartNumber>1</PartNumber><ETag>{part['ETag']}</ETag></Part>"
+    document = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>"
+    changes = (
+        ("PUT", f"{target}&partNumber=1", {}, b"other"),
+        ("PUT", f"{target}&partNumber=1", {"x-amz-copy-source": "/bucket/source"}, b""),
+        ("POST", target, {}, document.encode()),
+    )
+    before = state(world)
+    for method, at, headers, body in changes:
+        assert (await call(world, method, at, headers | {SSE: other}, body))[:2] == (400, "InvalidArgument")
+        wrong = {SSE: kind, f"{SSE}-aws-kms-key-id": "other"}
+        assert (await call(world, method, at, headers | wrong, body))[0] == 400
+    assert state(world) == before
+    for method, at, headers, body in changes[1:]:
+        assert (await call(world, method, at, headers | {SSE: kind}, body))[0] == 200
+
+
 async def test_an_encryption_context_is_kept_and_named_to_the_writer(world: World) -> None:
     context = base64.b64encode(b'{"a": "b"}').decode()
     headers = {SSE: "aws:kms", f"{SSE}-context": context}

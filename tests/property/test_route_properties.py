@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storaged.errors import S3Error
-from storaged.s3 import aws_names, routes
+from storaged.s3 import aws_names, encryption, routes
 from storaged.s3.operation import Operation
 from tests.examples import examples
 
@@ -127,10 +127,10 @@ def test_what_changes_something_takes_no_header_that_aws_does_not_give_it(name: 
     documented = (
         name in aws_names.DOCUMENTS or header == "x-amz-checksum-algorithm"
     )  # checksums of any document are verified
-    # The encryption of an upload is decided when it is created; clients name it again, as AWS lets them.
+    # The encryption of an upload may be named once more: tests/integration/test_s3_encryption.py has what is refused.
     of_upload = name in ("CompleteMultipartUpload", "UploadPart", "UploadPartCopy")
-    ignored = of_upload and header.startswith("x-amz-server-side-encryption")
-    granted = ignored or (name, header) == ("PutObject", "x-amz-grant-write")  # clients send all five grants
+    named_again = of_upload and header in encryption.OF_UPLOAD
+    granted = named_again or (name, header) == ("PutObject", "x-amz-grant-write")  # clients send all five grants
     assert header in given_by_aws or harmless or granted or (documented and header.startswith("x-amz-checksum-")), (
         name,
         header,

@@ -158,6 +158,7 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
     headers = request.headers
     number = part_number(request)
     span = h.parse_copy_range(headers[_RANGE]) if _RANGE in headers else None
+    await enc.check_of_upload(front, request)
     grant, key, version = await _source(front, request)
     source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
     source = CopySource(grant.bucket, key, version, c.source_conditions(headers), span, source_key)

@@ -84,6 +84,7 @@ def part_number(request: Request) -> int:
 async def put_part(front: Front, request: Request) -> Reply:
     number = part_number(request)
     checks = upload_checks(request, PART_BYTES_MAX)
+    await enc.check_of_upload(front, request)
     result = await front.objects.put_part(
         request.grant,
         request.key,
@@ -160,6 +161,7 @@ async def complete(front: Front, request: Request) -> Reply:
         raise errors.MalformedXML("You must specify at least one part")
     parts = await parse_document(_completed_parts, data)
     size = headers.get("x-amz-mp-object-size")
+    await enc.check_of_upload(front, request)
     result = await front.objects.complete(
         request.grant,
         request.key,
