@@ -40,7 +40,7 @@ TREE = Path(__file__).resolve().parents[1]
 """The source tree of this file is measured, not the storaged that the environment has installed."""
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benches/run", description=__doc__)
     parser.add_argument(
         "--shape",
@@ -97,6 +97,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dir", type=Path, help="where the servers keep their data (default: the temporary folder)")
     parser.add_argument("--json", type=Path, help="write all results to this file too")
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = _parser()
     found = parser.parse_args(arguments)
     found.shape = found.shape.split(",")
     try:

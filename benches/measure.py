@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from secrets import token_hex
+from typing import NamedTuple
 
 from benches import mixed, rows
 from benches.rows import KIB, READ_BACK, ROWS, Bodies, Operation, Result, Row, drive
@@ -192,6 +193,30 @@ async def measure(
     return results
 
 
+class _Burden(NamedTuple):
+    """What fills a store between two measurements. ``what``: is more in the store than before."""
+
+    name: str
+    what: str
+    operation: Operation
+    in_flight: int
+    total: int
+    size: int
+
+
+def _burdens(stage: Stage, objects: int) -> tuple[_Burden, ...]:
+    target, bucket, size = stage.server.target, stage.bucket, 4 * KIB
+    fill = rows.putting(target, bucket, "fill-", stage.bodies(size), size)
+    overwrite = rows.overwriting(target, bucket, "again", stage.bodies(size), size)
+    make_buckets = rows.making_buckets(target, f"many-{token_hex(3)}-")
+    overwrites = min(max(objects, 1000), OVERWRITES_MAX)
+    return (
+        _Burden("fill-4k-64", "more objects in the bucket", fill, 64, objects, size),
+        _Burden("overwrite-4", "overwrites of one key", overwrite, 4, overwrites, size),
+        _Burden("bucket-4", "more buckets", make_buckets, 4, BUCKETS, 0),
+    )
+
+
 async def flat(
     server: Server,
     objects: int,
@@ -209,7 +234,6 @@ async def flat(
     """
     stage = Stage(server, scale, silence_s_max=silence_s_max)
     await stage.open()
-    target, small = server.target, stage.bodies(4 * KIB)
     stages: list[tuple[str, list[Result]]] = []
 
     async def repeat(after: str) -> bool:
@@ -225,46 +249,34 @@ async def flat(
                 return False
         return True
 
-    async def burden(name: str, operation: Operation, in_flight: int, total: int, size: int = 0) -> int:
+    async def bear(burden: _Burden) -> int:
         """Returns the number of operations; 0 after a failure."""
         result = await stage.run(
-            name, operation, in_flight=in_flight, total=total, size=size, writes=True, seconds_max=seconds_max, say=say
+            burden.name,
+            burden.operation,
+            in_flight=burden.in_flight,
+            total=burden.total,
+            size=burden.size,
+            writes=True,
+            seconds_max=seconds_max,
+            say=say,
         )
         on_result(result)
         stages[-1][1].append(result)
         return 0 if result.errors else result.operations
 
-    burdens: list[tuple[str, str, Operation, int, int, int]] = [
-        (
-            "fill-4k-64",
-            "more objects in the bucket",
-            rows.putting(target, stage.bucket, "fill-", small, 4 * KIB),
-            64,
-            objects,
-            4 * KIB,
-        ),
-        (
-            "overwrite-4",
-            "overwrites of one key",
-            rows.overwriting(target, stage.bucket, "again", small, 4 * KIB),
-            4,
-            min(max(objects, 1000), OVERWRITES_MAX),
-            4 * KIB,
-        ),
-        ("bucket-4", "more buckets", rows.making_buckets(target, f"many-{token_hex(3)}-"), 4, BUCKETS, 0),
-    ]
     warm = await stage.measure(ROWS["put-4k-64"])
     if warm.errors:
         on_result(warm)
         return [("warm-up", [warm])]
     fine = await repeat("empty")
-    for name, what, operation, in_flight, total, size in burdens:
-        done = await burden(name, operation, in_flight, total, size) if fine else 0
-        fine = bool(done) and await repeat(f"{done:,} {what}")
+    for burden in _burdens(stage, objects):
+        done = await bear(burden) if fine else 0
+        fine = bool(done) and await repeat(f"{done:,} {burden.what}")
     if fine:
         async with contextlib.AsyncExitStack() as open_connections:
             for _ in range(IDLE_CONNECTIONS):
-                connection = await connect(target)
+                connection = await connect(server.target)
                 open_connections.callback(connection.close)
             await repeat(f"{IDLE_CONNECTIONS:,} idle connections")
     return stages

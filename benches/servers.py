@@ -399,22 +399,20 @@ def seaweedfs_durable(parent: Path | None = None) -> Iterator[Server]:
         yield from _seaweedfs(Path(name), "SeaweedFS, three copies, fsync", durable=True)
 
 
+def _write_identity(path: Path, access: str, secret: str) -> None:
+    """The configuration of SeaweedFS's S3, with one user who may do everything."""
+    user = {
+        "name": "b",
+        "credentials": [{"accessKey": access, "secretKey": secret}],
+        "actions": ["Admin", "Read", "Write", "List"],
+    }
+    path.write_text(json.dumps({"identities": [user]}))
+
+
 def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
     weed = seaweedfs_binary()
     access, secret = "benchmark", "benchmark-secret"
-    (folder / "s3.json").write_text(
-        json.dumps(
-            {
-                "identities": [
-                    {
-                        "name": "b",
-                        "credentials": [{"accessKey": access, "secretKey": secret}],
-                        "actions": ["Admin", "Read", "Write", "List"],
-                    }
-                ]
-            }
-        )
-    )
+    _write_identity(folder / "s3.json", access, secret)
     master, s3 = port_with_grpc(), port_with_grpc()
     processes: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -1,7 +1,7 @@
 """``python -m benches.tools``: how long runs of restic and rclone take, where these are installed.
 
 A folder of files of all sizes is copied to the server and back. What comes back is compared with what was sent. The
-seconds include the tool's own work, which is most of restic's; the servers' CPU time stands beside them.
+seconds include the tool's own work, which is most of restic's; the table also has the servers' CPU time.
 """
 
 from __future__ import annotations
