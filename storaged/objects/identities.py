@@ -30,22 +30,24 @@ def managed_text(user_id: str, account: StoredAccount, arn: str) -> str | None:
     return found.text
 
 
-def _documents(user_id: str, account: StoredAccount, entities: Iterable[IamUser | IamGroup | IamRole]) -> list[str]:
-    """The texts of the policies of all these."""
-    found: list[str] = []
+def _documents(
+    user_id: str, account: StoredAccount, entities: Iterable[IamUser | IamGroup | IamRole]
+) -> tuple[str, ...]:
+    """The texts of the policies of all these, each once: many groups may attach the same policy."""
+    found: dict[str, None] = {}
     for entity in entities:
-        found += entity.inline.values()
+        found |= dict.fromkeys(entity.inline.values())
         for arn in entity.attached:
             text = managed_text(user_id, account, arn)
             if text is not None:  # a policy is not deleted while it is attached
-                found.append(text)
-    return found
+                found[text] = None
+    return tuple(found)
 
 
 def identity_of_user(user_id: str, account: StoredAccount, user: IamUser) -> Identity:
     documents = _documents(user_id, account, (user, *account.groups_of(user)))
     arn = iam_arn(user_id, "user", user.path, user.name)
-    return Identity(user.id, arn, user.name, documents=tuple(documents), tags=user.tags)
+    return Identity(user.id, arn, user.name, documents=documents, tags=user.tags)
 
 
 def identity_of_root(user_id: str) -> Identity:
@@ -58,6 +60,6 @@ def identity_of_role(user_id: str, account: StoredAccount, role: IamRole, sessio
         f"{role.id}:{session.name}",
         session_arn(user_id, role.name, session.name),
         role=iam_arn(user_id, "role", role.path, role.name),
-        documents=tuple(_documents(user_id, account, (role,))),
+        documents=_documents(user_id, account, (role,)),
         tags=role.tags,
     )

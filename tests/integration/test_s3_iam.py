@@ -28,6 +28,7 @@ from storaged.node.quotas import set_account_quota, set_bucket_quota
 from storaged.objects import accounts
 from storaged.objects.accounts import SESSION_FORMAT, AccountRecord, StoredSession
 from storaged.objects.identity import account_of
+from storaged.s3.ops import delete
 from storaged.s3.ops.iam.actions import perform, perform_for_operator
 from storaged.s3.ops.iam.call import Call, Parameters
 from storaged.wire import decode, encode
@@ -136,6 +137,39 @@ async def test_a_user_of_an_account_may_what_its_policies_and_groups_allow(world
         assert [found["Name"] for found in root.list_buckets()["Buckets"]] == ["bobs", "bucket"], "the account owns it"
 
     await run(work, world)
+
+
+async def test_other_requests_have_a_turn_after_each_decision_about_many_keys(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decision over long policies takes long, and one request asks for a thousand."""
+    decided = most = 0
+    permit = delete.permit
+
+    async def counted(*asked: Any) -> Any:
+        nonlocal decided
+        decided += 1
+        return await permit(*asked)
+
+    async def others() -> None:
+        nonlocal most
+        before = 0
+        while True:
+            most, before = max(most, decided - before), decided
+            await asyncio.sleep(0)
+
+    def work(world: World) -> None:
+        client(world, "s3").create_bucket(Bucket="bucket")
+        bob = with_key(world, "s3", made_user(client(world, "iam"), "bob", may("s3:ListBucket")))
+        keys = [{"Key": str(number)} for number in range(100)]
+        answer = bob.delete_objects(Bucket="bucket", Delete={"Objects": keys})
+        assert {error["Code"] for error in answer["Errors"]} == {"AccessDenied"}
+
+    monkeypatch.setattr(delete, "permit", counted)
+    ticking = asyncio.create_task(others())
+    await run(work, world)
+    ticking.cancel()
+    assert (decided, most) == (100, 1)
 
 
 async def test_keys_are_set_inactive_and_removed_and_there_are_two_at_most(world: World) -> None:

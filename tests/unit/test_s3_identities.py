@@ -310,3 +310,11 @@ def test_a_trust_policy_names_who_may_assume_and_nothing_else(statement: dict[st
 def test_an_identity_that_is_not_temporary_says_so() -> None:
     assert not Identity("AIDA1", USER_ARN).temporary
     assert Identity("AIDA1", USER_ARN, issuer="AK").temporary
+
+
+def test_a_policy_that_many_groups_attach_is_asked_once() -> None:
+    arn = "arn:aws:iam::aws:policy/AmazonS3FullAccess"
+    groups = {f"g{n}": IamGroup(f"g{n}", f"AGPA{n}", "/", 1, attached=(arn,)) for n in range(10)}
+    user = IamUser("bob", "AIDA1", "/", 1, attached=(arn,), groups=tuple(group.id for group in groups.values()))
+    identity = identity_of_user(OWNER.user_id, StoredAccount(users={"bob": user}, groups=groups), user)
+    assert len(identity.documents) == 1
