@@ -166,7 +166,9 @@ def _on_outcome(
     on_done(result)
 
 
-BECAME_VERSIONED = "Versioning of this bucket was changed a moment ago. Nothing was written. Please retry."
+BECAME_VERSIONED = (
+    "Versioning or notifications of this bucket were changed a moment ago. Nothing was written. Please retry."
+)
 
 
 class HasHistory(Exception):
