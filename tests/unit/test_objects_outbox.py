@@ -398,3 +398,32 @@ async def test_changes_of_other_keys_of_a_pointer_do_not_keep_a_sweep_away() -> 
         await made.put(other)
         await made.another().sweep()
     assert (made.pending(b"left"), made.pending(other)) == (0, 2), "what was noted lately is left to its process"
+
+
+async def test_an_event_that_does_not_open_goes_with_an_empty_configuration() -> None:
+    """Otherwise its key would be refused, and its bucket not be deleted, for ever."""
+    made = Made()
+    await made.put()
+    await made.delete()
+    name, values = made.name(), made.world.ring.values
+    record = decode_object(values[name].body)
+    assert record.history is not None
+    broken = tuple(msgspec.structs.replace(event, sealed=b"") for event in record.history.outbox)
+    history = msgspec.structs.replace(record.history, outbox=broken)
+    body = record_change(msgspec.structs.replace(record, history=history)).body
+    values[name] = msgspec.structs.replace(values[name], body=body)
+    assert (await made.sweep(), made.pending()) == (1, 2)
+    made.set()
+    assert (await made.sweep(), made.pending(), made.noted()) == (0, 0, set())
+    assert values[name].visibility == Visibility.TOMBSTONE
+
+
+async def test_a_pointer_that_cannot_be_read_keeps_no_other_waiting() -> None:
+    made = Made()
+    pointers = {key: event_name(made.name(key)) for key in (b"%d" % number for number in range(10))}
+    for key in pointers:
+        await made.put(key)
+    first = min(pointers.values(), key=lambda name: (name.shard, name.key))  # a sweep comes to it before the others
+    made.world.ring.values[first] = Value(1, b"o", Visibility.LIVE, b"\xff")
+    await made.sweep()
+    assert [key for key in pointers if made.pending(key)] == [key for key in pointers if pointers[key] == first]
