@@ -19,6 +19,7 @@ from storaged.objects.code.lock import COMPLIANCE
 from storaged.objects.configuration.kinds import ENABLED, LOCK, SUSPENDED, VERSIONING, ObjectLock, Versioning
 from storaged.objects.configuration.lifecycle import LIFECYCLE, Lifecycle, LifecycleFilter, LifecycleRule
 from storaged.objects.configuration.notification import NOTIFICATION, Notification, NotificationRule
+from storaged.objects.event_delivery import EventDelivery
 from storaged.objects.lifecycle import walk
 from storaged.objects.lifecycle.index import every_due, write_notes
 from storaged.objects.lifecycle.look import Judge, Looked, look_at
@@ -31,6 +32,7 @@ from storaged.objects.system.buckets import BucketService
 from storaged.objects.write import versioned
 from tests.doubles.clock import LoopClock
 from tests.unit.test_objects_buckets import ANNE
+from tests.unit.test_objects_outbox import HOOK, Hooks
 from tests.worlds.objects import World, pieces
 
 pytestmark = pytest.mark.virtual_time
@@ -737,6 +739,28 @@ async def test_many_versions_with_events_go_as_the_outbox_has_room() -> None:
     world.until(world.now_ms // DAY_MS + 1)
     await world.works()
     assert len(await world.versions()) == 1
+
+
+async def test_many_versions_with_events_go_in_one_day_where_the_destination_takes_them() -> None:
+    world = Living()
+    await world.made(rule(noncurrent_days=1), status=ENABLED)
+    hooks, asked = Hooks(), NotificationRule("n", HOOK, (f"{EXPIRED}:*",))
+    await world.buckets.configure(await world.bucket(), NOTIFICATION, lambda _: Notification((asked,)))
+    delivery = EventDelivery(world.plane, world.buckets, hooks, "eu-fr-1")
+    world.plane.on_events = delivery.soon
+    delivers = asyncio.create_task(delivery.run())
+    for number in range(100):
+        await world.put(data=b"%d" % number)
+    await world.written()
+    world.until(due_day(world.now_ms, 1))
+    await world.works()
+    assert len(await world.versions()) == 1
+    async with asyncio.timeout(60):
+        while outbox_of(world):  # noqa: ASYNC110 - the delivery tells nobody
+            await asyncio.sleep(0.1)
+    delivers.cancel()
+    await asyncio.gather(delivers, return_exceptions=True)
+    assert len(hooks.sequencers()) == len({*hooks.sequencers()}) == 99
 
 
 # --- at random

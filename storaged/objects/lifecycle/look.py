@@ -13,13 +13,14 @@ stays, and is looked at again when its retention ends.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from storaged.errors import AccessDenied, NoSuchBucket, ServiceUnavailable, SlowDown
 from storaged.ids import DATA_ID_BYTES
-from storaged.meta.names import object_name
+from storaged.meta.names import RegisterName, object_name
 from storaged.objects.bucket_keys import BucketKeys, with_keys
 from storaged.objects.code.history import Draft, Entry, entries_on, every_entry, newest_in
 from storaged.objects.code.lifecycle import Rules, Subject, current_due, due_day, marker_due, noncurrent_due, rules_of
@@ -31,7 +32,7 @@ from storaged.objects.pending_events import EXPIRED, Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, Lock, ObjectRecord, Version
 from storaged.objects.write.delete import new_marker
-from storaged.objects.write.outbox import Outgoing
+from storaged.objects.write.outbox import PENDING_MAX, Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.retire import retire_removed
 from storaged.objects.write.versioned import change_versions
@@ -40,6 +41,9 @@ VERSIONS_A_LOOK = 100
 """Noncurrent versions that one change deletes at most; the next change takes the others."""
 VERSIONS_WITH_EVENTS = 8
 """The same where each of them makes an event: the outbox of a key has room for 32."""
+ROOM_S = 5.0
+ROOM_WAITS = 20
+"""So long, in so many pieces, a look that has filled the outbox waits until events are delivered."""
 ATTEMPTS_MAX = 10
 EXPIRY = Origin(EXPIRED)
 
@@ -259,7 +263,7 @@ async def look_at(plane: ObjectPlane, judge: Judge, bucket: BucketRecord, key: b
     more = True
     while more:
         keys = BucketKeys(plane, bucket)
-        record = decode_record((await plane.registers.read(name)).value)
+        record = await _record_of(plane, name, waits=ROOM_WAITS if total.noncurrent else 0)
         found = await find(plane, judge, bucket, key, record, keys)
         total.locked += found.locked
         if not found.due:
@@ -280,6 +284,17 @@ async def look_at(plane: ObjectPlane, judge: Judge, bucket: BucketRecord, key: b
     counters.lifecycle_noncurrent += total.noncurrent
     counters.lifecycle_markers += total.markers
     return total
+
+
+async def _record_of(plane: ObjectPlane, name: RegisterName, *, waits: int) -> ObjectRecord:
+    """The record of a key; after ``waits`` also while its outbox has no room for the events of another change."""
+    while True:
+        record = decode_record((await plane.registers.read(name)).value)
+        pending = len(record.history.outbox) if record.history is not None else 0
+        if not waits or pending + VERSIONS_WITH_EVENTS <= PENDING_MAX:
+            return record
+        waits -= 1
+        await asyncio.sleep(ROOM_S / ROOM_WAITS)
 
 
 def _note(plane: ObjectPlane, bucket: BucketRecord, key: bytes, later: list[int]) -> None:
