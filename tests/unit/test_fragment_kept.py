@@ -67,6 +67,12 @@ class HeldFiles(SimulatedFiles):
             assert self._open.wait(GUARD_S)
 
 
+@pytest.fixture(autouse=True)
+def in_no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop goes on to append although an append takes long: the machine may be busy with something else."""
+    monkeypatch.setattr(deferred_module, "SLOW_S", GUARD_S)
+
+
 @pytest.fixture
 def much_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is appended but when somebody asks for it, or much has come."""
@@ -382,7 +388,7 @@ async def test_the_thread_appends_what_would_hold_the_loop_up(
     assert await two(15_000) == [True, True], "the next segment"
     monkeypatch.setattr(deferred_module, "SLOW_S", -1.0)
     assert await two() == [False]
-    monkeypatch.setattr(deferred_module, "SLOW_S", 10.0)
+    monkeypatch.setattr(deferred_module, "SLOW_S", GUARD_S)
     assert await two() == [True], "for a while"
     store._deferred._slow_until_s = 0.0
     assert await two() == [False]
