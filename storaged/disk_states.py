@@ -77,6 +77,9 @@ STATES: Mapping[str, State] = {
 answer, or does not have it.
 """
 
+SOUND = frozenset((OK, SLOW, FULL))
+"""A disk in one of these states takes part in everything for which it has room."""
+
 UNKNOWN = State(NONE, "DISK_DOWN")
 """Of a state that is not in the table."""
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout, weaknesses
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
-from storaged.disk_states import OK, SLOW, of
+from storaged.disk_states import OK, SLOW, SOUND, of
 from storaged.errors import (
     AuditRefusedByWitness,
     AuditUnwritable,
@@ -266,7 +266,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
     disk_by_id = {disk.id: disk for node in facts.nodes if node.up for disk in node.disks}
 
     def alive(disk_id: str) -> bool:
-        return disk_id in disk_by_id and disk_by_id[disk_id].state in ("ok", "full")
+        return disk_id in disk_by_id and disk_by_id[disk_id].state in SOUND
 
     ring = ring_health(facts.layout, alive, facts.sets_of or (lambda number: (facts.layout.replicas_of(number),)))
     headless = ring.stopped

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from storaged.cli.target import command_for, find_directory, known_directories, record_default, require_dev
+from storaged.disk_states import SOUND
 from storaged.errors import DirectoryInUse, NotRunning, OperatorError, PortInUse, every_error
 
 REGION = "eu-fr-1"
@@ -314,7 +315,7 @@ async def _all_up(place: Path) -> None:
     while time.monotonic() < deadline:
         nodes = (await asyncio.to_thread(gateway, place, "GET", "/v1/status"))["nodes"]
         disks = [disk for node in nodes for disk in node["disks"]]
-        if all(node["state"] == "up" for node in nodes) and all(disk["state"] in ("ok", "full") for disk in disks):
+        if all(node["state"] == "up" for node in nodes) and all(disk["state"] in SOUND for disk in disks):
             return
         await asyncio.sleep(COUNT_POLL_S)
 
@@ -328,7 +329,7 @@ def banner(place: Path, new: bool) -> str:
     storage = [node for node in found["nodes"] if "storage" in node["roles"]]
     disks = [disk for node in storage for disk in node["disks"]]
     nodes_up = sum(node["state"] == "up" for node in storage)
-    disks_ok = sum(disk["state"] in ("ok", "full") for disk in disks)
+    disks_ok = sum(disk["state"] in SOUND for disk in disks)
     home = str(Path.home())
     shown = str(place / "gateway" / "keys")
     shown = "~" + shown.removeprefix(home) if shown.startswith(home + "/") else shown

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from storaged.cluster.layout import Layout, weaknesses
+from storaged.disk_states import SOUND
 from storaged.errors import (
     DiskNotDrained,
     LayoutOvertaken,
@@ -28,7 +29,7 @@ DISKS_NAMED = 5
 
 
 class DiskSpace(NamedTuple):
-    """A disk as the cluster sees it. ``state``: as in ``status``; only one that is ``ok`` or ``full`` answers."""
+    """A disk as the cluster sees it. ``state``: as in ``status``; only one that is sound answers."""
 
     used: int
     free: int
@@ -36,7 +37,7 @@ class DiskSpace(NamedTuple):
 
     @property
     def answers(self) -> bool:
-        return self.state in ("ok", "full")
+        return self.state in SOUND
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from storaged.cluster.ports import DiskStatus
+from storaged.disk_states import NO, of
 from storaged.units import format_duration, format_size
 
 WARNING_PART = 10
@@ -34,7 +35,7 @@ class Filling:
         clock that only goes on.
         """
         found = {}
-        known = [disk for disk in disks if disk.state == "ok"]
+        known = [disk for disk in disks if of(disk.state).rights.writes is not NO]
         self._free = {disk.id: self._free.get(disk.id, deque()) for disk in known}
         for disk in known:
             pace = self._note(self._free[disk.id], now_s, disk.bytes_free)

@@ -320,6 +320,9 @@ def test_a_slow_disk_is_a_warning_and_leaves_the_verdict_as_it_is() -> None:
     found = judge(facts(node("n1", disk_state="slow")), NOW)
     assert (found["verdict"], found["problems"]) == ("HEALTHY", [])
     assert [(entry["code"], entry["subject"]) for entry in found["warnings"]] == [("DISK_SLOW", "FR/par1/a/n1/n1-1")]
+    two = judge(facts(node("n1", disk_state="slow"), node("n2", disk_state="slow")), NOW)
+    assert (two["verdict"], two["problems"], two["metadata"]) == ("HEALTHY", [], "quorum")
+    assert two["next_failure"] == judge(facts(), NOW)["next_failure"], "a slow replica votes"
 
 
 def test_a_disk_that_fills_up_is_a_warning_and_leaves_the_verdict_as_it_is() -> None:

@@ -607,6 +607,11 @@ def test_a_plan_names_disks_that_were_not_drained_and_moves_that_have_not_ended(
     assert f"DISK_NOT_DRAINED: disk {gone} of n3 answers" in text
     for node in status["nodes"]:
         for disk in node["disks"]:
+            disk["state"] = "slow" if disk["id"] == gone else "ok"
+    found, text = planned_with(authority, status, capsys)
+    assert f"DISK_NOT_DRAINED: disk {gone} of n3 answers" in text
+    for node in status["nodes"]:
+        for disk in node["disks"]:
             disk["state"] = "down" if disk["id"] == gone else "ok"
     status["moving"] |= {"partitions": 12, "objects": 3, "system": True}
     found, text = planned_with(authority, status, capsys)

@@ -38,5 +38,12 @@ def test_a_full_disk_and_one_that_is_away_are_no_warning() -> None:
     assert filling.warnings([], 1.0) == {}
 
 
+def test_a_disk_that_is_slow_for_a_while_fills_up_all_the_same() -> None:
+    filling = Filling()
+    filling.warnings([disk(9 * GIB)], 0.0)
+    assert "9%" in filling.warnings([disk(9 * GIB, "slow")], MEASURED_S / 2)["d"]
+    assert "it does not get fuller now" in filling.warnings([disk(9 * GIB)], MEASURED_S)["d"], "the pace is still known"
+
+
 def test_an_empty_file_system_has_no_part() -> None:
     assert Filling().warnings([DiskStatus("d", "/d", "ok", 0, 0)], 0.0) == {}
