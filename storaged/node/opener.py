@@ -155,7 +155,7 @@ class Opener:
             async with asyncio.timeout(self._open_s):
                 await asyncio.gather(*(event.wait() for event in settled.values()))
         for section in self._config.disks:
-            if not settled[section.id].is_set():
+            if not settled[section.id].is_set() and section.id not in self._unread:
                 self.disks.refuse(section, "hung", f"it has not answered within {self._open_s:.0f} s of being opened")
         if self._failure is not None:
             await self.disks.close()

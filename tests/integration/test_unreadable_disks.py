@@ -103,7 +103,7 @@ async def test_a_disk_that_takes_long_to_read_joins_when_it_was_read(tmp_path: P
     note_a_fault(node)
     hanging.hang("reads", name="data.mdb")
     await node.open(open_s=0.5)
-    assert (await node.states())[1] == "ok"
+    assert await node.states() == ["checking", "ok"]
     assert len(node.disks.used) == 1
     hanging.release()
     await until(lambda: len(node.disks.used) == 2)
@@ -205,5 +205,9 @@ def test_a_node_that_dies_again_and_again_fills_no_disk_with_notes(
         assert died_by_bus_error(tmp_path) is (kept == BUS_ERROR)
 
 
-def test_a_disk_without_files_can_be_read(tmp_path: Path) -> None:
+def test_a_disk_without_files_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blank disk, or one that was taken away, is for ``admission`` to judge; files that are there are all read."""
+    seen = list[Path]()
+    monkeypatch.setattr(fault_note, "_read_file", lambda path: (seen.append(path), path.stat()))
     read_disk(tmp_path)
+    assert seen == [tmp_path / name for name in fault_note.LMDB_FILES], "the first that is missing does not end it"
