@@ -11,7 +11,14 @@ from storaged.errors import FragmentDamaged, FragmentMissing
 from storaged.fragments.engine import Engine
 from storaged.fragments.entry import BROKEN
 from storaged.fragments.files import SegmentFile
-from storaged.fragments.format import FRAGMENT, SEGMENT_HEADER_BYTES, FormatError, parse_fragment, segment_seed
+from storaged.fragments.format import (
+    ALIGNMENT,
+    FRAGMENT,
+    SEGMENT_HEADER_BYTES,
+    FormatError,
+    parse_fragment,
+    segment_seed,
+)
 from storaged.fragments.ports import FragmentHeader
 from storaged.fragments.scan import Found, Gap, scan
 
@@ -40,7 +47,8 @@ def aged(engine: Engine, after: bytes, limit: int, since_ms: int, before_ms: int
 
 def in_log_order(engine: Engine, after: bytes, limit: int) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
     """As ``ports.NearStore.in_log_order``: a page lies in one segment. What compaction moves comes again, later in the
-    log. Where the log of a segment does not parse, the index names what should be there.
+    log. Where the log does not parse, the index names what should be there: no more of it for one page, since each head
+    is a read of its own, and a disk whose thread works for a minute counts as hung.
     """
     number, offset = _PLACE.unpack(after) if len(after) == _PLACE.size else (0, 0)
     left = sorted(segment for segment in list(engine.log.segments) if segment >= number)
@@ -55,7 +63,9 @@ def in_log_order(engine: Engine, after: bytes, limit: int) -> tuple[list[tuple[F
     try:
         for count, item in enumerate(_records(engine, segment, file, start)):
             if isinstance(item, Gap) or item.message is None:
-                return [(header, following) for header in _indexed(engine, segment)], following
+                if page:
+                    return page, _PLACE.pack(segment, item.offset)
+                return _indexed(engine, segment, item, limit)
             if (header := _live(engine, segment, item)) is not None:
                 page.append((header, _PLACE.pack(segment, item.end)))
             if len(page) == limit or count == RECORDS_MAX:
@@ -85,10 +95,18 @@ def _live(engine: Engine, segment: int, found: Found) -> FragmentHeader | None:
     return header if counts else None
 
 
-def _indexed(engine: Engine, segment: int) -> list[FragmentHeader]:
-    """Of all fragments that lie in the segment by the index."""
-    keys = [key for key, entry in engine.index.entries() if entry.segment == segment]
-    return [header for _, header in _heads(engine, keys) if header is not None]
+def _indexed(
+    engine: Engine, segment: int, gap: Found | Gap, limit: int
+) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
+    """A page of the fragments that lie in the gap by the index."""
+    there = sorted(
+        (entry.offset, key)
+        for key, entry in engine.index.entries()
+        if entry.segment == segment and gap.offset <= entry.offset < gap.end
+    )
+    places = {key: _PLACE.pack(segment, offset + ALIGNMENT) for offset, key in there[:limit]}
+    page = [(header, places[key]) for key, header in _heads(engine, list(places)) if header is not None]
+    return page, places[there[limit - 1][1]] if len(there) > limit else _PLACE.pack(segment, gap.end)
 
 
 def _heads(engine: Engine, keys: Sequence[bytes]) -> list[tuple[bytes, FragmentHeader | None]]:

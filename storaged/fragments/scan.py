@@ -6,7 +6,6 @@ when its head's checksum holds for that very offset. A sector that the drive can
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from storaged.fragments.format import (
     trailer_holds,
     trailer_start,
 )
+from storaged.lmdb_file import MEDIA_ERRORS
 from storaged.units import KIB, MIB
 
 WINDOW_BYTES = 64 * KIB
@@ -78,7 +78,7 @@ def read_tolerant(file: SegmentFile, offset: int, length: int) -> bytes:
     try:
         return file.read(offset, length)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in MEDIA_ERRORS:
             raise
     if length <= PAGE:
         return bytes(max(0, min(length, file.size() - offset)))

@@ -47,7 +47,7 @@ class SimulatedFile:
     def read(self, offset: int, length: int) -> bytes:
         for number, first, last in self._files.unreadable:
             if number == self._number and offset < last and offset + length > first:
-                raise OSError(errno.EIO, "simulated bad sector")
+                raise OSError(self._files.media_error, "simulated bad sector")
         return bytes(self._disk.now[offset : offset + length])
 
     def try_read(self, offset: int, length: int) -> Buffer | None:
@@ -115,6 +115,7 @@ class SimulatedFiles:
         self.cut_at = -1
         self.fail: dict[str, int] = {}
         self.unreadable: list[tuple[int, int, int]] = []
+        self.media_error = errno.EIO
         self.lying = False
         self.limit = 0
         self.used = 0

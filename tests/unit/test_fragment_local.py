@@ -30,6 +30,7 @@ from storaged.fragments.offline import check, rebuild_index
 from storaged.fragments.ports import FragmentId, Health, Retirement
 from storaged.fragments.recovery import Step
 from storaged.fragments.store import DiskOwner, LocalFragmentStore
+from storaged.lmdb_file import MEDIA_ERRORS
 from storaged.units import KIB, MIB
 from tests.doubles.files import SimulatedFiles
 from tests.patience import GUARD_S
@@ -450,6 +451,26 @@ async def test_a_bad_sector_costs_one_cell(tmp_path: Path) -> None:
     await store.close()
 
 
+@pytest.mark.parametrize("code", sorted(MEDIA_ERRORS))
+async def test_a_head_in_a_bad_sector_ends_no_walk_through_the_log(tmp_path: Path, code: int) -> None:
+    files = SimulatedFiles()
+    store = await LocalFragmentStore.open(tmp_path, DISK, files=files)
+    made = [await put(store, 500) for _ in range(3)]
+    place = store._engine.index.lookup(made[1].id.pack())
+    assert place is not None
+    files.unreadable.append((place.segment, place.offset, place.offset + 8))
+    files.media_error = code
+    found, after = list[bytes](), b""
+    while True:
+        page, after = await store.in_log_order(after, 100)
+        if not after:
+            break
+        found += [header.id for header, _ in page]
+    assert set(found) == {one.id.pack() for one in made}
+    files.unreadable.clear()
+    await store.close()
+
+
 async def test_known_damage_survives_a_restart_until_it_is_repaired(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         made = await put(store, 3 * 4096)
@@ -665,6 +686,33 @@ async def test_a_segment_that_is_gone_from_under_the_disk_was_not_synced(tmp_pat
         (tmp_path / "segments").rename(tmp_path / "elsewhere")
         store.sync_apart()
         assert (await store.usage()).state == "read-only"
+
+
+async def test_where_the_log_does_not_parse_a_page_is_no_longer_than_elsewhere(tmp_path: Path) -> None:
+    """Twelve heads in a row are damaged, of which the index knows; each fragment comes once."""
+    async with opened(tmp_path) as store:
+        made = [await put(store, 500) for _ in range(30)]
+        places = [store._engine.index.lookup(one.id.pack()) for one in made]
+    (path,) = segment_paths(tmp_path)
+    data = bytearray(path.read_bytes())
+    for place in places[9:21]:
+        assert place is not None
+        data[place.offset + 1] ^= 1
+    path.write_bytes(data)
+    async with opened(tmp_path) as store:
+        found, after = list[bytes](), b""
+        while True:
+            page, after = await store.in_log_order(after, 5)
+            if not after:
+                break
+            assert len(page) <= 5
+            found += [header.id for header, _ in page]
+        assert found == [one.id.pack() for one in made]
+        _, middle = await store.in_log_order(b"", 11)
+        page, _ = await store.in_log_order(middle, 5)
+        assert page[0][0].id == made[9].id.pack(), "a page ends before what does not parse"
+        rest, _ = await store.in_log_order(page[2][1], 5)
+        assert rest[0][0].id == made[12].id.pack(), "any place is one to go on from"
 
 
 async def test_a_walk_through_the_log_misses_no_fragment_whose_head_or_entry_is_damaged(tmp_path: Path) -> None:
