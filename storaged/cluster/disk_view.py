@@ -71,11 +71,6 @@ class DiskView:
         self._reported, self._silent = found, frozenset(silent)
         self._judge()
 
-    def look(self) -> None:
-        """Judges again: time has passed, and the disks of this node may have changed."""
-        self.seen.expire()
-        self._judge()
-
     def _judge(self) -> None:
         own = self._own()
         self._own_known = own
@@ -94,7 +89,7 @@ class DiskView:
         self._readable = frozenset(readable)
         self._writable = frozenset(disk for disk, allowed in rights.items() if allowed.writes is YES)
         full = frozenset(disk.id for disk in known.values() if is_full(disk))
-        if full != self._full:
+        if full != self._full:  # the same object while nothing changes (``Liveness.disks_full``)
             self._full = full
         self._without_rows = frozenset(disk for disk in full if known[disk].few)
         self._ample = frozenset(disk for disk in full if known[disk].ample)

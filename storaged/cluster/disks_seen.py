@@ -91,7 +91,7 @@ class DisksSeen:
             self.add(disk)
 
     def ask_last(self, disks: frozenset[str]) -> None:
-        """These and no others are asked last for now, by what their nodes report."""
+        """These and no others are asked last, until the next call: by what their nodes report."""
         self._left_out = disks
 
     def last(self, disks: Sequence[str]) -> list[str]:

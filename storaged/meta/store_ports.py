@@ -68,7 +68,7 @@ class StoreBatch(Struct):
 
 
 class StoreFull(DiskUnusable):
-    """The store has no room for now. The batch was not begun; the store goes on."""
+    """The store has no room at the moment. The batch was not begun; the store goes on."""
 
 
 Done = Callable[[StoragedError | None], None]

@@ -172,7 +172,7 @@ class Disks:
         return {disk: finding for disk, finding in found.items() if finding is not None}
 
     def refuse(self, section: DiskSection, state: str, reason: str) -> None:
-        """Leaves a disk out for now, and logs a new reason. State ``waiting``: it waits for other nodes."""
+        """Leaves a disk out until it joins, and logs a new reason. State ``waiting``: it waits for other nodes."""
         health = self.healths.setdefault(section.id, DiskHealth(section.id))
         self._directories.setdefault(section.id, section.directory)
         if health.noted(ADMISSION) != (state, reason):

@@ -99,10 +99,10 @@ class StoreState:
         self.fresh_bytes = 0
         self.fresh_since = 0.0
         self.taken_applied = 0
+        """``health.room.taken_bytes`` when that was frozen which LMDB has now; the rest is not there yet."""
         with environment.begin() as transaction:
             self.pages = self.pages_of(self.used_pages(transaction))
         """As of the last checkpoint."""
-        """``health.room.taken_bytes`` when that was frozen which LMDB has now; the rest is not there yet."""
         self.dirty_ranges = DirtyRangeTracker()
         self.log_full = False
         self.restorable: list[tuple[bytes, bytes]] = []
