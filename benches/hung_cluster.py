@@ -41,7 +41,9 @@ FAULTS: dict[str, Callable[[HangingDisk], None]] = {
     "read-only": lambda disk: disk.refuse("EROFS", WRITES),
     "none": lambda disk: None,
 }
-"""The disk for good after ``read-only``: the kernel may have dropped what it could not write. So it comes last."""
+"""``read-only`` is the last fault: the disk stays out of use after it, since the kernel may have dropped what it could
+not write.
+"""
 
 
 class FaultyServers(Servers):
