@@ -350,6 +350,7 @@ def make_single(run: Callable[..., str], home: Path, *, s3_port: int, disks: int
     run(
         *("cluster", "issue", "authority", "one", "--rack", RACKS[0], "--roles", "storage,gateway"),
         *("--address", f"127.0.0.1:{free_port()}", "--state", str(home / "state"), *disk_options),
+        *("--admin", f"127.0.0.1:{free_port()}"),
     )
     run("cluster", "layout", "authority")
     config = home / "authority" / "nodes" / "one" / "config.toml"

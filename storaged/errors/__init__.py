@@ -191,6 +191,7 @@ from storaged.errors.s3 import (
     XAmzContentSHA256Mismatch,
 )
 from storaged.errors.store import (
+    CopyUnreadable,
     DataDamaged,
     InsufficientStorage,
     InternalError,

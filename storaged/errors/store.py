@@ -67,6 +67,12 @@ class DataDamaged(ServiceUnavailable):
     code = "ServiceUnavailable"
 
 
+class CopyUnreadable(ServiceUnavailable):
+    """The newest record of this key may count, and its copy cannot be read now: what the key has is not decided."""
+
+    code = "ServiceUnavailable"
+
+
 class PageLost(DataDamaged):
     """Each replica of this key says that it does not have a page which the key's record names. What was on the page is
     lost."""

@@ -508,6 +508,7 @@ def test_a_wiped_disk_is_refused_and_the_rest_goes_on(cluster: Cluster) -> None:
 
 
 def test_an_index_is_rebuilt_offline_and_a_running_disk_is_left_alone(cluster: Cluster) -> None:
+    round_trip(cluster, "indexed", 700_000)
     disk = node_of(cluster.status(), "n2")["disks"][0]["directory"]
     busy = cluster.run("fsck", disk, check=False)
     assert busy.returncode == 1

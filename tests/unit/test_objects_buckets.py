@@ -15,6 +15,7 @@ from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
     BucketNotEmpty,
+    CopyUnreadable,
     DataDamaged,
     InvalidAccessKeyId,
     InvalidArgument,
@@ -24,6 +25,7 @@ from storaged.errors import (
     TooManyBuckets,
 )
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.meta.ports import ListPage, PageQuery
 from storaged.objects import usage
 from storaged.objects.api import BodyChecks, NewMeta, Principal
 from storaged.objects.cache.ttl import REFRESHES_MAX, TtlCache
@@ -180,6 +182,30 @@ async def test_a_put_that_slips_in_before_the_fence_saves_the_bucket() -> None:
     again = await buckets.get("b")
     assert (again.id, again.state, again.nonce) == (bucket.id, "active", b"")
     assert await got(objects, again) == b"precious"
+    await put(objects, again, b"more")
+    await objects.close()
+
+
+@pytest.mark.parametrize("error", [CopyUnreadable, DataDamaged])
+async def test_a_key_that_cannot_be_settled_keeps_its_bucket_and_does_not_keep_it_closed(
+    error: type[ServiceUnavailable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its copies may be gone for ever. The bucket would take no writes for ever."""
+    _world, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    plane = buckets._plane
+    list_page = plane.scanner.list_page
+
+    async def page(query: PageQuery) -> ListPage:
+        if query.after_fence:
+            raise error
+        return await list_page(query)
+
+    monkeypatch.setattr(plane.scanner, "list_page", page)
+    with pytest.raises(BucketNotEmpty):
+        await buckets.delete(bucket)
+    again = await buckets.get("b")
+    assert (again.id, again.state, again.nonce) == (bucket.id, "active", b"")
     await put(objects, again, b"more")
     await objects.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable
+from storaged.errors import CopyUnreadable, NoSuchBucket, OutcomeUnknown, ServiceUnavailable
 from storaged.meta.consensus.change import BACKOFF_FIRST_S, BACKOFF_MAX_S, Shared
 from storaged.meta.consensus.register import Lineage
 from storaged.meta.consensus.rounds import Rivals
@@ -95,14 +95,17 @@ class Ending:
             return self._give_up("its bucket is being deleted")
         return self._fail(NoSuchBucket("", **({"final": "true"} if final else {})))
 
-    def _give_up(self, reason: str) -> bool:
+    def _copy_unreadable(self) -> bool:
+        return self._give_up(
+            "its newest record's copy cannot be read now, and no older record may take its place", CopyUnreadable
+        )
+
+    def _give_up(self, reason: str, kind: type[ServiceUnavailable] = ServiceUnavailable) -> bool:
         if self.lineage.open:
             self._shared.counts["unknown"] += 1
             return self._fail(OutcomeUnknown(f"The write may or may not have been applied: {reason}. Read, or retry."))
         self._shared.counts["unavailable"] += 1
-        return self._fail(
-            ServiceUnavailable(f"The key's register cannot be settled now: {reason}. Nothing was changed. Retry.")
-        )
+        return self._fail(kind(f"The key's register cannot be settled now: {reason}. Nothing was changed. Retry."))
 
     def _fail(self, error: Exception) -> bool:
         self.error = error

@@ -422,7 +422,7 @@ class Proposer(Ending):
                 return self._retry()  # a replica has refused to promise, and will promise more
             if not lineage.open and self._missing.damaged(quorum, promises):
                 return self._fail(DataDamaged("The copies of this object are missing or damaged on all of its disks."))
-            return self._give_up("its newest record's copy cannot be read now, and no older record may take its place")
+            return self._copy_unreadable()
         self._found = Found(*candidate, False)
         self._above = highest_sequence(promises, candidate[0])
         return self._judge()

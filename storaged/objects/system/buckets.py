@@ -29,6 +29,7 @@ from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
     BucketNotEmpty,
+    CopyUnreadable,
     DataDamaged,
     InvalidArgument,
     NoSuchBucket,
@@ -379,9 +380,13 @@ class BucketService:
         with contextlib.suppress(NoSuchBucket):  # it is fenced already
             await drop_index(self._plane, bucket)
         await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
-        if not await self._is_empty(bucket, bucket.nonce):
+        try:
+            return (
+                await self._is_empty(bucket, bucket.nonce)
+                and await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False) is None
+            )
+        except (CopyUnreadable, DataDamaged):  # there may be an object: the bucket would stay closed until it is back
             return False
-        return await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False) is None
 
     async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
         return await self._any_row(Table.OBJECT, bucket, nonce, hidden=True) is None
