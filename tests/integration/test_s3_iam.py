@@ -139,6 +139,45 @@ async def test_a_user_of_an_account_may_what_its_policies_and_groups_allow(world
     await run(work, world)
 
 
+async def test_policies_know_the_tags_of_a_call_and_of_the_user_or_role_that_it_is_about(world: World) -> None:
+    def work(world: World) -> None:
+        iam = client(world, "iam")
+        role = iam.create_role(
+            RoleName="kept",
+            AssumeRolePolicyDocument=document(
+                {"Effect": "Allow", "Principal": "*", "Action": "sts:AssumeRole"},
+            ),
+            Tags=[{"Key": "Kept", "Value": "yes"}],
+        )["Role"]["Arn"]
+        iam.create_user(UserName="kept", Path="/a:b/", Tags=[{"Key": "Kept", "Value": "yes"}])
+        iam.create_user(UserName="marked", Tags=[{"Key": "mark", "Value": ""}])
+        iam.create_user(UserName="plain")
+        denied = {
+            "aws:RequestTag/Team": "admin",
+            "aws:ResourceTag/Kept": "yes",
+            "iam:ResourceTag/mark": "",
+        }
+        statements = [may("*")]
+        for key, value in denied.items():
+            statement = may("*", Condition={"StringEquals": {key: value}})
+            statements.append(statement | {"Effect": "Deny"})
+        key = made_user(iam, "bob", *statements)
+        bob, sts = with_key(world, "iam", key), with_key(world, "sts", key)
+        admin, other = [{"Key": "Team", "Value": "admin"}], [{"Key": "Team", "Value": "other"}]
+        assert refused(bob.create_user, UserName="new", Tags=admin) == DENIED
+        assert refused(bob.tag_user, UserName="plain", Tags=admin) == DENIED
+        for name in ("kept", "marked"):
+            assert refused(bob.delete_user, UserName=name) == DENIED
+            assert refused(bob.tag_user, UserName=name, Tags=other) == DENIED
+        assert refused(bob.delete_role, RoleName="kept") == DENIED
+        assert refused(sts.assume_role, RoleArn=role, RoleSessionName="now") == DENIED
+        bob.create_user(UserName="new", Tags=other)
+        bob.tag_user(UserName="plain", Tags=other)
+        bob.delete_user(UserName="plain")
+
+    await run(work, world)
+
+
 async def test_other_requests_have_a_turn_after_each_decision_about_many_keys(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazons3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import parse_qsl, unquote_to_bytes
@@ -26,6 +26,18 @@ PRINCIPAL_TAG: Final = "aws:principaltag/"
 NOTHING: Final[Mapping[str, str]] = {}
 
 _Fact = Callable[["Facts"], "str | None"]
+
+
+def request_tags(tags: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The keys for the tags that a call of IAM gives."""
+    return {f"aws:requesttag/{key}": value for key, value in tags}
+
+
+def resource_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The keys for the tags of a user or a role that a call is about. IAM's own key is asked for in lower case."""
+    return {f"aws:resourcetag/{key}": value for key, value in tags.items()} | {
+        f"iam:resourcetag/{key.lower()}": value for key, value in tags.items()
+    }
 
 
 class Facts:
@@ -68,8 +80,10 @@ class Facts:
             identity = self.request.who.identity
             value = identity.tags.get(name[len(PRINCIPAL_TAG) :]) if identity is not None else None
             return None if value is None else (value,)
+        if name in self.own:
+            return (self.own[name],)
         fact = _FACTS.get(name)
-        value = self.own.get(name) or (fact(self) if fact is not None else self._header(name))
+        value = fact(self) if fact is not None else self._header(name)
         return None if value is None else (value,)
 
     def _existing_tag(self, name: str) -> Sequence[str] | None:

@@ -214,6 +214,14 @@ def entries_of(account: StoredAccount, kind: Kind) -> dict[str, Any]:
     return found
 
 
+def tags_of(account: StoredAccount, arn: str) -> Mapping[str, str]:
+    """The tags of the user or role of this ARN; none when there is none."""
+    kind, _, rest = arn.split(":", 5)[-1].partition("/")
+    name = rest.rpartition("/")[2].lower()
+    found = account.users.get(name) if kind == "user" else account.roles.get(name) if kind == "role" else None
+    return found.tags if found is not None and f"{found.path}{found.name}" == f"/{rest}" else {}
+
+
 def missing(kind: Kind, name: str) -> NoSuchEntity:
     return NoSuchEntity(f"The {kind.arn} with name {name} cannot be found.")
 

@@ -18,13 +18,13 @@ from storaged.objects.api import Principal
 from storaged.s3 import xml
 from storaged.s3.auth import sigv4
 from storaged.s3.auth.authenticate import check_expiry, claim_of
-from storaged.s3.auth.facts import Facts
+from storaged.s3.auth.facts import Facts, request_tags, resource_tags
 from storaged.s3.auth.identities import require
 from storaged.s3.auth.regions import ANY_REGION
 from storaged.s3.context import Front, user_of
 from storaged.s3.ops.iam import sts
 from storaged.s3.ops.iam.actions import ACTIONS, perform
-from storaged.s3.ops.iam.call import Call, Entries, Parameters, Result
+from storaged.s3.ops.iam.call import Call, Entries, Parameters, Result, tags_of
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
 from storaged.units import KIB
@@ -114,11 +114,12 @@ async def _iam(front: Front, request: Request, action: str, parameters: Paramete
     who = request.who
     if who.identity is not None and who.identity.temporary and not who.identity.role:
         raise errors.AccessDenied("The credentials of GetSessionToken can't call IAM.")
-    policy = parameters.found.get("PolicyArn", "")
-    facts = _facts(front, request, {"iam:policyarn": policy} if policy else {})
+    policy, account = parameters.found.get("PolicyArn", ""), await front.users.accounts.get(who.user_id)
+    own = {"iam:policyarn": policy} if policy else {}
+    own |= request_tags(zip(parameters.members("Tags", ".Key"), parameters.members("Tags", ".Value"), strict=False))
 
     def permit(name: str, arn: str) -> None:
-        require(who, name, arn, facts)
+        require(who, name, arn, _facts(front, request, own | resource_tags(tags_of(account, arn))))
 
     return await perform(
         Call(action, front.users, who.user_id, who.display_name, parameters, front.clock.wall_ms(), permit, who)

@@ -18,6 +18,7 @@ from storaged.objects.api import Principal, Users
 from storaged.objects.identities import managed_text
 from storaged.objects.identity import account_of
 from storaged.s3.auth.conditions import Facts
+from storaged.s3.auth.facts import resource_tags
 from storaged.s3.auth.identities import asked
 from storaged.s3.auth.policy import IDENTITY, check_document, trust_policy_of
 from storaged.s3.auth.principals import caller_arn, caller_id, own_names
@@ -111,7 +112,7 @@ async def assume_role(call: StsCall) -> Result:
     if root_of(call.who):
         raise AccessDenied("Roles may not be assumed by root accounts.")
     user_id, account, role = await _role_of(call.users, arn)
-    if role is None or not _may_assume(call, user_id, role, arn, call.facts(own)):
+    if role is None or not _may_assume(call, user_id, role, arn, call.facts(own | resource_tags(role.tags))):
         raise denied
     chained = call.who.identity is not None and bool(call.who.identity.role)
     most = CHAINED_S_MAX if chained else role.session_s_max
