@@ -52,6 +52,8 @@ NOTES_S = 30.0
 WALK_EVERY_DAYS = 7
 ROWS_A_VISIT = 4
 LOOKS_AT_ONCE = 8
+BARE_A_PASS = 100
+"""Of so many buckets without rules a pass finds out whether they have an index of earlier rules."""
 REST_RATIO = 1.0
 """After each piece of a walk the worker rests so many times as long as that took."""
 REST_MAX_S = 10.0
@@ -114,6 +116,9 @@ class LifecycleWorker:
         self._day_ms = plane.limits.lifecycle_day_ms
         self._pace = Pace(plane.clock, plane.limits.lifecycle_per_s)
         self._visited: dict[bytes, Visited] = {}
+        self._bare: set[bytes] = set()
+        """Buckets that have neither rules nor an index."""
+        self._bare_left = 0
         self.job = Job("lifecycle", plane.clock)
 
     async def run(self) -> None:
@@ -125,19 +130,22 @@ class LifecycleWorker:
                 if self._is_mine():
                     more = await self.once()
                 else:
-                    self._visited = {}
+                    self._visited, self._bare = {}, set()
             except (StoragedError, TimeoutError) as error:
                 log.info("lifecycle goes on later", reason=str(error))
             await asyncio.sleep(0 if more else tick_s)
 
     async def once(self) -> bool:
         """Visits each bucket that has rules. Returns whether there is work left that can be done now."""
-        more, seen = False, set()
+        more, seen, self._bare_left = False, set(), BARE_A_PASS
         for bucket in await self._buckets.every_bucket():
-            if bucket.state != "active" or (bucket.plain and bucket.id not in self._visited):
+            if bucket.state != "active":
                 continue
             seen.add(bucket.id)
+            if bucket.plain and bucket.id not in self._visited and (bucket.id in self._bare or not self._bare_left):
+                continue
             more |= await self._try_visit(bucket)
+        self._bare &= seen
         self._visited = {bucket_id: known for bucket_id, known in self._visited.items() if bucket_id in seen}
         if not more and self.job.state == "running":
             self.job.finish(detail=self._summary())
@@ -148,7 +156,9 @@ class LifecycleWorker:
         try:
             rules = self._plane.configurations.of(bucket).derive(rules_of)
             if not rules and known is None:
+                await self._drop_left(bucket)
                 return False
+            self._bare.discard(bucket.id)
             if known is None:
                 known = self._visited[bucket.id] = Visited(bucket.name)
             if not rules:
@@ -170,6 +180,15 @@ class LifecycleWorker:
             return False
         known.problem = ""
         return more
+
+    async def _drop_left(self, bucket: BucketRecord) -> None:
+        """Drops the index of rules that are gone, where the worker that knew of them has ended."""
+        if bucket.id in self._bare or not self._bare_left:
+            return
+        self._bare_left -= 1
+        if await read_state(self._plane, bucket) is not None:
+            await drop_index(self._plane, bucket)
+        self._bare.add(bucket.id)
 
     async def visit(self, bucket: BucketRecord, known: Visited) -> bool:
         """A piece of work in one bucket. Returns whether there is more. Raises StoragedError."""

@@ -21,7 +21,7 @@ from storaged.objects.configuration.lifecycle import LIFECYCLE, Lifecycle, Lifec
 from storaged.objects.configuration.notification import NOTIFICATION, Notification, NotificationRule
 from storaged.objects.event_delivery import EventDelivery
 from storaged.objects.lifecycle import walk
-from storaged.objects.lifecycle.index import every_due, write_notes
+from storaged.objects.lifecycle.index import every_due, read_state, write_notes
 from storaged.objects.lifecycle.look import Judge, Looked, look_at
 from storaged.objects.listing_types import ListedVersion
 from storaged.objects.pending_events import EXPIRED
@@ -695,6 +695,25 @@ async def test_an_index_that_is_gone_is_made_again() -> None:
     await world.works()
     with pytest.raises(NoSuchKey):
         await world.objects.head(await world.bucket(), b"key")
+
+
+async def test_an_index_goes_with_its_rules_although_its_worker_has_ended() -> None:
+    world = Living()
+    await world.made(rule(days=30))
+    await world.put()
+    await world.works()
+    assert await world.rows()
+    await world.rules()
+    worker = world.new_worker()
+    await world.works(worker)
+    assert await world.rows() == []
+    assert await read_state(world.plane, await world.bucket()) is None
+    await world.rules(rule(days=30))
+    await world.works(worker)
+    assert await world.rows(), "rules that come again are noticed"
+    await world.rules()
+    await world.works(worker)
+    assert await world.rows() == []
 
 
 # --- events
