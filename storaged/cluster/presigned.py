@@ -50,6 +50,8 @@ WIDTHS = ((3, 2), (3,), (1,))
 ``FOLLOWING_BYTES_MAX`` is used.
 """
 FOLLOWING_BYTES_MAX = 256 * 1024
+STEPS_MAX = 64
+"""After one layout: more than are ever signed. Nodes verify no more, whatever a peer sends."""
 
 _FIELDS = {name: index for index, name in enumerate(Layout.__struct_fields__)}
 
@@ -129,20 +131,23 @@ def _tree(
 
 
 def genuine(signed: SignedLayout, administration: ed25519.Ed25519PublicKey, *, depth: int = 2) -> tuple[Presigned, ...]:
-    """Those of ``signed.following`` that the administration key signed, ``depth`` layouts on."""
+    """Those of ``signed.following`` that the administration key signed, ``depth`` layouts on, each once."""
     if not depth:
         return signed.following
     if len(encode(signed.following)) > FOLLOWING_BYTES_MAX:
         return ()
-    found = []
-    for step in signed.following:
+    found: dict[tuple[str, str], Presigned] = {}
+    for step in signed.following[:STEPS_MAX]:
+        if (step.out, step.comes) in found:
+            continue
         try:
             after = layout_after(signed, step)
             administration.verify(step.signature, LAYOUT_LABEL + after.payload)
         except (InvalidSignature, MsgspecError):
             continue
-        found.append(Presigned(step.out, step.comes, step.signature, genuine(after, administration, depth=depth - 1)))
-    return tuple(found)
+        following = genuine(after, administration, depth=depth - 1)
+        found[step.out, step.comes] = Presigned(step.out, step.comes, step.signature, following)
+    return tuple(found.values())
 
 
 def spares_of(signed: SignedLayout) -> dict[str, tuple[str, ...]]:

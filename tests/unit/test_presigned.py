@@ -16,6 +16,7 @@ from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.presigned import (
     FOLLOWING_BYTES_MAX,
+    STEPS_MAX,
     genuine,
     layout_after,
     payload_after,
@@ -131,6 +132,7 @@ def test_what_follows_a_large_layout_fits(history: History) -> None:
     signed = following(history, history.sign(large))
     assert set(spares_of(signed)) == set(large.seeds)
     assert 0 < len(encode(signed.following)) <= FOLLOWING_BYTES_MAX
+    assert len(signed.following) <= STEPS_MAX
 
 
 def test_what_was_signed_does_not_depend_on_the_fields_that_a_version_knows(history: History) -> None:
@@ -184,6 +186,9 @@ async def test_a_node_keeps_what_the_administration_key_signed(history: History)
     assert genuine(replace(signed, following=(deep,)), public) == (replace(one, following=()),)
     huge = replace(signed, following=(replace(one, comes="x" * FOLLOWING_BYTES_MAX), one))
     assert genuine(huge, public) == (), "more than is ever signed"
+    assert genuine(replace(signed, following=(one, one, end, one)), public) == (one,), "each once"
+    many = (*(replace(one, comes=f"x{number}") for number in range(STEPS_MAX)), one)
+    assert genuine(replace(signed, following=many), public) == (), "they would cost a node seconds"
     vote = SignedVote(b"", b"", b"")
     saved: list[SignedLayout] = []
 
