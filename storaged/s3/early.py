@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from storaged.errors import InternalError, S3Error
+from storaged.errors import AccessDenied, InternalError, NoSuchKey, S3Error
 from storaged.objects.background import cancel_all
 from storaged.s3 import xml
 from storaged.s3.reply import XML_TYPE, Headers, Reply, xml_reply
@@ -29,9 +29,11 @@ Outcome = tuple[bytes, Headers]
 log = logging.getLogger("storaged.s3")
 
 
-async def answer(request: Request, work: Coroutine[Any, Any, Outcome], early: Headers | None) -> Reply:
-    """The answer of ``work``. ``early``: the headers of an answer that has to begin early; None: it never does. Raises
-    what ``work`` raises in time."""
+async def answer(
+    request: Request, work: Coroutine[Any, Any, Outcome], early: Headers | None, hides_missing: Callable[[], bool]
+) -> Reply:
+    """The answer of ``work``. ``early``: the headers of an answer that has to begin early; None: it never does.
+    ``hides_missing``: whether the sender may not know that a key is missing. Raises what ``work`` raises in time."""
     doing = asyncio.create_task(work)
     try:
         await asyncio.wait([doing], timeout=SILENT_S if early is not None and request.http11 else None)
@@ -42,17 +44,20 @@ async def answer(request: Request, work: Coroutine[Any, Any, Outcome], early: He
         body, headers = await doing
         return xml_reply(body, headers=headers)
     reply = Reply(200, {"Content-Type": XML_TYPE, "Transfer-Encoding": "chunked", **early}, length=-1)
-    reply.stream = EarlyAnswer(request, doing, reply)
+    reply.stream = EarlyAnswer(request, doing, reply, hides_missing)
     return reply
 
 
 class EarlyAnswer:
     """A ``reply.Pieces``: the chunks of the answer. ``length``: of those that were sent so far."""
 
-    def __init__(self, request: Request, doing: asyncio.Task[Outcome], reply: Reply) -> None:
+    def __init__(
+        self, request: Request, doing: asyncio.Task[Outcome], reply: Reply, hides_missing: Callable[[], bool]
+    ) -> None:
         self._request = request
         self._doing = doing
         self._reply = reply
+        self._hides_missing = hides_missing
         self.length = 0
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -73,10 +78,11 @@ class EarlyAnswer:
         return framed
 
     def _document(self) -> bytes:
+        error: S3Error
         try:
             return self._doing.result()[0]
         except S3Error as found:
-            error = found
+            error = AccessDenied() if isinstance(found, NoSuchKey) and self._hides_missing() else found
         except Exception:
             log.exception("%s failed, request %s", self._request.operation, self._request.id)
             error = InternalError()

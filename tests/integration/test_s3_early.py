@@ -13,6 +13,8 @@ from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 from storaged.errors import DataDamaged
 from storaged.s3 import early
 from tests.integration.s3_front import World, s3_world, signed
+from tests.integration.test_s3_iam import client as iam_of
+from tests.integration.test_s3_iam import made_user, may, refused, with_key
 from tests.patience import GUARD_S
 
 BODY = b"data" * 1000
@@ -81,6 +83,21 @@ async def test_an_error_of_a_long_copy_comes_in_its_answer(world: World, monkeyp
     assert await asyncio.to_thread(run) == "ServiceUnavailable"
     assert world.done[-1].reply.code == "ServiceUnavailable"
     assert await world.stored() == {b"k": BODY}
+
+
+async def test_an_early_error_says_no_more_of_the_target_than_one_in_time(world: World) -> None:
+    """Who may not list a bucket does not get to know that a key is missing."""
+    await asyncio.to_thread(world.client().create_bucket, Bucket="target")
+
+    def ask(*listed: str) -> str:
+        actions = ["s3:GetObject", "s3:GetObjectTagging", "s3:PutObject"]
+        key = made_user(iam_of(world, "iam"), f"u{len(listed)}", may(actions), may("s3:ListBucket", list(listed)))
+        copy = with_key(world, "s3", key).copy_object
+        return refused(copy, Bucket="target", Key="none", CopySource="/bucket/k", IfMatch='"e"')[1]
+
+    source, target = "arn:aws:s3:::bucket", "arn:aws:s3:::target"
+    assert await asyncio.to_thread(ask, source, target) == "NoSuchKey"
+    assert await asyncio.to_thread(ask, source) == "AccessDenied"
 
 
 async def test_in_a_bucket_with_versions_the_answer_waits_for_the_version(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping
+from functools import partial
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -18,7 +19,7 @@ from storaged.s3 import early, xml
 from storaged.s3 import encryption as enc
 from storaged.s3 import headers as h
 from storaged.s3.auth.actions import action_of
-from storaged.s3.authorization import Ask, check_expected_owner, may_list, permit
+from storaged.s3.authorization import Ask, check_expected_owner, hides_missing, may_list, permit
 from storaged.s3.context import Front, existing_bucket
 from storaged.s3.lifecycle import stored_expiration
 from storaged.s3.locks import asked_lock
@@ -143,7 +144,8 @@ async def copy_object(front: Front, request: Request) -> Reply:
         return _result("CopyObjectResult", result), answer
 
     # another bucket's answer names the version that was made, or when it expires
-    return await early.answer(request, copied(), _of_source(version) if request.bucket_record.plain else None)
+    begins_with = _of_source(version) if request.bucket_record.plain else None
+    return await early.answer(request, copied(), begins_with, partial(hides_missing, front, request))
 
 
 def _with_redirect(kept: Mapping[str, str], given: NewMeta) -> dict[str, str]:
@@ -176,7 +178,7 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
         result = await _read_from(front, request, grant, key, copying)
         return _result("CopyPartResult", result), _copied_headers(request, version, result)
 
-    return await early.answer(request, copied(), _of_source(version))
+    return await early.answer(request, copied(), _of_source(version), partial(hides_missing, front, request))
 
 
 def _copied_headers(request: Request, source_version: str, result: PutResult) -> Headers:
