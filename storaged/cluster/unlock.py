@@ -22,7 +22,8 @@ _NO_ORDER = "This is not what `storaged bucket sign-unlock` prints."
 
 
 class UnlockOrder(Struct, frozen=True, forbid_unknown_fields=True):
-    """``until_ms``: it counts until then, by the wall clock of the gateway."""
+    """``until_ms``: it counts until then, by the wall clock of the gateway. Raises UnlockRefused for one that leaves open
+    which version is meant: without an id it would be the newest one when the order is carried out."""
 
     cluster: str
     bucket: str
@@ -30,6 +31,10 @@ class UnlockOrder(Struct, frozen=True, forbid_unknown_fields=True):
     version: str
     reason: str
     until_ms: int
+
+    def __post_init__(self) -> None:
+        if not (self.bucket and self.key and self.version):
+            raise UnlockRefused("An order names a bucket, a key and the id of one version.")
 
     @property
     def words(self) -> str:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from storaged.admin.ports import Services
 from storaged.cli.buckets import bucket
 from storaged.cluster import issuing
-from storaged.cluster.unlock import UnlockOrder, sign_order, verify_order, words_in
+from storaged.cluster.unlock import UNLOCK_LABEL, UnlockOrder, sign_order, verify_order, words_in
 from storaged.errors import AccessDenied, NoSuchVersion, UnlockRefused
 from storaged.node.version_services import offer_versions
 from storaged.objects.code.lock import COMPLIANCE
@@ -28,6 +28,13 @@ def signed(authority: issuing.Authority, **other: Any) -> str:
         "cluster": "c1", "bucket": "b", "key": "k", "version": "v" * 32, "reason": "court", "until_ms": NOW_MS + 1,
     }  # fmt: skip
     return sign_order(UnlockOrder(**fields | other), authority.administration)
+
+
+def versionless(authority: issuing.Authority) -> str:
+    """An order that is signed and names no version."""
+    text = json.loads(signed(authority))["order"].replace("v" * 32, "")
+    signature = authority.administration.sign(UNLOCK_LABEL + text.encode())
+    return json.dumps({"order": text, "signature": signature.hex()})
 
 
 @pytest.fixture
@@ -48,12 +55,15 @@ def test_an_order_counts_in_its_cluster_until_its_end(authority: issuing.Authori
         (json.dumps(changed), NOW_MS, "not signed"),
         (signed(authority, cluster="c2"), NOW_MS, "for cluster 'c2'"),
         (signed(authority), NOW_MS + 1, "expired"),
+        (versionless(authority), NOW_MS, "the id of one version"),
         ("{}", NOW_MS, "not what"),
         ("[", NOW_MS, "not what"),
         (json.dumps({"order": "{}", "signature": "zz"}), NOW_MS, "not what"),
     ):
         with pytest.raises(UnlockRefused, match=said):
             verify_order(document, public, "c1", now_ms)
+    with pytest.raises(UnlockRefused, match="the id of one version"):
+        signed(authority, version="")
 
 
 def test_a_gateway_takes_no_order_unless_its_configuration_says_so(authority: issuing.Authority) -> None:
