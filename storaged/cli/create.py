@@ -110,6 +110,12 @@ class ClusterPlan(msgspec.Struct):
         """The cluster's policy. Raises JurisdictionRefused for a country outside EU law."""
         return Policy.of(self.countries, self.jurisdictions)
 
+    def take_ranks(self, layout: Layout) -> None:
+        """Notes the ranks that new disks got in a layout that was signed."""
+        for disk in (disk for node in self.nodes for disk in node.disks):
+            known = layout.disk_by_id.get(disk.id)
+            disk.rank = known.rank if known is not None else disk.rank
+
     def admit(self, node: NodePlan) -> None:
         """Raises JurisdictionRefused, with the reason, for a node that this cluster does not admit."""
         self.policy.admit(peer_of(self, node))

@@ -26,6 +26,7 @@ def sign_all(
             plan.before = last[1].epoch
     for each in made:
         files.sign_layout(authority, each, [directory / "nodes" / node.name for node in plan.nodes])
+        plan.take_ranks(each)
         plan.epoch = each.epoch
         plan.signed = max(plan.signed, each.epoch)
         files.save_plan(directory, plan)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from msgspec.structs import replace
 
 from storaged.cli.create import ClusterPlan, layout_of, planned
-from storaged.cluster.layout import Layout, RevokedCertificate, problems_of
+from storaged.cluster.layout import DiskEntry, Layout, RevokedCertificate, problems_of
 from storaged.cluster.moves import moves_between
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.spread import minority_of
@@ -33,7 +33,8 @@ def layouts_after(
     plan: ClusterPlan, last: tuple[SignedLayout, Layout] | None, now_ms: int = 0, lost: Sequence[str] = ()
 ) -> list[Layout]:
     """The layouts that bring the cluster from ``last`` to the nodes and disks of the plan, in their order. ``lost``:
-    disks that are lost for good besides those that the last layout calls lost.
+    disks that are lost for good besides those that the last layout calls lost. New disks get the ranks of those
+    that went (``inherited_ranks``).
 
     They name all that ``last`` revokes but certificates that have expired ``REVOKED_LONGER_MS`` before ``now_ms`` (wall
     clock, in milliseconds since 1970).
@@ -57,7 +58,9 @@ def layouts_after(
         predecessor=signed.hash,
         lost=(*before.lost, *(disk for disk in lost if disk not in before.lost)),
     )
-    bare = replace(bare, revoked=_still_revoked(before, bare, now_ms))
+    ranks = inherited_ranks(before, bare)
+    disks = tuple(replace(disk, rank=ranks.get(disk.id, disk.rank)) for disk in bare.disks)
+    bare = replace(bare, disks=disks, revoked=_still_revoked(before, bare, now_ms))
     moves = moves_between(before, bare)
     if not moves:
         _check_works(bare)
@@ -66,6 +69,35 @@ def layouts_after(
         return _chained(signed.hash, before, _steps(before, bare), highest)
     except LayoutRefused as error:
         raise LayoutUnsafe(f"the list of nodes and disks can't be brought into force: {error.message}") from None
+
+
+def inherited_ranks(before: Layout, after: Layout) -> dict[str, str]:
+    """New disk -> the rank of one that goes in the same change: it gets what that one had, and less has to move. Disks
+    of the same rack come first, and of those the ones of the most alike weight.
+    """
+    used = {disk.rank or disk.id for disk in after.disks if disk.rank or disk.id in before.disk_by_id}
+    going = {
+        disk.rank or disk.id: disk
+        for disk in before.disks
+        if disk.id not in after.disk_by_id and disk.state == "active" and (disk.rank or disk.id) not in used
+    }
+    new = [
+        disk for disk in after.disks if disk.id not in before.disk_by_id and disk.state == "active" and not disk.rank
+    ]
+    found: dict[str, str] = {}
+    for same_rack in (True, False):
+        for disk in new:
+            rack = _rack_of(after, disk)
+            ranks = [rank for rank, old in going.items() if not same_rack or _rack_of(before, old) == rack]
+            if ranks and disk.id not in found:
+                rank = min(ranks, key=lambda rank: (abs(going[rank].weight - disk.weight), rank))
+                found[disk.id] = rank
+                del going[rank]
+    return found
+
+
+def _rack_of(layout: Layout, disk: DiskEntry) -> str:
+    return layout.node_by_name[disk.node].location
 
 
 def _still_revoked(before: Layout, after: Layout, now_ms: int) -> tuple[RevokedCertificate, ...]:

@@ -199,6 +199,31 @@ def test_a_disk_is_replaced_under_an_id_of_its_own(authority: Path, capsys: pyte
     assert (new.weight, new.id != after, new.rank) == (8000, True, before)
 
 
+@pytest.mark.parametrize("rack", ["DE/ber/e", "DE/mun/f"])
+def test_a_server_that_comes_as_another_goes_gets_what_that_one_had(
+    authority: Path, rack: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1:4000", "/srv/disk2:4000")
+    issue(authority, "n5", "DE/ber/e", "/srv/disk1:4000", "/srv/disk2:8000")
+    call("cluster", "layout", str(authority))
+    gone = [disk_of(authority, "n5", number) for number in range(2)]
+    call("node", "remove", str(authority), "n5")
+    issue(authority, "n6", rack, "/srv/disk1:8000", "/srv/disk2:4000", "/srv/disk3:1")
+    found = plan_of(authority, capsys)
+    for what in ("replicas", "fragments"):
+        assert 0 < found[what]["ideal"] <= found[what]["moved"] <= 1.02 * found[what]["ideal"], found[what]
+    call("cluster", "layout", str(authority))
+    new = [disk_of(authority, "n6", number) for number in range(3)]
+    signed = history_of(authority)[-1].disk_by_id
+    assert [signed[disk].rank for disk in new] == [gone[1], gone[0], ""], "of alike weight; the third one is new"
+    capsys.readouterr()
+    assert plan_of(authority, capsys)["changes"] == [], "the list has the ranks of the layout"
+    call("node", "remove", str(authority), "n6")
+    issue(authority, "n7", "DE/ber/e", "/srv/disk1:4000")
+    call("cluster", "layout", str(authority))
+    assert history_of(authority)[-1].disk_by_id[disk_of(authority, "n7", 0)].rank == gone[0]
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
