@@ -22,8 +22,8 @@ _NO_ORDER = "This is not what `storaged bucket sign-unlock` prints."
 
 
 class UnlockOrder(Struct, frozen=True, forbid_unknown_fields=True):
-    """``until_ms``: it counts until then, by the wall clock of the gateway. Raises UnlockRefused for one that leaves open
-    which version is meant: without an id it would be the newest one when the order is carried out."""
+    """``until_ms``: it counts until then, by the wall clock of the gateway. Raises UnlockRefused for one that leaves
+    open which version is meant: without an id it would be the newest one when the order is carried out."""
 
     cluster: str
     bucket: str

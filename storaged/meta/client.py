@@ -21,7 +21,7 @@ from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.looks import Look
 from storaged.meta.consensus.register import RULES, Ballots, Rules
-from storaged.meta.names import RegisterName, Table, Value
+from storaged.meta.names import Ballot, RegisterName, Table, Value
 from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
 from storaged.meta.proposer.contention import Contention
 from storaged.meta.proposer.fences import RingFences
@@ -55,7 +55,8 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True)
 class ClientStatistics:
     """Counts since the start. ``digest_conflicts`` and ``doubted`` are alarms: two replicas hold different values under
-    one ballot; a replica holds a system record that no gateway wrote.
+    one ballot; a replica holds a system record that no gateway wrote. ``unheard``: changes of system records that went
+    on while replicas differed and one did not answer; then a single replica that lies may lead to an older record.
     """
 
     reads: int
@@ -66,6 +67,7 @@ class ClientStatistics:
     unavailable: int
     digest_conflicts: int
     doubted: int
+    unheard: int
     calls_in_flight: int
 
 
@@ -187,7 +189,7 @@ class RingClient:
         settings, calls = self._settings, self._calls
         ballots = Ballots(settings.node, partial(entropy, INCARNATION_BYTES), settings.rules)
         return Ring(
-            shared=Shared(ballots, settings.rules, self._counts, self._doubts),
+            shared=Shared(ballots, settings.rules, self._counts, self._doubts, self._on_unheard),
             view=self._view,
             refresher=Refresher(self._view, hooks.refresh, self._pool, calls.clock),
             clock=calls.clock,
@@ -219,6 +221,9 @@ class RingClient:
 
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(**self._counts, calls_in_flight=len(self._pool))
+
+    def _on_unheard(self, name: RegisterName, ballot: Ballot) -> None:
+        self._counts["unheard"] += 1
 
     def _doubts(self, name: RegisterName, disk: str, value: Value | None) -> bool:
         """Whether no gateway wrote the value that a disk reports for a register of the system table."""

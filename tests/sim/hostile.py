@@ -52,9 +52,20 @@ THIEF, MIMIC, STRAY = "n4", "mimic", "stray"
 class SigningClient(RingClient):
     """A gateway's: it notes what it writes, as an authenticator over name, sequence and contents would."""
 
-    def __init__(self, *given: Any, written: set[tuple[bytes, int, int, bytes]], **options: Any) -> None:
+    def __init__(
+        self,
+        *given: Any,
+        written: set[tuple[bytes, int, int, bytes]],
+        unheard: set[tuple[RegisterName, str]],
+        **options: Any,
+    ) -> None:
         super().__init__(*given, **options)
         self._written = written
+        self._unheard = unheard
+
+    def _on_unheard(self, name: RegisterName, ballot: Ballot) -> None:
+        super()._on_unheard(name, ballot)
+        self._unheard.add((name, ballot.node))
 
     def _signed(self, name: RegisterName, update: Update) -> Update:
         def signing(value: Value | None) -> Change | None:
@@ -109,6 +120,8 @@ class Hostile(Scenario):
         self.fresh = False
         self._liar = self.random.choice(FIRST_SEEDS)
         self._written: set[tuple[bytes, int, int, bytes]] = set()
+        self._unheard: set[tuple[RegisterName, str]] = set()
+        """(register, node whose ballot led): changes while not all replicas could be asked, and those differed."""
         self._lied = 0
         self._hints: list[RegisterName] = []
         self._closed_at = -1
@@ -131,6 +144,7 @@ class Hostile(Scenario):
             self.layout,
             kind=SigningClient,
             written=self._written,
+            unheard=self._unheard,
             believes=self._believes,
             on_missed=self._hints.append,
             on_fenced=fenced,
@@ -482,6 +496,17 @@ class Hostile(Scenario):
 
         return fenced
 
+    def _misled(self) -> set[RegisterName]:
+        """Registers of which a change went on from what the liar put there, while an honest replica could not be asked.
+        What was chosen with the liar's own vote is lost then; README states that.
+        """
+        return {name for name, node in self._unheard if node == "n" + self._liar[1:]}
+
+    def judge(self) -> Verdicts:
+        misled = self._misled()
+        self.history = [operation for operation in self.history if self.names.get(operation.key) not in misled]
+        return super().judge()
+
     # --- the whole
 
     def _skews(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -546,7 +571,7 @@ class Hostile(Scenario):
         reader = self._gateway("reader", skew_ms=0, deadline_s=10.0)
         await self.look_at_the_end(reader)
         for gateway in (*gateways, reader):
-            if gateway.client.chosen_falls[0]:
+            if gateway.client.chosen_falls[0] and not self._misled():
                 self.complain(f"what was chosen fell back: {gateway.client.chosen_falls[1]}")
             await gateway.client.close()
 

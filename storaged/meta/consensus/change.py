@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from storaged.meta.consensus.floors import KnownFloors
 from storaged.meta.consensus.register import Ballots, Rules
-from storaged.meta.names import RegisterName, Value
+from storaged.meta.names import Ballot, RegisterName, Value
 from storaged.meta.ports import SmallCopies, Update
 from storaged.wire import Buffer
 
@@ -60,12 +60,14 @@ promised. A replica that has restarted refuses everything below its high-water b
 class Shared:
     """What the proposers of one process share. ``counts`` has at least ``preempted``, ``unknown``, ``unavailable`` and
     ``identity_rounds``. ``doubts(name, disk, value)``: whether no gateway wrote the value that a disk reports; asked of
-    registers of the system table alone."""
+    registers of the system table alone. ``on_unheard(name, ballot)``: a change of such a register goes on from what was
+    accepted under that ballot, although replicas differ and not all of them promised."""
 
     ballots: Ballots
     rules: Rules
     counts: dict[str, int]
     doubts: Callable[[RegisterName, str, Value | None], bool] = lambda name, disk, value: False
+    on_unheard: Callable[[RegisterName, Ballot], None] = lambda name, ballot: None
     floors: KnownFloors = field(default_factory=KnownFloors)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from storaged.errors import CopyUnreadable, NoSuchBucket, OutcomeUnknown, ServiceUnavailable
 from storaged.meta.consensus.change import BACKOFF_FIRST_S, BACKOFF_MAX_S, Shared
 from storaged.meta.consensus.register import Lineage
-from storaged.meta.consensus.rounds import Rivals
+from storaged.meta.consensus.rounds import Found, Rivals
 from storaged.meta.consensus.states import DONE, FAILED, NEW, REFRESHING, RETRYING, State
+from storaged.meta.names import RegisterName
 from storaged.meta.ports import Outcome
 
 
@@ -20,6 +21,7 @@ class Ending:
     )
     # fmt: on
 
+    name: RegisterName
     _conclusion: Outcome | Exception | None
 
     def __init__(self, shared: Shared, lineage: Lineage) -> None:
@@ -94,6 +96,10 @@ class Ending:
         if self.lineage.open:
             return self._give_up("its bucket is being deleted")
         return self._fail(NoSuchBucket("", **({"final": "true"} if final else {})))
+
+    def _unheard(self, found: Found) -> Found:
+        self._shared.on_unheard(self.name, found.ballot)
+        return found
 
     def _copy_unreadable(self) -> bool:
         return self._give_up(

@@ -304,7 +304,7 @@ class Proposer(Ending):
         if found is None and self._prepares.preempted and self._third_replica_tries < THIRD_REPLICA_TRIES:
             self._third_replica_tries += 1
             return self._retry()
-        self._found = found or self._prepares.newest()
+        self._found = found or self._unheard(self._prepares.newest())
         return self._judge() if self._found.settled else self._judge_unsettled()
 
     # --- decide -------------------------------------------------------------------------------------------------------
