@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 from storaged.errors import InvalidArgument, NotImplemented
@@ -35,6 +35,11 @@ SOURCE_PREFIX = "x-amz-copy-source-"
 
 DATE_CHARS_MAX = 64
 """Longer than any date: the standard library's parser never sees hostile text of unbounded length."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_MS = -62_135_596_800_000
+_END_MS = 253_402_300_800_000
+"""The years 1 to 9999."""
 
 _ITEM = re.compile(r'[ \t]*(W/)?(?:"([^"]*)"|([^",\s]+))[ \t]*(?:,|$)')
 """An entity tag, in quotes as RFC 9110 wants it, or bare as many S3 clients send it."""
@@ -71,8 +76,7 @@ def parse_http_time(text: str) -> int | None:
     if len(text) > DATE_CHARS_MAX:
         return None
     try:
-        moment = parsedate_to_datetime(text)
-        return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 1000
+        return _ms_of(parsedate_to_datetime(text))
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 
@@ -83,10 +87,17 @@ def parse_time(text: str) -> int | None:
     if found is not None:
         return found
     try:
-        moment = datetime.fromisoformat(text)
-        return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
+        return _ms_of(datetime.fromisoformat(text))
     except (ValueError, OverflowError):
         return None
+
+
+def _ms_of(moment: datetime) -> int | None:
+    """A date without a zone is in UTC. None where it has another year than four digits can say: with a zone, a date may
+    lie in the year 0 or 10000, and what stores it could never print it again. Whole numbers: with floating-point ones,
+    a date that is printed and read again loses a millisecond."""
+    ms = (moment.replace(tzinfo=moment.tzinfo or UTC) - _EPOCH) // timedelta(milliseconds=1)
+    return ms if _FIRST_MS <= ms < _END_MS else None
 
 
 def read_conditions(headers: Mapping[str, str]) -> ReadConditions:

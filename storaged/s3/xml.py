@@ -103,8 +103,11 @@ def document(root: str, *content: str) -> bytes:
 
 @lru_cache(maxsize=4096)
 def iso_time(ms: int) -> str:
-    """``2009-10-12T17:50:30.000Z``"""
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
+    """``2009-10-12T17:50:30.000Z``. What is later than the year 9999 is shown as its end: earlier releases took such
+    dates from clients."""
+    ms = min(ms, _LAST_MS)
+    moment = datetime.fromtimestamp(ms // 1000, UTC)
+    return f"{moment.replace(tzinfo=None).isoformat()}.{ms % 1000:03d}Z"
 
 
 class _Seconds(dict[int, str]):
@@ -123,6 +126,7 @@ class _Seconds(dict[int, str]):
         return text
 
 
+_LAST_MS = 253_402_300_799_999
 _FIRST_DAY = date(1970, 1, 1).toordinal()
 _MINUTES = [f"{minute // 60:02d}:{minute % 60:02d}:" for minute in range(1440)]
 _SECONDS = [f"{second:02d}." for second in range(60)]

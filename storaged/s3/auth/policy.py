@@ -189,9 +189,10 @@ def _parsed(document: bytes, bucket: str, grammar: Grammar) -> Policy:
     try:
         text = document.decode()
         found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise MalformedPolicy("Policies must be valid JSON and the first byte must be '{'") from None
-    if not isinstance(found, dict) or not _is_text(found):
+        valid = isinstance(found, dict) and _is_text(found)
+    except (ValueError, RecursionError):  # what the parser takes may be one level too deep for the printer
+        valid = False
+    if not valid:
         raise MalformedPolicy("Policies must be valid JSON and the first byte must be '{'")
     for name in found:
         if name not in ("Version", "Id", "Statement"):

@@ -20,7 +20,6 @@ import hmac
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -35,6 +34,7 @@ from storaged.errors import (
     S3Error,
     SignatureDoesNotMatch,
 )
+from storaged.s3.conditions import parse_http_time
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 SERVICE = "s3"
@@ -53,6 +53,7 @@ _CANONICAL_PATH = re.compile(rb"[A-Za-z0-9\-._~/]*")
 _CANONICAL_WORD = re.compile(rb"[A-Za-z0-9\-._~]*")
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 _TIMESTAMP = re.compile(r"[0-9]{8}T[0-9]{6}Z")
+_STAMP_CHARS = 16
 _SECONDS = re.compile(r"-?[0-9]{1,18}")
 _SPACES = re.compile(r" {2,}")
 _COMPONENTS = frozenset({"Credential", "SignedHeaders", "Signature"})
@@ -232,10 +233,9 @@ def _timestamp_from_headers(headers: Mapping[str, str]) -> str:
         text = headers["date"]
         if _TIMESTAMP.fullmatch(text):
             return text
-        try:
-            return parsedate_to_datetime(text).astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
-        except (ValueError, OverflowError):
-            pass
+        found_ms = parse_http_time(text)
+        if found_ms is not None:
+            return f"{datetime.fromtimestamp(found_ms // 1000, UTC):%Y%m%dT%H%M%SZ}".rjust(_STAMP_CHARS, "0")
     raise AccessDenied("AWS authentication requires a valid Date or x-amz-date header")
 
 

@@ -27,7 +27,7 @@ def _configuration(document: bytes) -> ObjectLock:
     parts = {child.name: child for child in root.children}
     enabled = parts.pop("ObjectLockEnabled", None)
     rule = parts.pop("Rule", None)
-    if parts or enabled is None or enabled.text.strip() != ENABLED:
+    if parts or enabled is None or enabled.text.strip() != ENABLED or len(root.children) != (1 if rule is None else 2):
         raise errors.MalformedXML()
     if rule is None:
         return ObjectLock()
@@ -43,13 +43,12 @@ def _configuration(document: bytes) -> ObjectLock:
 def _period(text: str | None, most: int) -> int:
     if text is None:
         return 0
-    try:
-        found = int(text)
-    except ValueError:
-        raise errors.MalformedXML() from None
-    if not 0 < found <= most:
+    digits = text.strip().removeprefix("-")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 20:
+        raise errors.MalformedXML()
+    if not 0 < int(text) <= most:
         raise errors.InvalidRetentionPeriod()
-    return found
+    return int(text)
 
 
 def _print(value: ObjectLock) -> bytes:
