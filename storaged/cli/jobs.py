@@ -1,4 +1,6 @@
-"""``storaged job``: long work of the cluster; the pause and pace of scrubs and of what moves data after a layout."""
+"""``storaged job``: long work of the cluster; the pause and pace of scrubs, of garbage collection, and of what moves
+data after a layout.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,19 @@ from storaged.cli.target import find_directory
 from storaged.errors import OperatorError
 from storaged.units import format_size, parse_size
 
-JOBS = ("partitions", "fragments", "scrub")
+JOBS = ("partitions", "fragments", "scrub", "collection")
+COUNTED = ("partitions", "collection")
+"""Jobs whose pace is no number of bytes."""
 NO_PACE = "none"
 
 
 @click.group()
 def job() -> None:
-    """Show long work; pause, resume and pace scrubs, and the moves of partitions and fragments.
+    """Show long work; pause, resume and pace scrubs, garbage collection, and the moves of partitions and fragments.
 
     After a layout that moves data, gateways move the replicas of partitions (job `partitions`), and storage nodes move
-    fragments (job `fragments`). Storage nodes also verify what they have (job `scrub`). The settings are the
-    cluster's: they hold on all nodes, and after restarts.
+    fragments (job `fragments`). Storage nodes also verify what they have (job `scrub`), and delete what is out of use
+    (job `collection`). The settings are the cluster's: they hold on all nodes, and after restarts.
     """
 
 
@@ -46,10 +50,12 @@ def job_list(named: str | None, as_json: bool) -> None:
 def describe(settings: dict[str, Any]) -> list[str]:
     """A line for each job that can be paused. ``settings``: as in the document of status."""
     partitions, fragments, scrub = settings["partitions"], settings["fragments"], settings["scrub"]
+    collection = settings["collection"]
     paces = {
         "partitions": f"{partitions['per_min']} exchanges of a replica a minute" if partitions["per_min"] else "",
         "fragments": f"{format_size(fragments['bytes_per_s'])}/s a storage node" if fragments["bytes_per_s"] else "",
         "scrub": f"{format_size(scrub['bytes_per_s'])}/s a storage node" if scrub["bytes_per_s"] else "",
+        "collection": f"{collection['per_s']} data ids a second a storage node" if collection["per_s"] else "",
     }
     return [
         f"{name}: {'paused' if settings[name]['paused'] else 'not paused'}; pace: {paces[name] or 'none is set'}"
@@ -76,11 +82,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The settings.")
 @_JSON
 @click.pass_obj
 def pause(named: str | None, name: str, as_json: bool) -> None:
-    """Begin no more of JOB: partitions, fragments or scrub. What has begun ends.
+    """Begin no more of JOB: partitions, fragments, scrub or collection. What has begun ends.
 
     Nothing is left in between, and lost fragments are rebuilt all the same. A scrub stops where it is, and goes on
-    there. A pause of partitions also holds up those
-    that leave a disk that is out, and those that `cluster recover` lets go on.
+    there. A pause of partitions also holds up those that leave a disk that is out, and those that `cluster recover`
+    lets go on. While collection is paused, disks get no room back from what is deleted.
     """
     _set(named, name, as_json, paused="true")
 
@@ -90,7 +96,7 @@ def pause(named: str | None, name: str, as_json: bool) -> None:
 @_JSON
 @click.pass_obj
 def resume(named: str | None, name: str, as_json: bool) -> None:
-    """Let JOB go on: partitions, fragments or scrub."""
+    """Let JOB go on: partitions, fragments, scrub or collection."""
     _set(named, name, as_json, paused="false")
 
 
@@ -100,16 +106,17 @@ def resume(named: str | None, name: str, as_json: bool) -> None:
 @_JSON
 @click.pass_obj
 def set_pace(named: str | None, name: str, pace: str, as_json: bool) -> None:
-    """Set how fast JOB works: partitions, fragments or scrub.
+    """Set how fast JOB works: partitions, fragments, scrub or collection.
 
     PACE is, for partitions, how many exchanges of a replica all gateways together begin in a minute, such as 30. For
-    fragments and scrub it is the bytes a second that each storage node moves or verifies, such as 20MiB. `none`: as
-    fast as disks and network allow; a scrub that starts by itself has a pace of its own then.
+    fragments and scrub it is the bytes a second that each storage node moves or verifies, such as 20MiB. For collection
+    it is how many data ids each storage node judges in a second, such as 500. `none`: as fast as disks and network
+    allow; a scrub that starts by itself has a pace of its own then.
     """
     try:
-        number = 0 if pace == NO_PACE else int(pace) if name == "partitions" else parse_size(pace)
+        number = 0 if pace == NO_PACE else int(pace) if name in COUNTED else parse_size(pace)
     except ValueError:
-        example = "a number such as 30" if name == "partitions" else "a size such as 20MiB"
+        example = "a number such as 30" if name in COUNTED else "a size such as 20MiB"
         raise OperatorError(f"{pace!r} is no pace of {name}: write {example}, or {NO_PACE}") from None
     if pace != NO_PACE and number < 1:
         raise OperatorError(f"a pace is 1 or more. To stop the job: storaged job pause {name}")

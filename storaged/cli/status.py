@@ -163,6 +163,10 @@ def _moving(found: dict[str, Any] | None, *, counted: bool) -> list[str]:
     if settings is not None and settings["known"]:
         paused = [name for name in ("partitions", "fragments") if settings[name]["paused"]]
         lines.extend(f"  moves of {name} are paused; let them go on: storaged job resume {name}" for name in paused)
+        if settings["collection"]["paused"]:
+            lines.append(
+                "  garbage collection is paused: deleted data takes room; let it go on: storaged job resume collection"
+            )
     return lines
 
 

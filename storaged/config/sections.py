@@ -126,7 +126,8 @@ class LimitsSection(msgspec.Struct, frozen=True):
     need less work, and more space. ``recode_delay_s``: how long a disk may be away before repair recodes blocks for the
     other disks; 0: as the layout says, which all nodes should do. ``drop_delay_s``: how long fragments that moved, or
     were coded again, stay in their old places for readers. ``retire_delay_s``: how long the data of what was deleted or
-    replaced stays, for reads that are under way. ``upload_expire_s``: an open multipart upload to which nothing was
+    replaced stays, for reads that are under way. ``read_hold_s``: how much longer it stays at most while a download of
+    it lasts; 0: not at all. ``upload_expire_s``: an open multipart upload to which nothing was
     added for so long is aborted; 0: never. ``lifecycle_day_s``: how long a day of lifecycle rules lasts, the same in
     all gateways; shorter ones are for tests alone, since objects expire early. ``lifecycle_per_s``: how many keys
     lifecycle looks at in a second, at most. ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used
@@ -145,6 +146,7 @@ class LimitsSection(msgspec.Struct, frozen=True):
     recode_delay_s: float = 0.0
     drop_delay_s: float = 3600.0
     retire_delay_s: float = 3600.0
+    read_hold_s: float = 86_400.0
     upload_expire_s: float = 30 * 86_400.0
     lifecycle_day_s: float = 86_400.0
     lifecycle_per_s: int = 100

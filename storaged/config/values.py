@@ -161,6 +161,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "recode_delay_s"): _zero_or_between(10, 30 * 86_400),
     ("limits", "drop_delay_s"): _between(10, 30 * 86_400),
     ("limits", "retire_delay_s"): _between(10, 30 * 86_400),
+    ("limits", "read_hold_s"): _between(0, 30 * 86_400),
     ("limits", "upload_expire_s"): _between(0, 3_650 * 86_400),
     ("limits", "expunge_delay_s"): _between(3_600, 365 * 86_400),
     ("limits", "lifecycle_day_s"): _between(1, 86_400),

@@ -24,6 +24,8 @@ from storaged.cluster.layout import Profile
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.deletion import delete_unneeded
+from storaged.maintain.disuse import Proof
 from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.mover import PARTS_A_FRAGMENT, Mover, headers_of
 from storaged.maintain.moves import (
@@ -91,23 +93,67 @@ class Discarder:
             return Judged(LATER, f"it can't be judged now: {error}")
 
     async def _discard(self, name: RegisterName, fragment: FragmentId, disk: str, parts: list[int]) -> Judged:
-        store = self._context.stores.store(disk)
+        use = _FalseFragment(self._context, self._mover, fragment, disk, parts)
+        self.deleted += await delete_unneeded(use.prove, use, {name: (fragment,)})
+        return use.judged
+
+
+class _FalseFragment:
+    """``deletion.Use`` of one fragment. The mark is its time; ``judged``: what became of it."""
+
+    def __init__(
+        self, context: MaintainContext, mover: Mover, fragment: FragmentId, disk: str, parts: list[int]
+    ) -> None:
+        self._context = context
+        self._mover = mover
+        self._disk = disk
+        self._store = context.stores.store(disk)
+        self._fragment = fragment
+        self._parts = parts
+        self._created_ms = 0
+        self._header: FragmentHeader | None = None
+        self.judged = Judged(MOVED)
+
+    async def mark(self, items: Sequence[FragmentId]) -> None:
         async with asyncio.timeout(self._context.limits.call_timeout_s):
-            (stat,), (header,) = await store.stat([fragment]), await store.headers([fragment])
-        if header is None:
-            return Judged(MOVED, "it is not there, or damaged")
+            (stat,), (self._header,) = await self._store.stat(items), await self._store.headers(items)
+        self._created_ms = stat.created_ms
+
+    def unmark(self, items: Sequence[FragmentId]) -> None:
+        pass
+
+    def wait(self, items: Sequence[FragmentId], reason: str) -> None:
+        """Only where there is nothing to delete."""
+        self.judged = Judged(MOVED, reason)
+
+    async def prove(self, names: Sequence[RegisterName]) -> dict[RegisterName, Proof | str]:
+        """By a round of this gateway's own. Raises as ``Registers.settle``."""
+        (name,) = names
+        if self._header is None:
+            return {name: "it is not there, or damaged"}
         value = await self._context.registers.settle(name)
         await self._mover.find_buckets({name.scope})
-        countries = self._mover.buckets.countries_of(name.scope)
-        entry = None
-        async for found in entries_of(self._context, name, value, on_unreadable=lambda _error: None):
-            parts.append(1)
-            if found.data_id == fragment.data_id:
-                entry = found
-        if entry is None:
+        entries = []
+        async for entry in entries_of(self._context, name, value, on_unreadable=lambda _error: None):
+            self._parts.append(1)
+            if entry.data_id == self._fragment.data_id:
+                entries.append(entry)
+        return {name: Proof(entries, value=value)}
+
+    async def compare(self, owner: RegisterName, items: Sequence[FragmentId], proof: Proof) -> Sequence[FragmentId]:
+        self.judged = await self._compared(owner, proof)
+        return items if self.judged.code == MOVED else ()
+
+    async def _compared(self, name: RegisterName, proof: Proof) -> Judged:
+        """MOVED: it may go."""
+        fragment, disk = self._fragment, self._disk
+        assert self._header is not None
+        if not proof.entries:
             return Judged(CHANGED, "the record does not have this data")
+        entry = proof.entries[-1]
         if entry.small or entry.inline:
             return Judged(REFUSED, "what lies beside its record is not in the way of repair")
+        countries = self._mover.buckets.countries_of(name.scope)
         places = blocks_of(entry, name.partition, self._context.layouts, countries)
         old = next((where for where in places if where.block == fragment.block), None)
         if old is None:
@@ -117,17 +163,21 @@ class Discarder:
         survivors = agreed(self._context.layouts.current, old, headers_of(old, others))
         if survivors is None or (name.table == Table.OBJECT and survivors.owner != name.pack()):
             return Judged(LATER, "too few other fragments of its block agree")
-        if await self._is_right(old, fragment, header, survivors):
+        if await self._is_right(old, fragment, self._header, survivors):
             return Judged(REFUSED, "it is what the survivors of its block say")
         in_place = fragment == old.fragment(fragment.position) and old.disks[fragment.position] == disk
         if in_place and not are_alone(old, survivors.positions):
             return Judged(LATER, "the block may as well be what this fragment is of")
-        async with asyncio.timeout(self._context.limits.call_timeout_s):
-            self.deleted += await store.delete([fragment], created_ms=[stat.created_ms])
-        self._context.log(
-            f"fragment {fragment.position} of block {fragment.block} on disk {disk} was not its block's own"
-        )
         return Judged(MOVED)
+
+    async def delete_unchanged(self, items: Sequence[FragmentId]) -> int:
+        async with asyncio.timeout(self._context.limits.call_timeout_s):
+            deleted = await self._store.delete(items, created_ms=[self._created_ms])
+        self._context.log(
+            f"fragment {self._fragment.position} of block {self._fragment.block} on disk {self._disk} was not its"
+            " block's own"
+        )
+        return deleted
 
     async def _is_right(self, old: BlockPlace, fragment: FragmentId, header: FragmentHeader, survivors: Agreed) -> bool:
         profile = Profile(fragment.k, fragment.m)

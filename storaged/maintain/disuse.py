@@ -58,6 +58,7 @@ from storaged.objects.write.uploads import COMPLETING, OPEN, decode_upload, livi
 T = TypeVar("T")
 
 LOOKS_CONCURRENT_MAX = 64
+READS_CONCURRENT_MAX = 128
 STRAGGLERS_S = (0.05, 0.5)
 """A round is committed when a majority has it on disk. So long the others are given before each further look."""
 
@@ -105,6 +106,13 @@ class Judge:
         self._gone.add(scope)
         return True
 
+    async def is_surely_gone(self, scope: bytes) -> bool:
+        """As ``is_gone``; False when that is not known now."""
+        try:
+            return await self.is_gone(scope)
+        except PAST:
+            return False
+
     async def countries_of(self, scope: bytes) -> tuple[str, ...]:
         """Raises as ``Buckets.countries_of``, ServiceUnavailable."""
         if scope not in self.buckets.by_id:
@@ -113,10 +121,21 @@ class Judge:
 
     # --- settled reads ------------------------------------------------------------------------------------------------
 
-    async def references(self, owner: RegisterName) -> set[bytes]:
-        """The data that the owner's settled record refers to. Raises as ``Registers.read``, DataDamaged."""
-        value = (await self._context.registers.read(owner)).value
-        return {entry.data_id async for entry in entries_of(self._context, owner, value)}
+    async def read(self, owners: Sequence[RegisterName]) -> dict[RegisterName, Proof | str]:
+        """By a settled read of each, which suffices for replaced data. In place of a proof: why there is none now."""
+        found: dict[RegisterName, Proof | str] = {}
+
+        async def one(owner: RegisterName) -> Proof:
+            try:
+                value = (await self._context.registers.read(owner)).value
+                return Proof([entry async for entry in entries_of(self._context, owner, value)], value=value)
+            except PAST:
+                if await self.is_surely_gone(owner.scope):
+                    return Proof(gone=True)
+                raise
+
+        found |= await self._of_each(owners, one, found, READS_CONCURRENT_MAX)
+        return found
 
     async def upload_state(self, owner: RegisterName, upload_id: bytes) -> str:
         """Of an upload of the owner's key; empty when there is none. Raises as ``Registers.read``, DataDamaged."""
@@ -160,6 +179,7 @@ class Judge:
         owners: Iterable[RegisterName],
         work: Callable[[RegisterName], Awaitable[T]],
         failed: dict[RegisterName, Proof | str],
+        concurrent_max: int = LOOKS_CONCURRENT_MAX,
     ) -> dict[RegisterName, T]:
         """What ``work`` returns for each; those for which it raises go into ``failed`` with the reason."""
         found: dict[RegisterName, T] = {}
@@ -172,7 +192,7 @@ class Judge:
             except _Gone:
                 failed[owner] = Proof(gone=True)
 
-        await concurrently((one(owner) for owner in owners if owner not in failed), LOOKS_CONCURRENT_MAX)
+        await concurrently((one(owner) for owner in owners if owner not in failed), concurrent_max)
         return found
 
     async def _first_look(self, owner: RegisterName) -> Look:

@@ -34,13 +34,17 @@ For pages with an owner the age only spares work: younger pages are not looked a
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
 from storaged.errors import DataDamaged, StoragedError
 from storaged.maintain.asks import NAMES_A_SETTLE
+from storaged.maintain.collection_pace import CollectionPace
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.deletion import delete_unneeded
 from storaged.maintain.disuse import Judge, Proof
+from storaged.maintain.holds import Holds
 from storaged.maintain.walk import row_slices
 from storaged.meta.names import RegisterName, Table, Value, object_of_upload
 from storaged.meta.ports import Pages
@@ -61,8 +65,12 @@ _Condemned = dict[RegisterName | None, _Pages]
 class PageSweep:
     """Sweeps this node's disks. ``run`` is its task."""
 
-    def __init__(self, context: MaintainContext) -> None:
+    def __init__(
+        self, context: MaintainContext, holds: Holds | None = None, pace: CollectionPace | None = None
+    ) -> None:
         self._context = context
+        self._pace = pace if pace is not None else CollectionPace(context)
+        self._holds = holds if holds is not None else Holds(context.clock, context.limits.read_hold_s)
         self._judge = Judge(context)
         self.deleted = 0
 
@@ -180,43 +188,70 @@ class PageSweep:
 
     async def _delete(self, disk: str, store: MetaStore, condemned: _Condemned) -> None:
         """Raises RowDamaged, StoragedError."""
+        condemned = {owner: self._not_held(pages) for owner, pages in condemned.items()}
         ownerless = condemned.pop(None, {})
         await self._find_owners(store, ownerless)
-        await self._delete_some(store, list(ownerless.items()))
-        waiting: dict[str, int] = {}
-        owners = [owner for owner in condemned if owner is not None]
+        self.deleted += await _delete_pages(store, list(ownerless.items()))
+        waiting: Counter[str] = Counter()
+        owners = [owner for owner, pages in condemned.items() if owner is not None and pages]
         for start in range(0, len(owners), NAMES_A_SETTLE):
-            doomed: list[tuple[bytes, int]] = []
-            for owner, proof in (await self._judge.prove(owners[start : start + NAMES_A_SETTLE])).items():
-                pages = condemned[owner]
-                reason = proof if isinstance(proof, str) else await self._why_kept(proof, owner, pages)
-                if reason:
-                    waiting[reason] = waiting.get(reason, 0) + len(pages)
-                else:
-                    doomed += pages.items()
-            await self._delete_some(store, doomed)
+            await self._pace.spend(sum(len(condemned[owner]) for owner in owners[start : start + NAMES_A_SETTLE]))
+            found = {owner: list(condemned[owner].items()) for owner in owners[start : start + NAMES_A_SETTLE]}
+            self.deleted += await delete_unneeded(
+                self._judge.prove, _OldPages(self._context.pages, store, waiting), found
+            )
         if waiting:
-            most = max(waiting, key=waiting.__getitem__)
-            self._give_up(disk, f"{sum(waiting.values())} wait: {most}")
+            reason, _ = waiting.most_common(1)[0]
+            self._give_up(disk, f"{waiting.total()} wait: {reason}")
 
-    async def _delete_some(self, store: MetaStore, pages: Sequence[tuple[bytes, int]]) -> None:
-        for start in range(0, len(pages), PAGES_A_SLICE):
-            some = pages[start : start + PAGES_A_SLICE]
-            self.deleted += await store.health.unless_hung(store.delete_pages(some))
+    def _not_held(self, pages: _Pages) -> _Pages:
+        """Those that no download needs."""
+        return {page: created_ms for page, created_ms in pages.items() if not self._holds.keeps(page)}
 
-    async def _why_kept(self, proof: Proof, owner: RegisterName, pages: _Pages) -> str:
-        """Takes out of ``pages`` what the record needs. Returns why the others have to wait; empty: they need not."""
+
+_Page = tuple[bytes, int]
+"""(hash, created ms when it was condemned)."""
+
+
+class _OldPages:
+    """``deletion.Use`` of pages with an owner. The mark is the time of each, from when it was condemned."""
+
+    def __init__(self, pages: Pages, store: MetaStore, waiting: Counter[str]) -> None:
+        self._pages = pages
+        self._store = store
+        self._waiting = waiting
+
+    async def mark(self, items: Sequence[_Page]) -> None:
+        pass
+
+    def unmark(self, items: Sequence[_Page]) -> None:
+        pass
+
+    def wait(self, items: Sequence[_Page], reason: str) -> None:
+        self._waiting[reason] += len(items)
+
+    async def compare(self, owner: RegisterName, items: Sequence[_Page], proof: Proof) -> Sequence[_Page]:
         if proof.gone:
-            return ""
+            return items
         if proof.uploads:
-            return "an upload of the key is open"
+            self.wait(items, "an upload of the key is open")
+            return ()
         try:
-            named = await _pages_of(self._context.pages, proof.value, owner)
+            named = await _pages_of(self._pages, proof.value, owner)
         except DataDamaged as error:
-            return error.message
-        for page in named:
-            pages.pop(page, None)
-        return ""
+            self.wait(items, error.message)
+            return ()
+        return [page for page in items if page[0] not in named]
+
+    async def delete_unchanged(self, items: Sequence[_Page]) -> int:
+        return await _delete_pages(self._store, items)
+
+
+async def _delete_pages(store: MetaStore, pages: Sequence[_Page]) -> int:
+    deleted = 0
+    for start in range(0, len(pages), PAGES_A_SLICE):
+        deleted += await store.health.unless_hung(store.delete_pages(pages[start : start + PAGES_A_SLICE]))
+    return deleted
 
 
 async def _set_owner(store: MetaStore, page: bytes, created_ms: int, owner: RegisterName) -> None:

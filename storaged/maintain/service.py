@@ -2,6 +2,7 @@
 
 maintain.status   counts, jobs, and whether the counts are those of the disks as they are now
 maintain.scrub    begins a scrub
+maintain.hold     keeps for a moment what these downloads read (``holds``)
 maintain.hint     looks at these registers soon, and compares the fragments of these blocks
 maintain.behind   brings these registers of this node's disks up (``pull``)
 maintain.asks     what this node asks of gateways (``asks``)
@@ -11,7 +12,8 @@ maintain.wake     begins a walk: a node has started, and may have been away unno
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
 from storaged.cluster.rpc.authority import grant
@@ -20,6 +22,7 @@ from storaged.fragments.ports import FragmentId
 from storaged.maintain.check import Check
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.gc import Collector
+from storaged.maintain.holds import KEY_BYTES_MAX, KEYS_A_CALL, RENEW_S, Hold, Holds
 from storaged.maintain.job import JobReport
 from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.pull import Pull
@@ -102,8 +105,9 @@ class Maintenance:
         self.check.walker.bring_up = self.pull.bring_up
         self.repair = Repair(context, self.check)
         self.scrub = Scrub(context, self.hint, self.check.request_walk)
-        self.collector = Collector(context)
-        self.page_sweep = PageSweep(context)
+        self.holds = Holds(context.clock, context.limits.read_hold_s)
+        self.collector = Collector(context, holds=self.holds)
+        self.page_sweep = PageSweep(context, self.holds, self.collector.pace)
         self._seen = (frozenset[str](), frozenset[str]())
         """The usable disks when that was looked at last."""
         self._places = self._walked_places = (0, 0)
@@ -262,14 +266,20 @@ class Maintenance:
         )
 
     def _collection(self) -> list[JobReport]:
-        """As a job, when data waits to be collected."""
-        waiting = self.collector.waiting()
-        if not waiting:
+        """As a job, when data waits to be collected, or collection is paused."""
+        waiting, pace, details = self.collector.waiting(), self.collector.pace, list[str]()
+        if waiting:
+            reason, count = waiting.most_common(1)[0]
+            details.append(
+                f"{waiting.total()} data ids on garbage lists can't be deleted yet; {count} of them: {reason}"
+            )
+        if pace.paused and self._context.settings().revision >= 0:
+            details.insert(0, "deleted data stays, and takes room; to go on: storaged job resume collection")
+        if not details:
             return []
-        reason, count = waiting.most_common(1)[0]
-        total = waiting.total()
-        detail = f"{total} data ids on garbage lists can't be deleted yet; {count} of them: {reason}"
-        return [JobReport("collection", self._context.node, "waiting", 0, 0, "", None, detail)]
+        state = "paused" if pace.paused else "waiting"
+        rate = f"at most {pace.per_s}/s" if pace.per_s else ""
+        return [JobReport("collection", self._context.node, state, 0, 0, rate, None, "; ".join(details))]
 
     def _undecided(self) -> list[JobReport]:
         """As a job, when sound fragments differ and repair can't tell which of them is false."""
@@ -305,6 +315,12 @@ class Maintenance:
                 self.repair.hint_mismatch(owner, fragment)
             return Done()
 
+        async def hold(request: Hold, _call: Call) -> Done:
+            if len(request.keys) > KEYS_A_CALL or not all(0 < len(key) <= KEY_BYTES_MAX for key in request.keys):
+                raise PeerRefused("what is to be held can't be names of data", remote_code="BAD_REQUEST")
+            self.holds.hold(request.keys)
+            return Done()
+
         async def wake(_request: Ask, _call: Call) -> Done:
             self.check.request_walk()
             return Done()
@@ -313,6 +329,7 @@ class Maintenance:
             "maintain.status": Method(Ask, status),
             "maintain.scrub": Method(Ask, scrub),
             "maintain.hint": Method(Ask, hint),
+            "maintain.hold": Method(Hold, hold),
             "maintain.wake": Method(Ask, wake),
         }
         return {**grant(methods), **self._context.asks.methods(), **self.pull.methods()}
@@ -383,6 +400,23 @@ class MaintainClient:
                     await self._send_all()
                 finally:
                     self._sending = False
+
+    async def run_holds(self, keys_of: Callable[[], Sequence[bytes]]) -> None:
+        """Has all storage nodes hold what long downloads of this process read, for ever. Most of the time that is
+        nothing, and no message is sent.
+        """
+        while True:
+            await asyncio.sleep(RENEW_S)
+            keys = keys_of()
+            for start in range(0, len(keys), KEYS_A_CALL):
+                await self._hold(Hold(tuple(keys[start : start + KEYS_A_CALL])))
+
+    async def _hold(self, request: Hold) -> None:
+        async def ask(node: str) -> None:
+            with contextlib.suppress(PeerError):
+                await self._caller.call(node, "maintain.hold", request, Done, timeout_s=RENEW_S)
+
+        await asyncio.gather(*map(ask, self._nodes()))
 
     async def _send_all(self) -> None:
         hints, self._hints = self._hints, {}

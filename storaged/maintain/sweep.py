@@ -10,11 +10,11 @@ when it is replaced. The full sweep of each week finds what a gateway that died 
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 from storaged.errors import StoragedError
 from storaged.fragments.ports import RETIREMENTS_MAX, FragmentHeader, FragmentId, NearStore, Retirement
+from storaged.maintain.collection_pace import CollectionPace
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.directory import Buckets
 from storaged.maintain.walk import entries_of, is_claimed, upload_rows
@@ -43,9 +43,10 @@ def owner_of(packed: bytes) -> RegisterName:
 class Sweep:
     """Sweeps this node's disks. ``orphans``: fragments found since the start."""
 
-    def __init__(self, context: MaintainContext, buckets: Buckets) -> None:
+    def __init__(self, context: MaintainContext, buckets: Buckets, pace: CollectionPace) -> None:
         self._context = context
         self._buckets = buckets
+        self._pace = pace
         self.orphans = 0
         self._wanted: frozenset[bytes] = frozenset()
         """Data ids of the page that is looked at."""
@@ -75,6 +76,7 @@ class Sweep:
             since, full_s = 0, now_s
         page, after = await store.aged(b"", SWEEP_PAGE, since, oldest)
         while after:
+            await self._pace.spend(len(page))
             self._wanted, self._read = frozenset(header.id[:16] for header in page), {}
             found: dict[bytes, Retirement] = {}
             for header in page:
@@ -90,7 +92,6 @@ class Sweep:
             entries = list(found.values())
             for start in range(0, len(entries), RETIREMENTS_MAX):
                 await store.retire(entries[start : start + RETIREMENTS_MAX])
-            await asyncio.sleep(0)
             page, after = await store.aged(after, SWEEP_PAGE, since, oldest)
         if not failures:
             self._judged[disk] = oldest, full_s

@@ -234,6 +234,7 @@ class Gateway:
         found.append(self.quotas.run())
         found.append(self.events.run())
         found.append(self.lifecycle.keep_notes())
+        found.append(self._node.maintain.run_holds(self.objects.plane.long_reads.keys))
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets, on_ends=self._ends_seen))
             found.append(look_at_records(self.buckets, self.users))

@@ -331,7 +331,9 @@ class NodePlanes:
             audit_alarms=self.auditing.alarms,
             on_refusal=self._refused,
             limits=MaintainLimits(
-                recode_delay_s=self.config.limits.recode_delay_s, drop_delay_s=self.config.limits.drop_delay_s
+                recode_delay_s=self.config.limits.recode_delay_s,
+                drop_delay_s=self.config.limits.drop_delay_s,
+                read_hold_s=self.config.limits.read_hold_s,
             ),
             log=structlog.get_logger("maintain").info,
         )

@@ -33,11 +33,15 @@ from storaged.objects.configuration.kinds import VERSIONING
 from storaged.objects.garbage import Garbage
 from storaged.objects.hedge_delay import HedgeDelay
 from storaged.objects.lifecycle.notes import Notes
+from storaged.objects.long_reads import LongReads
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
 from storaged.objects.room import Room
 from storaged.sov1 import TAG_BYTES
 from storaged.units import KIB, MIB
+
+LONG_READ_PART = 4
+"""A download is long after this part of the delay for readers (``long_reads``)."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -174,6 +178,7 @@ class ObjectPlane:
         self.garbage = Garbage(self.stores, self.background, self.limits.write_timeout_s)
         self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
+        self.long_reads = LongReads(self.clock, self.limits.retire_delay_ms / 1000 / LONG_READ_PART)
         self.hedge = HedgeDelay(self.limits.hedge_floor_s)
         self._copy_plans: dict[tuple[bytes, int], place.CopyPlan] = {}
         """Of the layout and the steps of partitions below."""

@@ -615,7 +615,8 @@ class Gateway:
         self.discarder = Discarder(context, self.mover)
         handlers = {"settle": settle_handler(self.ring), "move": self.mover.answer, "discard": self.discarder.answer}
         self.answers = Answers(caller, self.layouts, handlers, cluster.log.append)
-        work = (self.maintain.run(), self.keeper.run(), self.answers.run())
+        holds = self.maintain.run_holds(self.plane.long_reads.keys)
+        work = (self.maintain.run(), self.keeper.run(), holds, self.answers.run())
         self._tasks = [loop.create_task(task) for task in work]
 
     async def stop_answering(self) -> None:

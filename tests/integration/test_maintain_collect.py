@@ -20,7 +20,7 @@ import pytest
 from storaged.cluster.move_settings import MoveSettings
 from storaged.errors import DiskUnusable, NoSuchKey, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, Health, Retirement
-from storaged.maintain import disuse
+from storaged.maintain import disuse, garbage_page
 from storaged.maintain import gc as collect_module
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.gc import RESTS_A_KEY, Collector
@@ -191,7 +191,7 @@ def test_a_hot_key_with_open_uploads_keeps_no_garbage(monkeypatch: pytest.Monkey
 
 
 def test_a_key_with_very_many_open_uploads_takes_no_more_than_its_share_of_rests() -> None:
-    context: Any = SimpleNamespace()
+    context: Any = SimpleNamespace(clock=None, limits=MaintainLimits())
     judge: Any = SimpleNamespace(buckets=None)
     collector = Collector(context, judge)
     for number in range(10 * RESTS_A_KEY):
@@ -285,7 +285,7 @@ def neighbours(bucket: BucketRecord, key: bytes, count: int) -> list[bytes]:
 
 
 def test_what_is_more_than_fits_one_deletion_is_deleted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect_module, "DELETIONS_A_CALL", 2)
+    monkeypatch.setattr(garbage_page, "DELETIONS_A_CALL", 2)
     deletes: list[int] = []
     delete = MemoryFragmentStore.delete
 
@@ -908,6 +908,55 @@ def test_a_sweep_judges_what_became_old_since_the_last_one_and_everything_once_a
         await cluster.leap(FULL_S)
         assert await sweep(cluster) == 0
         assert set(judged[second:]) == set(judged[:second])
+
+    run(scenario)
+
+
+# --- pause and pace
+
+
+def test_collection_stops_while_it_is_paused_and_goes_on_at_the_pace_that_is_set() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(40):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(SMALL))
+            await cluster.objects.delete(bucket, b"k%d" % index)
+        await cluster.leap(RETIRE_S + 10)
+        node = cluster.nodes["na"]
+        collector, context = node.maintenance.collector, node.maintenance.collector._context
+        before = len(await cluster.fragments())
+        settings = MoveSettings(revision=1, collection_paused=True)
+        context.settings = lambda: settings
+        task = asyncio.get_running_loop().create_task(collector.collect_due())
+        await cluster.pass_s(1000)
+        assert (task.done(), len(await cluster.fragments())) == (False, before)
+        [job] = [job for job in node.maintenance.status().jobs if job.name == "collection"]
+        assert (job.state, "storaged job resume collection" in job.detail) == ("paused", True)
+        settings = MoveSettings(revision=2, collection_per_s=1)
+        await cluster.pass_s(20)
+        assert len(await cluster.fragments()) > before - 30
+        await cluster.pass_s(100)
+        assert task.done()
+        assert task.result() == before - len(await cluster.fragments()) > 0
+        assert not [job for job in node.maintenance.status().jobs if job.name == "collection"]
+
+    run(scenario, limits=MaintainLimits(collect_batch=4))
+
+
+def test_the_sweeps_are_paused_with_the_garbage_lists() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        await cluster.leap(ORPHAN_S + 10)
+        node = cluster.nodes["na"]
+        settings = MoveSettings(collection_paused=True)
+        node.maintenance.collector._context.settings = lambda: settings
+        sweep = asyncio.get_running_loop().create_task(node.maintenance.collector.sweep())
+        await cluster.pass_s(100)
+        assert not sweep.done()
+        settings = MoveSettings()
+        await cluster.pass_s(100)
+        assert sweep.done()
 
     run(scenario)
 

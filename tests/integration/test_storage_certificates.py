@@ -22,6 +22,7 @@ from storaged.fragments import messages as of_fragments
 from storaged.fragments.ports import FragmentId, Retirement
 from storaged.hashes import fragment_hash
 from storaged.maintain.asks import SETTLED, Answered, SettledNames, TakeAsks
+from storaged.maintain.holds import Hold
 from storaged.maintain.pull import Behind
 from storaged.maintain.service import Ask
 from storaged.meta import messages
@@ -227,6 +228,7 @@ DRIVERS: dict[str, Driver] = {
     "maintain.status": lambda thief: _of(Ask()),
     "maintain.scrub": lambda thief: _of(Ask()),
     "maintain.hint": hint,
+    "maintain.hold": lambda thief: _of(Hold((thief.random.randbytes(16),))),
     "maintain.asks": take,
     "maintain.behind": lambda thief: _of(Behind((thief.slot().name.pack(),))),
     "maintain.wake": lambda thief: _of(Ask()),

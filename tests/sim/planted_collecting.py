@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tests.sim.planted import Planted
 
-_GC = "storaged/maintain/gc.py"
+_GC = "storaged/maintain/garbage_page.py"
 _LOOKS = "storaged/meta/consensus/looks.py"
 _CONDEMNED = "tests/doubles/fragments.py"
 _PLAY = "collecting"
@@ -27,9 +27,9 @@ COLLECTOR_BUGS = (
         "data is condemned after the looks",
         200,
         _PLAY,
-        _GC,
-        "            proofs = await self._judge.prove(list(by_owner))\n",
-        "            proofs = await self._judge.prove(list(by_owner))\n            self._store.condemn(data_ids)\n",
+        "storaged/maintain/deletion.py",
+        "        proofs = await prove(list(found))\n",
+        "        proofs = await prove(list(found))\n        await use.mark(everything)\n",
         tests="tests/integration/test_maintain_collect.py::test_what_is_wanted_after_the_collector_looked_is_not_deleted",
         why="A writer's promise and its sync have to come between the round and the second look, which is some ms.",
     ),
@@ -54,8 +54,8 @@ COLLECTOR_BUGS = (
         100,
         _PLAY,
         _GC,
-        "elif garbage.entry.origin == REPLACED:",
-        "elif garbage.entry.origin in (b'', REPLACED):",
+        "if garbage.entry.origin == REPLACED else",
+        "if garbage.entry.origin in (b'', REPLACED) else",
     ),
     Planted(
         "references_not_looked_at",
@@ -64,7 +64,7 @@ COLLECTOR_BUGS = (
         _PLAY,
         _GC,
         "        elif any(entry.data_id == garbage.data_id for entry in proof.entries):\n"
-        "            await self._delete_unclaimed(garbage, proof)\n",
+        "            return await self._page.without_claimed(garbage, proof)\n",
         "",
         fast=True,
     ),

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from storaged.cli import jobs
 from storaged.cluster.move_settings import (
+    COLLECTION,
     FRAGMENTS,
     PARTITIONS,
     SCRUB,
@@ -42,6 +43,12 @@ def test_a_change_leaves_the_other_job_as_it_is() -> None:
     assert document(fourth)["scrub"] == {"paused": True, "bytes_per_s": 5 << 20}
     assert is_paused(fourth, SCRUB)
     assert document(fourth)["fragments"] == document(third)["fragments"]
+    fifth = changed(changed(fourth, COLLECTION, 9, paused=True, pace=None), COLLECTION, 10, paused=None, pace=500)
+    assert document(fifth)["collection"] == {"paused": True, "per_s": 500}
+    assert is_paused(fifth, COLLECTION)
+    assert document(fifth)["scrub"] == document(fourth)["scrub"]
+    with pytest.raises(InvalidArgument, match="a pace of collection is from 1 to 1000000"):
+        changed(fifth, COLLECTION, 11, paused=None, pace=1_000_001)
     with pytest.raises(InvalidArgument, match="there is no job 'repair' that can be paused"):
         changed(first, "repair", 5, paused=True, pace=None)
     for pace in (-1, 1 << 60):
@@ -65,6 +72,10 @@ def test_every_field_is_signed_for_one_cluster() -> None:
     for field, value in (("scrub_paused", True), ("scrub_bytes_per_s", 1)):
         signed.add(signed_bytes("c", replace(settings, **{field: value})))
     assert len(signed) == 10
+    for field, value in (("collection_paused", True), ("collection_per_s", 1)):
+        signed.add(signed_bytes("c", replace(settings, **{field: value})))
+        signed.add(signed_bytes("c", replace(settings, scrub_paused=True, **{field: value})))
+    assert len(signed) == 14
     assert signed_bytes("c", replace(settings, signature=b"other")) in signed
 
 
@@ -72,6 +83,7 @@ def test_what_was_not_read_yet_counts_as_paused() -> None:
     assert is_paused(UNKNOWN, PARTITIONS)
     assert is_paused(UNKNOWN, FRAGMENTS)
     assert is_paused(UNKNOWN, SCRUB)
+    assert is_paused(UNKNOWN, COLLECTION)
     assert not document(UNKNOWN)["known"]
     assert document(MoveSettings())["known"]
 

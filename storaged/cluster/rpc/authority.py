@@ -111,6 +111,7 @@ METHODS: Final[Mapping[str, Grant]] = {
         "a node reports damage to the node that repairs it",
         "makes another node check any object",
     ),
+    "maintain.hold": Grant(GATEWAY, STORAGE, "a download that lasts long keeps what it reads from being collected"),
     "maintain.behind": Grant(
         STORAGE,
         STORAGE,

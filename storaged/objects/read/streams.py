@@ -101,6 +101,7 @@ class VerifiedStream:
         self._pieces: list[_Piece] = []
         self._transfer = Transfer(plane.get_buffers)
         self._transfer.__enter__()
+        plane.long_reads.began(self, found.opened.version)
         self._closed = False
         self._as_copy_source = as_copy_source
 
@@ -164,7 +165,8 @@ class VerifiedStream:
         kept_s = self._plane.limits.retire_delay_ms // 1000
         return ServiceUnavailable(
             f"The object was replaced or deleted while it was read. Its data stays for {kept_s} s after that"
-            " (limits.retire_delay_s)."
+            " (limits.retire_delay_s), and longer while it is read, as far as limits.read_hold_s and the disks' room"
+            " allow."
         )
 
     async def close(self) -> None:
@@ -173,6 +175,7 @@ class VerifiedStream:
             return
         self._closed = True
         self._transfer.__exit__()
+        self._plane.long_reads.ended(self)
         pieces, self._pieces = self._pieces, []
         await cancel_all([piece.done for piece in pieces if piece.done is not None])
         for piece in pieces:
