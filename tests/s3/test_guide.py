@@ -194,7 +194,7 @@ def start_gateway(reader: Reader) -> None:
 
 def go_on(reader: Reader) -> None:
     assert "paused" in reader.printed, reader.printed
-    for command in ("pace partitions none", "pace fragments none", "resume partitions"):
+    for command in ("pace partitions none", "pace fragments none", "pace collection none", "resume partitions"):
         reader.run(reader.localized(f"storaged --dir /var/lib/storaged/gateway job {command}", GATEWAY), GATEWAY)
 
 
@@ -219,6 +219,7 @@ ADD_A_SERVER = (
     Line("storaged job pace partitions 30", GATEWAY),
     Line("storaged job pace fragments 20MiB", GATEWAY),
     Line("storaged job pause partitions", GATEWAY),
+    Line("storaged job pace collection 500", GATEWAY),
     Line("storaged job list", GATEWAY, go_on),
     Line("storaged cluster abort authority --dry-run", ADMIN),
     Line("storaged cluster abort authority", ADMIN, take_back_twice),
