@@ -114,13 +114,21 @@ class NodeFacts:
 @dataclass(frozen=True)
 class RepairWaits:
     """Why repair can do nothing more now. ``recode_in_s`` is None when nothing will be recoded while ``disks`` are
-    away. ``gateway``: why no gateway changes records for repair.
+    away. ``gateway``: why no gateway changes records for repair. ``unrepaired``: other reasons why objects below target
+    are not repaired now, and how many have each.
     """
 
     disks: tuple[str, ...]
     recode_in_s: float | None
     recode_delay_s: float
     gateway: str = ""
+    unrepaired: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """All of it as sentences."""
+        first = [str(self)] if str(self) else []
+        return first + [f"not repaired: {_objects(count)}: {reason}" for reason, count in self.unrepaired]
 
     def __str__(self) -> str:
         if self.gateway:
@@ -399,9 +407,8 @@ def _object_problems(durability: Durability, now_ms: int) -> Iterable[dict[str, 
     if durability.waits is not None and durability.waits.gateway:
         yield problem(RepairWaitsForGateway, "repair", now_ms, durability.waits.gateway)
     if durability.objects_below_target:
-        yield problem(
-            ObjectsBelowTarget, _objects(durability.objects_below_target), now_ms, str(durability.waits or "")
-        )
+        detail = "; ".join(durability.waits.lines) if durability.waits is not None else ""
+        yield problem(ObjectsBelowTarget, _objects(durability.objects_below_target), now_ms, detail)
 
 
 def _objects(count: int) -> str:

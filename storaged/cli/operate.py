@@ -177,10 +177,17 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
             click.echo(f"{outdated} objects and parts get the new profile")
         if moved := found["objects_misplaced"] - outdated:
             click.echo(f"{moved} objects and parts move to where the layout wants them")
-        if found["objects_below_target"] and found["waits"]["reason"]:
-            setting = "" if found["waits"]["gateway"] else " (set by: storaged cluster sparing)"
-            click.echo(f"{found['waits']['reason']}{setting}")
+        if found["objects_below_target"]:
+            _print_waits(found["waits"])
     sys.exit(int(bool(found["objects_below_target"]) or not found["objects_counted"]))
+
+
+def _print_waits(waits: dict[str, Any]) -> None:
+    """Why objects below target are not repaired now."""
+    if waits["reason"]:
+        click.echo(waits["reason"] + ("" if waits["gateway"] else " (set by: storaged cluster sparing)"))
+    for one in waits["unrepaired"]:
+        click.echo(f"{one['objects']} not repaired: {one['reason']}")
 
 
 @click.command()

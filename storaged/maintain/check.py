@@ -3,6 +3,10 @@
 A full walk happens at the start, whenever a disk comes or goes, and from time to time. Between walks hints name single
 registers: a read that found damage, a write that had to leave out disks, a scrub. A walk that was not complete, because
 a disk or a majority did not answer, is begun again after a pause that doubles.
+
+A finding says what the disks were when it was judged (``health.Finding``). They may have been so for a moment only: a
+node missed some heartbeats, a call broke off, a disk was left out for being slow. No walk begins for that. So what
+repair does not try is judged again when the disks are not as they were then (``_look_again``).
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ class Check:
         self._walk_at = NOW
         self._walk_pause_s = 0.0
         self._verify_at, self._verify_pause_s = NOW, 0.0
+        self._again_at, self._again_pause_s = NOW, 0.0
 
     # --- requests and state -------------------------------------------------------------------------------------------
 
@@ -77,9 +82,17 @@ class Check:
         return bool(self._hints)
 
     @property
+    def looks_again(self) -> bool:
+        """Something is being judged again, since the disks are not as they were."""
+        return self._again_pause_s > 0
+
+    @property
     def busy(self) -> bool:
-        """Something that changes the queue is being done, or waits to be done."""
-        return self.job.state == "running" or not self.current or self.has_hints
+        """Something that changes the queue is being done, or waits to be done. What is judged again and again in vain
+        does not count.
+        """
+        again = self.looks_again and self._again_pause_s < self._context.limits.walk_retry_max_s
+        return self.job.state == "running" or not self.current or self.has_hints or again
 
     @property
     def walk_due(self) -> bool:
@@ -94,6 +107,7 @@ class Check:
             await self._walk()
         await self._verify_buckets_again()
         await self._look_at_hints()
+        await self._look_again()
 
     # --- walks --------------------------------------------------------------------------------------------------------
 
@@ -117,6 +131,7 @@ class Check:
             self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, NOW
             self.judged = self.walker.judged - judged
             self.job.finish("done", f"{self.walker.settled - settled} registers settled")
+            self._note_judged()
             return
         limits = self._context.limits
         self._walk_pause_s = min(max(2 * self._walk_pause_s, 2 * limits.poll_s), limits.walk_retry_max_s)
@@ -186,16 +201,51 @@ class Check:
             del self._hints[packed]
         names = [name for name in map(RegisterName.unpack, hints) if self._context.leads(name.partition)]
         if any(name.table != Table.SYSTEM and name.scope not in self.walker.buckets.by_id for name in names):
-            await self.walker.buckets.refresh(self._context)
+            try:
+                await self.walker.buckets.refresh(self._context)
+            except StoragedError as error:  # what is not known of a bucket can't be judged
+                self._leave_to_walk(f"hints about buckets that are not known here: {error}")
         await concurrently(map(self._look_at_hint, names), min(self._context.limits.hints_concurrent_max, len(names)))
 
     async def _look_at_hint(self, name: RegisterName) -> None:
         try:
             await self._look_at(name)
         except REFUSALS as error:
-            self._context.log(f"a hint about {name.key[:80]!r} is left to the next check: {error}")
-            if self.current:
-                self._walk_again_in(self._context.limits.walk_retry_max_s)
+            self._leave_to_walk(f"a hint about {name.key[:80]!r}: {error}")
+
+    def _leave_to_walk(self, what: str) -> None:
+        self._context.log(f"left to the next check: {what}")
+        if self.current:
+            self._walk_again_in(self._context.limits.walk_retry_max_s)
+
+    async def _look_again(self) -> None:
+        """Judges again what was judged by other disks than those that can be used now, some at a time. The pause after
+        that doubles while it is in vain.
+        """
+        now, limits = self._context.clock.monotonic(), self._context.limits
+        if not self.current or now < self._again_at:
+            return  # a walk judges all of it
+        names = self._judged_before()[: limits.hints_a_round]
+        if not names:
+            self._again_at, self._again_pause_s = now + limits.retry_s, 0.0
+            return
+        unanswered, looked = self.walker.unanswered, set[bytes]()
+        while names and self.walker.unanswered == unanswered:
+            some, names = names[: limits.hints_concurrent_max], names[limits.hints_concurrent_max :]
+            await concurrently((self._look_at_hint(RegisterName.unpack(name)) for name in some), len(some))
+            looked.update(some)
+        in_vain = self.walker.unanswered != unanswered or not looked.isdisjoint(self._judged_before())
+        pause_s = min(2 * self._again_pause_s, limits.walk_retry_max_s) if in_vain else 0.0
+        self._again_pause_s = max(pause_s, limits.poll_s)
+        self._again_at = self._context.clock.monotonic() + self._again_pause_s
+
+    def _judged_before(self) -> list[bytes]:
+        return self.queue.judged_before(self.walker.placements.disks_now(), self._context.clock.monotonic())
+
+    def _note_judged(self) -> None:
+        """What was judged just now may have been judged by disks that were so for a moment only."""
+        if not self.looks_again:
+            self._again_at = NOW
 
     async def _look_at(self, name: RegisterName) -> None:
         """Brings the register's replicas to one state and judges what it refers to. When that is on target, judges the
@@ -220,3 +270,4 @@ class Check:
         self.queue.set(name.pack(), found[0] if found else None)
         if found:
             self.queue.fresh = True
+            self._note_judged()

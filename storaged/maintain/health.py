@@ -154,13 +154,14 @@ def claims(
 
 class BlockHealth(NamedTuple):
     """Positions of a block's fragments. ``present``: can be read now. ``missing``: to be rebuilt in place, for their
-    disks answer. ``away``: nothing is known.
+    disks answer. ``away``: nothing is known; ``unheard`` are those of them whose disks did not answer.
     """
 
     place: BlockPlace
     present: tuple[int, ...]
     missing: tuple[int, ...]
     away: tuple[int, ...]
+    unheard: tuple[int, ...] = ()
 
     @property
     def on_target(self) -> bool:
@@ -219,9 +220,30 @@ class BlockHealth(NamedTuple):
 def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Presence]) -> BlockHealth:
     """A fragment without an answer counts as away."""
     found: dict[Presence, list[int]] = {kind: [] for kind in Presence}
+    unheard: list[int] = []
     for position, where in enumerate(place.fragments):
-        found[presence.get(where, Presence.AWAY)].append(position)
-    return BlockHealth(place, tuple(found[Presence.OK]), tuple(found[Presence.MISSING]), tuple(found[Presence.AWAY]))
+        kind = presence.get(where)
+        if kind is None:
+            unheard.append(position)
+            kind = Presence.AWAY
+        found[kind].append(position)
+    present, missing, away = found[Presence.OK], found[Presence.MISSING], found[Presence.AWAY]
+    return BlockHealth(place, tuple(present), tuple(missing), tuple(away), tuple(unheard))
+
+
+class DisksNow(NamedTuple):
+    """Which disks can be used now. ``taking``: those of the ``writable`` ones that are not left out for being slow."""
+
+    readable: frozenset[str]
+    writable: frozenset[str]
+    taking: frozenset[str]
+
+
+class Room(NamedTuple):
+    """Whether the disks that new fragments go to now (``taking``) can hold a block at its target."""
+
+    can_hold_target: bool
+    taking: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +255,9 @@ class Finding:
     for long. Otherwise repair waits for disks to return. ``lost``: it can't be read even if all of them do.
     ``misplaced``: nothing is wrong, but the layout in force wants some of it elsewhere, or under another profile;
     ``outdated``: the latter.
+
+    What it was judged by: ``unheard`` disks did not answer; ``unwritable`` ones lack a fragment, and took no writes.
+    ``no_room``: the disks that new fragments went to, where they could not hold the target; None where they could.
     """
 
     name: bytes
@@ -243,6 +268,19 @@ class Finding:
     damaged_fragments: int
     misplaced: bool = False
     outdated: bool = False
+    unheard: tuple[str, ...] = ()
+    unwritable: tuple[str, ...] = ()
+    no_room: frozenset[str] | None = None
+
+    def may_have_changed(self, disks: DisksNow) -> bool:
+        """Whether it may be judged otherwise by the ``disks`` that can be used now. They may have been away for so
+        short a time that no walk began when they came back.
+        """
+        return (
+            any(disk in disks.readable for disk in self.unheard)
+            or any(disk in disks.writable for disk in self.unwritable)
+            or (self.no_room is not None and self.no_room is not disks.taking and self.no_room != disks.taking)
+        )
 
 
 class Tally:
@@ -254,9 +292,12 @@ class Tally:
         "_lost",
         "_misplaced",
         "_movable",
+        "_no_room",
         "_outdated",
         "_recodable",
         "_repairable",
+        "_unheard",
+        "_unwritable",
         "_worst",
         "name",
     )
@@ -267,9 +308,14 @@ class Tally:
         self._below_target = self._repairable = self._recodable = self._lost = False
         self._damaged = 0
         self._misplaced = self._movable = self._outdated = False
+        self._unheard: set[str] = set()
+        self._unwritable: set[str] = set()
+        self._no_room: frozenset[str] | None = None
 
-    def add(self, health: BlockHealth, can_hold_target: bool) -> None:
-        """``can_hold_target``: whether the disks that take writes can hold the block at its target."""
+    def add(self, health: BlockHealth, room: Room) -> None:
+        """``room``: whether the disks that take writes can hold the block at its target."""
+        can_hold_target = room.can_hold_target
+        self._note_disks(health, room)
         if health.whole:
             if health.misplaced:
                 self._misplaced = True
@@ -288,6 +334,14 @@ class Tally:
         elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):
             self._repairable = self._repairable or health.place.gone
             self._recodable = True
+
+    def _note_disks(self, health: BlockHealth, room: Room) -> None:
+        for position in health.away:
+            (self._unheard if position in health.unheard else self._unwritable).add(health.place.disks[position])
+        if not room.can_hold_target and not health.place.entry.small:
+            # Where blocks were judged by different disks, it is certain that others can be used now.
+            same = self._no_room is None or self._no_room == room.taking
+            self._no_room = room.taking if same else frozenset()
 
     def add_page(self, have: int, lacking: int) -> None:
         """Adds a page of a manifest. ``have``: replicas that answer and have it; ``lacking``: that answer and do
@@ -319,5 +373,16 @@ class Tally:
                 damaged_fragments=0,
                 misplaced=True,
                 outdated=self._outdated,
+                no_room=self._no_room,
             )
-        return Finding(self.name, self._worst, self._repairable, self._recodable, self._lost, self._damaged)
+        return Finding(
+            self.name,
+            self._worst,
+            self._repairable,
+            self._recodable,
+            self._lost,
+            self._damaged,
+            unheard=tuple(sorted(self._unheard)),
+            unwritable=tuple(sorted(self._unwritable)),
+            no_room=self._no_room,
+        )

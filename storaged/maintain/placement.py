@@ -8,7 +8,7 @@ from collections.abc import Callable
 from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.health import BlockPlace
+from storaged.maintain.health import BlockPlace, DisksNow, Room
 from storaged.objects.code.place import Placement, choose_prompt, is_eligible, near
 from storaged.objects.records import PartEntry
 
@@ -18,8 +18,9 @@ class Placements:
 
     def __init__(self, context: MaintainContext) -> None:
         self._context = context
-        self._can_hold: dict[tuple[str, ...], bool] = {}
+        self._rooms: dict[tuple[str, ...], Room] = {}
         """By the countries of a bucket."""
+        self._taking: frozenset[str] = frozenset()
 
     def choose(self, entry: PartEntry, profile: Profile, countries: tuple[str, ...]) -> Placement | None:
         """Where a write of this profile would go now; None when it would be refused."""
@@ -62,15 +63,24 @@ class Placements:
         known = layout.disk_by_id
         return all(disk in known and is_eligible(layout, disk, place.countries) for disk in place.disks)
 
-    def can_hold_target(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
+    def room(self, entry: PartEntry, countries: tuple[str, ...]) -> Room:
         """Whether ``at_target`` finds a place, remembered until ``forget``. What one placement group can, all can: only
         the number of disks in each domain matters.
         """
-        known = self._can_hold.get(countries)
+        known = self._rooms.get(countries)
         if known is None:
-            known = self._can_hold[countries] = self.at_target(entry, countries) is not None
+            can_hold_target = self.at_target(entry, countries) is not None
+            known = self._rooms[countries] = Room(can_hold_target, self.disks_now().taking)
         return known
+
+    def disks_now(self) -> DisksNow:
+        """``taking`` is the same object while nothing changes: findings keep it."""
+        readable, writable = self._context.usable_disks()
+        taking = frozenset(filter(self._context.liveness.disk_prompt, writable))
+        if taking != self._taking:
+            self._taking = taking
+        return DisksNow(readable, writable, self._taking)
 
     def forget(self) -> None:
         """Disks may have come or gone."""
-        self._can_hold.clear()
+        self._rooms.clear()

@@ -63,11 +63,11 @@ class _Waiting:
 
 
 class Relocator:
-    """The moves of one node. ``on_concluded(name)`` is called when no move of the register (packed name) waits any
-    more.
+    """The moves of one node. ``on_concluded(name, reason)`` is called when no move of the register (packed name) waits
+    any more. ``reason``: why the last one was not made; empty when it was.
     """
 
-    def __init__(self, context: MaintainContext, on_concluded: Callable[[bytes], None]) -> None:
+    def __init__(self, context: MaintainContext, on_concluded: Callable[[bytes, str], None]) -> None:
         self._context = context
         self._on_concluded = on_concluded
         self._waiting: dict[bytes, list[_Waiting]] = {}
@@ -173,7 +173,9 @@ class Relocator:
         self.away = error.message
         self._asks_at = self._context.clock.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, PAUSE_S_MAX)
-        self._drop(self._too_old())
+        self._drop(self._too_old(), error.message)
+        if not self._waiting:
+            self.away = ""  # nothing would be asked any more, so the next block has to find out
         self._note_room()
 
     def _too_old(self) -> list[_Waiting]:
@@ -187,20 +189,21 @@ class Relocator:
             pause_s = min(PAUSE_S * 2 ** (one.tries - 1), PAUSE_S_MAX)
             one.due = self._context.clock.monotonic() + pause_s
             return
+        reason = "" if answer.code == MOVED else f"a gateway does not move its blocks: {answer.reason}"
         if answer.code == MOVED:
             self.moved += one.blocks
         elif answer.code != CHANGED:
             self.refused += answer.code != LATER
-            self._context.log(f"a gateway does not move blocks of {one.ask.name[18:98]!r}: {answer.reason}")
-        self._drop([one])
+            self._context.log(f"{one.ask.name[18:98]!r}: {reason}")
+        self._drop([one], reason)
 
-    def _drop(self, some: Sequence[_Waiting]) -> None:
+    def _drop(self, some: Sequence[_Waiting], reason: str) -> None:
         for one in some:
             waiting = self._waiting[one.ask.name]
             waiting.remove(one)
             if not waiting:
                 del self._waiting[one.ask.name]
-                self._on_concluded(one.ask.name)
+                self._on_concluded(one.ask.name, reason)
 
 
 def split(ask: MoveAsk) -> list[MoveAsk]:

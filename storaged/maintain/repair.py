@@ -33,6 +33,7 @@ disks that are away came back; ``status`` counts it.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 
 from storaged.cluster.sparing import UNREACHABLE
@@ -45,7 +46,7 @@ from storaged.maintain.job import Job
 from storaged.maintain.moves import MOVED, MOVES_A_CALL, DiscardAsk, FragmentAsk, MovesAnswer
 from storaged.maintain.rebuild import CannotRepair, Move, Rebuilder
 from storaged.maintain.relocate import Relocator
-from storaged.maintain.repair_queue import PREFIX_BYTES
+from storaged.maintain.repair_queue import PREFIX_BYTES, urgency
 from storaged.maintain.walk import entries_of, upload_rows
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.objects.code.place import Placement
@@ -78,11 +79,6 @@ class Waits(Message, frozen=True):
     gateway: str = ""
 
 
-def urgency(finding: Finding) -> tuple[bool, int, bytes]:
-    """The lowest is repaired first: what has the fewest spare fragments; what only has to move comes last."""
-    return finding.misplaced, finding.spare, finding.name
-
-
 class Repair:
     """Works off the queue that ``check`` fills. ``run`` is the task of both."""
 
@@ -94,8 +90,8 @@ class Repair:
         self._placements = check.walker.placements
         self.rebuilder = Rebuilder(context)
         self.relocator = Relocator(context, self._on_concluded)
-        self._concluded: dict[bytes, None] = {}
-        """Registers of which no move waits any more, to be judged."""
+        self._concluded: dict[bytes, str] = {}
+        """Registers of which no move waits any more, to be judged; and why the last one was not made."""
         self.job = Job("repair", context.clock)
         self._mismatches: dict[tuple[bytes, FragmentId], None] = {}
         self._away_since: dict[str, float] = {}
@@ -139,6 +135,12 @@ class Repair:
         gateway = self.relocator.away if wants else ""
         return Waits(tuple(sorted(self._away_since)), recode_in_s, delay_s, gateway)
 
+    def unrepaired(self) -> Counter[str]:
+        """Why objects and parts below target are not brought back to it, but for disks that are away and what waits for
+        its turn: reasons, and how many have each.
+        """
+        return self._queue.unrepaired(self._placements.disks_now(), str(self._context.layouts.current.target))
+
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -147,7 +149,7 @@ class Repair:
             await self.round()
             limits, check = self._context.limits, self.check
             waiting = self._mismatches or self._concluded
-            eager = not check.current or check.has_hints or waiting or self._look_due()
+            eager = not check.current or check.has_hints or check.looks_again or waiting or self._look_due()
             await wait_for(check.wake, limits.poll_s if eager else limits.retry_s)
 
     async def round(self) -> None:
@@ -187,16 +189,17 @@ class Repair:
             if finding.misplaced and not self._may_move():
                 break  # those that follow only have to move, too
             await self.relocator.room()
-            before = self.rebuilder.bytes_rebuilt
+            before, reason = self.rebuilder.bytes_rebuilt, ""
             try:
                 await self._repair(RegisterName.unpack(finding.name))
             except (*REFUSALS, KeyError, ValueError) as error:
-                failures.append(f"{finding.name[18:98]!r}: {error}")
+                reason = str(error) or type(error).__name__
+                failures.append(f"{finding.name[18:98]!r}: {reason}")
             self.job.advance(0, self.rebuilder.bytes_rebuilt - before)
             if finding.misplaced:
                 self._spend(self.rebuilder.bytes_rebuilt - before)
             if not self._is_moving(finding):
-                self._conclude(finding.name)
+                self._conclude(finding.name, reason)
             await self._judge_concluded()
             if self.check.walk_due:
                 break  # the disks have changed: something else may be urgent now
@@ -217,28 +220,30 @@ class Repair:
             now = self._context.clock.monotonic()
             self._moves_at = max(self._moves_at, now - BURST_S) + moved_bytes / pace
 
-    def _on_concluded(self, name: bytes) -> None:
-        self._concluded[name] = None
+    def _on_concluded(self, name: bytes, reason: str) -> None:
+        self._concluded[name] = reason
         self.check.wake.set()
 
     async def _judge_concluded(self) -> None:
         """Judges the registers whose moves were answered."""
         while self._concluded:
             some, self._concluded = self._concluded, {}
-            await concurrently(map(self._judge_again, some), self._context.limits.hints_concurrent_max)
+            judging = (self._judge_again(name, reason) for name, reason in some.items())
+            await concurrently(judging, self._context.limits.hints_concurrent_max)
 
-    async def _judge_again(self, packed: bytes) -> None:
+    async def _judge_again(self, packed: bytes, reason: str) -> None:
         try:
             name = RegisterName.unpack(packed)
             await self.check.judge(name, (await self._context.registers.read(name)).value)
         except REFUSALS as error:
             self._context.log(f"{packed[18:98]!r} can't be judged now: {error}")
-        self._conclude(packed)
+            reason = reason or str(error)
+        self._conclude(packed, reason)
 
-    def _conclude(self, name: bytes) -> None:
-        """What could be done for this register is done."""
+    def _conclude(self, name: bytes, reason: str) -> None:
+        """What could be done for this register is done. ``reason``: what failed."""
         if self._queue.has(name):
-            self._queue.back_off(name, self._context.clock.monotonic())
+            self._queue.back_off(name, self._context.clock.monotonic(), reason)
         else:
             self._queue.repaired = True
         self.job.advance(1)

@@ -5,11 +5,12 @@ room at most, so that what is endangered is listed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from storaged.maintain.context import MaintainLimits
-from storaged.maintain.health import Finding
+from storaged.maintain.health import DisksNow, Finding
 from storaged.meta.names import Table
 
 PREFIX_BYTES = 18
@@ -19,9 +20,20 @@ FAILURES_WAITED_FOR = 3
 """A finding whose repair failed so often is tried again, but ``status`` does not count repair as busy with it."""
 
 
+REASON_CHARS_MAX = 300
+
+
+def urgency(finding: Finding) -> tuple[bool, int, bytes]:
+    """The lowest is repaired first: what has the fewest spare fragments; what only has to move comes last."""
+    return finding.misplaced, finding.spare, finding.name
+
+
 class _BackOff(NamedTuple):
+    """``reason``: why the last attempt failed; empty when it failed in nothing, and was not enough."""
+
     until: float
     failures: int
+    reason: str
 
 
 class _Overflow(NamedTuple):
@@ -85,12 +97,17 @@ class RepairQueue:
         return self._count < (-(-room // 2) if finding.misplaced else room)
 
     def set(self, name: bytes, finding: Finding | None) -> None:
-        """Takes over what is known of one register now; None: it is on target."""
+        """Takes over what is known of one register now; None: it is on target. What was tried in vain for another
+        finding of it does not count.
+        """
         prefix = name[:PREFIX_BYTES]
         known = self._ranges.get(prefix, {})
-        self._count -= known.pop(name, None) is not None
-        if finding is None:
+        before = known.pop(name, None)
+        self._count -= before is not None
+        if finding != before:
             self._back_offs.pop(name, None)
+        if finding is None:
+            pass
         elif self._has_room(finding):
             known[name] = finding
             self._count += 1
@@ -189,16 +206,15 @@ class RepairQueue:
                 continue
             if finding.misplaced and not misplaced:
                 continue
-            if finding.repairable or (recode and _is_recodable(finding, bare_only=bare_only)):
-                back_off = self._back_offs.get(finding.name)
-                if back_off is None or back_off.until <= now:
-                    yield finding
+            wanted = finding.repairable or (recode and _is_recodable(finding, bare_only=bare_only))
+            if wanted and not self._rests(finding.name, now):
+                yield finding
 
-    def back_off(self, name: bytes, now: float) -> None:
-        """Its repair was tried, and it is still below target."""
+    def back_off(self, name: bytes, now: float, reason: str = "") -> None:
+        """Its repair was tried, and it is still below target. ``reason``: what failed."""
         failures = self._failures(name) + 1
         pause_s = min(self._limits.retry_s * 2 ** min(failures - 1, 20), self._limits.retry_max_s)
-        self._back_offs[name] = _BackOff(now + pause_s, failures)
+        self._back_offs[name] = _BackOff(now + pause_s, failures, reason[:REASON_CHARS_MAX])
 
     def expects_progress(self, *, moves: bool, misplaced: bool = True) -> bool:
         """Something can be repaired that did not fail again and again. ``moves``, ``misplaced``: as for ``due``."""
@@ -219,9 +235,43 @@ class RepairQueue:
             for finding in self
         )
 
+    def judged_before(self, disks: DisksNow, now: float) -> list[bytes]:
+        """The names of findings that were judged by other disks than those that can be used now, and that repair does
+        not try now. The fewest spare fragments first.
+        """
+        found = [
+            finding
+            for finding in self
+            if finding.may_have_changed(disks) and (not finding.repairable or self._rests(finding.name, now))
+        ]
+        return [finding.name for finding in sorted(found, key=urgency)]
+
+    def unrepaired(self, disks: DisksNow, target: str) -> Counter[str]:
+        """As ``Repair.unrepaired``."""
+        found = Counter(self._reason(finding, disks, target) for finding in self if not finding.misplaced)
+        del found[""]
+        return found
+
+    def _reason(self, finding: Finding, disks: DisksNow, target: str) -> str:
+        back_off = self._back_offs.get(finding.name)
+        if back_off is not None and finding.repairable:
+            return back_off.reason or "repair was tried, and it is still below its target"
+        away = not disks.readable.issuperset(finding.unheard) or not disks.writable.issuperset(finding.unwritable)
+        if finding.repairable or finding.spare < 0 or away:
+            return ""  # its turn comes, or other counts say it
+        if finding.unheard:
+            return f"disk {', '.join(finding.unheard)} did not answer when it was looked at"
+        if finding.no_room is not None:
+            return f"the disks that new fragments go to, without slow ones, can't hold {target}"
+        return "it is looked at again soon" if finding.may_have_changed(disks) else ""
+
     def waits_for_delay(self, *, bare_only: bool = False) -> bool:
         """Something waits only until disks have been away for long enough. ``bare_only``: as for ``due``."""
         return any(_is_recodable(finding, bare_only=bare_only) and not finding.repairable for finding in self)
+
+    def _rests(self, name: bytes, now: float) -> bool:
+        back_off = self._back_offs.get(name)
+        return back_off is not None and back_off.until > now
 
     def _failures(self, name: bytes) -> int:
         back_off = self._back_offs.get(name)

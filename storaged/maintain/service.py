@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
 from storaged.cluster.rpc.authority import grant
-from storaged.errors import PeerError, PeerRefused, ServiceUnavailable, StoragedError
+from storaged.errors import PeerError, PeerRefused, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.check import Check
 from storaged.maintain.context import MaintainContext
@@ -32,8 +33,13 @@ from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName
 from storaged.wire import Message
 
+T = TypeVar("T")
+
 HINTS_A_CALL = 1000
 HINTS_WAITING_MAX = 10 * HINTS_A_CALL
+HINT_TRIES = 20
+"""A hint that no node takes is dropped after so many attempts, ten seconds or more: a walk finds it."""
+
 DAMAGED_MAX = 1000
 REASONS_MAX = 8
 RESTS_A_WALK = 4
@@ -91,6 +97,8 @@ class MaintainStatus(Message, frozen=True):
     """Of those that are misplaced: the layout in force wants them under another profile."""
     layout: int = 0
     """The epoch of the layout by which the last walk judged, or by which the one under way does."""
+    unrepaired: tuple[tuple[str, int], ...] = ()
+    """Why objects and parts below target are not repaired (``Repair.unrepaired``), the most frequent reasons."""
 
 
 class Maintenance:
@@ -124,6 +132,7 @@ class Maintenance:
                 self.repair.run,
                 self.repair.relocator.run,
                 self._watch,
+                self._tell,
                 self.scrub.run,
                 self.collector.run,
                 self.page_sweep.run,
@@ -190,11 +199,16 @@ class Maintenance:
     # --- disks that come and go -------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """When a disk comes or goes, a walk begins. A node that has just started announces itself, for the others may
-        not have seen that it was gone.
-        """
+        """When a disk comes or goes, a walk begins."""
         while True:
             self._watch_disks()
+            await asyncio.sleep(self._context.limits.poll_s)
+
+    async def _tell(self) -> None:
+        """A node that has just started announces itself, for the others may not have seen that it was gone. Calls to
+        other nodes may take long.
+        """
+        while True:
             await self._announce_start()
             await self._hint_damage()
             await asyncio.sleep(self._context.limits.poll_s)
@@ -263,6 +277,7 @@ class Maintenance:
             judged=check.judged,
             outdated=queue.outdated,
             layout=self._walked_places[0],
+            unrepaired=tuple(repair.unrepaired().most_common(REASONS_MAX)),
         )
 
     def _collection(self) -> list[JobReport]:
@@ -310,7 +325,7 @@ class Maintenance:
             except ValueError as error:
                 raise PeerRefused(f"a hint that cannot be: {error}", remote_code="BAD_REQUEST") from None
             for name in names:
-                self.check.hint(name)
+                self.hint(name)
             for owner, fragment in mismatches:
                 self.repair.hint_mismatch(owner, fragment)
             return Done()
@@ -343,8 +358,9 @@ class MaintainClient:
         self._layouts = layouts
         self._liveness = liveness
         self._timeout_s = timeout_s
-        self._hints: dict[bytes, None] = {}
-        self._mismatches: dict[tuple[bytes, bytes], None] = {}
+        self._hints: dict[bytes, int] = {}
+        self._mismatches: dict[tuple[bytes, bytes], int] = {}
+        """How often each was sent in vain."""
         self._sending = False
 
     def _nodes(self) -> list[str]:
@@ -381,9 +397,9 @@ class MaintainClient:
         out. Bounded: the next walk finds what does not fit.
         """
         if len(self._hints) < HINTS_WAITING_MAX:
-            self._hints[owner.pack()] = None
+            self._hints[owner.pack()] = 0
         if mismatched is not None and len(self._mismatches) < HINTS_WAITING_MAX:
-            self._mismatches[owner.pack(), mismatched.pack()] = None
+            self._mismatches[owner.pack(), mismatched.pack()] = 0
 
     @property
     def busy(self) -> bool:
@@ -428,7 +444,9 @@ class MaintainClient:
         for owner, fragment in mismatches:
             fragments.setdefault(self._leader(owner), []).append((owner, fragment))
         for node in sorted({*names, *fragments} - {""}):
-            await self._send(node, names.get(node, []), fragments.get(node, []))
+            unsent, others = await self._send(node, names.get(node, []), fragments.get(node, []))
+            _put_back(self._hints, hints, unsent)
+            _put_back(self._mismatches, mismatches, others)
 
     def _leader(self, owner: bytes) -> str:
         """The node that is responsible for a register; empty when none of its replicas can be read."""
@@ -439,11 +457,23 @@ class MaintainClient:
         known = self._layouts.current.disk_by_id
         return next((known[disk].node for disk in replicas if disk in known and self._liveness.disk_readable(disk)), "")
 
-    async def _send(self, node: str, names: Sequence[bytes], mismatches: Sequence[tuple[bytes, bytes]]) -> None:
+    async def _send(
+        self, node: str, names: Sequence[bytes], mismatches: Sequence[tuple[bytes, bytes]]
+    ) -> tuple[Sequence[bytes], Sequence[tuple[bytes, bytes]]]:
+        """Returns what the node did not take: it may be starting, or another one is responsible soon."""
         for start in range(0, max(len(names), len(mismatches)), HINTS_A_CALL):
             end = start + HINTS_A_CALL
             try:
                 ask = Ask(tuple(names[start:end]), tuple(mismatches[start:end]))
                 await self._caller.call(node, "maintain.hint", ask, Done, timeout_s=self._timeout_s)
+            except PeerUnreachable:
+                return names[start:], mismatches[start:]
             except PeerError:
-                return
+                break
+        return (), ()
+
+
+def _put_back(waiting: dict[T, int], tried: Mapping[T, int], unsent: Iterable[T]) -> None:
+    for hint in unsent:
+        if tried[hint] + 1 < HINT_TRIES and len(waiting) < HINTS_WAITING_MAX:
+            waiting.setdefault(hint, tried[hint] + 1)

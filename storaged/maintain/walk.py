@@ -275,7 +275,7 @@ class Walker:
             health = judge_block(place, presence)
             if not health.whole or health.misplaced:
                 countries = self.buckets.countries_of(RegisterName.unpack(tally.name).scope)
-                tally.add(health, self.placements.can_hold_target(place.entry, countries))
+                tally.add(health, self.placements.room(place.entry, countries))
 
     async def health(self, places: Sequence[BlockPlace]) -> list[BlockHealth]:
         """How the blocks are now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,15 @@ from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
 from storaged.cluster.move_settings import document
 from storaged.cluster.partitions import PartitionState
 from storaged.cluster.presigned import spares_of
+from storaged.cluster.rpc.faults import plain
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
 )
 from storaged.maintain.job import JobReport
 from storaged.maintain.repair import NO_RECODING_S
-from storaged.maintain.service import MaintainStatus
+from storaged.maintain.repair_queue import REASON_CHARS_MAX
+from storaged.maintain.service import REASONS_MAX, MaintainStatus
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.meta.ports import PageQuery
@@ -37,6 +40,9 @@ if TYPE_CHECKING:  # a storage node imports neither the key plane nor S3
     from storaged.node.gateway import Gateway
 
 WATCH_EVERY_S = 10.0
+REASONS_SHOWN_MAX = 3
+"""Reasons why objects below target are not repaired, the most frequent ones."""
+
 SAMPLE_GROUPS = 64
 """How many placement groups are tried for the profile of a write. With few disks all give the same."""
 
@@ -304,21 +310,30 @@ def _waits(statuses: Sequence[MaintainStatus]) -> RepairWaits | None:
     later = [status.waits.recode_in_s for status in statuses if status.waits.recode_in_s != NO_RECODING_S]
     delay_s = max((status.waits.recode_delay_s for status in statuses), default=0.0)
     gateway = next((status.waits.gateway for status in statuses if status.waits.gateway), "")
-    return RepairWaits(disks, min(later, default=None), delay_s, gateway) if disks or gateway else None
+    unrepaired = Counter[str]()
+    for status in statuses:
+        for reason, count in status.unrepaired[:REASONS_MAX]:
+            unrepaired[plain(reason, REASON_CHARS_MAX)] += count
+    if not (disks or gateway or unrepaired):
+        return None
+    return RepairWaits(
+        disks, min(later, default=None), delay_s, gateway, tuple(unrepaired.most_common(REASONS_SHOWN_MAX))
+    )
 
 
 def waits_document(waits: RepairWaits | None) -> dict[str, Any]:
-    """``recode_in_s`` null: nothing will be recoded. ``reason`` is the same as a sentence, empty
-    when repair waits for nothing.
+    """``recode_in_s`` null: nothing will be recoded. ``reason`` is the same as a sentence, empty when repair waits for
+    nothing. ``unrepaired``: why else objects and parts below target are not repaired now.
     """
     if waits is None:
-        return {"disks": [], "recode_in_s": None, "gateway": "", "reason": ""}
+        return {"disks": [], "recode_in_s": None, "gateway": "", "reason": "", "unrepaired": []}
     return {
         "disks": list(waits.disks),
         "recode_in_s": waits.recode_in_s,
         "recode_delay_s": waits.recode_delay_s,
         "gateway": waits.gateway,
         "reason": str(waits),
+        "unrepaired": [{"reason": reason, "objects": count} for reason, count in waits.unrepaired],
     }
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from storaged.cluster.layout import Profile
 from storaged.cluster.partitions import PartitionRecord
 from storaged.fragments.ports import FragmentId
-from storaged.maintain.health import BlockPlace, Presence, Tally, blocks_of, claims, judge_block
+from storaged.maintain.health import BlockPlace, Presence, Room, Tally, blocks_of, claims, judge_block
 from storaged.maintain.moves import replace_blocks
 from storaged.objects.code.place import choose
 from storaged.objects.records import PartEntry, Run
@@ -69,7 +69,7 @@ def test_there_is_a_finding_exactly_when_something_is_not_as_it_should_be(
     for place in places_of(entry):
         kinds = st.sampled_from([Presence.OK, Presence.OK, Presence.OK, Presence.MISSING, Presence.AWAY])
         health = judge_block(place, {where: data.draw(kinds) for where in place.fragments})
-        tally.add(health, can_hold_target=data.draw(st.booleans()))
+        tally.add(health, Room(data.draw(st.booleans()), frozenset()))
         if not health.whole:
             whole, worst = False, min(worst, health.spare)
             # Lost is what no return of disks brings back; with some only away, the block has merely stopped.

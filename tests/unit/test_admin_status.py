@@ -274,6 +274,10 @@ def test_a_partition_that_moves_stops_without_a_majority_of_either_set() -> None
             RepairWaits(("a", "b", "c", "d"), None, 600.0),
             "repair waits for disks a, b, c and 1 more; nothing is recoded for other disks while",
         ),
+        (
+            RepairWaits((), None, 600.0, unrepaired=(("disk d hangs", 2), ("no room", 1))),
+            "not repaired: 2 objects: disk d hangs; not repaired: 1 object: no room",
+        ),
     ],
 )
 def test_status_says_why_repair_waits(waits: RepairWaits, said: str) -> None:
