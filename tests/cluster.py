@@ -32,6 +32,9 @@ from tests.patience import SLOWNESS
 STORAGED = str(Path(sys.executable).parent / "storaged")
 POLL_S = 0.2
 PORTS = range(12_000, 32_000)
+LINE_CHARS_MAX, STATE_LINES_MAX = 500, 60
+"""Of what a failure shows of a cluster's state and logs."""
+
 RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
 
 
@@ -42,6 +45,12 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", PORTS[secrets.randbelow(len(PORTS))]))
             port: int = probe.getsockname()[1]
             return port
+
+
+def last_lines(path: Path, lines: int) -> str:
+    """The end of a log; empty while there is none."""
+    found = path.read_text(errors="replace").splitlines()[-lines:] if path.is_file() else []
+    return "\n".join(line[:LINE_CHARS_MAX] for line in found)
 
 
 def children_of(pid: int) -> list[int]:
@@ -151,17 +160,33 @@ class Cluster:
                     f"storaged dev ended with {self._process.returncode} while waiting for {what}: {self.log_tail()}"
                 )
             time.sleep(POLL_S)
-        raise AssertionError(
-            f"waited {timeout_s * SLOWNESS:.0f} s for {what}; status: {json.dumps(self.status())[:2000]}"
-            f" {self.log_tail()}"
-        )
+        raise AssertionError(f"waited {timeout_s * SLOWNESS:.0f} s for {what}\n{self.state()}\n{self.log_tail()}")
 
     def wait_healthy(self, timeout_s: float = 90.0) -> None:
         self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "HEALTHY")
 
+    def state(self) -> str:
+        """What a person needs to see why the cluster is not as expected, in a few lines."""
+        found = self.status()
+        lines = [", ".join(f"{key} {value}" for key, value in found.items() if isinstance(value, str | int | None))]
+        for node in found["nodes"]:
+            disks = ", ".join(f"{disk['id']} {disk['state']}" for disk in node["disks"])
+            lines.append(f"{node['name']} {node['state']}: {disks}")
+        lines += [f"{kind}: {json.dumps(one)}" for kind in ("problems", "warnings") for one in found.get(kind, ())]
+        try:
+            jobs = gateway(self.directory, "GET", "/v1/jobs")
+        except (StoragedError, OSError, ValueError) as error:
+            lines.append(f"jobs: {error}")
+        else:
+            lines += [f"busy {jobs['busy']}, waits: {json.dumps(jobs['waits'])}"]
+            lines += [f"job: {json.dumps(job)}" for job in jobs["jobs"]]
+        return "\n".join(line[:LINE_CHARS_MAX] for line in lines[:STATE_LINES_MAX])
+
     def log_tail(self, lines: int = 40) -> str:
-        path = self.directory.parent / (self.directory.name + ".log")
-        return "\n".join(path.read_text().splitlines()[-lines:]) if path.exists() else ""
+        """Of ``storaged dev``, and some of each of its nodes."""
+        own = last_lines(self.directory.parent / (self.directory.name + ".log"), lines)
+        nodes = [f"{path.parent.name}: {last_lines(path, lines // 3)}" for path in sorted(self.directory.glob("*/log"))]
+        return "\n".join([own, *nodes])
 
     def pids(self) -> Mapping[str, int]:
         return {node["name"]: node["pid"] for node in self.status()["nodes"] if node.get("pid")}

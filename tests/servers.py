@@ -30,7 +30,7 @@ from storaged.cli.client import request
 from storaged.cli.create import layout_path
 from storaged.cluster.issuing import load_authority
 from storaged.errors import StoragedError
-from tests.cluster import RACKS, STORAGED, Cluster, free_port
+from tests.cluster import RACKS, STORAGED, Cluster, free_port, last_lines
 from tests.patience import GUARD_S, SLOWNESS
 
 DISKS = ("d1", "d2")
@@ -435,8 +435,7 @@ class Servers(Cluster):
         return next((node for node in self.status()["nodes"] if node["name"] == name), None)
 
     def log_of(self, name: str, lines: int = 5) -> str:
-        path = self.servers[name].log
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+        return last_lines(self.servers[name].log, lines)
 
     def log_tail(self, lines: int = 40) -> str:
         logs = [f"{name}: {self.log_of(name, max(2, lines // 8))}" for name in self.servers]
