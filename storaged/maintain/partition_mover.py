@@ -206,8 +206,8 @@ class PartitionMover:
     def _lost(self, layout: Layout) -> frozenset[str]:
         """Disks of the layout that took no writes for long. ``next_step`` knows those that it does not name."""
         now, liveness = self._ports.clock.monotonic(), self._ports.liveness
-        usable = {disk.id for disk in layout.disks if liveness.disk_readable(disk.id)}
-        usable = {disk for disk in usable if liveness.disk_writable(disk)}
+        readable = [disk.id for disk in layout.disks if liveness.disk_readable(disk.id)]
+        usable = {disk for disk in readable if liveness.disk_writable(disk)}
         self._away_since = {disk: self._away_since.get(disk, now) for disk in layout.disk_by_id if disk not in usable}
         return frozenset(disk for disk, since in self._away_since.items() if now - since >= self._lost_s)
 
