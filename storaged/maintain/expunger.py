@@ -173,6 +173,9 @@ class Expunger:
         if not fenced.issuperset(state.present):
             raise ServiceUnavailable(f"Partition {state.partition}: a replica does not answer.")
         promises = await self._timed(floors.promise(state, prefix, floor))
+        final = [promise.final for promise in promises]
+        if any(final) and not all(final) and await self._ports.moves.close_everywhere(state, prefix[1:17]):
+            promises = await self._timed(floors.promise(state, prefix, floor))
         if not all(promise.final for promise in promises):
             await self._compare(state, prefix)
         self._check(state)

@@ -331,20 +331,26 @@ class Closing(Part):
                 "fencer", lambda process, nonce=nonce: process.client.fence(REOPENED.scope, [0], nonce)
             )
             await asyncio.sleep(self.chance.uniform(0, 0.2))
-            await self._until_done(
+            lifted = await self._until_done(
                 "fencer", lambda process, nonce=nonce: process.client.unfence(REOPENED.scope, [0], nonce)
             )
+        while not lifted:  # as gateways do for a bucket whose record has the nonce still
+            await asyncio.sleep(0.1)
+            lifted = await self._until_done(
+                "fencer", lambda process: process.client.unfence(REOPENED.scope, [0], nonce)
+            )
 
-    async def _until_done(self, name: str, call: Any) -> None:
+    async def _until_done(self, name: str, call: Any) -> Any:
         process = Process(self.of, name, skew_ms=0)
         while True:
             try:
-                await call(process)
+                outcome = await call(process)
                 break
             except StoragedError:
                 await asyncio.sleep(0.02)
                 await self._refresh(process)
         await process.client.close()
+        return outcome
 
     async def _refresh(self, process: Process) -> None:
         for name in (CLOSED, REOPENED):

@@ -541,6 +541,22 @@ async def test_nothing_goes_while_a_replica_is_away(world: World) -> None:
             await call(world.state, PREFIX, FLOOR)
 
 
+@pytest.mark.parametrize("fenced", [1, 2])
+async def test_rows_of_a_deleted_bucket_go_although_a_replica_was_away_when_it_was_deleted(
+    world: World, fenced: int
+) -> None:
+    """It has no fence. One that is alone with a final fence may lie: the others get none."""
+    await world.client.change(NAME, put(b"v"))
+    await world.client.change(NAME, delete)
+    await settle_tasks()
+    for disk in world.state.present[:fenced]:
+        await world.ring.replicas[disk].fence(FenceSet(disk, NAME.scope, b"n", True))
+    assert await expunge(world) == 1
+    stores = [world.ring.stores[disk] for disk in world.state.present]
+    assert [store.get_fence(NAME.scope) is not None for store in stores].count(True) == (3 if fenced == 2 else 1)
+    assert [await rows_at(world, disk) for disk in world.state.present] == [0, 0, 0]
+
+
 async def test_nothing_goes_when_a_replica_is_away_while_all_are_compared(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

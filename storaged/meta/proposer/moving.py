@@ -106,6 +106,20 @@ class PartitionMoves:
             closed = Closed(closed.surely | final.surely, closed.perhaps)
         return closed
 
+    async def close_everywhere(self, state: PartitionState, scope: bytes) -> bool:
+        """Gives every replica of a settled partition the fence of a bucket that is deleted for good. Its deletion
+        needed a majority, so a replica that was away then has none. Returns whether a majority says so, and now all.
+        """
+        before = max(0, int.from_bytes(scope, "big") - 1).to_bytes(len(scope), "big")
+        found = await self._ask(state.present, partial(_fences_after, before), partial(_goes_on, before))
+        held = {disk: its for disk, reply in found.items() for its in reply.scopes if its.scope == scope and its.final}
+        if len(found) < len(state.present) or not Quorum(state.voters[0]).met(held):
+            return False
+        agreed = merged(list(found.values()), scope, Quorum(state.voters[0]).fewest)[0]
+        for disk in (disk for disk in state.present if disk not in held):
+            await self._handover(disk).take_fences(FencesTake(disk, (agreed,)), timeout_s=self._calls.call_timeout_s)
+        return True
+
     async def _scopes(
         self, state: PartitionState, disks: Sequence[str]
     ) -> AsyncIterator[tuple[list[ScopeFence], Closed]]:
