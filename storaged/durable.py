@@ -4,6 +4,7 @@ synced.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -26,6 +27,17 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """Makes a directory, and those above it that are missing, unless it exists. Its name is durable when this returns:
+    what is synced inside of it would be lost with it. Raises OSError.
+    """
+    if not path.parent.exists():
+        make_directory(path.parent)
+    path.mkdir(mode, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # who may not read the directory above did not make this one
+        sync_path(path.parent)
 
 
 def append_durably(descriptor: int, content: bytes, size: int) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import lmdb
 
-from storaged.durable import NoRoom
+from storaged.durable import NoRoom, sync_path
 from storaged.errors import DiskUnreadable
 from storaged.units import GIB, MIB
 
@@ -63,8 +63,10 @@ is short where the kernel drops it again.
 def open_environment(directory: Path, **options: Any) -> lmdb.Environment:
     """``lmdb.open`` with a lock file in memory; the file has at least the length that its header says.
 
-    The caller has a lock on the directory. Raises lmdb.Error, OSError.
+    The caller has a lock on the directory, which exists unless LMDB is to make it. Raises lmdb.Error, OSError.
     """
+    if not options.get("readonly") and options.get("create", True) and directory.is_dir():
+        _make_data_file(directory, options["map_size"], sync=options.get("sync", True))
     lock_file = directory / LOCK_FILE
     descriptor = _link_to_memory(lock_file) if directory.is_dir() else -1
     try:
@@ -79,6 +81,22 @@ def open_environment(directory: Path, **options: Any) -> lmdb.Environment:
         environment.close()
         raise
     return environment
+
+
+def _make_data_file(directory: Path, map_size: int, *, sync: bool) -> None:
+    """Makes a data file without content where there is none. It appears only when it is whole: LMDB itself would write
+    its first pages unsynced into place, and after a power cut refuse half of them for ever. Raises lmdb.Error, OSError.
+    """
+    file, fresh = directory / DATA_FILE, directory / "data.new"
+    if file.exists() and file.stat().st_size:
+        return
+    fresh.unlink(missing_ok=True)
+    lmdb.open(str(fresh), subdir=False, lock=False, map_size=map_size).close()
+    if sync:
+        sync_path(fresh)
+    fresh.replace(file)
+    if sync:
+        sync_path(directory)
 
 
 def _link_to_memory(lock_file: Path) -> int:

@@ -43,6 +43,7 @@ from storaged.fragments.log import SegmentLog
 from storaged.fragments.ports import CELLS_MAX, FragmentId, Retirement, Usage
 from storaged.fragments.reader import Reader
 from storaged.fragments.write import Write
+from storaged.lmdb_file import lacks_space
 
 TRY_APPEND_CELLS_MAX = 4096
 """Their sums take 2 ms. The sender of a fragment says how large its cells are."""
@@ -81,6 +82,8 @@ class Engine:
         self.stuck: set[int] = set()
         """Segments that compaction can't empty: a record in them is damaged."""
         self.holes: deque[Hole] = deque()
+        self.unwritten: Checkpoint | None = None
+        """A checkpoint of ``recover`` that found no room on the disk. The owner commits and thaws it when there is."""
         self.compacted_bytes = self.punched_bytes = 0
         self._checkpointed_bytes = 0
 
@@ -93,7 +96,8 @@ class Engine:
         (``read_only``: neither).
 
         ``failed_before``: why the disk failed for good, as its owner has noted; used when the disk itself has no note.
-        Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them.
+        Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them,
+        DiskUnusable when the index can't be written for another reason than lack of space.
         """
         state = self.state
         state.failure = "opened for reading only" if read_only else self.files.failure() or failed_before
@@ -123,9 +127,19 @@ class Engine:
         return report
 
     def _spill(self, position: Position) -> None:
-        """Bounds the overlay during a long replay."""
-        if len(self.index.overlay) >= self.limits.overlay_entries_max and not self.state.failure:
-            self.index.checkpoint_now(position)
+        """Bounds the overlay during a long replay. A disk without room for that is full, and starts all the same."""
+        if len(self.index.overlay) < self.limits.overlay_entries_max or self.state.failure or self.unwritten:
+            return
+        checkpoint = self.index.freeze(position, ())
+        try:
+            self.index.commit(checkpoint)
+        except lmdb.Error as error:
+            if not lacks_space(self.index.directory, error):
+                raise DiskUnusable(f"the fragment index can't be written: {error}") from error
+            self.unwritten = checkpoint
+            self.state.starved = f"checkpoint of the fragment index: {error}"
+        else:
+            self.index.thaw(checkpoint)
 
     def close(self) -> None:
         """Writes a last mark and a checkpoint, so that the next start replays nothing and knows that nothing is

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
-from storaged.durable import replace_file, sync_path
+from storaged.durable import make_directory, replace_file, sync_path
 from storaged.errors import DirectoryInUse
 from storaged.wire import Buffer, unfilled
 
@@ -271,7 +271,8 @@ class PosixFiles:
         """Raises DirectoryInUse when another process has it."""
         self.directory = directory
         self._segments = directory / "segments"
-        self._segments.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
+        make_directory(self._segments)
         self._files: OrderedDict[Path, PosixSegmentFile] = OrderedDict()
         self._files_lock = threading.Lock()
         self._lock_fd = os.open(directory / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -280,7 +281,6 @@ class PosixFiles:
         except BlockingIOError:
             os.close(self._lock_fd)
             raise DirectoryInUse(f"another process has the fragment store in {directory}") from None
-        sync_path(directory)
 
     def _path(self, number: int) -> Path:
         return self._segments / f"{number:010d}.seg"

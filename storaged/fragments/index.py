@@ -25,7 +25,8 @@ from typing import Any
 import lmdb
 import msgspec
 
-from storaged.errors import DiskForeign, IndexDamaged
+from storaged.durable import make_directory
+from storaged.errors import DiskForeign, DiskUnusable, IndexDamaged
 from storaged.fragments.accounts import SegmentAccounts
 from storaged.fragments.damage import DamageList
 from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
@@ -54,7 +55,10 @@ class Index:
     """
 
     def __init__(self, directory: Path, disk_id: str, *, map_bytes_max: int = 64 * GIB, durable: bool = True) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        if durable:
+            make_directory(directory)
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
         self.disk_id = disk_id
         self.directory = directory
         self.in_memory = True
@@ -107,7 +111,7 @@ class Index:
         self._residency.look()
         self.in_memory = self._residency.resident
 
-    # --- lookups, from any thread -----------------------------------------------------------------------------------
+    # --- lookups, from any thread; each may raise DiskUnusable ------------------------------------------------------
 
     def lookup(self, key: bytes) -> Entry | None:
         """The fragment's entry; None when the disk does not have it, BROKEN when the entry itself is damaged."""
@@ -125,6 +129,8 @@ class Index:
                 return None if value is None else unpack_entry(key, value)
         except LMDB_DAMAGED:
             return BROKEN
+        except lmdb.PanicError as error:
+            raise self._unusable(error) from error
 
     def lookup_all(self, keys: Sequence[bytes]) -> list[Entry | None]:
         """As ``lookup`` of each, in one snapshot. Every call into LMDB gives the interpreter away, and a busy one takes
@@ -142,24 +148,27 @@ class Index:
                     if found[index] is BROKEN:
                         value = txn.get(key, db=fragments)
                         found[index] = None if value is None else unpack_entry(key, value)
-        except LMDB_DAMAGED:
+        except (*LMDB_DAMAGED, lmdb.PanicError):
             return [self.lookup(key) for key in keys]
         return found
 
     def find_copy(self, data_id: bytes) -> bytes | None:
         """The key of a data id's whole copy (block 0, k = 1), whatever its m and position."""
-        found = self._copy(data_id)
+        try:
+            found = self._copy(data_id)
+        except lmdb.PanicError as error:
+            raise self._unusable(error) from error
         return found[0] if found is not None else None
 
     def copy_entry(self, data_id: bytes) -> tuple[bytes, Entry] | None:
-        """As ``find_copy``, with the entry; None when LMDB is damaged, which the read that follows reports."""
+        """As ``find_copy``, with the entry; None when LMDB can't be read, which the read that follows reports."""
         overlay = self.overlay
         key = overlay.copies.get(data_id)
         if key is not None and (entry := overlay.fragments.get(key)) is not None:
             return key, entry
         try:
             return self._copy(data_id)
-        except LMDB_DAMAGED:
+        except (*LMDB_DAMAGED, lmdb.PanicError, DiskUnusable):
             return None
 
     def _copy(self, data_id: bytes) -> tuple[bytes, Entry] | None:
@@ -197,7 +206,7 @@ class Index:
     def _stored_keys(self, prefix: bytes) -> list[bytes]:
         """The keys in LMDB with this prefix, whatever the overlays say of them."""
         found: list[bytes] = []
-        with self._env.begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
+        with self._begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
             more = cursor.set_range(prefix)
             while more and cursor.key().startswith(prefix):
                 found.append(cursor.key())
@@ -210,7 +219,7 @@ class Index:
         newer = dict(frozen.fragments) if frozen is not None else {}
         newer.update(overlay.fragments.copy())
         found: list[bytes] = []
-        with self._env.begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
+        with self._begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
             more = cursor.set_range(after)
             while more and len(found) < limit:
                 key = cursor.key()
@@ -236,7 +245,7 @@ class Index:
         for overlay in (self.overlay, self.frozen):
             if overlay is not None and data_id in overlay.retired:
                 return overlay.retired[data_id]
-        with self._env.begin() as txn:
+        with self._begin() as txn:
             value = txn.get(data_id, db=self._db["retired"])
             return None if value is None else decode(value, RetireRow)
 
@@ -251,7 +260,7 @@ class Index:
             if row is not None and row.due_ms <= now_ms and (row.due_ms, data_id) > after
         ]
         count = 0
-        with self._env.begin() as txn:
+        with self._begin() as txn:
             cursor = txn.cursor(db=self._db["due"])
             cursor.set_range(after[0].to_bytes(8, "big") + after[1])
             for key in cursor.iternext(values=False):
@@ -264,6 +273,17 @@ class Index:
                     found.append(Retirement(data_id, row.owner, due_ms, row.origin))
                     count += 1
         return sorted(found, key=lambda entry: (entry.due_ms, entry.data_id))[:limit]
+
+    def _begin(self) -> Any:
+        """A transaction that reads."""
+        try:
+            return self._env.begin()
+        except lmdb.PanicError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: lmdb.PanicError) -> DiskUnusable:
+        """LMDB takes and reads nothing more after it could not write its first pages."""
+        return DiskUnusable(f"the fragment index in {self.directory} can't be read before a restart: {error}")
 
     # --- changes, by the owner --------------------------------------------------------------------------------------
 
@@ -394,9 +414,12 @@ class Index:
         self.frozen = None
 
     def checkpoint_now(self, position: Position) -> None:
-        """A whole checkpoint in this thread, while nothing else uses the index."""
+        """A whole checkpoint in this thread, while nothing else uses the index. Raises DiskUnusable."""
         checkpoint = self.freeze(position, ())
-        self.commit(checkpoint)
+        try:
+            self.commit(checkpoint)
+        except lmdb.Error as error:
+            raise DiskUnusable(f"the fragment index in {self.directory} can't be written: {error}") from error
         self.thaw(checkpoint)
 
     def _write_retired(self, txn: Any, rows: dict[bytes, RetireRow | None]) -> None:

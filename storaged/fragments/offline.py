@@ -54,7 +54,7 @@ def rebuild_index(
     """Makes a new index from the segments alone, and puts it in the old one's place when it is complete. After an
     interruption at any point either the old index or the new one is there.
 
-    Raises DirectoryInUse, DiskForeign, OperatorError, OSError.
+    Raises DirectoryInUse, DiskForeign, DiskUnusable (the index can't be written), OperatorError, OSError.
     """
     files = PosixFiles(directory)
     fresh, old, place = directory / "index.new", directory / "index.old", directory / "index"
@@ -65,6 +65,8 @@ def rebuild_index(
         engine = Engine(files, index, StoreLimits(), now_ms=now_ms, on_damage=lambda _key, _cell: None)
         try:
             report = engine.recover(progress)
+            if engine.unwritten is not None:
+                raise engine.state.unusable()
             index.checkpoint_now(engine.log.end)
         finally:
             index.close()

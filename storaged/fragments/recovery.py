@@ -183,7 +183,7 @@ class _Replay:
         proven = [item.head.synced_end for item in scan(file, seed, start, end) if isinstance(item, Found)]
         border = max([start, *proven])
         if not self._read_only:
-            report.failure = _make_durable(file, border)
+            report.failure = _make_durable(self._files, file, border)
         kept = border
         torn: dict[int, int] = {}
         for item in scan(file, seed, border, end):
@@ -213,12 +213,13 @@ class _Replay:
         self._spill(Position(number, item.end))
 
 
-def _make_durable(file: SegmentFile, border: int) -> str:
-    """Syncs what a killed process left in the page cache, and has the tail read from the drive. Returns why that
-    failed, empty when it did not.
+def _make_durable(files: Files, file: SegmentFile, border: int) -> str:
+    """Syncs what a killed process left in the page cache: the bytes, and the file's name if it was killed as it made
+    the segment. Has the tail read from the drive. Returns why that failed, empty when it did not.
     """
     try:
         file.sync()
+        files.sync_directory()
     except OSError as error:
         return f"fdatasync at start: {error.strerror or error}"
     file.drop_cache(border)

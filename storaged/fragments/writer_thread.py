@@ -20,7 +20,6 @@ from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.compact import Compactor
 from storaged.fragments.deferred import DeferredCopies
 from storaged.fragments.engine import Engine
-from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.write_queue import Committed, Drain, Job, Stop, WriteQueue
 from storaged.lmdb_file import lacks_space
 
@@ -55,7 +54,7 @@ class WriterThread:
         self._health = health
         self._checkpoints = DiskThreads(health, 1, "fragment-index")
         self._checkpoint: Future[None] | None = None
-        self._unwritten: Checkpoint | None = None
+        self._unwritten = engine.unwritten
         """For which the disk had no room. It is written as soon as there is some, from ``_retry_at`` on."""
         self._retry_at = 0.0
         self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s

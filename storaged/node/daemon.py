@@ -27,6 +27,7 @@ from storaged.admin.place import lock_directory
 from storaged.clock import SystemClock
 from storaged.cluster.identity import load_identity
 from storaged.config import Config
+from storaged.durable import make_directory
 from storaged.errors import CertificateRefused, StoragedError
 from storaged.node.disks import Disks
 from storaged.node.fault_note import note_faults
@@ -64,7 +65,7 @@ def run_node(path: Path, *, parent: int = 0) -> int:
     config = _begin(path)
     observe.setup_logging(config.log.level, config.log.format, node=config.node.name)
     directory = Path(config.node.directory)
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_directory(directory, 0o700)
     lock = lock_directory(directory)
     if config.storage:
         note_faults(directory)

@@ -24,6 +24,7 @@ from storaged.clock import Clock
 from storaged.cluster.claims import DiskClaim
 from storaged.config import Config, DiskSection
 from storaged.disk_states import CHECKING, UNREADABLE
+from storaged.durable import make_directory
 from storaged.errors import (
     DirectoryInUse,
     DiskForeign,
@@ -301,7 +302,7 @@ class Opener:
     async def _open(self, section: DiskSection, expected: DiskClaim | None, settled: asyncio.Event) -> LocalDisk:
         directory, ledger = Path(section.directory), self.ledger
         if expected is None:
-            await in_own_thread(partial(directory.mkdir, parents=True, exist_ok=True, mode=0o700))
+            await in_own_thread(partial(make_directory, directory, 0o700))
         meta = await in_own_thread(partial(self._open_meta, section, expected))
         meta.hooks.on_failed = partial(self._note_failed, section.id, "meta")
         try:

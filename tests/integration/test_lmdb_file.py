@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -45,6 +46,22 @@ def test_the_lock_file_is_in_memory(tmp_path: Path) -> None:
     environment.close()
     with open_environment(tmp_path, map_size=1 << 26, readonly=True) as again:
         read(again, 7)
+
+
+def test_a_data_file_appears_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMDB would write its first two pages into place, and refuse what a power cut leaves of them."""
+    (tmp_path / "data.new").write_bytes(b"half of what was wr")
+    places: list[str] = []
+    original = lmdb.open
+
+    def opened(path: str, **options: Any) -> lmdb.Environment:
+        places.append(f"{path}: {(tmp_path / DATA_FILE).exists()}")
+        return original(path, **options)
+
+    monkeypatch.setattr(lmdb, "open", opened)
+    open_environment(tmp_path, map_size=1 << 26).close()
+    assert places == [f"{tmp_path / 'data.new'}: False", f"{tmp_path}: True"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [DATA_FILE]
 
 
 def test_a_disk_that_takes_no_writes_does_not_delay_reads_of_what_is_in_memory(disk: HangingDisk) -> None:

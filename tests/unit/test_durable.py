@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storaged.durable import replace_file
+from storaged.durable import make_directory, replace_file
 
 
 def test_a_file_is_replaced_whole_with_its_mode_and_what_a_crash_left_is_in_nobodys_way(
@@ -37,3 +37,16 @@ def test_where_the_disk_refuses_the_new_file_the_old_one_stays_and_nothing_else(
         replace_file(path, b"the new one")
     assert path.read_bytes() == b"the old one"
     assert os.listdir(tmp_path) == ["node.key"]
+
+
+def test_a_directory_is_made_with_those_above_it_and_every_name_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    made = tmp_path / "disk" / "fragments"
+    make_directory(made, 0o700)
+    assert (made.is_dir(), made.stat().st_mode & 0o777) == (True, 0o700)
+    assert synced == [str(tmp_path), str(tmp_path / "disk")]
+    make_directory(made)
+    assert synced[2:] == [str(tmp_path / "disk")], "whoever made it may have been killed before it was synced"

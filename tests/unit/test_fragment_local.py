@@ -10,6 +10,7 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import lmdb
 import pytest
 import xxhash
 
@@ -25,6 +26,8 @@ from storaged.errors import (
 )
 from storaged.fragments.compact import Compactor
 from storaged.fragments.files import PosixFiles
+from storaged.fragments.index import Index
+from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.offline import check, rebuild_index
 from storaged.fragments.ports import FragmentId, Health, Retirement
@@ -283,6 +286,82 @@ async def test_compaction_carries_damage_along_as_damage(tmp_path: Path) -> None
             None,
             made[0].cells[2],
         ]
+
+
+async def test_a_start_without_room_for_the_index_serves_and_writes_the_index_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replay bounds its memory by checkpoints. One that failed took the node with all its disks."""
+    async with opened(tmp_path) as store:
+        made = [await put(store, 100) for _ in range(20)]
+    shutil.rmtree(tmp_path / "index")
+
+    def no_room(_index: Index, _checkpoint: Checkpoint) -> None:
+        raise lmdb.MapFullError("the map is full")
+
+    monkeypatch.setattr(Index, "commit", no_room)
+    async with opened(tmp_path, limits=StoreLimits(reserve_bytes=1, overlay_entries_max=4)) as store:
+        assert (await store.usage()).state == "full"
+        assert [await content(store, one) for one in made] == [one.payload for one in made]
+        with pytest.raises(DiskUnusable, match="checkpoint of the fragment index"):
+            await put(store, 100)
+        await store.delete([made[0].id])
+        monkeypatch.undo()
+        await _eventually(lambda: store.statistics().usage.state == "ok")
+        more = await put(store, 100)
+    async with opened(tmp_path) as store:
+        assert store.report.records == 0
+        assert [await content(store, one) for one in (*made[1:], more)] == [one.payload for one in (*made[1:], more)]
+        with pytest.raises(FragmentMissing):
+            await content(store, made[0])
+
+
+async def test_a_start_whose_index_the_disk_refuses_is_an_error_of_that_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as store:
+        for _ in range(20):
+            await put(store, 100)
+    shutil.rmtree(tmp_path / "index")
+
+    def refused(_index: Index, _checkpoint: Checkpoint) -> None:
+        raise lmdb.DiskError("mdb_txn_commit: Input/output error")
+
+    monkeypatch.setattr(Index, "commit", refused)
+    with pytest.raises(DiskUnusable, match="index can't be written"):
+        async with opened(tmp_path, limits=StoreLimits(reserve_bytes=1, overlay_entries_max=4)):
+            pass
+    with pytest.raises(DiskUnusable, match=r"index\.new can't be written"):
+        await asyncio.to_thread(rebuild_index, tmp_path)
+
+
+async def test_an_index_that_lmdb_gave_up_is_an_error_of_that_disk(tmp_path: Path) -> None:
+    """LMDB refuses even reads after it could not write one of its first pages."""
+
+    class GivenUp:
+        def begin(self, **_options: object) -> None:
+            raise lmdb.PanicError("mdb_txn_begin: MDB_PANIC")
+
+    async with opened(tmp_path) as store:
+        made = await put(store)
+        index = store._index
+        index.checkpoint_now(store._engine.log.end)
+        real, index._env = index._env, GivenUp()
+        try:
+            for ask in (
+                lambda: store.read(made.id, 0, 1),
+                lambda: store.stat([made.id]),
+                lambda: store.fragments_of([made.id.data_id]),
+                lambda: store.retired(10, 10),
+                lambda: anext(store.scan()),
+                lambda: store.locate_copy(b"d" * 16),
+            ):
+                with pytest.raises(DiskUnusable, match="can't be read before a restart"):
+                    await ask()
+            assert not store.holds_copy(b"d" * 16, False)
+            assert store.try_read_copy(b"d" * 16) is None
+        finally:
+            index._env = real
 
 
 async def test_a_full_disk_refuses_fragments_and_still_deletes(tmp_path: Path) -> None:

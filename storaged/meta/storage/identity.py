@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import lmdb
 
-from storaged.durable import sync_path
+from storaged.durable import make_directory
 from storaged.errors import DirectoryInUse, DiskForeign, DiskRolledBack, DiskUnusable
 from storaged.lmdb_file import open_environment
 from storaged.meta.storage.rowvalue import open_small
@@ -80,8 +80,7 @@ def read_mark(directory: Path, transaction: Transaction, meta: Database, starts:
 def lock_directory(directory: Path) -> int:
     """Returns the descriptor that holds the lock. Raises DirectoryInUse, DiskUnusable."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        sync_path(directory.parent)
+        make_directory(directory)
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise DiskUnusable(f"no metadata store can be opened in {directory}: {error.strerror}") from None

@@ -1,0 +1,56 @@
+"""A few power cuts, so that the suite stays quick: ``python -m tests.power_cuts`` makes many."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.power_cuts.planted import PLANTED, Plant
+from tests.power_cuts.runs import Outcome, run, run_seed
+from tests.sim.file_disk import directory_for_files
+from tests.worlds.lmdb_calls import unavailable
+
+CUTS = int(os.environ.get("STORAGED_POWER_CUTS", "240"))
+SEEDS_MAX = 200
+"""That may pass until a mistake is found."""
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=f"LMDB's calls can't be replaced here: {unavailable()}")
+
+
+def test_no_power_cut_loses_what_was_acknowledged_or_brings_back_what_was_deleted() -> None:
+    outcome = run(0, CUTS)
+    assert not outcome.failures, outcome.failures[0]
+    happened = outcome.happened
+    for what in ("ends in a call", "ends in a call of LMDB", "killed in a call", "kills", "ends", "checkpoints"):
+        assert happened[what], f"no history had: {what}"
+    assert happened["copies restored"], "no start found a small copy in the redo log"
+    assert happened["torn bytes"], "no start found a torn record"
+
+
+def test_a_seed_plays_again_what_it_played() -> None:
+    first, again = run(5, 20), run(5, 20)
+    assert (first.happened, first.failures) == (again.happened, again.failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drive", ["failing", "lying"])
+def test_a_drive_that_fails_or_lies_serves_nothing_that_was_never_written(drive: str) -> None:
+    outcome = run(0, CUTS // 2, drive=drive)
+    assert not outcome.failures, outcome.failures[0]
+    assert outcome.happened["cuts after a fault"]
+    assert outcome.happened["rebuilt"], "no index was made again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_power_cuts_find_a_planted_mistake(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    outcome = Outcome()
+    with directory_for_files() as place:
+        for seed in range(SEEDS_MAX):
+            run_seed(seed, Path(place) / "seed", outcome)
+            if outcome.failures:
+                return
+    pytest.fail(f"{outcome.cuts} power cuts did not notice")
