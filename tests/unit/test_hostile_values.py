@@ -6,9 +6,17 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+import xxhash
 
 from storaged import errors
 from storaged.errors import MalformedPolicy, MalformedXML, S3Error
+from storaged.meta.messages import ReadsReply
+from storaged.meta.names import RegisterName, Table
+from storaged.meta.storage import rowvalue
+from storaged.meta.store_ports import RowDamaged
+from storaged.meta.transport.read_batching import ReadBatcher
+from storaged.objects.code.geometry import problem_of
+from storaged.objects.records import PartEntry, Run
 from storaged.s3 import conditions, locks, xml
 from storaged.s3.auth import policy, sigv4
 from storaged.s3.ops import lifecycle, lock
@@ -86,3 +94,42 @@ def test_a_lock_has_one_rule() -> None:
     with pytest.raises(MalformedXML):
         lock._configuration(_LOCK.format(_RULE.format(1) + _RULE.format(2)).encode())
     assert lock._configuration(_LOCK.format(_RULE.format(7)).encode()).days == 7
+
+
+def _part(header: bytes) -> PartEntry:
+    return PartEntry(1, b"d" * 16, 70_000, header, 8, "2+1", (Run(0, 1, 2, 1, 1),))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"SOV1\x02\x10\0\0", b"SOV1\x01\x10\x01\0", b"SOV1\x01\x10\0\x01", b"SOV1\x01\x11\0\0", b"SOV2\x01\x10\0\0"],
+)
+def test_a_part_whose_header_is_none_is_named_and_stops_no_walk(head: bytes) -> None:
+    assert problem_of(_part(head + bytes(56))) == "its header is not one of SOV1"
+    assert problem_of(_part(b"SOV1\x01\x10\0\0" + bytes(56))) == ""
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\x02" + b"\0" * 17, b"\x02" + b"\0" * 16 + b"\x01\0\xff\x95\x01\xc4\0\x02\xc4\0\xc4\0"]
+)
+def test_a_row_that_is_none_under_a_right_check_is_damaged(body: bytes) -> None:
+    name = RegisterName(Table.OBJECT, b"S" * 16, 3, b"key")
+    row = b"\x01" + xxhash.xxh3_64_digest(body + name.key, rowvalue.seed_of(name.prefix)) + body
+    assert rowvalue.intact(name.prefix, name.key, row)
+    with pytest.raises(RowDamaged):
+        rowvalue.unpack_row(name, row)
+
+
+@pytest.mark.parametrize(
+    ("found", "copies"), [([], []), ([[b"r"]], []), ([[], [b"r", b"r", b"r"]], [5]), ([[b"r"] * 9] * 9, [-7, 99])]
+)
+def test_each_read_hears_once_whatever_a_node_answers(found: list[list[bytes | None]], copies: list[int]) -> None:
+    heard: list[str] = []
+    ask = b"\x02" + RegisterName(Table.OBJECT, b"S" * 16, 3, b"key").pack()
+    gathered = {
+        disk: ([ask, ask], [lambda _found, _copy, name=f"{disk}{at}": heard.append(name) for at in range(2)])
+        for disk in ("a", "b")
+    }
+    batcher = ReadBatcher(None, "n1")  # type: ignore[arg-type]
+    batcher._on_reply(1, 1.0, gathered, ReadsReply(found, copies), memoryview(b"0123456789"))  # type: ignore[arg-type]
+    assert sorted(heard) == ["a0", "a1", "b0", "b1"]

@@ -246,14 +246,14 @@ def unpack_row(name: RegisterName, row: bytes) -> Slot:
     key = name.key
     if not intact(name.prefix, key, row):
         raise RowDamaged(f"the row of {name} does not match its check")
-    _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
-    node_end = ROW_BYTES_MIN + node_bytes
-    end = node_end + incarnation_bytes
     try:
+        _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
+        node_end = ROW_BYTES_MIN + node_bytes
+        end = node_end + incarnation_bytes
         value = wire.decode(row[end:], Value)
-    except msgspec.MsgspecError as error:
+        ballot = Ballot(epoch, counter, row[ROW_BYTES_MIN:node_end].decode(), row[node_end:end])
+    except (msgspec.MsgspecError, struct.error, UnicodeDecodeError) as error:
         raise RowDamaged(f"the row of {name} holds no value: {error}") from None
-    ballot = Ballot(epoch, counter, row[ROW_BYTES_MIN:node_end].decode(), row[node_end:end])
     return Slot(name, ballot, value, bool(value.payload) and accepted_whole(row))
 
 

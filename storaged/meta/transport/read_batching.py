@@ -200,13 +200,16 @@ class ReadBatcher:
                     on_row(answer, NO_BYTES)
             return
         sizes, at = iter(answer.copies), 0
-        for (disk, (asks, callbacks)), rows in zip(gathered.items(), answer.found, strict=False):
+        for index, (disk, (asks, callbacks)) in enumerate(gathered.items()):
+            rows = answer.found[index] if index < len(answer.found) else ()
+            for on_row in callbacks[len(rows) :]:  # else they would wait for their time limit, at each read anew
+                on_row(PeerUnreachable(f"{self._node} leaves out what it was asked for."), NO_BYTES)
             for ask, on_row, row in zip(asks, callbacks, rows, strict=False):
                 if row is None:
                     request = messages.Reads(epoch, [disk], [[ask]], True)
                     self._call(request, partial(_on_single_reply, on_row), timeout_s)
                 elif ask[0] == _COPY:
-                    end = at + next(sizes, 0)
+                    end = at + max(0, next(sizes, 0))
                     on_row(row, bulk[at:end])
                     at = end
                 else:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from storaged.cluster.layout import Profile
 from storaged.ids import DATA_ID_BYTES
 from storaged.objects.records import PartEntry
-from storaged.sov1 import HEADER_BYTES, MAGIC, TAG_BYTES, chunk_count, chunks_size, header_chunk_bytes
+from storaged.sov1 import TAG_BYTES, SealBroken, chunk_count, chunks_size, header_chunk_bytes
 
 FRAGMENTS_MAX = 255
 """Of a block: a fragment's position is one byte."""
@@ -38,8 +38,9 @@ def problem_of(entry: PartEntry) -> str:
     So a record may contain anything, and no code may count with it before this check: a profile of a billion fragments,
     or a block of no cells, would stop every process that reads or repairs the key.
     """
-    header = entry.header
-    if len(header) != HEADER_BYTES or header[:4] != MAGIC or not 12 <= header[5] <= 16:
+    try:
+        header_chunk_bytes(entry.header)
+    except SealBroken:
         return "its header is not one of SOV1"
     if len(entry.data_id) != DATA_ID_BYTES or not 1 <= entry.number <= PART_NUMBER_MAX:
         return "it has no data id, or no number"
