@@ -263,11 +263,14 @@ class Check:
                 await self.judge(row, value)
 
     async def judge(self, name: RegisterName, value: Value | None) -> None:
-        """Puts the register's finding into the queue, or takes it off when there is none."""
+        """Puts the register's finding into the queue, or takes it off when there is none. Raises StoragedError,
+        RowDamaged when it can't be judged now; then the queue stays as it is.
+        """
         found: list[Finding] = []
         if value is not None and self.walker.buckets.is_verified(name.scope) and await self.walker.is_needed(name):
-            found = await self.walker.judge_rows([(name, value)])
+            found = await self.walker.judge_rows([(name, value)], whole=True)
         self.queue.set(name.pack(), found[0] if found else None)
         if found:
             self.queue.fresh = True
-            self._note_judged()
+            if found[0].may_have_changed(self.walker.placements.disks_now()):
+                self._note_judged()

@@ -13,7 +13,7 @@ one of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -271,6 +271,10 @@ class Finding:
     unheard: tuple[str, ...] = ()
     unwritable: tuple[str, ...] = ()
     no_room: frozenset[str] | None = None
+
+    def is_alike(self, before: Finding) -> bool:
+        """Whether the same is wrong, whatever disks there are for new fragments."""
+        return replace(self, no_room=None) == replace(before, no_room=None)
 
     def may_have_changed(self, disks: DisksNow) -> bool:
         """Whether it may be judged otherwise by the ``disks`` that can be used now. They may have been away for so

@@ -104,15 +104,13 @@ class RepairQueue:
         known = self._ranges.get(prefix, {})
         before = known.pop(name, None)
         self._count -= before is not None
-        if finding != before:
+        if finding is None or before is None or not finding.is_alike(before):
             self._back_offs.pop(name, None)
-        if finding is None:
-            pass
-        elif self._has_room(finding):
+        if finding is not None and self._has_room(finding):
             known[name] = finding
             self._count += 1
             self._ranges[prefix] = known
-        else:
+        elif finding is not None:
             self._overflow[prefix] = self._overflow.get(prefix, _Overflow()).plus(finding)
         if not known:
             self._ranges.pop(prefix, None)

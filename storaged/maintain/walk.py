@@ -227,9 +227,10 @@ class Walker:
 
     # --- registers ----------------------------------------------------------------------------------------------------
 
-    async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]]) -> list[Finding]:
-        """The findings of the rows that are below target. Records that this node can't judge are left out and
-        logged.
+    async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]], *, whole: bool = False) -> list[Finding]:
+        """The findings of the rows that are below target. Records that this node can't judge are left out and logged.
+        What can't be read now, a page of which no replica answers, makes a walk incomplete; ``whole``: raises
+        StoragedError then.
         """
         tallies: list[Tally] = []
         batch: list[tuple[Tally, BlockPlace]] = []
@@ -250,6 +251,10 @@ class Walker:
             except DataDamaged as error:
                 self._note_unreadable(name, tally, error)
             except (KeyError, ValueError, StoragedError) as error:
+                if isinstance(error, StoragedError):
+                    self._unanswered += 1
+                    if whole:
+                        raise
                 self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
             tallies.append(tally)
             self.judged += coded

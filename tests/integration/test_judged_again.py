@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from storaged.errors import PeerRefused, PeerUnreachable
+from storaged.errors import PeerRefused, PeerUnreachable, ServiceUnavailable
 from storaged.maintain.health import Finding
 from storaged.maintain.service import HINT_TRIES
 from storaged.meta.names import RegisterName, Value, object_name
 from storaged.wire import Message
 from tests.integration.memory_cluster import Cluster, StorageNode, run
 from tests.integration.test_maintain_cluster import LARGE, filled
+from tests.integration.test_maintain_pages import many
 
 SOON_S = 120.0
 """Far less than the pause between walks."""
@@ -32,10 +33,12 @@ def test_a_disk_that_is_away_for_a_moment_within_a_walk_leaves_nothing_below_tar
             walker = node.maintenance.check.walker
             judge = walker.judge_rows
 
-            async def judge_meanwhile(rows: Iterable[tuple[RegisterName, Value]], judge: Any = judge) -> list[Finding]:
+            async def judge_meanwhile(
+                rows: Iterable[tuple[RegisterName, Value]], judge: Any = judge, **options: bool
+            ) -> list[Finding]:
                 if moments:
                     cluster.alive.disks_down |= {"b0", "b1"}
-                found: list[Finding] = await judge(rows)
+                found: list[Finding] = await judge(rows, **options)
                 cluster.alive.disks_down.clear()
                 return found
 
@@ -208,5 +211,34 @@ def test_moves_that_waited_too_long_for_a_gateway_are_not_the_last_ones() -> Non
         await cluster.pass_s(10 * SOON_S)
         assert await cluster.counts() == (0, 0, True)
         assert await cluster.is_whole(bucket, b"meanwhile")
+
+    run(scenario)
+
+
+def test_a_record_whose_pages_cannot_be_read_now_is_not_taken_for_whole() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await many(cluster, bucket)
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        name = object_name(bucket.id, bucket.shard_numbers, b"many")
+        leader = leader_of(cluster, name)
+        leader.maintenance.check.queue.set(name.pack(), Finding(name.pack(), 1, True, False, False, 1))
+        pages = leader.context.pages
+
+        class NoMajority:
+            async def get_page(self, *_: Any) -> bytes:
+                raise ServiceUnavailable("no replica answers")
+
+            def __getattr__(self, wanted: str) -> Any:
+                return getattr(pages, wanted)
+
+        leader.context.pages = NoMajority()  # type: ignore[assignment]
+        cluster.gateway.maintain.hint(name)
+        await cluster.pass_s(5)
+        assert (await cluster.counts())[::2] == (1, False)
+        leader.context.pages = pages
+        await cluster.pass_s(SOON_S)
+        assert await cluster.counts() == (0, 0, True)
 
     run(scenario)
