@@ -1,9 +1,10 @@
-"""``python -m tests.chaos kill|rack|flips|forget|change|grow|lose``: the long runs, on a cluster of their own in a
-temporary folder. The folder stays when something went wrong.
+"""``python -m tests.chaos kill|rack|flips|forget|change|grow|lose|races``: the long runs, on a cluster of their own in
+a temporary folder. The folder stays when something went wrong.
 
 ``change`` plays steps of administrators and faults on up to six servers, ``grow`` goes from three servers to six and
-back under load and measures, ``lose`` loses a disk, servers and a rack for good and measures. These three have a
-cluster of servers (``tests.servers``), the others one of ``storaged dev``.
+back under load and measures, ``lose`` loses a disk, servers and a rack for good and measures; ``races`` has clients
+race on a few keys through three gateways, which are killed and stand still. These four have a cluster of servers
+(``tests.servers``), the others one of ``storaged dev``.
 
 Progress goes to standard output while it runs. ``--json FILE`` gets a summary; the exit code is 1 if anything was lost,
 stale or corrupt.
@@ -30,6 +31,7 @@ from tests.chaos.control import STARTS_MAX
 from tests.chaos.forgetful import forget_disks
 from tests.chaos.growing import grow, table
 from tests.chaos.losing import lose, rates
+from tests.chaos.races import Races
 from tests.chaos.scenarios import flip_bits, kill_nodes, lose_a_rack
 from tests.chaos.shelf import clocks_beside
 from tests.chaos.steps import STEPS
@@ -44,13 +46,15 @@ def main() -> int:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cluster is stopped then, too
     folder = Path(tempfile.mkdtemp(prefix="storaged-chaos-"))
-    changes = arguments.scenario in ("change", "grow", "lose")
-    cluster = Servers(folder / "servers") if changes else Cluster(folder / "s3", workers=2)
+    servers = arguments.scenario in ("change", "grow", "lose", "races")
+    cluster = Servers(folder / "servers") if servers else Cluster(folder / "s3", workers=2)
     started = time.time()
     with contextlib.ExitStack() as stack:
         options = forgetful_options(cluster, stack) if arguments.scenario == "forget" else {}
         try:
-            if isinstance(cluster, Servers):
+            if isinstance(cluster, Servers) and arguments.scenario == "races":
+                violations, found = play_races(cluster.create(gateways=3), arguments)
+            elif isinstance(cluster, Servers):
                 violations, found = play_changes(cluster.create(gateways=2), arguments)
             else:
                 violations, found = play(start(cluster), arguments, options)
@@ -86,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget", "change", "grow", "lose"])
+    parser.add_argument("scenario", choices=["kill", "rack", "flips", "forget", "change", "grow", "lose", "races"])
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=600)
     length.add_argument("--minutes", type=float, help="instead of --seconds")
@@ -148,6 +152,15 @@ def play_changes(servers: Servers, arguments: argparse.Namespace) -> tuple[int, 
     for line in (*table(document), *(rates(document) if arguments.scenario == "lose" else ())):
         print(line)
     return len(change.violations()), document
+
+
+def play_races(servers: Servers, arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Returns the number of violations and the summary."""
+    races = Races(servers, seed=arguments.seed, say=say)
+    races.run(arguments.seconds)
+    for line in races.wrong:
+        say(f"  {line}")
+    return len(races.wrong), races.document()
 
 
 def say(line: str) -> None:

@@ -37,6 +37,7 @@ PLAYS = {
     "object lies": "tests.sim.object_lies:run_object_lies",
     "versions": "tests.sim.versions:run_versions",
     "events": "tests.sim.events:run_events",
+    "races": "tests.sim.races:run_races",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 
@@ -92,6 +93,7 @@ PLANTED = (
     "tests.sim.planted_versions:VERSION_BUGS",
     "tests.sim.planted_events:EVENT_BUGS",
     "tests.sim.planted_lifecycle:LIFECYCLE_BUGS",
+    "tests.sim.planted_races:RACE_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

@@ -33,6 +33,7 @@ from tests.sim.mutants import all_mutants, changed_functions, survivors
 from tests.sim.object_lies import run_object_lies
 from tests.sim.partitions import run_moving
 from tests.sim.planted import PLAYS
+from tests.sim.races import run_races
 from tests.sim.recovering import run_recovering
 from tests.sim.recovering_system import run_recovering_system
 from tests.sim.scenario import run_seed
@@ -138,7 +139,9 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("play", [run_collecting_moves, run_recovering_system, run_sparing_system, run_versions])
+@pytest.mark.parametrize(
+    "play", [run_collecting_moves, run_recovering_system, run_sparing_system, run_versions, run_races]
+)
 def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
     assert list(sound(play, LONG_SEEDS))
 

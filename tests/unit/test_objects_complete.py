@@ -12,7 +12,15 @@ import pytest
 from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from storaged.errors import ConditionalRequestConflict, InvalidPart, NoSuchKey, NoSuchUpload, PreconditionFailed
+from storaged.errors import (
+    ConditionalRequestConflict,
+    InvalidPart,
+    NoSuchKey,
+    NoSuchUpload,
+    OutcomeUnknown,
+    PreconditionFailed,
+    ServiceUnavailable,
+)
 from storaged.meta.names import RegisterName, Table, Value, system_name
 from storaged.objects.api import CompletedPart, WriteConditions
 from storaged.objects.etags import ANY
@@ -259,4 +267,24 @@ async def test_a_slow_complete_does_not_bring_back_what_an_equal_one_made_and_a_
             await objects.head(bucket, b"key")
     else:
         assert await got(objects, bucket) == b"newer"
+    await objects.close()
+
+
+async def test_a_complete_that_cannot_be_noted_does_not_say_that_nothing_was_changed() -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000, b"b"])
+    change, made = world.ring.change, []
+
+    async def without_majority(name: RegisterName, *what: Any, **how: Any) -> Any:
+        if name.table == Table.UPLOAD and made:
+            raise ServiceUnavailable("No majority of its replicas answers. Nothing was changed. Retry.")
+        made.append(name) if name.table == Table.OBJECT else None
+        return await change(name, *what, **how)
+
+    world.ring.change = without_majority  # type: ignore[method-assign]
+    with pytest.raises(OutcomeUnknown, match="Retry"):
+        await complete(objects, bucket, upload_id, parts)
+    assert await got(objects, bucket) == b"a" * 1000 + b"b"
+    world.ring.change = change  # type: ignore[method-assign]
+    assert (await complete(objects, bucket, upload_id, parts)).size == 1001
     await objects.close()

@@ -32,7 +32,9 @@ from storaged.errors import (
     InvalidRequest,
     NoSuchKey,
     NoSuchUpload,
+    OutcomeUnknown,
     PreconditionFailed,
+    ServiceUnavailable,
     SlowDown,
 )
 from storaged.fragments.ports import OF_UPLOAD
@@ -118,7 +120,7 @@ async def complete(
     """Makes an object of an upload's parts. A repeat of a Complete that succeeded returns the same result.
 
     Raises NoSuchUpload, MalformedXML (no parts), InvalidPart, InvalidPartOrder, EntityTooSmall, EntityTooLarge,
-    BadDigest, InvalidRequest, ConditionalRequestConflict, SlowDown, and as the conditions do.
+    BadDigest, InvalidRequest, ConditionalRequestConflict, SlowDown, OutcomeUnknown, and as the conditions do.
     """
     request = CompleteRequest(
         parts, owner, checksums or {}, checksum_type, declared_size, conditions, customer_key, origin
@@ -182,7 +184,12 @@ async def _complete_once(
     retire_removed(plane, bucket, name, committed.removed)
     if not bucket.plain:
         plane.notes.changed(bucket, upload.place.key, version.size, version.modified_ms, upload.meta.tags)
-    result = await _done(plane, bucket, upload, version, committed.version_id)
+    try:
+        result = await _done(plane, bucket, upload, version, committed.version_id)
+    except (ServiceUnavailable, SlowDown):  # they say that nothing was changed
+        raise OutcomeUnknown(
+            "The object was made, but that can't be noted now. Retry: the same request gets its answer."
+        ) from None
     named = {part.number for part in request.parts}
     unused = [row.entry for number, (row, _) in rows.items() if number not in named]
     if unused:
