@@ -41,6 +41,7 @@ LEAST = {
     "sparing system": Least(100, done=(("layouts", 1), ("spared", 2))),
     "object lies": Least(a_seed=20),
     "races": Least(300, done=(("answers", 12),)),
+    "lifecycle": Least(100, done=(("expired", 2),)),
     "events": Least(a_seed=15, done=(("events", 5),)),
 }
 """Not of ``collecting``, which counts other operations, and judges its liveness by itself."""

@@ -38,6 +38,7 @@ PLAYS = {
     "versions": "tests.sim.versions:run_versions",
     "events": "tests.sim.events:run_events",
     "races": "tests.sim.races:run_races",
+    "lifecycle": "tests.sim.lifecycle:run_lifecycle",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 
@@ -93,6 +94,7 @@ PLANTED = (
     "tests.sim.planted_versions:VERSION_BUGS",
     "tests.sim.planted_events:EVENT_BUGS",
     "tests.sim.planted_lifecycle:LIFECYCLE_BUGS",
+    "tests.sim.planted_lifecycle:LIFECYCLE_PLAY_BUGS",
     "tests.sim.planted_races:RACE_BUGS",
 )
 """Lists of bugs. They must not import the program."""

@@ -5,6 +5,8 @@ Plain data: imports nothing of the program.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tests.sim.planted import Planted
 
 _LOOK = "storaged/objects/lifecycle/look.py"
@@ -94,3 +96,43 @@ LIFECYCLE_BUGS = (
         "        if state is None or state.rules != wanted:\n",
     ),
 )
+
+_SEEDS = {
+    "judged_outside_of_the_change": 40,
+    "noncurrent_judged_outside_of_the_change": 60,
+    "early_by_a_day": 10,
+    "locks_ignored": 60,
+    "own_clock": 40,
+    "rules_of_the_look": 60,
+    "row_goes_first": 60,
+    "walk_ends_before_it_is_written": 60,
+    "number_of_versions_ignored": 20,
+    "no_walk_for_what_was_lost": 40,
+}
+
+LIFECYCLE_PLAY_BUGS = (
+    *(
+        replace(bug, name=f"{bug.name}_in_a_run", budget=_SEEDS[bug.name], play="lifecycle", tests="", why="")
+        for bug in LIFECYCLE_BUGS
+        if bug.name in _SEEDS
+    ),
+    Planted(
+        "index_grows",
+        "rows of the index stay when their keys were looked at",
+        20,
+        "lifecycle",
+        _WORKER,
+        "                await drop_row(plane, row.name)\n",
+        "",
+    ),
+    Planted(
+        "index_without_rules",
+        "the index of a bucket without rules goes only while its worker lives",
+        60,
+        "lifecycle",
+        _WORKER,
+        "        if await read_state(self._plane, bucket) is not None:\n",
+        "        if False:\n",
+    ),
+)
+"""What the play ``lifecycle`` notices of these, and more."""

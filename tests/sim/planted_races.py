@@ -52,15 +52,6 @@ RACE_BUGS = (
         fast=True,
     ),
     Planted(
-        "completed_twice",
-        "of two gateways that complete an upload, each makes a version",
-        100,
-        _PLAY,
-        _COMPLETE,
-        "        if there is not None:\n",
-        "        if False:\n",
-    ),
-    Planted(
         "holds_keep_nothing",
         "a legal hold keeps no version",
         40,

@@ -317,7 +317,7 @@ class Race:
 def expiries(race: Race, keys: Sequence[str], *, after_ms: int) -> list[Operation]:
     """What lifecycle may have done to these keys, where noncurrent versions expire ``after_ms`` after they were made,
     or later: to the versions that somebody saw and the last list does not show, though nobody's deletion of them was
-    answered, and to markers of open deletes.
+    answered, and to what open requests made.
     """
     found: list[Operation] = []
     for key in keys:
@@ -331,8 +331,10 @@ def expiries(race: Race, keys: Sequence[str], *, after_ms: int) -> list[Operatio
         for version in sorted((set(told) | set(listed)) - gone - last):
             act = told.get(version) or made.get(listed.get(version, ""))
             found.append(Expires(key=key, invoked=_due(race, act, after_ms), id=version))
-        unseen = [one for one in own if isinstance(one, Marks) and one.open]
-        found += [Expires(key=key, invoked=_due(race, one, after_ms), id=UNSEEN) for one in unseen]
+        for one in own:
+            etag = one.etag if isinstance(one, Adds) else ""
+            if isinstance(one, Adds | Marks) and one.open and (not etag or etag not in listed.values()):
+                found.append(Expires(key=key, invoked=_due(race, one, after_ms), id=UNSEEN, etag=etag))
     return found
 
 

@@ -164,14 +164,16 @@ class Removes(Act):
 
 @dataclass
 class Expires(Act):
-    """What lifecycle may have done at any time after it was due: it removed the noncurrent version ``id``, or the
-    oldest marker that no list has shown.
+    """What lifecycle may have done at any time after it was due: it removed the noncurrent version ``id``, or of those
+    that no list has shown the oldest with this ETag.
     """
 
     id: str = ""
+    etag: str = ""
 
     def take_effect(self, state: State) -> tuple[bool, State]:
-        found = next((held for held in reversed(state) if held.id == self.id), None)
+        own = [held for held in state if held.id == self.id and (self.id != UNSEEN or held.etag == self.etag)]
+        found = own[-1] if own else None
         if found is None or found is state[0] or self.is_kept(found.lock, bypass=False):
             return False, state
         return True, tuple(held for held in state if held is not found)
