@@ -179,7 +179,7 @@ class Buckets(Scenario):
                         if not (self.copies_may_be_lost and isinstance(error, CopyUnreadable | DataDamaged)):
                             self.complain(f"a bucket that is there takes no write after everything healed: {error!r}")
         present = {record.id for record in await service.every_bucket()}
-        for bucket_id in self._records.keys() - present:
+        for bucket_id in sorted(self._records.keys() - present):
             await self._look_into(reader, self._records[bucket_id])
 
     async def _look_at_fences(self, record: BucketRecord) -> None:
