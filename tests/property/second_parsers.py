@@ -91,6 +91,9 @@ class Llhttp(NamedTuple):
     complete: bool
 
 
+_LOOP = asyncio.new_event_loop()
+
+
 def llhttp(data: bytes) -> Llhttp:
     """The one request in ``data``; its body may be incomplete."""
 
@@ -102,7 +105,7 @@ def llhttp(data: bytes) -> Llhttp:
         except (HttpProcessingError, ValueError) as error:
             raise Refused(str(error)) from error
 
-    messages = asyncio.run(parse())
+    messages = _LOOP.run_until_complete(parse())
     if len(messages) != 1:
         raise Refused(f"{len(messages)} requests")
     message, payload = messages[0]
