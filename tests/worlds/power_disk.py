@@ -37,6 +37,7 @@ from tests.doubles.files import SECTOR, PowerCut
 from tests.sim.file_disk import set_aside
 from tests.worlds import lmdb_calls
 
+PAGE_BYTES = 4096
 _KEPT = (0.0, 0.0, 0.5, 0.9, 1.0)
 """How much of what a file's pending writes are is kept by a cut."""
 
@@ -290,9 +291,10 @@ class PowerDisk:
         return len(data)
 
     def _stop_write(self, fd: int, file: File, write: Write) -> None:
-        """It ended early: the page cache has the first part of it."""
+        """It ended early: the page cache has all of it, or the first whole pages."""
         length = len(write.data)
-        part = write.data[: self.rng.choice((length, self.rng.randrange(length + 1)))]
+        pages_end = (write.offset + self.rng.randrange(length + 1)) // PAGE_BYTES * PAGE_BYTES
+        part = write.data[: self.rng.choice((length, max(0, pages_end - write.offset)))]
         if part:
             file.pending.append(Write(write.offset, part))
             self._real["pwrite"](fd, part, write.offset)
