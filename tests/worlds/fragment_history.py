@@ -8,8 +8,10 @@ of these, whole, and never anything else.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
+
+import msgspec
 
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine
@@ -124,6 +126,18 @@ class FragmentHistory:
                 self.garbage[key[:16]].since.append(None)
         self.engine.delete(keys)
 
+    def touch(self) -> None:
+        key = self.rng.choice(self.ids).pack()
+        fate = self.fragments.get(key)
+        if fate is None or fate.latest is None:
+            return
+        header = fate.latest.header
+        created_ms = max(self.rng.randint(1, 1000), header.created_ms + 1)
+        touched = replace(fate.latest, header=msgspec.structs.replace(header, created_ms=created_ms))
+        fate.since.append(touched)
+        self.written[key].append(touched)
+        self.engine.touch([key], created_ms)
+
     def retire(self) -> None:
         data_id = self.rng.choice(self.ids).data_id
         fate = self.garbage.setdefault(data_id, Fate())
@@ -161,7 +175,7 @@ class FragmentHistory:
 
     def act(self) -> None:
         self.rng.choice((
-            self.write, self.write, self.write, self.delete, self.retire, self.sync, self.sync_apart, self.begin_checkpoint,  # noqa: E501
+            self.write, self.write, self.write, self.delete, self.touch, self.retire, self.sync, self.sync_apart, self.begin_checkpoint,  # noqa: E501
             self.end_checkpoint, self.compact, self.compact, self.punch, self.punch,
         ))()  # fmt: skip
 
