@@ -4,10 +4,13 @@ synced.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import fcntl
 import os
 from pathlib import Path
+
+_CANNOT_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS)
+"""A directory that this process may not read or write, or of a file system without syncs: nothing was made there."""
 
 
 class RestartNeeded(Exception):
@@ -36,8 +39,11 @@ def make_directory(path: Path, mode: int = 0o777) -> None:
     if not path.parent.exists():
         make_directory(path.parent)
     path.mkdir(mode, exist_ok=True)
-    with contextlib.suppress(PermissionError):  # who may not read the directory above did not make this one
+    try:
         sync_path(path.parent)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def append_durably(descriptor: int, content: bytes, size: int) -> None:
