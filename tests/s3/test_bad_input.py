@@ -85,7 +85,7 @@ def send(
 
 
 def raw_send(cluster: Cluster, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", cluster.s3_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.s3_port, timeout=120)
     try:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
@@ -201,7 +201,7 @@ def in_flight(cluster: Cluster) -> int:
     import urllib.request
 
     port = admin_port(cluster)
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
     found = re.search(r"^storaged_s3_in_flight(?:\{[^}]*\})? ([0-9.]+)$", text, re.MULTILINE)
     return int(float(found[1])) if found else -1
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.cluster import Cluster
+from tests.patience import SLOWNESS
 from tests.s3.test_bad_input import refused, signed
 from tests.s3.test_dev_cluster import healthy_status, node_of, problem_codes
 
@@ -187,7 +188,7 @@ def test_when_the_supervisor_is_killed_its_nodes_end_and_the_next_start_has_all_
     try:
         bodies, pids = filled(own, "kept"), own.pids().values()
         own.kill()
-        end = time.monotonic() + 45
+        end = time.monotonic() + 45 * SLOWNESS
         while not ended(pids) and time.monotonic() < end:
             time.sleep(0.1)
         assert ended(pids)

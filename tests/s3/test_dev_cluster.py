@@ -44,7 +44,7 @@ def problem_codes(found: dict[str, Any]) -> set[str]:
 
 def http(url: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -541,8 +541,14 @@ def test_everything_is_still_there_after_a_restart_and_ctrl_c_ends_all_processes
 def test_a_detached_cluster_runs_until_it_is_told_to_stop(tmp_path: Path, cluster: Cluster) -> None:
     other = Cluster(tmp_path / "other", s3_port=free_port())
     ports = ["--s3-port", str(other.s3_port), "--admin-port", str(free_port())]
-    done = subprocess.run([STORAGED, "dev", str(other.directory), "--detach", *ports],
-                          env=other.environment(), capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    done = subprocess.run(
+        [STORAGED, "dev", str(other.directory), "--detach", *ports],
+        env=other.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     try:
         assert done.returncode == 0, done.stderr
         assert "Three storage nodes with six disks in three racks" in done.stdout
@@ -567,7 +573,7 @@ def test_a_detached_cluster_runs_until_it_is_told_to_stop(tmp_path: Path, cluste
         env=other.environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert failed.returncode == 1

@@ -5,6 +5,7 @@ The other nodes remember them. One cluster goes through all of it, with real pro
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
+from storaged.node.ledger_exchange import PUBLISH_S
 from tests.cluster import Cluster
 
 OBJECTS = 20
@@ -57,6 +59,13 @@ def problems(cluster: Cluster) -> dict[str, list[str]]:
 def wait_for(cluster: Cluster, code: str, count: int) -> list[str]:
     cluster.wait_until(lambda: len(problems(cluster).get(code, ())) == count, 40, f"{count} times {code}")
     return problems(cluster)[code]
+
+
+def position_of(cluster: Cluster, disk: Path) -> int:
+    """What the ledger of the disk's node says of its redo log."""
+    known = next(one for node in cluster.status()["nodes"] for one in node["disks"] if one["directory"] == str(disk))
+    ledger = json.loads((disk.parent / "disks.json").read_text())
+    return int(ledger["disks"][known["id"]].get("position", 0))
 
 
 def stop(cluster: Cluster, *nodes: str) -> None:
@@ -147,8 +156,10 @@ def test_a_disk_that_was_put_back_to_a_state_of_this_start_answers_nothing(clust
     disk = cluster.directory / "n1" / "d1"
     snapshot = cluster.directory.parent / "snapshot"
     shutil.copytree(disk, snapshot)
+    before = position_of(cluster, disk)
     write_all(cluster, "second")
-    time.sleep(11)  # positions are in all ledgers by then
+    cluster.wait_until(lambda: position_of(cluster, disk) > before, 60, "a newer position in the node's ledger")
+    time.sleep(2 * PUBLISH_S + 1)  # those of the whole write are in all ledgers by then
     cluster.run("dev", "kill", "n1")
     as_it_was = aside(cluster, disk, "as it was")
     snapshot.rename(disk)

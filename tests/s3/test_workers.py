@@ -59,7 +59,7 @@ def connections_of(pid: int, port: int) -> int:
 
 def metrics(cluster: Cluster) -> str:
     port = json.loads((cluster.directory / "dev.json").read_text())["admin_port"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         told: str = answer.read().decode()
     return told
 
@@ -71,7 +71,7 @@ def metric(cluster: Cluster, line: str) -> float:
 
 def asking(cluster: Cluster) -> http.client.HTTPConnection:
     """A connection that has had an answer (a refusal: it is not signed) and stays open."""
-    connection = http.client.HTTPConnection("127.0.0.1", cluster.s3_port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.s3_port, timeout=60)
     connection.request("GET", "/")
     assert connection.getresponse().read()
     return connection
