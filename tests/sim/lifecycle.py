@@ -9,8 +9,8 @@ is written here once more (``Oracle``), since the program's own meaning is judge
 * Each change that a worker proposes for an object deletes only what the rules of the last ``CACHE_S`` name, what no
   lock keeps, and what is due by the clocks of the other three storage nodes, which are a majority.
 * Once all is well, what is due goes within the time of the next weekly walk.
-* The index of a bucket has a few rows for each key. Where there are no rules any more it is dropped, but for notes that
-  another gateway wrote later.
+* The index of a bucket has a few rows for each key, and none whose day is over. Where there are no rules any more it is
+  dropped, but for notes that another gateway wrote later.
 """
 
 from __future__ import annotations
@@ -443,6 +443,11 @@ class Living(Scenario):
         count = len([row async for row in every_row(plane.scanner, query)])
         if count > ROWS_MAX:
             self.complain(f"the index of {name} has {count} rows")
+        if any(one.enabled for one in rules):
+            through = self.reached_ms() // DAY_MS - 2
+            stale = [row.day async for row in every_due(plane, bucket, through)]
+            if stale:
+                self.complain(f"rows of the index of {name} stay, whose day is over: {stale}, {through}")
 
 
 def bare(name: str) -> BucketRecord:
