@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from storaged.maintain.context import MaintainLimits
-from storaged.maintain.health import Finding
+from storaged.maintain.health import DisksNow, Finding
 from storaged.maintain.repair_queue import RepairQueue
 from storaged.meta.names import RegisterName, Table
 
@@ -57,3 +60,42 @@ def test_the_smallest_queue_moves_something() -> None:
     queue = RepairQueue(MaintainLimits(findings_max=1))
     queue.replace(prefix(0), [misplaced(0)])
     assert len(list(queue.due(0.0, recode=False, moves=True))) == 1
+
+
+NOW = DisksNow(frozenset("ab"), frozenset("a"), frozenset("a"))
+
+
+@pytest.mark.parametrize(
+    ("judged_by", "again"),
+    [
+        ({}, False),
+        ({"unheard": ("a",)}, True),
+        ({"unheard": ("c",)}, False),
+        ({"unwritable": ("a",)}, True),
+        ({"unwritable": ("b",)}, False),
+        ({"no_room": frozenset("a")}, False),
+        ({"no_room": frozenset("ab")}, True),
+    ],
+)
+def test_what_was_judged_by_other_disks_is_judged_again(
+    queue: RepairQueue, judged_by: dict[str, Any], again: bool
+) -> None:
+    waiting = replace(endangered(0), repairable=False, **judged_by)
+    queue.set(waiting.name, waiting)
+    assert queue.judged_before(NOW, 0.0) == [waiting.name] * again
+    queue.set(waiting.name, replace(waiting, repairable=True))
+    assert queue.judged_before(NOW, 0.0) == []
+    queue.back_off(waiting.name, 0.0, "it failed")
+    assert queue.judged_before(NOW, 1.0) == [waiting.name] * again
+
+
+def test_what_was_tried_in_vain_for_another_finding_does_not_count(queue: RepairQueue) -> None:
+    found = endangered(0)
+    queue.set(found.name, found)
+    queue.back_off(found.name, 0.0, "it failed")
+    queue.set(found.name, replace(found, no_room=frozenset("a")))
+    assert list(queue.due(1.0, recode=False, moves=True)) == []
+    assert queue.unrepaired(NOW, "4+2") == {"it failed": 1}
+    queue.set(found.name, replace(found, spare=1))
+    assert [one.name for one in queue.due(1.0, recode=False, moves=True)] == [found.name]
+    assert queue.unrepaired(NOW, "4+2") == {}
