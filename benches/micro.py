@@ -16,10 +16,8 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -28,8 +26,18 @@ import structlog
 import uvloop
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from benches import micro_front, micro_listing, micro_objects
-from benches.micro_world import ACCESS, REGION, SCOPE, SECRET, OneObject, finished, list_request, signature_floor
+from benches import micro_front, micro_large, micro_listing, micro_objects
+from benches.micro_world import (
+    ACCESS,
+    REGION,
+    SCOPE,
+    SECRET,
+    OneObject,
+    Side,
+    finished,
+    list_request,
+    signature_floor,
+)
 from benches.s3client import Connection, Target, connect, signed_head
 from storaged.clock import SystemClock
 from storaged.cluster import issuing
@@ -189,33 +197,9 @@ def list_page() -> list[Measured]:
 # --- HTTP and RPC, over loopback
 
 
-class _Side:
-    """A thread with its own event loop, so that its CPU time can be measured apart from the caller's."""
-
-    def __init__(self) -> None:
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-
-    async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        done: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return await asyncio.wrap_future(done)
-
-    async def cpu_s(self) -> float:
-        async def now() -> float:
-            return time.thread_time()
-
-        return await self.run(now())
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
 async def http() -> list[Measured]:
     """Parsing, signature and answer of a request, with an object plane that does nothing."""
-    world, side = OneObject(), _Side()
+    world, side = OneObject(), Side()
     app = S3App(
         cast(Objects, world),
         cast(Buckets, world),
@@ -271,7 +255,7 @@ async def rpc() -> list[Measured]:
             "t.task": Method(_Note, echo, both),
             "t.at_once": Method(_Note, echo, both, try_answer=lambda request, call: request),
         }
-        side = _Side()
+        side = Side()
         server = RpcServer(own["b"], methods, checks=checks)
         await side.run(server.start("127.0.0.1", 0))
         pool = RpcPool(own["a"], addresses={"b": f"127.0.0.1:{server.port}"}, checks=checks)
@@ -299,6 +283,10 @@ async def rpc() -> list[Measured]:
             await pool.close()
             await side.run(server.close())
             side.close()
+
+
+async def large() -> list[Measured]:
+    return [Measured(*found) for found in await micro_large.paths()]
 
 
 # --- disks
@@ -442,7 +430,7 @@ async def segments() -> list[Measured]:
 PATHS: dict[str, Callable[[], list[Measured] | Coroutine[Any, Any, list[Measured]]]] = {
     "signature": signature_check, "front": front, "http": http, "seal": sealing, "objects": object_plane,
     "code": coding, "rpc": rpc, "register": registers, "lmdb": lmdb_batch, "segment": segments,
-    "list": list_page, "page": pages,
+    "list": list_page, "page": pages, "large": large,
 }  # fmt: skip
 
 

@@ -4,11 +4,17 @@ memory, so that a path runs without an event loop.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import os
+import threading
+import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar, cast
+
+import uvloop
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
@@ -128,3 +134,27 @@ class OneObject:
         assert len(plain) == len(self.plain)
         then(PutResult("0" * 32))
         return True
+
+
+class Side:
+    """A thread with its own event loop, so that its CPU time can be measured apart from the caller's."""
+
+    def __init__(self) -> None:
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        done: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return await asyncio.wrap_future(done)
+
+    async def cpu_s(self) -> float:
+        async def now() -> float:
+            return time.thread_time()
+
+        return await self.run(now())
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -31,7 +31,7 @@ from storaged.maintain.context import MaintainContext
 from storaged.maintain.disuse import Judge
 from storaged.maintain.garbage_page import GarbagePage, Rest, upload_id_of
 from storaged.maintain.holds import REASON as HELD
-from storaged.maintain.holds import Holds
+from storaged.maintain.holds import Holds, has_room_to_hold
 from storaged.maintain.sweep import Sweep
 
 ENTRIES_A_ROUND = 50_000
@@ -128,16 +128,17 @@ class Collector:
         self, disk: str, store: NearStore, page: Sequence[Retirement], counting: Counter[str]
     ) -> None:
         awake = []
-        holds = len(self._holds) > 0 and (await store.usage()).state != "full"
         for entry in page:
             rest = self._resting.get((entry.owner, entry.origin)) or self._resting.get((entry.owner, None))
-            if rest is not None:
-                counting[rest[1]] += 1
-            elif holds and self._holds.keeps(entry.data_id, upload_id_of(entry)):
-                counting[HELD] += 1
-            else:
+            if rest is None:
                 awake.append(entry)
+            else:
+                counting[rest[1]] += 1
         await self.pace.spend(len(awake))
+        if self._holds and has_room_to_hold(await store.usage()):
+            some = [entry for entry in awake if not self._holds.keeps(entry.data_id, upload_id_of(entry))]
+            counting[HELD] += len(awake) - len(some)
+            awake = some
         judged = GarbagePage(self._context, self._judge, disk, store)
         try:
             await judged.collect(awake)

@@ -6,9 +6,9 @@ download that lasts longer holds them: its gateway names them to all storage nod
 restart of a storage node forgets is named again before its collectors begin.
 
 A client that reads slowly must not stop collection for ever. So names keep what is due for ``read_hold_s`` at most,
-counted from the first time that a collector left it alone, and a disk without room keeps nothing. There are
-``HELD_MAX`` names at most. A download whose data is gone ends with its connection, as a download of damaged data does:
-no byte leaves a gateway before it was authenticated.
+counted from the first time that a collector left it alone, and a disk of which less than ``FREE_SHARE_MIN`` is free
+keeps nothing. There are ``HELD_MAX`` names at most. A download whose data is gone ends with its connection, as a
+download of damaged data does: no byte leaves a gateway before it was authenticated.
 
 No deletion is right or wrong because of this: ``disuse`` says what may go.
 """
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from storaged.clock import Clock
+from storaged.fragments.ports import Usage
 from storaged.wire import Message
 
 LEASE_S = 20.0
@@ -26,6 +27,8 @@ RENEW_S = 5.0
 HELD_MAX = 100_000
 KEYS_A_CALL = 2_000
 KEY_BYTES_MAX = 32
+FREE_SHARE_MIN = 0.1
+"""As for the warning DISK_FILLING."""
 REASON = "a download of it is under way"
 
 
@@ -33,6 +36,11 @@ class Hold(Message, frozen=True):
     """What downloads read that began a while ago: data ids, ids of uploads, hashes of pages."""
 
     keys: tuple[bytes, ...]
+
+
+def has_room_to_hold(usage: Usage) -> bool:
+    """Whether a disk may wait for downloads. Their clients may be slow on purpose, and others want to write."""
+    return usage.state != "full" and usage.bytes_free >= FREE_SHARE_MIN * (usage.bytes_used + usage.bytes_free)
 
 
 @dataclass(slots=True)

@@ -188,15 +188,15 @@ class PageSweep:
 
     async def _delete(self, disk: str, store: MetaStore, condemned: _Condemned) -> None:
         """Raises RowDamaged, StoragedError."""
-        condemned = {owner: self._not_held(pages) for owner, pages in condemned.items()}
-        ownerless = condemned.pop(None, {})
+        ownerless = self._not_held(condemned.pop(None, {}))
         await self._find_owners(store, ownerless)
         self.deleted += await _delete_pages(store, list(ownerless.items()))
         waiting: Counter[str] = Counter()
-        owners = [owner for owner, pages in condemned.items() if owner is not None and pages]
+        owners = [owner for owner in condemned if owner is not None]
         for start in range(0, len(owners), NAMES_A_SETTLE):
-            await self._pace.spend(sum(len(condemned[owner]) for owner in owners[start : start + NAMES_A_SETTLE]))
-            found = {owner: list(condemned[owner].items()) for owner in owners[start : start + NAMES_A_SETTLE]}
+            some = owners[start : start + NAMES_A_SETTLE]
+            await self._pace.spend(sum(len(condemned[owner]) for owner in some))
+            found = {owner: list(pages.items()) for owner in some if (pages := self._not_held(condemned[owner]))}
             self.deleted += await delete_unneeded(
                 self._judge.prove, _OldPages(self._context.pages, store, waiting), found
             )
