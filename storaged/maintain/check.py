@@ -55,6 +55,8 @@ class Check:
         self._walk_pause_s = 0.0
         self._verify_at, self._verify_pause_s = NOW, 0.0
         self._again_at, self._again_pause_s = NOW, 0.0
+        self._in_vain: set[bytes] = set()
+        """What was judged again, and has to be once more."""
 
     # --- requests and state -------------------------------------------------------------------------------------------
 
@@ -220,12 +222,13 @@ class Check:
 
     async def _look_again(self) -> None:
         """Judges again what was judged by other disks than those that can be used now, some at a time. The pause after
-        that doubles while it is in vain.
+        that doubles while it is in vain. What was looked at in vain comes after all else then: a disk that never
+        answers must not keep others from being judged.
         """
         now, limits = self._context.clock.monotonic(), self._context.limits
         if not self.current or now < self._again_at:
             return  # a walk judges all of it
-        names = self._judged_before()[: limits.hints_a_round]
+        names = sorted(self._judged_before(), key=self._in_vain.__contains__)[: limits.hints_a_round]
         if not names:
             self._again_at, self._again_pause_s = now + limits.retry_s, 0.0
             return
@@ -234,7 +237,8 @@ class Check:
             some, names = names[: limits.hints_concurrent_max], names[limits.hints_concurrent_max :]
             await concurrently((self._look_at_hint(RegisterName.unpack(name)) for name in some), len(some))
             looked.update(some)
-        in_vain = self.walker.unanswered != unanswered or not looked.isdisjoint(self._judged_before())
+        self._in_vain = (self._in_vain | looked).intersection(self._judged_before())
+        in_vain = self.walker.unanswered != unanswered or not looked.isdisjoint(self._in_vain)
         pause_s = min(2 * self._again_pause_s, limits.walk_retry_max_s) if in_vain else 0.0
         self._again_pause_s = max(pause_s, limits.poll_s)
         self._again_at = self._context.clock.monotonic() + self._again_pause_s

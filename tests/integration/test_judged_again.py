@@ -133,6 +133,36 @@ def test_a_disk_that_never_answers_is_asked_seldom_and_named() -> None:
     run(scenario)
 
 
+def test_a_disk_that_never_answers_keeps_no_other_from_being_judged_again() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster, 1)
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        name = object_name(bucket.id, bucket.shard_numbers, b"large-0")
+        leader = leader_of(cluster, name)
+        other = next(node for node in cluster.nodes if node != leader.name)
+        check, limits = leader.maintenance.check, leader.context.limits
+        silent = [b"%03d" % number for number in range(2 * limits.hints_concurrent_max)]
+        for key in (*silent, b"zzz"):
+            one = RegisterName(name.table, name.scope, name.shard, key).pack()
+            check.queue.set(one, Finding(one, 1, False, False, False, 0, unheard=(f"{other[1:]}0",)))
+        looked: list[bytes] = []
+
+        async def judge(name: RegisterName, _value: Value | None) -> None:
+            looked.append(name.key)
+            if name.key == b"zzz":
+                check.queue.set(name.pack(), None)
+            else:
+                check.walker.pages.unanswered += 1
+
+        check.judge = judge  # type: ignore[method-assign]
+        await cluster.pass_s(SOON_S)
+        assert looked.count(b"zzz") == 1
+        assert len(looked) < SOON_S
+
+    run(scenario)
+
+
 def test_a_failed_repair_is_named_with_what_failed_and_how_often() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket, _ = await filled(cluster, 2)
