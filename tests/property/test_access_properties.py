@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import product
 from typing import Any
 
 import msgspec
@@ -48,36 +49,41 @@ OPERATIONS = st.sampled_from(
     (*sorted(ACTIONS), "GetBucketPolicy", "PutBucketPolicy", "DeleteBucket", "GetBucketLogging")
 )
 
-STATEMENTS = st.fixed_dictionaries(
-    {
-        "Effect": st.sampled_from(("Allow", "Deny")),
-        "Principal": st.sampled_from(("*", {"AWS": account_of(OTHER.user_id)}, {"CanonicalUser": OTHER.user_id})),
-        "Action": st.lists(
-            st.sampled_from(("s3:*", "s3:GetObject", "s3:Put*", "s3:List*", "s3:DeleteObject")), min_size=1, max_size=2
-        ),
-        "Resource": st.lists(
-            st.sampled_from(("arn:aws:s3:::bucket", "arn:aws:s3:::bucket/*", "arn:aws:s3:::bucket/a*")),
-            min_size=1,
-            max_size=2,
-        ),
-    },
-    optional={
-        "Condition": st.sampled_from(
+
+def one_to_two(*values: str) -> list[list[str]]:
+    return [list(some) for count in (1, 2) for some in product(values, repeat=count)]
+
+
+STATEMENTS = st.sampled_from(
+    [
+        {"Effect": effect, "Principal": principal, "Action": action, "Resource": resource, **condition}
+        for effect, principal, action, resource, condition in product(
+            ("Allow", "Deny"),
+            ("*", {"AWS": account_of(OTHER.user_id)}, {"CanonicalUser": OTHER.user_id}),
+            one_to_two("s3:*", "s3:GetObject", "s3:Put*", "s3:List*", "s3:DeleteObject"),
+            one_to_two("arn:aws:s3:::bucket", "arn:aws:s3:::bucket/*", "arn:aws:s3:::bucket/a*"),
             (
-                {"Bool": {"aws:SecureTransport": "true"}},
-                {"StringEquals": {"s3:ExistingObjectTag/a": "b"}},
-                {"StringNotLike": {"aws:Referer": "x*"}},
-            )
+                {},
+                {"Condition": {"Bool": {"aws:SecureTransport": "true"}}},
+                {"Condition": {"StringEquals": {"s3:ExistingObjectTag/a": "b"}}},
+                {"Condition": {"StringNotLike": {"aws:Referer": "x*"}}},
+            ),
         )
-    },
+    ]
 )
-BLOCKS = st.builds(PublicAccessBlock, st.booleans(), st.booleans(), st.booleans(), st.booleans())
-ENTRIES = st.builds(
-    AclEntry,
-    st.sampled_from((EVERYBODY, SIGNED, OWNER.user_id, OTHER.user_id)),
-    st.sampled_from(("READ", "WRITE", "READ_ACP", "WRITE_ACP", "FULL_CONTROL")),
+"""All there are. To draw each part of a statement for itself takes longer than the decision that is tested."""
+
+POLICIES = st.one_of(*(st.tuples(*[STATEMENTS] * count) for count in range(4)))
+BLOCKS = st.sampled_from([PublicAccessBlock(*some) for some in product((False, True), repeat=4)])
+ENTRIES = [
+    AclEntry(*some)
+    for some in product(
+        (EVERYBODY, SIGNED, OWNER.user_id, OTHER.user_id), ("READ", "WRITE", "READ_ACP", "WRITE_ACP", "FULL_CONTROL")
+    )
+]
+LISTS = st.one_of(
+    st.none(), *(st.sampled_from([Acl(some) for some in product(ENTRIES, repeat=count)]) for count in range(4))
 )
-LISTS = st.none() | st.builds(Acl, st.lists(ENTRIES, max_size=3).map(tuple))
 OBJECTS = st.none() | st.builds(
     ObjectAccess, st.sampled_from((OWNER.user_id, OTHER.user_id)), LISTS, st.sampled_from(({}, {"a": "b"}))
 )
@@ -86,7 +92,7 @@ OBJECTS = st.none() | st.builds(
 @st.composite
 def configurations(draw: Any) -> Configuration:
     found = NOTHING
-    statements = draw(st.lists(STATEMENTS, max_size=3))
+    statements = draw(POLICIES)
     if statements:
         found = found.having(POLICY, PolicyText(json.dumps({"Version": "2012-10-17", "Statement": statements})))
     rule = draw(st.sampled_from((None, ENFORCED, PREFERRED, WRITER)))
