@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engine", choices=("atheris", "own"), help="default: atheris where it is installed")
     parser.add_argument("--input", type=Path, help="run the target on the bytes of this file")
     parser.add_argument("--minimise", action="store_true", help="make the tree's corpus from the folder --work")
+    parser.add_argument("--inputs", type=int, default=0, metavar="N", help="and from N inputs of our own mutator (0)")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -69,7 +70,7 @@ def main() -> int:
         from tests.fuzz.minimise import minimise
 
         for name in names:
-            minimise(TARGETS[name], options.work)
+            minimise(TARGETS[name], options.work, options.inputs)
     else:
         with tempfile.TemporaryDirectory(prefix="storaged-fuzz-") as temporary:
             return in_slices(options, names, options.work or Path(temporary))
@@ -103,7 +104,9 @@ def one_slice(options: argparse.Namespace) -> int:
     if options.engine == "atheris":
         driver.cover(runs, options.seconds, options.first, options.work, done)
     else:
-        driver.mutate(runs, options.seconds, options.first)
+        for number, run in enumerate(runs, 1):
+            until_s = began_s + options.seconds * number / len(runs)
+            driver.mutate(run, options.first, lambda until_s=until_s: time.monotonic() >= until_s)  # type: ignore[misc]
         done()
     return 0
 

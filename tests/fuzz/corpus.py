@@ -21,4 +21,5 @@ def save(name: str, inputs: Iterable[bytes]) -> None:
     lines = ",\n".join(
         json.dumps(data.decode("latin-1")) for data in sorted(set(inputs), key=lambda data: (len(data), data))
     )
+    FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="ascii")

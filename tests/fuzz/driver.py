@@ -73,17 +73,14 @@ def seeds_of(target: Target, folder: Path | None) -> list[bytes]:
     return found
 
 
-def mutate(runs: Sequence[Run], seconds: float, first: int) -> None:
-    """Executes the inputs of our own mutator, from the number ``first`` on; each target has an equal share of the
-    time."""
-    for run in runs:
-        target, number = run.target, first
-        mutator = Mutator(target.name, seeds_of(target, None), target.tokens, target.size_max)
-        until_s = time.monotonic() + seconds / len(runs)
-        while time.monotonic() < until_s:
-            faulthandler.dump_traceback_later(HANG_S, exit=True)
-            run.execute(mutator.input(number))
-            number += 1
+def mutate(run: Run, first: int, over: Callable[[], bool]) -> None:
+    """Executes the inputs of our own mutator, from the number ``first`` on, until it is ``over``."""
+    target, number = run.target, first
+    mutator = Mutator(target.name, seeds_of(target, None), target.tokens, target.size_max)
+    while not over():
+        faulthandler.dump_traceback_later(HANG_S, exit=True)
+        run.execute(mutator.input(number))
+        number += 1
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.fuzz import corpus
 from tests.fuzz.bounds import branches_of
 from tests.fuzz.driver import seeds_of
+from tests.fuzz.mutator import Mutator
 from tests.fuzz.target import Target
 
 BYTES_MAX = 48 * 1024
@@ -15,10 +16,12 @@ BYTES_MAX = 48 * 1024
 LOOKED_AT_MAX = 4000
 
 
-def minimise(target: Target, folder: Path | None) -> None:
-    """Writes the corpus of a target, from what the tree and the folder of a run have. Inputs that fail are left out:
-    they become tests of their own."""
-    seeds = sorted(set(seeds_of(target, folder)), key=lambda data: (len(data), data))[:LOOKED_AT_MAX]
+def minimise(target: Target, folder: Path | None, inputs: int) -> None:
+    """Writes the corpus of a target, from what the tree and the folder of a run have, and from the first ``inputs`` of
+    our own mutator. Inputs that fail are left out: they become tests of their own."""
+    seeds = seeds_of(target, folder)
+    mutator = Mutator(target.name, seeds, target.tokens, target.size_max)
+    seeds = sorted({*seeds, *map(mutator.input, range(inputs))}, key=lambda data: (len(data), data))[:LOOKED_AT_MAX]
     for data in seeds[:50]:  # caches are full, so that each branch belongs to the input that takes it
         with contextlib.suppress(Exception):
             target.run(data)
@@ -33,7 +36,8 @@ def minimise(target: Target, folder: Path | None) -> None:
             continue
         if not found <= reached and size + len(data) <= BYTES_MAX:
             reached |= found
-            kept.append(data)
-            size += len(data)
+            if data not in target.seeds:  # these are tried anyway
+                kept.append(data)
+                size += len(data)
     corpus.save(target.name, kept)
     print(f"{target.name}: {len(kept)} of {len(seeds)} inputs, {size} bytes, {len(reached)} branches")

@@ -103,8 +103,9 @@ def test_a_run_goes_on_after_a_finding_and_keeps_its_shortest_input() -> None:
 def test_our_own_engine_runs_each_target_from_the_number_it_is_told() -> None:
     ran: list[bytes] = []
     target = Target("x", ran.append, (b"0", b"1", b"2"), TARGETS["range"].plant)
-    driver.mutate([driver.Run(target)], 0.01, 1)
+    driver.mutate(driver.Run(target), 1, lambda: len(ran) == 5)
     assert ran[:2] == [b"1", b"2"]
+    assert len(ran) == 5
 
 
 def test_what_a_corpus_keeps_is_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,6 +353,7 @@ TARGETS = (
         "headers",
         stored_headers,
         (
+            b"x-amz-meta-a: \xff\xfe",
             b"".join(_HEADERS[:8]) + b"a:b",
             b"".join(_HEADERS[20:26]) + b"a:b",
             b"".join(_HEADERS[15:20]) + b"a:b",
