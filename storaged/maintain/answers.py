@@ -24,6 +24,8 @@ from storaged.maintain.asks import (
     WAIT_S_MAX,
     Answered,
     Asked,
+    EndedLoans,
+    EndLoans,
     Settle,
     SettledNames,
     TakeAsks,
@@ -32,8 +34,9 @@ from storaged.maintain.asks import (
 )
 from storaged.maintain.context import concurrently
 from storaged.maintain.pace import Pace
-from storaged.meta.names import RegisterName, Table, Value
+from storaged.meta.names import RegisterName, Table, Value, object_name
 from storaged.meta.ports import Registers
+from storaged.objects.records import BucketRecord
 from storaged.wire import MALFORMED, Message, decode, encode
 
 Handler = Callable[[str, Any], Awaitable[Message]]
@@ -167,6 +170,32 @@ class _AskingNode:
             for answer in done:
                 self._working.pop(answer.id, None)
             self._freed.set()
+
+
+def loans_handler(
+    find_bucket: Callable[[bytes], Awaitable[BucketRecord | None]],
+    end_unused: Callable[[BucketRecord, RegisterName], Awaitable[object]],
+) -> Handler:
+    """Of the kind ``loans``. ``find_bucket``: by its id; None: it is not known, or not verified."""
+
+    async def loans(_node: str, request: EndLoans) -> EndedLoans:
+        failed = 0
+
+        async def one(name: RegisterName) -> None:
+            nonlocal failed
+            try:
+                bucket = await find_bucket(name.scope)
+                if bucket is None:
+                    failed += 1
+                elif name == object_name(bucket.id, bucket.shard_numbers, name.key):
+                    await end_unused(bucket, name)
+            except (StoragedError, TimeoutError):
+                failed += 1
+
+        await concurrently(map(one, names_in(request)), SETTLES_CONCURRENT_MAX)
+        return EndedLoans(failed)
+
+    return loans
 
 
 def settle_handler(registers: Registers) -> Handler:

@@ -76,6 +76,18 @@ class SettledNames(Message, frozen=True):
     value: Value | None = None
 
 
+class EndLoans(Message, frozen=True):
+    """Look at the loans of these objects (packed names, up to ``NAMES_A_SETTLE``), and end those that nothing uses."""
+
+    names: tuple[bytes, ...]
+
+
+class EndedLoans(Message, frozen=True):
+    """``failed``: how many of the objects could not be looked at now."""
+
+    failed: int
+
+
 class AskKind(NamedTuple):
     """``request``, ``answer``: their messages. ``why``: what storage nodes need it for. ``verified``: what the gateway
     checks. ``harm``: what a hostile storage node can do with it.
@@ -95,6 +107,13 @@ KINDS: Final[Mapping[str, AskKind]] = {
         "a fragment that is not its block's own is where repair has to write",
         "that the survivors of the block agree on other hashes (``discard``)",
         "makes the gateway read blocks, at a bounded rate",
+    ),
+    "loans": AskKind(
+        EndLoans,
+        EndedLoans,
+        "records lend data to other keys, and what borrowed it may be gone",
+        "names of objects; the gateway reads the records itself, and ends a loan only after a round of the borrower",
+        "makes the gateway read records, at a bounded rate",
     ),
     "move": AskKind(
         MovesAsk,
@@ -306,7 +325,7 @@ class Asks:
         return found
 
 
-def names_in(request: Settle) -> list[RegisterName]:
+def names_in(request: Settle | EndLoans) -> list[RegisterName]:
     """Raises PeerRefused for names that can't be."""
     if len(request.names) > NAMES_A_SETTLE:
         raise PeerRefused(f"{len(request.names)} names at once", faults.BAD_MESSAGE)

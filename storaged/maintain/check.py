@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 
 from storaged.errors import StoragedError
+from storaged.maintain.asks import NAMES_A_SETTLE, EndedLoans, EndLoans
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.health import Finding
 from storaged.maintain.job import Job
@@ -129,6 +130,7 @@ class Check:
             failures.append(str(error))
         if self.walker.unanswered != unanswered:
             failures.append("a disk did not answer")
+        await self._end_loans()
         if not failures:
             self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, NOW
             self.judged = self.walker.judged - judged
@@ -144,6 +146,17 @@ class Check:
             f"check of all objects: {len(failures)} failures, the first: {failures[0]}; again in"
             f" {self._walk_pause_s:.0f} s"
         )
+
+    async def _end_loans(self) -> None:
+        """Has gateways look at what the walk has found lent. What they can't look at now, the next walk asks again."""
+        lenders, self.walker.lenders = list(self.walker.lenders), set()
+        for start in range(0, len(lenders), NAMES_A_SETTLE):
+            names = tuple(lenders[start : start + NAMES_A_SETTLE])
+            try:
+                await self._context.asks.ask("loans", EndLoans(names), EndedLoans)
+            except (StoragedError, TimeoutError) as error:
+                self._context.log(f"loans of {len(lenders) - start} objects are looked at later: {error}")
+                return
 
     async def _walk_ranges(self, failures: list[str]) -> None:
         buckets = self.walker.buckets

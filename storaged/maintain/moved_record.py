@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -14,7 +14,7 @@ from storaged.meta.ports import Pages
 from storaged.objects.code.history import Draft, Entry, every_entry, with_draft
 from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import PartEntry, PartRecord, Version, encode_object
+from storaged.objects.records import PartEntry, PartRecord, Version, encode_object, sharing_of
 from storaged.wire import decode, encode
 
 Move = tuple[MoveAsk, Profile]
@@ -41,44 +41,58 @@ async def body_after(
 async def _versions_after(
     pages: Pages, name: RegisterName, value: Value, moves: Sequence[Move]
 ) -> tuple[bytes, list[bytes]] | None:
-    """As ``body_after``, of an object. Blocks of older versions move, too. Versions that can't be read stay as they
-    are.
+    """As ``body_after``, of an object. Blocks of older versions move, and what is lent. Versions that can't be read
+    stay as they are; then what is lent moves only if a version that was read has it. Data that a version and a loan
+    have must be in the same places in both.
     """
-    record, left = decode_record(value), len(moves)
-    by_data: dict[bytes, list[Move]] = {}
-    for one in moves:
-        by_data.setdefault(one[0].data_id, []).append(one)
+    record = decode_record(value)
+    left = set(range(len(moves)))
+    by_data: dict[bytes, list[tuple[int, Move]]] = {}
+    for index, one in enumerate(moves):
+        by_data.setdefault(one[0].data_id, []).append((index, one))
     changed: list[tuple[Entry, Entry]] = []
+    applied_to_loans = set[int]()
     new_pages: list[bytes] = []
-    async for entry in every_entry(pages, name, record, on_unreadable=lambda _error: None):
-        version, applied = entry.version, 0
-        parts = []
+    unread: list[DataDamaged] = []
+    async for entry in every_entry(pages, name, record, on_unreadable=unread.append):
+        version, applied = entry.version, set[int]()
         try:
-            async for part in parts_of(pages, name, version):
-                for ask, target in by_data.get(part.data_id, ()):
-                    moved = apply_move(part, ask, target)
-                    if moved is not None:
-                        part, applied = moved, applied + 1
-                parts.append(part)
-        except DataDamaged:
+            parts = [_moved(part, by_data, applied) async for part in parts_of(pages, name, version)]
+        except DataDamaged as error:
+            unread.append(error)
             continue
         if applied:
             left -= applied
             after = await _with_parts(pages, name, version, parts)
             changed.append((entry, entry._replace(version=after)))
             new_pages += [page for page in after.pages if page not in version.pages]
-    if left:
+    loans = tuple(
+        msgspec.structs.replace(loan, part=_moved(loan.part, by_data, applied_to_loans))
+        for loan in sharing_of(record).loans
+    )
+    if left if unread else left - applied_to_loans:
         return None
 
     def replace_all(draft: Draft) -> Draft:
         for entry, after in changed:
             draft.replace(entry, after)
+        draft.loans = loans
         return draft
 
     draft = await with_draft(pages, name, record, replace_all)
     for page_hash, page in draft.fresh.items():
         await pages.put_page(name, page, page_hash)
     return encode_object(draft.record()), [*new_pages, *draft.fresh]
+
+
+def _moved(part: PartEntry, by_data: Mapping[bytes, Sequence[tuple[int, Move]]], applied: set[int]) -> PartEntry:
+    """The part after all moves of its data that apply. Adds their numbers to ``applied``."""
+    for index, (ask, target) in by_data.get(part.data_id, ()):
+        moved = apply_move(part, ask, target)
+        if moved is not None:
+            part = moved
+            applied.add(index)
+    return part
 
 
 async def _with_parts(pages: Pages, name: RegisterName, version: Version, parts: Sequence[PartEntry]) -> Version:

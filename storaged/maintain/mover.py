@@ -69,7 +69,7 @@ from storaged.maintain.walk import entries_of
 from storaged.meta.names import Change, RegisterName, Table, Value
 from storaged.objects.code.manifest import renew_pages
 from storaged.objects.garbage import retire_all
-from storaged.objects.records import PartEntry
+from storaged.objects.records import BucketRecord, PartEntry
 
 TOUCHES_A_CALL = 4000
 REGISTERS_AT_ONCE = 16
@@ -235,6 +235,11 @@ class Mover:
             await self.buckets.refresh(self.context)
         except StoragedError as error:
             self.context.log(f"the bucket directory can't be read now: {error}")
+
+    async def bucket(self, scope: bytes) -> BucketRecord | None:
+        """The bucket's record; None: it is not known here, or not verified."""
+        await self.find_buckets({scope})
+        return self.buckets.by_id[scope] if self.buckets.is_verified(scope) else None
 
     async def _plan(self, name: RegisterName, some: Sequence[_Planned]) -> None:
         try:

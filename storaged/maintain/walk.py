@@ -29,13 +29,14 @@ from storaged.meta.ports import PageQuery
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.meta.store_ports import MetaStore, RowDamaged, RowRange
 from storaged.objects.code.history import OnUnreadable
-from storaged.objects.records import PartEntry
+from storaged.objects.records import PartEntry, shares
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import living_upload, living_uploads
 
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
+LENDERS_MAX = 10_000
 ROWS_A_SLICE = 64
 REST_S_MAX = 0.005
 """A walk looks at so many rows, some 50 us each, then rests as long as that took, at most REST_S_MAX. So a node of one
@@ -129,6 +130,8 @@ class Walker:
         self.buckets = Buckets()
         self._unanswered = 0
         self.settled = self.judged = 0
+        self.lenders: set[bytes] = set()
+        """Objects (packed names) that lend data to other keys: some of those that were judged."""
         self.bring_up: Callable[[RegisterName], Awaitable[object]] = context.registers.settle
         """Brings the replicas of a register that differ to the same row (``pull``)."""
 
@@ -237,6 +240,8 @@ class Walker:
         paged: list[PagesOf] = []
         for name, value in rows:
             tally, coded = Tally(name.pack()), False
+            if name.table == Table.OBJECT and shares(value.body) and len(self.lenders) < LENDERS_MAX:
+                self.lenders.add(tally.name)
             try:
                 note = partial(self._note_unreadable, name, tally)
                 if hashes := await pages_of(self._context, name, value, on_unreadable=note):

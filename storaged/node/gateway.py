@@ -35,7 +35,7 @@ from storaged.errors import (
 from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import KeyCopies
-from storaged.maintain.answers import Answers, settle_handler
+from storaged.maintain.answers import Answers, loans_handler, settle_handler
 from storaged.maintain.discard import Discarder
 from storaged.maintain.mover import Mover, MoverStatistics
 from storaged.meta.names import RegisterName, Value
@@ -66,6 +66,7 @@ from storaged.objects.system.shards import domains_inside
 from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after
 from storaged.objects.where import where
+from storaged.objects.write.loans import end_unused
 from storaged.s3.app import S3App
 from storaged.s3.ops.iam.actions import perform_for_operator
 
@@ -133,7 +134,12 @@ class Gateway:
         self._answers = Answers(
             node.pool,
             node.layouts,
-            {"settle": settle_handler(node.ring), "move": self.mover.answer, "discard": self.discarder.answer},
+            {
+                "settle": settle_handler(node.ring),
+                "move": self.mover.answer,
+                "discard": self.discarder.answer,
+                "loans": loans_handler(self.mover.bucket, functools.partial(end_unused, plane)),
+            },
             structlog.get_logger("maintain").error,
         )
         self._app = S3App(

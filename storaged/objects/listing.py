@@ -18,6 +18,7 @@ from storaged.errors import DataDamaged, KeyringUnavailable
 from storaged.meta.names import RegisterName, Table, object_name
 from storaged.meta.ports import HeadPage, ListPage, PageQuery
 from storaged.meta.storage.scan import list_after_prefix
+from storaged.objects.brief import listed_checksum
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Entry, every_entry, find_entry, newest_in
 from storaged.objects.code.version_names import NULL_NAME, place_name, required_name
@@ -31,7 +32,6 @@ from storaged.objects.records import (
     ObjectRecord,
     SealedList,
     decode_heads,
-    listed_checksum,
 )
 from storaged.wire import decode_all
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct
 
-from storaged.objects.records import SealedList, full_list
+from storaged.objects.brief import full_list
+from storaged.objects.records import SealedList
 
 
 class ListedVersion(Struct, frozen=True):

@@ -7,12 +7,12 @@ In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from storaged.cluster.layout import Profile
-from storaged.meta.storage.row_head import message_of, with_head
+from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, message_of, with_head
 from storaged.objects.configuration.access import AclEntry
 from storaged.objects.pending_events import PendingEvent
 from storaged.wire import Message, decode, encode
@@ -148,9 +148,9 @@ class History(Message, frozen=True):
     outbox: tuple[PendingEvent, ...] = ()
 
     @property
-    def is_outbox_alone(self) -> bool:
-        """Without its outbox, the record would have no history: the key has no versioning."""
-        return bool(self.outbox) and not self.levels and self.kept in ((), (Kept(0),))
+    def is_unversioned(self) -> bool:
+        """The key has no versioning: the record has a history for its outbox, or for what it shares."""
+        return not self.levels and self.kept in ((), (Kept(0),))
 
 
 class ObjectRecord(Message, frozen=True):
@@ -162,6 +162,50 @@ class ObjectRecord(Message, frozen=True):
 
     versions: tuple[Version, ...]
     history: History | None = None
+
+
+class Borrower(Message, frozen=True):
+    """A version of the S3 key ``key``, in the same bucket, that has no data of its own. ``id``: 16 random bytes of the
+    copy that made it. ``ending``: random, of the request that looks whether the version is gone; empty: none does.
+    """
+
+    id: bytes
+    key: bytes
+    since_ms: int
+    ending: bytes = b""
+
+
+class Loan(Message, frozen=True):
+    """Data of a key that versions of other keys read, whether or not a version of its own key still has it."""
+
+    part: PartEntry
+    borrowers: tuple[Borrower, ...]
+
+
+class Borrowed(Message, frozen=True):
+    """Where a version without data of its own has it: the ``Borrower`` with this ``id`` in the record of ``key``."""
+
+    key: bytes
+    id: bytes
+
+
+class Sharing(Message, frozen=True):
+    """What a record shares with those of other keys (``write.loans``). ``borrowed``: by the ordinals of the versions,
+    which may lie on pages.
+    """
+
+    loans: tuple[Loan, ...] = ()
+    borrowed: dict[int, Borrowed] = msgspec.field(default_factory=dict)
+
+
+class SharingRecord(ObjectRecord, frozen=True):
+    """A record that shares something. It has a history, so that no change takes it for one that has nothing else."""
+
+    sharing: Sharing = msgspec.field(default_factory=Sharing)
+
+
+def sharing_of(record: ObjectRecord) -> Sharing:
+    return record.sharing if isinstance(record, SharingRecord) else Sharing()
 
 
 class ListedFields(Message, frozen=True, gc=False):
@@ -203,28 +247,60 @@ class _ObjectRecordOfOld(Message, frozen=True):
     versions: tuple[_VersionOfOld, ...]
 
 
+class _MarkedRecord(Message, frozen=True):
+    """How a SharingRecord is stored. Programs that do not know loans can't read it, because of its first field: so they
+    refuse to change it, and can't lose what it shares.
+    """
+
+    mark: Literal["shares"]
+    versions: tuple[Version, ...]
+    history: History
+    sharing: Sharing
+
+
+_MARK = encode("shares")
+_MARK_BYTES = len(_MARK)
+
 assert ListedFields.__struct_fields__ == Version.__struct_fields__[: len(ListedFields.__struct_fields__)]
 assert len(Version.__struct_fields__) < 16, "the array of a version begins with one byte"
 
 
 def encode_object(record: ObjectRecord) -> bytes:
     """The body of an object's register. Its head is the ListedFields of the newest version."""
+    if isinstance(record, SharingRecord):
+        assert record.history is not None
+        message, at = encode(_MarkedRecord("shares", record.versions, record.history, record.sharing)), _MARK_BYTES
+    else:
+        message, at = encode(record), 0
     if not record.versions:
-        return with_head(encode(record), 0, 0)
+        return with_head(message, 0, 0)
     listed = _listed(record.versions[0])
-    start = 3 if len(record.versions) < 16 else 5  # the arrays of the record, of the versions, of the first one
-    return with_head(encode(record), start, start + len(encode(listed)) - 1)
+    at += 3 if len(record.versions) < 16 else 5  # the arrays of the record, of the versions, of the first one
+    return with_head(message, at, at + len(encode(listed)) - 1)
+
+
+def shares(body: bytes) -> bool:
+    """Whether this is the body of a SharingRecord, as far as its first bytes tell."""
+    return body[LEAD_BYTES + 1 : LEAD_BYTES + 1 + _MARK_BYTES] == _MARK and body[0] == HEAD_MARK
 
 
 def decode_object(body: bytes) -> ObjectRecord:
     """Raises msgspec.MsgspecError."""
     message = message_of(body)
     if message is not None:
-        record = decode(message, ObjectRecord)
+        try:
+            record = decode(message, ObjectRecord)
+        except msgspec.ValidationError:
+            record = _decode_marked(message)
         if record.history is not None and len(record.history.kept) != len(record.versions):
             raise msgspec.ValidationError("a record keeps other versions than it has")
         return record
     return ObjectRecord(tuple(version.renewed() for version in decode(body, _ObjectRecordOfOld).versions))
+
+
+def _decode_marked(message: bytes) -> ObjectRecord:
+    found = decode(message, _MarkedRecord)
+    return SharingRecord(found.versions, found.history, found.sharing)
 
 
 def decode_version(data: bytes) -> Version:
@@ -270,13 +346,6 @@ def _listed(version: Version) -> ListedFields:
     )
 
 
-class PartsPage(Message, frozen=True):
-    """``next``: hash of the following page, empty at the end. Up to 256 parts a page."""
-
-    parts: tuple[PartEntry, ...]
-    next: bytes = b""
-
-
 class SealedPart(Message, frozen=True):
     """A part's ETag and checksum (for GetObjectAttributes and reads by part number), and the identity of its data. A
     PartEntry is in the clear, and counts only when it agrees with this.
@@ -290,15 +359,6 @@ class SealedPart(Message, frozen=True):
 
     def names(self, entry: PartEntry) -> bool:
         return (entry.number, entry.size, entry.data_id) == (self.number, self.size, self.data_id)
-
-
-class SealedPartsPage(Message, frozen=True):
-    """A page of up to 1,000 SealedParts, of an object with more than 32 parts. It is sealed under the version's DEK
-    (label ``sov.parts.v1``) before it is hashed and stored. ``next``: hash of the following page; empty at the end.
-    """
-
-    parts: tuple[SealedPart, ...]
-    next: bytes = b""
 
 
 class SealedMeta(Message, frozen=True):
@@ -353,40 +413,6 @@ class SealedList(Message, frozen=True, gc=False):
     algorithm: str = ""
     checksum_type: str = ""
     storage_class: str = "STANDARD"
-
-
-USUAL_CODE = "N"
-"""In sealed fields, the code for CRC64NVME of the whole object, which an object gets that came without a checksum. The
-row of a small object has half a kilobyte, and LMDB fits rows into pages: name and type written out would cost such an
-object 3% of its disk space.
-"""
-
-_USUAL = ("CRC64NVME", "FULL_OBJECT")
-
-
-def brief_meta(meta: SealedMeta) -> SealedMeta:
-    """Metadata as it is sealed: with USUAL_CODE if that is its only checksum."""
-    if meta.checksum_type == _USUAL[1] and len(meta.checksums) == 1 and _USUAL[0] in meta.checksums:
-        return msgspec.structs.replace(meta, checksums={USUAL_CODE: meta.checksums[_USUAL[0]]}, checksum_type="")
-    return meta
-
-
-def full_meta(meta: SealedMeta) -> SealedMeta:
-    """The reverse of ``brief_meta``. Old metadata, without the code, does not change."""
-    if USUAL_CODE in meta.checksums:
-        return msgspec.structs.replace(meta, checksums={_USUAL[0]: meta.checksums[USUAL_CODE]}, checksum_type=_USUAL[1])
-    return meta
-
-
-def listed_checksum(algorithm: str, checksum_type: str) -> tuple[str, str]:
-    """Algorithm and type that a list prints, from the fields of a SealedList."""
-    return _USUAL if algorithm == USUAL_CODE else (algorithm, checksum_type)
-
-
-def full_list(listed: SealedList) -> SealedList:
-    """A list field written out, as by ``full_meta``."""
-    algorithm, checksum_type = listed_checksum(listed.algorithm, listed.checksum_type)
-    return msgspec.structs.replace(listed, algorithm=algorithm, checksum_type=checksum_type)
 
 
 class BucketRecord(Message, frozen=True):
@@ -461,17 +487,6 @@ class UploadRecord(Message, frozen=True):
     changed_ms: int = 0
     lock: Lock | None = None
     initiator: str = ""
-
-
-class CompleteResult(Message, frozen=True):
-    """The answer of Complete, sealed in ``UploadRecord.result`` (label ``sov.result.v1``)."""
-
-    etag: str
-    version_id: str
-    size: int
-    checksums: dict[str, str]
-    checksum_type: str
-    modified_ms: int
 
 
 class PartRecord(Message, frozen=True):

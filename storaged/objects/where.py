@@ -9,7 +9,9 @@ nothing, but the key waits until a replica returns.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError
@@ -20,6 +22,7 @@ from storaged.objects.code import place
 from storaged.objects.code.geometry import PartShape
 from storaged.objects.code.manifest import parts_of
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.borrowed import with_data
 from storaged.objects.read.find import find
 from storaged.objects.records import BucketRecord, PartEntry, Run
 
@@ -89,25 +92,42 @@ class Whereabouts:
 
 async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version_id: str = "") -> Whereabouts:
     """Asks every disk. Raises NoSuchKey, NoSuchVersion, ServiceUnavailable."""
+    """Of a copy without data of its own, the runs are those of the key that lends them; both keys must be readable."""
     found = await find(plane, bucket, key, version_id)
     layout = plane.layouts.current
     replicas = await _replicas(plane, found.name, layout)
+    spares = [_spare(plane, found.name, layout, replicas)]
+    if found.opened.borrowed is not None:
+        found = await with_data(plane, bucket, found)
+        spares.append(_spare(plane, found.name, layout, await _replicas(plane, found.name, layout)))
     parts = [part async for part in parts_of(plane.pages, found.name, found.opened.version)]
     runs = [await _run(plane, bucket, found.name, part, run, layout) for part in parts for run in part.runs]
-    holders = {index: replica.disk for index, replica in enumerate(replicas) if replica.state == "ok"}
-    record_disks, record_domains = place.spare(layout, Profile(1, len(replicas) - 1), holders)
-    quorum = Quorum(*plane.layouts.partition(found.name.partition).voting)
-    answering = [replica.disk for replica in replicas if replica.state != "unreachable"]
+    runs_spare = [_Spare(run.disks_may_fail, run.domains_may_fail) for run in runs]
     return Whereabouts(
         key,
         found.opened.version.size,
         layout.domain_kind,
         tuple(runs),
         replicas,
-        min([record_disks, *(run.disks_may_fail for run in runs)]),
-        min([record_domains, *(run.domains_may_fail for run in runs)]),
-        max(-1, quorum.spare(answering)),
+        min(least.disks for least in (*spares, *runs_spare)),
+        min(least.domains for least in (*spares, *runs_spare)),
+        min(spare.replicas for spare in spares),
     )
+
+
+class _Spare(NamedTuple):
+    """How many disks and domains may fail before a record is lost, and how many replicas before it can't be read."""
+
+    disks: int
+    domains: int
+    replicas: int = 0
+
+
+def _spare(plane: ObjectPlane, name: RegisterName, layout: Layout, replicas: Sequence[ReplicaPlace]) -> _Spare:
+    holders = {index: replica.disk for index, replica in enumerate(replicas) if replica.state == "ok"}
+    quorum = Quorum(*plane.layouts.partition(name.partition).voting)
+    answering = [replica.disk for replica in replicas if replica.state != "unreachable"]
+    return _Spare(*place.spare(layout, Profile(1, len(replicas) - 1), holders), max(-1, quorum.spare(answering)))
 
 
 async def _replicas(plane: ObjectPlane, name: RegisterName, layout: Layout) -> tuple[ReplicaPlace, ...]:

@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,7 +28,7 @@ from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedErr
 from storaged.fragments.payloads import Payloads, header_at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
-from storaged.maintain.answers import Answers, settle_handler
+from storaged.maintain.answers import Answers, loans_handler, settle_handler
 from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.discard import Discarder
@@ -52,6 +53,7 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import UserService
+from storaged.objects.write.loans import end_unused
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.keys import MemoryKeys, MemorySigners
@@ -613,7 +615,12 @@ class Gateway:
         context = self._maintain_context(cluster)
         self.mover = Mover(context)
         self.discarder = Discarder(context, self.mover)
-        handlers = {"settle": settle_handler(self.ring), "move": self.mover.answer, "discard": self.discarder.answer}
+        handlers = {
+            "settle": settle_handler(self.ring),
+            "move": self.mover.answer,
+            "discard": self.discarder.answer,
+            "loans": loans_handler(self.mover.bucket, partial(end_unused, self.plane)),
+        }
         self.answers = Answers(caller, self.layouts, handlers, cluster.log.append)
         holds = self.maintain.run_holds(self.plane.long_reads.keys)
         work = (self.maintain.run(), self.keeper.run(), holds, self.answers.run())

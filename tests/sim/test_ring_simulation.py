@@ -26,6 +26,7 @@ from tests.sim.forgetful import run_forgetful
 from tests.sim.happened import LEAST, SEEDS_MIN, Happened
 from tests.sim.hostile import run_hostile
 from tests.sim.layouts import run_layouts
+from tests.sim.lending import run_lending
 from tests.sim.lifecycle import run_lifecycle
 from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
@@ -142,7 +143,7 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
     "play",
-    [run_collecting_moves, run_recovering_system, run_sparing_system, run_versions, run_races, run_lifecycle],
+    [run_collecting_moves, run_recovering_system, run_sparing_system, run_versions, run_races, run_lifecycle, run_lending],
 )
 def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
     assert list(sound(play, LONG_SEEDS))

@@ -34,7 +34,7 @@ from storaged.objects.write import versioned
 from storaged.objects.write.commit import ProposedAgain, change_once
 from storaged.objects.write.references import pages_in
 from storaged.objects.write.retire import origin_of
-from storaged.objects.write.versioned import VersionsUpdate, change_versions
+from storaged.objects.write.versioned import Gone, VersionsUpdate, change_versions
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.collecting import KEYS, Collecting, CollectingNode, GatewayAsks, entry_of
 from tests.sim.linear import Content, Kind, Operation, linearizable
@@ -233,8 +233,8 @@ class Versions(Collecting):
         _, removed = await change_versions(plane, keys, name, edit)
         self._retire_removed(gateway, name, removed)
 
-    def _retire_removed(self, gateway: Gateway, name: RegisterName, removed: list[Version]) -> None:
-        for version in removed:
+    def _retire_removed(self, gateway: Gateway, name: RegisterName, removed: Gone) -> None:
+        for version in removed.versions:
             self.retire(gateway, name, version.parts, origin_of(version))
 
     async def _remove(self, gateway: Gateway, name: RegisterName) -> None:
@@ -297,9 +297,12 @@ class Versions(Collecting):
             for part in [part for entry in entries for part in entry.version.parts]:
                 live.add(part.data_id)
                 self._check_data(part, payload, copy_read=reading.payload is not None)
+        self._judge_history()
+        return live
+
+    def _judge_history(self) -> None:
         if not self.found.violation and not linearizable(self.history):
             self.complain("not linearizable")
-        return live
 
     def _check_data(self, part: PartEntry, payload: bytes, *, copy_read: bool) -> None:
         if part.small and (part.data_id != payload or not copy_read):

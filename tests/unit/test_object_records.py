@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from storaged.meta.storage.row_head import head_of
 from storaged.objects.api import CHECKSUM_ALGORITHMS
+from storaged.objects.brief import brief_meta, full_meta, listed_checksum
 from storaged.objects.records import (
     ListedFields,
     ObjectRecord,
@@ -16,13 +17,10 @@ from storaged.objects.records import (
     Run,
     SealedMeta,
     Version,
-    brief_meta,
     decode_heads,
     decode_object,
     decode_version,
     encode_object,
-    full_meta,
-    listed_checksum,
 )
 from storaged.wire import encode
 

@@ -26,7 +26,6 @@ from storaged.objects.api import CompletedPart, WriteConditions
 from storaged.objects.etags import ANY
 from storaged.objects.records import (
     BucketRecord,
-    CompleteResult,
     PartRecord,
     SealedMeta,
     SealedPart,
@@ -36,6 +35,7 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.users import UserSecret, UserService
 from storaged.objects.user_records import UserRecord
 from storaged.objects.write import multipart
+from storaged.objects.write.uploads import CompleteResult
 from storaged.sov1 import open_message
 from storaged.wire import decode, encode
 from tests.unit.test_objects_multipart import complete, stopped_before_done, uploaded, world_of

@@ -33,17 +33,21 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import NULL_NAME, VersionName, version_name
-from storaged.objects.code.version_pages import read_page, without_lost
+from storaged.objects.code.version_pages import read_page, weight, without_lost
 from storaged.objects.pending_events import PendingEvent
 from storaged.objects.records import (
     NULL_VERSION,
+    Borrowed,
     History,
     Kept,
     ObjectRecord,
     PageRef,
     PartEntry,
+    Sharing,
+    SharingRecord,
     Version,
     VersionsPage,
+    sharing_of,
 )
 from storaged.units import KIB
 from storaged.wire import encode
@@ -239,7 +243,8 @@ class Draft:
 
     ``has_history``: the record had one, of versions. ``outbox``: that of the record, to be assigned anew. ``fresh``:
     the new pages that the changed record refers to, by hash, each after those that it refers to. ``removed``: the
-    versions that went, with their data.
+    versions that went, with their data. ``loans``, ``borrowed``: as in ``records.Sharing``, to be changed by the edit.
+    ``returned``: what the versions that went had borrowed.
 
     Methods that look at older versions raise PageNeeded, and DataDamaged.
     """
@@ -256,10 +261,14 @@ class Draft:
         self._copied: PartEntry | None = history.copied if history is not None else None
         self._shelf = shelf
         self._bounds = bounds
-        self.has_history = history is not None and not history.is_outbox_alone
+        self.has_history = history is not None and not history.is_unversioned
         self.outbox: tuple[PendingEvent, ...] = history.outbox if history is not None else ()
         self.fresh: dict[bytes, bytes] = {}
         self.removed: list[Version] = []
+        sharing = sharing_of(record)
+        self.loans = sharing.loans
+        self.borrowed = dict(sharing.borrowed)
+        self.returned: list[Borrowed] = []
 
     # --- reading
 
@@ -341,9 +350,15 @@ class Draft:
         self._check(entry)
         self._edit(entry, lambda _entry: None)
         self.removed.append(entry.version)
+        self._give_back(entry.ordinal)
         if entry.is_null:
             self._null_at, self._copied = -1, None
         self._refill()
+
+    def _give_back(self, ordinal: int) -> None:
+        borrowed = self.borrowed.pop(ordinal, None)
+        if borrowed is not None:
+            self.returned.append(borrowed)
 
     def replace(self, entry: Entry, by: Entry) -> None:
         """``by`` has the same ordinal and the same data."""
@@ -400,7 +415,8 @@ class Draft:
     def _spill(self) -> None:
         bounds = self._bounds
         while len(self._entries) > 1 and (
-            len(self._entries) > bounds.versions_max or sum(map(_weight, self._entries)) > bounds.versions_bytes_max
+            len(self._entries) > bounds.versions_max
+            or sum(weight(entry.version) for entry in self._entries) > bounds.versions_bytes_max
         ):
             count = min(bounds.leaf_versions, len(self._entries) - 1)
             going = self._entries[-count:]
@@ -454,6 +470,8 @@ class Draft:
                 stub = Version(NULL_VERSION, 0, 0, "", 0, b"", b"", False, b"", b"", (self._copied,))
                 self.removed.append(stub)
             self._null_at, self._copied = -1, None
+        for ordinal in [one for one in self.borrowed if self._at(one) is None]:
+            self._give_back(ordinal)
         self._refill()
 
     def _refs(self) -> list[PageRef]:
@@ -465,22 +483,18 @@ class Draft:
         entries = self._entries
         while self._levels and not self._levels[-1]:
             self._levels.pop()
-        if not self.outbox:
+        shares = bool(self.loans or self.borrowed)
+        if not self.outbox and not shares:
             if not entries:
                 return ObjectRecord(())
             if not self._levels and [entry.kept for entry in entries] == [_UNVERSIONED] and entries[0].is_null:
                 return ObjectRecord((entries[0].version,))
         kept, levels = tuple(entry.kept for entry in entries), tuple(map(tuple, self._levels))
         history = History(kept, levels, self._null_at, self._copied, self.outbox)
-        return ObjectRecord(tuple(entry.version for entry in entries), history)
+        versions = tuple(entry.version for entry in entries)
+        sharing = Sharing(self.loans, self.borrowed)
+        return SharingRecord(versions, history, sharing) if shares else ObjectRecord(versions, history)
 
 
 def _small_part(version: Version) -> PartEntry | None:
     return next((part for part in version.parts if part.small), None)
-
-
-def _weight(entry: Entry) -> int:
-    """About the bytes that a version takes in a record."""
-    version = entry.version
-    parts = sum(len(part.inline) + 160 for part in version.parts)
-    return 96 + len(version.wrapped_key) + len(version.meta) + len(version.listing) + parts + 21 * len(version.pages)

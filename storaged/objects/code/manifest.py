@@ -23,14 +23,12 @@ from storaged.objects.ports import SealBroken
 from storaged.objects.records import (
     PARTS_INLINE_MAX,
     PartEntry,
-    PartsPage,
     SealedMeta,
     SealedPart,
-    SealedPartsPage,
     Version,
 )
 from storaged.sov1 import SALT_BYTES, open_message, seal_message
-from storaged.wire import decode, encode
+from storaged.wire import Message, decode, encode
 
 T = TypeVar("T")
 
@@ -39,6 +37,22 @@ PAGE_SEALED_PARTS_MAX = 1000
 PAGES_MAX = 64
 """10,000 parts make fewer pages: a longer chain is damage."""
 PARTS_LABEL = "sov.parts.v1"
+
+
+class PartsPage(Message, frozen=True):
+    """``next``: hash of the following page, empty at the end. Up to 256 parts a page."""
+
+    parts: tuple[PartEntry, ...]
+    next: bytes = b""
+
+
+class SealedPartsPage(Message, frozen=True):
+    """A page of up to 1,000 SealedParts, of an object with more than 32 parts. It is sealed under the version's DEK
+    (label ``sov.parts.v1``) before it is hashed and stored. ``next``: hash of the following page; empty at the end.
+    """
+
+    parts: tuple[SealedPart, ...]
+    next: bytes = b""
 
 
 class Manifest(NamedTuple):

@@ -11,7 +11,7 @@ import msgspec
 from storaged.errors import DataDamaged
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
-from storaged.objects.records import PageRef, VersionsPage
+from storaged.objects.records import PageRef, Version, VersionsPage
 from storaged.wire import decode
 
 
@@ -62,3 +62,9 @@ def without_lost(
         else:
             left.append(ref)
     return left
+
+
+def weight(version: Version) -> int:
+    """About the bytes that a version takes in a record."""
+    parts = sum(len(part.inline) + 160 for part in version.parts)
+    return 96 + len(version.wrapped_key) + len(version.meta) + len(version.listing) + parts + 21 * len(version.pages)

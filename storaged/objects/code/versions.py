@@ -15,6 +15,7 @@ from storaged.errors import DataDamaged, InvalidRequest, SlowDown
 from storaged.ids import Entropy
 from storaged.meta.names import Change, Value, Visibility
 from storaged.objects.api import Allowed, NewMeta, ObjectAccess, ObjectInfo
+from storaged.objects.brief import brief_meta, full_meta
 from storaged.objects.code.customer import ContentKey, unwrap_key, without_checksums, wrap_key
 from storaged.objects.code.seal import ENCRYPTED_META_LABEL, META_LABEL
 from storaged.objects.conditions import OBJECT_CHANGED
@@ -22,6 +23,7 @@ from storaged.objects.configuration.access import Acl
 from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
+    Borrowed,
     EncryptedMeta,
     Lock,
     ObjectRecord,
@@ -31,10 +33,9 @@ from storaged.objects.records import (
     SealedMeta,
     SealedPart,
     Version,
-    brief_meta,
     decode_object,
     encode_object,
-    full_meta,
+    sharing_of,
 )
 from storaged.sov1 import SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
@@ -71,8 +72,9 @@ def decode_record(value: Value | None) -> ObjectRecord:
 def record_change(record: ObjectRecord, payload: bytes = b"") -> Change:
     """The change of the register that stores these versions."""
     if not record.versions:
-        if record.history is not None and record.history.outbox:
-            return Change(encode_object(record), Visibility.HIDDEN)  # no row of a deleted key may go with its events
+        if record.history is not None and (record.history.outbox or sharing_of(record).loans):
+            # no row of a deleted key may go with its events, or with data that other keys read
+            return Change(encode_object(record), Visibility.HIDDEN)
         return Change(b"", Visibility.TOMBSTONE)
     hidden = record.versions[0].delete_marker
     return Change(encode_object(record), Visibility.HIDDEN if hidden else Visibility.LIVE, payload)
@@ -189,7 +191,8 @@ def seal_version(
 
 class OpenedVersion(NamedTuple):
     """A version with its secrets: the key of its record, and the metadata. ``content``: the key of a body with SSE-C,
-    once the customer's key was given (``unlock``); until then the checksums in ``meta`` are sealed.
+    once the customer's key was given (``unlock``); until then the checksums in ``meta`` are sealed. ``borrowed``: where
+    the version has its data, if that is another key's (``read.borrowed``); then ``version`` has no parts.
     """
 
     version: Version
@@ -197,6 +200,7 @@ class OpenedVersion(NamedTuple):
     meta: SealedMeta
     encryption: SealedEncryption | None = None
     content: ContentKey | None = None
+    borrowed: Borrowed | None = None
 
     @property
     def has_customer_key(self) -> bool:

@@ -30,12 +30,12 @@ from storaged.objects.code.versions import Place, decode_record, open_version
 from storaged.objects.configuration.kinds import VERSIONING
 from storaged.objects.pending_events import EXPIRED, Origin
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, Lock, ObjectRecord, Version
+from storaged.objects.records import BucketRecord, Lock, ObjectRecord
 from storaged.objects.write.delete import new_marker
+from storaged.objects.write.loans import let_go
 from storaged.objects.write.outbox import PENDING_MAX, Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
-from storaged.objects.write.retire import retire_removed
-from storaged.objects.write.versioned import change_versions
+from storaged.objects.write.versioned import Gone, change_versions
 
 VERSIONS_A_LOOK = 100
 """Noncurrent versions that one change deletes at most; the next change takes the others."""
@@ -275,7 +275,7 @@ async def look_at(plane: ObjectPlane, judge: Judge, bucket: BucketRecord, key: b
             del found.noncurrent[VERSIONS_WITH_EVENTS:]
         expiry = _Expiry(plane, judge, bucket, key, found, keys, outgoing)
         removed = await expiry.carry_out()
-        retire_removed(plane, bucket, name, removed)
+        let_go(plane, bucket, name, removed)
         total.add(expiry.done)
         more = (found.more or outgoing is not None) and expiry.done.noncurrent > 0
         _note(plane, bucket, key, found.later + expiry.later)
@@ -327,8 +327,8 @@ class _Expiry:
         self.done = Looked()
         self.later: list[int] = []
 
-    async def carry_out(self) -> list[Version]:
-        """Returns the versions that went. Raises as ``look_at``."""
+    async def carry_out(self) -> Gone:
+        """Returns what went. Raises as ``look_at``."""
         note = self._outgoing.note if self._outgoing is not None else None
         for _ in range(ATTEMPTS_MAX):
             try:

@@ -15,11 +15,12 @@ from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import Reading
 from storaged.objects.cache.opened_records import OpenedRecord
 from storaged.objects.code.history import Entry, find_entry, newest_in
+from storaged.objects.code.lending import borrowed_by
 from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import BucketRecord, Lock, ObjectRecord
+from storaged.objects.records import Borrowed, BucketRecord, Lock, ObjectRecord
 from storaged.wire import Buffer
 
 
@@ -64,7 +65,8 @@ async def find(
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, numbered)
     if bucket_key is None:
         bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries, numbered)
-    return _open(plane, name, bucket, key, entry, bucket_key, reading, version_id)
+    borrowed = borrowed_by(record, entry.ordinal)
+    return _open(plane, name, bucket, key, entry, bucket_key, reading, version_id, borrowed)
 
 
 def current_entry(record: ObjectRecord) -> Entry:
@@ -97,9 +99,13 @@ def try_find(
     found = _try_cached(plane, name, bucket, key, "", reading)
     if found is not None:
         return found
-    entry = current_entry(decode_record(reading.value))
+    record = decode_record(reading.value)
+    entry = current_entry(record)
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, entry.version.bucket_key)
-    return None if bucket_key is None else _open(plane, name, bucket, key, entry, bucket_key, reading)
+    if bucket_key is None:
+        return None
+    borrowed = borrowed_by(record, entry.ordinal)
+    return _open(plane, name, bucket, key, entry, bucket_key, reading, borrowed=borrowed)
 
 
 def _try_cached(
@@ -133,13 +139,16 @@ def _open(
     bucket_key: BucketKey,
     reading: Reading,
     version_id: str = "",
+    borrowed: Borrowed | None = None,
 ) -> Found:
     """Opens a version with the key that it names, and caches it when it is the newest. Raises DataDamaged."""
     (value, payload), version, place = reading, entry.version, Place(bucket.id, key)
     opened = open_version(place, version, bucket_key)
     shown = _shown(plane, bucket, entry.name)
     # the sealed fields were read, and are of no further use
-    opened = opened._replace(version=msgspec.structs.replace(version, listing=b"", wrapped_key=b"", meta=b""))
+    opened = opened._replace(
+        version=msgspec.structs.replace(version, listing=b"", wrapped_key=b"", meta=b""), borrowed=borrowed
+    )
     if value is None or version_id:
         return Found(name, opened, shown, payload, None, entry.kept.lock)
     cached = OpenedRecord(value, bucket_key, opened, entry.name, entry.kept.lock)

@@ -26,6 +26,7 @@ from storaged.objects.conditions import check_copy_source, check_read
 from storaged.objects.encryption import NO_KEY
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
+from storaged.objects.read.borrowed import with_data
 from storaged.objects.read.find import Found, find, try_find
 from storaged.objects.read.span import Span, span_of, span_of_part
 from storaged.objects.read.streams import HeldStream, VerifiedStream
@@ -213,12 +214,14 @@ async def get(
                 held = _try_open(plane, info, wanted, found, sealed)
             if held is not None:
                 return held
-        stream = VerifiedStream(plane, bucket, found, info, wanted, as_copy_source=as_copy_source)
         try:
+            whole = found if found.opened.borrowed is None else await with_data(plane, bucket, found)
+            stream = VerifiedStream(plane, bucket, whole, info, wanted, as_copy_source=as_copy_source)
             await stream.open()
         except ServiceUnavailable:  # DataDamaged is one
             again = await find(plane, bucket, key, version_id, want_payload=True)
-            if attempt == READ_AGAIN_MAX - 1 or again.opened.version == version:
+            same = again.opened.version == version and again.opened.borrowed == found.opened.borrowed
+            if attempt == READ_AGAIN_MAX - 1 or (same and found.opened.borrowed is None):
                 raise
             found = again
         else:

@@ -16,6 +16,7 @@ from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
 from storaged.objects.code.manifest import bound_parts_of, parts_of
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.borrowed import find_data
 from storaged.objects.read.find import Found, find
 from storaged.objects.read.part_reader import PartReader
 from storaged.objects.read.span import Span
@@ -226,7 +227,7 @@ class VerifiedStream:
         """A ``part_reader.Moved``. The version that is being read may have been replaced meanwhile: then None."""
         version = self._found.opened.version
         try:
-            again = await find(self._plane, self._bucket, self.info.key, self._found.version_id)
+            again = await find_data(self._plane, self._bucket, self.info.key, self._found.version_id)
             if again.opened.version.context_id != version.context_id:
                 return None
             async for other in parts_of(self._plane.pages, again.name, again.opened.version):

@@ -35,16 +35,13 @@ from storaged.errors import (
     NoSuchBucket,
     NoSuchUpload,
     ServiceUnavailable,
-    SlowDown,
     TooManyBuckets,
 )
 from storaged.ids import BUCKET_ID_BYTES
-from storaged.meta.listing.merge import every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, system_name
 from storaged.meta.ports import PageQuery, Row
 from storaged.objects.api import ConfigurationChange, Principal
 from storaged.objects.cache.ttl import TtlCache
-from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
 from storaged.objects.lifecycle.index import drop_index
 from storaged.objects.plane import ObjectPlane
@@ -59,6 +56,7 @@ from storaged.objects.system.bucket_records import (
     decode_bucket,
     record_in,
 )
+from storaged.objects.system.emptying import end_remains, has_versions
 from storaged.objects.system.fenced import FencedBuckets
 from storaged.objects.system.shards import draw
 from storaged.objects.write.multipart import abort, list_uploads
@@ -72,11 +70,6 @@ NONCE_SEQUENCE_BYTES = 8
 NONCE_BYTES = 8
 """Random, after the sequence number."""
 EMPTYING_ROUNDS_MAX = 8
-
-EVENTS_LEFT = (
-    "Events of deleted keys of this bucket are not delivered yet. Please retry. To give them up, put an empty"
-    " notification configuration first."
-)
 
 BARE = BucketRecord("", b"", "", 0, "", 0, "")
 """What a deleted bucket keeps of its configuration."""
@@ -323,9 +316,7 @@ class BucketService:
         """
         for _ in range(EMPTYING_ROUNDS_MAX):
             row = await self._any_row(Table.OBJECT, bucket, b"", hidden=True)
-            if row is not None:
-                if not _has_versions(row):
-                    await self._refuse_events(bucket)
+            if row is not None and (has_versions(row) or not await end_remains(self._plane, bucket)):
                 break
             deleting = await self._step(
                 bucket, msgspec.structs.replace(bucket, state=DELETING), draw=self._plane.entropy(NONCE_BYTES)
@@ -390,14 +381,6 @@ class BucketService:
 
     async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
         return await self._any_row(Table.OBJECT, bucket, nonce, hidden=True) is None
-
-    async def _refuse_events(self, bucket: BucketRecord) -> None:
-        """Raises SlowDown when all rows are of deleted keys, with events that are not delivered yet."""
-        wanted = PageQuery(Table.OBJECT, bucket.id, bucket.shard_numbers, limit=100, hidden=True)
-        async for row in every_row(self._plane.scanner, wanted):
-            if _has_versions(row):
-                return
-        raise SlowDown(EVENTS_LEFT)
 
     async def _any_row(self, table: Table, bucket: BucketRecord, nonce: bytes, *, hidden: bool) -> Row | None:
         """A page may be empty and not the last: the scan of very many tombstones continues in the next page."""
@@ -482,13 +465,6 @@ class BucketService:
             return found if after == before else configurations.put(found, after)
 
         await self._amend(bucket, amended)
-
-
-def _has_versions(row: Row) -> bool:
-    try:
-        return bool(decode_record(row.value).versions)
-    except DataDamaged:
-        return True
 
 
 def _require_allowed(layout: Layout, countries: tuple[str, ...]) -> None:

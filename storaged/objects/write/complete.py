@@ -56,7 +56,6 @@ from storaged.objects.records import (
     NULL_VERSION,
     PARTS_INLINE_MAX,
     BucketRecord,
-    CompleteResult,
     Kept,
     PartRecord,
     SealedMeta,
@@ -69,15 +68,17 @@ from storaged.objects.write.checksums import multipart_etag
 from storaged.objects.write.chosen_parts import Rows, checksums_of, chosen_parts
 from storaged.objects.write.commit import change_once
 from storaged.objects.write.complete_request import CompleteRequest, content_of, request_digest
+from storaged.objects.write.loans import let_go
 from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
 from storaged.objects.write.put import check_early
-from storaged.objects.write.retire import retire_parts, retire_removed
+from storaged.objects.write.retire import retire_parts
 from storaged.objects.write.uploads import (
     COMPLETING,
     DONE,
     OPEN,
+    CompleteResult,
     OpenedUpload,
     decode_upload,
     open_upload,
@@ -86,7 +87,7 @@ from storaged.objects.write.uploads import (
     renew_digest,
     upload_text,
 )
-from storaged.objects.write.versioned import VersionsUpdate, unlocked
+from storaged.objects.write.versioned import Gone, VersionsUpdate, unlocked
 from storaged.wire import encode
 
 ATTEMPTS_MAX = 12
@@ -181,7 +182,7 @@ async def _complete_once(
         raise ConditionalRequestConflict(
             "The object changed while this upload was being completed. Read it, then retry or abort."
         ) from None
-    retire_removed(plane, bucket, name, committed.removed)
+    let_go(plane, bucket, name, committed.removed)
     if not bucket.plain:
         plane.notes.changed(bucket, upload.place.key, version.size, version.modified_ms, upload.meta.tags)
     try:
@@ -343,7 +344,7 @@ class _Committed(NamedTuple):
     """``version_id``: as clients name it. ``removed``: what the version replaced."""
 
     version_id: str
-    removed: Sequence[Version]
+    removed: Gone
 
 
 class _Placing:

@@ -1,7 +1,10 @@
-"""Copies: the source is opened and sealed anew, under a key and a data id of its own: data belongs to one register."""
+"""Copies. Inside of a bucket a copy of a coded object moves no data (``lent_copy``). In all other cases the source is
+opened and sealed anew, under a key and a data id of its own: data belongs to one register.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 
 from storaged.errors import InvalidRequest, SlowDown
@@ -11,6 +14,7 @@ from storaged.objects.api import (
     BodyChecks,
     CopySource,
     NewMeta,
+    ObjectInfo,
     ObjectStream,
     PutResult,
     WriteConditions,
@@ -23,6 +27,8 @@ from storaged.objects.pending_events import Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import get
 from storaged.objects.records import BucketRecord, Lock
+from storaged.objects.write.lent_copy import copy_lent, lendable
+from storaged.objects.write.loans import NotLent
 from storaged.objects.write.put import put
 from storaged.wire import Buffer
 
@@ -48,22 +54,23 @@ async def copy(
     in ``meta`` does not count. Access, locks and the redirection of a website are never copied: ``acl``, ``lock`` and
     the one in ``meta`` are the new object's. Raises as ``get`` and ``put``.
     """
+
+    def kept_of(info: ObjectInfo) -> NewMeta:
+        headers = {name: value for name, value in info.headers.items() if name != REDIRECT_LOCATION}
+        given = meta if meta is not None else NewMeta(headers, info.user, info.tags, info.storage_class)
+        given_tags = tags if tags is not None else info.tags
+        return NewMeta(given.headers, given.user, given_tags, given.storage_class, encryption, acl, lock, origin)
+
+    lent = await lendable(plane, source, bucket, key, algorithm, encryption)
+    if lent is not None:
+        check_size(lent.info.size)
+        with contextlib.suppress(NotLent):
+            return await copy_lent(plane, source, lent, bucket, key, kept_of(lent.info), owner, conditions)
     stream = await open_source(plane, source)
     try:
         info = stream.info
         check_size(info.size)
-        headers = {name: value for name, value in info.headers.items() if name != REDIRECT_LOCATION}
-        given = meta if meta is not None else NewMeta(headers, info.user, info.tags, info.storage_class)
-        kept = NewMeta(
-            given.headers,
-            given.user,
-            tags if tags is not None else info.tags,
-            given.storage_class,
-            encryption,
-            acl,
-            lock,
-            origin,
-        )
+        kept = kept_of(info)
         checks = BodyChecks(size=info.size, algorithms=(algorithm,) if algorithm else tuple(info.checksums))
         return await put(plane, bucket, key, body_of(stream), kept, checks, owner=owner, conditions=conditions)
     finally:

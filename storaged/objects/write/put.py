@@ -7,7 +7,8 @@ would have to wait, it begins nothing.
 
 In a bucket with versioning a PUT adds a version (``AddedVersion``), in a task. A gateway may learn a moment late that a
 bucket got versioning. So a PUT never replaces a record with a history: it adds the null version to it, as where
-versioning is suspended. ``try_put`` can't, and asks the client to retry.
+versioning is suspended; ``try_put`` goes on in a task for that. A key without versioning has a history, too, when it
+shares data with other keys (``loans``).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from storaged.objects.records import (
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import FULL_OBJECT, digest_of
 from storaged.objects.write.commit import commit, count_put
+from storaged.objects.write.loans import let_go
 from storaged.objects.write.locks import lock_of_new
 from storaged.objects.write.outbox import Outgoing, rules_of
 from storaged.objects.write.outbox import outgoing as outgoing_of
@@ -102,7 +104,8 @@ async def put(
 
 
 async def _add_version(write: Write, sealed: Sealed, outgoing: Outgoing | None) -> PutResult:
-    added, plane, name = AddedVersion(write, sealed, outgoing), write.plane, write.part.name
+    added = AddedVersion(write, partial(_new_version, write, sealed), outgoing, sealed)
+    plane, name = write.plane, write.part.name
 
     async def after_promise() -> None:
         await added.change.put_pages(plane.pages, name)
@@ -112,7 +115,7 @@ async def _add_version(write: Write, sealed: Sealed, outgoing: Outgoing | None) 
     await commit(plane, added.keys, name, added.update, sealed, after_promise=after_promise)
     if outgoing is not None:
         outgoing.committed()
-    retire_removed(plane, write.part.bucket, name, added.change.removed)
+    let_go(plane, write.part.bucket, name, added.change.removed)
     note_stored(write, added.result)
     return added.result
 
@@ -154,8 +157,10 @@ def try_put(
 def _on_outcome(
     new: Replacement, on_done: Callable[[PutResult | Exception], None], outcome: Outcome | Exception
 ) -> None:
+    if isinstance(outcome, HasHistory) and new.plane.background.spawn(_add_later(new, on_done)):
+        return
     if isinstance(outcome, Exception):
-        on_done(SlowDown(BECAME_VERSIONED) if isinstance(outcome, HasHistory) else outcome)
+        on_done(SlowDown(BUSY) if isinstance(outcome, HasHistory) else outcome)
         return
     count_put(new.plane, new.sealed)
     try:
@@ -166,9 +171,16 @@ def _on_outcome(
     on_done(result)
 
 
-BECAME_VERSIONED = (
-    "Versioning or notifications of this bucket were changed a moment ago. Nothing was written. Please retry."
-)
+async def _add_later(new: Replacement, on_done: OnDone) -> None:
+    try:
+        result = await _add_version(new.write, new.sealed, None)
+    except Exception as error:
+        on_done(error)
+    else:
+        on_done(result)
+
+
+BUSY = "This key has other versions or copies, and the gateway has too much to do. Nothing was written. Please retry."
 
 
 class HasHistory(Exception):
@@ -240,8 +252,8 @@ class Replacement:
     """
 
     __slots__ = (
-        "_change", "_found", "_judged", "_result", "_version", "_write", "keys", "plane", "regardless",
-        "sealed",
+        "_change", "_found", "_judged", "_result", "_version", "keys", "plane", "regardless", "sealed",
+        "write",
     )  # fmt: skip
 
     def __init__(self, write: Write, sealed: Sealed) -> None:
@@ -250,7 +262,7 @@ class Replacement:
         self.sealed = sealed
         self.regardless = write.new.conditions == NO_WRITE_CONDITIONS
         """It replaces whatever is there. A create does not read the old record, so it does not notice a damaged one."""
-        self._write = write
+        self.write = write
         self._version, self._result = _new_version(write, sealed, NULL_VERSION)
         record = ObjectRecord((self._version,))
         self._change = record_change(record, sealed.small.data_id if sealed.small is not None else b"")
@@ -260,7 +272,7 @@ class Replacement:
     def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
         """``entry``: of the body, when it is no longer where it was when it was sealed. Raises PreconditionFailed,
         DataDamaged, KeyNeeded, HasHistory, ServiceUnavailable."""
-        write, sealed = self._write, self.sealed
+        write, sealed = self.write, self.sealed
         self._judged, self._found = value, decode_record(value)  # what can't be read must not be replaced
         if self._found.history is not None:
             raise HasHistory
@@ -274,34 +286,44 @@ class Replacement:
     def conclude(self, outcome: Outcome) -> PutResult:
         """The version is committed: retires what it replaced. Raises DataDamaged for a record found in its place that
         can't be read."""
-        part = self._write.part
+        part = self.write.part
         before = self._found if outcome.before is self._judged else decode_record(outcome.before)
         if before.versions:
             retire_removed(self.plane, part.bucket, part.name, before.versions)
         if not part.bucket.plain:
-            note_stored(self._write, self._result)
+            note_stored(self.write, self._result)
         return self._result
 
 
 class AddedVersion:
     """A version that becomes the newest one, when the conditions hold for the one that is there. The null version,
     where versioning is suspended, takes the place of the former null version; where there never was any, that of all.
+    ``make``: the version with an id, and what its request answers. ``sealed``: its body; None: it has none of its own.
     """
 
-    def __init__(self, write: Write, sealed: Sealed, outgoing: Outgoing | None = None) -> None:
+    def __init__(
+        self,
+        write: Write,
+        make: Callable[[str], tuple[Version, PutResult]],
+        outgoing: Outgoing | None = None,
+        sealed: Sealed | None = None,
+    ) -> None:
         self._write = write
         self._outgoing = outgoing
         self._versioning = write.plane.versioning(write.part.bucket)
-        self._small = sealed.small.data_id if sealed.small is not None else b""
-        version_id = NAMED_VERSION if self._versioning == ENABLED else NULL_VERSION
-        self._version, self.result = _new_version(write, sealed, version_id)
+        self._small = sealed.small.data_id if sealed is not None and sealed.small is not None else b""
+        self._version, self.result = make(NAMED_VERSION if self._versioning == ENABLED else NULL_VERSION)
         self.keys = BucketKeys(write.plane, write.part.bucket)
-        self._entry = sealed.entry
+        self._entry: PartEntry | None = None
         self._lock = lock_of_new(write.plane, write.part.bucket, write.new.meta.lock)
         self.change = VersionsUpdate(self.keys.shelf, self._add, check=unlocked(write.plane))
 
-    def update(self, value: Value | None, entry: PartEntry) -> Change:
-        """Raises PreconditionFailed, DataDamaged, KeyNeeded, PageNeeded."""
+    def tell(self, outgoing: Outgoing | None) -> None:
+        """The events of the change."""
+        self._outgoing = outgoing
+
+    def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
+        """``entry``: of the body. Raises PreconditionFailed, DataDamaged, KeyNeeded, PageNeeded."""
         self._entry = entry
         change = self.change.update(value, self._small)
         assert change is not None
@@ -312,7 +334,9 @@ class AddedVersion:
         if conditions != NO_WRITE_CONDITIONS:
             newest = draft.newest.version if draft.newest is not None else None
             check_write(conditions, judged(write.place, newest, self.keys, conditions))
-        version = msgspec.structs.replace(self._version, parts=(self._entry,))
+        version = self._version
+        if self._entry is not None:
+            version = msgspec.structs.replace(version, parts=(self._entry,))
         if self._versioning or draft.has_history:
             added = Entry(Kept(ordinal, self._lock), version)
         else:
@@ -320,9 +344,13 @@ class AddedVersion:
                 draft.remove(before)
             added = unversioned(version)
         draft.add(added)
+        self.note_added(draft, added)
         shown = "" if added.is_null else added.name
         if self._outgoing is not None:
             self._outgoing.begin()
             self._outgoing.add(draft, ordinal, size=self.result.size, etag=self.result.etag, version=shown)
         self.result = msgspec.structs.replace(self.result, version_id=shown)
         return True
+
+    def note_added(self, draft: Draft, added: Entry) -> None:
+        """For a version without a body of its own."""

@@ -4,6 +4,7 @@ Each fragment names one owner: the register of the *object* that it belongs to, 
 of an open upload too. A data id is referred to by
 
 * the object's record, in a part of any version, current or older, or on a page of that version's manifest; or
+* the object's record, in a loan (``loans``): versions of other keys read this data, whose records do not have it; or
 * the row of a part of an open or completing upload for that key; or
 * the version that a completing upload has pinned.
 
@@ -31,7 +32,16 @@ from storaged.meta.ports import Pages, Registers, Scanner
 from storaged.objects.code.history import OnUnreadable, every_entry, every_page
 from storaged.objects.code.manifest import PAGES_MAX, checked, parts_of
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import PartEntry, PartRecord, UploadRecord, Version, decode_object, decode_version
+from storaged.objects.records import (
+    PartEntry,
+    PartRecord,
+    UploadRecord,
+    Version,
+    decode_object,
+    decode_version,
+    shares,
+    sharing_of,
+)
 from storaged.objects.write.uploads import COMPLETING, living_uploads, part_rows
 from storaged.wire import decode
 
@@ -79,14 +89,28 @@ async def parts_in(
             yield checked(decode(record, PartRecord).entry)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"A record cannot be read: {error}") from None
+    lent = _lent_in(record) if table == Table.OBJECT else {}
     async for version in versions_in(pages, near, record, table, on_unreadable=on_unreadable):
         try:
             async for part in parts_of(pages, near, version):
+                lent.pop(part.data_id, None)
                 yield part
         except DataDamaged as error:
             if on_unreadable is None:
                 raise
             on_unreadable(error)
+    for part in lent.values():
+        yield part
+
+
+def _lent_in(record: bytes) -> dict[bytes, PartEntry]:
+    """By data id, what an object's record lends to other keys. Raises DataDamaged."""
+    if not shares(record):
+        return {}
+    try:
+        return {loan.part.data_id: checked(loan.part) for loan in sharing_of(decode_object(record)).loans}
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"A record cannot be read: {error}") from None
 
 
 async def pages_in(

@@ -23,7 +23,6 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
     BucketRecord,
-    CompleteResult,
     PartRecord,
     SealedEncryption,
     SealedMeta,
@@ -31,7 +30,7 @@ from storaged.objects.records import (
     UploadRecord,
 )
 from storaged.sov1 import SALT_BYTES, derive_key, open_message, seal_message
-from storaged.wire import decode, encode
+from storaged.wire import Message, decode, encode
 
 T = TypeVar("T")
 
@@ -47,6 +46,17 @@ be computed from content.
 _BARE_DIGEST_BYTES = 32
 UPLOAD_VERSION = "\0upload"
 """In place of a version id in the context of an upload's key; no version has this id."""
+
+
+class CompleteResult(Message, frozen=True):
+    """The answer of Complete, sealed in ``UploadRecord.result`` (label ``sov.result.v1``)."""
+
+    etag: str
+    version_id: str
+    size: int
+    checksums: dict[str, str]
+    checksum_type: str
+    modified_ms: int
 
 
 class OpenedUpload(NamedTuple):

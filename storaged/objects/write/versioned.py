@@ -14,7 +14,8 @@ Pages that both records refer to were never without a record that names them, so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from storaged.meta.names import Change, RegisterName, Value, Visibility
 from storaged.meta.ports import Outcome, Pages
@@ -23,7 +24,7 @@ from storaged.objects.code.history import BOUNDS, Bounds, CheckRemoval, Draft, E
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import Version
+from storaged.objects.records import Borrowed, Version
 from storaged.objects.write.commit import AfterPromise, change_once
 
 Edit = Callable[[Draft, int], bool]
@@ -35,6 +36,13 @@ that the change may add. It may run several times, and raises what the change is
 def next_ordinal(value: Value | None) -> int:
     """Greater than that of every version which the register holds: it had each when its sequence was one less."""
     return value.sequence + 1 if value is not None else 1
+
+
+class Gone(NamedTuple):
+    """What a change removed: versions whose data nothing uses any more once it is committed, and what was borrowed."""
+
+    versions: Sequence[Version] = ()
+    borrowed: Sequence[Borrowed] = ()
 
 
 class PagesToPut(Exception):
@@ -53,19 +61,18 @@ class VersionsUpdate:
         self._check = check
         self._bounds = bounds or BOUNDS
         self._fresh: dict[bytes, bytes] = {}
-        self.removed: list[Version] = []
-        """The versions that the change removes: their data is garbage once it is committed."""
+        self.removed = Gone()
 
     def update(self, value: Value | None, payload: bytes = b"") -> Change | None:
         """``payload``: the data id of small copies that come along with the new null version. Raises DataDamaged, and
         what the edit raises.
         """
-        self._fresh, self.removed = {}, []
+        self._fresh, self.removed = {}, Gone()
         draft = Draft(decode_record(value), self._shelf, self._bounds, self._check)
         if not self._edit(draft, next_ordinal(value)):
             return None
         change = record_change(draft.record(), payload or _payload_of(value, draft.removed))
-        self._fresh, self.removed = draft.fresh, draft.removed
+        self._fresh, self.removed = draft.fresh, Gone(_unlent(draft), draft.returned)
         return change
 
     def update_without_pages(self, value: Value | None) -> Change | None:
@@ -90,6 +97,14 @@ def _payload_of(value: Value | None, removed: list[Version]) -> bytes:
     return value.payload
 
 
+def _unlent(draft: Draft) -> list[Version]:
+    """The versions that went, but for those whose data stays in the record for other keys."""
+    if not draft.loans:
+        return draft.removed
+    lent = {loan.part.data_id for loan in draft.loans}
+    return [version for version in draft.removed if not any(part.data_id in lent for part in version.parts)]
+
+
 def unlocked(plane: ObjectPlane, *, bypass: bool = False) -> CheckRemoval:
     """Lets versions go that no lock keeps now. ``bypass``: see ``code.lock``."""
 
@@ -107,8 +122,8 @@ async def change_versions(
     check: CheckRemoval = never_locked,
     *,
     after_promise: AfterPromise | None = None,
-) -> tuple[Outcome, list[Version]]:
-    """Changes the versions of a key; returns the versions that went, too. ``check``: see VersionsUpdate.
+) -> tuple[Outcome, Gone]:
+    """Changes the versions of a key; returns what went, too. ``check``: see VersionsUpdate.
     ``after_promise``: awaited before the accept. Raises what ``edit`` raises, AccessDenied (a locked version),
     SlowDown, ServiceUnavailable, DataDamaged.
     """

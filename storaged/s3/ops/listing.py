@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from storaged import errors
 from storaged.objects.api import UploadInfo
+from storaged.objects.brief import listed_checksum
 from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing
-from storaged.objects.records import SealedList, listed_checksum
+from storaged.objects.records import SealedList
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front

@@ -1,0 +1,39 @@
+"""Versions without data of their own: the record of another key says where it is (``write.loans``)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from storaged.errors import DataDamaged
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.code.lending import find_borrower
+from storaged.objects.code.manifest import checked
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.find import Found, find
+from storaged.objects.records import BucketRecord
+
+
+def owner_of(bucket: BucketRecord, found: Found) -> RegisterName:
+    """The register that the data belongs to."""
+    borrowed = found.opened.borrowed
+    return found.name if borrowed is None else object_name(bucket.id, bucket.shard_numbers, borrowed.key)
+
+
+async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> Found:
+    """What was found, with the part that it borrows, under the name of the register which that belongs to. Raises
+    DataDamaged, ServiceUnavailable.
+    """
+    borrowed = found.opened.borrowed
+    if borrowed is None:
+        return found
+    owner = owner_of(bucket, found)
+    lent = find_borrower((await plane.registers.read(owner)).value, borrowed.id)
+    if lent is None:
+        raise DataDamaged("The record of another key, which keeps the data of this one, does not have it.")
+    version = msgspec.structs.replace(found.opened.version, parts=(checked(lent[0].part),))
+    return Found(owner, found.opened._replace(version=version), found.version_id, None, None, found.lock)
+
+
+async def find_data(plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str) -> Found:
+    """As ``find``, with the data. Raises as that, and as ``with_data``."""
+    return await with_data(plane, bucket, await find(plane, bucket, key, version_id))

@@ -1,0 +1,163 @@
+"""Copies that move no data: the new version borrows the data of its source (``loans``).
+
+That is possible inside of one bucket, for an object that is coded and was stored by one PUT, when the copy wants the
+checksums that the source has, and neither of them has SSE-C: a customer's key stands for data that nobody else's record
+opens. The data key is wrapped anew, for the copy's key and version; the metadata and the list field are sealed anew. A
+copy inherits the data id, under which its body opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.api import NO_READ_CONDITIONS, CopySource, NewMeta, ObjectInfo, PutResult, WriteConditions
+from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.version_names import required_name
+from storaged.objects.code.versions import (
+    OpenedVersion,
+    Place,
+    UnsealedVersion,
+    access_of,
+    check_allowed,
+    info_of,
+    meta_of,
+    record_key,
+    seal_version,
+    shown,
+)
+from storaged.objects.conditions import check_copy_source
+from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.borrowed import owner_of
+from storaged.objects.read.find import find
+from storaged.objects.records import Borrowed, Borrower, BucketRecord, Version
+from storaged.objects.write.blocks import NewPart
+from storaged.objects.write.commit import AfterPromise, change_once
+from storaged.objects.write.loans import (
+    BORROWED_MAX,
+    BORROWER_ID_BYTES,
+    NotLent,
+    Wanted,
+    let_go,
+    with_loan,
+)
+from storaged.objects.write.outbox import outgoing as outgoing_of
+from storaged.objects.write.put import AddedVersion, NewObject, Write, check_early, note_stored
+
+
+class Lendable(NamedTuple):
+    """A source whose data a copy may borrow. ``owner``: the register that the data belongs to."""
+
+    info: ObjectInfo
+    opened: OpenedVersion
+    owner: RegisterName
+
+
+async def lendable(
+    plane: ObjectPlane,
+    source: CopySource,
+    bucket: BucketRecord,
+    key: bytes,
+    algorithm: str,
+    encryption: Encryption | None,
+) -> Lendable | None:
+    """None: the copy needs data of its own. Raises as ``get`` of the source does, and SlowDown for another object than
+    may be copied.
+    """
+    if source.bucket.id != bucket.id or source.key == key or source.customer_key != NO_KEY:
+        return None
+    if encryption is not None and encryption.kind == CUSTOMER:
+        return None
+    found = await find(plane, source.bucket, source.key, source.version_id)
+    opened, version = found.opened, found.opened.version
+    if opened.has_customer_key or version.multipart or (opened.borrowed is None and not _is_coded(version)):
+        return None
+    info = info_of(source.key, opened, found.version_id, (), found.lock)
+    if not info.checksums or (algorithm and tuple(info.checksums) != (algorithm,)):
+        return None
+    if source.conditions != NO_READ_CONDITIONS:
+        check_copy_source(source.conditions, info.etag, info.modified_ms)
+    check_allowed(access_of(info), source.allowed)
+    return Lendable(info, opened, owner_of(bucket, found))
+
+
+def _is_coded(version: Version) -> bool:
+    parts = version.parts
+    return len(parts) == 1 and bool(parts[0].runs) and not parts[0].small and not parts[0].inline
+
+
+async def copy_lent(
+    plane: ObjectPlane,
+    source: CopySource,
+    lent: Lendable,
+    bucket: BucketRecord,
+    key: bytes,
+    new: NewMeta,
+    owner: str,
+    conditions: WriteConditions,
+) -> PutResult:
+    """Raises NotLent when the copy needs data of its own: nothing was copied. Raises as ``put``."""
+    bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
+    name, data_id = object_name(bucket.id, bucket.shard_numbers, key), lent.opened.version.context_id
+    plane.room.check(name, bucket.countries)
+    part = NewPart(bucket, name, lent.opened.dek, data_id)
+    write = Write(plane, Place(bucket.id, key), bucket_key, part, NewObject(new, owner, conditions))
+    borrowed = Borrowed(lent.owner.key, plane.entropy(BORROWER_ID_BYTES))
+    added = _BorrowingVersion(write, lent, borrowed)
+    await check_early(plane, name, write.place, added.keys, conditions)
+    outgoing = await outgoing_of(plane, bucket, name, new.origin) if new.origin is not None else None
+    added.tell(outgoing)
+    named = required_name(source.version_id) if source.version_id else None
+    wanted = Wanted(lent.owner, data_id, named, Borrower(borrowed.id, key, plane.clock.wall_ms()))
+
+    async def commit(check: AfterPromise) -> None:
+        async def after_promise() -> None:
+            await check()
+            await added.change.put_pages(plane.pages, name)
+            if outgoing is not None:
+                await outgoing.note()
+
+        await change_once(plane, added.keys, name, added.update, after_promise)
+
+    await with_loan(plane, bucket, wanted, commit)
+    if outgoing is not None:
+        outgoing.committed()
+    let_go(plane, bucket, name, added.change.removed)
+    note_stored(write, added.result)
+    return added.result
+
+
+class _BorrowingVersion(AddedVersion):
+    def __init__(self, write: Write, lent: Lendable, borrowed: Borrowed) -> None:
+        super().__init__(write, _maker(write, lent))
+        self._borrowed = borrowed
+
+    def note_added(self, draft: Draft, added: Entry) -> None:
+        """Raises NotLent."""
+        if len(draft.borrowed) >= BORROWED_MAX:
+            raise NotLent
+        draft.borrowed[added.ordinal] = self._borrowed
+
+
+def _maker(write: Write, lent: Lendable) -> Callable[[str], tuple[Version, PutResult]]:
+    def make(version_id: str) -> tuple[Version, PutResult]:
+        plane, new, info, data_id = write.plane, write.new, lent.info, write.part.data_id
+        modified_ms = plane.clock.wall_ms()
+        unsealed = UnsealedVersion(version_id, data_id, new.owner, modified_ms, ())
+        dek, encryption, _ = record_key(write.place, data_id, write.part.dek, new.meta.encryption, plane.entropy)
+        meta = meta_of(new.meta, info.etag, dict(info.checksums), info.checksum_type, info.size)
+        version = seal_version(write.place, unsealed, write.bucket_key, dek, meta, plane.entropy, encryption)
+        return version, PutResult(
+            info.etag,
+            "",
+            info.size,
+            info.checksums,
+            info.checksum_type,
+            modified_ms,
+            shown(encryption),
+            new.meta.tags,
+        )
+
+    return make

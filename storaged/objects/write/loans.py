@@ -1,0 +1,248 @@
+"""Loans: a version of one key reads the data of another key of its bucket, so that a copy moves no data.
+
+Theory of operation. Data belongs to one register, its *owner*: each of its fragments names it, and whoever deletes,
+repairs or moves fragments asks that register alone. A copy changes nothing of that. It has the owner's record keep the
+data for it:
+
+* The owner's record has a *loan*: the data (its place, too) and its *borrowers*. As long as it has one, the record
+  refers to the data (``write.references``), whether or not a version of its own key has it. So collection, sweep,
+  repair, moves and the loss of disks need to know nothing of copies, and where the data is stands in one register.
+* The borrowing version has no parts. Its record says in which key's record they are, under which borrower's id
+  (``records.Borrowed``). Readers look there (``read.borrowed``). A copy of a copy borrows from the same owner.
+
+*Lending.* A borrower is added by a compare-and-set of a record that has the data at this very moment. Data that no
+record has any more is never had again: nothing brings back what the collector may delete. It is added before the
+borrowing version is accepted (``with_loan``).
+
+*Ending.* A borrower's id is drawn for one copy, and only that copy proposes a version with it. The others carry the
+version on. A request that removed such a version, a copy that failed, and a look from time to time (``end_unused``) end
+a loan in three steps (``end_loan``):
+
+1. The borrower is marked as ending, with a random mark of this request. A later request sets its own.
+2. The borrowing key's register is settled: a round at a new ballot, which ends all promises that were given before it,
+   or brings an accept under such a promise into its value.
+3. Names that value the borrower, the mark is taken off. If not, the borrower goes. Both only if the mark still is the
+   one of step 1. With the last borrower the loan goes, and its data to the garbage lists, if no version has it.
+
+A copy looks at its borrower between its promise and its accept, and accepts nothing when the borrower is marked or gone
+(``check_lent``). So no version is accepted whose borrower goes: the copy saw it without a mark, after its promise. If
+the mark came before that look, it was taken off before it, too, and is not the one that is there at step 3. If it came
+later, step 2 came after the promise.
+
+*Creates.* A plain PUT of a new key may be a create, which does not ask what it overwrites and may take effect late, at
+a replica that holds nothing (``meta.consensus.register``). It would overwrite the loans of its key. So data is lent
+only when every replica of the owner's register holds a row: each refuses a create for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from storaged.errors import StoragedError
+from storaged.fragments.ports import REPLACED
+from storaged.ids import DATA_ID_BYTES
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.history import Draft
+from storaged.objects.code.lending import find_borrower, uses
+from storaged.objects.code.version_names import VersionName
+from storaged.objects.code.versions import decode_record
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import Borrowed, Borrower, BucketRecord, Loan, PartEntry, sharing_of
+from storaged.objects.write.commit import AfterPromise
+from storaged.objects.write.retire import retire_removed, retirements
+from storaged.objects.write.versioned import Gone, change_versions
+from storaged.units import KIB
+
+T = TypeVar("T")
+
+MARK_BYTES = 8
+BORROWER_ID_BYTES = DATA_ID_BYTES
+BORROWERS_MAX = 64
+KEYS_BYTES_MAX = 16 * KIB
+"""Of one record: how many borrowers its loans have, and the bytes of their keys. Further copies get their own data."""
+BORROWED_MAX = 32
+"""Versions of one key that borrow."""
+FRESH_MS = 600_000
+"""Copies that are younger are hardly ever over; nothing but work depends on it."""
+
+
+class Wanted(NamedTuple):
+    """What a copy borrows: data of the register ``owner``, which a loan has, or else the version ``named`` (None: the
+    current one). ``borrower``: the new version, of a key of the same bucket.
+    """
+
+    owner: RegisterName
+    data_id: bytes
+    named: VersionName | None
+    borrower: Borrower
+
+
+class NotLent(Exception):
+    """The data is not lent: its record has it no more, or has no room for another borrower, or a replica of it has no
+    row. Or its borrower is marked, or gone. The copy gets data of its own.
+    """
+
+
+async def check_held(plane: ObjectPlane, owner: RegisterName) -> None:
+    """Whether every replica of the register holds a row: see *Creates*. Raises NotLent."""
+    if any(replica.state not in ("current", "behind") for replica in await plane.registers.agreement(owner)):
+        raise NotLent
+
+
+async def with_loan(
+    plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted, commit: Callable[[AfterPromise], Awaitable[T]]
+) -> T:
+    """What ``commit`` returns, which commits the borrowing version, and is handed what to await between its promise and
+    its accept. When it raises, the loan is ended in the background, if the version was not accepted all the same.
+    Raises NotLent, and what that raises.
+    """
+    borrowed = Borrowed(wanted.owner.key, wanted.borrower.id)
+    await add_borrower(plane, bucket, wanted)
+    try:
+        return await commit(lambda: check_lent(plane, wanted.owner, borrowed.id))
+    except BaseException:
+        plane.background.spawn(try_end_loan(plane, bucket, borrowed))
+        raise
+
+
+async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted) -> None:
+    """Lends the data. Raises NotLent, and as ``change_versions``."""
+    owner, data_id, named, borrower = wanted
+
+    def edit(draft: Draft, _ordinal: int) -> bool:
+        loan = next((loan for loan in draft.loans if loan.part.data_id == data_id), None)
+        others = tuple(one for one in draft.loans if one is not loan)
+        if loan is None:
+            loan = Loan(_part_in(draft, data_id, named), ())
+        borrowers = tuple(one for one in loan.borrowers if one.id != borrower.id)
+        draft.loans = (*others, msgspec.structs.replace(loan, borrowers=(*borrowers, borrower)))
+        keys = [one.key for loan in draft.loans for one in loan.borrowers]
+        if len(keys) > BORROWERS_MAX or sum(map(len, keys)) > KEYS_BYTES_MAX:
+            raise NotLent
+        return True
+
+    await check_held(plane, owner)
+    await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
+
+
+def _part_in(draft: Draft, data_id: bytes, named: VersionName | None) -> PartEntry:
+    entry = draft.find(named) if named is not None else draft.newest
+    parts = entry.version.parts if entry is not None else ()
+    if len(parts) != 1 or parts[0].data_id != data_id:
+        raise NotLent
+    return parts[0]
+
+
+async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes) -> None:
+    """To be awaited between the promise and the accept of the borrowing version. Raises NotLent, ServiceUnavailable."""
+    found = find_borrower((await plane.registers.read(owner)).value, borrower_id)
+    if found is None or found[1].ending:
+        raise NotLent
+
+
+# --- the end
+
+
+async def end_loan(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes) -> None:
+    """Takes a borrower off its loan, if no version of its key has the data any more. Raises StoragedError: then the
+    loan stays, until somebody looks at it again.
+    """
+    mark = plane.entropy(MARK_BYTES)
+    key = await _mark(plane, bucket, owner, borrower_id, mark)
+    if key is None:
+        return
+    value = await plane.registers.settle(object_name(bucket.id, bucket.shard_numbers, key))
+    await _conclude(plane, bucket, owner, borrower_id, mark, used=uses(value, borrower_id))
+
+
+async def _mark(
+    plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes, mark: bytes
+) -> bytes | None:
+    """Returns the borrower's key; None: there is no such borrower."""
+    key: bytes | None = None
+
+    def edit(draft: Draft, _ordinal: int) -> bool:
+        nonlocal key
+        key = None
+        for loan in draft.loans:
+            for borrower in loan.borrowers:
+                if borrower.id == borrower_id:
+                    key = borrower.key
+                    _replace(draft, loan, borrower, msgspec.structs.replace(borrower, ending=mark))
+                    return True
+        return False
+
+    await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
+    return key
+
+
+async def _conclude(
+    plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes, mark: bytes, *, used: bool
+) -> None:
+    unused: PartEntry | None = None
+
+    def edit(draft: Draft, _ordinal: int) -> bool:
+        nonlocal unused
+        unused = None
+        for loan in draft.loans:
+            for borrower in loan.borrowers:
+                if borrower.id == borrower_id and borrower.ending == mark:
+                    after = msgspec.structs.replace(borrower, ending=b"") if used else None
+                    _replace(draft, loan, borrower, after)
+                    if not used and len(loan.borrowers) == 1 and not _has(draft, loan.part.data_id):
+                        unused = loan.part
+                    return True
+        return False
+
+    await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
+    if unused is not None:
+        for disk, entry in retirements(plane, bucket, owner, (unused,), REPLACED):
+            plane.garbage.add(disk, entry)
+
+
+def _has(draft: Draft, data_id: bytes) -> bool:
+    """Whether a version in the record has the data. If one on a page has it, the collector finds that out."""
+    return any(part.data_id == data_id for entry in draft.inline for part in entry.version.parts)
+
+
+def _replace(draft: Draft, loan: Loan, borrower: Borrower, by: Borrower | None) -> None:
+    """None: the borrower goes, and the loan with the last one."""
+    borrowers = tuple(by if one is borrower else one for one in loan.borrowers)
+    left = tuple(one for one in borrowers if one is not None)
+    after = (msgspec.structs.replace(loan, borrowers=left),) if left else ()
+    at = draft.loans.index(loan)
+    draft.loans = (*draft.loans[:at], *after, *draft.loans[at + 1 :])
+
+
+async def try_end_loan(plane: ObjectPlane, bucket: BucketRecord, borrowed: Borrowed) -> None:
+    """As ``end_loan``, in the background."""
+    try:
+        await end_loan(plane, bucket, object_name(bucket.id, bucket.shard_numbers, borrowed.key), borrowed.id)
+    except StoragedError:
+        return  # the next walk has it looked at
+
+
+async def end_unused(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, fresh_ms: int = FRESH_MS) -> int:
+    """Ends what is left of copies that failed, and of versions that went while no process could end their loans.
+    Returns how many loans the record has then. Raises StoragedError.
+    """
+    oldest_ms = plane.clock.wall_ms() - fresh_ms
+    for loan in sharing_of(decode_record((await plane.registers.read(owner)).value)).loans:
+        for borrower in loan.borrowers:
+            name = object_name(bucket.id, bucket.shard_numbers, borrower.key)
+            if borrower.since_ms <= oldest_ms and (
+                borrower.ending or not uses((await plane.registers.read(name)).value, borrower.id)
+            ):
+                await end_loan(plane, bucket, owner, borrower.id)
+    return len(sharing_of(decode_record((await plane.registers.read(owner)).value)).loans)
+
+
+def let_go(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, gone: Gone) -> None:
+    """After a committed change: retires what it removed, and ends what that borrowed, in the background."""
+    retire_removed(plane, bucket, name, gone.versions)
+    for borrowed in gone.borrowed:
+        plane.background.spawn(try_end_loan(plane, bucket, borrowed))

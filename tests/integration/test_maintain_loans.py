@@ -1,0 +1,232 @@
+"""Copies that move no data are kept by everything that looks after data, and their data goes with the last key that
+reads it.
+
+``a`` was copied to ``b``, and that to ``c``. Then ``a`` was deleted, and a new object stored there. Each test does to
+the cluster what may lose the data, and reads all keys.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from storaged.maintain.context import MaintainLimits
+from storaged.meta.names import RegisterName, Table, Visibility, object_name
+from storaged.objects.api import CopySource
+from storaged.objects.code.versions import decode_record
+from storaged.objects.plane import ObjectLimits
+from storaged.objects.records import BucketRecord, PartEntry, sharing_of
+from storaged.objects.write.loans import FRESH_MS
+from storaged.objects.write.references import parts_in
+from tests.doubles.meta_store import MemoryMetaStore
+from tests.integration.memory_cluster import WHO, Cluster, run
+from tests.integration.test_maintain_versions import collect, sweep
+from tests.integration.test_moving_partitions import Moves
+
+ORPHAN_S = MaintainLimits().orphan_age_ms / 1000
+RETIRE_S = ObjectLimits().retire_delay_ms / 1000
+
+
+class Copied:
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.datas: dict[bytes, bytes] = {}
+        self.bucket: BucketRecord
+
+    async def make(self) -> None:
+        self.bucket = await self.cluster.bucket()
+        data = os.urandom(300_000)
+        await self.put(b"a", data)
+        [self.part] = await self.parts(b"a")
+        await self.copy(b"a", b"b")
+        await self.copy(b"b", b"c")
+        await self.delete(b"a")
+        await self.put(b"a", b"another object")
+        assert len(await self.cluster.fragments(self.part.data_id)) == 6, "one copy of the data"
+
+    def name(self, key: bytes) -> RegisterName:
+        return object_name(self.bucket.id, self.bucket.shard_numbers, key)
+
+    async def put(self, key: bytes, data: bytes) -> None:
+        await self.cluster.put(self.bucket, key, data)
+        self.datas[key] = data
+        await self.cluster.gateway.plane.background.settle()
+
+    async def copy(self, source: bytes, to: bytes) -> None:
+        wanted = CopySource(self.bucket, source)
+        await self.cluster.objects.copy(wanted, self.bucket, to, owner=WHO.user_id, meta=None)
+        self.datas[to] = self.datas[source]
+
+    async def delete(self, key: bytes) -> None:
+        await self.cluster.objects.delete(self.bucket, key)
+        del self.datas[key]
+        await self.cluster.gateway.plane.background.settle()
+
+    async def parts(self, key: bytes) -> list[PartEntry]:
+        value = (await self.cluster.gateway.ring.read(self.name(key))).value
+        if value is None or value.visibility == Visibility.TOMBSTONE:
+            return []
+        return [part async for part in parts_in(self.cluster.gateway.ring, self.name(key), value.body, Table.OBJECT)]
+
+    async def loans(self, key: bytes) -> int:
+        value = (await self.cluster.gateway.ring.read(self.name(key))).value
+        return len(sharing_of(decode_record(value)).loans)
+
+    async def check(self) -> None:
+        for key, data in self.datas.items():
+            assert await self.cluster.get(self.bucket, key) == data, key
+
+    async def tidy(self) -> None:
+        """Everything that may delete has its turn, long after all that happened."""
+        await self.cluster.leap(max(ORPHAN_S, RETIRE_S) + 60)
+        for _ in range(2):
+            await collect(self.cluster)
+            await sweep(self.cluster)
+            await self.cluster.pass_s(1)
+
+
+def test_the_data_outlives_its_key_and_goes_with_the_last_copy() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        await copied.tidy()
+        await copied.check()
+        await copied.delete(b"b")
+        await copied.tidy()
+        await copied.check()
+        await copied.put(b"c", b"it is overwritten")
+        await copied.tidy()
+        assert not await cluster.fragments(copied.part.data_id)
+        assert not await copied.loans(b"a")
+        await copied.check()
+
+    run(scenario)
+
+
+def test_lost_fragments_of_a_deleted_source_are_rebuilt() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        for disk, fragment in (await cluster.fragments(copied.part.data_id))[:2]:
+            await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        assert sum(status.fragments_rebuilt for status in await cluster.statuses()) == 2
+        for node in ("na", "nb", "nc"):
+            await cluster.kill(node)
+            await copied.check()
+            cluster.start(node)
+            await cluster.pass_s(10)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_recoding_and_moving_back_keep_what_copies_read(early: bool) -> None:
+    """``early``: the source is there while its blocks move."""
+
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        owner = b"a"
+        if early:
+            await copied.put(b"d", os.urandom(300_000))
+            await copied.copy(b"d", b"e")
+            owner = b"d"
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nc")
+        await cluster.pass_s(MaintainLimits().recode_delay_s + 60)
+        await cluster.settled()
+        coded = [part for part in await copied.parts(owner) if part.runs and not part.small]
+        assert {(run.k, run.m) for part in coded for run in part.runs} == {(2, 2)}
+        await copied.check()
+        cluster.start("nc")
+        assert await cluster.settled() == (0, 0)
+        if early:
+            await copied.delete(b"d")
+        await copied.tidy()
+        await copied.check()
+        coded = [part for part in await copied.parts(owner) if part.runs and not part.small]
+        assert {(run.k, run.m) for part in coded for run in part.runs} == {(4, 2)}
+
+    run(scenario)
+
+
+def test_a_node_whose_disks_were_replaced_gets_what_copies_read() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nb")
+        for disk in [disk.id for disk in cluster.layouts.current.disks if disk.node == "nb"]:
+            cluster.nodes["nb"].meta[disk] = MemoryMetaStore()
+            store = cluster.nodes["nb"].fragments[disk]
+            await store.delete(list(store.fragments))
+        cluster.start("nb")
+        assert await cluster.settled() == (0, 0)
+        for other in ("na", "nc"):
+            await cluster.kill(other)
+            await copied.check()
+            cluster.start(other)
+            await cluster.pass_s(10)
+
+    run(scenario)
+
+
+def test_partitions_move_with_loans_and_with_what_borrows() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        cluster.maintain()
+        await cluster.settled()
+        moves = Moves(cluster, random.Random(5))
+        for key in (b"a", b"b", b"a", b"c"):
+            await moves.move(copied.name(key).partition)
+            await cluster.pass_s(10)
+            await copied.check()
+        await copied.tidy()
+        await copied.check()
+
+    run(scenario)
+
+
+def test_a_walk_has_the_loans_ended_that_a_dead_gateway_left() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        plane = cluster.gateway.plane
+        plane.background.spawn = lambda work: work.close() or False  # type: ignore[assignment,method-assign,func-returns-value]
+        await copied.delete(b"b")
+        await copied.put(b"c", b"it is overwritten")
+        assert await copied.loans(b"a") == 1
+        cluster.maintain()
+        await cluster.settled()
+        assert await copied.loans(b"a") == 1, "they are too young"
+        await cluster.leap(FRESH_MS / 1000 + 60)
+        for node in cluster.nodes.values():
+            node.maintenance.check.request_walk()
+        await cluster.settled()
+        assert not await copied.loans(b"a")
+        del plane.background.spawn
+        await copied.tidy()
+        assert not await cluster.fragments(copied.part.data_id)
+        await copied.check()
+
+    run(scenario)
+
+
+def test_a_bucket_with_loans_of_deleted_keys_is_deleted() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        for key in (b"a", b"b", b"c"):
+            await copied.delete(key)
+        await cluster.buckets.delete(copied.bucket)
+        await copied.tidy()
+        assert not await cluster.fragments()
+
+    run(scenario)

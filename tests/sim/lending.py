@@ -1,0 +1,381 @@
+"""As ``versions``, with copies that move no data: a version of one key borrows the data of another key
+(``objects.write.loans``), while keys are overwritten and deleted, blocks move, and every disk collects.
+
+Lending, its look between promise and accept, and its end are the program's own. Two of the three keys have no
+versioning, and are sometimes written by creates. Requests fall asleep in the middle of all this, what should end loans
+in the background is dropped now and then, and looks for loans that nothing uses spare none for its age.
+
+Judged is, besides: whoever reads a borrowing version finds its loan, unless the version has gone. In the end the data
+of each is where its writer saw it durable, no loan stays that nothing uses, and all other data goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+
+from storaged.cluster.layout import Profile
+from storaged.errors import ConditionalRequestConflict, ServiceUnavailable, StoragedError
+from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement, encode_copies
+from storaged.hashes import fragment_hash
+from storaged.maintain.moved_record import body_after
+from storaged.maintain.moves import MoveAsk
+from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import SmallCopies
+from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
+from storaged.objects.code.lending import borrowed_by, find_borrower
+from storaged.objects.code.version_names import NULL_NAME, VersionName
+from storaged.objects.code.versions import decode_record, record_change
+from storaged.objects.records import Borrowed, Borrower, Kept, ObjectRecord, PartEntry, Version, sharing_of
+from storaged.objects.write import versioned
+from storaged.objects.write.commit import AfterPromise, ProposedAgain, change_once
+from storaged.objects.write.loans import NotLent, Wanted, end_unused, let_go, with_loan
+from storaged.objects.write.references import parts_in
+from storaged.objects.write.versioned import VersionsUpdate
+from tests.sim.cluster import DISKS, Gateway
+from tests.sim.collecting import KEYS, SCOPE, entry_of
+from tests.sim.scenario import play_out
+from tests.sim.versions import FEW, OPERATIONS, Versions
+from tests.sim.virtual import VirtualLoop
+from tests.sim.workload import Verdicts
+
+BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=())
+WITH_VERSIONS = KEYS[2]
+LOOKS_MAX = 8
+"""At all keys in the end, for loans that nothing uses."""
+
+
+class _HasHistory(Exception):
+    """As ``put.HasHistory``."""
+
+
+class _Sleepy:
+    """The registers of a gateway. After what it does to one it stands still now and then."""
+
+    def __init__(self, client: Any, play: Lending) -> None:
+        self._client = client
+        self._play = play
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def change(self, name: RegisterName, *what: Any, **how: Any) -> Any:
+        outcome = await self._client.change(name, *what, **how)
+        await self._play.nap()
+        return outcome
+
+    async def settle(self, name: RegisterName) -> Value | None:
+        value: Value | None = await self._client.settle(name)
+        await self._play.nap()
+        return value
+
+
+class Lending(Versions):
+    def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
+        super().__init__(seed, loop, rules)
+        self._luck = random.Random(f"lending {seed}")
+        self._garbage: list[tuple[str, Retirement]] = []
+
+    async def nap(self) -> None:
+        if not self._healed and self._luck.random() < 0.1:
+            await asyncio.sleep(self._luck.uniform(0.1, 8.0))
+
+    def _tools(self, gateway: Gateway) -> tuple[Any, Any]:
+        plane, keys = super()._tools(gateway)
+        plane.registers = _Sleepy(gateway.client, self)
+        plane.clock, plane.layouts = gateway.clock, gateway.layouts
+        plane.limits = SimpleNamespace(retire_delay_ms=0)
+        plane.garbage = SimpleNamespace(add=lambda disk, entry: self._retire_later(gateway, disk, entry))
+        plane.background = SimpleNamespace(spawn=self._spawn)
+        return plane, keys
+
+    def _retire_later(self, gateway: Gateway, disk: str, entry: Retirement) -> None:
+        """In an order that a seed decides: the program goes through a set of disks."""
+        if not self._garbage:
+            self.world.loop.call_soon(self._retire_all, gateway)
+        self._garbage.append((disk, entry))
+
+    def _retire_all(self, gateway: Gateway) -> None:
+        garbage, self._garbage = sorted(self._garbage), []
+        for disk, entry in garbage:
+            if self._luck.random() > 0.2:
+                self._start(self._retire_on(gateway, disk, [entry]))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> bool:
+        if self._luck.random() < 0.3 and not self._healed:
+            work.close()
+            return False
+        self._start(self._suppressed(work))
+        return True
+
+    async def _suppressed(self, work: Coroutine[Any, Any, None]) -> None:
+        with contextlib.suppress(StoragedError, ProposedAgain):
+            await work
+
+    # --- the workload
+
+    async def worker(self, gateway: Gateway) -> None:
+        for _ in range(OPERATIONS):
+            await asyncio.sleep(self._luck.uniform(0, 0.5))
+            key = self._luck.choice(KEYS)
+            name = self.name(key)
+            self.found.operations += 1
+            kind, null = self._luck.random(), key != WITH_VERSIONS or self._luck.random() < 0.3
+            if kind < 0.2:
+                await self._note(self._put(gateway, name, null=null))
+            elif kind < 0.3:
+                await self._note(self._put_small(gateway, name))
+            elif kind < 0.35 and key == WITH_VERSIONS:
+                await self._note(self._mark(gateway, name, null=null))
+            elif kind < 0.45:
+                await self._note(self._remove(gateway, name))
+            elif kind < 0.52:
+                await self._note(self._list(gateway, name))
+            elif kind < 0.68:
+                await self._note(self._move(gateway, name))
+            else:
+                await self._note(self._copy(gateway, name, self._luck.choice([one for one in KEYS if one != key])))
+
+    async def _note(self, work: Any) -> None:
+        with contextlib.suppress(NotLent, _HasHistory):
+            await super()._note(work)
+            return
+        self.found.refused += 1
+
+    def _edit_of(self, name: RegisterName, version: Version, borrowed: Borrowed | None) -> versioned.Edit:
+        """As ``put.AddedVersion``."""
+
+        def edit(draft: Draft, ordinal: int) -> bool:
+            if name.key == WITH_VERSIONS:
+                added = Entry(Kept(ordinal), version)
+            else:
+                assert not draft.has_history
+                for before in draft.inline:
+                    draft.remove(before)
+                added = unversioned(version)
+            draft.add(added)
+            if borrowed is not None:
+                draft.borrowed[added.ordinal] = borrowed
+            return True
+
+        return edit
+
+    async def _add(
+        self,
+        gateway: Gateway,
+        name: RegisterName,
+        version: Version,
+        made_durable: Callable[[], Any],
+        small: SmallCopies | None = None,
+        borrowed: Borrowed | None = None,
+    ) -> None:
+        plane, keys = self._tools(gateway)
+        change = VersionsUpdate(keys.shelf, self._edit_of(name, version, borrowed))
+
+        async def after_promise() -> None:
+            await made_durable()
+            await change.put_pages(plane.pages, name)
+
+        payload = small.data_id if small is not None else b""
+        await change_once(plane, keys, name, lambda value: change.update(value, payload), after_promise, small=small)
+        self._retire_removed(gateway, name, change.removed)
+
+    async def _put_small(self, gateway: Gateway, name: RegisterName) -> None:
+        """Of a key without versioning: as ``put.Replacement``, by a create where nothing is known of the key."""
+        if name.key == WITH_VERSIONS or self._luck.random() < 0.3:
+            await super()._put_small(gateway, name)
+            return
+        data_id, content = self._luck.randbytes(16), self._luck.randbytes(5)
+        fragment = FragmentId(data_id, 0, 1, 2, 0)
+        header = FragmentHeader(fragment.pack(), name.pack(), b"", (fragment_hash([content]),), 4096, 5, 1)
+        copies = [(copy, [content]) for copy in encode_copies(header, 3)]
+        small = SmallCopies(data_id, copies, lambda disks: len(disks) >= 2)
+        self.durable[data_id] = set()
+        version = self._version(entry_of(data_id, {}, small=True), null=True)
+        change = record_change(ObjectRecord((version,)), data_id)
+
+        def update(value: Value | None) -> Change:
+            if decode_record(value).history is not None:
+                raise _HasHistory
+            return change
+
+        async with self._noted(self._adding(name, data_id, null=True)):
+            await self.sleep(0.1)
+            outcome = await gateway.client.change(name, update, small=small, regardless=True)
+        for before in decode_record(outcome.before).versions:
+            self.retire(gateway, name, before.parts, b"r")
+
+    def _retire_removed(self, gateway: Gateway, name: RegisterName, removed: Any) -> None:
+        plane, _ = self._tools(gateway)
+        let_go(plane, BUCKET, name, removed)
+
+    # --- copies
+
+    async def _copy(self, gateway: Gateway, name: RegisterName, source: bytes) -> None:
+        """As ``lent_copy``."""
+        plane, _ = self._tools(gateway)
+        found = await self._source(gateway, source)
+        if found is None:
+            return
+        owner, data_id, named = found
+        borrowed = Borrowed(owner.key, self._luck.randbytes(16))
+        version = self._version(None, null=name.key != WITH_VERSIONS, context_id=borrowed.id)
+        version = msgspec.structs.replace(version, delete_marker=False)
+        wanted = Wanted(owner, data_id, named, Borrower(borrowed.id, name.key, 1))
+        await self.sleep(0.1)
+        operation = self._adding(name, borrowed.id, null=name.key != WITH_VERSIONS)
+
+        async def commit(check: AfterPromise) -> None:
+            async def made_durable() -> None:
+                await self.nap()
+                await check()
+                await self.sleep(0.25)
+
+            await self.nap()
+            async with self._noted(operation):
+                await self._add(gateway, name, version, made_durable, borrowed=borrowed)
+
+        await with_loan(plane, BUCKET, wanted, commit)
+        self.found.done["copies"] = self.found.done.get("copies", 0) + 1
+
+    async def _source(self, gateway: Gateway, key: bytes) -> tuple[RegisterName, bytes, VersionName | None] | None:
+        """(owner, data id, version) of a version of the key that may lend or has borrowed."""
+        name = self.name(key)
+        record = decode_record((await gateway.client.read(name)).value)
+        entries = [entry async for entry in every_entry(gateway.client, name, record)]
+        entries = [entry for entry in entries if not any(part.small for part in entry.version.parts)]
+        entries = [entry for entry in entries if not entry.version.delete_marker]
+        if not entries:
+            return None
+        entry = self._luck.choice(entries)
+        borrowed = borrowed_by(record, entry.ordinal)
+        if borrowed is None:
+            named = NULL_NAME if entry.is_null else VersionName(entry.ordinal, entry.version.context_id)
+            return name, entry.version.parts[0].data_id, named
+        part = await self._lent(gateway, name, borrowed)
+        return (self.name(borrowed.key), part.data_id, None) if part is not None else None
+
+    async def _lent(self, gateway: Gateway, name: RegisterName, borrowed: Borrowed) -> PartEntry | None:
+        """What a version borrows. None: the version has gone since."""
+        lent = find_borrower((await gateway.client.read(self.name(borrowed.key))).value, borrowed.id)
+        if lent is not None:
+            return lent[0].part
+        again = sharing_of(decode_record((await gateway.client.read(name)).value)).borrowed
+        if borrowed in again.values():
+            self.complain(f"a version of {name.key!r} has lost the data that it borrows")
+        return None
+
+    async def _move(self, gateway: Gateway, name: RegisterName) -> None:
+        """As ``maintain.mover`` does what repair asks: a fragment has a copy on another disk already."""
+        seen = (await gateway.client.read(name)).value
+        if seen is None or seen.visibility == Visibility.TOMBSTONE:
+            return
+        parts = [part async for part in parts_in(gateway.client, name, seen.body, Table.OBJECT) if not part.small]
+        if not parts:
+            return
+        part = self._luck.choice(parts)
+        places = part.runs[0].moved
+        position, target = self._luck.choice(list(places)), self._luck.choice(DISKS)
+        fragment, source = FragmentId(part.data_id, 0, 2, 1, position), places[position]
+        if target in places.values() or not await self.uploads._copy(fragment, source, target):
+            return
+        new = msgspec.structs.replace(part.runs[0], moved={**places, position: target})
+        ask = MoveAsk(name.pack(), part.data_id, part.runs[0], new)
+        after = await body_after(gateway.client, name, seen, [(ask, Profile(2, 1))])
+        if after is None:
+            return  # a page can't be read now
+        promised = asyncio.Event()
+
+        def update(value: Value | None) -> Change | None:
+            if promised.is_set():
+                raise ProposedAgain
+            if value is None or value.sequence != seen.sequence:
+                raise ConditionalRequestConflict
+            promised.set()
+            return Change(after[0], value.visibility, value.payload)
+
+        async def touch_new() -> None:
+            await promised.wait()
+            (stat,) = await self.store(gateway, target).touch([fragment], 5)
+            if stat.health:
+                raise ServiceUnavailable("a fragment that was written for the move is gone")
+            self.durable[part.data_id].add((position, target))
+            for page in after[1]:
+                await gateway.client.put_page(name, await gateway.client.get_page(name, page), page)
+            await self.sleep(0.25)
+
+        await gateway.client.change(name, update, ready=touch_new())
+        self.found.done["moves"] = self.found.done.get("moves", 0) + 1
+        await self._retire_on(gateway, source, [Retirement(part.data_id, name.pack(), 0)])
+
+    # --- loans that nothing uses
+
+    def more(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return (self._look_for_unused(),)
+
+    async def _look_for_unused(self) -> None:
+        while True:
+            await asyncio.sleep(self._luck.uniform(0.2, 3.0))
+            plane, _ = self._tools(self._luck.choice(self.gateways))
+            self._start(self._suppressed(self._look_at(plane, self.name(self._luck.choice(KEYS)))))
+
+    async def _look_at(self, plane: Any, name: RegisterName) -> None:
+        await end_unused(plane, BUCKET, name, fresh_ms=-(1 << 50))
+
+    # --- the end
+
+    async def _look_at_the_end(self, reader: Gateway) -> set[bytes]:
+        await self._end_all(reader)
+        live: set[bytes] = set()
+        for key in KEYS:
+            name = self.name(key)
+            try:
+                await reader.client.settle(name)
+                value = (await reader.client.read(name)).value
+                copy_read = (await reader.client.read(name, want_payload=True)).payload is not None
+                entries = await self._list(reader, name)
+            except StoragedError as error:
+                self.complain(f"{key!r} cannot be read in the end: {error}")
+                continue
+            record = decode_record(value)
+            for entry in entries:
+                borrowed = borrowed_by(record, entry.ordinal)
+                lent = await self._lent(reader, name, borrowed) if borrowed is not None else None
+                for part in entry.version.parts if lent is None else (lent,):
+                    live.add(part.data_id)
+                    self._check_data(part, value.payload if value is not None else b"", copy_read=copy_read)
+            live |= {loan.part.data_id for loan in sharing_of(record).loans}
+        self._judge_history()
+        return live
+
+    async def _end_all(self, reader: Gateway) -> None:
+        """All loans that nothing uses end, and no others are left."""
+        plane, _ = self._tools(reader)
+        for _ in range(LOOKS_MAX):
+            for key in KEYS:
+                await self._suppressed(self._look_at(plane, self.name(key)))
+        used: set[bytes] = set()
+        lent: set[bytes] = set()
+        for key in KEYS:
+            with contextlib.suppress(StoragedError):
+                sharing = sharing_of(decode_record((await reader.client.read(self.name(key))).value))
+                used |= {borrowed.id for borrowed in sharing.borrowed.values()}
+                lent |= {borrower.id for loan in sharing.loans for borrower in loan.borrowers}
+        if lent - used:
+            self.complain("a loan stays that nothing uses")
+
+
+def run_lending(seed: int, rules: Rules = RULES) -> Verdicts:
+    """As ``scenario.run_seed``, of these."""
+    before, versioned.BOUNDS = versioned.BOUNDS, FEW
+    try:
+        return play_out(lambda loop: Lending(seed, loop, rules))  # type: ignore[arg-type,return-value]
+    finally:
+        versioned.BOUNDS = before

@@ -1,0 +1,129 @@
+"""What lends data to other keys, broken. ``lending`` notices.
+
+Plain data: imports nothing of the program.
+"""
+
+from __future__ import annotations
+
+from tests.sim.planted import Planted
+
+_LOANS = "storaged/objects/write/loans.py"
+_HISTORY = "storaged/objects/code/history.py"
+_REFERENCES = "storaged/objects/write/references.py"
+_MOVED = "storaged/maintain/moved_record.py"
+_PLAY = "lending"
+
+LENDING_BUGS = (
+    Planted(
+        "lent_after_the_accept",
+        "the borrower is added when the borrowing version is accepted",
+        100,
+        _PLAY,
+        _LOANS,
+        "    await add_borrower(plane, bucket, wanted)\n"
+        "    try:\n"
+        "        return await commit(lambda: check_lent(plane, wanted.owner, borrowed.id))\n",
+        "    async def nothing() -> None: ...\n\n"
+        "    try:\n"
+        "        done = await commit(nothing)\n"
+        "        await add_borrower(plane, bucket, wanted)\n"
+        "        return done\n",
+        fast=True,
+    ),
+    Planted(
+        "loan_not_looked_at",
+        "a copy does not look at its borrower between promise and accept",
+        100,
+        _PLAY,
+        _LOANS,
+        "    if found is None or found[1].ending:\n        raise NotLent\n",
+        "    assert found is None or found\n",
+    ),
+    Planted(
+        "mark_not_looked_at",
+        "a copy is content with a borrower that is marked",
+        300,
+        _PLAY,
+        _LOANS,
+        "    if found is None or found[1].ending:\n",
+        "    if found is None:\n",
+    ),
+    Planted(
+        "ended_without_a_round",
+        "whether a version uses a borrower is read, and no promise is ended",
+        300,
+        _PLAY,
+        _LOANS,
+        "    value = await plane.registers.settle(object_name(bucket.id, bucket.shard_numbers, key))\n",
+        "    value = (await plane.registers.read(object_name(bucket.id, bucket.shard_numbers, key))).value\n",
+    ),
+    Planted(
+        "ended_under_another_mark",
+        "a borrower goes, or its mark does, whoever has marked it",
+        1000,
+        _PLAY,
+        _LOANS,
+        "                if borrower.id == borrower_id and borrower.ending == mark:\n",
+        "                if borrower.id == borrower_id:\n",
+    ),
+    Planted(
+        "lent_again",
+        "data is lent that its record has no more",
+        300,
+        _PLAY,
+        _LOANS,
+        "    if len(parts) != 1 or parts[0].data_id != data_id:\n        raise NotLent\n    return parts[0]\n",
+        "    if len(parts) == 1:\n"
+        "        _SEEN[parts[0].data_id] = parts[0]\n"
+        "    if data_id not in _SEEN:\n"
+        "        raise NotLent\n"
+        "    return _SEEN[data_id]\n\n\n"
+        "_SEEN: dict[bytes, PartEntry] = {}\n",
+    ),
+    Planted(
+        "lent_beside_an_empty_replica",
+        "data is lent while a late create may overwrite its record",
+        1000,
+        _PLAY,
+        _LOANS,
+        "    await check_held(plane, owner)\n",
+        "",
+    ),
+    Planted(
+        "loans_refer_to_nothing",
+        "what is lent counts as unused when no version of its own key has it",
+        50,
+        _PLAY,
+        _REFERENCES,
+        "    lent = _lent_in(record) if table == Table.OBJECT else {}\n",
+        "    lent: dict[bytes, PartEntry] = {}\n",
+        fast=True,
+    ),
+    Planted(
+        "moved_for_the_version_alone",
+        "a move of blocks changes the version's places, and not the loan's",
+        100,
+        _PLAY,
+        _MOVED,
+        "        draft.loans = loans\n",
+        "",
+    ),
+    Planted(
+        "moved_beside_an_unread_page",
+        "a move changes a loan's places while the page with its version can't be read",
+        1000,
+        _PLAY,
+        _MOVED,
+        "    if left if unread else left - applied_to_loans:\n",
+        "    if left - applied_to_loans:\n",
+    ),
+    Planted(
+        "loans_go_with_the_last_version",
+        "a deleted key keeps no loans",
+        50,
+        _PLAY,
+        _HISTORY,
+        "        shares = bool(self.loans or self.borrowed)\n",
+        "        shares = bool(entries and (self.loans or self.borrowed))\n",
+    ),
+)

@@ -1,0 +1,315 @@
+"""Copies that move no data: what they read, what keeps their data, and when it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from storaged.cluster.layout import Profile
+from storaged.errors import DataDamaged, InvalidRequest, NoSuchKey, PreconditionFailed
+from storaged.maintain.moved_record import body_after
+from storaged.maintain.moves import MoveAsk
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
+from storaged.meta.storage.row_head import LEAD_BYTES, head_of
+from storaged.objects.api import BodyChecks, CopySource, NewMeta, PutResult, WriteConditions
+from storaged.objects.code.versions import decode_record
+from storaged.objects.configuration.document import NOTHING
+from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
+from storaged.objects.encryption import CUSTOMER, Encryption
+from storaged.objects.etags import ANY
+from storaged.objects.records import (
+    Borrowed,
+    Borrower,
+    BucketRecord,
+    History,
+    Kept,
+    Loan,
+    ObjectRecord,
+    PartEntry,
+    Sharing,
+    SharingRecord,
+    Version,
+    decode_heads,
+    decode_object,
+    encode_object,
+    shares,
+    sharing_of,
+)
+from storaged.objects.service import ObjectService
+from storaged.objects.system.emptying import end_remains
+from storaged.objects.where import where
+from storaged.objects.write import lent_copy
+from storaged.objects.write.loans import BORROWED_MAX, BORROWERS_MAX, end_unused
+from storaged.objects.write.references import parts_in
+from storaged.wire import decode
+from tests.worlds.objects import OWNER, World, bucket_of, got, put
+
+pytestmark = pytest.mark.virtual_time
+
+DATA = os.urandom(300_000)
+
+
+class Made:
+    def __init__(self) -> None:
+        self.world = World()
+        self.plane = self.world.plane()
+        self.objects = ObjectService(self.plane)
+        self.bucket: BucketRecord = bucket_of(self.world)
+
+    def name(self, key: bytes) -> RegisterName:
+        return object_name(self.bucket.id, self.bucket.shard_numbers, key)
+
+    def value(self, key: bytes) -> Value | None:
+        return self.world.ring.values.get(self.name(key))
+
+    def record(self, key: bytes) -> ObjectRecord:
+        return decode_record(self.value(key))
+
+    async def copy(self, source: bytes, to: bytes, **how: object) -> PutResult:
+        wanted = CopySource(self.bucket, source)
+        options: dict[str, object] = {"owner": OWNER, "meta": None, **how}
+        return await self.objects.copy(wanted, self.bucket, to, **options)  # type: ignore[arg-type]
+
+    async def parts_of(self, key: bytes) -> list[PartEntry]:
+        """All that a key's record refers to."""
+        value = self.value(key)
+        if value is None or value.visibility == Visibility.TOMBSTONE:
+            return []
+        return [part async for part in parts_in(self.plane.pages, self.name(key), value.body, Table.OBJECT)]
+
+    async def read(self, key: bytes) -> bytes:
+        return await got(self.objects, self.bucket, key=key)
+
+    async def delete(self, key: bytes) -> None:
+        await self.objects.delete(self.bucket, key)
+        await self.plane.background.settle()
+
+    def fragments(self) -> set[bytes]:
+        """The data ids of which some disk has a fragment."""
+        return {one.data_id for disk in self.world.disks.disks.values() for one in disk.fragments}
+
+    def retired(self) -> set[bytes]:
+        return {data_id for disk in self.world.disks.disks.values() for data_id in disk.garbage}
+
+
+@pytest.fixture
+async def made() -> AsyncIterator[Made]:
+    made = Made()
+    await put(made.objects, made.bucket, DATA, key=b"a")
+    yield made
+    await made.objects.close()
+
+
+async def test_a_copy_moves_no_data_and_reads_the_same(made: Made) -> None:
+    before = made.fragments()
+    first = await made.objects.head(made.bucket, b"a")
+    copied = await made.copy(b"a", b"b")
+    assert made.fragments() == before
+    assert (copied.etag, copied.size, copied.checksums) == (first.etag, len(DATA), first.checksums)
+    assert await made.read(b"b") == DATA
+    assert (await made.objects.head(made.bucket, b"b")).etag == hashlib.md5(DATA).hexdigest()
+    assert not await made.parts_of(b"b"), "the data is its source's"
+    assert list((await made.objects.list_objects(made.bucket)).keys) == [b"a", b"b"]
+
+
+async def test_the_data_stays_for_the_copy_when_the_source_goes_and_goes_with_the_last_one(made: Made) -> None:
+    [part] = await made.parts_of(b"a")
+    await made.copy(b"a", b"b")
+    await made.copy(b"b", b"c")
+    await made.delete(b"a")
+    with pytest.raises(NoSuchKey):
+        await made.objects.head(made.bucket, b"a")
+    assert list((await made.objects.list_objects(made.bucket)).keys) == [b"b", b"c"]
+    assert await made.read(b"b") == await made.read(b"c") == DATA
+    await put(made.objects, made.bucket, b"other", key=b"b")
+    await made.plane.background.settle()
+    assert part.data_id not in made.retired()
+    assert await made.read(b"c") == DATA
+    await made.delete(b"c")
+    assert part.data_id in made.retired()
+    value = made.value(b"a")
+    assert value is not None
+    assert value.visibility == Visibility.TOMBSTONE
+
+
+@pytest.mark.parametrize("size", [0, 10, 5_000, 200_000])
+async def test_the_source_is_overwritten_by_any_put_and_the_copy_stays(made: Made, size: int) -> None:
+    await made.copy(b"a", b"b")
+    data = os.urandom(size)
+    answers: list[PutResult | Exception] = []
+    checks = BodyChecks(size=size)
+    soon = made.objects.try_put(made.bucket, b"a", data, NewMeta(), checks, answers.append, owner=OWNER)
+    if not soon:
+        await put(made.objects, made.bucket, data, key=b"a")
+    while soon and not answers:
+        await made.plane.registers.read(made.name(b"a"))
+    assert all(isinstance(answer, PutResult) for answer in answers)
+    assert (await made.read(b"a"), await made.read(b"b")) == (data, DATA)
+
+
+async def test_what_has_no_fragments_of_its_own_is_sealed_anew(made: Made) -> None:
+    for size in (0, 100, 3_000):
+        await put(made.objects, made.bucket, os.urandom(size), key=b"small")
+        await made.copy(b"small", b"copy")
+        assert [part.size for part in await made.parts_of(b"copy")] == [size]
+    with_key = Encryption(CUSTOMER, customer_key=b"k" * 32)
+    await made.copy(b"a", b"copy", encryption=with_key)
+    assert await made.parts_of(b"copy"), "its key must open no data of others"
+    await made.copy(b"a", b"copy", algorithm="SHA256")
+    assert await made.parts_of(b"copy"), "its checksum has to be computed"
+    assert not sharing_of(made.record(b"a")).loans
+    await made.copy(b"a", b"a", meta=NewMeta(user={"x": "y"}))
+    assert await made.read(b"a") == DATA
+
+
+async def test_a_replica_without_a_row_and_a_full_record_make_a_copy_of_its_own(made: Made) -> None:
+    disk = made.world.layouts.current.replicas_of(made.name(b"a").partition)[0]
+    made.world.disks.disks[disk].down = True
+    await made.copy(b"a", b"b")
+    assert await made.parts_of(b"b"), "a late create could overwrite the record that lends"
+    made.world.disks.disks[disk].down = False
+    for number in range(BORROWERS_MAX):
+        await made.copy(b"a", b"copy %d" % number)
+    await made.copy(b"a", b"one more")
+    assert await made.parts_of(b"one more")
+    assert not await made.parts_of(b"copy 0")
+
+
+async def test_conditions_are_judged_and_a_copy_that_fails_leaves_no_loan(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def later(*_what: object) -> None:
+        """The commit judges the condition."""
+
+    monkeypatch.setattr(lent_copy, "check_early", later)
+    await put(made.objects, made.bucket, b"there", key=b"b")
+    with pytest.raises(PreconditionFailed):
+        await made.copy(b"a", b"b", conditions=WriteConditions(if_none_match=ANY))
+    assert sharing_of(made.record(b"a")).loans, "it was lent before"
+    await made.plane.background.settle()
+    assert not sharing_of(made.record(b"a")).loans
+    assert await made.read(b"b") == b"there"
+
+
+async def test_metadata_tags_and_encryption_are_the_copys_own(made: Made) -> None:
+    await made.copy(b"a", b"b", meta=NewMeta({"content-type": "x/y"}, {"u": "1"}), tags={"t": "1"})
+    info = await made.objects.head(made.bucket, b"b")
+    assert (info.headers["content-type"], info.user, info.tags) == ("x/y", {"u": "1"}, {"t": "1"})
+    await made.objects.set_tags(made.bucket, b"b", {"t": "2"})
+    await made.objects.set_tags(made.bucket, b"a", {"t": "3"})
+    assert (await made.objects.head(made.bucket, b"b")).tags == {"t": "2"}
+    await made.delete(b"a")
+    assert await made.read(b"b") == DATA
+    with pytest.raises(InvalidRequest):
+        await made.objects.get(made.bucket, b"b", customer_key=b"k" * 32)
+
+
+async def test_a_move_of_blocks_is_one_change_that_all_copies_see(made: Made) -> None:
+    await made.copy(b"a", b"b")
+    [part] = await made.parts_of(b"a")
+    run = part.runs[0]
+    moved = msgspec.structs.replace(run, moved={0: "elsewhere"})
+    ask = MoveAsk(made.name(b"a").pack(), part.data_id, run, moved)
+    for gone in (False, True):
+        if gone:
+            await made.delete(b"a")
+            ask = MoveAsk(made.name(b"a").pack(), part.data_id, moved, run)
+        value = made.value(b"a")
+        assert value is not None
+        after = await body_after(made.plane.pages, made.name(b"a"), value, [(ask, Profile(run.k, run.m))])
+        assert after is not None
+        record = decode_object(after[0])
+        [loan] = sharing_of(record).loans
+        assert loan.part.runs[0].moved == ask.new.moved
+        assert [version.parts for version in record.versions] == ([] if gone else [(loan.part,)])
+        change = Change(after[0], value.visibility, value.payload)
+        await made.plane.registers.change(made.name(b"a"), lambda _value, change=change: change)
+    assert await made.read(b"b") == DATA
+
+
+async def test_where_names_the_fragments_that_a_copy_borrows(made: Made) -> None:
+    await made.copy(b"a", b"b")
+    one, other = await where(made.plane, made.bucket, b"a"), await where(made.plane, made.bucket, b"b")
+    assert [run.fragments for run in one.runs] == [run.fragments for run in other.runs]
+    assert other.size == len(DATA)
+
+
+async def test_a_loan_that_is_gone_is_damage_and_never_an_empty_object(made: Made) -> None:
+    await made.copy(b"a", b"b")
+    del made.world.ring.values[made.name(b"a")]
+    with pytest.raises(DataDamaged):
+        await made.read(b"b")
+
+
+async def test_loans_of_versions_that_are_gone_are_ended_by_a_look(made: Made) -> None:
+    await made.copy(b"a", b"b")
+    await made.copy(b"a", b"c")
+    del made.world.ring.values[made.name(b"b")]  # as if the process had died before it ended the loan
+    name = made.name(b"a")
+    assert await end_unused(made.plane, made.bucket, name) == 1
+    assert len(sharing_of(made.record(b"a")).loans[0].borrowers) == 2, "it is too young to be looked at"
+    assert await end_unused(made.plane, made.bucket, name, fresh_ms=-1) == 1
+    assert [one.key for one in sharing_of(made.record(b"a")).loans[0].borrowers] == [b"c"]
+    assert await made.read(b"c") == DATA
+
+
+async def test_versions_lend_and_borrow(made: Made) -> None:
+    made.bucket = made.plane.configurations.put(made.bucket, NOTHING.having(VERSIONING, Versioning(ENABLED)))
+    first = await made.copy(b"a", b"b")
+    assert first.version_id
+    for _ in range(20):  # the first one goes to a page
+        await put(made.objects, made.bucket, os.urandom(70_000), key=b"b")
+    await made.delete(b"a")
+    stream = await made.objects.get(made.bucket, b"b", version_id=first.version_id)
+    assert b"".join([bytes(piece) async for piece in stream.chunks()]) == DATA
+    source = CopySource(made.bucket, b"b", first.version_id)
+    await made.objects.copy(source, made.bucket, b"c", owner=OWNER, meta=None)
+    assert not await made.parts_of(b"c")
+    await made.objects.delete(made.bucket, b"a", version_id="null")
+    await made.objects.delete(made.bucket, b"b", version_id=first.version_id)
+    await made.plane.background.settle()
+    assert await made.read(b"c") == DATA
+    assert [one.key for one in sharing_of(made.record(b"a")).loans[0].borrowers] == [b"c"]
+
+
+async def test_one_key_borrows_a_bounded_number_of_times(made: Made) -> None:
+    made.bucket = made.plane.configurations.put(made.bucket, NOTHING.having(VERSIONING, Versioning(ENABLED)))
+    for _ in range(BORROWED_MAX + 1):
+        await made.copy(b"a", b"b")
+    assert len(await made.parts_of(b"b")) == 1
+    assert await made.read(b"b") == DATA
+
+
+async def test_what_a_dead_process_left_of_loans_keeps_no_bucket_from_being_deleted(made: Made) -> None:
+    await made.copy(b"a", b"b")
+    await made.objects.delete(made.bucket, b"a")
+    assert not await end_remains(made.plane, made.bucket), "an object is left"
+    del made.world.ring.values[made.name(b"b")]
+    assert await end_remains(made.plane, made.bucket)
+    value = made.value(b"a")
+    assert value is not None
+    assert value.visibility == Visibility.TOMBSTONE
+
+
+def test_a_record_that_shares_is_read_as_it_was_written_and_by_no_program_that_knows_no_loans() -> None:
+    class OldRecord(msgspec.Struct, array_like=True):
+        versions: tuple[list[object], ...]
+
+    part = PartEntry(1, b"d" * 16, 1, b"h" * 64, 2, "2+1", ())
+    loan = Loan(part, (Borrower(b"i" * 16, b"key", 5),))
+    version = Version("null", 1, 1, OWNER, 1, b"d" * 16, b"", False, b"", b"", (part,))
+    for versions, kept in (((), ()), ((version,), (Kept(0),)), ((version,) * 20, tuple(map(Kept, range(20))))):
+        record = SharingRecord(versions, History(kept), Sharing((loan,), {0: Borrowed(b"other", b"j" * 16)}))
+        body = encode_object(record)
+        assert shares(body)
+        assert decode_object(body) == record
+        if versions:
+            assert decode_heads([head_of(body)])[0].owner == OWNER
+        with pytest.raises(msgspec.ValidationError):
+            decode(body[LEAD_BYTES:], OldRecord)
+    assert not shares(encode_object(ObjectRecord((version,))))
+    assert not shares(b"")
