@@ -1,8 +1,10 @@
 """Whether data on a disk can still come into use: what the collector has to see before it deletes. It asks no clock.
 
 Theory of operation. The request that drew a data id is the only one that brings it into a register. Other proposers
-carry on what they find there. So data is out of use for good when no register refers to it, and nothing that its
-request has begun can take effect any more. How that is seen depends on what is known of the data:
+carry on what they find there: also a request that lends data to other keys has it stay in the very record that it found
+it in (``objects.write.loans``), and other records never refer to it. So data is out of use for good when no register
+refers to it, and nothing that its request has begun can take effect any more. How that is seen depends on what is known
+of the data:
 
 *Replaced data.* A committed change of the owner's record replaced it: the gateway that made the change put it on the
 garbage list (``REPLACED``). A settled read of the record shows that change, or what came after it.
