@@ -143,7 +143,15 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
     "play",
-    [run_collecting_moves, run_recovering_system, run_sparing_system, run_versions, run_races, run_lifecycle, run_lending],
+    [
+        run_collecting_moves,
+        run_recovering_system,
+        run_sparing_system,
+        run_versions,
+        run_races,
+        run_lifecycle,
+        run_lending,
+    ],
 )
 def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
     assert list(sound(play, LONG_SEEDS))
