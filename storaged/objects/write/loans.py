@@ -184,9 +184,10 @@ async def _conclude(
     plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes, mark: bytes, *, used: bool
 ) -> None:
     unused: PartEntry | None = None
+    origin = b""
 
     def edit(draft: Draft, _ordinal: int) -> bool:
-        nonlocal unused
+        nonlocal unused, origin
         unused = None
         for loan in draft.loans:
             for borrower in loan.borrowers:
@@ -194,18 +195,20 @@ async def _conclude(
                     after = msgspec.structs.replace(borrower, ending=b"") if used else None
                     _replace(draft, loan, borrower, after)
                     if not used and len(loan.borrowers) == 1 and not _has(draft, loan.part.data_id):
-                        unused = loan.part
+                        unused, origin = loan.part, b"" if draft.layers()[1] else REPLACED
                     return True
         return False
 
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
     if unused is not None:
-        for disk, entry in retirements(plane, bucket, owner, (unused,), REPLACED):
+        for disk, entry in retirements(plane, bucket, owner, (unused,), origin):
             plane.garbage.add(disk, entry)
 
 
 def _has(draft: Draft, data_id: bytes) -> bool:
-    """Whether a version in the record has the data. If one on a page has it, the collector finds that out."""
+    """Whether a version in the record has the data. One on a page may have it, too: then it was not replaced for sure,
+    and the collector makes a round.
+    """
     return any(part.data_id == data_id for entry in draft.inline for part in entry.version.parts)
 
 
