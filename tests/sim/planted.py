@@ -158,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{bug.name}: {bug.what} ({bug.play}, {bug.budget} seeds)")
         return 0
     missed = 0
-    for bug in bugs:
+    for bug in sorted(bugs, key=lambda bug: not bug.path):
+        if not bug.path and not bug.tests:
+            resolve(PLAYS[bug.play])  # the program is imported once for all rules, after the bugs that change its text
         outcome = in_child(lambda bug=bug: hunt(bug))  # type: ignore[misc]
         found = outcome.value or Caught()
         if found.violation and bug.tests:

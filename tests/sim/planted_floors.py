@@ -23,6 +23,7 @@ FLOOR_BUGS = (
         _EXPUNGER,
         "            await self._compare(state, prefix)\n",
         "            pass\n",
+        first=20,
         fast=True,
     ),
     Planted(

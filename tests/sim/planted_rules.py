@@ -31,7 +31,7 @@ _HOSTILE = {
     "unproved_set_aside": (1, 200),
     "values_by_gateways": (1, 120),
     "own_ballots": (1, 200),
-    "known_epochs": (1, 250),
+    "known_epochs": (18, 250),
     "fences_reported": (1, 50),
 }
 """As ``_RING``, of the rules that ``hostile`` shows: the first seed, and how many."""
