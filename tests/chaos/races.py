@@ -178,7 +178,7 @@ def _made(answer: dict[str, Any]) -> tuple[str, str]:
 
 
 def _conditions(how: Conditional) -> dict[str, Any]:
-    return ({"IfMatch": how.if_match} if how.if_match else {}) | ({"IfNoneMatch": "*"} if how.if_absent else {})
+    return ({"IfMatch": f'"{how.if_match}"'} if how.if_match else {}) | ({"IfNoneMatch": "*"} if how.if_absent else {})
 
 
 # --- what happens to gateways
@@ -234,6 +234,8 @@ class Races:
         self._say = say
         self._down: set[str] = set()
         self._gateways: list[Gateway] = []
+        self._steady: Any = None
+        """A client that tries again."""
         self.nemesis = Nemesis(servers, self._down, self._chance)
         self.counts: Counter[str] = Counter()
         self.rounds = self.keys = self.operations = 0
@@ -262,7 +264,7 @@ class Races:
             Gateway(name, self._servers.boto3(endpoint_url=self._servers.endpoint_of(name), **options))
             for name in GATEWAYS
         ]
-        client = self._servers.boto3(attempts=5)
+        client = self._steady = self._servers.boto3(attempts=5)
         client.create_bucket(Bucket=PLAIN)
         client.create_bucket(Bucket=SUSPENDED)
         client.create_bucket(Bucket=VERSIONED, ObjectLockEnabledForBucket=True)
@@ -306,10 +308,9 @@ class Races:
 
     async def _suspend(self, race: Race, keys: list[str]) -> None:
         """These keys have a version from before versioning was suspended."""
-        client = self._gateways[0].client
         for status in ("Enabled", "Suspended"):
             await asyncio.to_thread(
-                client.put_bucket_versioning, Bucket=SUSPENDED, VersioningConfiguration={"Status": status}
+                self._steady.put_bucket_versioning, Bucket=SUSPENDED, VersioningConfiguration={"Status": status}
             )
             if status == "Enabled":
                 for key in keys:

@@ -151,7 +151,7 @@ class Watched:
     async def read(self, name: RegisterName, **how: Any) -> Reading:
         reading: Reading = await self._client.read(name, **how)
         if looking.get() and name.table == Table.OBJECT:
-            await self._play.stand_still()
+            await self._play.meanwhile(name, reading.value)
         return reading
 
     async def change(self, name: RegisterName, update: Callable[[Value | None], Change | None], **how: Any) -> Outcome:
@@ -222,7 +222,8 @@ class Living(Scenario):
         }
         self.last_seen = dict.fromkeys(self.names)
         self._made: dict[tuple[str, int], Process] = {}
-        self._still = self.chance.choice((0.0, 0.1, 0.3))
+        self._still = self.chance.choice((0.0, 0.2, 0.5))
+        self._ends = False
         self.expired = self.refused_changes = 0
 
     # --- clocks
@@ -308,9 +309,24 @@ class Living(Scenario):
             except StoragedError:
                 self.found.refused += 1
 
-    async def stand_still(self) -> None:
-        if self.chance.random() < self._still:
-            await asyncio.sleep(self.chance.uniform(0, 2 * CACHE_S))
+    async def meanwhile(self, name: RegisterName, value: Value | None) -> None:
+        """What happens to a key between the look at it and the change."""
+        if self._ends or self.chance.random() >= self._still:
+            return
+        await asyncio.sleep(self.chance.uniform(0, CACHE_S))
+        entries = _entries(decode_record(value))
+        if entries and self.chance.random() < 0.7:
+            await asyncio.create_task(self._interfere(name, self.chance.choice(entries).name))
+
+    async def _interfere(self, name: RegisterName, version: str) -> None:
+        looking.set(False)  # in this task alone
+        process = self.process(self.chance.choice(self.gateways))
+        bucket = self.bucket_of(PLAIN if name.scope == bare(PLAIN).id else VERSIONED, process.plane)
+        with contextlib.suppress(StoragedError):
+            if bucket.name == VERSIONED and self.chance.random() < 0.6:
+                await process.objects.set_hold(bucket, name.key, self.chance.random() < 0.8, version_id=version)
+            else:
+                await self._put(process, bucket, name.key, {"k": "2"})
 
     async def _look(self, process: Process) -> None:
         looking.set(True)
@@ -399,6 +415,7 @@ class Living(Scenario):
 
     async def look_at_the_end(self, reader: Gateway) -> None:
         """Rules change no more. Gateways died with their notes."""
+        self._ends = True
         for node in self.world.nodes.values():
             node.clock.skew_ms = 0
         reader.clock.skew_ms = 0
