@@ -155,13 +155,12 @@ async def seek(client: Client, depth: int, found: list[bytes]) -> list[bytes]:
 
 
 async def lifecycle(target: Target, costs: Costs, count: int, state: Callable[[], dict[str, Any]]) -> None:
-    client = await Client.of(target)
-    await client.ask("PUT", OBJECTS)
+    await alone(target, OBJECTS)
     before = costs.cpu_s(), time.perf_counter()
     await fill(target, 0, count)
     _note_each(costs, "PUT without rules", count, before)
     began = costs.cpu_s(), time.perf_counter()
-    await client.ask("PUT", OBJECTS, query="lifecycle=", body=rule("", "<Days>3650</Days>").encode())
+    await alone(target, OBJECTS, "lifecycle=", rule("", "<Days>3650</Days>").encode())
     await until(lambda: state()["walked_ms"] is not None)
     _note_each(costs, "walk, an object", count, began)
     more = max(count // 20, 1)
@@ -171,9 +170,15 @@ async def lifecycle(target: Target, costs: Costs, count: int, state: Callable[[]
     due = -(-(count + more) // DUE_SHARE)
     before = costs.cpu_s(), time.perf_counter()
     date = "<Date>2020-01-01T00:00:00Z</Date>"
-    await client.ask("PUT", OBJECTS, query="lifecycle=", body=rule("0", date).encode())
+    await alone(target, OBJECTS, "lifecycle=", rule("0", date).encode())
     await until(lambda: state()["expired"] >= due)
     _note_each(costs, "due object, with its walk", due, before)
+
+
+async def alone(target: Target, bucket: str, query: str = "", body: bytes = b"") -> None:
+    """On a connection of its own: one that rests for minutes is closed."""
+    client = await Client.of(target)
+    await client.ask("PUT", bucket, query=query, body=body)
     client.close()
 
 

@@ -98,16 +98,14 @@ LIFECYCLE_BUGS = (
 )
 
 _SEEDS = {
-    "judged_outside_of_the_change": 15,
-    "noncurrent_judged_outside_of_the_change": 15,
-    "early_by_a_day": 10,
-    "locks_ignored": 15,
+    "judged_outside_of_the_change": 60,
+    "early_by_a_day": 15,
     "own_clock": 15,
     "rules_of_the_look": 15,
     "row_goes_first": 15,
     "walk_ends_before_it_is_written": 15,
     "number_of_versions_ignored": 20,
-    "no_walk_for_what_was_lost": 15,
+    "no_walk_for_what_was_lost": 50,
 }
 
 LIFECYCLE_PLAY_BUGS = (
