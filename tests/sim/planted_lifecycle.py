@@ -102,7 +102,6 @@ _SEEDS = {
     "early_by_a_day": 15,
     "own_clock": 15,
     "rules_of_the_look": 15,
-    "row_goes_first": 15,
     "walk_ends_before_it_is_written": 15,
     "number_of_versions_ignored": 20,
     "no_walk_for_what_was_lost": 50,
