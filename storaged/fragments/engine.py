@@ -16,7 +16,15 @@ from dataclasses import dataclass
 
 import lmdb
 
-from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, FragmentOther, OperatorError, StoragedError
+from storaged.errors import (
+    DiskUnusable,
+    FragmentDamaged,
+    FragmentMissing,
+    FragmentOther,
+    IndexDamaged,
+    OperatorError,
+    StoragedError,
+)
 from storaged.fragments import recovery
 from storaged.fragments.condemned import DATA_ID_BYTES, Condemned
 from storaged.fragments.disk_state import DiskState
@@ -97,7 +105,8 @@ class Engine:
 
         ``failed_before``: why the disk failed for good, as its owner has noted; used when the disk itself has no note.
         Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them,
-        DiskUnusable when the index can't be written for another reason than lack of space.
+        DiskUnusable when the index can't be written for another reason than lack of space, IndexDamaged when it can't
+        be read.
         """
         state = self.state
         state.failure = "opened for reading only" if read_only else self.files.failure() or failed_before
@@ -114,6 +123,8 @@ class Engine:
             raise OperatorError(
                 f"This version cannot read the disk {self.index.disk_id}: {error}. Nothing was changed."
             ) from error
+        except lmdb.Error as error:
+            raise IndexDamaged(f"the fragment index in {self.index.directory} cannot be read: {error}") from error
         self.index.sequence = max(self.index.sequence, report.sequence)
         self.log.continue_at(Position(report.last, report.end))
         if report.failure and not state.failure:

@@ -35,9 +35,9 @@ def test_a_seed_plays_again_what_it_played() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drive", ["failing", "lying"])
-def test_a_drive_that_fails_or_lies_serves_nothing_that_was_never_written(drive: str) -> None:
-    outcome = run(0, CUTS // 2, drive=drive)
+def test_a_drive_that_fails_serves_nothing_that_was_never_written() -> None:
+    """A lying one is played by the command only: what LMDB does with damaged pages may depend on the memory around."""
+    outcome = run(0, CUTS // 2, drive="failing")
     assert not outcome.failures, outcome.failures[0]
     assert outcome.happened["cuts after a fault"]
     assert outcome.happened["rebuilt"], "no index was made again"

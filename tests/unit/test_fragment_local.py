@@ -25,6 +25,7 @@ from storaged.errors import (
     PeerRefused,
 )
 from storaged.fragments.compact import Compactor
+from storaged.fragments.entry import BROKEN, Entry
 from storaged.fragments.files import PosixFiles
 from storaged.fragments.index import Index
 from storaged.fragments.index_rows import Checkpoint
@@ -333,6 +334,34 @@ async def test_a_start_whose_index_the_disk_refuses_is_an_error_of_that_disk(
             pass
     with pytest.raises(DiskUnusable, match=r"index\.new can't be written"):
         await asyncio.to_thread(rebuild_index, tmp_path)
+
+
+@pytest.mark.parametrize("error", [lmdb.BadTxnError, lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError])
+async def test_a_start_whose_index_is_damaged_inside_goes_on_or_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[lmdb.Error]
+) -> None:
+    """LMDB finds damage when it reads the page. An error of its own would end the node with all its disks."""
+    async with opened(tmp_path) as store:
+        made = await put(store)
+        index = store._index
+        index.checkpoint_now(store._engine.log.end)
+
+        class Damaged:
+            def begin(self, **_options: object) -> None:
+                raise error("damaged")
+
+        real, index._env = index._env, Damaged()
+        assert index.lookup(made.id.pack()) is BROKEN
+        index._env = real
+
+    def unreadable(_index: Index, _key: bytes, _entry: Entry) -> None:
+        raise error("damaged")
+
+    shutil.rmtree(tmp_path / "index")
+    monkeypatch.setattr(Index, "put", unreadable)
+    with pytest.raises(IndexDamaged, match="cannot be read: damaged"):
+        async with opened(tmp_path):
+            pass
 
 
 async def test_an_index_that_lmdb_gave_up_is_an_error_of_that_disk(tmp_path: Path) -> None:
