@@ -133,9 +133,11 @@ class FragmentHistory:
             return
         header = fate.latest.header
         created_ms = max(self.rng.randint(1, 1000), header.created_ms + 1)
-        touched = replace(fate.latest, header=msgspec.structs.replace(header, created_ms=created_ms))
-        fate.since.append(touched)
-        self.written[key].append(touched)
+        for made in fate.allowed:  # a cut may take the newest record and leave the touch, which renews the one before
+            if made is not None:
+                touched = replace(made, header=msgspec.structs.replace(made.header, created_ms=created_ms))
+                fate.since.append(touched)
+                self.written[key].append(touched)
         self.engine.touch([key], created_ms)
 
     def retire(self) -> None:
