@@ -19,7 +19,6 @@ from storaged.objects.code.versions import decode_record
 from storaged.objects.records import (
     ObjectRecord,
     PartEntry,
-    PartsPage,
     Run,
     Version,
     decode_object,
@@ -203,7 +202,7 @@ TARGETS = (
         record,
         (
             encode_object(ObjectRecord((VERSION,))),
-            encode_object(ObjectRecord((LONG,))) + b"||" + wire.encode(PartsPage((SMALL,), b"h" * 20)),
+            encode_object(ObjectRecord((LONG,))) + b"||" + wire.encode(manifest.PartsPage((SMALL,), b"h" * 20)),
         ),
         Plant(manifest, "checked", lambda _: lambda entry: entry),
         MSGPACK,
