@@ -11,9 +11,8 @@ the block go to other disks, under another profile when the writable disks can't
 
 ``durable`` waits for the last block and for a promise, then syncs every disk. One that is late is left out when all
 blocks are safe without it (``patience``). A disk that fails there, or failed after it took earlier blocks, may leave
-blocks short of the rule. They are read back from the surviving fragments, coded again
-for the disks that are up, and synced too. Nothing is acknowledged before every block satisfies the rule with synced
-fragments.
+blocks short of the rule. They are read back from the surviving fragments, coded again for the disks that are up, and
+synced too. Nothing is acknowledged before every block satisfies the rule with synced fragments.
 
 While memory is not short, a part of one block is sent after the promise. Each disk writes and syncs its fragment in one
 call: half as many messages and turns of its writer thread. The collector sees the write as it would see the sync.
