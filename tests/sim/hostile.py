@@ -505,6 +505,9 @@ class Hostile(Scenario):
     def judge(self) -> Verdicts:
         misled = self._misled()
         self.history = [operation for operation in self.history if self.names.get(operation.key) not in misled]
+        for operation in self.history:
+            # The liar shows an attempt that it has refused, as all others did. The change is proposed on it once more.
+            operation.blind |= self._lies and operation.observed is not None and operation.observed == operation.new
         return super().judge()
 
     # --- the whole
