@@ -232,7 +232,9 @@ class Maintenance:
         return walk.state != "running" and rested_s >= RESTS_A_WALK * (walk.ended - walk.started)
 
     def _nodes_seen(self) -> set[str]:
-        return {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}
+        """Of the disks that the layout in force still has."""
+        known = self._context.layouts.current.disk_by_id
+        return {known[disk].node for disk in self._seen[0] if disk in known}
 
     async def _announce_start(self) -> None:
         for node in sorted(self._nodes_seen() - self._informed):
