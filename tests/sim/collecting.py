@@ -508,7 +508,7 @@ class Collecting:
         for key in KEYS:
             name = self.name(key)
             try:
-                await reader.client.settle(name)  # as catch-up does: a row that lags claims what it names
+                await self._settle_everywhere(reader, name)
                 reading = await reader.client.read(name, want_payload=True)
             except StoragedError as error:
                 self.complain(f"{key!r} cannot be read in the end: {error}")
@@ -522,6 +522,14 @@ class Collecting:
                     if FragmentId(entry.data_id, 0, 2, 1, position) not in medium.fragments.fragments:
                         self.complain(f"a fragment of {entry.data_id.hex()} is gone from {disk}")
         return live
+
+    async def _settle_everywhere(self, reader: Gateway, name: RegisterName) -> None:
+        """As catch-up does: a row that lags claims what it names. A replica may miss one round, or another."""
+        for _ in range(ENDS_MAX):
+            await reader.client.settle(name)
+            await asyncio.sleep(0.5)
+            if all(replica.state != "behind" for replica in await reader.client.agreement(name)):
+                return
 
     async def _nothing_else_stays(self, nodes: Sequence[CollectingNode], live: set[bytes]) -> None:
         """Rounds may miss a replica that has promised more to others, so that data waits for the next one."""

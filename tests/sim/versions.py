@@ -287,7 +287,7 @@ class Versions(Collecting):
         for key in KEYS:
             name = self.name(key)
             try:
-                await reader.client.settle(name)
+                await self._settle_everywhere(reader, name)
                 reading = await reader.client.read(name, want_payload=True)
                 entries = await self._list(reader, name)
             except StoragedError as error:
