@@ -155,7 +155,22 @@ def _parameter(name: str) -> _Fact:
 
 
 def _lock(name: str) -> _Fact:
-    return lambda facts: facts.headers.get(f"x-amz-object-lock-{name}")
+    return _header_unless_document(f"x-amz-object-lock-{name}", ("PutObjectRetention", "PutObjectLegalHold"))
+
+
+def _header_unless_document(header: str, operations: tuple[str, ...]) -> _Fact:
+    """``operations``: they have it in their document, so that a header says nothing about what they do."""
+
+    def fact(facts: Facts) -> str | None:
+        if facts.request.operation in operations:
+            raise AccessDenied("A policy asks for what the document of this request says, which is not read yet.")
+        return facts.headers.get(header)
+
+    return fact
+
+
+def _encryption(name: str) -> _Fact:
+    return _header_unless_document(f"x-amz-server-side-encryption{name}", ("UpdateObjectEncryption",))
 
 
 def _who(make: Callable[[Principal], str | None]) -> _Fact:
@@ -222,6 +237,8 @@ _FACTS: Final[dict[str, _Fact]] = {
     "s3:object-lock-mode": _lock("mode"),
     "s3:object-lock-retain-until-date": _lock("retain-until-date"),
     "s3:object-lock-legal-hold": _lock("legal-hold"),
+    "s3:x-amz-server-side-encryption": _encryption(""),
+    "s3:x-amz-server-side-encryption-aws-kms-key-id": _encryption("-aws-kms-key-id"),
     "s3:dataaccesspointarn": lambda facts: None,
     "s3:dataaccesspointaccount": lambda facts: None,
     "s3:accesspointnetworkorigin": lambda facts: None,

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from storaged.errors import LimitExceeded, MalformedPolicy, MalformedPolicyDocument
 from storaged.objects.api import Principal
 from storaged.s3.auth import conditions
+from storaged.s3.auth.action_keys import facts_of_action, key_without_action
 from storaged.s3.auth.conditions import Condition, Facts
 from storaged.s3.auth.principals import account_names, own_names
 from storaged.units import KIB
@@ -101,6 +102,11 @@ class Statement(NamedTuple):
     def holds(self, facts: Facts) -> bool:
         return all(condition.holds(facts, self.variables) for condition in self.conditions)
 
+    def applies(self, action: str, resource: str, facts: Facts) -> bool:
+        """Whether it speaks of this action on this resource, and its conditions hold. Raises what ``facts`` raises."""
+        taken = facts_of_action(action, facts)
+        return self.covers(action, resource, taken) and self.holds(taken)
+
 
 class Policy(NamedTuple):
     statements: tuple[Statement, ...]
@@ -115,7 +121,7 @@ class Policy(NamedTuple):
         for statement in self.statements:
             if (statement.allows and allowed) or not statement.names(who):
                 continue
-            if statement.covers(action, resource, facts) and statement.holds(facts):
+            if statement.applies(action, resource, facts):
                 if not statement.allows:
                     return False
                 allowed = True
@@ -128,18 +134,14 @@ class Policy(NamedTuple):
             and not statement.other_principals
             and statement.principals is not None
             and not statement.principals.isdisjoint(names)
-            and statement.covers(action, resource, facts)
-            and statement.holds(facts)
+            and statement.applies(action, resource, facts)
             for statement in self.statements
         )
 
     def names_everybody(self, action: str, resource: str, facts: Facts) -> bool:
         """Whether a statement allows it to everybody. Raises as ``verdict``."""
         return any(
-            statement.allows
-            and statement.principals is None
-            and statement.covers(action, resource, facts)
-            and statement.holds(facts)
+            statement.allows and statement.principals is None and statement.applies(action, resource, facts)
             for statement in self.statements
         )
 
@@ -253,6 +255,9 @@ def _statement(each: Any, variables: bool, bucket: str, grammar: Grammar) -> Sta
         if not grammar.action.fullmatch(name):
             raise MalformedPolicy("Policy has invalid action", Detail=name[:100])
     wanted, other_resources = _resources_in(each, bucket, grammar)
+    held = conditions.parse(each.get("Condition", {}), foreign=grammar.foreign)
+    if bucket and not other_actions:
+        _check_conditions(names, held)
     return Statement(
         allows,
         principals,
@@ -261,9 +266,18 @@ def _statement(each: Any, variables: bool, bucket: str, grammar: Grammar) -> Sta
         other_actions,
         wanted,
         other_resources,
-        conditions.parse(each.get("Condition", {}), foreign=grammar.foreign),
+        held,
         variables,
     )
+
+
+def _check_conditions(actions: Sequence[str], held: Sequence[Condition]) -> None:
+    """An action of the statement must have the key of each condition. Stored policies are not asked: version 0.1.0 took
+    such conditions."""
+    found = key_without_action([name.lower() for name in actions], [condition.key for condition in held])
+    if found is not None:
+        text = "Conditions do not apply to combination of actions and resources in statement"
+        raise MalformedPolicy(text, Detail=found[:100])
 
 
 def _named_in(each: dict[str, Any], allows: bool, grammar: Grammar) -> tuple[frozenset[str] | None, bool]:
