@@ -290,6 +290,9 @@ class RingClient:
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
         return await self._survey.agreement(name)
 
+    async def refuses_creates(self, name: RegisterName) -> bool:
+        return await self._survey.refuses_creates(name)
+
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         return await self._survey.held_by_quorum(name, usable)
 

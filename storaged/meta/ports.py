@@ -154,6 +154,11 @@ class Registers(Protocol):
         settled.
         """
 
+    async def refuses_creates(self, name: RegisterName) -> bool:
+        """Whether no create of the register is under way that could still overwrite it (``regardless``), nor ever will
+        be as long as it is not deleted. False when a replica does not answer: a snapshot of all is needed.
+        """
+
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         """The usable value that a quorum of the replicas holds, under whatever ballots; None when there is none. A
         snapshot: nothing is settled.

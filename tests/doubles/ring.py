@@ -135,6 +135,9 @@ class MemoryRing:
             for disk in self._replicas(name)
         ]
 
+    async def refuses_creates(self, name: RegisterName) -> bool:
+        return name in self.values and not any(self.disks.disks[disk].down for disk in self._replicas(name))
+
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         value = self.values.get(name)
         return value if value is not None and usable(value) else None

@@ -11,7 +11,9 @@ _LOANS = "storaged/objects/write/loans.py"
 _HISTORY = "storaged/objects/code/history.py"
 _REFERENCES = "storaged/objects/write/references.py"
 _MOVED = "storaged/maintain/moved_record.py"
+_LOOKS = "storaged/meta/consensus/looks.py"
 _PLAY = "lending"
+_CREATES = "tests/unit/test_loans_and_creates.py"
 
 LENDING_BUGS = (
     Planted(
@@ -86,8 +88,26 @@ LENDING_BUGS = (
         1000,
         _PLAY,
         _LOANS,
-        "    await check_held(plane, owner)\n",
+        "    await check_no_create(plane, owner)\n",
         "",
+    ),
+    Planted(
+        "lent_below_a_create",
+        "data is lent while one replica alone has a create above its record",
+        0,
+        path=_LOOKS,
+        old="    return not may_be_create or look.quorum.agreed(holders) is not None\n",
+        new="    return may_be_create or not may_be_create\n",
+        tests=f"{_CREATES}::test_no_data_is_lent_below_a_create_that_one_replica_has",
+    ),
+    Planted(
+        "lent_above_a_floor",
+        "a floor counts as a row that refuses creates",
+        0,
+        path=_LOOKS,
+        old="not all(held.ballot.node for held in look.held.values()):\n        return False\n    last",
+        new="not all(held.ballot.counter for held in look.held.values()):\n        return False\n    last",
+        tests=f"{_CREATES}::test_no_data_is_lent_while_a_replica_has_a_floor_in_place_of_a_row",
     ),
     Planted(
         "loans_refer_to_nothing",

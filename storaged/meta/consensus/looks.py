@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.register import created
 from storaged.meta.names import ZERO_BALLOT, Ballot, Value
 
 
@@ -76,3 +77,21 @@ def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | N
         if len(moved) == len(second.quorum.disks) or (second.quorum.met(moved) and not everywhere):
             return found
     return None
+
+
+def refuses_creates(look: Look) -> bool:
+    """Whether no create can become the register's value any more that is not a part of it now. Once that is so it stays
+    so, as long as the register is not deleted. Two things are needed:
+
+    * Every replica holds a row, so it takes no further create. A floor is no row: a create that knows it is taken.
+    * No minority holds a create that was accepted last of all. A proposer may carry that on over what the others have,
+      also over what they accept later: a gateway with a slow clock may have them accept that below the create. When
+      something else was accepted last, a quorum had promised its ballot. So whatever is proposed after this look is
+      above that ballot, and above all creates.
+    """
+    if len(look.held) < len(look.quorum.disks) or not all(held.ballot.node for held in look.held.values()):
+        return False
+    last = max(held.ballot for held in look.held.values())
+    holders = {disk: held for disk, held in look.held.items() if held.ballot == last}
+    may_be_create = any(held.value is not None and created(held.value) for held in holders.values())
+    return not may_be_create or look.quorum.agreed(holders) is not None

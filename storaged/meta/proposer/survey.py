@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storaged.errors import StoragedError
-from storaged.meta.consensus.looks import Held, Look
+from storaged.meta.consensus.looks import Held, Look, refuses_creates
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Read, ReadReply
@@ -72,6 +72,10 @@ class RingSurvey:
         held = {disk: Held(reply.accepted, reply.value) for disk, reply in replies}
         fenced = frozenset(disk for disk, reply in replies if reply.fenced)
         return Look(view.quorum, held, fenced)
+
+    async def refuses_creates(self, name: RegisterName) -> bool:
+        """See ``ports.Registers``."""
+        return refuses_creates(await self.look(name))
 
     def _deadline(self) -> float:
         return self._calls.clock.monotonic() + min(self._calls.deadline_s, AGREEMENT_S)

@@ -30,8 +30,9 @@ the mark came before that look, it was taken off before it, too, and is not the 
 later, step 2 came after the promise.
 
 *Creates.* A plain PUT of a new key may be a create, which does not ask what it overwrites and may take effect late, at
-a replica that holds nothing (``meta.consensus.register``). It would overwrite the loans of its key. So data is lent
-only when every replica of the owner's register holds a row: each refuses a create for ever.
+a replica that holds nothing (``meta.consensus.register``). There it may lie above the owner's record, until a proposer
+carries it on. It would overwrite the loans of its key. So data is lent only when no create of the owner's register can
+take effect any more (``meta.consensus.looks.refuses_creates``).
 """
 
 from __future__ import annotations
@@ -82,14 +83,14 @@ class Wanted(NamedTuple):
 
 
 class NotLent(Exception):
-    """The data is not lent: its record has it no more, or has no room for another borrower, or a replica of it has no
-    row. Or its borrower is marked, or gone. The copy gets data of its own.
+    """The data is not lent: its record has it no more, or has no room for another borrower, or a create may overwrite
+    it. Or its borrower is marked, or gone. The copy gets data of its own.
     """
 
 
-async def check_held(plane: ObjectPlane, owner: RegisterName) -> None:
-    """Whether every replica of the register holds a row: see *Creates*. Raises NotLent."""
-    if any(replica.state not in ("current", "behind") for replica in await plane.registers.agreement(owner)):
+async def check_no_create(plane: ObjectPlane, owner: RegisterName) -> None:
+    """See *Creates*. Raises NotLent."""
+    if not await plane.registers.refuses_creates(owner):
         raise NotLent
 
 
@@ -125,7 +126,7 @@ async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted)
             raise NotLent
         return True
 
-    await check_held(plane, owner)
+    await check_no_create(plane, owner)
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
 
 
