@@ -33,8 +33,9 @@ class Uses:
 class PlainBucketKey:
     """A ``BucketKey``. All buckets share the key of one version."""
 
-    def __init__(self, version: int, uses: Uses | None = None) -> None:
+    def __init__(self, version: int, uses: Uses | None = None, entropy: Callable[[int], bytes] = os.urandom) -> None:
         self._version = version
+        self._entropy = entropy
         self._uses = uses or Uses()
         self._key = AESGCM(hashlib.sha256(b"bucket key %d" % version).digest())
 
@@ -50,7 +51,7 @@ class PlainBucketKey:
         return self.open_list(wrapped[: NONCE_BYTES + 32 + TAG_BYTES], context)
 
     def seal_list(self, plaintext: bytes, context: bytes) -> bytes:
-        nonce = os.urandom(NONCE_BYTES)
+        nonce = self._entropy(NONCE_BYTES)
         return nonce + self._key.encrypt(nonce, plaintext, context)
 
     def open_list(self, sealed: bytes, context: bytes) -> bytes:
@@ -65,9 +66,11 @@ class PlainBucketKey:
 
 
 class MemoryKeys:
-    """A ``KeyService``. ``late``: no key is in memory, so that every caller has to wait for it."""
+    """A ``KeyService``. ``late``: no key is in memory, so that every caller has to wait for it. ``entropy``: for the
+    nonces of what it seals."""
 
-    def __init__(self) -> None:
+    def __init__(self, entropy: Callable[[int], bytes] = os.urandom) -> None:
+        self._entropy = entropy
         self.newest: dict[bytes, int] = {}
         """Bucket id -> version."""
         self.late = False
@@ -123,7 +126,7 @@ class MemoryKeys:
         return SIGNING_KEY.public_key().public_bytes_raw()
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
-        return PlainBucketKey(99).seal_list(plaintext, pack_context(b"", context))
+        return PlainBucketKey(99, entropy=self._entropy).seal_list(plaintext, pack_context(b"", context))
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
         return PlainBucketKey(99).open_list(sealed, pack_context(b"", context))
@@ -132,7 +135,7 @@ class MemoryKeys:
 
     def key(self, version: int = 1) -> PlainBucketKey:
         """As it is in memory; released if it was not."""
-        return self._keys.setdefault(version, PlainBucketKey(version, self.uses))
+        return self._keys.setdefault(version, PlainBucketKey(version, self.uses, self._entropy))
 
     def forget(self, *versions: int) -> None:
         """Keys of these versions are not in memory any more; of all, when none is named."""

@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from types import SimpleNamespace
 
 from storaged.errors import CopyUnreadable, DataDamaged, NoSuchBucket, OutcomeUnknown, S3Error
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.listing.merge import RingScanner
-from storaged.meta.listing.round import ScanSettings
 from storaged.meta.messages import FencesAsk
 from storaged.meta.names import Change, RegisterName, object_name, system_name
 from storaged.objects.api import Principal
-from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.buckets import BucketService
-from tests.doubles.keys import MemoryKeys
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.linear import Content, Kind, Operation
-from tests.sim.listing import Everybody
+from tests.sim.planes import Lives, keys_for, make_plane
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts, content_of, delete, put
@@ -45,39 +40,16 @@ class Buckets(Scenario):
         self.moves = self.disks_may_be_swapped = self.disks_may_be_full = False
         self.first_seeds = DISKS
         self.names = {name: system_name("bucket/" + name) for name in BUCKETS}
-        self.keys = MemoryKeys()
-        self._services: dict[tuple[str, int], BucketService] = {}
+        self.keys = keys_for(seed)
+        self._services = Lives(self._make_service)
         self._deleted_at: dict[bytes, int] = {}
         """When the deletion of a bucket was acknowledged, by id."""
         self._records: dict[bytes, BucketRecord] = {}
 
-    def _service(self, gateway: Gateway) -> BucketService:
-        """One for each life of a gateway."""
-        place = gateway.name, gateway.life
-        if place not in self._services:
-            scanner = RingScanner(
-                gateway.layouts,
-                gateway.directory,
-                gateway.client,
-                Everybody(),
-                ScanSettings(timeout_s=0.3, hedge_s=0.02),
-                on_fenced=lambda scope: self._services[place].fenced(scope),
-            )
-            plane = ObjectPlane(
-                registers=gateway.client,
-                pages=gateway.client,
-                scanner=scanner,
-                fences=gateway.client,
-                stores=SimpleNamespace(),  # type: ignore[arg-type]
-                liveness=Everybody(),
-                layouts=gateway.layouts,
-                keys=self.keys,
-                clock=gateway.clock,
-                entropy=self.world.random.randbytes,
-                limits=ObjectLimits(),
-            )
-            self._services[place] = BucketService(plane)
-        return self._services[place]
+    def _make_service(self, gateway: Gateway) -> BucketService:
+        plane = make_plane(self.world, gateway, self.keys, on_fenced=lambda scope: service.fenced(scope))
+        service = BucketService(plane)
+        return service
 
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(CALLS):
@@ -101,11 +73,11 @@ class Buckets(Scenario):
                 self.found.refused += 1
 
     async def _create(self, gateway: Gateway, name: str) -> None:
-        record = await self._service(gateway).create(WHO, name, region="eu-fr-1")
+        record = await self._services.of(gateway).create(WHO, name, region="eu-fr-1")
         self._records[record.id] = record
 
     async def _delete_bucket(self, gateway: Gateway, name: str) -> None:
-        service = self._service(gateway)
+        service = self._services.of(gateway)
         record = await service.get(name)
         self._records[record.id] = record
         await service.delete(record)
@@ -120,13 +92,13 @@ class Buckets(Scenario):
 
     async def _housekeep(self, gateway: Gateway) -> None:
         """Takes the steps that records owe."""
-        service = self._service(gateway)
+        service = self._services.of(gateway)
         for record in await service.every_bucket():
             if (record.state == "deleting" or record.nonce) and await service.resume(record) is None:
                 self._gone(record)
 
     async def _use(self, gateway: Gateway, name: str, key: bytes) -> None:
-        record = await self._service(gateway).get(name)
+        record = await self._services.of(gateway).get(name)
         self._records[record.id] = record
         register = object_name(record.id, record.shard_numbers, key)
         kind = self.random.choices((Kind.PUT, Kind.DELETE, Kind.READ), (4, 3, 3))[0]
@@ -160,7 +132,7 @@ class Buckets(Scenario):
 
     async def look_at_the_end(self, reader: Gateway) -> None:
         await asyncio.sleep(1.5)
-        service = self._service(reader)
+        service = self._services.of(reader)
         for _ in range(3):
             await self._housekeep(reader)
         # A fence is lifted on all replicas, or its lifting is owed to those that are away or take no writes.

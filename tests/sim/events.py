@@ -19,14 +19,12 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote_plus
 
 from storaged.errors import NoSuchKey, OutcomeUnknown, S3Error, StoragedError
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.listing.merge import RingScanner, every_row
-from storaged.meta.listing.round import ScanSettings
+from storaged.meta.listing.merge import every_row
 from storaged.meta.names import RegisterName, Table, Value, event_name, object_name
 from storaged.meta.ports import Outcome, PageQuery
 from storaged.objects.api import BodyChecks, NewMeta
@@ -36,15 +34,14 @@ from storaged.objects.configuration.notification import NOTIFICATION, Notificati
 from storaged.objects.destinations import DeliveryFailed
 from storaged.objects.event_delivery import EventDelivery
 from storaged.objects.pending_events import CREATED, REMOVED, Origin
-from storaged.objects.plane import ObjectLimits, ObjectPlane
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.get import head
 from storaged.objects.records import BucketRecord
 from storaged.objects.write.delete import delete
 from storaged.objects.write.outbox import decode_keys
 from storaged.objects.write.put import put
-from tests.doubles.keys import MemoryKeys
 from tests.sim.cluster import DISKS, Gateway
-from tests.sim.listing import Everybody
+from tests.sim.planes import Lives, keys_for, make_plane
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
@@ -133,14 +130,13 @@ class Events(Scenario):
         self.moves = self.disks_may_be_swapped = self.disks_may_be_full = False
         self.of_objects = True
         self.first_seeds = DISKS
-        self.keys = MemoryKeys()
         self.bare = BucketRecord("b", b"B" * 16, OWNER, 1, "active", 2, "eu-fr-1")
-        self.keys.newest[self.bare.id] = 1
+        self.keys = keys_for(seed, self.bare.id)
         self.names = {key.decode(): object_name(self.bare.id, self.bare.shard_numbers, key) for key in EVENT_KEYS}
         self.last_seen = dict.fromkeys(self.names)
         self.inbox = Inbox(random.Random(f"inbox {seed}"))
         self._chance = random.Random(f"events {seed}")
-        self._made: dict[tuple[str, int], tuple[ObjectPlane, BucketRecord, EventDelivery]] = {}
+        self._gateways = Lives(self._make)
         self._acknowledged: set[tuple[bytes, str]] = set()
         """(key, ETag) of PUTs."""
         self._deleted: dict[bytes, int] = defaultdict(int)
@@ -149,29 +145,12 @@ class Events(Scenario):
         self._refused: set[tuple[bytes, str]] = set()
         self._within = 0
 
-    def _gateway(self, gateway: Gateway) -> tuple[ObjectPlane, BucketRecord, EventDelivery]:
-        """One for each life of a gateway."""
-        place = gateway.name, gateway.life
-        if place not in self._made:
-            settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
-            plane = ObjectPlane(
-                registers=Registers(gateway.client, self),  # type: ignore[arg-type]
-                pages=gateway.client,
-                scanner=RingScanner(gateway.layouts, gateway.directory, gateway.client, Everybody(), settings),
-                fences=gateway.client,
-                stores=SimpleNamespace(),  # type: ignore[arg-type]
-                liveness=Everybody(),  # type: ignore[arg-type]
-                layouts=gateway.layouts,
-                keys=self.keys,
-                clock=gateway.clock,
-                entropy=self.world.random.randbytes,
-                limits=ObjectLimits(),
-            )
-            bucket = plane.configurations.put(self.bare, NOTHING.having(NOTIFICATION, Notification((RULE,))))
-            delivery = EventDelivery(plane, Directory(plane, bucket), self.inbox, "eu-fr-1")  # type: ignore[arg-type]
-            delivery.down_s = 0.0
-            self._made[place] = plane, bucket, delivery
-        return self._made[place]
+    def _make(self, gateway: Gateway) -> tuple[ObjectPlane, BucketRecord, EventDelivery]:
+        plane = make_plane(self.world, gateway, self.keys, registers=Registers(gateway.client, self))
+        bucket = plane.configurations.put(self.bare, NOTHING.having(NOTIFICATION, Notification((RULE,))))
+        delivery = EventDelivery(plane, Directory(plane, bucket), self.inbox, "eu-fr-1")  # type: ignore[arg-type]
+        delivery.down_s = 0.0
+        return plane, bucket, delivery
 
     # --- gateways
 
@@ -183,7 +162,7 @@ class Events(Scenario):
         try:
             await asyncio.sleep(self._chance.uniform(0, 0.1))
             gateway = self._chance.choice(self.gateways)
-            _, bucket, delivery = self._gateway(gateway)
+            _, bucket, delivery = self._gateways.of(gateway)
             for key, name in self.names.items():
                 if event_name(name) == pointer:
                     with contextlib.suppress(StoragedError):
@@ -205,17 +184,17 @@ class Events(Scenario):
                 elif choice < 0.65:
                     await self._delete(gateway, key)
                 elif choice < 0.95:
-                    _, bucket, delivery = self._gateway(gateway)
+                    _, bucket, delivery = self._gateways.of(gateway)
                     await delivery.deliver(bucket, self.names[key.decode()])
                 else:
-                    await self._gateway(gateway)[2].sweep(fresh_ms=0)
+                    await self._gateways.of(gateway)[2].sweep(fresh_ms=0)
             except OutcomeUnknown:
                 self.found.unknown += 1
             except StoragedError:
                 self.found.refused += 1
 
     async def _put(self, gateway: Gateway, key: bytes) -> None:
-        plane, bucket, _ = self._gateway(gateway)
+        plane, bucket, _ = self._gateways.of(gateway)
         self._serial += 1
         content = f"{key.decode()} {self._serial}".encode()
         etag = hashlib.md5(content).hexdigest()
@@ -230,7 +209,7 @@ class Events(Scenario):
         self._acknowledged.add((key, etag))
 
     async def _delete(self, gateway: Gateway, key: bytes) -> None:
-        plane, bucket, _ = self._gateway(gateway)
+        plane, bucket, _ = self._gateways.of(gateway)
         self._perhaps_deleted[key] += 1
         try:
             result = await delete(plane, bucket, key, origin=Origin(REMOVED))
@@ -249,7 +228,7 @@ class Events(Scenario):
     async def look_at_the_end(self, reader: Gateway) -> None:
         await asyncio.sleep(1.0)
         self.inbox.well = True
-        plane, bucket, delivery = self._gateway(reader)
+        plane, bucket, delivery = self._gateways.of(reader)
         for _ in range(SWEEPS_MAX):
             if not await delivery.sweep(fresh_ms=0):
                 break

@@ -33,6 +33,7 @@ from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
 from storaged.objects.code.lending import borrowed_by, find_borrower
 from storaged.objects.code.version_names import NULL_NAME, VersionName
 from storaged.objects.code.versions import decode_record, record_change
+from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import Borrowed, Borrower, Kept, ObjectRecord, PartEntry, Version, sharing_of
 from storaged.objects.write import versioned
 from storaged.objects.write.commit import AfterPromise, ProposedAgain, change_once
@@ -41,6 +42,7 @@ from storaged.objects.write.references import parts_in
 from storaged.objects.write.versioned import VersionsUpdate
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.collecting import KEYS, SCOPE, entry_of
+from tests.sim.planes import make_plane
 from tests.sim.scenario import play_out
 from tests.sim.versions import FEW, OPERATIONS, Versions
 from tests.sim.virtual import VirtualLoop
@@ -87,14 +89,13 @@ class Lending(Versions):
         if not self._healed and self._luck.random() < 0.1:
             await asyncio.sleep(self._luck.uniform(0.1, 8.0))
 
-    def _tools(self, gateway: Gateway) -> tuple[Any, Any]:
-        plane, keys = super()._tools(gateway)
-        plane.registers = _Sleepy(gateway.client, self)
-        plane.clock, plane.layouts = gateway.clock, gateway.layouts
-        plane.limits = SimpleNamespace(retire_delay_ms=0)
-        plane.garbage = SimpleNamespace(add=lambda disk, entry: self._retire_later(gateway, disk, entry))
-        plane.background = SimpleNamespace(spawn=self._spawn)
-        return plane, keys
+    def _make_plane(self, gateway: Gateway) -> ObjectPlane:
+        limits = ObjectLimits(retire_delay_ms=0)
+        plane = make_plane(self.world, gateway, self._keys, registers=_Sleepy(gateway.client, self), limits=limits)
+        later: Any = SimpleNamespace(add=lambda disk, entry: self._retire_later(gateway, disk, entry))
+        spawning: Any = SimpleNamespace(spawn=self._spawn)
+        plane.garbage, plane.background = later, spawning
+        return plane
 
     def _retire_later(self, gateway: Gateway, disk: str, entry: Retirement) -> None:
         """In an order that a seed decides: the program goes through a set of disks."""

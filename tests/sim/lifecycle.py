@@ -20,7 +20,6 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from storaged.cluster import agreed_time
@@ -28,8 +27,7 @@ from storaged.cluster.agreed_time import AgreedTime
 from storaged.errors import OutcomeUnknown, StoragedError
 from storaged.maintain.lifecycle import WALK_EVERY_DAYS, LifecycleWorker
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.listing.merge import RingScanner, every_row
-from storaged.meta.listing.round import ScanSettings
+from storaged.meta.listing.merge import every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
 from storaged.meta.ports import Outcome, PageQuery, Reading
 from storaged.objects.api import BodyChecks, NewMeta
@@ -43,9 +41,8 @@ from storaged.objects.lifecycle.index import drop_row, every_due, read_state, wr
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, Lock, ObjectRecord, decode_object
 from storaged.objects.service import ObjectService
-from tests.doubles.keys import MemoryKeys
 from tests.sim.cluster import DISKS, Gateway
-from tests.sim.listing import Everybody
+from tests.sim.planes import Lives, keys_for, make_plane
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import EPOCH_MS, VirtualLoop
 from tests.sim.workload import Verdicts
@@ -209,11 +206,10 @@ class Living(Scenario):
         self.of_objects = True
         self.first_seeds = DISKS
         self.chance = random.Random(f"lifecycle {seed}")
-        self.keys = MemoryKeys()
+        self.keys = keys_for(seed, *(bare(name).id for name in (PLAIN, VERSIONED)))
         self.rules: dict[str, list[tuple[float, tuple[LifecycleRule, ...]]]] = {}
         """Of each bucket: from when on which rules were in force."""
         for name in (PLAIN, VERSIONED):
-            self.keys.newest[bare(name).id] = 1
             self.rules[name] = [(0.0, some_rules(self.chance, self.today()))]
         self.names = {
             f"{name} {key.decode()}": object_name(bare(name).id, bare(name).shard_numbers, key)
@@ -221,7 +217,7 @@ class Living(Scenario):
             for key in LIVING_KEYS
         }
         self.last_seen = dict.fromkeys(self.names)
-        self._made: dict[tuple[str, int], Process] = {}
+        self._processes = Lives(self._make)
         self._still = self.chance.choice((0.0, 0.2, 0.5))
         self._ends = False
         self.expired = self.refused_changes = 0
@@ -263,35 +259,25 @@ class Living(Scenario):
             found = found.having(VERSIONING, Versioning(ENABLED)).having(LOCK, ObjectLock())
         return plane.configurations.put(bare(name), found)
 
-    def process(self, gateway: Gateway) -> Process:
-        place = gateway.name, gateway.life
-        if place not in self._made:
-            settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
-            agreed = AgreedTime(gateway.clock, lambda: self._ahead_ms(gateway))
-            plane = ObjectPlane(
-                registers=Watched(gateway.client, self),  # type: ignore[arg-type]
-                pages=gateway.client,
-                scanner=RingScanner(gateway.layouts, gateway.directory, gateway.client, Everybody(), settings),
-                fences=gateway.client,
-                stores=SimpleNamespace(),  # type: ignore[arg-type]
-                liveness=Everybody(),  # type: ignore[arg-type]
-                layouts=gateway.layouts,
-                keys=self.keys,
-                clock=gateway.clock,
-                entropy=self.world.random.randbytes,
-                limits=ObjectLimits(lifecycle_day_ms=DAY_MS, lifecycle_per_s=1_000_000),
-                agreed_ms=agreed.now_ms,
-            )
-            directory = Directory(self, plane)
-            worker = LifecycleWorker(plane, directory)  # type: ignore[arg-type]
-            self._made[place] = Process(plane, ObjectService(plane), directory, worker)
-        return self._made[place]
+    def _make(self, gateway: Gateway) -> Process:
+        agreed = AgreedTime(gateway.clock, lambda: self._ahead_ms(gateway))
+        plane = make_plane(
+            self.world,
+            gateway,
+            self.keys,
+            registers=Watched(gateway.client, self),
+            limits=ObjectLimits(lifecycle_day_ms=DAY_MS, lifecycle_per_s=1_000_000),
+            agreed_ms=agreed.now_ms,
+        )
+        directory = Directory(self, plane)
+        worker = LifecycleWorker(plane, directory)  # type: ignore[arg-type]
+        return Process(plane, ObjectService(plane), directory, worker)
 
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(CALLS):
             await asyncio.sleep(self.chance.uniform(0, 0.3))
             self.found.operations += 1
-            kind, process = self.chance.random(), self.process(gateway)
+            kind, process = self.chance.random(), self._processes.of(gateway)
             process.plane.now_agreed_ms()
             try:
                 if kind < 0.3:
@@ -320,7 +306,7 @@ class Living(Scenario):
 
     async def _interfere(self, name: RegisterName, version: str) -> None:
         looking.set(False)  # in this task alone
-        process = self.process(self.chance.choice(self.gateways))
+        process = self._processes.of(self.chance.choice(self.gateways))
         bucket = self.bucket_of(PLAIN if name.scope == bare(PLAIN).id else VERSIONED, process.plane)
         with contextlib.suppress(StoragedError):
             if bucket.name == VERSIONED and self.chance.random() < 0.6:
@@ -419,9 +405,9 @@ class Living(Scenario):
         for node in self.world.nodes.values():
             node.clock.skew_ms = 0
         reader.clock.skew_ms = 0
-        process = self.process(reader)
+        process = self._processes.of(reader)
         for gateway in self.gateways:
-            other = self.process(gateway)
+            other = self._processes.of(gateway)
             if gateway.caller.alive and self.chance.random() < 0.5:
                 with contextlib.suppress(StoragedError):
                     await write_notes(other.plane, other.plane.notes)

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import random
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 from storaged.errors import (
@@ -25,8 +24,6 @@ from storaged.errors import (
     StoragedError,
 )
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.listing.merge import RingScanner
-from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import RegisterName, Value, object_name
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta, WriteConditions
 from storaged.objects.code.history import Bounds
@@ -43,9 +40,8 @@ from storaged.objects.records import Lock as LockRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.source_types import CopySource
 from storaged.objects.write import versioned
-from tests.doubles.keys import MemoryKeys
 from tests.sim.cluster import DISKS, Gateway
-from tests.sim.listing import Everybody
+from tests.sim.planes import Lives, keys_for, make_plane
 from tests.sim.racing import PLAIN, SUSPENDED, VERSIONED, Race, Refused, Unknown, expiries
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.version_histories import DENIED, MISSING, REFUSED, UNSEEN, Adds, Conditional, Lock, judge
@@ -258,9 +254,7 @@ class Races(Scenario):
         self.of_objects = True
         self.first_seeds = DISKS
         self._chance = random.Random(f"races {seed}")
-        self.keys = MemoryKeys()
-        for kind in CONFIGURATIONS:
-            self.keys.newest[bucket_of(kind).id] = 1
+        self.keys = keys_for(seed, *(bucket_of(kind).id for kind in CONFIGURATIONS))
         self.places = [(VERSIONED, f"{VERSIONED} {number}") for number in range(2)]
         self.places += [(PLAIN, f"{PLAIN} 0"), (SUSPENDED, f"{SUSPENDED} 0")]
         self.names = {
@@ -276,29 +270,19 @@ class Races(Scenario):
         )
         self._pauses = self._chance.choice((0.0, 0.1, 0.3))
         self._expires = self._chance.random() < 0.4
-        self._ports: dict[tuple[str, int], PlanePort] = {}
+        self._ports = Lives(self._make_port)
 
-    def port(self, gateway: Gateway) -> PlanePort:
-        """One for each life of a gateway."""
-        place = gateway.name, gateway.life
-        if place not in self._ports:
-            settings = ScanSettings(timeout_s=0.3, hedge_s=0.02)
-            plane = ObjectPlane(
-                registers=Pausing(gateway.client, self._chance, self._pauses),  # type: ignore[arg-type]
-                pages=gateway.client,
-                scanner=RingScanner(gateway.layouts, gateway.directory, gateway.client, Everybody(), settings),
-                fences=gateway.client,
-                stores=SimpleNamespace(),  # type: ignore[arg-type]
-                liveness=Everybody(),  # type: ignore[arg-type]
-                layouts=gateway.layouts,
-                keys=self.keys,
-                clock=gateway.clock,
-                entropy=self.world.random.randbytes,
+    def _make_port(self, gateway: Gateway) -> PlanePort:
+        return PlanePort(
+            make_plane(
+                self.world,
+                gateway,
+                self.keys,
+                registers=Pausing(gateway.client, self._chance, self._pauses),
                 limits=ObjectLimits(lifecycle_day_ms=100),
                 agreed_ms=lambda: self.race.now_ms() + HOUR_MS,
             )
-            self._ports[place] = PlanePort(plane)
-        return self._ports[place]
+        )
 
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(CALLS):
@@ -307,11 +291,11 @@ class Races(Scenario):
             kind, key = self._chance.choice(self.places)
             if kind == VERSIONED and self._expires and self._chance.random() < 0.15:
                 with contextlib.suppress(StoragedError):
-                    await self._look(self.port(gateway), key)
+                    await self._look(self._ports.of(gateway), key)
             elif kind == SUSPENDED and self._chance.random() < 0.15:
-                await self.race.put_named(self.port(gateway), kind, key)
+                await self.race.put_named(self._ports.of(gateway), kind, key)
             else:
-                await self.race.step(self.port(gateway), kind, key)
+                await self.race.step(self._ports.of(gateway), kind, key)
 
     async def _look(self, port: PlanePort, key: str) -> None:
         bucket = port.buckets[VERSIONED]
@@ -321,7 +305,7 @@ class Races(Scenario):
         await asyncio.sleep(1.0)
         for kind, key in self.places:
             before = len(self.history)
-            await self.race.list(self.port(reader), kind, key)
+            await self.race.list(self._ports.of(reader), kind, key)
             if len(self.history) == before:
                 self.complain(f"{key} cannot be listed after everything healed")
 

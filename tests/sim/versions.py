@@ -15,7 +15,6 @@ import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from storaged.errors import OutcomeUnknown, PeerError, StoragedError
@@ -29,6 +28,7 @@ from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Bounds, Draft, Entry, every_entry
 from storaged.objects.code.version_names import NULL_NAME
 from storaged.objects.code.versions import decode_record
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import NAMED_VERSION, NULL_VERSION, Kept, PartEntry, Version
 from storaged.objects.write import versioned
 from storaged.objects.write.commit import ProposedAgain, change_once
@@ -38,6 +38,7 @@ from storaged.objects.write.versioned import Gone, VersionsUpdate, change_versio
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.collecting import KEYS, Collecting, CollectingNode, GatewayAsks, entry_of
 from tests.sim.linear import Content, Kind, Operation, linearizable
+from tests.sim.planes import Lives, keys_for, make_plane
 from tests.sim.scenario import play_out
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
@@ -85,6 +86,8 @@ class Versions(Collecting):
         self._known: dict[RegisterName, list[Entry]] = {}
         """Versions that were seen, of which some may be deleted."""
         self._chance = random.Random(f"versions {seed}")
+        self._keys = keys_for(seed)
+        self._planes = Lives(self._make_plane)
 
     def moment(self) -> int:
         self._moments += 1
@@ -127,11 +130,12 @@ class Versions(Collecting):
         operation.returned = self.moment()
         self.history.append(operation)
 
-    def _tools(self, gateway: Gateway) -> tuple[Any, BucketKeys]:
-        """What of a plane the program's changes of versions use."""
-        plane: Any = SimpleNamespace(
-            registers=gateway.client, pages=gateway.client, entropy=self.world.random.randbytes
-        )
+    def _make_plane(self, gateway: Gateway) -> ObjectPlane:
+        return make_plane(self.world, gateway, self._keys)
+
+    def _tools(self, gateway: Gateway) -> tuple[ObjectPlane, BucketKeys]:
+        """Of the life that the gateway has now. Nothing is sealed here, so the bucket needs no key."""
+        plane = self._planes.of(gateway)
         return plane, BucketKeys(plane, None)  # type: ignore[arg-type]
 
     async def _put(self, gateway: Gateway, name: RegisterName, *, null: bool) -> None:

@@ -1,0 +1,78 @@
+"""The program's own object plane in a process of the simulation: over the simulated ring, without fragment stores, with
+keys of ``MemoryKeys``. All its randomness follows from the seed, so that a seed plays the same in every process.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
+
+from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
+from storaged.objects.plane import ObjectLimits, ObjectPlane
+from tests.doubles.keys import MemoryKeys
+from tests.sim.cluster import Gateway, World
+from tests.sim.listing import Everybody
+
+Made = TypeVar("Made")
+
+
+class Lives(Generic[Made]):
+    """What each life of a gateway has for itself. It is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[Gateway], Made]) -> None:
+        self._make = make
+        self._made: dict[tuple[Gateway, int], Made] = {}
+
+    def of(self, gateway: Gateway) -> Made:
+        place = gateway, gateway.life
+        if place not in self._made:
+            self._made[place] = self._make(gateway)
+        return self._made[place]
+
+
+def keys_for(seed: int, *buckets: bytes) -> MemoryKeys:
+    """With a key for each bucket of these ids."""
+    keys = MemoryKeys(random.Random(f"keys {seed}").randbytes)
+    keys.newest = dict.fromkeys(buckets, 1)
+    return keys
+
+
+def make_plane(
+    world: World,
+    gateway: Gateway,
+    keys: MemoryKeys,
+    *,
+    registers: Any = None,
+    limits: ObjectLimits | None = None,
+    agreed_ms: Callable[[], int | None] | None = None,
+    on_fenced: Callable[[bytes], None] = lambda scope: None,
+) -> ObjectPlane:
+    """``registers``: in place of the gateway's own. ``on_fenced``: called with a bucket in which a listing has met a
+    fence."""
+    everybody: Any = Everybody()
+    stores: Any = SimpleNamespace()
+    scanner = RingScanner(
+        gateway.layouts,
+        gateway.directory,
+        gateway.client,
+        everybody,
+        ScanSettings(timeout_s=0.3, hedge_s=0.02),
+        on_fenced=on_fenced,
+    )
+    return ObjectPlane(
+        registers=gateway.client if registers is None else registers,
+        pages=gateway.client,
+        scanner=scanner,
+        fences=gateway.client,
+        stores=stores,
+        liveness=everybody,
+        layouts=gateway.layouts,
+        keys=keys,
+        clock=gateway.clock,
+        entropy=world.random.randbytes,
+        limits=limits if limits is not None else ObjectLimits(),
+        agreed_ms=agreed_ms,
+    )
