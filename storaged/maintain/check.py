@@ -54,6 +54,8 @@ class Check:
         """
         self._walk_at = NOW
         self._walk_pause_s = 0.0
+        self._loans_wait = False
+        """No gateway answered when this walk asked about loans."""
         self._verify_at, self._verify_pause_s = NOW, 0.0
         self._again_at, self._again_pause_s = NOW, 0.0
         self._in_vain: set[bytes] = set()
@@ -124,12 +126,14 @@ class Check:
         self.queue.begin_walk()
         self.job.start()
         failures: list[str] = []
+        self._loans_wait = False
         try:
             await self._walk_ranges(failures)
         except (StoragedError, RowDamaged, TimeoutError) as error:
             failures.append(str(error))
         if self.walker.unanswered != unanswered:
             failures.append("a disk did not answer")
+        self._loans_wait = False
         await self._end_loans()
         if not failures:
             self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, NOW
@@ -148,7 +152,11 @@ class Check:
         )
 
     async def _end_loans(self) -> None:
-        """Has gateways look at what the walk has found lent. What they can't look at now, the next walk asks again."""
+        """Has gateways look at what the walk has found lent. What they can't look at now, the next walk asks again.
+        When none answers, the rest of this walk does not wait for that again.
+        """
+        if self._loans_wait:
+            return
         lenders, self.walker.lenders = list(self.walker.lenders), set()
         for start in range(0, len(lenders), NAMES_A_SETTLE):
             names = tuple(lenders[start : start + NAMES_A_SETTLE])
@@ -156,6 +164,7 @@ class Check:
                 await self._context.asks.ask("loans", EndLoans(names), EndedLoans)
             except (StoragedError, TimeoutError) as error:
                 self._context.log(f"loans of {len(lenders) - start} objects are looked at later: {error}")
+                self._loans_wait = True
                 return
 
     async def _walk_ranges(self, failures: list[str]) -> None:
@@ -182,7 +191,12 @@ class Check:
         self.queue.keep_only(where.prefix for where in ranges if buckets.is_verified(where.scope))
 
     async def _judge_range(self, where: Range) -> list[Finding]:
-        return [finding async for rows in self.walker.rows(where) for finding in await self.walker.judge_rows(rows)]
+        found: list[Finding] = []
+        async for rows in self.walker.rows(where):
+            found += await self.walker.judge_rows(rows)
+            if len(self.walker.lenders) >= NAMES_A_SETTLE:
+                await self._end_loans()
+        return found
 
     def _walk_again_in(self, pause_s: float) -> None:
         """The queue may not have everything, but there is no use in hurrying."""

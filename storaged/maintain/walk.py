@@ -29,7 +29,8 @@ from storaged.meta.ports import PageQuery
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.meta.store_ports import MetaStore, RowDamaged, RowRange
 from storaged.objects.code.history import OnUnreadable
-from storaged.objects.records import PartEntry, shares
+from storaged.objects.code.versions import decode_record
+from storaged.objects.records import PartEntry, shares, sharing_of
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import living_upload, living_uploads
 
@@ -37,6 +38,7 @@ BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
 LENDERS_MAX = 10_000
+"""Those of a slice are asked about before the next one comes; only while no gateway answers they add up."""
 ROWS_A_SLICE = 64
 REST_S_MAX = 0.005
 """A walk looks at so many rows, some 50 us each, then rests as long as that took, at most REST_S_MAX. So a node of one
@@ -230,6 +232,13 @@ class Walker:
 
     # --- registers ----------------------------------------------------------------------------------------------------
 
+    def _note_lender(self, name: RegisterName, value: Value) -> None:
+        """Raises DataDamaged."""
+        if name.table != Table.OBJECT or not shares(value.body) or len(self.lenders) >= LENDERS_MAX:
+            return
+        if sharing_of(decode_record(value)).loans:
+            self.lenders.add(name.pack())
+
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]], *, whole: bool = False) -> list[Finding]:
         """The findings of the rows that are below target. Records that this node can't judge are left out and logged.
         What can't be read now, a page of which no replica answers, makes a walk incomplete; ``whole``: raises
@@ -240,9 +249,8 @@ class Walker:
         paged: list[PagesOf] = []
         for name, value in rows:
             tally, coded = Tally(name.pack()), False
-            if name.table == Table.OBJECT and shares(value.body) and len(self.lenders) < LENDERS_MAX:
-                self.lenders.add(tally.name)
             try:
+                self._note_lender(name, value)
                 note = partial(self._note_unreadable, name, tally)
                 if hashes := await pages_of(self._context, name, value, on_unreadable=note):
                     paged.append(PagesOf(tally, name.partition, hashes))

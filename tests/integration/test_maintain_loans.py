@@ -12,6 +12,7 @@ import random
 
 import pytest
 
+from storaged.maintain import check, walk
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import RegisterName, Table, Visibility, object_name
 from storaged.objects.api import CopySource
@@ -214,6 +215,34 @@ def test_a_walk_has_the_loans_ended_that_a_dead_gateway_left() -> None:
         del plane.background.spawn
         await copied.tidy()
         assert not await cluster.fragments(copied.part.data_id)
+        await copied.check()
+
+    run(scenario)
+
+
+def test_one_walk_has_the_loans_of_many_objects_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a node notes at once. Copies are no lenders."""
+    for module, name, value in ((walk, "ROWS_A_SLICE", 1), (walk, "LENDERS_MAX", 1), (check, "NAMES_A_SETTLE", 1)):
+        monkeypatch.setattr(module, name, value)
+    sources = [b"source %d" % number for number in range(5)]
+
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        copied.bucket = await cluster.bucket()
+        for source in sources:
+            await copied.put(source, os.urandom(300_000))
+            await copied.copy(source, b"copy of " + source)
+        plane = cluster.gateway.plane
+        plane.background.spawn = lambda work: work.close() or False  # type: ignore[assignment,method-assign,func-returns-value]
+        for source in sources[1:]:
+            await copied.delete(b"copy of " + source)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.leap(FRESH_MS / 1000 + 60)
+        for node in cluster.nodes.values():
+            node.maintenance.check.request_walk()
+        await cluster.settled()
+        assert [await copied.loans(source) for source in sources] == [1, 0, 0, 0, 0]
         await copied.check()
 
     run(scenario)
