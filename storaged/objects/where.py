@@ -91,8 +91,9 @@ class Whereabouts:
 
 
 async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version_id: str = "") -> Whereabouts:
-    """Asks every disk. Raises NoSuchKey, NoSuchVersion, ServiceUnavailable."""
-    """Of a copy without data of its own, the runs are those of the key that lends them; both keys must be readable."""
+    """Asks every disk. Of a copy without data of its own, the runs are those of the key that lends them; both keys must
+    be readable. Raises NoSuchKey, NoSuchVersion, ServiceUnavailable.
+    """
     found = await find(plane, bucket, key, version_id)
     layout = plane.layouts.current
     replicas = await _replicas(plane, found.name, layout)

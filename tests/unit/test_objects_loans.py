@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -43,7 +44,7 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.emptying import end_remains
 from storaged.objects.where import where
 from storaged.objects.write import lent_copy
-from storaged.objects.write.loans import BORROWED_MAX, BORROWERS_MAX, end_unused
+from storaged.objects.write.loans import BORROWED_MAX, BORROWERS_MAX, FRESH_MS, end_unused
 from storaged.objects.write.references import parts_in
 from storaged.wire import decode
 from tests.worlds.objects import OWNER, World, bucket_of, got, put
@@ -255,6 +256,15 @@ async def test_loans_of_versions_that_are_gone_are_ended_by_a_look(made: Made) -
     assert await end_unused(made.plane, made.bucket, name, fresh_ms=-1) == 1
     assert [one.key for one in sharing_of(made.record(b"a")).loans[0].borrowers] == [b"c"]
     assert await made.read(b"c") == DATA
+
+
+async def test_a_loan_that_a_clock_far_ahead_has_dated_is_ended_too(made: Made) -> None:
+    clock: Any = made.plane.clock
+    clock.wall += 1000 * FRESH_MS
+    await made.copy(b"a", b"b")
+    clock.wall -= 1000 * FRESH_MS
+    del made.world.ring.values[made.name(b"b")]
+    assert await end_unused(made.plane, made.bucket, made.name(b"a")) == 0
 
 
 async def test_versions_lend_and_borrow(made: Made) -> None:

@@ -68,7 +68,9 @@ KEYS_BYTES_MAX = 16 * KIB
 BORROWED_MAX = 32
 """Versions of one key that borrow."""
 FRESH_MS = 600_000
-"""Copies that are younger are hardly ever over; nothing but work depends on it."""
+"""Copies that are younger are hardly ever over; nothing but work depends on it. One from further in the future is by a
+clock that was wrong, and as good as old.
+"""
 
 
 class Wanted(NamedTuple):
@@ -234,11 +236,11 @@ async def end_unused(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterNa
     """Ends what is left of copies that failed, and of versions that went while no process could end their loans.
     Returns how many loans the record has then. Raises StoragedError.
     """
-    oldest_ms = plane.clock.wall_ms() - fresh_ms
+    now_ms = plane.clock.wall_ms()
     for loan in sharing_of(decode_record((await plane.registers.read(owner)).value)).loans:
         for borrower in loan.borrowers:
             name = object_name(bucket.id, bucket.shard_numbers, borrower.key)
-            if borrower.since_ms <= oldest_ms and (
+            if not now_ms - fresh_ms < borrower.since_ms <= now_ms + FRESH_MS and (
                 borrower.ending or not uses((await plane.registers.read(name)).value, borrower.id)
             ):
                 await end_loan(plane, bucket, owner, borrower.id)
