@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.s3client import Connection, Signer, Target, connect, path_of
-from benches.servers import Server, _Storaged, end_on_sigterm, free_port, make_single, storaged_installation
+from benches.servers import Installation, Server, end_on_sigterm, free_port, make_single, storaged_installation
 
 VERSIONS, OBJECTS = "versions", "objects"
 KEY = "key"
@@ -211,7 +211,7 @@ async def fill(target: Target, first: int, count: int) -> None:
 # --- the whole
 
 
-def begin(storaged: _Storaged) -> Server:
+def begin(storaged: Installation) -> Server:
     port = free_port()
     config = make_single(storaged.run, storaged.home, s3_port=port, disks=6)
     config.write_text(config.read_text() + f"\n[limits]\nlifecycle_per_s = {LOOKS_PER_S}\n")

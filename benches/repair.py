@@ -1,13 +1,16 @@
-"""``python -m benches.repair``: how fast repair moves blocks, and what clients notice of it.
+"""``python -m benches.repair``: how fast work in the background goes, and what clients notice of it.
 
-Two rows, each on fresh servers:
+Four rows, each on fresh servers:
 
-    recode  a trial cluster. Objects are written while a rack is away, under a weaker profile; the rack returns, and
-            repair recodes them all to their target
-    move    one process with eight disks. A disk is lost, and repair rebuilds its fragments on the other disks
+    recode   a trial cluster. Objects are written while a rack is away, under a weaker profile; the rack returns, and
+             repair recodes them all to their target
+    move     one process with eight disks. A disk is lost, and repair rebuilds its fragments on the other disks
+    catchup  a trial cluster. Ten times as many objects of 4 KiB are written while a rack is away; it returns, and gets
+             their rows and copies (of each tenth object)
+    collect  one process with eight disks. All objects are deleted, and garbage collection gives their room back
 
-While repair works, one connection reads a small object again and again. ``--revisions A,B`` measures two revisions in
-turn and prints the ratios of B to A.
+While that work goes on, one connection reads a small object again and again. ``--revisions A,B`` measures two revisions
+in turn and prints the ratios of B to A.
 """
 
 from __future__ import annotations
@@ -23,33 +26,47 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benches.compare import worktree
 from benches.s3client import Connection, Signer, Target, connect, path_of
-from benches.servers import RACKS, Server, end_on_sigterm, free_port, make_single, stop, storaged_installation
+from benches.servers import (
+    RACKS,
+    Installation,
+    Server,
+    end_on_sigterm,
+    free_port,
+    make_single,
+    stop,
+    storaged_installation,
+)
 
 BUCKET = "repair"
 SMALL = os.urandom(4096)
 WRITERS = 8
 REPAIR_TIMEOUT_S = 600.0
 RECODE_DELAY_S = 10
+RETIRE_DELAY_S = 10
+DONE = 0.95
+"""Share of the bytes that has to be copied or given back: a segment with a live block keeps what the block needs."""
+SMALL_FACTOR = 10
 
 
 @dataclass
 class Outcome:
-    """``mb_s``, ``objects_s``: of objects brought back to their target. ``cpu_ms_mb``: CPU time of all servers together
-    for a megabyte. ``get_ms``: p50 and p99 of the reads meanwhile; ``calm_ms``: before it.
+    """``mb_s``, ``objects_s``: of objects brought back to their target, or of garbage. ``cpu_ms_mb``: CPU time of all
+    servers together for a megabyte. ``get_ms``: p50 and p99 of the reads meanwhile; ``calm_ms``: before it, where that
+    was measured.
     """
 
     mb_s: float
     objects_s: float
     cpu_ms_mb: float
     get_ms: tuple[float, float]
-    calm_ms: tuple[float, float]
+    calm_ms: tuple[float, float] | None = None
 
 
 class Admin:
@@ -58,15 +75,23 @@ class Admin:
     def __init__(self, folder: Path) -> None:
         self._path = min(folder.rglob("admin.sock"), key=lambda path: ("gateway" not in str(path), len(str(path))))
 
-    def jobs(self) -> dict[str, Any]:
+    def get(self, path: str) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self._path))
-            connection.sendall(b"GET /v1/jobs HTTP/1.1\r\nHost: storaged\r\nConnection: close\r\n\r\n")
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: storaged\r\nConnection: close\r\n\r\n".encode())
             answer = b""
             while piece := connection.recv(65536):
                 answer += piece
         found: dict[str, Any] = json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])
         return found
+
+    def jobs(self) -> dict[str, Any]:
+        return self.get("/v1/jobs")
+
+    def whole(self, key: str) -> bool:
+        """True when each replica has the object's row, and each disk its copy."""
+        found = self.get(f"/v1/where?bucket={BUCKET}&key={key.encode().hex()}")
+        return all(place["state"] == "ok" for place in (*found["fragments"], *found["replicas"]))
 
 
 async def put(connection: Connection, signer: Signer, key: str, body: bytes) -> None:
@@ -85,6 +110,19 @@ async def fill(target: Target, count: int, size: int) -> None:
         connection.close()
 
     await asyncio.gather(*(writer() for _ in range(WRITERS)))
+
+
+async def delete_all(target: Target, count: int) -> None:
+    signer = Signer(target)
+    keys = iter(range(count))
+
+    async def deleter() -> None:
+        connection = await connect(target)
+        for number in keys:
+            await connection.request(signer.head("DELETE", path_of(BUCKET, f"large-{number}")))
+        connection.close()
+
+    await asyncio.gather(*(deleter() for _ in range(WRITERS)))
 
 
 class Reader:
@@ -145,7 +183,9 @@ async def repaired(admin: Admin, server: Server, count: int, size: int) -> Outco
     return Outcome(megabytes / took, count / took, cpu_ms / megabytes, busy, calm)
 
 
-def recode(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
+@contextlib.contextmanager
+def returned(tree: Path | None, parent: Path | None, count: int, size: int) -> Iterator[tuple[Installation, Server]]:
+    """A cluster in which objects were written while a rack was away, at the moment of its return."""
     with storaged_installation(tree, parent, "s3") as storaged:
         ports = ("--s3-port", str(free_port()), "--admin-port", str(free_port()))
         storaged.start("dev", str(storaged.directory), *ports)
@@ -158,32 +198,95 @@ def recode(tree: Path | None, parent: Path | None, count: int, size: int) -> Out
         storaged.status("DEGRADED", "AT_RISK")
         asyncio.run(fill(target, count, size))
         storaged.run("dev", "start", "n3")
-        server = Server("cluster", target, storaged.processes())
+        yield storaged, Server("cluster", target, storaged.processes())
+
+
+def recode(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
+    with returned(tree, parent, count, size) as (storaged, server):
         return asyncio.run(repaired(Admin(storaged.directory), server, count, size))
 
 
-def move(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
+def catchup(tree: Path | None, parent: Path | None, count: int, _size: int) -> Outcome:
+    count *= SMALL_FACTOR
+    with returned(tree, parent, count, len(SMALL)) as (storaged, server):
+        admin, left = Admin(storaged.directory), [f"large-{number}" for number in range(0, count, 10)]
+
+        def done() -> bool:
+            while left and admin.whole(left[-1]):
+                left.pop()
+            return not left
+
+        return asyncio.run(timed(server, count, count * len(SMALL) / 1e6, done))
+
+
+@contextlib.contextmanager
+def single(tree: Path | None, parent: Path | None, limits: str) -> Iterator[tuple[Installation, Path, Target]]:
+    """One process with eight disks, its configuration, and how to reach it."""
     with storaged_installation(tree, parent, "state") as storaged:
-        home, port = storaged.home, free_port()
-        config = make_single(storaged.run, home, s3_port=port, disks=8)
-        text = config.read_text()
-        config.write_text(text + f"\n[limits]\nrecode_delay_s = {RECODE_DELAY_S}\n")
+        port = free_port()
+        config = make_single(storaged.run, storaged.home, s3_port=port, disks=8)
+        config.write_text(f"{config.read_text()}\n[limits]\n{limits}\n")
         storaged.start("run", str(config))
         storaged.status("HEALTHY")
         user = json.loads(storaged.run("user", "add", "bench", "--json"))
-        target = Target(f"http://127.0.0.1:{port}", user["access_key"], user["secret_key"], "eu-fr-1")
+        yield storaged, config, Target(f"http://127.0.0.1:{port}", user["access_key"], user["secret_key"], "eu-fr-1")
+
+
+def move(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
+    with single(tree, parent, f"recode_delay_s = {RECODE_DELAY_S}") as (storaged, config, target):
         asyncio.run(begin(target))
         asyncio.run(fill(target, count, size))
         assert storaged.process is not None
         stop(storaged.process)
-        shutil.rmtree(home / "disk8")
+        shutil.rmtree(storaged.home / "disk8")
         storaged.start("run", str(config))
         storaged.status("DEGRADED", "AT_RISK")
         server = Server("single", target, storaged.processes())
-        return asyncio.run(repaired(Admin(home / "state"), server, count, size))
+        return asyncio.run(repaired(Admin(storaged.directory), server, count, size))
 
 
-ROWS = {"recode": recode, "move": move}
+def allocated(home: Path) -> int:
+    """Bytes that the file system allocated for the fragments of all disks."""
+    return sum(512 * path.stat().st_blocks for path in home.rglob("segments/*"))
+
+
+async def timed(server: Server, count: int, megabytes: float, done: Callable[[], bool]) -> Outcome:
+    """The time from now until ``done``."""
+    reader = Reader(server.target)
+    cpu_before, began = sum(server.cpu_seconds().values()), time.monotonic()
+    reading = asyncio.ensure_future(reader.run())
+    while not done():
+        await asyncio.sleep(0.05)
+        if time.monotonic() > began + REPAIR_TIMEOUT_S:
+            raise SystemExit("this work does not end")
+    took = time.monotonic() - began
+    cpu_ms = 1e3 * (sum(server.cpu_seconds().values()) - cpu_before)
+    busy = reader.take()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    return Outcome(megabytes / took, count / took, cpu_ms / megabytes, busy)
+
+
+async def collected(server: Server, home: Path, count: int, size: int) -> Outcome:
+    """Deletes all objects, waits until collection has begun, and then until it is done."""
+    await delete_all(server.target, count)
+    full, end = allocated(home), time.monotonic() + REPAIR_TIMEOUT_S
+    while allocated(home) >= full:
+        await asyncio.sleep(0.05)
+        if time.monotonic() > end:
+            raise SystemExit("collection does not begin")
+    return await timed(server, count, count * size / 1e6, lambda: allocated(home) < (1.0 - DONE) * full)
+
+
+def collect(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
+    with single(tree, parent, f"retire_delay_s = {RETIRE_DELAY_S}") as (storaged, _config, target):
+        asyncio.run(begin(target))
+        asyncio.run(fill(target, count, size))
+        server = Server("single", target, storaged.processes())
+        return asyncio.run(collected(server, storaged.home, count, size))
+
+
+ROWS = {"recode": recode, "move": move, "catchup": catchup, "collect": collect}
 
 
 @contextlib.contextmanager
@@ -211,11 +314,11 @@ def main() -> None:
                 for name, tree in measured if number % 2 == 0 else reversed(measured):
                     one = ROWS[row](tree, options.dir, options.objects, options.bytes)
                     found.setdefault((row, name), []).append(one)
+                    calm = f" (before: {one.calm_ms[0]:.1f}, {one.calm_ms[1]:.1f})" if one.calm_ms else ""
                     print(
                         f"{row:7} {name:10} {one.mb_s:7.1f} MB/s {one.objects_s:7.1f} objects/s,"
                         f" {one.cpu_ms_mb:.1f} ms of CPU for a MB; GET of 4 KiB"
-                        f" p50 {one.get_ms[0]:.1f}, p99 {one.get_ms[1]:.1f} ms (before: {one.calm_ms[0]:.1f},"
-                        f" {one.calm_ms[1]:.1f})",
+                        f" p50 {one.get_ms[0]:.1f}, p99 {one.get_ms[1]:.1f} ms{calm}",
                         flush=True,
                     )
         for row in options.rows.split(","):

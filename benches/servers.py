@@ -146,7 +146,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @dataclass
-class _Storaged:
+class Installation:
     """Runs the command ``storaged`` of a source tree (None: the one of the environment) for one installation in
     ``home``.
     """
@@ -231,13 +231,13 @@ class _Storaged:
 
 
 @contextlib.contextmanager
-def storaged_installation(tree: Path | None, parent: Path | None, state: str) -> Iterator[_Storaged]:
+def storaged_installation(tree: Path | None, parent: Path | None, state: str) -> Iterator[Installation]:
     """An installation in a temporary folder, with its directory ``state`` there, which the caller starts; what runs at
     the end is stopped.
     """
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
-        storaged = _Storaged(home, home / state, tree)
+        storaged = Installation(home, home / state, tree)
         try:
             yield storaged
         finally:
@@ -270,7 +270,7 @@ def storaged_cluster(
     """
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
-        storaged = _Storaged(home, home / "s3", tree, spans)
+        storaged = Installation(home, home / "s3", tree, spans)
         try:
             several = () if workers is None else ("--workers", str(workers))
             storaged.start(
@@ -314,7 +314,7 @@ def storaged_single(
     """
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
-        storaged = _Storaged(home, home / "state", tree, spans)
+        storaged = Installation(home, home / "state", tree, spans)
         port = free_port()
         config = make_single(storaged.run, home, s3_port=port, disks=disks)
         if https:
