@@ -1,12 +1,14 @@
 """``python -m benches.repair``: how fast work in the background goes, and what clients notice of it.
 
-Four rows, each on fresh servers:
+Rows, each on fresh servers:
 
     recode   a trial cluster. Objects are written while a rack is away, under a weaker profile; the rack returns, and
              repair recodes them all to their target
     move     one process with eight disks. A disk is lost, and repair rebuilds its fragments on the other disks
     catchup  a trial cluster. Ten times as many objects of 4 KiB are written while a rack is away; it returns, and gets
              their rows and copies (of each tenth object)
+    restart  as ``catchup``, in a cluster that holds ``--stored`` objects before. Says too when the rack's node serves
+             again. Only on request
     collect  one process with eight disks. All objects are deleted, and garbage collection gives their room back
 
 While that work goes on, one connection reads a small object again and again. ``--revisions A,B`` measures two revisions
@@ -27,7 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from benches.servers import (
 
 BUCKET = "repair"
 SMALL = os.urandom(4096)
-WRITERS = 8
+WRITERS, WRITERS_BEFORE = 8, 64
 REPAIR_TIMEOUT_S = 600.0
 RECODE_DELAY_S = 10
 RETIRE_DELAY_S = 10
@@ -59,7 +61,7 @@ SMALL_FACTOR = 10
 class Outcome:
     """``mb_s``, ``objects_s``: of objects brought back to their target, or of garbage. ``cpu_ms_mb``: CPU time of all
     servers together for a megabyte. ``get_ms``: p50 and p99 of the reads meanwhile; ``calm_ms``: before it, where that
-    was measured.
+    was measured. ``up_s``: from the start of the node until its disks serve.
     """
 
     mb_s: float
@@ -67,6 +69,7 @@ class Outcome:
     cpu_ms_mb: float
     get_ms: tuple[float, float]
     calm_ms: tuple[float, float] | None = None
+    up_s: float | None = None
 
 
 class Admin:
@@ -85,6 +88,11 @@ class Admin:
         found: dict[str, Any] = json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])
         return found
 
+    def serves(self, node: str) -> bool:
+        """True when a node is up, and all of its disks are well."""
+        (found,) = [each for each in self.get("/v1/status")["nodes"] if each["name"] == node]
+        return found["state"] == "up" and all(disk["state"] == "ok" for disk in found["disks"])
+
     def jobs(self) -> dict[str, Any]:
         return self.get("/v1/jobs")
 
@@ -99,17 +107,17 @@ async def put(connection: Connection, signer: Signer, key: str, body: bytes) -> 
     await connection.request(head + body)
 
 
-async def fill(target: Target, count: int, size: int) -> None:
+async def fill(target: Target, count: int, size: int, *, name: str = "large", writers: int = WRITERS) -> None:
     body, signer = os.urandom(size), Signer(target)
     keys = iter(range(count))
 
     async def writer() -> None:
         connection = await connect(target)
         for number in keys:
-            await put(connection, signer, f"large-{number}", body)
+            await put(connection, signer, f"{name}-{number}", body)
         connection.close()
 
-    await asyncio.gather(*(writer() for _ in range(WRITERS)))
+    await asyncio.gather(*(writer() for _ in range(writers)))
 
 
 async def delete_all(target: Target, count: int) -> None:
@@ -184,8 +192,12 @@ async def repaired(admin: Admin, server: Server, count: int, size: int) -> Outco
 
 
 @contextlib.contextmanager
-def returned(tree: Path | None, parent: Path | None, count: int, size: int) -> Iterator[tuple[Installation, Server]]:
-    """A cluster in which objects were written while a rack was away, at the moment of its return."""
+def without_a_rack(
+    tree: Path | None, parent: Path | None, count: int, size: int, stored: int = 0
+) -> Iterator[tuple[Installation, Target]]:
+    """A cluster in which objects were written while a rack was away, before its return. It held ``stored`` small
+    objects before.
+    """
     with storaged_installation(tree, parent, "s3") as storaged:
         ports = ("--s3-port", str(free_port()), "--admin-port", str(free_port()))
         storaged.start("dev", str(storaged.directory), *ports)
@@ -194,29 +206,44 @@ def returned(tree: Path | None, parent: Path | None, count: int, size: int) -> I
         known = json.loads(storaged.run("env", "--json"))
         target = Target(known["endpoint"], known["access_key"], known["secret_key"], known["region"])
         asyncio.run(begin(target))
+        asyncio.run(fill(target, stored, len(SMALL), name="stored", writers=WRITERS_BEFORE))
         storaged.run("dev", "kill", RACKS[2])
         storaged.status("DEGRADED", "AT_RISK")
         asyncio.run(fill(target, count, size))
-        storaged.run("dev", "start", "n3")
-        yield storaged, Server("cluster", target, storaged.processes())
+        yield storaged, target
+
+
+def start_rack(storaged: Installation, target: Target) -> Server:
+    storaged.run("dev", "start", "n3")
+    return Server("cluster", target, storaged.processes())
 
 
 def recode(tree: Path | None, parent: Path | None, count: int, size: int) -> Outcome:
-    with returned(tree, parent, count, size) as (storaged, server):
+    with without_a_rack(tree, parent, count, size) as (storaged, target):
+        server = start_rack(storaged, target)
         return asyncio.run(repaired(Admin(storaged.directory), server, count, size))
 
 
 def catchup(tree: Path | None, parent: Path | None, count: int, _size: int) -> Outcome:
+    return restart(tree, parent, count, 0)
+
+
+def restart(tree: Path | None, parent: Path | None, count: int, stored: int) -> Outcome:
     count *= SMALL_FACTOR
-    with returned(tree, parent, count, len(SMALL)) as (storaged, server):
-        admin, left = Admin(storaged.directory), [f"large-{number}" for number in range(0, count, 10)]
+    with without_a_rack(tree, parent, count, len(SMALL), stored) as (storaged, target):
+        admin, left, began = Admin(storaged.directory), list(range(0, count, 10)), time.monotonic()
+        server = start_rack(storaged, target)
+        while not admin.serves("n3"):
+            time.sleep(0.05)
+        up_s = time.monotonic() - began
 
         def done() -> bool:
-            while left and admin.whole(left[-1]):
+            while left and admin.whole(f"large-{left[-1]}"):
                 left.pop()
             return not left
 
-        return asyncio.run(timed(server, count, count * len(SMALL) / 1e6, done))
+        outcome = asyncio.run(timed(server, count, count * len(SMALL) / 1e6, done))
+        return replace(outcome, up_s=up_s)
 
 
 @contextlib.contextmanager
@@ -286,7 +313,7 @@ def collect(tree: Path | None, parent: Path | None, count: int, size: int) -> Ou
         return asyncio.run(collected(server, storaged.home, count, size))
 
 
-ROWS = {"recode": recode, "move": move, "catchup": catchup, "collect": collect}
+ROWS = {"recode": recode, "move": move, "catchup": catchup, "collect": collect, "restart": restart}
 
 
 @contextlib.contextmanager
@@ -304,6 +331,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--objects", type=int, default=200)
     parser.add_argument("--bytes", type=int, default=2_000_000)
+    parser.add_argument("--stored", type=int, default=1_000_000, help="of restart: objects of 4 KiB")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
     end_on_sigterm()
@@ -312,13 +340,15 @@ def main() -> None:
         for number in range(options.runs):
             for row in options.rows.split(","):
                 for name, tree in measured if number % 2 == 0 else reversed(measured):
-                    one = ROWS[row](tree, options.dir, options.objects, options.bytes)
+                    size = options.stored if row == "restart" else options.bytes
+                    one = ROWS[row](tree, options.dir, options.objects, size)
                     found.setdefault((row, name), []).append(one)
                     calm = f" (before: {one.calm_ms[0]:.1f}, {one.calm_ms[1]:.1f})" if one.calm_ms else ""
+                    up = f"; serves after {one.up_s:.1f} s" if one.up_s is not None else ""
                     print(
                         f"{row:7} {name:10} {one.mb_s:7.1f} MB/s {one.objects_s:7.1f} objects/s,"
                         f" {one.cpu_ms_mb:.1f} ms of CPU for a MB; GET of 4 KiB"
-                        f" p50 {one.get_ms[0]:.1f}, p99 {one.get_ms[1]:.1f} ms{calm}",
+                        f" p50 {one.get_ms[0]:.1f}, p99 {one.get_ms[1]:.1f} ms{calm}{up}",
                         flush=True,
                     )
         for row in options.rows.split(","):
