@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 _CANNOT_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS)
-"""A directory that this process may not read or write, or of a file system without syncs: nothing was made there."""
+"""Errors of a directory that this process may not read or write, or whose file system has no syncs. Nothing was made in
+such a directory."""
 
 
 class RestartNeeded(Exception):
@@ -33,8 +34,8 @@ def sync_path(path: Path) -> None:
 
 
 def make_directory(path: Path, mode: int = 0o777) -> None:
-    """Makes a directory, and those above it that are missing, unless it exists. Its name is durable when this returns:
-    what is synced inside of it would be lost with it. Raises OSError.
+    """Makes a directory and the missing ones above it, unless it exists. Its name is durable when this returns;
+    otherwise a power cut would take the name, and with it synced files. Raises OSError.
     """
     if not path.parent.exists():
         make_directory(path.parent)

@@ -63,7 +63,7 @@ is short where the kernel drops it again.
 def open_environment(directory: Path, **options: Any) -> lmdb.Environment:
     """``lmdb.open`` with a lock file in memory; the file has at least the length that its header says.
 
-    The caller has a lock on the directory, which exists unless LMDB is to make it. Raises lmdb.Error, OSError.
+    The caller has a lock on the directory. It exists, unless LMDB is to make it. Raises lmdb.Error, OSError.
     """
     if not options.get("readonly") and options.get("create", True) and directory.is_dir():
         _make_data_file(directory, options["map_size"], sync=options.get("sync", True))

@@ -88,10 +88,15 @@ class Cluster:
         if not self.s3_port:
             self.s3_port = free_port()
         log = (self.directory.parent / (self.directory.name + ".log")).open("a")
+        ports = ["--s3-port", str(self.s3_port), "--admin-port", str(free_port())]
         self._process = subprocess.Popen(
-            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port()), "--workers", str(self.workers)],  # noqa: E501
-            env=self.environment(), stdout=log, stderr=log, text=True, start_new_session=True,
-        )  # fmt: skip
+            [STORAGED, "dev", str(self.directory), *ports, "--workers", str(self.workers)],
+            env=self.environment(),
+            stdout=log,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
         log.close()
         self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "a healthy cluster")
         first = (
@@ -166,7 +171,7 @@ class Cluster:
         self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "HEALTHY")
 
     def state(self) -> str:
-        """What a person needs to see why the cluster is not as expected, in a few lines."""
+        """A few lines that show why the cluster is not as expected."""
         found = self.status()
         lines = [", ".join(f"{key} {value}" for key, value in found.items() if isinstance(value, str | int | None))]
         for node in found["nodes"]:

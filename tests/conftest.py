@@ -59,8 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 GARBAGE_AFTER = (50_000, 20, 10)
-"""Objects that are made before garbage is looked for. Thousands of collected tests and modules stay for ever, and to
-look through them again and again took a fifth of the processor's time.
+"""How many objects are made before Python looks for garbage. Thousands of collected tests and modules stay for ever; to
+look through them again and again took a fifth of the CPU time.
 """
 
 gc.disable()  # until all modules are imported and all tests are known

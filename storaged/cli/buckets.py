@@ -113,7 +113,7 @@ def bucket_lifecycle(named: str | None, name: str, as_json: bool) -> None:
 
 
 def _moment(ms: int) -> str:
-    """A rule's days may lead beyond the calendar: then its last moment."""
+    """As text; the last moment of the calendar, if the days of a rule lead beyond it."""
     seconds = min(ms / 1000, datetime.max.replace(microsecond=0, tzinfo=UTC).timestamp())
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
 

@@ -111,7 +111,7 @@ class ClusterPlan(msgspec.Struct):
         return Policy.of(self.countries, self.jurisdictions)
 
     def take_ranks(self, layout: Layout) -> None:
-        """Notes the ranks that new disks got in a layout that was signed."""
+        """Saves the ranks that new disks got in a signed layout."""
         for disk in (disk for node in self.nodes for disk in node.disks):
             known = layout.disk_by_id.get(disk.id)
             disk.rank = known.rank if known is not None else disk.rank

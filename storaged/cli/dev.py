@@ -354,7 +354,10 @@ def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: i
     arguments += ["--admin-port", str(admin_port)] if admin_port else []
     arguments += ["--workers", str(workers)] if workers else []
     with (place / "dev.log").open("wb") as log:
-        child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # noqa: S603  # our own interpreter and module, no shell
+        # our own interpreter and module, no shell
+        child = subprocess.Popen(  # noqa: S603
+            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if child.poll() is not None:

@@ -29,7 +29,7 @@ DISKS_NAMED = 5
 
 
 class DiskSpace(NamedTuple):
-    """A disk as the cluster sees it. ``state``: as in ``status``; only one that is sound answers."""
+    """A disk as the cluster sees it. ``state``: as in ``status``; only a sound disk answers."""
 
     used: int
     free: int

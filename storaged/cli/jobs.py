@@ -25,7 +25,7 @@ def job() -> None:
     """Show long work; pause, resume and pace scrubs, garbage collection, and the moves of partitions and fragments.
 
     After a layout that moves data, gateways move the replicas of partitions (job `partitions`), and storage nodes move
-    fragments (job `fragments`). Storage nodes also verify what they have (job `scrub`), and delete what is out of use
+    fragments (job `fragments`). Storage nodes also verify their data (job `scrub`), and delete data that is out of use
     (job `collection`). The settings are the cluster's: they hold on all nodes, and after restarts.
     """
 
@@ -86,7 +86,7 @@ def pause(named: str | None, name: str, as_json: bool) -> None:
 
     Nothing is left in between, and lost fragments are rebuilt all the same. A scrub stops where it is, and goes on
     there. A pause of partitions also holds up those that leave a disk that is out, and those that `cluster recover`
-    lets go on. While collection is paused, disks get no room back from what is deleted.
+    lets go on. While collection is paused, disks get no room back from deleted data.
     """
     _set(named, name, as_json, paused="true")
 

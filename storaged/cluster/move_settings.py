@@ -4,7 +4,8 @@ settings of the whole cluster. Pure.
 There are four jobs. ``partitions`` moves the replicas of partitions (``maintain.partition_mover``, in gateways).
 ``fragments`` moves blocks that are whole, and lie elsewhere than the layout wants them (``maintain.repair``, on storage
 nodes). Rebuilding what is lost is no part of either, and has no pace. ``scrub`` reads and verifies everything
-(``maintain.scrub``, on storage nodes). ``collection`` deletes what is out of use (``maintain.gc``, on storage nodes).
+(``maintain.scrub``, on storage nodes). ``collection`` deletes data that is out of use (``maintain.gc``, on storage
+nodes).
 
 A paused job begins nothing. What has begun ends: a partition that is joint reaches one of its two settled states, and
 an object's blocks come to their new places. So a pause leaves nothing in between. A scrub stops where it is, and
@@ -40,9 +41,9 @@ class MoveSettings(Message, frozen=True):
     """The register ``moves``. ``revision`` counts the changes.
 
     ``partitions_per_min``: exchanges of a replica that the gateways together begin in a minute. ``bytes_per_s``: of
-    fragments that each storage node moves, ``scrub_bytes_per_s``: that it verifies. ``collection_per_s``: data ids that
-    it judges, of its garbage lists and sweeps. 0: no bound. ``signature`` (Ed25519) is by the signing key ``signer`` of
-    the cluster's gateways over ``signed_bytes``.
+    fragments that each storage node moves, ``scrub_bytes_per_s``: of those that it verifies. ``collection_per_s``: data
+    ids that it judges, of its garbage lists and sweeps. 0: no bound. ``signature`` (Ed25519) is by the signing key
+    ``signer`` of the cluster's gateways over ``signed_bytes``.
     """
 
     revision: int = 0
@@ -78,14 +79,14 @@ class SignedSettings(Message, frozen=True):
 
 
 class SignedScrub(Message, frozen=True):
-    """What it covers besides, where one of these is set, or one of ``SignedCollection``."""
+    """The signature also covers these, if one of them is set, or one of ``SignedCollection``."""
 
     paused: bool
     bytes_per_s: int
 
 
 class SignedCollection(Message, frozen=True):
-    """What it covers besides, where one of these is set."""
+    """The signature also covers these, if one of them is set."""
 
     paused: bool
     per_s: int

@@ -51,7 +51,8 @@ WIDTHS = ((3, 2), (3,), (1,))
 """
 FOLLOWING_BYTES_MAX = 256 * 1024
 STEPS_MAX = 64
-"""After one layout: more than are ever signed. Nodes verify no more, whatever a peer sends."""
+"""Of the layouts that follow one layout: more than are ever signed. Nodes verify no more than these, whatever a peer
+sends."""
 
 _FIELDS = {name: index for index, name in enumerate(Layout.__struct_fields__)}
 

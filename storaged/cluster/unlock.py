@@ -22,8 +22,8 @@ _NO_ORDER = "This is not what `storaged bucket sign-unlock` prints."
 
 
 class UnlockOrder(Struct, frozen=True, forbid_unknown_fields=True):
-    """``until_ms``: it counts until then, by the wall clock of the gateway. Raises UnlockRefused for one that leaves
-    open which version is meant: without an id it would be the newest one when the order is carried out."""
+    """``until_ms``: the order counts until then, by the wall clock of the gateway. Raises UnlockRefused for an order
+    without a version id: it would end the lock of the version that is the newest when the order is carried out."""
 
     cluster: str
     bucket: str

@@ -68,7 +68,8 @@ class DataDamaged(ServiceUnavailable):
 
 
 class CopyUnreadable(ServiceUnavailable):
-    """The newest record of this key may count, and its copy cannot be read now: what the key has is not decided."""
+    """The newest record of this key may count, but its copy can't be read now. So it is not decided what the key
+    has."""
 
     code = "ServiceUnavailable"
 

@@ -91,7 +91,8 @@ class Engine:
         """Segments that compaction can't empty: a record in them is damaged."""
         self.holes: deque[Hole] = deque()
         self.unwritten: Checkpoint | None = None
-        """A checkpoint of ``recover`` that found no room on the disk. The owner commits and thaws it when there is."""
+        """A checkpoint of ``recover`` that found no room on the disk. The owner commits and thaws it when there is
+        room."""
         self.compacted_bytes = self.punched_bytes = 0
         self._checkpointed_bytes = 0
 

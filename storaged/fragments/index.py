@@ -46,7 +46,7 @@ WHOLE_COPY = b"\0\0\0\0\x01"
 """What follows the data id in the key of a whole copy: block 0, k = 1."""
 
 LMDB_DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.InvalidError)
-"""What LMDB reports of damaged pages; of a transaction that has met one it reports the third."""
+"""Errors that LMDB reports for damaged pages. It reports the third for a transaction that has met one before."""
 
 
 class Index:

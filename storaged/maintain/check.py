@@ -4,9 +4,9 @@ A full walk happens at the start, whenever a disk comes or goes, and from time t
 registers: a read that found damage, a write that had to leave out disks, a scrub. A walk that was not complete, because
 a disk or a majority did not answer, is begun again after a pause that doubles.
 
-A finding says what the disks were when it was judged (``health.Finding``). They may have been so for a moment only: a
-node missed some heartbeats, a call broke off, a disk was left out for being slow. No walk begins for that. So what
-repair does not try is judged again when the disks are not as they were then (``_look_again``).
+A finding says what the disks were when it was judged (``health.Finding``). They may have been in that state only for a
+moment: a node missed some heartbeats, a call broke off, a disk was left out because it was slow. No walk begins for
+that. So findings that repair does not try are judged again when the disks are not as they were then (``_look_again``).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Check:
         self._verify_at, self._verify_pause_s = NOW, 0.0
         self._again_at, self._again_pause_s = NOW, 0.0
         self._in_vain: set[bytes] = set()
-        """What was judged again, and has to be once more."""
+        """Names that were judged again in vain, and have to be judged once more."""
 
     # --- requests and state -------------------------------------------------------------------------------------------
 
@@ -93,8 +93,8 @@ class Check:
 
     @property
     def busy(self) -> bool:
-        """Something that changes the queue is being done, or waits to be done. What is judged again and again in vain
-        does not count.
+        """Whether work that changes the queue is being done, or waits to be done. Registers that are judged again and
+        again in vain do not count.
         """
         again = self.looks_again and self._again_pause_s < self._context.limits.walk_retry_max_s
         return self.job.state == "running" or not self.current or self.has_hints or again
@@ -152,8 +152,8 @@ class Check:
         )
 
     async def _end_loans(self) -> None:
-        """Has gateways look at what the walk has found lent. What they can't look at now, the next walk asks again.
-        When none answers, the rest of this walk does not wait for that again.
+        """Asks gateways to look at the loans that the walk has found. The next walk asks again for those that they
+        can't look at now. When no gateway answers, the rest of this walk does not wait for that again.
         """
         if self._loans_wait:
             return
@@ -232,7 +232,7 @@ class Check:
         if any(name.table != Table.SYSTEM and name.scope not in self.walker.buckets.by_id for name in names):
             try:
                 await self.walker.buckets.refresh(self._context)
-            except StoragedError as error:  # what is not known of a bucket can't be judged
+            except StoragedError as error:  # nothing can be judged without the bucket's record
                 self._leave_to_walk(f"hints about buckets that are not known here: {error}")
         await concurrently(map(self._look_at_hint, names), min(self._context.limits.hints_concurrent_max, len(names)))
 
@@ -248,9 +248,9 @@ class Check:
             self._walk_again_in(self._context.limits.walk_retry_max_s)
 
     async def _look_again(self) -> None:
-        """Judges again what was judged by other disks than those that can be used now, some at a time. The pause after
-        that doubles while it is in vain. What was looked at in vain comes after all else then: a disk that never
-        answers must not keep others from being judged.
+        """Judges registers again that were judged while other disks could be used than now, some at a time. The pause
+        between two rounds doubles while they are in vain. Registers that were judged in vain come last then: a disk
+        that never answers must not delay the registers of other disks.
         """
         now, limits = self._context.clock.monotonic(), self._context.limits
         if not self.current or now < self._again_at:
@@ -274,7 +274,7 @@ class Check:
         return self.queue.judged_before(self.walker.placements.disks_now(), self._context.clock.monotonic())
 
     def _note_judged(self) -> None:
-        """What was judged just now may have been judged by disks that were so for a moment only."""
+        """Has the findings of now judged again: their disks may have been in that state only for a moment."""
         if not self.looks_again:
             self._again_at = NOW
 

@@ -1,7 +1,7 @@
 """How fast this node collects garbage, and whether it does at all: the operator sets it (``cluster.move_settings``).
 
-The garbage lists, the sweep of orphans and the sweep of pages share it. A pause stops them between two steps, where
-nothing is condemned. It is safe at any time: what is not deleted now is judged again later.
+The garbage lists, the sweep of orphans and the sweep of pages share it. A pause stops them between two steps, while
+nothing is condemned. It is safe at any time: data that is not deleted now is judged again later.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CollectionPace:
         return self._context.settings().collection_per_s
 
     async def spend(self, count: int) -> None:
-        """Before so many things are judged: waits for the pace, and as long as collection is paused."""
+        """Called before so many things are judged. Waits until the pace allows it and collection is not paused."""
         settings = self._context.settings()
         while settings.collection_paused:
             await asyncio.sleep(self._context.limits.poll_s)

@@ -1,4 +1,4 @@
-"""Deletes data that no register needs any more: mark, settle, compare, delete what is unchanged.
+"""Deletes data that no register needs any more: mark, settle, compare, delete if unchanged.
 
 All collection of data that a record may name goes through ``delete_unneeded``: of replaced and of unclaimed fragments
 (``gc``), of manifest pages (``manifest_gc``), and of false fragments that are in the way of repair (``discard``).
@@ -9,8 +9,8 @@ these steps makes each deletion safe against it:
 1. *Mark.* The store remembers the data as it is now. A writer that makes sure of it changes that.
 2. *Settle.* The register that the data belongs to is brought to a value that ends what was promised before. The use
    says how: two looks around a round that a gateway makes (``disuse``), a round of one's own, or a settled read.
-3. *Compare.* What that value refers to stays, and so does what can't be judged now.
-4. *Delete what is unchanged.* The store deletes, in one step with the comparison, only what is still as it was marked.
+3. *Compare.* Data that this value refers to stays, and so does data that can't be judged now.
+4. *Delete if unchanged.* The store compares with the mark and deletes in one step. Data that has changed since stays.
 
 So a writer is promised before the settling, and its promise ends there; or after it, and then it finds that its data is
 gone, or has changed the mark before.
@@ -27,7 +27,7 @@ from storaged.meta.names import RegisterName
 T = TypeVar("T")
 
 Prove = Callable[[Sequence[RegisterName]], Awaitable[Mapping[RegisterName, Proof | str]]]
-"""Settles registers. In place of a proof: why there is none now."""
+"""Settles registers. Returns for each a proof, or the reason why there is none now."""
 
 
 class Use(Protocol[T]):
@@ -45,7 +45,7 @@ class Use(Protocol[T]):
         """They can't be judged now."""
 
     async def delete_unchanged(self, items: Sequence[T]) -> int:
-        """Returns how much was deleted. What has changed since ``mark`` stays."""
+        """Returns how much was deleted. Data that has changed since ``mark`` stays."""
 
 
 async def delete_unneeded(prove: Prove, use: Use[T], found: Mapping[RegisterName, Sequence[T]]) -> int:

@@ -123,11 +123,11 @@ class _FalseFragment:
         pass
 
     def wait(self, items: Sequence[FragmentId], reason: str) -> None:
-        """Only where there is nothing to delete."""
+        """Used only where there is nothing to delete."""
         self.judged = Judged(MOVED, reason)
 
     async def prove(self, names: Sequence[RegisterName]) -> dict[RegisterName, Proof | str]:
-        """By a round of this gateway's own. Raises as ``Registers.settle``."""
+        """Settles by a round that this gateway makes itself. Raises as ``Registers.settle``."""
         (name,) = names
         if self._header is None:
             return {name: "it is not there, or damaged"}

@@ -1,10 +1,10 @@
 """Whether data on a disk can still come into use: what the collector has to see before it deletes. It asks no clock.
 
 Theory of operation. The request that drew a data id is the only one that brings it into a register. Other proposers
-carry on what they find there: also a request that lends data to other keys has it stay in the very record that it found
-it in (``objects.write.loans``), and other records never refer to it. So data is out of use for good when no register
-refers to it, and nothing that its request has begun can take effect any more. How that is seen depends on what is known
-of the data:
+carry on the values that they find there. A request that lends data to other keys does so, too: the data stays in the
+record that had it (``objects.write.loans``), and no other record ever refers to it. So data is out of use for good when
+no register refers to it, and nothing that its request has begun can take effect any more. The proof of that depends on
+the kind of data:
 
 *Replaced data.* A committed change of the owner's record replaced it: the gateway that made the change put it on the
 garbage list (``REPLACED``). A settled read of the record shows that change, or what came after it.
@@ -124,7 +124,8 @@ class Judge:
     # --- settled reads ------------------------------------------------------------------------------------------------
 
     async def read(self, owners: Sequence[RegisterName]) -> dict[RegisterName, Proof | str]:
-        """By a settled read of each, which suffices for replaced data. In place of a proof: why there is none now."""
+        """Settles each by a read, which suffices for replaced data. Returns proofs, or the reasons why there is none
+        now."""
         found: dict[RegisterName, Proof | str] = {}
 
         async def one(owner: RegisterName) -> Proof:

@@ -1,8 +1,7 @@
-"""One page of a garbage list, while it is judged: its entries with their fragments, and what becomes of them.
+"""One page of a garbage list while it is judged: its entries with their fragments, and the decisions about them.
 
 Three kinds of data need different proofs (``disuse``). *Replaced* data goes after a settled read of its register.
-*Parts* go when their upload has ended, as everything else does: after a round. What is judged by a round is condemned
-first.
+*Parts* go when their upload has ended, and *all other data*: both after a round. Data is condemned before its round.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ READS_CONCURRENT_MAX = 128
 DELETIONS_A_CALL = 2000
 
 Rest = tuple[bytes, bytes | None]
-"""Packed name of a register, and the origin of the data: what is known of both is the same for many data ids. None: of
-every origin.
+"""Packed name of a register, and the origin of the data. Many data ids share both. None: of every origin.
 """
 
 
@@ -151,7 +149,7 @@ class GarbagePage:
             ended.setdefault(owner, []).extend(some)
 
     async def without_claimed(self, garbage: Garbage, proof: Proof) -> Sequence[Garbage]:
-        """The record refers to the data: only fragments that none of its runs places on this disk go."""
+        """Judges data that the record refers to: only fragments that none of its runs places on this disk go."""
         owner = garbage.owner
         try:
             countries = await self._judge.countries_of(owner.scope)

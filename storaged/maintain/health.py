@@ -277,7 +277,7 @@ class Finding:
         return replace(self, no_room=None) == replace(before, no_room=None)
 
     def may_have_changed(self, disks: DisksNow) -> bool:
-        """Whether it may be judged otherwise by the ``disks`` that can be used now. They may have been away for so
+        """Whether it may be judged otherwise by the ``disks`` that can be used now. Disks may have been away for so
         short a time that no walk began when they came back.
         """
         return (

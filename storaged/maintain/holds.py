@@ -1,16 +1,16 @@
-"""What downloads still read: this node keeps it although it is due for deletion. For readers' sake alone.
+"""Data that downloads still read: this node keeps it although it is due for deletion.
 
 Theory of operation. Data that was deleted or replaced, and pages that no record names any more, stay for a delay. A
 download that lasts longer holds them: its gateway names them to all storage nodes every few seconds
-(``MaintainClient``), and each name counts for ``LEASE_S``. So a gateway that dies holds nothing for long. What a
-restart of a storage node forgets is named again before its collectors begin.
+(``MaintainClient``), and each name counts for ``LEASE_S``. So a gateway that dies holds nothing for long. A storage
+node that restarts gets the names again before its collectors begin.
 
-A client that reads slowly must not stop collection for ever. So names keep what is due for ``read_hold_s`` at most,
-counted from the first time that a collector left it alone, and a disk of which less than ``FREE_SHARE_MIN`` is free
-keeps nothing. There are ``HELD_MAX`` names at most. A download whose data is gone ends with its connection, as a
-download of damaged data does: no byte leaves a gateway before it was authenticated.
+A client that reads slowly must not stop collection for ever. So a name keeps data for at most ``read_hold_s`` after the
+first time that a collector spared it, and a disk of which less than ``FREE_SHARE_MIN`` is free keeps nothing. There are
+``HELD_MAX`` names at most. A download whose data is gone ends with its connection, as a download of damaged data does:
+no byte leaves a gateway before it was authenticated.
 
-No deletion is right or wrong because of this: ``disuse`` says what may go.
+Holds serve readers alone. Whether a deletion is right does not depend on them: ``disuse`` decides that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REASON = "a download of it is under way"
 
 
 class Hold(Message, frozen=True):
-    """What downloads read that began a while ago: data ids, ids of uploads, hashes of pages."""
+    """What long downloads read: data ids, ids of uploads, hashes of pages."""
 
     keys: tuple[bytes, ...]
 
@@ -45,7 +45,7 @@ def has_room_to_hold(usage: Usage) -> bool:
 
 @dataclass(slots=True)
 class _Held:
-    """``until`` (monotonic). ``kept_since``: when a collector left it alone for the first time."""
+    """``until`` (monotonic). ``kept_since``: when a collector spared it for the first time."""
 
     until: float
     kept_since: float | None = None
@@ -63,7 +63,7 @@ class Holds:
         return len(self._held)
 
     def hold(self, keys: Iterable[bytes]) -> None:
-        """What does not fit is not held."""
+        """Names that do not fit are not held."""
         until = self._clock.monotonic() + LEASE_S
         if len(self._held) >= HELD_MAX:
             self._forget()
@@ -75,7 +75,7 @@ class Holds:
                 self._held[bytes(key)] = _Held(until)
 
     def keeps(self, *keys: bytes) -> bool:
-        """Whether one of these is held, and a collector that would delete it now leaves it alone."""
+        """Whether one of these is held, so that a collector that would delete it now spares it."""
         if not self._held:
             return False
         return any(self._keeps(key) for key in keys)

@@ -53,7 +53,7 @@ WALK_EVERY_DAYS = 7
 ROWS_A_VISIT = 4
 LOOKS_AT_ONCE = 8
 BARE_A_PASS = 100
-"""Of so many buckets without rules a pass finds out whether they have an index of earlier rules."""
+"""A pass looks at so many buckets without rules, whether they still have an index of earlier rules."""
 REST_RATIO = 1.0
 """After each piece of a walk the worker rests so many times as long as that took."""
 REST_MAX_S = 10.0
@@ -182,7 +182,7 @@ class LifecycleWorker:
         return more
 
     async def _drop_left(self, bucket: BucketRecord) -> None:
-        """Drops the index of rules that are gone, where the worker that knew of them has ended."""
+        """Drops the index of rules that are gone, when the worker that knew of them has ended."""
         if bucket.id in self._bare or not self._bare_left:
             return
         self._bare_left -= 1

@@ -109,7 +109,7 @@ class PageSweep:
         return self.deleted - before
 
     def _give_up(self, disk: str, reason: str) -> None:
-        self._context.log(f"pages of manifests stay on disk {disk} for now: {reason}")
+        self._context.log(f"pages of manifests stay on disk {disk} until the next sweep: {reason}")
 
     # --- condemning ---------------------------------------------------------------------------------------------------
 

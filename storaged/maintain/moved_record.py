@@ -41,9 +41,9 @@ async def body_after(
 async def _versions_after(
     pages: Pages, name: RegisterName, value: Value, moves: Sequence[Move]
 ) -> tuple[bytes, list[bytes]] | None:
-    """As ``body_after``, of an object. Blocks of older versions move, and what is lent. Versions that can't be read
-    stay as they are; then what is lent moves only if a version that was read has it. Data that a version and a loan
-    have must be in the same places in both.
+    """As ``body_after``, of an object. Blocks of older versions and of lent data move, too. Versions that can't be read
+    stay as they are; then lent data moves only if a version that was read has it. Data of a version and of a loan must
+    have the same places in both.
     """
     record = decode_record(value)
     left = set(range(len(moves)))

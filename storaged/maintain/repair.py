@@ -91,7 +91,7 @@ class Repair:
         self.rebuilder = Rebuilder(context)
         self.relocator = Relocator(context, self._on_concluded)
         self._concluded: dict[bytes, str] = {}
-        """Registers of which no move waits any more, to be judged; and why the last one was not made."""
+        """Registers to be judged, because no move of them waits any more; and why the last move was not made."""
         self.job = Job("repair", context.clock)
         self._mismatches: dict[tuple[bytes, FragmentId], None] = {}
         self._away_since: dict[str, float] = {}
@@ -136,8 +136,8 @@ class Repair:
         return Waits(tuple(sorted(self._away_since)), recode_in_s, delay_s, gateway)
 
     def unrepaired(self) -> Counter[str]:
-        """Why objects and parts below target are not brought back to it, but for disks that are away and what waits for
-        its turn: reasons, and how many have each.
+        """Why objects and parts below target are not repaired: reasons, and how many have each. Left out are those that
+        wait for disks that are away, or for their turn.
         """
         return self._queue.unrepaired(self._placements.disks_now(), str(self._context.layouts.current.target))
 
@@ -241,7 +241,7 @@ class Repair:
         self._conclude(packed, reason)
 
     def _conclude(self, name: bytes, reason: str) -> None:
-        """What could be done for this register is done. ``reason``: what failed."""
+        """Notes that all was tried for this register. ``reason``: what failed."""
         if self._queue.has(name):
             self._queue.back_off(name, self._context.clock.monotonic(), reason)
         else:

@@ -24,12 +24,12 @@ REASON_CHARS_MAX = 300
 
 
 def urgency(finding: Finding) -> tuple[bool, int, bytes]:
-    """The lowest is repaired first: what has the fewest spare fragments; what only has to move comes last."""
+    """The lowest is repaired first: the one with the fewest spare fragments. Those that only have to move come last."""
     return finding.misplaced, finding.spare, finding.name
 
 
 class _BackOff(NamedTuple):
-    """``reason``: why the last attempt failed; empty when it failed in nothing, and was not enough."""
+    """``reason``: why the last attempt failed; empty when nothing failed, but the register is still below target."""
 
     until: float
     failures: int
@@ -97,8 +97,8 @@ class RepairQueue:
         return self._count < (-(-room // 2) if finding.misplaced else room)
 
     def set(self, name: bytes, finding: Finding | None) -> None:
-        """Takes over what is known of one register now; None: it is on target. What was tried in vain for another
-        finding of it does not count.
+        """Replaces the finding of one register; None: it is on target. Attempts for an earlier finding do not count any
+        more.
         """
         prefix = name[:PREFIX_BYTES]
         known = self._ranges.get(prefix, {})
@@ -234,8 +234,8 @@ class RepairQueue:
         )
 
     def judged_before(self, disks: DisksNow, now: float) -> list[bytes]:
-        """The names of findings that were judged by other disks than those that can be used now, and that repair does
-        not try now. The fewest spare fragments first.
+        """Names of findings that repair does not try now, and that were judged while other disks could be used. The
+        fewest spare fragments come first.
         """
         found = [
             finding

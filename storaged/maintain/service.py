@@ -362,7 +362,7 @@ class MaintainClient:
         self._timeout_s = timeout_s
         self._hints: dict[bytes, int] = {}
         self._mismatches: dict[tuple[bytes, bytes], int] = {}
-        """How often each was sent in vain."""
+        """How often each hint was sent in vain."""
         self._sending = False
 
     def _nodes(self) -> list[str]:
@@ -420,8 +420,8 @@ class MaintainClient:
                     self._sending = False
 
     async def run_holds(self, keys_of: Callable[[], Sequence[bytes]]) -> None:
-        """Has all storage nodes hold what long downloads of this process read, for ever. Most of the time that is
-        nothing, and no message is sent.
+        """Asks all storage nodes to hold what long downloads of this process read. Runs until it is cancelled. When no
+        download is long, it sends nothing.
         """
         while True:
             await asyncio.sleep(RENEW_S)
@@ -462,7 +462,7 @@ class MaintainClient:
     async def _send(
         self, node: str, names: Sequence[bytes], mismatches: Sequence[tuple[bytes, bytes]]
     ) -> tuple[Sequence[bytes], Sequence[tuple[bytes, bytes]]]:
-        """Returns what the node did not take: it may be starting, or another one is responsible soon."""
+        """Returns the names that the node did not take: it may be starting, or another node becomes responsible."""
         for start in range(0, max(len(names), len(mismatches)), HINTS_A_CALL):
             end = start + HINTS_A_CALL
             try:

@@ -241,8 +241,7 @@ class Walker:
 
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]], *, whole: bool = False) -> list[Finding]:
         """The findings of the rows that are below target. Records that this node can't judge are left out and logged.
-        What can't be read now, a page of which no replica answers, makes a walk incomplete; ``whole``: raises
-        StoragedError then.
+        A page of which no replica answers makes a walk incomplete; with ``whole`` it raises StoragedError.
         """
         tallies: list[Tally] = []
         batch: list[tuple[Tally, BlockPlace]] = []

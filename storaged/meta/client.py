@@ -56,7 +56,7 @@ log = structlog.get_logger(__name__)
 class ClientStatistics:
     """Counts since the start. ``digest_conflicts`` and ``doubted`` are alarms: two replicas hold different values under
     one ballot; a replica holds a system record that no gateway wrote. ``unheard``: changes of system records that went
-    on while replicas differed and one did not answer; then a single replica that lies may lead to an older record.
+    on although replicas differed and one did not answer; then a single lying replica may bring back an older record.
     """
 
     reads: int

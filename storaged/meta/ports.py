@@ -155,8 +155,8 @@ class Registers(Protocol):
         """
 
     async def refuses_creates(self, name: RegisterName) -> bool:
-        """Whether no create of the register is under way that could still overwrite it (``regardless``), nor ever will
-        be as long as it is not deleted. False when a replica does not answer: a snapshot of all is needed.
+        """Whether no create (``regardless``) can overwrite the register, neither one that is under way nor a later one,
+        until it is deleted. False when a replica does not answer: a snapshot of all replicas is needed.
         """
 
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:

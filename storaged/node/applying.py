@@ -239,9 +239,9 @@ class LayoutApplication:
         return before
 
     def _overtaken(self, signed: SignedLayout, layout: Layout, before: Layout, held: SignedLayout) -> LayoutOvertaken:
-        """The error for a layout that the register does not hold. One that another process has decided meanwhile may
-        have been in force, and have a successor by now; only of two with one predecessor it is certain which is not
-        used.
+        """The error for a layout that the register does not hold. When another process decided a layout meanwhile, this
+        one may have been in force and been succeeded since. It is certainly not used only if it has the same
+        predecessor as the decided one.
         """
         winner = decode(held.payload, Layout)
         if winner.predecessor == signed.hash:

@@ -322,8 +322,8 @@ def _waits(statuses: Sequence[MaintainStatus]) -> RepairWaits | None:
 
 
 def waits_document(waits: RepairWaits | None) -> dict[str, Any]:
-    """``recode_in_s`` null: nothing will be recoded. ``reason`` is the same as a sentence, empty when repair waits for
-    nothing. ``unrepaired``: why else objects and parts below target are not repaired now.
+    """``recode_in_s`` null: nothing will be recoded. ``reason`` says the same in a sentence; empty when repair waits
+    for nothing. ``unrepaired``: other reasons why objects and parts below target are not repaired now.
     """
     if waits is None:
         return {"disks": [], "recode_in_s": None, "gateway": "", "reason": "", "unrepaired": []}

@@ -7,16 +7,16 @@ import msgspec
 from storaged.objects.records import SealedList, SealedMeta
 
 USUAL_CODE = "N"
-"""In sealed fields, the code for CRC64NVME of the whole object, which an object gets that came without a checksum. The
-row of a small object has half a kilobyte, and LMDB fits rows into pages: name and type written out would cost such an
-object 3% of its disk space.
+"""In sealed fields, the code for CRC64NVME of the whole object: an object that came without a checksum gets this one.
+The row of a small object has half a kilobyte, and LMDB fits rows into pages: the name and type in full would cost such
+an object 3% of its disk space.
 """
 
 _USUAL = ("CRC64NVME", "FULL_OBJECT")
 
 
 def brief_meta(meta: SealedMeta) -> SealedMeta:
-    """Metadata as it is sealed: with USUAL_CODE if that is its only checksum."""
+    """Metadata as it is sealed: with USUAL_CODE in place of its only checksum, if that is the usual one."""
     if meta.checksum_type == _USUAL[1] and len(meta.checksums) == 1 and _USUAL[0] in meta.checksums:
         return msgspec.structs.replace(meta, checksums={USUAL_CODE: meta.checksums[_USUAL[0]]}, checksum_type="")
     return meta

@@ -41,7 +41,7 @@ AT_ONCE = 16
 DOWN_S = 10.0
 SWEEP_S = 30.0
 FRESH_MS = 10_000
-"""A key that was noted so lately is left to the process that noted it."""
+"""A key that was noted so recently is left to the process that noted it."""
 
 log = structlog.get_logger("notifications")
 
@@ -131,7 +131,7 @@ class EventDelivery:
         """The ids of the events that may go: they were acknowledged, or nobody wants them."""
         keys, place = BucketKeys(self._plane, bucket), Place(bucket.id, name.key)
         wanted = await self._wanted(bucket)
-        if not wanted and not await self._wanted_now(bucket):  # also events that do not open go then
+        if not wanted and not await self._wanted_now(bucket):  # events that can't be opened go, too
             self.counts.given_up += len(outbox)
             return {event.id for event in outbox}
         done: set[bytes] = set()

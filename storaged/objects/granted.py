@@ -216,7 +216,7 @@ class GrantedObjects:
         return await self._objects.create_upload(bucket, key, *what, **named)
 
     async def find_upload(self, grant: Grant, key: bytes, upload_id: str) -> UploadInfo | None:
-        """None: there is none, or it is over."""
+        """None: there is no retention, or it has ended."""
         return await self._objects.look_upload(_bucket(grant, key, WRITE), key, upload_id)
 
     async def put_part(

@@ -33,7 +33,7 @@ def managed_text(user_id: str, account: StoredAccount, arn: str) -> str | None:
 def _documents(
     user_id: str, account: StoredAccount, entities: Iterable[IamUser | IamGroup | IamRole]
 ) -> tuple[str, ...]:
-    """The texts of the policies of all these, each once: many groups may attach the same policy."""
+    """The texts of all their policies, each once: many groups may attach the same policy."""
     found: dict[str, None] = {}
     for entity in entities:
         found |= dict.fromkeys(entity.inline.values())

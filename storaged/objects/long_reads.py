@@ -1,4 +1,4 @@
-"""The downloads of one process that last long: what their versions need, so that storage nodes keep it for them."""
+"""Long downloads of one process: names the data that they read, so that storage nodes keep it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from storaged.clock import Clock
 from storaged.objects.records import Version
 
 KEYS_MAX = 20_000
-"""Some megabytes. What further downloads read is not held: they may end early."""
+"""Some megabytes. Data of further downloads is not held: they may end early."""
 
 
 class LongReads:
     """``began`` and ``ended`` are called by each download whose bytes come from disks."""
 
     def __init__(self, clock: Clock, after_s: float) -> None:
-        """Downloads that are younger than ``after_s`` need nothing held: data stays that long in any case."""
+        """For downloads younger than ``after_s`` nothing is held: data stays that long in any case."""
         self._clock = clock
         self._after_s = after_s
         self._reads: dict[object, tuple[float, Version]] = {}

@@ -65,7 +65,7 @@ class _Counted:
     counted_s: float = -1.0
     """When the last walk began; negative: there was none."""
     walks: int = 0
-    """How many have begun, those that failed as well."""
+    """How many walks have begun, including those that failed."""
     took_s: float = 0.0
     more_objects: int = 0
     more_bytes: int = 0
@@ -145,8 +145,8 @@ class Quotas:
         return bucket.counted_s < 0 or age_s >= max(seconds, REST * bucket.took_s)
 
     async def _walk(self, bucket: _Counted) -> None:
-        """Counts a bucket. One that fails is counted in a later round. All that ask for a walk while one is under
-        way share the next one: else each of many refused writes would list the whole bucket."""
+        """Counts a bucket. One that fails is counted in a later round. All callers that ask for a walk while one is
+        under way share the next one: otherwise each of many refused writes would list the whole bucket."""
         walks = bucket.walks
         async with bucket.lock:
             if bucket.walks != walks:

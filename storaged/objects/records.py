@@ -149,7 +149,7 @@ class History(Message, frozen=True):
 
     @property
     def is_unversioned(self) -> bool:
-        """The key has no versioning: the record has a history for its outbox, or for what it shares."""
+        """The key has no versioning: the record has a history only for its outbox, or because it shares data."""
         return not self.levels and self.kept in ((), (Kept(0),))
 
 

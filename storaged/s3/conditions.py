@@ -93,9 +93,9 @@ def parse_time(text: str) -> int | None:
 
 
 def _ms_of(moment: datetime) -> int | None:
-    """A date without a zone is in UTC. None where it has another year than four digits can say: with a zone, a date may
-    lie in the year 0 or 10000, and what stores it could never print it again. Whole numbers: with floating-point ones,
-    a date that is printed and read again loses a millisecond."""
+    """A date without a zone is in UTC. None for a year that does not have four digits: with its zone, a date may lie in
+    the year 0 or 10000, and could not be printed again. Computed with whole numbers: floating-point ones lose a
+    millisecond when a date is printed and read again."""
     ms = (moment.replace(tzinfo=moment.tzinfo or UTC) - _EPOCH) // timedelta(milliseconds=1)
     return ms if _FIRST_MS <= ms < _END_MS else None
 

@@ -32,7 +32,7 @@ log = logging.getLogger("storaged.s3")
 async def answer(
     request: Request, work: Coroutine[Any, Any, Outcome], early: Headers | None, hides_missing: Callable[[], bool]
 ) -> Reply:
-    """The answer of ``work``. ``early``: the headers of an answer that has to begin early; None: it never does.
+    """The answer of ``work``. ``early``: the headers of an answer that begins early; None: this one never does.
     ``hides_missing``: whether the sender may not know that a key is missing. Raises what ``work`` raises in time."""
     doing = asyncio.create_task(work)
     try:

@@ -18,7 +18,7 @@ from storaged.s3.reply import Headers
 from storaged.s3.request import Request
 
 LAST_DAY = (date.max - date(1970, 1, 1)).days
-"""No later one can be written as a date: rules may have up to 2^31 days."""
+"""The last moment that can be written as a date: rules may have up to 2^31 days."""
 
 
 def _rules(front: Front, request: Request) -> Rules:

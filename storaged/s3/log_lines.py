@@ -125,7 +125,7 @@ def _size(done: RequestDone) -> str:
     """The size of the object, as far as request or answer say it."""
     request, reply = done.request, done.reply
     if request.operation in ("PutObject", "UploadPart") and reply.status == 200:
-        # the first counts, and was checked, only of a body in aws-chunked
+        # only for a body in aws-chunked the first one counts, and was checked
         name = "content-length" if request.body.decoder is None else "x-amz-decoded-content-length"
         return request.headers.get(name) or "-"
     if request.operation not in ("GetObject", "HeadObject", "Website") or reply.code:

@@ -103,8 +103,8 @@ def document(root: str, *content: str) -> bytes:
 
 @lru_cache(maxsize=4096)
 def iso_time(ms: int) -> str:
-    """``2009-10-12T17:50:30.000Z``. What is later than the year 9999 is shown as its end: earlier releases took such
-    dates from clients."""
+    """``2009-10-12T17:50:30.000Z``. A moment after the year 9999 is shown as the end of that year: earlier releases
+    took such dates from clients."""
     ms = min(ms, _LAST_MS)
     moment = datetime.fromtimestamp(ms // 1000, UTC)
     return f"{moment.replace(tzinfo=None).isoformat()}.{ms % 1000:03d}Z"

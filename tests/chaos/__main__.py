@@ -3,7 +3,7 @@ a temporary folder. The folder stays when something went wrong.
 
 ``change`` plays steps of administrators and faults on up to six servers, ``grow`` goes from three servers to six and
 back under load and measures, ``lose`` loses a disk, servers and a rack for good and measures; ``races`` has clients
-race on a few keys through three gateways, which are killed and stand still. These four have a cluster of servers
+race on a few keys through three gateways, which are killed and paused. These four have a cluster of servers
 (``tests.servers``), the others one of ``storaged dev``.
 
 Progress goes to standard output while it runs. ``--json FILE`` gets a summary; the exit code is 1 if anything was lost,

@@ -1,5 +1,5 @@
-"""Clients race on a few keys through three gateways, which are killed and stand still; the checker of the simulation
-judges what they were answered. What clients do is ``tests.sim.racing``.
+"""Clients race on a few keys through three gateways, which are killed and paused; the checker of the simulation judges
+the answers. ``tests.sim.racing`` has what the clients do.
 
 A run has rounds. Each has new keys in three buckets: without versioning, with versioning and Object Lock and a
 lifecycle, in which a day lasts seconds, and with versioning that was suspended. At the end of a round all keys are
@@ -185,7 +185,7 @@ def _conditions(how: Conditional) -> dict[str, Any]:
 
 
 class Nemesis:
-    """Gateways stand still or are killed, one after the other."""
+    """Pauses or kills gateways, one after the other."""
 
     def __init__(self, servers: Servers, down: set[str], chance: random.Random) -> None:
         self._servers = servers
@@ -226,7 +226,7 @@ class Nemesis:
 
 
 class Races:
-    """``seconds``: so long rounds begin; at least ``least`` are played. ``wrong`` is empty when all is well."""
+    """``seconds``: for how long rounds begin; at least ``least`` are played. ``wrong`` is empty when all is well."""
 
     def __init__(self, servers: Servers, *, seed: int = 1, say: Callable[[str], None] = print) -> None:
         self._servers = servers

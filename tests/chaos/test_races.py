@@ -1,6 +1,4 @@
-"""Races through three gateways, with kills: a short run of what ``python -m tests.chaos races`` does as long as one
-likes.
-"""
+"""Races through three gateways, with kills: a short run of ``python -m tests.chaos races``."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@
 One process works at a time. Exits with 1 when something was found.
 """
 
-# Modules are imported late: atheris has to be there before whatever it looks at.
+# Modules are imported late: atheris has to be imported before the modules that it instruments.
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from typing import Any
 
 SLICE_S = 900.0
 AGAIN_S = 900.0
-"""A child that has not ended so long after its time is ended. It may begin slowly on a busy machine."""
+"""A child that runs so much longer than its time is killed. It may start slowly on a busy machine."""
 TREE = Path(__file__).parents[2]
 
 

@@ -1,4 +1,4 @@
-"""Runs targets for a while, in this process, and says what came of it.
+"""Runs targets for a while, in this process, and reports the result.
 
 With atheris, coverage decides which inputs are kept (libFuzzer); half of them are changed by our own mutator, which
 knows the target's language. It begins slowly, since it looks at each function of the product, and so one process has
@@ -64,7 +64,7 @@ class Run:
 
 
 def seeds_of(target: Target, folder: Path | None) -> list[bytes]:
-    """What the target, the corpus, and the folder of an earlier run have."""
+    """The inputs of the target, of the corpus, and of the folder of an earlier run."""
     found = [*target.seeds, *corpus.load(target.name)]
     if folder is not None and folder.exists():
         mark = target.name.encode() + b"\n"

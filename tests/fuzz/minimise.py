@@ -1,4 +1,4 @@
-"""Chooses the smallest inputs that together reach what all inputs reach, for the corpus in the tree."""
+"""Chooses the smallest inputs that together reach all code that all inputs reach, for the corpus in the tree."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ class Target:
 
 
 def refused(work: Callable[[], T]) -> T | S3Error:
-    """The result, or the error of S3 that the client gets: of its own doing (4xx), or for what is not there (501). Any
-    other exception would be a 500, and is a finding."""
+    """The result, or the error of S3 that the client gets: for its own mistake (4xx), or for a missing feature (501).
+    Any other exception would be a 500, and is a finding."""
     try:
         return work()
     except S3Error as error:

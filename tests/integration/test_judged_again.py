@@ -1,5 +1,5 @@
-"""What was judged while a disk was away, slow or silent for a moment is judged again: no walk begins for a moment, and
-the next one by the clock comes an hour later.
+"""Registers that were judged while a disk was away, slow or silent for a moment are judged again: no walk begins
+because of that, and the next one by the clock comes an hour later.
 """
 
 from __future__ import annotations

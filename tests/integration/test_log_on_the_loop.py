@@ -137,7 +137,8 @@ async def test_a_store_that_closes_appends_what_it_kept_before_it_says_so(
 ) -> None:
     """The thread has ended, and the copy is not appended yet."""
     made, write = copy_of()
-    shutdown = store._writer._checkpoints.shutdown = Held(store._writer._checkpoints.shutdown)  # type: ignore[method-assign]
+    checkpoints = store._writer._checkpoints
+    shutdown = checkpoints.shutdown = Held(checkpoints.shutdown)  # type: ignore[method-assign]
     closing = asyncio.create_task(store.close())
     assert await asyncio.to_thread(shutdown.reached.wait, GUARD_S)
     store.keep([write])

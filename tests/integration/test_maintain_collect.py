@@ -211,7 +211,7 @@ async def write_orphan(cluster: Cluster, data_id: bytes, owner: RegisterName, di
     return made.id
 
 
-def test_with_a_replica_away_orphans_wait_and_replaced_data_does_not() -> None:
+def test_with_a_replica_away_only_orphans_wait() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
         name = object_name(bucket.id, bucket.shard_numbers, b"k")
@@ -517,7 +517,7 @@ def test_an_entry_that_names_the_data_of_another_register_harms_nobody(origin: b
     run(scenario)
 
 
-def test_what_is_wanted_after_the_collector_looked_is_not_deleted() -> None:
+def test_data_that_a_record_names_after_the_look_is_not_deleted() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
         task, wake = await sleeping_put(cluster, bucket, b"k", data := os.urandom(LARGE))

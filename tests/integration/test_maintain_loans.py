@@ -1,14 +1,14 @@
-"""Copies that move no data are kept by everything that looks after data, and their data goes with the last key that
-reads it.
+"""Repair, moves and collection keep the data of copies that moved none, until the last key that reads it goes.
 
-``a`` was copied to ``b``, and that to ``c``. Then ``a`` was deleted, and a new object stored there. Each test does to
-the cluster what may lose the data, and reads all keys.
+``a`` was copied to ``b``, and that to ``c``. Then ``a`` was deleted, and a new object stored there. Each test does
+something that could lose the data, and reads all keys.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 
@@ -80,7 +80,7 @@ class Copied:
             assert await self.cluster.get(self.bucket, key) == data, key
 
     async def tidy(self) -> None:
-        """Everything that may delete has its turn, long after all that happened."""
+        """Runs everything that may delete, long after the last change."""
         await self.cluster.leap(max(ORPHAN_S, RETIRE_S) + 60)
         for _ in range(2):
             await collect(self.cluster)
@@ -200,7 +200,8 @@ def test_a_walk_has_the_loans_ended_that_a_dead_gateway_left() -> None:
         copied = Copied(cluster)
         await copied.make()
         plane = cluster.gateway.plane
-        plane.background.spawn = lambda work: work.close() or False  # type: ignore[assignment,method-assign,func-returns-value]
+        background: Any = plane.background
+        background.spawn = lambda work: work.close() or False
         await copied.delete(b"b")
         await copied.put(b"c", b"it is overwritten")
         assert await copied.loans(b"a") == 1

@@ -306,7 +306,8 @@ async def test_lines_wait_for_a_target_that_is_away_and_go_where_it_refuses(worl
         "</LoggingEnabled></BucketLoggingStatus>",
         "<BucketLoggingStatus><LoggingEnabled><TargetBucket>target</TargetBucket><TargetPrefix/><Surprise/>"
         "</LoggingEnabled></BucketLoggingStatus>",
-        "<BucketLoggingStatus><LoggingEnabled><TargetBucket>target</TargetBucket><TargetPrefix/><TargetObjectKeyFormat/>"
+        "<BucketLoggingStatus><LoggingEnabled><TargetBucket>target</TargetBucket><TargetPrefix/>"
+        "<TargetObjectKeyFormat/>"
         "</LoggingEnabled></BucketLoggingStatus>",
     ],
 )

@@ -88,7 +88,7 @@ async def test_an_error_of_a_long_copy_comes_in_its_answer(world: World, monkeyp
 
 
 async def test_an_early_error_says_no_more_of_the_target_than_one_in_time(world: World) -> None:
-    """Who may not list a bucket does not get to know that a key is missing."""
+    """A sender who may not list a bucket does not learn that a key is missing."""
     await asyncio.to_thread(world.client().create_bucket, Bucket="target")
 
     def ask(*listed: str) -> str:

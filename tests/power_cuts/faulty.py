@@ -1,10 +1,10 @@
 """Drives that fail, and drives that lie. What they lose is lost; but nothing is served that was never written.
 
 A *failing* drive returns errors (EIO, ENOSPC) from some calls. Where there was no room, nothing is lost at all. After
-EIO the disk is given up: what it noted keeps it from being used again as if it were whole.
+EIO the disk is given up: a mark on it prevents its use as a whole disk.
 
-A *lying* drive drops what was synced, puts a write somewhere else, or returns other bytes than were written. Nothing
-can be promised then, but that wrong bytes are refused.
+A *lying* drive drops what was synced, puts a write somewhere else, or returns other bytes than were written. Then the
+only promise is that wrong bytes are refused.
 """
 
 from __future__ import annotations

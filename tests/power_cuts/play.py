@@ -84,7 +84,7 @@ class Play:
 
     @contextmanager
     def _until_the_cut(self) -> Iterator[None]:
-        """What is raised inside since the power is gone ends here."""
+        """Ends exceptions that the power cut has raised inside."""
         try:
             yield
         except PowerCut:

@@ -1,7 +1,7 @@
-"""What may happen to a disk's metadata store and its small copies, and what of it must be there after any end.
+"""Operations on a disk's metadata store and its small copies, and a model of what must be there after any end.
 
-Batches are applied in their order: so after a cut the store has what was acknowledged, and of what was asked since the
-first few batches, whole. A row that names a small copy never is there without it.
+Batches are applied in their order: so after a cut the store has all acknowledged batches, and of the later ones the
+first few, each as a whole. A row that names a small copy never is there without it.
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ class RecordHistory:
 
     def act(self) -> None:
         self.rng.choice((
-            self.post, self.post, self.post, self.post_copy, self.post_copy, self.run, self.run, self.run, self.freeze, self.write_frozen,  # noqa: E501
+            self.post, self.post, self.post, self.post_copy, self.post_copy, self.run, self.run, self.run,
+            self.freeze, self.write_frozen,
             self.append_copies, self.delete_copies, self.delete_pages,
         ))()  # fmt: skip
 

@@ -70,7 +70,8 @@ def _joined(fields: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 _UNDERSTOOD = re.compile(
-    rb"(?!(content-(disposition|type)|x-amz-(copy-source|rename-source|tagging|website-redirect-location))$|x-amz-meta-)"
+    rb"(?!(content-(disposition|type)|x-amz-(copy-source|rename-source|tagging|website-redirect-location))$"
+    rb"|x-amz-meta-)"
     rb"(host|content-|transfer-encoding|connection|expect|range|origin|date|authorization|if-|x-amz-|x-storaged-).*"
 )
 """Names that begin like those whose values decide something."""
@@ -319,7 +320,8 @@ def finished(work: Coroutine[Any, Any, T]) -> T:
 
 _PARAMETER = (
     rb"[ \t]*;["
-    rb' \t]*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)=([!#$%&\'*+\-.^_`|~0-9A-Za-z]+|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*")'  # noqa: E501
+    rb" \t]*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)="
+    rb'([!#$%&\'*+\-.^_`|~0-9A-Za-z]+|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*")'
 )
 
 

@@ -12,8 +12,10 @@ from tests.property import agreement
 EXAMPLES = settings(max_examples=examples(400), deadline=None)
 
 HOSTILE = (
-    b"\r", b"\n", b"\r\n", b" ", b"\t", b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x7f", b"\x80", b"\x85", b"\xa0", b"\xff", b"\xc2\xa0", b"\xe2\x80\x83",  # noqa: E501
-    b"\xe2\x84\xaa", b"\xd9\xa5", b":", b",", b";", b"=", b'"', b"\\", b"/", b"@", b"[", b"%", b"0", b"1", b"a", b"x", b"-", b"--", b"\r\n\r\n",  # noqa: E501
+    b"\r", b"\n", b"\r\n", b" ", b"\t", b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x7f", b"\x80", b"\x85", b"\xa0",
+    b"\xff", b"\xc2\xa0", b"\xe2\x80\x83",
+    b"\xe2\x84\xaa", b"\xd9\xa5", b":", b",", b";", b"=", b'"', b"\\", b"/", b"@", b"[", b"%", b"0", b"1", b"a",
+    b"x", b"-", b"--", b"\r\n\r\n",
 )  # fmt: skip
 
 
@@ -160,8 +162,10 @@ def test_aws_chunked_is_what_aws_describes(
 
 _DISPOSITIONS = st.sampled_from(
     (
-        b'form-data; name="key"', b'form-data; name="Key"', b"form-data; name=acl", b'form-data; name="a;b"', b'Form-Data; NAME="x"', b"form-data",  # noqa: E501
-        b'form-data; name="a"; name="b"', b'form-data; filename="n; name=q"; name="y"', b'attachment; name="z"', b'form-data; name="\\"q\\""',  # noqa: E501
+        b'form-data; name="key"', b'form-data; name="Key"', b"form-data; name=acl", b'form-data; name="a;b"',
+        b'Form-Data; NAME="x"', b"form-data",
+        b'form-data; name="a"; name="b"', b'form-data; filename="n; name=q"; name="y"',
+        b'attachment; name="z"', b'form-data; name="\\"q\\""',
     )
 )  # fmt: skip
 _PART_HEADERS = st.sampled_from(

@@ -524,7 +524,7 @@ class Collecting:
         return live
 
     async def _settle_everywhere(self, reader: Gateway, name: RegisterName) -> None:
-        """As catch-up does: a row that lags claims what it names. A replica may miss one round, or another."""
+        """As catch-up does: a row that lags claims the data that it names. A replica may miss any of the rounds."""
         for _ in range(ENDS_MAX):
             await reader.client.settle(name)
             await asyncio.sleep(0.5)

@@ -498,7 +498,7 @@ class Hostile(Scenario):
 
     def _misled(self) -> set[RegisterName]:
         """Registers of which a change went on from what the liar put there, while an honest replica could not be asked.
-        What was chosen with the liar's own vote is lost then; README states that.
+        A value that was chosen with the liar's own vote is lost then; README says so.
         """
         return {name for name, node in self._unheard if node == "n" + self._liar[1:]}
 

@@ -2,11 +2,11 @@
 (``objects.write.loans``), while keys are overwritten and deleted, blocks move, and every disk collects.
 
 Lending, its look between promise and accept, and its end are the program's own. Two of the three keys have no
-versioning, and are sometimes written by creates. Requests fall asleep in the middle of all this, what should end loans
-in the background is dropped now and then, and looks for loans that nothing uses spare none for its age.
+versioning, and are sometimes written by creates. Requests fall asleep between any two steps, background work that
+should end loans is dropped now and then, and looks for loans that nothing uses spare none because it is young.
 
-Judged is, besides: whoever reads a borrowing version finds its loan, unless the version has gone. In the end the data
-of each is where its writer saw it durable, no loan stays that nothing uses, and all other data goes.
+The play also checks: a reader of a borrowing version finds its loan, unless the version has gone. In the end the data
+of each version is where its writer saw it durable, no loan stays that nothing uses, and all other data goes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _HasHistory(Exception):
 
 
 class _Sleepy:
-    """The registers of a gateway. After what it does to one it stands still now and then."""
+    """The registers of a gateway. After some of its changes the gateway pauses."""
 
     def __init__(self, client: Any, play: Lending) -> None:
         self._client = client
@@ -98,7 +98,8 @@ class Lending(Versions):
         return plane
 
     def _retire_later(self, gateway: Gateway, disk: str, entry: Retirement) -> None:
-        """In an order that a seed decides: the program goes through a set of disks."""
+        """Collects entries, so that they are retired in an order that the seed decides: the program goes through a set
+        of disks."""
         if not self._garbage:
             self.world.loop.call_soon(self._retire_all, gateway)
         self._garbage.append((disk, entry))

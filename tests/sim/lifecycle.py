@@ -1,14 +1,14 @@
 """Objects expire while all sorts of things happen: rules change; objects are written, overwritten, tagged, locked and
-deleted; versions pile up; clocks are days off; gateways stand still and die in the middle of a look; two of them look
-at once; parts of the index are lost.
+deleted; versions pile up; clocks are days off; gateways pause and die in the middle of a look; two of them look at
+once; parts of the index are lost.
 
 The program's own planes and workers (``maintain.lifecycle``), over the simulated ring. A day lasts DAY_MS of virtual
-time. The clocks of up to two of the five storage nodes are wrong by days, and those of gateways, too. What rules mean
-is written here once more (``Oracle``), since the program's own meaning is judged by it. What must hold:
+time. The clocks of up to two of the five storage nodes are wrong by days, and those of gateways, too. ``Oracle`` says a
+second time what rules mean, and the program is judged by it. What must hold:
 
-* Each change that a worker proposes for an object deletes only what the rules of the last ``CACHE_S`` name, what no
-  lock keeps, and what is due by the clocks of the other three storage nodes, which are a majority.
-* Once all is well, what is due goes within the time of the next weekly walk.
+* Each change that a worker proposes for an object deletes only versions that the rules of the last ``CACHE_S`` name,
+  that no lock keeps, and that are due by the clocks of the other three storage nodes, which are a majority.
+* Once all is well, due versions go within the time of the next weekly walk.
 * The index of a bucket has a few rows for each key, and none whose day is over. Where there are no rules any more it is
   dropped, but for notes that another gateway wrote later.
 """
@@ -49,7 +49,7 @@ from tests.sim.workload import Verdicts
 
 OWNER = "f" * 64
 DAY_MS = 500
-"""Longer than 1970 is ago in days of the index (u32)."""
+"""So long that the index can still count the days since 1970 (u32)."""
 CALLS = 14
 """Of each worker."""
 CACHE_S = 0.15
@@ -65,7 +65,7 @@ ROWS_MAX = 3 * len(LIVING_KEYS) + 3
 AFTER_DAYS = WALK_EVERY_DAYS + 4
 
 looking: ContextVar[bool] = ContextVar("looking", default=False)
-"""What runs now is a worker's."""
+"""Whether the code that runs now belongs to a worker."""
 
 
 def rule(prefix: str = "", *, tags: dict[str, str] | None = None, **says: int) -> LifecycleRule:
@@ -88,7 +88,7 @@ def some_rules(chance: random.Random, today: int) -> tuple[LifecycleRule, ...]:
 
 
 class Was(NamedTuple):
-    """A version as rules see it, and where it stood."""
+    """A version as rules see it, and its place in the list."""
 
     entry: Entry
     tags: dict[str, str]
@@ -103,14 +103,14 @@ class Was(NamedTuple):
 
 
 class Oracle:
-    """What rules mean, said in another way than by the program."""
+    """The meaning of rules, written independently of the program."""
 
     def __init__(self, key: bytes, rules: tuple[LifecycleRule, ...]) -> None:
         self._rules = [one for one in rules if one.enabled and key.startswith(one.filter.prefix.encode())]
 
     @staticmethod
     def _midnight(since_ms: int, days: int) -> int:
-        """The first one later than so many days after a moment."""
+        """The first midnight later than so many days after a moment."""
         found = since_ms - since_ms % DAY_MS
         while found <= since_ms + days * DAY_MS:
             found += DAY_MS
@@ -136,7 +136,8 @@ class Oracle:
 
 
 class Watched:
-    """Registers of a gateway. What its worker proposes is judged, and a worker stands still before some changes."""
+    """Registers of a gateway. Changes that its worker proposes are judged, and the worker pauses before some of
+    them."""
 
     def __init__(self, client: Any, play: Living) -> None:
         self._client = client

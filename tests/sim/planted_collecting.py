@@ -30,7 +30,7 @@ COLLECTOR_BUGS = (
         "storaged/maintain/deletion.py",
         "        proofs = await prove(list(found))\n",
         "        proofs = await prove(list(found))\n        await use.mark(everything)\n",
-        tests="tests/integration/test_maintain_collect.py::test_what_is_wanted_after_the_collector_looked_is_not_deleted",
+        tests="tests/integration/test_maintain_collect.py::test_data_that_a_record_names_after_the_look_is_not_deleted",
         why="A writer's promise and its sync have to come between the round and the second look, which is some ms.",
     ),
     Planted(
@@ -41,7 +41,7 @@ COLLECTOR_BUGS = (
         _GC,
         "elif proof.gone or part or (proof.everywhere and not proof.uploads):",
         "elif proof.gone or part or not proof.uploads:",
-        tests="tests/integration/test_maintain_collect.py::test_with_a_replica_away_orphans_wait_and_replaced_data_does_not",
+        tests="tests/integration/test_maintain_collect.py::test_with_a_replica_away_only_orphans_wait",
         why=(
             "Only data that is stored with the record is in a create, and each accept of it stores the copy anew: a "
             "chosen record keeps its copies. What goes is the copy of a create that one replica alone has taken. "
@@ -77,7 +77,7 @@ COLLECTOR_BUGS = (
         "    def pardon(self, data_ids: Iterable[bytes]) -> None:\n"
         "        self._condemned.difference_update(data_ids)\n",
         "    def pardon(self, data_ids: Iterable[bytes]) -> None:\n        pass\n",
-        tests="tests/integration/test_maintain_collect.py::test_what_is_wanted_after_the_collector_looked_is_not_deleted",
+        tests="tests/integration/test_maintain_collect.py::test_data_that_a_record_names_after_the_look_is_not_deleted",
         why="As with looked_before_condemned.",
     ),
     Planted(

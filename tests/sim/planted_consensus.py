@@ -111,7 +111,7 @@ _ACCEPTORS = (
         path=ACCEPTOR,
         old="        above_all = max(self.promises.get(name, ZERO_BALLOT), self.common_at(epoch), high_water)\n",
         new="        above_all = ZERO_BALLOT\n",
-        tests="tests/unit/test_replica.py::test_a_damaged_row_counts_for_nothing_until_a_ballot_above_all_it_may_have_held",
+        tests="tests/unit/test_replica.py::test_a_damaged_row_counts_for_nothing_until_a_higher_ballot",
         why=(
             "An accept has to sleep while another change is chosen without one replica, and a row of that change "
             "has to be damaged before the accept arrives."
@@ -200,7 +200,7 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if self._found.settled and not self._wanted.commit and not self.lineage.open:\n",
         new="        if self._found.settled and not self._wanted.commit:\n",
-        tests="tests/unit/test_create.py::test_what_is_said_of_a_register_is_not_overturned_by_a_create_that_one_replica_has_taken",
+        tests="tests/unit/test_create.py::test_no_create_that_one_replica_took_overturns_an_answer",
         why=(
             "The first attempt has to go on from an unconfirmed value that one replica has, the second one must not "
             "see that replica, and a third proposer must miss another one."
@@ -226,7 +226,7 @@ _PROPOSERS = (
         path=PROPOSER,
         old="        if not self._found.settled and may_create(self.name) and not self._above:\n",
         new="        if not (self.sparing or self._found.settled or self._above) and may_create(self.name):\n",
-        tests="tests/unit/test_create.py::test_whoever_finds_a_create_that_lies_above_what_was_chosen_carries_it_on_behind_that",
+        tests="tests/unit/test_create.py::test_a_proposer_carries_a_create_on_after_the_chosen_value",
         why=(
             "A new value's sequence is above all that its promises report, settled or not, so that none falls. "
             "Only what the attempt says of the value before differs."

@@ -1,4 +1,4 @@
-"""What lends data to other keys, broken. ``lending`` notices.
+"""Bugs in lending data to other keys. The play ``lending`` notices them.
 
 Plain data: imports nothing of the program.
 """

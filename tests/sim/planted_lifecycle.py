@@ -1,4 +1,4 @@
-"""What lets objects expire, broken. Tests of the object plane notice.
+"""Bugs in the expiration of objects. Tests of the object plane notice.
 
 Plain data: imports nothing of the program.
 """
@@ -132,4 +132,4 @@ LIFECYCLE_PLAY_BUGS = (
         "        if False:\n",
     ),
 )
-"""What the play ``lifecycle`` notices of these, and more."""
+"""Bugs that the play ``lifecycle`` notices."""

@@ -1,4 +1,4 @@
-"""Conditional writes, versions and object lock, broken. The play ``races`` notices.
+"""Bugs in conditional writes, versions and object lock. The play ``races`` notices them.
 
 Plain data: imports nothing of the program.
 """

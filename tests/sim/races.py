@@ -1,9 +1,8 @@
 """Clients race on a few keys of three buckets: without versioning, with versioning and Object Lock, and with versioning
 that was suspended. What they do is ``racing``; it goes through the program's own object plane, over the simulated ring.
-Gateways stand still and die in the middle, and lifecycle looks at keys. A record has so few versions that most lie on
-pages.
+Gateways pause and die in the middle, and lifecycle looks at keys. A record has so few versions that most lie on pages.
 
-Judged is the history of each key, with its versions and locks (``version_histories``).
+The history of each key is judged, with its versions and locks (``version_histories``).
 """
 
 from __future__ import annotations
@@ -212,7 +211,7 @@ async def _pieces(body: bytes) -> AsyncIterator[bytes]:
 
 
 class Pausing:
-    """The registers of a gateway. Now and then it stands still between a promise and its accept."""
+    """The registers of a gateway. Now and then it pauses between a promise and its accept."""
 
     def __init__(self, client: Any, chance: random.Random, often: float) -> None:
         self._client = client

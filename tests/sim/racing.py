@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 class Unknown(Exception):
-    """Nobody knows whether the request was carried out."""
+    """It is not known whether the request was carried out."""
 
 
 class Port(Protocol):
@@ -173,7 +173,7 @@ class Race:
         if kind < 0.25:
             act.if_absent = True
         elif kind < 0.55 and any(one.etag for one in seen):
-            # mostly of what is likely to be current
+            # mostly the ETag that is likely to be current
             act.if_match = next(one.etag for one in reversed(seen) if one.etag)
             if self.chance.random() < 0.2:
                 act.if_match = self.chance.choice([one.etag for one in seen if one.etag])
@@ -315,9 +315,9 @@ class Race:
 
 
 def expiries(race: Race, keys: Sequence[str], *, after_ms: int) -> list[Operation]:
-    """What lifecycle may have done to these keys, where noncurrent versions expire ``after_ms`` after they were made,
-    or later: to the versions that somebody saw and the last list does not show, though nobody's deletion of them was
-    answered, and to what open requests made.
+    """Expirations that lifecycle may have made on these keys, where noncurrent versions expire ``after_ms`` after they
+    were made, or later. They are of versions that a client saw and the last list does not show, although no deletion of
+    them was answered; and of versions that open requests made.
     """
     found: list[Operation] = []
     for key in keys:

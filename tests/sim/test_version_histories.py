@@ -1,4 +1,4 @@
-"""The judge of races: what can't have been is refused, and what can is not."""
+"""The judge of races refuses impossible histories, and no others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ONE, TWO, THREE = map(id_of, (1, 2, 3))
 
 
 def in_turn(*acts: Act) -> list[Any]:
-    """One after the other; what is open has begun at its place."""
+    """One operation after the other; an open one begins at its place."""
     for number, act in enumerate(acts):
         act.key, act.invoked, act.began_ms, act.ended_ms = "key", 2 * number + 1, number * 1000, number * 1000 + 10
         if act.returned != -2:

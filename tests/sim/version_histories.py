@@ -1,10 +1,9 @@
-"""What clients may see of a key with versions, conditions and locks: one operation a class, for the checker of
-``linear``.
+"""The model of a key with versions, conditions and locks: a class for each operation, for the checker of ``linear``.
 
 A key's state is the list of its versions, newest first. Each operation says whether it could have been answered as it
 was, where it took effect, and what the key holds then. Contents are unique, so an ETag says which write made a version.
-An open write, of which nobody knows whether it was applied, has the id that lists show for its ETag. A delete marker of
-an open delete has the id ``?`` until a list shows it.
+An open write (it is not known whether it was applied) has the id that lists show for its ETag. A delete marker of an
+open delete has the id ``?`` until a list shows it.
 
 Locks depend on time: an operation has the times of its beginning and its end, and where a retention ended in between,
 both answers are right.
@@ -66,7 +65,7 @@ class Act(Operation):
 
     @property
     def unseen(self) -> bool:
-        """It is open, and nothing that was answered shows that it took effect: it is left out at first."""
+        """It is open, and no answer shows that it took effect: the judge leaves it out at first."""
         return False
 
     def says(self, *possible: str) -> bool:
@@ -220,8 +219,8 @@ def _with_lock(state: State, found: Held, lock: Lock) -> State:
 
 @dataclass
 class Lists(Act):
-    """ListObjectVersions: (id, ETag) of each version. A marker that nobody was told of may be that of an open delete,
-    or of lifecycle; ``claimed`` are those that somebody was told of.
+    """ListObjectVersions: (id, ETag) of each version. A marker that no answer named may be that of an open delete, or
+    of lifecycle; ``claimed`` are those that an answer named.
     """
 
     shown: tuple[tuple[str, str], ...] = ()
@@ -241,7 +240,7 @@ class Lists(Act):
 
 @dataclass
 class Gets(Act):
-    """What is current: its ETag; empty for none, or a marker. ``missing``: the answer was 404."""
+    """A read of the current version: its ETag; empty for none, or a marker. ``missing``: the answer was 404."""
 
     etag: str = ""
 
@@ -288,7 +287,7 @@ def wrong_in_lists(history: Sequence[Operation]) -> list[str]:
 
 
 def judge(history: Sequence[Operation]) -> list[str]:
-    """What is wrong in a history of several keys."""
+    """The violations in a history of several keys."""
     wrong = wrong_in_lists(history)
     by_key: dict[str, list[Operation]] = {}
     for operation in history:
@@ -302,7 +301,7 @@ def judge(history: Sequence[Operation]) -> list[str]:
 
 
 def _resolve(own: Sequence[Operation]) -> None:
-    """Gives open writes the ids that lists show, and lists the ids of markers that somebody was told of."""
+    """Gives open writes the ids that lists show, and gives lists the ids of the markers that answers named."""
     ids = {etag: version for one in own if isinstance(one, Lists) for version, etag in one.shown if etag}
     seen = {one.etag for one in own if isinstance(one, Gets)} | set(ids)
     claimed = frozenset(one.id for one in own if isinstance(one, Marks) and not one.open and one.answer == DONE)

@@ -350,9 +350,7 @@ async def half_created(ring: Ring, replica: Unreliable) -> None:
 
 
 @pytest.mark.parametrize("way", ["read", "settle", "change", "quick"])
-async def test_whoever_finds_a_create_that_lies_above_what_was_chosen_carries_it_on_behind_that(
-    ring: Ring, way: str
-) -> None:
+async def test_a_proposer_carries_a_create_on_after_the_chosen_value(ring: Ring, way: str) -> None:
     await half_created(ring, ring.first)
     client = ring.client()
     ring.third.away = True  # or the other two could agree without it
@@ -481,9 +479,7 @@ async def test_a_replica_that_refuses_late_is_told_of(ring: Ring) -> None:
 
 @pytest.mark.parametrize("blank", [0, 1, 2])
 @pytest.mark.parametrize("refuses", [True, False])
-async def test_what_is_said_of_a_register_is_not_overturned_by_a_create_that_one_replica_has_taken(
-    ring: Ring, refuses: bool, blank: int
-) -> None:
+async def test_no_create_that_one_replica_took_overturns_an_answer(ring: Ring, refuses: bool, blank: int) -> None:
     """The outcome has what was found; what one replica accepted before must not be found above it later."""
     client = ring.client(new_keys=Always())
     for index, replica in enumerate((ring.first, ring.second, ring.third)):

@@ -420,7 +420,8 @@ async def test_a_create_above_a_floor_that_overtakes_a_lower_sequence_is_not_app
     for active in (False, True):
         for disk in (x,) if active else world.state.present:
             set_ = FloorSet(disk, PREFIX, floor, active)
-            assert (await world.ring.replicas[disk].floors.set_floor(set_)).verdict == Verdict.OK  # type: ignore[attr-defined]
+            replica: Any = world.ring.replicas[disk]
+            assert (await replica.floors.set_floor(set_)).verdict == Verdict.OK
     world.ring.away = {x}
     outcome = await world.client.change(NAME, lambda _before: Change(b"first"))
     assert outcome.after is not None
@@ -576,7 +577,8 @@ async def test_nothing_goes_when_a_replica_is_away_while_all_are_compared(
     assert await expunge(world) == 0
     assert "does not answer" in world.expunger.done.waiting
     assert [await rows_at(world, disk) for disk in world.state.present] == [1, 1, 1]
-    told = [await world.ring.replicas[disk].floors.floors(messages.FloorsAsk(disk, NAME.partition)) for disk in DISKS]  # type: ignore[attr-defined]
+    replicas: dict[str, Any] = {disk: world.ring.replicas[disk] for disk in DISKS}
+    told = [await replicas[disk].floors.floors(messages.FloorsAsk(disk, NAME.partition)) for disk in DISKS]
     assert not any(reply.floors for reply in told), "no floor is active"
 
 

@@ -469,7 +469,8 @@ async def test_a_write_that_finds_no_space_is_taken_back_whole(tmp_path: Path) -
     async with opened(tmp_path, files=files, limits=limits) as store:
         made = await put(store)
         space = files.space
-        files.space = lambda: space()._replace(free=1 << 40)  # type: ignore[method-assign]  # the check before the write sees room
+        # the check before the write sees room
+        files.space = lambda: space()._replace(free=1 << 40)  # type: ignore[method-assign]
         with pytest.raises(DiskUnusable):
             await put(store, 2 * MIB)
         again = await put(store, 100)

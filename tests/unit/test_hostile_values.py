@@ -49,7 +49,8 @@ def test_no_version_is_kept_until_a_date_that_no_read_could_show(text: str) -> N
         )
     with pytest.raises(S3Error):
         lifecycle.parse(
-            f"<LifecycleConfiguration><Rule><Status>Enabled</Status><Prefix/><Expiration><Date>{text}</Date></Expiration>"
+            f"<LifecycleConfiguration><Rule><Status>Enabled</Status><Prefix/><Expiration>"
+            f"<Date>{text}</Date></Expiration>"
             "</Rule></LifecycleConfiguration>".encode()
         )
 
@@ -59,7 +60,7 @@ def test_a_date_that_an_earlier_release_took_can_be_shown() -> None:
 
 
 def test_a_date_that_is_printed_and_read_again_is_the_same_to_the_millisecond() -> None:
-    """Who reads a retention and writes it back must not shorten it."""
+    """A client that reads a retention and writes it back must not shorten it."""
     base = int(datetime(2030, 1, 1, tzinfo=UTC).timestamp()) * 1000
     for ms in (*range(base, base + 1000), -62_135_596_800_000, 253_402_300_799_999):
         assert conditions.parse_time(xml.iso_time(ms)) == ms

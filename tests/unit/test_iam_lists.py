@@ -1,5 +1,5 @@
 """Lists of IAM look at each entity once, and make rows only of those that they show: an account has thousands, and the
-event loop waits."""
+event loop waits meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way in which data that no register needs is deleted: mark, settle, compare, delete what is unchanged."""
+"""The one way in which data that no register needs is deleted: mark, settle, compare, delete if unchanged."""
 
 from __future__ import annotations
 

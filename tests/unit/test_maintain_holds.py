@@ -1,4 +1,4 @@
-"""What downloads hold: for how long at most, and how much."""
+"""Holds of downloads: how long they last at most, and how much data they keep."""
 
 from __future__ import annotations
 

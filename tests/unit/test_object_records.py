@@ -53,8 +53,10 @@ def of_old(version: Version) -> list[object]:
     second.
     """
     v = version
-    return [v.version_id, v.delete_marker, v.modified_ms, v.size, v.owner, v.bucket_key, v.context_id, v.wrapped_key, v.meta, v.listing, v.parts,  # noqa: E501
-            v.manifest, v.multipart, v.part_count, v.pages]  # fmt: skip
+    return [
+        v.version_id, v.delete_marker, v.modified_ms, v.size, v.owner, v.bucket_key, v.context_id, v.wrapped_key,
+        v.meta, v.listing, v.parts, v.manifest, v.multipart, v.part_count, v.pages,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 32])

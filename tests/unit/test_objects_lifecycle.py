@@ -775,7 +775,7 @@ async def test_many_versions_with_events_go_in_one_day_where_the_destination_tak
     await world.works()
     assert len(await world.versions()) == 1
     async with asyncio.timeout(60):
-        while outbox_of(world):  # noqa: ASYNC110 - the delivery tells nobody
+        while outbox_of(world):  # noqa: ASYNC110 - the delivery sets no event
             await asyncio.sleep(0.1)
     delivers.cancel()
     await asyncio.gather(delivers, return_exceptions=True)

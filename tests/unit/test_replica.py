@@ -543,7 +543,7 @@ async def test_a_retired_replica_answers_nothing_after_a_restart_either() -> Non
             await read(retired)
 
 
-async def test_a_damaged_row_counts_for_nothing_until_a_ballot_above_all_it_may_have_held() -> None:
+async def test_a_damaged_row_counts_for_nothing_until_a_higher_ballot() -> None:
     store = MemoryMetaStore()
     replica = LocalReplica("d", store)
     await replica.prepare(prepare(ballot(10)))

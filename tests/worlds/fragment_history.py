@@ -1,8 +1,8 @@
-"""What may happen to a disk's fragments, and what of it must be there after any end: for tests that end processes and
+"""Operations on a disk's fragments, and a model of what must be there after any end: for tests that kill processes and
 cut the power.
 
-The model keeps for every fragment what was last made durable, and what was asked since. After a cut the disk holds one
-of these, whole, and never anything else.
+The model keeps for every fragment the last durable state, and the states that were asked since. After a cut the disk
+holds one of these as a whole, and nothing else.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class FragmentHistory:
 
     def act(self) -> None:
         self.rng.choice((
-            self.write, self.write, self.write, self.delete, self.touch, self.retire, self.sync, self.sync_apart, self.begin_checkpoint,  # noqa: E501
-            self.end_checkpoint, self.compact, self.compact, self.punch, self.punch,
+            self.write, self.write, self.write, self.delete, self.touch, self.retire, self.sync, self.sync_apart,
+            self.begin_checkpoint, self.end_checkpoint, self.compact, self.compact, self.punch, self.punch,
         ))()  # fmt: skip
 
     # --- what must hold

@@ -47,7 +47,7 @@ MAP_BYTES = 1 << 24
 
 
 class StillLoop:
-    """In place of an event loop: ``run`` makes the calls that wait, in order. Its time stands still."""
+    """In place of an event loop: ``run`` makes the calls that wait, in order. Its time does not move."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], object]] = deque()
@@ -260,7 +260,7 @@ class StillDisk:
         assert not self.loop.mistakes, self.loop.mistakes
 
     def shut(self) -> None:
-        """As a node does that ends: what is queued is written, and both stores make their last checkpoint."""
+        """Ends as a node does: the queue is written, and both stores make their last checkpoint."""
         self.run()
         self.fragments.append()
         self.engine.close()

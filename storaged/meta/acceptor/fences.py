@@ -43,7 +43,7 @@ class Fences:
         self._lifted_unsynced: dict[bytes, bytes] = {}
         self._known: dict[bytes, Fence | None] = {}
         self._arriving: dict[bytes, bytes] = {}
-        """Scope -> nonce of its fence: accepts that were judged before this one was set may still be on their way."""
+        """Scope -> nonce of its fence. Accepts that were judged before the fence was set may not be on disk yet."""
 
     def of(self, scope: bytes) -> Fence | None:
         unsynced = self._unsynced.get(scope)
@@ -55,8 +55,8 @@ class Fences:
         return fence is not None and fence.nonce == nonce and scope not in self._arriving
 
     def arrived(self, scope: bytes, nonce: bytes) -> None:
-        """Everything that was judged before the fence of this nonce is on disk, or failed. It says nothing of a later
-        fence: when this one was lifted, accepts were judged without any.
+        """Everything that was judged before the fence of this nonce is on disk, or failed. It says nothing about a
+        later fence: after this one was lifted, accepts were judged without a fence.
         """
         if self._arriving.get(scope) == nonce:
             del self._arriving[scope]

@@ -68,7 +68,7 @@ class Handover:
         return ScopeFence(scope, fence.nonce, fence.final, lifted)
 
     async def take_fences(self, request: FencesTake, *, timeout_s: float = 10.0) -> FenceReply:
-        """Durable when it returns, and with it everything accepted before. A scope keeps what is newer here."""
+        """When it returns, this is durable, and so is everything accepted before. A newer value of a scope stays."""
         self._writes.check_answers()
         if len(request.scopes) > FENCES_A_CALL:
             raise InvalidRequest(f"{len(request.scopes)} fences at once; the limit is {FENCES_A_CALL}.")

@@ -80,8 +80,8 @@ def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | N
 
 
 def refuses_creates(look: Look) -> bool:
-    """Whether no create can become the register's value any more that is not a part of it now. Once that is so it stays
-    so, as long as the register is not deleted. Two things are needed:
+    """Whether no create that is not part of the register's value can become its value any more. Once this holds, it
+    holds until the register is deleted. Two conditions are needed:
 
     * Every replica holds a row, so it takes no further create. A floor is no row: a create that knows it is taken.
     * No minority holds a create that was accepted last of all. A proposer may carry that on over what the others have,

@@ -107,8 +107,8 @@ class PartitionMoves:
         return closed
 
     async def close_everywhere(self, state: PartitionState, scope: bytes) -> bool:
-        """Gives every replica of a settled partition the fence of a bucket that is deleted for good. Its deletion
-        needed a majority, so a replica that was away then has none. Returns whether a majority says so, and now all.
+        """Gives every replica of a settled partition the fence of a deleted bucket. The deletion needed only a
+        majority, so a replica that was away has no fence. Returns whether a majority had it, and all have it now.
         """
         before = max(0, int.from_bytes(scope, "big") - 1).to_bytes(len(scope), "big")
         found = await self._ask(state.present, partial(_fences_after, before), partial(_goes_on, before))

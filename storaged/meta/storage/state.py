@@ -99,7 +99,8 @@ class StoreState:
         self.fresh_bytes = 0
         self.fresh_since = 0.0
         self.taken_applied = 0
-        """``health.room.taken_bytes`` when that was frozen which LMDB has now; the rest is not there yet."""
+        """``health.room.taken_bytes`` at the freeze of the state that LMDB has now. It does not have later changes
+        yet."""
         with environment.begin() as transaction:
             self.pages = self.pages_of(self.used_pages(transaction))
         """As of the last checkpoint."""

@@ -202,7 +202,7 @@ class ReadBatcher:
         sizes, at = iter(answer.copies), 0
         for index, (disk, (asks, callbacks)) in enumerate(gathered.items()):
             rows = answer.found[index] if index < len(answer.found) else ()
-            for on_row in callbacks[len(rows) :]:  # else they would wait for their time limit, at each read anew
+            for on_row in callbacks[len(rows) :]:  # otherwise each of them would wait for its time limit, at every read
                 on_row(PeerUnreachable(f"{self._node} leaves out what it was asked for."), NO_BYTES)
             for ask, on_row, row in zip(asks, callbacks, rows, strict=False):
                 if row is None:

@@ -42,9 +42,9 @@ class TtlCache(Generic[K, V]):
         spawn: Callable[[Coroutine[Any, Any, None]], bool],
         made_s: Callable[[V], float] | None = None,
     ) -> None:
-        """``spawn`` runs a coroutine in the background, or returns False when it does not. ``made_s``: of a value that
-        was made of values in other caches, when the oldest of these was loaded (their ``loaded_s``): it expires with
-        that one. Else a change would be seen late by the lifetimes of all these caches together.
+        """``spawn`` runs a coroutine in the background, or returns False when it does not. ``made_s``: for a value that
+        was made from values in other caches, when the oldest of these was loaded (their ``loaded_s``). The value
+        expires together with that one. Otherwise a change could be seen as late as all these lifetimes added up.
         """
         self._clock = clock
         self._load_of = load

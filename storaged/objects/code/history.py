@@ -466,9 +466,9 @@ class Draft:
         """Lets go of pages that are lost, with their versions."""
         self._levels = [without_lost(level, lost, self._shelf.page, self._new_page) for level in self._levels]
         if self._null_at >= 0 and self._at(self._null_at) is None:
-            if self._copied is not None:  # what is known of it, so that its small copies go with it
-                stub = Version(NULL_VERSION, 0, 0, "", 0, b"", b"", False, b"", b"", (self._copied,))
-                self.removed.append(stub)
+            if self._copied is not None:  # the fields that are known, so that its small copies go with it
+                null_version = Version(NULL_VERSION, 0, 0, "", 0, b"", b"", False, b"", b"", (self._copied,))
+                self.removed.append(null_version)
             self._null_at, self._copied = -1, None
         for ordinal in [one for one in self.borrowed if self._at(one) is None]:
             self._give_back(ordinal)

@@ -43,7 +43,7 @@ VERSIONS_WITH_EVENTS = 8
 """The same where each of them makes an event: the outbox of a key has room for 32."""
 ROOM_S = 5.0
 ROOM_WAITS = 20
-"""So long, in so many pieces, a look that has filled the outbox waits until events are delivered."""
+"""How long, and in how many steps, a look that has filled the outbox waits until events are delivered."""
 ATTEMPTS_MAX = 10
 EXPIRY = Origin(EXPIRED)
 
@@ -328,7 +328,7 @@ class _Expiry:
         self.later: list[int] = []
 
     async def carry_out(self) -> Gone:
-        """Returns what went. Raises as ``look_at``."""
+        """Returns the versions that were removed. Raises as ``look_at``."""
         note = self._outgoing.note if self._outgoing is not None else None
         for _ in range(ATTEMPTS_MAX):
             try:

@@ -20,7 +20,7 @@ def owner_of(bucket: BucketRecord, found: Found) -> RegisterName:
 
 
 async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> Found:
-    """What was found, with the part that it borrows, under the name of the register which that belongs to. Raises
+    """The found version with the part that it borrows, under the name of the register that the part belongs to. Raises
     DataDamaged, ServiceUnavailable.
     """
     borrowed = found.opened.borrowed

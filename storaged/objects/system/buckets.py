@@ -376,7 +376,10 @@ class BucketService:
                 await self._is_empty(bucket, bucket.nonce)
                 and await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False) is None
             )
-        except (CopyUnreadable, DataDamaged):  # there may be an object: the bucket would stay closed until it is back
+        except (
+            CopyUnreadable,
+            DataDamaged,
+        ):  # there may be an object: the bucket would stay closed until the disk is back
             return False
 
     async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:

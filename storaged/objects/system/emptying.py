@@ -1,4 +1,4 @@
-"""What is left of deleted keys, when a bucket is to be deleted: loans that nothing uses, and events."""
+"""Removes what deleted keys have left before a bucket is deleted: loans that nothing uses, and events."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def has_versions(row: Row) -> bool:
 
 
 async def end_remains(plane: ObjectPlane, bucket: BucketRecord) -> bool:
-    """Ends the loans of deleted keys, when all rows are of deleted keys. False: some are not. Raises SlowDown when
-    events are left that are not delivered yet, or a copy is under way.
+    """Ends the loans of deleted keys, if all rows belong to deleted keys. False: some do not. Raises SlowDown while
+    events are not delivered yet, or a copy is under way.
     """
     refusal = ""
     wanted = PageQuery(Table.OBJECT, bucket.id, bucket.shard_numbers, limit=100, hidden=True)

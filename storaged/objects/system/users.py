@@ -102,7 +102,7 @@ class UserService:
         return await self._cache.get(access_key)
 
     def _made_s(self, found: tuple[Principal, str]) -> float:
-        """A key of a user of an account says what the cached account said."""
+        """A key of an account's user says what the cached account says."""
         who = found[0]
         return math.inf if who.identity is None else self.accounts.loaded_s(who.user_id)
 

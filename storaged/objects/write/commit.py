@@ -2,10 +2,10 @@
 
 The condition of a write is judged on the record that the prepare of the accepted ballot brought.
 
-The last of several blocks is sent beside the prepare. The barrier comes after the promise, and costs no time of its own
-as a rule: the promise is there before the block. An only block is sent after the promise (``writer``). The barrier may
-move blocks, when disks failed at the last moment; then the commit begins again with the entry as the barrier left it
-(``RunsChanged``).
+The last of several blocks is sent beside the prepare. The barrier comes after the promise. Usually it costs no extra
+time: the promise arrives before the block is sent. An only block is sent after the promise (``writer``). The barrier
+may move blocks, when disks failed at the last moment; then the commit begins again with the entry as the barrier left
+it (``RunsChanged``).
 
 Why after the promise: a garbage collector that takes the fragments for orphans ends every promise that was given before
 it looked, and deletes only what no writer has asked for since. So between each promise and its accept the fragments are

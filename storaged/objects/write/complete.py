@@ -187,7 +187,7 @@ async def _complete_once(
         plane.notes.changed(bucket, upload.place.key, version.size, version.modified_ms, upload.meta.tags)
     try:
         result = await _done(plane, bucket, upload, version, committed.version_id)
-    except (ServiceUnavailable, SlowDown):  # they say that nothing was changed
+    except (ServiceUnavailable, SlowDown):  # these errors say that nothing was changed
         raise OutcomeUnknown(
             "The object was made, but that can't be noted now. Retry: the same request gets its answer."
         ) from None

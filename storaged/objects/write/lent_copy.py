@@ -1,9 +1,9 @@
 """Copies that move no data: the new version borrows the data of its source (``loans``).
 
-That is possible inside of one bucket, for an object that is coded and was stored by one PUT, when the copy wants the
-checksums that the source has, and neither of them has SSE-C: a customer's key stands for data that nobody else's record
-opens. The data key is wrapped anew, for the copy's key and version; the metadata and the list field are sealed anew. A
-copy inherits the data id, under which its body opens.
+That is possible inside one bucket, for an object that is coded and was stored by one PUT, when the copy wants the
+checksums that the source has, and neither of them has SSE-C: no other record may open data under a customer's key. The
+data key is wrapped anew, for the copy's key and version; the metadata and the list field are sealed anew. A copy
+inherits the data id, under which its body opens.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ async def lendable(
     algorithm: str,
     encryption: Encryption | None,
 ) -> Lendable | None:
-    """None: the copy needs data of its own. Raises as ``get`` of the source does, and SlowDown for another object than
-    may be copied.
+    """None: the copy needs data of its own. Raises as ``get`` of the source does, and SlowDown when the source is not
+    the object that the sender may copy.
     """
     if source.bucket.id != bucket.id or source.key == key or source.customer_key != NO_KEY:
         return None

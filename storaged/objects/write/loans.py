@@ -1,38 +1,37 @@
 """Loans: a version of one key reads the data of another key of its bucket, so that a copy moves no data.
 
-Theory of operation. Data belongs to one register, its *owner*: each of its fragments names it, and whoever deletes,
-repairs or moves fragments asks that register alone. A copy changes nothing of that. It has the owner's record keep the
-data for it:
+Theory of operation. Data belongs to one register, its *owner*. Each of its fragments names the owner, and deletion,
+repair and moves ask the owner alone. A copy does not change that: the owner's record keeps the data for it.
 
 * The owner's record has a *loan*: the data (its place, too) and its *borrowers*. As long as it has one, the record
   refers to the data (``write.references``), whether or not a version of its own key has it. So collection, sweep,
-  repair, moves and the loss of disks need to know nothing of copies, and where the data is stands in one register.
+  repair, moves and the loss of disks need to know nothing of copies, and one register has the places of the data.
 * The borrowing version has no parts. Its record says in which key's record they are, under which borrower's id
   (``records.Borrowed``). Readers look there (``read.borrowed``). A copy of a copy borrows from the same owner.
 
-*Lending.* A borrower is added by a compare-and-set of a record that has the data at this very moment. Data that no
-record has any more is never had again: nothing brings back what the collector may delete. It is added before the
-borrowing version is accepted (``with_loan``).
+*Lending.* A borrower is added by a compare-and-set of a record that has the data at that moment. So no data comes back
+that the collector may delete already. The borrower is added before the borrowing version is accepted (``with_loan``).
 
-*Ending.* A borrower's id is drawn for one copy, and only that copy proposes a version with it. The others carry the
-version on. A request that removed such a version, a copy that failed, and a look from time to time (``end_unused``) end
-a loan in three steps (``end_loan``):
+*Ending.* A borrower's id is drawn for one copy, and only that copy proposes a version with it; other proposers carry
+this version on. A request that removed such a version, a copy that failed, and a look from time to time
+(``end_unused``) end a loan in three steps (``end_loan``):
 
 1. The borrower is marked as ending, with a random mark of this request. A later request sets its own.
 2. The borrowing key's register is settled: a round at a new ballot, which ends all promises that were given before it,
    or brings an accept under such a promise into its value.
-3. Names that value the borrower, the mark is taken off. If not, the borrower goes. Both only if the mark still is the
-   one of step 1. With the last borrower the loan goes, and its data to the garbage lists, if no version has it.
+3. If that value names the borrower, the mark is taken off; otherwise the borrower goes. Both happen only if the mark is
+   still the one of step 1. When the last borrower goes, so does the loan. If no version has the data either, the data
+   goes to the garbage lists.
 
 A copy looks at its borrower between its promise and its accept, and accepts nothing when the borrower is marked or gone
-(``check_lent``). So no version is accepted whose borrower goes: the copy saw it without a mark, after its promise. If
-the mark came before that look, it was taken off before it, too, and is not the one that is there at step 3. If it came
-later, step 2 came after the promise.
+(``check_lent``). So no version is accepted whose borrower goes: the copy saw the borrower unmarked after its promise.
+If the mark was set before that look, it was also taken off before it, so step 3 finds another mark or none. If it was
+set after the look, step 2 came after the promise and ended it.
 
-*Creates.* A plain PUT of a new key may be a create, which does not ask what it overwrites and may take effect late, at
-a replica that holds nothing (``meta.consensus.register``). There it may lie above the owner's record, until a proposer
-carries it on. It would overwrite the loans of its key. So data is lent only when no create of the owner's register can
-take effect any more (``meta.consensus.looks.refuses_creates``).
+*Creates.* A plain PUT of a new key may be a create. A create does not read the record that it overwrites, and it may
+take effect late at a replica that holds nothing (``meta.consensus.register``). Its ballot there may be above that of
+the owner's record. A proposer that carries it on would overwrite the loans of its key. So data is lent only when no
+create of the owner's register can take effect any more (``meta.consensus.looks.refuses_creates``).
 """
 
 from __future__ import annotations
@@ -64,17 +63,17 @@ MARK_BYTES = 8
 BORROWER_ID_BYTES = DATA_ID_BYTES
 BORROWERS_MAX = 64
 KEYS_BYTES_MAX = 16 * KIB
-"""Of one record: how many borrowers its loans have, and the bytes of their keys. Further copies get their own data."""
+"""Limits of one record: the borrowers of its loans, and the bytes of their keys. Further copies get their own data."""
 BORROWED_MAX = 32
 """Versions of one key that borrow."""
 FRESH_MS = 600_000
-"""Copies that are younger are hardly ever over; nothing but work depends on it. One from further in the future is by a
-clock that was wrong, and as good as old.
+"""Copies that are younger have rarely ended, so a look at them would be wasted. Nothing else depends on it. A time that
+is further in the future than this is of a wrong clock: such a copy counts as old.
 """
 
 
 class Wanted(NamedTuple):
-    """What a copy borrows: data of the register ``owner``, which a loan has, or else the version ``named`` (None: the
+    """The data that a copy borrows, of the register ``owner``: a loan has it, or the version ``named`` (None: the
     current one). ``borrower``: the new version, of a key of the same bucket.
     """
 
@@ -85,8 +84,8 @@ class Wanted(NamedTuple):
 
 
 class NotLent(Exception):
-    """The data is not lent: its record has it no more, or has no room for another borrower, or a create may overwrite
-    it. Or its borrower is marked, or gone. The copy gets data of its own.
+    """The data is not lent: its record does not have it any more, has no room for another borrower, or may be
+    overwritten by a create; or the borrower is marked or gone. The copy gets data of its own.
     """
 
 
@@ -99,9 +98,9 @@ async def check_no_create(plane: ObjectPlane, owner: RegisterName) -> None:
 async def with_loan(
     plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted, commit: Callable[[AfterPromise], Awaitable[T]]
 ) -> T:
-    """What ``commit`` returns, which commits the borrowing version, and is handed what to await between its promise and
-    its accept. When it raises, the loan is ended in the background, if the version was not accepted all the same.
-    Raises NotLent, and what that raises.
+    """Lends the data, and has ``commit`` commit the borrowing version. ``commit`` gets a function to await between its
+    promise and its accept. When ``commit`` raises, the loan is ended in the background, unless the version was accepted
+    all the same. Returns what ``commit`` returns. Raises NotLent, and as ``commit``.
     """
     borrowed = Borrowed(wanted.owner.key, wanted.borrower.id)
     await add_borrower(plane, bucket, wanted)
@@ -151,8 +150,8 @@ async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes
 
 
 async def end_loan(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes) -> None:
-    """Takes a borrower off its loan, if no version of its key has the data any more. Raises StoragedError: then the
-    loan stays, until somebody looks at it again.
+    """Removes a borrower from its loan, if no version of its key has the data any more. Raises StoragedError: then the
+    loan stays until the next look at it.
     """
     mark = plane.entropy(MARK_BYTES)
     key = await _mark(plane, bucket, owner, borrower_id, mark)
@@ -209,8 +208,8 @@ async def _conclude(
 
 
 def _has(draft: Draft, data_id: bytes) -> bool:
-    """Whether a version in the record has the data. One on a page may have it, too: then it was not replaced for sure,
-    and the collector makes a round.
+    """Whether a version in the record has the data. A version on a page may have it, too: so False does not prove that
+    the data was replaced, and the collector makes a round.
     """
     return any(part.data_id == data_id for entry in draft.inline for part in entry.version.parts)
 
@@ -229,12 +228,12 @@ async def try_end_loan(plane: ObjectPlane, bucket: BucketRecord, borrowed: Borro
     try:
         await end_loan(plane, bucket, object_name(bucket.id, bucket.shard_numbers, borrowed.key), borrowed.id)
     except StoragedError:
-        return  # the next walk has it looked at
+        return  # the next walk asks for a look at it
 
 
 async def end_unused(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, fresh_ms: int = FRESH_MS) -> int:
-    """Ends what is left of copies that failed, and of versions that went while no process could end their loans.
-    Returns how many loans the record has then. Raises StoragedError.
+    """Ends the loans of failed copies, and of versions that were removed while no process could end their loans.
+    Returns how many loans the record has afterwards. Raises StoragedError.
     """
     now_ms = plane.clock.wall_ms()
     for loan in sharing_of(decode_record((await plane.registers.read(owner)).value)).loans:
@@ -248,7 +247,8 @@ async def end_unused(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterNa
 
 
 def let_go(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, gone: Gone) -> None:
-    """After a committed change: retires what it removed, and ends what that borrowed, in the background."""
+    """After a committed change: retires the removed data, and ends the loans of the removed versions in the
+    background."""
     retire_removed(plane, bucket, name, gone.versions)
     for borrowed in gone.borrowed:
         plane.background.spawn(try_end_loan(plane, bucket, borrowed))

@@ -4,7 +4,7 @@ Each fragment names one owner: the register of the *object* that it belongs to, 
 of an open upload too. A data id is referred to by
 
 * the object's record, in a part of any version, current or older, or on a page of that version's manifest; or
-* the object's record, in a loan (``loans``): versions of other keys read this data, whose records do not have it; or
+* the object's record, in a loan (``loans``): versions of other keys read this data, and only this record has it; or
 * the row of a part of an open or completing upload for that key; or
 * the version that a completing upload has pinned.
 

@@ -39,7 +39,8 @@ def next_ordinal(value: Value | None) -> int:
 
 
 class Gone(NamedTuple):
-    """What a change removed: versions whose data nothing uses any more once it is committed, and what was borrowed."""
+    """What a change removes: versions whose data nothing uses any more once the change is committed, and loans that
+    they borrowed from."""
 
     versions: Sequence[Version] = ()
     borrowed: Sequence[Borrowed] = ()
@@ -98,7 +99,7 @@ def _payload_of(value: Value | None, removed: list[Version]) -> bytes:
 
 
 def _unlent(draft: Draft) -> list[Version]:
-    """The versions that went, but for those whose data stays in the record for other keys."""
+    """The removed versions, except those whose data stays in the record for other keys."""
     if not draft.loans:
         return draft.removed
     lent = {loan.part.data_id for loan in draft.loans}

@@ -464,7 +464,7 @@ class PartWriter:
         """
         held, self._held = self._held, None
         if held is not None:
-            return  # the only block was not sent
+            return  # the only block was not sent yet
         disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}
         due_ms = self._plane.clock.wall_ms() + self._plane.limits.retire_delay_ms
         entry = Retirement(self._data_id, self._owner, due_ms)

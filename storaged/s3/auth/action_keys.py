@@ -7,7 +7,7 @@ there for all actions. Keys of IAM and STS are given with the calls that have th
 
 Source: the column «Condition keys» of
 https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazons3.html#amazons3-actions-as-permissions.
-Left out are keys that ``conditions.KEYS`` does not know: no policy has them.
+The tables leave out keys that ``conditions.KEYS`` does not know: no policy has them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ALL: Final = frozenset(
         "s3:dataaccesspointarn", "s3:dataaccesspointaccount", "s3:accesspointnetworkorigin",
     }
 )  # fmt: skip
-"""Of every action of S3. The reference leaves one or the other of them out for a few actions, without a reason: none
-of them says what a request does."""
+"""Keys of every action of S3. The reference omits some of them for a few actions, and gives no reason. None of them
+depends on what the action does."""
 
 _LIST: Final = frozenset({"s3:prefix", "s3:delimiter", "s3:max-keys"})
 _ACL: Final = frozenset(

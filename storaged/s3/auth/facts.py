@@ -159,7 +159,7 @@ def _lock(name: str) -> _Fact:
 
 
 def _header_unless_document(header: str, operations: tuple[str, ...]) -> _Fact:
-    """``operations``: they have it in their document, so that a header says nothing about what they do."""
+    """``operations``: they take it from their document, so a header says nothing about what they do."""
 
     def fact(facts: Facts) -> str | None:
         if facts.request.operation in operations:

@@ -192,7 +192,7 @@ def _parsed(document: bytes, bucket: str, grammar: Grammar) -> Policy:
         text = document.decode()
         found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
         valid = isinstance(found, dict) and _is_text(found)
-    except (ValueError, RecursionError):  # what the parser takes may be one level too deep for the printer
+    except (ValueError, RecursionError):  # the parser may take one level more than the printer
         valid = False
     if not valid:
         raise MalformedPolicy("Policies must be valid JSON and the first byte must be '{'")

@@ -64,7 +64,7 @@ async def delete_objects(front: Front, request: Request) -> Reply:
         for index in following:
             if waits:
                 async with turn:
-                    await asyncio.sleep(0)  # policies may be long: other requests have their turn after each decision
+                    await asyncio.sleep(0)  # long policies take time: other requests have a turn after each decision
             lines[index] = await _delete_entry(front, request, entries[index], quiet)
 
     async with asyncio.TaskGroup() as group:

@@ -38,8 +38,8 @@ ROOTS = ("Delete", "Tagging", "LifecycleConfiguration", "a")
 
 
 def any_xml(data: bytes) -> None:
-    """What is taken, the standard library's parser takes too, and reads as the same tree. Nothing is expanded: a tree
-    has no more text than its document. Written again, it reads the same."""
+    """The standard library's parser takes every document that ours takes, and reads the same tree. Nothing is expanded:
+    a tree has no more text than its document. A tree that is written again reads the same."""
     choices = Choices(data)
     root, document = choices.pick(ROOTS), choices.rest()
     found = refused(lambda: xml.parse(document, root))
@@ -196,8 +196,7 @@ KINDS = (
 
 def document(data: bytes) -> None:
     """Each kind of document has a value or an error of AWS's. A value is stored and read again as it was. It is shown
-    as well-formed XML, from which the same value comes; a list of parts is in order. Rules can be asked about any
-    request: they answer, whatever they say."""
+    as well-formed XML, from which the same value comes; a list of parts is in order. Rules answer for any request."""
     choices = Choices(data)
     kind, text = choices.pick(KINDS), choices.rest()
     value = refused(lambda: kind.parse(text))

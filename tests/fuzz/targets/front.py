@@ -44,7 +44,7 @@ PATIENCE_S = 300.0
 
 
 class StillClock:
-    """Its wall clock stands still, so that signatures are always of this moment."""
+    """Its wall clock does not move, so that signatures are always fresh."""
 
     def monotonic(self) -> float:
         return asyncio.get_running_loop().time()
@@ -193,8 +193,8 @@ HOSTS = (b"h", b"plain.s3.example.eu", b"plain.web.example.eu")
 
 def front(data: bytes) -> None:
     """Every request has a whole answer of HTTP/1.1, whose status is never 500 or 503, and whose document is a
-    well-formed one. A request that is refused has changed nothing. Nobody is answered 2xx to a change without a
-    signature. What one request does, another one after it finds: the front still serves a plain GET."""
+    well-formed one. A request that is refused has changed nothing. No change without a signature gets 2xx. After any
+    request the front still serves a plain GET."""
     loop = VirtualLoop()
     try:
         loop.run_until_complete(_front(Choices(data)))
@@ -271,7 +271,8 @@ def _check(world: Front, said: bytes, before: Any, method: str, *, signed: bool)
 
 
 _IAM = (
-    b"\x00\x02\x00\x00\n\r\n\r\nAction=CreateUser&Version=2010-05-08&UserName=u&Path=/a/&Tags.member.1.Key=k&Tags.member.1.Value=v",
+    b"\x00\x02\x00\x00\n\r\n\r\nAction=CreateUser&Version=2010-05-08&UserName=u&Path=/a/"
+    b"&Tags.member.1.Key=k&Tags.member.1.Value=v",
     b"\x00\x02\x00\x00\n\r\n\r\nAction=CreateRole&RoleName=r&AssumeRolePolicyDocument=%7B%7D",
     b"\x00\x02\x00\x00\n\r\n\r\nAction=ListUsers&MaxItems=1&Marker=dQ==",
 )

@@ -86,9 +86,9 @@ def ranges(data: bytes) -> None:
 
 
 def stored_headers(data: bytes) -> None:
-    """What a request says of an object is stored as it was sent, or refused. Each parser of headers has a value or an
-    error of AWS's, in whatever company. Tags are as many as allowed; a lock prints as it was asked; conditions are what
-    a second parser reads, and none gets lost."""
+    """The headers that describe an object are stored as they were sent, or refused. Each parser of headers returns a
+    value or an error of AWS's, whatever other headers there are. Tags are as many as allowed; a lock prints as it was
+    asked; conditions are what a second parser reads, and none gets lost."""
     found = refused(lambda: parse_head(b"PUT / HTTP/1.1\r\nHost: h\r\n" + data.partition(b"\r\n\r\n")[0], LIMITS))
     if isinstance(found, S3Error):
         return
@@ -170,8 +170,8 @@ STAMP, SCOPE, SECRET = "20130524T000000Z", "20130524/r/s3/aws4_request", "secret
 
 
 def signature(data: bytes) -> None:
-    """A request that a second implementation has signed verifies, wherever its signature is. It does not when one bit
-    of what is signed has changed, unless its canonical form is the same; nor with another signature."""
+    """A request that a second implementation has signed verifies, wherever its signature is. It does not verify when
+    one signed bit has changed, unless the canonical form is the same; nor with another signature."""
     choices = Choices(data)
     method, presigned, where, at, bit = (
         choices.pick(("GET", "PUT", "DELETE")),
@@ -224,9 +224,9 @@ def signature(data: bytes) -> None:
 
 
 def authorization(data: bytes) -> None:
-    """What a request says about its signature is a claim, or has the error of AWS. A claim is for this service, its
-    Host is signed, and its text is bounded by the request's. No claim verifies without the secret. Parameters of the
-    query that act as headers contradict none of them."""
+    """The signature fields of a request are a claim, or get the error of AWS. A claim is for this service, its Host is
+    signed, and its text is bounded by the request's. No claim verifies without the secret. Parameters of the query that
+    act as headers contradict none of them."""
     choices = Choices(data)
     line = choices.line()
     head = refused(lambda: parse_head(b"GET / HTTP/1.1\r\nHost: h\r\n" + choices.rest(), LIMITS))
@@ -269,7 +269,8 @@ def nesting(data: bytes) -> None:
     )
     refused(lambda: policy.parse(document))
     for grammar in (policy.IDENTITY, policy.TRUST):
-        refused(lambda grammar=grammar: policy.check_document(document.decode(), grammar, 6144, "x"))  # type: ignore[misc]
+        text = document.decode()
+        refused(lambda g=grammar, t=text: policy.check_document(t, g, 6144, "x"))  # type: ignore[misc]
     posted = b'{"expiration":"2030-01-01T00:00:00Z","conditions":[%b]}' % inner
     refused(lambda: form_policy.parse_policy(base64.b64encode(posted).decode()))
     refused(lambda: encryption._check_context(base64.b64encode(inner).decode()))

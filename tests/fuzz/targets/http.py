@@ -1,4 +1,4 @@
-"""What arrives on the S3 port before anything is known of its sender: heads, chunks, forms, targets."""
+"""Input of the S3 port from unknown senders: heads, chunks, forms, targets."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def aws_chunks(data: bytes) -> None:
 
 
 def aws_signed_chunks(data: bytes) -> None:
-    """What signed chunks say is taken as it was signed, or refused: no change of one byte is taken as another body."""
+    """Signed chunks are taken as they were signed, or refused: no change of one byte is taken as another body."""
     choices = Choices(data)
     trailing, step, at, bit = choices.flag(), choices.pick(STEPS), choices.number(65536), choices.number(8)
     pieces = [piece for piece in choices.rest().split(b"\n") if piece][:8]

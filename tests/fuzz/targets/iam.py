@@ -24,9 +24,9 @@ from tests.property.test_iam_calls import POLICY, TRUSTS, Users, call_of
 
 
 def iam(data: bytes) -> None:
-    """A body is a form, which the standard library reads the same, or it is refused. A call has an answer that is
-    well-formed, or the error of AWS; what is refused changes nothing, what lists or gets changes nothing, and nothing
-    is done or said before permission was asked. An account can always be stored and read again."""
+    """A body is a form, which the standard library reads the same, or it is refused. A call has a well-formed answer,
+    or the error of AWS. A refused call changes nothing, and neither does a call that lists or gets. Nothing is done or
+    answered before permission was asked. An account can always be stored and read again."""
     users = Users()
     for body in data.split(b"\n")[:4]:
         request = Request("1", "POST", b"/", "", False, {"content-type": "application/x-www-form-urlencoded"})
@@ -137,7 +137,8 @@ TARGETS = (
             b"Action=CreateRole&RoleName=r&"
             + _NAMES[9]
             + b"\nAction=UpdateRole&RoleName=r&MaxSessionDuration=7200\nAction=ListRoles",
-            b"Action=CreateGroup&GroupName=g\nAction=CreateUser&UserName=u\nAction=AddUserToGroup&GroupName=g&UserName=u\nAction=ListGroupsForUser&UserName=u",
+            b"Action=CreateGroup&GroupName=g\nAction=CreateUser&UserName=u\n"
+            b"Action=AddUserToGroup&GroupName=g&UserName=u\nAction=ListGroupsForUser&UserName=u",
             b"Action=ListUsers&Marker=x",
             b"Action=CreatePolicy&PolicyName=p&" + _NAMES[8] + b"\nAction=ListPolicies&Scope=All&MaxItems=1",
         ),

@@ -90,8 +90,8 @@ def message(data: bytes) -> None:
 
 
 def row(data: bytes) -> None:
-    """A row with any content, under a check that is right for it (a liar can make one): what reads rows that came from
-    another node raises only what its callers expect. A row that is taken is packed again to the same bytes."""
+    """A row with any content, under a check that is right for it (a liar can make one): code that reads rows of another
+    node raises only what its callers expect. A row that is taken is packed again to the same bytes."""
     seed = rowvalue.seed_of(NAME.prefix)
     forged = data[:1] + xxhash.xxh3_64_digest(data[1:] + NAME.key, seed) + data[1:]
     assert rowvalue.sound_check(seed, NAME.key, forged) in (forged[1:9], b"")

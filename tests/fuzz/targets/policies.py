@@ -118,8 +118,8 @@ def _held(name: str, wanted: str, values: list[str] | None, variables: bool) -> 
 
 
 def pattern(data: bytes) -> None:
-    """A pattern matches as the simplest definition says: a star is any text, a question mark any character. What a
-    variable stands for is never a pattern."""
+    """A pattern matches as the simplest definition says: a star is any text, a question mark any character. The value
+    of a variable is never a pattern."""
     choices = Choices(data)
     text, value = choices.line().decode("latin-1")[:60], choices.rest().decode("latin-1")[:60]
     assert conditions.like(text, value) == _simple(text, value)
@@ -162,12 +162,14 @@ def posted_policy(data: bytes) -> None:
         assert isinstance(more, S3Error), "a field that the policy does not name is taken"
         for name, value in fields.items():
             if any(each.field == name and not each.prefix for each in found.conditions):
-                changed = refused(lambda: form_policy.check_policy(found, fields | {name: value + "x"}, bucket, 0))  # noqa: B023
+                other_fields = fields | {name: value + "x"}
+                changed = refused(lambda: form_policy.check_policy(found, other_fields, bucket, 0))  # noqa: B023
                 assert isinstance(changed, S3Error), "a field with another value than the policy's is taken"
         for each in found.conditions:
             if each.prefix and each.value and each.field in fields and each.field != "content-type":
                 other = chr(ord(each.value[0]) ^ 1) + fields[each.field][1:]
-                changed = refused(lambda: form_policy.check_policy(found, fields | {each.field: other}, bucket, 0))  # noqa: B023
+                other_fields = fields | {each.field: other}
+                changed = refused(lambda: form_policy.check_policy(found, other_fields, bucket, 0))  # noqa: B023
                 assert isinstance(changed, S3Error), "a field that begins otherwise than the policy says is taken"
     shown = [json.loads(str(each)) for each in found.conditions]
     text = json.dumps({"expiration": json.loads(data)["expiration"], "conditions": shown})

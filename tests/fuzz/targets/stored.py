@@ -1,4 +1,4 @@
-"""What a hostile storage node may have stored, and gives back: segments, records, pages, parts, what is sealed."""
+"""Stored data as a hostile storage node may return it: segments, records, pages, parts, sealed messages."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def record(data: bytes) -> None:
 
 
 def sealed(data: bytes) -> None:
-    """What is sealed opens to what was sealed, or SealBroken: no change of it opens, of whatever length."""
+    """A sealed message opens to its plaintext, or SealBroken: no changed one opens, whatever its length."""
     choices = Choices(data)
     at, bit, size = choices.number(65536), choices.number(8), choices.number(9000)
     text, key, context = choices.rest(), b"k" * 32, b"c"

@@ -251,7 +251,7 @@ def lacking(account: StoredAccount, kind: Kind, name: str) -> StoredAccount:
 
 
 def with_prefix(entries: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    """The rows of a list: what has a path that begins so, by name."""
+    """The rows of a list: the entities whose path begins with the prefix, by name."""
     return [(name, each) for name, each in entries.items() if each.path.startswith(prefix)]
 
 
@@ -273,8 +273,8 @@ def _itself(row: Any) -> Any:
 def page(
     call: Call, name: str, rows: Iterable[tuple[str, Any]], shown: Callable[[Any], Any] = _itself
 ) -> dict[str, Any]:
-    """The part of ``rows`` (sort key, row) that Marker and MaxItems ask for, each as ``shown``: an account has
-    thousands. Raises ValidationError."""
+    """The page of ``rows`` (sort key, row) that Marker and MaxItems ask for. Only its rows are made by ``shown``, for
+    an account has thousands. Raises ValidationError."""
     limit = call.parameters.integer("MaxItems", PAGE, 1, PAGE_MAX)
     after = _from_marker(call.parameters.text("Marker", "", chars_max=2000))
     left = sorted((row for row in rows if row[0] > after), key=lambda row: row[0])
