@@ -1,18 +1,22 @@
 """Runs ``storaged COMMAND`` for the tests of whole clusters, each in a process of its own.
 
-Theory of operation. The tests give hundreds of commands, and most of these need far less of a processor than a Python
-that starts and imports them. So one process, ``python -m tests.commands``, imports the command line once, and forks
-for each command. The child takes the command's environment, directory and output, and calls ``main`` as the console
-script does. A second fork waits for it, and reports its pid and then its exit code.
+Theory of operation. The tests give hundreds of commands and start hundreds of nodes. A Python that starts and imports
+them needs most of the processor's time for a command, and three quarters of it for the start of a node. So one process,
+``python -m tests.commands``, imports the command line once, and forks for each command. It imports a node when the
+first one is asked for. The child takes the command's environment, directory and output, and calls ``main`` as the
+console script does. A second fork waits for it, and reports its pid and then its exit code.
+
+Nodes end with this process (``--parent``), and so with the tests.
 
 The console script itself is started by the tests of the guides (``test_readme``, ``test_guide``), and for each trial
-cluster and each server's node.
+cluster.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -21,12 +25,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+from storaged.node.process import end_with
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUEST_BYTES_MAX = 1 << 18
@@ -41,6 +48,8 @@ IMPORTED_INSIDE_FUNCTIONS = (
     "storaged.keys",
 )
 """Of modules that many commands need, those that importing all commands does not import."""
+NODE = ("storaged.node.daemon", "storaged.node.gateway")
+"""What ``storaged run`` imports."""
 
 
 # --- in the process of the tests
@@ -68,14 +77,10 @@ class Commands:
     ) -> subprocess.CompletedProcess[str]:
         """Waits for the end of ``storaged ARGUMENTS``. Kills it and raises TimeoutExpired after ``timeout_s``."""
         end = time.monotonic() + timeout_s
-        request = {"arguments": list(arguments), "environment": dict(environment), "directory": os.getcwd()}
-        told, tells = os.pipe()
         output, errors = os.memfd_create("stdout"), os.memfd_create("stderr")
+        told = -1
         try:
-            try:
-                socket.send_fds(self._socket, [json.dumps(request).encode()], [output, errors, tells])
-            finally:
-                os.close(tells)
+            told = self._ask(arguments, environment, output, errors)
             pid = _number_from(told)
             if not select_readable(told, end - time.monotonic()):
                 with suppress(ProcessLookupError):
@@ -85,7 +90,65 @@ class Commands:
             return subprocess.CompletedProcess(["storaged", *arguments], code, _text_of(output), _text_of(errors))
         finally:
             for descriptor in (told, output, errors):
-                os.close(descriptor)
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def start(self, config: Path, environment: Mapping[str, str], log: int) -> Running:
+        """Starts ``storaged run CONFIG`` in a session of its own, with its output in ``log``."""
+        return Running(self._ask(["run", str(config)], environment, log, log, node=True))
+
+    def _ask(
+        self, arguments: Sequence[str], environment: Mapping[str, str], output: int, errors: int, *, node: bool = False
+    ) -> int:
+        """Sends a request. Returns the pipe that brings the pid and the exit code."""
+        request = {
+            "arguments": list(arguments),
+            "environment": dict(environment),
+            "directory": os.getcwd(),
+            "node": node,
+        }
+        told, tells = os.pipe()
+        try:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [output, errors, tells])
+        finally:
+            os.close(tells)
+        return told
+
+
+class Running:
+    """A process that ``Commands.start`` started, with the methods of ``subprocess.Popen``. Threads may share one."""
+
+    def __init__(self, told: int) -> None:
+        """``told``: the pipe that brings the pid and the exit code."""
+        self._told = told
+        self._reading = threading.Lock()
+        self.pid = _number_from(told)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        with self._reading:
+            if self.returncode is None and select_readable(self._told, 0):
+                self.returncode = _number_from(self._told)
+                os.close(self._told)
+            return self.returncode
+
+    def wait(self, timeout_s: float) -> int:
+        """Raises TimeoutExpired."""
+        if self.returncode is None:
+            select_readable(self._told, timeout_s)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired(["storaged", "run"], timeout_s)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """No-op for a process that has ended."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 @functools.cache
@@ -128,11 +191,18 @@ def main() -> None:
         data, descriptors, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 3)
         if not data:
             return
+        request = json.loads(data)
+        if request["node"]:
+            _import_and_keep(NODE)
+        own = os.getpid()
         if os.fork() == 0:
             requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            _wait_for_one(json.loads(data), *descriptors)
+            if request["node"]:
+                end_with(own, signal.SIGTERM)
+            else:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            _wait_for_one(request, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -141,17 +211,31 @@ def _import_all() -> None:
     from storaged.cli.main import COMMANDS
 
     sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # as the command line does it
-    for place, _ in COMMANDS.values():
-        importlib.import_module(place.partition(":")[0])
-    for name in IMPORTED_INSIDE_FUNCTIONS:
+    _import_and_keep([*(place.partition(":")[0] for place, _ in COMMANDS.values()), *IMPORTED_INSIDE_FUNCTIONS])
+
+
+def _import_and_keep(names: Sequence[str]) -> None:
+    """Imports modules. The garbage collector does not look at them again, so that children share their memory."""
+    if all(name in sys.modules for name in names):
+        return
+    for name in names:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _wait_for_one(request: dict[str, Any], output: int, errors: int, tells: int) -> NoReturn:
+    own = os.getpid()
     pid = os.fork()
     if pid == 0:
         os.close(tells)
+        if request["node"]:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.setsid()  # as units have: Linux divides a busy machine between sessions, so none starves
+            request["arguments"] += ["--parent", str(own)]
         _run(request, output, errors)
+    for descriptor in (output, errors):
+        os.close(descriptor)
     with suppress(BrokenPipeError):
         os.write(tells, b"%d\n" % pid)
         _, status = os.waitpid(pid, 0)

@@ -30,7 +30,8 @@ from storaged.cli.client import request
 from storaged.cli.create import layout_path
 from storaged.cluster.issuing import load_authority
 from storaged.errors import StoragedError
-from tests.cluster import RACKS, STORAGED, Cluster, free_port, last_lines
+from tests.cluster import RACKS, Cluster, free_port, last_lines
+from tests.commands import Running, commands
 from tests.patience import GUARD_S, SLOWNESS
 
 DISKS = ("d1", "d2")
@@ -47,7 +48,7 @@ class Server:
     port: int = field(default_factory=free_port)
     s3_port: int = 0
     ticket: str = ""
-    process: subprocess.Popen[bytes] | None = None
+    process: Running | None = None
 
     @property
     def config(self) -> Path:
@@ -297,17 +298,8 @@ class Servers(Cluster):
         """Starts a node, and does not wait until it is ready."""
         server = self.servers[name]
         assert server.process is None or server.process.poll() is not None, f"{name} runs"
-        command = [STORAGED, "run", str(server.config), "--parent", str(os.getpid())]
         with server.log.open("ab") as log:
-            # A session for each, as units have: Linux divides a busy machine between sessions, so none starves.
-            server.process = subprocess.Popen(
-                command,
-                env=self.environment(),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            server.process = commands().start(server.config, self.environment(), log.fileno())
 
     def start_node(self, name: str) -> None:
         """Starts a node and waits until it serves."""

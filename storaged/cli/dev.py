@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from storaged.cli.target import command_for, find_directory, known_directories, record_default, require_dev
 from storaged.disk_states import SOUND
 from storaged.errors import DirectoryInUse, NotRunning, OperatorError, PortInUse, every_error
+
+if TYPE_CHECKING:
+    from storaged.cli.fork_server import ForkServer
 
 REGION = "eu-fr-1"
 BUCKET = "demo"
@@ -110,9 +113,14 @@ def up(
         return
     import asyncio
 
+    from storaged.cli.fork_server import ForkServer
+
+    check_place(place)
+    fork_server = ForkServer([str(place / name / "config.toml") for name, _ in (*RACKS, GATEWAY)])
+    fork_server.begin()  # its imports take as long as the certificates of a new cluster
     new = prepare(place, s3_port, admin_port, workers)
     record_default(place)
-    asyncio.run(_supervise(place, new))
+    asyncio.run(_supervise(place, fork_server, new))
 
 
 def default_workers() -> int:
@@ -128,10 +136,10 @@ def default_place() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "storaged" / "dev"
 
 
-async def _supervise(place: Path, new: bool) -> None:
+async def _supervise(place: Path, fork_server: ForkServer, new: bool) -> None:
     from storaged.cli.supervisor import Supervisor
 
-    async with Supervisor(place, require_dev(place), lambda line: click.echo(line)) as supervisor:
+    async with Supervisor(place, require_dev(place), fork_server, click.echo) as supervisor:
         await supervisor.start(list(supervisor.nodes))
         await _first_things(place)
         click.echo(banner(place, new), nl=False)

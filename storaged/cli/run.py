@@ -12,7 +12,7 @@ import click
 
 
 @contextlib.contextmanager
-def _importing() -> Iterator[None]:
+def importing() -> Iterator[None]:
     """Leaves out a fifth of the work of importing a node.
 
     What is imported stays, so the garbage collector need not look at it. aiohttp reads the certificate authorities of
@@ -53,7 +53,7 @@ def run(config: Path, parent: int, worker: int, door: int, talk: int) -> int:
     """Run the node that CONFIG.toml describes, in the foreground. SIGTERM drains and ends it, SIGHUP reloads the
     configuration.
     """
-    with _importing():
+    with importing():
         from storaged.node.daemon import run_node, run_worker
     if worker:
         return run_worker(config, parent, worker, door, talk)

@@ -1,9 +1,10 @@
 """The process above a trial cluster's nodes: starts them, reports deaths, obeys ``storaged dev stop|kill|start``.
 
 Theory of operation. Each node is ``storaged run CONFIG`` in a process group of its own, so that Ctrl-C reaches this
-process alone. It ends with this process (prctl PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the
-sd_notify protocol that only this process knows. A node that dies is reported and stays down: the cluster is there to
-try such failures. Control is one JSON line each way over ``DIR/dev.sock``.
+process alone. The fork server starts it, and ends with this process; the node ends with the fork server (prctl
+PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the sd_notify protocol that only this process knows. A
+node that dies is reported and stays down: the cluster is there to try such failures. Control is one JSON line each way
+over ``DIR/dev.sock``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import os
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from storaged.admin.place import bind_private, lock_directory, short_path
+from storaged.cli.fork_server import Forked, ForkServer
 from storaged.cli.target import NodeName, command_for, nodes_of, resolve
 from storaged.errors import OperatorError, StoragedError
 
@@ -48,12 +49,13 @@ ENDING_S = 0.2
 class NodeProcess:
     """One node's process. ``state``: stopped, starting, ready, dead (it ended by itself)."""
 
-    def __init__(self, node: NodeName, directory: Path) -> None:
+    def __init__(self, node: NodeName, directory: Path, fork_server: ForkServer) -> None:
         self.node = node
         self.directory = directory
         self.state = "stopped"
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: Forked | None = None
         self.ready = asyncio.Event()
+        self._fork_server = fork_server
         self._notify: socket.socket | None = None
 
     @property
@@ -73,22 +75,8 @@ class NodeProcess:
         if log_path.exists() and log_path.stat().st_size > LOG_BYTES_MAX:
             log_path.replace(self.directory / "log.1")
         with log_path.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *(
-                    sys.executable,
-                    "-m",
-                    "storaged",
-                    "run",
-                    str(self.directory / "config.toml"),
-                    "--parent",
-                    str(os.getpid()),
-                ),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # All in one session: between sessions Linux ignores nice values (sched(7), autogroup).
-                process_group=0,
-                env={**os.environ, "NOTIFY_SOCKET": "@" + name},
+            self.process = await self._fork_server.start(
+                ["run", str(self.directory / "config.toml")], {"NOTIFY_SOCKET": "@" + name}, log.fileno()
             )
 
     def _on_notify(self) -> None:
@@ -138,12 +126,15 @@ def _give_way(pid: int) -> None:
 class Supervisor:
     """``async with Supervisor(...)``: the nodes run inside the block. ``say`` gets one line for each event."""
 
-    def __init__(self, directory: Path, dev: dict[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, dev: dict[str, Any], fork_server: ForkServer, say: Callable[[str], None]
+    ) -> None:
         self.directory = directory
-        self.nodes = {node.name: NodeProcess(node, directory / node.name) for node in nodes_of(dev)}
+        self.nodes = {node.name: NodeProcess(node, directory / node.name, fork_server) for node in nodes_of(dev)}
         self.stopping = asyncio.Event()
         self._started: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._say = say
+        self._fork_server = fork_server
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
         self._lock = -1
@@ -173,6 +164,7 @@ class Supervisor:
             for watcher in self._watchers.values():
                 watcher.cancel()
             await asyncio.gather(*self._watchers.values(), return_exceptions=True)
+            self._fork_server.close()
             (self.directory / CONTROL_NAME).unlink(missing_ok=True)
             os.close(self._lock)
 

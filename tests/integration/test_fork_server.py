@@ -1,0 +1,85 @@
+"""The fork server of a trial cluster: its processes are like those that are started one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from storaged.cli.fork_server import Forked, ForkServer
+from tests.patience import GUARD_S
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nodes end with their parent by Linux's prctl")
+
+
+@pytest.fixture
+def waits(tmp_path: Path) -> Path:
+    """A configuration that a node reads for ever: nobody writes to the pipe."""
+    os.mkfifo(tmp_path / "config.toml")
+    return tmp_path / "config.toml"
+
+
+@pytest.fixture
+async def server(waits: Path) -> AsyncIterator[ForkServer]:
+    found = ForkServer([str(waits)] * 3)
+    found.begin()
+    yield found
+    found.close()
+
+
+async def started(server: ForkServer, config: Path, **environment: str) -> Forked:
+    with (config.parent / "log").open("ab") as log:
+        return await server.start(["run", str(config)], environment, log.fileno())
+
+
+def words_of(pid: int, name: str) -> list[str]:
+    return Path(f"/proc/{pid}/{name}").read_text().rstrip("\0").split("\0")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(GUARD_S):
+        while not condition():  # noqa: ASYNC110  (processes, which set no event)
+            await asyncio.sleep(0.01)
+
+
+async def test_a_process_list_shows_each_node_as_if_it_had_been_started_alone(server: ForkServer, waits: Path) -> None:
+    forked = await started(server, waits)
+    parent = int(words_of(forked.pid, "stat")[0].rpartition(")")[2].split()[1])
+    await until(lambda: "run" in words_of(forked.pid, "cmdline"))
+    command = [sys.executable, "-m", "storaged", "run", str(waits), "--parent", str(parent)]
+    assert words_of(forked.pid, "cmdline") == command
+    assert os.getpgid(forked.pid) == forked.pid
+    assert os.getsid(forked.pid) == os.getsid(0)
+
+
+async def test_a_node_that_cannot_start_says_why_in_its_own_log_and_the_next_one_starts(
+    server: ForkServer, waits: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad" / "config.toml"
+    bad.parent.mkdir()
+    bad.write_text("[node]\n")
+    assert await (await started(server, bad)).wait() == 1
+    assert "storaged explain" in (bad.parent / "log").read_text()
+    forked = await started(server, waits)
+    forked.kill()
+    assert await forked.wait() == -signal.SIGKILL
+    forked.kill()
+    assert (waits.parent / "log").read_text() == ""
+
+
+async def test_nodes_end_with_the_fork_server_and_the_next_one_starts_another(server: ForkServer, waits: Path) -> None:
+    nodes = [await started(server, waits) for _ in range(2)]
+    await until(lambda: all("run" in words_of(node.pid, "cmdline") for node in nodes))
+    os.kill(int(words_of(nodes[0].pid, "cmdline")[-1]), signal.SIGKILL)
+    assert [await node.wait() for node in nodes] == [-signal.SIGTERM] * 2
+    await until(lambda: not any(Path(f"/proc/{node.pid}/exe").exists() for node in nodes))
+    again = await started(server, waits)
+    await until(lambda: "run" in words_of(again.pid, "cmdline"))
+    server.close()
+    assert await again.wait() == -signal.SIGTERM
+    await until(lambda: not Path(f"/proc/{again.pid}/exe").exists())
