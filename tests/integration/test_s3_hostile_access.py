@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -39,11 +40,15 @@ async def test_a_policy_about_tags_of_objects_locks_no_owner_out(world: World) -
         owner.create_bucket(Bucket="bucket")
         owner.put_object(Bucket="bucket", Key="k", Body=b"data")
         secret = {"StringEquals": {"s3:ExistingObjectTag/class": "secret"}}
-        owner.put_bucket_policy(Bucket="bucket", Policy=policy(deny("s3:*", [ITSELF, ALL], Condition=secret)))
-        owner.list_objects_v2(Bucket="bucket")
-        owner.get_object(Bucket="bucket", Key="k")
-        owner.get_bucket_policy(Bucket="bucket")
+        owner.put_object(Bucket="bucket", Key="secret", Body=b"data", Tagging="class=secret")
+        denying = policy(deny("s3:*", [ITSELF, ALL], Condition=secret))
+        owner.put_bucket_policy(Bucket="bucket", Policy=denying)
+        assert [one["Key"] for one in owner.list_objects_v2(Bucket="bucket")["Contents"]] == ["k", "secret"]
+        assert owner.get_object(Bucket="bucket", Key="k")["Body"].read() == b"data"
+        assert refused(owner.get_object, Bucket="bucket", Key="secret") == DENIED
+        assert json.loads(owner.get_bucket_policy(Bucket="bucket")["Policy"]) == json.loads(denying)
         owner.delete_bucket_policy(Bucket="bucket")
+        assert owner.get_object(Bucket="bucket", Key="secret")["Body"].read() == b"data"
 
     await in_thread(run, world)
 

@@ -32,6 +32,8 @@ def inputs_of(target: Target) -> list[bytes]:
 
 @every_target
 def test_all_inputs_of_the_corpus_are_right(name: str) -> None:
+    """A target raises when what an input did was not right."""
+    assert corpus.load(name), "it has no corpus"
     for data in inputs_of(TARGETS[name]):
         TARGETS[name].run(data)
 
