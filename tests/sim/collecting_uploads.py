@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,6 +36,44 @@ from tests.sim.cluster import DISKS, Gateway
 
 if TYPE_CHECKING:
     from tests.sim.collecting import Collecting
+
+
+async def nothing() -> None: ...
+
+
+async def commit_move(
+    run: Collecting,
+    gateway: Gateway,
+    name: RegisterName,
+    seen: Value,
+    body: bytes,
+    moved: tuple[FragmentId, str],
+    put_pages: Callable[[], Awaitable[None]] = nothing,
+) -> None:
+    """As ``maintain.mover``: proposes the record with the new place once, where it is still as it was ``seen``. The
+    fragment that was written for that (``moved``: its id and disk) and pages become durable after the promise.
+    """
+    fragment, target = moved
+    promised = asyncio.Event()
+
+    def update(value: Value | None) -> Change | None:
+        if promised.is_set():
+            raise ProposedAgain
+        if value is None or value.sequence != seen.sequence:
+            raise ConditionalRequestConflict
+        promised.set()
+        return Change(body, value.visibility, value.payload)
+
+    async def touch_new() -> None:
+        await promised.wait()
+        (stat,) = await run.store(gateway, target).touch([fragment], 5)
+        if stat.health:
+            raise ServiceUnavailable("a fragment that was written for the move is gone")
+        run.durable[fragment.data_id].add((fragment.position, target))
+        await put_pages()
+        await run.sleep(0.25)
+
+    await gateway.client.change(name, update, ready=touch_new())
 
 
 class Uploads:
@@ -188,25 +226,7 @@ class Uploads:
         moved = msgspec.structs.replace(entry.runs[0], moved={**places, position: target})
         body = encode_object(ObjectRecord(tuple(_with_run(version, entry, moved) for version in versions)))
         await run.sleep(0.1)
-        promised = asyncio.Event()
-
-        def update(value: Value | None) -> Change | None:
-            if promised.is_set():
-                raise ProposedAgain
-            if value is None or value.sequence != seen.sequence:
-                raise ConditionalRequestConflict
-            promised.set()
-            return Change(body, value.visibility, value.payload)
-
-        async def touch_new() -> None:
-            await promised.wait()
-            (stat,) = await run.store(gateway, target).touch([fragment], 5)
-            if stat.health:
-                raise ServiceUnavailable("a fragment that was written for the move is gone")
-            run.durable[entry.data_id].add((position, target))
-            await run.sleep(0.25)
-
-        await gateway.client.change(owner, update, ready=touch_new())
+        await commit_move(run, gateway, owner, seen, body, (fragment, target))
         with contextlib.suppress(PeerError):
             await run.store(gateway, source).retire([Retirement(entry.data_id, owner.pack(), 0)])
 

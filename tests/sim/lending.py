@@ -14,21 +14,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 
 from storaged.cluster.layout import Profile
-from storaged.errors import ConditionalRequestConflict, ServiceUnavailable, StoragedError
-from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement, encode_copies
-from storaged.hashes import fragment_hash
+from storaged.errors import StoragedError
+from storaged.fragments.ports import FragmentId, Retirement
 from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import SmallCopies
 from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
 from storaged.objects.code.lending import borrowed_by, find_borrower
 from storaged.objects.code.version_names import NULL_NAME, VersionName
@@ -36,12 +34,12 @@ from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import Borrowed, Borrower, Kept, ObjectRecord, PartEntry, Version, sharing_of
 from storaged.objects.write import versioned
-from storaged.objects.write.commit import AfterPromise, ProposedAgain, change_once
+from storaged.objects.write.commit import AfterPromise, ProposedAgain
 from storaged.objects.write.loans import NotLent, Wanted, end_unused, let_go, with_loan
 from storaged.objects.write.references import parts_in
-from storaged.objects.write.versioned import VersionsUpdate
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.collecting import KEYS, SCOPE, entry_of
+from tests.sim.collecting_uploads import commit_move
 from tests.sim.planes import make_plane
 from tests.sim.scenario import play_out
 from tests.sim.versions import FEW, OPERATIONS, Versions
@@ -151,7 +149,7 @@ class Lending(Versions):
             return
         self.found.refused += 1
 
-    def _edit_of(self, name: RegisterName, version: Version, borrowed: Borrowed | None) -> versioned.Edit:
+    def _adds(self, name: RegisterName, version: Version, borrowed: Borrowed | None = None) -> versioned.Edit:
         """As ``put.AddedVersion``."""
 
         def edit(draft: Draft, ordinal: int) -> bool:
@@ -169,46 +167,21 @@ class Lending(Versions):
 
         return edit
 
-    async def _add(
-        self,
-        gateway: Gateway,
-        name: RegisterName,
-        version: Version,
-        made_durable: Callable[[], Any],
-        small: SmallCopies | None = None,
-        borrowed: Borrowed | None = None,
-    ) -> None:
-        plane, keys = self._tools(gateway)
-        change = VersionsUpdate(keys.shelf, self._edit_of(name, version, borrowed))
-
-        async def after_promise() -> None:
-            await made_durable()
-            await change.put_pages(plane.pages, name)
-
-        payload = small.data_id if small is not None else b""
-        await change_once(plane, keys, name, lambda value: change.update(value, payload), after_promise, small=small)
-        self._retire_removed(gateway, name, change.removed)
-
     async def _put_small(self, gateway: Gateway, name: RegisterName) -> None:
         """Of a key without versioning: as ``put.Replacement``, by a create where nothing is known of the key."""
         if name.key == WITH_VERSIONS or self._luck.random() < 0.3:
             await super()._put_small(gateway, name)
             return
-        data_id, content = self._luck.randbytes(16), self._luck.randbytes(5)
-        fragment = FragmentId(data_id, 0, 1, 2, 0)
-        header = FragmentHeader(fragment.pack(), name.pack(), b"", (fragment_hash([content]),), 4096, 5, 1)
-        copies = [(copy, [content]) for copy in encode_copies(header, 3)]
-        small = SmallCopies(data_id, copies, lambda disks: len(disks) >= 2)
-        self.durable[data_id] = set()
-        version = self._version(entry_of(data_id, {}, small=True), null=True)
-        change = record_change(ObjectRecord((version,)), data_id)
+        small = self._small_copies(name, self._luck)
+        version = self._version(entry_of(small.data_id, {}, small=True), null=True)
+        change = record_change(ObjectRecord((version,)), small.data_id)
 
         def update(value: Value | None) -> Change:
             if decode_record(value).history is not None:
                 raise _HasHistory
             return change
 
-        async with self._noted(self._adding(name, data_id, null=True)):
+        async with self._noted(self._adding(name, small.data_id, null=True)):
             await self.sleep(0.1)
             outcome = await gateway.client.change(name, update, small=small, regardless=True)
         for before in decode_record(outcome.before).versions:
@@ -242,7 +215,7 @@ class Lending(Versions):
 
             await self.nap()
             async with self._noted(operation):
-                await self._add(gateway, name, version, made_durable, borrowed=borrowed)
+                await self._add(gateway, name, version, made_durable, edit=self._adds(name, version, borrowed))
 
         await with_loan(plane, BUCKET, wanted, commit)
         self.found.done["copies"] = self.found.done.get("copies", 0) + 1
@@ -293,27 +266,12 @@ class Lending(Versions):
         after = await body_after(gateway.client, name, seen, [(ask, Profile(2, 1))])
         if after is None:
             return  # a page can't be read now
-        promised = asyncio.Event()
 
-        def update(value: Value | None) -> Change | None:
-            if promised.is_set():
-                raise ProposedAgain
-            if value is None or value.sequence != seen.sequence:
-                raise ConditionalRequestConflict
-            promised.set()
-            return Change(after[0], value.visibility, value.payload)
-
-        async def touch_new() -> None:
-            await promised.wait()
-            (stat,) = await self.store(gateway, target).touch([fragment], 5)
-            if stat.health:
-                raise ServiceUnavailable("a fragment that was written for the move is gone")
-            self.durable[part.data_id].add((position, target))
+        async def put_pages() -> None:
             for page in after[1]:
                 await gateway.client.put_page(name, await gateway.client.get_page(name, page), page)
-            await self.sleep(0.25)
 
-        await gateway.client.change(name, update, ready=touch_new())
+        await commit_move(self, gateway, name, seen, after[0], (fragment, target), put_pages)
         self.found.done["moves"] = self.found.done.get("moves", 0) + 1
         await self._retire_on(gateway, source, [Retirement(part.data_id, name.pack(), 0)])
 

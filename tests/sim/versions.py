@@ -188,15 +188,11 @@ class Versions(Collecting):
         version: Version,
         made_durable: Callable[[], Any],
         small: SmallCopies | None = None,
+        edit: versioned.Edit | None = None,
     ) -> None:
         """As ``objects.write.put``."""
         plane, keys = self._tools(gateway)
-
-        def edit(draft: Draft, ordinal: int) -> bool:
-            draft.add(Entry(Kept(ordinal), version))
-            return True
-
-        change = VersionsUpdate(keys.shelf, edit)
+        change = VersionsUpdate(keys.shelf, self._adds(name, version) if edit is None else edit)
 
         async def after_promise() -> None:
             await made_durable()
@@ -206,31 +202,36 @@ class Versions(Collecting):
         await change_once(plane, keys, name, lambda value: change.update(value, payload), after_promise, small=small)
         self._retire_removed(gateway, name, change.removed)
 
-    async def _put_small(self, gateway: Gateway, name: RegisterName) -> None:
-        """The null version, by a gateway that does not know yet that the bucket has versioning."""
-        data_id, content = self.random.randbytes(16), self.random.randbytes(5)
+    def _adds(self, name: RegisterName, version: Version) -> versioned.Edit:
+        def edit(draft: Draft, ordinal: int) -> bool:
+            draft.add(Entry(Kept(ordinal), version))
+            return True
+
+        return edit
+
+    def _small_copies(self, name: RegisterName, chance: random.Random) -> SmallCopies:
+        data_id, content = chance.randbytes(16), chance.randbytes(5)
         fragment = FragmentId(data_id, 0, 1, 2, 0)
         header = FragmentHeader(fragment.pack(), name.pack(), b"", (fragment_hash([content]),), 4096, 5, 1)
-        copies = [(copy, [content]) for copy in encode_copies(header, 3)]
-        small = SmallCopies(data_id, copies, lambda disks: len(disks) >= 2)
         self.durable[data_id] = set()
+        copies = [(copy, [content]) for copy in encode_copies(header, 3)]
+        return SmallCopies(data_id, copies, lambda disks: len(disks) >= 2)
+
+    async def _put_small(self, gateway: Gateway, name: RegisterName) -> None:
+        """The null version, by a gateway that does not know yet that the bucket has versioning."""
+        small = self._small_copies(name, self.random)
 
         async def nothing() -> None: ...
 
-        async with self._noted(self._adding(name, data_id, null=True)):
-            version = self._version(entry_of(data_id, {}, small=True), null=True)
+        async with self._noted(self._adding(name, small.data_id, null=True)):
+            version = self._version(entry_of(small.data_id, {}, small=True), null=True)
             await self._add(gateway, name, version, nothing, small)
 
     async def _mark(self, gateway: Gateway, name: RegisterName, *, null: bool) -> None:
         """A delete marker."""
         marker = self._version(None, null=null, context_id=self.random.randbytes(16))
-
-        def edit(draft: Draft, ordinal: int) -> bool:
-            draft.add(Entry(Kept(ordinal), marker))
-            return True
-
         async with self._noted(self._adding(name, marker.context_id, null=null)):
-            await self._edit(gateway, name, edit)
+            await self._edit(gateway, name, self._adds(name, marker))
 
     async def _edit(self, gateway: Gateway, name: RegisterName, edit: versioned.Edit) -> None:
         plane, keys = self._tools(gateway)

@@ -49,7 +49,7 @@ def counting(function: Callable[..., Any], calls: list[None]) -> Callable[..., A
 
 async def test_only_the_rows_of_the_page_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[None] = []
-    monkeypatch.setattr(users, "moment", counting(users.moment, made))
+    monkeypatch.setattr(users, "entity_fields", counting(users.entity_fields, made))
     found = await listed("ListUsers", MaxItems="3")
     assert [row["UserName"] for row in found["Users"]] == ["u000", "u001", "u002"]
     following = await listed("ListUsers", MaxItems="2", Marker=found["Marker"])

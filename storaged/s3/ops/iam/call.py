@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from msgspec import structs
 
-from storaged.errors import EntityAlreadyExists, NoSuchEntity, ValidationError
+from storaged.errors import EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
 from storaged.objects.accounts import (
     GROUPS_MAX,
     POLICIES_MAX,
@@ -246,8 +246,27 @@ def having(account: StoredAccount, kind: Kind, entity: Any, before: str = "") ->
     return structs.replace(account, **{kind.field: entries})
 
 
+def added(account: StoredAccount, kind: Kind, entity: Any) -> StoredAccount:
+    """The account with a new entity. Raises EntityAlreadyExists, LimitExceeded."""
+    refuse_taken(account, kind, entity.name)
+    if len(entries_of(account, kind)) >= kind.count_max:
+        raise LimitExceeded(f"Cannot exceed quota for {kind.field.title()}PerAccount: {kind.count_max}")
+    return having(account, kind, entity)
+
+
 def lacking(account: StoredAccount, kind: Kind, name: str) -> StoredAccount:
     return structs.replace(account, **{kind.field: without_entry(entries_of(account, kind), name)})
+
+
+def entity_fields(call: Call, kind: Kind, entity: Entity) -> dict[str, Any]:
+    """The fields that users, groups and roles have in common."""
+    return {
+        "Path": entity.path,
+        f"{kind.word}Name": entity.name,
+        f"{kind.word}Id": entity.id,
+        "Arn": call.arn(kind, entity),
+        "CreateDate": moment(entity.created_ms),
+    }
 
 
 def with_prefix(entries: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:

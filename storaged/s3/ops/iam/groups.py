@@ -6,7 +6,6 @@ https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateGroup.html and the
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from msgspec import structs
 
@@ -17,25 +16,15 @@ from storaged.s3.ops.iam.call import (
     USER,
     Call,
     Result,
+    added,
+    entity_fields,
     find,
     having,
     lacking,
-    moment,
     page,
     refuse_taken,
     with_prefix,
 )
-from storaged.s3.ops.iam.users import user_fields
-
-
-def group_fields(call: Call, group: IamGroup) -> dict[str, Any]:
-    return {
-        "Path": group.path,
-        "GroupName": group.name,
-        "GroupId": group.id,
-        "Arn": call.arn(GROUP, group),
-        "CreateDate": moment(group.created_ms),
-    }
 
 
 async def create_group(call: Call) -> Result:
@@ -43,25 +32,23 @@ async def create_group(call: Call) -> Result:
     group = IamGroup(name, call.users.accounts.new_id(GROUP.prefix), call.parameters.path(), call.now_ms)
 
     def edit(account: StoredAccount) -> StoredAccount:
-        refuse_taken(account, GROUP, name)
-        if len(account.groups) >= GROUP.count_max:
-            raise LimitExceeded(f"Cannot exceed quota for GroupsPerAccount: {GROUP.count_max}")
-        return having(account, GROUP, group)
+        return added(account, GROUP, group)
 
     await call.change(call.arn(GROUP, group), edit)
-    return {"Group": group_fields(call, group)}
+    return {"Group": entity_fields(call, GROUP, group)}
 
 
 async def get_group(call: Call) -> Result:
     account = await call.account()
     group = find(account, GROUP, call.name(GROUP))
     members = [(name, user) for name, user in account.users.items() if group.id in user.groups]
-    return {"Group": group_fields(call, group)} | page(call, "Users", members, partial(user_fields, call))
+    shown = page(call, "Users", members, partial(entity_fields, call, USER))
+    return {"Group": entity_fields(call, GROUP, group)} | shown
 
 
 async def list_groups(call: Call) -> Result:
     prefix = call.parameters.path_prefix()
-    return page(call, "Groups", with_prefix((await call.account()).groups, prefix), partial(group_fields, call))
+    return page(call, "Groups", with_prefix((await call.account()).groups, prefix), partial(entity_fields, call, GROUP))
 
 
 async def update_group(call: Call) -> Result:
@@ -129,5 +116,5 @@ async def _member(call: Call, *, joins: bool) -> Result:
 async def list_groups_for_user(call: Call) -> Result:
     account = await call.account()
     user = find(account, USER, call.name(USER))
-    groups = [(group.name.lower(), group_fields(call, group)) for group in account.groups_of(user)]
+    groups = [(group.name.lower(), entity_fields(call, GROUP, group)) for group in account.groups_of(user)]
     return page(call, "Groups", groups)

@@ -26,13 +26,13 @@ from storaged.s3.ops.iam.call import (
     Call,
     Kind,
     Result,
+    added,
     entries_of,
     find,
     having,
     lacking,
     moment,
     page,
-    refuse_taken,
 )
 
 DOCUMENT_CHARS_MAX = 131_072
@@ -228,10 +228,7 @@ async def create_policy(call: Call) -> Result:
     )
 
     def edit(account: StoredAccount) -> StoredAccount:
-        refuse_taken(account, POLICY, name)
-        if len(account.policies) >= POLICY.count_max:
-            raise LimitExceeded(f"Cannot exceed quota for PoliciesPerAccount: {POLICY.count_max}")
-        return having(account, POLICY, policy)
+        return added(account, POLICY, policy)
 
     account = await call.change(call.arn(POLICY, policy), edit)
     return {"Policy": _policy_fields(call, _attachment_counts(account), policy)}

@@ -11,19 +11,19 @@ from urllib.parse import quote
 
 from msgspec import structs
 
-from storaged.errors import DeleteConflict, LimitExceeded, MalformedPolicyDocument, ValidationError
+from storaged.errors import DeleteConflict, MalformedPolicyDocument, ValidationError
 from storaged.objects.accounts import IamRole, StoredAccount
 from storaged.s3.auth.policy import TRUST, check_document, principals_of
 from storaged.s3.ops.iam.call import (
     ROLE,
     Call,
     Result,
+    added,
+    entity_fields,
     find,
     having,
     lacking,
-    moment,
     page,
-    refuse_taken,
     tag_list,
     with_prefix,
 )
@@ -35,14 +35,7 @@ DESCRIPTION_CHARS_MAX = 1000
 
 
 def role_fields(call: Call, role: IamRole) -> dict[str, Any]:
-    return {
-        "Path": role.path,
-        "RoleName": role.name,
-        "RoleId": role.id,
-        "Arn": call.arn(ROLE, role),
-        "CreateDate": moment(role.created_ms),
-        "AssumeRolePolicyDocument": quote(role.trust, safe=""),
-    }
+    return entity_fields(call, ROLE, role) | {"AssumeRolePolicyDocument": quote(role.trust, safe="")}
 
 
 def _all_fields(call: Call, role: IamRole) -> dict[str, Any]:
@@ -82,10 +75,7 @@ async def create_role(call: Call) -> Result:
     role = _settings(call, role)
 
     def edit(account: StoredAccount) -> StoredAccount:
-        refuse_taken(account, ROLE, name)
-        if len(account.roles) >= ROLE.count_max:
-            raise LimitExceeded(f"Cannot exceed quota for RolesPerAccount: {ROLE.count_max}")
-        return having(account, ROLE, role)
+        return added(account, ROLE, role)
 
     await call.change(call.arn(ROLE, role), edit)
     return {"Role": role_fields(call, role) | ({"Tags": tag_list(tags)} if tags else {})}

@@ -6,7 +6,6 @@ https://docs.aws.amazon.com/IAM/latest/APIReference/API_CreateUser.html and the 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from msgspec import structs
 
@@ -25,6 +24,8 @@ from storaged.s3.ops.iam.call import (
     USER,
     Call,
     Result,
+    added,
+    entity_fields,
     find,
     having,
     lacking,
@@ -36,29 +37,16 @@ from storaged.s3.ops.iam.call import (
 )
 
 
-def user_fields(call: Call, user: IamUser) -> dict[str, Any]:
-    return {
-        "Path": user.path,
-        "UserName": user.name,
-        "UserId": user.id,
-        "Arn": call.arn(USER, user),
-        "CreateDate": moment(user.created_ms),
-    }
-
-
 async def create_user(call: Call) -> Result:
     name, path, tags = call.name(USER), call.parameters.path(), call.parameters.tags()
     await _refuse_root_name(call, name)
     user = IamUser(name, call.users.accounts.new_id(USER.prefix), path, call.now_ms, tags=tags)
 
     def edit(account: StoredAccount) -> StoredAccount:
-        refuse_taken(account, USER, name)
-        if len(account.users) >= USER.count_max:
-            raise LimitExceeded(f"Cannot exceed quota for UsersPerAccount: {USER.count_max}")
-        return having(account, USER, user)
+        return added(account, USER, user)
 
     await call.change(call.arn(USER, user), edit)
-    return {"User": user_fields(call, user) | ({"Tags": tag_list(tags)} if tags else {})}
+    return {"User": entity_fields(call, USER, user) | ({"Tags": tag_list(tags)} if tags else {})}
 
 
 async def _refuse_root_name(call: Call, name: str) -> None:
@@ -90,7 +78,7 @@ def named_user(call: Call, account: StoredAccount) -> IamUser | None:
 async def get_user(call: Call) -> Result:
     user = named_user(call, await call.account())
     if user is not None:
-        return {"User": user_fields(call, user) | ({"Tags": tag_list(user.tags)} if user.tags else {})}
+        return {"User": entity_fields(call, USER, user) | ({"Tags": tag_list(user.tags)} if user.tags else {})}
     created = [key.created_ms for key in await call.users.root_keys(call.user_id)]
     root = {"Path": "/", "UserId": account_of(call.user_id), "Arn": root_arn(call.user_id)}
     return {"User": root | {"CreateDate": moment(min(created, default=0))}}
@@ -98,7 +86,7 @@ async def get_user(call: Call) -> Result:
 
 async def list_users(call: Call) -> Result:
     prefix = call.parameters.path_prefix()
-    return page(call, "Users", with_prefix((await call.account()).users, prefix), partial(user_fields, call))
+    return page(call, "Users", with_prefix((await call.account()).users, prefix), partial(entity_fields, call, USER))
 
 
 async def update_user(call: Call) -> Result:
