@@ -290,8 +290,8 @@ class RingClient:
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
         return await self._survey.agreement(name)
 
-    async def refuses_creates(self, name: RegisterName) -> bool:
-        return await self._survey.refuses_creates(name)
+    async def accepted_everywhere(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool | None:
+        return await self._survey.accepted_everywhere(name, usable)
 
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         return await self._survey.held_by_quorum(name, usable)

@@ -154,9 +154,10 @@ class Registers(Protocol):
         settled.
         """
 
-    async def refuses_creates(self, name: RegisterName) -> bool:
-        """Whether no create (``regardless``) can overwrite the register, neither one that is under way nor a later one,
-        until it is deleted. False when a replica does not answer: a snapshot of all replicas is needed.
+    async def accepted_everywhere(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool | None:
+        """Whether every replica has accepted the value of a change that was made before this call, or a later value.
+        None: a replica does not answer. ``usable(value)``: whether the value is that one, another proposal of the same
+        change, or derived from one of these. A snapshot: nothing is settled.
         """
 
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:

@@ -135,8 +135,11 @@ class MemoryRing:
             for disk in self._replicas(name)
         ]
 
-    async def refuses_creates(self, name: RegisterName) -> bool:
-        return name in self.values and not any(self.disks.disks[disk].down for disk in self._replicas(name))
+    async def accepted_everywhere(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool | None:
+        if any(self.disks.disks[disk].down for disk in self._replicas(name)):
+            return None
+        value = self.values.get(name)
+        return value is not None and usable(value)
 
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         value = self.values.get(name)

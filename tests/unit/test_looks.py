@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.meta.consensus.looks import Held, Look, chosen, moved_on, refuses_creates
+from storaged.meta.consensus.looks import Held, Look, accepted_everywhere, chosen, moved_on
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import ZERO_BALLOT, Ballot, Value, Visibility
 
@@ -74,37 +74,28 @@ def test_a_replica_that_sends_another_value_with_the_right_digest_is_not_believe
     assert found.value == truth
 
 
-def holding(node: str = "g", *, created: str = "", **counters: int) -> Look:
-    """``created``: the disks that hold a create."""
-    operation = {disk: b"c" * 14 + (bytes(2) if disk in created else b"\0\1") for disk in counters}
-    return Look(
-        QUORUM,
-        {
-            disk: Held(
-                Ballot(1, counter, node if counter else "", b""),
-                Value(1, operation[disk], Visibility.LIVE, b"") if counter else None,
-            )
-            for disk, counter in counters.items()
-        },
-    )
+def test_a_chosen_value_is_accepted_everywhere_when_no_replica_may_be_below_it() -> None:
+    """Values with the body ``x`` come from it, or from an earlier proposal of the same change."""
 
+    def holding(quorum: Quorum = QUORUM, *, without: str = "", **counters: int) -> Look:
+        found = look(quorum, **counters)
+        held = {
+            disk: one._replace(value=Value(1, b"o", Visibility.LIVE, b"" if disk in without else b"x"))
+            for disk, one in found.held.items()
+        }
+        return found._replace(held=held)
 
-def test_creates_are_refused_where_every_replica_holds_a_row_and_no_minority_a_create_on_top() -> None:
-    assert refuses_creates(holding(a=1, b=1, c=1))
-    assert refuses_creates(holding(a=1, b=2, c=3)), "changes that are under way are no creates"
-    assert refuses_creates(holding(a=1, b=1, c=1, created="abc"))
-    assert refuses_creates(holding(a=2, b=2, c=1, created="ab")), "a quorum has taken the create"
-    assert refuses_creates(holding(a=2, b=1, c=1, created="bc")), "a quorum had promised the ballot above it"
-    assert not refuses_creates(holding(a=1, b=1, c=0)), "a late create is taken there"
-    assert not refuses_creates(holding(a=1, b=1)), "nor is it known of a replica that does not answer"
-    assert not refuses_creates(holding(a=1, b=1, c=2, created="c")), "it may be carried on"
-    assert not refuses_creates(holding(a=1, b=1, c=2, created="abc"))
-    assert not refuses_creates(Look(Quorum(("a", "b", "c"), ("a", "b", "d")), holding(a=1, b=1, c=1).held))
+    def everywhere(found: Look) -> bool | None:
+        return accepted_everywhere(found, lambda value: value.body == b"x")
 
-
-def test_a_floor_is_no_row_that_refuses_creates() -> None:
-    floors = holding("", a=1, b=1, c=1)
-    rows = holding(a=2, b=2, c=2)
-    assert refuses_creates(rows)
-    assert not refuses_creates(floors)
-    assert not refuses_creates(Look(QUORUM, {**rows.held, "c": floors.held["c"]}))
+    assert everywhere(holding(a=1, b=1, c=1))
+    assert everywhere(holding(a=3, b=2, c=2)), "a change is under way"
+    assert everywhere(holding(a=3, b=2, c=1)) is False, "the last one may have an earlier proposal"
+    assert everywhere(holding(a=2, b=2, c=1)) is False
+    assert everywhere(holding(a=1, b=1, c=1, without="c")) is False
+    assert everywhere(look(a=1, b=1, c=0)) is False
+    assert everywhere(holding(a=1, b=1)) is None
+    joint = Quorum(("a", "b", "c"), ("a", "d", "e"))
+    assert everywhere(holding(joint, a=2, b=2, c=1, d=1, e=1))
+    assert everywhere(holding(joint, a=2, b=2, c=1, d=2, e=1)) is False
+    assert everywhere(holding(joint, a=2, b=2, c=2, d=2)) is None

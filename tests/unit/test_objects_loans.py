@@ -43,7 +43,7 @@ from storaged.objects.records import (
 from storaged.objects.service import ObjectService
 from storaged.objects.system.emptying import end_remains
 from storaged.objects.where import where
-from storaged.objects.write import lent_copy
+from storaged.objects.write import lent_copy, loans
 from storaged.objects.write.loans import BORROWED_MAX, BORROWERS_MAX, FRESH_MS, end_unused
 from storaged.objects.write.references import parts_in
 from storaged.wire import decode
@@ -230,6 +230,43 @@ async def test_a_move_of_blocks_is_one_change_that_all_copies_see(made: Made) ->
         change = Change(after[0], value.visibility, value.payload)
         await made.plane.registers.change(made.name(b"a"), lambda _value, change=change: change)
     assert await made.read(b"b") == DATA
+
+
+async def test_what_is_lent_does_not_move_while_the_page_of_its_version_cannot_be_read(made: Made) -> None:
+    """The version would stay with the old places, and the two must be the same."""
+    made.bucket = made.plane.configurations.put(made.bucket, NOTHING.having(VERSIONING, Versioning(ENABLED)))
+    await made.copy(b"a", b"b")
+    [loan] = sharing_of(made.record(b"a")).loans
+    for _ in range(20):  # the first one goes to a page
+        await put(made.objects, made.bucket, os.urandom(70_000), key=b"a")
+    run = loan.part.runs[0]
+    ask = MoveAsk(made.name(b"a").pack(), loan.part.data_id, run, msgspec.structs.replace(run, moved={0: "elsewhere"}))
+    pages, made.world.ring.pages = made.world.ring.pages, {}
+    move = [(ask, Profile(run.k, run.m))]
+    assert await body_after(made.plane.pages, made.name(b"a"), made.value(b"a"), move) is None
+    made.world.ring.pages = pages
+    assert await body_after(made.plane.pages, made.name(b"a"), made.value(b"a"), move) is not None
+
+
+async def test_a_loan_that_another_request_has_marked_since_is_not_ended_nor_unmarked(made: Made) -> None:
+    await made.copy(b"a", b"b")
+    registers: Any = made.plane.registers
+    settle = registers.settle
+    for used in (True, False):
+        [borrower] = sharing_of(made.record(b"a")).loans[0].borrowers
+        if not used:
+            del made.world.ring.values[made.name(b"b")]
+
+        async def settled(name: RegisterName, borrower: Borrower = borrower) -> Value | None:
+            value: Value | None = await settle(name)
+            await loans._mark(made.plane, made.bucket, made.name(b"a"), borrower.id, b"another!")
+            return value
+
+        registers.settle = settled
+        await loans.end_loan(made.plane, made.bucket, made.name(b"a"), borrower.id)
+        [marked] = sharing_of(made.record(b"a")).loans[0].borrowers
+        assert marked == msgspec.structs.replace(borrower, ending=b"another!")
+        registers.settle = settle
 
 
 async def test_where_names_the_fragments_that_a_copy_borrows(made: Made) -> None:

@@ -28,11 +28,10 @@ promise: that is asked of everybody who refers to data that is stored apart from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.consensus.register import created
 from storaged.meta.names import ZERO_BALLOT, Ballot, Value
 
 
@@ -79,19 +78,17 @@ def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | N
     return None
 
 
-def refuses_creates(look: Look) -> bool:
-    """Whether no create that is not part of the register's value can become its value any more. Once this holds, it
-    holds until the register is deleted. Two conditions are needed:
+def accepted_everywhere(look: Look, usable: Callable[[Value], bool]) -> bool | None:
+    """Whether every replica has accepted a value that was chosen before the look, or a later one. None: a replica does
+    not answer. ``usable(value)``: whether the value is that one, another proposal of the same change, or derived from
+    one of these.
 
-    * Every replica holds a row, so it takes no further create. A floor is no row: a create that knows it is taken.
-    * No minority holds a create that was accepted last of all. A proposer may carry that on over what the others have,
-      also over what they accept later: a gateway with a slow clock may have them accept that below the create. When
-      something else was accepted last, a quorum had promised its ballot. So whatever is proposed after this look is
-      above that ballot, and above all creates.
+    A quorum has accepted the chosen value's ballot or a higher one. When the replicas above the lowest ballot are no
+    quorum, a member of that quorum holds the lowest ballot. So every replica is at the chosen ballot or above it.
     """
-    if len(look.held) < len(look.quorum.disks) or not all(held.ballot.node for held in look.held.values()):
+    if not all(disk in look.held for disk in look.quorum.disks):
+        return None
+    if any(held.value is None or not usable(held.value) for held in look.held.values()):
         return False
-    last = max(held.ballot for held in look.held.values())
-    holders = {disk: held for disk, held in look.held.items() if held.ballot == last}
-    may_be_create = any(held.value is not None and created(held.value) for held in holders.values())
-    return not may_be_create or look.quorum.agreed(holders) is not None
+    lowest = min(held.ballot for held in look.held.values())
+    return not look.quorum.met([disk for disk, held in look.held.items() if held.ballot > lowest])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storaged.errors import StoragedError
-from storaged.meta.consensus.looks import Held, Look, refuses_creates
+from storaged.meta.consensus.looks import Held, Look, accepted_everywhere
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Read, ReadReply
@@ -64,6 +64,10 @@ class RingSurvey:
         values = {disk: reply.value for disk, reply in replies.items()}
         return view.quorum.agreed({disk: value for disk, value in values.items() if value and usable(value)})
 
+    async def accepted_everywhere(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool | None:
+        """See ``ports.Registers``."""
+        return accepted_everywhere(await self.look(name), usable)
+
     async def look(self, name: RegisterName) -> Look:
         """What each replica that answers has accepted."""
         view = self._view(name)
@@ -72,10 +76,6 @@ class RingSurvey:
         held = {disk: Held(reply.accepted, reply.value) for disk, reply in replies}
         fenced = frozenset(disk for disk, reply in replies if reply.fenced)
         return Look(view.quorum, held, fenced)
-
-    async def refuses_creates(self, name: RegisterName) -> bool:
-        """See ``ports.Registers``."""
-        return refuses_creates(await self.look(name))
 
     def _deadline(self) -> float:
         return self._calls.clock.monotonic() + min(self._calls.deadline_s, AGREEMENT_S)

@@ -29,22 +29,30 @@ If the mark was set before that look, it was also taken off before it, so step 3
 set after the look, step 2 came after the promise and ended it.
 
 *Creates.* A plain PUT of a new key may be a create. A create does not read the record that it overwrites, and it may
-take effect late at a replica that holds nothing (``meta.consensus.register``). Its ballot there may be above that of
-the owner's record. A proposer that carries it on would overwrite the loans of its key. So data is lent only when no
-create of the owner's register can take effect any more (``meta.consensus.looks.refuses_creates``).
+take effect late at a replica that holds no row (``meta.consensus.register``). A proposer that carries it on would
+overwrite the loans of its key. So a copy goes on only when every replica of the owner's register has accepted the loan
+(``check_everywhere``). Such a replica holds a row, which is no create, and takes no create as long as it has the row:
+
+* It accepts nothing below the loan any more. All values above it have the loan, until that is ended.
+* A record with a loan is no tombstone. So the row is not expunged, and no floor replaces it
+  (``meta.consensus.floors``).
+
+A look before the loan does not suffice. A create that a replica holds may have a higher ballot than the loan gets, and
+a tombstone that a replica holds may be expunged later.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from storaged.errors import StoragedError
+from storaged.errors import DataDamaged, StoragedError
 from storaged.fragments.ports import REPLACED
 from storaged.ids import DATA_ID_BYTES
-from storaged.meta.names import RegisterName, object_name
+from storaged.meta.names import RegisterName, Value, object_name
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.history import Draft
 from storaged.objects.code.lending import find_borrower, uses
@@ -64,6 +72,8 @@ BORROWER_ID_BYTES = DATA_ID_BYTES
 BORROWERS_MAX = 64
 KEYS_BYTES_MAX = 16 * KIB
 """Limits of one record: the borrowers of its loans, and the bytes of their keys. Further copies get their own data."""
+STRAGGLERS_S = (0.02, 0.2)
+"""A loan is chosen when a majority has accepted it. Pauses before further looks, for the other replicas."""
 BORROWED_MAX = 32
 """Versions of one key that borrow."""
 FRESH_MS = 600_000
@@ -84,15 +94,28 @@ class Wanted(NamedTuple):
 
 
 class NotLent(Exception):
-    """The data is not lent: its record does not have it any more, has no room for another borrower, or may be
-    overwritten by a create; or the borrower is marked or gone. The copy gets data of its own.
+    """The data is not lent: its record does not have it any more, or has no room for another borrower; or a replica of
+    the record does not have the loan; or the borrower is marked or gone. The copy gets data of its own.
     """
 
 
-async def check_no_create(plane: ObjectPlane, owner: RegisterName) -> None:
-    """See *Creates*. Raises NotLent."""
-    if not await plane.registers.refuses_creates(owner):
-        raise NotLent
+async def check_everywhere(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes) -> None:
+    """Makes sure that every replica of the owner's register has accepted the loan: see *Creates*. Raises NotLent."""
+
+    def lends(value: Value) -> bool:
+        try:
+            return find_borrower(value, borrower_id) is not None
+        except DataDamaged:
+            return False
+
+    for pause_s in (0.0, *STRAGGLERS_S):
+        await asyncio.sleep(pause_s)
+        accepted = await plane.registers.accepted_everywhere(owner, lends)
+        if accepted:
+            return
+        if accepted is None:
+            break
+    raise NotLent
 
 
 async def with_loan(
@@ -105,6 +128,7 @@ async def with_loan(
     borrowed = Borrowed(wanted.owner.key, wanted.borrower.id)
     await add_borrower(plane, bucket, wanted)
     try:
+        await check_everywhere(plane, wanted.owner, borrowed.id)
         return await commit(lambda: check_lent(plane, wanted.owner, borrowed.id))
     except BaseException:
         plane.background.spawn(try_end_loan(plane, bucket, borrowed))
@@ -127,7 +151,6 @@ async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted)
             raise NotLent
         return True
 
-    await check_no_create(plane, owner)
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
 
 
