@@ -75,7 +75,7 @@ LENDING_BUGS = (
     Planted(
         "lent_again",
         "data is lent that its record has no more",
-        80,
+        150,
         _PLAY,
         _LOANS,
         "    if len(parts) != 1 or parts[0].data_id != data_id:\n        raise NotLent\n    return parts[0]\n",

@@ -11,16 +11,17 @@ import msgspec
 import pytest
 
 from storaged.cluster.layout import Profile
-from storaged.errors import DataDamaged, InvalidRequest, NoSuchKey, PreconditionFailed
+from storaged.errors import AccessDenied, DataDamaged, InvalidRequest, NoSuchKey, PreconditionFailed
 from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
 from storaged.meta.storage.row_head import LEAD_BYTES, head_of
 from storaged.objects.api import BodyChecks, CopySource, NewMeta, PutResult, WriteConditions
+from storaged.objects.code.lock import COMPLIANCE
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING
-from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
-from storaged.objects.encryption import CUSTOMER, Encryption
+from storaged.objects.configuration.kinds import ENABLED, LOCK, VERSIONING, ObjectLock, Versioning
+from storaged.objects.encryption import CUSTOMER, KMS, Encryption
 from storaged.objects.etags import ANY
 from storaged.objects.records import (
     Borrowed,
@@ -29,6 +30,7 @@ from storaged.objects.records import (
     History,
     Kept,
     Loan,
+    Lock,
     ObjectRecord,
     PartEntry,
     Sharing,
@@ -47,7 +49,7 @@ from storaged.objects.write import lent_copy, loans
 from storaged.objects.write.loans import BORROWED_MAX, BORROWERS_MAX, FRESH_MS, end_unused
 from storaged.objects.write.references import parts_in
 from storaged.wire import decode
-from tests.worlds.objects import OWNER, World, bucket_of, got, put
+from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
 
 pytestmark = pytest.mark.virtual_time
 
@@ -207,6 +209,52 @@ async def test_metadata_tags_and_encryption_are_the_copys_own(made: Made) -> Non
     assert await made.read(b"b") == DATA
     with pytest.raises(InvalidRequest):
         await made.objects.get(made.bucket, b"b", customer_key=b"k" * 32)
+
+
+async def test_source_and_copy_get_another_encryption_and_a_newer_bucket_key_each_by_itself(made: Made) -> None:
+    """Each record wraps the data key anew; the body stays sealed under it."""
+    await made.copy(b"a", b"b")
+    await made.copy(b"b", b"c")
+    made.world.keys.newest[made.bucket.id] = 2
+    for key in (b"a", b"c"):
+        await made.objects.set_encryption(made.bucket, key, Encryption(KMS, "arn:of:key"))
+    shown = [(await made.objects.head(made.bucket, key)).encryption for key in (b"a", b"b", b"c")]
+    assert [one is not None and one.kind for one in shown] == [KMS, False, KMS]
+    assert [made.record(key).versions[0].bucket_key for key in (b"a", b"b", b"c")] == [2, 1, 2]
+    assert [await made.read(key) for key in (b"a", b"b", b"c")] == [DATA] * 3
+    await made.delete(b"a")
+    await made.copy(b"c", b"d")
+    assert [await made.read(key) for key in (b"b", b"c", b"d")] == [DATA] * 3
+    assert not await made.parts_of(b"d")
+
+
+@pytest.mark.parametrize("lock", [Lock(COMPLIANCE, 1 << 50), Lock(hold=True)])
+async def test_a_locked_copy_keeps_the_data_of_a_source_that_is_deleted_and_a_locked_source_its_own(
+    made: Made, lock: Lock
+) -> None:
+    configuration = NOTHING.having(VERSIONING, Versioning(ENABLED)).having(LOCK, ObjectLock())
+    made.bucket = made.plane.configurations.put(made.bucket, configuration)
+    copied = await made.copy(b"a", b"b", lock=lock)
+    back = await made.copy(b"b", b"a")
+    await made.objects.delete(made.bucket, b"a", version_id="null")
+    await made.objects.delete(made.bucket, b"a", version_id=back.version_id)
+    with pytest.raises(AccessDenied):
+        await made.objects.delete(made.bucket, b"b", version_id=copied.version_id)
+    await made.plane.background.settle()
+    assert await end_unused(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1) == 1
+    assert await made.read(b"b") == DATA
+    [part] = await made.parts_of(b"a")
+    assert part.data_id not in made.retired()
+    locked = await made.objects.put(
+        made.bucket, b"l", pieces(DATA), NewMeta(lock=lock), BodyChecks(size=len(DATA)), owner=OWNER
+    )
+    free = await made.copy(b"l", b"free")
+    await made.objects.delete(made.bucket, b"free", version_id=free.version_id)
+    with pytest.raises(AccessDenied):
+        await made.objects.delete(made.bucket, b"l", version_id=locked.version_id)
+    await made.plane.background.settle()
+    assert not sharing_of(made.record(b"l")).loans
+    assert await made.read(b"l") == DATA
 
 
 async def test_a_move_of_blocks_is_one_change_that_all_copies_see(made: Made) -> None:
