@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 
 from storaged.errors import DataDamaged, KeyringUnavailable
+from storaged.meta.listing.merge import every_row
 from storaged.meta.names import RegisterName, Table, object_name
 from storaged.meta.ports import HeadPage, ListPage, PageQuery
 from storaged.meta.storage.scan import list_after_prefix
@@ -212,8 +214,29 @@ async def list_versions(
             limit=min(page.left, ROWS_A_READ if plane.versioning(bucket) else page.left),
             hidden=True,
         )
-        start = await page.add_rows(await plane.scanner.list_page(wanted))
+        found = await plane.scanner.list_page(wanted)
+        if found.prefixes:
+            found = replace(found, prefixes=await _prefixes_with_versions(plane, wanted, found.prefixes))
+        start = await page.add_rows(found)
     return page.listing(start)
+
+
+async def _prefixes_with_versions(
+    plane: ObjectPlane, wanted: PageQuery, prefixes: Sequence[bytes]
+) -> tuple[bytes, ...]:
+    """Without those under which deleted keys have left rows without versions: loans, events. Most prefixes have a
+    current object, and are on the page of these, which reaches at least as far. Each of the others is looked through.
+    """
+    current = frozenset((await plane.scanner.list_heads(wanted._replace(hidden=False))).prefixes)
+    return tuple([one for one in prefixes if one in current or await _has_versions(plane, wanted, one)])
+
+
+async def _has_versions(plane: ObjectPlane, wanted: PageQuery, prefix: bytes) -> bool:
+    async for row in every_row(plane.scanner, wanted._replace(prefix=prefix, delimiter=b"", after=b"")):
+        with _named(row.key):
+            if decode_record(row.value).versions:
+                return True
+    return False
 
 
 ROWS_A_READ = 100

@@ -317,6 +317,33 @@ async def test_a_loan_that_another_request_has_marked_since_is_not_ended_nor_unm
         registers.settle = settle
 
 
+async def test_deleted_keys_that_lend_are_in_no_list_of_versions(made: Made) -> None:
+    """Nor are the common prefixes under which there are only such keys."""
+    for prefix in (b"x/", b"y/"):
+        await made.copy(b"a", prefix + b"1")
+        await made.copy(prefix + b"1", prefix + b"2")
+        await put(made.objects, made.bucket, DATA, key=prefix + b"3")
+        await made.copy(prefix + b"3", b"z")
+        await made.copy(prefix + b"3", b"copy of " + prefix + b"3")
+        for key in (b"1", b"2", b"3"):
+            await made.delete(prefix + key)
+    await put(made.objects, made.bucket, b"small", key=b"y/4")
+    await made.delete(b"a")
+    listed = await made.objects.list_versions(made.bucket)
+    there = [b"copy of x/3", b"copy of y/3", b"y/4", b"z"]
+    assert [one.key for one in listed.versions] == there
+    for limit in (1, 2, 3, 4, 1000):
+        found, after = list[bytes](), b""
+        while True:
+            listed = await made.objects.list_versions(made.bucket, delimiter=b"/", after=after, limit=limit)
+            assert len(listed.versions) + len(listed.prefixes) <= limit
+            found += sorted([*(one.key for one in listed.versions), *listed.prefixes])
+            if listed.next_after is None:
+                break
+            after = listed.next_after
+        assert found == [b"copy of x/", b"copy of y/", b"y/", b"z"]
+
+
 async def test_where_names_the_fragments_that_a_copy_borrows(made: Made) -> None:
     await made.copy(b"a", b"b")
     one, other = await where(made.plane, made.bucket, b"a"), await where(made.plane, made.bucket, b"b")
