@@ -217,6 +217,55 @@ def _burdens(stage: Stage, objects: int) -> tuple[_Burden, ...]:
     )
 
 
+class _Flat:
+    """What ``flat`` measures: the small rows, again and again. ``stages``: (contents of the store, its rows)."""
+
+    def __init__(self, stage: Stage, on_result: OnResult, say: Callable[[str], None], seconds_max: float) -> None:
+        self.stages: list[tuple[str, list[Result]]] = []
+        self._stage = stage
+        self._on_result = on_result
+        self._say = say
+        self._seconds_max = seconds_max
+
+    async def warm_up(self) -> bool:
+        """Returns False after a failure, as all of these do."""
+        warm = await self._stage.measure(ROWS["put-4k-64"])
+        if warm.errors:
+            self._on_result(warm)
+            self.stages.append(("warm-up", [warm]))
+        return not warm.errors
+
+    async def measure(self, after: str) -> bool:
+        self._say(f"-- {after}")
+        self._stage.generation += 1
+        found: list[Result] = []
+        self.stages.append((after, found))
+        for name in ("put-4k-64", "get-4k-64", "head-64", "list-1000-4"):
+            result = await self._stage.measure(ROWS[name])
+            found.append(result)
+            self._on_result(result)
+            if result.errors:
+                return False
+        return True
+
+    async def bear(self, burden: _Burden) -> bool:
+        result = await self._stage.run(
+            burden.name,
+            burden.operation,
+            in_flight=burden.in_flight,
+            total=burden.total,
+            size=burden.size,
+            writes=True,
+            seconds_max=self._seconds_max,
+            say=self._say,
+        )
+        self._on_result(result)
+        self.stages[-1][1].append(result)
+        if result.errors or not result.operations:
+            return False
+        return await self.measure(f"{result.operations:,} {burden.what}")
+
+
 async def flat(
     server: Server,
     objects: int,
@@ -234,49 +283,14 @@ async def flat(
     """
     stage = Stage(server, scale, silence_s_max=silence_s_max)
     await stage.open()
-    stages: list[tuple[str, list[Result]]] = []
-
-    async def repeat(after: str) -> bool:
-        say(f"-- {after}")
-        stage.generation += 1
-        found: list[Result] = []
-        stages.append((after, found))
-        for name in ("put-4k-64", "get-4k-64", "head-64", "list-1000-4"):
-            result = await stage.measure(ROWS[name])
-            found.append(result)
-            on_result(result)
-            if result.errors:
-                return False
-        return True
-
-    async def bear(burden: _Burden) -> int:
-        """Returns the number of operations; 0 after a failure."""
-        result = await stage.run(
-            burden.name,
-            burden.operation,
-            in_flight=burden.in_flight,
-            total=burden.total,
-            size=burden.size,
-            writes=True,
-            seconds_max=seconds_max,
-            say=say,
-        )
-        on_result(result)
-        stages[-1][1].append(result)
-        return 0 if result.errors else result.operations
-
-    warm = await stage.measure(ROWS["put-4k-64"])
-    if warm.errors:
-        on_result(warm)
-        return [("warm-up", [warm])]
-    fine = await repeat("empty")
+    rows = _Flat(stage, on_result, say, seconds_max)
+    fine = await rows.warm_up() and await rows.measure("empty")
     for burden in _burdens(stage, objects):
-        done = await bear(burden) if fine else 0
-        fine = bool(done) and await repeat(f"{done:,} {burden.what}")
+        fine = fine and await rows.bear(burden)
     if fine:
         async with contextlib.AsyncExitStack() as open_connections:
             for _ in range(IDLE_CONNECTIONS):
                 connection = await connect(server.target)
                 open_connections.callback(connection.close)
-            await repeat(f"{IDLE_CONNECTIONS:,} idle connections")
-    return stages
+            await rows.measure(f"{IDLE_CONNECTIONS:,} idle connections")
+    return rows.stages

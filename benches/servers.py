@@ -410,69 +410,79 @@ def _write_identity(path: Path, access: str, secret: str) -> None:
     path.write_text(json.dumps({"identities": [user]}))
 
 
-def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
-    weed = seaweedfs_binary()
-    access, secret = "benchmark", "benchmark-secret"
-    _write_identity(folder / "s3.json", access, secret)
-    master, s3 = port_with_grpc(), port_with_grpc()
-    processes: dict[str, subprocess.Popen[bytes]] = {}
+class _Weed:
+    """Processes of SeaweedFS, each in a folder of its own with a log. They end with ``stack``."""
 
-    def start(label: str, *arguments: str) -> subprocess.Popen[bytes]:
-        (folder / label).mkdir()
-        with (folder / f"{label}.log").open("wb") as log:
-            process = subprocess.Popen([weed, *arguments], stdout=log, stderr=log, cwd=folder / label)
-        stack.callback(stop, process)
-        processes[label] = process
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, *, durable: bool) -> None:
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._folder = folder
+        self._stack = stack
+        self._durable = durable
+        self._binary = seaweedfs_binary()
+        self._master, self._filer = port_with_grpc(), port_with_grpc()
+
+    def _start(self, label: str, *arguments: str) -> subprocess.Popen[bytes]:
+        (self._folder / label).mkdir()
+        with (self._folder / f"{label}.log").open("wb") as log:
+            process = subprocess.Popen([self._binary, *arguments], stdout=log, stderr=log, cwd=self._folder / label)
+        self._stack.callback(stop, process)
+        self.processes[label] = process
         return process
 
-    with contextlib.ExitStack() as stack:
-        copies = ("-defaultReplication=020",) if durable else ()
-        await_port(
-            master,
-            start(
-                "master",
-                "master",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                f"-port={master}",
-                f"-mdir={folder}/master",
-                *copies,
-            ),
-        )
-        for rack in "abc" if durable else "a":
-            port = port_with_grpc()
-            (folder / f"data{rack}").mkdir()
-            volume = start(
-                f"volume{rack}", "volume", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={port}",
-                f"-dir={folder}/data{rack}", f"-mserver=127.0.0.1:{master}", "-max=100",
-                f"-rack={rack}", "-dataCenter=d",
-            )  # fmt: skip
-            await_port(port, volume)
-        filer = port_with_grpc()
-        await_port(
-            s3,
-            start(
-                "filer", "filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={filer}",
-                f"-master=127.0.0.1:{master}", f"-defaultStoreDir={folder}/filer", "-s3",
-                f"-s3.port={s3}", f"-s3.config={folder}/s3.json",
-            ),
+    def start_master(self) -> None:
+        copies = ("-defaultReplication=020",) if self._durable else ()
+        process = self._start(
+            "master", "master", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={self._master}",
+            f"-mdir={self._folder}/master", *copies,
         )  # fmt: skip
-        if durable:
-            configure = "fs.configure -locationPrefix=/buckets/ -replication=020 -fsync -apply\n"
-            subprocess.run(
-                [weed, "shell", f"-master=127.0.0.1:{master}", f"-filer=127.0.0.1:{filer}"],
-                input=configure.encode(),
-                capture_output=True,
-                timeout=60,
-                check=True,
-            )
-        time.sleep(3)
-        yield Server(
-            name,
-            Target(f"http://127.0.0.1:{s3}", access, secret),
-            {process_name: process.pid for process_name, process in processes.items()},
-            folder,
+        await_port(self._master, process)
+
+    def start_volume(self, rack: str) -> None:
+        port, data = port_with_grpc(), self._folder / f"data{rack}"
+        data.mkdir()
+        process = self._start(
+            f"volume{rack}", "volume", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={port}", f"-dir={data}",
+            f"-mserver=127.0.0.1:{self._master}", "-max=100", f"-rack={rack}", "-dataCenter=d",
+        )  # fmt: skip
+        await_port(port, process)
+
+    def start_s3(self, identity: Path) -> int:
+        """A filer with S3. Returns the port of S3."""
+        port = port_with_grpc()
+        process = self._start(
+            "filer", "filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={self._filer}",
+            f"-master=127.0.0.1:{self._master}", f"-defaultStoreDir={self._folder}/filer", "-s3", f"-s3.port={port}",
+            f"-s3.config={identity}",
+        )  # fmt: skip
+        await_port(port, process)
+        if self._durable:
+            self._sync_writes()
+        return port
+
+    def _sync_writes(self) -> None:
+        """Three copies of each object, and each is synced before it is acknowledged."""
+        subprocess.run(
+            [self._binary, "shell", f"-master=127.0.0.1:{self._master}", f"-filer=127.0.0.1:{self._filer}"],
+            input=b"fs.configure -locationPrefix=/buckets/ -replication=020 -fsync -apply\n",
+            capture_output=True,
+            timeout=60,
+            check=True,
         )
+
+
+def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
+    access, secret = "benchmark", "benchmark-secret"
+    identity = folder / "s3.json"
+    _write_identity(identity, access, secret)
+    with contextlib.ExitStack() as stack:
+        weed = _Weed(folder, stack, durable=durable)
+        weed.start_master()
+        for rack in "abc" if durable else "a":
+            weed.start_volume(rack)
+        port = weed.start_s3(identity)
+        time.sleep(3)
+        pids = {label: process.pid for label, process in weed.processes.items()}
+        yield Server(name, Target(f"http://127.0.0.1:{port}", access, secret), pids, folder)
 
 
 @contextlib.contextmanager
