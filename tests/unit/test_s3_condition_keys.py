@@ -169,8 +169,8 @@ def test_a_variable_of_a_key_that_the_action_does_not_have_names_no_resource() -
     ],
 )
 def test_a_bucket_policy_with_a_condition_that_none_of_its_actions_has_is_refused(action: Any, key: str) -> None:
-    """AWS's answer, as seen in https://github.com/humanmade/S3-Uploads/issues/239. One that was stored before is kept:
-    the bucket would have no policy."""
+    """AWS's answer, as seen in https://github.com/humanmade/S3-Uploads/issues/239. One that is stored is kept: without
+    it the bucket would have no policy."""
     text = stored("Deny", action, Condition={"StringEquals": {key: "x"}})
     with pytest.raises(MalformedPolicy, match="Conditions do not apply to combination of actions and resources"):
         parse(text.encode(), "bucket")
