@@ -168,7 +168,7 @@ class KeyDamage(NamedTuple):
     mended: bool
 
 
-SetsOf = Callable[[int], Sequence[Sequence[str]]]
+SetsOf = Callable[[int], tuple[tuple[str, ...], ...]]
 """The sets of replicas of a partition: two while it moves; none when this node does not know where it is."""
 
 
@@ -230,18 +230,20 @@ def ring_health(layout: Layout, alive: Callable[[str], bool], sets_of: SetsOf) -
     by_disk: Counter[str] = Counter()
     by_domain: Counter[str] = Counter()
     domain_of = layout.domain_by_disk
-    for partition in (*range(PARTITIONS), SYSTEM_PARTITION):
-        sets = sets_of(partition)
+    # Each combination of disks is judged once: a small cluster has few, and people ask again and again.
+    for sets, count in Counter(map(sets_of, (*range(PARTITIONS), SYSTEM_PARTITION))).items():
         if len(sets) == 1 and _spares_any(sets[0], alive, domain_of):
             continue
         quorum = Quorum(*sets) if sets else None
         living = {disk for disk in quorum.disks if alive(disk)} if quorum is not None else set()
         if quorum is None or not quorum.met(living):
-            stopped += 1
+            stopped += count
             continue
-        by_disk.update(disk for disk in living if not quorum.met(living - {disk}))
+        for disk in living:
+            by_disk[disk] += count * (not quorum.met(living - {disk}))
         for domain in {domain_of.get(disk, disk) for disk in living}:
-            by_domain[domain] += not quorum.met({disk for disk in living if domain_of.get(disk, disk) != domain})
+            left = {disk for disk in living if domain_of.get(disk, disk) != domain}
+            by_domain[domain] += count * (not quorum.met(left))
     return RingHealth(stopped, +by_disk, +by_domain)
 
 

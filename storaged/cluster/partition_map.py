@@ -96,6 +96,11 @@ class PartitionMap:
         record = self._records.get(number)
         return 0 if record is None else record.step
 
+    @property
+    def moved(self) -> int:
+        """How many partitions are known to have moved."""
+        return len(self._records)
+
     def record(self, number: int) -> PartitionRecord | None:
         return self._records.get(number)
 

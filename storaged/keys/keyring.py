@@ -107,6 +107,7 @@ class Keyring:
         self._buckets_cached_max = buckets_cached_max
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()
         self._loading: dict[bytes, _Loading] = {}
+        self._public_signer = signing_key(material.record_key).public_key().public_bytes_raw()
         self._secrets: FieldBox | None = FieldBox(material.secret_key, SECRET_LABEL, entropy)
         self._policy = policy
         self._holder = holder
@@ -196,7 +197,8 @@ class Keyring:
         return signing_key(self.material.record_key).sign(message)
 
     def public_signer(self) -> bytes:
-        return signing_key(self.material.record_key).public_key().public_bytes_raw()
+        self.material  # noqa: B018 - a closed keyring signs nothing
+        return self._public_signer
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
         return self._secret_box().seal(plaintext, pack_context(b"", context))

@@ -274,15 +274,22 @@ class PartitionMover:
     async def _take(self, state: PartitionState, record: PartitionRecord) -> bool:
         """Writes the record of the next step. False when another mover was first."""
         check_step(state, record, self._ports.layouts.current)
-        body = encode(self._ports.sign(record))
+        signed = self._ports.sign(record)
+        body, proposed = encode(signed), False
 
         def update(value: Value | None) -> Change | None:
-            return Change(body) if _step_in(value) == state.step else None
+            nonlocal proposed
+            proposed = _step_in(value) == state.step
+            return Change(body) if proposed else None
 
         path = path_of(state.partition)
         outcome = await self._ports.registers.change(system_name(path), update)
-        await self._ports.refresh(state.partition)
-        return outcome.after is not None and outcome.after.body == body
+        made = outcome.after is not None and outcome.after.body == body
+        if made and proposed:  # a quorum has just accepted what this gateway has signed: nothing is left to be read
+            self._ports.layouts.partitions.learn(signed)
+        else:
+            await self._ports.refresh(state.partition)
+        return made
 
     # --- bringing up --------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,10 @@ PAUSE_S, PAUSE_S_MAX = 1.0, 10.0
 """Between two readings of all records. It doubles while other nodes say that they know more, and reading brings
 nothing: a node that lies about what it knows must not keep this one reading.
 """
+RECORDS_A_SECOND = 128
+"""The pause is at least as long as this takes for all records. Otherwise the readings of all nodes took a third of the
+work of moving all partitions of a small cluster. A request for a partition whose step is not known yet does not wait.
+"""
 
 log = structlog.get_logger("partitions")
 
@@ -105,7 +109,7 @@ class PartitionFollower:
                 log.info("the records of partitions are read later", reason=str(error))
             in_vain = hinted and self._partitions.steps == steps
             pause_s = min(2 * pause_s, PAUSE_S_MAX) if in_vain else PAUSE_S
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(max(pause_s, self._partitions.moved / RECORDS_A_SECOND))
             hinted = True
             try:
                 async with asyncio.timeout(rest_s):

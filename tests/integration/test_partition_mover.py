@@ -184,6 +184,31 @@ async def test_every_partition_moves_and_nothing_is_lost(world: World) -> None:
             assert world.disks.stores[disk].get(name) is not None, "a replica of the new set lacks a row"
 
 
+async def test_a_mover_knows_its_own_steps_and_reads_those_of_others(world: World) -> None:
+    """A quorum has just accepted a step of its own, which it signed itself."""
+    await world.learn()
+    read: dict[str, list[int]] = {"own": [], "others": []}
+    movers = {}
+    for whose, gateway in (("own", world.gateway), ("others", world.other)):
+
+        async def refresh(partition: int, whose: str = whose, gateway: Gateway = gateway) -> None:
+            read[whose].append(partition)
+            await gateway.follower.refresh(partition)
+
+        ports = replace_ports(gateway.ports, refresh=refresh)
+        mover = movers[whose] = PartitionMover(ports, at_once=16, lost_s=0, partitions=MOVED)
+        async with asyncio.timeout(120):
+            while await mover.round():
+                pass
+    assert movers["own"].progress.steps > 0
+    assert read["own"] == []
+    own, others = world.gateway.layouts.partitions, world.other.layouts.partitions
+    stepped = [number for number in MOVED if own.record(number) is not None]
+    assert movers["others"].progress.steps == 0
+    assert sorted(set(read["others"])) == stepped
+    assert [own.record(number) for number in stepped] == [others.record(number) for number in stepped]
+
+
 async def test_a_gateway_that_knows_nothing_of_it_finds_its_way(world: World) -> None:
     for name in names():
         await world.other.put(name, b"before")

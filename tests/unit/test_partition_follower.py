@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from storaged.cluster.partitions import PartitionRecord
 from storaged.errors import ServiceUnavailable
-from storaged.node.partition_follower import PartitionFollower
+from storaged.node.partition_follower import RECORDS_A_SECOND, PartitionFollower
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.worlds.authority import until
 
@@ -94,6 +94,40 @@ async def test_a_node_that_lies_about_what_it_knows_has_the_records_read_less_an
         so_far = len(read)
         await asyncio.sleep(10)
         assert len(read) - so_far >= 5, "what is true is read as soon as before"
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.virtual_time
+async def test_the_more_partitions_have_moved_the_less_often_all_records_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layouts, nothing = KnownLayouts(replace(layout_of(), epoch=100, base=1)), Any
+    follower = PartitionFollower(layouts, nothing, nothing, nothing, "c1")  # type: ignore[arg-type]  # nothing is called
+    read = 0
+
+    async def read_all() -> None:
+        nonlocal read
+        read += 1
+        layouts.partitions.learn(PartitionRecord(0, read, ("a0", "b0", "c0"), (), 100))
+
+    async def move() -> None:
+        while True:
+            layouts.partitions.hear("nb", layouts.partitions.steps + 1)
+            await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(follower, "read_all", read_all)
+    tasks = [asyncio.create_task(follower.run()), asyncio.create_task(move())]
+    try:
+        await asyncio.sleep(60)
+        few = read
+        for number in range(1, 4 * RECORDS_A_SECOND):
+            layouts.partitions.learn(PartitionRecord(number, 1, ("a0", "b0", "c0"), (), 100))
+        await asyncio.sleep(60)
+        assert 2 * (read - few) < few
+        assert read - few >= 10
     finally:
         for task in tasks:
             task.cancel()
