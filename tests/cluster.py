@@ -30,7 +30,9 @@ from tests.commands import commands
 from tests.patience import SLOWNESS
 
 STORAGED = str(Path(sys.executable).parent / "storaged")
-POLL_S = 0.2
+POLL_S, POLL_S_MAX = 0.2, 1.0
+POLLS_A_WAIT = 20
+"""What comes after ten seconds may be noticed half a second late: to answer takes the cluster's processors."""
 PORTS = range(12_000, 32_000)
 LINE_CHARS_MAX, STATE_LINES_MAX = 500, 60
 """Of what a failure shows of a cluster's state and logs."""
@@ -156,15 +158,15 @@ class Cluster:
         """Polls a condition; the test fails with ``what`` when it does not come true, on a slow machine too
         (``SLOWNESS``).
         """
-        end = time.monotonic() + timeout_s * SLOWNESS
-        while time.monotonic() < end:
+        began = time.monotonic()
+        while (waited_s := time.monotonic() - began) < timeout_s * SLOWNESS:
             if condition():
                 return
             if self._process is not None and self._process.poll() is not None:
                 raise AssertionError(
                     f"storaged dev ended with {self._process.returncode} while waiting for {what}: {self.log_tail()}"
                 )
-            time.sleep(POLL_S)
+            time.sleep(max(POLL_S, min(waited_s / POLLS_A_WAIT, POLL_S_MAX)))
         raise AssertionError(f"waited {timeout_s * SLOWNESS:.0f} s for {what}\n{self.state()}\n{self.log_tail()}")
 
     def wait_healthy(self, timeout_s: float = 90.0) -> None:
