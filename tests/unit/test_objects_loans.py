@@ -169,12 +169,26 @@ async def test_what_has_no_fragments_of_its_own_is_sealed_anew(made: Made) -> No
     assert await made.read(b"a") == DATA
 
 
-async def test_a_replica_without_a_row_and_a_full_record_make_a_copy_of_its_own(made: Made) -> None:
+@pytest.mark.parametrize("known", [False, True])
+async def test_while_a_replica_is_away_a_copy_gets_data_of_its_own(made: Made, known: bool) -> None:
+    """``known``: then nothing is written in vain."""
+    disks, before = made.world.disks, made.value(b"a")
     disk = made.world.layouts.current.replicas_of(made.name(b"a").partition)[0]
-    made.world.disks.disks[disk].down = True
+    disks.disks[disk].down = True
+    if known:
+        disks.suspected.add(disk)
     await made.copy(b"a", b"b")
+    await made.plane.background.settle()
     assert await made.parts_of(b"b"), "a late create could overwrite the record that lends"
-    made.world.disks.disks[disk].down = False
+    assert not sharing_of(made.record(b"a")).loans
+    assert (made.value(b"a") == before) is known
+    disks.disks[disk].down = False
+    disks.suspected.clear()
+    await made.copy(b"a", b"c")
+    assert not await made.parts_of(b"c")
+
+
+async def test_a_full_record_lends_no_more(made: Made) -> None:
     for number in range(BORROWERS_MAX):
         await made.copy(b"a", b"copy %d" % number)
     await made.copy(b"a", b"one more")

@@ -80,7 +80,16 @@ async def lendable(
     if source.conditions != NO_READ_CONDITIONS:
         check_copy_source(source.conditions, info.etag, info.modified_ms)
     check_allowed(access_of(info), source.allowed)
-    return Lendable(info, opened, owner_of(bucket, found))
+    owner = owner_of(bucket, found)
+    return Lendable(info, opened, owner) if _replicas_answer(plane, owner) else None
+
+
+def _replicas_answer(plane: ObjectPlane, owner: RegisterName) -> bool:
+    """As far as is known. Every replica has to accept the loan (``loans.check_everywhere``): with one away the owner's
+    record would be written in vain, and the copy would wait for an answer.
+    """
+    voting = plane.layouts.partition(owner.partition).voting
+    return all(plane.liveness.disk_readable(disk) for disks in voting for disk in disks)
 
 
 def _is_coded(version: Version) -> bool:
