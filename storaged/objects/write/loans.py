@@ -26,7 +26,7 @@ this version on. A request that removed such a version, a copy that failed, and 
 A copy looks at its borrower between its promise and its accept, and accepts nothing when the borrower is marked or gone
 (``check_lent``). So no version is accepted whose borrower goes: the copy saw the borrower unmarked after its promise.
 If the mark was set before that look, it was also taken off before it, so step 3 finds another mark or none. If it was
-set after the look, step 2 came after the promise and ended it.
+set after the look, step 2 came after the promise: it ended the promise, or found the accept.
 
 *Creates.* A plain PUT of a new key may be a create. A create does not read the record that it overwrites, and it may
 take effect late at a replica that holds no row (``meta.consensus.register``). A proposer that carries it on would
