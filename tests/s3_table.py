@@ -43,7 +43,7 @@ ELSEWHERE = {"WriteGetObjectResponse": "none"}
 
 LISTS = {
     f"ListBucket{kind}Configurations": f"GetBucket{kind}Configuration"
-    for kind in ("Analytics", "Inventory", "Metrics", "IntelligentTiering")
+    for kind in ("Analytics", "Metrics", "IntelligentTiering")
 } | {"ListObjectAnnotations": "GetObjectAnnotation"}
 """Operations whose requests differ from another's by an ``id`` that is missing, and the row that answers both."""
 
@@ -59,7 +59,6 @@ WHY = {
     "Annotation": "annotations are not implemented",
     "DirectoryBuckets": "directory buckets are not here",
     "IntelligentTiering": "there is one storage class",
-    "Inventory": "it is not implemented",
     "Lifecycle": "AWS keeps it for old clients",
     "Metadata": "the tables of S3 Metadata are a service of AWS of their own",
     "Metrics": "they are for CloudWatch; the metrics of this server are in deploy/README.md",
@@ -88,6 +87,9 @@ ELEMENTS = {
     "DataRedundancy": f"400 MalformedXML: {_DIRECTORY}",
 }
 """Elements of requests that the front's code does not name, and what becomes of them."""
+
+TAKEN = {("PutBucketInventoryConfiguration", "Bucket")}
+"""Elements that have the name of one of these in another operation."""
 
 UNSENT = {
     "x-amz-request-charged": "no bucket makes its requesters pay",
@@ -155,7 +157,7 @@ def operations() -> dict[str, Operation]:
     for table in (routes.SERVICE, routes.BUCKET, routes.OBJECT):
         for methods in table.values():
             for operation in methods.values():
-                for row in (operation, operation.copy):
+                for row in (operation, operation.copy, operation.unnamed):
                     if row is not None:
                         found[row.name] = row
     return found
@@ -195,7 +197,7 @@ def answer_to(operation: Operation, member: Member) -> str:
     if member.where == "path":
         return ""
     if member.where == "document":
-        if member.name in ELEMENTS:
+        if member.name in ELEMENTS and (operation.name, member.name) not in TAKEN:
             return ELEMENTS[member.name]
         if named(member.name):
             return ""

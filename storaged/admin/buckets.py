@@ -4,6 +4,7 @@ GET    /v1/buckets                      all buckets of the cluster, without coun
 POST   /v1/buckets                      {name, user, countries}
 GET    /v1/buckets/NAME/usage?after=    counts a piece, from a mark on; ask again with ``next_after``
 GET    /v1/buckets/NAME/lifecycle       its rules, and how far they are carried out
+GET    /v1/buckets/NAME/inventories     its inventories, and how far they are
 POST   /v1/buckets/NAME/owner           {user}
 GET    /v1/buckets/NAME/quota           what it may have: bytes, objects; 0: no limit
 POST   /v1/buckets/NAME/quota           {bytes, objects}
@@ -47,6 +48,7 @@ class BucketAdministration:
             web.post("/v1/buckets", self._create),
             web.get("/v1/buckets/{name}/usage", self._usage),
             web.get("/v1/buckets/{name}/lifecycle", self._lifecycle),
+            web.get("/v1/buckets/{name}/inventories", self._inventories),
             web.post("/v1/buckets/{name}/owner", self._set_owner),
             web.get("/v1/buckets/{name}/quota", self._bucket_quota),
             web.post("/v1/buckets/{name}/quota", self._set_bucket_quota),
@@ -117,6 +119,12 @@ class BucketAdministration:
         if self._services.lifecycle is None:
             raise NotHere
         return web.json_response(await self._services.lifecycle(await buckets.get(request.match_info["name"])))
+
+    async def _inventories(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        if self._services.inventories is None:
+            raise NotHere
+        return web.json_response(await self._services.inventories(await buckets.get(request.match_info["name"])))
 
     async def _bucket_quota(self, request: web.Request) -> web.Response:
         buckets, _ = self._planes()

@@ -79,6 +79,8 @@ class Services:
     """(user id, bytes, objects); 0: no limit."""
     lifecycle: Callable[[BucketRecord], Awaitable[dict[str, Any]]] | None = None
     """The lifecycle of a bucket: its rules, and how far they are carried out."""
+    inventories: Callable[[BucketRecord], Awaitable[dict[str, Any]]] | None = None
+    """The inventories of a bucket, and how far they are."""
     racks: Callable[[tuple[str, ...]], list[str]] | None = None
     """The failure domains with disks in these countries (empty: in all), by the layout in force."""
     region: str = ""

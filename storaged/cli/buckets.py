@@ -112,6 +112,41 @@ def bucket_lifecycle(named: str | None, name: str, as_json: bool) -> None:
         click.echo(f"  to be looked at from {_moment(one['at_ms'])} on: {one['keys']} keys{more}")
 
 
+@bucket.command("inventory")
+@click.argument("name")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="bucket, inventories: id, enabled, format, frequency, versions, target, folder, began_ms, finished_ms, rows,"
+    " files, unreadable, manifest.",
+)
+@click.pass_obj
+def bucket_inventory(named: str | None, name: str, as_json: bool) -> None:
+    """The inventories of a bucket, and their last reports."""
+    path = f"/v1/buckets/{urllib.parse.quote(name, safe='')}/inventories"
+    found = gateway(find_directory(named), "GET", path, timeout_s=60.0)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    if not found["inventories"]:
+        click.echo(f"{name}: no inventories")
+    for one in found["inventories"]:
+        state = "" if one["enabled"] else ", disabled"
+        kind = f"{one['frequency'].lower()}, {one['format']}, {one['versions'].lower()} versions"
+        click.echo(f"{one['id']}: {kind}, to {one['target']}/{one['folder']}{state}")
+        if one["began_ms"] is None:
+            click.echo("  no report yet")
+        elif one["finished_ms"] is None:
+            click.echo(f"  report under way since {_moment(one['began_ms'])}")
+        else:
+            left_out = f", {one['unreadable']} can't be read" if one["unreadable"] else ""
+            click.echo(
+                f"  last report {_moment(one['began_ms'])}: {one['rows']} rows in {one['files']} files{left_out}:"
+                f" {one['manifest']}"
+            )
+
+
 def _moment(ms: int) -> str:
     """As text; the last moment of the calendar, if the days of a rule lead beyond it."""
     seconds = min(ms / 1000, datetime.max.replace(microsecond=0, tzinfo=UTC).timestamp())

@@ -128,12 +128,12 @@ class LimitsSection(msgspec.Struct, frozen=True):
     were coded again, stay in their old places for readers. ``retire_delay_s``: how long the data of what was deleted or
     replaced stays, for reads that are under way. ``read_hold_s``: how much longer it stays at most while a download of
     it lasts; 0: not at all. ``upload_expire_s``: an open multipart upload to which nothing was added for so long is
-    aborted; 0: never. ``lifecycle_day_s``: how long a day of lifecycle rules lasts, the same in all gateways; shorter
-    ones are for tests alone, since objects expire early. ``lifecycle_per_s``: how many keys lifecycle looks at in a
-    second, at most. ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used
-    only as rows are written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a
-    twentieth of the file system. ``expunge_delay_s``: how long the row of a deleted key stays at least; longer than any
-    client's retry, and than a gateway may be suspended.
+    aborted; 0: never. ``lifecycle_day_s``: how long a day of lifecycle rules and of inventories lasts, the same in all
+    gateways; shorter ones are for tests alone, since objects expire early. ``lifecycle_per_s``: how many keys lifecycle
+    looks at in a second, at most. ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used only as
+    rows are written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the
+    file system. ``expunge_delay_s``: how long the row of a deleted key stays at least; longer than any client's retry,
+    and than a gateway may be suspended.
     """
 
     s3_requests_max: int = 1024

@@ -127,6 +127,10 @@ class InvalidBucketName(S3Error):
     )
 
 
+class IdMismatch(S3Error):
+    """Document ID does not match the specified configuration ID."""
+
+
 class IllegalVersioningConfigurationException(S3Error):
     """The versioning configuration specified in the request is not valid."""
 
@@ -199,6 +203,13 @@ class InvalidStorageClass(S3Error):
 
 class InvalidTag(S3Error):
     """The tag provided was not a valid tag."""
+
+
+class InvalidS3DestinationBucket(S3Error):
+    """Invalid bucket ARN.
+
+    An inventory names its destination as arn:aws:s3:::NAME, without an account.
+    """
 
 
 class InvalidTargetBucketForLogging(S3Error):
@@ -291,6 +302,12 @@ class NoSuchBucket(S3Error):
 
 class NoSuchBucketPolicy(S3Error):
     """The bucket policy does not exist"""
+
+    status = 404
+
+
+class NoSuchConfiguration(S3Error):
+    """The specified configuration does not exist."""
 
     status = 404
 
@@ -420,6 +437,10 @@ class SignatureDoesNotMatch(S3Error):
 
 class TooManyBuckets(S3Error):
     """You have attempted to create more buckets than are allowed."""
+
+
+class TooManyConfigurations(S3Error):
+    """You are attempting to create a new configuration but have already reached the 1,000-configuration limit."""
 
 
 class UnresolvableGrantByEmailAddress(S3Error):

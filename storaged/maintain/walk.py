@@ -67,7 +67,7 @@ async def row_slices(
         await asyncio.sleep(min(clock.monotonic() - began, REST_S_MAX))
 
 
-BUCKET_TABLES = (Table.OBJECT, Table.UPLOAD, Table.PART, Table.EVENT, Table.LIFECYCLE)
+BUCKET_TABLES = (Table.OBJECT, Table.UPLOAD, Table.PART, Table.EVENT, Table.LIFECYCLE, Table.INVENTORY)
 
 
 class Range(NamedTuple):

@@ -11,6 +11,9 @@ order of ``key``.
     EVENT    one byte of the hash of S3 keys      the objects' shard                     PendingKeys
     LIFECYCLE  "d" || day (u32 BE) || id (16)     numbers[id[0] mod their count]         LifecycleKeys
                "s"                                the first                              LifecycleState
+    INVENTORY  "s" || hash of an id (16)          the first                              InventoryState
+               "f" || hash || report (16) ||      the first                              InventoryFile
+               number (u32 BE)
     SYSTEM   a path: bucket/NAME, user/KEY, ...   0 (the system partition)               by prefix
 """
 
@@ -42,6 +45,8 @@ class Table(IntEnum):
     """Which keys may have events that are not delivered yet (``objects.write.outbox``)."""
     LIFECYCLE = 5
     """What ``objects.lifecycle`` has to look at, by day: derived from the objects."""
+    INVENTORY = 6
+    """How far the inventories of a bucket are (``objects.inventory``)."""
 
 
 class RegisterName(NamedTuple):

@@ -68,6 +68,8 @@ from storaged.objects.usage import usage_after
 from storaged.objects.where import where
 from storaged.objects.write.loans import end_unused
 from storaged.s3.app import S3App
+from storaged.s3.inventories import InventoryWorker
+from storaged.s3.inventories import describe as describe_inventories
 from storaged.s3.ops.iam.actions import perform_for_operator
 
 SIGNER_EVERY_S = 60.0
@@ -154,6 +156,7 @@ class Gateway:
             destinations=self._destinations,
             lock_audit=Recorder(node.audit, node.clock).audited,
         )
+        self.inventories = InventoryWorker(self._app.front, plane, self.buckets, is_mine=self.partitions.is_first)
         if config.s3.tls_certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -246,7 +249,7 @@ class Gateway:
             found.append(look_at_records(self.buckets, self.users))
             found.append(self._keep_signer())
             found.append(self._answers.run())
-            found += [self.partitions.run(), self.partitions.expunge(), self.lifecycle.run()]
+            found += [self.partitions.run(), self.partitions.expunge(), self.lifecycle.run(), self._make_inventories()]
             found.append(self.events.run_sweep(self.partitions.is_first))
         if self.workers is not None:
             found.append(self.workers.run())
@@ -255,6 +258,11 @@ class Gateway:
     def bad_records(self) -> list[BadRow]:
         """The unusable system records that this process found."""
         return self.objects.plane.bad_rows.listed()
+
+    async def _make_inventories(self) -> None:
+        """Runs for ever, once the keyring is open."""
+        await self._late.opened.wait()
+        await self.inventories.run()
 
     async def _keep_signer(self) -> None:
         """Runs for ever: certifies the cluster's signing key with this gateway's certificate, so that storage nodes
@@ -368,6 +376,7 @@ class Gateway:
         services.set_bucket_quota = functools.partial(set_bucket_quota, self.buckets)
         services.set_account_quota = functools.partial(set_account_quota, self.users)
         services.lifecycle = functools.partial(describe, self.objects.plane)
+        services.inventories = functools.partial(describe_inventories, self.objects.plane)
         services.where = self._where
         services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase, self._node.clock)
 

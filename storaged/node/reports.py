@@ -132,7 +132,9 @@ class Reports:
         )
         found = self._seen.date(judge(facts, node.clock.wall_ms()))
         lifecycle = self._gateway.lifecycle.worker.document() if self._gateway is not None else []
-        return {**found, "moving": self._moving(statuses, counts), "sparing": spares, "lifecycle": lifecycle}
+        inventories = self._gateway.inventories.document() if self._gateway is not None else []
+        more = {"sparing": spares, "lifecycle": lifecycle, "inventories": inventories}
+        return {**found, "moving": self._moving(statuses, counts), **more}
 
     def _states(self) -> list[PartitionState] | None:
         """None while this node has not read where partitions are."""
@@ -186,7 +188,9 @@ class Reports:
         moves = self._progress.jobs(counts, count_objects(statuses), settings, self._reason(), recoded)
         name, gateway = self._node.own.name, self._gateway
         own = (
-            gateway.partitions.expunger.report(name) + gateway.lifecycle.worker.report(name)
+            gateway.partitions.expunger.report(name)
+            + gateway.lifecycle.worker.report(name)
+            + gateway.inventories.report(name)
             if gateway is not None
             else []
         )

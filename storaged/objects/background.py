@@ -38,6 +38,8 @@ class Counters:
     lifecycle_expired: int = 0
     lifecycle_noncurrent: int = 0
     lifecycle_markers: int = 0
+    inventory_reports: int = 0
+    inventory_rows: int = 0
 
 
 class Background:

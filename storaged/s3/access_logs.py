@@ -16,21 +16,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from storaged.errors import AccessDenied, NoSuchBucket, S3Error, StoragedError
 from storaged.ids import Entropy
-from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.configuration.logging import LOGGING, BucketLogging
 from storaged.objects.records import BucketRecord
 from storaged.s3.authorization import log_grant
 from storaged.s3.context import Front, existing_bucket
-from storaged.s3.encryption import default_encryption
+from storaged.s3.delivery import deliver
 from storaged.s3.log_lines import Spoken, day_of, key_of, lines_of
-from storaged.s3.origins import origin_of
-from storaged.s3.request import Request, RequestDone
+from storaged.s3.request import RequestDone
 from storaged.units import MIB
 
 OBJECT_BYTES_MAX: Final = 4 * MIB
@@ -226,20 +223,11 @@ class AccessLogs:
         return True
 
     async def _put(self, source: BucketRecord, setting: BucketLogging, day: int, taken: list[bytes]) -> None:
-        """Raises as ``log_grant`` and ``Objects.put``, and NoSuchBucket."""
+        """Raises as ``log_grant`` and ``deliver``, and NoSuchBucket."""
         front, now_ms = self._front, self._front.clock.wall_ms()
         target = await existing_bucket(front, setting.target)
         if target.owner != source.owner:
             raise AccessDenied("The target bucket of the log belongs to another user.")
         unique = self._entropy(8).hex().upper()
         key = key_of(setting, source, front.endpoint.region, day, now_ms, unique)
-        grant = log_grant(front, source, target, key)
-        request = Request(unique, "PUT", b"/", "", True, operation="PutObject", _bucket_record=target)
-        origin = origin_of(request, "ObjectCreated:Put")
-        meta = NewMeta({"content-type": TYPE}, encryption=default_encryption(front, request), origin=origin)
-        data = b"".join(taken)
-        await front.objects.put(grant, key, _body(data), meta, BodyChecks(len(data)), owner=target.owner)
-
-
-async def _body(data: bytes) -> AsyncIterator[bytes]:
-    yield data
+        await deliver(front, log_grant(front, source, target, key), key, b"".join(taken), TYPE, unique)

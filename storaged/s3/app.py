@@ -69,7 +69,7 @@ class S3App:
     ) -> None:
         self._endpoint = endpoint
         granted = GrantedObjects(objects, quotas, lock_audit)
-        front = Front(granted, buckets, users, endpoint, clock, destinations or NO_DESTINATIONS)
+        self.front = front = Front(granted, buckets, users, endpoint, clock, destinations or NO_DESTINATIONS)
         self.access_logs = AccessLogs(front, entropy)
         self._responder = Responder(front, entropy, on_request, self.access_logs)
         self._servers: list[asyncio.Server] = []

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from storaged.errors import AccessDenied, NoSuchKey, NoSuchUpload
 from storaged.objects.api import READ, WRITE, Grant, ObjectAccess, Principal
 from storaged.objects.identity import account_of
 from storaged.objects.records import BucketRecord
-from storaged.s3.auth.acl import LOGGING_SERVICE, has_grants
+from storaged.s3.auth.acl import BUCKET_OWNER_FULL, LOGGING_SERVICE, has_grants
 from storaged.s3.auth.actions import LIST_BUCKET, Action, action_of
 from storaged.s3.auth.authorize import (
     UNKNOWN,
@@ -146,15 +147,36 @@ def hides_missing(front: Front, request: Request) -> bool:
     return not may_list(front, request, Ask(LIST_BUCKET, bucket, grant.key))
 
 
-# --- access logs ------------------------------------------------------------------------------------------------------
+# --- access logs and inventories --------------------------------------------------------------------------------------
 
 LOG_DELIVERY: Final = Principal("", "log delivery", service=LOGGING_SERVICE)
+INVENTORIES: Final = Principal("", "inventories", service="s3.amazonaws.com")
 
 
 def log_grant(front: Front, source: BucketRecord, target: BucketRecord, key: bytes) -> Grant:
     """Permission to put an access log of ``source`` into ``target``, for the service that AWS names so. Raises
     AccessDenied.
     https://docs.aws.amazon.com/AmazonS3/latest/userguide/enable-server-access-logging.html"""
+    return _service_grant(front, LOG_DELIVERY, source, target, key)
+
+
+def inventory_grant(front: Front, source: BucketRecord, target: BucketRecord, key: bytes) -> Grant:
+    """The same for an object of an inventory. AWS's example of a policy asks for a canned list, which the service
+    sends. Raises AccessDenied.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/example-bucket-policies.html#example-bucket-policies-s3-inventory
+    """
+    return _service_grant(front, INVENTORIES, source, target, key, {"s3:x-amz-acl": BUCKET_OWNER_FULL})
+
+
+def _service_grant(
+    front: Front,
+    service: Principal,
+    source: BucketRecord,
+    target: BucketRecord,
+    key: bytes,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Grant:
+    """``more``: values of condition keys, beside those of every delivery."""
     now = datetime.fromtimestamp(front.clock.wall_ms() / 1000, UTC)
     facts = {
         "aws:sourcearn": ARN_PREFIX + source.name,
@@ -165,10 +187,11 @@ def log_grant(front: Front, source: BucketRecord, target: BucketRecord, key: byt
         "aws:principalisawsservice": "true",
         "aws:currenttime": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "aws:epochtime": str(int(now.timestamp())),
+        **more,
     }
     context = Context(lambda name: (facts[name],) if name in facts else None, None)
     resource = Resource(target, front.buckets.configuration_of(target), key)
-    return authorize(LOG_DELIVERY, action_of("PutObject"), resource, context)
+    return authorize(service, action_of("PutObject"), resource, context)
 
 
 def check_expected_owner(bucket: BucketRecord, expected: str | None) -> None:

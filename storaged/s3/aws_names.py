@@ -68,6 +68,7 @@ DOCUMENTS = frozenset(
         "PutBucketLifecycleConfiguration", "PutBucketReplication", "PutBucketEncryption", "PutPublicAccessBlock",
         "PutBucketOwnershipControls",
         "PutObjectLockConfiguration", "PutBucketLogging", "PutBucketNotificationConfiguration",
+        "PutBucketInventoryConfiguration",
         "PutBucketAccelerateConfiguration", "PutBucketRequestPayment", "PutBucketAbac", "PutObjectRetention",
         "PutObjectLegalHold", "RestoreObject", "SelectObjectContent", "UpdateObjectEncryption",
         "CreateBucketMetadataConfiguration",

@@ -97,7 +97,8 @@ class Operation:
 
     ``name``: AWS's, for logs and metrics. ``changes``: it is not a read. ``needs_bucket``: the bucket must exist and
     belong to the requester before the handler runs. ``signed``: the request is authenticated before the handler runs.
-    ``copy``: the operation instead, when the request has x-amz-copy-source. ``attempt``: the operation without a task.
+    ``copy``: the operation instead, when the request has x-amz-copy-source; ``unnamed``: when it has no ``id``.
+    ``attempt``: the operation without a task.
     ``answer``: what an operation that is not there always answers, for deploy/S3.md; empty: it is done.
     """
 
@@ -110,6 +111,7 @@ class Operation:
     copy: Operation | None = None
     attempt: Attempt | None = None
     answer: str = ""
+    unnamed: Operation | None = None
 
     @cached_property
     def headers(self) -> frozenset[str]:

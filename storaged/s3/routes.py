@@ -31,6 +31,7 @@ from storaged.s3.ops import (
     delete,
     encryption_settings,
     get,
+    inventory,
     lifecycle,
     listing,
     lock,
@@ -164,6 +165,16 @@ def _named(name: str) -> Methods:
     )
 
 
+def _several(name: str, row: configuration.NamedRow[Any, Any], document: Document) -> Methods:
+    """The same, stored and honoured."""
+    unnamed = Operation(f"ListBucket{name}Configurations", configuration.lister(row))
+    return {
+        "GET": Operation(f"GetBucket{name}Configuration", configuration.named_getter(row), unnamed=unnamed),
+        "PUT": _change(f"PutBucket{name}Configuration", configuration.named_putter(row), document),
+        "DELETE": _change(f"DeleteBucket{name}Configuration", configuration.named_deleter(row)),
+    }
+
+
 def _table(name: str) -> Methods:
     return _none_implemented(PUT=f"UpdateBucketMetadata{name}TableConfiguration")
 
@@ -240,7 +251,7 @@ BUCKET: dict[str, Methods] = {
         "PUT": _not_implemented("PutBucketRequestPayment"),
     },
     "analytics": _named("Analytics"),
-    "inventory": _named("Inventory"),
+    "inventory": _several("Inventory", inventory.BUCKET_INVENTORIES, SMALL),
     "metrics": _named("Metrics"),
     "intelligent-tiering": _named("IntelligentTiering"),
     "abac": _none_implemented(GET="GetBucketAbac", PUT="PutBucketAbac"),
@@ -344,6 +355,8 @@ def find(
         )
     if operation.copy is not None and (SOURCE in headers or (query and any(name.lower() == SOURCE for name in query))):
         operation = operation.copy
+    if operation.unnamed is not None and "id" not in query:
+        operation = operation.unnamed
     if query and operation.changes:
         _check_case(query)
         operation.check_parameters(query, count)

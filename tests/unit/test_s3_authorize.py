@@ -363,13 +363,12 @@ def test_a_grant_names_the_object_that_gave_it() -> None:
 
 def test_every_operation_with_a_row_of_its_own_is_routed_and_all_others_are_named_after_themselves() -> None:
     routed = {
-        operation.name for table in (BUCKET, OBJECT) for methods in table.values() for operation in methods.values()
-    }
-    routed |= {
-        operation.copy.name
-        for methods in OBJECT.values()
+        row.name
+        for table in (BUCKET, OBJECT)
+        for methods in table.values()
         for operation in methods.values()
-        if operation.copy is not None
+        for row in (operation, operation.copy, operation.unnamed)
+        if row is not None
     }
     assert ACTIONS.keys() <= routed | {"PostObject"}
     assert action_of("GetBucketLogging") == Action(("s3:GetBucketLogging",))

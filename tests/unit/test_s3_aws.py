@@ -57,6 +57,8 @@ def test_every_operation_of_aws_is_found_by_what_selects_it() -> None:
         method, level, query = selected(name)
         if "uploadId" in named(name, "querystring"):
             query.add("uploadId")
+        if "Id" in model()["shapes"][name + "Request"]["members"]:
+            query.add("id")
         headers = {"x-amz-copy-source": "/b/k"} if "x-amz-copy-source" in named(name, "header") else {}
         where = {"service": ("", b""), "bucket": ("bucket", b""), "object": ("bucket", b"key")}[level]
         if name == "ListDirectoryBuckets":
@@ -66,7 +68,7 @@ def test_every_operation_of_aws_is_found_by_what_selects_it() -> None:
         assert found == name or (found, name) in {
             ("GetObjectAnnotation", "ListObjectAnnotations"),
             *((f"GetBucket{kind}Configuration", f"ListBucket{kind}Configurations")
-              for kind in ("Analytics", "Inventory", "Metrics", "IntelligentTiering")),
+              for kind in ("Analytics", "Metrics", "IntelligentTiering")),
         }  # fmt: skip
 
 

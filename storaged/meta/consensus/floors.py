@@ -55,7 +55,9 @@ from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, FLOOR_SEQUENC
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.store_ports import Slot
 
-FLOORED_TABLES = frozenset(map(int, (Table.OBJECT, Table.UPLOAD, Table.PART, Table.EVENT, Table.LIFECYCLE)))
+FLOORED_TABLES = frozenset(
+    map(int, (Table.OBJECT, Table.UPLOAD, Table.PART, Table.EVENT, Table.LIFECYCLE, Table.INVENTORY))
+)
 
 _US_A_FLOOR = 1 << 20
 """Floors of one range that lie so many microseconds apart have other sequences."""

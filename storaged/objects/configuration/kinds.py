@@ -11,6 +11,7 @@ from typing import Any
 from storaged.objects.configuration.access import ACL, OWNERSHIP, POLICY, PUBLIC_ACCESS_BLOCK
 from storaged.objects.configuration.cors import CORS
 from storaged.objects.configuration.document import Kind
+from storaged.objects.configuration.inventory import INVENTORY
 from storaged.objects.configuration.lifecycle import LIFECYCLE
 from storaged.objects.configuration.logging import LOGGING
 from storaged.objects.configuration.notification import NOTIFICATION
@@ -94,5 +95,6 @@ KINDS: tuple[Kind[Any], ...] = (
     LOGGING,
     NOTIFICATION,
     LIFECYCLE,
+    INVENTORY,
 )
 """All of them. A gateway refuses to serve a bucket that has another one."""

@@ -43,6 +43,7 @@ from storaged.meta.ports import PageQuery, Row
 from storaged.objects.api import ConfigurationChange, Principal
 from storaged.objects.cache.ttl import TtlCache
 from storaged.objects.configuration.document import NOTHING, Configuration, Kind
+from storaged.objects.inventory.rows import drop_all_but
 from storaged.objects.lifecycle.index import drop_index
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
@@ -370,6 +371,7 @@ class BucketService:
         await self._abort_uploads(bucket)
         with contextlib.suppress(NoSuchBucket):  # it is fenced already
             await drop_index(self._plane, bucket)
+            await drop_all_but(self._plane, bucket)
         await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
         try:
             return (

@@ -1,0 +1,438 @@
+"""Makes the inventories of all buckets. Runs in one gateway at a time; two at once share the work. ``s3.inventory`` has
+the theory.
+
+The worker visits the inventories in turn, and makes a data file or the manifests of one at a visit. A report is due
+when a day, or for a weekly one a Sunday, has begun since the last one began (UTC); the first one is due at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import structlog
+from msgspec.structs import replace
+
+from storaged.errors import AccessDenied, DataDamaged, NoSuchBucket, StoragedError
+from storaged.ids import DATA_ID_BYTES
+from storaged.maintain.job import Job, JobReport
+from storaged.objects.code.lifecycle import rules_of
+from storaged.objects.configuration.inventory import INVENTORY, WEEKLY, Inventory
+from storaged.objects.configuration.kinds import LOCK
+from storaged.objects.encryption import KMS
+from storaged.objects.identity import account_of
+from storaged.objects.inventory import rows
+from storaged.objects.inventory.listing import Position, list_page
+from storaged.objects.inventory.rows import InventoryFile, InventoryState, digest_of
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord
+from storaged.s3.authorization import inventory_grant
+from storaged.s3.context import Front, existing_bucket
+from storaged.s3.delivery import deliver
+from storaged.s3.encryption import KMS_KEY, SSE
+from storaged.s3.inventory import files as data_files
+from storaged.s3.inventory.columns import Source, columns_of, row_of
+from storaged.s3.inventory.files import PYARROW, DataFile, data_file
+from storaged.s3.inventory.manifest import ListedFile, data_key, documents, folder_of, manifest_key
+from storaged.s3.ops.acl import is_enforced
+from storaged.wire import encode
+
+TICK_S: Final = 20.0
+TICKS_A_DAY: Final = 20
+"""With short days the worker looks more often."""
+PUT_TIMEOUT_S: Final = 120.0
+RETRY_S: Final = 60.0
+"""After a failed visit, so that a target that takes nothing does not make the bucket be walked all the time."""
+REST_RATIO: Final = 1.0
+"""After each page the worker rests so many times as long as that took."""
+REST_MAX_S: Final = 10.0
+FIRST_SUNDAY: Final = 3
+"""In days since 1970."""
+DATA_TYPE: Final = "application/octet-stream"
+
+log = structlog.get_logger("inventory")
+
+
+class EveryBucket(Protocol):
+    """``BucketService``: what the worker asks of it."""
+
+    async def every_bucket(self) -> list[BucketRecord]: ...
+
+
+def is_due(report: Inventory, began_ms: int, now_ms: int, day_ms: int) -> bool:
+    """Whether another report is due. ``began_ms``: when the last one began; 0: there was none."""
+    last, today = began_ms // day_ms, now_ms // day_ms
+    if not began_ms or report.frequency != WEEKLY:
+        return today > last or not began_ms
+    return (today - FIRST_SUNDAY) // 7 > (last - FIRST_SUNDAY) // 7
+
+
+@dataclass
+class Visited:
+    """What the worker knows of one inventory. ``last``: the last file of the report under way. ``problem``: why the
+    last visit failed; ``retry_at``: when the next one may be, by the monotonic clock.
+    """
+
+    bucket: str
+    report: Inventory
+    state: InventoryState | None = None
+    last: InventoryFile | None = None
+    problem: str = ""
+    retry_at: float = 0.0
+
+
+@dataclass
+class Known:
+    """The inventories of a bucket, by id. ``tidied``: the ids for which rows of others are gone."""
+
+    visited: dict[str, Visited] = field(default_factory=dict)
+    tidied: tuple[str, ...] | None = None
+
+
+class InventoryWorker:
+    """``run`` is its task. ``is_mine()``: whether this gateway is the one that does it now."""
+
+    def __init__(
+        self,
+        front: Front,
+        plane: ObjectPlane,
+        buckets: EveryBucket,
+        *,
+        is_mine: Callable[[], bool] = lambda: True,
+        file_bytes_max: int = data_files.BYTES_MAX,
+        file_rows_max: int = data_files.ROWS_MAX,
+    ) -> None:
+        self._front = front
+        self._plane = plane
+        self._buckets = buckets
+        self._is_mine = is_mine
+        self._bytes_max, self._rows_max = file_bytes_max, file_rows_max
+        self._day_ms = plane.limits.lifecycle_day_ms
+        self._known: dict[bytes, Known] = {}
+        self.job = Job("inventory", plane.clock)
+
+    async def run(self) -> None:
+        """Runs for ever."""
+        tick_s = min(TICK_S, self._day_ms / 1000 / TICKS_A_DAY)
+        while True:
+            more = False
+            try:
+                if self._is_mine():
+                    more = await self.once()
+                else:
+                    self._known = {}
+            except (StoragedError, TimeoutError) as error:
+                log.info("inventories go on later", reason=str(error))
+            await asyncio.sleep(0 if more else tick_s)
+
+    async def once(self) -> bool:
+        """Visits each inventory. Returns whether there is work left that can be done now."""
+        more, seen = False, set()
+        for bucket in await self._buckets.every_bucket():
+            if bucket.state == "active" and bucket.configuration:
+                seen.add(bucket.id)
+                more |= await self._visit_bucket(bucket)
+        self._known = {bucket_id: known for bucket_id, known in self._known.items() if bucket_id in seen}
+        if not more and self.job.state == "running":
+            self.job.finish(detail=f"{self._plane.counters.inventory_reports} reports made since the start")
+        return more
+
+    async def _visit_bucket(self, bucket: BucketRecord) -> bool:
+        try:
+            found = self._plane.configurations.of(bucket).get(INVENTORY)
+            if found is None:
+                self._known.pop(bucket.id, None)
+                return False
+            known = self._known.setdefault(bucket.id, Known())
+            ids = tuple(report.id for report in found.reports)
+            if known.tidied != ids:
+                await rows.drop_all_but(self._plane, bucket, {digest_of(one) for one in ids})
+                known.tidied = ids
+        except NoSuchBucket:
+            return False
+        except (StoragedError, TimeoutError) as error:
+            log.info("the inventories of a bucket go on later", bucket=bucket.name, reason=str(error))
+            return False
+        known.visited = {
+            report.id: known.visited.get(report.id) or Visited(bucket.name, report) for report in found.reports
+        }
+        more = False
+        for report in found.reports:
+            more |= await self._try_visit(bucket, report, known.visited[report.id])
+        return more
+
+    async def _try_visit(self, bucket: BucketRecord, report: Inventory, known: Visited) -> bool:
+        clock = self._plane.clock
+        if known.report != report:
+            known.report, known.state, known.retry_at = report, None, 0.0
+        if not report.enabled or clock.monotonic() < known.retry_at:
+            return False
+        try:
+            more = await self.visit(bucket, report, known)
+        except NoSuchBucket:
+            return False  # the bucket is gone
+        except AccessDenied as error:
+            problem = f"the target bucket {report.target} refuses: {error.message}"
+        except ImportError:
+            problem = PYARROW
+        except (StoragedError, TimeoutError) as error:
+            problem = str(error) or "no answer in time"
+        except Exception:  # a fault here must not end the gateway, nor keep the other inventories waiting
+            log.exception("an inventory has failed", bucket=bucket.name, id=report.id)
+            problem = "an internal error: the gateway's log has it"
+        else:
+            known.problem = ""
+            return more
+        if known.problem != problem:
+            log.warning("an inventory goes on later", bucket=bucket.name, id=report.id, reason=problem)
+        known.problem = problem
+        known.last = None  # read again: another worker may have gone on
+        known.retry_at = clock.monotonic() + min(RETRY_S, self._day_ms / 1000 / TICKS_A_DAY)
+        return False
+
+    # --- one inventory
+
+    async def visit(self, bucket: BucketRecord, report: Inventory, known: Visited) -> bool:
+        """A data file, or the manifests. Returns whether there is more. Raises StoragedError, ImportError."""
+        plane, now_ms = self._plane, self._plane.clock.wall_ms()
+        state = known.state
+        if state is not None and state.finished_ms and not is_due(report, state.began_ms, now_ms, self._day_ms):
+            return False
+        digest, wanted = digest_of(report.id), self._digest(bucket, report)
+        before = known.state
+        state = known.state = await rows.read_state(plane, bucket, digest)
+        if before is None or state is None or before.report != state.report:
+            known.last = None
+        if state is None or (
+            is_due(report, state.began_ms, now_ms, self._day_ms) if state.finished_ms else state.configuration != wanted
+        ):
+            await self._check_target(bucket, report)
+            state = await self._begin(bucket, report, known)
+        if state.finished_ms or state.configuration != wanted:
+            return False  # another worker was faster, or knows a newer configuration
+        return await self._go_on(bucket, report, known, state)
+
+    async def _begin(self, bucket: BucketRecord, report: Inventory, known: Visited) -> InventoryState:
+        """A new report in place of that of ``known.state``."""
+        plane, digest = self._plane, digest_of(report.id)
+        wanted, now_ms = self._digest(bucket, report), plane.clock.wall_ms()
+        new = InventoryState(rows.FORMAT, plane.entropy(DATA_ID_BYTES), wanted, now_ms)
+        state = known.state = await rows.begin(plane, bucket, digest, known.state, new)
+        known.last = None
+        await rows.drop_files(plane, bucket, digest, but=state.report)
+        log.info("an inventory begins", bucket=bucket.name, id=report.id)
+        return state
+
+    def _digest(self, bucket: BucketRecord, report: Inventory) -> bytes:
+        """It is keyed, since configurations are sealed. Raises KeyringUnavailable."""
+        return self._plane.keys.authenticate((b"inventory", bucket.id), encode(report))
+
+    async def _check_target(self, bucket: BucketRecord, report: Inventory) -> BucketRecord:
+        """The target, when the service may put reports into it. Raises AccessDenied."""
+        try:
+            target = await existing_bucket(self._front, report.target)
+        except NoSuchBucket:
+            raise AccessDenied("It does not exist.") from None
+        if report.account and account_of(target.owner) != report.account:
+            raise AccessDenied(f"It belongs to another account than {report.account}.")
+        inventory_grant(self._front, bucket, target, data_key(report, bucket.name, f"{'0' * 32}.{report.format}"))
+        return target
+
+    async def _go_on(self, bucket: BucketRecord, report: Inventory, known: Visited, state: InventoryState) -> bool:
+        digest = digest_of(report.id)
+        await self._check_target(bucket, report)
+        self._start_job(f"lists {bucket.name} for {report.id}")
+        last, made = known.last, None
+        if last is None or last.last:
+            try:
+                last, made = await self._made(bucket, digest, state)
+            except DataDamaged as error:
+                log.warning("an inventory begins again", bucket=bucket.name, id=report.id, reason=str(error))
+                await self._begin(bucket, report, known)
+                return True
+        if made is None or last is None or not last.last:
+            known.last = await self._make_file(bucket, report, state, last)
+            return True
+        known.last = last
+        await self._end(bucket, report, known, state, last, made)
+        return False
+
+    async def _made(
+        self, bucket: BucketRecord, digest: bytes, state: InventoryState
+    ) -> tuple[InventoryFile | None, list[ListedFile]]:
+        """The last file of a report, None before the first one; and all of them. Raises DataDamaged."""
+        last, found = None, []
+        async for last in rows.every_file(self._plane, bucket, digest, state.report):
+            if last.key:
+                found.append(ListedFile(last.key, last.size, rows.open_md5(self._plane, bucket, last)))
+        return last, found
+
+    async def _make_file(
+        self, bucket: BucketRecord, report: Inventory, state: InventoryState, before: InventoryFile | None
+    ) -> InventoryFile:
+        """The next file of a report; its row. A bucket without objects has one without a key."""
+        plane, unreadable = self._plane, before.unreadable if before is not None else 0
+        position: Position | None = Position(before.after, before.below) if before is not None else Position()
+        file = await asyncio.to_thread(data_file, report)
+        while position is not None and file.size < self._bytes_max and file.rows < self._rows_max:
+            position, missing = await self._add_page(bucket, report, file, position)
+            unreadable += missing
+        key, data = b"", b""
+        if file.rows:
+            data = await asyncio.to_thread(file.end)
+            name = f"{plane.entropy(16).hex()}.{file.extension}"
+            key = data_key(report, bucket.name, name)
+            await self._put(bucket, report, key, data, DATA_TYPE)
+            self.job.advance(0, len(data))
+        after, number = position or Position(), before.number + 1 if before is not None else 0
+        made = InventoryFile(
+            rows.FORMAT,
+            state.report,
+            number,
+            key,
+            len(data),
+            rows.seal_md5(plane, bucket, state.report, number, hashlib.md5(data, usedforsecurity=False).digest()),
+            after.after,
+            after.below,
+            position is None,
+            (before.rows if before is not None else 0) + file.rows,
+            unreadable,
+        )
+        return await rows.add_file(plane, bucket, digest_of(report.id), made)
+
+    async def _add_page(
+        self, bucket: BucketRecord, report: Inventory, file: DataFile, at: Position
+    ) -> tuple[Position | None, int]:
+        """Returns where the next page begins, and what could not be read."""
+        plane, columns = self._plane, columns_of(report)
+        began = plane.clock.monotonic()
+        configuration = plane.configurations.of(bucket)
+        source = Source(
+            bucket,
+            is_enforced(configuration),
+            configuration.get(LOCK) is not None,
+            configuration.derive(rules_of),
+            self._day_ms,
+        )
+        page = await list_page(
+            plane,
+            bucket,
+            (report.prefix or "").encode(),
+            at,
+            all_versions=report.all_versions,
+            opened=any(column.opened for column in columns),
+        )
+        if page.listed:
+            found = [row_of(columns, source, listed) for listed in page.listed]
+            await asyncio.to_thread(file.add, found)
+        self.job.advance(len(page.listed))
+        plane.counters.inventory_rows += len(page.listed)
+        await asyncio.sleep(min(REST_MAX_S, REST_RATIO * (plane.clock.monotonic() - began)))
+        return page.next, page.unreadable
+
+    async def _end(
+        self,
+        bucket: BucketRecord,
+        report: Inventory,
+        known: Visited,
+        state: InventoryState,
+        last: InventoryFile,
+        made: list[ListedFile],
+    ) -> None:
+        """Puts the manifests."""
+        plane, digest = self._plane, digest_of(report.id)
+        for document in documents(report, bucket.name, state.began_ms, made):
+            await self._put(bucket, report, *document)
+        finished = replace(
+            state,
+            finished_ms=plane.clock.wall_ms(),
+            rows=last.rows,
+            files=len(made),
+            unreadable=last.unreadable,
+            manifest=manifest_key(report, bucket.name, state.began_ms),
+        )
+        if not await rows.finish(plane, bucket, digest, state, finished):
+            return
+        await rows.drop_files(plane, bucket, digest)
+        known.state, known.last = finished, None
+        plane.counters.inventory_reports += 1
+        log.info("an inventory is made", bucket=bucket.name, id=report.id, rows=last.rows, files=len(made))
+
+    async def _put(self, bucket: BucketRecord, report: Inventory, key: bytes, data: bytes, kind: str) -> None:
+        """Raises AccessDenied, and as ``deliver``."""
+        async with asyncio.timeout(PUT_TIMEOUT_S):
+            target = await self._check_target(bucket, report)
+            grant = inventory_grant(self._front, bucket, target, key)
+            unique = self._plane.entropy(8).hex().upper()
+            await deliver(self._front, grant, key, data, kind, unique, _encryption(report))
+
+    # --- reports
+
+    def _start_job(self, detail: str) -> None:
+        if self.job.state != "running":
+            self.job.start()
+        self.job.detail = detail
+
+    def report(self, node: str) -> list[JobReport]:
+        """As ``status`` shows it: nothing before the first work."""
+        return [] if self.job.state == "waiting" else [self.job.report(node)]
+
+    def document(self) -> list[Mapping[str, Any]]:
+        """One entry for each inventory that this worker has visited."""
+        return sorted(map(visited_document, self._every_visited()), key=lambda one: (one["bucket"], one["id"]))
+
+    def _every_visited(self) -> Iterator[Visited]:
+        for known in self._known.values():
+            yield from known.visited.values()
+
+
+def _encryption(report: Inventory) -> dict[str, str]:
+    """What the headers of a PUT would say."""
+    found = report.encryption
+    if found is None:
+        return {}
+    return {SSE: found.algorithm} | ({KMS_KEY: found.key_id} if found.algorithm == KMS else {})
+
+
+def visited_document(known: Visited) -> dict[str, Any]:
+    last, state = known.last, known.state
+    found = state_document(known.report, state)
+    if state is not None and not state.finished_ms and last is not None and last.report == state.report:
+        found |= {"rows": last.rows, "files": last.number + 1, "unreadable": last.unreadable}
+    return {"bucket": known.bucket, **found, "problem": known.problem}
+
+
+def state_document(report: Inventory, state: InventoryState | None) -> dict[str, Any]:
+    """How far one inventory is, as JSON. ``finished_ms`` null: the report is under way, or none has begun."""
+    return {
+        "id": report.id,
+        "enabled": report.enabled,
+        "began_ms": state.began_ms if state is not None else None,
+        "finished_ms": (state.finished_ms or None) if state is not None else None,
+        "rows": state.rows if state is not None else 0,
+        "files": state.files if state is not None else 0,
+        "unreadable": state.unreadable if state is not None else 0,
+        "manifest": state.manifest.decode() if state is not None else "",
+    }
+
+
+async def describe(plane: ObjectPlane, bucket: BucketRecord) -> dict[str, Any]:
+    """The inventories of a bucket, for the operator. Raises ServiceUnavailable."""
+    found = plane.configurations.of(bucket).get(INVENTORY)
+    shown = []
+    for report in found.reports if found is not None else ():
+        state = await rows.read_state(plane, bucket, digest_of(report.id))
+        shown.append(
+            state_document(report, state)
+            | {
+                "format": report.format,
+                "frequency": report.frequency,
+                "versions": "All" if report.all_versions else "Current",
+                "target": report.target,
+                "folder": folder_of(report, bucket.name),
+            }
+        )
+    return {"bucket": bucket.name, "inventories": shown}
