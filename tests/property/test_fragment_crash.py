@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from storaged.fragments import recovery
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine
 from storaged.fragments.entry import Entry
 from storaged.fragments.index import Index
-from storaged.fragments.index_rows import Checkpoint, Position
+from storaged.fragments.index_rows import Position
 from tests.doubles.files import PowerCut, SimulatedFiles
+from tests.power_cuts.planted import segments_go_before_the_checkpoint, torn_records_are_believed
 from tests.worlds.fragment_history import SMALL, FragmentHistory
 from tests.worlds.fragments import DISK, in_memory
 
@@ -173,22 +173,6 @@ def punch_before_the_death_is_durable(patch: pytest.MonkeyPatch) -> None:
 
 def compaction_forgets_notes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Compactor, "_needed", lambda *_: None)
-
-
-def torn_records_are_believed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(recovery, "whole", lambda *_: True)
-
-
-def segments_go_before_the_checkpoint(patch: pytest.MonkeyPatch) -> None:
-    original = Engine.freeze
-
-    def hasty(self: Engine) -> Checkpoint:
-        for number in self.dead_segments():
-            self.log.remove(number)
-            self.index.accounts.remove(number)
-        return original(self)
-
-    patch.setattr(Engine, "freeze", hasty)
 
 
 @pytest.mark.parametrize(
