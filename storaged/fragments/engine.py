@@ -21,7 +21,6 @@ from storaged.errors import (
     FragmentDamaged,
     FragmentMissing,
     FragmentOther,
-    IndexDamaged,
     OperatorError,
     StoragedError,
 )
@@ -44,7 +43,7 @@ from storaged.fragments.format import (
     cell_sums,
     encode_notes,
 )
-from storaged.fragments.index import Index
+from storaged.fragments.index import Index, refused
 from storaged.fragments.index_rows import Checkpoint, Position
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.log import SegmentLog
@@ -106,8 +105,8 @@ class Engine:
 
         ``failed_before``: why the disk failed for good, as its owner has noted; used when the disk itself has no note.
         Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them,
-        DiskUnusable when the index can't be written for another reason than lack of space, IndexDamaged when it can't
-        be read.
+        DiskUnusable when the index can't be written for another reason than lack of space, or is not damaged and can't
+        be read now, IndexDamaged when it is damaged.
         """
         state = self.state
         state.failure = "opened for reading only" if read_only else self.files.failure() or failed_before
@@ -125,7 +124,7 @@ class Engine:
                 f"This version cannot read the disk {self.index.disk_id}: {error}. Nothing was changed."
             ) from error
         except lmdb.Error as error:
-            raise IndexDamaged(f"the fragment index in {self.index.directory} cannot be read: {error}") from error
+            raise refused(self.index.directory, error) from error
         self.index.sequence = max(self.index.sequence, report.sequence)
         self.log.continue_at(Position(report.last, report.end))
         if report.failure and not state.failure:

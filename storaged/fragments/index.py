@@ -33,7 +33,7 @@ from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.fragments.index_rows import Checkpoint, CheckpointRow, Overlay, Position, RetireRow, SegmentRow
 from storaged.fragments.ports import Retirement
-from storaged.lmdb_file import Residency, open_environment
+from storaged.lmdb_file import MEDIA_ERRORS, Residency, lacks_space, open_environment
 from storaged.units import GIB
 from storaged.wire import decode, encode
 
@@ -50,8 +50,8 @@ LMDB_DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, l
 
 
 class Index:
-    """One disk's index. Raises IndexDamaged when LMDB refuses the environment, DiskForeign when it is another disk's.
-
+    """One disk's index. Raises IndexDamaged when LMDB finds damage, DiskForeign when it is another disk's, DiskUnusable
+    when it can't be opened for want of room, or for another reason that says nothing of its bytes.
     ``checkpoint``: the log is covered up to there. ``sequence``: the highest number in use. ``fragments``: how many.
     """
 
@@ -76,7 +76,9 @@ class Index:
                 }
             self._load()
             self._residency = Residency(self._env, directory)
-        except (lmdb.Error, msgspec.MsgspecError) as error:
+        except lmdb.Error as error:
+            raise refused(directory, error) from error
+        except msgspec.MsgspecError as error:
             raise IndexDamaged(f"the fragment index in {directory} cannot be read: {error}") from error
 
     def _load(self) -> None:
@@ -436,6 +438,20 @@ class Index:
     def close(self) -> None:
         self._residency.close()
         self._env.close()
+
+
+def refused(directory: Path, error: lmdb.Error) -> DiskUnusable | IndexDamaged:
+    """The error for an index that LMDB can't open or read. It is damaged only where LMDB or the drive says so: what has
+    found no room, memory or permission is as whole as it was, and to make it anew would need the same.
+    """
+    if lacks_space(directory, error):
+        return DiskUnusable(
+            f"the disk is full: it has no room for the fragment index in {directory}: {error}", state="full"
+        )
+    code = getattr(error, "code", None) or 0  # LMDB's own are negative
+    if code > 0 and code not in MEDIA_ERRORS:
+        return DiskUnusable(f"the fragment index in {directory} can't be opened: {error}", state="failed")
+    return IndexDamaged(f"the fragment index in {directory} cannot be read: {error}")
 
 
 def _put_or_delete(txn: Any, db: Any, key: bytes, value: bytes) -> None:

@@ -84,8 +84,8 @@ def rebuild_index(
 def check(directory: Path, *, disk_id: str = "", progress: Progress | None = None) -> CheckReport:
     """Reads every live fragment and every record's head. Changes neither the segments nor the index.
 
-    ``progress`` gets fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError,
-    OSError.
+    ``progress`` gets fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, DiskUnusable,
+    IndexDamaged, OperatorError, OSError.
     """
     files = PosixFiles(directory)
     try:

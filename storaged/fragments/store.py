@@ -119,7 +119,7 @@ class LocalFragmentStore:
     ) -> LocalFragmentStore:
         """Recovers what a crash left, and starts the threads.
 
-        Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError, OSError.
+        Raises DirectoryInUse, DiskForeign, DiskUnusable, IndexDamaged, OperatorError, OSError.
         """
         loop = asyncio.get_running_loop()
         owner = owner or DiskOwner()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import errno
+import os
 import random
 import shutil
 from collections.abc import AsyncIterator
@@ -334,6 +336,54 @@ async def test_a_start_whose_index_the_disk_refuses_is_an_error_of_that_disk(
             pass
     with pytest.raises(DiskUnusable, match=r"index\.new can't be written"):
         await asyncio.to_thread(rebuild_index, tmp_path)
+
+
+def _of_system(kind: type[lmdb.Error], code: int) -> lmdb.Error:
+    """As LMDB's binding makes it of an error of the system."""
+    error = kind(f"mdb_txn_commit: {os.strerror(code)}")
+    error.code = code  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (_of_system(lmdb.DiskError, errno.ENOSPC), "the disk is full: it has no room for the fragment index"),
+        (_of_system(lmdb.Error, errno.EDQUOT), "the disk is full: it has no room for the fragment index"),
+        (lmdb.MapFullError("the map is full"), "the disk is full: it has no room for the fragment index"),
+        (_of_system(lmdb.MemoryError, errno.ENOMEM), "can't be opened"),
+        (_of_system(lmdb.Error, errno.EMFILE), "can't be opened"),
+        (_of_system(lmdb.ReadonlyError, errno.EACCES), "can't be opened"),
+    ],
+)
+async def test_an_index_that_finds_no_room_or_permission_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: lmdb.Error, said: str
+) -> None:
+    """Its bytes are whole. Who is told to make the index anew needs as much room for that, and reads the whole disk."""
+    async with opened(tmp_path) as store:
+        made = await put(store)
+
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    with monkeypatch.context() as failing:
+        failing.setattr("storaged.fragments.index.open_environment", fails)
+        with pytest.raises(DiskUnusable, match=said):
+            await LocalFragmentStore.open(tmp_path, DISK)
+        for offline in (check, rebuild_index):
+            with pytest.raises(DiskUnusable, match=said):
+                await asyncio.to_thread(offline, tmp_path)
+    async with opened(tmp_path) as store:
+        assert await content(store, made) == made.payload
+
+
+async def test_an_index_that_the_drive_can_not_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise _of_system(lmdb.Error, errno.EIO)
+
+    monkeypatch.setattr("storaged.fragments.index.open_environment", fails)
+    with pytest.raises(IndexDamaged, match="cannot be read"):
+        await LocalFragmentStore.open(tmp_path, DISK)
 
 
 @pytest.mark.parametrize("error", [lmdb.BadTxnError, lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError])
