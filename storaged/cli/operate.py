@@ -208,7 +208,8 @@ def fsck(rebuild_index: bool, disk: Path) -> None:
         click.echo(f"{fragments}: the index was made anew: {done.records} records, up to segment {done.last}")
         return
     found = offline.check(fragments)
-    click.echo(f"{fragments}: disk {found.disk_id}, {found.fragments} fragments, {format_size(found.bytes)}")
+    name = f"disk {found.disk_id}" if found.disk_id else "a disk that never got a fragment"
+    click.echo(f"{fragments}: {name}, {found.fragments} fragments, {format_size(found.bytes)}")
     for fragment, cells in found.damaged:
         where = "head" if -1 in cells else f"cells {', '.join(map(str, cells))}"
         click.echo(

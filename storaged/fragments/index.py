@@ -52,6 +52,8 @@ LMDB_DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, l
 class Index:
     """One disk's index. Raises IndexDamaged when LMDB finds damage, DiskForeign when it is another disk's, DiskUnusable
     when it can't be opened for want of room, or for another reason that says nothing of its bytes.
+
+    ``disk_id``: empty for that of the index itself; it has none before its first checkpoint.
     ``checkpoint``: the log is covered up to there. ``sequence``: the highest number in use. ``fragments``: how many.
     """
 
@@ -97,6 +99,7 @@ class Index:
                     for key, value in txn.cursor(db=self._db["damaged"])
                 }
             )
+        self.disk_id = self.disk_id or row.disk_id
         if row.disk_id != self.disk_id:
             raise DiskForeign(f"the fragment index belongs to disk {row.disk_id}, not to {self.disk_id}")
         if not 1 <= row.version <= INDEX_VERSION:

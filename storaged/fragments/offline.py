@@ -24,8 +24,8 @@ from storaged.fragments.scan import Found, scan
 
 @dataclass
 class CheckReport:
-    """``damaged``: (fragment, bad cells; -1 is the head). ``gaps``: (segment, offset, length) of bytes that are no
-    record, before the log's end.
+    """``disk_id``: empty for a disk that never got a fragment. ``damaged``: (fragment, bad cells; -1 is the head).
+    ``gaps``: (segment, offset, length) of bytes that are no record, before the log's end.
     """
 
     disk_id: str
@@ -37,15 +37,29 @@ class CheckReport:
 
 
 def disk_id_of(files: Files) -> str:
-    """The id in the first segment whose header holds. Raises IndexDamaged when there is none."""
+    """The id in the first segment whose header holds; empty when there is none."""
     for number in files.segments():
         try:
             return parse_segment_header(files.open(number).read(0, SEGMENT_HEADER_BYTES)).disk_id
         except (FormatError, OSError):
             continue
-    raise IndexDamaged(
-        "no segment says which disk this is: there are none, or every header is damaged; give the disk's id"
-    )
+    return ""
+
+
+def _id_in_index(place: Path) -> str:
+    """Empty when it has none, or can't be read."""
+    if not place.exists():
+        return ""
+    try:
+        index = Index(place, "")
+    except IndexDamaged:
+        return ""
+    index.close()
+    return index.disk_id
+
+
+def _nameless() -> IndexDamaged:
+    return IndexDamaged("nothing says which disk this is: the header of every segment is damaged, and so is the index")
 
 
 def rebuild_index(
@@ -59,7 +73,9 @@ def rebuild_index(
     files = PosixFiles(directory)
     fresh, old, place = directory / "index.new", directory / "index.old", directory / "index"
     try:
-        disk_id = disk_id or disk_id_of(files)
+        disk_id = disk_id or disk_id_of(files) or _id_in_index(place)
+        if not disk_id and files.segments():
+            raise _nameless()
         shutil.rmtree(fresh, ignore_errors=True)
         index = Index(fresh, disk_id)
         engine = Engine(files, index, StoreLimits(), now_ms=now_ms, on_damage=lambda _key, _cell: None)
@@ -67,7 +83,8 @@ def rebuild_index(
             report = engine.recover(progress)
             if engine.unwritten is not None:
                 raise engine.state.unusable()
-            index.checkpoint_now(engine.log.end)
+            if disk_id:  # else there is nothing: neither a segment, nor a checkpoint
+                index.checkpoint_now(engine.log.end)
         finally:
             index.close()
         shutil.rmtree(old, ignore_errors=True)
@@ -89,11 +106,13 @@ def check(directory: Path, *, disk_id: str = "", progress: Progress | None = Non
     """
     files = PosixFiles(directory)
     try:
-        report = CheckReport(disk_id or disk_id_of(files))
         if not (directory / "index").exists():
             raise IndexDamaged(f"there is no fragment index in {directory}")
-        index = Index(directory / "index", report.disk_id)
+        index = Index(directory / "index", disk_id or disk_id_of(files))
+        report = CheckReport(index.disk_id)
         try:
+            if not index.disk_id and files.segments():
+                raise _nameless()
             _check(files, index, report, progress)
         finally:
             index.close()

@@ -377,6 +377,50 @@ async def test_an_index_that_finds_no_room_or_permission_is_not_called_damaged(
         assert await content(store, made) == made.payload
 
 
+async def test_a_disk_that_never_got_a_fragment_is_checked_and_its_index_made_anew(tmp_path: Path) -> None:
+    """No segment says which disk it is, nor does an index without a checkpoint."""
+    async with opened(tmp_path):
+        pass
+    found = await asyncio.to_thread(check, tmp_path)
+    assert (found.disk_id, found.fragments, found.damaged, found.gaps, found.lost_segments) == ("", 0, [], [], [])
+    assert (await asyncio.to_thread(rebuild_index, tmp_path)).records == 0
+    (tmp_path / "index" / "data.mdb").write_bytes(b"not a database" * 1000)
+    with pytest.raises(IndexDamaged):
+        await asyncio.to_thread(check, tmp_path)
+    await asyncio.to_thread(rebuild_index, tmp_path)
+    async with opened(tmp_path) as store:
+        made = await put(store)
+    assert (await asyncio.to_thread(check, tmp_path)).disk_id == DISK
+    async with opened(tmp_path) as store:
+        assert await content(store, made) == made.payload
+
+
+async def test_a_disk_whose_segments_are_all_gone_is_checked_by_what_its_index_says(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await put(store)
+    for path in segment_paths(tmp_path):
+        path.unlink()
+    found = await asyncio.to_thread(check, tmp_path)
+    assert (found.disk_id, found.lost_segments) == (DISK, [1])
+
+
+async def test_segments_without_a_header_are_checked_by_the_id_in_the_index(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = await put(store)
+    for path in segment_paths(tmp_path):
+        path.write_bytes(bytes(64) + path.read_bytes()[64:])
+    found = await asyncio.to_thread(check, tmp_path)
+    assert (found.disk_id, found.fragments, found.damaged) == (DISK, 1, [])
+    await asyncio.to_thread(rebuild_index, tmp_path)
+    async with opened(tmp_path) as store:
+        assert await content(store, made) == made.payload
+    shutil.rmtree(tmp_path / "index")
+    for offline in (check, rebuild_index):
+        (tmp_path / "index").mkdir(exist_ok=True)
+        with pytest.raises(IndexDamaged, match="nothing says which disk"):
+            await asyncio.to_thread(offline, tmp_path)
+
+
 async def test_an_index_that_the_drive_can_not_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_arguments: object, **_options: object) -> None:
         raise _of_system(lmdb.Error, errno.EIO)
