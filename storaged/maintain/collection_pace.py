@@ -1,21 +1,31 @@
 """How fast this node collects garbage, and whether it does at all: the operator sets it (``cluster.move_settings``).
 
-The garbage lists, the sweep of orphans and the sweep of pages share it. A pause stops them between two steps, while
-nothing is condemned. It is safe at any time: data that is not deleted now is judged again later.
+The garbage lists, the sweep of orphans and the sweep of pages share it. They spend before they judge something, and
+look at ``paused`` again before each deletion: what was judged before a pause stays. That is safe at any time: what is
+not deleted now is judged again later.
+
+Theory of operation. What is spent is a sum that grows, and what may be spent grows behind it, at the pace that is set
+now; who waits looks again every ``poll_s``. So a change counts at once for what is waited for already.
 """
 
 from __future__ import annotations
 
 import asyncio
+from math import inf
 
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.job import Pace
+
+BURST_S = 1.0
+"""What was not spent for so long may be spent at once."""
+LEAST_S = 0.001
+"""No shorter wait is worth a turn of the event loop; and a time so small that a clock does not show it never ends."""
 
 
 class CollectionPace:
     def __init__(self, context: MaintainContext) -> None:
         self._context = context
-        self._pace = Pace(context.clock, 0)
+        self._spent = self._allowed = 0.0
+        self._allowed_at = -inf
 
     @property
     def paused(self) -> bool:
@@ -27,10 +37,28 @@ class CollectionPace:
         return self._context.settings().collection_per_s
 
     async def spend(self, count: int) -> None:
-        """Called before so many things are judged. Waits until the pace allows it and collection is not paused."""
-        settings = self._context.settings()
-        while settings.collection_paused:
-            await asyncio.sleep(self._context.limits.poll_s)
-            settings = self._context.settings()
-        self._pace.bytes_per_s = settings.collection_per_s
-        await self._pace.spend(count)
+        """Before so many things are judged: waits for the pace, and as long as collection is paused. Gives others a
+        turn in any case.
+        """
+        self._allow()  # what is spent from now on was not saved up for
+        self._spent += count
+        mine, wait_s = self._spent, 0.0
+        while True:
+            await asyncio.sleep(wait_s)
+            left_s = self._left_s(mine)
+            if not self.paused and left_s < LEAST_S:
+                return
+            wait_s = self._context.limits.poll_s if self.paused else min(left_s, self._context.limits.poll_s)
+
+    def _left_s(self, mine: float) -> float:
+        """Seconds until so much may be spent."""
+        self._allow()
+        return max(0.0, mine - self._allowed) / self.per_s if self.per_s else 0.0
+
+    def _allow(self) -> None:
+        now, pace = self._context.clock.monotonic(), self.per_s
+        if pace:
+            self._allowed = min(self._allowed + (now - self._allowed_at) * pace, self._spent + BURST_S * pace)
+        else:
+            self._allowed = self._spent
+        self._allowed_at = now

@@ -6,11 +6,12 @@ Three kinds of data need different proofs (``disuse``). *Replaced* data goes aft
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from storaged.fragments.ports import HEADERS_MAX, OF_UPLOAD, REPLACED, FragmentId, NearStore, Retirement
 from storaged.ids import UPLOAD_ID_BYTES
+from storaged.maintain.collection_pace import CollectionPace
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.deletion import delete_unneeded
 from storaged.maintain.disuse import PAST, Judge, Proof, is_open
@@ -55,11 +56,14 @@ ByOwner = dict[RegisterName, list[Garbage]]
 class GarbagePage:
     """``waiting``: of each data id that waits, and why. ``rounds``: registers for which a round was asked."""
 
-    def __init__(self, context: MaintainContext, judge: Judge, disk: str, store: NearStore) -> None:
+    def __init__(
+        self, context: MaintainContext, judge: Judge, disk: str, store: NearStore, pace: CollectionPace
+    ) -> None:
         self._context = context
         self._judge = judge
         self._disk = disk
         self._store = store
+        self._pace = pace
         self.waiting: list[tuple[Rest, str]] = []
         self.deleted = self.kept = self.rounds = 0
 
@@ -125,6 +129,15 @@ class GarbagePage:
                 )
         return foreign
 
+    async def delete(self, items: Iterable[Garbage], delete: Callable[[Sequence[FragmentId]], Awaitable[int]]) -> int:
+        """Returns how many were deleted. What is left when collection is paused is judged again later."""
+        deleted = 0
+        for some in _calls(items):
+            if self._pace.paused:
+                break
+            deleted += await delete(some)
+        return deleted
+
     def _note(self, entries: Iterable[Retirement], reason: str) -> None:
         self.waiting.extend(((entry.owner, entry.origin), reason) for entry in entries)
 
@@ -182,6 +195,7 @@ class _Replaced:
 
     def __init__(self, page: GarbagePage, store: NearStore, named: ByOwner) -> None:
         self.wait = page.wait
+        self._page = page
         self._store = store
         self._named = named
 
@@ -198,7 +212,7 @@ class _Replaced:
         return [garbage for garbage in items if garbage.data_id not in live]
 
     async def delete_unchanged(self, items: Sequence[Garbage]) -> int:
-        return sum([await self._store.delete(some) for some in _calls(items)])
+        return await self._page.delete(items, self._store.delete)
 
 
 class _Unclaimed:
@@ -233,7 +247,7 @@ class _Unclaimed:
         return ()
 
     async def delete_unchanged(self, items: Sequence[Garbage]) -> int:
-        return sum([await self._store.delete_condemned(some) for some in _calls(items)])
+        return await self._page.delete(items, self._store.delete_condemned)
 
 
 def _calls(items: Iterable[Garbage]) -> Iterable[list[FragmentId]]:

@@ -116,6 +116,7 @@ class Collector:
         """One round over a list, or the next part of it. True: its end was reached."""
         limits, now_ms = self._context.limits, self._context.clock.wall_ms()
         for _ in range(0, ENTRIES_A_ROUND, limits.collect_batch):
+            await self.pace.spend(0)
             page = await store.due(now_ms, self._cursors.get(disk, (0, b"")), limits.collect_batch)
             if not page:
                 self._cursors.pop(disk, None)
@@ -139,7 +140,7 @@ class Collector:
             some = [entry for entry in awake if not self._holds.keeps(entry.data_id, upload_id_of(entry))]
             counting[HELD] += len(awake) - len(some)
             awake = some
-        judged = GarbagePage(self._context, self._judge, disk, store)
+        judged = GarbagePage(self._context, self._judge, disk, store, self.pace)
         try:
             await judged.collect(awake)
         finally:

@@ -76,10 +76,10 @@ class Sweep:
             since, full_s = 0, now_s
         page, after = await store.aged(b"", SWEEP_PAGE, since, oldest)
         while after:
-            await self._pace.spend(len(page))
             self._wanted, self._read = frozenset(header.id[:16] for header in page), {}
             found: dict[bytes, Retirement] = {}
             for header in page:
+                await self._pace.spend(1)
                 try:
                     claimed = await self._claimed(disk, owner_of(header.owner), header)
                 except (StoragedError, KeyError, ValueError, TimeoutError) as error:

@@ -943,6 +943,74 @@ def test_collection_stops_while_it_is_paused_and_goes_on_at_the_pace_that_is_set
     run(scenario, limits=MaintainLimits(collect_batch=4))
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_what_was_judged_before_a_pause_is_not_deleted_in_it(replaced: bool) -> None:
+    """Judging a page may take long: its rounds wait for replicas."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        if replaced:
+            await cluster.objects.delete(bucket, b"k")
+            await cluster.leap(RETIRE_S + 10)
+        else:
+            await write_orphan(cluster, os.urandom(16), object_name(bucket.id, bucket.shard_numbers, b"k"), "a0")
+        collector = cluster.nodes["na"].maintenance.collector
+        settings, judge = MoveSettings(), collector._judge
+        collector._context.settings = lambda: settings
+        step = "read" if replaced else "prove"
+        judged = getattr(judge, step)
+
+        async def judge_and_pause(owners: Sequence[RegisterName]) -> Any:
+            nonlocal settings
+            found = await judged(owners)
+            settings = MoveSettings(revision=1, collection_paused=True)
+            return found
+
+        setattr(judge, step, judge_and_pause)
+        before = await cluster.fragments()
+        task = asyncio.get_running_loop().create_task(collector.collect_due())
+        await cluster.pass_s(100)
+        assert await cluster.fragments() == before
+        setattr(judge, step, judged)
+        settings = MoveSettings(revision=2)
+        await cluster.pass_s(2)
+        assert task.done()
+        await collector.collect_due()
+        assert len(await cluster.fragments()) < len(before)
+
+    run(scenario)
+
+
+def test_a_pause_stops_a_sweep_in_the_middle_of_a_page() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(20):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(LARGE))
+        await cluster.leap(ORPHAN_S + 10)
+        collector = cluster.nodes["na"].maintenance.collector
+        settings, judged, claimed = MoveSettings(), 0, collector._sweep._claimed
+        collector._context.settings = lambda: settings
+
+        async def slow(*arguments: Any) -> bool:
+            nonlocal judged
+            judged += 1
+            await asyncio.sleep(10)
+            return await claimed(*arguments)
+
+        collector._sweep._claimed = slow  # type: ignore[method-assign]
+        sweep = asyncio.get_running_loop().create_task(collector.sweep())
+        await cluster.pass_s(25)
+        settings = MoveSettings(revision=1, collection_paused=True)
+        await cluster.pass_s(1000)
+        assert judged == 3
+        settings = MoveSettings(revision=2)
+        await cluster.pass_s(10_000)
+        assert sweep.done()
+
+    run(scenario)
+
+
 def test_the_sweeps_are_paused_with_the_garbage_lists() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
