@@ -53,9 +53,13 @@ from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch, StoredP
 from storaged.objects.write.references import pages_in
 
 PAGES_A_SLICE = 1000
+PAGES_A_LOOK = 10_000
+"""Pages without an owner that are looked up in all rows of a disk together, and deleted after that."""
 CONDEMNED_MAX = 100_000
 """Pages of one disk that a sweep condemns at most; the next one goes on."""
 
+_Page = tuple[bytes, int]
+"""(hash, created ms when it was condemned)."""
 _Pages = dict[bytes, int]
 """Hash -> created ms."""
 _Condemned = dict[RegisterName | None, _Pages]
@@ -119,6 +123,7 @@ class PageSweep:
         condemned: _Condemned = {}
         after, count = b"", 0
         while count < CONDEMNED_MAX:
+            await self._pace.spend(0)
             pages = await store.read(partial(store.pages, after=after, limit=PAGES_A_SLICE))
             if not pages:
                 break
@@ -188,9 +193,7 @@ class PageSweep:
 
     async def _delete(self, disk: str, store: MetaStore, condemned: _Condemned) -> None:
         """Raises RowDamaged, StoragedError."""
-        ownerless = self._not_held(condemned.pop(None, {}))
-        await self._find_owners(store, ownerless)
-        self.deleted += await _delete_pages(store, list(ownerless.items()))
+        await self._delete_ownerless(store, list(condemned.pop(None, {}).items()))
         waiting: Counter[str] = Counter()
         owners = [owner for owner in condemned if owner is not None]
         for start in range(0, len(owners), NAMES_A_SETTLE):
@@ -198,27 +201,35 @@ class PageSweep:
             await self._pace.spend(sum(len(condemned[owner]) for owner in some))
             found = {owner: list(pages.items()) for owner in some if (pages := self._not_held(condemned[owner]))}
             self.deleted += await delete_unneeded(
-                self._judge.prove, _OldPages(self._context.pages, store, waiting), found
+                self._judge.prove, _OldPages(self._context.pages, store, self._pace, waiting), found
             )
         if waiting:
             reason, _ = waiting.most_common(1)[0]
             self._give_up(disk, f"{waiting.total()} wait: {reason}")
+
+    async def _delete_ownerless(self, store: MetaStore, pages: Sequence[_Page]) -> None:
+        """They are looked up in all rows of the disk after the wait for the pace, or for the end of a pause. Raises
+        RowDamaged, StoragedError.
+        """
+        for start in range(0, len(pages), PAGES_A_LOOK):
+            some = pages[start : start + PAGES_A_LOOK]
+            await self._pace.spend(len(some))
+            unneeded = self._not_held(dict(some))
+            await self._find_owners(store, unneeded)
+            self.deleted += await _delete_pages(store, self._pace, list(unneeded.items()))
 
     def _not_held(self, pages: _Pages) -> _Pages:
         """Those that no download needs."""
         return {page: created_ms for page, created_ms in pages.items() if not self._holds.keeps(page)}
 
 
-_Page = tuple[bytes, int]
-"""(hash, created ms when it was condemned)."""
-
-
 class _OldPages:
     """``deletion.Use`` of pages with an owner. The mark is the time of each, from when it was condemned."""
 
-    def __init__(self, pages: Pages, store: MetaStore, waiting: Counter[str]) -> None:
+    def __init__(self, pages: Pages, store: MetaStore, pace: CollectionPace, waiting: Counter[str]) -> None:
         self._pages = pages
         self._store = store
+        self._pace = pace
         self._waiting = waiting
 
     async def mark(self, items: Sequence[_Page]) -> None:
@@ -244,12 +255,15 @@ class _OldPages:
         return [page for page in items if page[0] not in named]
 
     async def delete_unchanged(self, items: Sequence[_Page]) -> int:
-        return await _delete_pages(self._store, items)
+        return await _delete_pages(self._store, self._pace, items)
 
 
-async def _delete_pages(store: MetaStore, pages: Sequence[_Page]) -> int:
+async def _delete_pages(store: MetaStore, pace: CollectionPace, pages: Sequence[_Page]) -> int:
+    """What is left when collection is paused is condemned again by the next sweep."""
     deleted = 0
     for start in range(0, len(pages), PAGES_A_SLICE):
+        if pace.paused:
+            break
         deleted += await store.health.unless_hung(store.delete_pages(pages[start : start + PAGES_A_SLICE]))
     return deleted
 

@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 
+from storaged.cluster.move_settings import MoveSettings
 from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.hashes import page_hash
 from storaged.maintain import mover as mover_module
@@ -658,6 +660,39 @@ def test_a_page_of_an_older_version_gets_an_owner_from_the_rows_or_goes() -> Non
         await cluster.leap(ORPHAN_S + 60)
         await sweep(cluster)
         assert not kept(cluster)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("when", ["before", "at its last look"])
+def test_pages_without_an_owner_stay_while_collection_is_paused(when: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await many(cluster, bucket)
+        disk = disk_in(cluster, "a", bucket)
+        store, sweeper = cluster.meta(disk), cluster.nodes["na"].maintenance.page_sweep
+        lost = b"no record names this page"
+        await store.commit(StoreBatch(pages=[StoredPage(page_hash(lost), lost, 1)]))
+        settings, looks, find = MoveSettings(), 0, sweeper._find_owners
+        sweeper._context.settings = lambda: settings
+
+        async def pause(*arguments: Any) -> None:
+            nonlocal settings, looks
+            await find(*arguments)
+            looks += 1
+            if when == "before" or looks == 2:
+                settings = MoveSettings(revision=1, collection_paused=True)
+
+        sweeper._find_owners = pause  # type: ignore[method-assign]
+        task = asyncio.get_running_loop().create_task(sweeper.once())
+        await cluster.pass_s(READERS_S + 100)
+        assert page_hash(lost) in cluster.pages(disk)
+        sweeper._find_owners = find  # type: ignore[method-assign]
+        settings = MoveSettings(revision=2)
+        await cluster.pass_s(READERS_S + 100)
+        assert task.done()
+        await sweeper.once()
+        assert page_hash(lost) not in cluster.pages(disk)
 
     run(scenario)
 
