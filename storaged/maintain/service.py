@@ -31,6 +31,7 @@ from storaged.maintain.repair import Repair, Waits
 from storaged.maintain.scrub import Scrub
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName
+from storaged.tasks import TaskGroup
 from storaged.wire import Message
 
 T = TypeVar("T")
@@ -421,20 +422,24 @@ class MaintainClient:
 
     async def run_holds(self, keys_of: Callable[[], Sequence[bytes]]) -> None:
         """Asks all storage nodes to hold what long downloads of this process read. Runs until it is cancelled. When no
-        download is long, it sends nothing.
+        download is long, it sends nothing. A node that does not answer delays no other: a hold ends soon unless it is
+        renewed (``holds.LEASE_S``).
         """
-        while True:
-            await asyncio.sleep(RENEW_S)
-            keys = keys_of()
+        sending: dict[str, asyncio.Task[None]] = {}
+        async with TaskGroup() as group:
+            while True:
+                await asyncio.sleep(RENEW_S)
+                keys = keys_of()
+                sending = {node: task for node, task in sending.items() if not task.done()}
+                for node in self._nodes() if keys else ():
+                    if node not in sending:
+                        sending[node] = group.create_task(self._hold(node, keys))
+
+    async def _hold(self, node: str, keys: Sequence[bytes]) -> None:
+        with contextlib.suppress(PeerError):
             for start in range(0, len(keys), KEYS_A_CALL):
-                await self._hold(Hold(tuple(keys[start : start + KEYS_A_CALL])))
-
-    async def _hold(self, request: Hold) -> None:
-        async def ask(node: str) -> None:
-            with contextlib.suppress(PeerError):
+                request = Hold(tuple(keys[start : start + KEYS_A_CALL]))
                 await self._caller.call(node, "maintain.hold", request, Done, timeout_s=RENEW_S)
-
-        await asyncio.gather(*map(ask, self._nodes()))
 
     async def _send_all(self) -> None:
         hints, self._hints = self._hints, {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import math
 import os
 import re
@@ -10,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from storaged.errors import PeerRefused, ServiceUnavailable
+from storaged.errors import PeerRefused, PeerUnreachable, ServiceUnavailable
 from storaged.maintain.context import MaintainLimits
-from storaged.maintain.holds import KEYS_A_CALL, LEASE_S, REASON, Hold
+from storaged.maintain.holds import KEYS_A_CALL, LEASE_S, REASON, RENEW_S, Hold
 from storaged.wire import Buffer
 from tests.integration.memory_cluster import WHO, Cluster, run
 from tests.integration.test_maintain_collect import collect, upload_parts
@@ -149,6 +151,39 @@ def test_the_pages_of_an_object_of_many_parts_are_held_too() -> None:
 
     limits = MaintainLimits(orphan_age_ms=-1, drop_delay_s=0.01, orphan_interval_s=1e9)
     run(scenario, retire_delay_ms=int(DELAY_S * 1000), inline_sealed_bytes_max=100, small_bytes_max=100, limits=limits)
+
+
+@pytest.mark.parametrize("silent_s", [RENEW_S, 1e9])
+def test_a_silent_node_delays_no_other_however_many_names_there_are(silent_s: float) -> None:
+    """With a wait for it between the messages, what the others hold would have ended before it was named again."""
+
+    async def scenario(cluster: Cluster) -> None:
+        names = [b"%016d" % number for number in range(10 * KEYS_A_CALL)]
+        heard: dict[str, list[float]] = {}
+        silent: list[object] = []
+
+        async def note(_source: str, node: str, method: str, request: object) -> None:
+            if method != "maintain.hold":
+                return
+            if node == "nc":
+                silent.append(request)
+                await asyncio.sleep(silent_s)
+                raise PeerUnreachable("it does not answer")
+            assert isinstance(request, Hold)
+            if names[-1] in request.keys:
+                heard.setdefault(node, []).append(asyncio.get_running_loop().time())
+
+        cluster.intercept = note
+        holding = asyncio.get_running_loop().create_task(cluster.gateway.maintain.run_holds(lambda: names))
+        await cluster.pass_s(100)
+        holding.cancel()
+        for node in ("na", "nb"):
+            renewed = heard[node]
+            assert max(after - before for before, after in itertools.pairwise(renewed)) < LEASE_S / 2
+            assert len(cluster.nodes[node].maintenance.holds) == len(names)
+        assert len(silent) <= 100 / RENEW_S, "it is asked no more often than it would be if it answered"
+
+    run(scenario)
 
 
 def test_names_that_cannot_be_are_refused() -> None:
