@@ -58,8 +58,6 @@ class Check:
         """No gateway answered when this walk asked about loans."""
         self._verify_at, self._verify_pause_s = NOW, 0.0
         self._again_at, self._again_pause_s = NOW, 0.0
-        self._in_vain: set[bytes] = set()
-        """Names that were judged again in vain, and have to be judged once more."""
 
     # --- requests and state -------------------------------------------------------------------------------------------
 
@@ -252,26 +250,27 @@ class Check:
         between two rounds doubles while they are in vain. Registers that were judged in vain come last then: a disk
         that never answers must not delay the registers of other disks.
         """
-        now, limits = self._context.clock.monotonic(), self._context.limits
+        clock, limits = self._context.clock, self._context.limits
+        now, disks_now = clock.monotonic(), self.walker.placements.disks_now
         if not self.current or now < self._again_at:
             return  # a walk judges all of it
-        names = sorted(self._judged_before(), key=self._in_vain.__contains__)[: limits.hints_a_round]
-        if not names:
+        left = self.queue.take_changed(disks_now(), now, limits.hints_a_round)
+        if not left:
             self._again_at, self._again_pause_s = now + limits.retry_s, 0.0
             return
-        unanswered, looked = self.walker.unanswered, set[bytes]()
-        while names and self.walker.unanswered == unanswered:
-            some, names = names[: limits.hints_concurrent_max], names[limits.hints_concurrent_max :]
-            await concurrently((self._look_at_hint(RegisterName.unpack(name)) for name in some), len(some))
-            looked.update(some)
-        self._in_vain = (self._in_vain | looked).intersection(self._judged_before())
-        in_vain = self.walker.unanswered != unanswered or not looked.isdisjoint(self._in_vain)
+        unanswered, looked = self.walker.unanswered, list[bytes]()
+        try:
+            while left and self.walker.unanswered == unanswered:
+                some = left[: limits.hints_concurrent_max]
+                await concurrently((self._look_at_hint(RegisterName.unpack(name)) for name in some), len(some))
+                looked += some
+                left = left[len(some) :]
+        finally:
+            in_vain = self.queue.judged_again(looked, left, disks_now(), clock.monotonic())
+        in_vain = in_vain or self.walker.unanswered != unanswered
         pause_s = min(2 * self._again_pause_s, limits.walk_retry_max_s) if in_vain else 0.0
         self._again_pause_s = max(pause_s, limits.poll_s)
-        self._again_at = self._context.clock.monotonic() + self._again_pause_s
-
-    def _judged_before(self) -> list[bytes]:
-        return self.queue.judged_before(self.walker.placements.disks_now(), self._context.clock.monotonic())
+        self._again_at = clock.monotonic() + self._again_pause_s
 
     def _note_judged(self) -> None:
         """Has the findings of now judged again: their disks may have been in that state only for a moment."""

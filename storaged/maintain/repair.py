@@ -45,8 +45,9 @@ from storaged.maintain.health import BlockHealth, BlockPlace, Finding
 from storaged.maintain.job import Job
 from storaged.maintain.moves import MOVED, MOVES_A_CALL, DiscardAsk, FragmentAsk, MovesAnswer
 from storaged.maintain.rebuild import CannotRepair, Move, Rebuilder
+from storaged.maintain.rejudging import urgency
 from storaged.maintain.relocate import Relocator
-from storaged.maintain.repair_queue import PREFIX_BYTES, urgency
+from storaged.maintain.repair_queue import PREFIX_BYTES
 from storaged.maintain.walk import entries_of, upload_rows
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.objects.code.place import Placement

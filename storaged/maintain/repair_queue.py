@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.health import DisksNow, Finding
+from storaged.maintain.rejudging import Rejudging
 from storaged.meta.names import Table
 
 PREFIX_BYTES = 18
@@ -21,11 +22,8 @@ FAILURES_WAITED_FOR = 3
 
 
 REASON_CHARS_MAX = 300
-
-
-def urgency(finding: Finding) -> tuple[bool, int, bytes]:
-    """The lowest is repaired first: the one with the fewest spare fragments. Those that only have to move come last."""
-    return finding.misplaced, finding.spare, finding.name
+TAKES_MAX = 4
+"""How often a look takes further findings in place of those that repair tries now."""
 
 
 class _BackOff(NamedTuple):
@@ -51,6 +49,34 @@ class _Overflow(NamedTuple):
         )
 
 
+_BELOW, _PARTS_BELOW, _MISPLACED, _OUTDATED, _LOST, _UNREADABLE, _AT_RISK = (
+    "below target",
+    "parts below target",
+    "misplaced",
+    "outdated",
+    "lost",
+    "unreadable",
+    "at risk",
+)
+
+
+def _kinds(finding: Finding) -> Iterator[str]:
+    """What it counts as."""
+    is_object = finding.name[0] == Table.OBJECT
+    if finding.misplaced:
+        yield _MISPLACED
+    else:
+        yield _BELOW if is_object else _PARTS_BELOW
+    if finding.outdated:
+        yield _OUTDATED
+    if is_object and finding.lost:
+        yield _LOST
+    elif is_object and finding.spare < 0:
+        yield _UNREADABLE
+    if is_object and finding.spare == 0 and finding.damaged_fragments > 0:
+        yield _AT_RISK
+
+
 class RepairQueue:
     """Packed register name -> Finding, grouped by range."""
 
@@ -60,6 +86,11 @@ class RepairQueue:
         self._overflow: dict[bytes, _Overflow] = {}
         self._back_offs: dict[bytes, _BackOff] = {}
         self._count = 0
+        self._tally: Counter[str] = Counter()
+        self._rejudging = Rejudging()
+        self._in_vain: dict[bytes, int] = {}
+        """What was judged again in vain, and in which turn."""
+        self._turn = 0
         self.fresh = True
         """There may be something new since repair looked last."""
         self.repaired = False
@@ -84,11 +115,13 @@ class RepairQueue:
         for finding in found:
             if self._has_room(finding):
                 kept[finding.name] = finding
-                self._count += 1
+                self._count_one(finding, 1)
             else:
                 overflow = overflow.plus(finding)
         if kept:
             self._ranges[prefix] = kept
+            for finding in kept.values():
+                self._expect(finding)
         if any(overflow):
             self._overflow[prefix] = overflow
 
@@ -103,13 +136,17 @@ class RepairQueue:
         prefix = name[:PREFIX_BYTES]
         known = self._ranges.get(prefix, {})
         before = known.pop(name, None)
-        self._count -= before is not None
+        if before is not None:
+            self._count_one(before, -1)
+        self._rejudging.remove(name)
         if finding is None or before is None or not finding.is_alike(before):
             self._back_offs.pop(name, None)
+            self._in_vain.pop(name, None)
         if finding is not None and self._has_room(finding):
             known[name] = finding
-            self._count += 1
+            self._count_one(finding, 1)
             self._ranges[prefix] = known
+            self._expect(finding)
         elif finding is not None:
             self._overflow[prefix] = self._overflow.get(prefix, _Overflow()).plus(finding)
         if not known:
@@ -117,10 +154,17 @@ class RepairQueue:
 
     def forget(self, prefix: bytes) -> None:
         known = self._ranges.pop(prefix, {})
-        self._count -= len(known)
         self._overflow.pop(prefix, None)
-        for name in known:
+        for name, finding in known.items():
+            self._count_one(finding, -1)
+            self._rejudging.remove(name)
             self._back_offs.pop(name, None)
+            self._in_vain.pop(name, None)
+
+    def _count_one(self, finding: Finding, by: int) -> None:
+        self._count += by
+        for kind in _kinds(finding):
+            self._tally[kind] += by
 
     def keep_only(self, prefixes: Iterable[bytes]) -> None:
         """Forgets the ranges that this node is not responsible for any more."""
@@ -137,54 +181,45 @@ class RepairQueue:
     @property
     def below_target(self) -> int:
         """Objects. Parts of uploads that are not complete are counted apart."""
-        return self._count_of(objects=True)
+        return self._tally[_BELOW] + self._overflowing(objects=True)
 
     @property
     def parts_below_target(self) -> int:
         """Parts of uploads that may still become an object, and uploads that are being completed."""
-        return self._count_of(objects=False)
+        return self._tally[_PARTS_BELOW] + self._overflowing(objects=False)
 
     @property
     def misplaced(self) -> int:
         """Objects and parts that are whole, and that the layout in force wants elsewhere, or under another profile."""
-        return sum(finding.misplaced for finding in self) + sum(some.misplaced for some in self._overflow.values())
+        return self._tally[_MISPLACED] + sum(some.misplaced for some in self._overflow.values())
 
     @property
     def outdated(self) -> int:
         """Those of them that it wants under another profile."""
-        return sum(finding.outdated for finding in self) + sum(some.outdated for some in self._overflow.values())
+        return self._tally[_OUTDATED] + sum(some.outdated for some in self._overflow.values())
 
-    def _count_of(self, *, objects: bool) -> int:
-        listed = sum(
-            sum(not finding.misplaced for finding in found.values())
-            for prefix, found in self._ranges.items()
-            if (prefix[0] == Table.OBJECT) == objects
-        )
-        return listed + sum(
+    def _overflowing(self, *, objects: bool) -> int:
+        """How many below target are not listed."""
+        return sum(
             some.below_target for prefix, some in self._overflow.items() if (prefix[0] == Table.OBJECT) == objects
         )
 
     @property
     def lost(self) -> int:
         """Objects."""
-        return sum(finding.lost for finding in self._of_objects())
+        return self._tally[_LOST]
 
     @property
     def unreadable(self) -> int:
         """Objects that can't be read until disks that are away return."""
-        return sum(finding.spare < 0 and not finding.lost for finding in self._of_objects())
+        return self._tally[_UNREADABLE]
 
     @property
     def at_risk(self) -> int:
         """Objects with a block that one more lost fragment would make unreadable, although every disk that should hold
         a missing fragment answers.
         """
-        return sum(finding.spare == 0 and finding.damaged_fragments > 0 for finding in self._of_objects())
-
-    def _of_objects(self) -> Iterator[Finding]:
-        return (
-            finding for prefix, found in self._ranges.items() if prefix[0] == Table.OBJECT for finding in found.values()
-        )
+        return self._tally[_AT_RISK]
 
     def of_table(self, table: int) -> list[list[bytes]]:
         """The names of the findings in each range of a table."""
@@ -213,6 +248,7 @@ class RepairQueue:
         failures = self._failures(name) + 1
         pause_s = min(self._limits.retry_s * 2 ** min(failures - 1, 20), self._limits.retry_max_s)
         self._back_offs[name] = _BackOff(now + pause_s, failures, reason[:REASON_CHARS_MAX])
+        self._expect(self._found(name))
 
     def expects_progress(self, *, moves: bool, misplaced: bool = True) -> bool:
         """Something can be repaired that did not fail again and again. ``moves``, ``misplaced``: as for ``due``."""
@@ -233,16 +269,47 @@ class RepairQueue:
             for finding in self
         )
 
-    def judged_before(self, disks: DisksNow, now: float) -> list[bytes]:
-        """Names of findings that repair does not try now, and that were judged while other disks could be used. The
-        fewest spare fragments come first.
+    def take_changed(self, disks: DisksNow, now: float, limit: int) -> list[bytes]:
+        """The names of up to ``limit`` findings that were judged by other disks than those that can be used now, and
+        that repair does not try now. What was judged again in vain comes last, the fewest spare fragments first.
+        ``judged_again`` follows for each.
         """
-        found = [
-            finding
-            for finding in self
-            if finding.may_have_changed(disks) and (not finding.repairable or self._rests(finding.name, now))
-        ]
-        return [finding.name for finding in sorted(found, key=urgency)]
+        found: list[bytes] = []
+        for _ in range(TAKES_MAX):
+            some = self._rejudging.take(disks, limit - len(found))
+            # What does not rest any more is tried now, and comes back when that has failed.
+            found += [name for name in some if self._waits(self._found(name), now)]
+            if len(found) == limit or not some:
+                break
+        return found
+
+    def judged_again(self, looked: Iterable[bytes], left: Iterable[bytes], disks: DisksNow, now: float) -> bool:
+        """What became of those that were taken: ``left`` were not judged. Returns whether some were in vain."""
+        self._turn += 1
+        in_vain = False
+        for name in looked:
+            finding = self._found(name)
+            if self._waits(finding, now) and finding is not None and finding.may_have_changed(disks):
+                in_vain = True
+                self._in_vain[name] = self._turn
+            else:
+                self._in_vain.pop(name, None)
+            self._expect(finding)
+        for name in left:
+            self._expect(self._found(name))
+        return in_vain
+
+    def _found(self, name: bytes) -> Finding | None:
+        return self._ranges.get(name[:PREFIX_BYTES], {}).get(name)
+
+    def _waits(self, finding: Finding | None, now: float) -> bool:
+        """Repair does not try it now."""
+        return finding is not None and (not finding.repairable or self._rests(finding.name, now))
+
+    def _expect(self, finding: Finding | None) -> None:
+        """Has it judged again when the disks change, unless repair tries it."""
+        if finding is not None and (not finding.repairable or finding.name in self._back_offs):
+            self._rejudging.add(finding, self._in_vain.get(finding.name, 0))
 
     def unrepaired(self, disks: DisksNow, target: str) -> Counter[str]:
         """As ``Repair.unrepaired``."""

@@ -1,0 +1,109 @@
+"""Which findings the disks that can be used now may change, the most urgent first. Pure.
+
+Theory of operation. There may be a hundred thousand findings, and they are asked for each second. So they are kept by
+what they wait for: a disk that did not answer, a disk that took no writes, other disks with room than those. Each of
+these has a heap, and a look takes from the heaps whose condition is met only as many as it wants. What is taken is
+added again by its taker, when it was judged. An entry of a heap that is no more the finding's own counts for nothing;
+a heap is cleared of them when they are the larger part.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+
+from storaged.maintain.health import DisksNow, Finding
+
+Cause = tuple[str, str | frozenset[str]]
+Order = tuple[int, bool, int, bytes]
+
+STALE_MIN = 64
+"""So many entries that count for nothing are no reason to clear a heap."""
+
+
+def urgency(finding: Finding) -> tuple[bool, int, bytes]:
+    """The lowest is repaired first: the one with the fewest spare fragments. Those that only have to move come last."""
+    return finding.misplaced, finding.spare, finding.name
+
+
+class Rejudging:
+    """Names of findings."""
+
+    def __init__(self) -> None:
+        self._heaps: dict[Cause, list[Order]] = {}
+        self._counts: Counter[Cause] = Counter()
+        """How many entries of each heap count."""
+        self._known: dict[bytes, tuple[Order, tuple[Cause, ...]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, finding: Finding, turn: int) -> None:
+        """A lower ``turn`` comes first, whatever its urgency. No-op for a finding that no disk changes."""
+        self.remove(finding.name)
+        causes = _causes(finding)
+        if not causes:
+            return
+        order = (turn, *urgency(finding))
+        self._known[finding.name] = order, causes
+        for cause in causes:
+            heapq.heappush(self._heaps.setdefault(cause, []), order)
+            self._counts[cause] += 1
+
+    def remove(self, name: bytes) -> None:
+        """No-op for one that is not known."""
+        _, causes = self._known.pop(name, (None, ()))
+        for cause in causes:
+            self._discount(cause)
+
+    def take(self, disks: DisksNow, limit: int) -> list[bytes]:
+        """Takes out up to ``limit`` of those that ``disks`` may change."""
+        heaps = [heap for cause, heap in self._heaps.items() if _is_met(cause, disks)]
+        tops = [(heap[0], number) for number, heap in enumerate(heaps)]
+        heapq.heapify(tops)
+        found: dict[bytes, tuple[Cause, ...]] = {}
+        while tops and len(found) < limit:
+            order, number = tops[0]
+            heapq.heappop(heaps[number])
+            if heaps[number]:
+                heapq.heapreplace(tops, (heaps[number][0], number))
+            else:
+                heapq.heappop(tops)
+            name = order[-1]
+            if self._counts_for(order):
+                _, found[name] = self._known.pop(name)
+        for causes in found.values():
+            for cause in causes:
+                self._discount(cause)
+        return list(found)
+
+    def _counts_for(self, order: Order) -> bool:
+        known = self._known.get(order[-1])
+        return known is not None and known[0] is order
+
+    def _discount(self, cause: Cause) -> None:
+        self._counts[cause] -= 1
+        count, heap = self._counts[cause], self._heaps[cause]
+        if not count:
+            del self._counts[cause], self._heaps[cause]
+        elif len(heap) > 2 * count + STALE_MIN:
+            heap[:] = filter(self._counts_for, heap)
+            heapq.heapify(heap)
+
+
+def _causes(finding: Finding) -> tuple[Cause, ...]:
+    found: list[Cause] = [("unheard", disk) for disk in finding.unheard]
+    found += [("unwritable", disk) for disk in finding.unwritable]
+    if finding.no_room is not None:
+        found.append(("no room", finding.no_room))
+    return tuple(found)
+
+
+def _is_met(cause: Cause, disks: DisksNow) -> bool:
+    """As ``Finding.may_have_changed``."""
+    kind, by = cause
+    if kind == "unheard":
+        return by in disks.readable
+    if kind == "unwritable":
+        return by in disks.writable
+    return by != disks.taking
