@@ -69,6 +69,14 @@ METRICS: dict[str, MetricDescription] = {
         "How often this gateway found a register back at an older record than it had seen chosen: CHOSEN_FELL_BACK.",
         merge="count",
     ),
+    "storaged_ring_doubts": MetricDescription(
+        "gauge",
+        "What this process was told by replicas that may lie, since the start: digest_conflicts (two hold different"
+        " values under one ballot), doubted (one holds a system record that no gateway wrote; both are 0 in a sound"
+        " cluster), unheard (a system record was changed while replicas differed and one did not answer).",
+        ("kind",),
+        merge="count",
+    ),
     "storaged_s3_requests_total": MetricDescription("counter", "S3 requests answered.", ("operation", "status")),
     "storaged_s3_request_seconds": MetricDescription(
         "histogram", "From the request's first byte to the answer's last.", ("operation",)
