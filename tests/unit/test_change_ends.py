@@ -4,6 +4,8 @@ after a pause; and what is counted.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
@@ -364,6 +366,52 @@ def test_a_settling_round_begins_again_for_a_third_replica_that_refuses_and_not_
     assert machine.state is ACCEPTING
     assert tries == (ALL_REPLICAS_TRIES if commit else THIRD_REPLICA_TRIES)
     assert not machine.waited()
+
+
+SYSTEM = RegisterName(Table.SYSTEM, bytes(16), 0, b"key")
+
+
+def _differing(**named: object) -> tuple[Machine, list[Ballot], tuple[PrepareReply, PrepareReply]]:
+    """A change of a system record whose replicas differ; what it went on from without having heard all of them; and the
+    promises of two.
+    """
+    machine, went_on = Machine(SYSTEM, thorough=True), list[Ballot]()
+    machine._shared = replace(machine._shared, on_unheard=lambda _name, ballot: went_on.append(ballot))
+    return machine, went_on, (_promise(5, 1), _promise(6, 2))
+
+
+def test_a_system_record_asks_a_replica_that_refuses_again_and_then_goes_on_without_it_and_says_so() -> None:
+    machine, went_on, found = _differing()
+    above, tries = Ballot(1, NOW_US + 10**7, "other", b"87654321"), 0
+    machine.prepares(*found)
+    while machine.state is GATHERING:
+        assert not went_on
+        refusal = PrepareReply(Verdict.PREEMPTED, above._replace(counter=above.counter + tries * 10**7))
+        assert machine.promised(machine.turn, "c", refusal)
+        if machine.state is RETRYING:
+            tries += 1
+            machine.prepares(*found)
+    assert machine.state is ACCEPTING
+    assert tries == THIRD_REPLICA_TRIES
+    assert went_on == [found[1].accepted]
+
+
+def test_a_system_record_does_not_ask_a_replica_again_that_does_not_answer() -> None:
+    machine, went_on, found = _differing()
+    machine.prepares(*found)
+    assert machine.state is GATHERING
+    assert machine.promised(machine.turn, "c", None)
+    assert machine.state is ACCEPTING
+    assert went_on == [found[1].accepted]
+
+
+def test_a_system_record_goes_on_from_what_all_replicas_report() -> None:
+    machine, went_on, found = _differing()
+    machine.prepares(*found)
+    assert machine.promised(machine.turn, "c", found[0])
+    assert machine.state is ACCEPTING
+    assert machine.request.value.sequence == found[0].value.sequence + 1  # type: ignore[union-attr]
+    assert went_on == []
 
 
 # --- accepts ----------------------------------------------------------------------------------------------------------

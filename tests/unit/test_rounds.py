@@ -29,6 +29,22 @@ NEXT = BALLOT._replace(counter=BALLOT.counter + 1)
 DISKS = ("d", "0" * 16, "x" * 40)
 
 
+def test_verdicts_keep_their_numbers_for_nodes_of_other_versions() -> None:
+    assert {verdict.name: int(verdict) for verdict in Verdict} == {
+        "OK": 0,
+        "PREEMPTED": 1,
+        "EPOCH": 2,
+        "FENCED": 3,
+        "CONFLICT": 4,
+        "DAMAGED": 5,
+        "UNSTORED": 6,
+        "HELD": 7,
+        "AHEAD": 8,
+        "NEWER": 9,
+        "FULL": 10,
+    }
+
+
 class Wire:
     """A ``cluster.ports.TryCaller`` that keeps what it is given to send."""
 
