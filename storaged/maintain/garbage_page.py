@@ -133,10 +133,14 @@ class GarbagePage:
         """Returns how many were deleted. What is left when collection is paused is judged again later."""
         deleted = 0
         for some in _calls(items):
-            if self._pace.paused:
+            if self.paused:
                 break
             deleted += await delete(some)
         return deleted
+
+    @property
+    def paused(self) -> bool:
+        return self._pace.paused
 
     def _note(self, entries: Iterable[Retirement], reason: str) -> None:
         self.waiting.extend(((entry.owner, entry.origin), reason) for entry in entries)
@@ -162,7 +166,9 @@ class GarbagePage:
             ended.setdefault(owner, []).extend(some)
 
     async def without_claimed(self, garbage: Garbage, proof: Proof) -> Sequence[Garbage]:
-        """Judges data that the record refers to: only fragments that none of its runs places on this disk go."""
+        """The record refers to the data: only fragments that none of its runs places on this disk go. Its entry stays
+        on the list until they are gone (``_Unclaimed.delete_unchanged``).
+        """
         owner = garbage.owner
         try:
             countries = await self._judge.countries_of(owner.scope)
@@ -174,9 +180,10 @@ class GarbagePage:
         except PAST as error:
             self.wait([garbage], f"where its fragments belong is not known: {error}")
             return ()
-        if len(unclaimed) < len(garbage.fragments):
+        if not unclaimed:
             await self.keep(garbage)
-        return [garbage._replace(fragments=unclaimed)] if unclaimed else ()
+            return ()
+        return [garbage._replace(fragments=unclaimed)]
 
     async def keep(self, garbage: Garbage) -> None:
         self.kept += 1
@@ -222,6 +229,8 @@ class _Unclaimed:
         self.wait = page.wait
         self._page = page
         self._store = store
+        self._needed: list[Garbage] = []
+        """The record refers to these, and some of their fragments go."""
 
     async def mark(self, items: Sequence[Garbage]) -> None:
         self._store.condemn([garbage.data_id for garbage in items])
@@ -237,7 +246,9 @@ class _Unclaimed:
         if garbage.data_id in proof.of_uploads:
             await self._page.keep(garbage)
         elif any(entry.data_id == garbage.data_id for entry in proof.entries):
-            return await self._page.without_claimed(garbage, proof)
+            unclaimed = await self._page.without_claimed(garbage, proof)
+            self._needed += [garbage for doomed in unclaimed if len(doomed.fragments) < len(garbage.fragments)]
+            return unclaimed
         elif proof.gone or part or (proof.everywhere and not proof.uploads):
             return [garbage]
         elif proof.uploads:
@@ -247,7 +258,11 @@ class _Unclaimed:
         return ()
 
     async def delete_unchanged(self, items: Sequence[Garbage]) -> int:
-        return await self._page.delete(items, self._store.delete_condemned)
+        deleted = await self._page.delete(items, self._store.delete_condemned)
+        if not self._page.paused:
+            for garbage in self._needed:
+                await self._page.keep(garbage)
+        return deleted
 
 
 def _calls(items: Iterable[Garbage]) -> Iterable[list[FragmentId]]:

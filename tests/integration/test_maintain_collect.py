@@ -982,6 +982,45 @@ def test_what_was_judged_before_a_pause_is_not_deleted_in_it(replaced: bool) -> 
     run(scenario)
 
 
+def test_what_a_move_left_stays_on_the_list_until_it_is_gone() -> None:
+    """Of data that its record refers to. Without an entry the next full sweep would find it, a week later."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        kept, disk = next(
+            where for place in await cluster.places(bucket, b"k") for where in place.fragments if where[1][0] == "a"
+        )
+        store, collector = cluster.store(disk), cluster.nodes["na"].maintenance.collector
+        owner = object_name(bucket.id, bucket.shard_numbers, b"k").pack()
+        made = make(random.Random(1), data_id=kept.data_id, block=kept.block + 100)
+        await store.write(msgspec.structs.replace(made.header, owner=owner), [made.payload], sync=True)
+        await store.retire([Retirement(kept.data_id, owner, 0)])
+        settings, prove = MoveSettings(), collector._judge.prove
+        collector._context.settings = lambda: settings
+
+        async def prove_and_pause(owners: Sequence[RegisterName]) -> Any:
+            nonlocal settings
+            found = await prove(owners)
+            settings = MoveSettings(revision=1, collection_paused=True)
+            return found
+
+        collector._judge.prove = prove_and_pause  # type: ignore[method-assign]
+        task = asyncio.get_running_loop().create_task(collector.collect_due())
+        await cluster.pass_s(100)
+        assert await store.due(cluster.clock.wall_ms(), (0, b""), 9) == [Retirement(kept.data_id, owner, 0)]
+        collector._judge.prove = prove  # type: ignore[method-assign]
+        settings = MoveSettings(revision=2)
+        await cluster.pass_s(2)
+        await task
+        await collector.collect_due()
+        assert await store.due(cluster.clock.wall_ms(), (0, b""), 9) == []
+        assert not cluster.holds(disk, made.id)
+        assert cluster.holds(disk, kept)
+
+    run(scenario)
+
+
 def test_a_pause_stops_a_sweep_in_the_middle_of_a_page() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
