@@ -4,9 +4,12 @@ A full walk happens at the start, whenever a disk comes or goes, and from time t
 registers: a read that found damage, a write that had to leave out disks, a scrub. A walk that was not complete, because
 a disk or a majority did not answer, is begun again after a pause that doubles.
 
-A finding says what the disks were when it was judged (``health.Finding``). They may have been in that state only for a
-moment: a node missed some heartbeats, a call broke off, a disk was left out because it was slow. No walk begins for
-that. So findings that repair does not try are judged again when the disks are not as they were then (``_look_again``).
+A disk that comes and goes all the time asks for a walk each time. After a rest two walks may follow each other; then
+the next one waits as long as the last one took, so that repair has half of the time.
+
+A finding says what the disks were when it was judged (``health.Finding``). They may have been so for a moment only: a
+node missed some heartbeats, a call broke off, a disk was left out for being slow. No walk begins for that. So what
+repair does not try is judged again when the disks are not as they were then (``_look_again``).
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from storaged.meta.store_ports import RowDamaged
 
 VERIFY_PAUSE_S_MAX = 60.0
 """Records of buckets that were not verified are looked at again soon, then after a pause that doubles up to this."""
+
+RESTED_WALKS = 2
+"""A walk that began so many times its own length after the last one has rested: the next one may follow at once."""
 
 REFUSALS = (CannotRepair, StoragedError, RowDamaged, TimeoutError)
 """Why a register can't be looked at or repaired now."""
@@ -52,7 +58,8 @@ class Check:
         """Numbers of the walk that is wanted, and of the last complete one: it began after it was wanted, and every
         disk and every majority answered.
         """
-        self._walk_at = NOW
+        self._walk_at = self._rested_at = NOW
+        """When the next walk may begin: for what the last one has failed in, and for how long it took."""
         self._walk_pause_s = 0.0
         self._loans_wait = False
         """No gateway answered when this walk asked about loans."""
@@ -70,7 +77,7 @@ class Check:
             self.request_walk()
 
     def request_walk(self) -> None:
-        """A full walk should begin now."""
+        """A full walk should begin as soon as one may."""
         self._wanted += 1
         self._walk_at = NOW
         self.wake.set()
@@ -99,15 +106,22 @@ class Check:
 
     @property
     def walk_due(self) -> bool:
-        """A walk is wanted, and its pause is over."""
-        return not self.current and self._context.clock.monotonic() >= self._walk_at
+        """A walk is wanted, and may begin."""
+        return not self.current and self._may_walk()
+
+    def _may_walk(self) -> bool:
+        return self._context.clock.monotonic() >= max(self._walk_at, self._rested_at)
 
     async def round(self) -> None:
         """Everything that is due. Raises StoragedError, RowDamaged, TimeoutError."""
         now = self._context.clock.monotonic()
         overdue = now - self.job.started >= self._context.limits.walk_interval_s
-        if now >= self._walk_at and (not self.current or overdue):
+        if self._may_walk() and (not self.current or overdue):
+            rested_s = now - self.job.ended
             await self._walk()
+            ended = self._context.clock.monotonic()
+            took_s = ended - now
+            self._rested_at = ended + took_s if rested_s < RESTED_WALKS * took_s else NOW
         await self._verify_buckets_again()
         await self._look_at_hints()
         await self._look_again()

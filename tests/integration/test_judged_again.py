@@ -4,6 +4,7 @@ because of that, and the next one by the clock comes an hour later.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -49,6 +50,45 @@ def test_a_disk_that_is_away_for_a_moment_within_a_walk_leaves_nothing_below_tar
         moments = False
         await cluster.pass_s(SOON_S)
         assert await cluster.counts() == (0, 0, True)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("every_s", [1, 7])
+def test_a_disk_that_comes_and_goes_all_the_time_leaves_repair_half_of_the_time(every_s: int) -> None:
+    """Each change of the disks asks for a walk, and stopped repair after each object until that walk was over."""
+    walk_s, count = 60.0, 30
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(count):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(LARGE))
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        walking = 0.0
+        for node in cluster.nodes.values():
+            check = node.maintenance.check
+            walk_ranges = check._walk_ranges
+
+            async def slow(failures: list[str], walk_ranges: Any = walk_ranges) -> None:
+                nonlocal walking
+                await asyncio.sleep(walk_s)
+                walking += walk_s
+                await walk_ranges(failures)
+
+            check._walk_ranges = slow  # type: ignore[method-assign]
+        for index in range(count):
+            for place in await cluster.places(bucket, b"k%d" % index):
+                fragment, disk = next(where for where in place.fragments if where[1].startswith("c"))
+                await cluster.store(disk).delete([fragment])
+        for _ in range(1200 // (2 * every_s)):
+            cluster.alive.disks_down.add("b0")
+            await cluster.pass_s(every_s)
+            cluster.alive.disks_down.clear()
+            await cluster.pass_s(every_s)
+        assert walking / len(cluster.nodes) < 0.6 * 1200 + walk_s
+        whole = [await cluster.is_whole(bucket, b"k%d" % index) for index in range(count)]
+        assert all(whole), f"{whole.count(False)} of {count} are not repaired"
 
     run(scenario)
 
