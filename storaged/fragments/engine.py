@@ -106,7 +106,7 @@ class Engine:
         ``failed_before``: why the disk failed for good, as its owner has noted; used when the disk itself has no note.
         Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them,
         DiskUnusable when the index can't be written for another reason than lack of space, or is not damaged and can't
-        be read now, IndexDamaged when it is damaged.
+        be read now, or the directory can't be synced, IndexDamaged when the index is damaged.
         """
         state = self.state
         state.failure = "opened for reading only" if read_only else self.files.failure() or failed_before

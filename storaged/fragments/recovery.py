@@ -11,11 +11,12 @@ one are cut. Earlier segments were synced whole before their successor was made,
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from storaged.errors import DiskForeign
+from storaged.errors import DiskForeign, DiskUnusable
 from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files, SegmentFile
 from storaged.fragments.format import (
@@ -35,6 +36,9 @@ from storaged.fragments.format import (
 from storaged.fragments.index import Index
 from storaged.fragments.index_rows import Position
 from storaged.fragments.scan import Found, Gap, scan, whole
+
+_NO_SYNC_OF_DIRECTORIES = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
+"""The answer of a file system that knows no such sync, or of one that this process may not read."""
 
 
 class Step(NamedTuple):
@@ -80,7 +84,7 @@ def replay(
     """Brings the index up to the log's end and fills ``segments``. Rebuilds an index that has no checkpoint.
 
     ``spill(position)`` is called after every record; everything before the position has been applied, and is durable.
-    Raises DiskForeign, FormatUnknown, OSError.
+    Raises DiskForeign, DiskUnusable, FormatUnknown, OSError.
     """
     numbers = files.segments()
     for number in numbers:
@@ -215,12 +219,17 @@ class _Replay:
 
 def _make_durable(files: Files, file: SegmentFile, border: int) -> str:
     """Syncs what a killed process left in the page cache: the bytes, and the file's name if it was killed as it made
-    the segment. Has the tail read from the drive. Returns why that failed, empty when it did not.
+    the segment. Has the tail read from the drive. Returns why that failed, empty when it did not. Raises DiskUnusable
+    where the file system or a permission forbids to sync the directory: nothing was lost by that, so the disk is not
+    marked as failed for good.
     """
     try:
         file.sync()
         files.sync_directory()
     except OSError as error:
+        if error.errno in _NO_SYNC_OF_DIRECTORIES:
+            reason = f"the directory of the segments can't be synced: {error.strerror or error}"
+            raise DiskUnusable(reason, state="failed") from error
         return f"fdatasync at start: {error.strerror or error}"
     file.drop_cache(border)
     return ""

@@ -421,6 +421,29 @@ async def test_segments_without_a_header_are_checked_by_the_id_in_the_index(tmp_
             await asyncio.to_thread(offline, tmp_path)
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES])
+async def test_a_file_system_that_syncs_no_directory_does_not_have_a_disk_count_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """All disks of a cluster may meet that at once, after an upgrade."""
+    async with opened(tmp_path) as store:
+        made = await put(store)
+
+    def refuse(_files: PosixFiles) -> None:
+        raise OSError(code, os.strerror(code))
+
+    noted: list[str] = []
+    owner = DiskOwner(note_failed=lambda reason: bool(noted.append(reason)))
+    with monkeypatch.context() as refusing:
+        refusing.setattr(PosixFiles, "sync_directory", refuse)
+        with pytest.raises(DiskUnusable, match="directory of the segments can't be synced"):
+            await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE, owner=owner)
+    assert (noted, (tmp_path / "FAILED").exists()) == ([], False)
+    async with opened(tmp_path) as store:
+        assert (await store.usage()).state == "ok"
+        assert await content(store, made) == made.payload
+
+
 async def test_an_index_that_the_drive_can_not_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_arguments: object, **_options: object) -> None:
         raise _of_system(lmdb.Error, errno.EIO)
