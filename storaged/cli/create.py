@@ -111,10 +111,14 @@ class ClusterPlan(msgspec.Struct):
         return Policy.of(self.countries, self.jurisdictions)
 
     def take_ranks(self, layout: Layout) -> None:
-        """Saves the ranks that new disks got in a signed layout."""
-        for disk in (disk for node in self.nodes for disk in node.disks):
-            known = layout.disk_by_id.get(disk.id)
-            disk.rank = known.rank if known is not None else disk.rank
+        """Notes the ranks that new disks got in a layout that was signed. A disk that it does not know keeps its rank
+        unless another disk of the list has that now.
+        """
+        disks = [disk for node in self.nodes for disk in node.disks]
+        known = {disk.id: layout.disk_by_id[disk.id].rank for disk in disks if disk.id in layout.disk_by_id}
+        taken = {rank or disk for disk, rank in known.items()}
+        for disk in disks:
+            disk.rank = known.get(disk.id, "" if disk.rank in taken else disk.rank)
 
     def admit(self, node: NodePlan) -> None:
         """Raises JurisdictionRefused, with the reason, for a node that this cluster does not admit."""

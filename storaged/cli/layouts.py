@@ -193,7 +193,8 @@ def fetch(named: str | None, file: Path) -> None:
 def adopt(directory: Path, file: Path) -> None:
     """Take the layout FILE, which was fetched from the cluster, as the last one of the folder AUTHORITY.
 
-    For a folder whose own layout was overtaken by another administrator's. The list of nodes stays as it is.
+    For a folder whose own layout was overtaken by another administrator's. The list of nodes stays as it is;
+    only what a disk inherited from one that went is taken over, so that its data stays where it is.
     """
     from storaged.cli import create as files
     from storaged.cluster import issuing
@@ -209,6 +210,7 @@ def adopt(directory: Path, file: Path) -> None:
     files.write_private(directory / files.LAYOUT_NAME, encode(signed))
     listed.signed = max(listed.signed, listed.epoch)
     listed.epoch, listed.before = layout.epoch, 0
+    listed.take_ranks(layout)
     files.save_plan(directory, listed)
     click.echo(f"layout {layout.epoch} is the last one of {directory}")
     click.echo(f"  Next: storaged cluster plan {directory}, which shows how the list of nodes differs from it")

@@ -224,6 +224,42 @@ def test_a_server_that_comes_as_another_goes_gets_what_that_one_had(
     assert history_of(authority)[-1].disk_by_id[disk_of(authority, "n7", 0)].rank == gone[0]
 
 
+def test_an_adopted_layout_says_what_new_disks_have_inherited(
+    authority: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list is an older one, from a backup. Without the ranks the next layout would move all of it once more."""
+    issue(authority, "n5", "DE/ber/e", "/srv/disk1:4000")
+    call("cluster", "layout", str(authority))
+    gone = disk_of(authority, "n5", 0)
+    call("node", "remove", str(authority), "n5")
+    issue(authority, "n6", "DE/ber/e", "/srv/disk1:4000")
+    listed = create.load_plan(authority)
+    call("cluster", "layout", str(authority))
+    newest = tmp_path / "newest.signed"
+    newest.write_bytes((authority / create.LAYOUT_NAME).read_bytes())
+    create.save_plan(authority, listed)
+    call("cluster", "adopt", str(authority), str(newest))
+    assert disk_of(authority, "n6", 0) in history_of(authority)[-1].disk_by_id
+    (new,) = create.load_plan(authority).nodes[-1].disks
+    assert new.rank == gone
+    capsys.readouterr()
+    assert plan_of(authority, capsys)["changes"] == []
+
+
+def test_a_rank_that_another_disk_of_the_list_has_by_now_is_given_up(authority: Path) -> None:
+    """Two administrators replaced one disk. One layout was overtaken, and its list could never be signed again."""
+    call("cluster", "layout", str(authority))
+    plan, layout = create.load_plan(authority), history_of(authority)[-1]
+    (first_disk, *_), (mine, *_) = plan.nodes[0].disks, plan.nodes[1].disks
+    gone, first_disk.id, first_disk.rank, mine.id, mine.rank = first_disk.id, "theirs", "", "mine", first_disk.id
+    disks = tuple(replace(disk, id="theirs", rank=gone) if disk.id == gone else disk for disk in layout.disks)
+    plan.take_ranks(replace(layout, disks=disks))
+    assert (first_disk.rank, mine.rank) == (gone, "")
+    mine.rank = "of one that went"
+    plan.take_ranks(layout)
+    assert mine.rank == "of one that went", "no layout knows the disk yet"
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
