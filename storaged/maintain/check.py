@@ -7,9 +7,9 @@ a disk or a majority did not answer, is begun again after a pause that doubles.
 A disk that comes and goes all the time asks for a walk each time. After a rest two walks may follow each other; then
 the next one waits as long as the last one took, so that repair has half of the time.
 
-A finding says what the disks were when it was judged (``health.Finding``). They may have been so for a moment only: a
-node missed some heartbeats, a call broke off, a disk was left out for being slow. No walk begins for that. So what
-repair does not try is judged again when the disks are not as they were then (``_look_again``).
+A finding says what the disks were when it was judged (``health.Finding``). They may have been in that state only for a
+moment: a node missed some heartbeats, a call broke off, a disk was left out because it was slow. No walk begins for
+that. So findings that repair does not try are judged again when the disks are not as they were then (``_look_again``).
 """
 
 from __future__ import annotations
