@@ -697,8 +697,7 @@ async def test_the_files_are_encrypted_as_configured_or_as_the_target_says(world
 
 
 async def test_parquet_is_what_pyarrow_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pyarrow")
-    import pyarrow.parquet  # type: ignore[import-not-found,unused-ignore]
+    import pyarrow.parquet
 
     monkeypatch.setattr(listing, "ROWS_A_PAGE", 5)
     await filled(world, 12, Format="Parquet", OptionalFields=ALL_FIELDS)

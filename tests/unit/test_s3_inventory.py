@@ -272,8 +272,7 @@ def test_the_manifest_names_each_file_and_its_checksum_comes_last() -> None:
 
 
 def test_parquet_has_the_types_of_the_schema() -> None:
-    pytest.importorskip("pyarrow")
-    import pyarrow.parquet  # type: ignore[import-not-found,unused-ignore]
+    import pyarrow.parquet
 
     report = Inventory("d", True, "t", PARQUET, DAILY, True, fields=tuple(FIELDS))
     columns, file = columns_of(report), data_file(report)
