@@ -70,7 +70,7 @@ LENDING_BUGS = (
         "                if borrower.id == borrower_id and borrower.ending == mark:\n",
         "                if borrower.id == borrower_id:\n",
         tests=f"{_UNIT}::test_a_loan_that_another_request_has_marked_since_is_not_ended_nor_unmarked",
-        why="Three requests have to end one borrower, two of them around a third one's round.",
+        why="Two requests have to look at one borrower at once, and its version has to go between their rounds.",
     ),
     Planted(
         "lent_again",
@@ -143,7 +143,7 @@ LENDING_BUGS = (
         "    if left if unread else left - applied_to_loans:\n",
         "    if left - applied_to_loans:\n",
         tests=f"{_UNIT}::test_what_is_lent_does_not_move_while_the_page_of_its_version_cannot_be_read",
-        why="No page stays unread for so long that a move of what is on it passes by.",
+        why="No replica may give the page, while a majority of them takes the change of its record.",
     ),
     Planted(
         "loans_go_with_the_last_version",

@@ -331,6 +331,35 @@ async def test_a_loan_that_another_request_has_marked_since_is_not_ended_nor_unm
         registers.settle = settle
 
 
+async def test_a_loan_that_ends_before_the_accept_of_its_copy_makes_a_copy_of_its_own(made: Made) -> None:
+    """The end has a round of the copy's register, which ends the copy's promise."""
+    ring, owner = made.world.ring, made.name(b"a")
+
+    async def end(name: RegisterName) -> None:
+        if name == owner:
+            ring.interfere = end  # it waits for the change of the copy
+            return
+        [borrower] = sharing_of(made.record(b"a")).loans[0].borrowers
+        await loans.end_loan(made.plane, made.bucket, owner, borrower.id)
+
+    ring.interfere = end
+    await made.copy(b"a", b"b")
+    assert await made.parts_of(b"b")
+    assert await made.read(b"b") == DATA
+    assert not sharing_of(made.record(b"a")).loans
+
+
+async def test_a_copy_goes_on_under_no_loan_that_is_marked_or_gone(made: Made) -> None:
+    await made.copy(b"a", b"b")
+    [borrower] = sharing_of(made.record(b"a")).loans[0].borrowers
+    await loans.check_lent(made.plane, made.name(b"a"), borrower.id)
+    await loans._mark(made.plane, made.bucket, made.name(b"a"), borrower.id, b"ending!!")
+    with pytest.raises(loans.NotLent):
+        await loans.check_lent(made.plane, made.name(b"a"), borrower.id)
+    with pytest.raises(loans.NotLent):
+        await loans.check_lent(made.plane, made.name(b"a"), bytes(16))
+
+
 async def test_deleted_keys_that_lend_are_in_no_list_of_versions(made: Made) -> None:
     """Nor are the common prefixes under which there are only such keys."""
     for prefix in (b"x/", b"y/"):
