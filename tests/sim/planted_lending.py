@@ -46,7 +46,7 @@ LENDING_BUGS = (
     Planted(
         "mark_not_looked_at",
         "a copy is content with a borrower that is marked",
-        240,
+        310,
         _PLAY,
         _LOANS,
         "    if found is None or found[1].ending:\n",
@@ -55,7 +55,7 @@ LENDING_BUGS = (
     Planted(
         "ended_without_a_round",
         "whether a version uses a borrower is read, and no promise is ended",
-        50,
+        250,
         _PLAY,
         _LOANS,
         "    value = await plane.registers.settle(object_name(bucket.id, bucket.shard_numbers, key))\n",
