@@ -43,8 +43,8 @@ _STORES = (
         300,
         "files",
         REDO,
-        "        return place.end <= self.half_bytes and xxhash.xxh3_64_intdigest(body, self._seed) == place.check\n",
-        "        return place.end <= self.half_bytes\n",
+        "        return fits and xxhash.xxh3_64_intdigest(body, self._seed) == place.check\n",
+        "        return fits\n",
     ),
     Planted(
         "copies_not_restored",

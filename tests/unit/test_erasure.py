@@ -120,6 +120,12 @@ def test_a_position_that_holds_no_data_has_no_slices():
         fragment_slices(PROFILE, CELL, b"", 4)
 
 
+def test_the_systems_library_is_not_looked_for_beside_the_one_of_the_wheel(monkeypatch):
+    """That starts a compiler, in each process of each node."""
+    monkeypatch.setattr(erasure.ctypes.util, "find_library", lambda _name: pytest.fail("it was looked for"))
+    assert erasure._load()
+
+
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(erasure, "_candidates", lambda: ["/nonexistent/libisal.so"])
     with pytest.raises(ImportError, match="install the pyeclib wheel, or the system's libisal"):

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def small_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", HALF)
+        patch.setattr(redo, "READ_BYTES", 5 * PAGE_BYTES)  # no part of a half, so groups lie across two pieces
         patch.setattr(write_queue, "GROUP_BYTES_MAX", HALF // 2)
         yield
 
@@ -204,6 +206,21 @@ def test_damage_before_the_last_group_refuses_the_disk(tmp_path: Path, small_log
             assert len(opened(tmp_path).bodies) == 4  # as a torn write
             with pytest.raises(DiskForeign, match="acknowledged group 5"):
                 opened(tmp_path, Mark(0, 5, 1, closed=False))
+
+
+def test_to_open_a_log_takes_little_memory(tmp_path: Path) -> None:
+    log = fresh(tmp_path)
+    append(log, b"group")
+    log.close()
+    tracemalloc.start()
+    try:
+        log = opened(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [bytes(body) for body in log.bodies] == [b"group"]
+    log.close()
+    assert peak < 3 * redo.READ_BYTES < redo.HALF_BYTES
 
 
 def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, small_log: None) -> None:

@@ -28,6 +28,7 @@ import asyncio
 import errno
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,9 @@ wait.
 
 _HALF_BYTES_MIN, _HALF_BYTES_MAX = 8 * MIB, 64 * MIB
 """The first logs had halves of 8 MiB."""
+
+READ_BYTES = MIB
+"""Of a log at the start, at once."""
 
 FILE_NAME = "redo"
 
@@ -191,16 +195,13 @@ class RedoLog:
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self.half_bytes = _half_bytes_in(os.pread(self._fd, _FILE.size, 0), store_id)
-            data = os.pread(self._fd, PAGE_BYTES + 2 * self.half_bytes, 0)
+            if not self.half_bytes or os.fstat(self._fd).st_size < PAGE_BYTES + 2 * self.half_bytes:
+                raise DiskForeign(f"{self._path} is not the redo log of the store beside it")
+            places = self._group_heads()
+            while self._take_next(places.get(self.sequence + 1, ())):
+                pass
         except OSError as error:
             raise DiskUnusable(f"{self._path} cannot be read: {error.strerror or error}") from None
-        if not self.half_bytes or len(data) < PAGE_BYTES + 2 * self.half_bytes:
-            raise DiskForeign(f"{self._path} is not the redo log of the store beside it")
-        places = self._group_heads(data)
-        while found := next((place for place in places.get(self.sequence + 1, ()) if self._whole(data, place)), None):
-            self.sequence += 1
-            self.bodies.append(data[found.at : found.at + found.length])
-            self._half, self._ends[found.half], self._lasts[found.half] = found.half, found.end, self.sequence
         if max(places, default=0) > self.sequence + 1:
             raise DiskForeign(f"{self._path} is damaged at group {self.sequence + 1}, which the disk had acknowledged")
         if mark is not None and self.sequence < mark.written:
@@ -208,23 +209,44 @@ class RedoLog:
                 f"{self._path} ends at group {self.sequence}, and the disk had acknowledged group {mark.written}"
             )
 
-    def _group_heads(self, data: bytes) -> dict[int, list[_GroupHead]]:
-        """Valid heads by number. The beginning of a torn group may still lie beside the group that took its number."""
+    def _group_heads(self) -> dict[int, list[_GroupHead]]:
+        """Valid heads by number. The beginning of a torn group may still lie beside the group that took its number.
+
+        The file is read in pieces: a buffer for all of it costs more than to look at its pages.
+        """
         found: dict[int, list[_GroupHead]] = {}
-        for at in range(PAGE_BYTES, len(data), PAGE_BYTES):
-            magic, length, sequence, body, check = _HEAD.unpack_from(data, at)
-            if magic == _GROUP_MAGIC and check == xxhash.xxh3_64_intdigest(
-                data[at : at + _HEAD_CHECKED], (self._seed + at) & _MASK
-            ):
-                half, offset = divmod(at - PAGE_BYTES, self.half_bytes)
-                found.setdefault(sequence, []).append(
-                    _GroupHead(half, at + _HEAD.size, length, offset + _pages(length), body)
-                )
+        piece = memoryview(bytearray(READ_BYTES))
+        ends = PAGE_BYTES + 2 * self.half_bytes
+        for first in range(PAGE_BYTES, ends, READ_BYTES):
+            wanted = piece[: ends - first]
+            if os.preadv(self._fd, [wanted], first) != len(wanted):
+                raise OSError(errno.EIO, "it ends too early")
+            for page in range(0, len(wanted), PAGE_BYTES):
+                if wanted[page : page + len(_GROUP_MAGIC)] != _GROUP_MAGIC:
+                    continue
+                at = first + page
+                _, length, sequence, body, check = _HEAD.unpack_from(wanted, page)
+                if check == xxhash.xxh3_64_intdigest(wanted[page : page + _HEAD_CHECKED], (self._seed + at) & _MASK):
+                    half, offset = divmod(at - PAGE_BYTES, self.half_bytes)
+                    found.setdefault(sequence, []).append(
+                        _GroupHead(half, at + _HEAD.size, length, offset + _pages(length), body)
+                    )
         return found
 
-    def _whole(self, data: bytes, place: _GroupHead) -> bool:
-        body = memoryview(data)[place.at : place.at + place.length]
-        return place.end <= self.half_bytes and xxhash.xxh3_64_intdigest(body, self._seed) == place.check
+    def _take_next(self, places: Sequence[_GroupHead]) -> bool:
+        """Takes the group after the last one from the first of these places that has all of it. False if none has."""
+        for place in places:
+            body = os.pread(self._fd, min(place.length, self.half_bytes), place.at)
+            if self._whole(body, place):
+                self.sequence += 1
+                self.bodies.append(body)
+                self._half, self._ends[place.half], self._lasts[place.half] = place.half, place.end, self.sequence
+                return True
+        return False
+
+    def _whole(self, body: bytes, place: _GroupHead) -> bool:
+        fits = place.end <= self.half_bytes and len(body) == place.length
+        return fits and xxhash.xxh3_64_intdigest(body, self._seed) == place.check
 
 
 class _GroupHead(NamedTuple):

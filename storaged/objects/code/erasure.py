@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -43,18 +43,16 @@ away.
 """
 
 
-def _candidates() -> list[str]:
-    found: list[str] = []
+def _candidates() -> Iterator[str]:
+    """The system's library is looked for when the wheel has none: ctypes starts a compiler for that."""
     spec = importlib.util.find_spec("pyeclib")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         site = Path(folder).parent
-        found += sorted(
-            str(path)
-            for pattern in ("pyeclib.libs/libisal*", "pyeclib/.dylibs/libisal*")
-            for path in site.glob(pattern)
-        )
+        for pattern in ("pyeclib.libs/libisal*", "pyeclib/.dylibs/libisal*"):
+            yield from sorted(map(str, site.glob(pattern)))
     system = ctypes.util.find_library("isal")
-    return [*found, system] if system else found
+    if system:
+        yield system
 
 
 def _load() -> ctypes.PyDLL:
