@@ -1,7 +1,7 @@
 """Runs ``storaged COMMAND`` for the tests of whole clusters, each in a process of its own.
 
 Theory of operation. The tests give hundreds of commands and start hundreds of nodes. A Python that starts and imports
-them needs most of the processor's time for a command, and three quarters of it for the start of a node. So one process,
+them needs most of the processor's time for a command, and more than half of it for the start of a node. So one process,
 ``python -m tests.commands``, imports the command line once, and forks for each command. It imports a node when the
 first one is asked for. The child takes the command's environment, directory and output, and calls ``main`` as the
 console script does. A second fork waits for it, and reports its pid and then its exit code.

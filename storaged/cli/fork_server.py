@@ -1,6 +1,6 @@
 """The process that forks a trial cluster's nodes.
 
-Theory of operation. Three quarters of the work of starting a node are the start of Python and its imports. The four
+Theory of operation. More than half of the work of starting a node is the start of Python and its imports. The four
 nodes of a trial cluster import the same modules. So one process, ``python -m storaged.cli.fork_server``, imports them
 once and forks for each node. It has one thread and no event loop, and imports nothing of the key plane. A child takes
 its log and its environment, and goes on as the command ``storaged run``.
