@@ -189,7 +189,8 @@ def _service_grant(
         "aws:epochtime": str(int(now.timestamp())),
         **more,
     }
-    context = Context(lambda name: (facts[name],) if name in facts else None, None)
+    # not decided by the object that is there, which may be the same manifest, put before: so the grant is for any
+    context = Context(lambda name: (facts[name],) if name in facts else None, UNKNOWN)
     resource = Resource(target, front.buckets.configuration_of(target), key)
     return authorize(service, action_of("PutObject"), resource, context)
 

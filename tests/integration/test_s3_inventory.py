@@ -726,3 +726,26 @@ async def test_a_gateway_without_pyarrow_says_so_and_makes_the_others(
     assert problems["csv"] == ""
     bucket: BucketRecord = await world.buckets.get("bucket")
     assert await read_state(world.objects.plane, bucket, digest_of("csv")) is not None
+
+
+async def test_manifests_that_are_there_already_are_put_again(world: World) -> None:
+    """A gateway that stops between the manifests and the end of the report, and a target that fails in the middle."""
+    await filled(world, 3)
+    put_below = world.objects.put
+    left = [2]
+
+    async def fails(bucket: BucketRecord, key: bytes, *what: Any, **how: Any) -> Any:
+        if b"/data/" not in key:
+            left[0] -= 1
+            if left[0] < 0:
+                raise ServiceUnavailable
+        return await put_below(bucket, key, *what, **how)
+
+    world.objects.put = fails  # type: ignore[assignment]
+    await works(worker_of(world))
+    assert len([key for key in await world.stored("target") if b"/data/" not in key]) == 2
+    world.objects.put = put_below
+    worker = worker_of(world)
+    await works(worker)
+    assert worker.document()[0]["problem"] == ""
+    assert len((await report(world)).rows()) == 3
