@@ -160,12 +160,16 @@ def log_grant(front: Front, source: BucketRecord, target: BucketRecord, key: byt
     return _service_grant(front, LOG_DELIVERY, source, target, key)
 
 
-def inventory_grant(front: Front, source: BucketRecord, target: BucketRecord, key: bytes) -> Grant:
-    """The same for an object of an inventory. AWS's example of a policy asks for a canned list, which the service
-    sends. Raises AccessDenied.
+def inventory_grant(
+    front: Front, source: BucketRecord, target: BucketRecord, key: bytes, headers: Mapping[str, str]
+) -> Grant:
+    """The same for an object of an inventory. ``headers``: what a PUT of it says of encryption. AWS's example of a
+    policy asks for a canned list, which the service sends. Raises AccessDenied.
     https://docs.aws.amazon.com/AmazonS3/latest/userguide/example-bucket-policies.html#example-bucket-policies-s3-inventory
     """
-    return _service_grant(front, INVENTORIES, source, target, key, {"s3:x-amz-acl": BUCKET_OWNER_FULL})
+    sent = {"x-amz-acl": BUCKET_OWNER_FULL, **headers}
+    more = {f"s3:{name}": value for name, value in sent.items()}
+    return _service_grant(front, INVENTORIES, source, target, key, more)
 
 
 def _service_grant(

@@ -238,7 +238,8 @@ class InventoryWorker:
             raise AccessDenied("It does not exist.") from None
         if report.account and account_of(target.owner) != report.account:
             raise AccessDenied(f"It belongs to another account than {report.account}.")
-        inventory_grant(self._front, bucket, target, data_key(report, bucket.name, f"{'0' * 32}.{report.format}"))
+        key = data_key(report, bucket.name, f"{'0' * 32}.{report.format}")
+        inventory_grant(self._front, bucket, target, key, _encryption(report))
         return target
 
     async def _go_on(self, bucket: BucketRecord, report: Inventory, known: Visited, state: InventoryState) -> bool:
@@ -365,9 +366,9 @@ class InventoryWorker:
         """Raises AccessDenied, and as ``deliver``."""
         async with asyncio.timeout(PUT_TIMEOUT_S):
             target = await self._check_target(bucket, report)
-            grant = inventory_grant(self._front, bucket, target, key)
-            unique = self._plane.entropy(8).hex().upper()
-            await deliver(self._front, grant, key, data, kind, unique, _encryption(report))
+            headers, unique = _encryption(report), self._plane.entropy(8).hex().upper()
+            grant = inventory_grant(self._front, bucket, target, key, headers)
+            await deliver(self._front, grant, key, data, kind, unique, headers)
 
     # --- reports
 

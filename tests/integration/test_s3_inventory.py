@@ -749,3 +749,30 @@ async def test_manifests_that_are_there_already_are_put_again(world: World) -> N
     await works(worker)
     assert worker.document()[0]["problem"] == ""
     assert len((await report(world)).rows()) == 3
+
+
+async def test_the_policy_of_the_target_may_ask_for_an_encryption(world: World) -> None:
+    """As AWS's example, which denies a PUT that does not ask for SSE-KMS."""
+
+    def play(client: Any) -> None:
+        made(client, allowed=False)
+        put(client, wanted("kms", to={"Encryption": {"SSEKMS": {"KeyId": "alias/aws/s3"}}}))
+        put(client, wanted("s3", to={"Encryption": {"SSES3": {}}}))
+        put(client, wanted("open"))
+        other = {"StringNotEquals": {"s3:x-amz-server-side-encryption": "aws:kms"}}
+        objects, service = "arn:aws:s3:::target/*", {"Service": "s3.amazonaws.com"}
+        client.put_bucket_policy(
+            Bucket="target",
+            Policy=policy(
+                allow("s3:PutObject", objects, service),
+                {**allow("s3:PutObject", objects, "*", Condition=other), "Effect": "Deny"},
+            ),
+        )
+
+    await run(play, world)
+    worker = worker_of(world)
+    await works(worker)
+    problems = {one["id"]: one["problem"] for one in worker.document()}
+    assert problems["kms"] == ""
+    assert "refuses" in problems["s3"]
+    assert "refuses" in problems["open"]
