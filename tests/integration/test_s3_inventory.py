@@ -21,9 +21,10 @@ import pytest
 import pytest_asyncio
 
 from storaged.clock import SystemClock
-from storaged.errors import QuotaExceeded, ServiceUnavailable
+from storaged.errors import DataDamaged, QuotaExceeded, ServiceUnavailable
 from storaged.meta.names import Table
 from storaged.meta.ports import PageQuery
+from storaged.objects.code.history import every_entry
 from storaged.objects.code.lifecycle import DAY_MS
 from storaged.objects.configuration.inventory import INVENTORY
 from storaged.objects.identity import account_of
@@ -416,6 +417,43 @@ async def test_a_record_that_cannot_be_read_is_left_out_and_counted(world: World
     assert [row["Key"] for row in (await report(world)).rows()] == ["a", "c"]
     (status,) = worker.document()
     assert (status["rows"], status["unreadable"]) == (2, 1)
+
+
+@pytest.mark.parametrize("damage", ["record", "order"])
+async def test_a_key_that_is_damaged_while_it_is_listed_ends_no_report(
+    world: World, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(listing, "VERSIONS_A_PAGE", 7)
+
+    def play(client: Any) -> None:
+        made(client)
+        client.put_bucket_versioning(Bucket="bucket", VersioningConfiguration={"Status": "Enabled"})
+
+    await run(play, world)
+    for _ in range(40):
+        await world.put("many", b"x")
+    await world.put("z", b"x")
+    await run(lambda client: put(client, wanted(IncludedObjectVersions="All")), world)
+    worker = worker_of(world, file_rows_max=7)
+    assert await worker.once()
+    if damage == "record":
+        ring = world.below.ring
+        (name,) = [name for name in ring.values if name.table == Table.OBJECT and name.key == b"many"]
+        value = ring.values[name]
+        ring.values[name] = type(value)(value.sequence, value.operation, value.visibility, b"damaged", value.payload)
+    else:
+
+        async def disordered(*what: Any, **how: Any) -> AsyncIterator[Any]:
+            if how["below"] is not None:
+                raise DataDamaged("The pages of older versions of this key are not in order.")
+            async for entry in every_entry(*what, **how):
+                yield entry
+
+        monkeypatch.setattr(listing, "every_entry", disordered)
+    await works(worker)
+    assert [row["Key"] for row in (await report(world)).rows()] == ["many"] * 7 + ["z"]
+    (status,) = worker.document()
+    assert (status["unreadable"], status["problem"]) == (1, "")
 
 
 # --- pages, several workers -------------------------------------------------------------------------------------------

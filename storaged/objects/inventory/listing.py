@@ -6,7 +6,7 @@ import asyncio
 from typing import NamedTuple
 
 from storaged.errors import DataDamaged
-from storaged.meta.names import Table, object_name
+from storaged.meta.names import Table, Value, object_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.brief import full_list
 from storaged.objects.bucket_keys import BucketKeys
@@ -59,8 +59,7 @@ async def list_page(
     page = _Page(plane, bucket, opened)
     if at.below:
         name = object_name(bucket.id, bucket.shard_numbers, at.after)
-        record = decode_record((await plane.registers.read(name)).value)
-        left = await page.add_versions(at.after, record, at.below)
+        left = await page.add_versions(at.after, (await plane.registers.read(name)).value, at.below)
         if left is not None:
             return page.ended(left)
     query = PageQuery(
@@ -74,16 +73,9 @@ async def list_page(
     )
     found = await plane.scanner.list_page(query)
     for row in found.rows:
-        try:
-            record = decode_record(row.value)
-        except DataDamaged:
-            page.unreadable += 1
-            continue
-        if not record.versions:
-            continue  # it has events alone
         if not all_versions:
-            await page.add(row.key, newest_in(record), latest=True)
-        elif (left := await page.add_versions(row.key, record, None)) is not None:
+            await page.add_newest(row.key, row.value)
+        elif (left := await page.add_versions(row.key, row.value, None)) is not None:
             return page.ended(left)
     return page.ended(Position(found.next_after) if found.next_after is not None else None)
 
@@ -99,12 +91,34 @@ class _Page:
         self._listed: list[Listed] = []
         self.unreadable = 0
 
-    async def add_versions(self, key: bytes, record: ObjectRecord, below: int | None) -> Position | None:
-        """The versions of a key, those with an ordinal less than ``below``. Returns where the next page begins when
-        this one is full; else None.
-        """
-        if not record.versions:
+    async def add_newest(self, key: bytes, value: Value | None) -> None:
+        record = self._read(value)
+        if record is not None:
+            await self.add(key, newest_in(record), latest=True)
+
+    def _read(self, value: Value | None) -> ObjectRecord | None:
+        """None: there is no version, or the record can't be read."""
+        try:
+            record = decode_record(value)
+        except DataDamaged as error:
+            self._count_unreadable(error)
             return None
+        return record if record.versions else None  # some have events alone
+
+    async def add_versions(self, key: bytes, value: Value | None, below: int | None) -> Position | None:
+        """The versions of a key, those with an ordinal less than ``below``. Returns where the next page begins when
+        this one is full; else None. Where its pages are not in order, the rest is left out.
+        """
+        record = self._read(value)
+        if record is None:
+            return None
+        try:
+            return await self._add_entries(key, record, below)
+        except DataDamaged as error:
+            self._count_unreadable(error)
+            return None
+
+    async def _add_entries(self, key: bytes, record: ObjectRecord, below: int | None) -> Position | None:
         name = object_name(self._bucket.id, self._bucket.shard_numbers, key)
         newest = newest_in(record).ordinal
         entries = every_entry(self._plane.pages, name, record, below=below, on_unreadable=self._count_unreadable)
