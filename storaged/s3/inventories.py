@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -25,7 +25,7 @@ from storaged.objects.configuration.kinds import LOCK
 from storaged.objects.encryption import KMS
 from storaged.objects.identity import account_of
 from storaged.objects.inventory import rows
-from storaged.objects.inventory.listing import Position, list_page
+from storaged.objects.inventory.listing import Listed, Position, list_page
 from storaged.objects.inventory.rows import InventoryFile, InventoryState, digest_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
@@ -34,7 +34,7 @@ from storaged.s3.context import Front, existing_bucket
 from storaged.s3.delivery import deliver
 from storaged.s3.encryption import KMS_KEY, SSE
 from storaged.s3.inventory import files as data_files
-from storaged.s3.inventory.columns import Source, columns_of, row_of
+from storaged.s3.inventory.columns import Column, Source, Value, columns_of, row_of
 from storaged.s3.inventory.files import PYARROW, DataFile, data_file
 from storaged.s3.inventory.manifest import ListedFile, data_key, documents, folder_of, manifest_key
 from storaged.s3.ops.acl import is_enforced
@@ -49,6 +49,8 @@ RETRY_S: Final = 60.0
 REST_RATIO: Final = 1.0
 """After each page the worker rests so many times as long as that took."""
 REST_MAX_S: Final = 10.0
+SLICE_S: Final = 0.005
+"""After so long others may run: with a thousand lifecycle rules, the values of a page take seconds."""
 FIRST_SUNDAY: Final = 3
 """In days since 1970."""
 DATA_TYPE: Final = "application/octet-stream"
@@ -327,12 +329,22 @@ class InventoryWorker:
             opened=any(column.opened for column in columns),
         )
         if page.listed:
-            found = [row_of(columns, source, listed) for listed in page.listed]
-            await asyncio.to_thread(file.add, found)
+            await asyncio.to_thread(file.add, await self._values(columns, source, page.listed))
         self.job.advance(len(page.listed))
         plane.counters.inventory_rows += len(page.listed)
         await asyncio.sleep(min(REST_MAX_S, REST_RATIO * (plane.clock.monotonic() - began)))
         return page.next, page.unreadable
+
+    async def _values(self, columns: Sequence[Column], source: Source, listed: Sequence[Listed]) -> list[list[Value]]:
+        clock, found = self._plane.clock, []
+        since = clock.monotonic()
+        for one in listed:
+            found.append(row_of(columns, source, one))
+            spent = clock.monotonic() - since
+            if spent >= SLICE_S:
+                await asyncio.sleep(REST_RATIO * spent)
+                since = clock.monotonic()
+        return found
 
     async def _end(
         self,

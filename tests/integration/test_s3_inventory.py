@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
@@ -31,6 +32,7 @@ from storaged.objects.identity import account_of
 from storaged.objects.inventory import listing
 from storaged.objects.inventory.rows import digest_of, read_state
 from storaged.objects.records import BucketRecord
+from storaged.s3 import inventories
 from storaged.s3.inventories import InventoryWorker, describe
 from storaged.s3.ops import inventory
 from tests.integration.s3_front import ACCESS_ALT, SECRET_ALT, World, s3_world
@@ -52,6 +54,9 @@ class MovedClock(SystemClock):
 
     def wall_ms(self) -> int:
         return super().wall_ms() + self.ahead_ms
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead_s
 
 
 def moved(world: World) -> MovedClock:
@@ -528,6 +533,29 @@ async def test_many_versions_of_a_key_take_several_files(world: World, monkeypat
     assert [(row["Key"], row["VersionId"]) for row in found.rows()] == [
         (one.key.decode(), one.version_id) for one in versions
     ]
+
+
+async def test_others_run_between_rows_that_take_long(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await filled(world, 10)
+    clock, log = moved(world), [""]
+    row_of = inventories.row_of
+
+    def slow(*what: Any) -> Any:
+        log.append("row")
+        clock.ahead_s += inventories.SLICE_S
+        return row_of(*what)
+
+    async def other() -> None:
+        while True:
+            log.append("other")
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(inventories, "row_of", slow)
+    task = asyncio.create_task(other())
+    await works(worker_of(world))
+    task.cancel()
+    assert log.count("row") == 10
+    assert ("row", "row") not in set(pairwise(log))
 
 
 # --- when -------------------------------------------------------------------------------------------------------------
