@@ -289,3 +289,15 @@ def test_parquet_has_the_types_of_the_schema() -> None:
     assert not table.schema.field("key").nullable
     empty = data_file(report)
     assert pyarrow.parquet.read_table(io.BytesIO(empty.end())).num_rows == 0
+
+
+def test_long_rows_of_parquet_wait_in_memory_for_less_long() -> None:
+    """A thousand access control lists, as long as they get, have 18 MB."""
+    import pyarrow.parquet
+
+    report = Inventory("d", True, "t", PARQUET, DAILY, False, fields=("ObjectOwner",))
+    file = data_file(report)
+    for _ in range(3):
+        file.add([["photos", "k", "x" * 18_000]] * 1000)
+        assert file.size > 1000, "it is compressed"
+    assert pyarrow.parquet.ParquetFile(io.BytesIO(file.end())).metadata.num_row_groups == 3

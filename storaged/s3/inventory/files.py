@@ -21,7 +21,8 @@ BYTES_MAX: Final = 16 * MIB
 """A file is full when it has so many bytes, as far as they are compressed."""
 ROWS_MAX: Final = 500_000
 GROUP_ROWS: Final = 10_000
-"""Of a row group of Parquet, which is in memory until it is compressed: some 10 MB."""
+GROUP_CHARS: Final = 8 * MIB
+"""Of a row group of Parquet, which is in memory until it is compressed. An access control list has up to 18 KB."""
 PYARROW: Final = (
     "Inventories as Parquet need pyarrow, which this gateway does not have: pip install 'storaged[inventory]'."
 )
@@ -113,6 +114,7 @@ class ParquetFile:
         self._sink = io.BytesIO()
         self._writer: Any = pyarrow.parquet.ParquetWriter(self._sink, self._schema, compression="snappy")
         self._waiting: list[Sequence[Value]] = []
+        self._waiting_chars = 0
         self.rows = 0
 
     @property
@@ -121,15 +123,16 @@ class ParquetFile:
 
     def add(self, rows: Sequence[Sequence[Value]]) -> None:
         self._waiting += rows
+        self._waiting_chars += sum(len(value) for row in rows for value in row if isinstance(value, str))
         self.rows += len(rows)
-        if len(self._waiting) >= GROUP_ROWS:
+        if len(self._waiting) >= GROUP_ROWS or self._waiting_chars >= GROUP_CHARS:
             self._write_group()
 
     def _write_group(self) -> None:
         values = list(zip(*self._waiting, strict=True)) or [()] * len(self._schema)
         arrays = [self._arrow.array(column, field.type) for column, field in zip(values, self._schema, strict=True)]
         self._writer.write_table(self._arrow.Table.from_arrays(arrays, schema=self._schema))
-        self._waiting = []
+        self._waiting, self._waiting_chars = [], 0
 
     def end(self) -> bytes:
         if self._waiting:
