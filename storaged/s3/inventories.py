@@ -65,10 +65,13 @@ class EveryBucket(Protocol):
 
 
 def is_due(report: Inventory, began_ms: int, now_ms: int, day_ms: int) -> bool:
-    """Whether another report is due. ``began_ms``: when the last one began; 0: there was none."""
+    """Whether another report is due. ``began_ms``: when the last one began; 0: there was none. What began more than a
+    day ahead was begun by a clock that was wrong: it holds up no other."""
     last, today = began_ms // day_ms, now_ms // day_ms
-    if not began_ms or report.frequency != WEEKLY:
-        return today > last or not began_ms
+    if not began_ms or last > today + 1:
+        return True
+    if report.frequency != WEEKLY:
+        return today > last
     return (today - FIRST_SUNDAY) // 7 > (last - FIRST_SUNDAY) // 7
 
 

@@ -174,6 +174,14 @@ def test_a_report_is_due_at_once_then_each_day_or_sunday() -> None:
     assert is_due(daily, sunday, sunday + 5000, 5000), "a day of a test"
 
 
+def test_a_report_of_a_clock_that_was_far_ahead_holds_up_no_other() -> None:
+    daily = Inventory("d", True, "t", CSV, DAILY, True)
+    now_ms = 20_000 * DAY_MS
+    for report in (daily, replace(daily, frequency=WEEKLY)):
+        assert is_due(report, now_ms + 400 * DAY_MS, now_ms, DAY_MS)
+        assert not is_due(report, now_ms + DAY_MS, now_ms, DAY_MS), "clocks of two gateways at midnight"
+
+
 # --- what -------------------------------------------------------------------------------------------------------------
 
 OWNER = "f" * 64
