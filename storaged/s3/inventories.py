@@ -45,7 +45,9 @@ TICKS_A_DAY: Final = 20
 """With short days the worker looks more often."""
 PUT_TIMEOUT_S: Final = 120.0
 RETRY_S: Final = 60.0
-"""After a failed visit, so that a target that takes nothing does not make the bucket be walked all the time."""
+RETRY_MAX_S: Final = 900.0
+"""After a failed visit, so that a target that takes nothing does not make the bucket be walked all the time. Doubled
+with each failure; one that is known before the bucket is walked does not count."""
 REST_RATIO: Final = 1.0
 """After each page the worker rests so many times as long as that took."""
 REST_MAX_S: Final = 10.0
@@ -78,7 +80,8 @@ def is_due(report: Inventory, began_ms: int, now_ms: int, day_ms: int) -> bool:
 @dataclass
 class Visited:
     """What the worker knows of one inventory. ``last``: the last file of the report under way. ``problem``: why the
-    last visit failed; ``retry_at``: when the next one may be, by the monotonic clock.
+    last visit failed; ``failures``: how many did, one after the other; ``retry_at``: when the next one may be, by the
+    monotonic clock.
     """
 
     bucket: str
@@ -86,14 +89,17 @@ class Visited:
     state: InventoryState | None = None
     last: InventoryFile | None = None
     problem: str = ""
+    failures: int = 0
     retry_at: float = 0.0
 
 
 @dataclass
 class Known:
-    """The inventories of a bucket, by id. ``tidied``: the ids for which rows of others are gone."""
+    """The inventories of a bucket, by id. ``turn``: how many visits were done, so that each has its turn.
+    ``tidied``: the ids for which rows of others are gone."""
 
     visited: dict[str, Visited] = field(default_factory=dict)
+    turn: int = 0
     tidied: tuple[str, ...] | None = None
 
 
@@ -134,7 +140,9 @@ class InventoryWorker:
             await asyncio.sleep(0 if more else tick_s)
 
     async def once(self) -> bool:
-        """Visits each inventory. Returns whether there is work left that can be done now."""
+        """Visits the inventories of each bucket, until one of them has cost something: those of one bucket take no more
+        time than those of another. Returns whether there is work left that can be done now.
+        """
         more, seen = False, set()
         for bucket in await self._buckets.every_bucket():
             if bucket.state == "active" and bucket.configuration:
@@ -164,15 +172,19 @@ class InventoryWorker:
         known.visited = {
             report.id: known.visited.get(report.id) or Visited(bucket.name, report) for report in found.reports
         }
-        more = False
-        for report in found.reports:
-            more |= await self._try_visit(bucket, report, known.visited[report.id])
-        return more
+        turn, reports = known.turn, found.reports
+        for step in range(len(reports)):
+            report = reports[(turn + step) % len(reports)]
+            known.turn = turn + step + 1
+            if await self._try_visit(bucket, report, known.visited[report.id]):
+                return True
+        return False
 
     async def _try_visit(self, bucket: BucketRecord, report: Inventory, known: Visited) -> bool:
-        clock = self._plane.clock
+        """Returns whether it has cost something: then other buckets are next."""
+        clock, walked = self._plane.clock, False
         if known.report != report:
-            known.report, known.state, known.retry_at = report, None, 0.0
+            known.report, known.state, known.failures, known.retry_at = report, None, 0, 0.0
         if not report.enabled or clock.monotonic() < known.retry_at:
             return False
         try:
@@ -184,19 +196,21 @@ class InventoryWorker:
         except ImportError:
             problem = PYARROW
         except (StoragedError, TimeoutError) as error:
-            problem = str(error) or "no answer in time"
+            problem, walked = str(error) or "no answer in time", True
         except Exception:  # a fault here must not end the gateway, nor keep the other inventories waiting
             log.exception("an inventory has failed", bucket=bucket.name, id=report.id)
-            problem = "an internal error: the gateway's log has it"
+            problem, walked = "an internal error: the gateway's log has it", True
         else:
-            known.problem = ""
+            known.problem, known.failures = "", 0
             return more
         if known.problem != problem:
             log.warning("an inventory goes on later", bucket=bucket.name, id=report.id, reason=problem)
         known.problem = problem
         known.last = None  # read again: another worker may have gone on
-        known.retry_at = clock.monotonic() + min(RETRY_S, self._day_ms / 1000 / TICKS_A_DAY)
-        return False
+        pause_s = min(RETRY_S * 2**known.failures, RETRY_MAX_S, self._day_ms / 1000 / TICKS_A_DAY)
+        known.retry_at = clock.monotonic() + pause_s
+        known.failures = min(known.failures + 1, 16) if walked else 0
+        return walked
 
     # --- one inventory
 

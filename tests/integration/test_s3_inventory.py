@@ -724,6 +724,53 @@ async def test_a_target_that_takes_nothing_keeps_no_other_inventory_waiting(worl
     assert [one["problem"] for one in worker.document() if one["id"] == "a"] == [""]
 
 
+async def test_many_inventories_of_a_bucket_keep_those_of_another_waiting_no_longer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "ROWS_A_PAGE", 5)
+
+    def play(client: Any) -> None:
+        made(client)
+        client.create_bucket(Bucket="zzz")
+        client.put_object(Bucket="zzz", Key="k", Body=b"x")
+        client.put_bucket_inventory_configuration(Bucket="zzz", Id="daily", InventoryConfiguration=wanted())
+        for number in range(5):
+            put(client, wanted(f"{number}"))
+
+    await run(play, world)
+    for number in range(10):
+        await world.put(f"key {number}", b"x")
+    worker = worker_of(world, file_rows_max=5)
+    for _ in range(2):
+        await worker.once()
+    files = {(one["bucket"], one["id"]): one["files"] for one in worker.document()}
+    assert (files["bucket", "0"], files["bucket", "1"], files["bucket", "2"]) == (1, 1, 0)
+    assert worker.document()[-1]["finished_ms"], "that of the other bucket is made"
+    await works(worker)
+    assert await reports(world) == 6
+
+
+async def test_the_pause_grows_while_a_target_takes_nothing(world: World) -> None:
+    clock = moved(world)
+    await filled(world, 3)
+
+    async def full(*what: Any, **how: Any) -> Any:
+        raise QuotaExceeded
+
+    put_below, world.objects.put = world.objects.put, full  # type: ignore[method-assign]
+    worker, pauses = worker_of(world), []
+    for _ in range(6):
+        began = clock.monotonic()
+        await works(worker)
+        (known,) = worker._every_visited()
+        pauses.append(round((known.retry_at - began) / 60))
+        clock.ahead_s += known.retry_at - clock.monotonic()
+    assert pauses == [1, 2, 4, 8, 15, 15]
+    world.objects.put = put_below  # type: ignore[method-assign]
+    await works(worker)
+    assert len((await report(world)).rows()) == 3
+
+
 async def test_a_report_waits_while_the_cluster_is_away(world: World) -> None:
     await filled(world, 3)
     put_below = world.objects.put
