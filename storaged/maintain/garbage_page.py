@@ -133,14 +133,10 @@ class GarbagePage:
         """Returns how many were deleted. What is left when collection is paused is judged again later."""
         deleted = 0
         for some in _calls(items):
-            if self.paused:
+            if self._pace.paused:
                 break
             deleted += await delete(some)
         return deleted
-
-    @property
-    def paused(self) -> bool:
-        return self._pace.paused
 
     def _note(self, entries: Iterable[Retirement], reason: str) -> None:
         self.waiting.extend(((entry.owner, entry.origin), reason) for entry in entries)
@@ -229,8 +225,8 @@ class _Unclaimed:
         self.wait = page.wait
         self._page = page
         self._store = store
-        self._needed: list[Garbage] = []
-        """The record refers to these, and some of their fragments go."""
+        self._needed: list[tuple[Garbage, frozenset[FragmentId]]] = []
+        """The record refers to these, and some of their fragments go: those that are named."""
 
     async def mark(self, items: Sequence[Garbage]) -> None:
         self._store.condemn([garbage.data_id for garbage in items])
@@ -247,7 +243,11 @@ class _Unclaimed:
             await self._page.keep(garbage)
         elif any(entry.data_id == garbage.data_id for entry in proof.entries):
             unclaimed = await self._page.without_claimed(garbage, proof)
-            self._needed += [garbage for doomed in unclaimed if len(doomed.fragments) < len(garbage.fragments)]
+            self._needed += [
+                (garbage, frozenset(doomed.fragments))
+                for doomed in unclaimed
+                if len(doomed.fragments) < len(garbage.fragments)
+            ]
             return unclaimed
         elif proof.gone or part or (proof.everywhere and not proof.uploads):
             return [garbage]
@@ -259,8 +259,9 @@ class _Unclaimed:
 
     async def delete_unchanged(self, items: Sequence[Garbage]) -> int:
         deleted = await self._page.delete(items, self._store.delete_condemned)
-        if not self._page.paused:
-            for garbage in self._needed:
+        left = await self._store.fragments_of([garbage.data_id for garbage, _ in self._needed]) if self._needed else []
+        for (garbage, doomed), fragments in zip(self._needed, left, strict=True):
+            if doomed.isdisjoint(fragments):  # else a later round deletes the others
                 await self._page.keep(garbage)
         return deleted
 

@@ -1021,6 +1021,35 @@ def test_what_a_move_left_stays_on_the_list_until_it_is_gone() -> None:
     run(scenario)
 
 
+def test_what_a_move_left_of_many_fragments_stays_on_the_list_until_all_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One call deletes so many of one data id. It is not condemned afterwards, so the others wait for later rounds."""
+    monkeypatch.setattr(garbage_page, "DELETIONS_A_CALL", 2)
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        kept, disk = next(
+            where for place in await cluster.places(bucket, b"k") for where in place.fragments if where[1][0] == "a"
+        )
+        store, collector = cluster.store(disk), cluster.nodes["na"].maintenance.collector
+        owner = object_name(bucket.id, bucket.shard_numbers, b"k").pack()
+        extra = [make(random.Random(1), data_id=kept.data_id, block=kept.block + 100 + number) for number in range(5)]
+        for made in extra:
+            await store.write(msgspec.structs.replace(made.header, owner=owner), [made.payload], sync=True)
+        await store.retire([Retirement(kept.data_id, owner, 0)])
+        left = [5]
+        while left[-1] and await store.due(cluster.clock.wall_ms(), (0, b""), 9):
+            await collector.collect_due()
+            left.append(sum(cluster.holds(disk, made.id) for made in extra))
+        assert left == [5, 3, 1, 0]
+        assert await store.due(cluster.clock.wall_ms(), (0, b""), 9) == []
+        assert cluster.holds(disk, kept)
+
+    run(scenario)
+
+
 def test_a_pause_stops_a_sweep_in_the_middle_of_a_page() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
