@@ -9,7 +9,10 @@ The supervisor and the fork server share a socket (SOCK_SEQPACKET). Each message
 
     to the server     {"start": arguments, "environment": variables to add}, with a descriptor of the log
                       {"signal": number, "pid": pid}
-    from the server   {"started": pid}, in the order of the requests      {"ended": pid, "code": exit code}
+    from the server   {"started": pid} or {"refused": errno}, in the order of the requests
+                      {"ended": pid, "code": exit code}
+
+Where no memory or process is left for one more node, that one does not start, and the others go on.
 
 Only the server waits for its children and signals them. So no signal reaches a stranger that got the pid of a node that
 has ended. The server ends when the supervisor's end of the socket is closed, and its nodes end with it
@@ -21,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import select
@@ -110,8 +114,8 @@ class ForkServer:
             loop.add_reader(self._socket, self._on_message)
             self._listens = True
         started: asyncio.Future[Forked] = loop.create_future()
-        self._starting.append(started)
         self.send({"start": list(arguments), "environment": dict(environment)}, log)
+        self._starting.append(started)  # only now: a request that was not sent gets no answer
         return await started
 
     def send(self, message: Mapping[str, Any], *descriptors: int) -> None:
@@ -133,7 +137,13 @@ class ForkServer:
         message = json.loads(data)
         if "started" in message:
             forked = self._running[message["started"]] = Forked(self, message["started"])
-            self._starting.popleft().set_result(forked)
+            if (started := self._starting.popleft()).done():
+                forked.kill()  # who asked for it has gone
+            else:
+                started.set_result(forked)
+        elif "refused" in message:
+            if not (started := self._starting.popleft()).done():
+                started.set_exception(OSError(message["refused"], os.strerror(message["refused"])))
         else:
             self._running.pop(message["ended"]).note_end(message["code"])
 
@@ -145,7 +155,8 @@ class ForkServer:
         self._socket.close()
         self._socket, self._listens = None, False
         for started in self._starting:
-            started.set_exception(OSError("the process that starts nodes has ended"))
+            if not started.done():
+                started.set_exception(OSError("the process that starts nodes has ended"))
         self._starting.clear()
         for forked in self._running.values():
             forked.note_end(-signal.SIGTERM)
@@ -216,7 +227,13 @@ def _serve(supervisor: socket.socket) -> list[str] | None:
             message = json.loads(data)
             if "start" in message:
                 own = os.getpid()
-                if not (child := os.fork()):
+                try:
+                    child = os.fork()
+                except OSError as error:
+                    os.close(*descriptors)
+                    tell({"refused": error.errno or errno.EAGAIN})
+                    continue
+                if not child:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     supervisor.close()

@@ -63,7 +63,7 @@ class NodeProcess:
         return self.process.pid if self.process is not None else None
 
     async def start(self) -> None:
-        """Starts the process. ``ready`` is set when the process reports so, or ends."""
+        """Starts the process. ``ready`` is set when the process reports so, or ends. Raises OperatorError."""
         loop = asyncio.get_running_loop()
         name = f"storaged-{secrets.token_hex(8)}"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -72,12 +72,17 @@ class NodeProcess:
         self.ready.clear()
         self.state = "starting"
         log_path = self.directory / "log"
-        if log_path.exists() and log_path.stat().st_size > LOG_BYTES_MAX:
-            log_path.replace(self.directory / "log.1")
-        with log_path.open("ab") as log:
-            self.process = await self._fork_server.start(
-                ["run", str(self.directory / "config.toml")], {"NOTIFY_SOCKET": "@" + name}, log.fileno()
-            )
+        try:
+            if log_path.exists() and log_path.stat().st_size > LOG_BYTES_MAX:
+                log_path.replace(self.directory / "log.1")
+            with log_path.open("ab") as log:
+                self.process = await self._fork_server.start(
+                    ["run", str(self.directory / "config.toml")], {"NOTIFY_SOCKET": "@" + name}, log.fileno()
+                )
+        except OSError as error:
+            self.state = "dead"
+            self._end_notify()
+            raise OperatorError(f"{self.node.name} can't be started: {error.strerror or error}") from error
 
     def _on_notify(self) -> None:
         assert self._notify is not None
@@ -92,13 +97,16 @@ class NodeProcess:
         """Waits for the end of the process; its exit code, negative for a signal."""
         assert self.process is not None
         code = await self.process.wait()
+        self._end_notify()
+        self.process = None
+        self.ready.set()
+        return code
+
+    def _end_notify(self) -> None:
         if self._notify is not None:
             asyncio.get_running_loop().remove_reader(self._notify)
             self._notify.close()
             self._notify = None
-        self.process = None
-        self.ready.set()
-        return code
 
     def last_words(self, count: int = 3) -> str:
         """The end of its log."""

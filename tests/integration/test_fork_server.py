@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from storaged.cli.fork_server import Forked, ForkServer
+from storaged.cli.supervisor import NodeProcess
+from storaged.cli.target import NodeName
+from storaged.errors import OperatorError
 from tests.patience import GUARD_S
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nodes end with their parent by Linux's prctl")
@@ -83,3 +88,72 @@ async def test_nodes_end_with_the_fork_server_and_the_next_one_starts_another(se
     server.close()
     assert await again.wait() == -signal.SIGTERM
     await until(lambda: not Path(f"/proc/{again.pid}/exe").exists())
+
+
+LACKING = """
+import errno, os
+from storaged.cli import fork_server
+
+fork, forks = os.fork, 0
+
+def fork_once_too_often():
+    global forks
+    forks += 1
+    if forks == 2:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+
+os.fork = fork_once_too_often
+fork_server.main()
+"""
+"""A fork server that finds no room for its second process."""
+
+
+@pytest.fixture
+async def lacking(waits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ForkServer]:
+    (tmp_path / "lacking.py").write_text(LACKING)
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path / "lacking.py"} "$@"\n')
+    interpreter.chmod(0o755)
+    found = ForkServer([str(waits)] * 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(interpreter))
+        found.begin()
+    yield found
+    found.close()
+
+
+async def test_where_there_is_no_room_for_one_more_process_the_others_go_on(lacking: ForkServer, waits: Path) -> None:
+    first = await started(lacking, waits)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        await started(lacking, waits)
+    third = await started(lacking, waits)
+    assert third.pid != first.pid
+    first.kill()
+    assert await first.wait() == -signal.SIGKILL, "it had not ended before"
+
+
+async def test_a_start_that_could_not_be_sent_takes_no_answer_of_another_one(
+    server: ForkServer, waits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "the server does not read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "send_fds", full)
+        with pytest.raises(BlockingIOError):
+            await started(server, waits)
+    async with asyncio.timeout(GUARD_S):
+        assert (await started(server, waits)).pid > 0
+
+
+async def test_a_node_whose_start_was_refused_can_be_started_again(lacking: ForkServer, waits: Path) -> None:
+    await started(lacking, waits)
+    node = NodeProcess(NodeName("n", "FR/par1/a", ("storage",)), waits.parent, lacking)
+    with pytest.raises(OperatorError, match="n can't be started: Resource temporarily unavailable"):
+        await node.start()
+    assert (node.state, node.pid) == ("dead", None)
+    await node.start()
+    assert node.process is not None
+    node.process.kill()
+    assert await node.ended() == -signal.SIGKILL
