@@ -109,13 +109,19 @@ class PartitionFollower:
                 log.info("the records of partitions are read later", reason=str(error))
             in_vain = hinted and self._partitions.steps == steps
             pause_s = min(2 * pause_s, PAUSE_S_MAX) if in_vain else PAUSE_S
-            await asyncio.sleep(max(pause_s, self._partitions.moved / RECORDS_A_SECOND))
+            await asyncio.sleep(max(pause_s, self._reading_s()))
             hinted = True
             try:
                 async with asyncio.timeout(rest_s):
                     await self._behind.wait()
             except TimeoutError:
                 hinted = False
+
+    def _reading_s(self) -> float:
+        """As ``RECORDS_A_SECOND`` says. Nothing until all records were read once: requests for partitions that are not
+        known to have moved are refused as long.
+        """
+        return self._partitions.moved / RECORDS_A_SECOND if self._partitions.complete else 0.0
 
     def wake(self) -> None:
         """Reads the records soon: another layout is in force, and may be the first one that moves data."""

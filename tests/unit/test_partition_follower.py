@@ -112,6 +112,7 @@ async def test_the_more_partitions_have_moved_the_less_often_all_records_are_rea
         nonlocal read
         read += 1
         layouts.partitions.learn(PartitionRecord(0, read, ("a0", "b0", "c0"), (), 100))
+        layouts.partitions.complete = True
 
     async def move() -> None:
         while True:
@@ -132,3 +133,26 @@ async def test_the_more_partitions_have_moved_the_less_often_all_records_are_rea
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.virtual_time
+async def test_a_first_reading_that_ended_halfway_is_repeated_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests for partitions that are not known to have moved are refused meanwhile."""
+    layouts, nothing = KnownLayouts(replace(layout_of(), epoch=100, base=1)), Any
+    follower = PartitionFollower(layouts, nothing, nothing, nothing, "c1")  # type: ignore[arg-type]  # nothing is called
+    began: list[float] = []
+
+    async def read_all() -> None:
+        began.append(asyncio.get_running_loop().time())
+        for number in range(8 * RECORDS_A_SECOND):
+            layouts.partitions.learn(PartitionRecord(number, 1, ("a0", "b0", "c0"), (), 100))
+        raise ServiceUnavailable("no majority")
+
+    monkeypatch.setattr(follower, "read_all", read_all)
+    task = asyncio.create_task(follower.run())
+    try:
+        await asyncio.sleep(30)
+        assert len(began) > 5
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
