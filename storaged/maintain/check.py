@@ -266,8 +266,8 @@ class Check:
         """
         clock, limits = self._context.clock, self._context.limits
         now, disks_now = clock.monotonic(), self.walker.placements.disks_now
-        if not self.current or now < self._again_at:
-            return  # a walk judges all of it
+        if (not self.current and now >= self._rested_at) or now < self._again_at:
+            return  # a walk judges all of it; one that has to wait for the length of another is too late
         left = self.queue.take_changed(disks_now(), now, limits.hints_a_round)
         if not left:
             self._again_at, self._again_pause_s = now + limits.retry_s, 0.0

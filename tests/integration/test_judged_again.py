@@ -116,6 +116,29 @@ def test_what_is_written_while_a_disk_is_slow_gets_its_target_when_it_is_well(wh
     run(scenario)
 
 
+def test_while_the_next_walk_waits_for_long_findings_are_judged_again_all_the_same() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster, 1)
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        cluster.alive.read_only.add("b0")
+        await cluster.put(bucket, b"meanwhile", os.urandom(LARGE))
+        await cluster.pass_s(SOON_S)
+        assert not await cluster.is_whole(bucket, b"meanwhile")
+        began = []
+        for node in cluster.nodes.values():
+            check = node.maintenance.check
+            check.request_walk()
+            check._rested_at = cluster.clock.monotonic() + 3 * SOON_S  # as long as the last walk took
+            began.append((check, check.job.started))
+        cluster.alive.read_only.clear()
+        await cluster.pass_s(SOON_S)
+        assert all(check.job.started == started for check, started in began)
+        assert await cluster.is_whole(bucket, b"meanwhile")
+
+    run(scenario)
+
+
 def leader_of(cluster: Cluster, name: RegisterName) -> StorageNode:
     """The node that is responsible for a register while all disks can be read."""
     return cluster.nodes[cluster.layouts.current.node_of(cluster.layouts.partition(name.partition).present[0])]
