@@ -84,6 +84,9 @@ KEYS: Final[dict[str, frozenset[str]]] = {
 """By action, beside those of ``_ALL``; an action without a row has no others. A family of keys is there for each of its
 keys."""
 
+_UNASKED: Final = frozenset({"s3:replicateobject"})
+"""It has keys, but no request here needs it."""
+
 _LOWER: Final = {action.lower(): keys for action, keys in KEYS.items()}
 
 
@@ -102,11 +105,10 @@ def facts_of_action(action: str, facts: Facts) -> Facts:
 
 
 def key_without_action(actions: Sequence[str], keys: Sequence[str]) -> str | None:
-    """A key that none of the actions has, so that a condition on it can't do what it was written for. ``actions``: of a
-    statement, in lower case, with wildcards."""
-    for key in keys:
-        if not any(has_key(name, key) for name in actions) and not any(
-            has_key(name, key) for name in _LOWER if any(like(text, name) for text in actions)
-        ):
-            return key
-    return None
+    """A key that one of the actions does not have: a condition on it would allow or deny that action never, or always.
+    ``actions``: of a statement, in lower case. One with wildcards must stand for an action that has the key."""
+    return next((key for key in keys if not all(_may_have(text, key) for text in actions)), None)
+
+
+def _may_have(text: str, key: str) -> bool:
+    return text in _UNASKED or has_key(text, key) or any(has_key(name, key) for name in _LOWER if like(text, name))

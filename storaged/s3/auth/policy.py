@@ -272,8 +272,8 @@ def _statement(each: Any, variables: bool, bucket: str, grammar: Grammar) -> Sta
 
 
 def _check_conditions(actions: Sequence[str], held: Sequence[Condition]) -> None:
-    """An action of the statement must have the key of each condition. Stored policies are not checked: a change of the
-    table must not leave a bucket without its policy."""
+    """Each action of the statement must have the key of each condition. Stored policies are not checked: a change of
+    the table must not leave a bucket without its policy."""
     found = key_without_action([name.lower() for name in actions], [condition.key for condition in held])
     if found is not None:
         text = "Conditions do not apply to combination of actions and resources in statement"
