@@ -240,7 +240,12 @@ async def test_a_policy_about_tags_holds_when_they_change_between_the_decision_a
         changes = (
             lambda: other.put_object_tagging(**which, Tagging={"TagSet": [{"Key": "class", "Value": "free"}]}),
             lambda: other.delete_object_tagging(**which),
+            lambda: other.put_object(**which, Body=b"x", Tagging="class=free"),
+            lambda: other.copy_object(
+                **which, CopySource="bucket/other", TaggingDirective="REPLACE", Tagging="class=free"
+            ),
         )
+        owner.put_object(Bucket="bucket", Key="other", Body=b"x")
         for change in changes:
             owner.put_object(**which, Body=b"data")
             with monkeypatch.context() as patched:
