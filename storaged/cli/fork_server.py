@@ -51,6 +51,8 @@ class Forked:
         self.pid = pid
         self._server = server
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._descriptor = -1
+        """Of the process itself (pidfd_open(2)), once its server has ended."""
 
     async def wait(self) -> int:
         """Waits for its end; its exit code, negative for a signal."""
@@ -58,7 +60,10 @@ class Forked:
 
     def send_signal(self, number: signal.Signals) -> None:
         """No-op for a process that has ended."""
-        if not self._ended.done():
+        if self._descriptor >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
+        elif not self._ended.done():
             self._server.send({"signal": int(number), "pid": self.pid})
 
     def kill(self) -> None:
@@ -67,6 +72,21 @@ class Forked:
     def note_end(self, code: int) -> None:
         if not self._ended.done():
             self._ended.set_result(code)
+
+    def note_orphaned(self) -> None:
+        """The server has ended, so the process gets SIGTERM, and nobody tells its end. It may finish requests first."""
+        try:
+            self._descriptor = os.pidfd_open(self.pid)
+        except OSError:  # it has ended
+            self.note_end(-signal.SIGTERM)
+            return
+        asyncio.get_running_loop().add_reader(self._descriptor, self._on_end)
+
+    def _on_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self.note_end(-signal.SIGTERM)
 
 
 class ForkServer:
@@ -148,7 +168,7 @@ class ForkServer:
             self._running.pop(message["ended"]).note_end(message["code"])
 
     def _forget(self) -> None:
-        """The server has ended, and its nodes with it."""
+        """The server has ended, and its nodes end."""
         assert self._socket is not None
         if self._listens:
             asyncio.get_running_loop().remove_reader(self._socket)
@@ -159,7 +179,7 @@ class ForkServer:
                 started.set_exception(OSError("the process that starts nodes has ended"))
         self._starting.clear()
         for forked in self._running.values():
-            forked.note_end(-signal.SIGTERM)
+            forked.note_orphaned()
         self._running.clear()
 
     def close(self) -> None:

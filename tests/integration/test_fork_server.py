@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ async def server(waits: Path) -> AsyncIterator[ForkServer]:
 async def started(server: ForkServer, config: Path, **environment: str) -> Forked:
     with (config.parent / "log").open("ab") as log:
         return await server.start(["run", str(config)], environment, log.fileno())
+
+
+def begun_as(script: str, waits: Path, monkeypatch: pytest.MonkeyPatch) -> ForkServer:
+    """A fork server that runs ``script`` in place of its own module."""
+    own, interpreter = waits.parent / "fork_server.py", waits.parent / "python"
+    own.write_text(script)
+    interpreter.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {own} "$@"\n')
+    interpreter.chmod(0o755)
+    found = ForkServer([str(waits)] * 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(interpreter))
+        found.begin()
+    return found
 
 
 def words_of(pid: int, name: str) -> list[str]:
@@ -90,6 +104,45 @@ async def test_nodes_end_with_the_fork_server_and_the_next_one_starts_another(se
     await until(lambda: not Path(f"/proc/{again.pid}/exe").exists())
 
 
+PATIENT = """
+import signal
+from storaged.cli import fork_server
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+fork_server.main()
+"""
+"""A fork server whose nodes do not end for SIGTERM, as one that has long requests to finish."""
+
+
+async def test_a_node_whose_fork_server_was_killed_counts_as_ended_only_when_it_has(
+    waits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = begun_as(PATIENT, waits, monkeypatch)
+    writers: list[int] = []
+
+    def is_read() -> bool:
+        with suppress(OSError):  # nobody reads it yet
+            writers.append(os.open(waits, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    try:
+        node = await started(server, waits)
+        await until(is_read)
+        os.kill(int(words_of(node.pid, "cmdline")[-1]), signal.SIGKILL)
+        await until(lambda: server._socket is None)
+        ended = asyncio.ensure_future(node.wait())
+        await started(server, waits)
+        assert not ended.done()
+        node.kill()
+        async with asyncio.timeout(GUARD_S):
+            await ended
+        await until(lambda: not Path(f"/proc/{node.pid}/exe").exists())
+    finally:
+        server.close()
+        for writer in writers:
+            os.close(writer)
+
+
 LACKING = """
 import errno, os
 from storaged.cli import fork_server
@@ -110,15 +163,8 @@ fork_server.main()
 
 
 @pytest.fixture
-async def lacking(waits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ForkServer]:
-    (tmp_path / "lacking.py").write_text(LACKING)
-    interpreter = tmp_path / "python"
-    interpreter.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path / "lacking.py"} "$@"\n')
-    interpreter.chmod(0o755)
-    found = ForkServer([str(waits)] * 3)
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "executable", str(interpreter))
-        found.begin()
+async def lacking(waits: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ForkServer]:
+    found = begun_as(LACKING, waits, monkeypatch)
     yield found
     found.close()
 
