@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import pytest
 
 from tests.chaos.objects import Objects
 from tests.patience import GUARD_S
-from tests.servers import DISKS, STORAGED, Servers
+from tests.servers import DISKS, Servers
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -85,7 +86,7 @@ class Reader:
         """In the folder that stands for the machine."""
         folder = self.servers.root if machine == ADMIN else self.servers.server(machine).folder
         environment = self.servers.environment()
-        environment["PATH"] = f"{Path(STORAGED).parent}:{environment['PATH']}"
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         done = subprocess.run(
             ["bash", "-c", command],
             env=environment,
