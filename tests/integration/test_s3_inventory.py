@@ -558,6 +558,61 @@ async def test_others_run_between_rows_that_take_long(world: World, monkeypatch:
     assert ("row", "row") not in set(pairwise(log))
 
 
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+async def test_a_report_is_whole_wherever_its_worker_is_killed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after each change of a row and each PUT; the next worker's gateway has another clock."""
+    monkeypatch.setattr(listing, "ROWS_A_PAGE", 2)
+    clock = moved(world)
+    await filled(world, 4)
+    registers, left = world.objects.plane.registers, [-1]
+    change, put_below = registers.change, world.objects.put
+
+    def killing(work: Callable[..., Any]) -> Callable[..., Any]:
+        async def then(*what: Any, **how: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            found = await work(*what, **how)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return found
+
+        return then
+
+    monkeypatch.setattr(registers, "change", killing(change))
+    monkeypatch.setattr(world.objects, "put", killing(put_below))
+    keys = [f"key {number:03}" for number in range(4)]
+    for step in range(1, 200):
+        clock.ahead_ms += DAY_MS
+        left[0] = step
+        try:
+            await works(worker_of(world, file_rows_max=2))
+        except Killed:
+            killed = True
+        else:
+            killed = False
+        left[0] = -1
+        clock.ahead_ms += 61_000 if step % 2 else -61_000
+        worker = worker_of(world, file_rows_max=2)
+        await works(worker)
+        (status,) = worker.document()
+        assert (status["problem"], status["rows"]) == ("", 4), step
+        stored = await world.stored("target")
+        newest = {key: data for key, data in stored.items() if key.startswith(status["manifest"][:-13].encode())}
+        files = json.loads(newest[status["manifest"].encode()])["files"]
+        rows = [gzip.decompress(stored[file["key"].encode()]).decode().split() for file in files]
+        listed = [unquote(line.split(",")[1].strip('"')) for lines in rows for line in lines]
+        assert listed == keys, step
+        if not killed:
+            break
+    assert step > 15
+    assert not killed
+
+
 # --- when -------------------------------------------------------------------------------------------------------------
 
 
