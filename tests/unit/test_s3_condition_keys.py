@@ -15,7 +15,7 @@ from storaged.s3.auth.action_keys import KEYS, has_key
 from storaged.s3.auth.actions import ACTIONS, DELETE_KEY, action_of
 from storaged.s3.auth.conditions import KEYS as KNOWN
 from storaged.s3.auth.facts import Facts
-from storaged.s3.auth.policy import parse, policy_of
+from storaged.s3.auth.policy import Policy, identity_policy_of, parse, policy_of
 from storaged.s3.authorization import EXTRA
 from storaged.s3.request import Request
 from storaged.s3.routes import BUCKET, OBJECT
@@ -72,6 +72,7 @@ ACTIONS_WITH: Final[dict[str, set[str]]] = {
     "s3:object-lock-mode": _RETENTIONS,
     "s3:object-lock-retain-until-date": _RETENTIONS,
     "s3:object-lock-legal-hold": {"PutObject", "PutObjectLegalHold"},
+    "s3:inventoryaccessibleoptionalfields": {"PutInventoryConfiguration"},
     "s3:if-match": {"DeleteObject", "PutObject"},
     "s3:if-none-match": {"PutObject"},
 }
@@ -223,3 +224,27 @@ def test_no_header_claims_what_the_document_of_a_request_says(operation: str, ke
         else:
             with pytest.raises(AccessDenied):
                 facts(key)
+
+
+@pytest.mark.parametrize(
+    ("effect", "operator", "passed"),
+    [("Allow", "ForAllValues:StringEquals", True), ("Deny", "ForAnyValue:StringNotEquals", None)],
+)
+def test_what_depends_on_the_fields_of_an_inventory_is_denied(effect: str, operator: str, passed: bool | None) -> None:
+    """They are in the document, as on AWS, which has this condition in its examples. Without a value, a set operator
+    would let all fields pass.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/example-bucket-policies.html"""
+    condition = {operator: {"s3:InventoryAccessibleOptionalFields": ["Size", "StorageClass"]}}
+    statement = {"Effect": effect, "Action": "s3:PutInventoryConfiguration", "Resource": "*", "Condition": condition}
+    identity = identity_policy_of(json.dumps({"Version": "2012-10-17", "Statement": [statement]}))
+    bucket = parse(stored(effect, "s3:PutInventoryConfiguration", Condition=condition).encode(), "bucket")
+    for policy in (identity, bucket):
+
+        def decided(operation: str, policy: Policy = policy) -> bool | None:
+            request = Request("R", "PUT", b"/bucket?inventory&id=a", "127.0.0.1", True, operation=operation)
+            facts = Facts(request, "a" * 64, 0, headers={}, found=None)
+            return policy.verdict(OTHER, "s3:PutInventoryConfiguration", "arn:aws:s3:::bucket", facts)
+
+        with pytest.raises(AccessDenied):
+            decided("PutBucketInventoryConfiguration")
+        assert decided("DeleteBucketInventoryConfiguration") is passed

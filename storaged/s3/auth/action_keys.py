@@ -56,6 +56,7 @@ _WRITE: Final = (
 KEYS: Final[dict[str, frozenset[str]]] = {
     "s3:CreateBucket": _ACL | {"s3:locationconstraint", "s3:x-amz-object-ownership"},
     "s3:PutBucketAcl": _ACL,
+    "s3:PutInventoryConfiguration": frozenset({"s3:inventoryaccessibleoptionalfields"}),
     "s3:ListBucket": _LIST,
     "s3:ListBucketVersions": _LIST,
     "s3:GetObject": _EXISTING,

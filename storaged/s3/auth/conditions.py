@@ -37,7 +37,7 @@ KEYS: Final = frozenset(
         "s3:x-amz-server-side-encryption-aws-kms-key-id", "s3:x-amz-server-side-encryption-customer-algorithm",
         "s3:x-amz-storage-class", "s3:x-amz-website-redirect-location", "s3:requestobjecttagkeys", "s3:if-match",
         "s3:if-none-match", "s3:object-lock-mode", "s3:object-lock-retain-until-date", "s3:object-lock-legal-hold",
-        "s3:dataaccesspointarn",
+        "s3:dataaccesspointarn", "s3:inventoryaccessibleoptionalfields",
         "s3:dataaccesspointaccount", "s3:accesspointnetworkorigin",
     }
 )  # fmt: skip

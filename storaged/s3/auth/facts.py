@@ -169,6 +169,12 @@ def _header_unless_document(header: str, operations: tuple[str, ...]) -> _Fact:
     return fact
 
 
+def _inventory_fields(facts: Facts) -> str | None:
+    if facts.request.operation == "PutBucketInventoryConfiguration":
+        raise AccessDenied("A policy asks for the fields in the document of this request, which is not read yet.")
+    return None
+
+
 def _encryption(name: str) -> _Fact:
     return _header_unless_document(f"x-amz-server-side-encryption{name}", ("UpdateObjectEncryption",))
 
@@ -239,6 +245,7 @@ _FACTS: Final[dict[str, _Fact]] = {
     "s3:object-lock-legal-hold": _lock("legal-hold"),
     "s3:x-amz-server-side-encryption": _encryption(""),
     "s3:x-amz-server-side-encryption-aws-kms-key-id": _encryption("-aws-kms-key-id"),
+    "s3:inventoryaccessibleoptionalfields": _inventory_fields,
     "s3:dataaccesspointarn": lambda facts: None,
     "s3:dataaccesspointaccount": lambda facts: None,
     "s3:accesspointnetworkorigin": lambda facts: None,
