@@ -43,8 +43,9 @@ LEAST = {
     "races": Least(300, done=(("answers", 12),)),
     "lifecycle": Least(100, done=(("expired", 2),)),
     "events": Least(a_seed=15, done=(("events", 5),)),
+    "collecting": Least(a_seed=14, done=(("deleted", 30),)),
+    "collecting moves": Least(a_seed=14, done=(("deleted", 35), ("steps", 2))),
 }
-"""Not of ``collecting``, which counts other operations, and judges its liveness by itself."""
 
 
 class Happened:
@@ -57,7 +58,7 @@ class Happened:
 
     def add(self, found: Verdicts) -> None:
         self.seeds += 1
-        self.acknowledged += max(0, found.operations - found.unknown - found.refused)  # ``collecting`` counts others
+        self.acknowledged += found.operations - found.unknown - found.refused
         self.seconds += found.seconds
         self.done.update(found.done)
 
