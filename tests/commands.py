@@ -78,18 +78,18 @@ class Commands:
         """Waits for the end of ``storaged ARGUMENTS``. Kills it and raises TimeoutExpired after ``timeout_s``."""
         end = time.monotonic() + timeout_s
         output, errors = os.memfd_create("stdout"), os.memfd_create("stderr")
-        told = -1
+        reports = -1
         try:
-            told = self._ask(arguments, environment, output, errors)
-            pid = _number_from(told)
-            if not select_readable(told, end - time.monotonic()):
+            reports = self._ask(arguments, environment, output, errors)
+            pid = _number_from(reports)
+            if not select_readable(reports, end - time.monotonic()):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(["storaged", *arguments], timeout_s, _text_of(output), _text_of(errors))
-            code = _number_from(told)
+            code = _number_from(reports)
             return subprocess.CompletedProcess(["storaged", *arguments], code, _text_of(output), _text_of(errors))
         finally:
-            for descriptor in (told, output, errors):
+            for descriptor in (reports, output, errors):
                 if descriptor >= 0:
                     os.close(descriptor)
 
@@ -107,36 +107,36 @@ class Commands:
             "directory": os.getcwd(),
             "node": node,
         }
-        told, tells = os.pipe()
+        reports, writer = os.pipe()
         try:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], [output, errors, tells])
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [output, errors, writer])
         finally:
-            os.close(tells)
-        return told
+            os.close(writer)
+        return reports
 
 
 class Running:
     """A process that ``Commands.start`` started, with the methods of ``subprocess.Popen``. Threads may share one."""
 
-    def __init__(self, told: int) -> None:
-        """``told``: the pipe that brings the pid and the exit code."""
-        self._told = told
+    def __init__(self, reports: int) -> None:
+        """``reports``: the pipe that brings the pid and the exit code."""
+        self._reports = reports
         self._reading = threading.Lock()
-        self.pid = _number_from(told)
+        self.pid = _number_from(reports)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         with self._reading:
-            if self.returncode is None and select_readable(self._told, 0):
-                self.returncode = _number_from(self._told)
-                os.close(self._told)
+            if self.returncode is None and select_readable(self._reports, 0):
+                self.returncode = _number_from(self._reports)
+                os.close(self._reports)
             return self.returncode
 
     def wait(self, timeout_s: float) -> int:
         """Raises TimeoutExpired."""
         if self.returncode is None:
-            select_readable(self._told, timeout_s)
+            select_readable(self._reports, timeout_s)
         if (code := self.poll()) is None:
             raise subprocess.TimeoutExpired(["storaged", "run"], timeout_s)
         return code
@@ -185,7 +185,7 @@ def _text_of(file: int) -> str:
 def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     _import_all()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for commands
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # this process waits for none of those that wait for commands
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the tests, which end this process
     while True:
         data, descriptors, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 3)
@@ -224,11 +224,11 @@ def _import_and_keep(names: Sequence[str]) -> None:
     gc.freeze()
 
 
-def _wait_for_one(request: dict[str, Any], output: int, errors: int, tells: int) -> NoReturn:
+def _wait_for_one(request: dict[str, Any], output: int, errors: int, reports: int) -> NoReturn:
     own = os.getpid()
     pid = os.fork()
     if pid == 0:
-        os.close(tells)
+        os.close(reports)
         if request["node"]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.setsid()  # as units have: Linux divides a busy machine between sessions, so none starves
@@ -237,9 +237,9 @@ def _wait_for_one(request: dict[str, Any], output: int, errors: int, tells: int)
     for descriptor in (output, errors):
         os.close(descriptor)
     with suppress(BrokenPipeError):
-        os.write(tells, b"%d\n" % pid)
+        os.write(reports, b"%d\n" % pid)
         _, status = os.waitpid(pid, 0)
-        os.write(tells, b"%d\n" % os.waitstatus_to_exitcode(status))
+        os.write(reports, b"%d\n" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 

@@ -74,7 +74,9 @@ class Forked:
             self._ended.set_result(code)
 
     def note_orphaned(self) -> None:
-        """The server has ended, so the process gets SIGTERM, and nobody tells its end. It may finish requests first."""
+        """Watches the process itself: its server has ended, and reports no end any more. The process gets SIGTERM, and
+        may finish requests before it ends.
+        """
         try:
             self._descriptor = os.pidfd_open(self.pid)
         except OSError:  # it has ended

@@ -193,8 +193,8 @@ def fetch(named: str | None, file: Path) -> None:
 def adopt(directory: Path, file: Path) -> None:
     """Take the layout FILE, which was fetched from the cluster, as the last one of the folder AUTHORITY.
 
-    For a folder whose own layout was overtaken by another administrator's. The list of nodes stays as it is;
-    only what a disk inherited from one that went is taken over, so that its data stays where it is.
+    For a folder whose own layout was overtaken by another administrator's. The list of nodes stays as it is,
+    except that a disk that replaces another one gets the rank that FILE gives it, so that its data stays where it is.
     """
     from storaged.cli import create as files
     from storaged.cluster import issuing

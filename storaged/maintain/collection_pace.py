@@ -4,8 +4,9 @@ The garbage lists, the sweep of orphans and the sweep of pages share it. They sp
 look at ``paused`` again before each deletion: what was judged before a pause stays. That is safe at any time: what is
 not deleted now is judged again later.
 
-Theory of operation. What is spent is a sum that grows, and what may be spent grows behind it, at the pace that is set
-now; who waits looks again every ``poll_s``. So a change counts at once for what is waited for already.
+Theory of operation. Two sums grow: ``_spent``, with each thing that is to be judged, and ``_allowed``, at the pace that
+is set now. A caller waits until ``_allowed`` has reached the sum that it made of ``_spent``. It looks again at least
+every ``poll_s``, so a new pace also counts for callers that wait already.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from math import inf
 from storaged.maintain.context import MaintainContext
 
 BURST_S = 1.0
-"""What was not spent for so long may be spent at once."""
+"""The allowance of so many seconds may be saved up and spent at once."""
 LEAST_S = 0.001
 """No shorter wait is worth a turn of the event loop; and a time so small that a clock does not show it never ends."""
 

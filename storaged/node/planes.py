@@ -452,9 +452,9 @@ class NodePlanes:
             hangs.labels(disk_id).set(health.hung_count)
             slowest.labels(disk_id).set(max(health.longest_s, health.oldest_s()))
         self.metrics.gauge("storaged_ring_chosen_falls").set(self.ring.chosen_falls[0])
-        doubts, told = self.metrics.gauge("storaged_ring_doubts"), self.ring.statistics()
+        doubts, counts = self.metrics.gauge("storaged_ring_doubts"), self.ring.statistics()
         for kind in ("digest_conflicts", "doubted", "unheard"):
-            doubts.labels(kind).set(getattr(told, kind))
+            doubts.labels(kind).set(getattr(counts, kind))
         alarms = self.metrics.gauge("storaged_ring_alarms")
         for used in self.disks.used.values():
             statistics = used.replica.statistics()

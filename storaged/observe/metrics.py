@@ -71,7 +71,7 @@ METRICS: dict[str, MetricDescription] = {
     ),
     "storaged_ring_doubts": MetricDescription(
         "gauge",
-        "What this process was told by replicas that may lie, since the start: digest_conflicts (two hold different"
+        "Answers to this process from replicas that may lie, since the start: digest_conflicts (two hold different"
         " values under one ballot), doubted (one holds a system record that no gateway wrote; both are 0 in a sound"
         " cluster), unheard (a system record was changed while replicas differed and one did not answer).",
         ("kind",),

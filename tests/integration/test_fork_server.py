@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nodes end with 
 
 @pytest.fixture
 def waits(tmp_path: Path) -> Path:
-    """A configuration that a node reads for ever: nobody writes to the pipe."""
+    """A configuration that a node reads for ever: nothing writes to the pipe."""
     os.mkfifo(tmp_path / "config.toml")
     return tmp_path / "config.toml"
 
@@ -121,7 +121,7 @@ async def test_a_node_whose_fork_server_was_killed_counts_as_ended_only_when_it_
     writers: list[int] = []
 
     def is_read() -> bool:
-        with suppress(OSError):  # nobody reads it yet
+        with suppress(OSError):  # no node reads it yet
             writers.append(os.open(waits, os.O_WRONLY | os.O_NONBLOCK))
         return bool(writers)
 

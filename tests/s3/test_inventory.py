@@ -39,7 +39,7 @@ def test_an_inventory_is_put_into_its_target_and_the_operator_sees_it(cluster: C
         (found,) = [one for one in cluster.status()["inventories"] if one["bucket"] == "listed"] or [{}]
         return dict(found)
 
-    cluster.wait_until(lambda: "refuses" in seen().get("problem", ""), PATIENCE_S, "the target lets nobody write")
+    cluster.wait_until(lambda: "refuses" in seen().get("problem", ""), PATIENCE_S, "the target refuses the report")
     statement = {
         "Effect": "Allow",
         "Principal": {"Service": "s3.amazonaws.com"},

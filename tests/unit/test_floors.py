@@ -578,8 +578,8 @@ async def test_nothing_goes_when_a_replica_is_away_while_all_are_compared(
     assert "does not answer" in world.expunger.done.waiting
     assert [await rows_at(world, disk) for disk in world.state.present] == [1, 1, 1]
     replicas: dict[str, Any] = {disk: world.ring.replicas[disk] for disk in DISKS}
-    told = [await replicas[disk].floors.floors(messages.FloorsAsk(disk, NAME.partition)) for disk in DISKS]
-    assert not any(reply.floors for reply in told), "no floor is active"
+    replies = [await replicas[disk].floors.floors(messages.FloorsAsk(disk, NAME.partition)) for disk in DISKS]
+    assert not any(reply.floors for reply in replies), "no floor is active"
 
 
 async def test_nothing_goes_while_a_partition_has_two_sets_or_moved_meanwhile(world: World) -> None:

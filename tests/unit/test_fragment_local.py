@@ -359,7 +359,7 @@ def _of_system(kind: type[lmdb.Error], code: int) -> lmdb.Error:
 async def test_an_index_that_finds_no_room_or_permission_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: lmdb.Error, said: str
 ) -> None:
-    """Its bytes are whole. Who is told to make the index anew needs as much room for that, and reads the whole disk."""
+    """Its bytes are whole. To make the index anew would need as much room, and would read the whole disk."""
     async with opened(tmp_path) as store:
         made = await put(store)
 

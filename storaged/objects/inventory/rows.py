@@ -1,9 +1,8 @@
 """How far the inventories of a bucket are: rows of the table INVENTORY.
 
 An inventory has a *state*, and one row for each data file of the report under way. A file's row says with which version
-the next file begins. It is written once, after the file is stored: whoever writes it first has made that file, and a
-second worker goes on from there. So a report is the work of one worker or of several, and no version is in two of its
-files.
+the next file begins. It is written once, after the file is stored. The first worker that writes it has made that file,
+and a second worker goes on from there. So one worker or several make a report, and no version is in two of its files.
 
 The rows are not sealed: storage nodes know the keys of objects anyway, from their registers. The MD5 of a file is,
 since it is computed from content.
