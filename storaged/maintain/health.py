@@ -239,6 +239,22 @@ class DisksNow(NamedTuple):
     taking: frozenset[str]
 
 
+Cause = tuple[str, str | frozenset[str]]
+"""A change of disks, after which a register may be judged otherwise: its kind, and a disk or a set of them."""
+
+_UNHEARD, _UNWRITABLE, _NO_ROOM = "unheard", "unwritable", "no room"
+
+
+def is_met(cause: Cause, disks: DisksNow) -> bool:
+    """Whether this change has happened, where these ``disks`` can be used now."""
+    kind, by = cause
+    if kind == _UNHEARD:
+        return by in disks.readable
+    if kind == _UNWRITABLE:
+        return by in disks.writable
+    return by != disks.taking
+
+
 class Room(NamedTuple):
     """Whether the disks that new fragments go to now (``taking``) can hold a block at its target."""
 
@@ -280,11 +296,17 @@ class Finding:
         """Whether it may be judged otherwise by the ``disks`` that can be used now. Disks may have been away for so
         short a time that no walk began when they came back.
         """
-        return (
-            any(disk in disks.readable for disk in self.unheard)
-            or any(disk in disks.writable for disk in self.unwritable)
-            or (self.no_room is not None and self.no_room is not disks.taking and self.no_room != disks.taking)
-        )
+        return any(is_met(cause, disks) for cause in self.causes())
+
+    def causes(self) -> tuple[Cause, ...]:
+        """Changes of disks that call for another judgement: an ``unheard`` disk can be read, an ``unwritable`` one takes
+        writes, other disks than those of ``no_room`` take new fragments.
+        """
+        found: list[Cause] = [(_UNHEARD, disk) for disk in self.unheard]
+        found += [(_UNWRITABLE, disk) for disk in self.unwritable]
+        if self.no_room is not None:
+            found.append((_NO_ROOM, self.no_room))
+        return tuple(found)
 
 
 class Tally:

@@ -1,10 +1,9 @@
 """Which findings the disks that can be used now may change, the most urgent first. Pure.
 
 Theory of operation. There may be a hundred thousand findings, and they are asked for each second. So they are kept by
-what they wait for: a disk that did not answer, a disk that took no writes, other disks with room than those. Each of
-these has a heap, and a look takes from the heaps whose condition is met only as many as it wants. What is taken is
-added again by its taker, when it was judged. An entry of a heap that is no more the finding's own counts for nothing;
-a heap is cleared of them when they are the larger part.
+cause (``Finding.causes``). Each cause has a heap, and a look takes only as many as it wants from the heaps whose cause
+is met. The taker adds a finding again after it was judged. A finding that was removed leaves its entries in the heaps.
+They count for nothing, and a heap is cleared of them when they are the larger part.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 
-from storaged.maintain.health import DisksNow, Finding
+from storaged.maintain.health import Cause, DisksNow, Finding, is_met
 
-Cause = tuple[str, str | frozenset[str]]
 Order = tuple[int, bool, int, bytes]
 
 STALE_MIN = 64
@@ -41,7 +39,7 @@ class Rejudging:
     def add(self, finding: Finding, turn: int) -> None:
         """A lower ``turn`` comes first, whatever its urgency. No-op for a finding that no disk changes."""
         self.remove(finding.name)
-        causes = _causes(finding)
+        causes = finding.causes()
         if not causes:
             return
         order = (turn, *urgency(finding))
@@ -58,7 +56,7 @@ class Rejudging:
 
     def take(self, disks: DisksNow, limit: int) -> list[bytes]:
         """Takes out up to ``limit`` of those that ``disks`` may change."""
-        heaps = [heap for cause, heap in self._heaps.items() if _is_met(cause, disks)]
+        heaps = [heap for cause, heap in self._heaps.items() if is_met(cause, disks)]
         tops = [(heap[0], number) for number, heap in enumerate(heaps)]
         heapq.heapify(tops)
         found: dict[bytes, tuple[Cause, ...]] = {}
@@ -89,21 +87,3 @@ class Rejudging:
         elif len(heap) > 2 * count + STALE_MIN:
             heap[:] = filter(self._counts_for, heap)
             heapq.heapify(heap)
-
-
-def _causes(finding: Finding) -> tuple[Cause, ...]:
-    found: list[Cause] = [("unheard", disk) for disk in finding.unheard]
-    found += [("unwritable", disk) for disk in finding.unwritable]
-    if finding.no_room is not None:
-        found.append(("no room", finding.no_room))
-    return tuple(found)
-
-
-def _is_met(cause: Cause, disks: DisksNow) -> bool:
-    """As ``Finding.may_have_changed``."""
-    kind, by = cause
-    if kind == "unheard":
-        return by in disks.readable
-    if kind == "unwritable":
-        return by in disks.writable
-    return by != disks.taking
