@@ -299,8 +299,8 @@ class Finding:
         return any(is_met(cause, disks) for cause in self.causes())
 
     def causes(self) -> tuple[Cause, ...]:
-        """Changes of disks that call for another judgement: an ``unheard`` disk can be read, an ``unwritable`` one takes
-        writes, other disks than those of ``no_room`` take new fragments.
+        """Changes of disks that call for another judgement: an ``unheard`` disk can be read, an ``unwritable`` one
+        takes writes, other disks than those of ``no_room`` take new fragments.
         """
         found: list[Cause] = [(_UNHEARD, disk) for disk in self.unheard]
         found += [(_UNWRITABLE, disk) for disk in self.unwritable]
