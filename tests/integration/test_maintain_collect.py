@@ -982,20 +982,30 @@ def test_what_was_judged_before_a_pause_is_not_deleted_in_it(replaced: bool) -> 
     run(scenario)
 
 
+async def leave_after_move(cluster: Cluster, count: int) -> tuple[str, FragmentId, list[FragmentId], Retirement]:
+    """Puts an object, and fragments that a move left, on a disk of the node ``na``. Returns the disk, the object's
+    fragment there, the left ones, and their entry of the garbage list.
+    """
+    bucket = await cluster.bucket()
+    await cluster.put(bucket, b"k", os.urandom(LARGE))
+    kept, disk = next(
+        where for place in await cluster.places(bucket, b"k") for where in place.fragments if where[1][0] == "a"
+    )
+    store, owner = cluster.store(disk), object_name(bucket.id, bucket.shard_numbers, b"k").pack()
+    left = [make(random.Random(1), data_id=kept.data_id, block=kept.block + 100 + number) for number in range(count)]
+    for made in left:
+        await store.write(msgspec.structs.replace(made.header, owner=owner), [made.payload], sync=True)
+    entry = Retirement(kept.data_id, owner, 0)
+    await store.retire([entry])
+    return disk, kept, [made.id for made in left], entry
+
+
 def test_what_a_move_left_stays_on_the_list_until_it_is_gone() -> None:
     """Of data that its record refers to. Without an entry the next full sweep would find it, a week later."""
 
     async def scenario(cluster: Cluster) -> None:
-        bucket = await cluster.bucket()
-        await cluster.put(bucket, b"k", os.urandom(LARGE))
-        kept, disk = next(
-            where for place in await cluster.places(bucket, b"k") for where in place.fragments if where[1][0] == "a"
-        )
+        disk, kept, (left,), entry = await leave_after_move(cluster, 1)
         store, collector = cluster.store(disk), cluster.nodes["na"].maintenance.collector
-        owner = object_name(bucket.id, bucket.shard_numbers, b"k").pack()
-        made = make(random.Random(1), data_id=kept.data_id, block=kept.block + 100)
-        await store.write(msgspec.structs.replace(made.header, owner=owner), [made.payload], sync=True)
-        await store.retire([Retirement(kept.data_id, owner, 0)])
         settings, prove = MoveSettings(), collector._judge.prove
         collector._context.settings = lambda: settings
 
@@ -1008,14 +1018,14 @@ def test_what_a_move_left_stays_on_the_list_until_it_is_gone() -> None:
         collector._judge.prove = prove_and_pause  # type: ignore[method-assign]
         task = asyncio.get_running_loop().create_task(collector.collect_due())
         await cluster.pass_s(100)
-        assert await store.due(cluster.clock.wall_ms(), (0, b""), 9) == [Retirement(kept.data_id, owner, 0)]
+        assert await store.due(cluster.clock.wall_ms(), (0, b""), 9) == [entry]
         collector._judge.prove = prove  # type: ignore[method-assign]
         settings = MoveSettings(revision=2)
         await cluster.pass_s(2)
         await task
         await collector.collect_due()
         assert await store.due(cluster.clock.wall_ms(), (0, b""), 9) == []
-        assert not cluster.holds(disk, made.id)
+        assert not cluster.holds(disk, left)
         assert cluster.holds(disk, kept)
 
     run(scenario)
@@ -1028,22 +1038,13 @@ def test_what_a_move_left_of_many_fragments_stays_on_the_list_until_all_are_gone
     monkeypatch.setattr(garbage_page, "DELETIONS_A_CALL", 2)
 
     async def scenario(cluster: Cluster) -> None:
-        bucket = await cluster.bucket()
-        await cluster.put(bucket, b"k", os.urandom(LARGE))
-        kept, disk = next(
-            where for place in await cluster.places(bucket, b"k") for where in place.fragments if where[1][0] == "a"
-        )
+        disk, kept, left, _ = await leave_after_move(cluster, 5)
         store, collector = cluster.store(disk), cluster.nodes["na"].maintenance.collector
-        owner = object_name(bucket.id, bucket.shard_numbers, b"k").pack()
-        extra = [make(random.Random(1), data_id=kept.data_id, block=kept.block + 100 + number) for number in range(5)]
-        for made in extra:
-            await store.write(msgspec.structs.replace(made.header, owner=owner), [made.payload], sync=True)
-        await store.retire([Retirement(kept.data_id, owner, 0)])
-        left = [5]
-        while left[-1] and await store.due(cluster.clock.wall_ms(), (0, b""), 9):
+        counts = [5]
+        while counts[-1] and await store.due(cluster.clock.wall_ms(), (0, b""), 9):
             await collector.collect_due()
-            left.append(sum(cluster.holds(disk, made.id) for made in extra))
-        assert left == [5, 3, 1, 0]
+            counts.append(sum(cluster.holds(disk, fragment) for fragment in left))
+        assert counts == [5, 3, 1, 0]
         assert await store.due(cluster.clock.wall_ms(), (0, b""), 9) == []
         assert cluster.holds(disk, kept)
 
