@@ -386,7 +386,7 @@ class Collecting:
         try:
             await collector.sweep()
             await collector.collect_due()
-            self.found.done["deleted"] = self.found.done.get("deleted", 0) + collector.deleted_fragments
+            self.found.done["deleted"] += collector.deleted_fragments
         except PeerError:
             pass  # its own disk is silent
         finally:

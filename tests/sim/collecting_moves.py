@@ -125,7 +125,7 @@ class CollectingMoves(Collecting):
             except TimeoutError:
                 self.found.faults.append("m0 died")
             finally:
-                self.found.done["steps"] = self.found.done.get("steps", 0) + mover.progress.steps
+                self.found.done["steps"] += mover.progress.steps
                 await process.crash()
 
     async def _round(self, process: Process, mover: PartitionMover) -> None:
@@ -149,7 +149,7 @@ class CollectingMoves(Collecting):
                     await self._round(process, mover)
         except TimeoutError:
             self.complain(f"the partition does not reach its place: {mover.progress.reason}")
-        self.found.done["steps"] = self.found.done.get("steps", 0) + mover.progress.steps
+        self.found.done["steps"] += mover.progress.steps
         await process.crash()
         reader = Process(self, "reader", skew_ms=0, copy_at=header_at_position)  # type: ignore[arg-type]
         await reader.refresh(self.number)

@@ -208,7 +208,7 @@ class Movers(LayoutPart):
                 await mover.round()
                 await asyncio.sleep(self.chance.uniform(0.01, 0.05))
         finally:
-            self.of.found.done["steps"] = self.of.found.done.get("steps", 0) + mover.progress.steps
+            self.of.found.done["steps"] += mover.progress.steps
             self.reason = mover.progress.reason or self.reason
 
     async def heal(self) -> None:

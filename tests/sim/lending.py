@@ -218,7 +218,7 @@ class Lending(Versions):
                 await self._add(gateway, name, version, made_durable, edit=self._adds(name, version, borrowed))
 
         await with_loan(plane, BUCKET, wanted, commit)
-        self.found.done["copies"] = self.found.done.get("copies", 0) + 1
+        self.found.done["copies"] += 1
 
     async def _source(self, gateway: Gateway, key: bytes) -> tuple[RegisterName, bytes, VersionName | None] | None:
         """(owner, data id, version) of a version of the key that may lend or has borrowed."""
@@ -272,7 +272,7 @@ class Lending(Versions):
                 await gateway.client.put_page(name, await gateway.client.get_page(name, page), page)
 
         await commit_move(self, gateway, name, seen, after[0], (fragment, target), put_pages)
-        self.found.done["moves"] = self.found.done.get("moves", 0) + 1
+        self.found.done["moves"] += 1
         await self._retire_on(gateway, source, [Retirement(part.data_id, name.pack(), 0)])
 
     # --- loans that nothing uses

@@ -258,8 +258,7 @@ class Movers(Part):
             except TimeoutError:
                 self.fault(f"{name} died")
             finally:
-                done = self.of.found.done
-                done["steps"] = done.get("steps", 0) + mover.progress.steps
+                self.of.found.done["steps"] += mover.progress.steps
                 self.reason = mover.progress.reason
                 await process.crash()
             if self.sound:

@@ -233,7 +233,7 @@ class Recovering(Moving):
             self.recovered[number] = record.step
             done = self.found.done
             done["recovered"] = len(self.recovered)
-            done["recovered joint"] = done.get("recovered joint", 0) + bool(record.coming)
+            done["recovered joint"] += bool(record.coming)
 
     def _left_of(self, number: int) -> list[str]:
         """The disks of the partition that are left, of both sets of its state before the recovery."""

@@ -178,7 +178,7 @@ class SparePlay(LayoutPlay):
     def in_force(self, name: str, book: Any, layout: Layout) -> None:
         super().in_force(name, book, layout)
         if layout.if_out:
-            self.found.done["spared"] = self.found.done.get("spared", 0) + 1
+            self.found.done["spared"] += 1
             before = self.by_hash[layout.predecessor]
             since = before.epoch // 100 * 100
             if not any(disk == layout.if_out and epoch >= since for disk, epoch in self.voted):
@@ -354,7 +354,7 @@ class Outages(LayoutPart):
             if not self.of.register_lies:
                 self.of.complain(f"not all seed disks live again: {self.reason}; {self.administrators.reason}")
         if self.helped:
-            self.of.found.done["helped"] = self.of.found.done.get("helped", 0) + 1
+            self.of.found.done["helped"] += 1
 
     async def _go_on(self, process: SpareProcess) -> None:
         while True:

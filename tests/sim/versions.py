@@ -37,6 +37,7 @@ from storaged.objects.write.retire import origin_of
 from storaged.objects.write.versioned import Gone, VersionsUpdate, change_versions
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.collecting import KEYS, Collecting, CollectingNode, GatewayAsks, entry_of
+from tests.sim.collecting_uploads import nothing
 from tests.sim.linear import Content, Kind, Operation, linearizable
 from tests.sim.planes import Lives, keys_for, make_plane
 from tests.sim.scenario import play_out
@@ -221,8 +222,6 @@ class Versions(Collecting):
         """The null version, by a gateway that does not know yet that the bucket has versioning."""
         small = self._small_copies(name, self.random)
 
-        async def nothing() -> None: ...
-
         async with self._noted(self._adding(name, small.data_id, null=True)):
             version = self._version(entry_of(small.data_id, {}, small=True), null=True)
             await self._add(gateway, name, version, nothing, small)
@@ -279,7 +278,7 @@ class Versions(Collecting):
             sweep = PageSweep(dataclasses.replace(collector._context, limits=limits))
             sweep._judge = collector._judge
             swept = await sweep.once()
-            self.found.done["pages swept"] = self.found.done.get("pages swept", 0) + swept
+            self.found.done["pages swept"] += swept
         except PeerError:
             pass
         finally:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ class Verdicts:
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
     """Of virtual time, until the workload had ended; 0 where a play does not say."""
-    done: dict[str, int] = field(default_factory=dict)
+    done: Counter[str] = field(default_factory=Counter)
     """What a play has done besides operations."""
     accepts_a_message: dict[int, int] = field(default_factory=dict)
     """How many messages had so many accepts, where a run counts them."""
