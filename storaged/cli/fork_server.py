@@ -105,7 +105,6 @@ class ForkServer:
         self._names = names
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._listens = False
         self._starting: deque[asyncio.Future[Forked]] = deque()
         self._running: dict[int, Forked] = {}
 
@@ -132,9 +131,7 @@ class ForkServer:
         if self._socket is None:
             self.begin()
         assert self._socket is not None
-        if not self._listens:
-            loop.add_reader(self._socket, self._on_message)
-            self._listens = True
+        loop.add_reader(self._socket, self._on_message)  # again and again does no harm; ``begin`` had no loop for it
         started: asyncio.Future[Forked] = loop.create_future()
         self.send({"start": list(arguments), "environment": dict(environment)}, log)
         self._starting.append(started)  # only now: a request that was not sent gets no answer
@@ -172,10 +169,9 @@ class ForkServer:
     def _forget(self) -> None:
         """The server has ended, and its nodes end."""
         assert self._socket is not None
-        if self._listens:
-            asyncio.get_running_loop().remove_reader(self._socket)
+        asyncio.get_running_loop().remove_reader(self._socket)
         self._socket.close()
-        self._socket, self._listens = None, False
+        self._socket = None
         for started in self._starting:
             if not started.done():
                 started.set_exception(OSError("the process that starts nodes has ended"))

@@ -231,8 +231,7 @@ class Supervisor:
             node = self.nodes[name]
             if node.process is not None:
                 node.state = "stopped"
-                with contextlib.suppress(ProcessLookupError):
-                    node.process.send_signal(number)
+                node.process.send_signal(number)
         watchers = [self._watchers[name] for name in names if name in self._watchers]
         if not watchers:
             return
