@@ -8,6 +8,10 @@ console script does. A second fork waits for it, and reports its pid and then it
 
 Nodes end with this process (``--parent``), and so with the tests.
 
+``storaged.cli.fork_server`` looks alike, and shares nothing with it: that one starts only nodes, and reports all of
+them over one socket to one event loop. Here threads wait for commands, each of which has an output, a directory and an
+environment of its own.
+
 The console script itself is started by the tests of the guides (``test_readme``, ``test_guide``), and for each trial
 cluster.
 """
