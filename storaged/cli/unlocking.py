@@ -1,5 +1,5 @@
 """``storaged bucket sign-unlock`` and ``bucket unlock``: the break-glass of object lock, by two people
-(``cluster.unlock``). ``bucket forget-lost``: lets go of versions that are lost.
+(``cluster.unlock``). ``bucket forget-lost``: removes versions that are lost.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def unlock(named: str | None, file: TextIO, words: str | None) -> None:
 @WORDS
 @click.pass_obj
 def forget_lost(named: str | None, name: str, key: str, words: str | None) -> None:
-    """Let go of old versions of KEY whose page no server has any more.
+    """Remove old versions of KEY whose page no server has any more.
 
     They can't be read, listed or deleted, so without this a bucket that has some can't be emptied. Do it when no disk
     comes back that may have the page. All other versions stay. It is in the audit log.

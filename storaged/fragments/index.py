@@ -444,8 +444,8 @@ class Index:
 
 
 def refused(directory: Path, error: lmdb.Error) -> DiskUnusable | IndexDamaged:
-    """The error for an index that LMDB can't open or read. It is damaged only where LMDB or the drive says so: what has
-    found no room, memory or permission is as whole as it was, and to make it anew would need the same.
+    """The error for an index that LMDB can't open or read. It is damaged only where LMDB or the drive says so. An
+    index that finds no room, memory or permission is whole, and a new one would need the same.
     """
     if lacks_space(directory, error):
         return DiskUnusable(

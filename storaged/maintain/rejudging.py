@@ -16,7 +16,7 @@ from storaged.maintain.health import Cause, DisksNow, Finding, is_met
 Order = tuple[int, bool, int, bytes]
 
 STALE_MIN = 64
-"""So many entries that count for nothing are no reason to clear a heap."""
+"""A heap is not cleared while it has fewer entries that count for nothing."""
 
 
 def urgency(finding: Finding) -> tuple[bool, int, bytes]:

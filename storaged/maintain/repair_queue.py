@@ -23,7 +23,7 @@ FAILURES_WAITED_FOR = 3
 
 REASON_CHARS_MAX = 300
 TAKES_MAX = 4
-"""How often a look takes further findings in place of those that repair tries now."""
+"""How many times a look takes findings, when repair tries some of those that it took."""
 
 
 class _BackOff(NamedTuple):
@@ -61,7 +61,7 @@ _BELOW, _PARTS_BELOW, _MISPLACED, _OUTDATED, _LOST, _UNREADABLE, _AT_RISK = (
 
 
 def _kinds(finding: Finding) -> Iterator[str]:
-    """What it counts as."""
+    """The counts that it belongs to."""
     is_object = finding.name[0] == Table.OBJECT
     if finding.misplaced:
         yield _MISPLACED
@@ -89,7 +89,7 @@ class RepairQueue:
         self._tally: Counter[str] = Counter()
         self._rejudging = Rejudging()
         self._in_vain: dict[bytes, int] = {}
-        """What was judged again in vain, and in which turn."""
+        """Name of a register that was judged again in vain -> the turn in which it was."""
         self._turn = 0
         self.fresh = True
         """There may be something new since repair looked last."""

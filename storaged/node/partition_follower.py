@@ -39,8 +39,9 @@ PAUSE_S, PAUSE_S_MAX = 1.0, 10.0
 nothing: a node that lies about what it knows must not keep this one reading.
 """
 RECORDS_A_SECOND = 128
-"""The pause is at least as long as this takes for all records. Otherwise the readings of all nodes took a third of the
-work of moving all partitions of a small cluster. A request for a partition whose step is not known yet does not wait.
+"""The pause is at least so long that on average no more records are read in a second. Without that, the readings of all
+nodes took a third of the work of moving all partitions of a small cluster. A request for a partition whose step is
+not known yet does not wait.
 """
 
 log = structlog.get_logger("partitions")

@@ -20,7 +20,7 @@ Made = TypeVar("Made")
 
 
 class Lives(Generic[Made]):
-    """What each life of a gateway has for itself. It is made when it is first asked for."""
+    """One object for each life of a gateway, made when it is first needed."""
 
     def __init__(self, make: Callable[[Gateway], Made]) -> None:
         self._make = make

@@ -52,7 +52,7 @@ _HALF_BYTES_MIN, _HALF_BYTES_MAX = 8 * MIB, 64 * MIB
 """The first logs had halves of 8 MiB."""
 
 READ_BYTES = MIB
-"""Of a log at the start, at once."""
+"""So much of a log is read at once at the start."""
 
 FILE_NAME = "redo"
 
@@ -212,7 +212,7 @@ class RedoLog:
     def _group_heads(self) -> dict[int, list[_GroupHead]]:
         """Valid heads by number. The beginning of a torn group may still lie beside the group that took its number.
 
-        The file is read in pieces: a buffer for all of it costs more than to look at its pages.
+        The file is read in pieces: a buffer for the whole file would cost more than the search.
         """
         found: dict[int, list[_GroupHead]] = {}
         piece = memoryview(bytearray(READ_BYTES))
