@@ -41,7 +41,7 @@ class CollectionPace:
         """Before so many things are judged: waits for the pace, and as long as collection is paused. Gives others a
         turn in any case.
         """
-        self._allow()  # what is spent from now on was not saved up for
+        self._allow()  # before ``_spent`` grows: it limits how much of the time until now was saved up
         self._spent += count
         mine, wait_s = self._spent, 0.0
         while True:
