@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from storaged.clock import Clock
 from storaged.errors import DataDamaged, NoSuchBucket, StoragedError
 from storaged.maintain.job import Job, JobReport
+from storaged.maintain.rounds import TICKS_A_DAY, run_rounds
 from storaged.objects.code.lifecycle import rules_of
 from storaged.objects.lifecycle.index import (
     FORMAT,
@@ -45,9 +46,6 @@ from storaged.objects.records import BucketRecord
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.write.multipart import forget_finished_uploads
 
-TICK_S = 20.0
-TICKS_A_DAY = 20
-"""With short days the worker looks more often."""
 NOTES_S = 30.0
 WALK_EVERY_DAYS = 7
 ROWS_A_VISIT = 4
@@ -123,17 +121,10 @@ class LifecycleWorker:
 
     async def run(self) -> None:
         """Runs for ever."""
-        tick_s = min(TICK_S, self._day_ms / 1000 / TICKS_A_DAY)
-        while True:
-            more = False
-            try:
-                if self._is_mine():
-                    more = await self.once()
-                else:
-                    self._visited, self._bare = {}, set()
-            except (StoragedError, TimeoutError) as error:
-                log.info("lifecycle goes on later", reason=str(error))
-            await asyncio.sleep(0 if more else tick_s)
+        await run_rounds("lifecycle", self._day_ms, self.once, is_mine=self._is_mine, forget=self._forget)
+
+    def _forget(self) -> None:
+        self._visited, self._bare = {}, set()
 
     async def once(self) -> bool:
         """Visits each bucket that has rules. Returns whether there is work left that can be done now."""

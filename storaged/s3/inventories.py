@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from storaged.errors import AccessDenied, DataDamaged, NoSuchBucket, StoragedError
 from storaged.ids import DATA_ID_BYTES
 from storaged.maintain.job import Job, JobReport
+from storaged.maintain.rounds import TICKS_A_DAY, run_rounds
 from storaged.objects.code.lifecycle import rules_of
 from storaged.objects.configuration.inventory import INVENTORY, WEEKLY, Inventory
 from storaged.objects.configuration.kinds import LOCK
@@ -40,9 +41,6 @@ from storaged.s3.inventory.manifest import ListedFile, data_key, documents, fold
 from storaged.s3.ops.acl import is_enforced
 from storaged.wire import encode
 
-TICK_S: Final = 20.0
-TICKS_A_DAY: Final = 20
-"""With short days the worker looks more often."""
 PUT_TIMEOUT_S: Final = 120.0
 RETRY_S: Final = 60.0
 RETRY_MAX_S: Final = 900.0
@@ -127,17 +125,10 @@ class InventoryWorker:
 
     async def run(self) -> None:
         """Runs for ever."""
-        tick_s = min(TICK_S, self._day_ms / 1000 / TICKS_A_DAY)
-        while True:
-            more = False
-            try:
-                if self._is_mine():
-                    more = await self.once()
-                else:
-                    self._known = {}
-            except (StoragedError, TimeoutError) as error:
-                log.info("inventories go on later", reason=str(error))
-            await asyncio.sleep(0 if more else tick_s)
+        await run_rounds("inventories", self._day_ms, self.once, is_mine=self._is_mine, forget=self._forget)
+
+    def _forget(self) -> None:
+        self._known = {}
 
     async def once(self) -> bool:
         """Visits the inventories of each bucket, until one of them has cost something: those of one bucket take no more

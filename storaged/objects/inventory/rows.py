@@ -13,15 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Collection
 
-import msgspec
-
 from storaged.errors import DataDamaged
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import PageQuery, Row
+from storaged.objects.code.progress import progress_in
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import BucketRecord
-from storaged.wire import Message, decode, encode
+from storaged.wire import Message, encode
 
 FORMAT = 1
 DIGEST_BYTES = 16
@@ -78,23 +77,11 @@ def _name(bucket: BucketRecord, key: bytes) -> RegisterName:
 
 
 def _state_in(value: Value | None) -> InventoryState | None:
-    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-        return None
-    try:
-        found = decode(value.body, InventoryState)
-    except msgspec.MsgspecError:
-        return None
-    return found if found.format == FORMAT else None
+    return progress_in(value, InventoryState, FORMAT)
 
 
 def _file_in(value: Value | None) -> InventoryFile | None:
-    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-        return None
-    try:
-        found = decode(value.body, InventoryFile)
-    except msgspec.MsgspecError:
-        return None
-    return found if found.format == FORMAT else None
+    return progress_in(value, InventoryFile, FORMAT)
 
 
 async def read_state(plane: ObjectPlane, bucket: BucketRecord, digest: bytes) -> InventoryState | None:

@@ -10,8 +10,9 @@ import msgspec
 
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.ids import DATA_ID_BYTES
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
+from storaged.meta.names import Change, RegisterName, Table, Visibility
 from storaged.meta.ports import PageQuery, Row
+from storaged.objects.code.progress import progress_in
 from storaged.objects.lifecycle.notes import Notes
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
@@ -183,17 +184,7 @@ async def drop_index(plane: ObjectPlane, bucket: BucketRecord) -> int:
 
 async def read_state(plane: ObjectPlane, bucket: BucketRecord) -> LifecycleState | None:
     """None: there is none, or none that can be read. Raises ServiceUnavailable."""
-    return _state_in((await plane.registers.read(state_name(bucket))).value)
-
-
-def _state_in(value: Value | None) -> LifecycleState | None:
-    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-        return None
-    try:
-        found = decode(value.body, LifecycleState)
-    except msgspec.MsgspecError:
-        return None
-    return found if found.format == FORMAT else None
+    return progress_in((await plane.registers.read(state_name(bucket))).value, LifecycleState, FORMAT)
 
 
 async def write_state(plane: ObjectPlane, bucket: BucketRecord, state: LifecycleState) -> None:
