@@ -12,14 +12,17 @@ from storaged.cluster.partitions import PartitionState
 from storaged.cluster.presigned import spares_for
 from storaged.cluster.sparing import OUT, DisksOut, Opinion
 from storaged.cluster.spread import minority_of
-from storaged.units import format_duration
+from storaged.maintain.spare_room import ENOUGH, MARGIN_PART, Shortage
+from storaged.units import format_duration, format_size
 
 
 class SparingFacts(NamedTuple):
     """``layout``: in force. ``target``: where data should be (``cluster.sparing``). ``record``: the disks out.
     ``seen``: what this node has seen of each disk. ``states``: of all partitions; None while they are not known.
     ``reason``: why a disk that is due does not go out, or come back. ``spares``: seed disk -> the disks that may take
-    its place by layouts that were signed beforehand. ``seed_reason``: why none does.
+    its place by layouts that were signed beforehand. ``seed_reason``: why none does. ``shortage``: of room for
+    fragments of disks that are away for long; ``disks_short``: disks without room for partitions of disks that are out,
+    and how many bytes each lacks.
     """
 
     layout: Layout
@@ -30,6 +33,8 @@ class SparingFacts(NamedTuple):
     reason: str = ""
     spares: Mapping[str, Sequence[str]] = MappingProxyType({})
     seed_reason: str = ""
+    shortage: Shortage = ENOUGH
+    disks_short: Mapping[str, int] = MappingProxyType({})
 
 
 def document(facts: SparingFacts) -> dict[str, Any]:
@@ -75,6 +80,9 @@ def document(facts: SparingFacts) -> dict[str, Any]:
         ],
         "seed_moves": bool(layout.seeds_next and layout.if_out),
         "seed_reason": facts.seed_reason,
+        "needed_bytes": facts.shortage.needed_bytes,
+        "short_bytes": facts.shortage.short_bytes,
+        "disks_short": dict(facts.disks_short),
     }
 
 
@@ -95,6 +103,33 @@ def unspared(facts: SparingFacts) -> list[tuple[str, str]]:
         if not facts.spares.get(seed) and (able := spares_for(layout, seed)):
             place = f"{layout.node_by_name[layout.node_of(seed)].location}/{layout.node_of(seed)}/{seed}"
             found.append((place, f"disk {able[0]} of {layout.node_of(able[0])} could take its place, and may not"))
+    return found
+
+
+def waited_for(layout: Layout, record: DisksOut, seen: Mapping[str, Opinion]) -> frozenset[str]:
+    """Disks that can't be read now, if one of them is out, or was away for as long as fragments wait; else none."""
+    away = {disk: opinion for disk, opinion in seen.items() if opinion.state}
+    late = any(disk in record.disks or opinion.for_s >= layout.sparing.fragments_s for disk, opinion in away.items())
+    return frozenset(away) if late else frozenset()
+
+
+def short_details(facts: SparingFacts) -> list[tuple[str, str]]:
+    """(subject, detail) of each SPARING_LACKS_ROOM."""
+    needed, short = facts.shortage
+    found = []
+    if short:
+        found.append(
+            (
+                "fragments",
+                f"{format_size(needed)} that lie on disks which are away have to be written anew;"
+                f" {format_size(short)} of them have no room on the disks that are left, with at most"
+                f" {facts.layout.target.m} fragments of a block in a {facts.layout.domain_kind}. Each disk keeps its"
+                f" reserve and {100 // MARGIN_PART}% free. What has no spare left is written all the same",
+            )
+        )
+    for disk, lacks in facts.disks_short.items():
+        place = f"{facts.layout.node_by_name[facts.layout.node_of(disk)].location}/{facts.layout.node_of(disk)}/{disk}"
+        found.append((place, f"it lacks {format_size(lacks)} for partitions that would come from disks that are out"))
     return found
 
 

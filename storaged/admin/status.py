@@ -54,6 +54,7 @@ from storaged.errors import (
     RepairWaitsForGateway,
     SeedDiskOut,
     SeedNotSpared,
+    SparingLacksRoom,
     StoragedError,
     SystemRecordDamaged,
 )
@@ -210,6 +211,8 @@ class Facts:
     """The same of those that are seed disks."""
     seeds_unspared: Sequence[tuple[str, str]] = ()
     """(subject, detail) of each seed disk that another one could replace, if a layout were signed for this case."""
+    spares_short: Sequence[tuple[str, str]] = ()
+    """(subject, detail) of what has no room on the disks that are left."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +357,8 @@ def _problems(facts: Facts, headless: int, now_ms: int) -> Iterable[dict[str, An
         yield problem(DiskOut, subject, since_ms, detail)
     for subject, since_ms, detail in facts.seeds_out:
         yield problem(SeedDiskOut, subject, since_ms, detail)
+    for subject, detail in facts.spares_short:
+        yield problem(SparingLacksRoom, subject, now_ms, detail)
     yield from _object_problems(facts.durability, now_ms)
     for kind, records in ((SystemRecordDamaged, facts.bad_records), (BucketNotVerified, facts.unverified_records)):
         for name, reason in records[:RECORDS_NAMED_MAX]:

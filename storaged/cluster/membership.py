@@ -250,6 +250,17 @@ class Membership:
     def why_away(self, disk_id: str) -> str:
         return self.view.why_away(disk_id, lambda node: self.status(node).state == "up")
 
+    def reports(self) -> dict[str, DiskStatus]:
+        """What each node last said of the disks that the layout gives it, also one that does not answer now."""
+        homes = self._layouts.current.disk_by_id
+        said = ((peer.name, peer.disks) for peer in self._peers.values())
+        return {
+            disk.id: disk
+            for node, disks in (*said, (self._own.name, self._own.disks()))
+            for disk in disks
+            if disk.id in homes and homes[disk.id].node == node
+        }
+
     def look_at_disks(self) -> None:
         """Compares the disks again; to be called twice a second."""
         self.view.seen.expire()

@@ -40,6 +40,7 @@ from storaged.errors.conditions import (
     RepairWaitsForGateway,
     SeedDiskOut,
     SeedNotSpared,
+    SparingLacksRoom,
     SystemRecordDamaged,
 )
 from storaged.errors.iam import (

@@ -127,6 +127,20 @@ class SeedNotSpared(Condition):
     )
 
 
+class SparingLacksRoom(Condition):
+    """Disks that are away are not replaced, or not by all others: what they had does not fit on the disks that are
+    left, beside what each keeps free, and with no more of it in a failure domain than may be there. ``status`` says how
+    many bytes are short, and where. Nothing is lost by this: what was begun ends, what has no spare left is written
+    anew as long as disks take it, and the rest goes on by itself when there is room.
+    """
+
+    code = "SPARING_LACKS_ROOM"
+    hint = (
+        "Bring the disks back, if they can be. Else make room: add disks or a server (`storaged disk add`, `storaged "
+        "node invite`), or delete data; what was deleted gives its room back after an hour (`[limits] retire_delay_s`)."
+    )
+
+
 class ObjectsBelowTarget(Condition):
     """Some objects have fewer fragments than the profile asks for."""
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 
+from storaged.cluster.layout import PARTITIONS
+from storaged.disk_room import ROW_BYTES
 from storaged.errors import StoragedError
 from storaged.maintain.asks import NAMES_A_SETTLE, EndedLoans, EndLoans
 from storaged.maintain.context import MaintainContext, concurrently
@@ -23,6 +25,7 @@ from storaged.maintain.health import Finding
 from storaged.maintain.job import Job
 from storaged.maintain.rebuild import CannotRepair
 from storaged.maintain.repair_queue import RepairQueue
+from storaged.maintain.spare_room import UNKNOWN_BYTES
 from storaged.maintain.walk import Range, Walker, upload_rows
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, Value
@@ -52,6 +55,9 @@ class Check:
         self.job = Job("check", context.clock)
         self.judged = 0
         """Objects and parts with fragments that the last complete walk judged."""
+        self.partition_bytes = UNKNOWN_BYTES
+        """What one replica of a partition takes, about, by the last complete walk."""
+        self._row_bytes = 0
         self.wake = asyncio.Event()
         self._hints: dict[bytes, None] = {}
         self._wanted, self._walked = 1, 0
@@ -133,7 +139,7 @@ class Check:
         or a disk does not answer about it. Hints are dropped: the walk looks at their registers too.
         """
         wanted, unanswered, settled = self._wanted, self.walker.unanswered, self.walker.settled
-        judged = self.walker.judged
+        judged, self._row_bytes = self.walker.judged, 0
         self._hints.clear()
         self.queue.begin_walk()
         self.job.start()
@@ -149,7 +155,7 @@ class Check:
         await self._end_loans()
         if not failures:
             self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, NOW
-            self.judged = self.walker.judged - judged
+            self.judged, self.partition_bytes = self.walker.judged - judged, self._bytes_of_partition()
             self.job.finish("done", f"{self.walker.settled - settled} registers settled")
             self._note_judged()
             return
@@ -162,6 +168,16 @@ class Check:
             f"check of all objects: {len(failures)} failures, the first: {failures[0]}; again in"
             f" {self._walk_pause_s:.0f} s"
         )
+
+    def _bytes_of_partition(self) -> int:
+        """Of the partitions that this node leads: their rows, and small copies where a disk is away."""
+        context = self._context
+        led = [number for number in range(PARTITIONS) if context.leads(number)]
+        disks = (disk for number in led for disk in context.layouts.partition(number).present)
+        away = sum(not context.liveness.disk_readable(disk) for disk in disks)
+        if not led:
+            return UNKNOWN_BYTES
+        return self._row_bytes // len(led) + (self.queue.copy_bytes // away if away else 0)
 
     async def _end_loans(self) -> None:
         """Asks gateways to look at the loans that the walk has found. The next walk asks again for those that they
@@ -205,6 +221,7 @@ class Check:
     async def _judge_range(self, where: Range) -> list[Finding]:
         found: list[Finding] = []
         async for rows in self.walker.rows(where):
+            self._row_bytes += sum(ROW_BYTES + len(name.key) + len(value.body) for name, value in rows)
             found += await self.walker.judge_rows(rows)
             if len(self.walker.lenders) >= NAMES_A_SETTLE:
                 await self._end_loans()

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.clock import Clock
 from storaged.cluster.move_settings import MoveSettings
-from storaged.cluster.ports import Layouts, Liveness, OnRefusal
+from storaged.cluster.ports import DiskStatus, Layouts, Liveness, OnRefusal
 from storaged.cluster.sparing import UNREACHABLE
 from storaged.errors import DiskUnusable, ServiceUnavailable
 from storaged.fragments.ports import FragmentStores, NearStore
@@ -122,6 +122,9 @@ class MaintainContext:
 
     why_away: Callable[[str], str] = lambda _disk: UNREACHABLE
     """Why a disk can't be read (``cluster.sparing.Opinion``): UNREACHABLE when its node does not answer."""
+
+    reports: Callable[[], Mapping[str, DiskStatus]] = dict
+    """What each disk of the layout was said to be last, by disk (``Membership.reports``)."""
 
     settings: Callable[[], MoveSettings] = MoveSettings
     """Whether what is whole moves to where the layout wants it, and how fast."""

@@ -202,6 +202,12 @@ class BlockHealth(NamedTuple):
         return self._spare_with(self.present)
 
     @property
+    def away_bytes(self) -> int:
+        """Of the fragments whose disks are away."""
+        profile, shape = self.place.profile, self.place.shape
+        return sum(shape.fragment_length(profile, position) for position in self.away)
+
+    @property
     def spare_at_best(self) -> int:
         """The same, if every disk that is away came back with what it should have. Negative: the block is lost, not
         only unreadable for a time.
@@ -270,7 +276,8 @@ class Finding:
     ``repairable``: the disks that answer suffice to do something. ``recodable``: they do once the others have been away
     for long. Otherwise repair waits for disks to return. ``lost``: it can't be read even if all of them do.
     ``misplaced``: nothing is wrong, but the layout in force wants some of it elsewhere, or under another profile;
-    ``outdated``: the latter.
+    ``outdated``: the latter. ``away_bytes``, ``copy_bytes``: of the fragments, and of the small copies, whose disks are
+    away.
 
     What it was judged by: ``unheard`` disks did not answer; ``unwritable`` ones lack a fragment, and took no writes.
     ``no_room``: the disks that new fragments went to, where they could not hold the target; None where they could.
@@ -287,6 +294,8 @@ class Finding:
     unheard: tuple[str, ...] = ()
     unwritable: tuple[str, ...] = ()
     no_room: frozenset[str] | None = None
+    away_bytes: int = 0
+    copy_bytes: int = 0
 
     def is_alike(self, before: Finding) -> bool:
         """Whether the same is wrong, whatever disks there are for new fragments."""
@@ -313,7 +322,9 @@ class Tally:
     """Adds up the blocks of one register, and makes the finding."""
 
     __slots__ = (
+        "_away_bytes",
         "_below_target",
+        "_copy_bytes",
         "_damaged",
         "_lost",
         "_misplaced",
@@ -332,7 +343,7 @@ class Tally:
         self.name = name
         self._worst = 1 << 30
         self._below_target = self._repairable = self._recodable = self._lost = False
-        self._damaged = 0
+        self._damaged = self._away_bytes = self._copy_bytes = 0
         self._misplaced = self._movable = self._outdated = False
         self._unheard: set[str] = set()
         self._unwritable: set[str] = set()
@@ -353,6 +364,10 @@ class Tally:
         spare = health.spare
         self._worst = min(self._worst, spare)
         self._damaged += len(health.missing)
+        if health.place.entry.small:
+            self._copy_bytes += health.away_bytes
+        else:
+            self._away_bytes += health.away_bytes
         if spare < 0:
             self._lost = self._lost or health.spare_at_best < 0
         elif health.missing or (can_hold_target and not health.as_written):
@@ -411,4 +426,6 @@ class Tally:
             unheard=tuple(sorted(self._unheard)),
             unwritable=tuple(sorted(self._unwritable)),
             no_room=self._no_room,
+            away_bytes=self._away_bytes,
+            copy_bytes=self._copy_bytes,
         )

@@ -22,6 +22,9 @@ Theory of operation
     the disk that comes takes no writes for a while, the partition goes back to the set that it had. It exchanges other
     replicas first, or waits for the disk.
 
+    For a disk that is out nothing comes to a disk that has no room for all that would come to it (``spare_room``). This
+    is judged in each round, so it pauses when the room is taken by others, and begins again when there is room.
+
     While the job is paused (``cluster.move_settings``), no exchange begins. Those that are under way end: a joint
     partition can spare fewer disks than a settled one. A pace bounds how many exchanges begin; each gateway takes its
     share of it.
@@ -57,6 +60,7 @@ from storaged.meta.names import Change, RegisterName, Table, Value, system_name
 from storaged.meta.ports import PageCopies, PageQuery, Registers
 from storaged.meta.proposer.moving import PartitionMoves
 from storaged.objects.write.references import is_readable, pages_in
+from storaged.units import format_size
 from storaged.wire import decode, encode
 
 AT_ONCE = 4
@@ -84,6 +88,11 @@ BURST_S = 10.0
 log = structlog.get_logger("partitions")
 
 
+async def ample(_layout: Layout, _states: Sequence[PartitionState]) -> Mapping[str, int]:
+    """All disks have room."""
+    return {}
+
+
 async def anywhere() -> Mapping[int, Collection[str]]:
     """No bucket has countries."""
     return {}
@@ -94,7 +103,8 @@ class MoverPorts:
     """``sign(record)``: with the signing key of the cluster's gateways. ``refresh(partition)``: reads the record of a
     partition into the map of ``layouts``. ``allowed()``: for each partition with keys of buckets with countries, the
     countries of all of them together. ``settings()``: whether and how fast it moves; ``gateways()``: how many share the
-    pace.
+    pace. ``room(layout, states)``: which disks can't take what would come to them from disks that are out, and how many
+    bytes each lacks (``spare_room.disks_short``).
     """
 
     layouts: Layouts
@@ -109,6 +119,7 @@ class MoverPorts:
     allowed: Callable[[], Awaitable[Mapping[int, Collection[str]]]] = anywhere
     settings: Callable[[], MoveSettings] = MoveSettings
     gateways: Callable[[], int] = lambda: 1
+    room: Callable[[Layout, Sequence[PartitionState]], Awaitable[Mapping[str, int]]] = ample
 
 
 @dataclass
@@ -146,6 +157,8 @@ class PartitionMover:
         """Partitions that are to be mentioned, and why they could not make a step."""
         self._begins_at = 0.0
         """When the next exchange may begin, by the pace."""
+        self._short: Mapping[str, int] = {}
+        """Disks without room for what would come to them from disks that are out."""
         self.progress = MoverProgress()
 
     async def run(self) -> None:
@@ -177,8 +190,9 @@ class PartitionMover:
             states = [state for state in states if state.coming]
         try:
             self._allowed = await self._ports.allowed() if states else {}
+            self._short = await self._ports.room(layout, states) if layout is not layouts.current and states else {}
         except (StoragedError, TimeoutError) as error:
-            progress.reason = f"the countries of buckets are not known: {error}"
+            progress.reason = f"the countries of buckets, or the room on disks, are not known: {error}"
             return len(states)
         # Those that are under way end before others begin: few partitions are joint at any time.
         waiting = [state.partition for state in sorted(states, key=lambda state: not state.coming)]
@@ -262,7 +276,13 @@ class PartitionMover:
         allowed = self._allowed.get(state.partition)
         wanted = layout.replicas_of(state.partition)
         outside = {disk for disk in wanted if allowed is not None and layout.country_of(disk) not in allowed}
-        record = next_step(state, layout, lost={*self._away_since, *outside})
+        short = self._short.keys() - outside if self._is_spared(state) else frozenset[str]()
+        record = next_step(state, layout, lost={*self._away_since, *outside, *short})
+        if record is None and short and next_step(state, layout, lost={*self._away_since, *outside}) is not None:
+            disk = next(disk for disk in wanted if disk in short and disk not in state.present)
+            raise ServiceUnavailable(
+                f"disk {disk} lacks {format_size(self._short[disk])} for what would come to it from disks that are out"
+            )
         if record is None and allowed is not None and next_step(state, layout, lost=self._away_since) is not None:
             disk = next(disk for disk in wanted if disk in outside and disk not in state.present)
             raise LayoutRefused(
@@ -270,6 +290,10 @@ class PartitionMover:
                 f" to disk {disk} in {layout.country_of(disk)}; they stay where they are"
             )
         return record
+
+    def _is_spared(self, state: PartitionState) -> bool:
+        """Whether it has a replica on a disk that is out."""
+        return not self._ports.layouts.partitions.out.disks.isdisjoint(state.present)
 
     async def _take(self, state: PartitionState, record: PartitionRecord) -> bool:
         """Writes the record of the next step. False when another mover was first."""

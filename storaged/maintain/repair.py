@@ -16,9 +16,9 @@ How repair decides, in the order of this file:
 5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the target
    of the layout in force, if the disks that take writes can hold it: without delay for a slice that was not written
    with its target, or that the layout in force wants elsewhere or under another profile, after the delay for one with
-   AWAY fragments, unless more failure domains are silent than the layout's policy replaces (``cluster.sparing``). If
-   they can't hold the target, it chooses what they can hold, for a slice that has AWAY fragments, after the delay, when
-   a block has no spare left.
+   AWAY fragments, unless more failure domains are silent than the layout's policy replaces (``cluster.sparing``), or
+   the other disks have no room for all of it (``spare_room``). If they can't hold the target, it chooses what they can
+   hold, for a slice that has AWAY fragments, after the delay, when a block has no spare left.
 6. Only gateways change records: ``relocate`` asks one to make the record name the new places, many moves at a time,
    while repair goes on. The gateway puts the old fragments on garbage lists. While no gateway answers, nothing is
    recoded (step 4 rebuilds in place, for which no record changes), and ``waits`` says so.
@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 from storaged.cluster.sparing import UNREACHABLE
 from storaged.fragments.ports import FragmentId
@@ -48,6 +48,8 @@ from storaged.maintain.rebuild import CannotRepair, Move, Rebuilder
 from storaged.maintain.rejudging import urgency
 from storaged.maintain.relocate import Relocator
 from storaged.maintain.repair_queue import PREFIX_BYTES
+from storaged.maintain.spare_room import Counts
+from storaged.maintain.spare_watch import SpareWatch
 from storaged.maintain.walk import entries_of, upload_rows
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.objects.code.place import Placement
@@ -81,10 +83,13 @@ class Waits(Message, frozen=True):
 
 
 class Repair:
-    """Works off the queue that ``check`` fills. ``run`` is the task of both."""
+    """Works off the queue that ``check`` fills. ``run`` is the task of both. ``statuses()``: of all nodes."""
 
-    def __init__(self, context: MaintainContext, check: Check) -> None:
+    def __init__(
+        self, context: MaintainContext, check: Check, statuses: Callable[[], Awaitable[Sequence[Counts]]]
+    ) -> None:
         self._context = context
+        self.room = SpareWatch(context, statuses)
         self.check = check
         self._queue = check.queue
         self._walker = check.walker
@@ -160,6 +165,7 @@ class Repair:
             await self.check.round()
             await self._compare_mismatched()
             await self._judge_concluded()
+            await self.room.look(needed=self._some_away_long())
             await self._repair_most_urgent()
         except REFUSALS as error:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
@@ -187,6 +193,7 @@ class Repair:
         failures: list[str] = []
         batch = self._context.limits.repair_batch
         for finding in heapq.nsmallest(batch, work, key=urgency):
+            await self.room.look(needed=self._some_away_long())
             if finding.misplaced and not self._may_move():
                 break  # those that follow only have to move, too
             await self.relocator.room()
@@ -261,8 +268,8 @@ class Repair:
     def _due_findings(self) -> list[Finding]:
         now = self._context.clock.monotonic()
         moves = not self.relocator.away
-        recode, cut_off = self._some_away_long(), self._is_cut_off(self._context.recode_delay_s)
-        due = self._queue.due(now, recode=recode, moves=moves, misplaced=self._may_move(), bare_only=cut_off)
+        recode, bare_only = self._some_away_long(), self._is_cut_off(self._context.recode_delay_s) or self.room.short
+        due = self._queue.due(now, recode=recode, moves=moves, misplaced=self._may_move(), bare_only=bare_only)
         return [finding for finding in due if not self._is_moving(finding)]
 
     def _is_moving(self, finding: Finding) -> bool:
@@ -365,7 +372,8 @@ class Repair:
         away, delay_s = any(block.away for block in blocks), self._context.recode_delay_s
         away_long = away and self._away_long_enough(blocks)
         place = blocks[0].place
-        urgent = not blocks[0].as_written or (away_long and not self._is_cut_off(delay_s))
+        spares = away_long and not self._is_cut_off(delay_s) and (place.gone or not self.room.short)
+        urgent = not blocks[0].as_written or spares
         on_target = blocks[0].on_target
         if urgent or not (place.placed and on_target):
             # Elsewhere it would count as placed, and never come to the disk that is away now.

@@ -40,12 +40,16 @@ class _Overflow(NamedTuple):
     below_target: int = 0
     misplaced: int = 0
     outdated: int = 0
+    away_bytes: int = 0
+    copy_bytes: int = 0
 
     def plus(self, finding: Finding) -> _Overflow:
         return _Overflow(
             self.below_target + (not finding.misplaced),
             self.misplaced + finding.misplaced,
             self.outdated + finding.outdated,
+            self.away_bytes + finding.away_bytes,
+            self.copy_bytes + finding.copy_bytes,
         )
 
 
@@ -85,7 +89,7 @@ class RepairQueue:
         self._ranges: dict[bytes, dict[bytes, Finding]] = {}
         self._overflow: dict[bytes, _Overflow] = {}
         self._back_offs: dict[bytes, _BackOff] = {}
-        self._count = 0
+        self._count = self._away_bytes = self._copy_bytes = 0
         self._tally: Counter[str] = Counter()
         self._rejudging = Rejudging()
         self._in_vain: dict[bytes, int] = {}
@@ -163,6 +167,8 @@ class RepairQueue:
 
     def _count_one(self, finding: Finding, by: int) -> None:
         self._count += by
+        self._away_bytes += by * finding.away_bytes
+        self._copy_bytes += by * finding.copy_bytes
         for kind in _kinds(finding):
             self._tally[kind] += by
 
@@ -203,6 +209,16 @@ class RepairQueue:
         return sum(
             some.below_target for prefix, some in self._overflow.items() if (prefix[0] == Table.OBJECT) == objects
         )
+
+    @property
+    def away_bytes(self) -> int:
+        """Of the fragments below target whose disks are away."""
+        return self._away_bytes + sum(some.away_bytes for some in self._overflow.values())
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of the small copies whose disks are away."""
+        return self._copy_bytes + sum(some.copy_bytes for some in self._overflow.values())
 
     @property
     def lost(self) -> int:

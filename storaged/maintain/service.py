@@ -29,6 +29,7 @@ from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.pull import Pull
 from storaged.maintain.repair import Repair, Waits
 from storaged.maintain.scrub import Scrub
+from storaged.maintain.spare_room import UNKNOWN_BYTES
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName
 from storaged.tasks import TaskGroup
@@ -100,6 +101,10 @@ class MaintainStatus(Message, frozen=True):
     """The epoch of the layout by which the last walk judged, or by which the one under way does."""
     unrepaired: tuple[tuple[str, int], ...] = ()
     """Why objects and parts below target are not repaired (``Repair.unrepaired``), the most frequent reasons."""
+    away_bytes: int = UNKNOWN_BYTES
+    """Of the fragments of these objects that lie on disks that are away (``spare_room``)."""
+    partition_bytes: int = UNKNOWN_BYTES
+    """What one replica of a partition takes, about."""
 
 
 class Maintenance:
@@ -112,7 +117,7 @@ class Maintenance:
         self.check = Check(context, scanner)
         self.pull = Pull(context, caller)
         self.check.walker.bring_up = self.pull.bring_up
-        self.repair = Repair(context, self.check)
+        self.repair = Repair(context, self.check, self._others.statuses)
         self.scrub = Scrub(context, self.hint, self.check.request_walk)
         self.holds = Holds(context.clock, context.limits.read_hold_s)
         self.collector = Collector(context, holds=self.holds)
@@ -281,6 +286,8 @@ class Maintenance:
             outdated=queue.outdated,
             layout=self._walked_places[0],
             unrepaired=tuple(repair.unrepaired().most_common(REASONS_MAX)),
+            away_bytes=queue.away_bytes if current else UNKNOWN_BYTES,
+            partition_bytes=check.partition_bytes,
         )
 
     def _collection(self) -> list[JobReport]:

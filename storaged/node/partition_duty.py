@@ -5,6 +5,7 @@ decides which disks are out, and replaces those with a seed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from storaged.cluster import move_settings, sparing
 from storaged.cluster.layout import Layout, partition_of
 from storaged.cluster.move_settings import MoveSettings
-from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, signed_bytes
+from storaged.cluster.partitions import PATH_PREFIX, PartitionRecord, PartitionState, signed_bytes
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.signers import is_signed, signer_id
 from storaged.cluster.sparing import DisksOut, Vote
@@ -21,6 +22,7 @@ from storaged.cluster.votes import verify_vote
 from storaged.ids import system_entropy
 from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import MoverPorts, PartitionMover
+from storaged.maintain.spare_room import bytes_of_partition, disks_short, free_for_spares
 from storaged.meta.names import RegisterName, Value
 from storaged.node.applying import LayoutApplication
 from storaged.node.planes import NodePlanes
@@ -79,6 +81,7 @@ class PartitionDuty:
                 self._allowed,
                 lambda: node.follower.settings.current,
                 self._gateways,
+                self._room,
             )
         )
         self.expunger = Expunger(
@@ -122,6 +125,13 @@ class PartitionDuty:
                     partition = partition_of(bucket.id, shard)
                     found[partition] = found.get(partition, frozenset(bucket.countries)) & frozenset(bucket.countries)
         return found
+
+    async def _room(self, layout: Layout, states: Sequence[PartitionState]) -> Mapping[str, int]:
+        """See ``MoverPorts``."""
+        node = self._node
+        counts = await node.maintain.statuses()
+        free = free_for_spares(node.membership.reports(), node.membership.disk_writable)
+        return disks_short(layout, states, node.layouts.partitions.out.disks, free, bytes_of_partition(counts))
 
     def _gateways(self) -> int:
         """How many gateways move partitions: those that are up, and those without an address, of which this one hears

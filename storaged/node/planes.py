@@ -179,8 +179,7 @@ class NodePlanes:
         await self._tell_disks()
 
     async def _open_layouts(self) -> None:
-        files = LayoutFiles(self.directory / "layouts")
-        self._files = files
+        self._files = files = LayoutFiles(self.directory / "layouts")
         persist = self._persist if self.leader is None else None
         self.layouts = LayoutBook(
             self.own.administration,
@@ -327,6 +326,7 @@ class NodePlanes:
             small_copies=self.ring.small_copies,
             steps=lambda: self.layouts.partitions.steps,
             why_away=self.membership.why_away,
+            reports=self.membership.reports,
             settings=lambda: self.follower.settings.current,
             audit_alarms=self.auditing.alarms,
             on_refusal=self._refused,

@@ -13,7 +13,7 @@ from storaged.admin.ports import Services
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
 from storaged.cluster.move_settings import document
-from storaged.cluster.partitions import PartitionState
+from storaged.cluster.partitions import PartitionState, is_settled
 from storaged.cluster.presigned import spares_of
 from storaged.cluster.rpc.faults import plain
 from storaged.errors import (
@@ -24,6 +24,7 @@ from storaged.maintain.job import JobReport
 from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.repair_queue import REASON_CHARS_MAX
 from storaged.maintain.service import REASONS_MAX, MaintainStatus
+from storaged.maintain.spare_room import bytes_of_partition, disks_short, free_for_spares, needed_bytes, shortage_of
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.meta.ports import PageQuery
@@ -100,7 +101,7 @@ class Reports:
         profile, reason = self._write_profile()
         problem = self._gateway.problem if self._gateway is not None else ""
         refusal = self._gateway.key_refusal if self._gateway is not None else ""
-        spared, counts = self._sparing(), self._partitions()
+        spared, counts = await self._sparing(statuses), self._partitions()
         spares = sparing.document(spared)
         nodes = self._nodes()
         disks = [disk for known in nodes if known.up for disk in known.disks]
@@ -123,6 +124,7 @@ class Reports:
             filling=self._filling.warnings(disks, node.clock.monotonic()),
             seeds_out=sparing.seed_details(spared, spares),
             seeds_unspared=sparing.unspared(spared),
+            spares_short=sparing.short_details(spared),
             audit_alarms=merged(
                 [*node.auditing.alarms(), *(alarm for status in statuses for alarm in status.audit_alarms)]
             ),
@@ -143,7 +145,7 @@ class Reports:
         except ServiceUnavailable:
             return None
 
-    def _sparing(self) -> sparing.SparingFacts:
+    async def _sparing(self, statuses: Sequence[MaintainStatus]) -> sparing.SparingFacts:
         layouts = self._node.layouts
         layout, record = layouts.current, layouts.partitions.out
         states = self._states() if record.out else []
@@ -152,7 +154,18 @@ class Reports:
         target, seen = layouts.partitions.target(layout), self._node.sparing.times.seen()
         spares = spares_of(layouts.signed(layout.epoch))
         seed_reason = duty.system_sparing.reason if duty is not None else ""
-        return sparing.SparingFacts(layout, target, record, seen, states, reason, spares, seed_reason)
+        found = sparing.SparingFacts(layout, target, record, seen, states, reason, spares, seed_reason)
+        membership, gone = self._node.membership, sparing.waited_for(layout, record, seen)
+        if not gone:
+            return found
+        reports = membership.reports()
+        free = free_for_spares(reports, membership.disk_writable)
+        needed, each = needed_bytes(layout, gone, reports, statuses), bytes_of_partition(statuses)
+        moving = [state for state in states or () if target is not layout and not is_settled(state, target)]
+        return found._replace(
+            shortage=await asyncio.to_thread(shortage_of, layout, gone, free, needed),
+            disks_short=disks_short(target, moving, record.disks, free, each),
+        )
 
     def _moving(self, statuses: Sequence[MaintainStatus], counts: PartitionCounts | None) -> dict[str, Any]:
         """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has

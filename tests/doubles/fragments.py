@@ -54,6 +54,10 @@ class MemoryFragmentStore:
 
     # --- what tests do to it ----------------------------------------------------------------------------------------
 
+    @property
+    def held_bytes(self) -> int:
+        return self._used()
+
     def refuse(self, state: str) -> None:
         """``full`` or ``read-only``; ``ok`` ends it."""
         self._state = state

@@ -19,7 +19,7 @@ import msgspec
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.partitions import PartitionRecord
-from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
+from storaged.cluster.ports import Call, DiskStatus, Method, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.authority import METHODS
 from storaged.cluster.sparing import UNREACHABLE
@@ -173,6 +173,7 @@ class StorageNode:
             adopt=lambda disk, request, copy: self.replicas[disk].accept(request, copy),
             small_copies=self.ring.small_copies,
             why_away=cluster.alive.why_away,
+            reports=cluster.alive.reports,
             limits=cluster.limits,
             log=self.log.append,
         )
@@ -222,6 +223,17 @@ class Alive:
         self.ample: frozenset[str] = frozenset()
         self.slow: set[str] = set()
         self.late: list[str] = []
+        self.room_bytes: dict[str, int] = {}
+        """What each disk may have in all; empty: heartbeats say nothing of that."""
+
+    def reports(self) -> dict[str, DiskStatus]:
+        found = {}
+        for node in self._cluster.nodes.values():
+            for disk, store in node.fragments.items():
+                if disk in self.room_bytes:
+                    used, room = store.held_bytes, self.room_bytes[disk]
+                    found[disk] = DiskStatus(disk, "", "ok", used, max(0, room - used))
+        return found
 
     def disk_readable(self, disk_id: str) -> bool:
         node = next((node for node in self._cluster.nodes.values() if disk_id in node.meta), None)

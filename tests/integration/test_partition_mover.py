@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import re
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_ports
 from typing import Any
@@ -14,7 +15,8 @@ from msgspec.structs import replace
 
 from storaged.clock import SystemClock
 from storaged.cluster.layout import Layout
-from storaged.cluster.partitions import PartitionRecord, is_settled, path_of, signed_bytes
+from storaged.cluster.partitions import PartitionRecord, PartitionState, is_settled, path_of, signed_bytes
+from storaged.cluster.sparing import UNREACHABLE, DisksOut, OutDisk
 from storaged.errors import NoSuchBucket, ServiceUnavailable, SlowDown
 from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.maintain.partition_mover import FAILURES_SHOWN, MoverPorts, PartitionMover
@@ -25,6 +27,7 @@ from storaged.meta.messages import Accept, FencesAsk, FenceSet, FencesReply, Flo
 from storaged.meta.names import Change, RegisterName, Table, Visibility, system_name
 from storaged.meta.ports import PageQuery
 from storaged.node.partition_follower import PartitionFollower
+from storaged.units import MIB
 from storaged.wire import encode
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.worlds.ring_client import MemoryReplicas, ring_client
@@ -207,6 +210,52 @@ async def test_a_mover_knows_its_own_steps_and_reads_those_of_others(world: Worl
     assert movers["others"].progress.steps == 0
     assert sorted(set(read["others"])) == stepped
     assert [own.record(number) for number in stepped] == [others.record(number) for number in stepped]
+
+
+async def test_nothing_comes_to_a_disk_without_room_for_what_an_out_disk_had_until_it_has_room(world: World) -> None:
+    """A layout that was signed moves all the same: its administrator was asked."""
+    for name in names():
+        await world.gateway.put(name, b"body")
+    await world.learn()
+    asked: list[int] = []
+    lacks: dict[str, int] = {}
+
+    async def room(layout: Layout, states: Sequence[PartitionState]) -> dict[str, int]:
+        asked.append(len(states))
+        return lacks
+
+    layouts = world.gateway.layouts
+    mover = PartitionMover(replace_ports(world.gateway.ports, room=room), lost_s=0, partitions=MOVED)
+    while await mover.round():
+        assert not asked
+    steps = mover.progress.steps
+    assert steps > 0
+    layouts.partitions.note_out(DisksOut(1, (OutDisk("a0", 0, UNREACHABLE),), ()))
+    lacks |= {"b0": 2 * MIB, "c0": MIB}  # and d0 has room
+    wanted = layouts.partitions.target(layouts.current)
+
+    def waiting() -> set[str]:
+        """The disks that partitions with a replica on the disk that is out wait for."""
+        states = [layouts.partition(number) for number in MOVED]
+        there = [state for state in states if "a0" in state.present]
+        return {disk for state in there for disk in wanted.replicas_of(state.partition) if disk not in state.present}
+
+    before = waiting()
+    assert before == {"b0", "c0", "d0"}
+    async with asyncio.timeout(120):
+        while "d0" in waiting():
+            await mover.round()
+    for _ in range(FAILURES_SHOWN):
+        await mover.round()
+    assert waiting() == {"b0", "c0"}
+    assert re.fullmatch(r"partition \d+: disk (b0 lacks 2|c0 lacks 1)\.0 MiB for what .*", mover.progress.reason)
+    lacks.clear()
+    async with asyncio.timeout(120):
+        while await mover.round():
+            pass
+    assert waiting() == set()
+    for name in names():
+        assert await world.gateway.get(name) == b"body"
 
 
 async def test_a_gateway_that_knows_nothing_of_it_finds_its_way(world: World) -> None:

@@ -13,6 +13,26 @@ _VOTES = "storaged/cluster/votes.py"
 
 SPARING_BUGS = (
     Planted(
+        "sparing_without_room",
+        "repair writes anew what has no room on the disks that are left",
+        1,
+        path="storaged/maintain/spare_watch.py",
+        old="        return self._shortage.short_bytes > 0\n",
+        new="        return False\n",
+        tests="tests/integration/test_sparing_room.py",
+        why="disks of plays have no bound",
+    ),
+    Planted(
+        "partitions_spared_without_room",
+        "partitions leave a disk that is out for one without room",
+        1,
+        path="storaged/maintain/partition_mover.py",
+        old="        short = self._short.keys() - outside if self._is_spared(state) else frozenset[str]()\n",
+        new="        short = frozenset[str]()\n",
+        tests="tests/integration/test_partition_mover.py",
+        why="disks of plays have no bound",
+    ),
+    Planted(
         "presigned_without_votes",
         "a node accepts a layout that was signed beforehand though nobody voted",
         60,

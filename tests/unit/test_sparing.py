@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
-from storaged.admin.sparing import SparingFacts, details, document, seed_details, unspared
+from storaged.admin.sparing import SparingFacts, details, document, seed_details, short_details, unspared, waited_for
 from storaged.admin.status import Facts, judge
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.layout import PARTITIONS, Layout, RevokedCertificate, Sparing
@@ -37,9 +37,11 @@ from storaged.cluster.sparing import (
 )
 from storaged.cluster.votes import check_votes, sign_vote, verify_vote
 from storaged.errors import PeerUnreachable, VoteRefused
+from storaged.maintain.spare_room import Shortage
 from storaged.node.move_progress import count_partitions
 from storaged.node.sparing import PAUSE_MAX_S, DiskTimes, NodeSparing, Voter
 from storaged.node.sparing_duty import SparingDuty, SparingPorts
+from storaged.units import GIB, MIB
 from storaged.wire import decode, encode
 from tests.doubles.layouts import KnownLayouts
 from tests.worlds.authority import World
@@ -148,6 +150,35 @@ def test_status_says_what_is_out_what_others_have_taken_over_and_what_is_waited_
     for _, _, detail in details(found, document(found)):
         assert "a partition needs 3 racks, 2 are left" in detail
         assert "stop when one more rack fails" in detail
+
+
+def test_status_says_what_has_no_room_on_the_disks_that_are_left_and_how_much_is_short() -> None:
+    layout = four()
+    record = DisksOut(1, (OutDisk("d4a", 5, UNREACHABLE),), ())
+    facts = SparingFacts(layout, target(layout, record.disks), record, {"d4a": away("d4a")}, [])
+    assert short_details(facts) == []
+    short = facts._replace(shortage=Shortage(3 * GIB, GIB), disks_short={"d2b": 512 * MIB})
+    (what, fragments), (place, partitions) = short_details(short)
+    assert (what, place) == ("fragments", "FR/par1/n2/n2/d2b")
+    assert "3.0 GiB that lie on disks which are away" in fragments
+    assert "1.0 GiB of them have no room on the disks that are left, with at most 1 fragments" in fragments
+    assert "it lacks 512.0 MiB" in partitions
+    shown = document(short)
+    assert (shown["needed_bytes"], shown["short_bytes"], shown["disks_short"]) == (3 * GIB, GIB, {"d2b": 512 * MIB})
+    problems = judge(Facts(layout, [], "2+1", spares_short=short_details(short)), 10)["problems"]
+    assert [entry["detail"] for entry in problems if entry["code"] == "SPARING_LACKS_ROOM"] == [fragments, partitions]
+
+
+def test_room_is_judged_once_a_disk_is_not_waited_for_any_more() -> None:
+    layout, none = four(), NONE_OUT
+    delay_s = layout.sparing.fragments_s
+    here = {"d1a": Opinion("d1a", "", 9 * delay_s)}
+    assert waited_for(layout, none, here) == frozenset()
+    assert waited_for(layout, none, here | {"d4a": away("d4a", delay_s - 1)}) == frozenset()
+    some = here | {"d4a": away("d4a", delay_s), "d3a": away("d3a", 1)}
+    assert waited_for(layout, none, some) == {"d4a", "d3a"}, "the other one takes nothing now"
+    restarted = {"d4a": away("d4a", 1)}
+    assert waited_for(layout, DisksOut(1, (OutDisk("d4a", 5, UNREACHABLE),), ()), restarted) == {"d4a"}
 
 
 def test_status_says_what_to_type_for_a_seed_disk_that_is_out() -> None:

@@ -158,6 +158,23 @@ def choose(
     )
 
 
+def replaced(layout: Layout, group: int, profile: Profile, takes: Callable[[str, bool], bool]) -> Sequence[str] | None:
+    """The disks that get the fragments of a placement group whose first choices don't take them, under the same profile
+    and limits; None when there are too few. ``takes(disk, first)``: whether a disk takes a fragment; ``first``: it is a
+    first choice.
+    """
+    first = _ranked_choice(layout, group, profile, ())
+    placement = _assign(
+        layout,
+        profile,
+        first,
+        layout.preference(group),
+        lambda disk: is_eligible(layout, disk, ()) and takes(disk, disk in first),
+        profile.m,
+    )
+    return None if placement is None else tuple(placement.moved.values())
+
+
 def choose_prompt(
     layout: Layout,
     data_id: bytes,

@@ -1,0 +1,56 @@
+"""Looks every few seconds whether the disks that are left have room for what disks that are away had (``spare_room``),
+on a storage node. Until then repair does not begin to write that anew, or pauses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from storaged.maintain.context import MaintainContext
+from storaged.maintain.spare_room import ENOUGH, Counts, Shortage, free_for_spares, needed_bytes, shortage_of
+from storaged.units import format_size
+
+LOOK_S = 5.0
+
+
+class SpareWatch:
+    """``statuses()``: what each node has counted."""
+
+    def __init__(self, context: MaintainContext, statuses: Callable[[], Awaitable[Sequence[Counts]]]) -> None:
+        self._context = context
+        self._statuses = statuses
+        self._shortage = ENOUGH
+        self._look_at = float("-inf")
+
+    @property
+    def short(self) -> bool:
+        """There was too little room at the last look."""
+        return self._shortage.short_bytes > 0
+
+    async def look(self, *, needed: bool) -> None:
+        """To be called again and again. ``needed``: some disk has been away for so long that it is not waited for."""
+        now = self._context.clock.monotonic()
+        if not needed:
+            self._shortage, self._look_at = ENOUGH, float("-inf")
+        elif now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._note(await self._judge())
+
+    async def _judge(self) -> Shortage:
+        context = self._context
+        layout, reports = context.layouts.current, context.reports()
+        gone = frozenset(disk.id for disk in layout.disks if not context.liveness.disk_readable(disk.id))
+        wanted = needed_bytes(layout, gone, reports, await self._statuses())
+        free = free_for_spares(reports, context.liveness.disk_writable)
+        return await asyncio.to_thread(shortage_of, layout, gone, free, wanted)
+
+    def _note(self, found: Shortage) -> None:
+        if self.short != (found.short_bytes > 0):
+            self._context.log(
+                f"disks that are away are not replaced: of {format_size(found.needed_bytes)},"
+                f" {format_size(found.short_bytes)} have no room"
+                if found.short_bytes
+                else "there is room again for what disks that are away had"
+            )
+        self._shortage = found

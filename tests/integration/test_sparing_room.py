@@ -1,0 +1,128 @@
+"""A disk is away for good, and the others have too little room for what it had: nothing begins, or it pauses in the
+middle, until there is room. All nodes of the product in one process, in virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from storaged.maintain.repair import NO_RECODING_S
+from storaged.objects.records import BucketRecord
+from storaged.wire import Message
+from tests.integration.memory_cluster import Cluster, run
+from tests.integration.test_maintain_cluster import DELAY_S
+
+RACKS = {"a": "FR/par1/a", "b": "FR/par2/b", "c": "FR/lyo1/c", "d": "FR/lyo2/d"}
+OBJECTS, BYTES = 32, 300_000
+
+
+async def filled(cluster: Cluster) -> tuple[BucketRecord, str]:
+    """A bucket with coded objects, and one of the disks that have some of it."""
+    bucket = await cluster.bucket()
+    for number in range(OBJECTS):
+        await cluster.put(bucket, b"%d" % number, os.urandom(BYTES))
+    return bucket, "d0"
+
+
+def held(cluster: Cluster) -> dict[str, int]:
+    return {disk: store.held_bytes for node in cluster.nodes.values() for disk, store in node.fragments.items()}
+
+
+def give_room(cluster: Cluster, spare: int) -> dict[str, int]:
+    """Each disk may have so much more than it has. Returns what it may have."""
+    cluster.alive.room_bytes = {disk: (used + spare) * 50 // 49 + 1 for disk, used in held(cluster).items()}
+    return {disk: used + spare for disk, used in held(cluster).items()}
+
+
+async def on_disk(cluster: Cluster, bucket: BucketRecord, disk: str) -> int:
+    places = [place for number in range(OBJECTS) for place in await cluster.places(bucket, b"%d" % number)]
+    return sum(disk in place.disks for place in places)
+
+
+def test_without_room_nothing_is_written_anew_and_it_begins_by_itself_when_there_is_room() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, lost = await filled(cluster)
+        before = await on_disk(cluster, bucket, lost)
+        assert before > 2
+        had = held(cluster)[lost]
+        give_room(cluster, had // 16)
+        cluster.maintain()
+        await cluster.settled()
+        cluster.lose_disk(lost)
+        await cluster.pass_s(DELAY_S + 120)
+        statuses = await cluster.statuses()
+        assert sum(status.away_bytes for status in statuses) > had // 2
+        assert not sum(status.fragments_rebuilt for status in statuses)
+        assert await on_disk(cluster, bucket, lost) == before
+        assert any("have no room" in line for node in cluster.nodes.values() for line in node.log)
+        assert all(status.waits.recode_in_s == NO_RECODING_S for status in statuses)
+
+        give_room(cluster, had)
+        await cluster.pass_s(300)
+        await cluster.settled()
+        assert await on_disk(cluster, bucket, lost) == 0
+        assert sum(status.away_bytes for status in await cluster.statuses()) == 0
+
+    run(scenario, racks=RACKS)
+
+
+def test_when_the_room_is_taken_in_the_middle_it_pauses_and_no_disk_is_filled() -> None:
+    """What clients write takes it."""
+
+    async def slow(_caller: str, _node: str, method: str, _request: Message) -> None:
+        if method == "fragment.write":
+            await asyncio.sleep(12)
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, lost = await filled(cluster)
+        cluster.intercept = slow
+        before = await on_disk(cluster, bucket, lost)
+        cluster.maintain()
+        await cluster.settled()
+        give_room(cluster, held(cluster)[lost])
+        cluster.lose_disk(lost)
+        await cluster.pass_s(DELAY_S - 5)
+        while await on_disk(cluster, bucket, lost) == before:
+            await cluster.pass_s(1)
+        bounds = give_room(cluster, BYTES // 8)
+        await cluster.pass_s(60)
+        left = await on_disk(cluster, bucket, lost)
+        assert 0 < left < before, "it has begun, and pauses"
+        await cluster.pass_s(120)
+        assert await on_disk(cluster, bucket, lost) == left
+        found = held(cluster)
+        over = {disk: found[disk] - bound for disk, bound in bounds.items() if found[disk] > bound}
+        assert sum(over.values()) <= 3 * BYTES, "what had begun has ended"
+        for number in range(OBJECTS):
+            assert len(await cluster.get(bucket, b"%d" % number)) == BYTES
+
+        give_room(cluster, held(cluster)[lost])
+        await cluster.pass_s(600)
+        await cluster.settled()
+        assert await on_disk(cluster, bucket, lost) == 0
+
+    run(scenario, racks=RACKS)
+
+
+def test_what_has_no_spare_left_is_written_anew_all_the_same() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        give_room(cluster, 0)
+        disks = ("d0", "d1")
+        counts = dict.fromkeys(range(OBJECTS), 0)
+        for number in counts:
+            for place in await cluster.places(bucket, b"%d" % number):
+                counts[number] = max(counts[number], len(set(disks) & set(place.disks)))
+        assert set(counts.values()) >= {1, 2}
+        for disk in disks:
+            cluster.lose_disk(disk)
+        await cluster.pass_s(DELAY_S + 300)
+        for number, count in counts.items():
+            places = await cluster.places(bucket, b"%d" % number)
+            still = any(set(disks) & set(place.disks) for place in places)
+            assert still == (count == 1), (number, count)
+
+    run(scenario, racks=RACKS)
