@@ -20,6 +20,7 @@ from storaged.cluster.layout import PARTITIONS
 from storaged.disk_room import ROW_BYTES
 from storaged.errors import StoragedError
 from storaged.maintain.asks import NAMES_A_SETTLE, EndedLoans, EndLoans
+from storaged.maintain.catch_up import CatchUp
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.health import Finding
 from storaged.maintain.job import Job
@@ -51,6 +52,7 @@ class Check:
     def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
         self._context = context
         self.walker = Walker(context, scanner)
+        self.catch_up = CatchUp(context, self.walker)
         self.queue = RepairQueue(context.limits)
         self.job = Job("check", context.clock)
         self.judged = 0
@@ -204,6 +206,7 @@ class Check:
         ranges = self.walker.led_ranges()
         self.job.start(len(ranges))
         for where in ranges:
+            await self.catch_up.ended()
             try:
                 if not await self.walker.settle_range(where):
                     failures.append("a replica did not answer")
@@ -221,6 +224,7 @@ class Check:
     async def _judge_range(self, where: Range) -> list[Finding]:
         found: list[Finding] = []
         async for rows in self.walker.rows(where):
+            await self.catch_up.ended()
             self._row_bytes += sum(ROW_BYTES + len(name.key) + len(value.body) for name, value in rows)
             found += await self.walker.judge_rows(rows)
             if len(self.walker.lenders) >= NAMES_A_SETTLE:

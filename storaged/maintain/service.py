@@ -6,7 +6,7 @@ maintain.hold     keeps for a moment what these downloads read (``holds``)
 maintain.hint     looks at these registers soon, and compares the fragments of these blocks
 maintain.behind   brings these registers of this node's disks up (``pull``)
 maintain.asks     what this node asks of gateways (``asks``)
-maintain.wake     begins a walk: a node has started, and may have been away unnoticed
+maintain.wake     begins catch-up and a walk: a node has started, and may have been away unnoticed
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class Maintenance:
         async with asyncio.TaskGroup() as group:
             for work in (
                 self.repair.run,
+                self.check.catch_up.run,
                 self.repair.relocator.run,
                 self._watch,
                 self._tell,
@@ -205,7 +206,7 @@ class Maintenance:
     # --- disks that come and go -------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """When a disk comes or goes, a walk begins."""
+        """When a disk comes or goes, a walk begins; when one comes, catch-up before."""
         while True:
             self._watch_disks()
             await asyncio.sleep(self._context.limits.poll_s)
@@ -227,6 +228,8 @@ class Maintenance:
         seen = self._context.usable_disks()
         places = self._context.layouts.current.epoch, self._context.steps()
         moving, self._places = places != self._places, places
+        if seen[0] - self._seen[0]:
+            self.check.catch_up.request()
         if seen != self._seen or (places != self._walked_places and not moving and self._has_rested()):
             self._seen, self._walked_places = seen, places
             self.check.request_walk()
@@ -259,7 +262,7 @@ class Maintenance:
         check, repair, queue = self.check, self.repair, self.check.queue
         seen_now = self._seen == self._context.usable_disks()
         current = check.current and seen_now and self._informed >= self._nodes_seen()
-        jobs = [job for job in (check.job, repair.job, self.scrub.job) if job.state != "waiting"]
+        jobs = [job for job in (check.catch_up.job, check.job, repair.job, self.scrub.job) if job.state != "waiting"]
         reports = [job.report(self._context.node) for job in jobs] + self._collection() + self._undecided()
         return MaintainStatus(
             node=self._context.node,
@@ -267,7 +270,7 @@ class Maintenance:
             at_risk=queue.at_risk,
             lost=queue.lost,
             current=current,
-            busy=not current or repair.busy or self.scrub.busy or self._others.busy,
+            busy=not current or check.catch_up.busy or repair.busy or self.scrub.busy or self._others.busy,
             jobs=tuple(reports),
             fragments_rebuilt=repair.rebuilder.fragments_rebuilt,
             bytes_rebuilt=repair.rebuilder.bytes_rebuilt,
@@ -347,6 +350,7 @@ class Maintenance:
             return Done()
 
         async def wake(_request: Ask, _call: Call) -> Done:
+            self.check.catch_up.request()
             self.check.request_walk()
             return Done()
 

@@ -184,12 +184,14 @@ class Walker:
                     found += [Range(disk, table, bucket.id, shard) for table in BUCKET_TABLES]
         return found
 
-    async def settle_range(self, where: Range) -> bool:
+    async def settle_range(self, where: Range, *, quick: bool = False) -> bool:
         """Settles the registers in which the replicas differ. False when a replica that should answer did not, so that
-        it may still lag. Raises ServiceUnavailable.
+        it may still lag. ``quick``: as in ``RingScanner.catch_up``. Raises ServiceUnavailable.
         """
         try:
-            found = await self._scanner.catch_up(where.table, where.scope, where.shard, bring_up=self.bring_up)
+            found = await self._scanner.catch_up(
+                where.table, where.scope, where.shard, bring_up=self.bring_up, quick=quick
+            )
         except NoSuchBucket:
             # The bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read.
             return True

@@ -10,9 +10,10 @@ from msgspec.structs import replace
 
 from storaged.errors import ServiceUnavailable
 from storaged.meta.consensus.register import Verdict
+from storaged.meta.listing import merge
 from storaged.meta.listing.merge import ROUNDS_MAX, every_row
 from storaged.meta.listing.round import share_of
-from storaged.meta.messages import ScanRow
+from storaged.meta.messages import ScanReply, ScanRequest, ScanRow
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Visibility
 from storaged.meta.ports import ListPage, PageQuery
 from storaged.meta.storage.scan import Want, list_after_prefix
@@ -368,7 +369,8 @@ async def test_a_walk_shows_hidden_rows_when_asked_and_goes_on_over_many_pages()
     assert [row.key async for row in behind] == keys[98:100]
 
 
-async def test_catching_up_settles_exactly_what_a_returned_replica_missed_and_names_who_is_away() -> None:
+@pytest.mark.parametrize("quick", [False, True])
+async def test_catching_up_settles_exactly_what_a_returned_replica_missed_and_names_who_is_away(quick: bool) -> None:
     ring = Ring()
     keys = [b"k%04d" % number for number in range(1100)]
     await ring.fill(keys, shards=1)
@@ -377,20 +379,21 @@ async def test_catching_up_settles_exactly_what_a_returned_replica_missed_and_na
     for name in missed:
         for disk in disks[1:]:
             await ring.put(disk, name, value_of(2), 2)
-    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
     assert (found.settled, found.away) == (3, set())
     assert ring.settled == missed
     assert all(ring.stores[disks[0]].get(name) == ring.stores[disks[1]].get(name) for name in missed)
     ring.down = {disks[1]}
-    again = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    again = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
     assert (again.rows, again.settled, again.away) == (1101, 0, {disks[1]})
     ring.down = set(disks[1:])
     with pytest.raises(ServiceUnavailable):
-        await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+        await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
 
 
+@pytest.mark.parametrize(("quick", "asks"), [(False, 2), (True, 4)])
 async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_compared(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, quick: bool, asks: int
 ) -> None:
     ring = Ring()
     await ring.fill([b"k1"], shards=1)
@@ -399,15 +402,45 @@ async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_
         await ring.put(disk, name_of(b"missed"), value_of(2), 2)
     ask_all, asked = ring.scanner._reader.ask_all, 0
 
-    async def away_meanwhile(*wanted: Any) -> Any:
+    async def away_meanwhile(*wanted: Any, **patience: Any) -> Any:
         nonlocal asked
         asked += 1
-        ring.down = {disks[0]} if asked == 2 else set()
-        return await ask_all(*wanted)
+        ring.down = {disks[0]} if asked == asks else set()
+        return await ask_all(*wanted, **patience)
 
     monkeypatch.setattr(ring.scanner._reader, "ask_all", away_meanwhile)
-    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
     assert (found.settled, found.away) == (0, {disks[0]})
+
+
+async def test_a_quick_comparison_waits_for_a_replica_that_is_slow_but_once_for_one_that_never_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ring = Ring(hedge_s=0.0)
+    keys = [b"k%04d" % number for number in range(2100)]
+    await ring.fill(keys, shards=1)
+    slow, *others = ring.replicas_of(name_of(keys[0]))
+    for disk in others:
+        await ring.put(disk, name_of(b"missed"), value_of(2), 2)
+    replica = ring.replica
+
+    class Slow:
+        async def scan(self, request: ScanRequest, **options: Any) -> ScanReply:
+            await asyncio.sleep(0.05)
+            reply: ScanReply = await replica(slow).scan(request, **options)
+            return reply
+
+    monkeypatch.setattr(ring, "replica", lambda disk: Slow() if disk == slow else replica(disk))
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    assert (found.settled, found.away) == (0, {slow})
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    assert (found.settled, found.away) == (1, set())
+    ring.hung.add(slow)
+    monkeypatch.setattr(merge, "PATIENCE_S", 0.5)
+    began = asyncio.get_running_loop().time()
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    assert 0.5 <= asyncio.get_running_loop().time() - began < 1.0, "three slices"
+    assert found.away == {slow}
 
 
 @pytest.mark.parametrize(
@@ -420,7 +453,10 @@ async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_
     ],
     ids=["not readable", "no key", "too long", "no end"],
 )
-async def test_a_replica_that_answers_what_can_not_be_compared_counts_as_away_and_ends_nothing(lie: Any) -> None:
+@pytest.mark.parametrize("quick", [False, True])
+async def test_a_replica_that_answers_what_can_not_be_compared_counts_as_away_and_ends_nothing(
+    lie: Any, quick: bool
+) -> None:
     ring = Ring()
     await ring.fill([b"k1", b"k2"], shards=1)
     disks = ring.replicas_of(name_of(b"k1"))
@@ -428,11 +464,11 @@ async def test_a_replica_that_answers_what_can_not_be_compared_counts_as_away_an
         await ring.put(disk, name_of(b"missed"), value_of(2), 2)
     ring.lies[disks[0]] = lambda reply: replace(reply, slices=tuple(replace(each, **lie) for each in reply.slices))
     async with asyncio.timeout(GUARD_S):
-        found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+        found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
     assert (found.settled, found.away) == (0, {disks[0]})
     ring.down = {disks[1]}
     with pytest.raises(ServiceUnavailable):
-        await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+        await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
 
 
 def test_a_share_is_a_little_more_than_the_mean_and_doubles_with_every_turn() -> None:

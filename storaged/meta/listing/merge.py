@@ -43,6 +43,14 @@ Filled = tuple[list[bytes], list[Any], tuple[bytes, ...], bytes | None]
 """Keys, their values or heads, common prefixes, where the next page begins."""
 
 WALK_ROWS = 500
+QUICK_ROWS_MIN, QUICK_ROWS_MAX = 64, 1024
+"""Of a quick comparison. Stamps of more rows are within a reply's bounds only where the rows are small."""
+
+QUICK_STEP_DOWN = 4
+PATIENCE_S = 1.0
+"""How long a quick comparison waits for a replica that is thought to answer, once for each shard. What such a replica
+has missed stays so for as long as it is not compared.
+"""
 UNSETTLED_MAX = 32
 """``catch_up`` ends when it fails to settle more keys: then it is more than a few damaged rows, and each key costs a
 time-out.
@@ -85,6 +93,7 @@ class RingScanner:
     ) -> None:
         settings = settings or ScanSettings()
         self._registers = registers
+        self._liveness = liveness
         self._refresh = refresh
         self._share = settings.share
         self._cache = PieceCache(settings.cache_bytes_max)
@@ -163,10 +172,13 @@ class RingScanner:
         *,
         settling_nonce: bytes = b"",
         bring_up: Callable[[RegisterName], Awaitable[object]] | None = None,
+        quick: bool = False,
     ) -> CatchUp:
         """Brings the replicas of one shard to the same rows: compares slices of all that answer by digest, and settles
         each key that one of them lacks, has damaged, or has at another ballot, by a committed round on all of them; or
         by ``bring_up``, which raises as ``Registers.settle``.
+
+        ``quick``: compares stamps, a tenth of the work. Then damage is found only beside a difference.
 
         A key that can't be settled, since a majority of its rows is damaged, does not stop the others: its error is
         raised at the end. Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
@@ -175,17 +187,27 @@ class RingScanner:
         query = Query(table, scope, b"", b"", Visibility.TOMBSTONE, settling_nonce)
         feed = self._reader.feed(query, shard, b"")
         found = CatchUp()
+        rows_a_slice = QUICK_ROWS_MAX if quick else WALK_ROWS
+        readable = self._liveness.disk_readable
         while not feed.done:
-            answers, _ = await self._compared(query, feed, Want.DIGEST, found)
-            if len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) > 1:
-                answers, decoded = await self._compared(query, feed, Want.ALL, found)
+            hedge_s = PATIENCE_S if quick and not found.away and all(map(readable, feed.disks)) else None
+            want = Want.STAMPS if quick else Want.DIGEST
+            answers, _ = await self._compared(query, feed, want, rows_a_slice, found, hedge_s)
+            alike = len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) == 1
+            if quick and not alike and rows_a_slice > QUICK_ROWS_MIN:
+                rows_a_slice //= QUICK_STEP_DOWN  # few rows of it differ, and all that are left are sent
+                continue
+            if quick and alike:
+                rows_a_slice = min(2 * rows_a_slice, QUICK_ROWS_MAX)
+            if not alike:
+                answers, decoded = await self._compared(query, feed, Want.ALL, rows_a_slice, found, hedge_s)
                 through, done = common_end(answers.values())
                 rows = reported(decoded, through, done)
-                alike = _identical if table == Table.SYSTEM else _unanimous
+                same = _identical if table == Table.SYSTEM else _unanimous
                 differing = [
                     RegisterName(table, scope, shard, key)
                     for key, seen in rows.items()
-                    if not alike(list(seen.values()), len(answers))
+                    if not same(list(seen.values()), len(answers))
                 ]
                 settle = bring_up or partial(self._registers.settle, settling_nonce=settling_nonce)
                 work = [self._try_settle(settle, name) for name in differing]
@@ -201,13 +223,13 @@ class RingScanner:
         return found
 
     async def _compared(
-        self, query: Query, feed: Feed, want: Want, found: CatchUp
+        self, query: Query, feed: Feed, want: Want, limit: int, found: CatchUp, hedge_s: float | None
     ) -> tuple[Answers, dict[str, list[ScanRow]]]:
-        """What the replicas answer of the next rows, and these rows. One that says nothing that can be compared counts
-        as away, also if it differed and answers no more: a single disk must not stop the callers, or keep them for
-        ever.
+        """What the replicas answer of the next ``limit`` rows, and these rows. One that says nothing that can be
+        compared counts as away, also if it differed and answers no more: a single disk must not stop the callers, or
+        keep them for ever.
         """
-        [answers] = await self._reader.ask_all(query, [PieceRead(feed, feed.through, WALK_ROWS)], want)
+        [answers] = await self._reader.ask_all(query, [PieceRead(feed, feed.through, limit)], want, hedge_s=hedge_s)
         rows: dict[str, list[ScanRow]] = {}
         for disk, answer in answers.items():
             try:

@@ -73,11 +73,21 @@ class ScanRounds:
         self._on_fenced = on_fenced
 
     async def ask(
-        self, query: Query, reads: Sequence[PieceRead], want: Wanted, enough: Enough, *, hurry_s: float | None = None
+        self,
+        query: Query,
+        reads: Sequence[PieceRead],
+        want: Wanted,
+        enough: Enough,
+        *,
+        hurry_s: float | None = None,
+        hedge_s: float | None = None,
     ) -> list[Answers]:
-        """Waits until ``enough``, or every disk has answered, or for a while (``_Round``)."""
+        """Waits until ``enough``, or every disk has answered, or for a while (``_Round``; ``hedge_s``: another one than
+        in the settings).
+        """
         requests, reads_of = self._requests(query, reads, want)
-        asked = _Round(reads, reads_of, enough, self._settings.hedge_s, self._on_fenced, hurry_s=hurry_s)
+        hedge_s = self._settings.hedge_s if hedge_s is None else hedge_s
+        asked = _Round(reads, reads_of, enough, hedge_s, self._on_fenced, hurry_s=hurry_s)
         tasks: list[asyncio.Task[None]] = []
         try:
             for request in requests:

@@ -100,12 +100,17 @@ class ShardReader:
         await self._settle(query, [read for read in reads if read.piece is None])
         return [join(run, exactly=bool(query.delimiter)) for run in runs]
 
-    async def ask_all(self, query: Query, reads: Sequence[PieceRead], want: Want) -> list[Answers]:
-        """Asks every replica of every read's shard for the same. Waits for all, though not long for the last ones.
+    async def ask_all(
+        self, query: Query, reads: Sequence[PieceRead], want: Want, *, hedge_s: float | None = None
+    ) -> list[Answers]:
+        """Asks every replica of every read's shard for the same. Waits for all, though not long for the last ones, or
+        for ``hedge_s``.
 
         Raises ServiceUnavailable when a shard has no majority.
         """
-        answers = await self._rounds.ask(query, reads, lambda _read, _disk: want, lambda _answers: False)
+        answers = await self._rounds.ask(
+            query, reads, lambda _read, _disk: want, lambda _answers: False, hedge_s=hedge_s
+        )
         for read, found in zip(reads, answers, strict=True):
             if not read.feed.quorum.met(found):
                 raise ServiceUnavailable(

@@ -1,0 +1,118 @@
+"""Catch-up: when a disk was away, its rows come first.
+
+Theory of operation
+    A walk judges every record, and asks disks for what each names. That takes as long as the node has records: minutes,
+    for a million. Rows that a disk missed must not wait for it: until the disk has them, one more failure makes them
+    unreadable. So when a disk comes back, or a node starts, a *pass* compares the rows of the ranges that this node is
+    responsible for, settles those that differ, and looks at nothing else. A walk that is under way waits meanwhile.
+
+    A pass trusts what replicas say of their rows without a look at the rows themselves. Damage is found by the walk,
+    which follows each pass and verifies every row that it compares.
+
+A range that can't be brought up now is tried again a few times. After that the walk does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from storaged.errors import StoragedError
+from storaged.maintain.context import MaintainContext, concurrently, wait_for
+from storaged.maintain.job import Job
+from storaged.maintain.walk import Range, Walker
+from storaged.meta.store_ports import RowDamaged
+
+RANGES_AT_ONCE = 4
+TRIES = 5
+"""The pause between two doubles, and begins with ``MaintainLimits.poll_s``."""
+
+RESTED = 2
+"""A pass that began so many times its own length after the last one ended may be followed by another one at once."""
+
+
+class CatchUp:
+    """Of one storage node. ``run`` until cancelled."""
+
+    def __init__(self, context: MaintainContext, walker: Walker) -> None:
+        self._context = context
+        self._walker = walker
+        self._wanted = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._ended.set()
+        self.job = Job("catch-up", context.clock)
+
+    def request(self) -> None:
+        """A disk has come back, or may have been away unnoticed. May be called at any time."""
+        self._wanted.set()
+
+    @property
+    def busy(self) -> bool:
+        return self._wanted.is_set() or not self._ended.is_set()
+
+    async def ended(self) -> None:
+        """Returns when no pass is under way."""
+        await self._ended.wait()
+
+    async def run(self) -> None:
+        """A pass that follows another one at once is followed by a rest as long as it took, however often disks come
+        and go: then the walk goes on.
+        """
+        clock = self._context.clock
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            began = clock.monotonic()
+            rested_s = began - self.job.ended
+            left = await self._pass(None)
+            took_s, pause_s = clock.monotonic() - began, self._context.limits.poll_s
+            for _ in range(TRIES - 1):
+                if not left:
+                    break
+                if await wait_for(self._wanted, pause_s):
+                    self._wanted.set()
+                    break
+                left = await self._pass(left)
+                pause_s *= 2
+            if rested_s < RESTED * took_s:
+                await asyncio.sleep(took_s)
+
+    async def _pass(self, ranges: list[Range] | None) -> list[Range]:
+        """Over these ranges; None: over all. Returns those that could not be brought up."""
+        self._ended.clear()
+        failures: list[str] = []
+        left: list[Range] = []
+        settled = self._walker.settled
+        self.job.start()
+        try:
+            if ranges is None:
+                ranges = await self._led_ranges(failures)
+            self.job.total = len(ranges)
+            await concurrently((self._bring_up(where, left, failures) for where in ranges), RANGES_AT_ONCE)
+        finally:
+            self._ended.set()
+            detail = failures[0] if failures else f"{self._walker.settled - settled} registers settled"
+            self.job.finish("failed" if failures else "done", detail)
+        if failures:
+            self._context.log(f"catch-up: {len(failures)} failures, the first: {failures[0]}")
+        return left
+
+    async def _led_ranges(self, failures: list[str]) -> list[Range]:
+        try:
+            await self._walker.buckets.refresh(self._context)
+        except (StoragedError, TimeoutError) as error:  # the directory as it was read last has to do
+            failures.append(str(error))
+        try:
+            return self._walker.led_ranges()
+        except StoragedError as error:
+            failures.append(str(error))
+            return []
+
+    async def _bring_up(self, where: Range, left: list[Range], failures: list[str]) -> None:
+        try:
+            whole, reason = await self._walker.settle_range(where, quick=True), "a replica did not answer"
+        except (StoragedError, RowDamaged, TimeoutError) as error:
+            whole, reason = False, str(error)
+        if not whole:
+            left.append(where)
+            failures.append(reason)
+        self.job.advance()
