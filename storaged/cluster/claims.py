@@ -3,8 +3,8 @@
 Theory of operation. An acceptor's promises are on its disk alone. A disk that is exchanged, wiped, or put back from a
 snapshot looks sound, and answers as if it had never promised what it forgot. It can't notice that itself, so the others
 remember: for each disk its metadata store's random id, how often that store was started, and a position of its redo log
-that is durable. All three only grow during a store's life. A store that shows less than it once claimed has lost
-something that it may have acknowledged.
+that is durable. During a store's life the id stays the same, and the other two only grow. A store that shows less than
+it once claimed has lost something that it may have acknowledged.
 
 A node signs the claims of its disks, all in one *statement*, with the key of its certificate. A ledger believes a
 statement only if the certificate is that of the node that the layout in force names as the owner of every disk in it.
