@@ -65,14 +65,9 @@ def moved(world: World) -> MovedClock:
     return clock
 
 
-async def _at_once() -> None:
-    """There are no other gateways."""
-
-
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
     async with s3_world() as world:
-        world.buckets.known_everywhere = _at_once  # type: ignore[method-assign]
         yield world
 
 

@@ -17,14 +17,9 @@ from tests.integration.test_s3_front import refused
 RULE = {"ID": "one day", "Status": "Enabled", "Filter": {"Prefix": "tmp/"}, "Expiration": {"Days": 1}}
 
 
-async def _at_once() -> None:
-    """There are no other gateways."""
-
-
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
     async with s3_world() as world:
-        world.buckets.known_everywhere = _at_once  # type: ignore[method-assign]
         yield world
 
 
@@ -86,7 +81,6 @@ async def test_a_filter_has_one_condition_or_and(legacy: bool) -> None:
             assert refused(lambda: set_rules(client, two)) == (400, "MalformedXML")
 
     async with s3_world(legacy=legacy) as world:
-        world.buckets.known_everywhere = _at_once  # type: ignore[method-assign]
         await asyncio.to_thread(play, world.client())
 
 
