@@ -73,7 +73,7 @@ class WriterThread:
         """
         waiting = Drain()
         self._queue.put(waiting)
-        while not waiting.event.wait(1.0):
+        while not waiting.event.wait(0 if self._ended else 1.0):  # who comes after the end is answered by nobody else
             if self._ended or not (self._stopping or self.thread.is_alive()):
                 waiting.end(self._deferred.unfinished(ended=self._ended))
         if waiting.error is not None:

@@ -17,12 +17,14 @@ import pytest
 from storaged.durable import RestartNeeded
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments import deferred as deferred_module
+from storaged.fragments import writer_thread
 from storaged.fragments.format import KEY_BYTES
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.payloads import HEADER_BYTES_MAX, copy_write
 from storaged.fragments.ports import FragmentHeader, FragmentId, Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.fragments.write import Write
+from storaged.fragments.write_queue import Drain
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.store_ports import StoreBatch
 from storaged.node.disks import _own, restore_copies
@@ -784,6 +786,27 @@ async def test_nothing_is_written_to_a_store_that_is_closed(tmp_path: Path, much
     with pytest.raises(RestartNeeded):
         await asyncio.to_thread(store.sync_apart)
     assert files.disks == left
+
+
+async def test_who_syncs_a_store_that_is_closed_is_answered_without_a_wait(
+    tmp_path: Path, much_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full when its node stopped asks more than once, and waited a second each time."""
+    waits: list[float] = []
+
+    class Waiting(Drain):
+        def __init__(self) -> None:
+            super().__init__()
+            wait = self.event.wait
+            self.event.wait = lambda timeout: waits.append(timeout) or wait(timeout)  # type: ignore[assignment]
+
+    store = await opened(tmp_path, SimulatedFiles())
+    await store.close()
+    store.keep([write_of(small())])
+    monkeypatch.setattr(writer_thread, "Drain", Waiting)
+    with pytest.raises(RestartNeeded):
+        await asyncio.to_thread(store.sync_apart)
+    assert not any(waits)
 
 
 async def test_what_comes_after_the_fragment_store_was_closed_stays_in_the_redo_log(
