@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def pytest_asyncio_loop_factories(
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts its programs in the background has them ignore it, and the processes of tests inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers",
         "virtual_time: on a loop whose time jumps to the next timer; (False): not this test of a module with the mark",
