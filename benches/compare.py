@@ -2,7 +2,8 @@
 
 This tree's load generator drives both, with this environment's libraries. The two runs of a pair follow each other, in
 alternating order, and their ratio counts: what slows a shared machine down usually slows both. A ratio of speed above 1
-is better, a ratio of CPU time below 1.
+is better, a ratio of CPU time below 1. With ``--bursts`` both servers run at once (``benches.bursts``), which tells
+smaller differences.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvloop
 
+from benches import bursts
 from benches.measure import measure
 from benches.report import is_large, line, speed
 from benches.rows import GROUPS, ROWS, Result, rows_of
@@ -26,6 +28,7 @@ from benches.s3client import WrongAnswer
 from benches.servers import Server, end_on_sigterm, storaged_cluster, storaged_single
 
 ROOT = Path(__file__).parents[1]
+Make = Callable[..., contextlib.AbstractContextManager[Server]]
 DEFAULT = "put-4k-64,get-4k-64,put-64m-4,get-64m-4,list-1000-4"
 
 
@@ -96,16 +99,54 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("revisions", nargs=2, metavar="REV")
     parser.add_argument("--rows", default=DEFAULT, help=f"comma separated: {', '.join((*GROUPS, *ROWS))}")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
-    parser.add_argument("--scale", type=float, default=0.5)
+    parser.add_argument(
+        "--bursts",
+        type=int,
+        nargs="?",
+        const=20,
+        metavar="PAIRS",
+        help="both servers at once, PAIRS bursts of each row",
+    )
+    parser.add_argument("--scale", type=float, help="the work of a run (default 0.5) or of a burst (0.1)")
     parser.add_argument("--shape", choices=["cluster", "single"], default="cluster")
     parser.add_argument("--dir", type=Path)
     wanted = parser.parse_args(arguments)
     try:
         rows = rows_of(wanted.rows)
+        if wanted.bursts:
+            bursts.check(rows)
     except ValueError as error:
         parser.error(str(error))
     end_on_sigterm()
-    make = storaged_cluster if wanted.shape == "cluster" else storaged_single
+    make: Make = storaged_cluster if wanted.shape == "cluster" else storaged_single
+    if wanted.scale is None:
+        wanted.scale = 0.1 if wanted.bursts else 0.5
+    return in_bursts(wanted, rows, make) if wanted.bursts else in_runs(wanted, rows, make)
+
+
+def in_bursts(wanted: argparse.Namespace, rows: Sequence[str], make: Make) -> int:
+    """Both servers at once. Returns the exit code."""
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(worktree(revision)) for revision in wanted.revisions]
+        first, second = (stack.enter_context(make(wanted.dir, tree=folder, name=commit)) for commit, folder in sides)
+        work = bursts.measured(
+            (first, second), rows, pairs=wanted.bursts, scale=wanted.scale, say=lambda text: print(text, flush=True)
+        )
+        try:
+            found = uvloop.run(work)
+        except (bursts.Failed, WrongAnswer, OSError) as error:
+            print(f"benches/compare: {error}", file=sys.stderr)
+            return 1
+    print(
+        f"\n{wanted.bursts} pairs of bursts, {wanted.shape}, scale {wanted.scale:g}; load average"
+        f" {os.getloadavg()[0]:.1f}\n"
+    )
+    print(bursts.table((sides[0][0], sides[1][0]), found))
+    return 0
+
+
+def in_runs(wanted: argparse.Namespace, rows: Sequence[str], make: Make) -> int:
+    """Each run with fresh servers. Returns the exit code."""
     found: tuple[dict[str, list[Result]], dict[str, list[Result]]] = ({}, {})
     fine = True
     with contextlib.ExitStack() as stack:

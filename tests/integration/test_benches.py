@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benches import compare, micro
+from benches import bursts, compare, micro
 from benches.compare import ratios, spread, table
 from benches.measure import flat, measure
 from benches.mixed import mixing, ranging, uploading
@@ -519,6 +519,57 @@ def test_a_run_that_failed_half_way_does_not_shift_the_pairs_of_later_runs(monke
     assert [compare._one(server, ["put-4k-1"], 1.0, found) for _ in range(4)] == [True, False, False, True]
     assert [(result.operations, result.errors) for result in found["put-4k-1"]] == [(1, 0), (0, 1), (0, 1), (4, 0)]
     assert list(found) == ["put-4k-1"]
+
+
+def test_the_interval_of_a_median_comes_from_the_order_of_the_values() -> None:
+    assert bursts.interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert bursts.interval([float(number) for number in range(1, 21)]) == (6.0, 15.0)
+    assert bursts.interval([float(number) for number in range(1, 11)]) == (2.0, 9.0)
+
+
+def test_rows_that_change_what_the_next_burst_finds_have_no_bursts() -> None:
+    bursts.check(["put-4k-64", "get-64m-16", "list-1000-4"])
+    for name in ("mix-64k-16", "hot-64", "get-4k-64-degraded", "put-64k-idle"):
+        with pytest.raises(ValueError, match=name):
+            bursts.check([name])
+
+
+async def test_bursts_take_turns_in_alternating_order_and_the_first_pair_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[str] = []
+
+    async def opened(_side: bursts.Side, _rows: object) -> None:
+        pass
+
+    async def burst(side: bursts.Side, _row: object, count: int) -> bursts.Burst:
+        name = side._server.name
+        turns.append(name)
+        return bursts.Burst(0.5, {"a": 1.0, "b": 0.9}[name], 0.1, count, 4096 * count)
+
+    monkeypatch.setattr(bursts.Side, "open", opened)
+    monkeypatch.setattr(bursts.Side, "burst", burst)
+    servers = tuple(Server(name, Target("http://127.0.0.1:1", "a", "s")) for name in "ab")
+    said: list[str] = []
+    found = await bursts.measured((servers[0], servers[1]), ["put-4k-64"], pairs=3, scale=0.1, say=said.append)
+    assert "".join(turns) == "baabbaab"
+    assert [pair.first.operations for pair in found["put-4k-64"]] == [800] * 3
+    assert "CPU 0.900 (0.900 to 0.900)" in said[0]
+    assert bursts.table(("x", "y"), found).endswith("| 1.000 (1.000 to 1.000) | 0.900 (0.900 to 0.900) |")
+
+
+def test_the_cpu_time_of_another_process_counts_threads_that_have_ended() -> None:
+    code = (
+        "import sys, threading, time\n"
+        "def work():\n while time.thread_time() < 0.2: pass\n"
+        "worker = threading.Thread(target=work)\nworker.start()\nworker.join()\n"
+        "print('done', flush=True)\nsys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert bursts.cpu_s(process.pid) >= 0.2
+        process.communicate()
 
 
 @pytest.mark.parametrize("name", micro.PATHS)
