@@ -30,7 +30,7 @@ from storaged.fragments.disk_state import DiskState
 from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files
 from storaged.fragments.format import (
-    LARGE,
+    HOLE_BYTES_MIN,
     PAGE,
     Delete,
     FormatUnknown,
@@ -437,7 +437,7 @@ class Engine:
     def _queue_hole(self, old: Entry) -> None:
         """Remembers the whole pages of a payload that became garbage."""
         if (
-            old.payload_bytes >= LARGE
+            old.payload_bytes >= HOLE_BYTES_MIN
             and len(self.holes) < self.limits.punch_queue_max
             and old.segment in self.log.segments
         ):

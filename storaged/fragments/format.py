@@ -35,7 +35,7 @@ FRAGMENT = 1
 NOTES = 2
 MARK = 3
 """Kinds of record: a fragment; notes about fragments (Note); a ``synced_end`` alone, which is also the filler before an
-aligned payload.
+aligned payload, which earlier versions wrote.
 """
 
 KEY_BYTES = 23
@@ -46,8 +46,10 @@ ID_AT = 3
 
 ALIGNMENT = 8
 PAGE = 4 * KIB
-LARGE = 64 * KIB
-"""A payload of this size or more starts on a page border, so that a hole punched for it gives every page back."""
+HOLE_BYTES_MIN = 64 * KIB
+"""A hole is punched for a dead payload of this size or more. It gives back whole pages, so one page of 17 stays until
+compaction. Payloads do not begin on page borders: that would cost each of them as much while it lives.
+"""
 
 PAYLOAD_BYTES_MAX = 256 * MIB
 MESSAGE_BYTES_MAX = 4 * MIB
@@ -302,19 +304,16 @@ class RecordWriter:
 
     @staticmethod
     def bytes_max(message_bytes: int, payload_bytes: int, cell_bytes: int) -> int:
-        """The most bytes that a record of these sizes takes, filler included."""
+        """The most bytes that a record of these sizes takes."""
         cells = -(-payload_bytes // cell_bytes) if payload_bytes else 0
-        filler = PAGE + HEAD_BYTES if payload_bytes >= LARGE else 0
         head = HEAD_BYTES + message_bytes + 8 * cells
-        return head + -head % ALIGNMENT + payload_bytes + -payload_bytes % ALIGNMENT + TRAILER_BYTES + filler
+        return head + -head % ALIGNMENT + payload_bytes + -payload_bytes % ALIGNMENT + TRAILER_BYTES
 
     def fragment(
         self, message: bytes, sums: bytes, payload: Sequence[Buffer], payload_bytes: int, cell_bytes: int, sequence: int
     ) -> Placed:
         payload_start = HEAD_BYTES + len(message) + len(sums)
         payload_start += -payload_start % ALIGNMENT
-        if payload_bytes >= LARGE:
-            self._fill_to_page(payload_start)
         padding = -payload_bytes % ALIGNMENT
         record_bytes = payload_start + payload_bytes + padding + TRAILER_BYTES
         check = self._head(FRAGMENT, message, sums, payload_bytes, cell_bytes, record_bytes, sequence)
@@ -332,11 +331,6 @@ class RecordWriter:
         if record_bytes > HEAD_BYTES:
             self.buffers.append(bytes(record_bytes - HEAD_BYTES))
         self._placed(record_bytes, HEAD_BYTES)
-
-    def _fill_to_page(self, payload_start: int) -> None:
-        gap = -(self.end + payload_start) % PAGE
-        if gap:
-            self.mark(gap if gap >= HEAD_BYTES else gap + PAGE)
 
     def _head(
         self,

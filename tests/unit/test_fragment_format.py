@@ -133,20 +133,17 @@ def test_notes_survive_a_round_trip_and_junk_is_refused() -> None:
         parse_fragment(b"\x91\x01")
 
 
-def test_large_payloads_begin_on_a_page_border_and_small_ones_lie_dense() -> None:
+def test_records_of_all_sizes_lie_dense() -> None:
     rng = random.Random(3)
     writer = RecordWriter(64, 1, 0)
     end = 64
-    for length in (4112, fmt.LARGE, 100, fmt.LARGE + 1, 3 * fmt.LARGE, 5):
+    for length in (4112, fmt.HOLE_BYTES_MIN, 100, fmt.HOLE_BYTES_MIN + 1, 3 * fmt.HOLE_BYTES_MIN, 5):
         payload = rng.randbytes(length)
         message = rng.randbytes(rng.randint(1, 300))
         placed = writer.fragment(message, cell_sums([memoryview(payload)], 4096), [payload], length, 4096, 1)
-        if length >= fmt.LARGE:
-            assert (placed.offset + placed.payload_start) % fmt.PAGE == 0
-        else:
-            assert placed.offset == end
+        assert placed.offset == end
         end = writer.end
-        assert placed.record_bytes <= RecordWriter.bytes_max(len(message), length, 4096)
+        assert placed.record_bytes == end - placed.offset <= RecordWriter.bytes_max(len(message), length, 4096)
     assert len(b"".join(writer.buffers)) == writer.end - 64
 
 
