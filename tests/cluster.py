@@ -220,7 +220,8 @@ class Cluster:
         }
 
     def boto3(self, **options: Any) -> Any:
-        """An S3 client of boto3 without its own retries, so that every failure shows. ``keys``: another user's than the
+        """An S3 client of boto3 without its own retries, so that every failure shows. ``attempts``: of a request, with
+        the first one (``max_attempts`` of botocore counts only those after it). ``keys``: another user's than the
         cluster's own.
         """
         from botocore.config import Config
@@ -229,7 +230,7 @@ class Cluster:
         region = options.pop("region_name", self.settings["region"])
         endpoint = options.pop("endpoint_url", self.settings["endpoint"])
         config = Config(
-            retries={"max_attempts": options.pop("attempts", 1), "mode": "standard"},
+            retries={"total_max_attempts": options.pop("attempts", 1), "mode": "standard"},
             max_pool_connections=options.pop("connections", 16),
             connect_timeout=5,
             read_timeout=options.pop("read_timeout_s", 60),
