@@ -240,6 +240,8 @@ class Races:
         self.counts: Counter[str] = Counter()
         self.rounds = self.keys = self.operations = 0
         self.wrong: list[str] = []
+        self.histories: dict[str, list[str]] = {}
+        """Of the keys about which something is wrong: what clients asked and were answered, in the order of returns."""
 
     def run(self, seconds: float, *, least: int = 1) -> None:
         asyncio.run(self._run(seconds, least))
@@ -301,7 +303,11 @@ class Races:
         for kind, key in places:
             await self._listed(race, kind, key)
         race.history += expiries(race, [key for kind, key in places if kind == VERSIONED], after_ms=1000 * DAY_S)
-        self.wrong += race.wrong + await asyncio.to_thread(judge, race.history)
+        wrong = race.wrong + await asyncio.to_thread(judge, race.history)
+        self.wrong += wrong
+        for _, key in places:
+            if any(line.startswith(f"{key}:") for line in wrong):
+                self.histories[key] = [str(one) for one in race.history if one.key == key]
         self.counts += race.counts
         self.operations += len(race.history)
         self.keys += len(places)
@@ -335,4 +341,5 @@ class Races:
             "answers": dict(sorted(self.counts.items())),
             "gateways": dict(self.nemesis.done),
             "wrong": self.wrong,
+            "histories": self.histories,
         }
