@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import functools
 import hashlib
 import itertools
 import json
@@ -33,7 +34,8 @@ VERSIONS, OBJECTS = "versions", "objects"
 KEY = "key"
 BODY_BYTES = 1024
 SAMPLES = 40
-PAGES = 10
+PAGES = 40
+PAGE_VERSIONS = 1000
 WRITERS = 8
 DUE_SHARE = 10
 """One object in so many is due."""
@@ -123,18 +125,17 @@ async def versions(target: Target, costs: Costs, count: int) -> None:
 
 
 async def costs_of_versions(client: Client, costs: Costs, size: int) -> None:
-    first = await client.ask("GET", VERSIONS, query=f"max-keys=1000&prefix={KEY}&versions=")
-    found = _ID.findall(first)
-    middle = await seek(client, size // 2, found)
-    ids = [one.decode() for one in (*found[-SAMPLES // 2 :], *middle[-SAMPLES // 2 :])]
-
-    async def page(marker: str) -> None:
-        query = f"key-marker={KEY}&max-keys=1000&prefix={KEY}&version-id-marker={marker}&versions="
-        await client.ask("GET", VERSIONS, query=query)
-
-    await costs.measure("page of 1000 versions, after any", size, PAGES, lambda: page(random.choice(ids)))
+    """The pages that are measured are full ones: the newest, one in the middle, and the last full one."""
+    markers, known = await _markers(client)
+    places = {"newest": markers[0], "middle": markers[len(markers) // 2], "oldest": markers[-1]}
+    for place, marker in places.items():
+        what = f"page of the {min(size, PAGE_VERSIONS)} {place} versions"
+        await costs.measure(what, size, PAGES, functools.partial(_page, client, marker))
     await costs.measure(
-        "GET by version id", size, SAMPLES, lambda: client.ask("GET", VERSIONS, KEY, f"versionId={random.choice(ids)}")
+        "GET by version id",
+        size,
+        SAMPLES,
+        lambda: client.ask("GET", VERSIONS, KEY, f"versionId={random.choice(known)}"),
     )
     await costs.measure("HEAD", size, SAMPLES, lambda: client.ask("HEAD", VERSIONS, KEY))
     await costs.measure(
@@ -142,13 +143,24 @@ async def costs_of_versions(client: Client, costs: Costs, size: int) -> None:
     )
 
 
-async def seek(client: Client, depth: int, found: list[bytes]) -> list[bytes]:
-    """The ids of the page at about this depth."""
-    while depth > len(found) and found:
-        depth -= len(found)
-        query = f"key-marker={KEY}&max-keys=1000&prefix={KEY}&version-id-marker={found[-1].decode()}&versions="
-        found = _ID.findall(await client.ask("GET", VERSIONS, query=query)) or found[:0]
-    return found
+async def _markers(client: Client) -> tuple[list[str], list[str]]:
+    """After which version each full page begins (empty: the first one), and a version id of every page."""
+    markers, known, after = [""], [], ""
+    while True:
+        found = await _page(client, after)
+        known += found[-1:]
+        if len(found) < PAGE_VERSIONS:
+            return markers if len(markers) == 1 else markers[:-1], known
+        after = found[-1]
+        markers.append(after)
+
+
+async def _page(client: Client, after: str) -> list[str]:
+    """The ids of the versions after this one; empty: of the newest."""
+    marker = f"key-marker={KEY}&" if after else ""
+    from_there = f"version-id-marker={after}&" if after else ""
+    query = f"{marker}max-keys={PAGE_VERSIONS}&prefix={KEY}&{from_there}versions="
+    return [found.decode() for found in _ID.findall(await client.ask("GET", VERSIONS, query=query))]
 
 
 # --- lifecycle
