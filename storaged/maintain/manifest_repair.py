@@ -16,7 +16,7 @@ from storaged.maintain.context import MaintainContext
 from storaged.maintain.health import Tally
 from storaged.meta.messages import PAGES_A_CHECK
 from storaged.meta.names import RegisterName, Value
-from storaged.objects.code.history import OnUnreadable
+from storaged.objects.code.version_walk import OnUnreadable
 from storaged.objects.write.references import pages_in
 
 

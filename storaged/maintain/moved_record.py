@@ -11,8 +11,9 @@ from storaged.errors import DataDamaged
 from storaged.maintain.moves import MoveAsk, apply_move
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Pages
-from storaged.objects.code.history import Draft, Entry, every_entry, with_draft
+from storaged.objects.code.history import Draft, Entry, with_draft
 from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
+from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import PartEntry, PartRecord, Version, encode_object, sharing_of
 from storaged.wire import decode, encode

@@ -28,7 +28,7 @@ from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import PageQuery
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.meta.store_ports import MetaStore, RowDamaged, RowRange
-from storaged.objects.code.history import OnUnreadable
+from storaged.objects.code.version_walk import OnUnreadable
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import PartEntry, shares, sharing_of
 from storaged.objects.write.references import parts_in

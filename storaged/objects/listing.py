@@ -1,7 +1,8 @@
 """Listings: the ring's scanner returns rows in key order; only the fields that a list prints are opened.
 
 The rows of a page that are not in the cache (``cache.listed_rows``) are processed as columns: one call decodes the
-heads of all records, and one opens all list fields. Versions come from whole records.
+heads of all records, and one opens all list fields. Versions come from whole records and pages of older versions; one
+call opens the list fields of all that a page of a list has.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,9 +23,10 @@ from storaged.meta.ports import HeadPage, ListPage, PageQuery
 from storaged.meta.storage.scan import list_after_prefix
 from storaged.objects.brief import listed_checksum
 from storaged.objects.bucket_keys import BucketKeys
-from storaged.objects.code.history import Entry, every_entry, find_entry, newest_in
+from storaged.objects.code.history import Entry, find_entry, newest_in
 from storaged.objects.code.version_names import NULL_NAME, place_name, required_name
-from storaged.objects.code.versions import Place, decode_record, open_listing
+from storaged.objects.code.version_walk import every_run
+from storaged.objects.code.versions import decode_record
 from storaged.objects.listing_types import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
@@ -33,6 +35,7 @@ from storaged.objects.records import (
     ListedFields,
     ObjectRecord,
     SealedList,
+    Version,
     decode_heads,
 )
 from storaged.wire import decode_all
@@ -129,11 +132,18 @@ async def _opened(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes]
         fields = decode_heads(heads)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of a listed key cannot be read: {error}") from None
+    printed = await _printed(keys, bucket, names, fields)
+    return [its.size for its in fields], [its.modified_ms for its in fields], printed, map(_OWNER, fields)
+
+
+async def _printed(
+    keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], fields: Sequence[ListedFields | Version]
+) -> list[SealedList]:
+    """Raises DataDamaged."""
     try:
-        printed = decode_all(await _list_fields(keys, fields, _contexts(bucket, names, fields)), SealedList)
+        return decode_all(await _list_fields(keys, fields, _contexts(bucket, names, fields)), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
-    return [its.size for its in fields], [its.modified_ms for its in fields], printed, map(_OWNER, fields)
 
 
 _OWNER = attrgetter("owner")
@@ -151,7 +161,7 @@ def _named(key: bytes) -> Iterator[None]:
         ) from None
 
 
-def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields]) -> list[bytes]:
+def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields | Version]) -> list[bytes]:
     """``Place.context`` of every row: bucket id, key, version id, context id, each after its length."""
     first = pack_context(b"", (bucket.id,))
     before = {length: first + length.to_bytes(4, "big") for length in set(map(len, keys))}
@@ -166,7 +176,9 @@ def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[List
     ]
 
 
-async def _list_fields(keys: BucketKeys, fields: Sequence[ListedFields], contexts: Sequence[bytes]) -> list[bytes]:
+async def _list_fields(
+    keys: BucketKeys, fields: Sequence[ListedFields | Version], contexts: Sequence[bytes]
+) -> list[bytes]:
     """The opened list fields. Usually all are sealed with one version of the bucket's key."""
     versions = {its.bucket_key for its in fields}
     if len(versions) == 1:
@@ -218,7 +230,7 @@ async def list_versions(
         if found.prefixes:
             found = replace(found, prefixes=await _prefixes_with_versions(plane, wanted, found.prefixes))
         start = await page.add_rows(found)
-    return page.listing(start)
+    return await page.listing(start)
 
 
 async def _prefixes_with_versions(
@@ -255,6 +267,12 @@ async def _ordinal_of(plane: ObjectPlane, name: RegisterName, record: ObjectReco
     return entry.ordinal if entry is not None else 0
 
 
+class _Found(NamedTuple):
+    key: bytes
+    entry: Entry
+    latest: bool
+
+
 class _VersionsPage:
     """A page of versions while it is filled."""
 
@@ -263,15 +281,14 @@ class _VersionsPage:
         self._bucket = bucket
         self._limit = limit
         self._keys = BucketKeys(plane, bucket)
-        self._versions: list[ListedVersion] = []
+        self._found: list[_Found] = []
         self._prefixes: list[bytes] = []
         self._cut = False
         """The last key has more versions."""
-        self._cut_at = ""
 
     @property
     def left(self) -> int:
-        return self._limit - len(self._versions) - len(self._prefixes)
+        return self._limit - len(self._found) - len(self._prefixes)
 
     @property
     def full(self) -> bool:
@@ -293,7 +310,7 @@ class _VersionsPage:
 
     def _last(self, _not_added: bytes) -> bytes:
         """The end of what the page has."""
-        key = self._versions[-1].key if self._versions else b""
+        key = self._found[-1].key if self._found else b""
         prefix = self._prefixes[-1] if self._prefixes else b""
         return key if key > prefix else list_after_prefix(prefix)
 
@@ -301,42 +318,56 @@ class _VersionsPage:
         """The versions of a key, those with an ordinal less than ``below``."""
         if not record.versions:
             return
-        newest = newest_in(record)
+        newest = newest_in(record).ordinal
         name = object_name(self._bucket.id, self._bucket.shard_numbers, key)
-        async for entry in every_entry(self._plane.pages, name, record, below=below):
-            if self.left <= 0:
-                self._cut = True
+        async for run in every_run(self._plane.pages, name, record, below=below, wanted=self.left + 1):
+            self._cut = len(run) > self.left
+            self._found += [_Found(key, entry, entry.ordinal == newest) for entry in run[: self.left]]
+            if self._cut:
                 return
-            self._cut_at = place_name(entry.kept, entry.version)
-            latest = entry.ordinal == newest.ordinal
-            self._versions.append(await _listed(self._keys, self._bucket, key, entry, latest=latest))
 
-    def listing(self, start: bytes | None) -> VersionListing:
-        """``start``: after which key the next page begins; None: there is nothing more."""
-        if self._cut:
-            last = self._versions[-1] if self._versions else None
-            return VersionListing(
-                self._versions,
-                self._prefixes,
-                last.key if last is not None else start,
-                self._cut_at,
-            )
-        return VersionListing(self._versions, self._prefixes, start)
+    async def listing(self, start: bytes | None) -> VersionListing:
+        """``start``: after which key the next page begins; None: there is nothing more. Raises DataDamaged, with the
+        key.
+        """
+        versions = await _listed(self._keys, self._bucket, self._found)
+        if not self._cut:
+            return VersionListing(versions, self._prefixes, start)
+        last = self._found[-1]
+        return VersionListing(versions, self._prefixes, last.key, place_name(last.entry.kept, last.entry.version))
 
 
-async def _listed(keys: BucketKeys, bucket: BucketRecord, key: bytes, entry: Entry, *, latest: bool) -> ListedVersion:
-    version = entry.version
-    if version.delete_marker:
-        return ListedVersion(key, entry.name, 0, version.modified_ms, "", "", "", "", version.owner, latest, True)
-    printed = open_listing(Place(bucket.id, key), version, await keys.load(version.bucket_key))
+async def _listed(keys: BucketKeys, bucket: BucketRecord, found: Sequence[_Found]) -> list[ListedVersion]:
+    """Raises DataDamaged, with the key."""
+    objects = [one for one in found if not one.entry.version.delete_marker]
+    names, sealed = [one.key for one in objects], [one.entry.version for one in objects]
+    try:
+        opened = iter(await _printed(keys, bucket, names, sealed))
+    except DataDamaged:
+        for name, version in zip(names, sealed, strict=True):  # finds the damaged one
+            with _named(name):
+                await _printed(keys, bucket, [name], [version])
+        raise
+    return [_marker(one) if one.entry.version.delete_marker else _version(one, next(opened)) for one in found]
+
+
+def _marker(found: _Found) -> ListedVersion:
+    version = found.entry.version
     return ListedVersion(
-        key,
-        entry.name,
+        found.key, found.entry.name, 0, version.modified_ms, "", "", "", "", version.owner, found.latest, True
+    )
+
+
+def _version(found: _Found, printed: SealedList) -> ListedVersion:
+    version = found.entry.version
+    return ListedVersion(
+        found.key,
+        found.entry.name,
         version.size,
         version.modified_ms,
         printed.etag,
         printed.storage_class,
         *listed_checksum(printed.algorithm, printed.checksum_type),
         version.owner,
-        latest,
+        found.latest,
     )

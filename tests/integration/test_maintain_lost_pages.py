@@ -14,7 +14,8 @@ from storaged.hashes import fragment_hash
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.moves import MOVED, DiscardAsk, FragmentAsk
 from storaged.meta.names import Table
-from storaged.objects.code.history import entries_on, every_page
+from storaged.objects.code.history import entries_on
+from storaged.objects.code.version_walk import every_page
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import PartEntry
 from storaged.objects.write import versioned

@@ -25,8 +25,8 @@ from storaged.clock import SystemClock
 from storaged.errors import DataDamaged, QuotaExceeded, ServiceUnavailable
 from storaged.meta.names import Table
 from storaged.meta.ports import PageQuery
-from storaged.objects.code.history import every_entry
 from storaged.objects.code.lifecycle import DAY_MS
+from storaged.objects.code.version_walk import every_entry
 from storaged.objects.configuration.inventory import INVENTORY
 from storaged.objects.identity import account_of
 from storaged.objects.inventory import listing

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from storaged.errors import DataDamaged
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table
-from storaged.objects.code.history import Bounds, Draft, Entry, PageNeeded, Shelf, every_entry, every_page
+from storaged.objects.code.history import BOUNDS, LEVELS_MAX, Bounds, Draft, Entry, PageNeeded, Shelf
 from storaged.objects.code.version_names import NULL_NAME, parse_name, version_name
 from storaged.objects.code.version_pages import read_page
+from storaged.objects.code.version_walk import TOGETHER_MAX, every_entry, every_page, every_run
 from storaged.objects.code.versions import EMPTY
 from storaged.objects.records import (
     NAMED_VERSION,
@@ -38,12 +39,17 @@ class Stored:
     def __init__(self) -> None:
         self.pages: dict[bytes, bytes] = {}
         self.read = 0
+        self.reading = self.read_together = 0
 
     async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
         raise NotImplementedError
 
     async def get_page(self, near: RegisterName, name: bytes) -> bytes:
         self.read += 1
+        self.reading += 1
+        self.read_together = max(self.read_together, self.reading)
+        await asyncio.sleep(0)
+        self.reading -= 1
         if name not in self.pages:
             raise DataDamaged
         return self.pages[name]
@@ -118,6 +124,8 @@ class Key:
     async def check(self) -> None:
         found = [entry async for entry in every_entry(self.stored, NEAR, self.record)]
         assert found == self.model
+        for wanted in (1, 5, 1000):
+            assert [entry async for entry in every_entry(self.stored, NEAR, self.record, wanted=wanted)] == found
         assert bool(self.record.versions) == bool(self.model)
         assert len(self.record.versions) <= SMALL.versions_max
         reached = {name async for name, _ in every_page(self.stored, NEAR, self.record)}
@@ -165,6 +173,8 @@ def test_what_is_left_when_pages_are_given_up_are_the_versions_on_other_pages(
         key.model = [
             entry async for entry in every_entry(key.stored, NEAR, key.record, on_unreadable=lambda _error: None)
         ]
+        lenient = every_entry(key.stored, NEAR, key.record, wanted=1000, on_unreadable=lambda _error: None)
+        assert [entry async for entry in lenient] == key.model
         await key.give_up(lost)
         await key.check()
         for work, index in later:
@@ -189,6 +199,33 @@ def test_a_key_with_many_versions_costs_a_put_and_a_look_no_more() -> None:
         assert len(encode_object(key.record)) < 40_000
         assert not key.stored.read, "to add a version reads no page"
         await _find_some(key)
+
+    asyncio.run(play())
+
+
+def test_a_page_of_a_list_reads_the_pages_that_have_its_versions_and_these_together() -> None:
+    """Wherever it begins, and however many versions the key has."""
+
+    async def play() -> None:
+        key, shelf = Key(), Shelf()
+        for size in (2000, 20_000):
+            while key.sequence < size:
+                key.sequence += 1
+                draft = Draft(key.record, shelf)
+                draft.add(version(key.sequence))
+                key.stored.pages |= draft.fresh
+                key.record = draft.record()
+            for below in (size + 1, size // 2, 1000, 500):
+                key.stored.read = key.stored.read_together = 0
+                found: list[int] = []
+                async for run in every_run(key.stored, NEAR, key.record, below=below, wanted=1001):
+                    found += [entry.ordinal for entry in run]
+                    if len(found) > 1000:
+                        break
+                assert found[:1000] == list(range(below - 1, max(below - 1001, 0), -1))
+                leaves, branches = 1001 // BOUNDS.leaf_versions + 2, 4 + LEVELS_MAX
+                assert key.stored.read <= leaves + branches
+                assert key.stored.read_together == TOGETHER_MAX
 
     asyncio.run(play())
 

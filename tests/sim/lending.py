@@ -27,9 +27,10 @@ from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
+from storaged.objects.code.history import Draft, Entry, unversioned
 from storaged.objects.code.lending import borrowed_by, find_borrower
 from storaged.objects.code.version_names import NULL_NAME, VersionName
+from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import Borrowed, Borrower, Kept, ObjectRecord, PartEntry, Version, sharing_of

@@ -25,8 +25,9 @@ from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName, Visibility
 from storaged.meta.ports import SmallCopies
 from storaged.objects.bucket_keys import BucketKeys
-from storaged.objects.code.history import Bounds, Draft, Entry, every_entry
+from storaged.objects.code.history import Bounds, Draft, Entry
 from storaged.objects.code.version_names import NULL_NAME
+from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import NAMED_VERSION, NULL_VERSION, Kept, PartEntry, Version

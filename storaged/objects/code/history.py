@@ -12,7 +12,7 @@ it refers at the next level. All versions of a level are older than those of the
 
 So to add a version needs no page but those that it makes: most often none, and at most one a level. To find, change or
 remove a version by its ordinal reads one page a level, and writes those pages anew. A page never changes, so whoever
-holds the record can read all of it.
+holds the record can read all of it (``code.version_walk``).
 
 New pages are durable on a majority between the promise and the accept of the record that names them
 (``objects.write.versioned``). ``objects.write.references`` enumerates what a record refers to: nothing else may.
@@ -24,7 +24,7 @@ versioning is true here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple, TypeVar
 
 from storaged.errors import DataDamaged
@@ -114,66 +114,6 @@ def newest_in(record: ObjectRecord) -> Entry:
 
 def entries_on(page: VersionsPage) -> list[Entry]:
     return list(map(Entry, page.kept, page.versions))
-
-
-# --- all of it, in order
-
-
-OnUnreadable = Callable[[DataDamaged], None]
-"""Called for a page that can't be read, which is left out. Where there is none, DataDamaged is raised."""
-
-
-async def every_entry(
-    pages: Pages,
-    near: RegisterName,
-    record: ObjectRecord,
-    *,
-    below: int | None = None,
-    on_unreadable: OnUnreadable | None = None,
-) -> AsyncIterator[Entry]:
-    """All versions of a key, newest first; those with an ordinal less than ``below``. Raises DataDamaged."""
-    for entry in entries_in(record):
-        if below is None or entry.ordinal < below:
-            yield entry
-    async for _, page in every_page(pages, near, record, below=below, on_unreadable=on_unreadable):
-        for entry in entries_on(page):
-            if below is None or entry.ordinal < below:
-                yield entry
-
-
-async def every_page(
-    pages: Pages,
-    near: RegisterName,
-    record: ObjectRecord,
-    *,
-    below: int | None = None,
-    on_unreadable: OnUnreadable | None = None,
-) -> AsyncIterator[tuple[bytes, VersionsPage]]:
-    """(hash, page) of all pages with older versions, branches before what they refer to. ``below``: only those that
-    have versions with ordinals less than this. Raises DataDamaged.
-    """
-    waiting = [ref for level in reversed(levels_of(record)) for ref in reversed(level)]
-    lowest: int | None = None
-    while waiting:
-        ref = waiting.pop()
-        if lowest is not None and ref.newest >= lowest:
-            raise DataDamaged("The pages of older versions of this key are not in order.")
-        if below is not None and ref.oldest >= below:
-            lowest = ref.oldest
-            continue
-        try:
-            page = await read_page(pages, near, ref)
-        except DataDamaged as error:
-            if on_unreadable is None:
-                raise
-            on_unreadable(error)
-            lowest = ref.oldest
-            continue
-        yield ref.hash, page
-        if page.refs:
-            waiting += reversed(page.refs)
-        else:
-            lowest = ref.oldest
 
 
 def levels_of(record: ObjectRecord) -> tuple[tuple[PageRef, ...], ...]:

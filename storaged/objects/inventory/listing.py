@@ -10,7 +10,8 @@ from storaged.meta.names import Table, Value, object_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.brief import full_list
 from storaged.objects.bucket_keys import BucketKeys
-from storaged.objects.code.history import Entry, every_entry, newest_in
+from storaged.objects.code.history import Entry, newest_in
+from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_listing, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, SealedList
@@ -121,7 +122,9 @@ class _Page:
     async def _add_entries(self, key: bytes, record: ObjectRecord, below: int | None) -> Position | None:
         name = object_name(self._bucket.id, self._bucket.shard_numbers, key)
         newest = newest_in(record).ordinal
-        entries = every_entry(self._plane.pages, name, record, below=below, on_unreadable=self._count_unreadable)
+        wanted, pages = VERSIONS_A_PAGE - len(self._listed), self._plane.pages
+        unreadable = self._count_unreadable
+        entries = every_entry(pages, name, record, below=below, wanted=wanted, on_unreadable=unreadable)
         async for entry in entries:
             await self.add(key, entry, latest=entry.ordinal == newest)
             if len(self._listed) >= VERSIONS_A_PAGE:

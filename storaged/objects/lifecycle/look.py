@@ -22,10 +22,11 @@ from storaged.errors import AccessDenied, NoSuchBucket, ServiceUnavailable, Slow
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.bucket_keys import BucketKeys, with_keys
-from storaged.objects.code.history import Draft, Entry, entries_on, every_entry, newest_in
+from storaged.objects.code.history import Draft, Entry, entries_on, newest_in
 from storaged.objects.code.lifecycle import Rules, Subject, current_due, due_day, marker_due, noncurrent_due, rules_of
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.version_names import NULL_NAME, VersionName
+from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import Place, decode_record, open_version
 from storaged.objects.configuration.kinds import VERSIONING
 from storaged.objects.pending_events import EXPIRED, Origin

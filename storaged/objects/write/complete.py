@@ -42,8 +42,9 @@ from storaged.meta.names import Change, RegisterName, Value, Visibility, object_
 from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.customer import ContentKey
-from storaged.objects.code.history import Draft, Entry, every_entry, unversioned
+from storaged.objects.code.history import Draft, Entry, unversioned
 from storaged.objects.code.manifest import renew_pages, write_manifest, write_sealed_parts
+from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import UnsealedVersion, decode_record, open_version, seal_version, shown
 from storaged.objects.conditions import OBJECT_CHANGED, check_write
 from storaged.objects.configuration.kinds import ENABLED

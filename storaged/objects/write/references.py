@@ -29,8 +29,8 @@ import msgspec
 from storaged.errors import DataDamaged, NoSuchBucket
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Pages, Registers, Scanner
-from storaged.objects.code.history import OnUnreadable, every_entry, every_page
 from storaged.objects.code.manifest import PAGES_MAX, checked, parts_of
+from storaged.objects.code.version_walk import OnUnreadable, every_entry, every_page
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import (
     PartEntry,
