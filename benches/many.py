@@ -126,7 +126,7 @@ async def versions(target: Target, costs: Costs, count: int) -> None:
 
 async def costs_of_versions(client: Client, costs: Costs, size: int) -> None:
     """The pages that are measured are full ones: the newest, one in the middle, and the last full one."""
-    markers, known = await _markers(client)
+    markers, known = await full_pages(client)
     places = {"newest": markers[0], "middle": markers[len(markers) // 2], "oldest": markers[-1]}
     for place, marker in places.items():
         what = f"page of the {min(size, PAGE_VERSIONS)} {place} versions"
@@ -143,7 +143,7 @@ async def costs_of_versions(client: Client, costs: Costs, size: int) -> None:
     )
 
 
-async def _markers(client: Client) -> tuple[list[str], list[str]]:
+async def full_pages(client: Client) -> tuple[list[str], list[str]]:
     """After which version each full page begins (empty: the first one), and a version id of every page."""
     markers, known, after = [""], [], ""
     while True:

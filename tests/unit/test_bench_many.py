@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from benches.many import VERSIONED, Client, rule, seek
+import pytest
+
+from benches.many import PAGE_VERSIONS, VERSIONED, Client, full_pages, rule
 from storaged.s3 import xml
 from storaged.s3.ops import lifecycle
 
@@ -17,16 +19,22 @@ def test_its_rules_are_rules() -> None:
 
 
 class Pages:
-    """A list of 50 versions, 10 on a page."""
+    """A list of versions, newest first."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
 
     async def ask(self, method: str, bucket: str, key: str = "", query: str = "") -> bytes:
-        after = int(query.split("version-id-marker=v")[1].split("&")[0])
-        return b"".join(b"<VersionId>v%d</VersionId>" % number for number in range(after + 1, min(after + 11, 50)))
+        asked = dict(field.split("=", 1) for field in query.split("&"))
+        first = int(asked.get("version-id-marker", "v-1")[1:]) + 1
+        assert ("version-id-marker" in asked) == ("key-marker" in asked)
+        end = min(first + int(asked["max-keys"]), self._count)
+        return b"".join(b"<VersionId>v%d</VersionId>" % number for number in range(first, end))
 
 
-async def test_it_finds_the_page_at_a_depth() -> None:
-    first = [b"v%d" % number for number in range(10)]
-    pages = cast(Client, Pages())
-    assert await seek(pages, 5, first) == first
-    assert (await seek(pages, 25, first))[0] == b"v20"
-    assert await seek(pages, 1000, first) == []
+@pytest.mark.parametrize(("count", "full"), [(1, 1), (999, 1), (1000, 1), (1001, 1), (3000, 3), (3500, 3)])
+async def test_it_finds_where_full_pages_begin(count: int, full: int) -> None:
+    """The first page counts as full."""
+    after, known = await full_pages(cast(Client, Pages(count)))
+    assert after == ["", *(f"v{PAGE_VERSIONS * page - 1}" for page in range(1, full))]
+    assert f"v{count - 1}" in known
