@@ -454,7 +454,11 @@ class AuditBroken(OperatorError):
     """The audit log was altered: an entry does not follow from the one before, or is not the one that a witness saw."""
 
     code = "AUDIT_BROKEN"
-    hint = "Keep a copy of the directory as it is. Entries before the first one named are unchanged."
+    hint = (
+        "Keep a copy of the directory as it is. Entries before the first one named are unchanged. If only the tail of"
+        " the newest chain is missing, and the node still writes, the copy may be older than what the witnesses saw"
+        " since: copy the log again, and verify that copy."
+    )
     exit_code = 3
 
 
