@@ -63,7 +63,6 @@ WHY = {
     "Metadata": "the tables of S3 Metadata are a service of AWS of their own",
     "Metrics": "they are for CloudWatch; the metrics of this server are in deploy/README.md",
     "Notification": "AWS keeps it for old clients",
-    "RenameObject": "it is of directory buckets",
     "Replication": "it is not implemented: one cluster spans all sites",
     "RequestPayment": "nobody pays for requests",
     "RestoreObject": _RESTORED,
@@ -274,6 +273,31 @@ look like AWS's. Requests that only read ignore headers that are of other operat
 """
 
 
+RENAME = """
+## RenameObject
+
+On AWS it is of directory buckets, and atomic. Here every bucket has it that never had versioning; where versioning was
+enabled, it answers 501. `x-amz-rename-source` is the key of the object, percent-encoded, or `/BUCKET/KEY` with the
+bucket of the request. The sender needs `s3:GetObject` and `s3:DeleteObject` for the old key, and `s3:PutObject` for the
+new one. The object keeps its metadata, tags, owner, access control list, ETag, checksums and last modified time.
+Objects with SSE-C are refused (400).
+
+* When the answer is 200, the object has its new name and no other.
+* It has the new name at one moment, and the old one is removed right after. Between the two, readers and lists may see
+  both names, never neither. If the gateway dies there, both stay until a retry with the same client token, another
+  rename of the object, or the next look at the record (some minutes to a day) removes the old one.
+* Of several renames of an object at the same time one succeeds; the others answer 404, or 503 with nothing changed.
+* A rename changes nothing of what another request has put under the old name meanwhile. Who overwrites or deletes the
+  object while it is renamed may find it under its new name nevertheless.
+* An error 5xx may mean that the rename was done: retry with the same token. The token is remembered as long as the
+  object stays under its new name. With another source it answers 400 IdempotencyParameterMismatch.
+* Coded objects that were stored by one PUT move no data. Others, and those whose record has too many borrowers or a
+  replica that is away, are read and sealed anew (at most 5 GiB); objects that were uploaded in parts keep their ETag
+  and checksums, and have one part afterwards.
+* Events: `ObjectCreated:Copy` of the new key, `ObjectRemoved:Delete` of the old one.
+"""
+
+
 def document() -> str:
     done = [name for name in sorted(model()["operations"]) if _answer(name) == ""]
     other = [name for name in sorted(model()["operations"]) if _answer(name) != ""]
@@ -286,7 +310,7 @@ def document() -> str:
     lines += [f"| {name} | {_answer(name)} | {why(name)} |" for name in other]
     lines += ["", "## What answers do not have", "", "| name | where | why |", "|---|---|---|"]
     lines += [f"| {name} | {_joined(where)} | {reason} |" for (name, reason), where in sorted(_unsent(done).items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + RENAME
 
 
 def _answer(name: str) -> str:

@@ -127,6 +127,7 @@ from storaged.errors.s3 import (
     ConditionalRequestConflict,
     EntityTooLarge,
     EntityTooSmall,
+    IdempotencyParameterMismatch,
     IdMismatch,
     IllegalVersioningConfigurationException,
     IncompleteBody,

@@ -90,6 +90,10 @@ class EntityTooSmall(S3Error):
     """
 
 
+class IdempotencyParameterMismatch(S3Error):
+    """The client token of this request was used before, for another request. Use a new token."""
+
+
 class IncompleteBody(S3Error):
     """You did not provide the number of bytes specified by the Content-Length HTTP header."""
 

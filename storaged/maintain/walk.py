@@ -238,7 +238,8 @@ class Walker:
         """Raises DataDamaged."""
         if name.table != Table.OBJECT or not shares(value.body) or len(self.lenders) >= LENDERS_MAX:
             return
-        if sharing_of(decode_record(value)).loans:
+        sharing = sharing_of(decode_record(value))
+        if sharing.loans or sharing.departure is not None:
             self.lenders.add(name.pack())
 
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]], *, whole: bool = False) -> list[Finding]:

@@ -66,7 +66,7 @@ from storaged.objects.system.shards import domains_inside
 from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after
 from storaged.objects.where import where
-from storaged.objects.write.loans import end_unused
+from storaged.objects.write.departures import end_old
 from storaged.s3.app import S3App
 from storaged.s3.inventories import InventoryWorker
 from storaged.s3.inventories import describe as describe_inventories
@@ -140,7 +140,7 @@ class Gateway:
                 "settle": settle_handler(node.ring),
                 "move": self.mover.answer,
                 "discard": self.discarder.answer,
-                "loans": loans_handler(self.mover.bucket, functools.partial(end_unused, plane)),
+                "loans": loans_handler(self.mover.bucket, functools.partial(end_old, plane)),
             },
             structlog.get_logger("maintain").error,
         )

@@ -44,6 +44,7 @@ from storaged.objects.result_types import DeleteResult as DeleteResult
 from storaged.objects.result_types import PutResult as PutResult
 from storaged.objects.source_types import CopySource as CopySource
 from storaged.objects.source_types import RangeSpec as RangeSpec
+from storaged.objects.source_types import Renaming as Renaming
 from storaged.objects.upload_types import CompletedPart as CompletedPart
 from storaged.objects.upload_types import PartInfo as PartInfo
 from storaged.objects.upload_types import UploadInfo as UploadInfo
@@ -316,6 +317,9 @@ class Objects(Protocol):
         origin: Origin | None = None,
     ) -> PutResult:
         """``meta``, ``tags`` None: the source's. ``encryption`` is of the copy. The data is opened and sealed anew."""
+
+    async def rename(self, bucket: BucketRecord, asked: Renaming) -> PutResult:
+        """The object keeps its metadata, time, owner and access."""
 
     async def set_tags(
         self,

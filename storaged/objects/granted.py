@@ -35,6 +35,7 @@ from storaged.objects.api import (
     Principal,
     PutResult,
     ReadResult,
+    Renaming,
     UploadInfo,
 )
 from storaged.objects.code.versions import access_of, check_allowed
@@ -151,6 +152,18 @@ class GrantedObjects:
         result = await self._objects.copy(_allowed(source_grant, source), bucket, key, **_judging(grant, named))
         self._add(bucket, result)
         return result
+
+    async def rename(self, source_grant: Grant, removal: Grant, grant: Grant, asked: Renaming) -> PutResult:
+        """``removal``: the grant to delete the object of the old key. A quota is not asked: nothing is added."""
+        _bucket(source_grant, asked.source, READ)
+        _bucket(removal, asked.source, DELETE)
+        bucket, allowed = _bucket(grant, asked.key, WRITE), source_grant.found
+        if not source_grant.bucket.id == removal.bucket.id == bucket.id:
+            raise AccessDenied()
+        if removal.found is not None:
+            check_allowed(removal.found, allowed)
+            allowed = removal.found
+        return await self._objects.rename(bucket, asked._replace(source_allowed=allowed, allowed=grant.found))
 
     async def delete(
         self, grant: Grant, key: bytes, *, who: Principal, bypass_governance: bool = False, **named: Any

@@ -15,6 +15,7 @@ from storaged.cluster.layout import Profile
 from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, message_of, with_head
 from storaged.objects.configuration.access import AclEntry
 from storaged.objects.pending_events import PendingEvent
+from storaged.objects.sharing import Borrowed, Borrower, Departure
 from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
@@ -164,17 +165,6 @@ class ObjectRecord(Message, frozen=True):
     history: History | None = None
 
 
-class Borrower(Message, frozen=True):
-    """A version of the S3 key ``key``, in the same bucket, that has no data of its own. ``id``: 16 random bytes of the
-    copy that made it. ``ending``: random, of the request that looks whether the version is gone; empty: none does.
-    """
-
-    id: bytes
-    key: bytes
-    since_ms: int
-    ending: bytes = b""
-
-
 class Loan(Message, frozen=True):
     """Data of a key that versions of other keys read, whether or not a version of its own key still has it."""
 
@@ -182,20 +172,14 @@ class Loan(Message, frozen=True):
     borrowers: tuple[Borrower, ...]
 
 
-class Borrowed(Message, frozen=True):
-    """Where a version without data of its own has it: the ``Borrower`` with this ``id`` in the record of ``key``."""
-
-    key: bytes
-    id: bytes
-
-
 class Sharing(Message, frozen=True):
     """What a record shares with those of other keys (``write.loans``). ``borrowed``: by the ordinals of the versions,
-    which may lie on pages.
+    which may lie on pages. ``departure``: None: the key is not being renamed.
     """
 
     loans: tuple[Loan, ...] = ()
     borrowed: dict[int, Borrowed] = msgspec.field(default_factory=dict)
+    departure: Departure | None = None
 
 
 class SharingRecord(ObjectRecord, frozen=True):

@@ -10,7 +10,7 @@ from storaged.objects import listing
 from storaged.objects.background import Counters
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read import get
-from storaged.objects.write import complete, copy, delete, locks, multipart, put, uploads
+from storaged.objects.write import complete, copy, delete, locks, multipart, put, rename, uploads
 
 
 class ObjectService:
@@ -28,6 +28,7 @@ class ObjectService:
         self.try_read = partial(get.try_read, plane)
         self.delete = partial(delete.delete, plane)
         self.copy = partial(copy.copy, plane)
+        self.rename = partial(rename.rename, plane)
         self.set_tags = partial(delete.set_tags, plane)
         self.set_retention = partial(locks.set_retention, plane)
         self.set_hold = partial(locks.set_hold, plane)

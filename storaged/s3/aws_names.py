@@ -83,7 +83,6 @@ _BODIES = (*DOCUMENTS, "PutObject", "PostObject", "UploadPart", "PutObjectAnnota
 
 _NO_EVENT_HOLD = "Event holds are not implemented."
 _NO_APPEND = "Appending to objects is not implemented."
-_NO_RENAME = "RenameObject is not implemented."
 _NO_MFA = "MFA Delete is not implemented."
 _NO_SESSION = "Sessions of directory buckets are not implemented."
 _NO_ANNOTATIONS = "Annotations are not implemented."
@@ -191,12 +190,12 @@ HEADERS: dict[str, Name] = {
     # directory buckets
     "x-amz-create-session-mode": _of("CreateSession", refusal=_NO_SESSION),
     "x-amz-s3session-token": Name(EVERY, _NO_SESSION),
-    "x-amz-rename-source": _of("RenameObject", refusal=_NO_RENAME),
+    "x-amz-rename-source": _of("RenameObject"),
     **{
-        f"x-amz-rename-source-{name}": _of("RenameObject", refusal=_NO_RENAME)
+        f"x-amz-rename-source-{name}": _of("RenameObject")
         for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")
     },
-    "x-amz-client-token": _of("RenameObject", refusal=_NO_RENAME),
+    "x-amz-client-token": _of("RenameObject"),
     # Object Lambda
     "x-amz-request-route": _of("WriteGetObjectResponse", refusal=_NO_LAMBDA),
     "x-amz-request-token": _of("WriteGetObjectResponse", refusal=_NO_LAMBDA),

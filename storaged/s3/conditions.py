@@ -8,6 +8,7 @@ a write that asks for ``If-Match: ""`` must not overwrite.
 | GetObject, HeadObject, GetObjectAttributes | all four; an invalid date is ignored (RFC 9110, 13.1.3) | |
 | PutObject, CopyObject, CompleteMultipartUpload | If-Match, If-None-Match of ``*`` or tags | 501: other, dates |
 | copy sources | x-amz-copy-source-if-* | 400: invalid tags or dates |
+| RenameObject | all four, and x-amz-rename-source-if-* for the old key | 400: invalid tags or dates |
 | DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: invalid values |
 | DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: invalid values |
 
@@ -32,6 +33,7 @@ from storaged.s3.headers import integer
 
 NAMES = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
 SOURCE_PREFIX = "x-amz-copy-source-"
+RENAMED_PREFIX = "x-amz-rename-source-"
 
 DATE_CHARS_MAX = 64
 """Longer than any date: the standard library's parser never sees hostile text of unbounded length."""
@@ -112,18 +114,18 @@ def read_conditions(headers: Mapping[str, str]) -> ReadConditions:
     )
 
 
-def source_conditions(headers: Mapping[str, str]) -> ReadConditions:
-    """Conditions of a copy's source. Raises InvalidArgument for an invalid one: it must not let the copy happen."""
-    none_match = _tags(headers, SOURCE_PREFIX + "if-none-match")
+def source_conditions(headers: Mapping[str, str], prefix: str = SOURCE_PREFIX) -> ReadConditions:
+    """Conditions of a copy's source, whose headers begin with ``prefix``. Raises InvalidArgument for an invalid one: it
+    must not let the copy happen.
+    """
+    none_match = _tags(headers, prefix + "if-none-match")
     if none_match == NO_TAG:
-        raise _malformed(
-            SOURCE_PREFIX + "if-none-match", headers[SOURCE_PREFIX + "if-none-match"], "is not an entity tag"
-        )
+        raise _malformed(prefix + "if-none-match", headers[prefix + "if-none-match"], "is not an entity tag")
     return ReadConditions(
-        if_match=_tags(headers, SOURCE_PREFIX + "if-match"),
+        if_match=_tags(headers, prefix + "if-match"),
         if_none_match=none_match,
-        if_modified_since_ms=_date(headers, SOURCE_PREFIX + "if-modified-since"),
-        if_unmodified_since_ms=_date(headers, SOURCE_PREFIX + "if-unmodified-since"),
+        if_modified_since_ms=_date(headers, prefix + "if-modified-since"),
+        if_unmodified_since_ms=_date(headers, prefix + "if-unmodified-since"),
     )
 
 

@@ -39,6 +39,7 @@ from storaged.s3.ops import (
     notification,
     post,
     put,
+    rename,
     tags,
     versioning,
     website,
@@ -317,7 +318,7 @@ OBJECT: dict[str, Methods] = {
     },
     "restore": _none_implemented(POST="RestoreObject"),
     "select": _none_implemented(POST="SelectObjectContent"),
-    "renameObject": _none_implemented(PUT="RenameObject"),
+    "renameObject": {"PUT": _change("RenameObject", rename.rename_object)},
     "encryption": {"PUT": _change("UpdateObjectEncryption", encryption_settings.update_object_encryption, ENCRYPTION)},
     "annotation": _none_implemented(
         GET="GetObjectAnnotation", PUT="PutObjectAnnotation", DELETE="DeleteObjectAnnotation"

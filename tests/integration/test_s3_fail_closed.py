@@ -183,8 +183,14 @@ REFUSED_TARGETS: list[tuple[str, str, tuple[int, str]]] = [
     *[("DELETE", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "acl", "uploads", "retention", "versions")],  # noqa: E501
     *[("DELETE", f"/bucket/k?{name}", NOT_THERE) for name in ("ACL", "Policy", "TAGGING", "uploadID=x", "versionid=null", "%20acl")],  # noqa: E501
     *[("PUT", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "versions", "uploads", "delete", "cors", "restore")],  # noqa: E501
-    *[("PUT", f"/bucket/k?{name}", NOT_THERE) for name in ("Tagging", "annotation=a", "annotation", "renameObject", "append")],  # noqa: E501
+    *[("PUT", f"/bucket/k?{name}", NOT_THERE) for name in ("Tagging", "annotation=a", "annotation", "append")],
     *[("PUT", f"/bucket/k?{name}", CONFLICT) for name in ("partNumber=1", "versionId=abc", "prefix=a", "max-keys=1", "id=1")],  # noqa: E501
+    ("PUT", "/bucket/k?renameObject", (400, "InvalidRequest")),  # it has no body
+    ("PUT", "/bucket/k?renameobject", NOT_THERE),
+    ("PUT", "/bucket/k?renameObject&acl", CONFLICT),
+    ("PUT", "/bucket/k?renameObject&versionId=null", CONFLICT),
+    ("POST", "/bucket/k?renameObject", NOT_ALLOWED),
+    ("PUT", "/bucket?renameObject", NOT_ALLOWED),
     ("PUT", "/bucket/k?partnumber=1&uploadId=x", NOT_THERE),
     ("PUT", "/bucket/k?uploadId=x", NOT_ALLOWED),
     ("PUT", "/bucket/k?uploadId=x&partNumber", CONFLICT),
@@ -312,6 +318,19 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-metadata-directive": "REPLACE"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-if-match-size": "9"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-rename-source": "/bucket/o"}, NOT_THERE),
+    *[("PUT", "/bucket/new?renameObject", {"x-amz-rename-source": source}, answer) for source, answer in [("", CONFLICT), ("none", (404, "NoSuchKey")), ("bucket/k", (404, "NoSuchKey")), ("/other/k", (404, "NoSuchKey")), ("/bucket/", CONFLICT), ("k/", (400, "InvalidRequest")), ("new", (400, "InvalidRequest")), ("%ff", (400, "InvalidURI"))]],  # noqa: E501
+    ("PUT", "/bucket/new?renameObject", {}, CONFLICT),
+    ("PUT", "/bucket/new/?renameObject", {"x-amz-rename-source": "k"}, (400, "InvalidRequest")),
+    *[("PUT", "/bucket/new?renameObject", {"x-amz-rename-source": "k", **more}, answer) for more, answer in [
+        ({"x-amz-client-token": ""}, CONFLICT), ({"x-amz-client-token": "x" * 65}, CONFLICT), ({"x-amz-client-token": "a b"}, CONFLICT),  # noqa: E501
+        ({"if-match": "*"}, (412, "PreconditionFailed")), ({"if-match": '""'}, (412, "PreconditionFailed")), ({"if-none-match": ""}, CONFLICT),  # noqa: E501
+        ({"if-modified-since": PAST}, (412, "PreconditionFailed")), ({"if-modified-since": "x"}, CONFLICT), ({"if-unmodified-since": ""}, CONFLICT),  # noqa: E501
+        ({"x-amz-rename-source-if-match": '"x"'}, (412, "PreconditionFailed")), ({"x-amz-rename-source-if-none-match": "*"}, (412, "PreconditionFailed")),  # noqa: E501
+        ({"x-amz-rename-source-if-modified-since": FUTURE}, (412, "PreconditionFailed")), ({"x-amz-rename-source-if-unmodified-since": PAST}, (412, "PreconditionFailed")),  # noqa: E501
+        ({"x-amz-rename-source-if-modified-since": "x"}, CONFLICT), ({"x-amz-rename-source-if-tomorrow": "1"}, NOT_THERE),  # noqa: E501
+        ({"x-amz-copy-source": "/bucket/k"}, NOT_THERE), ({"x-amz-acl": "private"}, NOT_THERE), ({"x-amz-tagging": "a=b"}, NOT_THERE), ({"x-amz-meta-a": "b"}, NOT_THERE),  # noqa: E501
+    ]],
+    ("PUT", "/bucket/k", {"x-amz-client-token": "t"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-request-payer": ""}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-expected-bucket-owner": ""}, (403, "AccessDenied")),
     ("PUT", "/bucket/k", {"x-storaged-countries": "FR"}, NOT_THERE),
@@ -365,6 +384,7 @@ DOINGS = {
     "CreateMultipartUpload": ("POST", "/bucket/k?uploads", b""), "UploadPart": ("PUT", "/bucket/k?partNumber=1&uploadId=U", b"part"),  # noqa: E501
     "AbortMultipartUpload": ("DELETE", "/bucket/k?uploadId=U", b""),
     "DeleteObjects": ("POST", "/bucket?delete", b"<Delete><Object><Key>k</Key></Object></Delete>"),
+    "RenameObject": ("PUT", "/bucket/new?renameObject", b""),
     "PutObjectTagging": ("PUT", "/bucket/k?tagging", b"<Tagging><TagSet><Tag><Key>a</Key><Value>b</Value></Tag></TagSet></Tagging>"),  # noqa: E501
 }  # fmt: skip
 """Requests that change something when nothing is added to them."""
@@ -377,6 +397,7 @@ async def test_every_header_of_aws_is_honoured_or_refused_by_every_operation_tha
     method, target, body = DOINGS[name]
     target = target.replace("U", await world.upload_id()) if "uploadId" in target else target
     own = {"x-amz-copy-source": "/bucket/k", "x-amz-metadata-directive": "REPLACE"} if name == "CopyObject" else {}
+    own |= {"x-amz-rename-source": "k"} if name == "RenameObject" else {}
     own |= md5_of(body) if name == "DeleteObjects" else {}
     before = state(world)
     for header in sorted(

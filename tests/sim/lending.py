@@ -33,7 +33,8 @@ from storaged.objects.code.version_names import NULL_NAME, VersionName
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectLimits, ObjectPlane
-from storaged.objects.records import Borrowed, Borrower, Kept, ObjectRecord, PartEntry, Version, sharing_of
+from storaged.objects.records import Kept, ObjectRecord, PartEntry, Version, sharing_of
+from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write import versioned
 from storaged.objects.write.commit import AfterPromise, ProposedAgain
 from storaged.objects.write.loans import NotLent, Wanted, end_unused, let_go, with_loan
@@ -47,8 +48,7 @@ from tests.sim.versions import FEW, OPERATIONS, Versions
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
 
-BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=())
-WITH_VERSIONS = KEYS[2]
+BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=(), plain=True)
 LOOKS_MAX = 8
 """At all keys in the end, for loans that nothing uses."""
 
@@ -79,6 +79,9 @@ class _Sleepy:
 
 
 class Lending(Versions):
+    with_versions = KEYS[2]
+    """The key that has versioning."""
+
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
         self._luck = random.Random(f"lending {seed}")
@@ -128,12 +131,12 @@ class Lending(Versions):
             key = self._luck.choice(KEYS)
             name = self.name(key)
             self.found.operations += 1
-            kind, null = self._luck.random(), key != WITH_VERSIONS or self._luck.random() < 0.3
+            kind, null = self._luck.random(), key != self.with_versions or self._luck.random() < 0.3
             if kind < 0.2:
                 await self._note(self._put(gateway, name, null=null))
             elif kind < 0.3:
                 await self._note(self._put_small(gateway, name))
-            elif kind < 0.35 and key == WITH_VERSIONS:
+            elif kind < 0.35 and key == self.with_versions:
                 await self._note(self._mark(gateway, name, null=null))
             elif kind < 0.45:
                 await self._note(self._remove(gateway, name))
@@ -154,7 +157,7 @@ class Lending(Versions):
         """As ``put.AddedVersion``."""
 
         def edit(draft: Draft, ordinal: int) -> bool:
-            if name.key == WITH_VERSIONS:
+            if name.key == self.with_versions:
                 added = Entry(Kept(ordinal), version)
             else:
                 assert not draft.has_history
@@ -170,7 +173,7 @@ class Lending(Versions):
 
     async def _put_small(self, gateway: Gateway, name: RegisterName) -> None:
         """Of a key without versioning: as ``put.Replacement``, by a create where nothing is known of the key."""
-        if name.key == WITH_VERSIONS or self._luck.random() < 0.3:
+        if name.key == self.with_versions or self._luck.random() < 0.3:
             await super()._put_small(gateway, name)
             return
         small = self._small_copies(name, self._luck)
@@ -202,11 +205,10 @@ class Lending(Versions):
             return
         owner, data_id, named = found
         borrowed = Borrowed(owner.key, self._luck.randbytes(16))
-        version = self._version(None, null=name.key != WITH_VERSIONS, context_id=borrowed.id)
-        version = msgspec.structs.replace(version, delete_marker=False)
+        version = self._borrowing(borrowed.id, null=name.key != self.with_versions)
         wanted = Wanted(owner, data_id, named, Borrower(borrowed.id, name.key, 1))
         await self.sleep(0.1)
-        operation = self._adding(name, borrowed.id, null=name.key != WITH_VERSIONS)
+        operation = self._adding(name, borrowed.id, null=name.key != self.with_versions)
 
         async def commit(check: AfterPromise) -> None:
             async def made_durable() -> None:
@@ -220,6 +222,9 @@ class Lending(Versions):
 
         await with_loan(plane, BUCKET, wanted, commit)
         self.found.done["copies"] += 1
+
+    def _borrowing(self, context_id: bytes, *, null: bool = True) -> Version:
+        return msgspec.structs.replace(self._version(None, null=null, context_id=context_id), delete_marker=False)
 
     async def _source(self, gateway: Gateway, key: bytes) -> tuple[RegisterName, bytes, VersionName | None] | None:
         """(owner, data id, version) of a version of the key that may lend or has borrowed."""

@@ -151,7 +151,7 @@ LENDING_BUGS = (
         70,
         _PLAY,
         _HISTORY,
-        "        shares = bool(self.loans or self.borrowed)\n",
+        "        shares = bool(self.loans or self.borrowed or self.departure)\n",
         "        shares = bool(entries and (self.loans or self.borrowed))\n",
     ),
 )

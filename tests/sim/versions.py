@@ -211,8 +211,10 @@ class Versions(Collecting):
 
         return edit
 
-    def _small_copies(self, name: RegisterName, chance: random.Random) -> SmallCopies:
-        data_id, content = chance.randbytes(16), chance.randbytes(5)
+    def _small_copies(self, name: RegisterName, chance: random.Random, data_id: bytes = b"") -> SmallCopies:
+        """``data_id``: empty: a new one."""
+        data_id = data_id or chance.randbytes(16)
+        content = chance.randbytes(5)
         fragment = FragmentId(data_id, 0, 1, 2, 0)
         header = FragmentHeader(fragment.pack(), name.pack(), b"", (fragment_hash([content]),), 4096, 5, 1)
         self.durable[data_id] = set()

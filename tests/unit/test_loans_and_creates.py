@@ -19,7 +19,8 @@ from storaged.meta.messages import Expunge, FloorSet
 from storaged.meta.names import Ballot, Change, RegisterName, Visibility, object_name
 from storaged.meta.ports import Outcome
 from storaged.objects.code.versions import decode_record, record_change
-from storaged.objects.records import Borrower, ObjectRecord, PartEntry, Version, sharing_of
+from storaged.objects.records import ObjectRecord, PartEntry, Version, sharing_of
+from storaged.objects.sharing import Borrower
 from storaged.objects.write.commit import AfterPromise
 from storaged.objects.write.loans import NotLent, Wanted, with_loan
 from tests.doubles.layouts import KnownLayouts, layout_of

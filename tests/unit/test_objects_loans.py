@@ -24,8 +24,6 @@ from storaged.objects.configuration.kinds import ENABLED, LOCK, VERSIONING, Obje
 from storaged.objects.encryption import CUSTOMER, KMS, Encryption
 from storaged.objects.etags import ANY
 from storaged.objects.records import (
-    Borrowed,
-    Borrower,
     BucketRecord,
     History,
     Kept,
@@ -43,6 +41,7 @@ from storaged.objects.records import (
     sharing_of,
 )
 from storaged.objects.service import ObjectService
+from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.system.emptying import end_remains
 from storaged.objects.where import where
 from storaged.objects.write import lent_copy, loans

@@ -150,7 +150,8 @@ def test_what_is_honoured_is_what_the_front_acts_on() -> None:
     code = "".join(path.read_text() for path in Path(routes.__file__).parent.rglob("*.py") if path.name != "aws.py")
     without_effect = {"x-amz-user-agent", "x-amz-bypass-governance-retention", *CHECKSUM_HEADERS}
     built = {
-        f"x-amz-copy-source-{name}"
+        f"x-amz-{what}-source-{name}"
+        for what in ("copy", "rename")
         for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")
     } | {
         prefix + name

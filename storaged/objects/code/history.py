@@ -37,7 +37,6 @@ from storaged.objects.code.version_pages import read_page, weight, without_lost
 from storaged.objects.pending_events import PendingEvent
 from storaged.objects.records import (
     NULL_VERSION,
-    Borrowed,
     History,
     Kept,
     ObjectRecord,
@@ -49,6 +48,7 @@ from storaged.objects.records import (
     VersionsPage,
     sharing_of,
 )
+from storaged.objects.sharing import Borrowed
 from storaged.units import KIB
 from storaged.wire import encode
 
@@ -183,8 +183,8 @@ class Draft:
 
     ``has_history``: the record had one, of versions. ``outbox``: that of the record, to be assigned anew. ``fresh``:
     the new pages that the changed record refers to, by hash, each after those that it refers to. ``removed``: the
-    versions that went, with their data. ``loans``, ``borrowed``: as in ``records.Sharing``, to be changed by the edit.
-    ``returned``: what the versions that went had borrowed.
+    versions that went, with their data. ``loans``, ``borrowed``, ``departure``: as in ``records.Sharing``, to be
+    changed by the edit. ``returned``: what the versions that went had borrowed.
 
     Methods that look at older versions raise PageNeeded, and DataDamaged.
     """
@@ -206,7 +206,7 @@ class Draft:
         self.fresh: dict[bytes, bytes] = {}
         self.removed: list[Version] = []
         sharing = sharing_of(record)
-        self.loans = sharing.loans
+        self.loans, self.departure = sharing.loans, sharing.departure
         self.borrowed = dict(sharing.borrowed)
         self.returned: list[Borrowed] = []
 
@@ -292,7 +292,7 @@ class Draft:
         self.removed.append(entry.version)
         self._give_back(entry.ordinal)
         if entry.is_null:
-            self._null_at, self._copied = -1, None
+            self._null_at, self._copied, self.departure = -1, None, None
         self._refill()
 
     def _give_back(self, ordinal: int) -> None:
@@ -423,7 +423,7 @@ class Draft:
         entries = self._entries
         while self._levels and not self._levels[-1]:
             self._levels.pop()
-        shares = bool(self.loans or self.borrowed)
+        shares = bool(self.loans or self.borrowed or self.departure)
         if not self.outbox and not shares:
             if not entries:
                 return ObjectRecord(())
@@ -432,7 +432,7 @@ class Draft:
         kept, levels = tuple(entry.kept for entry in entries), tuple(map(tuple, self._levels))
         history = History(kept, levels, self._null_at, self._copied, self.outbox)
         versions = tuple(entry.version for entry in entries)
-        sharing = Sharing(self.loans, self.borrowed)
+        sharing = Sharing(self.loans, self.borrowed, self.departure)
         return SharingRecord(versions, history, sharing) if shares else ObjectRecord(versions, history)
 
 

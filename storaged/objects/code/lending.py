@@ -1,10 +1,12 @@
-"""What records say of loans (``write.loans``). Pure."""
+"""What records say of loans (``write.loans``) and of departures (``write.departures``). Pure."""
 
 from __future__ import annotations
 
 from storaged.meta.names import Value
+from storaged.objects.code.history import newest_in
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import Borrowed, Borrower, Loan, ObjectRecord, SharingRecord, sharing_of
+from storaged.objects.records import Loan, ObjectRecord, SharingRecord, sharing_of
+from storaged.objects.sharing import Borrowed, Borrower, Departure
 
 
 def find_borrower(value: Value | None, borrower_id: bytes) -> tuple[Loan, Borrower] | None:
@@ -24,3 +26,21 @@ def borrowed_by(record: ObjectRecord, ordinal: int) -> Borrowed | None:
 def uses(value: Value | None, borrower_id: bytes) -> bool:
     """Whether a version of the record, also one on a page, is this borrower. Raises DataDamaged."""
     return any(one.id == borrower_id for one in sharing_of(decode_record(value)).borrowed.values())
+
+
+def departure_in(value: Value | None) -> Departure | None:
+    """None: the key is not being renamed. Raises DataDamaged."""
+    return sharing_of(decode_record(value)).departure
+
+
+def arrived_as(record: ObjectRecord) -> bytes:
+    """The id of the departure that became the current version of the record, if one did; another id if none did."""
+    entry = newest_in(record)
+    borrowed = borrowed_by(record, entry.ordinal)
+    return borrowed.id if borrowed is not None else entry.version.context_id
+
+
+def has_arrived(value: Value | None, departure_id: bytes) -> bool:
+    """Whether a version in the record is what departed under this id. Raises DataDamaged."""
+    made = (version.context_id for version in decode_record(value).versions)
+    return uses(value, departure_id) or departure_id in made

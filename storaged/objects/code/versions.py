@@ -23,7 +23,6 @@ from storaged.objects.configuration.access import Acl
 from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import (
-    Borrowed,
     EncryptedMeta,
     Lock,
     ObjectRecord,
@@ -37,6 +36,7 @@ from storaged.objects.records import (
     encode_object,
     sharing_of,
 )
+from storaged.objects.sharing import Borrowed
 from storaged.sov1 import SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
 

@@ -20,7 +20,8 @@ from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import Borrowed, BucketRecord, Lock, ObjectRecord
+from storaged.objects.records import BucketRecord, Lock, ObjectRecord
+from storaged.objects.sharing import Borrowed
 from storaged.wire import Buffer
 
 

@@ -31,6 +31,7 @@ from storaged.objects.pending_events import Origin
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
 from storaged.objects.records import NAMED_VERSION, NULL_VERSION, BucketRecord, Kept, SealedEncryption, Version
+from storaged.objects.write.departures import Departing, make_way
 from storaged.objects.write.loans import let_go
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
@@ -167,6 +168,8 @@ async def change_meta(
 
     def edit(draft: Draft, _ordinal: int) -> bool:
         nonlocal changed
+        if draft.departure is not None:
+            raise Departing(name, draft.departure)
         entry = draft.find(wanted) if wanted is not None else draft.newest
         if entry is None:
             raise NoSuchVersion(VersionId=version_id) if version_id else NoSuchKey
@@ -193,7 +196,13 @@ async def change_meta(
         changed = entry.name
         return True
 
-    await change_versions(plane, keys, name, edit)
+    try:
+        await change_versions(plane, keys, name, edit)
+    except Departing as met:
+        await make_way(plane, bucket, met)
+        return await change_meta(
+            plane, bucket, key, version_id, alter, wrap_under=wrap_under, allowed=allowed
+        )  # another departure is young
     return changed if plane.versioning(bucket) else ""
 
 

@@ -32,7 +32,8 @@ from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import owner_of
 from storaged.objects.read.find import find
-from storaged.objects.records import Borrowed, Borrower, BucketRecord, Version
+from storaged.objects.records import BucketRecord, Version
+from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.commit import AfterPromise, change_once
 from storaged.objects.write.loans import (
@@ -72,7 +73,7 @@ async def lendable(
         return None
     found = await find(plane, source.bucket, source.key, source.version_id)
     opened, version = found.opened, found.opened.version
-    if opened.has_customer_key or version.multipart or (opened.borrowed is None and not _is_coded(version)):
+    if opened.has_customer_key or version.multipart or (opened.borrowed is None and not is_coded(version)):
         return None
     info = info_of(source.key, opened, found.version_id, (), found.lock)
     if not info.checksums or (algorithm and tuple(info.checksums) != (algorithm,)):
@@ -81,10 +82,10 @@ async def lendable(
         check_copy_source(source.conditions, info.etag, info.modified_ms)
     check_allowed(access_of(info), source.allowed)
     owner = owner_of(bucket, found)
-    return Lendable(info, opened, owner) if _replicas_answer(plane, owner) else None
+    return Lendable(info, opened, owner) if replicas_answer(plane, owner) else None
 
 
-def _replicas_answer(plane: ObjectPlane, owner: RegisterName) -> bool:
+def replicas_answer(plane: ObjectPlane, owner: RegisterName) -> bool:
     """As far as is known. Every replica has to accept the loan (``loans.check_everywhere``): with one away the owner's
     record would be written in vain, and the copy would wait for an answer.
     """
@@ -92,7 +93,8 @@ def _replicas_answer(plane: ObjectPlane, owner: RegisterName) -> bool:
     return all(plane.liveness.disk_readable(disk) for disks in voting for disk in disks)
 
 
-def _is_coded(version: Version) -> bool:
+def is_coded(version: Version) -> bool:
+    """Whether it has one coded body."""
     parts = version.parts
     return len(parts) == 1 and bool(parts[0].runs) and not parts[0].small and not parts[0].inline
 

@@ -59,7 +59,8 @@ from storaged.objects.code.lending import find_borrower, uses
 from storaged.objects.code.version_names import VersionName
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import Borrowed, Borrower, BucketRecord, Loan, PartEntry, sharing_of
+from storaged.objects.records import BucketRecord, Loan, PartEntry, sharing_of
+from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write.commit import AfterPromise
 from storaged.objects.write.retire import retire_removed, retirements
 from storaged.objects.write.versioned import Gone, change_versions

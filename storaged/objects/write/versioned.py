@@ -24,7 +24,8 @@ from storaged.objects.code.history import BOUNDS, Bounds, CheckRemoval, Draft, E
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import Borrowed, Version
+from storaged.objects.records import Version
+from storaged.objects.sharing import Borrowed
 from storaged.objects.write.commit import AfterPromise, change_once
 
 Edit = Callable[[Draft, int], bool]

@@ -115,7 +115,7 @@ def _signed(facts: Facts, value: str) -> str | None:
 
 def _auth_type(facts: Facts) -> str | None:
     request = facts.request
-    if facts.headers is not request.headers:
+    if facts.headers is not request.headers and request.operation != "RenameObject":
         return _signed(facts, "POST")
     return _signed(facts, "REST-HEADER" if "authorization" in request.headers else "REST-QUERY-STRING")
 

@@ -1,0 +1,215 @@
+"""Departures: the version of a key becomes that of another key of its bucket, and of no second one.
+
+Theory of operation. Two keys are two registers, and no change is one of both. A rename makes three changes:
+
+1. The record of the old key gets a *departure*: the new key, and a random id. That is a compare-and-set of the record
+   that has the version, and no other departure (``depart``).
+2. The new key gets the version, and its record the id: as that of what it borrows, or as the id of its data. This
+   decides: from here on the version belongs to the new key.
+3. The version of the old key goes, and its departure with it (``finish``).
+
+Between its promise and its accept, the second change looks at the departure (``check_departing``). It accepts nothing
+when the departure is marked or gone. A departure goes with its version, whoever removes that. While there is one, the
+metadata of the version does not change (``make_way``).
+
+*Ending.* A rename that dies after the first change leaves its departure. A request that meets it there, or the walk
+(``end_old``), ends it as a loan is ended (``loans``, *Ending*): it marks the departure, settles the register of the new
+key, and removes the departure if the mark is still its own. The version goes with it if the new key has the id. The
+round at the new key ends all promises that were given before it, or brings their accept into its value. A look at the
+departure that came after the mark accepts nothing. So no version arrives whose departure was ended without it.
+
+Hence:
+
+* The old key loses the version only when the new key has it, or had it until somebody replaced it there.
+* Of several renames of a version one arrives at most, unless what arrived was replaced before its departure ended.
+* Both keys have the version between the second and the third change, and readers may see both. They never see neither.
+
+A version that somebody replaces while it departs may arrive nevertheless, if the second change had looked before.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from storaged.errors import AccessDenied, SlowDown, StoragedError
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.lending import departure_in, has_arrived
+from storaged.objects.pending_events import REMOVED, Origin
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord
+from storaged.objects.sharing import Borrowed, Departure
+from storaged.objects.write.loans import FRESH_MS, MARK_BYTES, end_unused, let_go
+from storaged.objects.write.outbox import outgoing as outgoing_of
+from storaged.objects.write.versioned import change_versions, unlocked
+
+BUSY_MS = 60_000
+"""A departure that is younger, by this gateway's clock, is left to its request. Nothing else depends on it."""
+BUSY = "The object is being renamed by another request. Nothing was changed. Please retry."
+
+
+class Departing(Exception):
+    """The key ``name`` is being renamed by another request."""
+
+    def __init__(self, name: RegisterName, departure: Departure) -> None:
+        super().__init__(name.key)
+        self.name = name
+        self.departure = departure
+
+
+class Changed(Exception):
+    """The version is not that of the key any more, or its departure was ended. Nothing has arrived."""
+
+
+class Seen(NamedTuple):
+    """The version of a key, as it was read before it departs."""
+
+    entry: Entry
+    borrowed: Borrowed | None
+
+    def is_current(self, draft: Draft) -> bool:
+        """Whether the key has this version still. Where its blocks are does not matter."""
+        newest = draft.newest
+        if newest is None or draft.borrowed.get(newest.ordinal) != self.borrowed:
+            return False
+        now, then = newest.version, self.entry.version
+        return newest.ordinal == self.entry.ordinal and msgspec.structs.replace(now, parts=then.parts) == then
+
+
+async def depart(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, seen: Seen, departure: Departure
+) -> None:
+    """Raises Changed, Departing, and as ``change_versions``."""
+
+    def edit(draft: Draft, _ordinal: int) -> bool:
+        if not seen.is_current(draft):
+            raise Changed
+        if draft.departure is not None and draft.departure.id != departure.id:
+            raise Departing(name, draft.departure)
+        draft.departure = departure
+        return True
+
+    await change_versions(plane, BucketKeys(plane, bucket), name, edit)
+
+
+async def check_departing(plane: ObjectPlane, name: RegisterName, departure_id: bytes) -> None:
+    """To be awaited between the promise and the accept of the new key. Raises Changed, ServiceUnavailable."""
+    found = departure_in((await plane.registers.read(name)).value)
+    if found is None or found.id != departure_id or found.ending:
+        raise Changed
+
+
+async def finish(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, departure_id: bytes, origin: Origin | None = None
+) -> bool:
+    """After the new key has the version: removes that of the old one. ``origin``: for the events of that. False: the
+    departure was gone already. Raises as ``delete``.
+    """
+    return await _end(plane, bucket, name, departure_id, None, arrived=True, origin=origin)
+
+
+async def end_departure(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, departure_id: bytes) -> None:
+    """Ends a departure whose request may have died. Raises StoragedError: then it stays until the next look at it."""
+    mark = plane.entropy(MARK_BYTES)
+    key: bytes | None = None
+
+    def edit(draft: Draft, _ordinal: int) -> bool:
+        nonlocal key
+        key = None
+        if draft.departure is None or draft.departure.id != departure_id:
+            return False
+        key = draft.departure.key
+        draft.departure = msgspec.structs.replace(draft.departure, ending=mark)
+        return True
+
+    await change_versions(plane, BucketKeys(plane, bucket), name, edit)
+    if key is not None:
+        value = await plane.registers.settle(object_name(bucket.id, bucket.shard_numbers, key))
+        arrived = has_arrived(value, departure_id)
+        await _end(plane, bucket, name, departure_id, mark, arrived=arrived, origin=Origin(REMOVED))
+
+
+async def _end(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    name: RegisterName,
+    departure_id: bytes,
+    mark: bytes | None,
+    *,
+    arrived: bool,
+    origin: Origin | None,
+) -> bool:
+    """``mark``: of the departure; None: whatever it is. Returns whether there was one."""
+    outgoing = await outgoing_of(plane, bucket, name, origin) if arrived and origin is not None else None
+    found = False
+
+    def edit(draft: Draft, ordinal: int) -> bool:
+        nonlocal found
+        departure = draft.departure
+        found = departure is not None and departure.id == departure_id and mark in (None, departure.ending)
+        if not found:
+            return False
+        draft.departure = None
+        if arrived and _remove(draft) and outgoing is not None:
+            outgoing.begin()
+            outgoing.add(draft, ordinal, what="Delete")
+        return True
+
+    note = outgoing.note if outgoing is not None else None
+    keys = BucketKeys(plane, bucket)
+    _, removed = await change_versions(plane, keys, name, edit, unlocked(plane), after_promise=note)
+    if outgoing is not None and found:
+        outgoing.committed()
+    let_go(plane, bucket, name, removed)
+    return found
+
+
+def _remove(draft: Draft) -> bool:
+    """False: the version was locked since it departed, and stays."""
+    entry = draft.null()
+    if entry is None:
+        return False
+    try:
+        draft.remove(entry)
+    except AccessDenied:
+        return False
+    return True
+
+
+# --- the departures of others
+
+
+def is_busy(plane: ObjectPlane, departure: Departure) -> bool:
+    """Whether the request of a departure may well be at work. A time far in the future is of a wrong clock."""
+    now_ms = plane.clock.wall_ms()
+    return not departure.ending and now_ms - BUSY_MS < departure.since_ms <= now_ms + BUSY_MS
+
+
+async def make_way(plane: ObjectPlane, bucket: BucketRecord, met: Departing) -> None:
+    """For a change that can't be made while a key is being renamed: ends an old departure. Raises SlowDown for a young
+    one, and as ``end_departure``.
+    """
+    if is_busy(plane, met.departure):
+        raise SlowDown(BUSY)
+    await end_departure(plane, bucket, met.name, met.departure.id)
+
+
+async def try_end_departure(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, departure_id: bytes) -> None:
+    """As ``end_departure``, in the background."""
+    try:
+        await end_departure(plane, bucket, name, departure_id)
+    except StoragedError:
+        return  # the next walk asks for a look at it
+
+
+async def end_old(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, fresh_ms: int = FRESH_MS) -> None:
+    """Ends the departure of a rename that has died, and the loans that nothing uses (``end_unused``). Raises
+    StoragedError.
+    """
+    departure, now_ms = departure_in((await plane.registers.read(name)).value), plane.clock.wall_ms()
+    if departure is not None and (departure.ending or not now_ms - fresh_ms < departure.since_ms <= now_ms + FRESH_MS):
+        await end_departure(plane, bucket, name, departure.id)
+    await end_unused(plane, bucket, name, fresh_ms)

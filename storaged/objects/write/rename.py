@@ -1,0 +1,349 @@
+"""Renames of objects in a bucket without versioning: ``departures`` has the theory.
+
+The object stays what it is: its metadata, its time, its owner and who has access. A coded object moves no data: the new
+key borrows it, as a copy does (``lent_copy``). A small one is sealed anew. So is a coded one that can't be lent now,
+because its record has too many borrowers or a replica of it is away, or never, because it was stored in parts.
+
+*Client tokens.* The id of a departure ends with a digest of the request's token and one of its source, under a key of
+the keyring. So the new key remembers by which request it got its version, for as long as it has that version. A second
+request with the token finds it there, and does nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import msgspec
+
+from storaged import errors
+from storaged.errors import (
+    IdempotencyParameterMismatch,
+    InvalidRequest,
+    PreconditionFailed,
+    SlowDown,
+    StoragedError,
+)
+from storaged.ids import DATA_ID_BYTES
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.api import (
+    NO_READ_CONDITIONS,
+    NO_WRITE_CONDITIONS,
+    BodyChecks,
+    NewMeta,
+    PutResult,
+    Renaming,
+    WriteConditions,
+)
+from storaged.objects.bucket_keys import BucketKeys, judged, with_keys
+from storaged.objects.code.history import Draft, Entry, Shelf
+from storaged.objects.code.lending import arrived_as, borrowed_by
+from storaged.objects.code.versions import (
+    OpenedVersion,
+    Place,
+    UnsealedVersion,
+    access_to,
+    check_allowed,
+    decode_record,
+    seal_version,
+    shown,
+)
+from storaged.objects.conditions import check_copy_source, check_write
+from storaged.objects.etags import NO_TAG
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.borrowed import owner_of
+from storaged.objects.read.find import Found, current_entry, find
+from storaged.objects.read.get import get
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Version
+from storaged.objects.sharing import Borrowed, Borrower, Departure
+from storaged.objects.write.blocks import NewPart
+from storaged.objects.write.commit import AfterPromise, change_once, commit
+from storaged.objects.write.copy import body_of, check_size
+from storaged.objects.write.departures import (
+    Changed,
+    Departing,
+    Seen,
+    check_departing,
+    depart,
+    end_departure,
+    finish,
+    is_busy,
+    make_way,
+    try_end_departure,
+)
+from storaged.objects.write.lent_copy import is_coded, replicas_answer
+from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, let_go, with_loan
+from storaged.objects.write.outbox import Outgoing
+from storaged.objects.write.outbox import outgoing as outgoing_of
+from storaged.objects.write.put import DEK_BYTES, AddedVersion, NewObject, Write, note_stored
+from storaged.objects.write.sealing import Sealed, sealed_body
+
+ATTEMPTS_MAX = 12
+PAUSE_MAX_S = 0.25
+DIGEST_BYTES = 4
+VERSIONED = "RenameObject is for buckets without versioning: a rename would take versions from the history of a key."
+
+REPLACED = (
+    "What had arrived under the new name was replaced by another request, and the object still has its old name. Please"
+    " retry."
+)
+
+
+async def rename(plane: ObjectPlane, bucket: BucketRecord, asked: Renaming) -> PutResult:
+    """Renames the object of a key. When it returns, the old key does not have it any more. When it raises, the object
+    has its old name, or (OutcomeUnknown, ServiceUnavailable) the new one, or both for some time.
+
+    Raises NoSuchKey, PreconditionFailed, IdempotencyParameterMismatch, InvalidRequest for an object that can't be
+    renamed, NotImplemented where the bucket has versioning, SlowDown, InsufficientStorage, ServiceUnavailable.
+    """
+    if plane.versioning(bucket):
+        raise errors.NotImplemented(VERSIONED)
+    if asked.source == asked.key:
+        raise InvalidRequest("This rename request is illegal because the object has this name already.")
+    for attempt in range(ATTEMPTS_MAX):
+        work = _Rename(plane, bucket, asked)
+        try:
+            return await work.run()
+        except Changed:
+            pass
+        except Departing as met:
+            if met.departure.id[-2 * DIGEST_BYTES :] == work.id[-2 * DIGEST_BYTES :]:
+                await end_departure(plane, bucket, met.name, met.departure.id)  # of the same request, sent before
+            elif not is_busy(plane, met.departure) or attempt == ATTEMPTS_MAX - 1:
+                await make_way(plane, bucket, met)
+        await asyncio.sleep(PAUSE_MAX_S * plane.entropy(1)[0] / 255)
+    raise SlowDown("Others change these keys all the time; nothing was renamed. Please reduce your request rate.")
+
+
+def _id_of(plane: ObjectPlane, bucket: BucketRecord, asked: Renaming) -> bytes:
+    """Of a departure. A retry has another id with the same end."""
+    if not asked.token:
+        return plane.entropy(DATA_ID_BYTES)
+    context, token = (b"rename", bucket.id), asked.token.encode()
+    messages = token, token + b"\0" + asked.source
+    digests = [plane.keys.authenticate(context, message)[-DIGEST_BYTES:] for message in messages]
+    return plane.entropy(DATA_ID_BYTES - 2 * DIGEST_BYTES) + b"".join(digests)
+
+
+class _Rename:
+    """One attempt."""
+
+    def __init__(self, plane: ObjectPlane, bucket: BucketRecord, asked: Renaming) -> None:
+        self._plane = plane
+        self._bucket = bucket
+        self._asked = asked
+        self.id = _id_of(plane, bucket, asked)
+        self._old = object_name(bucket.id, bucket.shard_numbers, asked.source)
+        self._new = object_name(bucket.id, bucket.shard_numbers, asked.key)
+
+    async def run(self) -> PutResult:
+        """Raises Changed, Departing: another attempt may succeed."""
+        plane, bucket, asked = self._plane, self._bucket, self._asked
+        plane.room.check(self._new, bucket.countries)
+        before = decode_record((await plane.registers.read(self._new)).value)
+        if asked.token and (done := await self._done_before(before)) is not None:
+            return done
+        reading = await plane.registers.read(self._old)
+        record = decode_record(reading.value)
+        entry = current_entry(record)
+        found = await find(plane, bucket, asked.source, "", reading=reading)
+        self._check_source(found)
+        keys = BucketKeys(plane, bucket)
+        await with_keys(keys, lambda: self.check_target(before.versions[0] if before.versions else None, keys))
+        seen = Seen(entry, borrowed_by(record, entry.ordinal))
+        departure = Departure(self.id, asked.key, plane.clock.wall_ms())
+        try:
+            await depart(plane, bucket, self._old, seen, departure)
+            result = await self._arrive(found)
+        except (Changed, Departing, PreconditionFailed):
+            await try_end_departure(plane, bucket, self._old, self.id)
+            raise
+        except BaseException:
+            plane.background.spawn(try_end_departure(plane, bucket, self._old, self.id))
+            raise
+        await self._finish(seen)
+        return result
+
+    async def _done_before(self, before: ObjectRecord) -> PutResult | None:
+        """What the token's rename answered, if the new key has its object. Raises IdempotencyParameterMismatch."""
+        plane, bucket, asked = self._plane, self._bucket, self._asked
+        if not before.versions:
+            return None
+        arrived, wanted = arrived_as(before), self.id[-2 * DIGEST_BYTES :]
+        if arrived[-2 * DIGEST_BYTES : -DIGEST_BYTES] != wanted[:DIGEST_BYTES]:
+            return None
+        if arrived[-DIGEST_BYTES:] != wanted[DIGEST_BYTES:]:
+            raise IdempotencyParameterMismatch
+        await end_departure(plane, bucket, self._old, arrived)
+        return _result((await find(plane, bucket, asked.key, "")).opened)
+
+    def _check_source(self, found: Found) -> None:
+        asked, opened = self._asked, found.opened
+        check_allowed(access_to(opened), asked.source_allowed)
+        check_copy_source(asked.source_conditions, opened.meta.etag, opened.version.modified_ms)
+        if opened.has_customer_key:
+            raise InvalidRequest("RenameObject does not support objects with SSE-C: copy the object, and delete it.")
+
+    def check_target(self, current: Version | None, keys: BucketKeys) -> None:
+        """Judges what the new key has. Raises PreconditionFailed, SlowDown, KeyNeeded."""
+        place, wanted, allowed = Place(self._bucket.id, self._asked.key), self._asked.conditions, self._asked.allowed
+        if allowed is not None:
+            only = WriteConditions(allowed=allowed)
+            check_write(only, judged(place, current, keys, only))
+        if wanted == NO_READ_CONDITIONS:
+            return
+        found = judged(place, current, keys, WriteConditions(if_match=NO_TAG))
+        if found is not None:
+            check_copy_source(wanted, found.etag, found.modified_ms)
+        elif wanted.if_match is not None:
+            raise PreconditionFailed(Condition="If-Match")
+        elif wanted.if_modified_since_ms is not None:
+            raise PreconditionFailed(Condition="If-Modified-Since")
+
+    # --- the new key
+
+    async def _arrive(self, found: Found) -> PutResult:
+        """Raises Changed, Departing."""
+        plane, bucket, asked = self._plane, self._bucket, self._asked
+        version, outgoing = found.opened.version, None
+        if asked.created is not None:
+            outgoing = await outgoing_of(plane, bucket, self._new, asked.created)
+        owner = owner_of(bucket, found)
+        coded = found.opened.borrowed is not None or is_coded(version)
+        if coded and not version.multipart and replicas_answer(plane, owner):
+            with contextlib.suppress(NotLent):
+                return await self._lend(found, owner, outgoing)
+        return await self._seal_anew(found, outgoing)
+
+    async def _lend(self, found: Found, owner: RegisterName, outgoing: Outgoing | None) -> PutResult:
+        """Raises NotLent."""
+        plane, bucket, key, opened = self._plane, self._bucket, self._asked.key, found.opened
+        data_id = opened.version.context_id
+        write = await self._write(opened, NewPart(bucket, self._new, opened.dek, data_id))
+        added = _Arriving(self, write, opened, (), Borrowed(owner.key, self.id))
+        wanted = Wanted(owner, data_id, None, Borrower(self.id, key, plane.clock.wall_ms()))
+
+        async def commit_lent(check_lent: AfterPromise) -> None:
+            async def after_promise() -> None:
+                await check_lent()
+                await self._before_accept(added, outgoing)
+
+            added.tell(outgoing)
+            await change_once(plane, added.keys, self._new, added.update, after_promise)
+
+        await with_loan(plane, bucket, wanted, commit_lent)
+        return self._arrived(write, added, outgoing)
+
+    async def _seal_anew(self, found: Found, outgoing: Outgoing | None) -> PutResult:
+        """If another object is read than was found, its departure is gone, and Changed is raised."""
+        plane, bucket, opened = self._plane, self._bucket, found.opened
+        check_size(opened.version.size)
+        write = await self._write(opened, NewPart(bucket, self._new, plane.entropy(DEK_BYTES), self.id))
+        opened = opened._replace(meta=msgspec.structs.replace(opened.meta, parts=(), parts_page=b""))
+        stream = await get(plane, bucket, self._asked.source)
+        try:
+            checks = BodyChecks(size=stream.info.size)
+            async with sealed_body(plane, write.part, body_of(stream), checks) as sealed:
+                added = _Arriving(self, write, opened, (sealed.entry,), None, sealed)
+                added.tell(outgoing)
+                await commit(
+                    plane,
+                    added.keys,
+                    self._new,
+                    added.update,
+                    sealed,
+                    after_promise=lambda: self._before_accept(added, outgoing),
+                )
+        finally:
+            await stream.close()
+        return self._arrived(write, added, outgoing)
+
+    async def _write(self, opened: OpenedVersion, part: NewPart) -> Write:
+        plane, bucket = self._plane, self._bucket
+        key = await plane.keys.bucket_key(bucket.id, bucket.countries)
+        new = NewObject(NewMeta(), opened.version.owner, NO_WRITE_CONDITIONS)
+        return Write(plane, Place(bucket.id, self._asked.key), key, part, new)
+
+    async def _before_accept(self, added: _Arriving, outgoing: Outgoing | None) -> None:
+        await check_departing(self._plane, self._old, self.id)
+        await added.change.put_pages(self._plane.pages, self._new)
+        if outgoing is not None:
+            await outgoing.note()
+
+    def _arrived(self, write: Write, added: _Arriving, outgoing: Outgoing | None) -> PutResult:
+        if outgoing is not None:
+            outgoing.committed()
+        let_go(self._plane, self._bucket, self._new, added.change.removed)
+        note_stored(write, added.result)
+        return added.result
+
+    # --- the old key
+
+    async def _finish(self, seen: Seen) -> None:
+        """Raises SlowDown when the old key has the object still."""
+        plane, bucket, asked = self._plane, self._bucket, self._asked
+        try:
+            if not await finish(plane, bucket, self._old, self.id, asked.removed):
+                record = decode_record((await plane.registers.read(self._old)).value)
+                if seen.is_current(Draft(record, Shelf())):
+                    raise SlowDown(REPLACED)
+        except StoragedError:
+            plane.background.spawn(try_end_departure(plane, bucket, self._old, self.id))
+            raise
+        if not bucket.plain:
+            plane.notes.look_soon(bucket, asked.source, plane.clock.wall_ms())
+
+
+class _Arriving(AddedVersion):
+    """The version under its new key. ``borrowed``: where its data is; None: in ``parts``, of the body ``sealed``."""
+
+    def __init__(
+        self,
+        work: _Rename,
+        write: Write,
+        opened: OpenedVersion,
+        parts: tuple[PartEntry, ...],
+        borrowed: Borrowed | None,
+        sealed: Sealed | None = None,
+    ) -> None:
+        def make(version_id: str) -> tuple[Version, PutResult]:
+            old, part, entropy = opened.version, write.part, write.plane.entropy
+            new = UnsealedVersion(version_id, part.data_id, old.owner, old.modified_ms, parts)
+            version = seal_version(
+                write.place, new, write.bucket_key, part.dek, opened.meta, entropy, opened.encryption
+            )
+            return version, _result(opened)
+
+        self._work = work
+        self._borrowed = borrowed
+        super().__init__(write, make, sealed=sealed)
+
+    def _add(self, draft: Draft, ordinal: int) -> bool:
+        """Raises NotImplemented, Departing, and as ``check_target``."""
+        if draft.has_history or self._versioning:
+            raise errors.NotImplemented(VERSIONED)
+        if draft.departure is not None:
+            raise Departing(self._write.part.name, draft.departure)
+        self._work.check_target(draft.newest.version if draft.newest is not None else None, self.keys)
+        return super()._add(draft, ordinal)
+
+    def note_added(self, draft: Draft, added: Entry) -> None:
+        """Raises NotLent."""
+        if self._borrowed is not None:
+            if len(draft.borrowed) >= BORROWED_MAX:
+                raise NotLent
+            draft.borrowed[added.ordinal] = self._borrowed
+
+
+def _result(opened: OpenedVersion) -> PutResult:
+    meta, version = opened.meta, opened.version
+    return PutResult(
+        meta.etag,
+        "",
+        version.size,
+        meta.checksums,
+        meta.checksum_type,
+        version.modified_ms,
+        shown(opened.encryption),
+        meta.tags,
+    )

@@ -1,0 +1,445 @@
+"""Renames: what arrives, what stays when one fails or dies, and that of several renames of an object one succeeds."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from storaged import errors
+from storaged.errors import (
+    IdempotencyParameterMismatch,
+    InvalidRequest,
+    NoSuchKey,
+    PreconditionFailed,
+    SlowDown,
+)
+from storaged.meta.names import RegisterName, Table, Visibility, object_name
+from storaged.objects.api import BodyChecks, CopySource, NewMeta, PutResult, ReadConditions, Renaming
+from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.versions import decode_record
+from storaged.objects.configuration.access import EVERYBODY, Acl, AclEntry
+from storaged.objects.configuration.document import NOTHING
+from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
+from storaged.objects.encryption import CUSTOMER, KMS, Encryption
+from storaged.objects.etags import ANY, tag
+from storaged.objects.records import BucketRecord, ObjectRecord, sharing_of
+from storaged.objects.service import ObjectService
+from storaged.objects.sharing import Departure
+from storaged.objects.write import departures, rename
+from storaged.objects.write.departures import BUSY_MS, end_old
+from storaged.objects.write.versioned import change_versions
+from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
+
+pytestmark = pytest.mark.virtual_time
+
+SIZES = [0, 10, 5_000, 300_000]
+"""In the record, as copies, coded."""
+SMALL, CODED = os.urandom(5_000), os.urandom(300_000)
+
+
+class Made:
+    def __init__(self) -> None:
+        self.world = World()
+        self.plane = self.world.plane()
+        self.objects = ObjectService(self.plane)
+        self.bucket: BucketRecord = bucket_of(self.world)
+
+    def name(self, key: bytes) -> RegisterName:
+        return object_name(self.bucket.id, self.bucket.shard_numbers, key)
+
+    def record(self, key: bytes) -> ObjectRecord:
+        return decode_record(self.world.ring.values.get(self.name(key)))
+
+    async def rename(self, source: bytes, key: bytes, **how: Any) -> PutResult:
+        return await self.objects.rename(self.bucket, Renaming(source, key, **how))
+
+    async def keys(self) -> list[bytes]:
+        return list((await self.objects.list_objects(self.bucket)).keys)
+
+    async def read(self, key: bytes) -> bytes:
+        return await got(self.objects, self.bucket, key=key)
+
+    async def settled(self) -> None:
+        await self.plane.background.settle()
+
+    def departures(self) -> list[Departure]:
+        records = [decode_record(value) for name, value in self.world.ring.values.items() if name.table == Table.OBJECT]
+        return [found for record in records if (found := sharing_of(record).departure) is not None]
+
+    def meanwhile(self, key: bytes, work: Callable[[], Awaitable[Any]]) -> None:
+        """Does something once, between a promise and the accept of this key."""
+
+        async def interfere(name: RegisterName) -> None:
+            if name == self.name(key):
+                await work()
+            else:
+                self.world.ring.interfere = interfere
+
+        self.world.ring.interfere = interfere
+
+
+@pytest.fixture
+async def made() -> AsyncIterator[Made]:
+    made = Made()
+    yield made
+    await made.objects.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_an_object_gets_another_name_and_stays_what_it_is(made: Made, size: int) -> None:
+    data = os.urandom(size)
+    acl = Acl((AclEntry(EVERYBODY, "READ"),))
+    meta = NewMeta({"content-type": "text/x"}, {"a": "b"}, {"tag": "t"}, acl=acl)
+    checks = BodyChecks(size=size, algorithms=("SHA256",))
+    await made.objects.put(made.bucket, b"old", pieces(data), meta, checks, owner=OWNER)
+    await put(made.objects, made.bucket, b"replaced", key=b"new")
+    before = await made.objects.head(made.bucket, b"old")
+    await asyncio.sleep(5)
+    result = await made.rename(b"old", b"new")
+    await made.settled()
+    assert await made.keys() == [b"new"]
+    assert await made.read(b"new") == data
+    after = await made.objects.head(made.bucket, b"new")
+    assert after._replace(key=b"old") == before, "its time, too"
+    assert (result.etag, result.modified_ms) == (hashlib.md5(data).hexdigest(), before.modified_ms)
+    with pytest.raises(NoSuchKey):
+        await made.objects.head(made.bucket, b"old")
+    assert not made.departures()
+
+
+async def test_a_coded_object_moves_no_data_and_its_data_goes_with_the_last_name(made: Made) -> None:
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    disks = made.world.disks.disks.values()
+    before = {fragment for disk in disks for fragment in disk.fragments}
+    for source, key in ((b"a", b"b"), (b"b", b"c"), (b"c", b"a"), (b"a", b"d")):
+        await made.rename(source, key)
+        await made.settled()
+        assert await made.keys() == [key]
+        assert await made.read(key) == CODED
+    assert {fragment for disk in disks for fragment in disk.fragments} == before
+    assert not any(disk.garbage for disk in disks)
+    await made.objects.delete(made.bucket, b"d")
+    await made.settled()
+    assert all(disk.garbage for disk in disks if disk.fragments)
+    assert {made.world.ring.values[made.name(key)].visibility for key in (b"a", b"b", b"c", b"d")} == {
+        Visibility.TOMBSTONE
+    }
+
+
+async def test_what_can_not_be_lent_is_sealed_anew(made: Made) -> None:
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    replica = made.world.layouts.current.replicas_of(made.name(b"a").partition)[0]
+    made.world.disks.disks[replica].down = True
+    await made.rename(b"a", b"b")
+    made.world.disks.disks[replica].down = False
+    await made.settled()
+    assert await made.keys() == [b"b"]
+    assert await made.read(b"b") == CODED
+    assert not sharing_of(made.record(b"b")).borrowed
+    assert not sharing_of(made.record(b"a")).loans
+
+
+async def test_kms_stays_and_a_customers_key_is_refused(made: Made) -> None:
+    key = Encryption(KMS, "arn:key", context="e30=")
+    meta = NewMeta(encryption=key)
+    await made.objects.put(made.bucket, b"a", pieces(SMALL), meta, BodyChecks(size=len(SMALL)), owner=OWNER)
+    await made.rename(b"a", b"b")
+    assert (await made.objects.head(made.bucket, b"b")).encryption == key
+    meta = NewMeta(encryption=Encryption(CUSTOMER, customer_key=b"k" * 32))
+    await made.objects.put(made.bucket, b"c", pieces(SMALL), meta, BodyChecks(size=len(SMALL)), owner=OWNER)
+    with pytest.raises(InvalidRequest, match="SSE-C"):
+        await made.rename(b"c", b"d")
+    assert await made.keys() == [b"b", b"c"]
+
+
+async def test_a_bucket_with_versioning_and_the_same_name_are_refused(made: Made) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    with pytest.raises(InvalidRequest):
+        await made.rename(b"a", b"a")
+    with pytest.raises(NoSuchKey):
+        await made.rename(b"none", b"b")
+    versioned = made.plane.configurations.put(made.bucket, NOTHING.having(VERSIONING, Versioning(ENABLED)))
+    with pytest.raises(errors.NotImplemented):
+        await made.objects.rename(versioned, Renaming(b"a", b"b"))
+    assert await made.keys() == [b"a"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "condition"),
+    [
+        (ReadConditions(if_match=tag("0" * 32)), ReadConditions(), "If-Match"),
+        (ReadConditions(if_none_match=ANY), ReadConditions(), None),
+        (ReadConditions(if_modified_since_ms=1 << 41), ReadConditions(), None),
+        (ReadConditions(if_unmodified_since_ms=0), ReadConditions(), "If-Unmodified-Since"),
+        (ReadConditions(), ReadConditions(if_none_match=ANY), None),
+        (ReadConditions(), ReadConditions(if_match=tag("0" * 32)), "If-Match"),
+        (ReadConditions(), ReadConditions(if_unmodified_since_ms=0), "If-Unmodified-Since"),
+        (ReadConditions(), ReadConditions(if_modified_since_ms=1 << 41), None),
+    ],
+)
+async def test_conditions_of_both_keys(
+    made: Made, source: ReadConditions, target: ReadConditions, condition: str | None
+) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    await put(made.objects, made.bucket, b"other", key=b"b")
+    before = dict(made.world.ring.values)
+    with pytest.raises(PreconditionFailed) as failed:
+        await made.rename(b"a", b"b", source_conditions=source, conditions=target)
+    assert condition is None or failed.value.details["Condition"] == condition
+    assert made.world.ring.values == before, "nothing was written"
+
+
+@pytest.mark.parametrize("conditions", [ReadConditions(if_match=ANY), ReadConditions(if_modified_since_ms=0)])
+async def test_a_new_key_that_is_not_there_fulfils_no_condition_on_what_it_has(
+    made: Made, conditions: ReadConditions
+) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    with pytest.raises(PreconditionFailed):
+        await made.rename(b"a", b"b", conditions=conditions)
+    await made.rename(b"a", b"b", conditions=ReadConditions(if_none_match=ANY, if_unmodified_since_ms=0))
+    assert await made.keys() == [b"b"]
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_a_condition_of_the_new_key_is_judged_by_its_change(made: Made, data: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    made.meanwhile(b"b", lambda: put(made.objects, made.bucket, b"first", key=b"b"))
+    with pytest.raises(PreconditionFailed):
+        await made.rename(b"a", b"b", conditions=ReadConditions(if_none_match=ANY))
+    await made.settled()
+    assert (await made.read(b"a"), await made.read(b"b")) == (data, b"first")
+    assert not made.departures()
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+@pytest.mark.parametrize("same", [True, False])
+async def test_of_several_renames_of_an_object_one_succeeds(made: Made, data: bytes, same: bool) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    renames = [made.rename(b"a", b"b" if same else b"b%d" % number) for number in range(5)]
+    results = await asyncio.gather(*renames, return_exceptions=True)
+    await made.settled()
+    done = [one for one in results if not isinstance(one, BaseException)]
+    assert len(done) == 1
+    assert all(isinstance(one, NoSuchKey | SlowDown) for one in results if isinstance(one, BaseException)), results
+    [key] = await made.keys()
+    assert await made.read(key) == data
+    assert not made.departures()
+
+
+async def test_two_objects_do_not_swap_their_names(made: Made) -> None:
+    await put(made.objects, made.bucket, b"x" * 4000, key=b"a")
+    await put(made.objects, made.bucket, b"y" * 4000, key=b"b")
+    results = await asyncio.gather(made.rename(b"a", b"b"), made.rename(b"b", b"a"), return_exceptions=True)
+    await made.settled()
+    done = [not isinstance(one, BaseException) for one in results]
+    assert any(done)
+    [key] = await made.keys()
+    assert await made.read(key) in (b"x" * 4000, b"y" * 4000)
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_an_object_that_was_replaced_before_it_arrives_is_renamed_as_it_is_now(
+    made: Made, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+
+    async def replaced(*what: Any) -> None:
+        monkeypatch.undo()
+        await departures.depart(*what)
+        await put(made.objects, made.bucket, b"newer", key=b"a")
+
+    monkeypatch.setattr(rename, "depart", replaced)
+    await made.rename(b"a", b"b")
+    await made.settled()
+    assert await made.keys() == [b"b"]
+    assert await made.read(b"b") == b"newer"
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_an_object_that_replaces_the_old_one_later_is_not_taken_away(
+    made: Made, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+
+    async def replaced(*what: Any) -> bool:
+        await put(made.objects, made.bucket, b"newer", key=b"a")
+        return await departures.finish(*what)
+
+    monkeypatch.setattr(rename, "finish", replaced)
+    await made.rename(b"a", b"b")
+    await made.settled()
+    assert (await made.read(b"a"), await made.read(b"b")) == (b"newer", data)
+
+
+# --- renames that die
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_a_rename_that_died_before_it_arrived_is_undone(made: Made, data: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+
+    async def dies() -> None:
+        raise asyncio.CancelledError
+
+    made.plane.background.spawn = lambda work: work.close() is None  # type: ignore[method-assign,assignment]
+    made.meanwhile(b"b", dies)
+    with pytest.raises(asyncio.CancelledError):
+        await made.rename(b"a", b"b")
+    assert len(made.departures()) == 1
+    assert await made.keys() == [b"a"]
+    await end_old(made.plane, made.bucket, made.name(b"a"))
+    assert len(made.departures()) == 1, "it is young"
+    made.world.ring.interfere = None
+    await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+    assert not made.departures()
+    assert await made.keys() == [b"a"]
+    assert await made.read(b"a") == data
+    assert not sharing_of(made.record(b"a")).loans
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_a_rename_that_died_after_it_arrived_is_finished_by_the_walk(made: Made, data: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    changes = 1 if data is SMALL else 2
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), changes)
+    assert await made.keys() == [b"a", b"b"]
+    assert await made.read(b"a") == await made.read(b"b") == data
+    await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+    await made.settled()
+    assert await made.keys() == [b"b"]
+    assert await made.read(b"b") == data
+    assert not made.departures()
+
+
+async def _dies_at_the_end(made: Made, renaming: Awaitable[PutResult], changes: int) -> None:
+    """The gateway dies when it would remove the old key's version. ``changes``: of the old key before that."""
+    count, change, spawn = 0, made.world.ring.change, made.plane.background.spawn
+
+    async def dying(name: RegisterName, *what: Any, **how: Any) -> Any:
+        nonlocal count
+        count += name == made.name(b"a")
+        if count > changes:
+            raise asyncio.CancelledError
+        return await change(name, *what, **how)
+
+    made.world.ring.change = dying  # type: ignore[method-assign]
+    made.plane.background.spawn = lambda work: work.close() is None  # type: ignore[method-assign,assignment]
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await renaming
+    finally:
+        made.world.ring.change = change  # type: ignore[method-assign]
+        made.plane.background.spawn = spawn  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_a_retry_with_the_same_token_finishes_what_died(made: Made, data: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b", token="t"), 1 if data is SMALL else 2)
+    assert await made.keys() == [b"a", b"b"]
+    await made.rename(b"a", b"b", token="t")
+    await made.settled()
+    assert await made.keys() == [b"b"]
+    assert await made.read(b"b") == data
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_a_token_is_good_once(made: Made, data: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    first = await made.rename(b"a", b"b", token="t")
+    await made.settled()
+    await put(made.objects, made.bucket, b"a new one", key=b"a")
+    assert await made.rename(b"a", b"b", token="t") == first
+    assert (await made.read(b"a"), await made.read(b"b")) == (b"a new one", data)
+    with pytest.raises(IdempotencyParameterMismatch):
+        await made.rename(b"c", b"b", token="t")
+    await made.rename(b"a", b"b", token="u")
+    assert await made.keys() == [b"b"]
+    assert await made.read(b"b") == b"a new one"
+
+
+async def test_a_rename_waits_for_another_and_ends_one_that_is_old(made: Made) -> None:
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 2)
+    with pytest.raises(SlowDown):
+        await made.rename(b"a", b"c")
+    with pytest.raises(SlowDown):
+        await made.objects.set_tags(made.bucket, b"a", {"x": "y"})
+    assert await made.keys() == [b"a", b"b"]
+    made.world.clock.wall += BUSY_MS  # type: ignore[attr-defined]
+    with pytest.raises(NoSuchKey):
+        await made.objects.set_tags(made.bucket, b"a", {"x": "y"})
+    with pytest.raises(NoSuchKey):
+        await made.rename(b"a", b"c")
+    assert await made.keys() == [b"b"]
+
+
+async def test_metadata_that_changed_before_the_departure_arrives(made: Made) -> None:
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    made.meanwhile(b"a", lambda: made.objects.set_tags(made.bucket, b"a", {"x": "y"}))
+    await made.rename(b"a", b"b")
+    assert (await made.objects.head(made.bucket, b"b")).tags == {"x": "y"}
+
+
+async def test_what_arrived_and_was_replaced_before_the_departure_ended_is_an_error(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(made.objects, made.bucket, CODED, key=b"a")
+
+    async def replaced(*what: Any) -> bool:
+        await put(made.objects, made.bucket, b"newer", key=b"b")
+        await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+        return await departures.finish(*what)
+
+    monkeypatch.setattr(rename, "finish", replaced)
+    with pytest.raises(SlowDown, match="replaced"):
+        await made.rename(b"a", b"b")
+    await made.settled()
+    assert (await made.read(b"a"), await made.read(b"b")) == (CODED, b"newer")
+
+
+async def test_a_copy_of_what_departs_and_a_deletion_need_not_wait(made: Made) -> None:
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 2)
+    await made.objects.copy(CopySource(made.bucket, b"a"), made.bucket, b"c", owner=OWNER, meta=None)
+    await made.objects.delete(made.bucket, b"a")
+    await made.settled()
+    assert not made.departures()
+    assert await made.keys() == [b"b", b"c"]
+    await made.objects.delete(made.bucket, b"b")
+    await made.settled()
+    assert await made.read(b"c") == CODED
+
+
+async def test_a_departure_that_another_request_has_marked_since_is_not_ended(made: Made) -> None:
+    """The first one found that nothing had arrived. Then the second one began, and may find something else."""
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1)
+    [departure] = made.departures()
+    settle = made.world.ring.settle
+
+    async def second(name: RegisterName) -> Any:
+        made.world.ring.settle = settle  # type: ignore[method-assign]
+        await made.objects.delete(made.bucket, b"b")
+        value = await settle(name)
+        keys = BucketKeys(made.plane, made.bucket)
+
+        def mark(draft: Any, _ordinal: int) -> bool:
+            draft.departure = msgspec.structs.replace(draft.departure, ending=b"another mark")
+            return True
+
+        await change_versions(made.plane, keys, made.name(b"a"), mark)
+        return value
+
+    made.world.ring.settle = second  # type: ignore[method-assign,assignment]
+    await departures.end_departure(made.plane, made.bucket, made.name(b"a"), departure.id)
+    assert [one.ending for one in made.departures()] == [b"another mark"]
+    await departures.end_departure(made.plane, made.bucket, made.name(b"a"), departure.id)
+    assert not made.departures()
+    assert await made.keys() == [b"a"]
