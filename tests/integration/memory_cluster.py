@@ -53,7 +53,7 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import UserService
-from storaged.objects.write.loans import end_unused
+from storaged.objects.write.departures import end_old
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.keys import MemoryKeys, MemorySigners
@@ -633,7 +633,7 @@ class Gateway:
             "settle": settle_handler(self.ring),
             "move": self.mover.answer,
             "discard": self.discarder.answer,
-            "loans": loans_handler(self.mover.bucket, partial(end_unused, self.plane)),
+            "loans": loans_handler(self.mover.bucket, partial(end_old, self.plane)),
         }
         self.answers = Answers(caller, self.layouts, handlers, cluster.log.append)
         holds = self.maintain.run_holds(self.plane.long_reads.keys)

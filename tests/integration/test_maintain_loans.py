@@ -6,19 +6,22 @@ something that could lose the data, and reads all keys.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from typing import Any
 
 import pytest
 
+from storaged.errors import ServiceUnavailable
 from storaged.maintain import check, walk
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import RegisterName, Table, Visibility, object_name
-from storaged.objects.api import CopySource
+from storaged.objects.api import CopySource, Renaming
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord, PartEntry, sharing_of
+from storaged.objects.write import rename
 from storaged.objects.write.loans import FRESH_MS
 from storaged.objects.write.references import parts_in
 from tests.doubles.meta_store import MemoryMetaStore
@@ -217,6 +220,45 @@ def test_a_walk_has_the_loans_ended_that_a_dead_gateway_left() -> None:
         await copied.tidy()
         assert not await cluster.fragments(copied.part.data_id)
         await copied.check()
+
+    run(scenario)
+
+
+def test_a_walk_finishes_the_renames_of_a_dead_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One had arrived, the other had not."""
+
+    async def dies(*_: Any) -> Any:
+        raise asyncio.CancelledError
+
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        await copied.make()
+        await copied.put(b"early", os.urandom(300_000))
+        plane = cluster.gateway.plane
+        plane.background.spawn = lambda work: work.close() or False  # type: ignore[assignment,method-assign,func-returns-value]
+        for step, source, to in (("finish", b"c", b"new c"), ("check_departing", b"early", b"late")):
+            monkeypatch.setattr(rename, step, dies)
+            with pytest.raises((asyncio.CancelledError, ServiceUnavailable)):
+                await cluster.objects.rename(copied.bucket, Renaming(source, to))
+            monkeypatch.undo()
+        copied.datas[b"new c"] = copied.datas[b"c"]
+        await copied.check()
+        cluster.maintain()
+        await cluster.settled()
+        await copied.check()
+        await cluster.leap(FRESH_MS / 1000 + 60)
+        for node in cluster.nodes.values():
+            node.maintenance.check.request_walk()
+        await cluster.settled()
+        del plane.background.spawn
+        del copied.datas[b"c"]
+        found = (await cluster.objects.list_objects(copied.bucket)).keys
+        assert sorted(found) == sorted(copied.datas)
+        await copied.tidy()
+        await copied.check()
+        for key in sorted(copied.datas):
+            value = (await cluster.gateway.ring.read(copied.name(key))).value
+            assert sharing_of(decode_record(value)).departure is None
 
     run(scenario)
 

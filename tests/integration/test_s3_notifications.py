@@ -144,6 +144,29 @@ async def test_requests_become_events_at_the_webhook(
     assert put["s3"]["object"]["eTag"] == "5d41402abc4b2a76b9719d911017c592"
 
 
+async def test_a_rename_is_a_copy_and_a_removal(
+    world: World, receiver: Receiver, destinations: ConfiguredDestinations
+) -> None:
+    def work(world: World) -> None:
+        owner = world.client()
+        owner.create_bucket(Bucket="bucket")
+        owner.put_object(Bucket="bucket", Key="a", Body=b"hello")
+        owner.put_object(Bucket="bucket", Key="coded", Body=b"x" * 300_000)
+        owner.put_bucket_notification_configuration(
+            Bucket="bucket", NotificationConfiguration=wanted(queue(EVENTS, Id="all"))
+        )
+        for key in ("a", "coded"):
+            owner.rename_object(Bucket="bucket", Key=f"new-{key}", RenameSource=key)
+
+    await run(work, world)
+    assert await swept(world, destinations) == 0
+    found = sorted((record["eventName"], record["s3"]["object"]["key"]) for record in receiver.records)
+    created, removed = "ObjectCreated:Copy", "ObjectRemoved:Delete"
+    assert found == [(created, "new-a"), (created, "new-coded"), (removed, "a"), (removed, "coded")]
+    sizes = {record["s3"]["object"].get("size") for record in receiver.records if record["eventName"] == created}
+    assert sizes == {5, 300_000}
+
+
 async def test_a_webhook_that_fails_gets_the_event_again_and_redirections_are_not_followed(
     world: World, receiver: Receiver, destinations: ConfiguredDestinations
 ) -> None:

@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from tests.cluster import Cluster
 
@@ -230,3 +232,37 @@ def test_boto3_transfers_a_large_file_in_parts_with_every_checksum(cluster: Clus
         assert f"Checksum{algorithm}" in head
         client.download_file("boto3-parts", f"large-{algorithm}", str(tmp_path / "back"))
         assert (tmp_path / "back").read_bytes() == path.read_bytes()
+
+
+def test_boto3_renames_objects_of_every_size(cluster: Cluster) -> None:
+    client = cluster.boto3()
+    client.create_bucket(Bucket="boto3-renames")
+    datas = {f"old/{size}": os.urandom(size) for size in (0, 100, 20_000, 3 * MIB)}
+    for key, data in datas.items():
+        client.put_object(Bucket="boto3-renames", Key=key, Body=data, Metadata={"size": str(len(data))})
+    for key, data in datas.items():
+        new = key.replace("old", "new")
+        before = client.head_object(Bucket="boto3-renames", Key=key)
+        client.rename_object(Bucket="boto3-renames", Key=new, RenameSource=key, DestinationIfNoneMatch="*")
+        after = client.get_object(Bucket="boto3-renames", Key=new)
+        assert after["Body"].read() == data
+        assert (after["Metadata"], after["ETag"], after["LastModified"]) == (
+            before["Metadata"],
+            before["ETag"],
+            before["LastModified"],
+        )
+    found = client.list_objects_v2(Bucket="boto3-renames")["Contents"]
+    assert [one["Key"] for one in found] == sorted(key.replace("old", "new") for key in datas)
+    for one in found:
+        client.delete_object(Bucket="boto3-renames", Key=one["Key"])
+    cluster.wait_until(lambda: _is_deleted(client, "boto3-renames"), 60, "deletable, with no loan left")
+
+
+def _is_deleted(client: Any, bucket: str) -> bool:
+    try:
+        client.delete_bucket(Bucket=bucket)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "SlowDown":
+            raise
+        return False
+    return True

@@ -16,7 +16,7 @@ RENAMING_BUGS = (
     Planted(
         "departure_not_looked_at",
         "a rename does not look at its departure between promise and accept",
-        100,
+        50,
         _PLAY,
         _DEPARTURES,
         "    if found is None or found.id != departure_id or found.ending:\n        raise Changed\n",
@@ -25,7 +25,7 @@ RENAMING_BUGS = (
     Planted(
         "departure_mark_not_looked_at",
         "a rename is content with a departure that is marked",
-        300,
+        100,
         _PLAY,
         _DEPARTURES,
         "    if found is None or found.id != departure_id or found.ending:\n",
@@ -34,7 +34,7 @@ RENAMING_BUGS = (
     Planted(
         "departure_ended_without_a_round",
         "whether a version has arrived is read, and no promise is ended",
-        300,
+        750,
         _PLAY,
         _DEPARTURES,
         "        value = await plane.registers.settle(object_name(bucket.id, bucket.shard_numbers, key))\n",
@@ -43,7 +43,7 @@ RENAMING_BUGS = (
     Planted(
         "departed_twice",
         "a second rename of a version takes the place of the first",
-        100,
+        50,
         _PLAY,
         _DEPARTURES,
         "        if draft.departure is not None and draft.departure.id != departure.id:\n",
@@ -52,7 +52,7 @@ RENAMING_BUGS = (
     Planted(
         "departed_unseen",
         "another version departs than was read",
-        100,
+        300,
         _PLAY,
         _DEPARTURES,
         "        if not seen.is_current(draft):\n            raise Changed\n",
@@ -61,17 +61,16 @@ RENAMING_BUGS = (
     Planted(
         "finished_without_a_departure",
         "the old key's version goes, whether or not it departs",
-        100,
+        200,
         _PLAY,
         _DEPARTURES,
         "        if not found:\n            return False\n",
         "        found = True\n",
-        fast=True,
     ),
     Planted(
         "departure_ended_before_it_arrived",
         "a version goes with a departure that is ended, also when the new key does not have it",
-        100,
+        20,
         _PLAY,
         _DEPARTURES,
         "        arrived = has_arrived(value, departure_id)\n",

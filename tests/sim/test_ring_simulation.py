@@ -38,6 +38,7 @@ from tests.sim.planted import PLAYS
 from tests.sim.races import run_races
 from tests.sim.recovering import run_recovering
 from tests.sim.recovering_system import run_recovering_system
+from tests.sim.renaming import run_renaming
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
 from tests.sim.sparing_system import run_sparing_system
@@ -151,6 +152,7 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
         run_races,
         run_lifecycle,
         run_lending,
+        run_renaming,
     ],
 )
 def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
@@ -203,7 +205,7 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("play", ["ring", "buckets", "events", "races", "lifecycle", "versions", "lending"])
+@pytest.mark.parametrize("play", ["ring", "buckets", "events", "races", "lifecycle", "versions", "lending", "renaming"])
 def test_a_seed_plays_the_same_in_every_process(play: str) -> None:
     """Also of plays with an object plane: it seals records with nonces, and has sets of disks."""
     seeds, outputs = 4 if play == "ring" else 2, []
