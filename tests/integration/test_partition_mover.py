@@ -32,6 +32,8 @@ from storaged.wire import encode
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.worlds.ring_client import MemoryReplicas, ring_client
 
+pytestmark = pytest.mark.virtual_time
+
 KEY = Ed25519PrivateKey.generate()
 SIGNER = bytes(16)
 BUCKETS = [number.to_bytes(16, "big") for number in range(1, 9)]

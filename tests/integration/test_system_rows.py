@@ -38,6 +38,8 @@ from tests.integration.memory_cluster import WHO, Cluster, run
 from tests.unit.test_objects_buckets import ANNE, BEN, world_of
 from tests.worlds.objects import World, pieces
 
+pytestmark = pytest.mark.virtual_time
+
 Forge = Callable[[bytes], bytes]
 
 

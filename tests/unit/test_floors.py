@@ -48,6 +48,8 @@ from tests.unit.test_replica import (
 )
 from tests.worlds.ring_client import MemoryReplicas, clock_of, ring_client
 
+pytestmark = pytest.mark.virtual_time
+
 NOW_US = 1_750_000_000_000_000
 FLOOR = Ballot(1, NOW_US, "", b"")
 S = sequence_of(FLOOR)
