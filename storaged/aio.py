@@ -35,8 +35,9 @@ BLOCK_BYTES = 4096
 
 SLOW_S = 0.002
 FAILING_IN_A_ROW_MAX = 8
-"""After so many requests in a row that were refused, or took longer than SLOW_S and were complete on return, the file
-system counts as one that does not write asynchronously."""
+"""When this many requests in a row were refused, or took longer than SLOW_S and were complete on return, the file
+system counts as one that does not write asynchronously.
+"""
 
 FILE_SYSTEMS = (0xEF53, 0x58465342)
 """By ``f_type``: ext2 to ext4, XFS. On others RWF_DSYNC may not cover asynchronous writes: on btrfs it did not from

@@ -21,7 +21,7 @@ Theory of operation
     A memory map that can't grow is a bound as well as the file system is, with a reserve of its own.
 
     Requests subtract from a number in memory (``take``). A thread of the disk sets it again every second (``look``):
-    nobody asks the file system for each write.
+    no write asks the file system.
 """
 
 from __future__ import annotations

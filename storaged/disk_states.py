@@ -86,7 +86,7 @@ UNKNOWN = State(NONE, "DISK_DOWN")
 _RANK = {state: rank for rank, state in enumerate(STATES)}
 
 LATE_MS = 500
-"""An operation that a sound disk does in a moment has not ended after so long: the disk is slow."""
+"""A disk is slow when an operation that a sound disk does in a moment has not ended after this time."""
 
 SLOW_MS = 150
 SLOW_TIMES = 10
@@ -95,7 +95,7 @@ again below half of that. On a machine that is overloaded all disks are slow, an
 """
 
 LEFT_OUT_PART = 3
-"""At most a third of the disks is left out for being slow. When more seem slow, the one who measures is."""
+"""At most a third of the disks is left out for being slow. When more seem slow, this process itself is slow."""
 
 
 class Finding(NamedTuple):

@@ -55,8 +55,8 @@ STEP_BYTES = MIB
 
 REST_PART = 50
 REST_S = 60.0
-"""After a look the next one rests so many times as long as it took; after reading the file for REST_S at least: memory
-is short where the kernel drops it again.
+"""The pause after a look is REST_PART times as long as the look took, and at least REST_S after the file was read: when
+the kernel drops it again, memory is short.
 """
 
 
@@ -152,8 +152,8 @@ class Residency:
         self._closed = False
 
     def look(self) -> None:
-        """Looks when that is due. In a thread: it may read from the disk. Raises DiskUnreadable where the drive can't
-        read a page: whoever reads it through the map now dies.
+        """Looks when that is due. In a thread: it may read from the disk. Raises DiskUnreadable when the drive can't
+        read a page: a read of that page through the map would end the process.
         """
         with self._lock:
             began_s = time.monotonic()

@@ -11,7 +11,7 @@ POST   /v1/buckets/NAME/quota           {bytes, objects}
 GET    /v1/users/NAME/quota             what the buckets of an account may have together
 POST   /v1/users/NAME/quota             {bytes, objects}
 GET    /v1/buckets/NAME/lost?key=       how many versions of a key (hex) are lost with their pages
-POST   /v1/buckets/NAME/lost            {key, count}: lets go of them, see ``objects.write.lost``
+POST   /v1/buckets/NAME/lost            {key, count}: removes them, see ``objects.write.lost``
 POST   /v1/buckets/NAME/unlock          {order}: ends the lock of a version, see ``cluster.unlock``
 DELETE /v1/buckets/NAME                 an empty bucket
 """

@@ -70,7 +70,7 @@ class Services:
     lost_versions: Callable[[BucketRecord, bytes], Awaitable[int]] | None = None
     """(bucket, key): how many versions of a key are lost with their pages."""
     forget_lost: Callable[[BucketRecord, bytes, int], Awaitable[None]] | None = None
-    """(bucket, key, count): lets go of these versions."""
+    """(bucket, key, count): removes these versions."""
     usage: Callable[[BucketRecord, str], Awaitable[Usage]] | None = None
     """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
     set_bucket_quota: Callable[[BucketRecord, int, int], Awaitable[None]] | None = None

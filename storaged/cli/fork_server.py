@@ -12,10 +12,10 @@ The supervisor and the fork server share a socket (SOCK_SEQPACKET). Each message
     from the server   {"started": pid} or {"refused": errno}, in the order of the requests
                       {"ended": pid, "code": exit code}
 
-Where no memory or process is left for one more node, that one does not start, and the others go on.
+When there is no memory or process left for one more node, that node does not start, and the others go on.
 
-Only the server waits for its children and signals them. So no signal reaches a stranger that got the pid of a node that
-has ended. The server ends when the supervisor's end of the socket is closed, and its nodes end with it
+Only the server waits for its children and signals them. So no signal reaches a foreign process that got the pid of an
+ended node. The server ends when the supervisor's end of the socket is closed, and its nodes end with it
 (``storaged run --parent``).
 """
 
@@ -100,7 +100,7 @@ class ForkServer:
     def __init__(self, names: Sequence[str]) -> None:
         """``names``: arguments of the server's process, which say what it is for.
 
-        Their place in memory is where a node's command line is shown, so they must be as long as that.
+        A node's command line is written over them in memory (``_show``), so they must be at least as long.
         """
         self._names = names
         self._process: subprocess.Popen[bytes] | None = None
@@ -131,7 +131,7 @@ class ForkServer:
         if self._socket is None:
             self.begin()
         assert self._socket is not None
-        loop.add_reader(self._socket, self._on_message)  # again and again does no harm; ``begin`` had no loop for it
+        loop.add_reader(self._socket, self._on_message)  # repeating it does no harm; ``begin`` had no loop
         started: asyncio.Future[Forked] = loop.create_future()
         self.send({"start": list(arguments), "environment": dict(environment)}, log)
         self._starting.append(started)  # only now: a request that was not sent gets no answer
@@ -157,7 +157,7 @@ class ForkServer:
         if "started" in message:
             forked = self._running[message["started"]] = Forked(self, message["started"])
             if (started := self._starting.popleft()).done():
-                forked.kill()  # who asked for it has gone
+                forked.kill()  # its caller was cancelled
             else:
                 started.set_result(forked)
         elif "refused" in message:

@@ -43,7 +43,7 @@ whole cluster as one program (autogroup). On a server ``CPUWeight`` of the gatew
 
 
 ENDING_S = 0.2
-"""A process that was killed just before is known to have ended so much later at most."""
+"""The supervisor knows within this time that a process which was killed has ended."""
 
 
 class NodeProcess:

@@ -3,7 +3,7 @@
 A gateway whose clock jumps ahead must not delete what is not due. So this is never later than its own clock, nor than
 the clocks of a majority of the storage nodes of the layout in force, which heartbeats compare (``membership``). A node
 that does not answer, or whose clock was not compared yet, has reached no time. While there is no majority no time is
-agreed. A single storage node that is this node has nobody to ask: then its own clock counts.
+agreed. When this node is the only storage node, its own clock counts.
 
 Comparisons are up to SAMPLES_S old. When the own wall clock has moved against the monotonic one, they are of before
 that, and no time is agreed until they are all new.

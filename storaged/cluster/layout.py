@@ -123,9 +123,9 @@ class RevokedCertificate(Message, frozen=True):
 class Sparing(Message, frozen=True):
     """When the cluster replaces a disk by the others, by itself (``cluster.sparing``).
 
-    ``fragments_s``: after so many seconds without a disk its fragments are rebuilt on others. A disk that was replaced
-    comes back when it has answered for so long. ``registers_s``: after so many seconds its registers move to others.
-    ``domains_max``: so many failure domains with disks whose node does not answer are replaced at the same time; 0:
+    ``fragments_s``: seconds without a disk until its fragments are rebuilt on others; also how long a disk that was
+    replaced has to answer before it comes back. ``registers_s``: seconds until its registers move to others.
+    ``domains_max``: how many failure domains with disks whose node does not answer are replaced at the same time; 0:
     none.
     """
 

@@ -52,7 +52,7 @@ PEER = "node "
 """The prefix of a source's name when the source is a peer."""
 
 OFFER_LASTS_S = 60.0
-"""A peer that uses another layout offers it at every ping. After so long without an offer it has stopped using it."""
+"""A peer that uses another layout offers it at every ping. When it has made no offer for this time it has stopped."""
 
 DIGEST_BYTES = 16
 

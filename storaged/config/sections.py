@@ -53,7 +53,7 @@ class S3Section(msgspec.Struct, frozen=True):
     bytes one address (a /64 of IPv6) may have before they have authenticated; beyond that, the oldest is closed.
     ``proxies``: addresses and networks without these limits, since all clients come through
     them. ``access_log_interval_s``: how often lines of access logs are put into their target buckets;
-    ``access_log_bytes_max``: so many bytes of lines are kept until then, by all workers together.
+    ``access_log_bytes_max``: how many bytes of lines all workers together keep until then.
     ``break_glass``: this gateway carries out signed orders to end the lock of a version.
     """
 
@@ -127,13 +127,13 @@ class LimitsSection(msgspec.Struct, frozen=True):
     other disks; 0: as the layout says, which all nodes should do. ``drop_delay_s``: how long fragments that moved, or
     were coded again, stay in their old places for readers. ``retire_delay_s``: how long the data of what was deleted or
     replaced stays, for reads that are under way. ``read_hold_s``: how much longer it stays at most while a download of
-    it lasts; 0: not at all. ``upload_expire_s``: an open multipart upload to which nothing was added for so long is
-    aborted; 0: never. ``lifecycle_day_s``: how long a day of lifecycle rules and of inventories lasts, the same in all
-    gateways; shorter ones are for tests alone, since objects expire early. ``lifecycle_per_s``: how many keys lifecycle
-    looks at in a second, at most. ``meta_map_bytes`` is address space for a disk's LMDB; disk space is used only as
-    rows are written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the
-    file system. ``expunge_delay_s``: how long the row of a deleted key stays at least; longer than any client's retry,
-    and than a gateway may be suspended.
+    it lasts; 0: not at all. ``upload_expire_s``: how long an open multipart upload stays to which nothing is added,
+    before it is aborted; 0: for ever. ``lifecycle_day_s``: how long a day of lifecycle rules and of inventories lasts,
+    the same in all gateways; shorter ones are for tests alone, since objects expire early. ``lifecycle_per_s``: how
+    many keys lifecycle looks at in a second, at most. ``meta_map_bytes`` is address space for a disk's LMDB; disk space
+    is used only as rows are written. ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a
+    twentieth of the file system. ``expunge_delay_s``: how long the row of a deleted key stays at least; longer than any
+    client's retry, and than a gateway may be suspended.
     """
 
     s3_requests_max: int = 1024

@@ -20,14 +20,15 @@ from storaged.fragments.limits import StoreLimits
 from storaged.units import MIB, format_size
 
 REFUSED_BYTES_MAX = MIB
-"""A disk that refused a write stays full until so much more than its reserve is free, or as much as the write had, when
-that is less. Otherwise it would take some writes and refuse others, and the cluster would not know whether to count on
-it."""
+"""A disk that refused a write stays full until this much more than its reserve is free, or as much as the write had,
+when that is less. Otherwise it would take some writes and refuse others, and the cluster would not know whether to
+count on it.
+"""
 
 
 REFUSED_S = 10.0
-"""For so long after a write that found no space a disk counts as full, whatever the file system says is free: a quota
-may bound it.
+"""A disk counts as full for this time after a write that found no space, whatever the file system reports as free: a
+quota may bound it.
 """
 
 FRAGMENTS, SPACE = "fragments", "space"

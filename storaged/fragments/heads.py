@@ -47,8 +47,8 @@ def aged(engine: Engine, after: bytes, limit: int, since_ms: int, before_ms: int
 
 def in_log_order(engine: Engine, after: bytes, limit: int) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
     """As ``ports.NearStore.in_log_order``: a page lies in one segment. What compaction moves comes again, later in the
-    log. Where the log does not parse, the index names what should be there: one page takes only so much of it, because
-    each head is a separate read, and a disk whose thread works for a minute counts as hung.
+    log. Where the log does not parse, the index names what should be there: one page takes only a part of them,
+    because each head is a separate read, and a disk whose thread works for a minute counts as hung.
     """
     number, offset = _PLACE.unpack(after) if len(after) == _PLACE.size else (0, 0)
     left = sorted(segment for segment in list(engine.log.segments) if segment >= number)

@@ -17,7 +17,7 @@ class StoreLimits:
     note_reserve_bytes: int = 4 * MIB
     """Kept in a file, so that a full disk still takes the notes that delete."""
     overlay_entries_max: int = 16_384
-    """A checkpoint is due after so many changes, or ``replay_bytes_max`` of log. This bounds memory."""
+    """A checkpoint is due after this many changes, or ``replay_bytes_max`` of log. This bounds memory."""
     replay_bytes_max: int = 256 * MIB
     """This bounds the time of a start."""
     writeback_bytes: int = MIB
@@ -26,7 +26,7 @@ class StoreLimits:
     compact_bytes_per_s: int = 64 * MIB
     compact_step_bytes: int = MIB
     compact_rest_s: float = 2.0
-    """So long after a change the store looks for a segment to rewrite."""
+    """How long after a change the store looks for a segment to rewrite."""
     punch_queue_max: int = 65_536
     queue_bytes_max: int = 64 * MIB
     batch_bytes_max: int = 16 * MIB

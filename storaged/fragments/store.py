@@ -51,10 +51,10 @@ U = TypeVar("U")
 
 BATCH_IDS_MAX = 10_000
 INLINE_IDS_MAX = 256
-"""Up to so many lookups (2 us each) are made on the event loop, more in a thread."""
+"""Up to this many lookups (2 us each) run on the event loop, more in a thread."""
 
 INLINE_READ_BYTES_MAX = MIB
-"""Up to so many bytes are copied from the page cache and verified on the event loop: a fragment of a block of 3 MiB
+"""Up to this many bytes are copied from the page cache and verified on the event loop: a fragment of a block of 3 MiB
 takes 0.1 ms, and half of that again to send. A thread costs more: it takes the interpreter from the loop a dozen times.
 """
 

@@ -24,7 +24,7 @@ from storaged.fragments.write_queue import Committed, Drain, Job, Stop, WriteQue
 from storaged.lmdb_file import lacks_space
 
 OVERLAYS_MAX = 4
-"""When the overlay has grown to so many times its size while a checkpoint is being written, writes wait for it."""
+"""Writes wait for a checkpoint during which the overlay has grown to this multiple of its size."""
 
 PUNCHES_WHEN_IDLE = 16
 
@@ -73,7 +73,7 @@ class WriterThread:
         """
         waiting = Drain()
         self._queue.put(waiting)
-        while not waiting.event.wait(0 if self._ended else 1.0):  # who comes after the end is answered by nobody else
+        while not waiting.event.wait(0 if self._ended else 1.0):  # after its end the thread answers no caller
             if self._ended or not (self._stopping or self.thread.is_alive()):
                 waiting.end(self._deferred.unfinished(ended=self._ended))
         if waiting.error is not None:

@@ -50,7 +50,7 @@ RETRY_S = 1.0
 """Pause after a call that failed, or that came back at once with nothing: an honest node lets the call wait."""
 
 REFUSED_S = 0.1
-"""So long an ask that is refused keeps its place: a node that asks what can't be does not keep the gateway busy."""
+"""A refused ask keeps its place for this time, so that a node with impossible asks does not keep the gateway busy."""
 
 LAYOUT_POLL_S = 1.0
 

@@ -36,7 +36,8 @@ VERIFY_PAUSE_S_MAX = 60.0
 """Records of buckets that were not verified are looked at again soon, then after a pause that doubles up to this."""
 
 RESTED_WALKS = 2
-"""A walk that began so many times its own length after the last one has rested: the next one may follow at once."""
+"""A walk has rested enough if it began this many times its own length after the last one: the next may follow at once.
+"""
 
 REFUSALS = (CannotRepair, StoragedError, RowDamaged, TimeoutError)
 """Why a register can't be looked at or repaired now."""

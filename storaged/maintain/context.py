@@ -47,9 +47,9 @@ class MaintainLimits:
     (``Layout.sparing``).
     """
     drop_delay_s: float = 3600.0
-    """Fragments that recoded blocks left on their old disks stay so long, for readers that have begun with them."""
+    """How long fragments of recoded blocks stay on their old disks, for readers that have begun with them."""
     read_hold_s: float = 86_400.0
-    """Data that is due stays so much longer at most for downloads that still read it (``holds``)."""
+    """How much longer data that is due stays at most, for downloads that still read it (``holds``)."""
     orphan_age_ms: int = 86_400_000
     """No request lives longer than half of this. So an older fragment that no record claims is garbage."""
     orphan_interval_s: float = 6 * 3600.0

@@ -12,8 +12,8 @@ these steps makes each deletion safe against it:
 3. *Compare.* Data that this value refers to stays, and so does data that can't be judged now.
 4. *Delete if unchanged.* The store compares with the mark and deletes in one step. Data that has changed since stays.
 
-So a writer is promised before the settling, and its promise ends there; or after it, and then it finds that its data is
-gone, or has changed the mark before.
+So a writer gets its promise either before the settling, which ends the promise, or after it. In the second case it
+finds that its data is gone, or it has changed the data before the store compared it with the mark.
 """
 
 from __future__ import annotations

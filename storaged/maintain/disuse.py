@@ -62,7 +62,7 @@ T = TypeVar("T")
 LOOKS_CONCURRENT_MAX = 64
 READS_CONCURRENT_MAX = 128
 STRAGGLERS_S = (0.05, 0.5)
-"""A round is committed when a majority has it on disk. So long the others are given before each further look."""
+"""A round is committed when a majority has it on disk. Pauses before further looks, for the other replicas."""
 
 GONE_MAX = 10_000
 PAST = (StoragedError, KeyError, ValueError, TimeoutError)

@@ -44,7 +44,7 @@ DELAY_S = 86_400.0
 WORTHWHILE = 100
 """A range with fewer tombstones is left alone: all of its rows would have to be compared for them."""
 REST_RATIO = 4.0
-"""After each call the expunger rests so many times as long as that took, so that it never takes much of the disks."""
+"""The pause after a call, as a multiple of its duration, so that the expunger never takes much of the disks."""
 REST_MAX_S = 1.0
 FIRST_PASS_S = 600.0
 """After the start, so that a cluster that starts has other things to do."""

@@ -39,8 +39,8 @@ ENTRIES_A_ROUND = 50_000
 RESTING_MAX = 10_000
 """Registers and origins whose garbage rests. Of further ones each round asks again."""
 RESTS_A_KEY = 64
-"""When so many origins of one register rest, all its garbage rests: a key with ten thousand open uploads leaves room to
-others.
+"""When this many origins of one register rest, all its garbage rests, so that a key with ten thousand open uploads
+leaves room for others.
 """
 
 

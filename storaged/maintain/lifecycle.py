@@ -51,9 +51,9 @@ WALK_EVERY_DAYS = 7
 ROWS_A_VISIT = 4
 LOOKS_AT_ONCE = 8
 BARE_A_PASS = 100
-"""A pass looks at so many buckets without rules, whether they still have an index of earlier rules."""
+"""How many buckets without rules a pass looks at: they may still have an index of earlier rules."""
 REST_RATIO = 1.0
-"""After each piece of a walk the worker rests so many times as long as that took."""
+"""The pause after a piece of a walk, as a multiple of its duration."""
 REST_MAX_S = 10.0
 
 log = structlog.get_logger("lifecycle")

@@ -148,7 +148,7 @@ class PageSweep:
         return found
 
     async def _named(self, store: MetaStore, owner: RegisterName) -> frozenset[bytes] | None:
-        """None: a page that the record needs can't be read now, so it can't be told which others it needs."""
+        """None: a page that the record needs can't be read now, so the other pages that it needs are not known."""
         slot = await store.read(partial(store.get, owner))
         return await self._named_by(store, owner, slot.value) if slot is not None else frozenset()
 
@@ -162,7 +162,7 @@ class PageSweep:
 
     async def _find_owners(self, store: MetaStore, pages: _Pages) -> None:
         """Gives those of the pages an owner that a row of the disk names, rows of former layouts included, and takes
-        them out of ``pages``; all of them, when it can't be told what some row names.
+        them out of ``pages``. Takes all of them out when some row can't be read.
         """
         if not pages:
             return

@@ -71,7 +71,7 @@ CALL_MAX = Cost(12_000, 600_000)
 gateway has in memory while it verifies them: some 15 MB of headers.
 """
 READ_COST = 8
-"""A block whose profile changes counts so many times: the gateway reads its survivors."""
+"""What a block whose profile changes counts, relative to others: the gateway reads its survivors."""
 
 MOVED = "moved"
 """The record names the new places."""

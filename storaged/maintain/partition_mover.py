@@ -71,19 +71,19 @@ JOINT_MAX = 128
 more replica stops the partition. One that has not begun does not need that disk.
 """
 LOST_S = 600.0
-"""A disk that took no writes for so long counts as lost: it goes first, and does not come."""
+"""A disk that took no writes for this time counts as lost: it is exchanged first, and gets no partitions."""
 COMPARISONS = 3
 """Of one shard, until no row differs. A round that a majority of both sets takes may miss the disk that comes, which is
 busy then; the second comparison finds that. Rows that are written all the time may differ in each.
 """
 FAILURES_SHOWN = 5
-"""A partition that could not make a step so often in turn is mentioned. The nodes of its disks have to learn of each
-step first, so the first attempt mostly fails.
+"""The log mentions a partition whose step failed this many times in a row. The first attempt mostly fails, since the
+nodes of its disks have to learn of each step first.
 """
 REST_S = 1.0
 IDLE_S = 10.0
 BURST_S = 10.0
-"""What a mover did not begin for so long it may begin at once, within the pace."""
+"""A mover that began nothing may save up the pace of this time, and spend it at once."""
 
 log = structlog.get_logger("partitions")
 

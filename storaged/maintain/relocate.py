@@ -39,11 +39,11 @@ from storaged.meta.names import RegisterName
 
 ASK_TIMEOUT_S = 60.0
 FIRST_ASK_TIMEOUT_S = 10.0
-"""When the last call was not taken by any gateway: so it is known soon that this has changed."""
+"""Used while no gateway took the last call, so that repair soon notices when one does."""
 GATHER_S = 0.2
-"""So long more moves are waited for, while there are few."""
+"""How long a call waits for more moves while there are few."""
 BLOCKS_WAITING_MAX = 1024
-"""Repair waits while so many blocks do."""
+"""Repair waits while this many blocks wait for a gateway."""
 TRIES_MAX = 8
 PAUSE_S, PAUSE_S_MAX = 1.0, 60.0
 

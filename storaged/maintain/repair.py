@@ -63,7 +63,7 @@ COMPARE_AGAIN_S = 600.0
 """The pause between comparisons of fragments that differ while none is known to be the false one."""
 
 BURST_S = 20.0
-"""What was not moved for so long may be moved at once, within the pace. Repair rests for less between looks."""
+"""Repair may save up the pace of this time, and spend it at once. Its rests between looks are shorter."""
 
 NO_RECODING_S = -1.0
 """Of ``Waits.recode_in_s``: nothing will be recoded."""
@@ -217,12 +217,14 @@ class Repair:
     def _may_move(self) -> bool:
         """Whether what is whole may move now: the job is not paused, and within its pace."""
         settings = self._context.settings()
-        if settings.revision != self._paced_by:  # what was moved before counts no more
+        if settings.revision != self._paced_by:  # moves under the earlier pace do not count
             self._moves_at, self._paced_by = NOW, settings.revision
         return not settings.fragments_paused and self._moves_at <= self._context.clock.monotonic()
 
     def _spend(self, moved_bytes: int) -> None:
-        """So many bytes were moved. An object moves at once; the pause after it makes up for that."""
+        """Counts ``moved_bytes`` against the pace. All blocks of an object move at once; the pause after it makes up
+        for that.
+        """
         pace = self._context.settings().bytes_per_s
         if pace:
             now = self._context.clock.monotonic()

@@ -18,7 +18,7 @@ PREFIX_BYTES = 18
 """Of a packed register name: table, scope, shard."""
 
 FAILURES_WAITED_FOR = 3
-"""A finding whose repair failed so often is tried again, but ``status`` does not count repair as busy with it."""
+"""A finding whose repair failed this often is tried again, but ``status`` does not count repair as busy with it."""
 
 
 REASON_CHARS_MAX = 300

@@ -25,8 +25,8 @@ from storaged.meta.store_ports import MetaStore, RowDamaged, StoreBatch
 
 PAGE = 200
 BUSY_MS = 40
-"""While the disk's operations take so long, a scrub that starts by itself rests after each fragment, ``RESTS`` times as
-long as they take and REST_S_MAX at most.
+"""While the disk's operations take this long, a scrub that starts by itself rests after each fragment: ``RESTS`` times
+as long as an operation takes, at most REST_S_MAX.
 """
 RESTS = 3
 REST_S_MAX = 2.0

@@ -40,12 +40,12 @@ T = TypeVar("T")
 HINTS_A_CALL = 1000
 HINTS_WAITING_MAX = 10 * HINTS_A_CALL
 HINT_TRIES = 20
-"""A hint that no node takes is dropped after so many attempts, ten seconds or more: a walk finds it."""
+"""A hint that no node takes is dropped after this many attempts, ten seconds or more: a walk finds its register."""
 
 DAMAGED_MAX = 1000
 REASONS_MAX = 8
 RESTS_A_WALK = 4
-"""While partitions move, the pause after a walk is so many times as long as the walk."""
+"""The pause after a walk while partitions move, as a multiple of the walk's duration."""
 
 
 class Ask(Message, frozen=True):

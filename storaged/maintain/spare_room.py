@@ -39,7 +39,7 @@ from storaged.cluster.ports import DiskStatus
 from storaged.objects.code.place import replaced
 
 MARGIN_PART = 50
-"""So much of a disk stays free besides the reserve: 2%."""
+"""One part in this many of a disk stays free besides the reserve: 2%."""
 
 SAMPLES = 256
 """Fragments that are laid out, each for its share of all."""

@@ -1,5 +1,5 @@
-"""Looks every few seconds whether the disks that are left have room for what disks that are away had (``spare_room``),
-on a storage node. Until then repair does not begin to write that anew, or pauses.
+"""Judges every few seconds, on a storage node, whether the disks that are left have room for the data of disks that are
+away (``spare_room``). While they have not, repair does not begin to write that data anew, or pauses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SpareWatch:
         return self._shortage.short_bytes > 0
 
     async def look(self, *, needed: bool) -> None:
-        """To be called again and again. ``needed``: some disk has been away for so long that it is not waited for."""
+        """To be called again and again. ``needed``: repair waits no longer for some disk that is away."""
         now = self._context.clock.monotonic()
         if not needed:
             self._shortage, self._look_at = ENOUGH, float("-inf")

@@ -24,7 +24,7 @@ from storaged.objects.records import PartEntry
 
 SWEEP_PAGE = 500
 FULL_S = 7 * 86_400.0
-"""All fragments are judged again after so long."""
+"""How often all fragments are judged again."""
 
 _NAME_BYTES_MIN = 19
 """A packed register name with a key of one byte."""

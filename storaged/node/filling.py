@@ -21,7 +21,7 @@ STEP_S = 60.0
 """Free space is remembered once in this time."""
 
 MEASURED_S = 300.0
-"""The pace is believed after so long."""
+"""The pace is believed when it was measured for this time."""
 
 
 class Filling:

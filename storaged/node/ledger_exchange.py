@@ -65,7 +65,7 @@ AGAIN_S, AGAIN_S_MAX = 0.1, 1.0
 """Pauses between calls to a node that does not answer, or does not have what it must."""
 
 CALL_EVERY_S = 0.03
-"""Two nodes that each lack something of the other call each other at most so often."""
+"""The shortest time between calls of two nodes that each lack something of the other."""
 
 RECHECK_S = 60.0
 """How often a node that has everything is asked again."""
@@ -74,8 +74,8 @@ FIRST_S = 2.0
 """How long the start of a node that took part waits for a majority, before it says that its disks wait."""
 
 LATE_S = 0.3
-"""How long a start waits for the other nodes when a majority has answered: a node that was put back as a whole is
-noticed by whatever ledger knows better.
+"""How long a start waits for the other nodes when a majority has answered: any
+ledger that knows better notices a node that was put back as a whole.
 """
 
 REFUSED_MAX = 16

@@ -40,7 +40,7 @@ AT_ONCE = 8
 KEYS_MAX = 100_000
 """Keys of a partition that are counted."""
 COUNT_S = 60.0
-"""So long one disk may count those of one partition."""
+"""How long one disk may count the keys of one partition."""
 
 
 class Losses:

@@ -23,7 +23,7 @@ from storaged.s3.request import RequestDone
 from storaged.units import MIB
 
 SLOW_BYTES_PER_S = 4 * MIB
-"""The pace that a client may have: a request may take a second more for each so many bytes. A 5 GiB
+"""The slowest pace that a client may have: a request may take a second more for each SLOW_BYTES_PER_S bytes. So a 5 GiB
 upload is not slow.
 """
 

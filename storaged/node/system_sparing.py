@@ -32,7 +32,7 @@ from storaged.wire import decode
 log = structlog.get_logger("sparing")
 
 REGISTER_LOOKS = 12
-"""Every so many looks the register is read, though nothing is due."""
+"""The register is read at every REGISTER_LOOKS-th look, even if nothing is due."""
 
 Votes = Mapping[str, tuple[Vote, SignedVote]]
 

@@ -1,5 +1,5 @@
 """What the operator of a gateway may do to single versions: end their locks by signed orders (``cluster.unlock``), and
-let go of lost ones (``objects.write.lost``).
+remove lost ones (``objects.write.lost``).
 """
 
 from __future__ import annotations

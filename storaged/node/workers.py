@@ -62,13 +62,12 @@ METRICS_EVERY_S = 10.0
 """Counts since the last look are lost when a worker is killed."""
 
 HANGS_S = 30.0
-"""A worker that is silent for so long, although it is asked, hangs and is killed. WatchdogSec= does this for the first
-process.
+"""A worker that does not answer for this time hangs, and is killed. WatchdogSec= does this for the first process.
 """
 
 ACCEPTED_AT_ONCE_MAX = 64
 REFUSED_PAUSE_S = 1.0
-"""The pause after an accept that failed, mostly as there was no descriptor left."""
+"""The pause after an accept that failed, mostly because no descriptor was left."""
 
 log = structlog.get_logger("workers")
 

@@ -81,7 +81,7 @@ class EventDelivery:
             self._something.set()
 
     async def run(self) -> None:
-        """Runs for ever: delivers what ``soon`` was told."""
+        """Runs for ever: delivers the events of the keys that ``soon`` got."""
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
                 group.create_task(self._work())

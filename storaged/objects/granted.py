@@ -60,8 +60,8 @@ def _judging(grant: Grant, named: dict[str, Any]) -> dict[str, Any]:
 
 
 LockAudit = Callable[[str, Principal, str, bool, Mapping[str, Any]], AbstractAsyncContextManager[Any]]
-"""Audits a change of what keeps a version: the kind of entry, who makes the change, of what, whether it is refused
-surely, and facts. It raises ServiceUnavailable, before anything is changed, when that can't be audited."""
+"""Audits a change of what keeps a version: the kind of entry, who makes the change, of what, whether it will
+surely be refused, and facts. It raises ServiceUnavailable, before anything is changed, when that can't be audited."""
 
 
 def not_audited(*_: Any) -> AbstractAsyncContextManager[Any]:
@@ -69,8 +69,9 @@ def not_audited(*_: Any) -> AbstractAsyncContextManager[Any]:
 
 
 class GrantedObjects:
-    """``Objects`` behind grants. Changes of retention and legal holds, and deletions that bypass governance, are
-    audited: there ``who`` is the sender."""
+    """``Objects`` for callers with grants. Changes of retention and legal holds, and deletions that bypass governance,
+    are audited: there ``who`` is the sender.
+    """
 
     def __init__(self, objects: Objects, quotas: Quotas | None = None, audit: LockAudit = not_audited) -> None:
         self._objects = objects

@@ -83,7 +83,7 @@ class ObjectLimits:
     hedge_floor_s: float = 0.05
     """A read is not hedged sooner: below the ordinary latency of a busy disk a hedge only adds load."""
     retire_delay_ms: int = 3_600_000
-    """Replaced data stays so long, for reads that are under way."""
+    """How long replaced data stays, for reads that are under way."""
     threads: int = 4
     background_tasks_max: int = 256
     buckets_per_user_max: int = 1000
@@ -99,9 +99,9 @@ class ObjectLimits:
     configuration_bytes_max: int = 32 * MIB
     """The cache of opened configurations of buckets: sealed bytes."""
     upload_keep_ms: int = 86_400_000
-    """The rows of a finished upload stay so long, so that a repeated Complete gets its answer."""
+    """How long the rows of a finished upload stay, so that a repeated Complete gets its answer."""
     upload_expire_ms: int = 30 * 86_400_000
-    """An open upload to which nothing was added for so long is aborted; 0: never."""
+    """How long an open upload stays to which nothing is added, before it is aborted; 0: for ever."""
     lifecycle_day_ms: int = DAY_MS
     """A day of lifecycle rules. Only tests have a shorter one."""
     lifecycle_per_s: int = 100

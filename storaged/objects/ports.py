@@ -74,9 +74,9 @@ class KeyService(Protocol):
         """
 
     async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
-        """Notes with the key that its bucket was found empty behind the fence ``nonce`` of its ``shards``, and is about
-        to be Deleted. Idempotent. Raises
-        ServiceUnavailable when that could not be noted."""
+        """Notes with the key that its bucket was found empty under the fence ``nonce`` of its ``shards``, and is about
+        to be Deleted. Idempotent. Raises ServiceUnavailable when that could not be noted.
+        """
 
     async def ended_bucket_keys(self) -> Sequence[EndedKey]:
         """What was noted so, and is not destroyed yet."""

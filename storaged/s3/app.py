@@ -32,7 +32,7 @@ from storaged.s3.responder import Responder
 log = logging.getLogger("storaged.s3")
 
 UNAUTHENTICATED_DRAIN_S = 2.0
-"""A server that closes waits so long for requests that are not authenticated, such as forms whose fields have not all
+"""How long a server that closes waits for requests that are not authenticated, such as forms whose fields have not all
 arrived. None of them may delay it for longer.
 """
 

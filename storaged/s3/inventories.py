@@ -47,10 +47,10 @@ RETRY_MAX_S: Final = 900.0
 """After a failed visit, so that a target that takes nothing does not make the bucket be walked all the time. Doubled
 with each failure; one that is known before the bucket is walked does not count."""
 REST_RATIO: Final = 1.0
-"""After each page the worker rests so many times as long as that took."""
+"""The pause after a page, as a multiple of its duration."""
 REST_MAX_S: Final = 10.0
 SLICE_S: Final = 0.005
-"""After so long others may run: with a thousand lifecycle rules, the values of a page take seconds."""
+"""How long the worker may hold the event loop: with a thousand lifecycle rules, the values of a page take seconds."""
 FIRST_SUNDAY: Final = 3
 """In days since 1970."""
 DATA_TYPE: Final = "application/octet-stream"

@@ -51,8 +51,8 @@ ALONE_MAX = 2
 """With so few requests in flight an answer leaves at once: no other one is likely to leave in this turn of the loop."""
 
 BATCH_MAX = 16
-"""So many answers leave together. The first one may wake the client, which costs more than to send (30 us on a virtual
-processor); a server that sends each answer when it is ready wakes the client for each.
+"""Up to this many answers leave together. The first one may wake the client, which costs more than to send (30 us on a
+virtual processor); a server that sends each answer when it is ready wakes the client for each.
 """
 
 

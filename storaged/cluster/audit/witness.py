@@ -53,7 +53,7 @@ LINES_MAX: Final = 4096
 CHAINS_A_PAGE: Final = 64
 ALARMS_MAX: Final = 1024
 ALARM_S: Final = 7 * 24 * 3600.0
-"""An alarm stays in `storaged status` for so long; after that only the log and the verifier have it."""
+"""How long an alarm stays in `storaged status`; after that only the log and the verifier have it."""
 
 log = structlog.get_logger(__name__)
 

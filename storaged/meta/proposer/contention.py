@@ -56,7 +56,7 @@ SILENT_S = 0.25
 """A replica answers a request for a turn within ``turns.POLL_S``, granted or not. After this time it is asked again."""
 
 ASKS = 2
-"""A replica that has answered none of so many requests is not asked for a while."""
+"""A replica that has answered none of this many requests is not asked for a while."""
 
 WAIT_S = 4.0
 """How long one replica may let this process wait: twice as long as an honest one with many processes."""
@@ -68,7 +68,7 @@ AVOID_MAX_S = 3600.0
 
 SLOW_S = 0.1
 SLOW_ANSWERS = 3
-"""A replica is slow when so many answers in a row took longer than ``SLOW_S``. A single slow answer, as in
+"""A replica is slow when this many answers in a row took longer than ``SLOW_S``. A single slow answer, as in
 ``DisksSeen``, would divide the processes.
 """
 
@@ -80,7 +80,7 @@ CAREFUL_S = 30.0
 
 LATE_S = 0.2
 RENEW_S = 0.3
-"""A turn is renewed so often while a change takes long."""
+"""How often a turn is renewed while a change takes long."""
 
 PAUSE_S = 0.1
 HOLD_MAX_MS = 1000

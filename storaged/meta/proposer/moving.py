@@ -90,7 +90,7 @@ class PartitionMoves:
     async def copy_fences(self, state: PartitionState, fenced: Container[str]) -> Closed:
         """Gives the replica that comes the bucket fences of a majority of the present set, and the nonces that were
         lifted. Returns the scopes of buckets that are deleted for good. One replica alone may lie, and then the rows of
-        its bucket would stay behind. But when a disk of the present set is lost, it may be one of two that had the
+        its bucket would not be copied. But when a disk of the present set is lost, it may be one of two that had the
         fence, and the other one refuses settling rounds for ever.
 
         ``fenced``: as ``fence`` returned it. Only these disks are asked: another one may still take a fence, or a

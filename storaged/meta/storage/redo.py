@@ -52,7 +52,7 @@ _HALF_BYTES_MIN, _HALF_BYTES_MAX = 8 * MIB, 64 * MIB
 """The first logs had halves of 8 MiB."""
 
 READ_BYTES = MIB
-"""So much of a log is read at once at the start."""
+"""How much of a log is read at once at the start."""
 
 FILE_NAME = "redo"
 

@@ -44,8 +44,8 @@ _HASH: Final = HASH[0]
 READS_MAX = 256
 """Registers in one message."""
 READS_BYTES_MAX = 512 * KIB
-"""Rows and copies in one answer. Reading so much takes two thirds of a millisecond, and for no longer does a node that
-answers hold up its other calls.
+"""Rows and copies in one answer. Reading them takes two thirds of a millisecond, so an answer delays the node's other
+calls no longer than that.
 """
 
 OnRow = Callable[[bytes | StoragedError | None, memoryview], None]

@@ -1,4 +1,4 @@
-"""Single pages of older versions (``code.history``): they are read and checked, and let go of when they are lost."""
+"""Single pages of older versions (``code.history``): how they are read and checked, and removed when they are lost."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ VERSIONED_ROWS_A_PAGE = 100
 """Each has the newest versions of its key, up to some 20 KiB."""
 VERSIONS_A_PAGE = 1000
 OPENED_AT_ONCE = 64
-"""After so many versions others may run: to open one costs some 20 us."""
+"""How many versions are opened before other tasks may run: each costs some 20 us."""
 
 
 class Position(NamedTuple):

@@ -4,8 +4,8 @@ An inventory has a *state*, and one row for each data file of the report under w
 the next file begins. It is written once, after the file is stored. The first worker that writes it has made that file,
 and a second worker goes on from there. So one worker or several make a report, and no version is in two of its files.
 
-The rows are not sealed: storage nodes know the keys of objects anyway, from their registers. The MD5 of a file is,
-since it is computed from content.
+The rows are not sealed, since storage nodes know the keys of objects anyway, from their registers. The MD5 of a file is
+sealed, since it is computed from content.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _FILE = b"f"
 class InventoryState(Message, frozen=True):
     """How far one inventory is.
 
-    ``report``: random, of the report that is under way or was made last. ``configuration``: a keyed digest of what it
-    is for. ``began_ms``: when it began; ``finished_ms``: 0 while it is under way. The others are of the finished
+    ``report``: random, of the report that is under way or was made last. ``configuration``: a keyed digest of its
+    configuration. ``began_ms``: when it began; ``finished_ms``: 0 while it is under way. The others are of the finished
     report: how many ``rows`` and ``files`` it has, how many keys were ``unreadable``, and the key of its ``manifest``.
     """
 
@@ -68,7 +68,7 @@ class InventoryFile(Message, frozen=True):
 
 
 def digest_of(inventory_id: str) -> bytes:
-    """By which rows name an inventory."""
+    """The part of a row's key that names the inventory."""
     return hashlib.sha256(inventory_id.encode()).digest()[:DIGEST_BYTES]
 
 

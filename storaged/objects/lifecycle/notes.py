@@ -1,4 +1,4 @@
-"""What changes of objects leave behind for lifecycle: notes in memory, one for a key and a day."""
+"""Notes of changes for lifecycle, in memory: one for a key and a day."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from storaged.wire import Buffer
 SLOW_BYTES_PER_S = 2 * MIB
 """A slower client gets small windows, and none is read ahead: other clients make better use of the memory."""
 SLOW_S_MIN = 0.1
-"""A client is not judged by a shorter time: a busy event loop delays any client so long."""
+"""A client is not judged by a shorter time: a busy event loop may delay any client that long."""
 SLOW_WINDOW_BYTES = 256 * KIB
 AHEAD_LEFT_MIN = 0.25
 """Nothing is read ahead when a smaller share of the memory is free: the rest is for first windows."""

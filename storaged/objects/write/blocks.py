@@ -20,7 +20,7 @@ others that change the key.
 """
 
 INLINE_BYTES_MAX = 64 * KIB
-"""Up to so much plaintext is hashed, sealed and coded on the event loop, in 0.2 ms. A thread would have to get the
+"""Up to this much plaintext is hashed, sealed and coded on the event loop, in 0.2 ms. A thread would have to get the
 interpreter back after each of the native calls (40 to 100 us).
 """
 

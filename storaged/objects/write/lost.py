@@ -1,8 +1,8 @@
-"""The way out for a key that has lost pages of older versions: an operator lets go of them.
+"""The way out for a key that has lost pages of older versions: an operator removes them from its record.
 
 While a record names a page that no replica has, the versions on it can't be read, listed or deleted, so the bucket
-can't be emptied, and nothing that they may refer to is collected. Only what each replica says it lacks (``PageLost``)
-is let go of: a page that a replica which is away may have stays.
+can't be emptied, and nothing that they may refer to is collected. A page is removed only when each replica says that it
+lacks it (``PageLost``): a page that a replica which is away may have stays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ async def lost_versions(plane: ObjectPlane, bucket: BucketRecord, key: bytes) ->
 
 
 async def forget_lost(plane: ObjectPlane, bucket: BucketRecord, key: bytes, count: int) -> None:
-    """Lets go of the pages that are lost. ``count``: of versions, as ``lost_versions`` said. Raises InvalidArgument
+    """Removes the lost pages from the record. ``count``: of versions, as ``lost_versions`` said. Raises InvalidArgument
     when it is another one now, and DataDamaged.
     """
     keys = BucketKeys(plane, bucket)

@@ -1,4 +1,4 @@
-"""Events of a key: they enter its record with the change that they tell of, and leave it when they are delivered.
+"""Events of a key: they enter its record with the change that they report, and leave it when they are delivered.
 
 Theory of operation. A record has an *outbox*: the key's events that no destination has acknowledged yet, at most
 ``PENDING_MAX``, oldest first (``History.outbox``). A change of a key adds its events in the compare-and-set that makes
@@ -6,8 +6,8 @@ it. So there is an event if and only if the change was committed, whatever proce
 has the events in the order of the register. When it is full, the change is refused with SlowDown, and nothing is lost.
 A deleted key with events stays a hidden row, which no floor and no expunger removes.
 
-Whoever delivers sends the oldest event of a destination first, and removes it by compare-and-set after the destination
-has acknowledged it (``remove``). If it dies in between, another process sends the event again: at least once, with the
+A deliverer sends the oldest event of a destination first, and removes it by compare-and-set after the destination has
+acknowledged it (``remove``). If it dies in between, another process sends the event again: at least once, with the
 same sequencer, which is the sequence of the register at the change.
 
 To find the outboxes, each key with events is noted in a register of its shard (``event_name``): the *pointer*. It is
@@ -42,7 +42,7 @@ from storaged.objects.records import BucketRecord
 from storaged.wire import decode, encode
 
 PENDING_MAX = 32
-"""Of one key, for all destinations together. A record with so many is 12 KB longer."""
+"""Of one key, for all destinations together. A record with this many is 12 KB longer."""
 KEYS_MAX = 64
 KEYS_BYTES_MAX = 32 * 1024
 """Of one pointer."""

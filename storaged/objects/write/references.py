@@ -9,9 +9,9 @@ of an open upload too. A data id is referred to by
 * the version that a completing upload has pinned.
 
 **This module alone enumerates what a record refers to**: ``versions_in``, ``parts_in`` (data), ``pages_in`` (pages).
-Older versions are on pages (``code.history``), so whoever looks only at ``ObjectRecord.versions`` loses the others. All
-of these ask here: garbage collection (``maintain.disuse``, ``sweep``), the collection of pages (``manifest_gc``), the
-walk, repair and rebuild (``walk.entries_of``), moves of blocks (``mover``), the copy of a partition
+Older versions are on pages (``code.history``), so code that looks only at ``ObjectRecord.versions`` loses the others.
+All of these ask here: garbage collection (``maintain.disuse``, ``sweep``), the collection of pages (``manifest_gc``),
+the walk, repair and rebuild (``walk.entries_of``), moves of blocks (``mover``), the copy of a partition
 (``partition_mover``), aborts (``live_references``).
 
 A part moves from the second place to the third and to the first, never back, and each place is written before the
@@ -82,7 +82,8 @@ async def parts_in(
     object's register. Raises DataDamaged.
 
     ``on_unreadable``: what can be read is enough. So repair keeps all other versions of a key that has lost a page.
-    Whoever deletes data because nothing refers to it must not pass it: a page that can't be read may refer to it.
+    A caller that deletes data because nothing refers to it must not pass this: a page that can't be read may refer
+    to the data.
     """
     if table == Table.PART and record:
         try:

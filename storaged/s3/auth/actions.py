@@ -16,7 +16,7 @@ class Action(NamedTuple):
     """``names``: the IAM actions, all of which are needed. ``versioned``: those for a request that names a version;
     empty: the same. ``access``: the calls of the object plane that the operation makes. ``acl``: the permission in an
     access control list that allows it too; empty: none does. ``of_object``: that list is the object's, not the
-    bucket's. ``by_initiator``: it is about an upload, and the one who initiated that may do it.
+    bucket's. ``by_initiator``: it is about an upload, and the upload's initiator may do it.
     """
 
     names: tuple[str, ...]

@@ -28,8 +28,9 @@ DIRECT_BYTES_MIN = 16 * KIB
 """Less room than this in a reader's memory is filled by copying."""
 
 VIEWS_MAX = 4
-"""So many pieces of one read are passed on as views; more are joined. A view of one byte takes 200 bytes, and keeps the
-memory that it was cut from."""
+"""Up to this many pieces of one read are passed on as views; more are joined. A view of one byte takes 200 bytes, and
+keeps the memory that it was cut from.
+"""
 
 
 class Decoder(Protocol):

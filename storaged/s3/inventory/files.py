@@ -18,7 +18,7 @@ from storaged.s3.inventory.columns import FLAG, INT, TEXT, TIME, Column, Value, 
 from storaged.units import MIB
 
 BYTES_MAX: Final = 16 * MIB
-"""A file is full when it has so many bytes, as far as they are compressed."""
+"""A file is full when its compressed part has this many bytes."""
 ROWS_MAX: Final = 500_000
 GROUP_ROWS: Final = 10_000
 GROUP_CHARS: Final = 8 * MIB

@@ -143,7 +143,7 @@ CONTROLS = Row(
     shown=lambda value: value.shown,
     removed=Ownership(WRITER, shown=False),
 )
-"""A bucket whose controls are removed is as one that never had any: on AWS, whoever writes an object owns it."""
+"""A bucket whose controls are removed is like one that never had any: on AWS, the writer of an object owns it."""
 
 
 # --- new buckets ------------------------------------------------------------------------------------------------------
