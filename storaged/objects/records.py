@@ -70,11 +70,12 @@ class PartEntry(Message, frozen=True):
 class Version(Message, frozen=True):
     """One version of an object.
 
-    ``parts``: up to 32. A longer manifest is the chain of pages that ``manifest`` names (xxh3-128, newest first; each
-    page is a PartsPage). ``wrapped_key``: the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the
-    first part or of the upload). ``meta``: a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``). ``listing``: a
-    sealed SealedList. ``pages``: the hashes of all pages that the version needs, those of ``manifest`` and those of
-    the sealed list of its parts. Storage nodes, which can't open the latter, keep the pages named here.
+    ``parts``: up to 32. A longer manifest is the chain of pages that ``manifest`` names (``hashes.page_hash``, newest
+    first; each page is a PartsPage). ``wrapped_key``: the DEK, 112 bytes, bound to (bucket id, key, version id,
+    ``context_id``). ``meta``: a sealed SealedMeta (SOV1, label ``sov.meta.v1``, or ``sov.meta.v2`` with a
+    SealedEncryption). ``listing``: a sealed SealedList. ``pages``: the hashes of all pages that the version needs,
+    those of ``manifest`` and those of the sealed list of its parts. Storage nodes, which can't open the latter, keep
+    the pages named here.
 
     The fields up to ``listing`` are ``ListedFields``, which a list prints.
     """
