@@ -1,13 +1,14 @@
-"""What may be away at once without stopping what the cluster promises: no majority of a partition, and no more of a
+"""Which disks may be away at once so that the cluster keeps its promises: no majority of a partition, and no more of a
 block than can be rebuilt. Pure.
 
-A harness that takes too much finds faults that are none, and one that takes too little finds nothing. So every fault
-asks ``Away.may`` first, and what it refuses is counted too.
+A harness that takes away too much finds false faults, and one that takes too little finds nothing. So every fault asks
+``Away.may`` first, and refusals are counted too.
 
 Theory of operation: while layouts change, a partition has its replicas in one of the layouts, or on the way between
-them, and is joint with the neighbour of that state. From outside nobody knows where exactly. The disks that all layouts
-have in common (*kept*) are in each of these states. The other places can have any of the remaining disks. So with a set
-of disks away, the worst state has all kept disks of the set, and as many of the others as there are other places.
+them, and is joint with the neighbour of that state. The harness does not know in which of these states it is. The disks
+that all layouts have in common (*kept*) are in each of these states. The other places can have any of the remaining
+disks. So with a set of disks away, the worst state has all kept disks of the set, and as many of the others as there
+are other places.
 """
 
 from __future__ import annotations

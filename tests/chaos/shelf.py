@@ -102,7 +102,7 @@ class Shelf:
         return found
 
     def copy_running(self, node: str, disk: str = "") -> Copy:
-        """The same of a running node: it stands still meanwhile, so that the copy is of one moment."""
+        """The same of a running node: it is stopped meanwhile, so that the copy is of one moment."""
         with standing_still(pid_of(self._cluster, node)):
             time.sleep(0.2)  # the kernel ends the writes that it has
             return self.copy(node, disk)

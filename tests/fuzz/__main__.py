@@ -1,4 +1,4 @@
-"""Fuzzes the parsers of what strangers send.
+"""Fuzzes the parsers of everything that unauthenticated clients and storage nodes send.
 
     python -m tests.fuzz --list
     python -m tests.fuzz --target xml --seconds 60

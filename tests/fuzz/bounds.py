@@ -1,7 +1,7 @@
 """Counts what an input costs: lines of this product's code that run, and bytes that are allocated at once.
 
-Counts do not depend on the machine, as times would. What runs in C (a regular expression, a JSON parser) counts as one
-step: the run of the engines has a time limit for that, far above any honest input.
+Counts do not depend on the machine, as times would. A call of C code (a regular expression, a JSON parser) counts as
+one step; for these the engines have a time limit, far above any honest input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 
 def steps_of(run: Callable[[], object]) -> int:
-    """Runs it, and counts lines of the product."""
+    """Runs the call, and counts the lines of the product that it runs."""
     steps = 0
 
     def local(frame: FrameType, event: str, argument: Any) -> Any:
@@ -47,7 +47,7 @@ def steps_of(run: Callable[[], object]) -> int:
 
 
 def peak_of(run: Callable[[], object]) -> int:
-    """Runs it, and measures the most bytes that it had allocated at once."""
+    """Runs the call, and measures the most bytes that it had allocated at once."""
     tracing = tracemalloc.is_tracing()
     if not tracing:
         tracemalloc.start(1)
@@ -62,7 +62,7 @@ def peak_of(run: Callable[[], object]) -> int:
 
 
 def cost_of(run: Callable[[], object]) -> Cost:
-    """Of the second and third run: the first one fills caches."""
+    """The cost of the second and third run: the first one fills caches."""
     run()
     return Cost(steps_of(run), peak_of(run))
 

@@ -1,8 +1,8 @@
 """Runs targets for a while, in this process, and reports the result.
 
 With atheris, coverage decides which inputs are kept (libFuzzer); half of them are changed by our own mutator, which
-knows the target's language. It begins slowly, since it looks at each function of the product, and so one process has
-all targets: an input there is the name of a target, a line end, and the target's own input. Without atheris, the
+knows the target's language. Atheris starts slowly, since it instruments each function of the product, so one process
+has all targets: an input there is the name of a target, a line end, and the target's own input. Without atheris, the
 mutator alone makes inputs, in order of their numbers, for one target after the other. Findings do not end a run: each
 is kept with its shortest input, once for each place where it is raised.
 """

@@ -17,8 +17,9 @@ LOOKED_AT_MAX = 4000
 
 
 def minimise(target: Target, folder: Path | None, inputs: int) -> None:
-    """Writes the corpus of a target, from what the tree and the folder of a run have, and from the first ``inputs`` of
-    our own mutator. Inputs that fail are left out: they become tests of their own."""
+    """Writes the corpus of a target, from the inputs in the tree and in the folder of a run, and from the first
+    ``inputs`` of our own mutator. Inputs that fail are left out: they become tests of their own.
+    """
     seeds = seeds_of(target, folder)
     mutator = Mutator(target.name, seeds, target.tokens, target.size_max)
     seeds = sorted({*seeds, *map(mutator.input, range(inputs))}, key=lambda data: (len(data), data))[:LOOKED_AT_MAX]

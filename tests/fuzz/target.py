@@ -1,4 +1,4 @@
-"""What a target is, and what all oracles share."""
+"""Targets, and the parts that all oracles share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Oracle = Callable[[bytes], None]
 
 
 class Plant:
-    """A bug: ``owner.name`` is replaced by ``bug(what it was)`` for as long as it is planted."""
+    """A bug: ``owner.name`` is replaced by ``bug(original)`` while it is planted."""
 
     def __init__(self, owner: Any, name: str, bug: Callable[[Any], Any]) -> None:
         self._owner = owner

@@ -69,7 +69,7 @@ async def store(tmp_path: Path, files: SimulatedFiles) -> AsyncIterator[LocalFra
 
 
 class Held:
-    """Calls of a function wait until it is let go. ``reached``: one does."""
+    """Calls of a function wait until they are released. ``reached``: one waits."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call

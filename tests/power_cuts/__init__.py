@@ -1,1 +1,3 @@
-"""Histories of one disk that end in power cuts, and what must be there afterwards. ``python -m tests.power_cuts``."""
+"""Plays histories of one disk that end in power cuts, and checks what is there afterwards:
+``python -m tests.power_cuts``.
+"""

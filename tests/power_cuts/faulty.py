@@ -1,7 +1,7 @@
-"""Drives that fail, and drives that lie. What they lose is lost; but nothing is served that was never written.
+"""Drives that fail, and drives that lie. They may lose data, but the disk serves nothing that was never written.
 
-A *failing* drive returns errors (EIO, ENOSPC) from some calls. Where there was no room, nothing is lost at all. After
-EIO the disk is given up: a mark on it prevents its use as a whole disk.
+A *failing* drive returns errors (EIO, ENOSPC) from some calls. ENOSPC loses nothing. After EIO the program gives the
+disk up: a mark on it prevents its use as a whole disk.
 
 A *lying* drive drops what was synced, puts a write somewhere else, or returns other bytes than were written. Then the
 only promise is that wrong bytes are refused.
@@ -84,7 +84,7 @@ class FaultyPlay(Play):
             self.check_served()
 
     def finish(self) -> None:
-        """There is nothing to compare with."""
+        """No-op: such a drive leaves no index that a rebuilt one could be compared with."""
 
     def check(self) -> None:
         disk = self.disk
@@ -98,7 +98,7 @@ class FaultyPlay(Play):
             self.records.posted.clear()
 
     def _look_at_what_is_left(self) -> None:
-        """What an operator does with a disk that is refused: its index is made again."""
+        """Rebuilds the index of a refused disk, as an operator would."""
         self.power.revive()
         self.power.faults.fail.clear()
         self.power.faults.other_reads = 0.0
@@ -112,7 +112,7 @@ class FaultyPlay(Play):
     # --- what must hold ---------------------------------------------------------------------------------------------
 
     def check_served(self) -> None:
-        """Nothing that can be read is anything else than was written."""
+        """Everything that can be read was once written there."""
         for key, versions in self.fragments.written.items():
             self._check_fragment(key, versions)
         for data_id, made in self.records.copies.items():

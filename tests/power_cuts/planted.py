@@ -1,4 +1,4 @@
-"""Mistakes in the program that power cuts must find: so the checks are known to be able to fail."""
+"""Mistakes in the program that power cuts must find. They show that the checks can fail."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def groups_are_not_synced(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_groups_head_is_written_before_its_body(patch: pytest.MonkeyPatch) -> None:
-    """And believed, as if a head said that its body is there."""
+    """The reader believes it, as if a head proved that its body is there."""
 
     def write(self: RedoLog, body: Buffer) -> None:
         at, pieces = self._layout(body)

@@ -63,7 +63,9 @@ class Play:
                 self.end()
 
     def cut(self) -> None:
-        """Plays until the next power cut, and cuts. Before, the process may be killed, in the middle of a call too."""
+        """Plays until the next power cut, and cuts. The process may be killed before that, also in the middle of a
+        call.
+        """
         if self.rng.random() < 0.25:
             self._live()
             self.power.revive()
@@ -84,7 +86,7 @@ class Play:
 
     @contextmanager
     def _until_the_cut(self) -> Iterator[None]:
-        """Ends exceptions that the power cut has raised inside."""
+        """Swallows exceptions that the power cut has raised inside."""
         try:
             yield
         except PowerCut:
@@ -95,8 +97,8 @@ class Play:
             self.happened["ends in a call of LMDB"] += 1
 
     def finish(self) -> None:
-        """Rebuilds the index from the segments, perhaps with a cut meanwhile: it says what the one before said. And
-        nothing on the disk is damaged.
+        """Rebuilds the index from the segments, perhaps with a cut meanwhile. The new index must have the same entries
+        as the old one, and nothing on the disk may be damaged.
         """
         self.start()
         assert self.disk is not None

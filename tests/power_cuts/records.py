@@ -1,7 +1,7 @@
-"""Operations on a disk's metadata store and its small copies, and a model of what must be there after any end.
+"""Operations on a disk's metadata store and its small copies, and a model of what must be there after any cut or kill.
 
-Batches are applied in their order: so after a cut the store has all acknowledged batches, and of the later ones the
-first few, each as a whole. A row that names a small copy never is there without it.
+Batches are applied in their order. So after a cut the store has all acknowledged batches, and the first few of the
+later ones, each as a whole. A row that names a small copy is never there without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCH_BYTES_MAX = 16 * KIB
 
 Key = tuple[str, Any]
 Changes = dict[Key, Any]
-"""What becomes of rows (by name), fences (by scope) and small values (by name); None: it is deleted."""
+"""New values of rows (by name), fences (by scope) and small values (by name); None: it is deleted."""
 
 
 @dataclass(eq=False)
@@ -169,7 +169,7 @@ class RecordHistory:
             self.pages[page].settle()
 
     def run(self) -> None:
-        """All that was posted is written, unless the log waits for a checkpoint."""
+        """Writes all posted batches, unless the log waits for a checkpoint."""
         self.disk.run()
         if self.disk.meta.log_full:
             self.freeze()
@@ -191,7 +191,7 @@ class RecordHistory:
         self.disk.fragments.append()
 
     def delete_copies(self) -> None:
-        """Of rows that were replaced, as collection does: after the row that replaced it was acknowledged."""
+        """Deletes copies of replaced rows, as collection does: after the row that replaced them was acknowledged."""
         self._apply_done()
         used = {slot.value.payload for slot in self._slots_that_may_be()}
         unused = [data_id for data_id in self.copies if data_id not in used and data_id not in self.unused]
@@ -220,7 +220,7 @@ class RecordHistory:
     # --- what must hold
 
     def check(self) -> None:
-        """After a start. What was found is durable."""
+        """To be called after a start. From now on everything that it finds must stay."""
         self._apply_done()
         found, allowed = self._found(), dict(self.acknowledged)
         applied: list[Batch] | None = [] if found == allowed else None

@@ -38,7 +38,7 @@ class Outcome:
 
 
 def run_seed(seed: int, directory: Path, outcome: Outcome, *, cuts: int = CUTS_A_SEED, drive: str = "sound") -> None:
-    """Plays one disk. What fails is in the outcome."""
+    """Plays one disk, and adds its failures to the outcome."""
     directory.mkdir()
     play = DRIVES[drive](seed, directory)
     try:
@@ -58,8 +58,8 @@ def run_seed(seed: int, directory: Path, outcome: Outcome, *, cuts: int = CUTS_A
 
 
 def run_seed_apart(seed: int, directory: Path, outcome: Outcome, *, cuts: int, drive: str) -> None:
-    """As ``run_seed``, in a process of its own: LMDB believes its pages, and what a lying drive makes of them may kill
-    it. That is counted, and is no failure: wrong bytes are not served.
+    """As ``run_seed``, in a process of its own. LMDB does not verify its pages, so false pages of a lying drive may
+    kill the process. That is counted, and is no failure, since no wrong byte is served.
     """
     report = directory.with_suffix(".json")
     child = os.fork()
@@ -89,7 +89,7 @@ def run_seed_apart(seed: int, directory: Path, outcome: Outcome, *, cuts: int, d
 
 
 def run(first: int, cuts: int, report: Path | None = None, *, drive: str = "sound") -> Outcome:
-    """Plays seeds from ``first`` on until there were so many cuts."""
+    """Plays seeds from ``first`` on until there were ``cuts`` cuts."""
     outcome, began_s = Outcome(first=first), time.monotonic()
     reported_s = began_s
     play = run_seed_apart if drive == "lying" else run_seed

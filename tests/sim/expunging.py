@@ -1,4 +1,4 @@
-"""Rows of deleted keys go behind floors, while gateways write, delete and list, and while partitions move.
+"""Floors replace the rows of deleted keys, while gateways write, delete and list, and while partitions move.
 
 The expunger is the program's own (``maintain.expunger``): two of its processes run, die and begin again anywhere, with
 floors of today or of the future. At the end all is sound: then no tombstone is left that could go, and what was deleted

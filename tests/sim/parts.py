@@ -123,7 +123,7 @@ class Stray(Part):
 
 
 class HungDisks(Part):
-    """Now and then one disk writes nothing for a while, or its node stands still."""
+    """Now and then one disk writes nothing for a while, or its node stops for a while."""
 
     @classmethod
     def joins(cls, scenario: Scenario, chance: random.Random) -> bool:
@@ -154,7 +154,7 @@ class HungDisks(Part):
 
 
 class Suspensions(Part):
-    """Now and then a gateway stands still, and what it has on its way stands with it."""
+    """Now and then a gateway stops for a while, and so do its messages that are under way."""
 
     @classmethod
     def joins(cls, scenario: Scenario, chance: random.Random) -> bool:

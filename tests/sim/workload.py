@@ -68,7 +68,7 @@ class ConditionFailed(Exception):
 
 
 class ClientLeft(Exception):
-    """Whoever asked has gone, and the operation was cancelled."""
+    """The caller has gone, and the operation was cancelled."""
 
 
 class BarrierFailed(Exception):
@@ -245,7 +245,9 @@ class Workload:
         return await client.change(name, update, small=small)
 
     def look_for_copies(self, data_id: bytes) -> None:
-        """What was told or confirmed has its copy on two disks, unless disks were full or swapped, or one was lost."""
+        """A small object that was read or confirmed has its copy on two disks, unless disks were full or swapped, or
+        one was lost.
+        """
         if data_id and not self.disks_may_be_swapped and not self.disks_may_be_full:
             holders = [node.name for node in self.world.nodes.values() if data_id in node.payloads.synced]
             if len(holders) + (data_id in self.lost_copies) < 2:
@@ -288,7 +290,7 @@ class Workload:
 
 
 def _is_known(task: asyncio.Task[Any]) -> None:
-    """Its error is nobody's when the gateway dies at the same time."""
+    """Reads the task's error, so that asyncio does not report it when the gateway dies at the same time."""
     if not task.cancelled():
         task.exception()
 

@@ -1,4 +1,4 @@
-"""Floors: what stands for the rows of deleted keys when these are gone."""
+"""Floors, which take the place of the rows of deleted keys."""
 
 from __future__ import annotations
 
