@@ -195,7 +195,7 @@ KINDS = (
 
 
 def document(data: bytes) -> None:
-    """Each kind of document has a value or an error of AWS's. A value is stored and read again as it was. It is shown
+    """Each document gives a value, or an error of AWS's. A value is stored and read again as it was. It is shown
     as well-formed XML, from which the same value comes; a list of parts is in order. Rules answer for any request."""
     choices = Choices(data)
     kind, text = choices.pick(KINDS), choices.rest()

@@ -45,8 +45,7 @@ OPERATIONS = sorted(
 
 
 def dates(data: bytes) -> None:
-    """A text is a date, which can be printed in every form that answers use and is then read again as the same second;
-    or it is none, and then it is refused."""
+    """A text is refused, or it gives a date: printed in any form that answers use, it is read again as the same second."""
     text = data.decode("utf-8", "surrogateescape")
     for parse in (c.parse_http_time, c.parse_time):
         found = parse(text)
@@ -64,7 +63,7 @@ def dates(data: bytes) -> None:
 
 
 def ranges(data: bytes) -> None:
-    """A range is what RFC 9110 says, or there is none. A copy's range has both ends. An integer is its digits."""
+    """Our parser reads a range as RFC 9110 says, or finds none. A copy's range has both ends. An integer is its digits."""
     text = data.decode("utf-8", "surrogateescape")
     found = h.parse_range(text)
     match = re.fullmatch(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", text.strip())
@@ -88,7 +87,7 @@ def ranges(data: bytes) -> None:
 def stored_headers(data: bytes) -> None:
     """The headers that describe an object are stored as they were sent, or refused. Each parser of headers returns a
     value or an error of AWS's, whatever other headers there are. Tags are as many as allowed; a lock prints as it was
-    asked; conditions are what a second parser reads, and none gets lost."""
+    asked; a second parser reads the same conditions, and none gets lost."""
     found = refused(lambda: parse_head(b"PUT / HTTP/1.1\r\nHost: h\r\n" + data.partition(b"\r\n\r\n")[0], LIMITS))
     if isinstance(found, S3Error):
         return
@@ -224,7 +223,7 @@ def signature(data: bytes) -> None:
 
 
 def authorization(data: bytes) -> None:
-    """The signature fields of a request are a claim, or get the error of AWS. A claim is for this service, its Host is
+    """The signature fields of a request give a claim, or the error of AWS. A claim is for this service, its Host is
     signed, and its text is bounded by the request's. No claim verifies without the secret. Parameters of the query that
     act as headers contradict none of them."""
     choices = Choices(data)
@@ -260,7 +259,9 @@ def authorization(data: bytes) -> None:
 
 
 def nesting(data: bytes) -> None:
-    """JSON of any depth is read, or refused with the error of AWS: never too deep for what looks at it afterwards."""
+    """JSON of any depth is read, or refused with the error of AWS. What is read is never too deep for the code that
+    uses it.
+    """
     choices = Choices(data)
     depth, kind = choices.number(4096), choices.number(4)
     inner = b"[" * depth + b"]" * depth if kind & 1 else b'{"a":' * depth + b"1" + b"}" * depth

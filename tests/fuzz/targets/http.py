@@ -22,7 +22,7 @@ STEPS = (1, 2, 3, 7, 64, 4096)
 
 
 def head(data: bytes) -> None:
-    """A head is what the grammar of RFC 9112 says, and what llhttp says, or a named rule says why it is refused. The
+    """Our parser reads a head as the grammar of RFC 9112 and as llhttp do, or refuses it by a named rule. The
     check of a head that is not complete never refuses the beginning of one that is taken, however it is cut."""
     raw = data.partition(b"\r\n\r\n")[0]
     agreement.heads_are_what_the_grammar_says(raw)
@@ -36,8 +36,9 @@ def head(data: bytes) -> None:
 
 
 def transfer_chunks(data: bytes) -> None:
-    """Chunks are what RFC 9112 says, and what llhttp says, in pieces of any size. A turn decodes a bounded number of
-    chunks."""
+    """Our parser reads chunks as RFC 9112 says and as llhttp does, in pieces of any size. A turn decodes a bounded
+    number of chunks.
+    """
     choices = Choices(data)
     step, wire = choices.pick(STEPS), choices.rest()
     agreement.chunks_are_what_the_grammar_says(wire, step)
@@ -46,8 +47,9 @@ def transfer_chunks(data: bytes) -> None:
 
 
 def aws_chunks(data: bytes) -> None:
-    """aws-chunked is what AWS describes, signed or not, with a trailer or without. A turn decodes a bounded number of
-    chunks."""
+    """Our parser reads aws-chunked as AWS describes it, signed or not, with a trailer or without. A turn decodes a
+    bounded number of chunks.
+    """
     choices = Choices(data)
     kind, step, wire = choices.number(4), choices.pick(STEPS), choices.rest()
     agreement.aws_chunked_is_what_aws_describes(wire, bool(kind & 1), bool(kind & 2), step)
@@ -56,7 +58,7 @@ def aws_chunks(data: bytes) -> None:
 
 
 def aws_signed_chunks(data: bytes) -> None:
-    """Signed chunks are taken as they were signed, or refused: no change of one byte is taken as another body."""
+    """Signed chunks are accepted as they were signed, or refused: after a change of one byte no other body is accepted."""
     choices = Choices(data)
     trailing, step, at, bit = choices.flag(), choices.pick(STEPS), choices.number(65536), choices.number(8)
     pieces = [piece for piece in choices.rest().split(b"\n") if piece][:8]
@@ -87,8 +89,9 @@ def _turns_are_bounded(decoder: chunks.ChunkReader, wire: bytes) -> None:
 
 
 def form(data: bytes) -> None:
-    """multipart/form-data is what RFC 2046 and RFC 7578 say, and what an e-mail parser reads, in pieces of any size;
-    or a named rule says why it is refused."""
+    """Our parser reads multipart/form-data as RFC 2046 and RFC 7578 say and as an e-mail parser does, in pieces of any
+    size; or it refuses the form by a named rule.
+    """
     choices = Choices(data)
     step, body = choices.pick(STEPS), choices.rest()
     agreement.forms_are_what_the_grammar_says(body, step)
@@ -96,7 +99,7 @@ def form(data: bytes) -> None:
 
 
 def boundary(data: bytes) -> None:
-    """A boundary is 1 to 70 characters of RFC 2046 that are in the header, or it is refused."""
+    """An accepted boundary has 1 to 70 characters of RFC 2046, all from the header; any other is refused."""
     text = data.decode("utf-8", "surrogateescape")
     found = refused(lambda: form_data.boundary_of(text))
     if isinstance(found, str):

@@ -24,7 +24,7 @@ from tests.property.test_iam_calls import POLICY, TRUSTS, Users, call_of
 
 
 def iam(data: bytes) -> None:
-    """A body is a form, which the standard library reads the same, or it is refused. A call has a well-formed answer,
+    """A body is refused, or read as a form that the standard library reads the same. A call has a well-formed answer,
     or the error of AWS. A refused call changes nothing, and neither does a call that lists or gets. Nothing is done or
     answered before permission was asked. An account can always be stored and read again."""
     users = Users()
@@ -80,7 +80,7 @@ SESSION = StoredSession(SESSION_FORMAT, "ASIA1", "secret", "AKMAIN", "a" * 64, 1
 
 
 def token(data: bytes) -> None:
-    """A token is a session that this cluster has sealed, or it is InvalidToken: no change of a bit, of the length or of
+    """A token gives a session that this cluster has sealed, or InvalidToken: no change of a bit, of the length or of
     the base64 makes another session of it."""
     sessions, choices = _sessions(), Choices(data)
     at, bit, text = choices.number(4096), choices.number(8), choices.rest()

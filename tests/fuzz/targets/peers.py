@@ -74,8 +74,9 @@ KINDS = {kind.__name__: kind for kind in kinds_of_messages().values()}
 
 
 def message(data: bytes) -> None:
-    """Bytes are a message of a kind, or MsgspecError and nothing else. A message is encoded as it was decoded: bytes
-    that are encoded again decode to the same."""
+    """Bytes give a message of their kind, or MsgspecError and no other error. A message that is encoded again decodes
+    to the same message.
+    """
     choices = Choices(data)
     kind = KINDS.get(choices.line().decode("latin-1"))
     if kind is None:
@@ -120,7 +121,7 @@ def row(data: bytes) -> None:
 
 
 def ballot(data: bytes) -> None:
-    """Bytes are a ballot that a row can hold, or ValueError."""
+    """Bytes give a ballot that a row can hold, or ValueError."""
     try:
         found = rowvalue.unpack_ballot(data)
     except ValueError:
@@ -134,8 +135,9 @@ VIEW = View.of(1, ("a", "b", "c"))
 
 
 def listed(data: bytes) -> None:
-    """Whatever one replica of three says of a range, a listing either is what the two others agree on, or it fails with
-    ServiceUnavailable, or it asks the registers: the liar adds no key and hides none."""
+    """Whatever one replica of three answers for a range, a listing has the rows on which the two others agree, or fails
+    with ServiceUnavailable, or asks the registers. The liar adds no key and hides none.
+    """
     choices = Choices(data)
     heads, delimiter = choices.flag(), choices.pick((b"", b"/"))
     try:
@@ -193,8 +195,9 @@ class _Caller:
 
 
 def reads(data: bytes) -> None:
-    """Whatever a node answers to many reads, each read hears exactly once, of a row, of none, or of an error; and no
-    more is asked again than was asked."""
+    """Whatever a node answers to many reads, each read gets exactly one result: a row, no row, or an error. Nothing is
+    asked again that was not asked.
+    """
     choices = Choices(data)
     replies: list[Any] = []
     for raw in choices.rest().split(b"||")[:4]:

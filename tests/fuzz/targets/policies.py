@@ -36,7 +36,7 @@ _HARSH = (
 
 
 def bucket_policy(data: bytes) -> None:
-    """A document is a policy of one of the three grammars, or it has the error of AWS. A policy answers every question.
+    """Each document gives a policy of one of the three grammars, or the error of AWS. A policy answers every question.
     Parsed again from its own printed form it is the same. With a statement that denies everything to everybody it
     allows nothing; without statements that allow it allows nothing."""
     choices = Choices(data)
@@ -144,7 +144,7 @@ def _simple(text: str, value: str) -> bool:
 
 
 def posted_policy(data: bytes) -> None:
-    """The policy of a form is a policy, or has the error of AWS. Printed, it is the same. Fields that it does not name
+    """The policy of a form is parsed, or gives the error of AWS. Printed, it is the same. Fields that it does not name
     are refused, and so are all fields once it has expired."""
     found = refused(lambda: form_policy.parse_policy(base64.b64encode(data).decode()))
     refused(lambda: form_policy.parse_policy(data.decode("utf-8", "surrogateescape")))

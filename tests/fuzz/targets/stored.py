@@ -33,8 +33,10 @@ NAME = RegisterName(Table.OBJECT, b"S" * 16, 3, b"key")
 
 
 def segment(data: bytes) -> None:
-    """A record's head that holds lies within its own lengths, so that nothing outside of a record is read as part of
-    it. Its message is a fragment's header, or FormatError. A segment's header is one, or FormatError."""
+    """A record whose head is valid lies within its own lengths, so that nothing outside of it is read as a part of it.
+    Its message gives a fragment's header, or FormatError. The start of a segment gives a segment's header, or
+    FormatError.
+    """
     choices = Choices(data)
     seed, raw = 5, choices.rest()
     checked = raw[: segments.HEAD_CHECKED_BYTES].ljust(segments.HEAD_CHECKED_BYTES, b"\0")
@@ -102,8 +104,10 @@ async def _all(items: Any) -> list[Any]:
 
 
 def record(data: bytes) -> None:
-    """The record of a key is one, or DataDamaged. It is written again as the same record. Its parts, and those of any
-    chain of pages, can be counted with, or DataDamaged: a chain without an end ends."""
+    """The record of a key can be decoded, or it is DataDamaged. Encoded again it decodes to the same record. Code can
+    calculate with its parts, and with those of any chain of pages, or gets DataDamaged. A walk along such a chain always
+    ends.
+    """
     body, _, rest = data.partition(b"||")
     try:
         found = decode_record(Value(1, b"o" * 16, 2, body))
@@ -126,7 +130,7 @@ def record(data: bytes) -> None:
 
 
 def sealed(data: bytes) -> None:
-    """A sealed message opens to its plaintext, or SealBroken: no changed one opens, whatever its length."""
+    """A sealed message opens to its plaintext. A changed one, of any length, gives SealBroken."""
     choices = Choices(data)
     at, bit, size = choices.number(65536), choices.number(8), choices.number(9000)
     text, key, context = choices.rest(), b"k" * 32, b"c"
