@@ -3,8 +3,11 @@
 Theory of operation
     A walk judges every record, and asks disks for what each names. That takes as long as the node has records: minutes,
     for a million. Rows that a disk missed must not wait for it: until the disk has them, one more failure makes them
-    unreadable. So when a disk comes back, or a node starts, a *pass* compares the rows of the ranges that this node is
-    responsible for, settles those that differ, and looks at nothing else. A walk that is under way waits meanwhile.
+    unreadable. So when a disk comes back, or a node starts, a *pass* goes over the ranges that this node is responsible
+    for, settles the rows that differ, and looks at nothing else. A walk that is under way waits meanwhile.
+
+    A range whose replicas have the same sum of all rows (``meta.storage.sums``) is the same everywhere: that costs a
+    message for all ranges of a bucket and table. Of the others the stamps of the rows are compared, in slices.
 
     A pass trusts what replicas say of their rows without a look at the rows themselves. Damage is found by the walk,
     which follows each pass and verifies every row that it compares.
@@ -15,6 +18,7 @@ A range that can't be brought up now is tried again a few times. After that the 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from storaged.errors import StoragedError
 from storaged.maintain.context import MaintainContext, concurrently, wait_for
@@ -23,6 +27,7 @@ from storaged.maintain.walk import Range, Walker
 from storaged.meta.store_ports import RowDamaged
 
 RANGES_AT_ONCE = 4
+GROUPS_AT_ONCE = 8
 TRIES = 5
 """The pause between two doubles, and begins with ``MaintainLimits.poll_s``."""
 
@@ -66,7 +71,7 @@ class CatchUp:
             left = await self._pass(None)
             took_s, pause_s = clock.monotonic() - began, self._context.limits.poll_s
             for _ in range(TRIES - 1):
-                if not left:
+                if left == []:
                     break
                 if await wait_for(self._wanted, pause_s):
                     self._wanted.set()
@@ -76,25 +81,31 @@ class CatchUp:
             if rested_s < RESTED * took_s:
                 await asyncio.sleep(took_s)
 
-    async def _pass(self, ranges: list[Range] | None) -> list[Range]:
-        """Over these ranges; None: over all. Returns those that could not be brought up."""
+    async def _pass(self, ranges: list[Range] | None) -> list[Range] | None:
+        """Over these ranges; None: over all. Returns those that could not be brought up; None when it is not known
+        which ranges there are.
+        """
         self._ended.clear()
         failures: list[str] = []
         left: list[Range] = []
+        all_known = True
         settled = self._walker.settled
         self.job.start()
         try:
             if ranges is None:
                 ranges = await self._led_ranges(failures)
+                all_known = not failures
             self.job.total = len(ranges)
-            await concurrently((self._bring_up(where, left, failures) for where in ranges), RANGES_AT_ONCE)
+            differing = await self._differing(ranges, failures)
+            self.job.advance(len(ranges) - len(differing))
+            await concurrently((self._bring_up(where, left, failures) for where in differing), RANGES_AT_ONCE)
         finally:
             self._ended.set()
             detail = failures[0] if failures else f"{self._walker.settled - settled} registers settled"
             self.job.finish("failed" if failures else "done", detail)
         if failures:
             self._context.log(f"catch-up: {len(failures)} failures, the first: {failures[0]}")
-        return left
+        return left if all_known else None
 
     async def _led_ranges(self, failures: list[str]) -> list[Range]:
         try:
@@ -106,6 +117,23 @@ class CatchUp:
         except StoragedError as error:
             failures.append(str(error))
             return []
+
+    async def _differing(self, ranges: Sequence[Range], failures: list[str]) -> list[Range]:
+        """Those whose sums differ, or are not known everywhere."""
+        groups: dict[tuple[int, bytes], list[Range]] = {}
+        for where in ranges:
+            groups.setdefault((where.table, where.scope), []).append(where)
+        found: list[Range] = []
+
+        async def compare(group: Sequence[Range]) -> None:
+            try:
+                found.extend(await self._walker.differing(group))
+            except (StoragedError, TimeoutError) as error:
+                self._context.log(f"the sums of {len(group)} ranges can't be compared now: {error}")
+                found.extend(group)
+
+        await concurrently(map(compare, groups.values()), GROUPS_AT_ONCE)
+        return found
 
     async def _bring_up(self, where: Range, left: list[Range], failures: list[str]) -> None:
         try:

@@ -198,6 +198,17 @@ class Walker:
         self.settled += found.settled
         return not any(map(self._context.liveness.disk_readable, found.away))
 
+    async def differing(self, ranges: Sequence[Range]) -> list[Range]:
+        """Of ranges of one table and scope those that are not known to be the same at all replicas. Costs a message
+        to each of them, and no look at the rows.
+        """
+        try:
+            shards = [where.shard for where in ranges]
+            alike = await self._scanner.alike(ranges[0].table, ranges[0].scope, shards)
+        except NoSuchBucket:
+            return list(ranges)
+        return [where for where in ranges if where.shard not in alike]
+
     async def rows(self, where: Range) -> AsyncIterator[list[tuple[RegisterName, Value]]]:
         """Slices of a range from the local store, without tombstones and parts of uploads that ended. A slice with a
         damaged row is settled, which writes the row again.

@@ -251,6 +251,11 @@ class MetaStore(Protocol):
         the rows.
         """
 
+    def shard_sum(self, prefix: bytes) -> int | None:
+        """The sum of the checks of all rows of a shard (table || scope || shard), modulo 2^64, without a look at the
+        rows. None where it is not known now; it may be later.
+        """
+
     @property
     def large(self) -> bool:
         """Whether reading many rows may wait for the disk: call ``read_ahead`` first, in another thread."""

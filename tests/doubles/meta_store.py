@@ -21,7 +21,7 @@ from storaged.hashes import is_page
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
-from storaged.meta.storage.rowvalue import columns_of, intact, pack_row, stamps_in, unpack_row
+from storaged.meta.storage.rowvalue import MASK, check_number, columns_of, intact, pack_row, stamps_in, unpack_row
 from storaged.meta.store_ports import (
     Done,
     Fence,
@@ -88,6 +88,10 @@ class MemoryMetaStore:
     @property
     def store_id(self) -> bytes:
         return self.identity[:16]
+
+    def shard_sum(self, prefix: bytes) -> int | None:
+        shard = self._shards.get((prefix[0], prefix[1:17], prefix[17]))
+        return 0 if shard is None else sum(map(check_number, shard.rows.values())) & MASK
 
     def read_ahead(self, wanted: RowRange, *, whole: bool) -> None:
         """Everything is in memory."""

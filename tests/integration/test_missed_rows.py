@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 from storaged.errors import PeerUnreachable
 from storaged.maintain.health import Finding
-from storaged.meta.names import RegisterName, Value
+from storaged.meta.listing.merge import SUM_TRIES
+from storaged.meta.names import RegisterName, Table, Value
+from storaged.meta.storage.scan import Want
 from tests.integration.memory_cluster import Cluster, run
 from tests.integration.test_maintain_cluster import SMALL, assert_whole, filled
 
@@ -108,5 +111,75 @@ def test_what_can_not_be_brought_up_at_once_is_tried_again_without_a_walk(failur
         left = 0
         await cluster.pass_s(SOON_S)
         assert cluster.differing_registers() == []
+
+    run(scenario)
+
+
+def test_a_directory_of_buckets_that_can_not_be_read_at_once_is_read_again_without_a_walk() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await filled(cluster, 1)
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        judge_slowly(cluster)
+        await cluster.kill("nc")
+        await cluster.pass_s(SOON_S)
+        bucket = await cluster.bucket("of which only gateways know")
+        for index in range(20):
+            await cluster.put(bucket, b"missed-%d" % index, b"2")
+        refused = 0
+
+        async def refuse(source: str, node: str, method: str, request: Any) -> None:
+            nonlocal refused
+            if method == "meta.scan" and request.table == Table.SYSTEM and refuses:
+                refused += 1
+                raise PeerUnreachable("a broken line")
+
+        refuses, cluster.intercept = True, refuse
+        cluster.start("nc")
+        judge_slowly(cluster)
+        await cluster.pass_s(2)
+        assert refused
+        assert cluster.differing_registers()
+        refuses = False
+        await cluster.pass_s(SOON_S)
+        assert cluster.differing_registers() == []
+
+    run(scenario)
+
+
+def test_what_a_node_did_not_miss_costs_a_message_for_all_ranges_of_a_bucket_and_table() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await filled(cluster, 2)
+        buckets = [await cluster.bucket(f"other-{number}") for number in range(5)]
+        for bucket in buckets:
+            for index in range(20):
+                await cluster.put(bucket, b"k%d" % index, b"1")
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        await cluster.kill("nc")
+        await cluster.put(buckets[2], b"missed", b"2")
+        await cluster.pass_s(2 * SOON_S)  # the walk of the others has ended
+        cluster.start("nc")
+        judge_slowly(cluster)
+        asked: Counter[tuple[int, bytes, str]] = Counter()
+        differing: set[tuple[int, bytes, int]] = set()
+
+        async def count(source: str, node: str, method: str, request: Any) -> None:
+            if method == "meta.scan" and request.table != Table.SYSTEM:
+                wants = {ask.want for ask in request.shards}
+                if wants == {Want.SUM}:
+                    asked[request.table, request.scope, f"{source} {request.disk}"] += 1
+                elif wants <= {Want.STAMPS, Want.ALL}:
+                    differing.update((request.table, request.scope, ask.shard) for ask in request.shards)
+
+        cluster.intercept = count
+        for node in cluster.nodes.values():
+            node.maintenance.check.catch_up.request()
+        await cluster.pass_s(SOON_S)
+        assert cluster.differing_registers() == []
+        assert {scope for _, scope, _ in differing} == {buckets[2].id}
+        assert len(differing) == 1
+        passes = 4  # each node sees the others come one after the other, and is told
+        assert max(asked.values()) <= passes * SUM_TRIES
 
     run(scenario)

@@ -18,10 +18,11 @@ from storaged.fragments.files import Files, PosixFiles, PosixSegmentFile, Segmen
 from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.log import SegmentLog
 from storaged.lmdb_file import open_environment
-from storaged.meta.storage import identity, opening
+from storaged.meta.storage import identity, opening, reader, sums
 from storaged.meta.storage import redo as redo_module
 from storaged.meta.storage.redo import RedoLog
 from storaged.meta.storage.state import StoreState
+from storaged.meta.storage.sums import Sums
 from storaged.wire import Buffer
 from tests.worlds.still_disk import StillFragments
 
@@ -177,6 +178,28 @@ def copies_come_after_their_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StillFragments, "restore", nothing)
 
 
+def sums_come_one_checkpoint_late(patch: pytest.MonkeyPatch) -> None:
+    late: dict[bytes, int] = {}
+    put, stored, begin = Sums._put, sums.stored_sum, sums.begin_start
+
+    def put_late(self: Sums, transaction: Any, prefix: bytes, total: int) -> None:
+        if prefix in late:
+            put(self, transaction, prefix, late[prefix])
+        late[prefix] = total
+
+    def of_both(transaction: Any, nodes: Any, prefix: bytes) -> int | None:
+        return late[prefix] if prefix in late else stored(transaction, nodes, prefix)
+
+    def forget(*given: Any) -> None:
+        late.clear()
+        begin(*given)
+
+    patch.setattr(Sums, "_put", put_late)
+    patch.setattr(sums, "begin_start", forget)
+    for module in (sums, reader):
+        patch.setattr(module, "stored_sum", of_both)
+
+
 RARE: tuple[Plant, ...] = (a_kill_leaves_a_segments_name_in_the_page_cache,)
 """It takes a thousand cuts to meet. ``tests.property.test_fragment_crash`` makes it happen."""
 
@@ -198,4 +221,5 @@ PLANTED: tuple[Plant, ...] = (
     names_of_directories_are_not_synced,
     copies_leave_the_log_before_they_are_synced,
     copies_come_after_their_rows,
+    sums_come_one_checkpoint_late,
 )

@@ -17,6 +17,7 @@ from storaged.errors import StoragedError
 from storaged.hashes import page_hash
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.storage.batch import PackedBatch
+from storaged.meta.storage.rowvalue import MASK, check_number, pack_row
 from storaged.meta.store_ports import Fence, Slot, StoreBatch, StoredPage
 from storaged.units import KIB
 from storaged.wire import encode
@@ -237,7 +238,15 @@ class RecordHistory:
             assert all(self.pages[page].durable for page in batch.pages), "a record came before its pages"
         self.acknowledged = found
         self.posted.clear()
+        self.check_sums()
         self.check_copies()
+
+    def check_sums(self) -> None:
+        slots = [slot for slot in self.acknowledged.values() if isinstance(slot, Slot)]
+        for prefix in {name.prefix for name in self.names}:
+            rows = [pack_row(slot) for slot in slots if slot.name.prefix == prefix]
+            expected = sum(map(check_number, rows)) & MASK
+            assert self.disk.meta.shard_sum(prefix) == expected, f"the sum of {len(rows)} rows is another one"
 
     def check_copies(self) -> None:
         named = {slot.value.payload for slot in self.acknowledged.values() if isinstance(slot, Slot)} - {b""}

@@ -7,9 +7,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storaged.meta.listing import merge
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
 from storaged.meta.ports import PageQuery
@@ -226,6 +228,40 @@ def test_after_catching_up_all_replicas_that_answer_hold_the_same_rows(case: Cas
             assert (again.settled, again.rows, ring.settled) == (0, len(held[0]), [])
 
     asyncio.run(run())
+
+
+def stamps_of(ring: Ring, shard: int) -> set[bytes]:
+    """What the replicas of a shard that answer say of their rows."""
+    disks = ring.replicas_of(RegisterName(Table.OBJECT, BUCKET, shard, b"k"))
+    wanted = RowRange(Table.OBJECT, BUCKET, shard, after=b"", prefix=b"", limit=1000)
+    return {ring.stores[disk].stamps(wanted).stamps for disk in disks if disk not in ring.down}
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(CASES)
+def test_what_a_quick_catch_up_skips_is_the_same_at_all_replicas_that_answer(case: Case) -> None:
+    """And it skips all that is, where no other replica is thought to answer."""
+
+    async def run() -> None:
+        ring = await ring_of(case)
+        for again in (False, True):
+            skipped = await ring.scanner.alike(Table.OBJECT, BUCKET, range(case.shards))
+            for shard in range(case.shards):
+                disks = ring.replicas_of(RegisterName(Table.OBJECT, BUCKET, shard, b"k"))
+                silent = ring.down & set(disks)
+                same = len(stamps_of(ring, shard)) == 1
+                assert not again or same
+                if shard in skipped:
+                    assert same
+                    assert silent <= ring.thought_down
+                else:
+                    assert not same or silent - ring.thought_down
+                    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, shard, quick=True)
+                    assert found.away == silent
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "PATIENCE_S", 0.01)
+        asyncio.run(run())
 
 
 @dataclass

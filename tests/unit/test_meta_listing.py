@@ -13,7 +13,7 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.listing import merge
 from storaged.meta.listing.merge import ROUNDS_MAX, every_row
 from storaged.meta.listing.round import share_of
-from storaged.meta.messages import ScanReply, ScanRequest, ScanRow
+from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardSlice
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Visibility
 from storaged.meta.ports import ListPage, PageQuery
 from storaged.meta.storage.scan import Want, list_after_prefix
@@ -469,6 +469,89 @@ async def test_a_replica_that_answers_what_can_not_be_compared_counts_as_away_an
     ring.down = {disks[1]}
     with pytest.raises(ServiceUnavailable):
         await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
+
+
+async def test_shards_with_the_same_rows_are_told_by_their_sums_without_a_look_at_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ring = Ring()
+    await ring.fill([b"k%03d" % number for number in range(60)], shards=6)
+    lagging = [RegisterName(Table.OBJECT, BUCKET, shard, b"new") for shard in (1, 4)]
+    for name in lagging:
+        for disk in ring.replicas_of(name)[1:]:
+            await ring.put(disk, name, value_of(2), 2)
+    older = RegisterName(Table.OBJECT, BUCKET, 3, b"k003")
+    await ring.put(ring.replicas_of(older)[0], older, value_of(9), 9)
+    for store in ring.stores.values():
+        for read in ("slice", "columns", "stamps"):
+            monkeypatch.setattr(store, read, None)
+    shards = range(8)
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, shards) == {0, 2, 5, 6, 7}
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, [1, 3]) == set()
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, []) == set()
+    assert len({request.disk for request in ring.scans}) == 6, "one for all shards of a disk"
+    assert all(ask.want == Want.SUM for request in ring.scans for ask in request.shards)
+
+
+async def test_a_write_on_its_way_makes_no_shard_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = Ring()
+    await ring.fill([b"k1"], shards=1)
+    ask_all, late = ring.scanner._reader.ask_all, name_of(b"late")
+    first, *others = ring.replicas_of(late)
+    for disk in others:
+        await ring.put(disk, late, value_of(2), 2)
+
+    async def and_then_it_arrives(*wanted: Any, **patience: Any) -> Any:
+        found = await ask_all(*wanted, **patience)
+        await ring.put(first, late, value_of(2), 2)
+        return found
+
+    monkeypatch.setattr(ring.scanner._reader, "ask_all", and_then_it_arrives)
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, [0]) == {0}
+
+
+@pytest.mark.parametrize("trouble", ["down", "hung", "moved", "without a sum", "old", "lies"])
+async def test_a_shard_of_which_a_replica_tells_no_sum_is_not_taken_for_the_same(
+    monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """Unless that replica is thought to be away, and a majority is the same."""
+    monkeypatch.setattr(merge, "PATIENCE_S", 0.05)
+    ring = Ring()
+    await ring.fill([b"k1", b"k2"], shards=1)
+    disk = ring.replicas_of(name_of(b"k1"))[2]
+    if trouble == "down":
+        ring.down.add(disk)
+    elif trouble == "hung":
+        ring.hung.add(disk)
+    elif trouble == "moved":
+        ring.verdicts[disk] = Verdict.EPOCH
+    elif trouble == "without a sum":
+        monkeypatch.setattr(ring.stores[disk], "shard_sum", lambda _prefix: None)
+    elif trouble == "old":
+        answer = replace(ShardSlice(0, b"", False, 0), digest=ring.stores[disk].shard_sum(name_of(b"k1").prefix) or 0)
+        ring.lies[disk] = lambda _reply: ScanReply(slices=(answer,))
+    else:
+        ring.lies[disk] = lambda reply: replace(
+            reply, slices=tuple(replace(each, digest=each.digest ^ 1) for each in reply.slices)
+        )
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, [0]) == set()
+    ring.thought_down.add(disk)
+    silent = trouble not in ("old", "lies")
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, [0]) == ({0} if silent else set())
+    ring.hung.clear()
+    ring.down |= set(ring.replicas_of(name_of(b"k1"))[1:])
+    ring.thought_down = set(ring.down)
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, [0]) == set(), "without a majority"
+
+
+async def test_replicas_of_which_none_knows_sums_are_not_taken_for_the_same() -> None:
+    ring = Ring()
+    await ring.fill([b"k1"], shards=1)
+    for disk in ring.stores:
+        ring.lies[disk] = lambda reply: replace(
+            reply, slices=tuple(replace(each, done=False, digest=7) for each in reply.slices)
+        )
+    assert await ring.scanner.alike(Table.OBJECT, BUCKET, [0]) == set()
 
 
 def test_a_share_is_a_little_more_than_the_mean_and_doubles_with_every_turn() -> None:

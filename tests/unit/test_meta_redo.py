@@ -32,7 +32,7 @@ from storaged.meta.storage import batch, overlay, redo, write_queue
 from storaged.meta.storage.identity import IDENTITY, Mark
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
-from storaged.meta.storage.rowvalue import open_small, seal_small
+from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small
 from storaged.meta.store_ports import Fence, RowDamaged, RowRange, Slot, StoreBatch
 from storaged.units import MIB
 from storaged.uring import RingFile
@@ -666,6 +666,8 @@ def _compare(store: LmdbMetaStore, model: dict[tuple[int, bytes], Slot]) -> None
             assert (keys, more) == ([slot.name.key for slot in expected[:limit]], len(expected) > limit)
             stamps = store.stamps(RowRange(Table.OBJECT, BUCKET, shard, **where))
             assert (stamps.rows, stamps.more, stamps.row_bytes) == (len(keys), more, sum(map(len, columns)))
+        checks = [int.from_bytes(pack_row(slot)[1:9], "big") for slot in rows.values()]
+        assert store.shard_sum(name_of(b"k", shard=shard).prefix) == sum(checks) % 2**64
     assert store.scopes() == sorted({(Table.OBJECT, BUCKET, shard) for shard, _ in model})
 
 

@@ -59,6 +59,9 @@ ROWS_A_PAGE = 1_000
 REFRESH_S = 3.0
 """How long a page waits to learn where partitions are now."""
 
+SUM_TRIES = 2
+"""Sums differ, too, while a write is on its way."""
+
 Refresh = Callable[[int], Awaitable[None]]
 """``await refresh(partition)`` learns where it is now. It may raise StoragedError."""
 
@@ -220,6 +223,27 @@ class RingScanner:
             found.rows += max(answer.looked_at for answer in answers.values())
         if unsettled:
             raise unsettled[0]
+        return found
+
+    async def alike(self, table: int, scope: bytes, shards: Sequence[int]) -> set[int]:
+        """The shards of which all replicas that are thought to answer, and a majority, have the same rows, by the sums
+        that they keep (``meta.storage.sums``). So none of them looks at its rows. Up to ``SHARDS_MAX``.
+        """
+        query = Query(table, scope, b"", b"", Visibility.TOMBSTONE)
+        found: set[int] = set()
+        for _ in range(SUM_TRIES):
+            reads = [PieceRead(self._reader.feed(query, shard, b""), b"", 0) for shard in shards if shard not in found]
+            if not reads:
+                break
+            try:
+                answers = await self._reader.ask_all(query, reads, Want.SUM, hedge_s=PATIENCE_S)
+            except ServiceUnavailable:  # of some of them, and nothing is known of the others
+                break
+            for read, its in zip(reads, answers, strict=True):
+                silent = [disk for disk in read.feed.disks if disk not in its]
+                sums = {answer.digest if answer.done else None for answer in its.values()}
+                if len(sums) == 1 and None not in sums and not any(map(self._liveness.disk_readable, silent)):
+                    found.add(read.feed.shard)
         return found
 
     async def _compared(

@@ -117,7 +117,7 @@ class ScanRounds:
         for number, read in enumerate(reads):
             shard, known = read.feed.shard, read.known.digest if read.known is not None else 0
             if read.known is None:
-                read.bounds = min(examine_max, max(2 * read.limit, examine_max // new)), ROUND_BYTES_MAX // new
+                read.bounds = min(examine_max, max(1, 2 * read.limit, examine_max // new)), ROUND_BYTES_MAX // new
             else:
                 read.bounds = read.known.bounds
             for disk in read.feed.disks:

@@ -1,7 +1,8 @@
 """Checkpoints: what the redo log has and LMDB has not, written to LMDB in one commit.
 
-Rows get their node and segment (``meta.storage.rowkey``), small values their sub-database. Pages, which are not logged,
-are written with ``apply_pages``.
+Rows get their node and segment (``meta.storage.rowkey``), small values their sub-database, and the sums of shards
+change with the rows (``meta.storage.sums``). Between checkpoints sums that are missing are built. Pages, which are not
+logged, are written with ``apply_pages``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+
+import lmdb
+import structlog
 
 from storaged.lmdb_file import lacks_space
 from storaged.meta.storage.batch import PackedBatch
@@ -19,6 +23,10 @@ from storaged.meta.storage.overlay import Overlay
 from storaged.meta.storage.rowkey import SEGMENT_BYTES, link_key, row_key, split
 from storaged.meta.storage.rowvalue import open_number, seal_number
 from storaged.meta.storage.state import StoreState
+from storaged.meta.storage.sums import Sums, stored_sum
+from storaged.meta.store_ports import RowDamaged
+
+log = structlog.get_logger(__name__)
 
 ROOTS_CACHED_MAX = 65_536
 _NEXT_NODE = b"next"
@@ -110,12 +118,28 @@ class Checkpointer:
     def _run(self) -> None:
         while True:
             with self._state.changed:
-                while not self._stopping and (wait_s := self._due_s()) != 0:
+                while not self._stopping and (wait_s := self._due_s()) != 0 and not self._state.sums_wanted:
                     self._state.changed.wait(wait_s)
                 if self._stopping:
                     break
-            self.make()
+                without_sum = next(iter(self._state.sums_wanted), b"")
+            if wait_s == 0:
+                self.make()
+            else:
+                self._build_sum(without_sum)
         self.make(last=True)
+
+    def _build_sum(self, prefix: bytes) -> None:
+        """Goes on with the sum of a shard that has none. One that can't be read stays without."""
+        state, done = self._state, True
+        with self.running:
+            try:
+                done = bool(state.reason) or self.applier.build_sum(state, prefix)
+            except (RowDamaged, lmdb.Error) as error:
+                log.warning("the sum of a shard can't be built", directory=str(state.directory), reason=str(error))
+        if done:
+            with state.changed:
+                state.sums_wanted.pop(prefix, None)
 
     def _due_s(self) -> float | None:
         """Seconds until the next checkpoint; None: not before something changes."""
@@ -141,30 +165,34 @@ class Applier:
         self._rows = databases[b"rows"]
         self._heap = Heap(self._rows, databases[b"heap"], databases[b"meta"])
         self._roots: dict[bytes, int] = {}
+        self._sums = Sums(databases)
 
     def apply(self, transaction: Transaction, overlay: Overlay) -> None:
         """In the order of the keys, so that rows of one page of the tree copy it once. Raises lmdb.Error,
         RowDamaged.
         """
         rows: list[tuple[bytes, bytes, bytes, bytes]] = []
+        fresh: list[bytes] = []
         for prefix in sorted(overlay.rows):
-            root = self._root(transaction, prefix)
+            root = self._root(transaction, prefix, fresh)
             for key, row in sorted(overlay.rows[prefix].items()):
                 node, segment = (root, key) if len(key) <= SEGMENT_BYTES else self._node(transaction, root, key)
                 rows.append((row_key(node, segment), prefix, key, row))
-        self._heap.put(transaction, rows)
+        self._sums.change(transaction, rows, self._heap.put(transaction, rows), fresh)
         for (database, key), value in overlay.others.items():
             if value is None:
                 transaction.delete(key, db=self._databases[database])
             else:
                 transaction.put(key, value, db=self._databases[database])
 
-    def _root(self, transaction: Transaction, scope_key: bytes) -> int:
+    def _root(self, transaction: Transaction, scope_key: bytes, fresh: list[bytes]) -> int:
+        """Makes one where there is none, and adds it to ``fresh``."""
         root = self._roots.get(scope_key)
         if root is None:
             sealed = transaction.get(scope_key, db=self._databases[b"nodes"])
             if sealed is None:
                 root = self._new_node(transaction)
+                fresh.append(scope_key)
                 transaction.put(scope_key, seal_number(scope_key, root), db=self._databases[b"nodes"])
             else:
                 root = open_number(scope_key, sealed)
@@ -192,6 +220,21 @@ class Applier:
         node = 1 if sealed is None else open_number(_NEXT_NODE, sealed)
         transaction.put(_NEXT_NODE, seal_number(_NEXT_NODE, node + 1), db=nodes)
         return node
+
+    def build_sum(self, state: StoreState, prefix: bytes) -> bool:
+        """Reads some more rows of a shard without a sum. True when that is done: the sum is stored, or there is no such
+        shard. Raises RowDamaged, lmdb.Error.
+        """
+        with state.environment.begin(db=self._rows) as transaction:
+            sealed = transaction.get(prefix, db=self._databases[b"nodes"])
+            if sealed is None or stored_sum(transaction, self._databases[b"nodes"], prefix) is not None:
+                return True
+            total = self._sums.read_slice(transaction, prefix, open_number(prefix, sealed))
+        if total is None:
+            return False
+        with state.lmdb_lock, state.environment.begin(write=True) as transaction:
+            self._sums.note(transaction, prefix, total)
+        return True
 
 
 def apply_pages(transaction: Transaction, batches: Sequence[PackedBatch]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from storaged.meta.storage.heap import REFERENCE_BYTES, row_of, stamps_of
 from storaged.meta.storage.identity import Database, Transaction
 from storaged.meta.storage.rowkey import NODE_BYTES, SEGMENT_BYTES, find, row_key
-from storaged.meta.storage.rowvalue import open_number
+from storaged.meta.storage.rowvalue import check_number, open_number
 from storaged.meta.store_ports import RowRange, Stamps
 from storaged.wire import Buffer
 
@@ -51,6 +51,12 @@ def stored_row(transaction: Transaction, heap: Database, root: int, key: bytes) 
     """The row of a key under a root, unverified; empty when there is none. Raises RowDamaged, lmdb.Error."""
     at = row_key(root, key) if len(key) <= SEGMENT_BYTES else find(StoredRows(transaction), root, key)
     return b"" if at is None else row_of(transaction, heap, transaction.get(at, b""))
+
+
+def check_stored(transaction: Transaction, root: int, key: bytes) -> int:
+    """The check of a key's row under a root, as a number; 0 when there is none. Raises RowDamaged, lmdb.Error."""
+    at = row_key(root, key) if len(key) <= SEGMENT_BYTES else find(StoredRows(transaction), root, key)
+    return 0 if at is None else check_number(transaction.get(at, b""))
 
 
 def page_ages(transaction: Transaction, after: bytes, limit: int) -> list[tuple[bytes, int]]:

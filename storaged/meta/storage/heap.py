@@ -27,7 +27,7 @@ Theory of operation
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from storaged.meta.storage.identity import Database, Transaction
@@ -107,15 +107,16 @@ class Heap:
         self._meta = meta
         self._next = 0
 
-    def put(self, transaction: Transaction, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> None:
-        """``rows``: (key in ``rows``, table || scope || shard, key, row), no key twice; an empty row deletes. Raises
-        lmdb.Error, RowDamaged.
+    def put(self, transaction: Transaction, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> dict[bytes, bytes]:
+        """``rows``: (key in ``rows``, table || scope || shard, key, row), no key twice; an empty row deletes. Returns
+        what ``rows`` had under these keys: rows and references. Raises lmdb.Error, RowDamaged.
         """
         fresh: list[tuple[bytes, bytes]] = []
         changed: list[tuple[bytes, bytes]] = []
         entries: list[tuple[bytes, bytes]] = []
         with transaction.cursor(self._rows) as tree, transaction.cursor(self._heap) as heap:
-            numbers = self._numbers(tree, heap, rows)
+            before = dict(tree.getmulti([at for at, *_ in rows]))
+            numbers = self._numbers(before, heap, rows)
             following = self._next or self._following(transaction, heap)
             for at, _, _, row in rows:
                 number = numbers.get(at)
@@ -141,6 +142,7 @@ class Heap:
         if fresh:
             transaction.put(NEXT_NUMBER, seal_number(NEXT_NUMBER, following), db=self._meta)
         self._next = following
+        return before
 
     def _following(self, transaction: Transaction, heap: Cursor) -> int:
         last = int.from_bytes(heap.key(), "big") if heap.last() else 0
@@ -151,15 +153,13 @@ class Heap:
         return max(noted, last + 1)
 
     @staticmethod
-    def _numbers(tree: Cursor, heap: Cursor, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> dict[bytes, bytes]:
+    def _numbers(
+        before: Mapping[bytes, bytes], heap: Cursor, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]
+    ) -> dict[bytes, bytes]:
         """The numbers, by key in ``rows``, of the rows that are in the heap. A damaged reference may name another key's
         row, and is left out.
         """
-        found = {
-            at: number_in(value)
-            for at, value in tree.getmulti([at for at, *_ in rows])
-            if len(value) == REFERENCE_BYTES
-        }
+        found = {at: number_in(value) for at, value in before.items() if len(value) == REFERENCE_BYTES}
         if found:
             known = dict(heap.getmulti(list(found.values())))
             names = {at: (prefix, key) for at, prefix, key, _ in rows}

@@ -15,6 +15,7 @@ from storaged.durable import sync_path
 from storaged.errors import DiskForeign, DiskRolledBack
 from storaged.ids import Entropy
 from storaged.lmdb_file import open_environment
+from storaged.meta.storage import sums
 from storaged.meta.storage.batch import decode_group
 from storaged.meta.storage.identity import (
     IDENTITY,
@@ -115,5 +116,8 @@ def _recover(state: StoreState, mark: Mark | None, owner: bytes) -> None:
         transaction.put(IDENTITY, seal_small(IDENTITY, state.identity), db=state.databases[b"meta"])
         if owner:
             transaction.put(OWNER, seal_small(OWNER, owner), db=state.databases[b"meta"])
+        sums.begin_start(
+            transaction, state.databases[b"nodes"], state.databases[b"meta"], split_identity(state.identity)[1]
+        )
         state.put_mark(transaction, mark.applied if mark is not None else 0)
     sync_path(state.directory)

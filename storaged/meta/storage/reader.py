@@ -20,6 +20,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
 from storaged.meta.storage.cursor import (
     StoredRows,
+    check_stored,
     columns_at,
     keys_after,
     page_ages,
@@ -35,7 +36,9 @@ from storaged.meta.storage.readahead import Readahead
 from storaged.meta.storage.remembered import Stored
 from storaged.meta.storage.rowkey import walk
 from storaged.meta.storage.rowvalue import (
+    MASK,
     NAME_PREFIX_BYTES,
+    check_number,
     columns_of,
     intact,
     open_number,
@@ -44,11 +47,14 @@ from storaged.meta.storage.rowvalue import (
     unpack_row,
 )
 from storaged.meta.storage.state import StoreState
+from storaged.meta.storage.sums import WANTED_MAX, stored_sum
 from storaged.meta.store_ports import Fence, NotInMemory, Place, RowDamaged, RowRange, Slot, Stamps
 
 T = TypeVar("T")
 
 SLICE_ROWS_MAX = 10_000
+SUMMED_MAX = 4_096
+"""Rows of a shard in the overlays: a sum with more takes too long to find on the event loop."""
 
 LMDB_DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.InvalidError)
 """What LMDB reports of damaged pages; of a transaction that has met one it reports the third."""
@@ -260,6 +266,21 @@ class StoreReader:
         if found and not has_rows(tables, wanted, through=found.last if found.more else None):
             return found
         return stamps_in(*columns_of(self.slice(wanted._replace(limit=wanted.limit + 1)), wanted.limit))
+
+    def shard_sum(self, prefix: bytes) -> int | None:
+        state = self._state
+        with self._snapshot(prefix) as (transaction, root, tables):
+            changed = {key: row for table in tables for key, row in list(table.items())}
+            total = 0 if root is None else stored_sum(transaction, self._databases[b"nodes"], prefix)
+            if total is not None and len(changed) <= SUMMED_MAX:
+                for key, row in changed.items():
+                    total += check_number(row) - (0 if root is None else check_stored(transaction, root, key))
+                return total & MASK
+        if total is None and len(state.sums_wanted) < WANTED_MAX:
+            with state.changed:
+                state.sums_wanted[prefix] = None
+                state.changed.notify_all()
+        return None
 
     @property
     def large(self) -> bool:

@@ -48,6 +48,8 @@ NAME_PREFIX_BYTES = 18
 STAMP_BYTES = 10
 """Format version, check and visibility of a row: replicas compare digests of stamps instead of rows."""
 
+MASK = 2**64 - 1
+
 _HEAD = struct.Struct(">BQQBB")
 _BALLOT = struct.Struct(">QQBB")
 _CHECK_AT = 1
@@ -100,7 +102,7 @@ def pack_row(slot: Slot, prefix: bytes = b"") -> bytes:
 
 
 def _uncopied_seed(seed: int) -> int:
-    return (seed + 1) & 0xFFFF_FFFF_FFFF_FFFF
+    return (seed + 1) & MASK
 
 
 def seed_of(name_prefix: bytes) -> int:
@@ -126,6 +128,11 @@ def accepted_whole(row: bytes) -> bool:
 def check_of(row: bytes) -> bytes:
     """A row's check, by which nodes of version 0.1.0 compare replicas. Empty for an empty row."""
     return row[_CHECK_AT:_BODY_AT]
+
+
+def check_number(stamp: Buffer) -> int:
+    """The check in a stamp, or in what begins with one, as a number; 0 for nothing."""
+    return int.from_bytes(stamp[_CHECK_AT:_BODY_AT], "big")
 
 
 def hash_of(row: bytes) -> bytes:

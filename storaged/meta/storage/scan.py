@@ -82,6 +82,10 @@ class Want(IntEnum):
     """As HEADS, but ``listing_hash`` the answer in the place of keys and heads."""
     ROWS_HASH = 6
     """As VISIBLE, but ``listing_hash`` the answer in the place of rows."""
+    SUM = 7
+    """The sum of all rows of the shard (``meta.storage.sums``) in the place of the digest, with ``limit`` 0. A replica
+    that does not know this looks at no row, and says that there are more, or that there are none.
+    """
 
 
 _SENT: dict[int, Want] = {Want.HEADS_HASH: Want.HEADS, Want.ROWS_HASH: Want.VISIBLE}
@@ -280,6 +284,9 @@ def _row_range(request: ScanRequest, ask: ShardAsk, after: bytes, limit: int) ->
 
 def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, cache: DigestCache | None) -> ShardSlice:
     try:
+        if ask.want == Want.SUM:
+            total = store.shard_sum(_name_prefix(request, ask))
+            return ShardSlice(ask.shard, ask.after, total is not None, total or 0, unreadable=total is None)
         if cache is not None and ask.want in _CACHED:
             return cache.answer(store, request, ask)
         sent = _SENT.get(ask.want)

@@ -106,6 +106,8 @@ class StoreState:
         """As of the last checkpoint."""
         self.dirty_ranges = DirtyRangeTracker()
         self.log_full = False
+        self.sums_wanted: dict[bytes, None] = {}
+        """Shards without a sum, of which one was asked for (``meta.storage.sums``)."""
         self.restorable: list[tuple[bytes, bytes]] = []
         """Copies that the start found in the log, until the fragment store has them."""
         self.reason = ""
