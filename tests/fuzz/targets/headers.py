@@ -45,7 +45,7 @@ OPERATIONS = sorted(
 
 
 def dates(data: bytes) -> None:
-    """A text is refused, or it gives a date: printed in any form that answers use, it is read again as the same second."""
+    """A text is refused, or gives a date. Printed in any form that answers use, it is read as the same second again."""
     text = data.decode("utf-8", "surrogateescape")
     for parse in (c.parse_http_time, c.parse_time):
         found = parse(text)
@@ -63,7 +63,7 @@ def dates(data: bytes) -> None:
 
 
 def ranges(data: bytes) -> None:
-    """Our parser reads a range as RFC 9110 says, or finds none. A copy's range has both ends. An integer is its digits."""
+    """Our parser reads a range as RFC 9110 says, or finds none. A copy's range has two ends. Integers are digits."""
     text = data.decode("utf-8", "surrogateescape")
     found = h.parse_range(text)
     match = re.fullmatch(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", text.strip())

@@ -58,7 +58,7 @@ def aws_chunks(data: bytes) -> None:
 
 
 def aws_signed_chunks(data: bytes) -> None:
-    """Signed chunks are accepted as they were signed, or refused: after a change of one byte no other body is accepted."""
+    """Signed chunks give the body that was signed, or are refused: a change of one byte never gives another body."""
     choices = Choices(data)
     trailing, step, at, bit = choices.flag(), choices.pick(STEPS), choices.number(65536), choices.number(8)
     pieces = [piece for piece in choices.rest().split(b"\n") if piece][:8]

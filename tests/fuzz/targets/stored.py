@@ -105,8 +105,8 @@ async def _all(items: Any) -> list[Any]:
 
 def record(data: bytes) -> None:
     """The record of a key can be decoded, or it is DataDamaged. Encoded again it decodes to the same record. Code can
-    calculate with its parts, and with those of any chain of pages, or gets DataDamaged. A walk along such a chain always
-    ends.
+    calculate with its parts, and with those of any chain of pages, or gets DataDamaged. A walk along such a chain
+    always ends.
     """
     body, _, rest = data.partition(b"||")
     try:
