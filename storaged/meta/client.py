@@ -110,7 +110,10 @@ async def nothing_newer(_partition: int) -> None:
 
 @dataclass(frozen=True)
 class RingHooks:
-    """``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote. When one
+    """``overtake(name, create, below)``: as ``consensus.change.Shared``. Without it a create replaces whatever it finds
+    below it.
+
+    ``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote. When one
     replica reports such a value it does not count, however high its ballot.
 
     ``on_missed`` gets every register of which some replica did not take a write that it should have; repair brings it
@@ -135,6 +138,7 @@ class RingHooks:
     ask_to_settle: AskToSettle = no_gateway
     is_copy: IsCopy = any_copy
     refresh: Callable[[int], Awaitable[None]] = nothing_newer
+    overtake: Callable[[RegisterName, Value, Value], Value | None] = lambda name, create, below: create
 
 
 NO_HOOKS = RingHooks()
@@ -189,7 +193,9 @@ class RingClient:
         settings, calls = self._settings, self._calls
         ballots = Ballots(settings.node, partial(entropy, INCARNATION_BYTES), settings.rules)
         return Ring(
-            shared=Shared(ballots, settings.rules, self._counts, self._doubts, self._on_unheard),
+            shared=Shared(
+                ballots, settings.rules, self._counts, self._doubts, self._on_unheard, overtake=hooks.overtake
+            ),
             view=self._view,
             refresher=Refresher(self._view, hooks.refresh, self._pool, calls.clock),
             clock=calls.clock,

@@ -117,7 +117,8 @@ class Registers(Protocol):
 
         ``regardless``: ``update`` makes the same change whatever the register holds. So it may be proposed before any
         replica was asked, in one round trip, where the register was probably never written. What it then overtakes
-        unseen (``consensus.register``) is not in the outcome, and its data is left to the garbage collector.
+        unseen (``consensus.register``) is not in the outcome, and its data is left to the garbage collector. A history
+        stays (``consensus.overtaking``): then the register holds more than the change says.
 
         Raises ServiceUnavailable when no majority answered a prepare (nothing changed). OutcomeUnknown when an accept
         may have been applied and could not be settled, or when copies of ``small`` could not be synced where they must

@@ -27,13 +27,7 @@ from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
 from storaged.disk_states import OK
-from storaged.errors import (
-    ConfigInvalid,
-    DiskUnusable,
-    LayoutRefused,
-    PortInUse,
-    StoragedError,
-)
+from storaged.errors import ConfigInvalid, DiskUnusable, LayoutRefused, PortInUse, StoragedError
 from storaged.fragments.payloads import header_at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
@@ -62,6 +56,7 @@ from storaged.node.refusals import Refusals
 from storaged.node.sparing import NodeSparing
 from storaged.node.system import SystemPaths, digests_of, learn_operators
 from storaged.node.system_move import SystemMove
+from storaged.objects.code.adding import overtake
 from storaged.objects.code.small_copy import is_small_copy
 from storaged.wire import decode
 
@@ -275,6 +270,7 @@ class NodePlanes:
                 ask_to_settle=self.asks.settle,
                 is_copy=is_small_copy,
                 refresh=lambda partition: self.follower.refresh(partition),
+                overtake=overtake,
             ),
             clock=self.clock,
             seen=self.membership.view.seen,

@@ -24,7 +24,7 @@ from storaged.errors import DiskForeign, DiskUnusable, PeerRefused, StoragedErro
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Value
 from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.accept_batching import ALONE_MAX
@@ -134,6 +134,8 @@ class World:
     """How many seconds longer prepares of a process take."""
     stopped: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
     """What waits for processes that are stopped."""
+    overtake: Callable[[RegisterName, Value, Value], Value | None] = lambda name, create, below: create
+    """Of every gateway's client."""
     _files: Any = None
     _trace: Any = field(default_factory=sha256)
 
@@ -435,6 +437,7 @@ class Gateway:
             jitter=world.random.random,
             rules=world.rules,
             new_keys=Guess(world),
+            overtake=world.overtake,
             **{**IMPATIENT, **self._options},
         )
 

@@ -30,7 +30,7 @@ PACKAGES = ("consensus", "transport", "listing")
 ALL_PACKAGES = (*PACKAGES, "acceptor", "proposer", "storage")
 
 SHARES = {
-    "ring": 0.23,
+    "ring": 0.21,
     "hostile": 0.13,
     "object lies": 0.06,
     "flicker": 0.06,
@@ -44,6 +44,7 @@ SHARES = {
     "moving": 0.05,
     "expunging": 0.06,
     "recovering": 0.02,
+    "stale": 0.02,
 }
 """Of the seeds."""
 

@@ -28,6 +28,7 @@ from storaged.meta.listing.merge import every_row
 from storaged.meta.names import RegisterName, Table, Value, event_name, object_name
 from storaged.meta.ports import Outcome, PageQuery
 from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.code.adding import overtake
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.notification import NOTIFICATION, Notification, NotificationRule
@@ -127,6 +128,7 @@ class Directory:
 class Events(Scenario):
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
+        self.world.overtake = overtake
         self.moves = self.disks_may_be_swapped = self.disks_may_be_full = False
         self.of_objects = True
         self.first_seeds = DISKS

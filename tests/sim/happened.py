@@ -40,6 +40,7 @@ LEAST = {
     "recovering system": Least(50, done=(("layouts", 2.5), ("recovered", 0.7))),
     "sparing system": Least(100, done=(("layouts", 1), ("spared", 2))),
     "object lies": Least(a_seed=20),
+    "stale": Least(200, done=(("answers", 5),)),
     "races": Least(300, done=(("answers", 7),)),
     "lifecycle": Least(100, done=(("expired", 2),)),
     "events": Least(a_seed=15, done=(("events", 5),)),

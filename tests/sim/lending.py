@@ -26,35 +26,31 @@ from storaged.fragments.ports import FragmentId, Retirement
 from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
+from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.objects.code.history import Draft, Entry, unversioned
 from storaged.objects.code.lending import borrowed_by, find_borrower
 from storaged.objects.code.version_names import NULL_NAME, VersionName
 from storaged.objects.code.version_walk import every_entry
-from storaged.objects.code.versions import decode_record, record_change
+from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectLimits, ObjectPlane
-from storaged.objects.records import Kept, ObjectRecord, PartEntry, Version, sharing_of
+from storaged.objects.records import Kept, PartEntry, Version, sharing_of
 from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write import versioned
 from storaged.objects.write.commit import AfterPromise, ProposedAgain
 from storaged.objects.write.loans import NotLent, Wanted, end_unused, let_go, with_loan
 from storaged.objects.write.references import parts_in
 from tests.sim.cluster import DISKS, Gateway
-from tests.sim.collecting import KEYS, SCOPE, entry_of
+from tests.sim.collecting import KEYS, SCOPE
 from tests.sim.collecting_uploads import commit_move
 from tests.sim.planes import make_plane
 from tests.sim.scenario import play_out
-from tests.sim.versions import FEW, OPERATIONS, Versions
+from tests.sim.versions import FEW, OPERATIONS, HasHistory, Versions
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
 
 BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=(), plain=True)
 LOOKS_MAX = 8
 """At all keys in the end, for loans that nothing uses."""
-
-
-class _HasHistory(Exception):
-    """As ``put.HasHistory``."""
 
 
 class _Sleepy:
@@ -148,7 +144,7 @@ class Lending(Versions):
                 await self._note(self._copy(gateway, name, self._luck.choice([one for one in KEYS if one != key])))
 
     async def _note(self, work: Any) -> None:
-        with contextlib.suppress(NotLent, _HasHistory):
+        with contextlib.suppress(NotLent, HasHistory):
             await super()._note(work)
             return
         self.found.refused += 1
@@ -176,20 +172,7 @@ class Lending(Versions):
         if name.key == self.with_versions or self._luck.random() < 0.3:
             await super()._put_small(gateway, name)
             return
-        small = self._small_copies(name, self._luck)
-        version = self._version(entry_of(small.data_id, {}, small=True), null=True)
-        change = record_change(ObjectRecord((version,)), small.data_id)
-
-        def update(value: Value | None) -> Change:
-            if decode_record(value).history is not None:
-                raise _HasHistory
-            return change
-
-        async with self._noted(self._adding(name, small.data_id, null=True)):
-            await self.sleep(0.1)
-            outcome = await gateway.client.change(name, update, small=small, regardless=True)
-        for before in decode_record(outcome.before).versions:
-            self.retire(gateway, name, before.parts, b"r")
+        await self._put_unasked(gateway, name)
 
     def _retire_removed(self, gateway: Gateway, name: RegisterName, removed: Any) -> None:
         plane, _ = self._tools(gateway)

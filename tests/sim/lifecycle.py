@@ -31,6 +31,7 @@ from storaged.meta.listing.merge import every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
 from storaged.meta.ports import Outcome, PageQuery, Reading
 from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.code.adding import overtake
 from storaged.objects.code.history import Draft, Entry, Shelf
 from storaged.objects.code.versions import Place, decode_record, open_version
 from storaged.objects.configuration.document import NOTHING, Configuration
@@ -203,6 +204,7 @@ class Process(NamedTuple):
 class Living(Scenario):
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
+        self.world.overtake = overtake
         self.moves = self.disks_may_be_swapped = self.disks_may_be_full = False
         self.of_objects = True
         self.first_seeds = DISKS

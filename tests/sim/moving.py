@@ -11,7 +11,8 @@ import msgspec
 
 from storaged.errors import PeerUnreachable, StoragedError
 from storaged.meta import messages
-from storaged.meta.consensus.register import Verdict, overtaken
+from storaged.meta.consensus.overtaking import overtaken
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import Ballot, RegisterName, Value
 from tests.sim.cluster import DISKS, Gateway, make_layout
 from tests.sim.parts import Part

@@ -40,6 +40,8 @@ PLAYS = {
     "renaming": "tests.sim.renaming:run_renaming",
     "events": "tests.sim.events:run_events",
     "races": "tests.sim.races:run_races",
+    "stale": "tests.sim.stale:run_stale",
+    "stale versions": "tests.sim.stale:run_stale_versions",
     "lifecycle": "tests.sim.lifecycle:run_lifecycle",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
@@ -84,6 +86,7 @@ PLANTED = (
     "tests.sim.planted_collecting:COLLECTOR_BUGS",
     "tests.sim.planted_rules:RULE_BUGS",
     "tests.sim.planted_consensus:CONSENSUS_BUGS",
+    "tests.sim.planted_overtaking:OVERTAKING_BUGS",
     "tests.sim.planted_stores:STORE_BUGS",
     "tests.sim.planted_claims:CLAIM_BUGS",
     "tests.sim.planted_moving:MOVING_BUGS",

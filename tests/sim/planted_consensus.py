@@ -9,6 +9,7 @@ from tests.sim.planted import Planted
 
 REPLICA = "storaged/meta/acceptor/replica.py"
 ACCEPTOR = "storaged/meta/consensus/acceptor.py"
+OVERTAKING = "storaged/meta/consensus/overtaking.py"
 PROPOSER = "storaged/meta/consensus/proposer.py"
 READER = "storaged/meta/consensus/reader.py"
 REGISTER = "storaged/meta/consensus/register.py"
@@ -158,9 +159,9 @@ _PROPOSERS = (
         "lost_create_overtakes",
         "a create that is lost counts among what a created value has overtaken",
         5000,
-        path=ROUNDS,
-        old=" for reply in self.promised.values() if reply.accepted != lost_at]",
-        new=" for reply in self.promised.values()]",
+        path=OVERTAKING,
+        old=" for reply in self._counted if reply.accepted != self.lost_at]",
+        new=" for reply in self._counted]",
         tests="tests/property/test_proposer.py::test_a_create_that_lost_raises_no_sequence_of_what_it_lost_against",
         why="It costs unknown outcomes, and nothing else: the value gets a sequence above that of the own create.",
     ),
@@ -224,8 +225,8 @@ _PROPOSERS = (
         "a created value that has overtaken another keeps its sequence in a first attempt (rule 14)",
         2000,
         path=PROPOSER,
-        old="        if not self._found.settled and may_create(self.name) and not self._above:\n",
-        new="        if not (self.sparing or self._found.settled or self._above) and may_create(self.name):\n",
+        old="        if not self._found.settled and may_create(self.name):\n",
+        new="        if not (self.sparing or self._found.settled) and may_create(self.name):\n",
         tests="tests/unit/test_create.py::test_a_proposer_carries_a_create_on_after_the_chosen_value",
         why=(
             "A new value's sequence is above all that its promises report, settled or not, so that none falls. "

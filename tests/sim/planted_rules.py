@@ -45,6 +45,9 @@ _SMALL = {
 }
 """As ``_RING``, of the rules that ``small`` shows."""
 
+_STALE = {"creates_spare_history": 40}
+"""As ``_RING``, of the rule that ``stale`` shows."""
+
 _SLOW = {
     "chosen_by_bit",
     "older_needs_minority",
@@ -123,6 +126,10 @@ RULE_BUGS = (
     *(
         Planted(rule, f"without {rule}", budget, "small", rule=rule, fast=rule not in _SLOW)
         for rule, budget in _SMALL.items()
+    ),
+    *(
+        Planted(rule, f"without {rule}", budget, "stale", rule=rule, fast=rule not in _SLOW)
+        for rule, budget in _STALE.items()
     ),
     *(
         Planted(rule, f"without {rule}", budget, "hostile", rule=rule, first=first, fast=rule not in _SLOW)

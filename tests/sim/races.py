@@ -25,6 +25,7 @@ from storaged.errors import (
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName, Value, object_name
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta, WriteConditions
+from storaged.objects.code.adding import overtake
 from storaged.objects.code.history import Bounds
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, LOCK, VERSIONING, ObjectLock, Versioning
@@ -116,7 +117,7 @@ class PlanePort:
             result = await self.objects.put(
                 record,
                 key.encode(),
-                _pieces(body),
+                pieces(body),
                 meta,
                 BodyChecks(size=len(body)),
                 owner=OWNER,
@@ -142,7 +143,7 @@ class PlanePort:
         with answered():
             upload = await self.objects.create_upload(record, key.encode(), NewMeta(), owner=OWNER)
             part = await self.objects.put_part(
-                record, key.encode(), upload.upload_id, 1, _pieces(body), BodyChecks(size=len(body))
+                record, key.encode(), upload.upload_id, 1, pieces(body), BodyChecks(size=len(body))
             )
         whole = hashlib.md5(bytes.fromhex(part.etag)).hexdigest() + "-1"
         return (upload.upload_id, part.etag), whole
@@ -206,7 +207,7 @@ def _conditions(how: Conditional) -> WriteConditions:
     return WriteConditions(tag(how.if_match) if how.if_match else None, ANY if how.if_absent else None)
 
 
-async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+async def pieces(body: bytes) -> AsyncIterator[bytes]:
     yield body
 
 
@@ -249,6 +250,7 @@ class Pausing:
 class Races(Scenario):
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         super().__init__(seed, loop, rules)
+        self.world.overtake = overtake
         self.moves = self.disks_may_be_swapped = self.disks_may_be_full = False
         self.of_objects = True
         self.first_seeds = DISKS
@@ -269,18 +271,19 @@ class Races(Scenario):
         )
         self._pauses = self._chance.choice((0.0, 0.1, 0.3))
         self._expires = self._chance.random() < 0.4
-        self._ports = Lives(self._make_port)
+        self._ports = Lives(self.make_port)
 
-    def _make_port(self, gateway: Gateway) -> PlanePort:
-        return PlanePort(
-            make_plane(
-                self.world,
-                gateway,
-                self.keys,
-                registers=Pausing(gateway.client, self._chance, self._pauses),
-                limits=ObjectLimits(lifecycle_day_ms=100),
-                agreed_ms=lambda: self.race.now_ms() + HOUR_MS,
-            )
+    def make_port(self, gateway: Gateway) -> PlanePort:
+        return PlanePort(self.make_plane(gateway))
+
+    def make_plane(self, gateway: Gateway) -> ObjectPlane:
+        return make_plane(
+            self.world,
+            gateway,
+            self.keys,
+            registers=Pausing(gateway.client, self._chance, self._pauses),
+            limits=ObjectLimits(lifecycle_day_ms=100),
+            agreed_ms=lambda: self.race.now_ms() + HOUR_MS,
         )
 
     async def worker(self, gateway: Gateway) -> None:

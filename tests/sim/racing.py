@@ -210,6 +210,12 @@ class Race:
         act = Adds(key=key, id=UNSEEN, etag=self.etag_of(body))
         self._added(act, await self._note(act, port.put(bucket, key, body, act, act.lock)))
 
+    async def put_unasked(self, port: Port, bucket: str, key: str) -> None:
+        """The null version, whatever the key holds."""
+        body = self._body()
+        act = Adds(key=key, id=NULL, etag=self.etag_of(body))
+        self._added(act, await self._note(act, port.put(bucket, key, body, act, act.lock)))
+
     async def _copy(self, port: Port, bucket: str, key: str) -> None:
         body = self._body()
         act = self._adding(bucket, key, self.etag_of(body))

@@ -42,6 +42,7 @@ from tests.sim.renaming import run_renaming
 from tests.sim.scenario import run_seed
 from tests.sim.small import run_small
 from tests.sim.sparing_system import run_sparing_system
+from tests.sim.stale import run_stale, run_stale_versions
 from tests.sim.versions import run_versions
 from tests.sim.workload import Verdicts
 
@@ -150,6 +151,8 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
         run_sparing_system,
         run_versions,
         run_races,
+        run_stale,
+        run_stale_versions,
         run_lifecycle,
         run_lending,
         run_renaming,
@@ -205,7 +208,9 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("play", ["ring", "buckets", "events", "races", "lifecycle", "versions", "lending", "renaming"])
+@pytest.mark.parametrize(
+    "play", ["ring", "buckets", "events", "races", "stale", "lifecycle", "versions", "lending", "renaming"]
+)
 def test_a_seed_plays_the_same_in_every_process(play: str) -> None:
     """Also of plays with an object plane: it seals records with nonces, and has sets of disks."""
     seeds, outputs = 4 if play == "ring" else 2, []

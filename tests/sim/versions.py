@@ -22,15 +22,16 @@ from storaged.fragments.ports import FragmentHeader, FragmentId, encode_copies
 from storaged.hashes import fragment_hash
 from storaged.maintain.manifest_gc import PageSweep
 from storaged.meta.consensus.register import RULES, Rules
-from storaged.meta.names import RegisterName, Visibility
+from storaged.meta.names import Change, RegisterName, Value, Visibility
 from storaged.meta.ports import SmallCopies
 from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.adding import overtake
 from storaged.objects.code.history import Bounds, Draft, Entry
 from storaged.objects.code.version_names import NULL_NAME
 from storaged.objects.code.version_walk import every_entry
-from storaged.objects.code.versions import decode_record
+from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import NAMED_VERSION, NULL_VERSION, Kept, PartEntry, Version
+from storaged.objects.records import NAMED_VERSION, NULL_VERSION, Kept, ObjectRecord, PartEntry, Version
 from storaged.objects.write import versioned
 from storaged.objects.write.commit import ProposedAgain, change_once
 from storaged.objects.write.references import pages_in
@@ -44,6 +45,11 @@ from tests.sim.planes import Lives, keys_for, make_plane
 from tests.sim.scenario import play_out
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
+
+
+class HasHistory(Exception):
+    """As ``put.HasHistory``."""
+
 
 FEW = Bounds(versions_max=2, versions_bytes_max=1 << 20, leaf_versions=2, refs_max=2, branch_refs=2)
 OPERATIONS = 12
@@ -85,6 +91,8 @@ class Versions(Collecting):
         super().__init__(seed, loop, rules)
         self.history: list[Operation] = []
         self._moments = 0
+        self.world.overtake = overtake
+        self.objects: tuple[bytes, ...] = KEYS
         self._known: dict[RegisterName, list[Entry]] = {}
         """Versions that were seen, of which some may be deleted."""
         self._chance = random.Random(f"versions {seed}")
@@ -100,7 +108,7 @@ class Versions(Collecting):
     async def worker(self, gateway: Gateway) -> None:
         for _ in range(OPERATIONS):
             await asyncio.sleep(self._chance.uniform(0, 0.5))
-            name = self.name(self._chance.choice(KEYS))
+            name = self.name(self._chance.choice(self.objects))
             self.found.operations += 1
             kind = self._chance.random()
             if kind < 0.4:
@@ -229,6 +237,23 @@ class Versions(Collecting):
             version = self._version(entry_of(small.data_id, {}, small=True), null=True)
             await self._add(gateway, name, version, nothing, small)
 
+    async def _put_unasked(self, gateway: Gateway, name: RegisterName) -> None:
+        """As ``put.Replacement``, by a create where nothing is known of the key. Raises HasHistory."""
+        small = self._small_copies(name, self._chance)
+        version = self._version(entry_of(small.data_id, {}, small=True), null=True)
+        change = record_change(ObjectRecord((version,)), small.data_id)
+
+        def update(value: Value | None) -> Change:
+            if decode_record(value).history is not None:
+                raise HasHistory
+            return change
+
+        async with self._noted(self._adding(name, small.data_id, null=True)):
+            await self.sleep(0.1)
+            outcome = await gateway.client.change(name, update, small=small, regardless=True)
+        for before in decode_record(outcome.before).versions:
+            self.retire(gateway, name, before.parts, b"r")
+
     async def _mark(self, gateway: Gateway, name: RegisterName, *, null: bool) -> None:
         """A delete marker."""
         marker = self._version(None, null=null, context_id=self.random.randbytes(16))
@@ -291,7 +316,7 @@ class Versions(Collecting):
 
     async def _look_at_the_end(self, reader: Gateway) -> set[bytes]:
         live: set[bytes] = set()
-        for key in KEYS:
+        for key in self.objects:
             name = self.name(key)
             try:
                 await self._settle_everywhere(reader, name)
@@ -336,7 +361,7 @@ class Versions(Collecting):
 
     async def _pages_left(self, reader: Gateway, nodes: Any) -> list[bytes]:
         needed: set[bytes] = set()
-        for key in KEYS:
+        for key in self.objects:
             name = self.name(key)
             value = (await reader.client.read(name)).value
             if value is not None and value.visibility != Visibility.TOMBSTONE:

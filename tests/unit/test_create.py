@@ -16,6 +16,7 @@ from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.acceptor import Acceptor, judge_create
+from storaged.meta.consensus.overtaking import overtaken
 from storaged.meta.consensus.register import (
     CALL_BYTES,
     COUNTER_AHEAD_MAX_US,
@@ -24,7 +25,6 @@ from storaged.meta.consensus.register import (
     Standing,
     Verdict,
     created,
-    overtaken,
 )
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Outcome, SmallCopies, Update

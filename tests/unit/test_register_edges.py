@@ -9,6 +9,7 @@ from storaged.cluster.partitions import epoch_of
 from storaged.meta.consensus.acceptor import AcceptorState
 from storaged.meta.consensus.change import Shared, Wanted
 from storaged.meta.consensus.floors import sequence_of
+from storaged.meta.consensus.overtaking import overtaken
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.reader import DONE, FAILED, HEARING, STALE, WAITING, Reader
@@ -23,7 +24,6 @@ from storaged.meta.consensus.register import (
     Standing,
     Verdict,
     credible,
-    overtaken,
 )
 from storaged.meta.consensus.register import created as is_created
 from storaged.meta.consensus.rounds import RESTARTS_US, CreateRound, Found, PrepareRound, Rivals

@@ -61,7 +61,11 @@ class Shared:
     """What the proposers of one process share. ``counts`` has at least ``preempted``, ``unknown``, ``unavailable`` and
     ``identity_rounds``. ``doubts(name, disk, value)``: whether no gateway wrote the value that a disk reports; asked of
     registers of the system table alone. ``on_unheard(name, ballot)``: a change of such a register goes on from what was
-    accepted under that ballot, although replicas differ and not all of them promised."""
+    accepted under that ballot, although replicas differ and not all of them promised.
+
+    ``overtake(name, create, below)``: what becomes of a create that is found above the value ``below``. ``create``
+    itself, if ``below`` may be replaced; what its change makes of ``below``, if that has a history, with the operation
+    and the payload of the create; None if that can't be told. Pure."""
 
     ballots: Ballots
     rules: Rules
@@ -69,6 +73,7 @@ class Shared:
     doubts: Callable[[RegisterName, str, Value | None], bool] = lambda name, disk, value: False
     on_unheard: Callable[[RegisterName, Ballot], None] = lambda name, ballot: None
     floors: KnownFloors = field(default_factory=KnownFloors)
+    overtake: Callable[[RegisterName, Value, Value], Value | None] = lambda name, create, below: create
 
 
 class Wanted(Struct, frozen=True):

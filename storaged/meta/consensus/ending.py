@@ -5,8 +5,20 @@ from __future__ import annotations
 from storaged.errors import CopyUnreadable, NoSuchBucket, OutcomeUnknown, ServiceUnavailable
 from storaged.meta.consensus.change import BACKOFF_FIRST_S, BACKOFF_MAX_S, Shared
 from storaged.meta.consensus.register import Lineage
-from storaged.meta.consensus.rounds import Found, Rivals
-from storaged.meta.consensus.states import DONE, FAILED, NEW, REFRESHING, RETRYING, State
+from storaged.meta.consensus.rounds import AcceptRound, Found, Rivals
+from storaged.meta.consensus.states import (
+    ACCEPTING,
+    CARRYING,
+    DONE,
+    FAILED,
+    GATHERING,
+    NEW,
+    PREPARING,
+    REFRESHING,
+    RETRYING,
+    SYNCING,
+    State,
+)
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Outcome
 
@@ -16,12 +28,14 @@ class Ending:
 
     # fmt: off
     __slots__ = (
-        "_attempts", "_conclusion", "_looked", "_rivals", "_shared", "_stale", "_tries", "_unreached",
+        "_accepts", "_attempts", "_conclusion", "_looked", "_rivals", "_shared", "_stale", "_third_replica_tries",
+        "_tries", "_unreached",
         "error", "fenced", "lineage", "outcome", "pause_s", "sparing", "state", "turn",
     )
     # fmt: on
 
     name: RegisterName
+    _accepts: AcceptRound
     _conclusion: Outcome | Exception | None
 
     def __init__(self, shared: Shared, lineage: Lineage) -> None:
@@ -36,7 +50,7 @@ class Ending:
         self.pause_s = 0.0
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
-        self._attempts = self._tries = 0
+        self._attempts = self._tries = self._third_replica_tries = 0
         self._stale = self._unreached = self._looked = False
         """``_stale``: a replica knows a later step, or no quorum answers (``_unreached``). ``_looked``: it was
         refreshed."""
@@ -58,6 +72,11 @@ class Ending:
         self.turn += 1
         self.state = REFRESHING if self._stale else RETRYING
         return True
+
+    def _retry_for_third(self) -> bool:
+        """A replica has refused to promise, and may promise a higher ballot."""
+        self._third_replica_tries += 1
+        return self._retry()
 
     def _not_reached(self) -> bool:
         """No quorum answers. The replicas may be others by now."""
@@ -81,6 +100,22 @@ class Ending:
             self.pause_s = max(self.pause_s, BACKOFF_FIRST_S)
         self.state = RETRYING
         return True
+
+    def expire(self) -> bool:
+        """The deadline is over."""
+        state = self.state
+        if state in (SYNCING, DONE, FAILED):
+            return False
+        if state is ACCEPTING and self._accepts.chosen:
+            return self._too_few_copies()
+        if state is PREPARING or state is GATHERING:
+            return self._give_up("no majority of its replicas answered in time")
+        if state in (RETRYING, REFRESHING, CARRYING):
+            return self._give_up("other proposers or a layout change were in the way until the deadline")
+        return self._give_up("no majority of its replicas confirmed the write in time")
+
+    def _too_few_copies(self) -> bool:
+        return self._give_up(f"only {self._accepts.copies_synced} of its replicas have synced the object's copy")
 
     def _conclude(self) -> bool:
         conclusion = self._conclusion

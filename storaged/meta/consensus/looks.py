@@ -14,6 +14,9 @@ ballot above b, or it would have refused b. After t it refuses every ballot belo
 * A proposal above b was promised by a quorum, so by a replica of the group, after its t. So it was promised after the
   first look began, and it is based on the value of b, or on what came after.
 
+This holds unless b is the ballot of a create. A proposer that finds a create may apply it to a value that lies below
+(``consensus.overtaking``). So a create that a quorum has taken is no such round; one that is carried on is.
+
 *The group is all replicas.* Then besides
 * nothing below b lies at any replica, where a proposer might find it;
 * each replica holds something, so it refuses every create for ever, whatever its ballot. For a create is promised by no
@@ -32,6 +35,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.register import taken_by_create
 from storaged.meta.names import ZERO_BALLOT, Ballot, Value
 
 
@@ -73,7 +77,9 @@ def moved_on(first: Look, second: Look, *, everywhere: bool = False) -> Held | N
             continue
         alike = [disk for disk, held in second.held.items() if held == found]
         moved = [disk for disk in alike if disk in first.held and first.held[disk].ballot < found.ballot]
-        if len(moved) == len(second.quorum.disks) or (second.quorum.met(moved) and not everywhere):
+        if len(moved) == len(second.quorum.disks):
+            return found
+        if second.quorum.met(moved) and not everywhere and not taken_by_create(*found):
             return found
     return None
 

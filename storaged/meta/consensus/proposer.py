@@ -31,6 +31,7 @@ Theory of operation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from storaged.errors import DataDamaged, OutcomeUnknown, StoragedError
@@ -46,6 +47,7 @@ from storaged.meta.consensus.change import (
 )
 from storaged.meta.consensus.copies import MissingCopies, highest_sequence, lagging, may_replace
 from storaged.meta.consensus.ending import Ending
+from storaged.meta.consensus.overtaking import Overtaking, Placed
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import NEVER, Lineage, Standing, Verdict, may_create, shown
 from storaged.meta.consensus.rounds import AcceptRound, CreateRound, Found, PrepareRound
@@ -54,10 +56,8 @@ from storaged.meta.consensus.states import (
     CARRYING,
     CREATING,
     DONE,
-    FAILED,
     GATHERING,
     PREPARING,
-    REFRESHING,
     RETRYING,
     SYNCING,
 )
@@ -82,8 +82,8 @@ class Proposer(Ending):
 
     # fmt: off
     __slots__ = (
-        "_above", "_accepts", "_carries", "_change", "_copies", "_creates", "_falling_back", "_found", "_missing",
-        "_needs_copy", "_now_us", "_prepares", "_seeking", "_syncing", "_third_replica_tries", "_wanted",
+        "_above", "_carries", "_change", "_copies", "_creates", "_doubtful", "_falling_back", "_found",
+        "_missing", "_needs_copy", "_now_us", "_prepares", "_seeking", "_syncing", "_wanted",
         "ahead", "ballot", "by_create", "carried_by", "carry", "fragments", "gather_s", "name", "request", "view",
     )
     # fmt: on
@@ -93,7 +93,6 @@ class Proposer(Ending):
     request: Prepare | Accept
     _creates: CreateRound
     _prepares: PrepareRound
-    _accepts: AcceptRound
     _found: Found
 
     def __init__(self, shared: Shared, wanted: Wanted, lineage: Lineage) -> None:
@@ -110,7 +109,7 @@ class Proposer(Ending):
         """Names the copy ``carry``."""
         self.gather_s = 0.0
         self._syncing = wanted.barrier
-        self._third_replica_tries = self._carries = 0
+        self._carries = 0
         self._needs_copy = False
         """A quorum would not accept the record without its copy."""
 
@@ -183,7 +182,7 @@ class Proposer(Ending):
         self._prepares = PrepareRound(view.quorum)
         self._missing = MissingCopies()
         self._above = 0
-        self._seeking = self._falling_back = False
+        self._seeking = self._falling_back = self._doubtful = False
         self.turn += 1
         self.request = Prepare("", self.name, ballot, self._wanted.nonce)
         self.fragments = ()
@@ -288,8 +287,7 @@ class Proposer(Ending):
         refused = self._prepares.preempted
         chosen = self._prepares.chosen()
         if chosen is None and refused and self._wanted.settling and self._third_replica_tries < THIRD_REPLICA_TRIES:
-            self._third_replica_tries += 1
-            return self._retry()
+            return self._retry_for_third()
         self._found = chosen or self._found
         return self._judge() if chosen is not None else self._judge_unsettled()
 
@@ -299,11 +297,18 @@ class Proposer(Ending):
         self._found = found
         return self._judge()
 
+    def _placed(self) -> Placed:
+        """See ``overtaking``. Where the copy of the newest value was not found, no create is dropped: a value below it
+        may be the one whose copy is missing."""
+        shared, promises = self._shared, self._prepares.all_promised
+        overtake = partial(shared.overtake, self.name)
+        known = Overtaking(self.view.quorum, promises, self.lineage.lost_at(), shared.rules, overtake)
+        return known._replace(may_drop=not self._falling_back).placed(self._found)
+
     def _judge_credible(self) -> bool:
         found = self._prepares.credible()
         if found is None and self._prepares.preempted and self._third_replica_tries < THIRD_REPLICA_TRIES:
-            self._third_replica_tries += 1
-            return self._retry()
+            return self._retry_for_third()
         self._found = found or self._unheard(self._prepares.newest())
         return self._judge() if self._found.settled else self._judge_unsettled()
 
@@ -311,8 +316,16 @@ class Proposer(Ending):
 
     def _judge(self) -> bool:
         """What became of earlier attempts, as the value found shows."""
-        if not self._found.settled and may_create(self.name) and not self._above:
-            self._found = self._prepares.placed(self._found, self.lineage.lost_at(), self._shared.rules)
+        if not self._found.settled and may_create(self.name):
+            placed, in_doubt = self._placed()
+            if in_doubt and not self._prepares.everyone and not self._doubtful:
+                self._doubtful = True
+                return self._wait_for_others(SYSTEM_STRAGGLERS_S)
+            if in_doubt and self._prepares.preempted and self._third_replica_tries < THIRD_REPLICA_TRIES:
+                return self._retry_for_third()
+            if placed is None:
+                return self._give_up("one replica has a later write, and without the third it cannot be put in order")
+            self._found = placed
         lineage, small = self.lineage, self._wanted.small
         ballot, found, settled = self._found
         standing = lineage.judge(found, ballot, settled)
@@ -418,8 +431,7 @@ class Proposer(Ending):
         chosen = self._found.settled or candidate is None or lineage.exhausted
         if candidate is None or chosen or not may_replace(quorum, promises, candidate[0], self._shared.rules):
             if self._rivals.above >= self.ballot.counter and self._third_replica_tries < THIRD_REPLICA_TRIES:
-                self._third_replica_tries += 1
-                return self._retry()  # a replica has refused to promise, and will promise more
+                return self._retry_for_third()
             if not lineage.open and self._missing.damaged(quorum, promises):
                 return self._fail(DataDamaged("The copies of this object are missing or damaged on all of its disks."))
             return self._copy_unreadable()
@@ -480,21 +492,3 @@ class Proposer(Ending):
         if not accepts.everyone:
             return False
         return self._retry() if self.sparing else self._too_few_copies()
-
-    def _too_few_copies(self) -> bool:
-        return self._give_up(f"only {self._accepts.copies_synced} of its replicas have synced the object's copy")
-
-    # --- end ----------------------------------------------------------------------------------------------------------
-
-    def expire(self) -> bool:
-        """The deadline is over."""
-        state = self.state
-        if state in (SYNCING, DONE, FAILED):
-            return False
-        if state is ACCEPTING and self._accepts.chosen:
-            return self._too_few_copies()
-        if state is PREPARING or state is GATHERING:
-            return self._give_up("no majority of its replicas answered in time")
-        if state in (RETRYING, REFRESHING, CARRYING):
-            return self._give_up("other proposers or a layout change were in the way until the deadline")
-        return self._give_up("no majority of its replicas confirmed the write in time")

@@ -25,7 +25,8 @@ chosen, and on a lower sequence. A proposer that finds it there carries it on. T
 did not ask what it overwrites and was not acknowledged yet. It gets the sequence after the value that it overtakes
 (rule 14), for the sequences of chosen values must grow. In all other cases they grow by one. A create that was chosen
 may be chosen again with a higher sequence. This happens when the proposer that carries it on sees it at one replica
-alone, and at another replica a value that lost against it.
+alone, and at another replica a value that lost against it. Where the value below has a history, the create does not
+overwrite it (rule 37). ``consensus.overtaking`` has both rules.
 
 The acceptor's answers are in ``consensus.acceptor``, quorums in ``consensus.quorums``. ``consensus.proposer`` and
 ``consensus.reader`` put these rules in their order.
@@ -33,7 +34,7 @@ The acceptor's answers are in ``consensus.acceptor``, quorums in ``consensus.quo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, unique
 from operator import itemgetter
@@ -49,8 +50,8 @@ COUNTER_MAX = 1 << 62
 """Ballot counters are microseconds since 1970, or more after clocks that ran ahead: this is the year 148000."""
 
 CALL_BYTES = 14
-"""An operation id of 16 bytes is 14 random bytes of the call and the number of its attempt (u16 BE); a create has the
-number 0.
+"""An operation id of 16 bytes is 14 random bytes of the call and the number of its attempt (u16 BE). That of a create
+is made of its ballot, and has the number 0.
 """
 
 _CREATE = bytes(2)
@@ -164,6 +165,10 @@ class Rules:
     """36. Whether a fenced bucket is empty is asked only of replicas that hold its fence. Two of three replicas that
     have no row prove nothing while one of them has no fence yet: it may take, and acknowledge, an accept after that.
     """
+    creates_spare_history: bool = True
+    """37. A create that is found above a value with a history does not replace that: it is dropped, or applied to it
+    (``overtaking``).
+    """
 
 
 RULES = Rules()
@@ -252,22 +257,6 @@ def credible(
     return ballot, value, False
 
 
-def overtaken(
-    reported: Iterable[tuple[Ballot, Value | None]], newest: Ballot, value: Value | None, rules: Rules = RULES
-) -> Value | None:
-    """The value with the highest sequence below a created one that was found at ``newest`` (rule 14). None when
-    ``value`` was not created, or nothing is below it.
-    """
-    if value is None or not created(value) or not rules.created_follows_overtaken:
-        return None
-    below = [
-        other
-        for ballot, other in reported
-        if ballot < newest and other is not None and other.sequence and other.operation != value.operation
-    ]
-    return max(below, key=lambda other: other.sequence, default=None)
-
-
 # --- proposer ---------------------------------------------------------------------------------------------------------
 
 NEVER = Value(0, b"", Visibility.TOMBSTONE, b"")
@@ -279,6 +268,18 @@ be so.
 def created(value: Value) -> bool:
     """Whether it may have been accepted by a create. Creates begin one above a floor, or at 1."""
     return value.sequence % FLOOR_SEQUENCES == 1 and value.operation[CALL_BYTES:] == _CREATE
+
+
+def create_operation(ballot: Ballot) -> bytes:
+    """The operation id of the create that has this ballot: no ballot is ever used twice."""
+    return xxhash.xxh3_128_digest(encode(ballot))[:CALL_BYTES] + _CREATE
+
+
+def taken_by_create(ballot: Ballot, value: Value | None) -> bool:
+    """Whether a value that was accepted under this ballot was accepted by a create, and by no later round. False also
+    for creates of former versions.
+    """
+    return value is not None and created(value) and value.operation == create_operation(ballot)
 
 
 def may_create(name: RegisterName) -> bool:
@@ -346,7 +347,8 @@ class Lineage(Struct):
     The chosen values of a register form a chain in which ``sequence`` grows; at each sequence there is one value. An
     attempt at sequence s can be an ancestor only of values with a higher sequence. So a value that is not one of our
     attempts, and whose sequence is no higher than that of our lowest attempt, does not descend from us. If it is also
-    settled, attempts at its own sequence have lost for good.
+    settled, attempts at its own sequence have lost for good. Not so if a create alone has put it there: a proposer may
+    find that create above one of our attempts, and apply it to that (``consensus.overtaking``), until a round follows.
 
     A create knows no base, and may yet be carried on after anything that has a lower ballot (rule 14). So it is judged
     by the ballot: a value with a lower ballot does not descend from the create, whatever its sequence, and does not end
@@ -398,7 +400,7 @@ class Lineage(Struct):
 
     def create(self, change: Change, ballot: Ballot, floor: int = 0) -> Value:
         """The value to be created: ``change`` on nothing. ``floor``: the sequence of the range's floor."""
-        operation = self.call + _CREATE
+        operation = create_operation(ballot)
         self._created = operation, ballot
         self._bases[operation] = None
         self._sequences[operation] = floor + 1
@@ -439,7 +441,7 @@ class Lineage(Struct):
         below = ballot < created_at
         if any([sequence > own and not (below and operation == create) for operation, own in self._sequences.items()]):  # noqa: C419
             return Standing.UNKNOWN
-        if settled:
+        if settled and not taken_by_create(ballot, found):
             self._sequences = {
                 operation: own
                 for operation, own in self._sequences.items()

@@ -8,19 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-import msgspec
-
 from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US
 from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.consensus.register import (
-    COUNTER_AHEAD_MAX_US,
-    Lineage,
-    Rules,
-    Verdict,
-    created,
-    credible,
-    overtaken,
-)
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, Lineage, Rules, Verdict, credible
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Ballot, Value
 from storaged.meta.ports import SmallCopies
@@ -263,21 +253,6 @@ class PrepareRound:
         reported = {disk: (reply.accepted, reply.value) for disk, reply in self.promised.items()}
         found = credible(self._quorum, reported)
         return None if found is None else Found(*found)
-
-    def placed(self, found: Found, lost_at: Ballot | None, rules: Rules) -> Found:
-        """A created value with the sequence after what it has overtaken (rule 14), and never with a lower one than it
-        has: above a floor a create begins higher than a write that did not know the floor. ``lost_at``: the ballot of
-        a create that is not chosen.
-        """
-        ballot, value, settled = found
-        if value is None or not created(value):
-            return found
-        reported = [(reply.accepted, reply.value) for reply in self.promised.values() if reply.accepted != lost_at]
-        below = overtaken(reported, ballot, value, rules)
-        if below is None:
-            return found
-        sequence = max(value.sequence, below.sequence + 1)
-        return Found(ballot, msgspec.structs.replace(value, sequence=sequence), settled)
 
     def _agreed(self, promises: Mapping[str, PrepareReply]) -> Found | None:
         """What a quorum accepted with its copy. Ballot and value both have to agree: a replica that lies may report

@@ -29,9 +29,10 @@ If the mark was set before that look, it was also taken off before it, so step 3
 set after the look, step 2 came after the promise: it ended the promise, or found the accept.
 
 *Creates.* A plain PUT of a new key may be a create. A create does not read the record that it overwrites, and it may
-take effect late at a replica that holds no row (``meta.consensus.register``). A proposer that carries it on would
-overwrite the loans of its key. So a copy goes on only when every replica of the owner's register has accepted the loan
-(``check_everywhere``). Such a replica holds a row, which is no create, and takes no create as long as it has the row:
+take effect late at a replica that holds no row (``meta.consensus.register``). A proposer that carries it on keeps the
+loans of its key (``code.adding.overtake``); one of version 0.1.0 would overwrite them. So a copy goes on only when
+every replica of the owner's register has accepted the loan (``check_everywhere``). Such a replica holds a row, which is
+no create, and takes no create as long as it has the row:
 
 * It accepts nothing below the loan any more. All values above it have the loan, until that is ended.
 * A record with a loan is no tombstone. So the row is not expunged, and no floor replaces it

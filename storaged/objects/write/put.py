@@ -7,7 +7,8 @@ would have to wait, it begins nothing.
 
 In a bucket with versioning a PUT adds a version (``AddedVersion``), in a task. A gateway may learn a moment late that a
 bucket got versioning. So a PUT never replaces a record with a history: it adds the null version to it, as where
-versioning is suspended; ``try_put`` goes on in a task for that. A key without versioning has a history, too, when it
+versioning is suspended; ``try_put`` goes on in a task for that. The same becomes of a create that did not see the
+record (``code.adding.overtake``). A key without versioning has a history, too, when it
 shares data with other keys (``loans``).
 """
 
@@ -25,7 +26,8 @@ from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome
 from storaged.objects.api import NO_WRITE_CONDITIONS, Body, BodyChecks, NewMeta, PutResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, current_of, judged, with_keys
-from storaged.objects.code.history import Draft, Entry, unversioned
+from storaged.objects.code.adding import add_version
+from storaged.objects.code.history import Draft, Entry
 from storaged.objects.code.versions import (
     EMPTY,
     Place,
@@ -45,7 +47,6 @@ from storaged.objects.records import (
     NAMED_VERSION,
     NULL_VERSION,
     BucketRecord,
-    Kept,
     ObjectRecord,
     PartEntry,
     Version,
@@ -338,13 +339,7 @@ class AddedVersion:
         version = self._version
         if self._entry is not None:
             version = msgspec.structs.replace(version, parts=(self._entry,))
-        if self._versioning or draft.has_history:
-            added = Entry(Kept(ordinal, self._lock), version)
-        else:
-            for before in draft.inline:
-                draft.remove(before)
-            added = unversioned(version)
-        draft.add(added)
+        added = add_version(draft, version, ordinal, self._lock, versioning=bool(self._versioning))
         self.note_added(draft, added)
         shown = "" if added.is_null else added.name
         if self._outgoing is not None:

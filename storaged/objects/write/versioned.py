@@ -20,6 +20,7 @@ from typing import NamedTuple
 from storaged.meta.names import Change, RegisterName, Value, Visibility
 from storaged.meta.ports import Outcome, Pages
 from storaged.objects.bucket_keys import BucketKeys, change_with_keys
+from storaged.objects.code.adding import next_ordinal
 from storaged.objects.code.history import BOUNDS, Bounds, CheckRemoval, Draft, Entry, Shelf, never_locked
 from storaged.objects.code.lock import check_removal
 from storaged.objects.code.versions import decode_record, record_change
@@ -32,11 +33,6 @@ Edit = Callable[[Draft, int], bool]
 """``edit(draft, ordinal)`` changes the versions of a key; False: it left them as they are. ``ordinal``: of the version
 that the change may add. It may run several times, and raises what the change is to raise: KeyNeeded, PageNeeded, too.
 """
-
-
-def next_ordinal(value: Value | None) -> int:
-    """Greater than that of every version which the register holds: it had each when its sequence was one less."""
-    return value.sequence + 1 if value is not None else 1
 
 
 class Gone(NamedTuple):
