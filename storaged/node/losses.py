@@ -26,12 +26,14 @@ KINDS = {
     b"key/": "bucket keys",
     b"user/": "users",
     b"username/": "names of users",
+    b"account/": "accounts with users, groups, roles and policies",
     b"signer/": "certified signing keys",
     b"partition/": "places of partitions",
     b"cluster": "the keyring's id",
     b"layout": "the decided layout",
     b"moves": "pauses and paces of moves",
     b"disks-out": "disks that are out",
+    b"audit/": "checkpoints of audit logs",
     b"": "others",
 }
 """Of system registers, by how their keys begin."""
