@@ -8,6 +8,7 @@ from __future__ import annotations
 from tests.sim.planted import Planted
 
 _HISTORY = "storaged/objects/code/history.py"
+_ADDING = "storaged/objects/code/adding.py"
 _VERSIONED = "storaged/objects/write/versioned.py"
 _REFERENCES = "storaged/objects/write/references.py"
 _PLAY = "versions"
@@ -109,7 +110,7 @@ VERSION_BUGS = (
         "all versions have one ordinal",
         10,
         _PLAY,
-        _VERSIONED,
+        _ADDING,
         "    return value.sequence + 1 if value is not None else 1\n",
         "    return 1\n",
     ),
