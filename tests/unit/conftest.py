@@ -1,12 +1,15 @@
-"""Units start no server and no process: a test that does belongs in tests/integration."""
+"""Units start no server and no process: a test that does belongs in tests/integration. What many of them use."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.worlds.fragments import in_memory
 
 REFUSED = frozenset({"socket.bind", "socket.connect", "subprocess.Popen", "os.fork", "os.posix_spawn"})
 _running: list[str] = []
@@ -25,3 +28,12 @@ def _no_server_and_no_process(request: pytest.FixtureRequest) -> Iterator[None]:
     _running.append(request.node.nodeid)
     yield
     _running.clear()
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """For stores of which hundreds are made, and whose durability is not what is tested: they would mostly wait for
+    syncs of the disk.
+    """
+    with in_memory(tmp_path_factory.mktemp("memory")) as path:
+        yield path

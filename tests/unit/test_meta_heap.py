@@ -5,6 +5,7 @@ whichever it was before.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,9 +226,9 @@ async def test_a_store_of_a_later_layout_is_refused_and_left_as_it_is(tmp_path: 
     )
 )
 async def test_however_rows_grow_and_shrink_they_are_read_as_they_are_and_the_heap_keeps_no_others(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: list[list[tuple[bytes, int, int]]]
+    memory: Path, checkpoints: list[list[tuple[bytes, int, int]]]
 ) -> None:
-    directory = tmp_path_factory.mktemp("store")
+    directory = Path(tempfile.mkdtemp(dir=memory))
     store = open_store(directory)
     model: dict[bytes, Slot] = {}
     counter = 0

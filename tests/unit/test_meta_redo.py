@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -145,7 +146,7 @@ def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_writt
     restarts=st.sets(st.integers(0, 39)),
 )
 def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
-    tmp_path_factory: pytest.TempPathFactory,
+    memory: Path,
     sizes: list[int],
     applied_every: int,
     torn: random.Random,
@@ -154,7 +155,7 @@ def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
     """The last write reaches the disk as any of its sectors; the next goes on from there. A group that was written
     whole may come back though it was not acknowledged.
     """
-    directory = tmp_path_factory.mktemp("redo")
+    directory = Path(tempfile.mkdtemp(dir=memory))
     with small():
         log, applied = fresh(directory), 0
         bodies: dict[int, bytes] = {}
@@ -602,11 +603,9 @@ KEYS = [b"a", b"a/1", b"a/2", b"b" * 480, b"b" * 481, b"b" * 700, b"b" * 961, b"
         max_size=30,
     )
 )
-async def test_wherever_rows_lie_they_are_read_as_one(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, bytes, int]]
-) -> None:
+async def test_wherever_rows_lie_they_are_read_as_one(memory: Path, steps: list[tuple[str, bytes, int]]) -> None:
     """In LMDB, on the way there (a checkpoint that has begun and not ended), above that, or in any number of them."""
-    directory = tmp_path_factory.mktemp("store")
+    directory = Path(tempfile.mkdtemp(dir=memory))
     with small():
         store = LmdbMetaStore(directory / "0", map_bytes=1 << 26)
         model: dict[tuple[int, bytes], Slot] = {}
