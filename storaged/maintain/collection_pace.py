@@ -1,11 +1,11 @@
-"""How fast this node collects garbage, and whether it does at all: the operator sets it (``cluster.move_settings``).
+"""Keeps garbage collection within the pace that the operator sets, or pauses it (``cluster.move_settings``).
 
 The garbage lists, the sweep of orphans and the sweep of pages share it. They spend before they judge something, and
-look at ``paused`` again before each deletion: what was judged before a pause stays. That is safe at any time: what is
-not deleted now is judged again later.
+look at ``paused`` again before each deletion, so data that was judged before a pause stays. That is safe at any time:
+data that is not deleted now is judged again later.
 
-Theory of operation. Two sums grow: ``_spent``, with each thing that is to be judged, and ``_allowed``, at the pace that
-is set now. A caller waits until ``_allowed`` has reached the sum that it made of ``_spent``. It looks again at least
+Theory of operation. Two sums grow: ``_spent`` with each item that is to be judged, and ``_allowed`` at the pace that is
+set now. A caller waits until ``_allowed`` has reached the sum that it made of ``_spent``. It looks again at least
 every ``poll_s``, so a new pace also counts for callers that wait already.
 """
 
@@ -17,9 +17,10 @@ from math import inf
 from storaged.maintain.context import MaintainContext
 
 BURST_S = 1.0
-"""The allowance of so many seconds may be saved up and spent at once."""
+"""The allowance of this time may be saved up and spent at once."""
 LEAST_S = 0.001
-"""No shorter wait is worth a turn of the event loop; and a time so small that a clock does not show it never ends."""
+"""Shorter waits are skipped. They are not worth a turn of the event loop, and a wait that is too short for the clock to
+show would never end."""
 
 
 class CollectionPace:
@@ -38,8 +39,8 @@ class CollectionPace:
         return self._context.settings().collection_per_s
 
     async def spend(self, count: int) -> None:
-        """Before so many things are judged: waits for the pace, and as long as collection is paused. Gives others a
-        turn in any case.
+        """To be called before ``count`` items are judged. Waits for the pace, and while collection is paused; lets
+        other tasks run in any case.
         """
         self._allow()  # before ``_spent`` grows: it limits how much of the time until now was saved up
         self._spent += count
@@ -52,7 +53,7 @@ class CollectionPace:
             wait_s = self._context.limits.poll_s if self.paused else min(left_s, self._context.limits.poll_s)
 
     def _left_s(self, mine: float) -> float:
-        """Seconds until so much may be spent."""
+        """Seconds until the pace allows the sum ``mine``."""
         self._allow()
         return max(0.0, mine - self._allowed) / self.per_s if self.per_s else 0.0
 

@@ -1,9 +1,9 @@
-"""Which findings the disks that can be used now may change, the most urgent first. Pure.
+"""Which findings repair may solve with the disks that can be used now, the most urgent first. Pure.
 
 Theory of operation. There may be a hundred thousand findings, and they are asked for each second. So they are kept by
 cause (``Finding.causes``). Each cause has a heap, and a look takes only as many as it wants from the heaps whose cause
 is met. The taker adds a finding again after it was judged. A finding that was removed leaves its entries in the heaps.
-They count for nothing, and a heap is cleared of them when they are the larger part.
+They do not count, and a heap drops them when they are the larger part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from storaged.maintain.health import Cause, DisksNow, Finding, is_met
 Order = tuple[int, bool, int, bytes]
 
 STALE_MIN = 64
-"""A heap is not cleared while it has fewer entries that count for nothing."""
+"""A heap with fewer stale entries than this keeps them."""
 
 
 def urgency(finding: Finding) -> tuple[bool, int, bytes]:

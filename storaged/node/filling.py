@@ -1,4 +1,4 @@
-"""Which disks are nearly full, and when they will be, at the pace of the last hour. Pure.
+"""Which disks are nearly full, and when they will be full at the pace of the last hour. Pure.
 
 The pace is measured by this process, between the states of disks that it has heard. It is not known in the first
 minutes, and not while a disk gets emptier.
@@ -18,7 +18,7 @@ WARNING_PART = 10
 
 WINDOW_S = 3600.0
 STEP_S = 60.0
-"""Free space is remembered once in this time."""
+"""The free space of a disk is remembered this often."""
 
 MEASURED_S = 300.0
 """The pace is believed when it was measured for this time."""

@@ -35,9 +35,7 @@ def endpoint_of(config: Config) -> Endpoint:
 
 
 def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
-    """A worker's share of the memory that a whole gateway may use; of buffers at least what a few
-    large transfers need.
-    """
+    """A worker's share of the memory that a whole gateway may use; its buffers suffice for a few large transfers."""
     buffers = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max")
     shares = {name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in buffers}
     shares |= {name: getattr(limits, name) // workers for name in ("opened_bytes_max", "listed_bytes_max")}

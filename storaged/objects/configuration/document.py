@@ -1,7 +1,7 @@
 """The configuration of a bucket: one immutable value with an entry for each kind that was set. Pure.
 
 Theory of operation. The record of a bucket has the whole configuration as one sealed field (FORMATS.md, Records). So
-the authenticator of the record covers it, one compare-and-set changes it, and whoever has the record has the
+the authenticator of the record covers it, one compare-and-set changes it, and code that has the record has the
 configuration: a request reads nothing more. An entry is the encoded message of its kind; it is decoded when it is first
 asked for, and kept.
 

@@ -2,10 +2,10 @@
 
 Theory of operation. Fragments go to all disks of a block at the same time. Most answer within a moment of each other.
 One that hangs would hold up the request until the call's limit is over, and so would every request while it hangs. So
-the others decide: once what they have is safe by itself, the rest gets ``late_grace_s``, or as long again as the others
-took if that is more: where all disks are slow, none is given up. The rest gets twice as long where it is not safe yet,
-but the caller can make it so without them, by placing blocks anew. A call that is given up is cancelled, and not waited
-for: a thread that waits for a disk can't be interrupted. It may still write its fragment, which harms nothing.
+the others decide. When their fragments are safe without the rest, the rest gets ``late_grace_s``, or as long again as
+the others took if that is more: when all disks are slow, none is given up. The rest gets twice as long when the write
+is not safe yet but the caller can make it safe by placing blocks anew. A call that is given up is cancelled, but not
+waited for: a thread that waits for a disk can't be interrupted. It may still write its fragment, which harms nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ async def until_safe(
     limit_s: float,
 ) -> dict[K, float]:
     """Runs the calls at the same time, for ``limit_s`` at most. ``on_done(key, result)`` is called for each that ends;
-    ``safe()`` then says whether the others are not needed, and ``curable(count)`` whether the caller can do without so
-    many. Returns those that were given up, each with the seconds that it had.
+    ``safe()`` then says whether the others are not needed, and ``curable(count)`` whether the caller can do without
+    ``count`` of them. Returns those that were given up, each with the seconds that it had.
     """
     grace_s = plane.limits.late_grace_s
     loop = asyncio.get_running_loop()
