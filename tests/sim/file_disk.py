@@ -35,12 +35,12 @@ from storaged.meta.storage import write_queue as write_queue_module
 from storaged.meta.storage.checkpoint import Applier, Checkpointer
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.opening import open_state
-from storaged.meta.storage.reader import StoreReader
-from storaged.meta.storage.rowvalue import intact
+from storaged.meta.storage.reader import SLICE_ROWS_MAX, StoreReader
+from storaged.meta.storage.rowvalue import MASK, check_number, intact
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.storage.state import StoreState
 from storaged.meta.storage.write_queue import OnWritten, WriteQueue
-from storaged.meta.store_ports import Kept, StoreBatch
+from storaged.meta.store_ports import Kept, RowRange, StoreBatch
 from storaged.wire import Buffer
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.lockstep import LockstepLock, LockstepThread, LockstepThreads
@@ -271,10 +271,19 @@ class FileDisk:
                 self.world.loop.troubles.append(f"a disk that has not failed is refused: {error}")
             self.refused, self.store = error, MemoryMetaStore(entropy=self.world.random.randbytes)
             return
+        self._verify_sums()
         for header, payload in self.store.restorable():
             self._in_fragments[header] = bytes(payload)
         self.store.copies_restored()
         self.payloads.synced = dict(self._in_fragments)
+
+    def _verify_sums(self) -> None:
+        """The sum of each shard is that of the rows that this start has found."""
+        for scope in self.store.scopes():
+            prefix = RegisterName(*scope, b"").prefix
+            rows = self.store.slice(RowRange(*scope, after=b"", prefix=b"", limit=SLICE_ROWS_MAX))
+            if self.store.shard_sum(prefix) != sum(check_number(row) for _, row in rows) & MASK:
+                self.world.loop.troubles.append(f"the sum of {len(rows)} rows is another one")
 
     def copies(self, _life: int, _node: StorageNode) -> PlainCopies:
         """Raises DiskForeign when the store was refused as the process opened it."""

@@ -12,6 +12,7 @@ OPENING = "storaged/meta/storage/opening.py"
 CHECKPOINT = "storaged/meta/storage/checkpoint.py"
 OVERLAY = "storaged/meta/storage/overlay.py"
 HEAP = "storaged/meta/storage/heap.py"
+SUMS = "storaged/meta/storage/sums.py"
 QUEUE = "storaged/meta/storage/write_queue.py"
 AGREEMENT = "storaged/meta/listing/agreement.py"
 SHARDS = "storaged/meta/listing/shards.py"
@@ -54,6 +55,24 @@ _STORES = (
         OPENING,
         "            state.restorable.extend(batch.copy for batch in batches if batch.copy is not None)\n",
         "",
+    ),
+    Planted(
+        "sums_only_grow",
+        "the sum of a shard keeps what a row was before",
+        20,
+        "files",
+        SUMS,
+        '            change = check_number(row) - check_number(stamps_before.get(at, b""))\n',
+        "            change = check_number(row)\n",
+    ),
+    Planted(
+        "sums_count_the_log_twice",
+        "rows of a checkpoint that are written again after a kill count twice in the sum of their shard",
+        100,
+        "files",
+        "storaged/meta/storage/reader.py",
+        "(0 if root is None else check_stored(transaction, root, key))",
+        "0",
     ),
     Planted(
         "half_overwritten_early",
