@@ -124,7 +124,7 @@ def short_details(facts: SparingFacts) -> list[tuple[str, str]]:
                 f"{format_size(needed)} that lie on disks which are away have to be written anew;"
                 f" {format_size(short)} of them have no room on the disks that are left, with at most"
                 f" {facts.layout.target.m} fragments of a block in a {facts.layout.domain_kind}. Each disk keeps its"
-                f" reserve and {100 // MARGIN_PART}% free. What has no spare left is written all the same",
+                f" reserve and {100 // MARGIN_PART}% free. What has no spare left is written as far as there is room",
             )
         )
     for disk, lacks in facts.disks_short.items():

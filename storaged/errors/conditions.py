@@ -131,7 +131,7 @@ class SparingLacksRoom(Condition):
     """Disks that are away are not replaced, or not by all others: what they had does not fit on the disks that are
     left, beside what each keeps free, and with no more of it in a failure domain than may be there. ``status`` says how
     many bytes are short, and where. Nothing is lost by this: what was begun ends, what has no spare left is written
-    anew as long as disks take it, and the rest goes on by itself when there is room.
+    anew as far as there is room, and the rest goes on by itself when there is more.
     """
 
     code = "SPARING_LACKS_ROOM"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
@@ -22,10 +22,14 @@ class Placements:
         """By the countries of a bucket."""
         self._taking: frozenset[str] = frozenset()
 
-    def choose(self, entry: PartEntry, profile: Profile, countries: tuple[str, ...]) -> Placement | None:
-        """Where a write of this profile would go now; None when it would be refused."""
+    def choose(
+        self, entry: PartEntry, profile: Profile, countries: tuple[str, ...], among: Collection[str] | None = None
+    ) -> Placement | None:
+        """Where a write of this profile would go now; None when it would be refused. ``among``: to no other disks."""
         liveness = self._context.liveness
         writable: Callable[[str], bool] = liveness.disk_writable
+        if among is not None:
+            writable = frozenset(filter(liveness.disk_writable, among)).__contains__
         try:
             return choose_prompt(
                 self._context.layouts.current, entry.data_id, profile, writable, liveness.disk_prompt, countries
@@ -40,13 +44,14 @@ class Placements:
         present: BlockPlace | None = None,
         *,
         first_choice: bool = False,
+        among: Collection[str] | None = None,
     ) -> Placement | None:
         """Where the part can lie under the target profile of the layout in force, within the limits of the failure
         domains; None when it can't now. ``present``: where it is; disks that keep a fragment keep its position.
-        ``first_choice``: nowhere but on the disks that the layout prefers.
+        ``first_choice``: nowhere but on the disks that the layout prefers. ``among``: on no other disks.
         """
         target = self._context.layouts.current.target
-        placement = self.choose(entry, target, countries)
+        placement = self.choose(entry, target, countries, among)
         if placement is None or placement.profile != target or (first_choice and placement.moved):
             return None
         domain_of = self._context.layouts.current.domain_by_disk

@@ -165,10 +165,14 @@ class Repair:
             await self.check.round()
             await self._compare_mismatched()
             await self._judge_concluded()
-            await self.room.look(needed=self._some_away_long())
+            await self._look_for_room()
             await self._repair_most_urgent()
         except REFUSALS as error:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
+
+    async def _look_for_room(self) -> None:
+        if await self.room.look(needed=self._some_away_long()):
+            self._queue.try_again()
 
     def _look_due(self) -> bool:
         return self._queue.fresh or self._next_look_at <= self._context.clock.monotonic()
@@ -193,7 +197,7 @@ class Repair:
         failures: list[str] = []
         batch = self._context.limits.repair_batch
         for finding in heapq.nsmallest(batch, work, key=urgency):
-            await self.room.look(needed=self._some_away_long())
+            await self._look_for_room()
             if finding.misplaced and not self._may_move():
                 break  # those that follow only have to move, too
             await self.relocator.room()
@@ -270,7 +274,8 @@ class Repair:
     def _due_findings(self) -> list[Finding]:
         now = self._context.clock.monotonic()
         moves = not self.relocator.away
-        recode, bare_only = self._some_away_long(), self._is_cut_off(self._context.recode_delay_s) or self.room.short
+        recode = self._some_away_long() and not self.room.stuck
+        bare_only = self._is_cut_off(self._context.recode_delay_s) or self.room.short
         due = self._queue.due(now, recode=recode, moves=moves, misplaced=self._may_move(), bare_only=bare_only)
         return [finding for finding in due if not self._is_moving(finding)]
 
@@ -374,18 +379,26 @@ class Repair:
         away, delay_s = any(block.away for block in blocks), self._context.recode_delay_s
         away_long = away and self._away_long_enough(blocks)
         place = blocks[0].place
-        spares = away_long and not self._is_cut_off(delay_s) and (place.gone or not self.room.short)
-        urgent = not blocks[0].as_written or spares
+        bare = any(block.spare == 0 for block in blocks)
+        short = away_long and self.room.short and not place.gone
+        urgent = not blocks[0].as_written or (away_long and not self._is_cut_off(delay_s) and (bare or not short))
+        among = self._with_room(blocks, place.profile.k) if short else None
         on_target = blocks[0].on_target
         if urgent or not (place.placed and on_target):
             # Elsewhere it would count as placed, and never come to the disk that is away now.
             waits = not urgent and self._placements.may_stay(place) and (on_target or not self._some_away_long())
-            placement = self._placements.at_target(entry, countries, place, first_choice=waits)
+            placement = self._placements.at_target(entry, countries, place, first_choice=waits, among=among)
             if placement is not None:
                 return placement
-        if away_long and any(block.spare == 0 for block in blocks):
-            return self._placements.choose(entry, blocks[0].place.profile, countries)
+        if away_long and bare and not (short and self._placements.at_target(entry, countries)):
+            return self._placements.choose(entry, blocks[0].place.profile, countries, self._with_room(blocks, 1))
         return None
+
+    def _with_room(self, blocks: Sequence[BlockHealth], k: int) -> frozenset[str]:
+        """The disks that have room for a fragment of each of these blocks with ``k`` data fragments, or have one."""
+        size = sum(block.place.shape.sealed_bytes // k for block in blocks)
+        holders = (frozenset(block.place.disks[position] for position in block.present) for block in blocks)
+        return self.room.taking(size) | frozenset.intersection(*holders)
 
     def _some_away_long(self) -> bool:
         """Some disk has taken no writes for longer than repair waits for it."""

@@ -266,6 +266,11 @@ class RepairQueue:
         self._back_offs[name] = _BackOff(now + pause_s, failures, reason[:REASON_CHARS_MAX])
         self._expect(self._found(name))
 
+    def try_again(self) -> None:
+        """What failed is tried at once: there is room for it now."""
+        self._back_offs.clear()
+        self.fresh = True
+
     def expects_progress(self, *, moves: bool, misplaced: bool = True) -> bool:
         """Something can be repaired that did not fail again and again. ``moves``, ``misplaced``: as for ``due``."""
         return any(

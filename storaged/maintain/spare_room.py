@@ -8,8 +8,8 @@ Theory of operation
 
     *Fragments.* They are laid out as placement would (``place.replaced``): under the profile of the layout, within the
     limits of failure domains and operators, on disks with room left; where one disk is full the next in rank comes.
-    What finds no place is short. The groups in the sample stand for all. Where disks without limit would not hold the
-    profile either, it is not for want of room: then the check says what is missing.
+    What finds no place is short. The groups in the sample stand for all. Where disks of any size would not hold the
+    profile, as with two of three racks, blocks are written whole under a weaker one, and that is laid out.
 
     *Partitions.* The layout without the disks that are out names one disk for each, which takes it or not.
 
@@ -22,8 +22,8 @@ Theory of operation
     its own disks, or send them to disks that refuse. Its counts are bounded by what the disks that are away reported,
     and of the sizes of partitions the median counts. A wrong verdict costs moves, or delays them.
 
-    Blocks without a spare are written anew all the same, as long as disks take them: one more failure would lose them.
-    Disks keep their reserve, so deletes and repair in place go on (``disk_room``).
+    Blocks without a spare are written anew all the same, as far as there is room: one more failure would lose them. The
+    margin stays for them, too, so no disk gets full by that, and clients go on writing.
 """
 
 from __future__ import annotations
@@ -36,10 +36,16 @@ from typing import NamedTuple, Protocol
 from storaged.cluster.layout import Layout, placement_group
 from storaged.cluster.partitions import PartitionState
 from storaged.cluster.ports import DiskStatus
-from storaged.objects.code.place import replaced
+from storaged.errors import ServiceUnavailable
+from storaged.ids import DATA_ID_BYTES
+from storaged.objects.code.place import Placement, choose, first_choice, replaced
+from storaged.units import MIB
 
 MARGIN_PART = 50
 """One part in this many of a disk stays free besides the reserve: 2%."""
+
+MARGIN_BYTES_MIN = 8 * MIB
+"""The margin of a small disk: several nodes may write to it before its next heartbeat."""
 
 SAMPLES = 256
 """Fragments that are laid out, each for its share of all."""
@@ -76,11 +82,11 @@ ENOUGH = Shortage()
 
 def free_for_spares(reports: Mapping[str, DiskStatus], takes: Callable[[str], bool]) -> dict[str, int]:
     """Bytes that each disk may get. ``takes(disk)``: it takes new fragments now."""
-    return {
-        disk: max(0, found.bytes_free - (found.bytes_used + found.bytes_free) // MARGIN_PART)
-        for disk, found in reports.items()
-        if takes(disk)
-    }
+    return {disk: max(0, found.bytes_free - _margin(found)) for disk, found in reports.items() if takes(disk)}
+
+
+def _margin(disk: DiskStatus) -> int:
+    return max((disk.bytes_used + disk.bytes_free) // MARGIN_PART, MARGIN_BYTES_MIN)
 
 
 def needed_bytes(
@@ -114,7 +120,7 @@ def shortage_of(layout: Layout, gone: Collection[str], free: Mapping[str, int], 
         return ENOUGH
     cases = list(_cases(layout, gone, free))
     if not cases:
-        return ENOUGH
+        return Shortage(needed, _short_of_weaker(layout, gone, free, needed))
     unit = max(1, needed // sum(count for _, count in cases))
     left, short = dict(free), 0
     for group, count in cases:
@@ -124,6 +130,44 @@ def shortage_of(layout: Layout, gone: Collection[str], free: Mapping[str, int], 
         for disk in found or ():
             left[disk] -= unit
     return Shortage(needed, short)
+
+
+def _short_of_weaker(layout: Layout, gone: Collection[str], free: Mapping[str, int], needed: int) -> int:
+    """How many of the bytes find no place, where blocks are written whole under what disks of any size can hold."""
+    target, cases = layout.target, list[tuple[bytes, int]]()
+    for number in range(SAMPLES):
+        data_id = (number * _GROUPS // SAMPLES << 4).to_bytes(2, "big") + bytes(DATA_ID_BYTES - 2)
+        found = _chosen(layout, data_id, free, 0)
+        if found is not None and (lost := sum(disk in gone for disk in first_choice(layout, data_id, target))):
+            cases.append((data_id, lost))
+    unit = needed // max(1, sum(lost for _, lost in cases))
+    left, short = dict(free), 0
+    for data_id, lost in cases:
+        found = _chosen(layout, data_id, left, unit * target.k)
+        if found is None:
+            short += lost * unit
+        else:
+            for disk in found.disks:
+                left[disk] -= unit * target.k // found.profile.k
+    return short
+
+
+def _chosen(layout: Layout, data_id: bytes, left: Mapping[str, int], block: int) -> Placement | None:
+    """Where a block goes, among disks that have room for all of it: its fragments may be copies."""
+    try:
+        return choose(layout, data_id, layout.target, lambda disk: left.get(disk, -1) >= block)
+    except ServiceUnavailable:
+        return None
+
+
+def takes_some(layout: Layout, gone: Collection[str], free: Mapping[str, int]) -> bool:
+    """Whether some blocks find places, though others don't."""
+    if not any(True for _ in _cases(layout, gone, free)):
+        return _chosen(layout, bytes(DATA_ID_BYTES), free, 1) is not None
+    return any(
+        replaced(layout, group, layout.target, lambda disk, first: _takes(disk, first, free, gone, 1)) is not None
+        for group, _ in _cases(layout, gone, free)
+    )
 
 
 def _takes(disk: str, first: bool, left: Mapping[str, int], gone: Collection[str], unit: int) -> bool:

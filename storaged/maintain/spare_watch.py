@@ -8,7 +8,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.spare_room import ENOUGH, Counts, Shortage, free_for_spares, needed_bytes, shortage_of
+from storaged.maintain.spare_room import (
+    ENOUGH,
+    Counts,
+    Shortage,
+    free_for_spares,
+    needed_bytes,
+    shortage_of,
+    takes_some,
+)
 from storaged.units import format_size
 
 LOOK_S = 5.0
@@ -22,20 +30,26 @@ class SpareWatch:
         self._statuses = statuses
         self._shortage = ENOUGH
         self._look_at = float("-inf")
+        self.stuck = False
+        """There was no room for anything at the last look."""
 
     @property
     def short(self) -> bool:
         """There was too little room at the last look."""
         return self._shortage.short_bytes > 0
 
-    async def look(self, *, needed: bool) -> None:
-        """To be called again and again. ``needed``: repair waits no longer for some disk that is away."""
+    async def look(self, *, needed: bool) -> bool:
+        """To be called again and again. ``needed``: repair waits no longer for some disk that is away. Returns whether
+        there is more room than at the last look.
+        """
+        before = self.short, self.stuck
         now = self._context.clock.monotonic()
         if not needed:
-            self._shortage, self._look_at = ENOUGH, float("-inf")
+            self._shortage, self._look_at, self.stuck = ENOUGH, float("-inf"), False
         elif now >= self._look_at:
             self._look_at = now + LOOK_S
             self._note(await self._judge())
+        return (self.short, self.stuck) < before
 
     async def _judge(self) -> Shortage:
         context = self._context
@@ -43,7 +57,15 @@ class SpareWatch:
         gone = frozenset(disk.id for disk in layout.disks if not context.liveness.disk_readable(disk.id))
         wanted = needed_bytes(layout, gone, reports, await self._statuses())
         free = free_for_spares(reports, context.liveness.disk_writable)
-        return await asyncio.to_thread(shortage_of, layout, gone, free, wanted)
+        found = await asyncio.to_thread(shortage_of, layout, gone, free, wanted)
+        self.stuck = found.short_bytes > 0 and not await asyncio.to_thread(takes_some, layout, gone, free)
+        return found
+
+    def taking(self, size: int) -> frozenset[str]:
+        """The disks that have room for so many bytes now; also those of which nothing was heard yet."""
+        context = self._context
+        free = free_for_spares(context.reports(), context.liveness.disk_writable)
+        return frozenset(disk.id for disk in context.layouts.current.disks if free.get(disk.id, size) >= size)
 
     def _note(self, found: Shortage) -> None:
         if self.short != (found.short_bytes > 0):

@@ -8,6 +8,7 @@ import asyncio
 import os
 
 from storaged.maintain.repair import NO_RECODING_S
+from storaged.maintain.spare_room import MARGIN_BYTES_MIN
 from storaged.objects.records import BucketRecord
 from storaged.wire import Message
 from tests.integration.memory_cluster import Cluster, run
@@ -30,9 +31,10 @@ def held(cluster: Cluster) -> dict[str, int]:
 
 
 def give_room(cluster: Cluster, spare: int) -> dict[str, int]:
-    """Each disk may have so much more than it has. Returns what it may have."""
-    cluster.alive.room_bytes = {disk: (used + spare) * 50 // 49 + 1 for disk, used in held(cluster).items()}
-    return {disk: used + spare for disk, used in held(cluster).items()}
+    """Each disk may have so much more than it has, besides the margin. Returns what it may have."""
+    bounds = {disk: used + spare for disk, used in held(cluster).items()}
+    cluster.alive.room_bytes = {disk: bound + MARGIN_BYTES_MIN for disk, bound in bounds.items()}
+    return bounds
 
 
 async def on_disk(cluster: Cluster, bucket: BucketRecord, disk: str) -> int:
@@ -105,13 +107,14 @@ def test_when_the_room_is_taken_in_the_middle_it_pauses_and_no_disk_is_filled() 
     run(scenario, racks=RACKS)
 
 
-def test_what_has_no_spare_left_is_written_anew_all_the_same() -> None:
+def test_what_has_no_spare_left_is_written_anew_as_far_as_there_is_room() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket, _ = await filled(cluster)
         cluster.maintain()
         await cluster.settled()
-        give_room(cluster, 0)
         disks = ("d0", "d1")
+        lost_bytes = sum(held(cluster)[disk] for disk in disks)
+        give_room(cluster, 0)
         counts = dict.fromkeys(range(OBJECTS), 0)
         for number in counts:
             for place in await cluster.places(bucket, b"%d" % number):
@@ -119,10 +122,24 @@ def test_what_has_no_spare_left_is_written_anew_all_the_same() -> None:
         assert set(counts.values()) >= {1, 2}
         for disk in disks:
             cluster.lose_disk(disk)
+
+        async def still() -> set[int]:
+            """The objects that name a disk that is lost."""
+            found = [(number, place) for number in counts for place in await cluster.places(bucket, b"%d" % number)]
+            return {number for number, place in found if set(disks) & set(place.disks)}
+
         await cluster.pass_s(DELAY_S + 300)
-        for number, count in counts.items():
-            places = await cluster.places(bucket, b"%d" % number)
-            still = any(set(disks) & set(place.disks) for place in places)
-            assert still == (count == 1), (number, count)
+        touched = {number for number, count in counts.items() if count}
+        assert await still() == touched, "there is no room at all"
+        bounds = give_room(cluster, lost_bytes // 8)  # six disks would have to take a sixth each
+        await cluster.pass_s(600)
+        found = await still()
+        assert found < touched
+        assert {counts[number] for number in touched - found} == {2}
+        over = {disk: held(cluster)[disk] - bound for disk, bound in bounds.items() if disk not in disks}
+        assert max(over.values()) <= BYTES, over
+        give_room(cluster, lost_bytes)
+        await cluster.pass_s(300)
+        assert await still() == set()
 
     run(scenario, racks=RACKS)

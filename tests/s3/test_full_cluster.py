@@ -7,6 +7,7 @@ back by itself when there is room.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from storaged.units import MIB
+from tests.cluster import RACKS
 from tests.servers import DISKS, Servers
 from tests.worlds.small_disk import SmallDisks
 
@@ -25,6 +27,8 @@ FULL = (507, "InsufficientStorage")
 TINY_BYTES = 900
 OBJECTS_MAX = 600
 """More than fit."""
+FREE_PART = 0.2
+"""What one of four servers has does not fit into so much: the others would get a third more each."""
 
 
 class SmallServers(Servers):
@@ -47,6 +51,17 @@ def servers(tmp_path: Path) -> Iterator[SmallServers]:
     found = SmallServers(tmp_path / "servers", disks)
     try:
         yield found.create()  # type: ignore[misc]
+    finally:
+        found.stop()
+        disks.close()
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Iterator[SmallServers]:
+    disks = SmallDisks()
+    found = SmallServers(tmp_path / "servers", disks)
+    try:
+        yield found.create({**RACKS, "n4": "FR/lyo2/d"})  # type: ignore[misc]
     finally:
         found.stop()
         disks.close()
@@ -150,3 +165,51 @@ def test_a_full_cluster_reads_lists_and_deletes_and_comes_back_by_itself(servers
         return len(again) > len(taken) / 2
 
     servers.wait_until(takes_half, 120, "room for half of the objects again")
+
+
+def test_a_server_that_is_gone_is_not_replaced_without_room_and_is_when_there_is_some(four: SmallServers) -> None:
+    servers = four
+    s3 = servers.boto3(attempts=3)
+    servers.run("cluster", "sparing", str(servers.authority), "--fragments", "10s", "--registers", "20s")
+    servers.change()
+
+    def free_part() -> float:
+        disks = [disk for node in servers.status()["nodes"] for disk in node["disks"]]
+        used, free = (sum(disk[what] for disk in disks) for what in ("bytes_used", "bytes_free"))
+        return float(free / max(1, used + free))
+
+    keys: list[str] = []
+    while free_part() > FREE_PART:
+        for _ in range(8):
+            keys.append(f"big/{len(keys):04}")
+            s3.put_object(Bucket="demo", Key=keys[-1], Body=bytes(MIB))
+        assert len(keys) < OBJECTS_MAX
+
+    def short() -> list[dict[str, Any]]:
+        return [entry for entry in servers.status()["problems"] if entry["code"] == "SPARING_LACKS_ROOM"]
+
+    servers.kill_node("n4")
+    servers.wait_until(lambda: bool(short()), 120, "too little room for what n4 had")
+    assert "have no room on the disks that are left" in short()[0]["detail"]
+    seen: list[int] = []
+
+    def pauses() -> bool:
+        """What has no spare left is written anew, as far as there is room."""
+        assert "full" not in states(servers)
+        seen.append(servers.status()["objects_below_target"])
+        time.sleep(1)
+        return len(seen) > 20 and len({*seen[-10:]}) == 1
+
+    servers.wait_until(pauses, 120, "nothing that is written anew")
+    assert short()
+    assert seen[-1] > len(keys) / 8
+    assert answer(s3.put_object, Key="more", Body=bytes(MIB))[0] == 200, "clients still have the room that is left"
+
+    for key in keys[::2]:
+        s3.delete_object(Bucket="demo", Key=key)
+    servers.wait_until(lambda: not short(), 180, "room for what n4 had")
+    servers.wait_until(lambda: servers.status()["objects_below_target"] == 0, 240, "all of it at the others")
+    servers.wait_moved()
+    for key in keys[1::2]:
+        assert "n4" not in {row["node"] for row in servers.where("demo", key)["fragments"]}
+        assert s3.get_object(Bucket="demo", Key=key)["Body"].read() == bytes(MIB)

@@ -17,6 +17,7 @@ from storaged.maintain.spare_room import (
     free_for_spares,
     needed_bytes,
     shortage_of,
+    takes_some,
 )
 from storaged.units import GIB, TIB
 from tests.doubles.layouts import KnownLayouts, layout_of
@@ -44,6 +45,8 @@ def test_what_fits_within_the_limits_of_domains_fits_and_the_rest_is_short_by_it
     needed, short = shortage_of(FIVE, gone, free, 100 * GIB)
     assert needed == 100 * GIB
     assert 18 * GIB < short < 30 * GIB, "80 GiB are free"
+    assert takes_some(FIVE, gone, free)
+    assert not takes_some(FIVE, gone, dict.fromkeys(free, 0))
     assert shortage_of(FIVE, gone, free, 0) == ENOUGH
     assert shortage_of(FIVE, frozenset(), free, 100 * GIB) == ENOUGH
 
@@ -60,11 +63,25 @@ def test_a_full_disk_is_passed_over_and_a_full_rack_counts_only_for_what_may_not
     assert shortage_of(three, frozenset({"c0"}), free, GIB).short_bytes == 0
 
 
-def test_where_disks_without_limit_would_not_do_it_is_not_for_want_of_room() -> None:
+def test_where_the_profile_can_not_be_held_room_for_weaker_blocks_is_needed() -> None:
+    """With two of three racks 4+2 becomes 2+2: for two fragments that are lost, four of twice the size are written."""
     three = layout_of((2, 2, 2))
     gone = frozenset({"c0", "c1"})
-    free = {disk: 0 for disk in free_on(three, 0) if disk not in gone}
-    assert shortage_of(three, gone, free, TIB) == ENOUGH
+
+    def short(room: int) -> int:
+        free = {disk: room for disk in free_on(three, 0) if disk not in gone}
+        return shortage_of(three, gone, free, GIB).short_bytes
+
+    assert short(TIB) == 0
+    assert short(0) == pytest.approx(GIB, rel=0.02)
+    assert short(GIB + GIB // 32) == 0
+    assert GIB // 8 < short(3 * GIB // 4) < GIB // 2
+
+
+def test_where_disks_of_any_size_would_not_do_it_is_not_for_want_of_room() -> None:
+    three = layout_of((2, 2, 2))
+    gone = frozenset({"b0", "b1", "c0", "c1", "a1"})
+    assert shortage_of(three, gone, {"a0": 0}, TIB).short_bytes == 0
 
 
 def test_the_limits_of_operators_count_too() -> None:
