@@ -33,6 +33,7 @@ def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:
         "disks_may_fail": found.disks_may_fail,
         "racks_may_fail": found.domains_may_fail,
         "replicas_may_fail": found.replicas_may_fail,
+        "whole": found.whole,
         "fragments": fragments,
         "replicas": [dataclasses.asdict(replica) for replica in found.replicas],
     }

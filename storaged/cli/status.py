@@ -268,6 +268,8 @@ def print_where(found: dict[str, Any], url: str) -> None:
     """Prints what may fail, then a table of fragments and replicas. Blocks with the same disks share their lines."""
     click.echo(f"{url}  {format_size(found['size'])}")
     click.echo(f"  {_may_fail(found)}")
+    if found.get("whole"):
+        click.echo("  it lies whole where no operator should have all of it, and waits to be coded")
     columns = ["disk", "node", "rack", "state"]
     if any(row.get("operator") for row in (*found["fragments"], *found["replicas"])):
         columns.insert(3, "operator")

@@ -24,6 +24,8 @@ from storaged.maintain.asks import (
     WAIT_S_MAX,
     Answered,
     Asked,
+    Divide,
+    DividedNames,
     EndedLoans,
     EndLoans,
     Settle,
@@ -46,6 +48,8 @@ ASKS_A_NODE_MAX = 8
 """Of one storage node, worked on at the same time."""
 
 SETTLES_CONCURRENT_MAX = 16
+DIVIDES_CONCURRENT_MAX = 4
+"""Bodies that are opened and coded at the same time, of one call: clients use the same gateway."""
 RETRY_S = 1.0
 """Pause after a call that failed, or that came back at once with nothing: an honest node lets the call wait."""
 
@@ -196,6 +200,36 @@ def loans_handler(
         return EndedLoans(failed)
 
     return loans
+
+
+def divide_handler(
+    find_bucket: Callable[[bytes], Awaitable[BucketRecord | None]],
+    divide: Callable[[BucketRecord, RegisterName], Awaitable[int]],
+) -> Handler:
+    """Of the kind ``divide``. ``find_bucket``: by its id; None: it is not known, or not verified. ``divide``: returns
+    how many bodies stay whole.
+    """
+
+    async def handle(_node: str, request: Divide) -> DividedNames:
+        names = names_in(request)
+        left, reasons = [0] * len(names), [""] * len(names)
+
+        async def one(index: int, name: RegisterName) -> None:
+            try:
+                bucket = await find_bucket(name.scope)
+                if bucket is None:
+                    reasons[index] = "the bucket is not known here, or not verified"
+                elif name == object_name(bucket.id, bucket.shard_numbers, name.key):
+                    left[index] = await divide(bucket, name)
+                else:
+                    reasons[index] = "it is no object"
+            except (StoragedError, TimeoutError) as error:
+                reasons[index] = str(error)
+
+        await concurrently((one(index, name) for index, name in enumerate(names)), DIVIDES_CONCURRENT_MAX)
+        return DividedNames(tuple(left), tuple(reasons))
+
+    return handle
 
 
 def settle_handler(registers: Registers) -> Handler:

@@ -88,6 +88,21 @@ class EndedLoans(Message, frozen=True):
     failed: int
 
 
+class Divide(Message, frozen=True):
+    """Code what these objects (packed names, up to ``NAMES_A_SETTLE``) keep whole."""
+
+    names: tuple[bytes, ...]
+
+
+class DividedNames(Message, frozen=True):
+    """For each name how many bodies stay whole, since only their clients' keys open them, and why it could not be done
+    now; empty when it was.
+    """
+
+    left: tuple[int, ...]
+    reasons: tuple[str, ...]
+
+
 class AskKind(NamedTuple):
     """``request``, ``answer``: their messages. ``why``: what storage nodes need it for. ``verified``: what the gateway
     checks. ``harm``: what a hostile storage node can do with it.
@@ -107,6 +122,13 @@ KINDS: Final[Mapping[str, AskKind]] = {
         "a fragment that is not its block's own is where repair has to write",
         "that the survivors of the block agree on other hashes (``discard``)",
         "makes the gateway read blocks, at a bounded rate",
+    ),
+    "divide": AskKind(
+        Divide,
+        DividedNames,
+        "the layout trusts no operator alone, and objects from before lie whole on disks",
+        "names of objects; the gateway reads the records itself, and codes only what is whole",
+        "makes the gateway read records, at a bounded rate",
     ),
     "loans": AskKind(
         EndLoans,
@@ -325,7 +347,7 @@ class Asks:
         return found
 
 
-def names_in(request: Settle | EndLoans) -> list[RegisterName]:
+def names_in(request: Settle | EndLoans | Divide) -> list[RegisterName]:
     """Raises PeerRefused for names that can't be."""
     if len(request.names) > NAMES_A_SETTLE:
         raise PeerRefused(f"{len(request.names)} names at once", faults.BAD_MESSAGE)

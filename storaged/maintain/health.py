@@ -54,6 +54,11 @@ class BlockPlace(NamedTuple):
     def profile(self) -> Profile:
         return self.run.profile
 
+    @property
+    def whole_copy(self) -> bool:
+        """Copies, or in the record itself; not coded."""
+        return self.entry.small or bool(self.entry.inline)
+
     def fragment(self, position: int) -> FragmentId:
         return FragmentId(self.entry.data_id, self.block, self.run.k, self.run.m, position)
 
@@ -88,8 +93,13 @@ def _copies_at(replicas: tuple[str, ...], run: Run) -> tuple[str, ...]:
 
 
 def blocks_of(entry: PartEntry, partition: int, layouts: Layouts, countries: Sequence[str]) -> Iterator[BlockPlace]:
-    """Every block of a part; none for a part that is kept in the record. Raises as ``run_disks``."""
+    """Every block of a part. A part that is kept in the record has none, but where no operator is trusted alone: then
+    it is one without disks that should not be so. Raises as ``run_disks``.
+    """
+    current = layouts.current
     if entry.inline:
+        if current.spreads:
+            yield BlockPlace(entry, 0, Run(0, 1, 1, 0, current.epoch), (), current.target, placed=False)
         return
     for run in entry.runs:
         disks = run_disks(entry, run, partition, layouts, countries)
@@ -99,7 +109,7 @@ def blocks_of(entry: PartEntry, partition: int, layouts: Layouts, countries: Seq
             spread = _is_spread(layout, entry.data_id, run, disks, countries) and all(
                 is_allowed(layout, disk, countries) for disk in run.moved.values()
             )
-        placed = entry.small or _is_placed(layouts, entry, run, disks, countries)
+        placed = not current.spreads if entry.small else _is_placed(layouts, entry, run, disks, countries)
         gone = not entry.small and any(disk not in layouts.current.disk_by_id for disk in disks)
         for block in range(run.first, run.first + run.count):
             yield BlockPlace(entry, block, run, disks, layouts.current.target, spread, tuple(countries), placed, gone)
@@ -166,7 +176,7 @@ class BlockHealth(NamedTuple):
     @property
     def on_target(self) -> bool:
         place = self.place
-        return place.entry.small or (place.spread and place.profile == place.target)
+        return place.placed if place.whole_copy else place.spread and place.profile == place.target
 
     @property
     def as_written(self) -> bool:
@@ -174,7 +184,8 @@ class BlockHealth(NamedTuple):
         the old target is to be gained.
         """
         place = self.place
-        return self.on_target or (place.spread and place.profile == Profile.parse(place.entry.target))
+        written = place.whole_copy or (place.spread and place.profile == Profile.parse(place.entry.target))
+        return self.on_target or written
 
     @property
     def whole(self) -> bool:
@@ -215,6 +226,8 @@ class BlockHealth(NamedTuple):
         return self._spare_with((*self.present, *self.away))
 
     def _spare_with(self, present: Sequence[int]) -> int:
+        if self.place.entry.inline:
+            return self.place.target.m  # each replica of the record has it
         profile, count = self.place.profile, len(present)
         if profile.k > 1:
             shape = self.place.shape

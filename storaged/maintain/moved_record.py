@@ -12,10 +12,10 @@ from storaged.maintain.moves import MoveAsk, apply_move
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Pages
 from storaged.objects.code.history import Draft, Entry, with_draft
-from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
+from storaged.objects.code.manifest import parts_of, with_parts
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import PartEntry, PartRecord, Version, encode_object, sharing_of
+from storaged.objects.records import PartEntry, PartRecord, encode_object, sharing_of
 from storaged.wire import decode, encode
 
 Move = tuple[MoveAsk, Profile]
@@ -64,7 +64,7 @@ async def _versions_after(
             continue
         if applied:
             left -= applied
-            after = await _with_parts(pages, name, version, parts)
+            after = await with_parts(pages, name, version, parts)
             changed.append((entry, entry._replace(version=after)))
             new_pages += [page for page in after.pages if page not in version.pages]
     loans = tuple(
@@ -94,18 +94,3 @@ def _moved(part: PartEntry, by_data: Mapping[bytes, Sequence[tuple[int, Move]]],
             part = moved
             applied.add(index)
     return part
-
-
-async def _with_parts(pages: Pages, name: RegisterName, version: Version, parts: Sequence[PartEntry]) -> Version:
-    """The version with a manifest of these parts. Its other pages, which have what is sealed about the parts, stay:
-    they are those of the version that its present manifest does not have.
-    """
-    before = {page_hash async for page_hash, _ in manifest_pages(pages, name, version)}
-    manifest = await write_manifest(pages, name, parts)
-    others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
-    return msgspec.structs.replace(
-        version,
-        parts=manifest.parts,
-        manifest=manifest.first,
-        pages=manifest.pages + others if version.pages else (),
-    )

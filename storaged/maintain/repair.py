@@ -13,7 +13,8 @@ How repair decides, in the order of this file:
    blocks again, in slices of one run.
 4. ``_repair_slice`` recodes a slice when ``_better_placement`` finds a better place for all of it. Else it rebuilds the
    MISSING fragments where they were. AWAY fragments wait for their disk.
-5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. It chooses the target
+5. ``_better_placement`` never moves small copies, nor a slice with a block that can't be read. Where no operator is
+   trusted alone, gateways code what is kept whole (``dividing``). It chooses the target
    of the layout in force, if the disks that take writes can hold it: without delay for a slice that was not written
    with its target, or that the layout in force wants elsewhere or under another profile, after the delay for one with
    AWAY fragments, unless more failure domains are silent than the layout's policy replaces (``cluster.sparing``), or
@@ -41,6 +42,7 @@ from storaged.fragments.ports import FragmentId
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.check import NOW, REFUSALS, Check
 from storaged.maintain.context import MaintainContext, concurrently, wait_for
+from storaged.maintain.dividing import Divider
 from storaged.maintain.health import BlockHealth, BlockPlace, Finding
 from storaged.maintain.job import Job
 from storaged.maintain.moves import MOVED, MOVES_A_CALL, DiscardAsk, FragmentAsk, MovesAnswer
@@ -96,6 +98,7 @@ class Repair:
         self._placements = check.walker.placements
         self.rebuilder = Rebuilder(context)
         self.relocator = Relocator(context, self._on_concluded)
+        self._divider = Divider(context)
         self._concluded: dict[bytes, str] = {}
         """Registers to be judged, because no move of them waits any more; and why the last move was not made."""
         self.job = Job("repair", context.clock)
@@ -210,11 +213,15 @@ class Repair:
             self.job.advance(0, self.rebuilder.bytes_rebuilt - before)
             if finding.misplaced:
                 self._spend(self.rebuilder.bytes_rebuilt - before)
-            if not self._is_moving(finding):
+            if not self._is_moving(finding) and not self._divider.has(finding.name):
                 self._conclude(finding.name, reason)
+            if self._divider.full:
+                self._concluded |= await self._divider.ask()
             await self._judge_concluded()
             if self.check.walk_due:
                 break  # the disks have changed: something else may be urgent now
+        self._concluded |= await self._divider.ask()
+        await self._judge_concluded()
         if failures:
             self._context.log(f"repair of {len(failures)} registers failed, the first: {failures[0]}")
 
@@ -358,6 +365,9 @@ class Repair:
         """Recodes the blocks for a better placement and returns where they are now, or rebuilds in place what is
         missing.
         """
+        if blocks[0].place.whole_copy and all(block.misplaced for block in blocks):
+            self._divider.add(name.pack())
+            return None
         placement = self._better_placement(name, blocks) if not self.relocator.away else None
         if placement is not None:
             return await self.rebuilder.recode(blocks, placement, self._context.layouts.current.epoch)

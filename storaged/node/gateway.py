@@ -35,7 +35,7 @@ from storaged.errors import (
 from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import KeyCopies
-from storaged.maintain.answers import Answers, loans_handler, settle_handler
+from storaged.maintain.answers import Answers, divide_handler, loans_handler, settle_handler
 from storaged.maintain.discard import Discarder
 from storaged.maintain.mover import Mover, MoverStatistics
 from storaged.meta.names import RegisterName, Value
@@ -67,6 +67,7 @@ from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after
 from storaged.objects.where import where
 from storaged.objects.write.departures import end_old
+from storaged.objects.write.divide import divide
 from storaged.s3.app import S3App
 from storaged.s3.inventories import InventoryWorker
 from storaged.s3.inventories import describe as describe_inventories
@@ -140,6 +141,7 @@ class Gateway:
                 "settle": settle_handler(node.ring),
                 "move": self.mover.answer,
                 "discard": self.discarder.answer,
+                "divide": divide_handler(self.mover.bucket, functools.partial(divide, plane)),
                 "loans": loans_handler(self.mover.bucket, functools.partial(end_old, plane)),
             },
             structlog.get_logger("maintain").error,

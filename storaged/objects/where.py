@@ -88,6 +88,8 @@ class Whereabouts:
     disks_may_fail: int
     domains_may_fail: int
     replicas_may_fail: int
+    whole: int = 0
+    """Bodies that lie whole, though the layout trusts no operator alone: they wait to be coded."""
 
 
 async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version_id: str = "") -> Whereabouts:
@@ -113,6 +115,7 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
         min(least.disks for least in (*spares, *runs_spare)),
         min(least.domains for least in (*spares, *runs_spare)),
         min(spare.replicas for spare in spares),
+        sum(part.small or bool(part.inline) for part in parts) if layout.spreads else 0,
     )
 
 

@@ -28,7 +28,7 @@ from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedErr
 from storaged.fragments.payloads import Payloads, header_at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
-from storaged.maintain.answers import Answers, loans_handler, settle_handler
+from storaged.maintain.answers import Answers, divide_handler, loans_handler, settle_handler
 from storaged.maintain.asks import Asks
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.discard import Discarder
@@ -54,6 +54,7 @@ from storaged.objects.system.belief import Belief
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import UserService
 from storaged.objects.write.departures import end_old
+from storaged.objects.write.divide import divide
 from storaged.wire import Buffer, Message, decode, encode
 from tests.doubles.fragments import MemoryFragmentStore
 from tests.doubles.keys import MemoryKeys, MemorySigners
@@ -633,6 +634,7 @@ class Gateway:
             "settle": settle_handler(self.ring),
             "move": self.mover.answer,
             "discard": self.discarder.answer,
+            "divide": divide_handler(self.mover.bucket, partial(divide, self.plane)),
             "loans": loans_handler(self.mover.bucket, partial(end_old, self.plane)),
         }
         self.answers = Answers(caller, self.layouts, handlers, cluster.log.append)

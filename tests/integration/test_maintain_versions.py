@@ -29,6 +29,7 @@ from storaged.objects.write.references import pages_in, parts_in
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.integration.memory_cluster import WHO, Cluster, run
 from tests.integration.test_moving_partitions import Moves
+from tests.integration.test_operators import FOUR, spread_over
 
 FEW = Bounds(versions_max=3, versions_bytes_max=1 << 20, leaf_versions=2, refs_max=3, branch_refs=2)
 SIZES = (10, 5_000, 60_000, 300_000)
@@ -368,3 +369,34 @@ def test_usage_counts_every_version_once_however_small_the_pieces(monkeypatch: p
         assert total == sum(map(len, kept.datas.values())) + 5
 
     run(scenario)
+
+
+def test_all_versions_are_coded_when_no_operator_is_trusted_alone_any_more() -> None:
+    """Copies, bodies in records, and small parts of an upload in pages of its manifest."""
+
+    async def scenario(cluster: Cluster) -> None:
+        kept = Kept(cluster)
+        await kept.make()
+        before = await kept.parts()
+        assert any(part.small for part in before)
+        assert sum(bool(part.inline) for part in before) > 40
+        cluster.layouts.partitions.complete = True
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        cluster.maintain()
+        await cluster.settled()
+        for _ in range(60):
+            await cluster.pass_s(1)
+            if not sum(status.misplaced for status in await cluster.statuses()):
+                break
+        after = await kept.parts()
+        assert [(part.data_id, part.number, part.size) for part in after] == [
+            (part.data_id, part.number, part.size) for part in before
+        ]
+        assert all(part.runs and not part.small and not part.inline for part in after)
+        assert (await kept.value()).payload == b""
+        await kept.check()
+        await cluster.leap(2 * ORPHAN_S)
+        await cluster.pass_s(30)
+        await kept.check()
+
+    run(scenario, racks=FOUR)

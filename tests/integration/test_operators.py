@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
 
 import pytest
 from msgspec.structs import replace
 
 from storaged.cluster.layout import Layout, problems_of
+from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.spread import OPERATORS
-from storaged.errors import ServiceUnavailable
+from storaged.errors import PeerUnreachable, ServiceUnavailable, SlowDown, StoragedError
 from storaged.maintain.context import MaintainLimits
+from storaged.meta.names import object_name
+from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.encryption import CUSTOMER, Encryption
 from storaged.objects.records import BucketRecord
 from storaged.objects.where import where
+from storaged.objects.write.divide import divide
+from storaged.wire import Message
 from tests.integration.memory_cluster import RACKS, WHO, Cluster, layout_of, run
+from tests.integration.memory_cluster import body_of as stream_of
 from tests.integration.test_maintain_collect import upload_parts
 
 FOUR = {**RACKS, "d": "FR/lyo2/d"}
@@ -120,7 +129,7 @@ def test_with_three_operators_nothing_is_written_weaker_while_one_is_away() -> N
 
 
 def test_what_was_coded_before_moves_to_where_no_operator_can_read_or_withhold_it() -> None:
-    """Racks a and d have one operator. What was a whole copy stays one until it is written again."""
+    """Racks a and d have one operator. Whole copies are coded again, and the old ones go."""
 
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
@@ -149,15 +158,121 @@ def test_what_was_coded_before_moves_to_where_no_operator_can_read_or_withhold_i
         assert await shares() <= 2
         for key in large:
             assert await cluster.get(bucket, key) == key * 4000
-        for key in old:
-            assert await cluster.get(bucket, key) == body_of(key)
-            await cluster.put(bucket, key, body_of(key))
         await check(cluster, bucket, old)
+        assert sum(status.outdated for status in await cluster.statuses()) == 0
+        await cluster.leap(2 * 3600)
+        await cluster.pass_s(60)
+        await check(cluster, bucket, old)
+        left = {fragment.data_id for _, fragment in await cluster.fragments() if fragment.k == 1}
+        assert left == set(), "old copies are collected"
 
     run(scenario, racks=FIVE, limits=LIMITS)
 
 
 FIVE = {**FOUR, "e": "DE/fra1/e"}
+
+
+async def whole_before(cluster: Cluster) -> tuple[BucketRecord, list[bytes]]:
+    """Objects of all sizes, and then the layout that trusts no operator alone."""
+    bucket = await cluster.bucket()
+    keys = await store(cluster, bucket, b"old")
+    cluster.layouts.partitions.complete = True
+    return bucket, keys
+
+
+def test_status_counts_what_is_whole_until_it_is_coded_and_a_pause_holds() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, keys = await whole_before(cluster)
+        upload, parts, body = await upload_parts(cluster, bucket, b"many", {1: 20_000, 2: 5})
+        await cluster.objects.complete(bucket, b"many", upload, parts, owner=WHO.user_id)
+        for node in cluster.nodes.values():
+            node.context.settings = lambda: MoveSettings(revision=1, fragments_paused=True)
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        cluster.maintain()
+        await cluster.settled()
+        entries = [await cluster.entry(bucket, key) for key in keys]
+        whole = sum(entry.small or bool(entry.inline) for entry in entries)
+        assert whole > 4
+        assert sum(status.outdated for status in await cluster.statuses()) == whole + 1, "a part of an upload, too"
+        plane = cluster.gateway.objects.plane
+        assert [(await where(plane, bucket, key)).whole for key in keys] == [1] * whole + [0] * (len(keys) - whole)
+        assert await cluster.settled() == (0, 0), "nothing is below target"
+        for node in cluster.nodes.values():
+            node.context.settings = MoveSettings
+        await cluster.pass_s(60)
+        assert sum(status.outdated for status in await cluster.statuses()) == 0
+        await check(cluster, bucket, keys)
+        assert (await where(plane, bucket, keys[0])).whole == 0
+        assert await cluster.get(bucket, b"many") == body
+        assert all(part.runs and not part.inline for part in (await cluster.record(bucket, b"many")).versions[0].parts)
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
+def test_two_gateways_code_the_same_bytes_and_one_that_stops_halfway_spoils_nothing() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, keys = await whole_before(cluster)
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        others = [cluster.gateway, cluster.new_gateway("g2")]
+        names = [object_name(bucket.id, bucket.shard_numbers, key) for key in keys]
+        for name in names:  # each dies somewhere in the middle
+            for calls in (3, 9, 14):
+                left = calls
+
+                async def dies(_caller: str, _node: str, _method: str, _request: Message) -> None:
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        raise PeerUnreachable("it dies here")
+
+                cluster.intercept = dies
+                with contextlib.suppress(StoragedError):
+                    await divide(others[0].objects.plane, bucket, name)
+                cluster.intercept = None
+        both = [divide(gateway.objects.plane, bucket, name) for name in names for gateway in others]
+        done = await asyncio.gather(*both, return_exceptions=True)
+        assert not [error for error in done if isinstance(error, Exception) and not isinstance(error, SlowDown)]
+        for name in names:
+            assert await divide(cluster.gateway.objects.plane, bucket, name) == 0
+        await check(cluster, bucket, keys)
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        await cluster.leap(48 * 3600)
+        await cluster.pass_s(60)
+        await check(cluster, bucket, keys)
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
+def test_what_is_written_meanwhile_stays_and_a_customers_key_keeps_a_body_whole() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, keys = await whole_before(cluster)
+        secret = NewMeta(encryption=Encryption(CUSTOMER, customer_key=bytes(32)))
+        checks = BodyChecks(size=5)
+        await cluster.objects.put(bucket, b"secret", stream_of(b"seale"), secret, checks, owner=WHO.user_id)
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        plane, key, other = cluster.gateway.objects.plane, keys[3], cluster.new_gateway("g2")
+        name = object_name(bucket.id, bucket.shard_numbers, key)
+
+        async def overwrites(_caller: str, _node: str, method: str, _request: Message) -> None:
+            if method == "fragment.write":
+                cluster.intercept = None
+                await cluster.put(bucket, key, b"another body", other)
+
+        cluster.intercept = overwrites
+        with pytest.raises(SlowDown):
+            await divide(plane, bucket, name)
+        assert await cluster.get(bucket, key) == b"another body"
+        assert await divide(plane, bucket, name) == 0
+        assert await divide(plane, bucket, object_name(bucket.id, bucket.shard_numbers, b"secret")) == 1
+        cluster.maintain()
+        await cluster.pass_s(60)
+        found = await cluster.statuses()
+        assert sum(status.outdated for status in found) == 1
+        stream = await cluster.objects.get(bucket, b"secret", customer_key=bytes(32))
+        assert b"".join([bytes(piece) async for piece in stream.chunks()]) == b"seale"
+
+    run(scenario, racks=FOUR, limits=LIMITS)
 
 
 def test_small_parts_are_coded_too_and_where_names_the_operators() -> None:

@@ -78,6 +78,21 @@ async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartE
     return Manifest((), following, tuple(written))
 
 
+async def with_parts(pages: Pages, near: RegisterName, version: Version, parts: Sequence[PartEntry]) -> Version:
+    """The version with a manifest of these parts, whose pages are durable when this returns. Its other pages, which
+    have what is sealed about the parts, stay: they are those of the version that its present manifest does not have.
+    """
+    before = {page_hash async for page_hash, _ in manifest_pages(pages, near, version)}
+    manifest = await write_manifest(pages, near, parts)
+    others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
+    return msgspec.structs.replace(
+        version,
+        parts=manifest.parts,
+        manifest=manifest.first,
+        pages=manifest.pages + others if version.pages else (),
+    )
+
+
 async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[PartEntry]:
     """The parts in order, page by page. Raises DataDamaged, also for an entry that cannot be a part."""
     for part in version.parts:

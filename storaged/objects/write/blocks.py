@@ -33,6 +33,7 @@ class NewPart(NamedTuple):
 
     ``name``: the object's register, also for a part of an upload, which has a row of its own (see ``references``).
     ``dek``: its data key. ``data_id``: 16 fresh random bytes. ``number``: of an upload's part; 0 for a whole object.
+    ``salt``: of the sealed stream; empty: fresh random bytes.
     """
 
     bucket: BucketRecord
@@ -40,6 +41,7 @@ class NewPart(NamedTuple):
     dek: bytes
     data_id: bytes
     number: int = 0
+    salt: bytes = b""
 
     @property
     def sealed_number(self) -> int:

@@ -82,7 +82,7 @@ async def commit(
         return outcome, entry
     while True:
         try:
-            outcome = await _commit_coded(plane, keys, name, partial(_with_entry, update, entry), writer, after_promise)
+            outcome = await commit_coded(plane, keys, name, partial(_with_entry, update, entry), writer, after_promise)
         except RunsChanged:
             entry = writer.entry()
         else:
@@ -106,7 +106,7 @@ def _with_entry(update: SealedUpdate, entry: PartEntry, value: Value | None) -> 
     return update(value, entry)
 
 
-async def _commit_coded(
+async def commit_coded(
     plane: ObjectPlane,
     keys: BucketKeys,
     name: RegisterName,
@@ -114,7 +114,7 @@ async def _commit_coded(
     writer: PartWriter,
     after_promise: AfterPromise | None,
 ) -> Outcome:
-    """Makes the data durable between promise and accept, and raises what that raises."""
+    """Makes the data durable between promise and accept, and raises what that raises: RunsChanged, too."""
 
     async def durable(promised: asyncio.Event) -> None:
         await writer.durable(promised)

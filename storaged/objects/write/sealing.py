@@ -125,7 +125,7 @@ def seal_small(plane: ObjectPlane, part: NewPart, plain: Buffer, digest: Digest)
     layout = plane.layouts.current
     if layout.spreads:
         return None
-    bucket, name, dek, data_id, _ = part
+    bucket, name, dek, data_id = part[:4]
     number = part.sealed_number
     target, inline = layout.target_text, len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
     if not inline:
