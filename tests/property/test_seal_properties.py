@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
-from storaged.objects.code.geometry import BlockShape, PartShape
+from storaged.objects.code.geometry import SAVED_MIN, BlockShape, PartShape, cell_bytes_for
 from storaged.objects.code.seal import PartOpener, PartSealer
 from storaged.objects.ports import pack_context
 from storaged.sov1 import chunk_bytes_for, chunks_size, open_message, seal_message, sealed_size
@@ -71,6 +71,25 @@ def test_the_chunk_is_the_smallest_power_of_two_with_which_a_part_fits_one_strip
     assert chunk == 65536 or k * (chunk - 16) > size
     assert chunk == 4096 or k * (chunk // 2 - 16) <= size
     assert chunk_bytes_for(None, k) == 65536
+
+
+@given(st.integers(0, 2_000_000), profiles)
+def test_cells_of_a_part_are_half_as_large_where_that_saves_a_tenth_on_the_disks(size, profile):
+    def coded(cell_bytes):
+        block = PartShape(size, cell_bytes, 1000).block(0)
+        return sum(block.fragment_length(profile, position) for position in range(profile.n))
+
+    usual, chosen = chunk_bytes_for(size, profile.k), cell_bytes_for(profile, size)
+    worth = profile.k > 1 and usual > CHUNKS[0] and coded(usual) - coded(usual // 2) >= SAVED_MIN * size
+    assert chosen == (usual // 2 if worth else usual)
+
+
+def test_a_part_just_above_a_power_of_two_takes_as_much_as_one_just_below():
+    profile = Profile(4, 2)
+    assert [cell_bytes_for(profile, size) for size in (16_384, 66_000, 131_000, 131_072, 262_144, 393_216, 2**20)] == [
+        4096, 16_384, 32_768, 32_768, 65_536, 32_768, 65_536,
+    ]  # fmt: skip
+    assert cell_bytes_for(profile, None) == 65_536
 
 
 @given(shapes)

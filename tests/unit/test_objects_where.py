@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from storaged.cluster.layout import Profile
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
 from storaged.objects.api import ReadConditions, WriteConditions
 from storaged.objects.cache.buffers import IDLE_BYTES_MAX, BufferPool, Lease, Transfer, block_size_for, window_bytes_for
@@ -140,13 +141,17 @@ def test_blocks_hold_whole_stripes_of_every_fallback_and_shrink_as_memory_fills(
     for k in range(1, 9):
         for left in (1.0, 0.7, 0.5, 0.2, 0.1, 0.0):
             for size in (None, 1, 800_000, 2**30):
-                block = block_size_for(k, size, left, 48)
+                block = block_size_for(Profile(k, 2), size, left, 48)
                 assert all(block.cells % other == 0 for other in (k, 2, 3, 4))
                 assert block.cell_bytes in (4096, 8192, 16384, 32768, 65536)
-    sizes = [block_size_for(4, None, left, 48) for left in (1.0, 0.7, 0.2, 0.1, 0.04, 0.0)]
+    sizes = [block_size_for(Profile(4, 2), None, left, 48) for left in (1.0, 0.7, 0.2, 0.1, 0.04, 0.0)]
     assert sizes == [(65536, 48), (65536, 12), (65536, 12), (32768, 12), (16384, 12), (8192, 12)]
-    assert block_size_for(4, 3 * 65520 - 1, 1.0, 48) == (65536, 12)
-    assert block_size_for(4, 100_000, 0.5, 48) == block_size_for(4, 100_000, 1.0, 48) == (32768, 12)
+    assert block_size_for(Profile(4, 2), 3 * 65520 - 1, 1.0, 48) == (65536, 12)
+    assert (
+        block_size_for(Profile(4, 2), 100_000, 0.5, 48)
+        == block_size_for(Profile(4, 2), 100_000, 1.0, 48)
+        == (32768, 12)
+    )
 
 
 @pytest.mark.parametrize(("workers", "uploads"), [(1, 4), (2, 2)])
@@ -154,7 +159,7 @@ async def test_the_first_uploads_get_blocks_of_full_size(workers: int, uploads: 
     pool = BufferPool(ObjectLimits().fill_buffer_bytes_max // workers, wait_s=1)
     sizes: list[int] = []
     for _ in range(uploads + 1):
-        block = block_size_for(4, None, pool.left, 48)
+        block = block_size_for(Profile(4, 2), None, pool.left, 48)
         assert pool.try_lease(block.cells * (block.cell_bytes - 16)) is not None
         sizes.append(block.cells)
     assert sizes == [48] * uploads + [12]
@@ -165,7 +170,7 @@ async def test_shares_leave_every_upload_some(k: int, uploads_min: int) -> None:
     pool = BufferPool(ObjectLimits().fill_buffer_bytes_max, wait_s=1)
     leases: list[Lease] = []
     while True:
-        block = block_size_for(k, None, pool.left, 48)
+        block = block_size_for(Profile(k, 2), None, pool.left, 48)
         lease = pool.try_lease(block.cells * (block.cell_bytes - 16))
         if lease is None:
             break

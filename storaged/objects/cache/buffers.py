@@ -16,8 +16,10 @@ import math
 from collections import deque
 from typing import NamedTuple
 
+from storaged.cluster.layout import Profile
 from storaged.errors import SlowDown
-from storaged.sov1 import CHUNK_BYTES_MAX, chunk_bytes_for, chunk_count
+from storaged.objects.code.geometry import cell_bytes_for
+from storaged.sov1 import CHUNK_BYTES_MAX, chunk_count
 from storaged.units import KIB, MIB
 
 FREE_BUFFERS_PER_SIZE_MAX = 64
@@ -196,17 +198,17 @@ class BlockSize(NamedTuple):
     cells: int
 
 
-def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> BlockSize:
+def block_size_for(profile: Profile, size: int | None, left: float, cells_max: int) -> BlockSize:
     """The size of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext
     is free (1.0: all of it).
 
-    The number of cells is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) has whole stripes, and
+    The number of cells is a multiple of 12 and of k, so that every k of 2, 3, 4 (and 6, 12) has whole stripes, and
     not more than the part needs. In the default pool four uploads get ``cells_max`` (two in each half of it, when two
     workers share it) and others 12, or 24 where that is the whole part. When memory gets short cells become smaller: a
     block takes 768 KiB, in the end 96. 75 uploads of unknown size find room in the default pool, and each keeps its
     share as long as its client needs it.
     """
-    cell_bytes, unit = chunk_bytes_for(size, k), math.lcm(12, k)
+    cell_bytes, unit = cell_bytes_for(profile, size), math.lcm(12, profile.k)
     share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
     if size is not None and left >= WHOLE_LEFT_MIN and chunk_count(size, cell_bytes) <= WHOLE_CELLS:
         share = max(share, min(WHOLE_CELLS, cells_max))

@@ -70,7 +70,7 @@ class PartWriter:
         self._number = number = part.sealed_number
         self._target = target = plane.layouts.current.target
         self._countries = part.bucket.countries
-        chunk, self._block_cells = block_size_for(target.k, size, plane.fill_buffers.left, plane.limits.block_cells_max)
+        chunk, self._block_cells = block_size_for(target, size, plane.fill_buffers.left, plane.limits.block_cells_max)
         self._sealer = PartSealer(part.dek, data_id, number, chunk, part.salt or plane.entropy(SALT_BYTES))
         cells = self._block_cells if size is None else min(chunk_count(size, chunk), self._block_cells)
         self._plain_bytes = cells * self._sealer.plain_bytes
