@@ -32,7 +32,8 @@ from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, 
 from storaged.meta.ports import Outcome, PageQuery, Reading
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.code.adding import overtake
-from storaged.objects.code.history import Draft, Entry, Shelf
+from storaged.objects.code.history import Draft, Entry, Shelf, entries_on
+from storaged.objects.code.version_pages import decode_page
 from storaged.objects.code.versions import Place, decode_record, open_version
 from storaged.objects.configuration.document import NOTHING, Configuration
 from storaged.objects.configuration.kinds import ENABLED, LOCK, VERSIONING, ObjectLock, Versioning
@@ -43,7 +44,7 @@ from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, Lock, ObjectRecord, decode_object
 from storaged.objects.service import ObjectService
 from tests.sim.cluster import DISKS, Gateway
-from tests.sim.planes import Lives, keys_for, make_plane
+from tests.sim.planes import Lives, NotedPages, keys_for, make_plane
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import EPOCH_MS, VirtualLoop
 from tests.sim.workload import Verdicts
@@ -220,6 +221,7 @@ class Living(Scenario):
             for key in LIVING_KEYS
         }
         self.last_seen = dict.fromkeys(self.names)
+        self._pages: dict[bytes, bytes] = {}
         self._processes = Lives(self._make)
         self._still = self.chance.choice((0.0, 0.2, 0.5))
         self._ends = False
@@ -272,6 +274,7 @@ class Living(Scenario):
             limits=ObjectLimits(lifecycle_day_ms=DAY_MS, lifecycle_per_s=1_000_000),
             agreed_ms=agreed.now_ms,
         )
+        plane.pages = NotedPages(gateway.client, self._pages)
         directory = Directory(self, plane)
         worker = LifecycleWorker(plane, directory)  # type: ignore[arg-type]
         return Process(plane, ObjectService(plane), directory, worker)
@@ -303,7 +306,7 @@ class Living(Scenario):
         if self._ends or self.chance.random() >= self._still:
             return
         await asyncio.sleep(self.chance.uniform(0, CACHE_S))
-        entries = _entries(decode_record(value))
+        entries = self._entries(decode_record(value))
         if entries and self.chance.random() < 0.7:
             await asyncio.create_task(self._interfere(name, self.chance.choice(entries).name))
 
@@ -365,7 +368,9 @@ class Living(Scenario):
         before = self._seen(bucket, name.key, decode_record(value))
         after = {
             entry.version.context_id
-            for entry in _entries(decode_object(change.body) if change.visibility != Visibility.TOMBSTONE else None)
+            for entry in self._entries(
+                decode_object(change.body) if change.visibility != Visibility.TOMBSTONE else None
+            )
         }
         gone = [was for was in before if was.entry.version.context_id not in after]
         added = after - {was.entry.version.context_id for was in before}
@@ -389,7 +394,7 @@ class Living(Scenario):
                 self.complain(f"{name.key!r} of {bucket}: a locked version expires: {was}")
 
     def _seen(self, bucket: str, key: bytes, record: ObjectRecord) -> list[Was]:
-        entries = _entries(record)
+        entries = self._entries(record)
         found = []
         for index, entry in enumerate(entries):
             tags: dict[str, str] = {}
@@ -398,6 +403,19 @@ class Living(Scenario):
                 tags = dict(opened.meta.tags)
             successor_ms = entries[index - 1].version.modified_ms if index else 0
             found.append(Was(entry, tags, index, successor_ms, len(entries) == 1))
+        return found
+
+    def _entries(self, record: ObjectRecord | None) -> list[Entry]:
+        """All, newest first."""
+        if record is None:
+            return []
+        found, refs, _ = Draft(record, Shelf()).layers()
+        found, waiting = list(found), refs[::-1]
+        while waiting:
+            ref = waiting.pop()
+            page = decode_page(self._pages[ref.hash], ref)
+            found += entries_on(page)
+            waiting += reversed(page.refs)
         return found
 
     # --- the end
@@ -458,15 +476,6 @@ class Living(Scenario):
 
 def bare(name: str) -> BucketRecord:
     return BucketRecord(name, name.encode().ljust(16, b"."), OWNER, 1, "active", 2, "eu-fr-1")
-
-
-def _entries(record: ObjectRecord | None) -> list[Entry]:
-    """All: a run has fewer versions than a record takes."""
-    if record is None:
-        return []
-    entries, pages, _ = Draft(record, Shelf()).layers()
-    assert not pages
-    return list(entries)
 
 
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
+from storaged.hashes import page_hash
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
+from storaged.meta.names import RegisterName
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from tests.doubles.keys import MemoryKeys
 from tests.sim.cluster import Gateway, World
@@ -76,3 +78,19 @@ def make_plane(
         limits=limits if limits is not None else ObjectLimits(),
         agreed_ms=agreed_ms,
     )
+
+
+class NotedPages:
+    """Pages of a gateway. Those that it puts are noted, for the judge."""
+
+    def __init__(self, client: Any, noted: dict[bytes, bytes]) -> None:
+        self._client = client
+        self._noted = noted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
+        self._noted[name or page_hash(body)] = body
+        made: bytes = await self._client.put_page(near, body, name)
+        return made
