@@ -43,6 +43,7 @@ LEAST = {
     "stale": Least(200, done=(("answers", 5),)),
     "races": Least(300, done=(("answers", 7),)),
     "lifecycle": Least(100, done=(("expired", 2),)),
+    "inventories": Least(a_seed=20, done=(("manifests", 20), ("rows", 60))),
     "events": Least(a_seed=15, done=(("events", 5),)),
     "renaming": Least(a_seed=20, done=(("renames", 1.8),)),
     "collecting": Least(a_seed=14, done=(("deleted", 30),)),

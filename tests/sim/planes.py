@@ -5,8 +5,7 @@ keys of ``MemoryKeys``. All its randomness follows from the seed, so that a seed
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from storaged.hashes import page_hash
@@ -42,6 +41,16 @@ def keys_for(seed: int, *buckets: bytes) -> MemoryKeys:
     return keys
 
 
+class NoFragments:
+    """In place of fragment stores: what is put on their garbage lists is dropped."""
+
+    def store(self, disk: str) -> NoFragments:
+        return self
+
+    async def retire(self, entries: Sequence[Any]) -> None:
+        pass
+
+
 def make_plane(
     world: World,
     gateway: Gateway,
@@ -55,7 +64,7 @@ def make_plane(
     """``registers``: in place of the gateway's own. ``on_fenced``: called with a bucket in which a listing has met a
     fence."""
     everybody: Any = Everybody()
-    stores: Any = SimpleNamespace()
+    stores: Any = NoFragments()
     scanner = RingScanner(
         gateway.layouts,
         gateway.directory,

@@ -43,6 +43,7 @@ PLAYS = {
     "stale": "tests.sim.stale:run_stale",
     "stale versions": "tests.sim.stale:run_stale_versions",
     "lifecycle": "tests.sim.lifecycle:run_lifecycle",
+    "inventories": "tests.sim.inventories:run_inventories",
 }
 """What may notice a bug: each plays a seed, and says what was violated."""
 
@@ -103,6 +104,7 @@ PLANTED = (
     "tests.sim.planted_lifecycle:LIFECYCLE_BUGS",
     "tests.sim.planted_lifecycle:LIFECYCLE_PLAY_BUGS",
     "tests.sim.planted_races:RACE_BUGS",
+    "tests.sim.planted_inventories:INVENTORY_BUGS",
 )
 """Lists of bugs. They must not import the program."""
 

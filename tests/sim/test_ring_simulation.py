@@ -25,6 +25,7 @@ from tests.sim.flicker import run_flicker
 from tests.sim.forgetful import run_forgetful
 from tests.sim.happened import LEAST, SEEDS_MIN, Happened
 from tests.sim.hostile import run_hostile
+from tests.sim.inventories import run_inventories
 from tests.sim.layouts import run_layouts
 from tests.sim.lending import run_lending
 from tests.sim.lifecycle import run_lifecycle
@@ -154,12 +155,17 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
         run_stale,
         run_stale_versions,
         run_lifecycle,
+        run_inventories,
         run_lending,
         run_renaming,
     ],
 )
 def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
     assert list(sound(play, LONG_SEEDS))
+
+
+def test_a_key_of_the_play_of_lifecycle_may_have_more_versions_than_a_record_takes() -> None:
+    assert not run_lifecycle(731_054).violation
 
 
 def test_a_play_in_which_nothing_happens_fails() -> None:
@@ -209,7 +215,8 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
-    "play", ["ring", "buckets", "events", "races", "stale", "lifecycle", "versions", "lending", "renaming"]
+    "play",
+    ["ring", "buckets", "events", "races", "stale", "lifecycle", "inventories", "versions", "lending", "renaming"],
 )
 def test_a_seed_plays_the_same_in_every_process(play: str) -> None:
     """Also of plays with an object plane: it seals records with nonces, and has sets of disks."""
