@@ -98,8 +98,14 @@ class LayoutBook:
         self._learning = asyncio.Lock()
         self._watchers: list[Callable[[Layout], None]] = []
         self._revocation_watchers: list[Callable[[], None]] = []
-        for signed in known:
+        kept = list(known)
+        for signed in kept:
             layout = verify_layout(signed, administration, cluster)
+            if signed is kept[-1] and layout.seeds_next and layout.base and not signed.certificate and self._current:
+                # Version 0.1.0 takes a joint layout for one that moves nothing, and keeps no certificate of it. This
+                # node goes on with the layout before, and learns that one again from others.
+                log.warning("a layout is kept here without its certificate", epoch=layout.epoch)
+                continue
             if layout.base:  # those that were used before layouts could move data are believed as they were then
                 self._check(layout, signed)
             self._adopt(layout, signed)
