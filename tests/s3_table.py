@@ -291,9 +291,9 @@ Objects with SSE-C are refused (400).
   object while it is renamed may find it under its new name nevertheless.
 * An error 5xx may mean that the rename was done: retry with the same token. The token is remembered as long as the
   object stays under its new name. With another source it answers 400 IdempotencyParameterMismatch.
-* Coded objects that were stored by one PUT move no data. Others, and those whose record has too many borrowers or a
-  replica that is away, are read and sealed anew (at most 5 GiB); objects that were uploaded in parts keep their ETag
-  and checksums, and have one part afterwards.
+* Coded objects that were stored by one PUT, or in up to 32 parts, move no data. Others are read and sealed anew, if
+  they have at most 5 GiB: small ones, those in more parts, and those whose record has too many borrowers or a replica
+  that is away. An object in parts that is sealed anew keeps its ETag and checksums, and has one part afterwards.
 * Events: `ObjectCreated:Copy` of the new key, `ObjectRemoved:Delete` of the old one.
 """
 

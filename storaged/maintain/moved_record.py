@@ -15,7 +15,7 @@ from storaged.objects.code.history import Draft, Entry, with_draft
 from storaged.objects.code.manifest import parts_of, with_parts
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record
-from storaged.objects.records import PartEntry, PartRecord, encode_object, sharing_of
+from storaged.objects.records import Loan, PartEntry, PartRecord, encode_object, sharing_of
 from storaged.wire import decode, encode
 
 Move = tuple[MoveAsk, Profile]
@@ -67,10 +67,7 @@ async def _versions_after(
             after = await with_parts(pages, name, version, parts)
             changed.append((entry, entry._replace(version=after)))
             new_pages += [page for page in after.pages if page not in version.pages]
-    loans = tuple(
-        msgspec.structs.replace(loan, part=_moved(loan.part, by_data, applied_to_loans))
-        for loan in sharing_of(record).loans
-    )
+    loans = tuple(_moved_loan(loan, by_data, applied_to_loans) for loan in sharing_of(record).loans)
     if left if unread else left - applied_to_loans:
         return None
 
@@ -84,6 +81,11 @@ async def _versions_after(
     for page_hash, page in draft.fresh.items():
         await pages.put_page(name, page, page_hash)
     return encode_object(draft.record()), [*new_pages, *draft.fresh]
+
+
+def _moved_loan(loan: Loan, by_data: Mapping[bytes, Sequence[tuple[int, Move]]], applied: set[int]) -> Loan:
+    first, *more = (_moved(part, by_data, applied) for part in loan.parts)
+    return msgspec.structs.replace(loan, part=first, more=tuple(more))
 
 
 def _moved(part: PartEntry, by_data: Mapping[bytes, Sequence[tuple[int, Move]]], applied: set[int]) -> PartEntry:

@@ -167,10 +167,18 @@ class ObjectRecord(Message, frozen=True):
 
 
 class Loan(Message, frozen=True):
-    """Data of a key that versions of other keys read, whether or not a version of its own key still has it."""
+    """Data of a key that versions of other keys read, whether or not a version of its own key still has it: the parts
+    of a version, of which ``more`` are all but the first. ``uploaded``: they are of an upload, not of a PUT.
+    """
 
     part: PartEntry
     borrowers: tuple[Borrower, ...]
+    more: tuple[PartEntry, ...] = ()
+    uploaded: bool = False
+
+    @property
+    def parts(self) -> tuple[PartEntry, ...]:
+        return (self.part, *self.more)
 
 
 class Sharing(Message, frozen=True):

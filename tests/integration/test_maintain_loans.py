@@ -17,7 +17,7 @@ from storaged.errors import ServiceUnavailable
 from storaged.maintain import check, walk
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import RegisterName, Table, Visibility, object_name
-from storaged.objects.api import CopySource, Renaming
+from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, Renaming
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord, PartEntry, sharing_of
@@ -28,6 +28,7 @@ from tests.doubles.meta_store import MemoryMetaStore
 from tests.integration.memory_cluster import WHO, Cluster, run
 from tests.integration.test_maintain_versions import collect, sweep
 from tests.integration.test_moving_partitions import Moves
+from tests.worlds.objects import pieces
 
 ORPHAN_S = MaintainLimits().orphan_age_ms / 1000
 RETIRE_S = ObjectLimits().retire_delay_ms / 1000
@@ -259,6 +260,39 @@ def test_a_walk_finishes_the_renames_of_a_dead_gateway(monkeypatch: pytest.Monke
         for key in sorted(copied.datas):
             value = (await cluster.gateway.ring.read(copied.name(key))).value
             assert sharing_of(decode_record(value)).departure is None
+
+    run(scenario)
+
+
+def test_all_parts_of_a_renamed_object_stay_until_it_goes() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        copied.bucket = await cluster.bucket()
+        objects, datas = cluster.objects, [os.urandom(5 << 20), os.urandom(70_000)]
+        upload = await objects.create_upload(copied.bucket, b"a", NewMeta(), owner=WHO.user_id)
+        parts = []
+        for number, data in enumerate(datas, 1):
+            checks = BodyChecks(len(data))
+            done = await objects.put_part(copied.bucket, b"a", upload.upload_id, number, pieces(data), checks)
+            parts.append(CompletedPart(number, done.etag))
+        await objects.complete(copied.bucket, b"a", upload.upload_id, parts, owner=WHO.user_id)
+        ids = [part.data_id for part in await copied.parts(b"a")]
+        await objects.rename(copied.bucket, Renaming(b"a", b"b"))
+        copied.datas = {b"b": b"".join(datas)}
+        await cluster.gateway.plane.background.settle()
+        await copied.tidy()
+        await copied.check()
+        assert [part.data_id for part in await copied.parts(b"a")] == ids
+        for disk, fragment in (await cluster.fragments(ids[1]))[:2]:
+            await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        await copied.check()
+        await copied.delete(b"b")
+        await copied.tidy()
+        for data_id in ids:
+            assert not await cluster.fragments(data_id)
+        assert not await copied.loans(b"a")
 
     run(scenario)
 

@@ -64,7 +64,7 @@ async def test_boto3_renames_an_object(world: World, size: int) -> None:
     await run(work, world)
 
 
-async def test_a_multipart_object_keeps_its_etag_and_checksum(world: World) -> None:
+async def test_a_multipart_object_keeps_its_parts_and_moves_no_data(world: World) -> None:
     def work(client: Any) -> None:
         datas = [os.urandom(5 << 20), b"end"]
         made = client.create_multipart_upload(Bucket="bucket", Key="a", ChecksumAlgorithm="CRC32")
@@ -74,6 +74,7 @@ async def test_a_multipart_object_keeps_its_etag_and_checksum(world: World) -> N
             answer = client.upload_part(PartNumber=number, Body=data, ChecksumAlgorithm="CRC32", **how)
             parts.append({"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": answer["ChecksumCRC32"]})
         client.complete_multipart_upload(MultipartUpload={"Parts": parts}, **how)
+        fragments = {disk: set(store.fragments) for disk, store in world.below.disks.disks.items()}
         before = client.head_object(Bucket="bucket", Key="a", ChecksumMode="ENABLED")
         client.rename_object(Bucket="bucket", Key="b", RenameSource="a")
         after = client.head_object(Bucket="bucket", Key="b", ChecksumMode="ENABLED")
@@ -81,6 +82,9 @@ async def test_a_multipart_object_keeps_its_etag_and_checksum(world: World) -> N
             assert after[name] == before[name]
         assert client.get_object(Bucket="bucket", Key="b")["Body"].read() == b"".join(datas)
         assert keys(client) == ["b"]
+        assert client.get_object(Bucket="bucket", Key="b", PartNumber=2)["Body"].read() == b"end"
+        assert client.head_object(Bucket="bucket", Key="b", PartNumber=1)["PartsCount"] == 2
+        assert {disk: set(store.fragments) for disk, store in world.below.disks.disks.items()} == fragments
 
     await run(work, world)
 

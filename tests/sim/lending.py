@@ -223,14 +223,14 @@ class Lending(Versions):
         if borrowed is None:
             named = NULL_NAME if entry.is_null else VersionName(entry.ordinal, entry.version.context_id)
             return name, entry.version.parts[0].data_id, named
-        part = await self._lent(gateway, name, borrowed)
-        return (self.name(borrowed.key), part.data_id, None) if part is not None else None
+        parts = await self._lent(gateway, name, borrowed)
+        return (self.name(borrowed.key), parts[0].data_id, None) if parts is not None else None
 
-    async def _lent(self, gateway: Gateway, name: RegisterName, borrowed: Borrowed) -> PartEntry | None:
+    async def _lent(self, gateway: Gateway, name: RegisterName, borrowed: Borrowed) -> tuple[PartEntry, ...] | None:
         """What a version borrows. None: the version has gone since."""
         lent = find_borrower((await gateway.client.read(self.name(borrowed.key))).value, borrowed.id)
         if lent is not None:
-            return lent[0].part
+            return lent[0].parts
         again = sharing_of(decode_record((await gateway.client.read(name)).value)).borrowed
         if borrowed in again.values():
             self.complain(f"a version of {name.key!r} has lost the data that it borrows")
@@ -297,10 +297,10 @@ class Lending(Versions):
             for entry in entries:
                 borrowed = borrowed_by(record, entry.ordinal)
                 lent = await self._lent(reader, name, borrowed) if borrowed is not None else None
-                for part in entry.version.parts if lent is None else (lent,):
+                for part in entry.version.parts if lent is None else lent:
                     live.add(part.data_id)
                     self._check_data(part, value.payload if value is not None else b"", copy_read=copy_read)
-            live |= {loan.part.data_id for loan in sharing_of(record).loans}
+            live |= {part.data_id for loan in sharing_of(record).loans for part in loan.parts}
         self._judge_history()
         return live
 

@@ -78,13 +78,14 @@ LENDING_BUGS = (
         150,
         _PLAY,
         _LOANS,
-        "    if len(parts) != 1 or parts[0].data_id != data_id:\n        raise NotLent\n    return parts[0]\n",
-        "    if len(parts) == 1:\n"
-        "        _SEEN[parts[0].data_id] = parts[0]\n"
+        "    if entry is None or not parts or parts[0].data_id != data_id:\n        raise NotLent\n"
+        "    return Loan(parts[0], (), parts[1:], entry.version.multipart)\n",
+        "    if entry is not None and parts:\n"
+        "        _SEEN[parts[0].data_id] = Loan(parts[0], (), parts[1:], entry.version.multipart)\n"
         "    if data_id not in _SEEN:\n"
         "        raise NotLent\n"
         "    return _SEEN[data_id]\n\n\n"
-        "_SEEN: dict[bytes, PartEntry] = {}\n",
+        "_SEEN: dict[bytes, Loan] = {}\n",
     ),
     Planted(
         "lent_beside_an_empty_replica",

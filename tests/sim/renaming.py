@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
+
 from storaged.errors import OutcomeUnknown, SlowDown
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName
@@ -86,6 +88,33 @@ class Renaming(Lending):
         except (Changed, Departing):
             self.found.refused += 1
 
+    async def _put(self, gateway: Gateway, name: RegisterName, *, null: bool) -> None:
+        """Some objects have two parts."""
+        if self._luck.random() < 0.6:
+            await super()._put(gateway, name, null=null)
+            return
+        written = [await self._write(gateway, name) for _ in range(2)]
+        parts = tuple(entry for entry, _ in written)
+        context_id = self._luck.randbytes(16)
+        version = msgspec.structs.replace(self._version(parts[0], null=null), parts=parts, context_id=context_id)
+        operation, again = self._adding(name, context_id, null=null), False
+
+        async def made_durable() -> None:
+            nonlocal again
+            promised = asyncio.Event()
+            promised.set()
+            for _, held in written:
+                await self._made_durable(gateway, held, promised, again=again)
+            again = True
+
+        try:
+            async with self._noted(operation):
+                await self.sleep(0.1)
+                await self._add(gateway, name, version, made_durable)
+        except BaseException:
+            self.retire(gateway, name, parts, b"")
+            raise
+
     # --- renames
 
     async def _rename(self, gateway: Gateway, old: RegisterName, new: RegisterName) -> None:
@@ -146,12 +175,12 @@ class Renaming(Lending):
                 await self._add(gateway, new, version, before_accept, copies, self._arrives(new, version, None))
             return
         if seen.borrowed is None:
-            owner, part = old, seen.entry.version.parts[0]
+            owner, parts = old, seen.entry.version.parts
         else:
             lent = await self._lent(gateway, old, seen.borrowed)
             if lent is None:
                 raise Changed
-            owner, part = self.name(seen.borrowed.key), lent
+            owner, parts = self.name(seen.borrowed.key), lent
         borrowed = Borrowed(owner.key, rename_id)
         version = self._borrowing(rename_id)
 
@@ -163,7 +192,7 @@ class Renaming(Lending):
             async with self._noted(operation):
                 await self._add(gateway, new, version, looks, edit=self._arrives(new, version, borrowed))
 
-        await with_loan(plane, BUCKET, Wanted(owner, part.data_id, None, Borrower(rename_id, new.key, 1)), commit)
+        await with_loan(plane, BUCKET, Wanted(owner, parts[0].data_id, None, Borrower(rename_id, new.key, 1)), commit)
 
     def _arrives(self, name: RegisterName, version: Version, borrowed: Borrowed | None) -> versioned.Edit:
         """As ``rename._Arriving``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 
 from storaged import errors
+from storaged.cluster.layout import Profile
 from storaged.errors import (
     IdempotencyParameterMismatch,
     InvalidRequest,
@@ -19,8 +21,10 @@ from storaged.errors import (
     PreconditionFailed,
     SlowDown,
 )
+from storaged.maintain.moved_record import body_after
+from storaged.maintain.moves import MoveAsk
 from storaged.meta.names import RegisterName, Table, Visibility, object_name
-from storaged.objects.api import BodyChecks, CopySource, NewMeta, PutResult, ReadConditions, Renaming
+from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, PutResult, ReadConditions, Renaming
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.access import EVERYBODY, Acl, AclEntry
@@ -28,11 +32,12 @@ from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
 from storaged.objects.encryption import CUSTOMER, KMS, Encryption
 from storaged.objects.etags import ANY, tag
-from storaged.objects.records import BucketRecord, ObjectRecord, sharing_of
+from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, sharing_of
 from storaged.objects.service import ObjectService
 from storaged.objects.sharing import Departure
-from storaged.objects.write import departures, rename
+from storaged.objects.write import departures, loans, rename
 from storaged.objects.write.departures import BUSY_MS, end_old
+from storaged.objects.write.references import parts_in
 from storaged.objects.write.versioned import change_versions
 from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
 
@@ -67,6 +72,10 @@ class Made:
 
     async def settled(self) -> None:
         await self.plane.background.settle()
+
+    def fragments(self) -> set[bytes]:
+        """The data ids of which some disk has a fragment."""
+        return {one.data_id for disk in self.world.disks.disks.values() for one in disk.fragments}
 
     def departures(self) -> list[Departure]:
         records = [decode_record(value) for name, value in self.world.ring.values.items() if name.table == Table.OBJECT]
@@ -443,3 +452,95 @@ async def test_a_departure_that_another_request_has_marked_since_is_not_ended(ma
     await departures.end_departure(made.plane, made.bucket, made.name(b"a"), departure.id)
     assert not made.departures()
     assert await made.keys() == [b"a"]
+
+
+# --- objects that were uploaded in parts
+
+
+async def upload(made: Made, key: bytes, datas: list[bytes]) -> str:
+    """Returns the ETag."""
+    begun = await made.objects.create_upload(made.bucket, key, NewMeta(), algorithm="CRC32", owner=OWNER)
+    parts = []
+    for number, data in enumerate(datas, 1):
+        checks = BodyChecks(len(data), algorithms=("CRC32",))
+        stored = await made.objects.put_part(made.bucket, key, begun.upload_id, number, pieces(data), checks)
+        parts.append(CompletedPart(number, stored.etag, stored.checksums))
+    return (await made.objects.complete(made.bucket, key, begun.upload_id, parts, owner=OWNER)).etag
+
+
+@pytest.fixture
+async def in_parts(made: Made) -> Made:
+    made.plane.limits = dataclasses.replace(made.plane.limits, part_bytes_min=1)
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 3, 32])
+async def test_all_parts_of_an_object_are_lent_and_go_together(in_parts: Made, count: int) -> None:
+    made, datas = in_parts, [os.urandom(70_000 + number) for number in range(count)]
+    datas[-1] += b"" if count == 1 else b"end"
+    etag = await upload(made, b"a", datas)
+    before, fragments = await made.objects.head(made.bucket, b"a"), made.fragments()
+    assert len(fragments) == count
+    for source, key in ((b"a", b"b"), (b"b", b"c"), (b"c", b"a"), (b"a", b"d")):
+        await made.rename(source, key)
+        await made.settled()
+    after = await made.objects.head(made.bucket, b"d")
+    assert after._replace(key=b"a") == before
+    assert (after.etag, after.part_count) == (etag, count)
+    assert await made.read(b"d") == b"".join(datas)
+    assert made.fragments() == fragments
+    [loan] = sharing_of(made.record(b"a")).loans
+    assert (len(loan.parts), loan.uploaded) == (count, True)
+    value = made.world.ring.values[made.name(b"a")]
+    kept = {part.data_id async for part in parts_in(made.plane.pages, made.name(b"a"), value.body, Table.OBJECT)}
+    assert kept == fragments
+    assert not any(disk.garbage for disk in made.world.disks.disks.values())
+    await made.objects.copy(CopySource(made.bucket, b"d"), made.bucket, b"copy", owner=OWNER, meta=None)
+    await made.objects.delete(made.bucket, b"d")
+    await made.settled()
+    retired = {data_id for disk in made.world.disks.disks.values() for data_id in disk.garbage}
+    assert retired == fragments
+    calls = [entries for disk in made.world.disks.disks.values() for entries in disk.retirements]
+    origins = {entry.origin for entries in calls for entry in entries}
+    assert origins == {b""}, "nothing is said of parts, so the collector asks about uploads, too"
+    assert await made.read(b"copy") == b"".join(datas), "it has data of its own"
+
+
+async def test_a_move_of_any_part_is_one_of_the_loan(in_parts: Made) -> None:
+    made, datas = in_parts, [os.urandom(70_000), os.urandom(80_000)]
+    await upload(made, b"a", datas)
+    await made.rename(b"a", b"b")
+    await made.settled()
+    name = made.name(b"a")
+    part = sharing_of(made.record(b"a")).loans[0].parts[1]
+    run = part.runs[0]
+    ask = MoveAsk(name.pack(), part.data_id, run, msgspec.structs.replace(run, moved={0: "elsewhere"}))
+    found = await body_after(made.plane.pages, name, made.world.ring.values[name], [(ask, Profile(run.k, run.m))])
+    assert found is not None
+    [loan] = sharing_of(decode_object(found[0])).loans
+    assert [one.runs[0].moved for one in loan.parts] == [{}, {0: "elsewhere"}]
+
+
+async def test_parts_on_pages_are_sealed_anew(in_parts: Made) -> None:
+    made, datas = in_parts, [os.urandom(5_000) for _ in range(33)]
+    etag = await upload(made, b"a", datas)
+    before = await made.objects.head(made.bucket, b"a")
+    await made.rename(b"a", b"b")
+    await made.settled()
+    after = await made.objects.head(made.bucket, b"b")
+    assert (after.etag, after.checksums, after.modified_ms) == (etag, before.checksums, before.modified_ms)
+    assert await made.read(b"b") == b"".join(datas)
+    assert await made.keys() == [b"b"]
+
+
+async def test_a_record_lends_no_more_parts_than_it_has_room_for(
+    in_parts: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, datas = in_parts, [os.urandom(70_000) for _ in range(3)]
+    monkeypatch.setattr(loans, "LENT_PARTS_MAX", 5)
+    for number in range(2):
+        await upload(made, b"a", datas)
+        await made.rename(b"a", b"b%d" % number)
+        await made.settled()
+    assert [bool(sharing_of(made.record(key)).borrowed) for key in (b"b0", b"b1")] == [True, False]
+    assert await made.read(b"b0") == await made.read(b"b1") == b"".join(datas)

@@ -20,7 +20,7 @@ def owner_of(bucket: BucketRecord, found: Found) -> RegisterName:
 
 
 async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> Found:
-    """The found version with the part that it borrows, under the name of the register that the part belongs to. Raises
+    """The found version with the parts that it borrows, under the name of the register that they belong to. Raises
     DataDamaged, ServiceUnavailable.
     """
     borrowed = found.opened.borrowed
@@ -30,7 +30,7 @@ async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> F
     lent = find_borrower((await plane.registers.read(owner)).value, borrowed.id)
     if lent is None:
         raise DataDamaged("The record of another key, which keeps the data of this one, does not have it.")
-    version = msgspec.structs.replace(found.opened.version, parts=(checked(lent[0].part),))
+    version = msgspec.structs.replace(found.opened.version, parts=tuple(map(checked, lent[0].parts)))
     return Found(owner, found.opened._replace(version=version), found.version_id, None, None, found.lock)
 
 

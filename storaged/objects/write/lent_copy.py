@@ -94,9 +94,8 @@ def replicas_answer(plane: ObjectPlane, owner: RegisterName) -> bool:
 
 
 def is_coded(version: Version) -> bool:
-    """Whether it has one coded body."""
-    parts = version.parts
-    return len(parts) == 1 and bool(parts[0].runs) and not parts[0].small and not parts[0].inline
+    """Whether some of its data is coded. False for one with a manifest of pages."""
+    return any(part.runs and not part.small and not part.inline for part in version.parts)
 
 
 async def copy_lent(

@@ -74,6 +74,8 @@ BORROWER_ID_BYTES = DATA_ID_BYTES
 BORROWERS_MAX = 64
 KEYS_BYTES_MAX = 16 * KIB
 """Limits of one record: the borrowers of its loans, and the bytes of their keys. Further copies get their own data."""
+LENT_PARTS_MAX = 96
+"""Parts of the loans of one record."""
 STRAGGLERS_S = (0.02, 0.2)
 """A loan is chosen when a majority has accepted it. Pauses before further looks, for the other replicas."""
 BORROWED_MAX = 32
@@ -86,7 +88,7 @@ is further in the future than this is of a wrong clock: such a copy counts as ol
 
 class Wanted(NamedTuple):
     """The data that a copy borrows, of the register ``owner``: a loan has it, or the version ``named`` (None: the
-    current one). ``borrower``: the new version, of a key of the same bucket.
+    current one). ``data_id``: of its first part. ``borrower``: the new version, of a key of the same bucket.
     """
 
     owner: RegisterName
@@ -145,23 +147,25 @@ async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted)
         loan = next((loan for loan in draft.loans if loan.part.data_id == data_id), None)
         others = tuple(one for one in draft.loans if one is not loan)
         if loan is None:
-            loan = Loan(_part_in(draft, data_id, named), ())
+            loan = _loan_of(draft, data_id, named)
         borrowers = tuple(one for one in loan.borrowers if one.id != borrower.id)
         draft.loans = (*others, msgspec.structs.replace(loan, borrowers=(*borrowers, borrower)))
         keys = [one.key for loan in draft.loans for one in loan.borrowers]
-        if len(keys) > BORROWERS_MAX or sum(map(len, keys)) > KEYS_BYTES_MAX:
+        parts = sum(len(loan.parts) for loan in draft.loans)
+        if len(keys) > BORROWERS_MAX or sum(map(len, keys)) > KEYS_BYTES_MAX or parts > LENT_PARTS_MAX:
             raise NotLent
         return True
 
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
 
 
-def _part_in(draft: Draft, data_id: bytes, named: VersionName | None) -> PartEntry:
+def _loan_of(draft: Draft, data_id: bytes, named: VersionName | None) -> Loan:
+    """Of the version whose first part has the data id, without borrowers. One with its parts on pages lends nothing."""
     entry = draft.find(named) if named is not None else draft.newest
     parts = entry.version.parts if entry is not None else ()
-    if len(parts) != 1 or parts[0].data_id != data_id:
+    if entry is None or not parts or parts[0].data_id != data_id:
         raise NotLent
-    return parts[0]
+    return Loan(parts[0], (), parts[1:], entry.version.multipart)
 
 
 async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes) -> None:
@@ -210,26 +214,25 @@ async def _mark(
 async def _conclude(
     plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes, mark: bytes, *, used: bool
 ) -> None:
-    unused: PartEntry | None = None
+    unused: tuple[PartEntry, ...] = ()
     origin = b""
 
     def edit(draft: Draft, _ordinal: int) -> bool:
         nonlocal unused, origin
-        unused = None
+        unused = ()
         for loan in draft.loans:
             for borrower in loan.borrowers:
                 if borrower.id == borrower_id and borrower.ending == mark:
                     after = msgspec.structs.replace(borrower, ending=b"") if used else None
                     _replace(draft, loan, borrower, after)
                     if not used and len(loan.borrowers) == 1 and not _has(draft, loan.part.data_id):
-                        unused, origin = loan.part, b"" if draft.layers()[1] else REPLACED
+                        unused, origin = loan.parts, b"" if loan.uploaded or draft.layers()[1] else REPLACED
                     return True
         return False
 
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
-    if unused is not None:
-        for disk, entry in retirements(plane, bucket, owner, (unused,), origin):
-            plane.garbage.add(disk, entry)
+    for disk, entry in retirements(plane, bucket, owner, unused, origin):
+        plane.garbage.add(disk, entry)
 
 
 def _has(draft: Draft, data_id: bytes) -> bool:

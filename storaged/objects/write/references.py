@@ -109,7 +109,7 @@ def _lent_in(record: bytes) -> dict[bytes, PartEntry]:
     if not shares(record):
         return {}
     try:
-        return {loan.part.data_id: checked(loan.part) for loan in sharing_of(decode_object(record)).loans}
+        return {part.data_id: checked(part) for loan in sharing_of(decode_object(record)).loans for part in loan.parts}
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"A record cannot be read: {error}") from None
 

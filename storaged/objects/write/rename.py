@@ -1,8 +1,9 @@
 """Renames of objects in a bucket without versioning: ``departures`` has the theory.
 
 The object stays what it is: its metadata, its time, its owner and who has access. A coded object moves no data: the new
-key borrows it, as a copy does (``lent_copy``). A small one is sealed anew. So is a coded one that can't be lent now,
-because its record has too many borrowers or a replica of it is away, or never, because it was stored in parts.
+key borrows it, as a copy does (``lent_copy``), and all its parts if it was uploaded in parts. A small one is sealed
+anew. So is a coded one that can't be lent now, because its record has too many borrowers or a replica of it is away, or
+never, because its parts are on pages.
 
 *Client tokens.* The id of a departure ends with a digest of the request's token and one of its source, under a key of
 the keyring. So the new key remembers by which request it got its version, for as long as it has that version. A second
@@ -51,7 +52,7 @@ from storaged.objects.code.versions import (
 from storaged.objects.conditions import check_copy_source, check_write
 from storaged.objects.etags import NO_TAG
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.read.borrowed import owner_of
+from storaged.objects.read.borrowed import owner_of, with_data
 from storaged.objects.read.find import Found, current_entry, find
 from storaged.objects.read.get import get
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Version
@@ -209,8 +210,7 @@ class _Rename:
         if asked.created is not None:
             outgoing = await outgoing_of(plane, bucket, self._new, asked.created)
         owner = owner_of(bucket, found)
-        coded = found.opened.borrowed is not None or is_coded(version)
-        if coded and not version.multipart and replicas_answer(plane, owner):
+        if (found.opened.borrowed is not None or is_coded(version)) and replicas_answer(plane, owner):
             with contextlib.suppress(NotLent):
                 return await self._lend(found, owner, outgoing)
         return await self._seal_anew(found, outgoing)
@@ -218,8 +218,8 @@ class _Rename:
     async def _lend(self, found: Found, owner: RegisterName, outgoing: Outgoing | None) -> PutResult:
         """Raises NotLent."""
         plane, bucket, key, opened = self._plane, self._bucket, self._asked.key, found.opened
-        data_id = opened.version.context_id
-        write = await self._write(opened, NewPart(bucket, self._new, opened.dek, data_id))
+        data_id = (await with_data(plane, bucket, found)).opened.version.parts[0].data_id
+        write = await self._write(opened, NewPart(bucket, self._new, opened.dek, opened.version.context_id))
         added = _Arriving(self, write, opened, (), Borrowed(owner.key, self.id))
         wanted = Wanted(owner, data_id, None, Borrower(self.id, key, plane.clock.wall_ms()))
 
@@ -309,6 +309,8 @@ class _Arriving(AddedVersion):
         def make(version_id: str) -> tuple[Version, PutResult]:
             old, part, entropy = opened.version, write.part, write.plane.entropy
             new = UnsealedVersion(version_id, part.data_id, old.owner, old.modified_ms, parts)
+            if borrowed is not None:
+                new = msgspec.structs.replace(new, multipart=old.multipart, part_count=old.part_count)
             version = seal_version(
                 write.place, new, write.bucket_key, part.dek, opened.meta, entropy, opened.encryption
             )

@@ -99,7 +99,7 @@ def _unlent(draft: Draft) -> list[Version]:
     """The removed versions, except those whose data stays in the record for other keys."""
     if not draft.loans:
         return draft.removed
-    lent = {loan.part.data_id for loan in draft.loans}
+    lent = {part.data_id for loan in draft.loans for part in loan.parts}
     return [version for version in draft.removed if not any(part.data_id in lent for part in version.parts)]
 
 
