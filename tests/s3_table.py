@@ -283,13 +283,16 @@ new one. The object keeps its metadata, tags, owner, access control list, ETag, 
 Objects with SSE-C are refused (400).
 
 * When the answer is 200, the object has its new name and no other.
-* It has the new name at one moment, and the old one is removed right after. Between the two, readers and lists may see
-  both names, never neither. If the gateway dies there, both stay until a retry with the same client token, another
-  rename of the object, or the next look at the record (some minutes to a day) removes the old one.
-* Of several renames of an object at the same time one succeeds; the others answer 404, or 503 with nothing changed.
+* It gets the new name at one moment: from then on GET, HEAD and copies find it there, and no more under the old name.
+  It is never without a name. Lists, and conditions of writes to the old name, may see the old name until it is removed
+  right after. If the gateway dies there, it stays until it is removed by a retry with the same client token, by another
+  rename of the object a minute later, or by the next hourly walk that finds the rename ten minutes old. Until then a
+  change of tags, access control list or encryption under the old name may answer 503.
+* Of several renames of an object at the same time one succeeds. The others answer 404 or 503, and change nothing. The
+  only exception to this and the above is an object that was replaced under its new name before the old one was removed.
 * A rename changes nothing of what another request has put under the old name meanwhile. Who overwrites or deletes the
   object while it is renamed may find it under its new name nevertheless.
-* An error 5xx may mean that the rename was done: retry with the same token. The token is remembered as long as the
+* After an error 5xx the rename may have been done: retry with the same token. The token is remembered as long as the
   object stays under its new name. With another source it answers 400 IdempotencyParameterMismatch.
 * Coded objects that were stored by one PUT, or in up to 32 parts, move no data. Others are read and sealed anew, if
   they have at most 5 GiB: small ones, those in more parts, and those whose record has too many borrowers or a replica

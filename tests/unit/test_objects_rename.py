@@ -23,8 +23,17 @@ from storaged.errors import (
 )
 from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
-from storaged.meta.names import RegisterName, Table, Visibility, object_name
-from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, PutResult, ReadConditions, Renaming
+from storaged.meta.names import RegisterName, Table, Value, Visibility, object_name
+from storaged.objects.api import (
+    BodyChecks,
+    CompletedPart,
+    CopySource,
+    NewMeta,
+    PutResult,
+    ReadConditions,
+    Reading,
+    Renaming,
+)
 from storaged.objects.bucket_keys import BucketKeys
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.access import EVERYBODY, Acl, AclEntry
@@ -292,19 +301,11 @@ async def test_an_object_that_replaces_the_old_one_later_is_not_taken_away(
 @pytest.mark.parametrize("data", [SMALL, CODED])
 async def test_a_rename_that_died_before_it_arrived_is_undone(made: Made, data: bytes) -> None:
     await put(made.objects, made.bucket, data, key=b"a")
-
-    async def dies() -> None:
-        raise asyncio.CancelledError
-
-    made.plane.background.spawn = lambda work: work.close() is None  # type: ignore[method-assign,assignment]
-    made.meanwhile(b"b", dies)
-    with pytest.raises(asyncio.CancelledError):
-        await made.rename(b"a", b"b")
+    await _dies_on_the_way(made, made.rename(b"a", b"b"))
     assert len(made.departures()) == 1
     assert await made.keys() == [b"a"]
     await end_old(made.plane, made.bucket, made.name(b"a"))
     assert len(made.departures()) == 1, "it is young"
-    made.world.ring.interfere = None
     await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
     assert not made.departures()
     assert await made.keys() == [b"a"]
@@ -317,13 +318,30 @@ async def test_a_rename_that_died_after_it_arrived_is_finished_by_the_walk(made:
     await put(made.objects, made.bucket, data, key=b"a")
     changes = 1 if data is SMALL else 2
     await _dies_at_the_end(made, made.rename(b"a", b"b"), changes)
-    assert await made.keys() == [b"a", b"b"]
-    assert await made.read(b"a") == await made.read(b"b") == data
+    assert await made.keys() == [b"a", b"b"], "a list may show both"
+    assert await made.read(b"b") == data
+    with pytest.raises(NoSuchKey):
+        await made.read(b"a")
     await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
     await made.settled()
     assert await made.keys() == [b"b"]
     assert await made.read(b"b") == data
     assert not made.departures()
+
+
+async def _dies_on_the_way(made: Made, renaming: Awaitable[PutResult]) -> None:
+    """The gateway dies between the promise and the accept of the new key."""
+
+    async def dies() -> None:
+        raise asyncio.CancelledError
+
+    spawn = made.plane.background.spawn
+    made.plane.background.spawn = lambda work: work.close() is None  # type: ignore[method-assign,assignment]
+    made.meanwhile(b"b", dies)
+    with pytest.raises(asyncio.CancelledError):
+        await renaming
+    made.plane.background.spawn = spawn  # type: ignore[method-assign]
+    made.world.ring.interfere = None
 
 
 async def _dies_at_the_end(made: Made, renaming: Awaitable[PutResult], changes: int) -> None:
@@ -376,7 +394,7 @@ async def test_a_token_is_good_once(made: Made, data: bytes) -> None:
 async def test_a_rename_waits_for_another_and_ends_one_that_is_old(made: Made) -> None:
     await put(made.objects, made.bucket, CODED, key=b"a")
     await _dies_at_the_end(made, made.rename(b"a", b"b"), 2)
-    with pytest.raises(SlowDown):
+    with pytest.raises(NoSuchKey):
         await made.rename(b"a", b"c")
     with pytest.raises(SlowDown):
         await made.objects.set_tags(made.bucket, b"a", {"x": "y"})
@@ -415,15 +433,59 @@ async def test_what_arrived_and_was_replaced_before_the_departure_ended_is_an_er
 
 async def test_a_copy_of_what_departs_and_a_deletion_need_not_wait(made: Made) -> None:
     await put(made.objects, made.bucket, CODED, key=b"a")
-    await _dies_at_the_end(made, made.rename(b"a", b"b"), 2)
+    await _dies_on_the_way(made, made.rename(b"a", b"b"))
     await made.objects.copy(CopySource(made.bucket, b"a"), made.bucket, b"c", owner=OWNER, meta=None)
     await made.objects.delete(made.bucket, b"a")
     await made.settled()
     assert not made.departures()
-    assert await made.keys() == [b"b", b"c"]
-    await made.objects.delete(made.bucket, b"b")
-    await made.settled()
+    assert await made.keys() == [b"c"]
     assert await made.read(b"c") == CODED
+
+
+@pytest.mark.parametrize("data", [b"", SMALL, CODED])
+async def test_reads_of_the_old_key_find_what_departs_until_it_has_arrived(made: Made, data: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    assert await made.read(b"a") == data
+    await _dies_on_the_way(made, made.rename(b"a", b"b"))
+    await made.settled()
+    assert len(made.departures()) == 1
+    assert await made.read(b"a") == data
+    found: list[Any] = []
+    made.objects.try_read(made.bucket, b"a", True, found.append)
+    await asyncio.sleep(1)
+    assert isinstance(found[0], Reading), "the new key must be looked at, in a task"
+    await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+    await made.settled()
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1 if data is not CODED else 2)
+    for read in (made.read(b"a"), made.objects.head(made.bucket, b"a")):
+        with pytest.raises(NoSuchKey):
+            await read
+    assert await made.read(b"b") == data
+    await put(made.objects, made.bucket, b"new", key=b"a")
+    assert await made.read(b"a") == b"new"
+
+
+async def test_a_read_that_meets_another_object_after_it_looked_at_the_new_key_finds_that(made: Made) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1)
+    read = made.world.ring.read
+
+    async def replaced(name: RegisterName, **how: Any) -> Any:
+        found = await read(name, **how)
+        if name == made.name(b"b"):
+            made.world.ring.read = read  # type: ignore[method-assign]
+            await put(made.objects, made.bucket, b"newer", key=b"a")
+        return found
+
+    made.world.ring.read = replaced  # type: ignore[method-assign]
+    assert (await made.objects.head(made.bucket, b"a")).size == 5
+
+
+async def test_a_new_key_that_is_damaged_hides_nothing(made: Made) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    await _dies_on_the_way(made, made.rename(b"a", b"b"))
+    made.world.ring.values[made.name(b"b")] = Value(1, b"", Visibility.LIVE, b"damage")
+    assert await made.read(b"a") == SMALL
 
 
 async def test_a_departure_that_another_request_has_marked_since_is_not_ended(made: Made) -> None:
@@ -544,3 +606,43 @@ async def test_a_record_lends_no_more_parts_than_it_has_room_for(
         await made.settled()
     assert [bool(sharing_of(made.record(key)).borrowed) for key in (b"b0", b"b1")] == [True, False]
     assert await made.read(b"b0") == await made.read(b"b1") == b"".join(datas)
+
+
+async def test_an_upload_replaces_what_departs(in_parts: Made) -> None:
+    made = in_parts
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 2)
+    await upload(made, b"a", [b"new", b"er"])
+    await made.settled()
+    assert not made.departures()
+    await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+    assert (await made.read(b"a"), await made.read(b"b")) == (b"newer", CODED)
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_what_was_read_while_it_departs_is_not_found_in_a_cache_later(made: Made, data: bytes) -> None:
+    """Its record does not change when it arrives elsewhere."""
+    await put(made.objects, made.bucket, data, key=b"a")
+    read: list[bytes] = []
+
+    async def reads() -> None:
+        read.append(await made.read(b"a"))
+
+    made.meanwhile(b"b", reads)
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1 if data is SMALL else 2)
+    assert read == [data]
+    with pytest.raises(NoSuchKey):
+        await made.read(b"a")
+
+
+async def test_a_rename_waits_for_another_that_is_young(made: Made) -> None:
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    await _dies_on_the_way(made, made.rename(b"a", b"b"))
+    [departure] = made.departures()
+    with pytest.raises(SlowDown):
+        await made.rename(b"a", b"c")
+    await made.settled()
+    assert made.departures() == [departure]
+    made.world.clock.wall += BUSY_MS  # type: ignore[attr-defined]
+    await made.rename(b"a", b"c")
+    assert await made.keys() == [b"c"]

@@ -10,18 +10,18 @@ import msgspec
 from msgspec import Struct
 
 from storaged import trace
-from storaged.errors import MethodNotAllowed, NoSuchKey, NoSuchVersion
+from storaged.errors import DataDamaged, MethodNotAllowed, NoSuchKey, NoSuchVersion
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import Reading
 from storaged.objects.cache.opened_records import OpenedRecord
 from storaged.objects.code.history import Entry, find_entry, newest_in
-from storaged.objects.code.lending import borrowed_by
+from storaged.objects.code.lending import borrowed_by, has_arrived
 from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import BucketRecord, Lock, ObjectRecord
-from storaged.objects.sharing import Borrowed
+from storaged.objects.records import NULL_VERSION, BucketRecord, Lock, ObjectRecord, sharing_of
+from storaged.objects.sharing import Borrowed, Departure
 from storaged.wire import Buffer
 
 
@@ -51,7 +51,7 @@ async def find(
 ) -> Found:
     """The version of a key, the newest when ``version_id`` is empty. ``reading``: of the key's register, when it was
     just read. Raises NoSuchKey, NoSuchVersion, MethodNotAllowed (it is a delete marker), InvalidArgument,
-    DataDamaged, ServiceUnavailable.
+    DataDamaged, ServiceUnavailable. An object that is being renamed is not found here once its new key has it.
     """
     name = object_name(bucket.id, bucket.shard_numbers, key)
     if reading is None:
@@ -61,13 +61,38 @@ async def find(
     if found is not None:
         return found
     record = decode_record(reading.value)
+    departure = _departure_of(record) if not version_id else None
+    while departure is not None and await _has_arrived(plane, bucket, departure):
+        reading = await plane.registers.read(name, want_payload=want_payload)
+        record, before = decode_record(reading.value), departure
+        departure = _departure_of(record)
+        if departure is not None and departure.id == before.id:
+            raise NoSuchKey  # it was here when the new key got it, and is here no more
     entry = await named_entry(plane, name, record, version_id) if version_id else current_entry(record)
     numbered = entry.version.bucket_key
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, numbered)
     if bucket_key is None:
         bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries, numbered)
     borrowed = borrowed_by(record, entry.ordinal)
-    return _open(plane, name, bucket, key, entry, bucket_key, reading, version_id, borrowed)
+    found = _open(plane, name, bucket, key, entry, bucket_key, reading, version_id, borrowed)
+    if departure is not None:
+        plane.opened_records.drop(Place(bucket.id, key))  # it may leave without a change of this record
+    return found
+
+
+def _departure_of(record: ObjectRecord) -> Departure | None:
+    """Of the current version, if that is being renamed (``write.departures``)."""
+    departure = sharing_of(record).departure
+    return departure if record.versions and record.versions[0].version_id == NULL_VERSION else None
+
+
+async def _has_arrived(plane: ObjectPlane, bucket: BucketRecord, departure: Departure) -> bool:
+    """Whether the new key has what departs. Raises ServiceUnavailable."""
+    new = object_name(bucket.id, bucket.shard_numbers, departure.key)
+    try:
+        return has_arrived((await plane.registers.read(new)).value, departure.id)
+    except DataDamaged:
+        return False  # nothing can be said of the new key, and this one has the object
 
 
 def current_entry(record: ObjectRecord) -> Entry:
@@ -96,11 +121,13 @@ async def named_entry(plane: ObjectPlane, name: RegisterName, record: ObjectReco
 def try_find(
     plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, reading: Reading
 ) -> Found | None:
-    """As ``find``, of the newest version. None: its bucket key must be fetched."""
+    """As ``find``, of the newest version. None: its bucket key must be fetched, or another key looked at."""
     found = _try_cached(plane, name, bucket, key, "", reading)
     if found is not None:
         return found
     record = decode_record(reading.value)
+    if _departure_of(record) is not None:
+        return None
     entry = current_entry(record)
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, entry.version.bucket_key)
     if bucket_key is None:

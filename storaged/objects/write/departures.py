@@ -22,7 +22,9 @@ Hence:
 
 * The old key loses the version only when the new key has it, or had it until somebody replaced it there.
 * Of several renames of a version one arrives at most, unless what arrived was replaced before its departure ended.
-* Both keys have the version between the second and the third change, and readers may see both. They never see neither.
+* Between the second and the third change both records have the version, and a list may show both. Who reads a key whose
+  version departs looks at the new key, too (``read.find``), and does not find at the old key what has arrived. So the
+  version is never under no key, and readers find it under one, unless what has arrived was replaced meanwhile.
 
 A version that somebody replaces while it departs may arrive nevertheless, if the second change had looked before.
 """
