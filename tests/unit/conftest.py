@@ -11,6 +11,23 @@ import pytest
 
 from tests.worlds.fragments import in_memory
 
+ON_DISK = frozenset(
+    {
+        "test_aio",
+        "test_disk_health",
+        "test_disk_room",
+        "test_durable",
+        "test_folder_lock",
+        "test_fragment_local",
+        "test_fragment_read_errors",
+        "test_fragment_wiring",
+        "test_meta_redo",
+        "test_meta_store",
+        "test_meta_warm",
+    }
+)
+"""Modules about what the system does with files: their folders are where those of servers are, on a disk."""
+
 REFUSED = frozenset({"socket.bind", "socket.connect", "subprocess.Popen", "os.fork", "os.posix_spawn"})
 _running: list[str] = []
 
@@ -28,6 +45,16 @@ def _no_server_and_no_process(request: pytest.FixtureRequest) -> Iterator[None]:
     _running.append(request.node.nodeid)
     yield
     _running.clear()
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """In memory, but for ``ON_DISK``: otherwise units wait for syncs for longer than they work."""
+    if request.path.stem in ON_DISK or "cached_reads" in request.fixturenames:
+        yield tmp_path
+        return
+    with in_memory(tmp_path) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

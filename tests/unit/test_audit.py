@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -533,10 +534,8 @@ async def test_a_chain_that_only_a_checkpoint_knows_is_missing(tmp_path: Path, w
 
 @settings(max_examples=examples(60), deadline=None)
 @given(st.data())
-def test_no_change_to_a_log_that_another_follows_goes_unnoticed(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    directory = tmp_path_factory.mktemp("audit")
+def test_no_change_to_a_log_that_another_follows_goes_unnoticed(memory: Path, data: st.DataObject) -> None:
+    directory = Path(tempfile.mkdtemp(dir=memory))
     asyncio.run(written(directory, 3, 1))
     path = files_of(directory)[0]
     lines = lines_of(path)

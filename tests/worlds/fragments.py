@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,15 +23,19 @@ ANY_SPACE = StoreLimits(reserve_bytes=1)
 """For stores on the machine's disk: how much of it is free must not matter."""
 
 
+MEMORY_BYTES_MIN = 1 << 30
+
+
 @contextlib.contextmanager
 def in_memory(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: for indexes of simulated disks, whose own durability is not what is
-    tested.
+    """A directory in memory where there is room: for indexes of simulated disks and the like, whose own durability is
+    not what is tested.
     """
-    if not Path("/dev/shm").is_dir():
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < MEMORY_BYTES_MIN:
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+    with tempfile.TemporaryDirectory(dir=memory) as name:
         yield Path(name)
 
 
