@@ -27,7 +27,7 @@ INVENTORY_BUGS = (
     Planted(
         "both_files_count",
         "of two workers that make the same file, each goes on from its own",
-        40,
+        65,
         _PLAY,
         _ROWS,
         "        return Change(body) if _file_in(value) is None else None\n\n    key = _FILE",
