@@ -132,12 +132,12 @@ class Value(Message, frozen=True):
     is the data id (16 bytes) of a small object whose copies are on the disks of this register's replicas, or empty.
 
     A value with another sequence does not decode: a replica that lies must not lead a register to where its sequences
-    end.
+    end. Nor does one with a visibility that no row can hold: a proposer would carry it to replicas that can't store it.
     """
 
     sequence: Annotated[int, Meta(ge=0, le=SEQUENCE_MAX)]
     operation: bytes
-    visibility: int
+    visibility: Annotated[int, Meta(ge=0, le=255)]
     body: bytes
     payload: bytes = b""
 

@@ -111,7 +111,14 @@ def test_a_part_whose_header_is_none_is_named_and_stops_no_walk(head: bytes) -> 
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"\x02" + b"\0" * 17, b"\x02" + b"\0" * 16 + b"\x01\0\xff\x95\x01\xc4\0\x02\xc4\0\xc4\0"]
+    "body",
+    [
+        b"",
+        b"\x02" + b"\0" * 17,
+        b"\x02" + b"\0" * 16 + b"\x01\0\xff\x95\x01\xc4\0\x02\xc4\0\xc4\0",
+        b"\x02" + b"\0" * 18 + b"\x95\x01\xc4\0\xf0\xc4\0\xc4\0",  # a visibility of -16, and one of 256
+        b"\x02" + b"\0" * 18 + b"\x95\x01\xc4\0\xcd\x01\0\xc4\0\xc4\0",
+    ],
 )
 def test_a_row_that_is_none_under_a_right_check_is_damaged(body: bytes) -> None:
     name = RegisterName(Table.OBJECT, b"S" * 16, 3, b"key")
