@@ -15,7 +15,7 @@ from hypothesis import currently_in_test_context, event
 from storaged.errors import S3Error
 from storaged.s3.auth import sigv4
 from storaged.s3.auth.aws_chunked import ChunkedDecoder
-from storaged.s3.http.chunks import ChunkReader, TransferChunks
+from storaged.s3.http.chunks import LINE_BYTES_MAX, ChunkReader, TransferChunks
 from storaged.s3.http.form_data import FormReader, boundary_of
 from storaged.s3.http.grammar import Head, parse_head
 from storaged.s3.http.limits import Limits
@@ -283,7 +283,13 @@ def aws_chunked_is_what_aws_describes(wire: bytes, signed: bool, trailing: bool,
             )
         return
     if ours is None:
-        explained({"a trailer is printable ASCII": lambda: not wire.isascii() or b"\t" in wire}, wire)
+        explained(
+            {
+                "a trailer is printable ASCII": lambda: not wire.isascii() or b"\t" in wire,
+                "a line has less than 1 KiB": lambda: any(len(line) >= LINE_BYTES_MAX for line in wire.split(b"\n")),
+            },
+            wire,
+        )
         return
     assert (ours, decoder.trailers) == expected
 

@@ -3,6 +3,7 @@ implementations, or a rule of ``agreement``, by name, says why it is the stricte
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -207,3 +208,9 @@ def test_forms_are_what_the_grammar_says(body: bytes, step: int) -> None:
 @given(broken(_forms()))
 def test_a_form_that_is_taken_is_what_an_e_mail_parser_reads(body: bytes) -> None:
     agreement.a_form_that_is_taken_is_what_an_e_mail_parser_reads(body)
+
+
+@pytest.mark.parametrize("length", [900, 1100])
+def test_a_checksum_of_any_length_is_taken_or_too_long_for_a_line(length: int) -> None:
+    wire = b"5\r\nhello\r\n0\r\nx-amz-checksum-crc32:" + b"A" * length + b"\r\n\r\n"
+    agreement.aws_chunked_is_what_aws_describes(wire, False, True, 64)
