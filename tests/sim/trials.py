@@ -49,6 +49,8 @@ TESTS = (
     "tests/unit/test_registers_client.py",
     "tests/property/test_reader.py",
     "tests/property/test_proposer.py",
+    "tests/unit/test_overtaking.py",
+    "tests/property/test_overtaking.py",
     "tests/sim/test_lost_copies.py",
 )
 FIRST_TESTS = TESTS[:12]

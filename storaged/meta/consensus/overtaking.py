@@ -30,11 +30,18 @@ Why V refers to nothing that was deleted
     promised by a quorum, so by a replica that has accepted R. R is no create under its own ballot (``moved_on`` takes
     none for a round of a majority). So this replica had a row, and took no create since. It reports R or something
     newer, that is below C. V is the newest such value. So V was proposed at or above R's ballot, and descends from the
-    value of R. The same holds for a settled read that finds a record without the data: what it found is no create below
-    C, or nothing was chosen before it. And where a round is at every replica no V lies below it.
+    value of R. The same holds for a settled read of replaced data: it finds the change that replaced the data, or what
+    came after. That is no create under its own ballot, for a quorum had a row before. And where a round is at every
+    replica no V lies below it.
 
     A row of a deleted key may be expunged, and the replica may take a create then. But floors are set when all replicas
     have the same row, or a quorum has newer ones (``floors``): what lies at the others is the tombstone, or newer.
+
+What the request of V may conclude
+    If C was chosen, V was not, but may yet come into effect by W. So the request of V does not count as over because a
+    quorum holds C under its own ballot (``Lineage.judge``). A round after that ends it: then no proposer finds C newest
+    any more. Once W is there the request finds a value that may descend from its own, and its outcome is unknown. The
+    request of C finds its own operation in W.
 """
 
 from __future__ import annotations
