@@ -248,6 +248,7 @@ def replaced_functions(mutant: Mutant) -> bool:
         return False
     path = str(ROOT / mutant.path)
     replaced = set()
+    gc.unfreeze()  # pytest's objects were frozen when all tests were known, and frozen ones are not among all objects
     for function in gc.get_objects():
         if isinstance(function, FunctionType) and function.__code__.co_filename == path:
             place = function.__code__.co_qualname, function.__code__.co_firstlineno

@@ -14,11 +14,20 @@ from msgspec.structs import replace
 from storaged.errors import ServiceUnavailable
 from storaged.meta import messages
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.change import (
+    STRAGGLERS_S,
+    SYSTEM_STRAGGLERS_S,
+    THIRD_REPLICA_TRIES,
+    Shared,
+    Wanted,
+)
 from storaged.meta.consensus.looks import Held, Look, moved_on
 from storaged.meta.consensus.overtaking import Overtaking, Placed
-from storaged.meta.consensus.quorums import Quorum
-from storaged.meta.consensus.register import RULES, Lineage, Standing, Verdict, created, taken_by_create
+from storaged.meta.consensus.proposer import Proposer
+from storaged.meta.consensus.quorums import Quorum, View
+from storaged.meta.consensus.register import RULES, Ballots, Lineage, Standing, Verdict, created, taken_by_create
 from storaged.meta.consensus.rounds import Found
+from storaged.meta.consensus.states import ACCEPTING, CARRYING, GATHERING, RETRYING
 from storaged.meta.messages import PrepareReply
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Value, Visibility, object_name
 from storaged.objects.code.adding import overtake
@@ -54,11 +63,11 @@ def other(sequence: int, body: bytes = b"old") -> Value:
     return Value(sequence, b"%016d" % sequence, Visibility.LIVE, body)
 
 
-def kept(_create: Value, below: Value) -> Value | None:
+def kept(create: Value, below: Value) -> Value | None:
     """Values that begin so have a history; to one in which it does not find its place a create can't be applied."""
     if below.body.startswith(b"full"):
         return None
-    return replace(_create, body=below.body + b"+" + _create.body) if below.body.startswith(b"many") else _create
+    return replace(create, body=below.body + b"+" + create.body) if below.body.startswith(b"many") else create
 
 
 def placed(reported: dict[str, tuple[int, Value | None]], lost_at: int = 0, **more: Any) -> Placed:
@@ -173,6 +182,98 @@ def test_an_attempt_is_not_over_because_a_create_was_chosen_beside_it() -> None:
     assert lineage.open
     assert lineage.judge(create(5), at(6), True) is Standing.CLEAR
     assert not lineage.open, "a round has carried it on"
+
+
+# --- the proposer
+
+
+class Machine:
+    """A change that appends a mark, at replicas whose answers the test gives."""
+
+    def __init__(self, **wanted: Any) -> None:
+        counts = dict.fromkeys(("preempted", "unknown", "unavailable", "identity_rounds"), 0)
+        shared = Shared(
+            Ballots("n", lambda: b"incarnat"), RULES, counts, overtake=lambda _name, create, below: kept(create, below)
+        )
+        update = (lambda _value: None) if wanted else _append
+        self.machine = Proposer(shared, Wanted(NAME, update, **wanted), Lineage(b"m" * 14))
+        self.begin()
+
+    def begin(self) -> None:
+        self.machine.begin(View.of(1, GROUP.disks), 1_000)
+
+    def promise(self, disk: str, counter: int, value: Value | None) -> None:
+        self.machine.promised(self.machine.turn, disk, _promise(counter, value))
+
+    def refuse(self, disk: str) -> None:
+        self.machine.promised(self.machine.turn, disk, PrepareReply(Verdict.PREEMPTED, at(2_000)))
+
+    def create_above_versions(self) -> None:
+        self.promise("a", 5, create(5))
+        self.promise("b", 4, other(7, b"many"))
+
+    @property
+    def proposed(self) -> bytes:
+        assert self.machine.state is ACCEPTING
+        assert isinstance(self.machine.request, messages.Accept)
+        return self.machine.request.value.body
+
+
+def _append(value: Value | None) -> Change:
+    assert value is not None
+    return Change(value.body + b"!", payload=value.payload)
+
+
+def test_a_proposer_waits_longer_for_the_third_replica_before_it_applies_a_create() -> None:
+    change = Machine()
+    change.create_above_versions()
+    assert (change.machine.state, change.machine.gather_s) == (GATHERING, STRAGGLERS_S)
+    change.machine.waited()
+    assert (change.machine.state, change.machine.gather_s) == (GATHERING, SYSTEM_STRAGGLERS_S)
+    change.machine.waited()
+    assert change.proposed == b"many+new!"
+
+
+def test_a_proposer_drops_a_create_when_the_third_replica_answers() -> None:
+    change = Machine()
+    change.create_above_versions()
+    change.machine.waited()
+    change.promise("c", 3, other(6, b"many"))
+    assert change.proposed == b"many!"
+
+
+def test_a_proposer_asks_a_third_replica_again_that_has_promised_more() -> None:
+    change = Machine()
+    tries = 0
+    while change.machine.state is not ACCEPTING:
+        change.create_above_versions()
+        change.refuse("c")
+        if change.machine.state is RETRYING:
+            tries += 1
+            change.begin()
+    assert tries == THIRD_REPLICA_TRIES
+    assert change.proposed == b"many+new!"
+
+
+def test_a_create_is_not_dropped_for_a_record_whose_copy_is_missing() -> None:
+    change = Machine()
+    payload = b"c" * 16
+    change.promise("a", 5, Lineage(b"c" * 14).create(Change(b"new", payload=payload), at(5)))
+    change.promise("b", 4, replace(other(7, b"many"), payload=b"v" * 16))
+    change.promise("c", 3, other(6, b"many"))
+    assert (change.machine.state, change.machine.carry) == (CARRYING, b"v" * 16)
+    change.machine.carried(())
+    assert (change.machine.state, change.machine.carry) == (CARRYING, payload)
+    change.machine.carried([(b"", ())] * 3)
+    assert change.proposed == b"many+new!"
+
+
+def test_a_create_that_a_quorum_has_taken_goes_on_alone() -> None:
+    change = Machine(settling=True, commit=True, thorough=True)
+    change.promise("a", 5, create(5))
+    change.promise("b", 5, create(5))
+    change.promise("c", 4, other(7, b"many"))
+    assert change.proposed == b"new"
 
 
 # --- records
