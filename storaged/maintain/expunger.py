@@ -12,7 +12,8 @@ why nothing comes back. The expunger takes the steps for one range of keys after
 
 Nothing is noted anywhere: an expunger that dies leaves a range with a floor and with tombstones, which is a sound
 state, and the next pass goes on. Two expungers at once set two floors, and the higher one stays. While a replica is
-away, or the partition moves, its tombstones stay.
+away, or the partition moves, its tombstones stay. So they do where a floor of an earlier layout has a higher sequence:
+this gateway's clock is slower than that of another one, or the delay was made longer.
 
 That the delay is longer than any retry is no matter of safety. It keeps clients from unknown outcomes: a gateway that
 was suspended for longer learns of a floor that it can't tell what became of its change.

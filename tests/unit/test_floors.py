@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 
 from storaged.cluster.partitions import PartitionRecord, PartitionState, epoch_of
@@ -187,6 +188,53 @@ async def test_a_lower_floor_does_not_replace_a_higher_one() -> None:
     assert (await read(replica)).accepted == (await read(replica_on(store))).accepted == FLOOR
 
 
+async def test_a_later_floor_with_a_lower_sequence_is_refused_and_no_row_goes_below_it() -> None:
+    """The clock of the gateway that sets it is slow, or its delay is longer."""
+    store = MemoryMetaStore()
+    replica = replica_on(store)
+    await replica.accept(accept(now_us(-60_000_000), GONE))
+    await set_floor(replica)
+    slow = Ballot(2, NOW_US - 50_000_000, "", b"")
+    for one in (replica, replica_on(store)):
+        for active in (False, True):
+            reply = await one.floors.set_floor(FloorSet("d", PREFIX, slow, active))
+            assert (reply.verdict, reply.floor) == (Verdict.PREEMPTED, FLOOR)
+        assert await one.floors.expunge(Expunge("d", PREFIX, slow, count=True)) == ExpungeReply(
+            Verdict.OK, 0, NAME.key, True
+        )
+    await set_floor(replica, Ballot(2, NOW_US - NOW_US % (1 << 20), "", b""))  # the same sequence
+
+
+async def test_a_floor_of_an_earlier_layout_is_refused_when_a_later_one_is_promised() -> None:
+    """Also after a restart: else one replica has the one, and another replica has the other."""
+    store = MemoryMetaStore()
+    replica = replica_on(store)
+    await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))
+    slow = Ballot(2, NOW_US - 50_000_000, "", b"")
+    assert (await replica.floors.set_floor(FloorSet("d", PREFIX, slow))).verdict == Verdict.OK
+    again = replica_on(store)
+    for one, active in ((replica, True), (again, False), (again, True)):
+        assert (await one.floors.set_floor(FloorSet("d", PREFIX, FLOOR, active))).verdict == Verdict.EPOCH
+    await set_floor(again, slow)
+
+
+async def test_a_promise_of_a_floor_waits_for_floors_on_their_way_to_the_disk() -> None:
+    disk = SlowDisk()
+    replica = replica_on(MemoryMetaStore(sync=disk.sync))
+    await replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR))
+    await replica.prepare(prepare(ballot(NOW_US, epoch=2)))  # no high-water ballot has to be written for the promise
+    disk.open.clear()
+    setting = asyncio.ensure_future(replica.floors.set_floor(FloorSet("d", PREFIX, FLOOR, True)))
+    await settle_tasks()
+    slow = FloorSet("d", PREFIX, Ballot(2, NOW_US - 50_000_000, "", b""))
+    promising = asyncio.ensure_future(replica.floors.set_floor(slow))
+    await settle_tasks()
+    assert not promising.done()
+    disk.open.set()
+    assert (await setting).verdict == Verdict.OK
+    assert (await promising).verdict == Verdict.PREEMPTED
+
+
 async def test_creates_are_taken_above_the_floor_alone() -> None:
     replica = replica_on(MemoryMetaStore())
     await set_floor(replica)
@@ -309,6 +357,10 @@ async def test_without_its_rule_each_of_these_is_otherwise() -> None:
     store = MemoryMetaStore()
     await set_floor(replica_on(store, rules=Rules(floors_durable=False)))
     assert (await read(replica_on(store))).accepted == ZERO_BALLOT
+    replica = replica_on(MemoryMetaStore(), rules=Rules(floors_grow=False))
+    for floor in (FLOOR, Ballot(2, NOW_US - 50_000_000, "", b"")):
+        await set_floor(replica, floor)
+        assert (await read(replica)).accepted == floor
 
 
 # --- a partition moves
@@ -641,14 +693,17 @@ async def test_a_replica_that_lacks_a_live_row_gets_it_before_the_floor_counts(w
         assert reading.value.body == b"live"
 
 
-async def test_a_retry_of_a_change_that_was_deleted_and_expunged_is_of_unknown_outcome(world: World) -> None:
-    """Its first attempt was applied, and no answer to it has arrived."""
-    other = ring_client(KnownLayouts(layout_of((1, 1, 1, 1))), world.ring, node="other", jitter=lambda: 0.5)
+async def begin_unanswered(world: World, other: RingClient) -> tuple[asyncio.Task[Any], Callable[[], None]]:
+    """A change of ``NAME`` whose first attempt was applied. No answer to it has arrived. Returns what has the calls
+    fail, so that the change is tried again.
+    """
+    waiting: list[Callable[[Exception], None]] = []
     replicas = {disk: world.ring.replicas[disk] for disk in world.state.present}
     held = {disk: replica.try_accept for disk, replica in replicas.items()}
 
     def swallow(disk: str) -> Any:
-        def try_accept(request: Any, body: Any, _on_answer: Any, header: bytes = b"", *, create: bool = False) -> bool:
+        def try_accept(request: Any, body: Any, on_answer: Any, header: bytes = b"", *, create: bool = False) -> bool:
+            waiting.append(on_answer)
             return held[disk](request, body, lambda _answer: None, header, create=create)
 
         return try_accept
@@ -662,8 +717,37 @@ async def test_a_retry_of_a_change_that_was_deleted_and_expunged_is_of_unknown_o
     reading = await other.read(NAME)
     assert reading.value is not None
     assert reading.value.body == b"mine"
+
+    def fail() -> None:
+        for on_answer in waiting:
+            on_answer(ServiceUnavailable("The connection is lost."))
+
+    return changing, fail
+
+
+async def test_a_retry_of_a_change_that_was_deleted_and_expunged_is_of_unknown_outcome(world: World) -> None:
+    other = ring_client(KnownLayouts(layout_of((1, 1, 1, 1))), world.ring, node="other", jitter=lambda: 0.5)
+    changing, fail = await begin_unanswered(world, other)
     await other.change(NAME, delete)
     assert await expunge(world) == 1
+    fail()
+    with pytest.raises(OutcomeUnknown):
+        await changing
+    assert (await other.read(NAME)).value is None
+    await other.close()
+
+
+async def test_a_floor_of_a_newer_layout_and_a_slow_clock_has_no_retry_apply_again(world: World) -> None:
+    other = ring_client(world.layouts, world.ring, node="other", jitter=lambda: 0.5)
+    first_us = world.expunger._ports.clock.wall_ms() * 1000
+    await world.expunger.expunge(world.state, PREFIX, Ballot(1, first_us, "", b""))
+    changing, fail = await begin_unanswered(world, other)
+    await other.change(NAME, delete)
+    assert await world.expunger.expunge(world.state, PREFIX, Ballot(1, first_us + (1 << 21), "", b"")) == 1
+    world.layouts.learn(msgspec.structs.replace(world.layouts.current, epoch=2))
+    with pytest.raises(ServiceUnavailable, match="PREEMPTED"):
+        await world.expunger.expunge(world.state, PREFIX, Ballot(2, first_us, "", b""))
+    fail()
     with pytest.raises(OutcomeUnknown):
         await changing
     assert (await other.read(NAME)).value is None

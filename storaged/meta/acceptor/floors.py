@@ -23,7 +23,7 @@ from storaged.meta.acceptor.high_water import HighWater
 from storaged.meta.acceptor.pending_accept import PendingAccepts
 from storaged.meta.consensus.acceptor import AcceptorState
 from storaged.meta.consensus.bounds import check_floor
-from storaged.meta.consensus.floors import Range, may_go
+from storaged.meta.consensus.floors import Range, in_order, may_go
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import (
     EXPUNGED_A_CALL,
@@ -120,11 +120,16 @@ class Floors:
         if request.active:
             if self._state.common_at(ballot.epoch) < ballot:
                 raise InvalidRequest("A floor is promised before it is active.")
-            await self._activate({range_: ballot})
+            async with self._writing:
+                verdict = self._judge_order(range_, ballot)
+                if verdict is Verdict.OK:
+                    await self._activate({range_: ballot})
         else:
             await self._epochs.raise_at(RegisterName(*range_, b"").partition, ballot.epoch)
             await self.end_promises(ballot)
-        return FloorReply(Verdict.OK, self._floor_of(range_), final)
+            async with self._writing:  # floors that were judged before have arrived
+                verdict = self._judge_order(range_, ballot)
+        return FloorReply(verdict, self._floor_of(range_), final)
 
     def _judge(self, range_: Range, ballot: Ballot) -> Verdict:
         """EPOCH: the partition is in a later step, or it has two sets. AHEAD: the floor lies in the future."""
@@ -135,18 +140,30 @@ class Floors:
             return Verdict.EPOCH
         return Verdict.AHEAD if state.too_far(ballot, self._clock.wall_ms() * 1000) else Verdict.OK
 
+    def _judge_order(self, range_: Range, ballot: Ballot) -> Verdict:
+        """Rule 38. EPOCH: ballots of a later step, or of a newer layout in this step, are promised. PREEMPTED: another
+        floor is active, and the higher ballot of the two would have the lower sequence.
+        """
+        state = self._state
+        if not state.rules.floors_grow:
+            return Verdict.OK
+        if ballot.epoch < max(state.epoch_at(RegisterName(*range_, b"")), state.common_at(ballot.epoch).epoch):
+            return Verdict.EPOCH
+        return Verdict.OK if in_order(ballot, self._floor_of(range_)) else Verdict.PREEMPTED
+
     def _floor_of(self, range_: Range) -> Ballot:
         return self._state.floors.get(range_, ZERO_BALLOT)
 
     async def _activate(self, floors: dict[Range, Ballot]) -> None:
-        """Higher ones that are there stay."""
-        async with self._writing:  # a lower one must not be written over a higher
-            higher = {range_: ballot for range_, ballot in floors.items() if ballot > self._floor_of(range_)}
-            meta = {META_FLOOR + prefix_of(range_).hex(): encode(ballot) for range_, ballot in higher.items()}
-            if not self._state.rules.floors_durable:
-                self._take(higher)
-            elif higher:
-                await self._writes.durably(StoreBatch(meta=meta), lambda: self._take(higher))
+        """Higher ones that are there stay. In the caller's ``_writing``: a lower one must not be written over a
+        higher.
+        """
+        higher = {range_: ballot for range_, ballot in floors.items() if ballot > self._floor_of(range_)}
+        meta = {META_FLOOR + prefix_of(range_).hex(): encode(ballot) for range_, ballot in higher.items()}
+        if not self._state.rules.floors_durable:
+            self._take(higher)
+        elif higher:
+            await self._writes.durably(StoreBatch(meta=meta), lambda: self._take(higher))
 
     def _take(self, floors: dict[Range, Ballot]) -> None:
         self._state.floors.update(floors)
@@ -176,6 +193,7 @@ class Floors:
         changed = store.dirty_ranges.changed_since(
             count, prefix, after=request.after, key_prefix=b"", through=None if done else through
         )
+        changed = changed or self._judge_order(range_, request.ballot) is not Verdict.OK
         names = [] if changed else self._that_may_go(range_, rows, request.ballot)
         if names and not request.count:
             if self._judge(range_, request.ballot) is not Verdict.OK or self._floor_of(range_) < request.ballot:
@@ -238,5 +256,6 @@ class Floors:
             if request.epoch < self._state.epoch_at(name):
                 return FloorReply(Verdict.EPOCH)
             taken[range_] = floor.ballot
-        await self._activate(taken)
+        async with self._writing:
+            await self._activate(taken)
         return FloorReply(Verdict.OK)

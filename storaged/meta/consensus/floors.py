@@ -42,6 +42,20 @@ Why no retry re-applies
     ``looks`` concludes that a replica with a row refuses every create for ever. So it does with the floor that has
     taken the row's place: creates from before do not know S.
 
+Why the sequence of a floor never falls (rule 38)
+    A floor of a later step, or of a newer layout, has a higher ballot than all earlier ones. Its counter may be lower:
+    another gateway's clock is slow, or the delay was made longer. Its sequence would be lower too. A retry whose
+    sequence lies between the two would find "deleted" below itself, and apply again what was deleted.
+
+    So a replica takes no floor beside an active one with a lower ballot and a higher sequence, or the other way round.
+    And a replica that has promised a floor B takes no floor of an earlier step or layout any more: the common promise
+    has B's step and layout, also after a restart. What was on its way to the disk arrives before the promise is
+    answered. So let F be a floor with a lower ballot than B and a higher sequence. A replica that has promised B has no
+    active F, nor will it have. All replicas promise B before one activates it. So no set of replicas has both. Floors
+    of one step and layout have the order of their counters, and their sequences have it too.
+
+    A floor that a quorum has is copied to the replica that comes. So the next set refuses B as well.
+
 A replica that comes to a partition gets the floors of the others when it has all rows, and before the new set counts
 alone. Before that it must not report them: v would lie above the rows that it does not have yet. Its promises and rows
 are of later steps, so a floor there is in the way of no other operation.
@@ -89,6 +103,12 @@ def may_go(slot: Slot, floor: Ballot) -> bool:
         and slot.ballot.counter < floor.counter
         and slot.value.sequence < sequence_of(floor)
     )
+
+
+def in_order(floor: Ballot, active: Ballot) -> bool:
+    """Whether the one of two floors of a range that has the higher ballot has no lower sequence (rule 38)."""
+    lower, higher = sorted((floor, active))
+    return sequence_of(lower) <= sequence_of(higher)
 
 
 class KnownFloors:

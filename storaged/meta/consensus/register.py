@@ -169,6 +169,10 @@ class Rules:
     """37. A create that is found above a value with a history does not replace that: it is dropped, or applied to it
     (``overtaking``).
     """
+    floors_grow: bool = True
+    """38. Of two floors of a range the one with the higher ballot has no lower sequence, whatever clocks and delays say
+    (``floors``).
+    """
 
 
 RULES = Rules()
