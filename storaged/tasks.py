@@ -1,9 +1,12 @@
 """A group of tasks that leaves the task which waits for it as it found it.
 
-Before Python 3.13 a group cancels the waiting task when one of its own tasks fails, and takes that back only if the
-waiting task was still in the body of the group. Otherwise the task counts as cancelled for the rest of its life. Then
-an ``asyncio.timeout`` that runs out raises CancelledError in it, not TimeoutError, and a task that was meant to run for
-ever ends, with no error.
+Before Python 3.13 a group that fails makes two mistakes with the task that waits for it:
+
+* It cancels that task when one of its own tasks fails, and takes that back only if the waiting task was still in the
+  body of the group. Otherwise the task counts as cancelled for the rest of its life. Then an ``asyncio.timeout`` that
+  runs out raises CancelledError in it, not TimeoutError, and a task that was meant to run for ever ends, with no error.
+* When somebody else cancels that task while the group fails, the failure is raised and the cancellation is lost. A task
+  that survives the failure then goes on for ever, and its process does not end.
 """
 
 from __future__ import annotations
@@ -22,12 +25,20 @@ class TaskGroup(asyncio.TaskGroup):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         before = self._cancelled_parent()
+        task = asyncio.current_task()
+        failed = False
         try:
             await super().__aexit__(kind, error, trace)
+        except BaseExceptionGroup:
+            failed = True
+            raise
         finally:
-            task = asyncio.current_task()
-            if _FORGETS and task is not None and self._cancelled_parent() and not before:
-                task.uncancel()
+            if _FORGETS and task is not None:
+                if self._cancelled_parent() and not before:
+                    task.uncancel()
+                if failed and task.cancelling():
+                    task.uncancel()
+                    task.cancel()  # raised where the task waits next
 
     def _cancelled_parent(self) -> bool:
         return bool(getattr(self, "_parent_cancel_requested", False))

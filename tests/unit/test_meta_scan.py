@@ -87,7 +87,7 @@ async def test_replicas_agree_on_rows_of_the_version_before(
     )
     [its], [other] = scan_store(new, request).slices, scan_store(mixed, request).slices
     assert (its.digest, its.through, its.keys, its.heads) == (other.digest, other.through, other.keys, other.heads)
-    assert its.looked_at == 3
+    assert its.looked_at == (0 if want == Want.SUM else 3)
 
 
 async def test_it_shows_visible_rows_and_looks_at_all() -> None:
@@ -118,7 +118,7 @@ async def test_all_ways_of_asking_give_the_same_digest_and_stop_at_the_same_plac
     rows: dict[bytes, int], bounds: dict[str, int]
 ) -> None:
     store = await store_of(rows)
-    pieces = [scan(store, want=want, **bounds) for want in Want]  # type: ignore[arg-type]
+    pieces = [scan(store, want=want, **bounds) for want in Want if want != Want.SUM]  # type: ignore[arg-type]
     assert len({(piece.digest, piece.through, piece.done, piece.looked_at) for piece in pieces}) == 1
     assert keys(pieces[Want.VISIBLE]) == list(pieces[Want.HEADS].keys)
     assert [row.value.body for row in decode_rows(pieces[Want.VISIBLE].rows) if row.value] == list(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
 
 import pytest
 
@@ -49,31 +50,74 @@ async def test_a_task_can_wait_with_a_limit_after_a_group_of_it_has_failed(work:
         assert not await wait_for(asyncio.Event(), 0.001)
 
 
+async def _ends_slowly(began: asyncio.Event) -> None:
+    try:
+        began.set()
+        await asyncio.sleep(GUARD_S)
+    finally:
+        await asyncio.sleep(0.01)
+
+
+async def _fails_when_cancelled(began: asyncio.Event) -> None:
+    try:
+        began.set()
+        await asyncio.sleep(GUARD_S)
+    finally:
+        raise ServiceUnavailable("no majority")
+
+
+async def _survives(
+    began: asyncio.Event, work: Callable[[asyncio.Event], Coroutine[None, None, None]], *, fails: bool
+) -> int:
+    """How often it counts as cancelled after the failure; the next wait raises the cancellation."""
+    try:
+        async with TaskGroup() as group:
+            group.create_task(work(began))
+            if fails:
+                group.create_task(_fails())
+    except ExceptionGroup:
+        task = asyncio.current_task()
+        assert task is not None
+        count = task.cancelling()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return count
+    return -1
+
+
 async def test_a_task_that_is_cancelled_while_its_group_fails_stays_cancelled() -> None:
     began = asyncio.Event()
-
-    async def slow_to_end() -> None:
-        try:
-            began.set()
-            await asyncio.sleep(GUARD_S)
-        finally:
-            await asyncio.sleep(0.01)
-
-    async def waiting() -> int:
-        try:
-            async with TaskGroup() as group:
-                group.create_task(slow_to_end())
-                group.create_task(_fails())
-        except ExceptionGroup:
-            task = asyncio.current_task()
-            assert task is not None
-            return task.cancelling()
-        return -1
-
-    task = asyncio.create_task(waiting())
+    task = asyncio.create_task(_survives(began, _ends_slowly, fails=True))
     await began.wait()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     task.cancel()
     assert await task == 1
+
+
+async def test_a_task_stays_cancelled_if_its_group_fails_because_of_that() -> None:
+    began = asyncio.Event()
+    task = asyncio.create_task(_survives(began, _fails_when_cancelled, fails=False))
+    await began.wait()
+    task.cancel()
+    assert await task == 1
+
+
+async def test_a_loop_that_survives_failures_ends_when_it_is_cancelled_during_one() -> None:
+    began = asyncio.Event()
+    rounds = 0
+
+    async def loop() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            with contextlib.suppress(ServiceUnavailable):
+                await gather_bounded([_fails_when_cancelled(began) if rounds == 1 else asyncio.sleep(GUARD_S)], 1)
+
+    task = asyncio.create_task(loop())
+    await began.wait()
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=10)
+    assert done, "it goes on"
+    assert task.cancelled()

@@ -19,6 +19,7 @@ from storaged.s3.locks import bypasses
 from storaged.s3.origins import origin_of
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import BatchKey, Request, check_key, version_of
+from storaged.tasks import TaskGroup
 
 log = logging.getLogger("storaged.s3")
 
@@ -67,7 +68,7 @@ async def delete_objects(front: Front, request: Request) -> Reply:
                     await asyncio.sleep(0)  # long policies take time: other requests have a turn after each decision
             lines[index] = await _delete_entry(front, request, entries[index], quiet)
 
-    async with asyncio.TaskGroup() as group:
+    async with TaskGroup() as group:
         for _ in range(min(len(entries), front.endpoint.limits.deletes_in_flight_max)):
             group.create_task(worker())
     return xml_reply(xml.document("DeleteResult", *lines))
