@@ -209,7 +209,7 @@ class World:
 
     def client(self, access: str = ACCESS, secret: str = SECRET, region: str = REGION, **config: Any) -> Any:
         config.setdefault("s3", {"addressing_style": "path"})
-        config.setdefault("retries", {"max_attempts": 1})
+        config.setdefault("retries", {"total_max_attempts": 1})
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,

@@ -313,7 +313,8 @@ async def test_over_tls_boto3_sends_checksums_in_trailers_and_they_are_verified(
         def run() -> dict[str, str]:
             client = boto3.client(
                 "s3", endpoint_url=f"https://localhost:{world.port}", region_name=REGION, aws_access_key_id=ACCESS,
-                aws_secret_access_key=SECRET, verify=str(path), config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),  # noqa: E501
+                aws_secret_access_key=SECRET, verify=str(path),
+                config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
             )  # fmt: skip
             seen: dict[str, str] = {}
             client.meta.events.register(

@@ -60,7 +60,7 @@ def client(world: World, service: str, access: str = ACCESS, secret: str = SECRE
         aws_access_key_id=access,
         aws_secret_access_key=secret,
         aws_session_token=token,
-        config=Config(retries={"max_attempts": 1}, s3={"addressing_style": "path"}),
+        config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
     )
 
 

@@ -35,7 +35,7 @@ def client_of(server: Server) -> Any:
         region_name=target.region,
         aws_access_key_id=target.access_key,
         aws_secret_access_key=target.secret_key,
-        config=Config(retries={"max_attempts": 1, "mode": "standard"}, connect_timeout=5, read_timeout=60),
+        config=Config(retries={"total_max_attempts": 1, "mode": "standard"}, connect_timeout=5, read_timeout=60),
     )
 
 
