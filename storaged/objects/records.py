@@ -46,9 +46,9 @@ class PartEntry(Message, frozen=True):
     """One sealed byte stream.
 
     ``size``: of the plaintext, in bytes. ``header``: the SOV1 header of 64 bytes (chunk size in byte 5).
-    ``block_cells``: data cells of a block, a multiple of the target profile's k, so that a run recoded with another k
-    keeps the block's borders. ``target``: the profile that it should have, as text. ``inline``: the sealed chunks, when
-    they are in the record; then there are no runs.
+    ``block_cells``: data cells of a block, of several blocks a multiple of the target profile's k, so that a run
+    recoded with another k keeps the block's borders. ``target``: the profile that it should have, as text. ``inline``:
+    the sealed chunks, when they are in the record; then there are no runs.
     """
 
     number: int

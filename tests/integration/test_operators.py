@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections import Counter
 
 import pytest
 from msgspec.structs import replace
 
-from storaged.cluster.layout import Layout, problems_of
+from storaged.cluster.layout import Layout, Profile, problems_of
 from storaged.cluster.move_settings import MoveSettings
 from storaged.cluster.spread import OPERATORS
 from storaged.errors import PeerUnreachable, ServiceUnavailable, SlowDown, StoragedError
+from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainLimits
-from storaged.meta.names import object_name
+from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.code.place import first_choice
 from storaged.objects.encryption import CUSTOMER, Encryption
 from storaged.objects.records import BucketRecord
 from storaged.objects.where import where
 from storaged.objects.write.divide import divide
+from storaged.units import KIB
 from storaged.wire import Message
 from tests.integration.memory_cluster import RACKS, WHO, Cluster, layout_of, run
 from tests.integration.memory_cluster import body_of as stream_of
@@ -242,6 +246,165 @@ def test_two_gateways_code_the_same_bytes_and_one_that_stops_halfway_spoils_noth
         await check(cluster, bucket, keys)
 
     run(scenario, racks=FOUR, limits=LIMITS)
+
+
+WHOLE_SIZES = (0, 900, 5_000, 16_000, 66_000, 131_000, 200_000)
+WHOLE_MAX = 256 * KIB
+
+
+def coded_as(profile: str, epoch: int) -> Layout:
+    layout = replace(spread_over(FOUR, epoch, base=1), profile=profile)
+    assert not problems_of(layout)
+    return layout
+
+
+class Attempts:
+    """Gateways that code what lies whole, and die before the accept of their change: for ever, so that they put nothing
+    on garbage lists either. ``written``: the bytes that were ever seen under each id of a coded fragment.
+    """
+
+    def __init__(self, cluster: Cluster, bucket: BucketRecord) -> None:
+        self._cluster = cluster
+        self._bucket = bucket
+        self._dead: set[str] = set()
+        self.written: dict[FragmentId, set[bytes]] = {}
+        cluster.intercept = self._dies
+
+    async def _dies(self, caller: str, _node: str, method: str, _request: Message) -> None:
+        if caller.startswith("mortal") and method.startswith("meta.accept"):
+            self._dead.add(caller)
+        if caller in self._dead:
+            raise PeerUnreachable("it is dead")
+
+    async def fail(self, keys: list[bytes], *, leased: float = 0.0) -> None:
+        """``leased``: the share of the memory that other requests of these gateways have."""
+        for key in keys:
+            gateway = self._cluster.new_gateway(f"mortal {len(self._dead)}")
+            pools = gateway.objects.plane.fill_buffers, gateway.objects.plane.put_buffers
+            leases = [await pool.lease(int(pool.bytes_max * leased)) for pool in pools if leased]
+            with pytest.raises(StoragedError):
+                await divide(gateway.objects.plane, self._bucket, self._name(key))
+            for lease in leases:
+                lease.release()
+            self._cluster.gateways.remove(gateway)
+            await gateway.close()
+        await self.look()
+
+    async def succeed(self, keys: list[bytes]) -> None:
+        for key in keys:
+            assert await divide(self._cluster.gateway.objects.plane, self._bucket, self._name(key)) == 0
+        await self.look()
+
+    def _name(self, key: bytes) -> RegisterName:
+        return object_name(self._bucket.id, self._bucket.shard_numbers, key)
+
+    async def look(self) -> None:
+        for disk, fragment in await self._cluster.fragments():
+            if fragment.k > 1:
+                self.written.setdefault(fragment, set()).add(self._cluster.store(disk).payload(fragment))
+
+
+async def small_before(cluster: Cluster) -> tuple[BucketRecord, list[bytes]]:
+    """Objects that lie whole, and nothing else."""
+    bucket = await cluster.bucket()
+    keys = [f"key {size}".encode() for size in WHOLE_SIZES]
+    for key in keys:
+        await cluster.put(bucket, key, whole_body(key))
+        entry = await cluster.entry(bucket, key)
+        assert entry.small or entry.inline
+    cluster.layouts.partitions.complete = True
+    return bucket, keys
+
+
+def whole_body(key: bytes) -> bytes:
+    return random.Random(key).randbytes(int(key.split()[1]))
+
+
+def test_attempts_with_less_memory_or_another_profile_write_no_other_bytes_under_an_id() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, keys = await small_before(cluster)
+        attempts = Attempts(cluster, bucket)
+        layouts = [coded_as(profile, epoch) for epoch, profile in enumerate(("4+2", "3+2", "4+3", "4+2"), 2)]
+        for layout in layouts:
+            cluster.layouts.learn(layout)
+            await attempts.fail(keys)
+            await attempts.fail(keys, leased=0.6)
+            await attempts.fail(keys, leased=0.95)
+        await attempts.succeed(keys)
+        assert {(fragment.k, fragment.m) for fragment in attempts.written} == {(4, 2), (3, 2), (4, 3)}
+        assert max(map(len, attempts.written.values())) == 1
+        for key in keys:
+            assert await cluster.get(bucket, key) == whole_body(key)
+            assert await cluster.is_whole(bucket, key)
+
+    run(scenario, racks=FOUR, limits=LIMITS, small_bytes_max=WHOLE_MAX)
+
+
+def test_what_an_attempt_left_is_collected_while_the_body_lies_whole_and_after_it_is_coded() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, keys = await small_before(cluster)
+        for node in cluster.nodes.values():
+            node.context.settings = lambda: MoveSettings(revision=1, fragments_paused=True)
+        cluster.layouts.learn(coded_as("3+2", 2))
+        attempts = Attempts(cluster, bucket)
+        await attempts.fail(keys)
+        left = {fragment for _, fragment in await cluster.fragments() if fragment.k > 1}
+        assert len({fragment.data_id for fragment in left}) == len(keys)
+        cluster.layouts.learn(coded_as("4+2", 3))
+        coded, whole = keys[::2], keys[1::2]
+        await attempts.succeed(coded)
+        cluster.maintain()
+        await cluster.leap(48 * 3600)
+        await cluster.pass_s(120)
+        coded_ids = {(await cluster.entry(bucket, key)).data_id for key in coded}
+        found = {fragment for _, fragment in await cluster.fragments() if fragment.k > 1}
+        assert {(fragment.data_id, fragment.k, fragment.m) for fragment in found} == {(one, 4, 2) for one in coded_ids}
+        for key in keys:
+            assert await cluster.get(bucket, key) == whole_body(key)
+            entry = await cluster.entry(bucket, key)
+            assert (entry.small or bool(entry.inline)) == (key in whole)
+
+    run(scenario, racks=FOUR, limits=LIMITS, small_bytes_max=WHOLE_MAX)
+
+
+def test_an_attempt_that_moves_a_block_deletes_nothing_that_another_one_has_committed() -> None:
+    """Both avoid a slow disk. It is quick again when the later attempt, whose write a disk refuses, places the block
+    once more.
+    """
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, keys = await small_before(cluster)
+        cluster.layouts.learn(coded_as("4+2", 2))
+        key, first, second = keys[4], cluster.gateway.objects.plane, cluster.new_gateway("g2").objects.plane
+        name = object_name(bucket.id, bucket.shard_numbers, key)
+        chosen = first_choice(cluster.layouts.current, (await cluster.entry(bucket, key)).data_id, Profile(4, 2))
+        cluster.alive.slow = {chosen[0]}
+        arrived = False
+
+        async def refuses(caller: str, _node: str, method: str, request: Message) -> None:
+            nonlocal arrived
+            if caller != "g2" or not method.startswith("fragment.write"):
+                return
+            if not arrived:
+                arrived = True
+                assert await divide(first, bucket, name) == 0
+                cluster.alive.slow.clear()
+            if getattr(request, "disk", "") == chosen[1]:
+                raise PeerUnreachable("it is full")
+
+        cluster.intercept = refuses
+        with pytest.raises(SlowDown):
+            await divide(second, bucket, name)
+        assert arrived
+        assert any(cluster.holds(chosen[0], fragment) for fragment in written_to(cluster, chosen[0])), "it was moved"
+        assert await cluster.is_whole(bucket, key)
+        assert await cluster.get(bucket, key) == whole_body(key)
+
+    run(scenario, racks=FOUR, limits=LIMITS, small_bytes_max=WHOLE_MAX)
+
+
+def written_to(cluster: Cluster, disk: str) -> list[FragmentId]:
+    return [fragment for fragment in cluster.store(disk).fragments if fragment.k > 1]
 
 
 def test_what_is_written_meanwhile_stays_and_a_customers_key_keeps_a_body_whole() -> None:

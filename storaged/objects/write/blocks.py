@@ -28,12 +28,21 @@ OnPlain = Callable[[memoryview], None]
 """Gets the plaintext of each block in order, in the thread that seals it: the digests."""
 
 
+class Form(NamedTuple):
+    """How a part is sealed: C, the data cells of a block, and the salt of the stream."""
+
+    cell_bytes: int
+    block_cells: int
+    salt: bytes
+
+
 class NewPart(NamedTuple):
     """A part that is about to be written: a whole object, or a part of an upload.
 
     ``name``: the object's register, also for a part of an upload, which has a row of its own (see ``references``).
     ``dek``: its data key. ``data_id``: 16 fresh random bytes. ``number``: of an upload's part; 0 for a whole object.
-    ``salt``: of the sealed stream; empty: fresh random bytes.
+    ``form``: None: the writer chooses it, with a fresh salt. Given, other attempts may write this part too, in the same
+    form, and a record may name what they have written: the writer deletes no fragment itself.
     """
 
     bucket: BucketRecord
@@ -41,7 +50,7 @@ class NewPart(NamedTuple):
     dek: bytes
     data_id: bytes
     number: int = 0
-    salt: bytes = b""
+    form: Form | None = None
 
     @property
     def sealed_number(self) -> int:
@@ -71,6 +80,12 @@ def code_block(profile: Profile, chunk_bytes: int, sealed: memoryview, room: mem
         erasure.encode_block(profile, chunk_bytes, sealed, parity)
     fragments = erasure.fragments_of(profile, chunk_bytes, sealed, parity)
     return Coded(sealed, parity, tuple(map(fragment_hash, fragments)), tuple(map(transfer_checksum, fragments)))
+
+
+def shape_of(cell_bytes: int, length: int) -> BlockShape:
+    """Of a block of ``length`` sealed bytes."""
+    cells = -(-length // cell_bytes)
+    return BlockShape(cells, cell_bytes, length - (cells - 1) * cell_bytes)
 
 
 @dataclass

@@ -8,9 +8,15 @@ Theory of operation
     data key, and all that is sealed about the version stay; only the part's entry changes. The change is made only
     while the version has the very parts that were read.
 
-    Two gateways may do this at once, and each may die anywhere. So what is sealed again follows from the body: the salt
-    is derived from the data key, the old header and the profile. All attempts write the same bytes under the same ids,
-    and none spoils what another one has committed.
+    Two gateways may do this at once, each with another layout and with more or less memory, and each may die anywhere.
+    The data id can't change, since the version's sealed fields name it; so all attempts write under the same ids. None
+    may spoil what another one has committed. Therefore
+
+    * what is sealed again follows from the body alone (``form_of``): C and the block's borders from the size, the salt
+      from the data key and the old header. The profile is a part of each fragment's id. So a fragment's id and the
+      body determine its bytes;
+    * an attempt deletes nothing itself. What it leaves goes to the garbage lists, and the collector keeps the fragments
+      that the record names. The sweep of orphans finds what a gateway that died has left.
 
     Old copies go to the garbage lists, and stay for readers as long as what was replaced.
 
@@ -35,13 +41,13 @@ from storaged.objects.code.versions import OpenedVersion, Place, decode_record, 
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.part_reader import PartReader
 from storaged.objects.records import BucketRecord, PartEntry, Version
-from storaged.objects.write.blocks import NewPart
+from storaged.objects.write.blocks import Form, NewPart
 from storaged.objects.write.body import BodyReader
 from storaged.objects.write.commit import commit_coded
 from storaged.objects.write.retire import origin_of, retire_parts
 from storaged.objects.write.versioned import VersionsUpdate
 from storaged.objects.write.writer import PartWriter, RunsChanged
-from storaged.sov1 import SALT_BYTES, derive_key
+from storaged.sov1 import CHUNK_BYTES_MIN, SALT_BYTES, chunk_count, derive_key
 from storaged.wire import Buffer
 
 AGAIN_LABEL = "sov.again.v1"
@@ -85,9 +91,7 @@ async def _divide(
 ) -> list[PartEntry]:
     """Codes one part of a version. Returns the parts that the version has then."""
     plain = await _opened(plane, bucket, name, part, opened.body_dek, reading.payload if part.small else None)
-    k = plane.layouts.current.target.k
-    salt = derive_key(opened.body_dek, AGAIN_LABEL, part.header + bytes([k]))[:SALT_BYTES]
-    new = NewPart(bucket, name, opened.body_dek, part.data_id, part.number, salt)
+    new = NewPart(bucket, name, opened.body_dek, part.data_id, part.number, form_of(opened.body_dek, part))
     async with PartWriter(plane, new, len(plain)) as writer:
         try:
             await writer.write(BodyReader(_once(plain), len(plain)), lambda _plain: None)
@@ -98,6 +102,16 @@ async def _divide(
     if part.small:
         await retire_parts(plane, bucket, name, [part], origin_of(entry.version))
     return [coded if one is part else one for one in parts]
+
+
+def form_of(dek: bytes, part: PartEntry) -> Form:
+    """How a body that lies whole is sealed again: one block of the smallest chunks, which suit every profile.
+
+    It must not depend on anything but the body, nor ever change: another version of the program may have written
+    fragments under the same ids. A part of 256 KiB, the largest that is kept whole, has 65 chunks.
+    """
+    salt = derive_key(dek, AGAIN_LABEL, part.header)[:SALT_BYTES]
+    return Form(CHUNK_BYTES_MIN, chunk_count(part.size, CHUNK_BYTES_MIN), salt)
 
 
 async def _commit(

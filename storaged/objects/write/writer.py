@@ -32,13 +32,12 @@ from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, block_size_for
 from storaged.objects.code import erasure, place
 from storaged.objects.code.assemble import assemble, empty_fragments
-from storaged.objects.code.geometry import BlockShape
 from storaged.objects.code.seal import PartSealer
 from storaged.objects.garbage import retire_all
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry
 from storaged.objects.write import blocks
-from storaged.objects.write.blocks import BlockState, Coded, NewPart, OnPlain, runs_of
+from storaged.objects.write.blocks import BlockState, Coded, Form, NewPart, OnPlain, runs_of, shape_of
 from storaged.objects.write.body import BodyReader
 from storaged.objects.write.patience import note_late, until_safe
 from storaged.sov1 import SALT_BYTES, chunk_count
@@ -57,8 +56,7 @@ class RunsChanged(Exception):
 
 
 class PartWriter:
-    """Writes one part of ``size`` bytes (None: unknown). An asynchronous context manager: leaving it ends all its
-    tasks.
+    """Writes one part of ``size`` bytes (None: unknown). Leaving it, a context manager, ends all its tasks.
 
     It has more than 20 attributes: what a part is, its sealer and sizes, and what is on its way.
     """
@@ -70,8 +68,11 @@ class PartWriter:
         self._number = number = part.sealed_number
         self._target = target = plane.layouts.current.target
         self._countries = part.bucket.countries
-        chunk, self._block_cells = block_size_for(target, size, plane.fill_buffers.left, plane.limits.block_cells_max)
-        self._sealer = PartSealer(part.dek, data_id, number, chunk, part.salt or plane.entropy(SALT_BYTES))
+        self._is_shared = part.form is not None
+        left, cells_max = plane.fill_buffers.left, plane.limits.block_cells_max
+        form = part.form or Form(*block_size_for(target, size, left, cells_max), plane.entropy(SALT_BYTES))
+        chunk, self._block_cells, salt = form
+        self._sealer = PartSealer(part.dek, data_id, number, chunk, salt)
         cells = self._block_cells if size is None else min(chunk_count(size, chunk), self._block_cells)
         self._plain_bytes = cells * self._sealer.plain_bytes
         self._sealed_bytes = cells * chunk
@@ -169,16 +170,12 @@ class PartWriter:
                 length = self._sealer.seal_block(number * self._block_cells, plain, area, last=last)
             with trace.span_of(self._trace, "code"):
                 coded = self._code(placement.profile, area[:length], area[self._sealed_bytes :])
-            return BlockState(number, self._shape(length), placement, layout, coded.hashes), coded
+            shape = shape_of(self._sealer.chunk_bytes, length)
+            return BlockState(number, shape, placement, layout, coded.hashes), coded
 
         if len(plain) <= blocks.INLINE_BYTES_MAX:
             return work()
         return await self._plane.in_thread(work)
-
-    def _shape(self, length: int) -> BlockShape:
-        chunk = self._sealer.chunk_bytes
-        cells = -(-length // chunk)
-        return BlockShape(cells, chunk, length - (cells - 1) * chunk)
 
     def _code(self, profile: Profile, sealed: memoryview, room: memoryview) -> Coded:
         return blocks.code_block(profile, self._sealer.chunk_bytes, sealed, room)
@@ -238,8 +235,8 @@ class PartWriter:
         return coded
 
     async def _forget(self, state: BlockState, stale: Mapping[int, str]) -> None:
-        """Deletes fragments that no record will refer to. The sweep of orphans would keep them: it judges whole data
-        ids, and this one will be in use.
+        """Deletes fragments that no record will refer to. Those of a part that others write too (``NewPart.form``) go
+        to the garbage lists: a record may name them.
 
         Waits for the deletions. A disk that does not confirm is not used again: a late deletion must not hit the same
         fragment, written anew.
@@ -255,7 +252,8 @@ class PartWriter:
     async def _delete(self, disk: str, fragment: FragmentId) -> None:
         try:
             async with asyncio.timeout(self._plane.limits.write_timeout_s):
-                await self._plane.stores.store(disk).delete([fragment])
+                store = self._plane.stores.store(disk)
+                await (store.retire([self._retirement()]) if self._is_shared else store.delete([fragment]))
         except (PeerError, TimeoutError):
             self._failed.add(disk)
 
@@ -466,9 +464,11 @@ class PartWriter:
         if held is not None:
             return  # the only block was not sent yet
         disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}
-        due_ms = self._plane.clock.wall_ms() + self._plane.limits.retire_delay_ms
-        entry = Retirement(self._data_id, self._owner, due_ms)
-        await retire_all(self._plane.stores, {disk: [entry] for disk in disks}, self._plane.limits.write_timeout_s)
+        lists = {disk: [self._retirement()] for disk in disks}
+        await retire_all(self._plane.stores, lists, self._plane.limits.write_timeout_s)
+
+    def _retirement(self) -> Retirement:
+        return Retirement(self._data_id, self._owner, self._plane.clock.wall_ms() + self._plane.limits.retire_delay_ms)
 
     async def _touch_all(self) -> None:
         """Makes sure that the fragments exist, after another promise: garbage collection may have deleted them
