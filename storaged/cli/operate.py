@@ -104,7 +104,11 @@ def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str, *, 
 
 
 @click.command()
-@click.option("--wait", is_flag=True, help="Return when it is done, and repair has looked at what it found.")
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Return when it is done, and repair has looked at what it found. A pause only makes it longer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="nodes; with --wait also the jobs as they ended.")
 @click.pass_obj
 def scrub(named: str | None, wait: bool, as_json: bool) -> None:
@@ -117,12 +121,19 @@ def scrub(named: str | None, wait: bool, as_json: bool) -> None:
     if not as_json:
         click.echo(f"scrub of {', '.join(nodes)} started")
     if wait:
-        polls = 0
+        polls, said = 0, set[str]()
 
         def goes_on(answer: dict[str, Any]) -> bool:
-            """Repair is waited for a while only: where disks are away it may be busy for long."""
+            """Repair is waited for a while only: where disks are away it may be busy for long. A pause is waited for,
+            since whoever set it may end it. With --json nothing else would say so.
+            """
             nonlocal polls
-            if any(_scrubs(job) for job in answer["jobs"]):
+            running = [job for job in answer["jobs"] if _scrubs(job)]
+            why = {job["detail"] for job in running if job["detail"]} if as_json else set[str]()
+            for detail in sorted(why - said):
+                click.echo(f"scrub: {detail}", err=True)
+            said.update(why)
+            if running:
                 return True
             polls += 1
             return bool(answer["busy"]) and polls < LOOK_POLLS_MAX

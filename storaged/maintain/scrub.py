@@ -30,7 +30,8 @@ as long as an operation takes, at most REST_S_MAX.
 """
 RESTS = 3
 REST_S_MAX = 2.0
-PAUSED = "paused"
+PAUSED = "paused; to go on: storaged job resume scrub"
+NOT_READ = "this node has not read yet whether scrubs are paused"
 NOTE_POSITION_S = 60.0
 
 _FINISHED = "scrub-finished-ms"
@@ -150,11 +151,10 @@ class Scrub:
         """After ``count`` bytes were verified: waits for the pace and for clients, and as long as scrubs are paused."""
         settings = self._context.settings()
         while settings.scrub_paused:
-            self.job.detail = PAUSED
+            self.job.detail = PAUSED if settings.revision >= 0 else NOT_READ
             await asyncio.sleep(self._context.limits.poll_s)
             settings = self._context.settings()
-        if self.job.detail == PAUSED:
-            self.job.detail = ""
+        self.job.detail = ""
         self._set_pace.bytes_per_s = settings.scrub_bytes_per_s
         if settings.scrub_bytes_per_s:
             await self._set_pace.spend(count)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from storaged.cluster.move_settings import MoveSettings
+from storaged.cluster.move_settings import UNKNOWN, MoveSettings
 from storaged.errors import DiskUnusable, NoSuchKey, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import OF_UPLOAD, REPLACED, FragmentId, Health, Retirement
 from storaged.maintain import disuse, garbage_page
@@ -1171,12 +1171,16 @@ def test_a_scrub_stops_while_it_is_paused_and_goes_on_there_at_the_pace_that_is_
         await cluster.pass_s(100)
         done = scrub.job.done
         assert 0 < scrub.job.bytes < 150 * 20_000
+        settings = UNKNOWN
+        await cluster.pass_s(50)
+        assert "not read yet" in scrub.job.detail
         settings = MoveSettings(scrub_paused=True)
         await cluster.pass_s(50)
         stopped = scrub.job.done
         assert stopped <= done + 2
         await cluster.pass_s(1000)
-        assert (scrub.job.done, scrub.job.detail, scrub.job.state) == (stopped, "paused", "running")
+        assert (scrub.job.done, scrub.job.state) == (stopped, "running")
+        assert scrub.job.detail == "paused; to go on: storaged job resume scrub"
         settings = MoveSettings()
         await cluster.pass_s(100)
         assert task.done()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from storaged.cli import jobs
+from storaged.cli import jobs, operate
 from storaged.cluster.move_settings import (
     COLLECTION,
     FRAGMENTS,
@@ -23,6 +23,7 @@ from storaged.cluster.move_settings import (
 )
 from storaged.cluster.partitions import PartitionRecord
 from storaged.errors import InvalidArgument, OperatorError
+from storaged.maintain.scrub import PAUSED
 from storaged.maintain.service import MaintainStatus
 from storaged.node.move_progress import Counted, MoveProgress, PartitionCounts, count_objects, count_partitions
 from tests.doubles.clock import ManualClock
@@ -186,3 +187,27 @@ def test_commands_change_one_setting(monkeypatch: pytest.MonkeyPatch, capsys: py
     for pace, said in (("0", "To stop the job: storaged job pause"), ("fast", "write a number such as 30, or none")):
         with pytest.raises(OperatorError, match=said):
             call("job", "pace", "partitions", pace)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_scrub_that_is_waited_for_says_once_that_it_is_paused_and_how_it_goes_on(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = iter(("", PAUSED, PAUSED, PAUSED, "", "done"))
+
+    def gateway(_place: Any, method: str, _path: str) -> Any:
+        if method == "POST":
+            return {"nodes": ["n1"]}
+        detail = next(states)
+        job = {"name": "scrub", "node": "n1", "state": "running", "percent": 1, "rate": "", "eta_s": None}
+        ended = {"state": "done", "detail": "0 damaged"} if detail == "done" else {"detail": detail}
+        return {"jobs": [job | ended], "busy": False}
+
+    monkeypatch.setattr(operate, "gateway", gateway)
+    monkeypatch.setattr(operate, "find_directory", lambda _named: None)
+    monkeypatch.setattr(operate, "POLL_S", 0)
+    call("scrub", "--wait", *(["--json"] if as_json else []))
+    told = capsys.readouterr()
+    assert (told.err if as_json else told.out).count("storaged job resume scrub") == 1
+    assert not as_json or json.loads(told.out)["jobs"][0]["detail"] == "0 damaged"
+    assert next(states, None) is None
