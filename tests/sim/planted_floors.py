@@ -158,8 +158,8 @@ FLOOR_BUGS = (
         "a floor is forgotten with the process",
         1,
         path=_ACCEPTOR,
-        old="            if not self._state.rules.floors_durable:\n",
-        new="            if True:\n",
+        old="        if not self._state.rules.floors_durable:\n",
+        new="        if True:\n",
         tests=_TESTS,
     ),
     Planted(
@@ -167,8 +167,8 @@ FLOOR_BUGS = (
         "a floor is reported while it is on its way to the disk",
         1,
         path=_ACCEPTOR,
-        old="            elif higher:\n",
-        new="            elif higher:\n                self._state.floors.update(higher)\n",
+        old="        elif higher:\n",
+        new="        elif higher:\n            self._state.floors.update(higher)\n",
         tests=_TESTS,
     ),
     Planted(
