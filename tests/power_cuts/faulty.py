@@ -112,7 +112,9 @@ class FaultyPlay(Play):
     # --- what must hold ---------------------------------------------------------------------------------------------
 
     def check_served(self) -> None:
-        """Everything that can be read was once written there."""
+        """Everything that can be read was once written there. What was given to the store counts as written, also when
+        the call failed: the drive may have all of it.
+        """
         for key, versions in self.fragments.written.items():
             self._check_fragment(key, versions)
         for data_id, made in self.records.copies.items():

@@ -12,9 +12,12 @@ import pytest
 from storaged import durable
 from storaged.fragments import files as files_module
 from storaged.fragments import index as index_module
+from storaged.fragments import reader as fragment_reader
 from storaged.fragments import recovery
 from storaged.fragments.engine import Engine
+from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files, PosixFiles, PosixSegmentFile, SegmentFile
+from storaged.fragments.index import Index
 from storaged.fragments.index_rows import Checkpoint
 from storaged.fragments.log import SegmentLog
 from storaged.lmdb_file import open_environment
@@ -137,6 +140,20 @@ def torn_records_are_believed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recovery, "whole", lambda *_: True)
 
 
+def torn_cells_are_believed(patch: pytest.MonkeyPatch) -> None:
+    torn_records_are_believed(patch)
+    patch.setattr(fragment_reader, "cell_holds", lambda *_: True)
+
+
+def ages_are_renewed_to_others_than_asked(patch: pytest.MonkeyPatch) -> None:
+    original = Index.touch
+
+    def late(self: Index, key: bytes, created_ms: int, sequence: int) -> Entry | None:
+        return original(self, key, created_ms + 1, sequence)
+
+    patch.setattr(Index, "touch", late)
+
+
 def a_full_segment_is_not_synced(patch: pytest.MonkeyPatch) -> None:
     original = SegmentLog._create
 
@@ -223,3 +240,6 @@ PLANTED: tuple[Plant, ...] = (
     copies_come_after_their_rows,
     sums_come_one_checkpoint_late,
 )
+
+PLANTED_ON_FAILING: tuple[Plant, ...] = (torn_cells_are_believed, ages_are_renewed_to_others_than_asked)
+"""Plays of a drive that fails must find these, by what the disk serves."""

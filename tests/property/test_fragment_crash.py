@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from storaged.fragments.compact import Compactor
@@ -23,7 +24,7 @@ from storaged.fragments.index import Index
 from storaged.fragments.index_rows import Position
 from tests.doubles.files import PowerCut, SimulatedFiles
 from tests.power_cuts.planted import segments_go_before_the_checkpoint, torn_records_are_believed
-from tests.worlds.fragment_history import SMALL, FragmentHistory
+from tests.worlds.fragment_history import SMALL, Fate, FragmentHistory
 from tests.worlds.fragments import DISK, in_memory
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
@@ -148,6 +149,26 @@ def test_a_segment_whose_maker_was_killed_has_a_durable_name_before_anything_is_
     world.start()
     assert world.engine.log.active == 1
     assert all(disk.entry_durable for disk in world.files.disks.values())
+    world.index.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_renewed_age_counts_for_every_body_that_a_drive_that_fails_may_have(quick_path: Path, seed: int) -> None:
+    """The model believes in the first body there, and the disk has the second, as after a write that failed."""
+    world = World(seed, quick_path)
+    del world.ids[4:]
+    key = world.ids[0].pack()
+    while len(world.written.get(key, ())) < 2:
+        world.write()
+    first, second = world.written[key]
+    del world.ids[1:]
+    world.fragments[key] = Fate(durable=first)
+    world.touch()
+    found = world.engine.reader.read(key, 0, 1000).header
+    assert found.created_ms > second.header.created_ms
+    assert (found, second.payload) in [(made.header, made.payload) for made in world.written[key]]
+    other = msgspec.structs.replace(found, created_ms=found.created_ms + 2000)
+    assert other not in [made.header for made in world.written[key]]
     world.index.close()
 
 

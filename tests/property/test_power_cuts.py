@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.power_cuts.planted import PLANTED, Plant
+from tests.power_cuts.planted import PLANTED, PLANTED_ON_FAILING, Plant
 from tests.power_cuts.runs import Outcome, run, run_seed
 from tests.sim.file_disk import directory_for_files
 from tests.worlds.lmdb_calls import unavailable
@@ -46,11 +46,21 @@ def test_a_drive_that_fails_serves_nothing_that_was_never_written() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_power_cuts_find_a_planted_mistake(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    _assert_noticed(plant, monkeypatch, drive="sound")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTED_ON_FAILING, ids=lambda plant: plant.__name__)
+def test_plays_of_a_drive_that_fails_find_a_planted_mistake(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    _assert_noticed(plant, monkeypatch, drive="failing")
+
+
+def _assert_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatch, *, drive: str) -> None:
     plant(monkeypatch)
     outcome = Outcome()
     with directory_for_files() as place:
         for seed in range(SEEDS_MAX):
-            run_seed(seed, Path(place) / "seed", outcome)
+            run_seed(seed, Path(place) / "seed", outcome, drive=drive)
             if outcome.failures:
                 return
     pytest.fail(f"{outcome.cuts} power cuts did not notice")

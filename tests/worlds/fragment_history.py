@@ -137,8 +137,21 @@ class FragmentHistory:
             if made is not None:
                 touched = replace(made, header=msgspec.structs.replace(made.header, created_ms=created_ms))
                 fate.since.append(touched)
-                self.written[key].append(touched)
+        self._renew_written(key, created_ms)
         self.engine.touch([key], created_ms)
+
+    def _renew_written(self, key: bytes, created_ms: int) -> None:
+        """Notes as written what a touch may leave on a drive that fails. There any body that was ever written may be
+        the newest one, whatever its fate says here. Its age is then another one as well, and the touch exceeds it.
+        """
+        written = self.written[key]
+        ages = {max(created_ms, made.header.created_ms + 1) for made in written}
+        originals = {made.header.part_header: made for made in reversed(written)}
+        known = {(made.header.part_header, made.header.created_ms) for made in written}
+        for made in originals.values():
+            later = {age for age in ages if age > made.header.created_ms}
+            for age in sorted(age for age in later if (made.header.part_header, age) not in known):
+                written.append(replace(made, header=msgspec.structs.replace(made.header, created_ms=age)))
 
     def retire(self) -> None:
         data_id = self.rng.choice(self.ids).data_id
