@@ -77,6 +77,10 @@ class FaultyPlay(Play):
             super().act()
         except StoragedError:
             self.happened["requests refused"] += 1
+        except RowDamaged:  # as the maintenance that reads lists of pages does
+            if not self.power.failures and not self.power.harmed:
+                raise
+            self.happened["requests refused"] += 1
         except (OSError, lmdb.Error) as error:  # as the writer thread does
             if not self.power.dead and not state.failure:
                 state.fail(f"{type(error).__name__}: {error}", lasting=False)
@@ -90,8 +94,13 @@ class FaultyPlay(Play):
         disk = self.disk
         assert disk is not None
         if self.keeps_all:
-            super().check()
-        else:
+            try:
+                super().check()
+            except (AssertionError, StoragedError):
+                if self.keeps_all:
+                    raise
+                # else the drive has lied for the first time meanwhile
+        if not self.keeps_all:
             self.check_served()
             for fate in (*self.fragments.fragments.values(), *self.fragments.garbage.values()):
                 fate.since.append(fate.durable)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from storaged.meta.store_ports import RowDamaged
+from tests.power_cuts.faulty import LyingPlay
 from tests.power_cuts.planted import PLANTED, PLANTED_ON_FAILING, Plant
 from tests.power_cuts.runs import Outcome, run, run_seed
 from tests.sim.file_disk import directory_for_files
@@ -41,6 +44,47 @@ def test_a_drive_that_fails_serves_nothing_that_was_never_written() -> None:
     assert not outcome.failures, outcome.failures[0]
     assert outcome.happened["cuts after a fault"]
     assert outcome.happened["rebuilt"], "no index was made again"
+
+
+@pytest.fixture
+def lied_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[LyingPlay]:
+    """The play of a disk with some fragments, whose drive has not lied so far."""
+    with directory_for_files() as place:
+        play = LyingPlay(1, Path(place))
+        with play.attached():
+            play.start()
+            for _ in range(5):
+                play.fragments.write()
+            play.fragments.sync()
+            monkeypatch.setattr(play.rng, "random", lambda: 0.5)  # acts on records
+            yield play
+
+
+def test_a_drive_that_begins_to_lie_while_its_disk_is_checked_may_lose_what_it_had(lied_to: LyingPlay) -> None:
+    lied_to.power.faults.other_reads = 1.0
+    lied_to.check()
+    assert lied_to.power.harmed
+    assert not lied_to.keeps_all
+
+
+def test_a_drive_that_has_not_lied_so_far_must_have_all(lied_to: LyingPlay) -> None:
+    lied_to.fragments.engine.delete(list(lied_to.fragments.written))
+    with pytest.raises(AssertionError, match="lost"):
+        lied_to.check()
+
+
+def test_damaged_pages_refuse_a_request_only_after_the_drive_lied(
+    lied_to: LyingPlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged() -> None:
+        raise RowDamaged("a damaged page")
+
+    monkeypatch.setattr(lied_to.records, "act", damaged)
+    with pytest.raises(RowDamaged):
+        lied_to.act()
+    lied_to.power.harmed.append("a write went elsewhere")
+    lied_to.act()
+    assert lied_to.happened["requests refused"] == 1
 
 
 @pytest.mark.slow
