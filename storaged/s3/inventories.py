@@ -232,8 +232,8 @@ class InventoryWorker:
         new = InventoryState(rows.FORMAT, plane.entropy(DATA_ID_BYTES), wanted, now_ms)
         state = known.state = await rows.begin(plane, bucket, digest, known.state, new)
         known.last = None
-        await rows.drop_files(plane, bucket, digest, but=state.report)
-        log.info("an inventory begins", bucket=bucket.name, id=report.id)
+        if state == new:
+            log.info("an inventory begins", bucket=bucket.name, id=report.id)
         return state
 
     def _digest(self, bucket: BucketRecord, report: Inventory) -> bytes:
@@ -377,7 +377,7 @@ class InventoryWorker:
         )
         if not await rows.finish(plane, bucket, digest, state, finished):
             return
-        await rows.drop_files(plane, bucket, digest)
+        await rows.drop_files(plane, bucket, digest, state.report)
         known.state, known.last = finished, None
         plane.counters.inventory_reports += 1
         log.info("an inventory is made", bucket=bucket.name, id=report.id, rows=last.rows, files=len(made))

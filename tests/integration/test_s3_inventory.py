@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -23,14 +23,14 @@ import pytest_asyncio
 
 from storaged.clock import SystemClock
 from storaged.errors import DataDamaged, QuotaExceeded, ServiceUnavailable
-from storaged.meta.names import Table
+from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import PageQuery
 from storaged.objects.code.lifecycle import DAY_MS
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.configuration.inventory import INVENTORY
 from storaged.objects.identity import account_of
 from storaged.objects.inventory import listing
-from storaged.objects.inventory.rows import digest_of, read_state
+from storaged.objects.inventory.rows import digest_of, drop_all_but, read_state
 from storaged.objects.records import BucketRecord
 from storaged.s3 import inventories
 from storaged.s3.inventories import InventoryWorker, describe
@@ -505,6 +505,47 @@ async def test_two_workers_at_once_list_each_object_once(world: World, monkeypat
     assert await rows_left(world) == 1, "what the slower one has left goes when the next report begins"
 
 
+async def test_a_slow_worker_deletes_no_file_of_a_later_report(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands still after it ended a report, or began one. Meanwhile others begin the next."""
+    monkeypatch.setattr(listing, "ROWS_A_PAGE", 5)
+    clock = moved(world)
+    await filled(world, 20)
+    slow, others = worker_of(world, file_rows_max=10), worker_of(world, file_rows_max=10)
+    registers, meanwhile = world.objects.plane.registers, list[Callable[[], Awaitable[object]]]()
+    change = registers.change
+
+    async def change_slowly(name: RegisterName, *what: Any, **how: Any) -> Any:
+        found = await change(name, *what, **how)
+        if meanwhile and name.table == Table.INVENTORY and name.key[:1] == b"s":
+            await meanwhile.pop()()
+        return found
+
+    async def the_next_day() -> None:
+        await works(others)
+        clock.ahead_ms += DAY_MS
+        assert await others.once()
+
+    monkeypatch.setattr(registers, "change", change_slowly)
+    assert await slow.once()
+    assert await slow.once()
+    assert await rows_left(world) == 3
+    meanwhile.append(the_next_day)
+    assert not await slow.once(), "it ends the report"
+    assert await rows_left(world) == 2, "the state, and the first file of the next report"
+    await works(others)
+    assert await rows_left(world) == 1
+    clock.ahead_ms += DAY_MS
+    meanwhile.append(the_next_day)
+    assert await slow.once(), "it begins a report, and makes a file of it that comes too late"
+    assert await rows_left(world) == 3, "the state, the first file of the next report, and the one that came too late"
+    await works(others)
+    assert await reports(world) == 4
+    assert len([key for key in await world.stored("target") if b"/data/" in key]) == 4 * 2 + 1, "none was lost"
+    clock.ahead_ms += DAY_MS
+    await works(others)
+    assert await rows_left(world) == 1
+
+
 async def test_many_versions_of_a_key_take_several_files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "VERSIONS_A_PAGE", 7)
 
@@ -654,6 +695,28 @@ async def test_what_is_removed_leaves_no_rows(world: World, monkeypatch: pytest.
     left = [name for name, value in world.below.ring.values.items() if name.table == Table.INVENTORY and value.body]
     assert left == []
     await works(worker)
+
+
+async def test_no_file_of_a_report_goes_before_the_state(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway with an old configuration deletes the rows of an inventory, and fails in the middle."""
+    monkeypatch.setattr(listing, "ROWS_A_PAGE", 5)
+    await filled(world, 10)
+    assert await worker_of(world, file_rows_max=5).once()
+    bucket = await world.buckets.get("bucket")
+    registers = world.objects.plane.registers
+    change, done = registers.change, list[bytes]()
+
+    async def change_once(name: RegisterName, *what: Any, **how: Any) -> Any:
+        if done:
+            raise ServiceUnavailable("A test.")
+        done.append(name.key[:1])
+        return await change(name, *what, **how)
+
+    monkeypatch.setattr(registers, "change", change_once)
+    with pytest.raises(ServiceUnavailable):
+        await drop_all_but(world.objects.plane, bucket)
+    assert await read_state(world.objects.plane, bucket, digest_of("daily")) is None
+    assert await rows_left(world) == 1
 
 
 async def test_another_configuration_begins_another_report(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

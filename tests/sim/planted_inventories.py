@@ -87,10 +87,10 @@ INVENTORY_BUGS = (
         _ROWS,
         "        return Change(body) if _state_in(value) == before else None\n\n"
         "    found = _state_in((await plane.registers.change(_name(bucket, _STATE + digest), update)).after)\n"
-        "    return found",
+        "    if found == new:",
         "        return Change(body)\n\n"
         "    found = _state_in((await plane.registers.change(_name(bucket, _STATE + digest), update)).after)\n"
-        "    return found",
+        "    if found == new:",
     ),
     Planted(
         "day_of_the_end",

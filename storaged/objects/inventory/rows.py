@@ -4,6 +4,10 @@ An inventory has a *state*, and one row for each data file of the report under w
 the next file begins. It is written once, after the file is stored. The first worker that writes it has made that file,
 and a second worker goes on from there. So one worker or several make a report, and no version is in two of its files.
 
+A worker may stand still at any step, while others end reports and begin new ones. So it deletes only rows of reports
+that are surely over. Without the row of its first file, a report would get another first file, and a worker that knows
+the old one would go on from where that ended.
+
 The rows are not sealed, since storage nodes know the keys of objects anyway, from their registers. The MD5 of a file is
 sealed, since it is computed from content.
 """
@@ -93,14 +97,17 @@ async def begin(
     plane: ObjectPlane, bucket: BucketRecord, digest: bytes, before: InventoryState | None, new: InventoryState
 ) -> InventoryState:
     """Begins a report, unless the state is not ``before`` any more: then another worker has begun. Returns the state
-    that there is. Raises ServiceUnavailable, NoSuchBucket.
+    that there is. Deletes the rows of the files of earlier reports. Raises ServiceUnavailable, NoSuchBucket.
     """
     body = encode(new)
+    earlier = [row.key async for row in _every_row(plane, bucket, _FILE + digest)]  # later, others may begin reports
 
     def update(value: Value | None) -> Change | None:
         return Change(body) if _state_in(value) == before else None
 
     found = _state_in((await plane.registers.change(_name(bucket, _STATE + digest), update)).after)
+    if found == new:
+        await _drop(plane, bucket, earlier)
     return found if found is not None else new
 
 
@@ -160,16 +167,18 @@ def _context(bucket: BucketRecord, report: bytes, number: int) -> tuple[bytes, .
     return (b"inventory file", bucket.id, report, number.to_bytes(4, "big"))
 
 
-async def drop_files(plane: ObjectPlane, bucket: BucketRecord, digest: bytes, *, but: bytes = b"") -> None:
-    """Deletes the rows of all files of an inventory, but for those of the report ``but``."""
-    keys = [row.key async for row in _every_row(plane, bucket, _FILE + digest)]
-    await _drop(plane, bucket, [key for key in keys if not but or not key.startswith(_FILE + digest + but)])
+async def drop_files(plane: ObjectPlane, bucket: BucketRecord, digest: bytes, report: bytes) -> None:
+    """Deletes the rows of the files of a report that is finished."""
+    await _drop(plane, bucket, [row.key async for row in _every_row(plane, bucket, _FILE + digest + report)])
 
 
 async def drop_all_but(plane: ObjectPlane, bucket: BucketRecord, kept: Collection[bytes] = ()) -> None:
-    """Deletes all rows but those of inventories with these digests."""
+    """Deletes all rows but those of inventories with these digests. States go first: this gateway's configuration may
+    be old, and then a report of another gateway is over before it loses a file.
+    """
     keys = [row.key async for row in _every_row(plane, bucket, b"")]
-    await _drop(plane, bucket, [key for key in keys if key[1 : 1 + DIGEST_BYTES] not in kept])
+    dropped = [key for key in keys if key[1 : 1 + DIGEST_BYTES] not in kept]
+    await _drop(plane, bucket, sorted(dropped, key=lambda key: not key.startswith(_STATE)))
 
 
 async def _drop(plane: ObjectPlane, bucket: BucketRecord, keys: Collection[bytes]) -> None:
