@@ -158,10 +158,11 @@ MOVING_BUGS = (
     Planted(
         "no_create_while_joint",
         "without no_create_while_joint",
-        600,
-        "collecting moves",
-        rule="no_create_while_joint",
-        open=True,
+        1,
+        path="storaged/meta/proposer/change.py",
+        old="(not view.quorum.single and self._ring.shared.rules.no_create_while_joint)",
+        new="False",
+        tests="tests/unit/test_joint_creates.py",
     ),
     Planted(
         "common_promises_shared",
