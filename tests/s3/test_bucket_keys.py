@@ -38,7 +38,12 @@ BUCKETS = ["contracts", "letters", "photos"]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     found = Cluster(tmp_path_factory.mktemp("keys") / "cluster", workers=2)
     try:
-        yield found.start()
+        found.start()
+        s3 = found.boto3(attempts=4)
+        for bucket in BUCKETS:
+            s3.create_bucket(Bucket=bucket)
+            s3.put_object(Bucket=bucket, Key="key", Body=bucket.encode())
+        yield found
     finally:
         found.stop()
 
@@ -123,10 +128,6 @@ def kinds(cluster: Cluster) -> list[str]:
 def test_keys_that_were_overwritten_in_the_ring_come_back_from_the_gateway_and_from_a_backup(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    s3 = cluster.boto3()
-    for bucket in BUCKETS:
-        s3.create_bucket(Bucket=bucket)
-        s3.put_object(Bucket=bucket, Key="key", Body=bucket.encode())
     phrase = tmp_path / "phrase"
     phrase.write_text("correct horse battery staple\n")
     cluster.run("keys", "backup", str(tmp_path / "backup"), "--passphrase-file", str(phrase))
@@ -192,8 +193,8 @@ def test_a_gateway_that_is_certified_elsewhere_loses_the_key_of_a_bucket_of_fran
     place = next(node.location for node in before.nodes if node.name == "gateway")
     move_gateway(cluster, "DE/fra1/z", "HU")
     for attempt in (
-        lambda: cluster.boto3().get_object(Bucket="of-france", Key="key"),
-        lambda: cluster.boto3().put_object(Bucket="of-france", Key="key", Body=b"other"),
+        lambda: cluster.boto3(attempts=6).get_object(Bucket="of-france", Key="key"),
+        lambda: cluster.boto3(attempts=6).put_object(Bucket="of-france", Key="key", Body=b"other"),
     ):
         with pytest.raises(ClientError) as refused:
             attempt()
