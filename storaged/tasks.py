@@ -1,4 +1,4 @@
-"""A group of tasks that leaves the task which waits for it as it found it.
+"""Tasks that run together: a group that leaves the task which waits for it as it found it, and ``gather_bounded``.
 
 Before Python 3.13 a group that fails makes two mistakes with the task that waits for it:
 
@@ -13,7 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _FORGETS = sys.version_info < (3, 13)
 
@@ -42,3 +46,24 @@ class TaskGroup(asyncio.TaskGroup):
 
     def _cancelled_parent(self) -> bool:
         return bool(getattr(self, "_parent_cancel_requested", False))
+
+
+async def gather_bounded(work: Sequence[Coroutine[Any, Any, T]], limit: int) -> list[T]:
+    """The results in order, at most ``limit`` running at once. The first failure cancels the rest and is raised."""
+    if not work:
+        return []
+    gate = asyncio.Semaphore(limit)
+
+    async def one(coroutine: Coroutine[Any, Any, T]) -> T:
+        async with gate:
+            return await coroutine
+
+    try:
+        async with TaskGroup() as group:
+            tasks = [group.create_task(one(coroutine)) for coroutine in work]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        for coroutine in work:  # those that were not started
+            coroutine.close()
+    return [task.result() for task in tasks]

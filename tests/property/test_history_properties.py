@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.errors import DataDamaged
+from storaged.errors import DataDamaged, ServiceUnavailable
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table
 from storaged.objects.code.history import BOUNDS, LEVELS_MAX, Bounds, Draft, Entry, PageNeeded, Shelf
@@ -226,6 +226,22 @@ def test_a_page_of_a_list_reads_the_pages_that_have_its_versions_and_these_toget
                 leaves, branches = 1001 // BOUNDS.leaf_versions + 2, 4 + LEVELS_MAX
                 assert key.stored.read <= leaves + branches
                 assert key.stored.read_together == TOGETHER_MAX
+
+    asyncio.run(play())
+
+
+def test_a_failure_of_pages_that_are_read_together_is_that_of_one_page() -> None:
+    class Failing(Stored):
+        async def get_page(self, near: RegisterName, name: bytes) -> bytes:
+            raise ServiceUnavailable
+
+    async def play() -> None:
+        key = Key()
+        for _ in range(20):
+            await key.change("add", 0)
+        for wanted in (0, 1000):
+            with pytest.raises(ServiceUnavailable):
+                [entry async for entry in every_entry(Failing(), NEAR, key.record, wanted=wanted)]
 
     asyncio.run(play())
 

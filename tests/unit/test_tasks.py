@@ -10,8 +10,7 @@ import pytest
 
 from storaged.errors import ServiceUnavailable
 from storaged.maintain.context import concurrently, wait_for
-from storaged.meta.listing.shards import gather_bounded
-from storaged.tasks import TaskGroup
+from storaged.tasks import TaskGroup, gather_bounded
 from tests.patience import GUARD_S
 
 

@@ -27,11 +27,12 @@ from storaged.meta.listing.agreement import common_end, reported, rows_after
 from storaged.meta.listing.cache import CachedPiece, PieceCache
 from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
 from storaged.meta.listing.round import OnFenced, ScanRounds, ScanSettings
-from storaged.meta.listing.shards import SETTLING_MAX, ShardReader, gather_bounded
+from storaged.meta.listing.shards import SETTLING_MAX, ShardReader
 from storaged.meta.messages import ScanRow
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import HeadPage, ListPage, PageQuery, Registers, Replicas, Row, Scanner
 from storaged.meta.storage.scan import LIMIT_MAX, Want, common_prefix, list_after_prefix
+from storaged.tasks import gather_bounded
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1
 ROUNDS_MAX = 64

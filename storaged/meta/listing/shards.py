@@ -17,8 +17,7 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable
@@ -32,9 +31,7 @@ from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Registers
 from storaged.meta.storage.scan import SHARDS_MAX, Want
 from storaged.meta.views import Views
-from storaged.tasks import TaskGroup
-
-T = TypeVar("T")
+from storaged.tasks import gather_bounded
 
 READS_MAX = 4
 """Reads of one shard in a round. A page from the cache takes two or three; among deleted keys their number would be
@@ -229,24 +226,3 @@ class ShardReader:
         if query.after_fence:
             return await self._registers.settle(name, settling_nonce=query.settling_nonce)
         return (await self._registers.read(name, settling_nonce=query.settling_nonce)).value
-
-
-async def gather_bounded(work: Sequence[Coroutine[Any, Any, T]], limit: int) -> list[T]:
-    """The results in order, at most ``limit`` running at once. The first failure cancels the rest and is raised."""
-    if not work:
-        return []
-    gate = asyncio.Semaphore(limit)
-
-    async def one(coroutine: Coroutine[Any, Any, T]) -> T:
-        async with gate:
-            return await coroutine
-
-    try:
-        async with TaskGroup() as group:
-            tasks = [group.create_task(one(coroutine)) for coroutine in work]
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    finally:
-        for coroutine in work:  # those that were not started
-            coroutine.close()
-    return [task.result() for task in tasks]

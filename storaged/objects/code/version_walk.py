@@ -1,8 +1,8 @@
 """The versions of a key in order, newest first: those in its record, then those on pages (``code.history``).
 
-A page has a dozen versions, so a list of a thousand needs some 84 of them. Whoever says how many versions it wants gets
-the pages that have them read together, up to ``TOGETHER_MAX``: one after the other, each would wait for an answer. The
-references say how many versions each page has. No more pages are read than that many versions need.
+A page has a dozen versions, so a list of a thousand needs some 84 of them. Read one after the other, each page would
+wait for an answer. A caller can say how many versions it wants: then the pages that have these are read together, up to
+``TOGETHER_MAX``, and no others. The references say how many versions each page has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from storaged.meta.ports import Pages
 from storaged.objects.code.history import Entry, entries_in, entries_on, levels_of
 from storaged.objects.code.version_pages import read_page
 from storaged.objects.records import ObjectRecord, PageRef, VersionsPage
-from storaged.tasks import TaskGroup
+from storaged.tasks import gather_bounded
 
 TOGETHER_MAX = 16
 """Pages in memory at once. One has about 6 KiB, and at most some 100 KiB."""
@@ -120,11 +120,10 @@ def _together(
 async def _read_together(
     pages: Pages, near: RegisterName, refs: Sequence[PageRef]
 ) -> dict[bytes, VersionsPage | DataDamaged]:
-    if len(refs) == 1:
+    if len(refs) == 1:  # without a task
         return {refs[0].hash: await _read(pages, near, refs[0])}
-    async with TaskGroup() as group:
-        reads = {ref.hash: group.create_task(_read(pages, near, ref)) for ref in refs}
-    return {name: read.result() for name, read in reads.items()}
+    read = await gather_bounded([_read(pages, near, ref) for ref in refs], TOGETHER_MAX)
+    return {ref.hash: page for ref, page in zip(refs, read, strict=True)}
 
 
 async def _read(pages: Pages, near: RegisterName, ref: PageRef) -> VersionsPage | DataDamaged:
