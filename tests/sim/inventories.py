@@ -15,7 +15,6 @@ The program's own planes and workers (``s3.inventories``), over the simulated ri
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import itertools
 import json
@@ -48,7 +47,7 @@ from storaged.wire import decode
 from tests.sim.cluster import DISKS, Gateway
 from tests.sim.inventory_oracle import Clients, Report, Wrote, check_rows, rows_of
 from tests.sim.parts import ClockJumps
-from tests.sim.planes import Lives, keys_for, make_plane
+from tests.sim.planes import KnownBuckets, Lives, keys_for, make_plane
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import EPOCH_MS, VirtualLoop
 from tests.sim.workload import Verdicts
@@ -58,8 +57,6 @@ DAY_MS = 4000
 """Longer than a report takes while all is well and no disk is away."""
 CALLS = 14
 """Of each worker."""
-CACHE_S = 0.15
-"""Gateways use records of buckets that are so old."""
 PLAIN, VERSIONED, TARGET = "plain", "versioned", "target"
 SOURCES = (PLAIN, VERSIONED)
 LIVES_MAX = 6
@@ -85,38 +82,6 @@ ALLOWED = json.dumps(
         ],
     }
 )
-
-
-class Directory:
-    """The buckets, as one gateway knows them: ``system.buckets.BucketService``."""
-
-    def __init__(self, play: Listing, plane: ObjectPlane) -> None:
-        self._play = play
-        self._plane = plane
-        self._known: dict[str, tuple[float, BucketRecord]] = {}
-
-    def try_get(self, name: str) -> BucketRecord | None:
-        read_s, record = self._known.get(name, (-1.0, None))
-        return record if read_s + CACHE_S >= self._plane.clock.monotonic() else None
-
-    async def get(self, name: str) -> BucketRecord:
-        found = self.try_get(name)
-        if found is None:
-            read_s = self._plane.clock.monotonic()
-            found = self._play.bucket_of(name, self._plane)
-            await asyncio.sleep(self._play.chance.uniform(0, 0.02))
-            self._known[name] = read_s, found
-        return found
-
-    def configuration_of(self, record: BucketRecord) -> Configuration:
-        return self._plane.configurations.of(record)
-
-    async def every_bucket(self) -> list[BucketRecord]:
-        found = []
-        for name in (*SOURCES, TARGET):
-            with contextlib.suppress(NoSuchBucket):
-                found.append(self._play.bucket_of(name, self._plane))
-        return found
 
 
 class Watched:
@@ -166,7 +131,7 @@ class Process(NamedTuple):
 
     plane: ObjectPlane
     objects: ObjectService
-    directory: Directory
+    directory: KnownBuckets
     worker: InventoryWorker
     turn: asyncio.Lock
     """A gateway has one task that makes inventories."""
@@ -270,7 +235,7 @@ class Listing(Scenario):
             registers=Watched(gateway.client, self),
             limits=ObjectLimits(lifecycle_day_ms=DAY_MS),
         )
-        directory, objects = Directory(self, plane), ObjectService(plane)
+        directory, objects = KnownBuckets(self, plane, (*SOURCES, TARGET)), ObjectService(plane)
         front = Front(Delivered(objects, self), directory, None, Endpoint("eu-fr-1"), plane.clock)  # type: ignore[arg-type]
         worker = InventoryWorker(front, plane, directory, file_rows_max=FILE_ROWS)  # type: ignore[arg-type]
         return Process(plane, objects, directory, worker, asyncio.Lock())

@@ -44,7 +44,7 @@ from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, Lock, ObjectRecord, decode_object
 from storaged.objects.service import ObjectService
 from tests.sim.cluster import DISKS, Gateway
-from tests.sim.planes import Lives, NotedPages, keys_for, make_plane
+from tests.sim.planes import CACHE_S, KnownBuckets, Lives, NotedPages, keys_for, make_plane
 from tests.sim.scenario import Scenario, play_out
 from tests.sim.virtual import EPOCH_MS, VirtualLoop
 from tests.sim.workload import Verdicts
@@ -54,8 +54,6 @@ DAY_MS = 500
 """So long that the index can still count the days since 1970 (u32)."""
 CALLS = 14
 """Of each worker."""
-CACHE_S = 0.15
-"""Gateways use records of buckets that are so old."""
 SAMPLES_S = 0.3
 LATE_DAYS = 12
 """How far clocks of gateways may differ in a run, and more."""
@@ -168,37 +166,12 @@ class Watched:
         return outcome
 
 
-class Directory:
-    """The buckets, as one gateway knows them: ``system.buckets.BucketService``."""
-
-    def __init__(self, play: Living, plane: ObjectPlane) -> None:
-        self._play = play
-        self._plane = plane
-        self._known: dict[str, tuple[float, BucketRecord]] = {}
-
-    def try_get(self, name: str) -> BucketRecord | None:
-        read_s, record = self._known.get(name, (-1.0, None))
-        return record if read_s + CACHE_S >= self._plane.clock.monotonic() else None
-
-    async def get(self, name: str) -> BucketRecord:
-        found = self.try_get(name)
-        if found is None:
-            read_s = self._plane.clock.monotonic()
-            found = self._play.bucket_of(name, self._plane)
-            await asyncio.sleep(self._play.chance.uniform(0, 0.02))
-            self._known[name] = read_s, found
-        return found
-
-    async def every_bucket(self) -> list[BucketRecord]:
-        return [self._play.bucket_of(name, self._plane) for name in (PLAIN, VERSIONED)]
-
-
 class Process(NamedTuple):
     """One life of a gateway."""
 
     plane: ObjectPlane
     objects: ObjectService
-    directory: Directory
+    directory: KnownBuckets
     worker: LifecycleWorker
 
 
@@ -275,7 +248,7 @@ class Living(Scenario):
             agreed_ms=agreed.now_ms,
         )
         plane.pages = NotedPages(gateway.client, self._pages)
-        directory = Directory(self, plane)
+        directory = KnownBuckets(self, plane, (PLAIN, VERSIONED))
         worker = LifecycleWorker(plane, directory)  # type: ignore[arg-type]
         return Process(plane, ObjectService(plane), directory, worker)
 

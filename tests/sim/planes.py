@@ -4,20 +4,28 @@ keys of ``MemoryKeys``. All its randomness follows from the seed, so that a seed
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from storaged.errors import NoSuchBucket
 from storaged.hashes import page_hash
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import RegisterName
+from storaged.objects.configuration.document import Configuration
 from storaged.objects.plane import ObjectLimits, ObjectPlane
+from storaged.objects.records import BucketRecord
 from tests.doubles.keys import MemoryKeys
 from tests.sim.cluster import Gateway, World
 from tests.sim.listing import Everybody
 
 Made = TypeVar("Made")
+
+CACHE_S = 0.15
+"""Gateways use records of buckets that are so old."""
 
 
 class Lives(Generic[Made]):
@@ -87,6 +95,48 @@ def make_plane(
         limits=limits if limits is not None else ObjectLimits(),
         agreed_ms=agreed_ms,
     )
+
+
+class HasBuckets(Protocol):
+    """A play."""
+
+    chance: random.Random
+
+    def bucket_of(self, name: str, plane: ObjectPlane) -> BucketRecord:
+        """As it is now. Raises NoSuchBucket."""
+
+
+class KnownBuckets:
+    """The buckets, as one gateway knows them: ``system.buckets.BucketService``."""
+
+    def __init__(self, play: HasBuckets, plane: ObjectPlane, names: Sequence[str]) -> None:
+        self._play = play
+        self._plane = plane
+        self._names = names
+        self._known: dict[str, tuple[float, BucketRecord]] = {}
+
+    def try_get(self, name: str) -> BucketRecord | None:
+        read_s, record = self._known.get(name, (-1.0, None))
+        return record if read_s + CACHE_S >= self._plane.clock.monotonic() else None
+
+    async def get(self, name: str) -> BucketRecord:
+        found = self.try_get(name)
+        if found is None:
+            read_s = self._plane.clock.monotonic()
+            found = self._play.bucket_of(name, self._plane)
+            await asyncio.sleep(self._play.chance.uniform(0, 0.02))
+            self._known[name] = read_s, found
+        return found
+
+    def configuration_of(self, record: BucketRecord) -> Configuration:
+        return self._plane.configurations.of(record)
+
+    async def every_bucket(self) -> list[BucketRecord]:
+        found = []
+        for name in self._names:
+            with contextlib.suppress(NoSuchBucket):
+                found.append(self._play.bucket_of(name, self._plane))
+        return found
 
 
 class NotedPages:
