@@ -318,17 +318,27 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-metadata-directive": "REPLACE"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-if-match-size": "9"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-rename-source": "/bucket/o"}, NOT_THERE),
-    *[("PUT", "/bucket/new?renameObject", {"x-amz-rename-source": source}, answer) for source, answer in [("", CONFLICT), ("none", (404, "NoSuchKey")), ("bucket/k", (404, "NoSuchKey")), ("/other/k", (404, "NoSuchKey")), ("/bucket/", CONFLICT), ("k/", (400, "InvalidRequest")), ("new", (400, "InvalidRequest")), ("%ff", (400, "InvalidURI"))]],  # noqa: E501
+    *[("PUT", "/bucket/new?renameObject", {"x-amz-rename-source": source}, answer) for source, answer in [
+        ("", CONFLICT), ("none", (404, "NoSuchKey")), ("bucket/k", (404, "NoSuchKey")), ("/bucket/", CONFLICT),
+        ("/other/k", (404, "NoSuchKey")), ("k/", (400, "InvalidRequest")), ("new", (400, "InvalidRequest")),
+        ("%ff", (400, "InvalidURI")),
+    ]],
     ("PUT", "/bucket/new?renameObject", {}, CONFLICT),
     ("PUT", "/bucket/new/?renameObject", {"x-amz-rename-source": "k"}, (400, "InvalidRequest")),
     *[("PUT", "/bucket/new?renameObject", {"x-amz-rename-source": "k", **more}, answer) for more, answer in [
-        ({"x-amz-client-token": ""}, CONFLICT), ({"x-amz-client-token": "x" * 65}, CONFLICT), ({"x-amz-client-token": "a b"}, CONFLICT),  # noqa: E501
-        ({"if-match": "*"}, (412, "PreconditionFailed")), ({"if-match": '""'}, (412, "PreconditionFailed")), ({"if-none-match": ""}, CONFLICT),  # noqa: E501
-        ({"if-modified-since": PAST}, (412, "PreconditionFailed")), ({"if-modified-since": "x"}, CONFLICT), ({"if-unmodified-since": ""}, CONFLICT),  # noqa: E501
-        ({"x-amz-rename-source-if-match": '"x"'}, (412, "PreconditionFailed")), ({"x-amz-rename-source-if-none-match": "*"}, (412, "PreconditionFailed")),  # noqa: E501
-        ({"x-amz-rename-source-if-modified-since": FUTURE}, (412, "PreconditionFailed")), ({"x-amz-rename-source-if-unmodified-since": PAST}, (412, "PreconditionFailed")),  # noqa: E501
-        ({"x-amz-rename-source-if-modified-since": "x"}, CONFLICT), ({"x-amz-rename-source-if-tomorrow": "1"}, NOT_THERE),  # noqa: E501
-        ({"x-amz-copy-source": "/bucket/k"}, NOT_THERE), ({"x-amz-acl": "private"}, NOT_THERE), ({"x-amz-tagging": "a=b"}, NOT_THERE), ({"x-amz-meta-a": "b"}, NOT_THERE),  # noqa: E501
+        ({"x-amz-client-token": ""}, CONFLICT), ({"x-amz-client-token": "x" * 65}, CONFLICT),
+        ({"x-amz-client-token": "a b"}, CONFLICT), ({"if-match": "*"}, (412, "PreconditionFailed")),
+        ({"if-match": '""'}, (412, "PreconditionFailed")), ({"if-none-match": ""}, CONFLICT),
+        ({"if-modified-since": PAST}, (412, "PreconditionFailed")), ({"if-modified-since": "x"}, CONFLICT),
+        ({"if-unmodified-since": ""}, CONFLICT),
+        ({"x-amz-rename-source-if-match": '"x"'}, (412, "PreconditionFailed")),
+        ({"x-amz-rename-source-if-none-match": "*"}, (412, "PreconditionFailed")),
+        ({"x-amz-rename-source-if-modified-since": FUTURE}, (412, "PreconditionFailed")),
+        ({"x-amz-rename-source-if-unmodified-since": PAST}, (412, "PreconditionFailed")),
+        ({"x-amz-rename-source-if-modified-since": "x"}, CONFLICT),
+        ({"x-amz-rename-source-if-tomorrow": "1"}, NOT_THERE), ({"x-amz-copy-source": "/bucket/k"}, NOT_THERE),
+        ({"x-amz-acl": "private"}, NOT_THERE), ({"x-amz-tagging": "a=b"}, NOT_THERE),
+        ({"x-amz-meta-a": "b"}, NOT_THERE),
     ]],
     ("PUT", "/bucket/k", {"x-amz-client-token": "t"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-request-payer": ""}, CONFLICT),
