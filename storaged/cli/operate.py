@@ -124,8 +124,8 @@ def scrub(named: str | None, wait: bool, as_json: bool) -> None:
         polls, said = 0, set[str]()
 
         def goes_on(answer: dict[str, Any]) -> bool:
-            """Repair is waited for a while only: where disks are away it may be busy for long. A pause is waited for,
-            since whoever set it may end it. With --json nothing else would say so.
+            """Repair is waited for a while only: where disks are away it may be busy for long. A pause is waited for
+            to its end, since an operator can end it. With --json nothing else would say so.
             """
             nonlocal polls
             running = [job for job in answer["jobs"] if _scrubs(job)]

@@ -179,7 +179,7 @@ def test_what_a_node_did_not_miss_costs_a_message_for_all_ranges_of_a_bucket_and
         assert cluster.differing_registers() == []
         assert {scope for _, scope, _ in differing} == {buckets[2].id}
         assert len(differing) == 1
-        passes = 4  # each node sees the others come one after the other, and is told
+        passes = 4  # each node sees the others come one after the other, and gets a request
         assert max(asked.values()) <= passes * SUM_TRIES
 
     run(scenario)

@@ -88,7 +88,7 @@ def _check_row(report: Report, own: list[Wrote], row: dict[str, str], versioned:
     if not etag:
         made = [one for one in made if one.version in ("", version)]
     if not made or all(one.invoked > report.ended_s for one in made):
-        yield f"nobody made what {row} names"
+        yield f"no client made what {row} names"
         return
     if etag and row["Size"] != str(made[0].size):
         yield f"{row} has another size than {made[0]}"

@@ -63,7 +63,7 @@ LENDING_BUGS = (
     ),
     Planted(
         "ended_under_another_mark",
-        "a borrower goes, or its mark does, whoever has marked it",
+        "a borrower or its mark is removed although another request has marked it since",
         1000,
         _PLAY,
         _LOANS,

@@ -90,7 +90,7 @@ RENAMING_BUGS = (
     ),
     Planted(
         "departure_ended_under_another_mark",
-        "a departure goes, whoever has marked it",
+        "a departure is removed although another request has marked it since",
         0,
         path=_DEPARTURES,
         old="departure.id == departure_id and mark in (None, departure.ending)\n",

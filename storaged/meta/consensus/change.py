@@ -65,7 +65,7 @@ class Shared:
 
     ``overtake(name, create, below)``: what becomes of a create that is found above the value ``below``. ``create``
     itself, if ``below`` may be replaced; what its change makes of ``below``, if that has a history, with the operation
-    and the payload of the create; None if that can't be told. Pure."""
+    and the payload of the create; None if that can't be known. Pure."""
 
     ballots: Ballots
     rules: Rules

@@ -10,7 +10,7 @@ that was confirmed: if V was chosen, C replaces it, as its request wanted.
 delivered, or data that other keys read. Only the planes above know them (``Shared.overtake``). There
 
 1. C is dropped, if it can't be chosen under its ballot: a quorum has refused it for good, or all replicas have promised
-   and too few of them have C. Nobody has confirmed it. The proposer goes on from the newest of the other values, which
+   and too few of them have C. It was never confirmed. The proposer goes on from the newest of the other values, which
    is what was chosen, or descends from it.
 2. Otherwise C is applied to V as its request would have been if it had found V: the result W keeps the history. If V
    was chosen, W is V with the change C. If C was chosen, then V was not: W shows a change of unknown outcome as if it

@@ -9,8 +9,8 @@ Theory of operation. Two keys are two registers, and no change is one of both. A
 3. The version of the old key goes, and its departure with it (``finish``).
 
 Between its promise and its accept, the second change looks at the departure (``check_departing``). It accepts nothing
-when the departure is marked or gone. A departure goes with its version, whoever removes that. While there is one, the
-metadata of the version does not change (``make_way``).
+when the departure is marked or gone. Each change that removes the version removes the departure too. While there is
+one, the metadata of the version does not change (``make_way``).
 
 *Ending.* A rename that dies after the first change leaves its departure. A request that meets it there, or the walk
 (``end_old``), ends it as a loan is ended (``loans``, *Ending*): it marks the departure, settles the register of the new
