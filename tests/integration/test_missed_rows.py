@@ -58,6 +58,9 @@ def test_what_a_node_missed_waits_for_no_walk() -> None:
         assert cluster.differing_registers() == []
         await assert_whole(cluster, bucket, objects)
         assert not (await cluster.counts())[2]  # the walk has not ended
+        jobs = [job for status in await cluster.statuses() for job in status.jobs if job.name == "catch-up"]
+        assert {job.node for job in jobs} == set(cluster.nodes)
+        assert {job.state for job in jobs} == {"done"}
 
     run(scenario)
 
