@@ -46,8 +46,9 @@ EXTRA: Final[dict[str, Action]] = {
 
 
 class Ask(NamedTuple):
-    """A permission that a request needs: ``action`` on ``bucket`` or on ``key`` in it. ``headers``: the fields of a
-    form, in place of the request's headers. ``prefix``: see ``Facts``."""
+    """A permission that a request needs: ``action`` on ``bucket`` or on ``key`` in it. ``headers``, ``prefix``:
+    in place of the request's, see ``Facts``.
+    """
 
     action: Action
     bucket: BucketRecord

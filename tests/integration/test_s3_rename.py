@@ -173,3 +173,24 @@ async def test_a_condition_of_the_new_key_counts_for_no_policy_on_the_old_one(wo
         assert keys(owner) == ["new"]
 
     await run(work, world)
+
+
+async def test_policies_see_how_the_request_was_signed_at_both_keys(world: World) -> None:
+    """A policy may deny the older signature, or demand the newer one:
+    https://docs.aws.amazon.com/AmazonS3/latest/API/bucket-policy-s3-sigv4-conditions.html
+    """
+    statement = {"Principal": {"AWS": "*"}, "Resource": "arn:aws:s3:::bucket/*"}
+    signed = {"s3:signatureversion": "AWS4-HMAC-SHA256", "s3:authType": "REST-HEADER"}
+    allow = {**statement, "Effect": "Allow", "Action": list(NEEDED), "Condition": {"StringEquals": signed}}
+    old = {"s3:signatureversion": "AWS"}
+    deny = {**statement, "Effect": "Deny", "Action": "s3:*", "Condition": {"StringEquals": old}}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [allow, deny]})
+
+    def work(owner: Any) -> None:
+        owner.delete_public_access_block(Bucket="bucket")
+        owner.put_bucket_policy(Bucket="bucket", Policy=policy)
+        owner.put_object(Bucket="bucket", Key="old", Body=b"old")
+        world.client(ACCESS_ALT, SECRET_ALT).rename_object(Bucket="bucket", Key="new", RenameSource="old")
+        assert keys(owner) == ["new"]
+
+    await run(work, world)

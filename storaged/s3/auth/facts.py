@@ -41,9 +41,10 @@ def resource_tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 class Facts:
-    """A ``conditions.Facts``. ``headers``: of the request, or the fields of a form. ``owner``: of the bucket.
-    ``prefix``: in place of the parameter, when another permission is asked for than the request's. ``own``: keys of
-    IAM and STS, which only their requests have."""
+    """A ``conditions.Facts``. ``headers``: of the request, the fields of a form, or those that concern the old key of a
+    rename. ``owner``: of the bucket. ``prefix``: in place of the parameter, when another permission is asked for than
+    the request's. ``own``: keys of IAM and STS, which only their requests have.
+    """
 
     def __init__(
         self,
@@ -113,11 +114,14 @@ def _signed(facts: Facts, value: str) -> str | None:
     return value if facts.request.who.access_key else None
 
 
+def _is_form(facts: Facts) -> bool:
+    return facts.request.operation == "PostObject"
+
+
 def _auth_type(facts: Facts) -> str | None:
-    request = facts.request
-    if facts.headers is not request.headers and request.operation != "RenameObject":
+    if _is_form(facts):
         return _signed(facts, "POST")
-    return _signed(facts, "REST-HEADER" if "authorization" in request.headers else "REST-QUERY-STRING")
+    return _signed(facts, "REST-HEADER" if "authorization" in facts.request.headers else "REST-QUERY-STRING")
 
 
 def _signature_age(facts: Facts) -> str | None:
@@ -132,7 +136,7 @@ def _signature_age(facts: Facts) -> str | None:
 
 def _signature_version(facts: Facts) -> str | None:
     """A form may have the older signature."""
-    old = facts.headers is not facts.request.headers and "x-amz-algorithm" not in facts.headers
+    old = _is_form(facts) and "x-amz-algorithm" not in facts.headers
     return _signed(facts, "AWS" if old else "AWS4-HMAC-SHA256")
 
 
