@@ -96,7 +96,7 @@ def needed_bytes(
     that answer.
     """
     each = [found.away_bytes for found in counts]
-    known = [found for found in each if found != UNKNOWN_BYTES]
+    known = [found for found in each if found >= 0]  # not UNKNOWN_BYTES, nor a lie that hides what others have counted
     bound = sum(_used_by(disk, layout, gone, reports) for disk in gone)
     rest = bound * (len(each) - len(known)) // len(each) if each else bound
     return min(sum(known) + rest, bound)
@@ -105,11 +105,13 @@ def needed_bytes(
 def _used_by(disk: str, layout: Layout, gone: frozenset[str], reports: Mapping[str, DiskStatus]) -> int:
     """What a disk reported last. Where this process has not heard that, it had its share."""
     heard = reports.get(disk)
-    if heard is not None and heard.bytes_used:
+    if heard is not None and heard.bytes_used > 0:
         return heard.bytes_used
     known = layout.disk_by_id
     shares = [
-        reports[one.id].bytes_used / max(one.weight, 1) for one in layout.disks if one.id in reports.keys() - gone
+        max(0, reports[one.id].bytes_used) / max(one.weight, 1)
+        for one in layout.disks
+        if one.id in reports and one.id not in gone
     ]
     return int(median(shares) * max(known[disk].weight, 1)) if shares and disk in known else 0
 
@@ -193,7 +195,7 @@ def _cases(layout: Layout, gone: Collection[str], free: Mapping[str, int]) -> It
 
 def bytes_of_partition(counts: Iterable[Counts]) -> int:
     """What one replica of a partition takes, about. 0 while no node has counted."""
-    known = [found.partition_bytes for found in counts if found.partition_bytes != UNKNOWN_BYTES]
+    known = [found.partition_bytes for found in counts if found.partition_bytes >= 0]
     return int(median(known)) if known else 0
 
 

@@ -116,6 +116,17 @@ def test_what_is_needed_is_what_nodes_have_counted_bounded_by_what_the_disk_had(
     assert needed_bytes(FIVE, frozenset(), heard, honest) == 0
 
 
+def test_a_node_that_claims_less_than_nothing_hides_nothing_that_others_count() -> None:
+    gone, heard = frozenset({"e0", "d0"}), reports(used=100)
+    honest = [Said(10), Said(20), Said(6)]
+    assert needed_bytes(FIVE, gone, heard, [*honest, Said(-TIB)]) == 36 + 200 // 4, "it has not counted"
+    heard["d0"] = DiskStatus("d0", "", "ok", -TIB)
+    assert needed_bytes(FIVE, gone, heard, [Said(150)]) == 150, "as much as the others have"
+    heard["a0"] = DiskStatus("a0", "", "ok", -TIB)
+    assert needed_bytes(FIVE, gone, heard, [Said(150)]) == 150
+    assert bytes_of_partition([Said(0, 10), Said(0, -TIB)]) == 10
+
+
 def test_partitions_need_room_on_the_very_disks_that_get_them() -> None:
     layout, known = layout_of((1, 1, 1, 1)), KnownLayouts(layout_of((1, 1, 1, 1)))
     out = frozenset({"d0"})
