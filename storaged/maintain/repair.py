@@ -174,7 +174,10 @@ class Repair:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
 
     async def _look_for_room(self) -> None:
-        if await self.room.look(needed=self._some_away_long()):
+        some_wait = (
+            not self.check.current or self._queue.away_bytes > 0
+        )  # else nobody is asked: a disk may be gone for ever
+        if await self.room.look(needed=some_wait and self._some_away_long()):
             self._queue.try_again()
 
     def _look_due(self) -> bool:

@@ -39,16 +39,16 @@ class SpareWatch:
         return self._shortage.short_bytes > 0
 
     async def look(self, *, needed: bool) -> bool:
-        """To be called again and again. ``needed``: repair waits no longer for some disk that is away. Returns whether
-        there is more room than at the last look.
+        """To be called again and again. ``needed``: repair waits no longer for some disk that is away, and this node
+        has something to write anew. Returns whether there is more room than at the last look.
         """
         before = self.short, self.stuck
-        now = self._context.clock.monotonic()
+        now = self._context.clock.monotonic
         if not needed:
             self._shortage, self._look_at, self.stuck = ENOUGH, float("-inf"), False
-        elif now >= self._look_at:
-            self._look_at = now + LOOK_S
+        elif now() >= self._look_at:
             self._note(await self._judge())
+            self._look_at = now() + LOOK_S  # from its end: a node that hangs may take longer than LOOK_S to ask
         return (self.short, self.stuck) < before
 
     async def _judge(self) -> Shortage:

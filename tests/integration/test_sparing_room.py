@@ -66,6 +66,15 @@ def test_without_room_nothing_is_written_anew_and_it_begins_by_itself_when_there
         assert await on_disk(cluster, bucket, lost) == 0
         assert sum(status.away_bytes for status in await cluster.statuses()) == 0
 
+        asked: list[str] = []
+
+        async def counted(_caller: str, _node: str, method: str, _request: Message) -> None:
+            asked.append(method)
+
+        cluster.intercept = counted
+        await cluster.pass_s(60)
+        assert "maintain.status" not in asked, "nothing is left to write anew, though the disk never returns"
+
     run(scenario, racks=RACKS)
 
 
