@@ -34,6 +34,7 @@ def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:
         "racks_may_fail": found.domains_may_fail,
         "replicas_may_fail": found.replicas_may_fail,
         "whole": found.whole,
+        "whole_because": found.stays,
         "fragments": fragments,
         "replicas": [dataclasses.asdict(replica) for replica in found.replicas],
     }

@@ -269,7 +269,8 @@ def print_where(found: dict[str, Any], url: str) -> None:
     click.echo(f"{url}  {format_size(found['size'])}")
     click.echo(f"  {_may_fail(found)}")
     if found.get("whole"):
-        click.echo("  it lies whole where no operator should have all of it, and waits to be coded")
+        why = found.get("whole_because") or "it waits to be coded"
+        click.echo(f"  some of it lies whole where no operator should have all of it; {why}")
     columns = ["disk", "node", "rack", "state"]
     if any(row.get("operator") for row in (*found["fragments"], *found["replicas"])):
         columns.insert(3, "operator")

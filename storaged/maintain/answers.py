@@ -204,15 +204,15 @@ def loans_handler(
 
 def divide_handler(
     find_bucket: Callable[[bytes], Awaitable[BucketRecord | None]],
-    divide: Callable[[BucketRecord, RegisterName], Awaitable[int]],
+    divide: Callable[[BucketRecord, RegisterName], Awaitable[str]],
 ) -> Handler:
     """Of the kind ``divide``. ``find_bucket``: by its id; None: it is not known, or not verified. ``divide``: returns
-    how many bodies stay whole.
+    why something stays whole.
     """
 
     async def handle(_node: str, request: Divide) -> DividedNames:
         names = names_in(request)
-        left, reasons = [0] * len(names), [""] * len(names)
+        reasons = [""] * len(names)
 
         async def one(index: int, name: RegisterName) -> None:
             try:
@@ -220,14 +220,14 @@ def divide_handler(
                 if bucket is None:
                     reasons[index] = "the bucket is not known here, or not verified"
                 elif name == object_name(bucket.id, bucket.shard_numbers, name.key):
-                    left[index] = await divide(bucket, name)
+                    reasons[index] = await divide(bucket, name)
                 else:
                     reasons[index] = "it is no object"
             except (StoragedError, TimeoutError) as error:
                 reasons[index] = str(error)
 
         await concurrently((one(index, name) for index, name in enumerate(names)), DIVIDES_CONCURRENT_MAX)
-        return DividedNames(tuple(left), tuple(reasons))
+        return DividedNames(tuple(reasons))
 
     return handle
 

@@ -95,11 +95,8 @@ class Divide(Message, frozen=True):
 
 
 class DividedNames(Message, frozen=True):
-    """For each name how many bodies stay whole, since only their clients' keys open them, and why it could not be done
-    now; empty when it was.
-    """
+    """For each name why some of it stays whole, now or until it is written again; empty when nothing does."""
 
-    left: tuple[int, ...]
     reasons: tuple[str, ...]
 
 

@@ -10,7 +10,6 @@ from storaged.maintain.asks import Divide, DividedNames
 from storaged.maintain.context import MaintainContext
 
 NAMES_A_CALL = 32
-STAY = "{count} bodies that only their clients' keys (SSE-C) open stay whole until they are written again"
 
 
 class Divider:
@@ -39,9 +38,4 @@ class Divider:
             found = await self._context.asks.ask("divide", Divide(names), DividedNames)
         except (StoragedError, TimeoutError) as error:
             return dict.fromkeys(names, f"no gateway codes it now: {error}")
-        reasons = [*found.reasons[: len(names)], *[""] * (len(names) - len(found.reasons))]
-        counts = [*found.left[: len(names)], *[0] * (len(names) - len(found.left))]
-        return {
-            name: reason or (STAY.format(count=count) if count > 0 else "")
-            for name, reason, count in zip(names, reasons, counts, strict=True)
-        }
+        return dict.fromkeys(names, "") | dict(zip(names, found.reasons, strict=False))

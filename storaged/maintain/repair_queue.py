@@ -338,6 +338,11 @@ class RepairQueue:
         del found[""]
         return found
 
+    def unmoved(self) -> Counter[str]:
+        """Why what is whole, and only has to move, did not when that was tried: reasons, and how many have each."""
+        tried = (self._back_offs.get(finding.name) for finding in self if finding.misplaced)
+        return Counter(back_off.reason for back_off in tried if back_off is not None and back_off.reason)
+
     def _reason(self, finding: Finding, disks: DisksNow, target: str) -> str:
         back_off = self._back_offs.get(finding.name)
         if back_off is not None and finding.repairable:

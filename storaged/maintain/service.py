@@ -105,6 +105,8 @@ class MaintainStatus(Message, frozen=True):
     """Of the fragments of these objects that lie on disks that are away (``spare_room``)."""
     partition_bytes: int = UNKNOWN_BYTES
     """What one replica of a partition takes, about."""
+    unmoved: tuple[tuple[str, int], ...] = ()
+    """Why objects and parts that are misplaced did not move when that was tried, the most frequent reasons."""
 
 
 class Maintenance:
@@ -289,6 +291,7 @@ class Maintenance:
             outdated=queue.outdated,
             layout=self._walked_places[0],
             unrepaired=tuple(repair.unrepaired().most_common(REASONS_MAX)),
+            unmoved=tuple(queue.unmoved().most_common(REASONS_MAX)),
             away_bytes=queue.away_bytes if current else UNKNOWN_BYTES,
             partition_bytes=check.partition_bytes,
         )

@@ -7,8 +7,8 @@ here: over the last minutes, between looks of this process.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from storaged.clock import Clock
@@ -18,10 +18,12 @@ from storaged.cluster.move_settings import PARTITIONS as PARTITIONS_JOB
 from storaged.cluster.partition_map import PartitionMap
 from storaged.cluster.partitions import PartitionState, is_settled
 from storaged.cluster.ports import Layouts
+from storaged.cluster.rpc.faults import plain
 from storaged.cluster.succession import GENERATION
 from storaged.errors import ServiceUnavailable
 from storaged.maintain.job import JobReport
-from storaged.maintain.service import MaintainStatus
+from storaged.maintain.repair_queue import REASON_CHARS_MAX
+from storaged.maintain.service import REASONS_MAX, MaintainStatus
 
 WINDOW_S = 300.0
 LOOK_S_MIN = 1.0
@@ -78,6 +80,26 @@ def count_objects(statuses: Sequence[MaintainStatus]) -> Counted:
     return Counted(total - left, total)
 
 
+def what_is_left(statuses: Sequence[MaintainStatus], profile: str) -> str:
+    """What ``status`` says of the objects and parts that are left; empty when it has no more to say. ``profile``: of
+    the layout in force.
+    """
+    outdated = sum(status.outdated for status in statuses)
+    found = [f"{outdated} others get profile {profile}"] if outdated else []
+    unmoved = sum_of(status.unmoved for status in statuses).most_common(1)
+    found += [f"{count} did not move when that was tried: {reason}" for reason, count in unmoved]
+    return "; ".join(found)
+
+
+def sum_of(reasons: Iterable[Sequence[tuple[str, int]]]) -> Counter[str]:
+    """Of the reasons of all nodes, which may say anything."""
+    found = Counter[str]()
+    for some in reasons:
+        for reason, count in some[:REASONS_MAX]:
+            found[plain(reason, REASON_CHARS_MAX)] += count
+    return found
+
+
 class MoveProgress:
     """Remembers what was left at earlier looks."""
 
@@ -91,17 +113,17 @@ class MoveProgress:
         objects: Counted,
         settings: MoveSettings,
         reason: str,
-        recoded: str = "",
+        left: str = "",
     ) -> list[JobReport]:
         """The jobs that have something left. ``partitions``: None while it is not known. ``reason``: why some partition
-        can't move now. ``recoded``: which objects get another profile.
+        can't move now. ``left``: ``what_is_left``.
         """
         found: list[JobReport] = []
         if partitions is not None:
             under_way = f"; {partitions.joint} are under way" if partitions.joint else ""
             waits = f"; {reason}" if reason else ""
             found = self._job(PARTITIONS_JOB, partitions.counted, settings, "partitions", under_way + waits)
-        return found + self._job(FRAGMENTS, objects, settings, "objects", f"; {recoded}" if recoded else "")
+        return found + self._job(FRAGMENTS, objects, settings, "objects", f"; {left}" if left else "")
 
     def _job(self, job: str, counted: Counted, settings: MoveSettings, unit: str, more: str) -> list[JobReport]:
         """Empty when nothing is left. ``unit`` and ``more`` are for its detail."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,13 @@ from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
 from storaged.cluster.move_settings import document
 from storaged.cluster.partitions import PartitionState, is_settled
 from storaged.cluster.presigned import spares_of
-from storaged.cluster.rpc.faults import plain
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
 )
 from storaged.maintain.job import JobReport
 from storaged.maintain.repair import NO_RECODING_S
-from storaged.maintain.repair_queue import REASON_CHARS_MAX
-from storaged.maintain.service import REASONS_MAX, MaintainStatus
+from storaged.maintain.service import MaintainStatus
 from storaged.maintain.spare_room import bytes_of_partition, disks_short, free_for_spares, needed_bytes, shortage_of
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
@@ -33,7 +30,14 @@ from storaged.node.auditing import merged
 from storaged.node.doctor import Doctor, silent
 from storaged.node.filling import Filling
 from storaged.node.losses import Losses
-from storaged.node.move_progress import MoveProgress, PartitionCounts, count_objects, count_partitions
+from storaged.node.move_progress import (
+    MoveProgress,
+    PartitionCounts,
+    count_objects,
+    count_partitions,
+    sum_of,
+    what_is_left,
+)
 from storaged.node.planes import NodePlanes
 from storaged.objects.code.place import choose
 
@@ -196,9 +200,8 @@ class Reports:
     def _jobs(self, statuses: Sequence[MaintainStatus], counts: PartitionCounts | None) -> list[dict[str, Any]]:
         """The jobs of all nodes, and those of the whole cluster."""
         settings = self._node.follower.settings.current
-        outdated = sum(status.outdated for status in statuses)
-        recoded = f"{outdated} others get profile {self._node.layouts.current.profile}" if outdated else ""
-        moves = self._progress.jobs(counts, count_objects(statuses), settings, self._reason(), recoded)
+        left = what_is_left(statuses, self._node.layouts.current.profile)
+        moves = self._progress.jobs(counts, count_objects(statuses), settings, self._reason(), left)
         name, gateway = self._node.own.name, self._gateway
         own = (
             gateway.partitions.expunger.report(name)
@@ -327,10 +330,7 @@ def _waits(statuses: Sequence[MaintainStatus]) -> RepairWaits | None:
     later = [status.waits.recode_in_s for status in statuses if status.waits.recode_in_s != NO_RECODING_S]
     delay_s = max((status.waits.recode_delay_s for status in statuses), default=0.0)
     gateway = next((status.waits.gateway for status in statuses if status.waits.gateway), "")
-    unrepaired = Counter[str]()
-    for status in statuses:
-        for reason, count in status.unrepaired[:REASONS_MAX]:
-            unrepaired[plain(reason, REASON_CHARS_MAX)] += count
+    unrepaired = sum_of(status.unrepaired for status in statuses)
     if not (disks or gateway or unrepaired):
         return None
     return RepairWaits(

@@ -19,8 +19,11 @@ from storaged.fragments.ports import FragmentId, Health
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import RegisterName
 from storaged.objects.code import place
+from storaged.objects.code.customer import CUSTOMERS
 from storaged.objects.code.geometry import PartShape
+from storaged.objects.code.lending import LENT
 from storaged.objects.code.manifest import parts_of
+from storaged.objects.code.versions import OpenedVersion
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import with_data
 from storaged.objects.read.find import find
@@ -90,6 +93,8 @@ class Whereabouts:
     replicas_may_fail: int
     whole: int = 0
     """Bodies that lie whole, though the layout trusts no operator alone: they wait to be coded."""
+    stays: str = ""
+    """Why they are not coded before the object is written again; empty when they are."""
 
 
 async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version_id: str = "") -> Whereabouts:
@@ -97,13 +102,15 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
     be readable. Raises NoSuchKey, NoSuchVersion, ServiceUnavailable.
     """
     found = await find(plane, bucket, key, version_id)
+    opened = found.opened
     layout = plane.layouts.current
     replicas = await _replicas(plane, found.name, layout)
     spares = [_spare(plane, found.name, layout, replicas)]
-    if found.opened.borrowed is not None:
+    if opened.borrowed is not None:
         found = await with_data(plane, bucket, found)
         spares.append(_spare(plane, found.name, layout, await _replicas(plane, found.name, layout)))
     parts = [part async for part in parts_of(plane.pages, found.name, found.opened.version)]
+    whole = sum(part.small or bool(part.inline) for part in parts) if layout.spreads else 0
     runs = [await _run(plane, bucket, found.name, part, run, layout) for part in parts for run in part.runs]
     runs_spare = [_Spare(run.disks_may_fail, run.domains_may_fail) for run in runs]
     return Whereabouts(
@@ -115,8 +122,15 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
         min(least.disks for least in (*spares, *runs_spare)),
         min(least.domains for least in (*spares, *runs_spare)),
         min(spare.replicas for spare in spares),
-        sum(part.small or bool(part.inline) for part in parts) if layout.spreads else 0,
+        whole,
+        _why_whole(opened) if whole else "",
     )
+
+
+def _why_whole(opened: OpenedVersion) -> str:
+    if opened.borrowed is not None:
+        return LENT
+    return CUSTOMERS if opened.has_customer_key else ""
 
 
 class _Spare(NamedTuple):

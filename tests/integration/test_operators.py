@@ -17,7 +17,9 @@ from storaged.errors import PeerUnreachable, ServiceUnavailable, SlowDown, Stora
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import RegisterName, object_name
-from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.api import BodyChecks, NewMeta, Renaming
+from storaged.objects.code.customer import CUSTOMERS
+from storaged.objects.code.lending import LENT
 from storaged.objects.code.place import first_choice
 from storaged.objects.encryption import CUSTOMER, Encryption
 from storaged.objects.records import BucketRecord
@@ -237,7 +239,7 @@ def test_two_gateways_code_the_same_bytes_and_one_that_stops_halfway_spoils_noth
         done = await asyncio.gather(*both, return_exceptions=True)
         assert not [error for error in done if isinstance(error, Exception) and not isinstance(error, SlowDown)]
         for name in names:
-            assert await divide(cluster.gateway.objects.plane, bucket, name) == 0
+            assert await divide(cluster.gateway.objects.plane, bucket, name) == ""
         await check(cluster, bucket, keys)
         cluster.maintain()
         assert await cluster.settled() == (0, 0)
@@ -292,7 +294,7 @@ class Attempts:
 
     async def succeed(self, keys: list[bytes]) -> None:
         for key in keys:
-            assert await divide(self._cluster.gateway.objects.plane, self._bucket, self._name(key)) == 0
+            assert await divide(self._cluster.gateway.objects.plane, self._bucket, self._name(key)) == ""
         await self.look()
 
     def _name(self, key: bytes) -> RegisterName:
@@ -387,7 +389,7 @@ def test_an_attempt_that_moves_a_block_deletes_nothing_that_another_one_has_comm
                 return
             if not arrived:
                 arrived = True
-                assert await divide(first, bucket, name) == 0
+                assert await divide(first, bucket, name) == ""
                 cluster.alive.slow.clear()
             if getattr(request, "disk", "") == chosen[1]:
                 raise PeerUnreachable("it is full")
@@ -426,14 +428,36 @@ def test_what_is_written_meanwhile_stays_and_a_customers_key_keeps_a_body_whole(
         with pytest.raises(SlowDown):
             await divide(plane, bucket, name)
         assert await cluster.get(bucket, key) == b"another body"
-        assert await divide(plane, bucket, name) == 0
-        assert await divide(plane, bucket, object_name(bucket.id, bucket.shard_numbers, b"secret")) == 1
+        assert await divide(plane, bucket, name) == ""
+        assert await divide(plane, bucket, object_name(bucket.id, bucket.shard_numbers, b"secret")) == CUSTOMERS
         cluster.maintain()
         await cluster.pass_s(60)
         found = await cluster.statuses()
         assert sum(status.outdated for status in found) == 1
+        assert [status.unmoved for status in found if status.outdated] == [((CUSTOMERS, 1),)]
+        assert (await where(plane, bucket, b"secret")).stays == CUSTOMERS
+        assert (await where(plane, bucket, key)).stays == ""
         stream = await cluster.objects.get(bucket, b"secret", customer_key=bytes(32))
         assert b"".join([bytes(piece) async for piece in stream.chunks()]) == b"seale"
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
+def test_status_says_why_the_last_part_of_an_upload_that_was_renamed_stays_whole() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await whole_before(cluster)
+        upload_id, parts, body = await upload_parts(cluster, bucket, b"many", {1: 300_000, 2: 5})
+        await cluster.objects.complete(bucket, b"many", upload_id, parts, owner=WHO.user_id)
+        await cluster.objects.rename(bucket, Renaming(key=b"new", source=b"many"))
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        cluster.maintain()
+        await cluster.pass_s(60)
+        found = await cluster.statuses()
+        assert sum(status.outdated for status in found) == 1
+        assert [status.unmoved for status in found if status.outdated] == [((LENT, 1),)]
+        place = await where(cluster.gateway.objects.plane, bucket, b"new")
+        assert (place.whole, place.stays) == (1, LENT)
+        assert await cluster.get(bucket, b"new") == body
 
     run(scenario, racks=FOUR, limits=LIMITS)
 

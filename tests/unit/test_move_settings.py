@@ -25,7 +25,14 @@ from storaged.cluster.partitions import PartitionRecord
 from storaged.errors import InvalidArgument, OperatorError
 from storaged.maintain.scrub import PAUSED
 from storaged.maintain.service import MaintainStatus
-from storaged.node.move_progress import Counted, MoveProgress, PartitionCounts, count_objects, count_partitions
+from storaged.node.move_progress import (
+    Counted,
+    MoveProgress,
+    PartitionCounts,
+    count_objects,
+    count_partitions,
+    what_is_left,
+)
 from tests.doubles.clock import ManualClock
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.worlds.authority_folder import call
@@ -119,6 +126,16 @@ def status(node: str, judged: int, misplaced: int) -> MaintainStatus:
 def test_objects_are_counted_by_the_walks_of_all_nodes() -> None:
     assert count_objects([status("n1", 10, 4), status("n2", 20, 0)]) == Counted(26, 30)
     assert count_objects([status("n1", 0, 4)]) == Counted(0, 4), "its first walk has not ended"
+
+
+def test_status_says_what_is_left_of_objects_and_why_most_of_it_did_not_move() -> None:
+    assert what_is_left([status("n1", 10, 4)], "4+2") == ""
+    first = replace(status("n1", 10, 4), outdated=3, unmoved=(("a key is missing", 2), ("it is busy", 3)))
+    second = replace(status("n2", 10, 4), outdated=4, unmoved=(("a key is missing", 2),))
+    left = what_is_left([first, second], "4+2")
+    assert left == "7 others get profile 4+2; 4 did not move when that was tried: a key is missing"
+    (job,) = MoveProgress(ManualClock()).jobs(None, Counted(12, 20), RUNNING, "", left)
+    assert job.detail == f"12 of 20 objects are where the layout wants them; {left}"
 
 
 def test_the_rate_is_measured_and_the_rest_is_known_after_a_restart() -> None:

@@ -28,6 +28,8 @@ from storaged.sov1 import SALT_BYTES, SealBroken, derive_key, open_message, pack
 WRAP_LABEL = "sov.customer.v1"
 ETAG_LABEL = "sov.etag.v1"
 CHECKSUM_LABEL = "sov.checksum.v1"
+CUSTOMERS = "only a client's key (SSE-C) opens it: it stays whole until it is written again"
+"""Why a small body is not coded (``write.divide``)."""
 
 _NONCE_BYTES = 12
 _ETAG_BYTES = 16

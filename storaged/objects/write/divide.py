@@ -20,7 +20,9 @@ Theory of operation
 
     Old copies go to the garbage lists, and stay for readers as long as what was replaced.
 
-    A body with a customer's key (SSE-C) can't be opened here. It stays whole until its client writes it again.
+    A body with a customer's key (SSE-C) can't be opened here. It stays whole until its client writes it again. So does
+    one that the record only lends (``write.loans``), since the key is at the borrower: the last part of an upload that
+    was renamed.
 """
 
 from __future__ import annotations
@@ -33,14 +35,16 @@ from storaged.errors import DataDamaged, SlowDown
 from storaged.meta.names import Change, RegisterName, Value, Visibility
 from storaged.meta.ports import Reading
 from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.customer import CUSTOMERS
 from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.lending import LENT
 from storaged.objects.code.manifest import parts_of, renew_pages, with_parts
 from storaged.objects.code.version_names import required_name
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.part_reader import PartReader
-from storaged.objects.records import BucketRecord, PartEntry, Version
+from storaged.objects.records import BucketRecord, PartEntry, Version, sharing_of
 from storaged.objects.write.blocks import Form, NewPart
 from storaged.objects.write.body import BodyReader
 from storaged.objects.write.commit import commit_coded
@@ -54,28 +58,30 @@ AGAIN_LABEL = "sov.again.v1"
 """Of the salt of a body that is sealed again."""
 
 
-async def divide(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName) -> int:
-    """Codes all that an object's register keeps whole. Returns how many bodies stay whole, since only their clients'
-    keys open them. Raises SlowDown when others change the key, ServiceUnavailable, DataDamaged.
+async def divide(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName) -> str:
+    """Codes all that an object's register keeps whole. Returns why some of it stays whole; empty when nothing does.
+    Raises SlowDown when others change the key, ServiceUnavailable, DataDamaged.
     """
     reading = await plane.registers.read(name, want_payload=True)
-    value, left = reading.value, 0
+    value, stays = reading.value, ""
     if not plane.layouts.current.spreads or value is None or value.visibility == Visibility.TOMBSTONE:
-        return 0
-    keys = BucketKeys(plane, bucket)
-    async for entry in every_entry(plane.pages, name, decode_record(value)):
+        return ""
+    keys, record = BucketKeys(plane, bucket), decode_record(value)
+    lent = {part.data_id for loan in sharing_of(record).loans for part in loan.parts if part.small or part.inline}
+    async for entry in every_entry(plane.pages, name, record):
         parts = [part async for part in parts_of(plane.pages, name, entry.version)]
+        lent.difference_update(part.data_id for part in parts)
         whole = [part for part in parts if part.small or part.inline]
         if not whole:
             continue
         opened = open_version(Place(bucket.id, name.key), entry.version, await keys.load(entry.version.bucket_key))
         if opened.locked:
-            left += len(whole)
+            stays = CUSTOMERS
             continue
         for part in whole:
             parts = await _divide(plane, bucket, keys, name, entry, opened, parts, part, reading)
             entry = entry._replace(version=await with_parts(plane.pages, name, entry.version, parts))
-    return left
+    return stays or (LENT if lent else "")
 
 
 async def _divide(
