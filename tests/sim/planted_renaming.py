@@ -159,6 +159,16 @@ RENAMING_BUGS = (
         why="The play reads registers, and opens no versions.",
     ),
     Planted(
+        "found_by_its_id_where_it_has_left",
+        "a version is read under its old key by the id null when the new key has it",
+        0,
+        path="storaged/objects/read/find.py",
+        old='    named = version_id or (record.versions[0].version_id if record.versions else "")\n',
+        new='    named = "" if version_id else record.versions[0].version_id if record.versions else ""\n',
+        tests=f"{_UNIT}::test_reads_of_the_old_key_find_what_departs_until_it_has_arrived",
+        why="The play reads registers, and opens no versions.",
+    ),
+    Planted(
         "cached_while_it_departs",
         "the record of a version that departs is cached, and found when it has arrived elsewhere",
         0,

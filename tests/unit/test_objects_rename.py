@@ -18,6 +18,7 @@ from storaged.errors import (
     IdempotencyParameterMismatch,
     InvalidRequest,
     NoSuchKey,
+    NoSuchVersion,
     PreconditionFailed,
     SlowDown,
 )
@@ -460,9 +461,14 @@ async def test_reads_of_the_old_key_find_what_departs_until_it_has_arrived(made:
     for read in (made.read(b"a"), made.objects.head(made.bucket, b"a")):
         with pytest.raises(NoSuchKey):
             await read
+    with pytest.raises(NoSuchVersion):
+        await made.objects.head(made.bucket, b"a", version_id="null")
+    with pytest.raises(NoSuchVersion):
+        await made.objects.copy(CopySource(made.bucket, b"a", "null"), made.bucket, b"c", owner=OWNER, meta=None)
     assert await made.read(b"b") == data
     await put(made.objects, made.bucket, b"new", key=b"a")
     assert await made.read(b"a") == b"new"
+    assert (await made.objects.head(made.bucket, b"a", version_id="null")).size == 3
 
 
 async def test_a_read_that_meets_another_object_after_it_looked_at_the_new_key_finds_that(made: Made) -> None:

@@ -61,13 +61,13 @@ async def find(
     if found is not None:
         return found
     record = decode_record(reading.value)
-    departure = _departure_of(record) if not version_id else None
+    departure = _departure_of(record, version_id)
     while departure is not None and await _has_arrived(plane, bucket, departure):
         reading = await plane.registers.read(name, want_payload=want_payload)
         record, before = decode_record(reading.value), departure
-        departure = _departure_of(record)
-        if departure is not None and departure.id == before.id:
-            raise NoSuchKey  # it was here when the new key got it, and is here no more
+        departure = _departure_of(record, version_id)
+        if departure is not None and departure.id == before.id:  # it was here when the new key got it
+            raise NoSuchVersion(VersionId=version_id) if version_id else NoSuchKey
     entry = await named_entry(plane, name, record, version_id) if version_id else current_entry(record)
     numbered = entry.version.bucket_key
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, numbered)
@@ -80,10 +80,10 @@ async def find(
     return found
 
 
-def _departure_of(record: ObjectRecord) -> Departure | None:
-    """Of the current version, if that is being renamed (``write.departures``)."""
-    departure = sharing_of(record).departure
-    return departure if record.versions and record.versions[0].version_id == NULL_VERSION else None
+def _departure_of(record: ObjectRecord, version_id: str = "") -> Departure | None:
+    """Of the version, the current one when ``version_id`` is empty, if it is being renamed (``write.departures``)."""
+    named = version_id or (record.versions[0].version_id if record.versions else "")
+    return sharing_of(record).departure if named == NULL_VERSION else None
 
 
 async def _has_arrived(plane: ObjectPlane, bucket: BucketRecord, departure: Departure) -> bool:
