@@ -159,6 +159,16 @@ RENAMING_BUGS = (
         why="The play reads registers, and opens no versions.",
     ),
     Planted(
+        "current_version_is_sealed_anew",
+        "the body of the current version is read, whichever version departs",
+        0,
+        path="storaged/objects/write/rename.py",
+        old="            stream = await get(plane, bucket, self._asked.source, version_id=NULL_VERSION)\n",
+        new='            stream = await get(plane, bucket, self._asked.source, version_id="" and NULL_VERSION)\n',
+        tests=f"{_UNIT}::test_what_arrives_is_what_departed_when_another_gateway_adds_a_version",
+        why="All gateways of the play know the bucket as one without versioning.",
+    ),
+    Planted(
         "found_by_its_id_where_it_has_left",
         "a version is read under its old key by the id null when the new key has it",
         0,

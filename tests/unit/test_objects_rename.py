@@ -281,6 +281,39 @@ async def test_an_object_that_was_replaced_before_it_arrives_is_renamed_as_it_is
 
 
 @pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_what_arrives_is_what_departed_when_another_gateway_adds_a_version(
+    made: Made, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other gateway knows already that versioning was enabled."""
+    await put(made.objects, made.bucket, data, key=b"a")
+    other = made.world.plane()
+    versioned = other.configurations.put(made.bucket, NOTHING.having(VERSIONING, Versioning(ENABLED)))
+
+    async def added(*what: Any) -> None:
+        await departures.depart(*what)
+        await put(ObjectService(other), versioned, b"newer", key=b"a")
+
+    monkeypatch.setattr(rename, "depart", added)
+    await made.rename(b"a", b"b")
+    await made.settled()
+    assert (await made.read(b"a"), await made.read(b"b")) == (b"newer", data)
+    await other.close()
+
+
+async def test_an_object_that_goes_before_it_is_read_is_not_there(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+
+    async def deleted(*what: Any) -> None:
+        await departures.depart(*what)
+        await made.objects.delete(made.bucket, b"a")
+
+    monkeypatch.setattr(rename, "depart", deleted)
+    with pytest.raises(NoSuchKey):
+        await made.rename(b"a", b"b")
+    assert await made.keys() == []
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
 async def test_an_object_that_replaces_the_old_one_later_is_not_taken_away(
     made: Made, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

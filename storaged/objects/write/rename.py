@@ -21,6 +21,7 @@ from storaged import errors
 from storaged.errors import (
     IdempotencyParameterMismatch,
     InvalidRequest,
+    NoSuchVersion,
     PreconditionFailed,
     SlowDown,
     StoragedError,
@@ -55,7 +56,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import owner_of, with_data
 from storaged.objects.read.find import Found, current_entry, find
 from storaged.objects.read.get import get
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Version
+from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Version
 from storaged.objects.sharing import Borrowed, Borrower, Departure
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.commit import AfterPromise, change_once, commit
@@ -235,12 +236,17 @@ class _Rename:
         return self._arrived(write, added, outgoing)
 
     async def _seal_anew(self, found: Found, outgoing: Outgoing | None) -> PutResult:
-        """If another object is read than was found, its departure is gone, and Changed is raised."""
+        """If another object is read than was found, its departure is gone, and Changed is raised. So that which departs
+        is named: it is not the current one if another gateway knows since a moment ago that the bucket has versioning.
+        """
         plane, bucket, opened = self._plane, self._bucket, found.opened
         check_size(opened.version.size)
         write = await self._write(opened, NewPart(bucket, self._new, plane.entropy(DEK_BYTES), self.id))
         opened = opened._replace(meta=msgspec.structs.replace(opened.meta, parts=(), parts_page=b""))
-        stream = await get(plane, bucket, self._asked.source)
+        try:
+            stream = await get(plane, bucket, self._asked.source, version_id=NULL_VERSION)
+        except NoSuchVersion:
+            raise Changed from None
         try:
             checks = BodyChecks(size=stream.info.size)
             async with sealed_body(plane, write.part, body_of(stream), checks) as sealed:
