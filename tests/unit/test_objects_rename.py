@@ -410,6 +410,25 @@ async def test_a_retry_with_the_same_token_finishes_what_died(made: Made, data: 
     assert await made.read(b"b") == data
 
 
+async def test_a_request_that_was_sent_again_does_not_end_the_one_that_replaced_it(made: Made) -> None:
+    """A client that does not wait long enough sends its request again, and the first one goes on meanwhile."""
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    again: list[asyncio.Task[PutResult]] = []
+
+    async def sent_again() -> None:
+        made.meanwhile(b"b", lambda: asyncio.sleep(40))
+        again.append(asyncio.create_task(made.rename(b"a", b"b", token="t")))
+        await asyncio.sleep(20)
+
+    made.meanwhile(b"b", sent_again)
+    with pytest.raises(SlowDown):
+        await made.rename(b"a", b"b", token="t")
+    assert await made.keys() == [b"a"]
+    await again[0]
+    assert await made.keys() == [b"b"]
+    assert await made.read(b"b") == SMALL
+
+
 @pytest.mark.parametrize("data", [SMALL, CODED])
 async def test_a_token_is_good_once(made: Made, data: bytes) -> None:
     await put(made.objects, made.bucket, data, key=b"a")

@@ -7,7 +7,8 @@ never, because its parts are on pages.
 
 *Client tokens.* The id of a departure ends with a digest of the request's token and one of its source, under a key of
 the keyring. So the new key remembers by which request it got its version, for as long as it has that version. A second
-request with the token finds it there, and does nothing.
+request with the token finds it there, and does nothing. One that finds the departure of an earlier one ends it, and
+renames the object itself. It does so once, so that two which take long do not end each other again and again.
 """
 
 from __future__ import annotations
@@ -102,14 +103,16 @@ async def rename(plane: ObjectPlane, bucket: BucketRecord, asked: Renaming) -> P
         raise errors.NotImplemented(VERSIONED)
     if asked.source == asked.key:
         raise InvalidRequest("This rename request is illegal because the object has this name already.")
+    replaces = True
     for attempt in range(ATTEMPTS_MAX):
         work = _Rename(plane, bucket, asked)
         try:
             return await work.run()
         except Changed:
-            pass
+            replaces = False  # perhaps the same request, sent again, has replaced this one
         except Departing as met:
-            if met.departure.id[-2 * DIGEST_BYTES :] == work.id[-2 * DIGEST_BYTES :]:
+            if replaces and met.departure.id[-2 * DIGEST_BYTES :] == work.id[-2 * DIGEST_BYTES :]:
+                replaces = False
                 await end_departure(plane, bucket, met.name, met.departure.id)  # of the same request, sent before
             elif not is_busy(plane, met.departure) or attempt == ATTEMPTS_MAX - 1:
                 await make_way(plane, bucket, met)
