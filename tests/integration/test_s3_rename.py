@@ -154,6 +154,33 @@ async def test_a_stranger_needs_all_of_three_permissions(world: World, missing: 
     await run(work, world)
 
 
+async def test_tags_move_only_for_who_may_read_them(world: World) -> None:
+    """Else who may read the tags of the new key learns those of the old one."""
+    allow = {"Effect": "Allow", "Principal": {"AWS": "*"}}
+    statements = [
+        {**allow, "Action": [*NEEDED], "Resource": "arn:aws:s3:::bucket/*"},
+        {**allow, "Action": "s3:GetObjectTagging", "Resource": ["arn:aws:s3:::bucket/n*"]},
+    ]
+    policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
+
+    def work(owner: Any) -> None:
+        other = world.client(ACCESS_ALT, SECRET_ALT)
+        owner.delete_public_access_block(Bucket="bucket")
+        owner.put_bucket_policy(Bucket="bucket", Policy=policy)
+        owner.put_object(Bucket="bucket", Key="old", Body=b"old", Tagging="t=1")
+        how = {"Bucket": "bucket", "Key": "new"}
+        assert refused(other.rename_object, RenameSource="old", **how) == DENIED
+        assert keys(owner) == ["old"]
+        owner.delete_object_tagging(Bucket="bucket", Key="old")
+        other.rename_object(RenameSource="old", **how)
+        owner.put_object_tagging(Bucket="bucket", Key="new", Tagging={"TagSet": [{"Key": "t", "Value": "1"}]})
+        other.rename_object(Bucket="bucket", Key="next", RenameSource="new")
+        assert keys(owner) == ["next"]
+        assert refused(other.rename_object, RenameSource="none", **how) == DENIED
+
+    await run(work, world)
+
+
 async def test_a_condition_of_the_new_key_counts_for_no_policy_on_the_old_one(world: World) -> None:
     """A policy that lets delete only with If-Match wants the tag of the object that goes."""
     allow = {"Effect": "Allow", "Principal": {"AWS": "*"}, "Resource": "arn:aws:s3:::bucket/*"}

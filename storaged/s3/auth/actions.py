@@ -99,7 +99,7 @@ ACTIONS: Final[dict[str, Action]] = {
     "PutObject": _PUT,
     "PostObject": _PUT,
     "CopyObject": _PUT,
-    "RenameObject": _PUT,  # and to get and delete the source, for which the handler asks
+    "RenameObject": _PUT,  # and to get and delete the source, and to get its tags, for which the handler asks
     "CreateMultipartUpload": _PUT,
     "UploadPart": _PUT,
     "UploadPartCopy": _PUT,

@@ -65,9 +65,9 @@ async def _read_from(front: Front, request: Request, grant: Grant, key: bytes, c
         raise
 
 
-async def _with_tags(front: Front, request: Request, grant: Grant, key: bytes, version: str) -> Grant:
-    """The grant for a copy that keeps the tags of its source: who may not read them may not copy what has some. Raises
-    AccessDenied, SlowDown."""
+async def with_tags(front: Front, request: Request, grant: Grant, key: bytes, version: str) -> Grant:
+    """The grant for a copy or a rename that keeps the tags of its source: who may not read them may not copy what has
+    some. Raises AccessDenied, SlowDown."""
     try:
         found = (await permit(front, request, Ask(action_of("GetObjectTagging"), grant.bucket, key, version))).found
     except errors.AccessDenied:
@@ -94,7 +94,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
     given = h.new_meta(headers)
     source, key, version = await _source(front, request)
     if not replace_tags:
-        source = await _with_tags(front, request, source, key, version)
+        source = await with_tags(front, request, source, key, version)
     conditions = c.source_conditions(headers)
     itself = source.bucket.id == request.bucket_record.id and key == request.key
     if (

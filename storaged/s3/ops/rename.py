@@ -15,6 +15,7 @@ from storaged.s3 import conditions as c
 from storaged.s3.auth.actions import action_of
 from storaged.s3.authorization import Ask, may_list, permit
 from storaged.s3.context import Front
+from storaged.s3.ops.copy import with_tags
 from storaged.s3.origins import origin_of
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request, check_key
@@ -42,6 +43,7 @@ async def rename_object(front: Front, request: Request) -> Reply:
     )
     of_source = _headers_of_source(headers)
     reading = await permit(front, request, Ask(action_of("GetObject"), bucket, source, headers=of_source))
+    reading = await with_tags(front, request, reading, source, "")
     removal = await permit(front, request, Ask(action_of("DeleteObject"), bucket, source, headers=of_source))
     try:
         await front.objects.rename(reading, removal, request.grant, asked)
