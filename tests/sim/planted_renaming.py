@@ -85,8 +85,8 @@ RENAMING_BUGS = (
         100,
         _PLAY,
         _HISTORY,
-        "            self._null_at, self._copied, self.departure = -1, None, None\n",
-        "            self._null_at, self._copied = -1, None\n",
+        "        self._null_at, self._copied, self.departure = -1, None, None\n",
+        "        self._null_at, self._copied = -1, None\n",
     ),
     Planted(
         "departure_ended_under_another_mark",

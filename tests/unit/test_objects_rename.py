@@ -36,6 +36,7 @@ from storaged.objects.api import (
     Renaming,
 )
 from storaged.objects.bucket_keys import BucketKeys
+from storaged.objects.code.history import BOUNDS, Draft, Shelf, levels_of
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.access import EVERYBODY, Acl, AclEntry
 from storaged.objects.configuration.document import NOTHING
@@ -572,6 +573,20 @@ async def test_a_departure_that_another_request_has_marked_since_is_not_ended(ma
     await departures.end_departure(made.plane, made.bucket, made.name(b"a"), departure.id)
     assert not made.departures()
     assert await made.keys() == [b"a"]
+
+
+async def test_a_version_that_is_lost_takes_its_departure_with_it(made: Made) -> None:
+    """Else the departure would be that of the next null version."""
+    await put(made.objects, made.bucket, CODED, key=b"a")
+    await _dies_on_the_way(made, made.rename(b"a", b"b"))
+    versioned = made.plane.configurations.put(made.bucket, NOTHING.having(VERSIONING, Versioning(ENABLED)))
+    for _ in range(BOUNDS.versions_max):
+        await put(made.objects, versioned, b"newer", key=b"a")
+    assert len(made.departures()) == 1
+    record = made.record(b"a")
+    draft = Draft(record, Shelf())
+    draft.give_up({ref.hash for level in levels_of(record) for ref in level})
+    assert (draft.departure, draft.null()) == (None, None)
 
 
 # --- objects that were uploaded in parts

@@ -292,8 +292,12 @@ class Draft:
         self.removed.append(entry.version)
         self._give_back(entry.ordinal)
         if entry.is_null:
-            self._null_at, self._copied, self.departure = -1, None, None
+            self._forget_null()
         self._refill()
+
+    def _forget_null(self) -> None:
+        """The null version has gone, and its departure goes with it."""
+        self._null_at, self._copied, self.departure = -1, None, None
 
     def _give_back(self, ordinal: int) -> None:
         borrowed = self.borrowed.pop(ordinal, None)
@@ -409,7 +413,7 @@ class Draft:
             if self._copied is not None:  # the fields that are known, so that its small copies go with it
                 null_version = Version(NULL_VERSION, 0, 0, "", 0, b"", b"", False, b"", b"", (self._copied,))
                 self.removed.append(null_version)
-            self._null_at, self._copied = -1, None
+            self._forget_null()
         for ordinal in [one for one in self.borrowed if self._at(one) is None]:
             self._give_back(ordinal)
         self._refill()
