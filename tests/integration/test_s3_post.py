@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from botocore.exceptions import ClientError
 
 from storaged import errors
 from storaged.s3.auth.form_policy import check_policy, parse_policy
 from storaged.s3.http.form_data import FormReader, boundary_of
-from tests.integration.s3_front import ACCESS, REGION, SECRET, World, s3_world
+from tests.integration.s3_front import ACCESS, ACCESS_ALT, REGION, SECRET, SECRET_ALT, World, s3_world
 
 BOUNDARY = "x-boundary"
 NOW_MS = 1_700_000_000_000
@@ -54,10 +55,13 @@ def form(fields: dict[str, str], data: bytes = b"data", filename: str = "dir/nam
     return "".join(parts).encode() + data + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
-def signed_form(document: dict[str, Any], fields: dict[str, str], data: bytes = b"data") -> bytes:
+def signed_form(
+    document: dict[str, Any], fields: dict[str, str], data: bytes = b"data", who: tuple[str, str] = (ACCESS, SECRET)
+) -> bytes:
+    access, secret = who
     encoded = encode(document)
-    signature = base64.b64encode(hmac.digest(SECRET.encode(), encoded.encode(), "sha1")).decode()
-    return form({"AWSAccessKeyId": ACCESS, "policy": encoded, "signature": signature, **fields}, data)
+    signature = base64.b64encode(hmac.digest(secret.encode(), encoded.encode(), "sha1")).decode()
+    return form({"AWSAccessKeyId": access, "policy": encoded, "signature": signature, **fields}, data)
 
 
 class _Staying(urllib.request.HTTPRedirectHandler):
@@ -125,6 +129,31 @@ async def test_boto3_presigned_posts_work_and_201_names_the_object(world: World)
     assert await stored(world, b"k") == b"data"
     status, body, _ = await post(world, form({**answer["fields"], "x-amz-signature": "0" * 64}))
     assert (status, b"SignatureDoesNotMatch" in body) == (403, True)
+
+
+async def test_policies_of_the_bucket_see_a_form_and_its_signature(world: World) -> None:
+    """https://docs.aws.amazon.com/AmazonS3/latest/API/bucket-policy-s3-sigv4-conditions.html"""
+    statement = {"Principal": {"AWS": "*"}, "Resource": "arn:aws:s3:::bucket/*", "Action": "s3:PutObject"}
+    allow = {**statement, "Effect": "Allow", "Condition": {"StringEquals": {"s3:authType": "POST"}}}
+    deny = {**statement, "Effect": "Deny", "Condition": {"StringEquals": {"s3:signatureversion": "AWS"}}}
+    other = world.client(ACCESS_ALT, SECRET_ALT)
+
+    def prepare() -> dict[str, str]:
+        owner = world.client()
+        owner.delete_public_access_block(Bucket="bucket")
+        document = {"Version": "2012-10-17", "Statement": [allow, deny]}
+        owner.put_bucket_policy(Bucket="bucket", Policy=json.dumps(document))
+        with pytest.raises(ClientError, match="AccessDenied"):
+            other.put_object(Bucket="bucket", Key="k", Body=b"no form")
+        fields: dict[str, str] = other.generate_presigned_post("bucket", "k")["fields"]
+        return fields
+
+    fields = await asyncio.to_thread(prepare)
+    older = signed_form(policy({"key": "k"}), {"key": "k"}, who=(ACCESS_ALT, SECRET_ALT))
+    assert (await post(world, older))[0] == 403
+    assert await stored(world, b"k") is None
+    assert (await post(world, form(fields)))[0] == 204
+    assert await stored(world, b"k") == b"data"
 
 
 async def test_sizes_outside_the_policy_store_nothing(world: World) -> None:
