@@ -65,7 +65,7 @@ def test_what_a_node_missed_waits_for_no_walk() -> None:
     run(scenario)
 
 
-def test_a_restart_that_nobody_noticed_waits_for_no_walk_that_is_under_way() -> None:
+def test_an_unnoticed_restart_waits_for_no_walk_that_is_under_way() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket, _ = await filled(cluster, 1)
         cluster.maintain()

@@ -124,7 +124,7 @@ NEEDED = ("s3:GetObject", "s3:DeleteObject", "s3:PutObject")
 
 
 @pytest.mark.parametrize("missing", [None, *NEEDED])
-async def test_a_stranger_needs_all_of_three_permissions(world: World, missing: str | None) -> None:
+async def test_another_user_needs_all_of_three_permissions(world: World, missing: str | None) -> None:
     def statement(action: str) -> dict[str, Any]:
         key = "new" if action == "s3:PutObject" else "old"
         resource = f"arn:aws:s3:::bucket/{key}"

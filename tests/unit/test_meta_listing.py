@@ -471,7 +471,7 @@ async def test_a_replica_that_answers_what_can_not_be_compared_counts_as_away_an
         await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
 
 
-async def test_shards_with_the_same_rows_are_told_by_their_sums_without_a_look_at_rows(
+async def test_shards_with_the_same_rows_are_found_by_their_sums_without_a_look_at_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ring = Ring()

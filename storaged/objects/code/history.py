@@ -11,8 +11,8 @@ it refers at the next level. All versions of a level are older than those of the
                newest                                                                    oldest
 
 So to add a version needs no page but those that it makes: most often none, and at most one a level. To find, change or
-remove a version by its ordinal reads one page a level, and writes those pages anew. A page never changes, so whoever
-holds the record can read all of it (``code.version_walk``).
+remove a version by its ordinal reads one page a level, and writes those pages anew. A page never changes, so a reader
+of the record can read all of it (``code.version_walk``).
 
 New pages are durable on a majority between the promise and the accept of the record that names them
 (``objects.write.versioned``). ``objects.write.references`` enumerates what a record refers to: nothing else may.
