@@ -241,6 +241,28 @@ async def test_a_shard_that_can_not_be_read_stays_without_a_sum_and_keeps_nobody
     await store.close()
 
 
+async def test_a_mistake_while_a_sum_is_built_does_not_end_the_thread_that_makes_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await without_sums(tmp_path, 20)
+
+    def mistake(*_arguments: Any) -> None:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(sums.Sums, "read_slice", mistake)
+    store = open_store(tmp_path)
+    assert store.shard_sum(PREFIX) is None
+    async with asyncio.timeout(GUARD_S):
+        while store._state.sums_wanted:  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0.01)
+    before = store.statistics().checkpoints
+    await put(store, range(20), 2)
+    async with asyncio.timeout(GUARD_S):
+        while store.statistics().checkpoints == before:  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0.01)
+    await store.close()
+
+
 async def test_a_sum_with_too_much_that_is_not_in_lmdb_is_not_found_on_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

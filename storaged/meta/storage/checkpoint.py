@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Sequence
 
-import lmdb
 import structlog
 
 from storaged.lmdb_file import lacks_space
@@ -24,7 +23,6 @@ from storaged.meta.storage.rowkey import SEGMENT_BYTES, link_key, row_key, split
 from storaged.meta.storage.rowvalue import open_number, seal_number
 from storaged.meta.storage.state import StoreState
 from storaged.meta.storage.sums import Sums, stored_sum
-from storaged.meta.store_ports import RowDamaged
 
 log = structlog.get_logger(__name__)
 
@@ -135,7 +133,7 @@ class Checkpointer:
         with self.running:
             try:
                 done = bool(state.reason) or self.applier.build_sum(state, prefix)
-            except (RowDamaged, lmdb.Error) as error:
+            except Exception as error:  # a bug, too, must not end the thread that makes checkpoints
                 log.warning("the sum of a shard can't be built", directory=str(state.directory), reason=str(error))
         if done:
             with state.changed:

@@ -9,7 +9,7 @@ Theory of operation
     Each checkpoint changes the sums with the rows, in one transaction. So a sum is always that of the rows beside it,
     whatever was lost or put back. Readers add what the overlays change.
 
-    A shard has a sum from its first row on. Shards of an older store get theirs when it is asked for (``Builder``):
+    A shard has a sum from its first row on. Shards of an older store get theirs when it is asked for (``read_slice``):
     between checkpoints their rows are read, a slice at a time; what checkpoints change in the part that was read is
     added.
 
