@@ -296,7 +296,8 @@ Objects with SSE-C are refused (400).
   object stays under its new name. With another source it answers 400 IdempotencyParameterMismatch.
 * Coded objects that were stored by one PUT, or in up to 32 parts, move no data. Others are read and sealed anew, if
   they have at most 5 GiB: small ones, those in more parts, and those whose record has too many borrowers or a replica
-  that is away. An object in parts that is sealed anew keeps its ETag and checksums, and has one part afterwards.
+  that is away. The answer comes when that is done; unlike CopyObject, RenameObject sends no white space meanwhile. An
+  object in parts that is sealed anew keeps its ETag and checksums, and has one part afterwards.
 * Events: `ObjectCreated:Copy` of the new key, `ObjectRemoved:Delete` of the old one.
 """
 
