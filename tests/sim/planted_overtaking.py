@@ -43,6 +43,16 @@ OVERTAKING_BUGS = (
         why="Two values below a create have to be without a common successor, at three replicas.",
     ),
     Planted(
+        "sequences_used_up",
+        "a replica that lies uses up the sequences of a register whose other replicas differ",
+        0,
+        path="storaged/meta/consensus/proposer.py",
+        old="        if reply.value is not None and reply.value.sequence > HONEST_SEQUENCE_MAX:\n",
+        new="        if False:\n",
+        tests=f"{_UNIT}::test_a_replica_that_lies_uses_up_no_sequences_beside_one_that_has_missed_a_write",
+        why="Liars of the plays report sequences that can be.",
+    ),
+    Planted(
         "create_is_a_round",
         "the collector takes a create that a majority has for the round that it waits for",
         0,

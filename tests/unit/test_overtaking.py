@@ -23,13 +23,13 @@ from storaged.meta.consensus.change import (
 )
 from storaged.meta.consensus.looks import Held, Look, moved_on
 from storaged.meta.consensus.overtaking import Overtaking, Placed
-from storaged.meta.consensus.proposer import Proposer
+from storaged.meta.consensus.proposer import HONEST_SEQUENCE_MAX, Proposer
 from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import RULES, Ballots, Lineage, Standing, Verdict, created, taken_by_create
 from storaged.meta.consensus.rounds import Found
-from storaged.meta.consensus.states import ACCEPTING, CARRYING, GATHERING, RETRYING
+from storaged.meta.consensus.states import ACCEPTING, CARRYING, GATHERING, REFRESHING, RETRYING
 from storaged.meta.messages import PrepareReply
-from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Value, Visibility, object_name
+from storaged.meta.names import SEQUENCE_MAX, ZERO_BALLOT, Ballot, Change, RegisterName, Value, Visibility, object_name
 from storaged.objects.code.adding import overtake
 from storaged.objects.code.history import Bounds, Draft, Entry, Shelf
 from storaged.objects.code.versions import decode_record, record_change
@@ -266,6 +266,52 @@ def test_a_create_is_not_dropped_for_a_record_whose_copy_is_missing() -> None:
     assert (change.machine.state, change.machine.carry) == (CARRYING, payload)
     change.machine.carried([(b"", ())] * 3)
     assert change.proposed == b"many+new!"
+
+
+FAR = replace(other(6), sequence=HONEST_SEQUENCE_MAX + 1)
+"""No number of writes comes near this sequence: a replica that reports it lies."""
+
+
+@pytest.mark.parametrize("order", ["abc", "acb", "cab", "cba"])
+@pytest.mark.parametrize("ballot", [3, 6])
+def test_a_replica_that_lies_uses_up_no_sequences_beside_one_that_has_missed_a_write(order: str, ballot: int) -> None:
+    for missed, body in (((5, create(5)), b"new!"), ((2, other(3)), b"old!")):
+        held: dict[str, tuple[int, Value]] = {"a": missed, "b": (4, other(7)), "c": (ballot, FAR)}
+        change = Machine()
+        for disk in order:
+            change.promise(disk, *held[disk])
+        if change.machine.state is not ACCEPTING:
+            change.machine.waited()
+        assert change.proposed == body
+        assert change.machine.request.value.sequence in (8, 9)  # type: ignore[union-attr]
+
+
+def test_where_another_replica_is_away_nothing_goes_on_from_a_sequence_that_no_writes_reach() -> None:
+    change = Machine()
+    for _ in range(2):
+        change.promise("c", 6, FAR)
+        change.promise("b", 4, other(7))
+        change.machine.promised(change.machine.turn, "a", None)
+        assert change.machine.state in (RETRYING, REFRESHING)
+        if change.machine.state is REFRESHING:
+            change.machine.refreshed(False)
+            break
+        change.begin()
+    assert isinstance(change.machine.error, ServiceUnavailable)
+
+
+def test_what_a_quorum_reports_counts_whatever_its_sequence_and_a_third_one_leads_no_further() -> None:
+    change = Machine()
+    end = replace(FAR, sequence=SEQUENCE_MAX)
+    change.promise("c", 3, end)
+    change.promise("b", 4, FAR)
+    change.machine.waited()
+    assert change.machine.request.value.sequence == FAR.sequence + 1  # type: ignore[union-attr]
+    change = Machine()
+    change.promise("a", 4, replace(FAR, sequence=HONEST_SEQUENCE_MAX))
+    change.promise("b", 3, other(7))
+    change.machine.waited()
+    assert change.machine.request.value.sequence == FAR.sequence  # type: ignore[union-attr]
 
 
 def test_a_create_that_a_quorum_has_taken_goes_on_alone() -> None:

@@ -22,7 +22,8 @@ Theory of operation
 
     A value of the system table that no gateway wrote does not count (``Shared.doubts``), whatever ballot its replica
     reports: the replica is treated as one that does not answer. So the value of the others goes on, and is accepted
-    there too.
+    there too. Nor does a value count whose sequence no number of writes reaches: a change with a sequence above it
+    would use up those of the register.
 
     Small copies travel with the accept: see ``change``. Where the copy of a record that no quorum has confirmed can't
     be had, ``copies`` says what may take its place.
@@ -206,9 +207,11 @@ class Proposer(Ending):
         return self._not_promised() if prepares.lost else False
 
     def _doubts(self, disk: str, reply: PrepareReply | None) -> bool:
-        if self.name.table != Table.SYSTEM or reply is None or reply.verdict != OK:
+        if reply is None or reply.verdict != OK:
             return False
-        return self._shared.doubts(self.name, disk, reply.value)
+        if reply.value is not None and reply.value.sequence > HONEST_SEQUENCE_MAX:
+            return True
+        return self.name.table == Table.SYSTEM and self._shared.doubts(self.name, disk, reply.value)
 
     def _note(self, disk: str, reply: PrepareReply) -> None:
         """What a refusal says about the ballots of others."""
@@ -252,7 +255,7 @@ class Proposer(Ending):
     def _gather(self, disk: str, reply: PrepareReply | None) -> bool:
         if reply is not None and reply.verdict != OK:
             self._note(disk, reply)
-        self._prepares.add_late(disk, reply, self._asks_all and not self._doubts(disk, reply))
+        self._prepares.add_late(disk, None if self._doubts(disk, reply) else reply, self._asks_all)
         return self._gathered() if self._prepares.everyone and self.state is GATHERING else False
 
     @property

@@ -122,7 +122,8 @@ class CreateRound:
 
 
 class PrepareRound:
-    """The answers to a prepare. A reply is doubted when no gateway wrote the value that it reports."""
+    """The answers to a prepare. A reply is doubted when no gateway wrote the value that it reports, as far as can be
+    told."""
 
     __slots__ = ("_answered", "_doubted", "_finals", "_late", "_quorum", "damaged_below", "failed", "promised")
 
