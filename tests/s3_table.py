@@ -278,9 +278,9 @@ RENAME = """
 
 On AWS it is of directory buckets, and atomic. Here every bucket has it that never had versioning; where versioning was
 enabled, it answers 501. `x-amz-rename-source` is the key of the object, percent-encoded, or `/BUCKET/KEY` with the
-bucket of the request. The sender needs `s3:GetObject` and `s3:DeleteObject` for the old key, and `s3:PutObject` for the
-new one. The object keeps its metadata, tags, owner, access control list, ETag, checksums and last modified time.
-Objects with SSE-C are refused (400).
+bucket of the request. The sender needs `s3:GetObject` and `s3:DeleteObject` for the old key, also `s3:GetObjectTagging`
+if the object has tags, and `s3:PutObject` for the new one. The object keeps its metadata, tags, owner, access control
+list, ETag, checksums and last modified time. Objects with SSE-C are refused (400).
 
 * When the answer is 200, the object has its new name and no other.
 * It gets the new name at one moment: from then on GET, HEAD and copies find it there, and no more under the old name.
@@ -289,7 +289,8 @@ Objects with SSE-C are refused (400).
   rename of the object a minute later, or by the next hourly walk that finds the rename ten minutes old. Until then a
   change of tags, access control list or encryption under the old name may answer 503.
 * Of several renames of an object at the same time one succeeds. The others answer 404 or 503, and change nothing. The
-  only exception to this and the above is an object that was replaced under its new name before the old one was removed.
+  only exception to this and the above is an object that was replaced or deleted under its new name before the old one
+  was removed: it may stay under the old one.
 * A rename changes nothing of what another request has put under the old name meanwhile. Who overwrites or deletes the
   object while it is renamed may find it under its new name nevertheless.
 * After an error 5xx the rename may have been done: retry with the same token. The token is remembered as long as the
