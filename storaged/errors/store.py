@@ -79,4 +79,4 @@ class PageLost(DataDamaged):
     lost."""
 
     code = "ServiceUnavailable"
-    hint = "When no disk comes back that may have it: `storaged bucket forget-lost` lets go of the versions on it."
+    hint = "When no disk comes back that may have it: `storaged bucket forget-lost` removes the versions on it."
