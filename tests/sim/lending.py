@@ -186,10 +186,10 @@ class Lending(Versions):
         found = await self._source(gateway, source)
         if found is None:
             return
-        owner, data_id, named = found
+        owner, data_ids, named = found
         borrowed = Borrowed(owner.key, self._luck.randbytes(16))
         version = self._borrowing(borrowed.id, null=name.key != self.with_versions)
-        wanted = Wanted(owner, data_id, named, Borrower(borrowed.id, name.key, 1))
+        wanted = Wanted(owner, data_ids, named, Borrower(borrowed.id, name.key, 1))
         await self.sleep(0.1)
         operation = self._adding(name, borrowed.id, null=name.key != self.with_versions)
 
@@ -209,8 +209,10 @@ class Lending(Versions):
     def _borrowing(self, context_id: bytes, *, null: bool = True) -> Version:
         return msgspec.structs.replace(self._version(None, null=null, context_id=context_id), delete_marker=False)
 
-    async def _source(self, gateway: Gateway, key: bytes) -> tuple[RegisterName, bytes, VersionName | None] | None:
-        """(owner, data id, version) of a version of the key that may lend or has borrowed."""
+    async def _source(
+        self, gateway: Gateway, key: bytes
+    ) -> tuple[RegisterName, tuple[bytes, ...], VersionName | None] | None:
+        """(owner, data ids, version) of a version of the key that may lend or has borrowed."""
         name = self.name(key)
         record = decode_record((await gateway.client.read(name)).value)
         entries = [entry async for entry in every_entry(gateway.client, name, record)]
@@ -222,9 +224,11 @@ class Lending(Versions):
         borrowed = borrowed_by(record, entry.ordinal)
         if borrowed is None:
             named = NULL_NAME if entry.is_null else VersionName(entry.ordinal, entry.version.context_id)
-            return name, entry.version.parts[0].data_id, named
+            return name, tuple(part.data_id for part in entry.version.parts), named
         parts = await self._lent(gateway, name, borrowed)
-        return (self.name(borrowed.key), parts[0].data_id, None) if parts is not None else None
+        if parts is None:
+            return None
+        return self.name(borrowed.key), tuple(part.data_id for part in parts), None
 
     async def _lent(self, gateway: Gateway, name: RegisterName, borrowed: Borrowed) -> tuple[PartEntry, ...] | None:
         """What a version borrows. None: the version has gone since."""

@@ -119,6 +119,16 @@ RENAMING_BUGS = (
         why="Versions of the play have no metadata.",
     ),
     Planted(
+        "lent_by_the_first_part",
+        "a loan of other parts, which begins with the same one, is that of the version",
+        0,
+        path="storaged/objects/write/loans.py",
+        old="        loan = next((loan for loan in draft.loans if _ids(loan.parts) == data_ids), None)\n",
+        new="        loan = next((loan for loan in draft.loans if loan.part.data_id == data_ids[0]), None)\n",
+        tests=f"{_UNIT}::test_an_upload_that_is_completed_twice_lends_the_parts_of_each_version",
+        why="No two versions of the play have a part in common.",
+    ),
+    Planted(
         "one_part_of_a_loan_refers",
         "of what is lent only the first part is referred to",
         50,

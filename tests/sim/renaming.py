@@ -192,7 +192,8 @@ class Renaming(Lending):
             async with self._noted(operation):
                 await self._add(gateway, new, version, looks, edit=self._arrives(new, version, borrowed))
 
-        await with_loan(plane, BUCKET, Wanted(owner, parts[0].data_id, None, Borrower(rename_id, new.key, 1)), commit)
+        data_ids = tuple(part.data_id for part in parts)
+        await with_loan(plane, BUCKET, Wanted(owner, data_ids, None, Borrower(rename_id, new.key, 1)), commit)
 
     def _arrives(self, name: RegisterName, version: Version, borrowed: Borrowed | None) -> versioned.Edit:
         """As ``rename._Arriving``."""

@@ -93,7 +93,7 @@ class World:
             return True
 
         try:
-            return await with_loan(plane, BUCKET, Wanted(NAME, LENT.context_id, None, BORROWER), commit)
+            return await with_loan(plane, BUCKET, Wanted(NAME, (LENT.context_id,), None, BORROWER), commit)
         except NotLent:
             return False
 

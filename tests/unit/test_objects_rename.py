@@ -15,6 +15,7 @@ import pytest
 from storaged import errors
 from storaged.cluster.layout import Profile
 from storaged.errors import (
+    ConditionalRequestConflict,
     IdempotencyParameterMismatch,
     InvalidRequest,
     NoSuchKey,
@@ -46,9 +47,10 @@ from storaged.objects.etags import ANY, tag
 from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, sharing_of
 from storaged.objects.service import ObjectService
 from storaged.objects.sharing import Departure
-from storaged.objects.write import departures, loans, rename
+from storaged.objects.write import complete, departures, loans, rename
 from storaged.objects.write.departures import BUSY_MS, end_old
 from storaged.objects.write.references import parts_in
+from storaged.objects.write.uploads import CompleteResult
 from storaged.objects.write.versioned import change_versions
 from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
 
@@ -594,13 +596,18 @@ async def test_a_version_that_is_lost_takes_its_departure_with_it(made: Made) ->
 
 async def upload(made: Made, key: bytes, datas: list[bytes]) -> str:
     """Returns the ETag."""
+    upload_id, parts = await _uploaded(made, key, datas)
+    return (await made.objects.complete(made.bucket, key, upload_id, parts, owner=OWNER)).etag
+
+
+async def _uploaded(made: Made, key: bytes, datas: list[bytes]) -> tuple[str, list[CompletedPart]]:
     begun = await made.objects.create_upload(made.bucket, key, NewMeta(), algorithm="CRC32", owner=OWNER)
     parts = []
     for number, data in enumerate(datas, 1):
         checks = BodyChecks(len(data), algorithms=("CRC32",))
         stored = await made.objects.put_part(made.bucket, key, begun.upload_id, number, pieces(data), checks)
         parts.append(CompletedPart(number, stored.etag, stored.checksums))
-    return (await made.objects.complete(made.bucket, key, begun.upload_id, parts, owner=OWNER)).etag
+    return begun.upload_id, parts
 
 
 @pytest.fixture
@@ -679,6 +686,39 @@ async def test_a_record_lends_no_more_parts_than_it_has_room_for(
         await made.settled()
     assert [bool(sharing_of(made.record(key)).borrowed) for key in (b"b0", b"b1")] == [True, False]
     assert await made.read(b"b0") == await made.read(b"b1") == b"".join(datas)
+
+
+async def test_an_upload_that_is_completed_twice_lends_the_parts_of_each_version(
+    in_parts: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway of the first Complete dies after it made the object, which is renamed. The upload is open again."""
+    made, datas = in_parts, [os.urandom(70_000 + number) for number in range(3)]
+    upload_id, parts = await _uploaded(made, b"a", datas)
+
+    async def dies(*_what: Any) -> CompleteResult:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as dying:
+        dying.setattr(complete, "_done", dies)
+        with pytest.raises(asyncio.CancelledError):
+            await made.objects.complete(made.bucket, b"a", upload_id, parts[:2], owner=OWNER)
+    await made.rename(b"a", b"b")
+    with pytest.raises(ConditionalRequestConflict):
+        await made.objects.complete(made.bucket, b"a", upload_id, parts[:2], owner=OWNER)
+    await made.objects.complete(made.bucket, b"a", upload_id, parts, owner=OWNER)
+    for source, key in ((b"a", b"c"), (b"c", b"d"), (b"b", b"c")):
+        await made.rename(source, key)
+        await made.settled()
+    assert await made.keys() == [b"c", b"d"]
+    assert (await made.read(b"c"), await made.read(b"d")) == (b"".join(datas[:2]), b"".join(datas))
+    await made.objects.delete(made.bucket, b"c")
+    await made.settled()
+    value = made.world.ring.values[made.name(b"a")]
+    kept = {part.data_id async for part in parts_in(made.plane.pages, made.name(b"a"), value.body, Table.OBJECT)}
+    assert len(kept) == 3
+    await made.objects.delete(made.bucket, b"d")
+    await made.settled()
+    assert made.world.ring.values[made.name(b"a")].visibility == Visibility.TOMBSTONE
 
 
 async def test_an_upload_replaces_what_departs(in_parts: Made) -> None:

@@ -120,7 +120,7 @@ async def copy_lent(
     outgoing = await outgoing_of(plane, bucket, name, new.origin) if new.origin is not None else None
     added.tell(outgoing)
     named = required_name(source.version_id) if source.version_id else None
-    wanted = Wanted(lent.owner, data_id, named, Borrower(borrowed.id, key, plane.clock.wall_ms()))
+    wanted = Wanted(lent.owner, (data_id,), named, Borrower(borrowed.id, key, plane.clock.wall_ms()))
 
     async def commit(check: AfterPromise) -> None:
         async def after_promise() -> None:

@@ -45,7 +45,7 @@ a tombstone that a replica holds may be expunged later.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -88,11 +88,12 @@ is further in the future than this is of a wrong clock: such a copy counts as ol
 
 class Wanted(NamedTuple):
     """The data that a copy borrows, of the register ``owner``: a loan has it, or the version ``named`` (None: the
-    current one). ``data_id``: of its first part. ``borrower``: the new version, of a key of the same bucket.
+    current one). ``data_ids``: of its parts. An upload that was completed twice may have made versions of some and of
+    all of its parts, so the first one does not tell. ``borrower``: the new version, of a key of the same bucket.
     """
 
     owner: RegisterName
-    data_id: bytes
+    data_ids: tuple[bytes, ...]
     named: VersionName | None
     borrower: Borrower
 
@@ -141,13 +142,13 @@ async def with_loan(
 
 async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted) -> None:
     """Lends the data. Raises NotLent, and as ``change_versions``."""
-    owner, data_id, named, borrower = wanted
+    owner, data_ids, named, borrower = wanted
 
     def edit(draft: Draft, _ordinal: int) -> bool:
-        loan = next((loan for loan in draft.loans if loan.part.data_id == data_id), None)
+        loan = next((loan for loan in draft.loans if _ids(loan.parts) == data_ids), None)
         others = tuple(one for one in draft.loans if one is not loan)
         if loan is None:
-            loan = _loan_of(draft, data_id, named)
+            loan = _loan_of(draft, data_ids, named)
         borrowers = tuple(one for one in loan.borrowers if one.id != borrower.id)
         draft.loans = (*others, msgspec.structs.replace(loan, borrowers=(*borrowers, borrower)))
         keys = [one.key for loan in draft.loans for one in loan.borrowers]
@@ -159,13 +160,17 @@ async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted)
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
 
 
-def _loan_of(draft: Draft, data_id: bytes, named: VersionName | None) -> Loan:
-    """Of the version whose first part has the data id, without borrowers. One with its parts on pages lends nothing."""
+def _loan_of(draft: Draft, data_ids: tuple[bytes, ...], named: VersionName | None) -> Loan:
+    """Of the version that has this data, without borrowers. One with its parts on pages lends nothing."""
     entry = draft.find(named) if named is not None else draft.newest
     parts = entry.version.parts if entry is not None else ()
-    if entry is None or not parts or parts[0].data_id != data_id:
+    if entry is None or not parts or _ids(parts) != data_ids:
         raise NotLent
     return Loan(parts[0], (), parts[1:], entry.version.multipart)
+
+
+def _ids(parts: Sequence[PartEntry]) -> tuple[bytes, ...]:
+    return tuple(part.data_id for part in parts)
 
 
 async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes) -> None:

@@ -222,10 +222,11 @@ class _Rename:
     async def _lend(self, found: Found, owner: RegisterName, outgoing: Outgoing | None) -> PutResult:
         """Raises NotLent."""
         plane, bucket, key, opened = self._plane, self._bucket, self._asked.key, found.opened
-        data_id = (await with_data(plane, bucket, found)).opened.version.parts[0].data_id
+        parts = (await with_data(plane, bucket, found)).opened.version.parts
         write = await self._write(opened, NewPart(bucket, self._new, opened.dek, opened.version.context_id))
         added = _Arriving(self, write, opened, (), Borrowed(owner.key, self.id))
-        wanted = Wanted(owner, data_id, None, Borrower(self.id, key, plane.clock.wall_ms()))
+        data_ids = tuple(part.data_id for part in parts)
+        wanted = Wanted(owner, data_ids, None, Borrower(self.id, key, plane.clock.wall_ms()))
 
         async def commit_lent(check_lent: AfterPromise) -> None:
             async def after_promise() -> None:
