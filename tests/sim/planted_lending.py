@@ -78,14 +78,14 @@ LENDING_BUGS = (
         150,
         _PLAY,
         _LOANS,
-        "    if entry is None or not parts or parts[0].data_id != data_id:\n        raise NotLent\n"
+        "    if entry is None or not parts or _ids(parts) != data_ids:\n        raise NotLent\n"
         "    return Loan(parts[0], (), parts[1:], entry.version.multipart)\n",
         "    if entry is not None and parts:\n"
-        "        _SEEN[parts[0].data_id] = Loan(parts[0], (), parts[1:], entry.version.multipart)\n"
-        "    if data_id not in _SEEN:\n"
+        "        _SEEN[_ids(parts)] = Loan(parts[0], (), parts[1:], entry.version.multipart)\n"
+        "    if data_ids not in _SEEN:\n"
         "        raise NotLent\n"
-        "    return _SEEN[data_id]\n\n\n"
-        "_SEEN: dict[bytes, Loan] = {}\n",
+        "    return _SEEN[data_ids]\n\n\n"
+        "_SEEN: dict[tuple[bytes, ...], Loan] = {}\n",
     ),
     Planted(
         "lent_beside_an_empty_replica",
