@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 
 import pytest
 
+from storaged.admin.where import where_document
+from storaged.cli.status import print_where
 from storaged.cluster.layout import Profile
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
 from storaged.objects.api import ReadConditions, WriteConditions
@@ -47,6 +50,24 @@ async def test_where_names_every_fragment_and_what_may_fail() -> None:
     found = await where(objects.plane, bucket, b"key")
     assert [(f.state, f.blocks_bad) for f in found.runs[0].fragments if f.disk == "b0"] == [("damaged", 1)]
     assert (found.disks_may_fail, found.domains_may_fail) == (-1, -1)
+    await objects.close()
+
+
+@pytest.mark.parametrize(
+    ("whole", "stays", "said"),
+    [(0, "", None), (1, "", "it waits to be coded"), (1, "only its client has the key", "only its client has the key")],
+)
+async def test_where_prints_that_an_object_lies_whole_and_why(
+    whole: int, stays: str, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World()
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    await put(objects, bucket, b"x" * 5000)
+    found = replace(await where(objects.plane, bucket, b"key"), whole=whole, stays=stays)
+    print_where(where_document("bucket", found), "s3://bucket/key")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lies whole" in line]
+    assert len(lines) == whole
+    assert all(line.endswith(f"; {said}") for line in lines)
     await objects.close()
 
 
