@@ -8,11 +8,21 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from storaged.cluster.layout import Layout
-from storaged.cluster.partitions import PartitionState
+from storaged.cluster.partitions import PartitionState, is_settled
+from storaged.cluster.ports import DiskStatus
 from storaged.cluster.presigned import spares_for
-from storaged.cluster.sparing import OUT, DisksOut, Opinion
+from storaged.cluster.sparing import OUT, UNREACHABLE, DisksOut, Opinion
 from storaged.cluster.spread import minority_of
-from storaged.maintain.spare_room import ENOUGH, MARGIN_PART, Shortage
+from storaged.maintain.spare_room import (
+    ENOUGH,
+    MARGIN_PART,
+    Counts,
+    Shortage,
+    bytes_of_partition,
+    disks_short,
+    needed_bytes,
+    shortage_of,
+)
 from storaged.units import format_duration, format_size
 
 
@@ -111,6 +121,30 @@ def waited_for(layout: Layout, record: DisksOut, seen: Mapping[str, Opinion]) ->
     away = {disk: opinion for disk, opinion in seen.items() if opinion.state}
     late = any(disk in record.disks or opinion.for_s >= layout.sparing.fragments_s for disk, opinion in away.items())
     return frozenset(away) if late else frozenset()
+
+
+def may_be_the_network(layout: Layout, seen: Mapping[str, Opinion]) -> bool:
+    """Whether more domains are silent for long than the layout's policy replaces. Then repair writes only fragments
+    anew that have no spare left (``maintain.repair``), and not for want of room.
+    """
+    long = (disk for disk, opinion in seen.items() if opinion.says_away(layout.sparing.fragments_s))
+    silent = {layout.domain_by_disk.get(disk, disk) for disk in long if seen[disk].state == UNREACHABLE}
+    return len(silent) > layout.sparing.domains_max
+
+
+def with_room_judged(
+    facts: SparingFacts, reports: Mapping[str, DiskStatus], free: Mapping[str, int], counts: Sequence[Counts]
+) -> SparingFacts:
+    """As repair and the mover of partitions judge it (``maintain.spare_room``). ``reports``: what each disk said last;
+    ``free``: of ``free_for_spares``; ``counts``: of all nodes that answer.
+    """
+    layout, target, out = facts.layout, facts.target, facts.record.disks
+    gone, shortage = waited_for(layout, facts.record, facts.seen), ENOUGH
+    if not may_be_the_network(layout, facts.seen):
+        shortage = shortage_of(layout, gone, free, needed_bytes(layout, gone, reports, counts))
+    moving = [state for state in facts.states or () if target is not layout and not is_settled(state, target)]
+    short = disks_short(target, moving, out, free, bytes_of_partition(counts))
+    return facts._replace(shortage=shortage, disks_short=short)
 
 
 def short_details(facts: SparingFacts) -> list[tuple[str, str]]:

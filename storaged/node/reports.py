@@ -12,7 +12,7 @@ from storaged.admin.ports import Services
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
 from storaged.cluster.move_settings import document
-from storaged.cluster.partitions import PartitionState, is_settled
+from storaged.cluster.partitions import PartitionState
 from storaged.cluster.presigned import spares_of
 from storaged.errors import (
     ServiceUnavailable,
@@ -21,7 +21,7 @@ from storaged.errors import (
 from storaged.maintain.job import JobReport
 from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.service import MaintainStatus
-from storaged.maintain.spare_room import bytes_of_partition, disks_short, free_for_spares, needed_bytes, shortage_of
+from storaged.maintain.spare_room import free_for_spares
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.meta.ports import PageQuery
@@ -159,17 +159,11 @@ class Reports:
         spares = spares_of(layouts.signed(layout.epoch))
         seed_reason = duty.system_sparing.reason if duty is not None else ""
         found = sparing.SparingFacts(layout, target, record, seen, states, reason, spares, seed_reason)
-        membership, gone = self._node.membership, sparing.waited_for(layout, record, seen)
-        if not gone:
+        if not sparing.waited_for(layout, record, seen):
             return found
-        reports = membership.reports()
-        free = free_for_spares(reports, membership.disk_writable)
-        needed, each = needed_bytes(layout, gone, reports, statuses), bytes_of_partition(statuses)
-        moving = [state for state in states or () if target is not layout and not is_settled(state, target)]
-        return found._replace(
-            shortage=await asyncio.to_thread(shortage_of, layout, gone, free, needed),
-            disks_short=disks_short(target, moving, record.disks, free, each),
-        )
+        reports = self._node.membership.reports()
+        free = free_for_spares(reports, self._node.membership.disk_writable)
+        return await asyncio.to_thread(sparing.with_room_judged, found, reports, free, statuses)
 
     def _moving(self, statuses: Sequence[MaintainStatus], counts: PartitionCounts | None) -> dict[str, Any]:
         """What is not yet where the layout in force wants it. ``partitions`` and ``joint`` are None while this node has

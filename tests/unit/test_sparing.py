@@ -7,18 +7,28 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
-from storaged.admin.sparing import SparingFacts, details, document, seed_details, short_details, unspared, waited_for
+from storaged.admin.sparing import (
+    SparingFacts,
+    details,
+    document,
+    may_be_the_network,
+    seed_details,
+    short_details,
+    unspared,
+    waited_for,
+    with_room_judged,
+)
 from storaged.admin.status import Facts, judge
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.layout import PARTITIONS, Layout, RevokedCertificate, Sparing
 from storaged.cluster.partitions import is_settled
-from storaged.cluster.ports import Call, PeerIdentity
+from storaged.cluster.ports import Call, DiskStatus, PeerIdentity
 from storaged.cluster.sparing import (
     ABSENT,
     NONE_OUT,
@@ -179,6 +189,46 @@ def test_room_is_judged_once_a_disk_is_not_waited_for_any_more() -> None:
     assert waited_for(layout, none, some) == {"d4a", "d3a"}, "the other one takes nothing now"
     restarted = {"d4a": away("d4a", 1)}
     assert waited_for(layout, DisksOut(1, (OutDisk("d4a", 5, UNREACHABLE),), ()), restarted) == {"d4a"}
+
+
+def test_nothing_is_replaced_while_more_racks_are_silent_for_long_than_one() -> None:
+    layout = four()
+    delay_s = layout.sparing.fragments_s
+    two = {"d4a": away("d4a", delay_s), "d3a": away("d3a", delay_s), "d1a": Opinion("d1a", "", 9 * delay_s)}
+    assert may_be_the_network(layout, two)
+    assert not may_be_the_network(layout, {**two, "d3a": away("d3a", delay_s - 1)})
+    assert not may_be_the_network(layout, {**two, "d3a": away("d3a", delay_s, ABSENT)}), "its node answers"
+    never = replace(layout, sparing=replace(layout.sparing, domains_max=0))
+    assert may_be_the_network(never, {"d4a": away("d4a", delay_s)}), "the layout replaces nothing"
+
+
+class Counted(NamedTuple):
+    away_bytes: int
+    partition_bytes: int
+
+
+def test_status_judges_room_as_repair_and_the_mover_do_and_misses_none_where_they_replace_nothing() -> None:
+    layout = replace(four(), profile="2+1")
+    delay_s, free = layout.sparing.fragments_s, {disk.id: 0 for disk in layout.disks if disk.id != "d4a"}
+    reports = {disk.id: DiskStatus(disk.id, "", "ok", GIB) for disk in layout.disks}
+    record, known = DisksOut(1, (OutDisk("d4a", 5, UNREACHABLE),), ()), KnownLayouts(layout)
+    states = [known.partition(number) for number in range(PARTITIONS)]
+    gone = {"d4a": away("d4a", delay_s)}
+    counts = [Counted(MIB, 1000), Counted(MIB, 1000)]
+
+    def judged(free: dict[str, int], seen: dict[str, Opinion]) -> SparingFacts:
+        facts = SparingFacts(layout, target(layout, record.disks), record, seen, states)
+        return with_room_judged(facts, reports, free, counts)
+
+    found = judged(free, gone)
+    assert found.shortage.needed_bytes == 2 * MIB
+    assert found.shortage.short_bytes == pytest.approx(2 * MIB, rel=0.01)
+    assert set(found.disks_short) == set(free)
+    assert sum(found.disks_short.values()) == 1000 * sum("d4a" in state.present for state in states)
+    assert judged(dict.fromkeys(free, GIB), gone)[-2:] == (Shortage(2 * MIB, 0), {})
+    two = judged({**free, "d3a": 0}, {**gone, "d3a": away("d3a", delay_s)})
+    assert two.shortage == Shortage()
+    assert two.disks_short == found.disks_short, "partitions leave a disk that is out in any case"
 
 
 def test_status_says_what_to_type_for_a_seed_disk_that_is_out() -> None:
