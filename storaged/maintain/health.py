@@ -215,6 +215,8 @@ class BlockHealth(NamedTuple):
     @property
     def away_bytes(self) -> int:
         """Of the fragments whose disks are away."""
+        if not self.away:
+            return 0
         profile, shape = self.place.profile, self.place.shape
         return sum(shape.fragment_length(profile, position) for position in self.away)
 
