@@ -221,6 +221,8 @@ def divide_handler(
                     reasons[index] = "the bucket is not known here, or not verified"
                 elif name == object_name(bucket.id, bucket.shard_numbers, name.key):
                     reasons[index] = await divide(bucket, name)
+                elif name.table == Table.PART:
+                    reasons[index] = "its upload has not ended: it is coded when it is in an object"
                 else:
                     reasons[index] = "it is no object"
             except (StoragedError, TimeoutError) as error:

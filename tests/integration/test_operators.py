@@ -462,6 +462,28 @@ def test_status_says_why_the_last_part_of_an_upload_that_was_renamed_stays_whole
     run(scenario, racks=FOUR, limits=LIMITS)
 
 
+def test_a_small_part_of_an_open_upload_is_coded_once_it_is_in_an_object_and_status_says_so() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await whole_before(cluster)
+        upload_id, parts, body = await upload_parts(cluster, bucket, b"many", {1: 300_000, 2: 5})
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        cluster.maintain()
+        await cluster.pass_s(60)
+        found = [status for status in await cluster.statuses() if status.outdated]
+        assert sum(status.outdated for status in found) == 1
+        assert [status.unmoved for status in found] == [
+            (("its upload has not ended: it is coded when it is in an object", 1),)
+        ]
+        await cluster.objects.complete(bucket, b"many", upload_id, parts, owner=WHO.user_id)
+        await cluster.leap(3600)
+        await cluster.pass_s(60)
+        assert sum(status.outdated for status in await cluster.statuses()) == 0
+        assert not any(part.inline for part in (await cluster.record(bucket, b"many")).versions[0].parts)
+        assert await cluster.get(bucket, b"many") == body
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
 def test_small_parts_are_coded_too_and_where_names_the_operators() -> None:
     async def scenario(cluster: Cluster) -> None:
         cluster.layouts.learn(spread_over(FOUR))
