@@ -173,6 +173,7 @@ def test_blocks_hold_whole_stripes_of_every_fallback_and_shrink_as_memory_fills(
         == block_size_for(Profile(4, 2), 100_000, 1.0, 48)
         == (32768, 12)
     )
+    assert block_size_for(Profile(10, 4), 850_000, 0.5, 48) == (32768, 60), "26 cells of half the size"
 
 
 @pytest.mark.parametrize(("workers", "uploads"), [(1, 4), (2, 2)])

@@ -184,8 +184,8 @@ class Transfer:
 
 FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
 WHOLE_CELLS, WHOLE_LEFT_MIN = 24, 1 / 2
-"""A part of at most WHOLE_CELLS cells is one block while WHOLE_LEFT_MIN of the pool is free: every block costs the
-disks another round of messages.
+"""A part of at most WHOLE_CELLS cells of 64 KiB is one block while WHOLE_LEFT_MIN of the pool is free: every block costs
+the disks another round of messages.
 """
 WINDOW_SHARES = ((1 / 6, 48), (1 / 10, 4), (0, 1))
 """The share of a transfer, in cells of 64 KiB, while at least this part of the pool is free."""
@@ -210,7 +210,7 @@ def block_size_for(profile: Profile, size: int | None, left: float, cells_max: i
     """
     cell_bytes, unit = cell_bytes_for(profile, size), math.lcm(12, profile.k)
     share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
-    if size is not None and left >= WHOLE_LEFT_MIN and chunk_count(size, cell_bytes) <= WHOLE_CELLS:
+    if size is not None and left >= WHOLE_LEFT_MIN and chunk_count(size, CHUNK_BYTES_MAX) <= WHOLE_CELLS:
         share = max(share, min(WHOLE_CELLS, cells_max))
     share_bytes = int(share * CHUNK_BYTES_MAX)
     while (
