@@ -299,7 +299,8 @@ list, ETag, checksums and last modified time. Objects with SSE-C are refused (40
   they have at most 5 GiB: small ones, those in more parts, and those whose record has too many borrowers or a replica
   that is away. The answer comes when that is done; unlike CopyObject, RenameObject sends no white space meanwhile. An
   object in parts that is sealed anew keeps its ETag and checksums, and has one part afterwards.
-* Events: `ObjectCreated:Copy` of the new key, `ObjectRemoved:Delete` of the old one.
+* Events: `ObjectCreated:Copy` of the new key, `ObjectRemoved:Delete` of the old one. Access logs have a line for each,
+  with one request id: `REST.PUT.RENAME_OBJECT` for the new key, `BATCH.DELETE.OBJECT` for the old one.
 """
 
 

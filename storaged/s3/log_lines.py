@@ -58,15 +58,15 @@ def operation_of(name: str, method: str) -> str:
 
 
 def lines_of(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken) -> Iterator[str]:
-    """The line of a request to a bucket, with its end, and one for each key that it deletes. ``began_ms``: when the
-    request came."""
+    """The line of a request to a bucket, with its end, and one for each key that it deletes beside its own: the keys of
+    DeleteObjects, and the old one of RenameObject. ``began_ms``: when the request came."""
     yield _line(done, bucket, began_ms, spoken, None)
     for one in done.request.batch or ():
         yield _line(done, bucket, began_ms, spoken, one)
 
 
 def _line(done: RequestDone, bucket: BucketRecord, began_ms: int, spoken: Spoken, of: BatchKey | None) -> str:
-    """``of``: the key of DeleteObjects that the line is about; None: it is about the request."""
+    """``of``: the deleted key that the line is about; None: it is about the request."""
     request, reply, headers = done.request, done.reply, done.request.headers
     signed = bool(request.who.access_key)
     by_header = "authorization" in headers

@@ -136,6 +136,28 @@ async def test_where_lists_count_the_group_of_log_delivery_may_be_in_them() -> N
         await run(check, world)
 
 
+async def test_a_rename_has_a_line_for_the_key_that_it_removes(world: World) -> None:
+    def ask(world: World) -> None:
+        owner = buckets(world)
+        owner.put_bucket_logging(Bucket="bucket", BucketLoggingStatus=status())
+        owner.put_object(Bucket="bucket", Key="a b", Body=b"hello")
+        owner.rename_object(Bucket="bucket", Key="new", RenameSource="a%20b")
+        assert refused(owner.rename_object, Bucket="bucket", Key="new", RenameSource="a") == (404, "NoSuchKey")
+
+    await run(ask, world)
+    await world.app.access_logs.deliver()
+
+    def read(world: World) -> None:
+        lines = lines_in(world.client())[1:]
+        assert [(line["operation"], line["key"], line["status"]) for line in lines] == [
+            ("REST.PUT.RENAME_OBJECT", "new", "200"),
+            ("BATCH.DELETE.OBJECT", "a%20b", "204"),
+            ("REST.PUT.RENAME_OBJECT", "new", "404"),
+        ]
+
+    await run(read, world)
+
+
 async def test_lines_say_who_asked_for_what_and_what_came_of_it(world: World) -> None:
     def ask(world: World) -> None:
         owner, nobody = buckets(world), world.client(signature_version=UNSIGNED)

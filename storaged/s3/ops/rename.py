@@ -18,7 +18,7 @@ from storaged.s3.context import Front
 from storaged.s3.ops.copy import with_tags
 from storaged.s3.origins import origin_of
 from storaged.s3.reply import Reply
-from storaged.s3.request import Request, check_key
+from storaged.s3.request import BatchKey, Request, check_key
 
 _SOURCE = "x-amz-rename-source"
 _ONCE = "x-amz-client-token"
@@ -47,6 +47,7 @@ async def rename_object(front: Front, request: Request) -> Reply:
     removal = await permit(front, request, Ask(action_of("DeleteObject"), bucket, source, headers=of_source))
     try:
         await front.objects.rename(reading, removal, request.grant, asked)
+        request.batch = [BatchKey(source, "", 204)]
     except errors.NoSuchKey:
         if not may_list(front, request, Ask(action_of("GetObject"), bucket, source)):
             raise errors.AccessDenied() from None
