@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -364,6 +365,64 @@ async def test_a_rename_that_died_after_it_arrived_is_finished_by_the_walk(made:
     assert await made.keys() == [b"b"]
     assert await made.read(b"b") == data
     assert not made.departures()
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_wherever_its_gateway_dies_an_object_has_one_name_and_leaves_nothing(data: bytes, accepted: bool) -> None:
+    """The data is that of a third key, and the new key has lent what it had. ``accepted``: the gateway dies after the
+    change that it makes last, not before."""
+    changes, died = 0, True
+    while died:
+        made, keys = Made(), (b"owner", b"old", b"new", b"other")
+        await put(made.objects, made.bucket, data, key=b"owner")
+        await made.rename(b"owner", b"old")
+        await put(made.objects, made.bucket, b"other" + CODED, key=b"new")
+        await made.rename(b"new", b"other")
+        await put(made.objects, made.bucket, b"replaced", key=b"new")
+        await made.settled()
+        died = await _dies_after(made, made.rename(b"old", b"new"), changes, accepted=accepted)
+        found: list[bytes] = []
+        for key in (b"old", b"new"):
+            with contextlib.suppress(NoSuchKey):
+                found += [key] if await made.read(key) == data else []
+        assert len(found) == 1, f"after {changes} changes"
+        for key in keys:
+            await end_old(made.plane, made.bucket, made.name(key), fresh_ms=-1)
+        await made.settled()
+        assert [key for key in await made.keys() if await made.read(key) == data] == found
+        assert await made.read(b"other") == b"other" + CODED
+        for key in keys:
+            await made.objects.delete(made.bucket, key)
+        await made.settled()
+        rows = [made.world.ring.values[made.name(key)].visibility for key in keys]
+        assert rows == [Visibility.TOMBSTONE] * 4, f"a row stays after {changes} changes"
+        await made.objects.close()
+        changes += 1
+    assert changes > (3 if data is SMALL else 4)
+
+
+async def _dies_after(made: Made, renaming: Awaitable[PutResult], changes: int, *, accepted: bool) -> bool:
+    """The gateway dies after this many changes of registers; ``accepted``: and one more. False: it made no more."""
+    count, change, spawn = 0, made.world.ring.change, made.plane.background.spawn
+
+    async def dying(*what: Any, **how: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > changes and not accepted:
+            raise asyncio.CancelledError
+        outcome = await change(*what, **how)
+        if count > changes:
+            raise asyncio.CancelledError
+        return outcome
+
+    made.world.ring.change = dying  # type: ignore[method-assign]
+    made.plane.background.spawn = lambda work: work.close() is None  # type: ignore[method-assign,assignment]
+    with contextlib.suppress(asyncio.CancelledError):
+        await renaming
+    made.world.ring.change = change  # type: ignore[method-assign]
+    made.plane.background.spawn = spawn  # type: ignore[method-assign]
+    return count > changes
 
 
 async def _dies_on_the_way(made: Made, renaming: Awaitable[PutResult]) -> None:
