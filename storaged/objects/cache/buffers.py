@@ -184,7 +184,7 @@ class Transfer:
 
 FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
 WHOLE_CELLS, WHOLE_LEFT_MIN = 24, 1 / 2
-"""A part of at most WHOLE_CELLS cells of 64 KiB is one block while WHOLE_LEFT_MIN of the pool is free: every block costs
+"""A part of at most WHOLE_CELLS cells of 64 KiB is one block while WHOLE_LEFT_MIN of the pool is free: each block costs
 the disks another round of messages.
 """
 WINDOW_SHARES = ((1 / 6, 48), (1 / 10, 4), (0, 1))
