@@ -201,6 +201,8 @@ class World:
         self.drivers: list[Driver] = []
         self.steps = 0
         """How many steps its partition goes at most while it is played."""
+        self.rounds = 0
+        """Settling rounds of moves."""
         self.rots = 0.0
         """How often a copy is lost."""
 
@@ -249,7 +251,9 @@ class World:
         for disks in JOINT.sets:
             for disk in self.random.sample(disks, self.random.choice((2, 3))):
                 self.disks[disk].raise_step(self.view.epoch)
-        settling = Driver(self, self.proposer(lambda _value: None, "mover", settling=True, commit=True, thorough=True))
+        self.rounds += 1  # a name for each: no two proposers have one ballot
+        mover = f"mover {self.rounds}"
+        settling = Driver(self, self.proposer(lambda _value: None, mover, settling=True, commit=True, thorough=True))
         while not settling.over:
             settling.step()
         if settling.machine.state is DONE:
