@@ -154,6 +154,29 @@ async def test_another_user_needs_all_of_three_permissions(world: World, missing
     await run(work, world)
 
 
+async def test_a_stranger_who_may_list_can_send_a_request_again(world: World) -> None:
+    """The old key is gone then, and the sender may know that."""
+    allow = {"Effect": "Allow", "Principal": {"AWS": "*"}}
+    statements = [
+        {**allow, "Action": [*NEEDED], "Resource": "arn:aws:s3:::bucket/*"},
+        {**allow, "Action": "s3:ListBucket", "Resource": "arn:aws:s3:::bucket"},
+    ]
+    policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
+
+    def work(owner: Any) -> None:
+        other = world.client(ACCESS_ALT, SECRET_ALT)
+        owner.delete_public_access_block(Bucket="bucket")
+        owner.put_bucket_policy(Bucket="bucket", Policy=policy)
+        owner.put_object(Bucket="bucket", Key="old", Body=b"old")
+        how = {"Bucket": "bucket", "Key": "new", "RenameSource": "old"}
+        for _ in range(2):
+            other.rename_object(ClientToken="once", **how)
+        assert refused(other.rename_object, **how) == (404, "NoSuchKey")
+        assert keys(owner) == ["new"]
+
+    await run(work, world)
+
+
 async def test_tags_move_only_for_who_may_read_them(world: World) -> None:
     """Else who may read the tags of the new key learns those of the old one."""
     allow = {"Effect": "Allow", "Principal": {"AWS": "*"}}

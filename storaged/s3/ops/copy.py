@@ -70,7 +70,7 @@ async def with_tags(front: Front, request: Request, grant: Grant, key: bytes, ve
     some. Raises AccessDenied, SlowDown."""
     try:
         found = (await permit(front, request, Ask(action_of("GetObjectTagging"), grant.bucket, key, version))).found
-    except errors.AccessDenied:
+    except (errors.AccessDenied, errors.NoSuchKey):
         found = await front.objects.look(grant.bucket, key, version) or ABSENT
         if found.tags:
             raise
