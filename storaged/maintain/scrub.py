@@ -41,8 +41,8 @@ _POSITION = "scrub-position"
 class Scrub:
     """One at a time on a node.
 
-    ``on_damage(name)``: a fragment or row of this register (packed name) is damaged. ``on_unowned_damage()``: something
-    is damaged, and its register can't be read.
+    ``on_damage(name)``: a fragment or row of this register (packed name) is damaged. ``on_unowned_damage()``: at the
+    end of a scrub that found something damaged whose register can't be read.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class Scrub:
         """The operator's."""
         self.job = Job("scrub", context.clock)
         self.damaged = 0
+        self._unowned = False
+        """The scrub has found damage of which it does not know the register."""
 
     def request(self) -> None:
         """Begins a scrub now, at full speed; no-op while a requested one runs. One that started by itself goes on at
@@ -98,7 +100,7 @@ class Scrub:
         """Verifies everything on all disks. Returns how many fragments, rows and pages were found damaged. After a disk
         that fails the others are read all the same.
         """
-        before = self.damaged
+        before, self._unowned = self.damaged, False
         self.job.start()
         failures: list[str] = []
         for disk, store in self._context.local_fragments.items():
@@ -111,6 +113,8 @@ class Scrub:
         self.job.finish("failed" if failures else "done", "; ".join(failures) or f"{found} damaged")
         for failure in failures:
             self._context.log(f"scrub: {failure}")
+        if self._unowned:
+            self._on_unowned_damage()
         return found
 
     async def _disk(self, disk: str, store: NearStore, meta: MetaStore | None, resume: bool) -> None:
@@ -135,7 +139,7 @@ class Scrub:
                     if header.owner:
                         self._on_damage(header.owner)
                     else:
-                        self._on_unowned_damage()
+                        self._unowned = True
                 self.job.advance(1, header.length)
                 await self._rest(meta, header.length)
                 if (
@@ -169,7 +173,7 @@ class Scrub:
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: what ranges disk {disk} holds can't be read: {error}")
-            self._on_unowned_damage()
+            self._unowned = True
             return
         for table, scope, shard in scopes:
             after, prefix = b"", RegisterName(table, scope, shard, b"").pack()
@@ -187,7 +191,7 @@ class Scrub:
                     f"scrub: rows of table {table}, shard {shard} on disk {disk} can't be read on from {after[:80]!r}:"
                     f" {error}"
                 )
-                self._on_unowned_damage()
+                self._unowned = True
 
     async def _pages(self, disk: str, store: MetaStore) -> None:
         """Manifest pages. They don't name their register: a walk finds out, and they are replaced."""
@@ -201,7 +205,7 @@ class Scrub:
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: the pages of manifests on disk {disk} can't be read on: {error}")
-            self._on_unowned_damage()
+            self._unowned = True
 
     async def _page(self, disk: str, store: MetaStore, page_hash: bytes) -> None:
         try:
@@ -209,7 +213,7 @@ class Scrub:
         except RowDamaged as error:
             self.damaged += 1
             self._context.log(f"scrub: disk {disk}: {error}")
-            self._on_unowned_damage()
+            self._unowned = True
 
 
 async def _note(store: MetaStore, batch: StoreBatch) -> None:

@@ -6,7 +6,8 @@ maintain.hold     keeps for a moment what these downloads read (``holds``)
 maintain.hint     looks at these registers soon, and compares the fragments of these blocks
 maintain.behind   brings these registers of this node's disks up (``pull``)
 maintain.asks     what this node asks of gateways (``asks``)
-maintain.wake     begins catch-up and a walk: a node has started, and may have been away unnoticed
+maintain.wake     begins catch-up and a walk: a node has started, and may have been away unnoticed; or its scrub has
+                  found damage of which it does not know the register
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Maintenance:
         self.pull = Pull(context, caller)
         self.check.walker.bring_up = self.pull.bring_up
         self.repair = Repair(context, self.check, self._others.statuses)
-        self.scrub = Scrub(context, self.hint, self.check.request_walk)
+        self.scrub = Scrub(context, self.hint, self._unowned_damage)
         self.holds = Holds(context.clock, context.limits.read_hold_s)
         self.collector = Collector(context, holds=self.holds)
         self.page_sweep = PageSweep(context, self.holds, self.collector.pace)
@@ -183,6 +184,11 @@ class Maintenance:
         if len(self._damaged) < DAMAGED_MAX:
             self._damaged[disk, fragment] = None
 
+    def _unowned_damage(self) -> None:
+        """Something local is damaged, and any node may be responsible for its register: all of them walk."""
+        self.check.request_walk()
+        self._informed = {self._context.node}
+
     async def _hint_damage(self) -> None:
         damaged, self._damaged = self._damaged, {}
         for disk, fragment in damaged:
@@ -214,8 +220,8 @@ class Maintenance:
             await asyncio.sleep(self._context.limits.poll_s)
 
     async def _tell(self) -> None:
-        """A node that has just started announces itself, for the others may not have seen that it was gone. Calls to
-        other nodes may take long.
+        """A node that has just started announces itself, for the others may not have seen that it was gone. A node with
+        damage of which it does not know the register does the same. Calls to other nodes may take long.
         """
         while True:
             await self._announce_start()

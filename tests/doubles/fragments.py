@@ -263,7 +263,9 @@ class MemoryFragmentStore:
 
     async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
         for key in sorted(key for key in self._fragments if key > after)[:limit]:
-            yield self._fragments[key].header
+            kept = self._fragments[key]
+            unknown = {"owner": b"", "part_header": b"", "hashes": ()} if -1 in kept.bad else {}
+            yield msgspec.structs.replace(kept.header, **unknown)
 
     async def in_log_order(self, after: bytes, limit: int) -> tuple[list[tuple[FragmentHeader, bytes]], bytes]:
         page = [(header, header.id) async for header in self.scan(after, limit)]

@@ -1130,6 +1130,26 @@ def test_scrub_finds_flips_in_fragments_and_rows_and_all_is_mended() -> None:
     run(scenario)
 
 
+def test_scrub_has_all_nodes_look_for_the_registers_of_fragments_whose_heads_are_damaged() -> None:
+    """A damaged head names no register. So the node that is responsible for it does not get to know of it by a hint."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for number in range(12):
+            await cluster.put(bucket, b"%d" % number, os.urandom(LARGE if number % 2 else SMALL))
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        damaged = [where for where in await cluster.fragments() if where[0] == "b1"]
+        for _, fragment in damaged:
+            cluster.store("b1").damage(fragment, -1)
+        assert await cluster.gateway.maintain.start_scrub() == ["na", "nb", "nc"]
+        assert await cluster.settled() == (0, 0)
+        assert [where for where in damaged if not cluster.holds(*where)] == []
+        assert all([await cluster.is_whole(bucket, b"%d" % number) for number in range(12)])
+
+    run(scenario)
+
+
 def owner_of(cluster: Cluster, where: tuple[str, FragmentId]) -> bytes:
     return RegisterName.unpack(cluster.store(where[0]).kept(where[1]).header.owner).key
 

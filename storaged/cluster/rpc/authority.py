@@ -119,7 +119,9 @@ METHODS: Final[Mapping[str, Grant]] = {
         "makes another node look at them",
     ),
     "maintain.asks": Grant(GATEWAY, STORAGE, "a gateway fetches what a storage node asks, and hands in its answers"),
-    "maintain.wake": Grant(STORAGE, STORAGE, "a node reports its start", "makes another node walk its records again"),
+    "maintain.wake": Grant(
+        STORAGE, STORAGE, "a node reports its start, or damage", "makes another node walk its records again"
+    ),
 }
 
 
