@@ -7,6 +7,8 @@ Before the border everything was durable, and perhaps acknowledged. A record the
 stays where it is, its fragment is reported, and nothing is cut. After the border nothing is proven: a record counts
 only when every one of its bytes holds. What is torn between such records becomes filler, and the bytes after the last
 one are cut. Earlier segments were synced whole before their successor was made, so they have no such zone.
+
+What the index knows was durable, too. A segment that is gone, or shorter than the index knows it, has lost data.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from storaged.fragments.format import (
     HEAD_BYTES,
     KEY_BYTES,
     NOTES,
+    SEGMENT_BYTES_MAX,
     SEGMENT_HEADER_BYTES,
     FormatError,
     FormatUnknown,
@@ -39,6 +42,11 @@ from storaged.fragments.scan import Found, Gap, scan, whole
 
 _NO_SYNC_OF_DIRECTORIES = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 """The answer of a file system that knows no such sync, or of one that this process may not read."""
+
+LATEST = 64
+"""Segments whose sizes are looked at. What a drive or a file system loses in a crash was written lately; to look at all
+files of a large disk takes minutes.
+"""
 
 
 class Step(NamedTuple):
@@ -58,8 +66,8 @@ Spill = Callable[[Position], None]
 class Report:
     """What a replay found. ``end`` is where the next record goes in segment ``last`` (0: there is none).
 
-    ``gaps``: (segment, offset, length) of damage before the border. ``torn_bytes``: cut, or made filler, after it.
-    ``failure``: why the disk must be read-only, if it must.
+    ``gaps``: (segment, offset, length) of damage before the border, and of ends that are gone. ``torn_bytes``: cut, or
+    made filler, after it. ``failure``: why the disk must be read-only, if it must.
     """
 
     last: int = 0
@@ -90,7 +98,7 @@ def replay(
     for number in numbers:
         segments[number] = files.open(number)
     run = _Replay(files, index, segments, read_only, spill)
-    run.forget_lost_segments()
+    run.forget_lost()
     todo = [number for number in numbers if number >= index.checkpoint.segment or number not in index.accounts.segments]
     total = sum(segments[number].size() for number in todo) if progress is not None else 0
     done = 0
@@ -119,16 +127,22 @@ class _Replay:
         self._spill = spill
         self.report = Report()
 
-    def forget_lost_segments(self) -> None:
-        """Segments that the index knows and the directory does not have: what was live in them is missing from now
-        on.
+    def forget_lost(self) -> None:
+        """What the index knows and the files do not have any more: segments, and ends of the latest ones. What was live
+        there is missing from now on.
         """
-        index = self._index
-        lost = {number for number in index.accounts.segments if number not in self._segments}
-        if any(index.accounts.segments[number].live > 0 for number in lost):
-            self.report.lost_segments = sorted(lost)
+        index, report = self._index, self.report
+        known = index.accounts.segments
+        lost = {number for number in known if number not in self._segments}
+        if any(known[number].live > 0 for number in lost):
+            report.lost_segments = sorted(lost)
+        latest = sorted(known.keys() - lost)[-LATEST:]
+        sizes = dict.fromkeys(lost, 0) | {number: self._segments[number].size() for number in latest}
+        short = [number for number in latest if sizes[number] < known[number].end]
+        report.gaps += [(number, sizes[number], known[number].end - sizes[number]) for number in short]
+        if report.lost_segments or short:
             for key, entry in index.entries():
-                if entry.segment in lost:
+                if entry.offset + entry.record_bytes > sizes.get(entry.segment, SEGMENT_BYTES_MAX):
                     index.forget(key)
         for number in lost:
             index.accounts.remove(number)

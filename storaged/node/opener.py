@@ -325,6 +325,15 @@ class Opener:
         except BaseException:
             await meta.close()
             raise
+        gaps, gone = fragments.report.gaps, fragments.report.lost_segments
+        if gaps or gone:
+            log.warning(
+                "fragments that were durable are damaged or gone; repair writes them anew",
+                disk=section.id,
+                damaged_bytes=sum(length for _, _, length in gaps),
+                segments_gone=len(gone),
+                hint=f"storaged fsck {section.directory} (while the node is stopped) says which",
+            )
         try:
             await restore_copies(meta, fragments)
             await in_own_thread(fragments.look)  # from now on the event loop asks the file system nothing

@@ -226,6 +226,25 @@ async def test_a_segment_that_vanished_makes_its_fragments_missing(tmp_path: Pat
         assert (await store.usage()).fragments == 6
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+async def test_the_end_of_a_segment_that_vanished_makes_its_fragments_missing(tmp_path: Path, at: int) -> None:
+    """The index knows them all: the store was closed. What lies before the end stays."""
+    limits = StoreLimits(reserve_bytes=1, segment_bytes=64 * KIB)
+    async with opened(tmp_path, limits=limits) as store:
+        made = [await put(store, 20_000) for _ in range(9)]
+    os.truncate(segment_paths(tmp_path)[at], 30_000)
+    async with opened(tmp_path, limits=limits) as store:
+        health = [stat.health for stat in await store.stat([one.id for one in made])]
+        assert [(number, offset) for number, offset, _ in store.report.gaps][:1] == [(at + 1, 30_000)]
+        assert health == [Health.MISSING if number // 3 == at and number % 3 else Health.OK for number in range(9)]
+        more = [await put(store, 20_000) for _ in range(3)]
+        for one in (made[3 * at + 1], made[3 * at + 2]):
+            await store.write(one.header, [one.payload], sync=True)
+    async with opened(tmp_path, limits=limits) as store:
+        for one in (*made, *more):
+            assert await content(store, one) == one.payload
+
+
 def can_punch(directory: Path) -> bool:
     files = PosixFiles(directory)
     probe = files.create(1)
