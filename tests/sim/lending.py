@@ -174,6 +174,33 @@ class Lending(Versions):
             return
         await self._put_unasked(gateway, name)
 
+    async def _put(self, gateway: Gateway, name: RegisterName, *, null: bool) -> None:
+        """Some objects have two parts."""
+        if self._luck.random() < 0.6:
+            await super()._put(gateway, name, null=null)
+            return
+        written = [await self._write(gateway, name) for _ in range(2)]
+        parts = tuple(entry for entry, _ in written)
+        context_id = self._luck.randbytes(16)
+        version = msgspec.structs.replace(self._version(parts[0], null=null), parts=parts, context_id=context_id)
+        operation, again = self._adding(name, context_id, null=null), False
+
+        async def made_durable() -> None:
+            nonlocal again
+            promised = asyncio.Event()
+            promised.set()
+            for _, held in written:
+                await self._made_durable(gateway, held, promised, again=again)
+            again = True
+
+        try:
+            async with self._noted(operation):
+                await self.sleep(0.1)
+                await self._add(gateway, name, version, made_durable)
+        except BaseException:
+            self.retire(gateway, name, parts, b"")
+            raise
+
     def _retire_removed(self, gateway: Gateway, name: RegisterName, removed: Any) -> None:
         plane, _ = self._tools(gateway)
         let_go(plane, BUCKET, name, removed)

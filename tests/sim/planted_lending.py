@@ -8,6 +8,7 @@ from __future__ import annotations
 from tests.sim.planted import Planted
 
 _LOANS = "storaged/objects/write/loans.py"
+_COPY = "storaged/objects/write/lent_copy.py"
 _HISTORY = "storaged/objects/code/history.py"
 _REFERENCES = "storaged/objects/write/references.py"
 _MOVED = "storaged/maintain/moved_record.py"
@@ -154,5 +155,23 @@ LENDING_BUGS = (
         _HISTORY,
         "        shares = bool(self.loans or self.borrowed or self.departure)\n",
         "        shares = bool(entries and (self.loans or self.borrowed))\n",
+    ),
+    Planted(
+        "lent_as_the_record_says",
+        "a copy borrows the parts that a record names, not those that are sealed in it",
+        0,
+        path=_COPY,
+        old="    return tuple(part.data_id for part in opened.meta.parts) or (opened.version.context_id,)\n",
+        new="    return tuple(part.data_id for part in opened.version.parts) or (opened.version.context_id,)\n",
+        tests=f"{_UNIT}::test_a_record_that_names_other_parts_than_are_sealed_lends_nothing",
+    ),
+    Planted(
+        "checksum_of_parts_for_one_of_the_whole",
+        "a copy that asks for a checksum of the whole object gets the composite one of its source",
+        0,
+        path=_COPY,
+        old="    return tuple(info.checksums) == (algorithm,) and info.checksum_type == FULL_OBJECT\n",
+        new="    return tuple(info.checksums) == (algorithm,)\n",
+        tests=f"{_UNIT}::test_a_copy_of_an_upload_that_names_a_checksum_gets_one_of_the_whole_object",
     ),
 )

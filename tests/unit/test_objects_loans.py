@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import AsyncIterator
@@ -16,13 +17,14 @@ from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name
 from storaged.meta.storage.row_head import LEAD_BYTES, head_of
-from storaged.objects.api import BodyChecks, CopySource, NewMeta, PutResult, WriteConditions
+from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, PutResult, WriteConditions
 from storaged.objects.code.lock import COMPLIANCE
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, LOCK, VERSIONING, ObjectLock, Versioning
 from storaged.objects.encryption import CUSTOMER, KMS, Encryption
 from storaged.objects.etags import ANY
+from storaged.objects.read.find import find
 from storaged.objects.records import (
     BucketRecord,
     History,
@@ -45,6 +47,7 @@ from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.system.emptying import end_remains
 from storaged.objects.where import where
 from storaged.objects.write import lent_copy, loans
+from storaged.objects.write.lent_copy import sealed_ids
 from storaged.objects.write.loans import BORROWED_MAX, BORROWERS_MAX, FRESH_MS, end_unused
 from storaged.objects.write.references import parts_in
 from storaged.wire import decode
@@ -477,3 +480,93 @@ def test_a_record_that_shares_is_read_as_it_was_written_and_by_no_program_that_k
             decode(body[LEAD_BYTES:], OldRecord)
     assert not shares(encode_object(ObjectRecord((version,))))
     assert not shares(b"")
+
+
+# --- objects that were uploaded in parts
+
+
+async def upload(made: Made, key: bytes, datas: list[bytes], algorithm: str = "CRC32", kind: str = "") -> str:
+    """Returns the ETag."""
+    made.plane.limits = dataclasses.replace(made.plane.limits, part_bytes_min=1)
+    begun = await made.objects.create_upload(
+        made.bucket, key, NewMeta(), algorithm=algorithm, checksum_type=kind, owner=OWNER
+    )
+    parts = []
+    for number, data in enumerate(datas, 1):
+        checks = BodyChecks(len(data), algorithms=(algorithm,))
+        stored = await made.objects.put_part(made.bucket, key, begun.upload_id, number, pieces(data), checks)
+        parts.append(CompletedPart(number, stored.etag, stored.checksums))
+    return (await made.objects.complete(made.bucket, key, begun.upload_id, parts, owner=OWNER)).etag
+
+
+@pytest.mark.parametrize("count", [1, 3, 32])
+async def test_a_copy_of_an_upload_has_its_parts_and_its_data_goes_with_the_last_of_them(
+    made: Made, count: int
+) -> None:
+    datas = [os.urandom(70_000 + number) for number in range(count)]
+    etag = await upload(made, b"m", datas)
+    source, fragments = await made.objects.head(made.bucket, b"m"), made.fragments()
+    await made.copy(b"m", b"b", meta=NewMeta({"content-type": "x/y"}))
+    result = await made.copy(b"b", b"c")
+    assert (result.etag, result.checksums, result.checksum_type) == (etag, source.checksums, "COMPOSITE")
+    assert made.fragments() == fragments
+    assert not await made.parts_of(b"c")
+    copied = await made.objects.head(made.bucket, b"c")
+    assert (copied.etag, copied.part_count, copied.parts) == (etag, count, source.parts)
+    await put(made.objects, made.bucket, b"something else", key=b"m")
+    await made.delete(b"b")
+    await made.plane.background.settle()
+    assert await made.read(b"c") == b"".join(datas)
+    assert b"".join(await _part(made, b"c", count)) == datas[-1]
+    assert not made.retired() & {part.data_id for part in source.parts}
+    await made.delete(b"c")
+    await made.plane.background.settle()
+    assert made.retired() >= {part.data_id for part in source.parts}
+
+
+async def _part(made: Made, key: bytes, number: int) -> list[bytes]:
+    stream = await made.objects.get(made.bucket, key, part_number=number)
+    return [bytes(piece) async for piece in stream.chunks()]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind", "asked", "moves"),
+    [
+        ("SHA256", "COMPOSITE", "", False),
+        ("SHA256", "COMPOSITE", "SHA256", True),
+        ("CRC32", "FULL_OBJECT", "CRC32", False),
+        ("CRC32", "FULL_OBJECT", "SHA256", True),
+    ],
+)
+async def test_a_copy_of_an_upload_that_names_a_checksum_gets_one_of_the_whole_object(
+    made: Made, algorithm: str, kind: str, asked: str, moves: bool
+) -> None:
+    datas = [os.urandom(70_000), os.urandom(80_000)]
+    etag = await upload(made, b"m", datas, algorithm, kind)
+    before = await made.objects.head(made.bucket, b"m")
+    result = await made.copy(b"m", b"b", algorithm=asked)
+    assert bool(await made.parts_of(b"b")) is moves
+    assert await made.read(b"b") == b"".join(datas)
+    if not moves:
+        assert (result.etag, result.checksums, result.checksum_type) == (etag, before.checksums, kind)
+        return
+    assert (result.etag, result.checksum_type) == (hashlib.md5(b"".join(datas)).hexdigest(), "FULL_OBJECT")
+    assert tuple(result.checksums) == (asked,)
+    assert not sharing_of(made.record(b"m")).loans
+
+
+async def test_a_record_that_names_other_parts_than_are_sealed_lends_nothing(made: Made) -> None:
+    """A hostile replica may have put them there: what the copy would read is damage."""
+    datas = [os.urandom(70_000), os.urandom(80_000)]
+    await upload(made, b"m", datas)
+    opened = (await find(made.plane, made.bucket, b"m", "")).opened
+    assert sealed_ids(opened) == tuple(part.data_id for part in opened.version.parts)
+    value, record = made.value(b"m"), made.record(b"m")
+    assert value is not None
+    swapped = msgspec.structs.replace(record.versions[0], parts=record.versions[0].parts[::-1])
+    body = encode_object(msgspec.structs.replace(record, versions=(swapped,)))
+    made.world.ring.values[made.name(b"m")] = msgspec.structs.replace(value, body=body)
+    with pytest.raises(DataDamaged):
+        await made.copy(b"m", b"b")
+    assert made.value(b"b") is None
+    assert not sharing_of(made.record(b"m")).loans

@@ -1,15 +1,22 @@
 """Copies that move no data: the new version borrows the data of its source (``loans``).
 
-That is possible inside one bucket, for an object that is coded and was stored by one PUT, when the copy wants the
-checksums that the source has, and neither of them has SSE-C: no other record may open data under a customer's key. The
-data key is wrapped anew, for the copy's key and version; the metadata and the list field are sealed anew. A copy
-inherits the data id, under which its body opens.
+That is possible inside one bucket, for a coded object, when the copy wants the checksums that the source has, and
+neither of them has SSE-C: no other record may open data under a customer's key. The data key is wrapped anew, for the
+copy's key and version; the metadata and the list field are sealed anew. A copy inherits the context id, under which its
+body opens.
+
+The copy of an object that was uploaded in parts has the same parts, and so the same ETag and the same checksums, those
+of its parts included. S3 makes one part of it, whose ETag is the MD5 of the whole: that can't be known without reading
+the data. S3 says that an ETag identifies content, and need not be an MD5. A client that wants a checksum of the whole
+object names the algorithm, and gets it: such a copy moves the data, unless the source has just this checksum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
+
+import msgspec
 
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import NO_READ_CONDITIONS, CopySource, NewMeta, ObjectInfo, PutResult, WriteConditions
@@ -35,6 +42,7 @@ from storaged.objects.read.find import find
 from storaged.objects.records import BucketRecord, Version
 from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write.blocks import NewPart
+from storaged.objects.write.checksums import FULL_OBJECT
 from storaged.objects.write.commit import AfterPromise, change_once
 from storaged.objects.write.loans import (
     BORROWED_MAX,
@@ -72,11 +80,13 @@ async def lendable(
     if encryption is not None and encryption.kind == CUSTOMER:
         return None
     found = await find(plane, source.bucket, source.key, source.version_id)
-    opened, version = found.opened, found.opened.version
-    if opened.has_customer_key or version.multipart or (opened.borrowed is None and not is_coded(version)):
+    opened = found.opened
+    if opened.has_customer_key or opened.meta.parts_page:
+        return None
+    if opened.borrowed is None and not is_coded(opened.version):
         return None
     info = info_of(source.key, opened, found.version_id, (), found.lock)
-    if not info.checksums or (algorithm and tuple(info.checksums) != (algorithm,)):
+    if not has_checksums(info, algorithm):
         return None
     if source.conditions != NO_READ_CONDITIONS:
         check_copy_source(source.conditions, info.etag, info.modified_ms)
@@ -85,12 +95,24 @@ async def lendable(
     return Lendable(info, opened, owner) if replicas_answer(plane, owner) else None
 
 
+def has_checksums(info: ObjectInfo, algorithm: str) -> bool:
+    """Whether a source has the checksum that a copy asks for: one of the whole object; without an ``algorithm`` any."""
+    if not algorithm:
+        return bool(info.checksums)
+    return tuple(info.checksums) == (algorithm,) and info.checksum_type == FULL_OBJECT
+
+
 def replicas_answer(plane: ObjectPlane, owner: RegisterName) -> bool:
     """As far as is known. Every replica has to accept the loan (``loans.check_everywhere``): with one away the owner's
     record would be written in vain, and the copy would wait for an answer.
     """
     voting = plane.layouts.partition(owner.partition).voting
     return all(plane.liveness.disk_readable(disk) for disks in voting for disk in disks)
+
+
+def sealed_ids(opened: OpenedVersion) -> tuple[bytes, ...]:
+    """The data ids of all parts of a version, as they are sealed in it. A record that names others lends nothing."""
+    return tuple(part.data_id for part in opened.meta.parts) or (opened.version.context_id,)
 
 
 def is_coded(version: Version) -> bool:
@@ -110,9 +132,9 @@ async def copy_lent(
 ) -> PutResult:
     """Raises NotLent when the copy needs data of its own: nothing was copied. Raises as ``put``."""
     bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
-    name, data_id = object_name(bucket.id, bucket.shard_numbers, key), lent.opened.version.context_id
+    name, context_id = object_name(bucket.id, bucket.shard_numbers, key), lent.opened.version.context_id
     plane.room.check(name, bucket.countries)
-    part = NewPart(bucket, name, lent.opened.dek, data_id)
+    part = NewPart(bucket, name, lent.opened.dek, context_id)
     write = Write(plane, Place(bucket.id, key), bucket_key, part, NewObject(new, owner, conditions))
     borrowed = Borrowed(lent.owner.key, plane.entropy(BORROWER_ID_BYTES))
     added = _BorrowingVersion(write, lent, borrowed)
@@ -120,7 +142,7 @@ async def copy_lent(
     outgoing = await outgoing_of(plane, bucket, name, new.origin) if new.origin is not None else None
     added.tell(outgoing)
     named = required_name(source.version_id) if source.version_id else None
-    wanted = Wanted(lent.owner, (data_id,), named, Borrower(borrowed.id, key, plane.clock.wall_ms()))
+    wanted = Wanted(lent.owner, sealed_ids(lent.opened), named, Borrower(borrowed.id, key, plane.clock.wall_ms()))
 
     async def commit(check: AfterPromise) -> None:
         async def after_promise() -> None:
@@ -153,11 +175,20 @@ class _BorrowingVersion(AddedVersion):
 
 def _maker(write: Write, lent: Lendable) -> Callable[[str], tuple[Version, PutResult]]:
     def make(version_id: str) -> tuple[Version, PutResult]:
-        plane, new, info, data_id = write.plane, write.new, lent.info, write.part.data_id
-        modified_ms = plane.clock.wall_ms()
-        unsealed = UnsealedVersion(version_id, data_id, new.owner, modified_ms, ())
-        dek, encryption, _ = record_key(write.place, data_id, write.part.dek, new.meta.encryption, plane.entropy)
+        plane, new, info, source = write.plane, write.new, lent.info, lent.opened
+        modified_ms, context_id = plane.clock.wall_ms(), write.part.data_id
+        unsealed = UnsealedVersion(
+            version_id,
+            context_id,
+            new.owner,
+            modified_ms,
+            (),
+            multipart=source.version.multipart,
+            part_count=source.version.part_count,
+        )
+        dek, encryption, _ = record_key(write.place, context_id, write.part.dek, new.meta.encryption, plane.entropy)
         meta = meta_of(new.meta, info.etag, dict(info.checksums), info.checksum_type, info.size)
+        meta = msgspec.structs.replace(meta, parts=source.meta.parts)
         version = seal_version(write.place, unsealed, write.bucket_key, dek, meta, plane.entropy, encryption)
         return version, PutResult(
             info.etag,

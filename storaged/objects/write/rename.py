@@ -54,7 +54,7 @@ from storaged.objects.code.versions import (
 from storaged.objects.conditions import check_copy_source, check_write
 from storaged.objects.etags import NO_TAG
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.read.borrowed import owner_of, with_data
+from storaged.objects.read.borrowed import owner_of
 from storaged.objects.read.find import Found, current_entry, find
 from storaged.objects.read.get import get
 from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Version
@@ -74,7 +74,7 @@ from storaged.objects.write.departures import (
     make_way,
     try_end_departure,
 )
-from storaged.objects.write.lent_copy import is_coded, replicas_answer
+from storaged.objects.write.lent_copy import is_coded, replicas_answer, sealed_ids
 from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, let_go, with_loan
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
@@ -222,11 +222,9 @@ class _Rename:
     async def _lend(self, found: Found, owner: RegisterName, outgoing: Outgoing | None) -> PutResult:
         """Raises NotLent."""
         plane, bucket, key, opened = self._plane, self._bucket, self._asked.key, found.opened
-        parts = (await with_data(plane, bucket, found)).opened.version.parts
         write = await self._write(opened, NewPart(bucket, self._new, opened.dek, opened.version.context_id))
         added = _Arriving(self, write, opened, (), Borrowed(owner.key, self.id))
-        data_ids = tuple(part.data_id for part in parts)
-        wanted = Wanted(owner, data_ids, None, Borrower(self.id, key, plane.clock.wall_ms()))
+        wanted = Wanted(owner, sealed_ids(opened), None, Borrower(self.id, key, plane.clock.wall_ms()))
 
         async def commit_lent(check_lent: AfterPromise) -> None:
             async def after_promise() -> None:
