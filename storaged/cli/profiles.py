@@ -52,7 +52,10 @@ def profile(directory: Path, profile: str, spread: str | None, dry_run: bool, as
     if after.spreads:
         said += f"\n  at most {after.target.operator_max} fragments of a block at one operator, and nothing degrades"
     if after.spreads and last is not None and not last[1].spreads:
-        said += "\n  Small objects (up to 64 KiB) that are there stay whole copies until they are written again."
+        said += (
+            "\n  Gateways code the small objects (up to 64 KiB) that are there; `storaged status` counts what is left."
+        )
+        said += "\n  Those with a customer's key (SSE-C) stay whole copies until they are written again."
     if not dry_run:
         files.save_plan(directory, listed)
     document = {"before": before, "profile": after.profile, "spread": after.spread or "racks", "saved": not dry_run}
