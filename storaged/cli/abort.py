@@ -76,6 +76,8 @@ def abort(directory: Path, to: int | None, dry_run: bool, as_json: bool) -> None
         click.echo(json.dumps({**document, "partitions": moves.partitions, "survives": dict(moves.survives)}, indent=2))
     else:
         _say(found, moves)
+        if wanted.profile != last[1].profile:
+            click.echo(f"  the profile stays {last[1].profile}: `storaged cluster profile` takes back {wanted.profile}")
     if dry_run:
         return
     sign_all(directory, authority, listed, last, layouts)

@@ -405,6 +405,21 @@ def name_operators(place: Path, named: dict[str, str]) -> None:
         call("rack", "operator", str(place), rack, name)
 
 
+def test_an_abort_says_that_a_profile_that_changed_with_places_stays(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
+    call("cluster", "layout", str(authority))
+    before = history_of(authority)[-1].profile
+    name_operators(authority, OPERATORS)
+    call("cluster", "profile", str(authority), "4+2", "--spread", "operators")
+    call("cluster", "layout", str(authority))
+    capsys.readouterr()
+    call("cluster", "abort", str(authority))
+    assert f"the profile stays 4+2: `storaged cluster profile` takes back {before}" in capsys.readouterr().out
+    assert (history_of(authority)[-1].profile, history_of(authority)[-1].spread) == ("4+2", "")
+
+
 def test_a_profile_is_spread_over_operators(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     issue(authority, "n4", "DE/fra/d", "/srv/disk1", "/srv/disk2")
     call("cluster", "layout", str(authority))
