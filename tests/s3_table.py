@@ -295,10 +295,10 @@ list, ETag, checksums and last modified time. Objects with SSE-C are refused (40
   object while it is renamed may find it under its new name nevertheless.
 * After an error 5xx the rename may have been done: retry with the same token. The token is remembered as long as the
   object stays under its new name. With another source it answers 400 IdempotencyParameterMismatch.
-* Coded objects that were stored by one PUT, or in up to 32 parts, move no data. Others are read and sealed anew, if
-  they have at most 5 GiB: small ones, those in more parts, and those whose record has too many borrowers or a replica
-  that is away. The answer comes when that is done; unlike CopyObject, RenameObject sends no white space meanwhile. An
-  object in parts that is sealed anew keeps its ETag and checksums, and has one part afterwards.
+* Coded objects, also those that were uploaded in parts, move no data. Others are read and sealed anew, if they have at
+  most 5 GiB: small ones, and those whose record has too many borrowers or a replica that is away. The answer comes when
+  that is done; unlike CopyObject, RenameObject sends no white space meanwhile. An object in parts that is sealed anew
+  keeps its ETag and checksums, and has one part afterwards.
 * Events: `ObjectCreated:Copy` of the new key, `ObjectRemoved:Delete` of the old one. Access logs have a line for each,
   with one request id: `REST.PUT.RENAME_OBJECT` for the new key, `BATCH.DELETE.OBJECT` for the old one.
 """

@@ -16,7 +16,8 @@ majority, after their promise and before their accept:
 * A Complete. While its upload is open nothing is deleted. It looks at the upload after its promise and goes no further
   when that has ended.
 * A move. It changes a record that exists.
-* A change of a key's versions (``objects.write.versioned``).
+* A change of a key's versions (``objects.write.versioned``). A copy that borrows the data of an object in many parts
+  puts the sealed list of these parts (``objects.write.lent_copy``).
 
 So the pages of a record that is chosen later were put on a majority after the record's promise. At each of these
 disks: the put came after the condemnation, so the page stays, or is written anew. Or it came before: then the promise

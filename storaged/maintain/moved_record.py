@@ -12,7 +12,7 @@ from storaged.maintain.moves import MoveAsk, apply_move
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Pages
 from storaged.objects.code.history import Draft, Entry, with_draft
-from storaged.objects.code.manifest import parts_of, with_parts
+from storaged.objects.code.manifest import parts_of, with_parts, write_manifest
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import Loan, PartEntry, PartRecord, encode_object, sharing_of
@@ -44,7 +44,7 @@ async def _versions_after(
 ) -> tuple[bytes, list[bytes]] | None:
     """As ``body_after``, of an object. Blocks of older versions and of lent data move, too. Versions that can't be read
     stay as they are; then lent data moves only if a version that was read has it. Data of a version and of a loan must
-    have the same places in both.
+    have the same places in both, so nothing moves while the pages of a loan can't be read.
     """
     record = decode_record(value)
     left = set(range(len(moves)))
@@ -67,14 +67,21 @@ async def _versions_after(
             after = await with_parts(pages, name, version, parts)
             changed.append((entry, entry._replace(version=after)))
             new_pages += [page for page in after.pages if page not in version.pages]
-    loans = tuple(_moved_loan(loan, by_data, applied_to_loans) for loan in sharing_of(record).loans)
+    loans = list[Loan]()
+    for loan in sharing_of(record).loans:
+        try:
+            moved = await _moved_loan(pages, name, loan, by_data, applied_to_loans)
+        except DataDamaged:
+            return None
+        loans.append(moved)
+        new_pages += [page for page in moved.pages if page not in loan.pages]
     if left if unread else left - applied_to_loans:
         return None
 
     def replace_all(draft: Draft) -> Draft:
         for entry, after in changed:
             draft.replace(entry, after)
-        draft.loans = loans
+        draft.loans = tuple(loans)
         return draft
 
     draft = await with_draft(pages, name, record, replace_all)
@@ -83,8 +90,23 @@ async def _versions_after(
     return encode_object(draft.record()), [*new_pages, *draft.fresh]
 
 
-def _moved_loan(loan: Loan, by_data: Mapping[bytes, Sequence[tuple[int, Move]]], applied: set[int]) -> Loan:
-    first, *more = (_moved(part, by_data, applied) for part in loan.parts)
+async def _moved_loan(
+    pages: Pages,
+    name: RegisterName,
+    loan: Loan,
+    by_data: Mapping[bytes, Sequence[tuple[int, Move]]],
+    applied: set[int],
+) -> Loan:
+    """Its new pages are durable when this returns. Raises DataDamaged."""
+    to_this = set[int]()
+    parts = [_moved(part, by_data, to_this) async for part in parts_of(pages, name, loan)]
+    if not to_this:
+        return loan
+    applied |= to_this
+    after = await write_manifest(pages, name, parts)
+    if loan.part is None:
+        return msgspec.structs.replace(loan, manifest=after.first, pages=after.pages)
+    first, *more = parts
     return msgspec.structs.replace(loan, part=first, more=tuple(more))
 
 

@@ -168,17 +168,21 @@ class ObjectRecord(Message, frozen=True):
 
 class Loan(Message, frozen=True):
     """Data of a key that versions of other keys read, whether or not a version of its own key still has it: the parts
-    of a version, of which ``more`` are all but the first. ``uploaded``: they are of an upload, not of a PUT.
+    of a version, of which ``more`` are all but the first. ``uploaded``: they are of an upload, not of a PUT. Without a
+    ``part`` they are on pages: ``manifest``, as of a Version, and ``pages``, the hashes of all of its pages.
     """
 
-    part: PartEntry
+    part: PartEntry | None
     borrowers: tuple[Borrower, ...]
     more: tuple[PartEntry, ...] = ()
     uploaded: bool = False
+    manifest: bytes = b""
+    pages: tuple[bytes, ...] = ()
 
     @property
     def parts(self) -> tuple[PartEntry, ...]:
-        return (self.part, *self.more)
+        """Those in the record."""
+        return (self.part, *self.more) if self.part is not None else ()
 
 
 class Sharing(Message, frozen=True):

@@ -23,10 +23,11 @@ from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord, PartEntry, sharing_of
 from storaged.objects.write import rename
 from storaged.objects.write.loans import FRESH_MS
-from storaged.objects.write.references import parts_in
+from storaged.objects.write.references import pages_in, parts_in
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.integration.memory_cluster import WHO, Cluster, run
-from tests.integration.test_maintain_versions import collect, sweep
+from tests.integration.test_maintain_pages import PART, kept, many
+from tests.integration.test_maintain_versions import collect, sweep, sweep_pages
 from tests.integration.test_moving_partitions import Moves
 from tests.worlds.objects import pieces
 
@@ -294,6 +295,51 @@ def test_all_parts_of_a_renamed_object_stay_until_it_goes() -> None:
         assert not await copied.loans(b"a")
 
     run(scenario)
+
+
+def test_lent_parts_on_pages_are_kept_repaired_and_moved_until_the_last_copy_goes() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        copied = Copied(cluster)
+        copied.bucket = bucket = await cluster.bucket()
+        whole = await many(cluster, bucket, b"a", count=34, size=PART)
+        ids = [part.data_id for part in await copied.parts(b"a")]
+        copied.datas = {b"a": whole}
+        await copied.copy(b"a", b"b")
+        await cluster.objects.rename(bucket, Renaming(b"b", b"c"))
+        copied.datas[b"c"] = copied.datas.pop(b"b")
+        before = kept(cluster)
+        await copied.delete(b"a")
+        await copied.tidy()
+        await sweep_pages(cluster)
+        await copied.check()
+        assert kept(cluster) < before, "the sealed list of the deleted object went, and that of the first copy"
+        pages = await _pages(copied, b"a") | await _pages(copied, b"c")
+        assert kept(cluster) == pages
+        for disk, fragment in (await cluster.fragments(ids[30]))[:2]:
+            await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        await copied.check()
+        for node in ("na", "nb", "nc"):
+            await cluster.kill(node)
+            await copied.check()
+            cluster.start(node)
+            await cluster.pass_s(10)
+        await copied.delete(b"c")
+        await copied.tidy()
+        assert not await copied.loans(b"a")
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep_pages(cluster)
+        assert not kept(cluster)
+        for data_id in ids:
+            assert not await cluster.fragments(data_id)
+
+    run(scenario)
+
+
+async def _pages(copied: Copied, key: bytes) -> set[bytes]:
+    ring, name = copied.cluster.gateway.ring, copied.name(key)
+    return {page async for page in pages_in(ring, name, (await ring.read(name)).value, complete=True)}
 
 
 def test_one_walk_has_the_loans_of_many_objects_ended(monkeypatch: pytest.MonkeyPatch) -> None:

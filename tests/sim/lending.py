@@ -3,7 +3,8 @@
 
 Lending, its look between promise and accept, and its end are the program's own. Two of the three keys have no
 versioning, and are sometimes written by creates. Requests fall asleep between any two steps, background work that
-should end loans is dropped now and then, and looks for loans that nothing uses spare none because it is young.
+should end loans is dropped now and then, and looks for loans that nothing uses spare none because it is young. Some
+objects have two parts, which in every second play are on pages.
 
 The play also checks: a reader of a borrowing version finds its loan, unless the version has gone. In the end the data
 of each version is where its writer saw it durable, no loan stays that nothing uses, and all other data goes.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,17 +24,20 @@ import msgspec
 from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId, Retirement
+from storaged.hashes import page_hash
 from storaged.maintain.moved_record import body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName, Table, Value, Visibility
+from storaged.objects.code import manifest
 from storaged.objects.code.history import Draft, Entry, unversioned
 from storaged.objects.code.lending import borrowed_by, find_borrower
+from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
 from storaged.objects.code.version_names import NULL_NAME, VersionName
 from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectLimits, ObjectPlane
-from storaged.objects.records import Kept, PartEntry, Version, sharing_of
+from storaged.objects.records import Kept, Loan, PartEntry, Version, sharing_of
 from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write import versioned
 from storaged.objects.write.commit import AfterPromise, ProposedAgain
@@ -49,6 +53,8 @@ from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
 
 BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=(), plain=True)
+Source = tuple[RegisterName, tuple[bytes, ...], VersionName | None, tuple[bytes, ...]]
+"""(owner, data ids, version, pages) of a version that may lend, or has borrowed: as of ``Wanted``."""
 LOOKS_MAX = 8
 """At all keys in the end, for loans that nothing uses."""
 
@@ -72,6 +78,22 @@ class _Sleepy:
         value: Value | None = await self._client.settle(name)
         await self._play.nap()
         return value
+
+
+class _Held:
+    """Pages that are not put yet."""
+
+    def __init__(self) -> None:
+        self.pages: dict[bytes, bytes] = {}
+
+    async def put_page(self, _near: RegisterName, body: bytes, _name: bytes = b"") -> bytes:
+        name = page_hash(body)
+        self.pages[name] = body
+        return name
+
+    async def put_all(self, gateway: Gateway, near: RegisterName) -> None:
+        for name, body in self.pages.items():
+            await gateway.client.put_page(near, body, name)
 
 
 class Lending(Versions):
@@ -180,17 +202,25 @@ class Lending(Versions):
             await super()._put(gateway, name, null=null)
             return
         written = [await self._write(gateway, name) for _ in range(2)]
-        parts = tuple(entry for entry, _ in written)
+        parts, held = tuple(entry for entry, _ in written), _Held()
         context_id = self._luck.randbytes(16)
-        version = msgspec.structs.replace(self._version(parts[0], null=null), parts=parts, context_id=context_id)
+        made = await write_manifest(held, name, parts)  # type: ignore[arg-type]
+        version = msgspec.structs.replace(
+            self._version(parts[0], null=null),
+            parts=made.parts,
+            manifest=made.first,
+            pages=made.pages,
+            context_id=context_id,
+        )
         operation, again = self._adding(name, context_id, null=null), False
 
         async def made_durable() -> None:
             nonlocal again
             promised = asyncio.Event()
             promised.set()
-            for _, held in written:
-                await self._made_durable(gateway, held, promised, again=again)
+            for _, fragments in written:
+                await self._made_durable(gateway, fragments, promised, again=again)
+            await held.put_all(gateway, name)
             again = True
 
         try:
@@ -213,10 +243,10 @@ class Lending(Versions):
         found = await self._source(gateway, source)
         if found is None:
             return
-        owner, data_ids, named = found
+        owner, data_ids, named, pages = found
         borrowed = Borrowed(owner.key, self._luck.randbytes(16))
-        version = self._borrowing(borrowed.id, null=name.key != self.with_versions)
-        wanted = Wanted(owner, data_ids, named, Borrower(borrowed.id, name.key, 1))
+        version, held = await self._borrowing(borrowed.id, pages, null=name.key != self.with_versions)
+        wanted = Wanted(owner, data_ids, named, Borrower(borrowed.id, name.key, 1), pages)
         await self.sleep(0.1)
         operation = self._adding(name, borrowed.id, null=name.key != self.with_versions)
 
@@ -224,6 +254,7 @@ class Lending(Versions):
             async def made_durable() -> None:
                 await self.nap()
                 await check()
+                await held.put_all(gateway, name)
                 await self.sleep(0.25)
 
             await self.nap()
@@ -232,14 +263,20 @@ class Lending(Versions):
 
         await with_loan(plane, BUCKET, wanted, commit)
         self.found.done["copies"] += 1
+        self.found.done["copies of pages"] += bool(pages)
 
-    def _borrowing(self, context_id: bytes, *, null: bool = True) -> Version:
-        return msgspec.structs.replace(self._version(None, null=null, context_id=context_id), delete_marker=False)
+    async def _borrowing(
+        self, context_id: bytes, pages: tuple[bytes, ...], *, null: bool = True
+    ) -> tuple[Version, _Held]:
+        """A version without data of its own. If that is on pages, the version has a page, too: the list of its parts,
+        which is to be put between promise and accept.
+        """
+        held = _Held()
+        named = (await held.put_page(RegisterName(1, SCOPE, 0, b""), self._luck.randbytes(20)),) if pages else ()
+        version = self._version(None, null=null, context_id=context_id)
+        return msgspec.structs.replace(version, delete_marker=False, pages=named), held
 
-    async def _source(
-        self, gateway: Gateway, key: bytes
-    ) -> tuple[RegisterName, tuple[bytes, ...], VersionName | None] | None:
-        """(owner, data ids, version) of a version of the key that may lend or has borrowed."""
+    async def _source(self, gateway: Gateway, key: bytes) -> Source | None:
         name = self.name(key)
         record = decode_record((await gateway.client.read(name)).value)
         entries = [entry async for entry in every_entry(gateway.client, name, record)]
@@ -251,17 +288,25 @@ class Lending(Versions):
         borrowed = borrowed_by(record, entry.ordinal)
         if borrowed is None:
             named = NULL_NAME if entry.is_null else VersionName(entry.ordinal, entry.version.context_id)
-            return name, tuple(part.data_id for part in entry.version.parts), named
-        parts = await self._lent(gateway, name, borrowed)
-        if parts is None:
+            return name, *await self._names(gateway, name, entry.version, named)
+        loan = await self._lent(gateway, name, borrowed)
+        if loan is None:
             return None
-        return self.name(borrowed.key), tuple(part.data_id for part in parts), None
+        owner = self.name(borrowed.key)
+        return owner, *await self._names(gateway, owner, loan, None)
 
-    async def _lent(self, gateway: Gateway, name: RegisterName, borrowed: Borrowed) -> tuple[PartEntry, ...] | None:
+    async def _names(
+        self, gateway: Gateway, owner: RegisterName, having: Version | Loan, named: VersionName | None
+    ) -> tuple[tuple[bytes, ...], VersionName | None, tuple[bytes, ...]]:
+        """As ``lent_copy.lent_of``."""
+        pages = [page async for page, _ in manifest_pages(gateway.client, owner, having)]
+        return tuple(part.data_id for part in having.parts), named, tuple(pages)
+
+    async def _lent(self, gateway: Gateway, name: RegisterName, borrowed: Borrowed) -> Loan | None:
         """What a version borrows. None: the version has gone since."""
         lent = find_borrower((await gateway.client.read(self.name(borrowed.key))).value, borrowed.id)
         if lent is not None:
-            return lent[0].parts
+            return lent[0]
         again = sharing_of(decode_record((await gateway.client.read(name)).value)).borrowed
         if borrowed in again.values():
             self.complain(f"a version of {name.key!r} has lost the data that it borrows")
@@ -325,15 +370,25 @@ class Lending(Versions):
                 self.complain(f"{key!r} cannot be read in the end: {error}")
                 continue
             record = decode_record(value)
-            for entry in entries:
-                borrowed = borrowed_by(record, entry.ordinal)
-                lent = await self._lent(reader, name, borrowed) if borrowed is not None else None
-                for part in entry.version.parts if lent is None else lent:
-                    live.add(part.data_id)
-                    self._check_data(part, value.payload if value is not None else b"", copy_read=copy_read)
-            live |= {part.data_id for loan in sharing_of(record).loans for part in loan.parts}
+            try:
+                for entry in entries:
+                    for page in entry.version.pages:
+                        await reader.client.get_page(name, page)
+                    borrowed = borrowed_by(record, entry.ordinal)
+                    lent = await self._lent(reader, name, borrowed) if borrowed is not None else None
+                    owner, having = (name, entry.version) if borrowed is None else (self.name(borrowed.key), lent)
+                    for part in await self._parts(reader, owner, having):
+                        live.add(part.data_id)
+                        self._check_data(part, value.payload if value is not None else b"", copy_read=copy_read)
+                for loan in sharing_of(record).loans:
+                    live |= {part.data_id for part in await self._parts(reader, name, loan)}
+            except StoragedError as error:
+                self.complain(f"a page of {key!r} is gone: {error}")
         self._judge_history()
         return live
+
+    async def _parts(self, reader: Gateway, owner: RegisterName, having: Version | Loan | None) -> list[PartEntry]:
+        return [part async for part in parts_of(reader.client, owner, having)] if having is not None else []
 
     async def _end_all(self, reader: Gateway) -> None:
         """All loans that nothing uses end, and no others are left."""
@@ -352,10 +407,20 @@ class Lending(Versions):
             self.complain("a loan stays that nothing uses")
 
 
+@contextlib.contextmanager
+def few(seed: int) -> Iterator[None]:
+    """Small bounds for what lies in a record."""
+    before, inline = versioned.BOUNDS, manifest.PARTS_INLINE_MAX
+    versioned.BOUNDS = FEW
+    if seed % 2:
+        manifest.PARTS_INLINE_MAX = 1
+    try:
+        yield
+    finally:
+        versioned.BOUNDS, manifest.PARTS_INLINE_MAX = before, inline
+
+
 def run_lending(seed: int, rules: Rules = RULES) -> Verdicts:
     """As ``scenario.run_seed``, of these."""
-    before, versioned.BOUNDS = versioned.BOUNDS, FEW
-    try:
+    with few(seed):
         return play_out(lambda loop: Lending(seed, loop, rules))  # type: ignore[arg-type,return-value]
-    finally:
-        versioned.BOUNDS = before

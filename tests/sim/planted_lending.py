@@ -79,14 +79,14 @@ LENDING_BUGS = (
         150,
         _PLAY,
         _LOANS,
-        "    if entry is None or not parts or _ids(parts) != data_ids:\n        raise NotLent\n"
-        "    return Loan(parts[0], (), parts[1:], entry.version.multipart)\n",
-        "    if entry is not None and parts:\n"
-        "        _SEEN[_ids(parts)] = Loan(parts[0], (), parts[1:], entry.version.multipart)\n"
-        "    if data_ids not in _SEEN:\n"
+        "    if entry is None or not wanted.are_parts_of(entry.version):\n        raise NotLent\n"
+        "    version = entry.version\n",
+        "    seen, data = _loan_of.__dict__, (wanted.data_ids, wanted.pages)\n"
+        "    if entry is not None and wanted.are_parts_of(entry.version):\n"
+        "        seen[data] = entry.version\n"
+        "    if data not in seen:\n"
         "        raise NotLent\n"
-        "    return _SEEN[data_ids]\n\n\n"
-        "_SEEN: dict[tuple[bytes, ...], Loan] = {}\n",
+        "    version = seen[data]\n",
     ),
     Planted(
         "lent_beside_an_empty_replica",
@@ -123,8 +123,8 @@ LENDING_BUGS = (
         50,
         _PLAY,
         _REFERENCES,
-        "    lent = _lent_in(record) if table == Table.OBJECT else {}\n",
-        "    lent: dict[bytes, PartEntry] = {}\n",
+        "    loans = _loans_in(record) if table == Table.OBJECT else ()\n",
+        "    loans: tuple[Loan, ...] = ()\n",
         fast=True,
     ),
     Planted(
@@ -133,7 +133,7 @@ LENDING_BUGS = (
         250,
         _PLAY,
         _MOVED,
-        "        draft.loans = loans\n",
+        "        draft.loans = tuple(loans)\n",
         "",
     ),
     Planted(
@@ -161,8 +161,8 @@ LENDING_BUGS = (
         "a copy borrows the parts that a record names, not those that are sealed in it",
         0,
         path=_COPY,
-        old="    return tuple(part.data_id for part in opened.meta.parts) or (opened.version.context_id,)\n",
-        new="    return tuple(part.data_id for part in opened.version.parts) or (opened.version.context_id,)\n",
+        old="for part in opened.meta.parts) or (opened.version.context_id,))\n",
+        new="for part in opened.version.parts) or (opened.version.context_id,))\n",
         tests=f"{_UNIT}::test_a_record_that_names_other_parts_than_are_sealed_lends_nothing",
     ),
     Planted(
@@ -173,5 +173,61 @@ LENDING_BUGS = (
         old="    return tuple(info.checksums) == (algorithm,) and info.checksum_type == FULL_OBJECT\n",
         new="    return tuple(info.checksums) == (algorithm,)\n",
         tests=f"{_UNIT}::test_a_copy_of_an_upload_that_names_a_checksum_gets_one_of_the_whole_object",
+    ),
+    Planted(
+        "lent_as_the_pages_say",
+        "a copy borrows the parts that pages name, not those that are sealed in it",
+        0,
+        path=_COPY,
+        old="    if len(sealed) != len(entries) or not all(map(SealedPart.names, sealed, entries)):\n",
+        new="    if len(sealed) != len(entries):\n",
+        tests=f"{_UNIT}::test_a_record_that_names_other_parts_than_are_sealed_lends_nothing",
+    ),
+    Planted(
+        "lent_pages_refer_to_nothing",
+        "lent data counts as unused when its parts are on pages, and no version of its own key has it",
+        250,
+        _PLAY,
+        _REFERENCES,
+        "    for loan in paged.values():\n",
+        "    for loan in list[Loan]():\n",
+    ),
+    Planted(
+        "lent_pages_are_not_needed",
+        "pages with lent parts are swept when no version of their own key names them",
+        250,
+        _PLAY,
+        _REFERENCES,
+        "            for page_hash in loan.pages[:PAGES_MAX]:\n",
+        "            for page_hash in loan.pages[:0]:\n",
+    ),
+    Planted(
+        "lent_pages_stay_where_they_are",
+        "a move of blocks changes the places on a version's pages, and not those on the pages of its loan",
+        1000,
+        _PLAY,
+        _MOVED,
+        "    if not to_this:\n        return loan\n",
+        "    if not to_this or loan.part is None:\n        applied |= to_this\n        return loan\n",
+        tests=f"{_UNIT}::test_a_move_of_a_part_on_a_lent_page_is_one_change_of_version_and_loan",
+        why="A block of an object on pages that is lent has to move, and then the version has to go.",
+    ),
+    Planted(
+        "moved_beside_an_unread_loan",
+        "a move changes a version's places while the pages of a loan can't be read",
+        0,
+        path=_MOVED,
+        old="        except DataDamaged:\n            return None\n",
+        new="        except DataDamaged:\n            moved = loan\n",
+        tests=f"{_UNIT}::test_nothing_moves_while_a_page_of_a_loan_cannot_be_read",
+    ),
+    Planted(
+        "sealed_pages_before_the_promise",
+        "the pages of a copy are put before its promise, so that a sweep that looked before may delete them",
+        0,
+        path=_COPY,
+        old="    added.tell(outgoing)\n    named",
+        new="    added.tell(outgoing)\n    await sealed.put()\n    sealed._pages = {}\n    named",
+        tests=f"{_UNIT}::test_the_pages_of_a_copy_are_put_between_promise_and_accept",
     ),
 )

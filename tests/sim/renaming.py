@@ -39,10 +39,10 @@ from storaged.objects.write.departures import (
 from storaged.objects.write.loans import NotLent, Wanted, with_loan
 from tests.sim.cluster import Gateway
 from tests.sim.collecting import KEYS, entry_of
-from tests.sim.lending import BUCKET, Lending
+from tests.sim.lending import BUCKET, Lending, few
 from tests.sim.linear import Kind
 from tests.sim.scenario import play_out
-from tests.sim.versions import FEW, OPERATIONS, VersionsOperation
+from tests.sim.versions import OPERATIONS, VersionsOperation
 from tests.sim.virtual import VirtualLoop
 from tests.sim.workload import Verdicts
 
@@ -146,25 +146,27 @@ class Renaming(Lending):
                 await self._add(gateway, new, version, before_accept, copies, self._arrives(new, version, None))
             return
         if seen.borrowed is None:
-            owner, parts = old, seen.entry.version.parts
+            owner, having = old, seen.entry.version
         else:
             lent = await self._lent(gateway, old, seen.borrowed)
             if lent is None:
                 raise Changed
-            owner, parts = self.name(seen.borrowed.key), lent
+            owner, having = self.name(seen.borrowed.key), lent
+        data_ids, _, pages = await self._names(gateway, owner, having, None)
         borrowed = Borrowed(owner.key, rename_id)
-        version = self._borrowing(rename_id)
+        version, held = await self._borrowing(rename_id, pages)
 
         async def commit(check_lent: AfterPromise) -> None:
             async def looks() -> None:
                 await check_lent()
+                await held.put_all(gateway, new)
                 await before_accept()
 
             async with self._noted(operation):
                 await self._add(gateway, new, version, looks, edit=self._arrives(new, version, borrowed))
 
-        data_ids = tuple(part.data_id for part in parts)
-        await with_loan(plane, BUCKET, Wanted(owner, data_ids, None, Borrower(rename_id, new.key, 1)), commit)
+        wanted = Wanted(owner, data_ids, None, Borrower(rename_id, new.key, 1), pages)
+        await with_loan(plane, BUCKET, wanted, commit)
 
     def _arrives(self, name: RegisterName, version: Version, borrowed: Borrowed | None) -> versioned.Edit:
         """As ``rename._Arriving``."""
@@ -200,8 +202,5 @@ class Renaming(Lending):
 
 def run_renaming(seed: int, rules: Rules = RULES) -> Verdicts:
     """As ``scenario.run_seed``, of these."""
-    before, versioned.BOUNDS = versioned.BOUNDS, FEW
-    try:
+    with few(seed):
         return play_out(lambda loop: Renaming(seed, loop, rules))  # type: ignore[arg-type,return-value]
-    finally:
-        versioned.BOUNDS = before

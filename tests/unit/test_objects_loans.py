@@ -19,11 +19,13 @@ from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, 
 from storaged.meta.storage.row_head import LEAD_BYTES, head_of
 from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, PutResult, WriteConditions
 from storaged.objects.code.lock import COMPLIANCE
+from storaged.objects.code.manifest import parts_of, with_parts
 from storaged.objects.code.versions import decode_record
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, LOCK, VERSIONING, ObjectLock, Versioning
 from storaged.objects.encryption import CUSTOMER, KMS, Encryption
 from storaged.objects.etags import ANY
+from storaged.objects.read.borrowed import find_data
 from storaged.objects.read.find import find
 from storaged.objects.records import (
     BucketRecord,
@@ -47,9 +49,9 @@ from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.system.emptying import end_remains
 from storaged.objects.where import where
 from storaged.objects.write import lent_copy, loans
-from storaged.objects.write.lent_copy import sealed_ids
+from storaged.objects.write.lent_copy import lent_of
 from storaged.objects.write.loans import BORROWED_MAX, BORROWERS_MAX, FRESH_MS, end_unused
-from storaged.objects.write.references import parts_in
+from storaged.objects.write.references import pages_in, parts_in
 from storaged.wire import decode
 from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
 
@@ -499,11 +501,11 @@ async def upload(made: Made, key: bytes, datas: list[bytes], algorithm: str = "C
     return (await made.objects.complete(made.bucket, key, begun.upload_id, parts, owner=OWNER)).etag
 
 
-@pytest.mark.parametrize("count", [1, 3, 32])
+@pytest.mark.parametrize("count", [1, 3, 32, 33, 300])
 async def test_a_copy_of_an_upload_has_its_parts_and_its_data_goes_with_the_last_of_them(
     made: Made, count: int
 ) -> None:
-    datas = [os.urandom(70_000 + number) for number in range(count)]
+    datas = [os.urandom(5_000 + number) for number in range(count)]
     etag = await upload(made, b"m", datas)
     source, fragments = await made.objects.head(made.bucket, b"m"), made.fragments()
     await made.copy(b"m", b"b", meta=NewMeta({"content-type": "x/y"}))
@@ -555,18 +557,155 @@ async def test_a_copy_of_an_upload_that_names_a_checksum_gets_one_of_the_whole_o
     assert not sharing_of(made.record(b"m")).loans
 
 
-async def test_a_record_that_names_other_parts_than_are_sealed_lends_nothing(made: Made) -> None:
+@pytest.mark.parametrize("count", [2, 33])
+async def test_a_record_that_names_other_parts_than_are_sealed_lends_nothing(made: Made, count: int) -> None:
     """A hostile replica may have put them there: what the copy would read is damage."""
-    datas = [os.urandom(70_000), os.urandom(80_000)]
-    await upload(made, b"m", datas)
-    opened = (await find(made.plane, made.bucket, b"m", "")).opened
-    assert sealed_ids(opened) == tuple(part.data_id for part in opened.version.parts)
+    await upload(made, b"m", [os.urandom(5_000) for _ in range(count)])
     value, record = made.value(b"m"), made.record(b"m")
     assert value is not None
-    swapped = msgspec.structs.replace(record.versions[0], parts=record.versions[0].parts[::-1])
+    version = record.versions[0]
+    parts = [part async for part in parts_of(made.plane.pages, made.name(b"m"), version)]
+    await lent_of(made.plane, made.bucket, b"m", await find(made.plane, made.bucket, b"m", ""))
+    swapped = await with_parts(made.plane.pages, made.name(b"m"), version, parts[::-1])
     body = encode_object(msgspec.structs.replace(record, versions=(swapped,)))
     made.world.ring.values[made.name(b"m")] = msgspec.structs.replace(value, body=body)
     with pytest.raises(DataDamaged):
         await made.copy(b"m", b"b")
     assert made.value(b"b") is None
     assert not sharing_of(made.record(b"m")).loans
+
+
+# --- parts on pages
+
+
+async def _pages(made: Made, key: bytes, *, complete: bool = True) -> set[bytes]:
+    """The pages that a key's record needs."""
+    return {page async for page in pages_in(made.plane.pages, made.name(key), made.value(key), complete=complete)}
+
+
+async def test_pages_with_lent_parts_are_those_of_the_owner_and_the_sealed_list_is_the_copys_own(made: Made) -> None:
+    await upload(made, b"m", [os.urandom(5_000) for _ in range(300)])
+    before = await _pages(made, b"m")
+    await made.copy(b"m", b"b")
+    [loan] = sharing_of(made.record(b"m")).loans
+    assert (loan.part, loan.parts, len(loan.pages)) == (None, (), 2)
+    assert await _pages(made, b"m") == before
+    own = await _pages(made, b"b")
+    assert (len(own), own & before) == (1, set())
+    version = made.record(b"b").versions[0]
+    assert (version.pages, version.manifest, version.parts) == (tuple(own), b"", ())
+    await made.delete(b"m")
+    assert await _pages(made, b"m") == set(loan.pages) == {loan.manifest, *loan.pages}
+    assert len(await made.parts_of(b"m")) == 300
+    found = await find_data(made.plane, made.bucket, b"b", "")
+    assert set(found.opened.version.pages) == set(loan.pages) | own, "a long download holds all of them"
+    forgetful = msgspec.structs.replace(loan, pages=())
+    record = made.record(b"m")
+    assert isinstance(record, SharingRecord)
+    body = encode_object(msgspec.structs.replace(record, sharing=Sharing((forgetful,))))
+    value = made.value(b"m")
+    assert value is not None
+    made.world.ring.values[made.name(b"m")] = msgspec.structs.replace(value, body=body)
+    with pytest.raises(DataDamaged):
+        await _pages(made, b"m")
+
+
+async def test_the_pages_of_a_copy_are_put_between_promise_and_accept(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a sweep that looked before could delete them."""
+    await upload(made, b"m", [os.urandom(5_000) for _ in range(33)])
+    before = set(made.world.ring.pages)
+
+    looks = loans.check_lent
+
+    async def promised(*what: Any) -> None:
+        assert set(made.world.ring.pages) == before
+        await looks(*what)
+
+    monkeypatch.setattr(loans, "check_lent", promised)
+    await made.copy(b"m", b"b")
+    assert set(made.world.ring.pages) == before | await _pages(made, b"b")
+    assert len(before) < len(made.world.ring.pages)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_move_of_a_part_on_a_lent_page_is_one_change_of_version_and_loan(made: Made, gone: bool) -> None:
+    datas = [os.urandom(5_000) for _ in range(300)]
+    await upload(made, b"m", datas)
+    await made.copy(b"m", b"b")
+    if gone:
+        await made.delete(b"m")
+    name = made.name(b"m")
+    part = (await made.parts_of(b"m"))[290]
+    run = part.runs[0]
+    ask = MoveAsk(name.pack(), part.data_id, run, msgspec.structs.replace(run, moved={0: "elsewhere"}))
+    found = await body_after(made.plane.pages, name, made.value(b"m"), [(ask, Profile(run.k, run.m))])
+    assert found is not None
+    record = decode_object(found[0])
+    [loan] = sharing_of(record).loans
+    for having in (loan, *record.versions):
+        parts = [one async for one in parts_of(made.plane.pages, name, having)]
+        assert [index for index, one in enumerate(parts) if one.runs[0].moved] == [290]
+        assert set(having.pages) >= {having.manifest}
+    assert len(record.versions) == (0 if gone else 1)
+    assert {version.manifest for version in record.versions} <= {loan.manifest}
+    assert set(found[1]) >= set(loan.pages) - await _pages(made, b"m")
+    value = made.value(b"m")
+    assert value is not None
+    change = Change(found[0], value.visibility, value.payload)
+    await made.plane.registers.change(name, lambda _value: change)
+    await made.copy(b"b", b"c")
+    assert len(sharing_of(made.record(b"m")).loans[0].borrowers) == 2
+    assert await made.read(b"c") == b"".join(datas)
+    again = await body_after(made.plane.pages, name, made.value(b"m"), [(ask, Profile(run.k, run.m))])
+    assert again is None, "it was made"
+
+
+async def test_nothing_moves_while_a_page_of_a_loan_cannot_be_read(made: Made) -> None:
+    await upload(made, b"m", [os.urandom(5_000) for _ in range(33)])
+    await made.copy(b"m", b"b")
+    await put(made.objects, made.bucket, DATA, key=b"m")
+    [loan] = sharing_of(made.record(b"m")).loans
+    name, part = made.name(b"m"), made.record(b"m").versions[0].parts[0]
+    run = part.runs[0]
+    ask = MoveAsk(name.pack(), part.data_id, run, msgspec.structs.replace(run, moved={0: "elsewhere"}))
+    move = [(ask, Profile(run.k, run.m))]
+    page = made.world.ring.pages.pop(loan.manifest)
+    assert await body_after(made.plane.pages, name, made.value(b"m"), move) is None
+    seen: list[DataDamaged] = []
+    value = made.value(b"m")
+    assert value is not None
+    found = [one async for one in parts_in(made.plane.pages, name, value.body, Table.OBJECT, on_unreadable=seen.append)]
+    assert (found, len(seen)) == ([part], 1)
+    with pytest.raises(DataDamaged):
+        await made.parts_of(b"m")
+    made.world.ring.pages[loan.manifest] = page
+    assert await body_after(made.plane.pages, name, made.value(b"m"), move) is not None
+
+
+async def test_a_record_lends_a_bounded_number_of_pages(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loans, "LENT_PAGES_MAX", 3)
+    for number in range(2):
+        await upload(made, b"m", [os.urandom(2_000) for _ in range(300)])
+        await made.copy(b"m", b"copy %d" % number)
+        assert bool(await made.parts_of(b"copy %d" % number)) is bool(number)
+
+
+async def test_a_version_with_parts_on_pages_lends_and_its_copy_is_one_of_versions(made: Made) -> None:
+    made.bucket = made.plane.configurations.put(made.bucket, NOTHING.having(VERSIONING, Versioning(ENABLED)))
+    datas = [os.urandom(5_000) for _ in range(40)]
+    await upload(made, b"m", datas)
+    copied = await made.copy(b"m", b"b")
+    for _ in range(20):  # both go to pages of older versions
+        await put(made.objects, made.bucket, os.urandom(70_000), key=b"b")
+        await put(made.objects, made.bucket, os.urandom(70_000), key=b"m")
+    source = CopySource(made.bucket, b"b", copied.version_id)
+    await made.objects.copy(source, made.bucket, b"c", owner=OWNER, meta=None)
+    assert not await made.parts_of(b"c")
+    assert await made.read(b"c") == b"".join(datas)
+    assert b"".join(await _part(made, b"c", 40)) == datas[39]
+    await made.objects.set_tags(made.bucket, b"c", {"t": "1"})
+    await made.objects.set_encryption(made.bucket, b"c", Encryption(KMS, "arn:of:key"))
+    assert await made.read(b"c") == b"".join(datas)
+    assert (await made.objects.head(made.bucket, b"c")).part_count == 40

@@ -45,11 +45,12 @@ from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, VERSIONING, Versioning
 from storaged.objects.encryption import CUSTOMER, KMS, Encryption
 from storaged.objects.etags import ANY, tag
+from storaged.objects.read.find import current_entry
 from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, sharing_of
 from storaged.objects.service import ObjectService
 from storaged.objects.sharing import Departure
 from storaged.objects.write import complete, departures, loans, rename
-from storaged.objects.write.departures import BUSY_MS, end_old
+from storaged.objects.write.departures import BUSY_MS, Seen, end_old
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import CompleteResult
 from storaged.objects.write.versioned import change_versions
@@ -675,9 +676,9 @@ async def in_parts(made: Made) -> Made:
     return made
 
 
-@pytest.mark.parametrize("count", [1, 3, 32])
+@pytest.mark.parametrize("count", [1, 3, 32, 33, 300])
 async def test_all_parts_of_an_object_are_lent_and_go_together(in_parts: Made, count: int) -> None:
-    made, datas = in_parts, [os.urandom(70_000 + number) for number in range(count)]
+    made, datas = in_parts, [os.urandom(5_000 + number) for number in range(count)]
     datas[-1] += b"" if count == 1 else b"end"
     etag = await upload(made, b"a", datas)
     before, fragments = await made.objects.head(made.bucket, b"a"), made.fragments()
@@ -691,7 +692,9 @@ async def test_all_parts_of_an_object_are_lent_and_go_together(in_parts: Made, c
     assert await made.read(b"d") == b"".join(datas)
     assert made.fragments() == fragments
     [loan] = sharing_of(made.record(b"a")).loans
-    assert (len(loan.parts), loan.uploaded) == (count, True)
+    assert (len(loan.parts), len(loan.pages), loan.uploaded) == (
+        (count, 0, True) if count <= 32 else (0, -(-count // 256), True)
+    )
     value = made.world.ring.values[made.name(b"a")]
     kept = {part.data_id async for part in parts_in(made.plane.pages, made.name(b"a"), value.body, Table.OBJECT)}
     assert kept == fragments
@@ -724,7 +727,29 @@ async def test_a_move_of_any_part_is_one_of_the_loan(in_parts: Made) -> None:
     assert [one.runs[0].moved for one in loan.parts] == [{}, {0: "elsewhere"}]
 
 
-async def test_parts_on_pages_are_sealed_anew(in_parts: Made) -> None:
+@pytest.mark.parametrize("count", [2, 33])
+async def test_an_object_whose_blocks_move_is_the_same_object(in_parts: Made, count: int) -> None:
+    made = in_parts
+    await upload(made, b"a", [os.urandom(5_000) for _ in range(count)])
+    name = made.name(b"a")
+    value, record = made.world.ring.values[name], made.record(b"a")
+    seen = Seen(current_entry(record), None)
+    part = [part async for part in parts_in(made.plane.pages, name, value.body, Table.OBJECT)][1]
+    run = part.runs[0]
+    ask = MoveAsk(name.pack(), part.data_id, run, msgspec.structs.replace(run, moved={0: "elsewhere"}))
+    found = await body_after(made.plane.pages, name, value, [(ask, Profile(run.k, run.m))])
+    assert found is not None
+    moved = decode_object(found[0])
+    assert moved != record
+    assert seen.is_current(Draft(moved, Shelf()))
+    other = msgspec.structs.replace(moved.versions[0], meta=b"other")
+    assert not seen.is_current(Draft(msgspec.structs.replace(moved, versions=(other,)), Shelf()))
+
+
+async def test_parts_on_pages_that_can_not_be_lent_are_sealed_anew(
+    in_parts: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loans, "LENT_PAGES_MAX", 0)
     made, datas = in_parts, [os.urandom(5_000) for _ in range(33)]
     etag = await upload(made, b"a", datas)
     before = await made.objects.head(made.bucket, b"a")

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from storaged.errors import DataDamaged
+from storaged.hashes import page_hash
 from storaged.ids import Entropy
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
@@ -22,6 +23,7 @@ from storaged.objects.code.geometry import problem_of
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import (
     PARTS_INLINE_MAX,
+    Loan,
     PartEntry,
     SealedMeta,
     SealedPart,
@@ -82,9 +84,9 @@ async def with_parts(pages: Pages, near: RegisterName, version: Version, parts: 
     """The version with a manifest of these parts, whose pages are durable when this returns. Its other pages, which
     have what is sealed about the parts, stay: they are those of the version that its present manifest does not have.
     """
-    before = {page_hash async for page_hash, _ in manifest_pages(pages, near, version)}
+    before = {one async for one, _ in manifest_pages(pages, near, version)}
     manifest = await write_manifest(pages, near, parts)
-    others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
+    others = tuple(one for one in version.pages if one not in before)
     return msgspec.structs.replace(
         version,
         parts=manifest.parts,
@@ -93,18 +95,20 @@ async def with_parts(pages: Pages, near: RegisterName, version: Version, parts: 
     )
 
 
-async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[PartEntry]:
+async def parts_of(pages: Pages, near: RegisterName, having: Version | Loan) -> AsyncIterator[PartEntry]:
     """The parts in order, page by page. Raises DataDamaged, also for an entry that cannot be a part."""
-    for part in version.parts:
+    for part in having.parts:
         yield checked(part)
-    async for _, page in manifest_pages(pages, near, version):
+    async for _, page in manifest_pages(pages, near, having):
         for part in page.parts:
             yield checked(part)
 
 
-async def manifest_pages(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[tuple[bytes, PartsPage]]:
+async def manifest_pages(
+    pages: Pages, near: RegisterName, having: Version | Loan
+) -> AsyncIterator[tuple[bytes, PartsPage]]:
     """(hash, page) along the chain. Raises DataDamaged."""
-    following = version.manifest
+    following = having.manifest
     for _ in range(PAGES_MAX):
         if not following:
             return
@@ -143,17 +147,25 @@ async def bound_parts_of(
 async def write_sealed_parts(
     pages: Pages, near: RegisterName, dek: bytes, context: bytes, parts: Sequence[SealedPart], entropy: Entropy
 ) -> tuple[bytes, ...]:
-    """Writes pages with the parts' ETags, sizes and checksums, sealed under the version's key. Returns the pages'
-    hashes, the first one's first.
+    """Writes the pages of ``seal_parts``. Returns their hashes, the first one's first."""
+    sealed = seal_parts(dek, context, parts, entropy)
+    for name, body in reversed(sealed.items()):
+        await pages.put_page(near, body, name)
+    return tuple(sealed)
+
+
+def seal_parts(dek: bytes, context: bytes, parts: Sequence[SealedPart], entropy: Entropy) -> dict[bytes, bytes]:
+    """Pages with the parts' ETags, sizes and checksums, sealed under the version's key, by their hashes; the first one
+    first.
     """
     following = b""
-    hashes: list[bytes] = []
+    pages: list[tuple[bytes, bytes]] = []
     for start in reversed(range(0, len(parts), PAGE_SEALED_PARTS_MAX)):
         page = SealedPartsPage(tuple(parts[start : start + PAGE_SEALED_PARTS_MAX]), following)
-        sealed = seal_message(dek, PARTS_LABEL, context, encode(page), entropy(SALT_BYTES))
-        following = await pages.put_page(near, sealed)
-        hashes.append(following)
-    return tuple(reversed(hashes))
+        body = seal_message(dek, PARTS_LABEL, context, encode(page), entropy(SALT_BYTES))
+        following = page_hash(body)
+        pages.append((following, body))
+    return dict(reversed(pages))
 
 
 async def sealed_parts_of(
@@ -179,8 +191,8 @@ async def renew_pages(pages: Pages, near: RegisterName, hashes: Sequence[bytes])
     """Puts pages again, so that no sweep that looked at them before deletes them, and on all replicas that answer.
     Raises DataDamaged for a page that is gone, ServiceUnavailable.
     """
-    for page_hash in hashes:
-        await pages.put_page(near, await pages.get_page(near, page_hash), page_hash)
+    for name in hashes:
+        await pages.put_page(near, await pages.get_page(near, name), name)
 
 
 def _decode(body: bytes, kind: type[T]) -> T:

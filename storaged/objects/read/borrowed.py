@@ -30,7 +30,13 @@ async def with_data(plane: ObjectPlane, bucket: BucketRecord, found: Found) -> F
     lent = find_borrower((await plane.registers.read(owner)).value, borrowed.id)
     if lent is None:
         raise DataDamaged("The record of another key, which keeps the data of this one, does not have it.")
-    version = msgspec.structs.replace(found.opened.version, parts=tuple(map(checked, lent[0].parts)))
+    loan, version = lent[0], found.opened.version
+    version = msgspec.structs.replace(
+        version,
+        parts=tuple(map(checked, loan.parts)),
+        manifest=loan.manifest,
+        pages=(*loan.pages, *version.pages),
+    )
     return Found(owner, found.opened._replace(version=version), found.version_id, None, None, found.lock)
 
 

@@ -78,7 +78,8 @@ class Seen(NamedTuple):
         if newest is None or draft.borrowed.get(newest.ordinal) != self.borrowed:
             return False
         now, then = newest.version, self.entry.version
-        return newest.ordinal == self.entry.ordinal and msgspec.structs.replace(now, parts=then.parts) == then
+        there = msgspec.structs.replace(now, parts=then.parts, manifest=then.manifest, pages=then.pages)
+        return newest.ordinal == self.entry.ordinal and there == then
 
 
 async def depart(

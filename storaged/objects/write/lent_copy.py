@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import msgspec
 
+from storaged.errors import DataDamaged
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import NO_READ_CONDITIONS, CopySource, NewMeta, ObjectInfo, PutResult, WriteConditions
 from storaged.objects.code.history import Draft, Entry
+from storaged.objects.code.manifest import manifest_pages, seal_parts, sealed_parts_of
 from storaged.objects.code.version_names import required_name
 from storaged.objects.code.versions import (
-    OpenedVersion,
     Place,
     UnsealedVersion,
     access_of,
@@ -37,9 +38,9 @@ from storaged.objects.code.versions import (
 from storaged.objects.conditions import check_copy_source
 from storaged.objects.encryption import CUSTOMER, NO_KEY, Encryption
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.read.borrowed import owner_of
-from storaged.objects.read.find import find
-from storaged.objects.records import BucketRecord, Version
+from storaged.objects.read.borrowed import owner_of, with_data
+from storaged.objects.read.find import Found, find
+from storaged.objects.records import BucketRecord, PartEntry, SealedMeta, SealedPart, Version
 from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.checksums import FULL_OBJECT
@@ -60,7 +61,7 @@ class Lendable(NamedTuple):
     """A source whose data a copy may borrow. ``owner``: the register that the data belongs to."""
 
     info: ObjectInfo
-    opened: OpenedVersion
+    found: Found
     owner: RegisterName
 
 
@@ -81,9 +82,7 @@ async def lendable(
         return None
     found = await find(plane, source.bucket, source.key, source.version_id)
     opened = found.opened
-    if opened.has_customer_key or opened.meta.parts_page:
-        return None
-    if opened.borrowed is None and not is_coded(opened.version):
+    if opened.has_customer_key or (opened.borrowed is None and not is_coded(opened.version)):
         return None
     info = info_of(source.key, opened, found.version_id, (), found.lock)
     if not has_checksums(info, algorithm):
@@ -92,7 +91,7 @@ async def lendable(
         check_copy_source(source.conditions, info.etag, info.modified_ms)
     check_allowed(access_of(info), source.allowed)
     owner = owner_of(bucket, found)
-    return Lendable(info, opened, owner) if replicas_answer(plane, owner) else None
+    return Lendable(info, found, owner) if replicas_answer(plane, owner) else None
 
 
 def has_checksums(info: ObjectInfo, algorithm: str) -> bool:
@@ -110,14 +109,68 @@ def replicas_answer(plane: ObjectPlane, owner: RegisterName) -> bool:
     return all(plane.liveness.disk_readable(disk) for disks in voting for disk in disks)
 
 
-def sealed_ids(opened: OpenedVersion) -> tuple[bytes, ...]:
-    """The data ids of all parts of a version, as they are sealed in it. A record that names others lends nothing."""
-    return tuple(part.data_id for part in opened.meta.parts) or (opened.version.context_id,)
-
-
 def is_coded(version: Version) -> bool:
-    """Whether some of its data is coded. False for one with a manifest of pages."""
-    return any(part.runs and not part.small and not part.inline for part in version.parts)
+    """Whether some of its data is coded, or may be: many parts are on pages, which are not read here."""
+    return bool(version.manifest) or any(part.runs and not part.small and not part.inline for part in version.parts)
+
+
+class Lent(NamedTuple):
+    """What a copy of a version borrows, and what it needs to know of it. ``data_ids``, ``pages``: as of ``Wanted``.
+    ``parts``: sealed in the version on pages of their own.
+    """
+
+    data_ids: tuple[bytes, ...]
+    pages: tuple[bytes, ...] = ()
+    parts: tuple[SealedPart, ...] = ()
+
+
+async def lent_of(plane: ObjectPlane, bucket: BucketRecord, key: bytes, found: Found) -> Lent:
+    """The data that is sealed in the version ``found`` of a key. A record that names other parts lends nothing. Raises
+    NotLent, ServiceUnavailable.
+    """
+    opened = found.opened
+    if not opened.meta.parts_page:
+        return Lent(tuple(part.data_id for part in opened.meta.parts) or (opened.version.context_id,))
+    hashes: list[bytes] = []
+    entries: list[PartEntry] = []
+    try:
+        context = Place(bucket.id, key).context_of(opened.version)
+        sealed = await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta)
+        data = await with_data(plane, bucket, found)
+        async for page_hash, page in manifest_pages(plane.pages, data.name, data.opened.version):
+            hashes.append(page_hash)
+            entries += page.parts
+    except DataDamaged:
+        raise NotLent from None
+    if len(sealed) != len(entries) or not all(map(SealedPart.names, sealed, entries)):
+        raise NotLent
+    return Lent((), tuple(hashes), sealed)
+
+
+class SealedPages:
+    """The pages with the parts of a version that borrows: the list that is sealed in its source, sealed anew."""
+
+    def __init__(self, write: Write, lent: Lent) -> None:
+        """``write``: of the borrowing version."""
+        self._write = write
+        self._parts = lent.parts
+        self._pages: dict[bytes, bytes] = {}
+
+    def name_in(self, new: UnsealedVersion, meta: SealedMeta, source: SealedMeta) -> tuple[UnsealedVersion, SealedMeta]:
+        """The borrowing version and its metadata, with the parts of the source."""
+        if not self._parts:
+            return new, msgspec.structs.replace(meta, parts=source.parts, parts_page=b"")
+        dek, entropy = self._write.part.dek, self._write.plane.entropy
+        context = self._write.place.context(new.version_id, new.context_id)
+        self._pages = seal_parts(dek, context, self._parts, entropy)
+        hashes = tuple(self._pages)
+        new = msgspec.structs.replace(new, pages=hashes)
+        return new, msgspec.structs.replace(meta, parts=(), parts_page=hashes[0])
+
+    async def put(self) -> None:
+        """To be awaited between the promise and the accept of the version. Raises ServiceUnavailable."""
+        for page_hash, body in reversed(self._pages.items()):
+            await self._write.plane.pages.put_page(self._write.part.name, body, page_hash)
 
 
 async def copy_lent(
@@ -132,21 +185,25 @@ async def copy_lent(
 ) -> PutResult:
     """Raises NotLent when the copy needs data of its own: nothing was copied. Raises as ``put``."""
     bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
-    name, context_id = object_name(bucket.id, bucket.shard_numbers, key), lent.opened.version.context_id
+    name, opened = object_name(bucket.id, bucket.shard_numbers, key), lent.found.opened
     plane.room.check(name, bucket.countries)
-    part = NewPart(bucket, name, lent.opened.dek, context_id)
+    data = await lent_of(plane, bucket, source.key, lent.found)
+    part = NewPart(bucket, name, opened.dek, opened.version.context_id)
     write = Write(plane, Place(bucket.id, key), bucket_key, part, NewObject(new, owner, conditions))
     borrowed = Borrowed(lent.owner.key, plane.entropy(BORROWER_ID_BYTES))
-    added = _BorrowingVersion(write, lent, borrowed)
+    sealed = SealedPages(write, data)
+    added = _BorrowingVersion(write, lent, sealed, borrowed)
     await check_early(plane, name, write.place, added.keys, conditions)
     outgoing = await outgoing_of(plane, bucket, name, new.origin) if new.origin is not None else None
     added.tell(outgoing)
     named = required_name(source.version_id) if source.version_id else None
-    wanted = Wanted(lent.owner, sealed_ids(lent.opened), named, Borrower(borrowed.id, key, plane.clock.wall_ms()))
+    borrower = Borrower(borrowed.id, key, plane.clock.wall_ms())
+    wanted = Wanted(lent.owner, data.data_ids, named, borrower, data.pages)
 
     async def commit(check: AfterPromise) -> None:
         async def after_promise() -> None:
             await check()
+            await sealed.put()
             await added.change.put_pages(plane.pages, name)
             if outgoing is not None:
                 await outgoing.note()
@@ -162,8 +219,8 @@ async def copy_lent(
 
 
 class _BorrowingVersion(AddedVersion):
-    def __init__(self, write: Write, lent: Lendable, borrowed: Borrowed) -> None:
-        super().__init__(write, _maker(write, lent))
+    def __init__(self, write: Write, lent: Lendable, sealed: SealedPages, borrowed: Borrowed) -> None:
+        super().__init__(write, _maker(write, lent, sealed))
         self._borrowed = borrowed
 
     def note_added(self, draft: Draft, added: Entry) -> None:
@@ -173,9 +230,9 @@ class _BorrowingVersion(AddedVersion):
         draft.borrowed[added.ordinal] = self._borrowed
 
 
-def _maker(write: Write, lent: Lendable) -> Callable[[str], tuple[Version, PutResult]]:
+def _maker(write: Write, lent: Lendable, sealed: SealedPages) -> Callable[[str], tuple[Version, PutResult]]:
     def make(version_id: str) -> tuple[Version, PutResult]:
-        plane, new, info, source = write.plane, write.new, lent.info, lent.opened
+        plane, new, info, source = write.plane, write.new, lent.info, lent.found.opened
         modified_ms, context_id = plane.clock.wall_ms(), write.part.data_id
         unsealed = UnsealedVersion(
             version_id,
@@ -188,7 +245,7 @@ def _maker(write: Write, lent: Lendable) -> Callable[[str], tuple[Version, PutRe
         )
         dek, encryption, _ = record_key(write.place, context_id, write.part.dek, new.meta.encryption, plane.entropy)
         meta = meta_of(new.meta, info.etag, dict(info.checksums), info.checksum_type, info.size)
-        meta = msgspec.structs.replace(meta, parts=source.meta.parts)
+        unsealed, meta = sealed.name_in(unsealed, meta, source.meta)
         version = seal_version(write.place, unsealed, write.bucket_key, dek, meta, plane.entropy, encryption)
         return version, PutResult(
             info.etag,

@@ -3,9 +3,10 @@
 Theory of operation. Data belongs to one register, its *owner*. Each of its fragments names the owner, and deletion,
 repair and moves ask the owner alone. A copy does not change that: the owner's record keeps the data for it.
 
-* The owner's record has a *loan*: the data (its place, too) and its *borrowers*. As long as it has one, the record
-  refers to the data (``write.references``), whether or not a version of its own key has it. So collection, sweep,
-  repair, moves and the loss of disks need to know nothing of copies, and one register has the places of the data.
+* The owner's record has a *loan*: the data (its place, too; of many parts the pages with both) and its *borrowers*. As
+  long as it has one, the record refers to the data and names the pages (``write.references``), whether or not a
+  version of its own key has it. So collection, sweep, repair, moves and the loss of disks need to know nothing of
+  copies, and one register has the places of the data.
 * The borrowing version has no parts. Its record says in which key's record they are, under which borrower's id
   (``records.Borrowed``). Readers look there (``read.borrowed``). A copy of a copy borrows from the same owner.
 
@@ -45,7 +46,7 @@ a tombstone that a replica holds may be expunged later.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -60,10 +61,10 @@ from storaged.objects.code.lending import find_borrower, uses
 from storaged.objects.code.version_names import VersionName
 from storaged.objects.code.versions import decode_record
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, Loan, PartEntry, sharing_of
+from storaged.objects.records import BucketRecord, Loan, Version, sharing_of
 from storaged.objects.sharing import Borrowed, Borrower
 from storaged.objects.write.commit import AfterPromise
-from storaged.objects.write.retire import retire_removed, retirements
+from storaged.objects.write.retire import retire_paged, retire_removed, retirements
 from storaged.objects.write.versioned import Gone, change_versions
 from storaged.units import KIB
 
@@ -75,7 +76,9 @@ BORROWERS_MAX = 64
 KEYS_BYTES_MAX = 16 * KIB
 """Limits of one record: the borrowers of its loans, and the bytes of their keys. Further copies get their own data."""
 LENT_PARTS_MAX = 96
-"""Parts of the loans of one record."""
+"""Parts of the loans of one record, those on pages apart."""
+LENT_PAGES_MAX = 96
+"""Pages with parts of the loans of one record. 10,000 parts have 40."""
 STRAGGLERS_S = (0.02, 0.2)
 """A loan is chosen when a majority has accepted it. Pauses before further looks, for the other replicas."""
 BORROWED_MAX = 32
@@ -88,14 +91,21 @@ is further in the future than this is of a wrong clock: such a copy counts as ol
 
 class Wanted(NamedTuple):
     """The data that a copy borrows, of the register ``owner``: a loan has it, or the version ``named`` (None: the
-    current one). ``data_ids``: of its parts. An upload that was completed twice may have made versions of some and of
-    all of its parts, so the first one does not tell. ``borrower``: the new version, of a key of the same bucket.
+    current one). ``data_ids``: of its parts in the record. An upload that was completed twice may have made versions of
+    some and of all of its parts, so the first one does not tell. ``borrower``: the new version, of a key of the same
+    bucket. ``pages``: with the parts, the first one first. Their hashes name the places of the blocks, too: data whose
+    blocks move in this moment is not lent.
     """
 
     owner: RegisterName
     data_ids: tuple[bytes, ...]
     named: VersionName | None
     borrower: Borrower
+    pages: tuple[bytes, ...] = ()
+
+    def are_parts_of(self, having: Version | Loan) -> bool:
+        first = self.pages[0] if self.pages else b""
+        return having.manifest == first and tuple(part.data_id for part in having.parts) == self.data_ids
 
 
 class NotLent(Exception):
@@ -142,35 +152,39 @@ async def with_loan(
 
 async def add_borrower(plane: ObjectPlane, bucket: BucketRecord, wanted: Wanted) -> None:
     """Lends the data. Raises NotLent, and as ``change_versions``."""
-    owner, data_ids, named, borrower = wanted
+    borrower = wanted.borrower
 
     def edit(draft: Draft, _ordinal: int) -> bool:
-        loan = next((loan for loan in draft.loans if _ids(loan.parts) == data_ids), None)
+        loan = next((loan for loan in draft.loans if wanted.are_parts_of(loan)), None)
         others = tuple(one for one in draft.loans if one is not loan)
         if loan is None:
-            loan = _loan_of(draft, data_ids, named)
+            loan = _loan_of(draft, wanted)
         borrowers = tuple(one for one in loan.borrowers if one.id != borrower.id)
         draft.loans = (*others, msgspec.structs.replace(loan, borrowers=(*borrowers, borrower)))
         keys = [one.key for loan in draft.loans for one in loan.borrowers]
-        parts = sum(len(loan.parts) for loan in draft.loans)
-        if len(keys) > BORROWERS_MAX or sum(map(len, keys)) > KEYS_BYTES_MAX or parts > LENT_PARTS_MAX:
+        parts, pages = sum(len(one.parts) for one in draft.loans), sum(len(one.pages) for one in draft.loans)
+        if len(keys) > BORROWERS_MAX or sum(map(len, keys)) > KEYS_BYTES_MAX:
+            raise NotLent
+        if parts > LENT_PARTS_MAX or pages > LENT_PAGES_MAX:
             raise NotLent
         return True
 
-    await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
+    await change_versions(plane, BucketKeys(plane, bucket), wanted.owner, edit)
 
 
-def _loan_of(draft: Draft, data_ids: tuple[bytes, ...], named: VersionName | None) -> Loan:
-    """Of the version that has this data, without borrowers. One with its parts on pages lends nothing."""
-    entry = draft.find(named) if named is not None else draft.newest
-    parts = entry.version.parts if entry is not None else ()
-    if entry is None or not parts or _ids(parts) != data_ids:
+def _loan_of(draft: Draft, wanted: Wanted) -> Loan:
+    """Of the version that has this data, without borrowers."""
+    entry = draft.find(wanted.named) if wanted.named is not None else draft.newest
+    if entry is None or not wanted.are_parts_of(entry.version):
         raise NotLent
-    return Loan(parts[0], (), parts[1:], entry.version.multipart)
-
-
-def _ids(parts: Sequence[PartEntry]) -> tuple[bytes, ...]:
-    return tuple(part.data_id for part in parts)
+    version = entry.version
+    if version.manifest:
+        if not set(wanted.pages) <= set(version.pages):
+            raise NotLent  # an old record does not list its pages
+        return Loan(None, (), (), version.multipart, version.manifest, wanted.pages)
+    if not version.parts:
+        raise NotLent  # it has borrowed its data itself
+    return Loan(version.parts[0], (), version.parts[1:], version.multipart)
 
 
 async def check_lent(plane: ObjectPlane, owner: RegisterName, borrower_id: bytes) -> None:
@@ -219,32 +233,40 @@ async def _mark(
 async def _conclude(
     plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, borrower_id: bytes, mark: bytes, *, used: bool
 ) -> None:
-    unused: tuple[PartEntry, ...] = ()
+    unused: Loan | None = None
     origin = b""
 
     def edit(draft: Draft, _ordinal: int) -> bool:
         nonlocal unused, origin
-        unused = ()
+        unused = None
         for loan in draft.loans:
             for borrower in loan.borrowers:
                 if borrower.id == borrower_id and borrower.ending == mark:
                     after = msgspec.structs.replace(borrower, ending=b"") if used else None
                     _replace(draft, loan, borrower, after)
-                    if not used and len(loan.borrowers) == 1 and not _has(draft, loan.part.data_id):
-                        unused, origin = loan.parts, b"" if loan.uploaded or draft.layers()[1] else REPLACED
+                    if not used and len(loan.borrowers) == 1 and not _has(draft, loan):
+                        unused, origin = loan, b"" if loan.uploaded or draft.layers()[1] else REPLACED
                     return True
         return False
 
     await change_versions(plane, BucketKeys(plane, bucket), owner, edit)
-    for disk, entry in retirements(plane, bucket, owner, unused, origin):
+    if unused is None:
+        return
+    if unused.manifest:
+        await retire_paged(plane, bucket, owner, unused, origin)
+        return
+    for disk, entry in retirements(plane, bucket, owner, unused.parts, origin):
         plane.garbage.add(disk, entry)
 
 
-def _has(draft: Draft, data_id: bytes) -> bool:
+def _has(draft: Draft, loan: Loan) -> bool:
     """Whether a version in the record has the data. A version on a page may have it, too: so False does not prove that
     the data was replaced, and the collector makes a round.
     """
-    return any(part.data_id == data_id for entry in draft.inline for part in entry.version.parts)
+    versions = [entry.version for entry in draft.inline]
+    if loan.part is None:
+        return any(version.manifest == loan.manifest for version in versions)
+    return any(part.data_id == loan.part.data_id for version in versions for part in version.parts)
 
 
 def _replace(draft: Draft, loan: Loan, borrower: Borrower, by: Borrower | None) -> None:

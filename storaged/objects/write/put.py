@@ -299,8 +299,8 @@ class Replacement:
 class AddedVersion:
     """A version that becomes the newest one, when the conditions hold for the one that is there. The null version,
     where versioning is suspended, takes the place of the former null version; where there never was any, that of all.
-    ``make``: returns the version with an id, and the result of its request. ``sealed``: its body; None: it has none of
-    its own.
+    ``make``: returns the version with an id, and the result of its request; it is called once, here. ``sealed``: its
+    body; None: it has none of its own.
     """
 
     def __init__(

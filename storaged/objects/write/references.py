@@ -22,7 +22,7 @@ that drew a data id proposes it, and that request looks again before it proposes
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
@@ -33,6 +33,7 @@ from storaged.objects.code.manifest import PAGES_MAX, checked, parts_of
 from storaged.objects.code.version_walk import OnUnreadable, every_entry, every_page
 from storaged.objects.code.versions import decode_record
 from storaged.objects.records import (
+    Loan,
     PartEntry,
     PartRecord,
     UploadRecord,
@@ -90,28 +91,43 @@ async def parts_in(
             yield checked(decode(record, PartRecord).entry)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"A record cannot be read: {error}") from None
-    lent = _lent_in(record) if table == Table.OBJECT else {}
+    loans = _loans_in(record) if table == Table.OBJECT else ()
+    lent, paged = _lent_by(loans), {loan.manifest: loan for loan in loans if loan.manifest}
     async for version in versions_in(pages, near, record, table, on_unreadable=on_unreadable):
         try:
             async for part in parts_of(pages, near, version):
                 lent.pop(part.data_id, None)
                 yield part
+            paged.pop(version.manifest, None)
         except DataDamaged as error:
             if on_unreadable is None:
                 raise
             on_unreadable(error)
     for part in lent.values():
         yield part
+    for loan in paged.values():
+        try:
+            async for part in parts_of(pages, near, loan):
+                yield part
+        except DataDamaged as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(error)
 
 
-def _lent_in(record: bytes) -> dict[bytes, PartEntry]:
-    """By data id, what an object's record lends to other keys. Raises DataDamaged."""
+def _loans_in(record: bytes) -> tuple[Loan, ...]:
+    """What an object's record lends to other keys. Raises DataDamaged."""
     if not shares(record):
-        return {}
+        return ()
     try:
-        return {part.data_id: checked(part) for loan in sharing_of(decode_object(record)).loans for part in loan.parts}
+        return sharing_of(decode_object(record)).loans
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"A record cannot be read: {error}") from None
+
+
+def _lent_by(loans: Sequence[Loan]) -> dict[bytes, PartEntry]:
+    """The lent parts that are in the record, by data id. Raises DataDamaged."""
+    return {part.data_id: checked(part) for loan in loans for part in loan.parts}
 
 
 async def pages_in(
@@ -123,12 +139,17 @@ async def pages_in(
     on_unreadable: OnUnreadable | None = None,
 ) -> AsyncIterator[bytes]:
     """The hashes of all pages that a register of objects or uploads needs: those of older versions, and those of the
-    manifests of all versions; of each manifest at most as many as one can have. Raises DataDamaged, if ``complete``
-    also when a version does not list its pages.
+    manifests of all versions and loans; of each manifest at most as many as one can have. Raises DataDamaged, if
+    ``complete`` also when a version or a loan does not list its pages.
     """
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return
     if name.table == Table.OBJECT:
+        for loan in _loans_in(value.body):
+            if complete and loan.manifest and loan.manifest not in loan.pages:
+                raise DataDamaged(f"The record of {name.key[:80]!r} does not list the pages of what it lends.")
+            for page_hash in loan.pages[:PAGES_MAX]:
+                yield page_hash
         async for page_hash, _ in every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):
             yield page_hash
     async for version in versions_in(pages, name, value.body, name.table, on_unreadable=on_unreadable):

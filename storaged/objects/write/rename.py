@@ -2,8 +2,7 @@
 
 The object stays what it is: its metadata, its time, its owner and who has access. A coded object moves no data: the new
 key borrows it, as a copy does (``lent_copy``), and all its parts if it was uploaded in parts. A small one is sealed
-anew. So is a coded one that can't be lent now, because its record has too many borrowers or a replica of it is away, or
-never, because its parts are on pages.
+anew. So is a coded one that can't be lent now, because its record has too many borrowers or a replica of it is away.
 
 *Client tokens.* The id of a departure ends with a digest of the request's token and one of its source, under a key of
 the keyring. So the new key remembers by which request it got its version, for as long as it has that version. A second
@@ -57,7 +56,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import owner_of
 from storaged.objects.read.find import Found, current_entry, find
 from storaged.objects.read.get import get
-from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Version
+from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, Version
 from storaged.objects.sharing import Borrowed, Borrower, Departure
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.commit import AfterPromise, change_once, commit
@@ -74,7 +73,7 @@ from storaged.objects.write.departures import (
     make_way,
     try_end_departure,
 )
-from storaged.objects.write.lent_copy import is_coded, replicas_answer, sealed_ids
+from storaged.objects.write.lent_copy import SealedPages, is_coded, lent_of, replicas_answer
 from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, let_go, with_loan
 from storaged.objects.write.outbox import Outgoing
 from storaged.objects.write.outbox import outgoing as outgoing_of
@@ -222,13 +221,17 @@ class _Rename:
     async def _lend(self, found: Found, owner: RegisterName, outgoing: Outgoing | None) -> PutResult:
         """Raises NotLent."""
         plane, bucket, key, opened = self._plane, self._bucket, self._asked.key, found.opened
+        data = await lent_of(plane, bucket, self._asked.source, found)
         write = await self._write(opened, NewPart(bucket, self._new, opened.dek, opened.version.context_id))
-        added = _Arriving(self, write, opened, (), Borrowed(owner.key, self.id))
-        wanted = Wanted(owner, sealed_ids(opened), None, Borrower(self.id, key, plane.clock.wall_ms()))
+        sealed = SealedPages(write, data)
+        added = _Arriving(self, write, opened, sealed, Borrowed(owner.key, self.id))
+        borrower = Borrower(self.id, key, plane.clock.wall_ms())
+        wanted = Wanted(owner, data.data_ids, None, borrower, data.pages)
 
         async def commit_lent(check_lent: AfterPromise) -> None:
             async def after_promise() -> None:
                 await check_lent()
+                await sealed.put()
                 await self._before_accept(added, outgoing)
 
             added.tell(outgoing)
@@ -252,7 +255,7 @@ class _Rename:
         try:
             checks = BodyChecks(size=stream.info.size)
             async with sealed_body(plane, write.part, body_of(stream), checks) as sealed:
-                added = _Arriving(self, write, opened, (sealed.entry,), None, sealed)
+                added = _Arriving(self, write, opened, sealed, None)
                 added.tell(outgoing)
                 await commit(
                     plane,
@@ -303,30 +306,30 @@ class _Rename:
 
 
 class _Arriving(AddedVersion):
-    """The version under its new key. ``borrowed``: where its data is; None: in ``parts``, of the body ``sealed``."""
+    """The version under its new key. ``borrowed``: where its data is; None: in the body ``sealed``."""
 
     def __init__(
         self,
         work: _Rename,
         write: Write,
         opened: OpenedVersion,
-        parts: tuple[PartEntry, ...],
+        sealed: Sealed | SealedPages,
         borrowed: Borrowed | None,
-        sealed: Sealed | None = None,
     ) -> None:
         def make(version_id: str) -> tuple[Version, PutResult]:
-            old, part, entropy = opened.version, write.part, write.plane.entropy
-            new = UnsealedVersion(version_id, part.data_id, old.owner, old.modified_ms, parts)
-            if borrowed is not None:
+            old, part, entropy, meta = opened.version, write.part, write.plane.entropy, opened.meta
+            new = UnsealedVersion(version_id, part.data_id, old.owner, old.modified_ms, ())
+            if isinstance(sealed, SealedPages):
                 new = msgspec.structs.replace(new, multipart=old.multipart, part_count=old.part_count)
-            version = seal_version(
-                write.place, new, write.bucket_key, part.dek, opened.meta, entropy, opened.encryption
-            )
+                new, meta = sealed.name_in(new, meta, meta)
+            else:
+                new = msgspec.structs.replace(new, parts=(sealed.entry,))
+            version = seal_version(write.place, new, write.bucket_key, part.dek, meta, entropy, opened.encryption)
             return version, _result(opened)
 
         self._work = work
         self._borrowed = borrowed
-        super().__init__(write, make, sealed=sealed)
+        super().__init__(write, make, sealed=sealed if isinstance(sealed, Sealed) else None)
 
     def _add(self, draft: Draft, ordinal: int) -> bool:
         """Raises NotImplemented, Departing, and as ``check_target``."""

@@ -18,7 +18,7 @@ from storaged.objects.code.geometry import problem_of
 from storaged.objects.code.manifest import parts_of
 from storaged.objects.garbage import retire_all
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, PartEntry, Version
+from storaged.objects.records import BucketRecord, Loan, PartEntry, Version
 
 
 def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry) -> set[str]:
@@ -68,22 +68,28 @@ async def retire_parts(
 async def retire_versions(
     plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, versions: list[Version]
 ) -> None:
-    """Retires all parts of these versions. Best effort: the parts of a manifest that can't be read now are left to the
-    sweep of orphans.
-    """
+    """Retires all parts of these versions. Best effort."""
     for version in versions:
-        origin = origin_of(version)
-        batch: list[PartEntry] = []
-        try:
-            async for part in parts_of(plane.pages, name, version):
-                batch.append(part)
-                if len(batch) == RETIREMENTS_MAX:
-                    await retire_parts(plane, bucket, name, batch, origin)
-                    batch = []
-        except StoragedError:
-            continue
-        finally:
-            await retire_parts(plane, bucket, name, batch, origin)
+        await retire_paged(plane, bucket, name, version, origin_of(version))
+
+
+async def retire_paged(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, having: Version | Loan, origin: bytes
+) -> None:
+    """Retires all parts of a version, or those that were lent. Best effort: the parts of a manifest that can't be read
+    now are left to the sweep of orphans.
+    """
+    batch: list[PartEntry] = []
+    try:
+        async for part in parts_of(plane.pages, name, having):
+            batch.append(part)
+            if len(batch) == RETIREMENTS_MAX:
+                await retire_parts(plane, bucket, name, batch, origin)
+                batch = []
+    except StoragedError:
+        return
+    finally:
+        await retire_parts(plane, bucket, name, batch, origin)
 
 
 def retire_removed(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, removed: Iterable[Version]) -> None:

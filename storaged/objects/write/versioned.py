@@ -100,7 +100,12 @@ def _unlent(draft: Draft) -> list[Version]:
     if not draft.loans:
         return draft.removed
     lent = {part.data_id for loan in draft.loans for part in loan.parts}
-    return [version for version in draft.removed if not any(part.data_id in lent for part in version.parts)]
+    manifests = {loan.manifest for loan in draft.loans if loan.manifest}
+    return [
+        version
+        for version in draft.removed
+        if version.manifest not in manifests and not any(part.data_id in lent for part in version.parts)
+    ]
 
 
 def unlocked(plane: ObjectPlane, *, bypass: bool = False) -> CheckRemoval:
