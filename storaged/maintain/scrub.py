@@ -84,7 +84,7 @@ class Scrub:
 
     async def _age_s(self) -> float:
         """Seconds since the end of the last scrub, on the disk where that is longest ago. A disk without one is due;
-        one that does not answer is not.
+        one that does not answer is not. An end that lies in the future counts as none: the clock was wrong then.
         """
         ages = []
         for store in self._context.local_meta.values():
@@ -92,8 +92,8 @@ class Scrub:
                 finished = await _noted(store, _FINISHED)
             except StoragedError:
                 continue
-            age_s = (self._context.clock.wall_ms() - int(finished)) / 1000 if finished else None
-            ages.append(self._context.limits.scrub_interval_s if age_s is None else age_s)
+            age_s = (self._context.clock.wall_ms() - int(finished)) / 1000 if finished else -1.0
+            ages.append(age_s if age_s >= 0 else self._context.limits.scrub_interval_s)
         return max(ages, default=0.0)
 
     async def once(self, *, resume: bool = False) -> int:

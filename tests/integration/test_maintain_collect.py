@@ -38,7 +38,7 @@ from storaged.meta.names import (
     system_name,
     upload_name,
 )
-from storaged.meta.store_ports import RowDamaged
+from storaged.meta.store_ports import RowDamaged, StoreBatch
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord
@@ -1175,6 +1175,21 @@ def test_a_scrub_that_starts_by_itself_goes_on_where_it_was_interrupted() -> Non
         assert node.meta["a0"].get_meta("scrub-position") == b""
 
     run(scenario)
+
+
+def test_a_scrub_that_ended_by_a_clock_that_was_wrong_does_not_delay_the_next_one() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node = cluster.nodes["na"]
+        in_ten_years = str(cluster.clock.wall_ms() + 10 * 365 * 86_400_000).encode()
+        for store in node.meta.values():
+            await store.commit(StoreBatch(meta={"scrub-finished-ms": in_ten_years}))
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.leap(3000)
+        assert node.maintenance.scrub.job.state == "done"
+        assert int(node.meta["a0"].get_meta("scrub-finished-ms") or 0) <= cluster.clock.wall_ms()
+
+    run(scenario, limits=MaintainLimits(scrub_interval_s=20_000.0))
 
 
 def test_a_scrub_stops_while_it_is_paused_and_goes_on_there_at_the_pace_that_is_set() -> None:
