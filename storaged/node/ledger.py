@@ -294,5 +294,8 @@ class Ledger:
                 ]
                 content = msgspec.json.format(msgspec.json.encode(self._known), indent=2) + b"\n"
                 changes = self._changes
-            replace_file(self._path, content)
+            try:
+                replace_file(self._path, content)
+            except OSError as error:  # it may name no file; a disk that waits for this names it to the operator
+                raise OSError(error.errno, f"the ledger can't be written: {error.strerror}", str(self._path)) from error
             self._saved = changes

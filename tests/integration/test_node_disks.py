@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from storaged.meta.messages import Read
 from storaged.meta.names import system_name
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.store_ports import StoreBatch
+from storaged.node import ledger as node_ledger
 from storaged.node import opener as node_opener
 from storaged.node.admission import is_blank
 from storaged.node.disks import Disks, Snapshot
@@ -206,6 +208,27 @@ async def test_a_disk_that_was_emptied_is_left_out(tmp_path: Path) -> None:
     disks = await opener(loaded).open()
     assert await states(disks) == ["blank", "ok"]
     assert "DISK_BLANK" in await reason_of(disks, "d1")
+    await disks.close()
+
+
+async def test_disks_say_that_the_directory_of_the_node_is_full_and_not_they(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = storage_config(tmp_path)
+    await (await opener(loaded).open()).close()
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node_ledger, "replace_file", full)
+        disks = await opener(loaded).open()
+        assert await states(disks) == ["failed", "failed"]
+        file = Path(loaded.node.directory) / LEDGER_FILE
+        assert await reason_of(disks, "d1") == f"the ledger can't be written: No space left on device: {file}"
+        await disks.close()
+    disks = await opener(loaded).open()
+    assert await states(disks) == ["ok", "ok"]
     await disks.close()
 
 
