@@ -68,6 +68,9 @@ class Doctor:
         except TimeoutError:
             detail = f"the node's directory has not answered for {FSYNC_S_MAX:.0f} s"
             return _check("fsync", "fail", detail, "Look at the kernel log for I/O errors and time-outs.")
+        except OSError as error:
+            detail = f"the node's directory can't be written: {error.strerror or error}"
+            return _check("fsync", "fail", detail, f"Look at the space and the permissions of {self._node.directory}.")
 
     def _other_node(self, entry: NodeEntry) -> list[dict[str, str]]:
         node, name = self._node, entry.name

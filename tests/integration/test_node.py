@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -32,7 +33,7 @@ from storaged.meta.store_ports import StoreBatch
 from storaged.node import process
 from storaged.node.binding import Binding, ClusterRecord
 from storaged.node.disks import Disks
-from storaged.node.doctor import _private
+from storaged.node.doctor import Doctor, _private
 from storaged.node.keyhome import RingRegisters
 from storaged.node.ledger import Ledger
 from storaged.node.node import Node
@@ -81,6 +82,17 @@ def test_doctor_names_secret_files_that_others_may_read(tmp_path: Path) -> None:
     found = [_private([tmp_path / name, tmp_path / "missing"]) for name in ("node.key", "credential", "keyring")]
     assert [check["state"] for check in found] == ["ok", "ok", "fail"]
     assert "keyring has mode 0644" in found[2]["detail"]
+
+
+async def test_doctor_says_that_the_directory_of_the_node_is_full(tmp_path: Path) -> None:
+    (tmp_path / "doctor.new").symlink_to("/dev/full")
+    node: Any = SimpleNamespace(directory=tmp_path)
+    found = await Doctor(node, None)._fsync()
+    assert (found["state"], found["detail"]) == (
+        "fail",
+        "the node's directory can't be written: No space left on device",
+    )
+    assert str(tmp_path) in found["hint"]
 
 
 async def test_a_path_is_created_once(tmp_path: Path) -> None:
