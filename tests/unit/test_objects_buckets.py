@@ -97,8 +97,12 @@ async def test_buckets_are_listed_by_owner_in_pages() -> None:
     assert ([bucket.name for bucket in page], after) == (["a1", "a2"], "a2")
     page, after = await buckets.list_buckets(ANNE, after="a2")
     assert ([bucket.name for bucket in page], after) == (["a3", "b1"], None)
-    page, _ = await buckets.list_buckets(ANNE, prefix="b")
-    assert [bucket.name for bucket in page] == ["b1"]
+    for prefix, there in (("b", ["b1"]), ("b1", ["b1"]), ("b11", []), ("a", ["a1", "a2", "a3"])):
+        page, _ = await buckets.list_buckets(ANNE, prefix=prefix)
+        assert [bucket.name for bucket in page] == there
+    page, after = await buckets.list_buckets(ANNE, prefix="a", limit=1)
+    page, after = await buckets.list_buckets(ANNE, prefix="a", after=after or "", limit=1)
+    assert ([bucket.name for bucket in page], after) == (["a2"], "a2")
     await buckets.create(ANNE, "a5", region="eu-fr-1")
     with pytest.raises(TooManyBuckets):
         await buckets.create(ANNE, "a6", region="eu-fr-1")

@@ -89,7 +89,7 @@ async def scan(
     Raises ServiceUnavailable when the system partition has no majority, KeyringUnavailable when nothing can be
     verified.
     """
-    start: bytes | None = max(after, prefix)
+    start: bytes | None = after
     while start is not None:
         page = await scanner.list_page(PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, after=start))
         for row in page.rows:
