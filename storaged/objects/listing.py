@@ -35,8 +35,8 @@ from storaged.objects.records import (
     ListedFields,
     ObjectRecord,
     SealedList,
-    Version,
     decode_heads,
+    listed_fields,
 )
 from storaged.wire import decode_all
 
@@ -137,7 +137,7 @@ async def _opened(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes]
 
 
 async def _printed(
-    keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], fields: Sequence[ListedFields | Version]
+    keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], fields: Sequence[ListedFields]
 ) -> list[SealedList]:
     """Raises DataDamaged."""
     try:
@@ -161,7 +161,7 @@ def _named(key: bytes) -> Iterator[None]:
         ) from None
 
 
-def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields | Version]) -> list[bytes]:
+def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields]) -> list[bytes]:
     """``Place.context`` of every row: bucket id, key, version id, context id, each after its length."""
     first = pack_context(b"", (bucket.id,))
     before = {length: first + length.to_bytes(4, "big") for length in set(map(len, keys))}
@@ -176,9 +176,7 @@ def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[List
     ]
 
 
-async def _list_fields(
-    keys: BucketKeys, fields: Sequence[ListedFields | Version], contexts: Sequence[bytes]
-) -> list[bytes]:
+async def _list_fields(keys: BucketKeys, fields: Sequence[ListedFields], contexts: Sequence[bytes]) -> list[bytes]:
     """The opened list fields. Usually all are sealed with one version of the bucket's key."""
     versions = {its.bucket_key for its in fields}
     if len(versions) == 1:
@@ -268,8 +266,12 @@ async def _ordinal_of(plane: ObjectPlane, name: RegisterName, record: ObjectReco
 
 
 class _Found(NamedTuple):
+    """What a list prints of a version. The version itself, with its metadata and parts, is ten times as large."""
+
     key: bytes
-    entry: Entry
+    fields: ListedFields
+    name: str
+    delete_marker: bool
     latest: bool
 
 
@@ -285,6 +287,7 @@ class _VersionsPage:
         self._prefixes: list[bytes] = []
         self._cut = False
         """The last key has more versions."""
+        self._last_added: Entry | None = None
 
     @property
     def left(self) -> int:
@@ -322,7 +325,10 @@ class _VersionsPage:
         name = object_name(self._bucket.id, self._bucket.shard_numbers, key)
         async for run in every_run(self._plane.pages, name, record, below=below, wanted=self.left + 1):
             self._cut = len(run) > self.left
-            self._found += [_Found(key, entry, entry.ordinal == newest) for entry in run[: self.left]]
+            for entry in run[: self.left]:
+                fields, marker = listed_fields(entry.version), entry.version.delete_marker
+                self._found.append(_Found(key, fields, entry.name, marker, entry.ordinal == newest))
+                self._last_added = entry
             if self._cut:
                 return
 
@@ -331,43 +337,41 @@ class _VersionsPage:
         key.
         """
         versions = await _listed(self._keys, self._bucket, self._found)
-        if not self._cut:
+        last = self._last_added
+        if not self._cut or last is None:
             return VersionListing(versions, self._prefixes, start)
-        last = self._found[-1]
-        return VersionListing(versions, self._prefixes, last.key, place_name(last.entry.kept, last.entry.version))
+        return VersionListing(versions, self._prefixes, self._found[-1].key, place_name(last.kept, last.version))
 
 
 async def _listed(keys: BucketKeys, bucket: BucketRecord, found: Sequence[_Found]) -> list[ListedVersion]:
     """Raises DataDamaged, with the key."""
-    objects = [one for one in found if not one.entry.version.delete_marker]
-    names, sealed = [one.key for one in objects], [one.entry.version for one in objects]
+    objects = [one for one in found if not one.delete_marker]
+    names, sealed = [one.key for one in objects], [one.fields for one in objects]
     try:
         opened = iter(await _printed(keys, bucket, names, sealed))
     except DataDamaged:
-        for name, version in zip(names, sealed, strict=True):  # finds the damaged one
+        for name, fields in zip(names, sealed, strict=True):  # finds the damaged one
             with _named(name):
-                await _printed(keys, bucket, [name], [version])
+                await _printed(keys, bucket, [name], [fields])
         raise
-    return [_marker(one) if one.entry.version.delete_marker else _version(one, next(opened)) for one in found]
+    return [_marker(one) if one.delete_marker else _version(one, next(opened)) for one in found]
 
 
 def _marker(found: _Found) -> ListedVersion:
-    version = found.entry.version
-    return ListedVersion(
-        found.key, found.entry.name, 0, version.modified_ms, "", "", "", "", version.owner, found.latest, True
-    )
+    fields = found.fields
+    return ListedVersion(found.key, found.name, 0, fields.modified_ms, "", "", "", "", fields.owner, found.latest, True)
 
 
 def _version(found: _Found, printed: SealedList) -> ListedVersion:
-    version = found.entry.version
+    fields = found.fields
     return ListedVersion(
         found.key,
-        found.entry.name,
-        version.size,
-        version.modified_ms,
+        found.name,
+        fields.size,
+        fields.modified_ms,
         printed.etag,
         printed.storage_class,
         *listed_checksum(printed.algorithm, printed.checksum_type),
-        version.owner,
+        fields.owner,
         found.latest,
     )

@@ -271,7 +271,7 @@ def encode_object(record: ObjectRecord) -> bytes:
         message, at = encode(record), 0
     if not record.versions:
         return with_head(message, 0, 0)
-    listed = _listed(record.versions[0])
+    listed = listed_fields(record.versions[0])
     at += 3 if len(record.versions) < 16 else 5  # the arrays of the record, of the versions, of the first one
     return with_head(message, at, at + len(encode(listed)) - 1)
 
@@ -328,10 +328,10 @@ def _listed_fields(head: bytes) -> ListedFields:
         versions = decode_object(head).versions
         if not versions:
             raise msgspec.ValidationError("a listed record has no version") from None
-        return _listed(versions[0])
+        return listed_fields(versions[0])
 
 
-def _listed(version: Version) -> ListedFields:
+def listed_fields(version: Version) -> ListedFields:
     return ListedFields(
         version.version_id,
         version.modified_ms,

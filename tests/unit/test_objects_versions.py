@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,14 @@ from storaged.errors import (
     PreconditionFailed,
 )
 from storaged.meta.names import RegisterName, Table, Value, Visibility
+from storaged.objects import listing
 from storaged.objects.api import BodyChecks, CopySource, NewMeta, PutResult, WriteConditions
 from storaged.objects.code.history import Bounds
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, SUSPENDED, VERSIONING, Versioning
 from storaged.objects.etags import ANY
 from storaged.objects.listing_types import ListedVersion
-from storaged.objects.records import BucketRecord, decode_object
+from storaged.objects.records import BucketRecord, ListedFields, decode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.write import versioned
 from storaged.objects.write.references import pages_in, parts_in
@@ -409,3 +411,21 @@ async def test_a_complete_that_a_gateway_resumes_which_thinks_the_bucket_has_no_
     assert await made.got("null") == b"from before"
     assert [one.version_id for one in await made.versions()] == [done.version_id, "null"]
     await made.objects.close()
+
+
+async def test_a_page_of_the_list_holds_what_it_prints_of_versions_and_not_the_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Made(ENABLED)
+    for number in range(30):
+        await made.put(b"data", b"key %d" % (number % 3))
+    await made.objects.delete(made.bucket, b"key 0")
+    listed, held = listing._listed, list[object]()
+
+    async def counting(keys: Any, bucket: Any, found: Any) -> Any:
+        held.extend(value for one in found for value in one)
+        return await listed(keys, bucket, found)
+
+    monkeypatch.setattr(listing, "_listed", counting)
+    assert len(await made.versions()) == 31
+    assert {type(value) for value in held} == {bytes, str, bool, ListedFields}
