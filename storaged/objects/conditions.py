@@ -62,6 +62,8 @@ def check_copy_source(conditions: ReadConditions, etag: str, modified_ms: int) -
 def check_write(conditions: WriteConditions, current: Current | None) -> None:
     """``current`` None: there is no such object. Raises PreconditionFailed, NoSuchKey for If-Match on an object that
     does not exist, and SlowDown for another object than the write was allowed for: its sender may know nothing of it.
+
+    What a deletion says of size or time holds when there is no object: AWS's documentation of DeleteObject says so.
     """
     if conditions == NO_WRITE_CONDITIONS:
         return
@@ -70,8 +72,6 @@ def check_write(conditions: WriteConditions, current: Current | None) -> None:
     if current is None:
         if conditions.if_match is not None:
             raise NoSuchKey
-        if conditions.if_match_size is not None or conditions.if_match_modified_ms is not None:
-            raise PreconditionFailed
         return
     if conditions.if_match is not None and not matches_strongly(conditions.if_match, current.etag):
         raise PreconditionFailed(Condition="If-Match")

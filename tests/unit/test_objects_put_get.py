@@ -365,6 +365,7 @@ async def test_write_conditions_are_judged_on_what_the_commit_finds_not_on_what_
         )
         with pytest.raises(NoSuchKey):
             await put(objects, bucket, data, conditions=WriteConditions(if_match=tag(etag)))
+        await objects.delete(bucket, b"key", conditions=WriteConditions(if_match_size=size, if_match_modified_ms=1))
     await objects.close()
 
 

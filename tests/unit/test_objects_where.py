@@ -221,7 +221,12 @@ def test_write_conditions_as_a_table() -> None:
     ):
         with pytest.raises(PreconditionFailed):
             check_write(conditions, current)
-    check_write(WriteConditions(if_none_match=ANY), None)
+    for conditions in (
+        WriteConditions(if_none_match=ANY),
+        WriteConditions(if_match_size=9),
+        WriteConditions(if_match_modified_ms=1),
+    ):
+        check_write(conditions, None)
     with pytest.raises(NoSuchKey):
         check_write(WriteConditions(if_match=ANY), None)
 
