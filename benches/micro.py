@@ -74,8 +74,8 @@ T = TypeVar("T")
 
 FIGURES = {
     "http": (31.4, "aiohttp's 1 KiB GET, a core: 31,800 a second"),
-    "rpc": (7.5, "frames over mutual TLS 1.3, both ends: 7.5 us at 64 in flight"),
-    "rpc-lone": (23.0, "frames over mutual TLS 1.3, both ends: 23 us alone"),
+    "rpc": (7.5, "frames in records of TLS, both ends: 7.5 us at 64 in flight"),
+    "rpc-lone": (23.0, "frames in records of TLS, both ends: 23 us alone"),
     "lmdb-16": (80.0, "synced LMDB commits of 16: 12,500 puts a second"),
     "lmdb-128": (36.0, "synced LMDB commits of 128: 27,800 puts a second"),
     "append": (278.0, "append of 4 KiB and fdatasync: 3,600 a second"),
@@ -238,7 +238,7 @@ class _Note(Message, frozen=True):
 
 
 async def rpc() -> list[Measured]:
-    """A call and its answer over mutual TLS: CPU of both ends together."""
+    """A call and its answer: CPU of both ends together."""
 
     async def echo(request: _Note, call: Call) -> _Note:
         return request

@@ -21,7 +21,8 @@ from storaged.cluster.layout import Layout, NodeEntry, confirmed_roles
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Call, Method, Methods, OnAnswer, PeerChecks
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
-from storaged.cluster.rpc.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
+from storaged.cluster.rpc.framing import PROTOCOL_VERSION, FrameError, Hello, Kind, pack_header
+from storaged.cluster.rpc.server_connection import ServerConnection
 from storaged.errors import (
     CertificateRefused,
     FragmentMissing,
@@ -78,29 +79,6 @@ async def test_a_call_brings_its_answer_and_tells_the_handler_who_asks(pair: Pai
     assert bytes(pair.service.last.body) == b"abcde"
 
 
-@pytest.mark.parametrize("native", [True, False])
-async def test_bodies_come_back_whether_or_not_a_python_has_what_spares_a_call_for_each_record(
-    world: World, monkeypatch: pytest.MonkeyPatch, native: bool
-) -> None:
-    found: list[int] = []
-
-    def calls(made: object) -> dict[str, Any]:
-        shortcuts = native_calls(made if native else object())
-        found.append(len(shortcuts))
-        return shortcuts
-
-    native_calls = tls._native_calls
-    monkeypatch.setattr(tls, "_native_calls", calls)
-    sent = os.urandom(300 * KIB)
-    async with (
-        serving(world.node("n1"), Service()) as server,
-        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
-    ):
-        _answer, body = await pool.call("n1", "t.mirror", Note(""), Note, body=[sent])
-        assert bytes(body) == sent
-    assert set(found) == {3 if native else 0}
-
-
 @pytest.mark.parametrize("size", [0, 1, 16 * KIB, 16 * KIB + 1, 300 * KIB, 5 * MIB + 7])
 async def test_bodies_of_any_size_come_back_as_they_were_sent(pair: Pair, size: int) -> None:
     sent = os.urandom(size)
@@ -150,6 +128,15 @@ async def test_a_callback_that_raises_keeps_its_news_from_nobody_else(pair: Pair
     assert isinstance(told[1], PeerUnreachable)
 
 
+def arrive(connection: ServerConnection, frame: bytes) -> None:
+    """A frame has arrived and was decrypted."""
+    connection.reader.buffer()[: len(frame)] = frame
+    try:
+        connection.reader.received(len(frame))
+    except FrameError as error:
+        connection.on_protocol_error(error)
+
+
 async def test_what_arrives_after_a_connection_was_ended_holds_no_room(pair: Pair) -> None:
     await pair.call("t.echo")
     (connection,) = pair.server._connections
@@ -157,8 +144,7 @@ async def test_what_arrives_after_a_connection_was_ended_holds_no_room(pair: Pai
     for request_id in (101, 102, 103):
         head = b"\x06t.echo" + encode(Note("late"))
         frame = pack_header(Kind.REQUEST, request_id, len(head), 5000) + head + bytes(5000)
-        connection.get_buffer(len(frame))[: len(frame)] = frame
-        connection.buffer_updated(len(frame))
+        arrive(connection, frame)
     await connection.lost
     assert pair.server.statistics().inflight_bytes == 0
 
@@ -169,8 +155,7 @@ async def test_a_peer_that_uses_a_requests_id_again_is_disconnected_and_holds_no
     for _ in range(2):
         head = b"\x06t.hold" + encode(Note("twice"))
         frame = pack_header(Kind.REQUEST, 101, len(head), 5000, 60_000) + head + bytes(5000)
-        connection.get_buffer(len(frame))[: len(frame)] = frame
-        connection.buffer_updated(len(frame))
+        arrive(connection, frame)
     await connection.lost
     await until(lambda: pair.server.statistics().calls_cancelled == 1)
     assert pair.server.statistics().inflight_bytes == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import cast
 
 from storaged.cluster.rpc.connection import (
@@ -15,12 +15,31 @@ from storaged.cluster.rpc.connection import (
     measure,
 )
 from storaged.cluster.rpc.framing import FrameReader, Kind, Verdict
+from storaged.cluster.rpc.handshake import Secured
 from storaged.units import MIB
 from storaged.wire import Buffer
 
 
+class Plain:
+    """A reader and a writer of frames that nobody encrypts."""
+
+    mid_packet = False
+
+    def __init__(self, frames: FrameReader) -> None:
+        self.buffer, self.received = frames.buffer, frames.received
+
+    def resume(self) -> None:
+        pass
+
+    def seal(self, data: bytes) -> Buffer:
+        return data
+
+    def seal_pieces(self, pieces: Sequence[Buffer]) -> Buffer:
+        return b"".join(pieces)
+
+
 class Transport:
-    """Takes bytes at once, as TLS does, and asks to pause after ``room_bytes``."""
+    """Takes bytes at once, and asks to pause after ``room_bytes``."""
 
     def __init__(self, room_bytes: int = 1 << 40) -> None:
         self.writes: list[bytes] = []
@@ -34,11 +53,11 @@ class Transport:
         if self.room_bytes <= 0 and self.protocol is not None:
             self.protocol.pause_writing()
 
-    def writelines(self, pieces: Iterable[Buffer]) -> None:
-        self.write(b"".join(pieces))
-
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def get_extra_info(self, name: str) -> None:
         return None
@@ -56,6 +75,8 @@ class Sender(Connection):
         self.left: list[tuple[int, int]] = []
         transport.protocol = self
         self.connection_made(cast(asyncio.Transport, transport))
+        plain = Plain(self.reader)
+        self.on_secured(Secured(b"", False, plain, plain))
 
     def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
         return Verdict.TAKE

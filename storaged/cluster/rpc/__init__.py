@@ -1,6 +1,7 @@
-"""Calls between nodes: length-prefixed msgpack frames with raw bodies, over mutual TLS 1.3.
+"""Calls between nodes: length-prefixed msgpack frames with raw bodies, in packets, after a handshake of mutual TLS 1.3.
 
-``framing`` defines and parses what is on the wire, without I/O. ``connection`` moves frames. ``listener``, ``server``
+``framing`` defines and parses frames, ``packets`` what carries them, both without I/O. ``handshake`` makes a connection
+secure. ``connection`` moves frames. ``listener``, ``server``
 and ``server_connection`` answer; ``pool``, ``link`` and ``client_connection`` ask. ``faults`` carries errors, and
 ``authority`` is the table of which role may call which method.
 """

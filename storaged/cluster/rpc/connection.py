@@ -1,11 +1,15 @@
 """Moves frames over one connection between two nodes; both sides derive from it.
 
-Theory of operation. Frames come in through a FrameReader. Frames go out in one write for all that a turn of the event
-loop produced, or for some of them in a long turn. A frame that no other frame is likely to follow leaves at once
-(``likely_last_frame``). Frames produced while a read is processed leave at the end of that read. Small frames (a
-prepare, a ping, a reply without bulk) are joined and go first. Large bodies follow in slices as the transport takes
-them, so that a vote never queues behind many megabytes. TLS encrypts at once what it is given: after the write the
-caller's buffers are free.
+Theory of operation. A connection is plain TCP; a ``Handshake`` makes it secure, and puts a reader and a writer of
+encrypted bytes in its own place. Frames come in through them and a FrameReader. Frames go out in one write for all that
+a turn of the event loop produced, or for some of them in a long turn. A frame that no other frame is likely to follow
+leaves at once (``likely_last_frame``). Frames produced while a read is processed leave at the end of that read. Small
+frames (a prepare, a ping, a reply without bulk) are joined and go first. Large bodies follow in slices as the transport
+takes them, so that a vote never queues behind many megabytes. The writer encrypts at once what it is given: after the
+write the caller's buffers are free.
+
+The transport gives each write to the kernel at once, and asks for a pause as soon as the kernel takes no more. So the
+memory into which a slice was encrypted is nearly always free for the next one, and at most one slice waits here.
 """
 
 from __future__ import annotations
@@ -17,26 +21,29 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from storaged.cluster.rpc.framing import FrameError, FrameReader, Hello, Verdict, pack_header
-from storaged.units import KIB, MIB
+from storaged.cluster.rpc.handshake import Handshake, Reader, Secured, Writer
+from storaged.cluster.rpc.packets import keep
+from storaged.units import KIB
 from storaged.wire import Buffer
 
 SMALL_BODY_BYTES = 16 * KIB
-"""Bodies up to this size are copied into the joined write: that is one TLS record, and cheaper than a separate
-write."""
+"""Bodies up to this size are copied into the joined write: that is cheaper than a packet and a write of their own."""
 
 URGENT_BODY_BYTES = 256 * KIB
 """The same for bodies that their sender marks as urgent: a batch that many small PUTs share must not wait for
 fragments."""
 
 SLICE_BYTES = 256 * KIB
-"""Larger bodies are handed to TLS in slices of this size; between two slices the transport may pause the writer."""
+"""Larger bodies are encrypted and written in slices of this size; between two the transport may pause the writer."""
 
-WRITE_HIGH_BYTES = 2 * MIB
-"""Ciphertext that may wait in the transport: about 10 ms of a 2.5 Gbit/s line."""
+WRITE_BYTES_MAX = SLICE_BYTES + SMALL_BODY_BYTES
+"""So that the head of a frame leaves with the first slice of its body."""
 
-EARLY_FRAMES = 16
+EARLY_FRAMES = 32
 """This many small frames leave before the turn of the loop has ended: the peer works on them while this side finishes
 its turn."""
+
+ENDED_BY_PEER = "the peer closed the connection"
 
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
@@ -69,7 +76,7 @@ def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
 class Connection(asyncio.BufferedProtocol):
     """What both sides share. Subclasses decide on frames (``admit``, ``deliver``) and clean up in ``on_closed``.
 
-    Its 18 attributes are the state of one reader, one writer and their counters; the hot path reads most of them for
+    Its 22 attributes are the state of one reader, one writer and their counters; the hot path reads most of them for
     every frame.
     """
 
@@ -80,6 +87,11 @@ class Connection(asyncio.BufferedProtocol):
         self.loop = loop
         self.reader = FrameReader(self.admit, self.deliver)
         self.transport: asyncio.Transport | None = None
+        """Set while frames may be sent: from the end of the TLS handshake until the connection is gone."""
+        self.secured: asyncio.Future[None] = loop.create_future()
+        """Done when TLS has verified the peer, or has failed: then it holds the error."""
+        self.certificate = b""
+        """The peer's, as TLS verified it (DER)."""
         self.lost = loop.create_future()
         """Done when the connection is gone; it never holds an exception."""
         self.hello: asyncio.Future[Hello] = loop.create_future()
@@ -88,10 +100,15 @@ class Connection(asyncio.BufferedProtocol):
         """Why it was closed, when this side knows."""
         self.bytes_in = 0
         self.bytes_out = 0
+        """Encrypted, as TCP carries them."""
         self.queued_bytes = 0
         """Bodies that wait for the transport."""
         self.last_read_at = loop.time()
         """When the last bytes arrived, in seconds of the loop's clock."""
+        self._tcp: asyncio.Transport | None = None
+        """The same transport, as soon as TCP is connected."""
+        self._incoming: Reader | None = None
+        self._outgoing: Writer | None = None
         self._small: dict[int, bytes] = {}
         self._large: dict[int, tuple[tuple[Buffer, ...], int]] = {}
         self._slices: list[Buffer] = []
@@ -128,35 +145,74 @@ class Connection(asyncio.BufferedProtocol):
         """Whether no other frame is likely to be sent in this turn of the loop."""
         return False
 
+    # The beginning.
+
+    def begin_with(self, context: ssl.SSLContext, dials: str | None = None) -> None:
+        """Says how to make the connection secure, before it is made. ``dials``: the node that this side dials."""
+        self._incoming = Handshake(
+            context, dials, self.reader, self._send_handshake, self.on_secured, lambda: self.close(ENDED_BY_PEER)
+        )
+
+    def _send_handshake(self, data: bytes) -> None:
+        assert self._tcp is not None
+        self._tcp.write(data)
+
+    def on_secured(self, found: Secured) -> None:
+        """Frames can be sent, and are received from now on."""
+        self._incoming, self._outgoing = found.reader, found.writer
+        self.certificate = found.certificate
+        self.transport = self._tcp
+        if not self.secured.done():
+            self.secured.set_result(None)
+
     # The transport's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self._tcp = cast(asyncio.Transport, transport)
+        self._tcp.set_write_buffer_limits(high=0)
         _tune(transport.get_extra_info("socket"))
+        if isinstance(self._incoming, Handshake):
+            self._incoming.begin()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self.reader.buffer()
+        return self._incoming.buffer()  # type: ignore[union-attr]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.bytes_in += nbytes
         self.last_read_at = self.loop.time()
         self._reading = True
         try:
-            self.reader.received(nbytes)
+            self._incoming.received(nbytes)  # type: ignore[union-attr]
         except FrameError as error:
             self.on_protocol_error(error)
+        except ssl.SSLError as error:
+            self._on_tls_error(error)
         self._reading = False
         if self._small or self._large:
             self._schedule(now=self.flush_after_read)
+
+    def resume_frames(self) -> None:
+        """Goes on with what has arrived, after ``admit`` returned WAIT."""
+        assert self._incoming is not None
+        try:
+            self.reader.resume()
+            self._incoming.resume()
+        except FrameError as error:
+            self.on_protocol_error(error)
+        except ssl.SSLError as error:
+            self._on_tls_error(error)
+
+    def _on_tls_error(self, error: ssl.SSLError) -> None:
+        self.fail_handshake(error)
+        self.close(describe(error))  # not abort: an alert for the peer may have been sent
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if not self.reason:
-            self.reason = describe(exc) if exc else "the peer closed the connection"
-        self.transport = None
+            self.reason = describe(exc) if exc else ENDED_BY_PEER
+        self.transport = self._tcp = None
         self._small.clear()
         for request_id, (_pieces, size) in self._large.items():
             self.on_sent(request_id, size)
@@ -250,8 +306,11 @@ class Connection(asyncio.BufferedProtocol):
             if self._small:
                 joined = b"".join(self._small.values())
                 self._small.clear()
-                self.bytes_out += len(joined)
-                transport.write(joined)
+                sealed = self._outgoing.seal(joined)  # type: ignore[union-attr]
+                self.bytes_out += len(sealed)
+                transport.write(sealed)
+                if type(sealed) is memoryview and transport.get_write_buffer_size():
+                    keep()
             if self._paused or not self._large:
                 break
             request_id = next(iter(self._large))
@@ -265,12 +324,15 @@ class Connection(asyncio.BufferedProtocol):
         while slices and not self._paused:
             group: list[Buffer] = []
             group_bytes = 0
-            while slices and group_bytes < SLICE_BYTES:
+            while slices and group_bytes + len(slices[-1]) <= WRITE_BYTES_MAX:
                 piece = slices.pop()
                 group.append(piece)
                 group_bytes += len(piece)
-            self.bytes_out += group_bytes
-            transport.writelines(group)
+            sealed = self._outgoing.seal_pieces(group)  # type: ignore[union-attr]
+            self.bytes_out += len(sealed)
+            transport.write(sealed)
+            if transport.get_write_buffer_size():
+                keep()
         if not slices and self._sliced is not None:
             request_id, size = self._sliced
             self._sliced = None
@@ -281,36 +343,33 @@ class Connection(asyncio.BufferedProtocol):
 
     def fail_handshake(self, error: Exception) -> None:
         """No-op once the peer has introduced itself."""
-        if not self.hello.done():
-            self.hello.set_exception(error)
-            self.hello.exception()  # marks it as retrieved: it may have no waiter yet
+        for waiter in (self.secured, self.hello):
+            if not waiter.done():
+                waiter.set_exception(error)
+                waiter.exception()  # marks it as retrieved: it may have no waiter yet
 
     def abort(self, reason: str) -> None:
         """Ends the connection now; queued frames are lost."""
         self.reader.deliver = self.drop_frame
         if not self.reason:
             self.reason = reason
-        if self.transport is not None:
-            self.transport.abort()
+        if self._tcp is not None:
+            self._tcp.abort()
 
     def close(self, reason: str) -> None:
         """Ends the connection after the transport has sent what it holds."""
         self.reader.deliver = self.drop_frame
         if not self.reason:
             self.reason = reason
-        if self.transport is not None:
-            self.transport.close()
+        if self._tcp is not None:
+            self._tcp.close()
 
     def stalled_s(self, now: float) -> float:
         """Seconds without progress: a frame is half received, or the transport takes nothing."""
-        silent = now - self.last_read_at if self.reader.mid_frame else 0.0
+        arriving = self.reader.mid_frame or (self._incoming is not None and self._incoming.mid_packet)
+        silent = now - self.last_read_at if arriving else 0.0
         blocked = now - self._paused_since if self._paused else 0.0
         return max(silent, blocked)
-
-    def peer_certificate(self) -> bytes:
-        """The peer's certificate as TLS verified it (DER); empty without a connection."""
-        tls: ssl.SSLObject | None = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
-        return (tls.getpeercert(binary_form=True) or b"") if tls is not None else b""
 
 
 def _slice(piece: Buffer) -> Sequence[Buffer]:

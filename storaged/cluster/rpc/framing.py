@@ -1,4 +1,4 @@
-"""Parses and packs the frames of the internode protocol: what is on the wire inside TLS. Pure: bytes in, frames out.
+"""Parses and packs the frames of the internode protocol: what packets carry. Pure: bytes in, frames out.
 
 A frame is a fixed header, a head (a msgpack message) and a body (raw bytes)::
 
@@ -25,7 +25,7 @@ kind       head                                           who
 
 Theory of operation. :class:`FrameReader` serves a BufferedProtocol: it says where the next bytes go, and learns how
 many arrived. It parses small frames in a scratch buffer that it uses again and again. The rest of a frame that does not
-fit goes straight into memory of the announced size, so that a body of megabytes is never copied after TLS decrypted it.
+fit goes straight into memory of the announced size, so that a body of megabytes is never copied after it was decrypted.
 Before that memory is allocated, ``admit`` sees the header and decides: TAKE the frame, SKIP it (its call is abandoned),
 or WAIT (no room: the reader stops, and the caller pauses the transport and calls ``resume`` later).
 
@@ -52,12 +52,12 @@ HEAD_BYTES_MAX: Final = 4 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB
 HANDSHAKE_BYTES_MAX: Final = 4 * KIB
 DEADLINE_MS_MAX: Final = 2**32 - 1
-SCRATCH_BYTES: Final = 256 * KIB
-"""One read of a busy connection: sixteen TLS records."""
-
 _HEADER = struct.Struct(">IQIII")
 HEADER_BYTES: Final = _HEADER.size
 assert HEADER_BYTES == 24
+
+SCRATCH_BYTES: Final = 256 * KIB + HEADER_BYTES
+"""The plaintext of the largest packet, behind the part of a header that came before it."""
 
 
 class FrameError(Exception):
@@ -255,6 +255,10 @@ class FrameReader:
         self._start = start
         if start == end:
             self._start = self._end = 0
+        elif start and not self.waiting:  # part of a header: the next packet shall find as much room as there is
+            left = end - start
+            view[:left] = view[start:end]
+            self._start, self._end = 0, left
 
     def _skip(self, start: int, size: int) -> int:
         """Returns where parsing continues: ``size`` bytes after ``start``, or at the end of the bytes that arrived.

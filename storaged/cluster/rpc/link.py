@@ -89,9 +89,11 @@ class Dialler:
         """
         host, port = self.endpoint(node)
         connection = ClientConnection(self.loop, node, self.limits, self.counts)
+        connection.begin_with(self.tls, node)
         try:
             async with asyncio.timeout(self.limits.connect_timeout_s):
-                await self.loop.create_connection(lambda: connection, host, port, ssl=self.tls, server_hostname=node)
+                await self.loop.create_connection(lambda: connection, host, port)
+                await connection.secured
                 peer = self._check_certificate(connection)
                 hello = await self._handshake(connection)
                 self.checks.admission(peer)  # a layout may have come meanwhile
@@ -105,7 +107,7 @@ class Dialler:
 
     def _check_certificate(self, connection: ClientConnection) -> PeerIdentity:
         """Raises CertificateRefused or JurisdictionRefused; sets the connection's peer, and when it expires."""
-        certificate, node = connection.peer_certificate(), connection.node
+        certificate, node = connection.certificate, connection.node
         peer, peer_expires_s = identity.identity_of(certificate), expiry_of(certificate)
         connection.peer = peer
         connection.expires_s = min(peer_expires_s, self.own.expires.timestamp())

@@ -16,6 +16,7 @@ from storaged.cluster.ports import Call, EncodedCall, Method, Methods, OnReply, 
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.client_connection import CallCounts, ClientConnection, PoolLimits
 from storaged.cluster.rpc.connection import SMALL_BODY_BYTES, URGENT_BODY_BYTES, measure
+from storaged.cluster.rpc.handshake import offer_packets
 from storaged.cluster.rpc.link import Addresses, Dialler, Link, LinkStatistics
 from storaged.errors import PeerError, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
@@ -58,6 +59,7 @@ class RpcPool:
         self._clock = clock if clock is not None else SystemClock()
         self._identity = own
         self._tls = tls.client_context(own)
+        offer_packets(self._tls)
         self._limits = limits or PoolLimits()
         self._incarnation = incarnation or system_entropy(INCARNATION_BYTES)
         self._addresses = addresses

@@ -29,6 +29,7 @@ from storaged.cluster.rpc.budget import Budget
 from storaged.cluster.rpc.connection import describe
 from storaged.cluster.rpc.expiry import expired, expiry_of
 from storaged.cluster.rpc.framing import PROTOCOL_VERSION, Hello, Kind
+from storaged.cluster.rpc.handshake import offer_packets
 from storaged.cluster.rpc.listener import Listener
 from storaged.cluster.rpc.server_connection import ServerConnection, ServerLimits, ServerShared
 from storaged.errors import CertificateRefused, StoragedError
@@ -81,6 +82,7 @@ class RpcServer:
         self._clock = clock if clock is not None else SystemClock()
         self._incarnation = incarnation or system_entropy(INCARNATION_BYTES)
         self._tls = tls.server_context(own)
+        offer_packets(self._tls)
         self._connections: set[ServerConnection] = set()
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._refused = 0
@@ -194,16 +196,13 @@ class RpcServer:
             accepted.close()
             return
         connection = ServerConnection(self._shared)
+        connection.begin_with(self._tls)
         who = address
         try:
             async with asyncio.timeout(self.limits.handshake_timeout_s):
-                await self._loop.connect_accepted_socket(
-                    lambda: connection,
-                    accepted,
-                    ssl=self._tls,
-                    ssl_handshake_timeout=self.limits.handshake_timeout_s,
-                )
-                certificate = connection.peer_certificate()
+                await self._loop.connect_accepted_socket(lambda: connection, accepted)
+                await connection.secured
+                certificate = connection.certificate
                 peer, connection.expires_s = identity.identity_of(certificate), expiry_of(certificate)
                 who = peer.name
                 if connection.expires_s <= self._clock.wall_ms() / 1000:
@@ -256,6 +255,8 @@ class RpcServer:
         if connection.is_open:
             connection.send(Kind.REFUSED, 0, encode(faults.to_head(error)))
             self._loop.call_soon(connection.close, error.message)
+        else:
+            connection.close(error.message)
         self._record_refusal(who, error)
 
     def _expel(self, connection: ServerConnection, name: str, error: StoragedError) -> None:

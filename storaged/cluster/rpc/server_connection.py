@@ -158,10 +158,7 @@ class ServerConnection(Connection):
         if self.transport is None or not self.reader.waiting:
             return
         self._blocked = False
-        try:
-            self.reader.resume()
-        except FrameError as error:
-            self.on_protocol_error(error)
+        self.resume_frames()
         if not self.reader.waiting and self.is_open:
             self.transport.resume_reading()
 

@@ -1,0 +1,148 @@
+"""What somebody on the way may make of the packets between two nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storaged.cluster.rpc import packets
+from storaged.cluster.rpc.packets import (
+    LENGTH_BYTES,
+    PACKET_PLAIN_MAX,
+    TAG_BYTES,
+    PacketError,
+    PacketReader,
+    secrets_of,
+)
+from tests.fuzz.reader import Choices
+from tests.fuzz.target import Plant, Target, cut
+
+SEALED_MAX = 16
+SECRETS = bytes(32), b"L" * 32
+
+FEW_A_KEY = Plant(packets, "PACKETS_A_KEY", lambda _: 3)
+"""So that an input of some packets has all of their keys' ends in it."""
+
+
+class _Frames:
+    """Takes ``room`` bytes at a time, and waits after each ``pause`` bytes."""
+
+    def __init__(self, room: int, pause: int) -> None:
+        self.waiting = False
+        self.taken = bytearray()
+        self._pause = pause
+        self._memory = memoryview(bytearray(room))
+
+    def buffer(self) -> memoryview:
+        return self._memory
+
+    def received(self, count: int) -> None:
+        assert not self.waiting, "it was given bytes although it waits"
+        before = len(self.taken)
+        self.taken += self._memory[:count]
+        self.waiting = len(self.taken) // self._pause > before // self._pause
+
+
+def packets_on_the_way(data: bytes) -> None:
+    """Whatever is done to a stream of packets, and however it is cut, the frames get what the whole packets had that
+    come before the first change, in their order. At the first one that is not the next, an error ends it.
+    """
+    choices = Choices(data)
+    step, room, pause = choices.pick((4000, 1, 5, 300)), choices.pick((9000, 7, 100)), choices.pick((1 << 30, 50, 700))
+    with FEW_A_KEY.planted():
+        plain, honest, stream = _built(choices)
+        frames = _Frames(room, pause)
+        reader = PacketReader(secrets_of(*SECRETS)[0], frames)
+        try:
+            _give(reader, frames, stream, step)
+            ended = False
+        except PacketError:
+            ended = True
+    whole = at = 0
+    while whole < len(honest) and stream.startswith(honest[whole], at):
+        at += len(honest[whole])
+        whole += 1
+    assert frames.taken == b"".join(plain[:whole])
+    assert ended == _is_broken(stream[at:])
+    assert ended or reader.mid_packet == (at < len(stream))
+
+
+def _built(choices: Choices) -> tuple[list[bytes], list[bytes], bytes]:
+    """What was sealed, its packets, and what arrives."""
+    writer = packets.PacketWriter(secrets_of(*SECRETS)[0])
+    plain: list[bytes] = []
+    honest: list[bytes] = []
+    stream: list[bytes] = []
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: None,
+        lambda: stream.append(stream[choices.number(len(stream))]),
+        lambda: stream.pop(choices.number(len(stream))),
+        lambda: stream.insert(choices.number(len(stream)), stream.pop()),
+        lambda: stream.append(choices.line()),
+        lambda: stream.append(_flipped(stream.pop(), choices.number(65_536))),
+        lambda: stream.append(stream.pop()[: choices.number(300)]),
+    )
+    while choices.left:
+        if len(honest) < SEALED_MAX:
+            plain.append(bytes((len(honest) + 65,)) * (1 + choices.number(1500)))
+            honest.append(bytes(writer.seal(plain[-1])))
+            stream.append(honest[-1])
+        change = choices.pick(changes)
+        if stream:
+            change()
+    return plain, honest, b"".join(stream)
+
+
+def _flipped(packet: bytes, number: int) -> bytes:
+    changed = bytearray(packet)
+    if changed:
+        changed[number // 8 % len(changed)] ^= 1 << number % 8
+    return bytes(changed)
+
+
+def _give(reader: PacketReader, frames: _Frames, stream: bytes, step: int) -> None:
+    for piece in cut(stream, step):
+        at = 0
+        while at < len(piece):
+            room = reader.buffer()
+            assert len(room), "there is no room to receive into"
+            part = piece[at : at + len(room)]
+            room[: len(part)] = part
+            reader.received(len(part))
+            while frames.waiting:
+                frames.waiting = False
+                reader.resume()
+            at += len(part)
+
+
+def _is_broken(rest: bytes) -> bool:
+    """Whether a stream must end at ``rest``, which does not begin with the next packet."""
+    if len(rest) < LENGTH_BYTES:
+        return False
+    size = int.from_bytes(rest[:LENGTH_BYTES], "big")
+    return not TAG_BYTES < size <= PACKET_PLAIN_MAX + TAG_BYTES or len(rest) >= LENGTH_BYTES + size
+
+
+def _forgetful(self: PacketReader) -> None:
+    self._rest = None
+    self.received(0)
+
+
+TARGETS = (
+    Target(
+        "packets",
+        packets_on_the_way,
+        (
+            b"\x00\x00\x00" + b"\x00\x10\x00" * 8,
+            b"\x01\x01\x01" + b"\x00\x80\x00\x01\x00\x00\x00\x10\x05\x01\x07",
+            b"\x02\x02\x02" + b"\x04\x00\x00" * 4 + b"\x00\x09\x02\x00" + b"\x00\x09\x03\x01",
+            b"\x03\x00\x01" + b"\x02\x00\x01\x00" + b"\x00\x09\x04\x00\x00\x00\x11x\n",
+            b"\x00\x01\x02" + b"\x05\x00\x06\x50",
+        ),
+        Plant(PacketReader, "resume", lambda _: _forgetful),
+        (b"\x00\x00\x00\x11", b"\xff\xff\xff\xff", b"\x00\x04\x00\x10"),
+        size_max=512,
+        steps=40_000,
+        steps_a_byte=4_000,
+        peak_bytes=2 << 20,
+    ),
+)
