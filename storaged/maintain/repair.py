@@ -67,6 +67,7 @@ COMPARE_AGAIN_S = 600.0
 BURST_S = 20.0
 """Repair may save up the pace of this time, and spend it at once. Its rests between looks are shorter."""
 
+NO_ROOM = "the disks that may have it have no room for what disks that are away had"
 NO_RECODING_S = -1.0
 """Of ``Waits.recode_in_s``: nothing will be recoded."""
 
@@ -99,6 +100,7 @@ class Repair:
         self.rebuilder = Rebuilder(context)
         self.relocator = Relocator(context, self._on_concluded)
         self._divider = Divider(context)
+        self._lacks_room = False  # of the slice that was looked at last: it could go to its target, but for room
         self._concluded: dict[bytes, str] = {}
         """Registers to be judged, because no move of them waits any more; and why the last move was not made."""
         self.job = Job("repair", context.clock)
@@ -371,10 +373,13 @@ class Repair:
         if blocks[0].place.whole_copy and all(block.misplaced for block in blocks):
             self._divider.add(name.pack())
             return None
+        self._lacks_room = False
         placement = self._better_placement(name, blocks) if not self.relocator.away else None
         if placement is not None:
             return await self.rebuilder.recode(blocks, placement, self._context.layouts.current.epoch)
         await self.rebuilder.rebuild_missing(block for block in blocks if block.missing and block.readable)
+        if self._lacks_room:
+            raise CannotRepair(NO_ROOM)
         return None
 
     def _better_placement(self, name: RegisterName, blocks: list[BlockHealth]) -> Placement | None:
@@ -395,7 +400,7 @@ class Repair:
         bare = any(block.spare == 0 for block in blocks)
         short = away_long and self.room.short and not place.gone
         urgent = not blocks[0].as_written or (away_long and not self._is_cut_off(delay_s) and (bare or not short))
-        among = self._with_room(blocks, place.profile.k) if short else None
+        among = self.room.for_all(blocks, place.profile.k) if away_long and not place.gone else None
         on_target = blocks[0].on_target
         if urgent or not (place.placed and on_target):
             # Elsewhere it would count as placed, and never come to the disk that is away now.
@@ -403,15 +408,11 @@ class Repair:
             placement = self._placements.at_target(entry, countries, place, first_choice=waits, among=among)
             if placement is not None:
                 return placement
-        if away_long and bare and not (short and self._placements.at_target(entry, countries)):
-            return self._placements.choose(entry, blocks[0].place.profile, countries, self._with_room(blocks, 1))
+        lacks_room = among is not None and (short or urgent) and bool(self._placements.at_target(entry, countries))
+        if away_long and bare and not lacks_room:
+            return self._placements.choose(entry, place.profile, countries, self.room.for_all(blocks, 1))
+        self._lacks_room = urgent and lacks_room and not short
         return None
-
-    def _with_room(self, blocks: Sequence[BlockHealth], k: int) -> frozenset[str]:
-        """The disks that have room for a fragment of each of these blocks with ``k`` data fragments, or have one."""
-        size = sum(block.place.shape.sealed_bytes // k for block in blocks)
-        holders = (frozenset(block.place.disks[position] for position in block.present) for block in blocks)
-        return self.room.taking(size) | frozenset.intersection(*holders)
 
     def _some_away_long(self) -> bool:
         """Some disk has taken no writes for longer than repair waits for it."""

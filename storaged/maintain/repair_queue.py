@@ -345,7 +345,7 @@ class RepairQueue:
 
     def _reason(self, finding: Finding, disks: DisksNow, target: str) -> str:
         back_off = self._back_offs.get(finding.name)
-        if back_off is not None and finding.repairable:
+        if back_off is not None and (finding.repairable or (finding.recodable and back_off.reason)):
             return back_off.reason or "repair was tried, and it is still below its target"
         away = not disks.readable.issuperset(finding.unheard) or not disks.writable.issuperset(finding.unwritable)
         if finding.repairable or finding.spare < 0 or away:

@@ -18,6 +18,9 @@ Theory of operation
     same judgement is made again every few seconds. Work that is done lowers what is needed and what is free alike, so
     it changes no verdict.
 
+    This is judged for the whole cluster. Where only the disks in the countries of some buckets lack room, the data of
+    these buckets is written as far as there is room there, and ``status`` says why the rest is not.
+
     Free room and counts come from other nodes: they are late, and may be false. A node can only keep others from using
     its own disks, or send them to disks that refuse. Its counts are bounded by what the disks that are away reported,
     and of the sizes of partitions the median counts. A wrong verdict costs moves, or delays them.

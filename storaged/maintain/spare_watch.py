@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.health import BlockHealth
 from storaged.maintain.spare_room import (
     ENOUGH,
     Counts,
@@ -66,6 +67,12 @@ class SpareWatch:
         context = self._context
         free = free_for_spares(context.reports(), context.liveness.disk_writable)
         return frozenset(disk.id for disk in context.layouts.current.disks if free.get(disk.id, size) >= size)
+
+    def for_all(self, blocks: Sequence[BlockHealth], k: int) -> frozenset[str]:
+        """The disks that have room for a fragment of each of these blocks with ``k`` data fragments, or have one."""
+        size = sum(block.place.shape.sealed_bytes // k for block in blocks)
+        holders = (frozenset(block.place.disks[position] for position in block.present) for block in blocks)
+        return self.taking(size) | frozenset.intersection(*holders)
 
     def _note(self, found: Shortage) -> None:
         if self.short != (found.short_bytes > 0):

@@ -7,20 +7,20 @@ from __future__ import annotations
 import asyncio
 import os
 
-from storaged.maintain.repair import NO_RECODING_S
+from storaged.maintain.repair import NO_RECODING_S, NO_ROOM
 from storaged.maintain.spare_room import MARGIN_BYTES_MIN
 from storaged.objects.records import BucketRecord
 from storaged.wire import Message
-from tests.integration.memory_cluster import Cluster, run
+from tests.integration.memory_cluster import WHO, Cluster, run
 from tests.integration.test_maintain_cluster import DELAY_S
 
 RACKS = {"a": "FR/par1/a", "b": "FR/par2/b", "c": "FR/lyo1/c", "d": "FR/lyo2/d"}
 OBJECTS, BYTES = 32, 300_000
 
 
-async def filled(cluster: Cluster) -> tuple[BucketRecord, str]:
+async def filled(cluster: Cluster, countries: tuple[str, ...] = ()) -> tuple[BucketRecord, str]:
     """A bucket with coded objects, and one of the disks that have some of it."""
-    bucket = await cluster.bucket()
+    bucket = await cluster.buckets.create(WHO, "bucket", region="eu-fr-1", countries=countries)
     for number in range(OBJECTS):
         await cluster.put(bucket, b"%d" % number, os.urandom(BYTES))
     return bucket, "d0"
@@ -152,3 +152,29 @@ def test_what_has_no_spare_left_is_written_anew_as_far_as_there_is_room() -> Non
         assert await still() == set()
 
     run(scenario, racks=RACKS)
+
+
+def test_room_in_other_countries_than_those_of_a_bucket_does_not_fill_the_disks_that_may_have_it() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, lost = await filled(cluster, ("FR",))
+        before = await on_disk(cluster, bucket, lost)
+        had = held(cluster)[lost]
+        cluster.maintain()
+        await cluster.settled()
+        bounds = give_room(cluster, had // 16)
+        for disk in ("e0", "e1", "f0", "f1", "g0", "g1"):
+            cluster.alive.room_bytes[disk] += 100 * had
+        cluster.lose_disk(lost)
+        await cluster.pass_s(DELAY_S + 300)
+        over = {disk: held(cluster)[disk] - bound for disk, bound in bounds.items() if disk != lost}
+        assert max(over.values()) <= BYTES // 4, over
+        assert 0 < await on_disk(cluster, bucket, lost) < before, "as far as there is room"
+        reasons = [reason for status in await cluster.statuses() for reason, _ in status.unrepaired]
+        assert NO_ROOM in reasons
+
+        give_room(cluster, had)
+        await cluster.pass_s(3700)
+        await cluster.settled()
+        assert await on_disk(cluster, bucket, lost) == 0
+
+    run(scenario, racks={**RACKS, "e": "DE/fra1/e", "f": "DE/ber1/f", "g": "DE/ham1/g"})
