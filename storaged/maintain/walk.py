@@ -250,7 +250,7 @@ class Walker:
         if name.table != Table.OBJECT or not shares(value.body) or len(self.lenders) >= LENDERS_MAX:
             return
         sharing = sharing_of(decode_record(value))
-        if sharing.loans or sharing.departure is not None:
+        if sharing.loans or sharing.departure is not None or sharing.arrivals:
             self.lenders.add(name.pack())
 
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]], *, whole: bool = False) -> list[Finding]:

@@ -15,7 +15,7 @@ from storaged.cluster.layout import Profile
 from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, message_of, with_head
 from storaged.objects.configuration.access import AclEntry
 from storaged.objects.pending_events import PendingEvent
-from storaged.objects.sharing import Borrowed, Borrower, Departure
+from storaged.objects.sharing import Arrival, Borrowed, Borrower, Departure
 from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
@@ -187,12 +187,13 @@ class Loan(Message, frozen=True):
 
 class Sharing(Message, frozen=True):
     """What a record shares with those of other keys (``write.loans``). ``borrowed``: by the ordinals of the versions,
-    which may lie on pages. ``departure``: None: the key is not being renamed.
+    which may lie on pages. ``departure``: None: the key is not being renamed. ``arrivals``: of renames to this key.
     """
 
     loans: tuple[Loan, ...] = ()
     borrowed: dict[int, Borrowed] = msgspec.field(default_factory=dict)
     departure: Departure | None = None
+    arrivals: tuple[Arrival, ...] = ()
 
 
 class SharingRecord(ObjectRecord, frozen=True):

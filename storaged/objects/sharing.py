@@ -34,3 +34,12 @@ class Departure(Message, frozen=True):
     key: bytes
     since_ms: int
     ending: bytes = b""
+
+
+class Arrival(Message, frozen=True):
+    """A version has come from the S3 key ``key`` of the same bucket, whose record may have the ``Departure`` with this
+    ``id`` still. It stays when the version is replaced or removed.
+    """
+
+    id: bytes
+    key: bytes

@@ -153,7 +153,7 @@ LENDING_BUGS = (
         70,
         _PLAY,
         _HISTORY,
-        "        shares = bool(self.loans or self.borrowed or self.departure)\n",
+        "        shares = bool(self.loans or self.borrowed or self.departure or self.arrivals)\n",
         "        shares = bool(entries and (self.loans or self.borrowed))\n",
     ),
     Planted(

@@ -48,9 +48,10 @@ from storaged.objects.etags import ANY, tag
 from storaged.objects.read.find import current_entry
 from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, sharing_of
 from storaged.objects.service import ObjectService
-from storaged.objects.sharing import Departure
+from storaged.objects.sharing import Arrival, Departure
+from storaged.objects.system.emptying import end_remains
 from storaged.objects.write import complete, departures, loans, rename
-from storaged.objects.write.departures import BUSY_MS, Seen, end_old
+from storaged.objects.write.departures import ARRIVALS_MAX, BUSY_MS, Seen, end_old
 from storaged.objects.write.references import parts_in
 from storaged.objects.write.uploads import CompleteResult
 from storaged.objects.write.versioned import change_versions
@@ -95,6 +96,10 @@ class Made:
     def departures(self) -> list[Departure]:
         records = [decode_record(value) for name, value in self.world.ring.values.items() if name.table == Table.OBJECT]
         return [found for record in records if (found := sharing_of(record).departure) is not None]
+
+    def arrivals(self) -> list[Arrival]:
+        records = [decode_record(value) for name, value in self.world.ring.values.items() if name.table == Table.OBJECT]
+        return [arrival for record in records for arrival in sharing_of(record).arrivals]
 
     def meanwhile(self, key: bytes, work: Callable[[], Awaitable[Any]]) -> None:
         """Does something once, between a promise and the accept of this key."""
@@ -441,13 +446,13 @@ async def _dies_on_the_way(made: Made, renaming: Awaitable[PutResult]) -> None:
     made.world.ring.interfere = None
 
 
-async def _dies_at_the_end(made: Made, renaming: Awaitable[PutResult], changes: int) -> None:
+async def _dies_at_the_end(made: Made, renaming: Awaitable[PutResult], changes: int, old: bytes = b"a") -> None:
     """The gateway dies when it would remove the old key's version. ``changes``: of the old key before that."""
     count, change, spawn = 0, made.world.ring.change, made.plane.background.spawn
 
     async def dying(name: RegisterName, *what: Any, **how: Any) -> Any:
         nonlocal count
-        count += name == made.name(b"a")
+        count += name == made.name(old)
         if count > changes:
             raise asyncio.CancelledError
         return await change(name, *what, **how)
@@ -530,7 +535,7 @@ async def test_metadata_that_changed_before_the_departure_arrives(made: Made) ->
     assert (await made.objects.head(made.bucket, b"b")).tags == {"x": "y"}
 
 
-async def test_what_arrived_and_was_replaced_before_the_departure_ended_is_an_error(
+async def test_what_arrived_and_was_replaced_before_the_departure_ended_does_not_come_back(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await put(made.objects, made.bucket, CODED, key=b"a")
@@ -541,10 +546,114 @@ async def test_what_arrived_and_was_replaced_before_the_departure_ended_is_an_er
         return await departures.finish(*what)
 
     monkeypatch.setattr(rename, "finish", replaced)
-    with pytest.raises(SlowDown, match="replaced"):
-        await made.rename(b"a", b"b")
+    await made.rename(b"a", b"b")
     await made.settled()
-    assert (await made.read(b"a"), await made.read(b"b")) == (CODED, b"newer")
+    assert await made.keys() == [b"b"]
+    assert await made.read(b"b") == b"newer"
+
+
+@pytest.mark.parametrize("what", ["replaced", "created anew", "deleted", "renamed"])
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_what_has_arrived_never_comes_back_to_its_old_name(made: Made, data: bytes, what: str) -> None:
+    """The gateway of the rename has died before it removed the old name."""
+    await put(made.objects, made.bucket, data, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1 if data is SMALL else 2)
+    left = {"replaced": [b"b"], "created anew": [b"b"], "deleted": [], "renamed": [b"c"]}[what]
+    if what in ("replaced", "created anew"):
+        await put(made.objects, made.bucket, b"newer", key=b"b")
+    if what == "renamed":
+        await made.rename(b"b", b"c")
+    if what in ("deleted", "created anew"):
+        await made.objects.delete(made.bucket, b"b")
+    if what == "created anew":
+        await put(made.objects, made.bucket, b"newer", key=b"b")
+    with pytest.raises(NoSuchKey):
+        await made.read(b"a")
+    await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+    await made.settled()
+    assert await made.keys() == left
+    assert not made.departures()
+    assert not made.arrivals()
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_a_walk_at_the_new_key_finishes_a_rename_and_forgets_it(made: Made, data: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1 if data is SMALL else 2)
+    await end_old(made.plane, made.bucket, made.name(b"b"))
+    assert len(made.departures()) == 1, "it is young"
+    assert made.arrivals()
+    await end_old(made.plane, made.bucket, made.name(b"b"), fresh_ms=-1)
+    await made.settled()
+    assert await made.keys() == [b"b"]
+    assert not made.arrivals()
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_an_arrival_whose_departure_is_gone_is_forgotten_by_a_walk(made: Made, data: bytes) -> None:
+    """The gateway has died after the old key was deleted, or right after it removed the old name."""
+    await put(made.objects, made.bucket, data, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1 if data is SMALL else 2)
+    await made.objects.delete(made.bucket, b"a")
+    assert made.arrivals()
+    await end_old(made.plane, made.bucket, made.name(b"b"))
+    assert not made.arrivals()
+    assert await made.read(b"b") == data
+
+
+async def test_a_departure_that_is_marked_anew_while_an_arrival_is_ended_keeps_the_arrival(made: Made) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1)
+    settle = made.world.ring.settle
+
+    async def marked(name: RegisterName) -> Value | None:
+        value = await settle(name)
+
+        def edit(draft: Draft, _ordinal: int) -> bool:
+            assert draft.departure is not None
+            draft.departure = msgspec.structs.replace(draft.departure, ending=b"another.")
+            return True
+
+        await change_versions(made.plane, BucketKeys(made.plane, made.bucket), made.name(b"a"), edit)
+        return value
+
+    made.world.ring.settle = marked  # type: ignore[method-assign]
+    assert await departures.end_arrivals(made.plane, made.bucket, made.name(b"b"), fresh_ms=-1) == 1
+    made.world.ring.settle = settle  # type: ignore[method-assign]
+    await made.settled()
+    assert made.arrivals()
+    assert await departures.end_arrivals(made.plane, made.bucket, made.name(b"b"), fresh_ms=-1) == 0
+    assert await made.keys() == [b"b"]
+
+
+async def test_a_record_remembers_a_bounded_number_of_arrivals(made: Made) -> None:
+    spawn = made.plane.background.spawn
+    made.plane.background.spawn = lambda work: work.close() is None  # type: ignore[method-assign,assignment]
+    for number in range(ARRIVALS_MAX + 1):
+        await put(made.objects, made.bucket, SMALL, key=b"%d" % number)
+        await made.rename(b"%d" % number, b"b")
+        assert len(made.arrivals()) <= ARRIVALS_MAX
+    for number in range(ARRIVALS_MAX):
+        await put(made.objects, made.bucket, SMALL, key=b"%d" % number)
+        made.plane.background.spawn = spawn  # type: ignore[method-assign]
+        await _dies_at_the_end(made, made.rename(b"%d" % number, b"b"), 1, old=b"%d" % number)
+    await put(made.objects, made.bucket, SMALL, key=b"last")
+    with pytest.raises(SlowDown):
+        await made.rename(b"last", b"b")
+    assert await made.read(b"last") == SMALL
+    assert await departures.end_arrivals(made.plane, made.bucket, made.name(b"b"), fresh_ms=-1) == 0
+    await made.rename(b"last", b"b")
+    assert await made.keys() == [b"b"]
+
+
+async def test_a_deleted_key_with_an_arrival_keeps_no_bucket_from_being_deleted(made: Made) -> None:
+    await put(made.objects, made.bucket, SMALL, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1)
+    await made.objects.delete(made.bucket, b"b")
+    assert not await end_remains(made.plane, made.bucket), "the old name is listed"
+    await made.objects.delete(made.bucket, b"a")
+    assert await end_remains(made.plane, made.bucket)
+    assert made.world.ring.values[made.name(b"b")].visibility == Visibility.TOMBSTONE
 
 
 async def test_a_copy_of_what_departs_and_a_deletion_need_not_wait(made: Made) -> None:
@@ -612,13 +721,12 @@ async def test_a_new_key_that_is_damaged_hides_nothing(made: Made) -> None:
 async def test_a_departure_that_another_request_has_marked_since_is_not_ended(made: Made) -> None:
     """The first one found that nothing had arrived. Then the second one began, and may find something else."""
     await put(made.objects, made.bucket, SMALL, key=b"a")
-    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1)
+    await _dies_on_the_way(made, made.rename(b"a", b"b"))
     [departure] = made.departures()
     settle = made.world.ring.settle
 
     async def second(name: RegisterName) -> Any:
         made.world.ring.settle = settle  # type: ignore[method-assign]
-        await made.objects.delete(made.bucket, b"b")
         value = await settle(name)
         keys = BucketKeys(made.plane, made.bucket)
 
@@ -845,3 +953,37 @@ async def test_a_rename_waits_for_another_that_is_young(made: Made) -> None:
     made.world.clock.wall += BUSY_MS  # type: ignore[attr-defined]
     await made.rename(b"a", b"c")
     assert await made.keys() == [b"c"]
+
+
+@pytest.mark.parametrize("source", [b"a", b"b"])
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_the_next_rename_of_an_object_ends_one_that_has_died(made: Made, data: bytes, source: bytes) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1 if data is SMALL else 2)
+    made.world.clock.wall += BUSY_MS  # type: ignore[attr-defined]
+    if source == b"a":
+        with pytest.raises(NoSuchKey):
+            await made.rename(source, b"c")
+    else:
+        await made.rename(source, b"c")
+    await made.settled()
+    assert await made.keys() == [b"b" if source == b"a" else b"c"]
+    assert not made.departures()
+    assert not made.arrivals()
+
+
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_the_arrival_is_forgotten_when_the_old_key_was_replaced_before_it_lost_its_version(
+    made: Made, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    await put(made.objects, made.bucket, data, key=b"a")
+
+    async def replaced(*what: Any) -> None:
+        await put(made.objects, made.bucket, b"newer", key=b"a")
+        await departures.finish(*what)
+
+    monkeypatch.setattr(rename, "finish", replaced)
+    await made.rename(b"a", b"b")
+    await made.settled()
+    assert not made.arrivals()
+    assert (await made.read(b"a"), await made.read(b"b")) == (b"newer", data)

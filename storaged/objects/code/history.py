@@ -183,8 +183,8 @@ class Draft:
 
     ``has_history``: the record had one, of versions. ``outbox``: that of the record, to be assigned anew. ``fresh``:
     the new pages that the changed record refers to, by hash, each after those that it refers to. ``removed``: the
-    versions that went, with their data. ``loans``, ``borrowed``, ``departure``: as in ``records.Sharing``, to be
-    changed by the edit. ``returned``: what the versions that went had borrowed.
+    versions that went, with their data. ``loans``, ``borrowed``, ``departure``, ``arrivals``: as in
+    ``records.Sharing``, to be changed by the edit. ``returned``: what the versions that went had borrowed.
 
     Methods that look at older versions raise PageNeeded, and DataDamaged.
     """
@@ -206,7 +206,7 @@ class Draft:
         self.fresh: dict[bytes, bytes] = {}
         self.removed: list[Version] = []
         sharing = sharing_of(record)
-        self.loans, self.departure = sharing.loans, sharing.departure
+        self.loans, self.departure, self.arrivals = sharing.loans, sharing.departure, sharing.arrivals
         self.borrowed = dict(sharing.borrowed)
         self.returned: list[Borrowed] = []
 
@@ -427,7 +427,7 @@ class Draft:
         entries = self._entries
         while self._levels and not self._levels[-1]:
             self._levels.pop()
-        shares = bool(self.loans or self.borrowed or self.departure)
+        shares = bool(self.loans or self.borrowed or self.departure or self.arrivals)
         if not self.outbox and not shares:
             if not entries:
                 return ObjectRecord(())
@@ -436,7 +436,7 @@ class Draft:
         kept, levels = tuple(entry.kept for entry in entries), tuple(map(tuple, self._levels))
         history = History(kept, levels, self._null_at, self._copied, self.outbox)
         versions = tuple(entry.version for entry in entries)
-        sharing = Sharing(self.loans, self.borrowed, self.departure)
+        sharing = Sharing(self.loans, self.borrowed, self.departure, self.arrivals)
         return SharingRecord(versions, history, sharing) if shares else ObjectRecord(versions, history)
 
 

@@ -44,6 +44,5 @@ def arrived_as(record: ObjectRecord) -> bytes:
 
 
 def has_arrived(value: Value | None, departure_id: bytes) -> bool:
-    """Whether a version in the record is what departed under this id. Raises DataDamaged."""
-    made = (version.context_id for version in decode_record(value).versions)
-    return uses(value, departure_id) or departure_id in made
+    """Whether the key has got what departed under this id. Raises DataDamaged."""
+    return any(arrival.id == departure_id for arrival in sharing_of(decode_record(value)).arrivals)

@@ -72,8 +72,9 @@ def decode_record(value: Value | None) -> ObjectRecord:
 def record_change(record: ObjectRecord, payload: bytes = b"") -> Change:
     """The change of the register that stores these versions."""
     if not record.versions:
-        if record.history is not None and (record.history.outbox or sharing_of(record).loans):
-            # no row of a deleted key may go with its events, or with data that other keys read
+        sharing = sharing_of(record)
+        if record.history is not None and (record.history.outbox or sharing.loans or sharing.arrivals):
+            # no row of a deleted key may go with its events, data that other keys read, or what has arrived
             return Change(encode_object(record), Visibility.HIDDEN)
         return Change(b"", Visibility.TOMBSTONE)
     hidden = record.versions[0].delete_marker

@@ -38,7 +38,7 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.bucket_keys import BucketKeys, judged, with_keys
-from storaged.objects.code.history import Draft, Entry, Shelf
+from storaged.objects.code.history import Draft, Entry
 from storaged.objects.code.lending import arrived_as, borrowed_by
 from storaged.objects.code.versions import (
     OpenedVersion,
@@ -56,22 +56,27 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import owner_of
 from storaged.objects.read.find import Found, current_entry, find
 from storaged.objects.read.get import get
-from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, Version
+from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, Version, sharing_of
 from storaged.objects.sharing import Borrowed, Borrower, Departure
 from storaged.objects.write.blocks import NewPart
 from storaged.objects.write.commit import AfterPromise, change_once, commit
 from storaged.objects.write.copy import body_of, check_size
 from storaged.objects.write.departures import (
+    ARRIVALS_MAX,
+    BUSY,
     Changed,
     Departing,
     Seen,
+    arrive,
     check_departing,
     depart,
+    end_arrivals,
     end_departure,
     finish,
     is_busy,
     make_way,
     try_end_departure,
+    try_end_old,
 )
 from storaged.objects.write.lent_copy import SealedPages, is_coded, lent_of, replicas_answer
 from storaged.objects.write.loans import BORROWED_MAX, NotLent, Wanted, let_go, with_loan
@@ -85,15 +90,10 @@ PAUSE_MAX_S = 0.25
 DIGEST_BYTES = 4
 VERSIONED = "RenameObject is for buckets without versioning: a rename would take versions from the history of a key."
 
-REPLACED = (
-    "What had arrived under the new name was replaced by another request, and the object still has its old name. Please"
-    " retry."
-)
-
 
 async def rename(plane: ObjectPlane, bucket: BucketRecord, asked: Renaming) -> PutResult:
     """Renames the object of a key. When it returns, the old key does not have it any more. When it raises, the object
-    has its old name, or (OutcomeUnknown, ServiceUnavailable) the new one, or both for some time.
+    has its old name, or (OutcomeUnknown, ServiceUnavailable) the new one, and lists may show both for some time.
 
     Raises NoSuchKey, PreconditionFailed, IdempotencyParameterMismatch, InvalidRequest for an object that can't be
     renamed, NotImplemented where the bucket has versioning, SlowDown, InsufficientStorage, ServiceUnavailable.
@@ -137,6 +137,7 @@ class _Rename:
         self._bucket = bucket
         self._asked = asked
         self.id = _id_of(plane, bucket, asked)
+        self.source = asked.source
         self._old = object_name(bucket.id, bucket.shard_numbers, asked.source)
         self._new = object_name(bucket.id, bucket.shard_numbers, asked.key)
 
@@ -147,8 +148,12 @@ class _Rename:
         before = decode_record((await plane.registers.read(self._new)).value)
         if asked.token and (done := await self._done_before(before)) is not None:
             return done
+        arrivals = len(sharing_of(before).arrivals)
+        if arrivals >= ARRIVALS_MAX and await end_arrivals(plane, bucket, self._new) >= ARRIVALS_MAX:
+            raise SlowDown(BUSY)
         reading = await plane.registers.read(self._old)
         record = decode_record(reading.value)
+        self._tidy(record)
         entry = current_entry(record)
         found = await find(plane, bucket, asked.source, "", reading=reading)
         self._check_source(found)
@@ -165,8 +170,14 @@ class _Rename:
         except BaseException:
             plane.background.spawn(try_end_departure(plane, bucket, self._old, self.id))
             raise
-        await self._finish(seen)
+        await self._finish(departure)
         return result
+
+    def _tidy(self, record: ObjectRecord) -> None:
+        """Ends renames of the object before this one, in the background, if they have died after it had arrived."""
+        sharing = sharing_of(record)
+        if sharing.arrivals or (sharing.departure is not None and not is_busy(self._plane, sharing.departure)):
+            self._plane.background.spawn(try_end_old(self._plane, self._bucket, self._old))
 
     async def _done_before(self, before: ObjectRecord) -> PutResult | None:
         """What the token's rename answered, if the new key has its object. Raises IdempotencyParameterMismatch."""
@@ -290,14 +301,11 @@ class _Rename:
 
     # --- the old key
 
-    async def _finish(self, seen: Seen) -> None:
-        """Raises SlowDown when the old key has the object still."""
+    async def _finish(self, departure: Departure) -> None:
+        """Raises as ``finish``."""
         plane, bucket, asked = self._plane, self._bucket, self._asked
         try:
-            if not await finish(plane, bucket, self._old, self.id, asked.removed):
-                record = decode_record((await plane.registers.read(self._old)).value)
-                if seen.is_current(Draft(record, Shelf())):
-                    raise SlowDown(REPLACED)
+            await finish(plane, bucket, self._old, departure, asked.removed)
         except StoragedError:
             plane.background.spawn(try_end_departure(plane, bucket, self._old, self.id))
             raise
@@ -341,7 +349,8 @@ class _Arriving(AddedVersion):
         return super()._add(draft, ordinal)
 
     def note_added(self, draft: Draft, added: Entry) -> None:
-        """Raises NotLent."""
+        """Raises NotLent, Changed."""
+        arrive(draft, self._work.source, self._work.id)
         if self._borrowed is not None:
             if len(draft.borrowed) >= BORROWED_MAX:
                 raise NotLent
