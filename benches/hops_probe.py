@@ -56,13 +56,19 @@ class Probe:
 
 
 def install() -> None:
-    """Counts in this process, when ``HOPS_DIR`` says where to listen."""
+    """Counts in this process and in those that it forks, when ``HOPS_DIR`` says where to listen."""
     folder = os.environ.get("HOPS_DIR")
-    if folder:
-        probe = Probe()
+    if not folder:
+        return
+    probe = Probe()
+
+    def serve() -> None:
         path = os.path.join(folder, str(os.getpid()))
         threading.Thread(target=probe.serve, args=(path,), daemon=True).start()
-        sys.setprofile(probe.on_event)
+
+    serve()
+    os.register_at_fork(after_in_child=serve)  # a trial cluster's nodes are forked
+    sys.setprofile(probe.on_event)
 
 
 if __name__ == "sitecustomize":
