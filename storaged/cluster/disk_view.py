@@ -101,15 +101,18 @@ class DiskView:
     # --- ``Liveness``
 
     def disk_writable(self, disk_id: str) -> bool:
-        self._follow()
+        if self._own() is not self._own_known:  # ``_follow``, which a PUT would call thirty times
+            self._judge()
         return disk_id in self._writable
 
     def disk_readable(self, disk_id: str) -> bool:
-        self._follow()
+        if self._own() is not self._own_known:
+            self._judge()
         return disk_id in self._readable
 
     def disk_prompt(self, disk_id: str) -> bool:
-        self._follow()
+        if self._own() is not self._own_known:
+            self._judge()
         return disk_id in self._readable and disk_id not in self._left_out
 
     def disk_late(self, disk_id: str, for_s: float) -> None:

@@ -337,8 +337,10 @@ class Layout(Message, frozen=True, dict=True):
         return found
 
     @cached_property
-    def first_choices(self) -> dict[tuple[int, Profile, tuple[str, ...]], tuple[str, ...]]:
-        """The cache of ``objects.code.place``, which bounds it: (group, profile, countries) -> disks."""
+    def first_choices(self) -> dict[tuple[int, Profile, tuple[str, ...]], tuple[tuple[str, ...], bool]]:
+        """The cache of ``objects.code.place``, which bounds it: (group, profile, countries) -> disks, and whether they
+        hold the profile under its limits.
+        """
         return {}
 
     @cached_property

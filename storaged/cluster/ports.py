@@ -164,6 +164,21 @@ class TryCaller(Protocol):
         node is this one; ``call`` handles both. Raises ValueError when the request exceeds a frame's limits.
         """
 
+    def begin_call(
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[Message],
+        on_reply: OnReply,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> Callable[[], object] | None:
+        """As ``try_call``, for a call that may be given up: the function that it returns does so. Then ``on_reply`` is
+        not called any more, and the body's buffers are free. None where ``try_call`` returns False.
+        """
+
     def encoded_call(
         self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
     ) -> EncodedCall:

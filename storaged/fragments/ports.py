@@ -11,10 +11,11 @@ the survivors agree on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
+from storaged.errors import PeerError
 from storaged.wire import Buffer, Message, encode
 
 _PACKED_BYTES = 23
@@ -228,6 +229,23 @@ class FragmentStore(Protocol):
     async def usage(self) -> Usage: ...
 
     async def close(self) -> None: ...
+
+
+class TryWrite(Protocol):
+    """The method ``try_write``, which a ``FragmentStore`` may have."""
+
+    def __call__(
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        on_done: Callable[[PeerError | None], None],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+    ) -> Callable[[], object] | None:
+        """As ``write``, without a task: ``on_done`` gets the error, or None. Returns the function that gives the call
+        up: ``on_done`` is not called any more then, and the buffers are free. None: nothing was begun.
+        """
 
 
 class NearStore(FragmentStore, Protocol):

@@ -88,6 +88,31 @@ class RemoteFragmentStore:
         """``spare_other`` follows from this node's role (``FragmentHost``)."""
         await self._ask("fragment.write", WriteRequest(self._disk, header, sync, check), Done, payload)
 
+    def try_write(
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        on_done: Callable[[PeerError | None], None],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+    ) -> Callable[[], object] | None:
+        """See ``ports.TryWrite``."""
+        begin_call = getattr(self._caller, "begin_call", None)  # of a TryCaller
+        if begin_call is None:
+            return None
+        request = WriteRequest(self._disk, header, sync, check)
+        found: Callable[[], object] | None = begin_call(
+            self._node,
+            "fragment.write",
+            request,
+            Done,
+            partial(_on_written, on_done),
+            body=payload,
+            timeout_s=self._timeout_s,
+        )
+        return found
+
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         """A node that restarted since the write and lost it answers FragmentMissing: its index knows only what is in
         its log.
@@ -318,6 +343,10 @@ class FragmentHost:
 
     async def _usage(self, request: UsageRequest, _call: Call) -> UsageReply:
         return UsageReply(await self._store(request.disk).usage())
+
+
+def _on_written(on_done: Callable[[PeerError | None], None], answer: Done | PeerError, _body: memoryview) -> None:
+    on_done(answer if isinstance(answer, PeerError) else None)
 
 
 def _reply(found: CellRead) -> Reply:

@@ -290,6 +290,33 @@ async def test_a_call_cancelled_at_once_leaves_nothing_behind(pair: Pair) -> Non
     assert pair.pool.statistics().links[0].calls_pending == 0
 
 
+async def test_a_begun_call_that_is_given_up_is_dropped_on_the_server_and_calls_nothing_back(pair: Pair) -> None:
+    await pair.call("t.echo")
+    heard: list[Any] = []
+    give_up = pair.pool.begin_call(
+        "n1", "t.hold", Note("x"), Note, lambda *answer: heard.append(answer), body=[bytes(MIB)]
+    )
+    assert give_up is not None
+    await pair.service.entered.wait()
+    give_up()
+    await until(lambda: pair.service.cancelled >= 1)
+    assert (await pair.call("t.echo", "next"))[0].text == "next"
+    await until(lambda: pair.server.statistics().inflight_bytes == 0)
+    assert heard == []
+
+
+async def test_a_begun_call_brings_its_answer_once_and_may_be_given_up_afterwards(pair: Pair) -> None:
+    await pair.call("t.echo")
+    heard: list[Any] = []
+    give_up = pair.pool.begin_call("n1", "t.echo", Note("x"), Note, lambda answer, _body: heard.append(answer.text))
+    assert give_up is not None
+    await until(lambda: len(heard) == 1)
+    give_up()
+    assert (await pair.call("t.echo", "next"))[0].text == "next"
+    assert heard == ["x"]
+    assert pair.pool.begin_call("no-such-node", "t.echo", Note("x"), Note, lambda *_: None) is None
+
+
 class Hung:
     """A method that accepts calls and answers when the test says so, or never."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import xxhash
 
-from storaged.errors import FragmentDamaged, FragmentOther, PeerUnreachable
+from storaged.errors import FragmentDamaged, FragmentOther, PeerError, PeerUnreachable
 from storaged.fragments.ports import REPLACED, FragmentId, Health, NearStore, Retirement
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
@@ -72,6 +74,35 @@ class TestRemote(TestLocal):
         host = FragmentHost({DISK: local})
         yield RemoteFragmentStore(Loopback(lambda _node: host.methods()), "n1", DISK)
         await local.close()
+
+
+class Begun(Loopback):
+    """A caller that begins calls without a task of the one who asks."""
+
+    def begin_call(self, node: str, method: str, request: Any, reply: Any, on_reply: Any, **options: Any) -> Any:
+        async def run() -> None:
+            try:
+                on_reply(*(await self.call(node, method, request, reply, **options)))
+            except PeerError as error:
+                on_reply(error, memoryview(b""))
+
+        return asyncio.create_task(run()).cancel
+
+
+async def test_a_write_without_a_task_stores_the_fragment_or_brings_the_error(tmp_path: Path) -> None:
+    local = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
+    host = FragmentHost({DISK: local})
+    remote = RemoteFragmentStore(Begun(lambda _node: host.methods()), "n1", DISK)
+    made = make(random.Random(5))
+    answers: asyncio.Queue[PeerError | None] = asyncio.Queue()
+    assert remote.try_write(made.header, [made.payload], answers.put_nowait, sync=True) is not None
+    assert await answers.get() is None
+    assert [stat.health for stat in await local.stat([made.id])] == [Health.OK]
+    assert remote.try_write(made.header, [bytes(len(made.payload))], answers.put_nowait, sync=True) is not None
+    assert isinstance(await answers.get(), FragmentDamaged)
+    without = RemoteFragmentStore(Loopback(lambda _node: host.methods()), "n1", DISK)
+    assert without.try_write(made.header, [made.payload], answers.put_nowait) is None
+    await local.close()
 
 
 async def test_a_check_counts_for_the_hash_of_a_gateway_alone() -> None:

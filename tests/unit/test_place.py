@@ -16,6 +16,7 @@ from storaged.objects.code.place import (
     Placement,
     acceptable,
     choose,
+    choose_prompt,
     copies_rule,
     copy_plan,
     disks_of,
@@ -116,6 +117,31 @@ def test_all_disks_alive_gives_the_first_choice_under_the_rack_limit():
         placement = choose(layout, data_id, Profile(4, 2), lambda disk: True)
         assert placement == Placement(Profile(4, 2), first_choice(layout, data_id, Profile(4, 2)), {})
         assert max(Counter(layout.domain_by_disk[disk] for disk in placement.disks).values()) == 2
+
+
+def placed(choosing, *arguments):
+    try:
+        return choosing(*arguments)
+    except ServiceUnavailable as refused:
+        return str(refused)
+
+
+@pytest.mark.parametrize("racks", RACKS, ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_where_all_disks_are_prompt_the_placement_is_that_of_the_general_rule_whatever_is_away(racks, target):
+    layout = layout_of(racks)
+    for away in every_outage(layout):
+        for data_id in data_ids(3):
+            living = (layout, data_id, target, lambda disk, away=away: disk not in away)
+            assert placed(choose_prompt, *living, lambda disk: True) == placed(choose, *living)
+
+
+def test_a_slow_first_choice_gets_no_fragment_where_the_others_do_as_well():
+    layout, data_id, target = layout_of((3, 3, 3)), data_ids(1)[0], Profile(4, 2)
+    slow = first_choice(layout, data_id, target)[1]
+    placement = choose_prompt(layout, data_id, target, lambda disk: True, lambda disk: disk != slow)
+    assert placement.profile == target
+    assert slow not in placement.disks
 
 
 def test_living_first_choices_keep_their_positions_and_the_next_disk_on_the_list_takes_a_dead_ones():

@@ -201,7 +201,7 @@ class ClientConnection(Connection):
         try:
             return await future
         except asyncio.CancelledError:
-            self._abandon(request_id)
+            self.abandon(request_id)
             raise
 
     @property
@@ -257,7 +257,7 @@ class ClientConnection(Connection):
         now = self.loop.time()
         late = [(request_id, call) for request_id, call in self.pending.items() if call.deadline <= now]
         for request_id, call in late:
-            if self._abandon(request_id) is not None:
+            if self.abandon(request_id) is not None:
                 self._fail(call, PeerTimeout(f"{self.node} did not answer {call.method} in time."))
         if self.pending:
             self._set_expiry(min(call.deadline for call in self.pending.values()))
@@ -268,7 +268,10 @@ class ClientConnection(Connection):
         except Exception:
             self._log_callback_error(call.method)
 
-    def _abandon(self, request_id: int) -> _Pending | None:
+    def abandon(self, request_id: int) -> _Pending | None:
+        """The caller stops waiting: its buffers are free at once, and ``on_reply`` is not called. No-op after the
+        reply.
+        """
         call = self.pending.pop(request_id, None)
         if call is not None:
             if not self.withdraw(request_id):

@@ -203,6 +203,29 @@ class RpcPool:
             node, method, decoder_of(reply), self._prefix(method), encode(request), on_reply, body, timeout_s
         )
 
+    def begin_call(
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[Message],
+        on_reply: OnReply,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> Callable[[], object] | None:
+        """See ``ports.TryCaller``."""
+        link = self._links.get(node)
+        connection = link.connection if link is not None else None
+        if connection is None:
+            return None
+        head = self._prefix(method) + encode(request)
+        request_id = connection.try_call(method, head, decoder_of(reply), body, timeout_s, on_reply)
+        if not request_id:
+            return None
+        self._counts.total += 1
+        return partial(connection.abandon, request_id)
+
     def encoded_call(
         self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
     ) -> EncodedCall:

@@ -61,9 +61,11 @@ def is_eligible(layout: Layout, disk_id: str, countries: Sequence[str]) -> bool:
     )
 
 
-def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tuple[str, ...]) -> tuple[str, ...]:
+def _ranked_choice(
+    layout: Layout, group: int, profile: Profile, countries: tuple[str, ...]
+) -> tuple[tuple[str, ...], bool]:
     """Up to n disks: by preference under the limits of domains and operators, then, when the layout has too few domains
-    and operators decide nothing, by preference alone.
+    and operators decide nothing, by preference alone. And whether the limits alone gave n.
     """
     memo = layout.first_choices
     found = memo.get((group, profile, countries))
@@ -75,12 +77,13 @@ def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tupl
             if len(chosen) < profile.n and shares.has_room(disk_id):
                 shares.add(disk_id)
                 chosen.append(disk_id)
-        if len(chosen) < profile.n and not layout.spreads:
+        whole = len(chosen) == profile.n
+        if not whole and not layout.spreads:
             taken = set(chosen)
             chosen += [disk_id for disk_id in ranked if disk_id not in taken][: profile.n - len(chosen)]
         if len(memo) >= FIRST_CHOICES_MAX:
             memo.clear()
-        found = memo[group, profile, countries] = tuple(chosen)
+        found = memo[group, profile, countries] = tuple(chosen), whole
     return found
 
 
@@ -91,7 +94,7 @@ def first_choice(layout: Layout, data_id: bytes, profile: Profile, countries: Se
     Only active disks, and only in ``countries`` when some are named. Raises ServiceUnavailable when there are fewer
     than n.
     """
-    chosen = _ranked_choice(layout, placement_group(data_id), profile, tuple(countries))
+    chosen, _ = _ranked_choice(layout, placement_group(data_id), profile, tuple(countries))
     if len(chosen) < profile.n:
         raise ServiceUnavailable(
             f"profile {profile} needs {profile.n} disks; layout {layout.epoch} has {len(chosen)}{_inside(countries)}"
@@ -107,7 +110,7 @@ def disks_of(run: Run, layout_of_epoch: Layout, data_id: bytes, countries: Seque
     """
     if layout_of_epoch.epoch != run.epoch:
         raise ValueError(f"the run was placed under layout {run.epoch}, not {layout_of_epoch.epoch}")
-    chosen = _ranked_choice(layout_of_epoch, placement_group(data_id), run.profile, tuple(countries))
+    chosen, _ = _ranked_choice(layout_of_epoch, placement_group(data_id), run.profile, tuple(countries))
     if not run.moved and len(chosen) == run.profile.n:
         return chosen
     try:
@@ -135,7 +138,7 @@ def choose(
         return is_eligible(layout, disk_id, countries) and writable(disk_id)
 
     def hold(profile: Profile, domain_limit: int) -> Placement | None:
-        first = _ranked_choice(layout, group, profile, countries)
+        first, _ = _ranked_choice(layout, group, profile, countries)
         return _assign(layout, profile, first, layout.preference(group), takes, domain_limit)
 
     placement = hold(target, target.m)
@@ -163,7 +166,7 @@ def replaced(layout: Layout, group: int, profile: Profile, takes: Callable[[str,
     and limits; None when there are too few. ``takes(disk, first)``: whether a disk takes a fragment; ``first``: it is a
     first choice.
     """
-    first = _ranked_choice(layout, group, profile, ())
+    first, _ = _ranked_choice(layout, group, profile, ())
     placement = _assign(
         layout,
         profile,
@@ -186,6 +189,9 @@ def choose_prompt(
     """As ``choose``, without disks that are not ``prompt`` where the others can hold as many parity fragments as the
     target has, and survive the loss of a domain if all writable disks could.
     """
+    first, whole = _ranked_choice(layout, placement_group(data_id), target, tuple(countries))
+    if whole and all(writable(disk_id) and prompt(disk_id) for disk_id in first):
+        return Placement(target, first, {})  # what the rest would find, for nearly every write
     found = choose(layout, data_id, target, writable, countries)
     if all(map(prompt, found.disks)):
         return found
@@ -298,7 +304,7 @@ def is_placed(layout: Layout, data_id: bytes, profile: Profile, disks: Sequence[
     """Whether the layout wants the fragments on these disks, in whatever order. Where it has fewer disks than the
     profile needs, it wants them on none but those.
     """
-    wanted = _ranked_choice(layout, placement_group(data_id), profile, tuple(countries))
+    wanted, _ = _ranked_choice(layout, placement_group(data_id), profile, tuple(countries))
     return set(disks) <= set(wanted) if len(wanted) < profile.n else set(wanted) == set(disks)
 
 
@@ -310,7 +316,7 @@ def near(
     """
     left = [disk for disk in placement.disks if disk not in disks]
     found = tuple(disk if disk in placement.disks else left.pop(0) for disk in disks)
-    first = _ranked_choice(layout, placement_group(data_id), placement.profile, tuple(countries))
+    first, _ = _ranked_choice(layout, placement_group(data_id), placement.profile, tuple(countries))
     moved = {position: disk for position, disk in enumerate(found) if first[position : position + 1] != (disk,)}
     return Placement(placement.profile, found, moved)
 
@@ -328,13 +334,14 @@ def acceptable(
     if layout.spreads:
         share = layout.operator_share(durable.values())
         return share < profile.k <= len(durable) - share
+    domains = layout.domain_by_disk
+    if _left([domains.get(disk_id, disk_id) for disk_id in durable.values()]) >= profile.k:
+        return True  # a disk has no more of them than its domain
     if _left(durable.values()) < profile.k:
         return False
-    if not _spans_domains(
+    return not _spans_domains(
         layout, (disk.id for disk in layout.disks if is_eligible(layout, disk.id, countries) and writable(disk.id))
-    ):
-        return True
-    return _left(layout.domain_by_disk.get(disk_id, disk_id) for disk_id in durable.values()) >= profile.k
+    )
 
 
 def _left(holders: Iterable[str]) -> int:

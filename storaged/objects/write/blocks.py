@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from storaged.objects.code import erasure, place
 from storaged.objects.code.geometry import BlockShape
 from storaged.objects.records import BucketRecord, Run
 from storaged.units import KIB
+from storaged.wire import Buffer
 
 HELD_LEFT_MIN = 0.5
 """The only block of a part is sent at once when a smaller share of the memory is free: a promise may have to wait for
@@ -67,6 +68,18 @@ class Coded(NamedTuple):
     parity: tuple[memoryview, ...]
     hashes: tuple[bytes, ...]
     checks: tuple[bytes, ...] = ()
+
+    def fragment(self, profile: Profile, chunk_bytes: int, position: int) -> Sequence[Buffer]:
+        """The bytes of one fragment, in pieces."""
+        if profile.k == 1:
+            return (self.sealed,)
+        if position < profile.k:
+            return erasure.fragment_slices(profile, chunk_bytes, self.sealed, position)
+        return (self.parity[position - profile.k],)
+
+    def check(self, profile: Profile, position: int) -> bytes:
+        """Of that fragment; empty when it was not hashed here."""
+        return self.checks[position if profile.k > 1 else 0] if self.checks else b""
 
 
 def code_block(profile: Profile, chunk_bytes: int, sealed: memoryview, room: memoryview) -> Coded:

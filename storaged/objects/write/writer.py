@@ -21,7 +21,7 @@ call: half as many messages and turns of its writer thread. The collector sees t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from storaged import trace
@@ -39,9 +39,8 @@ from storaged.objects.records import PartEntry
 from storaged.objects.write import blocks
 from storaged.objects.write.blocks import BlockState, Coded, Form, NewPart, OnPlain, runs_of, shape_of
 from storaged.objects.write.body import BodyReader
-from storaged.objects.write.patience import note_late, until_safe
+from storaged.objects.write.patience import GiveUp, OnResult, begin_write, in_task, note_late, until_safe
 from storaged.sov1 import SALT_BYTES, chunk_count
-from storaged.wire import Buffer
 
 ATTEMPTS_MAX = 6
 """Placements tried for one block, and rounds of the barrier: each leaves out at least one more disk."""
@@ -275,39 +274,29 @@ class PartWriter:
                 self._plane.counters.writes_failed += 1
 
         missing = [position for position in range(profile.n) if position not in state.durable]
-        calls = {position: self._write_one(state, coded, position, sync) for position in missing}
+        begin = partial(self._begin_write, state, coded, sync)
         limit_s = self._plane.limits.write_timeout_s
         safe, curable = partial(self._acceptable, state), profile.m.__ge__  # it is still in memory
-        late = await until_safe(self._plane, calls, on_done, safe, curable, limit_s)
+        late = await until_safe(self._plane, missing, begin, on_done, safe, curable, limit_s)
         for position, for_s in late.items():
             self._failed.add(disks[position])
             note_late(self._plane, disks[position], for_s)
 
-    async def _write_one(self, state: BlockState, coded: Coded, position: int, sync: bool) -> bool:
-        chunk, profile = self._sealer.chunk_bytes, state.placement.profile
-        payload: Sequence[Buffer]
-        if profile.k == 1:
-            payload = [coded.sealed]
-        elif position < profile.k:
-            payload = erasure.fragment_slices(profile, chunk, coded.sealed, position)
-        else:
-            payload = [coded.parity[position - profile.k]]
+    def _begin_write(self, state: BlockState, coded: Coded, sync: bool, position: int, on_result: OnResult) -> GiveUp:
+        """Begins to write one fragment."""
+        profile, chunk = state.placement.profile, self._sealer.chunk_bytes
+        payload = coded.fragment(profile, chunk, position)
         header = FragmentHeader(
             self._fragment(state, position).pack(),
             self._owner,
             self._sealer.header,
             coded.hashes,
             chunk,
-            sum(len(piece) for piece in payload),
+            sum(map(len, payload)),
             self._created_ms,
         )
-        try:
-            store = self._plane.stores.store(state.placement.disks[position])
-            check = coded.checks[position if profile.k > 1 else 0] if coded.checks else b""
-            await store.write(header, payload, sync=sync, check=check)
-        except PeerError:
-            return False
-        return True
+        check = coded.check(profile, position)
+        return begin_write(self._plane, state.placement.disks[position], header, payload, sync, check, on_result)
 
     # --- the barrier ------------------------------------------------------------------------------------------------
 
@@ -368,8 +357,11 @@ class PartWriter:
                 len(set(state.durable.values()) - missing) >= state.placement.profile.k for state in self._blocks
             )
 
-        calls = {disk: self._sync_one(disk, ids) for disk, ids in waiting.items()}
-        late = await until_safe(self._plane, calls, on_done, safe, curable, self._plane.limits.sync_timeout_s)
+        def begin(disk: str, on_result: OnResult) -> GiveUp:
+            return in_task(self._plane, self._sync_one(disk, waiting[disk]), on_result)
+
+        limit_s = self._plane.limits.sync_timeout_s
+        late = await until_safe(self._plane, waiting, begin, on_done, safe, curable, limit_s)
         for disk, for_s in late.items():
             note_late(self._plane, disk, for_s)
         for disk in missing:
