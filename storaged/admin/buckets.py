@@ -8,6 +8,8 @@ GET    /v1/buckets/NAME/inventories     its inventories, and how far they are
 POST   /v1/buckets/NAME/owner           {user}
 GET    /v1/buckets/NAME/quota           what it may have: bytes, objects; 0: no limit
 POST   /v1/buckets/NAME/quota           {bytes, objects}
+GET    /v1/buckets/NAME/copies          up to which size its objects are whole copies: bytes; null: the gateways' own
+POST   /v1/buckets/NAME/copies          {bytes}; empty: the gateways' own
 GET    /v1/users/NAME/quota             what the buckets of an account may have together
 POST   /v1/users/NAME/quota             {bytes, objects}
 GET    /v1/buckets/NAME/lost?key=       how many versions of a key (hex) are lost with their pages
@@ -28,7 +30,7 @@ from storaged.admin.iam import account_named
 from storaged.admin.ports import Services
 from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName
 from storaged.objects.api import Buckets, Principal, Users
-from storaged.objects.configuration.kinds import QUOTA, Quota
+from storaged.objects.configuration.kinds import COPIES, QUOTA, Quota
 from storaged.objects.names import bucket_name_valid
 from storaged.objects.records import BucketRecord
 
@@ -52,6 +54,8 @@ class BucketAdministration:
             web.post("/v1/buckets/{name}/owner", self._set_owner),
             web.get("/v1/buckets/{name}/quota", self._bucket_quota),
             web.post("/v1/buckets/{name}/quota", self._set_bucket_quota),
+            web.get("/v1/buckets/{name}/copies", self._bucket_copies),
+            web.post("/v1/buckets/{name}/copies", self._set_bucket_copies),
             web.get("/v1/users/{name}/quota", self._account_quota),
             web.post("/v1/users/{name}/quota", self._set_account_quota),
             web.post("/v1/buckets/{name}/unlock", self._unlock),
@@ -144,6 +148,25 @@ class BucketAdministration:
             await change(bucket, size, objects)
         return web.json_response({"bucket": bucket.name, "bytes": size, "objects": objects})
 
+    async def _bucket_copies(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        bucket = await buckets.get(request.match_info["name"])
+        found = buckets.configuration_of(bucket).get(COPIES)
+        return web.json_response({"bucket": bucket.name, "bytes": found.bytes if found is not None else None})
+
+    async def _set_bucket_copies(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        change = self._services.set_bucket_copies
+        if change is None:
+            raise NotHere
+        text = (await texts_of(request, "bytes")).get("bytes", "")
+        bytes_max = _number(text, "bytes") if text else None
+        bucket = await buckets.get(request.match_info["name"])
+        facts = {"bucket": bucket.id.hex(), "bytes": text}
+        async with recorded(self._services, request, "copies.set", f"bucket:{bucket.name}", **facts):
+            await change(bucket, bytes_max)
+        return web.json_response({"bucket": bucket.name, "bytes": bytes_max})
+
     async def _account_quota(self, request: web.Request) -> web.Response:
         _, users = self._planes()
         root = await account_named(users, request.match_info["name"])
@@ -230,13 +253,14 @@ class BucketAdministration:
 async def _limits_in(request: web.Request) -> tuple[int, int]:
     """Bytes and objects that a body asks for. Raises InvalidArgument."""
     body = await texts_of(request, "bytes", "objects")
-    found = []
-    for name in ("bytes", "objects"):
-        text = body.get(name, "")
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise InvalidArgument(f"{name} is a number; 0: no limit")
-        found.append(int(text))
-    return found[0], found[1]
+    return _number(body.get("bytes", ""), "bytes"), _number(body.get("objects", ""), "objects")
+
+
+def _number(text: str, name: str) -> int:
+    """Raises InvalidArgument."""
+    if not (text.isascii() and text.isdigit() and len(text) < COUNT_CHARS_MAX):
+        raise InvalidArgument(f"{name} is a number")
+    return int(text)
 
 
 def _key(text: str) -> bytes:

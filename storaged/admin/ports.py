@@ -75,6 +75,8 @@ class Services:
     """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
     set_bucket_quota: Callable[[BucketRecord, int, int], Awaitable[None]] | None = None
     """(bucket, bytes, objects); 0: no limit."""
+    set_bucket_copies: Callable[[BucketRecord, int | None], Awaitable[None]] | None = None
+    """(bucket, bytes): up to which size its objects are kept as whole copies; None: as the gateways are configured."""
     set_account_quota: Callable[[str, int, int], Awaitable[None]] | None = None
     """(user id, bytes, objects); 0: no limit."""
     lifecycle: Callable[[BucketRecord], Awaitable[dict[str, Any]]] | None = None

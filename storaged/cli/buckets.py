@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import click
 
 from storaged.cli.client import gateway
-from storaged.cli.quotas import bucket_quota
+from storaged.cli.quotas import bucket_copies, bucket_quota
 from storaged.cli.target import find_directory
 from storaged.cli.unlocking import forget_lost, sign_unlock, unlock
 from storaged.units import format_size
@@ -77,6 +77,7 @@ def bucket_usage(named: str | None, name: str, as_json: bool) -> None:
 
 
 bucket.add_command(bucket_quota)
+bucket.add_command(bucket_copies)
 
 
 @bucket.command("lifecycle")

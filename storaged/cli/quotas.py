@@ -1,5 +1,5 @@
 """``storaged bucket quota`` and ``storaged user quota``: how many bytes and objects a bucket, or all buckets of a user,
-may have.
+may have. ``storaged bucket copies``: how a bucket keeps its small objects.
 """
 
 from __future__ import annotations
@@ -63,3 +63,32 @@ bucket_quota = quota_command(
 user_quota = quota_command(
     "users", "user", f"Show or set how many bytes and objects all buckets of the user NAME may have together. {SLACK}"
 )
+
+
+@click.command("copies")
+@click.argument("name")
+@click.option(
+    "--up-to", "size", metavar="SIZE", default=None, help="New objects of up to this size are whole copies; 0: none."
+)
+@click.option("--default", "as_configured", is_flag=True, help="As the gateways are configured.")
+@click.option("--json", "as_json", is_flag=True, help="bucket, bytes (null: as the gateways are configured).")
+@click.pass_obj
+def bucket_copies(named: str | None, name: str, size: str | None, as_configured: bool, as_json: bool) -> None:
+    """Show or set up to which size objects of the bucket NAME are kept as three whole copies. Larger ones are coded:
+    they take half the space, and more work for each request. A bucket can choose less than the gateways' [limits]
+    small_object_bytes_max, and not more. Objects that are there already stay as they are.
+    """
+    if size is not None and as_configured:
+        raise click.UsageError("--up-to or --default, not both")
+    place, where = find_directory(named), f"/v1/buckets/{urllib.parse.quote(name, safe='')}/copies"
+    found: dict[str, Any]
+    if size is not None or as_configured:
+        found = gateway(place, "POST", where, body={"bytes": "" if size is None else str(_size_of(size))})
+    else:
+        found = gateway(place, "GET", where)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    elif found["bytes"] is None:
+        click.echo(f"{found['bucket']}: whole copies as the gateways are configured")
+    else:
+        click.echo(f"{found['bucket']}: whole copies up to {format_size(found['bytes'])}")

@@ -47,7 +47,7 @@ from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, Lead
 from storaged.node.lifecycle_duty import LifecycleDuty, agreed_time
 from storaged.node.partition_duty import PartitionDuty
 from storaged.node.planes import NodePlanes
-from storaged.node.quotas import quotas_of, set_account_quota, set_bucket_quota
+from storaged.node.quotas import quotas_of, set_account_quota, set_bucket_copies, set_bucket_quota
 from storaged.node.requestlog import RequestLog
 from storaged.node.shares import endpoint_of, shared_out
 from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
@@ -376,6 +376,7 @@ class Gateway:
         offer_versions(services, self.objects.plane, self._node.own, allowed=self._config.s3.break_glass)
         services.usage = functools.partial(usage_after, self.objects)
         services.set_bucket_quota = functools.partial(set_bucket_quota, self.buckets)
+        services.set_bucket_copies = functools.partial(set_bucket_copies, self.buckets)
         services.set_account_quota = functools.partial(set_account_quota, self.users)
         services.lifecycle = functools.partial(describe, self.objects.plane)
         services.inventories = functools.partial(describe_inventories, self.objects.plane)

@@ -29,7 +29,7 @@ from storaged.objects.cache.listed_rows import ListedRowCache
 from storaged.objects.cache.opened_records import OpenedRecordCache
 from storaged.objects.code import place
 from storaged.objects.code.lifecycle import DAY_MS
-from storaged.objects.configuration.kinds import VERSIONING
+from storaged.objects.configuration.kinds import COPIES, VERSIONING
 from storaged.objects.garbage import Garbage
 from storaged.objects.hedge_delay import HedgeDelay
 from storaged.objects.lifecycle.notes import Notes
@@ -205,6 +205,12 @@ class ObjectPlane:
             return ""
         found = self.configurations.of(bucket).get(VERSIONING)
         return found.status if found is not None else ""
+
+    def small_bytes_in(self, bucket: BucketRecord) -> int:
+        """As ``small_bytes_max``, in a bucket, which may have chosen less. Raises DataDamaged, ServiceUnavailable."""
+        if bucket.plain or (copies := self.configurations.of(bucket).get(COPIES)) is None:
+            return self.small_bytes_max
+        return max(self.limits.inline_sealed_bytes_max - TAG_BYTES, min(copies.bytes, self.small_bytes_max))
 
     def copy_plan(self, name: RegisterName) -> place.CopyPlan:
         """The plan for the register's partition, where it is now. Raises ServiceUnavailable."""

@@ -265,9 +265,14 @@ def test_the_operator_gives_an_account_users_groups_roles_policies_and_a_quota(c
         "bucket": "owners-data", "bytes": 0, "objects": 1,
     }  # fmt: skip
     assert said("user", "quota", "owner", "--bytes", "1MiB")["bytes"] == 1 << 20
+    assert said("bucket", "copies", "owners-data") == {"bucket": "owners-data", "bytes": None}
+    assert said("bucket", "copies", "owners-data", "--up-to", "4KiB")["bytes"] == 4096
+    assert said("bucket", "copies", "owners-data") == {"bucket": "owners-data", "bytes": 4096}
+    assert said("bucket", "copies", "owners-data", "--default")["bytes"] is None
     kinds = [line["kind"] for line in audit_entries(cluster)]
     assert "iam.change" in kinds
     assert "quota.set" in kinds
+    assert "copies.set" in kinds
 
 
 def audit_entries(cluster: Cluster) -> list[dict[str, Any]]:

@@ -40,6 +40,8 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.code.geometry import problem_of
+from storaged.objects.configuration.document import NOTHING
+from storaged.objects.configuration.kinds import COPIES, Copies
 from storaged.objects.etags import ANY, Tags, tag
 from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
@@ -128,6 +130,24 @@ async def test_a_small_body_may_have_several_chunks(size: int, sized: bool) -> N
     if entry.small:
         assert entry.block_cells == size // CELL + 1
         assert not problem_of(entry)
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
+@pytest.mark.parametrize("size", [0, 1008, 4 * KIB, 4 * KIB + 1, 64 * KIB, 64 * KIB + 1])
+@pytest.mark.parametrize("chosen", [None, 0, 4 * KIB, MIB])
+@pytest.mark.parametrize("sized", [True, False])
+async def test_a_bucket_may_choose_to_keep_fewer_objects_as_copies_but_not_more(
+    chosen: int | None, size: int, sized: bool
+) -> None:
+    world = World(small_bytes_max=64 * KIB)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(size)
+    if chosen is not None:
+        bucket = objects.plane.configurations.put(bucket, NOTHING.having(COPIES, Copies(chosen)))
+    await put(objects, bucket, data, sized=sized)
+    entry = entry_of(world)
+    assert bool(entry.inline) == (size <= 1008)
+    assert entry.small == (1008 < size <= min(64 * KIB, 64 * KIB if chosen is None else chosen))
     assert await got(objects, bucket) == data
     await objects.close()
 

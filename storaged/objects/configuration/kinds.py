@@ -74,11 +74,20 @@ class Quota(Message, frozen=True):
     objects: int = 0
 
 
+class Copies(Message, frozen=True):
+    """What the operator chose for a bucket: objects of up to ``bytes`` are kept as whole copies, larger ones are coded.
+    It counts where it is less than the gateway's ``small_object_bytes_max``.
+    """
+
+    bytes: int
+
+
 TAGGING = Kind("tagging", Tags, plain=_always, audited=False)
 VERSIONING = Kind("versioning", Versioning)
 LOCK = Kind("object-lock", ObjectLock)
 ENCRYPTION = Kind("encryption", DefaultEncryption, plain=_is_sse_s3)
 QUOTA = Kind("quota", Quota, plain=_always)
+COPIES = Kind("copies", Copies)
 
 KINDS: tuple[Kind[Any], ...] = (
     TAGGING,
@@ -86,6 +95,7 @@ KINDS: tuple[Kind[Any], ...] = (
     LOCK,
     ENCRYPTION,
     QUOTA,
+    COPIES,
     POLICY,
     ACL,
     PUBLIC_ACCESS_BLOCK,

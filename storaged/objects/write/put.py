@@ -140,7 +140,7 @@ def try_put(
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
         bucket_key is None
-        or len(plain) > plane.small_bytes_max
+        or len(plain) > plane.small_bytes_in(bucket)
         or (conditions != NO_WRITE_CONDITIONS and (needs_etag(conditions) or conditions.allowed is not None))
     ):
         return False

@@ -1,8 +1,8 @@
 """Seal and place: a body becomes sealed bytes, in the form that its size asks for.
 
 * Up to ``inline_sealed_bytes_max`` sealed, it stays in the record.
-* Up to ``small_bytes_max``, it is kept as whole copies beside the register. They are written along with the accept. A
-  part of an upload is never kept so.
+* Up to ``small_bytes_max``, or less where the bucket has chosen so, it is kept as whole copies beside the register.
+  They are written along with the accept. A part of an upload is never kept so.
 * A larger one, or one whose register has too few writable disks for copies, is coded and spread block by block
   (``writer``).
 
@@ -64,7 +64,7 @@ async def sealed_body(plane: ObjectPlane, part: NewPart, body: Body, checks: Bod
     bytes_max = limits.part_bytes_max if part.number else limits.put_bytes_max
     if checks.size is not None and checks.size > bytes_max:
         raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
-    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if part.number else plane.small_bytes_max
+    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if part.number else plane.small_bytes_in(part.bucket)
     plain: Buffer | None = None
     source: Source | None = None
     if checks.size is not None and checks.size <= small_max:
