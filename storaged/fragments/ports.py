@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from storaged.errors import PeerError
 from storaged.wire import Buffer, Message, encode
 
 _PACKED_BYTES = 23
@@ -238,7 +237,7 @@ class TryWrite(Protocol):
         self,
         header: FragmentHeader,
         payload: Sequence[Buffer],
-        on_done: Callable[[PeerError | None], None],
+        on_done: Callable[[Exception | None], None],
         *,
         sync: bool = False,
         check: bytes = b"",
