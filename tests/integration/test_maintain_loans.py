@@ -41,11 +41,11 @@ class Copied:
         self.datas: dict[bytes, bytes] = {}
         self.bucket: BucketRecord
 
-    async def make(self) -> None:
+    async def make(self, *, paged: bool = False) -> None:
+        """``paged``: ``a`` has its parts on pages."""
         self.bucket = await self.cluster.bucket()
-        data = os.urandom(300_000)
-        await self.put(b"a", data)
-        [self.part] = await self.parts(b"a")
+        await self.store(b"a", paged=paged)
+        self.part = (await self.parts(b"a"))[-1]
         await self.copy(b"a", b"b")
         await self.copy(b"b", b"c")
         await self.delete(b"a")
@@ -58,6 +58,14 @@ class Copied:
     async def put(self, key: bytes, data: bytes) -> None:
         await self.cluster.put(self.bucket, key, data)
         self.datas[key] = data
+        await self.cluster.gateway.plane.background.settle()
+
+    async def store(self, key: bytes, *, paged: bool) -> None:
+        """A coded object."""
+        if not paged:
+            await self.put(key, os.urandom(300_000))
+            return
+        self.datas[key] = await many(self.cluster, self.bucket, key, count=34, size=PART)
         await self.cluster.gateway.plane.background.settle()
 
     async def copy(self, source: bytes, to: bytes) -> None:
@@ -129,16 +137,17 @@ def test_lost_fragments_of_a_deleted_source_are_rebuilt() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("early", [False, True])
-def test_recoding_and_moving_back_keep_what_copies_read(early: bool) -> None:
+def test_recoding_and_moving_back_keep_what_copies_read(early: bool, paged: bool) -> None:
     """``early``: the source is there while its blocks move."""
 
     async def scenario(cluster: Cluster) -> None:
         copied = Copied(cluster)
-        await copied.make()
+        await copied.make(paged=paged)
         owner = b"a"
         if early:
-            await copied.put(b"d", os.urandom(300_000))
+            await copied.store(b"d", paged=paged)
             await copied.copy(b"d", b"e")
             owner = b"d"
         cluster.maintain()
@@ -161,10 +170,11 @@ def test_recoding_and_moving_back_keep_what_copies_read(early: bool) -> None:
     run(scenario)
 
 
-def test_a_node_whose_disks_were_replaced_gets_what_copies_read() -> None:
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_node_whose_disks_were_replaced_gets_what_copies_read(paged: bool) -> None:
     async def scenario(cluster: Cluster) -> None:
         copied = Copied(cluster)
-        await copied.make()
+        await copied.make(paged=paged)
         cluster.maintain()
         await cluster.settled()
         await cluster.kill("nb")
@@ -183,10 +193,11 @@ def test_a_node_whose_disks_were_replaced_gets_what_copies_read() -> None:
     run(scenario)
 
 
-def test_partitions_move_with_loans_and_with_what_borrows() -> None:
+@pytest.mark.parametrize("paged", [False, True])
+def test_partitions_move_with_loans_and_with_what_borrows(paged: bool) -> None:
     async def scenario(cluster: Cluster) -> None:
         copied = Copied(cluster)
-        await copied.make()
+        await copied.make(paged=paged)
         cluster.maintain()
         await cluster.settled()
         moves = Moves(cluster, random.Random(5))
