@@ -164,6 +164,20 @@ class TryCaller(Protocol):
         node is this one; ``call`` handles both. Raises ValueError when the request exceeds a frame's limits.
         """
 
+    def encoded_call(
+        self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
+    ) -> EncodedCall:
+        """A call for requests that are already encoded and all begin with ``prefix``.
+
+        So a request that goes to three nodes is encoded once. ``urgent``: bodies of up to 256 KiB do not wait for
+        larger ones; without it this holds for bodies of up to 16 KiB.
+        """
+
+
+@runtime_checkable
+class BeginCaller(Protocol):
+    """Calls without a task that may be given up, which a Caller may offer too."""
+
     def begin_call(
         self,
         node: str,
@@ -175,17 +189,8 @@ class TryCaller(Protocol):
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> Callable[[], object] | None:
-        """As ``try_call``, for a call that may be given up: the function that it returns does so. Then ``on_reply`` is
-        not called any more, and the body's buffers are free. None where ``try_call`` returns False.
-        """
-
-    def encoded_call(
-        self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
-    ) -> EncodedCall:
-        """A call for requests that are already encoded and all begin with ``prefix``.
-
-        So a request that goes to three nodes is encoded once. ``urgent``: bodies of up to 256 KiB do not wait for
-        larger ones; without it this holds for bodies of up to 16 KiB.
+        """As ``TryCaller.try_call``, and returns the function that gives the call up: then ``on_reply`` is not called
+        any more, and the body's buffers are free. None where ``try_call`` returns False.
         """
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, OnAnswer, Reply
+from storaged.cluster.ports import BeginCaller, Call, Caller, Layouts, Method, Methods, OnAnswer, Reply
 from storaged.cluster.rpc.authority import grant
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerError, PeerRefused
 from storaged.fragments.format import KEY_BYTES
@@ -66,6 +66,7 @@ class RemoteFragmentStore:
         self, caller: Caller, node: str, disk_id: str, *, timeout_s: float = 10.0, verify_timeout_s: float = 120.0
     ) -> None:
         self._caller = caller
+        self._begin_caller = caller if isinstance(caller, BeginCaller) else None
         self._node = node
         self._disk = disk_id
         self._timeout_s = timeout_s
@@ -99,20 +100,17 @@ class RemoteFragmentStore:
         check: bytes = b"",
     ) -> Callable[[], object] | None:
         """See ``ports.TryWrite``."""
-        begin_call = getattr(self._caller, "begin_call", None)  # of a TryCaller
-        if begin_call is None:
+        if self._begin_caller is None:
             return None
-        request = WriteRequest(self._disk, header, sync, check)
-        found: Callable[[], object] | None = begin_call(
+        return self._begin_caller.begin_call(
             self._node,
             "fragment.write",
-            request,
+            WriteRequest(self._disk, header, sync, check),
             Done,
             partial(_on_written, on_done),
             body=payload,
             timeout_s=self._timeout_s,
         )
-        return found
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         """A node that restarted since the write and lost it answers FragmentMissing: its index knows only what is in

@@ -19,7 +19,7 @@ import msgspec
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.partitions import PartitionRecord
-from storaged.cluster.ports import Call, DiskStatus, Method, PeerIdentity, Reply
+from storaged.cluster.ports import Call, DiskStatus, Method, OnReply, PeerIdentity, Reply
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.authority import METHODS
 from storaged.cluster.sparing import UNREACHABLE
@@ -334,6 +334,21 @@ class LocalCaller:
         message, bulk = (answer.message, b"".join(answer.body)) if isinstance(answer, Reply) else (answer, b"")
         await asyncio.sleep(CALL_S)
         return decode(encode(message), reply), memoryview(bulk)
+
+    def begin_call(
+        self, node: str, method: str, request: Message, reply: type[M], on_reply: OnReply, **options: Any
+    ) -> Callable[[], object]:
+        """``cluster.ports.BeginCaller``."""
+
+        async def run() -> None:
+            try:
+                answer = await self.call(node, method, request, reply, **options)
+            except PeerError as error:
+                on_reply(error, memoryview(b""))
+            else:
+                on_reply(*answer)
+
+        return self._cluster.loop.create_task(run()).cancel
 
 
 async def _started(method: Method, asked: Message, call: Call) -> Message:

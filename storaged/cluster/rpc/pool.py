@@ -1,4 +1,5 @@
-"""Calls methods on other nodes over one link per node; implements ``ports.Caller`` and ``ports.TryCaller``."""
+"""Calls methods on other nodes over one link per node; implements ``ports.Caller``, ``TryCaller`` and
+``BeginCaller``."""
 
 from __future__ import annotations
 
@@ -214,7 +215,7 @@ class RpcPool:
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> Callable[[], object] | None:
-        """See ``ports.TryCaller``."""
+        """See ``ports.BeginCaller``."""
         link = self._links.get(node)
         connection = link.connection if link is not None else None
         if connection is None:
