@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from storaged.errors import NoSuchBucket
+from storaged.errors import DiskUnusable, NoSuchBucket
 from storaged.hashes import page_hash
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
@@ -50,10 +50,13 @@ def keys_for(seed: int, *buckets: bytes) -> MemoryKeys:
 
 
 class NoFragments:
-    """In place of fragment stores: what is put on their garbage lists is dropped."""
+    """In place of fragment stores: they do not answer reads, and what is put on their garbage lists is dropped."""
 
     def store(self, disk: str) -> NoFragments:
         return self
+
+    async def read(self, fragment: Any, row: int, count: int) -> Any:
+        raise DiskUnusable
 
     async def retire(self, entries: Sequence[Any]) -> None:
         pass

@@ -38,6 +38,7 @@ PLAYS = {
     "versions": "tests.sim.versions:run_versions",
     "lending": "tests.sim.lending:run_lending",
     "renaming": "tests.sim.renaming:run_renaming",
+    "names": "tests.sim.names:run_names",
     "events": "tests.sim.events:run_events",
     "races": "tests.sim.races:run_races",
     "stale": "tests.sim.stale:run_stale",

@@ -33,6 +33,7 @@ from tests.sim.listing import run_listing
 from tests.sim.liveness import FAULTS, broken, run_liveness
 from tests.sim.liveness_moving import MOVING_FAULTS, run_moving_liveness
 from tests.sim.mutants import all_mutants, changed_functions, survivors
+from tests.sim.names import run_names
 from tests.sim.object_lies import run_object_lies
 from tests.sim.partitions import run_moving
 from tests.sim.planted import PLAYS
@@ -158,6 +159,7 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
         run_inventories,
         run_lending,
         run_renaming,
+        run_names,
     ],
 )
 def test_of_plays_that_take_long_a_few_seeds_are_played(play: Callable[[int], Verdicts]) -> None:
@@ -216,7 +218,19 @@ def test_a_mutant_changes_the_code_of_its_function_alone() -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
     "play",
-    ["ring", "buckets", "events", "races", "stale", "lifecycle", "inventories", "versions", "lending", "renaming"],
+    [
+        "ring",
+        "buckets",
+        "events",
+        "races",
+        "stale",
+        "lifecycle",
+        "inventories",
+        "versions",
+        "lending",
+        "renaming",
+        "names",
+    ],
 )
 def test_a_seed_plays_the_same_in_every_process(play: str) -> None:
     """Also of plays with an object plane: it seals records with nonces, and has sets of disks."""
