@@ -1,9 +1,9 @@
-"""``python -m benches.hops``: how many calls and modules a small request passes in the gateway and in a storage node.
+"""``python -m benches.hops``: how many calls and modules a request passes in the gateway and in a storage node.
 
-It starts the trial cluster with a probe in each process (``benches.hops_probe``), makes requests of 4 KiB that run
-alone, and counts calls of storaged's Python functions while one is under way. Timers of the servers run too, so each
-kind of request is made several times, and the one with the fewest calls counts. Of the nodes, the one with the median
-of calls counts.
+It starts the trial cluster with a probe in each process (``benches.hops_probe``), makes requests of ``--size`` bytes
+that run alone, and counts calls of storaged's Python functions while one is under way. Timers of the servers run too,
+so each kind of request is made several times, and the one with the fewest calls counts. Of the nodes, the one with the
+median of calls counts.
 
 ``hot``: after other requests on the same connection. ``fresh``: the first request of a new connection. ``idle``: after
 IDLE_S seconds without any request, when what the gateway has cached of users and buckets has expired.
@@ -88,12 +88,14 @@ async def make(connection: Connection, ask: Ask) -> None:
         raise error
 
 
-async def counted(server: Server, probes: Probes, verb: str, kind: str, repeats: int) -> tuple[list[Call], list[Call]]:
+async def counted(
+    server: Server, probes: Probes, verb: str, kind: str, size: int, repeats: int
+) -> tuple[list[Call], list[Call]]:
     """The calls of one request in the gateway and in a node, each of the repetition with the fewest."""
-    target, bodies, found = server.target, Bodies(4 * KIB), []
+    target, bodies, found = server.target, Bodies(size), []
     connection = await connect(target)
     asks = {
-        "PUT": rows.putting(target, BUCKET, f"{kind}-", bodies, 4 * KIB),
+        "PUT": rows.putting(target, BUCKET, f"{kind}-", bodies, size),
         "GET": rows.getting(target, BUCKET, "seed-", bodies, SEEDS),
     }[verb]
     numbers = itertools.count()
@@ -131,18 +133,18 @@ def drawn(title: str, process: str, calls: Sequence[Call], show: bool) -> str:
     return "\n".join(lines)
 
 
-async def measure(server: Server, probes: Probes, repeats: int, show: bool) -> None:
+async def measure(server: Server, probes: Probes, size: int, repeats: int, show: bool) -> None:
     """Prints the table. Raises WrongAnswer when a request fails."""
     await rows.make_bucket(server.target, BUCKET)
-    seeding = rows.putting(server.target, BUCKET, "seed-", Bodies(4 * KIB), 4 * KIB)
+    seeding = rows.putting(server.target, BUCKET, "seed-", Bodies(size), size)
     connection = await connect(server.target)
     for number in range(SEEDS):
         await make(connection, seeding(number))
     connection.close()
-    print(f"{'4 KiB':10} {'process':8} {'calls':>6} {'across modules':>14} {'modules':>8}")
+    print(f"{f'{size / KIB:g} KiB':10} {'process':8} {'calls':>6} {'across modules':>14} {'modules':>8}")
     for verb in ("PUT", "GET"):
         for kind in ("hot", "fresh", "idle"):
-            found = await counted(server, probes, verb, kind, repeats)
+            found = await counted(server, probes, verb, kind, size, repeats)
             for process, calls in zip(("gateway", "node"), found, strict=True):
                 print(drawn(f"{verb} {kind}", process, calls, show), flush=True)
 
@@ -163,6 +165,7 @@ def main() -> int:
         prog="benches.hops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tree", type=Path, default=Path(__file__).parents[1], help="whose servers to count")
+    parser.add_argument("--size", type=int, default=4 * KIB, help="bytes of the objects")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--show", action="store_true", help="print every call")
     parser.add_argument("--dir", type=Path)
@@ -170,7 +173,7 @@ def main() -> int:
     end_on_sigterm()
     with probed(wanted.dir, wanted.tree.resolve()) as (server, probes):
         try:
-            uvloop.run(measure(server, probes, wanted.repeats, wanted.show))
+            uvloop.run(measure(server, probes, wanted.size, wanted.repeats, wanted.show))
         except (WrongAnswer, OSError) as error:
             print(f"{server.name}: {error}", file=sys.stderr)
             return 1
