@@ -9,7 +9,7 @@ after it looked: so a proposer of a record puts its pages again after its promis
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -125,21 +125,37 @@ def checked(part: PartEntry) -> PartEntry:
     return part
 
 
-async def bound_parts_of(
-    pages: Pages, near: RegisterName, version: Version, whole: SealedPart, sealed: Sequence[SealedPart]
-) -> AsyncIterator[PartEntry]:
-    """The parts in order, each only if it is the part that was sealed into the version at this place. Without this
-    check a malicious storage node could reorder parts, leave some out, or name a superseded attempt: each would open,
-    since all are sealed under the upload's key.
+def bound_parts(version: Version, whole: SealedPart, sealed: Sequence[SealedPart]) -> Iterator[PartEntry]:
+    """The parts of a version without a manifest, in order, each only if it is the part that was sealed into the version
+    at this place. Without this check a malicious storage node could reorder parts, leave some out, or name a superseded
+    attempt: each would open, since all are sealed under the upload's key.
 
-    ``whole``: the only part of an object that was not uploaded in parts (``sealed`` is empty then). Raises DataDamaged.
+    ``whole``: the only part of an object that was not uploaded in parts (``sealed`` is empty then). Raises DataDamaged,
+    also for an entry that cannot be a part.
     """
     expected = iter(sealed or (whole,))
+    for part in version.parts:
+        yield _bound(checked(part), next(expected, None))
+    _check_ended(expected)
+
+
+async def bound_parts_of(
+    pages: Pages, near: RegisterName, version: Version, whole: SealedPart, sealed: Sequence[SealedPart]
+) -> AsyncGenerator[PartEntry, None]:
+    """As ``bound_parts``, of any version."""
+    expected = iter(sealed or (whole,))
     async for part in parts_of(pages, near, version):
-        wanted = next(expected, None)
-        if wanted is None or not wanted.names(part):
-            raise DataDamaged("The record of this key names other parts than are sealed in it.")
-        yield part
+        yield _bound(part, next(expected, None))
+    _check_ended(expected)
+
+
+def _bound(part: PartEntry, wanted: SealedPart | None) -> PartEntry:
+    if wanted is None or not wanted.names(part):
+        raise DataDamaged("The record of this key names other parts than are sealed in it.")
+    return part
+
+
+def _check_ended(expected: Iterator[SealedPart]) -> None:
     if next(expected, None) is not None:
         raise DataDamaged("The record of this key names fewer parts than are sealed in it.")
 

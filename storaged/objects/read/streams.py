@@ -7,14 +7,14 @@ authenticated as a whole before its first byte leaves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from typing import NamedTuple
 
 from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion, ServiceUnavailable, StoragedError
 from storaged.objects.api import ObjectInfo
 from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
-from storaged.objects.code.manifest import bound_parts_of, parts_of
+from storaged.objects.code.manifest import bound_parts, bound_parts_of, parts_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.borrowed import find_data
 from storaged.objects.read.find import Found, find
@@ -97,19 +97,29 @@ class VerifiedStream:
         self._bucket = bucket
         self._found = found
         self._slow = False
-        self._jobs = self._windows()
+        version = found.opened.version
+        whole = SealedPart(1, version.size, "", data_id=version.context_id)
+        self._offset = 0
+        """Where the part begins whose windows come next."""
+        self._pages: AsyncGenerator[PartEntry, None] | None = None
+        """The parts of an object with a manifest, which must be awaited."""
+        self._jobs: Iterator[_Job] = iter(())
+        if version.manifest:
+            self._pages = bound_parts_of(plane.pages, found.name, version, whole, info.parts)
+        else:
+            self._jobs = self._windows(bound_parts(version, whole, info.parts))
         self._next: _Job | None = None
         self._pieces: list[_Piece] = []
         self._transfer = Transfer(plane.get_buffers)
         self._transfer.__enter__()
-        plane.long_reads.began(self, found.opened.version)
+        plane.long_reads.began(self, version)
         self._closed = False
         self._as_copy_source = as_copy_source
 
     async def open(self) -> None:
         """Reads and verifies the first window. Closes the stream when that fails."""
         try:
-            job = await anext(self._jobs, None)
+            job = await self._next_job()
             if job is not None:
                 reader, window, first, last = job
                 lease = await self._plane.get_buffers.lease(window.cells * reader.shape.plain_bytes)
@@ -181,14 +191,15 @@ class VerifiedStream:
         await cancel_all([piece.done for piece in pieces if piece.done is not None])
         for piece in pieces:
             piece.lease.release()
-        await self._jobs.aclose()
+        if self._pages is not None:
+            await self._pages.aclose()
 
     async def _start_next(self, *, only_if_room: bool = False, now: bool = False) -> None:
         """Begins to read the next window, if there is one and ``only_if_room`` finds memory for it. ``now``: does not
         wait for memory.
         """
         if self._next is None:
-            self._next = await anext(self._jobs, None)
+            self._next = await self._next_job()
         if self._next is None:
             return
         reader, window, first, last = self._next
@@ -204,14 +215,25 @@ class VerifiedStream:
         wanted = window_bytes_for(pool.transfers, pool.left)
         return min(wanted, SLOW_WINDOW_BYTES) if self._slow else wanted
 
-    async def _windows(self) -> AsyncGenerator[_Job, None]:
-        """The windows to read, in order."""
-        found, end, offset = self._found, self.first + self.length, 0
-        version = found.opened.version
-        whole = SealedPart(1, version.size, "", data_id=version.context_id)
-        async for part in bound_parts_of(self._plane.pages, found.name, version, whole, self.info.parts):
+    async def _next_job(self) -> _Job | None:
+        """The next window to read; None after the last."""
+        job = next(self._jobs, None)
+        while job is None and self._pages is not None and (self._offset < self.first + self.length or not self._offset):
+            part = await anext(self._pages, None)
+            if part is None:
+                return None
+            self._jobs = self._windows((part,))
+            job = next(self._jobs, None)
+        return job
+
+    def _windows(self, parts: Iterable[PartEntry]) -> Iterator[_Job]:
+        """The windows of these parts that are wanted, in order."""
+        found, end = self._found, self.first + self.length
+        size = found.opened.version.size
+        for part in parts:
+            offset, self._offset = self._offset, self._offset + part.size
             start, stop = max(self.first, offset), min(end, offset + part.size)
-            if stop > start or not version.size:
+            if stop > start or not size:
                 copy = found.copy if part.small else None
                 reader = PartReader(
                     self._plane, self._bucket, found.name, part, found.opened.body_dek, copy, self._moved
@@ -219,8 +241,7 @@ class VerifiedStream:
                 for window in reader.windows(start - offset, stop - start, self._window_bytes):
                     base = offset + window.plain_start
                     yield _Job(reader, window, max(start - base, 0), min(stop - base, window.plain_bytes))
-            offset += part.size
-            if offset >= end:
+            if self._offset >= end:
                 return
 
     async def _moved(self, part: PartEntry) -> PartEntry | None:
