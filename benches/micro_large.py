@@ -27,7 +27,7 @@ from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
 from storaged.hashes import fragment_hash
-from storaged.sov1 import TAG_BYTES, Opener, Sealer
+from storaged.sov1 import TAG_BYTES, Opener, Sealer, stream_key
 from storaged.units import KIB, MIB
 
 CELL = 64 * KIB
@@ -111,7 +111,7 @@ async def _bulk(place: Path, gateway: Identity, node: Identity) -> AsyncIterator
     await pool.start()
     try:
         stores = [RemoteFragmentStore(pool, node.name, disk) for disk in disks]
-        yield _Bulk(side, stores, data_id, Opener(bytes(32), "micro", b"", sealer.header))
+        yield _Bulk(side, stores, data_id, Opener(stream_key(bytes(32), "micro", b"", sealer.header)))
     finally:
         await pool.close()
         await side.run(server.close())

@@ -284,17 +284,17 @@ class Sealer:
 class Opener:
     """Opens one stream's chunks, in any order, from any number of threads.
 
-    The header's commitment is compared in constant time before any chunk is opened. Raises SealBroken for a wrong key,
-    context or header. With ``size`` (bytes of plaintext) every chunk must also have the length that follows from it.
+    With ``size`` (bytes of plaintext) every chunk must also have the length that follows from it.
     """
 
-    def __init__(self, key: bytes, label: str, context: bytes, header: Buffer, size: int | None = None) -> None:
-        derived = stream_key(key, label, context, bytes(header))
-        self.chunk_bytes = derived.chunk_bytes
+    def __init__(self, key: StreamKey, size: int | None = None) -> None:
+        self.chunk_bytes = key.chunk_bytes
         self.plain_bytes = self.chunk_bytes - TAG_BYTES
-        self._cipher = AESGCM(derived.key)
-        self._nonce = int.from_bytes(derived.nonce, "big")
+        self._cipher = AESGCM(key.key)
+        self._nonce = int.from_bytes(key.nonce, "big")
         self._chunks = None if size is None else chunk_count(size, self.chunk_bytes)
+        self._full = 0 if self._chunks is None else self._chunks - 1
+        """The chunks before this index are full ones."""
         self._last_bytes = 0 if size is None else size % self.plain_bytes + TAG_BYTES
 
     def open(self, index: int, sealed: Buffer) -> bytes:
@@ -307,8 +307,10 @@ class Opener:
 
     def open_into(self, index: int, sealed: Buffer, out: memoryview) -> int:
         """As ``open``, to the front of ``out``; returns the plaintext's length. After SealBroken do not use ``out``."""
-        self._check(index, len(sealed))
-        length = len(sealed) - TAG_BYTES
+        length = len(sealed)
+        if not (0 <= index < self._full and length == self.chunk_bytes):
+            self._check(index, length)
+        length -= TAG_BYTES
         try:
             self._cipher.decrypt_into((self._nonce ^ index).to_bytes(_NONCE_BYTES, "big"), sealed, None, out[:length])
         except InvalidTag:
@@ -362,7 +364,7 @@ def open_message(key: bytes, label: str, context: bytes, sealed: bytes) -> bytes
     header = sealed[:HEADER_BYTES]
     if len(sealed) < HEADER_BYTES + header_chunk_bytes(header):
         return open_one(key, label, context, header, sealed[HEADER_BYTES:])
-    opener = Opener(key, label, context, header)
+    opener = Opener(stream_key(key, label, context, header))
     chunks = memoryview(sealed)[HEADER_BYTES:]
     count, rest = divmod(len(chunks), opener.chunk_bytes)
     if rest < TAG_BYTES:

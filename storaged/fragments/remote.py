@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from storaged.cluster.ports import BeginCaller, Call, Caller, Layouts, Method, Methods, OnAnswer, Reply
+from storaged.cluster.ports import BeginCaller, Call, Caller, EncodedCall, Layouts, Method, Methods, OnAnswer, Reply
 from storaged.cluster.rpc.authority import grant
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerError, PeerRefused
 from storaged.fragments.format import KEY_BYTES
@@ -45,7 +45,7 @@ from storaged.fragments.ports import (
     TryWrite,
     Usage,
 )
-from storaged.wire import Buffer, Message
+from storaged.wire import Buffer, Message, encode
 
 T = TypeVar("T", bound=Message)
 
@@ -71,6 +71,8 @@ class RemoteFragmentStore:
         self._disk = disk_id
         self._timeout_s = timeout_s
         self._verify_timeout_s = verify_timeout_s
+        self._call_read: EncodedCall | None = None
+        """Of ``fragment.read``, once it was needed."""
 
     async def _ask(
         self, method: str, request: Message, reply: type[T], body: Sequence[Buffer] = ()
@@ -122,45 +124,51 @@ class RemoteFragmentStore:
         reply, body = await self._ask(
             "fragment.read", ReadRequest(self._disk, fragment.pack(), first_cell, count), ReadReply
         )
-        return self._cells_in(fragment, reply, body)
+        return self._cells_in(fragment.pack(), reply, body)
 
     def try_ask_cells(
         self, fragment: FragmentId, first_cell: int, count: int, on_found: Callable[[CellRead | PeerError], None]
     ) -> bool:
         """As ``read``, without a task: ``on_found`` gets the cells, or the error. False: nothing was asked."""
-        try_call = getattr(self._caller, "try_call", None)  # of a TryCaller
-        request = ReadRequest(self._disk, fragment.pack(), first_cell, count)
-        on_reply = partial(self._on_cells, fragment, on_found)
-        return try_call is not None and try_call(
-            self._node, "fragment.read", request, ReadReply, on_reply, timeout_s=self._timeout_s
-        )
+        call = self._call_read
+        if call is None:
+            encoded_call = getattr(self._caller, "encoded_call", None)  # of a TryCaller
+            if encoded_call is None:
+                return False
+            call = self._call_read = encoded_call(self._node, "fragment.read", ReadReply, b"")
+        key = fragment.pack()
+        request = encode(ReadRequest(self._disk, key, first_cell, count))
+        return call(request, partial(self._on_cells, key, on_found), (), self._timeout_s)
 
     def _on_cells(
         self,
-        fragment: FragmentId,
+        key: bytes,
         on_found: Callable[[CellRead | PeerError], None],
         answer: ReadReply | PeerError,
         body: memoryview,
     ) -> None:
         found: CellRead | PeerError
         try:
-            found = answer if isinstance(answer, PeerError) else self._cells_in(fragment, answer, body)
+            found = answer if isinstance(answer, PeerError) else self._cells_in(key, answer, body)
         except PeerError as error:
             found = error
         on_found(found)
 
-    def _cells_in(self, fragment: FragmentId, reply: ReadReply, body: memoryview) -> CellRead:
+    def _cells_in(self, key: bytes, reply: ReadReply, body: memoryview) -> CellRead:
         """Raises FragmentDamaged for an answer to another question."""
-        if reply.header.id != fragment.pack() or sum(length for length in reply.lengths if length > 0) != len(body):
-            raise FragmentDamaged(
-                f"disk {self._disk} answered with something other than fragment {fragment.pack().hex()}"
-            )
+        header, lengths, unread = reply.header, reply.lengths, reply.unread
         cells: list[memoryview | None] = []
-        at = 0
-        for length in reply.lengths:
-            cells.append(None if length == MISSING_CELL else body[at : at + length])
-            at += max(length, 0)
-        return CellRead(reply.header, tuple(cells), None if MISSING_CELL in reply.lengths else body, reply.unread)
+        at, whole = 0, True
+        for length in lengths:
+            if length >= 0:
+                cells.append(body[at : at + length])
+                at += length
+            else:
+                cells.append(None)
+                whole = False
+        if header.id != key or at != len(body):
+            raise FragmentDamaged(f"disk {self._disk} answered with something other than fragment {key.hex()}")
+        return CellRead(header, tuple(cells), body if whole else None, unread)
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         reply, _ = await self._ask("fragment.stat", IdsRequest(self._disk, _pack(ids)), StatsReply)
@@ -389,7 +397,8 @@ class StoreDirectory:
         local = self._local.get(disk_id)
         if local is not None:
             return local
-        node = self._node_of(disk_id)
+        disk = self._layouts.current.disk_by_id.get(disk_id)
+        node = disk.node if disk is not None else self._earlier_node(disk_id)
         found = self._remote.get((node, disk_id))
         if found is None:
             found = self._remote[node, disk_id] = RemoteFragmentStore(
@@ -397,13 +406,9 @@ class StoreDirectory:
             )
         return found
 
-    def _node_of(self, disk_id: str) -> str:
-        """By the newest layout that names the disk: it may still be read."""
-        disk = self._layouts.current.disk_by_id.get(disk_id)
-        if disk is None:
-            disk = next(
-                (known.disk_by_id[disk_id] for known in self._layouts.earlier() if disk_id in known.disk_by_id), None
-            )
-        if disk is None:
-            raise DiskUnusable(f"no known layout names disk {disk_id}", state="unknown")
-        return disk.node
+    def _earlier_node(self, disk_id: str) -> str:
+        """By the newest earlier layout that names the disk: it may still be read."""
+        for known in self._layouts.earlier():
+            if disk_id in known.disk_by_id:
+                return known.disk_by_id[disk_id].node
+        raise DiskUnusable(f"no known layout names disk {disk_id}", state="unknown")

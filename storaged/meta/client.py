@@ -16,6 +16,7 @@ import structlog
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.disks_seen import DisksSeen
 from storaged.cluster.ports import Layouts
+from storaged.deadlines import Deadlines
 from storaged.errors import ServiceUnavailable
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta.consensus.change import Fragments, Shared
@@ -31,7 +32,7 @@ from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.proposer.pages import RingPages
 from storaged.meta.proposer.queue import ChangeQueue
 from storaged.meta.proposer.read import CopyReader, IsCopy, RegisterReader, Settle
-from storaged.meta.proposer.ring import Deadlines, Refresher, Ring
+from storaged.meta.proposer.ring import Refresher, Ring
 from storaged.meta.proposer.survey import RingSurvey
 from storaged.meta.transport.calls import Calls, Fanout, TaskPool
 from storaged.meta.transport.read_batching import RowReader

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from msgspec import Struct, field
 
-from storaged.errors import StoragedError
+from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.ports import Reading as Reading
 from storaged.objects.body_types import Body as Body
 from storaged.objects.body_types import BodyChecks as BodyChecks
@@ -123,13 +123,16 @@ class ObjectStream(Protocol):
     partial: bool
 
     @property
-    def held(self) -> bytes | None:
-        """All that ``chunks`` would yield, when it is in memory already."""
+    def held(self) -> Buffer | None:
+        """All that ``chunks`` would yield, when it is in memory already; after ``try_read`` until ``release``."""
 
     def chunks(self) -> AsyncIterator[Buffer]: ...
 
     async def close(self) -> None:
         """Releases buffers. Needed when ``chunks`` was not exhausted; safe to call twice."""
+
+    def release(self) -> None:
+        """As ``close``, of a stream that ``try_read`` has opened."""
 
 
 ConfigurationChange = Callable[[Configuration], "T | None"]
@@ -194,9 +197,19 @@ class Buckets(Protocol):
         """Returns when every gateway obeys what was configured before this call."""
 
 
-ReadResult = ObjectStream | ObjectInfo | Reading | StoragedError | None
-"""The result of ``Objects.try_read``: the whole object, in memory; its metadata, when that was wanted; its record, when
-more must be awaited, to be passed to ``get`` or ``head``; the error that these would raise; or None: call these.
+class FailedRead(NamedTuple):
+    """The record of an object, and why its bytes could not be read. Both are passed to ``Objects.get``, which looks
+    whether the object is another one by now, or somewhere else.
+    """
+
+    reading: Reading
+    error: ServiceUnavailable
+
+
+ReadResult = ObjectStream | ObjectInfo | Reading | FailedRead | StoragedError | None
+"""The result of ``Objects.try_read``: the whole object, in memory (``held``); its metadata, when that was wanted; its
+record, when more must be awaited, to be passed to ``get`` or ``head``; the error that these would raise; or None: call
+these.
 """
 
 
@@ -262,9 +275,12 @@ class Objects(Protocol):
         span: RangeSpec | None = None,
         part_number: int | None = None,
         reading: Reading | None = None,
+        failed: ServiceUnavailable | None = None,
         customer_key: bytes = NO_KEY,
     ) -> ObjectStream:
-        """Raises as ``head``, and InvalidRange, DataDamaged, ServiceUnavailable."""
+        """``failed``: the error of a ``FailedRead`` with this reading. Raises as ``head``, and InvalidRange,
+        DataDamaged, ServiceUnavailable.
+        """
 
     def try_read(
         self, bucket: BucketRecord, key: bytes, want_plain: bool, on_read: Callable[[ReadResult], None]

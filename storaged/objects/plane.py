@@ -16,6 +16,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 from storaged.clock import Clock
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts, Liveness
+from storaged.deadlines import Deadlines
 from storaged.fragments.ports import FragmentId, FragmentStores
 from storaged.ids import Entropy
 from storaged.meta.names import RegisterName
@@ -180,6 +181,8 @@ class ObjectPlane:
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
         self.long_reads = LongReads(self.clock, self.limits.retire_delay_ms / 1000 / LONG_READ_PART)
         self.hedge = HedgeDelay(self.limits.hedge_floor_s)
+        self.deadlines = Deadlines()
+        """Of reads of fragments."""
         self._copy_plans: dict[tuple[bytes, int], place.CopyPlan] = {}
         """Of the layout and the steps of partitions below."""
         self._planned_layout: Layout | None = None
@@ -230,6 +233,7 @@ class ObjectPlane:
 
     async def close(self) -> None:
         await self.background.close()
+        self.deadlines.close()
         self.opened_records.clear()
         self.listed_rows.clear()
         self.threads.shutdown(wait=True)

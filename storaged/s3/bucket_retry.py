@@ -64,7 +64,7 @@ async def _renew(front: Front, request: Request, operation: Operation) -> bool:
     """Looks up the request's bucket again by its name. Returns whether it is another one now. Raises NoSuchBucket,
     AccessDenied."""
     before = request.bucket_record
-    request.reading = None  # it was read from the old bucket
+    request.reading = request.read_error = None  # it was read from the old bucket
     request._bucket_record = await front.buckets.renewed(before.name)
     check_expected_owner(request._bucket_record, request.headers.get("x-amz-expected-bucket-owner"))
     request._grant = await permit(front, request, ask_of(request, operation.name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from msgspec import Struct, field
@@ -46,13 +46,14 @@ class Pieces(Protocol):
 
 class Reply(Struct):
     """An answer. ``stream`` has an object's bytes, instead of ``body``. ``length``: Content-Length if it is not that of
-    ``body`` (HEAD)."""
+    ``body`` (HEAD). ``release``: called when the body was sent, or will not be; its memory is used again."""
 
     status: int = 200
     headers: Headers = field(default_factory=dict)
-    body: bytes = b""
+    body: Buffer = b""
     length: int | None = None
     stream: Pieces | None = None
+    release: Callable[[], None] | None = None
     code: str = ""
     """The S3 error's, for the access log."""
 

@@ -13,7 +13,7 @@ from urllib.parse import quote_from_bytes, unquote, unquote_to_bytes
 from msgspec import Struct, field
 
 from storaged import trace
-from storaged.errors import InvalidArgument, InvalidURI, KeyTooLongError
+from storaged.errors import InvalidArgument, InvalidURI, KeyTooLongError, ServiceUnavailable
 from storaged.objects.api import BodyChecks, Grant, NewMeta, Principal, Reading, WriteConditions
 from storaged.objects.records import BucketRecord
 from storaged.s3.http.body import RequestBody
@@ -162,6 +162,8 @@ class Request(Struct):
     """Of the object that a PutObject makes, once its headers were parsed."""
     reading: Reading | None = None
     """The object's record, if it was read before the handler began."""
+    read_error: ServiceUnavailable | None = None
+    """Why its bytes could not be read then (``FailedRead``)."""
     batch: list[BatchKey] | None = None
     """What became of the keys of DeleteObjects, for the access log; only of a bucket that is not plain."""
 

@@ -275,6 +275,8 @@ class Responder:
             exchange.sent = Sent(reply, bytes_out, complete, keep, False)
             if connection.hand_over(exchange):
                 return
+        if reply.release is not None:
+            reply.release()
         self._end(connection)
         self._observe(exchange, reply, bytes_out, complete)
         connection.answered(keep=keep)
@@ -323,7 +325,11 @@ class Responder:
         """Answers one request, from where it is."""
         connection, request = exchange.connection, exchange.request
         if exchange.sent is not None:
-            sent = await self._sender.finish(connection, exchange.sent)
+            try:
+                sent = await self._sender.finish(connection, exchange.sent)
+            finally:
+                if exchange.sent.reply.release is not None:
+                    exchange.sent.reply.release()
             self._observe(exchange, sent.reply, sent.bytes_out, sent.complete)
             return sent
         spans = trace.start(connection.first_byte_ns) if trace.on else None

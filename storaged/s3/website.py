@@ -90,7 +90,7 @@ async def _answer(front: Front, request: Request) -> Reply:
 
 async def _object(front: Front, request: Request, bucket: BucketRecord) -> Reply:
     """The object as GetObject or HeadObject answers it, or its own redirection. Raises S3 errors."""
-    request.reading = None
+    request.reading = request.read_error = None
     request._grant = await permit(front, request, Ask(action_of("GetObject"), bucket, request.key))
     try:
         reply = await (head_object if request.method == "HEAD" else get_object)(front, request)

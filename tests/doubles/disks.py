@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from storaged.cluster.layout import Layout
-from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused, PeerUnreachable
+from storaged.errors import DiskUnusable, FragmentDamaged, PeerError, PeerRefused, PeerUnreachable
 from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Retirement
 from storaged.wire import Buffer
 from tests.doubles.fragments import MemoryFragmentStore
@@ -38,6 +38,7 @@ class FaultyDisk(MemoryFragmentStore):
         self.on_write: Callable[[int], None] | None = None
         """Called before each write with its number."""
         self.writes = self.syncs = self.reads = self.peeks = 0
+        self._asking: set[asyncio.Task[None]] = set()
         self.retirements: list[list[Retirement]] = []
         """What each call of ``retire`` brought, also those that failed."""
 
@@ -125,11 +126,36 @@ class FaultyDisk(MemoryFragmentStore):
             self.damage(fragment, cell)
 
 
+class FarDisk(FaultyDisk):
+    """A disk of another node, which can be asked without a task. ``connected``: False while it can't."""
+
+    connected = True
+
+    def try_ask_cells(
+        self, fragment: FragmentId, first_cell: int, count: int, on_found: Callable[[CellRead | PeerError], None]
+    ) -> bool:
+        if not self.connected:
+            return False
+
+        async def run() -> None:
+            try:
+                found: CellRead | PeerError = await self.read(fragment, first_cell, count)
+            except PeerError as error:
+                found = error
+            on_found(found)
+
+        task = asyncio.create_task(run())
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return True
+
+
 class Disks:
     """``FragmentStores`` and ``Liveness`` of one layout. ``suspected``: disks that heartbeats call dead."""
 
-    def __init__(self, layout: Layout, *, near: bool = False) -> None:
-        self.disks = {disk.id: FaultyDisk(disk.id, near=near, trusting=True) for disk in layout.disks}
+    def __init__(self, layout: Layout, *, near: bool = False, far: bool = False) -> None:
+        kind = FarDisk if far else FaultyDisk
+        self.disks = {disk.id: kind(disk.id, near=near, trusting=True) for disk in layout.disks}
         self.suspected: set[str] = set()
         self.slow: set[str] = set()
         """Disks that are left out for being slow."""

@@ -241,9 +241,10 @@ async def s3_world(
     website_domain: str = "",
     access_logs: AccessLogSettings = NO_DELIVERY,
     destinations: Destinations | None = None,
+    far: bool = False,
 ) -> AsyncIterator[World]:
     clock = SystemClock()
-    below = objects.World(limits=ObjectLimits(bucket_cache_s=3600, user_cache_s=3600))
+    below = objects.World(far=far, limits=ObjectLimits(bucket_cache_s=3600, user_cache_s=3600))
     below.clock = clock
     plane = below.plane()
     service, buckets, users = WatchedObjects(plane), WarmBuckets(plane), UserService(plane)

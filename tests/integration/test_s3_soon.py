@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from storaged.meta.names import object_name
-from storaged.objects.api import NewMeta
-from storaged.objects.read.streams import HeldStream
+from storaged.objects.api import FailedRead, NewMeta
+from storaged.objects.read.streams import HeldStream, VerifiedStream
 from storaged.s3 import responder
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
@@ -84,6 +84,58 @@ async def test_what_is_held_is_answered_without_the_task(world: World) -> None:
     assert body == SMALL
     assert isinstance(world.objects.read_answers[0], HeldStream)
     assert world.objects.readings == []
+
+
+async def test_a_coded_object_is_answered_without_the_task_and_its_memory_is_free_again() -> None:
+    async with s3_world(far=True) as world:
+        await fill(world)
+        for _ in range(3):
+            head, body = await ask_once(world, "GET", "/bucket/large")
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert body == LARGE
+        assert [type(found) for found in world.objects.read_answers] == 3 * [VerifiedStream]
+        assert world.objects.readings == []
+        pool = world.objects.plane.get_buffers
+        assert (pool.bytes_leased, pool.transfers) == (0, 0)
+        assert [(done.status, done.bytes_out, done.complete) for done in world.done] == 3 * [(200, len(LARGE), True)]
+
+
+@pytest.mark.parametrize("end", ["takes it", "goes away"])
+async def test_the_memory_of_a_coded_object_is_kept_until_its_client_has_taken_it_or_gone(end: str) -> None:
+    async with s3_world(far=True) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        await world.put("long", body := b"longer" * 160_000, META)
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", world.port))
+        client.setblocking(False)
+        await until(lambda: world.app.statistics().connections == 1)
+        [connection] = world.app._connections.open  # type: ignore[union-attr]
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(client, signed(world, "GET", "/bucket/long"))
+        await until(lambda: connection.paused)
+        pool = world.objects.plane.get_buffers
+        assert (pool.bytes_leased > 0, pool.transfers, world.done) == (True, 1, [])
+        answer = b""
+        while end == "takes it" and len(answer) < len(body):
+            answer += await loop.sock_recv(client, 65536)
+        client.close()
+        await until(lambda: bool(world.done) and not pool.bytes_leased)
+        assert pool.transfers == 0
+        assert [done.complete for done in world.done] == [end == "takes it"]
+        assert end == "goes away" or answer.endswith(body[-1000:])
+
+
+async def test_what_can_not_be_read_in_time_is_refused_once() -> None:
+    async with s3_world(far=True) as world:
+        await fill(world)
+        for disk in world.below.disks.disks.values():
+            disk.down = True
+        head, _ = await ask_once(world, "GET", "/bucket/large")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert [type(found) for found in world.objects.read_answers] == [FailedRead]
+        assert [disk.reads for disk in world.below.disks.disks.values()] == 6 * [1], "no disk is asked again"
 
 
 async def test_what_an_sdk_asks_with_is_answered_without_the_task(world: World) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
 from storaged.objects.code.geometry import SAVED_MIN, BlockShape, PartShape, cell_bytes_for
-from storaged.objects.code.seal import PartOpener, PartSealer
+from storaged.objects.code.seal import PartSealer, part_key
 from storaged.objects.ports import pack_context
-from storaged.sov1 import chunk_bytes_for, chunks_size, open_message, seal_message, sealed_size
+from storaged.sov1 import Opener, chunk_bytes_for, chunks_size, open_message, seal_message, sealed_size
 from tests.examples import examples
 
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
@@ -40,7 +40,7 @@ def test_what_was_sealed_block_by_block_opens_chunk_by_chunk_and_in_blocks(size,
         assert sealer.seal_block(block * block_cells, piece, out, last=block == shape.blocks - 1) == len(out)
         sealed += out
     assert 64 + len(sealed) == sealed_size(size, chunk)
-    opener = PartOpener(DEK, sealer.header, DATA_ID, 1, size)
+    opener = Opener(part_key(DEK, sealer.header, DATA_ID, 1), size)
     first = data.draw(st.integers(0, shape.cells - 1))
     opened = bytearray(max(0, size - shape.plain_start(first)))
     assert opener.open_block(first, memoryview(sealed)[first * chunk :], memoryview(opened)) == len(opened)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storaged.meta.proposer.ring import Deadlines
+from storaged.deadlines import Deadlines
 from tests.sim.virtual import VirtualLoop
 
 LIMIT_S = 0.05

@@ -23,13 +23,13 @@ from storaged.objects.api import (
     ReadResult,
 )
 from storaged.objects.code.customer import ContentKey, unwrap_key, wrap_key
-from storaged.objects.code.seal import META_LABEL, PartOpener
+from storaged.objects.code.seal import META_LABEL, part_key
 from storaged.objects.code.versions import Place, decode_record, open_version
 from storaged.objects.encryption import CUSTOMER, KMS, Encryption
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.write.checksums import checksum_of, multipart_checksum, multipart_etag
-from storaged.sov1 import SealBroken, open_message
+from storaged.sov1 import Opener, SealBroken, open_message
 from tests.unit.test_objects_put_get import OWNER, bucket_of, pieces
 from tests.worlds.objects import World
 
@@ -112,8 +112,8 @@ async def test_nothing_that_is_stored_has_the_key_or_can_be_computed_from_the_co
     (part,) = version.parts
     for dek in (opened.dek, KEY):
         with pytest.raises(SealBroken):
-            PartOpener(dek, part.header, part.data_id, 1)
-    PartOpener(_dek(opened, bucket), part.header, part.data_id, 1)
+            Opener(part_key(dek, part.header, part.data_id, 1))
+    Opener(part_key(_dek(opened, bucket), part.header, part.data_id, 1))
 
 
 def _dek(opened: Any, bucket: BucketRecord) -> bytes:

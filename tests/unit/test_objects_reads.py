@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from storaged.deadlines import Deadlines
 from storaged.errors import DataDamaged, ServiceUnavailable
 from storaged.fragments.ports import FragmentId
 from storaged.objects.hedge_delay import HedgeDelay
@@ -39,7 +40,7 @@ class Disk:
 
 
 def begun(count: int) -> tuple[Reads, list[Disk]]:
-    reads, disks = Reads(HedgeDelay(0.01)), [Disk() for _ in range(count)]
+    reads, disks = Reads(HedgeDelay(0.01), Deadlines()), [Disk() for _ in range(count)]
     for position, disk in enumerate(disks):
         reads.begin(position, disk.read())
     return reads, disks

@@ -19,12 +19,15 @@ from storaged.errors import (
     NoSuchBucket,
     NoSuchKey,
     PreconditionFailed,
+    ServiceUnavailable,
     XAmzContentSHA256Mismatch,
 )
+from storaged.fragments.ports import FragmentId
 from storaged.meta.names import Value, object_name
 from storaged.objects.api import (
     NO_WRITE_CONDITIONS,
     BodyChecks,
+    FailedRead,
     NewMeta,
     ObjectInfo,
     PutResult,
@@ -33,10 +36,11 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.etags import ANY, tag
-from storaged.objects.read.streams import HeldStream
+from storaged.objects.read.streams import HeldStream, VerifiedStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
-from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
+from tests.doubles.disks import FarDisk
+from tests.worlds.objects import OWNER, World, bucket_of, entry_of, got, pieces, put
 
 pytestmark = pytest.mark.virtual_time
 
@@ -84,6 +88,119 @@ async def test_of_what_takes_longer_the_reading_is_told_and_counted_by_who_goes_
     for want_plain in (True, False):
         assert isinstance(await soon(objects, bucket, want_plain), Reading)
     await objects.close()
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+async def test_a_coded_object_of_one_window_is_told_whole_and_its_memory_used_again(where: str) -> None:
+    world = World(near=where == "near", far=where == "far")
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    await put(objects, bucket, data)
+    pool = objects.plane.get_buffers
+    kept: list[int] = []
+    gc.disable()
+    try:
+        for _ in range(3):
+            before = objects.statistics()
+            found = await soon(objects, bucket)
+            assert isinstance(found, VerifiedStream)
+            assert found.held == data
+            assert (found.info.size, found.first, found.length, found.partial) == (len(data), 0, len(data), False)
+            after = objects.statistics()
+            assert (after.gets - before.gets, after.bytes_out - before.bytes_out) == (1, len(data))
+            assert (pool.bytes_leased > 0, pool.transfers, len(objects.plane.long_reads._reads)) == (True, 1, 1)
+            found.release()
+            found.release()
+            assert (pool.bytes_leased, pool.transfers, objects.plane.long_reads._reads) == (0, 0, {})
+            there = weakref.ref(found)
+            del found
+            await asyncio.sleep(0)  # the future that told it is gone
+            assert there() is None, "only the collector could free it"
+            kept.append(sum(map(len, pool._free.values())))
+    finally:
+        gc.enable()
+    assert kept == [1, 1, 1]
+    await objects.close()
+
+
+async def test_a_coded_object_is_told_without_the_disk_that_hangs_lacks_or_damaged_its_fragment() -> None:
+    world = World(far=True)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    await put(objects, bucket, data)
+    first, second, third, *_ = [disk for disk, fragment in places_of(world) if fragment.position < 4]
+    first.hang = asyncio.Event()
+    found = await soon(objects, bucket)
+    assert isinstance(found, VerifiedStream)
+    assert found.held == data
+    assert world.disks.late == [first.name]
+    assert objects.statistics().reads_hedged == 1
+    found.release()
+    second.damage(next(fragment for disk, fragment in places_of(world) if disk is second), 0)
+    found = await soon(objects, bucket)
+    assert isinstance(found, VerifiedStream)
+    assert found.held == data
+    assert [(damage.disk, damage.reason) for damage in world.damage] == [(second.name, "checksum")]
+    found.release()
+    third.connected = False
+    assert isinstance(await soon(objects, bucket), Reading)
+    assert (objects.plane.get_buffers.bytes_leased, objects.plane.get_buffers.transfers) == (0, 0)
+    first.hang.set()
+    await objects.close()
+
+
+@pytest.mark.parametrize("why", ["liar", "memory", "large"])
+async def test_a_coded_object_that_needs_more_is_left_to_get(why: str) -> None:
+    world = World(far=True)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    data = os.urandom(4_000_000 if why == "large" else 300_000)
+    await put(objects, bucket, data)
+    lease = objects.plane.get_buffers.try_lease(objects.plane.get_buffers.bytes_max) if why == "memory" else None
+    liar, fragment = places_of(world)[0]
+    if why == "liar":
+        liar.flip(fragment, 0, lie=True)
+    reading = await soon(objects, bucket)
+    assert isinstance(reading, Reading)
+    assert objects.statistics().gets == 0
+    if lease is not None:
+        lease.release()
+    assert (objects.plane.get_buffers.bytes_leased, objects.plane.get_buffers.transfers) == (0, 0)
+    stream = await objects.get(bucket, b"key", reading=reading)
+    assert b"".join([bytes(piece) async for piece in stream.chunks()]) == data
+    assert [(damage.disk, damage.reason) for damage in world.damage] == ([(liar.name, "lied")] if why == "liar" else [])
+    await objects.close()
+
+
+async def test_a_coded_object_whose_disks_hang_fails_once_and_is_found_where_it_was_moved() -> None:
+    world = World(far=True, read_timeout_s=0.5)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    await put(objects, bucket, data)
+    hanging = [disk for disk, _ in places_of(world)[:3]]
+    for disk in hanging:
+        disk.hang = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    failed = await soon(objects, bucket)
+    assert isinstance(failed, FailedRead)
+    assert 0.5 <= loop.time() - began_s < 0.8
+    with pytest.raises(ServiceUnavailable, match="do not answer now"):
+        await objects.get(bucket, b"key", reading=failed.reading, failed=failed.error)
+    assert loop.time() - began_s < 0.8, "the disks are not waited for again"
+    newer = os.urandom(300_000)
+    for disk in hanging:
+        assert disk.hang is not None
+        disk.hang.set()
+        disk.hang = None
+    await put(objects, bucket, newer)
+    stream = await objects.get(bucket, b"key", reading=failed.reading, failed=failed.error)
+    assert b"".join([bytes(piece) async for piece in stream.chunks()]) == newer
+    await objects.close()
+
+
+def places_of(world: World) -> list[tuple[FarDisk, FragmentId]]:
+    """The fragments of the only part, by position."""
+    found = [(world.disks.disks[name], fragment) for name, fragment in world.disks.of(entry_of(world).data_id)]
+    return sorted(
+        ((disk, fragment) for disk, fragment in found if isinstance(disk, FarDisk)), key=lambda place: place[1].position
+    )
 
 
 async def test_a_copy_that_does_not_open_is_left_to_who_can_ask_its_neighbours() -> None:

@@ -11,9 +11,9 @@ import pytest
 from storaged.keys.bucketkey import BUCKET_KEY_LABEL, FieldBox, UnwrappedBucketKey, Vault, wrap_context
 from storaged.keys.keyfile import Argon2Cost, Credential, Passphrase, _unlock
 from storaged.keys.keyring import SECRET_LABEL
-from storaged.objects.code.seal import META_LABEL, PartOpener, PartSealer, part_key, seal_part
+from storaged.objects.code.seal import META_LABEL, PartSealer, part_key, seal_part
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.sov1 import HEADER_BYTES, open_message, seal_message
+from storaged.sov1 import HEADER_BYTES, Opener, open_message, seal_message
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "seal.json").read_text())
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
@@ -51,7 +51,7 @@ def test_parts_are_sealed_bit_by_bit_as_documented(vector):
     assert sealer.header == hexed(vector["header"])
     step = vector["chunk_bytes"] - 16
     assert [sealer.seal(i, plain[i * step : (i + 1) * step]) for i in range(len(chunks))] == chunks
-    opener = PartOpener(dek, hexed(vector["header"]), data_id, number, len(plain))
+    opener = Opener(part_key(dek, hexed(vector["header"]), data_id, number), len(plain))
     assert b"".join(opener.open(i, chunk) for i, chunk in enumerate(chunks)) == plain
 
 
@@ -125,7 +125,7 @@ def test_another_key_data_id_or_part_number_is_refused_by_the_commitment_before_
     header, _ = sealed_part(b"plain")
     for dek, data_id, number in ((b"K" * 32, DATA_ID, 1), (DEK, b"I" * 16, 1), (DEK, DATA_ID, 2)):
         with pytest.raises(SealBroken, match="does not commit") as caught:
-            PartOpener(dek, header, data_id, number)
+            Opener(part_key(dek, header, data_id, number))
         assert caught.value.index is None
 
 
@@ -136,15 +136,15 @@ def test_a_header_with_any_byte_altered_is_refused():
             broken = bytearray(header)
             broken[at] ^= flip
             with pytest.raises(SealBroken):
-                PartOpener(DEK, broken, DATA_ID, 1)
+                Opener(part_key(DEK, broken, DATA_ID, 1))
     for length in (0, 63):
         with pytest.raises(SealBroken):
-            PartOpener(DEK, header[:length], DATA_ID, 1)
+            Opener(part_key(DEK, header[:length], DATA_ID, 1))
 
 
 def test_a_chunk_with_any_byte_altered_is_refused_and_named():
     header, sealed = sealed_part(pattern(4080 + 30))
-    opener = PartOpener(DEK, header, DATA_ID, 1, 4110)
+    opener = Opener(part_key(DEK, header, DATA_ID, 1), 4110)
     for at in [*range(0, 4096, 97), *range(4096, len(sealed))]:
         broken = bytearray(sealed)
         broken[at] ^= 4
@@ -155,7 +155,7 @@ def test_a_chunk_with_any_byte_altered_is_refused_and_named():
 
 def test_chunks_do_not_open_in_each_others_places():
     header, sealed = sealed_part(bytes(4080 * 2))
-    opener = PartOpener(DEK, header, DATA_ID, 1)
+    opener = Opener(part_key(DEK, header, DATA_ID, 1))
     with pytest.raises(SealBroken):
         opener.open(0, memoryview(sealed)[4096:8192])
 
@@ -166,7 +166,7 @@ def test_a_part_cut_at_a_chunks_border_shows_in_its_last_chunk():
         with pytest.raises(SealBroken):
             open_message(DEK, "x", b"", header + sealed[:cut])
         size = cut // 4096 * 4080
-        opener = PartOpener(DEK, header, DATA_ID, 1, size)
+        opener = Opener(part_key(DEK, header, DATA_ID, 1), size)
         with pytest.raises(SealBroken):
             opener.open(cut // 4096, bytes(16))
         with pytest.raises(SealBroken, match="does not fit"):
@@ -176,7 +176,7 @@ def test_a_part_cut_at_a_chunks_border_shows_in_its_last_chunk():
 @pytest.mark.parametrize(("index", "length"), [(-1, 16), (2**32, 16), (0, 15), (0, 4097), (0, 0)])
 def test_chunks_that_cannot_be_are_refused(index, length):
     header, _ = sealed_part(b"")
-    opener = PartOpener(DEK, header, DATA_ID, 1)
+    opener = Opener(part_key(DEK, header, DATA_ID, 1))
     with pytest.raises(SealBroken, match="cannot be"):
         opener.open(index, bytes(length))
 
@@ -280,7 +280,7 @@ def test_a_part_that_is_kept_whole_may_have_several_chunks(size):
     assert len(sealed) == size + 16 * (size // 65_520 + 1)
     key = part_key(DEK, header, DATA_ID, 1)
     assert key.open_whole(sealed) == key.open_whole(memoryview(sealed)) == plain
-    opener = PartOpener(DEK, header, DATA_ID, 1, size)
+    opener = Opener(part_key(DEK, header, DATA_ID, 1), size)
     assert (
         b"".join(opener.open(at // 65_536, sealed[at : at + 65_536]) for at in range(0, len(sealed), 65_536)) == plain
     )

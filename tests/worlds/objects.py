@@ -28,14 +28,21 @@ FAST = ObjectLimits(late_grace_s=0.02, write_timeout_s=0.3, sync_timeout_s=0.3, 
 class World:
     """The doubles, and planes on them, each a gateway.
 
-    ``near``: the disks are of the gateway's own node. ``changes``: to the ``limits``.
+    ``near``: the disks are of the gateway's own node. ``far``: of others, which can be asked without a task.
+    ``changes``: to the ``limits``.
     """
 
     def __init__(
-        self, layout: Layout | None = None, *, near: bool = False, limits: ObjectLimits = FAST, **changes: object
+        self,
+        layout: Layout | None = None,
+        *,
+        near: bool = False,
+        far: bool = False,
+        limits: ObjectLimits = FAST,
+        **changes: object,
     ) -> None:
         self.layouts = KnownLayouts(layout or layout_of())
-        self.disks = Disks(self.layouts.current, near=near)
+        self.disks = Disks(self.layouts.current, near=near, far=far)
         self.ring = MemoryRing(self.layouts, self.disks)
         self.keys = MemoryKeys()
         self.clock: Clock = LoopClock()

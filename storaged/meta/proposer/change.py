@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 from storaged import trace
+from storaged.deadlines import FOREVER
 from storaged.errors import OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.quorums import View
@@ -42,7 +43,7 @@ from storaged.meta.consensus.states import (
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Change
 from storaged.meta.ports import OnOutcome, Outcome
-from storaged.meta.proposer.ring import FOREVER, Ring
+from storaged.meta.proposer.ring import Ring
 
 OK = int(Verdict.OK)
 STOPS = "This node stops. Nothing was changed. Retry."

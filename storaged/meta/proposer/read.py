@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from storaged.cluster.disks_seen import DisksSeen
+from storaged.deadlines import Deadlines
 from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.hashes import ANSWER_HASH_BYTES
 from storaged.meta.consensus.change import Fragments
@@ -35,7 +36,7 @@ from storaged.meta.consensus.register import shown
 from storaged.meta.messages import Read, ReadReply
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Reading
-from storaged.meta.proposer.ring import Deadlines, Ring
+from storaged.meta.proposer.ring import Ring
 from storaged.meta.storage.rowvalue import accepted_whole, hash_of, value_of
 from storaged.meta.store_ports import Copy
 from storaged.meta.transport.calls import NO_BYTES, Answers, Calls

@@ -1,4 +1,4 @@
-"""What all changes and reads of one client share, and their deadlines."""
+"""What all changes and reads of one client share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from storaged.clock import Clock
 from storaged.cluster.disks_seen import DisksSeen
+from storaged.deadlines import Deadlines
 from storaged.errors import StoragedError
 from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.quorums import View
@@ -17,73 +17,9 @@ from storaged.meta.names import RegisterName, Value
 from storaged.meta.proposer.contention import Contention
 from storaged.meta.transport.calls import Fanout, TaskPool
 
-FOREVER = float("inf")
 REFRESH_S = 3.0
 """How long a request waits to learn where its partition is now."""
 IN_VAIN_S = 0.5
-
-LATE_S = 0.005
-"""A timer that rings later than this shows that the process did not run: the machine is busy, or a turn was long."""
-TURN_S = 0.001
-"""Time for the event loop to read what has arrived."""
-
-
-class Waiting(Protocol):
-    def on_time(self) -> None:
-        """Its time is over. It may ask for more with ``Deadlines.begin``."""
-
-
-class Deadlines:
-    """The deadlines of everything that waits for replicas, with one timer: it rings for the first of them, and most
-    have ended by then.
-
-    An event loop runs timers before it reads from sockets. So after a time in which this process did not run, all
-    deadlines look missed, while the answers have arrived: they are read first.
-    """
-
-    def __init__(self) -> None:
-        self._ends: dict[Waiting, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._rings_at = 0.0
-        self._reading = False
-        """The timer was late, and answers are being read."""
-
-    def begin(self, waiting: Waiting, limit_s: float) -> None:
-        """``waiting.on_time()`` is called after ``limit_s``, unless ``end`` was called before. Replaces an earlier
-        limit."""
-        loop = asyncio.get_running_loop()
-        end = self._ends[waiting] = loop.time() + limit_s
-        if (self._timer is None or end < self._rings_at) and end < FOREVER:
-            self._ring_at(loop, end)
-
-    def end(self, waiting: Waiting) -> None:
-        """No-op if it does not wait."""
-        self._ends.pop(waiting, None)
-
-    def _ring_at(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
-        self.close()
-        self._timer = loop.call_at(at, self._ring, loop)
-        self._rings_at = at
-
-    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        now = loop.time()
-        self._reading = now - self._rings_at > LATE_S and not self._reading
-        if self._reading:
-            self._ring_at(loop, now + TURN_S)
-            return
-        for waiting, end in list(self._ends.items()):
-            if end <= now and self._ends.get(waiting) == end:  # else another one's ``on_time`` has ended it
-                del self._ends[waiting]
-                waiting.on_time()
-        next_end = min(self._ends.values(), default=FOREVER)  # ``on_time`` may have added some
-        if next_end < FOREVER:
-            self._ring_at(loop, next_end)
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 class Refresher:

@@ -8,7 +8,7 @@ they become a version.
 from __future__ import annotations
 
 from storaged.ids import DATA_ID_BYTES
-from storaged.sov1 import TAG_BYTES, Opener, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
+from storaged.sov1 import TAG_BYTES, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
 from storaged.wire import Buffer
 
 PART_LABEL = "sov.part.v1"
@@ -37,7 +37,7 @@ def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, s
 
 
 def part_key(dek: bytes, header: bytes, data_id: bytes, part_number: int) -> StreamKey:
-    """The key that opens a part that is kept whole. Raises SealBroken when the header does not commit to this key, data
+    """The key that opens a part. Raises SealBroken when the header does not commit to this key, data
     id and part number.
     """
     return stream_key(dek, PART_LABEL, _part_context(data_id, part_number), header)
@@ -50,13 +50,3 @@ class PartSealer(Sealer):
 
     def __init__(self, dek: bytes, data_id: bytes, part_number: int, chunk_bytes: int, salt: bytes) -> None:
         super().__init__(dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes, salt)
-
-
-class PartOpener(Opener):
-    """Opens one part: see ``Opener``. ``size`` is the part's plaintext in bytes, if known.
-
-    Raises SealBroken when the header does not commit to this key, data id and part number.
-    """
-
-    def __init__(self, dek: bytes, header: Buffer, data_id: bytes, part_number: int, size: int | None = None) -> None:
-        super().__init__(dek, PART_LABEL, _part_context(data_id, part_number), header, size)

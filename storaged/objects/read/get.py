@@ -7,7 +7,7 @@ proper answer.
 
 Two shells call the same steps. ``get`` and ``head`` run in a task: ``find``, ``_info``, ``_try_open`` or a
 ``VerifiedStream``. ``try_read`` costs no task: it gets the register's reading by a callback, and goes on with
-``try_find``, ``_try_info`` and ``_try_open`` as long as nothing must be awaited.
+``try_find``, ``_try_info``, and ``_try_open`` or ``VerifiedStream.try_open``, as long as nothing must be awaited.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from functools import partial
 from storaged import trace
 from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.meta.names import RegisterName, object_name
-from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions, Reading, ReadResult
+from storaged.objects.api import (
+    NO_READ_CONDITIONS,
+    FailedRead,
+    ObjectInfo,
+    RangeSpec,
+    ReadConditions,
+    Reading,
+    ReadResult,
+)
 from storaged.objects.code.manifest import sealed_parts_of
 from storaged.objects.code.seal import part_key
 from storaged.objects.code.versions import Place, info_of, parts_shown, unlock
@@ -31,12 +39,16 @@ from storaged.objects.read.find import Found, find, try_find
 from storaged.objects.read.span import Span, span_of, span_of_part
 from storaged.objects.read.streams import HeldStream, VerifiedStream
 from storaged.objects.records import BucketRecord
+from storaged.units import MIB
 from storaged.wire import Buffer
 
 READ_AGAIN_MAX = 3
 """A read that misses fragments before its first byte reads the record again: the object may have been replaced
 meanwhile.
 """
+
+HELD_BYTES_MAX = 3 * MIB
+"""Larger objects have more than one window."""
 
 
 # --- its metadata, and its bytes when they are here
@@ -130,7 +142,12 @@ def _on_reading(
     result: ReadResult = None
     if reading is not None:
         try:
-            result = _from_reading(plane, name, bucket, key, want_plain, reading)
+            found = _from_reading(plane, name, bucket, key, want_plain, reading)
+            if isinstance(found, VerifiedStream):
+                if found.try_open(partial(_on_open, plane, found, reading, on_read)):
+                    return
+                found = reading
+            result = found
         except StoragedError as error:
             # without the traceback: it holds this frame, which holds the error, and only the collector could free both
             result = error.with_traceback(None)
@@ -139,11 +156,27 @@ def _on_reading(
     on_read(result)
 
 
+def _on_open(
+    plane: ObjectPlane,
+    stream: VerifiedStream,
+    reading: Reading,
+    on_read: Callable[[ReadResult], None],
+    error: Exception | None,
+) -> None:
+    if error is None:
+        plane.counters.gets += 1
+        on_read(stream)
+    elif isinstance(error, ServiceUnavailable):  # DataDamaged is one
+        on_read(FailedRead(reading, error.with_traceback(None)))
+    else:  # it needs a task, or a disk lies
+        on_read(reading)
+
+
 def _from_reading(
     plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, want_plain: bool, reading: Reading
-) -> HeldStream | ObjectInfo | Reading:
-    """The whole newest version, or what is known of it; the reading when something must be awaited first. Raises
-    NoSuchKey, DataDamaged, InvalidRequest.
+) -> HeldStream | VerifiedStream | ObjectInfo | Reading:
+    """The whole newest version, or what is known of it; the reading when something must be awaited first. A
+    VerifiedStream is not open yet. Raises NoSuchKey, DataDamaged, InvalidRequest.
     """
     found = try_find(plane, name, bucket, key, reading)
     if found is None:
@@ -155,10 +188,13 @@ def _from_reading(
         return reading
     if not want_plain:
         return info
+    wanted = Span(0, info.size, False)
     sealed = _sealed_here(found)
-    if not sealed:
+    if sealed:
+        return _try_open(plane, info, wanted, found, sealed) or reading
+    if found.opened.borrowed is not None or info.size > HELD_BYTES_MAX:
         return reading
-    return _try_open(plane, info, Span(0, info.size, False), found, sealed) or reading
+    return VerifiedStream(plane, bucket, found, info, wanted)
 
 
 # --- the shell of a task
@@ -197,9 +233,12 @@ async def get(
     part_number: int | None = None,
     as_copy_source: bool = False,
     reading: Reading | None = None,
+    failed: ServiceUnavailable | None = None,
     customer_key: bytes = NO_KEY,
 ) -> HeldStream | VerifiedStream:
-    """Opens an object for reading. Raises as head, and InvalidRange, DataDamaged, ServiceUnavailable."""
+    """Opens an object for reading. ``failed``: see ``api.Objects``. Raises as head, and InvalidRange, DataDamaged,
+    ServiceUnavailable.
+    """
     found = await find(plane, bucket, key, version_id, want_payload=True, reading=reading)
     for attempt in range(READ_AGAIN_MAX):
         found = _unlocked(bucket, key, found, customer_key)
@@ -215,6 +254,9 @@ async def get(
             if held is not None:
                 return held
         try:
+            if failed is not None:
+                error, failed = failed, None
+                raise error
             whole = found if found.opened.borrowed is None else await with_data(plane, bucket, found)
             stream = VerifiedStream(plane, bucket, whole, info, wanted, as_copy_source=as_copy_source)
             await stream.open()

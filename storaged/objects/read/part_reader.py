@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 from storaged import trace
 from storaged.errors import DataDamaged, ServiceUnavailable
 from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure, place
 from storaged.objects.code.geometry import PartShape
-from storaged.objects.code.seal import PartOpener
+from storaged.objects.code.seal import part_key
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.read.window import Window, WindowJob
 from storaged.objects.records import BucketRecord, PartEntry, Run
+from storaged.sov1 import Opener, StreamKey
 from storaged.wire import Buffer
 
 COMBINATIONS_MAX = 1000
@@ -58,7 +60,9 @@ class PartReader:
         dek: bytes,
         copy: Buffer | None,
         moved: Moved,
+        key: StreamKey | None = None,
     ) -> None:
+        """``key``: of the part, if it was derived before."""
         self._plane = plane
         self._bucket = bucket
         self._moved = moved
@@ -67,7 +71,8 @@ class PartReader:
         self._copy = copy
         self._bad: set[str] = set()
         try:
-            self._opener = PartOpener(dek, entry.header, entry.data_id, entry.number, entry.size)
+            self.key = key or part_key(dek, entry.header, entry.data_id, entry.number)
+            self._opener = Opener(self.key, entry.size)
             self.shape = PartShape.of(entry)
         except SealBroken as error:
             raise DataDamaged(f"The header of a part does not open: {error}") from None
@@ -116,6 +121,31 @@ class PartReader:
             job = await self._fetched(window)
         await self._open_or_rebuild(window, job, out)
 
+    def try_read(self, window: Window, out: memoryview, on_read: Callable[[Exception | None], None]) -> bool:
+        """As ``read``, without a task: ``on_read`` is called once, perhaps before this returns, with None, or with what
+        went wrong. Unless that is ServiceUnavailable, ``read`` must be awaited. False: it must, and nothing was begun.
+        """
+        if self._entry.inline or self._entry.small:
+            return False
+        job = self._job(window)
+        job.begin(partial(self._on_fetched, window, job, out, on_read), has_task=False)
+        return True
+
+    def _on_fetched(
+        self,
+        window: Window,
+        job: WindowJob,
+        out: memoryview,
+        on_read: Callable[[Exception | None], None],
+        error: Exception | None,
+    ) -> None:
+        if error is None:
+            try:
+                self._open(window, job.stripes(), job.k, out)
+            except SealBroken as broken:  # ``read`` finds out who lies
+                error = broken
+        on_read(error)
+
     def _cells_of(self, copy: Buffer, window: Window) -> Iterator[Mapping[int, Buffer]]:
         """The window's cells of a whole copy, each as a stripe."""
         view, size = memoryview(copy), self.shape.cell_bytes
@@ -123,8 +153,14 @@ class PartReader:
             yield {0: view[cell * size : (cell + 1) * size]}
 
     async def _fetched(self, window: Window) -> WindowJob:
+        job = self._job(window)
+        with trace.span("fetch"):
+            await job.fetch()
+        return job
+
+    def _job(self, window: Window) -> WindowJob:
         run = self._run_of(window.block)
-        job = WindowJob(
+        return WindowJob(
             self._plane,
             self._owner,
             self._entry,
@@ -134,9 +170,6 @@ class PartReader:
             self._disks(run),
             self._bad,
         )
-        with trace.span("fetch"):
-            await job.fetch()
-        return job
 
     def _run_of(self, block: int) -> Run:
         for run in self._entry.runs:

@@ -7,7 +7,8 @@ authenticated as a whole before its first byte leaves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion, ServiceUnavailable, StoragedError
@@ -71,6 +72,9 @@ class HeldStream:
     async def close(self) -> None:
         """There is nothing to release."""
 
+    def release(self) -> None:
+        """There is nothing to release."""
+
 
 class VerifiedStream:
     """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short or the client is slow.
@@ -92,7 +96,7 @@ class VerifiedStream:
     ) -> None:
         self.info = info
         self.first, self.length, self.partial = span
-        self.held = None
+        self.held: Buffer | None = None
         self._plane = plane
         self._bucket = bucket
         self._found = found
@@ -130,6 +134,36 @@ class VerifiedStream:
         except BaseException:
             await self.close()
             raise
+
+    def try_open(self, on_open: Callable[[Exception | None], None]) -> bool:
+        """Reads and verifies all of it without a task, if one window has it and there is memory. ``on_open`` is called
+        as ``PartReader.try_read`` does: with None when ``held`` has the bytes, until ``release``. False: a new stream
+        must be opened; nothing was begun. Raises DataDamaged.
+        """
+        begun = False
+        try:
+            job = next(self._jobs, None)
+            if job is None or job.last - job.first < self.length:
+                return False
+            reader, window, first, last = job
+            lease = self._plane.get_buffers.try_lease(window.cells * reader.shape.plain_bytes)
+            if lease is None:
+                return False
+            self._pieces.append(_Piece(None, lease, first, last))
+            begun = reader.try_read(window, lease.view, partial(self._on_read, on_open))
+            return begun
+        finally:
+            if not begun:
+                self.release()
+
+    def _on_read(self, on_open: Callable[[Exception | None], None], error: Exception | None) -> None:
+        if error is None:
+            piece = self._pieces[0]
+            self.held = piece.lease.view[piece.first : piece.last]
+            self._plane.counters.bytes_out += self.length
+        else:
+            self.release()
+        on_open(error)
 
     async def chunks(self) -> AsyncIterator[Buffer]:
         """Verified plaintext, in order: ``length`` bytes. Raises DataDamaged rather than yield wrong bytes."""
@@ -182,17 +216,23 @@ class VerifiedStream:
 
     async def close(self) -> None:
         """Safe to call twice."""
+        await cancel_all([piece.done for piece in self._pieces if piece.done is not None])
+        self.release()
+        if self._pages is not None:
+            await self._pages.aclose()
+
+    def release(self) -> None:
+        """As ``close``, when no window is being read by a task."""
         if self._closed:
             return
         self._closed = True
+        self.held = None
+        self._jobs = iter(())  # it holds this stream: only the collector could free both
         self._transfer.__exit__()
         self._plane.long_reads.ended(self)
         pieces, self._pieces = self._pieces, []
-        await cancel_all([piece.done for piece in pieces if piece.done is not None])
         for piece in pieces:
             piece.lease.release()
-        if self._pages is not None:
-            await self._pages.aclose()
 
     async def _start_next(self, *, only_if_room: bool = False, now: bool = False) -> None:
         """Begins to read the next window, if there is one and ``only_if_room`` finds memory for it. ``now``: does not
@@ -228,21 +268,29 @@ class VerifiedStream:
 
     def _windows(self, parts: Iterable[PartEntry]) -> Iterator[_Job]:
         """The windows of these parts that are wanted, in order."""
-        found, end = self._found, self.first + self.length
-        size = found.opened.version.size
+        end, size = self.first + self.length, self._found.opened.version.size
         for part in parts:
             offset, self._offset = self._offset, self._offset + part.size
             start, stop = max(self.first, offset), min(end, offset + part.size)
             if stop > start or not size:
-                copy = found.copy if part.small else None
-                reader = PartReader(
-                    self._plane, self._bucket, found.name, part, found.opened.body_dek, copy, self._moved
-                )
+                reader = self._reader(part)
                 for window in reader.windows(start - offset, stop - start, self._window_bytes):
                     base = offset + window.plain_start
                     yield _Job(reader, window, max(start - base, 0), min(stop - base, window.plain_bytes))
             if self._offset >= end:
                 return
+
+    def _reader(self, part: PartEntry) -> PartReader:
+        found, version = self._found, self._found.opened.version
+        copy = found.copy if part.small else None
+        cached = found.cached if len(version.parts) == 1 and not version.manifest else None
+        known = cached.key if cached is not None else None
+        reader = PartReader(
+            self._plane, self._bucket, found.name, part, found.opened.body_dek, copy, self._moved, known
+        )
+        if cached is not None:
+            cached.key = reader.key
+        return reader
 
     async def _moved(self, part: PartEntry) -> PartEntry | None:
         """A ``part_reader.Moved``. The version that is being read may have been replaced meanwhile: then None."""

@@ -1,9 +1,17 @@
-"""The cells of one window of a part: which disks are asked for them, what came, what was rebuilt."""
+"""The cells of one window of a part: which disks are asked for them, what came, what was rebuilt.
+
+Theory of operation. A job works in callbacks, so that a window costs no task: ``begin`` asks for the data fragments,
+``_go_on`` decides what follows whenever ``Reads`` says that there is something to decide, and ``on_done`` is called at
+the end. A caller that has a task awaits ``fetch``. Where a disk can be read only by awaiting (what it has is not in
+memory, or there is no connection yet), a job with a task starts one for that read, and a job without one ends with
+NeedsTask.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +20,7 @@ from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerE
 from storaged.fragments.ports import CellRead, FragmentId
 from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure
-from storaged.objects.code.geometry import BlockShape
+from storaged.objects.code.geometry import BlockShape, FragmentCells
 from storaged.objects.plane import Damage, ObjectPlane
 from storaged.objects.read.hedging import Expected, Reads
 from storaged.objects.records import PartEntry, Run
@@ -20,6 +28,10 @@ from storaged.wire import Buffer
 
 Cells = dict[int, dict[int, Buffer]]
 """stripe -> position -> cell."""
+
+
+class NeedsTask(Exception):
+    """A disk can be read only by awaiting."""
 
 
 class Window(NamedTuple):
@@ -63,28 +75,153 @@ class WindowJob:
             stripe: {} for stripe in range(window.first // run.k, (window.first + window.cells - 1) // run.k + 1)
         }
         self._asked: dict[int, tuple[int, int]] = {}
-        self._runs: dict[int, erasure.CellRun] = {}
-        """The last read of each fragment, by position, where it lies in one piece."""
+        self._runs: dict[int, tuple[int, memoryview]] = {}
+        """The last read of each fragment, by position, where it lies in one piece: (first stripe, cells)."""
         self._solver: tuple[tuple[int, ...], list[int], erasure.StripeSolver] | None = None
+        self._reads = Reads(plane.hedge, plane.deadlines)
+        self._spares: list[int] | None = None
+        """The positions to ask next, best first. None until one is needed."""
+        self._plain = run.k > 1
+        """The data fragments were asked for all wanted cells, and nothing else was."""
 
     async def fetch(self) -> None:
-        """Returns when every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged."""
+        """Returns when every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged,
+        ServiceUnavailable.
+        """
+        done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        try:
+            self.begin(partial(_resolve, done), has_task=True)
+            error = await done
+        finally:
+            await self._reads.close()
+        if error is not None:
+            raise error
+
+    def begin(self, on_done: Callable[[Exception | None], None], *, has_task: bool) -> None:
+        """As ``fetch``, without a task: ``on_done`` is called once, perhaps before this returns, with what ``fetch``
+        would raise, or with NeedsTask. ``has_task``: the caller has one, and closes the reads.
+        """
+        self._on_done, self._has_task = on_done, has_task
         window = self._window
-        if self.k == 1:
-            spares = self._order(range(self.profile.n))
-            start = {spares[0]: (window.first, window.cells)}
+        try:
+            if self.k == 1:
+                self._spares = self._order(range(self.profile.n))
+                wanted = [FragmentCells(self._spares[0], window.first, window.cells)]
+            else:
+                wanted = self.shape.holders(self.k, window.first, window.cells)
+            prompt, others = self._plane.liveness.disk_prompt, 0
+            for position, row, count in wanted:
+                disk = self.disks[position]
+                if disk not in self._bad and prompt(disk):
+                    self._asked[position] = row, count
+                    self._ask(position, row, count)
+                else:
+                    others += 1
+            if others:
+                self._ask_spares(others)
+        except Exception as error:
+            self._end(error)
         else:
-            start = {
-                position: (row, count)
-                for position, row, count in self.shape.holders(self.k, window.first, window.cells)
-            }
-            spares = self._order(p for p in range(self.profile.n) if self.shape.fragment_cells(self.profile, p))
-        await self._gather(start, spares)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Something may be to decide."""
+        try:
+            if not self._decide():
+                return
+        except Exception as error:
+            self._end(error)
+        else:
+            self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        if not self._has_task:
+            self._reads.abandon()
+        on_done = self._on_done
+        del self._on_done  # it holds this job: only the collector could free both
+        on_done(error)
+
+    def _decide(self) -> bool:
+        """Whether all is there. If not, further answers are waited for. Raises ServiceUnavailable, DataDamaged,
+        NeedsTask.
+        """
+        reads, limit_s = self._reads, self._plane.limits.read_timeout_s
+        while True:
+            more = reads.failures()
+            if reads:
+                for position in reads.give_up(limit_s):
+                    self._bad.add(self.disks[position])
+                    self._plane.liveness.disk_late(self.disks[position], limit_s)
+                    more += 1
+                if reads.stalled:
+                    self._plane.counters.reads_hedged += 1
+                    more += len(reads)
+            if more:
+                reads.eager = True
+                self._ask_spares(more)
+            if (reads.eager or not reads) and self._complete():
+                break
+            if not reads:
+                if self._spares == []:
+                    raise self._too_few()
+                self._ask_spares(1)
+            elif reads.watch(self._go_on, limit_s, math.inf if self._spares == [] else self._plane.hedge.seconds):
+                return False
+        if reads:
+            for position, for_s in reads.overtaken():
+                self._plane.liveness.disk_late(self.disks[position], for_s)
+        return True
+
+    def _ask_spares(self, count: int) -> None:
+        """Asks for further fragments, over all stripes of the window. A data fragment that was asked for some stripes
+        only is asked again, for all.
+        """
+        self._plain = False
+        if self._spares is None:
+            self._spares = self._order(p for p in range(self.profile.n) if self.shape.fragment_cells(self.profile, p))
+        first, rows = min(self.cells), len(self.cells)
+        while self._spares and count:
+            position = self._spares.pop(0)
+            cells = min(rows, self.shape.fragment_cells(self.profile, position) - first)
+            if cells > 0 and self._asked.get(position) != (first, cells):
+                self._asked[position] = first, cells
+                self._ask(position, first, cells)
+                count -= 1
+
+    def _order(self, positions: Iterable[int]) -> list[int]:
+        """Readable disks that are not slow first; disks that failed in this request last."""
+        prompt = self._plane.liveness.disk_prompt
+        return sorted(positions, key=lambda p: (self.disks[p] in self._bad, not prompt(self.disks[p])))
+
+    def _ask(self, position: int, row: int, count: int) -> None:
+        """Reads these cells of a fragment: in this call, by a call to another node, or by a task. Raises NeedsTask."""
+        fragment = self._fragment(position)
+        try:
+            store = self._plane.stores.store(self.disks[position])
+            try_ask = getattr(store, "try_ask_cells", None)  # of a RemoteFragmentStore
+            if try_ask is not None:
+                expected = self._reads.expect(position)
+                if try_ask(fragment, row, count, partial(self._on_found, expected, row, count)):
+                    return
+                self._reads.forget(expected)
+            else:
+                try_read = getattr(store, "try_read", None)  # of a NearStore
+                found = try_read(fragment, row, count) if try_read is not None else None
+                if found is not None and self._take(position, row, count, found):
+                    return
+        except PeerError:
+            pass  # ``_read`` meets it again
+        if not self._has_task:
+            raise NeedsTask
+        self._reads.begin(position, self._read(position, row, count))
 
     def stripes(self) -> Iterator[Mapping[int, Buffer]]:
         """The data cells of each stripe of the window, by position. Missing ones are rebuilt from k others, in memory
         that the next stripe overwrites. A stripe has at most k + m cells, so that takes microseconds.
         """
+        if self._plain:
+            yield from self.cells.values()
+            return
         for stripe, cells in self.cells.items():
             missing = self._missing(stripe)
             yield self._rebuild(stripe, missing) if missing else cells
@@ -117,65 +254,13 @@ class WindowJob:
         if not all(map(self._runs.__contains__, survivors)):
             return None
         solver = erasure.StripeSolver(
-            self.profile, self.shape.cell_bytes, {position: self._runs[position] for position in survivors}, missing
+            self.profile,
+            self.shape.cell_bytes,
+            {position: erasure.CellRun(*self._runs[position]) for position in survivors},
+            missing,
         )
         self._solver = survivors, missing, solver
         return solver
-
-    def _order(self, positions: Iterator[int] | range) -> list[int]:
-        """Readable disks that are not slow first; disks that failed in this request last."""
-        usable = self._plane.liveness.disk_prompt
-        return sorted(positions, key=lambda p: (self.disks[p] in self._bad, not usable(self.disks[p])))
-
-    def _doubtful(self, position: int) -> bool:
-        return self.disks[position] in self._bad or not self._plane.liveness.disk_prompt(self.disks[position])
-
-    async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int]) -> None:
-        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
-        every = min(self.cells), len(self.cells)
-
-        def ask(position: int, row: int, count: int) -> None:
-            self._asked[position] = (row, count)
-            count = min(count, self.shape.fragment_cells(self.profile, position) - row)
-            if count > 0 and not (self._try_read(position, row, count) or self._try_ask(reads, position, row, count)):
-                reads.begin(position, self._read(position, row, count))
-
-        def ask_spares(count: int) -> None:
-            """Asks for further fragments, over all stripes of the window. A data fragment that was asked for some
-            stripes only is asked again, for all.
-            """
-            while spares and count:
-                position = spares.pop(0)
-                if self._asked.get(position) != every:
-                    ask(position, *every)
-                    count -= 1
-
-        try:
-            for position, (row, count) in start.items():
-                if not self._doubtful(position):
-                    ask(position, row, count)
-            ask_spares(len(start) - len(self._asked))
-            while not self._complete():
-                if not reads:
-                    if not spares:
-                        raise self._too_few()
-                    ask_spares(1)
-                    continue
-                more = await reads.turn(limit_s, patience_s=self._plane.hedge.seconds if spares else math.inf)
-                for position in reads.give_up(limit_s):
-                    self._bad.add(self.disks[position])
-                    self._plane.liveness.disk_late(self.disks[position], limit_s)
-                    more += 1
-                if reads.stalled:
-                    self._plane.counters.reads_hedged += 1
-                    more += len(reads)
-                if more:
-                    reads.eager = True
-                    ask_spares(more)
-            for position, for_s in reads.overtaken():
-                self._plane.liveness.disk_late(self.disks[position], for_s)
-        finally:
-            await reads.close()
 
     def _too_few(self) -> ServiceUnavailable:
         """Damaged, unless disks that did not answer, or could not read, may have what is missing."""
@@ -185,7 +270,7 @@ class WindowJob:
 
     def _complete(self) -> bool:
         k = self.k
-        return all(
+        return (self._plain and not self._reads) or all(
             len(cells) >= k or not self._missing(stripe) or len(self.known(stripe)) >= k
             for stripe, cells in self.cells.items()
         )
@@ -198,48 +283,17 @@ class WindowJob:
                 found[position] = b""
         return found
 
-    def _try_read(self, position: int, row: int, count: int) -> bool:
-        """Takes the cells from a disk of this process that has them in memory. False: ``_read`` must be awaited, which
-        also meets any error again.
-        """
-        try:
-            store = self._plane.stores.store(self.disks[position])
-            try_read = getattr(store, "try_read", None)  # of a NearStore
-            found = try_read(self._fragment(position), row, count) if try_read is not None else None
-        except PeerError:
-            return False
-        return found is not None and self._take(position, row, count, found)
-
-    def _try_ask(self, reads: Reads, position: int, row: int, count: int) -> bool:
-        """Asks a disk of another node without a task. False: nothing was asked, and ``_read`` must be awaited."""
-        try:
-            store = self._plane.stores.store(self.disks[position])
-        except PeerError:
-            return False
-        try_ask = getattr(store, "try_ask_cells", None)  # of a RemoteFragmentStore
-        if try_ask is None:
-            return False
-        expected = reads.expect(position)
-        if try_ask(
-            self._fragment(position), row, count, partial(self._on_found, reads, expected, position, row, count)
-        ):
-            return True
-        reads.forget(expected)
-        return False
-
-    def _on_found(
-        self, reads: Reads, expected: Expected, position: int, row: int, count: int, found: CellRead | PeerError
-    ) -> None:
-        if not reads.expects(expected):
+    def _on_found(self, expected: Expected, row: int, count: int, found: CellRead | PeerError) -> None:
+        if not self._reads.expects(expected):
             return
         try:
             if isinstance(found, PeerError):
-                whole: bool | Exception = self._failed(position, found)
+                whole: bool | Exception = self._failed(expected.position, found)
             else:
-                whole = self._answered(position, row, count, found)
+                whole = self._answered(expected.position, row, count, found)
         except Exception as mistake:
             whole = mistake
-        reads.ended(expected, whole)
+        self._reads.ended(expected, whole)
 
     async def _read(self, position: int, row: int, count: int) -> bool:
         """Whether every requested cell arrived whole."""
@@ -274,17 +328,18 @@ class WindowJob:
 
     def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:
         """Keeps the cells. Whether every requested one arrived whole."""
-        whole = len(found.cells) == count
-        for offset, cell in enumerate(found.cells[:count]):
-            if cell is not None and len(cell) == self._length(row + offset, position):
-                self.cells[row + offset][position] = cell
+        whole, last, full = len(found.cells) == count, self.shape.stripes(self.k) - 1, self.shape.cell_bytes
+        for stripe, cell in enumerate(found.cells[:count], row):
+            length = full if stripe < last else self._length(stripe, position)
+            if cell is not None and len(cell) == length:
+                self.cells[stripe][position] = cell
             else:
                 if not found.unread:
                     self._gone.add(position)
-                self._report(position, row + offset, "checksum")
+                self._report(position, stripe, "checksum")
                 whole = False
         if whole and found.whole is not None:
-            self._runs[position] = erasure.CellRun(row, found.whole)
+            self._runs[position] = row, found.whole
         return whole
 
     def _length(self, stripe: int, position: int) -> int:
@@ -301,7 +356,8 @@ class WindowJob:
     async def fetch_all(self, stripe: int) -> None:
         """Reads every available cell of a stripe again: a rebuilt cell may come from the disk that lies."""
         self.cells[stripe] = {}
-        reads, limit_s = Reads(self._plane.hedge), self._plane.limits.read_timeout_s
+        reads, limit_s = Reads(self._plane.hedge, self._plane.deadlines), self._plane.limits.read_timeout_s
+        self._plain = False
         try:
             for position in range(self.profile.n):
                 if stripe < self.shape.fragment_cells(self.profile, position):
@@ -326,3 +382,8 @@ class WindowJob:
             self._report(position, stripe, "lied")
         self.cells[stripe] = {position: cell for position, cell in truth.items() if len(cell)}
         return liars
+
+
+def _resolve(done: asyncio.Future[Exception | None], error: Exception | None) -> None:
+    if not done.done():
+        done.set_result(error)

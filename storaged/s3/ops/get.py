@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from storaged import errors
-from storaged.objects.api import ObjectInfo, ObjectStream, RangeSpec, ReadConditions, Reading, ReadResult
+from storaged.objects.api import FailedRead, ObjectInfo, ObjectStream, RangeSpec, ReadConditions, Reading, ReadResult
 from storaged.objects.read.span import Span, span_of
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
@@ -122,6 +122,7 @@ async def _open(
         span=span,
         part_number=part_number,
         reading=request.reading,
+        failed=request.read_error,
         customer_key=customer_key(front, request),
     )
 
@@ -183,18 +184,25 @@ def _try_head(front: Front, request: Request, on_reply: OnReply) -> bool:
 
 
 def _on_read(front: Front, request: Request, on_reply: OnReply, found: ReadResult) -> None:
+    release = None
     try:
         if isinstance(found, ObjectInfo):
             status, answer = _describe(front, request, found)
             reply = Reply(status, answer, length=found.size)
-        elif found is None or isinstance(found, Reading | errors.StoragedError):
-            request.reading = found if isinstance(found, Reading) else None
+        elif found is None or isinstance(found, Reading | FailedRead | errors.StoragedError):
+            if isinstance(found, FailedRead):
+                request.reading, request.read_error = found
+            else:
+                request.reading = found if isinstance(found, Reading) else None
             on_reply(found if isinstance(found, errors.NoSuchKey) else None)
             return
         else:
+            release = found.release
             status, answer = _describe(front, request, found.info)
-            reply = Reply(status, answer, found.held or b"")
+            reply = Reply(status, answer, found.held or b"", release=release)
     except Exception as error:
+        if release is not None:
+            release()
         on_reply(error)
         return
     on_reply(reply)
