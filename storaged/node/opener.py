@@ -328,7 +328,7 @@ class Opener:
         gaps, gone = fragments.report.gaps, fragments.report.lost_segments
         if gaps or gone:
             log.warning(
-                "fragments that were durable are damaged or gone; repair writes them anew",
+                "the log of fragments is damaged, or has lost a part; repair writes anew what is missing",
                 disk=section.id,
                 damaged_bytes=sum(length for _, _, length in gaps),
                 segments_gone=len(gone),
