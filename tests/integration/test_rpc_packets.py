@@ -418,7 +418,7 @@ async def test_a_peer_that_stops_in_the_middle_of_a_packet_is_ended(world: World
     ):
         await greet(peer, "raw")
         peer.writer.write(bytes(peer.seal(frame(Kind.REQUEST, 1, ECHO, bytes(5000))))[:bytes_more])
-        async with asyncio.timeout(GUARD_S):
+        async with asyncio.timeout(GUARD_S / 8):
             assert await peer.is_ended()
         assert server.statistics().calls == 0
 
@@ -454,7 +454,7 @@ async def test_a_handshake_of_tls_has_a_largest_size(world: World) -> None:
         except ConnectionError:
             pass
         await until(lambda: len(refusals) == 1)
-        assert str(handshake.HANDSHAKE_WIRE_BYTES_MAX) in refusals[0] or "TLS" in refusals[0]
+        assert str(handshake.HANDSHAKE_WIRE_BYTES_MAX) in refusals[0]
         writer.close()
 
 

@@ -95,6 +95,7 @@ PLANTED = (
     "tests.sim.planted_layouts:LAYOUT_BUGS",
     "tests.sim.planted_floors:FLOOR_BUGS",
     "tests.sim.planted_membership:MEMBERSHIP_BUGS",
+    "tests.sim.planted_packets:PACKET_BUGS",
     "tests.sim.planted_recovery:RECOVERY_BUGS",
     "tests.sim.planted_system_recovery:SYSTEM_RECOVERY_BUGS",
     "tests.sim.planted_sparing:SPARING_BUGS",
