@@ -34,6 +34,8 @@ TRIES = 5
 RESTED = 2
 """A pass that began so many times its own length after the last one ended may be followed by another one at once."""
 
+REST_S_MAX = 15.0
+
 
 class CatchUp:
     """Of one storage node. ``run`` until cancelled."""
@@ -59,8 +61,8 @@ class CatchUp:
         await self._ended.wait()
 
     async def run(self) -> None:
-        """A pass that follows another one at once is followed by a rest as long as it took, however often disks come
-        and go: then the walk goes on.
+        """A pass that follows another one at once is followed by a rest as long as it took, though not longer than
+        REST_S_MAX, however often disks come and go: then the walk goes on.
         """
         clock = self._context.clock
         while True:
@@ -68,22 +70,21 @@ class CatchUp:
             self._wanted.clear()
             began = clock.monotonic()
             rested_s = began - self.job.ended
-            left = await self._pass(None)
+            left = await self._pass(None, 1)
             took_s, pause_s = clock.monotonic() - began, self._context.limits.poll_s
-            for _ in range(TRIES - 1):
+            for number in range(1, TRIES):
                 if left == []:
                     break
-                if await wait_for(self._wanted, pause_s):
-                    self._wanted.set()
-                    break
-                left = await self._pass(left)
+                # What is wanted meanwhile is a pass over all ranges, those that are left among them.
+                again = None if await wait_for(self._wanted, pause_s) else left
+                left = await self._pass(again, 2**number)
                 pause_s *= 2
             if rested_s < RESTED * took_s:
-                await asyncio.sleep(took_s)
+                await asyncio.sleep(min(took_s, REST_S_MAX))
 
-    async def _pass(self, ranges: list[Range] | None) -> list[Range] | None:
+    async def _pass(self, ranges: list[Range] | None, patience: float) -> list[Range] | None:
         """Over these ranges; None: over all. Returns those that could not be brought up; None when it is not known
-        which ranges there are.
+        which ranges there are. ``patience``: with replicas that are slow, all the more when they did not answer before.
         """
         self._ended.clear()
         failures: list[str] = []
@@ -98,7 +99,7 @@ class CatchUp:
             self.job.total = len(ranges)
             differing = await self._differing(ranges, failures)
             self.job.advance(len(ranges) - len(differing))
-            await concurrently((self._bring_up(where, left, failures) for where in differing), RANGES_AT_ONCE)
+            await concurrently((self._bring_up(where, patience, left, failures) for where in differing), RANGES_AT_ONCE)
         finally:
             self._ended.set()
             detail = failures[0] if failures else f"{self._walker.settled - settled} registers settled"
@@ -135,9 +136,10 @@ class CatchUp:
         await concurrently(map(compare, groups.values()), GROUPS_AT_ONCE)
         return found
 
-    async def _bring_up(self, where: Range, left: list[Range], failures: list[str]) -> None:
+    async def _bring_up(self, where: Range, patience: float, left: list[Range], failures: list[str]) -> None:
         try:
-            whole, reason = await self._walker.settle_range(where, quick=True), "a replica did not answer"
+            whole = await self._walker.settle_range(where, quick=True, patience=patience)
+            reason = "a replica did not answer"
         except (StoragedError, RowDamaged, TimeoutError) as error:
             whole, reason = False, str(error)
         if not whole:

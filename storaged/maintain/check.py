@@ -39,6 +39,12 @@ RESTED_WALKS = 2
 """A walk has rested enough if it began this many times its own length after the last one: the next may follow at once.
 """
 
+GIVE_WAY_S = 2.0
+GIVE_WAY_S_MAX = 300.0
+"""A walk rests while other nodes bring up rows with the help of this one: until they have not asked for GIVE_WAY_S. In
+all it rests no longer than the second.
+"""
+
 REFUSALS = (CannotRepair, StoragedError, RowDamaged, TimeoutError)
 """Why a register can't be looked at or repaired now."""
 
@@ -70,6 +76,8 @@ class Check:
         self._walk_at = self._rested_at = NOW
         """When the next walk may begin: for what the last one has failed in, and for how long it took."""
         self._walk_pause_s = 0.0
+        self._gave_way_s = 0.0
+        """How long this walk rested for others."""
         self._loans_wait = False
         """No gateway answered when this walk asked about loans."""
         self._verify_at, self._verify_pause_s = NOW, 0.0
@@ -142,7 +150,7 @@ class Check:
         or a disk does not answer about it. Hints are dropped: the walk looks at their registers too.
         """
         wanted, unanswered, settled = self._wanted, self.walker.unanswered, self.walker.settled
-        judged, self._row_bytes = self.walker.judged, 0
+        judged, self._row_bytes, self._gave_way_s = self.walker.judged, 0, 0.0
         self._hints.clear()
         self.queue.begin_walk()
         self.job.start()
@@ -207,7 +215,7 @@ class Check:
         ranges = self.walker.led_ranges()
         self.job.start(len(ranges))
         for where in ranges:
-            await self.catch_up.ended()
+            await self._give_way()
             try:
                 if not await self.walker.settle_range(where):
                     failures.append("a replica did not answer")
@@ -225,12 +233,21 @@ class Check:
     async def _judge_range(self, where: Range) -> list[Finding]:
         found: list[Finding] = []
         async for rows in self.walker.rows(where):
-            await self.catch_up.ended()
+            await self._give_way()
             self._row_bytes += sum(ROW_BYTES + len(name.key) + len(value.body) for name, value in rows)
             found += await self.walker.judge_rows(rows)
             if len(self.walker.lenders) >= NAMES_A_SETTLE:
                 await self._end_loans()
         return found
+
+    async def _give_way(self) -> None:
+        """Rows that disks missed come first: those that this node brings up, and those that others do."""
+        await self.catch_up.ended()
+        time = asyncio.get_running_loop().time
+        while (left_s := self._context.compared_at() + GIVE_WAY_S - time()) > 0 and self._gave_way_s < GIVE_WAY_S_MAX:
+            await asyncio.sleep(left_s)
+            self._gave_way_s += left_s
+            await self.catch_up.ended()
 
     def _walk_again_in(self, pause_s: float) -> None:
         """The queue may not have everything, but there is no use in hurrying."""

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -119,6 +120,9 @@ class MaintainContext:
     small_copies: Callable[[RegisterName, Value], Awaitable[Copies | None]] = no_copies
     steps: Callable[[], int] = lambda: 0
     """The sum of the steps of all partitions (``cluster.partition_map``): it grows when one has moved."""
+
+    compared_at: Callable[[], float] = lambda: -inf
+    """When another node (``catch_up``) last compared its rows with disks of this one, by the event loop's clock."""
 
     why_away: Callable[[str], str] = lambda _disk: UNREACHABLE
     """Why a disk can't be read (``cluster.sparing.Opinion``): UNREACHABLE when its node does not answer."""

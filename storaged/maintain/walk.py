@@ -37,6 +37,9 @@ from storaged.objects.write.uploads import living_upload, living_uploads
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
+WALK_PATIENCE = 2.0
+"""A walk that misses one answer begins again with all records. A disk that hangs so long is not thought to answer."""
+
 LENDERS_MAX = 10_000
 """Those of a slice are asked about before the next one comes; only while no gateway answers they add up."""
 ROWS_A_SLICE = 64
@@ -184,13 +187,13 @@ class Walker:
                     found += [Range(disk, table, bucket.id, shard) for table in BUCKET_TABLES]
         return found
 
-    async def settle_range(self, where: Range, *, quick: bool = False) -> bool:
+    async def settle_range(self, where: Range, *, quick: bool = False, patience: float = WALK_PATIENCE) -> bool:
         """Settles the registers in which the replicas differ. False when a replica that should answer did not, so that
-        it may still lag. ``quick``: as in ``RingScanner.catch_up``. Raises ServiceUnavailable.
+        it may still lag. ``quick``, ``patience``: as in ``RingScanner.catch_up``. Raises ServiceUnavailable.
         """
         try:
             found = await self._scanner.catch_up(
-                where.table, where.scope, where.shard, bring_up=self.bring_up, quick=quick
+                where.table, where.scope, where.shard, bring_up=self.bring_up, quick=quick, patience=patience
             )
         except NoSuchBucket:
             # The bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read.

@@ -115,7 +115,7 @@ not. It must not raise.
 
 class Stamps(NamedTuple):
     """Of some rows in order: their stamps one after the other, how many they are, the bytes of the rows, the key of the
-    last one (empty without rows), and whether there are more.
+    last one (empty without rows), and whether there are more. ``keys`` of all of them where that was asked for.
     """
 
     stamps: bytes
@@ -123,6 +123,7 @@ class Stamps(NamedTuple):
     row_bytes: int
     last: bytes
     more: bool
+    keys: Sequence[bytes] = ()
 
 
 class RowRange(NamedTuple):
@@ -246,7 +247,7 @@ class MetaStore(Protocol):
     def columns(self, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool]:
         """As slice, but the keys and the rows apart, for work on all of them at once; and whether there are more."""
 
-    def stamps(self, wanted: RowRange) -> Stamps:
+    def stamps(self, wanted: RowRange, *, with_keys: bool = False) -> Stamps:
         """The stamps of the rows that ``columns`` would return (``rowvalue.stamps_of``), without reading the rest of
         the rows.
         """

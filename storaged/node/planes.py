@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -250,11 +251,13 @@ class NodePlanes:
         return entry.address if entry is not None and entry.address else None
 
     def _build_ring(self) -> None:
+        self.compared_at: Callable[[], float] = lambda: -inf
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
             steps = known_steps(self.layouts, self.own.name, lambda: self.follower)
             host = ReplicaHost(replicas, lambda: self.layouts.epoch, on_refusal=self._refused, steps=steps)
             self._methods.update(host.methods())
+            self.compared_at = lambda: host.compared_at
             self._methods.update(FragmentHost(fragments, self._fragment_contested).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.belief = NodeBelief(self.own, self.authority, self._others_believe)
@@ -321,6 +324,7 @@ class NodePlanes:
             adopt=lambda disk, request, copy: self.disks.used[disk].replica.accept(request, copy),
             small_copies=self.ring.small_copies,
             steps=lambda: self.layouts.partitions.steps,
+            compared_at=self.compared_at,
             why_away=self.membership.why_away,
             reports=self.membership.reports,
             settings=lambda: self.follower.settings.current,

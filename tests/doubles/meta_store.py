@@ -153,8 +153,8 @@ class MemoryMetaStore:
     def columns(self, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool]:
         return columns_of(self.slice(wanted._replace(limit=wanted.limit + 1)), wanted.limit)
 
-    def stamps(self, wanted: RowRange) -> Stamps:
-        return stamps_in(*self.columns(wanted))
+    def stamps(self, wanted: RowRange, *, with_keys: bool = False) -> Stamps:
+        return stamps_in(*self.columns(wanted), with_keys=with_keys)
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         return [

@@ -173,6 +173,7 @@ class StorageNode:
             asks=asks,
             adopt=lambda disk, request, copy: self.replicas[disk].accept(request, copy),
             small_copies=self.ring.small_copies,
+            compared_at=lambda: self.host.compared_at,
             why_away=cluster.alive.why_away,
             reports=cluster.alive.reports,
             limits=cluster.limits,
@@ -181,8 +182,9 @@ class StorageNode:
 
         self.context = context
         self.maintenance = Maintenance(context, scanner, caller)
+        self.host = ReplicaHost(self.replicas, lambda: self.layouts.current.epoch, steps=self.layouts.steps())
         self.methods: dict[str, Method] = {
-            **ReplicaHost(self.replicas, lambda: self.layouts.current.epoch, steps=self.layouts.steps()).methods(),
+            **self.host.methods(),
             **FragmentHost(self.stores, self.maintenance.fragment_contested).methods(),
             **self.maintenance.methods(),
         }

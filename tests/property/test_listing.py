@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.meta.listing import merge
+from storaged.meta.listing import comparing
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
 from storaged.meta.ports import PageQuery
@@ -260,7 +260,7 @@ def test_what_a_quick_catch_up_skips_is_the_same_at_all_replicas_that_answer(cas
                     assert found.away == silent
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "PATIENCE_S", 0.01)
+        patch.setattr(comparing, "PATIENCE_S", 0.01)
         asyncio.run(run())
 
 

@@ -149,7 +149,9 @@ def check_columns_and_stamps(store: MetaStore) -> None:
         entries = store.slice(RowRange(Table.OBJECT, BUCKET, 0, **where, limit=limit + 1))
         expected = [key for key, _ in entries[:limit]], [row for _, row in entries[:limit]], len(entries) > limit
         assert store.columns(RowRange(Table.OBJECT, BUCKET, 0, **where, limit=limit)) == expected
-        assert store.stamps(RowRange(Table.OBJECT, BUCKET, 0, **where, limit=limit)) == stamps_in(*expected)
+        wanted = RowRange(Table.OBJECT, BUCKET, 0, **where, limit=limit)
+        assert store.stamps(wanted) == stamps_in(*expected)
+        assert store.stamps(wanted, with_keys=True) == stamps_in(*expected)._replace(keys=expected[0])
 
 
 async def test_columns_and_stamps_are_those_of_a_slice(store: MetaStore) -> None:

@@ -28,7 +28,8 @@ from storaged.meta.consensus.register import (
     Verdict,
     created,
 )
-from storaged.meta.listing.merge import CatchUp, RingScanner
+from storaged.meta.listing.comparing import CatchUp
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.messages import Expunge, ExpungeReply, FenceSet, FloorSet, RangeFloor
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import PageQuery

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from storaged.errors import ServiceUnavailable
 from storaged.meta.consensus.register import Verdict
-from storaged.meta.listing import merge
+from storaged.meta.listing import comparing
 from storaged.meta.listing.merge import ROUNDS_MAX, every_row
 from storaged.meta.listing.round import share_of
 from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardSlice
@@ -391,9 +391,9 @@ async def test_catching_up_settles_exactly_what_a_returned_replica_missed_and_na
         await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
 
 
-@pytest.mark.parametrize(("quick", "asks"), [(False, 2), (True, 4)])
+@pytest.mark.parametrize("quick", [False, True])
 async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_compared(
-    monkeypatch: pytest.MonkeyPatch, quick: bool, asks: int
+    monkeypatch: pytest.MonkeyPatch, quick: bool
 ) -> None:
     ring = Ring()
     await ring.fill([b"k1"], shards=1)
@@ -405,7 +405,7 @@ async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_
     async def away_meanwhile(*wanted: Any, **patience: Any) -> Any:
         nonlocal asked
         asked += 1
-        ring.down = {disks[0]} if asked == asks else set()
+        ring.down = {disks[0]} if asked == 2 else set()
         return await ask_all(*wanted, **patience)
 
     monkeypatch.setattr(ring.scanner._reader, "ask_all", away_meanwhile)
@@ -413,11 +413,12 @@ async def test_a_replica_that_differs_and_does_not_answer_with_its_rows_was_not_
     assert (found.settled, found.away) == (0, {disks[0]})
 
 
-async def test_a_quick_comparison_waits_for_a_replica_that_is_slow_but_once_for_one_that_never_answers(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("quick", [False, True])
+async def test_a_comparison_waits_for_a_replica_that_is_slow_but_once_for_one_that_never_answers(
+    monkeypatch: pytest.MonkeyPatch, quick: bool
 ) -> None:
     ring = Ring(hedge_s=0.0)
-    keys = [b"k%04d" % number for number in range(2100)]
+    keys = [b"k%04d" % number for number in range(4100)]
     await ring.fill(keys, shards=1)
     slow, *others = ring.replicas_of(name_of(keys[0]))
     for disk in others:
@@ -431,16 +432,108 @@ async def test_a_quick_comparison_waits_for_a_replica_that_is_slow_but_once_for_
             return reply
 
     monkeypatch.setattr(ring, "replica", lambda disk: Slow() if disk == slow else replica(disk))
-    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
-    assert (found.settled, found.away) == (0, {slow})
-    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
     assert (found.settled, found.away) == (1, set())
     ring.hung.add(slow)
-    monkeypatch.setattr(merge, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(comparing, "PATIENCE_S", 0.5)
     began = asyncio.get_running_loop().time()
-    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
-    assert 0.5 <= asyncio.get_running_loop().time() - began < 1.0, "three slices"
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=quick)
+    assert 0.5 <= asyncio.get_running_loop().time() - began < 1.0, "three slices or more"
     assert found.away == {slow}
+
+
+def asks_of(ring: Ring, want: Want) -> list[int]:
+    """How many each request has that asks for this."""
+    return [len(scan.shards) for scan in ring.scans if scan.shards[0].want == want]
+
+
+async def test_a_quick_comparison_sends_few_messages_and_few_rows() -> None:
+    ring = Ring()
+    keys = [b"k%04d" % number for number in range(3000)]
+    await ring.fill(keys, shards=1)
+    away = ring.replicas_of(name_of(b"k"))[0]
+    missed = [name_of(b"k%04d-new" % number) for number in range(0, 3000, 100)]
+    for name in missed:
+        for disk in ring.replicas_of(name):
+            if disk != away:
+                await ring.put(disk, name, value_of(2), 2)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    assert (found.settled, sorted(ring.settled)) == (30, missed)
+    assert len(asks_of(ring, Want.PIECES)) <= 3 * 5
+    assert len(asks_of(ring, Want.ALL)) <= 3 * 5
+    limits = [ask.limit for scan in ring.scans for ask in scan.shards if ask.want == Want.ALL]
+    assert sum(limits) < 3 * 30 * 60
+
+
+async def test_a_replica_that_missed_nearly_all_gets_it_in_parts_that_a_message_takes() -> None:
+    ring = Ring()
+    keys = [b"k%04d" % number for number in range(1300)]
+    await ring.fill(keys[:20], shards=1)
+    away = ring.replicas_of(name_of(b"k"))[0]
+    for key in keys[20:]:
+        for disk in ring.replicas_of(name_of(key)):
+            if disk != away:
+                await ring.put(disk, name_of(key), value_of(2), 2)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    assert found.settled == 1280
+    assert len(ring.settled) == 1280
+    limits = [ask.limit for scan in ring.scans for ask in scan.shards if ask.want == Want.ALL]
+    assert max(limits) == comparing.SPAN_ROWS_MAX
+
+
+async def test_large_rows_that_differ_are_not_asked_for_together() -> None:
+    ring = Ring()
+    names = [name_of(b"k%03d" % number) for number in range(200)]
+    large = replace(value_of(1), body=bytes(12_000))
+    for name in names:
+        for disk in ring.replicas_of(name):
+            await ring.put(disk, name, large, 1)
+    for name in (names[0], names[-1]):
+        await ring.put(ring.replicas_of(name)[1], name, large, 2)
+        await ring.put(ring.replicas_of(name)[2], name, large, 2)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    assert found.settled == 2
+    assert asks_of(ring, Want.ALL) == [1] * 6
+
+
+async def test_a_replica_without_pieces_is_compared_by_digests() -> None:
+    """Version 0.1.0 answers what it does not know as it does a digest."""
+    ring = Ring()
+    await ring.fill([b"k%04d" % number for number in range(1100)], shards=1)
+    old, other, _ = disks = ring.replicas_of(name_of(b"k"))
+    for disk in disks[1:]:
+        await ring.put(disk, name_of(b"missed"), value_of(2), 2)
+    ring.lies[other] = lambda reply: replace(
+        reply, slices=tuple(replace(each, keys=(), heads=()) for each in reply.slices)
+    )
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    assert (found.settled, found.away, found.rows) == (1, set(), 1101)
+    assert ring.stores[old].get(name_of(b"missed")) is not None
+    assert len(asks_of(ring, Want.PIECES)) == 3
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"heads": ()},
+        {"heads": [b"too short"]},
+        {"keys": [b"k1"]},
+        {"keys": [b"k2", b"k2"], "heads": [bytes(12), bytes(12)]},
+        {"keys": [b"k" * (KEY_BYTES_MAX + 1)], "through": b"k" * (KEY_BYTES_MAX + 1)},
+    ],
+    ids=["no marks", "no mark", "another end", "no order", "too long"],
+)
+async def test_a_replica_whose_pieces_can_not_be_counts_as_away(lie: Any) -> None:
+    ring = Ring()
+    await ring.fill([b"k1", b"k2"], shards=1)
+    disks = ring.replicas_of(name_of(b"k1"))
+    for disk in disks[1:]:
+        await ring.put(disk, name_of(b"missed"), value_of(2), 2)
+    ring.lies[disks[0]] = lambda reply: replace(
+        reply, slices=tuple(replace(each, **lie) if each.keys else each for each in reply.slices)
+    )
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0, quick=True)
+    assert (found.settled, found.away) == (0, {disks[0]})
 
 
 @pytest.mark.parametrize(
@@ -515,7 +608,7 @@ async def test_a_shard_of_which_a_replica_tells_no_sum_is_not_taken_for_the_same
     monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     """Unless that replica is thought to be away, and a majority is the same."""
-    monkeypatch.setattr(merge, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(comparing, "PATIENCE_S", 0.05)
     ring = Ring()
     await ring.fill([b"k1", b"k2"], shards=1)
     disk = ring.replicas_of(name_of(b"k1"))[2]

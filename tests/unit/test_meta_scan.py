@@ -118,7 +118,7 @@ async def test_all_ways_of_asking_give_the_same_digest_and_stop_at_the_same_plac
     rows: dict[bytes, int], bounds: dict[str, int]
 ) -> None:
     store = await store_of(rows)
-    pieces = [scan(store, want=want, **bounds) for want in Want if want != Want.SUM]  # type: ignore[arg-type]
+    pieces = [scan(store, want=want, **bounds) for want in Want if want not in (Want.SUM, Want.PIECES)]  # type: ignore[arg-type]
     assert len({(piece.digest, piece.through, piece.done, piece.looked_at) for piece in pieces}) == 1
     assert keys(pieces[Want.VISIBLE]) == list(pieces[Want.HEADS].keys)
     assert [row.value.body for row in decode_rows(pieces[Want.VISIBLE].rows) if row.value] == list(

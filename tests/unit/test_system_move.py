@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from storaged.cluster.layout import SYSTEM_PARTITION, Layout
 from storaged.cluster.sparing import UNREACHABLE, DisksOut, OutDisk
 from storaged.errors import ServiceUnavailable
-from storaged.meta.listing.merge import CatchUp
+from storaged.meta.listing.comparing import CatchUp
 from storaged.meta.messages import EpochFence
 from storaged.node.system_move import SystemMove
 from tests.doubles.layouts import KnownLayouts, layout_of

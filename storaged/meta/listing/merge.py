@@ -15,53 +15,31 @@ import asyncio
 import contextlib
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import structlog
-
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
-from storaged.meta.listing.agreement import common_end, reported, rows_after
 from storaged.meta.listing.cache import CachedPiece, PieceCache
-from storaged.meta.listing.query import Answers, Feed, Piece, PieceRead, Query
+from storaged.meta.listing.comparing import CatchUp, Comparison, alike
+from storaged.meta.listing.query import Feed, Piece, Query
 from storaged.meta.listing.round import OnFenced, ScanRounds, ScanSettings
 from storaged.meta.listing.shards import SETTLING_MAX, ShardReader
-from storaged.meta.messages import ScanRow
-from storaged.meta.names import RegisterName, Table, Visibility
+from storaged.meta.names import RegisterName, Visibility
 from storaged.meta.ports import HeadPage, ListPage, PageQuery, Registers, Replicas, Row, Scanner
-from storaged.meta.storage.scan import LIMIT_MAX, Want, common_prefix, list_after_prefix
+from storaged.meta.storage.scan import LIMIT_MAX, common_prefix, list_after_prefix
 from storaged.tasks import gather_bounded
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1
 ROUNDS_MAX = 64
 """A page that is not full after this many rounds is returned as it is: 64 rounds are half a million deleted keys."""
 
-log = structlog.get_logger(__name__)
-
 Filled = tuple[list[bytes], list[Any], tuple[bytes, ...], bytes | None]
 """Keys, their values or heads, common prefixes, where the next page begins."""
 
-WALK_ROWS = 500
-QUICK_ROWS_MIN, QUICK_ROWS_MAX = 64, 1024
-"""Of a quick comparison. Stamps of more rows are within a reply's bounds only where the rows are small."""
-
-QUICK_STEP_DOWN = 4
-PATIENCE_S = 1.0
-"""How long a quick comparison waits for a replica that is thought to answer, once for each shard. What such a replica
-has missed stays so for as long as it is not compared.
-"""
-UNSETTLED_MAX = 32
-"""``catch_up`` ends when it fails to settle more keys: then it is more than a few damaged rows, and each key costs a
-time-out.
-"""
 ROWS_A_PAGE = 1_000
 REFRESH_S = 3.0
 """How long a page waits to learn where partitions are now."""
-
-SUM_TRIES = 2
-"""Sums differ, too, while a write is on its way."""
 
 Refresh = Callable[[int], Awaitable[None]]
 """``await refresh(partition)`` learns where it is now. It may raise StoragedError."""
@@ -69,17 +47,6 @@ Refresh = Callable[[int], Awaitable[None]]
 
 async def nothing_newer(_partition: int) -> None:
     """A ``Refresh`` where partitions do not move."""
-
-
-@dataclass
-class CatchUp:
-    """``rows`` looked at; ``settled``: rows that differed and were settled on all replicas that answer; ``away``: disks
-    that did not answer.
-    """
-
-    rows: int = 0
-    settled: int = 0
-    away: set[str] = field(default_factory=set)
 
 
 class RingScanner:
@@ -177,106 +144,29 @@ class RingScanner:
         settling_nonce: bytes = b"",
         bring_up: Callable[[RegisterName], Awaitable[object]] | None = None,
         quick: bool = False,
+        patience: float = 1.0,
     ) -> CatchUp:
-        """Brings the replicas of one shard to the same rows: compares slices of all that answer by digest, and settles
-        each key that one of them lacks, has damaged, or has at another ballot, by a committed round on all of them; or
-        by ``bring_up``, which raises as ``Registers.settle``.
+        """Brings the replicas of one shard to the same rows: compares all that answer, and settles each key that one of
+        them lacks, has damaged, or has at another ballot, by a committed round on all of them; or by ``bring_up``,
+        which raises as ``Registers.settle``.
 
-        ``quick``: compares stamps, a tenth of the work. Then damage is found only beside a difference.
+        ``quick``: a tenth of the work (``meta.listing.comparing``). Then damage is found only beside a difference.
+        ``patience``: so many times PATIENCE_S it waits for a replica that is thought to answer, once.
 
         A key that can't be settled, since a majority of its rows is damaged, does not stop the others: its error is
         raised at the end. Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
         """
-        unsettled: list[ServiceUnavailable] = []
         query = Query(table, scope, b"", b"", Visibility.TOMBSTONE, settling_nonce)
-        feed = self._reader.feed(query, shard, b"")
-        found = CatchUp()
-        rows_a_slice = QUICK_ROWS_MAX if quick else WALK_ROWS
-        readable = self._liveness.disk_readable
-        while not feed.done:
-            hedge_s = PATIENCE_S if quick and not found.away and all(map(readable, feed.disks)) else None
-            want = Want.STAMPS if quick else Want.DIGEST
-            answers, _ = await self._compared(query, feed, want, rows_a_slice, found, hedge_s)
-            alike = len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) == 1
-            if quick and not alike and rows_a_slice > QUICK_ROWS_MIN:
-                rows_a_slice //= QUICK_STEP_DOWN  # few rows of it differ, and all that are left are sent
-                continue
-            if quick and alike:
-                rows_a_slice = min(2 * rows_a_slice, QUICK_ROWS_MAX)
-            if not alike:
-                answers, decoded = await self._compared(query, feed, Want.ALL, rows_a_slice, found, hedge_s)
-                through, done = common_end(answers.values())
-                rows = reported(decoded, through, done)
-                same = _identical if table == Table.SYSTEM else _unanimous
-                differing = [
-                    RegisterName(table, scope, shard, key)
-                    for key, seen in rows.items()
-                    if not same(list(seen.values()), len(answers))
-                ]
-                settle = bring_up or partial(self._registers.settle, settling_nonce=settling_nonce)
-                work = [self._try_settle(settle, name) for name in differing]
-                failures = await gather_bounded(work, SETTLING_MAX)
-                found.settled += failures.count(None)
-                unsettled += [failure for failure in failures if failure is not None]
-                if len(unsettled) > UNSETTLED_MAX:
-                    break
-            feed.through, feed.done = common_end(answers.values())
-            found.rows += max(answer.looked_at for answer in answers.values())
-        if unsettled:
-            raise unsettled[0]
-        return found
+        settle = bring_up or partial(self._registers.settle, settling_nonce=settling_nonce)
+        comparison = Comparison(self._reader, self._liveness, query, shard, settle, patience)
+        return await comparison.run(quick=quick)
 
     async def alike(self, table: int, scope: bytes, shards: Sequence[int]) -> set[int]:
         """The shards of which all replicas that are thought to answer, and a majority, have the same rows, by the sums
         that they keep (``meta.storage.sums``). So none of them looks at its rows. Up to ``SHARDS_MAX``.
         """
         query = Query(table, scope, b"", b"", Visibility.TOMBSTONE)
-        found: set[int] = set()
-        for _ in range(SUM_TRIES):
-            reads = [PieceRead(self._reader.feed(query, shard, b""), b"", 0) for shard in shards if shard not in found]
-            if not reads:
-                break
-            try:
-                answers = await self._reader.ask_all(query, reads, Want.SUM, hedge_s=PATIENCE_S)
-            except ServiceUnavailable:  # of some of them, and nothing is known of the others
-                break
-            for read, its in zip(reads, answers, strict=True):
-                silent = [disk for disk in read.feed.disks if disk not in its]
-                sums = {answer.digest if answer.done else None for answer in its.values()}
-                if len(sums) == 1 and None not in sums and not any(map(self._liveness.disk_readable, silent)):
-                    found.add(read.feed.shard)
-        return found
-
-    async def _compared(
-        self, query: Query, feed: Feed, want: Want, limit: int, found: CatchUp, hedge_s: float | None
-    ) -> tuple[Answers, dict[str, list[ScanRow]]]:
-        """What the replicas answer of the next ``limit`` rows, and these rows. One that says nothing that can be
-        compared counts as away, also if it differed and answers no more: a single disk must not stop the callers, or
-        keep them for ever.
-        """
-        [answers] = await self._reader.ask_all(query, [PieceRead(feed, feed.through, limit)], want, hedge_s=hedge_s)
-        rows: dict[str, list[ScanRow]] = {}
-        for disk, answer in answers.items():
-            try:
-                rows[disk] = rows_after(feed.through, answer)
-            except ServiceUnavailable as error:
-                log.error("what a disk answers to a scan is none", disk=disk, reason=error.message)
-        found.away |= set(feed.disks) - set(rows)
-        if not feed.quorum.met(rows):
-            raise ServiceUnavailable(
-                f"Only {len(rows)} of {len(feed.disks)} replicas of an index shard can be compared."
-            )
-        return {disk: answers[disk] for disk in rows}, rows
-
-    async def _try_settle(
-        self, settle: Callable[[RegisterName], Awaitable[object]], name: RegisterName
-    ) -> ServiceUnavailable | None:
-        """Returns the error when it could not."""
-        try:
-            await settle(name)
-        except ServiceUnavailable as error:
-            return error
-        return None
+        return await alike(self._reader, self._liveness, query, shards)
 
 
 async def every_row(scanner: Scanner, wanted: PageQuery) -> AsyncIterator[Row]:
@@ -369,13 +259,3 @@ class _Page:
         prefixes = tuple(name for name, entry in zip(names, held, strict=True) if entry is None)
         keys = [name for name, entry in zip(names, held, strict=True) if entry is not None]
         return keys, [entry for entry in held if entry is not None], prefixes, next_after
-
-
-def _identical(rows: list[ScanRow], replicas: int) -> bool:
-    """``_unanimous``, and with one value. For system rows only: a settling round can tell which of theirs is right."""
-    return _unanimous(rows, replicas) and all(row.value == rows[0].value for row in rows)
-
-
-def _unanimous(rows: list[ScanRow], replicas: int) -> bool:
-    """Every replica has the row, intact, at one ballot."""
-    return len(rows) == replicas and bool(rows[0].ballot) and all(row.ballot == rows[0].ballot for row in rows)

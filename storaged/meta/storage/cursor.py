@@ -126,7 +126,7 @@ def columns_at(cursor: Cursor, root: int, wanted: RowRange) -> tuple[list[bytes]
     return keys, [value for _, value in entries], more
 
 
-def stamps_at(cursor: Cursor, root: int, wanted: RowRange) -> Stamps | None:
+def stamps_at(cursor: Cursor, root: int, wanted: RowRange, *, with_keys: bool) -> Stamps | None:
     """The stamps of these rows. The cursor yields buffers: only the stamp is touched of a row that is not in the
     heap. None: see the module.
     """
@@ -135,17 +135,22 @@ def stamps_at(cursor: Cursor, root: int, wanted: RowRange) -> Stamps | None:
         return None
     values = list(islice(cursor.iternext(keys=False), limit))
     last, bound, more = bytes(cursor.key()), row_key(root, wanted.prefix), False
-    if len(values) == limit and last.startswith(bound):
+    whole = len(values) == limit and last.startswith(bound)
+    if whole:
         more = cursor.next() and bytes(cursor.key()).startswith(bound)
-    else:
+    keys: list[bytes] = []
+    if with_keys or not whole:
         _set(cursor, root, wanted)
         keys = list(map(bytes, islice(cursor.iternext(values=False), limit)))
-        del values[bisect_left(keys, True, key=lambda key: not key.startswith(bound)) :]
-        last = keys[len(values) - 1] if values else b""
+    if not whole:
+        end = bisect_left(keys, True, key=lambda key: not key.startswith(bound))
+        del values[end:], keys[end:]
+        last = keys[-1] if keys else b""
     if min(map(len, values), default=REFERENCE_BYTES) < REFERENCE_BYTES:
         return None  # a link
     stamps, row_bytes = stamps_of(values)
-    return Stamps(stamps, len(values), row_bytes, last[NODE_BYTES:], more)
+    named = [key[NODE_BYTES:] for key in keys] if with_keys else ()
+    return Stamps(stamps, len(values), row_bytes, last[NODE_BYTES:], more, named)
 
 
 def _set(cursor: Cursor, root: int, wanted: RowRange) -> bool:

@@ -260,12 +260,13 @@ class StoreReader:
                 return found[0], rows_of(transaction, self._heap, found[1]), found[2]
         return columns_of(self.slice(wanted._replace(limit=wanted.limit + 1)), wanted.limit)
 
-    def stamps(self, wanted: RowRange) -> Stamps:
+    def stamps(self, wanted: RowRange, *, with_keys: bool = False) -> Stamps:
         with self._snapshot(wanted.name_prefix, buffers=True) as (transaction, root, tables):
-            found = None if root is None else stamps_at(transaction.cursor(), root, wanted)
+            found = None if root is None else stamps_at(transaction.cursor(), root, wanted, with_keys=with_keys)
         if found and not has_rows(tables, wanted, through=found.last if found.more else None):
             return found
-        return stamps_in(*columns_of(self.slice(wanted._replace(limit=wanted.limit + 1)), wanted.limit))
+        columns = columns_of(self.slice(wanted._replace(limit=wanted.limit + 1)), wanted.limit)
+        return stamps_in(*columns, with_keys=with_keys)
 
     def shard_sum(self, prefix: bytes) -> int | None:
         state = self._state

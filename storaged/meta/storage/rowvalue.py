@@ -178,9 +178,10 @@ def digest_of_stamps(stamps: bytes) -> int:
     return _hash(alike)
 
 
-def stamps_in(keys: Sequence[bytes], rows: Sequence[bytes], more: bool) -> Stamps:
+def stamps_in(keys: Sequence[bytes], rows: Sequence[bytes], more: bool, *, with_keys: bool = False) -> Stamps:
     """The stamps of columns."""
-    return Stamps(stamps_of(rows), len(rows), sum(map(len, rows)), keys[-1] if keys else b"", more)
+    last = keys[-1] if keys else b""
+    return Stamps(stamps_of(rows), len(rows), sum(map(len, rows)), last, more, keys if with_keys else ())
 
 
 def columns_of(entries: Sequence[tuple[bytes, bytes]], limit: int) -> tuple[list[bytes], list[bytes], bool]:

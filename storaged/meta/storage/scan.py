@@ -33,6 +33,7 @@ from storaged import wire
 from storaged.hashes import listed_hash
 from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName
+from storaged.meta.storage.pieces import pieces_in
 from storaged.meta.storage.rowvalue import (
     STAMP_BYTES,
     digest_of_stamps,
@@ -85,6 +86,11 @@ class Want(IntEnum):
     SUM = 7
     """The sum of all rows of the shard (``meta.storage.sums``) in the place of the digest, with ``limit`` 0. A replica
     that does not know this looks at no row, and says that there are more, or that there are none.
+    """
+    PIECES = 8
+    """As STAMPS, and the pieces of these rows (``meta.storage.pieces``): their last keys in the place of ``keys``,
+    their marks in that of ``heads``, the bytes of the rows in that of the digest. A replica that does not know this
+    sends no keys.
     """
 
 
@@ -273,7 +279,9 @@ def read_ahead(store: MetaStore, request: ScanRequest, asks: Sequence[ShardAsk])
         limit = min(ask.limit, ask.examine_max, LIMIT_MAX)
         if limit < 1:
             continue  # there is nothing to read, or the request is refused
-        stamps = ask.want == Want.STAMPS or ask.known  # mostly nothing of what the caller knows has changed
+        stamps = (
+            ask.want in (Want.STAMPS, Want.PIECES) or ask.known
+        )  # mostly nothing of what the caller knows has changed
         whole = not stamps or bool(request.delimiter)  # ``_scan_rows`` reads the rows themselves
         store.read_ahead(_row_range(request, ask, ask.after, limit), whole=whole)
 
@@ -287,6 +295,8 @@ def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, cache: Di
         if ask.want == Want.SUM:
             total = store.shard_sum(_name_prefix(request, ask))
             return ShardSlice(ask.shard, ask.after, total is not None, total or 0, unreadable=total is None)
+        if ask.want == Want.PIECES:
+            return _scan_pieces(store, request, ask)
         if cache is not None and ask.want in _CACHED:
             return cache.answer(store, request, ask)
         sent = _SENT.get(ask.want)
@@ -296,6 +306,14 @@ def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, cache: Di
         return bare(answer, listing_hash(answer))
     except RowDamaged:
         return ShardSlice(ask.shard, ask.after, False, 0, unreadable=True)
+
+
+def _scan_pieces(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
+    """Every row counts as an entry."""
+    seen = store.stamps(_row_range(request, ask, ask.after, min(ask.limit, ask.examine_max)), with_keys=True)
+    keys, marks = pieces_in(seen) if seen.rows else ([], [])
+    through = seen.last or ask.after
+    return ShardSlice(ask.shard, through, not seen.more, seen.row_bytes, looked_at=seen.rows, keys=keys, heads=marks)
 
 
 def _scan(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 import msgspec
@@ -34,11 +35,14 @@ from storaged.meta.consensus.register import RULES, Rules, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Ballot, RegisterName
 from storaged.meta.ports import Replica
+from storaged.meta.storage.scan import Want
 from storaged.meta.transport.accept_batching import ALONE_MAX, AcceptBatcher, try_accepts
 from storaged.meta.transport.read_batching import OnRow, ReadBatcher, answer_read, answer_reads
 from storaged.wire import Buffer, Message, encode
 
 M = TypeVar("M", bound=Message)
+
+_COMPARE = (Want.STAMPS, Want.PIECES)
 
 _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
     messages.Prepare: ("meta.prepare", messages.PrepareReply),
@@ -295,6 +299,8 @@ class ReplicaHost:
     ) -> None:
         """All but ``replicas``: see ``authority.Gate``."""
         self.replicas = replicas
+        self.compared_at = -inf
+        """When another node last compared its rows with those of disks here, by the event loop's clock."""
         self._steps = steps
         self._gate = Gate(newest_epoch, rules, on_refusal, steps)
 
@@ -455,7 +461,13 @@ class ReplicaHost:
         return outcome
 
     def _try_scan(self, request: ScanRequest, _call: Call) -> ScanReply | None:
+        self._note(request)
         return self._of(request.disk).try_scan(request)
 
+    def _note(self, request: ScanRequest) -> None:
+        if any(ask.want in _COMPARE for ask in request.shards[:1]):
+            self.compared_at = asyncio.get_running_loop().time()
+
     async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
+        self._note(request)
         return await self._of(request.disk).scan(request)
