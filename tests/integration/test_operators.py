@@ -17,12 +17,12 @@ from storaged.errors import PeerUnreachable, ServiceUnavailable, SlowDown, Stora
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import RegisterName, object_name
-from storaged.objects.api import BodyChecks, NewMeta, Renaming
+from storaged.objects.api import BodyChecks, CopySource, NewMeta, Renaming
 from storaged.objects.code.customer import CUSTOMERS
 from storaged.objects.code.lending import LENT
 from storaged.objects.code.place import first_choice
 from storaged.objects.encryption import CUSTOMER, Encryption
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import BucketRecord, sharing_of
 from storaged.objects.where import where
 from storaged.objects.write.divide import divide
 from storaged.units import KIB
@@ -457,6 +457,56 @@ def test_status_says_why_the_last_part_of_an_upload_that_was_renamed_stays_whole
         assert [status.unmoved for status in found if status.outdated] == [((LENT, 1),)]
         place = await where(cluster.gateway.objects.plane, bucket, b"new")
         assert (place.whole, place.stays) == (1, LENT)
+        assert await cluster.get(bucket, b"new") == body
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
+@pytest.mark.parametrize("count", [2, 34])
+def test_the_small_last_part_of_an_upload_is_coded_for_its_copies_too(count: int) -> None:
+    """``count``: of its parts, in the record or on pages."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await whole_before(cluster)
+        plane = cluster.gateway.objects.plane
+        sizes = dict.fromkeys(range(1, count), 2_000) | {count: 5}
+        upload_id, parts, body = await upload_parts(cluster, bucket, b"many", sizes)
+        await cluster.objects.complete(bucket, b"many", upload_id, parts, owner=WHO.user_id)
+        await cluster.objects.copy(CopySource(bucket, b"many"), bucket, b"copy", owner=WHO.user_id, meta=None)
+        assert (await cluster.record(bucket, b"copy")).versions[0].parts == ()
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        cluster.maintain()
+        await cluster.pass_s(60)
+        assert sum(status.outdated for status in await cluster.statuses()) == 0
+        record = await cluster.record(bucket, b"many")
+        [loan], [version] = sharing_of(record).loans, record.versions
+        assert (loan.parts, loan.manifest) == (version.parts, version.manifest)
+        assert set(loan.pages) <= set(version.pages)
+        for key in (b"many", b"copy"):
+            assert (await where(plane, bucket, key)).whole == 0
+            assert await cluster.get(bucket, key) == body
+        await cluster.objects.delete(bucket, b"many")
+        await cluster.leap(7200)
+        await cluster.pass_s(60)
+        assert sum(status.outdated for status in await cluster.statuses()) == 0
+        assert await cluster.get(bucket, b"copy") == body
+
+    run(scenario, racks=FOUR, limits=LIMITS)
+
+
+@pytest.mark.parametrize("count", [2, 34])
+def test_status_says_why_a_part_stays_whole_that_is_only_lent(count: int) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await whole_before(cluster)
+        sizes = dict.fromkeys(range(1, count), 2_000) | {count: 5}
+        upload_id, parts, body = await upload_parts(cluster, bucket, b"many", sizes)
+        await cluster.objects.complete(bucket, b"many", upload_id, parts, owner=WHO.user_id)
+        await cluster.objects.rename(bucket, Renaming(key=b"new", source=b"many"))
+        cluster.layouts.learn(spread_over(FOUR, 2, base=1))
+        cluster.maintain()
+        await cluster.pass_s(60)
+        found = [status for status in await cluster.statuses() if status.outdated]
+        assert [status.unmoved for status in found] == [((LENT, 1),)]
         assert await cluster.get(bucket, b"new") == body
 
     run(scenario, racks=FOUR, limits=LIMITS)

@@ -228,4 +228,14 @@ RENAMING_BUGS = (
         tests=f"{_UNIT}::test_what_was_read_while_it_departs_is_not_found_in_a_cache_later",
         why="The play reads registers, and opens no versions.",
     ),
+    Planted(
+        "coded_for_the_version_alone",
+        "a small part is coded in the version of its owner, and stays whole in the loan",
+        0,
+        path="storaged/objects/write/divide.py",
+        old="        draft.loans = tuple(_like(loan, before, changed) for loan in draft.loans)\n",
+        new="",
+        tests="tests/integration/test_operators.py::test_the_small_last_part_of_an_upload_is_coded_for_its_copies_too",
+        why="The play has no layout that trusts no operator alone.",
+    ),
 )

@@ -8,7 +8,7 @@ from storaged.objects.code.versions import decode_record
 from storaged.objects.records import Loan, ObjectRecord, SharingRecord, sharing_of
 from storaged.objects.sharing import Borrowed, Borrower, Departure
 
-LENT = "an object that was renamed has a small part here: that stays whole until the object is written again"
+LENT = "an object that was copied or renamed has a small part here: that stays whole until the object is written again"
 """Why a small body is not coded (``write.divide``)."""
 
 

@@ -20,6 +20,8 @@ Theory of operation
 
     Old copies go to the garbage lists, and stay for readers as long as what was replaced.
 
+    What the record lends to other keys (``write.loans``) gets the coded part in the same change.
+
     A body with a customer's key (SSE-C) can't be opened here. It stays whole until its client writes it again. So does
     one that the record only lends (``write.loans``), since the key is at the borrower: the last part of an upload that
     was renamed.
@@ -44,7 +46,7 @@ from storaged.objects.code.version_walk import every_entry
 from storaged.objects.code.versions import OpenedVersion, Place, decode_record, open_version
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.read.part_reader import PartReader
-from storaged.objects.records import BucketRecord, PartEntry, Version, sharing_of
+from storaged.objects.records import BucketRecord, Loan, PartEntry, Version, sharing_of
 from storaged.objects.write.blocks import Form, NewPart
 from storaged.objects.write.body import BodyReader
 from storaged.objects.write.commit import commit_coded
@@ -67,7 +69,12 @@ async def divide(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName) -
     if not plane.layouts.current.spreads or value is None or value.visibility == Visibility.TOMBSTONE:
         return ""
     keys, record = BucketKeys(plane, bucket), decode_record(value)
-    lent = {part.data_id for loan in sharing_of(record).loans for part in loan.parts if part.small or part.inline}
+    lent = {
+        part.data_id
+        for loan in sharing_of(record).loans
+        async for part in parts_of(plane.pages, name, loan)
+        if part.small or part.inline
+    }
     async for entry in every_entry(plane.pages, name, record):
         parts = [part async for part in parts_of(plane.pages, name, entry.version)]
         lent.difference_update(part.data_id for part in parts)
@@ -172,7 +179,21 @@ class _Divided:
         after, new = self._version, now.version
         changed = msgspec.structs.replace(new, parts=after.parts, manifest=after.manifest, pages=after.pages)
         draft.replace(now, now._replace(version=changed))
+        draft.loans = tuple(_like(loan, before, changed) for loan in draft.loans)
         return True
+
+
+def _like(loan: Loan, before: Version, after: Version) -> Loan:
+    """The loan of a version's data, with the parts that the version has now. Other loans as they are."""
+    if loan.manifest:
+        if loan.manifest != before.manifest:
+            return loan
+        others = [page for page in before.pages if page not in loan.pages]
+        pages = tuple(page for page in after.pages if page not in others)
+        return msgspec.structs.replace(loan, manifest=after.manifest, pages=pages)
+    coded = {old.data_id: new for old, new in zip(before.parts, after.parts, strict=False)}
+    first, *more = (coded.get(part.data_id, part) for part in loan.parts)
+    return msgspec.structs.replace(loan, part=first, more=tuple(more))
 
 
 async def _opened(
