@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
+from storaged.errors import PeerError
 from storaged.wire import Buffer, Message, encode
 
 _PACKED_BYTES = 23
@@ -237,7 +238,7 @@ class TryWrite(Protocol):
         self,
         header: FragmentHeader,
         payload: Sequence[Buffer],
-        on_done: Callable[[Exception | None], None],
+        on_done: Callable[[PeerError | None], None],
         *,
         sync: bool = False,
         check: bytes = b"",

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from storaged.cluster.ports import BeginCaller, Call, Caller, EncodedCall, Layouts, Method, Methods, OnAnswer, Reply
+from storaged.cluster.ports import BeginCaller, Call, Caller, EncodedCall, Layouts, Method, Methods, Reply
 from storaged.cluster.rpc.authority import grant
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerError, PeerRefused
 from storaged.fragments.format import KEY_BYTES
@@ -42,7 +42,6 @@ from storaged.fragments.ports import (
     FragmentStore,
     NearStore,
     Retirement,
-    TryWrite,
     Usage,
 )
 from storaged.wire import Buffer, Message, encode
@@ -96,7 +95,7 @@ class RemoteFragmentStore:
         self,
         header: FragmentHeader,
         payload: Sequence[Buffer],
-        on_done: Callable[[Exception | None], None],
+        on_done: Callable[[PeerError | None], None],
         *,
         sync: bool = False,
         check: bytes = b"",
@@ -256,7 +255,7 @@ class FragmentHost:
     def methods(self) -> Methods:
         """The methods that a storage node registers."""
         methods = {
-            "fragment.write": Method(WriteRequest, self._write, try_start=self._try_write),
+            "fragment.write": Method(WriteRequest, self._write),
             "fragment.sync": Method(IdsRequest, self._sync),
             "fragment.read": Method(ReadRequest, self._read, try_answer=self._try_read),
             "fragment.stat": Method(IdsRequest, self._stat),
@@ -289,14 +288,6 @@ class FragmentHost:
             self._on_contested(header.owner, FragmentId.unpack(header.id))
             raise
         return Done(1)
-
-    def _try_write(self, request: WriteRequest, call: Call, on_answer: OnAnswer) -> bool:
-        """The usual case of ``_write``, without a task: from a gateway."""
-        try_write: TryWrite | None = getattr(self._store(request.disk), "try_write", None)
-        if try_write is None or "gateway" not in call.peer.roles:
-            return False
-        on_done = partial(_on_stored, on_answer)
-        return try_write(request.header, [call.body], on_done, sync=request.sync, check=request.check) is not None
 
     async def _sync(self, request: IdsRequest, _call: Call) -> Done:
         await self._store(request.disk).sync(_unpack(request.ids))
@@ -360,11 +351,7 @@ class FragmentHost:
         return UsageReply(await self._store(request.disk).usage())
 
 
-def _on_stored(on_answer: OnAnswer, error: Exception | None) -> None:
-    on_answer(Done(1) if error is None else error)
-
-
-def _on_written(on_done: Callable[[Exception | None], None], answer: Done | PeerError, _body: memoryview) -> None:
+def _on_written(on_done: Callable[[PeerError | None], None], answer: Done | PeerError, _body: memoryview) -> None:
     on_done(answer if isinstance(answer, PeerError) else None)
 
 

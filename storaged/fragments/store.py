@@ -11,16 +11,16 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from storaged.clock import Clock
+from storaged.clock import Clock, SystemClock
 from storaged.disk_health import DiskHealth, DiskThreads
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused, StoragedError
 from storaged.fragments.condemned import Condemned
 from storaged.fragments.deferred import DeferredCopies
-from storaged.fragments.disk_owner import DiskOwner as DiskOwner
 from storaged.fragments.engine import Engine
 from storaged.fragments.files import Files, PosixFiles
 from storaged.fragments.heads import aged, heads_after, in_log_order
@@ -57,6 +57,34 @@ INLINE_READ_BYTES_MAX = MIB
 """Up to this many bytes are copied from the page cache and verified on the event loop: a fragment of a block of 3 MiB
 takes 0.1 ms, and half of that again to send. A thread costs more: it takes the interpreter from the loop a dozen times.
 """
+
+OnDamage = Callable[[FragmentId, int], None]
+"""``on_damage(fragment, cell)``; cell -1 is the head, so all cells."""
+
+
+class InThread(Protocol):
+    """Runs blocking work outside of the event loop, like ``asyncio.to_thread``."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+@dataclass(frozen=True)
+class DiskOwner:
+    """What the owner of a disk gives its fragment store.
+
+    ``on_damage`` runs on the event loop, once for every cell newly found bad.
+    ``failed_before``: why the disk failed for good, as the owner has noted; it is read-only then.
+    ``note_failed(reason)``: called in a thread when the disk fails for good; returns whether the owner noted it.
+    ``in_thread(work)`` runs the start, which blocks.
+    ``health``: of the disk; the other stores on it share it.
+    """
+
+    clock: Clock = field(default_factory=SystemClock)
+    on_damage: OnDamage | None = None
+    failed_before: str = ""
+    note_failed: Callable[[str], bool] = lambda _reason: False
+    in_thread: InThread = asyncio.to_thread
+    health: DiskHealth = field(default_factory=DiskHealth)
 
 
 class LocalFragmentStore:
@@ -151,23 +179,6 @@ class LocalFragmentStore:
             await self._queue.write(write, sync=sync)
         finally:
             self._queue.release(write.payload_bytes)
-
-    def try_write(
-        self,
-        header: FragmentHeader,
-        payload: Sequence[Buffer],
-        on_done: Callable[[Exception | None], None],
-        *,
-        sync: bool = False,
-        check: bytes = b"",
-    ) -> Callable[[], None] | None:
-        """See ``ports.TryWrite``. Raises as ``write`` where it begins nothing."""
-        write = Write.of(header, payload, check=check)
-        self._refuse_when_closed()
-        if not self._queue.try_acquire(write.payload_bytes):
-            return None
-        self._condemned.pardon((write.key,))
-        return self._queue.begin_write(write, on_done, sync=sync)
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         self._refuse_when_closed()

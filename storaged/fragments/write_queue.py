@@ -95,35 +95,6 @@ class WriteQueue:
         """Returns when the write is appended, or durable with ``sync``. Raises the error that the thread answers."""
         await self._submit(Job(self._loop.create_future(), write=write, sync=sync))
 
-    def begin_write(
-        self, write: Write, on_done: Callable[[Exception | None], None], *, sync: bool
-    ) -> Callable[[], None]:
-        """As ``write``, without a task. The payload's bytes were acquired; they are released when the thread has
-        finished with it. ``on_done`` gets the error, or None. Returns the function that gives the write up: ``on_done``
-        is not called any more then, and the thread leaves the write out unless it has begun with it.
-        """
-        job = Job(self._loop.create_future(), write=write, sync=sync)
-        report: Callable[[Exception | None], None] | None = on_done
-
-        def end(future: asyncio.Future[Any]) -> None:
-            self.release(write.payload_bytes)
-            if future.cancelled():
-                return
-            error = future.exception()
-            assert error is None or isinstance(error, Exception)
-            if report is not None:
-                report(error)
-
-        def give_up() -> None:
-            nonlocal report
-            report = None
-            if job.claim():
-                job.future.cancel()
-
-        job.future.add_done_callback(end)
-        self._enqueue(job)
-        return give_up
-
     async def call(self, call: Callable[[], T]) -> T:
         """Makes the call in the writer thread and syncs the log. Raises what the call raises."""
         result: T = await self._submit(Job(self._loop.create_future(), call=call, sync=True))
@@ -138,7 +109,10 @@ class WriteQueue:
         has finished; without buffers it does not wait. Raises DiskUnusable when the disk begins to hang, but for a
         write that the thread has begun with.
         """
-        self._enqueue(job)
+        self._health.fail_when_hung(job.future, job.claim if job.write is not None else None)
+        self._arriving.append(job)
+        if len(self._arriving) == 1:
+            self._loop.call_soon(self.hand_over)
         try:
             return await job.future
         except asyncio.CancelledError:
@@ -146,12 +120,6 @@ class WriteQueue:
                 job.on_finished = self._loop.create_future()
                 await job.on_finished
             raise
-
-    def _enqueue(self, job: Job) -> None:
-        self._health.fail_when_hung(job.future, job.claim if job.write is not None else None)
-        self._arriving.append(job)
-        if len(self._arriving) == 1:
-            self._loop.call_soon(self.hand_over)
 
     def hand_over(self) -> None:
         """Gives what has arrived to the thread."""
@@ -163,7 +131,7 @@ class WriteQueue:
         """Waits until the payload bytes on their way leave room for ``count`` more, first come, first served. One
         payload alone may exceed the bound.
         """
-        if not self.try_acquire(count):
+        if self._waiting or (self.queued_bytes and self.queued_bytes + count > self._bytes_max):
             turn: asyncio.Future[None] = self._loop.create_future()
             self._waiting.append((count, turn))
             try:
@@ -172,13 +140,8 @@ class WriteQueue:
                 if turn.done() and not turn.cancelled():
                     self.release(count)
                 raise
-
-    def try_acquire(self, count: int) -> bool:
-        """As ``acquire``, when that needs no waiting; else False."""
-        if self._waiting or (self.queued_bytes and self.queued_bytes + count > self._bytes_max):
-            return False
+            return
         self.queued_bytes += count
-        return True
 
     def release(self, count: int) -> None:
         self.queued_bytes -= count

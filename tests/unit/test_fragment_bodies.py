@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,7 @@ import msgspec
 import pytest
 import xxhash
 
-from storaged.cluster.ports import Call, PeerIdentity
-from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerError, PeerUnreachable
-from storaged.fragments.limits import StoreLimits
-from storaged.fragments.messages import Done, WriteRequest
+from storaged.errors import FragmentDamaged, FragmentOther, PeerError, PeerUnreachable
 from storaged.fragments.ports import REPLACED, FragmentId, Health, NearStore, Retirement
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
@@ -24,13 +20,10 @@ from storaged.hashes import transfer_checksum
 from tests.doubles.caller import Loopback
 from tests.doubles.disks import FaultyDisk
 from tests.doubles.fragments import MemoryFragmentStore
-from tests.patience import GUARD_S
 from tests.second_preimage import second_preimage
 from tests.suites.fragment_store import Damage, FragmentStoreSuite
 from tests.suites.near_store import NearStoreSuite
 from tests.worlds.fragments import ANY_SPACE, DISK, Made, flip_on_disk, make
-
-GATEWAY = PeerIdentity("gw", "FR", "par1", "a", ("gateway",))
 
 
 class TestLocal(FragmentStoreSuite):
@@ -109,98 +102,6 @@ async def test_a_write_without_a_task_stores_the_fragment_or_brings_the_error(tm
     assert isinstance(await answers.get(), FragmentDamaged)
     without = RemoteFragmentStore(Loopback(lambda _node: host.methods()), "n1", DISK)
     assert without.try_write(made.header, [made.payload], answers.put_nowait) is None
-    await local.close()
-
-
-class WithoutTask:
-    """A local store whose fragments are written by ``try_write``."""
-
-    def __init__(self, store: LocalFragmentStore) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    async def write(self, header: Any, payload: Any, *, spare_other: bool = False, **options: Any) -> None:
-        if spare_other:
-            await self._store.write(header, payload, spare_other=True, **options)
-            return
-        done: asyncio.Queue[Exception | None] = asyncio.Queue()
-        assert self._store.try_write(header, payload, done.put_nowait, **options) is not None
-        if (error := await done.get()) is not None:
-            raise error
-
-
-class TestLocalWithoutTask(TestLocal):
-    @pytest.fixture
-    async def store(self, tmp_path: Path) -> AsyncIterator[WithoutTask]:  # type: ignore[override]
-        store = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
-        yield WithoutTask(store)
-        await store.close()
-
-
-@pytest.mark.parametrize("roles", [("gateway",), ("storage",)])
-async def test_a_node_takes_a_gateways_fragment_without_a_task_and_looks_at_another_nodes_first(
-    roles: tuple[str, ...], tmp_path: Path
-) -> None:
-    local = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
-    method, made = FragmentHost({DISK: local}).methods()["fragment.write"], make(random.Random(5))
-    answers: asyncio.Queue[Any] = asyncio.Queue()
-    assert method.try_start is not None
-    for payload in (made.payload, bytes(len(made.payload))):
-        call = Call(PeerIdentity("n", "FR", "par1", "a", roles), memoryview(payload), 10.0)
-        request = WriteRequest(DISK, made.header, True)
-        assert method.try_start(request, call, answers.put_nowait) == (roles == ("gateway",))
-    if roles == ("gateway",):
-        both = [await answers.get(), await answers.get()]  # one needs no sync, and comes first
-        assert {type(answer) for answer in both} == {Done, FragmentDamaged}
-        assert [stat.health for stat in await local.stat([made.id])] == [Health.OK]
-    assert answers.empty()
-    assert local.statistics().queued_bytes == 0
-    with pytest.raises(DiskUnusable):
-        method.try_start(WriteRequest("0" * 16, made.header), call, answers.put_nowait)
-    await local.close()
-    with pytest.raises(DiskUnusable):
-        method.try_start(WriteRequest(DISK, made.header), call._replace(peer=GATEWAY), answers.put_nowait)
-
-
-async def test_a_write_that_is_given_up_frees_its_bytes_and_calls_nothing_back(tmp_path: Path) -> None:
-    local = await LocalFragmentStore.open(tmp_path, DISK, limits=ANY_SPACE)
-    made, answers = make(random.Random(5)), list[Exception | None]()
-    early = local.try_write(made.header, [made.payload], answers.append, sync=True)
-    assert early is not None
-    early()  # the writer thread has not heard of it yet
-    assert local.statistics().queued_bytes == len(made.payload)
-    await local.sync([])
-    assert [stat.health for stat in await local.stat([made.id])] == [Health.MISSING]
-    append, begun, let_go = local._engine.append, threading.Event(), threading.Event()
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        begun.set()
-        assert let_go.wait(GUARD_S)
-        return append(*arguments, **options)
-
-    local._engine.append = watched  # type: ignore[method-assign]
-    late = local.try_write(made.header, [made.payload], answers.append, sync=True)
-    assert late is not None
-    local._queue.hand_over()
-    assert await asyncio.to_thread(begun.wait, GUARD_S)
-    late()
-    assert local.statistics().queued_bytes == len(made.payload)  # the thread still reads them
-    let_go.set()
-    await local.write(made.header, [made.payload], sync=True)
-    assert local.statistics().queued_bytes == 0
-    assert answers == []
-    await local.close()
-
-
-async def test_a_write_beyond_the_bytes_that_may_wait_is_left_to_a_task_that_waits(tmp_path: Path) -> None:
-    local = await LocalFragmentStore.open(tmp_path, DISK, limits=StoreLimits(reserve_bytes=1, queue_bytes_max=1))
-    made, answers = make(random.Random(5)), asyncio.Queue[Exception | None]()
-    assert local.try_write(made.header, [made.payload], answers.put_nowait, sync=True) is not None
-    assert local.try_write(made.header, [made.payload], answers.put_nowait, sync=True) is None
-    await local.write(made.header, [made.payload], sync=True)
-    assert await answers.get() is None
     await local.close()
 
 

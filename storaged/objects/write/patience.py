@@ -115,19 +115,16 @@ def begin_write(
     on_result: OnResult,
 ) -> GiveUp:
     """Begins to write a fragment, without a task where its store can do that. The result: whether the disk has it."""
-
-    def on_done(error: Exception | None) -> None:
-        on_result(error if error is not None and not isinstance(error, PeerError) else error is None)
-
     try:
         store = plane.stores.store(disk)
-        try_write: TryWrite | None = getattr(store, "try_write", None)
-        give_up = try_write(header, payload, on_done, sync=sync, check=check) if try_write is not None else None
     except PeerError:
         on_result(False)
         return _nothing
-    if give_up is not None:
-        return give_up
+    try_write: TryWrite | None = getattr(store, "try_write", None)
+    if try_write is not None:
+        give_up = try_write(header, payload, lambda error: on_result(error is None), sync=sync, check=check)
+        if give_up is not None:
+            return give_up
     return in_task(plane, _written(store.write(header, payload, sync=sync, check=check)), on_result)
 
 
