@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import SlowDown, StoragedError
 from storaged.meta.names import RegisterName, Table, Value, Visibility, event_name, object_name
-from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, WriteConditions
+from storaged.objects.api import BodyChecks, CompletedPart, CopySource, NewMeta, Renaming, WriteConditions
 from storaged.objects.code.versions import decode_record, record_change
 from storaged.objects.configuration.document import NOTHING
 from storaged.objects.configuration.kinds import ENABLED, SUSPENDED, VERSIONING, Versioning
@@ -25,6 +25,8 @@ from storaged.objects.records import BucketRecord, decode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.write import outbox
+from storaged.objects.write import rename as renames
+from storaged.objects.write.departures import end_old
 from tests.doubles.clock import LoopClock
 from tests.worlds.objects import OWNER, World, bucket_of, pieces
 
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.virtual_time
 
 HOOK, OTHER = "arn:storaged:sqs::hook:webhook", "arn:storaged:sqs::other:webhook"
 PUT = Origin(f"{CREATED}:Put", "someone", "10.0.0.1", "R1")
+COPY = Origin(f"{CREATED}:Copy", "someone", "10.0.0.1", "R3")
 DELETE = Origin(REMOVED, "someone", "10.0.0.1", "R2")
 ALL = NotificationRule("all", HOOK, (f"{CREATED}:*", f"{REMOVED}:*", f"{EXPIRED}:*"))
 
@@ -340,6 +343,49 @@ async def test_a_process_delivers_the_events_of_its_own_changes_at_once(made: Ma
     await asyncio.gather(running, return_exceptions=True)
     assert len(made.hooks.got[HOOK]) == 20
     assert made.delivery.counts.delivered == 20
+
+
+@pytest.mark.parametrize("what", ["nothing", "deleted", "replaced", "renamed"])
+async def test_events_of_a_rename_that_died_are_told_once_and_its_rows_go(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``what`` becomes of the object under its new name before the old one has gone."""
+
+    async def dies(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def rename(source: bytes, key: bytes) -> None:
+        await made.objects.rename(made.bucket, Renaming(source, key, created=COPY, removed=DELETE))
+
+    made = Made()
+    await made.put(b"a")
+    spawn = made.plane.background.spawn
+    with monkeypatch.context() as patched:
+        patched.setattr(renames, "finish", dies)
+        patched.setattr(made.plane.background, "spawn", lambda work: work.close() is None)
+        with pytest.raises(asyncio.CancelledError):
+            await rename(b"a", b"b")
+    assert made.plane.background.spawn == spawn
+    wanted = [("ObjectCreated:Put", "a"), ("ObjectCreated:Copy", "b"), ("ObjectRemoved:Delete", "a")]
+    if what == "deleted":
+        await made.delete(b"b")
+        wanted.append(("ObjectRemoved:Delete", "b"))
+    elif what == "replaced":
+        await made.put(b"b")
+        wanted.append(("ObjectCreated:Put", "b"))
+    elif what == "renamed":
+        await rename(b"b", b"c")
+        wanted += [("ObjectCreated:Copy", "c"), ("ObjectRemoved:Delete", "b")]
+    await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+    await made.plane.background.settle()
+    while await made.sweep():
+        continue
+    assert sorted(made.hooks.names()) == sorted(wanted)
+    gone = [b"a"] if what in ("nothing", "replaced") else [b"a", b"b"]
+    for key in gone:
+        value = made.value(made.name(key))
+        assert value is not None
+        assert value.visibility == Visibility.TOMBSTONE
 
 
 async def test_a_pointer_stays_while_a_change_is_under_way() -> None:
