@@ -45,6 +45,7 @@ from storaged.errors import (
     KeyReleasesRefused,
     KeyringMismatch,
     LayoutRefused,
+    NodeDirectoryUnwritable,
     NodeDown,
     ObjectsBelowTarget,
     ObjectsLost,
@@ -197,6 +198,8 @@ class Facts:
     """Why this node's own certificate is of no use."""
     audit_problem: str = ""
     """Why this node can't write its audit log."""
+    unwritable: Sequence[tuple[str, str]] = ()
+    """(storage node, why it can't write to its own directory, or nothing)."""
     chosen_fall: str = ""
     """Where this gateway saw a chosen value undone."""
     audit_alarms: Sequence[tuple[str, str]] = ()
@@ -335,6 +338,9 @@ def _problems(facts: Facts, headless: int, now_ms: int) -> Iterable[dict[str, An
         yield problem(CertificateRevoked, "certificate", now_ms, facts.revoked)
     if facts.audit_problem:
         yield problem(AuditUnwritable, "audit log", now_ms, facts.audit_problem)
+    for node_name, reason in facts.unwritable:
+        if reason:
+            yield problem(NodeDirectoryUnwritable, node_name, now_ms, reason)
     for node_name, reason in facts.audit_alarms:
         yield problem(AuditRefusedByWitness, node_name, now_ms, reason)
     if facts.chosen_fall:

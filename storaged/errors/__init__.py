@@ -31,6 +31,7 @@ from storaged.errors.conditions import (
     DiskSlow,
     KeyReleasesRefused,
     KeysNotBackedUp,
+    NodeDirectoryUnwritable,
     NodeDown,
     ObjectsBelowTarget,
     ObjectsLost,

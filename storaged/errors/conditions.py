@@ -39,6 +39,18 @@ class NodeDown(Condition):
     )
 
 
+class NodeDirectoryUnwritable(Condition):
+    """A storage node can't write to its own directory: mostly because that file system is full. It goes on, but would
+    not start again, and does not remember what it hears of other nodes' disks.
+    """
+
+    code = "NODE_DIRECTORY_UNWRITABLE"
+    hint = (
+        "Make room in the file system of the node's directory (`directory` in its config.toml), or mend its"
+        " permissions. Do not restart the node before."
+    )
+
+
 class DiskFilling(Condition):
     """Less than a tenth of the disk is free for data. ``status`` says when it is full, at the pace of the last hour.
 

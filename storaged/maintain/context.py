@@ -115,6 +115,8 @@ class MaintainContext:
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
     audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple
+    unwritable: Callable[[], str] = str
+    """Why this node can't write to its own directory; empty when it can."""
     on_refusal: OnRefusal = lambda peer, error: None
     adopt: Callable[[str, Accept, Sequence[Buffer]], Awaitable[AcceptReply]] = no_disk
     small_copies: Callable[[RegisterName, Value], Awaitable[Copies | None]] = no_copies

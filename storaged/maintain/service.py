@@ -28,9 +28,10 @@ from storaged.maintain.holds import KEY_BYTES_MAX, KEYS_A_CALL, RENEW_S, Hold, H
 from storaged.maintain.job import JobReport
 from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.pull import Pull
-from storaged.maintain.repair import Repair, Waits
+from storaged.maintain.repair import Repair
 from storaged.maintain.scrub import Scrub
 from storaged.maintain.spare_room import UNKNOWN_BYTES
+from storaged.maintain.status import REASONS_MAX, MaintainStatus
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName
 from storaged.tasks import TaskGroup
@@ -44,7 +45,6 @@ HINT_TRIES = 20
 """A hint that no node takes is dropped after this many attempts, ten seconds or more: a walk finds its register."""
 
 DAMAGED_MAX = 1000
-REASONS_MAX = 8
 RESTS_A_WALK = 4
 """The pause after a walk while partitions move, as a multiple of the walk's duration."""
 
@@ -60,54 +60,6 @@ class Ask(Message, frozen=True):
 
 class Done(Message, frozen=True):
     """The request was carried out."""
-
-
-class MaintainStatus(Message, frozen=True):
-    """``current``: the counts come from a complete walk that began when the disks were as this node sees them now.
-    ``busy``: something is being done, or waits to be done, that could change the counts.
-    ``below_target``, ``at_risk``, ``lost``, ``unreadable``: objects. ``parts_below_target``: parts of uploads that are
-    not complete.
-    ``records_refused``: registers of buckets of which nothing is repaired or moved, because their records are not
-    verified, each with the reason.
-    ``garbage_waiting``: why data on the garbage lists is not deleted yet although it is due, and how many data ids wait
-    for each reason; orphans are among them.
-    """
-
-    node: str
-    below_target: int
-    at_risk: int
-    lost: int
-    current: bool
-    busy: bool
-    jobs: tuple[JobReport, ...]
-    fragments_rebuilt: int = 0
-    bytes_rebuilt: int = 0
-    blocks_recoded: int = 0
-    fragments_deleted: int = 0
-    damaged_found: int = 0
-    registers_settled: int = 0
-    parts_below_target: int = 0
-    unreadable: int = 0
-    waits: Waits = Waits()
-    audit_alarms: tuple[tuple[str, str], ...] = ()
-    records_refused: tuple[tuple[str, str], ...] = ()
-    garbage_waiting: tuple[tuple[str, int], ...] = ()
-    misplaced: int = 0
-    """Objects and parts that are whole, and that the layout in force wants elsewhere, or under another profile."""
-    judged: int = 0
-    """Objects and parts with fragments that the last complete walk looked at."""
-    outdated: int = 0
-    """Of those that are misplaced: the layout in force wants them under another profile."""
-    layout: int = 0
-    """The epoch of the layout by which the last walk judged, or by which the one under way does."""
-    unrepaired: tuple[tuple[str, int], ...] = ()
-    """Why objects and parts below target are not repaired (``Repair.unrepaired``), the most frequent reasons."""
-    away_bytes: int = UNKNOWN_BYTES
-    """Of the fragments of these objects that lie on disks that are away (``spare_room``)."""
-    partition_bytes: int = UNKNOWN_BYTES
-    """What one replica of a partition takes, about."""
-    unmoved: tuple[tuple[str, int], ...] = ()
-    """Why objects and parts that are misplaced did not move when that was tried, the most frequent reasons."""
 
 
 class Maintenance:
@@ -300,6 +252,7 @@ class Maintenance:
             unmoved=tuple(queue.unmoved().most_common(REASONS_MAX)),
             away_bytes=queue.away_bytes if current else UNKNOWN_BYTES,
             partition_bytes=check.partition_bytes,
+            unwritable=self._context.unwritable(),
         )
 
     def _collection(self) -> list[JobReport]:

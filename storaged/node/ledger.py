@@ -90,6 +90,8 @@ class Ledger:
         self._saving = threading.Lock()
         """Held while the file is written. Take it before ``_lock``."""
         self._changes = self._urgent = self._saved = 0
+        self.problem = ""
+        """Why it could not be written the last time; empty when it could."""
         """Changes so far; of them the last that must be durable before its call returns, and the last in the file."""
         self._book = ClaimBook()
         try:
@@ -283,7 +285,7 @@ class Ledger:
 
     def flush(self) -> None:
         """Makes durable what was taken in before. Raises OSError."""
-        if self._saved < self._changes:
+        if self._saved < self._changes or self.problem:
             self._save()
 
     def _save(self) -> None:
@@ -297,5 +299,7 @@ class Ledger:
             try:
                 replace_file(self._path, content)
             except OSError as error:  # it may name no file; a disk that waits for this names it to the operator
-                raise OSError(error.errno, f"the ledger can't be written: {error.strerror}", str(self._path)) from error
-            self._saved = changes
+                reason = f"the ledger can't be written: {error.strerror}"
+                self.problem = f"{reason}: {self._path}"
+                raise OSError(error.errno, reason, str(self._path)) from error
+            self._saved, self.problem = changes, ""

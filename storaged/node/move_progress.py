@@ -23,7 +23,7 @@ from storaged.cluster.succession import GENERATION
 from storaged.errors import ServiceUnavailable
 from storaged.maintain.job import JobReport
 from storaged.maintain.repair_queue import REASON_CHARS_MAX
-from storaged.maintain.service import REASONS_MAX, MaintainStatus
+from storaged.maintain.status import REASONS_MAX, MaintainStatus
 
 WINDOW_S = 300.0
 LOOK_S_MIN = 1.0

@@ -329,6 +329,7 @@ class NodePlanes:
             reports=self.membership.reports,
             settings=lambda: self.follower.settings.current,
             audit_alarms=self.auditing.alarms,
+            unwritable=lambda: (self.ledgers.ledger.problem if self.ledgers else "") or self.auditing.problem,
             on_refusal=self._refused,
             limits=MaintainLimits(
                 recode_delay_s=self.config.limits.recode_delay_s,

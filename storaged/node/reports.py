@@ -14,14 +14,16 @@ from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Profile
 from storaged.cluster.move_settings import document
 from storaged.cluster.partitions import PartitionState
 from storaged.cluster.presigned import spares_of
+from storaged.cluster.rpc.faults import plain
 from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
 )
 from storaged.maintain.job import JobReport
 from storaged.maintain.repair import NO_RECODING_S
-from storaged.maintain.service import MaintainStatus
+from storaged.maintain.repair_queue import REASON_CHARS_MAX
 from storaged.maintain.spare_room import free_for_spares
+from storaged.maintain.status import MaintainStatus
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.meta.ports import PageQuery
@@ -122,6 +124,7 @@ class Reports:
             bad_records=self._gateway.bad_records() if self._gateway is not None else (),
             revoked=node.peers.own_revocation(),
             audit_problem=node.auditing.problem,
+            unwritable=[(status.node, plain(status.unwritable, REASON_CHARS_MAX)) for status in statuses],
             chosen_fall=node.ring.chosen_falls[1],
             sets_of=self._sets_of,
             disks_out=sparing.details(spared, spares),

@@ -34,7 +34,8 @@ from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.discard import Discarder
 from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.mover import Mover
-from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
+from storaged.maintain.service import MaintainClient, Maintenance
+from storaged.maintain.status import MaintainStatus
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.authority import KnownSteps
 from storaged.meta.listing.merge import RingScanner

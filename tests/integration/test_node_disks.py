@@ -220,13 +220,17 @@ async def test_disks_say_that_the_directory_of_the_node_is_full_and_not_they(
     def full(*_arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    found = opener(loaded)
     with monkeypatch.context() as patch:
         patch.setattr(node_ledger, "replace_file", full)
-        disks = await opener(loaded).open()
+        disks = await found.open()
         assert await states(disks) == ["failed", "failed"]
         file = Path(loaded.node.directory) / LEDGER_FILE
         assert await reason_of(disks, "d1") == f"the ledger can't be written: No space left on device: {file}"
+        assert found.ledger.problem == await reason_of(disks, "d1")
         await disks.close()
+    found.ledger.flush()
+    assert found.ledger.problem == "", "there is room again"
     disks = await opener(loaded).open()
     assert await states(disks) == ["ok", "ok"]
     await disks.close()

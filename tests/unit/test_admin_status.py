@@ -294,6 +294,13 @@ def test_repair_that_no_gateway_serves_is_a_problem_of_its_own() -> None:
     assert "repair waits for a gateway" in problems["OBJECTS_BELOW_TARGET"]
 
 
+def test_a_storage_node_that_cannot_write_to_its_own_directory_is_named() -> None:
+    found = judge(facts(unwritable=[("n1", ""), ("n2", "the ledger can't be written: No space left on device")]), NOW)
+    assert found["verdict"] == "DEGRADED"
+    (problem,) = [entry for entry in found["problems"] if entry["code"] == "NODE_DIRECTORY_UNWRITABLE"]
+    assert (problem["subject"], problem["detail"]) == ("n2", "the ledger can't be written: No space left on device")
+
+
 @pytest.mark.parametrize(
     ("days", "state"), [(31, "ok"), (30, "ok"), (29, "warn"), (1, "warn"), (0, "fail"), (-3, "fail")]
 )

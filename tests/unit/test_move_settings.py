@@ -24,7 +24,7 @@ from storaged.cluster.move_settings import (
 from storaged.cluster.partitions import PartitionRecord
 from storaged.errors import InvalidArgument, OperatorError
 from storaged.maintain.scrub import PAUSED
-from storaged.maintain.service import MaintainStatus
+from storaged.maintain.status import MaintainStatus
 from storaged.node.move_progress import (
     Counted,
     MoveProgress,
