@@ -44,6 +44,19 @@ what others gave back since.
 MEDIA_ERRORS = frozenset((errno.EIO, errno.EILSEQ, errno.EBADMSG, errno.ENODATA))
 """What a drive reports for bytes that it can't read. Any other error of a read says nothing of the bytes."""
 
+LMDB_DAMAGED = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.BadTxnError,
+    lmdb.InvalidError,
+    lmdb.BadDbiError,
+    lmdb.IncompatibleError,
+    lmdb.CursorFullError,
+)
+"""What a read reports when pages are damaged: their content, their numbers, a transaction that has met such a page
+before, the record of a database (the next three), a tree that is deeper than any can be.
+"""
+
 KEPT_BYTES_MAX = GIB
 """A file of up to this size, and of up to ``KEPT_PART`` of the machine's memory, is read whole, and again when the
 kernel has dropped some of it.

@@ -33,7 +33,7 @@ from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.fragments.index_rows import Checkpoint, CheckpointRow, Overlay, Position, RetireRow, SegmentRow
 from storaged.fragments.ports import Retirement
-from storaged.lmdb_file import MEDIA_ERRORS, Residency, lacks_space, open_environment
+from storaged.lmdb_file import LMDB_DAMAGED, MEDIA_ERRORS, Residency, lacks_space, open_environment
 from storaged.units import GIB
 from storaged.wire import decode, encode
 
@@ -44,9 +44,6 @@ that a program that knows no other form refuses it.
 
 WHOLE_COPY = b"\0\0\0\0\x01"
 """What follows the data id in the key of a whole copy: block 0, k = 1."""
-
-LMDB_DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.InvalidError)
-"""Errors that LMDB reports for damaged pages. It reports the third for a transaction that has met one before."""
 
 
 class Index:

@@ -36,7 +36,7 @@ from storaged.fragments.offline import check, rebuild_index
 from storaged.fragments.ports import FragmentId, Health, Retirement
 from storaged.fragments.recovery import Step
 from storaged.fragments.store import DiskOwner, LocalFragmentStore
-from storaged.lmdb_file import MEDIA_ERRORS
+from storaged.lmdb_file import LMDB_DAMAGED, MEDIA_ERRORS
 from storaged.units import KIB, MIB
 from tests.doubles.files import SimulatedFiles
 from tests.patience import GUARD_S
@@ -472,7 +472,7 @@ async def test_an_index_that_the_drive_can_not_read_is_damaged(tmp_path: Path, m
         await LocalFragmentStore.open(tmp_path, DISK)
 
 
-@pytest.mark.parametrize("error", [lmdb.BadTxnError, lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError])
+@pytest.mark.parametrize("error", LMDB_DAMAGED)
 async def test_a_start_whose_index_is_damaged_inside_goes_on_or_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[lmdb.Error]
 ) -> None:

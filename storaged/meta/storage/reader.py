@@ -15,7 +15,7 @@ import lmdb
 from storaged.disk_health import DiskHealth, DiskThreads
 from storaged.errors import DiskUnusable
 from storaged.hashes import is_page
-from storaged.lmdb_file import Residency
+from storaged.lmdb_file import LMDB_DAMAGED, Residency
 from storaged.meta.names import RegisterName
 from storaged.meta.storage.checkpoint import ROOTS_CACHED_MAX
 from storaged.meta.storage.cursor import (
@@ -56,8 +56,6 @@ SLICE_ROWS_MAX = 10_000
 SUMMED_MAX = 4_096
 """Rows of a shard in the overlays: a sum with more takes too long to find on the event loop."""
 
-LMDB_DAMAGED = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.InvalidError)
-"""What LMDB reports of damaged pages; of a transaction that has met one it reports the third."""
 THREADS = 4
 """That read one store when LMDB's pages are not all in memory, and close it."""
 
