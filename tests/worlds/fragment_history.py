@@ -7,12 +7,15 @@ holds one of these as a whole, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import msgspec
 
+from storaged.errors import StoragedError
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine
 from storaged.fragments.index import Index
@@ -119,12 +122,13 @@ class FragmentHistory:
 
     def delete(self) -> None:
         keys = [fragment.pack() for fragment in self.rng.sample(self.ids, self.rng.randint(1, 3))]
-        for key in keys:
-            if key in self.fragments:
-                self.fragments[key].since.append(None)
-            if self.index.lookup(key) is not None and self.index.retired(key[:16]) is not None:
-                self.garbage[key[:16]].since.append(None)
-        self.engine.delete(keys)
+        with self._as_before_if_refused():
+            for key in keys:
+                if key in self.fragments:
+                    self.fragments[key].since.append(None)
+                if self.index.lookup(key) is not None and self.index.retired(key[:16]) is not None:
+                    self.garbage[key[:16]].since.append(None)
+            self.engine.delete(keys)
 
     def touch(self) -> None:
         key = self.rng.choice(self.ids).pack()
@@ -133,12 +137,13 @@ class FragmentHistory:
             return
         header = fate.latest.header
         created_ms = max(self.rng.randint(1, 1000), header.created_ms + 1)
-        for made in fate.allowed:  # a cut may take the newest record and leave the touch, which renews the one before
-            if made is not None:
-                touched = replace(made, header=msgspec.structs.replace(made.header, created_ms=created_ms))
-                fate.since.append(touched)
-        self._renew_written(key, created_ms)
-        self.engine.touch([key], created_ms)
+        with self._as_before_if_refused():
+            for made in fate.allowed:  # a cut may take the newest record and leave the touch: it renews the one before
+                if made is not None:
+                    touched = replace(made, header=msgspec.structs.replace(made.header, created_ms=created_ms))
+                    fate.since.append(touched)
+            self._renew_written(key, created_ms)
+            self.engine.touch([key], created_ms)
 
     def _renew_written(self, key: bytes, created_ms: int) -> None:
         """Notes as written what a touch may leave on a drive that fails. There any body that was ever written may be
@@ -156,12 +161,26 @@ class FragmentHistory:
     def retire(self) -> None:
         data_id = self.rng.choice(self.ids).data_id
         fate = self.garbage.setdefault(data_id, Fate())
-        if self.index.retired(data_id) is None:
-            fate.since.append(self.rng.randint(0, 9))
-            self.engine.retire([Retirement(data_id, b"owner", fate.since[-1] or 0)])
-        else:
-            fate.since.append(None)
-            self.engine.unretire(data_id)
+        with self._as_before_if_refused():
+            if self.index.retired(data_id) is None:
+                fate.since.append(self.rng.randint(0, 9))
+                self.engine.retire([Retirement(data_id, b"owner", fate.since[-1] or 0)])
+            else:
+                fate.since.append(None)
+                self.engine.unretire(data_id)
+
+    @contextlib.contextmanager
+    def _as_before_if_refused(self) -> Iterator[None]:
+        """What a full drive refuses has not happened, though a cut may still find it."""
+        fates = [*self.fragments.values(), *self.garbage.values()]
+        before = [(fate, len(fate.since), fate.latest) for fate in fates]
+        try:
+            yield
+        except (StoragedError, OSError):
+            for fate, count, latest in before:
+                if len(fate.since) > count:
+                    fate.since.append(latest)
+            raise
 
     def sync(self) -> None:
         self.engine.log.sync()
