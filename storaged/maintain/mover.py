@@ -11,7 +11,9 @@ Theory of operation. A batch of moves goes through these steps; a move that fail
    hashes computed.
 5. The old places go to the garbage lists of their disks. They become garbage by the next step, but after it this call
    may be cut off, or not learn what became of the change.
-6. Each register is changed once, by a compare-and-set: only if it still is at the sequence that was read in step 2.
+6. Each register is changed once, by a compare-and-set: if it still is at the sequence that was read in step 2, or has
+   the very versions still, with their blocks in the old places (``moved_record.body_again``): a key that clients write
+   all the time would never be repaired otherwise.
 
 Old and new fragments are both there until long after; the record alone decides which count. So a gateway that stops
 between any two steps loses nothing, two gateways may answer the same call, and the asker may ask again.
@@ -40,7 +42,7 @@ from storaged.hashes import is_old
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets, BucketUnverified
 from storaged.maintain.health import BlockPlace, blocks_of
-from storaged.maintain.moved_record import body_after
+from storaged.maintain.moved_record import RecordChange, body_after
 from storaged.maintain.moves import (
     CHANGED,
     LATER,
@@ -67,7 +69,7 @@ from storaged.maintain.pace import Pace
 from storaged.maintain.rebuild import CannotRepair, Rebuilder
 from storaged.maintain.walk import entries_of
 from storaged.meta.names import Change, RegisterName, Table, Value
-from storaged.objects.code.manifest import renew_pages
+from storaged.objects.code.history import PageNeeded
 from storaged.objects.garbage import retire_all
 from storaged.objects.records import BucketRecord, PartEntry
 
@@ -91,6 +93,10 @@ them.
 REFUSED_PAUSE_S = 1.0
 REFUSED_PAUSE_S_MAX = 60.0
 """An asker rests after a call with a move that no honest node asks; twice as long after each further one."""
+CHANGES_MAX = 8
+"""Attempts to change one record that others change."""
+OVERTAKEN_S = 0.01
+"""Pause before the second attempt; it doubles."""
 CALLS_WAITING_MAX = 16
 """Of all askers. Further ones ask later."""
 
@@ -117,6 +123,10 @@ class _Planned:
     @property
     def places(self) -> Iterable[BlockPlace]:
         return (*self.old, *self.new)
+
+
+class _Overtaken(Exception):
+    """Others change the record: the next promise may bring another value."""
 
 
 class Allowance:
@@ -244,9 +254,7 @@ class Mover:
     async def _plan(self, name: RegisterName, some: Sequence[_Planned]) -> None:
         try:
             value = (await self.context.registers.read(name)).value
-            found = entries_of(self.context, name, value, on_unreadable=lambda _error: None)
-            entries = [entry async for entry in found]
-            self._parts_read += len(entries)
+            entries = await self._entries(name, value, {one.ask.data_id for one in some})
             countries = self.buckets.countries_of(name.scope)
         except BucketUnverified as error:
             judged = Judged(LATER, str(error.args[0]))
@@ -263,6 +271,18 @@ class Mover:
             return
         for one in some:
             one.end(judged)
+
+    async def _entries(self, name: RegisterName, value: Value | None, wanted: set[bytes]) -> list[PartEntry]:
+        """Of this data, as far as it can be read. A key may have very many versions: no more are read than needed."""
+        found: list[PartEntry] = []
+        async for entry in entries_of(self.context, name, value, on_unreadable=lambda _error: None):
+            self._parts_read += 1
+            if entry.data_id in wanted:
+                found.append(entry)
+                wanted.discard(entry.data_id)
+                if not wanted:
+                    break
+        return found
 
     def _plan_one(self, one: _Planned, entries: Sequence[PartEntry], countries: tuple[str, ...]) -> Judged:
         context, move = self.context, one.ask
@@ -381,25 +401,38 @@ class Mover:
         """Raises CannotRepair when the record is not the one that the moves were judged by, or the new fragments are
         gone; StoragedError. Only after OutcomeUnknown the record may have changed.
         """
-        seen = moves[0].seen
-        after = await body_after(self.context.pages, name, seen, [(one.ask, one.new[0].target) for one in moves])
+        seen, judged = moves[0].seen, [(one.ask, one.new[0].target) for one in moves]
+        after = await body_after(self.context.pages, name, seen, judged)
         if seen is None or after is None:
             raise CannotRepair("the moves of this register do not go together")
         await self._retire_old(name, moves)
-        body, new_pages = after
+        changed = RecordChange(seen, after, judged)
+        for attempt in range(CHANGES_MAX):
+            try:
+                await self._change_once(name, moves, changed)
+            except PageNeeded:
+                await changed.load(self.context.pages, name, (await self.context.registers.read(name)).value)
+            except _Overtaken:
+                await asyncio.sleep(OVERTAKEN_S * 2**attempt)
+            else:
+                return
+        raise CannotRepair("others change the record")
+
+    async def _change_once(self, name: RegisterName, moves: Sequence[_Planned], changed: RecordChange) -> None:
+        """As ``_change``. Raises PageNeeded, _Overtaken too: then nothing has changed."""
         promised = asyncio.Event()
 
         def update(value: Value | None) -> Change | None:
             if promised.is_set():
-                raise CannotRepair("others change the record")
-            if value is None or value.sequence != seen.sequence:
-                return None
-            promised.set()
-            return Change(body, value.visibility, value.payload)
+                raise _Overtaken
+            change = changed.update(value)
+            if change is not None:
+                promised.set()
+            return change
 
         async def hold() -> None:
             await self._touch_new(moves, promised)
-            await renew_pages(self.context.pages, name, new_pages)
+            await changed.put_pages(self.context.pages, name)
 
         guard = asyncio.ensure_future(hold())
         try:
@@ -407,7 +440,7 @@ class Mover:
         finally:
             guard.cancel()
             await asyncio.gather(guard, return_exceptions=True)
-        if outcome.after is None or outcome.after.body != body:
+        if outcome.after is None or outcome.after.body != changed.body:
             raise CannotRepair("the record has changed meanwhile")
 
     async def _touch_new(self, moves: Sequence[_Planned], promised: asyncio.Event) -> None:

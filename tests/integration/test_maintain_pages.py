@@ -15,7 +15,7 @@ import pytest
 from storaged.cluster.move_settings import MoveSettings
 from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.hashes import page_hash
-from storaged.maintain import mover as mover_module
+from storaged.maintain import moved_record
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.disuse import Judge, Proof
 from storaged.meta import messages
@@ -143,7 +143,7 @@ def test_a_move_puts_its_new_pages_again_between_promise_and_accept(
     monkeypatch: pytest.MonkeyPatch, renews: bool
 ) -> None:
     if not renews:
-        monkeypatch.setattr(mover_module, "renew_pages", not_renewed)
+        monkeypatch.setattr(moved_record, "renew_pages", not_renewed)
 
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

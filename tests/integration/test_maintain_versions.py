@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from typing import Any
 
 import pytest
 
 from storaged.errors import BucketNotEmpty
 from storaged.fragments.ports import Retirement
+from storaged.maintain import mover
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import RegisterName, Table, Value, object_name
 from storaged.objects.api import CompletedPart, NewMeta
@@ -142,6 +144,44 @@ async def sweep_pages(cluster: Cluster) -> int:
 
 def on_disks(cluster: Cluster) -> set[bytes]:
     return {page for disk in cluster.layouts.current.disk_by_id for page in cluster.pages(disk)}
+
+
+@pytest.mark.parametrize("writes", [1, 3])
+def test_a_key_that_is_written_all_the_time_is_repaired(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """Its record is another one whenever a gateway changes it. ``writes``: versions that are added meanwhile: one stays
+    in the record, three push what moves to other pages.
+    """
+    after, busy = mover.body_after, [True]
+
+    async def scenario(cluster: Cluster) -> None:
+        kept = Kept(cluster)
+        await kept.make()
+
+        async def overtaken(*what: Any) -> Any:
+            found = await after(*what)
+            for _ in range(writes if busy[0] and what[1] == kept.name else 0):
+                await kept.put(os.urandom(2_000))
+            return found
+
+        monkeypatch.setattr(mover, "body_after", overtaken)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nc")
+        await cluster.pass_s(MaintainLimits().recode_delay_s + 600)
+        coded = [part for part in await kept.parts() if part.size >= 60_000]
+        assert {(run.k, run.m) for part in coded for run in part.runs} == {(2, 2)}
+        busy[0] = False
+        cluster.start("nc")
+        assert await cluster.settled() == (0, 0)
+        await kept.check()
+        await cluster.leap(max(ORPHAN_S, RETIRE_S) + 60)
+        await collect(cluster)
+        await sweep(cluster)
+        await sweep_pages(cluster)
+        await kept.check()
+        await kept.replicas_have_all()
+
+    run(scenario)
 
 
 def test_no_sweep_and_no_collector_takes_a_version_for_an_orphan() -> None:

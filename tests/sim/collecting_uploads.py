@@ -45,13 +45,12 @@ async def commit_move(
     run: Collecting,
     gateway: Gateway,
     name: RegisterName,
-    seen: Value,
-    body: bytes,
+    changes: Callable[[Value | None], Change | None],
     moved: tuple[FragmentId, str],
     put_pages: Callable[[], Awaitable[None]] = nothing,
 ) -> None:
-    """As ``maintain.mover``: proposes the record with the new place once, where it is still as it was ``seen``. The
-    fragment that was written for that (``moved``: its id and disk) and pages become durable after the promise.
+    """As ``maintain.mover``: proposes the record with the new place once, if ``changes`` makes one. The fragment that
+    was written for that (``moved``: its id and disk) and pages become durable after the promise.
     """
     fragment, target = moved
     promised = asyncio.Event()
@@ -59,10 +58,11 @@ async def commit_move(
     def update(value: Value | None) -> Change | None:
         if promised.is_set():
             raise ProposedAgain
-        if value is None or value.sequence != seen.sequence:
+        change = changes(value)
+        if change is None:
             raise ConditionalRequestConflict
         promised.set()
-        return Change(body, value.visibility, value.payload)
+        return change
 
     async def touch_new() -> None:
         await promised.wait()
@@ -226,7 +226,12 @@ class Uploads:
         moved = msgspec.structs.replace(entry.runs[0], moved={**places, position: target})
         body = encode_object(ObjectRecord(tuple(_with_run(version, entry, moved) for version in versions)))
         await run.sleep(0.1)
-        await commit_move(run, gateway, owner, seen, body, (fragment, target))
+
+        def changes(value: Value | None) -> Change | None:
+            same = value is not None and value.sequence == seen.sequence
+            return Change(body, value.visibility, value.payload) if value is not None and same else None
+
+        await commit_move(run, gateway, owner, changes, (fragment, target))
         with contextlib.suppress(PeerError):
             await run.store(gateway, source).retire([Retirement(entry.data_id, owner.pack(), 0)])
 

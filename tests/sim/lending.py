@@ -25,12 +25,12 @@ from storaged.cluster.layout import Profile
 from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId, Retirement
 from storaged.hashes import page_hash
-from storaged.maintain.moved_record import body_after
+from storaged.maintain.moved_record import RecordChange, body_after
 from storaged.maintain.moves import MoveAsk
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.objects.code import manifest
-from storaged.objects.code.history import Draft, Entry, unversioned
+from storaged.objects.code.history import Draft, Entry, PageNeeded, unversioned
 from storaged.objects.code.lending import borrowed_by, find_borrower
 from storaged.objects.code.manifest import manifest_pages, parts_of, write_manifest
 from storaged.objects.code.version_names import NULL_NAME, VersionName
@@ -55,6 +55,7 @@ from tests.sim.workload import Verdicts
 BUCKET: Any = SimpleNamespace(id=SCOPE, shard_numbers=b"\x03", countries=(), plain=True)
 Source = tuple[RegisterName, tuple[bytes, ...], VersionName | None, tuple[bytes, ...]]
 """(owner, data ids, version, pages) of a version that may lend, or has borrowed: as of ``Wanted``."""
+PAGES_READ_MAX = 6
 LOOKS_MAX = 8
 """At all keys in the end, for loans that nothing uses."""
 
@@ -328,16 +329,26 @@ class Lending(Versions):
             return
         new = msgspec.structs.replace(part.runs[0], moved={**places, position: target})
         ask = MoveAsk(name.pack(), part.data_id, part.runs[0], new)
-        after = await body_after(gateway.client, name, seen, [(ask, Profile(2, 1))])
+        moves = [(ask, Profile(2, 1))]
+        after = await body_after(gateway.client, name, seen, moves)
         if after is None:
             return  # a page can't be read now
+        await self.nap()
+        change = RecordChange(seen, after, moves)
 
         async def put_pages() -> None:
-            for page in after[1]:
-                await gateway.client.put_page(name, await gateway.client.get_page(name, page), page)
+            await change.put_pages(gateway.client, name)
 
-        await commit_move(self, gateway, name, seen, after[0], (fragment, target), put_pages)
+        for _ in range(PAGES_READ_MAX):
+            try:
+                await commit_move(self, gateway, name, change.update, (fragment, target), put_pages)
+                break
+            except PageNeeded:
+                await change.load(gateway.client, name, (await gateway.client.read(name)).value)
+        else:
+            return
         self.found.done["moves"] += 1
+        self.found.done["moves of changed records"] += change.body != after.body
         await self._retire_on(gateway, source, [Retirement(part.data_id, name.pack(), 0)])
 
     # --- loans that nothing uses

@@ -15,6 +15,7 @@ _MOVED = "storaged/maintain/moved_record.py"
 _LOOKS = "storaged/meta/consensus/looks.py"
 _PLAY = "lending"
 _UNIT = "tests/unit/test_objects_loans.py"
+_UNIT_MOVED = "tests/unit/test_moved_record.py"
 _CREATES = "tests/unit/test_loans_and_creates.py"
 
 LENDING_BUGS = (
@@ -229,5 +230,35 @@ LENDING_BUGS = (
         old="    added.tell(outgoing)\n    named",
         new="    added.tell(outgoing)\n    await sealed.put()\n    sealed._pages = {}\n    named",
         tests=f"{_UNIT}::test_the_pages_of_a_copy_are_put_between_promise_and_accept",
+    ),
+    Planted(
+        "moved_over_what_others_wrote",
+        "a move writes the record that it read, whatever others have made of that since",
+        100,
+        _PLAY,
+        _MOVED,
+        "        if value.sequence != self._seen.sequence:\n",
+        "        if value.sequence < self._seen.sequence:\n",
+    ),
+    Planted(
+        "moved_where_it_is_not",
+        "a move counts as made in a record that has not the version any more",
+        0,
+        path=_MOVED,
+        old="        if entry is None:\n            return None\n        applied",
+        new="        if entry is None:\n            left.clear()\n            continue\n        applied",
+        tests=f"{_UNIT_MOVED}::test_a_move_is_made_in_what_the_record_is_then",
+        why="Nothing is lost by it: the collector asks the record before it deletes.",
+    ),
+    Planted(
+        "one_of_the_versions_moves",
+        "of the versions that have a part of an upload the first alone moves",
+        0,
+        path=_MOVED,
+        old="            if not left and not any(one.version.multipart for one, _ in changed):\n",
+        new="            if not left:\n",
+        tests=f"{_UNIT_MOVED}::test_parts_of_an_upload_move_in_every_version_that_has_them"
+        "_and_only_in_the_record_that_was_read",
+        why="No two versions of the play have a part in common.",
     ),
 )
