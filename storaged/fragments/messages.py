@@ -75,6 +75,20 @@ class ReadReply(Message, frozen=True):
     unread: bool = False
 
 
+class ReadsRequest(Message, frozen=True):
+    """``fragment.reads``: up to ``READS_MAX`` reads of disks of one node."""
+
+    reads: tuple[ReadRequest, ...]
+
+
+class ReadsReply(Message, frozen=True):
+    """``found[i]``: of the i-th read; None: it has to be asked for alone, because it would wait for its disk, failed,
+    or would make the answer too large. The reply's body has the cells of all, one after the other.
+    """
+
+    found: tuple[ReadReply | None, ...]
+
+
 class RetireRequest(Message, frozen=True):
     """``more``: further entries. ``origin``: of the first."""
 

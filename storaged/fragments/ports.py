@@ -103,6 +103,7 @@ class FragmentStat(Message, frozen=True):
 
 RETIREMENTS_MAX = 1000
 HEADERS_MAX = 1000
+READS_MAX = 64
 
 
 REPLACED = b"r"

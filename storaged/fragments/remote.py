@@ -4,13 +4,14 @@ directory of all disks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from storaged.cluster.ports import BeginCaller, Call, Caller, EncodedCall, Layouts, Method, Methods, Reply
+from storaged.cluster.ports import BeginCaller, Call, Caller, Layouts, Method, Methods, Reply, TryCaller
 from storaged.cluster.rpc.authority import grant
-from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerError, PeerRefused
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentOther, PeerError, PeerRefused, StoragedError
 from storaged.fragments.format import KEY_BYTES
 from storaged.fragments.messages import (
     MISSING_CELL,
@@ -20,6 +21,8 @@ from storaged.fragments.messages import (
     IdsRequest,
     ReadReply,
     ReadRequest,
+    ReadsReply,
+    ReadsRequest,
     RetiredReply,
     RetiredRequest,
     RetireRequest,
@@ -34,6 +37,7 @@ from storaged.fragments.messages import (
 )
 from storaged.fragments.ports import (
     HEADERS_MAX,
+    READS_MAX,
     RETIREMENTS_MAX,
     CellRead,
     FragmentHeader,
@@ -44,12 +48,16 @@ from storaged.fragments.ports import (
     Retirement,
     Usage,
 )
-from storaged.wire import Buffer, Message, encode
+from storaged.fragments.read_batches import ReadBatcher, cells_in
+from storaged.units import MIB
+from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
 
 SCAN_PAGE_MAX = 1000
 RETIRED_PAGE_MAX = 10_000
+READS_BYTES_MAX = MIB
+"""Of cells in one answer to ``fragment.reads``."""
 
 
 def _pack(ids: Sequence[FragmentId]) -> tuple[bytes, ...]:
@@ -62,16 +70,23 @@ class RemoteFragmentStore:
     """
 
     def __init__(
-        self, caller: Caller, node: str, disk_id: str, *, timeout_s: float = 10.0, verify_timeout_s: float = 120.0
+        self,
+        caller: Caller,
+        node: str,
+        disk_id: str,
+        *,
+        timeout_s: float = 10.0,
+        verify_timeout_s: float = 120.0,
+        batcher: ReadBatcher | None = None,
     ) -> None:
+        """``batcher``: of reads of this node, where the caller makes calls without tasks."""
         self._caller = caller
         self._begin_caller = caller if isinstance(caller, BeginCaller) else None
         self._node = node
         self._disk = disk_id
         self._timeout_s = timeout_s
         self._verify_timeout_s = verify_timeout_s
-        self._call_read: EncodedCall | None = None
-        """Of ``fragment.read``, once it was needed."""
+        self._batcher = batcher
 
     async def _ask(
         self, method: str, request: Message, reply: type[T], body: Sequence[Buffer] = ()
@@ -120,54 +135,28 @@ class RemoteFragmentStore:
         await self._ask("fragment.sync", IdsRequest(self._disk, _pack(ids)), Done)
 
     async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
-        reply, body = await self._ask(
-            "fragment.read", ReadRequest(self._disk, fragment.pack(), first_cell, count), ReadReply
-        )
-        return self._cells_in(fragment.pack(), reply, body)
+        request = ReadRequest(self._disk, fragment.pack(), first_cell, count)
+        reply, body = await self._ask("fragment.read", request, ReadReply)
+        found = cells_in(request, reply, body)
+        if isinstance(found, FragmentDamaged):
+            raise found
+        return found
 
     def try_ask_cells(
-        self, fragment: FragmentId, first_cell: int, count: int, on_found: Callable[[CellRead | PeerError], None]
-    ) -> bool:
-        """As ``read``, without a task: ``on_found`` gets the cells, or the error. False: nothing was asked."""
-        call = self._call_read
-        if call is None:
-            encoded_call = getattr(self._caller, "encoded_call", None)  # of a TryCaller
-            if encoded_call is None:
-                return False
-            call = self._call_read = encoded_call(self._node, "fragment.read", ReadReply, b"")
-        key = fragment.pack()
-        request = encode(ReadRequest(self._disk, key, first_cell, count))
-        return call(request, partial(self._on_cells, key, on_found), (), self._timeout_s)
-
-    def _on_cells(
         self,
-        key: bytes,
-        on_found: Callable[[CellRead | PeerError], None],
-        answer: ReadReply | PeerError,
-        body: memoryview,
-    ) -> None:
-        found: CellRead | PeerError
-        try:
-            found = answer if isinstance(answer, PeerError) else self._cells_in(key, answer, body)
-        except PeerError as error:
-            found = error
-        on_found(found)
-
-    def _cells_in(self, key: bytes, reply: ReadReply, body: memoryview) -> CellRead:
-        """Raises FragmentDamaged for an answer to another question."""
-        header, lengths, unread = reply.header, reply.lengths, reply.unread
-        cells: list[memoryview | None] = []
-        at, whole = 0, True
-        for length in lengths:
-            if length >= 0:
-                cells.append(body[at : at + length])
-                at += length
-            else:
-                cells.append(None)
-                whole = False
-        if header.id != key or at != len(body):
-            raise FragmentDamaged(f"disk {self._disk} answered with something other than fragment {key.hex()}")
-        return CellRead(header, tuple(cells), body if whole else None, unread)
+        fragment: FragmentId,
+        first_cell: int,
+        count: int,
+        cell_bytes: int,
+        on_found: Callable[[CellRead | PeerError | None], None],
+    ) -> bool:
+        """As ``read``, without a task, together with other reads of its node (``read_batches``, which says what
+        ``cell_bytes`` and ``on_found`` are). False: nothing was asked.
+        """
+        if self._batcher is None:
+            return False
+        self._batcher.ask(ReadRequest(self._disk, fragment.pack(), first_cell, count), cell_bytes, on_found)
+        return True
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         reply, _ = await self._ask("fragment.stat", IdsRequest(self._disk, _pack(ids)), StatsReply)
@@ -258,6 +247,7 @@ class FragmentHost:
             "fragment.write": Method(WriteRequest, self._write),
             "fragment.sync": Method(IdsRequest, self._sync),
             "fragment.read": Method(ReadRequest, self._read, try_answer=self._try_read),
+            "fragment.reads": Method(ReadsRequest, self._reads, try_answer=self._try_reads),
             "fragment.stat": Method(IdsRequest, self._stat),
             "fragment.headers": Method(IdsRequest, self._headers),
             "fragment.touch": Method(TouchRequest, self._touch),
@@ -301,6 +291,33 @@ class FragmentHost:
     def _try_read(self, request: ReadRequest, _call: Call) -> Reply | None:
         found = self._store(request.disk).try_read(_unpack((request.id,))[0], request.first_cell, request.count)
         return None if found is None else _reply(found)
+
+    async def _reads(self, request: ReadsRequest, call: Call) -> Reply:
+        return self._try_reads(request, call)
+
+    def _try_reads(self, request: ReadsRequest, _call: Call) -> Reply:
+        """Answers those that need no waiting and have no fault, up to about READS_BYTES_MAX."""
+        if len(request.reads) > READS_MAX:
+            raise PeerRefused(
+                f"{len(request.reads)} reads are more than {READS_MAX} at once", remote_code="BAD_REQUEST"
+            )
+        found: list[ReadReply | None] = []
+        body: list[Buffer] = []
+        size = 0
+        for read in request.reads:
+            reply = None
+            if size < READS_BYTES_MAX:
+                with contextlib.suppress(StoragedError):  # the caller asks for it alone, and gets the error
+                    reply = self._try_read(read, _call)
+            if reply is None:
+                found.append(None)
+            else:
+                message, pieces = reply
+                assert isinstance(message, ReadReply)
+                found.append(message)
+                body += pieces
+                size += sum(map(len, pieces))
+        return Reply(ReadsReply(tuple(found)), body)
 
     async def _stat(self, request: IdsRequest, _call: Call) -> StatsReply:
         return StatsReply(tuple(await self._store(request.disk).stat(_unpack(request.ids))))
@@ -379,6 +396,7 @@ class StoreDirectory:
         self._local = local
         self._timeout_s = timeout_s
         self._remote: dict[tuple[str, str], RemoteFragmentStore] = {}
+        self._batchers: dict[str, ReadBatcher] = {}
 
     def store(self, disk_id: str) -> FragmentStore:
         local = self._local.get(disk_id)
@@ -388,8 +406,11 @@ class StoreDirectory:
         node = disk.node if disk is not None else self._earlier_node(disk_id)
         found = self._remote.get((node, disk_id))
         if found is None:
+            batcher = self._batchers.get(node)
+            if batcher is None and isinstance(self._caller, TryCaller):
+                batcher = self._batchers[node] = ReadBatcher(self._caller, node, self._timeout_s)
             found = self._remote[node, disk_id] = RemoteFragmentStore(
-                self._caller, node, disk_id, timeout_s=self._timeout_s
+                self._caller, node, disk_id, timeout_s=self._timeout_s, batcher=batcher
             )
         return found
 

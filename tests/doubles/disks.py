@@ -132,10 +132,16 @@ class FarDisk(FaultyDisk):
     connected = True
 
     def try_ask_cells(
-        self, fragment: FragmentId, first_cell: int, count: int, on_found: Callable[[CellRead | PeerError], None]
+        self,
+        fragment: FragmentId,
+        first_cell: int,
+        count: int,
+        cell_bytes: int,
+        on_found: Callable[[CellRead | PeerError | None], None],
     ) -> bool:
         if not self.connected:
-            return False
+            asyncio.get_running_loop().call_soon(on_found, None)
+            return True
 
         async def run() -> None:
             try:

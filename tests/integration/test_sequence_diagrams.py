@@ -131,6 +131,9 @@ class TryingCaller(LocalCaller):
         super().__init__(cluster, "gateway", "gateway")
         self._calls: list[asyncio.Task[None]] = []
 
+    def try_call(self, *_what: Any, **_how: Any) -> bool:
+        raise AssertionError("reads are encoded")
+
     def encoded_call(
         self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
     ) -> EncodedCall:

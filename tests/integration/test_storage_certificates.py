@@ -215,6 +215,7 @@ DRIVERS: dict[str, Driver] = {
     "fragment.write": write,
     "fragment.sync": ids,
     "fragment.read": lambda thief: _of(of_fragments.ReadRequest("", bytes(23), 0, 1000)),
+    "fragment.reads": lambda thief: _of(of_fragments.ReadsRequest((of_fragments.ReadRequest("", bytes(23), 0, 1000),))),
     "fragment.stat": ids,
     "fragment.headers": ids,
     "fragment.touch": touch,

@@ -93,6 +93,7 @@ METHODS: Final[Mapping[str, Grant]] = {
         BOTH, STORAGE, "the barrier of a PUT, and of a recoding", "keeps garbage from being collected"
     ),
     "fragment.read": Grant(BOTH, STORAGE, "GET; repair reads survivors", "reads sealed bytes"),
+    "fragment.reads": Grant(GATEWAY, STORAGE, "GET: reads of several of a node's disks"),
     "fragment.stat": Grant(BOTH, STORAGE, "`where`; walks of repair, collection"),
     "fragment.headers": Grant(GATEWAY, STORAGE, "a gateway verifies fragments before it names their new places"),
     "fragment.touch": Grant(GATEWAY, STORAGE, "a proposal that begins again; a move of blocks"),

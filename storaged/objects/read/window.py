@@ -201,7 +201,8 @@ class WindowJob:
             try_ask = getattr(store, "try_ask_cells", None)  # of a RemoteFragmentStore
             if try_ask is not None:
                 expected = self._reads.expect(position)
-                if try_ask(fragment, row, count, partial(self._on_found, expected, row, count)):
+                cell_bytes = count * self.shape.cell_bytes
+                if try_ask(fragment, row, count, cell_bytes, partial(self._on_found, expected, row, count)):
                     return
                 self._reads.forget(expected)
             else:
@@ -283,12 +284,18 @@ class WindowJob:
                 found[position] = b""
         return found
 
-    def _on_found(self, expected: Expected, row: int, count: int, found: CellRead | PeerError) -> None:
+    def _on_found(self, expected: Expected, row: int, count: int, found: CellRead | PeerError | None) -> None:
         if not self._reads.expects(expected):
             return
+        if found is None and self._has_task:
+            self._reads.forget(expected)
+            self._reads.begin(expected.position, self._read(expected.position, row, count))
+            return
         try:
-            if isinstance(found, PeerError):
-                whole: bool | Exception = self._failed(expected.position, found)
+            if found is None:
+                whole: bool | Exception = NeedsTask()
+            elif isinstance(found, PeerError):
+                whole = self._failed(expected.position, found)
             else:
                 whole = self._answered(expected.position, row, count, found)
         except Exception as mistake:
