@@ -8,7 +8,7 @@ import asyncio
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +423,36 @@ async def test_a_peer_that_stops_in_the_middle_of_a_packet_is_ended(world: World
         assert server.statistics().calls == 0
 
 
+@pytest.mark.parametrize("step", ["TLS", "half of its secret", "its secret", "half of its hello"])
+async def test_a_peer_that_stops_before_it_has_said_who_it_is_has_the_time_of_a_handshake(
+    world: World, step: str
+) -> None:
+    async with (
+        serving(world.node("n1"), Service(), limits=ServerLimits(handshake_timeout_s=1.0, drain_s=0.1)) as server,
+        packet_peer(world.node("raw", ("gateway",)), server.port) as peer,
+    ):
+        if step != "TLS":
+            peer.tls.write(peer.secret)
+            sealed = peer.from_tls.read()
+            peer.writer.write(sealed[:30] if step == "half of its secret" else sealed)
+        if step == "half of its hello":
+            await peer.read_secret()
+            peer.writer.write(bytes(peer.seal(hello("raw")))[:20])
+        async with asyncio.timeout(GUARD_S / 8):
+            assert await peer.is_ended()
+        assert (server.statistics().connections, server.statistics().peers_refused) == (0, 0)
+
+
+async def test_strangers_that_stop_after_tls_do_not_keep_nodes_out(world: World) -> None:
+    limits = ServerLimits(handshakes_max=3, handshake_timeout_s=600.0, drain_s=0.1)
+    own = world.node("raw", ("gateway",))
+    async with serving(world.node("n1"), Service(), limits=limits) as server, AsyncExitStack() as strangers:
+        for _ in range(5):
+            await strangers.enter_async_context(packet_peer(own, server.port))
+        async with pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool:
+            assert (await pool.call("n1", "t.echo", Note("in"), Note))[0].text == "in"
+
+
 async def test_a_connection_that_ends_in_the_middle_of_a_packet_leaves_nothing_behind(world: World) -> None:
     service = Service()
     async with (
@@ -509,3 +539,19 @@ async def test_a_handler_that_waits_for_room_gets_the_rest_of_its_packet_later(w
         service.gate.set()
         await peer.read_frames(14)
         assert sorted(found[1] for found in peer.frames[1:]) == [*range(1, 13), 99]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"G\x03\x01\x40\x00", b"\x16\x02\x01\x00\x05", b"\x16\x03\x01\xff\xff", b"SR\x03\x01\x00"]
+)
+async def test_what_is_no_record_of_tls_is_refused_at_its_first_bytes(world: World, sent: bytes) -> None:
+    """OpenSSL waits for more of some."""
+    limits = ServerLimits(handshake_timeout_s=600.0, drain_s=0.1)
+    async with serving(world.node("n1"), Service(), limits=limits) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(sent)
+        async with asyncio.timeout(GUARD_S / 8):
+            while await reader.read(1000):
+                pass
+        writer.close()
+        assert server.statistics().peers_refused == 1

@@ -115,12 +115,8 @@ class Handshake:
         start, end = 0, self._end
         secured: Secured | None = None
         while secured is None and (size := self._record_bytes(start, end)):
-            self._to_tls.write(self._view[start : start + size])
+            secured = self._take(start, size)
             start += size
-            self._taken += size
-            if self._taken > HANDSHAKE_WIRE_BYTES_MAX:
-                raise PacketError(f"a handshake of more than {HANDSHAKE_WIRE_BYTES_MAX} bytes")
-            secured = self._go_on()
         rest = bytes(self._view[start:end])
         if secured is None:
             self._view[: len(rest)] = rest
@@ -133,16 +129,23 @@ class Handshake:
         """No frame has been handed on yet."""
 
     def _record_bytes(self, start: int, end: int) -> int:
-        """The size of the record of TLS at ``start``; 0 while it has not arrived. What is none goes to TLS as it is: it
-        knows what is wrong.
-        """
+        """The size of the record of TLS at ``start``; 0 while it has not arrived. Raises as :meth:`received` does."""
         if end - start < _RECORD_HEADER_BYTES:
             return 0
         kind, major, _minor, high, low = self._view[start : start + _RECORD_HEADER_BYTES]
         size = _RECORD_HEADER_BYTES + (high << 8) + low
         if kind not in _CONTENT_TYPES or major != 3 or size > _RECORD_BYTES_MAX:
-            size = end - start
+            self._take(start, end - start)  # mostly it knows better what is wrong, and tells the peer
+            raise PacketError("what arrived is no record of TLS")
         return size if size <= end - start else 0
+
+    def _take(self, start: int, size: int) -> Secured | None:
+        """Gives these bytes to TLS."""
+        self._taken += size
+        if self._taken > HANDSHAKE_WIRE_BYTES_MAX:
+            raise PacketError(f"a handshake of more than {HANDSHAKE_WIRE_BYTES_MAX} bytes")
+        self._to_tls.write(self._view[start : start + size])
+        return self._go_on()
 
     def _go_on(self) -> Secured | None:
         try:

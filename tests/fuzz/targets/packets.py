@@ -1,10 +1,16 @@
-"""What somebody on the way may make of the packets between two nodes."""
+"""What strangers may send to a node that listens, and what somebody on the way may make of packets."""
 
 from __future__ import annotations
 
+import ssl
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
+from storaged.cluster import issuing, tls
 from storaged.cluster.rpc import packets
+from storaged.cluster.rpc.handshake import Handshake, Secured, offer_packets
 from storaged.cluster.rpc.packets import (
     LENGTH_BYTES,
     PACKET_PLAIN_MAX,
@@ -127,7 +133,84 @@ def _forgetful(self: PacketReader) -> None:
     self.received(0)
 
 
+@cache
+def _context() -> ssl.SSLContext:
+    """Of a node that listens."""
+    with tempfile.TemporaryDirectory(prefix="storaged-fuzz-") as folder:
+        authority = issuing.create_authority(Path(folder) / "authority", "c1")
+        own = issuing.issue(authority, Path(folder) / "n1", name="n1", location="FR/par1/a", roles=("storage",))
+        context = tls.server_context(own)
+    offer_packets(context)
+    return context
+
+
+def opening(data: bytes) -> None:
+    """Whatever a stranger without a certificate sends first, it gets no further than the handshake. What is no TLS
+    ends the connection. However the bytes are cut, the end is the same.
+    """
+    choices = Choices(data)
+    step, stream = choices.pick((1, 5, 300)), choices.rest()
+    whole = _opened(stream, 1 << 30)
+    assert _opened(stream, step) == whole
+    if len(stream) >= TLS_HEADER_BYTES and (stream[0] not in (20, 21, 22, 23) or stream[1] != 3):
+        assert whole, "it is no record of TLS, and was taken"
+
+
+TLS_HEADER_BYTES = 5
+
+
+def _opened(stream: bytes, step: int) -> bool:
+    """Whether an error ended it."""
+
+    def secured(_found: Secured) -> None:
+        raise AssertionError("a stranger got in")
+
+    side = Handshake(_context(), None, _Frames(100, 1 << 30), lambda data: None, secured, lambda: None)
+    side.begin()
+    try:
+        for piece in cut(stream, step):
+            at = 0
+            while at < len(piece):
+                room = side.buffer()
+                assert len(room), "there is no room to receive into"
+                part = piece[at : at + len(room)]
+                room[: len(part)] = part
+                side.received(len(part))
+                at += len(part)
+    except (ssl.SSLError, PacketError):
+        return True
+    return False
+
+
+HELLO = bytes.fromhex(
+    "16030100fc010000f80303c2cb996c75f1dc405e658c9dab447c62e88e8c1f94efa84392b2b2f4b82b6ec620d103bbf7c7022ccad6ef00ca75"
+    "1c52fc71833151faab56cd53b9d8e8fc223867000813021303130100ff010000a70000000700050000026e31000b000403000102000a001600"
+    "14001d0017001e00190018010001010102010301040010001500131273746f72616765642d7061636b6574732f310016000000170000000d00"
+    "1e001c040305030603080708080809080a080b080408050806040105010601002b0003020304002d00020101003300260024001d0020c6c59c"
+    "5cd67ee08576fbbd7a4cbf7b164b2a35fdee3d6229806e6c310e58be02"
+)
+"""The first message of a node that dials."""
+
+
 TARGETS = (
+    Target(
+        "opening",
+        opening,
+        (
+            b"\x00" + HELLO,
+            b"\x01" + HELLO + b"\x14\x03\x03\x00\x01\x01" + b"\x17\x03\x03\x00\x20" + bytes(32),
+            b"\x02" + HELLO[:5] + b"\x40\x00" + HELLO[5:],
+            b"\x02GET / HTTP/1.1\r\n\r\n",
+            b"\x01\x15\x03\x03\x00\x02\x02\x28",
+            b"\x00\x16\x03\x01\x40\x00",
+        ),
+        Plant(Handshake, "_record_bytes", lambda _: lambda self, start, end: 0),
+        (b"\x16\x03\x01", b"\x17\x03\x03", HELLO[-50:], b"storaged-packets/1"),
+        size_max=1024,
+        steps=4_000,
+        steps_a_byte=120,
+        peak_bytes=1 << 20,
+    ),
     Target(
         "packets",
         packets_on_the_way,
