@@ -156,10 +156,12 @@ class GarbagePage:
             else:
                 self.wait(some, str(error))
             return
-        if is_open(state):
-            self.wait(some, "its upload is open")
-        else:
+        if not is_open(state):
             ended.setdefault(owner, []).extend(some)
+        elif await self._judge.is_surely_gone(owner.scope):  # it was open when its bucket was deleted
+            gone.setdefault(owner, []).extend(some)
+        else:
+            self.wait(some, "its upload is open")
 
     async def without_claimed(self, garbage: Garbage, proof: Proof) -> Sequence[Garbage]:
         """The record refers to the data: only fragments that none of its runs places on this disk go. Its entry stays

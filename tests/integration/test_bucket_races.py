@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from storaged.errors import NoSuchBucket, ServiceUnavailable, StoragedError
+from storaged.errors import BucketNotEmpty, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.meta.client import RingClient
-from storaged.objects.api import NewMeta
+from storaged.objects.api import CompletedPart, NewMeta
 from storaged.objects.records import BucketRecord
 from tests.integration.memory_cluster import Cluster, run
 
@@ -66,8 +66,8 @@ def test_a_fence_that_comes_after_another_gateway_gave_the_bucket_back_does_not_
 
 
 def test_no_gateway_lifts_the_fence_behind_which_another_finds_the_bucket_empty() -> None:
-    """Two gateways take up a deletion; an upload slips in before the first one's fence, so that this one has to begin
-    again.
+    """Two gateways take up a deletion; an object slips in before the first one's fence, and is deleted before the
+    second one's.
     """
 
     async def scenario(cluster: Cluster) -> None:
@@ -77,7 +77,7 @@ def test_no_gateway_lifts_the_fence_behind_which_another_finds_the_bucket_empty(
         reached, held = fences.hold("fence")
         deleting = asyncio.ensure_future(first.buckets.delete(bucket))
         await reached.wait()
-        await cluster.objects.create_upload(bucket, b"upload", NewMeta(), owner="o")
+        await cluster.put(bucket, b"slipped in", b"")
         lifting, lift = fences.hold("unfence")
         held.set()
         await asyncio.wait({deleting, asyncio.ensure_future(lifting.wait())}, return_when=asyncio.FIRST_COMPLETED)
@@ -100,6 +100,8 @@ def test_no_gateway_lifts_the_fence_behind_which_another_finds_the_bucket_empty(
         second.buckets._step = slow_step  # type: ignore[method-assign]
         for record in await second.buckets.every_bucket():
             await second.buckets.resume(record)
+        await cluster.objects.delete(bucket, b"slipped in")
+        await second.buckets.delete(await second.buckets.renewed("bucket"))
         lift.set()
         for event in fences.held.values():
             event.set()
@@ -127,5 +129,30 @@ def test_an_upload_that_is_created_while_its_bucket_is_deleted_does_not_keep_it(
         await deleting
         with pytest.raises(NoSuchBucket):
             await cluster.buckets.get("bucket")
+
+    run(scenario)
+
+
+def test_a_delete_that_an_object_prevents_just_before_the_fence_leaves_open_uploads_as_they_were() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload = await cluster.objects.create_upload(bucket, b"upload", NewMeta(), owner="o")
+        part = await cluster.put_part(bucket, b"upload", upload.upload_id, 1, b"a part")
+        slow = cluster.new_gateway("slow")
+        slow.plane.fences = fences = Fences(slow.ring)
+        reached, held = fences.hold("fence")
+        deleting = asyncio.ensure_future(slow.buckets.delete(bucket))
+        await reached.wait()
+        await cluster.put(bucket, b"key", b"precious")
+        fences.held.clear()
+        held.set()
+        with pytest.raises(BucketNotEmpty):
+            await deleting
+        assert await cluster.get(bucket, b"key") == b"precious"
+        [found] = (await cluster.objects.list_uploads(bucket))[0]
+        assert found.upload_id == upload.upload_id
+        parts = [CompletedPart(1, part.etag)]
+        await cluster.objects.complete(bucket, b"upload", upload.upload_id, parts, owner="o")
+        assert await cluster.get(bucket, b"upload") == b"a part"
 
     run(scenario)

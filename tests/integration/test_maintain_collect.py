@@ -26,7 +26,7 @@ from storaged.maintain.context import MaintainLimits
 from storaged.maintain.gc import RESTS_A_KEY, Collector
 from storaged.maintain.sweep import FULL_S
 from storaged.meta.consensus.register import NEVER, Verdict
-from storaged.meta.messages import Create, FenceSet
+from storaged.meta.messages import Create, FenceSet, ScanRequest
 from storaged.meta.names import (
     Ballot,
     Change,
@@ -679,6 +679,35 @@ def test_parts_of_an_open_upload_are_kept_and_those_of_an_aborted_one_go() -> No
         assert await cluster.fragments() == before
         await cluster.objects.abort(bucket, b"k", upload_id)
         await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("way", ["retired", "swept"])
+def test_parts_of_uploads_that_were_open_when_their_bucket_was_deleted_go(way: str) -> None:
+    """Also when the gateway that deleted it dies right afterwards."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await upload_parts(cluster, bucket, b"k", {1: LARGE, 2: SMALL})
+        await upload_parts(cluster, bucket, b"other", {1: SMALL})
+
+        async def dies(_source: str, _node: str, _method: str, request: object) -> None:
+            if isinstance(request, ScanRequest) and request.table == Table.PART:
+                raise PeerUnreachable("the gateway died")
+
+        cluster.intercept = dies if way == "swept" else None
+        await cluster.buckets.delete(bucket)
+        await cluster.pass_s(1)
+        cluster.intercept = None
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert (await cluster.fragments() == []) == (way == "retired")
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        await cluster.pass_s(1)
         await collect(cluster)
         assert await cluster.fragments() == []
 

@@ -695,3 +695,44 @@ async def test_usage_counts_every_object_in_pieces(monkeypatch: pytest.MonkeyPat
     assert sum(piece.objects for piece in pieces_found) == len(sizes)
     assert sum(piece.size_bytes for piece in pieces_found) == sum(sizes)
     await objects.close()
+
+
+async def test_open_uploads_end_with_their_bucket_and_their_parts_go_to_the_garbage_lists() -> None:
+    world, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    for key, parts in ((b"one", 3), (b"other", 1), (b"none", 0)):
+        upload = await objects.create_upload(bucket, key, NewMeta(), owner="o")
+        for number in range(1, parts + 1):
+            await objects.put_part(
+                bucket, key, upload.upload_id, number, pieces(bytes(9000 * number)), BodyChecks(size=9000 * number)
+            )
+    held = {fragment.data_id for disk in world.disks.disks.values() for fragment in disk.fragments}
+    assert len(held) == 4
+    await buckets.delete(bucket)
+    await objects.plane.background.settle()
+    assert {data_id for disk in world.disks.disks.values() for data_id in disk.garbage} == held
+    with pytest.raises(NoSuchBucket):
+        await objects.create_upload(bucket, b"late", NewMeta(), owner="o")
+    await objects.close()
+
+
+async def test_what_can_not_be_retired_of_a_deleted_bucket_is_left_to_the_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    upload = await objects.create_upload(bucket, b"key", NewMeta(), owner="o")
+    await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(bytes(9000)), BodyChecks(size=9000))
+    list_page = world.ring.list_page
+
+    async def fail(wanted: PageQuery) -> ListPage:
+        if wanted.table == Table.PART:
+            raise ServiceUnavailable
+        return await list_page(wanted)
+
+    monkeypatch.setattr(world.ring, "list_page", fail)
+    await buckets.delete(bucket)
+    await objects.plane.background.settle()
+    assert not any(disk.garbage for disk in world.disks.disks.values())
+    assert await buckets.every_bucket() == []
+    await objects.close()

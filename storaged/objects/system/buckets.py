@@ -33,7 +33,6 @@ from storaged.errors import (
     DataDamaged,
     InvalidArgument,
     NoSuchBucket,
-    NoSuchUpload,
     ServiceUnavailable,
     TooManyBuckets,
 )
@@ -60,7 +59,7 @@ from storaged.objects.system.bucket_records import (
 from storaged.objects.system.emptying import end_remains, has_versions
 from storaged.objects.system.fenced import FencedBuckets
 from storaged.objects.system.shards import draw
-from storaged.objects.write.multipart import abort, list_uploads
+from storaged.objects.write.ended_uploads import retire_uploads
 from storaged.wire import Message
 
 log = structlog.get_logger(__name__)
@@ -313,10 +312,10 @@ class BucketService:
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable, and SlowDown when nothing but events that are not
-        delivered yet is left. Starts again when an upload is created just before the fence.
+        delivered yet is left; then nothing of the bucket has changed. Its open uploads end with it.
         """
         for _ in range(EMPTYING_ROUNDS_MAX):
-            row = await self._any_row(Table.OBJECT, bucket, b"", hidden=True)
+            row = await self._any_object(bucket, b"")
             if row is not None and (has_versions(row) or not await end_remains(self._plane, bucket)):
                 break
             deleting = await self._step(
@@ -345,6 +344,7 @@ class BucketService:
                 deleted = await self._step(record, msgspec.structs.replace(record, state=DELETED))
                 if deleted is not None:
                     await plane.fences.fence(record.id, record.shard_numbers, record.nonce, final=True)
+                    plane.background.spawn(retire_uploads(plane, record))
                     return None
             else:
                 await self._step(record, msgspec.structs.replace(record, state=ACTIVE))
@@ -365,19 +365,16 @@ class BucketService:
         return found if found is not None and found.id == record.id else None
 
     async def _emptied(self, bucket: BucketRecord) -> bool:
-        """Fences the bucket and returns whether it is empty. Aborts open uploads before, since nothing changes once it
-        is fenced.
+        """Fences the bucket and returns whether it is empty. Open uploads do not count. They stay until the bucket is
+        Deleted, for it may turn out that an object is there. A Complete that is under way has its object by now, or
+        never gets it.
         """
-        await self._abort_uploads(bucket)
         with contextlib.suppress(NoSuchBucket):  # it is fenced already
             await drop_index(self._plane, bucket)
             await drop_all_but(self._plane, bucket)
         await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
         try:
-            return (
-                await self._is_empty(bucket, bucket.nonce)
-                and await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False) is None
-            )
+            return await self._is_empty(bucket, bucket.nonce)
         except (
             CopyUnreadable,
             DataDamaged,
@@ -385,20 +382,20 @@ class BucketService:
             return False
 
     async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
-        return await self._any_row(Table.OBJECT, bucket, nonce, hidden=True) is None
+        return await self._any_object(bucket, nonce) is None
 
-    async def _any_row(self, table: Table, bucket: BucketRecord, nonce: bytes, *, hidden: bool) -> Row | None:
+    async def _any_object(self, bucket: BucketRecord, nonce: bytes) -> Row | None:
         """A page may be empty and not the last: the scan of very many tombstones continues in the next page."""
         start: bytes | None = b""
         while start is not None:
             page = await self._plane.scanner.list_page(
                 PageQuery(
-                    table,
+                    Table.OBJECT,
                     bucket.id,
                     bucket.shard_numbers,
                     after=start,
                     limit=1,
-                    hidden=hidden,
+                    hidden=True,
                     settling_nonce=nonce,
                     after_fence=bool(nonce),
                 )
@@ -407,17 +404,6 @@ class BucketService:
                 return page.rows[0]
             start = page.next_after
         return None
-
-    async def _abort_uploads(self, bucket: BucketRecord) -> None:
-        while True:
-            uploads, _, more = await list_uploads(self._plane, bucket)
-            for upload in uploads:
-                try:
-                    await abort(self._plane, bucket, upload.key, upload.upload_id)
-                except (NoSuchUpload, NoSuchBucket):
-                    continue  # completed just now, or fenced by another gateway
-            if more is None:
-                return
 
     async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
         """Transfers a bucket to another user id. Its objects keep their owner. Raises NoSuchBucket."""

@@ -1,0 +1,44 @@
+"""What becomes of the open uploads of a bucket that is deleted.
+
+They do not count as contents, and end with the bucket: its final fence lets nothing of them change, so no Complete ever
+goes on. They are not aborted before, for an object may turn up that keeps the bucket. Afterwards their parts are put on
+the garbage lists, which are not behind the fence.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from storaged.errors import DataDamaged, StoragedError
+from storaged.fragments.ports import OF_UPLOAD
+from storaged.meta.listing.merge import every_row
+from storaged.meta.names import Table, object_name
+from storaged.meta.ports import PageQuery
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord
+from storaged.objects.write.retire import retire_parts
+from storaged.objects.write.uploads import LivingUpload, decode_part, living_upload
+
+
+async def retire_uploads(plane: ObjectPlane, bucket: BucketRecord) -> None:
+    """Retires the parts of the open uploads of a deleted bucket, whose record has the nonce of its fence. Best effort:
+    the sweep of orphans finds what is left.
+    """
+    query = partial(PageQuery, scope=bucket.id, settling_nonce=bucket.nonce, after_fence=True)
+    try:
+        async for row in every_row(plane.scanner, query(Table.UPLOAD, shards=bucket.shard_numbers)):
+            try:
+                upload = living_upload(row.key, row.value)
+                if upload is not None:
+                    found = query(Table.PART, shards=[upload.record.upload_id[0]], prefix=upload.record.upload_id)
+                    await _retire(plane, bucket, upload, found)
+            except DataDamaged:
+                continue
+    except (StoragedError, TimeoutError):
+        return
+
+
+async def _retire(plane: ObjectPlane, bucket: BucketRecord, upload: LivingUpload, parts: PageQuery) -> None:
+    owner = object_name(bucket.id, bucket.shard_numbers, upload.key)
+    async for row in every_row(plane.scanner, parts):
+        await retire_parts(plane, bucket, owner, [decode_part(row).entry], OF_UPLOAD + upload.record.upload_id)
