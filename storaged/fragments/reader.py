@@ -27,9 +27,7 @@ from storaged.fragments.format import (
     FormatError,
     align,
     cell_holds,
-    parse_body,
     parse_fragment,
-    parse_head,
     segment_seed,
 )
 from storaged.fragments.index import Index
@@ -100,10 +98,10 @@ class Reader:
         self._report(key, failed.bad)
         return failed
 
-    def try_read(self, key: bytes, first: int, count: int) -> Cells | None:
-        """As ``read`` when all of it is in the page cache and undamaged, else None. Raises FragmentMissing."""
+    def try_read(self, key: bytes, entry: Entry, first: int, count: int) -> Cells | None:
+        """As ``read`` when all of it is in the page cache and undamaged, else None. ``entry``: the index's, of now."""
         try:
-            found = self._attempt(key, self._lookup(key), first, count, _try_fetch)
+            found = self._attempt(key, entry, first, count, _try_fetch)
         except (_NotCached, _HeadUnread):
             return None
         return None if found is None or found.bad else found
@@ -126,10 +124,13 @@ class Reader:
             return None
         if data is None:
             return None
+        return _whole_payload(data, key, entry, self._seed(segment))
+
+    def _seed(self, segment: int) -> int:
         seed = self._seeds.get(segment)
         if seed is None:
             seed = self._seeds[segment] = segment_seed(self._index.disk_id, segment)
-        return _whole_payload(data, key, entry, seed)
+        return seed
 
     def header(self, key: bytes) -> FragmentHeader:
         """Raises as ``read``."""
@@ -234,17 +235,7 @@ class Reader:
 
     def _open(self, key: bytes, entry: Entry, data: Buffer) -> tuple[FragmentHeader, memoryview] | None:
         """(header with its current age, cell sums) when the head is this fragment's and holds."""
-        seed = segment_seed(self._index.disk_id, entry.segment)
-        head = parse_head(data, 0, entry.offset, seed)
-        if head is None or head.kind != FRAGMENT or head.sequence != entry.sequence:
-            return None
-        if (head.payload_bytes, head.cell_bytes, head.payload_start) != (
-            entry.payload_bytes,
-            entry.cell_bytes,
-            entry.payload_start,
-        ):
-            return None
-        body = parse_body(head, data, 0, seed)
+        body = _body_of(data, entry, self._seed(entry.segment))
         if body is None:
             return None
         try:
@@ -258,10 +249,12 @@ class Reader:
         return header, body[1]
 
 
-def _whole_payload(data: Buffer, key: bytes, entry: Entry, seed: int) -> memoryview | None:
-    """The payload of the fragment ``key``, when ``data`` is its record up to the trailer, and record, sizes, sequence
-    and every cell hold. It checks what ``parse_head``, ``parse_body`` and ``cell_holds`` check, in one pass.
+def _body_of(data: Buffer, entry: Entry, seed: int) -> tuple[memoryview, memoryview] | None:
+    """The message and the cell sums of the record that ``data`` begins with, when it is the fragment's that the entry
+    names, and its checksums hold. It checks what ``parse_head`` and ``parse_body`` check, in one pass.
     """
+    if len(data) < HEAD_BYTES:
+        return None
     _, offset, _, payload_start, payload_bytes, cell_bytes, sequence, _, _ = entry
     magic, kind, _zero, _flags, message, payload, cell, record, _synced, found, body_check, check = HEAD.unpack_from(
         data
@@ -272,11 +265,11 @@ def _whole_payload(data: Buffer, key: bytes, entry: Entry, seed: int) -> memoryv
         or payload != payload_bytes
         or cell != cell_bytes
         or found != sequence
-        or not cell
+        or (payload and not cell)
     ):
         return None
     view = memoryview(data)
-    body_end = HEAD_BYTES + message + 8 * -(-payload // cell)
+    body_end = HEAD_BYTES + message + (8 * -(-payload // cell) if payload else 0)
     sizes_hold = (
         align(body_end) == payload_start
         and record >= payload_start + align(payload) + TRAILER_BYTES
@@ -284,12 +277,21 @@ def _whole_payload(data: Buffer, key: bytes, entry: Entry, seed: int) -> memoryv
     )
     if not sizes_hold or check != xxhash.xxh3_64_intdigest(view[:HEAD_CHECKED_BYTES], (seed + offset) & CHECK_MASK):
         return None
-    if body_check != xxhash.xxh3_64_intdigest(view[HEAD_BYTES:body_end], seed):
+    body = view[HEAD_BYTES:body_end]
+    if len(body) < body_end - HEAD_BYTES or body_check != xxhash.xxh3_64_intdigest(body, seed):
         return None
-    if view[HEAD_BYTES + ID_AT : HEAD_BYTES + ID_AT + KEY_BYTES] != key:
+    return body[:message], body[message:]
+
+
+def _whole_payload(data: Buffer, key: bytes, entry: Entry, seed: int) -> memoryview | None:
+    """The payload of the fragment ``key``, when ``data`` is its record up to the trailer, and record and every cell
+    hold.
+    """
+    body = _body_of(data, entry, seed)
+    if body is None or body[0][ID_AT : ID_AT + KEY_BYTES] != key:
         return None
-    sums = view[HEAD_BYTES + message : body_end]
-    plain = view[payload_start:]
+    sums, plain = body[1], memoryview(data)[entry.payload_start :]
+    payload, cell = entry.payload_bytes, entry.cell_bytes
     if payload <= cell:
         return plain if xxhash.xxh3_64_digest(plain) == sums else None
     for index, at in enumerate(range(0, payload, cell)):

@@ -279,7 +279,7 @@ class LocalFragmentStore:
         entry = self._engine.index.lookup(key)
         if entry is None or min(count * entry.cell_bytes, entry.payload_bytes) > INLINE_READ_BYTES_MAX:
             return None
-        found = self._engine.reader.try_read(key, first_cell, count)
+        found = self._engine.reader.try_read(key, entry, first_cell, count)
         return None if found is None else CellRead(found.header, found.cells, found.whole)
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
