@@ -45,6 +45,14 @@ GIVE_WAY_S_MAX = 300.0
 all it rests no longer than the second.
 """
 
+LONG_LOOK_S = 0.2
+"""A look at a register that takes longer is one at very many versions or parts."""
+LOOKS_REST = 10
+LOOKS_REST_S_MAX = 60.0
+"""Hints about such a register wait this many times as long as the last look took, and no longer than the second: a key
+that is written all the time may be hinted at with each write.
+"""
+
 REFUSALS = (CannotRepair, StoragedError, RowDamaged, TimeoutError)
 """Why a register can't be looked at or repaired now."""
 
@@ -69,6 +77,8 @@ class Check:
         self._row_bytes = 0
         self.wake = asyncio.Event()
         self._hints: dict[bytes, None] = {}
+        self._rests: dict[bytes, float] = {}
+        """Until when hints about a register (packed name) wait: of those that were long to look at."""
         self._wanted, self._walked = 1, 0
         """Numbers of the walk that is wanted, and of the last complete one: it began after it was wanted, and every
         disk and every majority answered.
@@ -276,7 +286,9 @@ class Check:
 
     async def _look_at_hints(self) -> None:
         """Some of them, several at a time."""
-        hints = list(self._hints)[: self._context.limits.hints_a_round]
+        now = self._context.clock.monotonic()
+        self._rests = {packed: until for packed, until in self._rests.items() if until > now}
+        hints = [packed for packed in self._hints if packed not in self._rests][: self._context.limits.hints_a_round]
         for packed in hints:
             del self._hints[packed]
         names = [name for name in map(RegisterName.unpack, hints) if self._context.leads(name.partition)]
@@ -288,10 +300,15 @@ class Check:
         await concurrently(map(self._look_at_hint, names), min(self._context.limits.hints_concurrent_max, len(names)))
 
     async def _look_at_hint(self, name: RegisterName) -> None:
+        began = self._context.clock.monotonic()
         try:
             await self._look_at(name)
         except REFUSALS as error:
             self._leave_to_walk(f"a hint about {name.key[:80]!r}: {error}")
+            return
+        ended = self._context.clock.monotonic()
+        if ended - began >= LONG_LOOK_S:
+            self._rests[name.pack()] = ended + min(LOOKS_REST * (ended - began), LOOKS_REST_S_MAX)
 
     def _leave_to_walk(self, what: str) -> None:
         self._context.log(f"left to the next check: {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from typing import Any
@@ -526,6 +527,34 @@ def test_hints_beyond_the_bound_become_a_walk() -> None:
         assert await cluster.settled() == (0, 0)
 
     run(scenario, limits=MaintainLimits(hints_max=10))
+
+
+def test_hints_about_a_key_that_is_long_to_look_at_wait_and_others_do_not() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        long, other = (object_name(bucket.id, bucket.shard_numbers, key).pack() for key in (b"long", b"other"))
+        looked: list[bytes] = []
+        cluster.maintain()
+        await cluster.settled()
+        checks = [node.maintenance.check for node in cluster.nodes.values()]
+        for one in checks:
+
+            async def look(name: RegisterName) -> None:
+                looked.append(name.pack())
+                await asyncio.sleep(1.0 if name.pack() == long else 0.01)
+
+            one._look_at = look  # type: ignore[method-assign]
+        for _ in range(100):
+            for one in checks:
+                one.hint(long)
+                one.hint(other)
+            await cluster.pass_s(0.5)
+        assert 4 <= looked.count(long) <= 6, "one in eleven seconds"
+        assert looked.count(other) >= 20
+        await cluster.pass_s(30)
+        assert not any(one.has_hints for one in checks)
+
+    run(scenario)
 
 
 def test_a_repair_that_fails_again_and_again_rests_longer_and_longer() -> None:
