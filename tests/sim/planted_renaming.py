@@ -195,8 +195,8 @@ RENAMING_BUGS = (
         100,
         _NAMES,
         "storaged/objects/read/find.py",
-        "    while departure is not None and await _has_arrived(plane, bucket, departure):\n",
-        "    while departure is not None and not key and await _has_arrived(plane, bucket, departure):\n",
+        "        if arrived:\n",
+        "        if arrived and not key:\n",
     ),
     Planted(
         "current_version_is_sealed_anew",
@@ -237,5 +237,15 @@ RENAMING_BUGS = (
         new="",
         tests="tests/integration/test_operators.py::test_the_small_last_part_of_an_upload_is_coded_for_its_copies_too",
         why="The play has no layout that trusts no operator alone.",
+    ),
+    Planted(
+        "found_by_what_was_read_before",
+        "a reader does not look at the old key again after it has looked at the new one",
+        0,
+        path="storaged/objects/read/find.py",
+        old="        arrived = await _has_arrived(plane, bucket, departure)\n",
+        new="        if not (arrived := await _has_arrived(plane, bucket, departure)):\n            break\n",
+        tests=f"{_UNIT}::test_a_read_that_meets_the_end_of_a_rename_does_not_find_what_has_left",
+        why="In the play a rename has to end, and to be forgotten, between two reads of a third request.",
     ),
 )

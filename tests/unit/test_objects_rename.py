@@ -711,6 +711,27 @@ async def test_a_read_that_meets_another_object_after_it_looked_at_the_new_key_f
     assert (await made.objects.head(made.bucket, b"a")).size == 5
 
 
+@pytest.mark.parametrize("data", [SMALL, CODED])
+async def test_a_read_that_meets_the_end_of_a_rename_does_not_find_what_has_left(made: Made, data: bytes) -> None:
+    """It has read the old key. Then the rename ends, and the new key forgets what has arrived."""
+    await put(made.objects, made.bucket, data, key=b"a")
+    await _dies_at_the_end(made, made.rename(b"a", b"b"), 1 if data is SMALL else 2)
+    read = made.world.ring.read
+
+    async def ended(name: RegisterName, **how: Any) -> Reading:
+        if name == made.name(b"b"):
+            made.world.ring.read = read  # type: ignore[method-assign]
+            await end_old(made.plane, made.bucket, made.name(b"a"), fresh_ms=-1)
+            await made.settled()
+            assert not made.arrivals()
+        return await read(name, **how)
+
+    made.world.ring.read = ended  # type: ignore[method-assign]
+    with pytest.raises(NoSuchKey):
+        await made.read(b"a")
+    assert await made.read(b"b") == data
+
+
 async def test_a_new_key_that_is_damaged_hides_nothing(made: Made) -> None:
     await put(made.objects, made.bucket, SMALL, key=b"a")
     await _dies_on_the_way(made, made.rename(b"a", b"b"))

@@ -62,12 +62,16 @@ async def find(
         return found
     record = decode_record(reading.value)
     departure = _departure_of(record, version_id)
-    while departure is not None and await _has_arrived(plane, bucket, departure):
+    while departure is not None:
+        arrived = await _has_arrived(plane, bucket, departure)
         reading = await plane.registers.read(name, want_payload=want_payload)
         record, before = decode_record(reading.value), departure
         departure = _departure_of(record, version_id)
-        if departure is not None and departure.id == before.id:  # it was here when the new key got it
+        if departure is None or departure.id != before.id:
+            continue  # the new key may have forgotten that it has arrived
+        if arrived:
             raise NoSuchVersion(VersionId=version_id) if version_id else NoSuchKey
+        break  # it was here when the new key was looked at
     entry = await named_entry(plane, name, record, version_id) if version_id else current_entry(record)
     numbered = entry.version.bucket_key
     bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, numbered)
