@@ -46,7 +46,7 @@ LEAST = {
     "inventories": Least(a_seed=20, done=(("manifests", 20), ("rows", 60))),
     "events": Least(a_seed=15, done=(("events", 5),)),
     "renaming": Least(a_seed=20, done=(("renames", 1.8),)),
-    "names": Least(a_seed=25, done=(("renames", 2), ("judged", 0.4))),
+    "names": Least(a_seed=25, done=(("renames", 2), ("judged", 0.25))),
     "collecting": Least(a_seed=14, done=(("deleted", 30),)),
     "collecting moves": Least(a_seed=14, done=(("deleted", 35), ("steps", 2))),
 }
