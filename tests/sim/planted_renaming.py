@@ -192,7 +192,7 @@ RENAMING_BUGS = (
     Planted(
         "found_where_it_has_left",
         "a version is read under its old key when the new one has it",
-        100,
+        500,
         _NAMES,
         "storaged/objects/read/find.py",
         "        if arrived:\n",
