@@ -29,12 +29,11 @@ FLOOR_BUGS = (
     Planted(
         "differing_replica_not_compared",
         "a replica that says that it differs, and then does not answer with its rows, counts as compared",
-        400,
-        "expunging",
-        "storaged/meta/listing/merge.py",
-        "        found.away |= set(feed.disks) - set(rows)\n",
-        "        if want == Want.DIGEST:\n            found.away |= set(feed.disks) - set(rows)\n",
-        first=1_000,
+        1,
+        path="storaged/meta/listing/comparing.py",
+        old="            found.away |= set(feed.disks) - set(rows)\n",
+        new="            if want != Want.ALL:\n                found.away |= set(feed.disks) - set(rows)\n",
+        tests="tests/unit/test_meta_listing.py",
     ),
     Planted(
         "promise_of_a_floor_not_durable",
