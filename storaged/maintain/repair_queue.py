@@ -181,6 +181,11 @@ class RepairQueue:
     # --- counts -----------------------------------------------------------------------------------------------------
 
     @property
+    def listed(self) -> int:
+        """Findings that are not only counted."""
+        return self._count
+
+    @property
     def overflowed(self) -> bool:
         return bool(self._overflow)
 

@@ -45,6 +45,12 @@ HINT_TRIES = 20
 """A hint that no node takes is dropped after this many attempts, ten seconds or more: a walk finds its register."""
 
 DAMAGED_MAX = 1000
+MANY_FINDINGS = 10_000
+STATUS_AGE_S = 2.0
+"""With so many findings, a status may be this old. To look through 100,000 takes a tenth of a second, and nodes ask
+each other every few seconds.
+"""
+
 RESTS_A_WALK = 4
 """The pause after a walk while partitions move, as a multiple of the walk's duration."""
 
@@ -86,6 +92,8 @@ class Maintenance:
         self._informed: set[str] = {context.node}
         """Nodes that know that this one has started."""
         self._damaged: dict[tuple[str, FragmentId], None] = {}
+        self._status: tuple[float, MaintainStatus] | None = None
+        """What ``status`` said last, and until when it says so again."""
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -218,7 +226,16 @@ class Maintenance:
     # --- status, methods --------------------------------------------------------------------------------------------
 
     def status(self) -> MaintainStatus:
-        """What this node knows of the objects that it is responsible for."""
+        """What this node knows of the objects that it is responsible for; with many findings, what it knew a moment
+        ago.
+        """
+        now = self._context.clock.monotonic()
+        if self._status is None or now >= self._status[0]:
+            age_s = STATUS_AGE_S if self.check.queue.listed > MANY_FINDINGS else 0.0
+            self._status = now + age_s, self._look()
+        return self._status[1]
+
+    def _look(self) -> MaintainStatus:
         check, repair, queue = self.check, self.repair, self.check.queue
         seen_now = self._seen == self._context.usable_disks()
         current = check.current and seen_now and self._informed >= self._nodes_seen()

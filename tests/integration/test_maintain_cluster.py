@@ -15,6 +15,7 @@ from storaged.cluster.layout import Sparing, partition_of
 from storaged.cluster.ports import Call, PeerIdentity
 from storaged.errors import PeerUnreachable, StoragedError
 from storaged.fragments.ports import FragmentId
+from storaged.maintain import service
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.service import Ask
@@ -513,6 +514,28 @@ def test_findings_beyond_the_bound_are_counted_and_mended_all_the_same() -> None
             assert await cluster.is_whole(bucket, key)
 
     run(scenario, limits=MaintainLimits(findings_max=2))
+
+
+def test_many_findings_are_looked_through_every_two_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await filled(cluster, 3)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nb")
+        await cluster.settled()
+        maintenance = next(
+            one.maintenance for one in cluster.nodes.values() if one.up and one.maintenance.check.queue.listed
+        )
+        few = maintenance.status()
+        assert few.below_target > 0
+        assert maintenance.status() is not few
+        monkeypatch.setattr(service, "MANY_FINDINGS", 0)
+        many = maintenance.status()
+        assert maintenance.status() is many
+        await cluster.pass_s(service.STATUS_AGE_S)
+        assert maintenance.status() is not many
+
+    run(scenario)
 
 
 def test_hints_beyond_the_bound_become_a_walk() -> None:
