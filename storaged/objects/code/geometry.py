@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from storaged.cluster.layout import Profile
 from storaged.ids import DATA_ID_BYTES
@@ -109,8 +110,7 @@ class BlockCells(NamedTuple):
     cells: int
 
 
-@dataclass(frozen=True)
-class BlockShape:
+class BlockShape(Struct, frozen=True):
     """One block: ``cells`` data cells of ``cell_bytes``, the last of them ``last_bytes`` long (shorter only in a part's
     last block).
     """
@@ -160,8 +160,7 @@ class BlockShape:
         return found
 
 
-@dataclass(frozen=True)
-class PartShape:
+class PartShape(Struct, frozen=True):
     """A part of ``size`` bytes of plaintext, in cells of ``cell_bytes`` (C), ``block_cells`` of them per block."""
 
     size: int
