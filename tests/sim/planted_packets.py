@@ -113,6 +113,15 @@ PACKET_BUGS = (
         tests=f"{_SERVED}::test_a_handshake_of_tls_has_a_largest_size",
     ),
     Planted(
+        "no_tls_and_waited_for",
+        "what is no record of TLS waits for the time of a handshake",
+        1,
+        path=_HANDSHAKE,
+        old='            raise PacketError("what arrived is no record of TLS")\n',
+        new="            return 0\n",
+        tests=f"{_SERVED}::test_what_is_no_record_of_tls_is_refused_at_its_first_bytes",
+    ),
+    Planted(
         "packets_behind_the_secret_lost",
         "what arrives in one read with the peer's secret is dropped",
         1,
