@@ -333,7 +333,6 @@ class Lending(Versions):
         after = await body_after(gateway.client, name, seen, moves)
         if after is None:
             return  # a page can't be read now
-        await self.nap()
         change = RecordChange(seen, after, moves)
 
         async def put_pages() -> None:
