@@ -26,12 +26,11 @@ RENAMING_BUGS = (
     Planted(
         "departure_mark_not_looked_at",
         "a rename is content with a departure that is marked",
-        30,
+        190,
         _PLAY,
         _DEPARTURES,
         "    if found is None or found.id != departure_id or found.ending:\n",
         "    if found is None or found.id != departure_id:\n",
-        first=391,
     ),
     Planted(
         "departure_ended_without_a_round",
