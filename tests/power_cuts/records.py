@@ -1,7 +1,8 @@
 """Operations on a disk's metadata store and its small copies, and a model of what must be there after any cut or kill.
 
 Batches are applied in their order. So after a cut the store has all acknowledged batches, and the first few of the
-later ones, each as a whole. A row that names a small copy is never there without it.
+later ones, each as a whole. Of those that a full drive refused it may have any. A row that names a small copy is never
+there without it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Batch:
     pages: list[bytes] = field(default_factory=list)
     """Hashes of pages that it brings."""
     done: bool = False
+    refused: bool = False
+    """The drive had no room. It may have some of it, or all."""
 
 
 class RecordHistory:
@@ -130,6 +133,7 @@ class RecordHistory:
     def _done(self, batch: Batch, error: StoragedError | None) -> None:
         if error is not None:
             self.refusals.append(error)
+            batch.refused = True
             return
         batch.done = True
         for page in batch.pages:
@@ -223,12 +227,8 @@ class RecordHistory:
     def check(self) -> None:
         """To be called after a start. From now on everything that it finds must stay."""
         self._apply_done()
-        found, allowed = self._found(), dict(self.acknowledged)
-        applied: list[Batch] | None = [] if found == allowed else None
-        for number, batch in enumerate(self.posted):
-            _apply(allowed, batch.changes)
-            if applied is None and found == allowed:
-                applied = list(self.posted)[: number + 1]
+        found = self._found()
+        applied = self._applied(found)
         assert applied is not None, f"records that were never so: {_difference(found, self.acknowledged)}"
         for page, fate in self.pages.items():
             body = self.disk.meta.get_page(page)
@@ -240,6 +240,21 @@ class RecordHistory:
         self.posted.clear()
         self.check_sums()
         self.check_copies()
+
+    def _applied(self, found: Changes) -> list[Batch] | None:
+        """The fewest batches that make what was found: all that are done, and only such as were refused are left out
+        before others.
+        """
+        last_done = max((number for number, batch in enumerate(self.posted, 1) if batch.done), default=0)
+        states: list[tuple[Changes, list[Batch]]] = [(dict(self.acknowledged), [])]
+        for number in range(len(self.posted) + 1):
+            if number >= last_done:
+                for allowed, applied in states:
+                    if found == allowed:
+                        return applied
+            if number < len(self.posted):
+                states = _with(self.posted[number], states)
+        return None
 
     def check_sums(self) -> None:
         slots = [slot for slot in self.acknowledged.values() if isinstance(slot, Slot)]
@@ -270,6 +285,17 @@ class RecordHistory:
         if (value := meta.get_meta("high")) is not None:
             found["value", "high"] = value
         return found
+
+
+def _with(batch: Batch, states: list[tuple[Changes, list[Batch]]]) -> list[tuple[Changes, list[Batch]]]:
+    """What the states may become, without doubles."""
+    after = list(states) if batch.refused else []
+    for before, applied in states:
+        allowed = dict(before)
+        _apply(allowed, batch.changes)
+        if all(allowed != known for known, _ in after):
+            after.append((allowed, [*applied, batch]))
+    return after
 
 
 def _apply(state: Changes, changes: Changes) -> None:
