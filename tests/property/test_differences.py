@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storaged.errors import ServiceUnavailable
 from storaged.meta.listing.differences import Differences, checked_pieces, differences
 from storaged.meta.messages import ShardSlice
 from storaged.meta.storage.pieces import pieces_in, rows_of_marks
@@ -101,6 +103,13 @@ def test_one_replica_that_agrees_in_little_makes_no_more_messages() -> None:
     whole, other = dict.fromkeys(keys, 0), {key: int(index % 500 >= 100) for index, key in enumerate(keys)}
     assert len(compare([whole, whole, other], 500)) <= 10
     assert len(compare([whole, whole, {}], 500)) <= 9
+
+
+def test_an_answer_without_pieces_that_is_not_the_last_is_none() -> None:
+    """A comparison with it would get no further, and ask the same again for ever."""
+    with pytest.raises(ServiceUnavailable):
+        checked_pieces(b"a", ShardSlice(0, b"b", False, 0))
+    checked_pieces(b"a", ShardSlice(0, b"a", True, 0))
 
 
 def test_rows_that_are_no_rows_are_in_a_piece_that_nobody_else_has() -> None:
