@@ -115,6 +115,20 @@ class Judge:
         except PAST:
             return False
 
+    async def is_proved_gone(self, owner: RegisterName) -> bool:
+        """As ``is_surely_gone`` of the owner's bucket, and its replicas say so too: nothing of the bucket changes any
+        more, and the owner refers to nothing. So a directory that leaves out a living bucket proves nothing.
+        """
+        if not await self.is_surely_gone(owner.scope):
+            return False
+        try:
+            await self._first_look(owner)
+        except _Gone:
+            return True
+        except PAST:
+            pass
+        return False
+
     async def countries_of(self, scope: bytes) -> tuple[str, ...]:
         """Raises as ``Buckets.countries_of``, ServiceUnavailable."""
         if scope not in self.buckets.by_id:

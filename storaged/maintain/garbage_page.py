@@ -158,7 +158,7 @@ class GarbagePage:
             return
         if not is_open(state):
             ended.setdefault(owner, []).extend(some)
-        elif await self._judge.is_surely_gone(owner.scope):  # it was open when its bucket was deleted
+        elif await self._judge.is_proved_gone(owner):  # it was open when its bucket was deleted
             gone.setdefault(owner, []).extend(some)
         else:
             self.wait(some, "its upload is open")

@@ -685,6 +685,31 @@ def test_parts_of_an_open_upload_are_kept_and_those_of_an_aborted_one_go() -> No
     run(scenario)
 
 
+def test_a_directory_that_leaves_out_a_bucket_costs_its_open_uploads_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas that lie and lag may do so. A Complete that has seen the older attempt of a part still wants it."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, *_ = await upload_parts(cluster, bucket, b"k", {1: PART})
+        await cluster.put_part(bucket, b"k", upload_id, 1, os.urandom(PART))
+        await cluster.pass_s(1)
+        before = await cluster.fragments()
+        await cluster.leap(RETIRE_S + 60)
+
+        async def leave_out(buckets: disuse.Buckets, _context: object) -> None:
+            buckets.by_id, buckets._verified = {}, {}
+
+        monkeypatch.setattr(disuse.Buckets, "refresh", leave_out)
+        for node in cluster.nodes.values():
+            node.maintenance.collector._judge.buckets.by_id.clear()
+        await collect(cluster)
+        assert await cluster.fragments() == before
+        waiting = [node.maintenance.status().garbage_waiting for node in cluster.nodes.values()]
+        assert {reason for reasons in waiting for reason, _ in reasons} == {"its upload is open"}
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("way", ["retired", "swept"])
 def test_parts_of_uploads_that_were_open_when_their_bucket_was_deleted_go(way: str) -> None:
     """Also when the gateway that deleted it dies right afterwards."""
