@@ -4,12 +4,14 @@ Theory of operation. A call between two nodes costs about as much as 50 KiB of i
 fragments from one node where a cluster has three, and many GETs read from each node. So the reads of one turn of the
 event loop travel in one call. The node answers those that need no waiting, and no others, so that no disk delays
 another one's cells; the others are asked for again, each in a call of its own. A node of version 0.1.0 does not know
-such a call, and gets each read on its own.
+such a call, and gets each read on its own. It is asked again from time to time, since its program may have been
+replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 BATCH_BYTES_MAX = 512 * KIB
 """Of the cells that one call reads: two fragments of a block of 1 MiB. Larger replies would only come later."""
+
+ASKED_AGAIN_S = 60.0
+"""A node that did not know the call gets each read alone for so long."""
 
 OnFound = Callable[[CellRead | PeerError | None], None]
 """Gets the cells; the error; or None: nothing was asked, and ``FragmentStore.read`` must be awaited."""
@@ -48,12 +53,12 @@ class ReadBatcher:
         self._asks: list[_Ask] = []
         self._bytes = 0
         self._scheduled = False
-        self._each_alone = False
-        """The node is of version 0.1.0."""
+        self._alone_until = -math.inf
+        """Each read travels alone, for the node is of version 0.1.0. In the loop's seconds."""
 
     def ask(self, request: ReadRequest, cell_bytes: int, on_found: OnFound) -> None:
         """``cell_bytes``: of the cells that are read, at most. ``on_found`` is called once, later."""
-        if self._asks and (self._bytes + cell_bytes > BATCH_BYTES_MAX or len(self._asks) == READS_MAX):
+        if self._asks and (self._bytes + cell_bytes > BATCH_BYTES_MAX or len(self._asks) >= READS_MAX):
             self._send()
         self._asks.append(_Ask(request, on_found))
         self._bytes += cell_bytes
@@ -67,7 +72,7 @@ class ReadBatcher:
 
     def _send(self) -> None:
         asks, self._asks, self._bytes = self._asks, [], 0
-        if len(asks) == 1 or self._each_alone:
+        if len(asks) == 1 or asyncio.get_running_loop().time() < self._alone_until:
             for ask in asks:
                 self._send_one(ask)
             return
@@ -86,7 +91,7 @@ class ReadBatcher:
     def _on_many(self, asks: Sequence[_Ask], answer: ReadsReply | PeerError, body: memoryview) -> None:
         if isinstance(answer, PeerError):
             if isinstance(answer, PeerRefused) and answer.remote_code == UNKNOWN_METHOD:
-                self._each_alone = True
+                self._alone_until = asyncio.get_running_loop().time() + ASKED_AGAIN_S
                 for ask in asks:
                     self._send_one(ask)
             else:

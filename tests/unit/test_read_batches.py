@@ -15,7 +15,7 @@ from storaged.cluster.rpc import faults
 from storaged.errors import FragmentDamaged, FragmentMissing, PeerError, PeerTimeout
 from storaged.fragments.messages import ReadReply, ReadRequest, ReadsReply, ReadsRequest
 from storaged.fragments.ports import READS_MAX, CellRead, FragmentHeader, FragmentId
-from storaged.fragments.read_batches import BATCH_BYTES_MAX, ReadBatcher
+from storaged.fragments.read_batches import ASKED_AGAIN_S, BATCH_BYTES_MAX, ReadBatcher
 from storaged.fragments.remote import READS_BYTES_MAX, FragmentHost
 from storaged.hashes import fragment_hash
 from storaged.wire import Buffer, Message, decode, encode
@@ -131,10 +131,10 @@ async def test_a_disk_that_waits_or_has_no_such_fragment_holds_up_no_other() -> 
     assert node.asked == [("fragment.reads", 4), *3 * [("fragment.read", 1)]]
 
 
-async def test_a_node_that_does_not_know_the_call_gets_each_read_alone_from_then_on() -> None:
+async def test_a_node_that_does_not_know_the_call_gets_each_read_alone_until_its_program_was_replaced() -> None:
     node = Node()
     reader = Reader(node)
-    del node.methods["fragment.reads"]
+    newer = node.methods.pop("fragment.reads")
     made = [await node.has("one") for _ in range(2)]
     for _ in range(2):
         reader.found.clear()
@@ -143,6 +143,12 @@ async def test_a_node_that_does_not_know_the_call_gets_each_read_alone_from_then
         await asyncio.sleep(0.01)
         assert [reader.data(fragment) for fragment, _ in made] == [data for _, data in made]
     assert node.asked == [("fragment.reads", 0), *4 * [("fragment.read", 1)]]
+    node.methods["fragment.reads"] = newer
+    await asyncio.sleep(ASKED_AGAIN_S)
+    for fragment, _ in made:
+        reader.ask("one", fragment)
+    await asyncio.sleep(0.01)
+    assert node.asked[5:] == [("fragment.reads", 2)]
 
 
 async def test_without_a_connection_all_are_told_that_they_must_wait() -> None:
