@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+import structlog
+
+log = structlog.get_logger(__name__)
+
 FOREVER = float("inf")
 
 LATE_S = 0.005
@@ -60,7 +64,10 @@ class Deadlines:
         for waiting, end in list(self._ends.items()):
             if end <= now and self._ends.get(waiting) == end:  # else another one's ``on_time`` has ended it
                 del self._ends[waiting]
-                waiting.on_time()
+                try:
+                    waiting.on_time()
+                except Exception:  # a mistake of one must not keep their deadlines from the others
+                    log.exception("the end of a deadline failed")
         next_end = min(self._ends.values(), default=FOREVER)  # ``on_time`` may have added some
         if next_end < FOREVER:
             self._ring_at(loop, next_end)

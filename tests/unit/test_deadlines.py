@@ -48,3 +48,25 @@ def test_a_process_that_did_not_run_reads_what_has_arrived_first() -> None:
 
 def test_it_rings_also_when_the_process_did_not_run_and_nothing_has_arrived() -> None:
     assert run(10 * LIMIT_S, None) == 1
+
+
+def test_a_mistake_at_one_deadline_keeps_no_other_from_ringing() -> None:
+    class Mistaken(Waiter):
+        def on_time(self) -> None:
+            raise ZeroDivisionError
+
+    loop, deadlines, same, later = VirtualLoop(), Deadlines(), Waiter(), Waiter()
+
+    async def main() -> None:
+        for waiter, limit_s in ((Mistaken(), LIMIT_S), (same, LIMIT_S), (later, 2 * LIMIT_S)):
+            deadlines.begin(waiter, limit_s)
+        over = loop.create_future()
+        loop.call_at(loop.time() + 3 * LIMIT_S, over.set_result, None)
+        await over
+
+    try:
+        loop.set_exception_handler(lambda _loop, _context: None)
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert (same.rung, later.rung) == (1, 1)
