@@ -146,8 +146,9 @@ async def test_disks_that_hang_are_given_up_after_the_time_of_one_read_however_l
     with pytest.raises(ServiceUnavailable, match="do not answer now") as raised:
         await got(objects, bucket)
     assert not isinstance(raised.value, DataDamaged)
-    # the fragments beyond the first four are asked for after the hedge delays, of 0.02 s; each has its own time
-    assert LIMIT_S < asyncio.get_running_loop().time() - started < LIMIT_S + SLOW_S - 0.1
+    # Fragments beyond the first four are asked for after the hedge delays, of 0.02 s, and each has its own time. None
+    # of them hangs when the first four have all three that do.
+    assert LIMIT_S <= asyncio.get_running_loop().time() - started < LIMIT_S + SLOW_S - 0.1
     await objects.close()
 
 
