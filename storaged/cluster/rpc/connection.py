@@ -366,7 +366,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def stalled_s(self, now: float) -> float:
         """Seconds without progress: a frame is half received, or the transport takes nothing."""
-        arriving = self.reader.mid_frame or (self._incoming is not None and self._incoming.mid_packet)
+        arriving = not self.reader.waiting and (  # while it waits, this side makes the peer wait
+            self.reader.mid_frame or (self._incoming is not None and self._incoming.mid_packet)
+        )
         silent = now - self.last_read_at if arriving else 0.0
         blocked = now - self._paused_since if self._paused else 0.0
         return max(silent, blocked)

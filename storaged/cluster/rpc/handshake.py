@@ -33,6 +33,8 @@ _RECORD_HEADER_BYTES: Final = 5
 _RECORD_BYTES_MAX: Final = _RECORD_HEADER_BYTES + 16 * KIB + 256
 _CONTENT_TYPES: Final = (20, 21, 22, 23)
 _READ_BYTES: Final = 64 * KIB
+_ANSWERS_BYTES_MAX: Final = 16 * KIB
+"""TLS answers each KeyUpdate with 27 bytes. They leave with the next frame."""
 
 
 class Reader(Protocol):
@@ -162,7 +164,9 @@ class Handshake:
             tls.do_handshake()
             if tls.selected_alpn_protocol() != PACKETS:
                 return self._secured(
-                    False, TlsReader(tls, self._to_tls, self._frames, self._ended), TlsWriter(tls, self._from_tls)
+                    False,
+                    TlsReader(tls, self._to_tls, self._from_tls, self._frames, self._ended),
+                    TlsWriter(tls, self._from_tls),
                 )
             self._secret = system_entropy(SECRET_BYTES)
             tls.write(self._secret)
@@ -194,10 +198,18 @@ class TlsReader:
 
     mid_packet = False
 
-    def __init__(self, tls: ssl.SSLObject, to_tls: ssl.MemoryBIO, frames: Frames, ended: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        tls: ssl.SSLObject,
+        to_tls: ssl.MemoryBIO,
+        from_tls: ssl.MemoryBIO,
+        frames: Frames,
+        ended: Callable[[], object],
+    ) -> None:
         self._ended = ended
         self._tls = tls
         self._to_tls = to_tls
+        self._from_tls = from_tls
         self._frames = frames
         self._view = memoryview(bytearray(_READ_BYTES))
 
@@ -208,6 +220,8 @@ class TlsReader:
         """Takes ``count`` bytes that were put into :meth:`buffer`. Raises ssl.SSLError, and what the frames raise."""
         self._to_tls.write(self._view[:count])
         self.resume()
+        if self._from_tls.pending > _ANSWERS_BYTES_MAX:
+            raise PacketError("the peer asks TLS for new keys again and again")
 
     def resume(self) -> None:
         """Goes on with what has arrived, once the frames wait no more. Raises as :meth:`received` does."""

@@ -10,7 +10,8 @@ What requests hold in memory is bounded twice, per connection and per server. Be
 taken from both budgets; replies with large bodies count until they have left. When a budget is used up, the server
 stops reading from that connection: TCP carries the back-pressure to the caller. A single body larger than a budget is
 admitted when nothing else is in flight. Replies of handlers that already run come on top, so the number of handlers is
-bounded too. What a hanging disk still holds of abandoned calls is in no budget of the server: a budget that never comes
+bounded too. A peer that does not read its replies is not read from either, once ``UNREAD_BYTES_MAX`` of small ones wait
+for it. What a hanging disk still holds of abandoned calls is in no budget of the server: a budget that never comes
 back would end the traffic with the node's other disks. So the implementation of ``try_start`` bounds what it holds.
 """
 
@@ -47,6 +48,10 @@ from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 
 log = structlog.get_logger(__name__)
+
+UNREAD_BYTES_MAX = MIB
+"""Small replies are in no budget. When more bytes of them wait because the peer does not read, or as many replies as
+handlers may run, no more of its requests are taken."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,16 @@ class ServerConnection(Connection):
         limits = self.shared.limits
         if len(self.running) >= limits.handlers_per_connection_max:
             return False
+        if self._paused and self._small and not self._are_few_unread():
+            return False
         return self.inflight_bytes == 0 or self.inflight_bytes + size <= limits.inflight_bytes_per_connection_max
+
+    def _are_few_unread(self) -> bool:
+        unread = self._small
+        return (
+            len(unread) < self.shared.limits.handlers_per_connection_max
+            and sum(map(len, unread.values())) <= UNREAD_BYTES_MAX
+        )
 
     def _pause_reading(self) -> Verdict:
         if self.transport is not None:
@@ -157,10 +171,18 @@ class ServerConnection(Connection):
     def _resume_reading(self) -> None:
         if self.transport is None or not self.reader.waiting:
             return
+        if not self._blocked and self._granted is None:
+            return  # two calls ended in one turn: the first made it wait for the server's budget, once is enough
         self._blocked = False
         self.resume_frames()
         if not self.reader.waiting and self.is_open:
+            self.last_read_at = self.loop.time()  # before, the peer could not be heard
             self.transport.resume_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._blocked and self.reader.waiting:
+            self.loop.call_soon(self._resume_reading)
 
     def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         if kind == REQUEST:
@@ -372,6 +394,8 @@ class ServerConnection(Connection):
 
     def on_protocol_error(self, error: FrameError) -> None:
         if self.peer is None and not self.hello.done():
+            if self._tcp is not None and not self._tcp.is_closing():
+                self._tcp.pause_reading()  # the refusal is sent in the next turn; the reader takes no more
             self.fail_handshake(CertificateRefused(f"The handshake failed: {error}."))
         else:
             self.abort(str(error))

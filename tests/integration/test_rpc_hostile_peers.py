@@ -1,0 +1,226 @@
+"""Peers that know the protocol between nodes and use it against the node: what they can make it hold, lose or say, and
+that an honest peer which the node makes wait is none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from storaged.cluster import tls
+from storaged.cluster.ports import Method
+from storaged.cluster.rpc import ServerLimits
+from storaged.cluster.rpc.framing import Kind
+from storaged.cluster.rpc.server_connection import UNREAD_BYTES_MAX
+from storaged.units import KIB, MIB
+from storaged.wire import encode
+from tests.patience import GUARD_S
+from tests.worlds.authority import ROLES, Note, Service, World, serving, until
+from tests.worlds.packet_peer import frame, greet, hello, packet_peer
+
+ECHO = b"\x06t.echo" + encode(Note("x"))
+HOLD = b"\x06t.hold" + encode(Note("x"))
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def event_loop_policy(request: pytest.FixtureRequest) -> Any:
+    return uvloop.EventLoopPolicy() if request.param == "uvloop" else asyncio.DefaultEventLoopPolicy()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+# --- a peer that does not read
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["answered at once", "answered by a task"])
+async def test_a_peer_that_asks_and_does_not_read_is_not_read_from(world: World, at_once: bool) -> None:
+    """A request of some 60 bytes has a reply of 100 KB: 4,000 of them would hold 400 MB."""
+    large = Note("y" * 100_000)
+
+    async def answer(_request: Note, _call: Any) -> Note:
+        return large
+
+    limits = ServerLimits(handlers_per_connection_max=16, drain_s=0.1)
+    methods = {"t.echo": Method(Note, answer, ROLES, try_answer=(lambda *_: large) if at_once else None)}
+    count, held = 4000, 0
+    async with (
+        serving(world.node("n1"), methods, limits=limits) as server,
+        packet_peer(world.node("raw", ("gateway",)), server.port) as peer,
+    ):
+        await greet(peer, "raw")
+        (connection,) = server._connections
+        for first in range(1, count, 100):
+            peer.writer.write(peer.seal(b"".join(frame(Kind.REQUEST, first + at, ECHO) for at in range(100))))
+        await until(lambda: server.statistics().connections_waiting == 1 and not connection.running)
+        held = sum(map(len, connection._small.values()))
+        assert held <= UNREAD_BYTES_MAX + (16 + 1) * 101_000
+        assert server.statistics().calls < count
+        await peer.read_frames(1 + count)  # once it reads, it gets everything
+        assert sorted(found[1] for found in peer.frames[1:]) == [*range(1, count + 1)]
+
+
+async def test_what_waits_for_one_peer_is_not_written_over_by_what_another_gets(world: World) -> None:
+    """All connections of a loop encrypt into the same memory, and a socket takes a part of it."""
+    sizes = (24 * MIB, 24 * MIB + 1)  # more than sockets hold
+    async with (
+        serving(world.node("n1"), Service(), limits=ServerLimits(drain_s=0.1)) as server,
+        packet_peer(world.node("g1", ("gateway",)), server.port) as first,
+        packet_peer(world.node("g2", ("gateway",)), server.port) as second,
+    ):
+        for peer, name, size in zip((first, second), ("g1", "g2"), sizes, strict=True):
+            await greet(peer, name)
+            peer.writer.write(peer.seal(frame(Kind.REQUEST, 1, b"\x06t.make" + encode(Note("x", size)))))
+        await until(lambda: all(connection._paused for connection in server._connections))
+        for peer, size in zip((first, second), sizes, strict=True):
+            await peer.read_frames(2)
+            assert peer.frames[1][3] == bytes([size % 251]) * size
+
+
+# --- a peer that is made to wait
+
+
+async def test_a_peer_that_the_node_makes_wait_is_not_ended_for_its_silence(world: World) -> None:
+    """Half a packet has arrived, and the node reads no more because all of its handlers are busy."""
+    service = Service()
+    limits = ServerLimits(handlers_per_connection_max=2, stall_timeout_s=50.0, drain_s=0.1)
+    async with (
+        serving(world.node("n1"), service, limits=limits) as server,
+        packet_peer(world.node("raw", ("gateway",)), server.port) as peer,
+    ):
+        await greet(peer, "raw")
+        (connection,) = server._connections
+        whole = b"".join(bytes(peer.seal(frame(Kind.REQUEST, number, HOLD))) for number in range(1, 5))
+        half = bytes(peer.seal(frame(Kind.REQUEST, 5, HOLD)))
+        peer.writer.write(whole + half[:-1])
+        await until(lambda: server.statistics().connections_waiting == 1)
+        connection.last_read_at -= 100
+        assert connection.stalled_s(asyncio.get_running_loop().time()) == 0.0
+        service.gate.set()
+        await peer.read_frames(5)
+        assert connection.stalled_s(asyncio.get_running_loop().time()) < 50.0, "its silence begins when it can be heard"
+        peer.writer.write(half[-1:])
+        await peer.read_frames(6)
+
+
+async def test_a_request_waits_for_the_budget_once_though_two_calls_end_together(world: World) -> None:
+    """Each ended call wakes the request. Waiting twice, it would be granted twice, and one grant never came back."""
+    service, other = Service(), Service()
+    methods = {**service.methods(), "t.other": Method(Note, other.hold, ROLES)}
+    limits = ServerLimits(handlers_per_connection_max=2, inflight_bytes_max=MIB, drain_s=0.1)
+    async with (
+        serving(world.node("n1"), methods, limits=limits) as server,
+        packet_peer(world.node("raw", ("gateway",)), server.port) as peer,
+        packet_peer(world.node("more", ("gateway",)), server.port) as second,
+    ):
+        await greet(peer, "raw")
+        await greet(second, "more")
+        second.writer.write(second.seal(frame(Kind.REQUEST, 1, b"\x07t.other" + encode(Note("x")), bytes(MIB))))
+        await other.entered.wait()
+        bodies = [b"", b"", bytes(100 * KIB)]
+        held = [frame(Kind.REQUEST, number, HOLD, body) for number, body in enumerate(bodies, 1)]
+        peer.writer.write(peer.seal(b"".join(held)))
+        await until(lambda: server.statistics().connections_waiting == 1)
+        service.gate.set()
+        await until(lambda: len(server._shared.budget) > 0)
+        await asyncio.sleep(0)
+        other.gate.set()
+        await peer.read_frames(4)
+        await second.read_frames(2)
+        await until(lambda: server.statistics().handlers_running == 0)
+        assert server.statistics().inflight_bytes == 0
+
+
+# --- strangers, and peers that keep TLS
+
+
+async def test_a_stranger_that_sends_too_much_is_refused_and_nothing_else_is_logged(world: World) -> None:
+    """It goes on sending after the bytes that end the handshake."""
+    unexpected: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unexpected.append(context))
+    message = b"\x01" + (100_000).to_bytes(3, "big") + bytes(400_000)
+    parts = [message[at : at + 16 * KIB] for at in range(0, len(message), 16 * KIB)]
+    records = b"".join(b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts)
+    async with serving(world.node("n1"), Service()) as server:
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(records)
+            try:
+                while await reader.read(1000):
+                    pass
+            except ConnectionError:
+                pass
+            writer.close()
+        await until(lambda: server.statistics().peers_refused == 5)
+        assert unexpected == []
+
+
+class KeyUpdates:
+    """Records of TLS 1.3 that ask for new keys (RFC 8446, 4.6.3). Python's ssl can't send them, so this needs the log
+    of its secrets, and how many records the client has sent.
+    """
+
+    def __init__(self, log: str, sent: int) -> None:
+        (line,) = [line for line in log.splitlines() if line.startswith("CLIENT_TRAFFIC_SECRET_0")]
+        self._secret = bytes.fromhex(line.split()[2])
+        self._number = sent
+
+    def _expand(self, label: bytes, count: int) -> bytes:
+        name = b"tls13 " + label
+        info = count.to_bytes(2, "big") + bytes([len(name)]) + name + b"\0"
+        return HKDFExpand(hashes.SHA384(), count, info).derive(self._secret)
+
+    def next(self) -> bytes:
+        key, nonces = self._expand(b"key", 32), int.from_bytes(self._expand(b"iv", 12), "big")
+        plain = bytes((24, 0, 0, 1, 1)) + b"\x16"
+        header = b"\x17\x03\x03" + (len(plain) + 16).to_bytes(2, "big")
+        record = header + AESGCM(key).encrypt((nonces ^ self._number).to_bytes(12, "big"), plain, header)
+        self._secret, self._number = self._expand(b"traffic upd", 48), 0
+        return record
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(100, True), (2000, False)])
+async def test_a_peer_of_0_1_0_that_asks_tls_for_new_keys_for_ever_is_ended(
+    world: World, tmp_path: Path, asked: int, kept: bool
+) -> None:
+    """TLS answers each time, and the answers wait for the next frame."""
+    async with serving(world.node("n1"), Service()) as server:
+        context = tls.client_context(world.node("raw", ("gateway",)))
+        context.keylog_filename = str(tmp_path / "keys")
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        to_tls, from_tls = ssl.MemoryBIO(), ssl.MemoryBIO()
+        own = context.wrap_bio(to_tls, from_tls, server_hostname="n1")
+        while True:
+            try:
+                own.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                writer.write(from_tls.read())
+                to_tls.write(await reader.read(64 * KIB))
+        assert own.cipher()[0] == "TLS_AES_256_GCM_SHA384"  # type: ignore[index]
+        own.write(hello("raw"))
+        writer.write(from_tls.read())
+        await until(lambda: server.statistics().connections == 1)
+        (connection,) = server._connections
+        updates = KeyUpdates((tmp_path / "keys").read_text(), sent=1)
+        sent = b"".join(updates.next() for _ in range(asked))
+        before = connection.bytes_in
+        writer.write(sent)
+        if kept:
+            await until(lambda: connection.bytes_in == before + len(sent))
+            assert connection.is_open
+        else:
+            async with asyncio.timeout(GUARD_S):
+                await connection.lost
+            assert "new keys" in connection.reason
+        writer.close()
