@@ -287,10 +287,9 @@ list, ETag, checksums and last modified time. Objects with SSE-C are refused (40
   It is never without a name. Lists, and conditions of writes to the old name, may see the old name until it is removed
   right after. If the gateway dies there, it stays until it is removed by a retry with the same client token, by another
   rename of the object a minute later, or by the next hourly walk that finds the rename ten minutes old. Until then a
-  change of tags, access control list or encryption under the old name may answer 503.
-* Of several renames of an object at the same time one succeeds. The others answer 404 or 503, and change nothing. The
-  only exception to this and the above is an object that was replaced or deleted under its new name before the old one
-  was removed: it may stay under the old one.
+  change of tags, access control list or encryption under the old name may answer 503. An object that is replaced,
+  deleted or renamed under its new name meanwhile does not come back under the old one.
+* Of several renames of an object at the same time one succeeds. The others answer 404 or 503, and change nothing.
 * A rename changes nothing of what another request has put under the old name meanwhile. Who overwrites or deletes the
   object while it is renamed may find it under its new name nevertheless.
 * After an error 5xx the rename may have been done: retry with the same token. The token is remembered as long as the
