@@ -108,21 +108,14 @@ class Judge:
         self._gone.add(scope)
         return True
 
-    async def is_surely_gone(self, scope: bytes) -> bool:
-        """As ``is_gone``; False when that is not known now."""
-        try:
-            return await self.is_gone(scope)
-        except PAST:
-            return False
-
     async def is_proved_gone(self, owner: RegisterName) -> bool:
-        """As ``is_surely_gone`` of the owner's bucket, and its replicas say so too: nothing of the bucket changes any
-        more, and the owner refers to nothing. So a directory that leaves out a living bucket proves nothing.
+        """Whether the bucket of the owner was deleted for good, as the directory and the owner's replicas say: nothing
+        of it changes any more, and the owner refers to nothing. So a directory that leaves out a living bucket proves
+        nothing. False when that is not known now.
         """
-        if not await self.is_surely_gone(owner.scope):
-            return False
         try:
-            await self._first_look(owner)
+            if await self.is_gone(owner.scope):
+                await self._first_look(owner)
         except _Gone:
             return True
         except PAST:
@@ -147,7 +140,7 @@ class Judge:
                 value = (await self._context.registers.read(owner)).value
                 return Proof([entry async for entry in entries_of(self._context, owner, value)], value=value)
             except PAST:
-                if await self.is_surely_gone(owner.scope):
+                if await self.is_proved_gone(owner):
                     return Proof(gone=True)
                 raise
 

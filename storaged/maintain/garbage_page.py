@@ -151,17 +151,16 @@ class GarbagePage:
         try:
             state = await self._judge.upload_state(owner, upload_id)
         except PAST as error:
-            if await self._judge.is_surely_gone(owner.scope):
-                gone.setdefault(owner, []).extend(some)
-            else:
-                self.wait(some, str(error))
-            return
-        if not is_open(state):
-            ended.setdefault(owner, []).extend(some)
-        elif await self._judge.is_proved_gone(owner):  # it was open when its bucket was deleted
+            reason = str(error)
+        else:
+            if not is_open(state):
+                ended.setdefault(owner, []).extend(some)
+                return
+            reason = "its upload is open"
+        if await self._judge.is_proved_gone(owner):  # it was open when its bucket was deleted
             gone.setdefault(owner, []).extend(some)
         else:
-            self.wait(some, "its upload is open")
+            self.wait(some, reason)
 
     async def without_claimed(self, garbage: Garbage, proof: Proof) -> Sequence[Garbage]:
         """The record refers to the data: only fragments that none of its runs places on this disk go. Its entry stays

@@ -685,7 +685,10 @@ def test_parts_of_an_open_upload_are_kept_and_those_of_an_aborted_one_go() -> No
     run(scenario)
 
 
-def test_a_directory_that_leaves_out_a_bucket_costs_its_open_uploads_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reads", ["answered", "refused"])
+def test_a_directory_that_leaves_out_a_bucket_costs_its_open_uploads_no_part(
+    monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
     """Replicas that lie and lag may do so. A Complete that has seen the older attempt of a part still wants it."""
 
     async def scenario(cluster: Cluster) -> None:
@@ -695,19 +698,53 @@ def test_a_directory_that_leaves_out_a_bucket_costs_its_open_uploads_no_part(mon
         await cluster.pass_s(1)
         before = await cluster.fragments()
         await cluster.leap(RETIRE_S + 60)
-
-        async def leave_out(buckets: disuse.Buckets, _context: object) -> None:
-            buckets.by_id, buckets._verified = {}, {}
-
-        monkeypatch.setattr(disuse.Buckets, "refresh", leave_out)
-        for node in cluster.nodes.values():
-            node.maintenance.collector._judge.buckets.by_id.clear()
+        leave_out_buckets(cluster, monkeypatch)
+        cluster.intercept = refuse_reads if reads == "refused" else None
         await collect(cluster)
         assert await cluster.fragments() == before
         waiting = [node.maintenance.status().garbage_waiting for node in cluster.nodes.values()]
-        assert {reason for reasons in waiting for reason, _ in reasons} == {"its upload is open"}
+        reasons = {reason for reasons in waiting for reason, _ in reasons}
+        assert ("its upload is open" in reasons) == (reads == "answered")
+        assert reasons
 
     run(scenario)
+
+
+def test_a_directory_that_leaves_out_a_bucket_costs_it_no_data_while_its_records_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node that lies can say of the data of an object that it was replaced. Then a read of the record decides."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(PART))
+        entry, owner = await cluster.entry(bucket, b"k"), object_name(bucket.id, bucket.shard_numbers, b"k")
+        before = await cluster.fragments()
+        for disk in {disk for disk, _ in before}:
+            await cluster.store(disk).retire([Retirement(entry.data_id, owner.pack(), 0, REPLACED)])
+        leave_out_buckets(cluster, monkeypatch)
+        cluster.intercept = refuse_reads
+        await collect(cluster)
+        assert before
+        assert await cluster.fragments() == before
+
+    run(scenario)
+
+
+def leave_out_buckets(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the directories of all nodes."""
+
+    async def leave_out(buckets: disuse.Buckets, _context: object) -> None:
+        buckets.by_id, buckets._verified = {}, {}
+
+    monkeypatch.setattr(disuse.Buckets, "refresh", leave_out)
+    for node in cluster.nodes.values():
+        node.maintenance.collector._judge.buckets.by_id.clear()
+
+
+async def refuse_reads(_source: str, node: str, method: str, _request: object) -> None:
+    if method == "meta.read":
+        raise PeerUnreachable(f"{node} is away")
 
 
 @pytest.mark.parametrize("way", ["retired", "swept"])
