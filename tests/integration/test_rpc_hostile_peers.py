@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from storaged.cluster import tls
 from storaged.cluster.ports import Method
 from storaged.cluster.rpc import ServerLimits
-from storaged.cluster.rpc.framing import Kind
+from storaged.cluster.rpc.framing import ErrorHead, Kind
 from storaged.cluster.rpc.server_connection import UNREAD_BYTES_MAX
+from storaged.config import parse
+from storaged.errors import PeerRefused, StoragedError
 from storaged.units import KIB, MIB
-from storaged.wire import encode
+from storaged.wire import decode, encode
 from tests.patience import GUARD_S
-from tests.worlds.authority import ROLES, Note, Service, World, serving, until
+from tests.worlds.authority import ROLES, Note, Service, World, pooled, serving, until
 from tests.worlds.packet_peer import frame, greet, hello, packet_peer
 
 ECHO = b"\x06t.echo" + encode(Note("x"))
@@ -139,6 +142,70 @@ async def test_a_request_waits_for_the_budget_once_though_two_calls_end_together
         await second.read_frames(2)
         await until(lambda: server.statistics().handlers_running == 0)
         assert server.statistics().inflight_bytes == 0
+
+
+# --- a peer with many connections
+
+
+async def test_one_node_does_not_take_all_connections_and_reads_why(world: World) -> None:
+    refusals: list[tuple[str, str]] = []
+
+    def refused(peer: str, error: StoragedError) -> None:
+        refusals.append((peer, error.remote_code if isinstance(error, PeerRefused) else error.code))
+
+    limits, own = ServerLimits(connections_per_peer_max=3, drain_s=0.1), world.node("raw", ("gateway",))
+    async with (
+        serving(world.node("n1"), Service(), limits=limits, on_refusal=refused) as server,
+        AsyncExitStack() as held,
+    ):
+        peers = [await held.enter_async_context(packet_peer(own, server.port)) for _ in range(4)]
+        for peer in peers[:3]:
+            await greet(peer, "raw")
+        peers[3].send_in_tls(peers[3].secret)
+        await peers[3].read_secret()
+        peers[3].writer.write(peers[3].seal(hello("raw")))
+        await peers[3].read_frames(1)
+        kind, _number, head, _body = peers[3].frames[0]
+        assert kind == Kind.REFUSED
+        assert decode(head, ErrorHead).message == "raw has 3 connections to n1, and one node may have no more."
+        async with asyncio.timeout(GUARD_S):
+            assert await peers[3].is_ended()
+        assert refusals == [("raw", "TOO_MANY_CONNECTIONS")]
+        assert server.statistics().peers == ("raw", "raw", "raw")
+
+        async with pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool:
+            assert (await pool.call("n1", "t.echo", Note("another node"), Note))[0].text == "another node"
+        peers[0].writer.transport.abort()
+        await until(lambda: server.statistics().connections == 2)
+        async with packet_peer(own, server.port) as again:
+            await greet(again, "raw")
+
+
+@pytest.mark.parametrize("most", [4, 2], ids=["there is room", "there is no room"])
+async def test_processes_of_one_gateway_replace_their_connections_within_the_bound(world: World, most: int) -> None:
+    """Where there is no room for a new connection, calls go on over the old one."""
+    limits, own = ServerLimits(connections_per_peer_max=most, drain_s=0.1), world.node("gw", ("gateway",))
+    async with serving(world.node("n1"), Service(), limits=limits) as server:
+        addresses = {"n1": f"127.0.0.1:{server.port}"}
+        async with pooled(own, addresses) as first, pooled(own, addresses) as second:
+            for pool in (first, second):
+                await pool.call("n1", "t.echo", Note("before"), Note)
+            for pool in (first, second):
+                pool.renew(own)
+            if most == 4:
+                await until(lambda: [pool.statistics().links[0].connects for pool in (first, second)] == [2, 2])
+            else:
+                await until(lambda: server.statistics().peers_refused == 2)
+            for pool in (first, second):
+                assert (await pool.call("n1", "t.echo", Note("after"), Note))[0].text == "after"
+            assert server.statistics().peers_refused == (0 if most == 4 else 2)
+
+
+def test_a_gateway_with_the_most_processes_has_four_connections_for_each() -> None:
+    limits = ServerLimits()
+    _config, mistakes = parse(f"[s3]\nworkers = {limits.connections_per_peer_max // 4 + 1}\n", Path("/"))
+    assert any("outside 1 .. 64" in str(mistake) for mistake in mistakes)
+    assert 4 * limits.connections_per_peer_max <= limits.connections_max
 
 
 # --- strangers, and peers that keep TLS

@@ -9,8 +9,10 @@ from tests.sim.planted import Planted
 _PACKETS = "storaged/cluster/rpc/packets.py"
 _HANDSHAKE = "storaged/cluster/rpc/handshake.py"
 _CONNECTION = "storaged/cluster/rpc/connection.py"
+_SERVER = "storaged/cluster/rpc/server.py"
 _PURE = "tests/property/test_packets.py"
 _SERVED = "tests/integration/test_rpc_packets.py"
+_HOSTILE = "tests/integration/test_rpc_hostile_peers.py"
 
 PACKET_BUGS = (
     Planted(
@@ -147,5 +149,14 @@ PACKET_BUGS = (
         old=" or (self._incoming is not None and self._incoming.mid_packet)",
         new="",
         tests=f"{_SERVED}::test_a_peer_that_stops_in_the_middle_of_a_packet_is_ended",
+    ),
+    Planted(
+        "one_node_takes_all_connections",
+        "one certified node may have as many connections as there are",
+        1,
+        path=_SERVER,
+        old="        if names.count(peer.name) >= most:\n",
+        new="        if not names and not most:\n",
+        tests=f"{_HOSTILE}::test_one_node_does_not_take_all_connections_and_reads_why",
     ),
 )

@@ -2,10 +2,11 @@
 
 Theory of operation. A peer passes three checks in this order: TLS (a certificate of this cluster's authority, valid
 now), the certificate's extension and the admission policy (jurisdiction), and the handshake (same cluster, same
-protocol version, the name that was certified). The server sends a refusal if it can, logs it, and hands it to
-``on_refusal`` for the audit log. A certificate outlives a membership. So what a peer may call follows from the layout
-in force (``PeerChecks.roles_of``), and the server checks it again, for existing connections too, whenever that changes
-(``recheck_peers``). A certificate that is revoked, or has expired (``expiry``), ends its connections.
+protocol version, the name that was certified). It must also have fewer connections than one node may have. The server
+sends a refusal if it can, logs it, and hands it to ``on_refusal`` for the audit log. A certificate outlives a
+membership. So what a peer may call follows from the layout in force (``PeerChecks.roles_of``), and the server checks it
+again, for existing connections too, whenever that changes (``recheck_peers``). A certificate that is revoked, or has
+expired (``expiry``), ends its connections.
 
 A stopping server waits for tasks, and then for the calls that ``try_start`` accepted, each for ``drain_s``.
 """
@@ -32,7 +33,7 @@ from storaged.cluster.rpc.framing import PROTOCOL_VERSION, Hello, Kind
 from storaged.cluster.rpc.handshake import offer_packets
 from storaged.cluster.rpc.listener import Listener
 from storaged.cluster.rpc.server_connection import ServerConnection, ServerLimits, ServerShared
-from storaged.errors import CertificateRefused, StoragedError
+from storaged.errors import CertificateRefused, PeerRefused, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.wire import encode
 
@@ -210,6 +211,7 @@ class RpcServer:
                 self._checks.admission(peer)
                 self._check_hello(await connection.hello, peer)
                 self._checks.admission(peer)  # a layout may have come meanwhile
+                self._check_room_for(peer)
         except StoragedError as error:
             self._refuse(connection, who, error)
         except ssl.SSLError as error:
@@ -234,6 +236,16 @@ class RpcServer:
                 raise CertificateRefused(f"{peer.name} belongs to cluster {cluster!r}, {own.name} to {own.cluster!r}.")
         if hello.name != peer.name or len(hello.incarnation) != INCARNATION_BYTES:
             raise CertificateRefused(f"{peer.name} introduces itself as {hello.name!r}.")
+
+    def _check_room_for(self, peer: PeerIdentity) -> None:
+        """Keeps one certified node from taking every connection. Called without a wait before the peer is admitted."""
+        most = self.limits.connections_per_peer_max
+        names = [connection.peer.name for connection in self._connections if connection.peer is not None]
+        if names.count(peer.name) >= most:
+            raise faults.refused(
+                faults.TOO_MANY_CONNECTIONS,
+                f"{peer.name} has {most} connections to {self._identity.name}, and one node may have no more.",
+            )
 
     def _roles_of(self, peer: PeerIdentity) -> frozenset[str]:
         return self._checks.roles_of(peer) if self._checks.roles_of is not None else frozenset(peer.roles)
@@ -266,7 +278,7 @@ class RpcServer:
 
     def _record_refusal(self, who: str, error: StoragedError) -> None:
         self._refused += 1
-        self._lines.note("node refused", who, error.code, error.message)
+        self._lines.note("node refused", who, _code_of(error), error.message)
         if self._checks.on_refusal is not None:
             self._checks.on_refusal(who, error)
 
@@ -274,7 +286,7 @@ class RpcServer:
         """A peer called an unknown method, or one that its roles do not allow; no honest node of this version does the
         second.
         """
-        code = getattr(error, "remote_code", error.code)
+        code = _code_of(error)
         if code == faults.ROLE_REFUSED and self._checks.on_refusal is not None:
             self._checks.on_refusal(peer, error)
         else:
@@ -298,3 +310,7 @@ class RpcServer:
             for request_id, running in [call for call in connection.running.items() if call[1].deadline < now]:
                 connection.cancel_call(request_id, running)
         self._sweep_timer = self._loop.call_later(SWEEP_S, self._sweep)
+
+
+def _code_of(error: StoragedError) -> str:
+    return error.remote_code if isinstance(error, PeerRefused) else error.code

@@ -56,9 +56,15 @@ handlers may run, no more of its requests are taken."""
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Bounds of one server. ``inflight``: bodies received or being answered."""
+    """Bounds of one server. ``inflight``: bodies received or being answered.
+
+    ``connections_per_peer_max``: under one certified name. A gateway has up to 64 processes, each with one connection,
+    and with one or two more while it replaces that one. After its machine has vanished, the old ones count for half a
+    minute.
+    """
 
     connections_max: int = 1024
+    connections_per_peer_max: int = 256
     handshakes_max: int = 64
     handlers_per_connection_max: int = 256
     inflight_bytes_per_connection_max: int = 32 * MIB
