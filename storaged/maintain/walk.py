@@ -38,7 +38,9 @@ BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
 WALK_PATIENCE = 2.0
-"""A walk that misses one answer begins again with all records. A disk that hangs so long is not thought to answer."""
+"""As of ``RingScanner.catch_up``: 6 s. A walk that misses one answer begins again with all records. A disk that hangs
+for longer counts as away, and is not asked.
+"""
 
 LENDERS_MAX = 10_000
 """Those of a slice are asked about before the next one comes; only while no gateway answers they add up."""

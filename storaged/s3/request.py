@@ -165,7 +165,7 @@ class Request(Struct):
     read_error: ServiceUnavailable | None = None
     """Why its bytes could not be read then (``FailedRead``)."""
     batch: list[BatchKey] | None = None
-    """What became of the keys of DeleteObjects, for the access log; only of a bucket that is not plain."""
+    """The keys that it deletes beside its own (``log_lines.lines_of``), for the access log."""
 
     @property
     def query(self) -> dict[str, str]:

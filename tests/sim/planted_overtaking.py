@@ -79,7 +79,7 @@ OVERTAKING_BUGS = (
         path=_ADDING,
         old="        if record.history is None:\n",
         new="        if record.history is None or record.history.is_unversioned:\n",
-        tests=f"{_UNIT}::test_events_and_loans_of_a_key_without_versioning_stay",
+        tests=f"{_UNIT}::test_events_loans_and_arrivals_of_a_key_without_versioning_stay",
         why="The plays with events have no gateway that does not know of them.",
     ),
     Planted(

@@ -43,7 +43,7 @@ from storaged.objects.records import (
     Version,
     sharing_of,
 )
-from storaged.objects.sharing import Borrower
+from storaged.objects.sharing import Arrival, Borrower
 from tests.doubles.layouts import KnownLayouts, layout_of
 from tests.worlds.ring_client import MemoryReplicas, clock_of, ring_client
 
@@ -391,15 +391,16 @@ def test_a_null_version_on_a_page_is_not_replaced() -> None:
     assert decode_record(after).history.levels == decode_record(below).history.levels  # type: ignore[union-attr]
 
 
-def test_events_and_loans_of_a_key_without_versioning_stay() -> None:
+def test_events_loans_and_arrivals_of_a_key_without_versioning_stay() -> None:
     made = draft(Entry(Kept(0), version("null", b"d" * 16)))
     made.outbox = (PendingEvent(b"e" * 16, 1, b"sealed"),)
     made.loans = (Loan(version("null", b"d" * 16).parts[0], (Borrower(b"i" * 16, b"b", 1),)),)
+    made.arrivals = (Arrival(b"r" * 16, b"old"),)
     record = decode_record(overtake(NAME, CREATE, value_of(made)))
     assert [one.context_id for one in record.versions] == [NEW.context_id]
     assert record.history is not None
     assert record.history.outbox == made.outbox
-    assert sharing_of(record).loans == made.loans
+    assert (sharing_of(record).loans, sharing_of(record).arrivals) == (made.loans, made.arrivals)
 
 
 def test_what_has_no_history_is_replaced() -> None:

@@ -40,7 +40,8 @@ def next_ordinal(value: Value | None) -> int:
 
 
 def overtake(_name: RegisterName, create: Value, below: Value) -> Value | None:
-    """As ``meta.consensus.change.Shared``: versions, pending events and loans of the value below stay.
+    """As ``meta.consensus.change.Shared``: versions, pending events and what is shared (loans, arrivals) of the value
+    below stay.
 
     None: a record can't be read, a page is needed, or a lock may keep the null version. This function has no clock, so
     it takes a retention that is over for one that lasts.
