@@ -37,6 +37,7 @@ from storaged.objects.api import (
 )
 from storaged.objects.etags import ANY, tag
 from storaged.objects.read.streams import HeldStream, VerifiedStream
+from storaged.objects.read.window import WindowJob
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from tests.doubles.disks import FarDisk
@@ -192,6 +193,33 @@ async def test_a_coded_object_whose_disks_hang_fails_once_and_is_found_where_it_
     await put(objects, bucket, newer)
     stream = await objects.get(bucket, b"key", reading=failed.reading, failed=failed.error)
     assert b"".join([bytes(piece) async for piece in stream.chunks()]) == newer
+    await objects.close()
+
+
+@pytest.mark.parametrize("path", ["without a task", "in a task"])
+async def test_a_disk_that_hangs_keeps_nothing_of_a_read_that_went_on_without_it(path: str) -> None:
+    world = World(far=True)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    await put(objects, bucket, data)
+    hanging = places_of(world)[0][0]
+    hanging.hang = asyncio.Event()
+    gc.collect()
+    gc.disable()
+    try:
+        if path == "without a task":
+            stream = await soon(objects, bucket)
+            assert isinstance(stream, VerifiedStream)
+            assert stream.held == data
+            stream.release()
+        else:
+            assert await got(objects, bucket) == data
+        assert world.disks.late == [hanging.name]
+        await asyncio.sleep(0)
+        assert len(hanging._asking) == 1, "its call is still under way"
+        assert [one for one in gc.get_objects() if isinstance(one, WindowJob)] == []
+    finally:
+        gc.enable()
+    hanging.hang.set()
     await objects.close()
 
 

@@ -7,7 +7,9 @@ that takes too long; reads have no deadlines of their own. A read's time runs fr
 other reads.
 
 A read is a task (``begin``), or a call whose answer comes by a callback (``expect``, ``ended``), which costs no task.
-Nothing ends such a call; its answer is not wanted any more when the reads are closed, or it was given up.
+Nothing ends such a call. When the reads are closed, or it was given up, its answer is ignored, and the call does not
+refer to the reader any more. Otherwise the calls to a disk that hangs would keep the cells of all these windows in
+memory until they time out.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from functools import partial
 from typing import Any
 
 from storaged.deadlines import Deadlines
+from storaged.errors import PeerError
+from storaged.fragments.ports import CellRead
 from storaged.objects.background import cancel_all
 from storaged.objects.hedge_delay import HedgeDelay
 
@@ -26,12 +30,27 @@ from storaged.objects.hedge_delay import HedgeDelay
 class Expected:
     """A read that is under way. ``began_s``: in the loop's seconds."""
 
-    __slots__ = ("began_s", "position", "task")
+    __slots__ = ("_on_found", "began_s", "position", "task")
 
-    def __init__(self, position: int, began_s: float) -> None:
+    def __init__(self, position: int, began_s: float, on_found: OnFound | None) -> None:
         self.position = position
         self.began_s = began_s
         self.task: asyncio.Task[bool] | None = None
+        self._on_found = on_found
+
+    def answer(self, found: CellRead | PeerError | None) -> None:
+        """Passes on what a call found. No-op after ``ignore``."""
+        on_found, self._on_found = self._on_found, None
+        if on_found is not None:
+            on_found(self, found)
+
+    def ignore(self) -> None:
+        """Its answer is not wanted any more."""
+        self._on_found = None
+
+
+OnFound = Callable[[Expected, CellRead | PeerError | None], None]
+"""Gets the answer of a call, as ``fragments.read_batches.OnFound`` does."""
 
 
 class Reads:
@@ -64,18 +83,17 @@ class Reads:
         expected.task = self._loop.create_task(reading)
         expected.task.add_done_callback(lambda task: self._done(expected, task))
 
-    def expect(self, position: int) -> Expected:
-        """A read is about to be asked for whose end will be reported."""
-        expected = Expected(position, self._loop.time())
+    def expect(self, position: int, on_found: OnFound | None = None) -> Expected:
+        """A read is about to be asked for whose end will be reported. ``on_found`` gets what ``Expected.answer`` is
+        called with, while that is wanted.
+        """
+        expected = Expected(position, self._loop.time(), on_found)
         self._pending[expected] = None
         return expected
 
-    def expects(self, expected: Expected) -> bool:
-        """Whether its answer is still wanted."""
-        return expected in self._pending
-
     def forget(self, expected: Expected) -> None:
         """It was not asked for."""
+        expected.ignore()
         self._pending.pop(expected, None)
 
     def ended(self, expected: Expected, whole: bool | BaseException) -> None:
@@ -131,6 +149,7 @@ class Reads:
         late = [read for read in self._pending if read.began_s + limit_s <= now]
         for read in late:
             del self._pending[read]
+            read.ignore()
             if read.task is not None:
                 read.task.cancel()
                 self._given_up.append(read.task)
@@ -148,6 +167,8 @@ class Reads:
         left = [*[read.task for read in self._pending if read.task is not None], *self._given_up]
         self._on_turn = None
         self._deadlines.end(self)
+        for read in self._pending:
+            read.ignore()
         self._pending.clear()
         return left
 
@@ -165,7 +186,7 @@ class Reads:
             self._turn()
 
     def _done(self, expected: Expected, task: asyncio.Task[bool]) -> None:
-        if self.expects(expected):
+        if expected in self._pending:
             self.ended(expected, False if task.cancelled() else task.exception() or task.result())
 
     def _due(self) -> float:

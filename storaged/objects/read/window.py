@@ -200,9 +200,8 @@ class WindowJob:
             store = self._plane.stores.store(self.disks[position])
             try_ask = getattr(store, "try_ask_cells", None)  # of a RemoteFragmentStore
             if try_ask is not None:
-                expected = self._reads.expect(position)
-                cell_bytes = count * self.shape.cell_bytes
-                if try_ask(fragment, row, count, cell_bytes, partial(self._on_found, expected, row, count)):
+                expected = self._reads.expect(position, partial(self._on_found, row, count))
+                if try_ask(fragment, row, count, count * self.shape.cell_bytes, expected.answer):
                     return
                 self._reads.forget(expected)
             else:
@@ -284,9 +283,7 @@ class WindowJob:
                 found[position] = b""
         return found
 
-    def _on_found(self, expected: Expected, row: int, count: int, found: CellRead | PeerError | None) -> None:
-        if not self._reads.expects(expected):
-            return
+    def _on_found(self, row: int, count: int, expected: Expected, found: CellRead | PeerError | None) -> None:
         if found is None and self._has_task:
             self._reads.forget(expected)
             self._reads.begin(expected.position, self._read(expected.position, row, count))
