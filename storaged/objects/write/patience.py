@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from storaged.errors import PeerError
 from storaged.fragments.ports import FragmentHeader, TryWrite
@@ -45,59 +45,82 @@ async def until_safe(
     Raises what a call raises.
     """
     grace_s = plane.limits.late_grace_s
-    loop = asyncio.get_running_loop()
-    began = heard = loop.time()
-    pending: dict[K, GiveUp | None] = dict.fromkeys(keys)
-    ended: list[tuple[K, bool | BaseException]] = []
-    turn: asyncio.Future[None] | None = None
-    each = False
-    """Each may be the last one that is needed."""
-
-    def hear(key: K, result: bool | BaseException) -> None:
-        nonlocal heard
-        heard = loop.time()
-        del pending[key]
-        ended.append((key, result))
-        if turn is not None and (each or not pending):
-            _wake(turn)
-
+    calls = _Calls(keys)
     try:
-        for key in list(pending):
-            give_up = begin(key, partial(hear, key))
-            if key in pending:
-                pending[key] = give_up
-        turn_s = min(grace_s, limit_s)
-        while pending or ended:
-            if pending and not ended:
-                turn = loop.create_future()
-                timer = loop.call_later(turn_s, _wake, turn)
-                try:
-                    await turn
-                finally:
-                    timer.cancel()
-                    turn = None
-            for key, result in ended:
+        calls.begin(begin)
+        await calls.wait(min(grace_s, limit_s))
+        while True:
+            for key, result in calls.take_ended():
                 if isinstance(result, BaseException):
                     raise result
                 on_done(key, result)
-            ended.clear()
-            if not pending:
+            if not calls.pending:
                 break
-            each = True
-            now = loop.time()
-            due, grace = began + limit_s, max(grace_s, heard - began)
+            due, grace = calls.began_s + limit_s, max(grace_s, calls.heard_s - calls.began_s)
             if safe():
-                due = min(due, heard + grace)
-            elif curable(len(pending)):
-                due = min(due, heard + 2 * grace)
-            if now >= due:
+                due = min(due, calls.heard_s + grace)
+            elif curable(len(calls.pending)):
+                due = min(due, calls.heard_s + 2 * grace)
+            left_s = due - calls.now_s()
+            if left_s <= 0:
                 break
-            turn_s = due - now
+            await calls.wait(left_s, each=True)
     finally:
-        for waiting in pending.values():
-            if waiting is not None:
-                waiting()
-    return {key: loop.time() - began for key in pending}
+        calls.give_up()
+    return dict.fromkeys(calls.pending, calls.now_s() - calls.began_s)
+
+
+class _Calls(Generic[K]):
+    """Calls that are under way together, by key. Times are in the loop's seconds. ``heard_s``: when one ended last."""
+
+    def __init__(self, keys: Iterable[K]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.began_s = self.heard_s = self.now_s()
+        self.pending: dict[K, GiveUp | None] = dict.fromkeys(keys)
+        self._ended: list[tuple[K, bool | BaseException]] = []
+        self._turn: asyncio.Future[None] | None = None
+        self._each = False
+
+    def now_s(self) -> float:
+        return self._loop.time()
+
+    def begin(self, begin: Callable[[K, OnResult], GiveUp]) -> None:
+        for key in list(self.pending):
+            give_up = begin(key, partial(self._hear, key))
+            if key in self.pending:
+                self.pending[key] = give_up
+
+    async def wait(self, limit_s: float, *, each: bool = False) -> None:
+        """Until all have ended, or one of them has (``each``), for ``limit_s`` at most. Returns at once when there are
+        ended ones that were not taken.
+        """
+        if self._ended or not self.pending:
+            return
+        self._each = each
+        turn = self._turn = self._loop.create_future()
+        timer = self._loop.call_later(limit_s, _wake, turn)
+        try:
+            await turn
+        finally:
+            timer.cancel()
+            self._turn = None
+
+    def take_ended(self) -> list[tuple[K, bool | BaseException]]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def give_up(self) -> None:
+        """Those that are pending."""
+        for give_up in self.pending.values():
+            if give_up is not None:
+                give_up()
+
+    def _hear(self, key: K, result: bool | BaseException) -> None:
+        self.heard_s = self.now_s()
+        del self.pending[key]
+        self._ended.append((key, result))
+        if self._turn is not None and (self._each or not self.pending):
+            _wake(self._turn)
 
 
 def _wake(turn: asyncio.Future[None]) -> None:
