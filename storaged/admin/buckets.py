@@ -159,7 +159,9 @@ class BucketAdministration:
         change = self._services.set_bucket_copies
         if change is None:
             raise NotHere
-        text = (await texts_of(request, "bytes")).get("bytes", "")
+        text = (await texts_of(request, "bytes")).get("bytes")
+        if text is None:
+            raise InvalidArgument("bytes is missing; empty: as the gateways are configured")
         bytes_max = _number(text, "bytes") if text else None
         bucket = await buckets.get(request.match_info["name"])
         facts = {"bucket": bucket.id.hex(), "bytes": text}

@@ -129,6 +129,7 @@ class Node:
         self.audited: list[tuple[str, str, str, str, dict[str, Any]]] = []
         self.audit_full = False
         self.versions_changed: list[tuple[Any, ...]] = []
+        self.copies_set: list[tuple[str, int | None]] = []
 
     async def status(self) -> dict[str, Any]:
         return {"verdict": "HEALTHY"}
@@ -174,6 +175,9 @@ class Node:
     async def unlock(self, bucket: BucketRecord, key: bytes, version: str) -> None:
         self.versions_changed.append((bucket.name, key, version))
 
+    async def set_bucket_copies(self, bucket: BucketRecord, bytes_max: int | None) -> None:
+        self.copies_set.append((bucket.name, bytes_max))
+
     async def lost_versions(self, _bucket: BucketRecord, key: bytes) -> int:
         return 3 if key == b"a/b" else 0
 
@@ -194,6 +198,7 @@ class Node:
             )
             found.where, found.key_backup = self.where, self.key_backup
             found.set_moves = self.set_moves
+            found.set_bucket_copies = self.set_bucket_copies
         return found
 
 
@@ -302,6 +307,25 @@ async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: 
         assert refused.value.code == "AUDIT_UNWRITABLE"
     assert len(node.buckets.made) == made
     assert len((await ask(tmp_path, "GET", "/v1/users"))["users"]) == 1
+
+
+async def test_how_small_objects_are_kept_is_changed_by_a_number_or_by_an_empty_text_alone(
+    node: Node, tmp_path: Path
+) -> None:
+    await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
+    await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"})
+    node.audited.clear()
+    path, wrong = "/v1/buckets/demo/copies", ({}, {"size": "1"}, {"bytes": "-1"}, {"bytes": " "}, {"bytes": "9" * 19})
+    for body in wrong:
+        with pytest.raises(RemoteRefusal):
+            await ask(tmp_path, "POST", path, body=body)
+    assert (node.copies_set, node.audited) == ([], [])
+    assert (await ask(tmp_path, "POST", path, body={"bytes": "0"}))["bytes"] == 0
+    assert (await ask(tmp_path, "POST", path, body={"bytes": ""}))["bytes"] is None
+    assert node.copies_set == [("demo", 0), ("demo", None)]
+    assert [(kind, target, outcome) for kind, _, target, outcome, _ in node.audited] == [
+        ("copies.set", "bucket:demo", outcome) for outcome in ("intent", "done", "intent", "done")
+    ]
 
 
 async def test_a_bucket_is_for_whose_access_key_is_given_not_for_who_took_that_for_a_name(
