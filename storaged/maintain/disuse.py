@@ -96,10 +96,10 @@ class Judge:
 
     async def is_gone(self, scope: bytes) -> bool:
         """Whether the bucket has left the directory, and so was deleted for good. Raises ServiceUnavailable."""
+        if scope in self.buckets.by_id:  # also if it was left out before: that was a lie then
+            return False
         if scope in self._gone:
             return True
-        if scope in self.buckets.by_id:
-            return False
         await self.buckets.refresh(self._context)
         if scope in self.buckets.by_id or not self.buckets.complete:
             return False

@@ -612,14 +612,16 @@ def test_orphans_of_a_bucket_that_is_gone_for_good_are_swept() -> None:
     run(scenario)
 
 
-def test_a_bucket_that_a_lie_hides_from_the_directory_loses_nothing_while_it_is_fenced() -> None:
+def test_a_bucket_that_a_lie_hides_from_the_directory_loses_nothing_while_it_is_fenced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
         await cluster.put(bucket, b"k", data := os.urandom(LARGE))
         data_id = (await cluster.entry(bucket, b"k")).data_id
         owner = object_name(bucket.id, bucket.shard_numbers, b"k").pack()
+        leave_out_buckets(cluster, monkeypatch)
         for node in cluster.nodes.values():
-            node.maintenance.collector._judge._gone.add(bucket.id)
             for store in node.fragments.values():
                 await store.retire([Retirement(data_id, owner, 0)])
         await cluster.gateway.ring.fence(bucket.id, bucket.shard_numbers, b"nonce")
@@ -726,6 +728,31 @@ def test_a_directory_that_leaves_out_a_bucket_costs_it_no_data_while_its_records
         cluster.intercept = refuse_reads
         await collect(cluster)
         assert before
+        assert await cluster.fragments() == before
+
+    run(scenario)
+
+
+def test_a_lie_of_the_directory_that_is_over_costs_nothing_when_its_bucket_is_fenced_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, *_ = await upload_parts(cluster, bucket, b"k", {1: PART})
+        await cluster.put_part(bucket, b"k", upload_id, 1, os.urandom(PART))
+        await cluster.pass_s(1)
+        before = await cluster.fragments()
+        await cluster.leap(RETIRE_S + 60)
+        leave_out_buckets(cluster, monkeypatch)
+        await collect(cluster)
+        monkeypatch.undo()
+        for node in cluster.nodes.values():
+            judge = node.maintenance.collector._judge
+            assert await judge.is_gone(bucket.id)
+            await judge.buckets.refresh(judge._context)
+        await cluster.gateway.ring.fence(bucket.id, bucket.shard_numbers, b"nonce")
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
         assert await cluster.fragments() == before
 
     run(scenario)
