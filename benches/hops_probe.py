@@ -71,6 +71,5 @@ def install() -> None:
     sys.setprofile(probe.on_event)
 
 
-os.register_at_fork(after_in_child=install)
 if __name__ == "sitecustomize":
     install()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from benches import bursts, compare, micro
+from benches import bursts, compare, hops_probe, micro
 from benches.compare import ratios, spread, table
 from benches.measure import flat, measure
 from benches.mixed import mixing, ranging, uploading
@@ -646,3 +649,49 @@ def test_a_server_is_stopped_although_whoever_waits_for_its_end_is_interrupted(m
         stack.close()
     assert interrupted == [processes[-1].pid]
     assert all(process.poll() is not None for process in processes)
+
+
+FORKING = """
+import os, time
+from storaged.ids import new_disk_id
+child = os.fork()
+while True:
+    time.sleep(0.01)
+    if not child:
+        new_disk_id()
+"""
+
+
+def test_the_probe_of_hops_counts_in_a_forked_process_too(tmp_path: Path) -> None:
+    shutil.copy(hops_probe.__file__, tmp_path / "sitecustomize.py")
+    own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    own.bind(str(tmp_path / "own"))
+    own.settimeout(GUARD_S)
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        env=os.environ | {"HOPS_DIR": str(tmp_path), "PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        ends = time.monotonic() + GUARD_S
+        while len(listening := [path for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        [forked] = [path for path in listening if int(path.name) != process.pid]
+        calls: list[list[object]] = []
+        own.sendto(b"start", str(forked))
+        own.recv(1 << 16)
+        while not calls and time.monotonic() < ends:
+            time.sleep(0.1)
+            own.sendto(b"stop", str(forked))
+            calls = json.loads(own.recv(1 << 16))
+            own.sendto(b"start", str(forked))
+            own.recv(1 << 16)
+        assert {module for _, module, _, _ in calls} == {"storaged.ids"}
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, said = process.communicate()
+        own.close()
+    assert said == b""
