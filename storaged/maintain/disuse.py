@@ -14,6 +14,7 @@ garbage list (``REPLACED``). A settled read of the record shows that change, or 
 
 *Data of a part* (``OF_UPLOAD``). It goes from the part's row to the version that a Complete pins, and from there to the
 object's record; each place is written before the one before it is cleared. While its upload is open the data waits.
+    An upload ends with its bucket too, which the directory and the key's replicas have to say (``is_proved_gone``).
     A Complete looks at the upload between its promise and its accept, and goes no further when that has ended. But it
     may sleep after this look, also when the upload is Done: of two Completes one may have put the version into the
     record, which was deleted since, when the other one was promised. So a round of the object's register is made after

@@ -803,6 +803,24 @@ def test_parts_of_uploads_that_were_open_when_their_bucket_was_deleted_go(way: s
     run(scenario)
 
 
+def test_the_parts_of_an_upload_that_ends_with_its_bucket_go_to_the_lists_together() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await upload_parts(cluster, bucket, b"k", dict.fromkeys(range(1, 13), SMALL))
+        calls: Counter[str] = Counter()
+
+        async def count(_source: str, node: str, method: str, _request: object) -> None:
+            calls[method] += 1
+
+        cluster.intercept = count
+        await cluster.buckets.delete(bucket)
+        await cluster.pass_s(1)
+        disks = {disk for disk, _ in await cluster.fragments()}
+        assert 0 < calls["fragment.retire"] <= len(disks)
+
+    run(scenario)
+
+
 def test_a_part_whose_row_may_be_on_its_way_is_kept_while_its_upload_is_open() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

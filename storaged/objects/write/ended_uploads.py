@@ -16,7 +16,7 @@ from storaged.meta.names import Table, object_name
 from storaged.meta.ports import PageQuery
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord
-from storaged.objects.write.retire import retire_parts
+from storaged.objects.write.retire import retire_each
 from storaged.objects.write.uploads import LivingUpload, decode_part, living_upload
 
 
@@ -40,5 +40,5 @@ async def retire_uploads(plane: ObjectPlane, bucket: BucketRecord) -> None:
 
 async def _retire(plane: ObjectPlane, bucket: BucketRecord, upload: LivingUpload, parts: PageQuery) -> None:
     owner = object_name(bucket.id, bucket.shard_numbers, upload.key)
-    async for row in every_row(plane.scanner, parts):
-        await retire_parts(plane, bucket, owner, [decode_part(row).entry], OF_UPLOAD + upload.record.upload_id)
+    entries = (decode_part(row).entry async for row in every_row(plane.scanner, parts))
+    await retire_each(plane, bucket, owner, entries, OF_UPLOAD + upload.record.upload_id)

@@ -8,7 +8,7 @@ as long as that may still become the object.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.fragments.ports import OF_UPLOAD, REPLACED, RETIREMENTS_MAX, Retirement
@@ -79,15 +79,23 @@ async def retire_paged(
     """Retires all parts of a version, or those that were lent. Best effort: the parts of a manifest that can't be read
     now are left to the sweep of orphans.
     """
+    try:
+        await retire_each(plane, bucket, name, parts_of(plane.pages, name, having), origin)
+    except StoragedError:
+        return
+
+
+async def retire_each(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: AsyncIterator[PartEntry], origin: bytes
+) -> None:
+    """As ``retire_parts``, many at a time. Raises what ``parts`` raises, after those before that."""
     batch: list[PartEntry] = []
     try:
-        async for part in parts_of(plane.pages, name, having):
+        async for part in parts:
             batch.append(part)
             if len(batch) == RETIREMENTS_MAX:
                 await retire_parts(plane, bucket, name, batch, origin)
                 batch = []
-    except StoragedError:
-        return
     finally:
         await retire_parts(plane, bucket, name, batch, origin)
 
