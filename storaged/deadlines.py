@@ -66,7 +66,7 @@ class Deadlines:
                 del self._ends[waiting]
                 try:
                     waiting.on_time()
-                except Exception:  # a mistake of one must not keep their deadlines from the others
+                except Exception:  # the other deadlines must ring all the same
                     log.exception("the end of a deadline failed")
         next_end = min(self._ends.values(), default=FOREVER)  # ``on_time`` may have added some
         if next_end < FOREVER:

@@ -110,7 +110,7 @@ class ReadBatcher:
 
 
 def _tell(ask: _Ask, found: CellRead | PeerError | None) -> None:
-    """A mistake of one who asked must not keep their answers from the others."""
+    """Calls back. An exception of one callback must not keep the answers of the other reads back."""
     try:
         ask.on_found(found)
     except Exception:
