@@ -28,6 +28,7 @@ from aiohttp import web
 from storaged.admin.body import NotHere, recorded, texts_of
 from storaged.admin.iam import account_named
 from storaged.admin.ports import Services
+from storaged.config.sections import SMALL_OBJECT_BYTES_MAX
 from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName
 from storaged.objects.api import Buckets, Principal, Users
 from storaged.objects.configuration.kinds import COPIES, QUOTA, Quota
@@ -163,6 +164,8 @@ class BucketAdministration:
         if text is None:
             raise InvalidArgument("bytes is missing; empty: as the gateways are configured")
         bytes_max = _number(text, "bytes") if text else None
+        if bytes_max is not None and bytes_max > SMALL_OBJECT_BYTES_MAX:
+            raise InvalidArgument(f"no gateway keeps objects of more than {SMALL_OBJECT_BYTES_MAX} bytes as copies")
         bucket = await buckets.get(request.match_info["name"])
         facts = {"bucket": bucket.id.hex(), "bytes": text}
         async with recorded(self._services, request, "copies.set", f"bucket:{bucket.name}", **facts):

@@ -68,7 +68,11 @@ user_quota = quota_command(
 @click.command("copies")
 @click.argument("name")
 @click.option(
-    "--up-to", "size", metavar="SIZE", default=None, help="New objects of up to this size are whole copies; 0: none."
+    "--up-to",
+    "size",
+    metavar="SIZE",
+    default=None,
+    help="New objects of up to this size, 256KiB at most, are whole copies; 0: none.",
 )
 @click.option("--default", "as_configured", is_flag=True, help="As the gateways are configured.")
 @click.option("--json", "as_json", is_flag=True, help="bucket, bytes (null: as the gateways are configured).")

@@ -11,6 +11,7 @@ LOG_FORMATS = ("auto", "journal", "json", "console", "logfmt")
 ROLES = ("storage", "gateway")
 NEW_BUCKETS = ("aws", "legacy")
 KEEP_DAYS_MIN = 180
+SMALL_OBJECT_BYTES_MAX = 256 * KIB
 """Days that files of the audit log are kept at least: six months."""
 
 

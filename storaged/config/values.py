@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from storaged.config.sections import KEEP_DAYS_MIN, LOG_FORMATS, LOG_LEVELS, NEW_BUCKETS, ROLES
+from storaged.config.sections import (
+    KEEP_DAYS_MIN,
+    LOG_FORMATS,
+    LOG_LEVELS,
+    NEW_BUCKETS,
+    ROLES,
+    SMALL_OBJECT_BYTES_MAX,
+)
 from storaged.units import GIB, KIB, MIB, format_size, parse_size
 
 
@@ -166,7 +173,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "expunge_delay_s"): _between(3_600, 365 * 86_400),
     ("limits", "lifecycle_day_s"): _between(1, 86_400),
     ("limits", "lifecycle_per_s"): _between(1, 100_000),
-    ("limits", "small_object_bytes_max"): _size_between(0, 256 * KIB),
+    ("limits", "small_object_bytes_max"): _size_between(0, SMALL_OBJECT_BYTES_MAX),
     ("log", "level"): _one_of(*LOG_LEVELS),
     ("s3", "new_buckets"): _one_of(*NEW_BUCKETS),
     ("log", "format"): _one_of(*LOG_FORMATS),

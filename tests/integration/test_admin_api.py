@@ -315,16 +315,18 @@ async def test_how_small_objects_are_kept_is_changed_by_a_number_or_by_an_empty_
     await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
     await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"})
     node.audited.clear()
-    path, wrong = "/v1/buckets/demo/copies", ({}, {"size": "1"}, {"bytes": "-1"}, {"bytes": " "}, {"bytes": "9" * 19})
+    path, most = "/v1/buckets/demo/copies", 256 * 1024
+    wrong = ({}, {"size": "1"}, {"bytes": "-1"}, {"bytes": " "}, {"bytes": "9" * 19}, {"bytes": str(most + 1)})
     for body in wrong:
         with pytest.raises(RemoteRefusal):
             await ask(tmp_path, "POST", path, body=body)
     assert (node.copies_set, node.audited) == ([], [])
     assert (await ask(tmp_path, "POST", path, body={"bytes": "0"}))["bytes"] == 0
     assert (await ask(tmp_path, "POST", path, body={"bytes": ""}))["bytes"] is None
-    assert node.copies_set == [("demo", 0), ("demo", None)]
+    assert (await ask(tmp_path, "POST", path, body={"bytes": str(most)}))["bytes"] == most
+    assert node.copies_set == [("demo", 0), ("demo", None), ("demo", most)]
     assert [(kind, target, outcome) for kind, _, target, outcome, _ in node.audited] == [
-        ("copies.set", "bucket:demo", outcome) for outcome in ("intent", "done", "intent", "done")
+        ("copies.set", "bucket:demo", outcome) for outcome in 3 * ("intent", "done")
     ]
 
 
