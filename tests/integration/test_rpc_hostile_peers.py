@@ -144,6 +144,34 @@ async def test_a_request_waits_for_the_budget_once_though_two_calls_end_together
         assert server.statistics().inflight_bytes == 0
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
+async def test_a_peer_at_whose_request_the_node_fails_is_ended(world: World, waits: bool) -> None:
+    """A refusal that can't be recorded. A connection that nobody reads from any more would stay for ever."""
+
+    def refused(_peer: str, _error: StoragedError) -> None:
+        raise RuntimeError("the refusal is not recorded")
+
+    service, unexpected = Service(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unexpected.append(context["exception"]))
+    limits = ServerLimits(handlers_per_connection_max=2, drain_s=0.1)
+    async with (
+        serving(world.node("n1"), service, limits=limits, on_refusal=refused) as server,
+        packet_peer(world.node("raw", ("storage",)), server.port) as peer,
+    ):
+        await greet(peer, "raw")
+        held = [frame(Kind.REQUEST, number, HOLD) for number in (1, 2)] if waits else []
+        refusal = frame(Kind.REQUEST, 3, b"\x0at.gateways" + encode(Note("x")))
+        peer.writer.write(peer.seal(b"".join([*held, refusal])))
+        if waits:
+            await until(lambda: server.statistics().connections_waiting == 1)
+            service.gate.set()
+        async with asyncio.timeout(GUARD_S):
+            assert await peer.is_ended()
+        await until(lambda: server.statistics().connections == 0)
+        assert server.statistics().inflight_bytes == 0
+        assert [type(error) for error in unexpected] == [RuntimeError]
+
+
 # --- a peer with many connections
 
 

@@ -192,7 +192,10 @@ class Connection(asyncio.BufferedProtocol):
             self._schedule(now=self.flush_after_read)
 
     def resume_frames(self) -> None:
-        """Goes on with what has arrived, after ``admit`` returned WAIT."""
+        """Goes on with what has arrived, after ``admit`` returned WAIT.
+
+        Any other error ends the connection too. In ``buffer_updated`` the transport does that.
+        """
         assert self._incoming is not None
         try:
             self.reader.resume()
@@ -201,6 +204,9 @@ class Connection(asyncio.BufferedProtocol):
             self.on_protocol_error(error)
         except ssl.SSLError as error:
             self._on_tls_error(error)
+        except BaseException:
+            self.abort("this node failed at what the peer had sent")
+            raise
 
     def _on_tls_error(self, error: ssl.SSLError) -> None:
         self.fail_handshake(error)
