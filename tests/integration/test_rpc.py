@@ -21,7 +21,7 @@ from storaged.cluster.layout import Layout, NodeEntry, confirmed_roles
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Call, Method, Methods, OnAnswer, PeerChecks
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
-from storaged.cluster.rpc.framing import PROTOCOL_VERSION, FrameError, Hello, Kind, pack_header
+from storaged.cluster.rpc.framing import HEAD_BYTES_MAX, PROTOCOL_VERSION, FrameError, Hello, Kind, pack_header
 from storaged.cluster.rpc.server_connection import ServerConnection
 from storaged.errors import (
     CertificateRefused,
@@ -385,6 +385,15 @@ async def test_a_withdrawn_call_that_was_taken_on_is_let_go_at_once_and_its_answ
         hung.answers[0](Note("late"))
         assert (await pool.call("n1", "t.echo", Note("on"), Note))[0].text == "on"
         assert server.statistics().inflight_bytes == 0
+
+
+async def test_a_call_whose_answer_exceeds_a_frame_fails_and_holds_nothing(world: World) -> None:
+    async with one_taken_on(world) as (server, pool, hung, call):
+        hung.answers[0](Note("x" * (HEAD_BYTES_MAX + 1)))
+        with pytest.raises(PeerRefused, match="its log says why"):
+            await call
+        assert server.statistics().inflight_bytes == 0
+        assert (await pool.call("n1", "t.echo", Note("on"), Note))[0].text == "on"
 
 
 async def test_what_was_taken_on_holds_nothing_when_its_connection_is_gone(world: World) -> None:

@@ -316,14 +316,17 @@ class ServerConnection(Connection):
         if self.running.get(request_id) is not running:
             return  # the call was abandoned
         del self.running[request_id]
+        if not isinstance(answer, Exception):
+            try:
+                self._answer(request_id, answer)
+            except Exception as error:  # it exceeds a frame
+                answer = error
         if isinstance(answer, Exception):
             if not isinstance(answer, StoragedError):
                 log.error(
                     "call failed", peer=self.peer.name if self.peer else "", method=name.decode(), exc_info=answer
                 )
             self._fail(request_id, answer)
-        else:
-            self._answer(request_id, answer)
         self._release(running.size)
         if self.shared.on_call_done is not None:
             self.shared.on_call_done()
