@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import random
 import weakref
 from typing import Any
 
@@ -22,7 +23,7 @@ from storaged.errors import (
     ServiceUnavailable,
     XAmzContentSHA256Mismatch,
 )
-from storaged.fragments.ports import FragmentId
+from storaged.fragments.ports import CELLS_MAX, FragmentId
 from storaged.meta.names import Value, object_name
 from storaged.objects.api import (
     NO_WRITE_CONDITIONS,
@@ -220,6 +221,57 @@ async def test_a_disk_that_hangs_keeps_nothing_of_a_read_that_went_on_without_it
     finally:
         gc.enable()
     hanging.hang.set()
+    await objects.close()
+
+
+FAULTS = ("hangs", "slow", "down", "away", "lacks", "damaged", "lies")
+
+
+def spoil(disk: FarDisk, fragment: FragmentId, fault: str, chance: random.Random) -> None:
+    cell = chance.randrange(len(disk._cells(fragment, 0, CELLS_MAX).cells))
+    match fault:
+        case "hangs":
+            disk.hang = asyncio.Event()
+        case "slow":
+            disk.slow_s = chance.choice((0.005, 0.05, 0.2))
+        case "down":
+            disk.down = True
+        case "away":
+            disk.connected, disk.down = False, True
+        case "lacks":
+            disk.lose(fragment)
+        case "damaged":
+            disk.flip(fragment, cell)
+        case "lies":
+            disk.flip(fragment, cell, lie=True)
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_with_up_to_m_faults_of_any_kind_a_coded_object_is_read_one_way_or_the_other(seed: int) -> None:
+    chance = random.Random(seed)
+    world = World(far=True)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    data = chance.randbytes(chance.choice((70_000, 131_072, 200_001, 1_048_576, chance.randint(66_000, 3_000_000))))
+    await put(objects, bucket, data)
+    places = places_of(world)
+    for disk, fragment in chance.sample(places, chance.randint(1, 2)):
+        spoil(disk, fragment, chance.choice(FAULTS), chance)
+    pool = objects.plane.get_buffers
+    for _ in range(3):  # what the first read has learned of the disks counts for the others
+        found = await soon(objects, bucket)
+        if isinstance(found, VerifiedStream):
+            assert found.held == data
+            found.release()
+        else:
+            assert isinstance(found, Reading | FailedRead)
+            known = {"failed": found.error} if isinstance(found, FailedRead) else {}
+            reading = found.reading if isinstance(found, FailedRead) else found
+            stream = await objects.get(bucket, b"key", reading=reading, **known)
+            assert b"".join([bytes(piece) async for piece in stream.chunks()]) == data
+        assert (pool.bytes_leased, pool.transfers, objects.plane.long_reads._reads) == (0, 0, {})
+    for disk, _ in places:
+        if disk.hang is not None:
+            disk.hang.set()
     await objects.close()
 
 
