@@ -27,7 +27,6 @@ from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits, authority
 from storaged.cluster.signed_layout import SignedLayout
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
-from storaged.disk_states import OK
 from storaged.errors import ConfigInvalid, DiskUnusable, LayoutRefused, PortInUse, StoragedError
 from storaged.fragments.payloads import header_at_position
 from storaged.fragments.ports import FragmentId
@@ -46,6 +45,7 @@ from storaged.node.accepting import LayoutAcceptor
 from storaged.node.auditing import Auditing, audit_layouts
 from storaged.node.belief import NodeBelief
 from storaged.node.disks import Disks, Snapshot
+from storaged.node.gauges import set_disk_gauges, set_ring_gauges
 from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
 from storaged.node.ledger_exchange import LedgerExchange
@@ -440,27 +440,8 @@ class NodePlanes:
             up = self.metrics.gauge("storaged_node_up")
             for known in self.membership.statuses():
                 up.labels(known.name).set(known.state == "up")
-        ok, size = self.metrics.gauge("storaged_disk_ok"), self.metrics.gauge("storaged_disk_bytes")
-        latency = self.metrics.gauge("storaged_disk_latency_seconds")
-        for disk in self._disk_statuses:
-            ok.labels(disk.id).set(disk.state == OK)
-            latency.labels(disk.id).set(disk.latency_ms / 1000)
-            size.labels(disk.id, "used").set(disk.bytes_used)
-            size.labels(disk.id, "free").set(disk.bytes_free)
-        hangs = self.metrics.gauge("storaged_disk_hangs")
-        slowest = self.metrics.gauge("storaged_disk_slowest_seconds")
-        for disk_id, health in self.disks.healths.items():
-            hangs.labels(disk_id).set(health.hung_count)
-            slowest.labels(disk_id).set(max(health.longest_s, health.oldest_s()))
-        self.metrics.gauge("storaged_ring_chosen_falls").set(self.ring.chosen_falls[0])
-        doubts, counts = self.metrics.gauge("storaged_ring_doubts"), self.ring.statistics()
-        for kind in ("digest_conflicts", "doubted", "unheard"):
-            doubts.labels(kind).set(getattr(counts, kind))
-        alarms = self.metrics.gauge("storaged_ring_alarms")
-        for used in self.disks.used.values():
-            statistics = used.replica.statistics()
-            alarms.labels(used.id, "ballot_conflicts").set(statistics.ballot_conflicts)
-            alarms.labels(used.id, "sequence_falls").set(statistics.sequence_falls)
+        set_disk_gauges(self.metrics, self._disk_statuses, self.disks)
+        set_ring_gauges(self.metrics, self.ring)
 
     def _cell_damaged(self, disk: str, fragment: FragmentId, cell: int) -> None:
         """A local disk reports a damaged cell. The node that looks after the owner register, named in the fragment's
