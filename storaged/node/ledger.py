@@ -90,9 +90,9 @@ class Ledger:
         self._saving = threading.Lock()
         """Held while the file is written. Take it before ``_lock``."""
         self._changes = self._urgent = self._saved = 0
+        """Changes so far; of them the last that must be durable before its call returns, and the last in the file."""
         self.problem = ""
         """Why it could not be written the last time; empty when it could."""
-        """Changes so far; of them the last that must be durable before its call returns, and the last in the file."""
         self._book = ClaimBook()
         try:
             content = self._path.read_bytes()

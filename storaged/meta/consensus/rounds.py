@@ -122,8 +122,8 @@ class CreateRound:
 
 
 class PrepareRound:
-    """The answers to a prepare. A reply is doubted when no gateway wrote the value that it reports, as far as can be
-    told."""
+    """The answers to a prepare. A reply is *doubted* when it reports a value that no gateway wrote, or a sequence that
+    no number of writes reaches."""
 
     __slots__ = ("_answered", "_doubted", "_finals", "_late", "_quorum", "damaged_below", "failed", "promised")
 
