@@ -66,7 +66,7 @@ def differences(after: bytes, answers: Mapping[str, ShardSlice]) -> Differences:
         [*zip((after, *answer.keys), answer.keys, answer.heads, strict=False)]  # (end of the one before, end, mark)
         for answer in answers.values()
     ]
-    common = sorted(piece for piece in set.intersection(*map(set, held)) if done or piece[1] <= through)
+    common = sorted(set.intersection(*map(set, held)))  # none of them ends after ``through``: that is an answer's last
     gaps: list[tuple[bytes, bytes | None]] = []
     reached = after
     for before, end, _ in common:
