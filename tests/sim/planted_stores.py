@@ -17,6 +17,7 @@ QUEUE = "storaged/meta/storage/write_queue.py"
 AGREEMENT = "storaged/meta/listing/agreement.py"
 SHARDS = "storaged/meta/listing/shards.py"
 CACHE = "storaged/meta/listing/cache.py"
+DIFFERENCES = "storaged/meta/listing/differences.py"
 RANGES = "storaged/meta/storage/dirty_ranges.py"
 
 _STORES = (
@@ -171,6 +172,16 @@ _STORES = (
 )
 
 _LISTS = (
+    Planted(
+        "last_rows_not_brought_up",
+        "a quick comparison leaves out what differs after the last piece that all replicas have",
+        10,
+        "listing",
+        DIFFERENCES,
+        "            gaps.append((reached, None))\n",
+        "            pass\n",
+        fast=True,
+    ),
     Planted(
         "digests_not_compared",
         "replicas agree on a piece whatever their digests say",
