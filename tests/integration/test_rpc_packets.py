@@ -28,6 +28,7 @@ from storaged.wire import encode
 from tests.patience import GUARD_S
 from tests.worlds.authority import EU, ROLES, Note, Service, World, pooled, serving, until
 from tests.worlds.packet_peer import PacketPeer, frame, greet, hello, packet_peer
+from tests.worlds.receiving import feed
 
 ECHO = b"\x06t.echo" + encode(Note("x"))
 SECRET = b"an object that nobody on the way may read"
@@ -174,12 +175,7 @@ class OldNode:
         self.protocols.append(writer.get_extra_info("ssl_object").selected_alpn_protocol())
         frames = FrameReader(lambda *header: Verdict.TAKE, lambda *found: self._answer(writer, *found))
         while data := await reader.read(64 * KIB):
-            while data:
-                room = frames.buffer()
-                part = data[: len(room)]
-                room[: len(part)] = part
-                frames.received(len(part))
-                data = data[len(part) :]
+            feed(frames, data)
         writer.close()
 
     def _answer(
@@ -240,12 +236,7 @@ async def test_a_node_of_0_1_0_dials_and_its_calls_come_through_tls(world: World
                 data = await reader.read(64 * KIB)
                 if welcome_head:  # its frame's header was read above
                     data, welcome_head = data[len(encode(Hello("c1", "n1", bytes(8), PROTOCOL_VERSION))) :], False
-                while data:
-                    room = frames.buffer()
-                    part = data[: len(room)]
-                    room[: len(part)] = part
-                    frames.received(len(part))
-                    data = data[len(part) :]
+                feed(frames, data)
         assert found == sent
         writer.close()  # in TLS; it waits 30 seconds for the node's end of it
         async with asyncio.timeout(20):
@@ -319,6 +310,13 @@ async def test_a_peer_whose_every_byte_comes_alone_is_answered(world: World) -> 
             peer.writer.write(bytes([byte]))
             await asyncio.sleep(0.001)
         await peer.read_frames(1)
+        assert peer.frames[0][0] == Kind.WELCOME
+        for byte in bytes(peer.seal(frame(Kind.REQUEST, 1, ECHO, b"a body"))):
+            peer.writer.write(bytes([byte]))
+            await asyncio.sleep(0.001)
+        await peer.read_frames(2)
+        assert peer.frames[1][:2] == (Kind.REPLY, 1)
+        assert server.statistics().calls == 1
 
 
 SENT_IN_TLS = {

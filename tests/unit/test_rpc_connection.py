@@ -18,6 +18,7 @@ from storaged.cluster.rpc.framing import FrameReader, Kind, Verdict
 from storaged.cluster.rpc.handshake import Secured
 from storaged.units import MIB
 from storaged.wire import Buffer
+from tests.worlds.receiving import feed
 
 
 class Plain:
@@ -98,13 +99,7 @@ def frames_in(writes: list[bytes]) -> list[tuple[int, bytes, bytes]]:
         lambda *header: Verdict.TAKE,
         lambda kind, request_id, deadline_ms, head, body: found.append((request_id, bytes(head), bytes(body))),
     )
-    stream = memoryview(b"".join(writes))
-    while stream:
-        buffer = reader.buffer()
-        count = min(len(buffer), len(stream))
-        buffer[:count] = stream[:count]
-        reader.received(count)
-        stream = stream[count:]
+    feed(reader, b"".join(writes))
     return found
 
 

@@ -13,6 +13,7 @@ from storaged.cluster.rpc.framing import PROTOCOL_VERSION, FrameReader, Hello, K
 from storaged.cluster.rpc.handshake import PACKETS
 from storaged.cluster.rpc.packets import SECRET_BYTES, PacketReader, PacketWriter, secrets_of
 from storaged.wire import encode
+from tests.worlds.receiving import feed
 
 TLS_HEADER_BYTES = 5
 
@@ -71,12 +72,7 @@ class PacketPeer:
             if not data:
                 raise ConnectionResetError("the node ended the connection")
             self.received += data
-            while data:
-                room = self.packets.buffer()
-                part = data[: len(room)]
-                room[: len(part)] = part
-                self.packets.received(len(part))
-                data = data[len(part) :]
+            feed(self.packets, data)
 
     async def is_ended(self) -> bool:
         """Waits until the node ends the connection."""

@@ -21,6 +21,7 @@ from storaged.cluster.rpc.packets import (
 )
 from tests.fuzz.reader import Choices
 from tests.fuzz.target import Plant, Target, cut
+from tests.worlds.receiving import feed
 
 SEALED_MAX = 16
 SECRETS = bytes(32), b"L" * 32
@@ -106,18 +107,13 @@ def _flipped(packet: bytes, number: int) -> bytes:
 
 
 def _give(reader: PacketReader, frames: _Frames, stream: bytes, step: int) -> None:
+    def resume() -> None:
+        while frames.waiting:
+            frames.waiting = False
+            reader.resume()
+
     for piece in cut(stream, step):
-        at = 0
-        while at < len(piece):
-            room = reader.buffer()
-            assert len(room), "there is no room to receive into"
-            part = piece[at : at + len(room)]
-            room[: len(part)] = part
-            reader.received(len(part))
-            while frames.waiting:
-                frames.waiting = False
-                reader.resume()
-            at += len(part)
+        feed(reader, piece, resume)
 
 
 def _is_broken(rest: bytes) -> bool:
@@ -169,14 +165,7 @@ def _opened(stream: bytes, step: int) -> bool:
     side.begin()
     try:
         for piece in cut(stream, step):
-            at = 0
-            while at < len(piece):
-                room = side.buffer()
-                assert len(room), "there is no room to receive into"
-                part = piece[at : at + len(room)]
-                room[: len(part)] = part
-                side.received(len(part))
-                at += len(part)
+            feed(side, piece)
     except (ssl.SSLError, PacketError):
         return True
     return False

@@ -30,6 +30,7 @@ from tests.fuzz.reader import Choices
 from tests.fuzz.target import Plant, Target, cut
 from tests.fuzz.targets.stored import ENTRY, HEADER, MSGPACK, NAME, VERSION
 from tests.unit.test_formats_readable import kinds_of_messages
+from tests.worlds.receiving import feed
 
 SCRATCH = 4096
 
@@ -57,14 +58,7 @@ def _frames_of(stream: bytes, step: int) -> list[Any]:
     reader = FrameReader(admit, deliver, SCRATCH)
     try:
         for piece in cut(stream, step):
-            at = 0
-            while at < len(piece):
-                room = reader.buffer()
-                assert len(room), "there is no room to receive into"
-                part = piece[at : at + len(room)]
-                room[: len(part)] = part
-                reader.received(len(part))
-                at += len(part)
+            feed(reader, piece)
     except FrameError as error:
         found.append(str(error))
     return found
