@@ -77,7 +77,7 @@ class Sender(Connection):
         transport.protocol = self
         self.connection_made(cast(asyncio.Transport, transport))
         plain = Plain(self.reader)
-        self.on_secured(Secured(b"", False, plain, plain))
+        self.on_secured(Secured(b"", plain, plain))
 
     def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
         return Verdict.TAKE

@@ -2,10 +2,10 @@
 
 Theory of operation. TLS is driven here, over a plain TCP transport, because only its beginning is needed. Both sides
 name ``PACKETS`` by ALPN, which TLS authenticates. Where both did, each sends ``SECRET_BYTES`` random bytes, in one
-record of TLS and as the only data in it; the bytes that follow on the wire are packets (``packets``). The secrets have
-all that TLS gives: only the two nodes know them, and nobody who gets a node's key later. (Python has no exporter of
-TLS, which would spare them.) A peer of version 0.1.0 names no protocol. Then TLS carries the frames, as it did there:
-``TlsReader`` and ``TlsWriter``. That is slower, and ends with the rolling upgrade.
+record of TLS and as the only data in it; the bytes that follow on the wire are packets (``packets``). TLS protects the
+secrets: only the two nodes know them, and a node's private key that is stolen later does not reveal them. (Python has
+no exporter of TLS, which would make them unnecessary.) A peer of version 0.1.0 names no protocol. Then TLS carries the
+frames, as it did there: ``TlsReader`` and ``TlsWriter``. That is slower, and ends with the rolling upgrade.
 
 What arrives is given to TLS record by record. So TLS never takes a byte that belongs to the packets, whatever it reads
 ahead. A stranger gets here: until the peer's certificate has been verified, it can make this node hold one record, and
@@ -27,7 +27,7 @@ from storaged.wire import Buffer
 PACKETS: Final = "storaged-packets/1"
 
 HANDSHAKE_WIRE_BYTES_MAX: Final = 64 * KIB
-"""Of one side, in TLS. A handshake with certificates of this cluster has 2 KiB."""
+"""What one side may send in TLS. A handshake with certificates of this cluster has 2 KiB."""
 
 _RECORD_HEADER_BYTES: Final = 5
 _RECORD_BYTES_MAX: Final = _RECORD_HEADER_BYTES + 16 * KIB + 256
@@ -59,7 +59,6 @@ class Secured:
     """A connection whose peer TLS has verified. ``certificate``: the peer's (DER)."""
 
     certificate: bytes
-    packets: bool
     reader: Reader
     writer: Writer
 
@@ -70,10 +69,10 @@ def offer_packets(context: ssl.SSLContext) -> None:
 
 
 class Handshake:
-    """One side of it. ``dials``: the name of the node that this side dials; None on the side that listens.
+    """One side of a handshake. ``dials``: the name of the node that this side dials; None on the side that listens.
 
-    It sends through ``send``, and calls ``done`` once. ``ended`` is called when a peer that TLS carries frames from
-    closes its side; it waits for the other one then.
+    It sends through ``send``, and calls ``done`` once. ``ended`` is for peers of version 0.1.0: it is called when such
+    a peer has closed its direction of TLS. The peer then waits until this side closes the other direction.
     """
 
     mid_packet = False
@@ -102,16 +101,16 @@ class Handshake:
         """What this side has contributed; empty until the peer's certificate has been verified."""
 
     def begin(self) -> None:
-        """The connection stands: the side that dials speaks first."""
+        """To be called when TCP is connected. The side that dials speaks first."""
         self._go_on()
 
     def buffer(self) -> memoryview:
         return self._view[self._end :]
 
     def received(self, count: int) -> None:
-        """Takes ``count`` bytes that were put into :meth:`buffer`. Raises ssl.SSLError, or PacketError.
+        """Takes ``count`` bytes that were put into :meth:`buffer`.
 
-        An alert for the peer has been sent then.
+        Raises PacketError, or ssl.SSLError after it has sent an alert to the peer.
         """
         self._end += count
         start, end = 0, self._end
@@ -137,7 +136,7 @@ class Handshake:
         kind, major, _minor, high, low = self._view[start : start + _RECORD_HEADER_BYTES]
         size = _RECORD_HEADER_BYTES + (high << 8) + low
         if kind not in _CONTENT_TYPES or major != 3 or size > _RECORD_BYTES_MAX:
-            self._take(start, end - start)  # mostly it knows better what is wrong, and tells the peer
+            self._take(start, end - start)  # mostly TLS knows what is wrong, and sends an alert
             raise PacketError("what arrived is no record of TLS")
         return size if size <= end - start else 0
 
@@ -164,7 +163,6 @@ class Handshake:
             tls.do_handshake()
             if tls.selected_alpn_protocol() != PACKETS:
                 return self._secured(
-                    False,
                     TlsReader(tls, self._to_tls, self._from_tls, self._frames, self._ended),
                     TlsWriter(tls, self._from_tls),
                 )
@@ -177,14 +175,14 @@ class Handshake:
             ours, theirs = secrets_of(self._secret, secret)
         else:
             theirs, ours = secrets_of(secret, self._secret)
-        return self._secured(True, PacketReader(theirs, self._frames), PacketWriter(ours))
+        return self._secured(PacketReader(theirs, self._frames), PacketWriter(ours))
 
-    def _secured(self, packets: bool, reader: Reader, writer: Writer) -> Secured:
-        return Secured(self._tls.getpeercert(binary_form=True) or b"", packets, reader, writer)
+    def _secured(self, reader: Reader, writer: Writer) -> Secured:
+        return Secured(self._tls.getpeercert(binary_form=True) or b"", reader, writer)
 
 
 def _pass_on(data: bytes, reader: Reader) -> None:
-    """Gives the reader what arrived behind the handshake."""
+    """Gives the reader what arrived after the handshake."""
     while data:
         room = reader.buffer()
         count = min(len(room), len(data))
@@ -194,7 +192,7 @@ def _pass_on(data: bytes, reader: Reader) -> None:
 
 
 class TlsReader:
-    """Reads frames out of the records of TLS: of a peer that knows no packets."""
+    """Reads frames out of the records of TLS, from a peer that knows no packets."""
 
     mid_packet = False
 
