@@ -227,7 +227,7 @@ class Maintenance:
 
     def status(self) -> MaintainStatus:
         """What this node knows of the objects that it is responsible for; with many findings, what it knew a moment
-        ago.
+        ago, unless it was asked for work since then.
         """
         now = self._context.clock.monotonic()
         if self._status is None or now >= self._status[0]:
@@ -305,6 +305,7 @@ class Maintenance:
 
         async def scrub(_request: Ask, _call: Call) -> Done:
             self.scrub.request()
+            self._status = None  # an older one would say that nothing is done: `scrub --wait` would end at once
             return Done()
 
         async def hint(request: Ask, _call: Call) -> Done:
@@ -331,6 +332,7 @@ class Maintenance:
         async def wake(_request: Ask, _call: Call) -> Done:
             self.check.catch_up.request()
             self.check.request_walk()
+            self._status = None
             return Done()
 
         methods = {

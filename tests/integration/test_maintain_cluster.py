@@ -538,6 +538,26 @@ def test_many_findings_are_looked_through_every_two_seconds_at_most(monkeypatch:
     run(scenario)
 
 
+@pytest.mark.parametrize("method", ["maintain.scrub", "maintain.wake"])
+def test_what_a_node_is_asked_for_shows_in_its_next_status_also_with_many_findings(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Who asked for a scrub waits until the nodes are busy no more."""
+
+    async def scenario(cluster: Cluster) -> None:
+        monkeypatch.setattr(service, "MANY_FINDINGS", -1)
+        await filled(cluster, 1)
+        cluster.maintain()
+        await cluster.settled()
+        maintenance = cluster.nodes["na"].maintenance
+        await cluster.pass_s(service.STATUS_AGE_S)
+        assert not maintenance.status().busy
+        await maintenance.methods()[method].handler(Ask(), NO_CALL)
+        assert maintenance.status().busy
+
+    run(scenario)
+
+
 def test_hints_beyond_the_bound_become_a_walk() -> None:
     async def scenario(cluster: Cluster) -> None:
         await filled(cluster, 1)
