@@ -127,7 +127,7 @@ class FaultyDisk(MemoryFragmentStore):
 
 
 class FarDisk(FaultyDisk):
-    """A disk of another node, which can be asked without a task. ``connected``: False while it can't."""
+    """A disk of another node, which can be asked and written without a task. ``connected``: False while it can't."""
 
     connected = True
 
@@ -154,6 +154,32 @@ class FarDisk(FaultyDisk):
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
         return True
+
+    def try_write(
+        self,
+        header: FragmentHeader,
+        payload: Sequence[Buffer],
+        on_done: Callable[[PeerError | None], None],
+        *,
+        sync: bool = False,
+        check: bytes = b"",
+    ) -> Callable[[], object] | None:
+        """``ports.TryWrite``."""
+        if not self.connected:
+            return None
+
+        async def run() -> None:
+            error = None
+            try:
+                await self.write(header, payload, sync=sync, check=check)
+            except PeerError as failed:
+                error = failed
+            on_done(error)
+
+        task = asyncio.create_task(run())
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return task.cancel
 
 
 class Disks:

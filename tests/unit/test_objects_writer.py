@@ -7,6 +7,7 @@ import base64
 import hashlib
 import itertools
 import os
+import random
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from storaged.objects.service import ObjectService
 from storaged.objects.write import sealing
 from storaged.objects.write.checksums import BodyDigest
 from storaged.wire import Buffer
+from tests.doubles.disks import FaultyDisk
 from tests.doubles.layouts import layout_of
 from tests.patience import GUARD_S
 from tests.worlds.objects import OWNER, World, bucket_of, entry_of, got, pieces, put
@@ -221,6 +223,62 @@ async def test_a_hanging_disk_delays_a_write_by_no_more_than_the_grace() -> None
         await put(objects, bucket, data)
         assert await got(objects, bucket) == data
     hang.set()
+    await objects.close()
+
+
+FAULTS = ("hangs", "slow", "down", "away", "full", "syncs nothing")
+
+
+def spoil(disk: FaultyDisk, fault: str, chance: random.Random) -> None:
+    match fault:
+        case "hangs":
+            disk.hang = asyncio.Event()
+        case "slow":
+            disk.slow_s = chance.choice((0.005, 0.05, 0.2))
+        case "down":
+            disk.down = True
+        case "away":
+            disk.connected, disk.down = False, True  # type: ignore[attr-defined]
+        case "full":
+            disk.full = True
+        case "syncs nothing":
+            disk.fail_sync = True
+
+
+def heal(disk: FaultyDisk) -> None:
+    """It is as before, with what it has synced, and nothing else."""
+    if disk.hang is not None:
+        disk.hang.set()
+    disk.hang, disk.slow_s, disk.down, disk.full, disk.fail_sync = None, 0.0, False, False, False
+    disk.crash()
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_what_was_written_without_tasks_to_faulty_disks_survives_the_loss_of_any_rack(seed: int) -> None:
+    chance = random.Random(seed)
+    buffers = {"put_buffer_bytes_max": MIB} if chance.random() < 0.3 else {}  # blocks are sent before their promise
+    world = World(layout_of((3, 3, 3)), far=True, **buffers)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    disks = list(world.disks.disks.values())
+    for disk in chance.sample(disks, chance.randint(1, 2)):
+        spoil(disk, chance.choice(FAULTS), chance)
+    made = {}
+    for number in range(3):  # what the first write has learned of the disks counts for the others
+        made[b"%d" % number] = data = chance.randbytes(
+            chance.choice((70_000, 200_001, chance.randint(66_000, 4 * MIB)))
+        )
+        async with asyncio.timeout(GUARD_S):
+            await put(objects, bucket, data, key=b"%d" % number)
+    assert (objects.plane.put_buffers.bytes_leased, objects.plane.fill_buffers.bytes_leased) == (0, 0)
+    for disk in disks:
+        heal(disk)
+    for rack in "abc":
+        world.disks.rack_down(rack, suspected=chance.random() < 0.5)
+        for key, data in made.items():
+            assert await got(objects, bucket, key=key) == data
+        for disk in disks:
+            disk.down = False
+        world.disks.suspected.clear()
     await objects.close()
 
 
