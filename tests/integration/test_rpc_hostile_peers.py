@@ -22,7 +22,7 @@ from storaged.cluster.rpc import ServerLimits
 from storaged.cluster.rpc.framing import ErrorHead, Kind
 from storaged.cluster.rpc.server_connection import UNREAD_BYTES_MAX
 from storaged.config import parse
-from storaged.errors import PeerRefused, StoragedError
+from storaged.errors import PeerRefused, PeerUnreachable, StoragedError
 from storaged.units import KIB, MIB
 from storaged.wire import decode, encode
 from tests.patience import GUARD_S
@@ -227,6 +227,10 @@ async def test_processes_of_one_gateway_replace_their_connections_within_the_bou
             for pool in (first, second):
                 assert (await pool.call("n1", "t.echo", Note("after"), Note))[0].text == "after"
             assert server.statistics().peers_refused == (0 if most == 4 else 2)
+            if most == 2:
+                async with pooled(own, addresses) as third:
+                    with pytest.raises(PeerUnreachable, match="n1 refuses this node: gw has 2 connections to n1"):
+                        await third.call("n1", "t.echo", Note("one more"), Note)
 
 
 def test_a_gateway_with_the_most_processes_has_four_connections_for_each() -> None:

@@ -17,7 +17,7 @@ import uvloop
 
 from storaged.cluster import identity, tls
 from storaged.cluster.ports import Method, PeerChecks
-from storaged.cluster.rpc import RpcServer, ServerLimits, handshake, packets
+from storaged.cluster.rpc import PoolLimits, RpcServer, ServerLimits, handshake, packets
 from storaged.cluster.rpc.connection import Connection
 from storaged.cluster.rpc.framing import PROTOCOL_VERSION, FrameReader, Hello, Kind, Verdict
 from storaged.cluster.rpc.handshake import PACKETS, TlsReader
@@ -517,6 +517,49 @@ async def test_a_node_that_answers_something_else_than_its_secret_counts_as_away
     ):
         with pytest.raises(PeerUnreachable, match="in the place of its secret"):
             await pool.call("n1", "t.echo", Note(""), Note)
+
+
+@pytest.mark.parametrize("step", ["TCP", "half a record", "TLS", "its secret", "half a packet"])
+async def test_a_node_that_stops_before_it_has_said_who_it_is_counts_as_away(world: World, step: str) -> None:
+    """It is dialled, and hangs at one step. The connection to it is closed."""
+    own, ended = world.node("n1"), asyncio.Event()
+    context = tls.server_context(own)
+    context.set_alpn_protocols([PACKETS])
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if step == "half a record":
+            writer.write(b"\x16\x03\x03\x01\x00" + bytes(100))
+        elif step != "TCP":
+            to_tls, from_tls = ssl.MemoryBIO(), ssl.MemoryBIO()
+            side = context.wrap_bio(to_tls, from_tls, server_side=True)
+            while True:
+                try:
+                    side.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    writer.write(from_tls.read())
+                    to_tls.write(await reader.read(64 * KIB))
+            if step != "TLS":
+                side.write(bytes(32))
+            writer.write(from_tls.read())
+            if step == "half a packet":
+                writer.write((1000).to_bytes(4, "big") + bytes(100))
+        try:
+            while await reader.read(1000):
+                pass
+        except ConnectionError:
+            pass
+        ended.set()
+        writer.close()
+
+    limits = PoolLimits(connect_timeout_s=0.5, backoff_first_s=0.01, backoff_max_s=0.05)
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        addresses = {"n1": f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"}
+        async with pooled(world.node("gw", ("gateway",)), addresses, limits=limits) as pool:
+            with pytest.raises(PeerUnreachable, match="no answer in time"):
+                await pool.call("n1", "t.echo", Note(""), Note, timeout_s=60)
+            async with asyncio.timeout(GUARD_S / 8):
+                await ended.wait()
 
 
 async def test_a_handler_that_waits_for_room_gets_the_rest_of_its_packet_later(world: World) -> None:
