@@ -58,8 +58,9 @@ Rows = dict[str, list[ScanRow]]
 
 @dataclass
 class CatchUp:
-    """``rows`` looked at; ``settled``: rows that differed and were settled on all replicas that answer; ``away``: disks
-    that did not answer.
+    """``rows`` looked at; ``settled``: rows that differed, and of which a round was committed; ``away``: disks that did
+    not answer. A replica that has promised more may have refused such a round: only a comparison that settles nothing
+    shows that all have the same rows.
     """
 
     rows: int = 0

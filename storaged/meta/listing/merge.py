@@ -147,7 +147,7 @@ class RingScanner:
         patience: float = 1.0,
     ) -> CatchUp:
         """Brings the replicas of one shard to the same rows: compares all that answer, and settles each key that one of
-        them lacks, has damaged, or has at another ballot, by a committed round on all of them; or by ``bring_up``,
+        them lacks, has damaged, or has at another ballot, by a round that is sent to all of them; or by ``bring_up``,
         which raises as ``Registers.settle``.
 
         ``quick``: a tenth of the work (``meta.listing.comparing``). Then damage is found only beside a difference.
