@@ -160,7 +160,7 @@ async def test_a_peer_at_whose_request_the_node_fails_is_ended(world: World, wai
     ):
         await greet(peer, "raw")
         held = [frame(Kind.REQUEST, number, HOLD) for number in (1, 2)] if waits else []
-        refusal = frame(Kind.REQUEST, 3, b"\x0at.gateways" + encode(Note("x")))
+        refusal = frame(Kind.REQUEST, 3, b"\x0at.gateways" + encode(Note("x")), bytes(5000))
         peer.writer.write(peer.seal(b"".join([*held, refusal])))
         if waits:
             await until(lambda: server.statistics().connections_waiting == 1)

@@ -76,7 +76,7 @@ def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
 class Connection(asyncio.BufferedProtocol):
     """What both sides share. Subclasses decide on frames (``admit``, ``deliver``) and clean up in ``on_closed``.
 
-    Its 22 attributes are the state of one reader, one writer and their counters; the hot path reads most of them for
+    Its many attributes are the state of one reader, one writer and their counters; the hot path reads most of them for
     every frame.
     """
 

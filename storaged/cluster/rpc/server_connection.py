@@ -223,8 +223,8 @@ class ServerConnection(Connection):
             method = self._methods.get(name) or self._other_method(name)
             request = decode(head[name_end:], method.request)
         except (MsgspecError, StoragedError) as error:
+            self._release(size)  # first: to record a refusal may fail
             self._refuse_call(request_id, name, error)
-            self._release(size)
             return
         call = Call(self.caller, body, self.loop.time() + deadline_ms / 1000)
         if method.try_answer is not None and self._try_answer(request_id, name, method.try_answer, request, call):
