@@ -96,7 +96,11 @@ class Check:
     # --- requests and state -------------------------------------------------------------------------------------------
 
     def hint(self, name: bytes) -> None:
-        """This register (packed name) should be looked at soon. Beyond the bound a walk finds it."""
+        """This register (packed name) should be looked at soon. Beyond the bound a walk finds it. No-op while the hint
+        before it waits.
+        """
+        if name in self._hints:
+            return
         if len(self._hints) < self._context.limits.hints_max:
             self._hints[name] = None
             self.wake.set()

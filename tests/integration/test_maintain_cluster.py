@@ -572,6 +572,22 @@ def test_hints_beyond_the_bound_become_a_walk() -> None:
     run(scenario, limits=MaintainLimits(hints_max=10))
 
 
+def test_a_hint_that_waits_already_takes_no_room_and_wakes_no_node() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        cluster.maintain()
+        await cluster.settled()
+        check, name = cluster.nodes["na"].maintenance.check, RegisterName(1, bytes(16), 0, b"key").pack()
+        check.hint(name)
+        check.wake.clear()
+        check.hint(name)
+        assert not check.wake.is_set()
+        assert check.current, "no walk is wanted"
+        check.hint(RegisterName(1, bytes(16), 0, b"other").pack())
+        assert not check.current
+
+    run(scenario, limits=MaintainLimits(hints_max=1))
+
+
 def test_hints_about_a_key_that_is_long_to_look_at_wait_and_others_do_not() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
