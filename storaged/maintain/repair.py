@@ -176,9 +176,8 @@ class Repair:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
 
     async def _look_for_room(self) -> None:
-        some_wait = (
-            not self.check.current or self._queue.away_bytes > 0
-        )  # else nobody is asked: a disk may be gone for ever
+        # Without anything to write anew no other node is asked: a disk may be gone for ever.
+        some_wait = not self.check.current or self._queue.away_bytes > 0
         if await self.room.look(needed=some_wait and self._some_away_long()):
             self._queue.try_again()
 

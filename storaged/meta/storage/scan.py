@@ -279,9 +279,8 @@ def read_ahead(store: MetaStore, request: ScanRequest, asks: Sequence[ShardAsk])
         limit = min(ask.limit, ask.examine_max, LIMIT_MAX)
         if limit < 1:
             continue  # there is nothing to read, or the request is refused
-        stamps = (
-            ask.want in (Want.STAMPS, Want.PIECES) or ask.known
-        )  # mostly nothing of what the caller knows has changed
+        # Mostly nothing of what the caller knows has changed: then stamps are enough.
+        stamps = ask.want in (Want.STAMPS, Want.PIECES) or ask.known
         whole = not stamps or bool(request.delimiter)  # ``_scan_rows`` reads the rows themselves
         store.read_ahead(_row_range(request, ask, ask.after, limit), whole=whole)
 
