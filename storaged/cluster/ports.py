@@ -284,10 +284,11 @@ thousand attempts of one stranger are recorded as one thing."""
 class PeerChecks:
     """How a node judges its peers. ``roles_of`` None: a peer has the roles of its certificate.
 
-    ``on_revoked(peer)``: a dialled peer refuses this node, because its certificate is revoked.
+    ``on_revoked(peer, fingerprint)``: a dialled peer refuses this node, because the certificate that it presented is
+    revoked.
     """
 
     admission: Admission
     roles_of: RolesOf | None = None
     on_refusal: OnRefusal | None = None
-    on_revoked: Callable[[str], None] | None = None
+    on_revoked: Callable[[str, bytes], None] | None = None

@@ -67,19 +67,28 @@ class PeerRules:
         """A ``cluster.ports.RolesOf``."""
         return confirmed_roles(self._layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
 
-    def on_revoked(self, peer: str) -> None:
-        """A peer refuses this node, because its certificate is revoked."""
-        own = self._own().fingerprint
-        if self._refused_by[0] != own:
+    def on_revoked(self, peer: str, fingerprint: bytes) -> None:
+        """A peer refuses this node, because the certificate that it presented is revoked. That one may be replaced
+        meanwhile.
+        """
+        if self._refused_by[0] != fingerprint and fingerprint == self._own().fingerprint:
             log.error(
-                "this node's certificate is revoked", peer=peer, fingerprint=own.hex(), code=CertificateRevoked.code
+                "this node's certificate is revoked",
+                peer=peer,
+                fingerprint=fingerprint.hex(),
+                code=CertificateRevoked.code,
             )
-        self._refused_by = own, peer
+        self._refused_by = fingerprint, peer
+
+    def on_attempt(self, peer: str, reached: bool) -> None:
+        """A peer that takes this node's calls has taken back what it said of the certificate."""
+        if reached and self._refused_by[1] == peer:
+            self._refused_by = b"", ""
 
     def own_revocation(self) -> str:
         """Why this node's own certificate is of no use; empty when it is not revoked, as far as this node knows.
 
-        A peer that lies about it can make this node say so, and nothing else.
+        A peer that lies about it can make this node say so while it refuses this node's calls, and nothing else.
         """
         own = self._own()
         if self._layouts.is_revoked(own.fingerprint):

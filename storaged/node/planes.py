@@ -235,6 +235,7 @@ class NodePlanes:
             incarnation=self.incarnation,
             clock=self.clock,
         )
+        self.pool.watch(self.peers.on_attempt)
         leader = self.leader
         own = OwnNode(
             self.own.name,

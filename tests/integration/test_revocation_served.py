@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from storaged.cluster.ports import PeerIdentity
+from storaged.errors import CertificateRevoked
 from storaged.node.peers import PeerRules
 from tests.unit.test_revocation import book_of, revoking_layout
 from tests.worlds.authority import Note, Service, World, pooled, serving, until
@@ -38,3 +40,27 @@ async def test_connections_with_a_revoked_certificate_end_and_no_new_one_is_made
         await until(lambda: "is revoked" in pool.away_reason("n1"))
         await other.call("n2", "t.echo", Note("x"), Note)
         assert server.statistics().peers == ("n3",)
+
+
+async def test_a_refusal_is_of_the_certificate_that_was_presented(tmp_path: Path) -> None:
+    """Also when this node gets another one while it is being refused."""
+    history = History(World(tmp_path))
+    n1, n2 = history.identity("n1"), history.identity("n2")
+    refused: list[bytes] = []
+
+    def admit(peer: PeerIdentity) -> None:
+        if peer.fingerprint == n1.peer.fingerprint:
+            del history.own["n1"]
+            dials.renew(history.identity("n1"))
+            raise CertificateRevoked("revoked")
+
+    async with (
+        serving(n2, Service(), admission=admit) as server,
+        pooled(
+            n1,
+            {"n2": f"127.0.0.1:{server.port}"},
+            on_revoked=lambda _peer, fingerprint: refused.append(fingerprint),
+        ) as dials,
+    ):
+        await until(lambda: dials.connected("n2"))
+    assert refused == [n1.peer.fingerprint]

@@ -91,10 +91,17 @@ async def test_a_node_knows_from_the_layout_that_it_is_revoked_until_it_has_anot
     with pytest.raises(CertificateRevoked):
         rules.admit(own.peer)
     del history.own["n1"]
-    own = history.identity("n1")
+    before, own = own.peer.fingerprint, history.identity("n1")
     assert (rules.is_own_revoked, rules.own_revocation()) == (False, "")
-    rules.on_revoked("n2")
-    assert rules.own_revocation()
+    rules.on_revoked("n2", before)
+    assert rules.own_revocation() == ""  # a refusal that was on its way when the certificate was replaced
+    rules.on_revoked("n2", own.peer.fingerprint)
+    assert "n2 says" in rules.own_revocation()
+    rules.on_attempt("n2", False)
+    rules.on_attempt("n3", True)
+    assert "n2 says" in rules.own_revocation()
+    rules.on_attempt("n2", True)
+    assert rules.own_revocation() == ""
 
 
 def test_a_gateway_with_a_revoked_certificate_gets_no_key() -> None:

@@ -164,9 +164,11 @@ class Link:
         limits = self.dialler.limits
         failures = 0
         while True:
+            presented = self.dialler.own.peer.fingerprint
             try:
                 connection = await self._dial()
             except Exception as error:  # any error: a link that gave up would leave the node unreachable until restart
+                self._note_revoked(error, presented)
                 self._set_away(error)
             else:
                 self._set_connected(connection)
@@ -243,6 +245,13 @@ class Link:
             attempt.set_result(connection)
         self.dialler.notify(self.node, True)
 
+    def _note_revoked(self, error: Exception, presented: bytes) -> None:
+        """``presented``: the fingerprint of the certificate that was refused. This node may have another one by now."""
+        on_revoked = self.dialler.checks.on_revoked
+        said = error.details.get("refused_with") if isinstance(error, CertificateRefused) else None
+        if said == CertificateRevoked.code and on_revoked is not None:
+            on_revoked(self.node, presented)
+
     def _set_away(self, error: Exception) -> None:
         reason = error.message if isinstance(error, StoragedError) else describe(error)
         on_refusal = self.dialler.checks.on_refusal
@@ -252,10 +261,6 @@ class Link:
             and reason != self.reason
         ):
             on_refusal(self.node, error)
-        on_revoked = self.dialler.checks.on_revoked
-        said = error.details.get("refused_with") if isinstance(error, CertificateRefused) else None
-        if said == CertificateRevoked.code and on_revoked is not None:
-            on_revoked(self.node)
         if reason != self.reason:
             log.warning("node is away", peer=self.node, reason=reason)
         self._fail_waiting_calls(reason)
