@@ -158,6 +158,15 @@ LENDING_BUGS = (
         "        shares = bool(entries and (self.loans or self.borrowed))\n",
     ),
     Planted(
+        "lent_to_another_bucket",
+        "a copy to another bucket borrows the data of its source, too",
+        0,
+        path=_COPY,
+        old="    if source.bucket.id != bucket.id or source.key == key",
+        new="    if source.key == key",
+        tests=f"{_UNIT}::test_a_copy_to_another_bucket_stays_when_its_source_goes_with_its_bucket_and_all_data",
+    ),
+    Planted(
         "lent_as_the_record_says",
         "a copy borrows the parts that a record names, not those that are sealed in it",
         0,

@@ -173,6 +173,25 @@ async def test_what_has_no_fragments_of_its_own_is_sealed_anew(made: Made) -> No
     assert await made.read(b"a") == DATA
 
 
+async def test_a_copy_to_another_bucket_stays_when_its_source_goes_with_its_bucket_and_all_data(made: Made) -> None:
+    other = msgspec.structs.replace(made.bucket, name="other", id=b"O" * 16)
+    made.world.keys.newest[other.id] = 1
+    await made.copy(b"a", b"b")
+    for key, to in ((b"a", b"b"), (b"b", b"a")):
+        await made.objects.copy(CopySource(made.bucket, key), other, to, owner=OWNER, meta=None)
+    assert [loan.borrowers[0].key for loan in sharing_of(made.record(b"a")).loans] == [b"b"]
+    [part] = await made.parts_of(b"a")
+    for key in (b"b", b"a"):
+        await made.delete(key)
+    assert part.data_id in made.retired()
+    await made.plane.fences.fence(made.bucket.id, made.bucket.shard_numbers, b"nonce", final=True)
+    del made.world.keys.newest[made.bucket.id]
+    for disk, fragment in made.world.disks.of(part.data_id):
+        made.world.disks.disks[disk].lose(fragment)
+    for key in (b"a", b"b"):
+        assert await got(made.objects, other, key=key) == DATA
+
+
 @pytest.mark.parametrize("known", [False, True])
 async def test_while_a_replica_is_away_a_copy_gets_data_of_its_own(made: Made, known: bool) -> None:
     """``known``: then nothing is written in vain."""

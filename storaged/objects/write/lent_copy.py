@@ -1,9 +1,9 @@
 """Copies that move no data: the new version borrows the data of its source (``loans``).
 
-That is possible inside one bucket, for a coded object, when the copy wants the checksums that the source has, and
-neither of them has SSE-C: no other record may open data under a customer's key. The data key is wrapped anew, for the
-copy's key and version; the metadata and the list field are sealed anew. A copy inherits the context id, under which its
-body opens.
+That is possible inside one bucket (storaged/README.md, «Loans», says why), for a coded object, when the copy wants the
+checksums that the source has, and neither of them has SSE-C: no other record may open data under a customer's key. The
+data key is wrapped anew, for the copy's key and version; the metadata and the list field are sealed anew. A copy
+inherits the context id, under which its body opens.
 
 The copy of an object that was uploaded in parts has the same parts, and so the same ETag and the same checksums, those
 of its parts included. S3 makes one part of it, whose ETag is the MD5 of the whole: that can't be known without reading
