@@ -239,9 +239,14 @@ async def test_multipart_uploads_complete_once_and_answer_twice(world: World) ->
         assert got["ChecksumSHA256"] == done[1]["ChecksumSHA256"]
         assert client.head_object(Bucket="bucket", Key="m", PartNumber=3)["ContentLength"] == 1
         assert refused(client.get_object, Bucket="bucket", Key="m", PartNumber=4)[0] == 416
-        page = client.get_object_attributes(
-            Bucket="bucket", Key="m", ObjectAttributes=["ObjectParts"], MaxParts=1, PartNumberMarker=1
-        )["ObjectParts"]
+        head = client.head_object(Bucket="bucket", Key="m", ChecksumMode="ENABLED")
+        assert head["ChecksumSHA256"] == first["ChecksumSHA256"]
+        found = client.get_object_attributes(
+            Bucket="bucket", Key="m", ObjectAttributes=["Checksum", "ObjectParts"], MaxParts=1, PartNumberMarker=1
+        )
+        bare_checksum = first["ChecksumSHA256"].removesuffix("-3")
+        assert found["Checksum"] == {"ChecksumSHA256": bare_checksum, "ChecksumType": "COMPOSITE"}
+        page = found["ObjectParts"]
         assert (page["TotalPartsCount"], page["NextPartNumberMarker"], page["IsTruncated"]) == (3, 2, True)
         other = client.create_multipart_upload(Bucket="bucket", Key="m2")["UploadId"]
         client.upload_part_copy(

@@ -41,7 +41,10 @@ async def get_attributes(front: Front, request: Request) -> Reply:
     if "ETag" in wanted:
         content.append(xml.element("ETag", info.etag))
     if "Checksum" in wanted and info.checksums:
-        values = "".join(xml.element(f"Checksum{name}", value) for name, value in info.checksums.items())
+        # without the number of parts, which ``ObjectParts`` says; headers and Complete's answer have it after a dash
+        values = "".join(
+            xml.element(f"Checksum{name}", value.partition("-")[0]) for name, value in info.checksums.items()
+        )
         content.append(f"<Checksum>{values}{xml.optional('ChecksumType', info.checksum_type)}</Checksum>")
     if "ObjectParts" in wanted and info.part_count:
         content.append(_object_parts(info, marker, min(limit, ATTRIBUTE_PARTS_MAX)))
