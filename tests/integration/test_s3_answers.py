@@ -179,9 +179,41 @@ async def test_a_complete_that_says_another_size_or_checksum_type_is_refused(
     assert found is not None
     target = f"/bucket/parts?uploadId={found[1].decode()}"
     _, _, part = await call(world, "PUT", f"{target}&partNumber=1", body=OLD)
-    document = f"<Part><PartNumber>1</PartNumber><ETag>{field(part, 'etag')}</ETag></Part>"
+    checksum = f"<ChecksumCRC32>{field(part, 'x-amz-checksum-crc32')}</ChecksumCRC32>"
+    document = f"<Part><PartNumber>1</PartNumber><ETag>{field(part, 'etag')}</ETag>{checksum}</Part>"
     body = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>".encode()
     assert (await call(world, "POST", target, headers, body))[:2] == answer
+
+
+@pytest.mark.parametrize(
+    ("created", "answer"),
+    [
+        ({"x-amz-checksum-algorithm": "CRC32"}, (400, "InvalidRequest")),
+        ({"x-amz-checksum-algorithm": "SHA256", "x-amz-checksum-type": "COMPOSITE"}, (400, "InvalidRequest")),
+        ({"x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-type": "FULL_OBJECT"}, (200, "")),
+        ({"x-amz-checksum-algorithm": "CRC64NVME"}, (200, "")),
+        ({}, (200, "")),
+    ],
+)
+async def test_a_composite_checksum_needs_the_checksums_of_its_parts(
+    world: World, created: dict[str, str], answer: tuple[int, str]
+) -> None:
+    """O: "The upload was created using a sha256 checksum. The complete request must include the checksum for each part.
+    It was missing for part 1 in the request." A full object's checksum needs none, and an upload that was created
+    without an algorithm (as boto3's create_multipart_upload does by default) has a full object's."""
+    _, _, made = await call(world, "POST", "/bucket/parts?uploads", created)
+    found = re.search(rb"<UploadId>([^<]*)<", made)
+    assert found is not None
+    target = f"/bucket/parts?uploadId={found[1].decode()}"
+    _, _, part = await call(world, "PUT", f"{target}&partNumber=1", body=OLD)
+    document = f"<Part><PartNumber>1</PartNumber><ETag>{field(part, 'etag')}</ETag></Part>"
+    before = state(world)
+    body = f"<CompleteMultipartUpload>{document}</CompleteMultipartUpload>".encode()
+    status, code, whole = await call(world, "POST", target, {}, body)
+    assert (status, code) == answer
+    if status == 400:
+        assert b"It was missing for part 1 in the request." in whole
+        assert state(world) == before
 
 
 # --- buckets

@@ -224,6 +224,11 @@ async def test_multipart_uploads_complete_once_and_answer_twice(world: World) ->
             400,
             "InvalidPart",
         )
+        bare = [{"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in done]
+        assert refused(client.complete_multipart_upload, **ids, MultipartUpload={"Parts": bare}) == (
+            400,
+            "InvalidRequest",
+        )
         first = client.complete_multipart_upload(**ids, MultipartUpload={"Parts": done})
         again = client.complete_multipart_upload(**ids, MultipartUpload={"Parts": done})
         digests = b"".join(hashlib.md5(body).digest() for body in parts)

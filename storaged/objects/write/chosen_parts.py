@@ -10,18 +10,21 @@ from storaged.objects.api import DEFAULT_ALGORITHM
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import PartRecord, SealedPart, UploadRecord
 from storaged.objects.upload_types import CompletedPart
-from storaged.objects.write.checksums import FULL_OBJECT, multipart_checksum, same_checksums
+from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, multipart_checksum, same_checksums
 
 Rows = dict[int, tuple[PartRecord, SealedPart]]
 """The uploaded parts by number, with the checksums in the clear."""
 
 
 def chosen_parts(
-    limits: ObjectLimits, rows: Rows, parts: Sequence[CompletedPart], algorithm: str
+    limits: ObjectLimits, rows: Rows, parts: Sequence[CompletedPart], record: UploadRecord
 ) -> list[tuple[PartRecord, SealedPart]]:
-    """The parts that the client names, checked against the uploaded ones. Raises MalformedXML, InvalidPartOrder,
-    InvalidPart, EntityTooSmall.
+    """The parts that the client names, checked against the uploaded ones. Where the upload was created for a composite
+    checksum, the client has to name the checksum of each part, as on AWS. Raises MalformedXML, InvalidPartOrder,
+    InvalidPart, InvalidRequest, EntityTooSmall.
     """
+    algorithm = record.checksum_algorithm or DEFAULT_ALGORITHM
+    composite = bool(record.checksum_algorithm) and record.checksum_type == COMPOSITE
     if not parts or len(parts) > limits.parts_max:
         raise MalformedXML
     numbers = [part.number for part in parts]
@@ -36,6 +39,11 @@ def chosen_parts(
             or not same_checksums(part.checksums, {algorithm: found[1].checksum})
         ):
             raise InvalidPart(PartNumber=str(part.number), ETag=part.etag)
+        if composite and algorithm not in part.checksums:
+            raise InvalidRequest(
+                f"The upload was created using a {algorithm.lower()} checksum. The complete request must include the"
+                f" checksum for each part. It was missing for part {part.number} in the request."
+            )
         chosen.append(found)
     for row, sealed in chosen[:-1]:
         if sealed.size < limits.part_bytes_min:

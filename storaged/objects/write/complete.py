@@ -39,7 +39,7 @@ from storaged.errors import (
 )
 from storaged.fragments.ports import OF_UPLOAD
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
-from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
+from storaged.objects.api import NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
 from storaged.objects.bucket_keys import BucketKeys, judged
 from storaged.objects.code.customer import ContentKey
 from storaged.objects.code.history import Draft, Entry, unversioned
@@ -165,8 +165,7 @@ async def _complete_once(
     rows = await _rows(plane, bucket, upload, request.customer_key)
     if not resumed:
         await check_early(plane, name, upload.place, keys, request.conditions)
-        algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
-        chosen = await plane.in_thread(chosen_parts, plane.limits, rows, request.parts, algorithm)
+        chosen = await plane.in_thread(chosen_parts, plane.limits, rows, request.parts, upload.record)
         version = await _make_version(plane, bucket, name, upload, chosen, request, content)
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest))
     version = decode_version(upload.record.pinned)
