@@ -10,6 +10,7 @@ a write that asks for ``If-Match: ""`` must not overwrite.
 | copy sources | x-amz-copy-source-if-* | 400: invalid tags or dates |
 | RenameObject | all four, and x-amz-rename-source-if-* for the old key | 400: invalid tags or dates |
 | DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: invalid values |
+| DeleteObject with a versionId | x-amz-if-match-size, -last-modified-time | 501: If-Match, too, as on AWS |
 | DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: invalid values |
 
 On writes, AWS takes only ``If-None-Match: *``, and answers 501 to the rest. This server evaluates plain tags as RFC
@@ -143,9 +144,10 @@ def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
     return WriteConditions(if_match=_tags(headers, "if-match"), if_none_match=none_match)
 
 
-def delete_conditions(headers: Mapping[str, str]) -> WriteConditions:
-    """Conditions of DeleteObject. Raises InvalidArgument, NotImplemented."""
-    _refuse(headers, "if-none-match", "if-modified-since", "if-unmodified-since")
+def delete_conditions(headers: Mapping[str, str], version: str) -> WriteConditions:
+    """Conditions of DeleteObject. ``version``: the versionId of the request, or empty. Raises InvalidArgument,
+    NotImplemented, as AWS for If-Match with a versionId: a version never changes."""
+    _refuse(headers, "if-none-match", "if-modified-since", "if-unmodified-since", *(("if-match",) if version else ()))
     return deletion(
         headers.get("if-match"),
         headers.get("x-amz-if-match-size"),

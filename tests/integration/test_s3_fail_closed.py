@@ -355,6 +355,7 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("DELETE", "/empty", {"if-match": "*"}, NOT_THERE),
     ("DELETE", "/empty", {"x-amz-expected-bucket-owner": "somebody"}, (403, "AccessDenied")),
     ("POST", "/bucket/k?uploads", {"if-none-match": "*"}, NOT_THERE),
+    *[("DELETE", "/bucket/k?versionId=null", {"if-match": tag}, NOT_THERE) for tag in ("*", f'"{ETAG}"', '"other"')],
     ("POST", "/bucket/k?uploads", {"x-amz-website-redirect-location": ""}, (400, "InvalidRedirectLocation")),
     ("PUT", "/new", {"x-amz-bucket-namespace": "account-regional"}, NOT_THERE),
     ("PUT", "/new", {"x-amz-bucket-object-lock-enabled": "yes"}, CONFLICT),

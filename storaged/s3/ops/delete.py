@@ -28,12 +28,13 @@ DELETE_KEYS_MAX = 1000
 
 async def delete_object(front: Front, request: Request) -> Reply:
     """It succeeds also when there is no such object."""
+    version = version_of(request)
     result = await front.objects.delete(
         request.grant,
         request.key,
-        version_id=version_of(request),
+        version_id=version,
         bypass_governance=bypasses(request.headers),
-        conditions=c.delete_conditions(request.headers),
+        conditions=c.delete_conditions(request.headers, version),
         origin=origin_of(request, REMOVED),
         who=request.who,
     )
