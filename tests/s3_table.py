@@ -55,10 +55,10 @@ _RESTORED = "objects are never archived"
 WHY = {
     "Abac": "attributes of buckets decide nothing here: policies with tags of requests and objects do",
     "Accelerate": "there are no edge locations",
-    "Analytics": "there is one storage class, so nothing to analyse",
+    "Analytics": "data is kept in one way, so nothing to analyse",
     "Annotation": "annotations are not implemented",
     "DirectoryBuckets": "directory buckets are not here",
-    "IntelligentTiering": "there is one storage class",
+    "IntelligentTiering": "data is kept in one way",
     "Lifecycle": "AWS keeps it for old clients",
     "Metadata": "the tables of S3 Metadata are a service of AWS of their own",
     "Metrics": "they are for CloudWatch; the metrics of this server are in deploy/README.md",

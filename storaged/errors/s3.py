@@ -204,6 +204,11 @@ class InvalidPolicyDocument(S3Error):
 class InvalidStorageClass(S3Error):
     """The storage class that you specified is not valid."""
 
+    hint = (
+        "Use STANDARD, or another class whose objects can be read at once. GLACIER and DEEP_ARCHIVE are refused, since"
+        " nothing is archived here. Lifecycle rules have no transitions: all data is kept in one way."
+    )
+
 
 class InvalidTag(S3Error):
     """The tag provided was not a valid tag."""

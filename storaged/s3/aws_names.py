@@ -115,7 +115,9 @@ HEADERS: dict[str, Name] = {
     "x-amz-source-expected-bucket-owner": _of(*_COPYING),
     # metadata of a new object
     "x-amz-acl": _of(*_CREATING, *_ACL, "CreateBucket"),
-    "x-amz-storage-class": _of(*_CREATING),
+    "x-amz-storage-class": _of(
+        *_CREATING, note="GLACIER and DEEP_ARCHIVE: 400 InvalidStorageClass, since nothing is archived"
+    ),
     "x-amz-tagging": _of(*_CREATING),
     "x-amz-server-side-encryption": _of(*_CREATING, "CreateSession"),
     "x-amz-website-redirect-location": _of(*_CREATING),

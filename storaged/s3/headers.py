@@ -42,12 +42,12 @@ KEPT_HEADERS = (
 REDIRECT_BYTES_MAX = 2048
 STORAGE_CLASSES = frozenset(
     {
-        "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER", "DEEP_ARCHIVE",
-        "GLACIER_IR",
+        "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR",
     }
 )  # fmt: skip
-"""The classes that a general purpose bucket takes on AWS. They are labels that are stored and returned: where data is
-placed depends on the cluster's profile."""
+"""The classes of AWS whose objects can be read at once. All are kept as STANDARD is, which is no less than each of them
+promises, and are returned as they were named. GLACIER and DEEP_ARCHIVE are refused: nothing is archived here, and
+clients do not read objects that have such a class before they are restored."""
 
 TAGS_PER_OBJECT_MAX = 10
 TAGS_PER_BUCKET_MAX = 50

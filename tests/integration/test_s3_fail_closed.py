@@ -312,6 +312,9 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-storage-class": ""}, (400, "InvalidStorageClass")),
     ("PUT", "/bucket/k", {"x-amz-storage-class": "EXPRESS_ONEZONE"}, (400, "InvalidStorageClass")),
     ("PUT", "/bucket/k", {"x-amz-storage-class": "standard"}, (400, "InvalidStorageClass")),
+    *[(method, target, {"x-amz-storage-class": name, **more}, (400, "InvalidStorageClass")) for name in ("GLACIER", "DEEP_ARCHIVE") for method, target, more in [  # noqa: E501
+        ("PUT", "/bucket/k", {}), ("PUT", "/bucket/new", {"x-amz-copy-source": "/bucket/k"}), ("POST", "/bucket/k?uploads", {}),  # noqa: E501
+    ]],
     ("PUT", "/bucket/k", {"x-amz-mp-object-size": "3"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-copy-source-range": "bytes=0-1"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-copy-source-if-match": "x"}, NOT_THERE),
@@ -352,10 +355,10 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("DELETE", "/bucket/k", {"x-amz-server-side-encryption": "AES256"}, CONFLICT),
     ("DELETE", "/bucket/k", {"x-amz-meta-a": "b"}, NOT_THERE),
     ("DELETE", "/bucket/k?tagging", {"if-match": f'"{ETAG}"'}, NOT_THERE),
+    *[("DELETE", "/bucket/k?versionId=null", {"if-match": tag}, NOT_THERE) for tag in ("*", f'"{ETAG}"', '"other"')],
     ("DELETE", "/empty", {"if-match": "*"}, NOT_THERE),
     ("DELETE", "/empty", {"x-amz-expected-bucket-owner": "somebody"}, (403, "AccessDenied")),
     ("POST", "/bucket/k?uploads", {"if-none-match": "*"}, NOT_THERE),
-    *[("DELETE", "/bucket/k?versionId=null", {"if-match": tag}, NOT_THERE) for tag in ("*", f'"{ETAG}"', '"other"')],
     ("POST", "/bucket/k?uploads", {"x-amz-website-redirect-location": ""}, (400, "InvalidRedirectLocation")),
     ("PUT", "/new", {"x-amz-bucket-namespace": "account-regional"}, NOT_THERE),
     ("PUT", "/new", {"x-amz-bucket-object-lock-enabled": "yes"}, CONFLICT),
@@ -370,7 +373,7 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/new", {"x-amz-expected-bucket-owner": "me"}, NOT_THERE),
     ("PUT", "/bucket/k?x-amz-write-offset-bytes=3", {}, NOT_THERE),
     ("PUT", "/bucket/k?X-Amz-Acl=public-read", {}, NO_LISTS),
-    ("PUT", "/bucket/k?x-amz-storage-class=GLACIER", {"x-amz-storage-class": "STANDARD"}, CONFLICT),
+    ("PUT", "/bucket/k?x-amz-storage-class=STANDARD_IA", {"x-amz-storage-class": "STANDARD"}, CONFLICT),
     ("GET", "/bucket?list-type=2", {"x-amz-optional-object-attributes": "Everything"}, CONFLICT),
     ("GET", "/bucket/k", {"x-amz-server-side-encryption": "AES256"}, (400, "InvalidRequest")),
 ]  # fmt: skip
@@ -425,11 +428,11 @@ async def test_every_header_of_aws_is_honoured_or_refused_by_every_operation_tha
 
 
 async def test_what_presigned_urls_say_of_an_object_is_heard(world: World) -> None:
-    target = "/bucket/k?x-amz-meta-colour=blue&X-Amz-Storage-Class=GLACIER&x-amz-checksum-crc32=AAAAAA%3D%3D&x-amz-sdk-checksum-algorithm=CRC32"  # noqa: E501
+    target = "/bucket/k?x-amz-meta-colour=blue&X-Amz-Storage-Class=GLACIER_IR&x-amz-checksum-crc32=AAAAAA%3D%3D&x-amz-sdk-checksum-algorithm=CRC32"  # noqa: E501
     assert (await call(world, "PUT", target, body=b"new"))[0] == 200, "a checksum there is the one of no body"
     answer = (await call(world, "GET", "/bucket/k"))[2]
     assert b"x-amz-meta-colour: blue\r\n" in answer
-    assert b"x-amz-storage-class: GLACIER\r\n" in answer
+    assert b"x-amz-storage-class: GLACIER_IR\r\n" in answer
 
 
 @pytest.mark.parametrize(

@@ -304,9 +304,11 @@ async def test_copies_keep_or_replace_what_the_directives_say(world: World) -> N
             2,
         )
         assert refused(client.copy_object, **source, CopySource=source) == (400, "InvalidRequest")
-        client.copy_object(**source, CopySource=source, StorageClass="GLACIER")
+        client.copy_object(**source, CopySource=source, StorageClass="STANDARD_IA")
         moved = client.head_object(**source)
-        assert (moved["StorageClass"], moved["Metadata"]) == ("GLACIER", {"a": "1"})
+        assert (moved["StorageClass"], moved["Metadata"]) == ("STANDARD_IA", {"a": "1"})
+        client.copy_object(Bucket="bucket", Key="standard", CopySource=source)
+        assert "StorageClass" not in client.head_object(Bucket="bucket", Key="standard")
         assert refused(client.copy_object, Bucket="bucket", Key="x", CopySource="bucket/none") == (404, "NoSuchKey")
         assert refused(client.copy_object, Bucket="bucket", Key="x", CopySource="nowhere/none") == (404, "NoSuchBucket")
         assert refused(client.copy_object, Bucket="bucket", Key="x", CopySource=source, CopySourceIfMatch='"no"') == (

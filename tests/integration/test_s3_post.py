@@ -187,6 +187,12 @@ async def test_sizes_outside_the_policy_store_nothing(world: World) -> None:
         ),
         (policy({"key": "k"}, {"x-amz-meta-a: b": "1"}), {"key": "k", "x-amz-meta-a: b": "1"}, 400, b"InvalidArgument"),
         (
+            policy({"key": "k"}, {"x-amz-storage-class": "GLACIER"}),
+            {"key": "k", "x-amz-storage-class": "GLACIER"},
+            400,
+            b"InvalidStorageClass",
+        ),
+        (
             policy({"key": "k"}, {"x-amz-meta-\u00e9": "1"}),
             {"key": "k", "x-amz-meta-\u00e9": "1"},
             400,

@@ -51,13 +51,13 @@ async def copy(
 ) -> PutResult:
     """Copies a version. ``meta`` None keeps the source's metadata; so does ``tags`` None with its tags. Without an
     ``algorithm``, the source's checksums are computed anew. ``encryption``: of the copy, whatever the source's is; that
-    in ``meta`` does not count. Access, locks and the redirection of a website are never copied: ``acl``, ``lock`` and
-    the one in ``meta`` are the new object's. Raises as ``get`` and ``put``.
+    in ``meta`` does not count. Access, locks, the storage class and the redirection of a website are never copied:
+    ``acl``, ``lock`` and those in ``meta`` are the new object's. Raises as ``get`` and ``put``.
     """
 
     def kept_of(info: ObjectInfo) -> NewMeta:
         headers = {name: value for name, value in info.headers.items() if name != REDIRECT_LOCATION}
-        given = meta if meta is not None else NewMeta(headers, info.user, info.tags, info.storage_class)
+        given = meta if meta is not None else NewMeta(headers, info.user, info.tags)
         given_tags = tags if tags is not None else info.tags
         return NewMeta(given.headers, given.user, given_tags, given.storage_class, encryption, acl, lock, origin)
 

@@ -116,8 +116,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
         info = await _read_from(front, request, source, key, reading)
         # the copied object must be the one whose metadata was read
         conditions = replace(conditions, if_match=tag(info.etag))
-        storage_class = given.storage_class if "x-amz-storage-class" in headers else info.storage_class
-        meta = NewMeta(_with_redirect(info.headers, given), info.user, storage_class=storage_class)
+        meta = NewMeta(_with_redirect(info.headers, given), info.user, storage_class=given.storage_class)
     owner, acl = await ownership(front, request, headers)
     copying = front.objects.copy(
         source,
