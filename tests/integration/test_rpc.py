@@ -483,9 +483,10 @@ async def test_a_node_of_another_cluster_under_the_same_authority_is_refused_wit
 )
 async def test_a_caller_outside_the_eu_is_refused_and_recorded(world: World, country: str, jurisdiction: str) -> None:
     stranger = world.forged(world.node("gw", ("gateway",)), country=country, jurisdiction=jurisdiction)
-    reason, server, _client = await refused_between(world.node("n1"), stranger)
+    reason, server, client = await refused_between(world.node("n1"), stranger)
     assert "refuses this node" in reason
     assert server[0][1] == "JURISDICTION_REFUSED"
+    assert client == [("n1", "JURISDICTION_REFUSED")]
 
 
 async def test_a_server_outside_the_eu_is_refused_by_the_caller_and_recorded(world: World) -> None:

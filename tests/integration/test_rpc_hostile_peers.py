@@ -203,6 +203,15 @@ async def test_one_node_does_not_take_all_connections_and_reads_why(world: World
 
         async with pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool:
             assert (await pool.call("n1", "t.echo", Note("another node"), Note))[0].text == "another node"
+        dialled: list[tuple[str, str]] = []
+
+        def by_server(peer: str, error: StoragedError) -> None:
+            dialled.append((peer, error.remote_code if isinstance(error, PeerRefused) else error.code))
+
+        async with pooled(own, {"n1": f"127.0.0.1:{server.port}"}, on_refusal=by_server) as pool:
+            with pytest.raises(PeerUnreachable, match="raw has 3 connections to n1"):
+                await pool.call("n1", "t.echo", Note(""), Note)
+        assert dialled == [("n1", "TOO_MANY_CONNECTIONS")]
         peers[0].writer.transport.abort()
         await until(lambda: server.statistics().connections == 2)
         async with packet_peer(own, server.port) as again:

@@ -34,7 +34,7 @@ from storaged.cluster.rpc.framing import (
     Kind,
     Verdict,
 )
-from storaged.errors import CertificateRefused, PeerError, PeerTimeout, PeerUnreachable
+from storaged.errors import PeerError, PeerTimeout, PeerUnreachable
 from storaged.units import MIB
 from storaged.wire import MALFORMED, Buffer, Message, decode, decoder_of
 
@@ -160,12 +160,7 @@ class ClientConnection(Connection):
             if kind == Kind.WELCOME:
                 self.hello.set_result(decode(head, Hello))
             else:
-                refusal = decode(head, ErrorHead)
-                self.fail_handshake(
-                    CertificateRefused(
-                        f"{self.node} refuses this node: {faults.plain(refusal.message)}", refused_with=refusal.code
-                    )
-                )
+                self.fail_handshake(faults.handshake_refused(decode(head, ErrorHead), self.node))
         except MsgspecError as error:
             raise FrameError(f"the handshake does not decode: {error}") from error
 

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from itertools import islice
 
 from storaged.cluster.rpc.framing import ErrorHead
-from storaged.errors import PeerError, PeerRefused, StoragedError
+from storaged.errors import (
+    CertificateRefused,
+    CertificateRevoked,
+    JurisdictionRefused,
+    PeerError,
+    PeerRefused,
+    StoragedError,
+)
 
 INTERNAL = "INTERNAL"
 UNKNOWN_METHOD = "UNKNOWN_METHOD"
@@ -63,6 +70,19 @@ def from_head(head: ErrorHead, node: str) -> PeerError:
 def refused(code: str, message: str) -> PeerRefused:
     """The error of a server that refuses a call under one of the codes above."""
     return PeerRefused(message, remote_code=code)
+
+
+def handshake_refused(head: ErrorHead, node: str) -> StoragedError:
+    """The error of a node that ``node`` refuses in the handshake, under the code of the refusal: of the same class
+    where it is about certificates, otherwise PeerRefused. A code that no refusal of this program has is not passed on:
+    the audit log counts by code. ``refused_with`` of the details says that it is no refusal by this node.
+    """
+    message = f"{node} refuses this node: {plain(head.message)}"
+    for kind in (CertificateRefused, CertificateRevoked, JurisdictionRefused):
+        if head.code == kind.code:
+            return kind(message, refused_with=head.code)
+    code = head.remote_code if head.remote_code == TOO_MANY_CONNECTIONS else ""
+    return PeerRefused(message, remote_code=code, refused_with=code)
 
 
 def as_peer_error(error: Exception, node: str) -> PeerError:

@@ -28,6 +28,7 @@ from storaged.errors import (
     CertificateRefused,
     CertificateRevoked,
     JurisdictionRefused,
+    PeerRefused,
     PeerUnreachable,
     StoragedError,
 )
@@ -85,7 +86,8 @@ class Dialler:
     async def dial(self, node: str) -> tuple[ClientConnection, Hello]:
         """Connects to ``node``: TLS, the checks of its certificate, the handshake.
 
-        Raises PeerUnreachable, CertificateRefused, JurisdictionRefused, or the error of the network.
+        Raises PeerUnreachable, CertificateRefused, JurisdictionRefused, PeerRefused (``node`` has another reason to
+        refuse this one), or the error of the network.
         """
         host, port = self.endpoint(node)
         connection = ClientConnection(self.loop, node, self.limits, self.counts)
@@ -256,7 +258,7 @@ class Link:
         reason = error.message if isinstance(error, StoragedError) else describe(error)
         on_refusal = self.dialler.checks.on_refusal
         if (
-            isinstance(error, CertificateRefused | JurisdictionRefused)
+            isinstance(error, CertificateRefused | JurisdictionRefused | PeerRefused)
             and on_refusal is not None
             and reason != self.reason
         ):
