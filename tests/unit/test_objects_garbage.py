@@ -6,11 +6,14 @@ import asyncio
 import os
 
 import pytest
+from msgspec.structs import replace
 
 from storaged.fragments.ports import Retirement
+from storaged.meta.names import Table
 from storaged.objects import garbage
+from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.service import ObjectService
-from tests.worlds.objects import World, bucket_of, put
+from tests.worlds.objects import OWNER, World, bucket_of, pieces, put
 
 pytestmark = pytest.mark.virtual_time
 
@@ -48,6 +51,34 @@ async def test_what_many_overwrites_replace_within_a_moment_goes_to_each_disk_in
     await rig.put(keys[1])
     await rig.objects.plane.background.settle()
     assert len(rig.calls) == 9
+    await rig.objects.close()
+
+
+async def test_the_parts_of_an_aborted_upload_go_to_each_disk_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    upload = (await rig.objects.create_upload(rig.bucket, b"key", NewMeta(), owner=OWNER)).upload_id
+    for number in range(1, 41):
+        await rig.objects.put_part(rig.bucket, b"key", upload, number, pieces(os.urandom(5000)), BodyChecks(5000))
+    await rig.objects.abort(rig.bucket, b"key", upload)
+    await rig.objects.plane.background.settle()
+    assert len(rig.calls) == len({disk for disk, _ in rig.calls}) == 6
+    assert rig.listed() == 40 * 6
+    assert not [name for name, value in rig.world.ring.values.items() if name.table == Table.PART and value.body]
+    await rig.objects.close()
+
+
+async def test_a_part_row_that_is_damaged_keeps_no_part_before_it_off_the_lists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(monkeypatch)
+    upload = (await rig.objects.create_upload(rig.bucket, b"key", NewMeta(), owner=OWNER)).upload_id
+    for number in range(1, 4):
+        await rig.objects.put_part(rig.bucket, b"key", upload, number, pieces(os.urandom(5000)), BodyChecks(5000))
+    last = max(name for name in rig.world.ring.values if name.table == Table.PART)
+    rig.world.ring.values[last] = replace(rig.world.ring.values[last], body=b"damaged")
+    await rig.objects.abort(rig.bucket, b"key", upload)
+    await rig.objects.plane.background.settle()
+    assert rig.listed() == 2 * 6
     await rig.objects.close()
 
 

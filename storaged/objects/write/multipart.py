@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from storaged.errors import DataDamaged, InvalidArgument, InvalidRange, InvalidRequest, NoSuchUpload, StoragedError
-from storaged.fragments.ports import OF_UPLOAD
+from storaged.fragments.ports import OF_UPLOAD, RETIREMENTS_MAX
 from storaged.ids import DATA_ID_BYTES, new_upload_id
 from storaged.meta.listing.merge import ROWS_A_PAGE, every_row
 from storaged.meta.names import (
@@ -277,23 +277,35 @@ async def drop_parts(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpl
 async def _forget_parts(
     plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, upload_id: bytes, kept: Set[bytes]
 ) -> None:
-    """Turns an upload's part rows into tombstones, and retires the parts that are not ``kept``. Raises NoSuchBucket,
-    ServiceUnavailable.
+    """Turns an upload's part rows into tombstones, and retires the parts that are not ``kept``: many at a time, with
+    one message to each disk, before their rows go. Raises NoSuchBucket, ServiceUnavailable, and DataDamaged for a row,
+    after those before it.
     """
     gate = asyncio.Semaphore(FORGETS_IN_FLIGHT_MAX)
 
-    async def forget(entry: PartEntry) -> None:
+    async def forget(number: int) -> None:
         async with gate:
-            if entry.data_id not in kept:
-                await retire_parts(plane, bucket, owner, [entry], OF_UPLOAD + upload_id)
             await plane.registers.change(
-                part_name(bucket.id, upload_id, entry.number), lambda value: Change(b"", Visibility.TOMBSTONE)
+                part_name(bucket.id, upload_id, number), lambda value: Change(b"", Visibility.TOMBSTONE)
             )
 
-    try:
+    async def forget_all(entries: list[PartEntry]) -> None:
+        unused = [entry for entry in entries if entry.data_id not in kept]
+        await retire_parts(plane, bucket, owner, unused, OF_UPLOAD + upload_id)
         async with TaskGroup() as group:
+            for entry in entries:
+                group.create_task(forget(entry.number))
+
+    batch: list[PartEntry] = []
+    try:
+        try:
             async for row in part_rows(plane.scanner, bucket.id, upload_id):
-                group.create_task(forget(row.entry))
+                batch.append(row.entry)
+                if len(batch) == RETIREMENTS_MAX:
+                    full, batch = batch, []
+                    await forget_all(full)
+        finally:
+            await forget_all(batch)
     except* StoragedError as failed:
         raise _first_of(failed) from None
 
