@@ -69,6 +69,7 @@ STATES: Mapping[str, State] = {
     "waiting": State(NONE, "DISK_WAITS"),
     "blank": State(NONE, "DISK_BLANK"),
     "rolled-back": State(NONE, "DISK_ROLLED_BACK"),
+    "damaged": State(NONE, "DISK_DAMAGED"),
     "foreign": State(NONE, "DISK_FOREIGN"),
     "lost": State(NONE, "DISK_LOST"),
     AWAY: State(NONE),

@@ -29,6 +29,7 @@ from storaged.errors import (
     ClockSkewed,
     DiskBlank,
     DiskChecked,
+    DiskDamaged,
     DiskDown,
     DiskFilling,
     DiskForeign,
@@ -70,6 +71,7 @@ _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
     for kind in (
         DiskBlank,
         DiskChecked,
+        DiskDamaged,
         DiskDown,
         DiskForeign,
         DiskFull,

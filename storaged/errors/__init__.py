@@ -71,6 +71,7 @@ from storaged.errors.operator import (
     DirectoryInUse,
     DiskBlank,
     DiskChecked,
+    DiskDamaged,
     DiskForeign,
     DiskFull,
     DiskHung,

@@ -129,6 +129,19 @@ class DiskRolledBack(DiskForeign):
     )
 
 
+class DiskDamaged(DiskForeign):
+    """The disk's metadata store is damaged: its redo log, or a record without which the others say nothing, is gone,
+    cut short or not what was written. What the disk acknowledged is not all there, so it answers nothing.
+    """
+
+    code = "DISK_DAMAGED"
+    hint = (
+        "Nothing is lost: other disks have what it held. Look at the kernel log and at the disk's own report (smartctl)"
+        " for errors. If files of the disk were changed or put back from a copy, put back all of them as they were"
+        " last, and restart its node. Otherwise replace the disk, as `storaged explain DISK_BLANK` describes."
+    )
+
+
 class DiskLost(OperatorError):
     """The disk is back, and a layout calls it lost for good: an administrator has said that it is powered off for ever,
     and the cluster has gone on without what it has. It answers nothing any more, and never will again.

@@ -27,6 +27,7 @@ from storaged.disk_states import CHECKING, UNREADABLE
 from storaged.durable import make_directory
 from storaged.errors import (
     DirectoryInUse,
+    DiskDamaged,
     DiskForeign,
     DiskRolledBack,
     DiskUnreadable,
@@ -386,6 +387,8 @@ def _state_of(error: Exception) -> str:
     """The state of a disk that was refused with this error."""
     if isinstance(error, DiskRolledBack):
         return "rolled-back"
+    if isinstance(error, DiskDamaged):
+        return "damaged"
     if isinstance(error, DiskForeign):
         return "foreign"
     if isinstance(error, DiskUnreadable):

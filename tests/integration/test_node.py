@@ -234,7 +234,7 @@ async def test_a_disk_that_lost_its_store_is_left_out_and_the_other_goes_on(tmp_
     await second.close()
 
 
-async def test_a_disk_whose_record_of_its_promises_rots_is_foreign_and_the_other_goes_on(tmp_path: Path) -> None:
+async def test_a_disk_whose_record_of_its_promises_rots_is_damaged_and_the_other_goes_on(tmp_path: Path) -> None:
     loaded = storage_config(tmp_path)
     first = await opened_disks(loaded)
     for disk in first.used.values():
@@ -246,7 +246,7 @@ async def test_a_disk_whose_record_of_its_promises_rots_is_foreign_and_the_other
     for _ in range(2):
         again = await opened_disks(loaded)
         states = {status.directory: status.state for status in await again.statuses()}
-        assert states == {str(tmp_path / "d1"): "foreign", str(tmp_path / "d2"): "ok"}
+        assert states == {str(tmp_path / "d1"): "damaged", str(tmp_path / "d2"): "ok"}
         await again.close()
 
 

@@ -358,6 +358,22 @@ async def test_a_snapshot_of_a_disk_is_refused_and_not_touched(tmp_path: Path, k
         await disks.close()
 
 
+async def test_a_disk_with_a_damaged_redo_log_is_called_damaged_and_not_foreign(tmp_path: Path) -> None:
+    """To look for a disk that was swapped would be of no use."""
+    loaded = storage_config(tmp_path)
+    opening = opener(loaded)
+    disks = await opening.open()
+    await disks.metas[ids(loaded)[0]].commit(StoreBatch(meta={"x": b"y"}))
+    await opening.close()
+    log = tmp_path / "d1" / "meta" / "redo"
+    log.write_bytes(b"\0" * 100 + log.read_bytes()[100:])
+    for _ in range(2):
+        disks = await opener(loaded).open()
+        assert await states(disks) == ["damaged", "ok"]
+        assert "does not begin as a redo log" in await reason_of(disks, "d1")
+        await disks.close()
+
+
 async def test_a_disk_whose_start_does_not_reach_a_majority_answers_nothing_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

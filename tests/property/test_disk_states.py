@@ -65,14 +65,14 @@ def test_without_findings_a_disk_is_fine() -> None:
 
 def test_the_table_says_what_each_state_is_used_for() -> None:
     used = {state: "".join("nly"[trust] for trust in known.rights) for state, known in STATES.items()}
-    away = ["hung", "checking", "failed", "unreadable", "index-damaged", "waiting", "blank", "rolled-back", "foreign"]
+    away = ["hung", "checking", "failed", "unreadable", "index-damaged", "waiting", "blank", "rolled-back"]
     assert used == {
         "ok": "yyy",
         "slow": "lll",
         "draining": "yny",
         "full": "yny",
         "read-only": "yny",
-    } | dict.fromkeys([*away, "lost", AWAY], "nnn")
+    } | dict.fromkeys([*away, "damaged", "foreign", "lost", AWAY], "nnn")
     assert (NO, LAST, YES) == (0, 1, 2)
 
 

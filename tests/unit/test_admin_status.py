@@ -154,6 +154,7 @@ def test_problems_are_dated_from_when_they_were_first_seen_and_anew_when_they_re
     ("state", "code"),
     [
         ("foreign", "DISK_FOREIGN"),
+        ("damaged", "DISK_DAMAGED"),
         ("read-only", "DISK_READ_ONLY"),
         ("full", "DISK_FULL"),
         ("index-damaged", "INDEX_DAMAGED"),

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from storaged import uring
 from storaged.aio import FAILING_IN_A_ROW_MAX, DirectFile, OnDone
-from storaged.errors import DiskForeign, DiskUnusable, StoragedError
+from storaged.errors import DiskDamaged, DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.names import Table
 from storaged.meta.storage import batch, overlay, redo, write_queue
 from storaged.meta.storage.identity import IDENTITY, Mark
@@ -200,12 +200,12 @@ def test_damage_before_the_last_group_refuses_the_disk(tmp_path: Path, small_log
         data[PAGE_BYTES + group * 8192 + (9 if where == "head" else 4000)] ^= 1
         (tmp_path / redo.FILE_NAME).write_bytes(data)
         if group < 4:
-            with pytest.raises(DiskForeign, match=f"damaged at group {group + 1}"):
+            with pytest.raises(DiskDamaged, match=f"damaged at group {group + 1}"):
                 opened(tmp_path)
             opened(tmp_path, Mark(group + 1, 5, 1, closed=False)).close()  # LMDB has it
         else:
             assert len(opened(tmp_path).bodies) == 4  # as a torn write
-            with pytest.raises(DiskForeign, match="acknowledged group 5"):
+            with pytest.raises(DiskDamaged, match="acknowledged group 5"):
                 opened(tmp_path, Mark(0, 5, 1, closed=False))
 
 
@@ -228,16 +228,26 @@ def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, sma
     log = fresh(tmp_path)
     append(log, b"group")
     log.close()
-    with pytest.raises(DiskForeign, match="not the redo log"):
+    with pytest.raises(DiskForeign, match="not the redo log") as foreign:
         RedoLog(tmp_path, bytes(16), Mark(0, 0, 1, closed=False))
+    assert not isinstance(foreign.value, DiskDamaged)
     file = tmp_path / redo.FILE_NAME
+    whole = file.read_bytes()
+    for byte in range(40):
+        file.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1]) + whole[byte + 1 :])
+        with pytest.raises(DiskDamaged, match="does not begin as a redo log"):
+            opened(tmp_path)
+    file.write_bytes(whole)
     os.truncate(file, PAGE_BYTES + HALF)
-    with pytest.raises(DiskForeign, match="not the redo log"):
+    with pytest.raises(DiskDamaged, match="cut short"):
+        opened(tmp_path)
+    os.truncate(file, 0)
+    with pytest.raises(DiskDamaged, match="does not begin as a redo log"):
         opened(tmp_path)
     file.unlink()
-    with pytest.raises(DiskForeign, match="gone"):
+    with pytest.raises(DiskDamaged, match="gone"):
         opened(tmp_path)
-    with pytest.raises(DiskForeign, match="gone"):
+    with pytest.raises(DiskDamaged, match="gone"):
         opened(tmp_path, Mark(1, 1, 1, closed=False))
     again = opened(tmp_path, Mark(1, 1, 1, closed=True))  # it was closed: nothing of it is missed
     append(again, b"next")

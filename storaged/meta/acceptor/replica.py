@@ -25,7 +25,7 @@ from typing import Any
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.ports import OnReply
-from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
+from storaged.errors import DiskDamaged, DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.meta import messages
 from storaged.meta.acceptor.counts import AcceptorCounts, ReplicaStatistics
 from storaged.meta.acceptor.disk_writes import DiskWrites
@@ -90,7 +90,7 @@ class LocalReplica:
             epoch, retired = (store.get_meta(name) for name in (META_EPOCH, META_RETIRED))
             epochs, high_waters, floors = stored_epochs(store), stored_high_waters(store), stored_floors(store)
         except RowDamaged as error:
-            raise DiskForeign(f"The metadata store of disk {disk} has lost its record of promises: {error}") from None
+            raise DiskDamaged(f"The metadata store of disk {disk} has lost its record of promises: {error}") from None
         of_disk, high_water = int.from_bytes(epoch or b"", "big"), high_waters.pop(0, ZERO_BALLOT)
         known: Any = {"high_waters": high_waters, "epochs": epochs, "floors": floors}
         self.state = AcceptorState(high_water, of_disk, rules, promises_max, **known)

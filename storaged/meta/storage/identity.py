@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import lmdb
 
 from storaged.durable import make_directory
-from storaged.errors import DirectoryInUse, DiskForeign, DiskRolledBack, DiskUnusable
+from storaged.errors import DirectoryInUse, DiskDamaged, DiskForeign, DiskRolledBack, DiskUnusable
 from storaged.lmdb_file import open_environment
 from storaged.meta.storage.rowvalue import open_small
 from storaged.meta.store_ports import RowDamaged
@@ -48,8 +48,8 @@ class Mark(NamedTuple):
 
 
 def read_mark(directory: Path, transaction: Transaction, meta: Database, starts: int) -> Mark | None:
-    """None: the store has no log yet. Raises DiskForeign when the mark is damaged, a later version has written the
-    store, or a version without a log has opened it while its log held something.
+    """None: the store has no log yet. Raises DiskDamaged when the mark is damaged, DiskForeign when a later version has
+    written the store, or a version without a log has opened it while its log held something.
     """
     sealed = transaction.get(REDO, db=meta)
     if sealed is None:
@@ -60,7 +60,7 @@ def read_mark(directory: Path, transaction: Transaction, meta: Database, starts:
             packed if len(packed) != _MARK.size - 1 else packed + b"\0"
         )
     except (RowDamaged, struct.error) as error:
-        raise DiskForeign(
+        raise DiskDamaged(
             f"the metadata store in {directory} does not say what its redo log must hold: {error}"
         ) from None
     if layout > LAYOUT:
@@ -136,7 +136,7 @@ def verify_owner(directory: Path, transaction: Transaction, meta: Database, owne
     try:
         found = None if sealed is None else open_small(OWNER, sealed)
     except RowDamaged as error:
-        raise DiskForeign(f"the metadata store in {directory} does not say of which disk it is: {error}") from None
+        raise DiskDamaged(f"the metadata store in {directory} does not say of which disk it is: {error}") from None
     if found is not None and found != owner:
         cluster, _, disk = found.decode(errors="replace").partition("\0")
         raise DiskForeign(f"the metadata store in {directory} is that of disk {disk!r} of cluster {cluster!r}")
@@ -151,7 +151,7 @@ def read_identity(directory: Path, transaction: Transaction, meta: Database) -> 
     try:
         return None if sealed is None else open_small(IDENTITY, sealed)
     except RowDamaged as error:
-        raise DiskForeign(f"the metadata store in {directory} does not say which it is: {error}") from None
+        raise DiskDamaged(f"the metadata store in {directory} does not say which it is: {error}") from None
 
 
 def split_identity(identity: bytes) -> tuple[bytes, int]:
@@ -161,5 +161,5 @@ def split_identity(identity: bytes) -> tuple[bytes, int]:
 
 def open_error(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
     if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
-        return DiskForeign(f"what is in {directory} is no metadata store: {error}")
+        return DiskDamaged(f"what is in {directory} is no metadata store: {error}")
     return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")

@@ -12,7 +12,7 @@ import msgspec
 
 from storaged.disk_health import DiskHealth
 from storaged.durable import sync_path
-from storaged.errors import DiskForeign, DiskRolledBack
+from storaged.errors import DiskDamaged, DiskForeign, DiskRolledBack
 from storaged.ids import Entropy
 from storaged.lmdb_file import open_environment
 from storaged.meta.storage import sums
@@ -58,8 +58,8 @@ def open_state(
 ) -> StoreState:
     """Counts the start in the store's identity. ``direct``: as for ``RedoLog``.
 
-    Raises DirectoryInUse, DiskForeign (it failed before, is another disk's, or the directory holds no store),
-    DiskRolledBack (it lacks ``known_before.position``), DiskUnusable (the disk refuses).
+    Raises DirectoryInUse, DiskForeign (it failed before, or is another disk's), DiskDamaged, DiskRolledBack (it lacks
+    ``known_before.position``), DiskUnusable (the disk refuses).
     """
     with ExitStack() as undo:
         lock_file = lock_directory(directory)
@@ -110,7 +110,7 @@ def _recover(state: StoreState, mark: Mark | None, owner: bytes) -> None:
             state.fresh_bytes += len(body)
             state.restorable.extend(batch.copy for batch in batches if batch.copy is not None)
     except msgspec.MsgspecError as error:
-        raise DiskForeign(f"the redo log in {state.directory} holds something that is no group: {error}") from None
+        raise DiskDamaged(f"the redo log in {state.directory} holds something that is no group: {error}") from None
     state.redo.bodies.clear()
     with state.environment.begin(write=True) as transaction:
         transaction.put(IDENTITY, seal_small(IDENTITY, state.identity), db=state.databases[b"meta"])

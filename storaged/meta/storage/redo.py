@@ -36,7 +36,7 @@ import xxhash
 
 from storaged.aio import DirectFile, DirectWriteRefused, OnDone
 from storaged.durable import sync_path
-from storaged.errors import DiskForeign, DiskUnusable
+from storaged.errors import DiskDamaged, DiskForeign, DiskUnusable
 from storaged.meta.storage.identity import Mark
 from storaged.units import KIB, MIB
 from storaged.uring import RingFile
@@ -88,7 +88,8 @@ class RedoLog:
         """Opens the log, or makes one for a store that has none yet (``mark`` None) or needs none (it was closed).
         ``direct``: the caller wants ``try_write``.
 
-        Afterwards ``bodies`` has all groups after ``mark.applied``, in order. Raises DiskForeign, DiskUnusable.
+        Afterwards ``bodies`` has all groups after ``mark.applied``, in order. Raises DiskDamaged, DiskForeign (it is
+        the log of another store), DiskUnusable.
         """
         self._path = directory / FILE_NAME
         self._seed = xxhash.xxh3_64_intdigest(store_id + _MAGIC)
@@ -107,7 +108,7 @@ class RedoLog:
                 _make(self._path, store_id)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise DiskForeign(
+            raise DiskDamaged(
                 f"the redo log that was in {directory} is gone, and with it what the disk had acknowledged last"
             ) from None
         except OSError as error:
@@ -194,18 +195,23 @@ class RedoLog:
             # must be on the drive, and be read from there.
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            self.half_bytes = _half_bytes_in(os.pread(self._fd, _FILE.size, 0), store_id)
-            if not self.half_bytes or os.fstat(self._fd).st_size < PAGE_BYTES + 2 * self.half_bytes:
+            header = os.pread(self._fd, _FILE.size, 0)
+            self.half_bytes = _half_bytes_in(header)
+            if not self.half_bytes:
+                raise DiskDamaged(f"{self._path} is damaged: it does not begin as a redo log")
+            if header != _file_header(store_id, self.half_bytes):
                 raise DiskForeign(f"{self._path} is not the redo log of the store beside it")
+            if os.fstat(self._fd).st_size < PAGE_BYTES + 2 * self.half_bytes:
+                raise DiskDamaged(f"{self._path} is damaged: it is cut short")
             places = self._group_heads()
             while self._take_next(places.get(self.sequence + 1, ())):
                 pass
         except OSError as error:
             raise DiskUnusable(f"{self._path} cannot be read: {error.strerror or error}") from None
         if max(places, default=0) > self.sequence + 1:
-            raise DiskForeign(f"{self._path} is damaged at group {self.sequence + 1}, which the disk had acknowledged")
+            raise DiskDamaged(f"{self._path} is damaged at group {self.sequence + 1}, which the disk had acknowledged")
         if mark is not None and self.sequence < mark.written:
-            raise DiskForeign(
+            raise DiskDamaged(
                 f"{self._path} ends at group {self.sequence}, and the disk had acknowledged group {mark.written}"
             )
 
@@ -268,14 +274,15 @@ def _file_header(store_id: bytes, half_bytes: int) -> bytes:
     return raw + xxhash.xxh3_64_digest(raw)
 
 
-def _half_bytes_in(header: bytes, store_id: bytes) -> int:
-    """The size of the halves from the log's header; 0 for another store's log, or a damaged one."""
+def _half_bytes_in(header: bytes) -> int:
+    """The size of the halves from a log's header, whichever store's it is; 0 when the header is damaged."""
     if len(header) != _FILE.size:
         return 0
-    half_bytes: int = _FILE.unpack(header)[3] * PAGE_BYTES
+    fields = _FILE.unpack(header)
+    half_bytes: int = fields[3] * PAGE_BYTES
     if half_bytes != HALF_BYTES and not _HALF_BYTES_MIN <= half_bytes <= _HALF_BYTES_MAX:
         return 0
-    return half_bytes if header == _file_header(store_id, half_bytes) else 0
+    return half_bytes if header == _file_header(fields[4], half_bytes) else 0
 
 
 def _make(path: Path, store_id: bytes) -> None:
