@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote_to_bytes
 from msgspec import structs
 
 from storaged.errors import S3Error
-from storaged.objects.api import NewMeta, RangeSpec
+from storaged.objects.api import NewMeta, RangeSpec, WriteConditions
 from storaged.objects.etags import NO_TAG
 from storaged.objects.records import Lock
 from storaged.s3 import conditions as c
@@ -131,13 +131,19 @@ def _conditions(headers: dict[str, str]) -> None:
         if name in headers:
             assert c.parse_tags(headers[name]) == second_tags(headers[name])
     c.read_conditions(headers)
-    for parse in (c.write_conditions, c.delete_conditions, c.source_conditions):
+    for parse in (c.write_conditions, _of_deletion, c.source_conditions):
         found = refused(lambda parse=parse: parse(headers))  # type: ignore[misc]
         if not isinstance(found, S3Error) and parse is not c.source_conditions:
             assert (found.if_match is None) == ("if-match" not in headers), "a condition got lost"
     written = refused(lambda: c.write_conditions(headers))
     if not isinstance(written, S3Error):
         assert written.if_none_match != NO_TAG
+    if "if-match" in headers:
+        assert isinstance(refused(lambda: c.delete_conditions(headers, "null")), S3Error)
+
+
+def _of_deletion(headers: dict[str, str]) -> WriteConditions:
+    return c.delete_conditions(headers, "")
 
 
 def second_canonical(
