@@ -67,6 +67,9 @@ CANNED_ACLS = frozenset(
 
 _TAG_TEXT = re.compile(r"[\w\s+\-=.:/@]*")
 _RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
+_OFFSET_DIGITS_MAX = 18
+_BEYOND = 10**_OFFSET_DIGITS_MAX
+"""No object has so many bytes."""
 INCIDENTAL = frozenset(
     {
         "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization",
@@ -119,13 +122,19 @@ def parse_range(text: str) -> RangeSpec | None:
     """None, so that the whole object is the answer: there is no range, there are several, or the range is invalid by
     RFC 9110."""
     match = _RANGE.fullmatch(text.strip()) if text else None
-    if match is None or not (match[1] or match[2]) or len(match[1]) > 18 or len(match[2]) > 18:
+    if match is None or not (match[1] or match[2]):
         return None
-    first = int(match[1]) if match[1] else None
-    last = int(match[2]) if match[2] else None
+    first = _offset(match[1]) if match[1] else None
+    last = _offset(match[2]) if match[2] else None
     if first is not None and last is not None and first > last:
         return None
     return RangeSpec(first, last)
+
+
+def _offset(digits: str) -> int:
+    """A number of a range. One that is beyond every object counts as ``_BEYOND``, however long it is."""
+    digits = digits.lstrip("0")
+    return _BEYOND if len(digits) > _OFFSET_DIGITS_MAX else int(digits or "0")
 
 
 def parse_copy_range(text: str) -> RangeSpec:

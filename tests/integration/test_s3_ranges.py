@@ -37,6 +37,9 @@ ANSWERS = [
     ("some", "bytes=0-", 206, b"bytes 0-9/10", DATA), ("some", "bytes=-3", 206, b"bytes 7-9/10", DATA[-3:]),
     ("some", "bytes=-99", 206, b"bytes 0-9/10", DATA), ("some", "bytes=-0", 416, None, None), ("some", "bytes=10-", 416, None, None),  # noqa: E501
     ("some", "bytes=9-99", 206, b"bytes 9-9/10", DATA[9:]), ("some", "bytes=1-0", 200, None, DATA),
+    ("some", f"bytes=9-{'9' * 20}", 206, b"bytes 9-9/10", DATA[9:]), ("some", f"bytes=9-{'9' * 5000}", 206, b"bytes 9-9/10", DATA[9:]),  # noqa: E501
+    ("some", f"bytes=-{'9' * 20}", 206, b"bytes 0-9/10", DATA), ("some", f"bytes={'9' * 20}-", 416, None, None),
+    ("some", f"bytes={'9' * 20}-1", 200, None, DATA), ("some", f"bytes={'0' * 30}1-{'0' * 30}2", 206, b"bytes 1-2/10", DATA[1:3]),  # noqa: E501
 ]  # fmt: skip
 
 
