@@ -158,6 +158,22 @@ async def test_a_part_beyond_the_source_of_its_copy_is_an_invalid_argument(world
     assert state(world) == before
 
 
+@pytest.mark.parametrize(
+    ("headers", "answer"),
+    [
+        ({}, (400, "InvalidRequest")),
+        ({"x-amz-object-attributes": " , "}, (400, "InvalidRequest")),
+        ({"x-amz-object-attributes": "ETag,Owner"}, (400, "InvalidArgument")),
+        ({"x-amz-object-attributes": "ETag,ObjectSize"}, (200, "")),
+    ],
+)
+async def test_attributes_that_are_not_named_are_not_those_that_do_not_exist(
+    world: World, headers: dict[str, str], answer: tuple[int, str]
+) -> None:
+    """O."""
+    assert (await call(world, "GET", "/bucket/k?attributes", headers))[:2] == answer
+
+
 # --- completing an upload
 
 
