@@ -108,6 +108,7 @@ REFUSED = {
     "no host": b"GET / HTTP/1.1\r\n\r\n",
     "two hosts": b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
     "two hosts, the same": b"GET / HTTP/1.1\r\nHost: a\r\nhost: a\r\n\r\n",
+    "two authorizations": b"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: AWS4-HMAC-SHA256 a\r\nauthorization: Basic b\r\n\r\n",  # noqa: E501
     "a signed length": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: +5\r\n\r\nhello",
     "a negative length": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n",
     "a length with an underscore": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 1_0\r\n\r\n",

@@ -150,6 +150,17 @@ def test_a_component_that_comes_twice_is_no_signature(twice: str) -> None:
         sigv4.claim_from_header(f"{once}, {twice}", {"x-amz-date": "20130524T000000Z"})
 
 
+@pytest.mark.parametrize(
+    "more", ["Basic dXNlcg==", "Token=1", "x", "AWS4-HMAC-SHA256 Credential=b/20130524/r/s3/aws4_request"]
+)
+def test_an_authorization_that_says_more_than_its_components_is_refused(more: str) -> None:
+    """A proxy may have joined two headers, and have checked the other one."""
+    once = "AWS4-HMAC-SHA256 Credential=a/20130524/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=00"
+    assert sigv4.claim_from_header(f"{once},", {"x-amz-date": "20130524T000000Z"}).access_key == "a"
+    with pytest.raises(errors.AuthorizationHeaderMalformed):
+        sigv4.claim_from_header(f"{once}, {more}", {"x-amz-date": "20130524T000000Z"})
+
+
 def test_spaces_and_the_order_of_the_components_do_not_matter() -> None:
     signed = ";".join(sorted(FIRST["headers"]))
     text = (

@@ -159,11 +159,12 @@ def _components(text: str) -> dict[str, str]:
     has: this runs before the client is authenticated."""
     found: dict[str, str] = {}
     for item in text.split(",") if text[:1].isspace() else ():
-        name, equals, value = item.strip().partition("=")
-        if equals and name in _COMPONENTS:
-            if name in found or any(letter.isspace() for letter in value):
-                break
-            found[name] = value
+        name, _, value = item.strip().partition("=")
+        if not item.strip():
+            continue
+        if name not in _COMPONENTS or name in found or any(letter.isspace() for letter in value):
+            break
+        found[name] = value
     else:
         if len(found) == len(_COMPONENTS):
             return found

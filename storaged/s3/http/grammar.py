@@ -19,6 +19,7 @@ Refused, and why:
 * Transfer-Encoding that is not ``chunked`` alone: 501 NotImplemented
 * a byte that is not ASCII in a header that this server interprets: Unicode knows more digits, spaces, and lower cases
   of ``k`` than other parsers do
+* Authorization twice: another parser might verify one, and this one the other
 * no Host, or two, in HTTP/1.1 (RFC 9112 3.2); a Host that is no host; versions other than HTTP/1.0 and HTTP/1.1
 * a target in absolute form whose host is not that of the Host header (RFC 9112 3.2.2); with the same host it is
   accepted, and means its path
@@ -49,7 +50,7 @@ _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 _METHODS = {name.encode(): name for name in ("GET", "PUT", "HEAD", "POST", "DELETE", "OPTIONS")}
 _VERSIONS = {b"HTTP/1.1": True, b"HTTP/1.0": False}
-_ONCE = frozenset({"content-length", "host", "transfer-encoding"})
+_ONCE = frozenset({"authorization", "content-length", "host", "transfer-encoding"})
 LENGTH_DIGITS_MAX = 18
 
 _INTERPRETED = (
