@@ -104,6 +104,17 @@ MOVING_BUGS = (
         fast=True,
     ),
     Planted(
+        "one_closes_for_ever",
+        "the replica that comes gets a fence that stays for ever by the word of one replica, while another is away",
+        0,
+        "moving",
+        _MOVES,
+        "yield [_only_surely(its, surely) for its in said], Closed(surely, perhaps)",
+        "yield said, Closed(surely, perhaps)",
+        tests="tests/unit/test_partition_moves.py",
+        why="no replica of the play lies",
+    ),
+    Planted(
         "fences_by_step",
         "without fences_by_step",
         300,

@@ -96,6 +96,7 @@ async def test_one_replica_alone_closes_no_bucket_and_says_of_none_that_it_is_de
     assert found == Closed(frozenset(), perhaps), "rows are left out where a majority says so"
     held = await comes.handover.fences(messages.FencesAsk("d0", b""))
     assert [scope.nonce for scope in held.scopes] == [top, top, b""]
+    assert not any(scope.final for scope in held.scopes), "with it there would be a majority for the end of a bucket"
 
 
 async def test_more_fences_than_one_reply_has_are_all_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,8 @@ class PartitionMoves:
         """Gives the replica that comes the bucket fences of a majority of the present set, and the nonces that were
         lifted. Returns the scopes of buckets that are deleted for good. One replica alone may lie, and then the rows of
         its bucket would not be copied. But when a disk of the present set is lost, it may be one of two that had the
-        fence, and the other one refuses settling rounds for ever.
+        fence, and the other one refuses settling rounds for ever. A fence of which fewer than a majority say that it
+        stays for ever is given on as one that may be lifted.
 
         ``fenced``: as ``fence`` returned it. Only these disks are asked: another one may still take a fence, or a
         value, of the step before, after it has answered.
@@ -137,7 +138,8 @@ class PartitionMoves:
             perhaps = {
                 its.scope: its.nonce for its in merged(replies, through) if its.final and its.scope not in surely
             }
-            yield merged(replies, through, quorum.fewest - len(quorum.disks) + len(found)), Closed(surely, perhaps)
+            said = merged(replies, through, quorum.fewest - len(quorum.disks) + len(found))
+            yield [_only_surely(its, surely) for its in said], Closed(surely, perhaps)
             if through is None:
                 return
             after = through
@@ -333,6 +335,15 @@ def merged(replies: Sequence[FencesReply], through: bytes | None, at_least: int 
             if through is None or scope.scope <= through:
                 by_scope.setdefault(scope.scope, []).append(scope)
     return [_merged_one(by_scope[scope], at_least) for scope in sorted(by_scope)]
+
+
+def _only_surely(fence: ScopeFence, surely: Container[bytes]) -> ScopeFence:
+    """The fence, which stays for ever only where a majority says so. While one of three does not answer, another one
+    alone can say it of a living bucket: then the two would be a majority that proves its end (``maintain.disuse``).
+    """
+    if not fence.final or fence.scope in surely:
+        return fence
+    return ScopeFence(fence.scope, fence.nonce, False, b"")
 
 
 def _merged_one(held: Sequence[ScopeFence], at_least: int) -> ScopeFence:
