@@ -14,7 +14,7 @@ garbage list (``REPLACED``). A settled read of the record shows that change, or 
 
 *Data of a part* (``OF_UPLOAD``). It goes from the part's row to the version that a Complete pins, and from there to the
 object's record; each place is written before the one before it is cleared. While its upload is open the data waits.
-    An upload ends with its bucket too, which the directory and the key's replicas have to say (``is_proved_gone``).
+    That it has ended its own row says. Where it has none any more, every replica has to lack it.
     A Complete looks at the upload between its promise and its accept, and goes no further when that has ended. But it
     may sleep after this look, also when the upload is Done: of two Completes one may have put the version into the
     record, which was deleted since, when the other one was promised. So a round of the object's register is made after
@@ -31,7 +31,15 @@ object's record; each place is written before the one before it is cleared. Whil
    hold a row at or after the round; where nothing was ever written the round writes NEVER. With a replica away the data
    waits. When those rows are expunged the floor of their range refuses such a create (``consensus.floors``).
 4. be a part's. Its row is another register, which no round of this one ends. So the data waits while an upload of the
-   key is open. Afterwards the row means nothing.
+   key is open, or some replica says so, or does not answer. Afterwards the row means nothing.
+
+*Data of a bucket that was deleted* goes, whatever it is (``is_proved_gone``). The proof is a fence that stays for ever,
+    at a majority of the key's replicas. A gateway sets it when the bucket's record says Deleted, and no storage node
+    can set it at another one's disk. So two of three replicas would have to lie. That the directory does not name the
+    bucket, and that the key holds nothing, is asked besides, and proves nothing: of an open upload's key both are true
+    when one replica that lies hides the bucket while a deletion fences it that will be refused. Where the gateway died
+    before it set that fence, another one does (``objects.system.keyends``). Nodes of version 0.1.0 do not tell which of
+    their fences stay: where the others are no majority the data waits.
 
 *Fragments that no run places here*, of data that the record refers to: a move left them. A gateway that moves blocks
 makes sure after its promise that the new fragments are there, which pardons them. So they are condemned too, and a
@@ -47,16 +55,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from storaged.errors import StoragedError
+from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.maintain.asks import NAMES_A_SETTLE, Settle, SettledNames
 from storaged.maintain.context import MaintainContext, concurrently
 from storaged.maintain.directory import Buckets
 from storaged.maintain.walk import entries_of
 from storaged.meta.consensus.looks import Look, moved_on
 from storaged.meta.names import RegisterName, Table, Value, Visibility, upload_name
+from storaged.meta.ports import PageQuery
 from storaged.objects.records import PartEntry
 from storaged.objects.write.references import parts_in
-from storaged.objects.write.uploads import COMPLETING, OPEN, decode_upload, living_uploads, part_rows
+from storaged.objects.write.uploads import COMPLETING, OPEN, decode_upload, living_upload, living_uploads, part_rows
 
 T = TypeVar("T")
 
@@ -72,7 +81,7 @@ PAST = (StoragedError, KeyError, ValueError, TimeoutError)
 
 class Proof(NamedTuple):
     """What was seen of a register. ``value``: that of the round; ``entries``: what it refers to. ``everywhere``: every
-    replica holds the round's row. ``uploads``: some upload of the key is open; ``of_uploads``: the data that those
+    replica holds the round's row. ``uploads``: some upload of the key may be open; ``of_uploads``: the data that those
     refer to. ``gone``: the bucket was deleted for good, and refers to nothing.
     """
 
@@ -112,7 +121,7 @@ class Judge:
     async def is_proved_gone(self, owner: RegisterName) -> bool:
         """Whether the bucket of the owner was deleted for good, as the directory and the owner's replicas say: nothing
         of it changes any more, and the owner refers to nothing. So a directory that leaves out a living bucket proves
-        nothing. False when that is not known now.
+        nothing, nor do fences that may be lifted. False when that is not known now.
         """
         try:
             if await self.is_gone(owner.scope):
@@ -149,10 +158,24 @@ class Judge:
         return found
 
     async def upload_state(self, owner: RegisterName, upload_id: bytes) -> str:
-        """Of an upload of the owner's key; empty when there is none. Raises as ``Registers.read``, DataDamaged."""
+        """Of an upload of the owner's key; empty when there is none. Its row may have been expunged; but a replica that
+        lies and one that lags may lack it, too. So without a row every replica is asked. Raises as ``Registers.read``,
+        DataDamaged, NotYet.
+        """
         name = upload_name(owner.scope, owner.key, upload_id)
-        record = decode_upload((await self._context.registers.read(name)).value)
-        return record.state if record is not None else ""
+        value = (await self._context.registers.read(name)).value
+        record = decode_upload(value)
+        if record is not None:
+            return record.state
+        if value is None:
+            look = await self._context.look(name)
+            if not all(disk in look.held for disk in look.quorum.disks):
+                raise NotYet("a replica of its upload's register is away")
+            for held in look.held.values():
+                record = decode_upload(held.value)
+                if record is not None and is_open(record.state):
+                    return record.state
+        return ""
 
     # --- proofs -------------------------------------------------------------------------------------------------------
 
@@ -210,24 +233,38 @@ class Judge:
         look = await self._context.look(owner)
         if look.quorum.met(look.fenced):
             empty = [disk for disk, held in look.held.items() if _refers_to_nothing(held.value)]
-            if look.quorum.met(empty) and await self.is_gone(owner.scope):
+            for_ever = look.quorum.met(look.final)
+            if for_ever and look.quorum.met(empty) and await self.is_gone(owner.scope):
                 raise _Gone
             raise NotYet("its bucket is being deleted")
         return look
 
     async def _uploads_of(self, owner: RegisterName) -> set[bytes] | None:
-        """The data that open uploads of the key refer to; None when no upload is open."""
-        if owner.table != Table.OBJECT:
+        """The data that open uploads of the key refer to; None when no upload is open, as every replica says."""
+        if owner.table != Table.OBJECT or await self._no_replica_has_uploads(owner):
             return None
-        found: set[bytes] | None = None
+        found: set[bytes] = set()
         context = self._context
         async for upload in living_uploads(context.scanner, owner):
-            found = found or set()
             async for part in parts_in(context.pages, owner, upload.value.body, Table.UPLOAD):
                 found.add(part.data_id)
             async for row in part_rows(context.scanner, owner.scope, upload.record.upload_id):
                 found.add(row.entry.data_id)
         return found
+
+    async def _no_replica_has_uploads(self, owner: RegisterName) -> bool:
+        """Whether no replica has an open upload of the key. A listing asks a majority, of which one may lie and one
+        lag. False also when that is not known now.
+        """
+        wanted = PageQuery(Table.UPLOAD, owner.scope, [owner.shard], prefix=owner.key + b"\0")
+        try:
+            async for row in self._context.scanner.rows_anywhere(wanted):
+                upload = living_upload(row.key, row.value)
+                if upload is not None and upload.key == owner.key:
+                    return False
+        except (ServiceUnavailable, DataDamaged):
+            return False
+        return True
 
     async def _settle(self, owners: Sequence[RegisterName]) -> None:
         """Has gateways make a round of each. Whether it was made the second look shows."""
@@ -248,9 +285,7 @@ class _Gone(Exception):
 
 
 def _refers_to_nothing(value: Value | None) -> bool:
-    """A bucket is deleted when a majority of each register's replicas holds no object. One replica that lies can hide
-    the bucket from the directory while a fence is there for a moment.
-    """
+    """A bucket is deleted when a majority of each register's replicas holds no object."""
     return value is None or value.visibility == Visibility.TOMBSTONE
 
 

@@ -252,7 +252,7 @@ class _Unclaimed:
             return unclaimed
         elif proof.gone or part or (proof.everywhere and not proof.uploads):
             return [garbage]
-        elif proof.uploads:
+        elif proof.everywhere:
             self.wait([garbage], "an upload of its key is open")
         else:
             self.wait([garbage], "a replica of its register is away or lags")

@@ -121,7 +121,8 @@ class ReadReply(Message, frozen=True):
     copy in the bulk body, or empty. ``header``: the copy's encoded fragment header, when a copy was asked for by its
     data id. ``fenced``: the scope is fenced (a bucket that is, or was, being deleted). ``copied``: as in
     ``PrepareReply``. ``copy_absent``: this disk has no whole copy of what was asked for. Without a copy and without
-    this, the copy may be here but can't be read now.
+    this, the copy may be here but can't be read now. ``final``: the scope's fence stays for ever; nodes of 0.1.0 do not
+    say so.
     """
 
     verdict: int
@@ -133,6 +134,7 @@ class ReadReply(Message, frozen=True):
     fenced: bool = False
     copied: bool = True
     copy_absent: bool = False
+    final: bool = False
 
 
 class Reads(Message, frozen=True):

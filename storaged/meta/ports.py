@@ -8,7 +8,7 @@ objects, maintain
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -253,6 +253,12 @@ class Scanner(Protocol):
     async def list_heads(self, wanted: PageQuery) -> HeadPage:
         """The LIVE rows that ``list_page`` would return, of each only its body's head, or the whole body where it has
         none. The page is cached in bounded memory, and a majority confirms it when it is listed again.
+        """
+
+    def rows_anywhere(self, wanted: PageQuery) -> AsyncIterator[Row]:
+        """The LIVE rows of one shard that any of its replicas has; where these differ, each. Nothing is settled:
+        this shows what is *not* there, though some replicas lag and one may lie. Raises ServiceUnavailable unless every
+        replica answers. Of ``wanted`` only table, scope, shard and prefix count.
         """
 
     def forget(self, scope: bytes) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from storaged.cluster.ports import Layouts
 from storaged.errors import DiskUnusable, NoSuchBucket, OutcomeUnknown, PageLost, PeerUnreachable, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader
 from storaged.hashes import page_hash
+from storaged.meta.listing.merge import every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import (
     HeadPage,
@@ -220,6 +221,10 @@ class MemoryRing:
         page = await self.list_page(wanted)
         heads = [head_of(row.value.body) for row in page.rows]
         return HeadPage([row.key for row in page.rows], heads, page.prefixes, page.next_after, again=self.again)
+
+    async def rows_anywhere(self, wanted: PageQuery) -> AsyncIterator[Row]:
+        async for row in every_row(self, wanted):
+            yield row
 
     def forget(self, scope: bytes) -> None:
         """Nothing is cached."""

@@ -39,6 +39,7 @@ from storaged.meta.names import (
     upload_name,
 )
 from storaged.meta.store_ports import RowDamaged, StoreBatch
+from storaged.node.housekeeping import tidy
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord
@@ -662,6 +663,9 @@ def test_garbage_of_a_bucket_goes_although_the_gateway_that_deleted_it_died_befo
         await cluster.gateway.ring.change(register, lambda now: cluster.buckets._records.change(register, now, other))
         await cluster.pass_s(MaintainLimits().retry_max_s)
         await sweep(cluster)
+        assert await collect(cluster) == 0, "no replica says that the fence stays"
+        await tidy(cluster.gateway.plane, cluster.buckets)
+        await cluster.pass_s(MaintainLimits().retry_max_s)
         await collect(cluster)
         assert await cluster.fragments() == []
         await cluster.gateway.ring.settle(object_name(other.id, other.shard_numbers, b"open for writing"))

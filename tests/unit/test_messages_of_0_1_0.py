@@ -31,9 +31,11 @@ _VALUE = "9505c4102222222222222222222222222222222202c404626f6479c410707070707070
             f"9500{_BALLOT}{_BALLOT}{_VALUE}c2",
             messages.PrepareReply(0, BALLOT, BALLOT, VALUE, final=False, copied=True),
         ),
-        (  # a copy that it does not send may be there: it is not taken for lost
+        (  # a copy that it does not send may be there: it is not taken for lost; and no fence of it proves an end
             f"9700{_BALLOT}c4086464646464646464{_VALUE}c404636f7079c40468656164c2",
-            messages.ReadReply(0, BALLOT, b"d" * 8, VALUE, b"copy", b"head", copied=True, copy_absent=False),
+            messages.ReadReply(
+                0, BALLOT, b"d" * 8, VALUE, b"copy", b"head", copied=True, copy_absent=False, final=False
+            ),
         ),
         (
             "95a26431c41069696969696969696969696969696969c4056f776e6572079193c4106a6a6a6a6a6a6a6a6a6a6a6a6a6a6a6ac405"

@@ -196,12 +196,21 @@ class DiskRows:
             self.refused += 1
             return ReadReply(verdict), NO_BYTES
         value = acceptor.value if request.full else None
-        digest, fenced = digest_of(acceptor.value), self._reports_fence(request.name.scope)
-        copied = slot is None or slot.copied or not slot.value.payload
-        if payload is None:
-            return ReadReply(verdict, acceptor.accepted, digest, value, b"", b"", fenced, copied, absent), NO_BYTES
-        header = header if request.data_id else b""
-        return ReadReply(verdict, acceptor.accepted, digest, value, data_id, header, fenced, copied), payload
+        digest, fence = digest_of(acceptor.value), self._fences.of(request.name.scope)
+        fenced = fence is not None and self._rules.fences_reported
+        found = ReadReply(
+            verdict,
+            acceptor.accepted,
+            digest,
+            value,
+            data_id if payload is not None else b"",
+            header if payload is not None and request.data_id else b"",
+            fenced,
+            slot is None or slot.copied or not slot.value.payload,
+            copy_absent=absent,
+            final=fenced and fence is not None and fence.final,
+        )
+        return found, payload if payload is not None else NO_BYTES
 
     def _reports_fence(self, scope: bytes) -> bool:
         return self._fences.of(scope) is not None and self._rules.fences_reported

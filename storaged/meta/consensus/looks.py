@@ -48,12 +48,13 @@ class Held(NamedTuple):
 
 class Look(NamedTuple):
     """``held``: of each replica that answers. One with a damaged row is not among them. ``fenced``: those at which the
-    scope is fenced.
+    scope is fenced; ``final``: for ever.
     """
 
     quorum: Quorum
     held: Mapping[str, Held]
     fenced: frozenset[str] = frozenset()
+    final: frozenset[str] = frozenset()
 
 
 def chosen(look: Look) -> Held | None:

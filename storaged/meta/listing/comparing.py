@@ -12,7 +12,7 @@ Theory of operation
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -25,6 +25,7 @@ from storaged.meta.listing.query import Answers, PieceRead, Query
 from storaged.meta.listing.shards import SETTLING_MAX, ShardReader
 from storaged.meta.messages import ScanRow
 from storaged.meta.names import RegisterName, Table
+from storaged.meta.ports import Row
 from storaged.meta.storage.scan import Want
 from storaged.tasks import gather_bounded
 from storaged.units import MIB
@@ -44,6 +45,8 @@ PATIENCE_S = 3.0
 """How long a comparison waits for a replica that is thought to answer, once for each shard. What such a replica has
 missed stays so for as long as it is not compared, and callers that need all replicas begin again.
 """
+ROUNDS_MAX = 64
+"""Of ``rows_anywhere``: a replica that lies could name rows without end."""
 UNSETTLED_MAX = 32
 """A comparison ends when it fails to settle more keys: then it is more than a few damaged rows, and each key costs a
 time-out.
@@ -201,6 +204,26 @@ async def alike(reader: ShardReader, liveness: Liveness, query: Query, shards: S
             if len(sums) == 1 and None not in sums and not any(map(liveness.disk_readable, silent)):
                 found.add(read.feed.shard)
     return found
+
+
+async def rows_anywhere(reader: ShardReader, query: Query, shard: int) -> AsyncIterator[Row]:
+    """As ``RingScanner.rows_anywhere``."""
+    feed = reader.feed(query, shard, b"")
+    for _ in range(ROUNDS_MAX):
+        [answers] = await reader.ask_all(query, [PieceRead(feed, feed.through, WALK_ROWS)], query.rows)
+        if silent := set(feed.disks) - set(answers):
+            raise ServiceUnavailable(f"Disk {min(silent)} does not say which rows it has.")
+        rows = {disk: rows_after(feed.through, answer) for disk, answer in answers.items()}
+        through, done = common_end(answers.values())
+        for key, seen in reported(rows, through, done).items():
+            for value in dict.fromkeys(row.value for row in seen.values()):
+                if value is None:
+                    raise ServiceUnavailable("A row is damaged at one of its replicas.")
+                yield Row(key, value)
+        if done:
+            return
+        feed.through = through
+    raise ServiceUnavailable("A shard has too many rows, or a replica says so.")
 
 
 def _identical(rows: list[ScanRow], replicas: int) -> bool:

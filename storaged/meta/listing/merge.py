@@ -21,7 +21,7 @@ from typing import Any
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.listing.cache import CachedPiece, PieceCache
-from storaged.meta.listing.comparing import CatchUp, Comparison, alike
+from storaged.meta.listing.comparing import CatchUp, Comparison, alike, rows_anywhere
 from storaged.meta.listing.query import Feed, Piece, Query
 from storaged.meta.listing.round import OnFenced, ScanRounds, ScanSettings
 from storaged.meta.listing.shards import SETTLING_MAX, ShardReader
@@ -93,6 +93,12 @@ class RingScanner:
         query = Query(wanted.table, wanted.scope, wanted.prefix, wanted.delimiter, Visibility.LIVE, heads=True)
         filled, again = await self._filled(query, wanted.shards, wanted.after, wanted.limit)
         return HeadPage(*filled, again)
+
+    def rows_anywhere(self, wanted: PageQuery) -> AsyncIterator[Row]:
+        """As the port says."""
+        query = Query(wanted.table, wanted.scope, wanted.prefix, b"", Visibility.LIVE)
+        (shard,) = wanted.shards
+        return rows_anywhere(self._reader, query, shard)
 
     def forget(self, scope: bytes) -> None:
         """As the port says."""

@@ -75,7 +75,8 @@ class RingSurvey:
         replies = found.replies.items()
         held = {disk: Held(reply.accepted, reply.value) for disk, reply in replies}
         fenced = frozenset(disk for disk, reply in replies if reply.fenced)
-        return Look(view.quorum, held, fenced)
+        final = frozenset(disk for disk, reply in replies if reply.fenced and reply.final)
+        return Look(view.quorum, held, fenced, final)
 
     def _deadline(self) -> float:
         return self._calls.clock.monotonic() + min(self._calls.deadline_s, AGREEMENT_S)

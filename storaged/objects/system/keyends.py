@@ -7,7 +7,8 @@ Theory of operation
 
     1. the delay for readers (``retire_delay_ms``) is over since then;
     2. an authentic record proves that the bucket was deleted, and its fence is final at a majority of every shard's
-       replicas;
+       replicas. The gateway that deleted it may have died before it set that fence; then this check does. It comes
+       first: without the final fence storage nodes collect nothing of the bucket (``maintain.disuse``);
     3. no disk of the layout has anything of the bucket on its garbage list that is due. Every disk must answer.
 
     Fragments on a disk that was away when their objects were deleted are on no list: they are orphans, which a sweep
@@ -20,7 +21,7 @@ Theory of operation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Final, NamedTuple
 
 import structlog
@@ -58,22 +59,32 @@ async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends
     )
     if not ended:
         return Ends()
-    uncollected = await _uncollected(plane, ended[:AT_ONCE_MAX])
-    if isinstance(uncollected, str):
-        return Ends(0, len(ended), ended[0].end.since_ms, uncollected)
-    waiting: list[tuple[EndedKey, str]] = []
-    for key in ended[:AT_ONCE_MAX]:
-        try:
-            reason = "it has garbage" if key.bucket_id in uncollected else await _destroy(plane, buckets, key)
-        except StoragedError as error:
-            reason = error.message
-        if reason:
-            log.info("the key of a deleted bucket waits", bucket=key.bucket_id.hex(), reason=reason)
-            waiting.append((key, reason))
-    destroyed = len(ended[:AT_ONCE_MAX]) - len(waiting)
+    looked = ended[:AT_ONCE_MAX]
+    reasons = {key.bucket_id: await _reason(_close(plane, buckets, key)) for key in looked}
+    closed = [key for key in looked if not reasons[key.bucket_id]]
+    uncollected = await _uncollected(plane, closed) if closed else ""
+    for key in closed:
+        if isinstance(uncollected, str):
+            reasons[key.bucket_id] = uncollected
+        elif key.bucket_id in uncollected:
+            reasons[key.bucket_id] = "it has garbage"
+        else:
+            reasons[key.bucket_id] = await _reason(_destroy(plane, key))
+    waiting = [key for key in looked if reasons[key.bucket_id]]
+    for key in waiting:
+        log.info("the key of a deleted bucket waits", bucket=key.bucket_id.hex(), reason=reasons[key.bucket_id])
+    destroyed = len(looked) - len(waiting)
     if not waiting:
         return Ends(destroyed)
-    return Ends(destroyed, len(ended) - destroyed, waiting[0][0].end.since_ms, waiting[0][1])
+    return Ends(destroyed, len(ended) - destroyed, waiting[0].end.since_ms, reasons[waiting[0].bucket_id])
+
+
+async def _reason(step: Awaitable[str]) -> str:
+    """Why a step was not made; empty when it was."""
+    try:
+        return await step
+    except StoragedError as error:
+        return error.message
 
 
 async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[bytes] | str:
@@ -98,12 +109,18 @@ async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[byt
     return found
 
 
-async def _destroy(plane: ObjectPlane, buckets: BucketService, key: EndedKey) -> str:
-    """Why the key was not destroyed; empty when it was."""
+async def _close(plane: ObjectPlane, buckets: BucketService, key: EndedKey) -> str:
+    """Why the bucket's fence was not made final; empty when it is."""
     end = key.end
     if not await buckets.is_deleted(end.name, key.bucket_id, end.nonce):
         return "nothing proves that the bucket was deleted"
     await plane.fences.fence(key.bucket_id, end.shards, end.nonce, final=True)
+    return ""
+
+
+async def _destroy(plane: ObjectPlane, key: EndedKey) -> str:
+    """Why the key of a bucket that is closed was not destroyed; empty when it was."""
+    end = key.end
     done = await plane.keys.destroy_bucket_key(key.bucket_id, end.nonce)
     await plane.on_changed("key", key.bucket_id.hex())
     if done:
