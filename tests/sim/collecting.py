@@ -508,7 +508,7 @@ class Collecting:
         for key in KEYS:
             name = self.name(key)
             try:
-                await self._settle_everywhere(reader, name)
+                await self.settle_everywhere(reader, name)
                 reading = await reader.client.read(name, want_payload=True)
             except StoragedError as error:
                 self.complain(f"{key!r} cannot be read in the end: {error}")
@@ -517,13 +517,17 @@ class Collecting:
                 live.add(entry.data_id)
                 if entry.small and reading.payload is None:
                     self.complain(f"the copies of {entry.data_id.hex()} are gone")
-                for position, disk in self.durable[entry.data_id].intersection(entry.runs[0].moved.items()):
-                    medium: Any = self.world.nodes["n" + disk[1:]].medium
-                    if FragmentId(entry.data_id, 0, 2, 1, position) not in medium.fragments.fragments:
-                        self.complain(f"a fragment of {entry.data_id.hex()} is gone from {disk}")
+                self.judge_places(entry)
         return live
 
-    async def _settle_everywhere(self, reader: Gateway, name: RegisterName) -> None:
+    def judge_places(self, entry: PartEntry) -> None:
+        """The data is where its writer saw it durable."""
+        for position, disk in self.durable[entry.data_id].intersection(entry.runs[0].moved.items()):
+            medium: Any = self.world.nodes["n" + disk[1:]].medium
+            if FragmentId(entry.data_id, 0, 2, 1, position) not in medium.fragments.fragments:
+                self.complain(f"a fragment of {entry.data_id.hex()} is gone from {disk}")
+
+    async def settle_everywhere(self, reader: Gateway, name: RegisterName) -> None:
         """As catch-up does: a row that lags claims the data that it names. A replica may miss any of the rounds."""
         for _ in range(ENDS_MAX):
             await reader.client.settle(name)

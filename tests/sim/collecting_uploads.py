@@ -202,10 +202,22 @@ class Uploads:
             await gateway.client.change(part, lambda _value: Change(b"", Visibility.TOMBSTONE))
 
     async def end(self, gateway: Gateway) -> None:
-        """Aborts all uploads that are open. What they have is garbage then."""
+        """Aborts all uploads that are open. What they have is garbage then, when each replica knows it."""
         for name in self._owners:
+            await self._judge_open(gateway, name)
             with contextlib.suppress(NoSuchUpload):
                 await self._abort(gateway, name)
+        for name in self._owners:
+            await self._run.settle_everywhere(gateway, name)
+
+    async def _judge_open(self, gateway: Gateway, name: RegisterName) -> None:
+        """The parts of an upload that is open are where their writers saw them durable."""
+        record = decode_upload((await gateway.client.read(name)).value)
+        if record is None or record.state not in (OPEN, COMPLETING):
+            return
+        async for row in part_rows(self._run.scanner(gateway), name.scope, record.upload_id):
+            self._run.found.done["open parts"] += 1
+            self._run.judge_places(row.entry)
 
     # --- moves
 

@@ -372,7 +372,7 @@ class Lending(Versions):
         for key in KEYS:
             name = self.name(key)
             try:
-                await self._settle_everywhere(reader, name)
+                await self.settle_everywhere(reader, name)
                 value = (await reader.client.read(name)).value
                 copy_read = (await reader.client.read(name, want_payload=True)).payload is not None
                 entries = await self._list(reader, name)

@@ -25,6 +25,7 @@ PLAYS = {
     "forgetful": "tests.sim.forgetful:run_forgetful",
     "collecting": "tests.sim.collecting:run_collecting",
     "collecting moves": "tests.sim.collecting_moves:run_collecting_moves",
+    "hiding": "tests.sim.hiding:run_hiding",
     "small": "tests.sim.small:run_small",
     "bursts": "tests.sim.bursts:run_bursts",
     "flicker": "tests.sim.flicker:run_flicker",

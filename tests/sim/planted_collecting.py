@@ -8,6 +8,7 @@ from __future__ import annotations
 from tests.sim.planted import Planted
 
 _GC = "storaged/maintain/garbage_page.py"
+_DISUSE = "storaged/maintain/disuse.py"
 _LOOKS = "storaged/meta/consensus/looks.py"
 _CONDEMNED = "tests/doubles/fragments.py"
 _PLAY = "collecting"
@@ -101,5 +102,46 @@ COLLECTOR_BUGS = (
         "                if not claimed:\n",
         "                if False:\n",
         fast=True,
+    ),
+    Planted(
+        "fences_that_may_be_lifted",
+        "a bucket that no directory names is gone while it is fenced, whether or not the fence stays",
+        100,
+        "hiding",
+        _DISUSE,
+        "            for_ever = look.quorum.met(look.final)\n",
+        "            for_ever = True\n",
+    ),
+    Planted(
+        "one_says_that_the_fence_stays",
+        "one replica alone says that a fence stays for ever",
+        100,
+        "hiding",
+        _DISUSE,
+        "            for_ever = look.quorum.met(look.final)\n",
+        "            for_ever = bool(look.final)\n",
+    ),
+    Planted(
+        "uploads_by_a_majority",
+        "that a key has no open upload is told by a majority",
+        100,
+        "hiding",
+        _DISUSE,
+        "owner.table != Table.OBJECT or await self._no_replica_has_uploads(owner):\n            return None\n"
+        "        found: set[bytes] = set()\n",
+        "owner.table != Table.OBJECT:\n            return None\n"
+        "        if not [1 async for _ in living_uploads(self._context.scanner, owner)]:\n            return None\n"
+        "        found: set[bytes] = set()\n",
+    ),
+    Planted(
+        "no_row_of_an_upload_by_a_majority",
+        "an upload without a row at a majority has ended",
+        0,
+        "hiding",
+        _DISUSE,
+        "        if value is None:\n            look = await self._context.look(name)\n",
+        "        if False:\n            look = await self._context.look(name)\n",
+        tests="tests/integration/test_collect_lies.py",
+        why="It is asked of a part that was written again, which the play does not miss.",
     ),
 )

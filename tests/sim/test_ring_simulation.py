@@ -24,6 +24,7 @@ from tests.sim.expunging import run_expunging
 from tests.sim.flicker import run_flicker
 from tests.sim.forgetful import run_forgetful
 from tests.sim.happened import LEAST, SEEDS_MIN, Happened
+from tests.sim.hiding import run_hiding
 from tests.sim.hostile import run_hostile
 from tests.sim.inventories import run_inventories
 from tests.sim.layouts import run_layouts
@@ -149,6 +150,7 @@ def test_partitions_that_lost_a_majority_go_on_with_all_that_is_left() -> None:
     "play",
     [
         run_collecting_moves,
+        run_hiding,
         run_recovering_system,
         run_sparing_system,
         run_versions,

@@ -319,7 +319,7 @@ class Versions(Collecting):
         for key in self.objects:
             name = self.name(key)
             try:
-                await self._settle_everywhere(reader, name)
+                await self.settle_everywhere(reader, name)
                 reading = await reader.client.read(name, want_payload=True)
                 entries = await self._list(reader, name)
             except StoragedError as error:
