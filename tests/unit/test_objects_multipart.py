@@ -506,6 +506,28 @@ async def test_a_part_that_arrives_while_its_upload_is_aborted_is_refused() -> N
     await objects.close()
 
 
+async def test_a_part_stays_where_its_upload_seems_never_to_have_been() -> None:
+    """A replica that lies, with one that lags, may hide the upload's row for a moment: it has not ended."""
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 3000])
+    hidden = {}
+
+    async def hide(name: RegisterName) -> None:
+        assert name.table == Table.PART
+        for upload in [name for name in world.ring.values if name.table == Table.UPLOAD]:
+            hidden[upload] = world.ring.values.pop(upload)
+
+    world.ring.interfere = hide
+    with pytest.raises(NoSuchUpload):
+        await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"a" * 3000), BodyChecks(3000))
+    assert hidden
+    world.ring.values |= hidden
+    await objects.plane.background.settle()
+    await complete(objects, bucket, upload_id, parts)
+    assert await got(objects, bucket) == b"a" * 3000
+    await objects.close()
+
+
 @pytest.mark.parametrize("algorithm", CHECKSUM_ALGORITHMS)
 async def test_checksums_of_parts_combine_as_the_upload_was_created_for(algorithm: str) -> None:
     _, objects, bucket = world_of()
