@@ -308,6 +308,50 @@ async def test_a_bucket_is_created_with_tags(world: World) -> None:
     assert (status, code) == (409, "BucketAlreadyOwnedByYou"), "tags that are not stored are not ignored"
 
 
+@pytest.mark.parametrize(
+    ("headers", "location", "status"),
+    [
+        ({}, "", 200),
+        ({}, REGION, 200),
+        ({}, "us-west-2", 409),
+        ({"x-amz-acl": "private"}, "", 200),
+        ({"x-amz-acl": "bucket-owner-full-control"}, "", 200),
+        ({"x-amz-object-ownership": "BucketOwnerEnforced"}, "", 200),
+        ({"x-amz-object-ownership": "ObjectWriter"}, "", 409),
+        ({"x-amz-object-ownership": "ObjectWriter", "x-amz-acl": "authenticated-read"}, "", 403),
+        ({"x-amz-bucket-object-lock-enabled": "true"}, "", 409),
+    ],
+)
+async def test_one_s_own_bucket_again_is_refused_if_it_is_not_as_it_was_asked_for(
+    world: World, headers: dict[str, str], location: str, status: int
+) -> None:
+    """AWS answers 409 everywhere but in us-east-1, where it sets the access control list anew. Here it is 200 as long
+    as nothing that was asked for is passed over."""
+    assert (await call(world, "PUT", "/own"))[0] == 200
+    before = state(world)
+    asked = (
+        f"<CreateBucketConfiguration><LocationConstraint>{location}</LocationConstraint></CreateBucketConfiguration>"
+    )
+    found, code, _ = await call(world, "PUT", "/own", headers, asked.encode() if location else b"")
+    assert found == status
+    assert status != 409 or code == "BucketAlreadyOwnedByYou"
+    assert state(world) == before
+
+
+async def test_one_s_own_bucket_again_with_another_list_is_refused(world: World) -> None:
+    other = (await world.users.lookup(ACCESS_ALT))[0].user_id
+    own, listed = {"x-amz-object-ownership": "ObjectWriter"}, {"x-amz-grant-read": f'id="{other}"'}
+    taken, refused = (200, ""), (409, "BucketAlreadyOwnedByYou")
+    for headers, answer in (
+        ({**own, **listed}, taken),
+        ({**own, **listed}, taken),
+        ({}, taken),
+        ({**own, "x-amz-acl": "private"}, refused),
+        ({**own, "x-amz-grant-write": f'id="{other}"'}, refused),
+    ):
+        assert (await call(world, "PUT", "/listed", headers))[:2] == answer, headers
+
+
 # --- conditions, ownership, and what the other answers are tested by
 
 

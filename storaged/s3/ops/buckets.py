@@ -7,7 +7,17 @@ import binascii
 from functools import partial
 
 from storaged import errors
-from storaged.objects.configuration.kinds import ENABLED, LOCK, TAGGING, VERSIONING, ObjectLock, Tags, Versioning
+from storaged.objects.configuration.kinds import (
+    ACL,
+    ENABLED,
+    LOCK,
+    OWNERSHIP,
+    TAGGING,
+    VERSIONING,
+    ObjectLock,
+    Tags,
+    Versioning,
+)
 from storaged.objects.names import bucket_name_valid
 from storaged.s3 import headers as h
 from storaged.s3 import xml
@@ -72,10 +82,10 @@ def _from_token(token: str) -> str:
 
 
 async def create_bucket(front: Front, request: Request) -> Reply:
-    """Creating one's own bucket again succeeds, as in AWS's first region and as most tools expect.
+    """Creating one's own bucket again succeeds, as in AWS's first region and as most tools expect, unless the request
+    asks for what the bucket is not (BucketAlreadyOwnedByYou): nothing of it is changed.
 
-    ``x-storaged-countries`` (``FR,DE``) narrows where the bucket's data may be. If the bucket exists with other
-    countries, or the request has tags, it is refused (BucketAlreadyOwnedByYou).
+    ``x-storaged-countries`` (``FR,DE``) narrows where the bucket's data may be.
     """
     name = request.bucket
     if not bucket_name_valid(name):
@@ -98,11 +108,25 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         configuration = configuration.having(TAGGING, Tags(tags))
     countries = _countries(request.headers.get("x-storaged-countries"))
     try:
-        await front.buckets.create(request.who, name, region=region, countries=countries, configuration=configuration)
+        await front.buckets.create(
+            request.who,
+            name,
+            region=region or front.endpoint.region,
+            countries=countries,
+            configuration=configuration,
+        )
     except errors.BucketAlreadyOwnedByYou:
         existing = await front.buckets.get(name)
-        locked = front.buckets.configuration_of(existing).get(LOCK) is not None
-        if tags or (countries and existing.countries != countries) or (lock.lower() == "true" and not locked):
+        found = front.buckets.configuration_of(existing)
+        ownership = found.get(OWNERSHIP)
+        if (
+            tags
+            or (countries and existing.countries != countries)
+            or (region and existing.region != region)
+            or (lock.lower() == "true" and found.get(LOCK) is None)
+            or (rule and (ownership is None or ownership.rule != rule))
+            or (("x-amz-acl" in request.headers or has_grants(request.headers)) and found.get(ACL) != acl)
+        ):
             raise  # the client must not believe that what it asked for is in force
     return Reply(headers={"Location": f"/{name}"})
 
@@ -138,10 +162,10 @@ def _countries(text: str | None) -> tuple[str, ...]:
 
 
 def _asked(front: Front, body: bytes) -> tuple[str, dict[str, str]]:
-    """The region and the tags that a CreateBucketConfiguration asks for. Raises InvalidLocationConstraint, InvalidTag,
-    MalformedXML, NotImplemented."""
+    """The region, or empty, and the tags that a CreateBucketConfiguration asks for. Raises InvalidLocationConstraint,
+    InvalidTag, MalformedXML, NotImplemented."""
     if not body.strip():
-        return front.endpoint.region, {}
+        return "", {}
     root = xml.parse(body, "CreateBucketConfiguration")
     parts = {child.name: child for child in root.children}
     for name in ("Location", "Bucket"):
@@ -152,7 +176,9 @@ def _asked(front: Front, body: bytes) -> tuple[str, dict[str, str]]:
     if "LocationConstraint" in parts and parts["LocationConstraint"].children:
         raise errors.MalformedXML()
     location = parts["LocationConstraint"].text if "LocationConstraint" in parts else ""
-    region = region_of_new_bucket(location, front.endpoint.region, strict=front.endpoint.strict_region)
+    region = (
+        region_of_new_bucket(location, front.endpoint.region, strict=front.endpoint.strict_region) if location else ""
+    )
     return region, tags_in(parts["Tags"], h.TAGS_PER_BUCKET_MAX) if "Tags" in parts else {}
 
 
