@@ -227,7 +227,8 @@ class PageQuery(NamedTuple):
     keys with a common prefix after ``prefix`` are one entry. ``hidden``: HIDDEN rows too.
 
     ``settling_nonce`` is the fence's: rows of a fenced scope settle only with it. ``after_fence``: only replicas that
-    hold this fence count, for the scan that decides whether a bucket being deleted is empty.
+    hold this fence count, for the scan that decides whether a bucket being deleted is empty. All that answer have to
+    agree on a key, or it is settled: one replica that lies and one that lags are no proof.
     """
 
     table: int
@@ -272,7 +273,7 @@ class Fences(Protocol):
 
     async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         """Durable refusal of every accept but settling ones with this nonce; ``final`` makes it stay for ever (after
-        Deleted).
+        Deleted). One that may be lifted waits for all replicas that answer: the scan that follows counts these alone.
         """
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:

@@ -118,9 +118,20 @@ _SCANS_AFTER_FENCE = Planted(
     " disk: about one of 2,000 seeds of `buckets` did.",
 )
 
+_TWO_SAY_EMPTY = Planted(
+    "two_of_three_say_that_a_bucket_is_empty",
+    "a bucket that is deleted counts as empty where two replicas agree, one of which lies and one lags",
+    0,
+    path="storaged/meta/listing/agreement.py",
+    old="        if query.after_fence and _differ(answers, rows):\n",
+    new="        if False:\n",
+    tests="tests/unit/test_meta_listing.py",
+)
+
 RULE_BUGS = (
     *AUTHORITY_BUGS,
     _SCANS_AFTER_FENCE,
+    _TWO_SAY_EMPTY,
     _COPIES_WITH_ROWS,
     *(Planted(rule, f"without {rule}", budget, rule=rule, fast=rule not in _SLOW) for rule, budget in _RING.items()),
     *(

@@ -890,6 +890,18 @@ async def test_a_fenced_bucket_can_be_read_and_settled_with_its_nonce_but_not_ch
     assert (await client.change(NAME, put(b"two"))).before == written
 
 
+async def test_a_fence_waits_for_every_replica_that_answers(ring: Ring) -> None:
+    """The scan that follows counts only those that have it."""
+    slow, away, *_ = ring.replicas.values()
+    slow.gate, away.away = asyncio.Event(), True
+    fencing = asyncio.create_task(ring.client().fence(SCOPE, range(16), b"nonce"))
+    await asyncio.sleep(0.05)
+    assert not fencing.done()
+    slow.gate.set()
+    await asyncio.wait_for(fencing, GUARD_S)
+    assert [replica.inner._fences.of(SCOPE) is None for replica in ring.replicas.values()] == [False, True, False]
+
+
 async def test_a_final_fence_stays_and_says_so(ring: Ring) -> None:
     client = ring.client()
     await client.fence(SCOPE, range(16), b"nonce", final=True)

@@ -45,6 +45,7 @@ class Ring(Places):
         self.down: set[str] = set()
         self.thought_down: set[str] = set()
         self.hung: set[str] = set()
+        self.slow_s: dict[str, float] = {}
         self.verdicts: dict[str, int] = {}
         self.lies: dict[str, Callable[[ScanReply], ScanReply]] = {}
         self.scans: list[ScanRequest] = []
@@ -129,7 +130,7 @@ class _Disk:
         self._ring.scans.append(request)
         if self._disk in self._ring.hung:
             await asyncio.Event().wait()
-        await asyncio.sleep(0)
+        await asyncio.sleep(self._ring.slow_s.get(self._disk, 0))
         if self._disk in self._ring.down:
             raise PeerUnreachable
         if self._disk in self._ring.verdicts:

@@ -111,8 +111,8 @@ def _agreed(view: View, rows: Mapping[str, ScanRow]) -> tuple[bytes, Value | Non
 
 
 def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement:
-    """Settles keys by majority: one value at one ballot, or absent. Raises ServiceUnavailable for rows that can't be
-    decoded.
+    """Settles keys by majority: one value at one ballot, or absent. After a fence all answers have to agree. Raises
+    ServiceUnavailable for rows that can't be decoded.
     """
     through, done = common_end(answers.values())
     decoded = {disk: decoded_rows(answer) for disk, answer in answers.items()}
@@ -123,13 +123,18 @@ def settle_by_majority(query: Query, feed: Feed, answers: Answers) -> Settlement
         if key > horizons.get(common_prefix(key, query.prefix, query.delimiter), key):
             continue  # not all of the answers have looked this far into the common prefix
         settled = _agreed(feed.view, rows)
-        if settled is not None:
-            values[key] = settled[1]
-            continue
         values[key] = None
-        if not feed.quorum.met(answers.keys() - rows.keys()):
+        if query.after_fence and _differ(answers, rows):
+            doubtful.append(key)
+        elif settled is not None:
+            values[key] = settled[1]
+        elif not feed.quorum.met(answers.keys() - rows.keys()):
             doubtful.append(key)
     return Settlement(values, doubtful, horizons, through, done)
+
+
+def _differ(answers: Answers, rows: Mapping[str, ScanRow]) -> bool:
+    return len(rows) < len(answers) or len({(row.ballot, row.value) for row in rows.values()}) > 1
 
 
 def _horizons(query: Query, answers: Iterable[Sequence[ScanRow]], through: bytes, done: bool) -> dict[bytes, bytes]:

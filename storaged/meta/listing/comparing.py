@@ -22,7 +22,7 @@ from storaged.errors import ServiceUnavailable
 from storaged.meta.listing.agreement import common_end, reported, rows_after
 from storaged.meta.listing.differences import Span, checked_pieces, differences, knows_pieces
 from storaged.meta.listing.query import Answers, PieceRead, Query
-from storaged.meta.listing.shards import SETTLING_MAX, ShardReader
+from storaged.meta.listing.shards import PATIENCE_S, SETTLING_MAX, ShardReader
 from storaged.meta.messages import ScanRow
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Row
@@ -41,10 +41,6 @@ SPANS_A_ROUND = 16
 ROUND_BYTES_MAX = 2 * MIB
 """Where the rows of all spans together may have more, one span is asked for at a time: a message has a bound."""
 
-PATIENCE_S = 3.0
-"""How long a comparison waits for a replica that is thought to answer, once for each shard. What such a replica has
-missed stays so for as long as it is not compared, and callers that need all replicas begin again.
-"""
 ROUNDS_MAX = 64
 """Of ``rows_anywhere``: a replica that lies could name rows without end."""
 UNSETTLED_MAX = 32

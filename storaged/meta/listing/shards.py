@@ -9,6 +9,10 @@ Theory of operation
     and each other key is read through its register, which settles it. Taking the newest row instead would list an
     object that the next GET denies.
 
+    Whether a bucket that is being deleted is empty, two replicas of three must not decide: one may lie and the other
+    lag, while the third one has an object. So after a fence all replicas are asked, and each key on which those that
+    answer do not agree is settled through its register.
+
     Settled pieces of heads are cached (``meta.listing.cache``), and asked for again with their digest: the supplier
     sends rows only when its own digest differs, and the same majority has to confirm the digest in this very request.
     The ranges that a piece is put together from are asked for in one round (``PieceRead``).
@@ -39,6 +43,11 @@ unbounded, and a replica that has to scan all of them again, 30,000 rows at most
 """
 
 SETTLING_MAX = 32
+
+PATIENCE_S = 3.0
+"""How long callers that want all replicas wait for one that is thought to answer: a comparison once for each shard.
+What such a replica has missed stays so for as long as it is not compared, and callers that need all begin again.
+"""
 
 WAIT_FACTOR = 4
 """A round with a bare majority waits this many times longer than such rounds usually take: when all disks are busy,
@@ -89,11 +98,14 @@ class ShardReader:
         reads_max = max(1, min(READS_MAX, SHARDS_MAX // len(feeds)))
         runs = [self._reads(query, feed, limit, reads_max) for feed in feeds]
         reads = [read for run in runs for read in run]
-        await self._ask_bare_majority(query, reads)
-        waiting = [read for read in reads if read.piece is None]
-        for _ in range(2):
-            if waiting:
-                waiting = await self._ask_everybody(query, waiting)
+        if query.after_fence:
+            await self._ask_until_silent(query, reads)
+        else:
+            await self._ask_bare_majority(query, reads)
+            waiting = [read for read in reads if read.piece is None]
+            for _ in range(2):
+                if waiting:
+                    waiting = await self._ask_everybody(query, waiting)
         await self._settle(query, [read for read in reads if read.piece is None])
         return [join(run, exactly=bool(query.delimiter)) for run in runs]
 
@@ -149,6 +161,17 @@ class ShardReader:
             elif found and read.supplier not in found:  # it does not answer, or not in time
                 read.supplier = read.feed.supplier = next(iter(found))
 
+    async def _ask_until_silent(self, query: Query, reads: Sequence[PieceRead]) -> None:
+        """Asks all replicas, and waits for those that are slow. A piece is settled only where all answers agree."""
+
+        def want(read: PieceRead, disk: str) -> Want:
+            return query.rows if disk == read.supplier else query.hashed
+
+        answers = await self._rounds.ask(query, reads, want, lambda _answers: False, hedge_s=PATIENCE_S)
+        for read, found in zip(reads, answers, strict=True):
+            if read.supplier in found and len(agreeing(read, found)) == len(found):
+                read.piece = self._piece(query, read, found[read.supplier])
+
     async def _ask_everybody(self, query: Query, reads: Sequence[PieceRead]) -> list[PieceRead]:
         """Returns the reads whose supplier lags or is away, with a supplier that agrees: they are to be asked about
         once more.
@@ -182,7 +205,7 @@ class ShardReader:
             if read.known is not None:  # with replicas that keep differing no read would ever get past this piece
                 self._cache.drop(read.known)
                 read.known = None
-        answers = await self.ask_all(query, reads, Want.ALL)
+        answers = await self.ask_all(query, reads, Want.ALL, hedge_s=PATIENCE_S if query.after_fence else None)
         for read, found in zip(reads, answers, strict=True):
             settled = settle_by_majority(query, read.feed, found)
             settling = [

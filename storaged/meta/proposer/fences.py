@@ -33,7 +33,7 @@ class RingFences:
         def fence(epochs: dict[int, int], disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[FenceReply]]:
             return lambda replica: replica.fence(FenceSet(disk, scope, nonce, final, epochs), timeout_s=timeout_s)
 
-        await self._fence_all(scope, shards, fence)
+        await self._fence_all(scope, shards, fence, linger=not final)
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         """See ``ports.Fences``."""
