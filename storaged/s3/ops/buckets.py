@@ -7,11 +7,10 @@ import binascii
 from functools import partial
 
 from storaged import errors
+from storaged.objects.configuration.access import ACL, OWNERSHIP
 from storaged.objects.configuration.kinds import (
-    ACL,
     ENABLED,
     LOCK,
-    OWNERSHIP,
     TAGGING,
     VERSIONING,
     ObjectLock,
