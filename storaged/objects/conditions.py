@@ -51,12 +51,18 @@ def check_read(conditions: ReadConditions, etag: str, modified_ms: int) -> None:
         raise NotModified(ETag=etag)
 
 
-def check_copy_source(conditions: ReadConditions, etag: str, modified_ms: int) -> None:
-    """As check_read, but a copy answers 412 where a read answers 304."""
+def check_copy_source(
+    conditions: ReadConditions, etag: str, modified_ms: int, prefix: str = "x-amz-copy-source-"
+) -> None:
+    """As check_read, but a copy answers 412 where a read answers 304. ``prefix``: of the headers' names in the
+    answer."""
     try:
         check_read(conditions, etag, modified_ms)
     except NotModified:
-        raise PreconditionFailed from None
+        name = "If-None-Match" if conditions.if_none_match is not None else "If-Modified-Since"
+        raise PreconditionFailed(Condition=prefix + name) from None
+    except PreconditionFailed as error:
+        raise PreconditionFailed(Condition=prefix + error.details["Condition"]) from None
 
 
 def check_write(conditions: WriteConditions, current: Current | None) -> None:

@@ -5,7 +5,7 @@ a write that asks for ``If-Match: ""`` must not overwrite.
 
 | operation | accepts | refuses |
 |---|---|---|
-| GetObject, HeadObject, GetObjectAttributes | all four; an invalid date is ignored (RFC 9110, 13.1.3) | |
+| GetObject, HeadObject, GetObjectAttributes | all four; invalid dates (RFC 9110, 13.1.3) and later ones are ignored | |
 | PutObject, CopyObject, CompleteMultipartUpload | If-Match, If-None-Match of ``*`` or tags | 501: other, dates |
 | copy sources | x-amz-copy-source-if-* | 400: invalid tags or dates |
 | RenameObject | all four, and x-amz-rename-source-if-* for the old key | 400: invalid tags or dates |
@@ -26,6 +26,8 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+
+from msgspec.structs import replace
 
 from storaged.errors import InvalidArgument, NotImplemented
 from storaged.objects.api import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS, ReadConditions, WriteConditions
@@ -103,21 +105,34 @@ def _ms_of(moment: datetime) -> int | None:
     return ms if _FIRST_MS <= ms < _END_MS else None
 
 
-def read_conditions(headers: Mapping[str, str]) -> ReadConditions:
-    """Conditions of a read. An invalid If-Match fails; the others are ignored if invalid (RFC 9110, section 13)."""
+def read_conditions(headers: Mapping[str, str], now_ms: int) -> ReadConditions:
+    """Conditions of a read. An invalid If-Match fails; the others are ignored if invalid (RFC 9110, section 13), and so
+    is If-Modified-Since that is later than ``now_ms``, as on AWS."""
     if NAMES.isdisjoint(headers):
         return NO_READ_CONDITIONS
     return ReadConditions(
         if_match=_tags(headers, "if-match"),
         if_none_match=_tags(headers, "if-none-match"),
-        if_modified_since_ms=parse_http_time(headers.get("if-modified-since", "")),
+        if_modified_since_ms=_past(parse_http_time(headers.get("if-modified-since", "")), now_ms),
         if_unmodified_since_ms=parse_http_time(headers.get("if-unmodified-since", "")),
     )
 
 
+def _past(date_ms: int | None, now_ms: int) -> int | None:
+    """None for a date that has not come yet."""
+    return date_ms if date_ms is not None and date_ms <= now_ms else None
+
+
+def copy_conditions(headers: Mapping[str, str], now_ms: int) -> ReadConditions:
+    """As ``source_conditions``, of a copy: AWS ignores x-amz-copy-source-if-modified-since that is later than
+    ``now_ms``. Raises InvalidArgument."""
+    found = source_conditions(headers)
+    return replace(found, if_modified_since_ms=_past(found.if_modified_since_ms, now_ms))
+
+
 def source_conditions(headers: Mapping[str, str], prefix: str = SOURCE_PREFIX) -> ReadConditions:
-    """Conditions of a copy's source, whose headers begin with ``prefix``. Raises InvalidArgument for an invalid one: it
-    must not let the copy happen.
+    """Conditions of a copy's or a rename's source, whose headers begin with ``prefix``. Raises InvalidArgument for an
+    invalid one: it must not let the copy happen.
     """
     none_match = _tags(headers, prefix + "if-none-match")
     if none_match == NO_TAG:

@@ -79,14 +79,45 @@ async def test_keys_are_encoded_as_in_urls_and_brackets_too(world: World) -> Non
         ({"if-match": "other", "if-unmodified-since": FUTURE}, 412),
         ({"if-none-match": ETAG, "if-modified-since": PAST}, 304),
         ({"if-none-match": "other", "if-modified-since": FUTURE}, 200),
+        ({"if-modified-since": PAST}, 200),
+        ({"if-modified-since": FUTURE}, 200),
+        ({"if-unmodified-since": FUTURE}, 200),
     ],
 )
 async def test_entity_tags_decide_beside_dates(
     world: World, method: str, conditions: dict[str, str], status: int
 ) -> None:
     """B, GetObject: "If-Match evaluates to true, and If-Unmodified-Since to false: 200"; "If-None-Match evaluates to
-    false, and If-Modified-Since to true: 304"."""
+    false, and If-Modified-Since to true: 304". O: a date in the future is no If-Modified-Since."""
     assert (await call(world, method, "/bucket/k", conditions))[0] == status
+
+
+async def test_a_date_is_compared_with_the_object_until_it_lies_in_the_future(world: World) -> None:
+    """O."""
+    modified = field((await call(world, "HEAD", "/bucket/k"))[2], "last-modified")
+    assert modified is not None
+    assert (await call(world, "GET", "/bucket/k", {"if-modified-since": modified}))[0] == 304
+    assert (await call(world, "GET", "/bucket/k", {"if-unmodified-since": modified}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("conditions", "named"),
+    [
+        ({"if-match": "other", "if-none-match": ETAG}, "If-Match"),
+        ({"if-unmodified-since": PAST, "if-none-match": ETAG}, "If-Unmodified-Since"),
+        ({"if-none-match": ETAG}, "If-None-Match"),
+        ({"if-modified-since": FUTURE}, ""),
+        ({"if-modified-since": PAST}, ""),
+    ],
+)
+async def test_a_copy_names_the_condition_of_its_source_that_does_not_hold(
+    world: World, conditions: dict[str, str], named: str
+) -> None:
+    """O."""
+    headers = {f"x-amz-copy-source-{name}": value for name, value in conditions.items()}
+    status, _, answer = await call(world, "PUT", "/bucket/copy", {"x-amz-copy-source": "bucket/k", **headers})
+    assert status == (412 if named else 200)
+    assert (f"<Condition>x-amz-copy-source-{named}</Condition>".encode() in answer) == bool(named)
 
 
 @pytest.mark.parametrize(

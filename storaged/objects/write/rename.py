@@ -195,7 +195,7 @@ class _Rename:
     def _check_source(self, found: Found) -> None:
         asked, opened = self._asked, found.opened
         check_allowed(access_to(opened), asked.source_allowed)
-        check_copy_source(asked.source_conditions, opened.meta.etag, opened.version.modified_ms)
+        check_copy_source(asked.source_conditions, opened.meta.etag, opened.version.modified_ms, "x-amz-rename-source-")
         if opened.has_customer_key:
             raise InvalidRequest("RenameObject does not support objects with SSE-C: copy the object, and delete it.")
 
@@ -209,7 +209,7 @@ class _Rename:
             return
         found = judged(place, current, keys, WriteConditions(if_match=NO_TAG))
         if found is not None:
-            check_copy_source(wanted, found.etag, found.modified_ms)
+            check_copy_source(wanted, found.etag, found.modified_ms, "")
         elif wanted.if_match is not None:
             raise PreconditionFailed(Condition="If-Match")
         elif wanted.if_modified_since_ms is not None:

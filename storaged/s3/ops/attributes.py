@@ -38,7 +38,7 @@ async def get_attributes(front: Front, request: Request) -> Reply:
         request.grant,
         request.key,
         version_id=version_of(request),
-        conditions=c.read_conditions(headers),
+        conditions=c.read_conditions(headers, front.clock.wall_ms()),
         customer_key=customer_key(front, request),
     )
     content = []

@@ -95,7 +95,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
     source, key, version = await _source(front, request)
     if not replace_tags:
         source = await with_tags(front, request, source, key, version)
-    conditions = c.source_conditions(headers)
+    conditions = c.copy_conditions(headers, front.clock.wall_ms())
     itself = source.bucket.id == request.bucket_record.id and key == request.key
     if (
         itself
@@ -162,7 +162,7 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
     await enc.check_of_upload(front, request)
     grant, key, version = await _source(front, request)
     source_key = enc.customer_key(front, request, enc.CUSTOMER_KEY_SOURCE)
-    source = CopySource(grant.bucket, key, version, c.source_conditions(headers), span, source_key)
+    source = CopySource(grant.bucket, key, version, c.copy_conditions(headers, front.clock.wall_ms()), span, source_key)
     copying = front.objects.copy_part(
         grant,
         source,

@@ -59,7 +59,7 @@ async def get_object(front: Front, request: Request) -> Reply:
     overrides = _overrides(request)
     part_number = _part_number(request)
     span = h.parse_range(headers["range"]) if "range" in headers else None
-    conditions = c.read_conditions(headers)
+    conditions = c.read_conditions(headers, front.clock.wall_ms())
     stream = await _open(front, request, conditions, span, part_number)
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], stream.info):
         await stream.close()
@@ -144,7 +144,7 @@ async def head_object(front: Front, request: Request) -> Reply:
         request.grant,
         request.key,
         version_id=version_of(request),
-        conditions=c.read_conditions(headers),
+        conditions=c.read_conditions(headers, front.clock.wall_ms()),
         part_number=part_number,
         reading=request.reading,
         customer_key=customer_key(front, request),

@@ -135,7 +135,10 @@ def _conditions(headers: dict[str, str]) -> None:
     for name in ("if-match", "if-none-match"):
         if name in headers:
             assert c.parse_tags(headers[name]) == second_tags(headers[name])
-    c.read_conditions(headers)
+    now_ms = 1_000_000_000_000
+    for dated in (c.read_conditions(headers, now_ms), refused(lambda: c.copy_conditions(headers, now_ms))):
+        if not isinstance(dated, S3Error):
+            assert dated.if_modified_since_ms is None or dated.if_modified_since_ms <= now_ms
     for parse in (c.write_conditions, _of_deletion, c.source_conditions):
         found = refused(lambda parse=parse: parse(headers))  # type: ignore[misc]
         if not isinstance(found, S3Error) and parse is not c.source_conditions:
