@@ -13,32 +13,43 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benches.s3client import Connection, Signer, Target, connect, path_of
+from benches.s3client import Connection, Signer, Target, WrongAnswer, connect, path_of
 from benches.servers import Installation, Server, end_on_sigterm, free_port, make_single, storaged_installation
 
 VERSIONS, OBJECTS = "versions", "objects"
 KEY = "key"
 BODY_BYTES = 1024
+PUTS = {"in the record": 1000, "coded": 1024}
+"""Bytes of a version, sealed, lie in the record up to 1 KiB, and else on six disks."""
 SAMPLES = 40
 PAGES = 40
 PAGE_VERSIONS = 1000
 WRITERS = 8
 DUE_SHARE = 10
 """One object in so many is due."""
+FREE_BYTES_MIN = 15 * 10**9
+"""With less free space than this the run ends: others may need it."""
+WRITES_A_LOOK = 1000
+"""The free space is looked at once in so many PUTs."""
+TRIES = 20
+TRY_AGAIN_S = 5.0
 LOOKS_PER_S = 10_000
 POLL_S = 2.0
 NAMESPACE = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
@@ -55,7 +66,9 @@ def rule(prefix: str, expiration: str) -> str:
 
 
 class Client:
-    """One connection."""
+    """One connection. Like other clients it asks again after an answer 503, which ``refused`` counts in all."""
+
+    refused = 0
 
     def __init__(self, connection: Connection, target: Target) -> None:
         self._connection = connection
@@ -75,7 +88,15 @@ class Client:
             length=len(body),
             unsigned=f"Content-MD5: {md5}\r\n" if body else "",
         )
-        return await self._connection.request(head + body, head_only=method == "HEAD")
+        for _ in range(TRIES):
+            try:
+                return await self._connection.request(head + body, head_only=method == "HEAD")
+            except WrongAnswer as error:
+                if "status 503" not in str(error):
+                    raise
+                Client.refused += 1
+                await asyncio.sleep(TRY_AGAIN_S)
+        raise SystemExit(f"{method} {bucket}/{key} was refused {TRIES} times")
 
     def close(self) -> None:
         self._connection.close()
@@ -84,12 +105,25 @@ class Client:
 class Costs:
     """Lines of the table."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, fill_s: float = math.inf) -> None:
         self._server = server
+        self._ends = time.monotonic() + fill_s
         self.rows: list[dict[str, Any]] = []
 
     def cpu_s(self) -> float:
         return sum(self._server.cpu_seconds().values())
+
+    @property
+    def late(self) -> bool:
+        """Whether the time to fill the store is over."""
+        return time.monotonic() >= self._ends
+
+    def check_free(self) -> None:
+        """Raises SystemExit when the file system is nearly full."""
+        folder = self._server.folder
+        free = shutil.disk_usage(folder).free if folder is not None else FREE_BYTES_MIN
+        if free < FREE_BYTES_MIN:
+            raise SystemExit(f"only {free / 1e9:.0f} GB are free in {folder}: the run ends")
 
     async def measure(self, what: str, size: int, count: int, once: Callable[[], Awaitable[Any]]) -> None:
         took, cpu_s = [], self.cpu_s()
@@ -104,23 +138,46 @@ class Costs:
     def note(self, what: str, size: int, **costs: float) -> None:
         memory = sum(self._server.own_bytes().values()) / 1e6
         row = {"what": what, "size": size, **{name: round(cost, 3) for name, cost in costs.items()}}
-        self.rows.append({**row, "server_mb": round(memory)})
+        disk = {f"{kind}_mb": round(count / 1e6, 1) for kind, count in disk_bytes(self._server.folder).items()}
+        self.rows.append({**row, "server_mb": round(memory), **disk})
         print(", ".join(f"{name} {value}" for name, value in self.rows[-1].items()), flush=True)
+
+
+def disk_bytes(folder: Path | None) -> dict[str, int]:
+    """Blocks that the files in the folder use, by kind."""
+    found = dict.fromkeys(("segments", "index", "rows", "fixed", "other"), 0)
+    for path in folder.rglob("*") if folder is not None else ():
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                found[_kind(path)] += path.stat().st_blocks * 512
+    return found
+
+
+def _kind(path: Path) -> str:
+    if path.name == "data.mdb":
+        return "index" if path.parent.name == "index" else "rows"
+    return "segments" if path.suffix == ".seg" else "fixed" if path.name in ("redo", "reserve") else "other"
 
 
 # --- versions
 
 
-async def versions(target: Target, costs: Costs, count: int) -> None:
+async def versions(target: Target, costs: Costs, count: int, body_bytes: int) -> None:
     client, written = await Client.of(target), 0
     await client.ask("PUT", VERSIONS)
     await client.ask("PUT", VERSIONS, query="versioning=", body=VERSIONED.encode())
     for size in sorted({max(count // 100, 1), max(count // 10, 1), count}):
-        while written < size:
+        before, first = (costs.cpu_s(), time.perf_counter()), written
+        while written < size and not costs.late:
+            if written % WRITES_A_LOOK == 0:
+                costs.check_free()
             written += 1
-            await client.ask("PUT", VERSIONS, KEY, body=os.urandom(BODY_BYTES))
-        await costs_of_versions(client, costs, size)
-        written += SAMPLES
+            await client.ask("PUT", VERSIONS, KEY, body=os.urandom(body_bytes))
+        _note_each(costs, "PUTs of versions, one after the other", written, before, written - first)
+        await costs_of_versions(client, costs, written)
+        written += SAMPLES * len(PUTS)
+        if costs.late:
+            break
     client.close()
 
 
@@ -138,9 +195,13 @@ async def costs_of_versions(client: Client, costs: Costs, size: int) -> None:
         lambda: client.ask("GET", VERSIONS, KEY, f"versionId={random.choice(known)}"),
     )
     await costs.measure("HEAD", size, SAMPLES, lambda: client.ask("HEAD", VERSIONS, KEY))
-    await costs.measure(
-        "PUT of a version", size, SAMPLES, lambda: client.ask("PUT", VERSIONS, KEY, body=os.urandom(BODY_BYTES))
-    )
+    for where, count in PUTS.items():
+        await costs.measure(
+            f"PUT of a version of {count} bytes ({where})",
+            size,
+            SAMPLES,
+            lambda count=count: client.ask("PUT", VERSIONS, KEY, body=os.urandom(count)),
+        )
 
 
 async def full_pages(client: Client) -> tuple[list[str], list[str]]:
@@ -166,18 +227,25 @@ async def _page(client: Client, after: str) -> list[str]:
 # --- lifecycle
 
 
-async def lifecycle(target: Target, costs: Costs, count: int, state: Callable[[], dict[str, Any]]) -> None:
+async def lifecycle(
+    target: Target, costs: Costs, count: int, writers: int, state: Callable[[], dict[str, Any]]
+) -> None:
     await alone(target, OBJECTS)
-    before = costs.cpu_s(), time.perf_counter()
-    await fill(target, 0, count)
-    _note_each(costs, "PUT without rules", count, before)
+    filled = 0
+    for size in sorted({max(count // 100, 1), max(count // 10, 1), count}):
+        before, first = (costs.cpu_s(), time.perf_counter()), filled
+        filled += await fill(target, costs, range(filled, size), writers)
+        _note_each(costs, "PUT without rules", filled, before, filled - first)
+        if costs.late:
+            break
+    count = filled
     began = costs.cpu_s(), time.perf_counter()
     await alone(target, OBJECTS, "lifecycle=", rule("", "<Days>3650</Days>").encode())
     await until(lambda: state()["walked_ms"] is not None)
     _note_each(costs, "walk, an object", count, began)
     more = max(count // 20, 1)
     before = costs.cpu_s(), time.perf_counter()
-    await fill(target, count, more)
+    await fill(target, costs, range(count, count + more), writers, even_late=True)
     _note_each(costs, "PUT with rules", more, before)
     due = -(-(count + more) // DUE_SHARE)
     before = costs.cpu_s(), time.perf_counter()
@@ -194,10 +262,11 @@ async def alone(target: Target, bucket: str, query: str = "", body: bytes = b"")
     client.close()
 
 
-def _note_each(costs: Costs, what: str, count: int, before: tuple[float, float]) -> None:
+def _note_each(costs: Costs, what: str, size: int, before: tuple[float, float], count: int = 0) -> None:
+    """``count``: how many there were, if not ``size``."""
     cpu_s, began = before
-    took = time.perf_counter() - began
-    costs.note(what, count, each_ms=1e3 * took / count, cpu_ms=1e3 * (costs.cpu_s() - cpu_s) / count, seconds=took)
+    took, count = time.perf_counter() - began, count or size
+    costs.note(what, size, each_ms=1e3 * took / count, cpu_ms=1e3 * (costs.cpu_s() - cpu_s) / count, seconds=took)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -207,17 +276,22 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def fill(target: Target, first: int, count: int) -> None:
-    """The key's first digit says whether an object will be due."""
-    numbers = iter(range(first, first + count))
+async def fill(target: Target, costs: Costs, wanted: Iterable[int], writers: int, *, even_late: bool = False) -> int:
+    """The key's first digit says whether an object will be due. Returns how many were written."""
+    numbers, written = iter(wanted), 0
 
     async def writer() -> None:
+        nonlocal written
         client = await Client.of(target)
-        for number in numbers:
+        while (even_late or not costs.late) and (number := next(numbers, None)) is not None:
+            if number % WRITES_A_LOOK == 0:
+                costs.check_free()
             await client.ask("PUT", OBJECTS, f"{number % DUE_SHARE}/{number:08}", body=os.urandom(BODY_BYTES))
+            written += 1
         client.close()
 
-    await asyncio.gather(*(writer() for _ in range(WRITERS)))
+    await asyncio.gather(*(writer() for _ in range(writers)))
+    return written
 
 
 # --- the whole
@@ -240,23 +314,28 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--versions", type=int, default=100_000, help="of the key; 0: none")
     parser.add_argument("--objects", type=int, default=1_000_000, help="of the bucket with rules; 0: none")
+    parser.add_argument(
+        "--body-bytes", type=int, default=BODY_BYTES, help="of a version; up to 1,008 stay in the record"
+    )
+    parser.add_argument("--writers", type=int, default=WRITERS, help="connections that fill the bucket")
+    parser.add_argument("--fill-s", type=float, default=math.inf, help="after so long it measures what there is")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the disks are")
     parser.add_argument("--json", type=Path, help="write the table to this file too")
     options = parser.parse_args(arguments)
     end_on_sigterm()
     with storaged_installation(None, options.dir, "state") as storaged:
         server = begin(storaged)
-        costs = Costs(server)
+        costs = Costs(server, options.fill_s)
 
         def state() -> dict[str, Any]:
             found: dict[str, Any] = json.loads(storaged.run("bucket", "lifecycle", OBJECTS, "--json"))
             return found
 
         if options.versions:
-            asyncio.run(versions(server.target, costs, options.versions))
+            asyncio.run(versions(server.target, costs, options.versions, options.body_bytes))
         if options.objects:
-            asyncio.run(lifecycle(server.target, costs, options.objects, state))
-        print(f"on disk: {server.disk_bytes() / 1e6:.0f} MB", flush=True)
+            asyncio.run(lifecycle(server.target, costs, options.objects, options.writers, state))
+        print(f"on disk: {server.disk_bytes() / 1e6:.0f} MB; answers 503: {Client.refused}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(costs.rows, indent=1))
 

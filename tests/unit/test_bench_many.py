@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import pytest
 
-from benches.many import PAGE_VERSIONS, VERSIONED, Client, full_pages, rule
+from benches import many
+from benches.many import PAGE_VERSIONS, VERSIONED, Client, Costs, disk_bytes, fill, full_pages, rule
+from benches.s3client import Connection, Target, WrongAnswer
+from benches.servers import Server
 from storaged.s3 import xml
 from storaged.s3.ops import lifecycle
 
@@ -38,3 +42,74 @@ async def test_it_finds_where_full_pages_begin(count: int, full: int) -> None:
     after, known = await full_pages(cast(Client, Pages(count)))
     assert after == ["", *(f"v{PAGE_VERSIONS * page - 1}" for page in range(1, full))]
     assert f"v{count - 1}" in known
+
+
+TARGET = Target("http://127.0.0.1:1", "key", "secret", "eu-fr-1")
+
+
+def test_it_tells_files_by_what_they_are_for(tmp_path: Path) -> None:
+    names = {
+        "segments": "disk1/segments/0000000001.seg",
+        "index": "disk1/index/data.mdb",
+        "rows": "disk1/meta/data.mdb",
+        "fixed": "disk1/meta/redo",
+        "other": "state/audit",
+    }
+    for count, name in enumerate(names.values(), 1):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 65_536 * count)
+    found = disk_bytes(tmp_path)
+    assert list(found) == list(names)
+    assert list(found.values()) == sorted(set(found.values()))  # each has its own file, and these grow
+    assert found["segments"] >= 65_536
+
+
+async def test_it_ends_before_the_file_system_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    costs = Costs(Server("one", TARGET, folder=tmp_path))
+    costs.check_free()
+    monkeypatch.setattr(many, "FREE_BYTES_MIN", 10**18)
+    with pytest.raises(SystemExit, match="GB are free"):
+        costs.check_free()
+
+
+class Answers:
+    """A connection that refuses as often as it is told."""
+
+    def __init__(self, *refusals: str) -> None:
+        self._refusals = list(refusals)
+        self.asked = 0
+
+    async def request(self, head: bytes, *, head_only: bool = False) -> bytes:
+        self.asked += 1
+        if self._refusals:
+            raise WrongAnswer(self._refusals.pop())
+        return b"done"
+
+    def close(self) -> None:
+        pass
+
+
+async def test_it_asks_again_when_the_server_has_too_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "TRY_AGAIN_S", 0.0)
+    monkeypatch.setattr(Client, "refused", 0)
+    answers = Answers("status 503: slow", "status 503: slow")
+    assert await Client(cast(Connection, answers), TARGET).ask("PUT", "bucket") == b"done"
+    assert (answers.asked, Client.refused) == (3, 2)
+    with pytest.raises(WrongAnswer):
+        await Client(cast(Connection, Answers("status 500: no")), TARGET).ask("PUT", "bucket")
+    with pytest.raises(SystemExit):
+        await Client(cast(Connection, Answers(*["status 503: slow"] * 20)), TARGET).ask("PUT", "bucket")
+
+
+async def test_it_stops_to_fill_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers = Answers()
+
+    async def of(target: Target) -> Client:
+        return Client(cast(Connection, answers), target)
+
+    monkeypatch.setattr(Client, "of", of)
+    server = Server("one", TARGET, folder=tmp_path)
+    assert await fill(TARGET, Costs(server), range(100), 8) == answers.asked == 100
+    assert await fill(TARGET, Costs(server, 0.0), range(100), 8) == 0
+    assert await fill(TARGET, Costs(server, 0.0), range(100), 8, even_late=True) == 100
