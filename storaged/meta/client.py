@@ -300,6 +300,9 @@ class RingClient:
     async def accepted_everywhere(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool | None:
         return await self._survey.accepted_everywhere(name, usable)
 
+    async def outdated(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool:
+        return await self._survey.outdated(name, usable)
+
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         return await self._survey.held_by_quorum(name, usable)
 

@@ -161,6 +161,11 @@ class Registers(Protocol):
         change, or derived from one of these. A snapshot: nothing is settled.
         """
 
+    async def outdated(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool:
+        """Whether a quorum reports something newer than each usable value that some replica holds. A snapshot: nothing
+        is settled.
+        """
+
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         """The usable value that a quorum of the replicas holds, under whatever ballots; None when there is none. A
         snapshot: nothing is settled.
@@ -256,10 +261,11 @@ class Scanner(Protocol):
         none. The page is cached in bounded memory, and a majority confirms it when it is listed again.
         """
 
-    def rows_anywhere(self, wanted: PageQuery) -> AsyncIterator[Row]:
-        """The LIVE rows of one shard that any of its replicas has; where these differ, each. Nothing is settled:
-        this shows what is *not* there, though some replicas lag and one may lie. Raises ServiceUnavailable unless every
-        replica answers. Of ``wanted`` only table, scope, shard and prefix count.
+    def rows_anywhere(self, wanted: PageQuery, *, everyone: bool = True) -> AsyncIterator[Row]:
+        """The LIVE rows (with ``hidden`` also HIDDEN ones) of one shard that any of its replicas has; where these
+        differ, each. Nothing is settled: this shows what is *not* there, though some replicas lag and one may lie.
+        Raises ServiceUnavailable unless every replica answers; without ``everyone`` a majority. Of ``wanted`` only
+        table, scope, shard, prefix and ``hidden`` count.
         """
 
     def forget(self, scope: bytes) -> None:

@@ -142,6 +142,9 @@ class MemoryRing:
         value = self.values.get(name)
         return value is not None and usable(value)
 
+    async def outdated(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool:
+        return await self.held_by_quorum(name, usable) is None
+
     async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         value = self.values.get(name)
         return value if value is not None and usable(value) else None
@@ -222,7 +225,7 @@ class MemoryRing:
         heads = [head_of(row.value.body) for row in page.rows]
         return HeadPage([row.key for row in page.rows], heads, page.prefixes, page.next_after, again=self.again)
 
-    async def rows_anywhere(self, wanted: PageQuery) -> AsyncIterator[Row]:
+    async def rows_anywhere(self, wanted: PageQuery, *, everyone: bool = True) -> AsyncIterator[Row]:
         async for row in every_row(self, wanted):
             yield row
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from storaged.errors import BucketNotEmpty
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.consensus.looks import Look
 from storaged.meta.names import RegisterName, Table, object_name, upload_name
@@ -150,6 +151,40 @@ def test_a_fence_that_its_gateway_did_not_make_final_is_made_so_by_housekeeping(
         assert await cluster.fragments() == []
         await tidy(cluster.gateway.plane, cluster.buckets)
         assert bucket.id not in cluster.keys.newest
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_a_bucket_whose_last_object_a_liar_and_a_replica_that_lags_do_not_have_is_not_deleted(third: int) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, KEY, data := os.urandom(PART))
+        name = object_name(bucket.id, bucket.shard_numbers, KEY)
+        replicas = replicas_of(cluster, bucket)
+        (slot,) = [slot for slot in [cluster.meta(replicas[third]).get(name)] if slot is not None]
+        two = [disk for disk in replicas if disk != replicas[third]]
+        await write_to(cluster, two, StoreBatch(gone=[name]))
+        with pytest.raises(BucketNotEmpty):
+            await cluster.buckets.delete(bucket)
+        await write_to(cluster, two, StoreBatch(slots=[slot]))
+        assert await cluster.get(bucket, KEY) == data
+
+    run(scenario)
+
+
+def test_a_bucket_is_deleted_although_a_replica_missed_the_deletion_of_its_objects() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        keys = [b"%d" % number for number in range(30)]
+        for key in keys:
+            await cluster.put(bucket, key, b"data")
+        await cluster.kill("nb")
+        for key in keys:
+            await cluster.objects.delete(bucket, key)
+        cluster.start("nb", maintain=False)
+        assert any(visibility for disk in ("b0", "b1") for _, visibility in cluster.rows(disk).values())
+        await cluster.buckets.delete(bucket)
 
     run(scenario)
 

@@ -144,4 +144,15 @@ COLLECTOR_BUGS = (
         tests="tests/integration/test_collect_lies.py",
         why="It is asked of a part that was written again, which the play does not miss.",
     ),
+    Planted(
+        "empty_by_a_majority",
+        "a bucket is deleted when a majority lists nothing, whatever the third replica has",
+        0,
+        "buckets",
+        "storaged/objects/system/buckets.py",
+        "return not await is_doubted(self._plane, bucket) and await",
+        "return await",
+        tests="tests/integration/test_collect_lies.py",
+        why="No replica of the play lies.",
+    ),
 )

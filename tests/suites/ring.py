@@ -203,6 +203,8 @@ class RingSuite:
         assert await ring.registers.held_by_quorum(NAME, lambda value: value.body == b"one") == after
         assert await ring.registers.held_by_quorum(NAME, lambda value: value.body == b"two") is None
         assert await ring.registers.held_by_quorum(name_of(b"other"), lambda value: True) is None
+        assert not await ring.registers.outdated(NAME, lambda value: value.body == b"one")
+        assert await ring.registers.outdated(NAME, lambda value: value.body == b"two")
 
     # --- pages --------------------------------------------------------------------------------------------------------
 

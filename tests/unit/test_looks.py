@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.meta.consensus.looks import Held, Look, accepted_everywhere, chosen, moved_on
+from storaged.meta.consensus.looks import Held, Look, accepted_everywhere, chosen, moved_on, outdated
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import ZERO_BALLOT, Ballot, Value, Visibility
 
@@ -99,3 +99,22 @@ def test_a_chosen_value_is_accepted_everywhere_when_no_replica_may_be_below_it()
     assert everywhere(holding(joint, a=2, b=2, c=1, d=1, e=1))
     assert everywhere(holding(joint, a=2, b=2, c=1, d=2, e=1)) is False
     assert everywhere(holding(joint, a=2, b=2, c=2, d=2)) is None
+
+
+@pytest.mark.parametrize(
+    ("objects", "others", "found"),
+    [
+        ({}, {"a": 1, "b": 2, "c": 3}, True),
+        ({"c": 1}, {"a": 2, "b": 2}, True),
+        ({"c": 1}, {"a": 2, "b": 0}, False),
+        ({"c": 1}, {"a": 2}, False),
+        ({"c": 3}, {"a": 2, "b": 2}, False),
+        ({"b": 1, "c": 2}, {"a": 3}, False),
+        ({"a": 1, "b": 2, "c": 2}, {}, False),
+    ],
+)
+def test_an_object_is_outdated_when_a_majority_has_something_newer(
+    objects: dict[str, int], others: dict[str, int], found: bool
+) -> None:
+    held = {disk: Held(Ballot(1, counter, "g", b""), Value(1, b"o", 2, b"object")) for disk, counter in objects.items()}
+    assert outdated(Look(QUORUM, {**look(**others).held, **held}), lambda value: value.body == b"object") is found

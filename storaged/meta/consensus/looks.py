@@ -99,3 +99,12 @@ def accepted_everywhere(look: Look, usable: Callable[[Value], bool]) -> bool | N
         return False
     lowest = min(held.ballot for held in look.held.values())
     return not look.quorum.met([disk for disk, held in look.held.items() if held.ballot > lowest])
+
+
+def outdated(look: Look, usable: Callable[[Value], bool]) -> bool:
+    """Whether a quorum reports something newer than each usable value that some replica holds. One replica that lies
+    can't say so of what another one has, not even where a third one lags.
+    """
+    found = [held.ballot for held in look.held.values() if held.value is not None and usable(held.value)]
+    newest = max(found, default=ZERO_BALLOT)
+    return not found or look.quorum.met([disk for disk, held in look.held.items() if held.ballot > newest])

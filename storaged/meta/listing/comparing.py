@@ -202,12 +202,17 @@ async def alike(reader: ShardReader, liveness: Liveness, query: Query, shards: S
     return found
 
 
-async def rows_anywhere(reader: ShardReader, query: Query, shard: int) -> AsyncIterator[Row]:
+async def rows_anywhere(
+    reader: ShardReader, liveness: Liveness, query: Query, shard: int, *, everyone: bool
+) -> AsyncIterator[Row]:
     """As ``RingScanner.rows_anywhere``."""
     feed = reader.feed(query, shard, b"")
+    patience_s = PATIENCE_S if all(map(liveness.disk_readable, feed.disks)) else None
     for _ in range(ROUNDS_MAX):
-        [answers] = await reader.ask_all(query, [PieceRead(feed, feed.through, WALK_ROWS)], query.rows)
-        if silent := set(feed.disks) - set(answers):
+        read = PieceRead(feed, feed.through, WALK_ROWS)
+        [answers] = await reader.ask_all(query, [read], query.rows, hedge_s=patience_s)
+        silent = set(feed.disks) - set(answers)
+        if silent and everyone:
             raise ServiceUnavailable(f"Disk {min(silent)} does not say which rows it has.")
         rows = {disk: rows_after(feed.through, answer) for disk, answer in answers.items()}
         through, done = common_end(answers.values())

@@ -94,11 +94,12 @@ class RingScanner:
         filled, again = await self._filled(query, wanted.shards, wanted.after, wanted.limit)
         return HeadPage(*filled, again)
 
-    def rows_anywhere(self, wanted: PageQuery) -> AsyncIterator[Row]:
+    def rows_anywhere(self, wanted: PageQuery, *, everyone: bool = True) -> AsyncIterator[Row]:
         """As the port says."""
-        query = Query(wanted.table, wanted.scope, wanted.prefix, b"", Visibility.LIVE)
+        visible = Visibility.HIDDEN if wanted.hidden else Visibility.LIVE
+        query = Query(wanted.table, wanted.scope, wanted.prefix, b"", visible)
         (shard,) = wanted.shards
-        return rows_anywhere(self._reader, query, shard)
+        return rows_anywhere(self._reader, self._liveness, query, shard, everyone=everyone)
 
     def forget(self, scope: bytes) -> None:
         """As the port says."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storaged.errors import StoragedError
-from storaged.meta.consensus.looks import Held, Look, accepted_everywhere
+from storaged.meta.consensus.looks import Held, Look, accepted_everywhere, outdated
 from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Read, ReadReply
@@ -67,6 +67,10 @@ class RingSurvey:
     async def accepted_everywhere(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool | None:
         """See ``ports.Registers``."""
         return accepted_everywhere(await self.look(name), usable)
+
+    async def outdated(self, name: RegisterName, usable: Callable[[Value], bool]) -> bool:
+        """See ``ports.Registers``."""
+        return outdated(await self.look(name), usable)
 
     async def look(self, name: RegisterName) -> Look:
         """What each replica that answers has accepted."""

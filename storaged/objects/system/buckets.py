@@ -5,11 +5,12 @@
 
 Deleting a bucket closes it first: a durable fence on every index shard refuses all changes to its rows. Only then can
 the check whether it is empty be trusted, and only what replicas with the fence answer counts: one that has no fence yet
-may take a change after its answer. Every step is a compare-and-set with the nonce of the attempt, so any gateway
-can continue where another stopped (``resume``): a record that is Deleting, or Active with a nonce, owes a step. A fence
-is lifted only after its record left Deleting, so a gateway that checks a fenced bucket can rely on the fence until its
-own step. A nonce begins with the record's sequence number, so that the nonces of a bucket grow, and replicas refuse a
-fence that arrives late.
+may take a change after its answer. One of a majority may lie, and another one lag. So a bucket of which any replica
+that answers has an object is not empty, unless a majority has something newer in its place. Every step is a
+compare-and-set with the nonce of the attempt, so any gateway can continue where another stopped (``resume``): a record
+that is Deleting, or Active with a nonce, owes a step. A fence is lifted only after its record left Deleting, so a
+gateway that checks a fenced bucket can rely on the fence until its own step. A nonce begins with the record's sequence
+number, so that the nonces of a bucket grow, and replicas refuse a fence that arrives late.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from storaged.objects.system.bucket_records import (
     decode_bucket,
     record_in,
 )
-from storaged.objects.system.emptying import end_remains, has_versions
+from storaged.objects.system.emptying import end_remains, has_versions, is_doubted
 from storaged.objects.system.fenced import FencedBuckets
 from storaged.objects.system.shards import draw
 from storaged.objects.write.ended_uploads import retire_uploads
@@ -374,7 +375,8 @@ class BucketService:
             await drop_all_but(self._plane, bucket)
         await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
         try:
-            return await self._is_empty(bucket, bucket.nonce)
+            # In this order: to settle a key of which one replica alone has the object may be its end.
+            return not await is_doubted(self._plane, bucket) and await self._is_empty(bucket, bucket.nonce)
         except (
             CopyUnreadable,
             DataDamaged,
