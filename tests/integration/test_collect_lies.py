@@ -173,6 +173,21 @@ def test_a_bucket_whose_last_object_a_liar_and_a_replica_that_lags_do_not_have_i
     run(scenario)
 
 
+def test_what_an_interrupted_write_left_at_one_replica_keeps_a_bucket_until_repair_has_looked_at_it() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, KEY, b"data")
+        name = object_name(bucket.id, bucket.shard_numbers, KEY)
+        await write_to(cluster, replicas_of(cluster, bucket)[1:], StoreBatch(gone=[name]))
+        cluster.maintain()
+        with pytest.raises(BucketNotEmpty):
+            await cluster.buckets.delete(bucket)
+        await cluster.pass_s(2 * MaintainLimits().walk_retry_max_s)
+        await cluster.buckets.delete(await cluster.buckets.get(bucket.name))
+
+    run(scenario)
+
+
 def test_a_bucket_is_deleted_although_a_replica_missed_the_deletion_of_its_objects() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
