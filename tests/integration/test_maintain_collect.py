@@ -237,6 +237,34 @@ def test_with_a_replica_away_only_orphans_wait() -> None:
     run(scenario)
 
 
+def test_an_orphan_waits_for_a_replica_that_answers_and_has_not_accepted_the_round() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        name = object_name(bucket.id, bucket.shard_numbers, b"k")
+        *_, last = cluster.layouts.current.replicas_of(name.partition)
+        lags = cluster.layouts.current.node_of(last)
+        orphan = os.urandom(16)
+        here = next(disk.id for disk in cluster.layouts.current.disks if disk.node != lags)
+        await write_orphan(cluster, orphan, name, here)
+
+        async def accepts_nothing(_source: str, node: str, method: str, _request: object) -> None:
+            if node == lags and method in ("meta.accept", "meta.accepts"):
+                raise PeerUnreachable("it is late")
+
+        cluster.intercept = accepts_nothing
+        await collect(cluster)
+        assert await cluster.fragments(orphan) != []
+        told = {node.maintenance.status().garbage_waiting for node in cluster.nodes.values()}
+        assert (("a replica of its register is away or lags", 1),) in told
+        cluster.intercept = None
+        await cluster.pass_s(MaintainLimits().retry_max_s)
+        await collect(cluster)
+        assert await cluster.fragments(orphan) == []
+
+    run(scenario)
+
+
 def test_the_register_of_an_orphan_that_was_never_written_refuses_every_create_afterwards() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

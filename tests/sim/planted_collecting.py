@@ -44,7 +44,10 @@ COLLECTOR_BUGS = (
         _GC,
         "elif proof.gone or part or (proof.everywhere and not proof.uploads):",
         "elif proof.gone or part or not proof.uploads:",
-        tests="tests/integration/test_maintain_collect.py::test_with_a_replica_away_only_orphans_wait",
+        tests=(
+            "tests/integration/test_maintain_collect.py"
+            "::test_an_orphan_waits_for_a_replica_that_answers_and_has_not_accepted_the_round"
+        ),
         why=(
             "Only data that is stored with the record is in a create, and each accept of it stores the copy anew: a "
             "chosen record keeps its copies. What goes is the copy of a create that one replica alone has taken. "
