@@ -141,6 +141,7 @@ from storaged.errors.s3 import (
     InvalidBucketState,
     InvalidChunkSizeError,
     InvalidDigest,
+    InvalidEncryptionAlgorithmError,
     InvalidLocationConstraint,
     InvalidPart,
     InvalidPartNumber,

@@ -149,6 +149,10 @@ class InvalidDigest(S3Error):
     """The Content-MD5 or checksum value that you specified is not valid."""
 
 
+class InvalidEncryptionAlgorithmError(S3Error):
+    """The encryption request that you specified is not valid. The valid value is AES256."""
+
+
 class InvalidLocationConstraint(S3Error):
     """The specified location constraint is not valid."""
 

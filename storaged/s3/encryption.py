@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from storaged import errors
-from storaged.errors import AccessDenied, InvalidArgument, InvalidRequest, KMSNotFound
+from storaged.errors import AccessDenied, InvalidArgument, InvalidEncryptionAlgorithmError, InvalidRequest, KMSNotFound
 from storaged.objects.configuration.kinds import ENCRYPTION, SSE_C, DefaultEncryption
 from storaged.objects.encryption import CUSTOMER, CUSTOMER_KEY_BYTES, KMS, NO_KEY, Encryption
 from storaged.objects.encryption import S3 as S3
@@ -64,8 +64,7 @@ def parse_customer_key(headers: Mapping[str, str], prefix: str) -> bytes:
             f"{_NEEDED}provide a valid encryption algorithm.", ArgumentName=prefix + "algorithm", ArgumentValue="null"
         )
     if headers[prefix + "algorithm"] != S3:
-        raise InvalidArgument(
-            "The encryption request you specified is not valid. The valid value is AES256.",
+        raise InvalidEncryptionAlgorithmError(
             ArgumentName=prefix + "algorithm",
             ArgumentValue=headers[prefix + "algorithm"][:100],
         )

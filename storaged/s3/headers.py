@@ -207,7 +207,7 @@ def redirect_location(value: str) -> str:
 def storage_class(headers: Mapping[str, str]) -> str:
     value = headers.get("x-amz-storage-class", "STANDARD")
     if value not in STORAGE_CLASSES:
-        raise InvalidStorageClass()
+        raise InvalidStorageClass(StorageClassRequested=value[:100])
     return value
 
 

@@ -21,6 +21,7 @@ from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 from tests.integration.s3_front import ACCESS, ACCESS_ALT, REGION, SECRET_ALT, World, s3_world
 from tests.integration.test_s3_fail_closed import call, state
 
+CUSTOMER = "x-amz-server-side-encryption-customer-"
 OLD = b"old bytes"
 ETAG = hashlib.md5(OLD).hexdigest()
 PAST, FUTURE = "Mon, 01 Jan 1994 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
@@ -178,14 +179,16 @@ async def test_the_number_of_parts_is_named_with_a_part_number_and_of_multipart_
 
 @pytest.mark.parametrize("span", ["bytes=0-9", "bytes=8-9", "bytes=9-9", "bytes=100-200"])
 async def test_a_part_beyond_the_source_of_its_copy_is_an_invalid_argument(world: World, span: str) -> None:
-    """O: not 416, as a GET of this range."""
+    """O: not 416, as a GET of this range; InvalidRequest if no byte of it is there."""
     _, _, answer = await call(world, "POST", "/bucket/parts?uploads")
     upload = re.search(rb"<UploadId>([^<]*)<", answer)
     assert upload is not None
     before = state(world)
     target = f"/bucket/parts?uploadId={upload[1].decode()}&partNumber=1"
     headers = {"x-amz-copy-source": "bucket/k", "x-amz-copy-source-range": span}
-    assert (await call(world, "PUT", target, headers))[:2] == (400, "InvalidArgument")
+    begins_beyond = span in ("bytes=9-9", "bytes=100-200")
+    code = "InvalidRequest" if begins_beyond else "InvalidArgument"
+    assert (await call(world, "PUT", target, headers))[:2] == (400, code)
     assert state(world) == before
 
 
@@ -275,6 +278,49 @@ async def test_head_bucket_names_the_region_without_access_too(world: World) -> 
     assert (found["HTTPStatusCode"], found["HTTPHeaders"]["x-amz-bucket-region"]) == (403, REGION)
     answer = (await call(world, "HEAD", "/no-such-bucket"))[2]
     assert field(answer, "x-amz-bucket-region") is None
+
+
+# --- small mistakes, each as AWS was seen to answer
+
+
+@pytest.mark.parametrize("kind", ["", "list-type=2&", "versions&", "uploads&"])
+async def test_an_empty_encoding_of_a_list_is_none(world: World, kind: str) -> None:
+    for encoding in ("", "URL", "x"):
+        answer = await call(world, "GET", f"/bucket?{kind}encoding-type={encoding}")
+        assert answer[:2] == (400, "InvalidArgument"), encoding
+
+
+async def test_a_marker_that_is_no_upload_id_is_an_invalid_argument(world: World) -> None:
+    assert (await call(world, "GET", "/bucket?uploads&key-marker=k&upload-id-marker=x"))[:2] == (400, "InvalidArgument")
+    assert (await call(world, "GET", "/bucket?uploads&upload-id-marker=x"))[0] == 200, "it is ignored without a key"
+
+
+async def test_a_delete_marker_that_is_named_is_no_source_of_a_copy(world: World) -> None:
+    enabled = b"<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>"
+    assert (await call(world, "PUT", "/bucket?versioning", body=enabled))[0] == 200
+    marker = field((await call(world, "DELETE", "/bucket/k"))[2], "x-amz-version-id")
+    for target in ("/bucket/copy", "/bucket/k"):
+        source = {"x-amz-copy-source": f"bucket/k?versionId={marker}"}
+        assert (await call(world, "PUT", target, source))[:2] == (400, "InvalidRequest")
+    assert (await call(world, "PUT", "/bucket/copy", {"x-amz-copy-source": "bucket/k"}))[:2] == (404, "NoSuchKey")
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "headers", "answer", "facts"),
+    [
+        ("GET", "/bucket/k?partNumber=2", {}, (416, "InvalidPartNumber"),
+         "<ActualPartCount>1</ActualPartCount><PartNumberRequested>2</PartNumberRequested>"),
+        ("PUT", "/bucket/k", {"x-amz-storage-class": "OUTPOSTS"}, (400, "InvalidStorageClass"),
+         "<StorageClassRequested>OUTPOSTS</StorageClassRequested>"),
+        ("GET", "/bucket/k", {f"{CUSTOMER}algorithm": "KMS", f"{CUSTOMER}key": "a", f"{CUSTOMER}key-md5": "b"},
+         (400, "InvalidEncryptionAlgorithmError"), "<ArgumentValue>KMS</ArgumentValue>"),
+    ],
+)  # fmt: skip
+async def test_an_error_says_what_was_asked_for(
+    world: World, method: str, target: str, headers: dict[str, str], answer: tuple[int, str], facts: str
+) -> None:
+    status, code, whole = await call(world, method, target, headers)
+    assert ((status, code), facts.encode() in whole) == (answer, True)
 
 
 # --- bounds

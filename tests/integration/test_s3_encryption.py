@@ -173,8 +173,8 @@ REFUSED: list[tuple[dict[str, str], tuple[int, str]]] = [
     ({**customer(KEY), f"{SSE}-aws-kms-key-id": ARN}, (400, "InvalidArgument")),
     (customer(KEY, algorithm="-"), (400, "InvalidArgument")),
     (customer(KEY, algorithm=""), (400, "InvalidArgument")),
-    (customer(KEY, algorithm="AES128"), (400, "InvalidArgument")),
-    (customer(KEY, algorithm="aes256"), (400, "InvalidArgument")),
+    (customer(KEY, algorithm="AES128"), (400, "InvalidEncryptionAlgorithmError")),
+    (customer(KEY, algorithm="aes256"), (400, "InvalidEncryptionAlgorithmError")),
     (customer(KEY, key="-"), (400, "InvalidArgument")),
     (customer(KEY, key="not base64"), (400, "InvalidArgument")),
     (customer(KEY, key="AAAA"), (400, "InvalidArgument")),
@@ -379,7 +379,8 @@ async def test_a_policy_that_wants_an_encryption_is_asked_before_the_values_are_
     condition = {"StringNotEquals": {f"s3:{name}": "AES256"}}
     statement = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::bucket/*"}
     document = json.dumps({"Version": "2012-10-17", "Statement": [{**statement, "Condition": condition}]})
-    assert (await call(world, "PUT", "/bucket/k", {name: "AES192"}, b"data"))[:2] == (400, "InvalidArgument")
+    code = "InvalidArgument" if name == SSE else "InvalidEncryptionAlgorithmError"
+    assert (await call(world, "PUT", "/bucket/k", {name: "AES192"}, b"data"))[:2] == (400, code)
     client = world.client()
     await run(lambda: client.put_bucket_policy(Bucket="bucket", Policy=document))
     before = state(world)

@@ -41,5 +41,5 @@ def span_of_part(info: ObjectInfo, part_number: int) -> Span:
     """
     sizes = [part.size for part in info.parts] or [info.size]
     if not 1 <= part_number <= len(sizes):
-        raise InvalidPartNumber(**({"ActualPartCount": str(len(sizes))} if info.parts else {}))
+        raise InvalidPartNumber(ActualPartCount=str(len(sizes)), PartNumberRequested=str(part_number))
     return Span(sum(sizes[: part_number - 1]), sizes[part_number - 1], True)

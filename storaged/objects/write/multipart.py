@@ -221,23 +221,19 @@ async def copy_part(
     """A part from an object, or from a range of one: opened here and sealed anew."""
     try:
         stream, span = await open_source(plane, source), source.span
-    except InvalidRange as error:
-        raise _beyond(error.details["ActualObjectSize"]) from None
+    except InvalidRange:  # AWS does not answer 416, as it does to a GET of the range
+        raise InvalidRequest("The specified copy range is invalid for the source object size") from None
     try:
         if span is not None and span.last is not None and span.last >= stream.info.size:
-            raise _beyond(str(stream.info.size))
+            raise InvalidArgument(
+                f"Range specified is not valid for source object of size: {stream.info.size}",
+                ArgumentName="x-amz-copy-source-range",
+            )
         check_size(stream.length)
         checks = BodyChecks(size=stream.length)
         return await put_part(plane, bucket, key, upload_id, number, body_of(stream), checks, customer_key=customer_key)
     finally:
         await stream.close()
-
-
-def _beyond(size: str) -> InvalidArgument:
-    """AWS does not answer 416, as it does to a GET of the range."""
-    return InvalidArgument(
-        f"Range specified is not valid for source object of size: {size}", ArgumentName="x-amz-copy-source-range"
-    )
 
 
 async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> None:

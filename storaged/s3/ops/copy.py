@@ -55,10 +55,16 @@ async def _source(front: Front, request: Request) -> tuple[Grant, bytes, str]:
 
 
 async def _read_from(front: Front, request: Request, grant: Grant, key: bytes, copying: Awaitable[T]) -> T:
-    """The result of ``copying``. Raises what it raises, and AccessDenied in place of NoSuchKey when the sender may not
-    know that the source does not exist."""
+    """The result of ``copying``. Raises what it raises, InvalidRequest for a source that is a delete marker, and
+    AccessDenied in place of NoSuchKey when the sender may not know that the source does not exist."""
     try:
         return await copying
+    except errors.MethodNotAllowed as error:
+        if "DeleteMarker" not in error.details:
+            raise
+        raise errors.InvalidRequest(
+            "The source of a copy request may not specifically refer to a delete marker by version id."
+        ) from None
     except errors.NoSuchKey:
         if not may_list(front, request, Ask(action_of("GetObject"), grant.bucket, key)):
             raise errors.AccessDenied() from None

@@ -65,8 +65,8 @@ def _params_of(request: Request, limit_name: str = "max-keys") -> _Params:
         raise errors.InvalidArgument(
             "Invalid attribute name specified.", ArgumentName="x-amz-optional-object-attributes", ArgumentValue=wanted
         )
-    encoding = query.get("encoding-type", "")
-    if encoding not in ("", "url"):
+    encoding = query.get("encoding-type")
+    if encoding not in (None, "url"):
         raise errors.InvalidArgument(
             "Invalid Encoding Method specified in Request", ArgumentName="encoding-type", ArgumentValue=encoding
         )
@@ -304,14 +304,19 @@ async def list_uploads(front: Front, request: Request) -> Reply:
     prefixes: list[bytes] = []
     following: tuple[bytes, str] | None = None
     if params.limit:
-        uploads, prefixes, following = await front.objects.list_uploads(
-            request.grant,
-            prefix=params.prefix,
-            after_key=params.after(key_marker),
-            after_upload=upload_marker,
-            delimiter=params.delimiter,
-            limit=params.limit,
-        )
+        try:
+            uploads, prefixes, following = await front.objects.list_uploads(
+                request.grant,
+                prefix=params.prefix,
+                after_key=params.after(key_marker),
+                after_upload=upload_marker,
+                delimiter=params.delimiter,
+                limit=params.limit,
+            )
+        except errors.NoSuchUpload:
+            raise errors.InvalidArgument(
+                "Invalid uploadId marker", ArgumentName="upload-id-marker", ArgumentValue=upload_marker
+            ) from None
     names = await names_of(front, request.who, {id_ for its in uploads for id_ in (its.owner, its.initiator)})
     rows = "".join(_upload(params, upload, names) for upload in uploads)
     next_markers = ""
