@@ -291,6 +291,28 @@ async def test_what_a_record_refers_to_is_every_version_of_it() -> None:
     await made.objects.close()
 
 
+async def test_the_pages_of_a_key_are_named_when_each_was_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made(ENABLED)
+    datas = [os.urandom(1000) for _ in range(40)]
+    upload_id, parts = await uploaded(made.objects, made.bucket, datas)
+    await made.objects.complete(made.bucket, b"key", upload_id, parts, owner=OWNER)
+    for number in range(40):
+        await made.put(b"%d" % number)
+    read: list[bytes] = []
+    get_page = made.world.ring.get_page
+
+    async def counted(near: RegisterName, page_hash: bytes) -> bytes:
+        read.append(page_hash)
+        return await get_page(near, page_hash)
+
+    monkeypatch.setattr(made.world.ring, "get_page", counted)
+    needed = [page async for page in pages_in(made.world.ring, made.name(), made.value(), complete=True)]
+    assert len(read) == len(set(read)) > 1
+    assert set(read) < set(needed)  # the pages of the manifest, which its version lists, are needed too
+    assert set(needed) == made.world.ring.pages.keys()
+    await made.objects.close()
+
+
 async def test_tags_of_an_older_version_change_and_its_data_stays() -> None:
     made = Made(ENABLED)
     datas = [os.urandom(size) for size in SIZES * 3]

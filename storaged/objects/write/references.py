@@ -22,7 +22,7 @@ that drew a data id proposes it, and that request looks again before it proposes
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -139,8 +139,8 @@ async def pages_in(
     on_unreadable: OnUnreadable | None = None,
 ) -> AsyncIterator[bytes]:
     """The hashes of all pages that a register of objects or uploads needs: those of older versions, and those of the
-    manifests of all versions and loans; of each manifest at most as many as one can have. Raises DataDamaged, if
-    ``complete`` also when a version or a loan does not list its pages.
+    manifests of all versions and loans; of each manifest at most as many as one can have. Reads each page of older
+    versions once. Raises DataDamaged, if ``complete`` also when a version or a loan does not list its pages.
     """
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return
@@ -150,13 +150,23 @@ async def pages_in(
                 raise DataDamaged(f"The record of {name.key[:80]!r} does not list the pages of what it lends.")
             for page_hash in loan.pages[:PAGES_MAX]:
                 yield page_hash
-        async for page_hash, _ in every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):
+        async for page_hash, page in every_page(pages, name, decode_record(value), on_unreadable=on_unreadable):
             yield page_hash
-    async for version in versions_in(pages, name, value.body, name.table, on_unreadable=on_unreadable):
+            for listed in _listed_pages(name, page.versions, complete=complete):
+                yield listed
+        versions: Sequence[Version] = decode_record(value).versions
+    else:
+        versions = [version async for version in versions_in(pages, name, value.body, name.table)]
+    for listed in _listed_pages(name, versions, complete=complete):
+        yield listed
+
+
+def _listed_pages(name: RegisterName, versions: Iterable[Version], *, complete: bool) -> Iterator[bytes]:
+    """As ``pages_in``, of the manifests of these versions."""
+    for version in versions:
         if complete and version.manifest and version.manifest not in version.pages:
             raise DataDamaged(f"The record of {name.key[:80]!r} does not list its pages.")
-        for page_hash in version.pages[:PAGES_MAX]:
-            yield page_hash
+        yield from version.pages[:PAGES_MAX]
 
 
 async def live_references(
