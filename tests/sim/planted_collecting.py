@@ -127,7 +127,7 @@ COLLECTOR_BUGS = (
     Planted(
         "uploads_by_a_majority",
         "that a key has no open upload is told by a majority",
-        100,
+        150,
         "hiding",
         _DISUSE,
         "owner.table != Table.OBJECT or await self._no_replica_has_uploads(owner):\n            return None\n"
