@@ -179,9 +179,9 @@ def test_what_an_interrupted_write_left_at_one_replica_keeps_a_bucket_until_repa
         await cluster.put(bucket, KEY, b"data")
         name = object_name(bucket.id, bucket.shard_numbers, KEY)
         await write_to(cluster, replicas_of(cluster, bucket)[1:], StoreBatch(gone=[name]))
-        cluster.maintain()
         with pytest.raises(BucketNotEmpty):
             await cluster.buckets.delete(bucket)
+        cluster.maintain()
         await cluster.pass_s(2 * MaintainLimits().walk_retry_max_s)
         await cluster.buckets.delete(await cluster.buckets.get(bucket.name))
 
