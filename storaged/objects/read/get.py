@@ -7,7 +7,8 @@ proper answer.
 
 Two shells call the same steps. ``get`` and ``head`` run in a task: ``find``, ``_info``, ``_try_open`` or a
 ``VerifiedStream``. ``try_read`` costs no task: it gets the register's reading by a callback, and goes on with
-``try_find``, ``_try_info``, and ``_try_open`` or ``VerifiedStream.try_open``, as long as nothing must be awaited.
+``try_find``, ``_try_info``, and ``_try_open`` or ``VerifiedStream.try_open``, as long as nothing must be awaited. The
+bytes of a record that was opened lately are read at the same time (``guess``).
 """
 
 from __future__ import annotations
@@ -36,19 +37,16 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.read.borrowed import with_data
 from storaged.objects.read.find import Found, find, try_find
+from storaged.objects.read.guess import HELD_BYTES_MAX, Guess, try_guess
 from storaged.objects.read.span import Span, span_of, span_of_part
 from storaged.objects.read.streams import HeldStream, VerifiedStream
 from storaged.objects.records import BucketRecord
-from storaged.units import MIB
 from storaged.wire import Buffer
 
 READ_AGAIN_MAX = 3
 """A read that misses fragments before its first byte reads the record again: the object may have been replaced
 meanwhile.
 """
-
-HELD_BYTES_MAX = 3 * MIB
-"""Larger objects have more than one window."""
 
 
 # --- its metadata, and its bytes when they are here
@@ -127,7 +125,10 @@ def try_read(
 ) -> None:
     """See ``api.Objects``."""
     name = object_name(bucket.id, bucket.shard_numbers, key)
-    plane.registers.try_read(name, want_plain, partial(_on_reading, plane, name, bucket, key, want_plain, on_read))
+    guess = try_guess(plane, name, bucket, key) if want_plain else None
+    plane.registers.try_read(
+        name, want_plain, partial(_on_reading, plane, name, bucket, key, want_plain, guess, on_read)
+    )
 
 
 def _on_reading(
@@ -136,13 +137,20 @@ def _on_reading(
     bucket: BucketRecord,
     key: bytes,
     want_plain: bool,
+    guess: Guess | None,
     on_read: Callable[[ReadResult], None],
     reading: Reading | None,
 ) -> None:
     result: ReadResult = None
     if reading is not None:
         try:
-            found = _from_reading(plane, name, bucket, key, want_plain, reading)
+            found = _from_reading(plane, name, bucket, key, want_plain, guess, reading)
+            if isinstance(found, Guess):
+                found.adopt(partial(_on_open, plane, found.stream, reading, on_read))
+                return
+            if guess is not None:
+                guess.drop()
+                guess = None
             if isinstance(found, VerifiedStream):
                 if found.try_open(partial(_on_open, plane, found, reading, on_read)):
                     return
@@ -153,6 +161,8 @@ def _on_reading(
             result = error.with_traceback(None)
         except Exception:  # a mistake of ours: ``get`` meets it again, and reports it
             result = None
+    if guess is not None:
+        guess.drop()
     on_read(result)
 
 
@@ -165,6 +175,7 @@ def _on_open(
 ) -> None:
     if error is None:
         plane.counters.gets += 1
+        plane.counters.bytes_out += stream.length
         on_read(stream)
     elif isinstance(error, ServiceUnavailable):  # DataDamaged is one
         on_read(FailedRead(reading, error.with_traceback(None)))
@@ -173,10 +184,17 @@ def _on_open(
 
 
 def _from_reading(
-    plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, want_plain: bool, reading: Reading
-) -> HeldStream | VerifiedStream | ObjectInfo | Reading:
+    plane: ObjectPlane,
+    name: RegisterName,
+    bucket: BucketRecord,
+    key: bytes,
+    want_plain: bool,
+    guess: Guess | None,
+    reading: Reading,
+) -> HeldStream | VerifiedStream | Guess | ObjectInfo | Reading:
     """The whole newest version, or what is known of it; the reading when something must be awaited first. A
-    VerifiedStream is not open yet. Raises NoSuchKey, DataDamaged, InvalidRequest.
+    VerifiedStream is not open yet; ``guess`` is returned if it reads that version. Raises NoSuchKey, DataDamaged,
+    InvalidRequest.
     """
     found = try_find(plane, name, bucket, key, reading)
     if found is None:
@@ -188,6 +206,8 @@ def _from_reading(
         return reading
     if not want_plain:
         return info
+    if guess is not None and guess.fits(found, info):
+        return guess
     wanted = Span(0, info.size, False)
     sealed = _sealed_here(found)
     if sealed:

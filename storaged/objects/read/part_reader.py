@@ -27,7 +27,7 @@ from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure, place
 from storaged.objects.code.geometry import PartShape
 from storaged.objects.code.seal import part_key
-from storaged.objects.plane import ObjectPlane
+from storaged.objects.plane import ObjectPlane, OnDamage
 from storaged.objects.ports import SealBroken
 from storaged.objects.read.window import Window, WindowJob
 from storaged.objects.records import BucketRecord, PartEntry, Run
@@ -70,6 +70,8 @@ class PartReader:
         self._entry = entry
         self._copy = copy
         self._bad: set[str] = set()
+        self.on_damage: OnDamage = plane.on_damage
+        """Told of damage that the reads find."""
         try:
             self.key = key or part_key(dek, entry.header, entry.data_id, entry.number)
             self._opener = Opener(self.key, entry.size)
@@ -121,15 +123,18 @@ class PartReader:
             job = await self._fetched(window)
         await self._open_or_rebuild(window, job, out)
 
-    def try_read(self, window: Window, out: memoryview, on_read: Callable[[Exception | None], None]) -> bool:
+    def try_read(
+        self, window: Window, out: memoryview, on_read: Callable[[Exception | None], None]
+    ) -> Callable[[], None] | None:
         """As ``read``, without a task: ``on_read`` is called once, perhaps before this returns, with None, or with what
-        went wrong. Unless that is ServiceUnavailable, ``read`` must be awaited. False: it must, and nothing was begun.
+        went wrong. Unless that is ServiceUnavailable, ``read`` must be awaited. Returns what ends it: afterwards
+        ``out`` is not written, and ``on_read`` not called. None: ``read`` must be awaited, and nothing was begun.
         """
         if self._entry.inline or self._entry.small:
-            return False
+            return None
         job = self._job(window)
         job.begin(partial(self._on_fetched, window, job, out, on_read), has_task=False)
-        return True
+        return job.abandon
 
     def _on_fetched(
         self,
@@ -169,6 +174,7 @@ class PartReader:
             run,
             self._disks(run),
             self._bad,
+            self.on_damage,
         )
 
     def _run_of(self, block: int) -> Run:

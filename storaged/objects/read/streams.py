@@ -16,7 +16,7 @@ from storaged.objects.api import ObjectInfo
 from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
 from storaged.objects.code.manifest import bound_parts, bound_parts_of, parts_of
-from storaged.objects.plane import ObjectPlane
+from storaged.objects.plane import ObjectPlane, OnDamage
 from storaged.objects.read.borrowed import find_data
 from storaged.objects.read.find import Found, find
 from storaged.objects.read.part_reader import PartReader
@@ -93,7 +93,9 @@ class VerifiedStream:
         span: Span,
         *,
         as_copy_source: bool = False,
+        on_damage: OnDamage | None = None,
     ) -> None:
+        """``on_damage``: gets what the plane's would get."""
         self.info = info
         self.first, self.length, self.partial = span
         self.held: Buffer | None = None
@@ -119,6 +121,9 @@ class VerifiedStream:
         plane.long_reads.began(self, version)
         self._closed = False
         self._as_copy_source = as_copy_source
+        self._on_damage = on_damage
+        self._end_read: Callable[[], None] | None = None
+        """Ends the read that ``try_open`` began."""
 
     async def open(self) -> None:
         """Reads and verifies the first window. Closes the stream when that fails."""
@@ -140,7 +145,7 @@ class VerifiedStream:
         as ``PartReader.try_read`` does: with None when ``held`` has the bytes, until ``release``. False: a new stream
         must be opened; nothing was begun. Raises DataDamaged.
         """
-        begun = False
+        end_read: Callable[[], None] | None = None
         try:
             job = next(self._jobs, None)
             if job is None or job.last - job.first < self.length:
@@ -150,17 +155,19 @@ class VerifiedStream:
             if lease is None:
                 return False
             self._pieces.append(_Piece(None, lease, first, last))
-            begun = reader.try_read(window, lease.view, partial(self._on_read, on_open))
-            return begun
+            end_read = reader.try_read(window, lease.view, partial(self._on_read, on_open))
+            if self.held is None and not self._closed:  # else it has ended already
+                self._end_read = end_read
+            return end_read is not None
         finally:
-            if not begun:
+            if end_read is None:
                 self.release()
 
     def _on_read(self, on_open: Callable[[Exception | None], None], error: Exception | None) -> None:
+        self._end_read = None
         if error is None:
             piece = self._pieces[0]
             self.held = piece.lease.view[piece.first : piece.last]
-            self._plane.counters.bytes_out += self.length
         else:
             self.release()
         on_open(error)
@@ -226,6 +233,9 @@ class VerifiedStream:
         if self._closed:
             return
         self._closed = True
+        end_read, self._end_read = self._end_read, None
+        if end_read is not None:
+            end_read()  # before its memory is another's
         self.held = None
         self._jobs = iter(())  # it holds this stream: only the collector could free both
         self._transfer.__exit__()
@@ -290,6 +300,8 @@ class VerifiedStream:
         )
         if cached is not None:
             cached.key = reader.key
+        if self._on_damage is not None:
+            reader.on_damage = self._on_damage
         return reader
 
     async def _moved(self, part: PartEntry) -> PartEntry | None:

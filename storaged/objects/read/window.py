@@ -21,7 +21,7 @@ from storaged.fragments.ports import CellRead, FragmentId
 from storaged.meta.names import RegisterName
 from storaged.objects.code import erasure
 from storaged.objects.code.geometry import BlockShape, FragmentCells
-from storaged.objects.plane import Damage, ObjectPlane
+from storaged.objects.plane import Damage, ObjectPlane, OnDamage
 from storaged.objects.read.hedging import Expected, Reads
 from storaged.objects.records import PartEntry, Run
 from storaged.wire import Buffer
@@ -59,8 +59,11 @@ class WindowJob:
         run: Run,
         disks: tuple[str, ...],
         bad: set[str],
+        on_damage: OnDamage,
     ) -> None:
         self._plane = plane
+        self._on_damage = on_damage
+        self._on_done: Callable[[Exception | None], None] | None = None
         self._owner = owner
         self._data_id = entry.data_id
         self.shape = shape
@@ -137,9 +140,14 @@ class WindowJob:
     def _end(self, error: Exception | None) -> None:
         if not self._has_task:
             self._reads.abandon()
-        on_done = self._on_done
-        del self._on_done  # it holds this job: only the collector could free both
-        on_done(error)
+        on_done, self._on_done = self._on_done, None  # it holds this job: only the collector could free both
+        if on_done is not None:
+            on_done(error)
+
+    def abandon(self) -> None:
+        """Its end is not wanted any more: ``on_done`` is not called. No-op after the end. Of a job without a task."""
+        self._on_done = None
+        self._reads.abandon()
 
     def _decide(self) -> bool:
         """Whether all is there. If not, further answers are waited for. Raises ServiceUnavailable, DataDamaged,
@@ -355,7 +363,7 @@ class WindowJob:
         return FragmentId(self._data_id, self._window.block, self.k, self.profile.m, position)
 
     def _report(self, position: int, cell: int, reason: str) -> None:
-        self._plane.on_damage(Damage(self._owner, self._fragment(position), self.disks[position], cell, reason))
+        self._on_damage(Damage(self._owner, self._fragment(position), self.disks[position], cell, reason))
 
     async def fetch_all(self, stripe: int) -> None:
         """Reads every available cell of a stripe again: a rebuilt cell may come from the disk that lies."""

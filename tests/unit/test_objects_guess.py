@@ -1,0 +1,214 @@
+"""The bytes of a record that was opened lately are read while the record is read, and count only if it is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from typing import Any
+
+import pytest
+
+from storaged.errors import NoSuchKey
+from storaged.objects.api import ObjectInfo, ReadResult
+from storaged.objects.read.streams import VerifiedStream
+from storaged.objects.read.window import WindowJob
+from storaged.objects.service import ObjectService
+from tests.doubles.disks import FarDisk
+from tests.worlds.objects import World, bucket_of, entry_of, put
+
+pytestmark = pytest.mark.virtual_time
+
+SIZE = 300_000
+
+
+class Rig:
+    """A gateway whose reads of records may be held back, and another one."""
+
+    def __init__(self) -> None:
+        self.world = World(far=True)
+        self.objects, self.other = ObjectService(self.world.plane()), ObjectService(self.world.plane())
+        self.bucket = bucket_of(self.world)
+        self.record_comes = asyncio.Event()
+        self.record_comes.set()
+        ring: Any = self.world.ring
+        try_read = ring.try_read
+
+        def held_back(*read: Any) -> None:
+            waiting = asyncio.create_task(self.record_comes.wait())
+            waiting.add_done_callback(lambda _: try_read(*read))
+
+        ring.try_read = held_back
+
+    def begin(self) -> asyncio.Future[ReadResult]:
+        told: asyncio.Future[ReadResult] = asyncio.get_running_loop().create_future()
+        self.objects.try_read(self.bucket, b"key", True, told.set_result)
+        return told
+
+    async def whole(self) -> bytes:
+        found = await self.begin()
+        assert isinstance(found, VerifiedStream)
+        assert found.held is not None
+        data = bytes(found.held)
+        found.release()
+        return data
+
+    def fragment_reads(self) -> int:
+        return sum(disk.reads for disk in self.world.disks.disks.values())
+
+    def nothing_is_held(self) -> bool:
+        plane = self.objects.plane
+        return (plane.get_buffers.bytes_leased, plane.get_buffers.transfers, plane.long_reads._reads) == (0, 0, {})
+
+    async def close(self) -> None:
+        await self.objects.close()
+        await self.other.close()
+
+
+async def test_fragments_are_asked_for_with_the_record_and_counted_once() -> None:
+    rig, data = Rig(), os.urandom(SIZE)
+    await put(rig.other, rig.bucket, data)
+    assert await rig.whole() == data
+    rig.record_comes.clear()
+    before, counted = rig.fragment_reads(), rig.objects.statistics()
+    told = rig.begin()
+    await asyncio.sleep(0.01)
+    assert rig.fragment_reads() == before + 4
+    assert not told.done()
+    assert rig.objects.statistics() == counted, "nothing was read yet"
+    rig.record_comes.set()
+    found = await told
+    assert isinstance(found, VerifiedStream)
+    assert found.held == data
+    assert rig.fragment_reads() == before + 4, "they are not asked for again"
+    after = rig.objects.statistics()
+    assert (after.gets - counted.gets, after.bytes_out - counted.bytes_out) == (1, SIZE)
+    found.release()
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+async def test_a_slow_fragment_is_waited_for_after_the_record() -> None:
+    rig, data = Rig(), os.urandom(SIZE)
+    await put(rig.other, rig.bucket, data)
+    assert await rig.whole() == data
+    for disk in rig.world.disks.disks.values():
+        disk.slow_s = 0.01
+    assert await rig.whole() == data
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+@pytest.mark.parametrize("when", ["before the read", "while it reads"])
+@pytest.mark.parametrize("change", ["another body", "deleted", "the same body again"])
+async def test_what_another_gateway_changed_is_told_and_old_fragments_are_no_damage(change: str, when: str) -> None:
+    rig, data, newer = Rig(), os.urandom(SIZE), os.urandom(SIZE)
+    await put(rig.other, rig.bucket, data)
+    for _ in range(2):
+        assert await rig.whole() == data
+    if when == "while it reads":
+        rig.record_comes.clear()
+        told = rig.begin()
+        await asyncio.sleep(0.01)
+    old = rig.world.disks.of(entry_of(rig.world).data_id)
+    if change == "deleted":
+        await rig.other.delete(rig.bucket, b"key")
+    else:
+        await put(rig.other, rig.bucket, newer if change == "another body" else data)
+    if when == "before the read":
+        for name, fragment in old:  # collected
+            rig.world.disks.disks[name].lose(fragment)
+        told = rig.begin()
+    rig.record_comes.set()
+    found = await told
+    if change == "deleted":
+        assert isinstance(found, NoSuchKey)
+    else:
+        assert isinstance(found, VerifiedStream)
+        assert found.held == (newer if change == "another body" else data)
+        found.release()
+    assert rig.world.damage == []
+    assert rig.nothing_is_held()
+    await rig.close()
+
+
+async def test_after_a_wrong_guess_none_is_made_until_the_record_was_seen_twice() -> None:
+    rig = Rig()
+    await put(rig.other, rig.bucket, os.urandom(SIZE))
+    await rig.whole()
+    costs = []
+    for changes in (True, True, False, False):
+        if changes:
+            await put(rig.other, rig.bucket, os.urandom(SIZE))
+        rig.record_comes.clear()
+        told, before = rig.begin(), rig.fragment_reads()
+        await asyncio.sleep(0.01)
+        costs.append(rig.fragment_reads() - before)
+        rig.record_comes.set()
+        found = await told
+        assert isinstance(found, VerifiedStream)
+        found.release()
+    assert costs == [4, 0, 0, 4]
+    await rig.other.delete(rig.bucket, b"key")
+    before = rig.fragment_reads()
+    for _ in range(3):
+        assert isinstance(await rig.begin(), NoSuchKey)
+    assert rig.fragment_reads() == before + 4, "a deleted key costs one guess"
+    await rig.close()
+
+
+async def test_damage_is_reported_once_the_guess_was_right() -> None:
+    rig, data = Rig(), os.urandom(SIZE)
+    await put(rig.other, rig.bucket, data)
+    assert await rig.whole() == data
+    places = rig.world.disks.of(entry_of(rig.world).data_id)
+    name, fragment = next((name, fragment) for name, fragment in places if fragment.position == 0)
+    rig.world.disks.disks[name].lose(fragment)
+    rig.record_comes.clear()
+    told = rig.begin()
+    await asyncio.sleep(0.01)
+    assert rig.world.damage == []
+    rig.record_comes.set()
+    found = await told
+    assert isinstance(found, VerifiedStream)
+    assert found.held == data
+    assert [(damage.disk, damage.reason) for damage in rig.world.damage] == [(name, "missing")]
+    found.release()
+    await rig.close()
+
+
+async def test_a_disk_that_hangs_keeps_nothing_of_a_guess_that_was_dropped() -> None:
+    rig = Rig()
+    await put(rig.other, rig.bucket, os.urandom(SIZE))
+    await rig.whole()
+    for disk in rig.world.disks.disks.values():
+        disk.hang = asyncio.Event()
+    gc.collect()
+    gc.disable()
+    try:
+        told = rig.begin()
+        await asyncio.sleep(0)
+        rig.world.ring.values.clear()  # deleted, and expunged
+        assert isinstance(await told, NoSuchKey)
+        del told
+        assert rig.nothing_is_held()
+        assert sum(len(disk._asking) for disk in rig.world.disks.disks.values() if isinstance(disk, FarDisk)) == 4
+        assert [one for one in gc.get_objects() if isinstance(one, WindowJob | VerifiedStream)] == []
+    finally:
+        gc.enable()
+    for disk in rig.world.disks.disks.values():
+        assert disk.hang is not None
+        disk.hang.set()
+    await rig.close()
+
+
+async def test_a_head_reads_no_fragment() -> None:
+    rig, data = Rig(), os.urandom(SIZE)
+    await put(rig.other, rig.bucket, data)
+    assert await rig.whole() == data
+    before = rig.fragment_reads()
+    told: asyncio.Future[ReadResult] = asyncio.get_running_loop().create_future()
+    rig.objects.try_read(rig.bucket, b"key", False, told.set_result)
+    assert isinstance(await told, ObjectInfo)
+    assert rig.fragment_reads() == before
+    await rig.close()
