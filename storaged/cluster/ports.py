@@ -165,12 +165,20 @@ class TryCaller(Protocol):
         """
 
     def encoded_call(
-        self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
+        self,
+        node: str,
+        method: str,
+        reply: type[Message],
+        prefix: bytes,
+        *,
+        urgent: bool = False,
+        followed: bool = False,
     ) -> EncodedCall:
         """A call for requests that are already encoded and all begin with ``prefix``.
 
         So a request that goes to three nodes is encoded once. ``urgent``: bodies of up to 256 KiB do not wait for
-        larger ones; without it this holds for bodies of up to 16 KiB.
+        larger ones; without it this holds for bodies of up to 16 KiB. ``followed``: other calls of that node are likely
+        in the same turn of the event loop, and leave in the same packet.
         """
 
 

@@ -47,8 +47,8 @@ class ReadBatcher:
     """Reads of the disks of one node, without tasks."""
 
     def __init__(self, caller: TryCaller, node: str, timeout_s: float) -> None:
-        self._call_one = caller.encoded_call(node, "fragment.read", ReadReply, b"")
-        self._call_many = caller.encoded_call(node, "fragment.reads", ReadsReply, b"")
+        self._call_one = caller.encoded_call(node, "fragment.read", ReadReply, b"", followed=True)
+        self._call_many = caller.encoded_call(node, "fragment.reads", ReadsReply, b"", followed=True)
         self._timeout_s = timeout_s
         self._asks: list[_Ask] = []
         self._bytes = 0

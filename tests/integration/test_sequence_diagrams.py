@@ -135,7 +135,14 @@ class TryingCaller(LocalCaller):
         raise AssertionError("reads are encoded")
 
     def encoded_call(
-        self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
+        self,
+        node: str,
+        method: str,
+        reply: type[Message],
+        prefix: bytes,
+        *,
+        urgent: bool = False,
+        followed: bool = False,
     ) -> EncodedCall:
         async def ask(rest: bytes, on_reply: OnReply, body: Sequence[Buffer]) -> None:
             request = decode(prefix + rest, self._cluster.nodes[node].methods[method].request)

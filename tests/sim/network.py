@@ -76,7 +76,14 @@ class NetworkCaller:
         return self._try_call(node, method, reply, encode(request), b"", then, body, timeout_s)
 
     def encoded_call(
-        self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False
+        self,
+        node: str,
+        method: str,
+        reply: type[Message],
+        start: bytes,
+        *,
+        urgent: bool = False,
+        followed: bool = False,
     ) -> EncodedCall:
         return partial(self._try_call, node, method, reply, start)
 

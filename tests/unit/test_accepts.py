@@ -71,7 +71,14 @@ class Wire:
         raise AssertionError("it is encoded already")
 
     def encoded_call(
-        self, _node: str, method: str, _reply: type[Message], start: bytes, *, urgent: bool = False
+        self,
+        _node: str,
+        method: str,
+        _reply: type[Message],
+        start: bytes,
+        *,
+        urgent: bool = False,
+        followed: bool = False,
     ) -> EncodedCall:
         def try_call(rest: bytes, then: OnReply, body: Sequence[Buffer], timeout_s: float) -> bool:
             self.timeouts.append(timeout_s)

@@ -43,7 +43,14 @@ class Node:
         raise AssertionError("calls are encoded")
 
     def encoded_call(
-        self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
+        self,
+        node: str,
+        method: str,
+        reply: type[Message],
+        prefix: bytes,
+        *,
+        urgent: bool = False,
+        followed: bool = False,
     ) -> EncodedCall:
         def call(rest: bytes, on_reply: OnReply, body: Sequence[Buffer], timeout_s: float) -> bool:
             if self.connected:

@@ -58,7 +58,14 @@ class Wire:
         raise AssertionError("it is encoded already")
 
     def encoded_call(
-        self, node: str, method: str, _reply: type[Message], start: bytes, *, urgent: bool = False
+        self,
+        node: str,
+        method: str,
+        _reply: type[Message],
+        start: bytes,
+        *,
+        urgent: bool = False,
+        followed: bool = False,
     ) -> EncodedCall:
         def try_call(rest: bytes, _then: OnReply, body: Sequence[Buffer], _timeout_s: float) -> bool:
             self.sent.append((node, method, start + rest, body))

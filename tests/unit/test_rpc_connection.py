@@ -16,7 +16,7 @@ from storaged.cluster.rpc.connection import (
 )
 from storaged.cluster.rpc.framing import FrameReader, Kind, Verdict
 from storaged.cluster.rpc.handshake import Secured
-from storaged.units import MIB
+from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 from tests.worlds.receiving import feed
 
@@ -231,3 +231,44 @@ async def test_an_urgent_body_leaves_before_larger_ones_that_came_first() -> Non
     assert [request_id for request_id, _head, _body in frames_in(transport.writes)] == [3, 1, 2, 4]
     assert [request_id for request_id, _size in sender.left] == [1, 2, 4]
     assert sender.queued_bytes == 0
+
+
+async def test_small_frames_leave_in_one_write_with_the_first_body_of_their_turn() -> None:
+    transport = Transport()
+    sender = Sender(transport)
+    sender.send(Kind.REPLY, 1, b"fragments", (bytes(2 * SMALL_BODY_BYTES),), 2 * SMALL_BODY_BYTES)
+    sender.send(Kind.REPLY, 2, b"fragments", (bytes(MIB),), MIB)
+    sender.send(Kind.REPLY, 3, b"rows")
+    await asyncio.sleep(0)
+    assert [number for number, _head, _body in frames_in(transport.writes[:1])] == [3, 1]
+    assert frames_in(transport.writes) == [
+        (3, b"rows", b""),
+        (1, b"fragments", bytes(2 * SMALL_BODY_BYTES)),
+        (2, b"fragments", bytes(MIB)),
+    ]
+    assert sender.left == [(1, 2 * SMALL_BODY_BYTES), (2, MIB)]
+    transport.writes.clear()
+    sender.send(Kind.REPLY, 4, b"fragments", (bytes(MIB),), MIB)
+    many = EARLY_FRAMES // 2
+    for number in range(10, 10 + many):
+        sender.send(Kind.REPLY, number, b"rows", (bytes(KIB),), KIB)
+    await asyncio.sleep(0)
+    assert len(frames_in(transport.writes[:1])) == many, "what is not small together is not copied once more"
+    assert [number for number, _head, _body in frames_in(transport.writes)] == [*range(10, 10 + many), 4]
+
+
+class Lone(Sender):
+    def likely_last_frame(self) -> bool:
+        return True
+
+
+async def test_a_lone_frame_leaves_at_once_unless_another_is_to_follow() -> None:
+    transport = Transport()
+    sender = Lone(transport)
+    sender.send(Kind.REQUEST, 1, b"row")
+    assert [number for number, _head, _body in frames_in(transport.writes)] == [1]
+    sender.send(Kind.REQUEST, 2, b"cells", followed=True)
+    sender.send(Kind.REQUEST, 3, b"row")
+    assert len(transport.writes) == 1
+    await asyncio.sleep(0)
+    assert [len(frames_in([data])) for data in transport.writes] == [1, 2]

@@ -215,8 +215,10 @@ class ClientConnection(Connection):
         timeout_s: float,
         on_reply: OnReply,
         small_bytes_max: int = SMALL_BODY_BYTES,
+        followed: bool = False,
     ) -> int:
-        """Sends a request and returns its id, or 0 when the connection is not open or has no room.
+        """Sends a request and returns its id, or 0 when the connection is not open or has no room. ``followed``: see
+        ``send``.
 
         Raises ValueError when the request exceeds a frame's limits.
         """
@@ -231,9 +233,9 @@ class ClientConnection(Connection):
         request_id = self._last_id = self._last_id + 1
         deadline_ms = min(max(int(timeout_s * 1000), 1), DEADLINE_MS_MAX)
         if body:
-            self.send(REQUEST, request_id, head, *measure(body), deadline_ms, small_bytes_max)
+            self.send(REQUEST, request_id, head, *measure(body), deadline_ms, small_bytes_max, followed)
         else:
-            self.send(REQUEST, request_id, head, (), 0, deadline_ms)
+            self.send(REQUEST, request_id, head, (), 0, deadline_ms, SMALL_BODY_BYTES, followed)
         deadline = self.loop.time() + timeout_s
         pending[request_id] = _Pending(on_reply, decode_reply, deadline, method)
         if self._expiry is None or deadline < self._expires_at:

@@ -255,11 +255,12 @@ class Connection(asyncio.BufferedProtocol):
         size: int = 0,
         deadline_ms: int = 0,
         small_bytes_max: int = SMALL_BODY_BYTES,
+        followed: bool = False,
     ) -> None:
         """Queues a frame; ``body`` and ``size`` are the results of :func:`measure`.
 
-        A frame whose body has at most ``small_bytes_max`` bytes goes before larger ones. Raises ValueError when the
-        frame exceeds the limits.
+        A frame whose body has at most ``small_bytes_max`` bytes goes before larger ones. ``followed``: another frame is
+        likely to be sent in this turn of the loop. Raises ValueError when the frame exceeds the limits.
         """
         header = pack_header(kind, request_id, len(head), size, deadline_ms)
         if self.transport is None:
@@ -275,7 +276,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._large[request_id] = ((header + head, *body), size)
             self.queued_bytes += size
-        self._schedule()
+        self._schedule(followed=followed)
 
     def withdraw(self, request_id: int) -> bool:
         """Takes back a frame; its buffers are free at once. Returns whether no part of it had left yet."""
@@ -291,11 +292,11 @@ class Connection(asyncio.BufferedProtocol):
             self._slices = [bytes(piece) for piece in self._slices]
         return False
 
-    def _schedule(self, *, now: bool = False) -> None:
+    def _schedule(self, *, now: bool = False, followed: bool = False) -> None:
         if self._flush_scheduled or self._reading:
             return
         # Not while large bodies wait: several fragments of one block go to a node in one turn.
-        if now or (not self._large and self.likely_last_frame()):
+        if now or (not followed and not self._large and self.likely_last_frame()):
             self._flush()
         else:
             self._flush_scheduled = True
@@ -309,9 +310,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._slices:
             self._write_slices(transport)
         while not self._paused and not self._slices:
-            if self._small:
-                joined = b"".join(self._small.values())
-                self._small.clear()
+            joined = b"".join(self._small.values())
+            self._small.clear()
+            together = self._large and len(joined) <= SMALL_BODY_BYTES
+            if joined and not together:
                 sealed = self._outgoing.seal(joined)  # type: ignore[union-attr]
                 self.bytes_out += len(sealed)
                 transport.write(sealed)
@@ -322,6 +324,8 @@ class Connection(asyncio.BufferedProtocol):
             request_id = next(iter(self._large))
             pieces, size = self._large.pop(request_id)
             self._slices = [part for piece in reversed(pieces) for part in _slice(piece)]
+            if joined and together:  # one write for both: each wakes the peer
+                self._slices.append(joined)
             self._sliced = (request_id, size)
             self._write_slices(transport)
 

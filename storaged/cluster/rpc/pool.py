@@ -228,12 +228,27 @@ class RpcPool:
         return partial(connection.abandon, request_id)
 
     def encoded_call(
-        self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
+        self,
+        node: str,
+        method: str,
+        reply: type[Message],
+        prefix: bytes,
+        *,
+        urgent: bool = False,
+        followed: bool = False,
     ) -> EncodedCall:
         """See ``ports.TryCaller``."""
         small_bytes_max = URGENT_BODY_BYTES if urgent else SMALL_BODY_BYTES
         head_prefix = self._prefix(method) + prefix
-        return partial(self._try_call, node, method, decoder_of(reply), head_prefix, small_bytes_max=small_bytes_max)
+        return partial(
+            self._try_call,
+            node,
+            method,
+            decoder_of(reply),
+            head_prefix,
+            small_bytes_max=small_bytes_max,
+            followed=followed,
+        )
 
     def _try_call(
         self,
@@ -246,12 +261,13 @@ class RpcPool:
         body: Sequence[Buffer],
         timeout_s: float,
         small_bytes_max: int = SMALL_BODY_BYTES,
+        followed: bool = False,
     ) -> bool:
         """The common end of ``try_call`` and ``encoded_call``, with flat arguments: it runs for every frame."""
         link = self._links.get(node)
         connection = link.connection if link is not None else None
         if connection is None or not connection.try_call(
-            method, prefix + rest, decode_reply, body, timeout_s, on_reply, small_bytes_max
+            method, prefix + rest, decode_reply, body, timeout_s, on_reply, small_bytes_max, followed
         ):
             return False
         self._counts.total += 1
