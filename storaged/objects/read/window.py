@@ -209,7 +209,8 @@ class WindowJob:
             try_ask = getattr(store, "try_ask_cells", None)  # of a RemoteFragmentStore
             if try_ask is not None:
                 expected = self._reads.expect(position, partial(self._on_found, row, count))
-                if try_ask(fragment, row, count, count * self.shape.cell_bytes, expected.answer):
+                cell_bytes = (count - 1) * self.shape.cell_bytes + self._length(row + count - 1, position)
+                if try_ask(fragment, row, count, cell_bytes, expected.answer):
                     return
                 self._reads.forget(expected)
             else:
