@@ -19,7 +19,7 @@ import uvloop
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
 from storaged.keys.bucketkey import UnwrappedBucketKey
-from storaged.objects.api import LIST, Grant, ObjectInfo, Principal, PutResult, ReadResult
+from storaged.objects.api import LIST, Grant, ObjectInfo, Principal, PutResult, RangeSpec, ReadResult
 from storaged.objects.read.span import Span
 from storaged.objects.read.streams import HeldStream
 from storaged.objects.records import BucketRecord
@@ -116,7 +116,14 @@ class OneObject:
     async def get(self, bucket: BucketRecord, key: bytes, **options: object) -> HeldStream:
         return HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
 
-    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
+    def try_read(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        want_plain: bool,
+        then: Callable[[ReadResult], None],
+        span: RangeSpec | None = None,
+    ) -> None:
         then(HeldStream(self.info, Span(0, 4 * KIB, False), self.plain) if want_plain else self.info)
 
     small_bytes_max = 16 * KIB

@@ -283,10 +283,15 @@ class Objects(Protocol):
         """
 
     def try_read(
-        self, bucket: BucketRecord, key: bytes, want_plain: bool, on_read: Callable[[ReadResult], None]
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        want_plain: bool,
+        on_read: Callable[[ReadResult], None],
+        span: RangeSpec | None = None,
     ) -> None:
-        """Reads the current version without a task. Calls ``on_read`` once, perhaps before this returns; it must not
-        raise.
+        """Reads the current version without a task, ``span`` of it. Calls ``on_read`` once, perhaps before this
+        returns; it must not raise.
         """
 
     async def delete(

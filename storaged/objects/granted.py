@@ -34,6 +34,7 @@ from storaged.objects.api import (
     PartInfo,
     Principal,
     PutResult,
+    RangeSpec,
     ReadResult,
     Renaming,
     UploadInfo,
@@ -112,11 +113,18 @@ class GrantedObjects:
             raise
         return stream
 
-    def try_read(self, grant: Grant, key: bytes, want_plain: bool, on_read: Callable[[ReadResult], None]) -> None:
+    def try_read(
+        self,
+        grant: Grant,
+        key: bytes,
+        want_plain: bool,
+        on_read: Callable[[ReadResult], None],
+        span: RangeSpec | None = None,
+    ) -> None:
         if grant.found is not None:
             on_read(None)
             return
-        self._objects.try_read(_bucket(grant, key, READ), key, want_plain, on_read)
+        self._objects.try_read(_bucket(grant, key, READ), key, want_plain, on_read, span)
 
     # --- writing
 

@@ -33,6 +33,7 @@ from storaged.objects.api import (
     ObjectStream,
     Principal,
     PutResult,
+    RangeSpec,
     Reading,
     ReadResult,
 )
@@ -121,7 +122,14 @@ class WatchedObjects(ObjectService):
         self.streams.append(stream)
         return stream
 
-    def _try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
+    def _try_read(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        want_plain: bool,
+        then: Callable[[ReadResult], None],
+        span: RangeSpec | None = None,
+    ) -> None:
         def answered(found: ReadResult) -> None:
             self.read_answers.append(found)
             then(found)
@@ -130,7 +138,7 @@ class WatchedObjects(ObjectService):
             kept = None if self.fail_after is not None and isinstance(found, HeldStream) else found
             self.answer(lambda: answered(kept))
 
-        self.unwatched.try_read(bucket, key, want_plain, done)
+        self.unwatched.try_read(bucket, key, want_plain, done, span)
 
     def _try_put(self, *what: Any, **how: Any) -> bool:
         *what_else, then = what

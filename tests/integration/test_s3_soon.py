@@ -162,16 +162,34 @@ async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(
 ) -> None:
     bucket = await world.buckets.get("bucket")
     reading = await world.below.ring.read(object_name(bucket.id, bucket.shard_numbers, b"large"))
-    monkeypatch.setattr(world.objects, "try_read", lambda bucket, key, want_plain, then: then(reading))
+    monkeypatch.setattr(world.objects, "try_read", lambda bucket, key, want_plain, then, span: then(reading))
     _, body = await ask_once(world, "GET", "/bucket/large")
     assert body == LARGE
     assert world.objects.readings == [reading]
 
 
+@pytest.mark.parametrize("which", ["small", "large"])
+async def test_a_range_is_told_as_its_headers_ask(world: World, which: str) -> None:
+    data = {"small": SMALL, "large": LARGE}[which]
+    for text, first, end in (("1-2", 1, 3), ("5-", 5, len(data)), ("-7", len(data) - 7, len(data))):
+        head, body = await ask_once(world, "GET", f"/bucket/{which}", Range=f"bytes={text}")
+        assert head.split(b" ")[1] == b"206"
+        assert f"Content-Range: bytes {first}-{end - 1}/{len(data)}\r\n".encode() in head
+        assert body == data[first:end]
+    for text in ("2-1", "1-2,4-5", "x"):  # no range that counts
+        head, body = await ask_once(world, "GET", f"/bucket/{which}", Range=f"bytes={text}")
+        assert (head.split(b" ")[1], body) == (b"200", data)
+    assert len(world.objects.read_answers) == 6
+    assert len(world.objects.readings) == (0 if which == "small" else 6), "these disks can be read by a task only"
+    head, body = await ask_once(world, "GET", f"/bucket/{which}", Range=f"bytes={len(data)}-")
+    assert head.split(b" ")[1] == b"416"
+    assert f"<ActualObjectSize>{len(data)}</ActualObjectSize>".encode() in body
+
+
 @pytest.mark.parametrize(
     ("target", "headers", "status"),
     [
-        ("/bucket/small", {"Range": "bytes=1-2"}, b"206"),
+        ("/bucket/small", {"Range": "bytes=1-2", "If-Range": f'"{hashlib.md5(SMALL).hexdigest()}"'}, b"206"),
         ("/bucket/small", {"If-None-Match": f'"{hashlib.md5(SMALL).hexdigest()}"'}, b"304"),
         ("/bucket/small", {"x-amz-expected-bucket-owner": "somebody"}, b"403"),
         ("/bucket/small?versionId=nothing", {}, b"400"),

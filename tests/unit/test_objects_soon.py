@@ -17,6 +17,7 @@ from storaged.errors import (
     BadDigest,
     DataDamaged,
     IncompleteBody,
+    InvalidRange,
     NoSuchBucket,
     NoSuchKey,
     PreconditionFailed,
@@ -32,6 +33,7 @@ from storaged.objects.api import (
     NewMeta,
     ObjectInfo,
     PutResult,
+    RangeSpec,
     Reading,
     ReadResult,
     WriteConditions,
@@ -49,9 +51,11 @@ pytestmark = pytest.mark.virtual_time
 META = NewMeta({"content-type": "text/plain"}, {"color": "blue"}, {"a": "b"})
 
 
-async def soon(objects: ObjectService, bucket: BucketRecord, want_plain: bool = True) -> ReadResult:
+async def soon(
+    objects: ObjectService, bucket: BucketRecord, want_plain: bool = True, span: RangeSpec | None = None
+) -> ReadResult:
     told: asyncio.Future[ReadResult] = asyncio.get_running_loop().create_future()
-    objects.try_read(bucket, b"key", want_plain, told.set_result)
+    objects.try_read(bucket, b"key", want_plain, told.set_result, span)
     return await told
 
 
@@ -270,6 +274,48 @@ async def test_with_up_to_m_faults_of_any_kind_a_coded_object_is_read_one_way_or
             assert b"".join([bytes(piece) async for piece in stream.chunks()]) == data
         assert (pool.bytes_leased, pool.transfers, objects.plane.long_reads._reads) == (0, 0, {})
     for disk, _ in places:
+        if disk.hang is not None:
+            disk.hang.set()
+    await objects.close()
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, 300_000, 8_000_000])
+@pytest.mark.parametrize("faults", [0, 2])
+async def test_a_range_is_read_one_way_or_the_other(size: int, faults: int) -> None:
+    chance = random.Random(size + faults)
+    world = World(far=True)
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), chance.randbytes(size)
+    await put(objects, bucket, data)
+    for disk, fragment in chance.sample(places_of(world), faults if size > 5000 else 0):
+        spoil(disk, fragment, chance.choice(FAULTS), chance)
+    pool, at_once = objects.plane.get_buffers, 0
+    for number in range(24):
+        first, length = chance.randint(0, size), chance.choice((1, 70_000, size or 1))
+        span = (
+            RangeSpec(None, length)
+            if number % 4 == 0
+            else RangeSpec(first, None if number % 4 == 1 else first + length)
+        )
+        start = max(size - length, 0) if span.first is None else first
+        wanted = data[start:] if span.last is None or span.first is None else data[start : span.last + 1]
+        found = await soon(objects, bucket, span=span)
+        if not wanted and not (span.first is None and not size):
+            assert isinstance(found, InvalidRange)
+            continue
+        if isinstance(found, HeldStream | VerifiedStream):
+            at_once += 1
+            assert (found.held or b"", found.first, found.length) == (wanted, start, len(wanted))
+            assert found.partial == (size > 0)
+            found.release()
+        else:
+            assert isinstance(found, Reading | FailedRead)
+            known = {"failed": found.error} if isinstance(found, FailedRead) else {}
+            reading = found.reading if isinstance(found, FailedRead) else found
+            stream = await objects.get(bucket, b"key", span=span, reading=reading, **known)
+            assert b"".join([bytes(piece) async for piece in stream.chunks()]) == wanted
+        assert (pool.bytes_leased, pool.transfers, objects.plane.long_reads._reads) == (0, 0, {})
+    assert at_once >= (6 if size else 1) or faults
+    for disk, _ in places_of(world) if size > 5000 else ():
         if disk.hang is not None:
             disk.hang.set()
     await objects.close()

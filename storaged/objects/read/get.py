@@ -119,16 +119,23 @@ def _try_open(plane: ObjectPlane, info: ObjectInfo, wanted: Span, found: Found, 
 
 # --- the shell without a task
 
+_Wanted = tuple[bool, RangeSpec | None]
+"""Whether the bytes are wanted, and which of them."""
+
 
 def try_read(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, want_plain: bool, on_read: Callable[[ReadResult], None]
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    want_plain: bool,
+    on_read: Callable[[ReadResult], None],
+    span: RangeSpec | None = None,
 ) -> None:
     """See ``api.Objects``."""
     name = object_name(bucket.id, bucket.shard_numbers, key)
-    guess = try_guess(plane, name, bucket, key) if want_plain else None
-    plane.registers.try_read(
-        name, want_plain, partial(_on_reading, plane, name, bucket, key, want_plain, guess, on_read)
-    )
+    guess = try_guess(plane, name, bucket, key, span) if want_plain else None
+    wanted = (want_plain, span)
+    plane.registers.try_read(name, want_plain, partial(_on_reading, plane, name, bucket, key, wanted, guess, on_read))
 
 
 def _on_reading(
@@ -136,7 +143,7 @@ def _on_reading(
     name: RegisterName,
     bucket: BucketRecord,
     key: bytes,
-    want_plain: bool,
+    wanted: _Wanted,
     guess: Guess | None,
     on_read: Callable[[ReadResult], None],
     reading: Reading | None,
@@ -144,7 +151,7 @@ def _on_reading(
     result: ReadResult = None
     if reading is not None:
         try:
-            found = _from_reading(plane, name, bucket, key, want_plain, guess, reading)
+            found = _from_reading(plane, name, bucket, key, wanted, guess, reading)
             if isinstance(found, Guess):
                 found.adopt(partial(_on_open, plane, found.stream, reading, on_read))
                 return
@@ -188,13 +195,13 @@ def _from_reading(
     name: RegisterName,
     bucket: BucketRecord,
     key: bytes,
-    want_plain: bool,
+    wanted: _Wanted,
     guess: Guess | None,
     reading: Reading,
 ) -> HeldStream | VerifiedStream | Guess | ObjectInfo | Reading:
-    """The whole newest version, or what is known of it; the reading when something must be awaited first. A
+    """The newest version, or what is known of it; the reading when something must be awaited first. A
     VerifiedStream is not open yet; ``guess`` is returned if it reads that version. Raises NoSuchKey, DataDamaged,
-    InvalidRequest.
+    InvalidRequest, InvalidRange.
     """
     found = try_find(plane, name, bucket, key, reading)
     if found is None:
@@ -204,17 +211,18 @@ def _from_reading(
     info = _try_info(key, found)
     if info is None:
         return reading
+    want_plain, spec = wanted
     if not want_plain:
         return info
     if guess is not None and guess.fits(found, info):
         return guess
-    wanted = Span(0, info.size, False)
+    span = span_of(spec, info.size)
     sealed = _sealed_here(found)
     if sealed:
-        return _try_open(plane, info, wanted, found, sealed) or reading
-    if found.opened.borrowed is not None or info.size > HELD_BYTES_MAX:
+        return _try_open(plane, info, span, found, sealed) or reading
+    if found.opened.borrowed is not None or span.length > HELD_BYTES_MAX:
         return reading
-    return VerifiedStream(plane, bucket, found, info, wanted)
+    return VerifiedStream(plane, bucket, found, info, span)
 
 
 # --- the shell of a task

@@ -17,11 +17,11 @@ from collections.abc import Callable
 
 from storaged.errors import StoragedError
 from storaged.meta.names import RegisterName
-from storaged.objects.api import ObjectInfo
+from storaged.objects.api import ObjectInfo, RangeSpec
 from storaged.objects.code.versions import Place
 from storaged.objects.plane import Damage, ObjectPlane
 from storaged.objects.read.find import Found
-from storaged.objects.read.span import Span
+from storaged.objects.read.span import Span, span_of
 from storaged.objects.read.streams import VerifiedStream
 from storaged.objects.records import BucketRecord
 from storaged.units import MIB
@@ -59,7 +59,7 @@ class Guess:
 
     __slots__ = ("_cached", "_error", "_info", "_is_open", "_on_open", "_reports", "stream")
 
-    def __init__(self, plane: ObjectPlane, bucket: BucketRecord, found: Found, info: ObjectInfo) -> None:
+    def __init__(self, plane: ObjectPlane, bucket: BucketRecord, found: Found, info: ObjectInfo, span: Span) -> None:
         """``found`` has the record's entry. Raises DataDamaged."""
         self._cached = found.cached
         self._info = info
@@ -67,7 +67,6 @@ class Guess:
         self._on_open: OnOpen | None = None
         self._is_open = False
         self._error: Exception | None = None
-        span = Span(0, info.size, False)
         self.stream = VerifiedStream(plane, bucket, found, info, span, on_damage=self._reports.note)
 
     def begin(self) -> bool:
@@ -99,16 +98,17 @@ class Guess:
             on_open(error)
 
 
-def try_guess(plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes) -> Guess | None:
-    """Begins to read the whole newest version of a key, as far as it is known. None: nothing was begun."""
+def try_guess(
+    plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, spec: RangeSpec | None
+) -> Guess | None:
+    """Begins to read bytes of the newest version of a key, as far as it is known. None: nothing was begun."""
     cached = plane.opened_records.likely(Place(bucket.id, key))
     if cached is None or cached.info is None:
         return None
     info, opened = cached.info, cached.opened
     version = opened.version
     if (
-        not 0 < info.size <= HELD_BYTES_MAX
-        or len(version.parts) != 1
+        not version.parts
         or version.manifest
         or version.parts[0].small
         or version.parts[0].inline
@@ -120,7 +120,11 @@ def try_guess(plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key:
     if bucket_key is None or bucket_key is not cached.bucket_key():
         return None
     try:
-        guess = Guess(plane, bucket, Found(name, opened, info.version_id, None, cached, cached.lock), info)
+        span = span_of(spec, info.size)
+        if not 0 < span.length <= HELD_BYTES_MAX:
+            return None
+        found = Found(name, opened, info.version_id, None, cached, cached.lock)
+        guess = Guess(plane, bucket, found, info, span)
         return guess if guess.begin() else None
     except StoragedError:  # the read that follows the record's meets it again
         return None

@@ -169,12 +169,21 @@ WHOLE_HEADERS = h.INCIDENTAL | {"x-amz-checksum-mode"}
 """With these headers alone, which SDKs send, a GET or HEAD asks for a whole object, and perhaps for its checksums."""
 
 
+RANGE_HEADERS = WHOLE_HEADERS | {"range"}
+"""The same of a GET that may ask for a range."""
+
+
 def _wants_whole(front: Front, request: Request) -> bool:
     return not request.body.length and request.headers.keys() <= WHOLE_HEADERS and has_no_parameters(request)
 
 
+def _wants_bytes(front: Front, request: Request) -> bool:
+    return not request.body.length and request.headers.keys() <= RANGE_HEADERS and has_no_parameters(request)
+
+
 def _try_get(front: Front, request: Request, on_reply: OnReply) -> bool:
-    front.objects.try_read(request.grant, request.key, True, partial(_on_read, front, request, on_reply))
+    span = h.parse_range(request.headers["range"]) if "range" in request.headers else None
+    front.objects.try_read(request.grant, request.key, True, partial(_on_read, front, request, on_reply), span)
     return True
 
 
@@ -198,7 +207,8 @@ def _on_read(front: Front, request: Request, on_reply: OnReply, found: ReadResul
             return
         else:
             release = found.release
-            status, answer = _describe(front, request, found.info)
+            wanted = Span(found.first, found.length, found.partial)
+            status, answer = _describe(front, request, found.info, wanted)
             reply = Reply(status, answer, found.held or b"", release=release)
     except Exception as error:
         if release is not None:
@@ -208,5 +218,5 @@ def _on_read(front: Front, request: Request, on_reply: OnReply, found: ReadResul
     on_reply(reply)
 
 
-GET_ATTEMPT = Attempt(_wants_whole, None, _try_get)
+GET_ATTEMPT = Attempt(_wants_bytes, None, _try_get)
 HEAD_ATTEMPT = Attempt(_wants_whole, None, _try_head)
