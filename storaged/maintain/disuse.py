@@ -29,7 +29,8 @@ object's record; each place is written before the one before it is cleared. Whil
 3. have sent a create, which no promise holds up. A replica that holds nothing takes it, even if a majority refuses it,
    and a later proposer may carry it on. A replica that holds something refuses it for ever. So *every* replica has to
    hold a row at or after the round; where nothing was ever written the round writes NEVER. With a replica away the data
-   waits. When those rows are expunged the floor of their range refuses such a create (``consensus.floors``).
+   waits. When those rows are expunged the floor of their range refuses such a create: one of fragments names a floor
+   from before they were written (``consensus.floors``).
 4. be a part's. Its row is another register, which no round of this one ends. So the data waits while an upload of the
    key is open, or some replica says so, or does not answer. Afterwards the row means nothing.
 

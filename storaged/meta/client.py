@@ -23,7 +23,17 @@ from storaged.meta.consensus.change import Fragments, Shared
 from storaged.meta.consensus.looks import Look
 from storaged.meta.consensus.register import RULES, Ballots, Rules
 from storaged.meta.names import Ballot, RegisterName, Table, Value
-from storaged.meta.ports import OnOutcome, Outcome, Reading, Replicas, ReplicaState, SmallCopies, Update
+from storaged.meta.ports import (
+    Grounds,
+    OnOutcome,
+    Outcome,
+    Reading,
+    Replicas,
+    ReplicaState,
+    SmallCopies,
+    Unasked,
+    Update,
+)
 from storaged.meta.proposer.contention import Contention
 from storaged.meta.proposer.fences import RingFences
 from storaged.meta.proposer.floors import PartitionFloors
@@ -266,8 +276,12 @@ class RingClient:
         renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
         regardless: bool = False,
+        unasked: Unasked | None = None,
     ) -> Outcome:
-        return await self._queue.change(name, update, small, ready, renew, settling_nonce, regardless)
+        return await self._queue.change(name, update, small, ready, renew, settling_nonce, regardless, unasked)
+
+    def grounds(self, name: RegisterName) -> Grounds | None:
+        return self._queue.grounds(name)
 
     def try_change(
         self,

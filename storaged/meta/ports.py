@@ -17,7 +17,7 @@ from msgspec import Struct
 from storaged.cluster.ports import OnReply
 from storaged.meta import messages
 from storaged.meta.messages import ScanReply, ScanRequest
-from storaged.meta.names import Change, RegisterName, Value
+from storaged.meta.names import Ballot, Change, RegisterName, Value
 from storaged.wire import Buffer, Message
 
 Update = Callable[[Value | None], Change | None]
@@ -82,6 +82,22 @@ class SmallCopies(Struct, frozen=True):
     enough: Callable[[frozenset[str]], bool]
 
 
+class Grounds(NamedTuple):
+    """The ballot of a create, and the sequence of the floor that it names. From before any of the data that the create
+    refers to was on a disk (``consensus.floors``).
+    """
+
+    ballot: Ballot
+    floor: int
+
+
+class Unasked(NamedTuple):
+    """A create of data that is durable. ``change``: what the update makes of nothing."""
+
+    grounds: Grounds
+    change: Change
+
+
 class Registers(Protocol):
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         """Linearizable. One round trip when a majority reports the same ballot, else it settles first.
@@ -95,6 +111,11 @@ class Registers(Protocol):
         None: it is not the common case, and ``read`` has to be called.
         """
 
+    def grounds(self, name: RegisterName) -> Grounds | None:
+        """Of a create, to be taken before any of the data that it will refer to is on a disk. None: the register was
+        probably written, or a create is not safe or likely to be in vain now.
+        """
+
     async def change(
         self,
         name: RegisterName,
@@ -105,6 +126,7 @@ class Registers(Protocol):
         renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
         regardless: bool = False,
+        unasked: Unasked | None = None,
     ) -> Outcome:
         """Compare-and-set: prepare, ``update`` on what the prepare found, accept. Returns after a majority has the
         result on disk.
@@ -118,7 +140,9 @@ class Registers(Protocol):
         ``regardless``: ``update`` makes the same change whatever the register holds. So it may be proposed before any
         replica was asked, in one round trip, where the register was probably never written. What it then overtakes
         unseen (``consensus.register``) is not in the outcome, and its data is left to the garbage collector. A history
-        stays (``consensus.overtaking``): then the register holds more than the change says.
+        stays (``consensus.overtaking``): then the register holds more than the change says. With ``ready`` only an
+        ``unasked`` change is proposed so. When that is not taken, all goes on as without it: ``update`` runs, and
+        ``ready`` is awaited.
 
         Raises ServiceUnavailable when no majority answered a prepare (nothing changed). OutcomeUnknown when an accept
         may have been applied and could not be settled, or when copies of ``small`` could not be synced where they must

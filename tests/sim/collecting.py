@@ -34,7 +34,7 @@ from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
 from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Outcome, SmallCopies
+from storaged.meta.ports import Grounds, Outcome, SmallCopies, Unasked
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.store_ports import Copy
 from storaged.objects.records import ObjectRecord, PartEntry, Run, Version, encode_object
@@ -187,6 +187,9 @@ class Collecting:
         self._away = self.random.choice(DISKS) if self.random.random() < 0.2 else ""
         """A disk that is away until the end."""
         self._to_put_back = not self._away and not self._forgets and self.aside.random() < 0.3
+        self.creating = random.Random(f"creating {seed}")
+        self.creates = self.creating.choice((0.0, 0.5, 1.0))
+        """How often a coded PUT is a create."""
         self.uploads = Uploads(self)
 
     def name(self, key: bytes) -> RegisterName:
@@ -222,13 +225,22 @@ class Collecting:
         return RemoteFragmentStore(gateway.caller, "n" + disk[1:], disk, timeout_s=1.0)
 
     async def _put_coded(self, gateway: Gateway, name: RegisterName) -> None:
-        outcome, _ = await self.commit_coded(gateway, name, name, lambda entry: encode_record(version_of(entry)))
+        grounds = gateway.client.grounds(name) if self.creating.random() < self.creates else None
+        body_of = lambda entry: encode_record(version_of(entry))  # noqa: E731
+        outcome, _ = await self.commit_coded(gateway, name, name, body_of, grounds)
         self.retire_replaced(gateway, name, outcome)
 
     async def commit_coded(
-        self, gateway: Gateway, owner: RegisterName, register: RegisterName, body_of: Callable[[PartEntry], bytes]
+        self,
+        gateway: Gateway,
+        owner: RegisterName,
+        register: RegisterName,
+        body_of: Callable[[PartEntry], bytes],
+        grounds: Grounds | None = None,
     ) -> tuple[Outcome, PartEntry]:
-        """Writes data of the object ``owner``, and has ``register`` name it, as ``objects.write.commit`` does."""
+        """Writes data of the object ``owner``, and has ``register`` name it, as ``objects.write.commit`` does.
+        ``grounds``: by a create.
+        """
         data_id, disks = self.random.randbytes(16), self.random.sample(DISKS, 3)
         entry = entry_of(data_id, dict(enumerate(disks)))
         payload = self.random.randbytes(8)
@@ -241,15 +253,26 @@ class Collecting:
             with contextlib.suppress(PeerError):
                 await self.store(gateway, disk).write(header, [payload])
                 held[disk] = fragment
+        change = Change(body_of(entry), Visibility.LIVE)
         try:
             await self.sleep(0.1)
+            unasked: Unasked | None = None
+            if grounds is not None:
+                at_once = asyncio.Event()
+                at_once.set()
+                await self._made_durable(gateway, held, at_once, again=False)
+                unasked = Unasked(grounds, change)
             for attempt in range(3):
                 self._ask_late(gateway)
                 promised = asyncio.Event()
-                ready = self._made_durable(gateway, held, promised, again=attempt > 0)
-                update = _Once(lambda _value: Change(body_of(entry), Visibility.LIVE), promised).update
+                ready = self._made_durable(gateway, held, promised, again=attempt > 0 or grounds is not None)
+                update = _Once(lambda _value: change, promised).update
                 with contextlib.suppress(ProposedAgain):
-                    return await gateway.client.change(register, update, ready=ready), entry
+                    client = gateway.client
+                    outcome = await client.change(register, update, ready=ready, unasked=unasked)
+                    self.found.done["created"] += unasked is not None and not promised.is_set()
+                    return outcome, entry
+                unasked = None
             raise ProposedAgain
         except BaseException:
             self.retire(gateway, owner, [entry], b"")

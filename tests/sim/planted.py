@@ -24,6 +24,8 @@ PLAYS = {
     "buckets": "tests.sim.buckets:run_buckets",
     "forgetful": "tests.sim.forgetful:run_forgetful",
     "collecting": "tests.sim.collecting:run_collecting",
+    "collecting floors": "tests.sim.collecting_floors:run_collecting_floors",
+    "orphans": "tests.property.test_creates_of_fragments:run_orphans",
     "collecting moves": "tests.sim.collecting_moves:run_collecting_moves",
     "hiding": "tests.sim.hiding:run_hiding",
     "small": "tests.sim.small:run_small",

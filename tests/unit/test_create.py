@@ -20,6 +20,7 @@ from storaged.meta.consensus.overtaking import overtaken
 from storaged.meta.consensus.register import (
     CALL_BYTES,
     COUNTER_AHEAD_MAX_US,
+    FLOOR_SEQUENCES,
     NEVER,
     Lineage,
     Standing,
@@ -27,7 +28,7 @@ from storaged.meta.consensus.register import (
     created,
 )
 from storaged.meta.names import ZERO_BALLOT, Ballot, Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Outcome, SmallCopies, Update
+from storaged.meta.ports import Grounds, Outcome, SmallCopies, Unasked, Update
 from storaged.meta.proposer.new_keys import NEW_OF_LATE, SCOPES_MAX, NewKeyRate
 from storaged.meta.store_ports import Fence, RowDamaged
 from tests.doubles.meta_store import MemoryMetaStore
@@ -621,6 +622,123 @@ async def test_a_task_creates_too(ring: Ring) -> None:
     second = await client.change(NAME, put(b"two"), regardless=True)
     assert second.before == outcome.after
     assert (await client.read(NAME)).value == second.after
+
+
+# --- of data that is on disks already
+
+
+class Coded:
+    """A PUT of a coded object. ``seen``: how often its fragments were looked at after a promise."""
+
+    def __init__(self, client: RingClient, grounds: Grounds | None, body: bytes = b"coded") -> None:
+        self.client, self.grounds, self.change = client, grounds, Change(body)
+        self.promised = asyncio.Event()
+        self.seen = 0
+        self.error: Exception | None = None
+
+    def update(self, _value: Value | None) -> Change:
+        self.promised.set()
+        return self.change
+
+    async def ready(self) -> None:
+        await self.promised.wait()
+        self.seen += 1
+        if self.error is not None:
+            raise self.error
+
+    async def put(self) -> Outcome:
+        unasked = Unasked(self.grounds, self.change) if self.grounds is not None else None
+        return await self.client.change(NAME, self.update, ready=self.ready(), regardless=True, unasked=unasked)
+
+
+async def test_a_coded_object_is_created_when_its_data_is_durable(ring: Ring) -> None:
+    client = ring.client()
+    coded = Coded(client, client.grounds(NAME))
+    outcome = await coded.put()
+    assert outcome.before is None
+    assert outcome.after is not None
+    assert created(outcome.after)
+    assert (prepares(ring), coded.seen) == (0, 0)
+    assert (await client.read(NAME)).value == outcome.after
+
+
+async def test_where_a_create_of_coded_data_is_refused_the_data_is_seen_after_a_promise(ring: Ring) -> None:
+    client = ring.client(new_keys=Always())
+    first = await client.change(NAME, put(b"one"))
+    await asyncio.sleep(0.01)
+    coded = Coded(client, client.grounds(NAME))
+    outcome = await coded.put()
+    assert outcome.before == first.after
+    assert coded.seen == 1
+    assert prepares(ring) > 0
+
+
+async def test_coded_data_has_no_grounds_where_a_create_would_be_in_vain(ring: Ring) -> None:
+    client = ring.client()
+    assert client.grounds(NAME._replace(table=Table.UPLOAD)) is None
+    ring.first.stuck.add("accept")
+    ring.second.stuck.add("accept")
+    told = begun(client, put(b"one"))
+    assert client.grounds(NAME) is None, "another change of this process is under way"
+    ring.first.stuck.clear()
+    ring.second.stuck.clear()
+    assert isinstance(await told, Outcome)
+    for number in range(NEW_OF_LATE):
+        await applied(client, put(b"again %d" % number))
+    assert client.grounds(NAME) is None, "keys are overwritten here"
+
+
+async def test_coded_overwrites_soon_ask_for_a_promise_first(ring: Ring) -> None:
+    client = ring.client()
+    await client.change(NAME, put(b"one"))
+    tried = 0
+    for _ in range(NEW_OF_LATE):
+        await asyncio.sleep(0.01)
+        coded = Coded(client, client.grounds(NAME))
+        tried += coded.grounds is not None
+        assert (await coded.put()).before is not None
+        assert coded.seen == 1
+    assert 0 < tried < NEW_OF_LATE // 2
+
+
+async def test_grounds_of_an_earlier_layout_create_nothing(ring: Ring) -> None:
+    client = ring.client()
+    grounds = client.grounds(NAME)
+    assert grounds is not None
+    earlier = grounds._replace(ballot=grounds.ballot._replace(epoch=grounds.ballot.epoch - 1))
+    coded = Coded(client, earlier)
+    outcome = await coded.put()
+    assert outcome.after is not None
+    assert not created(outcome.after)
+    assert coded.seen == 1
+
+
+async def test_a_create_of_coded_data_has_the_ballot_and_the_floor_of_its_grounds(ring: Ring) -> None:
+    """What this process has learned since the data was written does not count (rule 39)."""
+    client = ring.client()
+    grounds = client.grounds(NAME)
+    assert grounds is not None
+    floor, now_us = 5 * FLOOR_SEQUENCES, client._ring.clock.wall_ms() * 1000
+    for disk in ("a0", "b0", "c0"):
+        client._ring.shared.floors.note(NAME, floor, now_us, disk, grounds.ballot.epoch)
+    assert client._ring.shared.grounds(NAME, client._ring.view(NAME), now_us).floor == floor
+    outcome = await Coded(client, grounds).put()
+    assert outcome.after is not None
+    assert outcome.after.sequence == 1
+    request = next(request for request in ring.first.accepts if isinstance(request, messages.Create))
+    assert request.ballot == grounds.ballot
+
+
+async def test_a_create_that_one_replica_took_leaves_the_outcome_open_when_its_data_is_gone(ring: Ring) -> None:
+    """Whatever is wrong with the data: the create may be carried on."""
+    client = ring.client(new_keys=Always())
+    await client.change(NAME, put(b"one"))
+    await asyncio.sleep(0.01)
+    ring.third.away = True
+    coded = Coded(client, client.grounds(NAME))
+    coded.error = RuntimeError("its blocks were moved")
+    with pytest.raises(OutcomeUnknown):
+        await coded.put()
 
 
 async def test_a_task_that_goes_away_leaves_its_turn(ring: Ring) -> None:

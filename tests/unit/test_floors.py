@@ -16,12 +16,17 @@ from storaged.maintain.expunger import Expunger, ExpungerPorts
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
-from storaged.meta.consensus.floors import KnownFloors, may_go, sequence_of, value_of
+from storaged.meta.consensus.change import Shared, Wanted
+from storaged.meta.consensus.floors import KnownFloors, in_order, may_go, sequence_of, value_of
 from storaged.meta.consensus.looks import moved_on
+from storaged.meta.consensus.proposer import Proposer
+from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import (
     COUNTER_AHEAD_MAX_US,
     FLOOR_SEQUENCES,
     NEVER,
+    RULES,
+    Ballots,
     Lineage,
     Rules,
     Standing,
@@ -91,6 +96,49 @@ def test_a_row_goes_only_if_it_is_a_tombstone_from_before_the_floor() -> None:
     assert not may_go(old._replace(ballot=now_us(0)), FLOOR)
     assert not may_go(old._replace(ballot=ballot(NOW_US + 1, epoch=0)), FLOOR), "a newer layout makes no row older"
     assert not may_go(old._replace(value=Value(S, b"", Visibility.TOMBSTONE, b"")), FLOOR)
+
+
+def test_two_floors_have_not_one_sequence() -> None:
+    again = FLOOR._replace(counter=FLOOR.counter + 1)
+    newer = FLOOR._replace(epoch=2)
+    assert sequence_of(again) == sequence_of(newer) == S
+    assert in_order(FLOOR, FLOOR)
+    assert not in_order(again, FLOOR)
+    assert not in_order(FLOOR, again)
+    assert not in_order(newer, FLOOR)
+    later = FLOOR.counter + (1 << 20)
+    assert in_order(FLOOR._replace(counter=later), FLOOR)
+    assert in_order(newer._replace(counter=later), FLOOR)
+
+
+def test_data_on_disks_names_a_floor_that_a_quorum_has_named_in_this_step() -> None:
+    known, later = KnownFloors(), S + FLOOR_SEQUENCES
+    view = View.of(epoch_of(2, 1), DISKS[:3])
+    assert known.vouched(NAME, view) == 0
+    known.note(NAME, later, NOW_US, "a0", view.epoch)
+    known.note(NAME, later, NOW_US, "d0", view.epoch)
+    assert (known.of(NAME), known.vouched(NAME, view)) == (later, 0), "one alone may lie"
+    known.note(NAME, S, NOW_US, "b0", view.epoch)
+    assert known.vouched(NAME, view) == S
+    assert known.vouched(NAME._replace(shard=9), view) == 0
+    assert known.vouched(NAME, View.of(epoch_of(4, 1), DISKS[:3])) == 0
+    known.note(NAME, S, NOW_US, "c0", epoch_of(4, 1))
+    assert known.vouched(NAME, View.of(epoch_of(4, 1), DISKS[:3])) == 0, "the others have named theirs before"
+    assert known.vouched(NAME, view) == 0, "that step is over"
+
+
+def test_a_floor_that_a_late_refusal_names_belongs_to_the_step_of_its_create() -> None:
+    counts = dict.fromkeys(("preempted", "unknown", "unavailable", "identity_rounds"), 0)
+    shared = Shared(Ballots("gw", lambda: b"incarnat"), RULES, counts)
+    machine = Proposer(shared, Wanted(NAME, put(b"new")), Lineage(b"c" * 14))
+    old, new = (View.of(epoch_of(step, 1), DISKS[:3]) for step in (2, 4))
+    machine.create(old, Change(b"new"), NOW_US)
+    refused = messages.AcceptReply(Verdict.HELD, FLOOR, floor=S)
+    assert [machine.created(disk, refused) for disk in DISKS[:2]] == [False, True]
+    machine.begin(new, NOW_US)
+    machine.created(DISKS[2], refused)
+    assert (shared.floors.vouched(NAME, old), shared.floors.vouched(NAME, new)) == (S, 0)
+    assert shared.grounds(NAME, old, NOW_US, vouched=True).floor == S
 
 
 def test_sequences_of_floors_grow_and_what_is_created_on_them_is_known() -> None:
@@ -185,7 +233,9 @@ async def test_a_lower_floor_does_not_replace_a_higher_one() -> None:
     store = MemoryMetaStore()
     replica = replica_on(store)
     await set_floor(replica)
-    await set_floor(replica, FLOOR._replace(counter=NOW_US - 50_000_000))
+    lower = FLOOR._replace(counter=NOW_US - 50_000_000)
+    assert (await replica.floors.set_floor(FloorSet("d", PREFIX, lower))).verdict == Verdict.OK
+    assert (await replica.floors.set_floor(FloorSet("d", PREFIX, lower, True))).verdict == Verdict.PREEMPTED
     assert (await read(replica)).accepted == (await read(replica_on(store))).accepted == FLOOR
 
 
@@ -203,7 +253,12 @@ async def test_a_later_floor_with_a_lower_sequence_is_refused_and_no_row_goes_be
         assert await one.floors.expunge(Expunge("d", PREFIX, slow, count=True)) == ExpungeReply(
             Verdict.OK, 0, NAME.key, True
         )
-    await set_floor(replica, Ballot(2, NOW_US - NOW_US % (1 << 20), "", b""))  # the same sequence
+    same = Ballot(2, NOW_US - NOW_US % (1 << 20), "", b"")
+    assert sequence_of(same) == S
+    for floor in (same, same._replace(counter=NOW_US + 1)):
+        reply = await replica.floors.set_floor(FloorSet("d", PREFIX, floor))
+        assert (reply.verdict, reply.floor) == (Verdict.PREEMPTED, FLOOR)
+    await set_floor(replica, Ballot(2, NOW_US - NOW_US % (1 << 20) + (1 << 20), "", b""))
 
 
 async def test_a_floor_of_an_earlier_layout_is_refused_when_a_later_one_is_promised() -> None:
@@ -645,7 +700,7 @@ async def test_nothing_goes_while_a_partition_has_two_sets_or_moved_meanwhile(wo
     assert await expunge(world) == 0
     assert "moves" in world.expunger.done.waiting
     with pytest.raises(ServiceUnavailable, match="moves"):
-        await world.expunger.expunge(state, PREFIX, FLOOR._replace(counter=1))
+        await world.expunger.expunge(state, PREFIX, FLOOR._replace(counter=1 << 20))
 
 
 async def test_the_bucket_that_is_deleted_is_not_compared(world: World) -> None:

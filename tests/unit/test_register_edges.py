@@ -180,7 +180,7 @@ def test_a_value_at_the_ballot_of_a_create_is_not_below_it() -> None:
 
 
 def test_a_create_that_one_replica_refuses_for_good_may_still_be_chosen() -> None:
-    creates, own = CreateRound(GROUP, None), Lineage(b"c" * CALL_BYTES)
+    creates, own = CreateRound(View(1, GROUP, ()), None), Lineage(b"c" * CALL_BYTES)
     own.create(Change(b"x"), Ballot(1, 5, "n", b"incarnat"))
     creates.add("a", AcceptReply(Verdict.HELD))
     creates.note_held(own)
@@ -195,7 +195,7 @@ def test_a_create_that_one_replica_refuses_for_good_may_still_be_chosen() -> Non
 
 
 def test_a_create_says_which_disks_have_taken_it() -> None:
-    creates = CreateRound(GROUP, None)
+    creates = CreateRound(View(1, GROUP, ()), None)
     assert creates.add("a", AcceptReply(Verdict.OK))
     assert not creates.add("b", AcceptReply(Verdict.PREEMPTED))
     assert not creates.chosen

@@ -122,6 +122,8 @@ class Floors:
                 raise InvalidRequest("A floor is promised before it is active.")
             async with self._writing:
                 verdict = self._judge_order(range_, ballot)
+                if ballot < self._floor_of(range_) and self._state.rules.floors_grow:
+                    verdict = Verdict.PREEMPTED
                 if verdict is Verdict.OK:
                     await self._activate({range_: ballot})
         else:
@@ -142,7 +144,7 @@ class Floors:
 
     def _judge_order(self, range_: Range, ballot: Ballot) -> Verdict:
         """Rule 38. EPOCH: ballots of a later step, or of a newer layout in this step, are promised. PREEMPTED: another
-        floor is active, and the higher ballot of the two would have the lower sequence.
+        floor is active, and the higher ballot of the two would not have the higher sequence.
         """
         state = self._state
         if not state.rules.floors_grow:

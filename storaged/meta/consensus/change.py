@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from storaged.meta.consensus.floors import KnownFloors
+from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import Ballots, Rules
 from storaged.meta.names import Ballot, RegisterName, Value
-from storaged.meta.ports import SmallCopies, Update
+from storaged.meta.ports import Grounds, SmallCopies, Update
 from storaged.wire import Buffer
 
 Fragments = Sequence[tuple[bytes, Sequence[Buffer]]]
@@ -75,11 +76,17 @@ class Shared:
     floors: KnownFloors = field(default_factory=KnownFloors)
     overtake: Callable[[RegisterName, Value, Value], Value | None] = lambda name, create, below: create
 
+    def grounds(self, name: RegisterName, view: View, now_us: int, *, vouched: bool = False) -> Grounds:
+        """Of a create that is proposed now. ``vouched``: of one whose data will be on disks before it is proposed."""
+        floors = self.floors
+        floor = floors.vouched(name, view) if vouched else floors.of(name)
+        return Grounds(self.ballots.next(view.epoch, 0, now_us), floor)
+
 
 class Wanted(Struct, frozen=True):
     """What a proposer is to do. ``nonce`` of the scope's fence. ``barrier``: the change names fragments that are not
-    durable yet. ``settling``: there is no change, the register is to be settled; ``commit``: by an identity round in
-    any case. ``thorough``: no attempt is sparing.
+    durable yet. ``grounds`` of a create whose fragments are durable already. ``settling``: there is no change, the
+    register is to be settled; ``commit``: by an identity round in any case. ``thorough``: no attempt is sparing.
     """
 
     name: RegisterName
@@ -87,6 +94,7 @@ class Wanted(Struct, frozen=True):
     small: SmallCopies | None = None
     nonce: bytes = b""
     barrier: bool = False
+    grounds: Grounds | None = None
     settling: bool = False
     commit: bool = False
     thorough: bool = False

@@ -47,7 +47,8 @@ Why the sequence of a floor never falls (rule 38)
     another gateway's clock is slow, or the delay was made longer. Its sequence would be lower too. A retry whose
     sequence lies between the two would find "deleted" below itself, and apply again what was deleted.
 
-    So a replica takes no floor beside an active one with a lower ballot and a higher sequence, or the other way round.
+    So a replica takes no floor beside an active one with a lower ballot and a higher sequence, or the other way round,
+    or with the same sequence. Nor does a floor become active below another one.
     And a replica that has promised a floor B takes no floor of an earlier step or layout any more: the common promise
     has B's step and layout, also after a restart. What was on its way to the disk arrives before the promise is
     answered. So let F be a floor with a lower ballot than B and a higher sequence. A replica that has promised B has no
@@ -55,6 +56,34 @@ Why the sequence of a floor never falls (rule 38)
     of one step and layout have the order of their counters, and their sequences have it too.
 
     A floor that a quorum has is copied to the replica that comes. So the next set refuses B as well.
+
+Why a create finds its fragments (rule 39)
+    A create of a coded object refers to fragments that were durable before it. Between their first write and the create
+    its gateway may sleep, and a collector may take them for orphans. Such a collector has a round made first, which
+    every replica accepts, and deletes only then (``maintain.disuse``). The create asks nobody for a promise. What keeps
+    it from being taken afterwards are these rows, and when they have gone, floors.
+
+    So the create has *grounds* from before the first write: a ballot, which has the step of the partition, and the
+    sequence s of a floor. At that moment a replica X of this step had a floor F with a sequence of s or more; or s is
+    0, which every floor exceeds. Let R be the ballot of the collector's round, which all replicas of its view accept
+    after that moment.
+
+    * R is of the grounds' step or a later one: a quorum has refused the earlier ones since the grounds' step was
+      settled. Where R, or a floor that its rows went below, is of a later step, every replica of that step refuses the
+      create by its epoch.
+    * Else X has accepted R while F was active there, so R lies above F. Rows of R go below a floor B above R, and only
+      after B has become active at all replicas, so at X, after F. At one replica each floor that becomes active has a
+      higher ballot and a higher sequence than the one before (``in_order``). So B's sequence is above s, and that of
+      each later floor. The create's is s + 1: where the row of R has gone, it is refused.
+    * As long as a replica has a row it refuses the create.
+
+    No clock is asked, and it does not matter how long the gateway slept. A replica that lies about floors leads nobody:
+    s is what a quorum of replicas has named in this step (``KnownFloors.vouched``). When the create is refused, the
+    change goes on with a promise, and sees its fragments again.
+
+    A node of version 0.1.0 takes such a create as any other one, and never expunges. But it collects by ages, after a
+    round at a majority. Then the third replica may take the create. The grounds' ballot lies below that round's unless
+    clocks are off by more than an hour, so the create is not carried on. Version 0.1.0 trusted clocks so far anyway.
 
 A replica that comes to a partition gets the floors of the others when it has all rows, and before the new set counts
 alone. Before that it must not report them: v would lie above the rows that it does not have yet. Its promises and rows
@@ -65,6 +94,8 @@ A range of the system table has no floor: bodies of its records are bound to the
 
 from __future__ import annotations
 
+from storaged.cluster.partitions import step_of
+from storaged.meta.consensus.quorums import View
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, FLOOR_SEQUENCES
 from storaged.meta.names import Ballot, RegisterName, Table, Value, Visibility
 from storaged.meta.store_ports import Slot
@@ -106,31 +137,50 @@ def may_go(slot: Slot, floor: Ballot) -> bool:
 
 
 def in_order(floor: Ballot, active: Ballot) -> bool:
-    """Whether the one of two floors of a range that has the higher ballot has no lower sequence (rule 38)."""
+    """Whether the one of two floors of a range that has the higher ballot has the higher sequence (rule 38)."""
     lower, higher = sorted((floor, active))
-    return sequence_of(lower) <= sequence_of(higher)
+    return lower == higher or sequence_of(lower) < sequence_of(higher)
 
 
 class KnownFloors:
     """The sequences of floors that the proposers of one process know. A hint: with a lower one than a replica has, a
-    create is refused.
+    create is refused. A higher one than replicas had may be named by no create of data that is on disks already
+    (``vouched``).
     """
 
-    __slots__ = ("_sequences",)
+    __slots__ = ("_seen", "_sequences")
 
     def __init__(self) -> None:
         self._sequences: dict[Range, int] = {}
+        self._seen: dict[Range, tuple[int, dict[str, int]]] = {}
+        """The step in which replicas have reported sequences, and which, by disk."""
 
     def of(self, name: RegisterName) -> int:
         """The sequence that a create has to exceed; 0 where no floor is known."""
         return self._sequences.get(name[:3], 0) if self._sequences else 0
 
-    def note(self, name: RegisterName, sequence: int, now_us: int) -> None:
+    def vouched(self, name: RegisterName, view: View) -> int:
+        """The highest sequence of a floor that a quorum of the register's replicas has had in this step; 0 where none
+        is known. So one that does not lie had a floor with it, or a higher one.
+        """
+        if not self._seen:
+            return 0
+        step, seen = self._seen.get(name[:3], (0, {}))
+        return view.quorum.vouched(seen) if step == step_of(view.epoch) else 0
+
+    def note(self, name: RegisterName, sequence: int, now_us: int, disk: str = "", epoch: int = 0) -> None:
         """A replica has refused a create with it; 0: not for a floor. One that lies uses up no sequences: no floor lies
-        far ahead.
+        far ahead. ``disk``, ``epoch``: of the replica, and of the create.
         """
         if not sequence or sequence > sequence_of(Ballot(0, now_us + COUNTER_AHEAD_MAX_US, "", b"")):
             return
         if len(self._sequences) >= RANGES_KNOWN_MAX:
             self._sequences.clear()
-        self._sequences[name[:3]] = max(sequence, self._sequences.get(name[:3], 0))
+            self._seen.clear()
+        range_, step = name[:3], step_of(epoch)
+        self._sequences[range_] = max(sequence, self._sequences.get(range_, 0))
+        of_step, seen = self._seen.get(range_, (step, {}))
+        if of_step != step:
+            seen = {}
+        seen[disk] = max(sequence, seen.get(disk, 0))
+        self._seen[range_] = step, seen

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from storaged.errors import DataDamaged, OutcomeUnknown, StoragedError
+from storaged.errors import DataDamaged, OutcomeUnknown
 from storaged.meta.consensus.change import (
     ALL_REPLICAS_TRIES,
     CARRY_TRIES,
@@ -119,10 +119,12 @@ class Proposer(Ending):
     def create(self, view: View, change: Change, now_us: int) -> bool:
         """``change`` is what the update makes of nothing."""
         self.view, self._now_us = view, now_us
-        small = self._wanted.small
-        ballot = self.ballot = self._shared.ballots.next(view.epoch, self._rivals.above, now_us)
-        self._creates = CreateRound(view.quorum, small)
-        value = self.lineage.create(change, ballot, self._shared.floors.of(self.name))
+        small, grounds = self._wanted.small, self._wanted.grounds
+        if grounds is None or not self._shared.rules.grounds_before_data:
+            grounds = self._shared.grounds(self.name, view, now_us)
+        ballot = self.ballot = grounds.ballot
+        self._creates = CreateRound(view, small)
+        value = self.lineage.create(change, ballot, grounds.floor)
         self.outcome = Outcome(None, value)
         self.request = Create("", self.name, ballot, value)
         if small is not None:
@@ -138,7 +140,7 @@ class Proposer(Ending):
         if not creates.add(disk, reply) and reply is not None:
             self._rivals.note("", reply.promised.counter, self._now_us)
             self.ahead = self.ahead or reply.verdict == AHEAD
-            self._shared.floors.note(self.name, reply.floor, self._now_us)
+            self._shared.floors.note(self.name, reply.floor, self._now_us, disk, creates.epoch)
             self._stale = self._stale or reply.verdict == EPOCH
             if reply.verdict == PREEMPTED and self.state is CREATING:
                 self._shared.counts["preempted"] += 1
@@ -372,7 +374,7 @@ class Proposer(Ending):
         """The fragments that the change names can't be made durable, or can't be seen again."""
         if self.state is not SYNCING and self.state is not RETRYING:
             return False
-        if isinstance(error, StoragedError) and self.lineage.open:
+        if self.lineage.open:
             return self._give_up("its fragments could not be seen again")
         return self._fail(error)
 

@@ -170,7 +170,11 @@ class Rules:
     (``overtaking``).
     """
     floors_grow: bool = True
-    """38. Of two floors of a range the one with the higher ballot has no lower sequence, whatever clocks and delays say
+    """38. Of two floors of a range the one with the higher ballot has the higher sequence, whatever clocks and delays
+    say, and becomes active later (``floors``).
+    """
+    grounds_before_data: bool = True
+    """39. A create that refers to data which is on disks already has a ballot and names a floor from before that
     (``floors``).
     """
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from storaged.meta.consensus.acceptor import HIGH_WATER_BLOCK_US
-from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.consensus.quorums import Quorum, View
 from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, Lineage, Rules, Verdict, credible
 from storaged.meta.messages import AcceptReply, PrepareReply
 from storaged.meta.names import Ballot, Value
@@ -76,10 +76,11 @@ class Rivals:
 class CreateRound:
     """The answers to a create."""
 
-    __slots__ = ("_held", "_quorum", "_small", "not_taken_by", "refused", "slow", "taken")
+    __slots__ = ("_held", "_quorum", "_small", "epoch", "not_taken_by", "refused", "slow", "taken")
 
-    def __init__(self, quorum: Quorum, small: SmallCopies | None) -> None:
-        self._quorum = quorum
+    def __init__(self, view: View, small: SmallCopies | None) -> None:
+        self._quorum = view.quorum
+        self.epoch = view.epoch
         self._small = small
         self._held: list[str] = []
         self.refused = self.slow = False

@@ -20,7 +20,7 @@ from storaged.meta.consensus.proposer import Proposer
 from storaged.meta.consensus.register import CALL_BYTES, Lineage, may_create
 from storaged.meta.consensus.states import DONE, FAILED
 from storaged.meta.names import Change, RegisterName, Value
-from storaged.meta.ports import OnOutcome, Outcome, SmallCopies, Update
+from storaged.meta.ports import Grounds, OnOutcome, Outcome, SmallCopies, Unasked, Update
 from storaged.meta.proposer.change import STOPPED, STOPS, ChangeShell
 from storaged.meta.proposer.chosen import ChosenWatch
 from storaged.meta.proposer.new_keys import NewKeyRate
@@ -78,6 +78,10 @@ class Turns:
                 raise SlowDown("Other changes of this key took too long. Please reduce your request rate.") from None
             raise
 
+    def taken(self, name: RegisterName) -> bool:
+        """Whether a change has the turn."""
+        return name in self._waiting
+
     def release(self, name: RegisterName) -> None:
         waiting = self._waiting[name]
         while waiting:
@@ -131,6 +135,7 @@ class ChangeQueue:
         renew: Callable[[], Awaitable[None]] | None,
         nonce: bytes,
         regardless: bool = False,
+        unasked: Unasked | None = None,
     ) -> Outcome:
         """See ``ports.Registers``."""
         _check_regardless(name, regardless)
@@ -143,11 +148,15 @@ class ChangeQueue:
                 if contention.expected(name):
                     await self._take_turn(name, deadline)
                 thorough = barrier is not None or bool(nonce)
-                create = None if thorough else self._to_create(name, update, regardless)
-                wanted = Wanted(name, update, small, nonce, barrier=barrier is not None, thorough=thorough)
+                if thorough:
+                    create = self._still_to_create(name, unasked)
+                else:
+                    create = self._to_create(name, update, regardless)
+                grounds = unasked.grounds if unasked is not None else None
+                wanted = Wanted(name, update, small, nonce, barrier is not None, grounds, thorough=thorough)
                 machine = Proposer(self._ring.shared, wanted, self._lineage())
                 shell = ChangeShell(self._ring, machine, deadline, barrier, renew)
-                return await self._run(shell, regardless and not thorough, create)
+                return await self._run(shell, regardless and not nonce, create)
         finally:
             if barrier is not None and barrier is not ready:
                 barrier.cancel()
@@ -234,6 +243,26 @@ class ChangeQueue:
             return update(None)
         except Exception:  # it will raise again when it is asked with what the register holds
             return None
+
+    def grounds(self, name: RegisterName) -> Grounds | None:
+        """See ``ports.Registers``."""
+        ring = self._ring
+        if not (may_create(name) and self._new_keys.likely(name)) or self._turns.taken(name):
+            return None
+        try:
+            view = ring.view(name)
+        except StoragedError:  # ``change`` raises it
+            return None
+        if not view.quorum.single or ring.contention.expected(name):
+            return None
+        return ring.shared.grounds(name, view, ring.clock.wall_ms() * 1000, vouched=True)
+
+    def _still_to_create(self, name: RegisterName, unasked: Unasked | None) -> Change | None:
+        """None, too, when the partition is in another step than when the data was written: floors of two steps do not
+        compare."""
+        if unasked is None or self._ring.contention.expected(name):
+            return None
+        return unasked.change if self._ring.view(name).epoch == unasked.grounds.ballot.epoch else None
 
     def _learn(self, machine: Proposer, create: Change | None) -> None:
         """Whether the register was new: changes of this bucket's registers are more likely creates then. A change that
