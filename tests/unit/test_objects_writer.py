@@ -17,9 +17,10 @@ import pytest
 from storaged.errors import BadDigest, PreconditionFailed, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import Outcome, Update
-from storaged.objects.api import BodyChecks, NewMeta
+from storaged.meta.ports import Grounds, Outcome, Update
+from storaged.objects.api import BodyChecks, NewMeta, WriteConditions
 from storaged.objects.code.seal import PartSealer
+from storaged.objects.etags import ANY
 from storaged.objects.service import ObjectService
 from storaged.objects.write import sealing
 from storaged.objects.write.checksums import BodyDigest
@@ -144,6 +145,7 @@ async def test_a_disk_that_fails_at_the_only_call_of_a_part_of_one_block_is_left
 
 async def test_a_part_of_one_block_costs_each_disk_one_call_after_the_promise() -> None:
     world = World()
+    world.ring.new_keys = False
     objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
     disks, real = world.disks.disks.values(), world.ring.change
 
@@ -159,9 +161,100 @@ async def test_a_part_of_one_block_costs_each_disk_one_call_after_the_promise() 
     await objects.close()
 
 
+async def test_a_new_object_of_one_block_is_created_when_its_fragments_are_synced() -> None:
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    disks, real = world.disks.disks.values(), world.ring.change
+
+    async def watched(name: RegisterName, update: Update, **more: Any) -> Outcome:
+        assert [(disk.writes, disk.syncs, len(disk.unsynced)) for disk in disks] == [(1, 0, 0)] * 6
+        return await real(name, update, **more)
+
+    world.ring.change = watched  # type: ignore[method-assign]
+    await put(objects, bucket, data)
+    assert world.ring.created == 1
+    assert [(disk.writes, disk.syncs) for disk in disks] == [(1, 0)] * 6
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
+async def test_grounds_of_a_create_are_taken_before_anything_is_on_a_disk() -> None:
+    world = World()
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    disks, real = world.disks.disks.values(), world.ring.grounds
+    written: list[int] = []
+
+    def watched(name: RegisterName) -> Grounds | None:
+        written.append(sum(disk.writes for disk in disks))
+        return real(name)
+
+    world.ring.grounds = watched  # type: ignore[method-assign]
+    await put(objects, bucket, os.urandom(300_000))
+    assert written == [0]
+    await put(objects, bucket, os.urandom(7 * MIB), key=b"blocks that are sent while others fill")
+    await put(objects, bucket, os.urandom(300_000), key=b"condition", conditions=WriteConditions(if_none_match=ANY))
+    assert (written, world.ring.created) == ([0], 1)
+    await objects.close()
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+async def test_where_a_create_is_refused_its_fragments_are_seen_after_a_promise(deleted: bool) -> None:
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    await put(objects, bucket, b"before")
+    value, real = dict(world.ring.values), world.ring.change
+    disks = list(world.disks.disks.values())
+    spared: list[int] = []
+
+    async def watched(
+        name: RegisterName, update: Update, *, ready: Awaitable[None] | None = None, **more: Any
+    ) -> Outcome:
+        for disk in disks:
+            disk.condemn(fragment.data_id for fragment in disk.fragments)
+            if deleted:
+                await disk.delete_condemned(disk.fragments)
+
+        async def seen() -> None:
+            assert ready is not None
+            await ready
+            spared.extend([await disk.delete_condemned(disk.fragments) for disk in disks])
+
+        return await real(name, update, ready=seen(), **more)
+
+    world.ring.change = watched  # type: ignore[method-assign]
+    if deleted:
+        with pytest.raises(ServiceUnavailable):
+            await put(objects, bucket, data)
+        assert world.ring.values == value
+    else:
+        await put(objects, bucket, data)
+        assert spared == [0] * 6
+        assert await got(objects, bucket) == data
+    assert world.ring.created == 0
+    await objects.close()
+
+
+async def test_a_create_names_the_places_that_are_left_when_a_disk_fails() -> None:
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
+    victim = world.disks.disks["b1"]
+
+    def fail(_number: int) -> None:
+        victim.down = True
+
+    victim.on_write = fail
+    await put(objects, bucket, data)
+    assert world.ring.created == 1
+    assert await got(objects, bucket) == data
+    placed = {disk for disk, _ in world.disks.of(entry_of(world).data_id)}
+    assert victim.name not in placed
+    await objects.close()
+
+
 @pytest.mark.parametrize("refused", ["digest", "commit"])
 async def test_a_part_of_one_block_that_is_refused_before_it_was_sent_costs_no_disk_a_call(refused: str) -> None:
     world = World()
+    world.ring.new_keys = False
     objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(300_000)
 
     async def refuse(_name: RegisterName, _update: Update, **_more: Any) -> Outcome:

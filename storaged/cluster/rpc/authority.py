@@ -65,7 +65,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.prepare": Grant(GATEWAY, STORAGE, "every change and every settling round"),
     "meta.accept": Grant(GATEWAY, STORAGE, "every change and every settling round"),
     "meta.accepts": Grant(GATEWAY, STORAGE, "many accepts in one message"),
-    "meta.create": Grant(GATEWAY, STORAGE, "a small PUT of a new key"),
+    "meta.create": Grant(GATEWAY, STORAGE, "a PUT of a new key in one round"),
     "meta.read": Grant(BOTH, STORAGE, "every read", "reads every record as it is stored: names, sizes, times, users"),
     "meta.reads": Grant(BOTH, STORAGE, "many reads in one message", "as meta.read"),
     "meta.scan": Grant(BOTH, STORAGE, "listings; walks of repair and catch-up", "as meta.read"),

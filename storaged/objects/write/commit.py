@@ -7,6 +7,10 @@ time: the promise arrives before the block is sent. An only block is sent after 
 may move blocks, when disks failed at the last moment; then the commit begins again with the entry as the barrier left
 it (``RunsChanged``).
 
+An only block under a key that is probably new is written before any promise, and a create follows. Its *grounds* are
+taken before the block is sent: with them it is refused when a collector has deleted the block meanwhile
+(``meta.consensus.floors``). When it is refused the commit goes on with a promise, and touches the fragments after that.
+
 Why after the promise: a garbage collector that takes the fragments for orphans ends every promise that was given before
 it looked, and deletes only what no writer has asked for since. So between each promise and its accept the fragments are
 seen to exist, by a sync or a touch, which their disks then count as use (``fragments.condemned``). No age and no clock
@@ -24,7 +28,7 @@ from functools import partial
 
 from storaged.errors import SlowDown
 from storaged.meta.names import Change, RegisterName, Value
-from storaged.meta.ports import Outcome, SmallCopies
+from storaged.meta.ports import Outcome, SmallCopies, Unasked
 from storaged.objects.background import cancel_all
 from storaged.objects.bucket_keys import BucketKeys, KeyNeeded, change_with_keys
 from storaged.objects.code.history import PageNeeded
@@ -64,12 +68,13 @@ async def commit(
     after_promise: AfterPromise | None = None,
 ) -> tuple[Outcome, PartEntry]:
     """Commits what refers to a sealed body once that is durable. ``regardless``: see ``ports.Registers.change``; it
-    counts only for a body that is not coded, and without ``after_promise``.
+    does not go with ``after_promise``. A coded body is created so only where it is one block, which waits.
 
     Raises what ``update`` raises; ServiceUnavailable when the data can't be made durable; SlowDown, which clients try
     again, when others change the key all the time.
     """
     writer, entry = sealed.writer, sealed.entry
+    unasked: Unasked | None = None
     if writer is None:  # the accept writes the body as well: there is no barrier, and no fragment that could be judged
         bound = partial(_with_entry, update, entry)
         if after_promise is not None:
@@ -80,11 +85,20 @@ async def commit(
             )
         count_put(plane, sealed)
         return outcome, entry
+    if regardless and after_promise is None and writer.held is not None:
+        grounds = plane.registers.grounds(name)
+        if grounds is not None:
+            durable = await writer.durable_unasked()
+            entry = durable if durable != entry else entry  # the update knows its own
+            unasked = Unasked(grounds, update(None, entry))
     while True:
+        bound = partial(_with_entry, update, entry)
         try:
-            outcome = await commit_coded(plane, keys, name, partial(_with_entry, update, entry), writer, after_promise)
+            outcome = await commit_coded(
+                plane, keys, name, bound, writer, after_promise, regardless=regardless, unasked=unasked
+            )
         except RunsChanged:
-            entry = writer.entry()
+            entry, unasked = writer.entry(), None
         else:
             count_put(plane, sealed)
             if writer.degraded:
@@ -113,15 +127,20 @@ async def commit_coded(
     update: Callable[[Value | None], Change],
     writer: PartWriter,
     after_promise: AfterPromise | None,
+    *,
+    regardless: bool = False,
+    unasked: Unasked | None = None,
 ) -> Outcome:
-    """Makes the data durable between promise and accept, and raises what that raises: RunsChanged, too."""
+    """Makes the data durable between promise and accept, and raises what that raises: RunsChanged, too. ``unasked``: a
+    create that is tried first.
+    """
 
     async def durable(promised: asyncio.Event) -> None:
         await writer.durable(promised)
         if after_promise is not None:
             await after_promise()
 
-    return await _with_ready(plane, keys, name, update, durable)
+    return await _with_ready(plane, keys, name, update, durable, regardless=regardless, unasked=unasked)
 
 
 async def change_once(
@@ -151,13 +170,19 @@ async def _with_ready(
     update: Callable[[Value | None], Change | None],
     ready: Callable[[asyncio.Event], Awaitable[None]],
     small: SmallCopies | None = None,
+    *,
+    regardless: bool = False,
+    unasked: Unasked | None = None,
 ) -> Outcome:
     attempt = 0
     while attempt < ATTEMPTS_MAX:
         promised = asyncio.Event()
         waiting = asyncio.ensure_future(ready(promised))
         try:
-            return await plane.registers.change(name, _Once(update, promised).update, small=small, ready=waiting)
+            once = _Once(update, promised).update
+            return await plane.registers.change(
+                name, once, small=small, ready=waiting, regardless=regardless, unasked=unasked
+            )
         except (KeyNeeded, PageNeeded) as needed:
             await keys.supply(name, needed)
         except ProposedAgain:
@@ -165,6 +190,7 @@ async def _with_ready(
             attempt += 1
         finally:
             await cancel_all([waiting])
+        unasked = None
     raise SlowDown("Others change this key all the time; it was not written. Please reduce your request rate.")
 
 

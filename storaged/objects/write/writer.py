@@ -14,8 +14,9 @@ blocks are safe without it (``patience``). A disk that fails there, or failed af
 blocks short of the rule. They are read back from the surviving fragments, coded again for the disks that are up, and
 synced too. Nothing is acknowledged before every block satisfies the rule with synced fragments.
 
-While memory is not short, a part of one block is sent after the promise. Each disk writes and syncs its fragment in one
-call: half as many messages and turns of its writer thread. The collector sees the write as it would see the sync.
+While memory is not short, a part of one block is sent after the promise, or before a create. Each disk writes and syncs
+its fragment in one call: half as many messages and turns of its writer thread. The collector sees the write as it would
+see the sync.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class PartWriter:
         self._blocks: list[BlockState] = []
         self._unsynced: dict[str, list[FragmentId]] = {}
         self._sending: asyncio.Task[None] | None = None
-        self._held: tuple[BlockState, Coded, Lease] | None = None
+        self.held: tuple[BlockState, Coded, Lease] | None = None
         """The only block, until ``durable`` sends it."""
         self._leases: list[Lease] = []
         self._announced: PartEntry | None = None
@@ -128,7 +129,7 @@ class PartWriter:
             await self._sent()
             self._blocks.append(state)
             if last and not state.number and self._plane.put_buffers.left >= blocks.HELD_LEFT_MIN:
-                self._held = state, coded, lease
+                self.held = state, coded, lease
             else:
                 self._sending = asyncio.create_task(self._send_and_release(state, coded, lease))
             del coded, lease  # views would keep the buffer from being reused
@@ -309,13 +310,20 @@ class PartWriter:
         """
         await self._sent()
         await promised.wait()
-        held, self._held = self._held, None
+        held, self.held = self.held, None
         if held is not None:
             await self._send_and_release(*held, sync=True)
             del held  # its views would keep the buffer from being reused
         elif self._synced:
             await self._touch_all()
         await self.barrier()
+
+    async def durable_unasked(self) -> PartEntry:
+        """Before any promise, for a create. Returns the entry. Raises ServiceUnavailable."""
+        self._announced, now = None, asyncio.Event()
+        now.set()
+        await self.durable(now)
+        return self.entry()
 
     async def barrier(self) -> None:
         """Syncs what is not synced yet, every fragment the first time. Raises as ``durable``."""
@@ -452,7 +460,7 @@ class PartWriter:
         """After a failure: puts the fragments on the disks' garbage lists. Those on disks that don't answer are left to
         the sweep of orphans.
         """
-        held, self._held = self._held, None
+        held, self.held = self.held, None
         if held is not None:
             return  # the only block was not sent yet
         disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}
